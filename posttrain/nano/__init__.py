@@ -1,0 +1,1 @@
+"""The nano world: scenes, oracles and small real weights, so that the whole pipeline runs on a laptop."""

@@ -1,0 +1,1 @@
+"""Prompt pools and templates as data, and the code that reads them."""
