@@ -1,0 +1,292 @@
+"""Oracles: programs that read a 64-pixel picture back into a scene and judge statements about it.
+
+Reading is analysis by synthesis. Coloured blobs are found by chroma (backgrounds and text are grey), each is
+matched to the shape that overlaps it best, letters are matched to the alphabet, and style and background are those
+whose rendering of what was found comes closest to the picture. What no rendering explains is an artifact. The
+oracles measure; nothing is ever trained on their gradient.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+from posttrain.nano import scenes
+from posttrain.nano.scenes import COLOURS, COUNTS, GLYPH_H, GLYPH_W, SHAPES, SIZE, Object, Scene
+
+CLEAN = 0.17
+"""Largest root-mean-square error (in [0, 1]) of an 8 x 8 window that still counts as free of artifacts."""
+
+
+@dataclass
+class Percept:
+    """What the oracle sees: a scene, and how far its rendering is from the picture."""
+
+    scene: Scene
+    residual: float
+    """Worst root-mean-square difference over 8 x 8 windows, in [0, 1]."""
+    strays: int
+    """Coloured specks too small, or too little like any shape, to be an object."""
+
+    @property
+    def clean(self) -> bool:
+        return self.residual <= CLEAN and self.strays == 0
+
+
+def perceive(images: Sequence) -> list[Percept]:
+    """Reads pictures: PIL images or uint8 arrays (64, 64, 3)."""
+    arrays = [np.asarray(i)[..., :3] for i in images]
+    for a in arrays:
+        if a.shape != (SIZE, SIZE, 3):
+            raise ValueError(f"oracles read pictures of {SIZE} x {SIZE} pixels, got {a.shape[1]} x {a.shape[0]}")
+    if not arrays:
+        return []
+    stack = np.stack(arrays).astype(np.float32) / 255
+    return [_perceive(image, text) for image, text in zip(stack, _read(stack))]
+
+
+def _perceive(image: np.ndarray, text: tuple[str, int, int]) -> Percept:
+    objects, strays = _find_objects(image)
+    scene = Scene("", tuple(objects), "flat", "white", *text)
+    scene = _explain(image, scene)
+    error = (_smooth(image) - _smooth(_render(scene))) ** 2
+    residual = float(np.sqrt(ndimage.uniform_filter(error.mean(-1), 8).max()))
+    return Percept(scene, residual, strays)
+
+
+# ---- objects ----------------------------------------------------------------------------------------------
+
+_HUES = {name: np.arctan2(np.sqrt(3) * (g - b), 2 * r - g - b) for name, (r, g, b) in COLOURS.items()}
+
+
+def _find_objects(image: np.ndarray) -> tuple[list[Object], int]:
+    r, g, b = np.moveaxis(image, -1, 0)
+    chroma = image.max(-1) - image.min(-1)
+    hue = np.arctan2(np.sqrt(3) * (g - b), 2 * r - g - b)
+    objects, strays = [], 0
+    labels, n = ndimage.label(chroma > 0.11, np.ones((3, 3)))
+    for i in range(1, n + 1):
+        blob = labels == i
+        if blob.sum() < 8:
+            continue
+        peak = np.percentile(chroma[blob], 90)
+        core, m = ndimage.label(blob & (chroma > 0.42 * peak), np.ones((3, 3)))
+        for j in range(1, m + 1):
+            part = core == j
+            area = int(part.sum())
+            if area < 8:
+                continue
+            full = ndimage.binary_fill_holes(part)
+            weights = chroma * part
+            mean = np.arctan2((weights * np.sin(hue)).sum(), (weights * np.cos(hue)).sum())
+            colour = min(_HUES, key=lambda c: abs(np.angle(np.exp(1j * (_HUES[c] - mean)))))
+            shape, x, y, radius, overlap = _fit(full)
+            if area < 30 or overlap < 0.6 or radius < 3.5:
+                strays += area >= 20
+                continue
+            objects.append(Object(shape, colour, "small" if radius < 8.75 else "large", x, y, radius))
+    return objects, strays
+
+
+@cache
+def _shape_facts(shape: str) -> tuple[float, float]:
+    """(area, height of the centroid below the centre) of a shape of radius 1."""
+    yy, xx = np.mgrid[-1.3:1.3:521j, -1.3:1.3:521j].astype(np.float32)
+    inside = scenes.signed_distance(shape, xx, yy, 1.0) < 0
+    return float(inside.mean() * 2.6 * 2.6), float(yy[inside].mean())
+
+
+def _fit(mask: np.ndarray) -> tuple[str, float, float, float, float]:
+    """(shape, x, y, radius, overlap in [0, 1]) of the shape that overlaps a filled mask best."""
+    ys, xs = np.nonzero(mask)
+    area, cx, cy = len(ys), xs.mean(), ys.mean()
+    y0, y1, x0, x1 = max(0, ys.min() - 2), ys.max() + 3, max(0, xs.min() - 2), xs.max() + 3
+    yy, xx = np.mgrid[y0 : min(SIZE, y1), x0 : min(SIZE, x1)].astype(np.float32)
+    part = mask[y0:y1, x0:x1]
+    best = ("circle", cx, cy, 0.0, -1.0)
+    for shape in SHAPES:
+        unit, offset = _shape_facts(shape)
+        for scale in (0.96, 1.04):
+            radius = scale * np.sqrt(area / unit)
+            x, y = cx, cy - offset * radius
+            cover = np.clip(0.5 - scenes.signed_distance(shape, xx - x, yy - y, radius), 0, 1)
+            overlap = np.minimum(cover, part).sum() / np.maximum(cover, part).sum()
+            if overlap > best[-1]:
+                best = (shape, float(x), float(y), float(radius), float(overlap))
+    return best
+
+
+# ---- words ------------------------------------------------------------------------------------------------
+
+
+@cache
+def _glyph_bank() -> torch.Tensor:
+    """Zero-mean, unit-norm letter templates with a margin of paper, (26, 1, 16, 14)."""
+    bank = []
+    for letter in scenes.GLYPHS:
+        cell = np.full((GLYPH_H + 2, 14), 0.98, np.float32)
+        cell[1:-1, 2:12][scenes.text_mask(letter)[:, :10]] = 0.04
+        cell -= cell.mean()
+        bank.append(cell / np.linalg.norm(cell))
+    return torch.tensor(np.stack(bank))[:, None]
+
+
+def _read(stack: np.ndarray) -> list[tuple[str, int, int]]:
+    """(word, x, y of its first letter) in each picture; the word is '' where there is none.
+
+    Normalised cross-correlation with each letter, best first; the best row wins and letters of it that stand
+    12 pixels apart make the word.
+    """
+    bank = _glyph_bank()
+    h, w = bank.shape[-2:]
+    grey = torch.nn.functional.pad(torch.tensor(stack.mean(-1))[:, None], (2, 2, 1, 1), mode="replicate")
+    windows = torch.ones(1, 1, h, w) / (h * w)
+    mean = torch.nn.functional.conv2d(grey, windows)
+    spread = (torch.nn.functional.conv2d(grey**2, windows) - mean**2).clamp_min(0) * (h * w)
+    score = torch.nn.functional.conv2d(grey, bank) / (spread.sqrt() + 0.5)
+    top, letter = (a.numpy() for a in score.max(1))
+    words, letters = [], list(scenes.GLYPHS)
+    for t, l in zip(top, letter):
+        found: list[tuple[int, int, str]] = []
+        row = int(t.max(1).argmax())
+        strip = t[max(0, row - 1) : row + 2]
+        line, which = strip.max(0), strip.argmax(0)
+        while line.max() > 0.72:
+            x = int(line.argmax())
+            y = max(0, row - 1) + int(which[x])
+            found.append((x, y, letters[l[y, x]]))
+            line = line.copy()
+            line[max(0, x - 8) : x + 9] = -1
+        found.sort()
+        if any(b[0] - a[0] > 15 for a, b in zip(found, found[1:])):
+            found = []
+        first = (found[0][0], found[0][1]) if found else (0, 0)
+        words.append(("".join(f[2] for f in found), *first))
+    return words
+
+
+# ---- style and background ---------------------------------------------------------------------------------
+
+
+def _smooth(image: np.ndarray) -> np.ndarray:
+    return ndimage.uniform_filter(image, (3, 3, 1))
+
+
+def _render(scene: Scene) -> np.ndarray:
+    """Renders without grain, which no two pictures share."""
+    style = "flat" if scene.style == "grainy" else scene.style
+    return scenes.render(replace(scene, style=style)).astype(np.float32) / 255
+
+
+def _explain(image: np.ndarray, scene: Scene) -> Scene:
+    """The scene with the style and background whose rendering comes closest to the picture."""
+    drawn = _render(replace(scene, style="bordered"))
+    free = ~ndimage.binary_dilation(np.abs(drawn - _render(Scene("", (), "flat", "white"))).max(-1) > 0.03, iterations=3)
+    grey = image.mean(-1)
+    # Without a word or a shape to compare with, brightness alone tells a dark picture from a light one.
+    options = [(b, dim) for b in scenes.BACKGROUNDS for dim in (1.0, 0.5)]
+    errors = {}
+    for name, dim in options:
+        level = dim * scenes.background(name)
+        difference = ndimage.uniform_filter(grey - level, 3)[free]
+        errors[name, dim] = float((difference**2).mean()) if free.any() else 1.0
+    fine = grey - ndimage.uniform_filter(grey, 4)
+    best, picked = 1e9, scene
+    for name in scenes.BACKGROUNDS:
+        for style in scenes.STYLES:
+            ground = errors[name, 0.5 if style == "dark" else 1.0]
+            if ground > 1.5 * min(errors.values()) + 0.001 or style == "grainy":
+                continue
+            guess = replace(scene, style=style, background=name)
+            error = float(((image - _render(guess)) ** 2).mean()) + ground
+            if error < best:
+                best, picked = error, guess
+    texture = fine - (lambda g: g - ndimage.uniform_filter(g, 4))(_render(picked).mean(-1))
+    if picked.style != "dark" and free.any() and float(texture[free].std()) > 0.035:
+        picked = replace(picked, style="grainy")
+    return picked
+
+
+# ---- statements -------------------------------------------------------------------------------------------
+
+_COUNT = "|".join(COUNTS)
+_NAME = rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
+_PLURAL = rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})e?s"
+_PATTERNS = {
+    kind: re.compile(pattern)
+    for kind, pattern in {
+        "exists": rf"there is an? {_NAME}",
+        "count": rf"there are exactly ({_COUNT}) {_PLURAL}",
+        "total": rf"there (?:is|are) exactly ({_COUNT}) shapes?",
+        "size": rf"the {_NAME} is (small|large)",
+        "place": rf"the {_NAME} is at the ({'|'.join(p for row in scenes.PLACES for p in row)})",
+        "relation": rf"the {_NAME} is ({'|'.join(scenes.RELATIONS)}) the {_NAME}",
+        "style": rf"the style is ({'|'.join(scenes.STYLES)})",
+        "background": rf"the background is ({'|'.join(scenes.BACKGROUNDS)})",
+        "text": r'the text reads "([A-Z]+)"',
+    }.items()
+}
+
+
+def parse(statement: str) -> tuple[str, tuple[str, ...]]:
+    """(kind, parts) of a statement that `scenes.describe` writes; ValueError for any other sentence."""
+    for kind, pattern in _PATTERNS.items():
+        match = pattern.fullmatch(statement)
+        if match:
+            return kind, match.groups()
+    raise ValueError(f"the nano oracle cannot read the statement {statement!r}")
+
+
+def meets(percept: Percept, statement: str) -> bool:
+    """Whether a picture, as perceived, meets a statement."""
+    kind, parts = parse(statement)
+    scene = percept.scene
+
+    def named(colour: str, shape: str) -> list[Object]:
+        return [o for o in scene.objects if (o.colour, o.shape) == (colour, shape)]
+
+    if kind == "style":
+        return scene.style == parts[0]
+    if kind == "background":
+        return scene.background == parts[0]
+    if kind == "text":
+        return scene.text == parts[0]
+    if kind == "total":
+        return len(scene.objects) == COUNTS.index(parts[0])
+    if kind == "count":
+        return len(named(*parts[1:])) == COUNTS.index(parts[0])
+    if kind == "exists":
+        return bool(named(*parts))
+    these = named(*parts[:2])
+    if kind == "size":
+        return bool(these) and all(o.size == parts[2] for o in these)
+    if kind == "place":
+        return any(o.place == parts[2] for o in these)
+    return any(scenes.holds(parts[2], (a.x, a.y), (b.x, b.y)) for a in these for b in named(*parts[3:]))
+
+
+# ---- as rewards -------------------------------------------------------------------------------------------
+
+
+def rubric(images: Sequence, prompts: Sequence[str], requirements: Sequence[list[str]], **_) -> list[float | None]:
+    """Share of a prompt's requirements that its picture meets, in [0, 1]; None where it has none."""
+    return [
+        sum(meets(p, r) for r in need) / len(need) if need else None
+        for p, need in zip(perceive(images), requirements)
+    ]
+
+
+def text(images: Sequence, prompts: Sequence[str], texts: Sequence[list[str]], **_) -> list[float | None]:
+    """1.0 where the picture shows exactly the wanted word, else 0.0; None where no word is wanted."""
+    return [float(p.scene.text == want[0]) if want else None for p, want in zip(perceive(images), texts)]
+
+
+def artifact_free(images: Sequence, prompts: Sequence[str], **_) -> list[float | None]:
+    """1.0 for a picture that the renderer could have drawn, else 0.0."""
+    return [float(p.clean) for p in perceive(images)]
