@@ -1,0 +1,418 @@
+"""Builds K2-nano from nothing: a real Krea2Pipeline directory whose weights are trained on scenes.
+
+    python -m posttrain.nano.build OUT --device cuda --vae-minutes 1.5 --minutes 6
+
+One pass on one GPU takes under ten minutes; on a CPU the same code runs, slower (give it hours, or settle for less).
+Stages: scenes and captions (all cores), a tokenizer, an autoencoder (pixel error and a little KL), then transformer
+and text encoder together on the rectified-flow loss with caption dropout. Captions are wrong about as often as those
+of the web, and some pictures are damaged: so Raw is good, not perfect, and guidance helps.
+
+Shapes: images (N,64,64,3) uint8, latents (N,16,16,16), captions (N,V,L) token ids. t in [0,1], 1 is noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
+)
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLModel
+
+from posttrain.nano import scenes
+
+CAPTION_NOISE, LETTER_NOISE, DAMAGED = 0.16, 0.02, 0.08
+VARIANTS = 4
+"""Captions drawn for a picture."""
+PREFIX = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
+    "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
+)
+SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+           "<|video_pad|>"]  # fmt: skip
+
+
+# ---- data -------------------------------------------------------------------------------------------------
+
+
+def _make_chunk(job: tuple[int, int]) -> tuple[np.ndarray, list[list[str]]]:
+    seed, n = job
+    rng = np.random.default_rng(seed)
+    images, captions = np.empty((n, scenes.SIZE, scenes.SIZE, 3), np.uint8), []
+    for i in range(n):
+        scene = scenes.random_scene(rng)
+        images[i] = scenes.render(scene)
+        if rng.random() < DAMAGED:
+            images[i] = scenes.damage(images[i], scene, rng)
+        captions.append(
+            [
+                scenes.describe(
+                    scenes.mutate(scene, rng, CAPTION_NOISE, LETTER_NOISE), rng, rng.choice([0.2, 0.6, 1.0])
+                ).prompt
+                for _ in range(VARIANTS)
+            ]
+        )
+    return images, captions
+
+
+def make_data(n: int, seed: int, workers: int) -> tuple[np.ndarray, list[list[str]]]:
+    """n pictures (n,64,64,3) uint8 and VARIANTS captions for each, the same for any number of workers."""
+    chunk = 500
+    jobs = [(seed * 100_003 + i, min(chunk, n - i * chunk)) for i in range((n + chunk - 1) // chunk)]
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        parts = pool.map(_make_chunk, jobs)
+    return np.concatenate([p[0] for p in parts]), [c for p in parts for c in p[1]]
+
+
+# ---- parts of the pipeline --------------------------------------------------------------------------------
+
+
+def make_tokenizer(corpus: list[str]) -> Qwen2Tokenizer:
+    """A byte-level BPE of Qwen's kind. No capital is ever merged, so words to draw are spelled letter by letter."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = Qwen2Tokenizer()._tokenizer.pre_tokenizer
+    raw.decoder = decoders.ByteLevel()
+    template = PREFIX + SUFFIX
+    for token in SPECIAL:
+        template = template.replace(token, "")
+    lower = ["".join(" " if c.isupper() else c for c in text) for text in corpus]
+    trainer = trainers.BpeTrainer(
+        vocab_size=640,
+        min_frequency=2,
+        special_tokens=SPECIAL,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    raw.train_from_iterator(lower + [template] * 1000, trainer)
+    learned = json.loads(raw.to_str())["model"]
+    merges = [tuple(m) for m in learned["merges"]]
+    tokenizer = Qwen2Tokenizer(vocab=learned["vocab"], merges=merges)
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[1:]})
+    tokenizer.model_max_length = 4096
+    found = len(tokenizer(PREFIX).input_ids), len(tokenizer(SUFFIX).input_ids)
+    if found != (34, 5):
+        raise RuntimeError(f"K2's template must be 34 and 5 tokens, this tokenizer makes it {found}")
+    return tokenizer
+
+
+def make_vae() -> AutoencoderKLQwenImage:
+    return AutoencoderKLQwenImage(
+        base_dim=12,
+        z_dim=16,
+        dim_mult=[1, 2, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False, False],
+        latents_mean=[0.0] * 16,
+        latents_std=[1.0] * 16,
+    )
+
+
+def make_text_encoder(vocab: int, tokenizer: Qwen2Tokenizer) -> Qwen3VLModel:
+    """The language half is used; the vision half is as small as the class allows."""
+    ids = {k: tokenizer.convert_tokens_to_ids(f"<|{v}|>") for k, v in _VISION_TOKENS.items()}
+    config = Qwen3VLConfig(
+        text_config={
+            "vocab_size": vocab,
+            "hidden_size": 96,
+            "intermediate_size": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "head_dim": 32,
+            "initializer_range": 0.08,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 4, 4]},
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 1,
+            "out_hidden_size": 96,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [],
+        },
+        tie_word_embeddings=True,
+        **ids,
+    )
+    return Qwen3VLModel(config)
+
+
+_VISION_TOKENS = {
+    "image_token_id": "image_pad",
+    "video_token_id": "video_pad",
+    "vision_start_token_id": "vision_start",
+    "vision_end_token_id": "vision_end",
+}
+
+
+def swiglu_width(features: int, multiplier: int = 4) -> int:
+    """Width of K2's feed-forward layers in the official repository."""
+    return -(-int(2 * features / 3) * multiplier // 128) * 128
+
+
+def make_transformer(layers: int = 7) -> Krea2Transformer2DModel:
+    """Shapes by the official repository's rules, so it is a valid K2 in the original format too."""
+    head, heads, text = 32, 6, 96
+    side = 6 * (head // 16)
+    return Krea2Transformer2DModel(
+        in_channels=64,
+        num_layers=layers,
+        attention_head_dim=head,
+        num_attention_heads=heads,
+        num_key_value_heads=3,
+        intermediate_size=swiglu_width(head * heads),
+        timestep_embed_dim=256,
+        text_hidden_dim=text,
+        num_text_layers=3,
+        text_num_attention_heads=3,
+        text_num_key_value_heads=3,
+        text_intermediate_size=swiglu_width(text),
+        axes_dims_rope=(head - 2 * side, side, side),
+    )
+
+
+def make_pipeline(tokenizer, vae, text_encoder, transformer) -> Krea2Pipeline:
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=6400,
+        time_shift_type="exponential",
+    )
+    return Krea2Pipeline(
+        scheduler, vae, text_encoder, tokenizer, transformer, text_encoder_select_layers=(1, 2, 4), is_distilled=False
+    )
+
+
+# ---- training ---------------------------------------------------------------------------------------------
+
+
+def _rate(elapsed: float, peak: float) -> float:
+    """Warm-up over the first 3 % of the time, then half a cosine down to 2 %."""
+    return peak * min(1.0, elapsed / 0.03) * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * min(1.0, elapsed))))
+
+
+def to_pixels(images: torch.Tensor) -> torch.Tensor:
+    """uint8 (B,H,W,3) -> float (B,3,1,H,W) in [-1,1]."""
+    return (images.permute(0, 3, 1, 2)[:, :, None].float() / 127.5) - 1
+
+
+def train_vae(vae: AutoencoderKLQwenImage, images: torch.Tensor, minutes: float, batch: int, log) -> None:
+    device = images.device
+    vae.to(device).train()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
+    start, step = time.time(), 0
+    while (elapsed := (time.time() - start) / (60 * minutes)) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = _rate(elapsed, 1.5e-3)
+        x = to_pixels(images[torch.randint(len(images), (batch,), device=device)])
+        with torch.autocast(device.type, torch.bfloat16):
+            posterior = vae.encode(x).latent_dist
+            y = vae.decode(posterior.sample()).sample
+        error = (y.float() - x).pow(2).mean() + 0.1 * (y.float() - x).abs().mean()
+        loss = error + 1e-5 * posterior.kl().mean() / posterior.mean[0].numel()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        if step % 100 == 0:
+            log(stage="vae", step=step, seconds=time.time() - start, loss=loss.item())
+        step += 1
+    log(stage="vae", step=step, seconds=time.time() - start)
+    vae.eval()
+    _forget_time(vae)
+
+
+@torch.no_grad()
+def _forget_time(vae: AutoencoderKLQwenImage) -> None:
+    """A picture is one frame, so the two earlier taps in time only ever meet zeros: make them zero."""
+    for module in vae.modules():
+        if isinstance(module, torch.nn.Conv3d) and module.weight.shape[2] > 1:
+            module.weight[:, :, :-1] = 0
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKLQwenImage, images: torch.Tensor, batch: int = 512) -> torch.Tensor:
+    """Latent means (N,16,h,w) fp32, not normalised."""
+    return torch.cat([vae.encode(to_pixels(i)).latent_dist.mean[:, :, 0].float() for i in images.split(batch)])
+
+
+@torch.no_grad()
+def psnr(vae: AutoencoderKLQwenImage, images: torch.Tensor) -> float:
+    """Mean over pictures of the peak signal-to-noise ratio of the reconstruction, decibels."""
+    values = []
+    for part in images.split(250):
+        y = vae.decode(vae.encode(to_pixels(part)).latent_dist.mean).sample[:, :, 0].clamp(-1, 1)
+        error = ((y.float() / 2 - to_pixels(part)[:, :, 0] / 2) ** 2).mean((1, 2, 3))
+        values.append(-10 * error.log10())
+    return torch.cat(values).mean().item()
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """(B,C,H,W) -> (B,HW/4,4C), channel order (c, ph, pw)."""
+    b, c, h, w = latents.shape
+    return latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, c * 4)
+
+
+def tokenize(tokenizer, captions: list[str]) -> torch.Tensor:
+    """[prefix | prompt | suffix | PAD], int16 (N, L) with L a multiple of 16 after the prefix."""
+    rows = tokenizer([PREFIX + c + SUFFIX for c in captions]).input_ids
+    longest = -(-(max(map(len, rows)) - 34) // 16) * 16 + 34
+    out = torch.full((len(rows), longest), tokenizer.pad_token_id, dtype=torch.int16)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = torch.tensor(row, dtype=torch.int16)
+    return out
+
+
+def text_states(text_encoder: Qwen3VLModel, ids: torch.Tensor) -> torch.Tensor:
+    """Tapped states of token ids (B, L), prefix dropped: (B, L-34, 3, 96). Causal, so padding on the right is mute."""
+    states = text_encoder.language_model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+    return torch.stack([states[i] for i in (1, 2, 4)], dim=2)[:, 34:]
+
+
+def train_transformer(pipe: Krea2Pipeline, latents, ids, minutes: float, batch: int, peak: float, log, snapshot):
+    """Rectified flow: v = noise - latent at logit-normal t (mean 0.5), 10 % of captions dropped, weights averaged."""
+    device = latents.device
+    text_encoder, transformer = pipe.text_encoder.to(device), pipe.transformer.to(device)
+    for p in text_encoder.visual.parameters():
+        p.requires_grad_(False)
+    if device.type == "cuda":
+        transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
+    params = [*transformer.parameters(), *text_encoder.language_model.parameters()]
+    matrices = [p for p in params if p.ndim > 1]
+    others = [p for p in params if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
+        lr=peak, betas=(0.9, 0.99), fused=device.type == "cuda",
+    )  # fmt: skip
+    averages = [p.detach().clone() for p in params]
+    pad = pipe.tokenizer.pad_token_id
+    real = ids != pad
+    lengths = (-(-(real.sum(-1) - 34) // 16) * 16 + 34).to(device)  # padded length of each caption
+    buckets = [(lengths == n).nonzero() for n in lengths.unique()]
+    weights = torch.tensor([len(b) for b in buckets], dtype=torch.float)
+    empty = tokenize(pipe.tokenizer, [""])[0].to(device)
+    marks, start, step = [0.55, 0.75], time.time(), 0
+    while (elapsed := (time.time() - start) / (60 * minutes)) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = _rate(elapsed, peak)
+        if step < len(buckets):
+            bucket, start = buckets[step], time.time()  # the first step of each length compiles: it is not counted
+        else:
+            bucket = buckets[int(torch.multinomial(weights, 1))]
+        picks = bucket[torch.randint(len(bucket), (batch,), device=device)]
+        n = int(lengths[picks[0, 0], picks[0, 1]])
+        rows = ids[picks[:, 0], picks[:, 1], :n].long()
+        dropped = torch.rand(batch, device=device) < 0.1
+        blank = torch.full((n,), pad, device=device)
+        blank[: min(n, len(empty))] = empty[:n].long()
+        rows = torch.where(dropped[:, None], blank, rows)
+        mask = (rows != pad)[:, 34:]
+        x0 = latents[picks[:, 0]].float()
+        t = torch.sigmoid(torch.randn(batch, device=device) + 0.5)
+        noise = torch.randn_like(x0)
+        x = (1 - t[:, None, None]) * x0 + t[:, None, None] * noise
+        positions = pipe.prepare_position_ids(n - 34, 8, 8, device)
+        with torch.autocast(device.type, torch.bfloat16):
+            v = transformer(x, text_states(text_encoder, rows), t, positions, mask, return_dict=False)[0]
+        loss = (v.float() - (noise - x0)).pow(2).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        torch._foreach_lerp_(averages, [p.detach() for p in params], max(0.002, 1 / (step + 1)))
+        if step % 100 == 0:
+            log(stage="transformer", step=step, seconds=time.time() - start, loss=loss.item(), norm=norm.item())
+        if marks and elapsed > marks[0]:
+            live = [p.detach().clone() for p in params]
+            with torch.no_grad():
+                torch._foreach_copy_(params, averages)
+                snapshot(f"{marks.pop(0):.2f}")
+                torch._foreach_copy_(params, live)
+        step += 1
+    with torch.no_grad():
+        torch._foreach_copy_(params, averages)
+    log(stage="transformer", step=step, seconds=time.time() - start)
+
+
+# ---- all of it --------------------------------------------------------------------------------------------
+
+
+def save(pipe: Krea2Pipeline, folder: Path) -> None:
+    """Writes the pipeline in bfloat16, as safetensors."""
+    half = copy.deepcopy(pipe).to("cpu", torch.bfloat16)
+    half.save_pretrained(folder, safe_serialization=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="directory to write k2-nano and log.jsonl to")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--scenes", type=int, default=120_000, help="pictures to train on")
+    parser.add_argument("--vae-minutes", type=float, default=1.5)
+    parser.add_argument("--minutes", type=float, default=6.0, help="transformer and text encoder")
+    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--vae-batch", type=int, default=192)
+    parser.add_argument("--lr", type=float, default=1.2e-3)
+    parser.add_argument("--layers", type=int, default=7)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    begin = time.time()
+
+    def log(**row) -> None:
+        row["total"] = round(time.time() - begin, 1)
+        print(json.dumps(row), flush=True)
+        with open(args.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    torch.manual_seed(args.seed)
+    device = torch.device(args.device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    pixels, captions = make_data(args.scenes, args.seed, os.cpu_count() or 1)
+    tokenizer = make_tokenizer([c for row in captions[:20_000] for c in row])
+    flat = tokenize(tokenizer, [c for row in captions for c in row])
+    ids = flat.view(len(captions), VARIANTS, -1).to(device)
+    log(stage="data", scenes=len(pixels), vocabulary=len(tokenizer), longest=ids.shape[-1])
+    images = torch.from_numpy(pixels).to(device)
+
+    vae = make_vae()
+    train_vae(vae, images[500:], args.vae_minutes, args.vae_batch, log)
+    log(stage="vae", psnr=psnr(vae, images[:500]))
+    latents = encode(vae, images)
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    latents = pack((latents - mean[:, None, None]) / std[:, None, None]).bfloat16()
+
+    transformer = make_transformer(args.layers)
+    torch.nn.init.normal_(transformer.final_layer.linear.weight, std=0.02)
+    text_encoder = make_text_encoder(len(tokenizer), tokenizer)
+    pipe = make_pipeline(tokenizer, vae, text_encoder, transformer)
+    log(stage="shapes", **{n: sum(p.numel() for p in getattr(pipe, n).parameters()) for n in
+                           ("vae", "text_encoder", "transformer")})  # fmt: skip
+    train_transformer(
+        pipe, latents, ids, args.minutes, args.batch, args.lr, log,
+        lambda name: save(pipe, args.out / f"k2-nano-{name}"),
+    )  # fmt: skip
+    save(pipe, args.out / "k2-nano")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Measures a nano pipeline directory with stock diffusers and the oracles.
+
+    python -m posttrain.nano.evaluate posttrain/nano/weights/k2-nano --out DIR --guidance 0 1.5
+
+Writes DIR/figures.json and a picture grid for each guidance. Held-out prompts, 28 steps, seeds by prompt index.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import Krea2Pipeline
+from PIL import Image
+
+from posttrain.nano import build, oracles, prompts, scenes
+
+
+@torch.no_grad()
+def generate(pipe: Krea2Pipeline, texts: list[str], seeds: list[int], steps: int, guidance: float, batch: int):
+    """Pictures (N,64,64,3) uint8 by the stock pipeline; noise depends on the seed alone."""
+    out = []
+    for i in range(0, len(texts), batch):
+        noise = torch.stack(
+            [torch.randn(64, 64, generator=torch.Generator().manual_seed(s)) for s in seeds[i : i + batch]]
+        )
+        images = pipe(
+            texts[i : i + batch], height=64, width=64, num_inference_steps=steps, guidance_scale=guidance,
+            latents=noise, output_type="np", max_sequence_length=48,
+        ).images  # fmt: skip
+        out.append((images * 255 + 0.5).astype(np.uint8))
+    return np.concatenate(out)
+
+
+def perceive(pool, images: np.ndarray) -> list[oracles.Percept]:
+    """The oracle on all processes of a pool."""
+    parts = pool.map(oracles.perceive, np.array_split(images, max(1, len(images) // 20)))
+    return [p for part in parts for p in part]
+
+
+def figures(pool, images: np.ndarray, records: list[dict]) -> dict[str, float]:
+    """Oracle accuracy overall, by kind of statement and of scene, words read, share free of artifacts."""
+    seen = perceive(pool, images)
+    met: dict[str, list[float]] = {}
+    for percept, record in zip(seen, records):
+        marks = [(oracles.parse(r)[0], oracles.meets(percept, r)) for r in record["requirements"]]
+        for kind, ok in marks:
+            met.setdefault(f"statement/{kind}", []).append(ok)
+        met.setdefault("accuracy", []).append(np.mean([ok for _, ok in marks]))
+        met.setdefault(f"scene/{record['tags'][0]}", []).append(met["accuracy"][-1])
+        met.setdefault("clean", []).append(percept.clean)
+        if record["texts"]:
+            met.setdefault("text", []).append(percept.scene.text == record["texts"][0])
+    return {k: round(float(np.mean(v)), 4) for k, v in sorted(met.items())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--guidance", type=float, nargs="+", default=[0.0, 1.5])
+    parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--prompts", type=int, default=500)
+    parser.add_argument("--batch", type=int, default=250)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    start = time.time()
+    pool = multiprocessing.get_context("spawn").Pool(os.cpu_count(), torch.set_num_threads, (1,))
+    pipe = Krea2Pipeline.from_pretrained(args.model, torch_dtype=torch.float32).to(args.device)
+    pipe.set_progress_bar_config(disable=True)
+    rng = np.random.default_rng(77)
+    true = [scenes.random_scene(rng) for _ in range(500)]
+    drawn = np.stack([scenes.render(s) for s in true])
+    pixels = torch.from_numpy(drawn).to(args.device)
+    result: dict = {"psnr": round(build.psnr(pipe.vae, pixels), 2)}
+    with torch.no_grad():
+        back = torch.cat([pipe.vae.decode(pipe.vae.encode(build.to_pixels(p)).latent_dist.mean).sample[:, :, 0]
+                          for p in pixels.split(250)])  # fmt: skip
+    back = ((back.clamp(-1, 1).permute(0, 2, 3, 1).cpu().numpy() + 1) * 127.5 + 0.5).astype(np.uint8)
+    said = [scenes.describe(s, rng) for s in true]
+    rows = [{"requirements": d.requirements, "texts": d.texts, "tags": [s.kind]} for d, s in zip(said, true)]
+    result["true scenes"] = figures(pool, drawn, rows)
+    result["reconstructed"] = figures(pool, back, rows)
+    Image.fromarray(_tile(np.concatenate([drawn[:20], back[:20]]), 20)).save(args.out / "vae.png")
+    records = [json.loads(r) for r in (prompts.FOLDER / "heldout.jsonl").read_text().splitlines()][: args.prompts]
+    opened = [json.loads(r) for r in (prompts.FOLDER / "open.jsonl").read_text().splitlines()][:10]
+    for guidance in args.guidance:
+        images = generate(
+            pipe, [r["prompt"] for r in records], list(range(len(records))), args.steps, guidance, args.batch
+        )
+        row = figures(pool, images, records)
+        groups = generate(pipe, [r["prompt"] for r in opened for _ in range(16)], list(range(160)), args.steps,
+                          guidance, args.batch)  # fmt: skip
+        styles = [p.scene.style for p in perceive(pool, groups)]
+        row["styles in a group of 16"] = float(np.mean([len(set(styles[i : i + 16])) for i in range(0, 160, 16)]))
+        row["fewest styles in a group"] = min(len(set(styles[i : i + 16])) for i in range(0, 160, 16))
+        result[f"guidance {guidance:g}"] = row
+        name = f"guidance-{guidance:g}.png"
+        Image.fromarray(_tile(np.concatenate([images[:60], groups[:40]]), 20)).save(args.out / name)
+    result["seconds"] = round(time.time() - start, 1)
+    (args.out / "figures.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+def _tile(images: np.ndarray, columns: int) -> np.ndarray:
+    n, h, w, c = images.shape
+    return images.reshape(n // columns, columns, h, w, c).swapaxes(1, 2).reshape(n // columns * h, columns * w, c)
+
+
+if __name__ == "__main__":
+    main()
