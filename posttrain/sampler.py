@@ -1,11 +1,11 @@
 """K2's time direction, schedule, guidance and steps: the one place where these conventions live.
 
-Pure functions of tensors. t in [0, 1] and 1 is noise: x_t = (1-t) x0 + t eps, the network predicts the velocity
-v = eps - x0, and sampling walks t from 1 down to 0. Latents x are packed, (B, N tokens, C channels), and every
-function here computes in fp32 whatever it is given. Times t, t_next are floats, 0-d tensors or (B,) tensors.
+Pure functions of tensors. t in [0, 1] and 1 is noise: x_t = (1-t) x0 + t eps, the network predicts the
+velocity v = eps - x0, and sampling walks t from 1 down to 0. Latents x are packed, (B, N tokens, C channels), and
+every function here computes in fp32 whatever it is given. Times are floats, 0-d tensors or (B,) tensors.
 
-Norms, log-probs and ratios are means over a sample's D = N*C elements, never sums: exponentiating a difference of
-two log-probs gives the D-th root of the density ratio, and clip ranges are in that unit.
+Norms, log-probs and ratios are means over a sample's D = N*C elements, never sums: exponentiating a difference
+of two log-probs gives the D-th root of the density ratio, and clip ranges are in that unit.
 """
 
 import hashlib
@@ -57,8 +57,8 @@ def schedule(steps: int, mu: float) -> Tensor:
 def model_time(t: Time, dtype: torch.dtype = torch.float32) -> Tensor:
     """The time the network is told, in fp32.
 
-    Rollout and training must use the same one. The public pipeline rounds t to the latents' dtype; pass bfloat16
-    to reproduce that, and nothing to be exact.
+    Rollout and training must use the same one. The public pipeline rounds t to the latents' dtype; pass
+    bfloat16 to reproduce that, and nothing to be exact.
     """
     return torch.as_tensor(t, dtype=torch.float32).to(dtype).float()
 
@@ -95,7 +95,7 @@ def sde_moments(
     (coefficients-preserving: the noise of t_next is part old, part new). eta = 0 is the ODE for all of them.
     t_first is the grid's second value, schedule(...)[1]: it stands in for t where 1 - t would be 0.
 
-    std broadcasts against x. It stays on the device of the times, so that times on the CPU cost no synchronisation.
+    std broadcasts against x. For single times it stays on their device: on the CPU, checking it costs no sync.
     The last step (t_next = 0) has no use for noise: take `ode_step` there.
     """
     x, v = x.float(), v.float()
@@ -140,8 +140,8 @@ def log_prob(x_next: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def guard_log_ratio(x_next: Tensor, mean_old: Tensor, mean_new: Tensor, std: Tensor) -> Tensor:
     """(B,) GRPO-Guard's log-ratio <x_next - mean_old, mean_new - mean_old> / std.
 
-    It equals std * (log_prob_new - log_prob_old + |mean_new - mean_old|^2 / (2 std^2)), without the cancellation:
-    zero on average for x_next ~ N(mean_old, std^2), with variance |mean_new - mean_old|^2 / D at every step.
+    It equals std * (log_prob_new - log_prob_old + |mean_new - mean_old|^2 / (2 std^2)), without the
+    cancellation: zero on average for x_next ~ N(mean_old, std^2), with variance |mean_new - mean_old|^2 / D.
     """
     std = _positive(std)
     difference = mean_new.float() - mean_old.float()
@@ -151,8 +151,8 @@ def guard_log_ratio(x_next: Tensor, mean_old: Tensor, mean_new: Tensor, std: Ten
 def _positive(std: Tensor) -> Tensor:
     if not bool((std > 0).all()):
         raise ValueError(
-            "a trained step needs noise, but its standard deviation is 0: eta must be above 0, and the last step "
-            "(t_next = 0) is deterministic and cannot be trained"
+            "a trained step needs noise, but its standard deviation is 0: eta must be above 0, and the last "
+            "step (t_next = 0) is deterministic and cannot be trained"
         )
     return std.float()
 
@@ -161,18 +161,18 @@ def _positive(std: Tensor) -> Tensor:
 
 
 def seed_for(*indices: int) -> int:
-    """A 63-bit seed for global indices such as (run seed, step, prompt, sample, SDE step); stable across versions."""
+    """A 63-bit seed from global indices (run seed, step, prompt, sample, SDE step, ...); stable for ever."""
     text = ",".join(str(int(index)) for index in indices)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """(B, *shape) fp32 standard normal on the CPU: row i depends on seeds[i] alone, not on batch or process."""
+    """(B, *shape) fp32 standard normal on the CPU: row i depends on seeds[i] alone, not on the batch."""
     rows = [torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(rows) if rows else torch.empty(0, *shape)
 
 
 def _column(t: Time, x: Tensor) -> Tensor:
-    """t as an fp32 tensor that broadcasts against x: (B,) becomes (B, 1, ...), a single time stays where it is."""
+    """t as an fp32 tensor that broadcasts against x: (B,) becomes (B, 1, ...); a single time stays put."""
     t = torch.as_tensor(t, dtype=torch.float32)
     return t if t.ndim == 0 else t.to(x.device).reshape(-1, *[1] * (x.ndim - 1))
