@@ -1,21 +1,23 @@
-"""The K2 model as post-training sees it: load, encode, velocity, sample and decode. Its adapters are in roles.py.
+"""The K2 model as post-training sees it: load, encode, velocity, sample, decode. Adapters are in roles.py.
 
-diffusers owns the network; this file calls its parts in an order that saves work. Two savings are exact: padding
-is dropped (text tokens sit at rotary position 0 whatever their index, and nothing reads a masked token), and the
-fused text, which sees neither t nor the image, is computed once a prompt and reused by every step and role.
+diffusers owns the network; this file calls its parts in an order that saves work. Two savings are exact:
+padding is dropped (text tokens sit at rotary position 0 whatever their index, and nothing reads a masked
+token), and the fused text, which sees no t and no image, is computed once a prompt for all steps and roles.
 
-Shapes: B samples, L text tokens, N image tokens, C channels. Latents x are packed and fp32: (B, N, C), N = H W / 256
-and C = 64 for the released checkpoint. Velocities are fp32 too, whatever dtype the network runs in.
+Shapes: B samples, L text tokens, N image tokens, C channels. Latents x are packed and fp32, (B, N, C); the
+released checkpoint has N = H W / 256 and C = 64. Velocities are fp32 too, whatever dtype the network runs in.
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLQwenImage, Krea2Pipeline, Krea2Transformer2DModel
 from peft.tuners.lora import LoraLayer
@@ -69,7 +71,7 @@ class Text:
 
 
 class VelocityModel(nn.Module):
-    """The transformer from fused text on: every forward enters here, so this is what DDP, FSDP or DeepSpeed wrap."""
+    """The transformer from fused text on. Every forward enters here: DDP, FSDP and DeepSpeed wrap this."""
 
     def __init__(self, transformer: Krea2Transformer2DModel, active: list[str]) -> None:
         super().__init__()
@@ -81,7 +83,7 @@ class VelocityModel(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, tokens: Tensor, mask: Tensor | None, grid: tuple[int, int]
     ) -> Tensor:
-        """x (B, N, C) and tokens (B, L, C) in the network's dtype, t (B,) fp32, mask (B, L), grid rows x columns."""
+        """x (B, N, C) and tokens (B, L, C) in the network's dtype, t (B,) in fp32, mask (B, L) or None."""
         net, length = self.transformer, tokens.shape[1]
         low_precision = x.dtype != torch.float32
         # Autocast brings the adapters' fp32 weights to the base's dtype; everything else is there already.
@@ -108,14 +110,12 @@ class VelocityModel(nn.Module):
             return block(*inputs)
 
     def _rotary(self, length: int, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        # Text rows are all alike (position 0): one table with many of them serves every shorter text by slicing.
-        spare = 512
+        # Text rows are all alike (position 0): one long table serves every shorter text by slicing.
         key = (rows, columns, device)
         cached = self._rope.get(key)
         if cached is None or cached[0].shape[0] - rows * columns < length:
-            spare = max(spare, length)
             with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
-                ids = Krea2Pipeline.prepare_position_ids(spare, rows, columns, device)
+                ids = Krea2Pipeline.prepare_position_ids(max(512, length), rows, columns, device)
                 cached = self._rope[key] = self.transformer.rotary_emb(ids)
         start = cached[0].shape[0] - rows * columns - length
         return cached[0][start:], cached[1][start:]
@@ -149,8 +149,8 @@ class K2(Roles):
     ) -> "K2":
         """From a diffusers directory or hub id; anything else is a UserError.
 
-        With `transformer_file`, the transformer's weights come from that safetensors file, in the original key
-        names, and everything else, its configuration included, from `path`.
+        With `transformer_file`, the transformer's weights come from that safetensors file in the original key
+        names; everything else, its configuration included, from `path`.
         """
         return cls(load_pipeline(path, transformer_file, dtype, device))
 
@@ -197,9 +197,7 @@ class K2(Roles):
         """(rows, columns) of image tokens for a picture of that size in pixels."""
         multiple = self.pixel_multiple
         if height < multiple or width < multiple or height % multiple or width % multiple:
-            raise UserError(
-                f"resolution {height}x{width}: height and width must be multiples of {multiple} pixels"
-            )
+            raise UserError(f"resolution {height}x{width}: both must be multiples of {multiple} pixels")
         return height // multiple, width // multiple
 
     def image_tokens(self, height: int, width: int) -> int:
@@ -229,7 +227,7 @@ class K2(Roles):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], max_tokens: int = 512, batch: int = 16) -> Encoding:
-        """The text encoder's tapped hidden states, without padding. The empty prompt is allowed, for guidance."""
+        """The text encoder's tapped hidden states, unpadded. The empty prompt is allowed, for guidance."""
         if self.tokenizer is None:
             raise RuntimeError("this model has no tokenizer: use random_features")
         prefix, suffix = self.pipe.prompt_template_encode_prefix, self.pipe.prompt_template_encode_suffix
@@ -271,9 +269,7 @@ class K2(Roles):
     def fuse(self, features: Tensor) -> Tensor:
         """One prompt's (L, taps, text_dim) to (L, C): the part of the network that sees no t and no image."""
         if not self.fused_text_is_constant():
-            raise RuntimeError(
-                "text_fusion or txt_in is being trained or adapted: fused text cannot be cached"
-            )
+            raise RuntimeError("text_fusion or txt_in is trained or adapted: fused text cannot be cached")
         tokens = features[None].to(self.device, self.dtype)
         return self.transformer.txt_in(self.transformer.text_fusion(tokens))[0]
 
@@ -281,9 +277,8 @@ class K2(Roles):
         """Whether no trainable parameter and no adapter touches what `fuse` computes."""
         parts = (self.transformer.text_fusion, self.transformer.txt_in)
         trained = any(parameter.requires_grad for part in parts for parameter in part.parameters())
-        return not trained and not any(
-            isinstance(module, LoraLayer) for part in parts for module in part.modules()
-        )
+        adapted = any(isinstance(module, LoraLayer) for part in parts for module in part.modules())
+        return not trained and not adapted
 
     def text(self, prompts: Sequence[str], max_tokens: int = 512) -> Text:
         """Prompts encoded, fused and batched in one go."""
@@ -295,9 +290,7 @@ class K2(Roles):
         """v (B, N, C) in fp32 at latents x and time t, under the active role."""
         grid, batch = self.grid(height, width), x.shape[0]
         if x.shape[1:] != (grid[0] * grid[1], self.latent_channels) or len(text) not in (1, batch):
-            raise ValueError(
-                f"latents {tuple(x.shape)} and {len(text)} texts do not fit {height}x{width} pixels"
-            )
+            raise ValueError(f"latents {tuple(x.shape)}, {len(text)} texts: not for {height}x{width} pixels")
         t = sampler.model_time(t, self.time_dtype).to(x.device).expand(batch)
         tokens = text.tokens.expand(batch, -1, -1)
         mask = None if text.mask is None else text.mask.expand(batch, -1)
@@ -313,7 +306,7 @@ class K2(Roles):
         height: int,
         width: int,
     ) -> Tensor:
-        """The velocity with guidance towards `text`, away from `null_text`; scale 0 costs one forward, not two."""
+        """The velocity guided towards `text` and away from `null_text`; scale 0 costs a single forward."""
         v = self.velocity(x, t, text, height, width)
         if scale <= 0:
             return v
@@ -332,13 +325,12 @@ class K2(Roles):
         guidance: float = 0.0,
         null_text: Text | None = None,
     ) -> Tensor:
-        """Latents (B, N, C) of the deterministic sampler from noise of that shape; stock Krea2Pipeline's, exactly."""
+        """Latents (B, N, C) of the deterministic sampler from noise of that shape: stock Krea2Pipeline's."""
         x = noise.to(self.device, torch.float32)
         times = sampler.schedule(steps, self.mu(height, width))
-        for t, t_next in zip(times[:-1], times[1:]):
-            x = sampler.ode_step(
-                x, self.guided_velocity(x, t, text, null_text, guidance, height, width), t, t_next
-            )
+        for t, t_next in itertools.pairwise(times):
+            v = self.guided_velocity(x, t, text, null_text, guidance, height, width)
+            x = sampler.ode_step(x, v, t, t_next)
         return x
 
     # pictures
@@ -349,12 +341,9 @@ class K2(Roles):
         mean, std = self._latent_statistics()
         pictures = []
         for part in latents.split(batch):
-            z = unpack(
-                part.to(self.vae.device, torch.float32), *self.grid(height, width), self.pipe.patch_size
-            )
-            pixels = self.vae.decode((z * std + mean)[:, :, None].to(self.vae.dtype), return_dict=False)[0][
-                :, :, 0
-            ]
+            part = part.to(self.vae.device, torch.float32)
+            z = unpack(part, *self.grid(height, width), self.pipe.patch_size) * std + mean
+            pixels = self.vae.decode(z[:, :, None].to(self.vae.dtype), return_dict=False)[0][:, :, 0]
             pixels = (pixels.float() / 2 + 0.5).clamp(0, 1) * 255
             pictures.append(pixels.round().to(torch.uint8).permute(0, 2, 3, 1))
         return torch.cat(pictures)
@@ -363,7 +352,7 @@ class K2(Roles):
     def encode_images(self, images: Tensor | Sequence[Image.Image], batch: int = 16) -> Tensor:
         """uint8 pictures (B, height, width, 3), or PIL images of one size, to packed latents (the mode)."""
         if not isinstance(images, Tensor):
-            images = torch.stack([_pixels(image) for image in images])
+            images = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
         self.grid(*images.shape[1:3])
         mean, std = self._latent_statistics()
         latents = []
@@ -385,7 +374,7 @@ class K2(Roles):
 
 
 def pack(latents: Tensor, patch: int = 2) -> Tensor:
-    """(B, c, rows*patch, columns*patch) to tokens (B, rows*columns, c*patch*patch), channel order (c, ph, pw)."""
+    """(B, c, rows*patch, columns*patch) to (B, rows*columns, c*patch*patch), channel order (c, ph, pw)."""
     return F.pixel_unshuffle(latents, patch).flatten(2).transpose(1, 2)
 
 
@@ -397,8 +386,3 @@ def unpack(tokens: Tensor, rows: int, columns: int, patch: int = 2) -> Tensor:
 def to_pil(pictures: Tensor) -> list[Image.Image]:
     """uint8 (B, height, width, 3) to PIL images."""
     return [Image.fromarray(picture) for picture in pictures.cpu().numpy()]
-
-
-def _pixels(image: Image.Image) -> Tensor:
-    data = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
-    return data.view(image.height, image.width, 3)

@@ -1,4 +1,4 @@
-"""Reading K2 checkpoints into a Krea2Pipeline, with errors that name the file; and random weights of the true size.
+"""Reading K2 checkpoints into a Krea2Pipeline, with errors that name the file; random weights of true size.
 
 Only safetensors are read, and no code from a checkpoint runs.
 """
@@ -36,9 +36,7 @@ def load_pipeline(
             transformer = _read_original(Path(transformer_file), path, dtype)
         else:
             transformer = _read_diffusers(path, dtype)
-        pipe = Krea2Pipeline.from_pretrained(
-            path, transformer=transformer, torch_dtype=dtype, use_safetensors=True
-        )
+        pipe = Krea2Pipeline.from_pretrained(path, transformer=transformer, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: cannot be loaded as a K2 pipeline: {reason}") from error
@@ -74,7 +72,7 @@ def keeps_fp32(name: str) -> bool:
 
 
 def _check_directory(path: str) -> None:
-    """Raise a UserError unless `path` is a local K2 pipeline whose weights are whole, or looks like a hub id."""
+    """Raise a UserError unless `path` is a local K2 pipeline with whole files, or looks like a hub id."""
     index = Path(path) / "model_index.json"
     if not Path(path).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
         return
@@ -106,7 +104,7 @@ def _check_whole(file: Path) -> None:
 
 def _read_diffusers(path: str, dtype: torch.dtype) -> Krea2Transformer2DModel:
     transformer, info = Krea2Transformer2DModel.from_pretrained(
-        path, subfolder="transformer", torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+        path, subfolder="transformer", dtype=dtype, use_safetensors=True, output_loading_info=True
     )
     problems = {what: info[f"{what}_keys"] for what in ("missing", "unexpected") if info[f"{what}_keys"]}
     for what, keys in problems.items():
@@ -130,7 +128,11 @@ def _read_original(file: Path, path: str, dtype: torch.dtype) -> Krea2Transforme
     weights = original.from_original(load_file(file))
     remedy = f"give a file in the original key names that belongs to {path}/transformer"
     check_names(str(file), transformer.state_dict(), weights, remedy, original_names=True)
-    weights = {key: value.to(torch.float32 if keeps_fp32(key) else dtype) for key, value in weights.items()}
+    # Copied, so that the model does not live in the file's pages.
+    weights = {
+        key: value.to(torch.float32 if keeps_fp32(key) else dtype, copy=True)
+        for key, value in weights.items()
+    }
     transformer.load_state_dict(weights, assign=True)
     return transformer
 
@@ -141,7 +143,7 @@ def _read_original(file: Path, path: str, dtype: torch.dtype) -> Krea2Transforme
 def random_pipeline(
     device: str | torch.device, dtype: torch.dtype, scale: Literal["k2", "tiny"], text: bool, seed: int
 ) -> Krea2Pipeline:
-    """See `K2.random`. Built where and in the dtype it runs in, so that there is never a second or fp32 copy."""
+    """See `K2.random`. Built where and in the dtype it runs in: there is never a second or fp32 copy."""
     transformer_config, text_config, vae_config, taps = _sizes(scale)
     device, default = torch.device(device), torch.get_default_dtype()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
@@ -180,7 +182,7 @@ SCHEDULER = {
 
 
 def _sizes(scale: str) -> tuple[dict, dict, dict, Sequence[int]]:
-    """Configurations of transformer, text encoder and autoencoder (diffusers' defaults are K2's), and the taps."""
+    """Configurations of transformer, text encoder and autoencoder (diffusers' defaults are K2's); taps."""
     vision = {
         "depth": 1,
         "hidden_size": 64,

@@ -1,7 +1,7 @@
-"""Key names: the original checkpoint's, which ComfyUI, SGLang and the official repository read, and diffusers'.
+"""Key names: the original checkpoint's, which ComfyUI, SGLang and the official code read, and diffusers'.
 
-Pure functions of a state dict and exact inverses of each other. diffusers reads the original names but does not
-write them; a test holds `from_original` against its converter.
+Pure functions of a state dict and exact inverses of each other. diffusers reads the original names but does
+not write them; a test holds `from_original` against its converter.
 """
 
 import re
@@ -56,7 +56,7 @@ def diffusers_name(key: str) -> str:
 
 
 def to_original(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A Krea2Transformer2DModel's state dict in the original format: a block's modulation (6, C) is flattened."""
+    """A Krea2Transformer2DModel's state dict in the original format; a block's (6, C) table is flattened."""
     return {
         original_name(key): value.reshape(-1) if _is_block_table(key) else value
         for key, value in state_dict.items()

@@ -1,10 +1,12 @@
-"""Roles: LoRA adapters on one frozen transformer. Policy, student and fake score are adapters; the reference and
-the teacher are the base with none active.
+"""Roles: LoRA adapters on one frozen transformer.
+
+Policy, student and fake score are adapters; the reference and the teacher are the base with none active.
 """
 
 import contextlib
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,15 +39,15 @@ class Roles:
     def __init__(self, transformer: Krea2Transformer2DModel) -> None:
         self.transformer = transformer
         self.roles: dict[str, Role] = {}
-        # Every adapted layer reads its active adapters from this one list, so a switch is one assignment. peft's own
-        # switch walks the layers and changes requires_grad as it goes, which a trainer must not have happen.
+        # Every adapted layer reads its active adapters from this one list: a switch is one assignment. peft's
+        # own walks the layers and changes requires_grad as it goes, which must not happen in training.
         self._active: list[str] = []
         self._layers: list[tuple[str, LoraLayer]] = []
 
     def add_role(
         self, name: str, rank: int, alpha: float, targets: Sequence[str] = TARGETS, seed: int = 0
     ) -> None:
-        """Add an adapter on the transformer blocks: fp32 on any base, and without effect until trained (B = 0).
+        """Add an adapter on the transformer blocks: fp32 on any base, without effect until trained (B = 0).
 
         It is neither active nor trainable yet. The text fusion is never adapted: its output is cached.
         """
@@ -56,7 +58,13 @@ class Roles:
             raise UserError(f"LoRA targets: {unknown[0]!r} is no linear of a K2 block; choose from {known}")
         trainable = self._trainable()
         pattern = rf"transformer_blocks\.\d+\.(attn\.)?({'|'.join(re.escape(target) for target in targets)})"
-        self.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern), name)  # pyright: ignore[reportArgumentType]
+        config = LoraConfig(r=rank, target_modules=pattern)
+        config.lora_alpha = alpha  # peft declares an int, and takes any number
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "Already found a `peft_config`"
+            )  # several adapters are the point
+            self.transformer.add_adapter(config, name)
         self.roles[name] = Role(rank, alpha, tuple(targets))
         self._relink(trainable)
         for index, (key, parameter) in enumerate(self.role_named_parameters(name).items()):
@@ -69,7 +77,7 @@ class Roles:
 
     @contextlib.contextmanager
     def role(self, name: str | None) -> Iterator[None]:
-        """Run as this role; None is the base, which is the reference. The previous role returns afterwards."""
+        """Run as this role; None is the base, which is the reference. The previous one returns afterwards."""
         if name is not None and name not in self.roles:
             raise ValueError(f"no role {name!r}; there are {sorted(self.roles)}")
         with switched(self._active, [] if name is None else [name]):
@@ -92,7 +100,7 @@ class Roles:
 
     @torch.no_grad()
     def load_role_state_dict(self, name: str, state_dict: Mapping[str, Tensor]) -> None:
-        """Copy the factors in; raises before anything changes if a key is missing, unexpected or misshapen."""
+        """Copy the factors in; a missing, unexpected or misshapen key raises before anything changes."""
         own = self.role_named_parameters(name)
         check_names(f"adapter {name!r}", own, state_dict, "give the adapter of this rank and these targets")
         for key, parameter in own.items():
@@ -103,7 +111,7 @@ class Roles:
         return self._train(self.role_parameters(name))
 
     def train_all(self) -> list[nn.Parameter]:
-        """Full fine-tuning: every base parameter requires grad but the fused text's, so that it stays cached."""
+        """Full fine-tuning: every base parameter requires grad but the fused text's, which stays cached."""
         return self._train(
             [
                 parameter
@@ -114,7 +122,7 @@ class Roles:
 
     @torch.no_grad()
     def merge_role(self, name: str) -> None:
-        """Fold an adapter into the base and forget it: from here on the base, and so the reference, has it."""
+        """Fold an adapter into the base and forget it: from here on the base, so the reference, has it."""
         if self._active:
             raise RuntimeError(f"cannot merge {name!r} while role {self._active[0]!r} is active")
         trainable = self._trainable()

@@ -1,11 +1,11 @@
 """K2's time direction, schedule, guidance and steps: the one place where these conventions live.
 
 Pure functions of tensors. t in [0, 1] and 1 is noise: x_t = (1-t) x0 + t eps, the network predicts the
-velocity v = eps - x0, and sampling walks t from 1 down to 0. Latents x are packed, (B, N tokens, C channels), and
-every function here computes in fp32 whatever it is given. Times are floats, 0-d tensors or (B,) tensors.
+velocity v = eps - x0, and sampling walks t from 1 down to 0. Latents x are packed, (B, N tokens, C channels),
+and every function here computes in fp32 whatever it is given. Times are floats, 0-d tensors or (B,) tensors.
 
-Norms, log-probs and ratios are means over a sample's D = N*C elements, never sums: exponentiating a difference
-of two log-probs gives the D-th root of the density ratio, and clip ranges are in that unit.
+Norms, log-probs and ratios are means over a sample's D = N*C elements, never sums: the exponential of a
+difference of two log-probs is the D-th root of the density ratio, and clip ranges are in that unit.
 """
 
 import hashlib
@@ -95,7 +95,7 @@ def sde_moments(
     (coefficients-preserving: the noise of t_next is part old, part new). eta = 0 is the ODE for all of them.
     t_first is the grid's second value, schedule(...)[1]: it stands in for t where 1 - t would be 0.
 
-    std broadcasts against x. For single times it stays on their device: on the CPU, checking it costs no sync.
+    std broadcasts against x. For single times it stays on their device: checking it on the CPU costs no sync.
     The last step (t_next = 0) has no use for noise: take `ode_step` there.
     """
     x, v = x.float(), v.float()
