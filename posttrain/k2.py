@@ -358,7 +358,8 @@ class K2(Roles):
         latents = []
         for part in images.split(batch):
             pixels = part.to(self.vae.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-            z = self.vae.encode(pixels[:, :, None].to(self.vae.dtype)).latent_dist.mode()[:, :, 0].float()
+            posterior = self.vae.encode(pixels[:, :, None].to(self.vae.dtype), return_dict=False)[0]
+            z = posterior.mode()[:, :, 0].float()
             latents.append(pack((z - mean) / std, self.pipe.patch_size))
         return torch.cat(latents)
 

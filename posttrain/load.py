@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import (
@@ -103,9 +103,10 @@ def _check_whole(file: Path) -> None:
 
 
 def _read_diffusers(path: str, dtype: torch.dtype) -> Krea2Transformer2DModel:
-    transformer, info = Krea2Transformer2DModel.from_pretrained(
+    loaded: Any = Krea2Transformer2DModel.from_pretrained(
         path, subfolder="transformer", dtype=dtype, use_safetensors=True, output_loading_info=True
     )
+    transformer, info = loaded
     problems = {what: info[f"{what}_keys"] for what in ("missing", "unexpected") if info[f"{what}_keys"]}
     for what, keys in problems.items():
         first = ", ".join(sorted(keys)[:3])
@@ -122,9 +123,9 @@ def _read_original(file: Path, path: str, dtype: torch.dtype) -> Krea2Transforme
     if file.suffix != ".safetensors":
         raise UserError(f"{file}: only .safetensors files are read; convert it first")
     _check_whole(file)
-    config = Krea2Transformer2DModel.load_config(path, subfolder="transformer")
+    config: Any = Krea2Transformer2DModel.load_config(path, subfolder="transformer")
     with torch.device("meta"):
-        transformer = Krea2Transformer2DModel.from_config(config)
+        transformer: Any = Krea2Transformer2DModel.from_config(config)
     weights = original.from_original(load_file(file))
     remedy = f"give a file in the original key names that belongs to {path}/transformer"
     check_names(str(file), transformer.state_dict(), weights, remedy, original_names=True)
@@ -160,14 +161,14 @@ def random_pipeline(
                 nn.init.normal_(parameter, std=0.02)
             if keeps_fp32(name):
                 parameter.data = parameter.data.float()
-    return Krea2Pipeline(
-        FlowMatchEulerDiscreteScheduler(**SCHEDULER),
-        vae,
-        encoder,
-        None,
-        transformer,
-        text_encoder_select_layers=taps,
-    )  # pyright: ignore[reportArgumentType]
+    parts: dict[str, Any] = {
+        "vae": vae,
+        "text_encoder": encoder,
+        "tokenizer": None,
+        "transformer": transformer,
+    }
+    scheduler = FlowMatchEulerDiscreteScheduler(**SCHEDULER)
+    return Krea2Pipeline(scheduler=scheduler, text_encoder_select_layers=tuple(taps), **parts)
 
 
 SCHEDULER = {

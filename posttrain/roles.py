@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import Krea2Transformer2DModel
@@ -58,13 +59,12 @@ class Roles:
             raise UserError(f"LoRA targets: {unknown[0]!r} is no linear of a K2 block; choose from {known}")
         trainable = self._trainable()
         pattern = rf"transformer_blocks\.\d+\.(attn\.)?({'|'.join(re.escape(target) for target in targets)})"
-        config = LoraConfig(r=rank, target_modules=pattern)
-        config.lora_alpha = alpha  # peft declares an int, and takes any number
+        options: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": pattern}
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", "Already found a `peft_config`"
             )  # several adapters are the point
-            self.transformer.add_adapter(config, name)
+            self.transformer.add_adapter(LoraConfig(**options), name)
         self.roles[name] = Role(rank, alpha, tuple(targets))
         self._relink(trainable)
         for index, (key, parameter) in enumerate(self.role_named_parameters(name).items()):
@@ -128,9 +128,9 @@ class Roles:
         trainable = self._trainable()
         for _, layer in self._layers:
             if name in layer.lora_A:
-                weight = layer.get_base_layer().weight
-                delta = layer.lora_B[name].weight @ layer.lora_A[name].weight * layer.scaling[name]
-                weight.copy_(weight.float() + delta)
+                weight: Any = layer.get_base_layer().weight
+                a, b = (getattr(layer, factor)[name].weight for factor in ("lora_A", "lora_B"))
+                weight.copy_(weight.float() + layer.scaling[name] * (b @ a))
         del self.roles[name]
         if self.roles:
             self.transformer.delete_adapters(name)

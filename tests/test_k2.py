@@ -407,6 +407,18 @@ def test_random_weights():
         model.encode(["a"])
 
 
+def test_random_weights_have_the_released_size():
+    model = K2.random("meta", torch.bfloat16)
+    assert sum(p.numel() for p in model.transformer.parameters()) == pytest.approx(12.82e9, rel=1e-3)
+    assert model.pixel_multiple == 16 and model.mu(1024, 1024) == 0.90625 and model.latent_channels == 64
+    fp32 = sum(p.numel() for p in model.transformer.parameters() if p.dtype == torch.float32)
+    assert 0 < fp32 < 1e6
+    assert model.text_encoder is not None
+    assert sum(p.numel() for p in model.text_encoder.language_model.parameters()) == pytest.approx(
+        4.0e9, rel=0.03
+    )
+
+
 # roles
 
 

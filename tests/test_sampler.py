@@ -1,6 +1,6 @@
 """The sampler's conventions, against arithmetic done by hand, diffusers' scheduler and torch's distributions.
 
-The worked example: data N(m, s^2) has the exact velocity v*(x, t) below, so every step is affine in x, and the
+The worked example: data N(m, s^2) has the exact velocity v*(x, t) below, so every step is affine in x and the
 sampler's own functions carry a mean and a standard deviation from noise to data exactly.
 """
 
