@@ -39,7 +39,8 @@ def load_pipeline(
         pipe = Krea2Pipeline.from_pretrained(path, transformer=transformer, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: cannot be loaded as a K2 pipeline: {reason}") from error
+        what = "" if Path(path).exists() else "no such directory here, and as a hub id it "
+        raise UserError(f"{path}: {what}cannot be loaded as a K2 pipeline: {reason}") from error
     for name in ("transformer", "vae", "text_encoder"):
         pipe.components[name].to(device)
     return pipe
@@ -74,7 +75,7 @@ def keeps_fp32(name: str) -> bool:
 def _check_directory(path: str) -> None:
     """Raise a UserError unless `path` is a local K2 pipeline with whole files, or looks like a hub id."""
     index = Path(path) / "model_index.json"
-    if not Path(path).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).parent.exists():
         return
     for good, what in (
         (Path(path).is_dir(), "no such directory"),

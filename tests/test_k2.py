@@ -347,7 +347,11 @@ def test_not_a_single_file(directory, tmp_path):
         K2.load(directory, tmp_path / "cut.safetensors")
 
 
-def test_not_a_pipeline(directory, tmp_path):
+def test_not_a_pipeline(directory, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(UserError, match="no such directory"):
+        K2.load("runs/none")  # shaped like a hub id, but its parent is here
     with pytest.raises(UserError, match="no such directory"):
         K2.load(tmp_path / "none")
     with pytest.raises(UserError, match=r"no model_index\.json"):
