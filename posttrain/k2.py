@@ -1,0 +1,389 @@
+"""The K2 model as post-training sees it: load, encode, velocity, sample, decode. Adapters are in roles.py.
+
+diffusers owns the network; this file calls its parts in an order that saves work. Two savings are exact:
+padding is dropped (text tokens sit at rotary position 0 whatever their index, and nothing reads a masked
+token), and the fused text, which sees no t and no image, is computed once a prompt for all steps and roles.
+
+Shapes: B samples, L text tokens, N image tokens, C channels. Latents x are packed and fp32, (B, N, C); the
+released checkpoint has N = H W / 256 and C = 64. Velocities are fp32 too, whatever dtype the network runs in.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLQwenImage, Krea2Pipeline, Krea2Transformer2DModel
+from peft.tuners.lora import LoraLayer
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from posttrain import sampler
+from posttrain.load import load_pipeline, random_pipeline
+from posttrain.roles import Roles, switched
+from prompts.errors import UserError
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Prompts through the text encoder: real tokens only, [prompt | suffix]."""
+
+    features: list[Tensor]
+    """(L_i, taps, text_dim) a prompt."""
+    cut: list[int]
+    """How many tokens of each prompt did not fit into max_tokens."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Fused text of a batch, ready for `K2.velocity`. A batch of one serves any number of samples."""
+
+    tokens: Tensor
+    """(B, L, C)"""
+    mask: Tensor | None = None
+    """(B, L) bool, True for real tokens; None where all prompts have the same length."""
+
+    @staticmethod
+    def of(fused: Sequence[Tensor]) -> "Text":
+        """From the prompts' (L_i, C); padded to the longest, and masked, only where the lengths differ."""
+        lengths = torch.tensor([len(tokens) for tokens in fused], device=fused[0].device)
+        tokens = nn.utils.rnn.pad_sequence(list(fused), batch_first=True)
+        if len({len(tokens) for tokens in fused}) == 1:
+            return Text(tokens)
+        return Text(tokens, torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None])
+
+    def repeat(self, times: int) -> "Text":
+        """Each prompt `times` times in a row: the text of groups."""
+        mask = None if self.mask is None else self.mask.repeat_interleave(times, 0)
+        return Text(self.tokens.repeat_interleave(times, 0), mask)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class VelocityModel(nn.Module):
+    """The transformer from fused text on. Every forward enters here: DDP, FSDP and DeepSpeed wrap this."""
+
+    def __init__(self, transformer: Krea2Transformer2DModel, active: list[str]) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.active = active
+        self.gradient_checkpointing = False
+        self._rope: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def forward(
+        self, x: Tensor, t: Tensor, tokens: Tensor, mask: Tensor | None, grid: tuple[int, int]
+    ) -> Tensor:
+        """x (B, N, C) and tokens (B, L, C) in the network's dtype, t (B,) in fp32, mask (B, L) or None."""
+        net, length = self.transformer, tokens.shape[1]
+        low_precision = x.dtype != torch.float32
+        # Autocast brings the adapters' fp32 weights to the base's dtype; everything else is there already.
+        with torch.autocast(x.device.type, dtype=x.dtype) if low_precision else contextlib.nullcontext():
+            temb = net.time_embed(t, dtype=x.dtype)
+            modulation = net.time_mod_proj(F.gelu(temb, approximate="tanh"))
+            if mask is not None:
+                mask = torch.cat([mask, mask.new_ones(x.shape[:2])], dim=1)[:, None, None, :]
+            rope = self._rotary(length, *grid, x.device)
+            hidden = torch.cat([tokens, net.img_in(x)], dim=1)
+            for block in net.transformer_blocks:
+                if self.gradient_checkpointing and torch.is_grad_enabled():
+                    hidden = checkpoint(
+                        self._block, block, list(self.active), hidden, modulation, rope, mask,
+                        use_reentrant=False, preserve_rng_state=False,
+                    )  # fmt: skip
+                else:
+                    hidden = block(hidden, modulation, rope, mask)
+            return net.final_layer(hidden[:, length:], temb)
+
+    def _block(self, block: nn.Module, active: list[str], *inputs: object) -> Tensor:
+        # Recomputation happens in backward, when another role may be active.
+        with switched(self.active, active):
+            return block(*inputs)
+
+    def _rotary(self, length: int, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        # Text rows are all alike (position 0): one long table serves every shorter text by slicing.
+        key = (rows, columns, device)
+        cached = self._rope.get(key)
+        if cached is None or cached[0].shape[0] - rows * columns < length:
+            with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+                ids = Krea2Pipeline.prepare_position_ids(max(512, length), rows, columns, device)
+                cached = self._rope[key] = self.transformer.rotary_emb(ids)
+        start = cached[0].shape[0] - rows * columns - length
+        return cached[0][start:], cached[1][start:]
+
+
+class K2(Roles):
+    """One Krea2Pipeline and the roles on its transformer."""
+
+    def __init__(self, pipe: Krea2Pipeline) -> None:
+        super().__init__(pipe.components["transformer"])
+        self.pipe = pipe
+        self.vae: AutoencoderKLQwenImage = pipe.components["vae"]
+        self.text_encoder: PreTrainedModel | None = pipe.components["text_encoder"]
+        self.tokenizer: PreTrainedTokenizerBase | None = pipe.components["tokenizer"]
+        self.time_dtype = torch.float32
+        """The precision of the time the network is told; see `sampler.model_time`."""
+        self.velocity_model = VelocityModel(self.transformer, self._active)
+        self.net: nn.Module = self.velocity_model
+        """What `velocity` calls. A distributed run prepares it and puts the wrapped module here."""
+        for module in (self.transformer, self.vae, self.text_encoder):
+            if module is not None:
+                module.eval().requires_grad_(False)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        transformer_file: str | Path | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> "K2":
+        """From a diffusers directory or hub id; anything else is a UserError.
+
+        With `transformer_file`, the transformer's weights come from that safetensors file in the original key
+        names; everything else, its configuration included, from `path`.
+        """
+        return cls(load_pipeline(path, transformer_file, dtype, device))
+
+    @classmethod
+    def random(
+        cls,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        scale: Literal["k2", "tiny"] = "k2",
+        text: bool = True,
+        seed: int = 0,
+    ) -> "K2":
+        """Random weights at the released model's size (or tiny), for benchmarks; there is no tokenizer.
+
+        text=False leaves the text encoder out; `random_features` stands in for encoded prompts either way.
+        """
+        return cls(random_pipeline(device, dtype, scale, text, seed))
+
+    # shapes and schedule
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.img_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.transformer.img_in.weight.dtype
+
+    @property
+    def is_distilled(self) -> bool:
+        return bool(self.pipe.config["is_distilled"])
+
+    @property
+    def pixel_multiple(self) -> int:
+        """Pixels along one side of an image token; heights and widths are multiples of it."""
+        return self.pipe.vae_scale_factor * self.pipe.patch_size
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a packed image token."""
+        return self.transformer.config["in_channels"]
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of image tokens for a picture of that size in pixels."""
+        multiple = self.pixel_multiple
+        if height < multiple or width < multiple or height % multiple or width % multiple:
+            raise UserError(f"resolution {height}x{width}: both must be multiples of {multiple} pixels")
+        return height // multiple, width // multiple
+
+    def image_tokens(self, height: int, width: int) -> int:
+        rows, columns = self.grid(height, width)
+        return rows * columns
+
+    def mu(self, height: int, width: int) -> float:
+        """The schedule's shift: fixed for a distilled checkpoint, by resolution for Raw."""
+        if self.is_distilled:
+            return sampler.TURBO_MU
+        config = self.pipe.scheduler.config
+        return sampler.resolution_mu(
+            self.image_tokens(height, width),
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 6400),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+
+    def config_fingerprint(self) -> str:
+        """A short hash of the architecture: adapters and resumed runs belong to one."""
+        config = {key: value for key, value in self.transformer.config.items() if not key.startswith("_")}
+        config["taps"] = self.pipe.text_encoder_select_layers
+        return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+
+    # text
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], max_tokens: int = 512, batch: int = 16) -> Encoding:
+        """The text encoder's tapped hidden states, unpadded. The empty prompt is allowed, for guidance."""
+        if self.tokenizer is None:
+            raise RuntimeError("this model has no tokenizer: use random_features")
+        prefix, suffix = self.pipe.prompt_template_encode_prefix, self.pipe.prompt_template_encode_suffix
+        suffix_ids = self.tokenizer(suffix)["input_ids"]
+        room = max_tokens + self.pipe.prompt_template_encode_start_idx - len(suffix_ids)
+        ids = self.tokenizer([prefix + prompt for prompt in prompts])["input_ids"] if prompts else []
+        features = self.encode_tokens([row[:room] + suffix_ids for row in ids], batch)
+        return Encoding(features, [max(0, len(row) - room) for row in ids])
+
+    @torch.no_grad()
+    def encode_tokens(self, ids: Sequence[list[int]], batch: int = 16) -> list[Tensor]:
+        """Token ids, template included, to features after the prefix."""
+        if self.text_encoder is None:
+            raise RuntimeError("this model has no text encoder: use random_features")
+        start = self.pipe.prompt_template_encode_start_idx
+        features: dict[int, Tensor] = {}
+        by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        for first in range(0, len(ids), batch):
+            chosen = by_length[first : first + batch]
+            rows = [torch.tensor(ids[i], device=self.text_encoder.device) for i in chosen]
+            # Padded on the right and causal: no real token can see padding, and positions count real tokens.
+            tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand(3, *tokens.shape)
+            states = self.text_encoder(
+                input_ids=tokens, position_ids=positions, output_hidden_states=True, use_cache=False
+            ).hidden_states
+            taps = torch.stack([states[i] for i in self.pipe.text_encoder_select_layers], dim=2)
+            for row, i in enumerate(chosen):
+                features[i] = taps[row, start : len(ids[i])].clone()
+        return [features[i] for i in range(len(ids))]
+
+    def random_features(self, length: int, seed: int = 0) -> Tensor:
+        """(length, taps, text_dim) features as if a prompt had been encoded."""
+        config = self.transformer.config
+        shape = (length, config["num_text_layers"], config["text_hidden_dim"])
+        return sampler.noise([seed], shape)[0].to(self.device, self.dtype)
+
+    @torch.no_grad()
+    def fuse(self, features: Tensor) -> Tensor:
+        """One prompt's (L, taps, text_dim) to (L, C): the part of the network that sees no t and no image."""
+        if not self.fused_text_is_constant():
+            raise RuntimeError("text_fusion or txt_in is trained or adapted: fused text cannot be cached")
+        tokens = features[None].to(self.device, self.dtype)
+        return self.transformer.txt_in(self.transformer.text_fusion(tokens))[0]
+
+    def fused_text_is_constant(self) -> bool:
+        """Whether no trainable parameter and no adapter touches what `fuse` computes."""
+        parts = (self.transformer.text_fusion, self.transformer.txt_in)
+        trained = any(parameter.requires_grad for part in parts for parameter in part.parameters())
+        adapted = any(isinstance(module, LoraLayer) for part in parts for module in part.modules())
+        return not trained and not adapted
+
+    def text(self, prompts: Sequence[str], max_tokens: int = 512) -> Text:
+        """Prompts encoded, fused and batched in one go."""
+        return Text.of([self.fuse(features) for features in self.encode(prompts, max_tokens).features])
+
+    # the network
+
+    def velocity(self, x: Tensor, t: sampler.Time, text: Text, height: int, width: int) -> Tensor:
+        """v (B, N, C) in fp32 at latents x and time t, under the active role."""
+        grid, batch = self.grid(height, width), x.shape[0]
+        if x.shape[1:] != (grid[0] * grid[1], self.latent_channels) or len(text) not in (1, batch):
+            raise ValueError(f"latents {tuple(x.shape)}, {len(text)} texts: not for {height}x{width} pixels")
+        t = sampler.model_time(t, self.time_dtype).to(x.device).expand(batch)
+        tokens = text.tokens.expand(batch, -1, -1)
+        mask = None if text.mask is None else text.mask.expand(batch, -1)
+        return self.net(x.to(self.dtype), t, tokens, mask, grid).float()
+
+    def guided_velocity(
+        self,
+        x: Tensor,
+        t: sampler.Time,
+        text: Text,
+        null_text: Text | None,
+        scale: float,
+        height: int,
+        width: int,
+    ) -> Tensor:
+        """The velocity guided towards `text` and away from `null_text`; scale 0 costs a single forward."""
+        v = self.velocity(x, t, text, height, width)
+        if scale <= 0:
+            return v
+        if null_text is None:
+            raise ValueError(f"guidance {scale} needs null_text, the fused empty prompt")
+        return sampler.guide(v, self.velocity(x, t, null_text, height, width), scale)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        text: Text,
+        noise: Tensor,
+        steps: int,
+        height: int,
+        width: int,
+        guidance: float = 0.0,
+        null_text: Text | None = None,
+    ) -> Tensor:
+        """Latents (B, N, C) of the deterministic sampler from noise of that shape: stock Krea2Pipeline's."""
+        x = noise.to(self.device, torch.float32)
+        times = sampler.schedule(steps, self.mu(height, width))
+        for t, t_next in itertools.pairwise(times):
+            v = self.guided_velocity(x, t, text, null_text, guidance, height, width)
+            x = sampler.ode_step(x, v, t, t_next)
+        return x
+
+    # pictures
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, height: int, width: int, batch: int = 16) -> Tensor:
+        """Packed latents (B, N, C) to uint8 pictures (B, height, width, 3)."""
+        mean, std = self._latent_statistics()
+        pictures = []
+        for part in latents.split(batch):
+            part = part.to(self.vae.device, torch.float32)
+            z = unpack(part, *self.grid(height, width), self.pipe.patch_size) * std + mean
+            pixels = self.vae.decode(z[:, :, None].to(self.vae.dtype), return_dict=False)[0][:, :, 0]
+            pixels = (pixels.float() / 2 + 0.5).clamp(0, 1) * 255
+            pictures.append(pixels.round().to(torch.uint8).permute(0, 2, 3, 1))
+        return torch.cat(pictures)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor | Sequence[Image.Image], batch: int = 16) -> Tensor:
+        """uint8 pictures (B, height, width, 3), or PIL images of one size, to packed latents (the mode)."""
+        if not isinstance(images, Tensor):
+            images = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+        self.grid(*images.shape[1:3])
+        mean, std = self._latent_statistics()
+        latents = []
+        for part in images.split(batch):
+            pixels = part.to(self.vae.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+            posterior = self.vae.encode(pixels[:, :, None].to(self.vae.dtype), return_dict=False)[0]
+            z = posterior.mode()[:, :, 0].float()
+            latents.append(pack((z - mean) / std, self.pipe.patch_size))
+        return torch.cat(latents)
+
+    def _latent_statistics(self) -> tuple[Tensor, Tensor]:
+        mean, std = (
+            torch.tensor(self.vae.config[key], device=self.vae.device).view(1, -1, 1, 1)
+            for key in ("latents_mean", "latents_std")
+        )
+        return mean, std
+
+
+# latents and pictures
+
+
+def pack(latents: Tensor, patch: int = 2) -> Tensor:
+    """(B, c, rows*patch, columns*patch) to (B, rows*columns, c*patch*patch), channel order (c, ph, pw)."""
+    return F.pixel_unshuffle(latents, patch).flatten(2).transpose(1, 2)
+
+
+def unpack(tokens: Tensor, rows: int, columns: int, patch: int = 2) -> Tensor:
+    """The inverse of `pack`."""
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (rows, columns)), patch)
+
+
+def to_pil(pictures: Tensor) -> list[Image.Image]:
+    """uint8 (B, height, width, 3) to PIL images."""
+    return [Image.fromarray(picture) for picture in pictures.cpu().numpy()]

@@ -1,0 +1,242 @@
+"""Reading K2 checkpoints into a Krea2Pipeline, with errors that name the file; random weights of true size.
+
+Only safetensors are read, and no code from a checkpoint runs.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
+)
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import Qwen3VLConfig, Qwen3VLModel
+
+from posttrain import original
+from prompts.errors import UserError
+
+
+def load_pipeline(
+    path: str | Path, transformer_file: str | Path | None, dtype: torch.dtype, device: str | torch.device
+) -> Krea2Pipeline:
+    """See `K2.load`."""
+    path = str(path)
+    _check_directory(path)
+    try:
+        if transformer_file is not None:
+            transformer = _read_original(Path(transformer_file), path, dtype)
+        else:
+            transformer = _read_diffusers(path, dtype)
+        pipe = Krea2Pipeline.from_pretrained(path, transformer=transformer, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        what = "" if Path(path).exists() else "no such directory here, and as a hub id it "
+        raise UserError(f"{path}: {what}cannot be loaded as a K2 pipeline: {reason}") from error
+    for name in ("transformer", "vae", "text_encoder"):
+        pipe.components[name].to(device)
+    return pipe
+
+
+def check_names(
+    where: str,
+    expected: Mapping[str, Tensor],
+    got: Mapping[str, Tensor],
+    remedy: str,
+    original_names: bool = False,
+) -> None:
+    """Raise a UserError that lists the first missing, unexpected and misshapen keys, and counts them."""
+    missing = [key for key in expected if key not in got]
+    extra = [key for key in got if key not in expected]
+    misshapen = [key for key in expected if key in got and got[key].shape != expected[key].shape]
+    lists = {"missing": missing, "unexpected": extra, "of another shape": misshapen}
+    problems = []
+    for what, keys in lists.items():
+        names = [original.original_name(key) if original_names else key for key in keys[:3]]
+        if keys:
+            problems.append(f"{len(keys)} {what} ({', '.join(names)}{', ...' if len(keys) > 3 else ''})")
+    if problems:
+        raise UserError(f"{where}: keys do not match this model: {'; '.join(problems)}; {remedy}")
+
+
+def keeps_fp32(name: str) -> bool:
+    """Whether diffusers keeps this transformer parameter in fp32 on a bf16 model: the norms' scales."""
+    return not set(Krea2Transformer2DModel._keep_in_fp32_modules).isdisjoint(name.split("."))
+
+
+def _check_directory(path: str) -> None:
+    """Raise a UserError unless `path` is a local K2 pipeline with whole files, or looks like a hub id."""
+    index = Path(path) / "model_index.json"
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).parent.exists():
+        return
+    for good, what in (
+        (Path(path).is_dir(), "no such directory"),
+        (index.is_file(), "has no model_index.json"),
+    ):
+        if not good:
+            raise UserError(f"{path}: {what}; give a K2 pipeline directory in diffusers' layout, or a hub id")
+    try:
+        name = json.loads(index.read_text())["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{index}: not a pipeline index ({error!r}); copy or download it again") from error
+    if name != "Krea2Pipeline":
+        raise UserError(f"{index}: holds a {name}, not a Krea2Pipeline; give a K2 checkpoint")
+    for file in sorted(Path(path).rglob("*.safetensors")):
+        _check_whole(file)
+
+
+def _check_whole(file: Path) -> None:
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{file}: not a whole safetensors file ({error}); copy or download it again"
+        ) from error
+
+
+def _read_diffusers(path: str, dtype: torch.dtype) -> Krea2Transformer2DModel:
+    loaded: Any = Krea2Transformer2DModel.from_pretrained(
+        path, subfolder="transformer", dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
+    transformer, info = loaded
+    problems = {what: info[f"{what}_keys"] for what in ("missing", "unexpected") if info[f"{what}_keys"]}
+    for what, keys in problems.items():
+        first = ", ".join(sorted(keys)[:3])
+        raise UserError(
+            f"{path}/transformer: {len(keys)} {what} keys ({first}, ...); give a whole K2 checkpoint"
+        )
+    return transformer
+
+
+def _read_original(file: Path, path: str, dtype: torch.dtype) -> Krea2Transformer2DModel:
+    """From one file in the original key names. diffusers' own reader lets missing and extra keys pass."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; give the transformer as one .safetensors file")
+    if file.suffix != ".safetensors":
+        raise UserError(f"{file}: only .safetensors files are read; convert it first")
+    _check_whole(file)
+    config: Any = Krea2Transformer2DModel.load_config(path, subfolder="transformer")
+    with torch.device("meta"):
+        transformer: Any = Krea2Transformer2DModel.from_config(config)
+    weights = original.from_original(load_file(file))
+    remedy = f"give a file in the original key names that belongs to {path}/transformer"
+    check_names(str(file), transformer.state_dict(), weights, remedy, original_names=True)
+    # Copied, so that the model does not live in the file's pages.
+    weights = {
+        key: value.to(torch.float32 if keeps_fp32(key) else dtype, copy=True)
+        for key, value in weights.items()
+    }
+    transformer.load_state_dict(weights, assign=True)
+    return transformer
+
+
+# random weights
+
+
+def random_pipeline(
+    device: str | torch.device, dtype: torch.dtype, scale: Literal["k2", "tiny"], text: bool, seed: int
+) -> Krea2Pipeline:
+    """See `K2.random`. Built where and in the dtype it runs in: there is never a second or fp32 copy."""
+    transformer_config, text_config, vae_config, taps = _sizes(scale)
+    device, default = torch.device(device), torch.get_default_dtype()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+        torch.manual_seed(seed)
+        torch.set_default_dtype(dtype)
+        try:
+            transformer = Krea2Transformer2DModel(**transformer_config)
+            vae = AutoencoderKLQwenImage(**vae_config)
+            encoder = Qwen3VLModel(Qwen3VLConfig(**text_config)) if text else None
+        finally:
+            torch.set_default_dtype(default)
+        for name, parameter in transformer.named_parameters():
+            if name.endswith("scale_shift_table"):
+                nn.init.normal_(parameter, std=0.02)
+            if keeps_fp32(name):
+                parameter.data = parameter.data.float()
+    parts: dict[str, Any] = {
+        "vae": vae,
+        "text_encoder": encoder,
+        "tokenizer": None,
+        "transformer": transformer,
+    }
+    scheduler = FlowMatchEulerDiscreteScheduler(**SCHEDULER)
+    return Krea2Pipeline(scheduler=scheduler, text_encoder_select_layers=tuple(taps), **parts)
+
+
+SCHEDULER = {
+    "use_dynamic_shifting": True,
+    "time_shift_type": "exponential",
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 6400,
+}
+"""The scheduler configuration of the released checkpoints."""
+
+
+def _sizes(scale: str) -> tuple[dict, dict, dict, Sequence[int]]:
+    """Configurations of transformer, text encoder and autoencoder (diffusers' defaults are K2's); taps."""
+    vision = {
+        "depth": 1,
+        "hidden_size": 64,
+        "num_heads": 1,
+        "intermediate_size": 64,
+        "deepstack_visual_indexes": [0],
+    }
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 5e6,
+        "mrope_section": [24, 20, 20],
+        "mrope_interleaved": True,
+    }
+    if scale == "k2":  # the text half of Qwen3-VL-4B
+        qwen = {
+            "vocab_size": 151936,
+            "hidden_size": 2560,
+            "intermediate_size": 9728,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "rope_parameters": rope,
+        }
+        configs = {"text_config": qwen, "vision_config": vision | {"out_hidden_size": 2560}}
+        return {}, configs, {}, range(2, 36, 3)
+    if scale != "tiny":
+        raise UserError(f"scale {scale!r}: choose k2 or tiny")
+    qwen = {
+        "vocab_size": 1024,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "rope_parameters": rope | {"mrope_section": [4, 2, 2]},
+    }
+    transformer = {
+        "num_layers": 2,
+        "attention_head_dim": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 384,
+        "timestep_embed_dim": 32,
+        "text_hidden_dim": 64,
+        "num_text_layers": 3,
+        "text_num_attention_heads": 4,
+        "text_num_key_value_heads": 4,
+        "text_intermediate_size": 256,
+        "axes_dims_rope": (8, 12, 12),
+    }
+    vae = {"base_dim": 8, "dim_mult": [1, 2, 4], "num_res_blocks": 1, "temperal_downsample": [False, False]}
+    configs = {"text_config": qwen, "vision_config": vision | {"out_hidden_size": 64}}
+    return transformer, configs, vae, (1, 2, 3)

@@ -1,0 +1,174 @@
+"""Roles: LoRA adapters on one frozen transformer.
+
+Policy, student and fake score are adapters; the reference and the teacher are the base with none active.
+"""
+
+import contextlib
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import Krea2Transformer2DModel
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from posttrain import sampler
+from posttrain.load import check_names
+from prompts.errors import UserError
+
+TARGETS = ("to_q", "to_k", "to_v", "to_gate", "to_out.0", "ff.gate", "ff.up", "ff.down")
+"""The linears of a transformer block that a role adapts by default: all of them."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """What makes a LoRA adapter, beside its weights."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+
+class Roles:
+    """The adapters of a transformer. Nothing is trainable until `train_role` or `train_all`."""
+
+    def __init__(self, transformer: Krea2Transformer2DModel) -> None:
+        self.transformer = transformer
+        self.roles: dict[str, Role] = {}
+        # Every adapted layer reads its active adapters from this one list: a switch is one assignment. peft's
+        # own walks the layers and changes requires_grad as it goes, which must not happen in training.
+        self._active: list[str] = []
+        self._layers: list[tuple[str, LoraLayer]] = []
+
+    def add_role(
+        self, name: str, rank: int, alpha: float, targets: Sequence[str] = TARGETS, seed: int = 0
+    ) -> None:
+        """Add an adapter on the transformer blocks: fp32 on any base, without effect until trained (B = 0).
+
+        It is neither active nor trainable yet. The text fusion is never adapted: its output is cached.
+        """
+        if name in self.roles or not re.fullmatch(r"\w+", name):
+            raise ValueError(f"role {name!r} exists already or is not a word")
+        if unknown := [target for target in targets if target not in TARGETS]:
+            known = ", ".join(TARGETS)
+            raise UserError(f"LoRA targets: {unknown[0]!r} is no linear of a K2 block; choose from {known}")
+        trainable = self._trainable()
+        pattern = rf"transformer_blocks\.\d+\.(attn\.)?({'|'.join(re.escape(target) for target in targets)})"
+        options: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": pattern}
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "Already found a `peft_config`"
+            )  # several adapters are the point
+            self.transformer.add_adapter(LoraConfig(**options), name)
+        self.roles[name] = Role(rank, alpha, tuple(targets))
+        self._relink(trainable)
+        for index, (key, parameter) in enumerate(self.role_named_parameters(name).items()):
+            parameter.data = torch.zeros_like(parameter, dtype=torch.float32)
+            if key.endswith("lora_A.weight"):
+                # nn.Linear's own range, drawn on the CPU by index: the same on every device and process.
+                generator = torch.Generator().manual_seed(sampler.seed_for(seed, index))
+                uniform = torch.rand(parameter.shape, generator=generator) * 2 - 1
+                parameter.data.copy_(uniform / math.sqrt(parameter.shape[1]))
+
+    @contextlib.contextmanager
+    def role(self, name: str | None) -> Iterator[None]:
+        """Run as this role; None is the base, which is the reference. The previous one returns afterwards."""
+        if name is not None and name not in self.roles:
+            raise ValueError(f"no role {name!r}; there are {sorted(self.roles)}")
+        with switched(self._active, [] if name is None else [name]):
+            yield
+
+    def role_named_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """An adapter's factors by name, as in `transformer_blocks.0.attn.to_q.lora_A.weight`."""
+        return {
+            f"{module}.{factor}.weight": getattr(layer, factor)[name].weight
+            for module, layer in self._layers
+            if name in layer.lora_A
+            for factor in ("lora_A", "lora_B")
+        }
+
+    def role_parameters(self, name: str) -> list[nn.Parameter]:
+        return list(self.role_named_parameters(name).values())
+
+    def role_state_dict(self, name: str) -> dict[str, Tensor]:
+        return {key: parameter.detach() for key, parameter in self.role_named_parameters(name).items()}
+
+    @torch.no_grad()
+    def load_role_state_dict(self, name: str, state_dict: Mapping[str, Tensor]) -> None:
+        """Copy the factors in; a missing, unexpected or misshapen key raises before anything changes."""
+        own = self.role_named_parameters(name)
+        check_names(f"adapter {name!r}", own, state_dict, "give the adapter of this rank and these targets")
+        for key, parameter in own.items():
+            parameter.copy_(state_dict[key])
+
+    def train_role(self, name: str) -> list[nn.Parameter]:
+        """Only this role's parameters require grad from here on; returns them."""
+        return self._train(self.role_parameters(name))
+
+    def train_all(self) -> list[nn.Parameter]:
+        """Full fine-tuning: every base parameter requires grad but the fused text's, which stays cached."""
+        return self._train(
+            [
+                parameter
+                for name, parameter in self.transformer.named_parameters()
+                if ".lora_" not in name and not name.startswith(("text_fusion.", "txt_in."))
+            ]
+        )
+
+    @torch.no_grad()
+    def merge_role(self, name: str) -> None:
+        """Fold an adapter into the base and forget it: from here on the base, so the reference, has it."""
+        if self._active:
+            raise RuntimeError(f"cannot merge {name!r} while role {self._active[0]!r} is active")
+        trainable = self._trainable()
+        for _, layer in self._layers:
+            if name in layer.lora_A:
+                weight: Any = layer.get_base_layer().weight
+                a, b = (getattr(layer, factor)[name].weight for factor in ("lora_A", "lora_B"))
+                weight.copy_(weight.float() + layer.scaling[name] * (b @ a))
+        del self.roles[name]
+        if self.roles:
+            self.transformer.delete_adapters(name)
+        else:
+            self.transformer.unload_lora()
+        self._relink(trainable)
+
+    def base_state_dict(self) -> dict[str, Tensor]:
+        """The transformer's own weights in diffusers' names, without adapters."""
+        state = self.transformer.state_dict()
+        return {
+            key.replace(".base_layer.", "."): value for key, value in state.items() if ".lora_" not in key
+        }
+
+    def _train(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        self.transformer.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        return parameters
+
+    def _trainable(self) -> set[int]:
+        return {id(parameter) for parameter in self.transformer.parameters() if parameter.requires_grad}
+
+    def _relink(self, trainable: set[int]) -> None:
+        """After peft has changed the layers: find them again, share the list, restore what was trainable."""
+        for parameter in self.transformer.parameters():
+            parameter.requires_grad_(id(parameter) in trainable)
+        modules = self.transformer.named_modules()
+        self._layers = [(name, layer) for name, layer in modules if isinstance(layer, LoraLayer)]
+        for _, layer in self._layers:
+            layer._active_adapter = self._active
+
+
+@contextlib.contextmanager
+def switched(active: list[str], names: Sequence[str]) -> Iterator[None]:
+    before = list(active)
+    active[:] = names
+    try:
+        yield
+    finally:
+        active[:] = before
