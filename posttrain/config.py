@@ -1,7 +1,7 @@
 """Recipes as data: one dataclass for each command, sections as nested dataclasses. Never imports torch.
 
-The docstring under a field is its help text: what it is, its unit and its range. `validate` checks the ranges and
-how fields fit together; types and unknown keys are the command line's business (`cli.py`).
+The docstring under a field is its help text: what it is, its unit and its range. `validate` checks ranges and
+how fields fit together; types and unknown keys are checked where recipes are read (`recipe.py`, `cli.py`).
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ Config = GRPOConfig | SampleConfig | ExportConfig | ReportConfig
 
 
 def validate(config: Config) -> None:
-    """Raise ConfigError, which names the field and the remedy, if a value is out of range or two do not fit."""
+    """Raise ConfigError (field and remedy) if a value is out of range or two do not fit together."""
     match config:
         case GRPOConfig():
             _validate_grpo(config)
@@ -321,14 +321,16 @@ def _validate_sampling(sampling: SamplingConfig) -> None:
     if sampling.window is not None and not 1 <= sampling.window <= most:
         raise ConfigError(
             "sampling.window",
-            f"is {sampling.window}, but {sampling.steps} steps leave 1 to {most} for noise (the last has none);"
-            " shorten it or raise sampling.steps",
+            f"is {sampling.window}, but {sampling.steps} steps leave 1 to {most} for noise (the last has"
+            " none); shorten it or raise sampling.steps",
         )
     if sampling.window_start == "random":
         return
     _at_least("sampling.window_start", sampling.window_start, 0)
     if sampling.window is None and sampling.window_start > 0:
-        raise ConfigError("sampling.window_start", "has no meaning when sampling.window is null; set a window")
+        raise ConfigError(
+            "sampling.window_start", "has no meaning when sampling.window is null; set a window"
+        )
     if sampling.window_start + (sampling.window or most) > most:
         raise ConfigError(
             "sampling.window_start",

@@ -1,7 +1,7 @@
 """Prompt records: a JSONL file with one object a line.
 
-`prompt` is the text. Optional: `requirements` (yes/no statements the picture should meet), `texts` (strings to
-render in it), `tags`, and `id`. Every other field is kept as a column and handed to the rewards.
+`prompt` is the text. Optional: `requirements` (yes/no statements the picture should meet), `texts` (strings
+to render in it), `tags`, and `id`. Every other field is kept as a column and handed to the rewards.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class PromptRecord:
 def read_prompts(path: str | Path) -> list[PromptRecord]:
     """The records of a JSONL file in its order; blank lines are skipped.
 
-    Raises UserError with file and line for a missing or empty file, a line that is not a JSON object, a missing
-    or empty prompt, a field of the wrong type and an id (or, without ids, a prompt) that comes twice.
+    Raises UserError with file and line for a missing or empty file, a line that is not a JSON object, a
+    missing or empty prompt, a field of the wrong type and an id (or, without ids, a prompt) that comes twice.
     """
     path = Path(path)
     try:
@@ -58,13 +58,15 @@ def read_prompts(path: str | Path) -> list[PromptRecord]:
         record = _parse(line, f"{path}:{number}")
         if record.id in line_of_id:
             raise UserError(
-                f"{path}:{number}: id '{record.id}' was used on line {line_of_id[record.id]};"
-                " remove the duplicate or give each its own id"
+                f"{path}:{number}: id '{record.id}' was used on line {line_of_id[record.id]} (without an id"
+                " it comes from the prompt); remove the duplicate or give each its own id"
             )
         line_of_id[record.id] = number
         records.append(record)
     if not records:
-        raise UserError(f'{path}: holds no prompt; write one object a line, such as {{"prompt": "a red cube"}}')
+        raise UserError(
+            f'{path}: holds no prompt; write one object a line, such as {{"prompt": "a red cube"}}'
+        )
     return records
 
 
@@ -106,5 +108,12 @@ def _parse(line: str, where: str) -> PromptRecord:
 def _kind(value: object) -> str:
     if value is None:
         return "null"
-    names = {str: "text", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    names = {
+        str: "text",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+    }
     return "empty text" if value == "" else names[type(value)]
