@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain import __version__
-from posttrain.config import ConfigError, ExportConfig, GRPOConfig, ReportConfig, SampleConfig, validate
+from posttrain.config import ExportConfig, GRPOConfig, ReportConfig, SampleConfig
 from posttrain.recipe import check_recipe, describe, field_types, read_recipe, suggestion
+from posttrain.validate import ConfigError, validate
 from prompts.errors import UserError
 
 
@@ -109,7 +110,7 @@ def _usage() -> str:
 
 
 def _parser(name: str) -> Any:
-    from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+    from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     command = COMMANDS[name]
@@ -119,7 +120,7 @@ def _parser(name: str) -> Any:
         usage=f"posttrain {name} --config RECIPE [--section.field value ...]",
         exit_on_error=False,
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="Recipe: a YAML file with the keys below.")
+    parser.add_argument("--config", action="config", help="Recipe: a YAML file with the keys below.")
     if command.resumable:
         parser.add_argument(
             "--resume",

@@ -86,7 +86,7 @@ def describe(kind: Any) -> str:
     """A type in words for an error message."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Literal:
-        return "one of " + ", ".join(str(a) for a in args) if len(args) > 1 else str(args[0])
+        return ("one of " if len(args) > 1 else "") + ", ".join(str(a) for a in args)
     if origin in (Union, types.UnionType):
         return " or ".join(describe(a) for a in args)
     if origin is list:

@@ -6,15 +6,14 @@ import sys
 import pytest
 
 from posttrain.config import (
-    ConfigError,
     ExportConfig,
     GRPOConfig,
     ModelConfig,
     PromptsConfig,
     RewardSpec,
     SampleConfig,
-    validate,
 )
+from posttrain.validate import ConfigError, validate
 
 
 def grpo() -> GRPOConfig:
