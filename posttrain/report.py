@@ -101,7 +101,8 @@ def write_report(run: Path, path: Path | None = None) -> Path:
         _summary(summary),
         _curves(series),
         _images(run / "samples"),
-        f"<h2>Settings</h2><details><summary>Resolved recipe</summary><pre>{_text(recipe_text)}</pre></details>",
+        "<h2>Settings</h2>",
+        f"<details><summary>Resolved recipe</summary><pre>{_text(recipe_text)}</pre></details>",
         _environment(environment),
     ]
     page = (
@@ -119,7 +120,7 @@ def write_report(run: Path, path: Path | None = None) -> Path:
 
 
 def read_metrics(path: Path) -> dict[str, list[Point]]:
-    """metrics.jsonl as one series (step, value or None) for each metric; a last line that was cut off is left out.
+    """metrics.jsonl as one series of (step, value or None) for each metric; a torn last line is left out.
 
     Raises UserError with the line number for any other line that is not JSON.
     """
@@ -175,9 +176,8 @@ def _curves(series: dict[str, list[Point]]) -> str:
     parts = ["<h2>Curves</h2>"]
     if "reward" in series:
         wide = line_chart("reward", series["reward"], width=1120, height=280)
-        parts.append(
-            f'<div class="wide">{wide}</div><div class="narrow">{line_chart("reward", series["reward"])}</div>'
-        )
+        narrow = line_chart("reward", series["reward"])
+        parts.append(f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>')
     sections: dict[str, list[str]] = {}
     for name in series:
         if name not in ("reward", "non_finite"):
