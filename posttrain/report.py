@@ -30,7 +30,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --page: #141413; --card: #1d1d1c; --text: #ecebe8;
   --soft: #a09f99; --rule: #33322f; --ink: #8ea7ff; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--text); overflow-wrap: anywhere;
+body { margin: 0; background: var(--page); color: var(--text); overflow-wrap: break-word;
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 main { max-width: 1200px; margin: 0 auto; padding: 32px 16px 64px; }
 h1 { font-size: 26px; line-height: 1.2; margin: 0 0 4px; }
@@ -42,6 +42,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { text-align: left; padding: 6px 20px 6px 0;
   border-bottom: 1px solid var(--rule); vertical-align: top; }
 th { font-weight: 600; font-size: 14px; color: var(--soft); }
+td:last-child, .tables td { overflow-wrap: anywhere; }
 td.n, th.n { text-align: right; white-space: nowrap; }
 .tables { display: flex; flex-wrap: wrap; column-gap: 72px; }
 .wide, .narrow > figure, .charts > figure, .pairs > figure { background: var(--card);
