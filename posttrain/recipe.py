@@ -22,13 +22,11 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice, where YAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        mapping = super().construct_mapping(node, deep=True)
-        if len(mapping) < len(node.value):
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            mark = node.start_mark
-            raise yaml.MarkedYAMLError(None, None, f"key '{twice}' is given twice", mark)
-        return mapping
+        keys = [key.value for key, _ in node.value]
+        for i, (key, _) in enumerate(node.value):
+            if key.value in keys[:i]:
+                raise yaml.MarkedYAMLError(None, None, f"key '{key.value}' is given twice", key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def test_wrong_recipe(recipe, extra, says):
     ("text", "says"),
     [
         ("output: [a\nmodel: b: c\n", "not YAML"),
-        ("output: a\nseed: 1\nseed: 2\n", "key 'seed' is given twice"),
+        ("output: a\nseed: 1\nseed: 2\n", ":3: not YAML: key 'seed' is given twice"),
         ("- a\n- b\n", "is not a recipe"),
         ("", "is not a recipe"),
         ("model: {path: k2}\n", "output, prompts.train, prompts.heldout, rewards: missing; add"),
@@ -133,6 +133,14 @@ def test_overrides_and_the_printed_recipe_can_be_run_again(recipe):
     assert "resume" not in values
     again = recipe(text=printed)
     assert posttrain("grpo", "--config", again, "--print_config").stdout == printed
+
+
+def test_yaml_anchors_may_be_overridden(recipe):
+    path = recipe("groups: &g {group_size: 4}\nlora: {rank: 4}\n")
+    assert "group_size: 4" in posttrain("grpo", "--config", path, "--print_config").stdout
+    path.write_text(path.read_text() + "eval: {<<: {every: 5, seed: 1}, seed: 2}\n")
+    values = yaml.safe_load(posttrain("grpo", "--config", path, "--print_config").stdout)
+    assert (values["eval"]["every"], values["eval"]["seed"]) == (5, 2)
 
 
 MAIN = """
