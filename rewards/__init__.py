@@ -1,1 +1,4 @@
-"""Rewards: callables `(images, prompts, **columns) -> list[float | None]`. Imports `prompts`, never `posttrain`."""
+"""Rewards: callables `(images, prompts, **columns) -> list[float | None]`.
+
+Imports `prompts`, never `posttrain`.
+"""

@@ -1,0 +1,130 @@
+"""Line charts as inline SVG; colours are the page's CSS variables, so one chart serves light and dark."""
+
+from __future__ import annotations
+
+import html
+import math
+
+Point = tuple[int, float | None]  # step, value; None is a gap
+
+MOST_POINTS = 400  # more are averaged in equal stretches of the run
+MARKED = 30  # up to here each point gets a dot
+
+
+def line_chart(name: str, points: list[Point], width: int = 360, height: int = 190) -> str:
+    """One metric over the steps, in a box of width x height CSS pixels that shrinks with the page.
+
+    A long series is drawn faint with its moving mean on top. The last value stands beside the name.
+    """
+    points = _thin(sorted(points, key=lambda point: point[0]))
+    values = [value for _, value in points if value is not None]
+    label = html.escape(name)
+    if not values:
+        return f'<figure class="chart"><figcaption><b>{label}</b> no finite value</figcaption></figure>'
+    ticks = nice_ticks(min(values), max(values))
+    apart = ticks[1] - ticks[0]
+    labels = [_tick(tick, apart) for tick in ticks]
+    left, right, top, bottom = 12 + 6.5 * max(map(len, labels)), 12, 10, 24
+    low, high = min(ticks[0], *values), max(ticks[-1], *values)
+    first, last = points[0][0], points[-1][0]
+
+    def x(step: float) -> float:
+        return left + (width - left - right) * ((step - first) / (last - first) if last > first else 0.5)
+
+    def y(value: float) -> float:
+        return top + (height - top - bottom) * (1 - (value - low) / (high - low))
+
+    parts = []
+    for tick, text in zip(ticks, labels, strict=True):
+        parts.append(
+            f'<line class="rule" x1="{left}" x2="{width - right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
+            f'<text x="{left - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{text}</text>'
+        )
+    for step in _step_ticks(first, last):
+        anchor = "middle" if first < step < last or first == last else ("start" if step == first else "end")
+        parts.append(f'<text x="{x(step):.1f}" y="{height - 6}" text-anchor="{anchor}">{step}</text>')
+    noisy = len(values) > MARKED
+    parts.append(f'<path class="{"faint" if noisy else "line"}" d="{_path(points, x, y)}"/>')
+    if noisy:
+        parts.append(f'<path class="line" d="{_path(_smooth(points), x, y)}"/>')
+    else:
+        dots = ((x(step), y(value)) for step, value in points if value is not None)
+        parts += [f'<circle class="dot" cx="{cx:.1f}" cy="{cy:.1f}" r="2.5"/>' for cx, cy in dots]
+    about = f"{name}: from {number(values[0])} to {number(values[-1])}, lowest {number(min(values))}, "
+    about = html.escape(about + f"highest {number(max(values))}")
+    return (
+        f'<figure class="chart"><figcaption><b>{label}</b> {_tick(values[-1], apart / 10)}</figcaption>'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{about}"><title>{about}</title>'
+        f"{''.join(parts)}</svg></figure>"
+    )
+
+
+def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten apart) that cover low..high; at least two."""
+    if not high - low > 1e-12 * max(abs(low), abs(high)):
+        spread = abs(low) * 0.1 or 1.0
+        low, high = low - spread, high + spread
+    rough = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
+    start, end = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) if abs(step) > 1e-9 else i * step for i in range(start, end + 1)]
+
+
+def number(value: float) -> str:
+    """A number short enough for a chart or a table: at most four significant digits."""
+    if value == 0:
+        return "0"
+    if float(value).is_integer() and abs(value) < 1e5:
+        return f"{value:,.0f}"
+    if abs(value) >= 1e5 or abs(value) < 1e-3:
+        return f"{value:.3g}"
+    return f"{value:.4g}"
+
+
+def _tick(value: float, apart: float) -> str:
+    """A value with as many decimals as tell it from its neighbour `apart` away."""
+    decimals = max(0, -math.floor(math.log10(apart) + 1e-9))
+    if abs(value) < 1e-3 and decimals > 4:
+        return "0" if abs(value) < apart * 1e-6 else f"{value:.3g}"
+    return f"{value:,.{min(decimals, 9)}f}"
+
+
+def _step_ticks(first: int, last: int) -> list[int]:
+    middle = [int(t) for t in nice_ticks(first, last) if t == int(t)]
+    room = (last - first) * 0.15
+    return [first, *(t for t in middle if first + room < t < last - room), *([last] if last > first else [])]
+
+
+def _thin(points: list[Point]) -> list[Point]:
+    size = math.ceil(len(points) / MOST_POINTS)
+    if size <= 1:
+        return points
+    thinned: list[Point] = []
+    for i in range(0, len(points), size):
+        values = [value for _, value in points[i : i + size] if value is not None]
+        thinned.append(
+            (points[min(i + size, len(points)) - 1][0], sum(values) / len(values) if values else None)
+        )
+    return thinned
+
+
+def _smooth(points: list[Point]) -> list[Point]:
+    """Mean over a centred stretch of about a tenth of the run; cut off at its ends."""
+    reach = max(1, len(points) // 20)
+    smooth: list[Point] = []
+    for i, (step, _) in enumerate(points):
+        values = [value for _, value in points[max(0, i - reach) : i + reach + 1] if value is not None]
+        smooth.append((step, sum(values) / len(values) if values else None))
+    return smooth
+
+
+def _path(points: list[Point], x, y) -> str:
+    parts, pen = [], "M"
+    for step, value in points:
+        if value is None:
+            pen = "M"
+            continue
+        parts.append(f"{pen}{x(step):.1f} {y(value):.1f}")
+        pen = "L"
+    return "".join(parts)

@@ -1,0 +1,277 @@
+"""Checkpoints that are whole or not there: written beside, checked, renamed. Safetensors and JSON only.
+
+    checkpoints/step-000123/   <name>.safetensors ..., state.json, manifest.json (sizes and sha256 sums)
+    checkpoints/best           a link to the best step, where one was marked
+
+The manifest is written last, so a directory without a fitting manifest is torn and is passed over.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from prompts.errors import UserError
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+STEP = re.compile(r"step-(\d{6,})")
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint as it was saved; tensors are on the CPU."""
+
+    path: Path
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def save(
+    directory: str | Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int
+) -> Path:
+    """Write `directory/step-000123` and prune to the newest `keep`; the marked best one is never removed.
+
+    `tensors` maps a file's stem to its tensors, `state` is anything JSON can hold. For one process only.
+    Raises UserError when the disk is full; what was written is removed and older checkpoints stay whole.
+    """
+    directory = Path(directory)
+    final = directory / f"step-{step:06d}"
+    temporary = None
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for left_over in directory.glob(".tmp-*"):  # of a process that was killed while it saved
+            shutil.rmtree(left_over)
+        temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=directory))
+        temporary.chmod(0o755)
+        for name, group in tensors.items():
+            plain = {key: value.detach().cpu().contiguous() for key, value in group.items()}
+            save_file(plain, temporary / f"{name}.safetensors")
+        _write_json(temporary / "state.json", {"step": step, **state})
+        files = sorted(temporary.iterdir())
+        for path in files:
+            _fsync(path)
+        sums = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+        _write_json(temporary / "manifest.json", sums)
+        _fsync(temporary / "manifest.json")
+        _fsync(temporary)
+        if final.exists():  # a torn one, or this step once more after resuming from an older one
+            os.rename(final, directory / f".tmp-old-{step:06d}")
+        os.rename(temporary, final)
+        _fsync(directory)
+    except (OSError, SafetensorError) as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if _is_full(error):
+            raise UserError(
+                f"{final}: no space left while saving ({_megabytes(tensors):.0f} MB); free some or lower"
+                " checkpoint.keep, then run again with --resume. Older checkpoints are whole."
+            ) from error
+        raise
+    shutil.rmtree(directory / f".tmp-old-{step:06d}", ignore_errors=True)
+    _prune(directory, keep)
+    return final
+
+
+def mark_best(directory: str | Path, step: int) -> None:
+    """Make `directory/best` a link to a saved step, which then survives pruning; atomic."""
+    directory = Path(directory)
+    link = directory / ".best"
+    link.unlink(missing_ok=True)
+    link.symlink_to(f"step-{step:06d}")
+    os.replace(link, directory / "best")
+    _fsync(directory)
+
+
+def load_latest(directory: str | Path) -> Checkpoint | None:
+    """The newest whole checkpoint, or None if nothing was ever saved. Says which torn ones it passes over.
+
+    Raises UserError if there are checkpoints and none is whole.
+    """
+    paths = _saved(Path(directory))
+    for path in reversed(paths):
+        try:
+            return load(path)
+        except UserError as error:
+            print(f"posttrain: {error}; trying the one before", file=sys.stderr)
+    if paths:
+        raise UserError(f"{directory}: no checkpoint is whole; remove the directory to start afresh")
+    return None
+
+
+def load(path: str | Path) -> Checkpoint:
+    """One checkpoint, checked against its manifest. Raises UserError if missing, incomplete or corrupt."""
+    path = Path(path).resolve()
+    problem = _problem(path)
+    if problem:
+        raise UserError(f"{path}: not a whole checkpoint: {problem}")
+    state = json.loads((path / "state.json").read_text())
+    tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    return Checkpoint(path, state.pop("step"), tensors, state)
+
+
+def find(path: str | Path) -> Path:
+    """The checkpoint directory meant by a path: a checkpoint, or a run directory (its newest whole one)."""
+    path = Path(path)
+    if (path / "manifest.json").is_file():
+        return path
+    for candidate in reversed(_saved(path / "checkpoints")):
+        if not _problem(candidate):
+            return candidate
+    raise UserError(f"{path}: holds no whole checkpoint; give a run directory or one of its checkpoints")
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimiser's state as tensors (`<parameter index>.<name>`) and JSON (all the rest)."""
+    full = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    state: dict[str, Any] = {"scalars": {}, "groups": []}
+    for index, values in full["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = value
+            else:
+                state["scalars"][f"{index}.{name}"] = value
+    for i, group in enumerate(full["param_groups"]):
+        for name, value in group.items():  # a capturable optimiser holds its rate as a tensor
+            if isinstance(value, Tensor):
+                tensors[f"group{i}.{name}"] = value
+        state["groups"].append({k: v for k, v in group.items() if not isinstance(v, Tensor)})
+    return tensors, state
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], state: dict[str, Any]
+) -> None:
+    """Put back what `flatten_optimizer` gave, bit for bit.
+
+    Raises UserError if the parameters differ in number or shape, as after a change of model or LoRA rank.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    saved = sum(len(group["params"]) for group in state["groups"])
+    if saved != len(parameters):
+        raise UserError(
+            f"the checkpoint has {saved} trained tensors and the model {len(parameters)}: the recipe"
+            " has changed; restore model and lora, or start another run"
+        )
+    groups = [{**group} for group in state["groups"]]
+    values: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **state["scalars"]}.items():
+        owner, _, name = key.partition(".")
+        if owner.startswith("group"):
+            groups[int(owner.removeprefix("group"))][name] = value
+            continue
+        shape = parameters[int(owner)].shape
+        if isinstance(value, Tensor) and value.ndim and value.shape != shape:
+            raise UserError(
+                f"the checkpoint's tensor {key} has shape {list(value.shape)} and the model's {list(shape)}:"
+                " the recipe has changed; restore model and lora, or start another run"
+            )
+        values.setdefault(int(owner), {})[name] = value.clone() if isinstance(value, Tensor) else value
+    for group in groups:
+        if "betas" in group:
+            group["betas"] = tuple(group["betas"])
+    optimizer.load_state_dict({"state": values, "param_groups": groups})
+
+
+def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State of the global generators of torch (CPU and each GPU), numpy and Python, as tensors and JSON."""
+    tensors = {"torch": torch.get_rng_state()}
+    for i in range(torch.cuda.device_count()):
+        tensors[f"cuda{i}"] = torch.cuda.get_rng_state(i)
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    tensors["numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
+    version, words, next_gauss = random.getstate()
+    tensors["python"] = torch.tensor(words, dtype=torch.int64)
+    state = {"numpy": [kind, position, has_gauss, gauss], "python": [version, next_gauss]}
+    return tensors, state
+
+
+def restore_rng(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Put back what `rng_state` gave; the state of a GPU that is not here is left out."""
+    torch.set_rng_state(tensors["torch"])
+    for i in range(torch.cuda.device_count()):
+        if f"cuda{i}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"cuda{i}"], i)
+    kind, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))
+    version, next_gauss = state["python"]
+    random.setstate((version, tuple(tensors["python"].tolist()), next_gauss))
+
+
+def _saved(directory: Path) -> list[Path]:
+    if not directory.is_dir():
+        return []
+    steps = [(int(m[1]), path) for path in directory.iterdir() if (m := STEP.fullmatch(path.name))]
+    return [path for _, path in sorted(steps)]
+
+
+def _problem(path: Path) -> str | None:
+    if not path.is_dir():
+        return "no such directory"
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+    except FileNotFoundError:
+        return "manifest.json is missing"
+    except ValueError:
+        return "manifest.json is not JSON"
+    for name, expected in manifest.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
+        if _sha256(file) != expected["sha256"]:
+            return f"{name} does not match its checksum"
+    return None
+
+
+def _prune(directory: Path, keep: int) -> None:
+    best = (directory / "best").resolve()
+    for path in _saved(directory)[:-keep]:
+        if path.resolve() != best:
+            shutil.rmtree(path)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    match = re.search(r"os error (\d+)", str(error))  # safetensors passes the system's error on as text only
+    return match is not None and int(match[1]) in FULL
+
+
+def _megabytes(tensors: dict[str, dict[str, Tensor]]) -> float:
+    return sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()) / 1e6

@@ -1,0 +1,188 @@
+"""The command line: `posttrain <command> --config RECIPE --section.field value`.
+
+A user's mistake ends in one line on stderr (file, field, remedy) and exit code 2; a bug keeps its traceback.
+The code of a command, and torch with it, is imported only when the command runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import itertools
+import re
+import sys
+from argparse import SUPPRESS, ArgumentError
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain import __version__
+from posttrain.config import ExportConfig, GRPOConfig, ReportConfig, SampleConfig
+from posttrain.recipe import check_recipe, describe, field_types, read_recipe, suggestion
+from posttrain.validate import ConfigError, validate
+from prompts.errors import UserError
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: the dataclass of its settings and the import path of the function that takes one."""
+
+    config: type
+    function: str
+    help: str
+    resumable: bool = False
+
+
+COMMANDS = {
+    "grpo": Command(GRPOConfig, "posttrain.grpo:train", "train with GRPO and write a run directory", True),
+    "sample": Command(SampleConfig, "posttrain.sample:sample", "draw images from a checkpoint"),
+    "export": Command(ExportConfig, "posttrain.export:export", "write a checkpoint for other tools"),
+    "report": Command(ReportConfig, "posttrain.report:report", "write report.html for a run"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _run(argv)
+    except UserError as error:
+        print(f"posttrain: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("posttrain: interrupted", file=sys.stderr)
+        return 130
+
+
+def load_config(name: str, argv: list[str]) -> tuple[Any, bool]:
+    """The checked settings of a command from its arguments, and whether --resume was given.
+
+    Raises UserError for a missing file, an unknown key, a wrong type or a value out of range.
+    """
+    command = COMMANDS[name]
+    recipes = {path: read_recipe(path) for path in _recipe_paths(argv)}
+    for path, data in recipes.items():
+        check_recipe(path, data, command.config)
+    parser = _parser(name)
+    try:
+        values = parser.parse_args(argv)
+        parts = parser.instantiate(values)
+    except ArgumentError as error:
+        raise UserError(_explain(str(error), command, argv, recipes)) from error
+    config = command.config(**{f.name: parts[f.name] for f in dataclasses.fields(command.config)})
+    try:
+        validate(config)
+    except ConfigError as error:
+        raise UserError(f"{_source(error.field, argv, recipes)}: {error.field}: {error.problem}") from None
+    return config, bool(values.get("resume"))
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"posttrain {__version__}")
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in COMMANDS:
+        raise UserError(f"'{name}' is not a command{suggestion(name, list(COMMANDS))}")
+    config, resume = load_config(name, rest)
+    command = COMMANDS[name]
+    module, _, function = command.function.partition(":")
+    run = getattr(importlib.import_module(module), function)
+    if command.resumable:
+        run(config, resume=resume)
+    else:
+        run(config)
+    return 0
+
+
+def _usage() -> str:
+    lines = [f"  {name:<8}{command.help}" for name, command in COMMANDS.items()]
+    return (
+        "usage: posttrain <command> --config RECIPE [--section.field value ...]\n\n"
+        "Post-training for Krea 2 (K2). Settings come from the recipe (YAML); options given after it win.\n\n"
+        "commands:\n" + "\n".join(lines) + "\n\n"
+        "`posttrain <command> --help` lists the settings of a command with units and defaults;\n"
+        "`posttrain <command> --config RECIPE --print_config` shows what they come to.\n"
+        "Exit codes: 0 done, 1 a bug or a failed check, 2 a mistake in the input, 130 interrupted."
+    )
+
+
+def _parser(name: str) -> Any:
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    command = COMMANDS[name]
+    parser = ArgumentParser(
+        prog=f"posttrain {name}",
+        description=f"{(command.config.__doc__ or '').strip()} Options given after --config override it.",
+        usage=f"posttrain {name} --config RECIPE [--section.field value ...]",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="Recipe: a YAML file with the keys below.")
+    if command.resumable:
+        parser.add_argument(
+            "--resume",
+            action="store_true",
+            default=SUPPRESS,  # no part of the recipe, so --print_config must not print it
+            help="Carry on from the newest whole checkpoint in the run directory, if there is one.",
+        )
+    parser.add_class_arguments(command.config)
+    return parser
+
+
+def _recipe_paths(argv: list[str]) -> list[str]:
+    paths = [following for option, following in itertools.pairwise(argv) if option == "--config"]
+    return paths + [arg.removeprefix("--config=") for arg in argv if arg.startswith("--config=")]
+
+
+def _given(field: str, argv: list[str]) -> str | None:
+    """The value of a field, or of a section around it, on the command line."""
+    parts = re.sub(r"\[.*", "", field).split(".")
+    options = {"--" + ".".join(parts[:n]) for n in range(1, len(parts) + 1)}
+    for i, arg in enumerate(argv):
+        option, equals, value = arg.partition("=")
+        if option.removesuffix("+") in options:
+            return value if equals else next(iter(argv[i + 1 : i + 2]), "")
+    return None
+
+
+def _source(field: str, argv: list[str], recipes: dict[str, Any]) -> str:
+    """Where a field's value came from: the command line or the last recipe that sets it."""
+    if _given(field, argv) is not None or not recipes:
+        return "command line"
+    parts = re.sub(r"\[.*", "", field).split(".")
+    for path, data in reversed(recipes.items()):
+        for part in parts:
+            data = data.get(part) if isinstance(data, dict) else None
+        if data is not None:
+            return path
+    return list(recipes)[-1]
+
+
+def _explain(message: str, command: Command, argv: list[str], recipes: dict[str, Any]) -> str:
+    """jsonargparse's message as `source: field: problem; remedy`."""
+    types = field_types(command.config)
+    if match := re.fullmatch(r"unrecognized arguments: (.*)", message, re.DOTALL):
+        option = match[1].split()[0]
+        if not option.startswith("-"):
+            return f"command line: '{option}' is not an option; a recipe is given as --config {option}"
+        wrong = option.partition("=")[0].lstrip("-")
+        known = ["config", "help", *(["resume"] if command.resumable else []), *types]
+        return f"command line: --{wrong}: unknown option{suggestion(wrong, known, '--')}"
+    if match := re.search(r"the following arguments are required: (.*)", message):
+        missing = match[1].split(", ")
+        where = list(recipes)[-1] if recipes else "command line"
+        options = " and ".join(f"--{field}" for field in missing)
+        return f"{where}: {', '.join(missing)}: missing; add it to the recipe or pass {options}"
+    if (match := re.match(r'Parser key "([^"]+)"', message)) and match[1] in types:
+        field = match[1]
+        value = _given(field, argv)
+        shown = "" if value is None else f"is '{value}', "
+        return f"{_source(field, argv, recipes)}: {field}: {shown}expected {describe(types[field])}"
+    return f"command line: {message}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,240 @@
+"""Recipes as data: one dataclass for each command, sections as nested dataclasses. Never imports torch.
+
+The docstring under a field is its help text: what it is, its unit and its range. Types and
+unknown keys are checked where recipes are read (`recipe.py`, `cli.py`), ranges in `validate.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class ModelConfig:
+    """The K2 checkpoint to start from."""
+
+    path: str
+    """Diffusers directory or hub id of a Krea2Pipeline (with transformer_file: for the other parts)."""
+    transformer_file: str | None = None
+    """Transformer as one safetensors file in the original key names; replaces the one in path."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of the frozen weights. Adapters, latents and log-probs stay float32."""
+
+
+@dataclass
+class LoraConfig:
+    """The adapter that is trained; the base stays frozen and is the reference."""
+
+    rank: int = 32
+    """Rank of each update, >= 1."""
+    alpha: float = 32.0
+    """Scale: the update is multiplied by alpha / rank, > 0."""
+    targets: list[str] | None = None
+    """Names of the layers that get an adapter, matched at the end of the module path; null: the attention
+    and feed-forward projections of the main blocks."""
+
+
+@dataclass
+class PromptsConfig:
+    """Prompt pools: JSONL, one object a line, with `prompt` and optional requirements, texts, tags, id."""
+
+    train: str
+    """JSONL file that training draws from."""
+    heldout: str
+    """JSONL file for evaluation; never trained on."""
+    max_tokens: int = 512
+    """Longest prompt in text tokens; what lies beyond is cut with a warning, >= 1."""
+
+
+@dataclass
+class SamplingConfig:
+    """How images are drawn in training. There is no guidance here; evaluation sets its own."""
+
+    sizes: list[list[int]] = field(default_factory=lambda: [[512, 512]])
+    """[height, width] pairs in pixels, multiples of 16; a group has one size, drawn evenly."""
+    steps: int = 8
+    """Steps from noise to image, >= 2. The last is always deterministic."""
+    dynamics: Literal["flow", "dance", "cps"] = "flow"
+    """How noise enters an SDE step: Flow-SDE, Dance-SDE or coefficient-preserving sampling."""
+    eta: float = 0.7
+    """Noise level, > 0. Above 0.7, Flow-SDE adds visible excess noise; for cps 1 is the most."""
+    window: int | None = 2
+    """Number of SDE steps, 1 to steps - 1, the rest are ODE steps; null: all but the last."""
+    window_start: int | Literal["random"] = "random"
+    """First SDE step, counted from 0, or `random`: drawn for each training step within the first half."""
+
+
+@dataclass
+class GroupsConfig:
+    """How many images a training step draws, over all processes together."""
+
+    prompts_per_step: int = 8
+    """Prompts (groups) in a training step, >= 1; need not divide by the number of processes."""
+    group_size: int = 16
+    """Images of one prompt that are compared with each other, >= 2."""
+    micro_batch: int = 8
+    """Images in one forward of the model, >= 1; sets memory, not the result."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW."""
+
+    lr: float = 1e-4
+    """Learning rate after warm-up, > 0."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Decay of the two moments, each in [0, 1)."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, >= 0."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm, > 0."""
+    passes: int = 1
+    """Optimiser updates on each batch of images, >= 1; more than two leaves the policy that drew them."""
+    warmup_steps: int = 0
+    """Updates over which the rate rises linearly from 0, >= 0."""
+
+
+@dataclass
+class LossConfig:
+    """The clipped objective. Log-probs are means over latent elements, hence the small clips."""
+
+    clip_low: float = 1e-4
+    """The ratio is clipped below at 1 - clip_low, in (0, 1)."""
+    clip_high: float = 1e-4
+    """The ratio is clipped above at 1 + clip_high, > 0."""
+    kl: float = 0.01
+    """Weight of the squared velocity distance to the reference (adapter off), >= 0; 0 turns it off."""
+    ratio: Literal["plain", "guard"] = "guard"
+    """plain: exp of the log-prob difference. guard: recentred and rescaled so that steps share one scale."""
+    max_advantage: float = 5.0
+    """Advantages are clipped to plus or minus this, > 0."""
+
+
+@dataclass
+class RewardSpec:
+    """One reward: a callable `(images, prompts, **columns) -> list[float | None]` named by import path."""
+
+    name: str
+    """Name in metrics and reports, unique in the recipe."""
+    function: str
+    """Import path as `package.module:function`."""
+    weight: float = 1.0
+    """Weight of the normalised reward in the advantage, >= 0; relative to the other rewards."""
+    heldout_only: bool = False
+    """Measure at evaluation and never train on it."""
+
+
+@dataclass
+class EvalConfig:
+    """Held-out prompts with fixed seeds, sampled by ODE. Always before the first step and after the last."""
+
+    every: int = 25
+    """Training steps between evaluations, >= 0; 0: only before and after."""
+    prompts: int = 64
+    """Held-out prompts used, from the top of the file, >= 1."""
+    steps: int = 28
+    """Steps from noise to image, >= 1."""
+    guidance: list[float] = field(default_factory=lambda: [0.0])
+    """Guidance settings to evaluate, each >= 0, in K2's convention: v = c + s (c - u), 0 is off."""
+    seed: int = 1234
+    """Seed of the evaluation noise; fixed, so that images can be compared over the run."""
+
+
+@dataclass
+class CheckpointConfig:
+    """When to save, and how many checkpoints to keep."""
+
+    every: int = 25
+    """Training steps between checkpoints, >= 0; 0: only at the end. Ctrl-C and SIGTERM save too."""
+    minutes: float = 30.0
+    """Save also when this many minutes have passed since the last checkpoint, >= 0; 0: never by time."""
+    keep: int = 2
+    """Newest checkpoints to keep, >= 1; the best one is kept besides."""
+
+
+@dataclass
+class TrackConfig:
+    """Where metrics go, besides metrics.jsonl."""
+
+    tensorboard: bool = True
+    """Write tensorboard event files into the run directory."""
+    trackers: list[Literal["wandb", "trackio"]] = field(default_factory=list)
+    """Further trackers, through accelerate; each must be installed and logged in."""
+
+
+@dataclass
+class GRPOConfig:
+    """Reinforcement learning of K2 with groups of images (GRPO), without guidance."""
+
+    output: str
+    """Run directory, created; one that holds a run already needs --resume."""
+    model: ModelConfig
+    prompts: PromptsConfig
+    rewards: list[RewardSpec]
+    """Rewards to train on, each with name, function, weight, heldout_only."""
+    steps: int = 200
+    """Training steps: each draws images, scores them and updates, >= 1."""
+    seed: int = 0
+    """Seed of everything drawn: adapter, prompts, noise; >= 0."""
+    advantages: Literal["gdpo", "sum"] = "gdpo"
+    """gdpo: normalise each reward in its group, then weigh, then normalise over the batch.
+    sum: weigh, then normalise in the group."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    groups: GroupsConfig = field(default_factory=GroupsConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+
+@dataclass
+class SampleConfig:
+    """Draw images from a checkpoint."""
+
+    output: str
+    """Directory for the images (000.png, ...) and prompts.json; created."""
+    model: ModelConfig
+    prompt: str | None = None
+    """One prompt; give this or prompts."""
+    prompts: str | None = None
+    """JSONL file of prompts; give this or prompt."""
+    adapter: str | None = None
+    """Run directory or checkpoint whose adapter is applied; null: the model as it is."""
+    size: list[int] = field(default_factory=lambda: [512, 512])
+    """[height, width] in pixels, multiples of 16."""
+    steps: int | None = None
+    """Steps from noise to image, >= 1; null: 28, or 8 for a Turbo checkpoint."""
+    guidance: float | None = None
+    """Guidance in K2's convention, v = c + s (c - u), >= 0, 0 is off; null: 4.5, or 0 for Turbo."""
+    images: int = 1
+    """Images for each prompt, >= 1."""
+    micro_batch: int = 8
+    """Images in one forward, >= 1."""
+    seed: int = 0
+    """Seed of the noise, >= 0; image i of a prompt uses its own stream."""
+
+
+@dataclass
+class ExportConfig:
+    """Turn a checkpoint into files that other tools load."""
+
+    source: str
+    """Run directory (its newest checkpoint) or one checkpoint, such as runs/a/checkpoints/best."""
+    output: str
+    """Directory (diffusers) or .safetensors file (the other formats) to write; must not exist."""
+    format: Literal["diffusers", "lora", "original", "lora-original"] = "diffusers"
+    """diffusers: a Krea2Pipeline directory with the adapter merged. lora: the adapter for load_lora_weights.
+    original, lora-original: the same in the key names of the official repository and ComfyUI."""
+
+
+@dataclass
+class ReportConfig:
+    """Write report.html for a run: curves, images before and after, settings; opens without a network."""
+
+    run: str
+    """Run directory."""
+    output: str | None = None
+    """HTML file to write; null: report.html in the run directory."""

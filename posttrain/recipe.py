@@ -1,0 +1,156 @@
+"""Reads a recipe (YAML) and says, before anything else runs, which key or value is wrong and what is right.
+
+jsonargparse builds the configuration; its messages do not name the file, so the file is checked against the
+dataclasses here first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from prompts.errors import UserError
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, where YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        for i, (key, _) in enumerate(node.value):
+            if key.value in keys[:i]:
+                raise yaml.MarkedYAMLError(None, None, f"key '{key.value}' is given twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The recipe as plain data. Raises UserError if it is missing, is not YAML or is not a mapping."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; give the path of a recipe after --config") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a directory; give the path of a recipe after --config") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8 text; give a YAML recipe") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        data = yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(
+            f"{path}{line}: not YAML: {error.problem}; check brackets, quotes and indents"
+        ) from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: is not a recipe: write one `section: value` or `key: value` a line")
+    return data
+
+
+def check_recipe(path: str | Path, data: dict[str, Any], config: type) -> None:
+    """Raise UserError for the first key that the dataclass does not have or value of the wrong type."""
+    for field, problem in _problems(data, config, ""):
+        raise UserError(f"{path}: {field}: {problem}")
+
+
+def field_types(config: type, prefix: str = "") -> dict[str, Any]:
+    """Every settable path of a dataclass, such as `optim.lr`, with its type; sections are walked into."""
+    paths: dict[str, Any] = {}
+    for name, kind in get_type_hints(config).items():
+        paths[prefix + name] = kind
+        if dataclasses.is_dataclass(kind):
+            paths |= field_types(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+    return paths
+
+
+def suggestion(wrong: str, known: list[str], before: str = "") -> str:
+    """`; did you mean ...?`, or what there is when nothing is near. `before` is put before each name."""
+    near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {before}{near[0]}?"
+    return f"; known here: {', '.join(known)}"
+
+
+def describe(kind: Any) -> str:
+    """A type in words for an error message."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return ("one of " if len(args) > 1 else "") + ", ".join(str(a) for a in args)
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(a) for a in args)
+    if origin is list:
+        return f"a list, each {describe(args[0])}"
+    if origin is tuple:
+        return f"a list of {len(args)}, each {describe(args[0])}"
+    if dataclasses.is_dataclass(kind):
+        return "a section with " + ", ".join(f.name for f in dataclasses.fields(kind))
+    words = {float: "a number", int: "a whole number", str: "text", bool: "true or false", type(None): "null"}
+    return words[kind]
+
+
+def _problems(value: Any, kind: Any, path: str) -> Iterator[tuple[str, str]]:
+    origin, args = get_origin(kind), get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        yield from _section_problems(value, kind, path)
+    elif origin is list and isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _problems(item, args[0], f"{path}[{i}]")
+    elif origin is tuple and isinstance(value, list) and len(value) == len(args):
+        for i, (item, part) in enumerate(zip(value, args, strict=True)):
+            yield from _problems(item, part, f"{path}[{i}]")
+    elif not _fits(value, kind):
+        yield path, f"is {_show(value)}, expected {describe(kind)}"
+
+
+def _section_problems(value: dict, kind: Any, path: str) -> Iterator[tuple[str, str]]:
+    hints = get_type_hints(kind)
+    dot = f"{path}." if path else ""
+    for name, item in value.items():
+        if name not in hints:
+            yield f"{dot}{name}", f"unknown key{suggestion(str(name), list(hints), dot)}"
+        else:
+            yield from _problems(item, hints[name], f"{dot}{name}")
+    if path.endswith("]"):  # in a list nothing can be added from the command line, so a gap is an error here
+        for field in dataclasses.fields(kind):
+            default = field.default is not dataclasses.MISSING
+            if field.name not in value and not default and field.default_factory is dataclasses.MISSING:
+                yield f"{dot}{field.name}", f"is missing; expected {describe(hints[field.name])}"
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value in args
+    if origin in (Union, types.UnionType):
+        return any(next(_problems(value, a, ""), None) is None for a in args)
+    if kind is float:
+        return _is_number(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(kind, type) and not dataclasses.is_dataclass(kind) and isinstance(value, kind)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4, without a point, as text; jsonargparse reads a number
+        try:
+            float(value)
+        except ValueError:
+            return False
+        return True
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "null"
+    text = " ".join((repr(value) if isinstance(value, str) else str(value)).split())
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,291 @@
+"""The run directory: everything a run leaves behind except its checkpoints.
+
+    recipe.yaml        the resolved recipe; runs again with --config
+    environment.json   versions, devices, commit
+    metrics.jsonl      one object a training step: step, time (Unix seconds), then the metrics
+    tensorboard/       the same for tensorboard
+    grids/             step-000025.png: sample grids
+    samples/           prompts.json and step-000000/000.png, ...: the same prompts and seeds over the run
+    summary.json       figures before and after, seconds, memory
+
+Only the main process writes; on the others every method returns at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+from posttrain.config import TrackConfig
+from posttrain.progress import Progress, grid_image
+from prompts.errors import UserError
+
+PACKAGES = ("posttrain", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
+
+
+class RunConfig(Protocol):
+    """What the settings of any training method have."""
+
+    output: str
+    track: TrackConfig
+
+
+class Run:
+    """A run directory being written: make it with `create`, call `start` once, then `log` each step."""
+
+    def __init__(self, path: Path, track: TrackConfig, main: bool):
+        self.path = path
+        self.main = main
+        self.non_finite = 0
+        self._track = track
+        self._trackers: list[Any] = []
+        self._writer: Any = None
+        self._progress: Progress | None = None
+
+    @classmethod
+    def create(cls, config: RunConfig, resume: bool = False, main: bool = True) -> Run:
+        """Make `config.output` and write recipe and environment; with `resume` an existing run is carried on.
+
+        Raises UserError if the directory holds a run and `resume` is off, if it cannot be written, or if a
+        tracker is not installed. Resuming with another recipe is allowed and says which fields changed.
+        """
+        run = cls(Path(config.output), config.track, main)
+        if not main:
+            return run
+        for name in config.track.trackers:
+            if importlib.util.find_spec(name) is None:
+                raise UserError(
+                    f"track.trackers: {name} is not installed; pip install {name} or leave it out"
+                )
+        recipe = run.path / "recipe.yaml"
+        if recipe.exists() and not resume:
+            raise UserError(f"{run.path}: holds a run already; add --resume or choose another --output")
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+            new = _plain(dataclasses.asdict(config))  # type: ignore[call-overload]
+            if recipe.exists():
+                changed = _changes(yaml.safe_load(recipe.read_text()), new)
+                if changed:
+                    run.say(f"the recipe has changed since the run began: {', '.join(changed)}")
+            _replace(recipe, yaml.safe_dump(new, sort_keys=False, allow_unicode=True))
+            _replace(run.path / "environment.json", _json(environment(), indent=1))
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{run.path}: a file is in the way; choose another --output") from None
+        except OSError as error:
+            raise UserError(
+                f"{run.path}: cannot be written: {error.strerror}; choose another --output"
+            ) from None
+        return run
+
+    def start(self, total: int, step: int = 0) -> None:
+        """Begin to train: `total` steps in all, `step` of them done. Metrics of later steps are dropped."""
+        if not self.main:
+            return
+        metrics = self.path / "metrics.jsonl"
+        if metrics.exists():
+            _replace(
+                metrics, "".join(line for line in _whole_lines(metrics) if json.loads(line)["step"] <= step)
+            )
+        if self._track.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(
+                str(self.path / "tensorboard"), purge_step=step + 1 if step else None
+            )
+        if self._track.trackers:
+            from accelerate import PartialState
+            from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+            PartialState()  # the trackers ask it which process is the main one
+            for name in self._track.trackers:
+                tracker = LOGGER_TYPE_TO_CLASS[name]("posttrain", name=self.path.name)
+                tracker.start()
+                self._trackers.append(tracker)
+        self._progress = Progress(total, step)
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append the metrics of a step: numbers, 0-d tensors, or None for missing.
+
+        NaN and infinities become null, counted in the line as `non_finite` and in all as `run.non_finite`.
+        The line is on disk when this returns. `reward`, if there, is shown in the progress bar.
+        """
+        if not self.main:
+            return
+        values = {name: None if value is None else _number(value) for name, value in metrics.items()}
+        bad = [name for name, value in values.items() if value is not None and not math.isfinite(value)]
+        values |= dict.fromkeys(bad)
+        if bad:
+            self.non_finite += len(bad)
+            values["non_finite"] = len(bad)
+        line = _json({"step": step, "time": round(time.time(), 3), **values})
+        try:
+            with (self.path / "metrics.jsonl").open("a") as file:
+                file.write(line + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"{self.path}/metrics.jsonl: cannot be written: {error.strerror}") from error
+        finite = {name: value for name, value in values.items() if value is not None}
+        for name, value in finite.items():
+            if self._writer is not None:
+                self._writer.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.log(finite, step=step)
+        if self._progress is not None:
+            self._progress.update(step, finite.get("reward"))
+
+    def grid(
+        self, step: int, images: np.ndarray, rows: int, columns: int, captions: Sequence[str] = ()
+    ) -> Path | None:
+        """Write `grids/step-000025.png`: images uint8 (N, H, W, 3), N <= rows * columns, row by row."""
+        if not self.main:
+            return None
+        path = self.path / "grids" / f"step-{step:06d}.png"
+        path.parent.mkdir(exist_ok=True)
+        grid_image(images, rows, columns, captions).save(path)
+        return path
+
+    def samples(self, step: int, images: np.ndarray, prompts: Sequence[str], seeds: Sequence[int]) -> None:
+        """Write `samples/step-000000/000.png`, ... from uint8 (N, H, W, 3).
+
+        Call it with the same prompts and seeds each time: the report compares the first step and the last.
+        """
+        if not self.main:
+            return
+        directory = self.path / "samples" / f"step-{step:06d}"
+        directory.mkdir(parents=True, exist_ok=True)
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(directory / f"{i:03d}.png")
+        table = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds, strict=True)]
+        _replace(directory.parent / "prompts.json", _json(table, indent=1))
+
+    def summary(self, figures: Mapping[str, Any]) -> None:
+        """Write summary.json, atomically; anything JSON can hold, non-finite numbers become null.
+
+        The report shows `before` and `after` (both name -> number) side by side, other numbers as they are.
+        """
+        if self.main:
+            _replace(self.path / "summary.json", _json(_plain(dict(figures)), indent=1))
+
+    def say(self, message: str) -> None:
+        """One line to the user on stderr, without disturbing the progress bar."""
+        if self.main:
+            print(f"posttrain: {message}", file=sys.stderr)
+
+    def close(self) -> None:
+        """End the progress bar and the trackers."""
+        if self._progress is not None:
+            self._progress.close()
+        if self._writer is not None:
+            self._writer.close()
+        for tracker in self._trackers:
+            tracker.finish()
+        self._progress, self._writer, self._trackers = None, None, []
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def peak_memory() -> dict[str, float]:
+    """Highest use so far in GiB: `peak_ram_gib` of this process, with CUDA `peak_gpu_gib` of one GPU."""
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage: bytes there, KiB on Linux
+    peak = {"peak_ram_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+    if torch.cuda.is_available():
+        devices = range(torch.cuda.device_count())
+        peak["peak_gpu_gib"] = max(torch.cuda.max_memory_allocated(i) for i in devices) / 2**30
+    return peak
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and, in a checkout, the commit: what someone needs to repeat the run."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+        "gpus": gpus,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None
+
+
+def _changes(old: Any, new: Any, path: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = [*new, *(name for name in old if name not in new)]
+        return [
+            c for name in names for c in _changes(old.get(name), new.get(name), f"{path}.{name}".lstrip("."))
+        ]
+    return [] if old == new else [f"{path} {old} -> {new}"]
+
+
+def _number(value: Any) -> float | int:
+    return value if isinstance(value, int | float) else float(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic | torch.Tensor):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a JSONL file less a last one that was cut off."""
+    lines = path.read_text().splitlines(keepends=True)
+    return lines if not lines or lines[-1].endswith("\n") else lines[:-1]
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,178 @@
+"""Ranges of the settings, and how they fit together. Every problem names its field and the remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from posttrain.config import (
+    ExportConfig,
+    GRPOConfig,
+    OptimConfig,
+    ReportConfig,
+    RewardSpec,
+    SampleConfig,
+    SamplingConfig,
+)
+from prompts.errors import UserError
+
+Config = GRPOConfig | SampleConfig | ExportConfig | ReportConfig
+
+
+class ConfigError(UserError):
+    """A field of a recipe holds what it may not. `field` is its path, such as `optim.lr`."""
+
+    def __init__(self, field: str, problem: str):
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+        self.problem = problem
+
+
+def validate(config: Config) -> None:
+    """Raise ConfigError (field and remedy) if a value is out of range or two do not fit together."""
+    match config:
+        case GRPOConfig():
+            _validate_grpo(config)
+        case SampleConfig():
+            _validate_sample(config)
+        case ExportConfig():
+            if config.format != "diffusers" and not config.output.endswith(".safetensors"):
+                raise ConfigError("output", f"format {config.format} writes one file; end it in .safetensors")
+        case ReportConfig():
+            pass
+
+
+def _validate_grpo(config: GRPOConfig) -> None:
+    if not config.output.strip():
+        raise ConfigError("output", "is empty; name a directory for the run")
+    _at_least("steps", config.steps, 1)
+    _at_least("seed", config.seed, 0)
+    _at_least("prompts.max_tokens", config.prompts.max_tokens, 1)
+    _at_least("lora.rank", config.lora.rank, 1)
+    _positive("lora.alpha", config.lora.alpha)
+    if config.lora.targets == []:
+        raise ConfigError("lora.targets", "is empty, so nothing would be trained; name layers or use null")
+    _validate_sampling(config.sampling)
+    _at_least("groups.prompts_per_step", config.groups.prompts_per_step, 1)
+    if config.groups.group_size < 2:
+        raise ConfigError(
+            "groups.group_size",
+            f"is {config.groups.group_size}, but images are compared within a group; use 2 or more",
+        )
+    _at_least("groups.micro_batch", config.groups.micro_batch, 1)
+    _validate_optim(config.optim)
+    if not 0 < config.loss.clip_low < 1:
+        raise ConfigError("loss.clip_low", f"is {config.loss.clip_low}; use a number between 0 and 1")
+    _positive("loss.clip_high", config.loss.clip_high)
+    _at_least("loss.kl", config.loss.kl, 0)
+    _positive("loss.max_advantage", config.loss.max_advantage)
+    _validate_rewards(config.rewards)
+    _at_least("eval.every", config.eval.every, 0)
+    _at_least("eval.prompts", config.eval.prompts, 1)
+    _at_least("eval.steps", config.eval.steps, 1)
+    _at_least("eval.seed", config.eval.seed, 0)
+    if not config.eval.guidance:
+        raise ConfigError("eval.guidance", "is empty; use [0.0] to evaluate without guidance")
+    for i, guidance in enumerate(config.eval.guidance):
+        _at_least(f"eval.guidance[{i}]", guidance, 0)
+    _at_least("checkpoint.every", config.checkpoint.every, 0)
+    _at_least("checkpoint.minutes", config.checkpoint.minutes, 0)
+    _at_least("checkpoint.keep", config.checkpoint.keep, 1)
+
+
+def _validate_sampling(sampling: SamplingConfig) -> None:
+    if not sampling.sizes:
+        raise ConfigError("sampling.sizes", "is empty; give at least one [height, width]")
+    for i, size in enumerate(sampling.sizes):
+        _size(f"sampling.sizes[{i}]", size)
+    _at_least("sampling.steps", sampling.steps, 2)
+    _positive("sampling.eta", sampling.eta)
+    if sampling.dynamics == "cps" and sampling.eta > 1:
+        raise ConfigError("sampling.eta", f"is {sampling.eta}; with cps use at most 1")
+    most = sampling.steps - 1
+    if sampling.window is not None and not 1 <= sampling.window <= most:
+        raise ConfigError(
+            "sampling.window",
+            f"is {sampling.window}, but {sampling.steps} steps leave 1 to {most} for noise (the last has"
+            " none); shorten it or raise sampling.steps",
+        )
+    if sampling.window_start == "random":
+        return
+    _at_least("sampling.window_start", sampling.window_start, 0)
+    if sampling.window is None and sampling.window_start > 0:
+        raise ConfigError(
+            "sampling.window_start", "has no meaning when sampling.window is null; set a window"
+        )
+    if sampling.window_start + (sampling.window or most) > most:
+        raise ConfigError(
+            "sampling.window_start",
+            f"is {sampling.window_start}, so a window of {sampling.window} would end after step {most - 1};"
+            " start it earlier or shorten it",
+        )
+
+
+def _validate_optim(optim: OptimConfig) -> None:
+    _positive("optim.lr", optim.lr)
+    for beta in optim.betas:
+        if not 0 <= beta < 1:
+            raise ConfigError("optim.betas", f"holds {beta}; each must be at least 0 and below 1")
+    _at_least("optim.weight_decay", optim.weight_decay, 0)
+    _positive("optim.max_grad_norm", optim.max_grad_norm)
+    _at_least("optim.passes", optim.passes, 1)
+    _at_least("optim.warmup_steps", optim.warmup_steps, 0)
+
+
+def _validate_rewards(rewards: list[RewardSpec]) -> None:
+    if not rewards:
+        raise ConfigError("rewards", "is empty; name at least one reward to train on")
+    seen: set[str] = set()
+    for i, reward in enumerate(rewards):
+        if not reward.name.strip():
+            raise ConfigError(f"rewards[{i}].name", "is empty; give the reward a name")
+        if reward.name in seen:
+            raise ConfigError(f"rewards[{i}].name", f"'{reward.name}' is used twice; give each its own name")
+        seen.add(reward.name)
+        module, _, function = reward.function.partition(":")
+        if not (module and function):
+            raise ConfigError(
+                f"rewards[{i}].function", f"'{reward.function}' is not written as package.module:function"
+            )
+        _at_least(f"rewards[{i}].weight", reward.weight, 0)
+    if sum(reward.weight for reward in rewards if not reward.heldout_only) <= 0:
+        raise ConfigError(
+            "rewards", "the weights of the trained rewards sum to zero; give one a weight above 0"
+        )
+
+
+def _validate_sample(config: SampleConfig) -> None:
+    if (config.prompt is None) == (config.prompts is None):
+        raise ConfigError("prompt", "give either prompt (a text) or prompts (a JSONL file)")
+    if config.prompt is not None and not config.prompt.strip():
+        raise ConfigError("prompt", "is empty; write what the image should show")
+    _size("size", config.size)
+    if config.steps is not None:
+        _at_least("steps", config.steps, 1)
+    if config.guidance is not None:
+        _at_least("guidance", config.guidance, 0)
+    _at_least("images", config.images, 1)
+    _at_least("micro_batch", config.micro_batch, 1)
+    _at_least("seed", config.seed, 0)
+
+
+def _size(path: str, size: Sequence[int]) -> None:
+    if len(size) != 2:
+        raise ConfigError(path, f"is {list(size)}; write [height, width] in pixels")
+    for pixels in size:
+        if pixels < 16 or pixels % 16:
+            nearest = max(16, round(pixels / 16) * 16)
+            raise ConfigError(path, f"{pixels} pixels is not a multiple of 16; use {nearest}")
+
+
+def _at_least(path: str, value: float, least: float) -> None:
+    if not (math.isfinite(value) and value >= least):
+        raise ConfigError(path, f"is {value}; use {least} or more")
+
+
+def _positive(path: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ConfigError(path, f"is {value}; use a number above 0")

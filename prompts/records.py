@@ -1,0 +1,119 @@
+"""Prompt records: a JSONL file with one object a line.
+
+`prompt` is the text. Optional: `requirements` (yes/no statements the picture should meet), `texts` (strings
+to render in it), `tags`, and `id`. Every other field is kept as a column and handed to the rewards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prompts.errors import UserError
+
+LISTS = ("requirements", "texts", "tags")
+
+
+@dataclass
+class PromptRecord:
+    """One prompt. `id` is stable from run to run: the file's own, or the SHA-1 of the prompt in hex."""
+
+    prompt: str
+    requirements: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
+    id: str = ""
+    columns: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.id = self.id or hashlib.sha1(self.prompt.encode()).hexdigest()
+
+
+def read_prompts(path: str | Path) -> list[PromptRecord]:
+    """The records of a JSONL file in its order; blank lines are skipped.
+
+    Raises UserError with file and line for a missing or empty file, a line that is not a JSON object, a
+    missing or empty prompt, a field of the wrong type and an id (or, without ids, a prompt) that comes twice.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; give the path of a JSONL prompt file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a directory; give the path of a JSONL prompt file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+    records: list[PromptRecord] = []
+    line_of_id: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        record = _parse(line, f"{path}:{number}")
+        if record.id in line_of_id:
+            raise UserError(
+                f"{path}:{number}: id '{record.id}' was used on line {line_of_id[record.id]} (without an id"
+                " it comes from the prompt); remove the duplicate or give each its own id"
+            )
+        line_of_id[record.id] = number
+        records.append(record)
+    if not records:
+        raise UserError(
+            f'{path}: holds no prompt; write one object a line, such as {{"prompt": "a red cube"}}'
+        )
+    return records
+
+
+def _parse(line: str, where: str) -> PromptRecord:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{where}: not JSON ({error.msg} at column {error.colno}); write one object a line"
+        ) from None
+    if not isinstance(row, dict):
+        raise UserError(f'{where}: is {_kind(row)}, not an object; write {{"prompt": ...}}')
+    prompt = row.pop("prompt", None)
+    if prompt is None:
+        raise UserError(f"{where}: prompt: missing; every line needs one")
+    if not isinstance(prompt, str):
+        raise UserError(f"{where}: prompt: is {_kind(prompt)}, not text; put it in quotes")
+    if not prompt.strip():
+        raise UserError(f"{where}: prompt: is empty; write what the picture should show or drop the line")
+
+    lists: dict[str, list[str]] = {}
+    for name in LISTS:
+        value = row.pop(name, None)
+        if value is None:
+            value = []
+        if not isinstance(value, list):
+            raise UserError(f"{where}: {name}: is {_kind(value)}, not a list; write [...]")
+        for item in value:
+            if not isinstance(item, str):
+                raise UserError(f"{where}: {name}: holds {_kind(item)}, not text; put each item in quotes")
+        lists[name] = value
+
+    id = row.pop("id", None)
+    if id is not None and not (isinstance(id, str) and id):
+        raise UserError(f"{where}: id: is {_kind(id)}; use a non-empty text in quotes")
+    return PromptRecord(prompt=prompt, id=id or "", columns=row, **lists)
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "null"
+    names = {
+        str: "text",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+    }
+    return "empty text" if value == "" else names[type(value)]

@@ -1,0 +1,175 @@
+"""The real command line in a process of its own: a mistake is one line, exit code 2 and no traceback."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+RECIPE = """\
+output: {tmp}/run
+model: {{path: no-such-model}}
+prompts: {{train: a.jsonl, heldout: b.jsonl}}
+rewards:
+- {{name: oracle, function: "pkg.mod:score"}}
+"""
+
+
+def posttrain(*args) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "posttrain.cli", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A function that writes a recipe, the sound one with more text behind it or another text altogether."""
+
+    def write(extra: str = "", text: str | None = None) -> Path:
+        path = tmp_path / "x.yaml"
+        path.write_text(RECIPE.format(tmp=tmp_path) + extra if text is None else text)
+        return path
+
+    return write
+
+
+def fails(result: subprocess.CompletedProcess, *parts) -> None:
+    """Exit code 2 and exactly one line on stderr that holds each part, in this order."""
+    assert result.returncode == 2, result
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("posttrain: error: "), result.stderr
+    at = 0
+    for part in map(str, parts):
+        assert part in result.stderr[at:], f"{part!r} not (in order) in {result.stderr!r}"
+        at = result.stderr.index(part, at) + len(part)
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        ("optim: {lrr: 1.0e-4}", "optim.lrr: unknown key; did you mean optim.lr?"),
+        ("samplign: {steps: 4}", "samplign: unknown key; did you mean sampling?"),
+        ("optim: {zzz: 1}", "optim.zzz: unknown key; known here: lr, betas"),
+        ("optim: {lr: fast}", "optim.lr: is 'fast', expected a number"),
+        ("steps: many", "steps: is 'many', expected a whole number"),
+        ("steps: 2.5", "steps: is 2.5, expected a whole number"),
+        ("sampling: {dynamics: ode}", "sampling.dynamics: is 'ode', expected one of flow, dance, cps"),
+        ("sampling: {window: two}", "sampling.window: is 'two', expected a whole number or null"),
+        ("sampling: {sizes: [64, 64]}", "sampling.sizes[0]: is 64, expected a list, each a whole number"),
+        ("optim: 3", "optim: is 3, expected a section with lr, betas"),
+        ("optim:", "optim: is null, expected a section"),
+        ("track: {tensorboard: maybe}", "track.tensorboard: is 'maybe', expected true or false"),
+        ("groups: {group_size: 1}", "groups.group_size: is 1, but images are compared"),
+        ("sampling: {sizes: [[64, 100]]}", "sampling.sizes[0]: 100 pixels is not a multiple of 16; use 96"),
+    ],
+)
+def test_wrong_recipe(recipe, extra, says):
+    path = recipe(extra)
+    fails(posttrain("grpo", "--config", path), path, says)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("output: [a\nmodel: b: c\n", "not YAML"),
+        ("output: a\nseed: 1\nseed: 2\n", ":3: not YAML: key 'seed' is given twice"),
+        ("- a\n- b\n", "is not a recipe"),
+        ("", "is not a recipe"),
+        ("model: {path: k2}\n", "output, prompts.train, prompts.heldout, rewards: missing; add"),
+        ("output: 7\n", "output: is 7, expected text"),
+        ("rewards: [{name: a}]\n", "rewards[0].function: is missing"),
+        ("rewards: [{name: a, function: 'm:f', wieght: 1}]", "rewards[0].wieght: unknown key; did you mean"),
+        ("rewards: [{name: a, function: 'm:f', weight: x}]", "rewards[0].weight: is 'x', expected a number"),
+    ],
+)
+def test_broken_recipe(recipe, text, says):
+    path = recipe(text=text)
+    fails(posttrain("grpo", "--config", path), path, says)
+
+
+def test_missing_recipe(tmp_path):
+    fails(posttrain("grpo", "--config", tmp_path / "none.yaml"), "none.yaml: no such file")
+    fails(posttrain("grpo", f"--config={tmp_path}"), "is a directory")
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--optim.lrr", "1"], "--optim.lrr: unknown option; did you mean --optim.lr?"),
+        (["--optim.lr", "fast"], "optim.lr: is 'fast', expected a number"),
+        (["--optim.lr", "-1"], "optim.lr: is -1.0; use a number above 0"),
+        (["--sampling.window=9"], "sampling.window: is 9, but 8 steps"),
+        (["--optim", "3"], "optim: is '3', expected a section"),
+        (["--optim.lr"], "--optim.lr: expected one argument"),
+        (["stray.yaml"], "'stray.yaml' is not an option; a recipe is given as --config stray.yaml"),
+    ],
+)
+def test_wrong_option_is_not_blamed_on_the_file(recipe, args, says):
+    fails(posttrain("grpo", "--config", recipe(), *args), "command line", says)
+
+
+def test_unknown_command():
+    fails(posttrain("gprp"), "'gprp' is not a command; did you mean grpo?")
+    assert posttrain().returncode == 2
+
+
+@pytest.mark.parametrize("command", ["grpo", "sample", "export", "report"])
+def test_help_is_quick_and_tells_defaults(command):
+    began = time.perf_counter()
+    result = posttrain(command, "--help")
+    assert result.returncode == 0 and result.stderr == ""
+    assert time.perf_counter() - began < 3  # a third of a second when nothing else runs
+    assert "default:" in result.stdout or "required" in result.stdout
+    assert command in posttrain("--help").stdout
+
+
+def test_overrides_and_the_printed_recipe_can_be_run_again(recipe):
+    path = recipe("optim: {lr: 1e-5}")
+    printed = posttrain("grpo", "--config", path, "--optim.passes", "2", "--print_config").stdout
+    values = yaml.safe_load(printed)
+    assert values["optim"]["lr"] == 1e-5
+    assert values["optim"]["passes"] == 2
+    assert "resume" not in values
+    again = recipe(text=printed)
+    assert posttrain("grpo", "--config", again, "--print_config").stdout == printed
+
+
+def test_yaml_anchors_may_be_overridden(recipe):
+    path = recipe("groups: &g {group_size: 4}\nlora: {rank: 4}\n")
+    assert "group_size: 4" in posttrain("grpo", "--config", path, "--print_config").stdout
+    path.write_text(path.read_text() + "eval: {<<: {every: 5, seed: 1}, seed: 2}\n")
+    values = yaml.safe_load(posttrain("grpo", "--config", path, "--print_config").stdout)
+    assert (values["eval"]["every"], values["eval"]["seed"]) == (5, 2)
+
+
+MAIN = """
+import sys, types, posttrain.cli as cli
+module = types.ModuleType("fake")
+def train(config, resume):
+    {body}
+module.train = train
+sys.modules["fake"] = module
+cli.COMMANDS["grpo"] = cli.Command(cli.GRPOConfig, "fake:train", "", True)
+sys.exit(cli.main(["grpo", "--config", {path!r}, *{args}]))
+"""
+
+
+def run_body(recipe, body: str, *args) -> subprocess.CompletedProcess:
+    code = MAIN.format(body=body, path=str(recipe()), args=list(args))
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_the_command_gets_its_settings(recipe):
+    body = "print(type(config).__name__, config.rewards[0].name, type(config.optim).__name__, resume)"
+    assert run_body(recipe, body).stdout.split() == ["GRPOConfig", "oracle", "OptimConfig", "False"]
+    assert run_body(recipe, body, "--resume").stdout.split()[-1] == "True"
+
+
+def test_exit_codes(recipe):
+    result = run_body(recipe, "raise cli.UserError('runs/a: no space left; free some')")
+    fails(result, "runs/a: no space left; free some")
+    result = run_body(recipe, "raise KeyboardInterrupt")
+    assert (result.returncode, result.stderr) == (130, "posttrain: interrupted\n")
+    result = run_body(recipe, "raise RuntimeError('a bug')")
+    assert result.returncode == 1 and "Traceback" in result.stderr

@@ -1,0 +1,172 @@
+"""Recipe checks: every field out of range is refused with its path and a remedy."""
+
+import subprocess
+import sys
+
+import pytest
+
+from posttrain.config import (
+    ExportConfig,
+    GRPOConfig,
+    ModelConfig,
+    PromptsConfig,
+    RewardSpec,
+    SampleConfig,
+)
+from posttrain.validate import ConfigError, validate
+
+
+def grpo() -> GRPOConfig:
+    return GRPOConfig(
+        output="runs/a",
+        model=ModelConfig(path="k2"),
+        prompts=PromptsConfig(train="a.jsonl", heldout="b.jsonl"),
+        rewards=[RewardSpec(name="oracle", function="pkg.mod:score")],
+    )
+
+
+def set_path(config, path: str, value) -> None:
+    *sections, name = path.split(".")
+    for section in sections:
+        config = getattr(config, section)
+    assert hasattr(config, name)
+    setattr(config, name, value)
+
+
+def test_defaults_are_valid():
+    validate(grpo())
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("output", " ", "name a directory"),
+        ("steps", 0, "use 1 or more"),
+        ("seed", -1, "use 0 or more"),
+        ("prompts.max_tokens", 0, "use 1 or more"),
+        ("lora.rank", 0, "use 1 or more"),
+        ("lora.alpha", 0.0, "above 0"),
+        ("lora.targets", [], "nothing would be trained"),
+        ("sampling.sizes", [], "at least one"),
+        ("sampling.steps", 1, "use 2 or more"),
+        ("sampling.eta", 0.0, "above 0"),
+        ("sampling.window", 8, "8 steps leave 1 to 7"),
+        ("sampling.window", 0, "leave 1 to 7"),
+        ("sampling.window_start", 6, "would end after step 6"),
+        ("sampling.window_start", -1, "use 0 or more"),
+        ("groups.prompts_per_step", 0, "use 1 or more"),
+        ("groups.group_size", 1, "use 2 or more"),
+        ("groups.micro_batch", 0, "use 1 or more"),
+        ("optim.lr", -1e-4, "above 0"),
+        ("optim.lr", float("nan"), "above 0"),
+        ("optim.betas", (0.9, 1.0), "below 1"),
+        ("optim.weight_decay", -0.1, "use 0 or more"),
+        ("optim.max_grad_norm", 0.0, "above 0"),
+        ("optim.passes", 0, "use 1 or more"),
+        ("optim.warmup_steps", -1, "use 0 or more"),
+        ("loss.clip_low", 1.0, "between 0 and 1"),
+        ("loss.clip_high", 0.0, "above 0"),
+        ("loss.kl", -1.0, "use 0 or more"),
+        ("loss.max_advantage", 0.0, "above 0"),
+        ("rewards", [], "at least one reward"),
+        ("eval.every", -1, "use 0 or more"),
+        ("eval.prompts", 0, "use 1 or more"),
+        ("eval.steps", 0, "use 1 or more"),
+        ("eval.seed", -1, "use 0 or more"),
+        ("eval.guidance", [], "[0.0]"),
+        ("checkpoint.every", -1, "use 0 or more"),
+        ("checkpoint.minutes", -1.0, "use 0 or more"),
+        ("checkpoint.keep", 0, "use 1 or more"),
+    ],
+)
+def test_out_of_range_names_the_field(path, value, says):
+    config = grpo()
+    set_path(config, path, value)
+    with pytest.raises(ConfigError) as error:
+        validate(config)
+    assert error.value.field == path
+    assert says in error.value.problem
+
+
+@pytest.mark.parametrize(
+    ("sizes", "field", "says"),
+    [
+        ([[64, 64], [64, 100]], "sampling.sizes[1]", "100 pixels is not a multiple of 16; use 96"),
+        ([[0, 64]], "sampling.sizes[0]", "use 16"),
+        ([[64]], "sampling.sizes[0]", "[height, width]"),
+    ],
+)
+def test_sizes(sizes, field, says):
+    config = grpo()
+    config.sampling.sizes = sizes
+    with pytest.raises(ConfigError) as error:
+        validate(config)
+    assert error.value.field == field
+    assert says in error.value.problem
+
+
+def test_window_that_just_fits():
+    config = grpo()
+    config.sampling.window, config.sampling.window_start = 2, 5  # steps 5 and 6 of 0..7; 7 is the last
+    validate(config)
+    config.sampling.window, config.sampling.window_start = None, 0
+    validate(config)
+    config.sampling.window_start = 1
+    with pytest.raises(ConfigError, match=r"sampling\.window_start"):
+        validate(config)
+
+
+def test_cps_noise_level():
+    config = grpo()
+    config.sampling.dynamics, config.sampling.eta = "cps", 1.2
+    with pytest.raises(ConfigError, match="at most 1"):
+        validate(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"weight": 0.0}, "rewards"),
+        ({"heldout_only": True}, "rewards"),
+        ({"weight": -1.0}, "rewards[0].weight"),
+        ({"name": ""}, "rewards[0].name"),
+        ({"function": "no_colon"}, "rewards[0].function"),
+    ],
+)
+def test_rewards(change, field):
+    config = grpo()
+    config.rewards = [RewardSpec(**({"name": "a", "function": "m:f"} | change))]
+    with pytest.raises(ConfigError) as error:
+        validate(config)
+    assert error.value.field == field
+
+
+def test_reward_names_are_unique():
+    config = grpo()
+    config.rewards = [RewardSpec("a", "m:f"), RewardSpec("a", "m:g")]
+    with pytest.raises(ConfigError, match="used twice"):
+        validate(config)
+
+
+def test_sample_needs_exactly_one_source_of_prompts():
+    sample = SampleConfig(output="out", model=ModelConfig(path="k2"))
+    with pytest.raises(ConfigError, match="either prompt"):
+        validate(sample)
+    sample.prompt = "a red cube"
+    validate(sample)
+    sample.prompts = "a.jsonl"
+    with pytest.raises(ConfigError, match="either prompt"):
+        validate(sample)
+
+
+def test_export_file_name():
+    with pytest.raises(ConfigError, match=r"end it in \.safetensors"):
+        validate(ExportConfig(source="runs/a", output="out", format="lora"))
+    validate(ExportConfig(source="runs/a", output="out.safetensors", format="lora"))
+    validate(ExportConfig(source="runs/a", output="out", format="diffusers"))
+
+
+def test_config_and_command_line_import_no_torch():
+    code = "import sys, posttrain.config, posttrain.cli; print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
