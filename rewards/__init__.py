@@ -1,1 +1,1 @@
-"""Rewards: callables `(images, prompts, **columns) -> list[float | None]`. Imports `prompts`, never `posttrain`."""
+"""Rewards: callables `(images, prompts, **columns) -> list[float | None]`. Never imports `posttrain`."""
