@@ -11,7 +11,7 @@ import math
 import os
 import random
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,26 +40,16 @@ class Judge:
     retries: int = 5
     seed: int = 0
     min_mass: float = 0.5  # probability that yes and no must have together, for an answer to be one
-    _cache: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict, repr=False)
-    _loop: asyncio.AbstractEventLoop | None = field(default=None, repr=False)
+    _cache: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict, init=False, repr=False)
+    _loop: asyncio.AbstractEventLoop | None = field(default=None, init=False, repr=False)
 
-    async def p_yes(
-        self, image: Image.Image | EncodedImage, template: Template, *, cached: bool = True, **fields: str
-    ) -> float:
+    async def p_yes(self, image: Image.Image | EncodedImage, template: Template, **fields: str) -> float:
         """P(yes) / (P(yes) + P(no)) at the first answer token."""
 
         async def ask(encoded: EncodedImage) -> float:
-            response = await self._chat(
-                template.render(**fields), encoded, max_tokens=1, logprobs=True, top_logprobs=20
-            )
-            try:
-                candidates = response.choices[0].logprobs.content[0].top_logprobs
-                pairs = [(candidate.token, float(candidate.logprob)) for candidate in candidates]
-            except (AttributeError, IndexError, TypeError, ValueError):
-                raise JudgeError("the answer has no log-probs: does the server give top_logprobs?") from None
-            return yes_share(pairs, self.min_mass)
+            return await self._p_yes(encoded, template.render(**fields))
 
-        return await self._cached(ask, image, template, fields, cached)
+        return await self._cached(ask, image, template, fields)
 
     async def transcribe(self, image: Image.Image | EncodedImage, template: Template) -> list[str]:
         """The lines of text that the judge reads in the picture, in reading order."""
@@ -67,7 +57,7 @@ class Judge:
         async def ask(encoded: EncodedImage) -> list[str]:
             return await self._list_of_strings("lines", template.render(), encoded)
 
-        return await self._cached(ask, image, template, {}, True)
+        return await self._cached(ask, image, template, {})
 
     async def decompose(self, template: Template, prompt: str) -> list[str]:
         """The requirements that the judge finds in a prompt."""
@@ -77,16 +67,27 @@ class Judge:
         self, images: Sequence[Image.Image], template: Template, n: int = 20, **fields: str
     ) -> float:
         """The largest difference between n scores of one image, half asked alone, half among the others."""
+        text = template.render(**fields)
+        encoded = [encode(image) for image in images]
         scores: list[list[float]] = [[] for _ in images]
-        for i, image in enumerate(images):
+        for i, image in enumerate(encoded):
             for _ in range(n // 2):
-                scores[i].append(await self.p_yes(image, template, cached=False, **fields))
+                scores[i].append(await self._p_yes(image, text))
         order = [i for i in range(len(images)) for _ in range(n - n // 2)]
         random.Random(self.seed).shuffle(order)
-        together = [self.p_yes(images[i], template, cached=False, **fields) for i in order]
+        together = [self._p_yes(encoded[i], text) for i in order]
         for i, score in zip(order, await asyncio.gather(*together)):
             scores[i].append(score)
         return max(max(row) - min(row) for row in scores)
+
+    async def _p_yes(self, encoded: EncodedImage, text: str) -> float:
+        response = await self._chat(text, encoded, max_tokens=1, logprobs=True, top_logprobs=20)
+        try:
+            candidates = response.choices[0].logprobs.content[0].top_logprobs
+            pairs = [(str(candidate.token), float(candidate.logprob)) for candidate in candidates]
+        except (AttributeError, IndexError, TypeError, ValueError):
+            raise JudgeError("the answer has no log-probs: does the server give top_logprobs?") from None
+        return yes_share(pairs, self.min_mass)
 
     async def _list_of_strings(self, key: str, text: str, encoded: EncodedImage | None) -> list[str]:
         schema = {
@@ -122,11 +123,10 @@ class Judge:
         image: Image.Image | EncodedImage,
         template: Template,
         fields: Mapping[str, str],
-        cached: bool,
     ) -> Any:
         encoded = image if isinstance(image, EncodedImage) else await asyncio.to_thread(encode, image)
         key = (self.model, template.hash, tuple(sorted(fields.items())), encoded.hash)
-        if cached and key in self._cache:
+        if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
         answer = self._cache[key] = await ask(encoded)
@@ -140,7 +140,7 @@ class Judge:
             content.insert(0, {"type": "image_url", "image_url": {"url": encoded.url}})
 
         async def send(client: AsyncOpenAI) -> Any:
-            return await client.chat.completions.create(
+            return await client.chat.completions.create(  # pyright: ignore[reportCallIssue]
                 model=self.model,
                 messages=[{"role": "user", "content": content}],  # pyright: ignore[reportArgumentType]
                 temperature=0,
@@ -182,16 +182,16 @@ class Judge:
         return message.replace(key, "***") if key else message
 
 
-def yes_share(candidates: Iterable[tuple[str, float]], min_mass: float) -> float:
-    """P(yes) / (P(yes) + P(no)) from (token, log-prob) pairs, summed over spellings such as ' Yes' and 'YES'."""
+def yes_share(candidates: Sequence[tuple[str, float]], min_mass: float) -> float:
+    """P(yes) / (P(yes) + P(no)) from (token, log-prob) pairs, summed over spellings such as ' Yes', 'YES'."""
     mass = {"yes": 0.0, "no": 0.0}
     for token, logprob in candidates:
         spelling = token.strip(" \t\n\"'*.,Ġ▁").casefold()
         if spelling in mass:
-            mass[spelling] += math.exp(logprob)
+            mass[spelling] += math.exp(min(logprob, 0.0))
     total = mass["yes"] + mass["no"]
     if not (total > 0 and total >= min_mass):  # also when it is NaN
-        first = next(iter(candidates), ("nothing", 0.0))[0]
+        first = candidates[0][0] if candidates else "nothing"
         raise JudgeError(f"the answer is neither yes nor no (they share {total:.3g}), but {first!r}")
     return mass["yes"] / total
 

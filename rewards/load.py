@@ -85,12 +85,16 @@ def import_object(path: str, where: str) -> Any:
 
 
 def construct(cls: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> Any:
+    """`cls(**arguments)`; arguments that do not fit are the user's mistake, a TypeError inside is not."""
     try:
         inspect.signature(cls).bind(**arguments)
     except TypeError as error:
         known = ", ".join(inspect.signature(cls).parameters)
         raise UserError(f"{where}: {error}: it takes {known}") from error
-    return cls(**arguments)
+    try:
+        return cls(**arguments)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def _with_servers(value: Any, servers: Mapping[str, Sequence[str]], where: str) -> Any:

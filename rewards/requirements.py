@@ -37,8 +37,8 @@ class Requirements:
             raise JudgeError(f"no requirements found in the prompt {prompt!r}")
         self._known[prompt] = found
         if self.path is not None:
-            entry = {"prompt": prompt, "requirements": found, "model": self.judge.model}
-            _append(self.path, entry | {"template": self.template.hash})
+            asked = {"model": self.judge.model, "template": self.template.hash}
+            _append(self.path, {"prompt": prompt, "requirements": found, **asked})
         return found
 
 
