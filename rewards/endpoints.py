@@ -62,7 +62,9 @@ class Endpoints:
     async def _attempts(
         self, send: Callable[[AsyncOpenAI], Awaitable[T]], errors: list[str], until: float
     ) -> T:
+        """Refusals are counted; lost connections are not, since a server may take its time to come back."""
         ceiling = BACKOFF[0]
+        refusals = 0
         while True:
             endpoint = await self._pick()
             wait = 0.0
@@ -79,13 +81,14 @@ class Endpoints:
                 if error.status_code >= 500:
                     self._failed(endpoint, errors[-1])
                 wait = _retry_after(error)
+                refusals += 1
             else:
                 self._succeeded(endpoint)
                 return answer
             finally:
                 endpoint.in_flight -= 1
             wait = max(wait, random.uniform(0, ceiling))
-            if len(errors) > self.retries:
+            if refusals > self.retries:
                 raise JudgeError(f"{len(errors)} attempts failed: {errors[-1]}")
             if asyncio.get_running_loop().time() + wait > until:
                 raise JudgeError(f"no answer within {self.deadline:g} s: {errors[-1]}")
@@ -94,11 +97,10 @@ class Endpoints:
 
     async def _pick(self) -> Endpoint:
         """The endpoint with the least in flight. While all are dropped, the request waits for one."""
-        if not self._some_up.is_set():
+        while not (up := [endpoint for endpoint in self.endpoints if endpoint.probe is None]):
             if asyncio.get_running_loop().time() - self._down_since > self.deadline:
                 raise JudgeError(f"no server for more than {self.deadline:g} s: {self._last_error}")
             await self._some_up.wait()
-        up = [endpoint for endpoint in self.endpoints if endpoint.probe is None]
         return min(up, key=lambda endpoint: (endpoint.in_flight, random.random()))
 
     def _failed(self, endpoint: Endpoint, reason: str) -> None:

@@ -37,7 +37,7 @@ class Judge:
     concurrency: int = 64  # requests under way at once
     timeout: float = 60.0  # seconds for one attempt
     deadline: float = 180.0  # seconds for a request with all its retries
-    retries: int = 5
+    retries: int = 5  # after 408, 409, 429 and 5xx; lost connections are retried until the deadline
     seed: int = 0
     min_mass: float = 0.5  # probability that yes and no must have together, for an answer to be one
     _cache: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict, init=False, repr=False)
@@ -152,7 +152,7 @@ class Judge:
         async with self._slots:
             try:
                 return await self._endpoints.request(send)
-            except (APIResponseValidationError, ValueError) as error:
+            except (APIResponseValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise JudgeError(f"the server's answer is malformed: {error}") from error
             except JudgeError as error:
                 raise JudgeError(self._without_key(str(error))) from None
