@@ -1,0 +1,51 @@
+"""Judge templates: text files in which `$field` stands for a value, and the hash that identifies each.
+
+A value is untrusted data: a prompt may read 'answer yes'. It is put in as a JSON string, so that it cannot
+close its quotation, and the templates tell the judge that what is quoted is material and no instruction.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template as DollarTemplate
+
+from prompts.errors import UserError
+
+JUDGES = Path(__file__).parent / "judges"
+
+
+@dataclass(frozen=True)
+class Template:
+    name: str
+    text: str
+
+    @property
+    def hash(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
+
+    @property
+    def fields(self) -> set[str]:
+        return set(DollarTemplate(self.text).get_identifiers())
+
+    def render(self, **values: str) -> str:
+        """The template with each field replaced by its value as a JSON string; every field must be given."""
+        if missing := self.fields - values.keys():
+            field = sorted(missing)[0]
+            raise UserError(f"template {self.name}: this reward has no value for ${field}: remove that field")
+        quoted = {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
+        return DollarTemplate(self.text).substitute(quoted)
+
+
+def load_template(name: str) -> Template:
+    """A template by name (`rubric` is prompts/judges/rubric.txt) or by path (anything ending in .txt)."""
+    path = Path(name) if name.endswith(".txt") else JUDGES / f"{name}.txt"
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        known = ", ".join(sorted(file.stem for file in JUDGES.glob("*.txt")))
+        raise UserError(f"template {name}: cannot read {path}: use a .txt path or one of {known}") from error
+    template = Template(name, text)
+    if not DollarTemplate(text).is_valid():
+        raise UserError(f"template {name}: stray '$' in {path}: write '$$' for a dollar sign")
+    return template

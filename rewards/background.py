@@ -1,0 +1,78 @@
+"""Scoring that goes on while the next images are sampled: one event loop in one background thread."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from PIL import Image
+
+from rewards.base import Reward, Scores, score_all
+
+
+class ScoreQueue:
+    """`submit` whole groups as they are sampled, then `gather` all their scores in order of submission."""
+
+    def __init__(self, rewards: Sequence[Reward], group_size: int = 1):
+        self.rewards = rewards
+        self.group_size = group_size
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="scores")
+        self._thread.start()
+        self._jobs: list[Future[Scores]] = []
+        self._lock = threading.Lock()
+        self._running = 0
+        self._since = 0.0
+        self._busy = 0.0
+
+    def submit(
+        self, images: Sequence[Image.Image], prompts: Sequence[str], columns: dict[str, Any] | None = None
+    ) -> None:
+        with self._lock:
+            if self._running == 0:
+                self._since = time.perf_counter()
+            self._running += 1
+        work = score_all(self.rewards, images, prompts, columns, self.group_size)
+        job = asyncio.run_coroutine_threadsafe(work, self._loop)
+        job.add_done_callback(self._finished)
+        self._jobs.append(job)
+
+    def _finished(self, _: Future[Scores]) -> None:
+        with self._lock:
+            self._running -= 1
+            if self._running == 0:
+                self._busy += time.perf_counter() - self._since
+
+    def gather(self) -> Scores:
+        """All scores since the last gather, and how much of the scoring was waited for."""
+        jobs, self._jobs = self._jobs, []
+        start = time.perf_counter()
+        try:
+            scores = Scores.concat([job.result() for job in jobs])
+        finally:
+            for job in jobs:
+                job.cancel()
+        scores.waited_seconds = time.perf_counter() - start
+        with self._lock:
+            scores.scoring_seconds, self._busy = self._busy, 0.0
+        return scores
+
+    def close(self) -> None:
+        async def cancel() -> None:
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(cancel(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> "ScoreQueue":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,246 @@
+"""The reward contract, and the scoring of a batch by all rewards at once.
+
+A reward is a callable `(images, prompts, **columns) -> list`, sync or async, one entry for each image:
+a finite float, `None` where the reward does not apply, or a `Failure` where it could not be had. A float may
+be a `Scored`, which carries details for the report. Columns are the prompt's other fields. Nothing that went
+wrong becomes a number: a failed score is missing, and too many of them end the run with the reason.
+
+Legend: N samples, K rewards. Rows of one group are neighbours.
+"""
+
+import asyncio
+import math
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from prompts.errors import UserError
+
+WINDOW = 256  # samples over which a reward's share of failures is taken
+
+
+class RewardError(UserError):
+    """A reward that breaks the contract or fails too often. The message names it and carries its reason."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The place of a score that could not be had."""
+
+    message: str
+
+
+class Scored(float):
+    """A score with what the report should show about it."""
+
+    details: dict[str, Any]
+
+    def __new__(cls, value: float, details: dict[str, Any]) -> "Scored":
+        scored = super().__new__(cls, value)
+        scored.details = details
+        return scored
+
+
+Score = float | None | Failure
+
+
+@dataclass
+class RewardSpec:
+    """One entry of a recipe's `rewards:`; exactly one of `function` and `class_path` is set."""
+
+    name: str
+    function: str | None = None  # package.module:function
+    class_path: str | None = None  # package.module.Class; called instances are rewards
+    init_args: dict[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
+    gate: Literal["none", "multiply", "mask"] = "none"  # a gate is not summed: see rewards/gates.py
+    threshold: float | None = None  # of the gate
+    scale: float = 1.0  # calibration: score * scale + offset
+    offset: float = 0.0
+    timeout: float = 600.0  # seconds for a batch, waiting for its turn included
+    max_failures: float = 0.1  # share of the last 256 samples
+    heldout_only: bool = False  # measured, never trained on
+    group: bool = False  # sees one whole group a call
+
+
+@dataclass
+class Reward:
+    """A spec with its callable and the outcomes of its last samples."""
+
+    spec: RewardSpec
+    function: Callable[..., Any]
+    parameters: set[str] | None  # columns that the function takes; None: all
+    is_async: bool
+    failed: deque[bool] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    lock: threading.Lock = field(default_factory=threading.Lock)  # a sync reward runs one call at a time
+
+    def count(self, scores: Sequence[Score]) -> None:
+        """Raises when failures exceed their share of the window, or when nothing was ever scored."""
+        failures = [score.message for score in scores if isinstance(score, Failure)]
+        self.failed.extend(isinstance(score, Failure) for score in scores if score is not None)
+        bad = sum(self.failed)
+        if failures and (bad > self.spec.max_failures * WINDOW or bad == len(self.failed)):
+            message = Counter(failures).most_common(1)[0][0]
+            raise RewardError(
+                f"reward {self.spec.name}: {bad} of the last {len(self.failed)} scores failed "
+                f"(max_failures {self.spec.max_failures:g} of {WINDOW}): {message}"
+            )
+
+
+@dataclass
+class Scores:
+    """What all rewards said about N samples, calibrated; `values_NK` is 0 where `valid_NK` is False."""
+
+    names: list[str]
+    values_NK: np.ndarray
+    valid_NK: np.ndarray
+    failed_NK: np.ndarray  # missing because it failed, and not because it does not apply
+    failures: dict[str, Counter[str]]  # reward -> message -> times
+    details: dict[str, list[dict[str, Any] | None]]  # reward -> sample -> details of a Scored
+    seconds: dict[str, float]  # reward -> time its calls took
+    scoring_seconds: float = 0.0  # with a ScoreQueue: time in which any scoring was going on ...
+    waited_seconds: float = 0.0  # ... and the part of it that the caller waited for
+
+    @staticmethod
+    def concat(parts: Sequence["Scores"]) -> "Scores":
+        first = parts[0]
+        return Scores(
+            first.names,
+            np.concatenate([part.values_NK for part in parts]),
+            np.concatenate([part.valid_NK for part in parts]),
+            np.concatenate([part.failed_NK for part in parts]),
+            {name: sum((part.failures[name] for part in parts), Counter()) for name in first.names},
+            {name: [entry for part in parts for entry in part.details[name]] for name in first.names},
+            {name: sum(part.seconds[name] for part in parts) for name in first.names},
+        )
+
+
+async def score_all(
+    rewards: Sequence[Reward],
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    columns: dict[str, Sequence[Any]] | None = None,
+    group_size: int = 1,
+) -> Scores:
+    """Asks all rewards at once. Every `group_size` neighbouring rows are one group."""
+    columns = columns or {}
+    for name, column in {"prompts": prompts, **columns}.items():
+        if len(column) != len(images):
+            raise ValueError(f"{len(images)} images but {len(column)} entries in {name}")
+    if len(images) % group_size:
+        raise ValueError(f"{len(images)} images are not whole groups of {group_size}")
+    tasks = [asyncio.create_task(_ask(r, images, prompts, columns, group_size)) for r in rewards]
+    try:
+        asked = await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+    return _matrix(rewards, [scores for scores, _ in asked], [seconds for _, seconds in asked])
+
+
+async def _ask(
+    reward: Reward,
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    columns: dict[str, Sequence[Any]],
+    group_size: int,
+) -> tuple[list[Score], float]:
+    if reward.spec.group and group_size < 2:
+        raise RewardError(f"reward {reward.spec.name}: group: it compares a group, which has one member here")
+    taken = {k: v for k, v in columns.items() if reward.parameters is None or k in reward.parameters}
+    size = group_size if reward.spec.group else max(len(images), 1)
+    rows = [slice(i, i + size) for i in range(0, len(images), size)]
+    start = time.perf_counter()
+    calls = [_call(reward, images[r], prompts[r], {k: v[r] for k, v in taken.items()}) for r in rows]
+    scores = [score for part in await asyncio.gather(*calls) for score in part]
+    reward.count(scores)
+    return scores, time.perf_counter() - start
+
+
+async def _call(
+    reward: Reward, images: Sequence[Image.Image], prompts: Sequence[str], columns: dict[str, Sequence[Any]]
+) -> list[Score]:
+    """One call of the user's code: its result checked, its exception or time-out made a Failure."""
+    arguments = (list(images), list(prompts))
+    keywords = {name: list(column) for name, column in columns.items()}
+    limit = asyncio.timeout(reward.spec.timeout)
+    try:
+        async with limit:
+            if reward.is_async:
+                result = await reward.function(*arguments, **keywords)
+            else:
+                result = await _in_thread(reward, arguments, keywords)
+    except UserError:
+        raise
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+        if isinstance(error, TimeoutError) and limit.expired():
+            message = f"no result within {reward.spec.timeout:g} s"
+        return [Failure(message)] * len(images)
+    return checked(reward.spec.name, result, len(images))
+
+
+async def _in_thread(reward: Reward, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    """Runs a sync reward in a daemon thread: one that hangs for ever must not keep the process alive."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Any] = loop.create_future()
+
+    def settle(result: Any, error: Exception | None) -> None:
+        if not future.done():
+            if error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)
+
+    def work() -> None:
+        result, error = None, None
+        try:
+            with reward.lock:
+                result = reward.function(*arguments, **keywords)
+        except Exception as raised:
+            error = raised
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=work, daemon=True, name=f"reward {reward.spec.name}").start()
+    return await future
+
+
+def checked(name: str, result: Any, count: int) -> list[Score]:
+    """The result if it keeps the contract; a RewardError that names the reward if not."""
+    if not isinstance(result, list) or len(result) != count:
+        got = f"{len(result)} scores" if isinstance(result, list) else f"a {type(result).__name__}"
+        raise RewardError(
+            f"reward {name}: returned {got} for {count} images: return a list of one float each"
+        )
+    for i, score in enumerate(result):
+        if score is None or isinstance(score, Failure):
+            continue
+        if not isinstance(score, Real):
+            raise RewardError(f"reward {name}: score {i} is a {type(score).__name__}: return floats or None")
+        if not math.isfinite(score):
+            raise RewardError(f"reward {name}: score {i} is {score}: return None where there is no score")
+    return result
+
+
+def _matrix(rewards: Sequence[Reward], scores_K: list[list[Score]], seconds_K: list[float]) -> Scores:
+    shape = (len(scores_K[0]) if scores_K else 0, len(rewards))
+    names = [reward.spec.name for reward in rewards]
+    seconds = dict(zip(names, seconds_K))
+    table = Scores(names, np.zeros(shape), np.zeros(shape, bool), np.zeros(shape, bool), {}, {}, seconds)
+    for k, (reward, scores) in enumerate(zip(rewards, scores_K)):
+        for n, score in enumerate(scores):
+            table.failed_NK[n, k] = isinstance(score, Failure)
+            if isinstance(score, Real):
+                table.valid_NK[n, k] = True
+                table.values_NK[n, k] = float(score) * reward.spec.scale + reward.spec.offset
+        table.failures[names[k]] = Counter(score.message for score in scores if isinstance(score, Failure))
+        table.details[names[k]] = [score.details if isinstance(score, Scored) else None for score in scores]
+    return table

@@ -1,0 +1,51 @@
+"""Gates: scores that multiply or mask the others, and are never summed, since quality could outbid a sum.
+
+`multiply`: every summed reward becomes g * R before any normalisation, where g is 1 or 0 as the gate's score
+reaches its threshold or not, or the score itself (in [0, 1]) where no threshold is given. 0 must be the worst
+score, so R >= 0 is required. `mask`: a sample below the threshold leaves the batch. A gate whose score failed
+masks its sample, since nobody knows; a gate that does not apply lets it pass.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rewards.base import RewardError, RewardSpec, Scores
+
+
+@dataclass
+class Gated:
+    """The rewards that are summed, K of them, after the gates."""
+
+    names: list[str]
+    weights_K: np.ndarray
+    values_NK: np.ndarray
+    valid_NK: np.ndarray
+
+
+def apply_gates(scores: Scores, specs: Sequence[RewardSpec]) -> Gated:
+    """Applies and removes the gates. Gates and held-out rewards are not among the K that come back."""
+    summed = [k for k, spec in enumerate(specs) if spec.gate == "none" and not spec.heldout_only]
+    values_NK, valid_NK = scores.values_NK[:, summed].copy(), scores.valid_NK[:, summed].copy()
+    for k, spec in enumerate(specs):
+        if spec.gate == "none":
+            continue
+        score_N, applies_N = scores.values_NK[:, k], scores.valid_NK[:, k]
+        valid_NK &= ~scores.failed_NK[:, k : k + 1]
+        if spec.gate == "mask":
+            valid_NK &= ~(applies_N & (score_N < spec.threshold))[:, None]
+            continue
+        factor_N = score_N if spec.threshold is None else (score_N >= spec.threshold).astype(float)
+        factor_N = np.where(applies_N, factor_N, 1.0)
+        if factor_N.min(initial=0) < 0 or factor_N.max(initial=1) > 1:
+            raise RewardError(f"reward {spec.name}: a multiplying gate must stay in [0, 1]: set threshold")
+        negative_K = ((values_NK < 0) & valid_NK).any(0)
+        if negative_K.any():
+            name = specs[summed[int(negative_K.argmax())]].name
+            raise RewardError(f"reward {name}: negative under gate {spec.name}: set scale and offset")
+        values_NK *= factor_N[:, None]
+    values_NK[~valid_NK] = 0
+    return Gated(
+        [specs[k].name for k in summed], np.array([specs[k].weight for k in summed]), values_NK, valid_NK
+    )

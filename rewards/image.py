@@ -1,0 +1,127 @@
+"""The four image rewards. Each asks a judge; what the judge cannot answer is a Failure, not a score."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from prompts.errors import UserError
+from prompts.templates import Template, load_template
+from rewards.base import Failure, Score, Scored
+from rewards.encode import encode
+from rewards.endpoints import JudgeError
+from rewards.judge import Judge
+from rewards.load import construct
+from rewards.ocr import score_text
+from rewards.requirements import Requirements
+
+
+class JudgeReward:
+    """One score a picture from one judge. `judge` is a Judge or its arguments, as a recipe gives them."""
+
+    def __init__(self, judge: Judge | Mapping[str, Any], template: str):
+        self.judge = judge if isinstance(judge, Judge) else construct(Judge, judge, "judge")
+        self.template = load_template(template)
+
+    async def __call__(
+        self, images: Sequence[Image.Image], prompts: Sequence[str], **columns: Sequence[Any]
+    ) -> list[Score]:
+        rows = [{name: column[i] for name, column in columns.items()} for i in range(len(images))]
+        return await asyncio.gather(*map(self._score, images, prompts, rows))
+
+    async def _score(self, image: Image.Image, prompt: str, row: dict[str, Any]) -> Score:
+        try:
+            return await self.score(image, prompt, row)
+        except JudgeError as error:
+            return Failure(str(error))
+
+    async def score(self, image: Image.Image, prompt: str, row: dict[str, Any]) -> Score:
+        raise NotImplementedError
+
+    async def ask(self, image: Image.Image, prompt: str) -> float:
+        """P(yes) for a template that may use $prompt."""
+        fields = {"prompt": prompt} if "prompt" in self.template.fields else {}
+        return await self.judge.p_yes(image, self.template, **fields)
+
+    def record(self) -> dict[str, Any]:
+        return {"model": self.judge.model, "templates": _hashes(self.template)}
+
+
+class Aesthetic(JudgeReward):
+    """P(yes) of the trained adapter to one fixed question."""
+
+    def __init__(self, judge: Judge | Mapping[str, Any], template: str = "aesthetic"):
+        super().__init__(judge, template)
+
+    async def score(self, image: Image.Image, prompt: str, row: dict[str, Any]) -> Score:
+        return await self.ask(image, prompt)
+
+
+class Artifact(JudgeReward):
+    """P(no) of the trained adapter to 'does the picture have faults?': a penalty, or a gate in the recipe."""
+
+    def __init__(self, judge: Judge | Mapping[str, Any], template: str = "artifact"):
+        super().__init__(judge, template)
+
+    async def score(self, image: Image.Image, prompt: str, row: dict[str, Any]) -> Score:
+        return 1 - await self.ask(image, prompt)
+
+
+class Rubric(JudgeReward):
+    """The mean P(yes) over a prompt's requirements, each asked by itself.
+
+    They come from the column `requirements`; where a prompt has none, the judge finds them once and they are
+    kept in `requirements_file`. An empty list means that there is nothing to ask: None.
+    """
+
+    def __init__(
+        self,
+        judge: Judge | Mapping[str, Any],
+        template: str = "rubric",
+        decompose_template: str = "decompose",
+        requirements_file: str | None = None,
+    ):
+        super().__init__(judge, template)
+        self.requirements = Requirements(self.judge, load_template(decompose_template), requirements_file)
+
+    async def score(self, image: Image.Image, prompt: str, row: dict[str, Any]) -> Score:
+        requirements = row.get("requirements")
+        if requirements is None:
+            requirements = await self.requirements.of(prompt)
+        if not requirements:
+            return None
+        encoded = await asyncio.to_thread(encode, image)
+        questions = [self.judge.p_yes(encoded, self.template, requirement=r) for r in requirements]
+        answers = await asyncio.gather(*questions)
+        details = {"requirements": list(requirements), "answers": answers}
+        return Scored(sum(answers) / len(answers), details)
+
+    def record(self) -> dict[str, Any]:
+        hashes = _hashes(self.template, self.requirements.template)
+        return {"model": self.judge.model, "templates": hashes}
+
+
+class OCR(JudgeReward):
+    """How well the text in the picture matches the column `texts`; None where the prompt asks for no text."""
+
+    def __init__(self, judge: Judge | Mapping[str, Any], template: str = "transcribe"):
+        super().__init__(judge, template)
+
+    async def score(self, image: Image.Image, prompt: str, row: dict[str, Any]) -> Score:
+        texts = row.get("texts")
+        if not texts:
+            return None
+        lines = await self.judge.transcribe(image, self.template)
+        try:
+            result = score_text(texts, lines)
+        except ValueError as error:
+            raise UserError(f"prompt {prompt!r}: texts: {error}: join or drop some") from error
+        if result is None:
+            return None
+        details = {"lines": lines, "missing": result.missing, "extra": result.extra}
+        return Scored(result.score, details | {"order_free": result.order_free})
+
+
+def _hashes(*templates: Template) -> dict[str, str]:
+    return {template.name: template.hash for template in templates}

@@ -1,0 +1,200 @@
+"""A judge: a vision-language model behind an OpenAI-compatible server, asked about pictures.
+
+A yes/no score is read from the log-probs of the first answer token at temperature 0, so it is continuous and
+repeatable. The image comes before the text: a server with prefix caching then reads each picture once,
+however many questions it is asked. What cannot be had is a JudgeError, never a number.
+"""
+
+import asyncio
+import json
+import math
+import os
+import random
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from openai import APIResponseValidationError, AsyncOpenAI
+from PIL import Image
+
+from prompts.errors import UserError
+from prompts.templates import Template
+from rewards.encode import EncodedImage, encode
+from rewards.endpoints import Endpoints, JudgeError
+
+CACHED_ANSWERS = 1 << 16
+MAX_TEXT_TOKENS = 512
+
+
+@dataclass(eq=False)
+class Judge:
+    """A model by its served name (an adapter has its own) on one server or several equal ones."""
+
+    model: str
+    base_urls: str | list[str]
+    api_key_env: str | None = None  # name of the environment variable that holds the key
+    concurrency: int = 64  # requests under way at once
+    timeout: float = 60.0  # seconds for one attempt
+    deadline: float = 180.0  # seconds for a request with all its retries
+    retries: int = 5  # after 408, 409, 429 and 5xx; lost connections are retried until the deadline
+    seed: int = 0
+    min_mass: float = 0.5  # probability that yes and no must have together, for an answer to be one
+    _cache: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict, init=False, repr=False)
+    _loop: asyncio.AbstractEventLoop | None = field(default=None, init=False, repr=False)
+
+    async def p_yes(self, image: Image.Image | EncodedImage, template: Template, **fields: str) -> float:
+        """P(yes) / (P(yes) + P(no)) at the first answer token."""
+
+        async def ask(encoded: EncodedImage) -> float:
+            return await self._p_yes(encoded, template.render(**fields))
+
+        return await self._cached(ask, image, template, fields)
+
+    async def transcribe(self, image: Image.Image | EncodedImage, template: Template) -> list[str]:
+        """The lines of text that the judge reads in the picture, in reading order."""
+
+        async def ask(encoded: EncodedImage) -> list[str]:
+            return await self._list_of_strings("lines", template.render(), encoded)
+
+        return await self._cached(ask, image, template, {})
+
+    async def decompose(self, template: Template, prompt: str) -> list[str]:
+        """The requirements that the judge finds in a prompt."""
+        return await self._list_of_strings("requirements", template.render(prompt=prompt), None)
+
+    async def repeatability(
+        self, images: Sequence[Image.Image], template: Template, n: int = 20, **fields: str
+    ) -> float:
+        """The largest difference between n scores of one image, half asked alone, half among the others."""
+        text = template.render(**fields)
+        encoded = [encode(image) for image in images]
+        scores: list[list[float]] = [[] for _ in images]
+        for i, image in enumerate(encoded):
+            for _ in range(n // 2):
+                scores[i].append(await self._p_yes(image, text))
+        order = [i for i in range(len(images)) for _ in range(n - n // 2)]
+        random.Random(self.seed).shuffle(order)
+        together = [self._p_yes(encoded[i], text) for i in order]
+        for i, score in zip(order, await asyncio.gather(*together)):
+            scores[i].append(score)
+        return max(max(row) - min(row) for row in scores)
+
+    async def _p_yes(self, encoded: EncodedImage, text: str) -> float:
+        response = await self._chat(text, encoded, max_tokens=1, logprobs=True, top_logprobs=20)
+        try:
+            candidates = response.choices[0].logprobs.content[0].top_logprobs
+            pairs = [(str(candidate.token), float(candidate.logprob)) for candidate in candidates]
+        except (AttributeError, IndexError, TypeError, ValueError):
+            raise JudgeError("the answer has no log-probs: does the server give top_logprobs?") from None
+        return yes_share(pairs, self.min_mass)
+
+    async def _list_of_strings(self, key: str, text: str, encoded: EncodedImage | None) -> list[str]:
+        schema = {
+            "type": "object",
+            "properties": {key: {"type": "array", "items": {"type": "string"}}},
+            "required": [key],
+            "additionalProperties": False,
+        }
+        response = await self._chat(
+            text,
+            encoded,
+            max_tokens=MAX_TEXT_TOKENS,
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": key, "strict": True, "schema": schema},
+            },
+        )
+        try:
+            choice = response.choices[0]
+            if choice.finish_reason == "length":
+                raise JudgeError(f"the answer is longer than {MAX_TEXT_TOKENS} tokens")
+            content = choice.message.content
+            answer = json.loads(content)
+        except (AttributeError, IndexError, TypeError, ValueError):
+            raise JudgeError("the answer is not the JSON that was asked for") from None
+        if not isinstance(answer, dict) or answer.keys() != {key} or not _strings(answer[key]):
+            raise JudgeError(f"the answer is not a list of strings under '{key}': {content[:200]}")
+        return answer[key]
+
+    async def _cached(
+        self,
+        ask: Callable[[EncodedImage], Awaitable[Any]],
+        image: Image.Image | EncodedImage,
+        template: Template,
+        fields: Mapping[str, str],
+    ) -> Any:
+        encoded = image if isinstance(image, EncodedImage) else await asyncio.to_thread(encode, image)
+        key = (self.model, template.hash, tuple(sorted(fields.items())), encoded.hash)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        answer = self._cache[key] = await ask(encoded)
+        while len(self._cache) > CACHED_ANSWERS:
+            self._cache.popitem(last=False)
+        return answer
+
+    async def _chat(self, text: str, encoded: EncodedImage | None, **options: Any) -> Any:
+        content: list[dict[str, Any]] = [{"type": "text", "text": text}]
+        if encoded is not None:
+            content.insert(0, {"type": "image_url", "image_url": {"url": encoded.url}})
+
+        async def send(client: AsyncOpenAI) -> Any:
+            return await client.chat.completions.create(  # pyright: ignore[reportCallIssue]
+                model=self.model,
+                messages=[{"role": "user", "content": content}],  # pyright: ignore[reportArgumentType]
+                temperature=0,
+                seed=self.seed,
+                **options,
+            )
+
+        self._connect()
+        async with self._slots:
+            try:
+                return await self._endpoints.request(send)
+            except (APIResponseValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise JudgeError(f"the server's answer is malformed: {error}") from error
+            except JudgeError as error:
+                raise JudgeError(self._without_key(str(error))) from None
+
+    def _connect(self) -> None:
+        """Connections belong to an event loop; a judge may meet several in its life, one at a time."""
+        loop = asyncio.get_running_loop()
+        if self._loop is loop:
+            return
+        urls = [self.base_urls] if isinstance(self.base_urls, str) else self.base_urls
+        key = self._key() or "none"
+        self._endpoints = Endpoints(urls, key, self.timeout, self.deadline, self.retries)
+        self._slots = asyncio.Semaphore(self.concurrency)
+        self._loop = loop
+
+    def _key(self) -> str | None:
+        if self.api_key_env is None:
+            return None
+        key = os.environ.get(self.api_key_env)
+        if not key:
+            raise UserError(f"judge {self.model}: api_key_env: {self.api_key_env} is not set: export it")
+        return key
+
+    def _without_key(self, message: str) -> str:
+        """Some servers repeat the key that they refuse."""
+        key = self._key()
+        return message.replace(key, "***") if key else message
+
+
+def yes_share(candidates: Sequence[tuple[str, float]], min_mass: float) -> float:
+    """P(yes) / (P(yes) + P(no)) from (token, log-prob) pairs, summed over spellings such as ' Yes', 'YES'."""
+    mass = {"yes": 0.0, "no": 0.0}
+    for token, logprob in candidates:
+        spelling = token.strip(" \t\n\"'*.,Ġ▁").casefold()
+        if spelling in mass:
+            mass[spelling] += math.exp(min(logprob, 0.0))
+    total = mass["yes"] + mass["no"]
+    if not (total > 0 and total >= min_mass):  # also when it is NaN
+        first = candidates[0][0] if candidates else "nothing"
+        raise JudgeError(f"the answer is neither yes nor no (they share {total:.3g}), but {first!r}")
+    return mass["yes"] / total
+
+
+def _strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, str) for entry in value)

@@ -1,0 +1,109 @@
+"""From a recipe's reward specs to callables: import paths, arguments, and the addresses of servers."""
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from prompts.errors import UserError
+from rewards.base import Reward, RewardSpec
+
+SERVER = "server://"
+
+
+@runtime_checkable
+class Recorded(Protocol):
+    """A reward that adds to the run's record what decides its scores (models, template hashes)."""
+
+    def record(self) -> dict[str, Any]: ...
+
+
+def load_rewards(
+    specs: Sequence[RewardSpec], servers: Mapping[str, Sequence[str]] | None = None
+) -> list[Reward]:
+    """Callables for all specs; `server://NAME` in their arguments becomes that server's list of URLs."""
+    names = [spec.name for spec in specs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"reward {twice[0]}: name: two rewards have it: give each its own")
+    return [_load(spec, servers or {}) for spec in specs]
+
+
+def record(rewards: Sequence[Reward]) -> dict[str, dict[str, Any]]:
+    return {r.spec.name: r.function.record() for r in rewards if isinstance(r.function, Recorded)}
+
+
+def _load(spec: RewardSpec, servers: Mapping[str, Sequence[str]]) -> Reward:
+    _check(spec)
+    if spec.function is not None:
+        function = import_object(spec.function, f"reward {spec.name}: function")
+    else:
+        assert spec.class_path is not None
+        path = ".".join(spec.class_path.rsplit(".", 1)).replace(":", ".")
+        module, _, name = path.rpartition(".")
+        cls = import_object(f"{module}:{name}", f"reward {spec.name}: class_path")
+        arguments = _with_servers(spec.init_args, servers, f"reward {spec.name}: init_args")
+        function = construct(cls, arguments, f"reward {spec.name}: init_args")
+    if not callable(function):
+        raise UserError(f"reward {spec.name}: {spec.function or spec.class_path} cannot be called")
+    parameters = inspect.signature(function).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    call = function if inspect.isroutine(function) else type(function).__call__
+    return Reward(spec, function, None if takes_all else set(parameters), inspect.iscoroutinefunction(call))
+
+
+def _check(spec: RewardSpec) -> None:
+    where = f"reward {spec.name}"
+    if (spec.function is None) == (spec.class_path is None):
+        raise UserError(f"{where}: set exactly one of function and class_path")
+    if spec.function is not None and spec.init_args:
+        raise UserError(f"{where}: init_args: a function takes none: use class_path")
+    if spec.gate == "mask" and spec.threshold is None:
+        raise UserError(f"{where}: threshold: gate: mask needs one")
+    if spec.gate == "none" and spec.threshold is not None:
+        raise UserError(f"{where}: threshold: it has no effect without a gate: set gate or remove it")
+    if not 0 <= spec.max_failures <= 1:
+        raise UserError(f"{where}: max_failures: {spec.max_failures:g} is not a share: use 0 to 1")
+    if spec.timeout <= 0:
+        raise UserError(f"{where}: timeout: {spec.timeout:g} s: use a positive number of seconds")
+
+
+def import_object(path: str, where: str) -> Any:
+    """The object at `package.module:name`; modules in the current directory can be named too."""
+    module, _, name = path.partition(":")
+    if not module or not name:
+        raise UserError(f"{where}: '{path}' is no import path: write package.module:name")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise UserError(f"{where}: cannot import {module}: {error}") from error
+    except AttributeError as error:
+        raise UserError(f"{where}: {error}: check the name") from error
+
+
+def construct(cls: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> Any:
+    """`cls(**arguments)`; arguments that do not fit are the user's mistake, a TypeError inside is not."""
+    try:
+        inspect.signature(cls).bind(**arguments)
+    except TypeError as error:
+        known = ", ".join(inspect.signature(cls).parameters)
+        raise UserError(f"{where}: {error}: it takes {known}") from error
+    try:
+        return cls(**arguments)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _with_servers(value: Any, servers: Mapping[str, Sequence[str]], where: str) -> Any:
+    if isinstance(value, str) and value.startswith(SERVER):
+        name = value.removeprefix(SERVER)
+        if name not in servers:
+            known = ", ".join(servers) or "none"
+            raise UserError(f"{where}: no server '{name}': the recipe's servers are: {known}")
+        return list(servers[name])
+    if isinstance(value, Mapping):
+        return {key: _with_servers(entry, servers, f"{where}.{key}") for key, entry in value.items()}
+    return value
