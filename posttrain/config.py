@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rewards.base import RewardSpec
+
 
 @dataclass
 class ModelConfig:
@@ -109,20 +111,6 @@ class LossConfig:
     """plain: exp of the log-prob difference. guard: recentred and rescaled so that steps share one scale."""
     max_advantage: float = 5.0
     """Advantages are clipped to plus or minus this, > 0."""
-
-
-@dataclass
-class RewardSpec:
-    """One reward: a callable `(images, prompts, **columns) -> list[float | None]` named by import path."""
-
-    name: str
-    """Name in metrics and reports, unique in the recipe."""
-    function: str
-    """Import path as `package.module:function`."""
-    weight: float = 1.0
-    """Weight of the normalised reward in the advantage, >= 0; relative to the other rewards."""
-    heldout_only: bool = False
-    """Measure at evaluation and never train on it."""
 
 
 @dataclass

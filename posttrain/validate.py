@@ -132,8 +132,7 @@ def _validate_rewards(rewards: list[RewardSpec]) -> None:
         if reward.name in seen:
             raise ConfigError(f"rewards[{i}].name", f"'{reward.name}' is used twice; give each its own name")
         seen.add(reward.name)
-        module, _, function = reward.function.partition(":")
-        if not (module and function):
+        if isinstance(reward.function, str) and not all(reward.function.partition(":")):
             raise ConfigError(
                 f"rewards[{i}].function", f"'{reward.function}' is not written as package.module:function"
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,3 +118,12 @@ def _kind(value: object) -> str:
         dict: "an object",
     }
     return "empty text" if value == "" else names[type(value)]
+
+
+def columns(records: Sequence[PromptRecord]) -> dict[str, list[Any]]:
+    """The records' fields as the columns that rewards take; a field that a record lacks is None there."""
+    extra = {name: None for record in records for name in record.columns}
+    table: dict[str, list[Any]] = {name: [r.columns.get(name) for r in records] for name in extra}
+    for name in (*LISTS, "id"):
+        table[name] = [getattr(r, name) for r in records]
+    return table

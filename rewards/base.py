@@ -53,21 +53,31 @@ Score = float | None | Failure
 
 @dataclass
 class RewardSpec:
-    """One entry of a recipe's `rewards:`; exactly one of `function` and `class_path` is set."""
+    """One reward of a recipe."""
 
     name: str
-    function: str | None = None  # package.module:function
-    class_path: str | None = None  # package.module.Class; called instances are rewards
-    init_args: dict[str, Any] = field(default_factory=dict)
+    """Name in metrics and reports, unique in the recipe."""
+    function: str | dict[str, Any]
+    """What is called: `package.module:function`, or {class_path: package.module.Class, init_args: {...}} for an
+    object made once. Takes (images, prompts, **columns), returns one float or null for each image."""
     weight: float = 1.0
-    gate: Literal["none", "multiply", "mask"] = "none"  # a gate is not summed: see rewards/gates.py
-    threshold: float | None = None  # of the gate
-    scale: float = 1.0  # calibration: score * scale + offset
+    """Weight of the normalised reward in the advantage, >= 0; relative to the other rewards."""
+    gate: Literal["none", "multiply", "mask"] = "none"
+    """none: it is summed. multiply: the others are multiplied by it. mask: samples below threshold leave."""
+    threshold: float | None = None
+    """Score a gate must reach; null with multiply: the score itself, in [0, 1], is the factor."""
+    scale: float = 1.0
+    """Calibration, before anything else: score * scale + offset."""
     offset: float = 0.0
-    timeout: float = 600.0  # seconds for a batch, waiting for its turn included
-    max_failures: float = 0.1  # share of the last 256 samples
-    heldout_only: bool = False  # measured, never trained on
-    group: bool = False  # sees one whole group a call
+    """See scale."""
+    timeout: float = 600.0
+    """Seconds for one batch, waiting for its turn included, > 0."""
+    max_failures: float = 0.1
+    """Share of the last 256 scores that may fail before the run stops, in [0, 1]."""
+    heldout_only: bool = False
+    """Measure at evaluation and never train on it."""
+    group: bool = False
+    """It sees one whole group a call, to compare its images with each other."""
 
 
 @dataclass

@@ -35,18 +35,18 @@ def record(rewards: Sequence[Reward]) -> dict[str, dict[str, Any]]:
 
 
 def _load(spec: RewardSpec, servers: Mapping[str, Sequence[str]]) -> Reward:
+    where = f"reward {spec.name}: function"
     _check(spec)
-    if spec.function is not None:
-        function = import_object(spec.function, f"reward {spec.name}: function")
+    if isinstance(spec.function, str):
+        path, function = spec.function, import_object(spec.function, where)
     else:
-        assert spec.class_path is not None
-        path = ".".join(spec.class_path.rsplit(".", 1)).replace(":", ".")
-        module, _, name = path.rpartition(".")
-        cls = import_object(f"{module}:{name}", f"reward {spec.name}: class_path")
-        arguments = _with_servers(spec.init_args, servers, f"reward {spec.name}: init_args")
-        function = construct(cls, arguments, f"reward {spec.name}: init_args")
+        path = spec.function["class_path"]
+        module, _, name = path.replace(":", ".").rpartition(".")
+        cls = import_object(f"{module}:{name}", f"{where}: class_path")
+        arguments = _with_servers(spec.function.get("init_args", {}), servers, f"{where}: init_args")
+        function = construct(cls, arguments, f"{where}: init_args")
     if not callable(function):
-        raise UserError(f"reward {spec.name}: {spec.function or spec.class_path} cannot be called")
+        raise UserError(f"reward {spec.name}: {path} cannot be called")
     parameters = inspect.signature(function).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     call = function if inspect.isroutine(function) else type(function).__call__
@@ -55,10 +55,10 @@ def _load(spec: RewardSpec, servers: Mapping[str, Sequence[str]]) -> Reward:
 
 def _check(spec: RewardSpec) -> None:
     where = f"reward {spec.name}"
-    if (spec.function is None) == (spec.class_path is None):
-        raise UserError(f"{where}: set exactly one of function and class_path")
-    if spec.function is not None and spec.init_args:
-        raise UserError(f"{where}: init_args: a function takes none: use class_path")
+    if isinstance(spec.function, dict) and (
+        not isinstance(spec.function.get("class_path"), str) or set(spec.function) - {"class_path", "init_args"}
+    ):
+        raise UserError(f"{where}: function: write package.module:function or {{class_path: ..., init_args: ...}}")
     if spec.gate == "mask" and spec.threshold is None:
         raise UserError(f"{where}: threshold: gate: mask needs one")
     if spec.gate == "none" and spec.threshold is not None:

@@ -89,7 +89,7 @@ def spec(name: str, **options) -> RewardSpec:
 
 def test_matrix_of_sync_and_async_rewards():
     value = [1, 3, 5, 5]
-    offset = RewardSpec("offset", class_path=f"{HERE}.Offset", init_args={"by": 2.0}, scale=3, offset=1)
+    offset = RewardSpec("offset", function={"class_path": f"{HERE}.Offset", "init_args": {"by": 2.0}}, scale=3, offset=1)
     scores = score(spec("length_of_prompt"), offset, spec("spread", group=True), group_size=2, value=value)
     np.testing.assert_allclose(scores.values_NK, [[4, 7, 1], [4, 7, 1], [4, 7, 0], [4, 7, 0]])
     assert scores.valid_NK.all() and not scores.failed_NK.any()
@@ -150,16 +150,16 @@ def test_group_reward_refuses_groups_of_one():
 @pytest.mark.parametrize(
     "bad, message",
     [
-        (RewardSpec("a"), "exactly one of function and class_path"),
+        (RewardSpec("a", {"init_args": {}}), "write package.module:function"),
         (RewardSpec("a", function="numpy"), "write package.module:name"),
         (RewardSpec("a", function="nowhere:f"), "cannot import nowhere"),
         (RewardSpec("a", function=f"{HERE}:nothing"), "has no attribute 'nothing'"),
-        (RewardSpec("a", class_path=f"{HERE}.Offset", init_args={"to": 1}), "init_args: .*it takes by"),
+        (RewardSpec("a", function={"class_path": f"{HERE}.Offset", "init_args": {"to": 1}}), "init_args: .*it takes by"),
         (RewardSpec("a", function=f"{HERE}:constant", gate="mask"), "threshold: gate: mask needs one"),
         (RewardSpec("a", function=f"{HERE}:constant", threshold=0.5), "threshold: it has no effect"),
-        (RewardSpec("a", class_path=f"{HERE}.Offset", init_args={"by": "server://x"}), "no server 'x'"),
+        (RewardSpec("a", function={"class_path": f"{HERE}.Offset", "init_args": {"by": "server://x"}}), "no server 'x'"),
         (
-            RewardSpec("a", class_path="rewards.image.OCR", init_args={"judge": {"url": "x"}}),
+            RewardSpec("a", function={"class_path": "rewards.image.OCR", "init_args": {"judge": {"url": "x"}}}),
             "reward a: init_args: judge: .*it takes model, base_urls",
         ),
     ],
@@ -207,19 +207,19 @@ def gate_scores(values: Any, valid: Any = True, failed: Any = False) -> Scores:
     return Scores(["r", "g"], np.where(valid_NK, values_NK, 0), valid_NK, failed_NK, {}, {}, {})
 
 
-R, MULTIPLY = RewardSpec("r", weight=2), RewardSpec("g", gate="multiply", threshold=0.5)
+R, MULTIPLY = RewardSpec("r", "m:f", weight=2), RewardSpec("g", "m:f", gate="multiply", threshold=0.5)
 
 
 def test_gate_multiplies():
     gated = apply_gates(gate_scores([[0.9, 0.8], [0.9, 0.2]]), [R, MULTIPLY])
     assert gated.names == ["r"] and gated.weights_K.tolist() == [2]
     assert gated.values_NK.tolist() == [[0.9], [0]] and gated.valid_NK.all()
-    soft = apply_gates(gate_scores([[0.8, 0.5]]), [R, RewardSpec("g", gate="multiply")])
+    soft = apply_gates(gate_scores([[0.8, 0.5]]), [R, RewardSpec("g", "m:f", gate="multiply")])
     assert soft.values_NK.tolist() == [[0.4]]
 
 
 def test_gate_masks():
-    mask = RewardSpec("g", gate="mask", threshold=0.5)
+    mask = RewardSpec("g", "m:f", gate="mask", threshold=0.5)
     gated = apply_gates(gate_scores([[0.9, 0.8], [0.9, 0.2]]), [R, mask])
     assert gated.valid_NK.tolist() == [[True], [False]]
 
@@ -297,7 +297,7 @@ def test_ocr_and_artifact():
 def test_record_has_template_hashes():
     judge = {"model": "m", "base_urls": "server://vlm"}
     specs = [
-        RewardSpec("rubric", class_path="rewards.image.Rubric", init_args={"judge": judge}),
+        RewardSpec("rubric", function={"class_path": "rewards.image.Rubric", "init_args": {"judge": judge}}),
         spec("constant"),
     ]
     rewards = load_rewards(specs, {"vlm": ["http://a/v1", "http://b/v1"]})

@@ -1,0 +1,94 @@
+"""Export: a checkpoint as files that other tools load, each checked after it was written.
+
+    posttrain export --source runs/demo --output out/k2-tuned
+    posttrain export --source runs/demo --output out/lora.safetensors --format lora
+
+The adapter's scale (alpha / rank) is baked into its B factors, so every loader applies it at strength 1.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from posttrain import checkpoint, original
+from posttrain.checkpoint import Checkpoint
+from posttrain.config import ExportConfig
+from posttrain.k2 import K2
+from prompts.errors import UserError
+
+DIFFUSERS_PREFIX, ORIGINAL_PREFIX = "transformer.", "diffusion_model."
+"""What LoRA files put before a module's name in the two key conventions."""
+
+
+def export(config: ExportConfig) -> None:
+    """Writes `config.output`. Raises UserError if it exists, or if the adapter would change nothing."""
+    output = Path(config.output)
+    if output.exists():
+        raise UserError(f"output: {output} exists; choose another name")
+    saved = checkpoint.load(checkpoint.find(config.source))
+    factors = scaled_factors(saved)
+    if config.format == "lora":
+        _whole(output, lambda path: save_file({DIFFUSERS_PREFIX + k: v for k, v in factors.items()}, path))
+    elif config.format == "lora-original":
+        named = {ORIGINAL_PREFIX + original.original_name(k): v for k, v in factors.items()}
+        _whole(output, lambda path: save_file(named, path))
+    else:
+        k2 = load_checkpoint(saved)
+        before = {k: v.clone() for k, v in k2.base_state_dict().items()}
+        k2.merge_role("policy")
+        after = k2.base_state_dict()
+        if not any(not torch.equal(before[k], v) for k, v in after.items()):
+            raise UserError(
+                f"{saved.path}: merged in {k2.dtype}, the adapter changes no weight; train longer or in float32"
+            )
+        if config.format == "original":
+            state = {k: v.contiguous() for k, v in original.to_original(after).items()}
+            _whole(output, lambda path: save_file(state, path))
+        else:
+            _whole(output, lambda path: k2.pipe.save_pretrained(path, safe_serialization=True))
+    print(f"posttrain: wrote {output} ({config.format}) from {saved.path}")
+
+
+def scaled_factors(saved: Checkpoint) -> dict[str, Tensor]:
+    """The adapter's factors with its scale in B. Raises UserError if it has no effect (every B is zero)."""
+    scale = saved.state["lora"]["alpha"] / saved.state["lora"]["rank"]
+    factors = {
+        key: value * scale if key.endswith("lora_B.weight") else value
+        for key, value in saved.tensors["adapter"].items()
+    }
+    if not any(value.any() for key, value in factors.items() if key.endswith("lora_B.weight")):
+        raise UserError(f"{saved.path}: the adapter is untrained (every B factor is 0) and would do nothing")
+    return factors
+
+
+def load_checkpoint(saved: Checkpoint, device: str | torch.device = "cpu") -> K2:
+    """The model of a checkpoint with its adapter as the role `policy`."""
+    model, lora = saved.state["model"], saved.state["lora"]
+    k2 = K2.load(model["path"], model["transformer_file"], getattr(torch, model["dtype"]), device)
+    k2.add_role("policy", lora["rank"], lora["alpha"], lora["targets"])
+    k2.load_role_state_dict("policy", saved.tensors["adapter"])
+    return k2
+
+
+def _whole(output: Path, write: Callable[[Path], object]) -> None:
+    """Writes beside the target and renames, so that a half-written export is never found under its name."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".export-", dir=output.parent))
+    try:
+        write(folder / output.name)
+        os.rename(folder / output.name, output)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{output}: no space left; free some or choose another disk") from error
+    finally:
+        shutil.rmtree(folder)

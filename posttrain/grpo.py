@@ -1,0 +1,320 @@
+"""GRPO: reinforcement learning of K2 from groups of images, without guidance in rollout or training.
+
+Each step draws a group of images for some prompts, partly with stochastic (SDE) steps; scores them; and makes the
+steps that led to better-than-average images of a prompt more likely. ALGORITHM: Flow-GRPO (arXiv:2505.05470) with the
+windows of MixGRPO (arXiv:2507.21802), the ratio of GRPO-Guard (arXiv:2510.22319) and GDPO advantages.
+
+    posttrain grpo --config recipes/nano/grpo.yaml
+
+One process trains. A group has one prompt and one size, so its text has one length and needs no mask. All noise comes
+from seeds of global indices (run, step, group, image, SDE step), so nothing depends on batching or on history, and a
+resumed run draws what the uninterrupted one would have drawn.
+
+Legend: P groups, G images of a group, K rewards, W stochastic steps, B images of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import signal
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+from posttrain import advantages, checkpoint, losses, sampler
+from posttrain.config import GRPOConfig, ModelConfig
+from posttrain.evaluate import Evaluation, Evaluator, means
+from posttrain.k2 import K2, Text, to_pil
+from posttrain.loop import Loop, Stepper
+from posttrain.report import write_report
+from posttrain.rollout import Trajectory, rollout
+from posttrain.track import Run, peak_memory
+from prompts.errors import UserError
+from prompts.records import PromptRecord, columns, read_prompts
+from rewards.background import ScoreQueue
+from rewards.base import Scores
+from rewards.gates import apply_gates
+from rewards.load import load_rewards
+
+POLICY = "policy"
+
+
+@dataclass
+class Group:
+    """One prompt's images of one step."""
+
+    record: PromptRecord
+    text: Text
+    size: tuple[int, int]
+    trajectory: Trajectory
+    advantages: Tensor
+    """(G,)"""
+
+
+def train(config: GRPOConfig, resume: bool = False) -> None:
+    """Runs a recipe into its run directory. Raises UserError for what the user can mend."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("posttrain grpo: trains in one process; start it without a launcher")
+    started = time.time()
+    records, heldout = read_prompts(config.prompts.train), read_prompts(config.prompts.heldout)
+    rewards = load_rewards(config.rewards)
+    trained = [r for r in rewards if not r.spec.heldout_only]
+    run = Run.create(config, resume)
+    k2 = load_model(config.model)
+    k2.add_role(POLICY, config.lora.rank, config.lora.alpha, **_targets(config), seed=config.seed)
+    stepper = Stepper(k2.train_role(POLICY), config.optim)
+    size = _size(config, 0)
+    evaluator = Evaluator(k2, heldout, rewards, config.eval, size, 4 * config.groups.micro_batch, config.prompts.max_tokens)
+    _warn_of_cuts(run, k2, [*records, *heldout], config.prompts.max_tokens)
+
+    saved = checkpoint.load_latest(run.path / "checkpoints") if resume else None
+    history: dict[str, Any] = {"before": None, "images": 0, "seconds": 0.0}
+    if saved is not None:
+        k2.load_role_state_dict(POLICY, saved.tensors["adapter"])
+        checkpoint.restore_optimizer(stepper.optimizer, saved.tensors["optimizer"], saved.state["optimizer"])
+        stepper.restore_counters(saved.state["counters"])
+        history = saved.state["history"]
+    first = saved.step if saved else 0
+
+    def seconds() -> float:
+        return history["seconds"] + time.time() - started
+
+    def save(step: int) -> None:
+        tensors, state = checkpoint.flatten_optimizer(stepper.optimizer)
+        checkpoint.save(
+            run.path / "checkpoints",
+            step,
+            {"adapter": k2.role_state_dict(POLICY), "optimizer": tensors},
+            {
+                "method": "grpo",
+                "model": asdict(config.model),
+                "lora": asdict(k2.roles[POLICY]),
+                "guidance": {"training": 0.0, "evaluation": config.eval.guidance},
+                "optimizer": state,
+                "counters": stepper.counters(),
+                "history": {**history, "seconds": seconds()},
+            },
+            config.checkpoint.keep,
+        )
+
+    def evaluate(step: int) -> Evaluation:
+        with k2.role(POLICY):
+            result = evaluator()
+        run.log(step, {f"eval/{name}": value for name, value in result.figures.items()})
+        run.samples(step, result.images[:16], [r.prompt for r in heldout[:16]], evaluator.seeds[:16])
+        run.grid(step, result.images[:16], 4, 4)
+        return result
+
+    with run, ScoreQueue(trained, config.groups.group_size) as queue:
+        run.start(config.steps, first)
+        if history["before"] is None:
+            history["before"] = evaluate(0).figures
+        after = history["before"]
+        loop = Loop(first, config.steps, config.checkpoint, save)
+        for step in loop:
+            clock = _Clock()
+            groups = sample(k2, config, step, records, queue)
+            clock.lap("sample")
+            scores = queue.gather()
+            metrics = score(config, groups, scores)
+            clock.lap("score")
+            metrics |= optimise(k2, config, groups, stepper)
+            clock.lap("optimise")
+            history["images"] += len(groups) * config.groups.group_size
+            run.log(step, {**metrics, **clock.seconds, "images": history["images"]})
+            if step == config.steps or (config.eval.every and step % config.eval.every == 0):
+                after = evaluate(step).figures
+        run.summary({"before": history["before"], "after": after, "steps": step if config.steps > first else first,
+                     "images": history["images"], "seconds": round(seconds(), 1), **peak_memory()})  # fmt: skip
+        write_report(run.path)
+    if loop.stopped is signal.SIGINT:
+        raise KeyboardInterrupt
+
+
+# ---- sample -----------------------------------------------------------------------------------------------
+
+
+def sample(
+    k2: K2, config: GRPOConfig, step: int, records: list[PromptRecord], queue: ScoreQueue
+) -> list[Group]:
+    """The groups of a step. Each group's pictures are submitted for scoring as soon as they are decoded."""
+    s, n = config.sampling, config.groups.prompts_per_step
+    first = (step - 1) * n
+    chosen = [records[_draw(config.seed, i, len(records))] for i in range(first, first + n)]
+    texts = k2.encode([r.prompt for r in chosen], config.prompts.max_tokens).features
+    window = window_of(config, step)
+    groups = []
+    for g, (record, features) in enumerate(zip(chosen, texts)):
+        height, width = size = _size(config, first + g)
+        text = Text.of([k2.fuse(features)])
+        seeds = [
+            [sampler.seed_for(config.seed, step, g, j, i) for i in range(len(window) + 1)]
+            for j in range(config.groups.group_size)
+        ]
+        times = sampler.schedule(s.steps, k2.mu(height, width))
+        with k2.role(POLICY):
+            trajectory = rollout(
+                k2, text, seeds, times, window, s.dynamics, s.eta, height, width, config.groups.micro_batch,
+                shared=s.window is not None,
+            )  # fmt: skip
+        images = to_pil(k2.decode(trajectory.latents, height, width))
+        rows = [record] * len(images)
+        queue.submit(images, [r.prompt for r in rows], columns(rows))
+        groups.append(Group(record, text, size, trajectory, torch.empty(0)))
+    return groups
+
+
+def window_of(config: GRPOConfig, step: int) -> range:
+    """The stochastic steps of a training step: the same for all its groups."""
+    s = config.sampling
+    if s.window is None:
+        return range(s.steps - 1)
+    start = s.window_start
+    if start == "random":
+        start = sampler.seed_for(config.seed, step, -1) % min((s.steps + 1) // 2, s.steps - s.window)
+    return range(start, start + s.window)
+
+
+def _draw(seed: int, index: int, n: int) -> int:
+    """The prompt of global group `index`: every prompt once in a random order, then once more in another."""
+    epoch, place = divmod(index, n)
+    generator = torch.Generator().manual_seed(sampler.seed_for(seed, epoch, -2))
+    return int(torch.randperm(n, generator=generator)[place])
+
+
+def _size(config: GRPOConfig, index: int) -> tuple[int, int]:
+    height, width = config.sampling.sizes[index % len(config.sampling.sizes)]
+    return height, width
+
+
+# ---- score ------------------------------------------------------------------------------------------------
+
+
+def score(config: GRPOConfig, groups: list[Group], scores: Scores) -> dict[str, float | None]:
+    """Turns scores into the groups' advantages; returns what the step's rewards looked like."""
+    gated = apply_gates(scores, [r for r in config.rewards if not r.heldout_only])
+    shape = (len(groups), config.groups.group_size, -1)
+    rewards_PGK = torch.from_numpy(gated.values_NK).view(*shape)
+    valid_PGK = torch.from_numpy(gated.valid_NK).view(*shape)
+    weights_K = torch.from_numpy(gated.weights_K)
+    if not valid_PGK.any():
+        reasons = [f"{name}: {next(iter(f))}" for name, f in scores.failures.items() if f]
+        raise UserError("rewards: not one image of this step could be scored: " + "; ".join(reasons or ["all None"]))
+    normalise = advantages.gdpo if config.advantages == "gdpo" else advantages.sum_then_normalise
+    limit = config.loss.max_advantage
+    advantages_PG = normalise(rewards_PGK, valid_PGK, weights_K).clamp(-limit, limit)
+    for group, row in zip(groups, advantages_PG):
+        group.advantages = row.float()
+    flat_PK = advantages.flat(rewards_PGK, valid_PGK)
+    by_reward = means(scores)
+    weighed = [w * by_reward[n] for n, w in zip(gated.names, gated.weights_K) if by_reward[n] is not None]
+    metrics: dict[str, float | None] = {f"reward/{name}": value for name, value in by_reward.items()}
+    metrics["reward"] = sum(weighed) / float(weights_K.sum())
+    metrics["missing"] = 1 - float(valid_PGK.any(-1).double().mean())
+    metrics["failed"] = float(scores.failed_NK.mean())
+    metrics["flat_groups"] = float(flat_PK.all(-1).double().mean())
+    metrics["advantage"] = float(advantages_PG.abs().mean())
+    metrics["score_hidden"] = (
+        1 - scores.waited_seconds / scores.scoring_seconds if scores.scoring_seconds > 0 else None
+    )
+    return metrics
+
+
+# ---- optimise ---------------------------------------------------------------------------------------------
+
+
+def optimise(k2: K2, config: GRPOConfig, groups: list[Group], stepper: Stepper) -> dict[str, float]:
+    """One or more updates on a step's groups; the reference is the base, adapter off."""
+    s, loss = config.sampling, config.loss
+    moves = [(g, t) for g in groups for t in g.trajectory.transitions]
+    count = len(moves) * config.groups.group_size
+    totals: dict[str, Tensor] = {}
+    metrics: dict[str, float] = {}
+    for update in range(config.optim.passes):
+        totals = {}
+        for group, move in moves:
+            weight = _weight(group.trajectory, move) if loss.ratio == "guard" else 1.0
+            times_1 = sampler.schedule(s.steps, k2.mu(*group.size))[1]
+            for rows in torch.arange(len(move.x)).split(config.groups.micro_batch):
+                with k2.role(POLICY):
+                    v = k2.velocity(move.x[rows], move.t, group.text, *group.size)
+                mean, std = sampler.sde_moments(move.x[rows], v, move.t, move.t_next, s.dynamics, s.eta, times_1)
+                if loss.ratio == "guard":
+                    log_ratio = sampler.guard_log_ratio(move.x_next[rows], move.mean[rows], mean, std)
+                else:
+                    log_ratio = sampler.log_prob(move.x_next[rows], mean, std) - move.log_prob[rows]
+                loss_B, parts = losses.clipped_policy(
+                    log_ratio, group.advantages[rows], loss.clip_low, loss.clip_high
+                )
+                loss_B = weight * loss_B
+                if loss.kl > 0:
+                    with torch.no_grad(), k2.role(None):
+                        reference = k2.velocity(move.x[rows], move.t, group.text, *group.size)
+                    kl_B = losses.velocity_kl(v, reference)
+                    loss_B = loss_B + loss.kl * kl_B
+                    parts["kl"] = kl_B.detach().sum()
+                parts["loss"] = loss_B.detach().sum()
+                with k2.role(POLICY):
+                    (loss_B.sum() / count).backward()
+                for name, value in parts.items():
+                    totals[name] = totals.get(name, 0.0) + value.double()
+                worst = log_ratio.detach().exp().sub(1).abs().max().double()
+                totals["worst"] = torch.maximum(totals.get("worst", worst), worst)
+        if update == 0:
+            # Before the first update the policy is the one that drew the images, so every ratio is 1.
+            metrics["ratio_error"] = float(totals["worst"])
+        metrics["grad_norm"] = stepper.step()
+    average = {name: float(value) / count for name, value in totals.items() if name != "worst"}
+    square = average.pop("ratio_square")
+    metrics["ratio_std"] = max(0.0, square - average["ratio"] ** 2) ** 0.5
+    return {**metrics, **average, "skipped_updates": stepper.skipped}
+
+
+def _weight(trajectory: Trajectory, move: Any) -> float:
+    """GRPO-Guard's weight of a step: 1/delta over its mean, which levels the steps' sensitivity to v."""
+    inverse = {id(m): 1 / float(m.t - m.t_next) for m in trajectory.transitions}
+    return inverse[id(move)] * len(inverse) / sum(inverse.values())
+
+
+# ---- the rest ---------------------------------------------------------------------------------------------
+
+
+def load_model(config: ModelConfig) -> K2:
+    """The base to train. Raises UserError for a Turbo checkpoint, which has no guidance-free policy to improve."""
+    k2 = K2.load(config.path, config.transformer_file, getattr(torch, config.dtype), PartialState().device)
+    if k2.is_distilled:
+        raise UserError(
+            f"{config.path}: model_index.json: is_distilled is true: GRPO trains the Raw checkpoint; distil after it"
+        )
+    return k2
+
+
+def _targets(config: GRPOConfig) -> dict[str, Any]:
+    return {} if config.lora.targets is None else {"targets": config.lora.targets}
+
+
+def _warn_of_cuts(run: Run, k2: K2, records: list[PromptRecord], max_tokens: int) -> None:
+    long = [r for r in records if len(r.prompt) > max_tokens // 2]  # a token is at least one byte
+    cuts = [c for c in k2.encode([r.prompt for r in long], max_tokens).cut if c] if long else []
+    if cuts:
+        run.say(
+            f"warning: {len(cuts)} prompts are longer than prompts.max_tokens ({max_tokens}); "
+            f"up to {max(cuts)} tokens are cut"
+        )
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[f"seconds/{name}"], self._last = now - self._last, now

@@ -1,0 +1,94 @@
+"""What every training method's loop has in common: when to save, when to stop, and how to step safely."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from posttrain.config import CheckpointConfig, OptimConfig
+from prompts.errors import UserError
+
+MAX_SKIPPED = 10
+"""Updates in a row whose gradient was not finite, after which a run ends."""
+
+
+class Loop:
+    """Training steps first+1 .. total, with `save(step)` by count, by time, at the end and when asked to stop.
+
+    SIGTERM and Ctrl-C let the step in progress finish, save, and end the loop; a second Ctrl-C does not wait.
+    """
+
+    def __init__(self, first: int, total: int, config: CheckpointConfig, save: Callable[[int], None]):
+        self.first, self.total, self.config, self.save = first, total, config, save
+        self.stopped: signal.Signals | None = None
+        self._saved = first
+
+    def __iter__(self) -> Iterator[int]:
+        before = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        saved_at = time.monotonic()
+        try:
+            for step in range(self.first + 1, self.total + 1):
+                yield step
+                late = self.config.minutes and time.monotonic() - saved_at > 60 * self.config.minutes
+                due = self.config.every and step % self.config.every == 0
+                if self.stopped or late or due or step == self.total:
+                    self.save(step)
+                    saved_at = time.monotonic()
+                if self.stopped:
+                    return
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self.stopped is signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.stopped = signal.Signals(number)
+
+
+class Stepper:
+    """AdamW over some parameters: warm-up, clipping, and gradients that are not finite left out and counted."""
+
+    def __init__(self, parameters: Sequence[Tensor], config: OptimConfig):
+        self.parameters = list(parameters)
+        self.config = config
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.lr, betas=tuple(config.betas), weight_decay=config.weight_decay
+        )
+        self.updates = self.skipped = self.skipped_in_a_row = 0
+
+    def step(self) -> float:
+        """One update with the accumulated gradients, which are then cleared; returns their norm before clipping.
+
+        Raises UserError when ten gradients in a row were not finite.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm).item()
+        self.updates += 1
+        if math.isfinite(norm):
+            self.skipped_in_a_row = 0
+            warm = min(1.0, self.updates / max(1, self.config.warmup_steps))
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.config.lr * warm
+            self.optimizer.step()
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.skipped_in_a_row >= MAX_SKIPPED:
+            raise UserError(
+                f"optim.lr: {MAX_SKIPPED} gradients in a row were not finite; lower it (it is {self.config.lr:g})"
+            )
+        return norm
+
+    def counters(self) -> dict[str, int]:
+        return {k: getattr(self, k) for k in ("updates", "skipped", "skipped_in_a_row")}
+
+    def restore_counters(self, counters: dict[str, int]) -> None:
+        self.updates, self.skipped = counters["updates"], counters["skipped"]
+        self.skipped_in_a_row = counters["skipped_in_a_row"]

@@ -1,0 +1,59 @@
+"""Sampling: pictures of prompts from a model, with or without a run's adapter.
+
+posttrain sample --model.path posttrain/nano/weights/k2-nano --prompt "two red stars" --size [64,64] --output out
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from posttrain import checkpoint, sampler
+from posttrain.config import SampleConfig
+from posttrain.k2 import K2, Text, to_pil
+from prompts.errors import UserError
+from prompts.records import PromptRecord, read_prompts
+
+STEPS, GUIDANCE = {True: 8, False: 28}, {True: 0.0, False: 4.5}
+"""The published settings, Turbo (True) and Raw (False)."""
+
+
+def sample(config: SampleConfig) -> None:
+    """Writes 000.png, 001.png, ... and prompts.json into `config.output`."""
+    output = Path(config.output)
+    if output.exists():
+        raise UserError(f"output: {output} exists; choose another name")
+    records = [PromptRecord(config.prompt)] if config.prompt is not None else read_prompts(config.prompts or "")
+    model = config.model
+    k2 = K2.load(model.path, model.transformer_file, getattr(torch, model.dtype), PartialState().device)
+    role = contextlib.nullcontext()
+    if config.adapter is not None:
+        saved = checkpoint.load(checkpoint.find(config.adapter))
+        lora = saved.state["lora"]
+        k2.add_role("policy", lora["rank"], lora["alpha"], lora["targets"])
+        k2.load_role_state_dict("policy", saved.tensors["adapter"])
+        role = k2.role("policy")
+    steps = STEPS[k2.is_distilled] if config.steps is None else config.steps
+    guidance = GUIDANCE[k2.is_distilled] if config.guidance is None else config.guidance
+    height, width = config.size
+    shape = (k2.image_tokens(height, width), k2.latent_channels)
+    jobs = [(record, i) for record in records for i in range(config.images)]
+    seeds = [sampler.seed_for(config.seed, n // config.images, i) for n, (_, i) in enumerate(jobs)]
+    fused = [k2.fuse(features) for features in k2.encode([r.prompt for r in records]).features]
+    null = k2.text([""]) if guidance > 0 else None
+    output.mkdir(parents=True)
+    with role:
+        for first in range(0, len(jobs), config.micro_batch):
+            part = range(first, min(first + config.micro_batch, len(jobs)))
+            text = Text.of([fused[n // config.images] for n in part])
+            noise = sampler.noise([seeds[n] for n in part], shape)
+            latents = k2.sample(text, noise, steps, height, width, guidance, null)
+            for n, image in zip(part, to_pil(k2.decode(latents, height, width))):
+                image.save(output / f"{n:03d}.png")
+    table = [{"prompt": record.prompt, "seed": seed} for (record, _), seed in zip(jobs, seeds)]
+    (output / "prompts.json").write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+    print(f"posttrain: wrote {len(jobs)} pictures to {output} ({steps} steps, guidance {guidance:g})")
