@@ -91,6 +91,8 @@ def describe(kind: Any) -> str:
         return f"a list, each {describe(args[0])}"
     if origin is tuple:
         return f"a list of {len(args)}, each {describe(args[0])}"
+    if origin is dict:
+        return "a mapping"
     if dataclasses.is_dataclass(kind):
         return "a section with " + ", ".join(f.name for f in dataclasses.fields(kind))
     words = {float: "a number", int: "a whole number", str: "text", bool: "true or false", type(None): "null"}
@@ -136,6 +138,8 @@ def _fits(value: Any, kind: Any) -> bool:
         return _is_number(value)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    if origin is dict:
+        return isinstance(value, dict)
     return isinstance(kind, type) and not dataclasses.is_dataclass(kind) and isinstance(value, kind)
 
 

@@ -160,7 +160,7 @@ def test_group_reward_refuses_groups_of_one():
         (RewardSpec("a", function={"class_path": f"{HERE}.Offset", "init_args": {"by": "server://x"}}), "no server 'x'"),
         (
             RewardSpec("a", function={"class_path": "rewards.image.OCR", "init_args": {"judge": {"url": "x"}}}),
-            "reward a: init_args: judge: .*it takes model, base_urls",
+            "reward a: function: init_args: judge: .*it takes model, base_urls",
         ),
     ],
 )

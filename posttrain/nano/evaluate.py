@@ -3,6 +3,7 @@
     python -m posttrain.nano.evaluate posttrain/nano/weights/k2-nano --out DIR --guidance 0 1.5
 
 Writes DIR/figures.json and a picture grid for each guidance. Held-out prompts, 28 steps, seeds by prompt index.
+The pictures are kept in DIR/pictures-*.npz and not drawn again: drawing wants a GPU, judging does not.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 from diffusers import Krea2Pipeline
 from PIL import Image
 
+from posttrain.frame import flatten_time
 from posttrain.nano import build, oracles, prompts, scenes
 
 
@@ -68,13 +69,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--batch", type=int, default=250)
+    parser.add_argument("--draw-only", action="store_true", help="stop after drawing")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    start = time.time()
-    pool = multiprocessing.get_context("spawn").Pool(os.cpu_count(), torch.set_num_threads, (1,))
-    pipe = Krea2Pipeline.from_pretrained(args.model, torch_dtype=torch.float32).to(args.device)
+    records = [json.loads(r) for r in (prompts.FOLDER / "heldout.jsonl").read_text().splitlines()][: args.prompts]
+    opened = [json.loads(r) for r in (prompts.FOLDER / "open.jsonl").read_text().splitlines()][:10]
+    pipe = Krea2Pipeline.from_pretrained(args.model, dtype=torch.float32).to(args.device)
     pipe.set_progress_bar_config(disable=True)
+    flatten_time(pipe.vae)
+    texts = [r["prompt"] for r in records] + [r["prompt"] for r in opened for _ in range(16)]
+    seeds = [*range(len(records)), *range(160)]
+    for guidance in args.guidance:
+        path = args.out / f"pictures-{guidance:g}.npz"
+        if not path.exists():
+            images = generate(pipe, texts, seeds, args.steps, guidance, args.batch)
+            np.savez_compressed(path, images=images)
+    if args.draw_only:
+        return
+    pool = multiprocessing.get_context("spawn").Pool(os.cpu_count(), torch.set_num_threads, (1,))
     rng = np.random.default_rng(77)
     true = [scenes.random_scene(rng) for _ in range(500)]
     drawn = np.stack([scenes.render(s) for s in true])
@@ -82,29 +95,23 @@ def main() -> None:
     result: dict = {"psnr": round(build.psnr(pipe.vae, pixels), 2)}
     with torch.no_grad():
         back = torch.cat([pipe.vae.decode(pipe.vae.encode(build.to_pixels(p)).latent_dist.mean).sample[:, :, 0]
-                          for p in pixels.split(250)])  # fmt: skip
+                          for p in pixels.split(50)])  # fmt: skip
     back = ((back.clamp(-1, 1).permute(0, 2, 3, 1).cpu().numpy() + 1) * 127.5 + 0.5).astype(np.uint8)
     said = [scenes.describe(s, rng) for s in true]
     rows = [{"requirements": d.requirements, "texts": d.texts, "tags": [s.kind]} for d, s in zip(said, true)]
     result["true scenes"] = figures(pool, drawn, rows)
     result["reconstructed"] = figures(pool, back, rows)
     Image.fromarray(_tile(np.concatenate([drawn[:20], back[:20]]), 20)).save(args.out / "vae.png")
-    records = [json.loads(r) for r in (prompts.FOLDER / "heldout.jsonl").read_text().splitlines()][: args.prompts]
-    opened = [json.loads(r) for r in (prompts.FOLDER / "open.jsonl").read_text().splitlines()][:10]
     for guidance in args.guidance:
-        images = generate(
-            pipe, [r["prompt"] for r in records], list(range(len(records))), args.steps, guidance, args.batch
-        )
+        images = np.load(args.out / f"pictures-{guidance:g}.npz")["images"]
+        images, groups = images[: len(records)], images[len(records) :]
         row = figures(pool, images, records)
-        groups = generate(pipe, [r["prompt"] for r in opened for _ in range(16)], list(range(160)), args.steps,
-                          guidance, args.batch)  # fmt: skip
         styles = [p.scene.style for p in perceive(pool, groups)]
-        row["styles in a group of 16"] = float(np.mean([len(set(styles[i : i + 16])) for i in range(0, 160, 16)]))
-        row["fewest styles in a group"] = min(len(set(styles[i : i + 16])) for i in range(0, 160, 16))
+        kinds = [len(set(styles[i : i + 16])) for i in range(0, 160, 16)]
+        row |= {"styles in a group of 16": float(np.mean(kinds)), "fewest styles in a group": min(kinds)}
         result[f"guidance {guidance:g}"] = row
         name = f"guidance-{guidance:g}.png"
         Image.fromarray(_tile(np.concatenate([images[:60], groups[:40]]), 20)).save(args.out / name)
-    result["seconds"] = round(time.time() - start, 1)
     (args.out / "figures.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 
