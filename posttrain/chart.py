@@ -103,9 +103,7 @@ def _thin(points: list[Point]) -> list[Point]:
     thinned: list[Point] = []
     for i in range(0, len(points), size):
         values = [value for _, value in points[i : i + size] if value is not None]
-        thinned.append(
-            (points[min(i + size, len(points)) - 1][0], sum(values) / len(values) if values else None)
-        )
+        thinned.append((points[min(i + size, len(points)) - 1][0], sum(values) / len(values) if values else None))
     return thinned
 
 

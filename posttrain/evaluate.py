@@ -42,6 +42,7 @@ class Evaluator:
         self.seeds = [sampler.seed_for(config.seed, i) for i in range(len(self.records))]
         features = k2.encode([r.prompt for r in self.records], max_tokens).features
         self._fused = [k2.fuse(f) for f in features]
+        self._columns = columns(self.records)
         self._null = k2.text([""]) if any(config.guidance) else None
 
     def __call__(self) -> Evaluation:
@@ -52,7 +53,7 @@ class Evaluator:
             shown = images if shown is None else shown
             pictures = to_pil(torch.from_numpy(images))
             prompts = [r.prompt for r in self.records]
-            scores = asyncio.run(score_all(self.rewards, pictures, prompts, columns(self.records)))
+            scores = asyncio.run(score_all(self.rewards, pictures, prompts, self._columns))
             suffix = f"@{guidance:g}" if guidance else ""
             figures |= {name + suffix: mean for name, mean in means(scores).items()}
         assert shown is not None

@@ -25,5 +25,5 @@ def flatten_time(vae: AutoencoderKLQwenImage) -> AutoencoderKLQwenImage:
 def _forward(self: QwenImageCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
     if cache_x is not None or x.shape[2] != 1 or self.stride[0] != 1:
         return QwenImageCausalConv3d.forward(self, x, cache_x)
-    frame = F.pad(x[:, :, 0], self._padding[:4])
-    return F.conv2d(frame, self.weight[:, :, -1], self.bias, self.stride[1:])[:, :, None]
+    frame = F.pad(x[:, :, 0], list(self._padding[:4]))  # type: ignore[arg-type]
+    return F.conv2d(frame, self.weight[:, :, -1], self.bias, self.stride[1:])[:, :, None]  # type: ignore[arg-type]

@@ -15,13 +15,10 @@ Legend: P groups, G images of a group, K rewards, W stochastic steps, B images o
 
 from __future__ import annotations
 
-import asyncio
-import itertools
 import os
 import signal
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,11 +68,13 @@ def train(config: GRPOConfig, resume: bool = False) -> None:
     k2.add_role(POLICY, config.lora.rank, config.lora.alpha, **_targets(config), seed=config.seed)
     stepper = Stepper(k2.train_role(POLICY), config.optim)
     size = _size(config, 0)
-    evaluator = Evaluator(k2, heldout, rewards, config.eval, size, 4 * config.groups.micro_batch, config.prompts.max_tokens)
+    evaluator = Evaluator(
+        k2, heldout, rewards, config.eval, size, 4 * config.groups.micro_batch, config.prompts.max_tokens
+    )
     _warn_of_cuts(run, k2, [*records, *heldout], config.prompts.max_tokens)
 
     saved = checkpoint.load_latest(run.path / "checkpoints") if resume else None
-    history: dict[str, Any] = {"before": None, "images": 0, "seconds": 0.0}
+    history: dict[str, Any] = {"before": None, "after": None, "images": 0, "seconds": 0.0}
     if saved is not None:
         k2.load_role_state_dict(POLICY, saved.tensors["adapter"])
         checkpoint.restore_optimizer(stepper.optimizer, saved.tensors["optimizer"], saved.state["optimizer"])
@@ -115,8 +114,7 @@ def train(config: GRPOConfig, resume: bool = False) -> None:
     with run, ScoreQueue(trained, config.groups.group_size) as queue:
         run.start(config.steps, first)
         if history["before"] is None:
-            history["before"] = evaluate(0).figures
-        after = history["before"]
+            history["before"] = history["after"] = evaluate(0).figures
         loop = Loop(first, config.steps, config.checkpoint, save)
         for step in loop:
             clock = _Clock()
@@ -130,9 +128,9 @@ def train(config: GRPOConfig, resume: bool = False) -> None:
             history["images"] += len(groups) * config.groups.group_size
             run.log(step, {**metrics, **clock.seconds, "images": history["images"]})
             if step == config.steps or (config.eval.every and step % config.eval.every == 0):
-                after = evaluate(step).figures
-        run.summary({"before": history["before"], "after": after, "steps": step if config.steps > first else first,
-                     "images": history["images"], "seconds": round(seconds(), 1), **peak_memory()})  # fmt: skip
+                history["after"] = evaluate(step).figures
+        history["seconds"] = round(seconds(), 1)
+        run.summary({**history, "steps": loop.done, **peak_memory()})
         write_report(run.path)
     if loop.stopped is signal.SIGINT:
         raise KeyboardInterrupt
@@ -141,9 +139,7 @@ def train(config: GRPOConfig, resume: bool = False) -> None:
 # ---- sample -----------------------------------------------------------------------------------------------
 
 
-def sample(
-    k2: K2, config: GRPOConfig, step: int, records: list[PromptRecord], queue: ScoreQueue
-) -> list[Group]:
+def sample(k2: K2, config: GRPOConfig, step: int, records: list[PromptRecord], queue: ScoreQueue) -> list[Group]:
     """The groups of a step. Each group's pictures are submitted for scoring as soon as they are decoded."""
     s, n = config.sampling, config.groups.prompts_per_step
     first = (step - 1) * n
@@ -221,9 +217,7 @@ def score(config: GRPOConfig, groups: list[Group], scores: Scores) -> dict[str, 
     metrics["failed"] = float(scores.failed_NK.mean())
     metrics["flat_groups"] = float(flat_PK.all(-1).double().mean())
     metrics["advantage"] = float(advantages_PG.abs().mean())
-    metrics["score_hidden"] = (
-        1 - scores.waited_seconds / scores.scoring_seconds if scores.scoring_seconds > 0 else None
-    )
+    metrics["score_hidden"] = 1 - scores.waited_seconds / scores.scoring_seconds if scores.scoring_seconds > 0 else None
     return metrics
 
 
@@ -250,9 +244,7 @@ def optimise(k2: K2, config: GRPOConfig, groups: list[Group], stepper: Stepper) 
                     log_ratio = sampler.guard_log_ratio(move.x_next[rows], move.mean[rows], mean, std)
                 else:
                     log_ratio = sampler.log_prob(move.x_next[rows], mean, std) - move.log_prob[rows]
-                loss_B, parts = losses.clipped_policy(
-                    log_ratio, group.advantages[rows], loss.clip_low, loss.clip_high
-                )
+                loss_B, parts = losses.clipped_policy(log_ratio, group.advantages[rows], loss.clip_low, loss.clip_high)
                 loss_B = weight * loss_B
                 if loss.kl > 0:
                     with torch.no_grad(), k2.role(None):
@@ -288,7 +280,7 @@ def _weight(trajectory: Trajectory, move: Any) -> float:
 
 def load_model(config: ModelConfig) -> K2:
     """The base to train. Raises UserError for a Turbo checkpoint, which has no guidance-free policy to improve."""
-    k2 = K2.load(config.path, config.transformer_file, getattr(torch, config.dtype), PartialState().device)
+    k2 = K2.load(config.path, config.transformer_file, getattr(torch, config.dtype), PartialState().device or "cpu")
     if k2.is_distilled:
         raise UserError(
             f"{config.path}: model_index.json: is_distilled is true: GRPO trains the Raw checkpoint; distil after it"

@@ -80,9 +80,7 @@ class VelocityModel(nn.Module):
         self.gradient_checkpointing = False
         self._rope: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
 
-    def forward(
-        self, x: Tensor, t: Tensor, tokens: Tensor, mask: Tensor | None, grid: tuple[int, int]
-    ) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, tokens: Tensor, mask: Tensor | None, grid: tuple[int, int]) -> Tensor:
         """x (B, N, C) and tokens (B, L, C) in the network's dtype, t (B,) in fp32, mask (B, L) or None."""
         net, length = self.transformer, tokens.shape[1]
         low_precision = x.dtype != torch.float32

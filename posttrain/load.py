@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import Qwen3VLConfig, Qwen3VLModel
 
 from posttrain import original
+from posttrain.frame import flatten_time
 from prompts.errors import UserError
 
 
@@ -43,6 +44,7 @@ def load_pipeline(
         raise UserError(f"{path}: {what}cannot be loaded as a K2 pipeline: {reason}") from error
     for name in ("transformer", "vae", "text_encoder"):
         pipe.components[name].to(device)
+    flatten_time(pipe.vae)
     return pipe
 
 
@@ -98,9 +100,7 @@ def _check_whole(file: Path) -> None:
         with safe_open(file, framework="pt"):
             pass
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{file}: not a whole safetensors file ({error}); copy or download it again"
-        ) from error
+        raise UserError(f"{file}: not a whole safetensors file ({error}); copy or download it again") from error
 
 
 def _read_diffusers(path: str, dtype: torch.dtype) -> Krea2Transformer2DModel:
@@ -111,9 +111,7 @@ def _read_diffusers(path: str, dtype: torch.dtype) -> Krea2Transformer2DModel:
     problems = {what: info[f"{what}_keys"] for what in ("missing", "unexpected") if info[f"{what}_keys"]}
     for what, keys in problems.items():
         first = ", ".join(sorted(keys)[:3])
-        raise UserError(
-            f"{path}/transformer: {len(keys)} {what} keys ({first}, ...); give a whole K2 checkpoint"
-        )
+        raise UserError(f"{path}/transformer: {len(keys)} {what} keys ({first}, ...); give a whole K2 checkpoint")
     return transformer
 
 
@@ -131,10 +129,7 @@ def _read_original(file: Path, path: str, dtype: torch.dtype) -> Krea2Transforme
     remedy = f"give a file in the original key names that belongs to {path}/transformer"
     check_names(str(file), transformer.state_dict(), weights, remedy, original_names=True)
     # Copied, so that the model does not live in the file's pages.
-    weights = {
-        key: value.to(torch.float32 if keeps_fp32(key) else dtype, copy=True)
-        for key, value in weights.items()
-    }
+    weights = {key: value.to(torch.float32 if keeps_fp32(key) else dtype, copy=True) for key, value in weights.items()}
     transformer.load_state_dict(weights, assign=True)
     return transformer
 

@@ -27,7 +27,8 @@ class Loop:
     def __init__(self, first: int, total: int, config: CheckpointConfig, save: Callable[[int], None]):
         self.first, self.total, self.config, self.save = first, total, config, save
         self.stopped: signal.Signals | None = None
-        self._saved = first
+        self.done = first
+        """The last step that was finished."""
 
     def __iter__(self) -> Iterator[int]:
         before = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -35,6 +36,7 @@ class Loop:
         try:
             for step in range(self.first + 1, self.total + 1):
                 yield step
+                self.done = step
                 late = self.config.minutes and time.monotonic() - saved_at > 60 * self.config.minutes
                 due = self.config.every and step % self.config.every == 0
                 if self.stopped or late or due or step == self.total:
@@ -59,7 +61,7 @@ class Stepper:
         self.parameters = list(parameters)
         self.config = config
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.lr, betas=tuple(config.betas), weight_decay=config.weight_decay
+            self.parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
         self.updates = self.skipped = self.skipped_in_a_row = 0
 

@@ -41,9 +41,7 @@ _IN_BLOCK = [
     ("postnorm.scale", "norm2.weight"),
     ("mod.lin", "scale_shift_table"),
 ]
-_BLOCK = re.compile(
-    r"((?:transformer_blocks|text_fusion\.\w+_blocks|blocks|txtfusion\.\w+_blocks)\.\d+\.)(.+)"
-)
+_BLOCK = re.compile(r"((?:transformer_blocks|text_fusion\.\w+_blocks|blocks|txtfusion\.\w+_blocks)\.\d+\.)(.+)")
 
 
 def original_name(key: str) -> str:
@@ -58,8 +56,7 @@ def diffusers_name(key: str) -> str:
 def to_original(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A Krea2Transformer2DModel's state dict in the original format; a block's (6, C) table is flattened."""
     return {
-        original_name(key): value.reshape(-1) if _is_block_table(key) else value
-        for key, value in state_dict.items()
+        original_name(key): value.reshape(-1) if _is_block_table(key) else value for key, value in state_dict.items()
     }
 
 

@@ -46,9 +46,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = f":{mark.line + 1}" if mark else ""
-        raise UserError(
-            f"{path}{line}: not YAML: {error.problem}; check brackets, quotes and indents"
-        ) from None
+        raise UserError(f"{path}{line}: not YAML: {error.problem}; check brackets, quotes and indents") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):

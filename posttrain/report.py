@@ -88,9 +88,7 @@ def write_report(run: Path, path: Path | None = None) -> Path:
     cannot be read.
     """
     if not (run / "recipe.yaml").is_file():
-        raise UserError(
-            f"{run}: is not a run directory (no recipe.yaml); give the --output of a training run"
-        )
+        raise UserError(f"{run}: is not a run directory (no recipe.yaml); give the --output of a training run")
     path = path or run / "report.html"
     recipe_text = (run / "recipe.yaml").read_text()
     recipe = yaml.safe_load(recipe_text) or {}
@@ -164,9 +162,7 @@ def _summary(summary: dict[str, Any]) -> str:
     head = '<tr><th></th><th class="n">before</th><th class="n">after</th><th class="n">change</th></tr>'
     table = f"<div><h2>Before and after</h2><table>{head}{''.join(rows)}</table></div>" if rows else ""
     rest = {name: value for name, value in summary.items() if name not in ("before", "after")}
-    cost = "".join(
-        f'<tr><td>{_text(k)}</td><td class="n">{_text(_value(v))}</td></tr>' for k, v in rest.items()
-    )
+    cost = "".join(f'<tr><td>{_text(k)}</td><td class="n">{_text(_value(v))}</td></tr>' for k, v in rest.items())
     took = f"<div><h2>What it took</h2><table>{cost}</table></div>" if cost else ""
     return f'<div class="tables">{table}{took}</div>'
 
@@ -211,9 +207,7 @@ def _images(samples: Path) -> str:
             css = ' class="small"' if small else ""
             cells.append(f'<div><img{css} src="{uri}" alt="step {step}">step {step}</div>')
         caption = f"{_text(row.get('prompt', name))} <span>seed {_text(row.get('seed', '?'))}</span>"
-        figures.append(
-            f'<figure><div class="pair">{"".join(cells)}</div><figcaption>{caption}</figcaption></figure>'
-        )
+        figures.append(f'<figure><div class="pair">{"".join(cells)}</div><figcaption>{caption}</figcaption></figure>')
     more = f", {MOST_PAIRS} of {len(names)} shown" if len(names) > MOST_PAIRS else ""
     return (
         "<h2>Images</h2><p>The same prompts and seeds at the first and the last step"
@@ -226,12 +220,8 @@ def _environment(environment: dict[str, Any]) -> str:
         return ""
     flat = {**environment, **{f"{k}": v for k, v in environment.get("packages", {}).items()}}
     flat.pop("packages", None)
-    rows = "".join(
-        f"<tr><td>{_text(name)}</td><td>{_text(_value(value))}</td></tr>" for name, value in flat.items()
-    )
-    return (
-        f"<h2>Environment</h2><details><summary>Versions and devices</summary><table>{rows}</table></details>"
-    )
+    rows = "".join(f"<tr><td>{_text(name)}</td><td>{_text(_value(value))}</td></tr>" for name, value in flat.items())
+    return f"<h2>Environment</h2><details><summary>Versions and devices</summary><table>{rows}</table></details>"
 
 
 def _figure(value: Any, sign: str = "") -> str:
@@ -261,9 +251,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}:{error.lineno}: not JSON; remove the file and write the report again"
-        ) from None
+        raise UserError(f"{path}:{error.lineno}: not JSON; remove the file and write the report again") from None
 
 
 def _data_uri(path: Path) -> tuple[str, bool]:

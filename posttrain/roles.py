@@ -45,9 +45,7 @@ class Roles:
         self._active: list[str] = []
         self._layers: list[tuple[str, LoraLayer]] = []
 
-    def add_role(
-        self, name: str, rank: int, alpha: float, targets: Sequence[str] = TARGETS, seed: int = 0
-    ) -> None:
+    def add_role(self, name: str, rank: int, alpha: float, targets: Sequence[str] = TARGETS, seed: int = 0) -> None:
         """Add an adapter on the transformer blocks: fp32 on any base, without effect until trained (B = 0).
 
         It is neither active nor trainable yet. The text fusion is never adapted: its output is cached.
@@ -61,9 +59,7 @@ class Roles:
         pattern = rf"transformer_blocks\.\d+\.(attn\.)?({'|'.join(re.escape(target) for target in targets)})"
         options: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": pattern}
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "Already found a `peft_config`"
-            )  # several adapters are the point
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are the point
             self.transformer.add_adapter(LoraConfig(**options), name)
         self.roles[name] = Role(rank, alpha, tuple(targets))
         self._relink(trainable)
@@ -141,9 +137,7 @@ class Roles:
     def base_state_dict(self) -> dict[str, Tensor]:
         """The transformer's own weights in diffusers' names, without adapters."""
         state = self.transformer.state_dict()
-        return {
-            key.replace(".base_layer.", "."): value for key, value in state.items() if ".lora_" not in key
-        }
+        return {key.replace(".base_layer.", "."): value for key, value in state.items() if ".lora_" not in key}
 
     def _train(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
         self.transformer.requires_grad_(False)

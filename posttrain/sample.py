@@ -29,7 +29,7 @@ def sample(config: SampleConfig) -> None:
         raise UserError(f"output: {output} exists; choose another name")
     records = [PromptRecord(config.prompt)] if config.prompt is not None else read_prompts(config.prompts or "")
     model = config.model
-    k2 = K2.load(model.path, model.transformer_file, getattr(torch, model.dtype), PartialState().device)
+    k2 = K2.load(model.path, model.transformer_file, getattr(torch, model.dtype), PartialState().device or "cpu")
     role = contextlib.nullcontext()
     if config.adapter is not None:
         saved = checkpoint.load(checkpoint.find(config.adapter))

@@ -72,9 +72,7 @@ class Run:
             return run
         for name in config.track.trackers:
             if importlib.util.find_spec(name) is None:
-                raise UserError(
-                    f"track.trackers: {name} is not installed; pip install {name} or leave it out"
-                )
+                raise UserError(f"track.trackers: {name} is not installed; pip install {name} or leave it out")
         recipe = run.path / "recipe.yaml"
         if recipe.exists() and not resume:
             raise UserError(f"{run.path}: holds a run already; add --resume or choose another --output")
@@ -90,9 +88,7 @@ class Run:
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"{run.path}: a file is in the way; choose another --output") from None
         except OSError as error:
-            raise UserError(
-                f"{run.path}: cannot be written: {error.strerror}; choose another --output"
-            ) from None
+            raise UserError(f"{run.path}: cannot be written: {error.strerror}; choose another --output") from None
         return run
 
     def start(self, total: int, step: int = 0) -> None:
@@ -101,15 +97,11 @@ class Run:
             return
         metrics = self.path / "metrics.jsonl"
         if metrics.exists():
-            _replace(
-                metrics, "".join(line for line in _whole_lines(metrics) if json.loads(line)["step"] <= step)
-            )
+            _replace(metrics, "".join(line for line in _whole_lines(metrics) if json.loads(line)["step"] <= step))
         if self._track.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(
-                str(self.path / "tensorboard"), purge_step=step + 1 if step else None
-            )
+            self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1 if step else None)
         if self._track.trackers:
             from accelerate import PartialState
             from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -152,9 +144,7 @@ class Run:
         if self._progress is not None:
             self._progress.update(step, finite.get("reward"))
 
-    def grid(
-        self, step: int, images: np.ndarray, rows: int, columns: int, captions: Sequence[str] = ()
-    ) -> Path | None:
+    def grid(self, step: int, images: np.ndarray, rows: int, columns: int, captions: Sequence[str] = ()) -> Path | None:
         """Write `grids/step-000025.png`: images uint8 (N, H, W, 3), N <= rows * columns, row by row."""
         if not self.main:
             return None
@@ -252,9 +242,7 @@ def _commit() -> str | None:
 def _changes(old: Any, new: Any, path: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         names = [*new, *(name for name in old if name not in new)]
-        return [
-            c for name in names for c in _changes(old.get(name), new.get(name), f"{path}.{name}".lstrip("."))
-        ]
+        return [c for name in names for c in _changes(old.get(name), new.get(name), f"{path}.{name}".lstrip("."))]
     return [] if old == new else [f"{path} {old} -> {new}"]
 
 

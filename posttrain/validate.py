@@ -100,9 +100,7 @@ def _validate_sampling(sampling: SamplingConfig) -> None:
         return
     _at_least("sampling.window_start", sampling.window_start, 0)
     if sampling.window is None and sampling.window_start > 0:
-        raise ConfigError(
-            "sampling.window_start", "has no meaning when sampling.window is null; set a window"
-        )
+        raise ConfigError("sampling.window_start", "has no meaning when sampling.window is null; set a window")
     if sampling.window_start + (sampling.window or most) > most:
         raise ConfigError(
             "sampling.window_start",
@@ -138,9 +136,7 @@ def _validate_rewards(rewards: list[RewardSpec]) -> None:
             )
         _at_least(f"rewards[{i}].weight", reward.weight, 0)
     if sum(reward.weight for reward in rewards if not reward.heldout_only) <= 0:
-        raise ConfigError(
-            "rewards", "the weights of the trained rewards sum to zero; give one a weight above 0"
-        )
+        raise ConfigError("rewards", "the weights of the trained rewards sum to zero; give one a weight above 0")
 
 
 def _validate_sample(config: SampleConfig) -> None:

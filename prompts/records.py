@@ -65,9 +65,7 @@ def read_prompts(path: str | Path) -> list[PromptRecord]:
         line_of_id[record.id] = number
         records.append(record)
     if not records:
-        raise UserError(
-            f'{path}: holds no prompt; write one object a line, such as {{"prompt": "a red cube"}}'
-        )
+        raise UserError(f'{path}: holds no prompt; write one object a line, such as {{"prompt": "a red cube"}}')
     return records
 
 
@@ -75,9 +73,7 @@ def _parse(line: str, where: str) -> PromptRecord:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where}: not JSON ({error.msg} at column {error.colno}); write one object a line"
-        ) from None
+        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}); write one object a line") from None
     if not isinstance(row, dict):
         raise UserError(f'{where}: is {_kind(row)}, not an object; write {{"prompt": ...}}')
     prompt = row.pop("prompt", None)
@@ -120,10 +116,10 @@ def _kind(value: object) -> str:
     return "empty text" if value == "" else names[type(value)]
 
 
-def columns(records: Sequence[PromptRecord]) -> dict[str, list[Any]]:
+def columns(records: Sequence[PromptRecord]) -> dict[str, Sequence[Any]]:
     """The records' fields as the columns that rewards take; a field that a record lacks is None there."""
     extra = {name: None for record in records for name in record.columns}
-    table: dict[str, list[Any]] = {name: [r.columns.get(name) for r in records] for name in extra}
+    table: dict[str, Sequence[Any]] = {name: [r.columns.get(name) for r in records] for name in extra}
     for name in (*LISTS, "id"):
         table[name] = [getattr(r, name) for r in records]
     return table

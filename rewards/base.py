@@ -227,9 +227,7 @@ def checked(name: str, result: Any, count: int) -> list[Score]:
     """The result if it keeps the contract; a RewardError that names the reward if not."""
     if not isinstance(result, list) or len(result) != count:
         got = f"{len(result)} scores" if isinstance(result, list) else f"a {type(result).__name__}"
-        raise RewardError(
-            f"reward {name}: returned {got} for {count} images: return a list of one float each"
-        )
+        raise RewardError(f"reward {name}: returned {got} for {count} images: return a list of one float each")
     for i, score in enumerate(result):
         if score is None or isinstance(score, Failure):
             continue

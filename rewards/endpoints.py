@@ -38,8 +38,7 @@ class Endpoints:
     def __init__(self, urls: list[str], api_key: str, timeout: float, deadline: float, retries: int):
         limits = Timeout(timeout, connect=min(timeout, CONNECT_SECONDS))
         self.endpoints = [
-            Endpoint(url, AsyncOpenAI(base_url=url, api_key=api_key, timeout=limits, max_retries=0))
-            for url in urls
+            Endpoint(url, AsyncOpenAI(base_url=url, api_key=api_key, timeout=limits, max_retries=0)) for url in urls
         ]
         self.deadline = deadline
         self.retries = retries
@@ -59,9 +58,7 @@ class Endpoints:
             reason = (errors or [self._last_error or "the server did not answer"])[-1]
             raise JudgeError(f"no answer within {self.deadline:g} s: {reason}") from None
 
-    async def _attempts(
-        self, send: Callable[[AsyncOpenAI], Awaitable[T]], errors: list[str], until: float
-    ) -> T:
+    async def _attempts(self, send: Callable[[AsyncOpenAI], Awaitable[T]], errors: list[str], until: float) -> T:
         """Refusals are counted; lost connections are not, since a server may take its time to come back."""
         ceiling = BACKOFF[0]
         refusals = 0

@@ -46,6 +46,4 @@ def apply_gates(scores: Scores, specs: Sequence[RewardSpec]) -> Gated:
             raise RewardError(f"reward {name}: negative under gate {spec.name}: set scale and offset")
         values_NK *= factor_N[:, None]
     values_NK[~valid_NK] = 0
-    return Gated(
-        [specs[k].name for k in summed], np.array([specs[k].weight for k in summed]), values_NK, valid_NK
-    )
+    return Gated([specs[k].name for k in summed], np.array([specs[k].weight for k in summed]), values_NK, valid_NK)

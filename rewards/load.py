@@ -20,9 +20,7 @@ class Recorded(Protocol):
     def record(self) -> dict[str, Any]: ...
 
 
-def load_rewards(
-    specs: Sequence[RewardSpec], servers: Mapping[str, Sequence[str]] | None = None
-) -> list[Reward]:
+def load_rewards(specs: Sequence[RewardSpec], servers: Mapping[str, Sequence[str]] | None = None) -> list[Reward]:
     """Callables for all specs; `server://NAME` in their arguments becomes that server's list of URLs."""
     names = [spec.name for spec in specs]
     if twice := [name for name in names if names.count(name) > 1]:

@@ -71,9 +71,7 @@ class Server:
 
     async def one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
-        length = next(
-            (line for line in head.split("\r\n") if line.lower().startswith("content-length")), ":0"
-        )
+        length = next((line for line in head.split("\r\n") if line.lower().startswith("content-length")), ":0")
         body = await reader.readexactly(int(length.split(":")[1]))
         if head.startswith("GET"):
             writer.write(reply("200 OK", json.dumps({"object": "list", "data": []}).encode()))

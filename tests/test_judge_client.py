@@ -61,9 +61,7 @@ def serving(*arguments: str) -> Iterator[str]:
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
-def ask_one(
-    respond: Callable[[int], bytes], image: Image.Image | None = None, **options
-) -> tuple[float, int]:
+def ask_one(respond: Callable[[int], bytes], image: Image.Image | None = None, **options) -> tuple[float, int]:
     """(score, requests) with a server whose n-th answer is `respond(n)`."""
 
     async def main() -> tuple[float, int]:

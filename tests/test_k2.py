@@ -149,8 +149,7 @@ def test_cached_text_and_dropped_padding_equal_the_stock_forward(model, stock):
         unmasked = stock.transformer(x, states, t, ids, None, return_dict=False)[0]
         mixed = model.velocity(x, t, model.text(prompts), height, width)
         alone = [
-            model.velocity(x[i : i + 1], t[i], model.text([prompt]), height, width)
-            for i, prompt in enumerate(prompts)
+            model.velocity(x[i : i + 1], t[i], model.text([prompt]), height, width) for i, prompt in enumerate(prompts)
         ]
     scale = expected.abs().max().item()
     assert distance(mixed, expected) < 1e-5 * scale
@@ -165,9 +164,7 @@ def test_dropped_tokens_equal_masked_tokens_in_double_precision():
     x, t = torch.randn(1, 16, 64, dtype=torch.float64), torch.tensor([0.6])
     pipe = tiny.Krea2Pipeline
     with torch.no_grad():
-        masked = transformer(
-            x, states, t, pipe.prepare_position_ids(12, 4, 4, "cpu"), mask, return_dict=False
-        )[0]
+        masked = transformer(x, states, t, pipe.prepare_position_ids(12, 4, 4, "cpu"), mask, return_dict=False)[0]
         short_ids = pipe.prepare_position_ids(7, 4, 4, "cpu")
         dropped = transformer(x, states[:, mask[0]], t, short_ids, None, return_dict=False)[0]
     assert distance(masked, dropped) < 1e-12
@@ -255,12 +252,8 @@ def test_images_to_latents(model, stock):
     assert z.shape == (3, 28, 64) and z.dtype == torch.float32
     assert distance(z, model.encode_images(k2.to_pil(pictures))) < 1e-6
     with torch.no_grad():
-        raw = stock.vae.encode(
-            pictures.permute(0, 3, 1, 2).float()[:, :, None] / 127.5 - 1
-        ).latent_dist.mode()
-    mean, std = (
-        torch.tensor(stock.vae.config[key]).view(1, 16, 1, 1) for key in ("latents_mean", "latents_std")
-    )
+        raw = stock.vae.encode(pictures.permute(0, 3, 1, 2).float()[:, :, None] / 127.5 - 1).latent_dist.mode()
+    mean, std = (torch.tensor(stock.vae.config[key]).view(1, 16, 1, 1) for key in ("latents_mean", "latents_std"))
     assert distance(k2.unpack(z, 4, 7), (raw[:, :, 0] - mean) / std) < 1e-5
     with pytest.raises(UserError, match=r"multiples of 8"):
         model.encode_images(torch.zeros(1, 30, 32, 3, dtype=torch.uint8))
@@ -286,9 +279,7 @@ def test_original_names_are_exact_inverses(directory):
         theirs = convert_krea2_transformer_checkpoint_to_diffusers(dict(version))
         ours = original.from_original(version)
         assert theirs.keys() == ours.keys() and all(torch.equal(theirs[key], ours[key]) for key in ours)
-    assert (
-        original.original_name("transformer_blocks.1.ff.up.lora_A.weight") == "blocks.1.mlp.up.lora_A.weight"
-    )
+    assert original.original_name("transformer_blocks.1.ff.up.lora_A.weight") == "blocks.1.mlp.up.lora_A.weight"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -394,8 +385,7 @@ def test_random_weights():
     model = K2.random("cpu", torch.bfloat16, scale="tiny")
     assert model.dtype == torch.bfloat16 and model.pixel_multiple == 8
     assert all(
-        p.dtype == (torch.float32 if keeps_fp32(n) else torch.bfloat16)
-        for n, p in model.transformer.named_parameters()
+        p.dtype == (torch.float32 if keeps_fp32(n) else torch.bfloat16) for n, p in model.transformer.named_parameters()
     )
     text = Text.of([model.fuse(model.random_features(7)), model.fuse(model.random_features(9, seed=1))])
     assert len(model.encode_tokens([[1] * 40])[0]) == 40 - 34
@@ -403,9 +393,7 @@ def test_random_weights():
     assert x.dtype == torch.float32 and x.isfinite().all() and 0.1 < x.std() < 10
     assert model.decode(x, 32, 32).shape == (2, 32, 32, 3)
     again = K2.random("cpu", torch.bfloat16, scale="tiny", text=False)
-    assert again.text_encoder is None and torch.equal(
-        again.transformer.img_in.weight, model.transformer.img_in.weight
-    )
+    assert again.text_encoder is None and torch.equal(again.transformer.img_in.weight, model.transformer.img_in.weight)
     assert again.config_fingerprint() == model.config_fingerprint()
     with pytest.raises(RuntimeError, match="random_features"):
         model.encode(["a"])
@@ -418,9 +406,7 @@ def test_random_weights_have_the_released_size():
     fp32 = sum(p.numel() for p in model.transformer.parameters() if p.dtype == torch.float32)
     assert 0 < fp32 < 1e6
     assert model.text_encoder is not None
-    assert sum(p.numel() for p in model.text_encoder.language_model.parameters()) == pytest.approx(
-        4.0e9, rel=0.03
-    )
+    assert sum(p.numel() for p in model.text_encoder.language_model.parameters()) == pytest.approx(4.0e9, rel=0.03)
 
 
 # roles
@@ -471,9 +457,7 @@ def test_only_the_trained_role_moves(fresh):
         with torch.no_grad():
             assert torch.equal(fresh.velocity(x, 0.5, text, 32, 32), student)
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in fresh.role_parameters("student"))
-    assert sum(p.grad is not None for p in fresh.transformer.parameters()) == len(
-        fresh.role_parameters("student")
-    )
+    assert sum(p.grad is not None for p in fresh.transformer.parameters()) == len(fresh.role_parameters("student"))
     optimizer.step()
 
     assert torch.equal(probe(fresh, None), base) and torch.equal(probe(fresh, "fake"), fake)
@@ -560,12 +544,8 @@ def test_roles_speak_to_the_user(fresh):
 def test_full_fine_tuning_leaves_the_cached_text_alone(fresh):
     parameters = fresh.train_all()
     assert fresh.fused_text_is_constant()
-    frozen = sum(
-        p.numel() for part in ("text_fusion", "txt_in") for p in getattr(fresh.transformer, part).parameters()
-    )
-    assert (
-        sum(p.numel() for p in parameters) == sum(p.numel() for p in fresh.transformer.parameters()) - frozen
-    )
+    frozen = sum(p.numel() for part in ("text_fusion", "txt_in") for p in getattr(fresh.transformer, part).parameters())
+    assert sum(p.numel() for p in parameters) == sum(p.numel() for p in fresh.transformer.parameters()) - frozen
     fresh.velocity(latents(fresh, 32, 32), 0.5, fresh.text(["a"]), 32, 32).square().mean().backward()
     assert all(p.grad is not None for p in parameters)
     fresh.transformer.txt_in.requires_grad_(True)

@@ -34,9 +34,7 @@ def make_run(path: Path, steps: int = 40, images: int = 3) -> Run:
         run.samples(0, np.zeros((images, 16, 16, 3), np.uint8), prompts, seeds)
         run.start(steps)
         for step in range(1, steps + 1):
-            run.log(
-                step, {"reward": step / 100, "kl": float("nan") if step == 2 else 1e-5, "eval/oracle@0": 0.5}
-            )
+            run.log(step, {"reward": step / 100, "kl": float("nan") if step == 2 else 1e-5, "eval/oracle@0": 0.5})
         run.samples(steps, np.full((images, 16, 16, 3), 255, np.uint8), prompts, seeds)
         run.summary({"before": {"oracle": 0.61}, "after": {"oracle": 0.73}, "seconds": 400.0})
     return run
@@ -89,9 +87,7 @@ def test_report_shows_figures_curves_images_and_settings(tmp_path):
     text = re.sub(r"<[^>]+>", " ", page)
     for part in ("0.6100 0.7300 +0.1200", "seconds 400", "step 0", "step 40", "seed 2", "40 of 40 steps"):
         assert part in re.sub(r"\s+", " ", text)
-    assert (
-        "NaN or infinite: 1" in text and "group_size: 16" in text and "oracle@0" in text and "torch" in text
-    )
+    assert "NaN or infinite: 1" in text and "group_size: 16" in text and "oracle@0" in text and "torch" in text
 
 
 def test_unfinished_run(tmp_path):
@@ -131,9 +127,7 @@ def test_bad_input(tmp_path):
 def test_the_command_writes_it(tmp_path):
     run = make_run(tmp_path / "run")
     command = [sys.executable, "-m", "posttrain.cli", "report", "--run", str(run.path)]
-    result = subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True
-    )
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True)
     assert result.stdout.strip() == str(run.path / "report.html")
 
 

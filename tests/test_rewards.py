@@ -89,7 +89,9 @@ def spec(name: str, **options) -> RewardSpec:
 
 def test_matrix_of_sync_and_async_rewards():
     value = [1, 3, 5, 5]
-    offset = RewardSpec("offset", function={"class_path": f"{HERE}.Offset", "init_args": {"by": 2.0}}, scale=3, offset=1)
+    offset = RewardSpec(
+        "offset", function={"class_path": f"{HERE}.Offset", "init_args": {"by": 2.0}}, scale=3, offset=1
+    )
     scores = score(spec("length_of_prompt"), offset, spec("spread", group=True), group_size=2, value=value)
     np.testing.assert_allclose(scores.values_NK, [[4, 7, 1], [4, 7, 1], [4, 7, 0], [4, 7, 0]])
     assert scores.valid_NK.all() and not scores.failed_NK.any()
@@ -154,10 +156,16 @@ def test_group_reward_refuses_groups_of_one():
         (RewardSpec("a", function="numpy"), "write package.module:name"),
         (RewardSpec("a", function="nowhere:f"), "cannot import nowhere"),
         (RewardSpec("a", function=f"{HERE}:nothing"), "has no attribute 'nothing'"),
-        (RewardSpec("a", function={"class_path": f"{HERE}.Offset", "init_args": {"to": 1}}), "init_args: .*it takes by"),
+        (
+            RewardSpec("a", function={"class_path": f"{HERE}.Offset", "init_args": {"to": 1}}),
+            "init_args: .*it takes by",
+        ),
         (RewardSpec("a", function=f"{HERE}:constant", gate="mask"), "threshold: gate: mask needs one"),
         (RewardSpec("a", function=f"{HERE}:constant", threshold=0.5), "threshold: it has no effect"),
-        (RewardSpec("a", function={"class_path": f"{HERE}.Offset", "init_args": {"by": "server://x"}}), "no server 'x'"),
+        (
+            RewardSpec("a", function={"class_path": f"{HERE}.Offset", "init_args": {"by": "server://x"}}),
+            "no server 'x'",
+        ),
         (
             RewardSpec("a", function={"class_path": "rewards.image.OCR", "init_args": {"judge": {"url": "x"}}}),
             "reward a: function: init_args: judge: .*it takes model, base_urls",
@@ -225,9 +233,7 @@ def test_gate_masks():
 
 
 def test_unknown_gate_masks_and_inapplicable_gate_passes():
-    missing = gate_scores(
-        [[0.9, 0.0], [0.9, 0.0]], valid=[True, False], failed=[[False, True], [False, False]]
-    )
+    missing = gate_scores([[0.9, 0.0], [0.9, 0.0]], valid=[True, False], failed=[[False, True], [False, False]])
     gated = apply_gates(missing, [R, MULTIPLY])
     assert gated.valid_NK.tolist() == [[False], [True]] and gated.values_NK.tolist() == [[0], [0.9]]
 

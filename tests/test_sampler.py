@@ -88,9 +88,7 @@ def test_times_may_differ_within_a_batch():
         alone = sampler.sde_moments(x[i : i + 1], v[i : i + 1], t[i], t_next[i], "flow", 0.7, 0.95)
         assert torch.allclose(together[0][i], alone[0][0], atol=1e-6)
         assert torch.allclose(together[1][i], alone[1], atol=1e-7)
-    assert torch.allclose(
-        sampler.ode_step(x, v, t, t_next)[1], sampler.ode_step(x[1], v[1], 0.5, 0.4), atol=1e-6
-    )
+    assert torch.allclose(sampler.ode_step(x, v, t, t_next)[1], sampler.ode_step(x[1], v[1], 0.5, 0.4), atol=1e-6)
 
 
 def test_exact_velocity_of_gaussian_data():
@@ -186,9 +184,7 @@ def test_flow_excess_variance():
 def test_noise_scale_differs_by_step():
     times = sampler.schedule(8, 1.15)
     x = torch.zeros(1, 1)
-    stds = [
-        sampler.sde_moments(x, x, times[i], times[i + 1], "flow", 0.7, times[1])[1].item() for i in (0, 6)
-    ]
+    stds = [sampler.sde_moments(x, x, times[i], times[i + 1], "flow", 0.7, times[1])[1].item() for i in (0, 6)]
     assert stds == pytest.approx([0.70, 0.32], abs=0.005)
 
 
@@ -204,9 +200,7 @@ def test_unknown_dynamics():
 def test_log_prob_is_the_gaussian_density(dynamics):
     x, v, x_next = torch.randn(3, 5, 4), torch.randn(3, 5, 4), torch.randn(3, 5, 4)
     mean, std = sampler.sde_moments(x, v, 0.6, 0.5, dynamics, 0.7, 0.95)
-    expected = (
-        torch.distributions.Normal(mean.double(), std.double()).log_prob(x_next.double()).flatten(1).mean(1)
-    )
+    expected = torch.distributions.Normal(mean.double(), std.double()).log_prob(x_next.double()).flatten(1).mean(1)
     logp = sampler.log_prob(x_next, mean, std)
     assert logp.shape == (3,) and logp.dtype == torch.float32
     assert (logp - expected).abs().max() < 1e-5

@@ -145,9 +145,7 @@ def test_grid_and_samples(config):
     images[0] = 255, 0, 0
     images[2] = 0, 0, 255
     run = Run.create(config)
-    path = run.grid(
-        25, images, rows=2, columns=2, captions=["one", "two", "a caption that is rather too long " * 4]
-    )
+    path = run.grid(25, images, rows=2, columns=2, captions=["one", "two", "a caption that is rather too long " * 4])
     assert path is not None and path.name == "step-000025.png"
     grid = np.asarray(Image.open(path))
     assert grid.shape == (2 * (64 + 28 + 6) + 6, 2 * (128 + 6) + 6, 3)

@@ -19,10 +19,10 @@ import multiprocessing
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import (
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
@@ -100,8 +100,8 @@ def make_tokenizer(corpus: list[str]) -> Qwen2Tokenizer:
     )
     raw.train_from_iterator(lower + [template] * 1000, trainer)
     learned = json.loads(raw.to_str())["model"]
-    merges = [tuple(m) for m in learned["merges"]]
-    tokenizer = Qwen2Tokenizer(vocab=learned["vocab"], merges=merges)
+    merges = [tuple(m) for m in learned["merges"]]  # type: ignore[misc]
+    tokenizer = Qwen2Tokenizer(vocab=learned["vocab"], merges=merges)  # type: ignore[arg-type]
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[1:]})
     tokenizer.model_max_length = 4096
     found = len(tokenizer(PREFIX).input_ids), len(tokenizer(SUFFIX).input_ids)
@@ -124,7 +124,7 @@ def make_vae() -> AutoencoderKLQwenImage:
 
 def make_text_encoder(vocab: int, tokenizer: Qwen2Tokenizer) -> Qwen3VLModel:
     """The language half is used; the vision half is as small as the class allows."""
-    ids = {k: tokenizer.convert_tokens_to_ids(f"<|{v}|>") for k, v in _VISION_TOKENS.items()}
+    ids: dict[str, Any] = {k: tokenizer.convert_tokens_to_ids(f"<|{v}|>") for k, v in _VISION_TOKENS.items()}
     config = Qwen3VLConfig(
         text_config={
             "vocab_size": vocab,
@@ -197,7 +197,13 @@ def make_pipeline(tokenizer, vae, text_encoder, transformer) -> Krea2Pipeline:
         time_shift_type="exponential",
     )
     return Krea2Pipeline(
-        scheduler, vae, text_encoder, tokenizer, transformer, text_encoder_select_layers=(1, 2, 4), is_distilled=False
+        scheduler,
+        vae,
+        text_encoder,
+        tokenizer,
+        transformer,
+        text_encoder_select_layers=(1, 2, 4),
+        is_distilled=False,
     )
 
 
@@ -217,7 +223,7 @@ def to_pixels(images: torch.Tensor) -> torch.Tensor:
 def train_vae(vae: AutoencoderKLQwenImage, images: torch.Tensor, minutes: float, batch: int, log) -> None:
     """Pixel error, coloured pixels weighing up to three times as much (most of a picture is grey), and a little KL."""
     device = images.device
-    flatten_time(vae).to(device).train()
+    flatten_time(vae).to(device).train()  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
     start, step = time.time(), 0
     while (elapsed := (time.time() - start) / (60 * minutes)) < 1:
@@ -253,10 +259,21 @@ def _forget_time(vae: AutoencoderKLQwenImage) -> None:
             module.weight[:, :, :-1] = 0
 
 
+def _mean(vae: AutoencoderKLQwenImage, images: torch.Tensor) -> torch.Tensor:
+    return vae.encode(to_pixels(images), return_dict=False)[0].mode()
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKLQwenImage, images: torch.Tensor) -> torch.Tensor:
+    """uint8 (B,H,W,3) -> float (B,3,H,W) in [-1,1], through the autoencoder."""
+    decoded: torch.Tensor = vae.decode(_mean(vae, images), return_dict=False)[0]  # type: ignore[assignment]
+    return decoded[:, :, 0].float()
+
+
 @torch.no_grad()
 def encode(vae: AutoencoderKLQwenImage, images: torch.Tensor, batch: int = 512) -> torch.Tensor:
     """Latent means (N,16,h,w) fp32, not normalised."""
-    return torch.cat([vae.encode(to_pixels(i)).latent_dist.mean[:, :, 0].float() for i in images.split(batch)])
+    return torch.cat([_mean(vae, i)[:, :, 0].float() for i in images.split(batch)])
 
 
 @torch.no_grad()
@@ -264,8 +281,8 @@ def psnr(vae: AutoencoderKLQwenImage, images: torch.Tensor) -> float:
     """Mean over pictures of the peak signal-to-noise ratio of the reconstruction, decibels."""
     values = []
     for part in images.split(250):
-        y = vae.decode(vae.encode(to_pixels(part)).latent_dist.mean).sample[:, :, 0].clamp(-1, 1)
-        error = ((y.float() / 2 - to_pixels(part)[:, :, 0] / 2) ** 2).mean((1, 2, 3))
+        y = reconstruct(vae, part)
+        error = ((y - to_pixels(part)[:, :, 0]) / 2).square().mean((1, 2, 3))
         values.append(-10 * error.log10())
     return torch.cat(values).mean().item()
 
@@ -322,7 +339,10 @@ def train_transformer(pipe: Krea2Pipeline, latents, ids, minutes: float, batch: 
         for group in optimizer.param_groups:
             group["lr"] = _rate(elapsed, peak)
         if step < len(buckets):
-            bucket, start = buckets[step], time.time()  # the first step of each length compiles: it is not counted
+            bucket, start = (
+                buckets[step],
+                time.time(),
+            )  # the first step of each length compiles: it is not counted
         else:
             bucket = buckets[int(torch.multinomial(weights, 1))]
         picks = bucket[torch.randint(len(bucket), (batch,), device=device)]
@@ -347,7 +367,13 @@ def train_transformer(pipe: Krea2Pipeline, latents, ids, minutes: float, batch: 
         optimizer.step()
         torch._foreach_lerp_(averages, [p.detach() for p in params], max(0.002, 1 / (step + 1)))
         if step % 100 == 0:
-            log(stage="transformer", step=step, seconds=time.time() - start, loss=loss.item(), norm=norm.item())
+            log(
+                stage="transformer",
+                step=step,
+                seconds=time.time() - start,
+                loss=loss.item(),
+                norm=norm.item(),
+            )
         if marks and elapsed > marks[0]:
             live = [p.detach().clone() for p in params]
             with torch.no_grad():
@@ -365,12 +391,14 @@ def train_transformer(pipe: Krea2Pipeline, latents, ids, minutes: float, batch: 
 
 def save(pipe: Krea2Pipeline, folder: Path) -> None:
     """Writes the pipeline in bfloat16, as safetensors."""
-    parts = {n: copy.deepcopy(getattr(pipe, n)).to("cpu", torch.bfloat16) for n in ("vae", "text_encoder", "transformer")}
+    parts = {
+        n: copy.deepcopy(getattr(pipe, n)).to("cpu", torch.bfloat16) for n in ("vae", "text_encoder", "transformer")
+    }
     make_pipeline(pipe.tokenizer, **parts).save_pretrained(folder, safe_serialization=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path, help="directory to write k2-nano and log.jsonl to")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--scenes", type=int, default=120_000, help="pictures to train on")

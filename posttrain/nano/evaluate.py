@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,11 +32,18 @@ def generate(pipe: Krea2Pipeline, texts: list[str], seeds: list[int], steps: int
         noise = torch.stack(
             [torch.randn(64, 64, generator=torch.Generator().manual_seed(s)) for s in seeds[i : i + batch]]
         )
-        images = pipe(
-            texts[i : i + batch], height=64, width=64, num_inference_steps=steps, guidance_scale=guidance,
-            latents=noise, output_type="np", max_sequence_length=48,
-        ).images  # fmt: skip
-        out.append((images * 255 + 0.5).astype(np.uint8))
+        images: Any = pipe(
+            texts[i : i + batch],
+            height=64,
+            width=64,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            latents=noise,
+            output_type="np",
+            max_sequence_length=48,
+            return_dict=False,
+        )
+        out.append((images[0] * 255 + 0.5).astype(np.uint8))
     return np.concatenate(out)
 
 
@@ -53,7 +61,7 @@ def figures(pool, images: np.ndarray, records: list[dict]) -> dict[str, float]:
         marks = [(oracles.parse(r)[0], oracles.meets(percept, r)) for r in record["requirements"]]
         for kind, ok in marks:
             met.setdefault(f"statement/{kind}", []).append(ok)
-        met.setdefault("accuracy", []).append(np.mean([ok for _, ok in marks]))
+        met.setdefault("accuracy", []).append(float(np.mean([ok for _, ok in marks])))
         met.setdefault(f"scene/{record['tags'][0]}", []).append(met["accuracy"][-1])
         met.setdefault("clean", []).append(percept.clean)
         if record["texts"]:
@@ -62,7 +70,7 @@ def figures(pool, images: np.ndarray, records: list[dict]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--guidance", type=float, nargs="+", default=[0.0, 1.5])
@@ -93,10 +101,8 @@ def main() -> None:
     drawn = np.stack([scenes.render(s) for s in true])
     pixels = torch.from_numpy(drawn).to(args.device)
     result: dict = {"psnr": round(build.psnr(pipe.vae, pixels), 2)}
-    with torch.no_grad():
-        back = torch.cat([pipe.vae.decode(pipe.vae.encode(build.to_pixels(p)).latent_dist.mean).sample[:, :, 0]
-                          for p in pixels.split(50)])  # fmt: skip
-    back = ((back.clamp(-1, 1).permute(0, 2, 3, 1).cpu().numpy() + 1) * 127.5 + 0.5).astype(np.uint8)
+    back = torch.cat([build.reconstruct(pipe.vae, p) for p in pixels.split(50)])
+    back = ((back.permute(0, 2, 3, 1).cpu().numpy() + 1) * 127.5 + 0.5).astype(np.uint8)
     said = [scenes.describe(s, rng) for s in true]
     rows = [{"requirements": d.requirements, "texts": d.texts, "tags": [s.kind]} for d, s in zip(said, true)]
     result["true scenes"] = figures(pool, drawn, rows)

@@ -18,7 +18,7 @@ import torch
 from scipy import ndimage
 
 from posttrain.nano import scenes
-from posttrain.nano.scenes import COLOURS, COUNTS, GLYPH_H, GLYPH_W, SHAPES, SIZE, Object, Scene
+from posttrain.nano.scenes import COLOURS, COUNTS, GLYPH_H, SHAPES, SIZE, Object, Scene
 
 CLEAN = 0.17
 """Largest root-mean-square error (in [0, 1]) of an 8 x 8 window that still counts as free of artifacts."""
@@ -70,19 +70,19 @@ def _find_objects(image: np.ndarray) -> tuple[list[Object], int]:
     chroma = image.max(-1) - image.min(-1)
     hue = np.arctan2(np.sqrt(3) * (g - b), 2 * r - g - b)
     objects, strays = [], 0
-    labels, n = ndimage.label(chroma > 0.11, np.ones((3, 3)))
+    labels, n = _components(chroma > 0.11)
     for i in range(1, n + 1):
         blob = labels == i
         if blob.sum() < 8:
             continue
         peak = np.percentile(chroma[blob], 90)
-        core, m = ndimage.label(blob & (chroma > 0.42 * peak), np.ones((3, 3)))
+        core, m = _components(blob & (chroma > 0.42 * peak))
         for j in range(1, m + 1):
             part = core == j
             area = int(part.sum())
             if area < 8:
                 continue
-            full = ndimage.binary_fill_holes(part)
+            full = np.asarray(ndimage.binary_fill_holes(part))
             weights = chroma * part
             mean = np.arctan2((weights * np.sin(hue)).sum(), (weights * np.cos(hue)).sum())
             colour = min(_HUES, key=lambda c: abs(np.angle(np.exp(1j * (_HUES[c] - mean)))))
@@ -92,6 +92,12 @@ def _find_objects(image: np.ndarray) -> tuple[list[Object], int]:
                 continue
             objects.append(Object(shape, colour, "small" if radius < 8.75 else "large", x, y, radius))
     return objects, strays
+
+
+def _components(mask: np.ndarray) -> tuple[np.ndarray, int]:
+    """Labels 1..n of the connected parts of a mask, diagonals included."""
+    labels = np.zeros(mask.shape, np.int32)
+    return labels, int(ndimage.label(mask, np.ones((3, 3)), output=labels))  # type: ignore[arg-type]
 
 
 @cache
@@ -175,7 +181,7 @@ def _read(stack: np.ndarray) -> list[tuple[str, int, int]]:
 
 
 def _smooth(image: np.ndarray) -> np.ndarray:
-    return ndimage.uniform_filter(image, (3, 3, 1))
+    return ndimage.uniform_filter(image, (3, 3, 1))  # type: ignore[arg-type]
 
 
 def _render(scene: Scene) -> np.ndarray:
@@ -187,7 +193,8 @@ def _render(scene: Scene) -> np.ndarray:
 def _explain(image: np.ndarray, scene: Scene) -> Scene:
     """The scene with the style and background whose rendering comes closest to the picture."""
     drawn = _render(replace(scene, style="bordered"))
-    free = ~ndimage.binary_dilation(np.abs(drawn - _render(Scene("", (), "flat", "white"))).max(-1) > 0.03, iterations=3)
+    changed = np.abs(drawn - _render(Scene("", (), "flat", "white"))).max(-1) > 0.03
+    free = np.logical_not(ndimage.binary_dilation(changed, iterations=3))
     grey = image.mean(-1)
     # Without a word or a shape to compare with, brightness alone tells a dark picture from a light one.
     options = [(b, dim) for b in scenes.BACKGROUNDS for dim in (1.0, 0.5)]
@@ -207,7 +214,8 @@ def _explain(image: np.ndarray, scene: Scene) -> Scene:
             error = float(((image - _render(guess)) ** 2).mean()) + ground
             if error < best:
                 best, picked = error, guess
-    texture = fine - (lambda g: g - ndimage.uniform_filter(g, 4))(_render(picked).mean(-1))
+    plain = _render(picked).mean(-1)
+    texture = fine - (plain - ndimage.uniform_filter(plain, 4))
     if picked.style != "dark" and free.any() and float(texture[free].std()) > 0.035:
         picked = replace(picked, style="grainy")
     return picked
@@ -277,8 +285,7 @@ def meets(percept: Percept, statement: str) -> bool:
 def rubric(images: Sequence, prompts: Sequence[str], requirements: Sequence[list[str]], **_) -> list[float | None]:
     """Share of a prompt's requirements that its picture meets, in [0, 1]; None where it has none."""
     return [
-        sum(meets(p, r) for r in need) / len(need) if need else None
-        for p, need in zip(perceive(images), requirements)
+        sum(meets(p, r) for r in need) / len(need) if need else None for p, need in zip(perceive(images), requirements)
     ]
 
 

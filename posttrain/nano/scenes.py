@@ -121,9 +121,7 @@ def random_scene(rng: np.random.Generator, words: list[str] | None = None, kind:
             return scene
 
 
-def _layout(
-    rng: np.random.Generator, kind: str, style: str, background: str, words: list[str] | None
-) -> Scene | None:
+def _layout(rng: np.random.Generator, kind: str, style: str, background: str, words: list[str] | None) -> Scene | None:
     text, text_x, text_y, free = "", 0, 0, (0, SIZE)
     if kind == "text":
         text = random_word(rng, words)
@@ -156,9 +154,7 @@ def _layout(
             return None
     if kind == "pair" and not any(holds(r, *_points(placed)) for r in RELATIONS):
         return None
-    return Scene(
-        kind, tuple(placed), style, background, text, text_x, text_y, int(rng.integers(0, 2**31))
-    )
+    return Scene(kind, tuple(placed), style, background, text, text_x, text_y, int(rng.integers(0, 2**31)))
 
 
 def _points(objects: list[Object] | tuple[Object, ...]) -> tuple[tuple[float, float], tuple[float, float]]:
