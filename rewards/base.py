@@ -65,7 +65,7 @@ class RewardSpec:
     scale: float = 1.0  # calibration: score * scale + offset
     offset: float = 0.0
     timeout: float = 600.0  # seconds for a batch, waiting for its turn included
-    max_failures: float = 0.1  # share of the last 256 samples
+    max_failures: float = 0.1  # share of the last 256 samples; 1: never stop
     heldout_only: bool = False  # measured, never trained on
     group: bool = False  # sees one whole group a call
 
@@ -82,15 +82,15 @@ class Reward:
     lock: threading.Lock = field(default_factory=threading.Lock)  # a sync reward runs one call at a time
 
     def count(self, scores: Sequence[Score]) -> None:
-        """Raises when failures exceed their share of the window, or when nothing was ever scored."""
+        """Raises when failures exceed their share of the window, or when nothing was scored at all."""
         failures = [score.message for score in scores if isinstance(score, Failure)]
         self.failed.extend(isinstance(score, Failure) for score in scores if score is not None)
-        bad = sum(self.failed)
-        if failures and (bad > self.spec.max_failures * WINDOW or bad == len(self.failed)):
+        bad, limit = sum(self.failed), self.spec.max_failures
+        if failures and limit < 1 and (bad > limit * WINDOW or bad == len(self.failed)):
             message = Counter(failures).most_common(1)[0][0]
             raise RewardError(
                 f"reward {self.spec.name}: {bad} of the last {len(self.failed)} scores failed "
-                f"(max_failures {self.spec.max_failures:g} of {WINDOW}): {message}"
+                f"(max_failures {limit:g} of {WINDOW}): {message}"
             )
 
 

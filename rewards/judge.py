@@ -24,7 +24,6 @@ from rewards.encode import EncodedImage, encode
 from rewards.endpoints import Endpoints, JudgeError
 
 CACHED_ANSWERS = 1 << 16
-MAX_TEXT_TOKENS = 512
 
 
 @dataclass(eq=False)
@@ -39,6 +38,7 @@ class Judge:
     deadline: float = 180.0  # seconds for a request with all its retries
     retries: int = 5  # after 408, 409, 429 and 5xx; lost connections are retried until the deadline
     seed: int = 0
+    max_text_tokens: int = 512  # of a transcription or of a prompt's requirements
     min_mass: float = 0.5  # probability that yes and no must have together, for an answer to be one
     _cache: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict, init=False, repr=False)
     _loop: asyncio.AbstractEventLoop | None = field(default=None, init=False, repr=False)
@@ -99,7 +99,7 @@ class Judge:
         response = await self._chat(
             text,
             encoded,
-            max_tokens=MAX_TEXT_TOKENS,
+            max_tokens=self.max_text_tokens,
             response_format={
                 "type": "json_schema",
                 "json_schema": {"name": key, "strict": True, "schema": schema},
@@ -108,7 +108,7 @@ class Judge:
         try:
             choice = response.choices[0]
             if choice.finish_reason == "length":
-                raise JudgeError(f"the answer is longer than {MAX_TEXT_TOKENS} tokens")
+                raise JudgeError(f"the answer is longer than {self.max_text_tokens} tokens")
             content = choice.message.content
             answer = json.loads(content)
         except (AttributeError, IndexError, TypeError, ValueError):
