@@ -120,25 +120,18 @@ def test_dead_server_shows_its_log(model, tmp_path):
     assert not descendants_alive(str(tmp_path))
 
 
-FAKE_VLLM = """#!/bin/sh
-# A command with a child of its own that ignores SIGTERM, as a server's engine may.
-trap '' TERM
-sleep 987 &
-echo "loading $*"
-wait
-"""
-
-
-def fake_executable(directory: Path) -> str:
+def fake_executable(directory: Path, stubborn: bool = False) -> str:
+    """A command with a child of its own, both of which may ignore SIGTERM, as a server's engine can."""
+    trap = "trap '' TERM\n" if stubborn else ""
     path = directory / "vllm"
-    path.write_text(FAKE_VLLM)
+    path.write_text(f'#!/bin/sh\n{trap}sleep 987 &\necho "loading $*"\nwait\n')
     path.chmod(0o755)
     return str(path)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_no_orphans_when_the_parent_dies(tmp_path, how):
-    spec = f"ServerSpec('x', {str(tmp_path)!r}, executable={fake_executable(tmp_path)!r})"
+@pytest.mark.parametrize("how, stubborn", [("SIGKILL", True), ("SIGTERM", False), ("SIGINT", False)])
+def test_no_orphans_when_the_parent_dies(tmp_path, how, stubborn):
+    spec = f"ServerSpec('x', {str(tmp_path)!r}, executable={fake_executable(tmp_path, stubborn)!r})"
     code = f"""if True:
         from pathlib import Path
         from rewards import supervise
@@ -149,7 +142,7 @@ def test_no_orphans_when_the_parent_dies(tmp_path, how):
     log = tmp_path / "logs" / "x.log"
     wait_for(lambda: log.exists() and "loading" in log.read_text())
     assert len(descendants_alive(str(tmp_path / "vllm"))) >= 3  # supervisor, command, its child
-    parent.send_signal(how)
+    parent.send_signal(signal.Signals[how])
     parent.wait()
     wait_for(lambda: not descendants_alive(str(tmp_path / "vllm")), seconds=20)
 

@@ -65,13 +65,13 @@ def build_model(directory: Path) -> Qwen3VLForConditionalGeneration:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, parameter.shape[-1] ** -0.5)
-        model.get_input_embeddings().weight[:, 0] = 10
-        model.lm_head.weight *= 0.1
+        model.get_input_embeddings().weight[:, 0].fill_(10)
+        model.lm_head.weight.mul_(0.1)
         direction = torch.randn(64) * 0.15
         direction[0] = 0
         for word, sign in (("yes", 1), ("no", -1)):
-            model.lm_head.weight[ids[word]] = sign * direction
-            model.lm_head.weight[ids[word], 0] = 2
+            model.lm_head.weight[ids[word]].copy_(sign * direction)
+            model.lm_head.weight[ids[word]][0].fill_(2)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     pixels = {
