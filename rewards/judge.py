@@ -43,6 +43,10 @@ class Judge:
     _cache: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict, init=False, repr=False)
     _loop: asyncio.AbstractEventLoop | None = field(default=None, init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        if not self.base_urls:
+            raise UserError(f"judge {self.model}: base_urls: empty: give a URL or server://NAME")
+
     async def p_yes(self, image: Image.Image | EncodedImage, template: Template, **fields: str) -> float:
         """P(yes) / (P(yes) + P(no)) at the first answer token."""
 

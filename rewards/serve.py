@@ -92,7 +92,7 @@ def commands(specs: Sequence[ServerSpec], host: str = LOOPBACK) -> list[str]:
 
 
 def command(spec: ServerSpec, host: str, port: int) -> list[str]:
-    words = [spec.executable, "serve", spec.model, "--served-model-name", spec.name]
+    words = [os.path.expanduser(spec.executable), "serve", spec.model, "--served-model-name", spec.name]
     words += ["--host", host, "--port", str(port)]
     words += ["--enable-prefix-caching", "--limit-mm-per-prompt", '{"image": 1, "video": 0}']
     if len(spec.gpus) > 1:
@@ -129,7 +129,7 @@ def _environment(spec: ServerSpec) -> dict[str, str]:
 
 
 def _check(spec: ServerSpec) -> None:
-    if shutil.which(spec.executable) is None:
+    if shutil.which(os.path.expanduser(spec.executable)) is None:
         raise UserError(
             f"server {spec.name}: executable: no '{spec.executable}': make an environment with "
             "rewards/make_vllm_env.sh and name its bin/vllm"

@@ -65,7 +65,9 @@ def build_model(directory: Path) -> Qwen3VLForConditionalGeneration:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, parameter.shape[-1] ** -0.5)
-        model.get_input_embeddings().weight[:, 0].fill_(10)
+        embedding = model.get_input_embeddings()
+        assert isinstance(embedding, torch.nn.Embedding)
+        embedding.weight[:, 0] = 10
         model.lm_head.weight.mul_(0.1)
         direction = torch.randn(64) * 0.15
         direction[0] = 0
