@@ -48,6 +48,8 @@ class ScoreQueue:
     def gather(self) -> Scores:
         """All scores since the last gather, and how much of the scoring was waited for."""
         jobs, self._jobs = self._jobs, []
+        if not jobs:
+            raise ValueError("nothing was submitted since the last gather")
         start = time.perf_counter()
         try:
             scores = Scores.concat([job.result() for job in jobs])

@@ -73,7 +73,7 @@ class RewardSpec:
     timeout: float = 600.0
     """Seconds for one batch, waiting for its turn included, > 0."""
     max_failures: float = 0.1
-    """Share of the last 256 scores that may fail before the run stops, in [0, 1]."""
+    """Share of the last 256 scores that may fail before the run stops, in [0, 1]; 1: never stop."""
     heldout_only: bool = False
     """Measure at evaluation and never train on it."""
     group: bool = False
@@ -92,15 +92,15 @@ class Reward:
     lock: threading.Lock = field(default_factory=threading.Lock)  # a sync reward runs one call at a time
 
     def count(self, scores: Sequence[Score]) -> None:
-        """Raises when failures exceed their share of the window, or when nothing was ever scored."""
+        """Raises when failures exceed their share of the window, or when nothing was scored at all."""
         failures = [score.message for score in scores if isinstance(score, Failure)]
         self.failed.extend(isinstance(score, Failure) for score in scores if score is not None)
-        bad = sum(self.failed)
-        if failures and (bad > self.spec.max_failures * WINDOW or bad == len(self.failed)):
+        bad, limit = sum(self.failed), self.spec.max_failures
+        if failures and limit < 1 and (bad > limit * WINDOW or bad == len(self.failed)):
             message = Counter(failures).most_common(1)[0][0]
             raise RewardError(
                 f"reward {self.spec.name}: {bad} of the last {len(self.failed)} scores failed "
-                f"(max_failures {self.spec.max_failures:g} of {WINDOW}): {message}"
+                f"(max_failures {limit:g} of {WINDOW}): {message}"
             )
 
 

@@ -1,5 +1,6 @@
 """Images as data URLs. All questions about an image share one encoding, whichever reward asks."""
 
+import asyncio
 import base64
 import hashlib
 import io
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 CACHED_IMAGES = 256
+SMALL = 512 * 512  # pixels: encoded sooner than handed to a thread
 
 
 @dataclass(frozen=True)
@@ -44,3 +46,7 @@ def encode(image: Image.Image) -> EncodedImage:
         except Exception as error:
             future.set_exception(error)
     return future.result()
+
+
+async def encode_async(image: Image.Image) -> EncodedImage:
+    return encode(image) if image.width * image.height <= SMALL else await asyncio.to_thread(encode, image)

@@ -8,7 +8,7 @@ from email.utils import parsedate_to_datetime
 from time import time
 from typing import TypeVar
 
-from openai import APIConnectionError, APIStatusError, AsyncOpenAI, Timeout
+from openai import APIConnectionError, APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 
 T = TypeVar("T")
 
@@ -37,9 +37,7 @@ class Endpoints:
 
     def __init__(self, urls: list[str], api_key: str, timeout: float, deadline: float, retries: int):
         limits = Timeout(timeout, connect=min(timeout, CONNECT_SECONDS))
-        self.endpoints = [
-            Endpoint(url, AsyncOpenAI(base_url=url, api_key=api_key, timeout=limits, max_retries=0)) for url in urls
-        ]
+        self.endpoints = [Endpoint(url, _client(url, api_key, limits)) for url in urls]
         self.deadline = deadline
         self.retries = retries
         self._some_up = asyncio.Event()
@@ -134,6 +132,12 @@ class Endpoints:
                     continue
             self._admit(endpoint)
             return
+
+
+def _client(url: str, api_key: str, limits: Timeout) -> AsyncOpenAI:
+    # The library's own default closes its connections when collected, which fails once their loop has ended.
+    http_client = DefaultAsyncHttpxClient(timeout=limits)
+    return AsyncOpenAI(base_url=url, api_key=api_key, timeout=limits, max_retries=0, http_client=http_client)
 
 
 def _reason(error: APIConnectionError) -> str:

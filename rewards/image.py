@@ -9,7 +9,7 @@ from PIL import Image
 from prompts.errors import UserError
 from prompts.templates import Template, load_template
 from rewards.base import Failure, Score, Scored
-from rewards.encode import encode
+from rewards.encode import encode_async
 from rewards.endpoints import JudgeError
 from rewards.judge import Judge
 from rewards.load import construct
@@ -91,7 +91,7 @@ class Rubric(JudgeReward):
             requirements = await self.requirements.of(prompt)
         if not requirements:
             return None
-        encoded = await asyncio.to_thread(encode, image)
+        encoded = await encode_async(image)
         questions = [self.judge.p_yes(encoded, self.template, requirement=r) for r in requirements]
         answers = await asyncio.gather(*questions)
         details = {"requirements": list(requirements), "answers": answers}

@@ -1,0 +1,193 @@
+"""vLLM servers for judges: one base model each, with LoRA adapters served as further model names.
+
+    with serve(specs, Path("runs/x/servers")) as urls:  # {"vlm": ["http://127.0.0.1:40123/v1"]}
+        rewards = load_rewards(reward_specs, urls)
+
+vLLM lives in an environment of its own (rewards/make_vllm_env.sh makes one); `executable` says where. Servers
+listen on the loopback interface only. For another machine, print `commands` and put its URL in the recipe.
+"""
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from prompts.errors import UserError
+from rewards import supervise
+
+LOOPBACK = "127.0.0.1"
+LOG_TAIL_LINES = 30
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+
+
+class ServerError(UserError):
+    """A server that did not come up. The message ends with its log's last lines."""
+
+
+@dataclass
+class ServerSpec:
+    """One entry of a recipe's `servers:`. Judges name the base model by `name`, adapters by their own."""
+
+    name: str
+    model: str  # directory or hub name
+    adapters: dict[str, str] = field(default_factory=dict)  # model name -> adapter directory
+    port: int = 0  # 0: any free one
+    gpus: list[int] = field(default_factory=list)  # more than one: tensor parallel; none: vLLM decides
+    executable: str = "vllm"
+    extra_args: list[str] = field(default_factory=list)
+    env: dict[str, str] = field(default_factory=dict)
+    ready_timeout: float = 900.0  # seconds
+
+
+@dataclass
+class _Server:
+    spec: ServerSpec
+    port: int
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    @property
+    def url(self) -> str:
+        return f"http://{LOOPBACK}:{self.port}"
+
+
+@contextlib.contextmanager
+def serve(specs: Sequence[ServerSpec], log_dir: Path) -> Iterator[dict[str, list[str]]]:
+    """Starts all servers, waits until every model answers, and stops them at the end of the block.
+
+    Yields the base URLs of each server, by name. They also stop when this process dies, however it dies.
+    """
+    for spec in specs:
+        _check(spec)
+    log_dir.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        servers = []
+        for spec in specs:
+            server = _start(spec, log_dir / f"{spec.name}.log")
+            stack.callback(_stop, server)
+            servers.append(server)
+        for server in servers:
+            _wait_until_ready(server)
+        yield {server.spec.name: [f"{server.url}/v1"] for server in servers}
+
+
+def commands(specs: Sequence[ServerSpec], host: str = LOOPBACK) -> list[str]:
+    """The same servers as shell commands, for another machine."""
+    lines = []
+    for i, spec in enumerate(specs):
+        variables = [f"{name}={shlex.quote(value)}" for name, value in _variables(spec).items()]
+        lines.append(" ".join([*variables, shlex.join(command(spec, host, spec.port or 8000 + i))]))
+    return lines
+
+
+def command(spec: ServerSpec, host: str, port: int) -> list[str]:
+    words = [os.path.expanduser(spec.executable), "serve", spec.model, "--served-model-name", spec.name]
+    words += ["--host", host, "--port", str(port)]
+    words += ["--enable-prefix-caching", "--limit-mm-per-prompt", '{"image": 1, "video": 0}']
+    if len(spec.gpus) > 1:
+        words += ["--tensor-parallel-size", str(len(spec.gpus))]
+    if spec.adapters:
+        rank = max(_rank(spec, path) for path in spec.adapters.values())
+        words += ["--enable-lora", "--max-loras", str(len(spec.adapters)), "--max-lora-rank", str(rank)]
+        words += ["--lora-modules", *(f"{name}={path}" for name, path in spec.adapters.items())]
+    return words + spec.extra_args
+
+
+def _rank(spec: ServerSpec, path: str) -> int:
+    """The smallest rank that vLLM offers and the adapter fits."""
+    try:
+        config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
+        needed = max([config["r"], *config.get("rank_pattern", {}).values()])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"server {spec.name}: adapters: no LoRA adapter in {path}: {error}") from error
+    fitting = [rank for rank in LORA_RANKS if rank >= needed]
+    if not fitting:
+        raise UserError(f"server {spec.name}: adapters: {path} has rank {needed}, vLLM takes at most 512")
+    return fitting[0]
+
+
+def _variables(spec: ServerSpec) -> dict[str, str]:
+    gpus = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, spec.gpus))} if spec.gpus else {}
+    return gpus | spec.env
+
+
+def _environment(spec: ServerSpec) -> dict[str, str]:
+    """Ours, without what a distributed launcher put there for training: vLLM would join that world."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES)}
+    return inherited | _variables(spec)
+
+
+def _check(spec: ServerSpec) -> None:
+    if shutil.which(os.path.expanduser(spec.executable)) is None:
+        raise UserError(
+            f"server {spec.name}: executable: no '{spec.executable}': make an environment with "
+            "rewards/make_vllm_env.sh and name its bin/vllm"
+        )
+    if spec.model.startswith((".", "/")) and not Path(spec.model).is_dir():
+        raise UserError(f"server {spec.name}: model: {spec.model} is no directory: correct the path")
+
+
+def _start(spec: ServerSpec, log: Path) -> _Server:
+    port = spec.port
+    if port == 0:
+        with socket.socket() as probe:
+            probe.bind((LOOPBACK, 0))
+            port = probe.getsockname()[1]
+    words = command(spec, LOOPBACK, port)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, supervise.__file__, *words],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=_environment(spec),
+            start_new_session=True,
+        )
+    return _Server(spec, port, log, process)
+
+
+def _stop(server: _Server) -> None:
+    server.process.terminate()
+    server.process.wait()
+    assert server.process.stdin is not None
+    server.process.stdin.close()
+
+
+def _wait_until_ready(server: _Server) -> None:
+    spec, deadline = server.spec, time.monotonic() + server.spec.ready_timeout
+    while not _answers(f"{server.url}/health"):
+        if server.process.poll() is not None:
+            raise ServerError(f"server {spec.name} died while starting; {_tail(server.log)}")
+        if time.monotonic() > deadline:
+            limit = f"{spec.ready_timeout:g} s (ready_timeout)"
+            raise ServerError(f"server {spec.name} was not up after {limit}; {_tail(server.log)}")
+        time.sleep(0.5)
+    with urllib.request.urlopen(f"{server.url}/v1/models", timeout=10) as response:
+        served = {model["id"] for model in json.load(response)["data"]}
+    if missing := {spec.name, *spec.adapters} - served:
+        names = ", ".join(sorted(missing))
+        raise ServerError(f"server {spec.name} does not serve {names}; {_tail(server.log)}")
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return response.status == 200
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:]
+    return "\n".join([f"the end of {log}:", *lines])
