@@ -230,8 +230,10 @@ def test_thousand_requests_with_faults_and_a_killed_server():
     images = [picture(i) for i in range(1000)]
     spec = RewardSpec(
         "aesthetic",
-        class_path="rewards.image.Aesthetic",
-        init_args={"judge": {"base_urls": "server://vlm", "model": "m", "timeout": 2, "deadline": 60}},
+        {
+            "class_path": "rewards.image.Aesthetic",
+            "init_args": {"judge": {"base_urls": "server://vlm", "model": "m", "timeout": 2, "deadline": 60}},
+        },
     )
     rewards = load_rewards([spec], {"vlm": [f"http://127.0.0.1:{port}/v1"]})
     try:
@@ -259,7 +261,7 @@ def test_thousand_requests_with_faults_and_a_killed_server():
 def test_run_stops_with_the_servers_message():
     with serving("--broken") as url:
         judge = {"base_urls": url, "model": "m", "retries": 1}
-        spec = RewardSpec("nice", class_path="rewards.image.Aesthetic", init_args={"judge": judge})
+        spec = RewardSpec("nice", {"class_path": "rewards.image.Aesthetic", "init_args": {"judge": judge}})
         stopped = pytest.raises(RewardError, match=r"reward nice: 4 of the last 4 .*illegal memory access")
         with ScoreQueue(load_rewards([spec])) as queue, stopped:
             queue.submit([picture(i) for i in range(4)], ["x"] * 4)

@@ -69,10 +69,10 @@ def test_four_rewards_from_one_server(urls):
         return {"judge": {"model": name, "base_urls": "server://vlm", "max_text_tokens": 24}}
 
     specs = [
-        RewardSpec("aesthetic", class_path="rewards.image.Aesthetic", init_args=judge("aesthetic")),
-        RewardSpec("artifact", class_path="rewards.image.Artifact", init_args=judge("artifact")),
-        RewardSpec("rubric", class_path="rewards.image.Rubric", init_args=judge("vlm")),
-        RewardSpec("ocr", class_path="rewards.image.OCR", init_args=judge("vlm"), max_failures=1),
+        RewardSpec("aesthetic", {"class_path": "rewards.image.Aesthetic", "init_args": judge("aesthetic")}),
+        RewardSpec("artifact", {"class_path": "rewards.image.Artifact", "init_args": judge("artifact")}),
+        RewardSpec("rubric", {"class_path": "rewards.image.Rubric", "init_args": judge("vlm")}),
+        RewardSpec("ocr", {"class_path": "rewards.image.OCR", "init_args": judge("vlm")}, max_failures=1),
     ]
     rewards = load_rewards(specs, urls)
     columns = {"requirements": [["a red cube", "two dogs"]] * 8, "texts": [["sale"]] * 4 + [[]] * 4}
