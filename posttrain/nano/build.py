@@ -340,11 +340,8 @@ def train_transformer(pipe: Krea2Pipeline, latents, ids, minutes: float, batch: 
     while (elapsed := (time.time() - start) / (60 * minutes)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = _rate(elapsed, peak)
-        if step < len(buckets):
-            bucket, start = (
-                buckets[step],
-                time.time(),
-            )  # the first step of each length compiles: it is not counted
+        if step < len(buckets):  # the first step of each length compiles: it is not counted
+            (n, bucket), start = buckets[step], time.time()
         else:
             n, bucket = buckets[int(torch.multinomial(weights, 1))]
         picks = bucket[torch.randint(len(bucket), (batch,), device=device)]
