@@ -36,7 +36,7 @@ from posttrain.track import Run, peak_memory
 from prompts.errors import UserError
 from prompts.records import PromptRecord, columns, read_prompts
 from rewards.background import ScoreQueue
-from rewards.base import Reward, Scores
+from rewards.base import Scores
 from rewards.gates import apply_gates
 from rewards.load import load_rewards, record
 from rewards.serve import serve
