@@ -46,7 +46,9 @@ def sample(config: SampleConfig) -> None:
     seeds = [sampler.seed_for(config.seed, n // config.images, i) for n, (_, i) in enumerate(jobs)]
     encoding = k2.encode([r.prompt for r in records])
     if cuts := [cut for cut in encoding.cut if cut]:
-        print(f"posttrain: warning: {len(cuts)} prompts are too long; up to {max(cuts)} tokens are cut", file=sys.stderr)
+        print(
+            f"posttrain: warning: {len(cuts)} prompts are too long; up to {max(cuts)} tokens are cut", file=sys.stderr
+        )
     fused = [k2.fuse(features) for features in encoding.features]
     null = k2.text([""]) if guidance > 0 else None
     try:

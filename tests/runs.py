@@ -86,6 +86,7 @@ for line in sys.stdin:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+    print(child, flush=True)
     _, status = os.waitpid(child, 0)
     print(os.waitstatus_to_exitcode(status), flush=True)
 """
@@ -104,12 +105,24 @@ class Commands:
 
     def __call__(self, *args, limit: int = 0) -> subprocess.CompletedProcess:
         """Runs a command line; files it writes may be `limit` bytes long, which stands in for a full disk."""
+        self.start(*args, limit=limit)
+        return self.wait()
+
+    def start(self, *args, limit: int = 0) -> int:
+        """Begins a command and returns its process id; `wait` must follow before the next one."""
         call = {"args": [str(arg) for arg in args], "files": self.files, "limit": limit}
-        assert self.server.stdin is not None and self.server.stdout is not None
+        assert self.server.stdin is not None
         self.server.stdin.write(json.dumps(call) + "\n")
         self.server.stdin.flush()
-        code = int(self.server.stdout.readline())
-        return subprocess.CompletedProcess(args, code, *(Path(file).read_text() for file in self.files))
+        return self._answer()
+
+    def wait(self) -> subprocess.CompletedProcess:
+        code = self._answer()
+        return subprocess.CompletedProcess([], code, *(Path(file).read_text() for file in self.files))
+
+    def _answer(self) -> int:
+        assert self.server.stdout is not None
+        return int(self.server.stdout.readline())
 
     def close(self) -> None:
         assert self.server.stdin is not None

@@ -59,7 +59,9 @@ def distance(a, b):
 def same(a, b):
     fields = ("t", "t_next", "x", "x_next", "mean", "std", "log_prob")
     return torch.equal(a.latents, b.latents) and all(
-        torch.equal(getattr(p, f), getattr(q, f)) for p, q in zip(a.transitions, b.transitions, strict=True) for f in fields
+        torch.equal(getattr(p, f), getattr(q, f))
+        for p, q in zip(a.transitions, b.transitions, strict=True)
+        for f in fields
     )
 
 

@@ -1,11 +1,14 @@
-"""Bad input that shows only once a model or a file is read: one line on stderr, exit code 2, nothing lost.
+"""Commands from end to end through the real command line: stopped and resumed, and given bad input.
 
-Through the real command line; recipes that are wrong in themselves are in test_cli.py.
+Bad input that shows only once a model or a file is read is one line on stderr and exit code 2, and nothing is
+lost; recipes that are wrong in themselves are in test_cli.py.
 """
 
 import json
 import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +58,30 @@ def test_sound_recipe_runs_quietly(grpo, tmp_path):
     fails(grpo("--steps", 1), tmp_path / "run", "holds a run already; add --resume or choose another --output")
     assert grpo("--steps", 2, "--resume").returncode == 0
     assert [row["step"] for row in runs.rows(tmp_path / "run") if "loss" in row] == [1, 2]
+
+
+def test_sigterm_saves_and_resuming_finishes(command, tmp_path, model):
+    config = runs.config(tmp_path, model)
+    config.steps = 100_000
+    path, run = runs.recipe(config, tmp_path / "recipe.yaml"), Path(config.output)
+    process = command.start("grpo", "--config", path)
+    began = time.monotonic()
+    while not (run / "metrics.jsonl").exists() or len(runs.rows(run)) < 4:
+        assert time.monotonic() - began < 120
+        time.sleep(0.02)
+    os.kill(process, signal.SIGTERM)
+    result = command.wait()
+    assert result.returncode == 0 and "Traceback" not in result.stderr
+    done = checkpoint.load(checkpoint.find(run)).step
+    steps = [row["step"] for row in runs.rows(run) if "loss" in row]
+    assert steps == list(range(1, done + 1)) and 3 <= done < 1000
+    assert json.loads((run / "summary.json").read_text())["steps"] == done
+    assert (run / "report.html").is_file()
+
+    assert command("grpo", "--config", path, "--steps", done + 2, "--resume").returncode == 0
+    assert checkpoint.find(run).name == f"step-{done + 2:06d}"
+    assert [row["step"] for row in runs.rows(run) if "loss" in row] == [*steps, done + 1, done + 2]
+    assert json.loads((run / "summary.json").read_text())["images"] == 8 * (done + 2)
 
 
 def test_model_that_is_none(grpo, tmp_path, model):
@@ -153,7 +180,9 @@ def test_export(command, grpo, tmp_path, model):
 
 def test_sample(command, tmp_path, model):
     def sample(output, *options):
-        return command("sample", "--model.path", model, "--output", output, "--size", "[32, 32]", "--steps", 2, *options)
+        return command(
+            "sample", "--model.path", model, "--output", output, "--size", "[32, 32]", "--steps", 2, *options
+        )
 
     prompt = ["--prompt", "a red circle"]
     result = sample(tmp_path / "a", *prompt)
