@@ -194,7 +194,7 @@ def test_an_adapter_that_bf16_cannot_hold_is_refused(run, tmp_path):
     adapter = {k: v * 1e-12 if "lora_B" in k else v for k, v in saved.tensors["adapter"].items()}
     state = saved.state | {"model": saved.state["model"] | {"dtype": "bfloat16"}}
     checkpoint.save(tmp_path / "checkpoints", 1, {"adapter": adapter}, state, keep=1)
-    with pytest.raises(UserError, match="merged in torch.bfloat16, the adapter changes no weight"):
+    with pytest.raises(UserError, match=r"merged in torch\.bfloat16, the adapter changes no weight"):
         export(ExportConfig(str(tmp_path), str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 

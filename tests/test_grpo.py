@@ -287,7 +287,7 @@ def test_long_prompts_are_cut_with_a_warning(config, capsys, prompt, model):
 def test_another_adapter_cannot_be_resumed(config):
     grpo.train(config)
     config.lora.rank = 2
-    with pytest.raises(UserError, match="of another shape .* give the adapter of this rank"):
+    with pytest.raises(UserError, match=r"of another shape .* give the adapter of this rank"):
         grpo.train(config, resume=True)
 
 
