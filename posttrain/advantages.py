@@ -52,7 +52,7 @@ def standardise(values_PGK: Tensor, valid_PGK: Tensor) -> Tensor:
     centred = _centre(values_PGK, valid_PGK)
     n = valid_PGK.sum(1, keepdim=True)
     std = (centred.square().sum(1, keepdim=True) / (n - 1).clamp_min(1)).sqrt()
-    return torch.where(flat(values_PGK, valid_PGK)[:, None], 0.0, centred / (std + EPSILON))
+    return centred / (std + EPSILON)
 
 
 def flat(values_PGK: Tensor, valid_PGK: Tensor) -> Tensor:
@@ -64,14 +64,14 @@ def flat(values_PGK: Tensor, valid_PGK: Tensor) -> Tensor:
 
 
 def _centre(values_PGK: Tensor, valid_PGK: Tensor) -> Tensor:
+    """Zero mean in each group; exactly 0 where missing, flat or alone."""
     values = values_PGK.double().masked_fill(~valid_PGK, 0.0)
     mean = values.sum(1, keepdim=True) / valid_PGK.sum(1, keepdim=True).clamp_min(1)
-    return (values - mean).masked_fill(~valid_PGK, 0.0)
+    return (values - mean).masked_fill(~valid_PGK | flat(values_PGK, valid_PGK)[:, None], 0.0)
 
 
 def _over_batch(values_PG: Tensor, scorable_PG: Tensor) -> Tensor:
+    """Unit standard deviation over the batch. Each group is centred, so the batch's mean is 0 but for rounding: it is
+    not subtracted, which would move the flat groups off 0."""
     scorable = values_PG[scorable_PG]
-    if len(scorable) < 2:
-        return torch.zeros_like(values_PG)
-    normal = (values_PG - scorable.mean()) / (scorable.std() + EPSILON)
-    return normal.masked_fill(~scorable_PG, 0.0)
+    return values_PG / (scorable.std() + EPSILON) if len(scorable) > 1 else torch.zeros_like(values_PG)

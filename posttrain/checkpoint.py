@@ -78,7 +78,7 @@ def save(
     except (OSError, SafetensorError) as error:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
-        if _is_full(error):
+        if is_full(error):
             raise UserError(
                 f"{final}: no space left while saving ({_megabytes(tensors):.0f} MB); free some or lower"
                 " checkpoint.keep, then run again with --resume. Older checkpoints are whole."
@@ -264,7 +264,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _is_full(error: Exception) -> bool:
+def is_full(error: Exception) -> bool:
+    """Whether an error of writing a file means that there is no space left for it."""
     if isinstance(error, OSError):
         return error.errno in FULL
     match = re.search(r"os error (\d+)", str(error))  # safetensors passes the system's error on as text only

@@ -8,7 +8,6 @@ The adapter's scale (alpha / rank) is baked into its B factors, so every loader 
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import tempfile
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from posttrain import checkpoint, original
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import ExportConfig
 from posttrain.k2 import K2
+from posttrain.load import quiet
 from prompts.errors import UserError
 
 DIFFUSERS_PREFIX, ORIGINAL_PREFIX = "transformer.", "diffusion_model."
@@ -54,7 +55,8 @@ def export(config: ExportConfig) -> None:
             state = {k: v.contiguous() for k, v in original.to_original(after).items()}
             _whole(output, lambda path: save_file(state, path))
         else:
-            _whole(output, lambda path: k2.pipe.save_pretrained(path, safe_serialization=True))
+            with quiet():
+                _whole(output, lambda path: k2.pipe.save_pretrained(path, safe_serialization=True))
     print(f"posttrain: wrote {output} ({config.format}) from {saved.path}")
 
 
@@ -81,13 +83,16 @@ def load_checkpoint(saved: Checkpoint, device: str | torch.device = "cpu") -> K2
 
 def _whole(output: Path, write: Callable[[Path], object]) -> None:
     """Writes beside the target and renames, so that a half-written export is never found under its name."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".export-", dir=output.parent))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".export-", dir=output.parent))
+    except OSError as error:
+        raise UserError(f"output: {output.parent} cannot be written: {error.strerror}; choose another") from error
     try:
         write(folder / output.name)
         os.rename(folder / output.name, output)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        if not checkpoint.is_full(error):
             raise
         raise UserError(f"{output}: no space left; free some or choose another disk") from error
     finally:

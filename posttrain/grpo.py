@@ -225,9 +225,10 @@ def score(config: GRPOConfig, groups: list[Group], scores: Scores) -> dict[str, 
         group.advantages = row.float()
     flat_PK = advantages.flat(rewards_PGK, valid_PGK)
     by_reward = means(scores)
-    weighed = [w * by_reward[n] for n, w in zip(gated.names, gated.weights_K) if by_reward[n] is not None]
+    weighed = [(w, mean) for n, w in zip(gated.names, gated.weights_K) if (mean := by_reward[n]) is not None]
+    total = float(sum(w for w, _ in weighed))
     metrics: dict[str, float | None] = {f"reward/{name}": value for name, value in by_reward.items()}
-    metrics["reward"] = sum(weighed) / float(weights_K.sum())
+    metrics["reward"] = sum(w * mean for w, mean in weighed) / total if total else None
     metrics["missing"] = 1 - float(valid_PGK.any(-1).double().mean())
     metrics["failed"] = float(scores.failed_NK.mean())
     metrics["flat_groups"] = float(flat_PK.all(-1).double().mean())
@@ -308,7 +309,7 @@ def _targets(config: GRPOConfig) -> dict[str, Any]:
 
 
 def _warn_of_cuts(run: Run, k2: K2, records: list[PromptRecord], max_tokens: int) -> None:
-    long = [r for r in records if len(r.prompt) > max_tokens // 2]  # a token is at least one byte
+    long = [r for r in records if len(r.prompt.encode()) > max_tokens // 2]  # a token is at least one byte
     cuts = [c for c in k2.encode([r.prompt for r in long], max_tokens).cut if c] if long else []
     if cuts:
         run.say(

@@ -3,13 +3,16 @@
 Only safetensors are read, and no code from a checkpoint runs.
 """
 
+import contextlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import diffusers
 import torch
+import transformers
 from diffusers import (
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
@@ -33,11 +36,8 @@ def load_pipeline(
     path = str(path)
     _check_directory(path)
     try:
-        if transformer_file is not None:
-            transformer = _read_original(Path(transformer_file), path, dtype)
-        else:
-            transformer = _read_diffusers(path, dtype)
-        pipe = Krea2Pipeline.from_pretrained(path, transformer=transformer, dtype=dtype, use_safetensors=True)
+        with contextlib.nullcontext() if _is_hub_id(path) else quiet():
+            pipe = _read(path, transformer_file, dtype)
     except (OSError, ValueError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         what = "" if Path(path).exists() else "no such directory here, and as a hub id it "
@@ -46,6 +46,19 @@ def load_pipeline(
         pipe.components[name].to(device)
     flatten_time(pipe.vae)
     return pipe
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the libraries' bars for reading and writing files, between which a message to the user is lost."""
+    loggers = [log for log in (diffusers.utils.logging, transformers.utils.logging) if log.is_progress_bar_enabled()]
+    for log in loggers:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in loggers:
+            log.enable_progress_bar()
 
 
 def check_names(
@@ -74,10 +87,14 @@ def keeps_fp32(name: str) -> bool:
     return not set(Krea2Transformer2DModel._keep_in_fp32_modules).isdisjoint(name.split("."))
 
 
+def _is_hub_id(path: str) -> bool:
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path)) and not Path(path).parent.exists()
+
+
 def _check_directory(path: str) -> None:
     """Raise a UserError unless `path` is a local K2 pipeline with whole files, or looks like a hub id."""
     index = Path(path) / "model_index.json"
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).parent.exists():
+    if _is_hub_id(path):
         return
     for good, what in (
         (Path(path).is_dir(), "no such directory"),
@@ -101,6 +118,14 @@ def _check_whole(file: Path) -> None:
             pass
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file}: not a whole safetensors file ({error}); copy or download it again") from error
+
+
+def _read(path: str, transformer_file: str | Path | None, dtype: torch.dtype) -> Krea2Pipeline:
+    if transformer_file is not None:
+        transformer = _read_original(Path(transformer_file), path, dtype)
+    else:
+        transformer = _read_diffusers(path, dtype)
+    return Krea2Pipeline.from_pretrained(path, transformer=transformer, dtype=dtype, use_safetensors=True)
 
 
 def _read_diffusers(path: str, dtype: torch.dtype) -> Krea2Transformer2DModel:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -43,9 +44,17 @@ def sample(config: SampleConfig) -> None:
     shape = (k2.image_tokens(height, width), k2.latent_channels)
     jobs = [(record, i) for record in records for i in range(config.images)]
     seeds = [sampler.seed_for(config.seed, n // config.images, i) for n, (_, i) in enumerate(jobs)]
-    fused = [k2.fuse(features) for features in k2.encode([r.prompt for r in records]).features]
+    encoding = k2.encode([r.prompt for r in records])
+    if cuts := [cut for cut in encoding.cut if cut]:
+        print(
+            f"posttrain: warning: {len(cuts)} prompts are too long; up to {max(cuts)} tokens are cut", file=sys.stderr
+        )
+    fused = [k2.fuse(features) for features in encoding.features]
     null = k2.text([""]) if guidance > 0 else None
-    output.mkdir(parents=True)
+    try:
+        output.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"output: {output} cannot be made: {error.strerror}; choose another name") from error
     with role:
         for first in range(0, len(jobs), config.micro_batch):
             part = range(first, min(first + config.micro_batch, len(jobs)))

@@ -97,16 +97,20 @@ class Run:
             raise UserError(f"{config.output}: holds a run already; add --resume or choose another --output")
 
     def start(self, total: int, step: int = 0) -> None:
-        """Begin to train: `total` steps in all, `step` of them done. Metrics of later steps are dropped."""
+        """Begin to train: `total` steps in all, `step` of them done.
+
+        Metrics of later steps are dropped; all of them if no step is done, since the evaluation before the first
+        comes again.
+        """
         if not self.main:
             return
         metrics = self.path / "metrics.jsonl"
-        if metrics.exists():
-            _replace(metrics, "".join(line for line in _whole_lines(metrics) if json.loads(line)["step"] <= step))
+        lines = _whole_lines(metrics) if step and metrics.exists() else []
+        _replace(metrics, "".join(line for line in lines if json.loads(line)["step"] <= step))
         if self._track.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1 if step else None)
+            self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1 if step else 0)
         if self._track.trackers:
             from accelerate import PartialState
             from accelerate.tracking import LOGGER_TYPE_TO_CLASS

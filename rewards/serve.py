@@ -79,10 +79,10 @@ def serve(specs: Sequence[ServerSpec], log_dir: Path) -> Iterator[dict[str, list
     """
     for spec in specs:
         _check(spec)
-    log_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         servers = []
         for spec in specs:
+            log_dir.mkdir(parents=True, exist_ok=True)
             server = _start(spec, log_dir / f"{spec.name}.log")
             stack.callback(_stop, server)
             servers.append(server)

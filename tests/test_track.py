@@ -111,8 +111,12 @@ def test_resuming_drops_later_steps_and_a_torn_line(config):
 def test_resuming_where_nothing_was_begins(config):
     with Run.create(config, resume=True) as run:
         run.start(total=1)
+        run.log(0, {"eval/reward": 1})
+    with Run.create(config, resume=True) as run:  # killed before the first checkpoint
+        run.start(total=1)
+        run.log(0, {"eval/reward": 1})
         run.log(1, {"reward": 1})
-    assert len(lines(run)) == 1
+    assert [line["step"] for line in lines(run)] == [0, 1]
 
 
 def test_tensorboard(config):

@@ -1,0 +1,130 @@
+"""GRPO runs of a few seconds on the tiny pipeline, and the command line without a minute of imports."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from posttrain.config import GRPOConfig, ModelConfig, PromptsConfig, RewardSpec
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+
+
+def brightness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    """Mean of all pixels, in [0, 1]."""
+    return [float(np.asarray(image).mean()) / 255 for image in images]
+
+
+def constant(images, prompts):
+    return [0.5] * len(images)
+
+
+def nothing(images, prompts):
+    return [None] * len(images)
+
+
+def config(folder: Path, model: Path, reward: str = "brightness") -> GRPOConfig:
+    """A recipe whose run goes into folder/run: two groups of four pictures of 32 x 32, two SDE steps of four."""
+    for name, prompts in (("train", tiny.PROMPTS[:3]), ("heldout", tiny.PROMPTS[2:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    made = GRPOConfig(
+        output=str(folder / "run"),
+        model=ModelConfig(path=str(model), dtype="float32"),
+        prompts=PromptsConfig(str(folder / "train.jsonl"), str(folder / "heldout.jsonl"), max_tokens=64),
+        rewards=[RewardSpec(name=reward, function=f"tests.runs:{reward}")],
+        steps=2,
+    )
+    made.lora.rank, made.lora.alpha = 4, 8.0
+    made.sampling.sizes, made.sampling.steps = [[32, 32]], 4
+    made.groups.prompts_per_step, made.groups.group_size, made.groups.micro_batch = 2, 4, 4
+    made.optim.lr = 3e-3
+    made.eval.every, made.eval.prompts, made.eval.steps = 0, 2, 2
+    made.checkpoint.every = 0
+    made.track.tensorboard = False
+    return made
+
+
+def recipe(made: GRPOConfig, path: Path) -> Path:
+    path.write_text(json.dumps(dataclasses.asdict(made)))  # JSON is YAML
+    return path
+
+
+def rows(run: str | Path) -> list[dict]:
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(run: str | Path) -> list[dict]:
+    """The metrics without what a clock said."""
+    clock = ("time", "score_hidden")
+    return [{k: v for k, v in row.items() if k not in clock and not k.startswith("seconds/")} for row in rows(run)]
+
+
+SERVE = """
+import json, os, resource, sys, traceback
+import posttrain.export, posttrain.grpo, posttrain.report, posttrain.sample, tests.runs
+from posttrain import cli
+for line in sys.stdin:
+    call = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        for number in (1, 2):
+            os.dup2(os.open(call["files"][number - 1], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        if call["limit"]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (call["limit"], call["limit"]))
+        try:
+            code = cli.main(call["args"])
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    print(child, flush=True)
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+"""
+
+
+class Commands:
+    """`posttrain ...` in a process of its own each time, forked from one that has imported torch and diffusers."""
+
+    def __init__(self, folder: Path):
+        self.files = [str(folder / name) for name in ("stdout", "stderr")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+            env=environment,
+        )  # fmt: skip
+
+    def __call__(self, *args, limit: int = 0) -> subprocess.CompletedProcess:
+        """Runs a command line; files it writes may be `limit` bytes long, which stands in for a full disk."""
+        self.start(*args, limit=limit)
+        return self.wait()
+
+    def start(self, *args, limit: int = 0) -> int:
+        """Begins a command and returns its process id; `wait` must follow before the next one."""
+        call = {"args": [str(arg) for arg in args], "files": self.files, "limit": limit}
+        assert self.server.stdin is not None
+        self.server.stdin.write(json.dumps(call) + "\n")
+        self.server.stdin.flush()
+        return self._answer()
+
+    def wait(self) -> subprocess.CompletedProcess:
+        code = self._answer()
+        return subprocess.CompletedProcess([], code, *(Path(file).read_text() for file in self.files))
+
+    def _answer(self) -> int:
+        assert self.server.stdout is not None
+        return int(self.server.stdout.readline())
+
+    def close(self) -> None:
+        assert self.server.stdin is not None
+        self.server.stdin.close()
+        self.server.wait(10)

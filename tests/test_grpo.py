@@ -1,0 +1,442 @@
+"""GRPO on a tiny real K2: whole runs, and single steps against autograd."""
+
+import itertools
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import PartialState
+from PIL import Image
+
+from posttrain import checkpoint, grpo, sampler
+from posttrain.config import RewardSpec
+from posttrain.k2 import K2
+from posttrain.loop import Stepper
+from posttrain.sampler import sde_moments
+from prompts.errors import UserError
+from prompts.records import read_prompts
+from rewards.background import ScoreQueue
+from rewards.base import Scores
+from rewards.load import load_rewards
+from tests import runs, tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    PartialState(cpu=True)  # runs must be the same bit for bit, also on a machine with a GPU
+    return tiny.save(tmp_path_factory.mktemp("tiny") / "raw")
+
+
+@pytest.fixture
+def config(tmp_path, model):
+    return runs.config(tmp_path, model)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The K2 that `train` loads, with a copy of its weights as they were."""
+    seen = []
+
+    def load_model(config):
+        k2 = load(config)
+        seen.append((k2, {key: value.clone() for key, value in k2.base_state_dict().items()}))
+        return k2
+
+    load = grpo.load_model
+    monkeypatch.setattr(grpo, "load_model", load_model)
+    return seen
+
+
+def latest(run) -> checkpoint.Checkpoint:
+    return checkpoint.load(checkpoint.find(run))
+
+
+def training_rows(run):
+    return [row for row in runs.rows(run) if "loss" in row]
+
+
+def assert_equal(a: dict, b: dict):
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+# whole runs
+
+
+def test_run_directory(config, trained):
+    config.track.tensorboard = True
+    config.eval.guidance, config.eval.every = [0.0, 1.5], 1
+    grpo.train(config)
+    run = Path(config.output)
+    assert {path.name for path in run.iterdir()} == {
+        "recipe.yaml", "environment.json", "metrics.jsonl", "tensorboard", "grids", "samples", "checkpoints",
+        "report.html", "summary.json",
+    }  # fmt: skip
+    assert any((run / "tensorboard").iterdir())
+    assert sorted(path.name for path in (run / "grids").iterdir()) == [f"step-00000{i}.png" for i in range(3)]
+    for step in range(3):
+        pictures = sorted((run / "samples" / f"step-00000{step}").iterdir())
+        assert [Image.open(path).size for path in pictures] == [(32, 32)] * 2
+    assert len(json.loads((run / "samples/prompts.json").read_text())) == 2
+
+    metrics = training_rows(run)
+    assert [row["step"] for row in metrics] == [1, 2]
+    for row in metrics:
+        assert row["ratio_error"] <= 1e-5 and row["grad_norm"] > 0 and row["kl"] >= 0 and 0 < row["reward"] < 1
+        assert (row["missing"], row["failed"], row["flat_groups"], row["skipped_updates"]) == (0, 0, 0, 0)
+        assert row["advantage"] > 0.1 and row["reward"] == row["reward/brightness"]
+        assert all(row[f"seconds/{part}"] > 0 for part in ("sample", "optimise"))
+    evaluations = [row for row in runs.rows(run) if "eval/brightness" in row]
+    assert [row["step"] for row in evaluations] == [0, 1, 2]
+
+    summary = json.loads((run / "summary.json").read_text())
+    figures = {"brightness", "brightness@1.5"}
+    assert summary["before"].keys() == summary["after"].keys() == figures
+    assert summary["before"] == {name: evaluations[0][f"eval/{name}"] for name in figures}
+    assert summary["after"] == {name: evaluations[2][f"eval/{name}"] for name in figures}
+    assert summary["before"] != summary["after"]
+    assert (summary["steps"], summary["images"]) == (2, 2 * 2 * 4)
+    assert summary["seconds"] > 0 and summary["peak_ram_gib"] > 0
+    page = (run / "report.html").read_text()
+    assert "brightness" in page and "data:image/png" in page
+
+    saved = latest(run)
+    assert saved.step == 2 and saved.state["lora"]["rank"] == 4 and saved.state["method"] == "grpo"
+    ((k2, base),) = trained
+    assert_equal(dict(k2.base_state_dict()), base)
+    assert_equal(saved.tensors["adapter"], k2.role_state_dict("policy"))
+    moved = [bool(v.any()) for key, v in saved.tensors["adapter"].items() if key.endswith("lora_B.weight")]
+    assert len(moved) == 24 and all(moved)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_reward_rises(config, sign):
+    """Brighter pictures, or darker ones where that is what is rewarded."""
+    config.rewards = [RewardSpec("light", "tests.runs:brightness", scale=sign)]
+    config.steps, config.optim.lr, config.loss.kl, config.groups.group_size = 6, 1e-2, 0, 6
+    grpo.train(config)
+    summary = json.loads((Path(config.output) / "summary.json").read_text())
+    assert summary["after"]["light"] > summary["before"]["light"] + 0.004
+
+
+@pytest.mark.parametrize(
+    ("dynamics", "ratio", "window", "advantages"),
+    [("dance", "plain", 2, "gdpo"), ("cps", "guard", 1, "sum"), ("flow", "guard", None, "gdpo")],
+)
+def test_ratio_is_one_before_the_first_update(config, dynamics, ratio, window, advantages):
+    """In each step, also when several sizes, a small micro-batch and more passes are in play."""
+    config.sampling.dynamics, config.sampling.window, config.loss.ratio = dynamics, window, ratio
+    config.sampling.sizes, config.groups.prompts_per_step = [[32, 32], [16, 48], [48, 32]], 3
+    config.optim.passes, config.groups.micro_batch, config.advantages = 2, 3, advantages
+    config.optim.lr = 1e-2
+    grpo.train(config)
+    for row in training_rows(config.output):
+        assert row["ratio_error"] <= 1e-5
+        assert row["ratio_std"] > 1e-5  # in the second pass the policy has moved
+
+
+def test_killed_and_resumed_equals_uninterrupted(config, monkeypatch, tmp_path):
+    """Killed in step 4, after step 3 was logged and the last checkpoint was step 2's; compared bit for bit."""
+    config.steps, config.checkpoint.every, config.eval.every = 4, 2, 2
+    config.optim.passes, config.optim.warmup_steps, config.groups.prompts_per_step = 2, 6, 1
+    grpo.train(config)
+    whole, config.output = config.output, str(tmp_path / "killed")
+
+    def killed(*arguments):
+        if len(training_rows(config.output)) == 3:
+            raise RuntimeError("killed")
+        return optimise(*arguments)
+
+    optimise = grpo.optimise
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(grpo, "optimise", killed)
+        grpo.train(config)
+    assert [row["step"] for row in runs.rows(config.output)] == [0, 1, 2, 2, 3]
+    assert latest(config.output).step == 2
+    torch.manual_seed(99)
+    np.random.seed(99)
+    grpo.train(config, resume=True)
+
+    a, b = latest(whole), latest(config.output)
+    assert a.step == b.step == 4
+    for name in ("adapter", "optimizer"):
+        assert_equal(a.tensors[name], b.tensors[name])
+    assert a.state["counters"] == b.state["counters"] == {"updates": 8, "skipped": 0, "skipped_in_a_row": 0}
+    assert a.state["optimizer"] == b.state["optimizer"]
+    assert runs.untimed(whole) == runs.untimed(config.output)
+    for name in ("before", "after", "images", "steps"):
+        assert len({json.dumps(json.loads((Path(run) / "summary.json").read_text())[name]) for run in
+                    (whole, config.output)}) == 1  # fmt: skip
+    pictures = [path.relative_to(whole) for path in Path(whole).glob("*/step-*/*.png")]
+    assert len(pictures) == 6
+    assert all((Path(whole) / p).read_bytes() == (Path(config.output) / p).read_bytes() for p in pictures)
+
+
+def test_resuming_a_finished_run_changes_nothing(config):
+    grpo.train(config)
+    before, metrics = latest(config.output), runs.rows(config.output)
+    grpo.train(config, resume=True)
+    assert runs.rows(config.output) == metrics
+    assert_equal(latest(config.output).tensors["adapter"], before.tensors["adapter"])
+    config.steps = 3
+    grpo.train(config, resume=True)
+    assert [row["step"] for row in training_rows(config.output)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("number", "leaves"), [(signal.SIGTERM, None), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_ends_the_run_after_the_step(config, monkeypatch, number, leaves):
+    """Ctrl-C saves as SIGTERM does, and is passed on when all is written. The handlers are put back."""
+
+    def optimise(*arguments):
+        signal.raise_signal(number)
+        return original(*arguments)
+
+    original, handlers = grpo.optimise, [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    monkeypatch.setattr(grpo, "optimise", optimise)
+    if leaves is None:
+        grpo.train(config)
+    else:
+        with pytest.raises(leaves):
+            grpo.train(config)
+    assert latest(config.output).step == 1 and len(training_rows(config.output)) == 1
+    assert (Path(config.output) / "report.html").is_file()
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+def test_flat_rewards_move_nothing(config, tmp_path, model, trained):
+    config = runs.config(tmp_path, model, "constant")
+    config.loss.kl = 0
+    grpo.train(config)
+    for row in training_rows(config.output):
+        assert (row["flat_groups"], row["advantage"], row["grad_norm"], row["reward"]) == (1, 0, 0, 0.5)
+    fresh = K2.load(model)
+    fresh.add_role("policy", 4, 8.0, seed=config.seed)
+    assert_equal(latest(config.output).tensors["adapter"], fresh.role_state_dict("policy"))
+
+
+def test_several_sizes_in_one_run(config, monkeypatch):
+    sizes = []
+
+    def decode(self, latents, height, width, batch=16):
+        sizes.append((height, width))
+        return original(self, latents, height, width, batch)
+
+    original = K2.decode
+    monkeypatch.setattr(K2, "decode", decode)
+    config.sampling.sizes = [[32, 32], [16, 48], [48, 32]]
+    grpo.train(config)
+    assert sizes[1:-1] == [(32, 32), (16, 48), (48, 32), (32, 32)]  # two groups a step, between two evaluations
+    assert all(row["ratio_error"] <= 1e-5 for row in training_rows(config.output))
+
+
+def test_only_some_layers_are_adapted(config):
+    config.lora.targets = ["to_q", "ff.down"]
+    grpo.train(config)
+    saved = latest(config.output)
+    assert len(saved.tensors["adapter"]) == 2 * 2 * 3 and saved.state["lora"]["targets"] == ["to_q", "ff.down"]
+
+
+# mistakes
+
+
+def test_no_score_at_all(tmp_path, model):
+    config = runs.config(tmp_path, model, "nothing")
+    with pytest.raises(UserError, match="not one image of this step could be scored: all None"):
+        grpo.train(config)
+    assert runs.rows(config.output)[0]["eval/nothing"] is None
+
+
+def test_turbo_is_refused_and_leaves_no_run_behind(config, tmp_path, model):
+    turbo = tiny.save(tmp_path / "turbo", distilled=True)
+    config.model.path = str(turbo)
+    with pytest.raises(UserError, match=r"turbo: model_index\.json: is_distilled is true: GRPO trains the Raw"):
+        grpo.train(config)
+    config.model.path = str(model)
+    grpo.train(config)
+    assert len(training_rows(config.output)) == 2
+
+
+def test_a_run_is_not_overwritten(config):
+    grpo.train(config)
+    before = runs.rows(config.output)
+    with pytest.raises(UserError, match="holds a run already; add --resume"):
+        grpo.train(config)
+    assert runs.rows(config.output) == before
+
+
+@pytest.mark.parametrize("prompt", [" ".join(tiny.PROMPTS), "🦊🌲🌙🦊🌲🌙"])
+def test_long_prompts_are_cut_with_a_warning(config, capsys, prompt, model):
+    """max_tokens counts the five of the template's end."""
+    config.steps, config.prompts.max_tokens = 1, 16
+    Path(config.prompts.train).write_text(json.dumps({"prompt": prompt}) + '\n{"prompt": "a fox"}\n')
+    Path(config.prompts.heldout).write_text('{"prompt": "a red circle"}\n')
+    grpo.train(config)
+    cut = len(tiny.tokenizer()(prompt)["input_ids"]) - (16 - 5)
+    assert cut > 3
+    message = f"warning: 1 prompts are longer than prompts.max_tokens (16); up to {cut} tokens are cut"
+    assert message in capsys.readouterr().err
+    Path(config.prompts.train).write_text('{"prompt": "a fox"}\n')
+    grpo.train(config, resume=True)
+    assert "tokens are cut" not in capsys.readouterr().err
+
+
+def test_another_adapter_cannot_be_resumed(config):
+    grpo.train(config)
+    config.lora.rank = 2
+    with pytest.raises(UserError, match="of another shape .* give the adapter of this rank"):
+        grpo.train(config, resume=True)
+
+
+def test_a_launcher_is_refused(config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one process"):
+        grpo.train(config)
+    assert not Path(config.output).exists()
+
+
+# single steps
+
+
+@pytest.fixture
+def one_step(config, model):
+    """A policy that differs from the base, and a function that samples and scores a step's groups."""
+    k2 = K2.load(model)
+    k2.add_role("policy", 4, 8.0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for key, parameter in k2.role_named_parameters("policy").items():
+            if "lora_B" in key:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    parameters = k2.train_role("policy")
+    records = read_prompts(config.prompts.train)
+
+    def draw(step=1):
+        with ScoreQueue(load_rewards(config.rewards), config.groups.group_size) as queue:
+            groups = grpo.sample(k2, config, step, records, queue)
+            grpo.score(config, groups, queue.gather())
+        return groups
+
+    def gradient(groups):
+        """What one update would follow, flat; nothing is changed."""
+        stepper = Stepper(parameters, config.optim)
+        seen = []
+        stepper.step = lambda: seen.append(torch.cat([p.grad.flatten() for p in parameters])) or 0.0  # type: ignore
+        metrics = grpo.optimise(k2, config, groups, stepper)
+        for parameter in parameters:
+            parameter.grad = None
+        return seen[0], metrics
+
+    return k2, parameters, draw, gradient
+
+
+@pytest.mark.parametrize("ratio", ["plain", "guard"])
+@pytest.mark.parametrize("window", [2, None])
+def test_gradient_of_a_step(config, one_step, ratio, window):
+    """-mean over images and SDE steps of A grad log p; GRPO-Guard: times S / delta over the mean 1 / delta."""
+    k2, parameters, draw, gradient = one_step
+    config.loss.ratio, config.loss.kl, config.sampling.window = ratio, 0.0, window
+    config.sampling.sizes = [[32, 32], [16, 48]]
+    groups = draw()
+    got, metrics = gradient(groups)
+    assert metrics["ratio_error"] <= 1e-5
+
+    terms = []
+    for group in groups:
+        moves = group.trajectory.transitions
+        assert len(moves) == (window or 3)
+        inverse = torch.tensor([1 / (move.t - move.t_next) for move in moves])
+        for move, weight in zip(moves, inverse / inverse.mean()):
+            with k2.role("policy"):
+                v = k2.velocity(move.x, move.t, group.text, *group.size)
+                first = sampler.schedule(4, k2.mu(*group.size))[1]
+                mean, std = sde_moments(move.x, v, move.t, move.t_next, "flow", config.sampling.eta, first)
+            factor = weight * std if ratio == "guard" else 1.0
+            terms.append(factor * group.advantages * sampler.log_prob(move.x_next, mean, std))
+    loss = -torch.cat(terms).mean()
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+    assert (got - expected).norm() < 1e-4 * expected.norm() and expected.norm() > 0
+
+
+def test_gradient_does_not_depend_on_the_micro_batch(config, one_step):
+    _, _, draw, gradient = one_step
+    groups = draw()
+    gradients = []
+    for micro_batch in (4, 3, 1):
+        config.groups.micro_batch = micro_batch
+        gradients.append(gradient(groups)[0])
+    for other in gradients[1:]:
+        assert (other - gradients[0]).norm() < 1e-4 * gradients[0].norm()
+
+
+def test_kl_pulls_towards_the_base(config, one_step):
+    """Without advantages the step follows the squared velocity distance to the adapter-free model alone."""
+    k2, parameters, draw, gradient = one_step
+    config.loss.kl = 0.5
+    groups = draw()
+    for group in groups:
+        group.advantages = torch.zeros(4)
+    got, metrics = gradient(groups)
+    terms = []
+    for group in groups:
+        for move in group.trajectory.transitions:
+            with k2.role("policy"):
+                v = k2.velocity(move.x, move.t, group.text, *group.size)
+            with torch.no_grad(), k2.role(None):
+                reference = k2.velocity(move.x, move.t, group.text, *group.size)
+            terms.append((v - reference).square().flatten(1).mean(1))
+    kl = torch.cat(terms).mean()
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(0.5 * kl, parameters)])
+    assert (got - expected).norm() < 1e-4 * expected.norm() and expected.norm() > 0
+    assert metrics["kl"] == pytest.approx(kl.item(), rel=1e-4) and metrics["kl"] > 1e-4
+
+
+def test_a_step_is_drawn_from_its_number_alone(config, one_step):
+    _, _, draw, _ = one_step
+    first, other = draw(3), draw(4)
+    torch.manual_seed(5)
+    again = draw(3)
+    for a, b in zip(first, again):
+        assert a.record == b.record and torch.equal(a.trajectory.latents, b.trajectory.latents)
+        assert torch.equal(a.advantages, b.advantages)
+    assert not torch.equal(first[0].trajectory.latents, other[0].trajectory.latents)
+    config.seed = 1
+    assert not torch.equal(draw(3)[0].trajectory.latents, first[0].trajectory.latents)
+
+
+def test_prompts_come_once_each_before_any_comes_twice():
+    order = [grpo._draw(0, i, 7) for i in range(21)]
+    epochs = [order[:7], order[7:14], order[14:]]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert order != [grpo._draw(1, i, 7) for i in range(21)]
+
+
+@pytest.mark.parametrize(("steps", "window", "starts"), [(8, 2, 4), (10, 2, 5), (4, 3, 1), (4, 2, 2), (2, 1, 1)])
+def test_random_windows_lie_in_the_first_half(config, steps, window, starts):
+    config.sampling.steps, config.sampling.window = steps, window
+    windows = [grpo.window_of(config, step) for step in range(1, 60)]
+    assert {w.start for w in windows} == set(range(starts))
+    assert all(len(w) == window and w.stop <= steps - 1 for w in windows)
+    config.sampling.window_start = 0
+    assert grpo.window_of(config, 9) == range(window)
+    config.sampling.window = None
+    assert grpo.window_of(config, 9) == range(steps - 1)
+
+
+def test_a_reward_without_scores_does_not_lower_the_mean(config):
+    """Two prompts of which none asks for a text: the mean reward is the other's, not half of it."""
+    config.rewards.append(RewardSpec("text", "tests.runs:nothing"))
+    values, valid = np.array([[0.6, 0.0], [0.8, 0.0]] * 4), np.array([[True, False]] * 8)
+    scores = Scores(["brightness", "text"], values, valid, np.zeros_like(valid), {}, {}, {})
+    groups = [grpo.Group(None, None, (32, 32), None, torch.empty(0)) for _ in range(2)]  # type: ignore[arg-type]
+    metrics = grpo.score(config, groups, scores)
+    assert metrics["reward"] == pytest.approx(0.7) and metrics["reward/text"] is None
+    assert metrics["missing"] == 0 and metrics["flat_groups"] == 0
+    expected = [-1.0, 1.0] * 2
+    for group in groups:
+        assert [a > 0 for a in group.advantages.tolist()] == [e > 0 for e in expected]
+    assert all(a == b for a, b in itertools.pairwise(group.advantages.tolist()[::2] for group in groups))
