@@ -310,7 +310,7 @@ def _targets(config: GRPOConfig) -> dict[str, Any]:
 
 def _warn_of_cuts(run: Run, k2: K2, records: list[PromptRecord], max_tokens: int) -> None:
     long = [r for r in records if len(r.prompt.encode()) > max_tokens // 2]  # a token is at least one byte
-    cuts = [c for c in k2.encode([r.prompt for r in long], max_tokens).cut if c] if long else []
+    cuts = [cut for cut in k2.tokenize([r.prompt for r in long], max_tokens)[1] if cut]
     if cuts:
         run.say(
             f"warning: {len(cuts)} prompts are longer than prompts.max_tokens ({max_tokens}); "

@@ -226,14 +226,18 @@ class K2(Roles):
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], max_tokens: int = 512, batch: int = 16) -> Encoding:
         """The text encoder's tapped hidden states, unpadded. The empty prompt is allowed, for guidance."""
+        ids, cut = self.tokenize(prompts, max_tokens)
+        return Encoding(self.encode_tokens(ids, batch), cut)
+
+    def tokenize(self, prompts: Sequence[str], max_tokens: int = 512) -> tuple[list[list[int]], list[int]]:
+        """Token ids, template included, and how many tokens of each prompt did not fit into max_tokens."""
         if self.tokenizer is None:
             raise RuntimeError("this model has no tokenizer: use random_features")
         prefix, suffix = self.pipe.prompt_template_encode_prefix, self.pipe.prompt_template_encode_suffix
         suffix_ids = self.tokenizer(suffix)["input_ids"]
         room = max_tokens + self.pipe.prompt_template_encode_start_idx - len(suffix_ids)
         ids = self.tokenizer([prefix + prompt for prompt in prompts])["input_ids"] if prompts else []
-        features = self.encode_tokens([row[:room] + suffix_ids for row in ids], batch)
-        return Encoding(features, [max(0, len(row) - room) for row in ids])
+        return [row[:room] + suffix_ids for row in ids], [max(0, len(row) - room) for row in ids]
 
     @torch.no_grad()
     def encode_tokens(self, ids: Sequence[list[int]], batch: int = 16) -> list[Tensor]:

@@ -20,7 +20,7 @@ from scipy import ndimage
 from posttrain.nano import scenes
 from posttrain.nano.scenes import COLOURS, COUNTS, GLYPH_H, SHAPES, SIZE, Object, Scene
 
-CLEAN = 0.17
+CLEAN = 0.15
 """Largest root-mean-square error (in [0, 1]) of an 8 x 8 window that still counts as free of artifacts."""
 
 
@@ -52,9 +52,11 @@ def perceive(images: Sequence) -> list[Percept]:
 
 
 def _perceive(image: np.ndarray, text: tuple[str, int, int]) -> Percept:
-    objects, strays = _find_objects(image)
-    scene = Scene("", tuple(objects), "flat", "white", *text)
-    scene = _explain(image, scene)
+    choices, strays = _find_objects(image)
+    scene = _explain(image, Scene("", tuple(c[0] for c in choices), "flat", "white", *text))
+    settled = _settle(image, scene, choices)
+    if settled != scene:
+        scene = _explain(image, settled)
     error = (_smooth(image) - _smooth(_render(scene))) ** 2
     residual = float(np.sqrt(ndimage.uniform_filter(error.mean(-1), 8).max()))
     return Percept(scene, residual, strays)
@@ -65,7 +67,8 @@ def _perceive(image: np.ndarray, text: tuple[str, int, int]) -> Percept:
 _HUES = {name: np.arctan2(np.sqrt(3) * (g - b), 2 * r - g - b) for name, (r, g, b) in COLOURS.items()}
 
 
-def _find_objects(image: np.ndarray) -> tuple[list[Object], int]:
+def _find_objects(image: np.ndarray) -> tuple[list[list[Object]], int]:
+    """What each coloured blob may be, likeliest first, and how many blobs are like no shape."""
     r, g, b = np.moveaxis(image, -1, 0)
     chroma = image.max(-1) - image.min(-1)
     hue = np.arctan2(np.sqrt(3) * (g - b), 2 * r - g - b)
@@ -86,12 +89,17 @@ def _find_objects(image: np.ndarray) -> tuple[list[Object], int]:
             weights = chroma * part
             mean = np.arctan2((weights * np.sin(hue)).sum(), (weights * np.cos(hue)).sum())
             colour = min(_HUES, key=lambda c: abs(np.angle(np.exp(1j * (_HUES[c] - mean)))))
-            shape, x, y, radius, overlap = _fit(full)
+            fits = _fit(full)
+            overlap, radius = fits[0][-1], fits[0][3]
             if area < 30 or overlap < 0.6 or radius < 3.5:
                 strays += area >= 20
                 continue
-            objects.append(Object(shape, colour, "small" if radius < 9.75 else "large", x, y, radius))
+            objects.append([Object(shape, colour, _size(r), x, y, r) for shape, x, y, r, _ in fits])
     return objects, strays
+
+
+def _size(radius: float) -> str:
+    return "small" if radius < sum(scenes.SIZES.values()) / 2 else "large"
 
 
 def _components(mask: np.ndarray) -> tuple[np.ndarray, int]:
@@ -108,8 +116,8 @@ def _shape_facts(shape: str) -> tuple[float, float]:
     return float(inside.mean() * 2.6 * 2.6), float(yy[inside].mean())
 
 
-def _fit(mask: np.ndarray) -> tuple[str, float, float, float, float]:
-    """(shape, x, y, radius, overlap in [0, 1]) of the shape that overlaps a filled mask best."""
+def _fit(mask: np.ndarray) -> list[tuple[str, float, float, float, float]]:
+    """(shape, x, y, radius, overlap in [0, 1]) of the shapes that overlap a filled mask best, best first."""
     ys, xs = np.nonzero(mask)
     area, cx, cy = len(ys), xs.mean(), ys.mean()
     y0, y1, x0, x1 = max(0, ys.min() - 2), ys.max() + 3, max(0, xs.min() - 2), xs.max() + 3
@@ -124,8 +132,9 @@ def _fit(mask: np.ndarray) -> tuple[str, float, float, float, float]:
         overlap = np.minimum(cover, part).sum() / np.maximum(cover, part).sum()
         return shape, float(x), float(y), float(radius), float(overlap)
 
-    best = max((trial(shape, 1.0) for shape in SHAPES), key=lambda fit: fit[-1])
-    return max((trial(best[0], scale) for scale in (0.94, 0.97, 1.0, 1.03, 1.06)), key=lambda fit: fit[-1])
+    fits = sorted((trial(shape, 1.0) for shape in SHAPES), key=lambda fit: -fit[-1])
+    close = [fit for fit in fits[:3] if fit[-1] > fits[0][-1] - 0.2]
+    return [max((trial(f[0], k) for k in (0.94, 0.97, 1.0, 1.03, 1.06)), key=lambda fit: fit[-1]) for f in close]
 
 
 # ---- words ------------------------------------------------------------------------------------------------
@@ -192,7 +201,7 @@ def _render(scene: Scene) -> np.ndarray:
 
 def _explain(image: np.ndarray, scene: Scene) -> Scene:
     """The scene with the style and background whose rendering comes closest to the picture."""
-    drawn = _render(replace(scene, style="bordered"))
+    drawn = _render(replace(scene, style="bordered", background="white"))
     changed = np.abs(drawn - _render(Scene("", (), "flat", "white"))).max(-1) > 0.03
     free = np.logical_not(ndimage.binary_dilation(changed, iterations=3))
     grey = image.mean(-1)
@@ -211,14 +220,30 @@ def _explain(image: np.ndarray, scene: Scene) -> Scene:
             if ground > 1.5 * min(errors.values()) + 0.001 or style == "grainy":
                 continue
             guess = replace(scene, style=style, background=name)
-            error = float(((image - _render(guess)) ** 2).mean()) + ground
-            if error < best:
-                best, picked = error, guess
+            guesses = [guess]
+            if style == "glowing":  # a halo makes its blob look larger
+                guesses.append(replace(guess, objects=tuple(replace(o, radius=0.93 * o.radius) for o in guess.objects)))
+            for guess in guesses:
+                error = float(((image - _render(guess)) ** 2).mean()) + ground
+                if error < best:
+                    best, picked = error, guess
     plain = _render(picked).mean(-1)
     texture = fine - (plain - ndimage.uniform_filter(plain, 4))
-    if picked.style != "dark" and free.any() and float(texture[free].std()) > 0.035:
+    if picked.style != "dark" and free.any() and float(texture[free].std()) > 0.02:
         picked = replace(picked, style="grainy")
     return picked
+
+
+def _settle(image: np.ndarray, scene: Scene, choices: list[list[Object]]) -> Scene:
+    """Where a blob may be one of several shapes, the one whose rendering in this style comes closest."""
+    for i, options in enumerate(choices):
+        if len(options) > 1:
+            o = options[0]
+            reach = int(1.3 * o.radius) + 3
+            window = np.s_[max(0, int(o.y) - reach) : int(o.y) + reach, max(0, int(o.x) - reach) : int(o.x) + reach]
+            guesses = [replace(scene, objects=(*scene.objects[:i], p, *scene.objects[i + 1 :])) for p in options]
+            scene = min(guesses, key=lambda g: float(((image[window] - _render(g)[window]) ** 2).mean()))
+    return scene
 
 
 # ---- statements -------------------------------------------------------------------------------------------
