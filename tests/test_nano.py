@@ -1,18 +1,24 @@
 """The nano world: what is drawn is read back, what is changed is noticed, and prompt sets keep apart."""
 
 import hashlib
+import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import Krea2Pipeline
 from PIL import Image
 
-from posttrain.nano import oracles, prompts, scenes
+from posttrain import sampler
+from posttrain.k2 import K2
+from posttrain.nano import build, oracles, prompts, scenes
 from posttrain.nano.font import WORDS
 from posttrain.nano.scenes import SIZE, Object, Scene
 from prompts.records import columns, read_prompts
+from tests.tiny import rotary_axes, swiglu_width
 
 KINDS = ("exists", "count", "total", "size", "place", "relation", "style", "background", "text")
 
@@ -390,6 +396,41 @@ def test_rewards():
 def test_wrong_size(size):
     with pytest.raises(ValueError, match=f"64 x 64 pixels, got {size[0]} x {size[1]}"):
         oracles.perceive([Image.new("RGB", size)])
+
+
+# the committed weights
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return Path(build.__file__).parent / "weights" / "k2-nano"
+
+
+def test_nano_obeys_the_official_rules(nano):
+    """Widths, rotary axes and depths that the official repository's code would choose for these head counts."""
+    config = json.loads((nano / "transformer" / "config.json").read_text())
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    text_width, widths = config["text_hidden_dim"], (config["intermediate_size"], config["text_intermediate_size"])
+    assert any((swiglu_width(width, m), swiglu_width(text_width, m)) == widths for m in range(1, 9))
+    assert tuple(config["axes_dims_rope"]) == rotary_axes(config["attention_head_dim"])
+    assert config["rope_theta"] == 1000 and config["in_channels"] == 4 * 16
+    assert config["num_layerwise_text_blocks"] == config["num_refiner_text_blocks"] == 2
+
+
+@torch.no_grad()
+def test_nano_latents_equal_stock(nano):
+    """With and without guidance, prompts of different lengths, two sizes, in fp32."""
+    k2, pipe = K2.load(nano), Krea2Pipeline.from_pretrained(nano, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    texts = ["a red circle", 'the word "HI" and a large blue star at the bottom left, dark style']
+    for guidance, height, width in ((0.0, 64, 64), (1.5, 48, 64)):
+        noise = sampler.noise([1, 2], (k2.image_tokens(height, width), k2.latent_channels))
+        expected = pipe(
+            texts, height=height, width=width, num_inference_steps=8, guidance_scale=guidance, latents=noise.clone(),
+            output_type="latent", max_sequence_length=48,
+        ).images  # fmt: skip
+        ours = k2.sample(k2.text(texts), noise, 8, height, width, guidance, k2.text([""]))
+        assert (ours - expected).abs().max() < 1e-4 and (ours - noise).abs().max() > 1
 
 
 # prompt sets
