@@ -124,7 +124,8 @@ def _train(
         with k2.role(POLICY):
             result = evaluator()
         run.log(step, {f"eval/{name}": value for name, value in result.figures.items()})
-        run.samples(step, result.images[:16], [r.prompt for r in heldout[:16]], evaluator.seeds[:16])
+        shown = [r.prompt for r in evaluator.records[:16]]
+        run.samples(step, result.images[:16], shown, evaluator.seeds[:16])
         run.grid(step, result.images[:16], 4, 4)
         return result
 
