@@ -13,6 +13,7 @@ from PIL import Image
 
 from posttrain import checkpoint, grpo, sampler
 from posttrain.config import RewardSpec
+from posttrain.export import load_checkpoint
 from posttrain.k2 import K2
 from posttrain.loop import Stepper
 from posttrain.sampler import sde_moments
@@ -111,6 +112,24 @@ def test_run_directory(config, trained):
     assert_equal(saved.tensors["adapter"], k2.role_state_dict("policy"))
     moved = [bool(v.any()) for key, v in saved.tensors["adapter"].items() if key.endswith("lora_B.weight")]
     assert len(moved) == 24 and all(moved)
+
+
+def test_samples_are_of_heldout_prompts_by_the_base_and_by_the_policy(config):
+    """Drawn again from the checkpoint by the seeds that prompts.json tells, without guidance."""
+    config.optim.lr = 0.02
+    grpo.train(config)
+    k2, folder = load_checkpoint(latest(config.output)), Path(config.output) / "samples"
+    table = json.loads((folder / "prompts.json").read_text())
+    assert [row["prompt"] for row in table] == tiny.PROMPTS[2:]
+    noise = sampler.noise([row["seed"] for row in table], (16, 64))
+    drawn = {}
+    for step, role in ((0, None), (2, "policy")):
+        with k2.role(role):
+            latents = k2.sample(k2.text(tiny.PROMPTS[2:]), noise, config.eval.steps, 32, 32)
+        drawn[step] = k2.decode(latents, 32, 32).numpy().astype(int)
+        saved = [np.asarray(Image.open(folder / f"step-{step:06d}" / f"{i:03d}.png"), int) for i in range(2)]
+        assert np.abs(drawn[step] - np.stack(saved)).max() <= 1
+    assert np.abs(drawn[0] - drawn[2]).max() > 3
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -348,6 +367,8 @@ def test_gradient_of_a_step(config, one_step, ratio, window):
     for group in groups:
         moves = group.trajectory.transitions
         assert len(moves) == (window or 3)
+        start = moves[0].x  # shared by the group up to a window, each image's own where all steps are stochastic
+        assert all(torch.equal(start[0], x) == (window is not None) for x in start[1:])
         inverse = torch.tensor([1 / (move.t - move.t_next) for move in moves])
         for move, weight in zip(moves, inverse / inverse.mean()):
             with k2.role("policy"):
@@ -396,15 +417,16 @@ def test_kl_pulls_towards_the_base(config, one_step):
 
 def test_a_step_is_drawn_from_its_number_alone(config, one_step):
     _, _, draw, _ = one_step
+    config.sampling.window_start = 0  # the first transition begins at the noise itself
     first, other = draw(3), draw(4)
     torch.manual_seed(5)
     again = draw(3)
     for a, b in zip(first, again):
         assert a.record == b.record and torch.equal(a.trajectory.latents, b.trajectory.latents)
         assert torch.equal(a.advantages, b.advantages)
-    assert not torch.equal(first[0].trajectory.latents, other[0].trajectory.latents)
     config.seed = 1
-    assert not torch.equal(draw(3)[0].trajectory.latents, first[0].trajectory.latents)
+    starts = [group.trajectory.transitions[0].x[0] for groups in (first, other, draw(3)) for group in groups]
+    assert len({tuple(start.flatten().tolist()) for start in starts}) == 6  # two groups in each of three steps
 
 
 def test_prompts_come_once_each_before_any_comes_twice():
