@@ -194,14 +194,18 @@ def yes_share(candidates: Sequence[tuple[str, float]], min_mass: float) -> float
     """P(yes) / (P(yes) + P(no)) from (token, log-prob) pairs, summed over spellings such as ' Yes', 'YES'."""
     mass = {"yes": 0.0, "no": 0.0}
     for token, logprob in candidates:
-        spelling = token.strip(" \t\n\"'*.,Ġ▁").casefold()
-        if spelling in mass:
-            mass[spelling] += math.exp(min(logprob, 0.0))
+        if (word := spelled(token)) in mass:
+            mass[word] += math.exp(min(logprob, 0.0))
     total = mass["yes"] + mass["no"]
     if not (total > 0 and total >= min_mass):  # also when it is NaN
         first = candidates[0][0] if candidates else "nothing"
         raise JudgeError(f"the answer is neither yes nor no (they share {total:.3g}), but {first!r}")
     return mass["yes"] / total
+
+
+def spelled(token: str) -> str:
+    """A token as the word it spells: ' Yes' and '"YES' are both 'yes'."""
+    return token.strip(" \t\n\"'*.,Ġ▁").casefold()
 
 
 def _strings(value: Any) -> bool:
