@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rewards.base import RewardSpec
+from rewards.serve import ServerSpec
 
 
 @dataclass
@@ -161,6 +162,8 @@ class GRPOConfig:
     prompts: PromptsConfig
     rewards: list[RewardSpec]
     """Rewards to train on, each with name, function, weight, heldout_only."""
+    servers: list[ServerSpec] = field(default_factory=list)
+    """Judges to serve while the run lasts; rewards name one as server://NAME."""
     steps: int = 200
     """Training steps: each draws images, scores them and updates, >= 1."""
     seed: int = 0

@@ -38,7 +38,8 @@ from prompts.records import PromptRecord, columns, read_prompts
 from rewards.background import ScoreQueue
 from rewards.base import Scores
 from rewards.gates import apply_gates
-from rewards.load import load_rewards
+from rewards.load import load_rewards, record
+from rewards.serve import serve
 
 POLICY = "policy"
 
@@ -59,19 +60,34 @@ def train(config: GRPOConfig, resume: bool = False) -> None:
     """Runs a recipe into its run directory. Raises UserError for what the user can mend."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("posttrain grpo: trains in one process; start it without a launcher")
-    started = time.time()
+    Run.check(config, resume)
     records, heldout = read_prompts(config.prompts.train), read_prompts(config.prompts.heldout)
-    rewards = load_rewards(config.rewards)
-    trained = [r for r in rewards if not r.spec.heldout_only]
-    run = Run.create(config, resume)
+    load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})  # before the wait
     k2 = load_model(config.model)
     k2.add_role(POLICY, config.lora.rank, config.lora.alpha, **_targets(config), seed=config.seed)
+    with Run.create(config, resume) as run, serve(config.servers, run.path / "servers") as urls:
+        stopped = _train(config, resume, run, k2, records, heldout, urls)
+        write_report(run.path)
+    if stopped is signal.SIGINT:
+        raise KeyboardInterrupt
+
+
+def _train(
+    config: GRPOConfig,
+    resume: bool,
+    run: Run,
+    k2: K2,
+    records: list[PromptRecord],
+    heldout: list[PromptRecord],
+    urls: dict[str, list[str]],
+) -> signal.Signals | None:
+    started = time.time()
+    trained = load_rewards([r for r in config.rewards if not r.heldout_only], urls)
+    measured = load_rewards(config.rewards, urls)  # judges keep to one event loop, so evaluation has its own
     stepper = Stepper(k2.train_role(POLICY), config.optim)
-    size = _size(config, 0)
-    evaluator = Evaluator(
-        k2, heldout, rewards, config.eval, size, 4 * config.groups.micro_batch, config.prompts.max_tokens
-    )
-    _warn_of_cuts(run, k2, [*records, *heldout], config.prompts.max_tokens)
+    batch, max_tokens = 4 * config.groups.micro_batch, config.prompts.max_tokens
+    evaluator = Evaluator(k2, heldout, measured, config.eval, _size(config, 0), batch, max_tokens)
+    _warn_of_cuts(run, k2, [*records, *heldout], max_tokens)
 
     saved = checkpoint.load_latest(run.path / "checkpoints") if resume else None
     history: dict[str, Any] = {"before": None, "after": None, "images": 0, "seconds": 0.0}
@@ -95,6 +111,7 @@ def train(config: GRPOConfig, resume: bool = False) -> None:
                 "method": "grpo",
                 "model": asdict(config.model),
                 "lora": asdict(k2.roles[POLICY]),
+                "rewards": record(trained),
                 "guidance": {"training": 0.0, "evaluation": config.eval.guidance},
                 "optimizer": state,
                 "counters": stepper.counters(),
@@ -111,7 +128,7 @@ def train(config: GRPOConfig, resume: bool = False) -> None:
         run.grid(step, result.images[:16], 4, 4)
         return result
 
-    with run, ScoreQueue(trained, config.groups.group_size) as queue:
+    with ScoreQueue(trained, config.groups.group_size) as queue:
         run.start(config.steps, first)
         if history["before"] is None:
             history["before"] = history["after"] = evaluate(0).figures
@@ -131,9 +148,7 @@ def train(config: GRPOConfig, resume: bool = False) -> None:
                 history["after"] = evaluate(step).figures
         history["seconds"] = round(seconds(), 1)
         run.summary({**history, "steps": loop.done, **peak_memory()})
-        write_report(run.path)
-    if loop.stopped is signal.SIGINT:
-        raise KeyboardInterrupt
+    return loop.stopped
 
 
 # ---- sample -----------------------------------------------------------------------------------------------
@@ -147,7 +162,7 @@ def sample(k2: K2, config: GRPOConfig, step: int, records: list[PromptRecord], q
     texts = k2.encode([r.prompt for r in chosen], config.prompts.max_tokens).features
     window = window_of(config, step)
     groups = []
-    for g, (record, features) in enumerate(zip(chosen, texts)):
+    for g, (row, features) in enumerate(zip(chosen, texts)):
         height, width = size = _size(config, first + g)
         text = Text.of([k2.fuse(features)])
         seeds = [
@@ -161,9 +176,9 @@ def sample(k2: K2, config: GRPOConfig, step: int, records: list[PromptRecord], q
                 shared=s.window is not None,
             )  # fmt: skip
         images = to_pil(k2.decode(trajectory.latents, height, width))
-        rows = [record] * len(images)
+        rows = [row] * len(images)
         queue.submit(images, [r.prompt for r in rows], columns(rows))
-        groups.append(Group(record, text, size, trajectory, torch.empty(0)))
+        groups.append(Group(row, text, size, trajectory, torch.empty(0)))
     return groups
 
 

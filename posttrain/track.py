@@ -70,12 +70,8 @@ class Run:
         run = cls(Path(config.output), config.track, main)
         if not main:
             return run
-        for name in config.track.trackers:
-            if importlib.util.find_spec(name) is None:
-                raise UserError(f"track.trackers: {name} is not installed; pip install {name} or leave it out")
+        cls.check(config, resume)
         recipe = run.path / "recipe.yaml"
-        if recipe.exists() and not resume:
-            raise UserError(f"{run.path}: holds a run already; add --resume or choose another --output")
         try:
             run.path.mkdir(parents=True, exist_ok=True)
             new = _plain(dataclasses.asdict(config))  # type: ignore[call-overload]
@@ -90,6 +86,15 @@ class Run:
         except OSError as error:
             raise UserError(f"{run.path}: cannot be written: {error.strerror}; choose another --output") from None
         return run
+
+    @staticmethod
+    def check(config: RunConfig, resume: bool = False) -> None:
+        """Raise UserError for a directory that holds a run, or a tracker not installed, before anything is made."""
+        for name in config.track.trackers:
+            if importlib.util.find_spec(name) is None:
+                raise UserError(f"track.trackers: {name} is not installed; pip install {name} or leave it out")
+        if (Path(config.output) / "recipe.yaml").exists() and not resume:
+            raise UserError(f"{config.output}: holds a run already; add --resume or choose another --output")
 
     def start(self, total: int, step: int = 0) -> None:
         """Begin to train: `total` steps in all, `step` of them done. Metrics of later steps are dropped."""

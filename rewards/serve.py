@@ -37,17 +37,26 @@ class ServerError(UserError):
 
 @dataclass
 class ServerSpec:
-    """One entry of a recipe's `servers:`. Judges name the base model by `name`, adapters by their own."""
+    """A vLLM server to start with the run."""
 
     name: str
-    model: str  # directory or hub name
-    adapters: dict[str, str] = field(default_factory=dict)  # model name -> adapter directory
-    port: int = 0  # 0: any free one
-    gpus: list[int] = field(default_factory=list)  # more than one: tensor parallel; none: vLLM decides
+    """Rewards reach it as server://NAME; its base model is served under this name."""
+    model: str
+    """Directory or hub id of the base model."""
+    adapters: dict[str, str] = field(default_factory=dict)
+    """LoRA adapters, served as further models: model name to adapter directory."""
+    port: int = 0
+    """TCP port on the loopback interface, 0 to 65535; 0: any free one."""
+    gpus: list[int] = field(default_factory=list)
+    """GPUs it may use, by number; several: tensor parallel; none: vLLM decides."""
     executable: str = "vllm"
+    """The vllm command of its own environment; rewards/make_vllm_env.sh makes one."""
     extra_args: list[str] = field(default_factory=list)
+    """More arguments for `vllm serve`."""
     env: dict[str, str] = field(default_factory=dict)
-    ready_timeout: float = 900.0  # seconds
+    """More environment variables for it."""
+    ready_timeout: float = 900.0
+    """Seconds until every model must answer, > 0."""
 
 
 @dataclass

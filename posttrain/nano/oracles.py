@@ -90,7 +90,7 @@ def _find_objects(image: np.ndarray) -> tuple[list[Object], int]:
             if area < 30 or overlap < 0.6 or radius < 3.5:
                 strays += area >= 20
                 continue
-            objects.append(Object(shape, colour, "small" if radius < 8.75 else "large", x, y, radius))
+            objects.append(Object(shape, colour, "small" if radius < 9.75 else "large", x, y, radius))
     return objects, strays
 
 
@@ -115,17 +115,17 @@ def _fit(mask: np.ndarray) -> tuple[str, float, float, float, float]:
     y0, y1, x0, x1 = max(0, ys.min() - 2), ys.max() + 3, max(0, xs.min() - 2), xs.max() + 3
     yy, xx = np.mgrid[y0 : min(SIZE, y1), x0 : min(SIZE, x1)].astype(np.float32)
     part = mask[y0:y1, x0:x1]
-    best = ("circle", cx, cy, 0.0, -1.0)
-    for shape in SHAPES:
+
+    def trial(shape: str, scale: float) -> tuple[str, float, float, float, float]:
         unit, offset = _shape_facts(shape)
-        for scale in (0.96, 1.04):
-            radius = scale * np.sqrt(area / unit)
-            x, y = cx, cy - offset * radius
-            cover = np.clip(0.5 - scenes.signed_distance(shape, xx - x, yy - y, radius), 0, 1)
-            overlap = np.minimum(cover, part).sum() / np.maximum(cover, part).sum()
-            if overlap > best[-1]:
-                best = (shape, float(x), float(y), float(radius), float(overlap))
-    return best
+        radius = scale * np.sqrt(area / unit)
+        x, y = cx, cy - offset * radius
+        cover = np.clip(0.5 - scenes.signed_distance(shape, xx - x, yy - y, radius), 0, 1)
+        overlap = np.minimum(cover, part).sum() / np.maximum(cover, part).sum()
+        return shape, float(x), float(y), float(radius), float(overlap)
+
+    best = max((trial(shape, 1.0) for shape in SHAPES), key=lambda fit: fit[-1])
+    return max((trial(best[0], scale) for scale in (0.94, 0.97, 1.0, 1.03, 1.06)), key=lambda fit: fit[-1])
 
 
 # ---- words ------------------------------------------------------------------------------------------------

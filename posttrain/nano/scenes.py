@@ -28,7 +28,7 @@ COLOURS = {
     "pink": (1.00, 0.35, 0.72),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star")
-SIZES = {"small": 6.5, "large": 11.0}
+SIZES = {"small": 7.5, "large": 12.0}
 """Radius in pixels; a drawn shape is within 6 % of it."""
 STYLES = ("flat", "outline", "shaded", "striped", "dotted", "pastel", "dark", "grainy", "glowing", "bordered")
 BACKGROUNDS = ("white", "grey", "black", "gradient", "checked")
@@ -39,7 +39,7 @@ PLACES = (
 )
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 COUNTS = ("zero", "one", "two", "three", "four", "five")
-KINDS = {"single": 0.2, "pair": 0.25, "count": 0.2, "trio": 0.1, "text": 0.25}
+KINDS = {"single": 0.2, "pair": 0.22, "count": 0.18, "trio": 0.1, "text": 0.3}
 GLYPH_W, GLYPH_H = 12, 14
 """Pixels a letter takes: 5 x 7 cells of 2 x 2 pixels and 2 pixels of space."""
 
@@ -357,7 +357,7 @@ def _draw(image: np.ndarray, o: Object, style: str, ground: float) -> None:
     elif style == "pastel":
         fill = np.broadcast_to(0.45 * colour + 0.55, fill.shape)
     elif style == "glowing":
-        halo = (0.38 * np.exp(-np.clip(d, 0, None) / 2.0))[..., None]
+        halo = (0.38 * np.exp(-np.clip(d, 0, None) / 3.0))[..., None]
         part[:] = part * (1 - halo) + colour * halo
     elif style == "bordered":
         edge = np.clip(0.5 - (d - 2.0), 0, 1)[..., None]
