@@ -69,16 +69,21 @@ def make_tokenizer(seed: int = 0) -> Qwen2Tokenizer:
     corpus = [scenes.describe(s, rng).prompt for s in drawn]
     corpus += [rubric(questions.ask(s, rng)[0]) for s in drawn[:1000]]
     names = ("aesthetic", "artifact", "transcribe", "rubric")
-    fixed = [load_template(name).text for name in names] + [DESCRIBE, "yes", "no", *questions.FAULTS.values()]
+    fixed = [load_template(name).text for name in names] + [DESCRIBE, *questions.FAULTS.values()]
     fixed += [transcript(""), transcript("A")]
-    tokenizer = build.make_tokenizer(corpus + fixed * 100)
+    tokenizer = build.make_tokenizer(corpus + fixed * 100 + ["yes", "no"] * 5000)
+    if any(len(_ids(tokenizer, word)) != 1 for word in ("yes", "no")):
+        raise RuntimeError("yes and no must be one token each")
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.chat_template = CHAT
     return tokenizer
 
 
+_template = cache(load_template)
+
+
 def rubric(statement: str) -> str:
-    return load_template("rubric").render(requirement=statement)
+    return _template("rubric").render(requirement=statement)
 
 
 def transcript(word: str) -> str:
@@ -442,8 +447,8 @@ def _make_chunk(tokenizer: Qwen2Tokenizer, job: tuple[int, int]) -> Data:
 
 
 def make_data(m: int, seed: int, workers: int, tokenizer: Qwen2Tokenizer) -> Data:
-    """m pictures and their tasks, the same for any number of workers."""
-    chunk = 500
+    """m pictures and their tasks."""
+    chunk = min(2000, -(-m // workers))
     jobs = [(seed * 100_003 + i, min(chunk, m - i * chunk)) for i in range((m + chunk - 1) // chunk)]
     with multiprocessing.get_context("fork").Pool(workers) as pool:
         parts = pool.map(partial(_make_chunk, tokenizer), jobs, chunksize=1)

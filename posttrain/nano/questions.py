@@ -55,12 +55,12 @@ def ask(scene: Scene, rng: np.random.Generator, fault: str | None = None, words:
             kinds |= {"place": 1.5, "count": 0.3}
         if len(scene.objects) > 1 and scene.kind != "count":
             kinds["relation"] = 2.5
-    weights = np.array(list(kinds.values()))
+    names, heap = list(kinds), np.cumsum(list(kinds.values()))
     for _ in range(50):
-        kind = str(rng.choice(list(kinds), p=weights / weights.sum()))
+        kind = names[int(np.searchsorted(heap, rng.random() * heap[-1], side="right"))]
         wanted = bool(rng.random() < 0.5)
         if kind == "fault":
-            named = str(rng.choice(list(FAULTS)))
+            named = _pick(rng, FAULTS)
             if wanted and fault:
                 named = fault
             return FAULTS[named], named == fault
