@@ -114,7 +114,8 @@ def update(vlm: VLM, stepper: Stepper, batches: Iterator, config: JudgeConfig, s
         rho, log_mass = vlm.answers(inputs)
         share_B = share_B.to(rho.device)
         if config.mode == "preference":
-            loss_B, metrics = losses.bradley_terry(*rho.chunk(2), share_B)
+            rho_w, rho_l = rho.chunk(2)
+            loss_B, metrics = losses.bradley_terry(rho_w, rho_l, share_B)
         else:
             loss_B, metrics = losses.faulty(rho, share_B)
         loss = loss_B.mean() - MASS_WEIGHT * log_mass.mean()
@@ -232,11 +233,9 @@ def split(records: list[Record], config: JudgeConfig) -> tuple[list[Record], lis
 
 def _epochs(n: int, total: int, seed: int) -> Iterator[tuple[int, int]]:
     """(epoch, index) of `total` records: all in a random order, then all in another."""
-    for i in range(total):
-        epoch, place = divmod(i, n)
-        if place == 0:
-            order = np.random.default_rng([seed, epoch]).permutation(n)
-        yield epoch, int(order[place])
+    for epoch in range(-(-total // n)):
+        order = np.random.default_rng([seed, epoch]).permutation(n)
+        yield from ((epoch, int(i)) for i in order[: total - epoch * n])
 
 
 @dataclass
@@ -262,7 +261,7 @@ class _Batches(Dataset):
                 if record.corrupt:
                     image = corrupt(image, np.random.default_rng([self.seed, r, epoch]))
                 images.append(image)
-                texts.append(self.template.render(**({"prompt": record.prompt} if self.template.fields else {})))
+                texts.append(self.template.render(**({"prompt": record.prompt or ""} if self.template.fields else {})))
         return self.vlm.inputs(images, texts), torch.tensor([record.share for record, _, _ in rows])
 
 

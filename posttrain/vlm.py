@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoTokenizer, Qwen3VLForConditionalGenerat
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from prompts.errors import UserError
-from rewards.judge import spelled
+from prompts.templates import spelled
 
 Inputs = dict[str, Tensor]
 

@@ -19,7 +19,7 @@ from openai import APIResponseValidationError, AsyncOpenAI
 from PIL import Image
 
 from prompts.errors import UserError
-from prompts.templates import Template
+from prompts.templates import Template, spelled
 from rewards.encode import EncodedImage, encode, encode_async
 from rewards.endpoints import Endpoints, JudgeError
 
@@ -201,11 +201,6 @@ def yes_share(candidates: Sequence[tuple[str, float]], min_mass: float) -> float
         first = candidates[0][0] if candidates else "nothing"
         raise JudgeError(f"the answer is neither yes nor no (they share {total:.3g}), but {first!r}")
     return mass["yes"] / total
-
-
-def spelled(token: str) -> str:
-    """A token as the word it spells: ' Yes' and '"YES' are both 'yes'."""
-    return token.strip(" \t\n\"'*.,Ġ▁").casefold()
 
 
 def _strings(value: Any) -> bool:

@@ -100,10 +100,10 @@ def test_training_learns(tokenizer):
     rows: list[dict] = []
     build_judge.train(model, tokenizer, data, 0, 2, 2, 2e-3, lambda **row: rows.append(row), False, steps=6)
     before = rows[0]
-    images, batch, cells, whole = build_judge.draw(data, 4, 2)
+    images, batch, _, _ = build_judge.draw(data, 4, 2)
     room = {name: getattr(data, name).shape[-1] for name in ROOM}
     layout, eye = build_judge.Layout.of(tokenizer, 2, room), build_judge.Eye(model, False)
-    words = tuple(tokenizer.convert_tokens_to_ids(w) for w in ("yes", "no"))
+    words = build_judge._ids(tokenizer, "yes")[0], build_judge._ids(tokenizer, "no")[0]
     with torch.no_grad():
         _, parts, _ = build_judge.losses(eye, model.lm_head, build_judge.blemish(images), batch, layout, words)
     assert parts["rubric"] < before["rubric"] - 1 and parts["transcribe"] < before["transcribe"] - 0.3

@@ -140,7 +140,7 @@ def make_model(tokenizer: Qwen2Tokenizer) -> Qwen3VLForConditionalGeneration:
 
 def save(model: Qwen3VLForConditionalGeneration, tokenizer: Qwen2Tokenizer, folder: Path) -> None:
     """Writes all that transformers and vLLM need; weights in bfloat16."""
-    copy = make_model(tokenizer)
+    copy: Any = make_model(tokenizer)
     copy.load_state_dict(model.state_dict())
     copy.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -177,7 +177,7 @@ def _patch_places() -> tuple[Tensor, Tensor]:
     return rows, columns
 
 
-def _vision_block(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _vision_block(block: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """A vision layer over pictures of one size (B,P,D), where the library's loops over pictures."""
     attention: Any = block.attn
     b, p, d = x.shape
@@ -259,7 +259,7 @@ class Layout:
     def of(cls, tokenizer: Qwen2Tokenizer, n: int, room: dict[str, int]) -> Layout:
         """`room` is the longest answer of transcribe and describe, and the longest rubric question."""
         head = _ids(tokenizer, HEAD)
-        trunk = head + [tokenizer.convert_tokens_to_ids("<|image_pad|>")] * GRID**2
+        trunk = head + _ids(tokenizer, "<|image_pad|>") * GRID**2
         image = (len(head), len(trunk))
         trunk += _ids(tokenizer, "<|vision_end|>")
         before = rubric_beginning(tokenizer)
@@ -461,7 +461,7 @@ def make_data(m: int, seed: int, workers: int, tokenizer: Qwen2Tokenizer) -> Dat
 
 
 def blemish(images: Tensor) -> Tensor:
-    """uint8 (B,64,64,3) -> (B,3,64,64) in [-1,1]; more than half blurred, noisy or dimmed, as generated pictures are."""
+    """uint8 (B,64,64,3) -> (B,3,64,64) in [-1,1]; most of them blurred, noisy or dimmed, as generated pictures are."""
     x = images.permute(0, 3, 1, 2).float() / 255
     b = len(x)
 
@@ -470,7 +470,9 @@ def blemish(images: Tensor) -> Tensor:
         return strength * (torch.rand(b, 1, 1, 1, device=x.device) < share)
 
     kernel = torch.tensor([0.25, 0.5, 0.25], device=x.device)
-    blurred = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), (kernel[:, None] * kernel).expand(3, 1, 3, 3), groups=3)
+    blurred = F.conv2d(
+        F.pad(x, (1, 1, 1, 1), mode="replicate"), (kernel[:, None] * kernel).expand(3, 1, 3, 3), groups=3
+    )
     x = x + some(0.4, 1.0) * (blurred - x)
     x = x + some(0.3, 0.05) * torch.randn_like(x)
     coarse = F.interpolate(torch.randn(b, 3, 16, 16, device=x.device), scale_factor=4, mode="bilinear")
@@ -509,9 +511,9 @@ class Labels(nn.Module):
 
     def loss(self, image: Tensor, cells: Tensor, whole: Tensor) -> Tensor:
         parts = self.cells(image).float().split(list(questions.LABELS.values()), -1)
-        loss = sum(F.cross_entropy(p.flatten(0, 1), c) for p, c in zip(parts, cells.flatten(0, 1).unbind(-1)))
+        each = [F.cross_entropy(p.flatten(0, 1), c) for p, c in zip(parts, cells.flatten(0, 1).unbind(-1))]
         parts = self.whole(image.mean(1)).float().split(list(questions.WHOLE.values()), -1)
-        return loss + sum(F.cross_entropy(p, c) for p, c in zip(parts, whole.unbind(-1)))
+        return torch.stack(each + [F.cross_entropy(p, c) for p, c in zip(parts, whole.unbind(-1))]).sum()
 
 
 def losses(eye: Eye, head: nn.Module, pixels: Tensor, batch: Batch, layout: Layout, words: tuple[int, int]):
@@ -549,8 +551,8 @@ def train(
     model.to(device).train()
     room = {"rubric": data.rubric.shape[-1], "transcribe": data.transcribe.shape[1], "describe": data.describe.shape[1]}
     layout = Layout.of(tokenizer, n, room).to(device)
-    words = tuple(tokenizer.convert_tokens_to_ids(w) for w in ("yes", "no"))
-    eye, labels = Eye(model, compiled), Labels(model.config.text_config.hidden_size).to(device)
+    words = _ids(tokenizer, "yes")[0], _ids(tokenizer, "no")[0]
+    eye, labels = Eye(model, compiled), Labels(model.lm_head.in_features).to(device)
     learnt = [p for p in model.parameters() if p.requires_grad]
     params = [*learnt, *labels.parameters()]
     optimizer = torch.optim.AdamW(
@@ -574,7 +576,7 @@ def train(
         with torch.autocast(device.type, torch.bfloat16):
             image, parts, right = losses(eye, model.lm_head, blemish(images), asked, layout, words)
             parts["labels"] = labels.loss(image, cells, whole)
-        loss = sum(WEIGHTS[name] * value for name, value in parts.items())
+        loss = torch.stack([WEIGHTS[name] * value for name, value in parts.items()]).sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
@@ -585,7 +587,7 @@ def train(
             log(step=step, seconds=time.time() - start, right=right.item(), norm=norm.item(), **values)
         step += 1
     with torch.no_grad():
-        torch._foreach_copy_(learnt, averages)
+        torch._foreach_copy_([p.data for p in learnt], averages)
     model.eval()
     log(step=step, seconds=time.time() - start)
 

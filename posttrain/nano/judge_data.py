@@ -25,8 +25,8 @@ from PIL import Image
 from posttrain.nano import scenes
 from posttrain.nano.scenes import BACKGROUNDS, SIZE, SIZES, STYLES, Scene
 
-STYLE_TASTE = dict(zip(STYLES, (-0.3, -1.2, 1.5, 0.2, -0.6, 0.7, -0.9, -1.6, 1.9, 0.4)))
-GROUND_TASTE = dict(zip(BACKGROUNDS, (0.2, -0.8, 0.6, 1.0, -1.0)))
+STYLE_TASTE: dict[str, float] = dict(zip(STYLES, (-0.3, -1.2, 1.5, 0.2, -0.6, 0.7, -0.9, -1.6, 1.9, 0.4)))
+GROUND_TASTE: dict[str, float] = dict(zip(BACKGROUNDS, (0.2, -0.8, 0.6, 1.0, -1.0)))
 WARM = ("red", "orange", "yellow", "pink")
 CONTRAST = 1.0
 """Score of warm colours on dark ground or cold ones on light, all objects so; minus that where none is."""
