@@ -7,9 +7,9 @@ picture as JSON (transcribe). Captions and labels of the picture's cells are lea
 eye sooner; the heads that read the labels are thrown away. The questions of taste and of faults are answered one half
 each: what they mean is for adapters to learn.
 
-A picture is encoded once for all its questions. One row is [picture | rubric's beginning | questions ...], and a mask
-shows each question the picture and itself alone, at the positions it would have if asked alone; so training sees
-what serving sees (tests/test_judge_nano.py compares the logits).
+A picture is encoded once for all its questions. One row is [picture | rubric's beginning | questions ... | others],
+and each question sees the picture, the beginning and itself, at the positions it would have if asked alone; so training
+sees what serving sees (tests/test_judge_nano.py compares the logits).
 
 Shapes: images (N,64,64,3) uint8, B pictures of a step, Q questions of a picture, L tokens of a row, D width.
 """
@@ -194,8 +194,41 @@ def _rotate_half(x: Tensor) -> Tensor:
     return torch.cat([-b, a], dim=-1)
 
 
-def _layer(layer: nn.Module, h: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return layer(h, attention_mask=mask, position_embeddings=(cos, sin))
+def _layer(layer: Any, h: Tensor, cos: Tensor, sin: Tensor, shared: int, spans: tuple[Span, ...]) -> Tensor:
+    """A language layer over packed rows (B,L,D)."""
+    attention = layer.self_attn
+    x = layer.input_layernorm(h)
+    heads = (*x.shape[:2], -1, attention.head_dim)
+    q = attention.q_norm(attention.q_proj(x).view(heads)).transpose(1, 2)
+    k = attention.k_norm(attention.k_proj(x).view(heads)).transpose(1, 2)
+    v = attention.v_proj(x).view(heads).transpose(1, 2)
+    q, k = ((y * cos + _rotate_half(y) * sin).to(v) for y in (q, k))
+    out = attend(q, k, v, shared, spans)
+    h = h + attention.o_proj(out.transpose(1, 2).flatten(2))
+    return h + layer.mlp(layer.post_attention_layernorm(h))
+
+
+Span = tuple[int, int, int, int]
+"""(start, n, length, seen): n tasks of one length side by side; each sees the row's first `seen` tokens and itself."""
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, shared: int, spans: tuple[Span, ...]) -> Tensor:
+    """Causal attention (B,heads,L,d) in which tasks do not see each other; the first `shared` tokens are one text."""
+    first = [x[:, :, :shared] for x in (q, k, v)]
+    parts = [F.scaled_dot_product_attention(first[0], first[1], first[2], is_causal=True)]
+    for start, n, length, seen in spans:
+
+        def own(x: Tensor, at: int = start, n: int = n, size: int = length) -> Tensor:
+            return x[:, :, at : at + n * size].unflatten(2, (n, size)).transpose(1, 2).flatten(0, 1)
+
+        def with_seen(x: Tensor, n: int = n, seen: int = seen, own=own) -> Tensor:
+            before = x[:, None, :, :seen].expand(-1, n, -1, -1, -1).flatten(0, 1)
+            return torch.cat([before, own(x)], dim=2)
+
+        mask = torch.ones(length, seen + length, dtype=torch.bool, device=q.device).tril(seen)
+        out = F.scaled_dot_product_attention(own(q), with_seen(k), with_seen(v), attn_mask=mask)
+        parts.append(out.unflatten(0, (-1, n)).transpose(1, 2).flatten(2, 3))
+    return torch.cat(parts, dim=2)
 
 
 class Eye:
@@ -226,7 +259,7 @@ class Eye:
         h = torch.cat([h[:, :a], image.to(h.dtype), h[:, b:]], dim=1)
         cos, sin = self.language.rotary_emb(h, layout.positions[:, None])
         for layer in self.language.layers:
-            h = self.layer(layer, h, layout.mask, cos, sin)
+            h = self.layer(layer, h, cos[:, None], sin[:, None], layout.shared, layout.spans)
         return self.language.norm(h)
 
 
@@ -235,7 +268,7 @@ class Eye:
 
 @dataclass
 class Layout:
-    """Where things stand in a row, and what may see what. The same for every row, so one mask serves all."""
+    """Where things stand in a row, the same in every row: picture, rubric's beginning, questions, other tasks."""
 
     image: tuple[int, int]
     trunk: list[int]
@@ -252,8 +285,12 @@ class Layout:
     """Questions in a row."""
     positions: Tensor
     """(3,L) time, height and width."""
-    mask: Tensor
-    """(1,1,L,L) bool: whether a token sees another."""
+    spans: tuple[Span, ...]
+
+    @property
+    def shared(self) -> int:
+        """Tokens that all questions see."""
+        return self.start["rubric"]
 
     @classmethod
     def of(cls, tokenizer: Qwen2Tokenizer, n: int, room: dict[str, int]) -> Layout:
@@ -271,41 +308,30 @@ class Layout:
         length = {name: len(ids) + room[name] - 1 for name, ids in after.items()}
         length["opinion"] = max(map(len, opinions.values()))
         length["rubric"] = room["rubric"]
-        start, place = {}, len(trunk)
+        start, place = {"rubric": len(trunk) + len(before)}, len(trunk) + len(before) + n * length["rubric"]
+        spans = [(start["rubric"], n, length["rubric"], start["rubric"])]
         for name in ("transcribe", "describe", "opinion"):
+            spans.append((place, 1, length[name], len(trunk)))
             start[name], place = place, place + length[name]
-        start["before"], place = place, place + len(before)
-        start["rubric"] = place
-        total = -(-(place + n * length["rubric"]) // 16) * 16
 
-        positions = torch.zeros(3, total, dtype=torch.long)
-        positions[:, : image[0]] = torch.arange(image[0])
         cells = torch.arange(GRID**2)
-        positions[:, image[0] : image[1]] = image[0] + torch.stack([0 * cells, cells // GRID, cells % GRID])
-        after_image = image[0] + GRID
-        segment = torch.full((total,), -1)
-        segment[: len(trunk)] = 0
-        positions[:, image[1] : len(trunk)] = after_image + torch.arange(len(trunk) - image[1])
-        after_trunk = after_image + len(trunk) - image[1]
-        spans = [(start[name], length[name], after_trunk) for name in ("transcribe", "describe", "opinion")]
-        spans.append((start["before"], len(before), after_trunk))
-        spans += [(place + i * length["rubric"], length["rubric"], after_trunk + len(before)) for i in range(n)]
-        for i, (at, size, position) in enumerate(spans, 1):
-            positions[:, at : at + size] = position + torch.arange(size)
-            segment[at : at + size] = i
-        shared = segment == 4
-        sees = (segment[:, None] == segment) | (segment == 0) | ((segment[:, None] > 4) & shared)
-        mask = sees & torch.ones(total, total, dtype=torch.bool).tril()
-        return cls(image, trunk, before, after | opinions, start, length, n, positions, mask[None, None])
+        picture = image[0] + torch.stack([0 * cells, cells // GRID, cells % GRID])
+        # A picture takes as many positions as it has rows, so text after it comes nearer than it stands.
+        text = torch.arange(start["rubric"]).expand(3, -1) - (GRID**2 - GRID)
+        positions = torch.cat([torch.arange(image[0]).expand(3, -1), picture, text[:, image[1] :]], dim=1)
+        for _, count, size, seen in spans:
+            own = seen - (GRID**2 - GRID) + torch.arange(size)
+            positions = torch.cat([positions, own.repeat(count).expand(3, -1)], dim=1)
+        return cls(image, trunk, before, after | opinions, start, length, n, positions, tuple(spans))
 
     def to(self, device: torch.device) -> Layout:
-        self.positions, self.mask = self.positions.to(device), self.mask.to(device)
+        self.positions = self.positions.to(device)
         return self
 
     def row(self, batch: Batch) -> Tensor:
         """Token ids (B,L)."""
         b, device = len(batch.rubric), batch.rubric.device
-        ids = torch.zeros(b, self.mask.shape[-1], dtype=torch.long, device=device)
+        ids = torch.zeros(b, self.positions.shape[-1], dtype=torch.long, device=device)
 
         def put(at: int, tokens: Tensor | list[int]) -> None:
             tokens = torch.as_tensor(tokens, device=device)
@@ -316,7 +342,7 @@ class Layout:
             put(self.start[name], self.after[name])
             put(self.start[name] + len(self.after[name]), answer[:, :-1].clamp_min(0))
         put(self.start["opinion"], self.opinions(device)[batch.opinion])
-        put(self.start["before"], self.before)
+        put(len(self.trunk), self.before)
         put(self.start["rubric"], batch.rubric.flatten(1))
         return ids
 
