@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain import __version__
-from posttrain.config import ExportConfig, GRPOConfig, ReportConfig, SampleConfig
+from posttrain.config import ExportConfig, GRPOConfig, JudgeConfig, ReportConfig, SampleConfig
 from posttrain.recipe import check_recipe, describe, field_types, read_recipe, suggestion
 from posttrain.validate import ConfigError, validate
 from prompts.errors import UserError
@@ -34,6 +34,7 @@ class Command:
 
 COMMANDS = {
     "grpo": Command(GRPOConfig, "posttrain.grpo:train", "train with GRPO and write a run directory", True),
+    "judge": Command(JudgeConfig, "posttrain.judge:train", "train a judge, as an adapter for vLLM"),
     "sample": Command(SampleConfig, "posttrain.sample:sample", "draw images from a checkpoint"),
     "export": Command(ExportConfig, "posttrain.export:export", "write a checkpoint for other tools"),
     "report": Command(ReportConfig, "posttrain.report:report", "write report.html for a run"),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from posttrain.config import (
     ExportConfig,
     GRPOConfig,
+    JudgeConfig,
     OptimConfig,
     ReportConfig,
     RewardSpec,
@@ -16,7 +17,11 @@ from posttrain.config import (
 )
 from prompts.errors import UserError
 
-Config = GRPOConfig | SampleConfig | ExportConfig | ReportConfig
+Config = GRPOConfig | JudgeConfig | SampleConfig | ExportConfig | ReportConfig
+
+
+JUDGE_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Layers of a Qwen3-VL's language model that vLLM takes adapters for."""
 
 
 class ConfigError(UserError):
@@ -33,6 +38,8 @@ def validate(config: Config) -> None:
     match config:
         case GRPOConfig():
             _validate_grpo(config)
+        case JudgeConfig():
+            _validate_judge(config)
         case SampleConfig():
             _validate_sample(config)
         case ExportConfig():
@@ -78,6 +85,30 @@ def _validate_grpo(config: GRPOConfig) -> None:
     _at_least("checkpoint.every", config.checkpoint.every, 0)
     _at_least("checkpoint.minutes", config.checkpoint.minutes, 0)
     _at_least("checkpoint.keep", config.checkpoint.keep, 1)
+
+
+def _validate_judge(config: JudgeConfig) -> None:
+    for name in ("output", "model", "data"):
+        if not getattr(config, name).strip():
+            raise ConfigError(name, "is empty; name one")
+    if not 0 < config.heldout < 1:
+        raise ConfigError("heldout", f"is {config.heldout}; use a number between 0 and 1")
+    _at_least("steps", config.steps, 1)
+    _at_least("batch", config.batch, 1)
+    _at_least("micro_batch", config.micro_batch, 1)
+    if config.batch % config.micro_batch:
+        raise ConfigError("micro_batch", f"is {config.micro_batch}; use a divisor of batch ({config.batch})")
+    _at_least("workers", config.workers, 0)
+    _at_least("seed", config.seed, 0)
+    _at_least("lora.rank", config.lora.rank, 1)
+    _positive("lora.alpha", config.lora.alpha)
+    wrong = [t for t in config.lora.targets or () if t not in JUDGE_TARGETS]
+    if wrong or config.lora.targets == []:
+        named = f"names {wrong[0]}" if wrong else "is empty"
+        raise ConfigError("lora.targets", f"{named}; vLLM serves {', '.join(JUDGE_TARGETS)} of the language model")
+    _validate_optim(config.optim)
+    if config.optim.passes != 1:
+        raise ConfigError("optim.passes", f"is {config.optim.passes}; a judge makes one update on each batch")
 
 
 def _validate_sampling(sampling: SamplingConfig) -> None:

@@ -49,3 +49,8 @@ def load_template(name: str) -> Template:
     if not DollarTemplate(text).is_valid():
         raise UserError(f"template {name}: stray '$' in {path}: write '$$' for a dollar sign")
     return template
+
+
+def spelled(token: str) -> str:
+    """A token as the word it spells: ' Yes' and '"YES' are both 'yes'."""
+    return token.strip(" \t\n\"'*.,Ġ▁").casefold()

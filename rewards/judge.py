@@ -19,7 +19,7 @@ from openai import APIResponseValidationError, AsyncOpenAI
 from PIL import Image
 
 from prompts.errors import UserError
-from prompts.templates import Template
+from prompts.templates import Template, spelled
 from rewards.encode import EncodedImage, encode, encode_async
 from rewards.endpoints import Endpoints, JudgeError
 
@@ -194,9 +194,8 @@ def yes_share(candidates: Sequence[tuple[str, float]], min_mass: float) -> float
     """P(yes) / (P(yes) + P(no)) from (token, log-prob) pairs, summed over spellings such as ' Yes', 'YES'."""
     mass = {"yes": 0.0, "no": 0.0}
     for token, logprob in candidates:
-        spelling = token.strip(" \t\n\"'*.,Ġ▁").casefold()
-        if spelling in mass:
-            mass[spelling] += math.exp(min(logprob, 0.0))
+        if (word := spelled(token)) in mass:
+            mass[word] += math.exp(min(logprob, 0.0))
     total = mass["yes"] + mass["no"]
     if not (total > 0 and total >= min_mass):  # also when it is NaN
         first = candidates[0][0] if candidates else "nothing"

@@ -1,0 +1,118 @@
+"""A Qwen3-VL in this process, asked as a server would be: image, then text, in one user turn of its chat template.
+
+    vlm = VLM.load("posttrain/nano/weights/judge-nano")
+    vlm.p_yes([picture], [load_template("rubric").render(requirement="there is a red circle")])
+
+Judges are trained with it, and it gives the scores that vLLM gives. B is a batch of (image, text) questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, Qwen3VLForConditionalGeneration
+
+# The one that needs no torchvision; AutoImageProcessor may pick another.
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from prompts.errors import UserError
+from prompts.templates import spelled
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass
+class VLM:
+    model: Any
+    """Qwen3VLForConditionalGeneration, or a PEFT model around one."""
+    tokenizer: Any
+    processor: Any
+    yes: list[int]
+    """Every token that spells 'yes'."""
+    no: list[int]
+
+    @classmethod
+    def load(cls, path: str, dtype: torch.dtype = torch.float32, device: Any = "cpu") -> VLM:
+        """From a directory or a hub id. Raises UserError if it is none, or no Qwen3-VL."""
+        if path.startswith((".", "/")) and not Path(path).is_dir():
+            raise UserError(f"model: {path} is no directory: correct the path")
+        try:
+            kind = AutoConfig.from_pretrained(path).model_type
+        except (OSError, ValueError) as error:
+            raise UserError(f"model: {path} cannot be loaded: {error}") from error
+        if kind != "qwen3_vl":
+            raise UserError(f"model: {path} is a {kind}: judges are Qwen3-VL models (qwen3_vl)")
+        model: Any = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        if tokenizer.chat_template is None:
+            raise UserError(f"model: {path}: its tokenizer has no chat template: add chat_template.jinja")
+        words = [spelled(text) for text in tokenizer.batch_decode([[i] for i in range(len(tokenizer))])]
+        yes, no = ([i for i, word in enumerate(words) if word == wanted] for wanted in ("yes", "no"))
+        processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+        return cls(model.to(device).eval(), tokenizer, processor, yes, no)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def inputs(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Inputs:
+        """One question for each image as model inputs, padded on the left: the answer comes after the last token."""
+        pixels = self.processor(images=[i.convert("RGB") for i in images], return_tensors="pt")
+        turns = []
+        for text, grid in zip(texts, pixels["image_grid_thw"], strict=True):
+            content = [{"type": "image"}, {"type": "text", "text": text}]
+            turn = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            )
+            tokens = int(grid.prod()) // self.processor.merge_size**2
+            turns.append(turn.replace("<|image_pad|>", "<|image_pad|>" * tokens, 1))
+        self.tokenizer.padding_side = "left"
+        rows = self.tokenizer(turns, padding=True, return_tensors="pt", add_special_tokens=False)
+        image = rows.input_ids == self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        return {
+            "input_ids": rows.input_ids,
+            "attention_mask": rows.attention_mask,
+            "mm_token_type_ids": image.int(),
+            "pixel_values": pixels["pixel_values"],
+            "image_grid_thw": pixels["image_grid_thw"],
+        }
+
+    def answers(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """(B,) fp32 each: logit(yes) - logit(no), summed over spellings; log of the probability both have together."""
+        inputs = {name: value.to(self.device) for name, value in inputs.items()}
+        logits = self.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float()
+        yes, no = logits[:, self.yes].logsumexp(-1), logits[:, self.no].logsumexp(-1)
+        return yes - no, torch.logaddexp(yes, no) - logits.logsumexp(-1)
+
+    @torch.no_grad()
+    def margins(self, images: Sequence[Image.Image], texts: Sequence[str], batch: int = 32) -> Tensor:
+        """(B,) logit(yes) - logit(no)."""
+        parts = [
+            self.answers(self.inputs(images[i : i + batch], texts[i : i + batch]))[0].cpu()
+            for i in range(0, len(images), batch)
+        ]
+        return torch.cat(parts)
+
+    def p_yes(self, images: Sequence[Image.Image], texts: Sequence[str], batch: int = 32) -> list[float]:
+        """P(yes) / (P(yes) + P(no)) at the first answer token."""
+        return self.margins(images, texts, batch).sigmoid().tolist()
+
+    @torch.no_grad()
+    def complete(
+        self, images: Sequence[Image.Image], texts: Sequence[str], max_tokens: int, batch: int = 32
+    ) -> list[str]:
+        """The most probable answers, token by token."""
+        answers: list[str] = []
+        for i in range(0, len(images), batch):
+            inputs = self.inputs(images[i : i + batch], texts[i : i + batch])
+            inputs = {name: value.to(self.device) for name, value in inputs.items()}
+            out = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
+            new = out[:, inputs["input_ids"].shape[1] :]
+            answers += self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return answers
