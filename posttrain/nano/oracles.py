@@ -8,10 +8,12 @@ oracles measure; nothing is ever trained on their gradient.
 
 from __future__ import annotations
 
+import difflib
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -33,6 +35,8 @@ class Percept:
     """Worst root-mean-square difference over 8 x 8 windows, in [0, 1]."""
     strays: int
     """Coloured specks too small, or too little like any shape, to be an object."""
+    overlaps: list[dict[str, float]]
+    """How far each object overlaps each shape, in [0, 1]."""
 
     @property
     def clean(self) -> bool:
@@ -45,21 +49,28 @@ def perceive(images: Sequence) -> list[Percept]:
     for a in arrays:
         if a.shape != (SIZE, SIZE, 3):
             raise ValueError(f"oracles read pictures of {SIZE} x {SIZE} pixels, got {a.shape[1]} x {a.shape[0]}")
-    if not arrays:
-        return []
-    stack = np.stack(arrays).astype(np.float32) / 255
-    return [_perceive(image, text) for image, text in zip(stack, _read(stack))]
+    with _ONE_AT_A_TIME:  # several rewards ask about the same pictures at once: the first one looks
+        return [_perceived(np.ascontiguousarray(a, np.uint8).tobytes()) for a in arrays]
+
+
+_ONE_AT_A_TIME = threading.Lock()
+
+
+@lru_cache(maxsize=1024)
+def _perceived(pixels: bytes) -> Percept:
+    image = np.frombuffer(pixels, np.uint8).reshape(SIZE, SIZE, 3).astype(np.float32) / 255
+    return _perceive(image, _read(image[None])[0])
 
 
 def _perceive(image: np.ndarray, text: tuple[str, int, int]) -> Percept:
-    choices, strays = _find_objects(image)
+    choices, overlaps, strays = _find_objects(image)
     scene = _explain(image, Scene("", tuple(c[0] for c in choices), "flat", "white", *text))
     settled = _settle(image, scene, choices)
     if settled != scene:
         scene = _explain(image, settled)
     error = (_smooth(image) - _smooth(_render(scene))) ** 2
     residual = float(np.sqrt(ndimage.uniform_filter(error.mean(-1), 8).max()))
-    return Percept(scene, residual, strays)
+    return Percept(scene, residual, strays, overlaps)
 
 
 # ---- objects ----------------------------------------------------------------------------------------------
@@ -67,12 +78,12 @@ def _perceive(image: np.ndarray, text: tuple[str, int, int]) -> Percept:
 _HUES = {name: np.arctan2(np.sqrt(3) * (g - b), 2 * r - g - b) for name, (r, g, b) in COLOURS.items()}
 
 
-def _find_objects(image: np.ndarray) -> tuple[list[list[Object]], int]:
-    """What each coloured blob may be, likeliest first, and how many blobs are like no shape."""
+def _find_objects(image: np.ndarray) -> tuple[list[list[Object]], list[dict[str, float]], int]:
+    """What each coloured blob may be, likeliest first; its overlap with each shape; how many are like no shape."""
     r, g, b = np.moveaxis(image, -1, 0)
     chroma = image.max(-1) - image.min(-1)
     hue = np.arctan2(np.sqrt(3) * (g - b), 2 * r - g - b)
-    objects, strays = [], 0
+    objects, overlaps, strays = [], [], 0
     labels, n = _components(chroma > 0.11)
     for i in range(1, n + 1):
         blob = labels == i
@@ -89,13 +100,14 @@ def _find_objects(image: np.ndarray) -> tuple[list[list[Object]], int]:
             weights = chroma * part
             mean = np.arctan2((weights * np.sin(hue)).sum(), (weights * np.cos(hue)).sum())
             colour = min(_HUES, key=lambda c: abs(np.angle(np.exp(1j * (_HUES[c] - mean)))))
-            fits = _fit(full)
+            fits, overlap_of = _fit(full)
             overlap, radius = fits[0][-1], fits[0][3]
             if area < 30 or overlap < 0.6 or radius < 3.5:
                 strays += area >= 20
                 continue
             objects.append([Object(shape, colour, _size(r), x, y, r) for shape, x, y, r, _ in fits])
-    return objects, strays
+            overlaps.append(overlap_of)
+    return objects, overlaps, strays
 
 
 def _size(radius: float) -> str:
@@ -116,8 +128,9 @@ def _shape_facts(shape: str) -> tuple[float, float]:
     return float(inside.mean() * 2.6 * 2.6), float(yy[inside].mean())
 
 
-def _fit(mask: np.ndarray) -> list[tuple[str, float, float, float, float]]:
-    """(shape, x, y, radius, overlap in [0, 1]) of the shapes that overlap a filled mask best, best first."""
+def _fit(mask: np.ndarray) -> tuple[list[tuple[str, float, float, float, float]], dict[str, float]]:
+    """(shape, x, y, radius, overlap in [0, 1]) of the shapes that overlap a filled mask best, best first; and the
+    overlap with every shape."""
     ys, xs = np.nonzero(mask)
     area, cx, cy = len(ys), xs.mean(), ys.mean()
     y0, y1, x0, x1 = max(0, ys.min() - 2), ys.max() + 3, max(0, xs.min() - 2), xs.max() + 3
@@ -134,7 +147,8 @@ def _fit(mask: np.ndarray) -> list[tuple[str, float, float, float, float]]:
 
     fits = sorted((trial(shape, 1.0) for shape in SHAPES), key=lambda fit: -fit[-1])
     close = [fit for fit in fits[:3] if fit[-1] > fits[0][-1] - 0.2]
-    return [max((trial(f[0], k) for k in (0.94, 0.97, 1.0, 1.03, 1.06)), key=lambda fit: fit[-1]) for f in close]
+    best = [max((trial(f[0], k) for k in (0.94, 0.97, 1.0, 1.03, 1.06)), key=lambda fit: fit[-1]) for f in close]
+    return best, {fit[0]: fit[-1] for fit in fits}
 
 
 # ---- words ------------------------------------------------------------------------------------------------
@@ -304,6 +318,44 @@ def meets(percept: Percept, statement: str) -> bool:
     return any(scenes.holds(parts[2], (a.x, a.y), (b.x, b.y)) for a in these for b in named(*parts[3:]))
 
 
+def grade(percept: Percept, statement: str) -> float:
+    """How nearly a picture meets a statement, in [0, 1]: partial credit where `meets` has none, to learn from."""
+    kind, parts = parse(statement)
+    objects, overlaps = percept.scene.objects, percept.overlaps
+    if kind in ("style", "background"):
+        return float(meets(percept, statement))
+    if kind == "text":
+        return difflib.SequenceMatcher(None, percept.scene.text, parts[0]).ratio()
+    if kind == "total":
+        return max(0.0, 1 - abs(len(objects) - COUNTS.index(parts[0])) / 3)
+    colour, shape = parts[1:3] if kind == "count" else parts[:2]
+    likeness = [
+        0.5 * (o.colour == colour) + 0.5 * float(np.clip((overlap[shape] - 0.6) / 0.3, 0, 1))
+        for o, overlap in zip(objects, overlaps)
+    ]
+    if not likeness:
+        return 0.0
+    if kind == "exists":
+        return max(likeness)
+    if kind == "count":
+        n = COUNTS.index(parts[0])
+        right = sum(o.colour == colour for o in objects)
+        return 0.5 * max(0.0, 1 - abs(right - n) / n) + 0.5 * sum(sorted(likeness)[-n:]) / n
+    i = int(np.argmax(likeness))
+    o, sure = objects[i], likeness[i]
+    if kind == "size":
+        small, large = scenes.SIZES["small"], scenes.SIZES["large"]
+        return sure * max(0.0, 1 - abs(np.log(o.radius / scenes.SIZES[parts[2]])) / np.log(large / small))
+    if kind == "place":
+        row = next(r for r, names in enumerate(scenes.PLACES) if parts[2] in names)
+        centre = [SIZE / 6 * (2 * k + 1) for k in (scenes.PLACES[row].index(parts[2]), row)]
+        return sure * max(0.0, 1 - float(np.hypot(o.x - centre[0], o.y - centre[1])) / (SIZE / 2))
+    others = [p for p in objects if p is not o and p.colour == parts[3]]
+    dx, dy = scenes.RELATIONS[parts[2]]
+    along = [(o.x - p.x) * dx + (o.y - p.y) * dy for p in others]
+    return sure * max((float(np.clip(0.5 + a / 40, 0, 1)) for a in along), default=0.0)
+
+
 # ---- as rewards -------------------------------------------------------------------------------------------
 
 
@@ -311,6 +363,13 @@ def rubric(images: Sequence, prompts: Sequence[str], requirements: Sequence[list
     """Share of a prompt's requirements that its picture meets, in [0, 1]; None where it has none."""
     return [
         sum(meets(p, r) for r in need) / len(need) if need else None for p, need in zip(perceive(images), requirements)
+    ]
+
+
+def graded(images: Sequence, prompts: Sequence[str], requirements: Sequence[list[str]], **_) -> list[float | None]:
+    """Mean grade of a prompt's requirements, in [0, 1]: a reward to train on where `rubric` measures."""
+    return [
+        float(np.mean([grade(p, r) for r in need])) if need else None for p, need in zip(perceive(images), requirements)
     ]
 
 
