@@ -472,3 +472,22 @@ def test_prompt_sets_are_what_the_script_writes(tmp_path, monkeypatch):
     prompts.main()
     for path in tmp_path.iterdir():
         assert path.read_text() == (committed / path.name).read_text()
+
+
+def test_grades_give_partial_credit():
+    rng = np.random.default_rng(21)
+    drawn = [scenes.random_scene(rng) for _ in range(60)]
+    images = [scenes.render(s) for s in drawn]
+    needs = [scenes.describe(s, rng).requirements for s in drawn]
+    percepts = oracles.perceive(images)
+    grades = [[oracles.grade(p, r) for r in need] for p, need in zip(percepts, needs)]
+    assert all(0 <= g <= 1 for row in grades for g in row)
+    assert np.mean([g for row in grades for g in row]) > 0.93
+    # Another scene's requirements are met less, and nearly met more often than met.
+    others = [needs[i - 1] for i in range(len(needs))]
+    wrong = np.mean([oracles.grade(p, r) for p, need in zip(percepts, others) for r in need])
+    met = np.mean([oracles.meets(p, r) for p, need in zip(percepts, others) for r in need])
+    assert met < wrong < 0.5
+    scores = oracles.graded(images, [""] * 60, requirements=needs)
+    assert scores == pytest.approx([np.mean(row) for row in grades])
+    assert oracles.graded(images[:1], [""], requirements=[[]]) == [None]

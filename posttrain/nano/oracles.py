@@ -12,7 +12,7 @@ import difflib
 import re
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 
 import numpy as np
@@ -35,7 +35,7 @@ class Percept:
     """Worst root-mean-square difference over 8 x 8 windows, in [0, 1]."""
     strays: int
     """Coloured specks too small, or too little like any shape, to be an object."""
-    overlaps: list[dict[str, float]]
+    overlaps: list[dict[str, float]] = field(default_factory=list)
     """How far each object overlaps each shape, in [0, 1]."""
 
     @property
