@@ -1,7 +1,7 @@
 """GRPO: reinforcement learning of K2 from groups of images, without guidance in rollout or training.
 
 Each step draws a group of images for some prompts, partly with stochastic (SDE) steps; scores them; and makes the
-steps that led to better-than-average images of a prompt more likely. The method is Flow-GRPO (arXiv:2505.05470) with the
+steps that led to better-than-average images of a prompt more likely. It is Flow-GRPO (arXiv:2505.05470) with the
 windows of MixGRPO (arXiv:2507.21802), the ratio of GRPO-Guard (arXiv:2510.22319) and GDPO advantages.
 
     posttrain grpo --config recipes/nano/grpo.yaml
