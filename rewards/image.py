@@ -1,6 +1,7 @@
 """The four image rewards. Each asks a judge; what the judge cannot answer is a Failure, not a score."""
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from rewards.ocr import score_text
 from rewards.requirements import Requirements
 
 
-class JudgeReward:
+class JudgeReward(ABC):
     """One score a picture from one judge. `judge` is a Judge or its arguments, as a recipe gives them."""
 
     def __init__(self, judge: Judge | Mapping[str, Any], template: str):
@@ -36,8 +37,9 @@ class JudgeReward:
         except JudgeError as error:
             return Failure(str(error))
 
+    @abstractmethod
     async def score(self, image: Image.Image, prompt: str, row: dict[str, Any]) -> Score:
-        raise NotImplementedError
+        """One picture's score; a JudgeError becomes a Failure."""
 
     async def ask(self, image: Image.Image, prompt: str) -> float:
         """P(yes) for a template that may use $prompt."""
