@@ -92,7 +92,10 @@ def _train(
     saved = checkpoint.load_latest(run.path / "checkpoints") if resume else None
     history: dict[str, Any] = {"before": None, "after": None, "images": 0, "seconds": 0.0}
     if saved is not None:
-        k2.load_role_state_dict(POLICY, saved.tensors["adapter"])
+        with stepper.averaged():
+            k2.load_role_state_dict(POLICY, saved.tensors["adapter"])
+        if config.optim.ema:
+            k2.load_role_state_dict(POLICY, saved.tensors["live"])
         checkpoint.restore_optimizer(stepper.optimizer, saved.tensors["optimizer"], saved.state["optimizer"])
         stepper.restore_counters(saved.state["counters"])
         history = saved.state["history"]
@@ -102,11 +105,15 @@ def _train(
         return history["seconds"] + time.time() - started
 
     def save(step: int) -> None:
-        tensors, state = checkpoint.flatten_optimizer(stepper.optimizer)
+        optimizer, state = checkpoint.flatten_optimizer(stepper.optimizer)
+        with stepper.averaged():
+            tensors = {"adapter": _copied(k2.role_state_dict(POLICY)), "optimizer": optimizer}
+        if config.optim.ema:
+            tensors["live"] = k2.role_state_dict(POLICY)
         checkpoint.save(
             run.path / "checkpoints",
             step,
-            {"adapter": k2.role_state_dict(POLICY), "optimizer": tensors},
+            tensors,
             {
                 "method": "grpo",
                 "model": asdict(config.model),
@@ -121,7 +128,7 @@ def _train(
         )
 
     def evaluate(step: int) -> Evaluation:
-        with k2.role(POLICY):
+        with k2.role(POLICY), stepper.averaged():
             result = evaluator()
         run.log(step, {f"eval/{name}": value for name, value in result.figures.items()})
         shown = [r.prompt for r in evaluator.records[:16]]
@@ -317,6 +324,10 @@ def _warn_of_cuts(run: Run, k2: K2, records: list[PromptRecord], max_tokens: int
             f"warning: {len(cuts)} prompts are longer than prompts.max_tokens ({max_tokens}); "
             f"up to {max(cuts)} tokens are cut"
         )
+
+
+def _copied(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in state_dict.items()}
 
 
 class _Clock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import time
@@ -55,7 +56,11 @@ class Loop:
 
 
 class Stepper:
-    """AdamW over some parameters: warm-up, clipping, and gradients that are not finite left out and counted."""
+    """AdamW over some parameters: warm-up, clipping, and gradients that are not finite left out and counted.
+
+    With `ema` it keeps an exponential moving average of the parameters, which is evaluated and exported in their
+    place and never sampled from. Early on that forgets faster: its decay is (1 + n) / (10 + n) after n updates.
+    """
 
     def __init__(self, parameters: Sequence[Tensor], config: OptimConfig):
         self.parameters = list(parameters)
@@ -64,6 +69,7 @@ class Stepper:
             self.parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
         self.updates = self.skipped = self.skipped_in_a_row = 0
+        self._average = [p.detach().clone() for p in self.parameters] if config.ema else None
 
     def step(self) -> float:
         """One update with the accumulated gradients, which are then cleared; returns their norm before clipping.
@@ -78,6 +84,9 @@ class Stepper:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.config.lr * warm
             self.optimizer.step()
+            if self._average is not None:
+                decay = min(self.config.ema, (1 + self.updates) / (10 + self.updates))
+                torch._foreach_lerp_(self._average, [p.detach() for p in self.parameters], 1 - decay)
         else:
             self.skipped += 1
             self.skipped_in_a_row += 1
@@ -87,6 +96,22 @@ class Stepper:
                 f"optim.lr: {MAX_SKIPPED} gradients in a row were not finite; lower it (it is {self.config.lr:g})"
             )
         return norm
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside the block the parameters hold their average, if one is kept."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for parameter, average in zip(self.parameters, self._average or []):
+            held = parameter.clone()
+            parameter.copy_(average)
+            average.copy_(held)
 
     def counters(self) -> dict[str, int]:
         return {k: getattr(self, k) for k in ("updates", "skipped", "skipped_in_a_row")}

@@ -149,6 +149,8 @@ def _validate_optim(optim: OptimConfig) -> None:
     _positive("optim.max_grad_norm", optim.max_grad_norm)
     _at_least("optim.passes", optim.passes, 1)
     _at_least("optim.warmup_steps", optim.warmup_steps, 0)
+    if not 0 <= optim.ema < 1:
+        raise ConfigError("optim.ema", f"is {optim.ema}; it must be at least 0 and below 1")
 
 
 def _validate_rewards(rewards: list[RewardSpec]) -> None:

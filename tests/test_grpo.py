@@ -158,8 +158,10 @@ def test_ratio_is_one_before_the_first_update(config, dynamics, ratio, window, a
         assert row["ratio_std"] > 1e-5  # in the second pass the policy has moved
 
 
-def test_killed_and_resumed_equals_uninterrupted(config, monkeypatch, tmp_path):
+@pytest.mark.parametrize("ema", [0.0, 0.7])
+def test_killed_and_resumed_equals_uninterrupted(config, monkeypatch, tmp_path, ema):
     """Killed in step 4, after step 3 was logged and the last checkpoint was step 2's; compared bit for bit."""
+    config.optim.ema = ema
     config.steps, config.checkpoint.every, config.eval.every = 4, 2, 2
     config.optim.passes, config.optim.warmup_steps, config.groups.prompts_per_step = 2, 6, 1
     grpo.train(config)
@@ -182,7 +184,8 @@ def test_killed_and_resumed_equals_uninterrupted(config, monkeypatch, tmp_path):
 
     a, b = latest(whole), latest(config.output)
     assert a.step == b.step == 4
-    for name in ("adapter", "optimizer"):
+    assert a.tensors.keys() == b.tensors.keys() == {"adapter", "optimizer"} | ({"live"} if ema else set())
+    for name in a.tensors:
         assert_equal(a.tensors[name], b.tensors[name])
     assert a.state["counters"] == b.state["counters"] == {"updates": 8, "skipped": 0, "skipped_in_a_row": 0}
     assert a.state["optimizer"] == b.state["optimizer"]

@@ -19,7 +19,9 @@ import copy
 import json
 import multiprocessing
 import os
+import random
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ from transformers import Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLModel
 from posttrain.frame import flatten_time
 from posttrain.nano import scenes
 
-CAPTION_NOISE, LETTER_NOISE, DAMAGED = 0.08, 0.01, 0.05
+CAPTION_NOISE, LETTER_NOISE, DAMAGED = 0.25, 0.03, 0.05
 VARIANTS = 4
 """Captions drawn for a picture."""
 PREFIX = (
@@ -309,11 +311,33 @@ def tokenize(tokenizer, captions: list[str]) -> torch.Tensor:
 
 def text_states(text_encoder: Qwen3VLModel, ids: torch.Tensor) -> torch.Tensor:
     """Tapped states of token ids (B, L), prefix dropped: (B, L-34, 3, 96). Causal, so padding on the right is mute."""
-    states = text_encoder.language_model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+    causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()[None, None]
+    states = text_encoder.language_model(
+        input_ids=ids, attention_mask=causal, output_hidden_states=True, use_cache=False
+    ).hidden_states
     return torch.stack([states[i] for i in (1, 2, 4)], dim=2)[:, 34:]
 
 
-def train_transformer(pipe: Krea2Pipeline, latents, ids, minutes: float, batch: int, peak: float, log, snapshot):
+def captured(update, pool):
+    """A training update as one CUDA graph: at this size launching its kernels takes longer than running them."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles, and allocates what later updates reuse
+            update()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        results = update()
+
+    def replay():
+        graph.replay()
+        return results
+
+    return replay
+
+
+def train_transformer(pipe: Krea2Pipeline, latents, ids, minutes: float, batch: int, peak: float, log, graphs: bool):
     """Rectified flow: v = noise - latent at logit-normal t (mean 0.5), 10 % of captions dropped, weights averaged."""
     device = latents.device
     text_encoder, transformer = pipe.text_encoder.to(device), pipe.transformer.to(device)
@@ -325,60 +349,56 @@ def train_transformer(pipe: Krea2Pipeline, latents, ids, minutes: float, batch: 
     params = [*transformer.parameters(), *text_encoder.language_model.parameters()]
     matrices = [p for p in params if p.ndim > 1]
     others = [p for p in params if p.ndim <= 1]
+    lr = torch.zeros((), device=device)  # a tensor, so that a captured update reads the rate of its moment
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
-        lr=peak, betas=(0.9, 0.99), fused=device.type == "cuda",
+        lr=lr, betas=(0.9, 0.99), fused=True, capturable=device.type == "cuda",
     )  # fmt: skip
     averages = [p.detach().clone() for p in params]
     pad = pipe.tokenizer.pad_token_id
-    real = ids != pad
-    lengths = (-(-(real.sum(-1) - 34) // 16) * 16 + 34).to(device)  # padded length of each caption
-    buckets = [(int(n), (lengths == n).nonzero()) for n in lengths.unique()]  # (length, where): no sync in the loop
-    weights = torch.tensor([len(where) for _, where in buckets], dtype=torch.float)
+    lengths = (-(-((ids != pad).sum(-1) - 34) // 16) * 16 + 34).to(device)  # padded length of each caption
     empty = tokenize(pipe.tokenizer, [""])[0].to(device)
-    marks, start, step = [0.55, 0.75], time.time(), 0
-    while (elapsed := (time.time() - start) / (60 * minutes)) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = _rate(elapsed, peak)
-        if step < len(buckets):  # the first step of each length compiles: it is not counted
-            (n, bucket), start = buckets[step], time.time()
-        else:
-            n, bucket = buckets[int(torch.multinomial(weights, 1))]
+
+    def update(n: int, bucket: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        optimizer.zero_grad(set_to_none=True)
         picks = bucket[torch.randint(len(bucket), (batch,), device=device)]
         rows = ids[picks[:, 0], picks[:, 1], :n].long()
-        dropped = torch.rand(batch, device=device) < 0.1
         blank = torch.full((n,), pad, device=device)
         blank[: min(n, len(empty))] = empty[:n].long()
-        rows = torch.where(dropped[:, None], blank, rows)
-        mask = (rows != pad)[:, 34:]
+        rows = torch.where(torch.rand(batch, 1, device=device) < 0.1, blank, rows)
         x0 = latents[picks[:, 0]].float()
         t = torch.sigmoid(torch.randn(batch, device=device) + 0.5)
         noise = torch.randn_like(x0)
         x = (1 - t[:, None, None]) * x0 + t[:, None, None] * noise
-        positions = pipe.prepare_position_ids(n - 34, 8, 8, device)
-        with torch.autocast(device.type, torch.bfloat16):
-            v = transformer(x, text_states(text_encoder, rows), t, positions, mask, return_dict=False)[0]
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+            states = text_states(text_encoder, rows)
+            v = transformer(x, states, t, positions[n], (rows != pad)[:, 34:], return_dict=False)[0]
         loss = (v.float() - (noise - x0)).pow(2).mean()
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
-        torch._foreach_lerp_(averages, [p.detach() for p in params], max(0.002, 1 / (step + 1)))
-        if step % 100 == 0:
-            log(
-                stage="transformer",
-                step=step,
-                seconds=time.time() - start,
-                loss=loss.item(),
-                norm=norm.item(),
-            )
-        if marks and elapsed > marks[0]:
-            live = [p.detach().clone() for p in params]
-            with torch.no_grad():
-                torch._foreach_copy_(params, averages)
-                snapshot(f"{marks.pop(0):.2f}")
-                torch._foreach_copy_(params, live)
+        return loss.detach(), norm
+
+    buckets = {int(n): (lengths == n).nonzero() for n in lengths.unique()}  # by length: (where in ids) of its captions
+    positions = {n: pipe.prepare_position_ids(n - 34, 8, 8, device) for n in buckets}
+    updates = [partial(update, n, bucket) for n, bucket in buckets.items()]
+    if graphs:
+        pool = torch.cuda.graph_pool_handle()
+        updates = [captured(u, pool) for u in updates]
+    else:
+        for u in updates:  # the first of each length compiles: that is not counted
+            u()
+    order = random.Random(0)
+    sizes = [len(bucket) for bucket in buckets.values()]
+    start, step = time.time(), 0
+    while (elapsed := (time.time() - start) / (60 * minutes)) < 1:
+        lr.fill_(_rate(elapsed, peak))
+        loss, norm = order.choices(updates, sizes)[0]()
         step += 1
+        if step % 10 == 0:
+            torch._foreach_lerp_(averages, [p.detach() for p in params], max(0.02, 10 / (step + 10)))
+        if step % 100 == 0:
+            log(stage="transformer", step=step, seconds=time.time() - start, loss=loss.item(), norm=norm.item())
     with torch.no_grad():
         torch._foreach_copy_(params, averages)
     log(stage="transformer", step=step, seconds=time.time() - start)
@@ -407,6 +427,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--layers", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-graphs", action="store_true", help="launch kernels one by one on a GPU too")
     parser.add_argument("--start", type=Path, help="an earlier k2-nano: keep its tokenizer and autoencoder, train on")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -450,10 +471,8 @@ def main() -> None:
     log(stage="shapes", **{n: sum(p.numel() for p in getattr(pipe, n).parameters()) for n in parts})
     for p in [*pipe.transformer.parameters(), *pipe.text_encoder.parameters()]:
         p.requires_grad_(True)
-    train_transformer(
-        pipe, latents, ids, args.minutes, args.batch, args.lr, log,
-        lambda name: save(pipe, args.out / f"k2-nano-{name}"),
-    )  # fmt: skip
+    graphs = device.type == "cuda" and not args.no_graphs
+    train_transformer(pipe, latents, ids, args.minutes, args.batch, args.lr, log, graphs)
     save(pipe, args.out / "k2-nano")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -291,13 +291,17 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> 
     return np.where(inside, -1, 1) * np.sqrt(best)
 
 
+@cache
 def background(name: str) -> np.ndarray:
-    """Grey levels in [0, 1], (SIZE, SIZE)."""
+    """Grey levels in [0, 1], (SIZE, SIZE), read-only."""
     if name == "gradient":
-        return 0.95 - 0.6 * _YY / (SIZE - 1)
-    if name == "checked":
-        return np.where((_XX // 8 + _YY // 8) % 2 == 0, 0.92, 0.70).astype(np.float32)
-    return np.full((SIZE, SIZE), {"white": 0.97, "grey": 0.58, "black": 0.05}[name], np.float32)
+        grey = 0.95 - 0.6 * _YY / (SIZE - 1)
+    elif name == "checked":
+        grey = np.where((_XX // 8 + _YY // 8) % 2 == 0, 0.92, 0.70).astype(np.float32)
+    else:
+        grey = np.full((SIZE, SIZE), {"white": 0.97, "grey": 0.58, "black": 0.05}[name], np.float32)
+    grey.flags.writeable = False
+    return grey
 
 
 def text_mask(text: str) -> np.ndarray:
@@ -335,12 +339,20 @@ def _plate(image: np.ndarray, x: int, y: int, w: int, h: int) -> None:
     image[y0 + 1 : y1 - 1, x0 + 1 : x1 - 1] = 0.98
 
 
+@lru_cache(64)  # the oracles draw each object in every style
+def _distance(shape: str, x: float, y: float, radius: float, x0: int, x1: int, y0: int, y1: int) -> np.ndarray:
+    """`signed_distance` to an object in a window of the picture, read-only."""
+    d = signed_distance(shape, _XX[y0:y1, x0:x1] - x, _YY[y0:y1, x0:x1] - y, radius)
+    d.flags.writeable = False
+    return d
+
+
 def _draw(image: np.ndarray, o: Object, style: str, ground: float) -> None:
     reach = 1.25 * o.radius + 6
     x0, x1 = max(0, int(o.x - reach)), min(SIZE, int(o.x + reach) + 2)
     y0, y1 = max(0, int(o.y - reach)), min(SIZE, int(o.y + reach) + 2)
     part, xx, yy = image[y0:y1, x0:x1], _XX[y0:y1, x0:x1], _YY[y0:y1, x0:x1]
-    d = signed_distance(o.shape, xx - o.x, yy - o.y, o.radius)
+    d = _distance(o.shape, o.x, o.y, o.radius, x0, x1, y0, y1)
     colour = np.asarray(COLOURS[o.colour], np.float32)
     fill = np.broadcast_to(colour, (*d.shape, 3))
     cover = np.clip(0.5 - d, 0, 1)
