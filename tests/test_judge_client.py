@@ -24,6 +24,7 @@ from rewards.encode import encode
 from rewards.endpoints import JudgeError
 from rewards.judge import Judge, yes_share
 from rewards.load import load_rewards
+from rewards.preflight import repeatability
 from tests import fake_judge
 
 TEMPLATE = load_template("aesthetic")
@@ -214,6 +215,35 @@ def test_cache_asks_once():
 def test_repeatability_asks_every_time():
     with serving() as url:
         assert asyncio.run(Judge("m", url).repeatability([picture(0), picture(1)], TEMPLATE, n=4)) == 0
+
+
+def test_preflight_warns_of_a_judge_that_wanders_or_fails():
+    """One line for each judge, whichever rewards share it; what is no judge's is not asked about."""
+
+    def spec(name: str, kind: str, url: str, **options) -> RewardSpec:
+        judge = {"base_urls": url, "model": "m", "retries": 0, **options}
+        return RewardSpec(name, {"class_path": f"rewards.image.{kind}", "init_args": {"judge": judge}})
+
+    with serving("--wandering") as wanders, serving("--broken") as broken:
+        specs = [
+            spec("nice", "Aesthetic", wanders),
+            spec("words", "OCR", wanders),
+            spec("true", "Rubric", broken),
+            RewardSpec("bright", "tests.runs:brightness"),
+        ]
+        asked = repeatability(load_rewards(specs), [picture(0), picture(1)], ["a red cube", "x"])
+        metrics, lines = asyncio.run(asked)
+    assert metrics == {
+        f"repeatability/m at {wanders}": pytest.approx(0.004),
+        f"repeatability/m at {broken}": None,
+    }
+    assert lines[0].startswith(
+        f"warning: judge m at {wanders}: 20 scores of one image differ by at most 4.0e-03 in P(yes)"
+    )
+    assert 'VLLM_BATCH_INVARIANT: "1"' in lines[0]
+    assert lines[1].startswith(f"warning: judge m at {broken}: its repeatability is unknown")
+    assert "illegal memory access" in lines[1] and len(lines) == 2
+    assert asyncio.run(repeatability(load_rewards(specs[3:]), [picture(0)], ["x"])) == ({}, [])
 
 
 def test_thousand_requests_with_faults_and_a_killed_server():

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from posttrain import grpo
 from prompts.errors import UserError
 from prompts.templates import load_template
 from rewards.background import ScoreQueue
@@ -24,7 +26,7 @@ from rewards.endpoints import JudgeError
 from rewards.judge import Judge
 from rewards.load import load_rewards
 from rewards.serve import ServerError, ServerSpec, commands, serve
-from tests import tiny_vlm
+from tests import runs, tiny, tiny_vlm
 
 VLLM = os.environ.get("POSTTRAIN_VLLM", "")
 CPU_ARGS = ["--max-model-len", "2048", "--max-num-seqs", "64", "--dtype", "float32", "--enforce-eager"]
@@ -110,6 +112,35 @@ def test_adapters_are_bound_and_scores_repeat(urls):
             await Judge("nobody", urls["vlm"]).p_yes(picture(0), template)
 
     asyncio.run(main())
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_a_run_says_how_far_its_judges_repeat_themselves(urls, tmp_path, capsys):
+    """Three rewards ask two judges: two lines before the first step, two metrics of step 0, two in the summary."""
+    config = runs.config(tmp_path, tiny.save(tmp_path / "k2"))
+    config.steps = 1
+    kinds = [("Aesthetic", "aesthetic", 1), ("Rubric", "vlm", 1), ("OCR", "vlm", 0)]
+    config.rewards = [
+        RewardSpec(
+            kind, {"class_path": f"rewards.image.{kind}", "init_args": {"judge": judge}}, weight, max_failures=1.0
+        )
+        for kind, model, weight in kinds
+        for judge in [{"model": model, "base_urls": urls["vlm"], "max_text_tokens": 24}]
+    ]
+    for name in ("train", "heldout"):
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "a red cube", "requirements": ["a cube is there"]}\n')
+    grpo.train(config)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "judge" in line]
+    assert [line.split(":")[1] for line in lines] == [" judge aesthetic", " judge vlm"]
+    assert all("20 scores of one image differ by at most" in line and "P(yes)" in line for line in lines)
+    logged = [row for row in runs.rows(config.output) if "repeatability/vlm" in row]
+    summary = json.loads((Path(config.output) / "summary.json").read_text())
+    assert len(logged) == 1 and logged[0]["step"] == 0
+    for judge in ("aesthetic", "vlm"):
+        assert 0 <= logged[0][f"repeatability/{judge}"] < 1e-3
+        assert summary[f"repeatability/{judge}"] == logged[0][f"repeatability/{judge}"]
+    assert "repeatability/vlm" in (Path(config.output) / "report.html").read_text()
 
 
 @pytest.mark.vllm
