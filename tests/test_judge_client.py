@@ -1,7 +1,10 @@
 """The judge client against a server that goes wrong: every score is right or missing."""
 
 import asyncio
+import base64
 import contextlib
+import io
+import json
 import logging
 import math
 import socket
@@ -17,7 +20,7 @@ import pytest
 from PIL import Image
 
 from prompts.errors import UserError
-from prompts.templates import load_template
+from prompts.templates import Template, load_template
 from rewards.background import ScoreQueue
 from rewards.base import RewardError, RewardSpec
 from rewards.encode import encode
@@ -94,6 +97,51 @@ def test_right_score():
     image = picture(3)
     score, _ = ask_one(lambda n: good(image), image)
     assert score == pytest.approx(fake_judge.score_of(encode(image).url), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("size", "kind"), [((1, 1), "png"), ((7, 5), "png"), ((512, 512), "png"), ((513, 512), "webp")]
+)
+def test_pictures_arrive_pixel_for_pixel(size, kind):
+    """What the server decodes is the picture, which is stored when it is small and compressed when it is not."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    head, _, data = encode(Image.fromarray(pixels)).url.partition(",")
+    assert head == f"data:image/{kind};base64"
+    decoded = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert decoded.format == kind.upper() and decoded.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(decoded), pixels)
+
+
+def test_request_body():
+    """It is the JSON of the API, also where text and model name hold what marks the picture's place."""
+    body = {}
+
+    async def main() -> None:
+        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+            assert "content-type: application/json\r\n" in head
+            length = head.partition("content-length:")[2].split("\r\n")[0]
+            body.update(json.loads(await reader.readexactly(int(length))))
+            writer.write(good(picture(0)))
+            writer.close()
+
+        async with await asyncio.start_server(handle, "127.0.0.1", 0, limit=1 << 22) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+            template = Template("t", 'data:, \u00e9 "$prompt')
+            await Judge("m/data:,", url, seed=3).p_yes(picture(0), template, prompt="data:,x")
+
+    asyncio.run(main())
+    image = {"type": "image_url", "image_url": {"url": encode(picture(0)).url}}
+    text = {"type": "text", "text": 'data:, \u00e9 ""data:,x"'}
+    assert body == {
+        "model": "m/data:,",
+        "messages": [{"role": "user", "content": [image, text]}],
+        "temperature": 0,
+        "seed": 3,
+        "max_tokens": 1,
+        "logprobs": True,
+        "top_logprobs": 20,
+    }
 
 
 def test_yes_share_sums_spellings():
