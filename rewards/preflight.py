@@ -35,7 +35,7 @@ async def repeatability(
             lines.append(f"warning: judge {name}: its repeatability is unknown, since a question failed: {error}")
             continue
         metrics[f"repeatability/{name}"] = spread
-        what = f"{TIMES} scores of one image differ by at most {spread:.1e}"
+        what = f"{TIMES} scores of one image differ by at most {spread:.2g}"
         how = f"in P(yes), which goes from 0 to 1 ({len(images)} images, half the times alone, half in batches)"
         line = f"judge {name}: {what} {how}"
         lines.append(

@@ -286,7 +286,7 @@ def test_preflight_warns_of_a_judge_that_wanders_or_fails():
         f"repeatability/m at {broken}": None,
     }
     assert lines[0].startswith(
-        f"warning: judge m at {wanders}: 20 scores of one image differ by at most 4.0e-03 in P(yes)"
+        f"warning: judge m at {wanders}: 20 scores of one image differ by at most 0.004 in P(yes)"
     )
     assert 'VLLM_BATCH_INVARIANT: "1"' in lines[0]
     assert lines[1].startswith(f"warning: judge m at {broken}: its repeatability is unknown")
