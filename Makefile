@@ -1,23 +1,41 @@
 # Each target sets up what it needs, so that one command is enough on a fresh machine with Python 3.11 or later.
-# PYTHON picks the interpreter (make test PYTHON=python3.12), VENV the place of the environment.
+# PYTHON picks the interpreter (make test PYTHON=python3.12), VENV the place of the environment, VLLM that of the
+# one that the tests' judges are served from (make test VLLM=/path/to/it takes one that is there).
 
 PYTHON ?= python3
 VENV ?= .venv
+VLLM ?= .venv-vllm
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^ *"\(torch>=[^"]*\)",/\1/p' pyproject.toml)
 
 # Nothing from outside the environment, and one thread a process: two test runs on one machine must not fight.
 unexport PYTHONPATH
 export PYTHONNOUSERSITE := 1
-test: export OMP_NUM_THREADS ?= 1
+test test-vllm: export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check
+.PHONY: demo test test-vllm check
+.DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
 	$(BIN)/posttrain grpo --config recipes/nano/grpo.yaml --output runs/demo-$$(date +%Y%m%d-%H%M%S)
 
-test: $(VENV)/installed
+# The real vLLM is among the tests where it has a build for the CPU.
+PLATFORM := $(shell uname -sm)
+ifeq ($(PLATFORM),Linux x86_64)
+test test-vllm: export POSTTRAIN_VLLM = $(abspath $(VLLM))/bin/vllm
+test: $(VENV)/installed $(VLLM)/bin/vllm
 	$(BIN)/python -m pytest
+
+test-vllm: $(VENV)/installed $(VLLM)/bin/vllm
+	$(BIN)/python -m pytest -m vllm
+else
+test: $(VENV)/installed
+	@echo "Left out: the tests with the real vLLM. They need Linux x86_64, and this is $(PLATFORM)."
+	$(BIN)/python -m pytest -m "not vllm"
+
+test-vllm:
+	@echo "The tests with the real vLLM need Linux x86_64, and this is $(PLATFORM)."; exit 2
+endif
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -31,4 +49,9 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install '$(TORCH)'
 	$(BIN)/python -m pip install -e '.[test]'
+	touch $@
+
+# One that was made here is made again when its script has changed; one that was named is taken as it is.
+$(VLLM)/bin/vllm: $(if $(filter file,$(origin VLLM)),rewards/make_vllm_env.sh)
+	PYTHON=$(PYTHON) rewards/make_vllm_env.sh cpu $(VLLM)
 	touch $@

@@ -1,6 +1,7 @@
 """The command line: `posttrain <command> --config RECIPE --section.field value`.
 
 A user's mistake ends in one line on stderr (file, field, remedy) and exit code 2; a bug keeps its traceback.
+Below that line may follow what another program said, such as the end of a server's log.
 The code of a command, and torch with it, is imported only when the command runs.
 """
 
@@ -15,8 +16,10 @@ from argparse import SUPPRESS, ArgumentError
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
+
 from posttrain import __version__
-from posttrain.config import ExportConfig, GRPOConfig, JudgeConfig, ReportConfig, SampleConfig
+from posttrain.config import ExportConfig, GRPOConfig, JudgeConfig, ReportConfig, SampleConfig, ServeConfig
 from posttrain.recipe import check_recipe, describe, field_types, read_recipe, suggestion
 from posttrain.validate import ConfigError, validate
 from prompts.errors import UserError
@@ -30,11 +33,14 @@ class Command:
     function: str
     help: str
     resumable: bool = False
+    any_recipe: bool = False
+    """It takes another command's recipe and reads only the keys that it knows."""
 
 
 COMMANDS = {
     "grpo": Command(GRPOConfig, "posttrain.grpo:train", "train with GRPO and write a run directory", True),
     "judge": Command(JudgeConfig, "posttrain.judge:train", "train a judge, as an adapter for vLLM"),
+    "serve": Command(ServeConfig, "posttrain.serve:serve", "serve a recipe's judges", any_recipe=True),
     "sample": Command(SampleConfig, "posttrain.sample:sample", "draw images from a checkpoint"),
     "export": Command(ExportConfig, "posttrain.export:export", "write a checkpoint for other tools"),
     "report": Command(ReportConfig, "posttrain.report:report", "write report.html for a run"),
@@ -48,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         return _run(argv)
     except UserError as error:
         print(f"posttrain: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if error.detail:
+            print(error.detail, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("posttrain: interrupted", file=sys.stderr)
@@ -61,11 +69,14 @@ def load_config(name: str, argv: list[str]) -> tuple[Any, bool]:
     """
     command = COMMANDS[name]
     recipes = {path: read_recipe(path) for path in _recipe_paths(argv)}
+    if command.any_recipe:
+        known = {f.name for f in dataclasses.fields(command.config)}
+        recipes = {path: {k: v for k, v in data.items() if k in known} for path, data in recipes.items()}
     for path, data in recipes.items():
         check_recipe(path, data, command.config)
     parser = _parser(name)
     try:
-        values = parser.parse_args(argv)
+        values = parser.parse_args(_inlined(argv, recipes) if command.any_recipe else argv)
         parts = parser.instantiate(values)
     except ArgumentError as error:
         raise UserError(_explain(str(error), command, argv, recipes)) from error
@@ -136,6 +147,19 @@ def _parser(name: str) -> Any:
 def _recipe_paths(argv: list[str]) -> list[str]:
     paths = [following for option, following in itertools.pairwise(argv) if option == "--config"]
     return paths + [arg.removeprefix("--config=") for arg in argv if arg.startswith("--config=")]
+
+
+def _inlined(argv: list[str], recipes: dict[str, Any]) -> list[str]:
+    """The arguments with what was read of a recipe in the place of its path."""
+    texts = {path: yaml.safe_dump(data, default_flow_style=True) for path, data in recipes.items()}
+    words = []
+    for previous, word in itertools.pairwise(["", *argv]):
+        option, equals, path = word.partition("=")
+        if previous == "--config":
+            words.append(texts[word])
+        else:
+            words.append(f"--config={texts[path]}" if option == "--config" and equals else word)
+    return words
 
 
 def _given(field: str, argv: list[str]) -> str | None:

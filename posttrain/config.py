@@ -222,6 +222,19 @@ class JudgeConfig:
 
 
 @dataclass
+class ServeConfig:
+    """Serve a recipe's judges until Ctrl-C or SIGTERM. Keys of the recipe other than those below are not read."""
+
+    servers: list[ServerSpec]
+    """Servers to start."""
+    logs: str = "runs/servers"
+    """Directory for the servers' logs, NAME.log; created."""
+    print_for: str | None = None
+    """Address of another machine, such as 10.0.0.2: print the shell commands that serve there, and start nothing;
+    whoever reaches that address may ask. null: serve here, for this machine only."""
+
+
+@dataclass
 class SampleConfig:
     """Draw images from a checkpoint."""
 

@@ -15,12 +15,14 @@ Legend: P groups, G images of a group, K rewards, W stochastic steps, B images o
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor
@@ -36,9 +38,10 @@ from posttrain.track import Run, peak_memory
 from prompts.errors import UserError
 from prompts.records import PromptRecord, columns, read_prompts
 from rewards.background import ScoreQueue
-from rewards.base import Scores
+from rewards.base import Reward, Scores
 from rewards.gates import apply_gates
 from rewards.load import load_rewards, record
+from rewards.preflight import repeatability
 from rewards.serve import serve
 
 POLICY = "policy"
@@ -139,7 +142,9 @@ def _train(
     with ScoreQueue(trained, config.groups.group_size) as queue:
         run.start(config.steps, first)
         if history["before"] is None:
-            history["before"] = history["after"] = evaluate(0).figures
+            before = evaluate(0)
+            history["before"] = history["after"] = before.figures
+            history |= _preflight(run, measured, before.images, [r.prompt for r in evaluator.records])
         loop = Loop(first, config.steps, config.checkpoint, save)
         for step in loop:
             clock = _Clock()
@@ -328,6 +333,16 @@ def _warn_of_cuts(run: Run, k2: K2, records: list[PromptRecord], max_tokens: int
 
 def _copied(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in state_dict.items()}
+
+
+def _preflight(run: Run, rewards: list[Reward], images: np.ndarray, prompts: list[str]) -> dict[str, float | None]:
+    """How far the judges repeat themselves, said to the user and logged before the first step."""
+    metrics, lines = asyncio.run(repeatability(rewards, to_pil(torch.from_numpy(images[:4])), prompts))
+    for line in lines:
+        run.say(line)
+    if metrics:
+        run.log(0, metrics)
+    return metrics
 
 
 class _Clock:

@@ -107,6 +107,9 @@ def _problems(value: Any, kind: Any, path: str) -> Iterator[tuple[str, str]]:
     elif origin is tuple and isinstance(value, list) and len(value) == len(args):
         for i, (item, part) in enumerate(zip(value, args, strict=True)):
             yield from _problems(item, part, f"{path}[{i}]")
+    elif origin is dict and isinstance(value, dict) and args[1] is not Any:
+        for name, item in value.items():
+            yield from _problems(item, args[1], f"{path}.{name}")
     elif not _fits(value, kind):
         yield path, f"is {_show(value)}, expected {describe(kind)}"
 

@@ -14,10 +14,12 @@ from posttrain.config import (
     RewardSpec,
     SampleConfig,
     SamplingConfig,
+    ServeConfig,
+    ServerSpec,
 )
 from prompts.errors import UserError
 
-Config = GRPOConfig | JudgeConfig | SampleConfig | ExportConfig | ReportConfig
+Config = GRPOConfig | JudgeConfig | ServeConfig | SampleConfig | ExportConfig | ReportConfig
 
 
 JUDGE_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -40,6 +42,10 @@ def validate(config: Config) -> None:
             _validate_grpo(config)
         case JudgeConfig():
             _validate_judge(config)
+        case ServeConfig():
+            if not config.servers:
+                raise ConfigError("servers", "is empty; name at least one server")
+            _validate_servers(config.servers)
         case SampleConfig():
             _validate_sample(config)
         case ExportConfig():
@@ -74,6 +80,7 @@ def _validate_grpo(config: GRPOConfig) -> None:
     _at_least("loss.kl", config.loss.kl, 0)
     _positive("loss.max_advantage", config.loss.max_advantage)
     _validate_rewards(config.rewards)
+    _validate_servers(config.servers)
     _at_least("eval.every", config.eval.every, 0)
     _at_least("eval.prompts", config.eval.prompts, 1)
     _at_least("eval.steps", config.eval.steps, 1)
@@ -170,6 +177,20 @@ def _validate_rewards(rewards: list[RewardSpec]) -> None:
         _at_least(f"rewards[{i}].weight", reward.weight, 0)
     if sum(reward.weight for reward in rewards if not reward.heldout_only) <= 0:
         raise ConfigError("rewards", "the weights of the trained rewards sum to zero; give one a weight above 0")
+
+
+def _validate_servers(servers: list[ServerSpec]) -> None:
+    seen: set[str] = set()
+    for i, server in enumerate(servers):
+        path = f"servers[{i}]"
+        if not server.name.strip() or "/" in server.name:
+            raise ConfigError(f"{path}.name", f"is '{server.name}'; give a name without a slash")
+        if server.name in seen:
+            raise ConfigError(f"{path}.name", f"'{server.name}' is used twice; give each its own name")
+        seen.add(server.name)
+        if not 0 <= server.port <= 65535:
+            raise ConfigError(f"{path}.port", f"is {server.port}; use 1 to 65535, or 0 for any free one")
+        _positive(f"{path}.ready_timeout", server.ready_timeout)
 
 
 def _validate_sample(config: SampleConfig) -> None:

@@ -4,15 +4,18 @@ import asyncio
 import base64
 import hashlib
 import io
+import struct
 import threading
+import zlib
 from collections import OrderedDict
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image
 
 CACHED_IMAGES = 256
-SMALL = 512 * 512  # pixels: encoded sooner than handed to a thread
+SMALL = 512 * 512  # pixels: up to here a picture is not compressed, and encoded sooner than handed to a thread
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,10 @@ _lock = threading.Lock()
 
 
 def encode(image: Image.Image) -> EncodedImage:
-    """Lossless WebP: faster than PNG here (2.9 against 9.8 ms at 256 pixels), and the GIL is released."""
+    """Without loss: small pictures as PNG that is only stored, larger ones as WebP, which releases the GIL.
+
+    To compress 256 x 256 pixels takes 1.6 ms as WebP and 5 ms as PNG, and halves what is sent; to store them, 0.2 ms.
+    """
     image = image.convert("RGB")
     pixels = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
     with _lock:
@@ -39,9 +45,8 @@ def encode(image: Image.Image) -> EncodedImage:
             _encoded.popitem(last=False)
     if mine:
         try:
-            buffer = io.BytesIO()
-            image.save(buffer, "WEBP", lossless=True, method=0, quality=0)
-            url = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+            kind, data = ("png", _stored_png(image)) if _small(image) else ("webp", _webp(image))
+            url = f"data:image/{kind};base64," + base64.b64encode(data).decode()
             future.set_result(EncodedImage(pixels, url))
         except Exception as error:
             future.set_exception(error)
@@ -49,4 +54,26 @@ def encode(image: Image.Image) -> EncodedImage:
 
 
 async def encode_async(image: Image.Image) -> EncodedImage:
-    return encode(image) if image.width * image.height <= SMALL else await asyncio.to_thread(encode, image)
+    return encode(image) if _small(image) else await asyncio.to_thread(encode, image)
+
+
+def _small(image: Image.Image) -> bool:
+    return image.width * image.height <= SMALL
+
+
+def _webp(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", lossless=True, method=0, quality=0)
+    return buffer.getvalue()
+
+
+def _stored_png(image: Image.Image) -> bytes:
+    """Pillow's PNG tries filters on each row even where it does not compress, which takes 3 ms."""
+    rows = np.zeros((image.height, 1 + 3 * image.width), np.uint8)  # in front of each row its filter: 0, none
+    rows[:, 1:] = np.asarray(image).reshape(image.height, -1)
+    header = struct.pack(">IIBBBBB", image.width, image.height, 8, 2, 0, 0, 0)  # 8 bits, RGB
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes(), 0)), (b"IEND", b"")]
+    parts = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)

@@ -43,8 +43,12 @@ class JudgeReward(ABC):
 
     async def ask(self, image: Image.Image, prompt: str) -> float:
         """P(yes) for a template that may use $prompt."""
-        fields = {"prompt": prompt} if "prompt" in self.template.fields else {}
-        return await self.judge.p_yes(image, self.template, **fields)
+        template, fields = self.question(prompt)
+        return await self.judge.p_yes(image, template, **fields)
+
+    def question(self, prompt: str) -> tuple[Template, dict[str, str]]:
+        """A yes/no question that suits the judge, and its fields; the preflight asks it."""
+        return self.template, {"prompt": prompt} if "prompt" in self.template.fields else {}
 
     def record(self) -> dict[str, Any]:
         return {"model": self.judge.model, "templates": _hashes(self.template)}
@@ -99,6 +103,9 @@ class Rubric(JudgeReward):
         details = {"requirements": list(requirements), "answers": answers}
         return Scored(sum(answers) / len(answers), details)
 
+    def question(self, prompt: str) -> tuple[Template, dict[str, str]]:
+        return self.template, {"requirement": prompt}
+
     def record(self) -> dict[str, Any]:
         hashes = _hashes(self.template, self.requirements.template)
         return {"model": self.judge.model, "templates": hashes}
@@ -123,6 +130,9 @@ class OCR(JudgeReward):
             return None
         details = {"lines": lines, "missing": result.missing, "extra": result.extra}
         return Scored(result.score, details | {"order_free": result.order_free})
+
+    def question(self, prompt: str) -> tuple[Template, dict[str, str]]:
+        return load_template("rubric"), {"requirement": prompt}
 
 
 def _hashes(*templates: Template) -> dict[str, str]:

@@ -2,7 +2,8 @@
 # Makes the environment that vLLM serves from. It pins its own torch, so it is never the training environment.
 #   rewards/make_vllm_env.sh gpu DIR    vLLM from its wheel, for NVIDIA GPUs
 #   rewards/make_vllm_env.sh cpu DIR    vLLM for the CPU, which the tests talk to (Python 3.11, x86-64)
-# Then name DIR/bin/vllm as `executable` in a recipe, or as POSTTRAIN_VLLM for the tests.
+# Then name DIR/bin/vllm as `executable` in a recipe. `make test` makes the second for itself; a run of pytest by hand
+# is told of it by POSTTRAIN_VLLM=DIR/bin/vllm.
 set -euo pipefail
 
 usage="usage: make_vllm_env.sh cpu|gpu DIR"

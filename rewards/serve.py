@@ -4,7 +4,8 @@
         rewards = load_rewards(reward_specs, urls)
 
 vLLM lives in an environment of its own (rewards/make_vllm_env.sh makes one); `executable` says where. Servers
-listen on the loopback interface only. For another machine, print `commands` and put its URL in the recipe.
+listen on the loopback interface only. For another machine, print `commands` and put its URL in the recipe; the
+command `posttrain serve` does either.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER
 
 
 class ServerError(UserError):
-    """A server that did not come up. The message ends with its log's last lines."""
+    """A server that did not come up or did not stay up. `detail` is the end of its log."""
 
 
 @dataclass
@@ -60,7 +61,9 @@ class ServerSpec:
 
 
 @dataclass
-class _Server:
+class Server:
+    """A server that runs on this machine."""
+
     spec: ServerSpec
     port: int
     log: Path
@@ -70,34 +73,60 @@ class _Server:
     def url(self) -> str:
         return f"http://{LOOPBACK}:{self.port}"
 
+    def __str__(self) -> str:
+        return _description(self.spec, LOOPBACK, self.port)
+
+    def check(self) -> None:
+        """Raises a ServerError if it is no longer there."""
+        if self.process.poll() is not None:
+            raise self.error("died")
+
+    def error(self, problem: str) -> ServerError:
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        return ServerError(f"server {self.spec.name} {problem}; the end of its log {self.log}:", "\n".join(lines))
+
 
 @contextlib.contextmanager
 def serve(specs: Sequence[ServerSpec], log_dir: Path) -> Iterator[dict[str, list[str]]]:
+    """The base URLs of each server that is `running` during the block, by name."""
+    with running(specs, log_dir) as servers:
+        yield {server.spec.name: [f"{server.url}/v1"] for server in servers}
+
+
+@contextlib.contextmanager
+def running(specs: Sequence[ServerSpec], log_dir: Path) -> Iterator[list[Server]]:
     """Starts all servers, waits until every model answers, and stops them at the end of the block.
 
-    Yields the base URLs of each server, by name. They also stop when this process dies, however it dies.
+    They also stop when this process dies, however it dies.
     """
     for spec in specs:
         _check(spec)
     with contextlib.ExitStack() as stack:
         servers = []
+        if specs:
+            _make(log_dir)
         for spec in specs:
-            log_dir.mkdir(parents=True, exist_ok=True)
             server = _start(spec, log_dir / f"{spec.name}.log")
             stack.callback(_stop, server)
             servers.append(server)
         for server in servers:
             _wait_until_ready(server)
-        yield {server.spec.name: [f"{server.url}/v1"] for server in servers}
+        yield servers
 
 
 def commands(specs: Sequence[ServerSpec], host: str = LOOPBACK) -> list[str]:
-    """The same servers as shell commands, for another machine."""
+    """The same servers as shell commands for another machine, each below a comment with its URL and models."""
     lines = []
     for i, spec in enumerate(specs):
+        port = spec.port or 8000 + i
         variables = [f"{name}={shlex.quote(value)}" for name, value in _variables(spec).items()]
-        lines.append(" ".join([*variables, shlex.join(command(spec, host, spec.port or 8000 + i))]))
+        lines.append(f"# {_description(spec, host, port)}")
+        lines.append(" ".join([*variables, shlex.join(command(spec, host, port))]))
     return lines
+
+
+def _description(spec: ServerSpec, host: str, port: int) -> str:
+    return f"{spec.name}: base URL http://{host}:{port}/v1, models {', '.join([spec.name, *spec.adapters])}"
 
 
 def command(spec: ServerSpec, host: str, port: int) -> list[str]:
@@ -147,7 +176,14 @@ def _check(spec: ServerSpec) -> None:
         raise UserError(f"server {spec.name}: model: {spec.model} is no directory: correct the path")
 
 
-def _start(spec: ServerSpec, log: Path) -> _Server:
+def _make(log_dir: Path) -> None:
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{log_dir}: cannot be made for the servers' logs: {error.strerror}: choose another") from error
+
+
+def _start(spec: ServerSpec, log: Path) -> Server:
     port = spec.port
     if port == 0:
         with socket.socket() as probe:
@@ -163,30 +199,28 @@ def _start(spec: ServerSpec, log: Path) -> _Server:
             env=_environment(spec),
             start_new_session=True,
         )
-    return _Server(spec, port, log, process)
+    return Server(spec, port, log, process)
 
 
-def _stop(server: _Server) -> None:
+def _stop(server: Server) -> None:
     server.process.terminate()
     server.process.wait()
     assert server.process.stdin is not None
     server.process.stdin.close()
 
 
-def _wait_until_ready(server: _Server) -> None:
+def _wait_until_ready(server: Server) -> None:
     spec, deadline = server.spec, time.monotonic() + server.spec.ready_timeout
     while not _answers(f"{server.url}/health"):
         if server.process.poll() is not None:
-            raise ServerError(f"server {spec.name} died while starting; {_tail(server.log)}")
+            raise server.error("died while starting")
         if time.monotonic() > deadline:
-            limit = f"{spec.ready_timeout:g} s (ready_timeout)"
-            raise ServerError(f"server {spec.name} was not up after {limit}; {_tail(server.log)}")
+            raise server.error(f"was not up after {spec.ready_timeout:g} s (ready_timeout)")
         time.sleep(0.5)
     with urllib.request.urlopen(f"{server.url}/v1/models", timeout=10) as response:
         served = {model["id"] for model in json.load(response)["data"]}
     if missing := {spec.name, *spec.adapters} - served:
-        names = ", ".join(sorted(missing))
-        raise ServerError(f"server {spec.name} does not serve {names}; {_tail(server.log)}")
+        raise server.error(f"does not serve {', '.join(sorted(missing))}")
 
 
 def _answers(url: str) -> bool:
@@ -195,8 +229,3 @@ def _answers(url: str) -> bool:
             return response.status == 200
     except (OSError, urllib.error.URLError):
         return False
-
-
-def _tail(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:]
-    return "\n".join([f"the end of {log}:", *lines])

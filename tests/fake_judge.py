@@ -1,9 +1,9 @@
 """A server that speaks just enough of the OpenAI protocol to go wrong: it only injects faults into tests.
 
-Run as `python fake_judge.py PORT [--faults SHARE] [--die-after N] [--broken]`. Its score is a function of
+Run as `python fake_judge.py PORT [--faults SHARE] [--die-after N] [--broken] [--wandering]`. Its score is a function of
 the picture, so a client can tell a right score from a wrong one. A picture's fault is one too: the passing
 ones (500, 429, hang, closed, cut) are shown once for each picture, the lasting ones (truncated JSON, no
-log-probs, maybe) always. A broken server answers 500 to everything.
+log-probs, maybe) always. A broken server answers 500 to everything; a wandering one's scores are 0.5 and 0.504 in turn.
 """
 
 import argparse
@@ -29,8 +29,8 @@ def fault_of(url: str, share: float) -> str | None:
     return faults[number // 1000 % len(faults)]
 
 
-def answer(url: str, fault: str | None) -> bytes:
-    p = score_of(url)
+def answer(url: str, fault: str | None, p: float | None = None) -> bytes:
+    p = score_of(url) if p is None else p
     likely = [("Yes", p * 0.7), (" yes", p * 0.3), ("no", 1 - p)]
     if fault == "maybe":
         likely = [("Maybe", 0.99), ("yes", 0.006), ("no", 0.004)]
@@ -53,8 +53,9 @@ def reply(status: str, body: bytes, *headers: str) -> bytes:
 
 
 class Server:
-    def __init__(self, faults: float, die_after: int | None, broken: bool = False):
+    def __init__(self, faults: float, die_after: int | None, broken: bool = False, wandering: bool = False):
         self.broken = broken
+        self.wandering = wandering
         self.faults = faults
         self.die_after = die_after
         self.seen: set[str] = set()
@@ -97,7 +98,8 @@ class Server:
             writer.write(reply("200 OK", answer(url, None))[:-40])
             return False
         else:
-            writer.write(reply("200 OK", answer(url, fault)))
+            p = 0.5 + 0.004 * (self.requests % 2) if self.wandering else None
+            writer.write(reply("200 OK", answer(url, fault, p)))
         return True
 
 
@@ -107,8 +109,9 @@ async def main() -> None:
     parser.add_argument("--faults", type=float, default=0.0)
     parser.add_argument("--die-after", type=int)
     parser.add_argument("--broken", action="store_true")
+    parser.add_argument("--wandering", action="store_true")
     args = parser.parse_args()
-    server = Server(args.faults, args.die_after, args.broken)
+    server = Server(args.faults, args.die_after, args.broken, args.wandering)
     async with await asyncio.start_server(server.handle, "127.0.0.1", args.port, limit=1 << 22) as listening:
         await listening.serve_forever()
 

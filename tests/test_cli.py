@@ -81,6 +81,7 @@ def test_wrong_recipe(recipe, extra, says):
         ("rewards: [{name: a}]\n", "rewards[0].function: is missing"),
         ("rewards: [{name: a, function: 'm:f', wieght: 1}]", "rewards[0].wieght: unknown key; did you mean"),
         ("rewards: [{name: a, function: 'm:f', weight: x}]", "rewards[0].weight: is 'x', expected a number"),
+        ("servers: [{name: a, model: m, env: {N: 1}}]", "servers[0].env.N: is 1, expected text"),
     ],
 )
 def test_broken_recipe(recipe, text, says):
@@ -114,7 +115,7 @@ def test_unknown_command():
     assert posttrain().returncode == 2
 
 
-@pytest.mark.parametrize("command", ["grpo", "sample", "export", "report"])
+@pytest.mark.parametrize("command", ["grpo", "serve", "sample", "export", "report"])
 def test_help_is_quick_and_tells_defaults(command):
     began = time.perf_counter()
     result = posttrain(command, "--help")

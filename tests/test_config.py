@@ -12,6 +12,8 @@ from posttrain.config import (
     PromptsConfig,
     RewardSpec,
     SampleConfig,
+    ServeConfig,
+    ServerSpec,
 )
 from posttrain.validate import ConfigError, validate
 
@@ -146,6 +148,25 @@ def test_reward_names_are_unique():
     config.rewards = [RewardSpec("a", "m:f"), RewardSpec("a", "m:g")]
     with pytest.raises(ConfigError, match="used twice"):
         validate(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"name": "org/model"}, "servers[1].name"),
+        ({"name": "a"}, "servers[1].name"),
+        ({"port": 70000}, "servers[1].port"),
+        ({"ready_timeout": 0.0}, "servers[1].ready_timeout"),
+    ],
+)
+def test_servers(change, field):
+    servers = [ServerSpec("a", "m"), ServerSpec(**({"name": "b", "model": "m"} | change))]
+    training = grpo()
+    training.servers = servers
+    for config in (training, ServeConfig(servers)):
+        with pytest.raises(ConfigError) as error:
+            validate(config)
+        assert error.value.field == field
 
 
 def test_sample_needs_exactly_one_source_of_prompts():

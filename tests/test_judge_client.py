@@ -1,7 +1,10 @@
 """The judge client against a server that goes wrong: every score is right or missing."""
 
 import asyncio
+import base64
 import contextlib
+import io
+import json
 import logging
 import math
 import socket
@@ -17,13 +20,14 @@ import pytest
 from PIL import Image
 
 from prompts.errors import UserError
-from prompts.templates import load_template
+from prompts.templates import Template, load_template
 from rewards.background import ScoreQueue
 from rewards.base import RewardError, RewardSpec
 from rewards.encode import encode
 from rewards.endpoints import JudgeError
 from rewards.judge import Judge, yes_share
 from rewards.load import load_rewards
+from rewards.preflight import repeatability
 from tests import fake_judge
 
 TEMPLATE = load_template("aesthetic")
@@ -93,6 +97,51 @@ def test_right_score():
     image = picture(3)
     score, _ = ask_one(lambda n: good(image), image)
     assert score == pytest.approx(fake_judge.score_of(encode(image).url), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("size", "kind"), [((1, 1), "png"), ((7, 5), "png"), ((512, 512), "png"), ((513, 512), "webp")]
+)
+def test_pictures_arrive_pixel_for_pixel(size, kind):
+    """What the server decodes is the picture, which is stored when it is small and compressed when it is not."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    head, _, data = encode(Image.fromarray(pixels)).url.partition(",")
+    assert head == f"data:image/{kind};base64"
+    decoded = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert decoded.format == kind.upper() and decoded.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(decoded), pixels)
+
+
+def test_request_body():
+    """It is the JSON of the API, also where text and model name hold what marks the picture's place."""
+    body = {}
+
+    async def main() -> None:
+        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+            assert "content-type: application/json\r\n" in head
+            length = head.partition("content-length:")[2].split("\r\n")[0]
+            body.update(json.loads(await reader.readexactly(int(length))))
+            writer.write(good(picture(0)))
+            writer.close()
+
+        async with await asyncio.start_server(handle, "127.0.0.1", 0, limit=1 << 22) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+            template = Template("t", 'data:, \u00e9 "$prompt')
+            await Judge("m/data:,", url, seed=3).p_yes(picture(0), template, prompt="data:,x")
+
+    asyncio.run(main())
+    image = {"type": "image_url", "image_url": {"url": encode(picture(0)).url}}
+    text = {"type": "text", "text": 'data:, \u00e9 ""data:,x"'}
+    assert body == {
+        "model": "m/data:,",
+        "messages": [{"role": "user", "content": [image, text]}],
+        "temperature": 0,
+        "seed": 3,
+        "max_tokens": 1,
+        "logprobs": True,
+        "top_logprobs": 20,
+    }
 
 
 def test_yes_share_sums_spellings():
@@ -214,6 +263,35 @@ def test_cache_asks_once():
 def test_repeatability_asks_every_time():
     with serving() as url:
         assert asyncio.run(Judge("m", url).repeatability([picture(0), picture(1)], TEMPLATE, n=4)) == 0
+
+
+def test_preflight_warns_of_a_judge_that_wanders_or_fails():
+    """One line for each judge, whichever rewards share it; what is no judge's is not asked about."""
+
+    def spec(name: str, kind: str, url: str, **options) -> RewardSpec:
+        judge = {"base_urls": url, "model": "m", "retries": 0, **options}
+        return RewardSpec(name, {"class_path": f"rewards.image.{kind}", "init_args": {"judge": judge}})
+
+    with serving("--wandering") as wanders, serving("--broken") as broken:
+        specs = [
+            spec("nice", "Aesthetic", wanders),
+            spec("words", "OCR", wanders),
+            spec("true", "Rubric", broken),
+            RewardSpec("bright", "tests.runs:brightness"),
+        ]
+        asked = repeatability(load_rewards(specs), [picture(0), picture(1)], ["a red cube", "x"])
+        metrics, lines = asyncio.run(asked)
+    assert metrics == {
+        f"repeatability/m at {wanders}": pytest.approx(0.004),
+        f"repeatability/m at {broken}": None,
+    }
+    assert lines[0].startswith(
+        f"warning: judge m at {wanders}: 20 scores of one image differ by at most 0.004 in P(yes)"
+    )
+    assert 'VLLM_BATCH_INVARIANT: "1"' in lines[0]
+    assert lines[1].startswith(f"warning: judge m at {broken}: its repeatability is unknown")
+    assert "illegal memory access" in lines[1] and len(lines) == 2
+    assert asyncio.run(repeatability(load_rewards(specs[3:]), [picture(0)], ["x"])) == ({}, [])
 
 
 def test_thousand_requests_with_faults_and_a_killed_server():
