@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,13 +122,14 @@ def _record(row: Any, where: str) -> PromptRecord:
         for item in value:
             if not isinstance(item, str):
                 raise UserError(f"{where}: {name}: holds {_kind(item)}, not text; put each item in quotes")
-        lists[name] = value
+        if name == "tags":
+            value = tuple(map(sys.intern, value))  # they repeat, and a file may hold a million prompts
+        lists[name] = list(value)  # a copy has no spare room, here and below
 
     id = row.pop("id", None)
     if id is not None and not (isinstance(id, str) and id):
         raise UserError(f"{where}: id: is {_kind(id)}; use a non-empty text in quotes")
-    columns = {**row}  # a copy, since a dict keeps the room of what was popped
-    return PromptRecord(prompt=prompt, id=id or "", columns=columns, **lists)
+    return PromptRecord(prompt=prompt, id=id or "", columns=dict(row), **lists)
 
 
 def _kind(value: object) -> str:

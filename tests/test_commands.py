@@ -95,6 +95,12 @@ def test_model_that_is_none(grpo, tmp_path, model):
     assert grpo("--steps", 1).returncode == 0  # the failures have left no run in the way
 
 
+def test_pool_that_cannot_give_a_step(grpo):
+    result = grpo("--pool.kind", "adaptive", "--groups.prompts_per_step", 9)
+    fails(result, "groups.prompts_per_step: is 9, but prompts.train holds 3", "lower it or add prompts")
+    fails(grpo("--pool.kind", "adaptive", "--pool.quotas", "{text: 0.5}"), "pool.quotas.text: no prompt", "remove it")
+
+
 def test_single_file(grpo, tmp_path, model):
     state = original.to_original(load_file(model / WEIGHTS))
     option = "--model.transformer_file"
