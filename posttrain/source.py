@@ -56,7 +56,7 @@ class PromptSource:
             "prompt": [self.records[i].prompt for i in self.pool.places[rows]],
             "score": self.pool.score(rows).tolist(),
             "informativeness": self.pool.informativeness(rows).tolist(),
-            "drawn": self.pool.drawn[rows].tolist(),
+            "last drawn": self.pool.drawn[rows].tolist(),
             "class": [Kind(kind).name.lower() for kind in self.pool.kinds(rows)],
             "rests until": [step or None for step in self.pool.returns[rows].tolist()],
         }
