@@ -66,6 +66,7 @@ def test_defaults_are_valid():
         ("optim.max_grad_norm", 0.0, "above 0"),
         ("optim.passes", 0, "use 1 or more"),
         ("optim.warmup_steps", -1, "use 0 or more"),
+        ("optim.ema", 1.0, "below 1"),
         ("loss.clip_low", 1.0, "between 0 and 1"),
         ("loss.clip_high", 0.0, "above 0"),
         ("loss.kl", -1.0, "use 0 or more"),

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from PIL import Image
 
 from posttrain import checkpoint, grpo, sampler
-from posttrain.config import RewardSpec
+from posttrain.config import OptimConfig, RewardSpec
 from posttrain.export import load_checkpoint
 from posttrain.k2 import K2
 from posttrain.loop import Stepper
@@ -465,3 +465,20 @@ def test_a_reward_without_scores_does_not_lower_the_mean(config):
     for group in groups:
         assert [a > 0 for a in group.advantages.tolist()] == [e > 0 for e in expected]
     assert all(a == b for a, b in itertools.pairwise(group.advantages.tolist()[::2] for group in groups))
+
+
+def test_average_of_the_weights():
+    """a += (1 - d)(p - a), d = min(ema, (1 + n) / (10 + n)); inside the block the parameters are the average."""
+    parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    stepper = Stepper([parameter], OptimConfig(lr=0.1, ema=0.2))
+    expected = parameter.detach().clone()
+    for n in range(1, 5):
+        parameter.grad = torch.tensor([1.0, float(n)])
+        stepper.step()
+        decay = [2 / 11, 0.2, 0.2, 0.2][n - 1]
+        expected = decay * expected + (1 - decay) * parameter.detach()
+    live = parameter.detach().clone()
+    with pytest.raises(RuntimeError), stepper.averaged():
+        torch.testing.assert_close(parameter.detach(), expected)
+        raise RuntimeError
+    assert torch.equal(parameter, live) and not torch.equal(live, expected)
