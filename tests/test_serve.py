@@ -66,6 +66,9 @@ def descendants_alive(marker: str) -> list[str]:
     return [line for line in lines.splitlines() if line.split()[0] in groups and "ps -eo" not in line]
 
 
+REQUIREMENT = "there is exactly one shape"
+
+
 def heldout_scenes() -> list[scenes.Scene]:
     """Twelve scenes that judge-nano was never trained on, six of them with a word."""
     rng = np.random.default_rng(5)
@@ -109,16 +112,19 @@ def test_four_rewards_from_one_server(urls):
 @needs_vllm
 def test_in_process_and_behind_vllm_agree(urls):
     """P(yes) within 1e-3 for the base and both adapters, and the same words read."""
-    images = [Image.fromarray(scenes.render(scene)) for scene in heldout_scenes()]
+    rng = np.random.default_rng(6)
+    arrays = [scenes.render(scene) for scene in heldout_scenes()]
+    arrays += [scenes.damage(image, scene, rng, "broken") for image, scene in zip(arrays, heldout_scenes())]
+    images = [Image.fromarray(array) for array in arrays]
     ask = {
-        "vlm": load_template("rubric").render(requirement="there is a red circle"),
+        "vlm": load_template("rubric").render(requirement=REQUIREMENT),
         "aesthetic": load_template("aesthetic").render(),
         "artifact": load_template("artifact").render(),
     }
 
     async def served(name: str) -> list[float]:
         template = load_template("rubric" if name == "vlm" else name)
-        fields = {"requirement": "there is a red circle"} if name == "vlm" else {}
+        fields = {"requirement": REQUIREMENT} if name == "vlm" else {}
         judge = Judge(name, urls["vlm"])
         return await asyncio.gather(*(judge.p_yes(image, template, **fields) for image in images))
 
@@ -374,7 +380,7 @@ def test_command_serves_until_it_is_stopped(tmp_path):
     found = re.fullmatch(r"vlm: base URL (http://127\.0\.0\.1:\d+/v1), models vlm, aesthetic, artifact\n", line)
     assert found, process.communicate()
     score = asyncio.run(Judge("artifact", found[1]).p_yes(picture(0), load_template("aesthetic")))
-    assert 0 < score < 1
+    assert 0 <= score <= 1
     process.terminate()
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, output) == (0, "")
