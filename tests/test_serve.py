@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -271,12 +271,23 @@ def recipe(path: Path, *servers: ServerSpec) -> Path:
     return path
 
 
-def posttrain_serve(*args) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "posttrain.cli", "serve", *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def posttrain_serve() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts the command; what a failed test leaves running is killed."""
+    started = []
+
+    def start(*args) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "posttrain.cli", "serve", *map(str, args)]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
-def test_command_prints_for_another_machine(tmp_path):
+def test_command_prints_for_another_machine(posttrain_serve, tmp_path):
     specs = [ServerSpec("a", "org/a", gpus=[1]), ServerSpec("b", "org/b", port=9000)]
     for option in (["--config", recipe(tmp_path / "r.yaml", *specs)], [f"--config={tmp_path / 'r.yaml'}"]):
         process = posttrain_serve(*option, "--print_for", "10.0.0.2")
@@ -296,7 +307,7 @@ def test_command_prints_for_another_machine(tmp_path):
         ("servers: [{name: a, model: m, executable: no-such}]", "executable: no 'no-such'"),
     ],
 )
-def test_command_refuses(tmp_path, text, says):
+def test_command_refuses(posttrain_serve, tmp_path, text, says):
     path = tmp_path / "r.yaml"
     path.write_text(text)
     process = posttrain_serve("--config", path, "--logs", tmp_path)
@@ -306,7 +317,7 @@ def test_command_refuses(tmp_path, text, says):
     assert last.startswith("posttrain: error: ") and says in last
 
 
-def test_command_shows_the_log_of_a_server_that_fails(tmp_path):
+def test_command_shows_the_log_of_a_server_that_fails(posttrain_serve, tmp_path):
     """The error is one line still, and what the server said stands below it as the server wrote it."""
     fake = tmp_path / "vllm"
     fake.write_text("#!/bin/sh\necho 'ValueError: no space for'\necho '    the KV cache'\nexit 3\n")
@@ -326,7 +337,7 @@ def test_command_shows_the_log_of_a_server_that_fails(tmp_path):
 
 
 @pytest.mark.parametrize("how, code", [("SIGTERM", 0), ("SIGINT", 130)])
-def test_command_stops_while_a_server_starts(tmp_path, how, code):
+def test_command_stops_while_a_server_starts(posttrain_serve, tmp_path, how, code):
     fake = fake_executable(tmp_path)
     path = recipe(tmp_path / "r.yaml", ServerSpec("x", "m", executable=fake))
     process = posttrain_serve("--config", path, "--logs", tmp_path)
@@ -358,7 +369,7 @@ server.serve_forever()
 """
 
 
-def test_command_ends_when_a_server_dies(tmp_path):
+def test_command_ends_when_a_server_dies(posttrain_serve, tmp_path):
     fake = tmp_path / "vllm"
     fake.write_text(DYING.format(python=sys.executable))
     fake.chmod(0o755)
@@ -372,7 +383,7 @@ def test_command_ends_when_a_server_dies(tmp_path):
 
 @pytest.mark.vllm
 @needs_vllm
-def test_command_serves_until_it_is_stopped(tmp_path):
+def test_command_serves_until_it_is_stopped(posttrain_serve, tmp_path):
     path = recipe(tmp_path / "r.yaml", server_spec())
     process = posttrain_serve("--config", path, "--logs", tmp_path)
     assert process.stdout is not None
