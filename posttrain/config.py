@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from prompts.pool import PoolConfig
 from rewards.base import RewardSpec
 from rewards.serve import ServerSpec
 
@@ -40,12 +41,14 @@ class LoraConfig:
 
 @dataclass
 class PromptsConfig:
-    """Prompt pools: JSONL, one object a line, with `prompt` and optional requirements, texts, tags, id."""
+    """Prompts: JSONL, one object a line, or rows of a dataset, with `prompt` and optional requirements, texts,
+    tags, id."""
 
     train: str
-    """JSONL file that training draws from."""
+    """What training draws from: a JSONL file, or hf:NAME[:SPLIT] for a dataset that `datasets` loads, such as
+    hf:owner/name:train[:5000]; SPLIT is train if not given."""
     heldout: str
-    """JSONL file for evaluation; never trained on."""
+    """What evaluation draws; written as train is, and never trained on."""
     max_tokens: int = 512
     """Longest prompt in text tokens; what lies beyond is cut with a warning, >= 1."""
 
@@ -176,6 +179,7 @@ class GRPOConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     groups: GroupsConfig = field(default_factory=GroupsConfig)
+    pool: PoolConfig = field(default_factory=PoolConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

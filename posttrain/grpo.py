@@ -34,6 +34,7 @@ from posttrain.k2 import K2, Text, to_pil
 from posttrain.loop import Loop, Stepper
 from posttrain.report import write_report
 from posttrain.rollout import Trajectory, rollout
+from posttrain.source import PromptSource
 from posttrain.track import Run, peak_memory
 from prompts.errors import UserError
 from prompts.records import PromptRecord, columns, read_prompts
@@ -64,12 +65,12 @@ def train(config: GRPOConfig, resume: bool = False) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("posttrain grpo: trains in one process; start it without a launcher")
     Run.check(config, resume)
-    records, heldout = read_prompts(config.prompts.train), read_prompts(config.prompts.heldout)
+    source, heldout = PromptSource(config, read_prompts(config.prompts.train)), read_prompts(config.prompts.heldout)
     load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})  # before the wait
     k2 = load_model(config.model)
     k2.add_role(POLICY, config.lora.rank, config.lora.alpha, **_targets(config), seed=config.seed)
     with Run.create(config, resume) as run, serve(config.servers, run.path / "servers") as urls:
-        stopped = _train(config, resume, run, k2, records, heldout, urls)
+        stopped = _train(config, resume, run, k2, source, heldout, urls)
         write_report(run.path)
     if stopped is signal.SIGINT:
         raise KeyboardInterrupt
@@ -80,7 +81,7 @@ def _train(
     resume: bool,
     run: Run,
     k2: K2,
-    records: list[PromptRecord],
+    source: PromptSource,
     heldout: list[PromptRecord],
     urls: dict[str, list[str]],
 ) -> signal.Signals | None:
@@ -90,7 +91,7 @@ def _train(
     stepper = Stepper(k2.train_role(POLICY), config.optim)
     batch, max_tokens = 4 * config.groups.micro_batch, config.prompts.max_tokens
     evaluator = Evaluator(k2, heldout, measured, config.eval, _size(config, 0), batch, max_tokens)
-    _warn_of_cuts(run, k2, [*records, *heldout], max_tokens)
+    _warn_of_cuts(run, k2, [*source.records, *heldout], max_tokens)
 
     saved = checkpoint.load_latest(run.path / "checkpoints") if resume else None
     history: dict[str, Any] = {"before": None, "after": None, "images": 0, "seconds": 0.0}
@@ -101,6 +102,7 @@ def _train(
             k2.load_role_state_dict(POLICY, saved.tensors["live"])
         checkpoint.restore_optimizer(stepper.optimizer, saved.tensors["optimizer"], saved.state["optimizer"])
         stepper.restore_counters(saved.state["counters"])
+        source.restore(saved)
         history = saved.state["history"]
     first = saved.step if saved else 0
 
@@ -109,8 +111,9 @@ def _train(
 
     def save(step: int) -> None:
         optimizer, state = checkpoint.flatten_optimizer(stepper.optimizer)
+        pool, pool_state = source.state()
         with stepper.averaged():
-            tensors = {"adapter": _copied(k2.role_state_dict(POLICY)), "optimizer": optimizer}
+            tensors = {"adapter": _copied(k2.role_state_dict(POLICY)), "optimizer": optimizer, **pool}
         if config.optim.ema:
             tensors["live"] = k2.role_state_dict(POLICY)
         checkpoint.save(
@@ -126,9 +129,11 @@ def _train(
                 "optimizer": state,
                 "counters": stepper.counters(),
                 "history": {**history, "seconds": seconds()},
+                **pool_state,
             },
             config.checkpoint.keep,
         )
+        run.prompts(source.ends())
 
     def evaluate(step: int) -> Evaluation:
         with k2.role(POLICY), stepper.averaged():
@@ -148,10 +153,11 @@ def _train(
         loop = Loop(first, config.steps, config.checkpoint, save)
         for step in loop:
             clock = _Clock()
-            groups = sample(k2, config, step, records, queue)
+            groups = sample(k2, config, step, source, queue)
             clock.lap("sample")
             scores = queue.gather()
             metrics = score(config, groups, scores)
+            metrics |= source.update(step, apply_gates(scores, [r.spec for r in trained]))
             clock.lap("score")
             metrics |= optimise(k2, config, groups, stepper)
             clock.lap("optimise")
@@ -167,11 +173,10 @@ def _train(
 # ---- sample -----------------------------------------------------------------------------------------------
 
 
-def sample(k2: K2, config: GRPOConfig, step: int, records: list[PromptRecord], queue: ScoreQueue) -> list[Group]:
+def sample(k2: K2, config: GRPOConfig, step: int, source: PromptSource, queue: ScoreQueue) -> list[Group]:
     """The groups of a step. Each group's pictures are submitted for scoring as soon as they are decoded."""
     s, n = config.sampling, config.groups.prompts_per_step
-    first = (step - 1) * n
-    chosen = [records[_draw(config.seed, i, len(records))] for i in range(first, first + n)]
+    first, chosen = (step - 1) * n, source.draw(step)
     texts = k2.encode([r.prompt for r in chosen], config.prompts.max_tokens).features
     window = window_of(config, step)
     groups = []
@@ -204,13 +209,6 @@ def window_of(config: GRPOConfig, step: int) -> range:
     if start == "random":
         start = sampler.seed_for(config.seed, step, -1) % min((s.steps + 1) // 2, s.steps - s.window)
     return range(start, start + s.window)
-
-
-def _draw(seed: int, index: int, n: int) -> int:
-    """The prompt of global group `index`: every prompt once in a random order, then once more in another."""
-    epoch, place = divmod(index, n)
-    generator = torch.Generator().manual_seed(sampler.seed_for(seed, epoch, -2))
-    return int(torch.randperm(n, generator=generator)[place])
 
 
 def _size(config: GRPOConfig, index: int) -> tuple[int, int]:

@@ -99,6 +99,7 @@ def write_report(run: Path, path: Path | None = None) -> Path:
         f"<header><h1>{_text(run.resolve().name)}</h1>{_subtitle(recipe, environment, series)}</header>",
         _summary(summary),
         _curves(series),
+        _prompts(_read_json(run / "prompts.json")),
         _images(run / "samples"),
         "<h2>Settings</h2>",
         f"<details><summary>Resolved recipe</summary><pre>{_text(recipe_text)}</pre></details>",
@@ -188,6 +189,24 @@ def _curves(series: dict[str, list[Point]]) -> str:
 
 def _rank(name: str) -> int:
     return next((i for i, start in enumerate(FIRST) if name.startswith(start)), len(FIRST))
+
+
+def _prompts(tables: dict[str, list[dict[str, Any]]]) -> str:
+    """The prompts at the ends of an adaptive pool; their classes over time are among the curves."""
+    parts = ["<h2>Prompts</h2>"] if any(tables.values()) else []
+    for title, rows in tables.items():
+        if rows:
+            numeric = [all(isinstance(row[name], int | float | None) for row in rows) for name in rows[0]]
+            parts.append(f"<h3>{_text(title)}</h3>{_table(list(rows[0]), [list(r.values()) for r in rows], numeric)}")
+    return "".join(parts)
+
+
+def _table(head: list[str], rows: list[list[Any]], numeric: list[bool]) -> str:
+    def line(tag: str, cells: list[str]) -> str:
+        css = [' class="n"' if right else "" for right in numeric]
+        return "<tr>" + "".join(f"<{tag}{c}>{_text(t)}</{tag}>" for c, t in zip(css, cells)) + "</tr>"
+
+    return f"<table>{line('th', head)}{''.join(line('td', [_value(v) for v in row]) for row in rows)}</table>"
 
 
 def _images(samples: Path) -> str:

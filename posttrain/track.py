@@ -6,6 +6,7 @@
     tensorboard/       the same for tensorboard
     grids/             step-000025.png: sample grids
     samples/           prompts.json and step-000000/000.png, ...: the same prompts and seeds over the run
+    prompts.json       with an adaptive pool: the prompts at its ends
     summary.json       figures before and after, seconds, memory
 
 Only the main process writes; on the others every method returns at once.
@@ -175,6 +176,11 @@ class Run:
             Image.fromarray(image).save(directory / f"{i:03d}.png")
         table = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds, strict=True)]
         _replace(directory.parent / "prompts.json", _json(table, indent=1))
+
+    def prompts(self, ends: Mapping[str, Sequence[Mapping[str, Any]]] | None) -> None:
+        """Write prompts.json: tables of prompts by title, which the report shows; None writes nothing."""
+        if self.main and ends is not None:
+            _replace(self.path / "prompts.json", _json(_plain(dict(ends)), indent=1))
 
     def summary(self, figures: Mapping[str, Any]) -> None:
         """Write summary.json, atomically; anything JSON can hold, non-finite numbers become null.

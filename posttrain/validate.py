@@ -10,6 +10,7 @@ from posttrain.config import (
     GRPOConfig,
     JudgeConfig,
     OptimConfig,
+    PoolConfig,
     ReportConfig,
     RewardSpec,
     SampleConfig,
@@ -73,6 +74,7 @@ def _validate_grpo(config: GRPOConfig) -> None:
             f"is {config.groups.group_size}, but images are compared within a group; use 2 or more",
         )
     _at_least("groups.micro_batch", config.groups.micro_batch, 1)
+    _validate_pool(config.pool)
     _validate_optim(config.optim)
     if not 0 < config.loss.clip_low < 1:
         raise ConfigError("loss.clip_low", f"is {config.loss.clip_low}; use a number between 0 and 1")
@@ -145,6 +147,24 @@ def _validate_sampling(sampling: SamplingConfig) -> None:
             f"is {sampling.window_start}, so a window of {sampling.window} would end after step {most - 1};"
             " start it earlier or shorten it",
         )
+
+
+def _validate_pool(pool: PoolConfig) -> None:
+    shares = {"decay": 0.01, "explore": 0.01, "low_variance": 0, "easy": 0, "hard": 0, "floor": 0}
+    for name, least in shares.items():
+        if not least <= getattr(pool, name) <= 1:
+            raise ConfigError(f"pool.{name}", f"is {getattr(pool, name)}; use {least} to 1")
+    _at_least("pool.sharpness", pool.sharpness, 0)
+    if pool.hard >= pool.easy:
+        raise ConfigError("pool.hard", f"is {pool.hard}, not below pool.easy ({pool.easy}); lower it")
+    for name in ("staleness", "prune_after", "cooldown"):
+        _at_least(f"pool.{name}", getattr(pool, name), 1)
+    if not 0 <= pool.audit < 1:
+        raise ConfigError("pool.audit", f"is {pool.audit}; use at least 0 and below 1")
+    for tag, share in pool.quotas.items():
+        _positive(f"pool.quotas.{tag}", share)
+    if sum(pool.quotas.values()) > 1 + 1e-9:
+        raise ConfigError("pool.quotas", f"add up to {sum(pool.quotas.values()):g}; lower them to at most 1 together")
 
 
 def _validate_optim(optim: OptimConfig) -> None:

@@ -1,4 +1,4 @@
-"""Prompt records: a JSONL file with one object a line.
+"""Prompt records: a JSONL file with one object a line, or a dataset with the same fields as columns.
 
 `prompt` is the text. Optional: `requirements` (yes/no statements the picture should meet), `texts` (strings
 to render in it), `tags`, and `id`. Every other field is kept as a column and handed to the rewards.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from prompts.errors import UserError
 LISTS = ("requirements", "texts", "tags")
 
 
-@dataclass
+@dataclass(slots=True)
 class PromptRecord:
     """One prompt. `id` is stable from run to run: the file's own, or the SHA-1 of the prompt in hex."""
 
@@ -33,47 +33,74 @@ class PromptRecord:
         self.id = self.id or hashlib.sha1(self.prompt.encode()).hexdigest()
 
 
-def read_prompts(path: str | Path) -> list[PromptRecord]:
-    """The records of a JSONL file in its order; blank lines are skipped.
+def read_prompts(source: str | Path) -> list[PromptRecord]:
+    """The records of a JSONL file or, for `hf:NAME[:SPLIT]`, of a dataset, in their order.
 
-    Raises UserError with file and line for a missing or empty file, a line that is not a JSON object, a
-    missing or empty prompt, a field of the wrong type and an id (or, without ids, a prompt) that comes twice.
+    Raises UserError with file and line (dataset and row) for a source that is missing, empty or cannot be read, a line
+    that is not a JSON object, a missing or empty prompt, a field of the wrong type and an id (or, without ids, a
+    prompt) that comes twice.
     """
-    path = Path(path)
+    dataset = str(source).startswith("hf:")
+    place = " row " if dataset else ":"
+    records: list[PromptRecord] = []
+    number_of_id: dict[str, int] = {}
+    for number, row in _dataset_rows(str(source)) if dataset else _jsonl_rows(Path(source)):
+        record = _record(row, f"{source}{place}{number}")
+        if record.id in number_of_id:
+            raise UserError(
+                f"{source}{place}{number}: id '{record.id}' was used on {'row' if dataset else 'line'}"
+                f" {number_of_id[record.id]} (without an id it comes from the prompt); remove the duplicate or give"
+                " each its own id"
+            )
+        number_of_id[record.id] = number
+        records.append(record)
+    if not records:
+        raise UserError(f'{source}: holds no prompt; write one object a line, such as {{"prompt": "a red cube"}}')
+    return records
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """Line number and value of each line that is not blank."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, _parse(line, "utf-8-sig" if number == 1 else "utf-8", f"{path}:{number}")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give the path of a JSONL prompt file") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a directory; give the path of a JSONL prompt file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
-    records: list[PromptRecord] = []
-    line_of_id: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        record = _parse(line, f"{path}:{number}")
-        if record.id in line_of_id:
-            raise UserError(
-                f"{path}:{number}: id '{record.id}' was used on line {line_of_id[record.id]} (without an id"
-                " it comes from the prompt); remove the duplicate or give each its own id"
-            )
-        line_of_id[record.id] = number
-        records.append(record)
-    if not records:
-        raise UserError(f'{path}: holds no prompt; write one object a line, such as {{"prompt": "a red cube"}}')
-    return records
 
-
-def _parse(line: str, where: str) -> PromptRecord:
+def _dataset_rows(source: str) -> Iterator[tuple[int, Any]]:
+    """Number, from 0, and fields of each row of `hf:NAME[:SPLIT]`, in the library's own notation for both."""
+    name, _, split = source.removeprefix("hf:").partition(":")
+    if not name:
+        raise UserError(f"{source}: names no dataset; write it as hf:NAME or hf:NAME:SPLIT")
     try:
-        row = json.loads(line)
+        import datasets
+    except ImportError:
+        raise UserError(f"{source}: needs the datasets package; pip install datasets or give a JSONL file") from None
+    try:
+        rows = datasets.load_dataset(name, split=split or "train")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{source}: cannot be loaded: {reason}; write it as hf:NAME or hf:NAME:SPLIT") from None
+    yield from enumerate(rows)
+
+
+def _parse(line: bytes, encoding: str, where: str) -> Any:
+    try:
+        return json.loads(line.decode(encoding))
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: is not UTF-8 text; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}); write one object a line") from None
+
+
+def _record(row: Any, where: str) -> PromptRecord:
     if not isinstance(row, dict):
         raise UserError(f'{where}: is {_kind(row)}, not an object; write {{"prompt": ...}}')
     prompt = row.pop("prompt", None)
@@ -99,7 +126,8 @@ def _parse(line: str, where: str) -> PromptRecord:
     id = row.pop("id", None)
     if id is not None and not (isinstance(id, str) and id):
         raise UserError(f"{where}: id: is {_kind(id)}; use a non-empty text in quotes")
-    return PromptRecord(prompt=prompt, id=id or "", columns=row, **lists)
+    columns = {**row}  # a copy, since a dict keeps the room of what was popped
+    return PromptRecord(prompt=prompt, id=id or "", columns=columns, **lists)
 
 
 def _kind(value: object) -> str:
@@ -113,7 +141,7 @@ def _kind(value: object) -> str:
         list: "a list",
         dict: "an object",
     }
-    return "empty text" if value == "" else names[type(value)]
+    return "empty text" if value == "" else names.get(type(value), f"a {type(value).__name__}")
 
 
 def columns(records: Sequence[PromptRecord]) -> dict[str, Sequence[Any]]:

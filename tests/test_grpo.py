@@ -17,6 +17,7 @@ from posttrain.export import load_checkpoint
 from posttrain.k2 import K2
 from posttrain.loop import Stepper
 from posttrain.sampler import sde_moments
+from posttrain.source import PromptSource, in_turn
 from prompts.errors import UserError
 from prompts.records import read_prompts
 from rewards.background import ScoreQueue
@@ -158,10 +159,10 @@ def test_ratio_is_one_before_the_first_update(config, dynamics, ratio, window, a
         assert row["ratio_std"] > 1e-5  # in the second pass the policy has moved
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.7])
-def test_killed_and_resumed_equals_uninterrupted(config, monkeypatch, tmp_path, ema):
+@pytest.mark.parametrize(("ema", "kind"), [(0.0, "uniform"), (0.7, "adaptive")])
+def test_killed_and_resumed_equals_uninterrupted(config, monkeypatch, tmp_path, ema, kind):
     """Killed in step 4, after step 3 was logged and the last checkpoint was step 2's; compared bit for bit."""
-    config.optim.ema = ema
+    config.optim.ema, config.pool.kind = ema, kind
     config.steps, config.checkpoint.every, config.eval.every = 4, 2, 2
     config.optim.passes, config.optim.warmup_steps, config.groups.prompts_per_step = 2, 6, 1
     grpo.train(config)
@@ -184,11 +185,12 @@ def test_killed_and_resumed_equals_uninterrupted(config, monkeypatch, tmp_path, 
 
     a, b = latest(whole), latest(config.output)
     assert a.step == b.step == 4
-    assert a.tensors.keys() == b.tensors.keys() == {"adapter", "optimizer"} | ({"live"} if ema else set())
+    further = ({"live"} if ema else set()) | ({"pool"} if kind == "adaptive" else set())
+    assert a.tensors.keys() == b.tensors.keys() == {"adapter", "optimizer"} | further
     for name in a.tensors:
         assert_equal(a.tensors[name], b.tensors[name])
     assert a.state["counters"] == b.state["counters"] == {"updates": 8, "skipped": 0, "skipped_in_a_row": 0}
-    assert a.state["optimizer"] == b.state["optimizer"]
+    assert a.state["optimizer"] == b.state["optimizer"] and a.state.get("pool") == b.state.get("pool")
     assert runs.untimed(whole) == runs.untimed(config.output)
     for name in ("before", "after", "images", "steps"):
         assert len({json.dumps(json.loads((Path(run) / "summary.json").read_text())[name]) for run in
@@ -238,6 +240,24 @@ def test_flat_rewards_move_nothing(config, tmp_path, model, trained):
     fresh = K2.load(model)
     fresh.add_role("policy", 4, 8.0, seed=config.seed)
     assert_equal(latest(config.output).tensors["adapter"], fresh.role_state_dict("policy"))
+
+
+def test_adaptive_pool_in_a_run(tmp_path, model):
+    """Of three prompts that teach nothing all but a step's two are sent to rest; the report shows them."""
+    config = runs.config(tmp_path, model, "constant")
+    config.pool.kind, config.pool.prune_after, config.steps = "adaptive", 1, 5
+    grpo.train(config)
+    counts = [{k: v for k, v in row.items() if k.startswith("pool/")} for row in training_rows(config.output)]
+    classes = [sum(row[f"pool/{name}"] for name in ("new", "informative", "easy", "hard", "flat")) for row in counts]
+    assert classes == [3] * 5 and (counts[0]["pool/new"], counts[0]["pool/resting"]) == (3, 0)
+    assert (counts[-1]["pool/flat"], counts[-1]["pool/resting"], counts[-1]["pool/unscored"]) == (3, 1, 0)
+    saved = latest(config.output)
+    assert saved.state["pool"]["rewards"] == ["constant"] and saved.state["pool"]["spread"] == [0]
+    assert saved.tensors["pool"]["visits"].sum() == 2 * 5
+    ends = json.loads((Path(config.output) / "prompts.json").read_text())
+    assert {row["prompt"] for row in ends["hardest"]} == set(tiny.PROMPTS[:3])
+    page = (Path(config.output) / "report.html").read_text()
+    assert "most informative" in page and tiny.PROMPTS[1] in page and "resting" in page
 
 
 def test_several_sizes_in_one_run(config, monkeypatch):
@@ -334,11 +354,11 @@ def one_step(config, model):
             if "lora_B" in key:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
     parameters = k2.train_role("policy")
-    records = read_prompts(config.prompts.train)
+    source = PromptSource(config, read_prompts(config.prompts.train))
 
     def draw(step=1):
         with ScoreQueue(load_rewards(config.rewards), config.groups.group_size) as queue:
-            groups = grpo.sample(k2, config, step, records, queue)
+            groups = grpo.sample(k2, config, step, source, queue)
             grpo.score(config, groups, queue.gather())
         return groups
 
@@ -433,11 +453,11 @@ def test_a_step_is_drawn_from_its_number_alone(config, one_step):
 
 
 def test_prompts_come_once_each_before_any_comes_twice():
-    order = [grpo._draw(0, i, 7) for i in range(21)]
+    order = [in_turn(0, i, 7) for i in range(21)]
     epochs = [order[:7], order[7:14], order[14:]]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert order != [grpo._draw(1, i, 7) for i in range(21)]
+    assert order != [in_turn(1, i, 7) for i in range(21)]
 
 
 @pytest.mark.parametrize(("steps", "window", "starts"), [(8, 2, 4), (10, 2, 5), (4, 3, 1), (4, 2, 2), (2, 1, 1)])

@@ -1,6 +1,8 @@
 """Prompt files: what is read, and what each kind of bad line is answered with."""
 
 import hashlib
+import json
+import sys
 
 import pytest
 
@@ -64,11 +66,43 @@ def test_bad_files(jsonl, text, says):
     assert "\n" not in str(error.value)
 
 
+@pytest.fixture
+def dataset(tmp_path, monkeypatch):
+    """A directory that `datasets` loads, with a train and a small split."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "d").mkdir()
+    rows = [{"prompt": f"a {c} cube", "tags": [c], "id": c, "n": i} for i, c in enumerate(["red", "blue", "grey"])]
+    for name, part in (("train", rows), ("test", [{**rows[0], "tags": None}, rows[0]])):
+        (tmp_path / "d" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return f"hf:{tmp_path / 'd'}"
+
+
+def test_datasets(dataset, tmp_path):
+    read = read_prompts(dataset)
+    assert read == read_prompts(tmp_path / "d" / "train.jsonl") and read[1].columns == {"n": 1}
+    assert [record.id for record in read_prompts(f"{dataset}:train[1:]")] == ["blue", "grey"]
+    with pytest.raises(UserError, match=r"d:test row 1: id 'red' was used on row 0"):
+        read_prompts(f"{dataset}:test")
+    with pytest.raises(UserError, match=r"cannot be loaded: .*; write it as hf:NAME or hf:NAME:SPLIT"):
+        read_prompts(f"{dataset}:none")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        read_prompts(f"hf:{tmp_path / 'nowhere'}")
+
+
+def test_without_datasets(monkeypatch):
+    with pytest.raises(UserError, match="hf:: names no dataset"):
+        read_prompts("hf:")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="hf:a/b:train: needs the datasets package; pip install datasets or give"):
+        read_prompts("hf:a/b:train")
+
+
 def test_unreadable_files(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         read_prompts(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match="is a directory"):
         read_prompts(tmp_path)
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "grün"}'.encode("latin-1"))
-    with pytest.raises(UserError, match="not UTF-8"):
+    with pytest.raises(UserError, match=r"latin\.jsonl:1: is not UTF-8 text"):
         read_prompts(tmp_path / "latin.jsonl")

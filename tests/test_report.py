@@ -90,6 +90,17 @@ def test_report_shows_figures_curves_images_and_settings(tmp_path):
     assert "NaN or infinite: 1" in text and "group_size: 16" in text and "oracle@0" in text and "torch" in text
 
 
+def test_prompts_at_the_ends_of_the_pool(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert "<h2>Prompts" not in write_report(run.path).read_text()
+    row = {"prompt": EVIL, "score": 0.98765, "class": "easy", "rests until": None}
+    run.prompts({"easiest": [row, {**row, "rests until": 40}], "hardest": []})
+    page = write_report(run.path).read_text()
+    assert Tags(page).open == [] and "<h3>hardest" not in page and page.count("0.9877") == 2
+    assert '<th class="n">score</th><th>class</th><th class="n">rests until</th>' in page
+    assert page.count("&lt;script&gt;alert(&quot;1&quot;)") == 3
+
+
 def test_unfinished_run(tmp_path):
     run = make_run(tmp_path / "run", steps=1, images=1)
     (run.path / "summary.json").unlink()

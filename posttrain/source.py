@@ -1,0 +1,88 @@
+"""The prompts of a training step: every one in turn, or by the adaptive pool, which goes into the checkpoint."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from posttrain import sampler
+from posttrain.checkpoint import Checkpoint
+from posttrain.config import GRPOConfig
+from prompts.pool import Kind, Pool
+from prompts.records import PromptRecord
+from rewards.gates import Gated
+
+ENDS = 8
+"""Prompts shown of each end of the pool."""
+
+
+class PromptSource:
+    """`draw` a step's prompts, then `update` with their scores. All but `draw` do nothing without a pool."""
+
+    def __init__(self, config: GRPOConfig, records: list[PromptRecord]):
+        self.config, self.records = config, records
+        self.pool: Pool | None = None
+        self._rows = np.empty(0, np.int64)
+        if config.pool.kind == "adaptive":
+            weights = {r.name: r.weight for r in config.rewards if r.gate == "none" and not r.heldout_only}
+            self.pool = Pool(records, weights, config.pool, config.groups.prompts_per_step, config.seed)
+
+    def draw(self, step: int) -> list[PromptRecord]:
+        n = self.config.groups.prompts_per_step
+        if self.pool is not None:
+            self._rows = self.pool.draw(step)
+            return [self.records[i] for i in self.pool.places[self._rows]]
+        return [self.records[in_turn(self.config.seed, i, len(self.records))] for i in range((step - 1) * n, step * n)]
+
+    def update(self, step: int, gated: Gated) -> dict[str, float]:
+        """Takes in the scores of the groups just drawn, in their order; returns how many prompts are in each class."""
+        if self.pool is None:
+            return {}
+        shape = (len(self._rows), -1, len(gated.names))
+        self.pool.update(step, self._rows, gated.values_NK.reshape(shape), gated.valid_NK.reshape(shape))
+        return {f"pool/{name}": count for name, count in self.pool.counts().items()}
+
+    def ends(self) -> dict[str, list[dict[str, Any]]] | None:
+        """What the report shows of the prompts: the easiest, the hardest and the most informative."""
+        return None if self.pool is None else {n: self._table(rows) for n, rows in self.pool.ends(ENDS).items()}
+
+    def _table(self, rows: np.ndarray) -> list[dict[str, Any]]:
+        assert self.pool is not None
+        columns = {
+            "prompt": [self.records[i].prompt for i in self.pool.places[rows]],
+            "score": self.pool.score(rows).tolist(),
+            "informativeness": self.pool.informativeness(rows).tolist(),
+            "drawn": self.pool.drawn[rows].tolist(),
+            "class": [Kind(kind).name.lower() for kind in self.pool.kinds(rows)],
+            "rests until": [step or None for step in self.pool.returns[rows].tolist()],
+        }
+        return [dict(zip(columns, row)) for row in zip(*columns.values())]
+
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Files and JSON for a checkpoint."""
+        if self.pool is None:
+            return {}, {}
+        arrays, state = self.pool.state()
+        return {"pool": {name: torch.from_numpy(array) for name, array in arrays.items()}}, {"pool": state}
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Puts back what `state` gave; a run that had no pool until now begins with a fresh one."""
+        if self.pool is not None and "pool" in saved.state:
+            arrays = {name: tensor.numpy() for name, tensor in saved.tensors["pool"].items()}
+            self.pool.load_state(arrays, saved.state["pool"])
+
+
+def in_turn(seed: int, index: int, n: int) -> int:
+    """The prompt of global group `index`: every prompt once in a random order, then once more in another."""
+    epoch, place = divmod(index, n)
+    return int(_order(seed, epoch, n)[place])
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, n: int) -> Tensor:
+    generator = torch.Generator().manual_seed(sampler.seed_for(seed, epoch, -2))
+    return torch.randperm(n, generator=generator)
