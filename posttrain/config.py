@@ -22,7 +22,7 @@ class ModelConfig:
     transformer_file: str | None = None
     """Transformer as one safetensors file in the original key names; replaces the one in path."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of the frozen weights. Adapters, latents and log-probs stay float32."""
+    """Type of the frozen weights, and of the arithmetic. What is trained, latents and log-probs stay float32."""
 
 
 @dataclass
@@ -109,7 +109,8 @@ class LossConfig:
     clip_high: float = 1e-4
     """The ratio is clipped above at 1 + clip_high, > 0."""
     kl: float = 0.01
-    """Weight of the squared velocity distance to the reference (adapter off), >= 0; 0 turns it off."""
+    """Weight of the squared velocity distance to the reference (the weights at the start: adapter off), >= 0; 0
+    turns it off."""
     ratio: Literal["plain", "guard"] = "guard"
     """plain: exp of the log-prob difference. guard: recentred and rescaled so that steps share one scale."""
     max_advantage: float = 5.0
@@ -173,7 +174,10 @@ class GRPOConfig:
     advantages: Literal["gdpo", "sum"] = "gdpo"
     """gdpo: normalise each reward in its group, then weigh, then normalise over the batch.
     sum: weigh, then normalise in the group."""
-    lora: LoraConfig = field(default_factory=LoraConfig)
+    lora: LoraConfig | None = field(default_factory=LoraConfig)
+    """The adapter to train, with rank, alpha and targets (--lora.help). null: train all weights but the text
+    fusion's; wants an optim.lr of 1e-6 to 1e-5, and 16 bytes a weight (K2: 205 GB), with loss.kl > 0 another copy
+    in model.dtype (K2, bfloat16: 26 GB), with optim.ema 4 bytes more (K2: 51 GB)."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     groups: GroupsConfig = field(default_factory=GroupsConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -246,7 +250,8 @@ class SampleConfig:
     prompts: str | None = None
     """JSONL file of prompts; give this or prompt."""
     adapter: str | None = None
-    """Run directory or checkpoint whose adapter is applied; null: the model as it is."""
+    """Run directory or checkpoint whose adapter (or weights, if it trained all) is applied; null: the model as
+    it is."""
     size: list[int] = field(default_factory=lambda: [512, 512])
     """[height, width] in pixels, multiples of 16."""
     steps: int | None = None
@@ -270,8 +275,9 @@ class ExportConfig:
     output: str
     """Directory (diffusers) or .safetensors file (the other formats) to write; must not exist."""
     format: Literal["diffusers", "lora", "original", "lora-original"] = "diffusers"
-    """diffusers: a Krea2Pipeline directory with the adapter merged. lora: the adapter for load_lora_weights.
-    original, lora-original: the same in the key names of the official repository and ComfyUI."""
+    """diffusers: a Krea2Pipeline directory with what was trained. lora: the adapter for load_lora_weights.
+    original, lora-original: the same in the key names of the official repository and ComfyUI. A run that trained
+    all weights has no adapter: diffusers or original."""
 
 
 @dataclass

@@ -32,6 +32,7 @@ from posttrain.config import GRPOConfig, ModelConfig
 from posttrain.evaluate import Evaluation, Evaluator, means
 from posttrain.k2 import K2, Text, to_pil
 from posttrain.loop import Loop, Stepper
+from posttrain.policy import POLICY, add_policy, described, load_policy, saved_tensors
 from posttrain.report import write_report
 from posttrain.rollout import Trajectory, rollout
 from posttrain.track import Run, peak_memory
@@ -43,8 +44,6 @@ from rewards.gates import apply_gates
 from rewards.load import load_rewards, record
 from rewards.preflight import repeatability
 from rewards.serve import serve
-
-POLICY = "policy"
 
 
 @dataclass
@@ -67,7 +66,7 @@ def train(config: GRPOConfig, resume: bool = False) -> None:
     records, heldout = read_prompts(config.prompts.train), read_prompts(config.prompts.heldout)
     load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})  # before the wait
     k2 = load_model(config.model)
-    k2.add_role(POLICY, config.lora.rank, config.lora.alpha, **_targets(config), seed=config.seed)
+    add_policy(k2, config.lora, config.seed, reference=config.loss.kl > 0)
     with Run.create(config, resume) as run, serve(config.servers, run.path / "servers") as urls:
         stopped = _train(config, resume, run, k2, records, heldout, urls)
         write_report(run.path)
@@ -96,7 +95,7 @@ def _train(
     history: dict[str, Any] = {"before": None, "after": None, "images": 0, "seconds": 0.0}
     if saved is not None:
         with stepper.averaged():
-            k2.load_role_state_dict(POLICY, saved.tensors["adapter"])
+            load_policy(k2, saved)
         if config.optim.ema:
             k2.load_role_state_dict(POLICY, saved.tensors["live"])
         checkpoint.restore_optimizer(stepper.optimizer, saved.tensors["optimizer"], saved.state["optimizer"])
@@ -110,7 +109,7 @@ def _train(
     def save(step: int) -> None:
         optimizer, state = checkpoint.flatten_optimizer(stepper.optimizer)
         with stepper.averaged():
-            tensors = {"adapter": _copied(k2.role_state_dict(POLICY)), "optimizer": optimizer}
+            tensors = {**saved_tensors(k2), "optimizer": optimizer}
         if config.optim.ema:
             tensors["live"] = k2.role_state_dict(POLICY)
         checkpoint.save(
@@ -120,7 +119,7 @@ def _train(
             {
                 "method": "grpo",
                 "model": asdict(config.model),
-                "lora": asdict(k2.roles[POLICY]),
+                "lora": described(k2),
                 "rewards": record(trained),
                 "guidance": {"training": 0.0, "evaluation": config.eval.guidance},
                 "optimizer": state,
@@ -254,7 +253,7 @@ def score(config: GRPOConfig, groups: list[Group], scores: Scores) -> dict[str, 
 
 
 def optimise(k2: K2, config: GRPOConfig, groups: list[Group], stepper: Stepper) -> dict[str, float]:
-    """One or more updates on a step's groups; the reference is the base, adapter off."""
+    """One or more updates on a step's groups; the reference is the weights that training began with."""
     s, loss = config.sampling, config.loss
     moves = [(g, t) for g in groups for t in g.trajectory.transitions]
     count = len(moves) * config.groups.group_size
@@ -317,10 +316,6 @@ def load_model(config: ModelConfig) -> K2:
     return k2
 
 
-def _targets(config: GRPOConfig) -> dict[str, Any]:
-    return {} if config.lora.targets is None else {"targets": config.lora.targets}
-
-
 def _warn_of_cuts(run: Run, k2: K2, records: list[PromptRecord], max_tokens: int) -> None:
     long = [r for r in records if len(r.prompt.encode()) > max_tokens // 2]  # a token is at least one byte
     cuts = [cut for cut in k2.tokenize([r.prompt for r in long], max_tokens)[1] if cut]
@@ -329,10 +324,6 @@ def _warn_of_cuts(run: Run, k2: K2, records: list[PromptRecord], max_tokens: int
             f"warning: {len(cuts)} prompts are longer than prompts.max_tokens ({max_tokens}); "
             f"up to {max(cuts)} tokens are cut"
         )
-
-
-def _copied(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in state_dict.items()}
 
 
 def _preflight(run: Run, rewards: list[Reward], images: np.ndarray, prompts: list[str]) -> dict[str, float | None]:

@@ -61,10 +61,11 @@ def _validate_grpo(config: GRPOConfig) -> None:
     _at_least("steps", config.steps, 1)
     _at_least("seed", config.seed, 0)
     _at_least("prompts.max_tokens", config.prompts.max_tokens, 1)
-    _at_least("lora.rank", config.lora.rank, 1)
-    _positive("lora.alpha", config.lora.alpha)
-    if config.lora.targets == []:
-        raise ConfigError("lora.targets", "is empty, so nothing would be trained; name layers or use null")
+    if config.lora is not None:
+        _at_least("lora.rank", config.lora.rank, 1)
+        _positive("lora.alpha", config.lora.alpha)
+        if config.lora.targets == []:
+            raise ConfigError("lora.targets", "is empty, so nothing would be trained; name layers or use null")
     _validate_sampling(config.sampling)
     _at_least("groups.prompts_per_step", config.groups.prompts_per_step, 1)
     if config.groups.group_size < 2:

@@ -39,6 +39,12 @@ def test_defaults_are_valid():
     validate(grpo())
 
 
+def test_all_weights_need_no_adapter():
+    config = grpo()
+    config.lora = None
+    validate(config)
+
+
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [

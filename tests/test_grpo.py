@@ -12,7 +12,7 @@ from accelerate import PartialState
 from PIL import Image
 
 from posttrain import checkpoint, grpo, sampler
-from posttrain.config import OptimConfig, RewardSpec
+from posttrain.config import LoraConfig, OptimConfig, RewardSpec
 from posttrain.export import load_checkpoint
 from posttrain.k2 import K2
 from posttrain.loop import Stepper
@@ -158,10 +158,12 @@ def test_ratio_is_one_before_the_first_update(config, dynamics, ratio, window, a
         assert row["ratio_std"] > 1e-5  # in the second pass the policy has moved
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.7])
-def test_killed_and_resumed_equals_uninterrupted(config, monkeypatch, tmp_path, ema):
+@pytest.mark.parametrize(("ema", "lora"), [(0.0, True), (0.7, True), (0.7, False)])
+def test_killed_and_resumed_equals_uninterrupted(config, monkeypatch, tmp_path, ema, lora):
     """Killed in step 4, after step 3 was logged and the last checkpoint was step 2's; compared bit for bit."""
     config.optim.ema = ema
+    if not lora:
+        config.lora, config.optim.lr = None, 3e-4
     config.steps, config.checkpoint.every, config.eval.every = 4, 2, 2
     config.optim.passes, config.optim.warmup_steps, config.groups.prompts_per_step = 2, 6, 1
     grpo.train(config)
@@ -184,15 +186,16 @@ def test_killed_and_resumed_equals_uninterrupted(config, monkeypatch, tmp_path, 
 
     a, b = latest(whole), latest(config.output)
     assert a.step == b.step == 4
-    assert a.tensors.keys() == b.tensors.keys() == {"adapter", "optimizer"} | ({"live"} if ema else set())
+    kind = "adapter" if lora else "weights"
+    assert a.tensors.keys() == b.tensors.keys() == {kind, "optimizer"} | ({"live"} if ema else set())
     for name in a.tensors:
         assert_equal(a.tensors[name], b.tensors[name])
     assert a.state["counters"] == b.state["counters"] == {"updates": 8, "skipped": 0, "skipped_in_a_row": 0}
     assert a.state["optimizer"] == b.state["optimizer"]
     assert runs.untimed(whole) == runs.untimed(config.output)
+    summaries = [json.loads((Path(run) / "summary.json").read_text()) for run in (whole, config.output)]
     for name in ("before", "after", "images", "steps"):
-        assert len({json.dumps(json.loads((Path(run) / "summary.json").read_text())[name]) for run in
-                    (whole, config.output)}) == 1  # fmt: skip
+        assert summaries[0][name] == summaries[1][name]
     pictures = [path.relative_to(whole) for path in Path(whole).glob("*/step-*/*.png")]
     assert len(pictures) == 6
     assert all((Path(whole) / p).read_bytes() == (Path(config.output) / p).read_bytes() for p in pictures)
@@ -227,6 +230,38 @@ def test_a_signal_ends_the_run_after_the_step(config, monkeypatch, number, leave
     assert latest(config.output).step == 1 and len(training_rows(config.output)) == 1
     assert (Path(config.output) / "report.html").is_file()
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+def test_all_weights_are_trained(config, trained):
+    """Where `lora` is null: all but the text fusion's. The KL is to the weights as they were, so 0 at first."""
+    config.lora, config.optim.lr, config.loss.kl = None, 3e-4, 0.1
+    grpo.train(config)
+    first, second = training_rows(config.output)
+    assert first["kl"] == 0 < second["kl"]
+    assert all(row["ratio_error"] <= 1e-5 and row["grad_norm"] > 0 for row in (first, second))
+    ((k2, base),) = trained
+    saved = latest(config.output)
+    assert saved.state["lora"] is None and saved.tensors.keys() == {"weights", "optimizer"}
+    assert_equal(saved.tensors["weights"], k2.role_state_dict("policy"))
+    for key, value in k2.base_state_dict().items():
+        assert torch.equal(value, base[key]) == key.startswith(("text_fusion.", "txt_in.")), key
+    assert saved.tensors["weights"].keys() == {key for key in base if not key.startswith(("text_fusion.", "txt_in."))}
+
+    config.lora = LoraConfig(rank=4)
+    with pytest.raises(UserError, match="has trained all weights and this recipe trains an adapter; restore lora"):
+        grpo.train(config, resume=True)
+
+
+def test_all_weights_in_bf16_move_by_less_than_bf16_can_hold(config):
+    """They are kept in fp32: a step of 1e-7 is there in all of them, and there is no KL before the first."""
+    config.model.dtype, config.lora, config.optim.lr, config.loss.kl = "bfloat16", None, 1e-7, 0.1
+    config.steps = 1
+    grpo.train(config)
+    (row,) = training_rows(config.output)
+    assert row["kl"] == 0 and row["ratio_error"] <= 1e-5
+    base = K2.load(config.model.path, dtype=torch.bfloat16).base_state_dict()
+    for key, value in latest(config.output).tensors["weights"].items():
+        assert 0 < (value - base[key].float()).abs().max() < 2e-7, key
 
 
 def test_flat_rewards_move_nothing(config, tmp_path, model, trained):
