@@ -64,8 +64,11 @@ class SamplingConfig:
     """Noise level, > 0. Above 0.7, Flow-SDE adds visible excess noise; for cps 1 is the most."""
     window: int | None = 2
     """Number of SDE steps, 1 to steps - 1, the rest are ODE steps; null: all but the last."""
-    window_start: int | Literal["random"] = "random"
-    """First SDE step, counted from 0, or `random`: drawn for each training step within the first half."""
+    window_start: int | Literal["random", "sliding"] = "random"
+    """First SDE step, counted from 0; or `random`: drawn for each training step within the first half; or
+    `sliding`: 0 at first, then one later every window_every steps, and 0 again past the first half (MixGRPO)."""
+    window_every: int = 25
+    """Training steps that a sliding window stays where it is, >= 1."""
 
 
 @dataclass

@@ -199,9 +199,11 @@ def window_of(config: GRPOConfig, step: int) -> range:
     s = config.sampling
     if s.window is None:
         return range(s.steps - 1)
-    start = s.window_start
+    start, starts = s.window_start, min((s.steps + 1) // 2, s.steps - s.window)
     if start == "random":
-        start = sampler.seed_for(config.seed, step, -1) % min((s.steps + 1) // 2, s.steps - s.window)
+        start = sampler.seed_for(config.seed, step, -1) % starts
+    elif start == "sliding":
+        start = (step - 1) // s.window_every % starts
     return range(start, start + s.window)
 
 

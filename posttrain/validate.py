@@ -135,7 +135,10 @@ def _validate_sampling(sampling: SamplingConfig) -> None:
             f"is {sampling.window}, but {sampling.steps} steps leave 1 to {most} for noise (the last has"
             " none); shorten it or raise sampling.steps",
         )
-    if sampling.window_start == "random":
+    _at_least("sampling.window_every", sampling.window_every, 1)
+    if sampling.window_start == "sliding" and sampling.window is None:
+        raise ConfigError("sampling.window_start", "nothing can slide when sampling.window is null; set a window")
+    if isinstance(sampling.window_start, str):
         return
     _at_least("sampling.window_start", sampling.window_start, 0)
     if sampling.window is None and sampling.window_start > 0:

@@ -62,6 +62,7 @@ def test_all_weights_need_no_adapter():
         ("sampling.window", 0, "leave 1 to 7"),
         ("sampling.window_start", 6, "would end after step 6"),
         ("sampling.window_start", -1, "use 0 or more"),
+        ("sampling.window_every", 0, "use 1 or more"),
         ("groups.prompts_per_step", 0, "use 1 or more"),
         ("groups.group_size", 1, "use 2 or more"),
         ("groups.micro_batch", 0, "use 1 or more"),
@@ -122,6 +123,15 @@ def test_window_that_just_fits():
     validate(config)
     config.sampling.window_start = 1
     with pytest.raises(ConfigError, match=r"sampling\.window_start"):
+        validate(config)
+
+
+def test_sliding_needs_a_window():
+    config = grpo()
+    config.sampling.window_start = "sliding"
+    validate(config)
+    config.sampling.window = None
+    with pytest.raises(ConfigError, match=r"sampling\.window_start: nothing can slide"):
         validate(config)
 
 

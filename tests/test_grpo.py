@@ -162,6 +162,7 @@ def test_ratio_is_one_before_the_first_update(config, dynamics, ratio, window, a
 def test_killed_and_resumed_equals_uninterrupted(config, monkeypatch, tmp_path, ema, lora):
     """Killed in step 4, after step 3 was logged and the last checkpoint was step 2's; compared bit for bit."""
     config.optim.ema = ema
+    config.sampling.window_start, config.sampling.window_every = "sliding", 1
     if not lora:
         config.lora, config.optim.lr = None, 3e-4
     config.steps, config.checkpoint.every, config.eval.every = 4, 2, 2
@@ -476,11 +477,14 @@ def test_prompts_come_once_each_before_any_comes_twice():
 
 
 @pytest.mark.parametrize(("steps", "window", "starts"), [(8, 2, 4), (10, 2, 5), (4, 3, 1), (4, 2, 2), (2, 1, 1)])
-def test_random_windows_lie_in_the_first_half(config, steps, window, starts):
+def test_windows_lie_in_the_first_half(config, steps, window, starts):
     config.sampling.steps, config.sampling.window = steps, window
     windows = [grpo.window_of(config, step) for step in range(1, 60)]
     assert {w.start for w in windows} == set(range(starts))
     assert all(len(w) == window and w.stop <= steps - 1 for w in windows)
+    config.sampling.window_start, config.sampling.window_every = "sliding", 3
+    slid = [grpo.window_of(config, step).start for step in range(1, 3 * starts + 4)]
+    assert slid == [i for i in [*range(starts), 0] for _ in range(3)]
     config.sampling.window_start = 0
     assert grpo.window_of(config, 9) == range(window)
     config.sampling.window = None
