@@ -121,6 +121,21 @@ class LossConfig:
 
 
 @dataclass
+class StopConfig:
+    """Ends the run, saved and with exit code 0, when a figure of the evaluation has got worse and stays so."""
+
+    metric: str | None = None
+    """Figure to watch, best one that is not trained on, named as in eval.best; null: never stop."""
+    better: Literal["higher", "lower"] = "higher"
+    """Which is better. lower suits image/high_frequency, which rises where pictures fill with texture."""
+    drop: float = 0.1
+    """How far from its best so far the figure may get, as a share of that best, > 0: 0.1 lets 0.8 fall to 0.72.
+    Made for figures above 0."""
+    patience: int = 2
+    """Evaluations in a row that must be worse than that, >= 1."""
+
+
+@dataclass
 class EvalConfig:
     """Held-out prompts with fixed seeds, sampled by ODE. Always before the first step and after the last."""
 
@@ -134,6 +149,16 @@ class EvalConfig:
     """Guidance settings to evaluate, each >= 0, in K2's convention: v = c + s (c - u), 0 is off."""
     seed: int = 1234
     """Seed of the evaluation noise; fixed, so that images can be compared over the run."""
+    groups: int = 8
+    """Of these prompts, those that each guidance setting draws a group of images of, to measure diversity, >= 0;
+    0: none."""
+    group_size: int = 8
+    """Images in such a group, >= 2."""
+    best: str | None = None
+    """Figure, the higher the better, whose best step is kept as checkpoints/best: a reward's name (oracle; with
+    guidance 1.5, oracle@1.5) or image/diversity, image/brightness, ...; null: none is kept."""
+    stop: StopConfig = field(default_factory=StopConfig)
+    """Guard against reward hacking."""
 
 
 @dataclass

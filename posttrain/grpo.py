@@ -27,7 +27,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from posttrain import advantages, checkpoint, losses, sampler
+from posttrain import advantages, checkpoint, losses, sampler, watch
 from posttrain.config import GRPOConfig, ModelConfig
 from posttrain.evaluate import Evaluation, Evaluator, means
 from posttrain.k2 import K2, Text, to_pil
@@ -93,6 +93,7 @@ def _train(
 
     saved = checkpoint.load_latest(run.path / "checkpoints") if resume else None
     history: dict[str, Any] = {"before": None, "after": None, "images": 0, "seconds": 0.0}
+    evaluations: list[Any] = []  # (step, figures)
     if saved is not None:
         with stepper.averaged():
             load_policy(k2, saved)
@@ -100,7 +101,7 @@ def _train(
             k2.load_role_state_dict(POLICY, saved.tensors["live"])
         checkpoint.restore_optimizer(stepper.optimizer, saved.tensors["optimizer"], saved.state["optimizer"])
         stepper.restore_counters(saved.state["counters"])
-        history = saved.state["history"]
+        history, evaluations = saved.state["history"], saved.state["evaluations"]
     first = saved.step if saved else 0
 
     def seconds() -> float:
@@ -125,13 +126,20 @@ def _train(
                 "optimizer": state,
                 "counters": stepper.counters(),
                 "history": {**history, "seconds": seconds()},
+                "evaluations": evaluations,
             },
             config.checkpoint.keep,
         )
+        mark_best()
+
+    def mark_best() -> None:
+        if top := watch.best(evaluations, config.eval.best):
+            checkpoint.mark_best(run.path / "checkpoints", top[0])
 
     def evaluate(step: int) -> Evaluation:
         with k2.role(POLICY), stepper.averaged():
             result = evaluator()
+        evaluations.append((step, result.figures))
         run.log(step, {f"eval/{name}": value for name, value in result.figures.items()})
         shown = [r.prompt for r in evaluator.records[:16]]
         run.samples(step, result.images[:16], shown, evaluator.seeds[:16])
@@ -144,7 +152,9 @@ def _train(
             before = evaluate(0)
             history["before"] = history["after"] = before.figures
             history |= _preflight(run, measured, before.images, [r.prompt for r in evaluator.records])
-        loop = Loop(first, config.steps, config.checkpoint, save)
+        mark_best()  # a run that was killed after it saved may not have come to it
+        ended = watch.regression(evaluations, config.eval.stop)  # and one that was stopped does not go on
+        loop = Loop(first, first if ended else config.steps, config.checkpoint, save)
         for step in loop:
             clock = _Clock()
             groups = sample(k2, config, step, records, queue)
@@ -158,8 +168,15 @@ def _train(
             run.log(step, {**metrics, **clock.seconds, "images": history["images"]})
             if step == config.steps or (config.eval.every and step % config.eval.every == 0):
                 history["after"] = evaluate(step).figures
+                if watch.newest_is_best(evaluations, config.eval.best):
+                    loop.save_next()
+                if watch.regression(evaluations, config.eval.stop):
+                    loop.end()
         history["seconds"] = round(seconds(), 1)
-        run.summary({**history, "steps": loop.done, **peak_memory()})
+        decided, lines = watch.outcome(evaluations, config.eval)
+        for line in lines:
+            run.say(line)
+        run.summary({**decided, **history, "steps": loop.done, **peak_memory()})
     return loop.stopped
 
 

@@ -64,6 +64,8 @@ def fails(result: subprocess.CompletedProcess, *parts) -> None:
         ("lora: 3", "lora: is 3, expected a section with rank, alpha, targets or null"),
         ("track: {tensorboard: maybe}", "track.tensorboard: is 'maybe', expected true or false"),
         ("groups: {group_size: 1}", "groups.group_size: is 1, but images are compared"),
+        ("eval: {stop: {metrik: a}}", "eval.stop.metrik: unknown key; did you mean eval.stop.metric?"),
+        ("eval: {best: orcale}", "eval.best: 'orcale' is no figure of the evaluation; known here: oracle, image/"),
         ("sampling: {sizes: [[64, 100]]}", "sampling.sizes[0]: 100 pixels is not a multiple of 16; use 96"),
     ],
 )

@@ -84,6 +84,13 @@ def test_all_weights_need_no_adapter():
         ("eval.steps", 0, "use 1 or more"),
         ("eval.seed", -1, "use 0 or more"),
         ("eval.guidance", [], "[0.0]"),
+        ("eval.groups", -1, "use 0 or more"),
+        ("eval.group_size", 1, "use 2 or more"),
+        ("eval.best", "orcale", "known here: oracle, image/brightness, image/saturation, image/high_frequency"),
+        ("eval.best", "oracle@1.5", "known here: oracle, image/brightness"),
+        ("eval.stop.metric", "diversity", "image/latent_norm, image/diversity"),
+        ("eval.stop.drop", 0.0, "above 0"),
+        ("eval.stop.patience", 0, "use 1 or more"),
         ("checkpoint.every", -1, "use 0 or more"),
         ("checkpoint.minutes", -1.0, "use 0 or more"),
         ("checkpoint.keep", 0, "use 1 or more"),
@@ -149,6 +156,7 @@ def test_cps_noise_level():
         ({"heldout_only": True}, "rewards"),
         ({"weight": -1.0}, "rewards[0].weight"),
         ({"name": ""}, "rewards[0].name"),
+        ({"name": "image/diversity"}, "rewards[0].name"),
         ({"function": "no_colon"}, "rewards[0].function"),
     ],
 )
@@ -164,6 +172,19 @@ def test_reward_names_are_unique():
     config = grpo()
     config.rewards = [RewardSpec("a", "m:f"), RewardSpec("a", "m:g")]
     with pytest.raises(ConfigError, match="used twice"):
+        validate(config)
+
+
+def test_figures_that_an_evaluation_has():
+    """Those of each guidance setting, and the diversity of groups only where there are groups."""
+    config = grpo()
+    config.eval.guidance, config.eval.best, config.eval.stop.metric = [1.5], "oracle@1.5", "image/diversity@1.5"
+    validate(config)
+    config.eval.groups = 0
+    with pytest.raises(ConfigError, match=r"eval\.stop\.metric: 'image/diversity@1\.5' is no figure"):
+        validate(config)
+    config.eval.groups, config.eval.every = 8, 0
+    with pytest.raises(ConfigError, match=r"eval\.stop\.metric: has no meaning when eval\.every is 0"):
         validate(config)
 
 
