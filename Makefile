@@ -17,7 +17,7 @@ test test-vllm: export OMP_NUM_THREADS ?= 1
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
-	$(BIN)/posttrain grpo --config recipes/nano/grpo.yaml --output runs/demo-$$(date +%Y%m%d-%H%M%S)
+	$(BIN)/posttrain grpo --config recipes/nano/demo.yaml --output runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 # The real vLLM is among the tests where it has a build for the CPU.
 PLATFORM := $(shell uname -sm)

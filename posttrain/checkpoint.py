@@ -90,8 +90,11 @@ def save(
 
 
 def mark_best(directory: str | Path, step: int) -> None:
-    """Make `directory/best` a link to a saved step, which then survives pruning; atomic."""
+    """Make `directory/best` a link to a step, which then survives pruning; atomic. No link if it is not saved."""
     directory = Path(directory)
+    if not (directory / f"step-{step:06d}").is_dir():
+        (directory / "best").unlink(missing_ok=True)
+        return
     link = directory / ".best"
     link.unlink(missing_ok=True)
     link.symlink_to(f"step-{step:06d}")

@@ -20,7 +20,7 @@ import yaml
 
 from posttrain import __version__
 from posttrain.config import ExportConfig, GRPOConfig, JudgeConfig, ReportConfig, SampleConfig, ServeConfig
-from posttrain.recipe import check_recipe, describe, field_types, read_recipe, suggestion
+from posttrain.recipe import check_recipe, describe, field_types, fits, read_recipe, suggestion
 from posttrain.validate import ConfigError, validate
 from prompts.errors import UserError
 
@@ -193,9 +193,7 @@ def _explain(message: str, command: Command, argv: list[str], recipes: dict[str,
         option = match[1].split()[0]
         if not option.startswith("-"):
             return f"command line: '{option}' is not an option; a recipe is given as --config {option}"
-        wrong = option.partition("=")[0].lstrip("-")
-        known = ["config", "help", *(["resume"] if command.resumable else []), *types]
-        return f"command line: --{wrong}: unknown option{suggestion(wrong, known, '--')}"
+        return _unknown(option.partition("=")[0].lstrip("-"), command, types)
     if match := re.search(r"the following arguments are required: (.*)", message):
         missing = match[1].split(", ")
         where = list(recipes)[-1] if recipes else "command line"
@@ -203,10 +201,21 @@ def _explain(message: str, command: Command, argv: list[str], recipes: dict[str,
         return f"{where}: {', '.join(missing)}: missing; add it to the recipe or pass {options}"
     if (match := re.match(r'Parser key "([^"]+)"', message)) and match[1] in types:
         field = match[1]
+        # A section that may be null is one value to jsonargparse: which option in it was wrong?
+        for option in [arg[2:].partition("=")[0] for arg in argv if arg.startswith(f"--{match[1]}.")]:
+            if option not in types:
+                return _unknown(option, command, types)
+            if not fits(yaml.safe_load(_given(option, argv) or ""), types[option]):
+                field = option
         value = _given(field, argv)
         shown = "" if value is None else f"is '{value}', "
         return f"{_source(field, argv, recipes)}: {field}: {shown}expected {describe(types[field])}"
     return f"command line: {message}"
+
+
+def _unknown(option: str, command: Command, types: dict[str, Any]) -> str:
+    known = ["config", "help", *(["resume"] if command.resumable else []), *types]
+    return f"command line: --{option}: unknown option{suggestion(option, known, '--')}"
 
 
 if __name__ == "__main__":

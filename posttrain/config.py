@@ -23,7 +23,7 @@ class ModelConfig:
     transformer_file: str | None = None
     """Transformer as one safetensors file in the original key names; replaces the one in path."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of the frozen weights. Adapters, latents and log-probs stay float32."""
+    """Type of the frozen weights, and of the arithmetic. What is trained, latents and log-probs stay float32."""
 
 
 @dataclass
@@ -67,8 +67,11 @@ class SamplingConfig:
     """Noise level, > 0. Above 0.7, Flow-SDE adds visible excess noise; for cps 1 is the most."""
     window: int | None = 2
     """Number of SDE steps, 1 to steps - 1, the rest are ODE steps; null: all but the last."""
-    window_start: int | Literal["random"] = "random"
-    """First SDE step, counted from 0, or `random`: drawn for each training step within the first half."""
+    window_start: int | Literal["random", "sliding"] = "random"
+    """First SDE step, counted from 0; or `random`: drawn for each training step within the first half; or
+    `sliding`: 0 at first, then one later every window_every steps, and 0 again past the first half (MixGRPO)."""
+    window_every: int = 25
+    """Training steps that a sliding window stays where it is, >= 1."""
 
 
 @dataclass
@@ -112,11 +115,27 @@ class LossConfig:
     clip_high: float = 1e-4
     """The ratio is clipped above at 1 + clip_high, > 0."""
     kl: float = 0.01
-    """Weight of the squared velocity distance to the reference (adapter off), >= 0; 0 turns it off."""
+    """Weight of the squared velocity distance to the reference (the weights at the start: adapter off), >= 0; 0
+    turns it off."""
     ratio: Literal["plain", "guard"] = "guard"
     """plain: exp of the log-prob difference. guard: recentred and rescaled so that steps share one scale."""
     max_advantage: float = 5.0
     """Advantages are clipped to plus or minus this, > 0."""
+
+
+@dataclass
+class StopConfig:
+    """Ends the run, saved and with exit code 0, when a figure of the evaluation has got worse and stays so."""
+
+    metric: str | None = None
+    """Figure to watch, best one that is not trained on, named as in eval.best; null: never stop."""
+    better: Literal["higher", "lower"] = "higher"
+    """Which is better. lower suits image/high_frequency, which rises where pictures fill with texture."""
+    drop: float = 0.1
+    """How far from its best so far the figure may get, as a share of that best, > 0: 0.1 lets 0.8 fall to 0.72.
+    Made for figures above 0."""
+    patience: int = 2
+    """Evaluations in a row that must be worse than that, >= 1."""
 
 
 @dataclass
@@ -133,6 +152,16 @@ class EvalConfig:
     """Guidance settings to evaluate, each >= 0, in K2's convention: v = c + s (c - u), 0 is off."""
     seed: int = 1234
     """Seed of the evaluation noise; fixed, so that images can be compared over the run."""
+    groups: int = 8
+    """Of these prompts, those that each guidance setting draws a group of images of, to measure diversity, >= 0;
+    0: none."""
+    group_size: int = 8
+    """Images in such a group, >= 2."""
+    best: str | None = None
+    """Figure, the higher the better, whose best step is kept as checkpoints/best: a reward's name (oracle; with
+    guidance 1.5, oracle@1.5) or image/diversity, image/brightness, ...; null: none is kept."""
+    stop: StopConfig = field(default_factory=StopConfig)
+    """Guard against reward hacking."""
 
 
 @dataclass
@@ -176,7 +205,10 @@ class GRPOConfig:
     advantages: Literal["gdpo", "sum"] = "gdpo"
     """gdpo: normalise each reward in its group, then weigh, then normalise over the batch.
     sum: weigh, then normalise in the group."""
-    lora: LoraConfig = field(default_factory=LoraConfig)
+    lora: LoraConfig | None = field(default_factory=LoraConfig)
+    """The adapter to train, with rank, alpha and targets (--lora.help). null: train all weights but the text
+    fusion's; wants an optim.lr of 1e-6 to 1e-5, and 16 bytes a weight (K2: 205 GB), with loss.kl > 0 another copy
+    in model.dtype (K2, bfloat16: 26 GB), with optim.ema 4 bytes more (K2: 51 GB)."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     groups: GroupsConfig = field(default_factory=GroupsConfig)
     pool: PoolConfig = field(default_factory=PoolConfig)
@@ -250,7 +282,8 @@ class SampleConfig:
     prompts: str | None = None
     """JSONL file of prompts; give this or prompt."""
     adapter: str | None = None
-    """Run directory or checkpoint whose adapter is applied; null: the model as it is."""
+    """Run directory or checkpoint whose adapter (or weights, if it trained all) is applied; null: the model as
+    it is."""
     size: list[int] = field(default_factory=lambda: [512, 512])
     """[height, width] in pixels, multiples of 16."""
     steps: int | None = None
@@ -274,8 +307,9 @@ class ExportConfig:
     output: str
     """Directory (diffusers) or .safetensors file (the other formats) to write; must not exist."""
     format: Literal["diffusers", "lora", "original", "lora-original"] = "diffusers"
-    """diffusers: a Krea2Pipeline directory with the adapter merged. lora: the adapter for load_lora_weights.
-    original, lora-original: the same in the key names of the official repository and ComfyUI."""
+    """diffusers: a Krea2Pipeline directory with what was trained. lora: the adapter for load_lora_weights.
+    original, lora-original: the same in the key names of the official repository and ComfyUI. A run that trained
+    all weights has no adapter: diffusers or original."""
 
 
 @dataclass

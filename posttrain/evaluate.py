@@ -1,4 +1,6 @@
-"""Evaluation on held-out prompts: fixed seeds, deterministic sampling, every reward of the recipe."""
+"""Evaluation on held-out prompts: fixed seeds, deterministic sampling, every reward of the recipe and the figures
+of figures.py.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from posttrain import sampler
+from posttrain import figures, sampler
 from posttrain.config import EvalConfig
 from posttrain.k2 import K2, Text, to_pil
 from prompts.records import PromptRecord, columns
@@ -19,7 +21,7 @@ from rewards.base import Reward, Scores, score_all
 @dataclass
 class Evaluation:
     figures: dict[str, float | None]
-    """`reward` (mean score) and, with guidance s, `reward@s`; None where no picture could be scored."""
+    """`reward` (mean score; None where no picture could be scored), `image/...`; with guidance s, `name@s`."""
     images: np.ndarray
     """uint8 (N, H, W, 3), by the first guidance of the recipe."""
 
@@ -40,35 +42,43 @@ class Evaluator:
         self.k2, self.rewards, self.config, self.size, self.batch = k2, rewards, config, size, batch
         self.records = list(records[: config.prompts])
         self.seeds = [sampler.seed_for(config.seed, i) for i in range(len(self.records))]
+        groups = range(min(config.groups, len(self.records)))
+        self._groups = [(i, sampler.seed_for(config.seed, i, j)) for i in groups for j in range(config.group_size)]
+        """Prompt and seed of each picture of the groups."""
         features = k2.encode([r.prompt for r in self.records], max_tokens).features
         self._fused = [k2.fuse(f) for f in features]
         self._columns = columns(self.records)
         self._null = k2.text([""]) if any(config.guidance) else None
 
     def __call__(self) -> Evaluation:
-        figures: dict[str, float | None] = {}
+        found: dict[str, float | None] = {}
         shown: np.ndarray | None = None
+        prompts = [r.prompt for r in self.records]
         for guidance in self.config.guidance:
-            images = self._draw(guidance)
+            images, latents = self._draw(list(enumerate(self.seeds)), guidance)
             shown = images if shown is None else shown
             pictures = to_pil(torch.from_numpy(images))
-            prompts = [r.prompt for r in self.records]
             scores = asyncio.run(score_all(self.rewards, pictures, prompts, self._columns))
-            suffix = f"@{guidance:g}" if guidance else ""
-            figures |= {name + suffix: mean for name, mean in means(scores).items()}
+            values = means(scores) | figures.look(images, latents)
+            if self._groups:
+                grouped, _ = self._draw(self._groups, guidance)
+                values[figures.DIVERSITY] = figures.diversity(grouped, self.config.group_size)
+            found |= {name + figures.suffix(guidance): value for name, value in values.items()}
         assert shown is not None
-        return Evaluation(figures, shown)
+        return Evaluation(found, shown)
 
-    def _draw(self, guidance: float) -> np.ndarray:
-        k2, (height, width), images = self.k2, self.size, []
+    def _draw(self, jobs: Sequence[tuple[int, int]], guidance: float) -> tuple[np.ndarray, np.ndarray]:
+        """Pictures and latents of (prompt, seed) pairs."""
+        k2, (height, width), images, latents = self.k2, self.size, [], []
         shape = (k2.image_tokens(height, width), k2.latent_channels)
-        for i in range(0, len(self.records), self.batch):
-            part = slice(i, i + self.batch)
-            noise = sampler.noise(self.seeds[part], shape)
-            text = Text.of(self._fused[part])
-            latents = k2.sample(text, noise, self.config.steps, height, width, guidance, self._null)
-            images.append(k2.decode(latents, height, width).cpu().numpy())
-        return np.concatenate(images)
+        for i in range(0, len(jobs), self.batch):
+            part = jobs[i : i + self.batch]
+            noise = sampler.noise([seed for _, seed in part], shape)
+            text = Text.of([self._fused[row] for row, _ in part])
+            drawn = k2.sample(text, noise, self.config.steps, height, width, guidance, self._null)
+            latents.append(drawn.cpu().numpy())
+            images.append(k2.decode(drawn, height, width).cpu().numpy())
+        return np.concatenate(images), np.concatenate(latents)
 
 
 def means(scores: Scores) -> dict[str, float | None]:

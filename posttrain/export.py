@@ -24,6 +24,7 @@ from posttrain.checkpoint import Checkpoint
 from posttrain.config import ExportConfig
 from posttrain.k2 import K2
 from posttrain.load import quiet
+from posttrain.policy import POLICY, add_saved_policy
 from prompts.errors import UserError
 
 DIFFUSERS_PREFIX, ORIGINAL_PREFIX = "transformer.", "diffusion_model."
@@ -31,26 +32,28 @@ DIFFUSERS_PREFIX, ORIGINAL_PREFIX = "transformer.", "diffusion_model."
 
 
 def export(config: ExportConfig) -> None:
-    """Writes `config.output`. Raises UserError if it exists, or if the adapter would change nothing."""
+    """Writes `config.output`. Raises UserError if it exists, or if what was trained would change nothing."""
     output = Path(config.output)
     if output.exists():
         raise UserError(f"output: {output} exists; choose another name")
     saved = checkpoint.load(checkpoint.find(config.source))
-    factors = scaled_factors(saved)
+    if config.format.startswith("lora") and saved.state["lora"] is None:
+        raise UserError(f"format: {saved.path} has no adapter, all weights were trained; use diffusers or original")
+    factors = {} if saved.state["lora"] is None else scaled_factors(saved)
     if config.format == "lora":
         _whole(output, lambda path: save_file({DIFFUSERS_PREFIX + k: v for k, v in factors.items()}, path))
     elif config.format == "lora-original":
         named = {ORIGINAL_PREFIX + original.original_name(k): v for k, v in factors.items()}
         _whole(output, lambda path: save_file(named, path))
     else:
-        k2 = load_checkpoint(saved)
+        k2 = load_base(saved)
         before = {k: v.clone() for k, v in k2.base_state_dict().items()}
-        k2.merge_role("policy")
+        add_saved_policy(k2, saved)
+        k2.merge_role(POLICY)
         after = k2.base_state_dict()
         if not any(not torch.equal(before[k], v) for k, v in after.items()):
-            raise UserError(
-                f"{saved.path}: merged in {k2.dtype}, the adapter changes no weight; train longer or in float32"
-            )
+            what = "what was trained" if saved.state["lora"] is None else "the adapter"
+            raise UserError(f"{saved.path}: merged in {k2.dtype}, {what} changes no weight; train longer or in float32")
         if config.format == "original":
             state = {k: v.contiguous() for k, v in original.to_original(after).items()}
             _whole(output, lambda path: save_file(state, path))
@@ -73,12 +76,16 @@ def scaled_factors(saved: Checkpoint) -> dict[str, Tensor]:
 
 
 def load_checkpoint(saved: Checkpoint, device: str | torch.device = "cpu") -> K2:
-    """The model of a checkpoint with its adapter as the role `policy`."""
-    model, lora = saved.state["model"], saved.state["lora"]
-    k2 = K2.load(model["path"], model["transformer_file"], getattr(torch, model["dtype"]), device)
-    k2.add_role("policy", lora["rank"], lora["alpha"], lora["targets"])
-    k2.load_role_state_dict("policy", saved.tensors["adapter"])
+    """The model of a checkpoint with what was trained as the role `policy`."""
+    k2 = load_base(saved, device)
+    add_saved_policy(k2, saved)
     return k2
+
+
+def load_base(saved: Checkpoint, device: str | torch.device = "cpu") -> K2:
+    """The model that a checkpoint's run began with."""
+    model = saved.state["model"]
+    return K2.load(model["path"], model["transformer_file"], getattr(torch, model["dtype"]), device)
 
 
 def _whole(output: Path, write: Callable[[Path], object]) -> None:

@@ -27,11 +27,12 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from posttrain import advantages, checkpoint, losses, sampler
+from posttrain import advantages, checkpoint, losses, sampler, watch
 from posttrain.config import GRPOConfig, ModelConfig
 from posttrain.evaluate import Evaluation, Evaluator, means
 from posttrain.k2 import K2, Text, to_pil
 from posttrain.loop import Loop, Stepper
+from posttrain.policy import POLICY, add_policy, described, load_policy, saved_tensors
 from posttrain.report import write_report
 from posttrain.rollout import Trajectory, rollout
 from posttrain.source import PromptSource
@@ -44,8 +45,6 @@ from rewards.gates import apply_gates
 from rewards.load import load_rewards, record
 from rewards.preflight import repeatability
 from rewards.serve import serve
-
-POLICY = "policy"
 
 
 @dataclass
@@ -68,7 +67,7 @@ def train(config: GRPOConfig, resume: bool = False) -> None:
     source, heldout = PromptSource(config, read_prompts(config.prompts.train)), read_prompts(config.prompts.heldout)
     load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})  # before the wait
     k2 = load_model(config.model)
-    k2.add_role(POLICY, config.lora.rank, config.lora.alpha, **_targets(config), seed=config.seed)
+    add_policy(k2, config.lora, config.seed, reference=config.loss.kl > 0)
     with Run.create(config, resume) as run, serve(config.servers, run.path / "servers") as urls:
         stopped = _train(config, resume, run, k2, source, heldout, urls)
         write_report(run.path)
@@ -95,15 +94,16 @@ def _train(
 
     saved = checkpoint.load_latest(run.path / "checkpoints") if resume else None
     history: dict[str, Any] = {"before": None, "after": None, "images": 0, "seconds": 0.0}
+    evaluations: list[Any] = []  # (step, figures)
     if saved is not None:
         with stepper.averaged():
-            k2.load_role_state_dict(POLICY, saved.tensors["adapter"])
+            load_policy(k2, saved)
         if config.optim.ema:
             k2.load_role_state_dict(POLICY, saved.tensors["live"])
         checkpoint.restore_optimizer(stepper.optimizer, saved.tensors["optimizer"], saved.state["optimizer"])
         stepper.restore_counters(saved.state["counters"])
         source.restore(saved)
-        history = saved.state["history"]
+        history, evaluations = saved.state["history"], saved.state["evaluations"]
     first = saved.step if saved else 0
 
     def seconds() -> float:
@@ -113,7 +113,7 @@ def _train(
         optimizer, state = checkpoint.flatten_optimizer(stepper.optimizer)
         pool, pool_state = source.state()
         with stepper.averaged():
-            tensors = {"adapter": _copied(k2.role_state_dict(POLICY)), "optimizer": optimizer, **pool}
+            tensors = {**saved_tensors(k2), "optimizer": optimizer, **pool}
         if config.optim.ema:
             tensors["live"] = k2.role_state_dict(POLICY)
         checkpoint.save(
@@ -123,21 +123,28 @@ def _train(
             {
                 "method": "grpo",
                 "model": asdict(config.model),
-                "lora": asdict(k2.roles[POLICY]),
+                "lora": described(k2),
                 "rewards": record(trained),
                 "guidance": {"training": 0.0, "evaluation": config.eval.guidance},
                 "optimizer": state,
                 "counters": stepper.counters(),
                 "history": {**history, "seconds": seconds()},
+                "evaluations": evaluations,
                 **pool_state,
             },
             config.checkpoint.keep,
         )
+        mark_best()
         run.prompts(source.ends())
+
+    def mark_best() -> None:
+        if top := watch.best(evaluations, config.eval.best):
+            checkpoint.mark_best(run.path / "checkpoints", top[0])
 
     def evaluate(step: int) -> Evaluation:
         with k2.role(POLICY), stepper.averaged():
             result = evaluator()
+        evaluations.append((step, result.figures))
         run.log(step, {f"eval/{name}": value for name, value in result.figures.items()})
         shown = [r.prompt for r in evaluator.records[:16]]
         run.samples(step, result.images[:16], shown, evaluator.seeds[:16])
@@ -150,7 +157,9 @@ def _train(
             before = evaluate(0)
             history["before"] = history["after"] = before.figures
             history |= _preflight(run, measured, before.images, [r.prompt for r in evaluator.records])
-        loop = Loop(first, config.steps, config.checkpoint, save)
+        mark_best()  # a run that was killed after it saved may not have come to it
+        ended = watch.regression(evaluations, config.eval.stop)  # and one that was stopped does not go on
+        loop = Loop(first, first if ended else config.steps, config.checkpoint, save)
         for step in loop:
             clock = _Clock()
             groups = sample(k2, config, step, source, queue)
@@ -165,8 +174,15 @@ def _train(
             run.log(step, {**metrics, **clock.seconds, "images": history["images"]})
             if step == config.steps or (config.eval.every and step % config.eval.every == 0):
                 history["after"] = evaluate(step).figures
+                if watch.newest_is_best(evaluations, config.eval.best):
+                    loop.save_next()
+                if watch.regression(evaluations, config.eval.stop):
+                    loop.end()
         history["seconds"] = round(seconds(), 1)
-        run.summary({**history, "steps": loop.done, **peak_memory()})
+        decided, lines = watch.outcome(evaluations, config.eval)
+        for line in lines:
+            run.say(line)
+        run.summary({**decided, **history, "steps": loop.done, **peak_memory()})
     return loop.stopped
 
 
@@ -205,9 +221,11 @@ def window_of(config: GRPOConfig, step: int) -> range:
     s = config.sampling
     if s.window is None:
         return range(s.steps - 1)
-    start = s.window_start
+    start, starts = s.window_start, min((s.steps + 1) // 2, s.steps - s.window)
     if start == "random":
-        start = sampler.seed_for(config.seed, step, -1) % min((s.steps + 1) // 2, s.steps - s.window)
+        start = sampler.seed_for(config.seed, step, -1) % starts
+    elif start == "sliding":
+        start = (step - 1) // s.window_every % starts
     return range(start, start + s.window)
 
 
@@ -252,7 +270,7 @@ def score(config: GRPOConfig, groups: list[Group], scores: Scores) -> dict[str, 
 
 
 def optimise(k2: K2, config: GRPOConfig, groups: list[Group], stepper: Stepper) -> dict[str, float]:
-    """One or more updates on a step's groups; the reference is the base, adapter off."""
+    """One or more updates on a step's groups; the reference is the weights that training began with."""
     s, loss = config.sampling, config.loss
     moves = [(g, t) for g in groups for t in g.trajectory.transitions]
     count = len(moves) * config.groups.group_size
@@ -315,10 +333,6 @@ def load_model(config: ModelConfig) -> K2:
     return k2
 
 
-def _targets(config: GRPOConfig) -> dict[str, Any]:
-    return {} if config.lora.targets is None else {"targets": config.lora.targets}
-
-
 def _warn_of_cuts(run: Run, k2: K2, records: list[PromptRecord], max_tokens: int) -> None:
     long = [r for r in records if len(r.prompt.encode()) > max_tokens // 2]  # a token is at least one byte
     cuts = [cut for cut in k2.tokenize([r.prompt for r in long], max_tokens)[1] if cut]
@@ -327,10 +341,6 @@ def _warn_of_cuts(run: Run, k2: K2, records: list[PromptRecord], max_tokens: int
             f"warning: {len(cuts)} prompts are longer than prompts.max_tokens ({max_tokens}); "
             f"up to {max(cuts)} tokens are cut"
         )
-
-
-def _copied(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in state_dict.items()}
 
 
 def _preflight(run: Run, rewards: list[Reward], images: np.ndarray, prompts: list[str]) -> dict[str, float | None]:

@@ -84,7 +84,8 @@ def train(config: JudgeConfig) -> None:
     card: dict[str, Any] = {"figures": None, "before": None, "records": (len(training), len(heldout))}
 
     def save(step: int) -> None:
-        write_adapter(vlm, run.path / "adapter", config, template, step, card)
+        with stepper.averaged():
+            write_adapter(vlm, run.path / "adapter", config, template, step, card)
 
     with run:
         run.start(config.steps)
@@ -96,7 +97,8 @@ def train(config: JudgeConfig) -> None:
             metrics = update(vlm, stepper, batches, config, step)
             run.log(step, metrics)
         if loop.stopped is None:
-            card["figures"] = figures(config.mode, heldout, score(vlm, template, heldout, config), config.seed)
+            with stepper.averaged():
+                card["figures"] = figures(config.mode, heldout, score(vlm, template, heldout, config), config.seed)
             save(config.steps)
         run.summary({"before": _numbers(card["before"]), "after": _numbers(card["figures"]), "steps": loop.done,
                      **peak_memory()})  # fmt: skip

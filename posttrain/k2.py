@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain import sampler
 from posttrain.load import load_pipeline, random_pipeline
-from posttrain.roles import Roles, switched
+from posttrain.roles import Roles, frozen_copy, switched
 from prompts.errors import UserError
 
 
@@ -84,7 +84,7 @@ class VelocityModel(nn.Module):
         """x (B, N, C) and tokens (B, L, C) in the network's dtype, t (B,) in fp32, mask (B, L) or None."""
         net, length = self.transformer, tokens.shape[1]
         low_precision = x.dtype != torch.float32
-        # Autocast brings the adapters' fp32 weights to the base's dtype; everything else is there already.
+        # Autocast brings what is trained, which is fp32, to the base's dtype; everything else is there already.
         with torch.autocast(x.device.type, dtype=x.dtype) if low_precision else contextlib.nullcontext():
             temb = net.time_embed(t, dtype=x.dtype)
             modulation = net.time_mod_proj(F.gelu(temb, approximate="tanh"))
@@ -128,11 +128,15 @@ class K2(Roles):
         self.vae: AutoencoderKLQwenImage = pipe.components["vae"]
         self.text_encoder: PreTrainedModel | None = pipe.components["text_encoder"]
         self.tokenizer: PreTrainedTokenizerBase | None = pipe.components["tokenizer"]
+        self.dtype: torch.dtype = self.transformer.img_in.weight.dtype
+        """The type of the network's arithmetic, and of its weights where they are not trained themselves."""
         self.time_dtype = torch.float32
         """The precision of the time the network is told; see `sampler.model_time`."""
         self.velocity_model = VelocityModel(self.transformer, self._active)
         self.net: nn.Module = self.velocity_model
         """What `velocity` calls. A distributed run prepares it and puts the wrapped module here."""
+        self.reference: VelocityModel | None = None
+        """What it calls instead as the role None, where all weights are a role and `reference` was asked for."""
         for module in (self.transformer, self.vae, self.text_encoder):
             if module is not None:
                 module.eval().requires_grad_(False)
@@ -167,15 +171,17 @@ class K2(Roles):
         """
         return cls(random_pipeline(device, dtype, scale, text, seed))
 
+    def add_full_role(self, name: str, reference: bool = False) -> None:
+        """See `Roles`. With `reference`, a frozen copy of the weights as they are now is the role None."""
+        copied = frozen_copy(self.transformer) if reference and not self.roles else None
+        super().add_full_role(name)
+        self.reference = None if copied is None else VelocityModel(copied, self._active)
+
     # shapes and schedule
 
     @property
     def device(self) -> torch.device:
         return self.transformer.img_in.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.transformer.img_in.weight.dtype
 
     @property
     def is_distilled(self) -> bool:
@@ -296,7 +302,14 @@ class K2(Roles):
         t = sampler.model_time(t, self.time_dtype).to(x.device).expand(batch)
         tokens = text.tokens.expand(batch, -1, -1)
         mask = None if text.mask is None else text.mask.expand(batch, -1)
-        return self.net(x.to(self.dtype), t, tokens, mask, grid).float()
+        return self._network()(x.to(self.dtype), t, tokens, mask, grid).float()
+
+    def _network(self) -> nn.Module:
+        if self._active or None not in self.roles.values():
+            return self.net
+        if self.reference is None:
+            raise ValueError(f"all weights are the role {next(iter(self.roles))!r}, and no reference was kept")
+        return self.reference
 
     def guided_velocity(
         self,

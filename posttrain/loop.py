@@ -22,7 +22,8 @@ MAX_SKIPPED = 10
 class Loop:
     """Training steps first+1 .. total, with `save(step)` by count, by time, at the end and when asked to stop.
 
-    SIGTERM and Ctrl-C let the step in progress finish, save, and end the loop; a second Ctrl-C does not wait.
+    SIGTERM and Ctrl-C let the step in progress finish, save, and end the loop; a second Ctrl-C does not wait. So
+    does `end`, which the loop's body calls; `save_next` only has the step in progress saved.
     """
 
     def __init__(self, first: int, total: int, config: CheckpointConfig, save: Callable[[int], None]):
@@ -30,6 +31,7 @@ class Loop:
         self.stopped: signal.Signals | None = None
         self.done = first
         """The last step that was finished."""
+        self._due = self._ended = False
 
     def __iter__(self) -> Iterator[int]:
         before = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -39,15 +41,22 @@ class Loop:
                 yield step
                 self.done = step
                 late = self.config.minutes and time.monotonic() - saved_at > 60 * self.config.minutes
-                due = self.config.every and step % self.config.every == 0
-                if self.stopped or late or due or step == self.total:
+                due = self._due or (self.config.every and step % self.config.every == 0)
+                last = self._ended or self.stopped is not None or step == self.total
+                if last or late or due:
                     self.save(step)
-                    saved_at = time.monotonic()
-                if self.stopped:
+                    saved_at, self._due = time.monotonic(), False
+                if last:
                     return
         finally:
             for s, handler in before.items():
                 signal.signal(s, handler)
+
+    def save_next(self) -> None:
+        self._due = True
+
+    def end(self) -> None:
+        self._ended = True
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.stopped is signal.SIGINT and number == signal.SIGINT:

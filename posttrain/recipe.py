@@ -65,8 +65,8 @@ def field_types(config: type, prefix: str = "") -> dict[str, Any]:
     paths: dict[str, Any] = {}
     for name, kind in get_type_hints(config).items():
         paths[prefix + name] = kind
-        if dataclasses.is_dataclass(kind):
-            paths |= field_types(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+        if section := _section(kind):
+            paths |= field_types(section, f"{prefix}{name}.")
     return paths
 
 
@@ -97,10 +97,16 @@ def describe(kind: Any) -> str:
     return words[kind]
 
 
+def _section(kind: Any) -> type | None:
+    """The dataclass that a section is, or may be where it may also be null; None for any other type."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    return next((k for k in kinds if dataclasses.is_dataclass(k)), None)  # type: ignore[return-value]
+
+
 def _problems(value: Any, kind: Any, path: str) -> Iterator[tuple[str, str]]:
     origin, args = get_origin(kind), get_args(kind)
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        yield from _section_problems(value, kind, path)
+    if (section := _section(kind)) and isinstance(value, dict):
+        yield from _section_problems(value, section, path)
     elif origin is list and isinstance(value, list):
         for i, item in enumerate(value):
             yield from _problems(item, args[0], f"{path}[{i}]")
@@ -110,7 +116,7 @@ def _problems(value: Any, kind: Any, path: str) -> Iterator[tuple[str, str]]:
     elif origin is dict and isinstance(value, dict) and args[1] is not Any:
         for name, item in value.items():
             yield from _problems(item, args[1], f"{path}.{name}")
-    elif not _fits(value, kind):
+    elif not fits(value, kind):
         yield path, f"is {_show(value)}, expected {describe(kind)}"
 
 
@@ -129,7 +135,8 @@ def _section_problems(value: dict, kind: Any, path: str) -> Iterator[tuple[str, 
                 yield f"{dot}{field.name}", f"is missing; expected {describe(hints[field.name])}"
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value, as YAML reads it, is of a type."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Literal:
         return value in args

@@ -162,10 +162,20 @@ def _summary(summary: dict[str, Any]) -> str:
         rows.append(f'<tr><td>{_text(name)}</td>{cells}<td class="n">{_text(change)}</td></tr>')
     head = '<tr><th></th><th class="n">before</th><th class="n">after</th><th class="n">change</th></tr>'
     table = f"<div><h2>Before and after</h2><table>{head}{''.join(rows)}</table></div>" if rows else ""
-    rest = {name: value for name, value in summary.items() if name not in ("before", "after")}
+    rest = {name: value for name, value in summary.items() if name not in ("before", "after", "best", "stopped")}
     cost = "".join(f'<tr><td>{_text(k)}</td><td class="n">{_text(_value(v))}</td></tr>' for k, v in rest.items())
     took = f"<div><h2>What it took</h2><table>{cost}</table></div>" if cost else ""
-    return f'<div class="tables">{table}{took}</div>'
+    return f'{_outcome(summary)}<div class="tables">{table}{took}</div>'
+
+
+def _outcome(summary: dict[str, Any]) -> str:
+    lines = []
+    if reason := summary.get("stopped"):
+        lines.append(f"<p><b>Stopped early: {_text(reason)}</b></p>")
+    if best := summary.get("best"):
+        where = "the start: no step did better" if best["step"] == 0 else f"step {best['step']}, in checkpoints/best"
+        lines.append(f"<p>Best {_text(best['metric'])}: {number(best['value'])} at {where}</p>")
+    return "".join(lines)
 
 
 def _curves(series: dict[str, list[Point]]) -> str:

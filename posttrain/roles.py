@@ -1,9 +1,11 @@
-"""Roles: LoRA adapters on one frozen transformer.
+"""Roles: LoRA adapters on one frozen transformer, or a single one that is the transformer itself.
 
-Policy, student and fake score are adapters; the reference and the teacher are the base with none active.
+Policy, student and fake score are adapters; the reference and the teacher are the base with none active. Where all
+weights are trained, the only role is made of them, and the reference is a frozen copy, if one was kept.
 """
 
 import contextlib
+import copy
 import math
 import re
 import warnings
@@ -35,11 +37,14 @@ class Role:
 
 
 class Roles:
-    """The adapters of a transformer. Nothing is trainable until `train_role` or `train_all`."""
+    """The roles of a transformer. Nothing is trainable until `train_role`."""
 
     def __init__(self, transformer: Krea2Transformer2DModel) -> None:
         self.transformer = transformer
-        self.roles: dict[str, Role] = {}
+        self.roles: dict[str, Role | None] = {}
+        """By name; None is the role of all weights."""
+        self._stored: dict[str, torch.dtype] = {}
+        """The weights of the role of all weights, with the types that they have outside it."""
         # Every adapted layer reads its active adapters from this one list: a switch is one assignment. peft's
         # own walks the layers and changes requires_grad as it goes, which must not happen in training.
         self._active: list[str] = []
@@ -50,8 +55,8 @@ class Roles:
 
         It is neither active nor trainable yet. The text fusion is never adapted: its output is cached.
         """
-        if name in self.roles or not re.fullmatch(r"\w+", name):
-            raise ValueError(f"role {name!r} exists already or is not a word")
+        if name in self.roles or self._stored or not re.fullmatch(r"\w+", name):
+            raise ValueError(f"role {name!r} exists already, stands beside one of all weights, or is not a word")
         if unknown := [target for target in targets if target not in TARGETS]:
             known = ", ".join(TARGETS)
             raise UserError(f"LoRA targets: {unknown[0]!r} is no linear of a K2 block; choose from {known}")
@@ -71,6 +76,18 @@ class Roles:
                 uniform = torch.rand(parameter.shape, generator=generator) * 2 - 1
                 parameter.data.copy_(uniform / math.sqrt(parameter.shape[1]))
 
+    def add_full_role(self, name: str) -> None:
+        """Make the weights themselves a role, in fp32 whatever the arithmetic, so that small updates are not lost.
+
+        All but those that fuse the text, whose output is cached. There can be no other role then.
+        """
+        if self.roles:
+            raise ValueError(f"role {name!r} of all weights cannot stand beside {sorted(self.roles)}")
+        self._stored = {key: parameter.dtype for key, parameter in self.transformer.named_parameters() if _full(key)}
+        self.roles[name] = None
+        for parameter in self.role_parameters(name):
+            parameter.data = parameter.data.float()
+
     @contextlib.contextmanager
     def role(self, name: str | None) -> Iterator[None]:
         """Run as this role; None is the base, which is the reference. The previous one returns afterwards."""
@@ -80,7 +97,9 @@ class Roles:
             yield
 
     def role_named_parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """An adapter's factors by name, as in `transformer_blocks.0.attn.to_q.lora_A.weight`."""
+        """An adapter's factors by name, as in `transformer_blocks.0.attn.to_q.lora_A.weight`; or all weights."""
+        if self.roles[name] is None:
+            return {key: self.transformer.get_parameter(key) for key in self._stored}
         return {
             f"{module}.{factor}.weight": getattr(layer, factor)[name].weight
             for module, layer in self._layers
@@ -96,31 +115,33 @@ class Roles:
 
     @torch.no_grad()
     def load_role_state_dict(self, name: str, state_dict: Mapping[str, Tensor]) -> None:
-        """Copy the factors in; a missing, unexpected or misshapen key raises before anything changes."""
-        own = self.role_named_parameters(name)
-        check_names(f"adapter {name!r}", own, state_dict, "give the adapter of this rank and these targets")
+        """Copy the values in; a missing, unexpected or misshapen key raises before anything changes."""
+        own, full = self.role_named_parameters(name), self.roles[name] is None
+        remedy = "give weights of this model" if full else "give the adapter of this rank and these targets"
+        check_names(f"{'weights' if full else 'adapter'} {name!r}", own, state_dict, remedy)
         for key, parameter in own.items():
             parameter.copy_(state_dict[key])
 
     def train_role(self, name: str) -> list[nn.Parameter]:
         """Only this role's parameters require grad from here on; returns them."""
-        return self._train(self.role_parameters(name))
-
-    def train_all(self) -> list[nn.Parameter]:
-        """Full fine-tuning: every base parameter requires grad but the fused text's, which stays cached."""
-        return self._train(
-            [
-                parameter
-                for name, parameter in self.transformer.named_parameters()
-                if ".lora_" not in name and not name.startswith(("text_fusion.", "txt_in."))
-            ]
-        )
+        self.transformer.requires_grad_(False)
+        parameters = self.role_parameters(name)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        return parameters
 
     @torch.no_grad()
     def merge_role(self, name: str) -> None:
-        """Fold an adapter into the base and forget it: from here on the base, so the reference, has it."""
+        """Fold a role into the base and forget it: from here on the base, so the reference, has it."""
         if self._active:
             raise RuntimeError(f"cannot merge {name!r} while role {self._active[0]!r} is active")
+        if self.roles[name] is None:
+            for key, parameter in self.role_named_parameters(name).items():
+                parameter.data = parameter.data.to(self._stored[key])
+                parameter.requires_grad_(False)
+            del self.roles[name]
+            self._stored = {}
+            return
         trainable = self._trainable()
         for _, layer in self._layers:
             if name in layer.lora_A:
@@ -139,12 +160,6 @@ class Roles:
         state = self.transformer.state_dict()
         return {key.replace(".base_layer.", "."): value for key, value in state.items() if ".lora_" not in key}
 
-    def _train(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-        self.transformer.requires_grad_(False)
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        return parameters
-
     def _trainable(self) -> set[int]:
         return {id(parameter) for parameter in self.transformer.parameters() if parameter.requires_grad}
 
@@ -156,6 +171,26 @@ class Roles:
         self._layers = [(name, layer) for name, layer in modules if isinstance(layer, LoraLayer)]
         for _, layer in self._layers:
             layer._active_adapter = self._active
+
+
+def _full(key: str) -> bool:
+    """Whether a weight belongs to the role of all weights: it does not if it fuses the text."""
+    return not key.startswith(("text_fusion.", "txt_in."))
+
+
+def frozen_copy(transformer: Krea2Transformer2DModel) -> Krea2Transformer2DModel:
+    """A copy that stays as it is when all weights become a role, and computes what they compute then.
+
+    It shares what is never trained. The factors of matrix products keep their type, to which arithmetic brings the
+    role's as well; what is added or scales is fp32, as in the role.
+    """
+    shared: dict[int, Any] = {id(p): p for key, p in transformer.named_parameters() if not _full(key)}
+    copied = copy.deepcopy(transformer, shared).requires_grad_(False)
+    linear = {id(p) for module in copied.modules() if isinstance(module, nn.Linear) for p in module.parameters()}
+    for key, parameter in copied.named_parameters():
+        if _full(key) and id(parameter) not in linear:
+            parameter.data = parameter.data.float()
+    return copied
 
 
 @contextlib.contextmanager

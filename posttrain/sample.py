@@ -1,4 +1,4 @@
-"""Sampling: pictures of prompts from a model, with or without a run's adapter.
+"""Sampling: pictures of prompts from a model, with or without what a run has trained.
 
 posttrain sample --model.path posttrain/nano/weights/k2-nano --prompt "two red stars" --size [64,64] --output out
 """
@@ -16,6 +16,7 @@ from accelerate import PartialState
 from posttrain import checkpoint, sampler
 from posttrain.config import SampleConfig
 from posttrain.k2 import K2, Text, to_pil
+from posttrain.policy import POLICY, add_saved_policy
 from prompts.errors import UserError
 from prompts.records import PromptRecord, read_prompts
 
@@ -33,11 +34,8 @@ def sample(config: SampleConfig) -> None:
     k2 = K2.load(model.path, model.transformer_file, getattr(torch, model.dtype), PartialState().device or "cpu")
     role = contextlib.nullcontext()
     if config.adapter is not None:
-        saved = checkpoint.load(checkpoint.find(config.adapter))
-        lora = saved.state["lora"]
-        k2.add_role("policy", lora["rank"], lora["alpha"], lora["targets"])
-        k2.load_role_state_dict("policy", saved.tensors["adapter"])
-        role = k2.role("policy")
+        add_saved_policy(k2, checkpoint.load(checkpoint.find(config.adapter)))
+        role = k2.role(POLICY)
     steps = STEPS[k2.is_distilled] if config.steps is None else config.steps
     guidance = GUIDANCE[k2.is_distilled] if config.guidance is None else config.guidance
     height, width = config.size

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from posttrain import figures
 from posttrain.config import (
+    EvalConfig,
     ExportConfig,
     GRPOConfig,
     JudgeConfig,
@@ -62,10 +64,11 @@ def _validate_grpo(config: GRPOConfig) -> None:
     _at_least("steps", config.steps, 1)
     _at_least("seed", config.seed, 0)
     _at_least("prompts.max_tokens", config.prompts.max_tokens, 1)
-    _at_least("lora.rank", config.lora.rank, 1)
-    _positive("lora.alpha", config.lora.alpha)
-    if config.lora.targets == []:
-        raise ConfigError("lora.targets", "is empty, so nothing would be trained; name layers or use null")
+    if config.lora is not None:
+        _at_least("lora.rank", config.lora.rank, 1)
+        _positive("lora.alpha", config.lora.alpha)
+        if config.lora.targets == []:
+            raise ConfigError("lora.targets", "is empty, so nothing would be trained; name layers or use null")
     _validate_sampling(config.sampling)
     _at_least("groups.prompts_per_step", config.groups.prompts_per_step, 1)
     if config.groups.group_size < 2:
@@ -83,17 +86,31 @@ def _validate_grpo(config: GRPOConfig) -> None:
     _positive("loss.max_advantage", config.loss.max_advantage)
     _validate_rewards(config.rewards)
     _validate_servers(config.servers)
-    _at_least("eval.every", config.eval.every, 0)
-    _at_least("eval.prompts", config.eval.prompts, 1)
-    _at_least("eval.steps", config.eval.steps, 1)
-    _at_least("eval.seed", config.eval.seed, 0)
-    if not config.eval.guidance:
-        raise ConfigError("eval.guidance", "is empty; use [0.0] to evaluate without guidance")
-    for i, guidance in enumerate(config.eval.guidance):
-        _at_least(f"eval.guidance[{i}]", guidance, 0)
+    _validate_eval(config.eval, [reward.name for reward in config.rewards])
     _at_least("checkpoint.every", config.checkpoint.every, 0)
     _at_least("checkpoint.minutes", config.checkpoint.minutes, 0)
     _at_least("checkpoint.keep", config.checkpoint.keep, 1)
+
+
+def _validate_eval(config: EvalConfig, rewards: list[str]) -> None:
+    _at_least("eval.every", config.every, 0)
+    _at_least("eval.prompts", config.prompts, 1)
+    _at_least("eval.steps", config.steps, 1)
+    _at_least("eval.seed", config.seed, 0)
+    if not config.guidance:
+        raise ConfigError("eval.guidance", "is empty; use [0.0] to evaluate without guidance")
+    for i, guidance in enumerate(config.guidance):
+        _at_least(f"eval.guidance[{i}]", guidance, 0)
+    _at_least("eval.groups", config.groups, 0)
+    _at_least("eval.group_size", config.group_size, 2)
+    known = figures.names(rewards, config.guidance, config.groups)
+    for field, name in (("eval.best", config.best), ("eval.stop.metric", config.stop.metric)):
+        if name is not None and name not in known:
+            raise ConfigError(field, f"'{name}' is no figure of the evaluation; known here: {', '.join(known)}")
+    if config.stop.metric is not None and config.every == 0:
+        raise ConfigError("eval.stop.metric", "has no meaning when eval.every is 0; evaluate during the run")
+    _positive("eval.stop.drop", config.stop.drop)
+    _at_least("eval.stop.patience", config.stop.patience, 1)
 
 
 def _validate_judge(config: JudgeConfig) -> None:
@@ -136,7 +153,10 @@ def _validate_sampling(sampling: SamplingConfig) -> None:
             f"is {sampling.window}, but {sampling.steps} steps leave 1 to {most} for noise (the last has"
             " none); shorten it or raise sampling.steps",
         )
-    if sampling.window_start == "random":
+    _at_least("sampling.window_every", sampling.window_every, 1)
+    if sampling.window_start == "sliding" and sampling.window is None:
+        raise ConfigError("sampling.window_start", "nothing can slide when sampling.window is null; set a window")
+    if isinstance(sampling.window_start, str):
         return
     _at_least("sampling.window_start", sampling.window_start, 0)
     if sampling.window is None and sampling.window_start > 0:
@@ -189,6 +209,8 @@ def _validate_rewards(rewards: list[RewardSpec]) -> None:
             raise ConfigError(f"rewards[{i}].name", "is empty; give the reward a name")
         if reward.name in seen:
             raise ConfigError(f"rewards[{i}].name", f"'{reward.name}' is used twice; give each its own name")
+        if reward.name in (*figures.LOOK, figures.DIVERSITY):
+            raise ConfigError(f"rewards[{i}].name", f"'{reward.name}' is a figure of every evaluation; choose another")
         seen.add(reward.name)
         if isinstance(reward.function, str) and not all(reward.function.partition(":")):
             raise ConfigError(

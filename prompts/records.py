@@ -81,12 +81,12 @@ def _dataset_rows(source: str) -> Iterator[tuple[int, Any]]:
     if not name:
         raise UserError(f"{source}: names no dataset; write it as hf:NAME or hf:NAME:SPLIT")
     try:
-        from datasets import load_dataset
+        import datasets
         from datasets.exceptions import DatasetsError
     except ImportError:
         raise UserError(f"{source}: needs the datasets package; pip install datasets or give a JSONL file") from None
     try:
-        rows = load_dataset(name, split=split or "train")
+        rows = datasets.load_dataset(name, split=split or "train")
     except (OSError, ValueError, DatasetsError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{source}: cannot be loaded: {reason}; write it as hf:NAME or hf:NAME:SPLIT") from None

@@ -30,6 +30,21 @@ def nothing(images, prompts):
     return [None] * len(images)
 
 
+class Script:
+    """Scores every picture with the next of these values at each call: a figure of the evaluation as planned."""
+
+    def __init__(self, values: list[float]):
+        self.values = iter(values)
+
+    def __call__(self, images, prompts):
+        return [next(self.values)] * len(images)
+
+
+def script(name: str, values: list[float]) -> RewardSpec:
+    function = {"class_path": "tests.runs.Script", "init_args": {"values": values}}
+    return RewardSpec(name, function, heldout_only=True)
+
+
 def config(folder: Path, model: Path, reward: str = "brightness") -> GRPOConfig:
     """A recipe whose run goes into folder/run: two groups of four pictures of 32 x 32, two SDE steps of four."""
     for name, prompts in (("train", tiny.PROMPTS[:3]), ("heldout", tiny.PROMPTS[2:])):
@@ -46,6 +61,7 @@ def config(folder: Path, model: Path, reward: str = "brightness") -> GRPOConfig:
     made.groups.prompts_per_step, made.groups.group_size, made.groups.micro_batch = 2, 4, 4
     made.optim.lr = 3e-3
     made.eval.every, made.eval.prompts, made.eval.steps = 0, 2, 2
+    made.eval.groups = 0
     made.checkpoint.every = 0
     made.track.tensorboard = False
     return made

@@ -59,11 +59,16 @@ def fails(result: subprocess.CompletedProcess, *parts) -> None:
         ("sampling: {sizes: [64, 64]}", "sampling.sizes[0]: is 64, expected a list, each a whole number"),
         ("optim: 3", "optim: is 3, expected a section with lr, betas"),
         ("optim:", "optim: is null, expected a section"),
+        ("lora: {rnk: 4}", "lora.rnk: unknown key; did you mean lora.rank?"),
+        ("lora: {rank: big}", "lora.rank: is 'big', expected a whole number"),
+        ("lora: 3", "lora: is 3, expected a section with rank, alpha, targets or null"),
         ("track: {tensorboard: maybe}", "track.tensorboard: is 'maybe', expected true or false"),
         ("pool: {kind: adaptve}", "pool.kind: is 'adaptve', expected one of uniform, adaptive"),
         ("pool: {quotas: {text: much}}", "pool.quotas.text: is 'much', expected a number"),
         ("pool: {quotas: {text: 0}}", "pool.quotas.text: is 0.0; use a number above 0"),
         ("groups: {group_size: 1}", "groups.group_size: is 1, but images are compared"),
+        ("eval: {stop: {metrik: a}}", "eval.stop.metrik: unknown key; did you mean eval.stop.metric?"),
+        ("eval: {best: orcale}", "eval.best: 'orcale' is no figure of the evaluation; known here: oracle, image/"),
         ("sampling: {sizes: [[64, 100]]}", "sampling.sizes[0]: 100 pixels is not a multiple of 16; use 96"),
     ],
 )
@@ -105,6 +110,9 @@ def test_missing_recipe(tmp_path):
         (["--optim.lr", "-1"], "optim.lr: is -1.0; use a number above 0"),
         (["--sampling.window=9"], "sampling.window: is 9, but 8 steps"),
         (["--optim", "3"], "optim: is '3', expected a section"),
+        (["--lora.rnk", "3"], "--lora.rnk: unknown option; did you mean --lora.rank?"),
+        (["--lora.rank", "big"], "lora.rank: is 'big', expected a whole number"),
+        (["--lora", "3"], "lora: is '3', expected a section with rank, alpha, targets or null"),
         (["--optim.lr"], "--optim.lr: expected one argument"),
         (["stray.yaml"], "'stray.yaml' is not an option; a recipe is given as --config stray.yaml"),
     ],
@@ -137,6 +145,20 @@ def test_overrides_and_the_printed_recipe_can_be_run_again(recipe):
     assert "resume" not in values
     again = recipe(text=printed)
     assert posttrain("grpo", "--config", again, "--print_config").stdout == printed
+
+
+@pytest.mark.parametrize(
+    ("extra", "args", "lora"),
+    [
+        ("lora: null", [], None),
+        ("lora: {rank: 4}", ["--lora", "null"], None),
+        ("", ["--lora.rank", "4"], {"rank": 4, "alpha": 32.0, "targets": None}),
+        ("lora: {alpha: 8}", ["--lora.rank", "4"], {"rank": 4, "alpha": 8.0, "targets": None}),
+    ],
+)
+def test_an_adapter_or_none(recipe, extra, args, lora):
+    printed = posttrain("grpo", "--config", recipe(extra), *args, "--print_config").stdout
+    assert yaml.safe_load(printed)["lora"] == lora
 
 
 def test_yaml_anchors_may_be_overridden(recipe):

@@ -39,6 +39,12 @@ def test_defaults_are_valid():
     validate(grpo())
 
 
+def test_all_weights_need_no_adapter():
+    config = grpo()
+    config.lora = None
+    validate(config)
+
+
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
@@ -56,6 +62,7 @@ def test_defaults_are_valid():
         ("sampling.window", 0, "leave 1 to 7"),
         ("sampling.window_start", 6, "would end after step 6"),
         ("sampling.window_start", -1, "use 0 or more"),
+        ("sampling.window_every", 0, "use 1 or more"),
         ("groups.prompts_per_step", 0, "use 1 or more"),
         ("groups.group_size", 1, "use 2 or more"),
         ("groups.micro_batch", 0, "use 1 or more"),
@@ -77,6 +84,7 @@ def test_defaults_are_valid():
         ("optim.max_grad_norm", 0.0, "above 0"),
         ("optim.passes", 0, "use 1 or more"),
         ("optim.warmup_steps", -1, "use 0 or more"),
+        ("optim.ema", 1.0, "below 1"),
         ("loss.clip_low", 1.0, "between 0 and 1"),
         ("loss.clip_high", 0.0, "above 0"),
         ("loss.kl", -1.0, "use 0 or more"),
@@ -87,6 +95,13 @@ def test_defaults_are_valid():
         ("eval.steps", 0, "use 1 or more"),
         ("eval.seed", -1, "use 0 or more"),
         ("eval.guidance", [], "[0.0]"),
+        ("eval.groups", -1, "use 0 or more"),
+        ("eval.group_size", 1, "use 2 or more"),
+        ("eval.best", "orcale", "known here: oracle, image/brightness, image/saturation, image/high_frequency"),
+        ("eval.best", "oracle@1.5", "known here: oracle, image/brightness"),
+        ("eval.stop.metric", "diversity", "image/latent_norm, image/diversity"),
+        ("eval.stop.drop", 0.0, "above 0"),
+        ("eval.stop.patience", 0, "use 1 or more"),
         ("checkpoint.every", -1, "use 0 or more"),
         ("checkpoint.minutes", -1.0, "use 0 or more"),
         ("checkpoint.keep", 0, "use 1 or more"),
@@ -129,6 +144,15 @@ def test_window_that_just_fits():
         validate(config)
 
 
+def test_sliding_needs_a_window():
+    config = grpo()
+    config.sampling.window_start = "sliding"
+    validate(config)
+    config.sampling.window = None
+    with pytest.raises(ConfigError, match=r"sampling\.window_start: nothing can slide"):
+        validate(config)
+
+
 def test_cps_noise_level():
     config = grpo()
     config.sampling.dynamics, config.sampling.eta = "cps", 1.2
@@ -143,6 +167,7 @@ def test_cps_noise_level():
         ({"heldout_only": True}, "rewards"),
         ({"weight": -1.0}, "rewards[0].weight"),
         ({"name": ""}, "rewards[0].name"),
+        ({"name": "image/diversity"}, "rewards[0].name"),
         ({"function": "no_colon"}, "rewards[0].function"),
     ],
 )
@@ -158,6 +183,19 @@ def test_reward_names_are_unique():
     config = grpo()
     config.rewards = [RewardSpec("a", "m:f"), RewardSpec("a", "m:g")]
     with pytest.raises(ConfigError, match="used twice"):
+        validate(config)
+
+
+def test_figures_that_an_evaluation_has():
+    """Those of each guidance setting, and the diversity of groups only where there are groups."""
+    config = grpo()
+    config.eval.guidance, config.eval.best, config.eval.stop.metric = [1.5], "oracle@1.5", "image/diversity@1.5"
+    validate(config)
+    config.eval.groups = 0
+    with pytest.raises(ConfigError, match=r"eval\.stop\.metric: 'image/diversity@1\.5' is no figure"):
+        validate(config)
+    config.eval.groups, config.eval.every = 8, 0
+    with pytest.raises(ConfigError, match=r"eval\.stop\.metric: has no meaning when eval\.every is 0"):
         validate(config)
 
 

@@ -163,8 +163,46 @@ def test_a_run_from_a_single_file_is_exported_on_it(exported, model, tmp_path):
     assert distance(latents, ours(policy, 0.0)) > 0.02
 
 
-def test_samples_of_the_adapter_and_of_its_export_are_the_same(exported, run, model, tmp_path):
-    directory = exported("diffusers")
+@pytest.fixture(scope="module")
+def full(model, tmp_path_factory):
+    """A run that trained all weights, and its policy's latents, which differ from the base's."""
+    config = runs.config(tmp_path_factory.mktemp("full"), model)
+    config.steps, config.lora, config.optim.lr = 1, None, 3e-3
+    grpo.train(config)
+    latents = ours(load_checkpoint(checkpoint.load(checkpoint.find(config.output))), 4.5, "policy")
+    assert distance(latents, ours(K2.load(model), 4.5)) > 0.05
+    return Path(config.output), latents
+
+
+def test_all_weights_are_exported(full, model, tmp_path):
+    run, latents = full
+    export(ExportConfig(str(run), str(tmp_path / "out")))
+    own = K2.load(tmp_path / "out")
+    assert distance(stock_latents(Krea2Pipeline.from_pretrained(tmp_path / "out"), own, 4.5), latents) < 1e-4
+    assert distance(ours(own, 4.5), latents) < 1e-4
+    export(ExportConfig(str(run), str(tmp_path / "out.safetensors"), "original"))
+    assert distance(ours(K2.load(model, transformer_file=tmp_path / "out.safetensors"), 4.5), latents) < 1e-4
+    for format in ("lora", "lora-original"):
+        with pytest.raises(UserError, match=r"format: .* has no adapter, all weights were trained; use diffusers"):
+            export(ExportConfig(str(run), str(tmp_path / "lora.safetensors"), format))
+    assert not (tmp_path / "lora.safetensors").exists()
+
+
+def test_weights_that_have_not_moved_are_not_exported(full, model, tmp_path):
+    saved, base = checkpoint.load(checkpoint.find(full[0])), K2.load(model).base_state_dict()
+    weights = {key: base[key] for key in saved.tensors["weights"]}
+    checkpoint.save(tmp_path / "checkpoints", 1, {"weights": weights}, saved.state, keep=1)
+    with pytest.raises(UserError, match="what was trained changes no weight"):
+        export(ExportConfig(str(tmp_path), str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("kind", ["adapter", "weights"])
+def test_samples_of_a_run_and_of_its_export_are_the_same(exported, run, full, model, tmp_path, kind):
+    if kind == "weights":
+        run, directory = full[0], tmp_path / "out"
+        export(ExportConfig(str(run), str(directory)))
+    else:
+        directory = exported("diffusers")
     pictures = []
     for name, path, adapter in (("a", model, str(run)), ("b", directory, None), ("c", model, None)):
         config = SampleConfig(str(tmp_path / name), ModelConfig(str(path), dtype="float32"), prompt=PROMPTS[0])

@@ -11,8 +11,9 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
-from posttrain import checkpoint, grpo, sampler
-from posttrain.config import RewardSpec
+from posttrain import checkpoint, cli, grpo, sampler
+from posttrain import figures as figures_of
+from posttrain.config import LoraConfig, OptimConfig, RewardSpec
 from posttrain.export import load_checkpoint
 from posttrain.k2 import K2
 from posttrain.loop import Stepper
@@ -24,6 +25,8 @@ from rewards.background import ScoreQueue
 from rewards.base import Scores
 from rewards.load import load_rewards
 from tests import runs, tiny
+
+LOOK = ("brightness", "saturation", "high_frequency", "latent_norm", "diversity")
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +75,7 @@ def assert_equal(a: dict, b: dict):
 def test_run_directory(config, trained):
     config.track.tensorboard = True
     config.eval.guidance, config.eval.every = [0.0, 1.5], 1
+    config.eval.groups, config.eval.group_size = 1, 3
     grpo.train(config)
     run = Path(config.output)
     assert {path.name for path in run.iterdir()} == {
@@ -96,15 +100,21 @@ def test_run_directory(config, trained):
     assert [row["step"] for row in evaluations] == [0, 1, 2]
 
     summary = json.loads((run / "summary.json").read_text())
-    figures = {"brightness", "brightness@1.5"}
+    names = ["brightness", *(f"image/{n}" for n in LOOK)]
+    figures = {name + at for name in names for at in ("", "@1.5")}
     assert summary["before"].keys() == summary["after"].keys() == figures
     assert summary["before"] == {name: evaluations[0][f"eval/{name}"] for name in figures}
     assert summary["after"] == {name: evaluations[2][f"eval/{name}"] for name in figures}
-    assert summary["before"] != summary["after"]
+    assert summary["before"] != summary["after"] and "best" not in summary and "stopped" not in summary
+    # The oldest evaluation again, from its pictures.
+    shown = np.stack([np.asarray(Image.open(run / "samples/step-000000" / f"{i:03d}.png")) for i in range(2)])
+    for name in ("brightness", "saturation", "high_frequency"):
+        assert summary["before"][f"image/{name}"] == pytest.approx(getattr(figures_of, name)(shown))
+    assert 0.3 < summary["before"]["image/latent_norm"] < 3 and 0 < summary["before"]["image/diversity"] < 1
     assert (summary["steps"], summary["images"]) == (2, 2 * 2 * 4)
     assert summary["seconds"] > 0 and summary["peak_ram_gib"] > 0
     page = (run / "report.html").read_text()
-    assert "brightness" in page and "data:image/png" in page
+    assert "brightness" in page and "image/diversity@1.5" in page and "data:image/png" in page
 
     saved = latest(run)
     assert saved.step == 2 and saved.state["lora"]["rank"] == 4 and saved.state["method"] == "grpo"
@@ -159,10 +169,16 @@ def test_ratio_is_one_before_the_first_update(config, dynamics, ratio, window, a
         assert row["ratio_std"] > 1e-5  # in the second pass the policy has moved
 
 
-@pytest.mark.parametrize(("ema", "kind"), [(0.0, "uniform"), (0.7, "adaptive")])
-def test_killed_and_resumed_equals_uninterrupted(config, monkeypatch, tmp_path, ema, kind):
+@pytest.mark.parametrize(
+    ("ema", "lora", "kind"), [(0.0, True, "uniform"), (0.7, True, "adaptive"), (0.7, False, "uniform")]
+)
+def test_killed_and_resumed_equals_uninterrupted(config, monkeypatch, tmp_path, ema, lora, kind):
     """Killed in step 4, after step 3 was logged and the last checkpoint was step 2's; compared bit for bit."""
     config.optim.ema, config.pool.kind = ema, kind
+    config.eval.groups, config.eval.group_size, config.eval.best = 1, 2, "image/brightness"
+    config.sampling.window_start, config.sampling.window_every = "sliding", 1
+    if not lora:
+        config.lora, config.optim.lr = None, 3e-4
     config.steps, config.checkpoint.every, config.eval.every = 4, 2, 2
     config.optim.passes, config.optim.warmup_steps, config.groups.prompts_per_step = 2, 6, 1
     grpo.train(config)
@@ -185,16 +201,17 @@ def test_killed_and_resumed_equals_uninterrupted(config, monkeypatch, tmp_path, 
 
     a, b = latest(whole), latest(config.output)
     assert a.step == b.step == 4
-    further = ({"live"} if ema else set()) | ({"pool"} if kind == "adaptive" else set())
-    assert a.tensors.keys() == b.tensors.keys() == {"adapter", "optimizer"} | further
+    files = {"adapter" if lora else "weights", "optimizer"}
+    files |= ({"live"} if ema else set()) | ({"pool"} if kind == "adaptive" else set())
+    assert a.tensors.keys() == b.tensors.keys() == files
     for name in a.tensors:
         assert_equal(a.tensors[name], b.tensors[name])
     assert a.state["counters"] == b.state["counters"] == {"updates": 8, "skipped": 0, "skipped_in_a_row": 0}
     assert a.state["optimizer"] == b.state["optimizer"] and a.state.get("pool") == b.state.get("pool")
     assert runs.untimed(whole) == runs.untimed(config.output)
-    for name in ("before", "after", "images", "steps"):
-        assert len({json.dumps(json.loads((Path(run) / "summary.json").read_text())[name]) for run in
-                    (whole, config.output)}) == 1  # fmt: skip
+    summaries = [json.loads((Path(run) / "summary.json").read_text()) for run in (whole, config.output)]
+    for name in ("before", "after", "images", "steps", "best"):
+        assert summaries[0][name] == summaries[1][name]
     pictures = [path.relative_to(whole) for path in Path(whole).glob("*/step-*/*.png")]
     assert len(pictures) == 6
     assert all((Path(whole) / p).read_bytes() == (Path(config.output) / p).read_bytes() for p in pictures)
@@ -229,6 +246,116 @@ def test_a_signal_ends_the_run_after_the_step(config, monkeypatch, number, leave
     assert latest(config.output).step == 1 and len(training_rows(config.output)) == 1
     assert (Path(config.output) / "report.html").is_file()
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+def test_all_weights_are_trained(config, trained):
+    """Where `lora` is null: all but the text fusion's. The KL is to the weights as they were, so 0 at first."""
+    config.lora, config.optim.lr, config.loss.kl = None, 3e-4, 0.1
+    grpo.train(config)
+    first, second = training_rows(config.output)
+    assert first["kl"] == 0 < second["kl"]
+    assert all(row["ratio_error"] <= 1e-5 and row["grad_norm"] > 0 for row in (first, second))
+    ((k2, base),) = trained
+    saved = latest(config.output)
+    assert saved.state["lora"] is None and saved.tensors.keys() == {"weights", "optimizer"}
+    assert_equal(saved.tensors["weights"], k2.role_state_dict("policy"))
+    for key, value in k2.base_state_dict().items():
+        assert torch.equal(value, base[key]) == key.startswith(("text_fusion.", "txt_in.")), key
+    assert saved.tensors["weights"].keys() == {key for key in base if not key.startswith(("text_fusion.", "txt_in."))}
+
+    config.lora = LoraConfig(rank=4)
+    with pytest.raises(UserError, match="has trained all weights and this recipe trains an adapter; restore lora"):
+        grpo.train(config, resume=True)
+
+
+def test_all_weights_in_bf16_move_by_less_than_bf16_can_hold(config):
+    """They are kept in fp32: a step of 1e-7 is there in all of them, and there is no KL before the first."""
+    config.model.dtype, config.lora, config.optim.lr, config.loss.kl = "bfloat16", None, 1e-7, 0.1
+    config.steps = 1
+    grpo.train(config)
+    (row,) = training_rows(config.output)
+    assert row["kl"] == 0 and row["ratio_error"] <= 1e-5
+    base = K2.load(config.model.path, dtype=torch.bfloat16).base_state_dict()
+    for key, value in latest(config.output).tensors["weights"].items():
+        assert 0 < (value - base[key].float()).abs().max() < 2e-7, key
+
+
+# what evaluations decide
+
+
+def checkpoints(run) -> set[str]:
+    return {path.name for path in (Path(run) / "checkpoints").iterdir()}
+
+
+def test_the_best_step_is_kept(config):
+    """Also when it is older than what is kept otherwise, and no checkpoint was due at it."""
+    config.rewards.append(runs.script("oracle", [0.5, 0.4, 0.7, 0.6, 0.7]))
+    config.steps, config.eval.every, config.eval.best, config.checkpoint.keep = 4, 1, "oracle", 1
+    grpo.train(config)
+    run = Path(config.output)
+    assert checkpoints(run) == {"best", "step-000002", "step-000004"}
+    best = checkpoint.load(checkpoint.find(run / "checkpoints/best"))
+    assert best.step == 2 and latest(run).step == 4
+    assert json.loads((run / "summary.json").read_text())["best"] == {"metric": "oracle", "step": 2, "value": 0.7}
+    assert "Best oracle: 0.7 at step 2, in checkpoints/best" in (run / "report.html").read_text()
+    # It holds what was evaluated: its pictures are those of step 2.
+    k2, table = load_checkpoint(best), json.loads((run / "samples/prompts.json").read_text())
+    with k2.role("policy"):
+        noise = sampler.noise([row["seed"] for row in table], (16, 64))
+        drawn = k2.decode(k2.sample(k2.text(tiny.PROMPTS[2:]), noise, config.eval.steps, 32, 32), 32, 32).numpy()
+    shown = [np.asarray(Image.open(run / "samples/step-000002" / f"{i:03d}.png"), int) for i in range(2)]
+    assert np.abs(drawn.astype(int) - np.stack(shown)).max() <= 1
+
+
+def test_no_step_is_best_that_is_below_the_start(config, capsys):
+    config.rewards.append(runs.script("oracle", [0.5, 0.4, 0.5]))
+    config.eval.every, config.eval.best = 1, "oracle"
+    grpo.train(config)
+    assert checkpoints(config.output) == {"step-000002"}
+    assert "oracle was never above its start (0.5), so no step is marked best" in capsys.readouterr().err
+    assert "Best oracle: 0.5 at the start: no step did better" in (Path(config.output) / "report.html").read_text()
+
+
+def test_a_link_to_best_lost_with_the_process_is_made_again(config):
+    config.rewards.append(runs.script("oracle", [0.5, 0.6, 0.7]))
+    config.eval.every, config.eval.best = 1, "oracle"
+    grpo.train(config)
+    (Path(config.output) / "checkpoints/best").unlink()
+    grpo.train(config, resume=True)
+    assert checkpoint.load(Path(config.output) / "checkpoints/best").step == 2
+
+
+def test_a_collapse_ends_the_run(config, monkeypatch, tmp_path, capsys):
+    """From step 2 on, all pictures of a batch are the same."""
+
+    def sample(self, *arguments, **keywords):
+        latents = original(self, *arguments, **keywords)
+        collapsed = len(training_rows(config.output)) >= 2
+        return latents[:1].expand_as(latents) if collapsed else latents
+
+    original = K2.sample
+    monkeypatch.setattr(K2, "sample", sample)
+    config.steps, config.eval.every, config.eval.groups, config.eval.group_size = 20, 1, 1, 3
+    config.eval.stop.metric, config.eval.stop.patience, config.eval.stop.drop = "image/diversity", 2, 0.5
+    arguments = ["grpo", "--config", str(runs.recipe(config, tmp_path / "recipe.yaml"))]
+    assert cli.main(arguments) == 0
+    run = Path(config.output)
+    diversity = [row["eval/image/diversity"] for row in runs.rows(run) if "eval/image/diversity" in row]
+    assert len(diversity) == 4 and all(value > 0.01 for value in diversity[:2]) and diversity[2:] == [0, 0]
+    assert latest(run).step == 3 and [row["step"] for row in training_rows(run)] == [1, 2, 3]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 3 and summary["stopped"].startswith("eval.stop: image/diversity fell from 0.")
+    assert summary["stopped"].endswith(" to 0 (step 3)")
+    assert summary["stopped"] + "; the run has ended" in capsys.readouterr().err
+    assert f"Stopped early: {summary['stopped']}" in (run / "report.html").read_text()
+
+    assert cli.main([*arguments, "--resume"]) == 0  # it stays ended ...
+    assert latest(run).step == 3
+    monkeypatch.undo()
+    assert (
+        cli.main([*arguments, "--resume", "--eval.stop.metric", "null", "--steps", "4"]) == 0
+    )  # ... until told to go on
+    assert latest(run).step == 4
 
 
 def test_flat_rewards_move_nothing(config, tmp_path, model, trained):
@@ -461,11 +588,14 @@ def test_prompts_come_once_each_before_any_comes_twice():
 
 
 @pytest.mark.parametrize(("steps", "window", "starts"), [(8, 2, 4), (10, 2, 5), (4, 3, 1), (4, 2, 2), (2, 1, 1)])
-def test_random_windows_lie_in_the_first_half(config, steps, window, starts):
+def test_windows_lie_in_the_first_half(config, steps, window, starts):
     config.sampling.steps, config.sampling.window = steps, window
     windows = [grpo.window_of(config, step) for step in range(1, 60)]
     assert {w.start for w in windows} == set(range(starts))
     assert all(len(w) == window and w.stop <= steps - 1 for w in windows)
+    config.sampling.window_start, config.sampling.window_every = "sliding", 3
+    slid = [grpo.window_of(config, step).start for step in range(1, 3 * starts + 4)]
+    assert slid == [i for i in [*range(starts), 0] for _ in range(3)]
     config.sampling.window_start = 0
     assert grpo.window_of(config, 9) == range(window)
     config.sampling.window = None
@@ -485,3 +615,20 @@ def test_a_reward_without_scores_does_not_lower_the_mean(config):
     for group in groups:
         assert [a > 0 for a in group.advantages.tolist()] == [e > 0 for e in expected]
     assert all(a == b for a, b in itertools.pairwise(group.advantages.tolist()[::2] for group in groups))
+
+
+def test_average_of_the_weights():
+    """a += (1 - d)(p - a), d = min(ema, (1 + n) / (10 + n)); inside the block the parameters are the average."""
+    parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    stepper = Stepper([parameter], OptimConfig(lr=0.1, ema=0.2))
+    expected = parameter.detach().clone()
+    for n in range(1, 5):
+        parameter.grad = torch.tensor([1.0, float(n)])
+        stepper.step()
+        decay = [2 / 11, 0.2, 0.2, 0.2][n - 1]
+        expected = decay * expected + (1 - decay) * parameter.detach()
+    live = parameter.detach().clone()
+    with pytest.raises(RuntimeError), stepper.averaged():
+        torch.testing.assert_close(parameter.detach(), expected)
+        raise RuntimeError
+    assert torch.equal(parameter, live) and not torch.equal(live, expected)

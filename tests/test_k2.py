@@ -541,16 +541,51 @@ def test_roles_speak_to_the_user(fresh):
         fresh.merge_role("policy")
 
 
-def test_full_fine_tuning_leaves_the_cached_text_alone(fresh):
-    parameters = fresh.train_all()
+def test_all_weights_but_the_cached_texts_are_a_role(fresh):
+    fresh.add_full_role("policy")
+    parameters = fresh.train_role("policy")
     assert fresh.fused_text_is_constant()
     frozen = sum(p.numel() for part in ("text_fusion", "txt_in") for p in getattr(fresh.transformer, part).parameters())
     assert sum(p.numel() for p in parameters) == sum(p.numel() for p in fresh.transformer.parameters()) - frozen
-    fresh.velocity(latents(fresh, 32, 32), 0.5, fresh.text(["a"]), 32, 32).square().mean().backward()
+    probe(fresh, "policy").square().mean().backward()
     assert all(p.grad is not None for p in parameters)
+    with pytest.raises(ValueError, match="no reference was kept"):
+        probe(fresh, None)
+    for wrong in (lambda: fresh.add_role("fake", rank=4, alpha=8), lambda: fresh.add_full_role("fake")):
+        with pytest.raises(ValueError, match="'fake'"):
+            wrong()
     fresh.transformer.txt_in.requires_grad_(True)
     with pytest.raises(RuntimeError, match="cannot be cached"):
         fresh.text(["a"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_reference_of_all_weights_is_what_they_were(directory, dtype):
+    """To the last bit, in bf16 too, where the role's own weights are fp32. Merging brings their types back."""
+    model = K2.load(directory, dtype=dtype)
+    stored = {key: value.clone() for key, value in model.base_state_dict().items()}
+    model.add_full_role("policy", reference=True)
+    parameters = model.train_role("policy")
+    assert all(p.dtype == torch.float32 for p in parameters) and model.dtype == dtype
+    start = probe(model, "policy")
+    assert torch.equal(start, probe(model, None))
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    moved = probe(model, "policy")
+    assert distance(moved, start) > 1e-2 and torch.equal(probe(model, None), start)
+    shared = {id(p) for p in model.reference.parameters()} & {id(p) for p in model.transformer.parameters()}
+    assert len(shared) == sum(key.startswith(("text_fusion.", "txt_in.")) for key in stored)
+
+    state = {key: value.clone() for key, value in model.role_state_dict("policy").items()}
+    with pytest.raises(UserError, match=r"weights 'policy': keys do not match this model: 1 unexpected \(x\)"):
+        model.load_role_state_dict("policy", state | {"x": torch.zeros(1)})
+    model.merge_role("policy")
+    assert model.roles == {} and {key: v.dtype for key, v in model.base_state_dict().items()} == {
+        key: value.dtype for key, value in stored.items()
+    }
+    tolerance = 1e-6 if dtype == torch.float32 else 0.05 * moved.abs().max()
+    assert distance(probe(model, None), moved) <= tolerance
 
 
 def test_adapters_are_fp32_on_a_bf16_base_and_the_same_everywhere(directory, fresh):

@@ -9,15 +9,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from peft import PeftModel
 from PIL import Image
 
 from posttrain import grpo
+from posttrain.nano import scenes
+from posttrain.nano.prompts import HELDOUT_WORDS
+from posttrain.vlm import VLM
 from prompts.errors import UserError
 from prompts.templates import load_template
 from rewards.background import ScoreQueue
@@ -26,7 +30,7 @@ from rewards.endpoints import JudgeError
 from rewards.judge import Judge
 from rewards.load import load_rewards
 from rewards.serve import ServerError, ServerSpec, commands, serve
-from tests import runs, tiny, tiny_vlm
+from tests import runs, tiny
 
 VLLM = os.environ.get("POSTTRAIN_VLLM", "")
 CPU_ARGS = ["--max-model-len", "2048", "--max-num-seqs", "64", "--dtype", "float32", "--enforce-eager"]
@@ -39,24 +43,19 @@ def picture(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8))
 
 
-@pytest.fixture(scope="session")
-def model(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("vlm")
-    tiny_vlm.build_model(directory / "base")
-    for seed, name in enumerate(["aesthetic", "artifact"], 1):
-        tiny_vlm.build_adapter(directory / "base", directory / name, seed)
-    return directory
+WEIGHTS = Path(__file__).parents[1] / "posttrain/nano/weights"
 
 
-def server_spec(model: Path, **options) -> ServerSpec:
-    adapters = {name: str(model / name) for name in ("aesthetic", "artifact")}
+def server_spec(name: str = "vlm", **options) -> ServerSpec:
+    """judge-nano and its two adapters."""
+    adapters = {name: str(WEIGHTS / f"judge-{name}") for name in ("aesthetic", "artifact")}
     settings = {"adapters": adapters, "executable": VLLM, "extra_args": CPU_ARGS, "env": CPU_ENV}
-    return ServerSpec("vlm", str(model / "base"), **(settings | options))
+    return ServerSpec(name, str(WEIGHTS / "judge-nano"), **(settings | options))
 
 
 @pytest.fixture(scope="session")
-def urls(model) -> Iterator[dict[str, list[str]]]:
-    with serve([server_spec(model)], model / "logs") as urls:
+def urls(tmp_path_factory) -> Iterator[dict[str, list[str]]]:
+    with serve([server_spec()], tmp_path_factory.mktemp("logs")) as urls:
         yield urls
 
 
@@ -67,30 +66,83 @@ def descendants_alive(marker: str) -> list[str]:
     return [line for line in lines.splitlines() if line.split()[0] in groups and "ps -eo" not in line]
 
 
+REQUIREMENT = "there is exactly one shape"
+
+
+def heldout_scenes() -> list[scenes.Scene]:
+    """Twelve scenes that judge-nano was never trained on, six of them with a word."""
+    rng = np.random.default_rng(5)
+    kinds = ["text", "single", "text", "pair", "text", "trio"] * 2
+    return [scenes.random_scene(rng, HELDOUT_WORDS, kind) for kind in kinds]
+
+
 @pytest.mark.vllm
 @needs_vllm
 def test_four_rewards_from_one_server(urls):
-    def judge(name: str) -> dict:
-        return {"judge": {"model": name, "base_urls": "server://vlm", "max_text_tokens": 24}}
+    """On true scenes, and on the same with a fault: judge-nano behind vLLM says what the scene's graph says."""
 
-    specs = [
-        RewardSpec("aesthetic", {"class_path": "rewards.image.Aesthetic", "init_args": judge("aesthetic")}),
-        RewardSpec("artifact", {"class_path": "rewards.image.Artifact", "init_args": judge("artifact")}),
-        RewardSpec("rubric", {"class_path": "rewards.image.Rubric", "init_args": judge("vlm")}),
-        RewardSpec("ocr", {"class_path": "rewards.image.OCR", "init_args": judge("vlm")}, max_failures=1),
-    ]
-    rewards = load_rewards(specs, urls)
-    columns = {"requirements": [["a red cube", "two dogs"]] * 8, "texts": [["sale"]] * 4 + [[]] * 4}
-    with ScoreQueue(rewards) as queue:
-        queue.submit([picture(i) for i in range(8)], ["a picture"] * 8, columns)
+    def spec(kind: str, model: str) -> RewardSpec:
+        judge = {"model": model, "base_urls": "server://vlm", "max_text_tokens": 24}
+        return RewardSpec(kind.lower(), {"class_path": f"rewards.image.{kind}", "init_args": {"judge": judge}})
+
+    specs = [spec("Aesthetic", "aesthetic"), spec("Artifact", "artifact"), spec("Rubric", "vlm"), spec("OCR", "vlm")]
+    drawn, rng = heldout_scenes(), np.random.default_rng(6)
+    said = [scenes.describe(scene, rng) for scene in drawn]
+    true = [scenes.render(scene) for scene in drawn]
+    faulty = [scenes.damage(image, scene, rng, "broken") for image, scene in zip(true, drawn)]
+    wrong = [scenes.render(scenes.random_scene(rng, kind="single")) for _ in drawn]
+    images = [Image.fromarray(i) for i in (*true, *faulty, *wrong)]
+    columns = {"requirements": [d.requirements for d in said] * 3, "texts": [d.texts for d in said] * 3}
+    with ScoreQueue(load_rewards(specs, urls)) as queue:
+        queue.submit(images, [d.prompt for d in said] * 3, columns)
         scores = queue.gather()
-    assert scores.valid_NK[:, :3].all()
-    assert ((scores.values_NK >= 0) & (scores.values_NK <= 1)).all()
-    assert scores.values_NK[:, :3].std(0).min() > 1e-3  # it looks at the picture
-    assert not (scores.valid_NK | scores.failed_NK)[4:, 3].any()  # no text asked for: does not apply
-    assert (scores.valid_NK | scores.failed_NK)[:4, 3].all()  # a random model may ramble, but that is said
+    assert not scores.failed_NK.any() and scores.valid_NK[:, :3].all()
+    wordy = np.array([bool(d.texts) for d in said])
+    assert (scores.valid_NK[:, 3] == np.tile(wordy, 3)).all()  # no text asked for: does not apply
+    aesthetic, artifact, rubric, ocr = scores.values_NK.T
+    assert aesthetic.std() > 0.1  # it looks at the picture
+    assert artifact[:12].min() > 0.5 > np.median(artifact[12:24])
+    assert rubric[:12].min() > 0.9 and rubric[24:].max() < 0.8
+    assert (ocr[:12][wordy] == 1).all() and (ocr[24:][wordy] == 0).all()
     detail = scores.details["rubric"][0]
-    assert detail is not None and len(detail["answers"]) == 2
+    assert detail is not None and len(detail["answers"]) == len(said[0].requirements)
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_in_process_and_behind_vllm_agree(urls):
+    """P(yes) within 1e-3 for the base and both adapters, and the same words read."""
+    rng = np.random.default_rng(6)
+    arrays = [scenes.render(scene) for scene in heldout_scenes()]
+    arrays += [scenes.damage(image, scene, rng, "broken") for image, scene in zip(arrays, heldout_scenes())]
+    images = [Image.fromarray(array) for array in arrays]
+    ask = {
+        "vlm": load_template("rubric").render(requirement=REQUIREMENT),
+        "aesthetic": load_template("aesthetic").render(),
+        "artifact": load_template("artifact").render(),
+    }
+
+    async def served(name: str) -> list[float]:
+        template = load_template("rubric" if name == "vlm" else name)
+        fields = {"requirement": REQUIREMENT} if name == "vlm" else {}
+        judge = Judge(name, urls["vlm"])
+        return await asyncio.gather(*(judge.p_yes(image, template, **fields) for image in images))
+
+    async def read() -> list[list[str]]:
+        judge = Judge("vlm", urls["vlm"], max_text_tokens=24)
+        return await asyncio.gather(*(judge.transcribe(image, load_template("transcribe")) for image in images))
+
+    for name, text in ask.items():
+        vlm = VLM.load(str(WEIGHTS / "judge-nano"))
+        if name != "vlm":
+            vlm.model = PeftModel.from_pretrained(vlm.model, str(WEIGHTS / f"judge-{name}")).eval()
+        mine = vlm.p_yes(images, [text] * len(images))
+        difference = np.abs(np.subtract(mine, asyncio.run(served(name)))).max()
+        print(f"{name}: in process and served differ by at most {difference:.1e}")
+        assert difference < 1e-3 and np.ptp(mine) > 0.1
+    vlm = VLM.load(str(WEIGHTS / "judge-nano"))
+    texts = vlm.complete(images, [load_template("transcribe").render()] * len(images), 24)
+    assert [json.loads(text)["lines"] for text in texts] == asyncio.run(read())
 
 
 @pytest.mark.vllm
@@ -145,14 +197,14 @@ def test_a_run_says_how_far_its_judges_repeat_themselves(urls, tmp_path, capsys)
 
 @pytest.mark.vllm
 @needs_vllm
-def test_dead_server_shows_its_log(model, tmp_path):
-    broken = server_spec(model, extra_args=["--no-such-option"])
+def test_dead_server_shows_its_log(tmp_path):
+    broken = server_spec(extra_args=["--no-such-option"])
     with pytest.raises(ServerError, match=r"vlm died while starting") as error:
         serve([broken], tmp_path).__enter__()
     assert "no-such-option" in error.value.detail
     with pytest.raises(ServerError, match=r"not up after 1 s"):
-        serve([server_spec(model, ready_timeout=1)], tmp_path).__enter__()
-    assert not descendants_alive(str(tmp_path))
+        serve([server_spec("brief", ready_timeout=1)], tmp_path).__enter__()
+    assert not descendants_alive("--served-model-name brief")
 
 
 def fake_executable(directory: Path, stubborn: bool = False) -> str:
@@ -219,12 +271,23 @@ def recipe(path: Path, *servers: ServerSpec) -> Path:
     return path
 
 
-def posttrain_serve(*args) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "posttrain.cli", "serve", *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def posttrain_serve() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts the command; what a failed test leaves running is killed."""
+    started = []
+
+    def start(*args) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "posttrain.cli", "serve", *map(str, args)]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
-def test_command_prints_for_another_machine(tmp_path):
+def test_command_prints_for_another_machine(posttrain_serve, tmp_path):
     specs = [ServerSpec("a", "org/a", gpus=[1]), ServerSpec("b", "org/b", port=9000)]
     for option in (["--config", recipe(tmp_path / "r.yaml", *specs)], [f"--config={tmp_path / 'r.yaml'}"]):
         process = posttrain_serve(*option, "--print_for", "10.0.0.2")
@@ -244,7 +307,7 @@ def test_command_prints_for_another_machine(tmp_path):
         ("servers: [{name: a, model: m, executable: no-such}]", "executable: no 'no-such'"),
     ],
 )
-def test_command_refuses(tmp_path, text, says):
+def test_command_refuses(posttrain_serve, tmp_path, text, says):
     path = tmp_path / "r.yaml"
     path.write_text(text)
     process = posttrain_serve("--config", path, "--logs", tmp_path)
@@ -254,7 +317,7 @@ def test_command_refuses(tmp_path, text, says):
     assert last.startswith("posttrain: error: ") and says in last
 
 
-def test_command_shows_the_log_of_a_server_that_fails(tmp_path):
+def test_command_shows_the_log_of_a_server_that_fails(posttrain_serve, tmp_path):
     """The error is one line still, and what the server said stands below it as the server wrote it."""
     fake = tmp_path / "vllm"
     fake.write_text("#!/bin/sh\necho 'ValueError: no space for'\necho '    the KV cache'\nexit 3\n")
@@ -274,7 +337,7 @@ def test_command_shows_the_log_of_a_server_that_fails(tmp_path):
 
 
 @pytest.mark.parametrize("how, code", [("SIGTERM", 0), ("SIGINT", 130)])
-def test_command_stops_while_a_server_starts(tmp_path, how, code):
+def test_command_stops_while_a_server_starts(posttrain_serve, tmp_path, how, code):
     fake = fake_executable(tmp_path)
     path = recipe(tmp_path / "r.yaml", ServerSpec("x", "m", executable=fake))
     process = posttrain_serve("--config", path, "--logs", tmp_path)
@@ -306,7 +369,7 @@ server.serve_forever()
 """
 
 
-def test_command_ends_when_a_server_dies(tmp_path):
+def test_command_ends_when_a_server_dies(posttrain_serve, tmp_path):
     fake = tmp_path / "vllm"
     fake.write_text(DYING.format(python=sys.executable))
     fake.chmod(0o755)
@@ -320,15 +383,15 @@ def test_command_ends_when_a_server_dies(tmp_path):
 
 @pytest.mark.vllm
 @needs_vllm
-def test_command_serves_until_it_is_stopped(model, tmp_path):
-    path = recipe(tmp_path / "r.yaml", server_spec(model))
+def test_command_serves_until_it_is_stopped(posttrain_serve, tmp_path):
+    path = recipe(tmp_path / "r.yaml", server_spec())
     process = posttrain_serve("--config", path, "--logs", tmp_path)
     assert process.stdout is not None
     line = process.stdout.readline()
     found = re.fullmatch(r"vlm: base URL (http://127\.0\.0\.1:\d+/v1), models vlm, aesthetic, artifact\n", line)
     assert found, process.communicate()
     score = asyncio.run(Judge("artifact", found[1]).p_yes(picture(0), load_template("aesthetic")))
-    assert 0 < score < 1
+    assert 0 <= score <= 1
     process.terminate()
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, output) == (0, "")

@@ -2,7 +2,7 @@
 
     python -m posttrain.nano.bench_grpo --seeds 0 1 2 --output runs/bench-grpo
 
-Each seed is `posttrain grpo --config recipes/nano/grpo.yaml` in a process of its own, so seconds hold start and end.
+Each seed is `posttrain grpo --config recipes/nano/demo.yaml` in a process of its own, so seconds hold start and end.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, required=True, help="directory for one run a seed and table.json")
-    parser.add_argument("--recipe", default="recipes/nano/grpo.yaml")
+    parser.add_argument("--recipe", default="recipes/nano/demo.yaml")
     parser.add_argument("options", nargs="*", help="further options for posttrain grpo, after --")
     args = parser.parse_args()
     rows = []

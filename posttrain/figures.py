@@ -1,0 +1,87 @@
+"""Figures of evaluation pictures besides the rewards: what drifts while a reward is being cheated.
+
+| figure | what it is | range |
+|---|---|---|
+| image/brightness | mean luma | [0, 1] |
+| image/saturation | mean of the largest less the smallest of a pixel's red, green and blue | [0, 1] |
+| image/high_frequency | share of the luma's energy above half the finest frequency | [0, 1], noise has 0.8 |
+| image/latent_norm | root mean square of the final latents | >= 0, about 1 |
+| image/diversity | mean distance of two pictures of one prompt, see `diversity` | [0, 1] |
+
+Pictures are uint8 (N, H, W, 3); values of theirs count as 0 to 1. Plain numpy, on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+LOOK = ("image/brightness", "image/saturation", "image/high_frequency", "image/latent_norm")
+DIVERSITY = "image/diversity"
+LUMA = np.array([0.2126, 0.7152, 0.0722])  # Rec. 709
+HIGH = 0.25
+"""Cycles per pixel from which a frequency is high; a picture's finest is 0.5."""
+GRID = 16
+"""Cells along each side of the small pictures that diversity compares."""
+
+
+def names(rewards: Sequence[str], guidance: Sequence[float], groups: int) -> list[str]:
+    """All figures of an evaluation, as it will name them."""
+    each = [*rewards, *LOOK, *([DIVERSITY] if groups else [])]
+    return [name + suffix(scale) for scale in guidance for name in each]
+
+
+def suffix(guidance: float) -> str:
+    """What is put behind a figure's name where the pictures were drawn with guidance."""
+    return f"@{guidance:g}" if guidance else ""
+
+
+def look(images: np.ndarray, latents: np.ndarray) -> dict[str, float]:
+    """The four figures of LOOK; the latents may have any shape."""
+    values = [brightness(images), saturation(images), high_frequency(images), float(np.sqrt(np.square(latents).mean()))]
+    return dict(zip(LOOK, values, strict=True))
+
+
+def brightness(images: np.ndarray) -> float:
+    return float((images.mean((0, 1, 2)) / 255 * LUMA).sum())
+
+
+def saturation(images: np.ndarray) -> float:
+    """Unlike that of HSV it is not divided by the brightness, which would make noise in the dark colourful."""
+    return float((images.max(-1) - images.min(-1)).mean() / 255)
+
+
+def high_frequency(images: np.ndarray) -> float:
+    """Mean over the pictures; grid textures and noise raise it, blur lowers it. A flat picture has 0.
+
+    Each picture is faded out towards its edges (Hann), since the jump from one edge to the other is no detail.
+    """
+    height, width = images.shape[1:3]
+    window = np.hanning(height + 2)[1:-1, None] * np.hanning(width + 2)[None, 1:-1]
+    high = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None]) > HIGH
+    shares = []
+    for image in images:
+        luma = image @ LUMA / 255
+        faded = (luma - (luma * window).sum() / window.sum()) * window
+        power = np.square(np.abs(np.fft.fft2(faded)))
+        flat = np.square(faded).mean() < 1e-16  # what remains of one colour is rounding
+        shares.append(0.0 if flat else power[high].sum() / power.sum())
+    return float(np.mean(shares))
+
+
+def diversity(images: np.ndarray, group_size: int) -> float:
+    """Mean over groups of the mean distance of two of their pictures; every `group_size` neighbours are a group.
+
+    The distance is the root mean square difference of the two pictures made small (16 x 16 means over cells): 0
+    for the same picture, 1 for black and white. It sees composition, colour and light, and so sees a policy
+    that draws one picture whatever the noise. It does not see details smaller than a cell, such as faces or
+    words that differ in one place, and it takes an object that has moved for as new as another object.
+    """
+    n, height, width = images.shape[:3]
+    if n % group_size or height % GRID or width % GRID:
+        raise ValueError(f"{n} pictures of {height} x {width}: not groups of {group_size} on a grid of {GRID}")
+    cells = images.reshape(n, GRID, height // GRID, GRID, width // GRID, 3).mean((2, 4)) / 255
+    first, second = np.triu_indices(group_size, 1)
+    groups = cells.reshape(-1, group_size, GRID * GRID * 3)
+    return float(np.mean([np.sqrt(np.square(g[first] - g[second]).mean(1)).mean() for g in groups]))

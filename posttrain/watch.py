@@ -1,0 +1,65 @@
+"""What a run's evaluations decide: which step was the best, and whether to stop.
+
+Both follow from the list of all evaluations and the recipe alone, so a resumed run decides as the uninterrupted
+one. An evaluation in which the figure is missing, or not finite, says nothing: it is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from posttrain.config import EvalConfig, StopConfig
+
+
+def best(evaluations: Sequence[Any], metric: str | None) -> tuple[int, float] | None:
+    """Step and value of the highest, the earliest of equals. `evaluations` are pairs (step, figures)."""
+    return max(_points(evaluations, metric), key=lambda point: point[1], default=None)
+
+
+def newest_is_best(evaluations: Sequence[Any], metric: str | None) -> bool:
+    top = best(evaluations, metric)
+    return top is not None and top[0] == evaluations[-1][0]
+
+
+def regression(evaluations: Sequence[Any], stop: StopConfig) -> str | None:
+    """Why to stop now, or None.
+
+    The reason is that in each of the last `patience` evaluations the figure was further from the best before it
+    than the share `drop` of that best's size.
+    """
+    sign = 1 if stop.better == "higher" else -1
+    top: tuple[int, float] | None = None
+    beyond = 0
+    points = _points(evaluations, stop.metric)
+    for step, value in points:
+        if top is None or sign * (value - top[1]) > 0:
+            top = step, value
+        beyond = beyond + 1 if sign * (top[1] - value) > stop.drop * abs(top[1]) else 0
+    if top is None or beyond < stop.patience:
+        return None
+    step, value = points[-1]
+    verb = "fell" if value < top[1] else "rose"
+    return f"eval.stop: {stop.metric} {verb} from {top[1]:.4g} (step {top[0]}) to {value:.4g} (step {step})"
+
+
+def outcome(evaluations: Sequence[Any], config: EvalConfig) -> tuple[dict[str, Any], list[str]]:
+    """What was decided, for the summary (`best`, `stopped`; each only where there is one) and as lines to the user."""
+    decided: dict[str, Any] = {}
+    lines = []
+    if reason := regression(evaluations, config.stop):
+        decided["stopped"] = reason
+        lines.append(f"{reason}; the run has ended")
+    if top := best(evaluations, config.best):
+        decided["best"] = {"metric": config.best, "step": top[0], "value": top[1]}
+        if top[0] == 0:
+            lines.append(
+                f"eval.best: {config.best} was never above its start ({top[1]:.4g}), so no step is marked best"
+            )
+    return decided, lines
+
+
+def _points(evaluations: Sequence[Any], metric: str | None) -> list[tuple[int, float]]:
+    points = ((step, figures.get(metric)) for step, figures in evaluations)
+    return [(step, value) for step, value in points if value is not None and math.isfinite(value)]

@@ -1,0 +1,137 @@
+"""Figures of pictures and what follows from them, on pictures and series whose figures are known."""
+
+import numpy as np
+import pytest
+
+from posttrain import figures, watch
+from posttrain.config import EvalConfig, StopConfig
+
+
+def flat(*colours, size=32) -> np.ndarray:
+    return np.stack([np.full((size, size, 3), colour, np.uint8) for colour in colours])
+
+
+def wave(frequency: float, size=64) -> np.ndarray:
+    """Grey stripes across, so many cycles a pixel."""
+    grey = 127.5 + 100 * np.sin(2 * np.pi * frequency * np.arange(size))
+    return np.broadcast_to(grey.round().astype(np.uint8)[None, None, :, None], (1, size, size, 3))
+
+
+def test_brightness_and_saturation():
+    red, grey = (255, 0, 0), (51, 51, 51)
+    assert figures.brightness(flat(0, 255)) == pytest.approx(0.5)
+    assert figures.brightness(flat(red)) == pytest.approx(0.2126)
+    assert figures.brightness(flat(grey)) == pytest.approx(0.2)
+    assert figures.saturation(flat(grey, 0, 255)) == 0
+    assert figures.saturation(flat(red, grey)) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("frequency", "share"), [(0.03, 0), (0.2, 0), (0.3, 1), (0.45, 1)])
+def test_high_frequency_of_a_wave(frequency, share):
+    """Across as well as down, and whatever its strength. Rounding to uint8 adds a little noise."""
+    picture = wave(frequency)
+    assert figures.high_frequency(picture) == pytest.approx(share, abs=2e-3)
+    assert figures.high_frequency(picture.swapaxes(1, 2)) == pytest.approx(share, abs=2e-3)
+    assert figures.high_frequency((picture // 4).astype(np.uint8)) == pytest.approx(share, abs=2e-2)
+
+
+def test_high_frequency_of_noise_and_of_nothing():
+    """Outside a circle of half the square's radius lies 1 - pi/16 of it. A flat picture has no energy to share."""
+    noise = np.random.default_rng(0).integers(0, 256, (4, 128, 96, 3), dtype=np.uint8)
+    assert figures.high_frequency(noise) == pytest.approx(1 - np.pi / 16, abs=0.02)
+    assert figures.high_frequency(flat(7, (1, 200, 33))) == 0
+    assert figures.high_frequency(np.concatenate([wave(0.4), flat(9, size=64)])) == pytest.approx(0.5, abs=2e-3)
+
+
+def test_latent_norm():
+    latents = np.array([[3.0, 4.0], [0.0, 5.0]])
+    assert figures.look(flat(0), latents)["image/latent_norm"] == pytest.approx(np.sqrt(12.5))
+
+
+def test_diversity():
+    noise = np.random.default_rng(0).integers(0, 256, (6, 32, 48, 3), dtype=np.uint8)
+    assert figures.diversity(np.repeat(noise, 4, axis=0), 4) == 0  # the groups differ and their pictures do not
+    assert figures.diversity(flat(0, 255), 2) == 1
+    # Black, black, white: distances 0, 1, 1. A grey of 51 is 0.2 from black.
+    assert figures.diversity(flat(0, 0, 255), 3) == pytest.approx(2 / 3)
+    assert figures.diversity(flat(0, 51, 51, 51), 2) == pytest.approx(0.1)
+    assert figures.diversity(noise, 3) == pytest.approx(figures.diversity(noise[[2, 0, 1, 4, 5, 3]], 3))
+    with pytest.raises(ValueError, match="not groups of 4"):
+        figures.diversity(noise, 4)
+
+
+def test_diversity_sees_composition_and_not_detail():
+    """A checkerboard of single pixels and its negative are the same grey from afar; halves are not."""
+    board = np.indices((32, 32)).sum(0) % 2
+    halves = np.indices((32, 32))[0] // 16
+    for pattern, expected in ((board, 0), (halves, 1)):
+        picture = np.broadcast_to(pattern[..., None], (32, 32, 3)).astype(np.uint8) * 255
+        assert figures.diversity(np.stack([picture, 255 - picture]), 2) == expected
+
+
+def test_names():
+    assert figures.names(["oracle"], [0.0], 0) == ["oracle", *figures.LOOK]
+    with_groups = [*figures.LOOK, "image/diversity"]
+    assert figures.names(["a", "b"], [0.0, 1.5], 8) == [
+        "a", "b", *with_groups, "a@1.5", "b@1.5", *(f"{name}@1.5" for name in with_groups),
+    ]  # fmt: skip
+
+
+# what follows
+
+
+def series(*values, every=10):
+    """As evaluations are saved: JSON makes a list of a pair."""
+    return [[every * i, {"oracle": value}] for i, value in enumerate(values)]
+
+
+def test_the_best_is_the_highest_and_the_first_of_equals():
+    assert watch.best(series(0.5, None, 0.8, 0.7, 0.8, float("nan")), "oracle") == (20, 0.8)
+    assert watch.best(series(-3, -2), "oracle") == (10, -2)
+    assert watch.best(series(None, None), "oracle") is None
+    assert watch.best(series(0.5), None) is None and watch.best([], "oracle") is None
+    assert [watch.newest_is_best(series(*(0.5, 0.4, 0.6, 0.6)[:n]), "oracle") for n in range(5)] == [
+        False, True, False, True, False,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "stops"),
+    [
+        ([0.8, 0.5, 0.5], True),
+        ([0.8, 0.5], False),  # not yet
+        ([0.8, 0.5, 0.75, 0.5], False),  # not in a row
+        ([0.8, 0.73, 0.73, 0.73], False),  # a tenth of 0.8 is let go
+        ([0.8, 0.71, 0.71], True),
+        ([0.6, 0.7, 0.8, 0.7, 0.6], True),  # the best is that so far
+        ([0.8, 0.5, 0.5, 0.8], False),
+        ([0.8, 0.5, None, 0.5], True),  # missing says nothing either way
+        ([None, None, None], False),
+        ([-1.0, -1.05, -1.2, -1.2], True),
+        ([0.0, 0.0, 0.0], False),
+        ([], False),
+    ],
+)
+def test_regression(values, stops):
+    """By more than a tenth, twice in a row; and the same of a figure that should be low."""
+    stop = StopConfig("oracle", drop=0.1, patience=2)
+    assert bool(watch.regression(series(*values), stop)) == stops
+    mirrored = [None if value is None else -value for value in values]
+    assert bool(watch.regression(series(*mirrored), StopConfig("oracle", "lower", 0.1, 2))) == stops
+    assert watch.regression(series(*values), StopConfig()) is None
+
+
+def test_what_a_run_says():
+    config = EvalConfig(best="oracle", stop=StopConfig("oracle", patience=1))
+    reason = "eval.stop: oracle fell from 0.8 (step 10) to 0.6 (step 20)"
+    decided, lines = watch.outcome(series(0.7, 0.8, 0.6), config)
+    assert decided == {"stopped": reason, "best": {"metric": "oracle", "step": 10, "value": 0.8}}
+    assert lines == [f"{reason}; the run has ended"]
+    config.stop.better = "lower"
+    rose = "eval.stop: oracle rose from 0.6 (step 0) to 0.8 (step 10)"
+    assert watch.outcome(series(0.6, 0.8), config)[0]["stopped"] == rose
+    assert watch.outcome(series(0.8), config) == (
+        {"best": {"metric": "oracle", "step": 0, "value": 0.8}},
+        ["eval.best: oracle was never above its start (0.8), so no step is marked best"],
+    )
+    assert watch.outcome(series(0.7, 0.8), EvalConfig()) == ({}, [])
