@@ -14,6 +14,7 @@ import torch
 from posttrain import figures, sampler
 from posttrain.config import EvalConfig
 from posttrain.k2 import K2, Text, to_pil
+from posttrain.processes import Processes
 from prompts.records import PromptRecord, columns
 from rewards.base import Reward, Scores, score_all
 
@@ -38,8 +39,10 @@ class Evaluator:
         size: tuple[int, int],
         batch: int,
         max_tokens: int,
+        procs: Processes,
     ):
         self.k2, self.rewards, self.config, self.size, self.batch = k2, rewards, config, size, batch
+        self.procs = procs
         self.records = list(records[: config.prompts])
         self.seeds = [sampler.seed_for(config.seed, i) for i in range(len(self.records))]
         groups = range(min(config.groups, len(self.records)))
@@ -57,9 +60,7 @@ class Evaluator:
         for guidance in self.config.guidance:
             images, latents = self._draw(list(enumerate(self.seeds)), guidance)
             shown = images if shown is None else shown
-            pictures = to_pil(torch.from_numpy(images))
-            scores = asyncio.run(score_all(self.rewards, pictures, prompts, self._columns))
-            values = means(scores) | figures.look(images, latents)
+            values = means(self._score(images, prompts)) | figures.look(images, latents)
             if self._groups:
                 grouped, _ = self._draw(self._groups, guidance)
                 values[figures.DIVERSITY] = figures.diversity(grouped, self.config.group_size)
@@ -67,18 +68,29 @@ class Evaluator:
         assert shown is not None
         return Evaluation(found, shown)
 
+    def _score(self, images: np.ndarray, prompts: list[str]) -> Scores:
+        """Each process scores its share of the pictures."""
+        mine = list(self.procs.mine(len(images)))
+        if not mine:
+            return self.procs.scores(None, 1)
+        pictures = to_pil(torch.from_numpy(images[mine]))
+        rows = {name: [column[i] for i in mine] for name, column in self._columns.items()}
+        scores = asyncio.run(score_all(self.rewards, pictures, [prompts[i] for i in mine], rows))
+        return self.procs.scores(scores, 1)
+
     def _draw(self, jobs: Sequence[tuple[int, int]], guidance: float) -> tuple[np.ndarray, np.ndarray]:
-        """Pictures and latents of (prompt, seed) pairs."""
-        k2, (height, width), images, latents = self.k2, self.size, [], []
+        """Pictures and latents of (prompt, seed) pairs, of which each process draws its share."""
+        k2, (height, width), drawn = self.k2, self.size, []
         shape = (k2.image_tokens(height, width), k2.latent_channels)
-        for i in range(0, len(jobs), self.batch):
-            part = jobs[i : i + self.batch]
+        mine = [jobs[i] for i in self.procs.mine(len(jobs))]
+        for i in range(0, len(mine), self.batch):
+            part = mine[i : i + self.batch]
             noise = sampler.noise([seed for _, seed in part], shape)
             text = Text.of([self._fused[row] for row, _ in part])
-            drawn = k2.sample(text, noise, self.config.steps, height, width, guidance, self._null)
-            latents.append(drawn.cpu().numpy())
-            images.append(k2.decode(drawn, height, width).cpu().numpy())
-        return np.concatenate(images), np.concatenate(latents)
+            latents = k2.sample(text, noise, self.config.steps, height, width, guidance, self._null)
+            drawn += zip(k2.decode(latents, height, width).cpu().numpy(), latents.cpu().numpy())
+        images, latents = zip(*self.procs.dealt_back(drawn))
+        return np.stack(images), np.stack(latents)
 
 
 def means(scores: Scores) -> dict[str, float | None]:

@@ -6,9 +6,9 @@ windows of MixGRPO (arXiv:2507.21802), the ratio of GRPO-Guard (arXiv:2510.22319
 
     posttrain grpo --config recipes/nano/grpo.yaml
 
-One process trains. A group has one prompt and one size, so its text has one length and needs no mask. All noise comes
-from seeds of global indices (run, step, group, image, SDE step), so nothing depends on batching or on history, and a
-resumed run draws what the uninterrupted one would have drawn.
+Any number of processes (`accelerate launch`) share a step's groups; each group has one prompt and one size, so its
+text has one length and needs no mask. All noise comes from seeds of global indices (run, step, group, image, SDE
+step), so nothing depends on processes, batching or history: a resumed run draws what the uninterrupted one would have.
 
 Legend: P groups, G images of a group, K rewards, W stochastic steps, B images of a micro-batch.
 """
@@ -16,7 +16,6 @@ Legend: P groups, G images of a group, K rewards, W stochastic steps, B images o
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import time
 from dataclasses import asdict, dataclass
@@ -24,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from posttrain import advantages, checkpoint, losses, sampler, watch
@@ -33,6 +31,7 @@ from posttrain.evaluate import Evaluation, Evaluator, means
 from posttrain.k2 import K2, Text, to_pil
 from posttrain.loop import Loop, Stepper
 from posttrain.policy import POLICY, add_policy, described, load_policy, saved_tensors
+from posttrain.processes import Processes
 from posttrain.report import write_report
 from posttrain.rollout import Trajectory, rollout
 from posttrain.source import PromptSource
@@ -51,6 +50,8 @@ from rewards.serve import serve
 class Group:
     """One prompt's images of one step."""
 
+    index: int
+    """Among all groups of the step, whichever process drew them."""
     record: PromptRecord
     text: Text
     size: tuple[int, int]
@@ -61,16 +62,18 @@ class Group:
 
 def train(config: GRPOConfig, resume: bool = False) -> None:
     """Runs a recipe into its run directory. Raises UserError for what the user can mend."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("posttrain grpo: trains in one process; start it without a launcher")
-    Run.check(config, resume)
+    procs = Processes()
+    if procs.main:
+        Run.check(config, resume)
     source, heldout = PromptSource(config, read_prompts(config.prompts.train)), read_prompts(config.prompts.heldout)
     load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})  # before the wait
-    k2 = load_model(config.model)
+    k2 = load_model(config.model, procs.device)
     add_policy(k2, config.lora, config.seed, reference=config.loss.kl > 0)
-    with Run.create(config, resume) as run, serve(config.servers, run.path / "servers") as urls:
-        stopped = _train(config, resume, run, k2, source, heldout, urls)
-        write_report(run.path)
+    with Run.create(config, resume, procs.main) as run:
+        with serve(config.servers if procs.main else [], run.path / "servers") as urls:
+            stopped = _train(config, resume, run, procs, k2, source, heldout, procs.from_main(urls))
+        if procs.main:
+            write_report(run.path)
     if stopped is signal.SIGINT:
         raise KeyboardInterrupt
 
@@ -79,6 +82,7 @@ def _train(
     config: GRPOConfig,
     resume: bool,
     run: Run,
+    procs: Processes,
     k2: K2,
     source: PromptSource,
     heldout: list[PromptRecord],
@@ -89,7 +93,7 @@ def _train(
     measured = load_rewards(config.rewards, urls)  # judges keep to one event loop, so evaluation has its own
     stepper = Stepper(k2.train_role(POLICY), config.optim)
     batch, max_tokens = 4 * config.groups.micro_batch, config.prompts.max_tokens
-    evaluator = Evaluator(k2, heldout, measured, config.eval, _size(config, 0), batch, max_tokens)
+    evaluator = Evaluator(k2, heldout, measured, config.eval, _size(config, 0), batch, max_tokens, procs)
     _warn_of_cuts(run, k2, [*source.records, *heldout], max_tokens)
 
     saved = checkpoint.load_latest(run.path / "checkpoints") if resume else None
@@ -110,6 +114,8 @@ def _train(
         return history["seconds"] + time.time() - started
 
     def save(step: int) -> None:
+        if not procs.main:
+            return
         optimizer, state = checkpoint.flatten_optimizer(stepper.optimizer)
         pool, pool_state = source.state()
         with stepper.averaged():
@@ -138,7 +144,7 @@ def _train(
         run.prompts(source.ends())
 
     def mark_best() -> None:
-        if top := watch.best(evaluations, config.eval.best):
+        if procs.main and (top := watch.best(evaluations, config.eval.best)):
             checkpoint.mark_best(run.path / "checkpoints", top[0])
 
     def evaluate(step: int) -> Evaluation:
@@ -156,21 +162,22 @@ def _train(
         if history["before"] is None:
             before = evaluate(0)
             history["before"] = history["after"] = before.figures
-            history |= _preflight(run, measured, before.images, [r.prompt for r in evaluator.records])
+            if procs.main:
+                history |= _preflight(run, measured, before.images, [r.prompt for r in evaluator.records])
         mark_best()  # a run that was killed after it saved may not have come to it
         ended = watch.regression(evaluations, config.eval.stop)  # and one that was stopped does not go on
-        loop = Loop(first, first if ended else config.steps, config.checkpoint, save)
+        loop = Loop(first, first if ended else config.steps, config.checkpoint, save, procs.any)
         for step in loop:
             clock = _Clock()
-            groups = sample(k2, config, step, source, queue)
+            groups = sample(k2, config, step, source, queue, procs)
             clock.lap("sample")
-            scores = queue.gather()
+            scores = procs.scores(queue.gather() if groups else None, config.groups.group_size)
             metrics = score(config, groups, scores)
             metrics |= source.update(step, apply_gates(scores, [r.spec for r in trained]))
             clock.lap("score")
-            metrics |= optimise(k2, config, groups, stepper)
+            metrics |= optimise(k2, config, groups, stepper, procs)
             clock.lap("optimise")
-            history["images"] += len(groups) * config.groups.group_size
+            history["images"] += config.groups.prompts_per_step * config.groups.group_size
             run.log(step, {**metrics, **clock.seconds, "images": history["images"]})
             if step == config.steps or (config.eval.every and step % config.eval.every == 0):
                 history["after"] = evaluate(step).figures
@@ -189,16 +196,18 @@ def _train(
 # ---- sample -----------------------------------------------------------------------------------------------
 
 
-def sample(k2: K2, config: GRPOConfig, step: int, source: PromptSource, queue: ScoreQueue) -> list[Group]:
-    """The groups of a step. Each group's pictures are submitted for scoring as soon as they are decoded."""
+def sample(
+    k2: K2, config: GRPOConfig, step: int, source: PromptSource, queue: ScoreQueue, procs: Processes
+) -> list[Group]:
+    """This process's groups of a step. Their pictures are submitted for scoring as soon as they are decoded."""
     s, n = config.sampling, config.groups.prompts_per_step
     first, chosen = (step - 1) * n, source.draw(step)
-    texts = k2.encode([r.prompt for r in chosen], config.prompts.max_tokens).features
     window = window_of(config, step)
     groups = []
-    for g, (row, features) in enumerate(zip(chosen, texts)):
+    for g in procs.mine(n):
+        row = chosen[g]
         height, width = size = _size(config, first + g)
-        text = Text.of([k2.fuse(features)])
+        text = Text.of([k2.fuse(k2.encode([row.prompt], config.prompts.max_tokens).features[0])])
         seeds = [
             [sampler.seed_for(config.seed, step, g, j, i) for i in range(len(window) + 1)]
             for j in range(config.groups.group_size)
@@ -212,7 +221,7 @@ def sample(k2: K2, config: GRPOConfig, step: int, source: PromptSource, queue: S
         images = to_pil(k2.decode(trajectory.latents, height, width))
         rows = [row] * len(images)
         queue.submit(images, [r.prompt for r in rows], columns(rows))
-        groups.append(Group(row, text, size, trajectory, torch.empty(0)))
+        groups.append(Group(g, row, text, size, trajectory, torch.empty(0)))
     return groups
 
 
@@ -238,9 +247,9 @@ def _size(config: GRPOConfig, index: int) -> tuple[int, int]:
 
 
 def score(config: GRPOConfig, groups: list[Group], scores: Scores) -> dict[str, float | None]:
-    """Turns scores into the groups' advantages; returns what the step's rewards looked like."""
+    """Turns the scores of all groups into the advantages of these; returns what the step's rewards looked like."""
     gated = apply_gates(scores, [r for r in config.rewards if not r.heldout_only])
-    shape = (len(groups), config.groups.group_size, -1)
+    shape = (config.groups.prompts_per_step, config.groups.group_size, -1)
     rewards_PGK = torch.from_numpy(gated.values_NK).view(*shape)
     valid_PGK = torch.from_numpy(gated.valid_NK).view(*shape)
     weights_K = torch.from_numpy(gated.weights_K)
@@ -250,8 +259,8 @@ def score(config: GRPOConfig, groups: list[Group], scores: Scores) -> dict[str, 
     normalise = advantages.gdpo if config.advantages == "gdpo" else advantages.sum_then_normalise
     limit = config.loss.max_advantage
     advantages_PG = normalise(rewards_PGK, valid_PGK, weights_K).clamp(-limit, limit)
-    for group, row in zip(groups, advantages_PG):
-        group.advantages = row.float()
+    for group in groups:
+        group.advantages = advantages_PG[group.index].float()
     flat_PK = advantages.flat(rewards_PGK, valid_PGK)
     by_reward = means(scores)
     weighed = [(w, mean) for n, w in zip(gated.names, gated.weights_K) if (mean := by_reward[n]) is not None]
@@ -269,15 +278,16 @@ def score(config: GRPOConfig, groups: list[Group], scores: Scores) -> dict[str, 
 # ---- optimise ---------------------------------------------------------------------------------------------
 
 
-def optimise(k2: K2, config: GRPOConfig, groups: list[Group], stepper: Stepper) -> dict[str, float]:
-    """One or more updates on a step's groups; the reference is the weights that training began with."""
+def optimise(k2: K2, config: GRPOConfig, groups: list[Group], stepper: Stepper, procs: Processes) -> dict[str, float]:
+    """One or more updates on the groups of all processes; the reference is the weights that training began with."""
     s, loss = config.sampling, config.loss
     moves = [(g, t) for g in groups for t in g.trajectory.transitions]
-    count = len(moves) * config.groups.group_size
-    totals: dict[str, Tensor] = {}
+    stochastic = s.steps - 1 if s.window is None else s.window
+    count = config.groups.prompts_per_step * stochastic * config.groups.group_size
+    sums: dict[str, float] = {}
     metrics: dict[str, float] = {}
     for update in range(config.optim.passes):
-        totals = {}
+        totals: dict[str, Tensor] = {}
         for group, move in moves:
             weight = _weight(group.trajectory, move) if loss.ratio == "guard" else 1.0
             times_1 = sampler.schedule(s.steps, k2.mu(*group.size))[1]
@@ -302,13 +312,17 @@ def optimise(k2: K2, config: GRPOConfig, groups: list[Group], stepper: Stepper) 
                     (loss_B.sum() / count).backward()
                 for name, value in parts.items():
                     totals[name] = totals.get(name, 0.0) + value.double()
-                worst = log_ratio.detach().exp().sub(1).abs().max().double()
-                totals["worst"] = torch.maximum(totals.get("worst", worst), worst)
+                error = log_ratio.detach().exp().sub(1).abs().max().double()
+                totals["worst"] = torch.maximum(totals.get("worst", error), error)
+        parts = procs.each({name: float(value) for name, value in totals.items()})
+        worst = max(part.pop("worst") for part in parts if part)
+        sums = {name: sum(part[name] for part in parts if part) for name in max(parts, key=len)}
         if update == 0:
             # Before the first update the policy is the one that drew the images, so every ratio is 1.
-            metrics["ratio_error"] = float(totals["worst"])
+            metrics["ratio_error"] = worst
+        procs.sum_gradients(stepper.parameters)
         metrics["grad_norm"] = stepper.step()
-    average = {name: float(value) / count for name, value in totals.items() if name != "worst"}
+    average = {name: value / count for name, value in sums.items()}
     square = average.pop("ratio_square")
     metrics["ratio_std"] = max(0.0, square - average["ratio"] ** 2) ** 0.5
     return {**metrics, **average, "skipped_updates": stepper.skipped}
@@ -323,9 +337,9 @@ def _weight(trajectory: Trajectory, move: Any) -> float:
 # ---- the rest ---------------------------------------------------------------------------------------------
 
 
-def load_model(config: ModelConfig) -> K2:
+def load_model(config: ModelConfig, device: torch.device) -> K2:
     """The base to train. Raises UserError for a Turbo checkpoint, which has no guidance-free policy to improve."""
-    k2 = K2.load(config.path, config.transformer_file, getattr(torch, config.dtype), PartialState().device or "cpu")
+    k2 = K2.load(config.path, config.transformer_file, getattr(torch, config.dtype), device)
     if k2.is_distilled:
         raise UserError(
             f"{config.path}: model_index.json: is_distilled is true: GRPO trains the Raw checkpoint; distil after it"

@@ -26,8 +26,16 @@ class Loop:
     does `end`, which the loop's body calls; `save_next` only has the step in progress saved.
     """
 
-    def __init__(self, first: int, total: int, config: CheckpointConfig, save: Callable[[int], None]):
-        self.first, self.total, self.config, self.save = first, total, config, save
+    def __init__(
+        self,
+        first: int,
+        total: int,
+        config: CheckpointConfig,
+        save: Callable[[int], None],
+        anywhere: Callable[[bool], bool] = bool,
+    ):
+        """`anywhere` says whether something is so in any process: a signal to one of them stops all."""
+        self.first, self.total, self.config, self.save, self.anywhere = first, total, config, save, anywhere
         self.stopped: signal.Signals | None = None
         self.done = first
         """The last step that was finished."""
@@ -40,6 +48,8 @@ class Loop:
             for step in range(self.first + 1, self.total + 1):
                 yield step
                 self.done = step
+                if self.anywhere(self.stopped is not None) and self.stopped is None:
+                    self.stopped = signal.SIGTERM
                 late = self.config.minutes and time.monotonic() - saved_at > 60 * self.config.minutes
                 due = self._due or (self.config.every and step % self.config.every == 0)
                 last = self._ended or self.stopped is not None or step == self.total

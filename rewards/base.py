@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any, Literal
 
@@ -129,6 +129,17 @@ class Scores:
             {name: sum((part.failures[name] for part in parts), Counter()) for name in first.names},
             {name: [entry for part in parts for entry in part.details[name]] for name in first.names},
             {name: sum(part.seconds[name] for part in parts) for name in first.names},
+        )
+
+    def take(self, rows: Sequence[int]) -> "Scores":
+        """The same scores of some samples, in another order."""
+        rows = list(rows)
+        return replace(
+            self,
+            values_NK=self.values_NK[rows],
+            valid_NK=self.valid_NK[rows],
+            failed_NK=self.failed_NK[rows],
+            details={name: [details[i] for i in rows] for name, details in self.details.items()},
         )
 
 
