@@ -6,6 +6,7 @@ draws the same images, and their summed gradients give the same update within ro
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -22,7 +23,8 @@ class Processes:
     """The processes that a launcher started, or the only one."""
 
     def __init__(self) -> None:
-        self.state = PartialState()
+        launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        self.state = PartialState(cpu=True) if launched and not torch.cuda.is_available() else PartialState()
         self.rank, self.size = self.state.process_index, self.state.num_processes
         self.main = self.rank == 0
 

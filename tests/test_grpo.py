@@ -17,6 +17,7 @@ from posttrain.config import LoraConfig, OptimConfig, RewardSpec
 from posttrain.export import load_checkpoint
 from posttrain.k2 import K2
 from posttrain.loop import Stepper
+from posttrain.processes import Processes
 from posttrain.sampler import sde_moments
 from posttrain.source import PromptSource, in_turn
 from prompts.errors import UserError
@@ -45,8 +46,8 @@ def trained(monkeypatch):
     """The K2 that `train` loads, with a copy of its weights as they were."""
     seen = []
 
-    def load_model(config):
-        k2 = load(config)
+    def load_model(config, device):
+        k2 = load(config, device)
         seen.append((k2, {key: value.clone() for key, value in k2.base_state_dict().items()}))
         return k2
 
@@ -460,13 +461,6 @@ def test_another_adapter_cannot_be_resumed(config):
         grpo.train(config, resume=True)
 
 
-def test_a_launcher_is_refused(config, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="one process"):
-        grpo.train(config)
-    assert not Path(config.output).exists()
-
-
 # single steps
 
 
@@ -485,7 +479,7 @@ def one_step(config, model):
 
     def draw(step=1):
         with ScoreQueue(load_rewards(config.rewards), config.groups.group_size) as queue:
-            groups = grpo.sample(k2, config, step, source, queue)
+            groups = grpo.sample(k2, config, step, source, queue, Processes())
             grpo.score(config, groups, queue.gather())
         return groups
 
@@ -494,7 +488,7 @@ def one_step(config, model):
         stepper = Stepper(parameters, config.optim)
         seen = []
         stepper.step = lambda: seen.append(torch.cat([p.grad.flatten() for p in parameters])) or 0.0  # type: ignore
-        metrics = grpo.optimise(k2, config, groups, stepper)
+        metrics = grpo.optimise(k2, config, groups, stepper, Processes())
         for parameter in parameters:
             parameter.grad = None
         return seen[0], metrics
@@ -607,7 +601,7 @@ def test_a_reward_without_scores_does_not_lower_the_mean(config):
     config.rewards.append(RewardSpec("text", "tests.runs:nothing"))
     values, valid = np.array([[0.6, 0.0], [0.8, 0.0]] * 4), np.array([[True, False]] * 8)
     scores = Scores(["brightness", "text"], values, valid, np.zeros_like(valid), {}, {}, {})
-    groups = [grpo.Group(None, None, (32, 32), None, torch.empty(0)) for _ in range(2)]  # type: ignore[arg-type]
+    groups = [grpo.Group(g, None, None, (32, 32), None, torch.empty(0)) for g in range(2)]  # type: ignore[arg-type]
     metrics = grpo.score(config, groups, scores)
     assert metrics["reward"] == pytest.approx(0.7) and metrics["reward/text"] is None
     assert metrics["missing"] == 0 and metrics["flat_groups"] == 0

@@ -1,0 +1,51 @@
+"""Real processes under a launcher train as one: the same pictures, scores and update as one process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from posttrain import checkpoint
+from tests import runs, tiny
+
+
+def launch(processes: int, config, folder: Path) -> Path:
+    """Runs the recipe in a directory of its own and returns that."""
+    config.output = str(folder / f"run-{processes}")
+    recipe = runs.recipe(config, folder / f"recipe-{processes}.json")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += ["-m", "posttrain.cli", "grpo", "--config", str(recipe)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, cwd=runs.ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stderr.count("step 2/2  reward") == 1  # one process tells of all
+    return Path(config.output)
+
+
+def test_three_processes_equal_two_and_one(tmp_path):
+    """Five groups and three held-out prompts, which no number of processes here divides; two sizes; rank 0 writes."""
+    config = runs.config(tmp_path, tiny.save(tmp_path / "k2"))
+    config.groups.prompts_per_step, config.eval.prompts, config.eval.groups, config.eval.group_size = 5, 1, 1, 2
+    config.sampling.sizes, config.pool.kind, config.optim.ema = [[32, 32], [16, 48]], "uniform", 0.5
+    one, *others = [launch(n, config, tmp_path) for n in (1, 2, 3)]
+    first = runs.untimed(one)
+    for other in others:
+        assert len(runs.rows(other)) == len(first)
+        for a, b in zip(first, runs.untimed(other)):
+            assert a == pytest.approx(b, rel=1e-4, abs=1e-7)
+        for path in one.glob("samples/step-*/*.png"):
+            same = [np.asarray(Image.open(run / path.relative_to(one)), int) for run in (one, other)]
+            assert np.abs(same[0] - same[1]).max() <= 1
+        a, b = (checkpoint.load_latest(run / "checkpoints") for run in (one, other))
+        assert a is not None and b is not None and a.step == b.step == 2
+        for name in ("adapter", "live"):
+            trained, again = (torch.cat([v.flatten() for v in saved.tensors[name].values()]) for saved in (a, b))
+            assert (trained - again).norm() < 1e-3 * trained.norm()
+        summary = json.loads((other / "summary.json").read_text())
+        assert summary["images"] == 2 * 5 * 4 and (other / "report.html").is_file()
