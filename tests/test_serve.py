@@ -61,9 +61,9 @@ def urls(tmp_path_factory) -> Iterator[dict[str, list[str]]]:
 
 def descendants_alive(marker: str) -> list[str]:
     """Command lines of processes that mention `marker`; vLLM's own children are found by their group."""
-    lines = subprocess.run(["ps", "-eo", "pgid,args"], capture_output=True, text=True, check=True).stdout
+    lines = subprocess.run(["ps", "-ww", "-eo", "pgid,args"], capture_output=True, text=True, check=True).stdout
     groups = {line.split()[0] for line in lines.splitlines() if marker in line}
-    return [line for line in lines.splitlines() if line.split()[0] in groups and "ps -eo" not in line]
+    return [line for line in lines.splitlines() if line.split()[0] in groups and "ps -ww" not in line]
 
 
 REQUIREMENT = "there is exactly one shape"
