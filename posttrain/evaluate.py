@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +75,7 @@ class Evaluator:
         if not mine:
             return self.procs.scores(None, 1)
         pictures = to_pil(torch.from_numpy(images[mine]))
-        rows = {name: [column[i] for i in mine] for name, column in self._columns.items()}
+        rows: dict[str, Sequence[Any]] = {name: [column[i] for i in mine] for name, column in self._columns.items()}
         scores = asyncio.run(score_all(self.rewards, pictures, [prompts[i] for i in mine], rows))
         return self.procs.scores(scores, 1)
 
