@@ -36,10 +36,10 @@ site, version = Path(sysconfig.get_path("purelib")), sys.argv[1]
 # torchvision's compiled half does not load without CUDA. vLLM uses the Python half, which only needs two
 # operators to exist when it describes them.
 (site / "declare_torchvision_ops.py").write_text(
-    "import torch\n"
-    'library = torch.library.Library("torchvision", "DEF")\n'
+    "from torch import library\n"
+    'operators = library.Library("torchvision", "DEF")\n'
     'for name in ("nms", "qnms"):\n'
-    '    library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")\n'
+    '    operators.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")\n'
 )
 (site / "declare_torchvision_ops.pth").write_text("import declare_torchvision_ops\n")
 

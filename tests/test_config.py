@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -35,14 +36,17 @@ def set_path(config, path: str, value) -> None:
     setattr(config, name, value)
 
 
-def test_defaults_are_valid():
-    validate(grpo())
+def test_defaults_are_valid_and_stay_what_they_are():
+    config = grpo()
+    validate(config)
+    assert config == grpo()
 
 
 def test_all_weights_need_no_adapter():
     config = grpo()
     config.lora = None
     validate(config)
+    assert config == replace(grpo(), lora=None)
 
 
 @pytest.mark.parametrize(

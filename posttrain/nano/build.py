@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import random
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -415,6 +416,22 @@ def save(pipe: Krea2Pipeline, folder: Path) -> None:
     make_pipeline(pipe.tokenizer, **parts).save_pretrained(folder, safe_serialization=True)
 
 
+def begin(out: Path, device: str, seed: int) -> tuple[Callable[..., None], torch.device]:
+    """Makes the directory and sets seed and precision; returns what logs a row to the terminal and to log.jsonl."""
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.time()
+
+    def log(**row) -> None:
+        row["total"] = round(time.time() - started, 1)
+        print(json.dumps(row), flush=True)
+        with open(out / "log.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    torch.manual_seed(seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return log, torch.device(device)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path, help="directory to write k2-nano and log.jsonl to")
@@ -430,18 +447,7 @@ def main() -> None:
     parser.add_argument("--no-graphs", action="store_true", help="launch kernels one by one on a GPU too")
     parser.add_argument("--start", type=Path, help="an earlier k2-nano: keep its tokenizer and autoencoder, train on")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    begin = time.time()
-
-    def log(**row) -> None:
-        row["total"] = round(time.time() - begin, 1)
-        print(json.dumps(row), flush=True)
-        with open(args.out / "log.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-
-    torch.manual_seed(args.seed)
-    device = torch.device(args.device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    log, device = begin(args.out, args.device, args.seed)
     pixels, captions = make_data(args.scenes, args.seed, os.cpu_count() or 1)
     start: Any = Krea2Pipeline.from_pretrained(args.start, dtype=torch.float32) if args.start else None
     tokenizer = start.tokenizer if start else make_tokenizer([c for row in captions[:4_000] for c in row])

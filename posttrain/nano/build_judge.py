@@ -631,19 +631,8 @@ def main() -> None:
     parser.add_argument("--heldout", type=int, default=500, help="pictures of a kind to measure on")
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    begin = time.time()
-
-    def log(**row) -> None:
-        row["total"] = round(time.time() - begin, 1)
-        print(json.dumps(row), flush=True)
-        with open(args.out / "log.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are as many as the cores
-    torch.manual_seed(args.seed)
-    device = torch.device(args.device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    log, device = build.begin(args.out, args.device, args.seed)
     tokenizer = make_tokenizer(args.seed)
     model = make_model(tokenizer)
     data = make_data(args.scenes, args.seed, os.cpu_count() or 1, tokenizer).map(
