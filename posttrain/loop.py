@@ -12,11 +12,14 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from posttrain.config import CheckpointConfig, OptimConfig
+from posttrain.config import CheckpointConfig, LossConfig, OptimConfig
 from prompts.errors import UserError
 
 MAX_SKIPPED = 10
 """Updates in a row whose gradient was not finite, after which a run ends."""
+
+RATIO_REMEDY = "use model.dtype float32, or raise loss.clip_low and loss.clip_high"
+"""What to do where the policy that trains is not quite the one that sampled."""
 
 
 class Loop:
@@ -72,6 +75,28 @@ class Loop:
         if self.stopped is signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.stopped = signal.Signals(number)
+
+
+def check_ratio(error: float, config: LossConfig) -> None:
+    """Raises UserError if, before its first update, a ratio of the policies is further off 1 than the smaller clip."""
+    clip = min(config.clip_low, config.clip_high)
+    if not error <= clip:
+        raise UserError(
+            f"loss: before the first update a ratio is {error:.2g} off 1, more than the clip of {clip:g}, so the policy"
+            f" that trains is not the one that sampled; {RATIO_REMEDY}"
+        )
+
+
+class Clock:
+    """Seconds between `lap`s, as metrics `seconds/NAME`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[f"seconds/{name}"], self._last = now - self._last, now
 
 
 class Stepper:
