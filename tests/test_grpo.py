@@ -170,6 +170,34 @@ def test_ratio_is_one_before_the_first_update(config, dynamics, ratio, window, a
         assert row["ratio_std"] > 1e-5  # in the second pass the policy has moved
 
 
+def test_a_ratio_that_is_not_one_ends_the_run(config, monkeypatch):
+    """At the first step and at the first one after resuming; what was saved before is as it was."""
+
+    def trained_otherwise(self, *arguments):
+        return velocity(self, *arguments) * (1 + 0.01 * torch.is_grad_enabled())
+
+    velocity = K2.velocity
+    says = r"loss: before the first update a ratio is .* off 1, more than the clip of 0\.0001, .*; use model\.dtype"
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=says):
+        patch.setattr(K2, "velocity", trained_otherwise)
+        grpo.train(config)
+    assert not (Path(config.output) / "checkpoints").exists() and training_rows(config.output) == []
+    config.loss.clip_low = config.loss.clip_high = 0.5
+    with monkeypatch.context() as patch:
+        patch.setattr(K2, "velocity", trained_otherwise)
+        grpo.train(config, resume=True)
+    before, config.loss.clip_low, config.steps = latest(config.output), 1e-4, 4
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=says):
+        patch.setattr(K2, "velocity", trained_otherwise)
+        grpo.train(config, resume=True)
+    after = latest(config.output)
+    assert after.step == before.step == 2
+    for name in before.tensors:
+        assert_equal(after.tensors[name], before.tensors[name])
+    grpo.train(config, resume=True)
+    assert latest(config.output).step == 4
+
+
 @pytest.mark.parametrize(
     ("ema", "lora", "kind"), [(0.0, True, "uniform"), (0.7, True, "adaptive"), (0.7, False, "uniform")]
 )
