@@ -125,8 +125,10 @@ class Stepper:
         if math.isfinite(norm):
             self.skipped_in_a_row = 0
             warm = min(1.0, self.updates / max(1, self.config.warmup_steps))
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.config.lr * warm
+            for group in self.optimizer.param_groups:  # a resumed run takes them from its recipe
+                group |= {
+                    "lr": self.config.lr * warm, "betas": self.config.betas, "weight_decay": self.config.weight_decay
+                }  # fmt: skip
             self.optimizer.step()
             if self._average is not None:
                 decay = min(self.config.ema, (1 + self.updates) / (10 + self.updates))
