@@ -258,7 +258,8 @@ def score(config: GRPOConfig, groups: list[Group], scores: Scores) -> dict[str, 
     weights_K = torch.from_numpy(gated.weights_K)
     if not valid_PGK.any():
         reasons = [f"{name}: {next(iter(f))}" for name, f in scores.failures.items() if f]
-        raise UserError("rewards: not one image of this step could be scored: " + "; ".join(reasons or ["all None"]))
+        told = "; ".join(reasons or ["all None, so none applies to these prompts"])
+        raise UserError(f"rewards: not one image of this step could be scored: {told}; mend or add a reward")
     normalise = advantages.gdpo if config.advantages == "gdpo" else advantages.sum_then_normalise
     limit = config.loss.max_advantage
     advantages_PG = normalise(rewards_PGK, valid_PGK, weights_K).clamp(-limit, limit)

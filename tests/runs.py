@@ -22,6 +22,13 @@ def brightness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[fl
     return [float(np.asarray(image).mean()) / 255 for image in images]
 
 
+def contrast(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    """A group reward: how far each is from the group's mean picture; needs two of one prompt."""
+    assert len(images) > 1 and len(set(prompts)) == 1
+    pixels = np.stack([np.asarray(image, float) for image in images]) / 255
+    return np.abs(pixels - pixels.mean(0)).mean((1, 2, 3)).tolist()
+
+
 def constant(images, prompts):
     return [0.5] * len(images)
 

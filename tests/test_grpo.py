@@ -396,6 +396,18 @@ def test_flat_rewards_move_nothing(config, tmp_path, model, trained):
     assert_equal(latest(config.output).tensors["adapter"], fresh.role_state_dict("policy"))
 
 
+def test_a_reward_that_compares_a_group(config):
+    """Evaluation shows it the groups that it draws; without any it is not measured."""
+    config.rewards = [RewardSpec("far", "tests.runs:contrast", group=True)]
+    config.eval.groups, config.eval.group_size, config.steps = 2, 3, 1
+    grpo.train(config)
+    first, row, _ = runs.rows(config.output)
+    assert row["reward"] > 0 and row["flat_groups"] == 0 and first["eval/far"] > 0
+    config.output, config.eval.groups = config.output + "-2", 0
+    grpo.train(config)
+    assert "eval/far" not in runs.rows(config.output)[0]
+
+
 def test_adaptive_pool_in_a_run(tmp_path, model):
     """Of three prompts that teach nothing all but a step's two are sent to rest; the report shows them."""
     config = runs.config(tmp_path, model, "constant")
