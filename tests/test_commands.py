@@ -64,7 +64,7 @@ def test_sigterm_saves_and_resuming_finishes(command, tmp_path, model):
     config = runs.config(tmp_path, model)
     config.steps = 100_000
     path, run = runs.recipe(config, tmp_path / "recipe.yaml"), Path(config.output)
-    process = command.start("grpo", "--config", path)
+    (process,) = command.start("grpo", "--config", path)
     began = time.monotonic()
     while not (run / "metrics.jsonl").exists() or len(runs.rows(run)) < 4:
         assert time.monotonic() - began < 120
