@@ -27,7 +27,10 @@ from prompts.errors import UserError
 
 @dataclass(frozen=True)
 class Command:
-    """A command: the dataclass of its settings and the import path of the function that takes one."""
+    """A command: the dataclass of its settings and the import path of the function that takes one.
+
+    The function may return an exit code.
+    """
 
     config: type
     function: str
@@ -39,6 +42,7 @@ class Command:
 
 COMMANDS = {
     "grpo": Command(GRPOConfig, "posttrain.grpo:train", "train with GRPO and write a run directory", True),
+    "preflight": Command(GRPOConfig, "posttrain.preflight:preflight", "check and time a GRPO recipe before a run"),
     "judge": Command(JudgeConfig, "posttrain.judge:train", "train a judge, as an adapter for vLLM"),
     "serve": Command(ServeConfig, "posttrain.serve:serve", "serve a recipe's judges", any_recipe=True),
     "sample": Command(SampleConfig, "posttrain.sample:sample", "draw images from a checkpoint"),
@@ -48,7 +52,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Run one command; returns the exit code: 0, 1 for a failed check, 2 for a user's mistake, 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         return _run(argv)
@@ -102,15 +106,12 @@ def _run(argv: list[str]) -> int:
     command = COMMANDS[name]
     module, _, function = command.function.partition(":")
     run = getattr(importlib.import_module(module), function)
-    if command.resumable:
-        run(config, resume=resume)
-    else:
-        run(config)
-    return 0
+    code = run(config, resume=resume) if command.resumable else run(config)
+    return code or 0
 
 
 def _usage() -> str:
-    lines = [f"  {name:<8}{command.help}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<11}{command.help}" for name, command in COMMANDS.items()]
     return (
         "usage: posttrain <command> --config RECIPE [--section.field value ...]\n\n"
         "Post-training for Krea 2 (K2). Settings come from the recipe (YAML); options given after it win.\n\n"

@@ -62,7 +62,9 @@ class SamplingConfig:
     steps: int = 8
     """Steps from noise to image, >= 2. The last is always deterministic."""
     dynamics: Literal["flow", "dance", "cps"] = "flow"
-    """How noise enters an SDE step: Flow-SDE, Dance-SDE or coefficient-preserving sampling."""
+    """How noise enters an SDE step: Flow-SDE, Dance-SDE or coefficient-preserving sampling (cps). With many steps flow
+    and dance draw what the ODE of evaluation draws; cps does not, its images vary less: at eta 0.7 and 28 steps, 0.39
+    where the ODE has a standard deviation of 0.46, on Gaussian data of 0.5."""
     eta: float = 0.7
     """Noise level, > 0. Above 0.7, Flow-SDE adds visible excess noise; for cps 1 is the most."""
     window: int | None = 2

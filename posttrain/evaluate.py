@@ -1,5 +1,5 @@
 """Evaluation on held-out prompts: fixed seeds, deterministic sampling, every reward of the recipe and the figures
-of figures.py.
+of figures.py. A reward that compares a group sees those groups that are drawn for their diversity.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ class Evaluator:
         max_tokens: int,
         procs: Processes,
     ):
-        self.k2, self.rewards, self.config, self.size, self.batch = k2, rewards, config, size, batch
-        self.procs = procs
+        self.k2, self.config, self.size, self.batch, self.procs = k2, config, size, batch, procs
+        self.rewards = [reward for reward in rewards if not reward.spec.group]
+        self.group_rewards = [reward for reward in rewards if reward.spec.group]
         self.records = list(records[: config.prompts])
         self.seeds = [sampler.seed_for(config.seed, i) for i in range(len(self.records))]
         groups = range(min(config.groups, len(self.records)))
@@ -57,27 +58,34 @@ class Evaluator:
     def __call__(self) -> Evaluation:
         found: dict[str, float | None] = {}
         shown: np.ndarray | None = None
-        prompts = [r.prompt for r in self.records]
         for guidance in self.config.guidance:
             images, latents = self._draw(list(enumerate(self.seeds)), guidance)
             shown = images if shown is None else shown
-            values = means(self._score(images, prompts)) | figures.look(images, latents)
+            values = means(self._score(self.rewards, images, range(len(images)), 1)) | figures.look(images, latents)
             if self._groups:
                 grouped, _ = self._draw(self._groups, guidance)
-                values[figures.DIVERSITY] = figures.diversity(grouped, self.config.group_size)
+                size = self.config.group_size
+                values[figures.DIVERSITY] = figures.diversity(grouped, size)
+                if self.group_rewards:
+                    rows = [row for row, _ in self._groups]
+                    values |= means(self._score(self.group_rewards, grouped, rows, size))
             found |= {name + figures.suffix(guidance): value for name, value in values.items()}
         assert shown is not None
         return Evaluation(found, shown)
 
-    def _score(self, images: np.ndarray, prompts: list[str]) -> Scores:
-        """Each process scores its share of the pictures."""
-        mine = list(self.procs.mine(len(images)))
+    def _score(self, rewards: Sequence[Reward], images: np.ndarray, rows: Sequence[int], group_size: int) -> Scores:
+        """Each process scores its share of the groups; `rows` are the prompts of the pictures."""
+        groups = self.procs.mine(len(images) // group_size)
+        mine = [g * group_size + j for g in groups for j in range(group_size)]
         if not mine:
-            return self.procs.scores(None, 1)
+            return self.procs.scores(None, group_size)
         pictures = to_pil(torch.from_numpy(images[mine]))
-        rows: dict[str, Sequence[Any]] = {name: [column[i] for i in mine] for name, column in self._columns.items()}
-        scores = asyncio.run(score_all(self.rewards, pictures, [prompts[i] for i in mine], rows))
-        return self.procs.scores(scores, 1)
+        prompts = [self.records[rows[i]].prompt for i in mine]
+        taken: dict[str, Sequence[Any]] = {
+            name: [column[rows[i]] for i in mine] for name, column in self._columns.items()
+        }
+        scores = asyncio.run(score_all(rewards, pictures, prompts, taken, group_size))
+        return self.procs.scores(scores, group_size)
 
     def _draw(self, jobs: Sequence[tuple[int, int]], guidance: float) -> tuple[np.ndarray, np.ndarray]:
         """Pictures and latents of (prompt, seed) pairs, of which each process draws its share."""

@@ -37,12 +37,18 @@ def export(config: ExportConfig) -> None:
     if output.exists():
         raise UserError(f"output: {output} exists; choose another name")
     saved = checkpoint.load(checkpoint.find(config.source))
-    if config.format.startswith("lora") and saved.state["lora"] is None:
+    write(saved, output, config.format)
+    print(f"posttrain: wrote {output} ({config.format}) from {saved.path}")
+
+
+def write(saved: Checkpoint, output: Path, format: str) -> None:
+    """A checkpoint in one of the formats of ExportConfig. Raises UserError if it would change nothing."""
+    if format.startswith("lora") and saved.state["lora"] is None:
         raise UserError(f"format: {saved.path} has no adapter, all weights were trained; use diffusers or original")
     factors = {} if saved.state["lora"] is None else scaled_factors(saved)
-    if config.format == "lora":
+    if format == "lora":
         _whole(output, lambda path: save_file({DIFFUSERS_PREFIX + k: v for k, v in factors.items()}, path))
-    elif config.format == "lora-original":
+    elif format == "lora-original":
         named = {ORIGINAL_PREFIX + original.original_name(k): v for k, v in factors.items()}
         _whole(output, lambda path: save_file(named, path))
     else:
@@ -54,13 +60,12 @@ def export(config: ExportConfig) -> None:
         if not any(not torch.equal(before[k], v) for k, v in after.items()):
             what = "what was trained" if saved.state["lora"] is None else "the adapter"
             raise UserError(f"{saved.path}: merged in {k2.dtype}, {what} changes no weight; train longer or in float32")
-        if config.format == "original":
+        if format == "original":
             state = {k: v.contiguous() for k, v in original.to_original(after).items()}
             _whole(output, lambda path: save_file(state, path))
         else:
             with quiet():
                 _whole(output, lambda path: k2.pipe.save_pretrained(path, safe_serialization=True))
-    print(f"posttrain: wrote {output} ({config.format}) from {saved.path}")
 
 
 def scaled_factors(saved: Checkpoint) -> dict[str, Tensor]:

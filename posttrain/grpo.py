@@ -29,12 +29,12 @@ from posttrain import advantages, checkpoint, losses, sampler, watch
 from posttrain.config import GRPOConfig, ModelConfig
 from posttrain.evaluate import Evaluation, Evaluator, means
 from posttrain.k2 import K2, Text, to_pil
-from posttrain.loop import Loop, Stepper
+from posttrain.loop import Clock, Loop, Stepper, check_ratio
 from posttrain.policy import POLICY, add_policy, described, load_policy, saved_tensors
 from posttrain.processes import Processes
 from posttrain.report import write_report
 from posttrain.rollout import Trajectory, rollout
-from posttrain.source import PromptSource
+from posttrain.source import PromptSource, cut_prompts
 from posttrain.track import Run, peak_memory
 from prompts.errors import UserError
 from prompts.records import PromptRecord, columns, read_prompts
@@ -94,7 +94,8 @@ def _train(
     stepper = Stepper(k2.train_role(POLICY), config.optim)
     batch, max_tokens = 4 * config.groups.micro_batch, config.prompts.max_tokens
     evaluator = Evaluator(k2, heldout, measured, config.eval, _size(config, 0), batch, max_tokens, procs)
-    _warn_of_cuts(run, k2, [*source.records, *heldout], max_tokens)
+    for warning in cut_prompts(k2, [*source.records, *heldout], max_tokens):
+        run.say(warning)
 
     saved = checkpoint.load_latest(run.path / "checkpoints") if resume else None
     history: dict[str, Any] = {"before": None, "after": None, "images": 0, "seconds": 0.0}
@@ -163,22 +164,24 @@ def _train(
             before = evaluate(0)
             history["before"] = history["after"] = before.figures
             if procs.main:
-                history |= _preflight(run, measured, before.images, [r.prompt for r in evaluator.records])
+                history |= _ask_judges(run, measured, before.images, [r.prompt for r in evaluator.records])
         mark_best()  # a run that was killed after it saved may not have come to it
         ended = watch.regression(evaluations, config.eval.stop)  # and one that was stopped does not go on
         loop = Loop(first, first if ended else config.steps, config.checkpoint, save, procs.any)
         for step in loop:
-            clock = _Clock()
+            clock = Clock()
             groups = sample(k2, config, step, source, queue, procs)
             clock.lap("sample")
             scores = procs.scores(queue.gather() if groups else None, config.groups.group_size)
             metrics = score(config, groups, scores)
             metrics |= source.update(step, apply_gates(scores, [r.spec for r in trained]))
             clock.lap("score")
-            metrics |= optimise(k2, config, groups, stepper, procs)
+            updated = optimise(k2, config, groups, stepper, procs)
+            if step == loop.first + 1:
+                check_ratio(updated["ratio_error"], config.loss)
             clock.lap("optimise")
             history["images"] += config.groups.prompts_per_step * config.groups.group_size
-            run.log(step, {**metrics, **clock.seconds, "images": history["images"]})
+            run.log(step, {**metrics, **updated, **clock.seconds, "images": history["images"]})
             if step == config.steps or (config.eval.every and step % config.eval.every == 0):
                 history["after"] = evaluate(step).figures
                 if watch.newest_is_best(evaluations, config.eval.best):
@@ -255,7 +258,8 @@ def score(config: GRPOConfig, groups: list[Group], scores: Scores) -> dict[str, 
     weights_K = torch.from_numpy(gated.weights_K)
     if not valid_PGK.any():
         reasons = [f"{name}: {next(iter(f))}" for name, f in scores.failures.items() if f]
-        raise UserError("rewards: not one image of this step could be scored: " + "; ".join(reasons or ["all None"]))
+        told = "; ".join(reasons or ["all None, so none applies to these prompts"])
+        raise UserError(f"rewards: not one image of this step could be scored: {told}; mend or add a reward")
     normalise = advantages.gdpo if config.advantages == "gdpo" else advantages.sum_then_normalise
     limit = config.loss.max_advantage
     advantages_PG = normalise(rewards_PGK, valid_PGK, weights_K).clamp(-limit, limit)
@@ -280,52 +284,57 @@ def score(config: GRPOConfig, groups: list[Group], scores: Scores) -> dict[str, 
 
 def optimise(k2: K2, config: GRPOConfig, groups: list[Group], stepper: Stepper, procs: Processes) -> dict[str, float]:
     """One or more updates on the groups of all processes; the reference is the weights that training began with."""
+    passes = []
+    for _ in range(config.optim.passes):
+        metrics = gradient(k2, config, groups, procs)
+        procs.sum_gradients(stepper.parameters)
+        passes.append({**metrics, "grad_norm": stepper.step()})
+    # Before the first update the policy is the one that drew the images, so every ratio is 1.
+    return {**passes[-1], "ratio_error": passes[0]["ratio_error"], "skipped_updates": stepper.skipped}
+
+
+def gradient(k2: K2, config: GRPOConfig, groups: list[Group], procs: Processes) -> dict[str, float]:
+    """Adds the loss's gradient over these groups to the policy's, and returns metrics over the groups of all processes.
+
+    The loss is a mean over the groups, images and stochastic steps of a whole step, whatever is in `groups`.
+    """
     s, loss = config.sampling, config.loss
     moves = [(g, t) for g in groups for t in g.trajectory.transitions]
     stochastic = s.steps - 1 if s.window is None else s.window
     count = config.groups.prompts_per_step * stochastic * config.groups.group_size
-    sums: dict[str, float] = {}
-    metrics: dict[str, float] = {}
-    for update in range(config.optim.passes):
-        totals: dict[str, Tensor] = {}
-        for group, move in moves:
-            weight = _weight(group.trajectory, move) if loss.ratio == "guard" else 1.0
-            times_1 = sampler.schedule(s.steps, k2.mu(*group.size))[1]
-            for rows in torch.arange(len(move.x)).split(config.groups.micro_batch):
-                with k2.role(POLICY):
-                    v = k2.velocity(move.x[rows], move.t, group.text, *group.size)
-                mean, std = sampler.sde_moments(move.x[rows], v, move.t, move.t_next, s.dynamics, s.eta, times_1)
-                if loss.ratio == "guard":
-                    log_ratio = sampler.guard_log_ratio(move.x_next[rows], move.mean[rows], mean, std)
-                else:
-                    log_ratio = sampler.log_prob(move.x_next[rows], mean, std) - move.log_prob[rows]
-                loss_B, parts = losses.clipped_policy(log_ratio, group.advantages[rows], loss.clip_low, loss.clip_high)
-                loss_B = weight * loss_B
-                if loss.kl > 0:
-                    with torch.no_grad(), k2.role(None):
-                        reference = k2.velocity(move.x[rows], move.t, group.text, *group.size)
-                    kl_B = losses.velocity_kl(v, reference)
-                    loss_B = loss_B + loss.kl * kl_B
-                    parts["kl"] = kl_B.detach().sum()
-                parts["loss"] = loss_B.detach().sum()
-                with k2.role(POLICY):
-                    (loss_B.sum() / count).backward()
-                for name, value in parts.items():
-                    totals[name] = totals.get(name, 0.0) + value.double()
-                error = log_ratio.detach().exp().sub(1).abs().max().double()
-                totals["worst"] = torch.maximum(totals.get("worst", error), error)
-        parts = procs.each({name: float(value) for name, value in totals.items()})
-        worst = max(part.pop("worst") for part in parts if part)
-        sums = {name: sum(part[name] for part in parts if part) for name in max(parts, key=len)}
-        if update == 0:
-            # Before the first update the policy is the one that drew the images, so every ratio is 1.
-            metrics["ratio_error"] = worst
-        procs.sum_gradients(stepper.parameters)
-        metrics["grad_norm"] = stepper.step()
-    average = {name: value / count for name, value in sums.items()}
+    totals: dict[str, Tensor] = {}
+    for group, move in moves:
+        weight = _weight(group.trajectory, move) if loss.ratio == "guard" else 1.0
+        times_1 = sampler.schedule(s.steps, k2.mu(*group.size))[1]
+        for rows in torch.arange(len(move.x)).split(config.groups.micro_batch):
+            with k2.role(POLICY):
+                v = k2.velocity(move.x[rows], move.t, group.text, *group.size)
+            mean, std = sampler.sde_moments(move.x[rows], v, move.t, move.t_next, s.dynamics, s.eta, times_1)
+            if loss.ratio == "guard":
+                log_ratio = sampler.guard_log_ratio(move.x_next[rows], move.mean[rows], mean, std)
+            else:
+                log_ratio = sampler.log_prob(move.x_next[rows], mean, std) - move.log_prob[rows]
+            loss_B, parts = losses.clipped_policy(log_ratio, group.advantages[rows], loss.clip_low, loss.clip_high)
+            loss_B = weight * loss_B
+            if loss.kl > 0:
+                with torch.no_grad(), k2.role(None):
+                    reference = k2.velocity(move.x[rows], move.t, group.text, *group.size)
+                kl_B = losses.velocity_kl(v, reference)
+                loss_B = loss_B + loss.kl * kl_B
+                parts["kl"] = kl_B.detach().sum()
+            parts["loss"] = loss_B.detach().sum()
+            with k2.role(POLICY):
+                (loss_B.sum() / count).backward()
+            for name, value in parts.items():
+                totals[name] = totals.get(name, 0.0) + value.double()
+            error = log_ratio.detach().exp().sub(1).abs().max().double()
+            totals["worst"] = torch.maximum(totals.get("worst", error), error)
+    each = [part for part in procs.each({name: float(value) for name, value in totals.items()}) if part]
+    worst = max(part.pop("worst") for part in each)
+    average = {name: sum(part[name] for part in each) / count for name in each[0]}
     square = average.pop("ratio_square")
-    metrics["ratio_std"] = max(0.0, square - average["ratio"] ** 2) ** 0.5
-    return {**metrics, **average, "skipped_updates": stepper.skipped}
+    average["ratio_std"] = max(0.0, square - average["ratio"] ** 2) ** 0.5
+    return {**average, "ratio_error": worst}
 
 
 def _weight(trajectory: Trajectory, move: Any) -> float:
@@ -347,31 +356,12 @@ def load_model(config: ModelConfig, device: torch.device) -> K2:
     return k2
 
 
-def _warn_of_cuts(run: Run, k2: K2, records: list[PromptRecord], max_tokens: int) -> None:
-    long = [r for r in records if len(r.prompt.encode()) > max_tokens // 2]  # a token is at least one byte
-    cuts = [cut for cut in k2.tokenize([r.prompt for r in long], max_tokens)[1] if cut]
-    if cuts:
-        run.say(
-            f"warning: {len(cuts)} prompts are longer than prompts.max_tokens ({max_tokens}); "
-            f"up to {max(cuts)} tokens are cut"
-        )
-
-
-def _preflight(run: Run, rewards: list[Reward], images: np.ndarray, prompts: list[str]) -> dict[str, float | None]:
+def _ask_judges(run: Run, rewards: list[Reward], images: np.ndarray, prompts: list[str]) -> dict[str, float | None]:
     """How far the judges repeat themselves, said to the user and logged before the first step."""
-    metrics, lines = asyncio.run(repeatability(rewards, to_pil(torch.from_numpy(images[:4])), prompts))
-    for line in lines:
-        run.say(line)
+    judges = asyncio.run(repeatability(rewards, to_pil(torch.from_numpy(images[:4])), prompts))
+    for judge in judges:
+        run.say(judge.line)
+    metrics = {f"repeatability/{judge.judge}": judge.spread for judge in judges}
     if metrics:
         run.log(0, metrics)
     return metrics
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[f"seconds/{name}"], self._last = now - self._last, now

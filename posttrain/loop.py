@@ -12,11 +12,14 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from posttrain.config import CheckpointConfig, OptimConfig
+from posttrain.config import CheckpointConfig, LossConfig, OptimConfig
 from prompts.errors import UserError
 
 MAX_SKIPPED = 10
 """Updates in a row whose gradient was not finite, after which a run ends."""
+
+RATIO_REMEDY = "use model.dtype float32, or raise loss.clip_low and loss.clip_high"
+"""What to do where the policy that trains is not quite the one that sampled."""
 
 
 class Loop:
@@ -74,6 +77,28 @@ class Loop:
         self.stopped = signal.Signals(number)
 
 
+def check_ratio(error: float, config: LossConfig) -> None:
+    """Raises UserError if, before its first update, a ratio of the policies is further off 1 than the smaller clip."""
+    clip = min(config.clip_low, config.clip_high)
+    if not error <= clip:
+        raise UserError(
+            f"loss: before the first update a ratio is {error:.2g} off 1, more than the clip of {clip:g}, so the policy"
+            f" that trains is not the one that sampled; {RATIO_REMEDY}"
+        )
+
+
+class Clock:
+    """Seconds between `lap`s, as metrics `seconds/NAME`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[f"seconds/{name}"], self._last = now - self._last, now
+
+
 class Stepper:
     """AdamW over some parameters: warm-up, clipping, and gradients that are not finite left out and counted.
 
@@ -100,8 +125,10 @@ class Stepper:
         if math.isfinite(norm):
             self.skipped_in_a_row = 0
             warm = min(1.0, self.updates / max(1, self.config.warmup_steps))
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.config.lr * warm
+            for group in self.optimizer.param_groups:  # a resumed run takes them from its recipe
+                group |= {
+                    "lr": self.config.lr * warm, "betas": self.config.betas, "weight_decay": self.config.weight_decay
+                }  # fmt: skip
             self.optimizer.step()
             if self._average is not None:
                 decay = min(self.config.ema, (1 + self.updates) / (10 + self.updates))

@@ -60,7 +60,11 @@ def file_of(lora: dict[str, Any] | None) -> str:
     return "weights" if lora is None else "adapter"
 
 
+def policy_state(k2: K2) -> dict[str, Tensor]:
+    """The role's values on the CPU, copied, so that they stay what they are now."""
+    return {key: value.to("cpu", copy=True) for key, value in k2.role_state_dict(POLICY).items()}
+
+
 def saved_tensors(k2: K2) -> dict[str, dict[str, Tensor]]:
-    """The role as a file of a checkpoint, copied, so that it stays what it is now."""
-    state = {key: value.to("cpu", copy=True) for key, value in k2.role_state_dict(POLICY).items()}
-    return {file_of(described(k2)): state}
+    """The role as a file of a checkpoint."""
+    return {file_of(described(k2)): policy_state(k2)}

@@ -6,6 +6,7 @@ draws the same images, and their summed gradients give the same update within ro
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -31,6 +32,12 @@ class Processes:
     @property
     def device(self) -> torch.device:
         return self.state.device or torch.device("cpu")
+
+    def alone(self) -> Processes:
+        """This process as if it were the only one, for what the others take no part in."""
+        other = copy.copy(self)
+        other.rank, other.size, other.main = 0, 1, True
+        return other
 
     def mine(self, count: int) -> range:
         """Which of `count` things are this process's."""

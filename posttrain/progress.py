@@ -37,7 +37,7 @@ class Progress:
         (began, first), (now, _) = self.times[0], self.times[-1]
         seconds = (now - began) / max(1, step - first)
         shown = "" if reward is None else f"reward {reward:.4f}  "
-        text = f"{shown}{seconds:.2f} s/step  {_clock(seconds * (self.total - step))} left"
+        text = f"{shown}{seconds:.2f} s/step  {duration(seconds * (self.total - step))} left"
         if self.bar is not None:
             self.bar.update(self.task, completed=step, description=text)
         elif step >= self.total or now - self.last_line >= QUIET_SECONDS:
@@ -79,7 +79,8 @@ def grid_image(images: np.ndarray, rows: int, columns: int, captions: Sequence[s
     return canvas
 
 
-def _clock(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Minutes and seconds, as in 3:05, and hours where there are any."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -12,6 +12,7 @@ from torch import Tensor
 from posttrain import sampler
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import GRPOConfig
+from posttrain.k2 import K2
 from prompts.pool import Kind, Pool
 from prompts.records import PromptRecord
 from rewards.gates import Gated
@@ -74,6 +75,14 @@ class PromptSource:
         if self.pool is not None and "pool" in saved.state:
             arrays = {name: tensor.numpy() for name, tensor in saved.tensors["pool"].items()}
             self.pool.load_state(arrays, saved.state["pool"])
+
+
+def cut_prompts(k2: K2, records: list[PromptRecord], max_tokens: int) -> list[str]:
+    """What to tell the user if some of them are longer than that."""
+    long = [r for r in records if len(r.prompt.encode()) > max_tokens // 2]  # a token is at least one byte
+    cuts = [cut for cut in k2.tokenize([r.prompt for r in long], max_tokens)[1] if cut]
+    told = f"warning: {len(cuts)} prompts are longer than prompts.max_tokens ({max_tokens}); "
+    return [f"{told}up to {max(cuts)} tokens are cut"] if cuts else []
 
 
 def in_turn(seed: int, index: int, n: int) -> int:

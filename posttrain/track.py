@@ -39,6 +39,12 @@ from posttrain.config import TrackConfig
 from posttrain.progress import Progress, grid_image
 from prompts.errors import UserError
 
+KEPT = (
+    "model.path", "model.transformer_file", "lora", "seed",
+    "prompts.heldout", "eval.prompts", "eval.steps", "eval.seed", "eval.groups", "eval.group_size",
+)  # fmt: skip
+"""What a resumed run cannot change: what its trained weights belong to, all that is drawn, and what evaluations draw,
+which are compared over the whole run."""
 PACKAGES = ("posttrain", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 
 
@@ -66,7 +72,7 @@ class Run:
         """Make `config.output` and write recipe and environment; with `resume` an existing run is carried on.
 
         Raises UserError if the directory holds a run and `resume` is off, if it cannot be written, or if a
-        tracker is not installed. Resuming with another recipe is allowed and says which fields changed.
+        tracker is not installed. Resuming with another recipe says which fields changed; `check` refuses some.
         """
         run = cls(Path(config.output), config.track, main)
         if not main:
@@ -79,7 +85,7 @@ class Run:
             if recipe.exists():
                 changed = _changes(yaml.safe_load(recipe.read_text()), new)
                 if changed:
-                    run.say(f"the recipe has changed since the run began: {', '.join(changed)}")
+                    run.say(f"the recipe has changed since the run began: {_told(changed)}")
             _replace(recipe, yaml.safe_dump(new, sort_keys=False, allow_unicode=True))
             _replace(run.path / "environment.json", _json(environment(), indent=1))
         except (FileExistsError, NotADirectoryError):
@@ -90,12 +96,23 @@ class Run:
 
     @staticmethod
     def check(config: RunConfig, resume: bool = False) -> None:
-        """Raise UserError for a directory that holds a run, or a tracker not installed, before anything is made."""
+        """Raise UserError before anything is made or changed: for a directory that holds a run, a tracker that is not
+        installed, and, where the run has a checkpoint, for changes of the recipe that resuming cannot honour.
+        """
         for name in config.track.trackers:
             if importlib.util.find_spec(name) is None:
                 raise UserError(f"track.trackers: {name} is not installed; pip install {name} or leave it out")
-        if (Path(config.output) / "recipe.yaml").exists() and not resume:
-            raise UserError(f"{config.output}: holds a run already; add --resume or choose another --output")
+        run = Path(config.output)
+        recipe = run / "recipe.yaml"
+        if recipe.exists() and not resume:
+            raise UserError(f"{run}: holds a run already; add --resume or choose another --output")
+        if recipe.exists() and any((run / "checkpoints").glob("step-*")):
+            new = _plain(dataclasses.asdict(config))  # type: ignore[call-overload]
+            if lost := [change for change in _changes(yaml.safe_load(recipe.read_text()), new) if _is_kept(*change)]:
+                raise UserError(
+                    f"{run}: cannot be resumed with {_told(lost)}: restore that (a link can stand in for a file that"
+                    " was moved), or choose another --output"
+                )
 
     def start(self, total: int, step: int = 0) -> None:
         """Begin to train: `total` steps in all, `step` of them done.
@@ -254,11 +271,24 @@ def _commit() -> str | None:
     return result.stdout.strip() or None
 
 
-def _changes(old: Any, new: Any, path: str = "") -> list[str]:
+def _changes(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """Path of each field that differs, with its old and its new value."""
     if isinstance(old, dict) and isinstance(new, dict):
         names = [*new, *(name for name in old if name not in new)]
         return [c for name in names for c in _changes(old.get(name), new.get(name), f"{path}.{name}".lstrip("."))]
-    return [] if old == new else [f"{path} {old} -> {new}"]
+    return [] if old == new else [(path, old, new)]
+
+
+def _is_kept(path: str, old: Any, new: Any) -> bool:
+    if path == "optim.ema":  # its value may change, but an average cannot begin or end on the way
+        return bool(old) != bool(new)
+    if path == "sampling.sizes":  # the first is the size of evaluations
+        return old[:1] != new[:1]
+    return path.startswith(KEPT)
+
+
+def _told(changes: Sequence[tuple[str, Any, Any]]) -> str:
+    return ", ".join(f"{path} {old} -> {new}" for path, old, new in changes)
 
 
 def _number(value: Any) -> float | int:

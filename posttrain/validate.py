@@ -86,7 +86,7 @@ def _validate_grpo(config: GRPOConfig) -> None:
     _positive("loss.max_advantage", config.loss.max_advantage)
     _validate_rewards(config.rewards)
     _validate_servers(config.servers)
-    _validate_eval(config.eval, [reward.name for reward in config.rewards])
+    _validate_eval(config.eval, [r.name for r in config.rewards if config.eval.groups or not r.group])
     _at_least("checkpoint.every", config.checkpoint.every, 0)
     _at_least("checkpoint.minutes", config.checkpoint.minutes, 0)
     _at_least("checkpoint.keep", config.checkpoint.keep, 1)
@@ -217,8 +217,10 @@ def _validate_rewards(rewards: list[RewardSpec]) -> None:
                 f"rewards[{i}].function", f"'{reward.function}' is not written as package.module:function"
             )
         _at_least(f"rewards[{i}].weight", reward.weight, 0)
-    if sum(reward.weight for reward in rewards if not reward.heldout_only) <= 0:
-        raise ConfigError("rewards", "the weights of the trained rewards sum to zero; give one a weight above 0")
+    if sum(reward.weight for reward in rewards if reward.gate == "none" and not reward.heldout_only) <= 0:
+        raise ConfigError(
+            "rewards", "the weights of the trained rewards, gates aside, sum to zero; give one a weight above 0"
+        )
 
 
 def _validate_servers(servers: list[ServerSpec]) -> None:

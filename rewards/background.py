@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Self
 
 from PIL import Image
 
@@ -73,7 +73,7 @@ class ScoreQueue:
         self._thread.join()
         self._loop.close()
 
-    def __enter__(self) -> "ScoreQueue":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

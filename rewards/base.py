@@ -77,7 +77,7 @@ class RewardSpec:
     heldout_only: bool = False
     """Measure at evaluation and never train on it."""
     group: bool = False
-    """It sees one whole group a call, to compare its images with each other."""
+    """It sees one whole group a call, to compare its images with each other; evaluation shows it eval.groups."""
 
 
 @dataclass

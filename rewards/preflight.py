@@ -1,6 +1,7 @@
 """What a run asks of its judges before it relies on them: does a picture get the same score whenever it is asked?"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from PIL import Image
 
@@ -10,35 +11,55 @@ from rewards.image import JudgeReward
 
 TIMES = 20
 LIMIT = 1e-3  # in P(yes); a group's images often differ by little more
-REMEDY = 'give its server env: {VLLM_BATCH_INVARIANT: "1"} (on a GPU) or extra_args: [--dtype, float32]'
+NOISE = (
+    f"more than {LIMIT:g} adds noise to rewards: give its server"
+    ' env: {VLLM_BATCH_INVARIANT: "1"} (on a GPU) or extra_args: [--dtype, float32]'
+)
+
+
+@dataclass
+class Repeated:
+    """How far a judge's scores of one image differ."""
+
+    judge: str
+    rewards: list[str]
+    """Names of those that ask it."""
+    spread: float | None
+    """In units of P(yes); None where it gave no score."""
+    measured: str
+    remedy: str
+    """Empty where nothing is wrong."""
+
+    @property
+    def line(self) -> str:
+        line = f"judge {self.judge}: {self.measured}"
+        return f"warning: {line}; {self.remedy}" if self.remedy else line
 
 
 async def repeatability(
     rewards: Sequence[Reward], images: Sequence[Image.Image], prompts: Sequence[str]
-) -> tuple[dict[str, float | None], list[str]]:
-    """For each judge that the rewards ask, a metric in units of P(yes), and a line that says what it is.
-
-    None where the judge gave no score. Each judge is asked a question as the first of its rewards asks it.
-    """
-    asking = [reward.function for reward in rewards if isinstance(reward.function, JudgeReward)]
-    judges = {(reward.judge.model, str(reward.judge.base_urls)): reward for reward in reversed(asking)}
+) -> list[Repeated]:
+    """One for each judge that the rewards ask, asked a question as the first of its rewards asks it."""
+    judges: dict[tuple[str, str], list[tuple[str, JudgeReward]]] = {}
+    for reward in rewards:
+        if isinstance(function := reward.function, JudgeReward):
+            key = (function.judge.model, str(function.judge.base_urls))
+            judges.setdefault(key, []).append((reward.spec.name, function))
     models = [model for model, _ in judges]
-    metrics: dict[str, float | None] = {}
-    lines = []
-    for (model, urls), reward in reversed(judges.items()):
+    found = []
+    for (model, urls), asking in judges.items():
         name = model if models.count(model) == 1 else f"{model} at {urls}"
-        template, fields = reward.question(prompts[0])
+        function = asking[0][1]
+        template, fields = function.question(prompts[0])
         try:
-            spread = await reward.judge.repeatability(images, template, TIMES, **fields)
+            spread = await function.judge.repeatability(images, template, TIMES, **fields)
+            measured = (
+                f"{TIMES} scores of one image differ by at most {spread:.2g} in P(yes), which goes from 0 to 1"
+                f" ({len(images)} images, half the times alone, half in batches)"
+            )
+            remedy = NOISE if spread > LIMIT else ""
         except JudgeError as error:
-            metrics[f"repeatability/{name}"] = None
-            lines.append(f"warning: judge {name}: its repeatability is unknown, since a question failed: {error}")
-            continue
-        metrics[f"repeatability/{name}"] = spread
-        what = f"{TIMES} scores of one image differ by at most {spread:.2g}"
-        how = f"in P(yes), which goes from 0 to 1 ({len(images)} images, half the times alone, half in batches)"
-        line = f"judge {name}: {what} {how}"
-        lines.append(
-            f"warning: {line}; more than {LIMIT:g} adds noise to rewards: {REMEDY}" if spread > LIMIT else line
-        )
-    return metrics, lines
+            spread, measured = None, f"its repeatability is unknown, since a question failed: {error}"
+            remedy = "see that its server runs and serves this model"
+        found.append(Repeated(name, [reward for reward, _ in asking], spread, measured, remedy))
+    return found

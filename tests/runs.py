@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,13 @@ ROOT = Path(__file__).parents[1]
 def brightness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
     """Mean of all pixels, in [0, 1]."""
     return [float(np.asarray(image).mean()) / 255 for image in images]
+
+
+def contrast(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    """A group reward: how far each is from the group's mean picture; needs two of one prompt."""
+    assert len(images) > 1 and len(set(prompts)) == 1
+    pixels = np.stack([np.asarray(image, float) for image in images]) / 255
+    return np.abs(pixels - pixels.mean(0)).mean((1, 2, 3)).tolist()
 
 
 def constant(images, prompts):
@@ -83,33 +91,40 @@ def untimed(run: str | Path) -> list[dict]:
 
 
 SERVE = """
-import json, os, resource, sys, traceback
-import posttrain.export, posttrain.grpo, posttrain.report, posttrain.sample, tests.runs
+import json, os, resource, signal, sys, traceback
+import posttrain.export, posttrain.grpo, posttrain.preflight, posttrain.report, posttrain.sample, tests.runs
 from posttrain import cli
 for line in sys.stdin:
     call = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        for number in (1, 2):
-            os.dup2(os.open(call["files"][number - 1], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        if call["limit"]:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (call["limit"], call["limit"]))
-        try:
-            code = cli.main(call["args"])
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    print(child, flush=True)
-    _, status = os.waitpid(child, 0)
-    print(os.waitstatus_to_exitcode(status), flush=True)
+    files = [os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for file in call["files"]]
+    children = []
+    for environment in call["environments"]:
+        child = os.fork()
+        if child == 0:
+            os.environ |= environment
+            signal.alarm(240)  # processes that wait for each other for ever end as a failure
+            for number in (1, 2):
+                os.dup2(files[number - 1], number)
+            if call["limit"]:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (call["limit"], call["limit"]))
+            try:
+                code = cli.main(call["args"])
+            except BaseException:
+                traceback.print_exc()
+                code = 1
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        children.append(child)
+    print(json.dumps(children), flush=True)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
+    for file in files:
+        os.close(file)
 """
 
 
 class Commands:
-    """`posttrain ...` in a process of its own each time, forked from one that has imported torch and diffusers."""
+    """`posttrain ...` in processes of its own each time, forked from one that has imported torch and diffusers."""
 
     def __init__(self, folder: Path):
         self.files = [str(folder / name) for name in ("stdout", "stderr")]
@@ -119,26 +134,35 @@ class Commands:
             env=environment,
         )  # fmt: skip
 
-    def __call__(self, *args, limit: int = 0) -> subprocess.CompletedProcess:
+    def __call__(self, *args, limit: int = 0, processes: int = 1) -> subprocess.CompletedProcess:
         """Runs a command line; files it writes may be `limit` bytes long, which stands in for a full disk."""
-        self.start(*args, limit=limit)
+        self.start(*args, limit=limit, processes=processes)
         return self.wait()
 
-    def start(self, *args, limit: int = 0) -> int:
-        """Begins a command and returns its process id; `wait` must follow before the next one."""
+    def start(self, *args, limit: int = 0, processes: int = 1) -> list[int]:
+        """Begins a command and returns its process ids, by rank; `wait` must follow before the next one.
+
+        Several processes have the environment that a launcher such as torchrun gives them.
+        """
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        world["WORLD_SIZE"] = world["LOCAL_WORLD_SIZE"] = str(processes)
+        ranks = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
         call = {"args": [str(arg) for arg in args], "files": self.files, "limit": limit}
         assert self.server.stdin is not None
-        self.server.stdin.write(json.dumps(call) + "\n")
+        self.server.stdin.write(json.dumps(call | {"environments": ranks if processes > 1 else [{}]}) + "\n")
         self.server.stdin.flush()
         return self._answer()
 
     def wait(self) -> subprocess.CompletedProcess:
-        code = self._answer()
+        """Output of all processes; the exit code is the first that is not 0."""
+        code = next(filter(None, self._answer()), 0)
         return subprocess.CompletedProcess([], code, *(Path(file).read_text() for file in self.files))
 
-    def _answer(self) -> int:
+    def _answer(self) -> list[int]:
         assert self.server.stdout is not None
-        return int(self.server.stdout.readline())
+        return json.loads(self.server.stdout.readline())
 
     def close(self) -> None:
         assert self.server.stdin is not None

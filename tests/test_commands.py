@@ -64,7 +64,7 @@ def test_sigterm_saves_and_resuming_finishes(command, tmp_path, model):
     config = runs.config(tmp_path, model)
     config.steps = 100_000
     path, run = runs.recipe(config, tmp_path / "recipe.yaml"), Path(config.output)
-    process = command.start("grpo", "--config", path)
+    (process,) = command.start("grpo", "--config", path)
     began = time.monotonic()
     while not (run / "metrics.jsonl").exists() or len(runs.rows(run)) < 4:
         assert time.monotonic() - began < 120
@@ -138,17 +138,20 @@ def test_prompt_files(grpo, tmp_path, text, says, which):
 
 
 def test_rewards(grpo, tmp_path):
-    def reward(**fields):
-        return grpo("--rewards", json.dumps([{"name": "a", **fields}]))
+    def reward(*others, **fields):
+        return grpo("--rewards", json.dumps([{"name": "a", **fields}, *others]))
 
     fails(reward(function="nomodule:f"), "reward a: function: cannot import nomodule")
     fails(reward(function="tests.runs:dark"), "reward a: function", "'dark'", "check the name")
-    fails(reward(function="tests.runs:brightness", gate="mask"), "reward a: threshold: gate: mask needs one")
+    bright = {"name": "b", "function": "tests.runs:brightness"}
+    fails(reward(bright, function="tests.runs:brightness", gate="mask"), "reward a: threshold: gate: mask needs one")
+    fails(reward(function="tests.runs:brightness", gate="multiply"), "rewards: the weights", "sum to zero; give one")
     assert not (tmp_path / "run").exists()
     result = reward(function="tests.runs:nothing")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1] == (
-        "posttrain: error: rewards: not one image of this step could be scored: all None"
+        "posttrain: error: rewards: not one image of this step could be scored: all None, so none applies to these"
+        " prompts; mend or add a reward"
     )
 
 

@@ -169,6 +169,7 @@ def test_cps_noise_level():
     [
         ({"weight": 0.0}, "rewards"),
         ({"heldout_only": True}, "rewards"),
+        ({"gate": "mask", "threshold": 0.5}, "rewards"),
         ({"weight": -1.0}, "rewards[0].weight"),
         ({"name": ""}, "rewards[0].name"),
         ({"name": "image/diversity"}, "rewards[0].name"),
@@ -198,7 +199,13 @@ def test_figures_that_an_evaluation_has():
     config.eval.groups = 0
     with pytest.raises(ConfigError, match=r"eval\.stop\.metric: 'image/diversity@1\.5' is no figure"):
         validate(config)
-    config.eval.groups, config.eval.every = 8, 0
+    config.rewards.append(RewardSpec("far", "m:f", group=True))
+    config.eval.best, config.eval.stop.metric = "far@1.5", None
+    with pytest.raises(ConfigError, match=r"eval\.best: 'far@1\.5' is no figure"):
+        validate(config)
+    config.eval.groups = 8
+    validate(config)
+    config.eval.stop.metric, config.eval.every = "image/diversity@1.5", 0
     with pytest.raises(ConfigError, match=r"eval\.stop\.metric: has no meaning when eval\.every is 0"):
         validate(config)
 

@@ -1,5 +1,7 @@
 """GRPO on a tiny real K2: whole runs, and single steps against autograd."""
 
+import copy
+import functools
 import itertools
 import json
 import signal
@@ -13,7 +15,7 @@ from PIL import Image
 
 from posttrain import checkpoint, cli, grpo, sampler
 from posttrain import figures as figures_of
-from posttrain.config import LoraConfig, OptimConfig, RewardSpec
+from posttrain.config import OptimConfig, RewardSpec
 from posttrain.export import load_checkpoint
 from posttrain.k2 import K2
 from posttrain.loop import Stepper
@@ -170,6 +172,34 @@ def test_ratio_is_one_before_the_first_update(config, dynamics, ratio, window, a
         assert row["ratio_std"] > 1e-5  # in the second pass the policy has moved
 
 
+def test_a_ratio_that_is_not_one_ends_the_run(config, monkeypatch):
+    """At the first step and at the first one after resuming; what was saved before is as it was."""
+
+    def trained_otherwise(self, *arguments):
+        return velocity(self, *arguments) * (1 + 0.01 * torch.is_grad_enabled())
+
+    velocity = K2.velocity
+    says = r"loss: before the first update a ratio is .* off 1, more than the clip of 0\.0001, .*; use model\.dtype"
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=says):
+        patch.setattr(K2, "velocity", trained_otherwise)
+        grpo.train(config)
+    assert not (Path(config.output) / "checkpoints").exists() and training_rows(config.output) == []
+    config.loss.clip_low = config.loss.clip_high = 0.5
+    with monkeypatch.context() as patch:
+        patch.setattr(K2, "velocity", trained_otherwise)
+        grpo.train(config, resume=True)
+    before, config.loss.clip_low, config.steps = latest(config.output), 1e-4, 4
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=says):
+        patch.setattr(K2, "velocity", trained_otherwise)
+        grpo.train(config, resume=True)
+    after = latest(config.output)
+    assert after.step == before.step == 2
+    for name in before.tensors:
+        assert_equal(after.tensors[name], before.tensors[name])
+    grpo.train(config, resume=True)
+    assert latest(config.output).step == 4
+
+
 @pytest.mark.parametrize(
     ("ema", "lora", "kind"), [(0.0, True, "uniform"), (0.7, True, "adaptive"), (0.7, False, "uniform")]
 )
@@ -263,10 +293,6 @@ def test_all_weights_are_trained(config, trained):
     for key, value in k2.base_state_dict().items():
         assert torch.equal(value, base[key]) == key.startswith(("text_fusion.", "txt_in.")), key
     assert saved.tensors["weights"].keys() == {key for key in base if not key.startswith(("text_fusion.", "txt_in."))}
-
-    config.lora = LoraConfig(rank=4)
-    with pytest.raises(UserError, match="has trained all weights and this recipe trains an adapter; restore lora"):
-        grpo.train(config, resume=True)
 
 
 def test_all_weights_in_bf16_move_by_less_than_bf16_can_hold(config):
@@ -370,6 +396,18 @@ def test_flat_rewards_move_nothing(config, tmp_path, model, trained):
     assert_equal(latest(config.output).tensors["adapter"], fresh.role_state_dict("policy"))
 
 
+def test_a_reward_that_compares_a_group(config):
+    """Evaluation shows it the groups that it draws; without any it is not measured."""
+    config.rewards = [RewardSpec("far", "tests.runs:contrast", group=True)]
+    config.eval.groups, config.eval.group_size, config.steps = 2, 3, 1
+    grpo.train(config)
+    first, row, _ = runs.rows(config.output)
+    assert row["reward"] > 0 and row["flat_groups"] == 0 and first["eval/far"] > 0
+    config.output, config.eval.groups = config.output + "-2", 0
+    grpo.train(config)
+    assert "eval/far" not in runs.rows(config.output)[0]
+
+
 def test_adaptive_pool_in_a_run(tmp_path, model):
     """Of three prompts that teach nothing all but a step's two are sent to rest; the report shows them."""
     config = runs.config(tmp_path, model, "constant")
@@ -454,11 +492,61 @@ def test_long_prompts_are_cut_with_a_warning(config, capsys, prompt, model):
     assert "tokens are cut" not in capsys.readouterr().err
 
 
-def test_another_adapter_cannot_be_resumed(config):
+def test_a_changed_recipe(config, capsys):
+    """What a resumed run would get wrong is refused, and all is as it was; the rest is told and done."""
+    grpo.train(config)
+    made = {path: path.read_bytes() for path in Path(config.output).rglob("*") if path.is_file()}
+    for path, value in (
+        ("model.path", "elsewhere"), ("model.transformer_file", "k2.safetensors"), ("lora.rank", 2),
+        ("lora.alpha", 2.0), ("lora.targets", ["to_q"]), ("lora", None), ("seed", 1), ("optim.ema", 0.9),
+        ("prompts.heldout", "other.jsonl"), ("eval.prompts", 1), ("eval.steps", 3), ("eval.seed", 1),
+        ("eval.groups", 1), ("sampling.sizes", [[16, 48]]),
+    ):  # fmt: skip
+        changed = copy.deepcopy(config)
+        *sections, name = path.split(".")
+        owner = functools.reduce(getattr, sections, changed)
+        setattr(owner, name, value)
+        changed.steps = 3  # which it may
+        with pytest.raises(UserError, match=rf"run: cannot be resumed with {path} .* -> .*: restore that") as error:
+            grpo.train(changed, resume=True)
+        assert str(error.value).count(" -> ") == 1
+    assert {path: path.read_bytes() for path in Path(config.output).rglob("*") if path.is_file()} == made
+
+    capsys.readouterr()
+    config.steps, config.optim.lr, config.optim.betas, config.optim.weight_decay = 3, 1e-4, (0.8, 0.95), 0.1
+    config.pool.kind, config.sampling.sizes, config.groups.group_size = "adaptive", [[32, 32], [16, 48]], 3
+    config.rewards = [RewardSpec("light", "tests.runs:brightness", weight=2.0)]
+    grpo.train(config, resume=True)
+    told = capsys.readouterr().err
+    assert "the recipe has changed since the run began: " in told and "optim.lr 0.003 -> 0.0001" in told
+    (group,) = latest(config.output).state["optimizer"]["groups"]
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-4, [0.8, 0.95], 0.1)
+    config.pool.kind, config.steps = "uniform", 4
+    grpo.train(config, resume=True)
+    assert latest(config.output).step == 4
+
+
+def test_before_the_first_checkpoint_a_recipe_may_change(config, monkeypatch):
+    def optimise(*arguments):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(grpo, "optimise", optimise)
+        grpo.train(config)
+    config.seed, config.lora.rank, config.optim.ema = 1, 2, 0.5
+    grpo.train(config, resume=True)
+    assert latest(config.output).step == 2 and latest(config.output).state["lora"]["rank"] == 2
+
+
+def test_another_adapter_is_not_loaded(config):
+    """Also where the recipe that would have told is gone."""
     grpo.train(config)
     config.lora.rank = 2
-    with pytest.raises(UserError, match=r"of another shape .* give the adapter of this rank"):
-        grpo.train(config, resume=True)
+    for lora, says in ((config.lora, r"of another shape .* give the adapter of this rank"), (None, "restore lora")):
+        (Path(config.output) / "recipe.yaml").unlink()
+        config.lora = lora
+        with pytest.raises(UserError, match=says):
+            grpo.train(config, resume=True)
 
 
 # single steps

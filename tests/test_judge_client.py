@@ -280,18 +280,20 @@ def test_preflight_warns_of_a_judge_that_wanders_or_fails():
             RewardSpec("bright", "tests.runs:brightness"),
         ]
         asked = repeatability(load_rewards(specs), [picture(0), picture(1)], ["a red cube", "x"])
-        metrics, lines = asyncio.run(asked)
-    assert metrics == {
-        f"repeatability/m at {wanders}": pytest.approx(0.004),
-        f"repeatability/m at {broken}": None,
-    }
+        judges = asyncio.run(asked)
+    assert [(judge.judge, judge.rewards) for judge in judges] == [
+        (f"m at {wanders}", ["nice", "words"]),
+        (f"m at {broken}", ["true"]),
+    ]
+    assert [judge.spread for judge in judges] == [pytest.approx(0.004), None]
+    lines = [judge.line for judge in judges]
     assert lines[0].startswith(
         f"warning: judge m at {wanders}: 20 scores of one image differ by at most 0.004 in P(yes)"
     )
     assert 'VLLM_BATCH_INVARIANT: "1"' in lines[0]
     assert lines[1].startswith(f"warning: judge m at {broken}: its repeatability is unknown")
-    assert "illegal memory access" in lines[1] and len(lines) == 2
-    assert asyncio.run(repeatability(load_rewards(specs[3:]), [picture(0)], ["x"])) == ({}, [])
+    assert "illegal memory access" in lines[1] and lines[1].endswith("see that its server runs and serves this model")
+    assert asyncio.run(repeatability(load_rewards(specs[3:]), [picture(0)], ["x"])) == []
 
 
 def test_thousand_requests_with_faults_and_a_killed_server():

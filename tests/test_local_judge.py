@@ -54,8 +54,9 @@ def test_an_adapter_is_another_judge(drawn):
     base, adapted = load_rewards([spec("base", "Aesthetic"), spec("adapted", "Aesthetic", adapter=adapter)])
     scores = asyncio.run(score_all([base, adapted], images, prompts, columns)).values_NK
     assert abs(scores[:, 0] - scores[:, 1]).max() > 0.05
-    metrics, lines = asyncio.run(repeatability([base, adapted], images[:2], prompts))
-    assert len(lines) == 2 and all(value is not None and value < 1e-4 for value in metrics.values())
+    judges = asyncio.run(repeatability([base, adapted], images[:2], prompts))
+    assert [judge.rewards for judge in judges] == [["base"], ["adapted"]]
+    assert all(judge.spread is not None and judge.spread < 1e-4 for judge in judges)
 
 
 def test_an_answer_that_is_cut_off_is_missing(drawn):

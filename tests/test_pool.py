@@ -219,6 +219,16 @@ def test_the_floor():
     assert make(12, 5, floor=0.25).floor == 5
 
 
+def test_a_pool_that_prunes_all_it_may():
+    """Without a floor of its own a step's prompts stay, and those that come back take their turn."""
+    pool = make(12, 3, floor=0, audit=0, cooldown=10, prune_after=1)
+    for step in range(1, 60):
+        rows = pool.draw(step)
+        assert len(set(rows)) == 3
+        visit(pool, step, rows, *[(1, 1, 1)] * 3)
+    assert np.count_nonzero(pool.returns) == 9 and (pool.drawn > 19).all()
+
+
 def test_the_least_informative_rest_first():
     pool = make(3, floor=0.6)
     pool.spread_K[0], pool.spread_steps_K[0] = 1, 10**6

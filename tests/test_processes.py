@@ -1,9 +1,12 @@
-"""Real processes under a launcher train as one: the same pictures, scores and update as one process."""
+"""Several processes train as one: the same pictures, scores and update as one process, and one end for all.
+
+They are real processes with the environment that a launcher gives them, forked from one that has imported torch.
+"""
 
 import json
 import os
-import subprocess
-import sys
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,28 +15,41 @@ import torch
 from PIL import Image
 
 from posttrain import checkpoint
+from posttrain.config import RewardSpec
 from tests import runs, tiny
 
 
-def launch(processes: int, config, folder: Path) -> Path:
-    """Runs the recipe in a directory of its own and returns that."""
-    config.output = str(folder / f"run-{processes}")
-    recipe = runs.recipe(config, folder / f"recipe-{processes}.json")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += ["-m", "posttrain.cli", "grpo", "--config", str(recipe)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, cwd=runs.ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stderr.count("step 2/2  reward") == 1  # one process tells of all
-    return Path(config.output)
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    commands = runs.Commands(tmp_path_factory.mktemp("commands"))
+    yield commands
+    commands.close()
 
 
-def test_three_processes_equal_two_and_one(tmp_path):
-    """Five groups and three held-out prompts, which no number of processes here divides; two sizes; rank 0 writes."""
-    config = runs.config(tmp_path, tiny.save(tmp_path / "k2"))
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.save(tmp_path_factory.mktemp("tiny") / "raw")
+
+
+@pytest.fixture
+def config(tmp_path, model):
+    return runs.config(tmp_path, model)
+
+
+def test_four_processes_equal_two_and_one(command, config, tmp_path):
+    """Five groups, which neither two nor four divide, one held-out prompt, two sizes; rank 0 writes."""
     config.groups.prompts_per_step, config.eval.prompts, config.eval.groups, config.eval.group_size = 5, 1, 1, 2
-    config.sampling.sizes, config.pool.kind, config.optim.ema = [[32, 32], [16, 48]], "uniform", 0.5
-    one, *others = [launch(n, config, tmp_path) for n in (1, 2, 3)]
+    config.sampling.sizes, config.optim.ema = [[32, 32], [16, 48]], 0.5
+    config.rewards.append(RewardSpec("far", "tests.runs:contrast", group=True))
+    outputs = []
+    for processes in (1, 2, 4):
+        config.output = str(tmp_path / f"run-{processes}")
+        path = runs.recipe(config, tmp_path / "recipe.yaml")
+        result = command("grpo", "--config", path, processes=processes)
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert result.stderr.count("step 2/2  reward") == 1  # one process tells of all
+        outputs.append(Path(config.output))
+    one, *others = outputs
     first = runs.untimed(one)
     for other in others:
         assert len(runs.rows(other)) == len(first)
@@ -49,3 +65,39 @@ def test_three_processes_equal_two_and_one(tmp_path):
             assert (trained - again).norm() < 1e-3 * trained.norm()
         summary = json.loads((other / "summary.json").read_text())
         assert summary["images"] == 2 * 5 * 4 and (other / "report.html").is_file()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_process_ends_all(command, config, tmp_path, rank):
+    config.steps = 100_000
+    path, run = runs.recipe(config, tmp_path / "recipe.yaml"), Path(config.output)
+    processes = command.start("grpo", "--config", path, processes=2)
+    began = time.monotonic()
+    while not (run / "metrics.jsonl").exists() or len(runs.rows(run)) < 3:
+        assert time.monotonic() - began < 120
+        time.sleep(0.02)
+    os.kill(processes[rank], signal.SIGTERM)
+    result = command.wait()
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    done = checkpoint.load(checkpoint.find(run)).step
+    assert [row["step"] for row in runs.rows(run) if "loss" in row] == list(range(1, done + 1)) and 2 <= done < 1000
+    assert json.loads((run / "summary.json").read_text())["steps"] == done and (run / "report.html").is_file()
+
+
+def unlucky(images, prompts):
+    """Fails in the second process."""
+    if os.environ["RANK"] == "1":
+        raise RuntimeError("no such weights")
+    return runs.brightness(images, prompts)
+
+
+def test_preflight(command, config, tmp_path):
+    """One table, also where a process has no group, and with what failed in another than the main one."""
+    path = runs.recipe(config, tmp_path / "recipe.yaml")
+    sound = command("preflight", "--config", path, "--groups.prompts_per_step", 1, processes=2)
+    assert sound.returncode == 0 and sound.stdout.count("none of 15 checks failed") == 1, sound
+    assert "4 of 4 images are different (2 processes)" in sound.stdout
+    rewards = '[{name: a, function: "tests.test_processes:unlucky"}]'
+    result = command("preflight", "--config", path, "--rewards", rewards, processes=2)
+    assert result.returncode == 1 and result.stdout.count("1 of 14 checks failed") == 1, result
+    assert "8 of 8 images are different" in result.stdout and "reward a: 4 of the last 4 scores" in result.stdout

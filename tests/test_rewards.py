@@ -45,8 +45,16 @@ def text(images, prompts):
     return ["good"] * len(images)
 
 
-def infinite(images, prompts):
+def undefined(images, prompts):
     return [float("nan")] * len(images)
+
+
+def infinite(images, prompts):
+    return [0.5, float("-inf")] * 2
+
+
+def nested(images, prompts):
+    return [[0.5]] * len(images)
 
 
 def raises(images, prompts):
@@ -111,7 +119,9 @@ def test_missing_is_not_zero():
         ("wrong_length", "returned 1 scores for 4 images"),
         ("as_array", "returned a ndarray for 4 images"),
         ("text", "score 0 is a str"),
-        ("infinite", "score 0 is nan"),
+        ("undefined", "score 0 is nan: return None where there is no score"),
+        ("infinite", "score 1 is -inf: return None where there is no score"),
+        ("nested", "score 0 is a list: return floats or None"),
         ("raises", "RuntimeError: no such weights"),
     ],
 )

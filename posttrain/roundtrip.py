@@ -1,0 +1,78 @@
+"""The round trip of what was trained: does the stock pipeline, with the export, draw what the policy draws?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain import checkpoint
+from posttrain.config import ModelConfig
+from posttrain.export import write
+from posttrain.k2 import K2
+from posttrain.load import load_pipeline
+from posttrain.policy import POLICY, described, policy_state, saved_tensors
+
+STEPS = 2
+EFFECT = 0.2
+"""Least distance of the exported policy's latents from where it began, as a share of them: rounding is small beside."""
+
+
+def round_trip(
+    k2: K2, model: ModelConfig, begun: Mapping[str, Tensor], prompt: str, noise: Tensor, size: tuple[int, int],
+    max_tokens: int, folder: Path,
+) -> tuple[float, float]:  # fmt: skip
+    """How far what was trained moves the latents of an image, as a share of them, and the share of that distance by
+    which the stock pipeline misses them.
+
+    The policy is `begun` and has since moved; as one update may change less than rounding does in bf16, it is moved on
+    in the same direction. It is left there, and the transformer on the CPU, to make room for the stock one.
+    """
+    text, (height, width), device = k2.text([prompt], max_tokens), size, k2.device
+
+    def draw() -> Tensor:
+        with k2.role(POLICY):
+            return k2.sample(text, noise, STEPS, height, width)
+
+    base, policy = _amplified(k2, begun, draw)
+    lora = described(k2)
+    state = {"model": asdict(model), "lora": lora}
+    saved = checkpoint.load(checkpoint.save(folder / "checkpoints", 1, saved_tensors(k2), state, keep=1))
+    k2.transformer.cpu()
+
+    def stock(pipe: Any) -> Tensor:
+        pipe.set_progress_bar_config(disable=True)
+        return pipe(
+            prompt, height=height, width=width, num_inference_steps=STEPS, guidance_scale=0.0,
+            latents=noise.to(device), output_type="latent", max_sequence_length=max_tokens,
+        ).images.float()  # fmt: skip
+
+    pipe: Any = load_pipeline(model.path, model.transformer_file, getattr(torch, model.dtype), device)
+    off = stock(pipe)
+    if lora is None:
+        write(saved, folder / "exported", "diffusers")
+        pipe = load_pipeline(folder / "exported", None, getattr(torch, model.dtype), device)
+    else:
+        write(saved, folder / "exported.safetensors", "lora")
+        pipe.load_lora_weights(folder / "exported.safetensors")
+    # Differences: in bf16 the stock pipeline rounds times and latents too, with the export and without.
+    own, exported = policy - base, stock(pipe) - off
+    return float(own.norm() / base.norm()), float((exported - own).norm() / own.norm())
+
+
+def _amplified(k2: K2, begun: Mapping[str, Tensor], draw: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """What is drawn where the policy began, and as soon as it has moved the latents by EFFECT."""
+    now = policy_state(k2)
+
+    def go(times: float) -> Tensor:
+        k2.load_role_state_dict(POLICY, {key: torch.lerp(begun[key], now[key], times) for key in now})
+        return draw()
+
+    base, times = go(0.0), 1.0
+    while (drawn := go(times)).sub(base).norm() < EFFECT * base.norm() and times < 2**40:
+        times *= 2
+    return base, drawn
