@@ -68,9 +68,7 @@ def preference_terms(
     share_B = torch.where(share_B < 1, share_B.float().clamp(*SHARES), 1.0)
     with torch.no_grad():
         z = beta / 2 * (phi - dw)
-        pull = (-z).sigmoid() - (
-            1 - share_B
-        )  # -dL/dz; below 0 where the margin is already larger than the votes ask for
+        pull = (-z).sigmoid() - (1 - share_B)  # -dL/dz; below 0 where z is more than the votes ask for
         e_w, e_l = (v_w.float() - target_w.float()).flatten(1), (v_l.float() - target_l.float()).flatten(1)
         inner, norm_w, norm_l = (e_w * e_l).mean(1), e_w.square().mean(1), e_l.square().mean(1)
         kept = torch.ones_like(z)

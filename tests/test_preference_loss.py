@@ -189,7 +189,7 @@ def test_the_bound_is_a_floor_of_the_loss():
     phi = bounded(changes, zeta)
     assert phi[0] == -1 and phi[1] == 0 and phi[2] == pytest.approx(1e-4, rel=1e-3) and phi[4] == zeta
     assert F.softplus(-beta / 2 * phi).min().item() == pytest.approx(0.048587, abs=1e-6)
-    v_w, v_l, r_w, r_l, u_w, u_l = tensors(3)
+    _, v_l, r_w, r_l, u_w, u_l = tensors(3)
     _, metrics = gradient(r_w, v_l * 1e3, r_w, r_l, u_w, u_l, **{**DPO, "beta": beta, "bound": 3.0})
     assert metrics["loss"].min().item() == pytest.approx(0.048587, abs=1e-6) and metrics["loser"].min() > 1e3
 
