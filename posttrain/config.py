@@ -138,6 +138,8 @@ class StopConfig:
     drop: float = 0.1
     """How far from its best so far the figure may get, as a share of that best, > 0: 0.1 lets 0.8 fall to 0.72.
     Made for figures above 0."""
+    limit: float | None = None
+    """Instead of drop: the worst that the figure may be, whatever its best was; null: drop decides."""
     patience: int = 2
     """Evaluations in a row that must be worse than that, >= 1."""
 
