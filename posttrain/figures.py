@@ -19,6 +19,14 @@ import numpy as np
 
 LOOK = ("image/brightness", "image/saturation", "image/high_frequency", "image/latent_norm")
 DIVERSITY = "image/diversity"
+CHANGES = ("image/contrast", "image/high_energy", "image/high_energy_ratio")
+"""What preference optimisation looks at besides."""
+PAIRS = tuple(
+    f"pairs/{name}"
+    for name in ("winner", "loser", "margin", "accuracy", "z", "z10", "z50", "z90", "sigma", "saturated", "guard",
+                 "guarded", "cosine", "drift_winner", "drift_loser", "loss")
+)  # fmt: skip
+"""What it measures of held-out pairs; stpo.py says what they are."""
 LUMA = np.array([0.2126, 0.7152, 0.0722])  # Rec. 709
 HIGH = 0.25
 """Cycles per pixel from which a frequency is high; a picture's finest is 0.5."""

@@ -34,11 +34,10 @@ from posttrain.k2 import K2, Text, to_pil
 from posttrain.loop import Stepper
 from posttrain.policy import POLICY, add_policy, load_model
 from posttrain.processes import Processes
-from posttrain.report import write_report
 from posttrain.rollout import Trajectory, rollout
 from posttrain.source import PromptSource
 from posttrain.track import Run
-from posttrain.training import Training
+from posttrain.training import Training, Urls, in_run
 from prompts.errors import UserError
 from prompts.records import PromptRecord, columns, read_prompts
 from rewards.background import ScoreQueue
@@ -46,7 +45,6 @@ from rewards.base import Reward, Scores
 from rewards.gates import apply_gates
 from rewards.load import load_rewards, record
 from rewards.preflight import repeatability
-from rewards.serve import serve
 
 
 @dataclass
@@ -73,13 +71,7 @@ def train(config: GRPOConfig, resume: bool = False) -> None:
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     k2 = load_model(config.model, procs.device, saved)
     add_policy(k2, config.lora, config.seed, reference=config.loss.kl > 0)
-    with Run.create(config, resume, procs.main) as run:
-        with serve(config.servers if procs.main else [], run.path / "servers") as urls:
-            stopped = _train(config, saved, run, procs, k2, source, heldout, procs.from_main(urls))
-        if procs.main:
-            write_report(run.path)
-    if stopped is signal.SIGINT:
-        raise KeyboardInterrupt
+    in_run(config, resume, procs, lambda run, urls: _train(config, saved, run, procs, k2, source, heldout, urls))
 
 
 def _train(
@@ -90,7 +82,7 @@ def _train(
     k2: K2,
     source: PromptSource,
     heldout: list[PromptRecord],
-    urls: dict[str, list[str]],
+    urls: Urls,
 ) -> signal.Signals | None:
     trained = load_rewards([r for r in config.rewards if not r.heldout_only], urls)
     measured = load_rewards(config.rewards, urls)  # judges keep to one event loop, so evaluation has its own

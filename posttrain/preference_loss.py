@@ -51,12 +51,13 @@ def preference_terms(
     anchor: float,
     hinge: float,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The four terms of the gradient and what the pairs look like, both (B,) each.
+    """The terms of the gradient (winner, loser, and those of anchor and hinge that are above 0) and what the pairs look
+    like, both (B,) each.
 
-    The gradient of the mean of all terms is that of L; their values mean nothing. `guard` is the share of the
-    unopposed decrease of the chosen picture's error that a step keeps, in [0, 1], with the gradients at the output in
-    the place of the parameters'; None leaves the rejected picture alone. `hinge` is h where the mean Dw of the whole
-    batch is above 0, and 0 elsewhere. Shares are in (0.5, 1]; one of 1 is taken as it is, others are clipped.
+    The gradient of the mean of all terms is that of L; their values mean nothing. The caller leaves out the hinge where
+    the mean Dw of the whole batch is not above 0. `guard` is the share of the unopposed decrease of the chosen
+    picture's error that a step keeps, in [0, 1], with the gradients at the output in the place of the parameters';
+    None lets the rejected picture's gradient be. Shares are in (0.5, 1]; 1 is taken as it is, others are clipped.
 
     Metrics carry no gradient: `loss` is L without the hinge, `winner` Dw, `winner_error` a0 and so on; `sigma` is
     s(-z), `guard` is l.
@@ -93,12 +94,11 @@ def preference_terms(
             "drift_winner": drift_w,
             "drift_loser": drift_l,
         }
-    terms = {
-        "winner": beta / 2 * pull * dw,
-        "loser": -beta / 2 * pull * kept * phi,
-        "anchor": beta / 2 * anchor * (drift_w + drift_l),
-        "hinge": beta / 2 * hinge * dw,
-    }
+    terms = {"winner": beta / 2 * pull * dw, "loser": -beta / 2 * pull * kept * phi}
+    if anchor > 0:
+        terms["anchor"] = beta / 2 * anchor * (drift_w + drift_l)
+    if hinge > 0:
+        terms["hinge"] = beta / 2 * hinge * dw
     return terms, {name: value.detach() for name, value in metrics.items()}
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -25,17 +25,37 @@ from posttrain.k2 import K2
 from posttrain.loop import Loop, Stepper
 from posttrain.policy import POLICY, described, load_policy, saved_tensors
 from posttrain.processes import Processes
-from posttrain.track import Run, peak_memory
+from posttrain.report import write_report
+from posttrain.track import Run, RunConfig, peak_memory
+from rewards.serve import ServerSpec, serve
 
 
-class TrainingConfig(Protocol):
+class TrainingConfig(RunConfig, Protocol):
     """What the settings of any training method have."""
 
     steps: int
     model: ModelConfig
+    servers: list[ServerSpec]
     optim: OptimConfig
     eval: EvalConfig
     checkpoint: CheckpointConfig
+
+
+Urls = dict[str, list[str]]
+"""Where each server of a recipe answers."""
+
+
+def in_run(
+    config: TrainingConfig, resume: bool, procs: Processes, body: Callable[[Run, Urls], signal.Signals | None]
+) -> None:
+    """Runs `body` in the run directory, with the recipe's servers up, and writes the report. Ctrl-C is passed on."""
+    with Run.create(config, resume, procs.main) as run:
+        with serve(config.servers if procs.main else [], run.path / "servers") as urls:
+            stopped = body(run, procs.from_main(urls))
+        if procs.main:
+            write_report(run.path)
+    if stopped is signal.SIGINT:
+        raise KeyboardInterrupt
 
 
 class Training:
@@ -57,8 +77,8 @@ class Training:
         self.k2, self.stepper, self.evaluator = k2, stepper, evaluator
         self.history: dict[str, Any] = {"before": None, "after": None, "seconds": 0.0}
         """What summary.json says; a method may add to it, and finds it again when it resumes."""
-        self.measure: Callable[[Evaluation], Mapping[str, float | None]] = lambda evaluation: {}
-        """Further figures of an evaluation, taken as the policy: a method may put its own here, as below."""
+        self.measure: Callable[[Evaluation], None] = lambda evaluation: None
+        """Adds figures to an evaluation, under the policy: a method may put its own here, and below."""
         self.state: Callable[[], tuple[dict[str, dict[str, Tensor]], dict[str, Any]]] = lambda: ({}, {})
         """Further tensors and JSON of a checkpoint."""
         self.evaluations: list[Any] = []  # (step, figures)
@@ -115,9 +135,9 @@ class Training:
         evaluator, run = self.evaluator, self.run
         with self.k2.role(POLICY), self.stepper.averaged():
             result = evaluator()
-            result.figures |= self.measure(result)
+            self.measure(result)
         self.evaluations.append((step, result.figures))
-        run.log(step, {f"eval/{name}": value for name, value in result.figures.items()})
+        run.log(step, {f"eval/{name}": value for name, value in (result.figures | result.details).items()})
         shown = [r.prompt for r in evaluator.records[:16]]
         run.samples(step, result.images[:16], shown, evaluator.seeds[:16])
         run.grid(step, result.images[:16], 4, 4)
