@@ -34,7 +34,7 @@ from posttrain.fingerprint import fingerprint
 from posttrain.k2 import K2, Text
 from posttrain.preferences import Preference, Preferences, Skipped
 from posttrain.processes import Processes
-from posttrain.stpo_config import PairsConfig
+from posttrain.stpo_config import PairSetConfig
 from prompts.errors import UserError
 
 VERSION = 1
@@ -120,7 +120,7 @@ class EncodedPairs:
         return EncodedPair(chosen, rejected, text, float(self.share[i]), (height, width))
 
 
-def encode_pairs(k2: K2, preferences: Preferences, config: PairsConfig, procs: Processes) -> EncodedPairs:
+def encode_pairs(k2: K2, preferences: Preferences, config: PairSetConfig, procs: Processes) -> EncodedPairs:
     """Encodes what is not in the cache yet, and says how many rows were left out and why.
 
     Raises UserError for too many bad rows, too few prompts, a full disk, or a folder made of something else.
@@ -187,7 +187,7 @@ def noised(
     return batches
 
 
-def _facts(k2: K2, preferences: Preferences, config: PairsConfig) -> dict[str, Any]:
+def _facts(k2: K2, preferences: Preferences, config: PairSetConfig) -> dict[str, Any]:
     """All that the encoded pairs depend on."""
     net, pipe = k2.transformer, k2.pipe
     assert k2.text_encoder is not None and k2.tokenizer is not None
@@ -232,7 +232,7 @@ def _claim(folder: Path, facts: dict[str, Any], procs: Processes) -> None:
         raise UserError(f"{folder}: was encoded with another {other}; remove it")
 
 
-def _encode(k2: K2, preferences: Preferences, config: PairsConfig, folder: Path, number: int) -> list[Skipped]:
+def _encode(k2: K2, preferences: Preferences, config: PairSetConfig, folder: Path, number: int) -> list[Skipped]:
     """Writes one shard; returns the rows that are not in it."""
     pairs: dict[int, Preference] = {}
     skipped: list[Skipped] = []

@@ -19,7 +19,7 @@ from rewards.serve import ServerSpec
 
 
 @dataclass
-class PairsConfig:
+class PairSetConfig:
     """Pairs of pictures of one prompt, of which one is preferred. Latents and text are encoded once, into a cache."""
 
     train: str
@@ -84,7 +84,7 @@ class STPOConfig:
     output: str
     """Run directory, created; one that holds a run already needs --resume."""
     model: ModelConfig
-    pairs: PairsConfig
+    pairs: PairSetConfig
     heldout: str
     """Prompts that evaluation draws: a JSONL file, or hf:NAME[:SPLIT]; they should be in no pair."""
     rewards: list[RewardSpec] = field(default_factory=list)

@@ -20,7 +20,7 @@ from posttrain.config import (
     ServeConfig,
     ServerSpec,
 )
-from posttrain.stpo_config import PairsConfig, PreferenceLossConfig, STPOConfig
+from posttrain.stpo_config import PairSetConfig, PreferenceLossConfig, STPOConfig
 from prompts.errors import UserError
 
 Config = GRPOConfig | STPOConfig | JudgeConfig | ServeConfig | SampleConfig | ExportConfig | ReportConfig
@@ -112,14 +112,14 @@ def _validate_stpo(config: STPOConfig) -> None:
     _at_least("micro_batch", config.micro_batch, 1)
     if config.optim.passes != 1:
         raise ConfigError("optim.passes", f"is {config.optim.passes}; each update draws its own times and noise; use 1")
-    _validate_pairs(config.pairs)
+    _validate_pair_set(config.pairs)
     _validate_preference_loss(config.loss)
     if config.loss.kind == "stpo" and config.loss.guard == "exact" and config.lora is None:
         raise ConfigError("loss.guard", "exact needs an adapter's gradients; set lora, or use output")
     _validate_eval(config.eval, [reward.name for reward in config.rewards], [*figures.PAIRS, *figures.CHANGES])
 
 
-def _validate_pairs(pairs: PairsConfig) -> None:
+def _validate_pair_set(pairs: PairSetConfig) -> None:
     for name in ("train", "cache"):
         if not getattr(pairs, name).strip():
             raise ConfigError(f"pairs.{name}", "is empty; name one")

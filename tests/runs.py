@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from posttrain.config import GRPOConfig, ModelConfig, PromptsConfig, RewardSpec
-from posttrain.stpo_config import PairsConfig, STPOConfig
+from posttrain.stpo_config import PairSetConfig, STPOConfig
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -90,7 +90,7 @@ def stpo_config(folder: Path, model: Path) -> STPOConfig:
     made = STPOConfig(
         output=str(folder / "run"),
         model=ModelConfig(path=str(model), dtype="float32"),
-        pairs=PairsConfig(str(pairs(folder)), max_tokens=64, heldout=0.25, cache=str(folder / "cache"), measured=5),
+        pairs=PairSetConfig(str(pairs(folder)), max_tokens=64, heldout=0.25, cache=str(folder / "cache"), measured=5),
         heldout=str(folder / "heldout.jsonl"),
         rewards=[RewardSpec(name="brightness", function="tests.runs:brightness")],
         steps=2,

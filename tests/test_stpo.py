@@ -558,3 +558,10 @@ def test_long_prompts_are_cut_with_a_warning(config, capsys):
     stpo.train(config)
     assert "warning: 1 prompts are longer than pairs.max_tokens (16); up to" in capsys.readouterr().err
     assert load_checkpoint(latest(config.output)).roles.keys() == {"policy"}
+
+
+@pytest.mark.parametrize("name", ["stpo_synthetic", "stpo_human"])
+def test_recipes_are_valid(name):
+    config, _ = cli.load_config("stpo", ["--config", f"recipes/nano/{name}.yaml"])
+    assert config.output == f"runs/nano-{name.replace('_', '-')}" and config.loss.kind == "stpo"
+    assert config.model.start == (None if name == "stpo_synthetic" else "runs/nano-stpo-synthetic")
