@@ -32,7 +32,8 @@ from posttrain import sampler
 from posttrain.checkpoint import is_full
 from posttrain.fingerprint import fingerprint
 from posttrain.k2 import K2, Text
-from posttrain.preferences import Preference, Preferences, Skipped
+from posttrain.preference_loss import label
+from posttrain.preferences import Preference, Preferences, Skipped, Tally
 from posttrain.processes import Processes
 from posttrain.stpo_config import PairSetConfig
 from prompts.errors import UserError
@@ -49,7 +50,7 @@ class EncodedPair:
     rejected: Tensor
     text: Tensor
     """(L, C) fused text, in the network's type."""
-    share: float
+    label: float
     size: tuple[int, int]
 
 
@@ -67,8 +68,8 @@ class Batch:
     """(B,)"""
     text: Text
     """Of both pictures, 2 B."""
-    share: Tensor
-    """(B,) of votes for the chosen picture."""
+    label: Tensor
+    """(B,) how sure the preference is, see `preference_loss.label`."""
     size: tuple[int, int]
     jobs: list[int]
     """Which of the pairs that were asked for, in their order."""
@@ -90,26 +91,27 @@ class Job:
 class EncodedPairs:
     """The pairs of a set, each read when it is asked for; numbers count pairs, not rows."""
 
-    def __init__(self, folder: Path, shards: int, heldout: float):
+    def __init__(self, folder: Path, shards: int, heldout: float, tally: Tally):
         self.folder, self.fingerprint = folder, folder.name
-        self.skipped: list[Skipped] = []
+        self.tally = tally
         self.cuts: list[int] = []
         """Tokens that did not fit, of each prompt of which some did not."""
-        rows = []
+        places, labels, prompts = [], [], []
         for number in range(shards):
             with _opened(folder / _name(number)) as file:
                 made = json.loads(file.metadata()["rows"])
-            rows += made["pairs"]
+            places.append(np.array([row[:4] for row in made["pairs"]], np.int32).reshape(-1, 4))
+            labels.append(np.array([row[4] for row in made["pairs"]], np.float32))
+            prompts.append(np.array([row[5] for row in made["pairs"]], np.int64))
             self.cuts += made["cuts"]
-            self.skipped += [Skipped(*values) for values in made["skipped"]]
-        columns = list(zip(*rows)) if rows else [()] * 6
-        self._row, self._text, height, width = (np.array(column, np.int32) for column in columns[:4])
-        self.size = np.stack([height, width], 1)
-        self.share = np.array(columns[4], np.float32)
-        prompts = np.array(columns[5], np.int64)
-        held = np.unique(prompts)
+            for values in made["skipped"]:
+                tally.add(Skipped(*values))
+        self._row, self._text, height, width = np.concatenate(places).T
+        self.size, self.label = np.stack([height, width], 1), np.concatenate(labels)
+        prompt = np.concatenate(prompts)
+        held = np.unique(prompt)
         held = held[: max(1, round(heldout * len(held)))]  # by hash, so in no order
-        self.heldout, self.train = np.flatnonzero(np.isin(prompts, held)), np.flatnonzero(~np.isin(prompts, held))
+        self.heldout, self.train = np.flatnonzero(np.isin(prompt, held)), np.flatnonzero(~np.isin(prompt, held))
 
     def __getitem__(self, i: int) -> EncodedPair:
         row, (height, width) = self._row[i], self.size[i].tolist()
@@ -117,7 +119,7 @@ class EncodedPairs:
             chosen, rejected, text = (
                 file.get_tensor(key) for key in (f"{row}.chosen", f"{row}.rejected", f"text.{self._text[i]}")
             )
-        return EncodedPair(chosen, rejected, text, float(self.share[i]), (height, width))
+        return EncodedPair(chosen, rejected, text, float(self.label[i]), (height, width))
 
 
 def encode_pairs(k2: K2, preferences: Preferences, config: PairSetConfig, procs: Processes) -> EncodedPairs:
@@ -131,18 +133,16 @@ def encode_pairs(k2: K2, preferences: Preferences, config: PairSetConfig, procs:
     shards = -(-len(preferences) // SHARD)
     due = [n for n in range(shards) if not (folder / _name(n)).exists()]
     procs.each(None)  # nobody writes before all have looked
-    skipped: list[Skipped] = []
-    last = time.monotonic()
+    tally, last = preferences.tally(), time.monotonic()
     for turn in procs.mine(len(due)):
-        skipped += _encode(k2, preferences, config, folder, due[turn])
-        preferences.check(skipped)
+        for row in _encode(k2, preferences, config, folder, due[turn]):
+            tally.add(row)
         if procs.main and time.monotonic() - last > 10:
             done = min(len(preferences), SHARD * (shards - len(due) + turn + 1))
             print(f"posttrain: encoded {done} of {len(preferences)} pairs into {folder}", file=sys.stderr)
             last = time.monotonic()
     procs.each(None)
-    pairs = EncodedPairs(folder, shards, config.heldout)
-    preferences.check(pairs.skipped)
+    pairs = EncodedPairs(folder, shards, config.heldout, preferences.tally())
     if not len(pairs.train):
         raise UserError(f"{preferences.path}: all pairs are of one prompt, which is held out; add others")
     if procs.main:
@@ -179,7 +179,7 @@ def noised(
                     sampler.velocity_target(x_l, noise),
                     t,
                     Text.of(fused * 2),
-                    torch.tensor([pair.share for pair in read], device=k2.device),
+                    torch.tensor([pair.label for pair in read], device=k2.device),
                     (height, width),
                     chosen,
                 )
@@ -262,7 +262,8 @@ def _encode(k2: K2, preferences: Preferences, config: PairSetConfig, folder: Pat
     tensors |= {f"text.{j}": k2.fuse(features).cpu() for j, features in enumerate(encoding.features)}
     made = {
         "pairs": [
-            [i, prompts.index(pair.prompt), *size_of[i], pair.share, _digest(pair.prompt)] for i, pair in pairs.items()
+            [i, prompts.index(p.prompt), *size_of[i], label(p.share, p.source == "human"), _digest(p.prompt)]
+            for i, p in pairs.items()
         ],
         "cuts": [cut for cut in encoding.cut if cut],
         "skipped": [[row.where, row.reason, row.tie] for row in skipped],
@@ -280,14 +281,12 @@ def _encode(k2: K2, preferences: Preferences, config: PairSetConfig, folder: Pat
 
 
 def _remarks(preferences: Preferences, pairs: EncodedPairs, max_tokens: int) -> list[str]:
-    ties = sum(row.tie for row in pairs.skipped)
-    bad = [row for row in pairs.skipped if not row.tie]
+    tally, where = pairs.tally, f"{preferences.path}:"
     lines = []
-    if ties:
-        lines.append(f"{preferences.path}: {ties} of {len(preferences)} rows are ties and left out")
-    if bad:
-        first = "; ".join(f"{row.where}: {row.reason}" for row in bad[:3]) + ("; ..." if len(bad) > 3 else "")
-        lines.append(f"warning: {preferences.path}: {len(bad)} of {len(preferences)} rows are bad: {first}")
+    if tally.ties:
+        lines.append(f"{where} {tally.ties} of {tally.rows} rows are ties and left out")
+    if tally.bad:
+        lines.append(f"warning: {where} {len(tally.bad)} of {tally.rows} rows are bad and left out: {tally.first()}")
     if pairs.cuts:
         lines.append(
             f"warning: {len(pairs.cuts)} prompts are longer than pairs.max_tokens ({max_tokens});"

@@ -7,11 +7,11 @@ that beta does not depend on the resolution. With u the target velocity and e = 
     z = beta/2 (phi(Dl) - Dw)                                       the margin that the policy sees, in nats
     L = -p log s(z) - (1 - p) log s(-z) + beta/2 [ k (dw + dl) + h max(0, mean Dw) ],  s the logistic function
 
-with p the share of votes for the chosen one, dw and dl the squared distances of policy and reference, and phi the
-identity, or bounded so that the rejected picture supplies `bound` nats at most. Diffusion-DPO (arXiv:2311.12908) is
-this with k = h = 0. Nothing in it keeps the chosen picture's error from rising as long as the other's rises faster;
-STPO's guard, as that of Diffusion-SDPO (arXiv:2511.03317), scales the gradient through the rejected picture by l in
-[0, 1] and leaves the value as it is.
+with p the share of votes for the chosen one (`label`), dw and dl the squared distances of policy and reference, and
+phi the identity, or bounded so that the rejected picture supplies `bound` nats at most. Diffusion-DPO
+(arXiv:2311.12908) is this with k = h = 0. Nothing in it keeps the chosen picture's error from rising as long as the
+other's rises faster; STPO's guard, as that of Diffusion-SDPO (arXiv:2511.03317), scales the gradient through the
+rejected picture by l in [0, 1] and leaves the value as it is.
 
 Legend: B pairs, N image tokens, C channels.
 """
@@ -26,8 +26,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SHARES = (0.05, 0.95)
-"""Vote shares are clipped to this, so that the margin they ask for is finite: logit .95 = 2.94 nats."""
+"""Shares of votes are clipped to this, so that the margin they ask for is finite: logit .95 = 2.94 nats."""
 SATURATED = 0.05
+
+
+def label(share: float, human: bool) -> float:
+    """What a pair's loss takes for p: the share of votes, clipped to SHARES; but 1 where nobody voted, since the
+    difference was made and is certain."""
+    return share if share == 1 and not human else min(max(share, SHARES[0]), SHARES[1])
 
 
 def error_change(v: Tensor, reference: Tensor, target: Tensor) -> Tensor:
@@ -43,7 +49,7 @@ def preference_terms(
     reference_l: Tensor,
     target_w: Tensor,
     target_l: Tensor,
-    share_B: Tensor,
+    label_B: Tensor,
     *,
     beta: float,
     guard: float | None,
@@ -57,7 +63,7 @@ def preference_terms(
     The gradient of the mean of all terms is that of L; their values mean nothing. The caller leaves out the hinge where
     the mean Dw of the whole batch is not above 0. `guard` is the share of the unopposed decrease of the chosen
     picture's error that a step keeps, in [0, 1], with the gradients at the output in the place of the parameters';
-    None lets the rejected picture's gradient be. Shares are in (0.5, 1]; 1 is taken as it is, others are clipped.
+    None lets the rejected picture's gradient be. Labels are p, from `label`.
 
     Metrics carry no gradient: `loss` is L without the hinge, `winner` Dw, `winner_error` a0 and so on; `sigma` is
     s(-z), `guard` is l.
@@ -66,10 +72,10 @@ def preference_terms(
     drift_w = (v_w.float() - reference_w.float()).square().flatten(1).mean(1)
     drift_l = (v_l.float() - reference_l.float()).square().flatten(1).mean(1)
     phi = dl if bound is None else bounded(dl, 2 * bound / beta)
-    share_B = torch.where(share_B < 1, share_B.float().clamp(*SHARES), 1.0)
+    label_B = label_B.float()
     with torch.no_grad():
         z = beta / 2 * (phi - dw)
-        pull = (-z).sigmoid() - (1 - share_B)  # -dL/dz; below 0 where z is more than the votes ask for
+        pull = (-z).sigmoid() - (1 - label_B)  # -dL/dz; below 0 where z is more than the votes ask for
         e_w, e_l = (v_w.float() - target_w.float()).flatten(1), (v_l.float() - target_l.float()).flatten(1)
         inner, norm_w, norm_l = (e_w * e_l).mean(1), e_w.square().mean(1), e_l.square().mean(1)
         kept = torch.ones_like(z)
@@ -77,7 +83,7 @@ def preference_terms(
             # A pull that goes back raises the chosen picture's error, and least so with the whole of the other's.
             kept = torch.where((inner > 0) & (pull >= 0), ((1 - guard) * norm_w / inner).clamp(0, 1), kept)
         metrics = {
-            "loss": F.binary_cross_entropy_with_logits(z, share_B, reduction="none")
+            "loss": F.binary_cross_entropy_with_logits(z, label_B, reduction="none")
             + beta / 2 * anchor * (drift_w + drift_l),
             "winner": dw,
             "loser": dl,

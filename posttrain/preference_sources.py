@@ -123,6 +123,7 @@ class HubDataset:
     """What the `datasets` library has loaded; pictures stay bytes until they are asked for."""
 
     def __init__(self, name: str, rows: datasets.Dataset):
+        self._fingerprint = rows._fingerprint
         for column, feature in rows.features.items():
             if isinstance(feature, datasets.Image):
                 rows = rows.cast_column(column, datasets.Image(decode=False))
@@ -141,7 +142,7 @@ class HubDataset:
         return f"{self._name} row {i}"
 
     def fingerprint(self, pictures: Sequence[str]) -> str:
-        return self._rows._fingerprint
+        return self._fingerprint
 
 
 Source = JsonLines | Parquet | HubDataset

@@ -28,8 +28,8 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -189,6 +189,37 @@ class PreferenceWriter:
 # ---- read -------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Tally:
+    """Rows of a set that were skipped."""
+
+    path: str
+    rows: int
+    """Of the set."""
+    max_bad: float
+    bad: list[Skipped] = field(default_factory=list)
+    ties: int = 0
+
+    def add(self, row: Skipped) -> None:
+        """Raises UserError, with the first reasons, for one bad row too many, or if now no pair is left."""
+        if row.tie:
+            self.ties += 1
+        else:
+            self.bad.append(row)
+        if len(self.bad) > self.max_bad * self.rows:
+            raise UserError(
+                f"{self.path}: more than {self.max_bad:g} of {self.rows} rows (max_bad) are bad: {self.first()};"
+                " mend them or raise max_bad"
+            )
+        if len(self.bad) + self.ties == self.rows:
+            reasons = f"; {self.first()}" if self.bad else ""
+            raise UserError(f"{self.path}: no pair to learn from: all {self.rows} rows are ties or bad{reasons}")
+
+    def first(self) -> str:
+        """The first bad rows with their reasons."""
+        return "; ".join(f"{row.where}: {row.reason}" for row in self.bad[:3]) + ("; ..." if len(self.bad) > 3 else "")
+
+
 class Preferences:
     """The rows of a set, each read when it is asked for."""
 
@@ -229,27 +260,16 @@ class Preferences:
 
     def __iter__(self) -> Iterator[Preference]:
         """The pairs in their order. Raises UserError when more than the share max_bad of all rows is bad."""
-        skipped: list[Skipped] = []
+        tally = self.tally()
         for i in range(len(self)):
             row = self[i]
             if isinstance(row, Preference):
                 yield row
             else:
-                skipped.append(row)
-                self.check(skipped)
+                tally.add(row)
 
-    def check(self, skipped: Sequence[Skipped]) -> None:
-        """Raise UserError, with the first reasons, if these are too many bad rows or leave no pair."""
-        bad = [row for row in skipped if not row.tie]
-        first = "; ".join(f"{row.where}: {row.reason}" for row in bad[:3])
-        if len(bad) > self.max_bad * len(self):
-            more = f", and {len(bad) - 3} more" if len(bad) > 3 else ""
-            raise UserError(
-                f"{self.path}: {len(bad)} of {len(self)} rows are bad, above max_bad ({self.max_bad:g}): {first}{more};"
-                " mend them or raise max_bad"
-            )
-        if len(skipped) == len(self):
-            raise UserError(f"{self.path}: holds no pair to learn from: all {len(self)} rows are ties or bad; {first}")
+    def tally(self) -> Tally:
+        return Tally(self.path, len(self), self.max_bad)
 
     def fingerprint(self) -> str:
         """Changes when the set or the column map does."""
@@ -265,11 +285,9 @@ class Preferences:
         if sum(kinds) != 1 or not whole[kinds.index(True)]:
             raise UserError("columns: name chosen and rejected; or first, second and label; or pair and label")
         known = self._source.columns
-        for field in ("prompt", "chosen", "rejected", "first", "second", "pair", "label", "label_second", "share",
-                      "margin"):  # fmt: skip
-            name = getattr(c, field)
-            if name is not None and name not in known and not (self._own and field in OPTIONAL):
-                raise UserError(f"columns.{field}: '{name}' is no column of {self.path}; it has: {', '.join(known)}")
+        for key, name in asdict(c).items():
+            if key != "source" and name not in (None, *known) and not (self._own and key in OPTIONAL):
+                raise UserError(f"columns.{key}: '{name}' is no column of {self.path}; it has: {', '.join(known)}")
 
     def _pair(self, row: Mapping[str, Any]) -> Preference:
         """Raises ValueError with the reason for a bad row."""

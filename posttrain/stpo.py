@@ -159,7 +159,7 @@ def optimise(
     for batch, reference in zip(batches, references):
         with k2.role(POLICY):
             v_w, v_l = _velocities(k2, batch)
-        terms, metrics = preference_terms(v_w, v_l, *reference, batch.target_w, batch.target_l, batch.share, **settings)
+        terms, metrics = preference_terms(v_w, v_l, *reference, batch.target_w, batch.target_l, batch.label, **settings)
         if not first_pass:
             regressed = bool(metrics["winner"].mean() > 0)  # this is the whole batch; if exact, that is settled below
         if exact:
@@ -291,7 +291,7 @@ def measure_pairs(
     for batch in noised(k2, pairs, jobs, config.micro_batch, config.loss.time_mean, config.loss.time_std):
         targets = batch.target_w, batch.target_l
         _, metrics = preference_terms(
-            *_velocities(k2, batch), *_reference(k2, batch), *targets, batch.share, **settings
+            *_velocities(k2, batch), *_reference(k2, batch), *targets, batch.label, **settings
         )
         for j, values in zip(batch.jobs, zip(*(value.tolist() for value in metrics.values()))):
             found[j] = dict(zip(metrics, values))

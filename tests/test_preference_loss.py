@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from posttrain.preference_loss import bounded, error_change, exact_guard, inner, norm, preference_terms
+from posttrain.preference_loss import bounded, error_change, exact_guard, inner, label, norm, preference_terms
 
 STPO = {"beta": 2000.0, "guard": 0.6, "bound": None, "anchor": 0.01, "hinge": 0.0}
 DPO = {"beta": 2000.0, "guard": None, "bound": None, "anchor": 0.0, "hinge": 0.0}
@@ -194,19 +194,26 @@ def test_the_bound_is_a_floor_of_the_loss():
     assert metrics["loss"].min().item() == pytest.approx(0.048587, abs=1e-6) and metrics["loser"].min() > 1e3
 
 
-@pytest.mark.parametrize("votes", [0.8, 0.95, 0.999])
+@pytest.mark.parametrize("votes", [0.8, 0.95, 1.0])
 def test_votes_ask_for_a_finite_margin(votes):
-    """The gradient is 0 at z = logit p: 1.386 for .8; shares above .95 ask for logit .95 = 2.944."""
-    target = math.log(min(votes, 0.95) / (1 - min(votes, 0.95)))
+    """The gradient is 0 at z = logit p: 1.386 for .8, 2.944 for .95; all votes are no more than that."""
+    p = label(votes, human=True)
+    target = {0.8: 1.386294, 0.95: 2.944439, 1.0: 2.944439}[votes]
     for z, sign in ((target, 0), (target + 0.1, -1), (target - 0.1, 1)):
         # z = beta/2 (0 - Dw) with e = v, so that the chosen picture's pull is what moves
         reference, v = torch.full((1, 1, 1), 2.0), torch.full((1, 1, 1), math.sqrt(4 - z / 5))
         zero = torch.zeros(1, 1, 1)
-        (g, _), metrics = gradient(v, reference, reference, reference, zero, zero, share=torch.tensor([votes]),
+        (g, _), metrics = gradient(v, reference, reference, reference, zero, zero, share=torch.tensor([p]),
                                    **{**STPO, "beta": 10.0, "anchor": 0.0})  # fmt: skip
         assert metrics["z"].item() == pytest.approx(z, rel=1e-4)
         assert abs(g.item()) < 1e-4 if sign == 0 else g.item() * sign > 0
         assert (metrics["guard"].item() == 1) == (sign < 0) or sign == 0  # the way back is not guarded
+
+
+def test_labels():
+    """Where nobody voted, a difference that was made is certain; votes never are."""
+    assert [label(s, human=True) for s in (0.5, 0.8, 0.97, 1.0)] == [0.5, 0.8, 0.95, 0.95]
+    assert [label(s, human=False) for s in (0.01, 0.8, 0.97, 1.0)] == [0.05, 0.8, 0.95, 1.0]
 
 
 def test_pairs_are_not_averaged_inside_the_logarithm():

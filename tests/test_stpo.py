@@ -239,7 +239,7 @@ class OneStep:
                 v = self.k2.velocity(x, t, batch.text, *batch.size)
             with torch.no_grad():
                 r = self.k2.velocity(x, t, batch.text, *batch.size)
-            columns.append([*v.chunk(2), *r.chunk(2), batch.target_w, batch.target_l, batch.share])
+            columns.append([*v.chunk(2), *r.chunk(2), batch.target_w, batch.target_l, batch.label])
         return [torch.cat(column) for column in zip(*columns)]
 
     def flat(self, loss, **keep):
@@ -264,7 +264,7 @@ def written(config, v_w, v_l, r_w, r_l, u_w, u_l, share):
     product = (e_w * e_l).flatten(1).mean(1)
     kept = torch.where(product > 0, ((1 - loss.guard_share) * mean_square(e_w) / product).clamp(0, 1), 1.0).detach()
     z = loss.beta / 2 * (dl.detach() + kept * (dl - dl.detach()) - dw)
-    p = torch.where(share < 1, share.clamp(0.05, 0.95), 1.0)
+    p = share
     preference = -(p * F.logsigmoid(z) + (1 - p) * F.logsigmoid(-z)).mean()
     drift = (mean_square(v_w - r_w) + mean_square(v_l - r_l)).mean()
     return preference + loss.beta / 2 * (loss.anchor * drift + loss.hinge * dw.mean().clamp(min=0))
@@ -315,14 +315,13 @@ def test_the_hinge_is_off_where_the_mean_has_not_risen(config):
 
 def test_soft_labels(config):
     rows = [json.loads(line) for line in Path(config.pairs.train).read_text().splitlines()]
-    shares = [1.0, 0.8, 0.6, 0.99]
-    Path(config.pairs.train).write_text(
-        "".join(json.dumps(row | {"share": shares[i % 4]}) + "\n" for i, row in enumerate(rows))
-    )
+    votes = [{"share": 1.0}, {"share": 0.8}, {"share": 0.99}, {"share": 1.0, "source": "human"}, {"share": 0.6}]
+    Path(config.pairs.train).write_text("".join(json.dumps(row | votes[i % 5]) + "\n" for i, row in enumerate(rows)))
     config.loss.beta, config.loss.hinge = 20.0, 0.0
     one = OneStep(config)
     outputs = one.outputs()
-    assert len(outputs[-1].unique()) >= 3
+    assert [round(float(p), 4) for p in one.pairs.label] == [1.0, 0.8, 0.95, 0.95, 0.6] * 4
+    assert len(set(outputs[-1].tolist())) >= 3
     assert close(one.gradient()[0], one.flat(written(config, *outputs)))
 
 
@@ -440,7 +439,7 @@ def test_encoded_once(config, tmp_path, monkeypatch):
     expected = one.k2.encode_images(images)
     torch.testing.assert_close(torch.stack([pair.chosen, pair.rejected]), expected)
     torch.testing.assert_close(pair.text, one.k2.text([tiny.PROMPTS[3]], 64).tokens[0])
-    assert pair.size == (32, 32) and pair.share == 1
+    assert pair.size == (32, 32) and pair.label == 1
 
     def encode_images(*_):
         raise AssertionError("encoded again")
@@ -529,12 +528,12 @@ def test_bad_rows_are_counted_and_left_out(config, capsys, tmp_path):
     stpo.train(config)
     said = capsys.readouterr().err
     assert "pairs.jsonl: 1 of 23 rows are ties and left out" in said
-    assert "pairs.jsonl: 2 of 23 rows are bad: " in said
+    assert "pairs.jsonl: 2 of 23 rows are bad and left out: " in said
     assert "pairs.jsonl:1: chosen: images/none.png is missing; " in said
     assert "pairs.jsonl:2: is 32x20 pixels, no multiples of 8; set pairs.size" in said
     assert json.loads((Path(config.output) / "summary.json").read_text())["steps"] == 2
     config.pairs.max_bad, config.output = 0.05, str(tmp_path / "other")
-    with pytest.raises(UserError, match=r"2 of 23 rows are bad, above max_bad \(0\.05\): .*pairs\.jsonl:2: is 32x20"):
+    with pytest.raises(UserError, match=r"more than 0\.05 of 23 rows \(max_bad\) are bad: .*pairs\.jsonl:2: is 32x20"):
         stpo.train(config)
     assert not Path(config.output).exists()
 
