@@ -31,7 +31,7 @@ POLICY = "policy"
 
 
 def load_model(model: ModelConfig, device: str | torch.device, saved: Checkpoint | None = None) -> K2:
-    """The base to train, with what `model.start` trained merged into it; or, to resume, what `saved` began with.
+    """The base to train, with what `model.start` trained merged into it; or, to resume, with what `saved` has merged.
 
     Raises UserError for a Turbo checkpoint, for one that another base was trained to, and for a run to start from that
     is gone or has changed.
@@ -39,7 +39,7 @@ def load_model(model: ModelConfig, device: str | torch.device, saved: Checkpoint
     if saved is not None:
         if (before := saved.state["model"].get("start")) != model.start:
             raise UserError(f"model.start: was {before} when the run began; restore it, or start another run")
-        return load_base(saved, device)
+        return _load_for(saved, asdict(model), device)
     k2 = _load(asdict(model), device)
     if k2.is_distilled:
         raise UserError(
@@ -58,10 +58,15 @@ def load_model(model: ModelConfig, device: str | torch.device, saved: Checkpoint
 
 def load_base(saved: Checkpoint, device: str | torch.device = "cpu") -> K2:
     """The model that a checkpoint's run began with. Raises UserError if it is gone or another one."""
-    k2 = _load(saved.state["model"], device)
+    return _load_for(saved, saved.state["model"], device)
+
+
+def _load_for(saved: Checkpoint, model: dict[str, Any], device: str | torch.device) -> K2:
+    k2 = _load(model, device)
     if _origin(saved)["base"] not in (None, k2.origin["base"]):
-        path = saved.state["model"]["path"]
-        raise UserError(f"{path}: is not the model that {saved.path} was trained on: its weights differ; restore it")
+        raise UserError(
+            f"{model['path']}: is not the model that {saved.path} was trained on: its weights differ; restore it"
+        )
     merge_earlier(k2, saved)
     return k2
 

@@ -143,6 +143,9 @@ def test_resuming_stays_on_what_the_run_began_with(model, tmp_path):
     config.steps = 2
     grpo.train(config, resume=True)
     assert load(config.output).state["origin"] == before and load(config.output).step == 2
+    config.steps, config.model.path = 3, str(shutil.copytree(model, tmp_path / "moved"))
+    grpo.train(config, resume=True)
+    assert load(config.output).state["origin"] == before and load(config.output).step == 3
     config.model.start = str(first / "checkpoints/step-000002")
     with pytest.raises(UserError, match=r"model\.start: was .*a/run when the run began; restore it"):
         grpo.train(config, resume=True)
