@@ -8,7 +8,8 @@ Judges are trained with it, and it gives the scores that vLLM gives. B is a batc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, Qwen3VLForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer, Qwen3VLForConditionalGeneration, Qwen3VLVisionModel
 
 # The one that needs no torchvision; AutoImageProcessor may pick another.
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -55,6 +56,7 @@ class VLM:
         words = [spelled(text) for text in tokenizer.batch_decode([[i] for i in range(len(tokenizer))])]
         yes, no = ([i for i, word in enumerate(words) if word == wanted] for wanted in ("yes", "no"))
         processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+        _positions_on_cpu(model.model)
         return cls(model.to(device).eval(), tokenizer, processor, yes, no)
 
     @property
@@ -63,24 +65,29 @@ class VLM:
 
     def inputs(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Inputs:
         """One question for each image as model inputs, padded on the left: the answer comes after the last token."""
-        pixels = self.processor(images=[i.convert("RGB") for i in images], return_tensors="pt")
+        first, row = distinct(images)
+        pixels = self.processor(images=[images[i].convert("RGB") for i in first], return_tensors="pt")
+        grids = pixels["image_grid_thw"]
+        patches = pixels["pixel_values"].split(grids.prod(-1).tolist())
         turns = []
-        for text, grid in zip(texts, pixels["image_grid_thw"], strict=True):
+        for text, grid in zip(texts, grids[row], strict=True):
             content = [{"type": "image"}, {"type": "text", "text": text}]
             turn = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
             )
             tokens = int(grid.prod()) // self.processor.merge_size**2
             turns.append(turn.replace("<|image_pad|>", "<|image_pad|>" * tokens, 1))
+        said = list(dict.fromkeys(turns))  # a group's images are asked the same
         self.tokenizer.padding_side = "left"
-        rows = self.tokenizer(turns, padding=True, return_tensors="pt", add_special_tokens=False)
-        image = rows.input_ids == self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        tokens = self.tokenizer(said, padding=True, return_tensors="pt", add_special_tokens=False)
+        which = [said.index(turn) for turn in turns]
+        ids = tokens.input_ids[which]
         return {
-            "input_ids": rows.input_ids,
-            "attention_mask": rows.attention_mask,
-            "mm_token_type_ids": image.int(),
-            "pixel_values": pixels["pixel_values"],
-            "image_grid_thw": pixels["image_grid_thw"],
+            "input_ids": ids,
+            "attention_mask": tokens.attention_mask[which],
+            "mm_token_type_ids": (ids == self.tokenizer.convert_tokens_to_ids("<|image_pad|>")).int(),
+            "pixel_values": torch.cat([patches[r] for r in row]),
+            "image_grid_thw": grids[row],
         }
 
     def answers(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -93,10 +100,10 @@ class VLM:
     @torch.no_grad()
     def margins(self, images: Sequence[Image.Image], texts: Sequence[str], batch: int = 32) -> Tensor:
         """(B,) logit(yes) - logit(no)."""
-        parts = [
-            self.answers(self.inputs(images[i : i + batch], texts[i : i + batch]))[0].cpu()
-            for i in range(0, len(images), batch)
-        ]
+        parts = []
+        for i in range(0, len(images), batch):
+            with self.seeing_once(images[i : i + batch]):
+                parts.append(self.answers(self.inputs(images[i : i + batch], texts[i : i + batch]))[0].cpu())
         return torch.cat(parts)
 
     def p_yes(self, images: Sequence[Image.Image], texts: Sequence[str], batch: int = 32) -> list[float]:
@@ -112,7 +119,63 @@ class VLM:
         for i in range(0, len(images), batch):
             inputs = self.inputs(images[i : i + batch], texts[i : i + batch])
             inputs = {name: value.to(self.device) for name, value in inputs.items()}
-            out = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
+            with self.seeing_once(images[i : i + batch]):
+                out = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
             new = out[:, inputs["input_ids"].shape[1] :]
             answers += self.tokenizer.batch_decode(new, skip_special_tokens=True)
         return answers
+
+    @contextlib.contextmanager
+    def seeing_once(self, images: Sequence[Image.Image]) -> Iterator[None]:
+        """Inside the block an image object that is in a batch several times goes through the vision tower once."""
+        first, row = distinct(images)
+        visual = next(m for m in self.model.modules() if isinstance(m, Qwen3VLVisionModel))
+        whole, merged = visual.forward, self.processor.merge_size**2
+
+        def forward(hidden_states: Tensor, grid_thw: Tensor, **options: Any) -> Any:
+            sizes = grid_thw.prod(-1).tolist()
+            patches = hidden_states.split(sizes)
+            seen: Any = whole(torch.cat([patches[i] for i in first]), grid_thw=grid_thw[first], **options)
+
+            def spread(features: Tensor) -> Tensor:
+                parts = features.split([sizes[i] // merged for i in first])
+                return torch.cat([parts[r] for r in row])
+
+            seen.pooler_output = spread(seen.pooler_output)
+            seen.deepstack_features = [spread(features) for features in seen.deepstack_features]
+            return seen
+
+        visual.forward = forward
+        try:
+            yield
+        finally:
+            del visual.forward
+
+
+def distinct(images: Sequence[Image.Image]) -> tuple[list[int], list[int]]:
+    """Where each image object stands first, and for every place which of these it is."""
+    order = {key: n for n, key in enumerate(dict.fromkeys(map(id, images)))}
+    row = [order[id(image)] for image in images]
+    return [row.index(n) for n in range(len(order))], row
+
+
+def _positions_on_cpu(model: Any) -> None:
+    """Rotary positions of rows of one image each, computed on the CPU, and once for rows that are laid out alike.
+
+    transformers' own goes through the rows one by one where they are, and on a GPU waits for each.
+    """
+    whole = model.get_rope_index
+
+    def index(input_ids: Tensor, mm_token_type_ids: Tensor, image_grid_thw: Tensor, video_grid_thw: Any = None,
+              attention_mask: Tensor | None = None, **_: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
+        assert attention_mask is not None and len(image_grid_thw) == len(input_ids)
+        rows = [input_ids.cpu(), mm_token_type_ids.cpu(), image_grid_thw.cpu(), attention_mask.cpu()]
+        layouts = torch.cat(rows[1:], 1).tolist()
+        keys = [tuple(layout) for layout in layouts]
+        order = list(dict.fromkeys(keys))
+        first, which = [keys.index(key) for key in order], [order.index(key) for key in keys]
+        ids, kinds, grids, mask = (part[first] for part in rows)
+        positions, deltas = whole(ids, kinds, image_grid_thw=grids, attention_mask=mask)
+        return positions[:, which].to(input_ids.device), deltas[which].to(input_ids.device)
+
+    model.get_rope_index = index
