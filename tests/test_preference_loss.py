@@ -126,35 +126,34 @@ def test_guard_of_one_pair(loser, kept):
     assert metrics["guard"].item() == pytest.approx(kept)
 
 
-def test_guarded_value_and_gradient_of_a_scalar():
-    """a = (theta - 1)^2, b = theta^2, theta = .4, a0 = .5, b0 = .3, beta = 10:
-    z = 5 ((.16 - .3) - (.36 - .5)) = 0, kappa = 5 s(0) = 2.5. e_w = -.6 and e_l = .4 point apart: l = 1 whatever mu.
+def one(x):
+    return torch.full((1, 1, 1), x)
 
-    With u_l = -.8 instead, e_l = 1.2 would too; so l = .3 is had from u_w = 0 and u_l = -.4: e_w = .4, e_l = .8,
-    (1 - mu) .16 / .32 = .3 at mu = .4, and dL/dtheta = kappa (2 * .4 - 2 * .3 * .8) with z as without the guard.
-    """
 
-    def one(x):
-        return torch.full((1, 1, 1), x)
-
+def test_a_share_of_the_rejected_gradient_leaves_the_value():
+    """a = (theta - 1)^2, b = theta^2, theta = .4, a0 = .5, b0 = .3, l = .3, beta = 10: z = 5 ((.16 - .3) - (.36 - .5))
+    = 0 whatever l, kappa = 5 s(0) = 2.5, and dL/dtheta = kappa (2 * -.6 - 2 * .3 * .4) = -3.6."""
     v = one(0.4).requires_grad_()
     # (r - 1)^2 = .5 and r'^2 = .3: each branch has a reference of its own
     r_w, r_l = one(1 - math.sqrt(0.5)), one(math.sqrt(0.3))
-    settings = {**DPO, "beta": 10.0, "guard": 0.7}
-    terms, metrics = preference_terms(v, v, r_w, r_l, one(1.0), one(0.0), torch.ones(1), **settings)
-    (g,) = torch.autograd.grad(sum(t.sum() for t in terms.values()), v)  # type: ignore[arg-type]
-    z = 5 * ((0.16 - 0.3) - (0.36 - 0.5))
-    assert metrics["z"].item() == pytest.approx(z, abs=1e-6) and metrics["guard"].item() == 1
-    assert g.item() == pytest.approx(5 / (1 + math.exp(z)) * (2 * -0.6 - 2 * 0.4), rel=1e-5)
+    terms, metrics = preference_terms(
+        v, v, r_w, r_l, one(1.0), one(0.0), torch.ones(1), **{**DPO, "beta": 10.0}
+    )  # fmt: skip
+    (g,) = torch.autograd.grad((terms["winner"] + 0.3 * terms["loser"]).sum(), v)  # as the exact guard applies it
+    assert metrics["z"].item() == pytest.approx(0, abs=1e-6) and g.item() == pytest.approx(-3.6, rel=1e-5)
+    assert metrics["loss"].item() == pytest.approx(0.693147, abs=1e-6)
 
+
+def test_guarded_gradient_of_a_scalar():
+    """u_w = 0, u_l = -.4, theta = .4: e_w = .4, e_l = .8, l = (1 - mu) .16 / .32 = .3 at mu = .4. With a0 = b0 = .25,
+    z = 5 ((.64 - .25) - (.16 - .25)) = 2.4 as without the guard, and dL/dtheta = 5 s(-2.4) (2 * .4 - 2 * .3 * .8)."""
     v = one(0.4).requires_grad_()
-    r_w, r_l = one(0.5), one(0.1)  # a0 = .25, b0 = .25
-    settings["guard"] = 0.4
-    terms, metrics = preference_terms(v, v, r_w, r_l, one(0.0), one(-0.4), torch.ones(1), **settings)
+    terms, metrics = preference_terms(
+        v, v, one(0.5), one(0.1), one(0.0), one(-0.4), torch.ones(1), **{**DPO, "beta": 10.0, "guard": 0.4}
+    )  # fmt: skip
     (g,) = torch.autograd.grad(sum(t.sum() for t in terms.values()), v)  # type: ignore[arg-type]
-    z = 5 * ((0.64 - 0.25) - (0.16 - 0.25))
-    assert metrics["z"].item() == pytest.approx(z, rel=1e-5) and metrics["guard"].item() == pytest.approx(0.3)
-    assert g.item() == pytest.approx(5 / (1 + math.exp(z)) * (2 * 0.4 - 2 * 0.3 * 0.8), rel=1e-4)
+    assert metrics["z"].item() == pytest.approx(2.4, rel=1e-5) and metrics["guard"].item() == pytest.approx(0.3)
+    assert g.item() == pytest.approx(5 / (1 + math.exp(2.4)) * (0.8 - 0.48), rel=1e-4)
 
 
 def test_what_drifts_and_what_does_not():
