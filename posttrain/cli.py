@@ -21,6 +21,7 @@ import yaml
 from posttrain import __version__
 from posttrain.config import ExportConfig, GRPOConfig, JudgeConfig, ReportConfig, SampleConfig, ServeConfig
 from posttrain.recipe import check_recipe, describe, field_types, fits, read_recipe, suggestion
+from posttrain.stpo_config import STPOConfig
 from posttrain.validate import ConfigError, validate
 from prompts.errors import UserError
 
@@ -41,6 +42,7 @@ class Command:
 
 
 COMMANDS = {
+    "stpo": Command(STPOConfig, "posttrain.stpo:train", "train with STPO on pairs and write a run directory", True),
     "grpo": Command(GRPOConfig, "posttrain.grpo:train", "train with GRPO and write a run directory", True),
     "preflight": Command(GRPOConfig, "posttrain.preflight:preflight", "check and time a GRPO recipe before a run"),
     "judge": Command(JudgeConfig, "posttrain.judge:train", "train a judge, as an adapter for vLLM"),

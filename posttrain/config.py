@@ -22,6 +22,10 @@ class ModelConfig:
     """Diffusers directory or hub id of a Krea2Pipeline (with transformer_file: for the other parts)."""
     transformer_file: str | None = None
     """Transformer as one safetensors file in the original key names; replaces the one in path."""
+    start: str | None = None
+    """Run directory or checkpoint of an earlier method to go on from: what it trained, and what it started from
+    itself, is merged into the base, which is then the reference. It must stay where it is. In bfloat16 a merged
+    weight keeps 8 bits, so a small update is rounded."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the frozen weights, and of the arithmetic. What is trained, latents and log-probs stay float32."""
 
@@ -136,6 +140,8 @@ class StopConfig:
     drop: float = 0.1
     """How far from its best so far the figure may get, as a share of that best, > 0: 0.1 lets 0.8 fall to 0.72.
     Made for figures above 0."""
+    limit: float | None = None
+    """Instead of drop: the worst that the figure may be, whatever its best was; null: drop decides."""
     patience: int = 2
     """Evaluations in a row that must be worse than that, >= 1."""
 
@@ -219,6 +225,35 @@ class GRPOConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
+
+
+@dataclass
+class ColumnMap:
+    """Which columns of a set of pairs hold what. The pictures: chosen and rejected; or first, second and label; or
+    pair and label."""
+
+    prompt: str = "prompt"
+    """Column of the prompt."""
+    chosen: str | None = None
+    """Column of the preferred picture."""
+    rejected: str | None = None
+    """Column of the other picture."""
+    first: str | None = None
+    """Column of a picture; which one is preferred says label."""
+    second: str | None = None
+    """Column of the other one."""
+    pair: str | None = None
+    """Column of a list of both pictures, in the place of first and second."""
+    label: str | None = None
+    """Column of the share of preference for the first picture: 1, 0 or between, or a list such as [1, 0]."""
+    label_second: str | None = None
+    """Column of the label of the second picture, where each has one."""
+    share: str | None = None
+    """With chosen and rejected: column of the share of votes for chosen, 0.5 to 1; null: all of them."""
+    margin: str | None = None
+    """Column of how much better the preferred picture is, in any unit; null: not known."""
+    source: Literal["human", "synthetic"] = "human"
+    """Who preferred them."""
 
 
 @dataclass

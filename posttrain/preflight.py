@@ -36,7 +36,7 @@ from posttrain.config import GRPOConfig, RewardSpec
 from posttrain.evaluate import Evaluation, Evaluator
 from posttrain.k2 import K2, to_pil
 from posttrain.loop import RATIO_REMEDY, Stepper
-from posttrain.policy import POLICY, add_policy, described, policy_state
+from posttrain.policy import POLICY, add_policy, described, load_model, policy_state
 from posttrain.processes import Processes
 from posttrain.progress import duration
 from posttrain.roundtrip import round_trip
@@ -62,7 +62,7 @@ def preflight(config: GRPOConfig) -> int:
     procs = Processes()
     source, heldout = PromptSource(config, read_prompts(config.prompts.train)), read_prompts(config.prompts.heldout)
     load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})
-    k2 = grpo.load_model(config.model, procs.device)
+    k2 = load_model(config.model, procs.device)
     add_policy(k2, config.lora, config.seed, reference=config.loss.kl > 0)
     with tempfile.TemporaryDirectory(prefix="posttrain-preflight-") as folder:
         rows = Preflight(config, procs, k2, source, heldout, Path(folder)).run()

@@ -101,3 +101,33 @@ def test_preflight(command, config, tmp_path):
     result = command("preflight", "--config", path, "--rewards", rewards, processes=2)
     assert result.returncode == 1 and result.stdout.count("1 of 14 checks failed") == 1, result
     assert "8 of 8 images are different" in result.stdout and "reward a: 4 of the last 4 scores" in result.stdout
+
+
+def test_two_processes_train_on_pairs_as_one(command, model, tmp_path):
+    """Five pairs an update and seven held-out ones. The terms are kept apart in the first step and not in the second,
+    each set of processes has a cache of its own."""
+    config = runs.stpo_config(tmp_path, model)
+    config.pairs.train = str(runs.pairs(tmp_path, 70))  # two shards
+    config.batch, config.micro_batch, config.loss.terms_every = 5, 2, 2
+    config.pairs.measured, config.loss.beta, config.optim.ema = 7, 100.0, 0.5
+    config.rewards, made = [], []
+    for processes in (1, 2):
+        config.pairs.cache = str(tmp_path / f"cache-{processes}")
+        config.output = str(tmp_path / f"run-{processes}")
+        result = command("stpo", "--config", runs.recipe(config, tmp_path / "recipe.yaml"), processes=processes)
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert result.stderr.count("step 2/2  accuracy") == 1  # one process tells of all
+        made.append(Path(config.output))
+    first, second = (runs.untimed(run) for run in made)
+    assert len(first) == len(second)
+    for a, b in zip(first, second):
+        assert a == pytest.approx(b, rel=2e-3, abs=1e-5)
+    a, b = (checkpoint.load_latest(run / "checkpoints") for run in made)
+    assert a is not None and b is not None and a.step == b.step == 2
+    for name in ("adapter", "live"):
+        trained, again = (torch.cat([v.flatten() for v in saved.tensors[name].values()]) for saved in (a, b))
+        assert (trained - again).norm() < 1e-3 * trained.norm()
+    caches = [tmp_path / "cache-1", tmp_path / "cache-2"]
+    names = [sorted(file.relative_to(cache) for file in cache.rglob("*.*")) for cache in caches]
+    assert names[0] == names[1] and len(names[0]) == 3
+    assert all((caches[0] / name).read_bytes() == (caches[1] / name).read_bytes() for name in names[0])

@@ -5,6 +5,7 @@ sampler's own functions carry a mean and a standard deviation from noise to data
 """
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -305,3 +306,24 @@ def test_seeds_are_stable_and_apart():
     seeds = {sampler.seed_for(a, b) for a in range(40) for b in range(40)} | {sampler.seed_for(12, 3, 4)}
     assert len(seeds) == 1601 and all(0 <= seed < 2**63 for seed in seeds)
     assert sampler.seed_for(1, 23) != sampler.seed_for(12, 3)
+
+
+def test_training_times():
+    """The median of a logit-normal is shifted with mu: s(.90625) = .712232, s(1.15) = .759511; at one deviation above,
+    s(mean + std + mu)."""
+    zero = torch.zeros(1)
+    assert sampler.logit_normal(zero, 0, 1, 0.90625).item() == pytest.approx(0.712232, abs=1e-6)
+    assert sampler.logit_normal(zero, 0, 1, 1.15).item() == pytest.approx(0.759511, abs=1e-6)
+    above = sampler.logit_normal(torch.ones(1), 0.5, 2.0, 0.25).item()
+    assert above == pytest.approx(1 / (1 + math.exp(-2.75)), abs=1e-6)
+
+
+def test_the_path_and_its_velocity():
+    """The target at x_t, from any t, leads back to x0 and to the noise; a time for each sample."""
+    x0, eps = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    t = torch.tensor([0.3, 1.0])
+    x = sampler.noised(x0, eps, t)
+    back, noise = sampler.x0_eps(x, sampler.velocity_target(x0, eps), t)
+    torch.testing.assert_close(back, x0, atol=1e-6, rtol=0)
+    torch.testing.assert_close(noise, eps, atol=1e-6, rtol=0)
+    assert torch.equal(sampler.noised(x0, eps, 0.0), x0)
