@@ -206,8 +206,8 @@ def test_reference_that_moves(check, monkeypatch):
             seen[0].transformer.img_in.weight.add_(0.01)
         return true(self)
 
-    true, seen, load = Stepper.step, [], grpo.load_model
-    monkeypatch.setattr(grpo, "load_model", lambda *args: seen.append(load(*args)) or seen[0])
+    true, seen, load = Stepper.step, [], preflight.load_model
+    monkeypatch.setattr(preflight, "load_model", lambda *args: seen.append(load(*args)) or seen[0])
     monkeypatch.setattr(Stepper, "step", step)
     rows = check(1)
     assert "the reference's changed too" in rows["policy moves"][1]
