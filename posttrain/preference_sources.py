@@ -1,4 +1,4 @@
-"""Where pairs are read from: a JSONL file, parquet files, a dataset; the fields of their rows, and rows that are no pairs.
+"""Where pairs are read from: JSONL, parquet files, a dataset; the fields of their rows, and rows that are no pairs.
 
 Rows are had by number; none is held in memory. Each source has `len`, `source[i]` (a row as a dict; ValueError says
 why it cannot be had), `name(i)` for messages, `columns`, `folder`, which paths of pictures count from, and
