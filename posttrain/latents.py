@@ -33,7 +33,8 @@ from posttrain.checkpoint import is_full
 from posttrain.fingerprint import fingerprint
 from posttrain.k2 import K2, Text
 from posttrain.preference_loss import label
-from posttrain.preferences import Preference, Preferences, Skipped, Tally
+from posttrain.preference_sources import Skipped, Tally
+from posttrain.preferences import Preference, Preferences
 from posttrain.processes import Processes
 from posttrain.stpo_config import PairSetConfig
 from prompts.errors import UserError

@@ -1,4 +1,4 @@
-"""Where pairs are read from: a JSONL file, parquet files, a dataset; and the fields of their rows.
+"""Where pairs are read from: JSONL, parquet files, a dataset; the fields of their rows, and rows that are no pairs.
 
 Rows are had by number; none is held in memory. Each source has `len`, `source[i]` (a row as a dict; ValueError says
 why it cannot be had), `name(i)` for messages, `columns`, `folder`, which paths of pictures count from, and
@@ -15,6 +15,7 @@ import json
 import math
 from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,50 @@ def open_source(path: str) -> Source:
     if files := sorted(place.glob("**/*.parquet")):
         return Parquet(place, files)
     raise UserError(f"{path}: holds no parquet file and no dataset; give a directory of pairs")
+
+
+# ---- rows that are no pairs --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A row that is no pair to learn from."""
+
+    where: str
+    reason: str
+    tie: bool = False
+    """Nothing is wrong with it, but neither picture is preferred."""
+
+
+@dataclass
+class Tally:
+    """Rows of a set that were skipped."""
+
+    path: str
+    rows: int
+    """Of the set."""
+    max_bad: float
+    bad: list[Skipped] = field(default_factory=list)
+    ties: int = 0
+
+    def add(self, row: Skipped) -> None:
+        """Raises UserError, with the first reasons, for one bad row too many, or if now no pair is left."""
+        if row.tie:
+            self.ties += 1
+        else:
+            self.bad.append(row)
+        if len(self.bad) > self.max_bad * self.rows:
+            raise UserError(
+                f"{self.path}: more than {self.max_bad:g} of {self.rows} rows (max_bad) are bad: {self.first()};"
+                " mend them or raise max_bad"
+            )
+        if len(self.bad) + self.ties == self.rows:
+            reasons = f"; {self.first()}" if self.bad else ""
+            raise UserError(f"{self.path}: no pair to learn from: all {self.rows} rows are ties or bad{reasons}")
+
+    def first(self) -> str:
+        """The first bad rows with their reasons."""
+        return "; ".join(f"{row.where}: {row.reason}" for row in self.bad[:3]) + ("; ..." if len(self.bad) > 3 else "")
 
 
 # ---- fields of a row: each raises ValueError with the reason for a bad one ------------------------------------

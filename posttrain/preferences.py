@@ -29,7 +29,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -41,7 +41,7 @@ from PIL import Image
 
 from posttrain.checkpoint import is_full
 from posttrain.config import ColumnMap
-from posttrain.preference_sources import Parquet, Tie, number, open_source, picture, preferred
+from posttrain.preference_sources import Parquet, Skipped, Tally, Tie, number, open_source, picture, preferred
 from prompts.errors import UserError
 
 VERSION = 1
@@ -96,16 +96,6 @@ class Preference:
         for image in (self.chosen, self.rejected):
             digest.update(repr(image.size).encode() + image.tobytes())
         self.id = digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A row that is no pair to learn from."""
-
-    where: str
-    reason: str
-    tie: bool = False
-    """Nothing is wrong with it, but neither picture is preferred."""
 
 
 # ---- write ------------------------------------------------------------------------------------------------
@@ -187,37 +177,6 @@ class PreferenceWriter:
 
 
 # ---- read -------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Tally:
-    """Rows of a set that were skipped."""
-
-    path: str
-    rows: int
-    """Of the set."""
-    max_bad: float
-    bad: list[Skipped] = field(default_factory=list)
-    ties: int = 0
-
-    def add(self, row: Skipped) -> None:
-        """Raises UserError, with the first reasons, for one bad row too many, or if now no pair is left."""
-        if row.tie:
-            self.ties += 1
-        else:
-            self.bad.append(row)
-        if len(self.bad) > self.max_bad * self.rows:
-            raise UserError(
-                f"{self.path}: more than {self.max_bad:g} of {self.rows} rows (max_bad) are bad: {self.first()};"
-                " mend them or raise max_bad"
-            )
-        if len(self.bad) + self.ties == self.rows:
-            reasons = f"; {self.first()}" if self.bad else ""
-            raise UserError(f"{self.path}: no pair to learn from: all {self.rows} rows are ties or bad{reasons}")
-
-    def first(self) -> str:
-        """The first bad rows with their reasons."""
-        return "; ".join(f"{row.where}: {row.reason}" for row in self.bad[:3]) + ("; ..." if len(self.bad) > 3 else "")
 
 
 class Preferences:
