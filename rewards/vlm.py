@@ -56,6 +56,7 @@ class VLM:
         words = [spelled(text) for text in tokenizer.batch_decode([[i] for i in range(len(tokenizer))])]
         yes, no = ([i for i, word in enumerate(words) if word == wanted] for wanted in ("yes", "no"))
         processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+        _positions_on_cpu(model.model)
         return cls(model.to(device).eval(), tokenizer, processor, yes, no)
 
     @property
@@ -76,13 +77,15 @@ class VLM:
             )
             tokens = int(grid.prod()) // self.processor.merge_size**2
             turns.append(turn.replace("<|image_pad|>", "<|image_pad|>" * tokens, 1))
+        said = list(dict.fromkeys(turns))  # a group's images are asked the same
         self.tokenizer.padding_side = "left"
-        rows = self.tokenizer(turns, padding=True, return_tensors="pt", add_special_tokens=False)
-        image = rows.input_ids == self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        tokens = self.tokenizer(said, padding=True, return_tensors="pt", add_special_tokens=False)
+        which = [said.index(turn) for turn in turns]
+        ids = tokens.input_ids[which]
         return {
-            "input_ids": rows.input_ids,
-            "attention_mask": rows.attention_mask,
-            "mm_token_type_ids": image.int(),
+            "input_ids": ids,
+            "attention_mask": tokens.attention_mask[which],
+            "mm_token_type_ids": (ids == self.tokenizer.convert_tokens_to_ids("<|image_pad|>")).int(),
             "pixel_values": torch.cat([patches[r] for r in row]),
             "image_grid_thw": grids[row],
         }
@@ -154,3 +157,25 @@ def distinct(images: Sequence[Image.Image]) -> tuple[list[int], list[int]]:
     order = {key: n for n, key in enumerate(dict.fromkeys(map(id, images)))}
     row = [order[id(image)] for image in images]
     return [row.index(n) for n in range(len(order))], row
+
+
+def _positions_on_cpu(model: Any) -> None:
+    """Rotary positions of rows of one image each, computed on the CPU, and once for rows that are laid out alike.
+
+    transformers' own goes through the rows one by one where they are, and on a GPU waits for each.
+    """
+    whole = model.get_rope_index
+
+    def index(input_ids: Tensor, mm_token_type_ids: Tensor, image_grid_thw: Tensor, video_grid_thw: Any = None,
+              attention_mask: Tensor | None = None, **_: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
+        assert attention_mask is not None and len(image_grid_thw) == len(input_ids)
+        rows = [input_ids.cpu(), mm_token_type_ids.cpu(), image_grid_thw.cpu(), attention_mask.cpu()]
+        layouts = torch.cat(rows[1:], 1).tolist()
+        keys = [tuple(layout) for layout in layouts]
+        order = list(dict.fromkeys(keys))
+        first, which = [keys.index(key) for key in order], [order.index(key) for key in keys]
+        ids, kinds, grids, mask = (part[first] for part in rows)
+        positions, deltas = whole(ids, kinds, image_grid_thw=grids, attention_mask=mask)
+        return positions[:, which].to(input_ids.device), deltas[which].to(input_ids.device)
+
+    model.get_rope_index = index

@@ -63,7 +63,7 @@ def main() -> None:
     ):
         rows = make(n, seed, words, details, taken)
         _write(name, rows)
-    _write("mixed", make_mixed(96, 1004, TRAIN_WORDS, taken))
+    _write("mixed", make_mixed(64, 1004, TRAIN_WORDS, taken))
 
 
 def _write(name: str, rows: list[dict]) -> None:
