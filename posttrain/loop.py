@@ -51,11 +51,13 @@ class Loop:
             for step in range(self.first + 1, self.total + 1):
                 yield step
                 self.done = step
-                if self.anywhere(self.stopped is not None) and self.stopped is None:
+                # What all were told counts: a signal that comes after it is one for the next step.
+                stopping = self.anywhere(self.stopped is not None)
+                if stopping and self.stopped is None:
                     self.stopped = signal.SIGTERM
                 late = self.config.minutes and time.monotonic() - saved_at > 60 * self.config.minutes
                 due = self._due or (self.config.every and step % self.config.every == 0)
-                last = self._ended or self.stopped is not None or step == self.total
+                last = self._ended or stopping or step == self.total
                 if last or late or due:
                     self.save(step)
                     saved_at, self._due = time.monotonic(), False

@@ -153,7 +153,10 @@ class Preflight:
         yield Row("adapter", len(layers) == blocks * targets > 0, measured, "name in lora.targets what the blocks have")
 
     def judges(self, servers: contextlib.ExitStack) -> Iterator[Row]:
-        """Starts the recipe's servers; each judge answers, and gives an image the same score whenever it is asked."""
+        """Starts the recipe's servers; each judge answers, and gives an image the same score whenever it is asked.
+
+        Drawing for it also warms up what is timed from here on.
+        """
         self.urls = servers.enter_context(serve(self.config.servers, self.folder / "servers"))
         images = to_pil(torch.from_numpy(self._evaluate([], 4, 0, [0.0]).images))
         prompts = [record.prompt for record in self.heldout]
@@ -274,9 +277,7 @@ class Preflight:
             own, total = float(group.advantages[lost % size]), float(group.advantages.sum())
             if scores.valid_NK[lost, 0] or own != 0 or abs(total) > 1e-3:
                 measured = f"an image whose {spec.name} failed has advantage {own:.3g}, its group's sum is {total:.3g}"
-                yield Row(
-                    "planted failure", False, measured, "a failure counts as a score: report it, and do not train"
-                )
+                yield Row("planted failure", False, measured, "a failure counts as a score: report it")
                 return
         if not names:
             raise Skip("no reward has three scores in this step")
@@ -363,7 +364,7 @@ class Preflight:
     def cost(self) -> Iterator[Row]:
         peak = peak_memory()
         if torch.cuda.is_available():
-            used, there = peak["peak_gpu_gib"], torch.cuda.get_device_properties(0).total_memory / 2**30
+            used, there = peak["peak_gpu_gib"], torch.cuda.get_device_properties().total_memory / 2**30
             measured = f"peak {used:.1f} of the GPU's {there:.1f} GiB"
             yield Row("memory", used <= FULL * there, measured, "lower groups.micro_batch")
         else:

@@ -15,10 +15,10 @@ from PIL import Image
 
 from posttrain import checkpoint, cli, grpo, sampler
 from posttrain import figures as figures_of
-from posttrain.config import OptimConfig, RewardSpec
+from posttrain.config import CheckpointConfig, OptimConfig, RewardSpec
 from posttrain.export import load_checkpoint
 from posttrain.k2 import K2
-from posttrain.loop import Stepper
+from posttrain.loop import Loop, Stepper
 from posttrain.processes import Processes
 from posttrain.sampler import sde_moments
 from posttrain.source import PromptSource, in_turn
@@ -277,6 +277,21 @@ def test_a_signal_ends_the_run_after_the_step(config, monkeypatch, number, leave
     assert latest(config.output).step == 1 and len(training_rows(config.output)) == 1
     assert (Path(config.output) / "report.html").is_file()
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+def test_a_signal_that_the_other_processes_have_not_heard_of():
+    """It comes just after they were asked, in step 2: all have to end together, so with step 3."""
+
+    def anywhere(flag):
+        asked.append(flag)
+        if len(asked) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return flag
+
+    asked, saved = [], []
+    loop = Loop(0, 9, CheckpointConfig(every=0), saved.append, anywhere)
+    assert list(loop) == [1, 2, 3]
+    assert asked == [False, False, True] and saved == [3] and loop.stopped is signal.SIGTERM
 
 
 def test_all_weights_are_trained(config, trained):
