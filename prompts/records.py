@@ -80,11 +80,9 @@ def _dataset_rows(source: str) -> Iterator[tuple[int, Any]]:
     name, _, split = source.removeprefix("hf:").partition(":")
     if not name:
         raise UserError(f"{source}: names no dataset; write it as hf:NAME or hf:NAME:SPLIT")
-    try:
-        import datasets
-        from datasets.exceptions import DatasetsError
-    except ImportError:
-        raise UserError(f"{source}: needs the datasets package; pip install datasets or give a JSONL file") from None
+    import datasets  # half a second that JSONL files need not wait for
+    from datasets.exceptions import DatasetsError
+
     try:
         rows = datasets.load_dataset(name, split=split or "train")
     except (OSError, ValueError, DatasetsError) as error:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 
 import pytest
 
@@ -88,14 +87,8 @@ def test_datasets(dataset, tmp_path):
         read_prompts(f"{dataset}:none")
     with pytest.raises(UserError, match="cannot be loaded"):
         read_prompts(f"hf:{tmp_path / 'nowhere'}")
-
-
-def test_without_datasets(monkeypatch):
     with pytest.raises(UserError, match="hf:: names no dataset"):
         read_prompts("hf:")
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="hf:a/b:train: needs the datasets package; pip install datasets or give"):
-        read_prompts("hf:a/b:train")
 
 
 def test_unreadable_files(tmp_path):

@@ -1,0 +1,236 @@
+"""Where pairs are read from: a JSONL file, parquet files, a dataset; and the fields of their rows.
+
+Rows are had by number; none is held in memory. Each source has `len`, `source[i]` (a row as a dict; ValueError says
+why it cannot be had), `name(i)` for messages, `columns`, `folder`, which paths of pictures count from, and
+`fingerprint`, which another content changes; of files it takes names, sizes and times of change.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import io
+import itertools
+import json
+import math
+from array import array
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets.exceptions import DatasetsError
+from PIL import Image, UnidentifiedImageError
+
+from posttrain.config import ColumnMap
+from prompts.errors import UserError
+
+
+class JsonLines:
+    """One object a line; pictures are paths."""
+
+    def __init__(self, path: Path):
+        self.path, self.folder = path, path.parent
+        self._starts, self._lines = array("q"), array("q")
+        place = 0
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    self._starts.append(place)
+                    self._lines.append(number)
+                place += len(line)
+        try:
+            self.columns = list(self[0]) if len(self) else []
+        except ValueError as error:
+            raise UserError(f"{self.name(0)}: {error}; write one object a line") from None
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        with self.path.open("rb") as file:
+            file.seek(self._starts[i])
+            line = file.readline()
+        try:
+            row = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError:
+            raise ValueError("is not UTF-8 text") from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
+        if not isinstance(row, dict):
+            raise ValueError("is not an object")
+        return row
+
+    def name(self, i: int) -> str:
+        return f"{self.path}:{self._lines[i]}"
+
+    def fingerprint(self, pictures: Sequence[str]) -> str:
+        """Of the file and of the files that the columns `pictures` name."""
+        digest = hashlib.sha256(_stamp([self.path]).encode())
+        for i in range(len(self)):
+            try:
+                row = self[i]
+            except ValueError:
+                continue
+            values = [v for name in pictures for v in _flat(row.get(name)) if isinstance(v, str)]
+            digest.update(_stamp([file for v in values if (file := self.folder / v).is_file()]).encode())
+        return digest.hexdigest()
+
+
+class Parquet:
+    """Parquet files as one table; the row group that was read last is kept."""
+
+    def __init__(self, folder: Path, files: Sequence[Path], fingerprint: str | None = None):
+        self.folder, self.files = folder, list(files)
+        sizes = []
+        for file in self.files:
+            try:
+                meta = pq.read_metadata(file)
+            except (OSError, ValueError) as error:
+                raise UserError(f"{file}: is not a whole parquet file: {error}; copy or make it again") from None
+            sizes.append([meta.row_group(g).num_rows for g in range(meta.num_row_groups)])
+        self.columns = pq.read_schema(self.files[0]).names
+        self._groups = [(file, g, n) for file, groups in enumerate(sizes) for g, n in enumerate(groups)]
+        self._starts = [0, *itertools.accumulate(n for _, _, n in self._groups)]
+        self._firsts = [0, *itertools.accumulate(sum(groups) for groups in sizes)]
+        self._held: tuple[int, pa.Table] | None = None
+        self._fingerprint = fingerprint
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        g = bisect.bisect_right(self._starts, i) - 1
+        if self._held is None or self._held[0] != g:
+            file, group, _ = self._groups[g]
+            try:
+                self._held = g, pq.ParquetFile(self.files[file]).read_row_group(group)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"cannot be read: {error}") from None
+        return self._held[1].slice(i - self._starts[g], 1).to_pylist()[0]
+
+    def name(self, i: int) -> str:
+        file = bisect.bisect_right(self._firsts, i) - 1
+        return f"{self.files[file]} row {i - self._firsts[file]}"
+
+    def fingerprint(self, pictures: Sequence[str]) -> str:
+        return self._fingerprint or _stamp(self.files)
+
+
+class HubDataset:
+    """What the `datasets` library has loaded; pictures stay bytes until they are asked for."""
+
+    def __init__(self, name: str, rows: datasets.Dataset):
+        for column, feature in rows.features.items():
+            if isinstance(feature, datasets.Image):
+                rows = rows.cast_column(column, datasets.Image(decode=False))
+            elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+                rows = rows.cast_column(column, datasets.List(datasets.Image(decode=False)))
+        self._name, self._rows = name, rows
+        self.folder, self.columns = Path(), rows.column_names
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self._rows[i]
+
+    def name(self, i: int) -> str:
+        return f"{self._name} row {i}"
+
+    def fingerprint(self, pictures: Sequence[str]) -> str:
+        return self._rows._fingerprint
+
+
+Source = JsonLines | Parquet | HubDataset
+
+
+def open_source(path: str) -> Source:
+    """JSONL, a parquet file or a directory of them, a directory of `save_to_disk`, or hf:NAME[:SPLIT]."""
+    if path.startswith("hf:"):
+        name, _, split = path.removeprefix("hf:").partition(":")
+        try:
+            return HubDataset(path, datasets.load_dataset(name, split=split or "train"))
+        except (OSError, ValueError, DatasetsError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path}: cannot be loaded: {reason}; write it as hf:NAME or hf:NAME:SPLIT") from None
+    place = Path(path)
+    if place.is_file():
+        try:
+            return Parquet(place.parent, [place]) if place.suffix == ".parquet" else JsonLines(place)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if not place.is_dir():
+        raise UserError(f"{path}: no such file or directory; give pairs as a directory, a JSONL file or hf:NAME")
+    if (place / "state.json").is_file():
+        try:
+            loaded = datasets.load_from_disk(path)
+        except (OSError, ValueError, DatasetsError) as error:
+            raise UserError(f"{path}: cannot be loaded: {' '.join(str(error).split())}") from None
+        assert isinstance(loaded, datasets.Dataset)
+        return HubDataset(path, loaded)
+    if files := sorted(place.glob("**/*.parquet")):
+        return Parquet(place, files)
+    raise UserError(f"{path}: holds no parquet file and no dataset; give a directory of pairs")
+
+
+# ---- fields of a row: each raises ValueError with the reason for a bad one ------------------------------------
+
+
+class Tie(Exception):
+    """Neither picture is preferred."""
+
+
+def picture(name: str, value: Any, folder: Path) -> Image.Image:
+    """In RGB, from a path, the bytes of a file, or {bytes, path} as `datasets` keeps it."""
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if value is None or value == "":
+        raise ValueError(f"{name}: no picture")
+    if not isinstance(value, str | bytes):
+        raise ValueError(f"{name}: is a {type(value).__name__}, neither a path nor a picture")
+    try:
+        if isinstance(value, str):
+            value = (folder / value).read_bytes()
+        with Image.open(io.BytesIO(value)) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(f"{name}: {value} is missing") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{name}: is no picture ({len(value)} bytes)") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name}: cannot be read: {error}") from None
+
+
+def preferred(row: Mapping[str, Any], c: ColumnMap) -> float:
+    """Share of preference for the first picture, in [0, 1], by its label. Raises Tie if the labels are equal."""
+    assert c.label is not None
+    label = row.get(c.label)
+    both = label if isinstance(label, list) else [label, row.get(c.label_second)] if c.label_second else [label]
+    votes = [float(v) for v in both if isinstance(v, int | float) and math.isfinite(v) and v >= 0]
+    if len(votes) != len(both) or len(votes) not in (1, 2) or (len(votes) == 1 and votes[0] > 1):
+        raise ValueError(f"{c.label}: is {label!r}, no share of preference")
+    if len(votes) == 1:
+        return votes[0]
+    if votes[0] == votes[1]:
+        raise Tie
+    return votes[0] / sum(votes)
+
+
+def number(row: Mapping[str, Any], name: str | None) -> float | None:
+    """A number or null; None without a column."""
+    value = None if name is None else row.get(name)
+    if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
+        raise ValueError(f"{name}: is {value!r}, no number")
+    return None if value is None else float(value)
+
+
+def _flat(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _stamp(files: Sequence[Path]) -> str:
+    facts = [f"{file.name} {(s := file.stat()).st_size} {s.st_mtime_ns}" for file in files]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()
