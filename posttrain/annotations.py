@@ -24,7 +24,7 @@ from prompts.errors import UserError
 
 Side = Literal["chosen", "rejected"]
 Answer = Literal["left", "right", "tie", "skip"]
-ANSWERS = ("left", "right", "tie", "skip")
+VERSION = 1
 SHORTEST, LONGEST = 10, 30  # other pairs between a pair and its repeat, where the set is large enough
 MOST_LETTERS = 64  # of an annotator's name
 
@@ -167,20 +167,20 @@ class Store:
                 print(f"posttrain: warning: {path}: the last line was cut off ({cut} bytes); dropped", file=sys.stderr)
                 os.ftruncate(self._file, self._held.size)
             if held is None:
-                self._append({"annotations": 1, **asdict(settings)})
+                self._append({"annotations": VERSION, **asdict(settings)})
                 _sync_directory(path.parent)
         except BaseException:
             os.close(self._file)
             raise
 
+    @property
+    def schedule(self) -> Schedule:
+        return self._held.schedule
+
     def choices(self, annotator: str) -> list[Choice]:
         """Those that stand, in the order they were made."""
         with self._mutex:
             return list(self._held.choices.get(annotator, ()))
-
-    def people(self) -> list[str]:
-        with self._mutex:
-            return [name for name, choices in self._held.choices.items() if choices]
 
     def pairs(self) -> set[str]:
         """Ids of all pairs that someone answered."""
@@ -254,10 +254,10 @@ def _replay(path: Path, data: bytes) -> Annotations | None:
         if held is None:
             if not (isinstance(record, dict) and "annotations" in record):
                 raise UserError(f"{path}:1: is no annotation store; choose another --store")
-            if record["annotations"] != 1:
+            if record["annotations"] != VERSION:
                 raise UserError(f"{path}:1: was written by another version of posttrain; use that one")
-        total = record.pop("hash", None) if isinstance(record, dict) else None
-        if total is None or total != _hash(held.hash if held else "", record):
+        total = str(record.pop("hash", "")) if isinstance(record, dict) else ""
+        if not isinstance(record, dict) or total != _hash(held.hash if held else "", record):
             raise UserError(
                 f"{path}:{number}: was edited, or a line before it was removed; restore the file from a copy,"
                 " or start another --store"

@@ -34,10 +34,10 @@ function show(next) {
   find("#who").hidden = true;
   find("#work").hidden = false;
   find("#done").hidden = !over;
-  pair.hidden = find("#prompt").hidden = over;
+  pair.hidden = find("#question").hidden = find("#prompt").hidden = over;
   text("#note", next.note);
   text("#person", next.name);
-  text("#count", `${next.done} of ${next.total}${next.left_over ? `, ${next.left_over}` : ""}`);
+  text("#count", `${next.done} of ${next.total}${next.rest ? `, ${next.rest}` : ""}`);
   find("#bar").max = Math.max(1, next.total);
   find("#bar").value = next.done;
   find("[data-do=undo]").disabled = !next.done;
@@ -59,6 +59,7 @@ function show(next) {
       for (const image of [left, right]) {
         image.classList.toggle("small", Math.max(image.naturalWidth, image.naturalHeight) < SMALL);
       }
+      pair.style.setProperty("--ratio", left.naturalWidth / left.naturalHeight);
       pair.classList.remove("loading");
       requestAnimationFrame(() => (since = performance.now()));
       for (const url of next.ahead) new Image().src = url;
@@ -140,7 +141,7 @@ find("#leave").addEventListener("click", () => {
 // With a password the name is that of the login, and comes with the page's first event.
 if (props.value.login) {
   text("#leave", "log out");
-  watch("value", () => start(props.value.login));
+  watch("value", () => start(props.value.name));
 } else {
   find("#who").hidden = false;
   const before = sessionStorage.getItem("annotator");
