@@ -9,7 +9,6 @@ calls chosen: images come as fresh PNGs under random names, and sides are drawn 
 
 from __future__ import annotations
 
-import hmac
 import importlib
 import io
 import math
@@ -19,11 +18,11 @@ import signal
 import socket
 import statistics
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 from posttrain.annotations import Answer, Schedule, Showing, Side, Store, person, schedule
 from posttrain.config import AnnotateConfig
@@ -31,14 +30,8 @@ from posttrain.human_pairs import Pairs
 from posttrain.validate import is_loopback
 from prompts.errors import UserError
 
-PAGE = Path(__file__).parent / "page"
 LEAST_LETTERS = 8  # of a password
 ENOUGH_TIMES = 5  # answers before the page says how long the rest may take
-# The browser may ask nobody but this server, whatever the page or a library under it says.
-POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline';"
-    " img-src 'self' data:; font-src 'self' data:; frame-ancestors 'none'"
-)
 
 
 def annotate(config: AnnotateConfig) -> None:
@@ -129,118 +122,24 @@ class Desk:
 
 
 def _serve(desk: Desk, config: AnnotateConfig, password: str | None, listener: socket.socket) -> None:
-    import fastapi
-    import gradio as gr
     import uvicorn
 
-    def answer(function: Any) -> Any:
-        def call(asked: dict) -> dict:
-            try:
-                return function(asked)
-            except UserError as error:
-                print(f"posttrain: error: {error}", file=sys.stderr, flush=True)
-                return {"error": str(error)}
+    from posttrain.annotate_page import page
 
-        call.__name__ = function.__name__
-        return call
-
-    # Gradio takes the style and the body for templates of its own; they hold nothing that it would fill in.
-    with gr.Blocks(title="posttrain annotate", analytics_enabled=False, fill_width=True) as blocks:
-        page = gr.HTML(
-            {"login": False},  # type: ignore[arg-type]
-            html_template=(PAGE / "annotate.html").read_text(),
-            js_on_load=(PAGE / "annotate.js").read_text(),
-            server_functions=[answer(function) for function in (desk.start, desk.choose, desk.undo)],
-            apply_default_css=False,
-            elem_id="annotate",
-        )
-        if password is not None:
-            page.value = {"login": True}
-
-            def who(request: gr.Request) -> dict:
-                return {"login": True, "name": request.username}
-
-            blocks.load(who, outputs=page, api_visibility="private", show_progress="hidden")
-
-    def login(name: str, given: str) -> bool:
-        try:
-            person(name)
-        except UserError:
-            return False
-        return hmac.compare_digest(given.encode(), (password or "").encode())
-
-    app = fastapi.FastAPI(openapi_url=None)
-
-    @app.get("/picture/{image}.png")
-    def picture(image: str) -> fastapi.Response:
-        # Who has the name of an image got it from a page that was logged in.
-        try:
-            data = desk.png(image)
-        except KeyError:
-            return fastapi.Response(status_code=404)
-        except UserError as error:
-            print(f"posttrain: error: {error}", file=sys.stderr, flush=True)
-            return fastapi.Response(status_code=410)
-        return fastapi.Response(data, media_type="image/png", headers={"Cache-Control": "private, max-age=86400"})
-
-    gr.mount_gradio_app(
-        app,
-        blocks,
-        path="/",
-        auth=login if password is not None else None,
-        auth_message="Choose a name to go by, and give the password that you were told.",
-        footer_links=[],
-        run_history=False,
-        show_error=False,
-        ssr_mode=False,
-        enable_monitoring=False,
-        mcp_server=False,
-        pwa=False,
-        css=(PAGE / "annotate.css").read_text(),
-    )
-    guarded = Guard(app, None if password is not None else {"localhost", "127.0.0.1", "::1", config.host})
-    server = uvicorn.Server(
-        uvicorn.Config(cast(Any, guarded), log_level="warning", timeout_graceful_shutdown=1, lifespan="on")
-    )
-    host = socket.gethostname() if config.host in ("0.0.0.0", "::") else config.host
-    port = listener.getsockname()[1]
+    port, everywhere = listener.getsockname()[1], config.host in ("0.0.0.0", "::")
+    host = socket.gethostname() if everywhere else config.host
+    app = page(desk, password, {"localhost", "127.0.0.1", "::1", host})
+    options = {"log_level": "warning", "timeout_graceful_shutdown": 1, "lifespan": "on"}
+    server = uvicorn.Server(uvicorn.Config(app, **options))
     if not is_loopback(config.host):
         print(
             "posttrain: warning: pictures and the password cross the network unencrypted; use one that you trust, or"
             " put an HTTPS proxy before this",
             file=sys.stderr,
         )
-    print(
-        f"posttrain: {len(desk.pairs.prompts)} pairs at http://{f'[{host}]' if ':' in host else host}:{port}/",
-        flush=True,
-    )
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+    print(f"posttrain: {len(desk.pairs.prompts)} pairs at {url}", flush=True)
     server.run(sockets=[listener])
-
-
-class Guard:
-    """Turns away, where there is no password, what another site's page asks for; and binds pages to POLICY."""
-
-    def __init__(self, app: Any, hosts: set[str] | None):
-        """`hosts`: names that this server is called by, so that no other name can be pointed at it; None: any."""
-        self._app, self._hosts = app, hosts
-
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
-        from starlette.datastructures import URL, Headers, MutableHeaders
-        from starlette.responses import PlainTextResponse
-
-        if scope["type"] == "http" and self._hosts is not None:
-            headers = Headers(scope=scope)
-            host, origin = headers.get("host", ""), headers.get("origin")
-            if URL(f"http://{host}").hostname not in self._hosts or (origin and URL(origin).netloc != host):
-                await PlainTextResponse("posttrain annotate: asked by another site\n", 403)(scope, receive, send)
-                return
-
-        async def bound(message: MutableMapping[str, Any]) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["Content-Security-Policy"] = POLICY
-            await send(message)
-
-        await self._app(scope, receive, bound)
 
 
 class _Terminated(Exception):

@@ -304,7 +304,8 @@ class AnnotateConfig:
     """Serve a page where people choose between the two images of each pair, until Ctrl-C or SIGTERM."""
 
     pairs: str
-    """Preference set to choose from: a directory of pairs, or whatever else pairs are read from."""
+    """Preference set to choose from: a directory of pairs; or JSONL, parquet or hf:NAME[:SPLIT] with columns prompt,
+    chosen and rejected."""
     store: str
     """JSONL file that each choice is appended to; made if it is not there, gone on with if it is."""
     host: str = "127.0.0.1"

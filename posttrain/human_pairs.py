@@ -12,6 +12,9 @@ import sys
 import threading
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import track
+
 from posttrain import agreement
 from posttrain.annotations import read
 from posttrain.config import AnnotationsConfig
@@ -62,7 +65,11 @@ class Pairs:
         self.prompts: dict[str, str] = {}
         self.margins: dict[str, float | None] = {}
         skipped = []
-        for i in range(len(self._set)):
+        # 1024-pixel images take a tenth of a second a pair.
+        shown = Console(stderr=True)
+        for i in track(
+            range(len(self._set)), "reading pairs", console=shown, transient=True, disable=not shown.is_terminal
+        ):
             pair = self._set[i]
             if isinstance(pair, Skipped):
                 skipped.append(pair)

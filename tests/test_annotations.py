@@ -5,28 +5,27 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from posttrain import agreement, cli
-from posttrain.annotations import Choice, Schedule, Showing, Store, person, read, schedule
+from posttrain.annotations import Answer, Choice, Schedule, Showing, Store, person, read, schedule
 from posttrain.preferences import Preference, PreferenceWriter, read_preferences
 from prompts.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = Schedule(seed=3, repeats=0.2)
+LETTERS: dict[str, Answer] = {"l": "left", "r": "right", "t": "tie", "s": "skip"}
 IDS = [f"pair{i:03d}" for i in range(100)]
 
 
 def store_of(path: Path, choices: str = "lrts") -> list[str]:
     """A store in which ann answered pairs 0, 1, ... by these letters; its lines."""
-    words = {"l": "left", "r": "right", "t": "tie", "s": "skip"}
     store = Store(path, SETTINGS)
     for i, letter in enumerate(choices):
-        assert store.add("ann", Showing(IDS[i], False, "chosen"), words[letter], 1.5)
+        assert store.add("ann", Showing(IDS[i], False, "chosen"), LETTERS[letter], 1.5)
     store.close()
     return path.read_text().splitlines(keepends=True)
 
@@ -351,8 +350,7 @@ def test_human_pairs(tmp_path, capsys):
     store = Store(tmp_path / "choices.jsonl", SETTINGS)
     for name, answers in {"ann": "lrts", "bob": "lrts", "eve": "tlts"}.items():
         for pair, letter in zip(pairs, answers):
-            word = {"l": "left", "r": "right", "t": "tie", "s": "skip"}[letter]
-            store.add(name, Showing(pair.id, False, "chosen"), word, 1.0)
+            store.add(name, Showing(pair.id, False, "chosen"), LETTERS[letter], 1.0)
     options = ["--pairs", tmp_path / "pairs", "--store", tmp_path / "choices.jsonl"]
     assert annotations(*options, "--output", tmp_path / "human") == 0  # while the store is in use
     store.close()
