@@ -67,8 +67,8 @@ def votes(choices: Mapping[str, Sequence[Choice]]) -> dict[str, float]:
 def report(choices: Mapping[str, Sequence[Choice]], margins: Mapping[str, float | None]) -> dict[str, Any]:
     """All figures, JSON-able. `margins` has every pair of the set: the judges' margin, or None where there is none.
 
-    Between people, and with the judges, only the first answer to a pair counts; the second time measures
-    self-consistency alone.
+    Where people are compared only their first answer to a pair counts; the second measures self-consistency. The
+    majority, which is compared with the judges and exported, is of `votes`.
     """
     first = {name: _answers(made, again=False) for name, made in choices.items() if made}
     people = []

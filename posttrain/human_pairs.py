@@ -84,9 +84,10 @@ class Pairs:
         """Raises UserError if it cannot be read any more."""
         with self._mutex:
             found = self._set[self._rows[pair]]
-        if isinstance(found, Skipped) or found.id != pair:
-            reason = found.reason if isinstance(found, Skipped) else "is another pair now"
-            raise UserError(f"{self._set[self._rows[pair]]}: {reason}; restore {self.path} as it was at the start")
+        if isinstance(found, Skipped):
+            raise UserError(f"{found.where}: {found.reason}; restore {self.path} as it was at the start")
+        if found.id != pair:
+            raise UserError(f"{self.path}: row {self._rows[pair]} has changed; restore it as it was at the start")
         return found
 
     def require(self, ids: set[str], store: str) -> None:

@@ -187,13 +187,16 @@ def test_whole_session(serve, browser, tmp_path):
     assert ann.page.text_content("#done") == "All 12 pairs are done. Thank you!"
     assert ann.page.is_hidden("#pair") and ann.page.is_disabled("[data-do=left]")
     ann.page.keyboard.press("ArrowLeft")  # there is nothing to choose
+    ann.press("u")
+    assert ann.count() == "11 of 12" and ann.sees() == seen[-1][0]
+    ann.press("1")
     ann.page.reload()  # the name is kept
     ann.page.wait_for_selector("#done:not([hidden])")
 
     pairs = list(read_preferences(server.pairs))
     number = {pair.id: i for i, pair in enumerate(pairs)}
     lines = server.lines()
-    assert [line.get("undo", False) for line in lines].count(True) == 2 and len(lines) == 12 + 2 * 2
+    assert [line.get("undo", False) for line in lines].count(True) == 3 and len(lines) == 12 + 2 * 3
     made = read(server.store).choices["ann lee"]
     assert [(number[c.pair], c.left == "chosen", c.choice) for c in made] == [
         (sight[0][0], bool(sight[0][1]), choice) for sight, choice in seen
@@ -282,6 +285,17 @@ def test_page(serve, browser):
     ann.page.click("#leave")
     ann.page.wait_for_selector("#who:not([hidden])")
 
+    # Pictures that do not arrive can be skipped, not chosen between.
+    ann.page.route("**/picture/*", lambda route: route.abort())
+    ann.page.fill("#name", "bob")
+    ann.page.press("#name", "Enter")
+    ann.page.get_by_text("A picture of this pair cannot be shown. Skip it").wait_for()
+    ann.page.keyboard.press("ArrowLeft")
+    ann.page.keyboard.press("s")
+    ann.page.wait_for_function("document.querySelector('#count').textContent.startsWith('1 of')")
+    last = server.lines()[-1]
+    assert (last["annotator"], last["choice"], last["seconds"]) == ("bob", "skip", 0)
+
     def ask(path: str, **headers: str) -> tuple[int, str]:
         request = urllib.request.Request(server.url + path, headers=headers)
         try:
@@ -318,7 +332,7 @@ def test_two_people_and_a_kill(serve, browser):
     before = ann.sees()
     ann.page.keyboard.press("ArrowLeft")
     ann.page.wait_for_selector("#note:not(:empty)")
-    assert (ann.page.text_content("#note") or "").startswith("Nothing was saved: the server does not answer.")
+    assert (ann.page.text_content("#note") or "").startswith("The server does not answer, so this may not be saved.")
     assert ann.count() == "3 of 12" and ann.sees() == before
 
     server.start()

@@ -12,6 +12,7 @@ from PIL import Image
 
 from posttrain import agreement, cli
 from posttrain.annotations import Answer, Choice, Schedule, Showing, Store, person, read, schedule
+from posttrain.human_pairs import Pairs
 from posttrain.preferences import Preference, PreferenceWriter, read_preferences
 from prompts.errors import UserError
 
@@ -384,3 +385,19 @@ def test_store_of_other_pairs_or_of_none(tmp_path, capsys):
     assert annotations(*options, "--output", tmp_path / "human") == 2
     assert "skips.jsonl: decides no pair, so there is nothing to write" in capsys.readouterr().err
     assert not (tmp_path / "human").exists()
+
+
+def test_image_that_goes_missing_later_is_named_with_its_row(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "b.png")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "a fox", "chosen": "a.png", "rejected": "b.png"}) + "\n")
+    pairs = Pairs(str(path), max_bad=0.0)
+    (pair,) = pairs.prompts
+    assert pairs[pair].prompt == "a fox"
+    (tmp_path / "a.png").write_bytes((tmp_path / "b.png").read_bytes()[:30])
+    with pytest.raises(UserError, match=rf"^{path}:1: chosen: .*; restore {path} as it was at the start$"):
+        pairs[pair]
+    Image.new("RGB", (8, 8), "green").save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=rf"^{path}: row 0 has changed; restore it as it was at the start$"):
+        pairs[pair]

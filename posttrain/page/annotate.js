@@ -78,7 +78,8 @@ async function ask(call) {
   busy = false;
   if (next && !next.error) return show(next);
   for (const frame of pair.children) frame.classList.remove("picked");
-  const words = next ? next.error : "Nothing was saved: the server does not answer. Choose again, or reload the page.";
+  const lost = "The server does not answer, so this may not be saved. Choose again, or reload the page.";
+  const words = next ? next.error : lost;
   for (const place of element.querySelectorAll(".note")) place.textContent = words;
 }
 
