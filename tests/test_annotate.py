@@ -262,15 +262,20 @@ def test_page(serve, browser):
         ann.page.keyboard.press(key)
     assert (ann.count(), server.lines()) == ("0 of 12", [])
     ann.page.keyboard.down("ArrowRight")  # held down: chooses once
-    for _ in range(5):
-        ann.page.keyboard.down("ArrowRight")
-    ann.page.keyboard.up("ArrowRight")
     ann.page.wait_for_function("document.querySelector('#count').textContent.startsWith('1 of')")
     ann.ready()
+    ann.page.keyboard.down("ArrowRight")
+    ann.page.keyboard.up("ArrowRight")
+    assert ann.page.evaluate("document.querySelectorAll('.picked').length") == 0
     ann.page.click("[data-do=tie]")
     ann.page.wait_for_function("document.querySelector('#count').textContent.startsWith('2 of')")
     ann.ready()
-    assert [line["choice"] for line in server.lines()] == ["right", "tie"]
+    twice = "for (const key of ['t', '1']) document.dispatchEvent(new KeyboardEvent('keydown', {key}))"
+    ann.page.evaluate(twice)  # the second was meant for no other pair
+    ann.page.wait_for_function("document.querySelector('#count').textContent.startsWith('3 of')")
+    ann.ready()
+    assert ann.page.text_content("#note") == ""
+    assert [line["choice"] for line in server.lines()] == ["right", "tie", "tie"]
 
     # The same person in another tab, who does not know of what this one answers.
     other = Person(browser, server.url)
@@ -278,10 +283,10 @@ def test_page(serve, browser):
     assert other.sees() == ann.sees()
     other.press("ArrowLeft")
     ann.page.keyboard.press("ArrowRight")
-    ann.page.wait_for_function("document.querySelector('#count').textContent.startsWith('3 of')")
+    ann.page.wait_for_function("document.querySelector('#count').textContent.startsWith('4 of')")
     assert ann.page.text_content("#note") == "That pair had been answered already. Undo takes the answer back."
     ann.ready()
-    assert other.sees() == ann.sees() and [line["choice"] for line in server.lines()] == ["right", "tie", "left"]
+    assert other.sees() == ann.sees() and [line["choice"] for line in server.lines()] == ["right", "tie", "tie", "left"]
     ann.page.click("#leave")
     ann.page.wait_for_selector("#who:not([hidden])")
 
