@@ -30,6 +30,7 @@ from posttrain.config import (
     ServeConfig,
 )
 from posttrain.recipe import check_recipe, describe, field_types, fits, read_recipe, suggestion
+from posttrain.stpo_config import STPOConfig
 from posttrain.validate import ConfigError, validate
 from prompts.errors import UserError
 
@@ -47,6 +48,7 @@ class Command:
 
 
 COMMANDS = {
+    "stpo": Command(STPOConfig, "posttrain.stpo:train", "train with STPO on pairs and write a run directory", True),
     "grpo": Command(GRPOConfig, "posttrain.grpo:train", "train with GRPO and write a run directory", True),
     "judge": Command(JudgeConfig, "posttrain.judge:train", "train a judge, as an adapter for vLLM"),
     "serve": Command(ServeConfig, "posttrain.serve:serve", "serve a recipe's judges", any_recipe=True),

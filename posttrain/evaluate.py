@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ class Evaluation:
     """`reward` (mean score; None where no picture could be scored), `image/...`; with guidance s, `name@s`."""
     images: np.ndarray
     """uint8 (N, H, W, 3), by the first guidance of the recipe."""
+    details: dict[str, float | None] = field(default_factory=dict)
+    """Further figures, which are logged and not summed up."""
 
 
 class Evaluator:

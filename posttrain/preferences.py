@@ -223,6 +223,10 @@ class Preferences:
         except ValueError as error:
             return Skipped(self._source.name(i), str(error))
 
+    def name(self, i: int) -> str:
+        """Where row i is, for messages."""
+        return self._source.name(i)
+
     def __iter__(self) -> Iterator[Preference]:
         """The pairs in their order. Raises UserError when more than the share max_bad of all rows is bad."""
         skipped: list[Skipped] = []

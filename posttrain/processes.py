@@ -72,11 +72,16 @@ class Processes:
     def any(self, flag: bool) -> bool:
         return any(self.each(flag))
 
-    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+    def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Each parameter's gradient becomes the sum over processes; one that some process lacks counts as zero."""
         if self.size == 1:
             return
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
+        self.sum(parameter.grad for parameter in parameters if parameter.grad is not None)
+
+    def sum(self, tensors: Iterable[Tensor]) -> None:
+        """Each tensor becomes the sum over processes."""
+        for tensor in tensors if self.size > 1 else ():
+            dist.all_reduce(tensor)

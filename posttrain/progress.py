@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
+SHOWN = ("reward", "accuracy")
 QUIET_SECONDS = 10.0  # without a terminal: one line in so many seconds
 
 
 class Progress:
-    """Reward, seconds a step and time left: a bar on a terminal, otherwise a line about every ten seconds."""
+    """Reward or accuracy, seconds a step, time left: a bar on a terminal, otherwise a line about every ten seconds."""
 
     def __init__(self, total: int, step: int = 0, console: Console | None = None):
         self.total = total
@@ -31,12 +32,12 @@ class Progress:
             self.task = self.bar.add_task("", total=total, completed=step)
             self.bar.start()
 
-    def update(self, step: int, reward: float | None) -> None:
-        """Show that `step` steps are done. Speed is the mean of the last 20 steps."""
+    def update(self, step: int, figures: Mapping[str, float]) -> None:
+        """Show that `step` steps are done, and the first of SHOWN. Speed is the mean of the last 20 steps."""
         self.times.append((time.monotonic(), step))
         (began, first), (now, _) = self.times[0], self.times[-1]
         seconds = (now - began) / max(1, step - first)
-        shown = "" if reward is None else f"reward {reward:.4f}  "
+        shown = next((f"{name} {figures[name]:.4f}  " for name in SHOWN if name in figures), "")
         text = f"{shown}{seconds:.2f} s/step  {_clock(seconds * (self.total - step))} left"
         if self.bar is not None:
             self.bar.update(self.task, completed=step, description=text)

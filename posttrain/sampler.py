@@ -63,6 +63,25 @@ def model_time(t: Time, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.as_tensor(t, dtype=torch.float32).to(dtype).float()
 
 
+def logit_normal(n: Tensor, mean: float, std: float, mu: float) -> Tensor:
+    """Times to train at, of standard normal n: logit t = mean + std n, shifted as the schedule is, by adding mu."""
+    return torch.sigmoid(mean + std * n.float() + mu)
+
+
+# the path
+
+
+def noised(x0: Tensor, eps: Tensor, t: Time) -> Tensor:
+    """x_t = (1 - t) x0 + t eps."""
+    t_ = _column(t, x0)
+    return (1 - t_) * x0.float() + t_ * eps.float()
+
+
+def velocity_target(x0: Tensor, eps: Tensor) -> Tensor:
+    """What the network should say along the whole path: eps - x0."""
+    return eps.float() - x0.float()
+
+
 # guidance and deterministic steps
 
 

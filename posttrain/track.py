@@ -127,7 +127,7 @@ class Run:
         """Append the metrics of a step: numbers, 0-d tensors, or None for missing.
 
         NaN and infinities become null, counted in the line as `non_finite` and in all as `run.non_finite`.
-        The line is on disk when this returns. `reward`, if there, is shown in the progress bar.
+        The line is on disk when this returns. `reward` or `accuracy` is shown in the progress bar.
         """
         if not self.main:
             return
@@ -152,7 +152,7 @@ class Run:
         for tracker in self._trackers:
             tracker.log(finite, step=step)
         if self._progress is not None:
-            self._progress.update(step, finite.get("reward"))
+            self._progress.update(step, finite)
 
     def grid(self, step: int, images: np.ndarray, rows: int, columns: int, captions: Sequence[str] = ()) -> Path | None:
         """Write `grids/step-000025.png`: images uint8 (N, H, W, 3), N <= rows * columns, row by row."""

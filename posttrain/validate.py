@@ -23,10 +23,12 @@ from posttrain.config import (
     ServeConfig,
     ServerSpec,
 )
+from posttrain.stpo_config import PairSetConfig, PreferenceLossConfig, STPOConfig
 from prompts.errors import UserError
 
 Config = (
     GRPOConfig
+    | STPOConfig
     | JudgeConfig
     | ServeConfig
     | AnnotateConfig
@@ -63,6 +65,8 @@ def validate(config: Config) -> None:
     match config:
         case GRPOConfig():
             _validate_grpo(config)
+        case STPOConfig():
+            _validate_stpo(config)
         case JudgeConfig():
             _validate_judge(config)
         case ServeConfig():
@@ -83,16 +87,8 @@ def validate(config: Config) -> None:
 
 
 def _validate_grpo(config: GRPOConfig) -> None:
-    if not config.output.strip():
-        raise ConfigError("output", "is empty; name a directory for the run")
-    _at_least("steps", config.steps, 1)
-    _at_least("seed", config.seed, 0)
+    _validate_run(config)
     _at_least("prompts.max_tokens", config.prompts.max_tokens, 1)
-    if config.lora is not None:
-        _at_least("lora.rank", config.lora.rank, 1)
-        _positive("lora.alpha", config.lora.alpha)
-        if config.lora.targets == []:
-            raise ConfigError("lora.targets", "is empty, so nothing would be trained; name layers or use null")
     _validate_sampling(config.sampling)
     _at_least("groups.prompts_per_step", config.groups.prompts_per_step, 1)
     if config.groups.group_size < 2:
@@ -102,21 +98,83 @@ def _validate_grpo(config: GRPOConfig) -> None:
         )
     _at_least("groups.micro_batch", config.groups.micro_batch, 1)
     _validate_pool(config.pool)
-    _validate_optim(config.optim)
     if not 0 < config.loss.clip_low < 1:
         raise ConfigError("loss.clip_low", f"is {config.loss.clip_low}; use a number between 0 and 1")
     _positive("loss.clip_high", config.loss.clip_high)
     _at_least("loss.kl", config.loss.kl, 0)
     _positive("loss.max_advantage", config.loss.max_advantage)
+    if not config.rewards:
+        raise ConfigError("rewards", "is empty; name at least one reward to train on")
+    if sum(reward.weight for reward in config.rewards if not reward.heldout_only) <= 0:
+        raise ConfigError("rewards", "the weights of the trained rewards sum to zero; give one a weight above 0")
+    _validate_eval(config.eval, [reward.name for reward in config.rewards], [])
+
+
+def _validate_run(config: GRPOConfig | STPOConfig) -> None:
+    """What all methods that train K2 have."""
+    if not config.output.strip():
+        raise ConfigError("output", "is empty; name a directory for the run")
+    _at_least("steps", config.steps, 1)
+    _at_least("seed", config.seed, 0)
+    if config.lora is not None:
+        _at_least("lora.rank", config.lora.rank, 1)
+        _positive("lora.alpha", config.lora.alpha)
+        if config.lora.targets == []:
+            raise ConfigError("lora.targets", "is empty, so nothing would be trained; name layers or use null")
+    _validate_optim(config.optim)
     _validate_rewards(config.rewards)
     _validate_servers(config.servers)
-    _validate_eval(config.eval, [reward.name for reward in config.rewards])
     _at_least("checkpoint.every", config.checkpoint.every, 0)
     _at_least("checkpoint.minutes", config.checkpoint.minutes, 0)
     _at_least("checkpoint.keep", config.checkpoint.keep, 1)
 
 
-def _validate_eval(config: EvalConfig, rewards: list[str]) -> None:
+def _validate_stpo(config: STPOConfig) -> None:
+    _validate_run(config)
+    if not config.heldout.strip():
+        raise ConfigError("heldout", "is empty; name prompts to evaluate with")
+    _at_least("batch", config.batch, 1)
+    _at_least("micro_batch", config.micro_batch, 1)
+    if config.optim.passes != 1:
+        raise ConfigError("optim.passes", f"is {config.optim.passes}; each update draws its own times and noise; use 1")
+    _validate_pair_set(config.pairs)
+    _validate_preference_loss(config.loss)
+    if config.loss.kind == "stpo" and config.loss.guard == "exact" and config.lora is None:
+        raise ConfigError("loss.guard", "exact needs an adapter's gradients; set lora, or use output")
+    _validate_eval(config.eval, [reward.name for reward in config.rewards], [*figures.PAIRS, *figures.CHANGES])
+
+
+def _validate_pair_set(pairs: PairSetConfig) -> None:
+    for name in ("train", "cache"):
+        if not getattr(pairs, name).strip():
+            raise ConfigError(f"pairs.{name}", "is empty; name one")
+    for name in ("max_bad", "drop_prompt"):
+        if not 0 <= getattr(pairs, name) < 1:
+            raise ConfigError(f"pairs.{name}", f"is {getattr(pairs, name)}; use at least 0 and below 1")
+    if not 0 < pairs.heldout < 1:
+        raise ConfigError("pairs.heldout", f"is {pairs.heldout}; use a number between 0 and 1")
+    _at_least("pairs.max_tokens", pairs.max_tokens, 1)
+    _at_least("pairs.measured", pairs.measured, 4)
+    if pairs.size is not None:
+        _size("pairs.size", pairs.size)
+
+
+def _validate_preference_loss(loss: PreferenceLossConfig) -> None:
+    _positive("loss.beta", loss.beta)
+    if not 0 <= loss.guard_share <= 1:
+        raise ConfigError("loss.guard_share", f"is {loss.guard_share}; use 0 to 1")
+    if loss.bound is not None:
+        _positive("loss.bound", loss.bound)
+    _at_least("loss.anchor", loss.anchor, 0)
+    _at_least("loss.hinge", loss.hinge, 0)
+    _positive("loss.time_std", loss.time_std)
+    if not math.isfinite(loss.time_mean):
+        raise ConfigError("loss.time_mean", f"is {loss.time_mean}; use a number")
+    _at_least("loss.terms_every", loss.terms_every, 0)
+
+
+def _validate_eval(config: EvalConfig, rewards: list[str], more: list[str]) -> None:
+    """`more` are figures of the method's own."""
     _at_least("eval.every", config.every, 0)
     _at_least("eval.prompts", config.prompts, 1)
     _at_least("eval.steps", config.steps, 1)
@@ -127,13 +185,15 @@ def _validate_eval(config: EvalConfig, rewards: list[str]) -> None:
         _at_least(f"eval.guidance[{i}]", guidance, 0)
     _at_least("eval.groups", config.groups, 0)
     _at_least("eval.group_size", config.group_size, 2)
-    known = figures.names(rewards, config.guidance, config.groups)
+    known = [*figures.names(rewards, config.guidance, config.groups), *more]
     for field, name in (("eval.best", config.best), ("eval.stop.metric", config.stop.metric)):
         if name is not None and name not in known:
             raise ConfigError(field, f"'{name}' is no figure of the evaluation; known here: {', '.join(known)}")
     if config.stop.metric is not None and config.every == 0:
         raise ConfigError("eval.stop.metric", "has no meaning when eval.every is 0; evaluate during the run")
     _positive("eval.stop.drop", config.stop.drop)
+    if config.stop.limit is not None and not math.isfinite(config.stop.limit):
+        raise ConfigError("eval.stop.limit", f"is {config.stop.limit}; use a number or null")
     _at_least("eval.stop.patience", config.stop.patience, 1)
 
 
@@ -225,8 +285,6 @@ def _validate_optim(optim: OptimConfig) -> None:
 
 
 def _validate_rewards(rewards: list[RewardSpec]) -> None:
-    if not rewards:
-        raise ConfigError("rewards", "is empty; name at least one reward to train on")
     seen: set[str] = set()
     for i, reward in enumerate(rewards):
         if not reward.name.strip():
@@ -241,8 +299,6 @@ def _validate_rewards(rewards: list[RewardSpec]) -> None:
                 f"rewards[{i}].function", f"'{reward.function}' is not written as package.module:function"
             )
         _at_least(f"rewards[{i}].weight", reward.weight, 0)
-    if sum(reward.weight for reward in rewards if not reward.heldout_only) <= 0:
-        raise ConfigError("rewards", "the weights of the trained rewards sum to zero; give one a weight above 0")
 
 
 def _validate_servers(servers: list[ServerSpec]) -> None:
@@ -275,6 +331,8 @@ def _validate_sample(config: SampleConfig) -> None:
     if config.prompt is not None and not config.prompt.strip():
         raise ConfigError("prompt", "is empty; write what the image should show")
     _size("size", config.size)
+    if config.model.start is not None:
+        raise ConfigError("model.start", "has no meaning here; name that run as adapter")
     if config.steps is not None:
         _at_least("steps", config.steps, 1)
     if config.guidance is not None:

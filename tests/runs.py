@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from posttrain.config import GRPOConfig, ModelConfig, PromptsConfig, RewardSpec
+from posttrain.stpo_config import PairSetConfig, STPOConfig
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +68,45 @@ def config(folder: Path, model: Path, reward: str = "brightness") -> GRPOConfig:
     return made
 
 
-def recipe(made: GRPOConfig, path: Path) -> Path:
+def pairs(folder: Path, count: int = 20, size: tuple[int, int] = (32, 32)) -> Path:
+    """JSONL: of each pair the brighter picture is preferred; four prompts of four lengths."""
+    rng, rows = np.random.default_rng(0), []
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        for name, base in (("chosen", 160), ("rejected", 40)):
+            pixels = base + rng.integers(0, 60, (size[0] // 8, size[1] // 8, 3), dtype=np.uint8)
+            image = Image.fromarray(pixels).resize(size[::-1], Image.Resampling.NEAREST)
+            image.save(folder / f"images/{i}-{name}.png")
+        row = {name: f"images/{i}-{name}.png" for name in ("chosen", "rejected")}
+        rows.append({"prompt": tiny.PROMPTS[i % 4], **row, "source": "synthetic"})
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def stpo_config(folder: Path, model: Path) -> STPOConfig:
+    """A recipe whose run goes into folder/run: six pairs an update, of twenty, a quarter of them held out."""
+    (folder / "heldout.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in tiny.PROMPTS[2:]))
+    made = STPOConfig(
+        output=str(folder / "run"),
+        model=ModelConfig(path=str(model), dtype="float32"),
+        pairs=PairSetConfig(str(pairs(folder)), max_tokens=64, heldout=0.25, cache=str(folder / "cache"), measured=5),
+        heldout=str(folder / "heldout.jsonl"),
+        rewards=[RewardSpec(name="brightness", function="tests.runs:brightness")],
+        steps=2,
+        batch=6,
+        micro_batch=4,
+    )
+    assert made.lora is not None
+    made.lora.rank, made.lora.alpha = 4, 8.0
+    made.optim.lr = 3e-3
+    made.eval.every, made.eval.prompts, made.eval.steps, made.eval.groups = 0, 2, 2, 0
+    made.checkpoint.every = 0
+    made.track.tensorboard = False
+    return made
+
+
+def recipe(made: GRPOConfig | STPOConfig, path: Path) -> Path:
     path.write_text(json.dumps(dataclasses.asdict(made)))  # JSON is YAML
     return path
 
@@ -82,7 +121,7 @@ def untimed(run: str | Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in clock and not k.startswith("seconds/")} for row in rows(run)]
 
 
-TRAINING = "import posttrain.export, posttrain.grpo, posttrain.report, posttrain.sample, tests.runs"
+TRAINING = "import posttrain.export, posttrain.grpo, posttrain.report, posttrain.sample, posttrain.stpo, tests.runs"
 SERVE = """
 import json, os, resource, sys, traceback
 from posttrain import cli

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from posttrain.config import (
+    ColumnMap,
     ExportConfig,
     GRPOConfig,
     ModelConfig,
@@ -16,6 +17,7 @@ from posttrain.config import (
     ServeConfig,
     ServerSpec,
 )
+from posttrain.stpo_config import PairSetConfig, STPOConfig
 from posttrain.validate import ConfigError, validate
 
 
@@ -118,6 +120,70 @@ def test_out_of_range_names_the_field(path, value, says):
         validate(config)
     assert error.value.field == path
     assert says in error.value.problem
+
+
+def stpo() -> STPOConfig:
+    return STPOConfig("runs/a", ModelConfig(path="k2"), PairSetConfig(train="runs/pairs"), "heldout.jsonl")
+
+
+def test_stpo_needs_no_reward():
+    config = stpo()
+    validate(config)
+    assert config == stpo()
+    config.rewards = [RewardSpec("oracle", "m:f", weight=0)]
+    config.eval.best, config.eval.stop.metric, config.eval.stop.limit = "oracle", "pairs/winner", 0.01
+    config.pairs.columns = ColumnMap("caption", first="jpg_0", second="jpg_1", label="label_0")
+    validate(config)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("output", "", "name a directory"),
+        ("heldout", " ", "name prompts"),
+        ("steps", 0, "use 1 or more"),
+        ("batch", 0, "use 1 or more"),
+        ("micro_batch", 0, "use 1 or more"),
+        ("lora.rank", 0, "use 1 or more"),
+        ("optim.passes", 2, "use 1"),
+        ("optim.lr", 0.0, "above 0"),
+        ("pairs.train", "", "name one"),
+        ("pairs.cache", " ", "name one"),
+        ("pairs.max_bad", 1.0, "below 1"),
+        ("pairs.drop_prompt", -0.1, "at least 0"),
+        ("pairs.heldout", 0.0, "between 0 and 1"),
+        ("pairs.measured", 3, "use 4 or more"),
+        ("pairs.max_tokens", 0, "use 1 or more"),
+        ("pairs.size", [64, 60], "60 pixels is not a multiple of 16; use 64"),
+        ("loss.beta", 0.0, "above 0"),
+        ("loss.guard_share", 1.1, "use 0 to 1"),
+        ("loss.bound", 0.0, "above 0"),
+        ("loss.anchor", -1.0, "use 0 or more"),
+        ("loss.hinge", float("nan"), "use 0 or more"),
+        ("loss.time_mean", float("inf"), "use a number"),
+        ("loss.time_std", 0.0, "above 0"),
+        ("loss.terms_every", -1, "use 0 or more"),
+        ("eval.best", "pairs/winer", "image/high_energy_ratio"),
+        ("eval.stop.limit", float("nan"), "use a number or null"),
+        ("checkpoint.keep", 0, "use 1 or more"),
+    ],
+)
+def test_stpo_out_of_range_names_the_field(path, value, says):
+    config = stpo()
+    set_path(config, path, value)
+    with pytest.raises(ConfigError) as error:
+        validate(config)
+    assert error.value.field == path
+    assert says in error.value.problem
+
+
+def test_the_exact_guard_needs_an_adapter():
+    config = stpo()
+    config.loss.guard, config.lora = "exact", None
+    with pytest.raises(ConfigError, match=r"loss\.guard: exact needs an adapter's gradients"):
+        validate(config)
+    config.loss.kind = "dpo"  # which has none
+    validate(config)
 
 
 @pytest.mark.parametrize(
@@ -230,6 +296,9 @@ def test_sample_needs_exactly_one_source_of_prompts():
     validate(sample)
     sample.prompts = "a.jsonl"
     with pytest.raises(ConfigError, match="either prompt"):
+        validate(sample)
+    sample.prompts, sample.model.start = None, "runs/a"
+    with pytest.raises(ConfigError, match=r"model\.start: has no meaning here; name that run as adapter"):
         validate(sample)
 
 

@@ -174,7 +174,7 @@ def test_quiet_progress_prints_a_line_and_then_waits(monkeypatch):
     out = io.StringIO()
     progress = Progress(4, console=Console(file=out))
     for step in range(1, 5):
-        progress.update(step, 0.5 if step > 1 else None)
+        progress.update(step, {"loss": 1.0, **({"reward": 0.5} if step > 1 else {})})
     assert out.getvalue().splitlines() == [
         "step 1/4  11.00 s/step  0:33 left",
         "step 3/4  reward 0.5000  7.33 s/step  0:07 left",
@@ -185,9 +185,9 @@ def test_quiet_progress_prints_a_line_and_then_waits(monkeypatch):
 def test_progress_bar_on_a_terminal():
     out = io.StringIO()
     progress = Progress(10, step=4, console=Console(file=out, force_terminal=True, width=100))
-    progress.update(5, 0.25)
+    progress.update(5, {"accuracy": 0.25})
     progress.close()
-    assert "5/10" in out.getvalue() and "reward 0.2500" in out.getvalue() and "left" in out.getvalue()
+    assert "5/10" in out.getvalue() and "accuracy 0.2500" in out.getvalue() and "left" in out.getvalue()
 
 
 def test_peak_memory_is_in_gib():

@@ -1,0 +1,311 @@
+"""Latents and fused text of a set of pairs, encoded once and kept on disk.
+
+    <cache>/<fingerprint>/    cache.json             what they were made of and with; a change makes another folder
+                              00000.safetensors ...  64 rows of the set each, and why some of these are no pairs
+
+A shard is written beside and renamed, so encoding that was killed goes on with the next. Processes share the shards;
+reading opens the file of a row, and holds no latents in memory.
+
+Legend: B pairs of a micro-batch, N image tokens, L text tokens, C channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from posttrain import sampler
+from posttrain.checkpoint import is_full
+from posttrain.fingerprint import fingerprint
+from posttrain.k2 import K2, Text
+from posttrain.preferences import Preference, Preferences, Skipped
+from posttrain.processes import Processes
+from posttrain.stpo_config import PairSetConfig
+from prompts.errors import UserError
+
+VERSION = 1
+SHARD = 64
+"""Rows of the set in a shard."""
+
+
+@dataclass
+class EncodedPair:
+    chosen: Tensor
+    """(N, C) latents in fp32."""
+    rejected: Tensor
+    text: Tensor
+    """(L, C) fused text, in the network's type."""
+    share: float
+    size: tuple[int, int]
+
+
+@dataclass
+class Batch:
+    """Pairs of one size, noised, for one forward."""
+
+    x_w: Tensor
+    """(B, N, C) latents at t."""
+    x_l: Tensor
+    target_w: Tensor
+    """(B, N, C) velocity that the network should say."""
+    target_l: Tensor
+    t: Tensor
+    """(B,)"""
+    text: Text
+    """Of both pictures, 2 B."""
+    share: Tensor
+    """(B,) of votes for the chosen picture."""
+    size: tuple[int, int]
+    jobs: list[int]
+    """Which of the pairs that were asked for, in their order."""
+
+
+@dataclass
+class Job:
+    """A pair to noise."""
+
+    pair: int
+    n: float
+    """Standard normal, which its time is made of."""
+    seed: int
+    """Of its noise."""
+    dropped: bool
+    """Its prompt is the empty one."""
+
+
+class EncodedPairs:
+    """The pairs of a set, each read when it is asked for; numbers count pairs, not rows."""
+
+    def __init__(self, folder: Path, shards: int, heldout: float):
+        self.folder, self.fingerprint = folder, folder.name
+        self.skipped: list[Skipped] = []
+        self.cuts: list[int] = []
+        """Tokens that did not fit, of each prompt of which some did not."""
+        rows = []
+        for number in range(shards):
+            with _opened(folder / _name(number)) as file:
+                made = json.loads(file.metadata()["rows"])
+            rows += made["pairs"]
+            self.cuts += made["cuts"]
+            self.skipped += [Skipped(*values) for values in made["skipped"]]
+        columns = list(zip(*rows)) if rows else [()] * 6
+        self._row, self._text, height, width = (np.array(column, np.int32) for column in columns[:4])
+        self.size = np.stack([height, width], 1)
+        self.share = np.array(columns[4], np.float32)
+        prompts = np.array(columns[5], np.int64)
+        held = np.unique(prompts)
+        held = held[: max(1, round(heldout * len(held)))]  # by hash, so in no order
+        self.heldout, self.train = np.flatnonzero(np.isin(prompts, held)), np.flatnonzero(~np.isin(prompts, held))
+
+    def __getitem__(self, i: int) -> EncodedPair:
+        row, (height, width) = self._row[i], self.size[i].tolist()
+        with _opened(self.folder / _name(row // SHARD)) as file:
+            chosen, rejected, text = (
+                file.get_tensor(key) for key in (f"{row}.chosen", f"{row}.rejected", f"text.{self._text[i]}")
+            )
+        return EncodedPair(chosen, rejected, text, float(self.share[i]), (height, width))
+
+
+def encode_pairs(k2: K2, preferences: Preferences, config: PairSetConfig, procs: Processes) -> EncodedPairs:
+    """Encodes what is not in the cache yet, and says how many rows were left out and why.
+
+    Raises UserError for too many bad rows, too few prompts, a full disk, or a folder made of something else.
+    """
+    facts = _facts(k2, preferences, config)
+    folder = Path(config.cache) / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    _claim(folder, facts, procs)
+    shards = -(-len(preferences) // SHARD)
+    due = [n for n in range(shards) if not (folder / _name(n)).exists()]
+    procs.each(None)  # nobody writes before all have looked
+    skipped: list[Skipped] = []
+    last = time.monotonic()
+    for turn in procs.mine(len(due)):
+        skipped += _encode(k2, preferences, config, folder, due[turn])
+        preferences.check(skipped)
+        if procs.main and time.monotonic() - last > 10:
+            done = min(len(preferences), SHARD * (shards - len(due) + turn + 1))
+            print(f"posttrain: encoded {done} of {len(preferences)} pairs into {folder}", file=sys.stderr)
+            last = time.monotonic()
+    procs.each(None)
+    pairs = EncodedPairs(folder, shards, config.heldout)
+    preferences.check(pairs.skipped)
+    if not len(pairs.train):
+        raise UserError(f"{preferences.path}: all pairs are of one prompt, which is held out; add others")
+    if procs.main:
+        for line in _remarks(preferences, pairs, config.max_tokens):
+            print(f"posttrain: {line}", file=sys.stderr)
+    return pairs
+
+
+def noised(
+    k2: K2, pairs: EncodedPairs, jobs: Sequence[Job], micro_batch: int, time_mean: float, time_std: float
+) -> list[Batch]:
+    """Micro-batches, each of one size, of pairs with one time and one noise for both pictures."""
+    null = k2.text([""]).tokens[0] if any(job.dropped for job in jobs) else torch.empty(0)
+    by_size: dict[tuple[int, ...], list[int]] = {}
+    for j, job in enumerate(jobs):
+        by_size.setdefault(tuple(pairs.size[job.pair].tolist()), []).append(j)
+    batches = []
+    for (height, width), members in by_size.items():
+        for first in range(0, len(members), micro_batch):
+            chosen = members[first : first + micro_batch]
+            part = [jobs[j] for j in chosen]
+            read = [pairs[job.pair] for job in part]
+            x_w = torch.stack([pair.chosen for pair in read]).to(k2.device)
+            x_l = torch.stack([pair.rejected for pair in read]).to(k2.device)
+            n = torch.tensor([job.n for job in part], device=k2.device)
+            t = sampler.logit_normal(n, time_mean, time_std, k2.mu(height, width))
+            noise = sampler.noise([job.seed for job in part], x_w.shape[1:]).to(k2.device)
+            fused = [null if job.dropped else pair.text.to(k2.device) for job, pair in zip(part, read)]
+            batches.append(
+                Batch(
+                    sampler.noised(x_w, noise, t),
+                    sampler.noised(x_l, noise, t),
+                    sampler.velocity_target(x_w, noise),
+                    sampler.velocity_target(x_l, noise),
+                    t,
+                    Text.of(fused * 2),
+                    torch.tensor([pair.share for pair in read], device=k2.device),
+                    (height, width),
+                    chosen,
+                )
+            )
+    return batches
+
+
+def _facts(k2: K2, preferences: Preferences, config: PairSetConfig) -> dict[str, Any]:
+    """All that the encoded pairs depend on."""
+    net, pipe = k2.transformer, k2.pipe
+    assert k2.text_encoder is not None and k2.tokenizer is not None
+    vae = {key: value for key, value in k2.vae.config.items() if not key.startswith("_")}
+    words = [k2.tokenizer.get_vocab(), pipe.prompt_template_encode_prefix, pipe.prompt_template_encode_suffix]
+    fusion = {f"{name}.{key}": value for name in ("text_fusion", "txt_in")
+              for key, value in net.get_submodule(name).state_dict().items()}  # fmt: skip
+    return {
+        "version": VERSION,
+        "pairs": preferences.fingerprint(),
+        "size": config.size,
+        "max_tokens": config.max_tokens,
+        "vae": fingerprint(k2.vae.state_dict()) + _hash(vae),
+        "text_encoder": fingerprint(k2.text_encoder.state_dict()) + _hash(list(pipe.text_encoder_select_layers)),
+        "text_fusion": fingerprint(fusion),
+        "tokenizer": _hash(words),
+        "dtype": str(k2.dtype),
+    }
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _claim(folder: Path, facts: dict[str, Any], procs: Processes) -> None:
+    """Makes the folder, or checks that it is of these facts."""
+    card = folder / "cache.json"
+    try:
+        if procs.main and not card.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = folder / f".cache.json.{os.getpid()}"
+            temporary.write_text(json.dumps(facts, indent=1) + "\n")
+            os.replace(temporary, card)
+        procs.each(None)
+        made = json.loads(card.read_text())
+    except OSError as error:
+        raise UserError(f"pairs.cache: {folder} cannot be written: {error.strerror}; choose another") from None
+    except ValueError:
+        raise UserError(f"{card}: is not JSON; remove {folder}") from None
+    if made != facts:
+        other = ", ".join(name for name in {**facts, **made} if made.get(name) != facts.get(name))
+        raise UserError(f"{folder}: was encoded with another {other}; remove it")
+
+
+def _encode(k2: K2, preferences: Preferences, config: PairSetConfig, folder: Path, number: int) -> list[Skipped]:
+    """Writes one shard; returns the rows that are not in it."""
+    pairs: dict[int, Preference] = {}
+    skipped: list[Skipped] = []
+    for i in range(SHARD * number, min(SHARD * (number + 1), len(preferences))):
+        row = preferences[i]
+        if isinstance(row, Skipped):
+            skipped.append(row)
+        elif config.size is None and any(side % k2.pixel_multiple for side in row.chosen.size):
+            width, height = row.chosen.size
+            reason = f"is {height}x{width} pixels, no multiples of {k2.pixel_multiple}; set pairs.size"
+            skipped.append(Skipped(preferences.name(i), reason))
+        else:
+            pairs[i] = row
+    by_size: dict[tuple[int, int], list[int]] = {}
+    for i, pair in pairs.items():
+        height, width = config.size or (pair.chosen.height, pair.chosen.width)
+        by_size.setdefault((height, width), []).append(i)
+    size_of = {i: size for size, rows in by_size.items() for i in rows}
+    tensors: dict[str, Tensor] = {}
+    for (height, width), rows in by_size.items():
+        images = [image for i in rows for image in (pairs[i].chosen, pairs[i].rejected)]
+        images = [ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS) for image in images]
+        names = [f"{i}.{name}" for i in rows for name in ("chosen", "rejected")]
+        tensors |= {name: x.clone() for name, x in zip(names, k2.encode_images(images).cpu())}
+    prompts = list(dict.fromkeys(pair.prompt for pair in pairs.values()))
+    encoding = k2.encode(prompts, config.max_tokens)
+    tensors |= {f"text.{j}": k2.fuse(features).cpu() for j, features in enumerate(encoding.features)}
+    made = {
+        "pairs": [
+            [i, prompts.index(pair.prompt), *size_of[i], pair.share, _digest(pair.prompt)] for i, pair in pairs.items()
+        ],
+        "cuts": [cut for cut in encoding.cut if cut],
+        "skipped": [[row.where, row.reason, row.tie] for row in skipped],
+    }
+    temporary = folder / f".{_name(number)}.{os.getpid()}"
+    try:
+        save_file(tensors, temporary, {"rows": json.dumps(made)})
+        os.replace(temporary, folder / _name(number))
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        if not is_full(error):
+            raise
+        raise UserError(f"pairs.cache: {folder}: no space left; free some or choose another disk") from error
+    return skipped
+
+
+def _remarks(preferences: Preferences, pairs: EncodedPairs, max_tokens: int) -> list[str]:
+    ties = sum(row.tie for row in pairs.skipped)
+    bad = [row for row in pairs.skipped if not row.tie]
+    lines = []
+    if ties:
+        lines.append(f"{preferences.path}: {ties} of {len(preferences)} rows are ties and left out")
+    if bad:
+        first = "; ".join(f"{row.where}: {row.reason}" for row in bad[:3]) + ("; ..." if len(bad) > 3 else "")
+        lines.append(f"warning: {preferences.path}: {len(bad)} of {len(preferences)} rows are bad: {first}")
+    if pairs.cuts:
+        lines.append(
+            f"warning: {len(pairs.cuts)} prompts are longer than pairs.max_tokens ({max_tokens});"
+            f" up to {max(pairs.cuts)} tokens are cut"
+        )
+    return lines
+
+
+def _digest(prompt: str) -> int:
+    return int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _name(number: int) -> str:
+    return f"{number:05d}.safetensors"
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: is damaged ({error}); remove it, and it is made again") from None
