@@ -13,7 +13,7 @@ unexport PYTHONPATH
 export PYTHONNOUSERSITE := 1
 test test-vllm: export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-vllm check
+.PHONY: demo test test-vllm browser check
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -23,19 +23,27 @@ demo: $(VENV)/installed
 PLATFORM := $(shell uname -sm)
 ifeq ($(PLATFORM),Linux x86_64)
 test test-vllm: export POSTTRAIN_VLLM = $(abspath $(VLLM))/bin/vllm
-test: $(VENV)/installed $(VLLM)/bin/vllm
+test: $(VENV)/installed $(VLLM)/bin/vllm browser
 	$(BIN)/python -m pytest
 
 test-vllm: $(VENV)/installed $(VLLM)/bin/vllm
 	$(BIN)/python -m pytest -m vllm
 else
-test: $(VENV)/installed
+test: $(VENV)/installed browser
 	@echo "Left out: the tests with the real vLLM. They need Linux x86_64, and this is $(PLATFORM)."
 	$(BIN)/python -m pytest -m "not vllm"
 
 test-vllm:
 	@echo "The tests with the real vLLM need Linux x86_64, and this is $(PLATFORM)."; exit 2
 endif
+
+# The page of posttrain annotate is tested in a Chromium, which root on Debian installs. Elsewhere one that is there is
+# taken, and without one those tests are left out.
+browser:
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends chromium; \
+	else false; fi || echo "Left out: the tests in a browser. They need chromium on the path."
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -19,7 +19,16 @@ from typing import Any
 import yaml
 
 from posttrain import __version__
-from posttrain.config import ExportConfig, GRPOConfig, JudgeConfig, ReportConfig, SampleConfig, ServeConfig
+from posttrain.config import (
+    AnnotateConfig,
+    AnnotationsConfig,
+    ExportConfig,
+    GRPOConfig,
+    JudgeConfig,
+    ReportConfig,
+    SampleConfig,
+    ServeConfig,
+)
 from posttrain.recipe import check_recipe, describe, field_types, fits, read_recipe, suggestion
 from posttrain.stpo_config import STPOConfig
 from posttrain.validate import ConfigError, validate
@@ -47,6 +56,10 @@ COMMANDS = {
     "preflight": Command(GRPOConfig, "posttrain.preflight:preflight", "check and time a GRPO recipe before a run"),
     "judge": Command(JudgeConfig, "posttrain.judge:train", "train a judge, as an adapter for vLLM"),
     "serve": Command(ServeConfig, "posttrain.serve:serve", "serve a recipe's judges", any_recipe=True),
+    "annotate": Command(
+        AnnotateConfig, "posttrain.annotate:annotate", "serve a page where people choose between images"
+    ),
+    "annotations": Command(AnnotationsConfig, "posttrain.human_pairs:write", "report and export what they chose"),
     "sample": Command(SampleConfig, "posttrain.sample:sample", "draw images from a checkpoint"),
     "export": Command(ExportConfig, "posttrain.export:export", "write a checkpoint for other tools"),
     "report": Command(ReportConfig, "posttrain.report:report", "write report.html for a run"),
@@ -113,7 +126,8 @@ def _run(argv: list[str]) -> int:
 
 
 def _usage() -> str:
-    lines = [f"  {name:<11}{command.help}" for name, command in COMMANDS.items()]
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{command.help}" for name, command in COMMANDS.items()]
     return (
         "usage: posttrain <command> --config RECIPE [--section.field value ...]\n\n"
         "Post-training for Krea 2 (K2). Settings come from the recipe (YAML); options given after it win.\n\n"

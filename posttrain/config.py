@@ -308,6 +308,44 @@ class ServeConfig:
 
 
 @dataclass
+class AnnotateConfig:
+    """Serve a page where people choose between the two images of each pair, until Ctrl-C or SIGTERM."""
+
+    pairs: str
+    """Preference set to choose from: a directory of pairs; or JSONL, parquet or hf:NAME[:SPLIT] with columns prompt,
+    chosen and rejected."""
+    store: str
+    """JSONL file that each choice is appended to; made if it is not there, gone on with if it is."""
+    host: str = "127.0.0.1"
+    """Address to listen at. Beyond this machine (such as 0.0.0.0) it needs password_env."""
+    port: int = 7860
+    """Port to listen at, 1 to 65535, or 0 for any free one."""
+    password_env: str | None = None
+    """Name of the environment variable with the password that everyone who chooses logs in with, under a name of
+    their own; 8 characters or more. null: none."""
+    repeats: float = 0.1
+    """Share of the pairs that each annotator sees a second time, sides swapped, to measure consistency, 0 to 0.5."""
+    seed: int = 0
+    """Seed of the order and of the sides, >= 0; each annotator has an order of their own."""
+    max_bad: float = 0.01
+    """Share of rows that may be bad (an image missing or cut off, ...), 0 to 1; they are left out and named."""
+
+
+@dataclass
+class AnnotationsConfig:
+    """Say how far people agree with each other and with the judges; with an output, write what they chose."""
+
+    pairs: str
+    """Preference set that they chose from, as for annotate."""
+    store: str
+    """What annotate wrote; it may still be running."""
+    output: str | None = None
+    """Directory for the preference record, source: human; must not exist or be empty. null: only the report."""
+    max_bad: float = 0.01
+    """As for annotate."""
+
+
+@dataclass
 class SampleConfig:
     """Draw images from a checkpoint."""
 

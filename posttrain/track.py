@@ -40,11 +40,11 @@ from posttrain.progress import Progress, grid_image
 from prompts.errors import UserError
 
 KEPT = (
-    "model.path", "model.transformer_file", "lora", "seed",
-    "prompts.heldout", "eval.prompts", "eval.steps", "eval.seed", "eval.groups", "eval.group_size",
+    "lora", "seed", "prompts.heldout", "heldout",
+    "eval.prompts", "eval.steps", "eval.seed", "eval.groups", "eval.group_size",
 )  # fmt: skip
-"""What a resumed run cannot change: what its trained weights belong to, all that is drawn, and what evaluations draw,
-which are compared over the whole run."""
+"""What a resumed run cannot change: what is trained, all that is drawn, and what evaluations draw, which are compared
+over the whole run. Its base may lie elsewhere, if it is the same: load_model sees to that."""
 PACKAGES = ("posttrain", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 from collections.abc import Sequence
 
 from posttrain import figures
 from posttrain.config import (
+    AnnotateConfig,
+    AnnotationsConfig,
     EvalConfig,
     ExportConfig,
     GRPOConfig,
@@ -23,7 +26,17 @@ from posttrain.config import (
 from posttrain.stpo_config import PairSetConfig, PreferenceLossConfig, STPOConfig
 from prompts.errors import UserError
 
-Config = GRPOConfig | STPOConfig | JudgeConfig | ServeConfig | SampleConfig | ExportConfig | ReportConfig
+Config = (
+    GRPOConfig
+    | STPOConfig
+    | JudgeConfig
+    | ServeConfig
+    | AnnotateConfig
+    | AnnotationsConfig
+    | SampleConfig
+    | ExportConfig
+    | ReportConfig
+)
 
 
 JUDGE_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -39,6 +52,14 @@ class ConfigError(UserError):
         self.problem = problem
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches that address. A name other than localhost may mean any machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def validate(config: Config) -> None:
     """Raise ConfigError (field and remedy) if a value is out of range or two do not fit together."""
     match config:
@@ -52,6 +73,10 @@ def validate(config: Config) -> None:
             if not config.servers:
                 raise ConfigError("servers", "is empty; name at least one server")
             _validate_servers(config.servers)
+        case AnnotateConfig():
+            _validate_annotate(config)
+        case AnnotationsConfig():
+            _share("max_bad", config.max_bad, 1)
         case SampleConfig():
             _validate_sample(config)
         case ExportConfig():
@@ -292,6 +317,16 @@ def _validate_servers(servers: list[ServerSpec]) -> None:
         _positive(f"{path}.ready_timeout", server.ready_timeout)
 
 
+def _validate_annotate(config: AnnotateConfig) -> None:
+    if not is_loopback(config.host) and config.password_env is None:
+        raise ConfigError("host", f"{config.host} is reached from beyond this machine; set password_env as well")
+    if not 0 <= config.port <= 65535:
+        raise ConfigError("port", f"is {config.port}; use 1 to 65535, or 0 for any free one")
+    _share("repeats", config.repeats, 0.5)
+    _share("max_bad", config.max_bad, 1)
+    _at_least("seed", config.seed, 0)
+
+
 def _validate_sample(config: SampleConfig) -> None:
     if (config.prompt is None) == (config.prompts is None):
         raise ConfigError("prompt", "give either prompt (a text) or prompts (a JSONL file)")
@@ -321,6 +356,11 @@ def _size(path: str, size: Sequence[int]) -> None:
 def _at_least(path: str, value: float, least: float) -> None:
     if not (math.isfinite(value) and value >= least):
         raise ConfigError(path, f"is {value}; use {least} or more")
+
+
+def _share(path: str, value: float, most: float) -> None:
+    if not 0 <= value <= most:
+        raise ConfigError(path, f"is {value}; use 0 to {most:g}")
 
 
 def _positive(path: str, value: float) -> None:

@@ -129,10 +129,12 @@ def untimed(run: str | Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in clock and not k.startswith("seconds/")} for row in rows(run)]
 
 
-SERVE = """
-import json, os, resource, signal, sys, traceback
+TRAINING = """
 import posttrain.export, posttrain.grpo, posttrain.preflight, posttrain.report, posttrain.sample, posttrain.stpo
 import tests.runs
+"""
+SERVE = """
+import json, os, resource, signal, sys, traceback
 from posttrain import cli
 for line in sys.stdin:
     call = json.loads(line)
@@ -164,13 +166,13 @@ for line in sys.stdin:
 
 
 class Commands:
-    """`posttrain ...` in processes of its own each time, forked from one that has imported torch and diffusers."""
+    """`posttrain ...` in processes of its own each time, forked from one that has run `prepare`, mostly imports."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, prepare: str = TRAINING):
         self.files = [str(folder / name) for name in ("stdout", "stderr")]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self.server = subprocess.Popen(
-            [sys.executable, "-c", SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+            [sys.executable, "-c", prepare + SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
             env=environment,
         )  # fmt: skip
 

@@ -1,0 +1,173 @@
+"""A page where people choose between the two images of each pair, served until Ctrl-C or SIGTERM.
+
+posttrain annotate --pairs pairs/a --store choices.jsonl
+
+The page asks this process for every step, and a choice is on disk before the next pair is shown. It keeps no state but
+the name of who is choosing, so a page that was open survives a restart. Nothing it shows tells which image the record
+calls chosen: images come as fresh PNGs under random names, and sides are drawn anew for each annotator.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import math
+import os
+import secrets
+import signal
+import socket
+import statistics
+import sys
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from types import FrameType
+from typing import Any, get_args
+
+from posttrain.annotations import Answer, Schedule, Showing, Side, Store, person, schedule
+from posttrain.config import AnnotateConfig
+from posttrain.human_pairs import Pairs
+from posttrain.validate import is_loopback
+from prompts.errors import UserError
+
+LEAST_LETTERS = 8  # of a password
+ENOUGH_TIMES = 5  # answers before the page says how long the rest may take
+
+
+def annotate(config: AnnotateConfig) -> None:
+    """The command `posttrain annotate`. Raises UserError before it serves if anything given is wrong."""
+    password = _password(config)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
+    try:
+        importlib.import_module("gradio")
+    except ImportError:
+        raise UserError("annotate: needs gradio, which is not installed; pip install 'posttrain[annotate]'") from None
+    pairs = Pairs(config.pairs, config.max_bad)
+    store = Store(Path(config.store), Schedule(config.seed, config.repeats))
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        pairs.require(store.pairs(), config.store)
+        with _listen(config) as listener:
+            _serve(Desk(pairs, store), config, password, listener)
+    except _Terminated:
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        store.close()
+
+
+class Desk:
+    """What the page asks for. Each answer says what to show next, or holds `error`, one line for who is choosing."""
+
+    def __init__(self, pairs: Pairs, store: Store):
+        self.pairs, self.store = pairs, store
+        self._names: dict[tuple[str, Side], str] = {}
+        self._images: dict[str, tuple[str, Side]] = {}
+        self._schedule = lru_cache(maxsize=None)(lambda name: schedule(list(pairs.prompts), name, store.schedule))
+        self._pair = lru_cache(maxsize=8)(pairs.__getitem__)  # two images of each: one now, one read ahead
+
+    def start(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """`asked`: name."""
+        return self._view(person(str(asked["name"])))
+
+    def choose(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """`asked`: name, pair, again, choice and seconds. Saved when this returns without an error."""
+        name, choice, seconds = person(str(asked["name"])), asked["choice"], float(asked["seconds"])
+        wanted = (asked["pair"], asked["again"])
+        showing = next((s for s in self._schedule(name) if (s.pair, s.again) == wanted), None)
+        if showing is None or choice not in get_args(Answer) or not math.isfinite(seconds) or seconds < 0:
+            raise UserError("the page is out of date; reload it")
+        if self.store.add(name, showing, choice, round(seconds, 3)):
+            return self._view(name)
+        return self._view(name, "That pair had been answered already. Undo takes the answer back.")
+
+    def undo(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """`asked`: name."""
+        name = person(str(asked["name"]))
+        self.store.undo(name)
+        return self._view(name)
+
+    def png(self, image: str) -> bytes:
+        """An image by the name that a view gave it. Raises KeyError for another, UserError if it cannot be read."""
+        pair, side = self._images[image]
+        buffer = io.BytesIO()
+        getattr(self._pair(pair), side).save(buffer, "png", compress_level=1)
+        return buffer.getvalue()
+
+    def _view(self, name: str, note: str = "") -> dict[str, Any]:
+        made = self.store.choices(name)
+        done = {(choice.pair, choice.again) for choice in made}
+        left = [s for s in self._schedule(name) if (s.pair, s.again) not in done]
+        view = {"name": name, "done": len(made), "total": len(made) + len(left), "note": note, "pair": None}
+        view["rest"] = ""
+        if len(made) >= ENOUGH_TIMES and left:
+            minutes = statistics.median(choice.seconds for choice in made) * len(left) / 60
+            view["rest"] = f"about {minutes:.0f} min left" if minutes >= 1 else "less than a minute left"
+        if left:
+            now, ahead = left[0], left[1:2]
+            view |= {"pair": now.pair, "again": now.again, "prompt": self.pairs.prompts[now.pair]}
+            view["pictures"] = self._pictures(now)
+            view["ahead"] = [url for showing in ahead for url in self._pictures(showing)]
+        return view
+
+    def _pictures(self, showing: Showing) -> list[str]:
+        sides: tuple[Side, Side] = ("chosen", "rejected") if showing.left == "chosen" else ("rejected", "chosen")
+        urls = []
+        for side in sides:
+            key = (showing.pair, side)
+            image = self._names.setdefault(key, secrets.token_urlsafe(16))
+            self._images[image] = key
+            urls.append(f"picture/{image}.png")
+        return urls
+
+
+def _serve(desk: Desk, config: AnnotateConfig, password: str | None, listener: socket.socket) -> None:
+    import uvicorn
+
+    from posttrain.annotate_page import page
+
+    port, everywhere = listener.getsockname()[1], config.host in ("0.0.0.0", "::")
+    host = socket.gethostname() if everywhere else config.host
+    app = page(desk, password, {"localhost", "127.0.0.1", "::1", host})
+    options = {"log_level": "warning", "timeout_graceful_shutdown": 1, "lifespan": "on"}
+    server = uvicorn.Server(uvicorn.Config(app, **options))
+    if not is_loopback(config.host):
+        print(
+            "posttrain: warning: pictures and the password cross the network unencrypted; use one that you trust, or"
+            " put an HTTPS proxy before this",
+            file=sys.stderr,
+        )
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+    print(f"posttrain: {len(desk.pairs.prompts)} pairs at {url}", flush=True)
+    server.run(sockets=[listener])
+
+
+class _Terminated(Exception):
+    """SIGTERM: what was started ends, as it does after Ctrl-C, but nothing went wrong."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def _password(config: AnnotateConfig) -> str | None:
+    if config.password_env is None:
+        return None
+    password = os.environ.get(config.password_env, "")
+    if len(password) < LEAST_LETTERS:
+        raise UserError(
+            f"password_env: {config.password_env} {'is too short' if password else 'is not set'}; put a password of"
+            f" {LEAST_LETTERS} characters or more into that environment variable"
+        )
+    return password
+
+
+def _listen(config: AnnotateConfig) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        return socket.create_server((config.host, config.port), family=family)
+    except OSError as error:
+        raise UserError(
+            f"port: {config.host}:{config.port} cannot be listened at ({os.strerror(error.errno or 0)});"
+            " choose another --port, or 0 for any free one"
+        ) from None

@@ -1,0 +1,403 @@
+"""What people chose: the store, the schedule, agreement, and the pairs that come of it. No page here."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from posttrain import agreement, cli
+from posttrain.annotations import Answer, Choice, Schedule, Showing, Store, person, read, schedule
+from posttrain.human_pairs import Pairs
+from posttrain.preferences import Preference, PreferenceWriter, read_preferences
+from prompts.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = Schedule(seed=3, repeats=0.2)
+LETTERS: dict[str, Answer] = {"l": "left", "r": "right", "t": "tie", "s": "skip"}
+IDS = [f"pair{i:03d}" for i in range(100)]
+
+
+def store_of(path: Path, choices: str = "lrts") -> list[str]:
+    """A store in which ann answered pairs 0, 1, ... by these letters; its lines."""
+    store = Store(path, SETTINGS)
+    for i, letter in enumerate(choices):
+        assert store.add("ann", Showing(IDS[i], False, "chosen"), LETTERS[letter], 1.5)
+    store.close()
+    return path.read_text().splitlines(keepends=True)
+
+
+# ---- the schedule -------------------------------------------------------------------------------------------
+
+
+def test_schedule_shows_each_pair_once_and_a_share_of_them_again_with_sides_swapped():
+    showings = schedule(IDS, "ann", SETTINGS)
+    first = {s.pair: (i, s) for i, s in enumerate(showings) if not s.again}
+    again = {s.pair: (i, s) for i, s in enumerate(showings) if s.again}
+    assert sorted(first) == IDS and len(first) + len(again) == len(showings) and len(again) == 20
+    for pair, (i, showing) in again.items():
+        j, before = first[pair]
+        assert {showing.left, before.left} == {"chosen", "rejected"}
+        assert sum(not s.again for s in showings[j + 1 : i]) >= 10
+    assert sum(i < 60 for i, _ in again.values()) >= 5  # who stops half-way has been asked twice, too
+    assert 35 <= sum(s.left == "chosen" for _, s in first.values()) <= 65
+
+
+def test_schedule_is_the_annotators_own_and_stays():
+    assert schedule(IDS, "ann", SETTINGS) == schedule(IDS[::-1], "ann", SETTINGS)
+    order = [s.pair for s in schedule(IDS, "ann", SETTINGS) if not s.again]
+    assert order != [s.pair for s in schedule(IDS, "bob", SETTINGS) if not s.again]
+    assert order != [s.pair for s in schedule(IDS, "ann", Schedule(4, 0.2)) if not s.again]
+    more = [s.pair for s in schedule([*IDS, "new"], "ann", SETTINGS) if not s.again]
+    assert [pair for pair in more if pair != "new"] == order
+    # Written down, so that a later version goes on with a store in the same order, on the same sides.
+    expected = [("pair066", "rejected"), ("pair025", "chosen"), ("pair023", "chosen"), ("pair065", "chosen")]
+    assert [(s.pair, s.left) for s in schedule(IDS, "ann", SETTINGS)[:4]] == expected
+
+
+@pytest.mark.parametrize(
+    ("pairs", "repeats", "twice"), [(1, 0.5, 0), (2, 0.5, 1), (3, 0.5, 1), (7, 0.3, 2), (30, 0, 0)]
+)
+def test_schedule_of_few_pairs(pairs, repeats, twice):
+    showings = schedule(IDS[:pairs], "ann", Schedule(0, repeats))
+    assert sum(s.again for s in showings) == twice
+    places = {(s.pair, s.again): i for i, s in enumerate(showings)}
+    for pair, again in places:
+        if again:
+            between = showings[places[pair, False] + 1 : places[pair, True]]
+            assert sum(not s.again for s in between) >= pairs // 2
+
+
+# ---- the store ----------------------------------------------------------------------------------------------
+
+
+def test_store_gives_back_what_was_chosen(tmp_path):
+    path = tmp_path / "new/choices.jsonl"
+    store_of(path, "lr")
+    store = Store(path, SETTINGS)
+    assert not store.add("ann", Showing(IDS[1], False, "chosen"), "tie", 1)  # answered already
+    assert store.add("ann", Showing(IDS[1], True, "rejected"), "tie", 1)
+    assert store.add("bob", Showing(IDS[1], False, "rejected"), "left", 2.25)
+    taken = store.undo("ann")
+    assert taken is not None and (taken.pair, taken.again, taken.choice) == (IDS[1], True, "tie")
+    assert store.undo("nobody") is None
+    held = read(path)
+    assert held.schedule == SETTINGS
+    assert held.choices == {"ann": store.choices("ann"), "bob": store.choices("bob")}
+    assert [(c.pair, c.choice, c.left, c.share) for c in held.choices["ann"]] == [
+        (IDS[0], "left", "chosen", 1.0),
+        (IDS[1], "right", "chosen", 0.0),
+    ]
+    assert [(c.seconds, c.share) for c in held.choices["bob"]] == [(2.25, 0.0)]
+    assert len(path.read_text().splitlines()) == 1 + 4 + 1  # settings, choices, what was taken back
+    store.close()
+
+
+def test_person():
+    assert person("  Ann  LEE ") == person("ann lee")
+    for name in ("", "  ", "x" * 65, "a\x00b"):
+        with pytest.raises(UserError, match=r"^name: "):
+            person(name)
+
+
+CHOOSE_FOR_EVER = """
+import sys
+from pathlib import Path
+from posttrain.annotations import Schedule, Showing, Store
+store = Store(Path(sys.argv[1]), Schedule(3, 0.2))
+for i in range(1_000_000):
+    store.add("ann", Showing(f"pair{i}", False, "chosen"), "left", 1.0)
+    print(i, flush=True)
+"""
+
+
+def test_kill_loses_nothing_that_was_saved(tmp_path):
+    path = tmp_path / "choices.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHOOSE_FOR_EVER, str(path)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout is not None
+    for _ in range(20):
+        process.stdout.readline()
+    with pytest.raises(UserError, match=r"choices.jsonl: is locked by another posttrain annotate; "):
+        Store(path, SETTINGS)
+    os.kill(process.pid, signal.SIGKILL)
+    said = 20 + len(process.stdout.read().split())
+    process.wait()
+    store = Store(path, SETTINGS)
+    saved = [choice.pair for choice in store.choices("ann")]
+    assert len(saved) in (said, said + 1) and saved == [f"pair{i}" for i in range(len(saved))]
+    store.close()
+
+
+@pytest.mark.parametrize("cut", [1, 30])
+def test_line_that_was_cut_off_is_dropped(tmp_path, capsys, cut):
+    path = tmp_path / "choices.jsonl"
+    lines = store_of(path, "lrt")
+    path.write_text("".join(lines)[:-cut])
+    assert len(read(path).choices["ann"]) == 2 and capsys.readouterr().err == ""
+    store = Store(path, SETTINGS)
+    said = capsys.readouterr().err
+    assert said == f"posttrain: warning: {path}: the last line was cut off ({len(lines[-1]) - cut} bytes); dropped\n"
+    assert [c.choice for c in store.choices("ann")] == ["left", "right"]
+    assert store.add("ann", Showing(IDS[2], False, "chosen"), "skip", 1)
+    store.close()
+    assert [c.choice for c in read(path).choices["ann"]] == ["left", "right", "skip"]
+
+
+def replaced(old: str, new: str):
+    return lambda lines: [*lines[:3], lines[3].replace(old, new), *lines[4:]]
+
+
+@pytest.mark.parametrize(
+    ("edit", "line"),
+    [
+        (replaced('"tie"', '"left"'), 4),
+        (replaced("1.5", "1.6"), 4),
+        (replaced('"annotator"', "annotator"), 4),
+        (replaced("{", "[{"), 4),
+        (lambda lines: lines[:2] + lines[3:], 3),
+        (lambda lines: [*lines[:2], lines[3], lines[2], *lines[4:]], 3),
+        (lambda lines: [lines[0].replace('"seed": 3', '"seed": 4'), *lines[1:]], 1),
+        (lambda lines: [*lines[:2], "\n", *lines[2:]], 3),
+    ],
+)
+def test_edited_store_is_named_with_its_line(tmp_path, edit, line):
+    path = tmp_path / "choices.jsonl"
+    path.write_text("".join(edit(store_of(path))))
+    for opened in (read, lambda path: Store(path, SETTINGS)):
+        with pytest.raises(UserError) as error:
+            opened(path)
+        assert str(error.value).startswith(f"{path}:{line}: was edited, or a line before it was removed; restore")
+
+
+def test_store_that_is_none(tmp_path):
+    path = tmp_path / "a.jsonl"
+    with pytest.raises(UserError, match=r"a.jsonl: cannot be read \(No such file or directory\); give the --store"):
+        read(path)
+    path.write_text("")
+    with pytest.raises(UserError, match=r"a.jsonl: holds no choice yet; give the --store"):
+        read(path)
+    path.write_text('{"prompt": "a fox"}\n')
+    with pytest.raises(UserError, match=r"a.jsonl:1: is no annotation store; choose another --store"):
+        Store(path, SETTINGS)
+    assert path.read_text() == '{"prompt": "a fox"}\n'
+    store_of(tmp_path / "b.jsonl")
+    with pytest.raises(UserError, match=r"b.jsonl: was started with seed 3, not 5; pass --seed 3, or choose another"):
+        Store(tmp_path / "b.jsonl", Schedule(5, 0.2))
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from posttrain.annotations import Schedule, Showing, Store
+from prompts.errors import UserError
+path = Path(sys.argv[1])
+store = Store(path, Schedule(3, 0.2))
+store.add("ann", Showing("a", False, "chosen"), "left", 1.0)
+resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, resource.RLIM_INFINITY))
+for call in (lambda: store.add("ann", Showing("b", False, "chosen"), "left", 1.0), lambda: store.undo("ann")):
+    try:
+        call()
+        sys.exit("was saved")
+    except UserError as error:
+        print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+store.add("ann", Showing("b", False, "chosen"), "right", 1.0)
+"""
+
+
+def test_full_disk_saves_all_or_nothing(tmp_path):
+    path = tmp_path / "choices.jsonl"
+    result = subprocess.run([sys.executable, "-c", FULL, str(path)], cwd=ROOT, capture_output=True, text=True)
+    says = f"{path}: nothing was saved (File too large); free some space, then again\n"
+    assert (result.returncode, result.stdout, result.stderr) == (0, says * 2, "")
+    assert [(c.pair, c.choice) for c in read(path).choices["ann"]] == [("a", "left"), ("b", "right")]
+
+
+# ---- agreement ----------------------------------------------------------------------------------------------
+
+
+def test_kappa_by_hand():
+    """Ten pairs: six equal preferences, one equal tie, three unequal; a has 2 ties of 10, b has 1.
+
+    p_o = 7/10; p_e = 0.2 * 0.1 + 0.8 * 0.9 / 2 = 0.02 + 0.36 = 0.38; kappa = (0.7 - 0.38) / 0.62 = 0.516129.
+    """
+    answers = [(1.0, 1.0)] * 4 + [(0.0, 0.0)] * 2 + [(0.5, 0.5), (0.5, 1.0), (1.0, 0.0), (0.0, 1.0)]
+    found = agreement.agreement(answers)
+    assert (found.pairs, found.equal) == (10, 0.7)
+    assert found.kappa == pytest.approx(0.32 / 0.62)
+    # It does not depend on which image is called chosen.
+    assert agreement.agreement([(1 - a, 1 - b) for a, b in answers]) == found
+    assert agreement.agreement([(1 - a, 1 - b) for a, b in answers[:5]] + answers[5:]) == found
+
+
+@pytest.mark.parametrize(
+    ("answers", "equal", "kappa"),
+    [
+        ([], None, None),
+        ([(0.5, 0.5)], 1.0, None),  # nothing but ties on both sides: no chance to compare with
+        ([(1.0, 1.0), (0.0, 0.0)], 1.0, 1.0),
+        ([(1.0, 1.0), (1.0, 0.0)], 0.5, 0.0),  # without ties: 2 * 0.5 - 1
+        ([(1.0, 0.0)], 0.0, -1.0),
+    ],
+)
+def test_kappa_at_its_ends(answers, equal, kappa):
+    found = agreement.agreement(answers)
+    assert (found.equal, found.kappa) == (equal, kappa)
+
+
+def made(name: str, pair: str, share: float | None, again: bool = False, left: str = "chosen", seconds: float = 2.0):
+    other = {"chosen": "right", "rejected": "left"}[left]
+    answer = {None: "skip", 0.5: "tie", 1.0: "left" if left == "chosen" else "right", 0.0: other}[share]
+    choice = Choice(name, pair, again, left, answer, seconds, "")  # type: ignore[arg-type]
+    assert choice.share == share
+    return choice
+
+
+CHOICES = {
+    # Answers a, b, c, d, and a and b again, of which one is the same: with self 1 of 2.
+    "ann": [made("ann", "a", 1.0), made("ann", "b", 1.0, left="rejected"), made("ann", "c", 0.0), made("ann", "d", 0.5),
+            made("ann", "a", 1.0, again=True, left="rejected"), made("ann", "b", 0.0, again=True)],
+    # Agrees with ann about a and b, not c; skips d.
+    "bob": [made("bob", "a", 1.0, seconds=1), made("bob", "b", 1.0, seconds=2), made("bob", "c", 1.0, seconds=9),
+            made("bob", "d", None, seconds=3)],
+    "eve": [made("eve", "c", 0.0)],
+}  # fmt: skip
+
+
+def test_votes():
+    """One vote a person: ann's of b is the mean of yes and no, so b is (0.5 + 1) / 2."""
+    assert agreement.votes(CHOICES) == {"a": 1.0, "b": 0.75, "c": pytest.approx(1 / 3), "d": 0.5}
+
+
+def test_report():
+    found = agreement.report(CHOICES, {"a": 0.1, "b": None, "c": 0.3, "d": 0.4, "e": 0.5})
+    ann, bob, eve = found["people"]
+    assert (ann["answers"], ann["ties"], ann["skips"], ann["median_seconds"]) == (6, 1, 0, 2.0)
+    assert ann["left"] == pytest.approx(1 / 5)  # left, right, right, tie, right, right
+    assert ann["repeats"] == {"pairs": 2, "equal": 0.5, "kappa": 0.0}
+    assert ann["judges"] == {"pairs": 3, "equal": pytest.approx(2 / 3), "kappa": pytest.approx(1 / 3)}
+    assert (bob["skips"], bob["median_seconds"], bob["left"]) == (1, 2.5, 1.0)
+    assert bob["repeats"] == {"pairs": 0, "equal": None, "kappa": None}
+    assert eve["judges"] == {"pairs": 1, "equal": 0.0, "kappa": -1.0}
+    with_bob, with_eve, neither = found["between"]
+    assert with_bob == {
+        "people": ["ann", "bob"],
+        "pairs": 3,
+        "equal": pytest.approx(2 / 3),
+        "kappa": pytest.approx(1 / 3),
+    }
+    assert with_eve == {"people": ["ann", "eve"], "pairs": 1, "equal": 1.0, "kappa": 1.0}
+    assert neither == {"people": ["bob", "eve"], "pairs": 1, "equal": 0.0, "kappa": -1.0}
+    assert found["together"] == {"pairs": 5, "equal": pytest.approx(3 / 5), "kappa": pytest.approx(1 / 5)}
+    # Majorities: a and b as the judges, c against, d undecided, e not answered.
+    assert found["judges"] == {"pairs": 3, "equal": pytest.approx(2 / 3), "kappa": pytest.approx(1 / 3)}
+    counts = ("pairs", "answered", "undecided", "against_judges")
+    assert [found[name] for name in counts] == [5, 4, 1, 1]
+    assert found["judges_by_margin"] == []
+    text = "\n".join(agreement.lines(found))
+    assert "ann and bob: 67% of 3 (kappa 0.33)" in text and "bob: 4 answers (0 ties, 1 skips), median 2.5 s" in text
+    json.dumps(found, allow_nan=False)
+
+
+def test_agreement_with_judges_by_margin():
+    """Fifteen pairs, margins 0 to 14: people follow the judges in 2, 3 and 5 of each five."""
+    follow = [1, 1, 0, 0, 0, 1, 1, 1, 0, 0, 1, 1, 1, 1, 1]
+    choices = {"ann": [made("ann", f"p{i}", float(f)) for i, f in enumerate(follow)]}
+    thirds = agreement.report(choices, {f"p{i}": float(i) for i in range(15)})["judges_by_margin"]
+    assert [(t["from"], t["to"], t["pairs"], t["equal"]) for t in thirds] == [
+        (0.0, 4.0, 5, 0.4),
+        (5.0, 9.0, 5, 0.6),
+        (10.0, 14.0, 5, 1.0),
+    ]
+
+
+# ---- the pairs that come of it --------------------------------------------------------------------------------
+
+
+def pairs_in(folder: Path, count: int = 4) -> list[Preference]:
+    made = [
+        Preference(
+            f"prompt {i}",
+            Image.new("RGB", (8, 8), (i, 200, 0)),
+            Image.new("RGB", (8, 8), (i, 0, 200)),
+            "synthetic",
+            "strong",
+            "weak",
+            chosen_on_policy=True,
+            margin=0.1 * i,
+            seed=i,
+        )
+        for i in range(count)
+    ]
+    with PreferenceWriter(folder) as writer:
+        for pair in made:
+            writer.add(pair)
+    return made
+
+
+def annotations(*options) -> int:
+    return cli.main(["annotations", *map(str, options)])
+
+
+def test_human_pairs(tmp_path, capsys):
+    """Pair 0 keeps its order, 1 is turned round by two of three, 2 is a tie, 3 was skipped."""
+    pairs = pairs_in(tmp_path / "pairs")
+    store = Store(tmp_path / "choices.jsonl", SETTINGS)
+    for name, answers in {"ann": "lrts", "bob": "lrts", "eve": "tlts"}.items():
+        for pair, letter in zip(pairs, answers):
+            store.add(name, Showing(pair.id, False, "chosen"), LETTERS[letter], 1.0)
+    options = ["--pairs", tmp_path / "pairs", "--store", tmp_path / "choices.jsonl"]
+    assert annotations(*options, "--output", tmp_path / "human") == 0  # while the store is in use
+    store.close()
+    out = capsys.readouterr().out
+    assert "3 of 4 pairs answered, 1 of them undecided" in out
+    assert out.endswith(f"posttrain: wrote {tmp_path}/human (2 pairs, 1 undecided left out)\n")
+    written = read_preferences(tmp_path / "human")
+    same, turned = written
+    assert (same.prompt, same.source, same.seed, same.margin, same.share) == ("prompt 0", "human", 0, None, 2.5 / 3)
+    assert same.chosen.getpixel((0, 0)) == (0, 200, 0) and same.chosen_policy == "strong" and same.chosen_on_policy
+    assert (turned.prompt, turned.share) == ("prompt 1", pytest.approx(2 / 3))
+    assert turned.chosen.getpixel((0, 0)) == (1, 0, 200) and turned.rejected.getpixel((0, 0)) == (1, 200, 0)
+    assert (turned.chosen_policy, turned.rejected_policy) == ("weak", "strong")
+    assert (turned.chosen_on_policy, turned.rejected_on_policy) == (False, True)
+    assert written.card["agreement"]["judges"]["equal"] == 0.5
+
+    assert annotations(*options, "--output", tmp_path / "human") == 2
+    assert f"{tmp_path}/human: holds a finished set of pairs; choose another" in capsys.readouterr().err
+
+
+def test_store_of_other_pairs_or_of_none(tmp_path, capsys):
+    pairs_in(tmp_path / "pairs")
+    store_of(tmp_path / "other.jsonl", "lr")
+    assert annotations("--pairs", tmp_path / "pairs", "--store", tmp_path / "other.jsonl") == 2
+    says = f"{tmp_path}/other.jsonl: 2 of the 2 pairs in it are not in {tmp_path}/pairs (such as pair000); give the"
+    assert says in capsys.readouterr().err
+    store = Store(tmp_path / "skips.jsonl", SETTINGS)
+    store.add("ann", Showing(next(iter(read_preferences(tmp_path / "pairs"))).id, False, "chosen"), "skip", 0.0)
+    store.close()
+    options = ["--pairs", tmp_path / "pairs", "--store", tmp_path / "skips.jsonl"]
+    assert annotations(*options, "--output", tmp_path / "human") == 2
+    assert "skips.jsonl: decides no pair, so there is nothing to write" in capsys.readouterr().err
+    assert not (tmp_path / "human").exists()
+
+
+def test_image_that_goes_missing_later_is_named_with_its_row(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "b.png")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "a fox", "chosen": "a.png", "rejected": "b.png"}) + "\n")
+    pairs = Pairs(str(path), max_bad=0.0)
+    (pair,) = pairs.prompts
+    assert pairs[pair].prompt == "a fox"
+    (tmp_path / "a.png").write_bytes((tmp_path / "b.png").read_bytes()[:30])
+    with pytest.raises(UserError, match=rf"^{path}:1: chosen: .*; restore {path} as it was at the start$"):
+        pairs[pair]
+    Image.new("RGB", (8, 8), "green").save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=rf"^{path}: row 0 has changed; restore it as it was at the start$"):
+        pairs[pair]
