@@ -64,7 +64,7 @@ class Pairs:
         self.path = path
         self.prompts: dict[str, str] = {}
         self.margins: dict[str, float | None] = {}
-        skipped = []
+        tally = self._set.tally()
         # 1024-pixel images take a tenth of a second a pair.
         shown = Console(stderr=True)
         for i in track(
@@ -72,13 +72,13 @@ class Pairs:
         ):
             pair = self._set[i]
             if isinstance(pair, Skipped):
-                skipped.append(pair)
+                tally.add(pair)
             elif pair.id not in self._rows:
                 self._rows[pair.id], self.prompts[pair.id], self.margins[pair.id] = i, pair.prompt, pair.margin
-        self._set.check(skipped)
-        if skipped:
-            first = "; ".join(f"{row.where}: {row.reason}" for row in skipped[:3])
-            print(f"posttrain: warning: {path}: {len(skipped)} rows are left out: {first}", file=sys.stderr)
+        if tally.bad or tally.ties:
+            told = f"{len(tally.bad)} bad rows and {tally.ties} ties are left out"
+            reasons = f": {tally.first()}" if tally.bad else ""
+            print(f"posttrain: warning: {path}: {told}{reasons}", file=sys.stderr)
 
     def __getitem__(self, pair: str) -> Preference:
         """Raises UserError if it cannot be read any more."""

@@ -512,9 +512,9 @@ def test_a_changed_recipe(config, capsys):
     grpo.train(config)
     made = {path: path.read_bytes() for path in Path(config.output).rglob("*") if path.is_file()}
     for path, value in (
-        ("lora.rank", 2), ("lora.alpha", 2.0), ("lora.targets", ["to_q"]), ("lora", None), ("seed", 1), ("optim.ema", 0.9),
-        ("prompts.heldout", "other.jsonl"), ("eval.prompts", 1), ("eval.steps", 3), ("eval.seed", 1),
-        ("eval.groups", 1), ("sampling.sizes", [[16, 48]]),
+        ("lora.rank", 2), ("lora.alpha", 2.0), ("lora.targets", ["to_q"]), ("lora", None), ("seed", 1),
+        ("optim.ema", 0.9), ("prompts.heldout", "other.jsonl"), ("eval.prompts", 1), ("eval.steps", 3),
+        ("eval.seed", 1), ("eval.groups", 1), ("sampling.sizes", [[16, 48]]),
     ):  # fmt: skip
         changed = copy.deepcopy(config)
         *sections, name = path.split(".")
