@@ -108,8 +108,7 @@ def train(config: JudgeConfig) -> None:
 
 def update(vlm: VLM, stepper: Stepper, batches: Iterator, config: JudgeConfig, step: int) -> dict[str, float]:
     """One optimiser update; returns means over its records."""
-    decay = 0.5 * (1 + math.cos(math.pi * (step - 1) / config.steps))
-    stepper.config = replace(config.optim, lr=config.optim.lr * decay)
+    stepper.rate = 0.5 * (1 + math.cos(math.pi * (step - 1) / config.steps))
     totals: dict[str, Tensor] = {}
     for _ in range(config.batch // config.micro_batch):
         inputs, share_B = next(batches)

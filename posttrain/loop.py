@@ -114,6 +114,8 @@ class Stepper:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
+        self.rate = 1.0
+        """Share of the learning rate to take, for a method that lowers it."""
         self.updates = self.skipped = self.skipped_in_a_row = 0
         self._average = [p.detach().clone() for p in self.parameters] if config.ema else None
 
@@ -127,10 +129,9 @@ class Stepper:
         if math.isfinite(norm):
             self.skipped_in_a_row = 0
             warm = min(1.0, self.updates / max(1, self.config.warmup_steps))
+            rate = self.config.lr * warm * self.rate
             for group in self.optimizer.param_groups:  # a resumed run takes them from its recipe
-                group |= {
-                    "lr": self.config.lr * warm, "betas": self.config.betas, "weight_decay": self.config.weight_decay
-                }  # fmt: skip
+                group |= {"lr": rate, "betas": self.config.betas, "weight_decay": self.config.weight_decay}
             self.optimizer.step()
             if self._average is not None:
                 decay = min(self.config.ema, (1 + self.updates) / (10 + self.updates))

@@ -111,6 +111,7 @@ class Training:
         ended = watch.regression(self.evaluations, config.eval.stop)  # one that was stopped does not go on
         loop = Loop(self.first, self.first if ended else total, config.checkpoint, self._save, self.procs.any)
         for step in loop:
+            self.stepper.rate = min(1.0, (total - step + 1) / (config.optim.cooldown_steps + 1))
             yield step
             if step == total or (config.eval.every and step % config.eval.every == 0):
                 self.history["after"] = self._evaluate(step).figures

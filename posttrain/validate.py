@@ -221,6 +221,8 @@ def _validate_judge(config: JudgeConfig) -> None:
     _validate_optim(config.optim)
     if config.optim.passes != 1:
         raise ConfigError("optim.passes", f"is {config.optim.passes}; a judge makes one update on each batch")
+    if config.optim.cooldown_steps:
+        raise ConfigError("optim.cooldown_steps", "a judge's rate falls along half a cosine from the start; leave it 0")
 
 
 def _validate_sampling(sampling: SamplingConfig) -> None:
@@ -282,6 +284,7 @@ def _validate_optim(optim: OptimConfig) -> None:
     _positive("optim.max_grad_norm", optim.max_grad_norm)
     _at_least("optim.passes", optim.passes, 1)
     _at_least("optim.warmup_steps", optim.warmup_steps, 0)
+    _at_least("optim.cooldown_steps", optim.cooldown_steps, 0)
     if not 0 <= optim.ema < 1:
         raise ConfigError("optim.ema", f"is {optim.ema}; it must be at least 0 and below 1")
 
