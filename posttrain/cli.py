@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from posttrain import __version__
-from posttrain.config import ExportConfig, GRPOConfig, JudgeConfig, ReportConfig, SampleConfig, ServeConfig
+from posttrain.config import ExportConfig, GRPOConfig, JudgeConfig, PairsConfig, ReportConfig, SampleConfig, ServeConfig
 from posttrain.recipe import check_recipe, describe, field_types, fits, read_recipe, suggestion
 from posttrain.validate import ConfigError, validate
 from prompts.errors import UserError
@@ -39,6 +39,7 @@ class Command:
 
 COMMANDS = {
     "grpo": Command(GRPOConfig, "posttrain.grpo:train", "train with GRPO and write a run directory", True),
+    "pairs": Command(PairsConfig, "posttrain.pairs:make", "make preference pairs from prompts", True),
     "judge": Command(JudgeConfig, "posttrain.judge:train", "train a judge, as an adapter for vLLM"),
     "serve": Command(ServeConfig, "posttrain.serve:serve", "serve a recipe's judges", any_recipe=True),
     "sample": Command(SampleConfig, "posttrain.sample:sample", "draw images from a checkpoint"),

@@ -1,0 +1,182 @@
+"""Pictures drawn in the ways of a recipe (`DrawConfig`): checkpoint, guidance, steps, degraded prompt, noise again.
+
+Noise and what is left out of a prompt come from the seed of each picture alone. The model's work is counted, and its
+unit cost measured beside it, so that a run can say how much of its time was that work.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain import checkpoint, pair_plan, sampler
+from posttrain.config import DrawConfig, PairsConfig
+from posttrain.k2 import K2, Text
+from posttrain.pair_choice import degrade
+from posttrain.policy import POLICY, add_saved_policy
+from prompts.errors import UserError
+
+
+@dataclass
+class Cost:
+    """The model's work, by `forward` (two for a guided step) and `decode`, each of one image."""
+
+    images: Counter[str] = field(default_factory=Counter)
+    measured: Counter[str] = field(default_factory=Counter)
+    """How many of each were timed, and the seconds that these took."""
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def add(self, other: Cost) -> None:
+        self.images.update(other.images)
+        self.measured.update(other.measured)
+        for name, seconds in other.seconds.items():
+            self.seconds[name] += seconds
+
+    def unit(self) -> dict[str, float]:
+        """Seconds of one."""
+        return {name: self.seconds[name] / count for name, count in self.measured.items()}
+
+    def counted(self) -> float:
+        """Seconds that all of it should take."""
+        return sum(self.images[name] * seconds for name, seconds in self.unit().items())
+
+
+Show = Callable[[list[int], Tensor], None]
+
+
+class Drawer:
+    """The model with every checkpoint that the recipe's sources draw with."""
+
+    def __init__(self, config: PairsConfig, device: torch.device) -> None:
+        model = config.model
+        self.config = config
+        self.k2 = K2.load(model.path, model.transformer_file, getattr(torch, model.dtype), device)
+        self.names = {"": model.path}
+        """By `checkpoint` of a resolved DrawConfig: what the pairs call it."""
+        self.roles: dict[str, str | None] = {"": None}
+        draws = [pair_plan.resolved(config, d) for source in config.sources for d in pair_plan.draws(source)]
+        used = {draw.checkpoint for draw in draws}
+        for name in sorted(used - {""}, key=lambda name: (name != config.policy, name)):
+            self._add(name)
+        if self.k2.roles.get(POLICY, ...) is None and used != {config.policy}:
+            raise UserError(
+                f"policy: {config.policy} has trained all weights, so nothing else can be drawn beside it; leave"
+                " checkpoint out of all sources"
+            )
+        self.null = self.k2.text([""]) if any(draw.guidance for draw in draws) else None
+        self.begin()
+
+    def _add(self, name: str) -> None:
+        is_policy = name == self.config.policy
+        try:
+            saved = checkpoint.load(checkpoint.find(name))
+            if "lora" not in saved.state:
+                raise UserError(f"{name}: holds no adapter and no weights; give a run that trained the model")
+            if is_policy:
+                add_saved_policy(self.k2, saved)
+                self.roles[name] = POLICY
+            elif saved.state["lora"] is None:
+                raise UserError(f"{name}: has trained all weights; export it and give it as model.path")
+            elif None in self.k2.roles.values():
+                return
+            else:
+                self.roles[name] = role = f"drawn{len(self.roles)}"
+                self.k2.add_role(role, **saved.state["lora"])
+                self.k2.load_role_state_dict(role, saved.tensors["adapter"])
+        except UserError as error:
+            raise UserError(f"{'policy' if is_policy else 'checkpoint'}: {error}") from error
+        self.names[name] = str(saved.path)
+
+    def describe(self, draw: DrawConfig) -> str:
+        """Which checkpoint, and what differs from how the policy draws."""
+        own, plain = (pair_plan.resolved(self.config, d) for d in (draw, DrawConfig()))
+        settings = ("guidance", "steps", "drop", "renoise", "renoise_steps")
+        parts = [f"{n} {getattr(own, n):g}" for n in settings if getattr(own, n) != getattr(plain, n)]
+        return ", ".join([self.names[own.checkpoint], *parts])
+
+    def begin(self) -> None:
+        """Call before a block's `draw`s: forgets the block before."""
+        self._cost, self._cut, self._measured = Cost(), 0, False
+        self._fused: dict[str, Tensor] = {}
+        self._drawn: dict[tuple[Any, ...], Tensor] = {}
+
+    def end(self) -> tuple[Cost, int]:
+        """What the block has cost, and how many of its prompts were longer than max_tokens, degraded ones too."""
+        return self._cost, self._cut
+
+    @torch.no_grad()
+    def draw(
+        self, draw: DrawConfig, prompts: Sequence[str], seeds: Sequence[int], size: tuple[int, int], show: Show
+    ) -> None:
+        """One picture of each prompt; `show` gets the rows of each micro-batch and their pictures, uint8 (B, H, W, 3).
+
+        Within a block, two ways that differ only in `renoise` share what comes before it.
+        """
+        draw = pair_plan.resolved(self.config, draw)
+        if draw.drop:
+            prompts = [degrade(prompt, draw.drop, seed) for prompt, seed in zip(prompts, seeds)]
+        self._fuse(prompts)
+        fused = [self._fused[prompt] for prompt in prompts]
+        rows = sorted(range(len(prompts)), key=lambda i: len(fused[i]))  # prompts of like length need little padding
+        with self.k2.role(self.roles[draw.checkpoint]):
+            for first in range(0, len(rows), self.config.micro_batch):
+                part = rows[first : first + self.config.micro_batch]
+                text = Text.of([fused[i] for i in part])
+                key = (*astuple(replace(draw, renoise=0.0, renoise_steps=0)), first)
+                if (latents := self._drawn.get(key)) is None:
+                    latents = self._drawn[key] = self._sample(draw, text, [seeds[i] for i in part], size)
+                if draw.renoise:
+                    latents = self._renoised(draw, latents, text, [seeds[i] for i in part], size)
+                self._cost.images["decode"] += len(part)
+                show(part, self.k2.decode(latents, *size))
+                if first <= len(rows) // 2 < first + len(part) and not self._measured:
+                    self._measure(latents, text, size)
+
+    def _fuse(self, prompts: Sequence[str]) -> None:
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._fused]
+        encoding = self.k2.encode(new, self.config.max_tokens)
+        self._fused |= {prompt: self.k2.fuse(features) for prompt, features in zip(new, encoding.features)}
+        self._cut += sum(cut > 0 for cut in encoding.cut)
+
+    def _sample(self, draw: DrawConfig, text: Text, seeds: Sequence[int], size: tuple[int, int]) -> Tensor:
+        assert draw.steps is not None
+        shape = (self.k2.image_tokens(*size), self.k2.latent_channels)
+        self._cost.images["forward"] += len(seeds) * draw.steps * (2 if draw.guidance else 1)
+        return self.k2.sample(text, sampler.noise(seeds, shape), draw.steps, *size, draw.guidance, self.null)
+
+    def _renoised(
+        self, draw: DrawConfig, latents: Tensor, text: Text, seeds: Sequence[int], size: tuple[int, int]
+    ) -> Tensor:
+        """The latents taken to time `renoise` with fresh noise and back to 0 in even steps."""
+        noise = sampler.noise([sampler.seed_for(seed, 1) for seed in seeds], latents.shape[1:]).to(latents)
+        x = (1 - draw.renoise) * latents + draw.renoise * noise
+        times = torch.linspace(draw.renoise, 0, draw.renoise_steps + 1)
+        for t, t_next in itertools.pairwise(times):
+            v = self.k2.guided_velocity(x, t, text, self.null, draw.guidance, *size)
+            x = sampler.ode_step(x, v, t, t_next)
+        self._cost.images["forward"] += len(seeds) * draw.renoise_steps * (2 if draw.guidance else 1)
+        return x
+
+    def _measure(self, latents: Tensor, text: Text, size: tuple[int, int]) -> None:
+        """Adds the seconds of one more forward and decode, as they were just done, and their images."""
+        self._measured = True
+        for name, call in (
+            ("forward", lambda: self.k2.velocity(latents, 0.5, text, *size)),
+            ("decode", lambda: self.k2.decode(latents, *size)),
+        ):
+            began = self._now()
+            call()
+            self._cost.seconds[name] += self._now() - began
+            self._cost.measured[name] += len(latents)
+
+    def _now(self) -> float:
+        if self.k2.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
