@@ -124,7 +124,9 @@ def _validate_pairs(config: PairsConfig) -> None:
             raise ConfigError(name, "is empty; name one")
     if not config.sources:
         raise ConfigError("sources", "is empty; name at least one")
-    _validate_rewards(config.rewards, optional=not any(source.judged for source in config.sources))
+    if config.rewards:
+        _validate_rewards(config.rewards, any_trained=False)
+    ranks = [r for r in config.rewards if r.gate == "none" and not r.heldout_only and r.weight > 0]
     for i, reward in enumerate(config.rewards):
         if reward.group:
             raise ConfigError(f"rewards[{i}].group", f"'{reward.name}' sees whole groups, and pairs are none; drop it")
@@ -134,6 +136,8 @@ def _validate_pairs(config: PairsConfig) -> None:
             raise ConfigError(f"sources[{i}].name", f"is '{source.name}'; give each source a name of its own")
         seen.add(source.name)
         _validate_source(f"sources[{i}]", source, config)
+        if source.judged is not None and not ranks:
+            raise ConfigError("rewards", f"hold none that ranks for source {source.name}: no gate, not heldout_only")
     for name, least in {"pairs": 1, "min_margin": 0, "tolerance": 0, "tries": 1, "steps": 1, "max_tokens": 1,
                         "seed": 0, "block": 1, "micro_batch": 1, "shard": 1}.items():  # fmt: skip
         _at_least(name, getattr(config, name), least)
@@ -271,9 +275,8 @@ def _validate_optim(optim: OptimConfig) -> None:
         raise ConfigError("optim.ema", f"is {optim.ema}; it must be at least 0 and below 1")
 
 
-def _validate_rewards(rewards: list[RewardSpec], optional: bool = False) -> None:
-    """`optional`: there may be none, or none that is trained on."""
-    if not rewards and not optional:
+def _validate_rewards(rewards: list[RewardSpec], any_trained: bool = True) -> None:
+    if not rewards:
         raise ConfigError("rewards", "is empty; name at least one reward to train on")
     seen: set[str] = set()
     for i, reward in enumerate(rewards):
@@ -289,7 +292,7 @@ def _validate_rewards(rewards: list[RewardSpec], optional: bool = False) -> None
                 f"rewards[{i}].function", f"'{reward.function}' is not written as package.module:function"
             )
         _at_least(f"rewards[{i}].weight", reward.weight, 0)
-    if not optional and sum(reward.weight for reward in rewards if not reward.heldout_only) <= 0:
+    if any_trained and sum(reward.weight for reward in rewards if not reward.heldout_only) <= 0:
         raise ConfigError("rewards", "the weights of the trained rewards sum to zero; give one a weight above 0")
 
 
