@@ -261,10 +261,8 @@ class DrawConfig:
     drop: float = 0.0
     """Share of the prompt left out, from 0 to below 1: of its clauses or, where there is one, of its words; drawn by
     the pair's seed, at least one and never all. The pair keeps the whole prompt."""
-    renoise: float = 0.0
-    """Time, from 0 to below 1, to which the finished latents are noised again; 0: they stay as they are."""
-    renoise_steps: int = 1
-    """Steps back from there, >= 0: few leave details wrong or blurred; 0: the noise stays in the picture."""
+    noise: float = 0.0
+    """Time, from 0 to below 1, to which the finished latents are noised again before they are decoded."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Pictures drawn in the ways of a recipe (`DrawConfig`): checkpoint, guidance, steps, degraded prompt, noise again.
+"""Pictures drawn in the ways of a recipe (`DrawConfig`): checkpoint, guidance, steps, degraded prompt, noise.
 
 Noise and what is left out of a prompt come from the seed of each picture alone. The model's work is counted, and its
 unit cost measured beside it, so that a run can say how much of its time was that work.
@@ -6,7 +6,6 @@ unit cost measured beside it, so that a run can say how much of its time was tha
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -97,18 +96,34 @@ class Drawer:
     def describe(self, draw: DrawConfig) -> str:
         """Which checkpoint, and what differs from how the policy draws."""
         own, plain = (pair_plan.resolved(self.config, d) for d in (draw, DrawConfig()))
-        settings = ("guidance", "steps", "drop", "renoise", "renoise_steps")
+        settings = ("guidance", "steps", "drop", "noise")
         parts = [f"{n} {getattr(own, n):g}" for n in settings if getattr(own, n) != getattr(plain, n)]
         return ", ".join([self.names[own.checkpoint], *parts])
 
     def begin(self) -> None:
         """Call before a block's `draw`s: forgets the block before."""
-        self._cost, self._cut, self._measured = Cost(), 0, False
+        self._cost, self._cut = Cost(), 0
+        self._typical: tuple[Tensor, Text, tuple[int, int]] | None = None
         self._fused: dict[str, Tensor] = {}
         self._drawn: dict[tuple[Any, ...], Tensor] = {}
 
-    def end(self) -> tuple[Cost, int]:
-        """What the block has cost, and how many of its prompts were longer than max_tokens, degraded ones too."""
+    @torch.no_grad()
+    def end(self, measure: bool) -> tuple[Cost, int]:
+        """What the block has cost, and how many of its prompts were longer than max_tokens, degraded ones too.
+
+        With `measure` it times one more forward and decode, which costs two of each: call it when nothing else runs.
+        """
+        if measure and self._typical is not None:
+            latents, text, size = self._typical
+            for name, call in (
+                ("forward", lambda: self.k2.velocity(latents, 0.5, text, *size)),
+                ("decode", lambda: self.k2.decode(latents, *size)),
+            ):
+                call()  # the first one after other work finds no memory at hand
+                began = self._now()
+                call()
+                self._cost.seconds[name] += self._now() - began
+                self._cost.measured[name] += len(latents)
         return self._cost, self._cut
 
     @torch.no_grad()
@@ -117,7 +132,7 @@ class Drawer:
     ) -> None:
         """One picture of each prompt; `show` gets the rows of each micro-batch and their pictures, uint8 (B, H, W, 3).
 
-        Within a block, two ways that differ only in `renoise` share what comes before it.
+        Within a block, two ways that differ only in `noise` share what comes before it.
         """
         draw = pair_plan.resolved(self.config, draw)
         if draw.drop:
@@ -129,15 +144,16 @@ class Drawer:
             for first in range(0, len(rows), self.config.micro_batch):
                 part = rows[first : first + self.config.micro_batch]
                 text = Text.of([fused[i] for i in part])
-                key = (*astuple(replace(draw, renoise=0.0, renoise_steps=0)), first)
+                key = (*astuple(replace(draw, noise=0.0)), first)
                 if (latents := self._drawn.get(key)) is None:
                     latents = self._drawn[key] = self._sample(draw, text, [seeds[i] for i in part], size)
-                if draw.renoise:
-                    latents = self._renoised(draw, latents, text, [seeds[i] for i in part], size)
+                if draw.noise:
+                    noise = sampler.noise([sampler.seed_for(seeds[i], -1) for i in part], latents.shape[1:])
+                    latents = (1 - draw.noise) * latents + draw.noise * noise.to(latents)
                 self._cost.images["decode"] += len(part)
                 show(part, self.k2.decode(latents, *size))
-                if first <= len(rows) // 2 < first + len(part) and not self._measured:
-                    self._measure(latents, text, size)
+                if first <= len(rows) // 2 < first + len(part):
+                    self._typical = (latents, text, size)
 
     def _fuse(self, prompts: Sequence[str]) -> None:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._fused]
@@ -150,31 +166,6 @@ class Drawer:
         shape = (self.k2.image_tokens(*size), self.k2.latent_channels)
         self._cost.images["forward"] += len(seeds) * draw.steps * (2 if draw.guidance else 1)
         return self.k2.sample(text, sampler.noise(seeds, shape), draw.steps, *size, draw.guidance, self.null)
-
-    def _renoised(
-        self, draw: DrawConfig, latents: Tensor, text: Text, seeds: Sequence[int], size: tuple[int, int]
-    ) -> Tensor:
-        """The latents taken to time `renoise` with fresh noise and back to 0 in even steps."""
-        noise = sampler.noise([sampler.seed_for(seed, 1) for seed in seeds], latents.shape[1:]).to(latents)
-        x = (1 - draw.renoise) * latents + draw.renoise * noise
-        times = torch.linspace(draw.renoise, 0, draw.renoise_steps + 1)
-        for t, t_next in itertools.pairwise(times):
-            v = self.k2.guided_velocity(x, t, text, self.null, draw.guidance, *size)
-            x = sampler.ode_step(x, v, t, t_next)
-        self._cost.images["forward"] += len(seeds) * draw.renoise_steps * (2 if draw.guidance else 1)
-        return x
-
-    def _measure(self, latents: Tensor, text: Text, size: tuple[int, int]) -> None:
-        """Adds the seconds of one more forward and decode, as they were just done, and their images."""
-        self._measured = True
-        for name, call in (
-            ("forward", lambda: self.k2.velocity(latents, 0.5, text, *size)),
-            ("decode", lambda: self.k2.decode(latents, *size)),
-        ):
-            began = self._now()
-            call()
-            self._cost.seconds[name] += self._now() - began
-            self._cost.measured[name] += len(latents)
 
     def _now(self) -> float:
         if self.k2.device.type == "cuda":

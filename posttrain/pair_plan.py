@@ -113,12 +113,8 @@ def _line(entry: dict[str, Any]) -> str:
 def resolved(config: PairsConfig, draw: DrawConfig) -> DrawConfig:
     """The same way to draw with `base`, `policy` and defaults replaced by what they mean; base is the empty name."""
     names = {"policy": config.policy or "", "base": ""}
-    return replace(
-        draw,
-        checkpoint=names.get(draw.checkpoint, draw.checkpoint),
-        steps=draw.steps or config.steps,
-        renoise_steps=draw.renoise_steps if draw.renoise else 0,
-    )
+    checkpoint = names.get(draw.checkpoint, draw.checkpoint)
+    return replace(draw, checkpoint=checkpoint, steps=draw.steps or config.steps)
 
 
 def is_policy(config: PairsConfig, draw: DrawConfig) -> bool:

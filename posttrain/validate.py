@@ -182,10 +182,9 @@ def _validate_draw(path: str, draw: DrawConfig) -> None:
     _at_least(f"{path}.guidance", draw.guidance, 0)
     if draw.steps is not None:
         _at_least(f"{path}.steps", draw.steps, 1)
-    for name in ("drop", "renoise"):
+    for name in ("drop", "noise"):
         if not 0 <= getattr(draw, name) < 1:
             raise ConfigError(f"{path}.{name}", f"is {getattr(draw, name)}; use at least 0 and below 1")
-    _at_least(f"{path}.renoise_steps", draw.renoise_steps, 0)
 
 
 def _validate_judge(config: JudgeConfig) -> None:
