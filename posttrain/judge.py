@@ -39,9 +39,9 @@ from posttrain.config import CheckpointConfig, JudgeConfig
 from posttrain.loop import Loop, Stepper
 from posttrain.track import Run, peak_memory
 from posttrain.validate import JUDGE_TARGETS
-from posttrain.vlm import VLM, Inputs
 from prompts.errors import UserError
 from prompts.templates import Template, load_template
+from rewards.vlm import VLM, Inputs
 
 MASS_WEIGHT = 0.1
 """Weight of -log(P(yes) + P(no))."""

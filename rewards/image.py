@@ -19,10 +19,13 @@ from rewards.requirements import Requirements
 
 
 class JudgeReward(ABC):
-    """One score a picture from one judge. `judge` is a Judge or its arguments, as a recipe gives them."""
+    """One score a picture from one judge.
+
+    `judge` is a Judge or, as a recipe gives it, the arguments of one; those of a LocalJudge if `path` is among them.
+    """
 
     def __init__(self, judge: Judge | Mapping[str, Any], template: str):
-        self.judge = judge if isinstance(judge, Judge) else construct(Judge, judge, "judge")
+        self.judge = judge if isinstance(judge, Judge) else _made(judge)
         self.template = load_template(template)
 
     async def __call__(
@@ -133,6 +136,14 @@ class OCR(JudgeReward):
 
     def question(self, prompt: str) -> tuple[Template, dict[str, str]]:
         return load_template("rubric"), {"requirement": prompt}
+
+
+def _made(judge: Mapping[str, Any]) -> Judge:
+    if "path" not in judge:
+        return construct(Judge, judge, "judge")
+    from rewards.local_judge import LocalJudge  # torch comes with it
+
+    return construct(LocalJudge, judge, "judge")
 
 
 def _hashes(*templates: Template) -> dict[str, str]:

@@ -14,9 +14,9 @@ from posttrain import cli, judge, losses
 from posttrain.calibration import auroc, brier, expected_calibration_error, reliability
 from posttrain.config import JudgeConfig, LoraConfig, OptimConfig, TrackConfig
 from posttrain.nano import build_judge, judge_data
-from posttrain.vlm import VLM
 from prompts.errors import UserError
 from prompts.templates import load_template
+from rewards.vlm import VLM
 
 
 def test_bradley_terry_arithmetic():

@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 from posttrain.nano import build_judge, evaluate_judge, oracles, questions, scenes
-from posttrain.vlm import VLM
 from prompts.errors import UserError
 from prompts.templates import load_template
+from rewards.vlm import VLM
 
 ROOM = {"rubric": 44, "transcribe": 14, "describe": 40}
 
@@ -115,3 +115,20 @@ def test_mistakes_are_user_errors(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen2", "vocab_size": 8}')
     with pytest.raises(UserError, match="is a qwen2: judges are Qwen3-VL models"):
         VLM.load(str(tmp_path))
+
+
+def test_a_picture_asked_twice_is_seen_once(vlm, monkeypatch):
+    """Questions in one batch that share image objects, of two sizes, have the scores that each has alone."""
+    rng = np.random.default_rng(5)
+    a, b = (Image.fromarray(rng.integers(0, 255, (size, 64, 3), dtype=np.uint8)) for size in (64, 32))
+    images, texts = [a, b, a, a, b], [f"Is it {word}?" for word in ("red", "blue", "green", "red", "large")]
+    alone = [vlm.margins([image], [text]).item() for image, text in zip(images, texts)]
+    assert vlm.margins(images, texts).tolist() == pytest.approx(alone, abs=1e-4)
+    assert len(set(alone)) > 2
+    patches = []
+    visual = vlm.model.model.visual
+    embed = visual.patch_embed.forward
+    monkeypatch.setattr(visual.patch_embed, "forward", lambda x: patches.append(len(x)) or embed(x))
+    vlm.margins(images, texts)
+    assert patches == [vlm.inputs([a, b], texts[:2])["pixel_values"].shape[0]]
+    assert vlm.complete(images[:3], texts[:3], 4) == [vlm.complete([i], [t], 4)[0] for i, t in zip(images, texts)][:3]

@@ -21,7 +21,6 @@ from PIL import Image
 from posttrain import grpo
 from posttrain.nano import scenes
 from posttrain.nano.prompts import HELDOUT_WORDS
-from posttrain.vlm import VLM
 from prompts.errors import UserError
 from prompts.templates import load_template
 from rewards.background import ScoreQueue
@@ -30,6 +29,7 @@ from rewards.endpoints import JudgeError
 from rewards.judge import Judge
 from rewards.load import load_rewards
 from rewards.serve import ServerError, ServerSpec, commands, serve
+from rewards.vlm import VLM
 from tests import runs, tiny
 
 VLLM = os.environ.get("POSTTRAIN_VLLM", "")

@@ -34,8 +34,8 @@ from transformers import GenerationConfig, Qwen2Tokenizer, Qwen3VLConfig, Qwen3V
 
 from posttrain.nano import build, evaluate_judge, questions, scenes
 from posttrain.nano.prompts import TRAIN_WORDS
-from posttrain.vlm import VLM
 from prompts.templates import load_template
+from rewards.vlm import VLM
 
 PATCH, MERGE, TEMPORAL = 4, 2, 2
 GRID = scenes.SIZE // (PATCH * MERGE)

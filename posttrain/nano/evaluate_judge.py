@@ -22,8 +22,8 @@ from PIL import Image
 from posttrain.calibration import brier, expected_calibration_error
 from posttrain.nano import oracles, prompts, questions, scenes
 from posttrain.nano.scenes import Scene
-from posttrain.vlm import VLM
 from prompts.templates import load_template
+from rewards.vlm import VLM
 
 SEED = 4242
 

@@ -1,9 +1,10 @@
-"""Writes the nano prompt sets: prompts/nano/train.jsonl, heldout.jsonl and open.jsonl.
+"""Writes the nano prompt sets: prompts/nano/train.jsonl, heldout.jsonl, open.jsonl and mixed.jsonl.
 
     python -m posttrain.nano.prompts
 
 Training and held-out prompts come from different seeds and share no prompt and no word to draw. `open.jsonl` leaves
-style, background, size and place open, to measure diversity.
+style, background, size and place open, to measure diversity. Two thirds of `mixed.jsonl` teach K2-nano nothing: it
+always meets what the easy ones require, and cannot spell what the hard ones do.
 """
 
 import json
@@ -32,6 +33,26 @@ def make(n: int, seed: int, words: list[str], details: tuple[float, ...], taken:
     return records
 
 
+def make_mixed(n: int, seed: int, words: list[str], taken: set[str]) -> list[dict]:
+    """n prompts that teach, n too easy and n too hard (words of twice the length that it knows), by tag, shuffled."""
+    rng = np.random.default_rng(seed)
+    easy, hard = [], []
+    while len(easy) < n:
+        scene = scenes.random_scene(rng, words)
+        prompt = scenes.describe(scene, rng, float(rng.choice((0.2, 0.6, 1.0)))).prompt
+        if scene.kind == "single" and prompt not in taken:
+            taken.add(prompt)
+            easy.append({"prompt": prompt, "requirements": ["there is exactly one shape"], "texts": []})
+    while len(hard) < n:
+        word = "".join(rng.choice(words, 2, replace=False))
+        if (prompt := f'the word "{word}"') not in taken and len(word) > 5:
+            taken.add(prompt)
+            hard.append({"prompt": prompt, "requirements": [f'the text reads "{word}"'], "texts": [word]})
+    tagged = {"mixed": make(n, seed, words, (0.2, 0.6, 1.0), taken), "easy": easy, "hard": hard}
+    rows = [{**row, "tags": [tag]} for tag, group in tagged.items() for row in group]
+    return [rows[i] for i in rng.permutation(len(rows))]
+
+
 def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     taken: set[str] = set()
@@ -41,7 +62,12 @@ def main() -> None:
         ("train", 2000, 1003, TRAIN_WORDS, (0.2, 0.6, 1.0)),
     ):
         rows = make(n, seed, words, details, taken)
-        (FOLDER / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        _write(name, rows)
+    _write("mixed", make_mixed(96, 1004, TRAIN_WORDS, taken))
+
+
+def _write(name: str, rows: list[dict]) -> None:
+    (FOLDER / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

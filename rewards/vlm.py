@@ -8,7 +8,8 @@ Judges are trained with it, and it gives the scores that vLLM gives. B is a batc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, Qwen3VLForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer, Qwen3VLForConditionalGeneration, Qwen3VLVisionModel
 
 # The one that needs no torchvision; AutoImageProcessor may pick another.
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -63,9 +64,12 @@ class VLM:
 
     def inputs(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Inputs:
         """One question for each image as model inputs, padded on the left: the answer comes after the last token."""
-        pixels = self.processor(images=[i.convert("RGB") for i in images], return_tensors="pt")
+        first, row = distinct(images)
+        pixels = self.processor(images=[images[i].convert("RGB") for i in first], return_tensors="pt")
+        grids = pixels["image_grid_thw"]
+        patches = pixels["pixel_values"].split(grids.prod(-1).tolist())
         turns = []
-        for text, grid in zip(texts, pixels["image_grid_thw"], strict=True):
+        for text, grid in zip(texts, grids[row], strict=True):
             content = [{"type": "image"}, {"type": "text", "text": text}]
             turn = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
@@ -79,8 +83,8 @@ class VLM:
             "input_ids": rows.input_ids,
             "attention_mask": rows.attention_mask,
             "mm_token_type_ids": image.int(),
-            "pixel_values": pixels["pixel_values"],
-            "image_grid_thw": pixels["image_grid_thw"],
+            "pixel_values": torch.cat([patches[r] for r in row]),
+            "image_grid_thw": grids[row],
         }
 
     def answers(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -93,10 +97,10 @@ class VLM:
     @torch.no_grad()
     def margins(self, images: Sequence[Image.Image], texts: Sequence[str], batch: int = 32) -> Tensor:
         """(B,) logit(yes) - logit(no)."""
-        parts = [
-            self.answers(self.inputs(images[i : i + batch], texts[i : i + batch]))[0].cpu()
-            for i in range(0, len(images), batch)
-        ]
+        parts = []
+        for i in range(0, len(images), batch):
+            with self.seeing_once(images[i : i + batch]):
+                parts.append(self.answers(self.inputs(images[i : i + batch], texts[i : i + batch]))[0].cpu())
         return torch.cat(parts)
 
     def p_yes(self, images: Sequence[Image.Image], texts: Sequence[str], batch: int = 32) -> list[float]:
@@ -112,7 +116,41 @@ class VLM:
         for i in range(0, len(images), batch):
             inputs = self.inputs(images[i : i + batch], texts[i : i + batch])
             inputs = {name: value.to(self.device) for name, value in inputs.items()}
-            out = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
+            with self.seeing_once(images[i : i + batch]):
+                out = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
             new = out[:, inputs["input_ids"].shape[1] :]
             answers += self.tokenizer.batch_decode(new, skip_special_tokens=True)
         return answers
+
+    @contextlib.contextmanager
+    def seeing_once(self, images: Sequence[Image.Image]) -> Iterator[None]:
+        """Inside the block an image object that is in a batch several times goes through the vision tower once."""
+        first, row = distinct(images)
+        visual = next(m for m in self.model.modules() if isinstance(m, Qwen3VLVisionModel))
+        whole, merged = visual.forward, self.processor.merge_size**2
+
+        def forward(hidden_states: Tensor, grid_thw: Tensor, **options: Any) -> Any:
+            sizes = grid_thw.prod(-1).tolist()
+            patches = hidden_states.split(sizes)
+            seen: Any = whole(torch.cat([patches[i] for i in first]), grid_thw=grid_thw[first], **options)
+
+            def spread(features: Tensor) -> Tensor:
+                parts = features.split([sizes[i] // merged for i in first])
+                return torch.cat([parts[r] for r in row])
+
+            seen.pooler_output = spread(seen.pooler_output)
+            seen.deepstack_features = [spread(features) for features in seen.deepstack_features]
+            return seen
+
+        visual.forward = forward
+        try:
+            yield
+        finally:
+            del visual.forward
+
+
+def distinct(images: Sequence[Image.Image]) -> tuple[list[int], list[int]]:
+    """Where each image object stands first, and for every place which of these it is."""
+    order = {key: n for n, key in enumerate(dict.fromkeys(map(id, images)))}
+    row = [order[id(image)] for image in images]
+    return [row.index(n) for n in range(len(order))], row

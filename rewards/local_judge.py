@@ -1,0 +1,119 @@
+"""A judge in this process: a small Qwen3-VL that needs no server.
+
+    function: {class_path: rewards.image.Rubric, init_args: {judge: {path: posttrain/nano/weights/judge-nano}}}
+
+It answers as the same weights behind vLLM do, but it takes the training's own processor or GPU and its memory, so it
+is for judges that are small beside the model, such as judge-nano. What is asked at one time is answered in one batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import threading
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from prompts.errors import UserError
+from rewards.encode import EncodedImage
+from rewards.endpoints import JudgeError
+from rewards.judge import Judge
+from rewards.vlm import VLM
+
+GATHER = 0.002
+"""Seconds for which the first question waits for others to share its batch."""
+
+
+class LocalJudge(Judge):
+    """`Judge` without a server: `path` is a Qwen3-VL directory or hub id, `adapter` a LoRA directory on it."""
+
+    def __init__(
+        self,
+        path: str,
+        adapter: str | None = None,
+        max_text_tokens: int = 64,
+        min_mass: float = 0.5,
+        batch: int = 128,
+        device: str | None = None,
+    ):
+        super().__init__(adapter or path, "this process", max_text_tokens=max_text_tokens, min_mass=min_mass)
+        if batch < 1:
+            raise UserError(f"batch: {batch}: use 1 or more")
+        self.batch = batch
+        self._vlm, self._lock = _load(path, adapter, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._waiting: list[tuple[EncodedImage, str, dict[str, Any], asyncio.Future[Any]]] = []
+        self._draining: asyncio.Task[None] | None = None
+
+    async def _chat(self, text: str, encoded: EncodedImage | None, **options: Any) -> Any:
+        if encoded is None:
+            raise JudgeError("a judge in this process is asked about pictures only; give the prompt its requirements")
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._waiting.append((encoded, text, options, answer))
+        if self._draining is None or self._draining.done():
+            self._draining = asyncio.create_task(self._drain())
+        return await answer
+
+    async def _drain(self) -> None:
+        await asyncio.sleep(GATHER)
+        while self._waiting:
+            # Short answers first: a batch of transcriptions is many forwards, a batch of yes or no is one.
+            self._waiting.sort(key=lambda row: "logprobs" not in row[2])
+            kind = "logprobs" in self._waiting[0][2]
+            rows = [row for row in self._waiting[: self.batch] if ("logprobs" in row[2]) is kind]
+            del self._waiting[: len(rows)]
+            try:
+                answers = await asyncio.to_thread(self._answer, rows)
+            except Exception as error:  # it belongs to those who asked
+                for future in (row[3] for row in rows if not row[3].cancelled()):
+                    future.set_exception(error)
+                continue
+            for (*_, future), answer in zip(rows, answers, strict=True):
+                if not future.cancelled():
+                    future.set_result(answer)
+
+    def _answer(self, rows: list[tuple[EncodedImage, str, dict[str, Any], Any]]) -> list[dict[str, Any]]:
+        """What a server would answer to each, as far as `Judge` reads it."""
+        decoded = {row[0].hash: _decode(row[0]) for row in rows}
+        images, texts = [decoded[row[0].hash] for row in rows], [row[1] for row in rows]
+        with self._lock, torch.no_grad():
+            if "logprobs" in rows[0][2]:
+                with self._vlm.seeing_once(images):
+                    margins, mass = self._vlm.answers(self._vlm.inputs(images, texts))
+                yes = (mass + torch.nn.functional.logsigmoid(margins)).tolist()
+                no = (mass + torch.nn.functional.logsigmoid(-margins)).tolist()
+                return [_choice(logprobs={"content": [{"top_logprobs": [_token("yes", y), _token("no", n)]}]})
+                        for y, n in zip(yes, no)]  # fmt: skip
+            said = self._vlm.complete(images, texts, self.max_text_tokens, self.batch)
+            lengths = [len(self._vlm.tokenizer(s, add_special_tokens=False).input_ids) for s in said]
+            ends = ["length" if n >= self.max_text_tokens else "stop" for n in lengths]
+            return [_choice(message={"content": s}, finish_reason=end) for s, end in zip(said, ends)]
+
+
+def _choice(**fields: Any) -> dict[str, Any]:
+    return {"choices": [fields]}
+
+
+def _token(text: str, logprob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob}
+
+
+def _decode(encoded: EncodedImage) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(encoded.url.partition(",")[2]))).convert("RGB")
+
+
+@lru_cache(maxsize=8)
+def _load(path: str, adapter: str | None, device: str) -> tuple[VLM, threading.Lock]:
+    """Rewards that name the same judge share it, and take turns."""
+    vlm = VLM.load(path, device=device)
+    if adapter is not None:
+        from peft import PeftModel
+
+        if not (Path(adapter) / "adapter_config.json").is_file():
+            raise UserError(f"adapter: {adapter} has no adapter_config.json: give a LoRA directory")
+        vlm.model = PeftModel.from_pretrained(vlm.model, adapter).merge_and_unload().eval()
+    return vlm, threading.Lock()
