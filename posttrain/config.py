@@ -22,6 +22,10 @@ class ModelConfig:
     """Diffusers directory or hub id of a Krea2Pipeline (with transformer_file: for the other parts)."""
     transformer_file: str | None = None
     """Transformer as one safetensors file in the original key names; replaces the one in path."""
+    start: str | None = None
+    """Run directory or checkpoint of an earlier method to go on from: what it trained, and what it started from
+    itself, is merged into the base, which is then the reference. It must stay where it is. In bfloat16 a merged
+    weight keeps 8 bits, so a small update is rounded."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the frozen weights, and of the arithmetic. What is trained, latents and log-probs stay float32."""
 
@@ -134,6 +138,8 @@ class StopConfig:
     drop: float = 0.1
     """How far from its best so far the figure may get, as a share of that best, > 0: 0.1 lets 0.8 fall to 0.72.
     Made for figures above 0."""
+    limit: float | None = None
+    """Instead of drop: the worst that the figure may be, whatever its best was; null: drop decides."""
     patience: int = 2
     """Evaluations in a row that must be worse than that, >= 1."""
 

@@ -24,9 +24,10 @@ from posttrain.checkpoint import Checkpoint
 from posttrain.config import ExportConfig
 from posttrain.k2 import K2
 from posttrain.load import quiet
-from posttrain.policy import POLICY, add_saved_policy
+from posttrain.policy import POLICY, add_saved_policy, earlier_of, load_base
 from prompts.errors import UserError
 
+B = "lora_B.weight"
 DIFFUSERS_PREFIX, ORIGINAL_PREFIX = "transformer.", "diffusion_model."
 """What LoRA files put before a module's name in the two key conventions."""
 
@@ -37,9 +38,10 @@ def export(config: ExportConfig) -> None:
     if output.exists():
         raise UserError(f"output: {output} exists; choose another name")
     saved = checkpoint.load(checkpoint.find(config.source))
-    if config.format.startswith("lora") and saved.state["lora"] is None:
-        raise UserError(f"format: {saved.path} has no adapter, all weights were trained; use diffusers or original")
-    factors = {} if saved.state["lora"] is None else scaled_factors(saved)
+    adapter = saved.tensors.get("adapter")
+    if adapter is not None and not any(v.any() for k, v in adapter.items() if k.endswith(B)):
+        raise UserError(f"{saved.path}: the adapter is untrained (every B factor is 0) and would do nothing")
+    factors = scaled_factors(saved) if config.format.startswith("lora") else {}
     if config.format == "lora":
         _whole(output, lambda path: save_file({DIFFUSERS_PREFIX + k: v for k, v in factors.items()}, path))
     elif config.format == "lora-original":
@@ -64,15 +66,18 @@ def export(config: ExportConfig) -> None:
 
 
 def scaled_factors(saved: Checkpoint) -> dict[str, Tensor]:
-    """The adapter's factors with its scale in B. Raises UserError if it has no effect (every B is zero)."""
-    scale = saved.state["lora"]["alpha"] / saved.state["lora"]["rank"]
-    factors = {
-        key: value * scale if key.endswith("lora_B.weight") else value
-        for key, value in saved.tensors["adapter"].items()
-    }
-    if not any(value.any() for key, value in factors.items() if key.endswith("lora_B.weight")):
-        raise UserError(f"{saved.path}: the adapter is untrained (every B factor is 0) and would do nothing")
-    return factors
+    """The adapter's factors with its scale in B, and beside them, as further ranks, those of the adapters that were
+    merged into its base: for the base that all began with. Raises UserError if one of them trained all weights."""
+    stages = [*earlier_of(saved), saved]
+    for stage in stages:
+        if stage.state["lora"] is None:
+            raise UserError(f"format: {stage.path} has no adapter, all weights were trained; use diffusers or original")
+    factors: dict[str, list[Tensor]] = {}
+    for stage in stages:
+        scale = stage.state["lora"]["alpha"] / stage.state["lora"]["rank"]
+        for key, value in stage.tensors["adapter"].items():
+            factors.setdefault(key, []).append(value * scale if key.endswith(B) else value)
+    return {key: torch.cat(parts, dim=1 if key.endswith(B) else 0) for key, parts in factors.items()}
 
 
 def load_checkpoint(saved: Checkpoint, device: str | torch.device = "cpu") -> K2:
@@ -80,12 +85,6 @@ def load_checkpoint(saved: Checkpoint, device: str | torch.device = "cpu") -> K2
     k2 = load_base(saved, device)
     add_saved_policy(k2, saved)
     return k2
-
-
-def load_base(saved: Checkpoint, device: str | torch.device = "cpu") -> K2:
-    """The model that a checkpoint's run began with."""
-    model = saved.state["model"]
-    return K2.load(model["path"], model["transformer_file"], getattr(torch, model["dtype"]), device)
 
 
 def _whole(output: Path, write: Callable[[Path], object]) -> None:

@@ -13,7 +13,7 @@ Pictures are uint8 (N, H, W, 3); values of theirs count as 0 to 1. Plain numpy, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -53,21 +53,36 @@ def saturation(images: np.ndarray) -> float:
 
 
 def high_frequency(images: np.ndarray) -> float:
-    """Mean over the pictures; grid textures and noise raise it, blur lowers it. A flat picture has 0.
+    """Mean over the pictures; grid textures and noise raise it, blur lowers it. A flat picture has 0."""
+    shares = [high / total if total >= 1e-16 else 0.0 for high, total in _energies(images)]  # less is rounding
+    return float(np.mean(shares))
+
+
+def high_energy(images: np.ndarray) -> float:
+    """Mean over the pictures of what `high_frequency` is a share of; in [0, 1]. Its ratio to that of other pictures of
+    the same prompts and seeds tells whether detail was lost or texture gained, whatever becomes of the rest.
+    """
+    return float(np.mean([high for high, _ in _energies(images)]))
+
+
+def _energies(images: np.ndarray) -> Iterator[tuple[float, float]]:
+    """Mean square of each picture's luma above HIGH, and of all of it but the mean.
 
     Each picture is faded out towards its edges (Hann), since the jump from one edge to the other is no detail.
     """
     height, width = images.shape[1:3]
     window = np.hanning(height + 2)[1:-1, None] * np.hanning(width + 2)[None, 1:-1]
     high = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None]) > HIGH
-    shares = []
     for image in images:
         luma = image @ LUMA / 255
         faded = (luma - (luma * window).sum() / window.sum()) * window
-        power = np.square(np.abs(np.fft.fft2(faded)))
-        flat = np.square(faded).mean() < 1e-16  # what remains of one colour is rounding
-        shares.append(0.0 if flat else power[high].sum() / power.sum())
-    return float(np.mean(shares))
+        power = np.square(np.abs(np.fft.fft2(faded))) / (height * width) ** 2
+        yield float(power[high].sum()), float(power.sum())
+
+
+def contrast(images: np.ndarray) -> float:
+    """Mean over the pictures of the standard deviation of luma, in [0, 0.5]."""
+    return float(np.mean([(image @ LUMA / 255).std() for image in images]))
 
 
 def diversity(images: np.ndarray, group_size: int) -> float:

@@ -18,24 +18,27 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain import advantages, checkpoint, losses, sampler, watch
-from posttrain.config import GRPOConfig, ModelConfig
-from posttrain.evaluate import Evaluation, Evaluator, means
+from posttrain import advantages, checkpoint, losses, sampler
+from posttrain.checkpoint import Checkpoint
+from posttrain.config import GRPOConfig
+from posttrain.evaluate import Evaluator, means
 from posttrain.k2 import K2, Text, to_pil
-from posttrain.loop import Loop, Stepper
-from posttrain.policy import POLICY, add_policy, described, load_policy, saved_tensors
+from posttrain.loop import Stepper
+from posttrain.policy import POLICY, add_policy, load_model
 from posttrain.processes import Processes
 from posttrain.report import write_report
 from posttrain.rollout import Trajectory, rollout
 from posttrain.source import PromptSource
-from posttrain.track import Run, peak_memory
+from posttrain.track import Run
+from posttrain.training import Training
 from prompts.errors import UserError
 from prompts.records import PromptRecord, columns, read_prompts
 from rewards.background import ScoreQueue
@@ -67,11 +70,12 @@ def train(config: GRPOConfig, resume: bool = False) -> None:
         Run.check(config, resume)
     source, heldout = PromptSource(config, read_prompts(config.prompts.train)), read_prompts(config.prompts.heldout)
     load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})  # before the wait
-    k2 = load_model(config.model, procs.device)
+    saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
+    k2 = load_model(config.model, procs.device, saved)
     add_policy(k2, config.lora, config.seed, reference=config.loss.kl > 0)
     with Run.create(config, resume, procs.main) as run:
         with serve(config.servers if procs.main else [], run.path / "servers") as urls:
-            stopped = _train(config, resume, run, procs, k2, source, heldout, procs.from_main(urls))
+            stopped = _train(config, saved, run, procs, k2, source, heldout, procs.from_main(urls))
         if procs.main:
             write_report(run.path)
     if stopped is signal.SIGINT:
@@ -80,7 +84,7 @@ def train(config: GRPOConfig, resume: bool = False) -> None:
 
 def _train(
     config: GRPOConfig,
-    resume: bool,
+    saved: Checkpoint | None,
     run: Run,
     procs: Processes,
     k2: K2,
@@ -88,7 +92,6 @@ def _train(
     heldout: list[PromptRecord],
     urls: dict[str, list[str]],
 ) -> signal.Signals | None:
-    started = time.time()
     trained = load_rewards([r for r in config.rewards if not r.heldout_only], urls)
     measured = load_rewards(config.rewards, urls)  # judges keep to one event loop, so evaluation has its own
     stepper = Stepper(k2.train_role(POLICY), config.optim)
@@ -96,78 +99,24 @@ def _train(
     evaluator = Evaluator(k2, heldout, measured, config.eval, _size(config, 0), batch, max_tokens, procs)
     _warn_of_cuts(run, k2, [*source.records, *heldout], max_tokens)
 
-    saved = checkpoint.load_latest(run.path / "checkpoints") if resume else None
-    history: dict[str, Any] = {"before": None, "after": None, "images": 0, "seconds": 0.0}
-    evaluations: list[Any] = []  # (step, figures)
-    if saved is not None:
-        with stepper.averaged():
-            load_policy(k2, saved)
-        if config.optim.ema:
-            k2.load_role_state_dict(POLICY, saved.tensors["live"])
-        checkpoint.restore_optimizer(stepper.optimizer, saved.tensors["optimizer"], saved.state["optimizer"])
-        stepper.restore_counters(saved.state["counters"])
-        source.restore(saved)
-        history, evaluations = saved.state["history"], saved.state["evaluations"]
-    first = saved.step if saved else 0
-
-    def seconds() -> float:
-        return history["seconds"] + time.time() - started
-
-    def save(step: int) -> None:
-        if not procs.main:
-            return
-        optimizer, state = checkpoint.flatten_optimizer(stepper.optimizer)
-        pool, pool_state = source.state()
-        with stepper.averaged():
-            tensors = {**saved_tensors(k2), "optimizer": optimizer, **pool}
-        if config.optim.ema:
-            tensors["live"] = k2.role_state_dict(POLICY)
-        checkpoint.save(
-            run.path / "checkpoints",
-            step,
-            tensors,
-            {
-                "method": "grpo",
-                "model": asdict(config.model),
-                "lora": described(k2),
-                "rewards": record(trained),
-                "guidance": {"training": 0.0, "evaluation": config.eval.guidance},
-                "optimizer": state,
-                "counters": stepper.counters(),
-                "history": {**history, "seconds": seconds()},
-                "evaluations": evaluations,
-                **pool_state,
-            },
-            config.checkpoint.keep,
-        )
-        mark_best()
+    def state() -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         run.prompts(source.ends())
+        pool, pool_state = source.state()
+        guidance = {"training": 0.0, "evaluation": config.eval.guidance}
+        return pool, {"rewards": record(trained), "guidance": guidance, **pool_state}
 
-    def mark_best() -> None:
-        if procs.main and (top := watch.best(evaluations, config.eval.best)):
-            checkpoint.mark_best(run.path / "checkpoints", top[0])
-
-    def evaluate(step: int) -> Evaluation:
-        with k2.role(POLICY), stepper.averaged():
-            result = evaluator()
-        evaluations.append((step, result.figures))
-        run.log(step, {f"eval/{name}": value for name, value in result.figures.items()})
-        shown = [r.prompt for r in evaluator.records[:16]]
-        run.samples(step, result.images[:16], shown, evaluator.seeds[:16])
-        run.grid(step, result.images[:16], 4, 4)
-        return result
+    training = Training("grpo", config, run, procs, k2, stepper, evaluator, saved)
+    training.state = state
+    history = training.history
+    if saved is not None:
+        source.restore(saved)
+    history.setdefault("images", 0)
 
     with ScoreQueue(trained, config.groups.group_size) as queue:
-        run.start(config.steps, first)
-        if history["before"] is None:
-            before = evaluate(0)
-            history["before"] = history["after"] = before.figures
-            if procs.main:
-                history |= _preflight(run, measured, before.images, [r.prompt for r in evaluator.records])
-        mark_best()  # a run that was killed after it saved may not have come to it
-        ended = watch.regression(evaluations, config.eval.stop)  # and one that was stopped does not go on
-        loop = Loop(first, first if ended else config.steps, config.checkpoint, save, procs.any)
-        for step in loop:
+        before = training.begin()
+        if before is not None and procs.main:
+            history |= _preflight(run, measured, before.images, [r.prompt for r in evaluator.records])
+        for step in training.steps():
             clock = _Clock()
             groups = sample(k2, config, step, source, queue, procs)
             clock.lap("sample")
@@ -179,18 +128,8 @@ def _train(
             clock.lap("optimise")
             history["images"] += config.groups.prompts_per_step * config.groups.group_size
             run.log(step, {**metrics, **clock.seconds, "images": history["images"]})
-            if step == config.steps or (config.eval.every and step % config.eval.every == 0):
-                history["after"] = evaluate(step).figures
-                if watch.newest_is_best(evaluations, config.eval.best):
-                    loop.save_next()
-                if watch.regression(evaluations, config.eval.stop):
-                    loop.end()
-        history["seconds"] = round(seconds(), 1)
-        decided, lines = watch.outcome(evaluations, config.eval)
-        for line in lines:
-            run.say(line)
-        run.summary({**decided, **history, "steps": loop.done, **peak_memory()})
-    return loop.stopped
+        training.finish()
+    return training.stopped
 
 
 # ---- sample -----------------------------------------------------------------------------------------------
@@ -335,16 +274,6 @@ def _weight(trajectory: Trajectory, move: Any) -> float:
 
 
 # ---- the rest ---------------------------------------------------------------------------------------------
-
-
-def load_model(config: ModelConfig, device: torch.device) -> K2:
-    """The base to train. Raises UserError for a Turbo checkpoint, which has no guidance-free policy to improve."""
-    k2 = K2.load(config.path, config.transformer_file, getattr(torch, config.dtype), device)
-    if k2.is_distilled:
-        raise UserError(
-            f"{config.path}: model_index.json: is_distilled is true: GRPO trains the Raw checkpoint; distil after it"
-        )
-    return k2
 
 
 def _warn_of_cuts(run: Run, k2: K2, records: list[PromptRecord], max_tokens: int) -> None:

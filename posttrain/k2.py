@@ -15,7 +15,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -137,6 +137,8 @@ class K2(Roles):
         """What `velocity` calls. A distributed run prepares it and puts the wrapped module here."""
         self.reference: VelocityModel | None = None
         """What it calls instead as the role None, where all weights are a role and `reference` was asked for."""
+        self.origin: dict[str, Any] = {"base": None, "merged": []}
+        """What the weights are: the base's fingerprint and the checkpoints merged into it; see policy.py."""
         for module in (self.transformer, self.vae, self.text_encoder):
             if module is not None:
                 module.eval().requires_grad_(False)

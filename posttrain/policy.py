@@ -1,22 +1,119 @@
-"""The policy: the role that a run trains, a LoRA adapter or all weights (`lora: null`), and its checkpoints.
+"""The policy, which is the role that a run trains, its checkpoints, and the base it stands on.
 
-The reference of an adapter is the base without it; of all weights, a frozen copy made when training begins.
+The policy is a LoRA adapter or all weights (`lora: null`). The reference of an adapter is the base without it; of all
+weights, a frozen copy made when training begins. A run that goes on from an earlier one (`model.start`) has what that
+trained merged into its base, so that the reference is the policy it began with; every checkpoint says what was merged,
+and whoever loads it merges the same again.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from posttrain import checkpoint
 from posttrain.checkpoint import Checkpoint
-from posttrain.config import LoraConfig
+from posttrain.config import LoraConfig, ModelConfig
+from posttrain.fingerprint import fingerprint
 from posttrain.k2 import K2
 from posttrain.roles import TARGETS
 from prompts.errors import UserError
 
 POLICY = "policy"
+
+
+# ---- the base -------------------------------------------------------------------------------------------------
+
+
+def load_model(model: ModelConfig, device: str | torch.device, saved: Checkpoint | None = None) -> K2:
+    """The base to train, with what `model.start` trained merged into it; or, to resume, what `saved` began with.
+
+    Raises UserError for a Turbo checkpoint, for one that another base was trained to, and for a run to start from that
+    is gone or has changed.
+    """
+    if saved is not None:
+        if (before := saved.state["model"].get("start")) != model.start:
+            raise UserError(f"model.start: was {before} when the run began; restore it, or start another run")
+        return load_base(saved, device)
+    k2 = _load(asdict(model), device)
+    if k2.is_distilled:
+        raise UserError(
+            f"{model.path}: model_index.json: is_distilled is true: train the Raw checkpoint and distil it afterwards"
+        )
+    if model.start is not None:
+        found = checkpoint.find(model.start)
+        first = checkpoint.load(found)
+        base = _origin(first)["base"]
+        if base not in (None, k2.origin["base"]):
+            raise UserError(f"model.start: {found} was trained on another model than model.path ({model.path})")
+        for earlier in [*earlier_of(first), first]:
+            _merge(k2, earlier)
+    return k2
+
+
+def load_base(saved: Checkpoint, device: str | torch.device = "cpu") -> K2:
+    """The model that a checkpoint's run began with. Raises UserError if it is gone or another one."""
+    k2 = _load(saved.state["model"], device)
+    if _origin(saved)["base"] not in (None, k2.origin["base"]):
+        path = saved.state["model"]["path"]
+        raise UserError(f"{path}: is not the model that {saved.path} was trained on: its weights differ; restore it")
+    merge_earlier(k2, saved)
+    return k2
+
+
+def merge_earlier(k2: K2, saved: Checkpoint) -> None:
+    """Fold into the base what a checkpoint's run had merged into its own."""
+    for earlier in earlier_of(saved):
+        _merge(k2, earlier)
+
+
+def earlier_of(saved: Checkpoint) -> list[Checkpoint]:
+    """The checkpoints merged into the base of this one, in their order. Raises UserError if one is gone or changed."""
+    found = []
+    for entry in _origin(saved)["merged"]:
+        path = Path(entry["path"])
+        if not path.is_dir():
+            raise UserError(f"{path}: is gone, and {saved.path} was trained on top of it; put it back")
+        found.append(checkpoint.load(path))
+        if _sum(found[-1]) != entry["sha256"]:
+            raise UserError(f"{path}: has changed since {saved.path} was trained on top of it; restore it")
+    return found
+
+
+def _load(model: dict[str, Any], device: str | torch.device) -> K2:
+    k2 = K2.load(model["path"], model["transformer_file"], getattr(torch, model["dtype"]), device)
+    k2.origin = {"base": fingerprint(k2.base_state_dict()), "merged": []}
+    return k2
+
+
+def _merge(k2: K2, earlier: Checkpoint) -> None:
+    add_saved_policy(k2, earlier)
+    k2.merge_role(POLICY)
+    k2.origin["merged"].append({"path": _relative(earlier.path), "sha256": _sum(earlier)})
+
+
+def _origin(saved: Checkpoint) -> dict[str, Any]:
+    """Older checkpoints do not say what they were trained on, and had nothing merged."""
+    return saved.state.get("origin", {"base": None, "merged": []})
+
+
+def _relative(path: Path) -> str:
+    """As paths in recipes are: from the working directory, where that holds it, so that a project can be moved."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def _sum(saved: Checkpoint) -> str:
+    manifest = json.loads((saved.path / "manifest.json").read_text())
+    return manifest[f"{file_of(saved.state['lora'])}.safetensors"]["sha256"]
+
+
+# ---- the policy -----------------------------------------------------------------------------------------------
 
 
 def add_policy(k2: K2, lora: LoraConfig | None, seed: int, reference: bool) -> None:

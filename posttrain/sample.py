@@ -16,7 +16,7 @@ from accelerate import PartialState
 from posttrain import checkpoint, sampler
 from posttrain.config import SampleConfig
 from posttrain.k2 import K2, Text, to_pil
-from posttrain.policy import POLICY, add_saved_policy
+from posttrain.policy import POLICY, add_saved_policy, merge_earlier
 from prompts.errors import UserError
 from prompts.records import PromptRecord, read_prompts
 
@@ -34,7 +34,9 @@ def sample(config: SampleConfig) -> None:
     k2 = K2.load(model.path, model.transformer_file, getattr(torch, model.dtype), PartialState().device or "cpu")
     role = contextlib.nullcontext()
     if config.adapter is not None:
-        add_saved_policy(k2, checkpoint.load(checkpoint.find(config.adapter)))
+        saved = checkpoint.load(checkpoint.find(config.adapter))
+        merge_earlier(k2, saved)
+        add_saved_policy(k2, saved)
         role = k2.role(POLICY)
     steps = STEPS[k2.is_distilled] if config.steps is None else config.steps
     guidance = GUIDANCE[k2.is_distilled] if config.guidance is None else config.guidance

@@ -315,6 +315,8 @@ def _validate_sample(config: SampleConfig) -> None:
     if config.prompt is not None and not config.prompt.strip():
         raise ConfigError("prompt", "is empty; write what the image should show")
     _size("size", config.size)
+    if config.model.start is not None:
+        raise ConfigError("model.start", "has no meaning here; name that run as adapter")
     if config.steps is not None:
         _at_least("steps", config.steps, 1)
     if config.guidance is not None:

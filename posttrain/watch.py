@@ -26,8 +26,8 @@ def newest_is_best(evaluations: Sequence[Any], metric: str | None) -> bool:
 def regression(evaluations: Sequence[Any], stop: StopConfig) -> str | None:
     """Why to stop now, or None.
 
-    The reason is that in each of the last `patience` evaluations the figure was further from the best before it
-    than the share `drop` of that best's size.
+    The reason is that in each of the last `patience` evaluations the figure was beyond `limit` or, without one, further
+    from the best before it than the share `drop` of that best's size.
     """
     sign = 1 if stop.better == "higher" else -1
     top: tuple[int, float] | None = None
@@ -36,10 +36,14 @@ def regression(evaluations: Sequence[Any], stop: StopConfig) -> str | None:
     for step, value in points:
         if top is None or sign * (value - top[1]) > 0:
             top = step, value
-        beyond = beyond + 1 if sign * (top[1] - value) > stop.drop * abs(top[1]) else 0
+        worst = top[1] - sign * stop.drop * abs(top[1]) if stop.limit is None else stop.limit
+        beyond = beyond + 1 if sign * (worst - value) > 0 else 0
     if top is None or beyond < stop.patience:
         return None
     step, value = points[-1]
+    if stop.limit is not None:
+        side = "below" if sign > 0 else "above"
+        return f"eval.stop: {stop.metric} is {value:.4g} (step {step}), {side} the limit {stop.limit:g}"
     verb = "fell" if value < top[1] else "rose"
     return f"eval.stop: {stop.metric} {verb} from {top[1]:.4g} (step {top[0]}) to {value:.4g} (step {step})"
 

@@ -90,7 +90,7 @@ def test_model_that_is_none(grpo, tmp_path, model):
     other = relabelled(model, tmp_path / "other", _class_name="FluxPipeline")
     fails(grpo("--model.path", other), other / "model_index.json", "holds a FluxPipeline", "give a K2 checkpoint")
     turbo = relabelled(model, tmp_path / "turbo", is_distilled=True)
-    says = "model_index.json: is_distilled is true: GRPO trains the Raw checkpoint; distil after it"
+    says = "model_index.json: is_distilled is true: train the Raw checkpoint and distil it afterwards"
     fails(grpo("--model.path", turbo), turbo, says)
     assert grpo("--steps", 1).returncode == 0  # the failures have left no run in the way
 

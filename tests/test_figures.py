@@ -43,6 +43,26 @@ def test_high_frequency_of_noise_and_of_nothing():
     assert figures.high_frequency(np.concatenate([wave(0.4), flat(9, size=64)])) == pytest.approx(0.5, abs=2e-3)
 
 
+def test_high_energy():
+    """A wave of amplitude 100 / 255 and half of it: a quarter. Unlike the share, what is below does not count."""
+    fine, coarse = wave(0.3), wave(0.03)
+    halved = (fine.astype(float) / 2 + 64).round().astype(np.uint8)
+    assert figures.high_energy(halved) / figures.high_energy(fine) == pytest.approx(0.25, rel=0.02)
+    mixed = ((fine.astype(float) + coarse) / 2).round().astype(np.uint8)
+    assert figures.high_energy(mixed) == pytest.approx(figures.high_energy(halved), rel=0.02)
+    assert figures.high_frequency(mixed) == pytest.approx(0.5, abs=0.02)
+    # (100 / 255)^2 / 2 times the window's mean square, (3 / 8)^2 for Hann in two directions
+    assert figures.high_energy(fine) == pytest.approx((100 / 255) ** 2 / 2 * (3 / 8) ** 2, rel=0.1)
+    assert figures.high_energy(coarse) < 1e-3 * figures.high_energy(fine)
+
+
+def test_contrast():
+    """Half black, half white: .5. A sine of amplitude 100 / 255: that over the root of two."""
+    assert figures.contrast(np.concatenate([flat(0), flat(255)], axis=1)) == pytest.approx(0.5)
+    assert figures.contrast(wave(0.25)) == pytest.approx(100 / 255 / np.sqrt(2), rel=0.01)
+    assert figures.contrast(flat(0, 255)) == 0
+
+
 def test_latent_norm():
     latents = np.array([[3.0, 4.0], [0.0, 5.0]])
     assert figures.look(flat(0), latents)["image/latent_norm"] == pytest.approx(np.sqrt(12.5))
@@ -117,8 +137,28 @@ def test_regression(values, stops):
     stop = StopConfig("oracle", drop=0.1, patience=2)
     assert bool(watch.regression(series(*values), stop)) == stops
     mirrored = [None if value is None else -value for value in values]
-    assert bool(watch.regression(series(*mirrored), StopConfig("oracle", "lower", 0.1, 2))) == stops
+    assert bool(watch.regression(series(*mirrored), StopConfig("oracle", "lower", 0.1, patience=2))) == stops
     assert watch.regression(series(*values), StopConfig()) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "stops"),
+    [
+        ([0.0, 0.02, 0.011], True),
+        ([0.0, 0.02, 0.01], False),  # the limit itself is allowed
+        ([0.0, 0.02, 0.0, 0.02], False),
+        ([-0.5, -0.1, -0.1], False),  # however much better it has been
+        ([0.02, 0.02], True),  # from the start
+    ],
+)
+def test_a_limit(values, stops):
+    """Above .01 twice in a row; and, mirrored, below -.01."""
+    stop = StopConfig("oracle", "lower", limit=0.01, patience=2)
+    assert bool(watch.regression(series(*values), stop)) == stops
+    mirrored = series(*(-value for value in values))
+    assert bool(watch.regression(mirrored, StopConfig("oracle", "higher", limit=-0.01, patience=2))) == stops
+    said = watch.regression(series(0.0, 0.02, 0.03), stop)
+    assert said == "eval.stop: oracle is 0.03 (step 20), above the limit 0.01"
 
 
 def test_what_a_run_says():

@@ -46,8 +46,8 @@ def trained(monkeypatch):
     """The K2 that `train` loads, with a copy of its weights as they were."""
     seen = []
 
-    def load_model(config, device):
-        k2 = load(config, device)
+    def load_model(*arguments):
+        k2 = load(*arguments)
         seen.append((k2, {key: value.clone() for key, value in k2.base_state_dict().items()}))
         return k2
 
@@ -423,7 +423,7 @@ def test_no_score_at_all(tmp_path, model):
 def test_turbo_is_refused_and_leaves_no_run_behind(config, tmp_path, model):
     turbo = tiny.save(tmp_path / "turbo", distilled=True)
     config.model.path = str(turbo)
-    with pytest.raises(UserError, match=r"turbo: model_index\.json: is_distilled is true: GRPO trains the Raw"):
+    with pytest.raises(UserError, match=r"turbo: model_index\.json: is_distilled is true: train the Raw checkpoint"):
         grpo.train(config)
     config.model.path = str(model)
     grpo.train(config)

@@ -1,0 +1,151 @@
+"""What every training method does around its steps: resume, evaluate, save, keep the best, stop, sum up.
+
+training = Training("grpo", config, run, procs, k2, stepper, evaluator, saved)
+before = training.begin()
+for step in training.steps():
+    ...                          # the method's own: draw, score, update, run.log
+training.finish()
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from posttrain import checkpoint, watch
+from posttrain.checkpoint import Checkpoint
+from posttrain.config import CheckpointConfig, EvalConfig, ModelConfig, OptimConfig
+from posttrain.evaluate import Evaluation, Evaluator
+from posttrain.k2 import K2
+from posttrain.loop import Loop, Stepper
+from posttrain.policy import POLICY, described, load_policy, saved_tensors
+from posttrain.processes import Processes
+from posttrain.track import Run, peak_memory
+
+
+class TrainingConfig(Protocol):
+    """What the settings of any training method have."""
+
+    steps: int
+    model: ModelConfig
+    optim: OptimConfig
+    eval: EvalConfig
+    checkpoint: CheckpointConfig
+
+
+class Training:
+    """One run of one method that trains the role `policy`."""
+
+    def __init__(
+        self,
+        method: str,
+        config: TrainingConfig,
+        run: Run,
+        procs: Processes,
+        k2: K2,
+        stepper: Stepper,
+        evaluator: Evaluator,
+        saved: Checkpoint | None,
+    ):
+        """Puts back what `saved` holds. Raises UserError if the recipe no longer fits it."""
+        self.method, self.config, self.run, self.procs = method, config, run, procs
+        self.k2, self.stepper, self.evaluator = k2, stepper, evaluator
+        self.history: dict[str, Any] = {"before": None, "after": None, "seconds": 0.0}
+        """What summary.json says; a method may add to it, and finds it again when it resumes."""
+        self.measure: Callable[[Evaluation], Mapping[str, float | None]] = lambda evaluation: {}
+        """Further figures of an evaluation, taken as the policy: a method may put its own here, as below."""
+        self.state: Callable[[], tuple[dict[str, dict[str, Tensor]], dict[str, Any]]] = lambda: ({}, {})
+        """Further tensors and JSON of a checkpoint."""
+        self.evaluations: list[Any] = []  # (step, figures)
+        self.first = 0
+        self.stopped: signal.Signals | None = None
+        self._started = time.time()
+        if saved is not None:
+            with stepper.averaged():
+                load_policy(k2, saved)
+            if config.optim.ema:
+                k2.load_role_state_dict(POLICY, saved.tensors["live"])
+            checkpoint.restore_optimizer(stepper.optimizer, saved.tensors["optimizer"], saved.state["optimizer"])
+            stepper.restore_counters(saved.state["counters"])
+            self.history, self.evaluations = saved.state["history"], saved.state["evaluations"]
+            self.first = saved.step
+
+    def begin(self) -> Evaluation | None:
+        """Evaluates what is there before the first step; None for a run that is resumed."""
+        self.run.start(self.config.steps, self.first)
+        before = None
+        if self.history["before"] is None:
+            before = self._evaluate(0)
+            self.history["before"] = self.history["after"] = before.figures
+        self._mark_best()  # a run that was killed after it saved may not have come to it
+        return before
+
+    def steps(self) -> Iterator[int]:
+        """The steps to train; after each, whatever is due."""
+        config, total = self.config, self.config.steps
+        ended = watch.regression(self.evaluations, config.eval.stop)  # one that was stopped does not go on
+        loop = Loop(self.first, self.first if ended else total, config.checkpoint, self._save, self.procs.any)
+        for step in loop:
+            yield step
+            if step == total or (config.eval.every and step % config.eval.every == 0):
+                self.history["after"] = self._evaluate(step).figures
+                if watch.newest_is_best(self.evaluations, config.eval.best):
+                    loop.save_next()
+                if watch.regression(self.evaluations, config.eval.stop):
+                    loop.end()
+        self.history["steps"], self.stopped = loop.done, loop.stopped
+
+    def finish(self) -> None:
+        """Writes the summary and tells what was decided."""
+        self.history["seconds"] = round(self._seconds(), 1)
+        decided, lines = watch.outcome(self.evaluations, self.config.eval)
+        for line in lines:
+            self.run.say(line)
+        self.run.summary({**decided, **self.history, **peak_memory()})
+
+    def _seconds(self) -> float:
+        return self.history["seconds"] + time.time() - self._started
+
+    def _evaluate(self, step: int) -> Evaluation:
+        evaluator, run = self.evaluator, self.run
+        with self.k2.role(POLICY), self.stepper.averaged():
+            result = evaluator()
+            result.figures |= self.measure(result)
+        self.evaluations.append((step, result.figures))
+        run.log(step, {f"eval/{name}": value for name, value in result.figures.items()})
+        shown = [r.prompt for r in evaluator.records[:16]]
+        run.samples(step, result.images[:16], shown, evaluator.seeds[:16])
+        run.grid(step, result.images[:16], 4, 4)
+        return result
+
+    def _save(self, step: int) -> None:
+        if not self.procs.main:
+            return
+        optimizer, optimizer_state = checkpoint.flatten_optimizer(self.stepper.optimizer)
+        tensors, state = self.state()
+        with self.stepper.averaged():
+            tensors = {**saved_tensors(self.k2), "optimizer": optimizer, **tensors}
+        if self.config.optim.ema:
+            tensors["live"] = self.k2.role_state_dict(POLICY)
+        state = {
+            "method": self.method,
+            "model": asdict(self.config.model),
+            "origin": self.k2.origin,
+            "lora": described(self.k2),
+            "optimizer": optimizer_state,
+            "counters": self.stepper.counters(),
+            "history": {**self.history, "seconds": self._seconds()},
+            "evaluations": self.evaluations,
+            **state,
+        }
+        checkpoint.save(self.run.path / "checkpoints", step, tensors, state, self.config.checkpoint.keep)
+        self._mark_best()
+
+    def _mark_best(self) -> None:
+        if self.procs.main and (top := watch.best(self.evaluations, self.config.eval.best)):
+            checkpoint.mark_best(self.run.path / "checkpoints", top[0])
