@@ -259,7 +259,8 @@ class DrawConfig:
     """A way to draw a picture. Left as it is, it is how the policy draws: its pictures are on-policy."""
 
     checkpoint: str = "policy"
-    """policy; base: the model without an adapter; or another run directory or checkpoint that trained an adapter."""
+    """policy; base: what the policy began as, its reference; or another run directory or checkpoint that trained an
+    adapter on that base."""
     guidance: float = 0.0
     """Guidance in K2's convention, v = c + s (c - u), >= 0, 0 is off."""
     steps: int | None = None

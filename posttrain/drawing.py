@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from posttrain import checkpoint, pair_plan, sampler
+from posttrain.checkpoint import Checkpoint
 from posttrain.config import DrawConfig, PairsConfig
-from posttrain.k2 import K2, Text
+from posttrain.k2 import Text
 from posttrain.pair_choice import degrade
-from posttrain.policy import POLICY, add_saved_policy
+from posttrain.policy import POLICY, add_saved_policy, load_model, merge_earlier, stands_on
 from prompts.errors import UserError
 
 
@@ -54,44 +55,43 @@ class Drawer:
     """The model with every checkpoint that the recipe's sources draw with."""
 
     def __init__(self, config: PairsConfig, device: torch.device) -> None:
-        model = config.model
         self.config = config
-        self.k2 = K2.load(model.path, model.transformer_file, getattr(torch, model.dtype), device)
-        self.names = {"": model.path}
+        draws = [pair_plan.resolved(config, d) for source in config.sources for d in pair_plan.draws(source)]
+        used = {draw.checkpoint for draw in draws} | {config.policy or ""}
+        names = sorted(used - {""}, key=lambda name: (name != config.policy, name))
+        saved = {name: _saved(config, name) for name in names}
+        self.k2 = load_model(config.model, device)
+        if config.policy in saved and config.model.start is None:
+            merge_earlier(self.k2, saved[config.policy])
+        full = [name for name, one in saved.items() if one.state["lora"] is None]
+        if full and len(used) > 1:
+            raise UserError(
+                f"checkpoint: {full[0]} has trained all weights, so nothing can be drawn beside it; export it, or leave"
+                " every other checkpoint out"
+            )
+        self.names = {"": config.model.start or config.model.path} | {
+            name: str(one.path) for name, one in saved.items()
+        }
         """By `checkpoint` of a resolved DrawConfig: what the pairs call it."""
         self.roles: dict[str, str | None] = {"": None}
-        draws = [pair_plan.resolved(config, d) for source in config.sources for d in pair_plan.draws(source)]
-        used = {draw.checkpoint for draw in draws}
-        for name in sorted(used - {""}, key=lambda name: (name != config.policy, name)):
-            self._add(name)
-        if self.k2.roles.get(POLICY, ...) is None and used != {config.policy}:
-            raise UserError(
-                f"policy: {config.policy} has trained all weights, so nothing else can be drawn beside it; leave"
-                " checkpoint out of all sources"
-            )
+        for name, one in saved.items():
+            self._add(name, one)
         self.null = self.k2.text([""]) if any(draw.guidance for draw in draws) else None
         self.begin()
 
-    def _add(self, name: str) -> None:
-        is_policy = name == self.config.policy
-        try:
-            saved = checkpoint.load(checkpoint.find(name))
-            if "lora" not in saved.state:
-                raise UserError(f"{name}: holds no adapter and no weights; give a run that trained the model")
-            if is_policy:
-                add_saved_policy(self.k2, saved)
-                self.roles[name] = POLICY
-            elif saved.state["lora"] is None:
-                raise UserError(f"{name}: has trained all weights; export it and give it as model.path")
-            elif None in self.k2.roles.values():
-                return
-            else:
-                self.roles[name] = role = f"drawn{len(self.roles)}"
-                self.k2.add_role(role, **saved.state["lora"])
-                self.k2.load_role_state_dict(role, saved.tensors["adapter"])
-        except UserError as error:
-            raise UserError(f"{'policy' if is_policy else 'checkpoint'}: {error}") from error
-        self.names[name] = str(saved.path)
+    def _add(self, name: str, saved: Checkpoint) -> None:
+        if not stands_on(saved, self.k2):
+            raise UserError(
+                f"checkpoint: {name} was trained on another base than what is drawn here: another model, or other runs"
+                " merged into it; give its model, and its start as model.start"
+            )
+        if not self.k2.roles:
+            add_saved_policy(self.k2, saved)
+            self.roles[name] = POLICY
+        else:
+            self.roles[name] = role = f"drawn{len(self.roles)}"
+            self.k2.add_role(role, **saved.state["lora"])
+            self.k2.load_role_state_dict(role, saved.tensors["adapter"])
 
     def describe(self, draw: DrawConfig) -> str:
         """Which checkpoint, and what differs from how the policy draws."""
@@ -171,3 +171,13 @@ class Drawer:
         if self.k2.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+def _saved(config: PairsConfig, name: str) -> Checkpoint:
+    try:
+        saved = checkpoint.load(checkpoint.find(name))
+        if "lora" not in saved.state:
+            raise UserError(f"{name}: holds no adapter and no weights; give a run that trained the model")
+    except UserError as error:
+        raise UserError(f"{'policy' if name == config.policy else 'checkpoint'}: {error}") from error
+    return saved

@@ -22,7 +22,7 @@ from posttrain.config import DeltaConfig, DrawConfig, JudgedConfig, ModelConfig,
 from posttrain.drawing import Drawer
 from posttrain.k2 import K2
 from posttrain.pair_choice import Judgement, Rules, best_and_worst, decide_groups, decide_pairs, degrade, verdict
-from posttrain.policy import POLICY, described, saved_tensors
+from posttrain.policy import POLICY, described, load_model, saved_tensors
 from posttrain.preferences import Preference, read_preferences
 from posttrain.validate import ConfigError, validate
 from prompts.errors import UserError
@@ -389,7 +389,7 @@ def test_too_many_drops_end_it_with_the_reasons(tmp_path, model, capsys):
 # ---- ways to draw -----------------------------------------------------------------------------------------
 
 
-def trained(model: Path, run: Path, seed: int, lora: bool = True) -> Path:
+def trained(model: Path, run: Path, seed: int, lora: bool = True, **state) -> Path:
     """A run directory with an adapter (or weights) that changes what is drawn."""
     k2 = K2.load(model)
     if lora:
@@ -399,7 +399,7 @@ def trained(model: Path, run: Path, seed: int, lora: bool = True) -> Path:
     torch.manual_seed(seed)
     for parameter in k2.role_parameters(POLICY):
         parameter.data.add_(0.1 * torch.randn_like(parameter))
-    return checkpoint.save(run / "checkpoints", 1, saved_tensors(k2), {"lora": described(k2)}, 1)
+    return checkpoint.save(run / "checkpoints", 1, saved_tensors(k2), {"lora": described(k2), **state}, 1)
 
 
 def drawn(config: PairsConfig, *draws: DrawConfig) -> tuple[list[torch.Tensor], dict[str, int]]:
@@ -455,15 +455,30 @@ def test_checkpoints_that_cannot_be_used(tmp_path, model):
         Drawer(config, torch.device("cpu"))
     trained(model, tmp_path / "full", 0, lora=False)
     config = recipe(tmp_path, model)
-    config.sources[0].delta = DeltaConfig(DrawConfig(), DrawConfig(str(tmp_path / "full")))
-    with pytest.raises(UserError, match=r"^checkpoint: .*full: has trained all weights; export it"):
+    full, adapter = tmp_path / "full", trained(model, tmp_path / "adapter", 1)
+    config.sources[0].delta = DeltaConfig(DrawConfig(), DrawConfig(str(full)))
+    with pytest.raises(UserError, match=r"^checkpoint: .*full has trained all weights, so nothing can be drawn beside"):
         Drawer(config, torch.device("cpu"))
-    config.policy = str(tmp_path / "full")
-    config.sources[0].delta = DeltaConfig(DrawConfig(), DrawConfig("base"))
-    with pytest.raises(UserError, match=r"policy: .*full has trained all weights, so nothing else"):
-        Drawer(config, torch.device("cpu"))
-    config.sources = config.sources[1:]
+    config.policy, config.sources = str(full), config.sources[1:]
     assert Drawer(config, torch.device("cpu")).names[config.policy].endswith("full/checkpoints/step-000001")
+
+    config.policy, config.model.start = None, str(adapter)
+    config.sources = [PairSource("x", delta=DeltaConfig(DrawConfig(), DrawConfig(str(adapter))))]
+    with pytest.raises(UserError, match=r"^checkpoint: .* was trained on another base than what is drawn here"):
+        Drawer(config, torch.device("cpu"))
+
+
+def test_policy_that_goes_on_from_an_earlier_run(tmp_path, model):
+    """Base is then what it began as: the model with the earlier run merged into it."""
+    first = trained(model, tmp_path / "first", 0)
+    k2 = load_model(ModelConfig(str(model), start=str(first), dtype="float32"), "cpu")
+    second = trained(model, tmp_path / "second", 1, origin=k2.origin)
+    config = recipe(tmp_path, model, policy=str(second))
+    config.sources = [PairSource("x", delta=DeltaConfig(DrawConfig(), DrawConfig("base")))]
+    (_, base), _ = drawn(config, DrawConfig(), DrawConfig("base"))
+    config = recipe(tmp_path, model, policy=str(first))
+    (first_policy,), _ = drawn(config, DrawConfig())
+    assert (base.int() - first_policy.int()).abs().max() <= 1  # merged or beside the weights: only rounding differs
 
 
 # ---- recipes ----------------------------------------------------------------------------------------------
