@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from posttrain import checkpoint, pair_plan, pair_quality, pairs, sampler
+from posttrain.cli import load_config
 from posttrain.config import DeltaConfig, DrawConfig, JudgedConfig, ModelConfig, PairsConfig, PairSource, RewardSpec
 from posttrain.drawing import Drawer
 from posttrain.k2 import K2
@@ -523,6 +524,14 @@ def test_settings_that_do_not_fit(tmp_path, change, says):
     validate(config)
     with pytest.raises(ConfigError, match=says):
         validate(dataclasses.replace(config, **change))
+
+
+@pytest.mark.parametrize("name", ["pairs", "pair_sources"])
+def test_shipped_recipes_are_valid(name):
+    config, resume = load_config("pairs", ["--config", str(runs.ROOT / f"recipes/nano/{name}.yaml")])
+    assert isinstance(config, PairsConfig) and not resume
+    oracles = [r for r in config.rewards if isinstance(r.function, str) and "oracles" in r.function]
+    assert all(reward.heldout_only for reward in oracles)  # they measure, and never choose
 
 
 def test_pairs_are_preferences(whole):
