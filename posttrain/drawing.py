@@ -32,10 +32,13 @@ class Cost:
     measured: Counter[str] = field(default_factory=Counter)
     """How many of each were timed, and the seconds that these took."""
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    waited: float = 0.0
+    """Seconds for which there was nothing to do but wait for scores."""
 
     def add(self, other: Cost) -> None:
         self.images.update(other.images)
         self.measured.update(other.measured)
+        self.waited += other.waited
         for name, seconds in other.seconds.items():
             self.seconds[name] += seconds
 
@@ -69,9 +72,8 @@ class Drawer:
                 f"checkpoint: {full[0]} has trained all weights, so nothing can be drawn beside it; export it, or leave"
                 " every other checkpoint out"
             )
-        self.names = {"": config.model.start or config.model.path} | {
-            name: str(one.path) for name, one in saved.items()
-        }
+        base = [config.model.path, *(entry["path"] for entry in self.k2.origin["merged"])][-1]
+        self.names = {"": base} | {name: str(one.path) for name, one in saved.items()}
         """By `checkpoint` of a resolved DrawConfig: what the pairs call it."""
         self.roles: dict[str, str | None] = {"": None}
         for name, one in saved.items():

@@ -117,18 +117,15 @@ def _make(
             card = {"policy": drawer.names[config.policy or ""]}
             writer = stack.enter_context(PreferenceWriter(run.path, resume=True, rows=config.shard, card=card))
             output = Output(writer, Journal(run.path, writer.written), writer.written)
-        entries: list[dict[str, Any]] = procs.from_main(output and output.journal.entries)
-        run.start(config.pairs, sum(map(pair_plan.kept, entries)))
+        before: list[int] = procs.from_main(output and [pair_plan.kept(entry) for entry in output.journal.entries])
+        run.start(config.pairs, sum(before))
         began = time.perf_counter()
         while blocks := plan.generation():
-            waiting = []
             for block in blocks:
-                if block.index < len(entries):
-                    plan.take(block, pair_plan.kept(entries[block.index]))
-                else:
-                    waiting.append(block)
-            for i in range(0, len(waiting), procs.size):
-                turn = waiting[i : i + procs.size]
+                if block.index < len(before):  # an earlier run has drawn it
+                    plan.take(block, before[block.index])
+            blocks = [block for block in blocks if block.index >= len(before)]
+            for turn in (blocks[i : i + procs.size] for i in range(0, len(blocks), procs.size)):
                 mine = turn[procs.rank] if procs.rank < len(turn) else None
                 drawn = procs.each(mine and draw_block(config, plan, drawer, queue, records, mine))
                 for block, result in zip(turn, drawn):
@@ -145,11 +142,13 @@ def _make(
     if counted:
         run.say(
             f"{seconds:.0f} s of drawing, {seconds / counted:.2f} times the {counted:.0f} s of its"
-            f" {cost.images['forward']} forwards and {cost.images['decode']} decodes"
+            f" {cost.images['forward']} forwards and {cost.images['decode']} decodes; {cost.waited:.0f} s of it waiting"
+            " for scores"
         )
     return {
         "drawing_seconds": seconds,
         "counted_seconds": counted,
+        "waited_seconds": cost.waited,
         "overhead": seconds / counted if counted else None,
         "images": dict(cost.images),
         "unit_seconds": cost.unit(),
@@ -230,6 +229,7 @@ def draw_block(
         if fate == KEPT and pair is not None
     ]
     cost, cut = drawer.end(measure=block.index % MEASURED == 0)
+    cost.waited = scores.waited_seconds if scores is not None else 0.0
     entry = {"block": block.index, "source": source.name, "prompts": places, "cut": cut, **decision.entry()}
     return Drawn(entry, pairs, cost)
 
