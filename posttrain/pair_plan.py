@@ -72,8 +72,8 @@ class Plan:
         self.kept[block.source] += kept
 
     def prompt(self, block: Block, i: int) -> int:
-        """The place of a candidate's prompt in the endless order of prompts: sources begin one after another."""
-        return sum(self.quotas[: block.source]) + block.first + i
+        """The place of a candidate's prompt in the endless order of prompts, which the sources take in turns."""
+        return (block.first + i) * len(self.quotas) + block.source
 
 
 class Journal:
