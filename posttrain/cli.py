@@ -25,6 +25,7 @@ from posttrain.config import (
     ExportConfig,
     GRPOConfig,
     JudgeConfig,
+    PairsConfig,
     ReportConfig,
     SampleConfig,
     ServeConfig,
@@ -54,6 +55,7 @@ COMMANDS = {
     "stpo": Command(STPOConfig, "posttrain.stpo:train", "train with STPO on pairs and write a run directory", True),
     "grpo": Command(GRPOConfig, "posttrain.grpo:train", "train with GRPO and write a run directory", True),
     "preflight": Command(GRPOConfig, "posttrain.preflight:preflight", "check and time a GRPO recipe before a run"),
+    "pairs": Command(PairsConfig, "posttrain.pairs:make", "make preference pairs from prompts", True),
     "judge": Command(JudgeConfig, "posttrain.judge:train", "train a judge, as an adapter for vLLM"),
     "serve": Command(ServeConfig, "posttrain.serve:serve", "serve a recipe's judges", any_recipe=True),
     "annotate": Command(

@@ -101,10 +101,22 @@ def diversity(images: np.ndarray, group_size: int) -> float:
     that draws one picture whatever the noise. It does not see details smaller than a cell, such as faces or
     words that differ in one place, and it takes an object that has moved for as new as another object.
     """
-    n, height, width = images.shape[:3]
-    if n % group_size or height % GRID or width % GRID:
-        raise ValueError(f"{n} pictures of {height} x {width}: not groups of {group_size} on a grid of {GRID}")
-    cells = images.reshape(n, GRID, height // GRID, GRID, width // GRID, 3).mean((2, 4)) / 255
+    if len(images) % group_size:
+        raise ValueError(f"{len(images)} pictures are not groups of {group_size}")
+    small = cells(images)
     first, second = np.triu_indices(group_size, 1)
-    groups = cells.reshape(-1, group_size, GRID * GRID * 3)
-    return float(np.mean([np.sqrt(np.square(g[first] - g[second]).mean(1)).mean() for g in groups]))
+    groups = small.reshape(-1, group_size, small.shape[1])
+    return float(np.mean([distances(g[first], g[second]).mean() for g in groups]))
+
+
+def cells(images: np.ndarray) -> np.ndarray:
+    """(N, 16 * 16 * 3) the pictures made small, values 0 to 1."""
+    n, height, width = images.shape[:3]
+    if height % GRID or width % GRID:
+        raise ValueError(f"pictures of {height} x {width} have no grid of {GRID}")
+    return images.reshape(n, GRID, height // GRID, GRID, width // GRID, 3).mean((2, 4)).reshape(n, -1) / 255
+
+
+def distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """(N,) root mean square difference of pictures as `cells` gives them: `diversity`'s distance."""
+    return np.sqrt(np.square(first - second).mean(1))

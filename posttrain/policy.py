@@ -77,6 +77,12 @@ def merge_earlier(k2: K2, saved: Checkpoint) -> None:
         _merge(k2, earlier)
 
 
+def stands_on(saved: Checkpoint, k2: K2) -> bool:
+    """Whether a checkpoint was trained on the base as it is now, with the same runs merged into it."""
+    origin = _origin(saved)
+    return origin["base"] in (None, k2.origin["base"]) and origin["merged"] == k2.origin["merged"]
+
+
 def earlier_of(saved: Checkpoint) -> list[Checkpoint]:
     """The checkpoints merged into the base of this one, in their order. Raises UserError if one is gone or changed."""
     found = []

@@ -6,15 +6,18 @@ import ipaddress
 import math
 from collections.abc import Sequence
 
-from posttrain import figures
+from posttrain import figures, pair_plan
 from posttrain.config import (
     AnnotateConfig,
     AnnotationsConfig,
+    DrawConfig,
     EvalConfig,
     ExportConfig,
     GRPOConfig,
     JudgeConfig,
     OptimConfig,
+    PairsConfig,
+    PairSource,
     PoolConfig,
     ReportConfig,
     RewardSpec,
@@ -29,6 +32,7 @@ from prompts.errors import UserError
 Config = (
     GRPOConfig
     | STPOConfig
+    | PairsConfig
     | JudgeConfig
     | ServeConfig
     | AnnotateConfig
@@ -67,6 +71,8 @@ def validate(config: Config) -> None:
             _validate_grpo(config)
         case STPOConfig():
             _validate_stpo(config)
+        case PairsConfig():
+            _validate_pairs(config)
         case JudgeConfig():
             _validate_judge(config)
         case ServeConfig():
@@ -197,6 +203,74 @@ def _validate_eval(config: EvalConfig, rewards: list[str], more: list[str]) -> N
     if config.stop.limit is not None and not math.isfinite(config.stop.limit):
         raise ConfigError("eval.stop.limit", f"is {config.stop.limit}; use a number or null")
     _at_least("eval.stop.patience", config.stop.patience, 1)
+
+
+def _validate_pairs(config: PairsConfig) -> None:
+    for name in ("output", "prompts"):
+        if not getattr(config, name).strip():
+            raise ConfigError(name, "is empty; name one")
+    if not config.sources:
+        raise ConfigError("sources", "is empty; name at least one")
+    _validate_rewards(config.rewards)
+    ranks = [r for r in config.rewards if r.gate == "none" and not r.heldout_only and r.weight > 0]
+    for i, reward in enumerate(config.rewards):
+        if reward.group:
+            raise ConfigError(f"rewards[{i}].group", f"'{reward.name}' sees whole groups, and pairs are none; drop it")
+    seen: set[str] = set()
+    for i, source in enumerate(config.sources):
+        if not source.name.strip() or source.name in seen:
+            raise ConfigError(f"sources[{i}].name", f"is '{source.name}'; give each source a name of its own")
+        seen.add(source.name)
+        _validate_source(f"sources[{i}]", source, config)
+        if source.judged is not None and not ranks:
+            raise ConfigError("rewards", f"hold none that ranks for source {source.name}: no gate, not heldout_only")
+    for name, least in {"pairs": 1, "min_margin": 0, "tolerance": 0, "tries": 1, "steps": 1, "max_tokens": 1,
+                        "seed": 0, "block": 1, "micro_batch": 1, "shard": 1}.items():  # fmt: skip
+        _at_least(name, getattr(config, name), least)
+    for name in ("on_policy_share", "min_distance"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ConfigError(name, f"is {getattr(config, name)}; use 0 to 1")
+    if config.on_policy_share and not any(pair_plan.on_policy(config, source) for source in config.sources):
+        raise ConfigError(
+            "on_policy_share",
+            f"is {config.on_policy_share:g}, and no source draws as the policy does (checkpoint: policy, all else left"
+            " out); add one or use 0",
+        )
+    if not config.sizes:
+        raise ConfigError("sizes", "is empty; write one [height, width], such as [[512, 512]]")
+    for i, size in enumerate(config.sizes):
+        _size(f"sizes[{i}]", size)
+    _validate_servers(config.servers)
+
+
+def _validate_source(path: str, source: PairSource, config: PairsConfig) -> None:
+    _positive(f"{path}.share", source.share)
+    if (source.delta is None) == (source.judged is None):
+        raise ConfigError(path, f"'{source.name}' needs either delta or judged")
+    if source.judged is not None:
+        _validate_draw(f"{path}.judged.draw", source.judged.draw)
+        if source.judged.group_size < 2:
+            raise ConfigError(
+                f"{path}.judged.group_size",
+                f"is {source.judged.group_size}, but the best is paired with the worst; use 2 or more",
+            )
+    if source.delta is not None:
+        stronger, weaker = source.delta.stronger, source.delta.weaker
+        _validate_draw(f"{path}.delta.stronger", stronger)
+        _validate_draw(f"{path}.delta.weaker", weaker)
+        if pair_plan.resolved(config, stronger) == pair_plan.resolved(config, weaker):
+            raise ConfigError(f"{path}.delta", "stronger and weaker draw alike; change one of them")
+
+
+def _validate_draw(path: str, draw: DrawConfig) -> None:
+    if not draw.checkpoint.strip():
+        raise ConfigError(f"{path}.checkpoint", "is empty; use policy, base or a run directory")
+    _at_least(f"{path}.guidance", draw.guidance, 0)
+    if draw.steps is not None:
+        _at_least(f"{path}.steps", draw.steps, 1)
+    for name in ("drop", "noise"):
+        if not 0 <= getattr(draw, name) < 1:
+            raise ConfigError(f"{path}.{name}", f"is {getattr(draw, name)}; use at least 0 and below 1")
 
 
 def _validate_judge(config: JudgeConfig) -> None:

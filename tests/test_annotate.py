@@ -63,7 +63,7 @@ class Server:
         given = ["--pairs", self.pairs, "--store", self.store, "--port", self.port, "--repeats", 0.2, *self.options]
         out = Path(self.command.files[0])
         out.write_text("")
-        self.process = self.command.start("annotate", *given)
+        (self.process,) = self.command.start("annotate", *given)
         self.runs = True
         until = time.monotonic() + 60
         while not (found := re.fullmatch(rf"posttrain: {PAIRS} pairs at http://\S+:(\d+)/\n", out.read_text())):
@@ -443,7 +443,7 @@ def test_pairs_with_bad_pictures_are_named(annotate, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     line = annotate(pairs=path)
     assert line.startswith(
-        f"{path}: 2 of 2 rows are bad, above max_bad (0.01): {path}:1: rejected: none.png is missing"
+        f"{path}: more than 0.01 of 2 rows (max_bad) are bad: {path}:1: rejected: none.png is missing"
     )
     assert f"{path}:2: rejected: " in line and line.endswith("mend them or raise max_bad")
     assert annotate(pairs=tmp_path / "nowhere").startswith(f"{tmp_path}/nowhere: no such file or directory")

@@ -1,0 +1,185 @@
+"""Pictures drawn in the ways of a recipe (`DrawConfig`): checkpoint, guidance, steps, degraded prompt, noise.
+
+Noise and what is left out of a prompt come from the seed of each picture alone. The model's work is counted, and its
+unit cost measured beside it, so that a run can say how much of its time was that work.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain import checkpoint, pair_plan, sampler
+from posttrain.checkpoint import Checkpoint
+from posttrain.config import DrawConfig, PairsConfig
+from posttrain.k2 import Text
+from posttrain.pair_choice import degrade
+from posttrain.policy import POLICY, add_saved_policy, load_model, merge_earlier, stands_on
+from prompts.errors import UserError
+
+
+@dataclass
+class Cost:
+    """The model's work, by `forward` (two for a guided step) and `decode`, each of one image."""
+
+    images: Counter[str] = field(default_factory=Counter)
+    measured: Counter[str] = field(default_factory=Counter)
+    """How many of each were timed, and the seconds that these took."""
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    waited: float = 0.0
+    """Seconds for which there was nothing to do but wait for scores."""
+
+    def add(self, other: Cost) -> None:
+        self.images.update(other.images)
+        self.measured.update(other.measured)
+        self.waited += other.waited
+        for name, seconds in other.seconds.items():
+            self.seconds[name] += seconds
+
+    def unit(self) -> dict[str, float]:
+        """Seconds of one."""
+        return {name: self.seconds[name] / count for name, count in self.measured.items()}
+
+    def counted(self) -> float:
+        """Seconds that all of it should take."""
+        return sum(self.images[name] * seconds for name, seconds in self.unit().items())
+
+
+Show = Callable[[list[int], Tensor], None]
+
+
+class Drawer:
+    """The model with every checkpoint that the recipe's sources draw with."""
+
+    def __init__(self, config: PairsConfig, device: torch.device) -> None:
+        self.config = config
+        draws = [pair_plan.resolved(config, d) for source in config.sources for d in pair_plan.draws(source)]
+        used = {draw.checkpoint for draw in draws} | {config.policy or ""}
+        names = sorted(used - {""}, key=lambda name: (name != config.policy, name))
+        saved = {name: _saved(config, name) for name in names}
+        self.k2 = load_model(config.model, device)
+        if config.policy in saved and config.model.start is None:
+            merge_earlier(self.k2, saved[config.policy])
+        full = [name for name, one in saved.items() if one.state["lora"] is None]
+        if full and len(used) > 1:
+            raise UserError(
+                f"checkpoint: {full[0]} has trained all weights, so nothing can be drawn beside it; export it, or leave"
+                " every other checkpoint out"
+            )
+        base = [config.model.path, *(entry["path"] for entry in self.k2.origin["merged"])][-1]
+        self.names = {"": base} | {name: str(one.path) for name, one in saved.items()}
+        """By `checkpoint` of a resolved DrawConfig: what the pairs call it."""
+        self.roles: dict[str, str | None] = {"": None}
+        for name, one in saved.items():
+            self._add(name, one)
+        self.null = self.k2.text([""]) if any(draw.guidance for draw in draws) else None
+        self.begin()
+
+    def _add(self, name: str, saved: Checkpoint) -> None:
+        if not stands_on(saved, self.k2):
+            raise UserError(
+                f"checkpoint: {name} was trained on another base than what is drawn here: another model, or other runs"
+                " merged into it; give its model, and its start as model.start"
+            )
+        if not self.k2.roles:
+            add_saved_policy(self.k2, saved)
+            self.roles[name] = POLICY
+        else:
+            self.roles[name] = role = f"drawn{len(self.roles)}"
+            self.k2.add_role(role, **saved.state["lora"])
+            self.k2.load_role_state_dict(role, saved.tensors["adapter"])
+
+    def describe(self, draw: DrawConfig) -> str:
+        """Which checkpoint, and what differs from how the policy draws."""
+        own, plain = (pair_plan.resolved(self.config, d) for d in (draw, DrawConfig()))
+        settings = ("guidance", "steps", "drop", "noise")
+        parts = [f"{n} {getattr(own, n):g}" for n in settings if getattr(own, n) != getattr(plain, n)]
+        return ", ".join([self.names[own.checkpoint], *parts])
+
+    def begin(self) -> None:
+        """Call before a block's `draw`s: forgets the block before."""
+        self._cost, self._cut = Cost(), 0
+        self._typical: tuple[Tensor, Text, tuple[int, int]] | None = None
+        self._fused: dict[str, Tensor] = {}
+        self._drawn: dict[tuple[Any, ...], Tensor] = {}
+
+    @torch.no_grad()
+    def end(self, measure: bool) -> tuple[Cost, int]:
+        """What the block has cost, and how many of its prompts were longer than max_tokens, degraded ones too.
+
+        With `measure` it times one more forward and decode, which costs two of each: call it when nothing else runs.
+        """
+        if measure and self._typical is not None:
+            latents, text, size = self._typical
+            for name, call in (
+                ("forward", lambda: self.k2.velocity(latents, 0.5, text, *size)),
+                ("decode", lambda: self.k2.decode(latents, *size)),
+            ):
+                call()  # the first one after other work finds no memory at hand
+                began = self._now()
+                call()
+                self._cost.seconds[name] += self._now() - began
+                self._cost.measured[name] += len(latents)
+        return self._cost, self._cut
+
+    @torch.no_grad()
+    def draw(
+        self, draw: DrawConfig, prompts: Sequence[str], seeds: Sequence[int], size: tuple[int, int], show: Show
+    ) -> None:
+        """One picture of each prompt; `show` gets the rows of each micro-batch and their pictures, uint8 (B, H, W, 3).
+
+        Within a block, two ways that differ only in `noise` share what comes before it.
+        """
+        draw = pair_plan.resolved(self.config, draw)
+        if draw.drop:
+            prompts = [degrade(prompt, draw.drop, seed) for prompt, seed in zip(prompts, seeds)]
+        self._fuse(prompts)
+        fused = [self._fused[prompt] for prompt in prompts]
+        rows = sorted(range(len(prompts)), key=lambda i: len(fused[i]))  # prompts of like length need little padding
+        with self.k2.role(self.roles[draw.checkpoint]):
+            for first in range(0, len(rows), self.config.micro_batch):
+                part = rows[first : first + self.config.micro_batch]
+                text = Text.of([fused[i] for i in part])
+                key = (*astuple(replace(draw, noise=0.0)), first)
+                if (latents := self._drawn.get(key)) is None:
+                    latents = self._drawn[key] = self._sample(draw, text, [seeds[i] for i in part], size)
+                if draw.noise:
+                    noise = sampler.noise([sampler.seed_for(seeds[i], -1) for i in part], latents.shape[1:])
+                    latents = (1 - draw.noise) * latents + draw.noise * noise.to(latents)
+                self._cost.images["decode"] += len(part)
+                show(part, self.k2.decode(latents, *size))
+                if first <= len(rows) // 2 < first + len(part):
+                    self._typical = (latents, text, size)
+
+    def _fuse(self, prompts: Sequence[str]) -> None:
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._fused]
+        encoding = self.k2.encode(new, self.config.max_tokens)
+        self._fused |= {prompt: self.k2.fuse(features) for prompt, features in zip(new, encoding.features)}
+        self._cut += sum(cut > 0 for cut in encoding.cut)
+
+    def _sample(self, draw: DrawConfig, text: Text, seeds: Sequence[int], size: tuple[int, int]) -> Tensor:
+        assert draw.steps is not None
+        shape = (self.k2.image_tokens(*size), self.k2.latent_channels)
+        self._cost.images["forward"] += len(seeds) * draw.steps * (2 if draw.guidance else 1)
+        return self.k2.sample(text, sampler.noise(seeds, shape), draw.steps, *size, draw.guidance, self.null)
+
+    def _now(self) -> float:
+        if self.k2.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def _saved(config: PairsConfig, name: str) -> Checkpoint:
+    try:
+        saved = checkpoint.load(checkpoint.find(name))
+        if "lora" not in saved.state:
+            raise UserError(f"{name}: holds no adapter and no weights; give a run that trained the model")
+    except UserError as error:
+        raise UserError(f"{'policy' if name == config.policy else 'checkpoint'}: {error}") from error
+    return saved

@@ -1,0 +1,256 @@
+"""Preference pairs from prompts: two pictures of which one is better, because of how they were drawn or by rewards.
+
+A source of pairs draws each prompt in two ways of which one is known to be better (delta learning, arXiv:2507.06187:
+only the difference must be reliable), or draws a group and takes the best and the worst by the rewards. Pairs of which
+the rewards are not sure are dropped, and more are drawn until each source has its share.
+
+    posttrain pairs --config recipes/nano/pairs.yaml
+
+The directory it leaves is a preference set (`preferences.py`) and has beside it quality.json, which says how good the
+pairs should be, pairs.png, which shows some, and candidates.jsonl, a journal of every candidate, from which a run that
+was killed goes on. Candidates are drawn in blocks; a block holds the same candidates, batched alike, whichever process
+draws it, so any number of processes, and a run that goes on, make the same set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+from torch import Tensor
+
+from posttrain import pair_plan, pair_quality, sampler
+from posttrain.config import PairsConfig
+from posttrain.drawing import Cost, Drawer
+from posttrain.k2 import to_pil
+from posttrain.pair_choice import KEPT, Rules, decide_groups, decide_pairs
+from posttrain.pair_plan import Block, Journal, Plan
+from posttrain.preferences import CARD, Preference, PreferenceWriter
+from posttrain.processes import Processes
+from posttrain.source import in_turn
+from posttrain.track import Run, peak_memory
+from prompts.errors import UserError
+from prompts.records import PromptRecord, columns, read_prompts
+from rewards.background import ScoreQueue
+from rewards.load import load_rewards
+from rewards.serve import serve
+
+MEASURED = 4
+"""Blocks for each one that measures what a forward and a decode cost."""
+MAY_CHANGE = {"output", "servers", "track", "tries"}
+"""Settings that a run that goes on may change: they do not decide what the pairs are."""
+
+
+@dataclass
+class Drawn:
+    """A block's outcome."""
+
+    entry: dict[str, Any]
+    """Its line of the journal, with the fate of each candidate."""
+    pairs: list[Preference]
+    """Of the candidates that were kept."""
+    cost: Cost
+
+
+@dataclass
+class Output:
+    """The set and the journal, as the main process writes them."""
+
+    writer: PreferenceWriter
+    journal: Journal
+    written: int
+    """Pairs that an earlier run wrote."""
+
+    def add(self, first: int, drawn: Drawn) -> None:
+        """A block's pairs, the first of which is number `first` of all."""
+        for i, pair in enumerate(drawn.pairs, start=first):
+            if i >= self.written:
+                self.writer.add(pair)
+        self.journal.add(drawn.entry)
+
+
+def make(config: PairsConfig, resume: bool = False) -> None:
+    """Runs a recipe into its directory. Raises UserError for what the user can mend."""
+    began = time.perf_counter()
+    procs, output = Processes(), Path(config.output)
+    if procs.main:
+        Run.check(config, resume)
+        _check_unchanged(config)
+    records = read_prompts(config.prompts)
+    load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})  # before the wait
+    finished = procs.from_main((output / CARD).exists())
+    drawer = None if finished else Drawer(config, procs.device)
+    with Run.create(config, resume, procs.main) as run:
+        if drawer is not None:
+            with serve(config.servers if procs.main else [], run.path / "servers") as urls:
+                figures = _make(config, run, procs, drawer, records, procs.from_main(urls))
+            run.summary({**figures, "seconds": time.perf_counter() - began, **peak_memory()})
+        if procs.main:
+            entries = Journal(run.path).entries
+            pair_quality.write_report(config, entries)
+            pair_quality.write_sheet(run.path)
+
+
+def _make(
+    config: PairsConfig,
+    run: Run,
+    procs: Processes,
+    drawer: Drawer,
+    records: list[PromptRecord],
+    urls: dict[str, list[str]],
+) -> dict[str, Any]:
+    """Draws until there are enough; returns what it cost, in seconds of all processes together."""
+    plan, cost = Plan(config), Cost()
+    with contextlib.ExitStack() as stack:
+        queue = stack.enter_context(ScoreQueue(load_rewards(config.rewards, urls))) if config.rewards else None
+        output = None
+        if procs.main:
+            card = {"policy": drawer.names[config.policy or ""]}
+            writer = stack.enter_context(PreferenceWriter(run.path, resume=True, rows=config.shard, card=card))
+            output = Output(writer, Journal(run.path, writer.written), writer.written)
+        before: list[int] = procs.from_main(output and [pair_plan.kept(entry) for entry in output.journal.entries])
+        run.start(config.pairs, sum(before))
+        began = time.perf_counter()
+        while blocks := plan.generation():
+            for block in blocks:
+                if block.index < len(before):  # an earlier run has drawn it
+                    plan.take(block, before[block.index])
+            blocks = [block for block in blocks if block.index >= len(before)]
+            for turn in (blocks[i : i + procs.size] for i in range(0, len(blocks), procs.size)):
+                mine = turn[procs.rank] if procs.rank < len(turn) else None
+                drawn = procs.each(mine and draw_block(config, plan, drawer, queue, records, mine))
+                for block, result in zip(turn, drawn):
+                    _trim(result, plan.room(block))
+                    if output is not None:
+                        output.add(sum(plan.kept), result)
+                    plan.take(block, len(result.pairs))
+                    cost.add(result.cost)
+                    fates = {f"fate/{name}": n for name, n in Counter(result.entry["fates"]).items()}
+                    run.log(sum(plan.kept), {"block": block.index, "source": block.source, **fates})
+        seconds = (time.perf_counter() - began) * procs.size
+        _check_outcome(config, run, plan, output)
+    counted = cost.counted()
+    if counted:
+        run.say(
+            f"{seconds:.0f} s of drawing, {seconds / counted:.2f} times the {counted:.0f} s of its"
+            f" {cost.images['forward']} forwards and {cost.images['decode']} decodes; {cost.waited:.0f} s of it waiting"
+            " for scores"
+        )
+    return {
+        "drawing_seconds": seconds,
+        "counted_seconds": counted,
+        "waited_seconds": cost.waited,
+        "overhead": seconds / counted if counted else None,
+        "images": dict(cost.images),
+        "unit_seconds": cost.unit(),
+    }
+
+
+def _check_outcome(config: PairsConfig, run: Run, plan: Plan, output: Output | None) -> None:
+    """Says which sources fell short. Raises UserError if there is too little of the policy, with all saved."""
+    for source, wanted, kept, made in zip(config.sources, plan.quotas, plan.kept, plan.made):
+        if kept < wanted:
+            run.say(
+                f"warning: source {source.name}: {kept} of {wanted} pairs after {made} candidates (tries"
+                f" {config.tries:g}); quality.json says why the others were dropped"
+            )
+    total = sum(plan.kept)
+    inside = sum(k for k, source in zip(plan.kept, config.sources) if pair_plan.on_policy(config, source))
+    if total and inside >= config.on_policy_share * total - 1e-9:
+        return
+    if output is not None:
+        output.writer.flush()
+        pair_quality.write_report(config, output.journal.entries)
+    raise UserError(
+        f"on_policy_share: {inside} of {total} pairs hold a picture of the policy, and {config.on_policy_share:g} of"
+        f" them should: see {config.output}/quality.json for what was dropped, raise tries and go on with --resume"
+        if total
+        else f"pairs: not one candidate was kept: see {config.output}/quality.json for what was dropped"
+    )
+
+
+# ---- a block ----------------------------------------------------------------------------------------------
+
+
+def draw_block(
+    config: PairsConfig, plan: Plan, drawer: Drawer, queue: ScoreQueue | None, records: list[PromptRecord], block: Block
+) -> Drawn:
+    """Draws a block's candidates, has them scored as they come, and decides. The same whoever calls it, and when."""
+    source = config.sources[block.source]
+    draws, group = pair_plan.draws(source), source.judged.group_size if source.judged else 1
+    places = [in_turn(config.seed, plan.prompt(block, i), len(records)) for i in range(block.count)]
+    seeds = [sampler.seed_for(config.seed, block.source, block.first + i) for i in range(block.count)]
+    rows = [records[place] for place in places for _ in range(group)]
+    noises = [sampler.seed_for(seed, -1, j) if source.judged else seed for seed in seeds for j in range(group)]
+    images = np.empty((len(draws) * len(rows), *block.size, 3), np.uint8)
+    submitted: list[int] = []
+    drawer.begin()
+    for d, draw in enumerate(draws):
+
+        def show(part: list[int], pictures: Tensor, first: int = d * len(rows)) -> None:
+            images[[first + i for i in part]] = pictures.cpu().numpy()
+            submitted.extend(first + i for i in part)
+            if queue is not None:
+                shown = [rows[i] for i in part]
+                queue.submit(to_pil(pictures), [r.prompt for r in shown], columns(shown))
+
+        drawer.draw(draw, [r.prompt for r in rows], noises, block.size, show)
+    scores = queue.gather().take(np.argsort(submitted).tolist()) if queue is not None else None
+    rules = Rules(config.min_margin, config.tolerance, config.min_distance)
+    if source.judged is not None:
+        assert scores is not None
+        decision = decide_groups(images, scores, config.rewards, rules, source.judged.group_size)
+    else:
+        screen = source.delta is not None and source.delta.screen
+        decision = decide_pairs(images, scores, config.rewards, rules, screen)
+    best, other = draws[0], draws[-1]
+    pairs = [
+        Preference(
+            records[places[i]].prompt,
+            *(Image.fromarray(images[j]) for j in pair),
+            source="synthetic",
+            chosen_policy=drawer.describe(best),
+            rejected_policy=drawer.describe(other),
+            chosen_on_policy=pair_plan.is_policy(config, best),
+            rejected_on_policy=pair_plan.is_policy(config, other),
+            margin=margin,
+            seed=seeds[i],
+        )
+        for i, (fate, pair, margin) in enumerate(zip(decision.fates, decision.pairs, decision.margins))
+        if fate == KEPT and pair is not None
+    ]
+    cost, cut = drawer.end(measure=block.index % MEASURED == 0)
+    cost.waited = scores.waited_seconds if scores is not None else 0.0
+    entry = {"block": block.index, "source": source.name, "prompts": places, "cut": cut, **decision.entry()}
+    return Drawn(entry, pairs, cost)
+
+
+def _trim(drawn: Drawn, room: int) -> None:
+    """Leaves out what the source no longer wants."""
+    fates = drawn.entry["fates"]
+    for i in [i for i, fate in enumerate(fates) if fate == KEPT][room:]:
+        fates[i] = "surplus"
+    drawn.pairs = drawn.pairs[:room]
+
+
+def _check_unchanged(config: PairsConfig) -> None:
+    """Raises UserError if a run would go on with settings that make other pairs than those already written."""
+    recipe = Path(config.output) / "recipe.yaml"
+    if not recipe.exists():
+        return
+    before, now = yaml.safe_load(recipe.read_text()), json.loads(json.dumps(dataclasses.asdict(config)))
+    for name in now:
+        if name not in MAY_CHANGE and before.get(name) != now[name]:
+            raise UserError(
+                f"{name}: is not what {config.output} was begun with ({recipe} has that), so the pairs would not fit"
+                " together; restore it or choose another output"
+            )
