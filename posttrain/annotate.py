@@ -25,9 +25,9 @@ from types import FrameType
 from typing import Any, get_args
 
 from posttrain.annotations import Answer, Schedule, Showing, Side, Store, person, schedule
-from posttrain.config import AnnotateConfig
 from posttrain.human_pairs import Pairs
-from posttrain.validate import is_loopback
+from posttrain.pairs_config import AnnotateConfig
+from posttrain.validate_pairs import is_loopback
 from prompts.errors import UserError
 
 LEAST_LETTERS = 8  # of a password

@@ -19,20 +19,12 @@ from typing import Any
 import yaml
 
 from posttrain import __version__
-from posttrain.config import (
-    AnnotateConfig,
-    AnnotationsConfig,
-    ExportConfig,
-    GRPOConfig,
-    JudgeConfig,
-    PairsConfig,
-    ReportConfig,
-    SampleConfig,
-    ServeConfig,
-)
+from posttrain.config import ExportConfig, GRPOConfig, JudgeConfig, ReportConfig, SampleConfig, ServeConfig
+from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
+from posttrain.ranges import ConfigError
 from posttrain.recipe import check_recipe, describe, field_types, fits, read_recipe, suggestion
 from posttrain.stpo_config import STPOConfig
-from posttrain.validate import ConfigError, validate
+from posttrain.validate import validate
 from prompts.errors import UserError
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from posttrain import checkpoint, pair_plan, sampler
 from posttrain.checkpoint import Checkpoint
-from posttrain.config import DrawConfig, PairsConfig
 from posttrain.k2 import Text
 from posttrain.pair_choice import degrade
+from posttrain.pairs_config import DrawConfig, PairsConfig
 from posttrain.policy import POLICY, add_saved_policy, load_model, merge_earlier, stands_on
 from prompts.errors import UserError
 

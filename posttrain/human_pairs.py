@@ -17,7 +17,7 @@ from rich.progress import track
 
 from posttrain import agreement
 from posttrain.annotations import read
-from posttrain.config import AnnotationsConfig
+from posttrain.pairs_config import AnnotationsConfig
 from posttrain.preferences import Preference, PreferenceWriter, Skipped, read_preferences
 from prompts.errors import UserError
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from posttrain.config import DrawConfig, PairsConfig, PairSource
+from posttrain.pairs_config import DrawConfig, PairsConfig, PairSource
 
 KEPT = "kept"
 """The fate of a candidate that makes a pair."""

@@ -23,8 +23,8 @@ from PIL import Image
 
 from posttrain import pair_plan
 from posttrain.advantages import FLAT
-from posttrain.config import PairsConfig
 from posttrain.pair_plan import KEPT
+from posttrain.pairs_config import PairsConfig
 from posttrain.preferences import Preference, read_preferences
 from posttrain.progress import grid_image
 

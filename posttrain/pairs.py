@@ -29,11 +29,11 @@ from PIL import Image
 from torch import Tensor
 
 from posttrain import pair_plan, pair_quality, sampler
-from posttrain.config import PairsConfig
 from posttrain.drawing import Cost, Drawer
 from posttrain.k2 import to_pil
 from posttrain.pair_choice import KEPT, Rules, decide_groups, decide_pairs
 from posttrain.pair_plan import Block, Journal, Plan
+from posttrain.pairs_config import PairsConfig
 from posttrain.preferences import CARD, Preference, PreferenceWriter
 from posttrain.processes import Processes
 from posttrain.source import in_turn

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 from PIL import Image, UnidentifiedImageError
 
-from posttrain.config import ColumnMap
+from posttrain.pairs_config import ColumnMap
 from prompts.errors import UserError
 
 

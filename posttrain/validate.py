@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import ipaddress
 import math
-from collections.abc import Sequence
 
-from posttrain import figures, pair_plan
+from posttrain import figures
 from posttrain.config import (
-    AnnotateConfig,
-    AnnotationsConfig,
-    DrawConfig,
     EvalConfig,
     ExportConfig,
     GRPOConfig,
     JudgeConfig,
     OptimConfig,
-    PairsConfig,
-    PairSource,
     PoolConfig,
     ReportConfig,
     RewardSpec,
@@ -26,8 +19,10 @@ from posttrain.config import (
     ServeConfig,
     ServerSpec,
 )
-from posttrain.stpo_config import PairSetConfig, PreferenceLossConfig, STPOConfig
-from prompts.errors import UserError
+from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
+from posttrain.ranges import ConfigError, at_least, pixels, positive, share
+from posttrain.stpo_config import STPOConfig
+from posttrain.validate_pairs import validate_annotate, validate_pair_set, validate_pairs, validate_preference_loss
 
 Config = (
     GRPOConfig
@@ -47,23 +42,6 @@ JUDGE_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 """Layers of a Qwen3-VL's language model that vLLM takes adapters for."""
 
 
-class ConfigError(UserError):
-    """A field of a recipe holds what it may not. `field` is its path, such as `optim.lr`."""
-
-    def __init__(self, field: str, problem: str):
-        super().__init__(f"{field}: {problem}")
-        self.field = field
-        self.problem = problem
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches that address. A name other than localhost may mean any machine."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def validate(config: Config) -> None:
     """Raise ConfigError (field and remedy) if a value is out of range or two do not fit together."""
     match config:
@@ -72,7 +50,9 @@ def validate(config: Config) -> None:
         case STPOConfig():
             _validate_stpo(config)
         case PairsConfig():
-            _validate_pairs(config)
+            _validate_rewards(config.rewards)
+            _validate_servers(config.servers)
+            validate_pairs(config)
         case JudgeConfig():
             _validate_judge(config)
         case ServeConfig():
@@ -80,9 +60,9 @@ def validate(config: Config) -> None:
                 raise ConfigError("servers", "is empty; name at least one server")
             _validate_servers(config.servers)
         case AnnotateConfig():
-            _validate_annotate(config)
+            validate_annotate(config)
         case AnnotationsConfig():
-            _share("max_bad", config.max_bad, 1)
+            share("max_bad", config.max_bad, 1)
         case SampleConfig():
             _validate_sample(config)
         case ExportConfig():
@@ -94,21 +74,21 @@ def validate(config: Config) -> None:
 
 def _validate_grpo(config: GRPOConfig) -> None:
     _validate_run(config)
-    _at_least("prompts.max_tokens", config.prompts.max_tokens, 1)
+    at_least("prompts.max_tokens", config.prompts.max_tokens, 1)
     _validate_sampling(config.sampling)
-    _at_least("groups.prompts_per_step", config.groups.prompts_per_step, 1)
+    at_least("groups.prompts_per_step", config.groups.prompts_per_step, 1)
     if config.groups.group_size < 2:
         raise ConfigError(
             "groups.group_size",
             f"is {config.groups.group_size}, but images are compared within a group; use 2 or more",
         )
-    _at_least("groups.micro_batch", config.groups.micro_batch, 1)
+    at_least("groups.micro_batch", config.groups.micro_batch, 1)
     _validate_pool(config.pool)
     if not 0 < config.loss.clip_low < 1:
         raise ConfigError("loss.clip_low", f"is {config.loss.clip_low}; use a number between 0 and 1")
-    _positive("loss.clip_high", config.loss.clip_high)
-    _at_least("loss.kl", config.loss.kl, 0)
-    _positive("loss.max_advantage", config.loss.max_advantage)
+    positive("loss.clip_high", config.loss.clip_high)
+    at_least("loss.kl", config.loss.kl, 0)
+    positive("loss.max_advantage", config.loss.max_advantage)
     if not config.rewards:
         raise ConfigError("rewards", "is empty; name at least one reward to train on")
     if sum(reward.weight for reward in config.rewards if reward.gate == "none" and not reward.heldout_only) <= 0:
@@ -122,155 +102,58 @@ def _validate_run(config: GRPOConfig | STPOConfig) -> None:
     """What all methods that train K2 have."""
     if not config.output.strip():
         raise ConfigError("output", "is empty; name a directory for the run")
-    _at_least("steps", config.steps, 1)
-    _at_least("seed", config.seed, 0)
+    at_least("steps", config.steps, 1)
+    at_least("seed", config.seed, 0)
     if config.lora is not None:
-        _at_least("lora.rank", config.lora.rank, 1)
-        _positive("lora.alpha", config.lora.alpha)
+        at_least("lora.rank", config.lora.rank, 1)
+        positive("lora.alpha", config.lora.alpha)
         if config.lora.targets == []:
             raise ConfigError("lora.targets", "is empty, so nothing would be trained; name layers or use null")
     _validate_optim(config.optim)
     _validate_rewards(config.rewards)
     _validate_servers(config.servers)
-    _at_least("checkpoint.every", config.checkpoint.every, 0)
-    _at_least("checkpoint.minutes", config.checkpoint.minutes, 0)
-    _at_least("checkpoint.keep", config.checkpoint.keep, 1)
+    at_least("checkpoint.every", config.checkpoint.every, 0)
+    at_least("checkpoint.minutes", config.checkpoint.minutes, 0)
+    at_least("checkpoint.keep", config.checkpoint.keep, 1)
 
 
 def _validate_stpo(config: STPOConfig) -> None:
     _validate_run(config)
     if not config.heldout.strip():
         raise ConfigError("heldout", "is empty; name prompts to evaluate with")
-    _at_least("batch", config.batch, 1)
-    _at_least("micro_batch", config.micro_batch, 1)
+    at_least("batch", config.batch, 1)
+    at_least("micro_batch", config.micro_batch, 1)
     if config.optim.passes != 1:
         raise ConfigError("optim.passes", f"is {config.optim.passes}; each update draws its own times and noise; use 1")
-    _validate_pair_set(config.pairs)
-    _validate_preference_loss(config.loss)
+    validate_pair_set(config.pairs)
+    validate_preference_loss(config.loss)
     if config.loss.kind == "stpo" and config.loss.guard == "exact" and config.lora is None:
         raise ConfigError("loss.guard", "exact needs an adapter's gradients; set lora, or use output")
     _validate_eval(config.eval, [reward.name for reward in config.rewards], [*figures.PAIRS, *figures.CHANGES])
 
 
-def _validate_pair_set(pairs: PairSetConfig) -> None:
-    for name in ("train", "cache"):
-        if not getattr(pairs, name).strip():
-            raise ConfigError(f"pairs.{name}", "is empty; name one")
-    for name in ("max_bad", "drop_prompt"):
-        if not 0 <= getattr(pairs, name) < 1:
-            raise ConfigError(f"pairs.{name}", f"is {getattr(pairs, name)}; use at least 0 and below 1")
-    if not 0 < pairs.heldout < 1:
-        raise ConfigError("pairs.heldout", f"is {pairs.heldout}; use a number between 0 and 1")
-    _at_least("pairs.max_tokens", pairs.max_tokens, 1)
-    _at_least("pairs.measured", pairs.measured, 4)
-    if pairs.size is not None:
-        _size("pairs.size", pairs.size)
-
-
-def _validate_preference_loss(loss: PreferenceLossConfig) -> None:
-    _positive("loss.beta", loss.beta)
-    if not 0 <= loss.guard_share <= 1:
-        raise ConfigError("loss.guard_share", f"is {loss.guard_share}; use 0 to 1")
-    if loss.bound is not None:
-        _positive("loss.bound", loss.bound)
-    _at_least("loss.anchor", loss.anchor, 0)
-    _at_least("loss.hinge", loss.hinge, 0)
-    _positive("loss.time_std", loss.time_std)
-    if not math.isfinite(loss.time_mean):
-        raise ConfigError("loss.time_mean", f"is {loss.time_mean}; use a number")
-    _at_least("loss.terms_every", loss.terms_every, 0)
-
-
 def _validate_eval(config: EvalConfig, rewards: list[str], more: list[str]) -> None:
     """`more` are figures of the method's own."""
-    _at_least("eval.every", config.every, 0)
-    _at_least("eval.prompts", config.prompts, 1)
-    _at_least("eval.steps", config.steps, 1)
-    _at_least("eval.seed", config.seed, 0)
+    at_least("eval.every", config.every, 0)
+    at_least("eval.prompts", config.prompts, 1)
+    at_least("eval.steps", config.steps, 1)
+    at_least("eval.seed", config.seed, 0)
     if not config.guidance:
         raise ConfigError("eval.guidance", "is empty; use [0.0] to evaluate without guidance")
     for i, guidance in enumerate(config.guidance):
-        _at_least(f"eval.guidance[{i}]", guidance, 0)
-    _at_least("eval.groups", config.groups, 0)
-    _at_least("eval.group_size", config.group_size, 2)
+        at_least(f"eval.guidance[{i}]", guidance, 0)
+    at_least("eval.groups", config.groups, 0)
+    at_least("eval.group_size", config.group_size, 2)
     known = [*figures.names(rewards, config.guidance, config.groups), *more]
     for field, name in (("eval.best", config.best), ("eval.stop.metric", config.stop.metric)):
         if name is not None and name not in known:
             raise ConfigError(field, f"'{name}' is no figure of the evaluation; known here: {', '.join(known)}")
     if config.stop.metric is not None and config.every == 0:
         raise ConfigError("eval.stop.metric", "has no meaning when eval.every is 0; evaluate during the run")
-    _positive("eval.stop.drop", config.stop.drop)
+    positive("eval.stop.drop", config.stop.drop)
     if config.stop.limit is not None and not math.isfinite(config.stop.limit):
         raise ConfigError("eval.stop.limit", f"is {config.stop.limit}; use a number or null")
-    _at_least("eval.stop.patience", config.stop.patience, 1)
-
-
-def _validate_pairs(config: PairsConfig) -> None:
-    for name in ("output", "prompts"):
-        if not getattr(config, name).strip():
-            raise ConfigError(name, "is empty; name one")
-    if not config.sources:
-        raise ConfigError("sources", "is empty; name at least one")
-    _validate_rewards(config.rewards)
-    ranks = [r for r in config.rewards if r.gate == "none" and not r.heldout_only and r.weight > 0]
-    for i, reward in enumerate(config.rewards):
-        if reward.group:
-            raise ConfigError(f"rewards[{i}].group", f"'{reward.name}' sees whole groups, and pairs are none; drop it")
-    seen: set[str] = set()
-    for i, source in enumerate(config.sources):
-        if not source.name.strip() or source.name in seen:
-            raise ConfigError(f"sources[{i}].name", f"is '{source.name}'; give each source a name of its own")
-        seen.add(source.name)
-        _validate_source(f"sources[{i}]", source, config)
-        if source.judged is not None and not ranks:
-            raise ConfigError("rewards", f"hold none that ranks for source {source.name}: no gate, not heldout_only")
-    for name, least in {"pairs": 1, "min_margin": 0, "tolerance": 0, "tries": 1, "steps": 1, "max_tokens": 1,
-                        "seed": 0, "block": 1, "micro_batch": 1, "shard": 1}.items():  # fmt: skip
-        _at_least(name, getattr(config, name), least)
-    for name in ("on_policy_share", "min_distance"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise ConfigError(name, f"is {getattr(config, name)}; use 0 to 1")
-    if config.on_policy_share and not any(pair_plan.on_policy(config, source) for source in config.sources):
-        raise ConfigError(
-            "on_policy_share",
-            f"is {config.on_policy_share:g}, and no source draws as the policy does (checkpoint: policy, all else left"
-            " out); add one or use 0",
-        )
-    if not config.sizes:
-        raise ConfigError("sizes", "is empty; write one [height, width], such as [[512, 512]]")
-    for i, size in enumerate(config.sizes):
-        _size(f"sizes[{i}]", size)
-    _validate_servers(config.servers)
-
-
-def _validate_source(path: str, source: PairSource, config: PairsConfig) -> None:
-    _positive(f"{path}.share", source.share)
-    if (source.delta is None) == (source.judged is None):
-        raise ConfigError(path, f"'{source.name}' needs either delta or judged")
-    if source.judged is not None:
-        _validate_draw(f"{path}.judged.draw", source.judged.draw)
-        if source.judged.group_size < 2:
-            raise ConfigError(
-                f"{path}.judged.group_size",
-                f"is {source.judged.group_size}, but the best is paired with the worst; use 2 or more",
-            )
-    if source.delta is not None:
-        stronger, weaker = source.delta.stronger, source.delta.weaker
-        _validate_draw(f"{path}.delta.stronger", stronger)
-        _validate_draw(f"{path}.delta.weaker", weaker)
-        if pair_plan.resolved(config, stronger) == pair_plan.resolved(config, weaker):
-            raise ConfigError(f"{path}.delta", "stronger and weaker draw alike; change one of them")
-
-
-def _validate_draw(path: str, draw: DrawConfig) -> None:
-    if not draw.checkpoint.strip():
-        raise ConfigError(f"{path}.checkpoint", "is empty; use policy, base or a run directory")
-    _at_least(f"{path}.guidance", draw.guidance, 0)
-    if draw.steps is not None:
-        _at_least(f"{path}.steps", draw.steps, 1)
-    for name in ("drop", "noise"):
-        if not 0 <= getattr(draw, name) < 1:
-            raise ConfigError(f"{path}.{name}", f"is {getattr(draw, name)}; use at least 0 and below 1")
+    at_least("eval.stop.patience", config.stop.patience, 1)
 
 
 def _validate_judge(config: JudgeConfig) -> None:
@@ -279,15 +162,15 @@ def _validate_judge(config: JudgeConfig) -> None:
             raise ConfigError(name, "is empty; name one")
     if not 0 < config.heldout < 1:
         raise ConfigError("heldout", f"is {config.heldout}; use a number between 0 and 1")
-    _at_least("steps", config.steps, 1)
-    _at_least("batch", config.batch, 1)
-    _at_least("micro_batch", config.micro_batch, 1)
+    at_least("steps", config.steps, 1)
+    at_least("batch", config.batch, 1)
+    at_least("micro_batch", config.micro_batch, 1)
     if config.batch % config.micro_batch:
         raise ConfigError("micro_batch", f"is {config.micro_batch}; use a divisor of batch ({config.batch})")
-    _at_least("workers", config.workers, 0)
-    _at_least("seed", config.seed, 0)
-    _at_least("lora.rank", config.lora.rank, 1)
-    _positive("lora.alpha", config.lora.alpha)
+    at_least("workers", config.workers, 0)
+    at_least("seed", config.seed, 0)
+    at_least("lora.rank", config.lora.rank, 1)
+    positive("lora.alpha", config.lora.alpha)
     wrong = [t for t in config.lora.targets or () if t not in JUDGE_TARGETS]
     if wrong or config.lora.targets == []:
         named = f"names {wrong[0]}" if wrong else "is empty"
@@ -303,9 +186,9 @@ def _validate_sampling(sampling: SamplingConfig) -> None:
     if not sampling.sizes:
         raise ConfigError("sampling.sizes", "is empty; give at least one [height, width]")
     for i, size in enumerate(sampling.sizes):
-        _size(f"sampling.sizes[{i}]", size)
-    _at_least("sampling.steps", sampling.steps, 2)
-    _positive("sampling.eta", sampling.eta)
+        pixels(f"sampling.sizes[{i}]", size)
+    at_least("sampling.steps", sampling.steps, 2)
+    positive("sampling.eta", sampling.eta)
     if sampling.dynamics == "cps" and sampling.eta > 1:
         raise ConfigError("sampling.eta", f"is {sampling.eta}; with cps use at most 1")
     most = sampling.steps - 1
@@ -315,12 +198,12 @@ def _validate_sampling(sampling: SamplingConfig) -> None:
             f"is {sampling.window}, but {sampling.steps} steps leave 1 to {most} for noise (the last has"
             " none); shorten it or raise sampling.steps",
         )
-    _at_least("sampling.window_every", sampling.window_every, 1)
+    at_least("sampling.window_every", sampling.window_every, 1)
     if sampling.window_start == "sliding" and sampling.window is None:
         raise ConfigError("sampling.window_start", "nothing can slide when sampling.window is null; set a window")
     if isinstance(sampling.window_start, str):
         return
-    _at_least("sampling.window_start", sampling.window_start, 0)
+    at_least("sampling.window_start", sampling.window_start, 0)
     if sampling.window is None and sampling.window_start > 0:
         raise ConfigError("sampling.window_start", "has no meaning when sampling.window is null; set a window")
     if sampling.window_start + (sampling.window or most) > most:
@@ -336,29 +219,29 @@ def _validate_pool(pool: PoolConfig) -> None:
     for name, least in shares.items():
         if not least <= getattr(pool, name) <= 1:
             raise ConfigError(f"pool.{name}", f"is {getattr(pool, name)}; use {least} to 1")
-    _at_least("pool.sharpness", pool.sharpness, 0)
+    at_least("pool.sharpness", pool.sharpness, 0)
     if pool.hard >= pool.easy:
         raise ConfigError("pool.hard", f"is {pool.hard}, not below pool.easy ({pool.easy}); lower it")
     for name in ("staleness", "prune_after", "cooldown"):
-        _at_least(f"pool.{name}", getattr(pool, name), 1)
+        at_least(f"pool.{name}", getattr(pool, name), 1)
     if not 0 <= pool.audit < 1:
         raise ConfigError("pool.audit", f"is {pool.audit}; use at least 0 and below 1")
-    for tag, share in pool.quotas.items():
-        _positive(f"pool.quotas.{tag}", share)
+    for tag, quota in pool.quotas.items():
+        positive(f"pool.quotas.{tag}", quota)
     if sum(pool.quotas.values()) > 1 + 1e-9:
         raise ConfigError("pool.quotas", f"add up to {sum(pool.quotas.values()):g}; lower them to at most 1 together")
 
 
 def _validate_optim(optim: OptimConfig) -> None:
-    _positive("optim.lr", optim.lr)
+    positive("optim.lr", optim.lr)
     for beta in optim.betas:
         if not 0 <= beta < 1:
             raise ConfigError("optim.betas", f"holds {beta}; each must be at least 0 and below 1")
-    _at_least("optim.weight_decay", optim.weight_decay, 0)
-    _positive("optim.max_grad_norm", optim.max_grad_norm)
-    _at_least("optim.passes", optim.passes, 1)
-    _at_least("optim.warmup_steps", optim.warmup_steps, 0)
-    _at_least("optim.cooldown_steps", optim.cooldown_steps, 0)
+    at_least("optim.weight_decay", optim.weight_decay, 0)
+    positive("optim.max_grad_norm", optim.max_grad_norm)
+    at_least("optim.passes", optim.passes, 1)
+    at_least("optim.warmup_steps", optim.warmup_steps, 0)
+    at_least("optim.cooldown_steps", optim.cooldown_steps, 0)
     if not 0 <= optim.ema < 1:
         raise ConfigError("optim.ema", f"is {optim.ema}; it must be at least 0 and below 1")
 
@@ -377,7 +260,7 @@ def _validate_rewards(rewards: list[RewardSpec]) -> None:
             raise ConfigError(
                 f"rewards[{i}].function", f"'{reward.function}' is not written as package.module:function"
             )
-        _at_least(f"rewards[{i}].weight", reward.weight, 0)
+        at_least(f"rewards[{i}].weight", reward.weight, 0)
 
 
 def _validate_servers(servers: list[ServerSpec]) -> None:
@@ -391,17 +274,7 @@ def _validate_servers(servers: list[ServerSpec]) -> None:
         seen.add(server.name)
         if not 0 <= server.port <= 65535:
             raise ConfigError(f"{path}.port", f"is {server.port}; use 1 to 65535, or 0 for any free one")
-        _positive(f"{path}.ready_timeout", server.ready_timeout)
-
-
-def _validate_annotate(config: AnnotateConfig) -> None:
-    if not is_loopback(config.host) and config.password_env is None:
-        raise ConfigError("host", f"{config.host} is reached from beyond this machine; set password_env as well")
-    if not 0 <= config.port <= 65535:
-        raise ConfigError("port", f"is {config.port}; use 1 to 65535, or 0 for any free one")
-    _share("repeats", config.repeats, 0.5)
-    _share("max_bad", config.max_bad, 1)
-    _at_least("seed", config.seed, 0)
+        positive(f"{path}.ready_timeout", server.ready_timeout)
 
 
 def _validate_sample(config: SampleConfig) -> None:
@@ -409,37 +282,13 @@ def _validate_sample(config: SampleConfig) -> None:
         raise ConfigError("prompt", "give either prompt (a text) or prompts (a JSONL file)")
     if config.prompt is not None and not config.prompt.strip():
         raise ConfigError("prompt", "is empty; write what the image should show")
-    _size("size", config.size)
+    pixels("size", config.size)
     if config.model.start is not None:
         raise ConfigError("model.start", "has no meaning here; name that run as adapter")
     if config.steps is not None:
-        _at_least("steps", config.steps, 1)
+        at_least("steps", config.steps, 1)
     if config.guidance is not None:
-        _at_least("guidance", config.guidance, 0)
-    _at_least("images", config.images, 1)
-    _at_least("micro_batch", config.micro_batch, 1)
-    _at_least("seed", config.seed, 0)
-
-
-def _size(path: str, size: Sequence[int]) -> None:
-    if len(size) != 2:
-        raise ConfigError(path, f"is {list(size)}; write [height, width] in pixels")
-    for pixels in size:
-        if pixels < 16 or pixels % 16:
-            nearest = max(16, round(pixels / 16) * 16)
-            raise ConfigError(path, f"{pixels} pixels is not a multiple of 16; use {nearest}")
-
-
-def _at_least(path: str, value: float, least: float) -> None:
-    if not (math.isfinite(value) and value >= least):
-        raise ConfigError(path, f"is {value}; use {least} or more")
-
-
-def _share(path: str, value: float, most: float) -> None:
-    if not 0 <= value <= most:
-        raise ConfigError(path, f"is {value}; use 0 to {most:g}")
-
-
-def _positive(path: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ConfigError(path, f"is {value}; use a number above 0")
+        at_least("guidance", config.guidance, 0)
+    at_least("images", config.images, 1)
+    at_least("micro_batch", config.micro_batch, 1)
+    at_least("seed", config.seed, 0)

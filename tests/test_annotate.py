@@ -438,12 +438,10 @@ def test_store_that_cannot_be_used(annotate, tmp_path):
 def test_pairs_with_bad_pictures_are_named(annotate, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:40])
-    rows = [{"prompt": "a", "chosen": "good.png", "rejected": name} for name in ("none.png", "cut.png")]
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    line = annotate(pairs=path)
-    assert line.startswith(
-        f"{path}: more than 0.01 of 2 rows (max_bad) are bad: {path}:1: rejected: none.png is missing"
-    )
-    assert f"{path}:2: rejected: " in line and line.endswith("mend them or raise max_bad")
+    for name, reason in (("none.png", "none.png is missing"), ("cut.png", "is no picture (40 bytes)")):
+        path.write_text(json.dumps({"prompt": "a", "chosen": "good.png", "rejected": name}) + "\n")
+        line = annotate(pairs=path)
+        assert line.startswith(f"{path}: more than 0.01 of 1 rows (max_bad) are bad: {path}:1: rejected: {reason}")
+        assert line.endswith("mend them or raise max_bad")
     assert annotate(pairs=tmp_path / "nowhere").startswith(f"{tmp_path}/nowhere: no such file or directory")

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 
 from posttrain.config import (
-    ColumnMap,
     ExportConfig,
     GRPOConfig,
     ModelConfig,
@@ -17,8 +16,10 @@ from posttrain.config import (
     ServeConfig,
     ServerSpec,
 )
+from posttrain.pairs_config import ColumnMap
+from posttrain.ranges import ConfigError
 from posttrain.stpo_config import PairSetConfig, STPOConfig
-from posttrain.validate import ConfigError, validate
+from posttrain.validate import validate
 
 
 def grpo() -> GRPOConfig:

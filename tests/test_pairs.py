@@ -19,13 +19,15 @@ from PIL import Image
 
 from posttrain import checkpoint, pair_plan, pair_quality, pairs, sampler
 from posttrain.cli import load_config
-from posttrain.config import DeltaConfig, DrawConfig, JudgedConfig, ModelConfig, PairsConfig, PairSource, RewardSpec
+from posttrain.config import ModelConfig, RewardSpec
 from posttrain.drawing import Drawer
 from posttrain.k2 import K2
 from posttrain.pair_choice import Judgement, Rules, best_and_worst, decide_groups, decide_pairs, degrade, verdict
+from posttrain.pairs_config import DeltaConfig, DrawConfig, JudgedConfig, PairsConfig, PairSource
 from posttrain.policy import POLICY, described, load_model, saved_tensors
 from posttrain.preferences import Preference, read_preferences
-from posttrain.validate import ConfigError, validate
+from posttrain.ranges import ConfigError
+from posttrain.validate import validate
 from prompts.errors import UserError
 from rewards.base import Failure, Reward, score_all
 from tests import runs, tiny
@@ -339,7 +341,7 @@ def test_killed_and_resumed_in_a_process(whole, tmp_path):
     try:
         config = dataclasses.replace(whole, output=str(tmp_path / "run"))
         path, run = runs.recipe(config, tmp_path / "recipe.yaml"), tmp_path / "run"  # type: ignore[arg-type]
-        process, began = commands.start("pairs", "--config", path), time.monotonic()
+        (process,), began = commands.start("pairs", "--config", path), time.monotonic()
         while not (run / "candidates.jsonl").exists() or not (run / "candidates.jsonl").read_bytes():
             assert time.monotonic() - began < 120
             time.sleep(0.005)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from posttrain.config import ColumnMap
+from posttrain.pairs_config import ColumnMap
 from posttrain.preferences import Preference, PreferenceWriter, Skipped, read_preferences
 from prompts.errors import UserError
 
