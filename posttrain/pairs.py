@@ -44,7 +44,7 @@ from rewards.background import ScoreQueue
 from rewards.load import load_rewards
 from rewards.serve import serve
 
-MEASURED = 4
+MEASURED = 2
 """Blocks for each one that measures what a forward and a decode cost."""
 MAY_CHANGE = {"output", "servers", "track", "tries"}
 """Settings that a run that goes on may change: they do not decide what the pairs are."""
