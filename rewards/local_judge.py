@@ -12,6 +12,7 @@ import asyncio
 import base64
 import io
 import threading
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -115,5 +116,7 @@ def _load(path: str, adapter: str | None, device: str) -> tuple[VLM, threading.L
 
         if not (Path(adapter) / "adapter_config.json").is_file():
             raise UserError(f"adapter: {adapter} has no adapter_config.json: give a LoRA directory")
-        vlm.model = PeftModel.from_pretrained(vlm.model, adapter).merge_and_unload().eval()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks the old name
+            vlm.model = PeftModel.from_pretrained(vlm.model, adapter).merge_and_unload().eval()
     return vlm, threading.Lock()

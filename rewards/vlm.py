@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, Qwen3VLForConditionalGenerat
 
 # The one that needs no torchvision; AutoImageProcessor may pick another.
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import logging
 
 from prompts.errors import UserError
 from prompts.templates import spelled
@@ -49,7 +50,8 @@ class VLM:
             raise UserError(f"model: {path} cannot be loaded: {error}") from error
         if kind != "qwen3_vl":
             raise UserError(f"model: {path} is a {kind}: judges are Qwen3-VL models (qwen3_vl)")
-        model: Any = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=dtype)
+        with _quiet():
+            model: Any = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(path)
         if tokenizer.chat_template is None:
             raise UserError(f"model: {path}: its tokenizer has no chat template: add chat_template.jinja")
@@ -150,6 +152,18 @@ class VLM:
             yield
         finally:
             del visual.forward
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bar for reading files, between which a message to the user is lost."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def distinct(images: Sequence[Image.Image]) -> tuple[list[int], list[int]]:
