@@ -109,7 +109,7 @@ class OptimConfig:
     warmup_steps: int = 0
     """Updates over which the rate rises linearly from 0, >= 0."""
     cooldown_steps: int = 0
-    """Last training steps over which the rate falls linearly to 0, >= 0; what is learnt is noisy without."""
+    """Last training steps over which the rate falls linearly to 0, >= 0; 0: it stays."""
     ema: float = 0.0
     """Decay of the moving average of the weights that evaluation and export use, in [0, 1); 0: the weights."""
 
