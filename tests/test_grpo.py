@@ -728,3 +728,18 @@ def test_average_of_the_weights():
         torch.testing.assert_close(parameter.detach(), expected)
         raise RuntimeError
     assert torch.equal(parameter, live) and not torch.equal(live, expected)
+
+
+def test_the_rate_falls_at_the_end(config, monkeypatch):
+    """Of four steps the last two cool down: shares 1, 1, 2/3 and 1/3 of the rate."""
+    step, rates = Stepper.step, []
+
+    def watched(self):
+        norm = step(self)
+        rates.append(self.optimizer.param_groups[0]["lr"])
+        return norm
+
+    monkeypatch.setattr(Stepper, "step", watched)
+    config.steps, config.optim.lr, config.optim.cooldown_steps = 4, 3e-3, 2
+    grpo.train(config)
+    assert rates == pytest.approx([3e-3, 3e-3, 2e-3, 1e-3])
