@@ -8,10 +8,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from posttrain import checkpoint
 from posttrain.config import GRPOConfig, ModelConfig, PromptsConfig, RewardSpec
 from posttrain.stpo_config import PairSetConfig, STPOConfig
 from tests import tiny
@@ -127,6 +129,34 @@ def untimed(run: str | Path) -> list[dict]:
     """The metrics without what a clock said."""
     clock = ("time", "score_hidden")
     return [{k: v for k, v in row.items() if k not in clock and not k.startswith("seconds/")} for row in rows(run)]
+
+
+def training_rows(run: str | Path) -> list[dict]:
+    return [row for row in rows(run) if "loss" in row]
+
+
+def latest(run: str | Path) -> checkpoint.Checkpoint:
+    return checkpoint.load(checkpoint.find(run))
+
+
+def assert_equal(a: dict, b: dict) -> None:
+    """The same tensors, bit for bit."""
+    assert a.keys() == b.keys()
+    for key in a:
+        assert a[key].equal(b[key]), key
+
+
+def watch_loading(method: Any, monkeypatch: Any) -> list:
+    """Gets each K2 that a method loads, with a copy of its weights as they were."""
+    seen, load = [], method.load_model
+
+    def load_model(*arguments):
+        k2 = load(*arguments)
+        seen.append((k2, {key: value.clone() for key, value in k2.base_state_dict().items()}))
+        return k2
+
+    monkeypatch.setattr(method, "load_model", load_model)
+    return seen
 
 
 TRAINING = """

@@ -16,22 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from posttrain import checkpoint, original
-from tests import runs, tiny
+from tests import runs
 from tests.test_cli import fails
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def command(tmp_path_factory):
-    commands = runs.Commands(tmp_path_factory.mktemp("commands"))
-    yield commands
-    commands.close()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny.save(tmp_path_factory.mktemp("tiny") / "raw")
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
 from PIL import Image
 
 from posttrain import checkpoint, cli, grpo, sampler
@@ -32,12 +31,6 @@ from tests import runs, tiny
 LOOK = ("brightness", "saturation", "high_frequency", "latent_norm", "diversity")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    PartialState(cpu=True)  # runs must be the same bit for bit, also on a machine with a GPU
-    return tiny.save(tmp_path_factory.mktemp("tiny") / "raw")
-
-
 @pytest.fixture
 def config(tmp_path, model):
     return runs.config(tmp_path, model)
@@ -46,30 +39,7 @@ def config(tmp_path, model):
 @pytest.fixture
 def trained(monkeypatch):
     """The K2 that `train` loads, with a copy of its weights as they were."""
-    seen = []
-
-    def load_model(*arguments):
-        k2 = load(*arguments)
-        seen.append((k2, {key: value.clone() for key, value in k2.base_state_dict().items()}))
-        return k2
-
-    load = grpo.load_model
-    monkeypatch.setattr(grpo, "load_model", load_model)
-    return seen
-
-
-def latest(run) -> checkpoint.Checkpoint:
-    return checkpoint.load(checkpoint.find(run))
-
-
-def training_rows(run):
-    return [row for row in runs.rows(run) if "loss" in row]
-
-
-def assert_equal(a: dict, b: dict):
-    assert a.keys() == b.keys()
-    for key in a:
-        assert torch.equal(a[key], b[key]), key
+    return runs.watch_loading(grpo, monkeypatch)
 
 
 # whole runs
@@ -92,7 +62,7 @@ def test_run_directory(config, trained):
         assert [Image.open(path).size for path in pictures] == [(32, 32)] * 2
     assert len(json.loads((run / "samples/prompts.json").read_text())) == 2
 
-    metrics = training_rows(run)
+    metrics = runs.training_rows(run)
     assert [row["step"] for row in metrics] == [1, 2]
     for row in metrics:
         assert row["ratio_error"] <= 1e-5 and row["grad_norm"] > 0 and row["kl"] >= 0 and 0 < row["reward"] < 1
@@ -119,11 +89,11 @@ def test_run_directory(config, trained):
     page = (run / "report.html").read_text()
     assert "brightness" in page and "image/diversity@1.5" in page and "data:image/png" in page
 
-    saved = latest(run)
+    saved = runs.latest(run)
     assert saved.step == 2 and saved.state["lora"]["rank"] == 4 and saved.state["method"] == "grpo"
     ((k2, base),) = trained
-    assert_equal(dict(k2.base_state_dict()), base)
-    assert_equal(saved.tensors["adapter"], k2.role_state_dict("policy"))
+    runs.assert_equal(dict(k2.base_state_dict()), base)
+    runs.assert_equal(saved.tensors["adapter"], k2.role_state_dict("policy"))
     moved = [bool(v.any()) for key, v in saved.tensors["adapter"].items() if key.endswith("lora_B.weight")]
     assert len(moved) == 24 and all(moved)
 
@@ -132,7 +102,7 @@ def test_samples_are_of_heldout_prompts_by_the_base_and_by_the_policy(config):
     """Drawn again from the checkpoint by the seeds that prompts.json tells, without guidance."""
     config.optim.lr = 0.02
     grpo.train(config)
-    k2, folder = load_checkpoint(latest(config.output)), Path(config.output) / "samples"
+    k2, folder = load_checkpoint(runs.latest(config.output)), Path(config.output) / "samples"
     table = json.loads((folder / "prompts.json").read_text())
     assert [row["prompt"] for row in table] == tiny.PROMPTS[2:]
     noise = sampler.noise([row["seed"] for row in table], (16, 64))
@@ -167,7 +137,7 @@ def test_ratio_is_one_before_the_first_update(config, dynamics, ratio, window, a
     config.optim.passes, config.groups.micro_batch, config.advantages = 2, 3, advantages
     config.optim.lr = 1e-2
     grpo.train(config)
-    for row in training_rows(config.output):
+    for row in runs.training_rows(config.output):
         assert row["ratio_error"] <= 1e-5
         assert row["ratio_std"] > 1e-5  # in the second pass the policy has moved
 
@@ -183,21 +153,21 @@ def test_a_ratio_that_is_not_one_ends_the_run(config, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(UserError, match=says):
         patch.setattr(K2, "velocity", trained_otherwise)
         grpo.train(config)
-    assert not (Path(config.output) / "checkpoints").exists() and training_rows(config.output) == []
+    assert not (Path(config.output) / "checkpoints").exists() and runs.training_rows(config.output) == []
     config.loss.clip_low = config.loss.clip_high = 0.5
     with monkeypatch.context() as patch:
         patch.setattr(K2, "velocity", trained_otherwise)
         grpo.train(config, resume=True)
-    before, config.loss.clip_low, config.steps = latest(config.output), 1e-4, 4
+    before, config.loss.clip_low, config.steps = runs.latest(config.output), 1e-4, 4
     with monkeypatch.context() as patch, pytest.raises(UserError, match=says):
         patch.setattr(K2, "velocity", trained_otherwise)
         grpo.train(config, resume=True)
-    after = latest(config.output)
+    after = runs.latest(config.output)
     assert after.step == before.step == 2
     for name in before.tensors:
-        assert_equal(after.tensors[name], before.tensors[name])
+        runs.assert_equal(after.tensors[name], before.tensors[name])
     grpo.train(config, resume=True)
-    assert latest(config.output).step == 4
+    assert runs.latest(config.output).step == 4
 
 
 @pytest.mark.parametrize(
@@ -216,7 +186,7 @@ def test_killed_and_resumed_equals_uninterrupted(config, monkeypatch, tmp_path, 
     whole, config.output = config.output, str(tmp_path / "killed")
 
     def killed(*arguments):
-        if len(training_rows(config.output)) == 3:
+        if len(runs.training_rows(config.output)) == 3:
             raise RuntimeError("killed")
         return optimise(*arguments)
 
@@ -225,18 +195,18 @@ def test_killed_and_resumed_equals_uninterrupted(config, monkeypatch, tmp_path, 
         patch.setattr(grpo, "optimise", killed)
         grpo.train(config)
     assert [row["step"] for row in runs.rows(config.output)] == [0, 1, 2, 2, 3]
-    assert latest(config.output).step == 2
+    assert runs.latest(config.output).step == 2
     torch.manual_seed(99)
     np.random.seed(99)
     grpo.train(config, resume=True)
 
-    a, b = latest(whole), latest(config.output)
+    a, b = runs.latest(whole), runs.latest(config.output)
     assert a.step == b.step == 4
     files = {"adapter" if lora else "weights", "optimizer"}
     files |= ({"live"} if ema else set()) | ({"pool"} if kind == "adaptive" else set())
     assert a.tensors.keys() == b.tensors.keys() == files
     for name in a.tensors:
-        assert_equal(a.tensors[name], b.tensors[name])
+        runs.assert_equal(a.tensors[name], b.tensors[name])
     assert a.state["counters"] == b.state["counters"] == {"updates": 8, "skipped": 0, "skipped_in_a_row": 0}
     assert a.state["optimizer"] == b.state["optimizer"] and a.state.get("pool") == b.state.get("pool")
     assert runs.untimed(whole) == runs.untimed(config.output)
@@ -250,13 +220,13 @@ def test_killed_and_resumed_equals_uninterrupted(config, monkeypatch, tmp_path, 
 
 def test_resuming_a_finished_run_changes_nothing(config):
     grpo.train(config)
-    before, metrics = latest(config.output), runs.rows(config.output)
+    before, metrics = runs.latest(config.output), runs.rows(config.output)
     grpo.train(config, resume=True)
     assert runs.rows(config.output) == metrics
-    assert_equal(latest(config.output).tensors["adapter"], before.tensors["adapter"])
+    runs.assert_equal(runs.latest(config.output).tensors["adapter"], before.tensors["adapter"])
     config.steps = 3
     grpo.train(config, resume=True)
-    assert [row["step"] for row in training_rows(config.output)] == [1, 2, 3]
+    assert [row["step"] for row in runs.training_rows(config.output)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(("number", "leaves"), [(signal.SIGTERM, None), (signal.SIGINT, KeyboardInterrupt)])
@@ -274,7 +244,7 @@ def test_a_signal_ends_the_run_after_the_step(config, monkeypatch, number, leave
     else:
         with pytest.raises(leaves):
             grpo.train(config)
-    assert latest(config.output).step == 1 and len(training_rows(config.output)) == 1
+    assert runs.latest(config.output).step == 1 and len(runs.training_rows(config.output)) == 1
     assert (Path(config.output) / "report.html").is_file()
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
 
@@ -298,13 +268,13 @@ def test_all_weights_are_trained(config, trained):
     """Where `lora` is null: all but the text fusion's. The KL is to the weights as they were, so 0 at first."""
     config.lora, config.optim.lr, config.loss.kl = None, 3e-4, 0.1
     grpo.train(config)
-    first, second = training_rows(config.output)
+    first, second = runs.training_rows(config.output)
     assert first["kl"] == 0 < second["kl"]
     assert all(row["ratio_error"] <= 1e-5 and row["grad_norm"] > 0 for row in (first, second))
     ((k2, base),) = trained
-    saved = latest(config.output)
+    saved = runs.latest(config.output)
     assert saved.state["lora"] is None and saved.tensors.keys() == {"weights", "optimizer"}
-    assert_equal(saved.tensors["weights"], k2.role_state_dict("policy"))
+    runs.assert_equal(saved.tensors["weights"], k2.role_state_dict("policy"))
     for key, value in k2.base_state_dict().items():
         assert torch.equal(value, base[key]) == key.startswith(("text_fusion.", "txt_in.")), key
     assert saved.tensors["weights"].keys() == {key for key in base if not key.startswith(("text_fusion.", "txt_in."))}
@@ -315,10 +285,10 @@ def test_all_weights_in_bf16_move_by_less_than_bf16_can_hold(config):
     config.model.dtype, config.lora, config.optim.lr, config.loss.kl = "bfloat16", None, 1e-7, 0.1
     config.steps = 1
     grpo.train(config)
-    (row,) = training_rows(config.output)
+    (row,) = runs.training_rows(config.output)
     assert row["kl"] == 0 and row["ratio_error"] <= 1e-5
     base = K2.load(config.model.path, dtype=torch.bfloat16).base_state_dict()
-    for key, value in latest(config.output).tensors["weights"].items():
+    for key, value in runs.latest(config.output).tensors["weights"].items():
         assert 0 < (value - base[key].float()).abs().max() < 2e-7, key
 
 
@@ -337,7 +307,7 @@ def test_the_best_step_is_kept(config):
     run = Path(config.output)
     assert checkpoints(run) == {"best", "step-000002", "step-000004"}
     best = checkpoint.load(checkpoint.find(run / "checkpoints/best"))
-    assert best.step == 2 and latest(run).step == 4
+    assert best.step == 2 and runs.latest(run).step == 4
     assert json.loads((run / "summary.json").read_text())["best"] == {"metric": "oracle", "step": 2, "value": 0.7}
     assert "Best oracle: 0.7 at step 2, in checkpoints/best" in (run / "report.html").read_text()
     # It holds what was evaluated: its pictures are those of step 2.
@@ -372,7 +342,7 @@ def test_a_collapse_ends_the_run(config, monkeypatch, tmp_path, capsys):
 
     def sample(self, *arguments, **keywords):
         latents = original(self, *arguments, **keywords)
-        collapsed = len(training_rows(config.output)) >= 2
+        collapsed = len(runs.training_rows(config.output)) >= 2
         return latents[:1].expand_as(latents) if collapsed else latents
 
     original = K2.sample
@@ -384,7 +354,7 @@ def test_a_collapse_ends_the_run(config, monkeypatch, tmp_path, capsys):
     run = Path(config.output)
     diversity = [row["eval/image/diversity"] for row in runs.rows(run) if "eval/image/diversity" in row]
     assert len(diversity) == 4 and all(value > 0.01 for value in diversity[:2]) and diversity[2:] == [0, 0]
-    assert latest(run).step == 3 and [row["step"] for row in training_rows(run)] == [1, 2, 3]
+    assert runs.latest(run).step == 3 and [row["step"] for row in runs.training_rows(run)] == [1, 2, 3]
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 3 and summary["stopped"].startswith("eval.stop: image/diversity fell from 0.")
     assert summary["stopped"].endswith(" to 0 (step 3)")
@@ -392,23 +362,23 @@ def test_a_collapse_ends_the_run(config, monkeypatch, tmp_path, capsys):
     assert f"Stopped early: {summary['stopped']}" in (run / "report.html").read_text()
 
     assert cli.main([*arguments, "--resume"]) == 0  # it stays ended ...
-    assert latest(run).step == 3
+    assert runs.latest(run).step == 3
     monkeypatch.undo()
     assert (
         cli.main([*arguments, "--resume", "--eval.stop.metric", "null", "--steps", "4"]) == 0
     )  # ... until told to go on
-    assert latest(run).step == 4
+    assert runs.latest(run).step == 4
 
 
 def test_flat_rewards_move_nothing(config, tmp_path, model, trained):
     config = runs.config(tmp_path, model, "constant")
     config.loss.kl = 0
     grpo.train(config)
-    for row in training_rows(config.output):
+    for row in runs.training_rows(config.output):
         assert (row["flat_groups"], row["advantage"], row["grad_norm"], row["reward"]) == (1, 0, 0, 0.5)
     fresh = K2.load(model)
     fresh.add_role("policy", 4, 8.0, seed=config.seed)
-    assert_equal(latest(config.output).tensors["adapter"], fresh.role_state_dict("policy"))
+    runs.assert_equal(runs.latest(config.output).tensors["adapter"], fresh.role_state_dict("policy"))
 
 
 def test_a_reward_that_compares_a_group(config):
@@ -428,11 +398,11 @@ def test_adaptive_pool_in_a_run(tmp_path, model):
     config = runs.config(tmp_path, model, "constant")
     config.pool.kind, config.pool.prune_after, config.steps = "adaptive", 1, 5
     grpo.train(config)
-    counts = [{k: v for k, v in row.items() if k.startswith("pool/")} for row in training_rows(config.output)]
+    counts = [{k: v for k, v in row.items() if k.startswith("pool/")} for row in runs.training_rows(config.output)]
     classes = [sum(row[f"pool/{name}"] for name in ("new", "informative", "easy", "hard", "flat")) for row in counts]
     assert classes == [3] * 5 and (counts[0]["pool/new"], counts[0]["pool/resting"]) == (3, 0)
     assert (counts[-1]["pool/flat"], counts[-1]["pool/resting"], counts[-1]["pool/unscored"]) == (3, 1, 0)
-    saved = latest(config.output)
+    saved = runs.latest(config.output)
     assert saved.state["pool"]["rewards"] == ["constant"] and saved.state["pool"]["spread"] == [0]
     assert saved.tensors["pool"]["visits"].sum() == 2 * 5
     ends = json.loads((Path(config.output) / "prompts.json").read_text())
@@ -453,13 +423,13 @@ def test_several_sizes_in_one_run(config, monkeypatch):
     config.sampling.sizes = [[32, 32], [16, 48], [48, 32]]
     grpo.train(config)
     assert sizes[1:-1] == [(32, 32), (16, 48), (48, 32), (32, 32)]  # two groups a step, between two evaluations
-    assert all(row["ratio_error"] <= 1e-5 for row in training_rows(config.output))
+    assert all(row["ratio_error"] <= 1e-5 for row in runs.training_rows(config.output))
 
 
 def test_only_some_layers_are_adapted(config):
     config.lora.targets = ["to_q", "ff.down"]
     grpo.train(config)
-    saved = latest(config.output)
+    saved = runs.latest(config.output)
     assert len(saved.tensors["adapter"]) == 2 * 2 * 3 and saved.state["lora"]["targets"] == ["to_q", "ff.down"]
 
 
@@ -480,7 +450,7 @@ def test_turbo_is_refused_and_leaves_no_run_behind(config, tmp_path, model):
         grpo.train(config)
     config.model.path = str(model)
     grpo.train(config)
-    assert len(training_rows(config.output)) == 2
+    assert len(runs.training_rows(config.output)) == 2
 
 
 def test_a_run_is_not_overwritten(config):
@@ -533,11 +503,11 @@ def test_a_changed_recipe(config, capsys):
     grpo.train(config, resume=True)
     told = capsys.readouterr().err
     assert "the recipe has changed since the run began: " in told and "optim.lr 0.003 -> 0.0001" in told
-    (group,) = latest(config.output).state["optimizer"]["groups"]
+    (group,) = runs.latest(config.output).state["optimizer"]["groups"]
     assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-4, [0.8, 0.95], 0.1)
     config.pool.kind, config.steps = "uniform", 4
     grpo.train(config, resume=True)
-    assert latest(config.output).step == 4
+    assert runs.latest(config.output).step == 4
 
 
 def test_before_the_first_checkpoint_a_recipe_may_change(config, monkeypatch):
@@ -549,7 +519,7 @@ def test_before_the_first_checkpoint_a_recipe_may_change(config, monkeypatch):
         grpo.train(config)
     config.seed, config.lora.rank, config.optim.ema = 1, 2, 0.5
     grpo.train(config, resume=True)
-    assert latest(config.output).step == 2 and latest(config.output).state["lora"]["rank"] == 2
+    assert runs.latest(config.output).step == 2 and runs.latest(config.output).state["lora"]["rank"] == 2
 
 
 def test_another_adapter_is_not_loaded(config):

@@ -16,19 +16,7 @@ from PIL import Image
 
 from posttrain import checkpoint
 from posttrain.config import RewardSpec
-from tests import runs, tiny
-
-
-@pytest.fixture(scope="module")
-def command(tmp_path_factory):
-    commands = runs.Commands(tmp_path_factory.mktemp("commands"))
-    yield commands
-    commands.close()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny.save(tmp_path_factory.mktemp("tiny") / "raw")
+from tests import runs
 
 
 @pytest.fixture

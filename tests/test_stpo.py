@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
 from PIL import Image
 from torch.nn import functional as F
 
-from posttrain import checkpoint, cli, latents, stpo
+from posttrain import cli, latents, stpo
 from posttrain import figures as figures_of
 from posttrain.export import load_checkpoint
 from posttrain.k2 import K2
@@ -25,48 +24,20 @@ from prompts.errors import UserError
 from tests import runs, tiny
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    PartialState(cpu=True)  # runs must be the same bit for bit, also on a machine with a GPU
-    return tiny.save(tmp_path_factory.mktemp("tiny") / "raw")
-
-
 @pytest.fixture
 def config(tmp_path, model):
     return runs.stpo_config(tmp_path, model)
-
-
-def latest(run) -> checkpoint.Checkpoint:
-    return checkpoint.load(checkpoint.find(run))
-
-
-def training_rows(run):
-    return [row for row in runs.rows(run) if "loss" in row]
 
 
 def evaluations(run):
     return [row for row in runs.rows(run) if "eval/pairs/winner" in row]
 
 
-def assert_equal(a: dict, b: dict):
-    assert a.keys() == b.keys()
-    for key in a:
-        assert torch.equal(a[key], b[key]), key
-
-
 # whole runs
 
 
 def test_run_directory(config, monkeypatch):
-    seen = []
-
-    def load_model(*arguments):
-        k2 = load(*arguments)
-        seen.append((k2, {key: value.clone() for key, value in k2.base_state_dict().items()}))
-        return k2
-
-    load = stpo.load_model
-    monkeypatch.setattr(stpo, "load_model", load_model)
+    seen = runs.watch_loading(stpo, monkeypatch)
     config.eval.every = 1
     stpo.train(config)
     run = Path(config.output)
@@ -74,7 +45,7 @@ def test_run_directory(config, monkeypatch):
         "recipe.yaml", "environment.json", "metrics.jsonl", "grids", "samples", "checkpoints", "report.html",
         "summary.json",
     }  # fmt: skip
-    first, second = training_rows(run)
+    first, second = runs.training_rows(run)
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     for name in ("winner", "loser", "margin", "z", "drift_winner", "drift_loser", "gradient/anchor"):
         assert first[name] == 0
@@ -98,10 +69,12 @@ def test_run_directory(config, monkeypatch):
     assert (summary["steps"], summary["pairs"]) == (2, 12)
     assert "high_energy_ratio" in (run / "report.html").read_text()
 
-    saved = latest(run)
+    saved = runs.latest(run)
     assert saved.state["method"] == "stpo" and saved.state["origin"]["merged"] == []
     ((k2, base),) = seen
-    assert_equal(dict(k2.base_state_dict()), base)  # the reference is what it was, and nothing asked for its gradient
+    runs.assert_equal(
+        dict(k2.base_state_dict()), base
+    )  # the reference is what it was, and nothing asked for its gradient
     assert all(p.grad is None for key, p in k2.transformer.named_parameters() if "lora_" not in key)
     moved = [bool(v.any()) for key, v in saved.tensors["adapter"].items() if key.endswith("lora_B.weight")]
     assert len(moved) == 24 and all(moved)
@@ -129,10 +102,12 @@ def test_dpo_by_one_setting(config, tmp_path):
     for i, kind in enumerate(("dpo", "stpo")):
         config.output, config.loss.kind = str(tmp_path / f"again-{i}"), kind
         stpo.train(config)
-        assert_equal(latest(config.output).tensors["adapter"], latest(tmp_path / "run").tensors["adapter"])
+        runs.assert_equal(
+            runs.latest(config.output).tensors["adapter"], runs.latest(tmp_path / "run").tensors["adapter"]
+        )
     config.output, config.loss.guard = str(tmp_path / "guarded"), "output"
     stpo.train(config)
-    one, other = (latest(run).tensors["adapter"] for run in (config.output, tmp_path / "run"))
+    one, other = (runs.latest(run).tensors["adapter"] for run in (config.output, tmp_path / "run"))
     assert any(not torch.equal(one[key], other[key]) for key in one)
 
 
@@ -150,7 +125,7 @@ def test_killed_and_resumed_equals_uninterrupted(config, monkeypatch, tmp_path, 
     whole, config.output = config.output, str(tmp_path / "killed")
 
     def killed(*arguments):
-        if len(training_rows(config.output)) == 3:
+        if len(runs.training_rows(config.output)) == 3:
             raise RuntimeError("killed")
         return optimise(*arguments)
 
@@ -162,7 +137,7 @@ def test_killed_and_resumed_equals_uninterrupted(config, monkeypatch, tmp_path, 
     torch.manual_seed(99)
     np.random.seed(99)
     stpo.train(config, resume=True)
-    a, b = latest(whole), latest(config.output)
+    a, b = runs.latest(whole), runs.latest(config.output)
     assert a.step == b.step == 4
     assert (
         a.tensors.keys()
@@ -170,7 +145,7 @@ def test_killed_and_resumed_equals_uninterrupted(config, monkeypatch, tmp_path, 
         == {"adapter" if lora else "weights", "optimizer"} | ({"live"} if ema else set())
     )
     for name in a.tensors:
-        assert_equal(a.tensors[name], b.tensors[name])
+        runs.assert_equal(a.tensors[name], b.tensors[name])
     assert a.state["counters"] == b.state["counters"] and a.state["pairs"] == b.state["pairs"]
     assert runs.untimed(whole) == runs.untimed(config.output)
     summaries = [json.loads((Path(run) / "summary.json").read_text()) for run in (whole, config.output)]
@@ -186,14 +161,14 @@ def test_sigterm_saves_and_ends(config, monkeypatch):
     original = stpo.optimise
     monkeypatch.setattr(stpo, "optimise", optimise)
     stpo.train(config)
-    assert latest(config.output).step == 1 and (Path(config.output) / "report.html").is_file()
+    assert runs.latest(config.output).step == 1 and (Path(config.output) / "report.html").is_file()
 
 
 def test_a_limit_ends_the_run(config, tmp_path, capsys):
     config.steps, config.eval.every = 9, 1
     config.eval.stop.metric, config.eval.stop.better, config.eval.stop.limit = "pairs/drift_winner", "lower", 1e-9
     assert cli.main(["stpo", "--config", str(runs.recipe(config, tmp_path / "recipe.yaml"))]) == 0
-    assert latest(config.output).step == 2
+    assert runs.latest(config.output).step == 2
     stopped = json.loads((Path(config.output) / "summary.json").read_text())["stopped"]
     assert stopped.startswith("eval.stop: pairs/drift_winner is ") and stopped.endswith("above the limit 1e-09")
     assert stopped in capsys.readouterr().err
@@ -406,7 +381,7 @@ def test_several_sizes_in_one_run(config, tmp_path):
     assert {batch.size for batch in batches} == {(32, 32), (16, 48)} and sum(len(b.jobs) for b in batches) == 20
     assert all(batch.x_w.shape == (len(batch.jobs), {(32, 32): 16, (16, 48): 12}[batch.size], 64) for batch in batches)
     stpo.train(config)
-    assert training_rows(config.output)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert runs.training_rows(config.output)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_measuring_held_out_pairs(config):
@@ -556,7 +531,7 @@ def test_long_prompts_are_cut_with_a_warning(config, capsys):
     config.pairs.max_tokens = 16
     stpo.train(config)
     assert "warning: 1 prompts are longer than pairs.max_tokens (16); up to" in capsys.readouterr().err
-    assert load_checkpoint(latest(config.output)).roles.keys() == {"policy"}
+    assert load_checkpoint(runs.latest(config.output)).roles.keys() == {"policy"}
 
 
 @pytest.mark.parametrize("name", ["stpo_synthetic", "stpo_human"])
