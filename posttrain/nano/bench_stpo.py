@@ -37,6 +37,8 @@ CURVES = ("pairs/winner", "pairs/loser", "pairs/accuracy", "image/high_energy_ra
 Row = dict[str, float | None]
 LAST = 3
 """Evaluations whose mean is the end of a run."""
+BLOCKS = ["--block", "128", "--micro_batch", "128"]
+"""Pairs drawn together, for a GPU."""
 RECIPES = Path("recipes/nano")
 
 
@@ -79,7 +81,13 @@ class Bench:
     def make_pairs(self) -> None:
         if not (self.pairs / CARD).exists():
             recipe = ["--config", str(RECIPES / "pairs.yaml"), "--output", str(self.pairs)]
-            self.jobs("pairs", "posttrain.cli", ["pairs", *recipe, "--pairs", str(self.args.pairs), "--resume"])
+            self.jobs(
+                "pairs", "posttrain.cli", ["pairs", *recipe, "--pairs", str(self.args.pairs), *BLOCKS, "--resume"]
+            )
+
+    def encode(self) -> None:
+        """One step, so that the runs that begin together find the pairs encoded."""
+        self.train("encoded", "stpo_synthetic.yaml", 0, self.pairs, ["--steps", "1", "--eval.prompts", "1"])
 
     def train(self, name: str, recipe: str, seed: int, pairs: Path, options: Sequence[str]) -> Path:
         """A run, which goes on if it is there."""
@@ -130,6 +138,7 @@ def main() -> None:
     args = parser.parse_args()
     bench = Bench(args)
     bench.make_pairs()
+    bench.encode()
     with ThreadPoolExecutor(64) as pool:
         runs: dict[str, list[Future[Path]]] = {
             variant: [pool.submit(bench.long, variant, seed) for seed in args.seeds] for variant in VARIANTS
