@@ -341,10 +341,14 @@ class K2(Roles):
         width: int,
         guidance: float = 0.0,
         null_text: Text | None = None,
+        mu: float | None = None,
     ) -> Tensor:
-        """Latents (B, N, C) of the deterministic sampler from noise of that shape: stock Krea2Pipeline's."""
+        """Latents (B, N, C) of the deterministic sampler from noise of that shape: stock Krea2Pipeline's.
+
+        `mu` is the schedule's shift; None: the model's own.
+        """
         x = noise.to(self.device, torch.float32)
-        times = sampler.schedule(steps, self.mu(height, width))
+        times = sampler.schedule(steps, self.mu(height, width) if mu is None else mu)
         for t, t_next in itertools.pairwise(times):
             v = self.guided_velocity(x, t, text, null_text, guidance, height, width)
             x = sampler.ode_step(x, v, t, t_next)

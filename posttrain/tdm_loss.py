@@ -85,7 +85,7 @@ def importance(z: Tensor, n: Tensor) -> Tensor:
 
 
 def fake_weight(tau: Tensor, weight: Weight) -> Tensor:
-    """(B,) weight of a velocity error. min_snr is min(SNR, 5) on the error of the clean sample, tau^2 times as large."""
+    """(B,) weight of a velocity error. min_snr is min(SNR, 5) of the clean sample's, which is tau^2 times as large."""
     if weight == "uniform":
         return torch.ones_like(tau)
     return torch.minimum((1 - tau).square(), 5 * tau.square())

@@ -166,12 +166,12 @@ def learnt_slope(x0, e, z, p, m, tau, target, power=1.0):
 
     The loss is quadratic in g, so three values of it give its minimum. All are (n,), p the points' probabilities.
     """
-    times = [torch.full((len(x0),), value, dtype=torch.float64) for value in (m, tau)]
+    m, tau_B = (torch.full((len(x0),), value, dtype=torch.float64) for value in (m, tau))
     x0, e, z = (value[:, None, None] for value in (x0, e, z))
-    x_tau = tdm_loss.renoise(sampler.noised(x0, e, times[0]), z, *times).double()
+    x_tau = tdm_loss.renoise(sampler.noised(x0, e, m), z, m, tau_B).double()
     values = []
     for g in (-1.0, 0.0, 1.0):
-        loss, _ = fake_loss(g * x_tau, x0, e, z, *times, target, "uniform", NO_CLIP)
+        loss, _ = fake_loss(g * x_tau, x0, e, z, m, tau_B, target, "uniform", NO_CLIP)
         values.append(float((loss.double() * p).sum()))
     low, mid, high = values
     g = (low - high) / (2 * (low + high - 2 * mid))
@@ -242,7 +242,7 @@ def test_ambient_slope():
 # the student's loss
 
 
-def generated(x0, x_tau, v_real, v_fake, tau, distance="square"):
+def generated(x0, x_tau, v_real, v_fake, tau, distance: tdm_loss.Distance = "square"):
     x0 = x0.clone().requires_grad_()
     loss, metrics = generator_loss(x0, x_tau, v_real, v_fake, tau, distance)
     (gradient,) = torch.autograd.grad(loss.sum(), x0)
@@ -301,7 +301,7 @@ def test_gap_of_two_gaussians():
 
 
 def test_step_anchored_at_x_m():
-    """dx_m / dv = -(t - m) and dx0 / dv = -t are parallel, so which of them is pulled changes a sample's scale alone."""
+    """dx_m / dv = -(t - m), dx0 / dv = -t: which of them is pulled changes a sample's scale alone."""
     x, v, t, m = torch.randn(1, 2, 2), torch.randn(1, 2, 2).requires_grad_(), 0.8, 0.3
     x0, e = sampler.x0_eps(x, v, t)
     pull = torch.randn(1, 2, 2)
