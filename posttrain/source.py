@@ -88,7 +88,8 @@ class FusedTexts:
     def __call__(self, prompts: Sequence[str]) -> list[Tensor]:
         """(L, C) of each."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
-        features = self.k2.encode(new, self.max_tokens).features
+        # One by one: in a batch it would depend, within rounding, on the prompts beside it, and so on what is kept.
+        features = self.k2.encode(new, self.max_tokens, batch=1).features
         self._texts |= {prompt: self.k2.fuse(f) for prompt, f in zip(new, features)}
         found = [self._texts[prompt] for prompt in prompts]
         for prompt in list(self._texts)[: max(0, len(self._texts) - self.kept)]:
