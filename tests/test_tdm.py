@@ -1,4 +1,4 @@
-"""TDM on a tiny real K2: whole runs, single steps against what they should be, and the student in the stock pipeline."""
+"""TDM on a tiny real K2: whole runs, single steps against what they should be, the student in the stock pipeline."""
 
 import json
 from dataclasses import replace
@@ -12,7 +12,7 @@ from PIL import Image
 
 from posttrain import checkpoint, cli, figures, sampler, tdm, tdm_loss
 from posttrain.export import load_checkpoint
-from posttrain.k2 import K2, Text, unpack
+from posttrain.k2 import K2
 from posttrain.processes import Processes
 from posttrain.tdm_rollout import MU, roll_out
 from tests import runs, tiny
@@ -364,7 +364,10 @@ def fails(capsys, config, tmp_path, *args):
         (["--student.steps", "[4,4]"], "student.steps: is [4, 4]; name different"),
         (["--lora", "null"], "lora: null would take three copies of the model"),
         (["--fake.warmup", "3"], "fake.warmup: is 3 of 3 steps, so no student is trained; lower it"),
-        (["--fake.clip", "[1.5,2]"], "fake.clip: is [1.5, 2]; the weights lie around 1: use 0 <= least <= 1 <= greatest"),
+        (
+            ["--fake.clip", "[1.5,2]"],
+            "fake.clip: is [1.5, 2]; the weights lie around 1: use 0 <= least <= 1 <= greatest",
+        ),
         (["--teacher.guidance", "-1"], "teacher.guidance: is -1"),
         (["--eval.guidance", "[1.5]"], "eval.guidance: is that of a student, which has none: leave it out"),
         (["--eval.best", "oracle"], "eval.best: 'oracle' is no figure of the evaluation; known here: "),
@@ -394,5 +397,7 @@ def test_another_number_of_steps_cannot_be_resumed(config, tmp_path, capsys):
 def test_recipe_is_valid():
     made, _ = cli.load_config("tdm", ["--config", "recipes/nano/tdm.yaml"])
     assert made.student.steps == [8] and made.teacher.guidance == 1.5 and made.optim.betas == (0.0, 0.95)
-    plain, _ = cli.load_config("tdm", ["--output", "a", "--model.path", "b", "--prompts.train", "c", "--prompts.heldout", "d"])
+    plain, _ = cli.load_config(
+        "tdm", ["--output", "a", "--model.path", "b", "--prompts.train", "c", "--prompts.heldout", "d"]
+    )
     assert plain.optim.betas == (0.0, 0.95) and plain.optim.ema == 0.99 and plain.fake.warmup == 50
