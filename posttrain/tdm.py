@@ -3,11 +3,11 @@
     posttrain tdm --config recipes/nano/tdm.yaml
 
 Trajectory Distribution Matching (arXiv:2503.06674) for rectified flow; tdm_loss.py has the formulas. Student and fake
-score are adapters on one base, the teacher is that base without them. Each step draws one trajectory of a picture of
-each of its prompts without gradient, as the student is used: by ODE on its own few times. Then the fake score learns,
-from points of these trajectories that are noised again, what the student's distribution is; and the student, from other
-points of the same, follows the difference of what teacher and fake score see there. The student is the role `policy`,
-so its checkpoints are sampled, exported and gone on from as those of any other method.
+score are adapters on one base and the teacher is that base without them; `lora: null` makes copies of it. Each step
+draws one trajectory of a picture of each of its prompts without gradient, as the student is used: by ODE on its own few
+times. Then the fake score learns, from points of these trajectories that are noised again, what the student's
+distribution is; and the student, from other points of the same, follows the difference of what teacher and fake score
+see there. The student is the role `policy`, so its checkpoints are sampled, exported and gone on from as any method's.
 
 All draws come from seeds of global indices (run, step, picture), and processes share a batch's pictures, so a resumed
 run and one in more processes make the same updates.
@@ -154,10 +154,12 @@ def _train(
 
 def add_roles(k2: K2, config: TDMConfig) -> None:
     """Student and fake score, both without effect yet; the teacher is the role None."""
-    add_policy(k2, config.lora, config.seed, reference=False)
+    add_policy(k2, config.lora, config.seed, reference=True)
     role = k2.roles[POLICY]
-    assert role is not None
-    k2.add_role(FAKE, role.rank, role.alpha, role.targets, sampler.seed_for(config.seed, -1))
+    if role is None:
+        k2.add_full_copy(FAKE)
+    else:
+        k2.add_role(FAKE, role.rank, role.alpha, role.targets, sampler.seed_for(config.seed, -1))
 
 
 def steppers(k2: K2, config: TDMConfig) -> tuple[Stepper, Stepper]:

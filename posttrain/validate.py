@@ -145,11 +145,6 @@ def _validate_tdm(config: TDMConfig) -> None:
         raise ConfigError("sizes", "is empty; name at least one [height, width]")
     for i, size in enumerate(config.sizes):
         pixels(f"sizes[{i}]", size)
-    if config.lora is None:
-        raise ConfigError(
-            "lora",
-            "null would take three copies of the model, for student, fake score and teacher; give an adapter's rank",
-        )
     student, fake = config.student, config.fake
     if not student.steps or len(set(student.steps)) < len(student.steps):
         raise ConfigError(
