@@ -11,9 +11,12 @@ from diffusers import Krea2Pipeline
 from PIL import Image
 
 from posttrain import checkpoint, cli, figures, sampler, stpo, tdm, tdm_loss
+from posttrain.config import ModelConfig, PromptsConfig
 from posttrain.export import load_checkpoint
 from posttrain.k2 import K2
+from posttrain.nano import bench_tdm
 from posttrain.processes import Processes
+from posttrain.tdm_config import TDMConfig
 from posttrain.tdm_rollout import MU, roll_out
 from tests import runs, tiny
 
@@ -428,3 +431,36 @@ def test_recipe_is_valid():
         "tdm", ["--output", "a", "--model.path", "b", "--prompts.train", "c", "--prompts.heldout", "d"]
     )
     assert plain.optim.betas == (0.0, 0.95) and plain.optim.ema == 0.99 and plain.fake.warmup == 50
+
+
+# the comparison with the teacher
+
+
+def test_frechet_distance():
+    """Of Gaussians with covariance diag(1, 4): a mean 3 away, or diag(9, 4): 9 / 5 and (3 - 1)^2 / 5. Here the sample's
+    own mean is 0 and its covariance is exact."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((200, 2))
+    x = (x - x.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T))).T * [1, 2]
+    assert bench_tdm.frechet(x, x) == pytest.approx(0, abs=1e-9)
+    assert bench_tdm.frechet(x + np.array([3, 0]), x) == pytest.approx(9 / 5)
+    assert bench_tdm.frechet(x * [3, 1], x) == pytest.approx(4 / 5)
+
+
+def test_table_of_seeds():
+    seeds = [dict.fromkeys(bench_tdm.FIGURES, value) for value in (0.5, 0.7)]
+    rows = {"teacher": (56, [seeds[0]]), "student": (8, seeds)}
+    _, _, teacher, student = bench_tdm.table(rows, seeds[0]).splitlines()
+    assert teacher == "| teacher | 56 | 0.500 | 0.500 | 0.500 | 1.000 | 0.500 |"
+    assert student.startswith("| student | 8 | 0.600 (0.500 to 0.700) |") and "| 1.200 (1.000 to 1.400) |" in student
+
+
+def test_steps_whose_memory_is_measured(model):
+    for step in (bench_tdm.flow_matching_step, bench_tdm.tdm_step):
+        k2 = K2.load(model)
+        config = TDMConfig("", ModelConfig(""), PromptsConfig("", ""), batch=2, micro_batch=2)
+        fused, null = [k2.text([prompt]).tokens[0] for prompt in tiny.PROMPTS[:2]], k2.text([""])
+        step(k2, config, fused, null, (32, 32))
+        trained = {name for name in k2.roles if any(p.any() for k, p in k2.role_named_parameters(name).items()
+                                                    if "lora_B" in k)}  # fmt: skip
+        assert trained == ({"policy"} if step is bench_tdm.flow_matching_step else {"policy", "fake"})
