@@ -198,6 +198,7 @@ class OneStep:
         seen = []
         stepper.step = lambda: seen.append(torch.cat([p.grad.flatten() for p in stepper.parameters])) or 0.0
         metrics = update(stepper)
+        del stepper.step
         for parameter in stepper.parameters:
             parameter.grad = None
         return seen[0], metrics
@@ -448,7 +449,7 @@ def test_frechet_distance():
 
 
 def test_table_of_seeds():
-    seeds = [dict.fromkeys(bench_tdm.FIGURES, value) for value in (0.5, 0.7)]
+    seeds: list[dict[str, float]] = [{name: value for name in bench_tdm.FIGURES} for value in (0.5, 0.7)]
     rows = {"teacher": (56, [seeds[0]]), "student": (8, seeds)}
     _, _, teacher, student = bench_tdm.table(rows, seeds[0]).splitlines()
     assert teacher == "| teacher | 56 | 0.500 | 0.500 | 0.500 | 1.000 | 0.500 |"
