@@ -449,7 +449,8 @@ def test_frechet_distance():
 
 
 def test_table_of_seeds():
-    seeds: list[dict[str, float]] = [{name: value for name in bench_tdm.FIGURES} for value in (0.5, 0.7)]
+    names: list[str] = [*bench_tdm.FIGURES]
+    seeds = [dict.fromkeys(names, value) for value in (0.5, 0.7)]
     rows = {"teacher": (56, [seeds[0]]), "student": (8, seeds)}
     _, _, teacher, student = bench_tdm.table(rows, seeds[0]).splitlines()
     assert teacher == "| teacher | 56 | 0.500 | 0.500 | 0.500 | 1.000 | 0.500 |"
