@@ -61,6 +61,7 @@ def test_run_directory(config, monkeypatch):
     assert summary["after"] == {name: after[f"eval/{name}"] for name in named}
     assert summary["teacher"] == {name.removeprefix("teacher/"): v for name, v in teacher.items() if "/" in name}
     assert (summary["steps"], summary["images"]) == (3, 18)
+    assert '<th class="n">teacher</th>' in (run / "report.html").read_text()
     assert {path.name for path in (run / "grids").iterdir()} == {"teacher.png", "step-000000.png", "step-000003.png"}
 
     saved = runs.latest(run)
