@@ -700,6 +700,20 @@ def test_average_of_the_weights():
     assert torch.equal(parameter, live) and not torch.equal(live, expected)
 
 
+def test_average_of_many_updates():
+    """Self-check 34: from 0 towards 1 at decay .99, 100 updates: 1 - .99^100 = .633968."""
+    parameter = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    stepper = Stepper([parameter], OptimConfig(weight_decay=0.0, ema=0.99))
+    stepper.restore_counters({"updates": 10_000, "skipped": 0, "skipped_in_a_row": 0})  # the quick beginning is over
+    with torch.no_grad():
+        parameter.fill_(1.0)
+    for _ in range(100):
+        parameter.grad = torch.zeros_like(parameter)
+        stepper.step()
+    with stepper.averaged():
+        assert parameter.item() == pytest.approx(0.633968, abs=5e-7)
+
+
 def test_the_rate_falls_at_the_end(config, monkeypatch):
     """Of four steps the last two cool down: shares 1, 1, 2/3 and 1/3 of the rate."""
     step, rates = Stepper.step, []
