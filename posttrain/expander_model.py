@@ -45,6 +45,7 @@ class Expander:
         has no chat template, or if the adapter belongs to another base."""
         base, adapter = resolve(path, adapter)
         model, tokenizer = load_chat_model(base, dtype)
+        tokenizer.padding_side = "left"  # answers come after the last token
         if adapter is not None:
             check_base(adapter, base, model)
             try:
@@ -72,9 +73,8 @@ class Expander:
         for first in range(0, len(prompts), size):
             part = [messages(prompt) for prompt in prompts[first : first + size]]
             inputs = self.tokenizer.apply_chat_template(
-                part, add_generation_prompt=True, padding=True, padding_side="left", return_tensors="pt",
-                return_dict=True,
-            ).to(device)  # fmt: skip
+                part, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+            ).to(device)
             with torch.random.fork_rng():
                 torch.manual_seed(sampler.seed_for(seed, first))
                 ids = self.model.generate(
