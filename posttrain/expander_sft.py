@@ -2,11 +2,11 @@
 
     posttrain expander sft --config recipes/nano/expander_sft.yaml
 
-TRL's SFTTrainer on messages of prompts/expander.md, with the loss on the completion's tokens alone. A pair that is longer
-than max_length is left out and counted, never cut: TRL is given no limit, and what it made of the pairs is compared with
-what the tokenizer's chat template makes of them before the first step. The run directory has recipe, metrics.jsonl and
-summary.json as other runs have; checkpoints/ holds the trainer's own, from which --resume goes on. The result is an
-ordinary PEFT adapter in adapter/ (with lora: null, a model in model/), which vLLM serves as it is.
+TRL's SFTTrainer on messages of prompts/expander.md, with the loss on the completion's tokens alone. A pair that is
+longer than max_length is left out and counted, never cut: TRL is given no limit, and what it made of the pairs is
+compared with what the tokenizer's chat template makes of them before the first step. The run directory has recipe,
+metrics.jsonl and summary.json as other runs have; checkpoints/ holds the trainer's own, from which --resume goes on.
+The result is an ordinary PEFT adapter in adapter/ (with lora: null, a model in model/), which vLLM serves as it is.
 """
 
 from __future__ import annotations
@@ -235,8 +235,8 @@ def fitting(pairs: list[Pair], tokenizer: Any, config: ExpanderSFTConfig) -> lis
     lost = len(pairs) - len(kept)
     if not kept or lost > config.max_dropped * len(pairs):
         raise UserError(
-            f"max_length: {lost} of {len(pairs)} pairs are longer than {config.max_length} tokens (up to {longest}), more"
-            " than max_dropped; raise one of them"
+            f"max_length: {lost} of {len(pairs)} pairs are longer than {config.max_length} tokens (up to {longest}),"
+            " more than max_dropped; raise one of them"
         )
     if lost:
         print(f"posttrain: warning: {lost} of {len(pairs)} pairs are longer than max_length ({config.max_length}) and"
@@ -338,12 +338,12 @@ def model_card(config: ExpanderSFTConfig, figures: dict[str, Any], training: int
     return "\n\n".join([
         head + "tags: [prompt-expander, sft, vllm]\n---",
         "# A prompt expander",
-        f"{'A LoRA adapter for' if kind == 'adapter' else 'Trained from'} {config.model}. It answers a short prompt for an"
-        " image model with one richer caption of the same picture. Any chat server gives it the messages it was trained"
-        f" on (template {said.hash}):",
+        f"{'A LoRA adapter for' if kind == 'adapter' else 'Trained from'} {config.model}. It answers a short prompt for"
+        " an image model with one richer caption of the same picture. Any chat server gives it the messages it was"
+        f" trained on (template {said.hash}):",
         f"- system: {said.system}\n- user: the prompt",
-        f"{figures['steps']} updates of {config.batch} pairs from {training}; {heldout} pairs are held out. Sample it at"
-        " temperature 1: each answer chooses anew what the prompt leaves open.",
+        f"{figures['steps']} updates of {config.batch} pairs from {training}; {heldout} pairs are held out. Sample it"
+        " at temperature 1: each answer chooses anew what the prompt leaves open.",
         f"| held out | before | after |\n| --- | --- | --- |\n{table}",
         f"Settings: `{settings}`",
     ]) + "\n"  # fmt: skip

@@ -20,7 +20,7 @@ from posttrain.nano import build
 from prompts.errors import UserError
 
 WEIGHTS = Path(build.__file__).parent / "weights"
-BASE = str(WEIGHTS / "expander-nano")
+BASE, K2 = (str(WEIGHTS / name) for name in ("expander-nano", "k2-nano"))
 PAIRS = [
     Pair("a red star", "a large red star at the top, flat style, black background"),
     Pair('word "AT" and green cross', 'the word "AT" and a small green cross at the left, dark style, grey background'),
@@ -182,16 +182,7 @@ def test_expansions_do_not_depend_on_their_neighbours_padding():
 
 
 def test_sample_draws_expansions(tmp_path):
-    arguments = [
-        "--model.path",
-        str(WEIGHTS / "k2-nano"),
-        "--model.dtype",
-        "float32",
-        "--size",
-        "[64,64]",
-        "--steps",
-        "2",
-    ]
+    arguments = ["--model.path", K2, "--model.dtype", "float32", "--size", "[64,64]", "--steps", "2"]
     output = tmp_path / "out"
     assert cli.main(["sample", *arguments, "--prompt", "a red star", "--images", "2", "--expand", BASE,
                      "--guidance", "0", "--output", str(output)]) == 0  # fmt: skip

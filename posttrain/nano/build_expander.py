@@ -52,7 +52,7 @@ def make_tokenizer(seed: int = 0) -> Qwen2Tokenizer:
 
 
 def make_model(tokenizer: Qwen2Tokenizer) -> Qwen3ForCausalLM:
-    end, pad = (tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>"))
+    end, pad = (int(tokenizer.convert_tokens_to_ids(t)) for t in ("<|im_end|>", "<|endoftext|>"))  # type: ignore[arg-type]
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=96,
@@ -105,7 +105,7 @@ def rows(tokenizer: Qwen2Tokenizer, pairs: list[tuple[str, str]]) -> Rows:
         asked.append(len(template(said, add_generation_prompt=True)))
         ids.append(template([*said, {"role": "assistant", "content": answer}]))
     lengths = torch.tensor([len(row) for row in ids])
-    out = torch.full((len(ids), int(lengths.max())), tokenizer.pad_token_id or 0)
+    out = torch.zeros(len(ids), int(lengths.max()), dtype=torch.long)  # 0 is the padding
     for i, row in enumerate(ids):
         out[i, : len(row)] = torch.tensor(row)
     places = torch.arange(out.shape[1])
