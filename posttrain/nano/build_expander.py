@@ -4,8 +4,9 @@
 
 It learns to answer a short prompt with a dense caption, in the chat form of prompts/expander.md. Some of the answers
 contradict their prompt, so that `posttrain expander sft`, which sees faithful pairs alone, has something to teach. What
-a prompt leaves open is drawn evenly, so the answers spread over it. All rows begin with the same system text, so a step
-reads it once, and the rows go on from its keys and values.
+a prompt leaves open is drawn evenly, so the answers spread over it. For the first part of the time rows lack the system
+text, among whose tokens the prompt's are harder to find. Then all begin with it, and a step reads it once: the rows go
+on from its keys and values.
 
 Shapes: B rows of a step, S tokens of the system text, L tokens of a row after it.
 """
@@ -39,6 +40,8 @@ WRONG_PAIRS, WRONG = 0.15, 0.25
 """Share of the pairs with a wrong answer, and the chance there that each thing it says is another than the scene's."""
 ASKED = 0.3
 """Weight of a prompt's token in the loss."""
+PLAIN = 0.6
+"""Share of the time without the system text."""
 
 
 def make_tokenizer(seed: int = 0) -> Qwen2Tokenizer:
@@ -92,8 +95,6 @@ class Rows:
     """(N, L): the rest, filled up with padding."""
     weights: Tensor
     """(N, L): of each token's loss: 1 in an answer, ASKED in a prompt, 0 in padding."""
-    lengths: Tensor
-    """(N,)"""
 
 
 def rows(tokenizer: Qwen2Tokenizer, pairs: list[tuple[str, str]]) -> Rows:
@@ -110,17 +111,13 @@ def rows(tokenizer: Qwen2Tokenizer, pairs: list[tuple[str, str]]) -> Rows:
         out[i, : len(row)] = torch.tensor(row)
     places = torch.arange(out.shape[1])
     weights = torch.where(places < torch.tensor(asked)[:, None], ASKED, 1.0) * (places < lengths[:, None])
-    return Rows(torch.tensor([system]), out, weights, lengths)
+    return Rows(torch.tensor([system]), out, weights)
 
 
 def batches(data: Rows, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Rows of about one length each time, without end."""
+    """Numbers of rows, all in a random order, then all in another, without end."""
     while True:
-        order = torch.randperm(len(data.ids), generator=generator)
-        for window in order.split(size * 32):
-            parts = window[data.lengths[window].argsort()].split(size)
-            for i in torch.randperm(len(parts), generator=generator).tolist():
-                yield parts[i]
+        yield from torch.randperm(len(data.ids), generator=generator).split(size)
 
 
 def train(model: Qwen3ForCausalLM, data: Rows, minutes: float, batch: int, lr: float, seed: int, log) -> None:
@@ -133,11 +130,13 @@ def train(model: Qwen3ForCausalLM, data: Rows, minutes: float, batch: int, lr: f
             break
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, step / 50) * 0.5 * (1 + np.cos(np.pi * elapsed / seconds))
-        length = int(data.lengths[chosen].max())
+        length = int((data.weights[chosen] > 0).sum(1).max())
         ids, weights = data.ids[chosen, :length], data.weights[chosen, 1:length]
-        cache = model.model(input_ids=data.system, use_cache=True).past_key_values
-        cache.batch_repeat_interleave(len(ids))
-        logits = model(input_ids=ids, past_key_values=cache).logits[:, :-1]
+        cache = None
+        if elapsed > PLAIN * seconds:
+            cache = model.model(input_ids=data.system, use_cache=True).past_key_values
+            cache.batch_repeat_interleave(len(ids))
+        logits = model(input_ids=ids, past_key_values=cache, use_cache=cache is not None).logits[:, :-1]
         losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(weights.shape)
         loss = (losses * weights).sum() / weights.sum()
         optimizer.zero_grad()
