@@ -25,6 +25,7 @@ from typing import Any
 
 import datasets
 import torch
+import yaml
 from accelerate import PartialState
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
@@ -43,6 +44,8 @@ from prompts.errors import UserError
 
 LOGGED = ("loss", "mean_token_accuracy", "entropy", "grad_norm", "learning_rate")
 """What metrics.jsonl has of all that the trainer logs; entropy is of the next token, in nats."""
+KEPT = ("model", "data", "heldout", "max_length", "steps", "batch", "micro_batch", "seed", "dtype", "lora")
+"""What a resumed run cannot change."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Pair:
 def train(config: ExpanderSFTConfig, resume: bool = False) -> None:
     """Runs a recipe into its run directory. Raises UserError for what the user can mend."""
     main = PartialState().is_main_process
+    if resume:
+        _check_unchanged(config)
     training, heldout = read_pairs(config)
     base, adapter = resolve(config.model)
     if adapter is not None:
@@ -224,6 +229,11 @@ def fitting(pairs: list[Pair], tokenizer: Any, config: ExpanderSFTConfig) -> lis
     for pair in pairs:
         ids, asked = tokens(pair, tokenizer)
         answer = tokenizer.decode(ids[asked:], skip_special_tokens=True).strip() if asked > 0 else None
+        if answer is None:
+            raise UserError(
+                f"model: {config.model}: its chat template writes a prompt otherwise once it is answered, so training"
+                " would not see what a server sends; take another model"
+            )
         if answer != pair.completion:
             raise UserError(
                 f"model: {config.model}: its chat template writes an answer not as it is but as {answer!r}, so a server"
@@ -300,6 +310,16 @@ def _quiet() -> Iterator[None]:
         warnings.simplefilter("ignore", FutureWarning)
         yield
     datasets.enable_progress_bars()
+
+
+def _check_unchanged(config: ExpanderSFTConfig) -> None:
+    """Raises UserError if a run that has a checkpoint would go on with other settings than it began with."""
+    recipe = Path(config.output) / "recipe.yaml"
+    if not recipe.exists() or _newest(Path(config.output) / "checkpoints") is None:
+        return
+    before, now = yaml.safe_load(recipe.read_text()), json.loads(json.dumps(asdict(config)))
+    if changed := [name for name in KEPT if before[name] != now[name]]:
+        raise UserError(f"{changed[0]}: is not what {config.output} was begun with ({recipe} has that); restore it")
 
 
 def _newest(folder: Path) -> tuple[int, Path] | None:

@@ -125,6 +125,8 @@ def test_training_writes_an_adapter_that_learnt_and_resumes_to_the_same(tmp_path
     shutil.copytree(run, cut)
     shutil.rmtree(cut / "adapter")
     shutil.rmtree(cut / "checkpoints" / "checkpoint-4")
+    with pytest.raises(UserError, match=r"batch: is not what .* was begun with"):
+        train(recipe(tmp_path / "cut", data, batch=8), resume=True)
     train(recipe(tmp_path / "cut", data), resume=True)
     again = load_file(cut / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(weights[name], again[name]) for name in weights)
@@ -208,7 +210,7 @@ def other_base(tmp_path: Path) -> str:
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path, data, capsys):
-    train(recipe(tmp_path, data, steps=1))
+    train(recipe(tmp_path, data, steps=1, dtype="bfloat16"))
     adapter, other = str(tmp_path / "run" / "adapter"), other_base(tmp_path)
     assert cli.main(["expand", "a cat", "--model", other, "--adapter", adapter]) == 2
     assert f"{adapter} was trained on other weights ({BASE}) than {other}" in capsys.readouterr().err
