@@ -271,3 +271,18 @@ def test_mistakes(tmp_path, data, capsys, changes, says):
 def test_a_command_of_two_words_names_the_second(capsys):
     assert cli.main(["expander", "train"]) == 2
     assert "expander: is followed by one of data, sft" in capsys.readouterr().err
+
+
+# ---- expander-nano ----------------------------------------------------------------------------------------
+
+
+def test_recipes_are_valid():
+    for name in ("data", "sft"):
+        config, resume = cli.load_config(f"expander {name}", ["--config", f"recipes/nano/expander_{name}.yaml"])
+        assert config.seed == 0 and not resume
+
+
+def test_weights_stay_small():
+    files = [file for file in WEIGHTS.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 16_000_000
+    assert sum(file.stat().st_size for file in files if file.is_relative_to(BASE)) < 600_000
