@@ -20,6 +20,7 @@ import yaml
 
 from posttrain import __version__
 from posttrain.config import ExportConfig, GRPOConfig, JudgeConfig, ReportConfig, SampleConfig, ServeConfig
+from posttrain.expander_config import ExpandConfig, ExpanderDataConfig, ExpanderSFTConfig
 from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
 from posttrain.ranges import ConfigError
 from posttrain.recipe import check_recipe, describe, field_types, fits, read_recipe, suggestion
@@ -42,6 +43,8 @@ class Command:
     resumable: bool = False
     any_recipe: bool = False
     """It takes another command's recipe and reads only the keys that it knows."""
+    positional: str | None = None
+    """The field that a first argument without -- in front of it sets."""
 
 
 COMMANDS = {
@@ -56,6 +59,13 @@ COMMANDS = {
         AnnotateConfig, "posttrain.annotate:annotate", "serve a page where people choose between images"
     ),
     "annotations": Command(AnnotationsConfig, "posttrain.human_pairs:write", "report and export what they chose"),
+    "expander data": Command(
+        ExpanderDataConfig, "posttrain.expander_data:make", "make short prompts for long captions", True
+    ),
+    "expander sft": Command(
+        ExpanderSFTConfig, "posttrain.expander_sft:train", "teach a chat model to expand prompts", True
+    ),
+    "expand": Command(ExpandConfig, "posttrain.expand:main", "expand a prompt in several ways", positional="prompt"),
     "sample": Command(SampleConfig, "posttrain.sample:sample", "draw images from a checkpoint"),
     "export": Command(ExportConfig, "posttrain.export:export", "write a checkpoint for other tools"),
     "report": Command(ReportConfig, "posttrain.report:report", "write report.html for a run"),
@@ -110,11 +120,20 @@ def _run(argv: list[str]) -> int:
     if argv[0] == "--version":
         print(f"posttrain {__version__}")
         return 0
-    name, rest = argv[0], argv[1:]
+    seconds = [known.split()[1] for known in COMMANDS if known.startswith(f"{argv[0]} ")]
+    words = 2 if seconds else 1
+    name, rest = " ".join(argv[:words]), argv[words:]
     if name not in COMMANDS:
+        if seconds:
+            raise UserError(f"{argv[0]}: is followed by one of {', '.join(seconds)}, not by '{' '.join(argv[1:2])}'")
         raise UserError(f"'{name}' is not a command{suggestion(name, list(COMMANDS))}")
-    config, resume = load_config(name, rest)
     command = COMMANDS[name]
+    if command.positional and rest and not rest[0].startswith("-"):
+        rest = [f"--{command.positional}={rest[0]}", *rest[1:]]
+    flags = {f"--{field}" for field, kind in field_types(command.config).items() if kind is bool}
+    following = [*rest[1:], "--"]
+    rest = [f"{a}=true" if a in flags and b.startswith("--") else a for a, b in zip(rest, following)]
+    config, resume = load_config(name, rest)
     module, _, function = command.function.partition(":")
     run = getattr(importlib.import_module(module), function)
     code = run(config, resume=resume) if command.resumable else run(config)

@@ -19,10 +19,12 @@ from posttrain.config import (
     ServeConfig,
     ServerSpec,
 )
+from posttrain.expander_config import ExpandConfig, ExpanderDataConfig, ExpanderSFTConfig
 from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
 from posttrain.ranges import ConfigError, at_least, pixels, positive, share
 from posttrain.stpo_config import STPOConfig
 from posttrain.tdm_config import MOST_STEPS, TDMConfig
+from posttrain.validate_expander import validate_expand, validate_expander_data, validate_expander_sft
 from posttrain.validate_pairs import validate_annotate, validate_pair_set, validate_pairs, validate_preference_loss
 
 Config = (
@@ -34,6 +36,9 @@ Config = (
     | ServeConfig
     | AnnotateConfig
     | AnnotationsConfig
+    | ExpanderDataConfig
+    | ExpanderSFTConfig
+    | ExpandConfig
     | SampleConfig
     | ExportConfig
     | ReportConfig
@@ -67,6 +72,14 @@ def validate(config: Config) -> None:
             validate_annotate(config)
         case AnnotationsConfig():
             share("max_bad", config.max_bad, 1)
+        case ExpanderDataConfig():
+            validate_expander_data(config)
+            _validate_servers(config.servers)
+        case ExpanderSFTConfig():
+            validate_expander_sft(config)
+            _validate_optim(config.optim)
+        case ExpandConfig():
+            validate_expand(config)
         case SampleConfig():
             _validate_sample(config)
         case ExportConfig():
