@@ -42,7 +42,7 @@ def model_card(saved: Checkpoint, output: Path, format: str, license: str | None
         _made_from(saved, recipe),
         f"## Run it\n\n{_settings(saved, recipe)}\n\n{_snippets(saved, output, format)}",
         _figures(saved),
-        _rewards(recipe),
+        _rewards(recipe, saved.state.get("method")),
         _recipe(recipe),
         f"## Licence\n\n{_license_text(front, license)}",
     ]
@@ -126,11 +126,11 @@ def _figures(saved: Checkpoint) -> str:
     return f"## Figures\n\nOn held-out prompts with fixed seeds.{note}\n\n{head}\n" + "\n".join(rows)
 
 
-def _rewards(recipe: dict[str, Any]) -> str:
+def _rewards(recipe: dict[str, Any], method: str | None) -> str:
     lines = []
     for reward in recipe.get("rewards", []):
         function = reward["function"] if isinstance(reward["function"], str) else reward["function"].get("class_path")
-        trained = not (reward.get("heldout_only") or "pairs" in recipe)
+        trained = method == "grpo" and not reward.get("heldout_only")
         weight = f"weight {reward['weight']:g}" if trained else "measured only"
         lines.append(f"- `{reward['name']}` ({function}): {weight}")
     return "## Rewards\n\n" + "\n".join(lines) if lines else ""

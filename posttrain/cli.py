@@ -19,8 +19,10 @@ from typing import Any
 import yaml
 
 from posttrain import __version__
+from posttrain.carryover_config import CarryoverConfig
 from posttrain.config import ExportConfig, GRPOConfig, JudgeConfig, ReportConfig, SampleConfig, ServeConfig
 from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
+from posttrain.pipeline_config import PipelineConfig
 from posttrain.ranges import ConfigError
 from posttrain.recipe import check_recipe, describe, field_types, fits, read_recipe, suggestion
 from posttrain.stpo_config import STPOConfig
@@ -41,7 +43,11 @@ class Command:
     resumable: bool = False
     any_recipe: bool = False
     """It takes another command's recipe and reads only the keys that it knows."""
+    dry: bool = False
+    """It has --dry-run, and its recipe may stand alone behind its name."""
 
+
+CHECK = "export --check"
 
 COMMANDS = {
     "stpo": Command(STPOConfig, "posttrain.stpo:train", "train with STPO on pairs and write a run directory", True),
@@ -56,6 +62,8 @@ COMMANDS = {
     "annotations": Command(AnnotationsConfig, "posttrain.human_pairs:write", "report and export what they chose"),
     "sample": Command(SampleConfig, "posttrain.sample:sample", "draw images from a checkpoint"),
     "export": Command(ExportConfig, "posttrain.export:export", "write a checkpoint for other tools"),
+    CHECK: Command(CarryoverConfig, "posttrain.carryover:check", "measure on Turbo what a LoRA trained on Raw does"),
+    "run": Command(PipelineConfig, "posttrain.pipeline:carry_out", "carry out a pipeline of stages", True, dry=True),
     "report": Command(ReportConfig, "posttrain.report:report", "write report.html for a run"),
 }
 
@@ -111,11 +119,19 @@ def _run(argv: list[str]) -> int:
     name, rest = argv[0], argv[1:]
     if name not in COMMANDS:
         raise UserError(f"'{name}' is not a command{suggestion(name, list(COMMANDS))}")
-    config, resume = load_config(name, rest)
     command = COMMANDS[name]
+    if name == "export" and any(word.partition("=")[0] == "--check" for word in rest):
+        name, command = CHECK, COMMANDS[CHECK]
+        rest = ["--help"] if {"-h", "--help"} & {*rest} else rest
+    options: dict[str, bool] = {}
+    if command.dry:
+        rest = ["--config", *rest] if rest and not rest[0].startswith("-") else rest
+        options["dry_run"] = "--dry-run" in rest
+        rest = [word for word in rest if word != "--dry-run"]
+    config, resume = load_config(name, rest)
     module, _, function = command.function.partition(":")
     run = getattr(importlib.import_module(module), function)
-    code = run(config, resume=resume) if command.resumable else run(config)
+    code = run(config, resume=resume, **options) if command.resumable else run(config)
     return code or 0
 
 
@@ -150,6 +166,13 @@ def _parser(name: str) -> Any:
             action="store_true",
             default=SUPPRESS,  # no part of the recipe, so --print_config must not print it
             help="Carry on from the newest whole checkpoint in the run directory, if there is one.",
+        )
+    if command.dry:
+        parser.add_argument(
+            "--dry-run",
+            action="store_true",
+            default=SUPPRESS,
+            help="Only check all settings and paths, and tell the plan.",
         )
     parser.add_class_arguments(command.config)
     return parser

@@ -53,7 +53,7 @@ def read_lora(path: str | Path, shapes: Mapping[str, tuple[int, int]], where: st
     unbound = []
     for key, value in found.items():
         match = _KEY.fullmatch(key)
-        layer = _layer(match[1]) if match else None
+        layer = _layer(match[1]) if match else ""
         if match is None or layer not in shapes:
             unbound.append(key)
             continue
