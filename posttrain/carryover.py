@@ -100,7 +100,7 @@ def carry_over(
 
 def table(found: dict[str, Any]) -> str:
     """For people to read."""
-    rows = [("", "Raw", "with LoRA", "gain", "Turbo", "with LoRA", "gain", "carried over")]
+    rows: list[tuple[str, ...]] = [("", "Raw", "with LoRA", "gain", "Turbo", "with LoRA", "gain", "carried over")]
     for name, values in found["rewards"].items():
         cells: list[str] = []
         for where in ("raw", "turbo"):

@@ -60,9 +60,7 @@ def check_finished(stages: list[Stage], state: dict[str, Any]) -> None:
     """Raises UserError if what was done is not what the recipe says now: done stages come first, unchanged."""
     names = [stage.name for stage in stages]
     if lost := [name for name, entry in state.items() if entry["finished"] and name not in names]:
-        raise UserError(
-            f"stages: {lost[0]} was finished and is gone from the recipe; restore it or choose another output"
-        )
+        raise UserError(f"stages: {lost[0]} was finished and is not in the recipe any more; restore it")
     before = ""
     for stage in stages:
         entry = state.get(stage.name)
@@ -71,7 +69,7 @@ def check_finished(stages: list[Stage], state: dict[str, Any]) -> None:
             raise UserError(f"stage {stage.name}: was begun as {entry['command']}; restore it or choose another output")
         if done and before:
             raise UserError(f"stage {stage.name}: was finished, and {before} before it was not; choose another output")
-        if done and (found := changes(entry["settings"], stage.settings)):
+        if entry is not None and done and (found := changes(entry["settings"], stage.settings)):
             raise UserError(
                 f"stage {stage.name}: has changed since it was finished: {told(found)}; restore that, or choose another"
                 " output"

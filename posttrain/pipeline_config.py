@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+
+# Not Any: jsonargparse would make the classes that settings name.
+Setting = bool | int | float | str | list | dict | None
 
 
 @dataclass
@@ -16,7 +18,7 @@ class StageConfig:
     """What it runs: pairs, stpo, grpo, tdm, judge or export."""
     recipes: list[str] = field(default_factory=list)
     """Its recipes, as after --config; of several, later ones win."""
-    set: dict[str, Any] = field(default_factory=dict)
+    set: dict[str, Setting] = field(default_factory=dict)
     """Settings that win over the recipes', by their path, such as optim.lr. ${NAME} in a text is the output of the
     stage NAME, which must come before. Its own output is not set here: it is in the pipeline's."""
 
