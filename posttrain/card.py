@@ -60,9 +60,9 @@ def _made_from(saved: Checkpoint, recipe: dict[str, Any]) -> str:
     source = model["path"] if not model["transformer_file"] else f"{model['transformer_file']} ({model['path']})"
     lines = [f"Post-trained from `{source}` with posttrain, in this order:", ""]
     for i, stage in enumerate([*earlier_of(saved), saved], start=1):
-        method, lora = stage.state.get("method"), stage.state["lora"]
+        method, lora = stage.state.get("method", "training"), stage.state["lora"]
         what = f"an adapter of rank {lora['rank']}" if lora else "all weights"
-        name = METHODS.get(method, method or "training")
+        name = METHODS.get(method, method)
         lines.append(f"{i}. {name}: {stage.step} steps of {what} (`{stage.path.parent.parent.name}/{stage.path.name}`)")
     return "\n".join(lines)
 

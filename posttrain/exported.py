@@ -40,10 +40,10 @@ def check_weights(
             for key in sorted(opened.keys()):
                 value = opened.get_tensor(key)
                 held[key] = torch.empty(value.shape, device="meta")
+                if not bool(value.isfinite().all()):
+                    raise UserError(f"{where}: {key} holds values that are not finite; export an earlier checkpoint")
                 if key not in written or not _same(value, written[key]):
                     changed, wrong = changed + 1, wrong or key
-                elif not bool(value.isfinite().all()):
-                    raise UserError(f"{where}: {key} holds values that are not finite; export an earlier checkpoint")
                 moved += key in base and not _same(value, base[key])
     check_names(f"{where} as it was written", shapes, held, AGAIN)
     if changed:
