@@ -50,6 +50,8 @@ def check(config: CarryoverConfig) -> int:
     if output is not None and output.exists():
         raise UserError(f"output: {output} exists; choose another name")
     file = config.check.endswith(".safetensors")
+    if file and not Path(config.check).is_file():
+        raise UserError(f"check: {config.check}: no such file; give a run, one of its checkpoints or a LoRA")
     saved = None if file else checkpoint.load(checkpoint.find(config.check))
     config = _completed(config, saved)
     assert config.model is not None and config.prompts is not None
@@ -92,9 +94,7 @@ def carry_over(
             scores.setdefault(name, {})[where] = values
         del k2
     for values in scores.values():
-        raw, turbo = values["raw"], values["turbo"]
-        both = raw["gain"] is not None and turbo["gain"] is not None
-        values["share"] = turbo["gain"] / raw["gain"] if both and raw["gain"] > CLEAR * raw["error"] else None
+        values["share"] = share(values["raw"], values["turbo"])
     return {"pictures": len(records), "rewards": scores, "distance": distance}
 
 
@@ -210,11 +210,19 @@ def _gains(
     for k, name in enumerate(scored[0].names):
         valid = scored[0].valid_NK[:, k] & scored[1].valid_NK[:, k]
         before, after = (scores.values_NK[valid, k] for scores in scored)
-        found[name] = _summary(before, after) if len(before) > 1 else dict.fromkeys(FIGURES)
+        found[name] = summary(before, after) if len(before) > 1 else dict.fromkeys(FIGURES)
     return found
 
 
-def _summary(before: np.ndarray, after: np.ndarray) -> dict[str, float | None]:
+def share(raw: Mapping[str, float | None], turbo: Mapping[str, float | None]) -> float | None:
+    """The gain on Turbo over that on Raw; None where either is missing or Raw's is no clear one."""
+    gain, error, other = raw["gain"], raw["error"], turbo["gain"]
+    if gain is None or error is None or other is None or gain <= CLEAR * error:
+        return None
+    return other / gain
+
+
+def summary(before: np.ndarray, after: np.ndarray) -> dict[str, float | None]:
     difference = after - before
     means = (before.mean(), after.mean(), difference.mean(), difference.std(ddof=1) / np.sqrt(len(difference)))
     return dict(zip(FIGURES, map(float, means)))
