@@ -248,3 +248,25 @@ def test_launch_that_is_no_program(write, tmp_path, capsys):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"launch": ["no-such-program"]}))
     assert cli.main(["run", str(path)]) == 2
     assert "launch: no-such-program cannot be run" in capsys.readouterr().err
+
+
+def test_the_nano_recipe_holds_together(monkeypatch, capsys):
+    monkeypatch.chdir(runs.ROOT)
+    assert cli.main(["run", "recipes/nano/pipeline.yaml", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[2] for line in lines] == ["pairs", "stpo", "grpo", "tdm", "export", "export"]
+    assert lines[3].endswith("model.start from grpo")
+
+
+def test_k2_recipes_are_valid_and_wired(monkeypatch):
+    """Their prompts and judges are the user's, so a dry run would miss them: everything else must fit."""
+    monkeypatch.chdir(runs.ROOT)
+    config, _ = cli.load_config("run", ["--config", "recipes/k2/pipeline.yaml"])
+    made = {stage.name: stage for stage in config.stages}
+    assert [stage.command for stage in made.values()] == ["pairs", "stpo", "grpo", "tdm", "export", "export"]
+    assert made["stpo"].set == {"pairs.train": "${pairs}"} and made["tdm"].set == {"model.start": "${grpo}"}
+    recipes = {path: stage.command for stage in made.values() for path in stage.recipes}
+    recipes["recipes/k2/stpo_human.yaml"] = "stpo"
+    assert {str(path) for path in Path("recipes/k2").glob("*.yaml")} == {*recipes, "recipes/k2/pipeline.yaml"}
+    for path, command in recipes.items():
+        assert cli.load_config(command, ["--config", path])[0].model.path == "krea/Krea-2-Raw"
