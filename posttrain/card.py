@@ -149,14 +149,19 @@ def _license(base: str, given: str | None) -> dict[str, str]:
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") and text.count("---") > 1 else {}
     fields = {name: str(front[name]) for name in ("license", "license_name", "license_link") if front.get(name)}
-    return fields if "license" in fields else {"license": "other", "license_name": AS_BASE}
+    if "license" in fields:
+        return fields
+    unknown = {"license": "other", "license_name": AS_BASE}
+    hub_id = base.count("/") == 1 and not Path(base).parent.exists()
+    return unknown | ({"license_link": f"https://huggingface.co/{base}"} if hub_id else {})
 
 
 def _license_text(front: dict[str, Any], given: str | None) -> str:
     if given is not None:
         return f"{given}, as whoever exported it says; the base model's own terms hold besides."
     if front.get("license_name") == AS_BASE:
-        return f"As the base model, `{front['base_model']}`: its terms hold for what is made from it."
+        link = f" ({front['license_link']})" if "license_link" in front else ""
+        return f"As the base model, `{front['base_model']}`{link}: its terms hold for what is made from it."
     name = front.get("license_name", front["license"])
     link = f" ({front['license_link']})" if "license_link" in front else ""
     return f"As the base model, `{front['base_model']}`: {name}{link}."

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from posttrain import checkpoint, export, grpo, hub, original
+from posttrain.card import model_card
 from posttrain.config import ExportConfig, ModelConfig, SampleConfig
 from posttrain.export import load_checkpoint
 from posttrain.exported import check_weights
@@ -377,6 +378,13 @@ def test_the_licence_is_the_bases(run, model, tmp_path):
     front = yaml.safe_load(text.split("---")[1])
     assert (front["license_name"], front["license_link"]) == ("krea-2", "LICENSE.md")
     assert f"As the base model, `{base}`: krea-2 (LICENSE.md)." in text and "## Figures" not in text
+    state["model"]["path"] = "krea/Krea-2-Raw"
+    text = model_card(checkpoint.Checkpoint(saved.path, 1, {}, state), Path("a.safetensors"), "lora", None)
+    front = yaml.safe_load(text.split("---")[1])
+    assert (front["license_name"], front["license_link"]) == (
+        "as-the-base-model",
+        "https://huggingface.co/krea/Krea-2-Raw",
+    )
 
 
 # ---- to a hub -------------------------------------------------------------------------------------------------
