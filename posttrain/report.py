@@ -22,6 +22,7 @@ from prompts.errors import UserError
 
 MOST_PAIRS = 24  # images of each of the two steps shown
 LARGEST = 512  # pixels of the longer side; larger images are reduced for the report
+SHOWN_APART = ("before", "after", "teacher", "best", "stopped")
 FIRST = ("reward", "loss", "ratio", "kl", "clip", "grad_norm", "diversity")  # order of the plain curves
 
 STYLE = """
@@ -156,17 +157,19 @@ def _subtitle(recipe: dict, environment: dict, series: dict[str, list[Point]]) -
 
 
 def summary_tables(summary: dict[str, Any]) -> str:
-    before, after = summary.get("before", {}), summary.get("after", {})
+    before, after, teacher = (summary.get(name, {}) for name in ("before", "after", "teacher"))
     rows = []
     for name in [*before, *(name for name in after if name not in before)]:
         old, new = before.get(name), after.get(name)
         both = isinstance(old, int | float) and isinstance(new, int | float)
         change = _figure(new - old, "+") if both else ""
-        cells = "".join(f'<td class="n">{_text(_figure(v))}</td>' for v in (old, new))
-        rows.append(f'<tr><td>{_text(name)}</td>{cells}<td class="n">{_text(change)}</td></tr>')
-    head = '<tr><th></th><th class="n">before</th><th class="n">after</th><th class="n">change</th></tr>'
+        values = [_figure(old), _figure(new), change, *([_figure(teacher.get(name))] if teacher else [])]
+        cells = "".join(f'<td class="n">{_text(value)}</td>' for value in values)
+        rows.append(f"<tr><td>{_text(name)}</td>{cells}</tr>")
+    titles = ["before", "after", "change", *(["teacher"] if teacher else [])]
+    head = "<tr><th></th>" + "".join(f'<th class="n">{title}</th>' for title in titles) + "</tr>"
     table = f"<div><h2>Before and after</h2><table>{head}{''.join(rows)}</table></div>" if rows else ""
-    rest = {name: value for name, value in summary.items() if name not in ("before", "after", "best", "stopped")}
+    rest = {name: value for name, value in summary.items() if name not in SHOWN_APART}
     cost = "".join(f'<tr><td>{_text(k)}</td><td class="n">{_text(_value(v))}</td></tr>' for k, v in rest.items())
     took = f"<div><h2>What it took</h2><table>{cost}</table></div>" if cost else ""
     return f'{_outcome(summary)}<div class="tables">{table}{took}</div>'

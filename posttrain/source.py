@@ -81,7 +81,7 @@ class PromptSource:
 class FusedTexts:
     """Fused text of prompts, encoded when they are first asked for; the newest `kept` stay on the model's device."""
 
-    def __init__(self, k2: K2, max_tokens: int, kept: int = 4096):
+    def __init__(self, k2: K2, max_tokens: int, kept: int = 2048):
         self.k2, self.max_tokens, self.kept = k2, max_tokens, kept
         self._texts: dict[str, Tensor] = {}
 

@@ -61,6 +61,7 @@ def test_run_directory(config, monkeypatch):
     assert summary["after"] == {name: after[f"eval/{name}"] for name in named}
     assert summary["teacher"] == {name.removeprefix("teacher/"): v for name, v in teacher.items() if "/" in name}
     assert (summary["steps"], summary["images"]) == (3, 18)
+    assert '<th class="n">teacher</th>' in (run / "report.html").read_text()
     assert {path.name for path in (run / "grids").iterdir()} == {"teacher.png", "step-000000.png", "step-000003.png"}
 
     saved = runs.latest(run)
@@ -198,6 +199,7 @@ class OneStep:
         seen = []
         stepper.step = lambda: seen.append(torch.cat([p.grad.flatten() for p in stepper.parameters])) or 0.0
         metrics = update(stepper)
+        del stepper.step
         for parameter in stepper.parameters:
             parameter.grad = None
         return seen[0], metrics
@@ -448,7 +450,8 @@ def test_frechet_distance():
 
 
 def test_table_of_seeds():
-    seeds = [dict.fromkeys(bench_tdm.FIGURES, value) for value in (0.5, 0.7)]
+    names: list[str] = [*bench_tdm.FIGURES]
+    seeds = [dict.fromkeys(names, value) for value in (0.5, 0.7)]
     rows = {"teacher": (56, [seeds[0]]), "student": (8, seeds)}
     _, _, teacher, student = bench_tdm.table(rows, seeds[0]).splitlines()
     assert teacher == "| teacher | 56 | 0.500 | 0.500 | 0.500 | 1.000 | 0.500 |"

@@ -370,7 +370,8 @@ def test_the_student_becomes_the_guided_teacher(target):
             if role == "fake":
                 loss, _ = fake_loss(fake(x_tau, tau), x0, e, z, m, tau, target, "uniform", CLIP)  # type: ignore[arg-type]
             else:
-                v_real = sampler.guide(*(net(x_tau, tau) for net in teacher), 1.0)
+                c, u = (net(x_tau, tau) for net in teacher)
+                v_real = sampler.guide(c, u, 1.0)
                 loss, _ = generator_loss(x0, x_tau, v_real, fake(x_tau, tau), tau, "square")
             optimiser = optimisers[role == "fake"]
             optimiser.param_groups[0]["lr"] = (0.05 if role == "fake" else 0.01) * (1 - i / 800)

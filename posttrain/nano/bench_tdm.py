@@ -40,7 +40,7 @@ from posttrain.export import load_checkpoint
 from posttrain.k2 import K2, Text, to_pil
 from posttrain.loop import Stepper
 from posttrain.nano import evaluate, prompts
-from posttrain.policy import POLICY, add_policy
+from posttrain.policy import POLICY, add_policy, load_base
 from posttrain.processes import Processes
 from posttrain.progress import grid_image
 from posttrain.tdm_config import TDMConfig
@@ -130,6 +130,13 @@ def load(path: Path, device: str) -> tuple[K2, str | None]:
     return load_checkpoint(checkpoint.load(checkpoint.find(path)), device), POLICY
 
 
+def teacher(args: argparse.Namespace) -> K2:
+    """What the first student was distilled from, if it is a run and so says it."""
+    if not args.students or (args.students[0] / "model_index.json").exists():
+        return K2.load(args.model, device=args.device)
+    return load_base(checkpoint.load(checkpoint.find(args.students[0])), args.device)
+
+
 def table(rows: dict[str, tuple[int, list[dict[str, float]]]], teacher: dict[str, float]) -> str:
     """Markdown; `rows` are by name forwards and the figures of each seed."""
     lines = [f"| | forwards | {' | '.join(FIGURES)} |", "|---|" + "---|" * (len(FIGURES) + 1)]
@@ -200,9 +207,7 @@ def tdm_step(k2: K2, config: TDMConfig, fused: Sequence[Tensor], null: Text, siz
 
 def compare(args: argparse.Namespace) -> str:
     bench = Bench(args)
-    base, _ = load(args.students[0], args.device) if args.students else (None, None)
-    if base is None or not base.roles:  # an export has its student merged
-        base = K2.load(args.model, device=args.device)
+    base = teacher(args)
     guided = Way(28, args.guidance)
     reference = bench.features(bench.draw(base, guided, OTHER).images)
     rows: dict[str, tuple[int, list[dict[str, float]]]] = {}
