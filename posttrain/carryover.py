@@ -53,6 +53,8 @@ def check(config: CarryoverConfig) -> int:
     if file and not Path(config.check).is_file():
         raise UserError(f"check: {config.check}: no such file; give a run, one of its checkpoints or a LoRA")
     saved = None if file else checkpoint.load(checkpoint.find(config.check))
+    if saved is not None and policy.is_student(saved):
+        raise UserError(f"check: {saved.path} is a student of posttrain tdm; it is a turbo, not a LoRA of Raw")
     config = _completed(config, saved)
     assert config.model is not None and config.prompts is not None
     records = read_prompts(config.prompts)[: config.pictures]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import huggingface_hub
+from huggingface_hub import CommitOperationAdd
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
@@ -28,21 +26,19 @@ def check_push(name: str) -> None:
 
 def push(output: Path, card: Path | None, name: str, private: bool) -> str:
     """Uploads a directory, or a file with its card as README.md; returns the address. Call `check_push` before."""
-    api = huggingface_hub.HfApi()
-    with tempfile.TemporaryDirectory(prefix=".push-", dir=output.parent) as folder:
-        source = output
-        if card is not None:
-            source = Path(folder)
-            os.link(output, source / output.name)
-            shutil.copyfile(card, source / "README.md")
-        try:
-            api.create_repo(name, private=private, exist_ok=True)
-            api.upload_folder(repo_id=name, folder_path=source, commit_message=f"posttrain: {output.name}")
-        except (HTTPError, OSError) as error:
-            raise UserError(
-                f"push: {name} did not take it: {_first_line(error)}; {output} is whole, push it once more with"
-                f" `hf upload {name} {output}`"
-            ) from error
+    api, message = huggingface_hub.HfApi(), f"posttrain: {output.name}"
+    try:
+        api.create_repo(name, private=private, exist_ok=True)
+        if card is None:
+            api.upload_folder(repo_id=name, folder_path=output, commit_message=message)
+        else:
+            files = [CommitOperationAdd(output.name, str(output)), CommitOperationAdd("README.md", str(card))]
+            api.create_commit(name, files, commit_message=message)
+    except (HTTPError, OSError) as error:
+        raise UserError(
+            f"push: {name} did not take it: {_first_line(error)}; {output} is whole, push it once more with"
+            f" `hf upload {name} {output}`"
+        ) from error
     return f"{api.endpoint}/{name}"
 
 

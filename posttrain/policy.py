@@ -49,12 +49,13 @@ def load_model(model: ModelConfig, device: str | torch.device, saved: Checkpoint
     if model.start is not None:
         found = checkpoint.find(model.start)
         first = checkpoint.load(found)
-        if is_student(first) and not model.allow_distilled:
+        stages = [*earlier_of(first), first]
+        if any(map(is_student, stages)) and not model.allow_distilled:
             raise UserError(f"model.start: {found} is distilled (method tdm): {DISTILLED_REMEDY}")
         base = _origin(first)["base"]
         if base not in (None, k2.origin["base"]):
             raise UserError(f"model.start: {found} was trained on another model than model.path ({model.path})")
-        for earlier in [*earlier_of(first), first]:
+        for earlier in stages:
             _merge(k2, earlier)
     return k2
 

@@ -154,6 +154,8 @@ def _validate_tdm(config: TDMConfig) -> None:
         raise ConfigError("sizes", "is empty; name at least one [height, width]")
     for i, size in enumerate(config.sizes):
         pixels(f"sizes[{i}]", size)
+    if config.model.allow_distilled:
+        raise ConfigError("model.allow_distilled", "a teacher must be able to use many steps; give the Raw checkpoint")
     student, fake = config.student, config.fake
     if not student.steps or len(set(student.steps)) < len(student.steps):
         raise ConfigError(

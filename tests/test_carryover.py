@@ -183,6 +183,7 @@ def test_a_lora_that_does_not_bind_is_refused(loras, model, tmp_path, edit, says
         ({"check": "none.safetensors"}, "none.safetensors: no such file"),
         ({"check": "none"}, "none: holds no whole checkpoint"),
         ({"check": "{cut}"}, "cut.safetensors: not a whole safetensors file"),
+        ({"check": "{student}"}, "is a student of posttrain tdm; it is a turbo, not a LoRA of Raw"),
         ({"turbo": "{model}"}, "model_index.json: is_distilled is not true; give a Turbo checkpoint"),
         ({"turbo": "{run}"}, "is no student of posttrain tdm; give a distilled model"),
         ({"turbo": "nowhere/at/all"}, "nowhere/at/all: no such directory"),
@@ -200,7 +201,14 @@ def test_a_lora_that_does_not_bind_is_refused(loras, model, tmp_path, edit, says
     ],
 )
 def test_bad_input(run, student, turbo, loras, model, tmp_path, capsys, options, says):
-    places = {"run": run, "model": model, "turbo": turbo, "lora": loras["lora"], "cut": tmp_path / "cut.safetensors"}
+    places = {
+        "run": run,
+        "student": student,
+        "model": model,
+        "turbo": turbo,
+        "lora": loras["lora"],
+        "cut": tmp_path / "cut.safetensors",
+    }
     places["cut"].write_bytes(loras["lora"].read_bytes()[:500])
     places["other"], places["over"] = tmp_path / "other", tmp_path / "over"
     if "{other}" in options.values():
