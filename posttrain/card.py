@@ -29,7 +29,7 @@ def model_card(saved: Checkpoint, output: Path, format: str, license: str | None
     """The card as Markdown, with the front matter that the hub reads. `license` overrides the base's."""
     model, recipe = saved.state["model"], run_recipe(saved)
     front = {
-        "base_model": model["path"],
+        **({"base_model": model["path"]} if _is_hub_id(model["path"]) else {}),
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "tags": ["krea-2", "posttrain", *(["lora"] if format.startswith("lora") else []),
@@ -44,7 +44,7 @@ def model_card(saved: Checkpoint, output: Path, format: str, license: str | None
         _figures(saved),
         _rewards(recipe, saved.state.get("method")),
         _recipe(recipe),
-        f"## Licence\n\n{_license_text(front, license)}",
+        f"## Licence\n\n{_license_text(front, model['path'], license)}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -114,14 +114,16 @@ def _snippets(saved: Checkpoint, output: Path, format: str) -> str:
 
 
 def _figures(saved: Checkpoint) -> str:
-    """Before the first step, and as the last evaluation before this checkpoint found it."""
+    """Before the first step, and as the last evaluation up to this checkpoint found it; of a student, its teacher's."""
     found = [(step, figures) for step, figures in saved.state.get("evaluations", []) if step <= saved.step]
-    before = saved.state.get("history", {}).get("before")
+    history = saved.state.get("history", {})
+    before, teacher = history.get("before"), history.get("teacher")
     if not found or before is None:
         return ""
     step, after = found[-1]
-    rows = [f"| {name} | {_cell(before.get(name))} | {_cell(value)} |" for name, value in after.items()]
-    head = f"| | before | step {step} |\n| --- | --- | --- |"
+    columns = [before, after, *([teacher] if teacher else [])]
+    rows = [f"| {name} | {' | '.join(_cell(column.get(name)) for column in columns)} |" for name in after]
+    head = f"| | before | step {step} |{' teacher |' if teacher else ''}\n|{' --- |' * (1 + len(columns))}"
     note = "" if step == saved.step else f" This checkpoint is of step {saved.step}."
     return f"## Figures\n\nOn held-out prompts with fixed seeds.{note}\n\n{head}\n" + "\n".join(rows)
 
@@ -152,19 +154,23 @@ def _license(base: str, given: str | None) -> dict[str, str]:
     if "license" in fields:
         return fields
     unknown = {"license": "other", "license_name": AS_BASE}
-    hub_id = base.count("/") == 1 and not Path(base).parent.exists()
-    return unknown | ({"license_link": f"https://huggingface.co/{base}"} if hub_id else {})
+    return unknown | ({"license_link": f"https://huggingface.co/{base}"} if _is_hub_id(base) else {})
 
 
-def _license_text(front: dict[str, Any], given: str | None) -> str:
+def _is_hub_id(path: str) -> bool:
+    """A hub refuses cards that name a directory as their base."""
+    return path.count("/") == 1 and not Path(path).parent.exists()
+
+
+def _license_text(front: dict[str, Any], base: str, given: str | None) -> str:
     if given is not None:
         return f"{given}, as whoever exported it says; the base model's own terms hold besides."
     if front.get("license_name") == AS_BASE:
         link = f" ({front['license_link']})" if "license_link" in front else ""
-        return f"As the base model, `{front['base_model']}`{link}: its terms hold for what is made from it."
+        return f"As the base model, `{base}`{link}: its terms hold for what is made from it."
     name = front.get("license_name", front["license"])
     link = f" ({front['license_link']})" if "license_link" in front else ""
-    return f"As the base model, `{front['base_model']}`: {name}{link}."
+    return f"As the base model, `{base}`: {name}{link}."
 
 
 def _cell(value: Any) -> str:

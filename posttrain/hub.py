@@ -34,7 +34,7 @@ def push(output: Path, card: Path | None, name: str, private: bool) -> str:
         else:
             files = [CommitOperationAdd(output.name, str(output)), CommitOperationAdd("README.md", str(card))]
             api.create_commit(name, files, commit_message=message)
-    except (HTTPError, OSError) as error:
+    except (HTTPError, OSError, ValueError) as error:
         raise UserError(
             f"push: {name} did not take it: {_first_line(error)}; {output} is whole, push it once more with"
             f" `hf upload {name} {output}`"

@@ -50,6 +50,7 @@ def student(run, tmp_path_factory):
     """A run of posttrain tdm as its checkpoints say it: the same adapter, as a student of eight steps."""
     saved = runs.latest(run)
     state = saved.state | {"method": "tdm", "student": {"steps": [8], "mu": 1.15}}
+    state["history"] = saved.state["history"] | {"teacher": {"brightness": 0.25}}
     folder = tmp_path_factory.mktemp("student")
     checkpoint.save(folder / "checkpoints", 3, {"adapter": saved.tensors["adapter"]}, state, keep=1)
     return folder
@@ -101,6 +102,8 @@ def test_a_student_is_exported_as_turbo(student, run, model, tmp_path):
 
     text = (directory / "README.md").read_text()
     assert "8 steps, guidance 0, shift mu 1.15" in text and "num_inference_steps=8, guidance_scale=0)" in text
+    after = runs.latest(student).state["history"]["after"]["brightness"]
+    assert f"| {after:.4f} | 0.2500 |" in text and "| | before | step 1 | teacher |\n| --- | --- | --- | --- |" in text
     assert "distilled" in yaml.safe_load(text.split("---")[1])["tags"]
     assert "is_distilled=True" in (tmp_path / "turbo.md").read_text()
 
@@ -351,7 +354,7 @@ def test_the_card_says_what_it_is(run, model, tmp_path):
     out = Path(second.output)
     text = (write(out, tmp_path / "tuned") / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
-    assert front["base_model"] == str(model) and front["library_name"] == "diffusers"
+    assert "base_model" not in front and front["library_name"] == "diffusers"  # a directory is no base for a hub
     assert (front["license"], front["license_name"]) == ("other", "as-the-base-model")
     assert f"As the base model, `{model}`: its terms hold" in text
     one, two = (line for line in text.splitlines() if line.startswith(("1. ", "2. ")))
@@ -387,6 +390,7 @@ def test_the_licence_is_the_bases(run, model, tmp_path):
     state["model"]["path"] = "krea/Krea-2-Raw"
     text = model_card(checkpoint.Checkpoint(saved.path, 1, {}, state), Path("a.safetensors"), "lora", None)
     front = yaml.safe_load(text.split("---")[1])
+    assert front["base_model"] == "krea/Krea-2-Raw"
     assert (front["license_name"], front["license_link"]) == (
         "as-the-base-model",
         "https://huggingface.co/krea/Krea-2-Raw",
