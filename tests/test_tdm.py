@@ -11,11 +11,12 @@ from diffusers import Krea2Pipeline
 from PIL import Image
 
 from posttrain import checkpoint, cli, figures, sampler, stpo, tdm, tdm_loss
-from posttrain.config import ModelConfig, PromptsConfig
+from posttrain.config import ModelConfig, PromptsConfig, SampleConfig
 from posttrain.export import load_checkpoint
 from posttrain.k2 import K2
 from posttrain.nano import bench_tdm
 from posttrain.processes import Processes
+from posttrain.sample import sample
 from posttrain.tdm_config import TDMConfig
 from posttrain.tdm_rollout import MU, roll_out
 from tests import runs, tiny
@@ -469,3 +470,16 @@ def test_steps_whose_memory_is_measured(model):
         trained = {name for name in k2.roles if any(p.any() for k, p in k2.role_named_parameters(name).items()
                                                     if "lora_B" in k)}  # fmt: skip
         assert trained == ({"policy"} if step is bench_tdm.flow_matching_step else {"policy", "fake"})
+
+
+def test_samples_of_a_run_are_the_students(config, tmp_path, capsys):
+    """8 steps, no guidance and the fixed shift, without being told."""
+    config.steps = 2
+    tdm.train(config)
+    sample(SampleConfig(str(tmp_path / "out"), config.model, "a fox", adapter=config.output, size=[32, 32]))
+    assert "(8 steps, guidance 0)" in capsys.readouterr().out
+    k2 = load_checkpoint(runs.latest(config.output))
+    with k2.role("policy"):
+        latents = k2.sample(k2.text(["a fox"]), sampler.noise([sampler.seed_for(0, 0, 0)], (16, 64)), 8, 32, 32, mu=MU)
+    drawn = np.asarray(Image.open(tmp_path / "out/000.png"), int)
+    assert np.abs(k2.decode(latents, 32, 32)[0].numpy() - drawn).max() <= 1
