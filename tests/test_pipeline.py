@@ -130,6 +130,12 @@ def test_stages_follow_each_other_and_are_done_once(write, tmp_path):
     assert before == {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
     assert "finished" in run(path, "--dry-run").stdout
 
+    noted = state(folder)
+    noted["export"]["finished"] = None  # as after a kill in between
+    (folder / "stages.json").write_text(json.dumps(noted))
+    assert run(path, "--resume").returncode == 0 and state(folder)["export"]["finished"]
+    assert before == {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
+
     changed = write(stpo={"optim.lr": 0.5})
     fails(run(changed, "--resume"), "stage stpo: has changed since it was finished: optim.lr 0.003 -> 0.5")
     fails(run(write("pairs", "stpo"), "--resume"), "stages: grpo was finished and is not in the recipe any more")
@@ -196,6 +202,23 @@ def test_one_at_a_time(write, tmp_path):
     with (tmp_path / "p/.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         fails(run(write("grpo")), "another posttrain run, or a stage that one has left behind, is at work here")
+
+
+def test_a_stage_that_was_left_behind_keeps_others_out(write, tmp_path):
+    path = write("grpo", grpo={"steps": 1000})
+    process = start(path)
+    wait_for_steps(tmp_path / "p/grpo", 1)
+    stage = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
+    process.kill()
+    process.wait(60)
+    fails(run(path, "--resume"), "another posttrain run, or a stage that one has left behind, is at work here")
+    os.kill(int(stage), signal.SIGTERM)
+    began = time.monotonic()
+    while Path(f"/proc/{int(stage)}").exists() and time.monotonic() - began < 60:
+        time.sleep(0.05)
+    done = runs.latest(tmp_path / "p/grpo").step
+    assert run(write("grpo", grpo={"steps": done + 1}), "--resume").returncode == 0
+    assert runs.latest(tmp_path / "p/grpo").step == done + 1
 
 
 @pytest.mark.parametrize(
