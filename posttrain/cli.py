@@ -19,9 +19,11 @@ from typing import Any
 import yaml
 
 from posttrain import __version__
+from posttrain.carryover_config import CarryoverConfig
 from posttrain.config import ExportConfig, GRPOConfig, JudgeConfig, ReportConfig, SampleConfig, ServeConfig
 from posttrain.expander_config import ExpandConfig, ExpanderDataConfig, ExpanderSFTConfig
 from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
+from posttrain.pipeline_config import PipelineConfig
 from posttrain.ranges import ConfigError
 from posttrain.recipe import check_recipe, describe, field_types, fits, read_recipe, suggestion
 from posttrain.stpo_config import STPOConfig
@@ -44,8 +46,12 @@ class Command:
     any_recipe: bool = False
     """It takes another command's recipe and reads only the keys that it knows."""
     positional: str | None = None
-    """The field that a first argument without -- in front of it sets."""
+    """The option that a first argument without -- in front of it is the value of."""
+    dry: bool = False
+    """It has --dry-run."""
 
+
+CHECK = "export --check"
 
 COMMANDS = {
     "stpo": Command(STPOConfig, "posttrain.stpo:train", "train with STPO on pairs and write a run directory", True),
@@ -68,6 +74,15 @@ COMMANDS = {
     "expand": Command(ExpandConfig, "posttrain.expand:main", "expand a prompt in several ways", positional="prompt"),
     "sample": Command(SampleConfig, "posttrain.sample:sample", "draw images from a checkpoint"),
     "export": Command(ExportConfig, "posttrain.export:export", "write a checkpoint for other tools"),
+    CHECK: Command(CarryoverConfig, "posttrain.carryover:check", "measure on Turbo what a LoRA trained on Raw does"),
+    "run": Command(
+        PipelineConfig,
+        "posttrain.pipeline:carry_out",
+        "carry out a pipeline of stages",
+        True,
+        dry=True,
+        positional="config",
+    ),
     "report": Command(ReportConfig, "posttrain.report:report", "write report.html for a run"),
 }
 
@@ -120,7 +135,7 @@ def _run(argv: list[str]) -> int:
     if argv[0] == "--version":
         print(f"posttrain {__version__}")
         return 0
-    seconds = [known.split()[1] for known in COMMANDS if known.startswith(f"{argv[0]} ")]
+    seconds = [known.split()[1] for known in COMMANDS if known.startswith(f"{argv[0]} ") and known != CHECK]
     words = 2 if seconds else 1
     name, rest = " ".join(argv[:words]), argv[words:]
     if name not in COMMANDS:
@@ -133,10 +148,17 @@ def _run(argv: list[str]) -> int:
     flags = {f"--{field}" for field, kind in field_types(command.config).items() if kind is bool}
     following = [*rest[1:], "--"]
     rest = [f"{a}=true" if a in flags and b.startswith("--") else a for a, b in zip(rest, following)]
+    if name == "export" and any(word.partition("=")[0] == "--check" for word in rest):
+        name, command = CHECK, COMMANDS[CHECK]
+        rest = ["--help"] if {"-h", "--help"} & {*rest} else rest
+    options: dict[str, bool] = {}
+    if command.dry:
+        options["dry_run"] = "--dry-run" in rest
+        rest = [word for word in rest if word != "--dry-run"]
     config, resume = load_config(name, rest)
     module, _, function = command.function.partition(":")
     run = getattr(importlib.import_module(module), function)
-    code = run(config, resume=resume) if command.resumable else run(config)
+    code = run(config, resume=resume, **options) if command.resumable else run(config)
     return code or 0
 
 
@@ -171,6 +193,13 @@ def _parser(name: str) -> Any:
             action="store_true",
             default=SUPPRESS,  # no part of the recipe, so --print_config must not print it
             help="Carry on from the newest whole checkpoint in the run directory, if there is one.",
+        )
+    if command.dry:
+        parser.add_argument(
+            "--dry-run",
+            action="store_true",
+            default=SUPPRESS,
+            help="Only check all settings and paths, and tell the plan.",
         )
     parser.add_class_arguments(command.config)
     return parser

@@ -28,6 +28,9 @@ class ModelConfig:
     weight keeps 8 bits, so a small update is rounded."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the frozen weights, and of the arithmetic. What is trained, latents and log-probs stay float32."""
+    allow_distilled: bool = False
+    """Train a distilled checkpoint (Turbo, or a run of posttrain tdm as start) as if it were Raw. Losses over all noise
+    levels blur what few steps draw: the order that works is to train Raw and to distil it last."""
 
 
 @dataclass
@@ -318,11 +321,18 @@ class ExportConfig:
     source: str
     """Run directory (its newest checkpoint) or one checkpoint, such as runs/a/checkpoints/best."""
     output: str
-    """Directory (diffusers) or .safetensors file (the other formats) to write; must not exist."""
+    """Directory (diffusers) or .safetensors file (the other formats) to write; must not exist. Its model card is
+    README.md in the directory, or NAME.md beside NAME.safetensors."""
     format: Literal["diffusers", "lora", "original", "lora-original"] = "diffusers"
     """diffusers: a Krea2Pipeline directory with what was trained. lora: the adapter for load_lora_weights.
     original, lora-original: the same in the key names of the official repository and ComfyUI. A run that trained
     all weights has no adapter: diffusers or original."""
+    license: str | None = None
+    """Licence of the card, a name that the hub knows, such as apache-2.0; null: as the base model's card says."""
+    push: str | None = None
+    """Hub id, such as owner/name, to upload the export to, with its card; needs a token. null: it stays here."""
+    private: bool = True
+    """Make the hub's repository private, if push makes a new one."""
 
 
 @dataclass

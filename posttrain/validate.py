@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 
 from posttrain import figures
+from posttrain.carryover_config import CarryoverConfig
 from posttrain.config import (
     EvalConfig,
     ExportConfig,
@@ -21,6 +23,7 @@ from posttrain.config import (
 )
 from posttrain.expander_config import ExpandConfig, ExpanderDataConfig, ExpanderSFTConfig
 from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
+from posttrain.pipeline_config import PipelineConfig
 from posttrain.ranges import ConfigError, at_least, pixels, positive, share
 from posttrain.stpo_config import STPOConfig
 from posttrain.tdm_config import MOST_STEPS, TDMConfig
@@ -42,6 +45,8 @@ Config = (
     | SampleConfig
     | ExportConfig
     | ReportConfig
+    | CarryoverConfig
+    | PipelineConfig
 )
 
 
@@ -85,6 +90,10 @@ def validate(config: Config) -> None:
         case ExportConfig():
             if config.format != "diffusers" and not config.output.endswith(".safetensors"):
                 raise ConfigError("output", f"format {config.format} writes one file; end it in .safetensors")
+        case CarryoverConfig():
+            _validate_carryover(config)
+        case PipelineConfig():
+            _validate_pipeline(config)
         case ReportConfig():
             pass
 
@@ -158,6 +167,8 @@ def _validate_tdm(config: TDMConfig) -> None:
         raise ConfigError("sizes", "is empty; name at least one [height, width]")
     for i, size in enumerate(config.sizes):
         pixels(f"sizes[{i}]", size)
+    if config.model.allow_distilled:
+        raise ConfigError("model.allow_distilled", "a teacher must be able to use many steps; give the Raw checkpoint")
     student, fake = config.student, config.fake
     if not student.steps or len(set(student.steps)) < len(student.steps):
         raise ConfigError(
@@ -347,3 +358,35 @@ def _validate_sample(config: SampleConfig) -> None:
     at_least("images", config.images, 1)
     at_least("micro_batch", config.micro_batch, 1)
     at_least("seed", config.seed, 0)
+
+
+def _validate_carryover(config: CarryoverConfig) -> None:
+    for name in ("check", "turbo"):
+        if not getattr(config, name).strip():
+            raise ConfigError(name, "is empty; name one")
+    _validate_rewards(config.rewards)
+    _validate_servers(config.servers)
+    at_least("pictures", config.pictures, 2)
+    at_least("steps", config.steps, 1)
+    at_least("guidance", config.guidance, 0)
+    at_least("turbo_steps", config.turbo_steps, 1)
+    if config.size is not None:
+        pixels("size", config.size)
+    if config.model is not None and config.model.start is not None:
+        raise ConfigError("model.start", "has no meaning here: what was merged into a run's base is part of its LoRA")
+    at_least("max_tokens", config.max_tokens, 1)
+    at_least("micro_batch", config.micro_batch, 1)
+    at_least("seed", config.seed, 0)
+
+
+def _validate_pipeline(config: PipelineConfig) -> None:
+    if not config.output.strip():
+        raise ConfigError("output", "is empty; name a directory for the pipeline")
+    if not config.stages:
+        raise ConfigError("stages", "is empty; name at least one stage")
+    names = [stage.name for stage in config.stages]
+    for i, name in enumerate(names):
+        if not re.fullmatch(r"[A-Za-z0-9_][\w-]*", name):
+            raise ConfigError(f"stages[{i}].name", f"is '{name}'; it names a directory: use letters, digits, _ and -")
+        if name in names[:i]:
+            raise ConfigError(f"stages[{i}].name", f"'{name}' is used twice; give each its own name")
