@@ -21,6 +21,7 @@ import yaml
 from posttrain import __version__
 from posttrain.config import ExportConfig, GRPOConfig, JudgeConfig, ReportConfig, SampleConfig, ServeConfig
 from posttrain.expander_config import ExpandConfig, ExpanderDataConfig, ExpanderSFTConfig
+from posttrain.expander_rl_config import ExpanderGDPOConfig
 from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
 from posttrain.ranges import ConfigError
 from posttrain.recipe import check_recipe, describe, field_types, fits, read_recipe, suggestion
@@ -62,6 +63,9 @@ COMMANDS = {
     ),
     "expander sft": Command(
         ExpanderSFTConfig, "posttrain.expander_sft:train", "teach a chat model to expand prompts", True
+    ),
+    "expander gdpo": Command(
+        ExpanderGDPOConfig, "posttrain.expander_rl:train", "train an expander by the pictures it makes", True
     ),
     "expand": Command(ExpandConfig, "posttrain.expand:main", "expand a prompt in several ways", positional="prompt"),
     "sample": Command(SampleConfig, "posttrain.sample:sample", "draw images from a checkpoint"),

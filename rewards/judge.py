@@ -56,6 +56,10 @@ class Judge:
 
         return await self._cached(ask, image, template, fields)
 
+    async def p_yes_text(self, template: Template, **fields: str) -> float:
+        """The same of a question without a picture."""
+        return await self._p_yes(None, template.render(**fields))
+
     async def transcribe(self, image: Image.Image | EncodedImage, template: Template) -> list[str]:
         """The lines of text that the judge reads in the picture, in reading order."""
 
@@ -85,7 +89,7 @@ class Judge:
             scores[i].append(score)
         return max(max(row) - min(row) for row in scores)
 
-    async def _p_yes(self, encoded: EncodedImage, text: str) -> float:
+    async def _p_yes(self, encoded: EncodedImage | None, text: str) -> float:
         response = await self._chat(text, encoded, max_tokens=1, logprobs=True, top_logprobs=20)
         try:
             candidates = response["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
