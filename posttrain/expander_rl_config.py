@@ -127,7 +127,7 @@ class GenerationConfig:
 
 @dataclass
 class ExpanderOptimConfig:
-    """AdamW, through TRL."""
+    """AdamW, through TRL; one update on each batch of expansions."""
 
     lr: float = 1e-5
     """Learning rate after warm-up, > 0."""
@@ -135,8 +135,6 @@ class ExpanderOptimConfig:
     """Steps over which the rate rises linearly from 0, >= 0."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm, > 0."""
-    passes: int = 1
-    """Updates on each batch of expansions, >= 1."""
     kl: float = 0.0
     """Weight of the KL divergence to the policy at the start, >= 0; above 0 costs one more forward."""
     clip_low: float = 0.2

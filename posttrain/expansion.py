@@ -23,8 +23,9 @@ from collections.abc import Iterator, Sequence
 CAUSES = ("empty", "truncated", "language", "leaked")
 SHINGLE = 8
 """Words in a row of the template that count as leaked; fewer are common in any caption."""
-TAG = re.compile(r"<\|[^|<>]{1,40}\|>|</?(?:s|think|system|user|assistant|tool_call|im_start|im_end)>|\[/?INST\]|<<SYS>>",
-                 re.IGNORECASE)  # fmt: skip
+TAG = re.compile(
+    r"<\|[^|<>]{1,40}\|>|</?(?:s|think|system|user|assistant|tool_call)>|\[/?INST\]|<<SYS>>", re.IGNORECASE
+)
 QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”|„([^“”]+)[“”]|«([^»]+)»|「([^」]+)」')
 KANA = ("HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA")
 

@@ -48,7 +48,7 @@ def validate_gdpo(config: ExpanderGDPOConfig) -> None:
     at_least("generation.max_tokens", config.generation.max_tokens, 1)
     positive("generation.temperature", config.generation.temperature)
     if config.generation.vllm and not config.generation.use_vllm:
-        raise ConfigError("generation.vllm", "has no effect while generation.use_vllm is false; set it, or leave it out")
+        raise ConfigError("generation.vllm", "has no effect while generation.use_vllm is false; set that too")
     _optim(config)
     at_least("eval.every", config.eval.every, 0)
     at_least("eval.prompts", config.eval.prompts, 1)
@@ -76,12 +76,14 @@ def _renderer(config: RendererConfig) -> None:
 def _rewards(config: ExpanderGDPOConfig) -> None:
     trained = [reward for reward in config.rewards if not reward.heldout_only]
     if sum(reward.weight for reward in trained) <= 0:
-        raise ConfigError("rewards", "no reward is trained on with a weight above 0; diversity alone teaches no picture")
+        raise ConfigError("rewards", "none is trained on with a weight above 0; diversity alone teaches no picture")
     for i, reward in enumerate(config.rewards):
         if reward.name in (DIVERSITY, *GATES):
             raise ConfigError(f"rewards[{i}].name", f"'{reward.name}' is measured in every run; choose another")
         if reward.gate != "none":
             raise ConfigError(f"rewards[{i}].gate", f"is {reward.gate}; what gates an expansion goes under safety")
+        if reward.group:
+            raise ConfigError(f"rewards[{i}].group", "is true; what compares a group here is diversity alone")
     unknown = [name for name in config.worst if name not in [reward.name for reward in trained]]
     if unknown:
         raise ConfigError("worst", f"'{unknown[0]}' is no reward that is trained on")
@@ -122,7 +124,6 @@ def _optim(config: ExpanderGDPOConfig) -> None:
     positive("optim.lr", optim.lr)
     at_least("optim.warmup_steps", optim.warmup_steps, 0)
     positive("optim.max_grad_norm", optim.max_grad_norm)
-    at_least("optim.passes", optim.passes, 1)
     at_least("optim.kl", optim.kl, 0)
     if not 0 < optim.clip_low < 1:
         raise ConfigError("optim.clip_low", f"is {optim.clip_low}; use a number between 0 and 1")

@@ -1,7 +1,7 @@
 """Safety checks of expansions and of pictures: a score in [0, 1] for each, 1 is safe. None may be missing.
 
-A check is a callable, sync or async: `(texts, **columns)` of texts or `(images, prompts, **columns)` of pictures, like
-a reward. These here ask a judge or look for words; any other is named by its import path.
+A check is a reward by its signature, `(images, prompts, **columns)`, sync or async; one of texts gets the expansions in
+the place of the images. These here ask a judge or look for words; any other is named by its import path.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Words:
             raise UserError("words: no word is given; list some, or name a file with one a line")
         self._pattern = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, self.words))})(?!\w)", re.IGNORECASE)
 
-    def __call__(self, texts: Sequence[str]) -> list[float]:
+    def __call__(self, texts: Sequence[str], prompts: Sequence[str]) -> list[float]:
         return [0.0 if self._pattern.search(text) else 1.0 for text in texts]
 
 
@@ -42,7 +42,7 @@ class TextJudge:
         self.judge = made_judge(judge)
         self.template = load_template(template)
 
-    async def __call__(self, texts: Sequence[str]) -> list[float]:
+    async def __call__(self, texts: Sequence[str], prompts: Sequence[str]) -> list[float]:
         asked = [self.judge.p_yes_text(self.template, text=text) for text in texts]
         return [1 - yes for yes in await asyncio.gather(*asked)]
 
@@ -53,7 +53,9 @@ class ImageJudge:
     With `requirement` it is asked the rubric's question about that statement, which a picture must not meet.
     """
 
-    def __init__(self, judge: Judge | Mapping[str, Any], template: str = "unsafe_image", requirement: str | None = None):
+    def __init__(
+        self, judge: Judge | Mapping[str, Any], template: str = "unsafe_image", requirement: str | None = None
+    ):
         self.judge = made_judge(judge)
         self.template = load_template(template if requirement is None else "rubric")
         self.fields = {} if requirement is None else {"requirement": requirement}
