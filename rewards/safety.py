@@ -31,8 +31,8 @@ class Words:
             raise UserError("words: no word is given; list some, or name a file with one a line")
         self._pattern = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, self.words))})(?!\w)", re.IGNORECASE)
 
-    def __call__(self, texts: Sequence[str], prompts: Sequence[str]) -> list[float]:
-        return [0.0 if self._pattern.search(text) else 1.0 for text in texts]
+    def __call__(self, expansions: Sequence[str], prompts: Sequence[str]) -> list[float]:
+        return [0.0 if self._pattern.search(text) else 1.0 for text in expansions]
 
 
 class TextJudge:
@@ -42,8 +42,8 @@ class TextJudge:
         self.judge = made_judge(judge)
         self.template = load_template(template)
 
-    async def __call__(self, texts: Sequence[str], prompts: Sequence[str]) -> list[float]:
-        asked = [self.judge.p_yes_text(self.template, text=text) for text in texts]
+    async def __call__(self, expansions: Sequence[str], prompts: Sequence[str]) -> list[float]:
+        asked = [self.judge.p_yes_text(self.template, text=text) for text in expansions]
         return [1 - yes for yes in await asyncio.gather(*asked)]
 
 
