@@ -122,13 +122,19 @@ def _run(argv: list[str]) -> int:
     if argv[0] == "--version":
         print(f"posttrain {__version__}")
         return 0
-    words = 2 if any(known.startswith(f"{argv[0]} ") for known in COMMANDS) else 1
+    seconds = [known.split()[1] for known in COMMANDS if known.startswith(f"{argv[0]} ")]
+    words = 2 if seconds else 1
     name, rest = " ".join(argv[:words]), argv[words:]
     if name not in COMMANDS:
+        if seconds:
+            raise UserError(f"{argv[0]}: is followed by one of {', '.join(seconds)}, not by '{' '.join(argv[1:2])}'")
         raise UserError(f"'{name}' is not a command{suggestion(name, list(COMMANDS))}")
     command = COMMANDS[name]
     if command.positional and rest and not rest[0].startswith("-"):
         rest = [f"--{command.positional}={rest[0]}", *rest[1:]]
+    flags = {f"--{field}" for field, kind in field_types(command.config).items() if kind is bool}
+    following = [*rest[1:], "--"]
+    rest = [f"{a}=true" if a in flags and b.startswith("--") else a for a, b in zip(rest, following)]
     config, resume = load_config(name, rest)
     module, _, function = command.function.partition(":")
     run = getattr(importlib.import_module(module), function)

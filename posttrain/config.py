@@ -302,6 +302,9 @@ class SampleConfig:
     """Guidance in K2's convention, v = c + s (c - u), >= 0, 0 is off; null: 4.5, or 0 for Turbo."""
     images: int = 1
     """Images for each prompt, >= 1."""
+    expand: str | None = None
+    """Draw expansions instead of the prompts, one for each image: chat model, or run directory of `posttrain expander
+    sft` or `gdpo`; null: the prompts as they are."""
     micro_batch: int = 8
     """Images in one forward, >= 1."""
     seed: int = 0
