@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,16 @@ from typing import Any
 import torch
 from peft import LoraConfig as PeftLora
 from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from posttrain.config import LoraConfig
+from posttrain.expander_model import check_base, load_chat_model, resolve, write_card
 from posttrain.expander_rl_config import ChatModelConfig
 from posttrain.expander_score import Expansion
 from posttrain.expander_template import messages, template
-from posttrain.load import quiet
+from posttrain.fingerprint import fingerprint
 from prompts.errors import UserError
 from prompts.records import PromptRecord
 
@@ -29,34 +30,23 @@ class Policy:
 
     def __init__(self, config: ChatModelConfig, lora: LoraConfig, seed: int, device: torch.device):
         """Raises UserError for what is no chat model, or an adapter that does not fit."""
-        path, adapter = _found(config)
-        try:
-            with quiet():
-                self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
-                base: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype))
-        except (OSError, ValueError) as error:
-            raise UserError(f"model.path: {path} cannot be loaded: {' '.join(str(error).split())}") from error
-        if self.tokenizer.chat_template is None:
-            raise UserError(f"model.path: {path}: its tokenizer has no chat template; give an instruct model")
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        base.to(device)
+        path, adapter = resolve(config.path, config.adapter)
+        base, self.tokenizer = load_chat_model(path, getattr(torch, config.dtype))
+        self.base, self.base_fingerprint = path, fingerprint(dict(base.named_parameters()))
         if adapter is not None:
-            try:
+            check_base(adapter, path, base)
+        base.to(device)
+        try:
+            if adapter is not None:
                 self.model: Any = PeftModel.from_pretrained(base, adapter, is_trainable=True)
-            except (OSError, ValueError, RuntimeError) as error:
-                reason = " ".join(str(error).split())[:500]
-                raise UserError(f"model.adapter: {adapter} does not fit {path}: {reason}") from error
-        else:
-            torch.manual_seed(seed)
-            targets = list(TARGETS if lora.targets is None else lora.targets)
-            try:
-                self.model = get_peft_model(
-                    base,
-                    PeftLora(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM"),  # type: ignore[arg-type]
-                )
-            except ValueError as error:
-                raise UserError(f"lora.targets: {' '.join(str(error).split())[:300]}") from error
+            else:
+                torch.manual_seed(seed)
+                targets = list(TARGETS if lora.targets is None else lora.targets)
+                options = PeftLora(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM")  # type: ignore[arg-type]
+                self.model = get_peft_model(base, options)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            what = "lora.targets" if adapter is None else f"model: {adapter} as an adapter of {path}"
+            raise UserError(f"{what}: {str(error).strip().splitlines()[0]}") from error
         ends = base.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         self.ends = list(dict.fromkeys([self.tokenizer.eos_token_id, *ends]))
@@ -120,23 +110,11 @@ class Policy:
         return torch.cat(parts)
 
     def save(self, directory: Path, card: str) -> None:
-        """The adapter as PEFT and vLLM load it, with a model card."""
+        """The adapter as PEFT, vLLM and `posttrain expand` load it, with a model card."""
         self.model.save_pretrained(str(directory), selected_adapters=["default"])
         (directory / "README.md").write_text(card, encoding="utf-8")
+        write_card(directory, self.base, self.base_fingerprint)
 
     def _until_end(self, ids: list[int]) -> list[int]:
         ends = [i for i, token in enumerate(ids) if token in self.ends]
         return ids[: ends[0] + 1] if ends else ids
-
-
-def _found(config: ChatModelConfig) -> tuple[str, str | None]:
-    """Base and adapter that a recipe means: a run directory stands for what it has trained."""
-    run = Path(config.path)
-    if (run / "model" / "config.json").is_file():
-        return str(run / "model"), config.adapter
-    file = run / "adapter" / "adapter_config.json"
-    if not file.is_file():
-        return config.path, config.adapter
-    if config.adapter is not None:
-        raise UserError(f"model.adapter: {config.path} has an adapter of its own; give its base as model.path")
-    return json.loads(file.read_text())["base_model_name_or_path"], str(run / "adapter")

@@ -177,7 +177,7 @@ def weights(config: ExpanderGDPOConfig) -> list[float]:
 
 def card(config: ExpanderGDPOConfig, policy: Policy, figures: dict[str, float | None]) -> str:
     """The adapter's model card."""
-    base = policy.model.peft_config["default"].base_model_name_or_path
+    base = policy.base
     ablation = "" if config.ablation.diversity == "kept" else f" An ablation: {ABLATED[config.ablation.diversity]}."
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in figures.items() if value is not None)
     return (

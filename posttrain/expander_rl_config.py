@@ -88,7 +88,7 @@ class SafetySpec:
 
     name: str
     """Name in metrics, unique."""
-    on: Literal["text", "image"]
+    sees: Literal["text", "image"]
     """What it sees: the expansion, before it is drawn, or its picture."""
     function: str | dict[str, Any]
     """As in rewards: a function or a class, such as rewards.safety.Words, TextJudge, ImageJudge."""

@@ -169,7 +169,7 @@ class Scorer:
         self, kind: str, unsafe: list[list[str]], rows: Sequence[int], seen: Sequence[Any], there: Sequence[Expansion]
     ) -> None:
         """Adds to `unsafe`, at the given rows, the names of the checks of this kind that are failed."""
-        checks = [(spec, check) for spec, check in self.safety if spec.on == kind]
+        checks = [(spec, check) for spec, check in self.safety if spec.sees == kind]
         if not rows or not checks:
             return
         scores = self._score([check for _, check in checks], there, seen)
