@@ -60,14 +60,14 @@ class Features:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             kind = AutoConfig.from_pretrained(path).model_type
+            if not kind.startswith(("dinov3", "qwen3_vl")):
+                raise UserError(f"path: {path} is a {kind}: features come from DINOv3 or a Qwen3-VL")
             self._vlm = VLM.load(path, device=device) if kind == "qwen3_vl" else None
             self._model: Any = None if self._vlm else AutoModel.from_pretrained(path, dtype=torch.float32)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"path: {path} cannot be loaded: {reason}; give a directory or hub id") from error
         if self._vlm is None:
-            if not kind.startswith("dinov3"):
-                raise UserError(f"path: {path} is a {kind}: features come from DINOv3 or a Qwen3-VL")
             self._model.to(device).eval().requires_grad_(False)
             self._size, self._mean, self._std = _preprocessing(path)
         self._device = device
