@@ -1,4 +1,4 @@
-"""A tiny real chat model that was taught, in seconds, to answer prompts with a few captions: it can then be trained on."""
+"""A tiny real chat model that was taught, in seconds, to answer prompts with a few captions."""
 
 from pathlib import Path
 from typing import Any

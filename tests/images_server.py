@@ -1,4 +1,4 @@
-"""A real HTTP server with OpenAI's images endpoint, in a thread, that renders with what it is given; faults to order."""
+"""A real HTTP server with OpenAI's images endpoint, in a thread, that renders as it is told; faults to order."""
 
 from __future__ import annotations
 

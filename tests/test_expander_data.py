@@ -60,7 +60,9 @@ def test_registers():
 
 
 def nano(tmp_path: Path, name: str = "data", **changes) -> ExpanderDataConfig:
-    return ExpanderDataConfig(**{"output": str(tmp_path / name), "captions": "nano", "count": 150, "seed": 3, **changes})
+    return ExpanderDataConfig(
+        **{"output": str(tmp_path / name), "captions": "nano", "count": 150, "seed": 3, **changes}
+    )
 
 
 def test_nano_pairs_are_faithful_and_counted(tmp_path):
@@ -104,7 +106,12 @@ def test_a_command_that_was_killed_goes_on_to_the_same_pairs(tmp_path):
     assert both(cut) == both(tmp_path / "whole")
 
 
-CAPTIONS = ["a red cube, on a wooden shelf", 'a sign that says "OPEN", at night in the rain', "a heron, in fog", "a green boat, at sea"]
+CAPTIONS = [
+    "a red cube, on a wooden shelf",
+    'a sign that says "OPEN", at night in the rain',
+    "a heron, in fog",
+    "a green boat, at sea",
+]
 
 
 def written(tmp_path: Path, url: str, captions: list[str], **changes) -> ExpanderDataConfig:

@@ -171,9 +171,8 @@ def test_a_key_is_sent_and_never_repeated(config, monkeypatch):
         EndpointRenderer(replace(config, urls=["http://127.0.0.1:9/v1"], api_key_env="DRAWS"))
     monkeypatch.setenv("DRAWS", "hidden-key")
     refusal = json.dumps({"error": {"message": "hidden-key is not allowed"}}).encode()
-    with ImagesServer(flat, lambda number, body: (401, refusal)) as server:
-        with pytest.raises(UserError) as raised:
-            endpoint(config, server, api_key_env="DRAWS")(PROMPTS[:1], [1])
+    with ImagesServer(flat, lambda number, body: (401, refusal)) as server, pytest.raises(UserError) as raised:
+        endpoint(config, server, api_key_env="DRAWS")(PROMPTS[:1], [1])
     assert "*** is not allowed" in str(raised.value) and "hidden-key" not in str(raised.value)
     assert server.keys == {"Bearer hidden-key"}
 
