@@ -23,6 +23,7 @@ from __future__ import annotations
 import functools
 import json
 import signal
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -73,7 +74,9 @@ def train(config: ExpanderGDPOConfig, resume: bool = False) -> None:
         scorer = Scorer(config, renderer, features, policy.template, urls)
         return _train(config, resume, run, procs, policy, scorer, records, heldout)
 
-    in_run(config, resume, procs, body)
+    with warnings.catch_warnings():  # the libraries call each other by old names
+        warnings.filterwarnings("ignore", r".*gradient_checkpointing. is deprecated", FutureWarning)
+        in_run(config, resume, procs, body)
 
 
 def _train(
