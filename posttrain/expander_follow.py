@@ -5,8 +5,10 @@ callback that holds the diversity weight, times, logs, evaluates and stops.
 from __future__ import annotations
 
 import json
+import operator
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,9 @@ from posttrain.processes import Processes
 from posttrain.track import Run, peak_memory
 from prompts.errors import UserError
 from prompts.records import PromptRecord
+
+
+SHOWN_FAULTS = 20  # in the report
 
 
 def diversity_weight(config: ExpanderGDPOConfig, step: int) -> float:
@@ -55,6 +60,8 @@ class Shared:
         self.called = self.returned = 0.0
         """When the first reward function of the latest batch was called, and when it had its answer."""
         self.scored: Scored | None = None
+        self.faults: deque[dict[str, Any]] = deque(maxlen=SHOWN_FAULTS)
+        """The latest expansions that failed a check, and why."""
         self._key: Any = None
 
     def functions(self) -> list[Callable[..., list[float | None]]]:
@@ -83,6 +90,10 @@ class Shared:
         first = self.procs.rank * groups
         seeds = [sampler.seed_for(self.config.seed, step, first + g) for g in range(groups) for _ in range(size)]
         self.scored, self._key = self.scorer(expansions, seeds, size), key
+        for e, why in zip(expansions, map(operator.add, self.scored.causes_N, self.scored.unsafe_N)):
+            if why:
+                row = {"step": step + 1, "prompt": e.record.prompt, "expansion": e.text, "fails": ", ".join(why)}
+                self.faults.append(row)
         for name, value in self.scored.figures(size).items():
             if value is not None:
                 log_metric(name, value)
@@ -173,6 +184,7 @@ class Follow(TrainerCallback):
         self._seconds = times
         for message, count in scored.failures.most_common(1):
             self.run.say(f"{count} pictures or scores are missing, such as: {message}")
+        self.run.prompts({"The latest expansions that failed a check": list(shared.faults)} if shared.faults else None)
         step = self.done = state.global_step
         self.run.say(f"step {step}: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items()))
         every = self.config.eval.every

@@ -187,9 +187,11 @@ class Scorer:
                     unsafe[row].append(spec.name)
 
     def _score(self, rewards: Sequence[Reward], there: Sequence[Expansion], pictures: Sequence[Any]) -> Scores:
-        """Every reward sees the user's prompt and its columns, and the column `expansion`."""
+        """Every reward sees the user's prompt and its columns, and the column `expansion`. Where a prompt has no
+        requirements they are None, so that the rubric finds them: an expansion is always held to its prompt."""
         records = [e.record for e in there]
         table = {**columns(records), "expansion": [e.text for e in there]}
+        table["requirements"] = [r.requirements or None for r in records]
         return asyncio.run(score_all(rewards, pictures, [r.prompt for r in records], table))
 
     def _features(self, count: int, seen: Sequence[int], pictures: list[Image.Image]) -> Tensor | None:

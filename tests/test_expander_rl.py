@@ -125,6 +125,11 @@ def test_trl_gets_one_evaluation_of_a_batch(config, features, parts):
     assert shared.scored is not None and len(set(answers["diversity"])) > 1
     [(_, seeds)] = shared.scorer.renderer.calls
     assert len(set(seeds)) == 1  # a group starts from one noise
+    shared.functions()[0](
+        completion_ids=[*ids[:3], ids[3][:-1]], row=[0] * 4, trainer_state=state, log_metric=logged.__setitem__
+    )
+    shown = {"step": 4, "prompt": "a red circle", "expansion": TEXTS[3], "fails": "truncated"}
+    assert list(shared.faults) == [shown] and logged["format/truncated"] == 0.25
     with pytest.raises(RuntimeError, match="not whole groups"):
         shared.functions()[0](completion_ids=ids[:3], row=[0] * 3, trainer_state=state, log_metric=logged.__setitem__)
     with pytest.raises(RuntimeError, match="not whole groups"):
@@ -229,6 +234,8 @@ def test_rewards_see_the_users_prompt_and_its_columns(config, features):
     built.rewards[0].function, built.rewards[0].parameters = spy, {"images", "prompts", "requirements", "expansion"}
     built(written(TEXTS, PromptRecord("a red circle", ["it is red"])), [1] * 4, 4)
     assert seen == {"prompts": ["a red circle"] * 4, "requirements": [["it is red"]] * 4, "expansion": TEXTS}
+    built(written(TEXTS), [1] * 4, 4)
+    assert seen["requirements"] == [None] * 4  # and the rubric finds them
 
 
 # ---- a run
