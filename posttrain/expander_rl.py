@@ -56,6 +56,12 @@ ABLATED = {
 
 def train(config: ExpanderGDPOConfig, resume: bool = False) -> None:
     """Runs a recipe into its run directory. Raises UserError for what the user can mend."""
+    with warnings.catch_warnings():  # the libraries call each other by old names
+        warnings.filterwarnings("ignore", r".*gradient_checkpointing. is deprecated", FutureWarning)
+        _load_and_train(config, resume)
+
+
+def _load_and_train(config: ExpanderGDPOConfig, resume: bool) -> None:
     procs = Processes()
     if procs.main:
         Run.check(config, resume)
@@ -74,9 +80,7 @@ def train(config: ExpanderGDPOConfig, resume: bool = False) -> None:
         scorer = Scorer(config, renderer, features, policy.template, urls)
         return _train(config, resume, run, procs, policy, scorer, records, heldout)
 
-    with warnings.catch_warnings():  # the libraries call each other by old names
-        warnings.filterwarnings("ignore", r".*gradient_checkpointing. is deprecated", FutureWarning)
-        in_run(config, resume, procs, body)
+    in_run(config, resume, procs, body)
 
 
 def _train(
@@ -155,6 +159,7 @@ def settings(config: ExpanderGDPOConfig, procs: Processes) -> TRLConfig:
             weight_decay=0.0,
             bf16=config.model.dtype == "bfloat16",
             gradient_checkpointing=cuda,
+            ddp_find_unused_parameters=False,
             use_cpu=not cuda,
             dataloader_pin_memory=cuda,
             remove_unused_columns=False,

@@ -15,7 +15,7 @@ LARGEST = 256  # pixels of the longer side; larger pictures are reduced
 SMALL = 128  # pixels up to which a picture is enlarged without smoothing
 
 STYLE = """
-.groups { display: grid; gap: 24px 16px; grid-template-columns: 1fr 1fr; }
+.groups { display: grid; align-items: start; gap: 24px 16px; grid-template-columns: 1fr 1fr; }
 .groups h3 { grid-column: 1 / -1; margin: 16px 0 -12px; color: var(--text); }
 .group { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 12px; min-width: 0; }
 .group figcaption { font-size: 14px; color: var(--soft); margin-bottom: 8px; }
