@@ -28,7 +28,6 @@ from posttrain.track import Run, peak_memory
 from prompts.errors import UserError
 from prompts.records import PromptRecord
 
-
 SHOWN_FAULTS = 20  # in the report
 
 

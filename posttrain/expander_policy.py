@@ -32,6 +32,7 @@ class Policy:
         """Raises UserError for what is no chat model, or an adapter that does not fit."""
         path, adapter = resolve(config.path, config.adapter)
         base, self.tokenizer = load_chat_model(path, getattr(torch, config.dtype))
+        self.tokenizer.padding_side = "left"  # answers come after the last token
         self.base, self.base_fingerprint = path, fingerprint(dict(base.named_parameters()))
         if adapter is not None:
             check_base(adapter, path, base)
@@ -84,7 +85,7 @@ class Policy:
                 part = rows[first : first + batch]
                 inputs = self.tokenizer.apply_chat_template(
                     [messages(record.prompt) for record in part], add_generation_prompt=True, tokenize=True,
-                    return_dict=True, return_tensors="pt", padding=True, tokenizer_kwargs={"padding_side": "left"},
+                    return_dict=True, return_tensors="pt", padding=True,
                 ).to(self.device)  # fmt: skip
                 out = self.model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :]
                 found += [self.expansion(record, self._until_end(ids)) for record, ids in zip(part, out.tolist())]

@@ -35,6 +35,7 @@ from trl import GRPOTrainer
 
 from posttrain.expander_eval import ExpanderEvaluator
 from posttrain.expander_follow import Follow, Shared, diversity_weight
+from posttrain.expander_model import CARD, write_card
 from posttrain.expander_policy import Policy
 from posttrain.expander_rl_config import ExpanderGDPOConfig
 from posttrain.expander_score import Scorer
@@ -108,6 +109,10 @@ def _train(
     )
     trainer.remove_callback(PrinterCallback)
     saved = _newest(run.path / "checkpoints") if resume else None
+    if saved is not None and json.loads((run.path / CARD).read_text())["base_fingerprint"] != policy.base_fingerprint:
+        raise UserError(f"model.path: {policy.base} has other weights than what {saved} was trained on; restore them")
+    if procs.main:
+        write_card(run.path, policy.base, policy.base_fingerprint)
     follow = Follow(config, run, procs, trainer, shared, evaluator, saved)
     trainer.add_callback(follow)
     run.start(config.steps, follow.first)

@@ -110,7 +110,7 @@ def _safety(config: ExpanderGDPOConfig) -> None:
     kinds = [check.sees for check in config.safety]
     for kind in ("text", "image"):
         if kind not in kinds:
-            raise ConfigError("safety", f"has no check with sees: {kind}; add one, such as a class of rewards/safety.py")
+            raise ConfigError("safety", f"has no check with sees: {kind}; add one, such as those of rewards/safety.py")
     for i, check in enumerate(config.safety):
         if not check.name.strip() or check.name in [other.name for other in config.safety[:i]]:
             raise ConfigError(f"safety[{i}].name", f"is '{check.name}'; give each check a name of its own")

@@ -116,7 +116,7 @@ def stpo_config(folder: Path, model: Path) -> STPOConfig:
     return made
 
 
-def recipe(made: GRPOConfig | STPOConfig, path: Path) -> Path:
+def recipe(made: Any, path: Path) -> Path:
     path.write_text(json.dumps(dataclasses.asdict(made)))  # JSON is YAML
     return path
 

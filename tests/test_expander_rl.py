@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from trl import GRPOTrainer
 
-from posttrain import advantages, expander_follow, expander_rl
+from posttrain import advantages, cli, expander_follow, expander_rl
 from posttrain.expander_model import Expander
 from posttrain.expander_policy import Policy
 from posttrain.expander_rl_config import AblationConfig, ExpanderGDPOConfig, SafetySpec
@@ -300,7 +300,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path):
     ]
 
 
-def test_a_run_that_is_told_to_stop_saves_and_goes_on(config, monkeypatch):
+def test_a_run_that_is_told_to_stop_saves_and_goes_on(config, monkeypatch, tmp_path):
     import os
     import signal
 
@@ -320,8 +320,30 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on(config, monkeypatch):
     assert (run / "checkpoints/checkpoint-1/trainer_state.json").is_file()
     with pytest.raises(UserError, match=r"cannot be resumed with lora\.rank 4 -> 8"):
         expander_rl.train(replace(config, lora=replace(config.lora, rank=8)), resume=True)
+    other = chat.save(tmp_path / "other", steps=1)
+    with pytest.raises(UserError, match=r"model\.path: .*other has other weights than what .*checkpoint-1"):
+        expander_rl.train(replace(config, model=replace(config.model, path=str(other))), resume=True)
     expander_rl.train(config, resume=True)
     assert [row["step"] for row in runs.rows(run) if "loss" in row] == [1, 2, 3]
+
+
+def test_a_run_can_go_on_from_another_with_its_adapter_as_the_reference(config, tmp_path):
+    """As after the supervised step: the same adapter is trained on, and a KL of 0 at the start is to it."""
+    config.steps = 1
+    expander_rl.train(config)
+    first = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    config.model.path, config.output, config.optim.kl = config.output, str(tmp_path / "second"), 0.1
+    expander_rl.train(config)
+    [row] = [row for row in runs.rows(tmp_path / "second") if "loss" in row]
+    assert row["kl"] == pytest.approx(0, abs=1e-6)
+    second = load_file(tmp_path / "second/adapter/adapter_model.safetensors")
+    assert second.keys() == first.keys() and any(not second[key].equal(first[key]) for key in first)
+
+
+def test_a_mistake_ends_the_command_in_one_line(config, tmp_path, capsys):
+    config.safety[1].function = "tests.expander_runs:unreachable"
+    assert cli.main(["expander", "gdpo", "--config", str(runs.recipe(config, tmp_path / "recipe.yaml"))]) == 2
+    assert "posttrain: error: safety picture: cannot be checked: ConnectionError" in capsys.readouterr().err
 
 
 def test_an_endpoint_can_render_a_run(config, parts):
