@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+from collections.abc import Mapping, Sequence
 
 Point = tuple[int, float | None]  # step, value; None is a gap
 
@@ -125,4 +126,66 @@ def _path(points: list[Point], x, y) -> str:
             continue
         parts.append(f"{pen}{x(step):.1f} {y(value):.1f}")
         pen = "L"
+    return "".join(parts)
+
+
+# ---- several runs in one figure -----------------------------------------------------------------------------------
+
+COLOURS = ("#c0392b", "#e67e22", "#8e44ad", "#1f6fb2", "#148f77", "#555555")
+"""Of the variants, in their order; told apart on white and on dark paper."""
+
+
+def lines_chart(series: Mapping[str, Mapping[str, list[list[Point]]]], columns: int = 2) -> str:
+    """An SVG file of its own: a panel for each metric, in it a colour for each variant and a line for each of its runs.
+
+    The variants are named below all panels.
+    """
+    width, height, gap = 330, 210, 26
+    variants = list(dict.fromkeys(name for metric in series.values() for name in metric))
+    rows = math.ceil(len(series) / columns)
+    total = rows * (height + gap) + 26
+    parts = []
+    for place, (metric, runs) in enumerate(series.items()):
+        left, top = place % columns * width, place // columns * (height + gap) + gap
+        parts.append(f'<text x="{left + 8}" y="{top - 8}" class="title">{html.escape(metric)}</text>')
+        parts.append(_panel(runs, variants, left, top, width, height))
+    for i, name in enumerate(variants):
+        x = 8 + i * columns * width / len(variants)
+        parts.append(f'<rect x="{x:.0f}" y="{total - 16}" width="14" height="4" fill="{COLOURS[i % len(COLOURS)]}"/>')
+        parts.append(f'<text x="{x + 20:.0f}" y="{total - 10}">{html.escape(name)}</text>')
+    style = "text{font:12px sans-serif;fill:#333}.title{font-weight:bold}.rule{stroke:#ddd}path{fill:none}"
+    size = f'viewBox="0 0 {columns * width} {total}" width="{columns * width}" height="{total}"'
+    paper = f'<rect width="{columns * width}" height="{total}" fill="#fff"/>'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{style}</style>{paper}{"".join(parts)}</svg>\n'
+
+
+def _panel(
+    runs: Mapping[str, list[list[Point]]], variants: Sequence[str], left: float, top: float, width: int, height: int
+) -> str:
+    points = [point for lines in runs.values() for line in lines for point in line if point[1] is not None]
+    if not points:
+        return ""
+    values = [value for _, value in points if value is not None]
+    ticks = nice_ticks(min(values), max(values))
+    x0, x1, y0, y1 = left + 52, left + width - 12, top + height - 22, top + 6
+    low, high = min(ticks[0], *values), max(ticks[-1], *values)
+    first, last = min(step for step, _ in points), max(step for step, _ in points)
+
+    def x(step: float) -> float:
+        return x0 + (x1 - x0) * ((step - first) / (last - first) if last > first else 0.5)
+
+    def y(value: float) -> float:
+        return y0 + (y1 - y0) * (value - low) / (high - low)
+
+    parts = []
+    for tick in ticks:
+        parts.append(f'<line class="rule" x1="{x0}" x2="{x1}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
+        label = _tick(tick, ticks[1] - ticks[0])
+        parts.append(f'<text x="{x0 - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{label}</text>')
+    for step in _step_ticks(first, last):
+        parts.append(f'<text x="{x(step):.1f}" y="{y0 + 16}" text-anchor="middle">{step}</text>')
+    for i, name in enumerate(variants):
+        for line in runs.get(name, []):
+            stroke = f'stroke="{COLOURS[i % len(COLOURS)]}" stroke-width="1.6"'
+            parts.append(f'<path {stroke} d="{_path(sorted(line), x, y)}"/>')
     return "".join(parts)

@@ -26,6 +26,7 @@ from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfi
 from posttrain.ranges import ConfigError
 from posttrain.recipe import check_recipe, describe, field_types, fits, read_recipe, suggestion
 from posttrain.stpo_config import STPOConfig
+from posttrain.tdm_config import TDMConfig
 from posttrain.validate import validate
 from prompts.errors import UserError
 
@@ -50,6 +51,7 @@ class Command:
 COMMANDS = {
     "stpo": Command(STPOConfig, "posttrain.stpo:train", "train with STPO on pairs and write a run directory", True),
     "grpo": Command(GRPOConfig, "posttrain.grpo:train", "train with GRPO and write a run directory", True),
+    "tdm": Command(TDMConfig, "posttrain.tdm:train", "distil with TDM into few steps and write a run directory", True),
     "preflight": Command(GRPOConfig, "posttrain.preflight:preflight", "check and time a GRPO recipe before a run"),
     "pairs": Command(PairsConfig, "posttrain.pairs:make", "make preference pairs from prompts", True),
     "judge": Command(JudgeConfig, "posttrain.judge:train", "train a judge, as an adapter for vLLM"),

@@ -297,9 +297,9 @@ class SampleConfig:
     size: list[int] = field(default_factory=lambda: [512, 512])
     """[height, width] in pixels, multiples of 16."""
     steps: int | None = None
-    """Steps from noise to image, >= 1; null: 28, or 8 for a Turbo checkpoint."""
+    """Steps from noise to image, >= 1; null: 28, or 8 for a Turbo checkpoint or a run of tdm."""
     guidance: float | None = None
-    """Guidance in K2's convention, v = c + s (c - u), >= 0, 0 is off; null: 4.5, or 0 for Turbo."""
+    """Guidance in K2's convention, v = c + s (c - u), >= 0, 0 is off; null: 4.5, or 0 for those."""
     images: int = 1
     """Images for each prompt, >= 1."""
     expand: str | None = None

@@ -20,14 +20,31 @@ from prompts.records import PromptRecord, columns
 from rewards.base import Reward, Scores, score_all
 
 
+@dataclass(frozen=True)
+class Way:
+    """A way to draw pictures."""
+
+    steps: int
+    guidance: float = 0.0
+    mu: float | None = None
+    """The schedule's shift; None: the model's own."""
+    suffix: str = ""
+    """Of the names of its figures."""
+
+
 @dataclass
 class Evaluation:
     figures: dict[str, float | None]
-    """`reward` (mean score; None where no picture could be scored), `image/...`; with guidance s, `name@s`."""
-    images: np.ndarray
-    """uint8 (N, H, W, 3), by the first guidance of the recipe."""
+    """`reward` (mean score; None where no picture could be scored), `image/...`, each with the suffix of its way."""
+    drawn: dict[str, np.ndarray]
+    """By suffix: uint8 (N, H, W, 3)."""
     details: dict[str, float | None] = field(default_factory=dict)
     """Further figures, which are logged and not summed up."""
+
+    @property
+    def images(self) -> np.ndarray:
+        """uint8 (N, H, W, 3), by the first way."""
+        return next(iter(self.drawn.values()))
 
 
 class Evaluator:
@@ -43,8 +60,11 @@ class Evaluator:
         batch: int,
         max_tokens: int,
         procs: Processes,
+        ways: Sequence[Way] | None = None,
     ):
+        """Without `ways`: by each guidance of `config`, in its steps."""
         self.k2, self.config, self.size, self.batch, self.procs = k2, config, size, batch, procs
+        self.ways = ways or [Way(config.steps, s, suffix=figures.suffix(s)) for s in config.guidance]
         self.rewards = [reward for reward in rewards if not reward.spec.group]
         self.group_rewards = [reward for reward in rewards if reward.spec.group]
         self.records = list(records[: config.prompts])
@@ -55,25 +75,25 @@ class Evaluator:
         features = k2.encode([r.prompt for r in self.records], max_tokens).features
         self._fused = [k2.fuse(f) for f in features]
         self._columns = columns(self.records)
-        self._null = k2.text([""]) if any(config.guidance) else None
+        self._null: Text | None = None
 
-    def __call__(self) -> Evaluation:
+    def __call__(self, ways: Sequence[Way] | None = None) -> Evaluation:
+        """With `ways`, by these instead."""
         found: dict[str, float | None] = {}
-        shown: np.ndarray | None = None
-        for guidance in self.config.guidance:
-            images, latents = self._draw(list(enumerate(self.seeds)), guidance)
-            shown = images if shown is None else shown
+        drawn: dict[str, np.ndarray] = {}
+        for way in ways or self.ways:
+            images, latents = self._draw(list(enumerate(self.seeds)), way)
+            drawn[way.suffix] = images
             values = means(self._score(self.rewards, images, range(len(images)), 1)) | figures.look(images, latents)
             if self._groups:
-                grouped, _ = self._draw(self._groups, guidance)
+                grouped, _ = self._draw(self._groups, way)
                 size = self.config.group_size
                 values[figures.DIVERSITY] = figures.diversity(grouped, size)
                 if self.group_rewards:
                     rows = [row for row, _ in self._groups]
                     values |= means(self._score(self.group_rewards, grouped, rows, size))
-            found |= {name + figures.suffix(guidance): value for name, value in values.items()}
-        assert shown is not None
-        return Evaluation(found, shown)
+            found |= {name + way.suffix: value for name, value in values.items()}
+        return Evaluation(found, drawn)
 
     def _score(self, rewards: Sequence[Reward], images: np.ndarray, rows: Sequence[int], group_size: int) -> Scores:
         """Each process scores its share of the groups; `rows` are the prompts of the pictures."""
@@ -89,16 +109,18 @@ class Evaluator:
         scores = asyncio.run(score_all(rewards, pictures, prompts, taken, group_size))
         return self.procs.scores(scores, group_size)
 
-    def _draw(self, jobs: Sequence[tuple[int, int]], guidance: float) -> tuple[np.ndarray, np.ndarray]:
+    def _draw(self, jobs: Sequence[tuple[int, int]], way: Way) -> tuple[np.ndarray, np.ndarray]:
         """Pictures and latents of (prompt, seed) pairs, of which each process draws its share."""
         k2, (height, width), drawn = self.k2, self.size, []
         shape = (k2.image_tokens(height, width), k2.latent_channels)
         mine = [jobs[i] for i in self.procs.mine(len(jobs))]
+        if way.guidance and self._null is None:
+            self._null = k2.text([""])
         for i in range(0, len(mine), self.batch):
             part = mine[i : i + self.batch]
             noise = sampler.noise([seed for _, seed in part], shape)
             text = Text.of([self._fused[row] for row, _ in part])
-            latents = k2.sample(text, noise, self.config.steps, height, width, guidance, self._null)
+            latents = k2.sample(text, noise, way.steps, height, width, way.guidance, self._null, way.mu)
             drawn += zip(k2.decode(latents, height, width).cpu().numpy(), latents.cpu().numpy())
         images, latents = zip(*self.procs.dealt_back(drawn))
         return np.stack(images), np.stack(latents)

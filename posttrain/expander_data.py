@@ -252,7 +252,7 @@ def _begin(config: ExpanderDataConfig, output: Path, resume: bool) -> None:
 
 
 def _model(writer: dict[str, Any] | None) -> str | None:
-    return writer and writer["model"]
+    return writer["model"] if writer else None
 
 
 def _done(path: Path) -> dict[int, dict[str, Any]]:
@@ -275,8 +275,8 @@ def _finish(config: ExpanderDataConfig, output: Path, rows: list[dict[str, Any]]
     for name, part in kept.items():
         if not part:
             raise UserError(
-                f"captions: no pair for {name}: {len(candidates)} candidates of {len(rows)} captions, of which"
-                f" {len(candidates) - sum(map(len, kept.values()))} were dropped; see {output / CANDIDATES}, or give more"
+                f"captions: no pair for {name}: {sum(map(len, kept.values()))} of {len(candidates)} candidates were"
+                f" kept; see {output / CANDIDATES} for why, and give more captions"
             )
     dropped = Counter(c.dropped.partition(":")[0] for c in candidates if c.dropped is not None)
     kinds = Counter(c.kind for part in kept.values() for c in part)
@@ -294,7 +294,8 @@ def _finish(config: ExpanderDataConfig, output: Path, rows: list[dict[str, Any]]
     (output / "README.md").write_text(
         "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train, path: train.parquet}\n"
         "  - {split: heldout, path: heldout.parquet}\n---\n"
-        f"Short prompts and the captions that they should be expanded to.\n\n```json\n{json.dumps(counts, indent=1)}\n```\n"
+        "Short prompts and the captions that they should be expanded to.\n\n"
+        f"```json\n{json.dumps(counts, indent=1)}\n```\n"
     )
     (output / CARD).write_text(json.dumps(counts, indent=1) + "\n")
     told = ", ".join(f"{n} {reason}" for reason, n in dropped.most_common()) or "none"

@@ -41,8 +41,8 @@ class Expander:
     def load(
         cls, path: str, adapter: str | None = None, dtype: torch.dtype = torch.bfloat16, device: Any = "cpu"
     ) -> Expander:
-        """From a chat model, a run directory, or an adapter's own. Raises UserError if that is none of them, if the model
-        has no chat template, or if the adapter belongs to another base."""
+        """From a chat model, a run directory, or an adapter's own. Raises UserError if that is none of them, if the
+        model has no chat template, or if the adapter belongs to another base."""
         base, adapter = resolve(path, adapter)
         model, tokenizer = load_chat_model(base, dtype)
         tokenizer.padding_side = "left"  # answers come after the last token

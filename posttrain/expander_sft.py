@@ -2,11 +2,11 @@
 
     posttrain expander sft --config recipes/nano/expander_sft.yaml
 
-TRL's SFTTrainer on messages of prompts/expander.md, with the loss on the completion's tokens alone. A pair that is longer
-than max_length is left out and counted, never cut: TRL is given no limit, and what it made of the pairs is compared with
-what the tokenizer's chat template makes of them before the first step. The run directory has recipe, metrics.jsonl and
-summary.json as other runs have; checkpoints/ holds the trainer's own, from which --resume goes on. The result is an
-ordinary PEFT adapter in adapter/ (with lora: null, a model in model/), which vLLM serves as it is.
+TRL's SFTTrainer on messages of prompts/expander.md, with the loss on the completion's tokens alone. A pair that is
+longer than max_length is left out and counted, never cut: TRL is given no limit, and what it made of the pairs is
+compared with what the tokenizer's chat template makes of them before the first step. The run directory has recipe,
+metrics.jsonl and summary.json as other runs have; checkpoints/ holds the trainer's own, from which --resume goes on.
+The result is an ordinary PEFT adapter in adapter/ (with lora: null, a model in model/), which vLLM serves as it is.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 
 import datasets
 import torch
+import yaml
 from accelerate import PartialState
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
@@ -43,6 +44,8 @@ from prompts.errors import UserError
 
 LOGGED = ("loss", "mean_token_accuracy", "entropy", "grad_norm", "learning_rate")
 """What metrics.jsonl has of all that the trainer logs; entropy is of the next token, in nats."""
+KEPT = ("model", "data", "heldout", "max_length", "steps", "batch", "micro_batch", "seed", "dtype", "lora")
+"""What a resumed run cannot change."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Pair:
 def train(config: ExpanderSFTConfig, resume: bool = False) -> None:
     """Runs a recipe into its run directory. Raises UserError for what the user can mend."""
     main = PartialState().is_main_process
+    if resume:
+        _check_unchanged(config)
     training, heldout = read_pairs(config)
     base, adapter = resolve(config.model)
     if adapter is not None:
@@ -224,6 +229,11 @@ def fitting(pairs: list[Pair], tokenizer: Any, config: ExpanderSFTConfig) -> lis
     for pair in pairs:
         ids, asked = tokens(pair, tokenizer)
         answer = tokenizer.decode(ids[asked:], skip_special_tokens=True).strip() if asked > 0 else None
+        if answer is None:
+            raise UserError(
+                f"model: {config.model}: its chat template writes a prompt otherwise once it is answered, so training"
+                " would not see what a server sends; take another model"
+            )
         if answer != pair.completion:
             raise UserError(
                 f"model: {config.model}: its chat template writes an answer not as it is but as {answer!r}, so a server"
@@ -235,8 +245,8 @@ def fitting(pairs: list[Pair], tokenizer: Any, config: ExpanderSFTConfig) -> lis
     lost = len(pairs) - len(kept)
     if not kept or lost > config.max_dropped * len(pairs):
         raise UserError(
-            f"max_length: {lost} of {len(pairs)} pairs are longer than {config.max_length} tokens (up to {longest}), more"
-            " than max_dropped; raise one of them"
+            f"max_length: {lost} of {len(pairs)} pairs are longer than {config.max_length} tokens (up to {longest}),"
+            " more than max_dropped; raise one of them"
         )
     if lost:
         print(f"posttrain: warning: {lost} of {len(pairs)} pairs are longer than max_length ({config.max_length}) and"
@@ -302,6 +312,16 @@ def _quiet() -> Iterator[None]:
     datasets.enable_progress_bars()
 
 
+def _check_unchanged(config: ExpanderSFTConfig) -> None:
+    """Raises UserError if a run that has a checkpoint would go on with other settings than it began with."""
+    recipe = Path(config.output) / "recipe.yaml"
+    if not recipe.exists() or _newest(Path(config.output) / "checkpoints") is None:
+        return
+    before, now = yaml.safe_load(recipe.read_text()), json.loads(json.dumps(asdict(config)))
+    if changed := [name for name in KEPT if before[name] != now[name]]:
+        raise UserError(f"{changed[0]}: is not what {config.output} was begun with ({recipe} has that); restore it")
+
+
 def _newest(folder: Path) -> tuple[int, Path] | None:
     """The newest of the trainer's checkpoints that is whole, with its step."""
     found = [(int(p.name.rpartition("-")[2]), p) for p in folder.glob("checkpoint-*") if _is_whole(p)]
@@ -338,12 +358,12 @@ def model_card(config: ExpanderSFTConfig, figures: dict[str, Any], training: int
     return "\n\n".join([
         head + "tags: [prompt-expander, sft, vllm]\n---",
         "# A prompt expander",
-        f"{'A LoRA adapter for' if kind == 'adapter' else 'Trained from'} {config.model}. It answers a short prompt for an"
-        " image model with one richer caption of the same picture. Any chat server gives it the messages it was trained"
-        f" on (template {said.hash}):",
+        f"{'A LoRA adapter for' if kind == 'adapter' else 'Trained from'} {config.model}. It answers a short prompt for"
+        " an image model with one richer caption of the same picture. Any chat server gives it the messages it was"
+        f" trained on (template {said.hash}):",
         f"- system: {said.system}\n- user: the prompt",
-        f"{figures['steps']} updates of {config.batch} pairs from {training}; {heldout} pairs are held out. Sample it at"
-        " temperature 1: each answer chooses anew what the prompt leaves open.",
+        f"{figures['steps']} updates of {config.batch} pairs from {training}; {heldout} pairs are held out. Sample it"
+        " at temperature 1: each answer chooses anew what the prompt leaves open.",
         f"| held out | before | after |\n| --- | --- | --- |\n{table}",
         f"Settings: `{settings}`",
     ]) + "\n"  # fmt: skip

@@ -137,6 +137,8 @@ class K2(Roles):
         """What `velocity` calls. A distributed run prepares it and puts the wrapped module here."""
         self.reference: VelocityModel | None = None
         """What it calls instead as the role None, where all weights are a role and `reference` was asked for."""
+        self.copies: dict[str, VelocityModel] = {}
+        """What it calls instead as a role of `add_full_copy`."""
         self.origin: dict[str, Any] = {"base": None, "merged": []}
         """What the weights are: the base's fingerprint and the checkpoints merged into it; see policy.py."""
         for module in (self.transformer, self.vae, self.text_encoder):
@@ -178,6 +180,10 @@ class K2(Roles):
         copied = frozen_copy(self.transformer) if reference and not self.roles else None
         super().add_full_role(name)
         self.reference = None if copied is None else VelocityModel(copied, self._active)
+
+    def add_full_copy(self, name: str) -> None:
+        super().add_full_copy(name)
+        self.copies[name] = VelocityModel(self._copies[name], self._active)
 
     # shapes and schedule
 
@@ -307,6 +313,8 @@ class K2(Roles):
         return self._network()(x.to(self.dtype), t, tokens, mask, grid).float()
 
     def _network(self) -> nn.Module:
+        if self._active and self._active[0] in self.copies:
+            return self.copies[self._active[0]]
         if self._active or None not in self.roles.values():
             return self.net
         if self.reference is None:
@@ -341,10 +349,14 @@ class K2(Roles):
         width: int,
         guidance: float = 0.0,
         null_text: Text | None = None,
+        mu: float | None = None,
     ) -> Tensor:
-        """Latents (B, N, C) of the deterministic sampler from noise of that shape: stock Krea2Pipeline's."""
+        """Latents (B, N, C) of the deterministic sampler from noise of that shape: stock Krea2Pipeline's.
+
+        `mu` is the schedule's shift; None: the model's own.
+        """
         x = noise.to(self.device, torch.float32)
-        times = sampler.schedule(steps, self.mu(height, width))
+        times = sampler.schedule(steps, self.mu(height, width) if mu is None else mu)
         for t, t_next in itertools.pairwise(times):
             v = self.guided_velocity(x, t, text, null_text, guidance, height, width)
             x = sampler.ode_step(x, v, t, t_next)

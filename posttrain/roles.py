@@ -1,7 +1,8 @@
-"""Roles: LoRA adapters on one frozen transformer, or a single one that is the transformer itself.
+"""Roles: LoRA adapters on one frozen transformer, or the transformer itself and copies of it.
 
 Policy, student and fake score are adapters; the reference and the teacher are the base with none active. Where all
-weights are trained, the only role is made of them, and the reference is a frozen copy, if one was kept.
+weights are trained, the first role is made of them and any other of a copy, and the reference is a frozen copy, if one
+was kept.
 """
 
 import contextlib
@@ -45,6 +46,8 @@ class Roles:
         """By name; None is the role of all weights."""
         self._stored: dict[str, torch.dtype] = {}
         """The weights of the role of all weights, with the types that they have outside it."""
+        self._copies: dict[str, Krea2Transformer2DModel] = {}
+        """The transformers of roles of all weights beside that one."""
         # Every adapted layer reads its active adapters from this one list: a switch is one assignment. peft's
         # own walks the layers and changes requires_grad as it goes, which must not happen in training.
         self._active: list[str] = []
@@ -88,6 +91,13 @@ class Roles:
         for parameter in self.role_parameters(name):
             parameter.data = parameter.data.float()
 
+    def add_full_copy(self, name: str) -> None:
+        """Make a copy of the role of all weights, as it is now, another such role."""
+        if not self._stored or name in self.roles:
+            raise ValueError(f"role {name!r} exists already, or there is no role of all weights to copy")
+        self._copies[name] = frozen_copy(self.transformer)
+        self.roles[name] = None
+
     @contextlib.contextmanager
     def role(self, name: str | None) -> Iterator[None]:
         """Run as this role; None is the base, which is the reference. The previous one returns afterwards."""
@@ -99,7 +109,8 @@ class Roles:
     def role_named_parameters(self, name: str) -> dict[str, nn.Parameter]:
         """An adapter's factors by name, as in `transformer_blocks.0.attn.to_q.lora_A.weight`; or all weights."""
         if self.roles[name] is None:
-            return {key: self.transformer.get_parameter(key) for key in self._stored}
+            transformer = self._copies.get(name, self.transformer)
+            return {key: transformer.get_parameter(key) for key in self._stored}
         return {
             f"{module}.{factor}.weight": getattr(layer, factor)[name].weight
             for module, layer in self._layers
@@ -124,7 +135,8 @@ class Roles:
 
     def train_role(self, name: str) -> list[nn.Parameter]:
         """Only this role's parameters require grad from here on; returns them."""
-        self.transformer.requires_grad_(False)
+        for transformer in (self.transformer, *self._copies.values()):
+            transformer.requires_grad_(False)
         parameters = self.role_parameters(name)
         for parameter in parameters:
             parameter.requires_grad_(True)

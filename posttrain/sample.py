@@ -33,14 +33,15 @@ def sample(config: SampleConfig) -> None:
     records = [PromptRecord(config.prompt)] if config.prompt is not None else read_prompts(config.prompts or "")
     model = config.model
     k2 = K2.load(model.path, model.transformer_file, getattr(torch, model.dtype), PartialState().device or "cpu")
-    role = contextlib.nullcontext()
+    role, distilled = contextlib.nullcontext(), k2.is_distilled
     if config.adapter is not None:
         saved = checkpoint.load(checkpoint.find(config.adapter))
         merge_earlier(k2, saved)
         add_saved_policy(k2, saved)
-        role = k2.role(POLICY)
-    steps = STEPS[k2.is_distilled] if config.steps is None else config.steps
-    guidance = GUIDANCE[k2.is_distilled] if config.guidance is None else config.guidance
+        role, distilled = k2.role(POLICY), distilled or saved.state["method"] == "tdm"
+    steps = STEPS[distilled] if config.steps is None else config.steps
+    guidance = GUIDANCE[distilled] if config.guidance is None else config.guidance
+    mu = sampler.TURBO_MU if distilled else None
     height, width = config.size
     shape = (k2.image_tokens(height, width), k2.latent_channels)
     jobs = [(record, i) for record in records for i in range(config.images)]
@@ -65,7 +66,7 @@ def sample(config: SampleConfig) -> None:
             part = range(first, min(first + config.micro_batch, len(jobs)))
             text = Text.of([fused[texts[n]] for n in part])
             noise = sampler.noise([seeds[n] for n in part], shape)
-            latents = k2.sample(text, noise, steps, height, width, guidance, null)
+            latents = k2.sample(text, noise, steps, height, width, guidance, null, mu)
             for n, image in zip(part, to_pil(k2.decode(latents, height, width))):
                 image.save(output / f"{n:03d}.png")
     table: list[dict] = [{"prompt": record.prompt, "seed": seed} for (record, _), seed in zip(jobs, seeds)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -75,6 +76,25 @@ class PromptSource:
         if self.pool is not None and "pool" in saved.state:
             arrays = {name: tensor.numpy() for name, tensor in saved.tensors["pool"].items()}
             self.pool.load_state(arrays, saved.state["pool"])
+
+
+class FusedTexts:
+    """Fused text of prompts, encoded when they are first asked for; the newest `kept` stay on the model's device."""
+
+    def __init__(self, k2: K2, max_tokens: int, kept: int = 4096):
+        self.k2, self.max_tokens, self.kept = k2, max_tokens, kept
+        self._texts: dict[str, Tensor] = {}
+
+    def __call__(self, prompts: Sequence[str]) -> list[Tensor]:
+        """(L, C) of each."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
+        # One by one: in a batch it would depend, within rounding, on the prompts beside it, and so on what is kept.
+        features = self.k2.encode(new, self.max_tokens, batch=1).features
+        self._texts |= {prompt: self.k2.fuse(f) for prompt, f in zip(new, features)}
+        found = [self._texts[prompt] for prompt in prompts]
+        for prompt in list(self._texts)[: max(0, len(self._texts) - self.kept)]:
+            del self._texts[prompt]
+        return found
 
 
 def cut_prompts(k2: K2, records: list[PromptRecord], max_tokens: int) -> list[str]:

@@ -40,7 +40,7 @@ from posttrain.progress import Progress, grid_image
 from prompts.errors import UserError
 
 KEPT = (
-    "lora", "seed", "prompts.heldout", "heldout",
+    "lora", "seed", "prompts.heldout", "heldout", "student.steps", "teacher",
     "eval.prompts", "eval.steps", "eval.seed", "eval.groups", "eval.group_size",
 )  # fmt: skip
 """What a resumed run cannot change: what is trained, all that is drawn, and what evaluations draw, which are compared
@@ -282,7 +282,7 @@ def _changes(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
 def _is_kept(path: str, old: Any, new: Any) -> bool:
     if path == "optim.ema":  # its value may change, but an average cannot begin or end on the way
         return bool(old) != bool(new)
-    if path == "sampling.sizes":  # the first is the size of evaluations
+    if path in ("sampling.sizes", "sizes"):  # the first is the size of evaluations
         return old[:1] != new[:1]
     return path.startswith(KEPT)
 

@@ -24,6 +24,7 @@ from posttrain.expander_rl_config import ExpanderGDPOConfig
 from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
 from posttrain.ranges import ConfigError, at_least, pixels, positive, share
 from posttrain.stpo_config import STPOConfig
+from posttrain.tdm_config import MOST_STEPS, TDMConfig
 from posttrain.validate_expander import validate_expand, validate_expander_data, validate_expander_sft
 from posttrain.validate_gdpo import validate_gdpo
 from posttrain.validate_pairs import validate_annotate, validate_pair_set, validate_pairs, validate_preference_loss
@@ -31,6 +32,7 @@ from posttrain.validate_pairs import validate_annotate, validate_pair_set, valid
 Config = (
     GRPOConfig
     | STPOConfig
+    | TDMConfig
     | PairsConfig
     | JudgeConfig
     | ServeConfig
@@ -57,6 +59,8 @@ def validate(config: Config) -> None:
             _validate_grpo(config)
         case STPOConfig():
             _validate_stpo(config)
+        case TDMConfig():
+            _validate_tdm(config)
         case PairsConfig():
             _validate_rewards(config.rewards)
             _validate_servers(config.servers)
@@ -118,7 +122,7 @@ def _validate_grpo(config: GRPOConfig) -> None:
     _validate_eval(config.eval, [r.name for r in config.rewards if config.eval.groups or not r.group], [])
 
 
-def _validate_run(config: GRPOConfig | STPOConfig) -> None:
+def _validate_run(config: GRPOConfig | STPOConfig | TDMConfig) -> None:
     """What all methods that train K2 have."""
     if not config.output.strip():
         raise ConfigError("output", "is empty; name a directory for the run")
@@ -152,6 +156,44 @@ def _validate_stpo(config: STPOConfig) -> None:
     _validate_eval(config.eval, [reward.name for reward in config.rewards], [*figures.PAIRS, *figures.CHANGES])
 
 
+def _validate_tdm(config: TDMConfig) -> None:
+    _validate_run(config)
+    at_least("prompts.max_tokens", config.prompts.max_tokens, 1)
+    at_least("batch", config.batch, 1)
+    at_least("micro_batch", config.micro_batch, 1)
+    if not config.sizes:
+        raise ConfigError("sizes", "is empty; name at least one [height, width]")
+    for i, size in enumerate(config.sizes):
+        pixels(f"sizes[{i}]", size)
+    student, fake = config.student, config.fake
+    if not student.steps or len(set(student.steps)) < len(student.steps):
+        raise ConfigError(
+            "student.steps", f"is {student.steps}; name different numbers of steps, such as [8] or [8, 4]"
+        )
+    for i, steps in enumerate(student.steps):
+        if not 1 <= steps <= MOST_STEPS:
+            raise ConfigError(f"student.steps[{i}]", f"is {steps}; use 1 to {MOST_STEPS}")
+    at_least("teacher.guidance", config.teacher.guidance, 0)
+    positive("fake.rate", fake.rate)
+    at_least("fake.updates", fake.updates, 1)
+    at_least("fake.warmup", fake.warmup, 0)
+    if fake.warmup >= config.steps:
+        raise ConfigError(
+            "fake.warmup", f"is {fake.warmup} of {config.steps} steps, so no student is trained; lower it"
+        )
+    least, greatest = fake.clip
+    if not 0 <= least <= 1 <= greatest:
+        raise ConfigError(
+            "fake.clip", f"is [{least:g}, {greatest:g}]; the weights lie around 1: use 0 <= least <= 1 <= greatest"
+        )
+    if config.optim.passes != 1:
+        raise ConfigError("optim.passes", f"is {config.optim.passes}; each update draws its own times and noise; use 1")
+    if config.eval.guidance != [0.0]:
+        raise ConfigError("eval.guidance", "is that of a student, which has none: leave it out; see teacher.guidance")
+    rewards = [r.name for r in config.rewards if config.eval.groups or not r.group]
+    _validate_eval(config.eval, [], figures.distilled_names(rewards, student.steps, config.eval.groups))
+
+
 def _validate_eval(config: EvalConfig, rewards: list[str], more: list[str]) -> None:
     """`more` are figures of the method's own."""
     at_least("eval.every", config.every, 0)
@@ -164,7 +206,7 @@ def _validate_eval(config: EvalConfig, rewards: list[str], more: list[str]) -> N
         at_least(f"eval.guidance[{i}]", guidance, 0)
     at_least("eval.groups", config.groups, 0)
     at_least("eval.group_size", config.group_size, 2)
-    known = [*figures.names(rewards, config.guidance, config.groups), *more]
+    known = list(dict.fromkeys([*figures.names(rewards, config.guidance, config.groups), *more]))
     for field, name in (("eval.best", config.best), ("eval.stop.metric", config.stop.metric)):
         if name is not None and name not in known:
             raise ConfigError(field, f"'{name}' is no figure of the evaluation; known here: {', '.join(known)}")

@@ -54,7 +54,7 @@ def validate_expander_sft(config: ExpanderSFTConfig) -> None:
         raise ConfigError("optim.passes", f"is {config.optim.passes}; each update draws its own pairs; use 1")
     for name in ("ema", "cooldown_steps"):
         if getattr(config.optim, name):
-            raise ConfigError(f"optim.{name}", "is not for this command, where the rate falls along a cosine; leave it 0")
+            raise ConfigError(f"optim.{name}", "is not for this command, whose rate falls along a cosine; leave it 0")
     at_least("checkpoint.every", config.checkpoint.every, 0)
     at_least("checkpoint.keep", config.checkpoint.keep, 1)
 

@@ -16,6 +16,7 @@ from PIL import Image
 from posttrain import checkpoint
 from posttrain.config import GRPOConfig, ModelConfig, PromptsConfig, RewardSpec
 from posttrain.stpo_config import PairSetConfig, STPOConfig
+from posttrain.tdm_config import TDMConfig
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -116,6 +117,31 @@ def stpo_config(folder: Path, model: Path) -> STPOConfig:
     return made
 
 
+def tdm_config(folder: Path, model: Path) -> TDMConfig:
+    """A recipe whose run goes into folder/run: six pictures of 32 x 32 a step, of prompts of four lengths."""
+    more = [f"{prompt}, again" for prompt in tiny.PROMPTS]
+    for name, prompts in (("train", [*tiny.PROMPTS, *more]), ("heldout", tiny.PROMPTS[1:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    made = TDMConfig(
+        output=str(folder / "run"),
+        model=ModelConfig(path=str(model), dtype="float32"),
+        prompts=PromptsConfig(str(folder / "train.jsonl"), str(folder / "heldout.jsonl"), max_tokens=64),
+        rewards=[RewardSpec(name="brightness", function="tests.runs:brightness")],
+        steps=3,
+        batch=6,
+        micro_batch=4,
+        sizes=[[32, 32]],
+    )
+    assert made.lora is not None
+    made.lora.rank, made.lora.alpha = 4, 8.0
+    made.student.steps, made.teacher.guidance, made.fake.warmup = [4], 1.5, 1
+    made.optim.lr, made.optim.ema = 3e-3, 0.0
+    made.eval.every, made.eval.prompts, made.eval.steps, made.eval.groups, made.eval.group_size = 0, 2, 3, 1, 2
+    made.checkpoint.every = 0
+    made.track.tensorboard = False
+    return made
+
+
 def recipe(made: Any, path: Path) -> Path:
     path.write_text(json.dumps(dataclasses.asdict(made)))  # JSON is YAML
     return path
@@ -161,6 +187,7 @@ def watch_loading(method: Any, monkeypatch: Any) -> list:
 
 TRAINING = """
 import posttrain.export, posttrain.grpo, posttrain.preflight, posttrain.report, posttrain.sample, posttrain.stpo
+import posttrain.tdm
 import tests.runs
 """
 SERVE = """

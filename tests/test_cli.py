@@ -126,7 +126,7 @@ def test_unknown_command():
     assert posttrain().returncode == 2
 
 
-@pytest.mark.parametrize("command", ["grpo", "stpo", "preflight", "serve", "sample", "export", "report"])
+@pytest.mark.parametrize("command", ["grpo", "stpo", "tdm", "preflight", "serve", "sample", "export", "report"])
 def test_help_is_quick_and_tells_defaults(command):
     began = time.perf_counter()
     result = posttrain(command, "--help")

@@ -12,31 +12,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+
+from posttrain.nano.jobs import Jobs
 
 
-def run(name: str, recipes: Sequence[str], seed: int, output: Path, options: Sequence[str], gpu: int | None) -> dict:
+def run(jobs: Jobs, name: str, recipes: Sequence[str], seed: int, options: Sequence[str]) -> dict:
     """One run's row: figures before and after, each evaluation, and what it took."""
-    folder = output / f"{name}-{seed}"
-    command = [sys.executable, "-m", "posttrain.cli", "grpo"]
-    command += [word for recipe in recipes for word in ("--config", recipe)]
-    environment = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
-    start = time.time()
-    log = (output / f"{name}-{seed}.log").open("w")
-    command += ["--output", str(folder), "--seed", str(seed), *options]
-    if subprocess.run(command, env=environment, stdout=log, stderr=log).returncode:
-        raise SystemExit(f"{name}, seed {seed}: failed; see {log.name}")
-    seconds = time.time() - start
+    folder = jobs.folder / f"{name}-{seed}"
+    arguments = [word for recipe in recipes for word in ("--config", recipe)]
+    arguments += ["--output", str(folder), "--seed", str(seed), *options]
+    seconds = jobs(folder.name, "posttrain.cli", ["grpo", *arguments])
     summary = json.loads((folder / "summary.json").read_text())
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     images = {0: 0} | {m["step"]: m["images"] for m in metrics if "images" in m}
@@ -81,18 +72,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="directory for the runs, table.json and table.md")
     parser.add_argument("options", nargs="*", help="further options for posttrain grpo, after --")
     args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
     base = Path(args.recipe)
     variants = {base.stem: [args.recipe]}
     variants |= {Path(v).stem: [args.recipe, v] for v in args.variants if Path(v).resolve() != base.resolve()}
     todo = [(name, recipes, seed) for seed in args.seeds for name, recipes in variants.items()]
-    gpus = torch.cuda.device_count()
-    with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [
-            pool.submit(run, name, recipes, seed, args.output, args.options, i % gpus if gpus else None)
-            for i, (name, recipes, seed) in enumerate(todo)
-        ]
-        rows = [job.result() for job in jobs]
+    jobs = Jobs(args.output, args.jobs)
+    with ThreadPoolExecutor(len(todo)) as pool:
+        rows = list(pool.map(lambda one: run(jobs, one[0], one[1], one[2], args.options), todo))
     (args.output / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
     text = table(rows, list(rows[0]["before"]))
     (args.output / "table.md").write_text(text + "\n")

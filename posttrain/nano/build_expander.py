@@ -2,12 +2,13 @@
 
     python -m posttrain.nano.build_expander OUT --minutes 6
 
-It learns to answer a short prompt with a dense caption, in chat form: most of the time without the expansion template,
-whose system text is two thirds of a row, then with it. A share of the answers contradicts its prompt somewhere, so that
-`posttrain expander sft`, which sees faithful pairs alone, has something to teach. What a prompt leaves open is drawn
-evenly, so the answers spread over it.
+It learns to answer a short prompt with a dense caption, in the chat form of prompts/expander.md. Some of the answers
+contradict their prompt, so that `posttrain expander sft`, which sees faithful pairs alone, has something to teach. What
+a prompt leaves open is drawn evenly, so the answers spread over it. For the first part of the time rows lack the system
+text, among whose tokens the prompt's are harder to find. Then all begin with it, and a step reads it once: the rows go
+on from its keys and values.
 
-Shapes: B rows of a step, L tokens of a row.
+Shapes: B rows of a step, S tokens of the system text, L tokens of a row after it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +36,12 @@ CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WRONG = 0.25
-"""Chance that each thing the answer's scene shows is another than the prompt's, in a quarter of the pairs."""
+WRONG_PAIRS, WRONG = 0.15, 0.25
+"""Share of the pairs with a wrong answer, and the chance there that each thing it says is another than the scene's."""
+ASKED = 0.3
+"""Weight of a prompt's token in the loss."""
+PLAIN = 0.6
+"""Share of the time without the system text."""
 
 
 def make_tokenizer(seed: int = 0) -> Qwen2Tokenizer:
@@ -47,15 +55,15 @@ def make_tokenizer(seed: int = 0) -> Qwen2Tokenizer:
 
 
 def make_model(tokenizer: Qwen2Tokenizer) -> Qwen3ForCausalLM:
-    end, pad = (tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>"))
+    end, pad = (int(tokenizer.convert_tokens_to_ids(t)) for t in ("<|im_end|>", "<|endoftext|>"))  # type: ignore[arg-type]
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=96,
-        intermediate_size=160,
+        intermediate_size=128,
         num_hidden_layers=3,
         num_attention_heads=3,
-        num_key_value_heads=1,
-        head_dim=32,
+        num_key_value_heads=3,
+        head_dim=32,  # the least that vLLM serves on a CPU
         initializer_range=0.06,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
@@ -79,51 +87,66 @@ def pair(rng: np.random.Generator, wrong: float) -> tuple[str, str]:
             return prompt, answer
 
 
-def rows(tokenizer: Qwen2Tokenizer, pairs: list[tuple[str, str]], templated: bool) -> tuple[Tensor, Tensor]:
-    """ids and labels (N, L): -100 where there is no token, and in the template's system text."""
-    ids: list[list[int]] = []
+@dataclass
+class Rows:
+    system: Tensor
+    """(1, S): what every row begins with."""
+    ids: Tensor
+    """(N, L): the rest, filled up with padding."""
+    weights: Tensor
+    """(N, L): of each token's loss: 1 in an answer, ASKED in a prompt, 0 in padding."""
+
+
+def rows(tokenizer: Qwen2Tokenizer, pairs: list[tuple[str, str]]) -> Rows:
+    template: Any = partial(tokenizer.apply_chat_template, return_dict=False)
+    system: list[int] = template(messages("")[:1])
+    ids, asked = [], []
     for prompt, answer in pairs:
-        said = messages(prompt) if templated else [{"role": "user", "content": prompt}]
-        said = [*said, {"role": "assistant", "content": answer}]
-        ids.append(tokenizer.apply_chat_template(said, return_dict=False))  # type: ignore[arg-type]
-    head = len(tokenizer.apply_chat_template(messages("")[:1], return_dict=False)) if templated else 0
-    length = max(map(len, ids))
-    out = torch.full((len(ids), length), 0)
-    labels = torch.full((len(ids), length), -100)
+        said = messages(prompt)[1:]
+        asked.append(len(template(said, add_generation_prompt=True)))
+        ids.append(template([*said, {"role": "assistant", "content": answer}]))
+    lengths = torch.tensor([len(row) for row in ids])
+    out = torch.zeros(len(ids), int(lengths.max()), dtype=torch.long)  # 0 is the padding
     for i, row in enumerate(ids):
         out[i, : len(row)] = torch.tensor(row)
-        labels[i, head : len(row)] = out[i, head : len(row)]
-    return out, labels
+    places = torch.arange(out.shape[1])
+    weights = torch.where(places < torch.tensor(asked)[:, None], ASKED, 1.0) * (places < lengths[:, None])
+    return Rows(torch.tensor([system]), out, weights)
 
 
-def train(model: Qwen3ForCausalLM, stages: list[tuple[Tensor, Tensor, float]], batch: int, lr: float, log) -> None:
-    """Each stage is ids and labels (N, L) and minutes; the rate rises, then falls along half a cosine over all."""
-    total = sum(minutes for *_, minutes in stages) * 60
+def batches(data: Rows, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Numbers of rows, all in a random order, then all in another, without end."""
+    while True:
+        yield from torch.randperm(len(data.ids), generator=generator).split(size)
+
+
+def train(model: Qwen3ForCausalLM, data: Rows, minutes: float, batch: int, lr: float, seed: int, log) -> None:
+    """The rate rises over 50 steps and falls along half a cosine over the time given."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     model.train()
-    start, step, before = time.time(), 0, 0.0
-    for ids, labels, minutes in stages:
-        generator = torch.Generator().manual_seed(step)
-        before += minutes * 60
-        order = torch.randperm(len(ids), generator=generator)
-        while (elapsed := time.time() - start) < before:
-            if len(order) < batch:
-                order = torch.randperm(len(ids), generator=generator)
-            chosen, order = order[:batch], order[batch:]
-            share = elapsed / total
-            for group in optimizer.param_groups:
-                group["lr"] = lr * min(1.0, step / 50) * 0.5 * (1 + np.cos(np.pi * share))
-            logits = model(input_ids=ids[chosen]).logits
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[chosen][:, 1:].flatten())
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            if step % 100 == 0:
-                log(step=step, seconds=round(elapsed, 1), loss=round(loss.item(), 4))
-            step += 1
+    start, seconds = time.time(), 60 * minutes
+    for step, chosen in enumerate(batches(data, batch, torch.Generator().manual_seed(seed))):
+        if (elapsed := time.time() - start) > seconds:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, step / 50) * 0.5 * (1 + np.cos(np.pi * elapsed / seconds))
+        length = int((data.weights[chosen] > 0).sum(1).max())
+        ids, weights = data.ids[chosen, :length], data.weights[chosen, 1:length]
+        cache = None
+        if elapsed > PLAIN * seconds:
+            cache = model.model(input_ids=data.system, use_cache=True).past_key_values
+            cache.batch_repeat_interleave(len(ids))
+        logits = model(input_ids=ids, past_key_values=cache, use_cache=cache is not None).logits[:, :-1]
+        losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(weights.shape)
+        loss = (losses * weights).sum() / weights.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 100 == 0:
+            log(step=step, seconds=round(elapsed, 1), loss=round(loss.item(), 4),
+                answer=round(losses[weights == 1].mean().item(), 4))  # fmt: skip
     model.eval()
-    log(step=step, seconds=round(time.time() - start, 1))
 
 
 def save(model: Qwen3ForCausalLM, tokenizer: Qwen2Tokenizer, folder: Path) -> None:
@@ -138,21 +161,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path, help="directory to write expander-nano, figures.json and log.jsonl to")
     parser.add_argument("--pairs", type=int, default=60_000)
-    parser.add_argument("--minutes", type=float, default=6.0, help="of training; a quarter of it with the template")
+    parser.add_argument("--minutes", type=float, default=6.0, help="of training")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     log, _ = build.begin(args.out, "cpu", args.seed)
     tokenizer = make_tokenizer(args.seed)
     model = make_model(tokenizer)
     rng = np.random.default_rng([args.seed, 0])
-    pairs = [pair(rng, 0.25) for _ in range(args.pairs)]
-    plain = rows(tokenizer, pairs, False)
-    templated = rows(tokenizer, pairs[: args.pairs // 4], True)
+    data = rows(tokenizer, [pair(rng, WRONG_PAIRS) for _ in range(args.pairs)])
     size = sum(p.numel() for p in model.parameters())
-    log(stage="data", vocabulary=len(tokenizer), parameters=size, lengths=[plain[0].shape[1], templated[0].shape[1]])
-    train(model, [(*plain, 0.75 * args.minutes), (*templated, 0.25 * args.minutes)], args.batch, args.lr, log)
+    log(stage="data", vocabulary=len(tokenizer), parameters=size, system=data.system.shape[1], rows=[*data.ids.shape])
+    train(model, data, args.minutes, args.batch, args.lr, args.seed, log)
     save(model, tokenizer, args.out / "expander-nano")
     figures = evaluate_expander.measure(str(args.out / "expander-nano"))
     (args.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")

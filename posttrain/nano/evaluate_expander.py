@@ -1,6 +1,6 @@
 """Measures an expander on held-out prompts of the nano world.
 
-    python -m posttrain.nano.evaluate_expander posttrain/nano/weights/expander-nano
+python -m posttrain.nano.evaluate_expander posttrain/nano/weights/expander-nano
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def measure(model: str, adapter: str | None = None, prompts: int = 200, n: int =
     expander = Expander.load(model, adapter, torch.float32)
     valid, kept, texts, whole, lengths = [], [], [], [], []
     different: dict[str, list[int]] = {"style": [], "background": []}
-    expansions = expander.expand([r.prompt for r in records], n, seed, max_tokens=96)
+    expansions = expander.expand([r.prompt for r in records], n, seed, max_tokens=64, batch=400)
     for record, group in zip(records, expansions):
         said = [statements(e.text) for e in group]
         valid += [s is not None for s in said]

@@ -1,0 +1,262 @@
+"""Compares distilled K2-nano students with their teacher on the held-out prompts, and the memory that distilling takes.
+
+    python -m posttrain.nano.bench_tdm runs/nano-tdm-0 runs/nano-tdm-1 runs/nano-tdm-2 --output runs/bench-tdm
+
+A student is a run directory, a checkpoint or an exported pipeline; several are seeds of one and are put in one row,
+with their least and greatest figure. OUTPUT/table.md has, of 500 held-out prompts with the index of the prompt as seed:
+
+| column | what it is |
+|---|---|
+| forwards | of the transformer, for one picture |
+| oracle, text, artifact-free | share of requirements met, of words read, of pictures free of artifacts |
+| diversity | of groups of pictures of one prompt, as a share of the guided teacher's |
+| distance | Frechet distance of features of judge-nano's image tower to other pictures of the guided teacher |
+
+The features are means over a picture; the distance is divided by their total variance, and those other pictures are of
+the same prompts with other noise, so that the teacher's own row is the floor: two draws of one distribution.
+
+Memory is the peak on a GPU of a step of TDM and of one of flow matching with the same adapter and batch, at the size of
+K2-nano, or with --memory-scale k2 of random weights at K2's true size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from posttrain import checkpoint, figures, sampler, tdm
+from posttrain.config import LoraConfig, ModelConfig, PromptsConfig
+from posttrain.evaluate import Way
+from posttrain.export import load_checkpoint
+from posttrain.k2 import K2, Text, to_pil
+from posttrain.loop import Stepper
+from posttrain.nano import evaluate, prompts
+from posttrain.policy import POLICY, add_policy
+from posttrain.processes import Processes
+from posttrain.progress import grid_image
+from posttrain.tdm_config import TDMConfig
+from posttrain.tdm_rollout import MU, roll_out
+from rewards.vlm import VLM
+
+MODEL, JUDGE = "posttrain/nano/weights/k2-nano", "posttrain/nano/weights/judge-nano"
+SIZE = (64, 64)
+OTHER = 1_000_000
+"""Added to the seeds of the pictures that distances are to."""
+FIGURES = ("oracle", "text", "artifact-free", "diversity", "distance")
+
+
+@dataclass
+class Drawn:
+    images: np.ndarray
+    """uint8 (N, 64, 64, 3), one of each prompt."""
+    groups: np.ndarray
+    """uint8 (G * size, 64, 64, 3), groups of one prompt."""
+
+
+class Bench:
+    """Draws and measures."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        rows = (prompts.FOLDER / "heldout.jsonl").read_text().splitlines()[: args.prompts]
+        self.records = [json.loads(row) for row in rows]
+        self.judge = VLM.load(JUDGE, device=args.device)
+        self.pool = multiprocessing.get_context("spawn").Pool(os.cpu_count(), torch.set_num_threads, (1,))
+
+    @torch.no_grad()
+    def draw(self, k2: K2, way: Way, seed: int = 0) -> Drawn:
+        """Under the role that is active."""
+        features = k2.encode([r["prompt"] for r in self.records], 64, batch=64).features
+        fused, null = [k2.fuse(f) for f in features], k2.text([""])
+        count, size = min(self.args.groups, len(fused)), self.args.group_size
+        jobs = [(i, seed + i) for i in range(len(fused))]
+        jobs += [(i, seed + OTHER // 2 + size * i + j) for i in range(count) for j in range(size)]
+        parts = []
+        for first in range(0, len(jobs), self.args.batch):
+            part = jobs[first : first + self.args.batch]
+            noise = sampler.noise([s for _, s in part], (k2.image_tokens(*SIZE), k2.latent_channels))
+            text = Text.of([fused[i] for i, _ in part])
+            latents = k2.sample(text, noise, way.steps, *SIZE, way.guidance, null, way.mu)
+            parts.append(k2.decode(latents, *SIZE, batch=self.args.batch).cpu().numpy())
+        images = np.concatenate(parts)
+        return Drawn(images[: len(fused)], images[len(fused) :])
+
+    def measure(self, drawn: Drawn, reference: np.ndarray) -> dict[str, float]:
+        found = evaluate.figures(self.pool, drawn.images, self.records)
+        return {
+            "oracle": found["accuracy"],
+            "text": found["text"],
+            "artifact-free": found["clean"],
+            "diversity": figures.diversity(drawn.groups, self.args.group_size),
+            "distance": frechet(self.features(drawn.images), reference),
+        }
+
+    @torch.no_grad()
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """(N, D) of judge-nano's image tower, mean over the tokens of a picture."""
+        visual = self.judge.model.model.visual
+        found = []
+        for part in np.array_split(images, max(1, len(images) // 250)):
+            inputs = self.judge.inputs(to_pil(torch.from_numpy(part)), ["?"] * len(part))
+            pixels, grids = (inputs[name].to(self.judge.device) for name in ("pixel_values", "image_grid_thw"))
+            tokens = visual(pixels, grid_thw=grids).pooler_output
+            found.append(tokens.unflatten(0, (len(part), -1)).mean(1).double().cpu().numpy())
+        return np.concatenate(found)
+
+
+def frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """Squared Frechet distance of two Gaussians with the means and covariances of features (N, D), to b's variance."""
+    (mean_a, mean_b), (cov_a, cov_b) = (a.mean(0), b.mean(0)), (np.cov(a.T), np.cov(b.T))
+    values, vectors = np.linalg.eigh(cov_a)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
+    distance = np.square(mean_a - mean_b).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross
+    return float(distance / np.trace(cov_b))
+
+
+def load(path: Path, device: str) -> tuple[K2, str | None]:
+    """A student and the role that it is: a run's policy, or the whole of an exported pipeline."""
+    if (path / "model_index.json").exists():
+        return K2.load(path, device=device), None
+    return load_checkpoint(checkpoint.load(checkpoint.find(path)), device), POLICY
+
+
+def table(rows: dict[str, tuple[int, list[dict[str, float]]]], teacher: dict[str, float]) -> str:
+    """Markdown; `rows` are by name forwards and the figures of each seed."""
+    lines = [f"| | forwards | {' | '.join(FIGURES)} |", "|---|" + "---|" * (len(FIGURES) + 1)]
+    for name, (forwards, seeds) in rows.items():
+        cells = []
+        for figure in FIGURES:
+            values = np.array([row[figure] for row in seeds]) / (teacher["diversity"] if figure == "diversity" else 1)
+            spread = f" ({values.min():.3f} to {values.max():.3f})" if len(values) > 1 else ""
+            cells.append(f"{values.mean():.3f}{spread}")
+        lines.append(f"| {name} | {forwards} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------
+
+
+def memory(args: argparse.Namespace) -> dict[str, float]:
+    """Peak GiB of a step of flow matching and of one of TDM, each on a fresh model; and their ratio."""
+    found = {}
+    for name, step in (("flow matching", flow_matching_step), ("TDM", tdm_step)):
+        torch.cuda.empty_cache()
+        if args.memory_scale == "k2":
+            k2, size = K2.random(args.device, torch.bfloat16, "k2", text=False), (512, 512)
+            features = [k2.random_features(100 + i % 5, i) for i in range(args.memory_batch)]
+            null = k2.random_features(6)
+        else:
+            k2, size = K2.load(MODEL, device=args.device), SIZE
+            encoding = k2.encode([*(f"{i} red stars" for i in range(args.memory_batch)), ""])
+            *features, null = encoding.features
+        k2.velocity_model.gradient_checkpointing = args.memory_checkpointing
+        fused = [k2.fuse(f) for f in features]
+        config = TDMConfig("", ModelConfig(""), PromptsConfig("", ""), batch=args.memory_batch)
+        config.micro_batch, config.sizes, config.lora = args.memory_batch, [list(size)], LoraConfig(64, 64.0)
+        torch.cuda.reset_peak_memory_stats()
+        step(k2, config, fused, Text(k2.fuse(null)[None]), size)
+        found[name] = torch.cuda.max_memory_allocated() / 2**30
+        del k2, fused, features, null
+    return found | {"ratio": found["TDM"] / found["flow matching"]}
+
+
+def flow_matching_step(k2: K2, config: TDMConfig, fused: Sequence[Tensor], null: Text, size: tuple[int, int]) -> None:
+    """Two updates: the second has the optimizer's state beside it."""
+    add_policy(k2, config.lora, 0, reference=False)
+    stepper = Stepper(k2.train_role(POLICY), config.optim)
+    shape = (k2.image_tokens(*size), k2.latent_channels)
+    for update in range(2):
+        x0, noise = (sampler.noise(range(i, i + len(fused)), shape).to(k2.device) for i in (update, OTHER))
+        t = torch.rand(len(fused), device=k2.device)
+        with k2.role(POLICY):
+            v = k2.velocity(sampler.noised(x0, noise, t), t, Text.of(fused), *size)
+            (v - sampler.velocity_target(x0, noise)).square().mean().backward()
+        stepper.step()
+
+
+def tdm_step(k2: K2, config: TDMConfig, fused: Sequence[Tensor], null: Text, size: tuple[int, int]) -> None:
+    tdm.add_roles(k2, config)
+    student, fake = tdm.steppers(k2, config)
+    procs = Processes()
+    for step in range(2):
+        keys = [(0, step, i) for i in range(len(fused))]
+        batches = roll_out(k2, config.student, fused, keys, size, config.micro_batch, 2)
+        tdm.update_fake(k2, config, batches, 0, fake, procs)
+        tdm.update_student(k2, config, batches, null, student, procs)
+
+
+# ---- the command ----------------------------------------------------------------------------------------------
+
+
+def compare(args: argparse.Namespace) -> str:
+    bench = Bench(args)
+    base, _ = load(args.students[0], args.device) if args.students else (None, None)
+    if base is None or not base.roles:  # an export has its student merged
+        base = K2.load(args.model, device=args.device)
+    guided = Way(28, args.guidance)
+    reference = bench.features(bench.draw(base, guided, OTHER).images)
+    rows: dict[str, tuple[int, list[dict[str, float]]]] = {}
+    ways = {f"teacher, 28 steps, guidance {args.guidance:g}": guided}
+    ways |= {f"teacher, 8 steps, guidance {args.guidance:g}": Way(8, args.guidance)}
+    ways |= {"teacher, 8 steps, no guidance": Way(8)}
+
+    def add(name: str, k2: K2, way: Way, seed: str = "") -> None:
+        drawn = bench.draw(k2, way)
+        grid_image(drawn.images[:40], 5, 8).save(args.output / f"{name.replace(', ', '-').replace(' ', '_')}{seed}.png")
+        _, found = rows.setdefault(name, (way.steps * (2 if way.guidance else 1), []))
+        found.append(bench.measure(drawn, reference))
+
+    for name, way in ways.items():
+        add(name, base, way)
+    for i, path in enumerate(args.students):
+        k2, role = load(path, args.device)
+        for steps in args.steps:
+            with k2.role(role):
+                add(f"student, {steps} steps, no guidance", k2, Way(steps, 0.0, MU), f"-{i}")
+    bench.pool.close()
+    (args.output / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
+    return table(rows, next(iter(rows.values()))[1][0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("students", nargs="*", type=Path, help="run directories, checkpoints or exported pipelines")
+    parser.add_argument("--output", type=Path, required=True, help="directory for the table and picture grids")
+    parser.add_argument("--model", default=MODEL, help="the teacher, where the students are exports")
+    parser.add_argument("--guidance", type=float, default=1.5, help="the teacher's")
+    parser.add_argument("--steps", type=int, nargs="+", default=[8, 4], help="the students'")
+    parser.add_argument("--prompts", type=int, default=500)
+    parser.add_argument("--groups", type=int, default=60, help="prompts with a group of pictures")
+    parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=500, help="pictures in one forward")
+    parser.add_argument("--memory-batch", type=int, default=128)
+    parser.add_argument("--memory-scale", choices=["nano", "k2"], default="nano")
+    parser.add_argument("--memory-checkpointing", action="store_true", help="recompute blocks in both backward passes")
+    parser.add_argument("--memory-only", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    text = "" if args.memory_only else compare(args)
+    if args.device == "cuda":
+        peaks = memory(args)
+        listed = ", ".join(f"{name} {value:.3f} GiB" for name, value in peaks.items() if name != "ratio")
+        text += f"\n\nPeak memory at batch {args.memory_batch} ({args.memory_scale}): {listed}; {peaks['ratio']:.3f} x"
+    else:
+        text += "\n\nPeak memory: not measured, it takes a GPU"
+    text = text.strip()
+    (args.output / "table.md").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""TDM: distils K2 Raw, many steps with guidance, into a student of a few steps without, from prompts alone.
+
+    posttrain tdm --config recipes/nano/tdm.yaml
+
+Trajectory Distribution Matching (arXiv:2503.06674) for rectified flow; tdm_loss.py has the formulas. Student and fake
+score are adapters on one base and the teacher is that base without them; `lora: null` makes copies of it. Each step
+draws one trajectory of a picture of each of its prompts without gradient, as the student is used: by ODE on its own few
+times. Then the fake score learns, from points of these trajectories that are noised again, what the student's
+distribution is; and the student, from other points of the same, follows the difference of what teacher and fake score
+see there. The student is the role `policy`, so its checkpoints are sampled, exported and gone on from as any method's.
+
+All draws come from seeds of global indices (run, step, picture), and processes share a batch's pictures, so a resumed
+run and one in more processes make the same updates.
+
+A step of 8 student steps costs a picture 5.4 forwards on average for its trajectory, which ends where its points are,
+a forward and backward of the fake score, and a forward and backward of the student with three more forwards beside it,
+of the fake score and the guided teacher: 10.4 forwards and 2 backward passes.
+
+| each step | what it is |
+|---|---|
+| fake_loss, generator_loss | the losses; the second follows the distance of the scores and need not fall |
+| fake_grad_norm, generator_grad_norm | before clipping |
+| fake_updates | of the fake score in this step |
+| omega, omega_clipped | mean importance weight before clipping; share that was clipped |
+| direction, scale | mean absolute f - r, which the student follows, and what it is divided by |
+
+Evaluation draws held-out prompts with the student's average. `image/...` are figures.py's, and `to_teacher/...` the
+ratio of some of them to those of the teacher's pictures of the same prompts and seeds, which are drawn once at the
+start (grids/teacher.png, teacher/... in the metrics): above 1, saturation and contrast tell of colours that burn, high
+energy of texture, and below 1, diversity of pictures that grow alike. `fake_loss` is that of held-out prompts.
+
+Legend: B pictures of a micro-batch, N image tokens, C channels, K student steps.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from posttrain import checkpoint, figures, sampler, tdm_loss
+from posttrain.checkpoint import Checkpoint
+from posttrain.evaluate import Evaluation, Evaluator, Way
+from posttrain.k2 import K2, Text
+from posttrain.loop import Clock, Stepper
+from posttrain.policy import POLICY, add_policy, earlier_of, load_model
+from posttrain.processes import Processes
+from posttrain.progress import grid_image
+from posttrain.source import FusedTexts, cut_prompts, in_turn
+from posttrain.tdm_config import TDMConfig
+from posttrain.tdm_rollout import MU, Batch, Points, roll_out
+from posttrain.track import Run
+from posttrain.training import Training, Urls, in_run
+from prompts.errors import UserError
+from prompts.records import PromptRecord, read_prompts
+from rewards.load import load_rewards
+
+FAKE = "fake"
+
+
+def train(config: TDMConfig, resume: bool = False) -> None:
+    """Runs a recipe into its run directory. Raises UserError for what the user can mend."""
+    procs = Processes()
+    if procs.main:
+        Run.check(config, resume)
+    records, heldout = read_prompts(config.prompts.train), read_prompts(config.prompts.heldout)
+    if len(records) < config.batch:
+        raise UserError(
+            f"prompts.train: {config.prompts.train} holds {len(records)} prompts and a step takes {config.batch}; add"
+            " prompts or lower batch"
+        )
+    load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})  # before the wait
+    saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
+    _refuse_distilled(config)
+    k2 = load_model(config.model, procs.device, saved)
+    add_roles(k2, config)
+    in_run(config, resume, procs, lambda run, urls: _train(config, saved, run, procs, k2, records, heldout, urls))
+
+
+def _train(
+    config: TDMConfig,
+    saved: Checkpoint | None,
+    run: Run,
+    procs: Processes,
+    k2: K2,
+    records: list[PromptRecord],
+    heldout: list[PromptRecord],
+    urls: Urls,
+) -> signal.Signals | None:
+    student, fake = steppers(k2, config)
+    batch, max_tokens = 4 * config.micro_batch, config.prompts.max_tokens
+    ways = [Way(n, 0.0, MU, figures.steps_suffix(n, config.student.steps)) for n in config.student.steps]
+    evaluator = Evaluator(
+        k2, heldout, load_rewards(config.rewards, urls), config.eval, _size(config, 0), batch, max_tokens, procs, ways
+    )
+    for warning in cut_prompts(k2, [*records, *heldout], max_tokens):
+        run.say(warning)
+    training = Training("tdm", config, run, procs, k2, student, evaluator, saved)
+    if saved is not None:
+        k2.load_role_state_dict(FAKE, saved.tensors[FAKE])
+        checkpoint.restore_optimizer(fake.optimizer, saved.tensors["fake_optimizer"], saved.state[FAKE]["optimizer"])
+        fake.restore_counters(saved.state[FAKE]["counters"])
+
+    def state():
+        optimizer, optimizer_state = checkpoint.flatten_optimizer(fake.optimizer)
+        return {FAKE: k2.role_state_dict(FAKE), "fake_optimizer": optimizer}, {
+            FAKE: {"optimizer": optimizer_state, "counters": fake.counters()},
+            "student": {"steps": config.student.steps, "mu": MU, "guidance": 0.0},
+            "teacher": {"guidance": config.teacher.guidance},
+        }
+
+    texts, null, history = FusedTexts(k2, max_tokens), k2.text([""]), training.history
+
+    def measure(result: Evaluation) -> None:
+        if "teacher" not in history:
+            with k2.role(None):
+                history["teacher"] = _draw_teacher(config, run, evaluator)
+        for way in ways:
+            result.figures |= compared(result, way.suffix, history["teacher"])
+        with student.averaged():  # which puts the weights themselves back: it is those that the fake score follows
+            result.figures[figures.FAKE_LOSS] = heldout_loss(k2, config, texts, evaluator.records, procs)
+
+    training.state, training.measure = state, measure
+    history.setdefault("images", 0)
+    training.begin()
+    for step in training.steps():
+        clock, warming = Clock(), step <= config.fake.warmup
+        fake.rate = student.rate
+        size, mine = _size(config, step - 1), procs.mine(config.batch)
+        rows = [in_turn(config.seed, (step - 1) * config.batch + i, len(records)) for i in mine]
+        keys = [(config.seed, step, i) for i in mine]
+        fused = texts([records[row].prompt for row in rows])
+        batches = roll_out(
+            k2, config.student, fused, keys, size, config.micro_batch, config.fake.updates + (not warming)
+        )
+        clock.lap("trajectory")
+        metrics = {"fake_updates": config.fake.updates}
+        for update in range(config.fake.updates):
+            metrics |= update_fake(k2, config, batches, update, fake, procs)
+        clock.lap("fake")
+        if not warming:
+            metrics |= update_student(k2, config, batches, null, student, procs)
+            clock.lap("student")
+        history["images"] += config.batch
+        metrics["skipped_updates"] = student.skipped + fake.skipped
+        run.log(step, metrics | clock.seconds)
+    training.finish()
+    return training.stopped
+
+
+def add_roles(k2: K2, config: TDMConfig) -> None:
+    """Student and fake score, both without effect yet; the teacher is the role None."""
+    add_policy(k2, config.lora, config.seed, reference=True)
+    role = k2.roles[POLICY]
+    if role is None:
+        k2.add_full_copy(FAKE)
+    else:
+        k2.add_role(FAKE, role.rank, role.alpha, role.targets, sampler.seed_for(config.seed, -1))
+
+
+def steppers(k2: K2, config: TDMConfig) -> tuple[Stepper, Stepper]:
+    """The student's and the fake score's."""
+    optim = replace(config.optim, lr=config.fake.rate * config.optim.lr, ema=0.0)
+    return Stepper(k2.role_parameters(POLICY), config.optim), Stepper(k2.role_parameters(FAKE), optim)
+
+
+def _size(config: TDMConfig, index: int) -> tuple[int, int]:
+    height, width = config.sizes[index % len(config.sizes)]
+    return height, width
+
+
+def _refuse_distilled(config: TDMConfig) -> None:
+    if config.model.start is None:
+        return
+    first = checkpoint.load(checkpoint.find(config.model.start))
+    for stage in [first, *earlier_of(first)]:
+        if stage.state["method"] == "tdm":
+            raise UserError(f"model.start: {stage.path} is distilled already; go on from the run before it")
+
+
+# ---- updates --------------------------------------------------------------------------------------------------
+
+
+def update_fake(
+    k2: K2, config: TDMConfig, batches: Sequence[Batch], update: int, stepper: Stepper, procs: Processes
+) -> dict[str, float]:
+    """One update of the fake score with the pictures of all processes."""
+    k2.train_role(FAKE)
+    sums: dict[str, float] = {}
+    for batch in batches:
+        loss_B, metrics = _fake_loss(k2, config, batch, batch.points[update])
+        (loss_B.sum() / config.batch).backward()
+        _add(sums, metrics)
+    means = _means(sums, config.batch, procs)
+    procs.sum_gradients(stepper.parameters)
+    return means | {"fake_grad_norm": stepper.step()}
+
+
+def _fake_loss(k2: K2, config: TDMConfig, batch: Batch, p: Points) -> tuple[Tensor, dict[str, Tensor]]:
+    fake = config.fake
+    x0, e = sampler.x0_eps(p.x, p.v, p.t)
+    x_tau = tdm_loss.renoise(sampler.noised(x0, e, p.m), p.z, p.m, p.tau)
+    with k2.role(FAKE):
+        v_fake = k2.velocity(x_tau, p.tau, batch.text, *batch.size)
+    return tdm_loss.fake_loss(v_fake, x0, e, p.z, p.m, p.tau, fake.target, fake.weight, fake.clip)
+
+
+def update_student(
+    k2: K2, config: TDMConfig, batches: Sequence[Batch], null: Text, stepper: Stepper, procs: Processes
+) -> dict[str, float]:
+    """One update of the student with the pictures of all processes."""
+    k2.train_role(POLICY)
+    sums: dict[str, float] = {}
+    for batch in batches:
+        p = batch.points[-1]
+        with k2.role(POLICY):
+            v = k2.velocity(p.x, p.t, batch.text, *batch.size)
+        x0, e = sampler.x0_eps(p.x, v, p.t)
+        with torch.no_grad():
+            x_tau = tdm_loss.renoise(sampler.noised(x0, e, p.m), p.z, p.m, p.tau)
+            with k2.role(None):
+                scale = config.teacher.guidance
+                v_real = k2.guided_velocity(x_tau, p.tau, batch.text, null, scale, *batch.size)
+            with k2.role(FAKE):
+                v_fake = k2.velocity(x_tau, p.tau, batch.text, *batch.size)
+        loss_B, metrics = tdm_loss.generator_loss(x0, x_tau, v_real, v_fake, p.tau, config.student.distance)
+        (loss_B.sum() / config.batch).backward()
+        _add(sums, metrics)
+    means = _means(sums, config.batch, procs)
+    procs.sum_gradients(stepper.parameters)
+    return means | {"generator_grad_norm": stepper.step()}
+
+
+def _add(sums: dict[str, float], metrics: dict[str, Tensor]) -> None:
+    for name, value in metrics.items():
+        sums[name] = sums.get(name, 0.0) + float(value.double().sum())
+
+
+def _means(sums: dict[str, float], count: int, procs: Processes) -> dict[str, float]:
+    """Over the pictures of all processes."""
+    totals: dict[str, float] = {}
+    for part in procs.each(sums):
+        totals |= {name: totals.get(name, 0.0) + value for name, value in part.items()}
+    return {name: total / count for name, total in totals.items()}
+
+
+# ---- measure --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def heldout_loss(
+    k2: K2, config: TDMConfig, texts: FusedTexts, records: Sequence[PromptRecord], procs: Processes
+) -> float:
+    """The fake score's loss on held-out prompts, at fixed points and noise of the student's trajectories."""
+    mine = procs.mine(len(records))
+    keys = [(config.eval.seed, 0, i) for i in mine]
+    sums: dict[str, float] = {}
+    fused = texts([records[i].prompt for i in mine])
+    for batch in roll_out(k2, config.student, fused, keys, _size(config, 0), config.micro_batch, 1):
+        _add(sums, _fake_loss(k2, config, batch, batch.points[0])[1])
+    return _means(sums, len(records), procs)["fake_loss"]
+
+
+def _draw_teacher(config: TDMConfig, run: Run, evaluator: Evaluator) -> dict[str, float | None]:
+    """Figures of the teacher's own pictures, in eval.steps with its guidance."""
+    result = evaluator([Way(config.eval.steps, config.teacher.guidance)])
+    found = result.figures | _look_closer(result, "")
+    run.log(0, {f"teacher/{name}": value for name, value in found.items()})
+    if run.main:
+        (run.path / "grids").mkdir(exist_ok=True)
+        grid_image(result.images[:16], 4, 4).save(run.path / "grids/teacher.png")
+    return found
+
+
+def _look_closer(result: Evaluation, suffix: str) -> dict[str, float | None]:
+    images = result.drawn[suffix]
+    return {
+        f"image/contrast{suffix}": figures.contrast(images),
+        f"image/high_energy{suffix}": figures.high_energy(images),
+    }
+
+
+def compared(result: Evaluation, suffix: str, teacher: dict[str, float | None]) -> dict[str, float | None]:
+    """Further figures of a way of drawing the student, most of them ratios to the teacher's."""
+    closer = _look_closer(result, suffix)
+    own, ratios = result.figures | closer, dict[str, float | None]()
+    for name, of in figures.TO_TEACHER.items():
+        if of in teacher:
+            mine, its = own[of + suffix], teacher[of]
+            ratios[f"to_teacher/{name}{suffix}"] = mine / its if mine is not None and its else None
+    return closer | ratios

@@ -1,0 +1,109 @@
+"""Trajectories of the student of tdm.py, and the points of them at which it is judged and the fake score learns.
+
+Legend: B pictures of a micro-batch, N image tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from posttrain import sampler, tdm_loss
+from posttrain.k2 import K2, Text
+from posttrain.policy import POLICY
+from posttrain.tdm_config import StudentConfig
+
+MU = sampler.TURBO_MU
+
+
+@dataclass
+class Points:
+    """A point of each of B trajectories, and how the step that leaves it is judged."""
+
+    k: Tensor
+    """(B,) which step; on the CPU."""
+    t: Tensor
+    """(B,) its time."""
+    m: Tensor
+    tau: Tensor
+    z: Tensor
+    """(B, N, C) the noise that is put on again."""
+    x: Tensor
+    """(B, N, C) the point."""
+    v: Tensor
+    """(B, N, C) what the student said there when the trajectory was drawn."""
+
+
+@dataclass
+class Batch:
+    text: Text
+    size: tuple[int, int]
+    points: list[Points]
+    """For each update of the fake score; and, last, for the student's."""
+
+
+@torch.no_grad()
+def roll_out(
+    k2: K2,
+    student: StudentConfig,
+    fused: Sequence[Tensor],
+    keys: Sequence[tuple[int, ...]],
+    size: tuple[int, int],
+    micro_batch: int,
+    updates: int,
+) -> list[Batch]:
+    """Micro-batches of the student's trajectories, with points for so many updates.
+
+    What is drawn for a picture comes from its key, a few global indices, alone.
+    """
+    shape, choices = (k2.image_tokens(*size), k2.latent_channels), student.steps
+    grids = {n: torch.cat([sampler.schedule(n, MU), torch.zeros(max(choices) - n)]) for n in choices}
+    batches = []
+    for first in range(0, len(keys), micro_batch):
+        part = keys[first : first + micro_batch]
+        text = Text.of(fused[first : first + micro_batch])
+        steps = torch.tensor([choices[int(_uniform(key, 1) * len(choices))] for key in part])
+        times = torch.stack([grids[n] for n in steps.tolist()])
+        points = []
+        for update in range(updates):
+            u_k, u_m, u_tau = (torch.tensor([_uniform(key, update, c) for key in part]) for c in range(3))
+            k = (u_k * steps).long()
+            separate = student.levels == "separate"
+            m, tau = tdm_loss.point_times(k, steps, u_m, u_tau, MU, student.midpoints, separate)
+            z = sampler.noise([sampler.seed_for(*key, update, 3) for key in part], shape)
+            t = times.gather(1, k[:, None])[:, 0]
+            points.append(Points(k, *(value.to(k2.device) for value in (t, m, tau, z)), *[torch.empty(0)] * 2))
+        noise = sampler.noise([sampler.seed_for(*key, 0) for key in part], shape).to(k2.device)
+        with k2.role(POLICY):
+            _walk(k2, noise, times, text, size, points)
+        batches.append(Batch(text, size, points))
+    return batches
+
+
+def _walk(k2: K2, x: Tensor, times: Tensor, text: Text, size: tuple[int, int], points: Sequence[Points]) -> None:
+    """Takes each trajectory as far as its last point, whose velocity is found too, and puts x and v into `points`."""
+    last = torch.stack([p.k for p in points]).amax(0)
+    xs, vs = [x], []
+    for i in range(int(last.max()) + 1):
+        chosen = (last >= i).nonzero()[:, 0]
+        t, t_next = times[chosen, i : i + 2].to(x.device).unbind(1)
+        rows = chosen.to(x.device)
+        mask = None if text.mask is None else text.mask[rows]
+        v, after = torch.zeros_like(x), xs[-1].clone()
+        v[rows] = k2.velocity(xs[-1][rows], t, Text(text.tokens[rows], mask), *size)
+        after[rows] = sampler.ode_step(xs[-1][rows], v[rows], t, t_next)
+        xs.append(after)
+        vs.append(v)
+    every = torch.arange(len(x), device=x.device)
+    stacked_x, stacked_v = torch.stack(xs), torch.stack(vs)
+    for p in points:
+        k = p.k.to(x.device)
+        p.x, p.v = stacked_x[k, every], stacked_v[k, every]
+
+
+def _uniform(key: tuple[int, ...], *index: int) -> float:
+    """In [0, 1), in fp32 too."""
+    return (sampler.seed_for(*key, *index) >> 39) / 2**24

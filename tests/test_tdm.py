@@ -1,0 +1,466 @@
+"""TDM on a tiny real K2: whole runs, single steps against what they should be, the student in the stock pipeline."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import Krea2Pipeline
+from PIL import Image
+
+from posttrain import checkpoint, cli, figures, sampler, stpo, tdm, tdm_loss
+from posttrain.config import ModelConfig, PromptsConfig
+from posttrain.export import load_checkpoint
+from posttrain.k2 import K2
+from posttrain.nano import bench_tdm
+from posttrain.processes import Processes
+from posttrain.tdm_config import TDMConfig
+from posttrain.tdm_rollout import MU, roll_out
+from tests import runs, tiny
+
+
+@pytest.fixture
+def config(tmp_path, model):
+    return runs.tdm_config(tmp_path, model)
+
+
+def training_rows(run):
+    return [row for row in runs.rows(run) if "fake_updates" in row]
+
+
+# whole runs
+
+
+def test_run_directory(config, monkeypatch):
+    seen = runs.watch_loading(tdm, monkeypatch)
+    config.student.steps, config.optim.ema = [4, 2], 0.5
+    tdm.train(config)
+    run = Path(config.output)
+    assert {path.name for path in run.iterdir()} == {
+        "recipe.yaml", "environment.json", "metrics.jsonl", "grids", "samples", "checkpoints", "report.html",
+        "summary.json",
+    }  # fmt: skip
+    warm, first, second = training_rows(run)
+    own = {"generator_loss", "generator_grad_norm", "direction", "scale"}
+    assert own.isdisjoint(warm) and own < first.keys() and own < second.keys()
+    for row in (warm, first, second):
+        assert row["fake_loss"] > 0 and row["fake_grad_norm"] > 0 and 0.5 < row["omega"] < 2
+    assert first["direction"] > 0 and first["generator_grad_norm"] > 0
+
+    teacher, before, *_, after = [row for row in runs.rows(run) if "fake_updates" not in row]
+    named = set(figures.distilled_names(["brightness"], [4, 2], 1))
+    assert {name.removeprefix("eval/") for name in after} - {"step", "time"} == named
+    assert {"image/contrast", "to_teacher/diversity@2steps", "brightness@2steps", "fake_loss"} < named
+    for suffix in ("", "@2steps"):
+        ratio = after[f"eval/image/saturation{suffix}"] / teacher["teacher/image/saturation"]
+        assert after[f"eval/to_teacher/saturation{suffix}"] == pytest.approx(ratio)
+    assert before["eval/brightness"] != before["eval/brightness@2steps"]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["after"] == {name: after[f"eval/{name}"] for name in named}
+    assert summary["teacher"] == {name.removeprefix("teacher/"): v for name, v in teacher.items() if "/" in name}
+    assert (summary["steps"], summary["images"]) == (3, 18)
+    assert {path.name for path in (run / "grids").iterdir()} == {"teacher.png", "step-000000.png", "step-000003.png"}
+
+    saved = runs.latest(run)
+    assert saved.tensors.keys() == {"adapter", "fake", "optimizer", "fake_optimizer", "live"}
+    assert saved.state["method"] == "tdm" and saved.state["student"] == {"steps": [4, 2], "mu": 1.15, "guidance": 0.0}
+    ((k2, base),) = seen
+    runs.assert_equal(dict(k2.base_state_dict()), base)  # the teacher is what it was
+    for name in ("adapter", "fake"):
+        moved = [bool(v.any()) for key, v in saved.tensors[name].items() if key.endswith("lora_B.weight")]
+        assert len(moved) == 24 and all(moved)
+    assert not torch.equal(*(next(iter(saved.tensors[name].values())) for name in ("adapter", "fake")))
+    # the picture shown is the average's, by the student's steps and shift
+    again = load_checkpoint(saved)
+    noise = sampler.noise([sampler.seed_for(config.eval.seed, 0)], (16, 64))
+    with again.role("policy"):
+        latents = again.sample(again.text([tiny.PROMPTS[1]], 64), noise, 4, 32, 32, mu=1.15)
+    shown = np.asarray(Image.open(run / "samples/step-000003/000.png"), int)
+    assert np.abs(again.decode(latents, 32, 32)[0].numpy() - shown).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("ema", "steps", "updates", "lora"), [(0.7, [4], 1, True), (0.0, [4, 1], 2, True), (0.5, [4], 1, False)]
+)
+def test_killed_and_resumed_equals_uninterrupted(config, monkeypatch, tmp_path, ema, steps, updates, lora):
+    """Killed in step 4, after step 3 was logged and the last checkpoint was step 2's; compared bit for bit."""
+    if not lora:
+        config.lora, config.optim.lr = None, 1e-4
+    config.optim.ema, config.student.steps, config.fake.updates = ema, steps, updates
+    config.optim.warmup_steps, config.optim.cooldown_steps, config.eval.best = 3, 2, "to_teacher/saturation"
+    config.steps, config.checkpoint.every, config.eval.every = 4, 2, 2
+    tdm.train(config)
+    whole, config.output = config.output, str(tmp_path / "killed")
+
+    def killed(*arguments):
+        if len(training_rows(config.output)) == 3:
+            raise RuntimeError("killed")
+        return update_fake(*arguments)
+
+    update_fake = tdm.update_fake
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(tdm, "update_fake", killed)
+        tdm.train(config)
+    torch.manual_seed(99)
+    np.random.seed(99)
+    tdm.train(config, resume=True)
+    a, b = runs.latest(whole), runs.latest(config.output)
+    assert a.step == b.step == 4
+    assert a.tensors.keys() == b.tensors.keys() and {"fake", "fake_optimizer"} < a.tensors.keys()
+    for name in a.tensors:
+        runs.assert_equal(a.tensors[name], b.tensors[name])
+    assert a.state["counters"] == b.state["counters"] and a.state["fake"] == b.state["fake"]
+    assert a.state["fake"]["counters"]["updates"] == 4 * updates and a.state["counters"]["updates"] == 3
+    assert runs.untimed(whole) == runs.untimed(config.output)
+    summaries = [json.loads((Path(run) / "summary.json").read_text()) for run in (whole, config.output)]
+    for name in ("before", "after", "teacher", "images", "steps", "best"):
+        assert summaries[0][name] == summaries[1][name]
+
+
+def test_two_processes_distil_as_one(command, config, tmp_path):
+    """Five pictures a step, of which one process draws three; three held-out ones."""
+    config.batch, config.micro_batch, config.eval.prompts, config.optim.ema = 5, 2, 3, 0.5
+    made = []
+    for processes in (1, 2):
+        config.output = str(tmp_path / f"run-{processes}")
+        result = command("tdm", "--config", runs.recipe(config, tmp_path / "recipe.yaml"), processes=processes)
+        assert result.returncode == 0, result.stderr[-3000:]
+        made.append(Path(config.output))
+    first, second = (runs.untimed(run) for run in made)
+    assert len(first) == len(second) == 6
+    for a, b in zip(first, second):
+        assert a == pytest.approx(b, rel=2e-3, abs=1e-5)
+    a, b = (checkpoint.load_latest(run / "checkpoints") for run in made)
+    assert a is not None and b is not None and a.step == b.step == 3
+    for name in ("adapter", "live", "fake"):
+        trained, again = (torch.cat([v.flatten() for v in saved.tensors[name].values()]) for saved in (a, b))
+        assert (trained - again).norm() < 1e-3 * trained.norm()
+
+
+def test_a_limit_ends_the_run(config, tmp_path, capsys):
+    config.steps, config.eval.every = 9, 1
+    config.eval.stop = replace(config.eval.stop, metric="to_teacher/diversity", limit=9.0)
+    assert cli.main(["tdm", "--config", str(runs.recipe(config, tmp_path / "recipe.yaml"))]) == 0
+    assert runs.latest(config.output).step == 1
+    stopped = json.loads((Path(config.output) / "summary.json").read_text())["stopped"]
+    assert stopped.startswith("eval.stop: to_teacher/diversity is ") and stopped in capsys.readouterr().err
+
+
+def test_goes_on_from_an_earlier_run(config, tmp_path, model):
+    """What that trained is part of the teacher, and of what the student is exported on."""
+    (tmp_path / "first").mkdir()
+    first = runs.stpo_config(tmp_path / "first", model)
+    stpo.train(first)
+    config.model.start = first.output
+    tdm.train(config)
+    saved = runs.latest(config.output)
+    assert [Path(entry["path"]).name for entry in saved.state["origin"]["merged"]] == ["step-000002"]
+    base, plain = load_checkpoint(saved).base_state_dict(), K2.load(model).base_state_dict()
+    assert any(not torch.equal(base[key], value) for key, value in plain.items())
+
+
+# single steps
+
+
+class OneStep:
+    """Student and fake score that differ from the base, and trajectories."""
+
+    def __init__(self, config, size=0.02):
+        self.config, self.procs = config, Processes()
+        self.k2 = K2.load(config.model.path)
+        tdm.add_roles(self.k2, config)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for role in ("policy", "fake"):
+                for key, parameter in self.k2.role_named_parameters(role).items():
+                    if "lora_B" in key:
+                        parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
+        self.null = self.k2.text([""])
+        self.steppers = tdm.steppers(self.k2, config)
+
+    def draw(self, step=1, updates=2):
+        fused = [self.k2.text([p], 64).tokens[0] for p in [*tiny.PROMPTS, *tiny.PROMPTS][: self.config.batch]]
+        keys = [(0, step, i) for i in range(self.config.batch)]
+        return roll_out(self.k2, self.config.student, fused, keys, (32, 32), self.config.micro_batch, updates)
+
+    def student_gradient(self):
+        return self.watched(self.steppers[0], lambda stepper: tdm.update_student(
+            self.k2, self.config, self.draw(), self.null, stepper, self.procs))  # fmt: skip
+
+    def fake_gradient(self):
+        return self.watched(self.steppers[1], lambda stepper: tdm.update_fake(
+            self.k2, self.config, self.draw(), 0, stepper, self.procs))  # fmt: skip
+
+    def watched(self, stepper, update):
+        """The gradient of an update, flat, which is not made; and its metrics."""
+        seen = []
+        stepper.step = lambda: seen.append(torch.cat([p.grad.flatten() for p in stepper.parameters])) or 0.0
+        metrics = update(stepper)
+        for parameter in stepper.parameters:
+            parameter.grad = None
+        return seen[0], metrics
+
+
+def test_no_gradient_where_the_fake_score_is_the_teacher(config):
+    """Both without effect yet, and no guidance: exactly zero."""
+    config.teacher.guidance = 0.0
+    gradient, metrics = OneStep(config, size=0.0).student_gradient()
+    assert not gradient.any() and metrics["direction"] == metrics["generator_loss"] == 0
+    config.teacher.guidance = 1.5
+    gradient, metrics = OneStep(config, size=0.0).student_gradient()
+    assert gradient.any() and metrics["direction"] > 0
+
+
+def test_direction_of_the_first_step(config):
+    """tau s (c - u) at each point, of the base alone."""
+    config.micro_batch = 6
+    one = OneStep(config, size=0.0)
+    (batch,) = one.draw()
+    _, metrics = one.student_gradient()
+    p = batch.points[-1]
+    with torch.no_grad():
+        x0, e = sampler.x0_eps(p.x, one.k2.velocity(p.x, p.t, batch.text, 32, 32), p.t)
+        x_tau = tdm_loss.renoise(sampler.noised(x0, e, p.m), p.z, p.m, p.tau)
+        c, u = (one.k2.velocity(x_tau, p.tau, text, 32, 32) for text in (batch.text, one.null))
+    expected = (p.tau[:, None, None] * 1.5 * (c - u)).abs().mean()
+    assert metrics["direction"] == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("micro_batch", [6, 4, 1])
+def test_gradients_of_a_step(config, micro_batch):
+    """However the batch is cut, those of the losses as they are written, over the whole batch at once."""
+    config.micro_batch = 6
+    one = OneStep(config)
+    (batch,) = one.draw()
+    k2 = one.k2
+
+    def velocity(role, x, t, text=batch.text):
+        with k2.role(role):
+            return k2.velocity(x, t, text, 32, 32)
+
+    p = batch.points[-1]
+    parameters = k2.train_role("policy")
+    x0, e = sampler.x0_eps(p.x, velocity("policy", p.x, p.t), p.t)
+    with torch.no_grad():
+        a, b = (c[:, None, None] for c in tdm_loss.renoise_coefficients(p.m, p.tau))
+        x_tau = a * sampler.noised(x0, e, p.m) + b * p.z
+        c, u, f = velocity(None, x_tau, p.tau), velocity(None, x_tau, p.tau, one.null), velocity("fake", x_tau, p.tau)
+        tau = p.tau[:, None, None]
+        pull = tau * (c + 1.5 * (c - u) - f)
+        pull = pull / (x0 - (x_tau - tau * (c + 1.5 * (c - u)))).abs().mean((1, 2), keepdim=True)
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad((x0 * pull).mean(), parameters)])
+
+    q = batch.points[0]
+    parameters = k2.train_role("fake")
+    with torch.no_grad():
+        x0, e = sampler.x0_eps(q.x, velocity("policy", q.x, q.t), q.t)
+        a, b = (c[:, None, None] for c in tdm_loss.renoise_coefficients(q.m, q.tau))
+        x_tau = a * sampler.noised(x0, e, q.m) + b * q.z
+        n = (x_tau - (1 - q.tau[:, None, None]) * x0) / q.tau[:, None, None]
+        omega = ((q.z.square().mean((1, 2)) - n.square().mean((1, 2))) / 2).exp()
+    error = (velocity("fake", x_tau, q.tau) - (n - x0)).square().mean((1, 2))
+    fake = torch.cat([g.flatten() for g in torch.autograd.grad((omega * error).mean(), parameters)])
+
+    config.micro_batch = micro_batch
+    got, metrics = one.student_gradient()
+    assert (got - expected).norm() < 1e-3 * expected.norm()
+    got, metrics = one.fake_gradient()
+    assert (got - fake).norm() < 1e-3 * fake.norm()
+    assert metrics["omega"] == pytest.approx(float(omega.mean()), rel=1e-4)
+    assert metrics["fake_loss"] == pytest.approx(float((omega * error.detach()).mean()), rel=1e-4)
+
+
+def test_an_update_moves_one_role_alone(config):
+    one = OneStep(config)
+
+    def values():
+        named = {role: one.k2.role_state_dict(role) for role in ("policy", "fake")} | {"base": one.k2.base_state_dict()}
+        return {role: {key: value.clone() for key, value in state.items()} for role, state in named.items()}
+
+    before = values()
+    tdm.update_fake(one.k2, config, one.draw(), 0, one.steppers[1], one.procs)
+    between = values()
+    tdm.update_student(one.k2, config, one.draw(), one.null, one.steppers[0], one.procs)
+    after = values()
+    for role in ("policy", "base"):
+        runs.assert_equal(before[role], between[role])
+    for role in ("fake", "base"):
+        runs.assert_equal(between[role], after[role])
+    for a, b in ((before["fake"], between["fake"]), (between["policy"], after["policy"])):
+        assert all(not torch.equal(a[key], b[key]) for key in a if "lora_B" in key)
+
+
+def test_roles_of_all_weights(config):
+    """Three copies: an update moves one of them, and where all are the same and there is no guidance, none."""
+    config.lora, config.optim.lr, config.teacher.guidance = None, 1e-3, 0.0
+    one = OneStep(config)
+    gradient, _ = one.student_gradient()
+    assert not gradient.any()
+    roles = {"policy": one.k2.transformer, "fake": one.k2.copies["fake"].transformer}
+    assert one.k2.reference is not None
+    roles["teacher"] = one.k2.reference.transformer
+    assert len({id(roles[name].img_in.weight) for name in roles}) == 3
+
+    def values():
+        return {name: {key: p.clone() for key, p in net.state_dict().items()} for name, net in roles.items()}
+
+    before = values()
+    for name in roles:
+        runs.assert_equal(before["policy"], before[name])
+    tdm.update_fake(one.k2, config, one.draw(), 0, one.steppers[1], one.procs)
+    between = values()
+    gradient, metrics = one.student_gradient()
+    assert gradient.any() and metrics["direction"] > 0
+    tdm.update_student(one.k2, config, one.draw(), one.null, one.steppers[0], one.procs)
+    after = values()
+    for name, a, b in (("fake", before, between), ("policy", between, after)):
+        for other in roles:
+            moved = any(not torch.equal(a[other][key], b[other][key]) for key in a[other])
+            assert moved == (other == name)
+
+
+def test_points_lie_on_the_trajectory(config):
+    """They are what sampling passes through, whatever the micro-batch, and depend on their picture and step alone."""
+    config.student.steps = [4, 2]
+    one, seen = OneStep(config), {}
+    for micro_batch in (6, 4):
+        config.micro_batch = micro_batch
+        points = [batch.points for batch in one.draw()]
+        for j in (0, 1):
+            for name in ("k", "t", "m", "tau", "z", "x", "v"):
+                value = torch.cat([getattr(p[j], name) for p in points])
+                torch.testing.assert_close(seen.setdefault((j, name), value), value, rtol=1e-4, atol=1e-4)
+    for i, prompt in enumerate([*tiny.PROMPTS, *tiny.PROMPTS][:6]):
+        k, t = int(seen[0, "k"][i]), seen[0, "t"][i]
+        steps = next(n for n in (4, 2) if torch.isclose(sampler.schedule(n, MU)[min(k, n)], t, rtol=0, atol=0))
+        x = sampler.noise([sampler.seed_for(0, 1, i, 0)], (16, 64))
+        text, grid = one.k2.text([prompt], 64), sampler.schedule(steps, MU)
+        with torch.no_grad(), one.k2.role("policy"):
+            for t, t_next in zip(grid[:k], grid[1:]):
+                x = sampler.ode_step(x, one.k2.velocity(x, t, text, 32, 32), t, t_next)
+            v = one.k2.velocity(x, grid[k], text, 32, 32)
+        torch.testing.assert_close(seen[0, "x"][i : i + 1], x, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(seen[0, "v"][i : i + 1], v, rtol=1e-3, atol=1e-3)
+    assert all(not torch.equal(one.draw(2)[0].points[0].x[i], seen[0, "x"][i]) for i in range(4))
+
+
+def test_segments_are_drawn_evenly(config):
+    """96 pictures of a student of 4 or of 1 step: half take 4, of which each segment takes a quarter."""
+    config.student.steps, config.batch = [4, 1], 96
+    k2 = OneStep(config).k2
+    fused = [k2.text(["a red circle"]).tokens[0]] * 96
+    (batch,) = roll_out(k2, config.student, fused, [(7, 1, i) for i in range(96)], (32, 32), 96, 1)
+    p = batch.points[0]
+    counts = [int((p.t == t).sum()) for t in sampler.schedule(4, MU)[:4]]
+    assert 48 < counts[0] < 74 and all(5 <= count <= 20 for count in counts[1:]) and sum(counts) == 96
+
+
+def test_the_stock_pipeline_repeats_the_trajectory(config, tmp_path):
+    """The student merged into a pipeline that says is_distilled: 4 steps, no guidance."""
+    one = OneStep(config, size=0.1)
+    noise = sampler.noise([3], (16, 64))
+    with one.k2.role("policy"):
+        own = one.k2.sample(one.k2.text([tiny.PROMPTS[1]], 64), noise, 4, 32, 32, mu=MU)
+    plain = one.k2.sample(one.k2.text([tiny.PROMPTS[1]], 64), noise, 4, 32, 32, mu=MU)
+    one.k2.merge_role("policy")
+    one.k2.transformer.unload_lora()  # the fake score
+    pipe = Krea2Pipeline(
+        **one.k2.pipe.components, text_encoder_select_layers=one.k2.pipe.text_encoder_select_layers, is_distilled=True
+    )
+    stock = pipe(
+        tiny.PROMPTS[1], height=32, width=32, num_inference_steps=4, guidance_scale=0.0, latents=noise,
+        output_type="latent", max_sequence_length=64, return_dict=False,
+    )[0]  # fmt: skip
+    assert (stock - own).norm() < 1e-4 * own.norm() and (plain - own).norm() > 1e-2 * own.norm()
+
+
+# mistakes
+
+
+def fails(capsys, config, tmp_path, *args):
+    assert cli.main(["tdm", "--config", str(runs.recipe(config, tmp_path / "recipe.yaml")), *args]) == 2
+    *_, said = capsys.readouterr().err.strip().splitlines()
+    assert said.startswith("posttrain: error: ")
+    return said
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--student.steps", "[8,17]"], "student.steps[1]: is 17; use 1 to 16"),
+        (["--student.steps", "[0]"], "student.steps[0]: is 0; use 1 to 16"),
+        (["--student.steps", "[]"], "student.steps: is []; name different numbers of steps, such as [8] or [8, 4]"),
+        (["--student.steps", "[4,4]"], "student.steps: is [4, 4]; name different"),
+        (["--fake.warmup", "3"], "fake.warmup: is 3 of 3 steps, so no student is trained; lower it"),
+        (
+            ["--fake.clip", "[1.5,2]"],
+            "fake.clip: is [1.5, 2]; the weights lie around 1: use 0 <= least <= 1 <= greatest",
+        ),
+        (["--teacher.guidance", "-1"], "teacher.guidance: is -1"),
+        (["--eval.guidance", "[1.5]"], "eval.guidance: is that of a student, which has none: leave it out"),
+        (["--eval.best", "oracle"], "eval.best: 'oracle' is no figure of the evaluation; known here: "),
+        (["--batch", "9"], "train.jsonl holds 8 prompts and a step takes 9; add prompts or lower batch"),
+    ],
+)
+def test_mistakes(config, tmp_path, capsys, options, says):
+    assert says in fails(capsys, config, tmp_path, *options)
+    assert not Path(config.output).exists()
+
+
+def test_a_distilled_teacher_is_refused(config, tmp_path, capsys):
+    turbo = tiny.save(tmp_path / "turbo", distilled=True)
+    said = fails(capsys, config, tmp_path, "--model.path", str(turbo))
+    assert "turbo: model_index.json: is_distilled is true: train the Raw checkpoint" in said
+    tdm.train(config)
+    config.model.start, config.output = config.output, str(tmp_path / "again")
+    assert "step-000003 is distilled already; go on from the run before it" in fails(capsys, config, tmp_path)
+
+
+def test_another_number_of_steps_cannot_be_resumed(config, tmp_path, capsys):
+    tdm.train(config)
+    said = fails(capsys, config, tmp_path, "--student.steps", "[2]", "--resume")
+    assert "cannot be resumed with student.steps [4] -> [2]" in said
+
+
+def test_recipe_is_valid():
+    made, _ = cli.load_config("tdm", ["--config", "recipes/nano/tdm.yaml"])
+    assert made.student.steps == [8] and made.teacher.guidance == 1.5 and made.optim.betas == (0.0, 0.95)
+    plain, _ = cli.load_config(
+        "tdm", ["--output", "a", "--model.path", "b", "--prompts.train", "c", "--prompts.heldout", "d"]
+    )
+    assert plain.optim.betas == (0.0, 0.95) and plain.optim.ema == 0.99 and plain.fake.warmup == 50
+
+
+# the comparison with the teacher
+
+
+def test_frechet_distance():
+    """Of Gaussians with covariance diag(1, 4): a mean 3 away, or diag(9, 4): 9 / 5 and (3 - 1)^2 / 5. Here the sample's
+    own mean is 0 and its covariance is exact."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((200, 2))
+    x = (x - x.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T))).T * [1, 2]
+    assert bench_tdm.frechet(x, x) == pytest.approx(0, abs=1e-9)
+    assert bench_tdm.frechet(x + np.array([3, 0]), x) == pytest.approx(9 / 5)
+    assert bench_tdm.frechet(x * [3, 1], x) == pytest.approx(4 / 5)
+
+
+def test_table_of_seeds():
+    seeds = [dict.fromkeys(bench_tdm.FIGURES, value) for value in (0.5, 0.7)]
+    rows = {"teacher": (56, [seeds[0]]), "student": (8, seeds)}
+    _, _, teacher, student = bench_tdm.table(rows, seeds[0]).splitlines()
+    assert teacher == "| teacher | 56 | 0.500 | 0.500 | 0.500 | 1.000 | 0.500 |"
+    assert student.startswith("| student | 8 | 0.600 (0.500 to 0.700) |") and "| 1.200 (1.000 to 1.400) |" in student
+
+
+def test_steps_whose_memory_is_measured(model):
+    for step in (bench_tdm.flow_matching_step, bench_tdm.tdm_step):
+        k2 = K2.load(model)
+        config = TDMConfig("", ModelConfig(""), PromptsConfig("", ""), batch=2, micro_batch=2)
+        fused, null = [k2.text([prompt]).tokens[0] for prompt in tiny.PROMPTS[:2]], k2.text([""])
+        step(k2, config, fused, null, (32, 32))
+        trained = {name for name in k2.roles if any(p.any() for k, p in k2.role_named_parameters(name).items()
+                                                    if "lora_B" in k)}  # fmt: skip
+        assert trained == ({"policy"} if step is bench_tdm.flow_matching_step else {"policy", "fake"})
