@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLora
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -109,6 +110,10 @@ class Policy:
                 parts.append(((states * mask).sum(1) / mask.sum(1)).cpu())
         self.model.train(training)
         return torch.cat(parts)
+
+    def load(self, directory: Path) -> None:
+        """The adapter's weights as a checkpoint has them."""
+        set_peft_model_state_dict(self.model, load_file(directory / "adapter_model.safetensors"))
 
     def save(self, directory: Path, card: str) -> None:
         """The adapter as PEFT, vLLM and `posttrain expand` load it, with a model card."""

@@ -123,6 +123,8 @@ def _train(
     try:
         if follow.first < config.steps:
             trainer.train(resume_from_checkpoint=str(saved) if saved is not None else None)
+        elif saved is not None:
+            policy.load(saved)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -293,6 +293,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path):
     (first / "checkpoints/checkpoint-2/trainer_state.json").unlink()
     expander_rl.train(config, resume=True)
     runs.assert_equal(load_file(first / "adapter/adapter_model.safetensors"), whole)
+    # One that was killed after its last checkpoint has its adapter from there.
+    shutil.rmtree(first / "adapter")
+    expander_rl.train(config, resume=True)
+    runs.assert_equal(load_file(first / "adapter/adapter_model.safetensors"), whole)
     again = runs.untimed(first)
     left_out = ("num_tokens",)  # TRL counts them from where it resumes
     assert [{k: v for k, v in r.items() if k not in left_out} for r in again] == [
