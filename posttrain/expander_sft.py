@@ -155,7 +155,8 @@ def with_adapter(model: Any, config: ExpanderSFTConfig) -> Any:
         target_modules=rf".*\.({names})", task_type="CAUSAL_LM",
     )  # fmt: skip
     try:
-        return get_peft_model(model, settings)
+        with _quiet():
+            return get_peft_model(model, settings)
     except ValueError as error:
         raise UserError(f"lora.targets: {' '.join(str(error).split())}") from error
 
@@ -308,8 +309,10 @@ def _quiet() -> Iterator[None]:
     datasets.disable_progress_bars()
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        yield
-    datasets.enable_progress_bars()
+        try:
+            yield
+        finally:
+            datasets.enable_progress_bars()
 
 
 def _check_unchanged(config: ExpanderSFTConfig) -> None:

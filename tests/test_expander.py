@@ -4,9 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from posttrain import cli
@@ -16,7 +18,8 @@ from posttrain.expander_data import make
 from posttrain.expander_model import Expander, load_chat_model
 from posttrain.expander_sft import Pair, check_tokens, fitting, make_trainer, read_pairs, tokens, train
 from posttrain.expander_template import FILE, messages, template
-from posttrain.nano import build
+from posttrain.nano import build, evaluate_expander
+from posttrain.nano.scenes import COLOURS, SHAPES
 from prompts.errors import UserError
 
 WEIGHTS = Path(build.__file__).parent / "weights"
@@ -108,26 +111,30 @@ def test_a_template_that_thinks_aloud_is_refused(tmp_path, data):
         fitting(PAIRS, tokenizer, recipe(tmp_path, data))
 
 
-def test_training_writes_an_adapter_that_learnt_and_resumes_to_the_same(tmp_path, data):
-    train(recipe(tmp_path, data))
+def test_training_writes_an_adapter_that_learnt_and_resumes_to_the_same(tmp_path):
+    data = tmp_path / "house.jsonl"  # a house style, which expander-nano does not have
+    asked = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
+    rows = [{"prompt": prompt, "completion": f"{prompt}, glowing style, black background"} for prompt in asked]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(recipe(tmp_path, data, heldout=0.3))
     run = tmp_path / "run"
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["after"]["loss"] < summary["before"]["loss"] - 0.005 and summary["steps"] == 4
+    assert summary["after"]["loss"] < summary["before"]["loss"] - 0.1 and summary["steps"] == 4
     weights = load_file(run / "adapter" / "adapter_model.safetensors")
     assert all(w.abs().max() > 0 for name, w in weights.items() if "lora_B" in name) and len(weights) == 2 * 7 * 3
     card = (run / "adapter" / "README.md").read_text()
     assert template().system in card and template().hash in card and f"base_model: {BASE}" in card
     assert [json.loads(x)["step"] for x in (run / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 3, 4, 4]
     with pytest.raises(UserError, match="holds a run already; add --resume"):
-        train(recipe(tmp_path, data))
+        train(recipe(tmp_path, data, heldout=0.3))
 
     cut = tmp_path / "cut" / "run"
     shutil.copytree(run, cut)
     shutil.rmtree(cut / "adapter")
     shutil.rmtree(cut / "checkpoints" / "checkpoint-4")
     with pytest.raises(UserError, match=r"batch: is not what .* was begun with"):
-        train(recipe(tmp_path / "cut", data, batch=8), resume=True)
-    train(recipe(tmp_path / "cut", data), resume=True)
+        train(recipe(tmp_path / "cut", data, heldout=0.3, batch=8), resume=True)
+    train(recipe(tmp_path / "cut", data, heldout=0.3), resume=True)
     again = load_file(cut / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(weights[name], again[name]) for name in weights)
     steps = [json.loads(x)["step"] for x in (cut / "metrics.jsonl").read_text().splitlines()]
@@ -194,7 +201,8 @@ def test_sample_draws_expansions(tmp_path):
     # the picture is the expansion's: drawn as a prompt of its own, it comes out the same
     assert cli.main(["sample", *arguments, "--prompt", table[0]["expansion"], "--guidance", "0",
                      "--output", str(tmp_path / "alone")]) == 0  # fmt: skip
-    assert (tmp_path / "alone" / "000.png").read_bytes() == (output / "000.png").read_bytes()
+    alone, among = (np.asarray(Image.open(p / "000.png")).astype(int) for p in (tmp_path / "alone", output))
+    assert abs(alone - among).max() <= 2 < among.std()
 
 
 # ---- mistakes ---------------------------------------------------------------------------------------------
@@ -285,4 +293,10 @@ def test_recipes_are_valid():
 def test_weights_stay_small():
     files = [file for file in WEIGHTS.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 16_000_000
-    assert sum(file.stat().st_size for file in files if file.is_relative_to(BASE)) < 600_000
+
+
+def test_expander_nano_keeps_its_prompt_mostly_and_spreads_over_what_that_leaves_open():
+    """Floors below what posttrain/nano/weights/README.md measures on 200 prompts: 0.99, 0.72, 0.96; 5.6 and 4.2."""
+    figures = evaluate_expander.measure(BASE, prompts=40)
+    assert figures["valid"] > 0.94 and figures["keeps_all"] > 0.6 and figures["keeps_text"] > 0.85
+    assert figures["styles_of_8"] > 5 and figures["backgrounds_of_8"] > 3.7 and figures["longest"] <= 64
