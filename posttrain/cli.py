@@ -22,6 +22,7 @@ from posttrain import __version__
 from posttrain.carryover_config import CarryoverConfig
 from posttrain.config import ExportConfig, GRPOConfig, JudgeConfig, ReportConfig, SampleConfig, ServeConfig
 from posttrain.expander_config import ExpandConfig, ExpanderDataConfig, ExpanderSFTConfig
+from posttrain.expander_rl_config import ExpanderGDPOConfig
 from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
 from posttrain.pipeline_config import PipelineConfig
 from posttrain.ranges import ConfigError
@@ -70,6 +71,9 @@ COMMANDS = {
     ),
     "expander sft": Command(
         ExpanderSFTConfig, "posttrain.expander_sft:train", "teach a chat model to expand prompts", True
+    ),
+    "expander gdpo": Command(
+        ExpanderGDPOConfig, "posttrain.expander_rl:train", "train an expander by the pictures it makes", True
     ),
     "expand": Command(ExpandConfig, "posttrain.expand:main", "expand a prompt in several ways", positional="prompt"),
     "sample": Command(SampleConfig, "posttrain.sample:sample", "draw images from a checkpoint"),

@@ -18,6 +18,8 @@ from PIL import Image
 
 from posttrain.chart import Point, line_chart, number
 from posttrain.config import ReportConfig
+from posttrain.group_page import STYLE as GROUPS_STYLE
+from posttrain.group_page import groups_section
 from prompts.errors import UserError
 
 MOST_PAIRS = 24  # images of each of the two steps shown
@@ -102,6 +104,7 @@ def write_report(run: Path, path: Path | None = None) -> Path:
         _curves(series),
         _prompts(_read_json(run / "prompts.json")),
         _images(run / "samples"),
+        groups_section(run / "groups"),
         "<h2>Settings</h2>",
         f"<details><summary>Resolved recipe</summary><pre>{_text(recipe_text)}</pre></details>",
         _environment(environment),
@@ -118,7 +121,7 @@ def page(title: str, body: list[str]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:;'
         " style-src 'unsafe-inline'\">"
-        f"<title>{_text(title)}</title><style>{STYLE}</style></head><body><main>\n"
+        f"<title>{_text(title)}</title><style>{STYLE}{GROUPS_STYLE}</style></head><body><main>\n"
         + "\n".join(part for part in body if part)
         + "\n</main></body></html>\n"
     )

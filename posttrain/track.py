@@ -107,7 +107,7 @@ class Run:
         recipe = run / "recipe.yaml"
         if recipe.exists() and not resume:
             raise UserError(f"{run}: holds a run already; add --resume or choose another --output")
-        if recipe.exists() and any((run / "checkpoints").glob("step-*")):
+        if recipe.exists() and any((run / "checkpoints").glob("[!.]*-*")):
             new = _plain(dataclasses.asdict(config))  # type: ignore[call-overload]
             if lost := [change for change in changes(yaml.safe_load(recipe.read_text()), new) if _is_kept(*change)]:
                 raise UserError(

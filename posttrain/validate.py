@@ -22,12 +22,14 @@ from posttrain.config import (
     ServerSpec,
 )
 from posttrain.expander_config import ExpandConfig, ExpanderDataConfig, ExpanderSFTConfig
+from posttrain.expander_rl_config import ExpanderGDPOConfig
 from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
 from posttrain.pipeline_config import PipelineConfig
 from posttrain.ranges import ConfigError, at_least, pixels, positive, share
 from posttrain.stpo_config import STPOConfig
 from posttrain.tdm_config import MOST_STEPS, TDMConfig
 from posttrain.validate_expander import validate_expand, validate_expander_data, validate_expander_sft
+from posttrain.validate_gdpo import validate_gdpo
 from posttrain.validate_pairs import validate_annotate, validate_pair_set, validate_pairs, validate_preference_loss
 
 Config = (
@@ -41,6 +43,7 @@ Config = (
     | AnnotationsConfig
     | ExpanderDataConfig
     | ExpanderSFTConfig
+    | ExpanderGDPOConfig
     | ExpandConfig
     | SampleConfig
     | ExportConfig
@@ -83,6 +86,10 @@ def validate(config: Config) -> None:
         case ExpanderSFTConfig():
             validate_expander_sft(config)
             _validate_optim(config.optim)
+        case ExpanderGDPOConfig():
+            _validate_rewards(config.rewards)
+            _validate_servers(config.servers)
+            validate_gdpo(config)
         case ExpandConfig():
             validate_expand(config)
         case SampleConfig():

@@ -56,6 +56,10 @@ class Judge:
 
         return await self._cached(ask, image, template, fields)
 
+    async def p_yes_text(self, template: Template, **fields: str) -> float:
+        """The same of a question without a picture."""
+        return await self._p_yes(None, template.render(**fields))
+
     async def transcribe(self, image: Image.Image | EncodedImage, template: Template) -> list[str]:
         """The lines of text that the judge reads in the picture, in reading order."""
 
