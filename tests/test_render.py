@@ -45,7 +45,7 @@ def pixels(image):
 
 
 def endpoint(config, server, **options):
-    quick = {"timeout": 2.0, "deadline": 2.0, "retries": 2, **options}
+    quick = {"timeout": 30.0, "deadline": 30.0, "retries": 2, **options}
     return EndpointRenderer(replace(config, urls=[server.url], **quick))
 
 
