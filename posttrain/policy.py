@@ -99,6 +99,9 @@ def earlier_of(saved: Checkpoint) -> list[Checkpoint]:
 def _load(model: dict[str, Any], device: str | torch.device) -> K2:
     k2 = K2.load(model["path"], model["transformer_file"], getattr(torch, model["dtype"]), device)
     k2.origin = {"base": fingerprint(k2.base_state_dict()), "merged": []}
+    compiled = model.get("compile")  # older checkpoints do not say, and were trained without
+    k2.blocks.compiled = k2.device.type == "cuda" and k2.dtype == torch.bfloat16 if compiled is None else compiled
+    k2.blocks.recompute = model.get("recompute")
     return k2
 
 

@@ -108,6 +108,8 @@ def _validate_run(config: GRPOConfig | STPOConfig | TDMConfig) -> None:
         raise ConfigError("output", "is empty; name a directory for the run")
     at_least("steps", config.steps, 1)
     at_least("seed", config.seed, 0)
+    if config.model.recompute is not None:
+        at_least("model.recompute", config.model.recompute, 0)
     if config.lora is not None:
         at_least("lora.rank", config.lora.rank, 1)
         positive("lora.alpha", config.lora.alpha)
