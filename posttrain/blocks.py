@@ -1,9 +1,10 @@
 """How the transformer's blocks run: compiled or as they are, and their activations kept or computed again in backward.
 
 All blocks share one compiled function, so that what is compiled for one serves all. It is compiled once for each way it
-is used: role, with or without gradient, with or without mask, and a batch of one. Batch and text length are dynamic, so
-no other size compiles it again. Nothing is compiled before it runs, and torch keeps what it compiled on disk
-(TORCHINDUCTOR_CACHE_DIR), so later runs begin sooner.
+is used: role, with or without gradient, with or without mask. Batch and text length are dynamic, so no other size
+compiles it again, but for a batch of one, which torch compiles apart: where there have been larger ones, a single sample
+(a shared start, a remainder) goes through theirs, twice. Nothing is compiled before it runs, and torch keeps what it
+compiled on disk (TORCHINDUCTOR_CACHE_DIR), so later runs begin sooner.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Blocks:
         """How many blocks, the last ones, are computed again in backward instead of keeping their activations; None: as
         many as do not fit into a GPU's free memory, and on the CPU none."""
         self._kept: dict[tuple[int, ...], int] = {}
+        self._several = False
 
     def __call__(
         self,
@@ -44,6 +46,10 @@ class Blocks:
         mask: Tensor | None,
     ) -> Tensor:
         """(B, T, C) through the blocks; modulation (B, 1, 6 C), rope of (T, head) each, mask (B, 1, 1, T) or None."""
+        if self.compiled and len(hidden) == 1 and self._several:
+            mask = None if mask is None else mask.repeat(2, 1, 1, 1)
+            return self(blocks, hidden.repeat(2, 1, 1), modulation.repeat(2, 1, 1), rope, mask)[:1]
+        self._several |= len(hidden) > 1
         run, others = _run_compiled if self.compiled else _run, (modulation, rope, mask)
         kept, shape, before = self._keep(hidden, len(blocks)), tuple(hidden.shape), 0
         for i, block in enumerate(blocks):

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from posttrain import __version__
+from posttrain.bench_config import BenchConfig
 from posttrain.config import ExportConfig, GRPOConfig, JudgeConfig, ReportConfig, SampleConfig, ServeConfig
 from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
 from posttrain.ranges import ConfigError
@@ -57,6 +58,7 @@ COMMANDS = {
     ),
     "annotations": Command(AnnotationsConfig, "posttrain.human_pairs:write", "report and export what they chose"),
     "sample": Command(SampleConfig, "posttrain.sample:sample", "draw images from a checkpoint"),
+    "bench": Command(BenchConfig, "posttrain.bench:bench", "measure the methods at true size, or plan a run"),
     "export": Command(ExportConfig, "posttrain.export:export", "write a checkpoint for other tools"),
     "report": Command(ReportConfig, "posttrain.report:report", "write report.html for a run"),
 }

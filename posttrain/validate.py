@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from posttrain import figures
+from posttrain.bench_config import BenchConfig
 from posttrain.config import (
     EvalConfig,
     ExportConfig,
@@ -37,6 +38,7 @@ Config = (
     | SampleConfig
     | ExportConfig
     | ReportConfig
+    | BenchConfig
 )
 
 
@@ -74,6 +76,8 @@ def validate(config: Config) -> None:
                 raise ConfigError("output", f"format {config.format} writes one file; end it in .safetensors")
         case ReportConfig():
             pass
+        case BenchConfig():
+            _validate_bench(config)
 
 
 def _validate_grpo(config: GRPOConfig) -> None:
@@ -336,3 +340,23 @@ def _validate_sample(config: SampleConfig) -> None:
     at_least("images", config.images, 1)
     at_least("micro_batch", config.micro_batch, 1)
     at_least("seed", config.seed, 0)
+
+
+def _validate_bench(config: BenchConfig) -> None:
+    for name, least in (("batch", 2), ("group", 2), ("text", 4), ("rank", 0), ("warmup", 2), ("repeats", 1), ("gpus", 1)):
+        at_least(name, getattr(config, name), least)
+    if not config.methods:
+        raise ConfigError("methods", "is empty; name at least one")
+    if config.rank == 0 and config.methods != ["rollout"]:
+        raise ConfigError("rank", "is 0, so there is nothing to train; use 1 or more, or methods [rollout]")
+    for i, size in enumerate(config.sizes or []):
+        pixels(f"sizes[{i}]", size)
+    if not 3 <= config.steps <= MOST_STEPS:
+        raise ConfigError("steps", f"is {config.steps}; use 3 to {MOST_STEPS}")
+    if not 1 <= config.window < config.steps:
+        raise ConfigError("window", f"is {config.window}; use 1 to steps - 1 ({config.steps - 1})")
+    if config.recompute is not None:
+        at_least("recompute", config.recompute, 0)
+    for name in ("gpu_gib", "gpu_tflops"):
+        if (value := getattr(config, name)) is not None:
+            positive(name, value)
