@@ -32,8 +32,8 @@ from posttrain import flops
 from posttrain.bench_config import BenchConfig
 from posttrain.bench_plan import plan, text_encoder_gib
 from posttrain.bench_steps import Steps
-from posttrain.blocks import graphs
 from posttrain.bench_table import table
+from posttrain.blocks import graphs
 from posttrain.k2 import K2, Text
 from posttrain.policy import POLICY
 from posttrain.processes import Processes
@@ -196,6 +196,8 @@ def _measured(
         "recompilations": graphs() - compiled,
         "first_seconds": max(0.0, sum(first) - len(first) * middle(total)) / 1e3,
         "error": agreement,
+        "shape": asdict(forwards.shape),
+        "multiple": k2.pixel_multiple,
     }
     if config.stock:
         row["stock"] = _beside(steps, work, middle(network))

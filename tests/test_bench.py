@@ -1,13 +1,23 @@
 """The bench on a tiny K2: what it counts against torch's own counter, what it writes, and its plans."""
 
+import dataclasses
+import json
+import re
+
 import pytest
 import torch
+import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from posttrain import flops
+from posttrain import cli, flops
+from posttrain.bench import Forwards
+from posttrain.bench_config import BenchConfig
+from posttrain.bench_steps import Steps
 from posttrain.k2 import K2, Text
 from posttrain.policy import POLICY
+from posttrain.processes import Processes
+from tests import runs
 
 N, L, B, RANK = 12, 7, 2, 4
 
@@ -49,3 +59,77 @@ def test_true_size():
     """
     k2_size = flops.Shape(28, 6144, 1536, 16384, 64, 256)
     assert flops.forward(k2_size, 1024, 105) == pytest.approx(28 * (980.22e9 + 31.33e9) + 2.14e9, rel=1e-4)
+
+
+# the bench
+
+
+@pytest.fixture
+def settings():
+    made = BenchConfig(scale="tiny", batch=4, group=4, text=8, rank=RANK, steps=4, repeats=1, stock=False)
+    return made
+
+
+@pytest.mark.parametrize("method", ["step", "stpo", "tdm"])
+def test_counts_what_a_step_does(method, settings):
+    """Texts are of one length here: torch counts padding too."""
+    fresh = K2.random("cpu", torch.float32, "tiny", text=False)
+    steps = Steps(fresh, settings, (64, 64), Processes())
+    steps._texts = [fresh.fuse(fresh.random_features(8))]
+    forwards = Forwards(fresh, RANK)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        steps.run(method, 0, lambda stage: None)
+    found = forwards.take()
+    assert found["flop"] == counter.get_total_flops()
+    expected = {"step": (0, 4), "stpo": (4, 4)}
+    if method in expected:
+        assert (found["forwards"], found["backwards"]) == expected[method]
+    else:  # fake score and student are trained; one forward of the fake score and two of the teacher; trajectories
+        assert found["backwards"] == 8 and 12 + 4 <= found["forwards"] <= 12 + 16
+    assert forwards.take()["flop"] == 0
+
+
+def test_padding_is_not_counted(k2):
+    forwards = Forwards(k2, RANK)
+    text = Text.of([k2.fuse(k2.random_features(length)) for length in (3, 9)])
+    with torch.no_grad():
+        k2.velocity(torch.randn(2, N, k2.latent_channels), 0.5, text, 3 * k2.pixel_multiple, 4 * k2.pixel_multiple)
+    shape = flops.Shape.of(k2)
+    assert forwards.take()["flop"] == flops.forward(shape, N, 3) + flops.forward(shape, N, 9)
+
+
+def test_bench_and_plans(tmp_path, capsys, model):
+    argv = "bench --scale tiny --batch 4 --group 4 --text 8 --rank 4 --steps 4 --repeats 1 --output"
+    assert cli.main([*argv.split(), str(tmp_path / "bench")]) == 0
+    printed = capsys.readouterr().out
+    assert (tmp_path / "bench/bench.md").read_text() in printed + "\n"
+    result = json.loads((tmp_path / "bench/bench.json").read_text())
+    rows = {row["method"]: row for row in result["rows"]}
+    assert list(rows) == ["rollout", "step", "stpo", "grpo", "tdm"]
+    for row in rows.values():
+        network = sum(ms for stage, ms in row["ms"].items() if stage not in ("decode", "prepare"))
+        assert row["share"] == pytest.approx(row["tflops"] / result["matmul"]["tflops"])
+        assert row["images_per_second"] == pytest.approx(1e3 * row["images"] / sum(row["ms"].values()))
+        assert row["peak_gib"] is None and row["recompilations"] == 0
+        stock = row["stock"]["forward_ms"] * row["forwards"] + (row["stock"]["step_ms"] or 0) * row["backwards"]
+        assert row["stock"]["ratio"] == pytest.approx(stock / network)
+    # Twelve of the 16 forwards of a group of four come after a window that begins at the second step; half begin there.
+    assert rows["rollout"]["forwards"] == 16 and rows["grpo"]["backwards"] == 8
+    assert rows["grpo"]["forwards"] == (16 + 13) / 2 + 8
+
+    recipe = runs.config(tmp_path, model)
+    (tmp_path / "grpo.yaml").write_text(yaml.safe_dump(dataclasses.asdict(recipe)))
+    one, two = (_plan(tmp_path, capsys, gpus) for gpus in (1, 2))
+    assert "as a recipe of grpo" in one and "2 steps" in one and "measured on a CPU" in one
+    assert _seconds(two) == pytest.approx(_seconds(one) / 2, rel=0.02)
+
+
+def _plan(folder, capsys, gpus):
+    measured = str(folder / "bench/bench.json")
+    argv = ["bench", "--plan", str(folder / "grpo.yaml"), "--measured", measured, "--gpus", str(gpus)]
+    assert cli.main(argv) == 0
+    return capsys.readouterr().out
+
+
+def _seconds(text):
+    return float(re.search(r"Training step: .*?, (\S+) s", text)[1])
