@@ -46,11 +46,19 @@ class Blocks:
         mask: Tensor | None,
     ) -> Tensor:
         """(B, T, C) through the blocks; modulation (B, 1, 6 C), rope of (T, head) each, mask (B, 1, 1, T) or None."""
-        if self.compiled and len(hidden) == 1 and self._several:
+        if not self.compiled:
+            return self._each(_run, blocks, hidden, modulation, rope, mask)
+        samples = len(hidden)
+        if samples == 1 and self._several:
+            hidden, modulation = hidden.repeat(2, 1, 1), modulation.repeat(2, 1, 1)
             mask = None if mask is None else mask.repeat(2, 1, 1, 1)
-            return self(blocks, hidden.repeat(2, 1, 1), modulation.repeat(2, 1, 1), rope, mask)[:1]
-        self._several |= len(hidden) > 1
-        run, others = _run_compiled if self.compiled else _run, (modulation, rope, mask)
+        self._several |= samples > 1
+        # A view of something else would be compiled apart from what is none, and one for each way that it is cut.
+        modulation, rope = modulation.clone(), (rope[0].clone(), rope[1].clone())
+        mask = None if mask is None else mask.clone()
+        return self._each(_run_compiled, blocks, hidden, modulation, rope, mask)[:samples]
+
+    def _each(self, run: Callable[..., Tensor], blocks: Sequence[nn.Module], hidden: Tensor, *others: Any) -> Tensor:
         kept, shape, before = self._keep(hidden, len(blocks)), tuple(hidden.shape), 0
         for i, block in enumerate(blocks):
             if kept is None and i == 1:  # the first has less to keep where only adapters are trained

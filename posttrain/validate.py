@@ -343,7 +343,15 @@ def _validate_sample(config: SampleConfig) -> None:
 
 
 def _validate_bench(config: BenchConfig) -> None:
-    for name, least in (("batch", 2), ("group", 2), ("text", 4), ("rank", 0), ("warmup", 2), ("repeats", 1), ("gpus", 1)):
+    for name, least in (
+        ("batch", 2),
+        ("group", 2),
+        ("text", 4),
+        ("rank", 0),
+        ("warmup", 2),
+        ("repeats", 1),
+        ("gpus", 1),
+    ):
         at_least(name, getattr(config, name), least)
     if not config.methods:
         raise ConfigError("methods", "is empty; name at least one")
