@@ -1,10 +1,10 @@
-"""`posttrain bench --plan RECIPE`: an estimate of a run's time and memory from what was measured, and no more than that.
+"""`posttrain bench --plan RECIPE`: an estimate of a run's time and memory from what was measured.
 
 Time: the useful operations of a training step and of an evaluation, by the formulas of flops.py and the recipe's sizes,
-batches and rank, at the rate in TFLOP/s that the recipe's method reached (rollout's, for evaluations), times GPUs, times
-the ratio of matmul rates where gpu_tflops names another GPU; decoding at the milliseconds a pixel that were measured.
-What was not measured is left out: rewards, encoding of text and of pairs, loading, checkpoints, and what is lost between
-GPUs. Prompts are taken to be as long as those of the measurement.
+batches and rank, at the rate in TFLOP/s that the recipe's method reached (rollout's, for evaluations), by the number of
+GPUs and, where gpu_tflops names another GPU, the ratio of matmul rates; and decoding at the measured time a pixel.
+Rewards, encoding of text and of pairs, loading, checkpoints and what is lost between GPUs were not measured and are
+left out. Prompts are taken to be as long as those of the measurement.
 
 Memory: what the weights took, and the text encoder's; 16 bytes for each parameter of an adapter more or less; and the
 rest of the measured peak in proportion to image tokens in one forward. That holds if the recipe keeps as many blocks'

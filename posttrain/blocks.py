@@ -1,10 +1,10 @@
 """How the transformer's blocks run: compiled or as they are, and their activations kept or computed again in backward.
 
-All blocks share one compiled function, so that what is compiled for one serves all. It is compiled once for each way it
-is used: role, with or without gradient, with or without mask. Batch and text length are dynamic, so no other size
-compiles it again, but for a batch of one, which torch compiles apart: where there have been larger ones, a single sample
+All blocks share one compiled function, so what is compiled for one serves all. It is compiled once for each way it is
+used: role, with or without gradient, with or without mask. Batch and text length are dynamic, so that another size does
+not have it compiled again. Only a batch of one torch compiles apart: where there have been larger ones, a single sample
 (a shared start, a remainder) goes through theirs, twice. Nothing is compiled before it runs, and torch keeps what it
-compiled on disk (TORCHINDUCTOR_CACHE_DIR), so later runs begin sooner.
+compiled on disk (TORCHINDUCTOR_CACHE_DIR), so that later runs begin sooner.
 """
 
 from __future__ import annotations

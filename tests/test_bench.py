@@ -123,6 +123,19 @@ def test_bench_and_plans(tmp_path, capsys, model):
     assert "as a recipe of grpo" in one and "2 steps" in one and "measured on a CPU" in one
     assert _seconds(two) == pytest.approx(_seconds(one) / 2, rel=0.02)
 
+    # 64 x 64 pixels are 64 image tokens, 32 x 32 are 16: batches of 4 of them want a quarter of the 8 GiB beside 20 of
+    # weights. The adapters are alike and the text encoder's 3 GiB come on top: 20 + 3 + 2 = 25.
+    for row in result["rows"]:
+        row["weights_gib"], row["peak_gib"] = 20.0, 28.0
+    result["text_encoder_gib"], result["gpu_gib"] = 3.0, 24.0
+    (tmp_path / "bench/bench.json").write_text(json.dumps(result))
+    assert "Memory: 25 GiB of 24" in _plan(tmp_path, capsys, 1) and "does not fit" in _plan(tmp_path, capsys, 1)
+
+    result["rows"] = [row for row in result["rows"] if row["method"] != "grpo"]
+    (tmp_path / "bench/bench.json").write_text(json.dumps(result))
+    argv = ["bench", "--plan", str(tmp_path / "grpo.yaml"), "--measured", str(tmp_path / "bench/bench.json")]
+    assert cli.main(argv) == 2 and "needs grpo, which was not measured" in capsys.readouterr().err
+
 
 def _plan(folder, capsys, gpus):
     measured = str(folder / "bench/bench.json")

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from posttrain import blocks
+from posttrain.config import ModelConfig
 from posttrain.k2 import K2, Text
+from posttrain.policy import load_model
 from posttrain.roles import switched
 
 
@@ -99,3 +101,10 @@ def test_what_fits_is_kept():
     assert blocks.kept_blocks(10, 1, 28) == 8
     assert blocks.kept_blocks(100, 1, 28) == 28
     assert blocks.kept_blocks(-3, 1, 28) == 0 and blocks.kept_blocks(2.9, 1, 28) == 0
+
+
+def test_a_recipe_says_how_blocks_run(model):
+    for compiled, recompute in ((None, None), (True, 2), (False, 0)):
+        config = ModelConfig(str(model), dtype="float32", compile=compiled, recompute=recompute)
+        made = load_model(config, "cpu").blocks
+        assert made.compiled is bool(compiled) and made.recompute == recompute  # null: not on a CPU
