@@ -33,7 +33,7 @@ from posttrain.bench_config import BenchConfig
 from posttrain.bench_plan import plan, text_encoder_gib
 from posttrain.bench_steps import Steps
 from posttrain.bench_table import table
-from posttrain.blocks import graphs
+from posttrain.blocks import graphs, set_attention
 from posttrain.k2 import K2, Text
 from posttrain.policy import POLICY
 from posttrain.processes import Processes
@@ -153,7 +153,7 @@ def _measured(
     k2 = _model(config, procs.device)
     weights = torch.cuda.memory_allocated(procs.device) / 2**30 if cuda else None
     steps = Steps(k2, config, size, procs)
-    agreement = _agreement(steps) if k2.blocks.compiled else {}
+    agreement = _agreement(steps) if k2.blocks.compiled or config.attention != "native" else {}
     forwards = Forwards(k2, config.rank)
     first, before = [], graphs()
 
@@ -218,6 +218,7 @@ def _model(config: BenchConfig, device: torch.device) -> K2:
 
 def _beside(steps: Steps, work: dict[str, float], network: float) -> dict[str, Any]:
     """Stock on the samples that this process's network saw in `network` milliseconds."""
+    set_attention(steps.k2.transformer, "native")
     stock = Stock(steps.k2, steps.size, steps.config.batch, steps.config.text, steps.role)
     try:
         forward = _timed(steps, stock.forward) / steps.config.batch
@@ -251,13 +252,14 @@ def _timed(steps: Steps, function: Callable[[], None]) -> float:
 
 
 def _agreement(steps: Steps) -> dict[str, float]:
-    """Relative L2 distance of what compiled blocks compute to what they do uncompiled: velocities, gradients."""
-    k2, found = steps.k2, []
-    length = steps.config.text
+    """Relative L2 distance of velocities and gradients to those of uncompiled blocks with native attention."""
+    k2, config, found = steps.k2, steps.config, []
+    length, chosen = config.text, k2.blocks.compiled
     text = Text(k2.fuse(k2.random_features(length))[None])
     x = torch.randn(2, k2.image_tokens(*steps.size), k2.latent_channels, generator=torch.Generator().manual_seed(0))
-    for compiled in (False, True):
+    for compiled, kernels in ((False, "native"), (chosen, config.attention)):
         k2.blocks.compiled = compiled
+        set_attention(k2.transformer, kernels)
         with torch.no_grad(), k2.role(steps.role):
             parts = [k2.velocity(x.to(k2.device), 0.5, text, *steps.size)]
         if steps.role is not None:

@@ -39,6 +39,8 @@ class BenchConfig:
     """As model.compile of a recipe."""
     recompute: int | None = None
     """As model.recompute of a recipe."""
+    attention: Literal["native", "cudnn"] = "native"
+    """As model.attention of a recipe; stock keeps its own."""
     warmup: int = 2
     """Steps before the clock, which compile; what is compiled after the second is a failure; >= 2."""
     repeats: int = 5

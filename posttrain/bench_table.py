@@ -11,14 +11,14 @@ def table(result: dict[str, Any]) -> str:
     memory = "" if result["gpu_gib"] is None else f" ({result['gpu_gib']:.0f} GiB)"
     heads = (
         "method", "size", "images/s", "ms a stage", "useful TFLOP/s", "share", "peak GiB", "x stock", "x stock, guided",
-        "stock peak GiB", "compiled after step 2", "first steps, extra s", "error of compiled",
+        "stock peak GiB", "compiled after step 2", "first steps, extra s", "error of the fast path",
     )  # fmt: skip
     lines = [
         f"{result['processes']} x {result['device']}{memory}, torch {result['environment']['packages']['torch']};"
         f" matmul {rate['width']} cubed in {rate['dtype']}: {rate['tflops']:.4g} TFLOP/s, of which share is.",
         f"Scale {settings['scale']}, batch {settings['batch']}, group {settings['group']}, text {settings['text']},"
         f" rank {settings['rank']}, {settings['steps']} steps, window {settings['window']}, recompute"
-        f" {'auto' if settings['recompute'] is None else settings['recompute']}.",
+        f" {'auto' if settings['recompute'] is None else settings['recompute']}, attention {settings['attention']}.",
         "",
         f"| {' | '.join(heads)} |",
         "|---" * len(heads) + "|",

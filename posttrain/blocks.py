@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from diffusers import Krea2Transformer2DModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -110,6 +111,11 @@ def _compiled() -> Callable[..., Tensor]:
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, WAYS)
     return torch.compile(_run)
+
+
+def set_attention(transformer: Krea2Transformer2DModel, kernels: Literal["native", "cudnn"]) -> None:
+    """See model.attention of a recipe."""
+    transformer.set_attention_backend({"native": "native", "cudnn": "_native_cudnn"}[kernels])
 
 
 def graphs() -> int:

@@ -34,6 +34,9 @@ class ModelConfig:
     recompute: int | None = None
     """Blocks whose activations are computed again in backward instead of kept, >= 0 (K2 has 28): each saves memory and
     costs a forward of it; results are the same. null: as many as do not fit into the GPU's free memory; on a CPU 0."""
+    attention: Literal["native", "cudnn"] = "native"
+    """Kernels of attention. native: those that torch chooses. cudnn: cuDNN's, on an NVIDIA GPU in bfloat16, which may
+    be faster with large pictures; results agree within rounding."""
 
 
 @dataclass

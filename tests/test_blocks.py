@@ -14,6 +14,7 @@ from posttrain.config import ModelConfig
 from posttrain.k2 import K2, Text
 from posttrain.policy import load_model
 from posttrain.roles import switched
+from prompts.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +109,5 @@ def test_a_recipe_says_how_blocks_run(model):
         config = ModelConfig(str(model), dtype="float32", compile=compiled, recompute=recompute)
         made = load_model(config, "cpu").blocks
         assert made.compiled is bool(compiled) and made.recompute == recompute  # null: not on a CPU
+    with pytest.raises(UserError, match=r"model\.attention: cudnn wants an NVIDIA GPU"):
+        load_model(ModelConfig(str(model), dtype="float32", attention="cudnn"), "cpu")

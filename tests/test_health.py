@@ -135,7 +135,7 @@ def test_without_a_gpu_nothing_is_said():
 
 def test_a_missing_or_broken_library_is_told(monkeypatch):
     said = []
-    found = {"pynvml": None}
+    found: dict[str, str | None] = {"pynvml": None}
     monkeypatch.setattr(health.importlib.util, "find_spec", lambda name: found[name])
     assert health.watch(torch.device("cuda"), said.append) is None and "pip install nvidia-ml-py" in said[0]
     found["pynvml"] = "there"
