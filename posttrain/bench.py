@@ -218,7 +218,8 @@ def _model(config: BenchConfig, device: torch.device) -> K2:
 
 def _beside(steps: Steps, work: dict[str, float], network: float) -> dict[str, Any]:
     """Stock on the samples that this process's network saw in `network` milliseconds."""
-    set_attention(steps.k2.transformer, "native")
+    if steps.config.attention != "native":
+        set_attention(steps.k2.transformer, "native")
     stock = Stock(steps.k2, steps.size, steps.config.batch, steps.config.text, steps.role)
     try:
         forward = _timed(steps, stock.forward) / steps.config.batch
@@ -259,7 +260,8 @@ def _agreement(steps: Steps) -> dict[str, float]:
     x = torch.randn(2, k2.image_tokens(*steps.size), k2.latent_channels, generator=torch.Generator().manual_seed(0))
     for compiled, kernels in ((False, "native"), (chosen, config.attention)):
         k2.blocks.compiled = compiled
-        set_attention(k2.transformer, kernels)
+        if config.attention != "native":
+            set_attention(k2.transformer, kernels)
         with torch.no_grad(), k2.role(steps.role):
             parts = [k2.velocity(x.to(k2.device), 0.5, text, *steps.size)]
         if steps.role is not None:

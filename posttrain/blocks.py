@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import Krea2Transformer2DModel
@@ -113,8 +113,8 @@ def _compiled() -> Callable[..., Tensor]:
     return torch.compile(_run)
 
 
-def set_attention(transformer: Krea2Transformer2DModel, kernels: Literal["native", "cudnn"]) -> None:
-    """See model.attention of a recipe."""
+def set_attention(transformer: Krea2Transformer2DModel, kernels: str) -> None:
+    """`native` or `cudnn`; see model.attention of a recipe."""
     transformer.set_attention_backend({"native": "native", "cudnn": "_native_cudnn"}[kernels])
 
 

@@ -145,4 +145,5 @@ def _plan(folder, capsys, gpus):
 
 
 def _seconds(text):
-    return float(re.search(r"Training step: .*?, (\S+) s", text)[1])
+    (found,) = re.findall(r"Training step: .*?, (\S+) s", text)
+    return float(found)
