@@ -77,24 +77,27 @@ class Forwards:
     """What goes through the network, so that it can be counted after the clock has stopped."""
 
     def __init__(self, k2: K2, rank: int):
-        self.shape, self.rank, self.active = flops.Shape.of(k2), rank, k2.blocks.active
-        self._seen: list[tuple[int, int, int, Tensor | None, int, bool]] = []
-        k2.net.register_forward_pre_hook(self._see)
+        self.shape, self.rank, self.blocks = flops.Shape.of(k2), rank, k2.blocks
+        self._seen: list[tuple[int, int, int, Tensor | None, int, bool, int]] = []
+        k2.net.register_forward_hook(self._see)
 
-    def _see(self, module: Any, inputs: tuple[Any, ...]) -> None:
+    def _see(self, module: Any, inputs: tuple[Any, ...], v: Tensor) -> None:
         x, _, tokens, mask, _ = inputs
-        rank = self.rank if self.active else 0
-        self._seen.append((len(x), x.shape[1], tokens.shape[1], mask, rank, torch.is_grad_enabled()))
+        rank, gradient = self.rank if self.blocks.active else 0, torch.is_grad_enabled()
+        self._seen.append((len(x), x.shape[1], tokens.shape[1], mask, rank, gradient, self.blocks.recomputed))
 
     def take(self) -> dict[str, int]:
-        """Since the last time: useful operations, samples forward without gradient, and forward and backward."""
-        found = {"flop": 0, "forwards": 0, "backwards": 0}
-        for count, image, length, mask, rank, gradient in self._seen:
+        """Since the last time: useful operations, and those of what backward computed again, which are no part of them;
+        samples forward without gradient, and forward and backward; and how many blocks were computed again."""
+        found = {"flop": 0, "again": 0, "forwards": 0, "backwards": 0, "recomputed": 0}
+        for count, image, length, mask, rank, gradient, recomputed in self._seen:
             lengths = [length] * count if mask is None else mask.sum(1).tolist()
             for text in lengths:
                 found["flop"] += flops.forward(self.shape, image, text, rank)
                 found["flop"] += flops.backward(self.shape, image, text, rank) if gradient else 0
+                found["again"] += recomputed * flops.block(self.shape, image + text, rank) if gradient else 0
             found["backwards" if gradient else "forwards"] += count
+            found["recomputed"] = max(found["recomputed"], recomputed)
         self._seen.clear()
         return found
 
@@ -185,6 +188,8 @@ def _measured(
         "ms": stages,
         "tflops": middle(rates),
         "share": middle(rates) / matmul,
+        "share_recomputed": middle(rates) / matmul * (1 + work["again"] / work["flop"]),
+        "recomputed": work["recomputed"] if work["backwards"] else None,
         "useful_tflop": work["flop"] / 1e12,
         "forwards": work["forwards"],
         "backwards": work["backwards"],

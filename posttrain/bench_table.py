@@ -10,8 +10,8 @@ def table(result: dict[str, Any]) -> str:
     settings, rate = result["settings"], result["matmul"]
     memory = "" if result["gpu_gib"] is None else f" ({result['gpu_gib']:.0f} GiB)"
     heads = (
-        "method", "size", "images/s", "ms a stage", "useful TFLOP/s", "share", "peak GiB", "x stock", "x stock, guided",
-        "stock peak GiB", "compiled after step 2", "first steps, extra s", "error of the fast path",
+        "method", "size", "images/s", "ms a stage", "useful TFLOP/s", "share", "with recomputed", "blocks recomputed",
+        "peak GiB", "x stock", "x stock, guided", "stock peak GiB", "compiled after step 2", "first steps, extra s", "error of the fast path",
     )  # fmt: skip
     lines = [
         f"{result['processes']} x {result['device']}{memory}, torch {result['environment']['packages']['torch']};"
@@ -30,7 +30,7 @@ def table(result: dict[str, Any]) -> str:
 def _cells(row: dict[str, Any]) -> list[str]:
     named = [row["method"], "x".join(str(side) for side in row["size"])]
     if "failed" in row:
-        return [*named, row["failed"], *["-"] * 10]
+        return [*named, row["failed"], *["-"] * 12]
     stock = row.get("stock") or {}
     error = ", ".join(f"{name} {value:.1e}" for name, value in row["error"].items())
     return [
@@ -39,6 +39,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
         ", ".join(f"{name} {ms:.4g}" for name, ms in row["ms"].items()),
         _number(row["tflops"]),
         _number(row["share"]),
+        _number(row["share_recomputed"]),
+        "-" if row["recomputed"] is None else f"{row['recomputed']:.0f}",
         _number(row["peak_gib"]),
         stock.get("failed") or _number(stock.get("ratio")),
         _number(stock.get("ratio_guided")),

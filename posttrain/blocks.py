@@ -37,6 +37,8 @@ class Blocks:
         many as do not fit into a GPU's free memory, and on the CPU none."""
         self._kept: dict[tuple[int, ...], int] = {}
         self._several = False
+        self.recomputed = 0
+        """How many blocks of the last forward will be computed again in backward."""
 
     def __call__(
         self,
@@ -69,6 +71,7 @@ class Blocks:
                 trained = [p for other in blocks for p in other.parameters() if p.requires_grad]
                 kept = 2 + kept_blocks(free_memory(hidden.device, trained), each, len(blocks) - 2)
                 self._kept[shape] = kept
+            self.recomputed = 0 if kept is None else len(blocks) - min(max(kept, 0), len(blocks))
             if kept is None or i < kept:
                 hidden = run(block, hidden, *others)
             else:

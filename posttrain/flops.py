@@ -52,12 +52,17 @@ class Shape:
         return dict(zip(TARGETS, sizes))
 
 
-def forward(shape: Shape, image: int, text: int, rank: int = 0) -> int:
-    """Of one sample of `image` and `text` tokens; `rank` of adapters on all linears, 0 for none."""
-    d, tokens = shape.width, image + text
+def block(shape: Shape, tokens: int, rank: int = 0) -> int:
+    """Of one sample's forward through one block; `rank` of adapters on all linears, 0 for none."""
     linears = sum(2 * tokens * (a * b + rank * (a + b)) for a, b in shape.linears().values())
+    return linears + 4 * tokens * tokens * shape.width
+
+
+def forward(shape: Shape, image: int, text: int, rank: int = 0) -> int:
+    """Of one sample of `image` and `text` tokens."""
+    d = shape.width
     around = 4 * image * shape.channels * d + 2 * (shape.time * d + d * d + 6 * d * d)
-    return shape.blocks * (linears + 4 * tokens * tokens * d) + around
+    return shape.blocks * block(shape, image + text, rank) + around
 
 
 def backward(shape: Shape, image: int, text: int, rank: int) -> int:

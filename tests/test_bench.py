@@ -89,6 +89,20 @@ def test_counts_what_a_step_does(method, settings):
     assert forwards.take()["flop"] == 0
 
 
+def test_what_is_recomputed_is_counted_apart(settings):
+    """One of two blocks, once for each of four pictures; torch counts it as well."""
+    fresh = K2.random("cpu", torch.float32, "tiny", text=False)
+    steps, fresh.blocks.recompute = Steps(fresh, settings, (64, 64), Processes()), 1
+    steps._texts = [fresh.fuse(fresh.random_features(8))]
+    forwards = Forwards(fresh, RANK)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        steps.run("step", 0, lambda stage: None)
+    found = forwards.take()
+    again = counter.get_total_flops() - found["flop"]
+    assert found["again"] == 4 * flops.block(forwards.shape, 64 + 8, RANK)
+    assert 0.8 * found["again"] < again <= found["again"]  # torch stops where nothing more is missing
+
+
 def test_padding_is_not_counted(k2):
     forwards = Forwards(k2, RANK)
     text = Text.of([k2.fuse(k2.random_features(length)) for length in (3, 9)])
