@@ -39,6 +39,9 @@ class Steps:
     size: tuple[int, int]
     procs: Processes
 
+    ratio_error: float | None = None
+    """Of grpo: how far a ratio was from 1 before an update, at most; see loop.check_ratio."""
+
     def __post_init__(self) -> None:
         if self.config.rank:
             add_policy(self.k2, self._lora, 0, reference=False)
@@ -85,7 +88,8 @@ class Steps:
         lap("decode")
         advantages = torch.randn(self.config.group, generator=torch.Generator().manual_seed(index))
         groups = [self._group(trajectory, index, advantages)]
-        grpo.optimise(self.k2, self._grpo_config, groups, self._stepper, self.procs)
+        metrics = grpo.optimise(self.k2, self._grpo_config, groups, self._stepper, self.procs)
+        self.ratio_error = max(self.ratio_error or 0.0, metrics["ratio_error"])
         lap("optimise")
 
     def _step(self, index: int, lap: Lap) -> None:

@@ -11,7 +11,8 @@ def table(result: dict[str, Any]) -> str:
     memory = "" if result["gpu_gib"] is None else f" ({result['gpu_gib']:.0f} GiB)"
     heads = (
         "method", "size", "images/s", "ms a stage", "useful TFLOP/s", "share", "with recomputed", "blocks recomputed",
-        "peak GiB", "x stock", "x stock, guided", "stock peak GiB", "compiled after step 2", "first steps, extra s", "error of the fast path",
+        "peak GiB", "x stock", "x stock, guided", "stock peak GiB", "compiled after step 2",
+        "first steps, extra s", "error",
     )  # fmt: skip
     lines = [
         f"{result['processes']} x {result['device']}{memory}, torch {result['environment']['packages']['torch']};"
