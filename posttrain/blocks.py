@@ -70,7 +70,8 @@ class Blocks:
                 each = torch.cuda.memory_allocated(hidden.device) - before
                 trained = [p for other in blocks for p in other.parameters() if p.requires_grad]
                 kept = 2 + kept_blocks(free_memory(hidden.device, trained), each, len(blocks) - 2)
-                self._kept[shape] = kept
+                if each > 0:  # else nothing is trained now, and a later forward may be
+                    self._kept[shape] = kept
             self.recomputed = 0 if kept is None else len(blocks) - min(max(kept, 0), len(blocks))
             if kept is None or i < kept:
                 hidden = run(block, hidden, *others)
