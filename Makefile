@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 VLLM ?= .venv-vllm
 BIN := $(VENV)/bin
+# A file's tests stay together, since they share what they make first.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 TORCH := $(shell sed -n 's/^ *"\(torch>=[^"]*\)",/\1/p' pyproject.toml)
 
 # Nothing from outside the environment, and one thread a process: two test runs on one machine must not fight.
@@ -24,14 +26,15 @@ PLATFORM := $(shell uname -sm)
 ifeq ($(PLATFORM),Linux x86_64)
 test test-vllm: export POSTTRAIN_VLLM = $(abspath $(VLLM))/bin/vllm
 test: $(VENV)/installed $(VLLM)/bin/vllm browser
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not vllm"
+	$(BIN)/python -m pytest -m vllm
 
 test-vllm: $(VENV)/installed $(VLLM)/bin/vllm
 	$(BIN)/python -m pytest -m vllm
 else
 test: $(VENV)/installed browser
 	@echo "Left out: the tests with the real vLLM. They need Linux x86_64, and this is $(PLATFORM)."
-	$(BIN)/python -m pytest -m "not vllm"
+	$(PYTEST) -m "not vllm"
 
 test-vllm:
 	@echo "The tests with the real vLLM need Linux x86_64, and this is $(PLATFORM)."; exit 2

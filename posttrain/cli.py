@@ -20,8 +20,12 @@ import yaml
 
 from posttrain import __version__
 from posttrain.bench_config import BenchConfig
+from posttrain.carryover_config import CarryoverConfig
 from posttrain.config import ExportConfig, GRPOConfig, JudgeConfig, ReportConfig, SampleConfig, ServeConfig
+from posttrain.expander_config import ExpandConfig, ExpanderDataConfig, ExpanderSFTConfig
+from posttrain.expander_rl_config import ExpanderGDPOConfig
 from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
+from posttrain.pipeline_config import PipelineConfig
 from posttrain.ranges import ConfigError
 from posttrain.recipe import check_recipe, describe, field_types, fits, read_recipe, suggestion
 from posttrain.stpo_config import STPOConfig
@@ -43,7 +47,13 @@ class Command:
     resumable: bool = False
     any_recipe: bool = False
     """It takes another command's recipe and reads only the keys that it knows."""
+    positional: str | None = None
+    """The option that a first argument without -- in front of it is the value of."""
+    dry: bool = False
+    """It has --dry-run."""
 
+
+CHECK = "export --check"
 
 COMMANDS = {
     "stpo": Command(STPOConfig, "posttrain.stpo:train", "train with STPO on pairs and write a run directory", True),
@@ -57,9 +67,28 @@ COMMANDS = {
         AnnotateConfig, "posttrain.annotate:annotate", "serve a page where people choose between images"
     ),
     "annotations": Command(AnnotationsConfig, "posttrain.human_pairs:write", "report and export what they chose"),
+    "expander data": Command(
+        ExpanderDataConfig, "posttrain.expander_data:make", "make short prompts for long captions", True
+    ),
+    "expander sft": Command(
+        ExpanderSFTConfig, "posttrain.expander_sft:train", "teach a chat model to expand prompts", True
+    ),
+    "expander gdpo": Command(
+        ExpanderGDPOConfig, "posttrain.expander_rl:train", "train an expander by the pictures it makes", True
+    ),
+    "expand": Command(ExpandConfig, "posttrain.expand:main", "expand a prompt in several ways", positional="prompt"),
     "sample": Command(SampleConfig, "posttrain.sample:sample", "draw images from a checkpoint"),
     "bench": Command(BenchConfig, "posttrain.bench:bench", "measure the methods at true size, or plan a run"),
     "export": Command(ExportConfig, "posttrain.export:export", "write a checkpoint for other tools"),
+    CHECK: Command(CarryoverConfig, "posttrain.carryover:check", "measure on Turbo what a LoRA trained on Raw does"),
+    "run": Command(
+        PipelineConfig,
+        "posttrain.pipeline:carry_out",
+        "carry out a pipeline of stages",
+        True,
+        dry=True,
+        positional="config",
+    ),
     "report": Command(ReportConfig, "posttrain.report:report", "write report.html for a run"),
 }
 
@@ -112,14 +141,30 @@ def _run(argv: list[str]) -> int:
     if argv[0] == "--version":
         print(f"posttrain {__version__}")
         return 0
-    name, rest = argv[0], argv[1:]
+    seconds = [known.split()[1] for known in COMMANDS if known.startswith(f"{argv[0]} ") and known != CHECK]
+    words = 2 if seconds else 1
+    name, rest = " ".join(argv[:words]), argv[words:]
     if name not in COMMANDS:
+        if seconds:
+            raise UserError(f"{argv[0]}: is followed by one of {', '.join(seconds)}, not by '{' '.join(argv[1:2])}'")
         raise UserError(f"'{name}' is not a command{suggestion(name, list(COMMANDS))}")
-    config, resume = load_config(name, rest)
     command = COMMANDS[name]
+    if command.positional and rest and not rest[0].startswith("-"):
+        rest = [f"--{command.positional}={rest[0]}", *rest[1:]]
+    flags = {f"--{field}" for field, kind in field_types(command.config).items() if kind is bool}
+    following = [*rest[1:], "--"]
+    rest = [f"{a}=true" if a in flags and b.startswith("--") else a for a, b in zip(rest, following)]
+    if name == "export" and any(word.partition("=")[0] == "--check" for word in rest):
+        name, command = CHECK, COMMANDS[CHECK]
+        rest = ["--help"] if {"-h", "--help"} & {*rest} else rest
+    options: dict[str, bool] = {}
+    if command.dry:
+        options["dry_run"] = "--dry-run" in rest
+        rest = [word for word in rest if word != "--dry-run"]
+    config, resume = load_config(name, rest)
     module, _, function = command.function.partition(":")
     run = getattr(importlib.import_module(module), function)
-    code = run(config, resume=resume) if command.resumable else run(config)
+    code = run(config, resume=resume, **options) if command.resumable else run(config)
     return code or 0
 
 
@@ -154,6 +199,13 @@ def _parser(name: str) -> Any:
             action="store_true",
             default=SUPPRESS,  # no part of the recipe, so --print_config must not print it
             help="Carry on from the newest whole checkpoint in the run directory, if there is one.",
+        )
+    if command.dry:
+        parser.add_argument(
+            "--dry-run",
+            action="store_true",
+            default=SUPPRESS,
+            help="Only check all settings and paths, and tell the plan.",
         )
     parser.add_class_arguments(command.config)
     return parser

@@ -37,6 +37,9 @@ class ModelConfig:
     attention: Literal["native", "cudnn"] = "native"
     """Kernels of attention. native: those that torch chooses. cudnn: cuDNN's, on an NVIDIA GPU in bfloat16, which may
     be faster with large pictures; results agree within rounding."""
+    allow_distilled: bool = False
+    """Train a distilled checkpoint (Turbo, or a run of posttrain tdm as start) as if it were Raw. Losses over all noise
+    levels blur what few steps draw: the order that works is to train Raw and to distil it last."""
 
 
 @dataclass
@@ -311,6 +314,9 @@ class SampleConfig:
     """Guidance in K2's convention, v = c + s (c - u), >= 0, 0 is off; null: 4.5, or 0 for those."""
     images: int = 1
     """Images for each prompt, >= 1."""
+    expand: str | None = None
+    """Draw expansions instead of the prompts, one for each image: chat model, or run directory of `posttrain expander
+    sft` or `gdpo`; null: the prompts as they are."""
     micro_batch: int = 8
     """Images in one forward, >= 1."""
     seed: int = 0
@@ -324,11 +330,18 @@ class ExportConfig:
     source: str
     """Run directory (its newest checkpoint) or one checkpoint, such as runs/a/checkpoints/best."""
     output: str
-    """Directory (diffusers) or .safetensors file (the other formats) to write; must not exist."""
+    """Directory (diffusers) or .safetensors file (the other formats) to write; must not exist. Its model card is
+    README.md in the directory, or NAME.md beside NAME.safetensors."""
     format: Literal["diffusers", "lora", "original", "lora-original"] = "diffusers"
     """diffusers: a Krea2Pipeline directory with what was trained. lora: the adapter for load_lora_weights.
     original, lora-original: the same in the key names of the official repository and ComfyUI. A run that trained
     all weights has no adapter: diffusers or original."""
+    license: str | None = None
+    """Licence of the card, a name that the hub knows, such as apache-2.0; null: as the base model's card says."""
+    push: str | None = None
+    """Hub id, such as owner/name, to upload the export to, with its card; needs a token. null: it stays here."""
+    private: bool = True
+    """Make the hub's repository private, if push makes a new one."""
 
 
 @dataclass

@@ -20,7 +20,7 @@ from posttrain.checkpoint import Checkpoint
 from posttrain.k2 import Text
 from posttrain.pair_choice import degrade
 from posttrain.pairs_config import DrawConfig, PairsConfig
-from posttrain.policy import POLICY, add_saved_policy, load_model, merge_earlier, stands_on
+from posttrain.policy import POLICY, add_saved_policy, is_student, load_model, merge_earlier, stands_on
 from prompts.errors import UserError
 
 
@@ -180,6 +180,8 @@ def _saved(config: PairsConfig, name: str) -> Checkpoint:
         saved = checkpoint.load(checkpoint.find(name))
         if "lora" not in saved.state:
             raise UserError(f"{name}: holds no adapter and no weights; give a run that trained the model")
+        if is_student(saved):  # it would set the schedule of every way to draw
+            raise UserError(f"{name}: is a distilled student; pairs are for training Raw: give a run of stpo or grpo")
     except UserError as error:
         raise UserError(f"{'policy' if name == config.policy else 'checkpoint'}: {error}") from error
     return saved

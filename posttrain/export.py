@@ -3,7 +3,9 @@
     posttrain export --source runs/demo --output out/k2-tuned
     posttrain export --source runs/demo --output out/lora.safetensors --format lora
 
-The adapter's scale (alpha / rank) is baked into its B factors, so every loader applies it at strength 1.
+The adapter's scale (alpha / rank) is baked into its B factors, so every loader applies it at strength 1. A student of
+posttrain tdm becomes a distilled pipeline: the stock one then runs it at Turbo's shift. Each file is read back before
+it gets its name (exported.py), and comes with a model card (card.py).
 """
 
 from __future__ import annotations
@@ -20,10 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from posttrain import checkpoint, original
+from posttrain.card import model_card
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import ExportConfig
+from posttrain.exported import check_lora, check_pipeline, check_weights
+from posttrain.hub import check_push, push
 from posttrain.k2 import K2
-from posttrain.load import quiet
+from posttrain.load import empty_transformer, quiet
 from posttrain.policy import POLICY, add_saved_policy, earlier_of, load_base
 from prompts.errors import UserError
 
@@ -35,39 +40,55 @@ DIFFUSERS_PREFIX, ORIGINAL_PREFIX = "transformer.", "diffusion_model."
 def export(config: ExportConfig) -> None:
     """Writes `config.output`. Raises UserError if it exists, or if what was trained would change nothing."""
     output = Path(config.output)
-    if output.exists():
-        raise UserError(f"output: {output} exists; choose another name")
+    card = None if config.format == "diffusers" else output.with_suffix(".md")
+    for path in (output, card):
+        if path is not None and path.exists():
+            raise UserError(f"output: {path} exists; choose another name")
+    if config.push is not None:
+        check_push(config.push)
     saved = checkpoint.load(checkpoint.find(config.source))
-    write(saved, output, config.format)
+    write(saved, output, config.format, model_card(saved, output, config.format, config.license))
     print(f"posttrain: wrote {output} ({config.format}) from {saved.path}")
+    if config.push is not None:
+        print(f"posttrain: pushed it to {push(output, card, config.push, config.private)}")
 
 
-def write(saved: Checkpoint, output: Path, format: str) -> None:
-    """A checkpoint in one of the formats of ExportConfig. Raises UserError if it would change nothing."""
+def write(saved: Checkpoint, output: Path, format: str, card: str | None = None) -> None:
+    """A checkpoint in one of the formats of ExportConfig, read back and compared. Raises UserError if it would change
+    nothing, or if what was written is not what was meant."""
     adapter = saved.tensors.get("adapter")
     if adapter is not None and not any(v.any() for k, v in adapter.items() if k.endswith(B)):
         raise UserError(f"{saved.path}: the adapter is untrained (every B factor is 0) and would do nothing")
-    factors = scaled_factors(saved) if format.startswith("lora") else {}
-    if format == "lora":
-        _whole(output, lambda path: save_file({DIFFUSERS_PREFIX + k: v for k, v in factors.items()}, path))
-    elif format == "lora-original":
-        named = {ORIGINAL_PREFIX + original.original_name(k): v for k, v in factors.items()}
-        _whole(output, lambda path: save_file(named, path))
+    if format.startswith("lora"):
+        factors = scaled_factors(saved)
+        named = {DIFFUSERS_PREFIX + k: v for k, v in factors.items()}
+        if format == "lora-original":
+            named = {ORIGINAL_PREFIX + original.original_name(k): v for k, v in factors.items()}
+        model = empty_transformer(saved.state["model"]["path"]).state_dict()
+        _whole(output, lambda path: save_file(named, path), lambda path: check_lora(output, path, model, factors), card)
+        return
+    k2 = load_base(saved)
+    before = {k: v.clone() for k, v in k2.base_state_dict().items()}
+    add_saved_policy(k2, saved)
+    k2.merge_role(POLICY)
+    after = k2.base_state_dict()
+    if not any(not torch.equal(before[k], v) for k, v in after.items()):
+        what = "what was trained" if saved.state["lora"] is None else "the adapter"
+        raise UserError(f"{saved.path}: merged in {k2.dtype}, {what} changes no weight; train longer or in float32")
+    model = empty_transformer(saved.state["model"]["path"]).state_dict()
+    if format == "original":
+        model, state, base = (original.to_original(part) for part in (model, after, before))
+        state = {k: v.contiguous() for k, v in state.items()}
+        _whole(
+            output, lambda path: save_file(state, path, metadata={"format": "pt"}),
+            lambda path: check_weights(output, [path], model, state, base), card,
+        )  # fmt: skip
     else:
-        k2 = load_base(saved)
-        before = {k: v.clone() for k, v in k2.base_state_dict().items()}
-        add_saved_policy(k2, saved)
-        k2.merge_role(POLICY)
-        after = k2.base_state_dict()
-        if not any(not torch.equal(before[k], v) for k, v in after.items()):
-            what = "what was trained" if saved.state["lora"] is None else "the adapter"
-            raise UserError(f"{saved.path}: merged in {k2.dtype}, {what} changes no weight; train longer or in float32")
-        if format == "original":
-            state = {k: v.contiguous() for k, v in original.to_original(after).items()}
-            _whole(output, lambda path: save_file(state, path))
-        else:
-            with quiet():
-                _whole(output, lambda path: k2.pipe.save_pretrained(path, safe_serialization=True))
+        with quiet():
+            _whole(
+                output, lambda path: k2.pipe.save_pretrained(path, safe_serialization=True),
+                lambda path: check_pipeline(output, path, model, after, before, k2.is_distilled), card,
+            )  # fmt: skip
 
 
 def scaled_factors(saved: Checkpoint) -> dict[str, Tensor]:
@@ -92,16 +113,23 @@ def load_checkpoint(saved: Checkpoint, device: str | torch.device = "cpu") -> K2
     return k2
 
 
-def _whole(output: Path, write: Callable[[Path], object]) -> None:
-    """Writes beside the target and renames, so that a half-written export is never found under its name."""
+def _whole(output: Path, write: Callable[[Path], object], check: Callable[[Path], None], card: str | None) -> None:
+    """Writes and checks beside the target and renames, so that no half-written or wrong export has its name."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=".export-", dir=output.parent))
     except OSError as error:
         raise UserError(f"output: {output.parent} cannot be written: {error.strerror}; choose another") from error
     try:
-        write(folder / output.name)
-        os.rename(folder / output.name, output)
+        path = folder / output.name
+        write(path)
+        check(path)
+        if card is not None:
+            beside = path / "README.md" if path.is_dir() else path.with_suffix(".md")
+            beside.write_text(card, encoding="utf-8")
+        os.rename(path, output)
+        if card is not None and output.is_file():
+            os.rename(path.with_suffix(".md"), output.with_suffix(".md"))
     except (OSError, SafetensorError) as error:
         if not checkpoint.is_full(error):
             raise

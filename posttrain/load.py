@@ -34,7 +34,7 @@ def load_pipeline(
 ) -> Krea2Pipeline:
     """See `K2.load`."""
     path = str(path)
-    _check_directory(path)
+    check_directory(path)
     try:
         with contextlib.nullcontext() if _is_hub_id(path) else quiet():
             pipe = _read(path, transformer_file, dtype)
@@ -87,11 +87,18 @@ def keeps_fp32(name: str) -> bool:
     return not set(Krea2Transformer2DModel._keep_in_fp32_modules).isdisjoint(name.split("."))
 
 
+def empty_transformer(path: str | Path) -> Any:
+    """The transformer of a pipeline on the meta device: names and shapes."""
+    config: Any = Krea2Transformer2DModel.load_config(str(path), subfolder="transformer")
+    with torch.device("meta"):
+        return Krea2Transformer2DModel.from_config(config)
+
+
 def _is_hub_id(path: str) -> bool:
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path)) and not Path(path).parent.exists()
 
 
-def _check_directory(path: str) -> None:
+def check_directory(path: str) -> None:
     """Raise a UserError unless `path` is a local K2 pipeline with whole files, or looks like a hub id."""
     index = Path(path) / "model_index.json"
     if _is_hub_id(path):
@@ -147,9 +154,7 @@ def _read_original(file: Path, path: str, dtype: torch.dtype) -> Krea2Transforme
     if file.suffix != ".safetensors":
         raise UserError(f"{file}: only .safetensors files are read; convert it first")
     _check_whole(file)
-    config: Any = Krea2Transformer2DModel.load_config(path, subfolder="transformer")
-    with torch.device("meta"):
-        transformer: Any = Krea2Transformer2DModel.from_config(config)
+    transformer = empty_transformer(path)
     weights = original.from_original(load_file(file))
     remedy = f"give a file in the original key names that belongs to {path}/transformer"
     check_names(str(file), transformer.state_dict(), weights, remedy, original_names=True)

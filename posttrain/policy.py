@@ -26,6 +26,9 @@ from posttrain.roles import TARGETS
 from prompts.errors import UserError
 
 POLICY = "policy"
+DISTILLED_REMEDY = (
+    "train the Raw checkpoint and distil it afterwards, or set model.allow_distilled: true if this is what you want"
+)
 
 
 # ---- the base -------------------------------------------------------------------------------------------------
@@ -34,25 +37,26 @@ POLICY = "policy"
 def load_model(model: ModelConfig, device: str | torch.device, saved: Checkpoint | None = None) -> K2:
     """The base to train, with what `model.start` trained merged into it; or, to resume, with what `saved` has merged.
 
-    Raises UserError for a Turbo checkpoint, for one that another base was trained to, and for a run to start from that
-    is gone or has changed.
+    Raises UserError for a distilled checkpoint that the recipe does not ask for by name, for one that another base was
+    trained to, and for a run to start from that is gone or has changed.
     """
     if saved is not None:
         if (before := saved.state["model"].get("start")) != model.start:
             raise UserError(f"model.start: was {before} when the run began; restore it, or start another run")
         return _quickened(_load_for(saved, asdict(model), device), model)
     k2 = _load(asdict(model), device)
-    if k2.is_distilled:
-        raise UserError(
-            f"{model.path}: model_index.json: is_distilled is true: train the Raw checkpoint and distil it afterwards"
-        )
+    if k2.is_distilled and not model.allow_distilled:
+        raise UserError(f"{model.path}: model_index.json: is_distilled is true: {DISTILLED_REMEDY}")
     if model.start is not None:
         found = checkpoint.find(model.start)
         first = checkpoint.load(found)
+        stages = [*earlier_of(first), first]
+        if any(map(is_student, stages)) and not model.allow_distilled:
+            raise UserError(f"model.start: {found} is distilled (method tdm): {DISTILLED_REMEDY}")
         base = _origin(first)["base"]
         if base not in (None, k2.origin["base"]):
             raise UserError(f"model.start: {found} was trained on another model than model.path ({model.path})")
-        for earlier in [*earlier_of(first), first]:
+        for earlier in stages:
             _merge(k2, earlier)
     return _quickened(k2, model)
 
@@ -115,6 +119,11 @@ def _quickened(k2: K2, model: ModelConfig) -> K2:
     return k2
 
 
+def is_student(saved: Checkpoint) -> bool:
+    """Whether a checkpoint's policy is a distilled student: few steps, no guidance, Turbo's shift."""
+    return saved.state.get("method") == "tdm"
+
+
 def _merge(k2: K2, earlier: Checkpoint) -> None:
     add_saved_policy(k2, earlier)
     k2.merge_role(POLICY)
@@ -149,13 +158,15 @@ def add_policy(k2: K2, lora: LoraConfig | None, seed: int, reference: bool) -> N
 
 
 def add_saved_policy(k2: K2, saved: Checkpoint) -> None:
-    """The role as a checkpoint has it."""
+    """The role as a checkpoint has it. With a student the model counts as distilled: its shift is Turbo's."""
     lora = saved.state["lora"]
     if lora is None:
         k2.add_full_role(POLICY)
     else:
         k2.add_role(POLICY, **lora)
     load_policy(k2, saved)
+    if is_student(saved):
+        k2.pipe.register_to_config(is_distilled=True)
 
 
 def load_policy(k2: K2, saved: Checkpoint) -> None:

@@ -93,7 +93,15 @@ def describe(kind: Any) -> str:
         return "a mapping"
     if dataclasses.is_dataclass(kind):
         return "a section with " + ", ".join(f.name for f in dataclasses.fields(kind))
-    words = {float: "a number", int: "a whole number", str: "text", bool: "true or false", type(None): "null"}
+    words = {
+        list: "a list",
+        dict: "a mapping",
+        float: "a number",
+        int: "a whole number",
+        str: "text",
+        bool: "true or false",
+        type(None): "null",
+    }
     return words[kind]
 
 

@@ -18,6 +18,8 @@ from PIL import Image
 
 from posttrain.chart import Point, line_chart, number
 from posttrain.config import ReportConfig
+from posttrain.group_page import STYLE as GROUPS_STYLE
+from posttrain.group_page import groups_section
 from prompts.errors import UserError
 
 MOST_PAIRS = 24  # images of each of the two steps shown
@@ -98,26 +100,31 @@ def write_report(run: Path, path: Path | None = None) -> Path:
     title = f"{run.resolve().name}: {recipe.get('model', {}).get('path', 'K2')}"
     body = [
         f"<header><h1>{_text(run.resolve().name)}</h1>{_subtitle(recipe, environment, series)}</header>",
-        _summary(summary),
+        summary_tables(summary),
         _curves(series),
         _prompts(_read_json(run / "prompts.json")),
         _images(run / "samples"),
+        groups_section(run / "groups"),
         "<h2>Settings</h2>",
         f"<details><summary>Resolved recipe</summary><pre>{_text(recipe_text)}</pre></details>",
         _environment(environment),
     ]
-    page = (
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page(title, body), encoding="utf-8")
+    return path
+
+
+def page(title: str, body: list[str]) -> str:
+    """A whole document of these parts, which may load nothing but what they hold; empty ones are left out."""
+    return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:;'
         " style-src 'unsafe-inline'\">"
-        f"<title>{_text(title)}</title><style>{STYLE}</style></head><body><main>\n"
+        f"<title>{_text(title)}</title><style>{STYLE}{GROUPS_STYLE}</style></head><body><main>\n"
         + "\n".join(part for part in body if part)
         + "\n</main></body></html>\n"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
-    return path
 
 
 def read_metrics(path: Path) -> dict[str, list[Point]]:
@@ -152,7 +159,7 @@ def _subtitle(recipe: dict, environment: dict, series: dict[str, list[Point]]) -
     return f"<p>{_text(' · '.join(parts))}</p>{warning}"
 
 
-def _summary(summary: dict[str, Any]) -> str:
+def summary_tables(summary: dict[str, Any]) -> str:
     before, after, teacher = (summary.get(name, {}) for name in ("before", "after", "teacher"))
     rows = []
     for name in [*before, *(name for name in after if name not in before)]:
@@ -234,7 +241,7 @@ def _images(samples: Path) -> str:
         row = prompts[i] if i < len(prompts) else {}
         cells = []
         for directory in shown:
-            uri, small = _data_uri(directory / name)
+            uri, small = data_uri(directory / name)
             step = int(directory.name.removeprefix("step-"))
             css = ' class="small"' if small else ""
             cells.append(f'<div><img{css} src="{uri}" alt="step {step}">step {step}</div>')
@@ -286,7 +293,7 @@ def _read_json(path: Path) -> Any:
         raise UserError(f"{path}:{error.lineno}: not JSON; remove the file and write the report again") from None
 
 
-def _data_uri(path: Path) -> tuple[str, bool]:
+def data_uri(path: Path) -> tuple[str, bool]:
     """The image as a data URI, and whether it is so small that it should be enlarged without smoothing."""
     image = Image.open(path).convert("RGB")
     small = max(image.size) <= 128

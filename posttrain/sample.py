@@ -15,6 +15,7 @@ from accelerate import PartialState
 
 from posttrain import checkpoint, sampler
 from posttrain.config import SampleConfig
+from posttrain.expander_model import Expander
 from posttrain.k2 import K2, Text, to_pil
 from posttrain.policy import POLICY, add_saved_policy, merge_earlier
 from prompts.errors import UserError
@@ -32,20 +33,23 @@ def sample(config: SampleConfig) -> None:
     records = [PromptRecord(config.prompt)] if config.prompt is not None else read_prompts(config.prompts or "")
     model = config.model
     k2 = K2.load(model.path, model.transformer_file, getattr(torch, model.dtype), PartialState().device or "cpu")
-    role, distilled = contextlib.nullcontext(), k2.is_distilled
+    role = contextlib.nullcontext()
     if config.adapter is not None:
         saved = checkpoint.load(checkpoint.find(config.adapter))
         merge_earlier(k2, saved)
         add_saved_policy(k2, saved)
-        role, distilled = k2.role(POLICY), distilled or saved.state["method"] == "tdm"
-    steps = STEPS[distilled] if config.steps is None else config.steps
-    guidance = GUIDANCE[distilled] if config.guidance is None else config.guidance
-    mu = sampler.TURBO_MU if distilled else None
+        role = k2.role(POLICY)
+    steps = STEPS[k2.is_distilled] if config.steps is None else config.steps
+    guidance = GUIDANCE[k2.is_distilled] if config.guidance is None else config.guidance
     height, width = config.size
     shape = (k2.image_tokens(height, width), k2.latent_channels)
     jobs = [(record, i) for record in records for i in range(config.images)]
     seeds = [sampler.seed_for(config.seed, n // config.images, i) for n, (_, i) in enumerate(jobs)]
-    encoding = k2.encode([r.prompt for r in records])
+    drawn = [record.prompt for record in records]
+    texts = [n // config.images for n in range(len(jobs))]  # which of `drawn` a job draws
+    if config.expand is not None:
+        drawn, texts = expansions(config, drawn), list(range(len(jobs)))
+    encoding = k2.encode(drawn)
     if cuts := [cut for cut in encoding.cut if cut]:
         print(
             f"posttrain: warning: {len(cuts)} prompts are too long; up to {max(cuts)} tokens are cut", file=sys.stderr
@@ -59,11 +63,24 @@ def sample(config: SampleConfig) -> None:
     with role:
         for first in range(0, len(jobs), config.micro_batch):
             part = range(first, min(first + config.micro_batch, len(jobs)))
-            text = Text.of([fused[n // config.images] for n in part])
+            text = Text.of([fused[texts[n]] for n in part])
             noise = sampler.noise([seeds[n] for n in part], shape)
-            latents = k2.sample(text, noise, steps, height, width, guidance, null, mu)
+            latents = k2.sample(text, noise, steps, height, width, guidance, null)
             for n, image in zip(part, to_pil(k2.decode(latents, height, width))):
                 image.save(output / f"{n:03d}.png")
-    table = [{"prompt": record.prompt, "seed": seed} for (record, _), seed in zip(jobs, seeds)]
+    table: list[dict] = [{"prompt": record.prompt, "seed": seed} for (record, _), seed in zip(jobs, seeds)]
+    if config.expand is not None:
+        table = [{**row, "expansion": drawn[text]} for row, text in zip(table, texts)]
     (output / "prompts.json").write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
     print(f"posttrain: wrote {len(jobs)} pictures to {output} ({steps} steps, guidance {guidance:g})")
+
+
+def expansions(config: SampleConfig, prompts: list[str]) -> list[str]:
+    """`config.images` expansions of each prompt, in order. Raises UserError if one is empty."""
+    assert config.expand is not None
+    expander = Expander.load(config.expand, None, getattr(torch, config.model.dtype), PartialState().device or "cpu")
+    texts = [e.text for group in expander.expand(prompts, config.images, config.seed) for e in group]
+    if not all(texts):
+        empty = prompts[texts.index("") // config.images]
+        raise UserError(f"expand: {config.expand} answered '{empty}' with nothing; train it further, or change seed")
+    return texts

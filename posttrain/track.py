@@ -35,6 +35,7 @@ import torch
 import yaml
 from PIL import Image
 
+from posttrain.changes import changes, told
 from posttrain.config import TrackConfig
 from posttrain.progress import Progress, grid_image
 from prompts.errors import UserError
@@ -83,9 +84,9 @@ class Run:
             run.path.mkdir(parents=True, exist_ok=True)
             new = _plain(dataclasses.asdict(config))  # type: ignore[call-overload]
             if recipe.exists():
-                changed = _changes(yaml.safe_load(recipe.read_text()), new)
+                changed = changes(yaml.safe_load(recipe.read_text()), new)
                 if changed:
-                    run.say(f"the recipe has changed since the run began: {_told(changed)}")
+                    run.say(f"the recipe has changed since the run began: {told(changed)}")
             _replace(recipe, yaml.safe_dump(new, sort_keys=False, allow_unicode=True))
             _replace(run.path / "environment.json", _json(environment(), indent=1))
         except (FileExistsError, NotADirectoryError):
@@ -106,11 +107,11 @@ class Run:
         recipe = run / "recipe.yaml"
         if recipe.exists() and not resume:
             raise UserError(f"{run}: holds a run already; add --resume or choose another --output")
-        if recipe.exists() and any((run / "checkpoints").glob("step-*")):
+        if recipe.exists() and any((run / "checkpoints").glob("[!.]*-*")):
             new = _plain(dataclasses.asdict(config))  # type: ignore[call-overload]
-            if lost := [change for change in _changes(yaml.safe_load(recipe.read_text()), new) if _is_kept(*change)]:
+            if lost := [change for change in changes(yaml.safe_load(recipe.read_text()), new) if _is_kept(*change)]:
                 raise UserError(
-                    f"{run}: cannot be resumed with {_told(lost)}: restore that (a link can stand in for a file that"
+                    f"{run}: cannot be resumed with {told(lost)}: restore that (a link can stand in for a file that"
                     " was moved), or choose another --output"
                 )
 
@@ -271,24 +272,12 @@ def _commit() -> str | None:
     return result.stdout.strip() or None
 
 
-def _changes(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """Path of each field that differs, with its old and its new value."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = [*new, *(name for name in old if name not in new)]
-        return [c for name in names for c in _changes(old.get(name), new.get(name), f"{path}.{name}".lstrip("."))]
-    return [] if old == new else [(path, old, new)]
-
-
 def _is_kept(path: str, old: Any, new: Any) -> bool:
     if path == "optim.ema":  # its value may change, but an average cannot begin or end on the way
         return bool(old) != bool(new)
     if path in ("sampling.sizes", "sizes"):  # the first is the size of evaluations
         return old[:1] != new[:1]
     return path.startswith(KEPT)
-
-
-def _told(changes: Sequence[tuple[str, Any, Any]]) -> str:
-    return ", ".join(f"{path} {old} -> {new}" for path, old, new in changes)
 
 
 def _number(value: Any) -> float | int:

@@ -30,12 +30,17 @@ from posttrain.track import Run, RunConfig, peak_memory
 from rewards.serve import ServerSpec, serve
 
 
-class TrainingConfig(RunConfig, Protocol):
-    """What the settings of any training method have."""
+class ServedConfig(RunConfig, Protocol):
+    """The settings of any run that may need servers."""
+
+    servers: list[ServerSpec]
+
+
+class TrainingConfig(ServedConfig, Protocol):
+    """What the settings of any method that trains K2 have."""
 
     steps: int
     model: ModelConfig
-    servers: list[ServerSpec]
     optim: OptimConfig
     eval: EvalConfig
     checkpoint: CheckpointConfig
@@ -46,7 +51,7 @@ Urls = dict[str, list[str]]
 
 
 def in_run(
-    config: TrainingConfig, resume: bool, procs: Processes, body: Callable[[Run, Urls], signal.Signals | None]
+    config: ServedConfig, resume: bool, procs: Processes, body: Callable[[Run, Urls], signal.Signals | None]
 ) -> None:
     """Runs `body` in the run directory, with the recipe's servers up, and writes the report. Ctrl-C is passed on."""
     with Run.create(config, resume, procs.main) as run:

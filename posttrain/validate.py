@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 
 from posttrain import figures
 from posttrain.bench_config import BenchConfig
+from posttrain.carryover_config import CarryoverConfig
 from posttrain.config import (
     EvalConfig,
     ExportConfig,
@@ -20,10 +22,16 @@ from posttrain.config import (
     ServeConfig,
     ServerSpec,
 )
+from posttrain.expander_config import ExpandConfig, ExpanderDataConfig, ExpanderSFTConfig
+from posttrain.expander_rl_config import ExpanderGDPOConfig
 from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
+from posttrain.pipeline_config import PipelineConfig
 from posttrain.ranges import ConfigError, at_least, pixels, positive, share
 from posttrain.stpo_config import STPOConfig
 from posttrain.tdm_config import MOST_STEPS, TDMConfig
+from posttrain.validate_bench import validate_bench
+from posttrain.validate_expander import validate_expand, validate_expander_data, validate_expander_sft
+from posttrain.validate_gdpo import validate_gdpo
 from posttrain.validate_pairs import validate_annotate, validate_pair_set, validate_pairs, validate_preference_loss
 
 Config = (
@@ -35,10 +43,16 @@ Config = (
     | ServeConfig
     | AnnotateConfig
     | AnnotationsConfig
+    | ExpanderDataConfig
+    | ExpanderSFTConfig
+    | ExpanderGDPOConfig
+    | ExpandConfig
     | SampleConfig
     | ExportConfig
     | ReportConfig
     | BenchConfig
+    | CarryoverConfig
+    | PipelineConfig
 )
 
 
@@ -69,15 +83,31 @@ def validate(config: Config) -> None:
             validate_annotate(config)
         case AnnotationsConfig():
             share("max_bad", config.max_bad, 1)
+        case ExpanderDataConfig():
+            validate_expander_data(config)
+            _validate_servers(config.servers)
+        case ExpanderSFTConfig():
+            validate_expander_sft(config)
+            _validate_optim(config.optim)
+        case ExpanderGDPOConfig():
+            _validate_rewards(config.rewards)
+            _validate_servers(config.servers)
+            validate_gdpo(config)
+        case ExpandConfig():
+            validate_expand(config)
         case SampleConfig():
             _validate_sample(config)
         case ExportConfig():
             if config.format != "diffusers" and not config.output.endswith(".safetensors"):
                 raise ConfigError("output", f"format {config.format} writes one file; end it in .safetensors")
+        case CarryoverConfig():
+            _validate_carryover(config)
+        case PipelineConfig():
+            _validate_pipeline(config)
         case ReportConfig():
             pass
         case BenchConfig():
-            _validate_bench(config)
+            validate_bench(config)
 
 
 def _validate_grpo(config: GRPOConfig) -> None:
@@ -151,6 +181,8 @@ def _validate_tdm(config: TDMConfig) -> None:
         raise ConfigError("sizes", "is empty; name at least one [height, width]")
     for i, size in enumerate(config.sizes):
         pixels(f"sizes[{i}]", size)
+    if config.model.allow_distilled:
+        raise ConfigError("model.allow_distilled", "a teacher must be able to use many steps; give the Raw checkpoint")
     student, fake = config.student, config.fake
     if not student.steps or len(set(student.steps)) < len(student.steps):
         raise ConfigError(
@@ -342,29 +374,33 @@ def _validate_sample(config: SampleConfig) -> None:
     at_least("seed", config.seed, 0)
 
 
-def _validate_bench(config: BenchConfig) -> None:
-    for name, least in (
-        ("batch", 2),
-        ("group", 2),
-        ("text", 4),
-        ("rank", 0),
-        ("warmup", 2),
-        ("repeats", 1),
-        ("gpus", 1),
-    ):
-        at_least(name, getattr(config, name), least)
-    if not config.methods:
-        raise ConfigError("methods", "is empty; name at least one")
-    if config.rank == 0 and config.methods != ["rollout"]:
-        raise ConfigError("rank", "is 0, so there is nothing to train; use 1 or more, or methods [rollout]")
-    for i, size in enumerate(config.sizes or []):
-        pixels(f"sizes[{i}]", size)
-    if not 3 <= config.steps <= MOST_STEPS:
-        raise ConfigError("steps", f"is {config.steps}; use 3 to {MOST_STEPS}")
-    if not 1 <= config.window < config.steps:
-        raise ConfigError("window", f"is {config.window}; use 1 to steps - 1 ({config.steps - 1})")
-    if config.recompute is not None:
-        at_least("recompute", config.recompute, 0)
-    for name in ("gpu_gib", "gpu_tflops"):
-        if (value := getattr(config, name)) is not None:
-            positive(name, value)
+def _validate_carryover(config: CarryoverConfig) -> None:
+    for name in ("check", "turbo"):
+        if not getattr(config, name).strip():
+            raise ConfigError(name, "is empty; name one")
+    _validate_rewards(config.rewards)
+    _validate_servers(config.servers)
+    at_least("pictures", config.pictures, 2)
+    at_least("steps", config.steps, 1)
+    at_least("guidance", config.guidance, 0)
+    at_least("turbo_steps", config.turbo_steps, 1)
+    if config.size is not None:
+        pixels("size", config.size)
+    if config.model is not None and config.model.start is not None:
+        raise ConfigError("model.start", "has no meaning here: what was merged into a run's base is part of its LoRA")
+    at_least("max_tokens", config.max_tokens, 1)
+    at_least("micro_batch", config.micro_batch, 1)
+    at_least("seed", config.seed, 0)
+
+
+def _validate_pipeline(config: PipelineConfig) -> None:
+    if not config.output.strip():
+        raise ConfigError("output", "is empty; name a directory for the pipeline")
+    if not config.stages:
+        raise ConfigError("stages", "is empty; name at least one stage")
+    names = [stage.name for stage in config.stages]
+    for i, name in enumerate(names):
+        if not re.fullmatch(r"[A-Za-z0-9_][\w-]*", name):
+            raise ConfigError(f"stages[{i}].name", f"is '{name}'; it names a directory: use letters, digits, _ and -")
+        if name in names[:i]:
+            raise ConfigError(f"stages[{i}].name", f"'{name}' is used twice; give each its own name")

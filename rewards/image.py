@@ -25,7 +25,7 @@ class JudgeReward(ABC):
     """
 
     def __init__(self, judge: Judge | Mapping[str, Any], template: str):
-        self.judge = judge if isinstance(judge, Judge) else _made(judge)
+        self.judge = made_judge(judge)
         self.template = load_template(template)
 
     async def __call__(
@@ -138,7 +138,10 @@ class OCR(JudgeReward):
         return load_template("rubric"), {"requirement": prompt}
 
 
-def _made(judge: Mapping[str, Any]) -> Judge:
+def made_judge(judge: Judge | Mapping[str, Any]) -> Judge:
+    """A Judge, or one made of its arguments: a LocalJudge if `path` is among them."""
+    if isinstance(judge, Judge):
+        return judge
     if "path" not in judge:
         return construct(Judge, judge, "judge")
     from rewards.local_judge import LocalJudge  # torch comes with it

@@ -48,25 +48,33 @@ class Judge:
         if not self.base_urls:
             raise UserError(f"judge {self.model}: base_urls: empty: give a URL or server://NAME")
 
-    async def p_yes(self, image: Image.Image | EncodedImage, template: Template, **fields: str) -> float:
-        """P(yes) / (P(yes) + P(no)) at the first answer token."""
+    async def p_yes(self, image: Image.Image | EncodedImage | None, template: Template, **fields: str) -> float:
+        """P(yes) / (P(yes) + P(no)) at the first answer token; None asks about text alone."""
 
-        async def ask(encoded: EncodedImage) -> float:
+        async def ask(encoded: EncodedImage | None) -> float:
             return await self._p_yes(encoded, template.render(**fields))
 
         return await self._cached(ask, image, template, fields)
 
+    async def p_yes_text(self, template: Template, **fields: str) -> float:
+        """The same of a question without a picture."""
+        return await self._p_yes(None, template.render(**fields))
+
     async def transcribe(self, image: Image.Image | EncodedImage, template: Template) -> list[str]:
         """The lines of text that the judge reads in the picture, in reading order."""
 
-        async def ask(encoded: EncodedImage) -> list[str]:
+        async def ask(encoded: EncodedImage | None) -> list[str]:
             return await self._list_of_strings("lines", template.render(), encoded)
 
         return await self._cached(ask, image, template, {})
 
     async def decompose(self, template: Template, prompt: str) -> list[str]:
         """The requirements that the judge finds in a prompt."""
-        return await self._list_of_strings("requirements", template.render(prompt=prompt), None)
+        return await self.write("requirements", template, prompt=prompt)
+
+    async def write(self, key: str, template: Template, **fields: str) -> list[str]:
+        """The strings of a reply {key: [...]} to a question about text alone."""
+        return await self._list_of_strings(key, template.render(**fields), None)
 
     async def repeatability(
         self, images: Sequence[Image.Image], template: Template, n: int = 20, **fields: str
@@ -85,7 +93,7 @@ class Judge:
             scores[i].append(score)
         return max(max(row) - min(row) for row in scores)
 
-    async def _p_yes(self, encoded: EncodedImage, text: str) -> float:
+    async def _p_yes(self, encoded: EncodedImage | None, text: str) -> float:
         response = await self._chat(text, encoded, max_tokens=1, logprobs=True, top_logprobs=20)
         try:
             candidates = response["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
@@ -124,13 +132,13 @@ class Judge:
 
     async def _cached(
         self,
-        ask: Callable[[EncodedImage], Awaitable[Any]],
-        image: Image.Image | EncodedImage,
+        ask: Callable[[EncodedImage | None], Awaitable[Any]],
+        image: Image.Image | EncodedImage | None,
         template: Template,
         fields: Mapping[str, str],
     ) -> Any:
-        encoded = image if isinstance(image, EncodedImage) else await encode_async(image)
-        key = (self.model, template.hash, tuple(sorted(fields.items())), encoded.hash)
+        encoded = await encode_async(image) if isinstance(image, Image.Image) else image
+        key = (self.model, template.hash, tuple(sorted(fields.items())), encoded and encoded.hash)
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]

@@ -28,6 +28,19 @@ def load_rewards(specs: Sequence[RewardSpec], servers: Mapping[str, Sequence[str
     return [_load(spec, servers or {}) for spec in specs]
 
 
+def check_rewards(specs: Sequence[RewardSpec]) -> None:
+    """Raises UserError for what `load_rewards` would refuse before anything is made: no judge is loaded or asked."""
+    for spec in specs:
+        _check(spec)
+        where = f"reward {spec.name}: function"
+        if isinstance(spec.function, str):
+            import_object(spec.function, where)
+        else:
+            module, _, name = spec.function["class_path"].replace(":", ".").rpartition(".")
+            cls = import_object(f"{module}:{name}", f"{where}: class_path")
+            _bind(cls, spec.function.get("init_args", {}), f"{where}: init_args")
+
+
 def record(rewards: Sequence[Reward]) -> dict[str, dict[str, Any]]:
     return {r.spec.name: r.function.record() for r in rewards if isinstance(r.function, Recorded)}
 
@@ -84,15 +97,19 @@ def import_object(path: str, where: str) -> Any:
 
 def construct(cls: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> Any:
     """`cls(**arguments)`; arguments that do not fit are the user's mistake, a TypeError inside is not."""
+    _bind(cls, arguments, where)
+    try:
+        return cls(**arguments)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _bind(cls: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> None:
     try:
         inspect.signature(cls).bind(**arguments)
     except TypeError as error:
         known = ", ".join(inspect.signature(cls).parameters)
         raise UserError(f"{where}: {error}: it takes {known}") from error
-    try:
-        return cls(**arguments)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
 
 
 def _with_servers(value: Any, servers: Mapping[str, Sequence[str]], where: str) -> Any:

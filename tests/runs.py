@@ -142,7 +142,7 @@ def tdm_config(folder: Path, model: Path) -> TDMConfig:
     return made
 
 
-def recipe(made: GRPOConfig | STPOConfig | TDMConfig, path: Path) -> Path:
+def recipe(made: Any, path: Path) -> Path:
     path.write_text(json.dumps(dataclasses.asdict(made)))  # JSON is YAML
     return path
 

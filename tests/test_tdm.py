@@ -415,6 +415,8 @@ def test_mistakes(config, tmp_path, capsys, options, says):
 def test_a_distilled_teacher_is_refused(config, tmp_path, capsys):
     turbo = tiny.save(tmp_path / "turbo", distilled=True)
     said = fails(capsys, config, tmp_path, "--model.path", str(turbo))
+    allowed = fails(capsys, config, tmp_path, "--model.path", str(turbo), "--model.allow_distilled", "true")
+    assert "model.allow_distilled: a teacher must be able to use many steps; give the Raw checkpoint" in allowed
     assert "turbo: model_index.json: is_distilled is true: train the Raw checkpoint" in said
     tdm.train(config)
     config.model.start, config.output = config.output, str(tmp_path / "again")

@@ -88,30 +88,37 @@ def make_data(n: int, seed: int, workers: int) -> tuple[np.ndarray, list[list[st
 
 
 def make_tokenizer(corpus: list[str]) -> Qwen2Tokenizer:
-    """A byte-level BPE of Qwen's kind. No capital is ever merged, so words to draw are spelled letter by letter."""
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = Qwen2Tokenizer()._tokenizer.pre_tokenizer
-    raw.decoder = decoders.ByteLevel()
+    """K2-nano's tokenizer: the captions' words, and K2's template at its length in tokens."""
     template = PREFIX + SUFFIX
     for token in SPECIAL:
         template = template.replace(token, "")
-    lower = ["".join(" " if c.isupper() else c for c in text) for text in corpus]
-    trainer = trainers.BpeTrainer(
-        vocab_size=640,
-        min_frequency=2,
-        special_tokens=SPECIAL,
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    raw.train_from_iterator(lower + [template] * 1000, trainer)
-    learned = json.loads(raw.to_str())["model"]
-    merges = [tuple(m) for m in learned["merges"]]  # type: ignore[misc]
-    tokenizer = Qwen2Tokenizer(vocab=learned["vocab"], merges=merges)  # type: ignore[arg-type]
-    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[1:]})
-    tokenizer.model_max_length = 4096
+    tokenizer = train_tokenizer(corpus, [template] * 1000, 640, SPECIAL)
     found = len(tokenizer(PREFIX).input_ids), len(tokenizer(SUFFIX).input_ids)
     if found != (34, 5):
         raise RuntimeError(f"K2's template must be 34 and 5 tokens, this tokenizer makes it {found}")
+    return tokenizer
+
+
+def train_tokenizer(corpus: list[str], whole: list[str], size: int, special: list[str]) -> Qwen2Tokenizer:
+    """A byte-level BPE of Qwen's kind. No capital of the corpus is ever merged, so words to draw are spelled letter by
+    letter; `whole` is learned as it stands. The first of `special` is the padding."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = Qwen2Tokenizer()._tokenizer.pre_tokenizer
+    raw.decoder = decoders.ByteLevel()
+    lower = ["".join(" " if c.isupper() else c for c in text) for text in corpus]
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        min_frequency=2,
+        special_tokens=special,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    raw.train_from_iterator(lower + whole, trainer)
+    learned = json.loads(raw.to_str())["model"]
+    merges = [tuple(m) for m in learned["merges"]]  # type: ignore[misc]
+    tokenizer = Qwen2Tokenizer(vocab=learned["vocab"], merges=merges)  # type: ignore[arg-type]
+    tokenizer.add_special_tokens({"additional_special_tokens": special[1:]})
+    tokenizer.model_max_length = 4096
     return tokenizer
 
 

@@ -1,0 +1,28 @@
+"""Expands a prompt in several ways.
+
+posttrain expand "a cat" --model runs/nano-expander-sft --n 4
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+from accelerate import PartialState
+
+from posttrain.expander_config import ExpandConfig
+from posttrain.expander_model import Expander
+
+
+def main(config: ExpandConfig) -> None:
+    """Prints `config.n` expansions, one a line or as JSON."""
+    device = PartialState().device or "cpu"
+    expander = Expander.load(config.model, config.adapter, getattr(torch, config.dtype), device)
+    found = expander.expand([config.prompt], config.n, config.seed, config.temperature, config.max_tokens)[0]
+    if config.json:
+        print(json.dumps({"prompt": config.prompt, "expansions": [e.text for e in found]}, ensure_ascii=False))
+    else:
+        print("\n".join(" ".join(e.text.split()) for e in found))
+    if cut := sum(not e.whole for e in found):
+        print(f"posttrain: warning: {cut} of {config.n} were cut at max_tokens ({config.max_tokens})", file=sys.stderr)

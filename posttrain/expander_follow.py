@@ -1,0 +1,215 @@
+"""What goes on around TRL's steps in `posttrain expander gdpo`: the reward functions that share one evaluation, and the
+callback that holds the diversity weight, times, logs, evaluates and stops.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from trl import GRPOTrainer
+
+from posttrain import sampler
+from posttrain.expander_eval import ExpanderEvaluator
+from posttrain.expander_policy import Policy
+from posttrain.expander_rl_config import ExpanderGDPOConfig
+from posttrain.expander_score import Scored, Scorer
+from posttrain.loop import MAX_SKIPPED
+from posttrain.processes import Processes
+from posttrain.track import Run, peak_memory
+from prompts.errors import UserError
+from prompts.records import PromptRecord
+
+SHOWN_FAULTS = 20  # in the report
+
+
+def diversity_weight(config: ExpanderGDPOConfig, step: int) -> float:
+    """After `step` finished steps. It is the recipe's for the whole run, unless that says that it is an ablation."""
+    weight = config.diversity.weight
+    assert not isinstance(weight, list)
+    match config.ablation.diversity:
+        case "kept":
+            return weight
+        case "removed":
+            return 0.0
+        case "annealed":
+            return weight * max(0.0, 1 - 2 * step / config.steps)
+
+
+class Shared:
+    """The reward functions of TRL, which all read one evaluation of a batch of expansions."""
+
+    def __init__(
+        self,
+        config: ExpanderGDPOConfig,
+        policy: Policy,
+        scorer: Scorer,
+        records: Sequence[PromptRecord],
+        procs: Processes,
+    ):
+        self.config, self.policy, self.scorer, self.records, self.procs = config, policy, scorer, records, procs
+        self.called = self.returned = 0.0
+        """When the first reward function of the latest batch was called, and when it had its answer."""
+        self.scored: Scored | None = None
+        self.faults: deque[dict[str, Any]] = deque(maxlen=SHOWN_FAULTS)
+        """The latest expansions that failed a check, and why."""
+        self._key: Any = None
+
+    def functions(self) -> list[Callable[..., list[float | None]]]:
+        return [self._function(name) for name in self.scorer.trained]
+
+    def _function(self, name: str) -> Callable[..., list[float | None]]:
+        def reward(
+            completion_ids: list[list[int]], row: list[int], trainer_state: Any, log_metric: Any, **_: Any
+        ) -> list[float | None]:
+            return self._evaluated(completion_ids, row, trainer_state.global_step, log_metric).rewards(name)
+
+        reward.__name__ = name
+        return reward
+
+    def _evaluated(self, ids: list[list[int]], rows: list[int], step: int, log_metric: Any) -> Scored:
+        """The evaluation of this batch: made once, by whichever function is called first."""
+        key = (step, rows, ids)
+        if self.scored is not None and self._key == key:
+            return self.scored
+        self.called = time.perf_counter()
+        size = self.config.groups.group_size
+        if len(rows) % size or any(len(set(rows[i : i + size])) > 1 for i in range(0, len(rows), size)):
+            raise RuntimeError(f"{len(rows)} expansions on this process are not whole groups of {size}")
+        expansions = [self.policy.expansion(self.records[row], tokens) for row, tokens in zip(rows, ids)]
+        groups = len(rows) // size
+        first = self.procs.rank * groups
+        seeds = [sampler.seed_for(self.config.seed, step, first + g) for g in range(groups) for _ in range(size)]
+        self.scored, self._key = self.scorer(expansions, seeds, size), key
+        for e, why in zip(expansions, map(operator.add, self.scored.causes_N, self.scored.unsafe_N)):
+            if why:
+                row = {"step": step + 1, "prompt": e.record.prompt, "expansion": e.text, "fails": ", ".join(why)}
+                self.faults.append(row)
+        for name, value in self.scored.figures(size).items():
+            if value is not None:
+                log_metric(name, value)
+        self.returned = time.perf_counter()
+        return self.scored
+
+
+class Follow(TrainerCallback):
+    """What happens around TRL's steps: the diversity weight, times, metrics, evaluations, stopping."""
+
+    def __init__(
+        self,
+        config: ExpanderGDPOConfig,
+        run: Run,
+        procs: Processes,
+        trainer: GRPOTrainer,
+        shared: Shared,
+        evaluator: ExpanderEvaluator,
+        saved: Path | None,
+    ):
+        self.config, self.run, self.procs, self.trainer = config, run, procs, trainer
+        self.shared, self.evaluator = shared, evaluator
+        state = json.loads((saved / "trainer_state.json").read_text()) if saved is not None else {"global_step": 0}
+        self.first: int = state["global_step"]
+        self.evaluations: list[dict[str, Any]] = []
+        file = run.path / "evaluations.json"
+        if saved is not None and file.is_file():
+            self.evaluations = [row for row in json.loads(file.read_text()) if row["step"] <= self.first]
+        self.done = self.first
+        self.stopped: signal.Signals | None = None
+        self.skipped = self.skipped_in_a_row = 0
+        self._seconds: dict[str, float] = {}
+        self._began = self._started = time.perf_counter()
+
+    # ---- around the run
+
+    def begin(self) -> None:
+        """Evaluates what is there before the first step; not for a run that is resumed."""
+        if not self.evaluations:
+            self._evaluate(0)
+
+    def finish(self) -> None:
+        """Writes the summary."""
+        before, after = self.evaluations[0]["figures"], self.evaluations[-1]["figures"]
+        ablation = {} if self.config.ablation.diversity == "kept" else {"ablation": self.config.ablation.diversity}
+        self.run.summary(
+            {
+                "before": before, "after": after, "steps": self.done, "skipped": self.skipped, **ablation,
+                "seconds": round(time.perf_counter() - self._started, 1), **peak_memory(),
+            }
+        )  # fmt: skip
+
+    def stop(self, number: int, frame: Any) -> None:
+        if self.stopped is signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.stopped = signal.Signals(number)
+
+    # ---- around a step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        weight = diversity_weight(self.config, state.global_step)
+        held = self.trainer.reward_weights
+        if self.config.ablation.diversity == "annealed":
+            held[-1] = weight
+        if abs(float(held[-1]) - weight) > 1e-6 * weight:
+            raise RuntimeError(
+                f"the weight of diversity is {float(held[-1])}, not {weight}: it must not change in a run"
+            )
+        self._began = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """A gradient that is not finite is left out and counted; ten in a row end the run."""
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if all(bool(torch.isfinite(g).all()) for g in gradients):
+            self.skipped_in_a_row = 0
+            return
+        model.zero_grad(set_to_none=True)
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= MAX_SKIPPED:
+            raise UserError(
+                f"optim.lr: {MAX_SKIPPED} gradients in a row were not finite; lower it (it is {self.config.optim.lr:g})"
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        now, shared, scored = time.perf_counter(), self.shared, self.shared.scored
+        assert scored is not None
+        times = {"generate": shared.called - self._began, **scored.seconds, "train": now - shared.returned}
+        self._seconds = times
+        for message, count in scored.failures.most_common(1):
+            self.run.say(f"{count} pictures or scores are missing, such as: {message}")
+        self.run.prompts({"The latest expansions that failed a check": list(shared.faults)} if shared.faults else None)
+        step = self.done = state.global_step
+        self.run.say(f"step {step}: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items()))
+        every = self.config.eval.every
+        if (every and step % every == 0) or step == self.config.steps:
+            self._evaluate(step)
+        if self.procs.any(self.stopped is not None):
+            self.stopped = self.stopped or signal.SIGTERM
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if "loss" not in logs:
+            return  # TRL's closing line
+        metrics = {name: value for name, value in logs.items() if name not in ("epoch", "step_time")}
+        metrics["diversity_weight"] = float(self.trainer.reward_weights[-1])
+        metrics["skipped"] = self.skipped
+        metrics |= {f"seconds/{name}": value for name, value in self._seconds.items()}
+        self.run.log(state.global_step, metrics)
+
+    def _evaluate(self, step: int) -> None:
+        """By the main process, while the others wait."""
+        evaluation = None
+        if self.procs.main:
+            evaluation = self.evaluator()
+            self.run.log(step, {f"eval/{name}": value for name, value in evaluation.figures.items()})
+            self.evaluator.save(self.run.path / "groups", step, evaluation)
+        figures = self.procs.from_main(None if evaluation is None else evaluation.figures)
+        self.evaluations.append({"step": step, "figures": figures})
+        if self.procs.main:
+            (self.run.path / "evaluations.json").write_text(json.dumps(self.evaluations, indent=1) + "\n")

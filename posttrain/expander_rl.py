@@ -1,0 +1,217 @@
+"""GDPO of the prompt expander: a chat model learns from the pictures that its expansions of short prompts make.
+
+    posttrain expander gdpo --config recipes/nano/expander_gdpo.yaml
+
+TRL's GRPOTrainer does the sampling, the advantages (`normalize_then_sum`, which is GDPO) and the loss. This file gives
+it reward functions that read one shared evaluation (expander_score.py); expander_follow.py asserts at each step that
+diversity keeps its weight, and makes the run directory. Checkpoints are TRL's, in checkpoints/checkpoint-N.
+
+Metrics of a step are TRL's under its own names and, for the expansions of all processes:
+
+| metric | what it is |
+|---|---|
+| seconds/generate, render, score, train | what the step's time went to, on the main process |
+| flat/NAME | share of the groups in which a reward tells no two expansions apart |
+| format, format/CAUSE, safe | shares of the expansions |
+| cut, cut_tokens | share of those longer than K2's text length, and how many tokens they lose |
+| renders, missing_images | pictures drawn on a process, alike expansions of a group once; share that is missing |
+| diversity_weight | its weight in this step |
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import signal
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import GRPOConfig as TRLConfig
+from trl import GRPOTrainer
+
+from posttrain.expander_eval import ExpanderEvaluator
+from posttrain.expander_follow import Follow, Shared, diversity_weight
+from posttrain.expander_model import CARD, write_card
+from posttrain.expander_policy import Policy
+from posttrain.expander_rl_config import ExpanderGDPOConfig
+from posttrain.expander_score import Scorer
+from posttrain.expander_template import messages, template
+from posttrain.processes import Processes
+from posttrain.render import make_renderer
+from posttrain.track import Run
+from posttrain.training import Urls, in_run
+from prompts.errors import UserError
+from prompts.records import PromptRecord, read_prompts
+from rewards.diversity import Features
+from rewards.load import load_rewards
+
+ABLATED = {
+    "removed": "the diversity reward has weight 0",
+    "annealed": "the diversity reward's weight falls to 0 over the first half",
+}
+
+
+def train(config: ExpanderGDPOConfig, resume: bool = False) -> None:
+    """Runs a recipe into its run directory. Raises UserError for what the user can mend."""
+    with warnings.catch_warnings():  # the libraries call each other by old names
+        warnings.filterwarnings("ignore", r".*gradient_checkpointing. is deprecated", FutureWarning)
+        _load_and_train(config, resume)
+
+
+def _load_and_train(config: ExpanderGDPOConfig, resume: bool) -> None:
+    procs = Processes()
+    if procs.main:
+        Run.check(config, resume)
+    if config.groups.prompts_per_step % procs.size:
+        raise UserError(
+            f"groups.prompts_per_step: {config.groups.prompts_per_step} do not divide by {procs.size} processes, and"
+            " each compares whole groups; use a multiple"
+        )
+    records, heldout = read_prompts(config.prompts.train), read_prompts(config.prompts.heldout)
+    load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})  # before the wait
+    policy = Policy(config.model, config.lora, config.seed, procs.device)
+    renderer = make_renderer(config.renderer, procs.device)
+    features = Features(config.diversity.path, config.diversity.batch, str(procs.device))
+
+    def body(run: Run, urls: Urls) -> signal.Signals | None:
+        scorer = Scorer(config, renderer, features, policy.template, urls)
+        return _train(config, resume, run, procs, policy, scorer, records, heldout)
+
+    in_run(config, resume, procs, body)
+
+
+def _train(
+    config: ExpanderGDPOConfig,
+    resume: bool,
+    run: Run,
+    procs: Processes,
+    policy: Policy,
+    scorer: Scorer,
+    records: Sequence[PromptRecord],
+    heldout: Sequence[PromptRecord],
+) -> signal.Signals | None:
+    shared = Shared(config, policy, scorer, records, procs)
+    generation = config.generation
+    write = functools.partial(
+        policy.write, max_tokens=generation.max_tokens, temperature=generation.temperature, seed=config.eval.seed
+    )
+    evaluator = ExpanderEvaluator(heldout, config.eval, scorer, write, policy.embed)
+    trainer = GRPOTrainer(
+        model=policy.model,
+        reward_funcs=shared.functions(),  # type: ignore[arg-type]
+        args=settings(config, procs),
+        train_dataset=Dataset.from_list([{"prompt": messages(r.prompt), "row": i} for i, r in enumerate(records)]),
+        processing_class=policy.tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    saved = _newest(run.path / "checkpoints") if resume else None
+    if saved is not None and json.loads((run.path / CARD).read_text())["base_fingerprint"] != policy.base_fingerprint:
+        raise UserError(f"model.path: {policy.base} has other weights than what {saved} was trained on; restore them")
+    if procs.main:
+        write_card(run.path, policy.base, policy.base_fingerprint)
+    follow = Follow(config, run, procs, trainer, shared, evaluator, saved)
+    trainer.add_callback(follow)
+    run.start(config.steps, follow.first)
+    if config.ablation.diversity != "kept":
+        run.say(f"ABLATION: {ABLATED[config.ablation.diversity]}")
+    follow.begin()
+    before = {number: signal.signal(number, follow.stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        if follow.first < config.steps:
+            trainer.train(resume_from_checkpoint=str(saved) if saved is not None else None)
+        elif saved is not None:
+            policy.load(saved)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    follow.finish()
+    if procs.main:
+        policy.save(run.path / "adapter", card(config, policy, follow.evaluations[-1]["figures"]))
+    return follow.stopped
+
+
+def settings(config: ExpanderGDPOConfig, procs: Processes) -> TRLConfig:
+    """TRL's settings of a recipe. top_p and top_k stay off: a cut distribution is not the one that is trained."""
+    groups, optim, generation = config.groups, config.optim, config.generation
+    mine = groups.prompts_per_step * groups.group_size // procs.size
+    if mine % groups.micro_batch:
+        raise UserError(
+            f"groups.micro_batch: {groups.micro_batch} is no divisor of a process's {mine} expansions; lower it"
+        )
+    cuda = procs.device.type == "cuda"
+    try:
+        return TRLConfig(
+            output_dir=str(Path(config.output) / "checkpoints"),
+            multi_objective_aggregation="normalize_then_sum",
+            reward_weights=weights(config),
+            num_generations=groups.group_size,
+            per_device_train_batch_size=groups.micro_batch,
+            gradient_accumulation_steps=mine // groups.micro_batch,
+            max_steps=config.steps,
+            max_completion_length=generation.max_tokens,
+            temperature=generation.temperature,
+            top_p=1.0,
+            top_k=0,
+            beta=optim.kl,
+            epsilon=optim.clip_low,
+            epsilon_high=optim.clip_high,
+            learning_rate=optim.lr,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=optim.warmup_steps,
+            max_grad_norm=optim.max_grad_norm,
+            weight_decay=0.0,
+            bf16=config.model.dtype == "bfloat16",
+            gradient_checkpointing=cuda,
+            ddp_find_unused_parameters=False,
+            use_cpu=not cuda,
+            dataloader_pin_memory=cuda,
+            remove_unused_columns=False,
+            logging_steps=1,
+            save_strategy="steps",
+            save_steps=config.checkpoint.every or config.steps,
+            save_total_limit=config.checkpoint.keep,
+            seed=config.seed,
+            report_to="none",
+            disable_tqdm=True,
+            use_vllm=generation.use_vllm,
+            **{f"vllm_{name}": value for name, value in generation.vllm.items()},
+        )
+    except TypeError as error:
+        raise UserError(f"generation.vllm: {error}; TRL's GRPOConfig names them, here without vllm_") from None
+
+
+def weights(config: ExpanderGDPOConfig) -> list[float]:
+    """Of the rewards that are trained on, in TRL's order; diversity is the last."""
+    assert not isinstance(config.diversity.weight, list)
+    return [r.weight for r in config.rewards if not r.heldout_only] + [diversity_weight(config, 0)]
+
+
+def card(config: ExpanderGDPOConfig, policy: Policy, figures: dict[str, float | None]) -> str:
+    """The adapter's model card."""
+    base = policy.base
+    ablation = "" if config.ablation.diversity == "kept" else f" An ablation: {ABLATED[config.ablation.diversity]}."
+    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in figures.items() if value is not None)
+    return (
+        f"---\nbase_model: {base}\nlibrary_name: peft\ntags: [lora, vllm, prompt-expansion]\n---\n\n"
+        "# A prompt expander\n\n"
+        f"A LoRA adapter for {base}, trained with GDPO by the pictures that {config.renderer.path} makes of its"
+        f" expansions. {config.steps} steps of {config.groups.prompts_per_step} prompts by {config.groups.group_size}"
+        f" expansions; prompts from {config.prompts.train}, seed {config.seed}.{ablation} The chat messages are"
+        f" those of prompts/expander.md, hash {template().hash}: the system text, then the user's prompt by itself.\n\n"
+        f"## Held-out prompts\n\n| figure | |\n|---|---|\n{rows}\n"
+    )
+
+
+def _newest(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole: its last file is there and can be read."""
+    while folder.is_dir() and (found := get_last_checkpoint(str(folder))) is not None:
+        try:
+            json.loads((Path(found) / "trainer_state.json").read_text())
+            return Path(found)
+        except (OSError, ValueError):
+            Path(found).rename(folder / f".torn-{Path(found).name}")
+    return None

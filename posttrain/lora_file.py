@@ -1,0 +1,118 @@
+"""LoRA files, of this project and of others, as factors on the transformer; nothing that binds to nothing is let pass.
+
+Read are diffusers' names (`transformer.`...), the original ones (`diffusion_model.`..., `base_model.model.`...), each
+with lora_A and lora_B or lora_down and lora_up, and an `alpha` for a layer where there is one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from posttrain import original
+from posttrain.k2 import K2
+from posttrain.roles import TARGETS
+from prompts.errors import UserError
+
+A, B = "lora_A.weight", "lora_B.weight"
+PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.", "model.diffusion_model.")
+_KEY = re.compile(r"(.+)\.(?:(lora_A|lora_down)(?:\.default)?\.weight|(lora_B|lora_up)(?:\.default)?\.weight|(alpha))")
+_BLOCK = re.compile(r"transformer_blocks\.\d+\.(?:attn\.)?(.+)")
+
+
+def linear_shapes(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of each linear layer of a transformer by its name in diffusers, from its state dict."""
+    return {
+        key.removesuffix(".weight"): (value.shape[0], value.shape[1])
+        for key, value in state_dict.items()
+        if key.endswith(".weight") and value.ndim == 2
+    }
+
+
+def read_lora(path: str | Path, shapes: Mapping[str, tuple[int, int]], where: str | Path = "") -> dict[str, Tensor]:
+    """Factors by diffusers' names, such as `transformer_blocks.0.attn.to_q.lora_A.weight`, fp32, alpha / rank in B.
+
+    `shapes` are the model's; `where` is what messages call the file. Raises UserError, with the keys, if one of them
+    binds to no layer, has no partner or another shape.
+    """
+    path, where = Path(path), where or path
+    if not path.is_file():
+        raise UserError(f"{where}: no such file; give a run, one of its checkpoints or a LoRA as .safetensors")
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{where}: not a whole safetensors file ({error}); copy or download it again") from error
+    layers: dict[str, dict[str, Tensor]] = {}
+    names: dict[str, str] = {}
+    unbound = []
+    for key, value in found.items():
+        match = _KEY.fullmatch(key)
+        layer = _layer(match[1]) if match else ""
+        if match is None or layer not in shapes:
+            unbound.append(key)
+            continue
+        names[layer] = match[1]
+        layers.setdefault(layer, {})["A" if match[2] else "B" if match[3] else "alpha"] = value.float()
+    if not layers:
+        raise UserError(
+            f"{where}: none of its {len(found)} keys binds to a layer of this model ({_some(unbound)}), so it would do"
+            " nothing; give a LoRA for K2 in diffusers' or the original names"
+        )
+    if unbound:
+        raise UserError(
+            f"{where}: {len(unbound)} of its {len(found)} keys bind to no layer of this model ({_some(unbound)}), so a"
+            " part of it would be lost; give a LoRA for this model, or leave those layers out when you train it"
+        )
+    if alone := [names[layer] for layer, parts in layers.items() if not {"A", "B"} <= parts.keys()]:
+        raise UserError(f"{where}: a factor is missing for {_some(alone)}; give a whole LoRA")
+    factors: dict[str, Tensor] = {}
+    for layer, parts in layers.items():
+        a, b, rank = parts["A"], parts["B"], len(parts["A"])
+        outputs, inputs = shapes[layer]
+        if a.shape != (rank, inputs) or b.shape != (outputs, rank):
+            raise UserError(
+                f"{where}: {names[layer]}: factors of {list(a.shape)} and {list(b.shape)} do not fit a layer of"
+                f" {[outputs, inputs]}; give a LoRA of this model"
+            )
+        factors |= {f"{layer}.{A}": a, f"{layer}.{B}": b * (float(parts.get("alpha", rank)) / rank)}
+    return factors
+
+
+def add_lora(k2: K2, name: str, factors: Mapping[str, Tensor], where: str | Path) -> None:
+    """Add a role from the factors of `read_lora`. Factors of unlike ranks are padded with zeros to the largest.
+
+    Raises UserError for a LoRA on layers outside the blocks, which roles do not reach, or one that does nothing.
+    """
+    layers = dict.fromkeys(key.rpartition(".lora_")[0] for key in factors)
+    parts = {layer: match[1] if (match := _BLOCK.fullmatch(layer)) else None for layer in layers}
+    if outside := [layer for layer, part in parts.items() if part not in TARGETS]:
+        raise UserError(
+            f"{where}: adapts {_some(outside)} outside the transformer blocks' linear layers, which roles do not"
+            " reach; give a LoRA of the blocks"
+        )
+    if not any(value.any() for key, value in factors.items() if key.endswith(B)):
+        raise UserError(f"{where}: every B factor is 0, so it does nothing; give a trained LoRA")
+    rank = max(len(value) for key, value in factors.items() if key.endswith(A))
+    k2.add_role(name, rank, float(rank), [target for target in TARGETS if target in parts.values()])
+    state = {}
+    for key, own in k2.role_named_parameters(name).items():
+        state[key] = torch.zeros_like(own)
+        if (value := factors.get(key)) is not None:
+            state[key][: value.shape[0], : value.shape[1]] = value
+    k2.load_role_state_dict(name, state)
+
+
+def _layer(name: str) -> str:
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    return original.diffusers_name(f"{name}.").removesuffix(".")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

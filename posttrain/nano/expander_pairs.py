@@ -1,0 +1,51 @@
+"""Pairs for the prompt expander from scenes: a short prompt and the dense caption of one graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from posttrain.nano import scenes
+from posttrain.nano.captions import REGISTERS, reworded
+from posttrain.nano.font import GLYPHS
+from posttrain.nano.prompts import FOLDER, TRAIN_WORDS
+from prompts.records import read_prompts
+
+DETAILS = (0.0, 0.0, 0.2, 0.6)
+"""Shares of what is open that a short prompt mentions; drawn evenly."""
+SHARES = (0.6, 0.2, 0.2)
+"""Of the registers."""
+
+
+@dataclass(frozen=True)
+class NanoPair:
+    prompt: str
+    requirements: tuple[str, ...]
+    """What the prompt says."""
+    register: str
+    completion: str
+    texts: tuple[str, ...]
+    """Words to draw, in the prompt and in the completion."""
+
+
+def caption(rng: np.random.Generator) -> tuple[scenes.Scene, str]:
+    """A scene and its dense caption. Words to draw are no held-out ones; half are letters at random, to be copied."""
+    letters = "".join(rng.choice(list(GLYPHS), size=rng.integers(1, 5)))
+    scene = scenes.random_scene(rng, TRAIN_WORDS if rng.random() < 0.5 else [letters])
+    return scene, scenes.describe(scene, rng, 1.0).prompt
+
+
+@cache
+def heldout() -> frozenset[str]:
+    """Prompts that evaluations draw, and that no pair may have."""
+    return frozenset(r.prompt for name in ("heldout", "open") for r in read_prompts(FOLDER / f"{name}.jsonl"))
+
+
+def short(scene: scenes.Scene, completion: str, rng: np.random.Generator) -> NanoPair:
+    """A short prompt for a scene's dense caption, in a register drawn by SHARES."""
+    said = scenes.describe(scene, rng, float(rng.choice(DETAILS)))
+    register = str(rng.choice(REGISTERS, p=SHARES))
+    prompt = reworded(said.prompt, register, rng)
+    return NanoPair(prompt, tuple(said.requirements), register, completion, tuple(said.texts))

@@ -1,0 +1,155 @@
+"""A pipeline's stages as they will run: settings resolved, outputs wired to inputs, and all of it checked beforehand.
+
+No weights are read and torch is not imported: paths must be there or be made by an earlier stage, prompt files are
+read, and rewards are imported and not made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain import cli
+from posttrain.pipeline_config import PipelineConfig, StageConfig
+from posttrain.recipe import read_recipe, suggestion
+from prompts.errors import UserError
+from prompts.records import read_prompts
+from rewards.load import check_rewards
+
+TRAINING = ("stpo", "grpo", "tdm")
+COMMANDS = ("pairs", *TRAINING, "export")
+TAKES = {
+    "model.start": TRAINING,
+    "policy": TRAINING,
+    "source": TRAINING,
+    "pairs.train": ("pairs",),
+}
+"""Settings that hold what another stage made, and the commands that make such a thing."""
+REFERENCE = re.compile(r"\$\{([^}]*)\}")
+
+
+@dataclass
+class Stage:
+    """A stage with its settings checked."""
+
+    name: str
+    command: str
+    config: Any
+    """The dataclass of the command's settings."""
+    arguments: list[str]
+    """Behind the command's name."""
+    output: Path
+    reads: dict[str, str]
+    """Setting -> the stage that makes what it names."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As JSON holds them."""
+        return json.loads(json.dumps(dataclasses.asdict(self.config)))
+
+
+def resolve(config: PipelineConfig) -> list[Stage]:
+    """Raises UserError for the first stage in which something is wrong; its name stands before the message."""
+    stages: list[Stage] = []
+    for stage in config.stages:
+        try:
+            stages.append(_resolve(stage, stages, Path(config.output)))
+        except UserError as error:
+            raise UserError(f"stage {stage.name}: {str(error).replace('command line: ', 'set: ')}") from error
+    return stages
+
+
+def _resolve(stage: StageConfig, earlier: list[Stage], folder: Path) -> Stage:
+    known = [name for name in COMMANDS if name in cli.COMMANDS]
+    if stage.command not in known:
+        raise UserError(f"command: '{stage.command}' cannot be a stage{suggestion(stage.command, known)}")
+    if "output" in stage.set:
+        raise UserError(f"set.output: is the pipeline's business ({folder / stage.name}); leave it out")
+    outputs = {one.name: str(one.output) for one in earlier}
+    settings = {key: _filled(value, f"set.{key}", outputs) for key, value in stage.set.items()}
+    output = folder / stage.name
+    if stage.command == "export":
+        merged = {k: v for path in stage.recipes for k, v in read_recipe(path).items()} | settings
+        if merged.get("format", "diffusers") != "diffusers":
+            output = output.with_suffix(".safetensors")
+    arguments = [word for path in stage.recipes for word in ("--config", path)]
+    arguments += [f"--output={output}", *(f"--{key}={_as_text(value)}" for key, value in settings.items())]
+    config, _ = cli.load_config(stage.command, arguments)
+    made = Stage(stage.name, stage.command, config, arguments, output, {})
+    _check_inputs(made, earlier)
+    return made
+
+
+def _filled(value: Any, where: str, outputs: dict[str, str]) -> Any:
+    """With the outputs of earlier stages in the place of ${NAME}."""
+    if isinstance(value, dict):
+        return {key: _filled(item, f"{where}.{key}", outputs) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_filled(item, where, outputs) for item in value]
+    if not isinstance(value, str):
+        return value
+    for name in REFERENCE.findall(value):
+        if name not in outputs:
+            known = ", ".join(outputs) or "none"
+            raise UserError(f"{where}: ${{{name}}}: no stage of that name comes before; those that do: {known}")
+    return REFERENCE.sub(lambda match: outputs[match[1]], value)
+
+
+def _as_text(value: Any) -> str:
+    """A setting as an option's value."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+# ---- what a stage reads ---------------------------------------------------------------------------------------
+
+
+def _check_inputs(stage: Stage, earlier: list[Stage]) -> None:
+    """Raises UserError for an input that is not there and that no earlier stage makes; notes who makes what."""
+    config, command = stage.config, stage.command
+    inputs: dict[str, str | None] = {}
+    if command == "export":
+        inputs["source"] = config.source
+    else:
+        _check_model(config.model.path, config.model.transformer_file)
+        inputs["model.start"] = config.model.start
+        check_rewards(config.rewards)
+    if command == "pairs":
+        inputs["policy"] = config.policy
+    if command == "stpo":
+        inputs["pairs.train"] = config.pairs.train
+    for field, value in inputs.items():
+        if value is None or value.startswith("hf:"):
+            continue
+        maker = next((one for one in earlier if Path(value).is_relative_to(one.output)), None)
+        if maker is None:
+            if not Path(value).exists():
+                raise UserError(
+                    f"{field}: {value} is not there, and no stage before makes it; write ${{STAGE}} for one"
+                )
+            continue
+        if maker.command not in TAKES[field]:
+            kinds = " or ".join(TAKES[field])
+            raise UserError(f"{field}: {value} is what stage {maker.name} makes ({maker.command}); give one of {kinds}")
+        if field == "model.start" and maker.command == "tdm" and not config.model.allow_distilled:
+            raise UserError(f"model.start: stage {maker.name} makes a distilled model; distil last, or set"
+                            " model.allow_distilled: true")  # fmt: skip
+        stage.reads[field] = maker.name
+    files = {"pairs": ["prompts"], "stpo": ["heldout"], "export": []}.get(command, ["prompts.train", "prompts.heldout"])
+    for field in files:
+        source = config
+        for part in field.split("."):
+            source = getattr(source, part)
+        if not source.startswith("hf:"):
+            read_prompts(source)
+
+
+def _check_model(path: str, transformer_file: str | None) -> None:
+    hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).parent.exists()
+    if not hub and not (Path(path) / "model_index.json").is_file():
+        raise UserError(f"model.path: {path} has no model_index.json; give a K2 pipeline directory, or a hub id")
+    if transformer_file is not None and not Path(transformer_file).is_file():
+        raise UserError(f"model.transformer_file: {transformer_file}: no such file")

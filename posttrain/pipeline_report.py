@@ -1,0 +1,88 @@
+"""index.html: a pipeline on one page, the figures along its stages and a link to the report of each."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from posttrain.pipeline_plan import Stage
+from posttrain.progress import duration
+from posttrain.report import data_uri, page, summary_tables
+
+
+def write_index(folder: Path, stages: list[Stage], state: dict[str, Any]) -> Path:
+    """Written anew after each stage; opens without a network, links lead to files beside it."""
+    summaries = {stage.name: _read(stage.output / "summary.json") for stage in stages if stage.output.is_dir()}
+    body = [
+        f"<header><h1>{html.escape(folder.resolve().name)}</h1><p>{len(stages)} stages</p></header>",
+        _overview(stages, state, folder),
+        _along(stages, summaries),
+        *(_stage(stage, summaries.get(stage.name, {}), folder) for stage in stages),
+    ]
+    file = folder / "index.html"
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(page(folder.resolve().name, body), encoding="utf-8")
+    os.replace(temporary, file)
+    return file
+
+
+def _overview(stages: list[Stage], state: dict[str, Any], folder: Path) -> str:
+    rows = []
+    for stage in stages:
+        entry = state.get(stage.name, {})
+        how = f"finished {entry['finished'][:16].replace('T', ' ')}" if entry.get("finished") else "not finished"
+        took = duration(entry["seconds"]) if entry else ""
+        reads = ", ".join(f"{field}: {name}" for field, name in stage.reads.items())
+        cells = (_link(stage, folder), stage.command, how if entry else "to do", took, html.escape(reads))
+        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    head = "".join(f"<th>{name}</th>" for name in ("stage", "command", "state", "took", "reads"))
+    return f"<h2>Stages</h2><table><tr>{head}</tr>{''.join(rows)}</table>"
+
+
+def _along(stages: list[Stage], summaries: dict[str, dict[str, Any]]) -> str:
+    """Figures that at least two stages measured: before the first of them, and after each."""
+    trained = [stage.name for stage in stages if summaries.get(stage.name, {}).get("after")]
+    if len(trained) < 2:
+        return ""
+    after = {name: summaries[name]["after"] for name in trained}
+    start = summaries[trained[0]].get("before") or {}
+    names = dict.fromkeys(key for figures in after.values() for key in figures)
+    rows = []
+    for key in names:
+        if sum(key in figures for figures in after.values()) > 1:
+            cells = [start.get(key), *(figures.get(key) for figures in after.values())]
+            rows.append(f"<tr><td>{html.escape(key)}</td>{''.join(map(_cell, cells))}</tr>")
+    head = "".join(f'<th class="n">{html.escape(name)}</th>' for name in ["start", *trained])
+    note = "<p>As each stage's last evaluation measured them; compare only where they evaluate alike.</p>"
+    return f"<h2>Along the stages</h2>{note}<table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
+
+
+def _stage(stage: Stage, summary: dict[str, Any], folder: Path) -> str:
+    parts = [f"<h2>{_link(stage, folder)}</h2>"]
+    if summary.get("after"):
+        parts.append(summary_tables(summary))
+    quality = _read(stage.output / "quality.json") if stage.output.is_dir() else {}
+    if quality:
+        parts.append(f"<pre>{html.escape(json.dumps(quality, indent=1)[:4000])}</pre>")
+    sheet = stage.output / "pairs.png"
+    if sheet.is_file():
+        parts.append(f'<img src="{data_uri(sheet)[0]}" alt="some pairs">')
+    return "".join(parts) if len(parts) > 1 else ""
+
+
+def _link(stage: Stage, folder: Path) -> str:
+    report = stage.output / "report.html"
+    name = html.escape(stage.name)
+    return f'<a href="{html.escape(str(report.relative_to(folder)))}">{name}</a>' if report.is_file() else name
+
+
+def _cell(value: Any) -> str:
+    shown = f"{value:.4f}" if isinstance(value, int | float) else "–"
+    return f'<td class="n">{shown}</td>'
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.is_file() else {}

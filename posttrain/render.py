@@ -1,0 +1,166 @@
+"""Pictures of expansions from a frozen K2: in this process, or from servers with OpenAI's images endpoint.
+
+A renderer takes prompts with a seed each and gives a picture or None for each, never another picture in its place. What
+cannot be drawn is missing; too much of it ends the run with the server's own words.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import io
+import os
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from openai import APIResponseValidationError, AsyncOpenAI
+from PIL import Image, UnidentifiedImageError
+from transformers import AutoTokenizer
+
+from posttrain import sampler
+from posttrain.expander_rl_config import RendererConfig
+from posttrain.k2 import K2, Text, to_pil
+from posttrain.sample import GUIDANCE, STEPS
+from prompts.errors import UserError
+from rewards.base import WINDOW
+from rewards.endpoints import Endpoints, JudgeError
+
+SUFFIX_TOKENS = 5
+"""Tokens of K2's text length that its template takes behind the prompt."""
+SEEDS = 2**31
+"""Servers take seeds below it."""
+
+
+@dataclass
+class Rendering:
+    """What came of N prompts."""
+
+    images: list[Image.Image | None]
+    cut: list[int]
+    """Tokens of each prompt beyond K2's text length, which the picture cannot show."""
+    failures: Counter[str] = field(default_factory=Counter)
+    """Why pictures are missing."""
+
+
+class Renderer(Protocol):
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Rendering:
+        """One picture of each prompt; the same seed is the same noise."""
+        ...
+
+
+def make_renderer(config: RendererConfig, device: torch.device) -> Renderer:
+    return EndpointRenderer(config) if config.urls else K2Renderer(config, device)
+
+
+class K2Renderer:
+    """A K2 in this process, sampled deterministically. Fused text is computed once a prompt."""
+
+    def __init__(self, config: RendererConfig, device: torch.device):
+        self.config = config
+        self.k2 = K2.load(config.path, None, getattr(torch, config.dtype), device)
+        turbo = self.k2.is_distilled
+        self.steps = STEPS[turbo] if config.steps is None else config.steps
+        self.guidance = GUIDANCE[turbo] if config.guidance is None else config.guidance
+        self.k2.grid(*config.size)
+        self._null = self.k2.text([""]) if self.guidance else None
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Rendering:
+        encoding = self.k2.encode(prompts, self.config.max_tokens)
+        fused = [self.k2.fuse(features) for features in encoding.features]
+        height, width = self.config.size
+        shape = (self.k2.image_tokens(height, width), self.k2.latent_channels)
+        images: list[Image.Image | None] = [None] * len(prompts)
+        rows = sorted(range(len(prompts)), key=lambda i: len(fused[i]))  # prompts of like length need little padding
+        for first in range(0, len(rows), self.config.micro_batch):
+            part = rows[first : first + self.config.micro_batch]
+            noise = sampler.noise([seeds[i] for i in part], shape)
+            text = Text.of([fused[i] for i in part])
+            latents = self.k2.sample(text, noise, self.steps, height, width, self.guidance, self._null)
+            for i, image in zip(part, to_pil(self.k2.decode(latents, height, width))):
+                images[i] = image
+        return Rendering(images, encoding.cut)
+
+
+class EndpointRenderer:
+    """Servers with POST /v1/images/generations, such as SGLang's and vLLM-Omni's, balanced by load.
+
+    Beside OpenAI's fields they are sent `seed`, and `num_inference_steps` and `guidance_scale` where the recipe says.
+    """
+
+    def __init__(self, config: RendererConfig):
+        self.config = config
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(config.path, subfolder="tokenizer")
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"renderer.path: {config.path} has no tokenizer that can be loaded: {reason}") from error
+        if config.api_key_env is not None and not os.environ.get(config.api_key_env):
+            raise UserError(f"renderer.api_key_env: {config.api_key_env} is not set: export it")
+        self._key = os.environ[config.api_key_env] if config.api_key_env else "none"
+        self._failed: deque[bool] = deque(maxlen=WINDOW)
+
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Rendering:
+        """Raises UserError when too many pictures are missing."""
+        counts = [len(ids) for ids in self._tokenizer(list(prompts)).input_ids] if prompts else []
+        cut = [max(0, n + SUFFIX_TOKENS - self.config.max_tokens) for n in counts]
+        answers = asyncio.run(self._all(prompts, seeds))
+        failures = Counter(a.replace(self._key, "***") if self._key != "none" else a
+                           for a in answers if isinstance(a, str))  # fmt: skip
+        self._check([isinstance(a, str) for a in answers], failures)
+        return Rendering([None if isinstance(a, str) else a for a in answers], cut, failures)
+
+    async def _all(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image | str]:
+        c = self.config
+        endpoints = Endpoints(c.urls, self._key, c.timeout, c.deadline, c.retries)  # they belong to this event loop
+        slots = asyncio.Semaphore(c.concurrency)
+
+        async def one(prompt: str, seed: int) -> Image.Image | str:
+            async with slots:
+                return await self._draw(endpoints, prompt, seed)
+
+        try:
+            return list(await asyncio.gather(*map(one, prompts, seeds)))
+        finally:
+            for endpoint in endpoints.endpoints:
+                await endpoint.client.close()
+
+    async def _draw(self, endpoints: Endpoints, prompt: str, seed: int) -> Image.Image | str:
+        """The picture, or why there is none."""
+        c = self.config
+        height, width = c.size
+        body: dict[str, Any] = {
+            "model": c.model or c.path, "prompt": prompt, "n": 1, "size": f"{width}x{height}",
+            "response_format": "b64_json", "seed": seed % SEEDS,
+        }  # fmt: skip
+        body |= {} if c.steps is None else {"num_inference_steps": c.steps}
+        body |= {} if c.guidance is None else {"guidance_scale": c.guidance}
+
+        async def send(client: AsyncOpenAI) -> Any:
+            return await client.post("/images/generations", body=body, cast_to=object)
+
+        try:
+            answer = await endpoints.request(send)
+            data = base64.b64decode(answer["data"][0]["b64_json"], validate=True)
+            image = Image.open(io.BytesIO(data)).convert("RGB")
+        except JudgeError as error:
+            return str(error)
+        except (APIResponseValidationError, KeyError, IndexError, TypeError, binascii.Error, ValueError,
+                UnidentifiedImageError, OSError) as error:  # fmt: skip
+            return f"the server's answer is no picture: {type(error).__name__}: {error}"
+        if image.size != (width, height):
+            return f"the server drew {image.width} x {image.height} pixels, not {width} x {height}"
+        return image
+
+    def _check(self, failed: Sequence[bool], failures: Counter[str]) -> None:
+        self._failed.extend(failed)
+        bad, limit = sum(self._failed), self.config.max_failures
+        if failures and limit < 1 and (bad > limit * WINDOW or all(failed)):
+            raise UserError(
+                f"renderer: {bad} of the last {len(self._failed)} pictures are missing (renderer.max_failures {limit:g}"
+                f" of {WINDOW}): {failures.most_common(1)[0][0]}"
+            )

@@ -1,0 +1,117 @@
+"""Group diversity: how far a picture is from the others of its prompt, in the features of a frozen image model.
+
+    function: {class_path: rewards.diversity.Diversity, init_args: {path: facebook/dinov3-vits16-pretrain-lvd1689m}}
+    group: true
+
+d_j = (1 / (n - 1)) sum over the others of (1 - e_j . e_l), of unit features e of the n pictures that are there. What a
+picture adds to the group's mean distance, leaving one out, is affine in d_j, so that after group normalisation both
+give the same advantages. Legend: N pictures, E features.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoConfig, AutoModel
+
+from prompts.errors import UserError
+from rewards.base import Score
+from rewards.vlm import VLM
+
+DINOV3 = "facebook/dinov3-vits16-pretrain-lvd1689m"
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and standard deviation by which DINOv3 wants its pixels normalised."""
+
+
+def contributions(features_NE: Tensor, present_N: Sequence[bool], safe_N: Sequence[bool]) -> list[float | None]:
+    """d_j of one group, in [0, 2].
+
+    `features_NE` need not be of unit length. A member that is not safe gets 0 and the others are not compared with it;
+    one that is safe but not present (no picture) gets None; with fewer than two that are both, so do all safe ones.
+    """
+    members = [j for j, (present, safe) in enumerate(zip(present_N, safe_N, strict=True)) if present and safe]
+    found: list[float | None] = [None if safe else 0.0 for safe in safe_N]
+    n = len(members)
+    if n < 2:
+        return found
+    unit = torch.nn.functional.normalize(features_NE[members].double(), dim=-1)
+    distances = (n - unit @ unit.sum(0)) / (n - 1)
+    for j, distance in zip(members, distances.clamp(0, 2).tolist()):
+        found[j] = distance
+    return found
+
+
+class Features:
+    """Pictures to features: DINOv3 (any size of ViT or ConvNeXt) or the image tower of a Qwen3-VL."""
+
+    def __init__(self, path: str = DINOV3, batch: int = 64, device: str | None = None):
+        """`path` is a directory or hub id. Raises UserError if it cannot be loaded or is another kind of model."""
+        if batch < 1:
+            raise UserError(f"batch: {batch}: use 1 or more")
+        self.path, self.batch = path, batch
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            kind = AutoConfig.from_pretrained(path).model_type
+            if not kind.startswith(("dinov3", "qwen3_vl")):
+                raise UserError(f"path: {path} is a {kind}: features come from DINOv3 or a Qwen3-VL")
+            self._vlm = VLM.load(path, device=device) if kind == "qwen3_vl" else None
+            self._model: Any = None if self._vlm else AutoModel.from_pretrained(path, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"path: {path} cannot be loaded: {reason}; give a directory or hub id") from error
+        if self._vlm is None:
+            self._model.to(device).eval().requires_grad_(False)
+            self._size, self._mean, self._std = _preprocessing(path)
+        self._device = device
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
+        """(N, E) fp32 on the CPU, not of unit length."""
+        parts = [self._embed(images[i : i + self.batch]) for i in range(0, len(images), self.batch)]
+        return torch.cat(parts).float().cpu()
+
+    def _embed(self, images: Sequence[Image.Image]) -> Tensor:
+        if self._vlm is None:
+            size = (self._size, self._size)
+            pixels = [image.convert("RGB").resize(size, Image.Resampling.BILINEAR) for image in images]
+            x = torch.from_numpy(np.stack([np.asarray(p, np.float32) for p in pixels])) / 255
+            x = ((x - self._mean) / self._std).permute(0, 3, 1, 2).to(self._device)
+            return self._model(pixel_values=x).pooler_output.flatten(1)
+        inputs = self._vlm.processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+        grids = inputs["image_grid_thw"]
+        seen = self._vlm.model.model.visual(inputs["pixel_values"].to(self._device), grid_thw=grids.to(self._device))
+        counts = (grids.prod(-1) // self._vlm.processor.merge_size**2).tolist()
+        return torch.stack([tokens.mean(0) for tokens in seen.pooler_output.split(counts)])
+
+
+class Diversity:
+    """The group reward: d_j of each picture. For a recipe of any method whose rewards see groups."""
+
+    def __init__(self, path: str = DINOV3, batch: int = 64, device: str | None = None):
+        self.features = Features(path, batch, device)
+        self._lock = threading.Lock()
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Score]:
+        there = [True] * len(images)
+        with self._lock:
+            return list(contributions(self.features(images), there, there))
+
+    def record(self) -> dict[str, Any]:
+        return {"model": self.features.path}
+
+
+def _preprocessing(path: str) -> tuple[int, Tensor, Tensor]:
+    """Side in pixels, mean and deviation: the directory's own, or DINOv3's. transformers' class wants torchvision."""
+    file = Path(path) / "preprocessor_config.json"
+    own = json.loads(file.read_text()) if file.is_file() else {}
+    size = own.get("size", {})
+    mean, std = own.get("image_mean", IMAGENET[0]), own.get("image_std", IMAGENET[1])
+    return int(size.get("height", size.get("shortest_edge", 224))), torch.tensor(mean), torch.tensor(std)

@@ -1,0 +1,449 @@
+"""GDPO of the expander with TRL's own trainer: rewards, gates, advantages, runs, resuming, and what is refused."""
+
+import json
+import shutil
+from dataclasses import replace
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from trl import GRPOTrainer
+
+from posttrain import advantages, cli, expander_follow, expander_rl
+from posttrain.expander_model import Expander
+from posttrain.expander_policy import Policy
+from posttrain.expander_rl_config import AblationConfig, ExpanderGDPOConfig, SafetySpec
+from posttrain.expander_score import Expansion, Scorer, gate
+from posttrain.loop import MAX_SKIPPED
+from posttrain.ranges import ConfigError
+from posttrain.render import K2Renderer, Rendering
+from posttrain.track import Run
+from posttrain.validate import validate
+from prompts.errors import UserError
+from prompts.records import PromptRecord
+from rewards.base import RewardSpec
+from rewards.diversity import Features
+from tests import chat, expander_runs, runs, tiny
+from tests.images_server import ImagesServer
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+RECORD = PromptRecord("a red circle")
+TEXTS = ["a red circle, flat", "a red circle, pastel", "a red circle at night", "a red circle, soft light"]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    from accelerate import PartialState
+
+    PartialState(cpu=True)
+    folder = tmp_path_factory.mktemp("parts")
+    chat.save(folder / "chat")
+    tiny.save(folder / "k2")
+    expander_runs.dinov3(folder / "dinov3")
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path, parts) -> ExpanderGDPOConfig:
+    return expander_runs.config(tmp_path, parts)
+
+
+@pytest.fixture(scope="module")
+def features(parts):
+    return Features(str(parts / "dinov3"), device="cpu")
+
+
+class Drawer:
+    """A renderer of one colour a prompt; None for the prompts named."""
+
+    def __init__(self, missing=()):
+        self.missing, self.calls = missing, []
+
+    def __call__(self, prompts, seeds):
+        self.calls.append((list(prompts), list(seeds)))
+        images = [None if p in self.missing else Image.new("RGB", (32, 32), (len(p) * 9 % 256, 90, 9)) for p in prompts]
+        return Rendering(images, [0] * len(prompts))
+
+
+def scorer(config, features, renderer=None):
+    return Scorer(config, renderer or Drawer(), features, "", {})
+
+
+def written(texts, record=RECORD, **options):
+    return [Expansion(record, text, **options) for text in texts]
+
+
+class Watched(GRPOTrainer):
+    """TRL's trainer, whose rewards and advantages stay to be looked at."""
+
+    batches: ClassVar[list[tuple[dict, list]]] = []
+
+    def log(self, logs, start_time=None):
+        kept = {name: list(values) for name, values in self._logs["rewards"].items()}
+        self.batches.append((kept, list(self._logs["advantages"])))
+        super().log(logs, start_time)
+
+
+# ---- scoring
+
+
+def test_an_expansion_is_drawn_once_and_shown_to_each_reward_once(config, features):
+    """Two rewards, diversity and a safety check, and one render; the same text from one noise is one too."""
+    renderer = Drawer()
+    texts = [*TEXTS[:3], TEXTS[0]]
+    expander_runs.CALLS.clear()
+    found = scorer(config, features, renderer)(written(texts), [7] * 4, 4)
+    assert renderer.calls == [(TEXTS[:3], [7] * 3)] and found.renders == 3
+    assert expander_runs.CALLS == [4]
+    assert found.names == ["brightness", "redness", "diversity"]
+    assert found.rewards("brightness")[0] == found.rewards("brightness")[3]
+
+
+def test_trl_gets_one_evaluation_of_a_batch(config, features, parts):
+    policy = Policy(config.model, config.lora, 0, torch.device("cpu"))
+    procs = expander_rl.Processes()
+    shared = expander_follow.Shared(config, policy, scorer(config, features), [RECORD], procs)
+    ids = [[*policy.tokenizer(text).input_ids, policy.ends[0]] for text in TEXTS]
+    state, logged = type("State", (), {"global_step": 3}), {}
+    expander_runs.CALLS.clear()
+    answers = {
+        function.__name__: function(
+            prompts=[],
+            completions=[],
+            completion_ids=ids,
+            row=[0] * 4,
+            trainer_state=state,
+            log_metric=logged.__setitem__,
+        )
+        for function in shared.functions()
+    }
+    assert list(answers) == ["brightness", "redness", "diversity"] and expander_runs.CALLS == [4]
+    assert logged["renders"] == 4 and logged["format"] == 1.0
+    assert shared.scored is not None and len(set(answers["diversity"])) > 1
+    [(_, seeds)] = shared.scorer.renderer.calls
+    assert len(set(seeds)) == 1  # a group starts from one noise
+    shared.functions()[0](
+        completion_ids=[*ids[:3], ids[3][:-1]], row=[0] * 4, trainer_state=state, log_metric=logged.__setitem__
+    )
+    shown = {"step": 4, "prompt": "a red circle", "expansion": TEXTS[3], "fails": "truncated"}
+    assert list(shared.faults) == [shown] and logged["format/truncated"] == 0.25
+    with pytest.raises(RuntimeError, match="not whole groups"):
+        shared.functions()[0](completion_ids=ids[:3], row=[0] * 3, trainer_state=state, log_metric=logged.__setitem__)
+    with pytest.raises(RuntimeError, match="not whole groups"):
+        shared.functions()[0](completion_ids=ids, row=[0, 0, 1, 1], trainer_state=state, log_metric=print)
+
+
+def test_the_gate_comes_before_normalisation():
+    """Self-check 36: of (.9, .8, .7, .6) the third is unsafe; (.9, .8, 0, .6) has mean .575 and deviation .4031."""
+    values, valid = gate(np.array([0.9, 0.8, 0.7, 0.6]), np.ones(4, bool), np.array([1, 1, 0, 1.0]), 0.0)
+    assert values.tolist() == [0.9, 0.8, 0.0, 0.6]
+    shape = (1, 4, 1)
+    a = advantages.gdpo(torch.tensor(values).view(shape), torch.tensor(valid).view(shape), torch.ones(1))
+    assert a[0].tolist() == pytest.approx([0.806, 0.558, -1.426, 0.062], abs=5e-4)
+
+
+def test_a_reward_that_may_be_negative_is_gated_to_its_worst():
+    values, valid = gate(np.array([-0.5, 0.3, 0.0]), np.array([True, True, False]), np.array([0, 1, 0.0]), -2.0)
+    assert values.tolist() == [-2.0, 0.3, -2.0]
+    assert valid.tolist() == [True, True, True]  # what is gated is known, drawn or not
+
+
+def test_a_negative_score_whose_worst_is_unknown_ends_the_run(config, features):
+    config.rewards = [RewardSpec("brightness", "tests.expander_runs:brightness", offset=-1.0)]
+    with pytest.raises(UserError, match=r"reward brightness: a score of -.* is below the worst \(0\).*set worst"):
+        scorer(config, features)(written(TEXTS), [1] * 4, 4)
+    config.worst = {"brightness": -1.0}
+    found = scorer(config, features)(written([TEXTS[0], "", *TEXTS[2:]]), [1] * 4, 4)
+    assert found.rewards("brightness")[1] == -1.0
+
+
+def test_what_fails_the_format_is_counted_not_drawn_and_gets_the_worst(config, features):
+    group = [
+        Expansion(RECORD, TEXTS[0]),
+        Expansion(RECORD, TEXTS[1], ended=False),
+        Expansion(RECORD, "красный круг"),
+        Expansion(RECORD, TEXTS[3]),
+    ]
+    renderer = Drawer()
+    found = scorer(config, features, renderer)(group, [1] * 4, 4)
+    assert renderer.calls[0][0] == [TEXTS[0], TEXTS[3]]
+    assert found.rewards("brightness")[1:3] == [0.0, 0.0] and found.rewards("diversity")[1:3] == [0.0, 0.0]
+    shares = found.figures(4)
+    assert shares["format"] == 0.5 and shares["safe"] == 1.0
+    assert shares["format/truncated"] == shares["format/language"] == 0.25
+    assert shares["format/empty"] == shares["format/leaked"] == 0.0
+    assert shares["flat/brightness"] == 0.0
+
+
+def test_unsafe_text_is_not_drawn_and_an_unsafe_picture_is_not_rewarded(config, features):
+    config.safety[1] = SafetySpec("picture", "image", "tests.test_expander_rl:dark_is_unsafe")
+    texts = ["a red circle of gore", TEXTS[1], TEXTS[2], TEXTS[3]]
+    renderer = Drawer()
+    found = scorer(config, features, renderer)(written(texts), [1] * 4, 4)
+    assert texts[0] not in renderer.calls[0][0]
+    assert found.unsafe_N == [["words"], ["picture"], [], []]
+    for name in ("brightness", "redness", "diversity"):
+        values = found.rewards(name)
+        assert values[:2] == [0.0, 0.0] and all(v is not None for v in values)
+    # The two that are left are as far from each other.
+    assert found.rewards("diversity")[2] == pytest.approx(found.rewards("diversity")[3])
+    assert found.figures(4)["safe"] == 0.5
+
+
+def dark_is_unsafe(images, prompts):
+    return [0.0 if image.getpixel((0, 0))[0] == len(TEXTS[1]) * 9 % 256 else 1.0 for image in images]
+
+
+@pytest.mark.parametrize("sees", ["text", "image"])
+@pytest.mark.parametrize(("function", "reason"), [("unreachable", "does not answer"), ("silent", "gave no score")])
+def test_a_safety_check_that_cannot_be_had_ends_the_run(config, features, sees, function, reason):
+    config.safety = [SafetySpec("guard", sees, f"tests.expander_runs:{function}")]
+    with pytest.raises(UserError, match=rf"safety guard: cannot be checked: .*{reason}.*nothing is safe by default"):
+        scorer(config, features)(written(TEXTS), [1] * 4, 4)
+
+
+def test_a_safety_judge_that_is_down_ends_the_run(config, features):
+    judge = {"model": "guard", "base_urls": "http://127.0.0.1:9/v1", "deadline": 0.3}
+    for sees, name in (("text", "TextJudge"), ("image", "ImageJudge")):
+        function = {"class_path": f"rewards.safety.{name}", "init_args": {"judge": judge}}
+        config.safety = [SafetySpec("guard", sees, function)]
+        with pytest.raises(UserError, match=r"safety guard: cannot be checked: .*127\.0\.0\.1:9"):
+            scorer(config, features)(written(TEXTS), [1] * 4, 4)
+
+
+def test_a_missing_picture_is_missing_and_not_zero(config, features):
+    found = scorer(config, features, Drawer(missing=[TEXTS[1]]))(written(TEXTS), [1] * 4, 4)
+    assert found.rewards("brightness")[1] is None and found.rewards("diversity")[1] is None
+    assert all(found.rewards("brightness")[i] is not None for i in (0, 2, 3))
+    assert found.figures(4)["missing_images"] == 0.25
+    everything = scorer(config, features, Drawer(missing=TEXTS))(written(TEXTS), [1] * 4, 4)
+    assert everything.rewards("brightness") == everything.rewards("diversity") == [None] * 4
+
+
+def test_rewards_see_the_users_prompt_and_its_columns(config, features):
+    seen = {}
+
+    def spy(images, prompts, requirements, expansion):
+        seen.update(prompts=prompts, requirements=requirements, expansion=expansion)
+        return [1.0] * len(images)
+
+    built = scorer(config, features)
+    built.rewards[0].function, built.rewards[0].parameters = spy, {"images", "prompts", "requirements", "expansion"}
+    built(written(TEXTS, PromptRecord("a red circle", ["it is red"])), [1] * 4, 4)
+    assert seen == {"prompts": ["a red circle"] * 4, "requirements": [["it is red"]] * 4, "expansion": TEXTS}
+    built(written(TEXTS), [1] * 4, 4)
+    assert seen["requirements"] == [None] * 4  # and the rubric finds them
+
+
+# ---- a run
+
+
+def test_a_run_equals_what_it_should(config, parts, monkeypatch, capsys):
+    """TRL's advantages are those of advantages.gdpo for the same rewards; the run directory has what it should."""
+    monkeypatch.setattr(expander_rl, "GRPOTrainer", Watched)
+    expander_rl.train(config)
+    names = ["brightness", "redness", "diversity"]
+    missing = 0
+    for kept, told in Watched.batches[:2]:
+        batch = torch.tensor([kept[name] for name in names]).double().T.reshape(2, 4, 3)
+        valid = ~batch.isnan()
+        missing += int((~valid).sum())
+        expected = advantages.gdpo(batch.nan_to_num(), valid, torch.tensor([1.0, 0.5, 0.3]))
+        assert torch.allclose(torch.tensor(told).double().view(2, 4), expected, atol=2e-3)  # TRL's arithmetic is fp32
+        assert expected.abs().max() > 0.5
+    assert missing in (4, 8, 12)  # whole groups whose prompt names no red
+
+    run = runs.Path(config.output)
+    steps = [row for row in runs.rows(run) if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2]
+    for row in steps:
+        assert row["diversity_weight"] == pytest.approx(0.3)
+        assert row["renders"] <= 8 and row["format"] >= 0.5
+        assert {f"flat/{name}" for name in names} <= row.keys()
+        assert all(row[f"seconds/{part}"] > 0 for part in ("generate", "render", "score", "train"))
+    assert "step 2: generate" in capsys.readouterr().err
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["before"].keys() == summary["after"].keys() >= {"brightness", "diversity", "text/distinct2", "safe"}
+    assert "ablation" not in summary
+    weights = load_file(run / "adapter/adapter_model.safetensors")
+    assert any("lora_B" in key and value.abs().max() > 0 for key, value in weights.items())
+    assert "library_name: peft" in (run / "adapter/README.md").read_text()
+    assert Expander.load(str(run), dtype=torch.float32).expand(["a red circle"], 2, max_tokens=24)
+    page = (run / "report.html").read_text()
+    assert (
+        page.count('<figure class="group">') == 4 and "a fox in the snow" not in page
+    )  # two prompts, before and after
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path):
+    """Adapter and metrics are the same bit for bit, on one process: TRL saves the generators that it samples with."""
+    config.steps, config.checkpoint.keep = 3, 3
+    expander_rl.train(config)
+    first = runs.Path(config.output)
+    whole = load_file(first / "adapter/adapter_model.safetensors")
+    rows = runs.untimed(first)
+    for name in ("checkpoint-2", "checkpoint-3"):
+        shutil.rmtree(first / "checkpoints" / name)
+    shutil.rmtree(first / "adapter")
+    # What a process leaves that is killed while it saves: a checkpoint without its last file.
+    shutil.copytree(first / "checkpoints/checkpoint-1", first / "checkpoints/checkpoint-2")
+    (first / "checkpoints/checkpoint-2/trainer_state.json").unlink()
+    expander_rl.train(config, resume=True)
+    runs.assert_equal(load_file(first / "adapter/adapter_model.safetensors"), whole)
+    # One that was killed after its last checkpoint has its adapter from there.
+    shutil.rmtree(first / "adapter")
+    expander_rl.train(config, resume=True)
+    runs.assert_equal(load_file(first / "adapter/adapter_model.safetensors"), whole)
+    again = runs.untimed(first)
+    left_out = ("num_tokens",)  # TRL counts them from where it resumes
+    assert [{k: v for k, v in r.items() if k not in left_out} for r in again] == [
+        {k: v for k, v in r.items() if k not in left_out} for r in rows
+    ]
+
+
+def test_a_run_that_is_told_to_stop_saves_and_goes_on(config, monkeypatch, tmp_path):
+    import os
+    import signal
+
+    config.steps, config.checkpoint.every = 3, 0
+    say = Run.say
+
+    def stop_after_one(self, message):
+        say(self, message)
+        if message.startswith("step 1:"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "say", stop_after_one)
+        expander_rl.train(config)
+    run = runs.Path(config.output)
+    assert json.loads((run / "summary.json").read_text())["steps"] == 1
+    assert (run / "checkpoints/checkpoint-1/trainer_state.json").is_file()
+    with pytest.raises(UserError, match=r"cannot be resumed with lora\.rank 4 -> 8"):
+        expander_rl.train(replace(config, lora=replace(config.lora, rank=8)), resume=True)
+    other = chat.save(tmp_path / "other", steps=1)
+    with pytest.raises(UserError, match=r"model\.path: .*other has other weights than what .*checkpoint-1"):
+        expander_rl.train(replace(config, model=replace(config.model, path=str(other))), resume=True)
+    expander_rl.train(config, resume=True)
+    assert [row["step"] for row in runs.rows(run) if "loss" in row] == [1, 2, 3]
+
+
+def test_a_run_can_go_on_from_another_with_its_adapter_as_the_reference(config, tmp_path):
+    """As after the supervised step: the same adapter is trained on, and a KL of 0 at the start is to it."""
+    config.steps = 1
+    expander_rl.train(config)
+    first = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    config.model.path, config.output, config.optim.kl = config.output, str(tmp_path / "second"), 0.1
+    expander_rl.train(config)
+    [row] = [row for row in runs.rows(tmp_path / "second") if "loss" in row]
+    assert row["kl"] == pytest.approx(0, abs=1e-6)
+    second = load_file(tmp_path / "second/adapter/adapter_model.safetensors")
+    assert second.keys() == first.keys() and any(not second[key].equal(first[key]) for key in first)
+
+
+def test_a_mistake_ends_the_command_in_one_line(config, tmp_path, capsys):
+    config.safety[1].function = "tests.expander_runs:unreachable"
+    assert cli.main(["expander", "gdpo", "--config", str(runs.recipe(config, tmp_path / "recipe.yaml"))]) == 2
+    assert "posttrain: error: safety picture: cannot be checked: ConnectionError" in capsys.readouterr().err
+
+
+def test_an_endpoint_can_render_a_run(config, parts):
+    local = K2Renderer(config.renderer, torch.device("cpu"))
+
+    def draw(body):
+        return local([body["prompt"]], [body["seed"]]).images[0]
+
+    config.steps = 1
+    with ImagesServer(draw) as server:
+        config.renderer.urls = [server.url]
+        expander_rl.train(config)
+    [row] = [row for row in runs.rows(config.output) if "loss" in row]
+    assert row["missing_images"] == 0 and row["renders"] <= len(server.requests)
+    assert len({b["seed"] for b in server.requests}) == 2 + 2  # a noise for each held-out prompt and each group
+
+
+def test_an_ablation_is_marked_and_anneals(config, capsys):
+    config.ablation = AblationConfig("annealed")
+    config.steps = 4
+    expander_rl.train(config)
+    weights = [row["diversity_weight"] for row in runs.rows(config.output) if "loss" in row]
+    assert weights == pytest.approx([0.3, 0.15, 0.0, 0.0])
+    summary = json.loads((runs.Path(config.output) / "summary.json").read_text())
+    assert summary["ablation"] == "annealed" and "ABLATION" in capsys.readouterr().err
+
+
+def test_the_weight_may_not_change_in_a_run(config, monkeypatch):
+    def tampered(self, *args, **kwargs):
+        if self.trainer.state.global_step == 1:
+            self.trainer.reward_weights[-1] = 0.1
+        return begin(self, *args, **kwargs)
+
+    begin = expander_follow.Follow.on_step_begin
+    monkeypatch.setattr(expander_follow.Follow, "on_step_begin", tampered)
+    with pytest.raises(RuntimeError, match=r"the weight of diversity is 0\.1.*, not 0\.3"):
+        expander_rl.train(config)
+
+
+def test_gradients_that_are_not_finite_are_left_out_and_then_end_the_run(config, tmp_path):
+    follow = expander_follow.Follow.__new__(expander_follow.Follow)
+    follow.config, follow.skipped, follow.skipped_in_a_row = config, 0, 0
+    model = torch.nn.Linear(2, 1)
+    for i in range(MAX_SKIPPED - 1):
+        model(torch.full((1, 2), torch.inf)).sum().backward()
+        follow.on_pre_optimizer_step(None, None, None, model=model)
+        assert model.weight.grad is None and follow.skipped == i + 1
+    model(torch.ones(1, 2)).sum().backward()
+    follow.on_pre_optimizer_step(None, None, None, model=model)
+    assert model.weight.grad is not None and follow.skipped_in_a_row == 0
+    follow.skipped_in_a_row = MAX_SKIPPED - 1
+    model.weight.grad.fill_(torch.nan)
+    with pytest.raises(UserError, match=r"optim\.lr: 10 gradients in a row"):
+        follow.on_pre_optimizer_step(None, None, None, model=model)
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "message"),
+    [
+        (lambda c: setattr(c.diversity, "weight", [0.3, 0.0]), "diversity.weight", "a schedule, but .* stays constant"),
+        (lambda c: setattr(c.diversity, "weight", 0.0), "diversity.weight", "stays constant for the whole run"),
+        (lambda c: setattr(c.groups, "group_size", 2), "groups.group_size", "use 3 or more"),
+        (lambda c: c.safety.pop(0), "safety", "no check with sees: text"),
+        (lambda c: c.safety.pop(1), "safety", "no check with sees: image"),
+        (lambda c: setattr(c.safety[0], "threshold", 0.0), r"safety\[0\].threshold", "above 0"),
+        (lambda c: setattr(c.rewards[0], "gate", "multiply"), r"rewards\[0\].gate", "under safety"),
+        (lambda c: setattr(c.rewards[0], "group", True), r"rewards\[0\].group", "diversity alone"),
+        (lambda c: setattr(c.rewards[0], "name", "diversity"), r"rewards\[0\].name", "measured in every run"),
+        (lambda c: c.worst.update(brightness=0.5), "worst", "cannot fall below 0"),
+        (lambda c: c.worst.update(nothing=-1.0), "worst", "no reward that is trained on"),
+        (lambda c: setattr(c.groups, "micro_batch", 3), "groups.micro_batch", "divisor of the step's 8"),
+        (lambda c: c.generation.vllm.update(mode="colocate"), "generation.vllm", "no effect"),
+    ],
+)
+def test_settings_that_cannot_be(config, change, field, message):
+    validate(config)
+    change(config)
+    with pytest.raises(ConfigError, match=message) as raised:
+        validate(config)
+    import re
+
+    assert re.fullmatch(field, raised.value.field)
+
+
+def test_an_unknown_setting_of_vllm_is_named(config):
+    config.generation.use_vllm, config.generation.vllm = True, {"memory": 0.3}
+    with pytest.raises(UserError, match=r"generation\.vllm: .*vllm_memory"):
+        expander_rl.settings(config, expander_rl.Processes())
+
+
+def test_groups_are_whole_on_each_process(config, monkeypatch):
+    monkeypatch.setattr(
+        expander_rl.Processes, "__init__", lambda self: setattr(self, "size", 3) or setattr(self, "main", False)
+    )
+    with pytest.raises(UserError, match=r"groups.prompts_per_step: 2 do not divide by 3 processes"):
+        expander_rl.train(config)
