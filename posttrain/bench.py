@@ -159,7 +159,6 @@ def _measured(
     k2 = _model(config, procs.device)
     weights = torch.cuda.memory_allocated(procs.device) / 2**30 if cuda else None
     steps = Steps(k2, config, size, procs)
-    agreement = _agreement(steps) if k2.blocks.compiled or config.attention != "native" else {}
     forwards = Forwards(k2, config.rank)
     first, before = [], graphs()
 
@@ -170,13 +169,13 @@ def _measured(
         every = procs.each(watch.milliseconds())
         return {name: max(part[name] for part in every) for name in every[0]}, forwards.take()
 
-    forwards.take()
     for index in range(config.warmup):
         first.append(sum(once(index)[0].values()))
     compiled = graphs()
     if cuda:
         torch.cuda.reset_peak_memory_stats(procs.device)
     done = [once(config.warmup + index) for index in range(steps.count(method))]
+    again = graphs() - compiled
     peak = torch.cuda.max_memory_allocated(procs.device) / 2**30 if cuda else None
     # A start of grpo's window is a different amount of work, so that there, means over all are told.
     middle: Callable[[list[float]], float] = (lambda v: sum(v) / len(v)) if method == "grpo" else median
@@ -201,12 +200,14 @@ def _measured(
         "adapter_parameters": sum(p.numel() for n in k2.roles for p in k2.role_parameters(n)),
         "compiled": k2.blocks.compiled,
         "graphs": compiled - before,
-        "recompilations": graphs() - compiled,
+        "recompilations": again,
         "first_seconds": max(0.0, sum(first) - len(first) * middle(total)) / 1e3,
-        "error": agreement if steps.ratio_error is None else {**agreement, "ratio": steps.ratio_error},
+        "error": {} if steps.ratio_error is None else {"ratio": steps.ratio_error},
         "shape": asdict(forwards.shape),
         "multiple": k2.pixel_multiple,
     }
+    if k2.blocks.compiled or config.attention != "native":
+        row["error"] |= _agreement(steps)
     if config.stock:
         row["stock"] = _beside(steps, work, middle(network))
     return row

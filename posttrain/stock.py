@@ -50,6 +50,8 @@ class Stock:
     def step(self) -> None:
         """Forward and backward of the adapter that is trained, with gradient checkpointing."""
         net: Any = self.k2.transformer
+        assert self.role is not None
+        self.k2.train_role(self.role)
         net.enable_gradient_checkpointing()
         with self.k2.role(self.role):  # in backward too, which recomputes
             self.velocity().float().square().mean().backward()

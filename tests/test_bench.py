@@ -1,6 +1,7 @@
 """The bench on a tiny K2: what it counts against torch's own counter, what it writes, and its plans."""
 
 import dataclasses
+import functools
 import json
 import re
 
@@ -10,8 +11,8 @@ import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from posttrain import cli, flops
-from posttrain.bench import Forwards
+from posttrain import blocks, cli, flops
+from posttrain.bench import Forwards, measured
 from posttrain.bench_config import BenchConfig
 from posttrain.bench_steps import Steps
 from posttrain.k2 import K2, Text
@@ -149,6 +150,16 @@ def test_bench_and_plans(tmp_path, capsys, model):
     (tmp_path / "bench/bench.json").write_text(json.dumps(result))
     argv = ["bench", "--plan", str(tmp_path / "grpo.yaml"), "--measured", str(tmp_path / "bench/bench.json")]
     assert cli.main(argv) == 2 and "needs grpo, which was not measured" in capsys.readouterr().err
+
+
+def test_compiled(settings, monkeypatch):
+    """With torch's tracing alone, which is exact, and takes seconds where its compiler takes minutes."""
+    traced = functools.cache(lambda: torch.compile(blocks._run, backend="eager", fullgraph=True))
+    monkeypatch.setattr(blocks, "_compiled", traced)
+    settings.compile, settings.stock, settings.repeats = True, True, 2
+    row = measured(settings, "step", (64, 64), Processes(), 1.0)
+    assert row["graphs"] == 2 and row["recompilations"] == 0  # the first block's input has no gradient
+    assert row["error"] == {"velocity": 0.0, "gradient": 0.0} and row["stock"]["ratio"] > 0
 
 
 def _plan(folder, capsys, gpus):
