@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from posttrain import __version__
+from posttrain.bench_config import BenchConfig
 from posttrain.carryover_config import CarryoverConfig
 from posttrain.config import ExportConfig, GRPOConfig, JudgeConfig, ReportConfig, SampleConfig, ServeConfig
 from posttrain.expander_config import ExpandConfig, ExpanderDataConfig, ExpanderSFTConfig
@@ -77,6 +78,7 @@ COMMANDS = {
     ),
     "expand": Command(ExpandConfig, "posttrain.expand:main", "expand a prompt in several ways", positional="prompt"),
     "sample": Command(SampleConfig, "posttrain.sample:sample", "draw images from a checkpoint"),
+    "bench": Command(BenchConfig, "posttrain.bench:bench", "measure the methods at true size, or plan a run"),
     "export": Command(ExportConfig, "posttrain.export:export", "write a checkpoint for other tools"),
     CHECK: Command(CarryoverConfig, "posttrain.carryover:check", "measure on Turbo what a LoRA trained on Raw does"),
     "run": Command(

@@ -28,6 +28,15 @@ class ModelConfig:
     weight keeps 8 bits, so a small update is rounded."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the frozen weights, and of the arithmetic. What is trained, latents and log-probs stay float32."""
+    compile: bool | None = None
+    """Compile the transformer's blocks, which takes up to minutes at first and is kept on disk for later runs; results
+    agree within rounding. null: on a GPU in bfloat16."""
+    recompute: int | None = None
+    """Blocks whose activations are computed again in backward instead of kept, >= 0 (K2 has 28): each saves memory and
+    costs a forward of it; results are the same. null: as many as do not fit into the GPU's free memory; on a CPU 0."""
+    attention: Literal["native", "cudnn"] = "native"
+    """Kernels of attention. native: those that torch chooses. cudnn: cuDNN's, on an NVIDIA GPU in bfloat16, which may
+    be faster with large pictures; results agree within rounding."""
     allow_distilled: bool = False
     """Train a distilled checkpoint (Turbo, or a run of posttrain tdm as start) as if it were Raw. Losses over all noise
     levels blur what few steps draw: the order that works is to train Raw and to distil it last."""

@@ -121,7 +121,7 @@ def _train(
                 check_ratio(updated["ratio_error"], config.loss)
             clock.lap("optimise")
             history["images"] += config.groups.prompts_per_step * config.groups.group_size
-            run.log(step, {**metrics, **updated, **clock.seconds, "images": history["images"]})
+            run.log(step, {**metrics, **updated, **clock.seconds, **training.health(), "images": history["images"]})
         training.finish()
     return training.stopped
 

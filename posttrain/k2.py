@@ -24,12 +24,12 @@ from peft.tuners.lora import LoraLayer
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain import sampler
+from posttrain.blocks import Blocks
 from posttrain.load import load_pipeline, random_pipeline
-from posttrain.roles import Roles, frozen_copy, switched
+from posttrain.roles import Roles, frozen_copy
 from prompts.errors import UserError
 
 
@@ -73,11 +73,10 @@ class Text:
 class VelocityModel(nn.Module):
     """The transformer from fused text on. Every forward enters here: DDP, FSDP and DeepSpeed wrap this."""
 
-    def __init__(self, transformer: Krea2Transformer2DModel, active: list[str]) -> None:
+    def __init__(self, transformer: Krea2Transformer2DModel, blocks: Blocks) -> None:
         super().__init__()
         self.transformer = transformer
-        self.active = active
-        self.gradient_checkpointing = False
+        self.blocks = blocks
         self._rope: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def forward(self, x: Tensor, t: Tensor, tokens: Tensor, mask: Tensor | None, grid: tuple[int, int]) -> Tensor:
@@ -92,20 +91,8 @@ class VelocityModel(nn.Module):
                 mask = torch.cat([mask, mask.new_ones(x.shape[:2])], dim=1)[:, None, None, :]
             rope = self._rotary(length, *grid, x.device)
             hidden = torch.cat([tokens, net.img_in(x)], dim=1)
-            for block in net.transformer_blocks:
-                if self.gradient_checkpointing and torch.is_grad_enabled():
-                    hidden = checkpoint(
-                        self._block, block, list(self.active), hidden, modulation, rope, mask,
-                        use_reentrant=False, preserve_rng_state=False,
-                    )  # fmt: skip
-                else:
-                    hidden = block(hidden, modulation, rope, mask)
+            hidden = self.blocks(list(net.transformer_blocks), hidden, modulation, rope, mask)
             return net.final_layer(hidden[:, length:], temb)
-
-    def _block(self, block: nn.Module, active: list[str], *inputs: object) -> Tensor:
-        # Recomputation happens in backward, when another role may be active.
-        with switched(self.active, active):
-            return block(*inputs)
 
     def _rotary(self, length: int, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
         # Text rows are all alike (position 0): one long table serves every shorter text by slicing.
@@ -132,7 +119,9 @@ class K2(Roles):
         """The type of the network's arithmetic, and of its weights where they are not trained themselves."""
         self.time_dtype = torch.float32
         """The precision of the time the network is told; see `sampler.model_time`."""
-        self.velocity_model = VelocityModel(self.transformer, self._active)
+        self.blocks = Blocks(self._active)
+        """How the network's blocks run: compiled or not, and what they keep for backward."""
+        self.velocity_model = VelocityModel(self.transformer, self.blocks)
         self.net: nn.Module = self.velocity_model
         """What `velocity` calls. A distributed run prepares it and puts the wrapped module here."""
         self.reference: VelocityModel | None = None
@@ -179,11 +168,11 @@ class K2(Roles):
         """See `Roles`. With `reference`, a frozen copy of the weights as they are now is the role None."""
         copied = frozen_copy(self.transformer) if reference and not self.roles else None
         super().add_full_role(name)
-        self.reference = None if copied is None else VelocityModel(copied, self._active)
+        self.reference = None if copied is None else VelocityModel(copied, self.blocks)
 
     def add_full_copy(self, name: str) -> None:
         super().add_full_copy(name)
-        self.copies[name] = VelocityModel(self._copies[name], self._active)
+        self.copies[name] = VelocityModel(self._copies[name], self.blocks)
 
     # shapes and schedule
 

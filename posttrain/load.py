@@ -171,7 +171,7 @@ def random_pipeline(
     device: str | torch.device, dtype: torch.dtype, scale: Literal["k2", "tiny"], text: bool, seed: int
 ) -> Krea2Pipeline:
     """See `K2.random`. Built where and in the dtype it runs in: there is never a second or fp32 copy."""
-    transformer_config, text_config, vae_config, taps = _sizes(scale)
+    transformer_config, text_config, vae_config, taps = sizes_of(scale)
     device, default = torch.device(device), torch.get_default_dtype()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
@@ -208,7 +208,7 @@ SCHEDULER = {
 """The scheduler configuration of the released checkpoints."""
 
 
-def _sizes(scale: str) -> tuple[dict, dict, dict, Sequence[int]]:
+def sizes_of(scale: str) -> tuple[dict, dict, dict, Sequence[int]]:
     """Configurations of transformer, text encoder and autoencoder (diffusers' defaults are K2's); taps."""
     vision = {
         "depth": 1,

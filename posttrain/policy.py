@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from posttrain import checkpoint
+from posttrain.blocks import set_attention
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import LoraConfig, ModelConfig
 from posttrain.fingerprint import fingerprint
@@ -42,7 +43,7 @@ def load_model(model: ModelConfig, device: str | torch.device, saved: Checkpoint
     if saved is not None:
         if (before := saved.state["model"].get("start")) != model.start:
             raise UserError(f"model.start: was {before} when the run began; restore it, or start another run")
-        return _load_for(saved, asdict(model), device)
+        return _quickened(_load_for(saved, asdict(model), device), model)
     k2 = _load(asdict(model), device)
     if k2.is_distilled and not model.allow_distilled:
         raise UserError(f"{model.path}: model_index.json: is_distilled is true: {DISTILLED_REMEDY}")
@@ -57,7 +58,7 @@ def load_model(model: ModelConfig, device: str | torch.device, saved: Checkpoint
             raise UserError(f"model.start: {found} was trained on another model than model.path ({model.path})")
         for earlier in stages:
             _merge(k2, earlier)
-    return k2
+    return _quickened(k2, model)
 
 
 def load_base(saved: Checkpoint, device: str | torch.device = "cpu") -> K2:
@@ -103,6 +104,18 @@ def earlier_of(saved: Checkpoint) -> list[Checkpoint]:
 def _load(model: dict[str, Any], device: str | torch.device) -> K2:
     k2 = K2.load(model["path"], model["transformer_file"], getattr(torch, model["dtype"]), device)
     k2.origin = {"base": fingerprint(k2.base_state_dict()), "merged": []}
+    return k2
+
+
+def _quickened(k2: K2, model: ModelConfig) -> K2:
+    """As the recipe wants it to run: that is the run's affair, and no part of what a checkpoint is."""
+    low_precision_gpu = k2.device.type == "cuda" and k2.dtype == torch.bfloat16
+    k2.blocks.compiled = low_precision_gpu if model.compile is None else model.compile
+    k2.blocks.recompute = model.recompute
+    if model.attention == "cudnn":
+        if not low_precision_gpu:
+            raise UserError("model.attention: cudnn wants an NVIDIA GPU and model.dtype bfloat16; use native")
+        set_attention(k2.transformer, "cudnn")
     return k2
 
 

@@ -121,7 +121,7 @@ def _train(
         batches = draw(k2, config, pairs, step, procs)
         metrics = optimise(k2, config, step, batches, stepper, procs)
         training.history["pairs"] += config.batch
-        run.log(step, metrics)
+        run.log(step, metrics | training.health())
     training.finish()
     return training.stopped
 

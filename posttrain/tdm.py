@@ -148,7 +148,7 @@ def _train(
             clock.lap("student")
         history["images"] += config.batch
         metrics["skipped_updates"] = student.skipped + fake.skipped
-        run.log(step, metrics | clock.seconds)
+        run.log(step, metrics | clock.seconds | training.health())
     training.finish()
     return training.stopped
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from posttrain import checkpoint, watch
+from posttrain import checkpoint, health, watch
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import CheckpointConfig, EvalConfig, ModelConfig, OptimConfig
 from posttrain.evaluate import Evaluation, Evaluator
@@ -89,6 +89,7 @@ class Training:
         self.evaluations: list[Any] = []  # (step, figures)
         self.first = 0
         self.stopped: signal.Signals | None = None
+        self._health = health.watch(procs.device, run.say)
         self._started = time.time()
         if saved is not None:
             with stepper.averaged():
@@ -125,6 +126,10 @@ class Training:
                 if watch.regression(self.evaluations, config.eval.stop):
                     loop.end()
         self.history["steps"], self.stopped = loop.done, loop.stopped
+
+    def health(self) -> dict[str, float | None]:
+        """Metrics of the GPUs of all processes; see health.py. Nothing where there is none."""
+        return health.worst(self.procs.each(self._health.read() if self._health else {}))
 
     def finish(self) -> None:
         """Writes the summary and tells what was decided."""

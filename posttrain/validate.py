@@ -6,6 +6,7 @@ import math
 import re
 
 from posttrain import figures
+from posttrain.bench_config import BenchConfig
 from posttrain.carryover_config import CarryoverConfig
 from posttrain.config import (
     EvalConfig,
@@ -28,6 +29,7 @@ from posttrain.pipeline_config import PipelineConfig
 from posttrain.ranges import ConfigError, at_least, pixels, positive, share
 from posttrain.stpo_config import STPOConfig
 from posttrain.tdm_config import MOST_STEPS, TDMConfig
+from posttrain.validate_bench import validate_bench
 from posttrain.validate_expander import validate_expand, validate_expander_data, validate_expander_sft
 from posttrain.validate_gdpo import validate_gdpo
 from posttrain.validate_pairs import validate_annotate, validate_pair_set, validate_pairs, validate_preference_loss
@@ -48,6 +50,7 @@ Config = (
     | SampleConfig
     | ExportConfig
     | ReportConfig
+    | BenchConfig
     | CarryoverConfig
     | PipelineConfig
 )
@@ -103,6 +106,8 @@ def validate(config: Config) -> None:
             _validate_pipeline(config)
         case ReportConfig():
             pass
+        case BenchConfig():
+            validate_bench(config)
 
 
 def _validate_grpo(config: GRPOConfig) -> None:
@@ -137,6 +142,8 @@ def _validate_run(config: GRPOConfig | STPOConfig | TDMConfig) -> None:
         raise ConfigError("output", "is empty; name a directory for the run")
     at_least("steps", config.steps, 1)
     at_least("seed", config.seed, 0)
+    if config.model.recompute is not None:
+        at_least("model.recompute", config.model.recompute, 0)
     if config.lora is not None:
         at_least("lora.rank", config.lora.rank, 1)
         positive("lora.alpha", config.lora.alpha)

@@ -166,7 +166,7 @@ def memory(args: argparse.Namespace) -> dict[str, float]:
             k2, size = K2.load(MODEL, device=args.device), SIZE
             encoding = k2.encode([*(f"{i} red stars" for i in range(args.memory_batch)), ""])
             *features, null = encoding.features
-        k2.velocity_model.gradient_checkpointing = args.memory_checkpointing
+        k2.blocks.recompute = len(k2.transformer.transformer_blocks) if args.memory_checkpointing else 0
         fused = [k2.fuse(f) for f in features]
         config = TDMConfig("", ModelConfig(""), PromptsConfig("", ""), batch=args.memory_batch)
         config.micro_batch, config.sizes, config.lora = args.memory_batch, [list(size)], LoraConfig(64, 64.0)

@@ -1,0 +1,174 @@
+"""The bench on a tiny K2: what it counts against torch's own counter, what it writes, and its plans."""
+
+import dataclasses
+import functools
+import json
+import re
+
+import pytest
+import torch
+import yaml
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from posttrain import blocks, cli, flops
+from posttrain.bench import Forwards, measured
+from posttrain.bench_config import BenchConfig
+from posttrain.bench_steps import Steps
+from posttrain.k2 import K2, Text
+from posttrain.policy import POLICY
+from posttrain.processes import Processes
+from tests import runs
+
+N, L, B, RANK = 12, 7, 2, 4
+
+
+@pytest.fixture(scope="module")
+def k2():
+    made = K2.random("cpu", torch.float32, "tiny", text=False)
+    made.add_role(POLICY, RANK, 4.0)
+    return made
+
+
+def counted(k2, role, backward):
+    x, text = torch.randn(B, N, k2.latent_channels), Text(k2.fuse(k2.random_features(L))[None])
+    k2.train_role(POLICY)
+    # The math kernel is made of products that the counter knows on every device.
+    with FlopCounterMode(display=False) as counter, k2.role(role), sdpa_kernel(SDPBackend.MATH):
+        with torch.set_grad_enabled(backward):
+            v = k2.velocity(x, 0.5, text, 3 * k2.pixel_multiple, 4 * k2.pixel_multiple)
+        if backward:
+            v.square().mean().backward()
+    return counter.get_total_flops()
+
+
+def test_forward_is_what_torch_counts(k2):
+    shape = flops.Shape.of(k2)
+    assert counted(k2, None, False) == B * flops.forward(shape, N, L)
+    assert counted(k2, POLICY, False) == B * flops.forward(shape, N, L, RANK)
+
+
+def test_backward_is_what_torch_counts(k2):
+    shape = flops.Shape.of(k2)
+    assert counted(k2, POLICY, True) == B * (flops.forward(shape, N, L, RANK) + flops.backward(shape, N, L, RANK))
+
+
+def test_true_size():
+    """512 x 512 has 1024 image tokens: T = 1129, d = 6144, d_kv = 1536, f = 16384, 28 blocks.
+
+    Linears 2 T (3 d^2 + 2 d d_kv + 3 d f) = 2 * 1129 * 434,110,464 = 980.2 G, attention 4 T^2 d = 31.3 G.
+    """
+    k2_size = flops.Shape(28, 6144, 1536, 16384, 64, 256)
+    assert flops.forward(k2_size, 1024, 105) == pytest.approx(28 * (980.22e9 + 31.33e9) + 2.14e9, rel=1e-4)
+
+
+# the bench
+
+
+@pytest.fixture
+def settings():
+    made = BenchConfig(scale="tiny", batch=4, group=4, text=8, rank=RANK, steps=4, repeats=1, stock=False)
+    return made
+
+
+@pytest.mark.parametrize("method", ["step", "stpo", "tdm"])
+def test_counts_what_a_step_does(method, settings):
+    """Texts are of one length here: torch counts padding too."""
+    fresh = K2.random("cpu", torch.float32, "tiny", text=False)
+    steps = Steps(fresh, settings, (64, 64), Processes())
+    steps._texts = [fresh.fuse(fresh.random_features(8))]
+    forwards = Forwards(fresh, RANK)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        steps.run(method, 0, lambda stage: None)
+    found = forwards.take()
+    assert found["flop"] == counter.get_total_flops()
+    expected = {"step": (0, 4), "stpo": (4, 4)}
+    if method in expected:
+        assert (found["forwards"], found["backwards"]) == expected[method]
+    else:  # fake score and student are trained; one forward of the fake score and two of the teacher; trajectories
+        assert found["backwards"] == 8 and 12 + 4 <= found["forwards"] <= 12 + 16
+    assert forwards.take()["flop"] == 0
+
+
+def test_what_is_recomputed_is_counted_apart(settings):
+    """One of two blocks, once for each of four pictures; torch counts it as well."""
+    fresh = K2.random("cpu", torch.float32, "tiny", text=False)
+    steps, fresh.blocks.recompute = Steps(fresh, settings, (64, 64), Processes()), 1
+    steps._texts = [fresh.fuse(fresh.random_features(8))]
+    forwards = Forwards(fresh, RANK)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        steps.run("step", 0, lambda stage: None)
+    found = forwards.take()
+    again = counter.get_total_flops() - found["flop"]
+    assert found["again"] == 4 * flops.block(forwards.shape, 64 + 8, RANK)
+    assert 0.8 * found["again"] < again <= found["again"]  # torch stops where nothing more is missing
+
+
+def test_padding_is_not_counted(k2):
+    forwards = Forwards(k2, RANK)
+    text = Text.of([k2.fuse(k2.random_features(length)) for length in (3, 9)])
+    with torch.no_grad():
+        k2.velocity(torch.randn(2, N, k2.latent_channels), 0.5, text, 3 * k2.pixel_multiple, 4 * k2.pixel_multiple)
+    shape = flops.Shape.of(k2)
+    assert forwards.take()["flop"] == flops.forward(shape, N, 3) + flops.forward(shape, N, 9)
+
+
+def test_bench_and_plans(tmp_path, capsys, model):
+    argv = "bench --scale tiny --batch 4 --group 4 --text 8 --rank 4 --steps 4 --repeats 1 --output"
+    assert cli.main([*argv.split(), str(tmp_path / "bench")]) == 0
+    printed = capsys.readouterr().out
+    assert (tmp_path / "bench/bench.md").read_text() in printed + "\n"
+    result = json.loads((tmp_path / "bench/bench.json").read_text())
+    rows = {row["method"]: row for row in result["rows"]}
+    assert list(rows) == ["rollout", "step", "stpo", "grpo", "tdm"]
+    for row in rows.values():
+        network = sum(ms for stage, ms in row["ms"].items() if stage not in ("decode", "prepare"))
+        assert row["share"] == pytest.approx(row["tflops"] / result["matmul"]["tflops"])
+        assert row["images_per_second"] == pytest.approx(1e3 * row["images"] / sum(row["ms"].values()))
+        assert row["peak_gib"] is None and row["recompilations"] == 0
+        stock = row["stock"]["forward_ms"] * row["forwards"] + (row["stock"]["step_ms"] or 0) * row["backwards"]
+        assert row["stock"]["ratio"] == pytest.approx(stock / network)
+    # Twelve of the 16 forwards of a group of four come after a window that begins at the second step; half begin there.
+    assert rows["rollout"]["forwards"] == 16 and rows["grpo"]["backwards"] == 8
+    assert rows["grpo"]["forwards"] == (16 + 13) / 2 + 8
+
+    recipe = runs.config(tmp_path, model)
+    (tmp_path / "grpo.yaml").write_text(yaml.safe_dump(dataclasses.asdict(recipe)))
+    one, two = (_plan(tmp_path, capsys, gpus) for gpus in (1, 2))
+    assert "as a recipe of grpo" in one and "2 steps" in one and "measured on a CPU" in one
+    assert _seconds(two) == pytest.approx(_seconds(one) / 2, rel=0.02)
+
+    # 64 x 64 pixels are 64 image tokens, 32 x 32 are 16: batches of 4 of them want a quarter of the 8 GiB beside 20 of
+    # weights. The adapters are alike and the text encoder's 3 GiB come on top: 20 + 3 + 2 = 25.
+    for row in result["rows"]:
+        row["weights_gib"], row["peak_gib"] = 20.0, 28.0
+    result["text_encoder_gib"], result["gpu_gib"] = 3.0, 24.0
+    (tmp_path / "bench/bench.json").write_text(json.dumps(result))
+    assert "Memory: 25 GiB of 24" in _plan(tmp_path, capsys, 1) and "does not fit" in _plan(tmp_path, capsys, 1)
+
+    result["rows"] = [row for row in result["rows"] if row["method"] != "grpo"]
+    (tmp_path / "bench/bench.json").write_text(json.dumps(result))
+    argv = ["bench", "--plan", str(tmp_path / "grpo.yaml"), "--measured", str(tmp_path / "bench/bench.json")]
+    assert cli.main(argv) == 2 and "needs grpo, which was not measured" in capsys.readouterr().err
+
+
+def test_compiled(settings, monkeypatch):
+    """With torch's tracing alone, which is exact, and takes seconds where its compiler takes minutes."""
+    traced = functools.cache(lambda: torch.compile(blocks._run, backend="eager", fullgraph=True))
+    monkeypatch.setattr(blocks, "_compiled", traced)
+    settings.compile, settings.stock, settings.repeats = True, True, 2
+    row = measured(settings, "step", (64, 64), Processes(), 1.0)
+    assert row["graphs"] == 2 and row["recompilations"] == 0  # the first block's input has no gradient
+    assert row["error"] == {"velocity": 0.0, "gradient": 0.0} and row["stock"]["ratio"] > 0
+
+
+def _plan(folder, capsys, gpus):
+    measured = str(folder / "bench/bench.json")
+    argv = ["bench", "--plan", str(folder / "grpo.yaml"), "--measured", measured, "--gpus", str(gpus)]
+    assert cli.main(argv) == 0
+    return capsys.readouterr().out
+
+
+def _seconds(text):
+    (found,) = re.findall(r"Training step: .*?, (\S+) s", text)
+    return float(found)
