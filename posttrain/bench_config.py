@@ -36,7 +36,7 @@ class BenchConfig:
     window: int = 2
     """Stochastic steps of grpo, 1 to steps - 1; they begin at each place of the first half in turn."""
     compile: bool | None = None
-    """As model.compile of a recipe."""
+    """As model.compile of a recipe; null: on a GPU."""
     recompute: int | None = None
     """As model.recompute of a recipe."""
     attention: Literal["native", "cudnn"] = "native"

@@ -28,9 +28,9 @@ class ModelConfig:
     weight keeps 8 bits, so a small update is rounded."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the frozen weights, and of the arithmetic. What is trained, latents and log-probs stay float32."""
-    compile: bool | None = None
+    compile: bool = False
     """Compile the transformer's blocks, which takes up to minutes at first and is kept on disk for later runs; results
-    agree within rounding. null: on a GPU in bfloat16."""
+    agree within rounding, which `posttrain bench` measures."""
     recompute: int | None = None
     """Blocks whose activations are computed again in backward instead of kept, >= 0 (K2 has 28): each saves memory and
     costs a forward of it; results are the same. null: as many as do not fit into the GPU's free memory; on a CPU 0."""

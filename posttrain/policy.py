@@ -109,11 +109,9 @@ def _load(model: dict[str, Any], device: str | torch.device) -> K2:
 
 def _quickened(k2: K2, model: ModelConfig) -> K2:
     """As the recipe wants it to run: that is the run's affair, and no part of what a checkpoint is."""
-    low_precision_gpu = k2.device.type == "cuda" and k2.dtype == torch.bfloat16
-    k2.blocks.compiled = low_precision_gpu if model.compile is None else model.compile
-    k2.blocks.recompute = model.recompute
+    k2.blocks.compiled, k2.blocks.recompute = model.compile, model.recompute
     if model.attention == "cudnn":
-        if not low_precision_gpu:
+        if k2.device.type != "cuda" or k2.dtype != torch.bfloat16:
             raise UserError("model.attention: cudnn wants an NVIDIA GPU and model.dtype bfloat16; use native")
         set_attention(k2.transformer, "cudnn")
     return k2
