@@ -55,9 +55,13 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
+class _Http(ThreadingHTTPServer):
+    request_queue_size = 128  # five, the default, has connections reset when as many come at once
+
+
 @contextlib.contextmanager
 def serving() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    server = _Http(("127.0.0.1", 0), _Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

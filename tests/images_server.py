@@ -19,6 +19,11 @@ Fault = Callable[[int, dict[str, Any]], tuple[int, bytes] | None]
 """What to answer instead, from the request's number and body; None: the picture."""
 
 
+class _Http(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # five, the default, has connections reset when as many come at once
+
+
 class ImagesServer:
     """`requests` are the bodies it was sent."""
 
@@ -59,8 +64,7 @@ class ImagesServer:
             def log_message(self, format: str, *args: Any) -> None:
                 pass
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
+        self._http = _Http(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
 
