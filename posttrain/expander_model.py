@@ -49,7 +49,8 @@ class Expander:
         if adapter is not None:
             check_base(adapter, base, model)
             try:
-                model = PeftModel.from_pretrained(model, adapter)
+                with quiet():
+                    model = PeftModel.from_pretrained(model, adapter)
             except (OSError, ValueError, RuntimeError, SafetensorError) as error:
                 raise UserError(f"{adapter}: cannot be loaded as an adapter of {base}: {_first_line(error)}") from error
         return cls(model.to(device).eval(), tokenizer)

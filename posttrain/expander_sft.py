@@ -17,7 +17,6 @@ import json
 import os
 import re
 import signal
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -305,14 +304,13 @@ class _Logger(TrainerCallback):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the libraries' bars and their warnings to their own developers."""
+    """As `quiet`, and without the bars of `datasets`."""
     datasets.disable_progress_bars()
-    with quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        try:
+    try:
+        with quiet():
             yield
-        finally:
-            datasets.enable_progress_bars()
+    finally:
+        datasets.enable_progress_bars()
 
 
 def _check_unchanged(config: ExpanderSFTConfig) -> None:

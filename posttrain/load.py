@@ -6,6 +6,7 @@ Only safetensors are read, and no code from a checkpoint runs.
 import contextlib
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -50,12 +51,14 @@ def load_pipeline(
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the libraries' bars for reading and writing files, between which a message to the user is lost."""
+    """Without the libraries' bars and their warnings to their own developers, between which a message is lost."""
     loggers = [log for log in (diffusers.utils.logging, transformers.utils.logging) if log.is_progress_bar_enabled()]
     for log in loggers:
         log.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         for log in loggers:
             log.enable_progress_bar()
