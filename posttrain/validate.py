@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 
 from posttrain import figures
 from posttrain.bench_config import BenchConfig
@@ -33,6 +32,7 @@ from posttrain.validate_bench import validate_bench
 from posttrain.validate_expander import validate_expand, validate_expander_data, validate_expander_sft
 from posttrain.validate_gdpo import validate_gdpo
 from posttrain.validate_pairs import validate_annotate, validate_pair_set, validate_pairs, validate_preference_loss
+from posttrain.validate_pipeline import validate_pipeline
 
 Config = (
     GRPOConfig
@@ -103,7 +103,7 @@ def validate(config: Config) -> None:
         case CarryoverConfig():
             _validate_carryover(config)
         case PipelineConfig():
-            _validate_pipeline(config)
+            validate_pipeline(config)
         case ReportConfig():
             pass
         case BenchConfig():
@@ -391,16 +391,3 @@ def _validate_carryover(config: CarryoverConfig) -> None:
     at_least("max_tokens", config.max_tokens, 1)
     at_least("micro_batch", config.micro_batch, 1)
     at_least("seed", config.seed, 0)
-
-
-def _validate_pipeline(config: PipelineConfig) -> None:
-    if not config.output.strip():
-        raise ConfigError("output", "is empty; name a directory for the pipeline")
-    if not config.stages:
-        raise ConfigError("stages", "is empty; name at least one stage")
-    names = [stage.name for stage in config.stages]
-    for i, name in enumerate(names):
-        if not re.fullmatch(r"[A-Za-z0-9_][\w-]*", name):
-            raise ConfigError(f"stages[{i}].name", f"is '{name}'; it names a directory: use letters, digits, _ and -")
-        if name in names[:i]:
-            raise ConfigError(f"stages[{i}].name", f"'{name}' is used twice; give each its own name")

@@ -8,7 +8,7 @@ from PIL import Image
 
 from posttrain.chart import lines_chart
 from posttrain.nano import judge_data, scenes
-from posttrain.nano.bench_stpo import spread, table
+from posttrain.nano.bench_stpo import figure, spread, table
 from posttrain.nano.choices import tasteful
 from posttrain.nano.compare import ensemble, wins
 from rewards.base import Scores
@@ -70,3 +70,11 @@ def test_a_figure_has_a_line_for_each_run_in_its_variants_colour():
     assert "L" not in paths[1].get("d", "")  # a missing value breaks the line
     titles = [text.text for text in root.findall(f"{space}text") if text.get("class") == "title"]
     assert titles == ["loss <w>", "accuracy"]
+
+
+def test_accuracy_has_no_point_before_the_first_step():
+    """All margins are 0 there, so no pair is told apart, rightly or wrongly."""
+    run = [{"step": 0.0, "pairs/accuracy": 0.0, "oracle": 0.5}, {"step": 5.0, "pairs/accuracy": 0.8, "oracle": 0.6}]
+    run.append({"step": 10.0, "pairs/accuracy": 0.9, "oracle": 0.7})
+    drawn = [path.get("d", "").count("L") for path in ET.fromstring(figure({"stpo": [run]})).iter() if path.get("d")]
+    assert drawn == [1, 2]  # pairs/accuracy has two points, oracle three

@@ -1,0 +1,21 @@
+"""The ranges of the recipe of `posttrain run`."""
+
+from __future__ import annotations
+
+import re
+
+from posttrain.pipeline_config import PipelineConfig
+from posttrain.ranges import ConfigError
+
+
+def validate_pipeline(config: PipelineConfig) -> None:
+    if not config.output.strip():
+        raise ConfigError("output", "is empty; name a directory for the pipeline")
+    if not config.stages:
+        raise ConfigError("stages", "is empty; name at least one stage")
+    names = [stage.name for stage in config.stages]
+    for i, name in enumerate(names):
+        if not re.fullmatch(r"[A-Za-z0-9_][\w-]*", name):
+            raise ConfigError(f"stages[{i}].name", f"is '{name}'; it names a directory: use letters, digits, _ and -")
+        if name in names[:i]:
+            raise ConfigError(f"stages[{i}].name", f"'{name}' is used twice; give each its own name")
