@@ -173,7 +173,8 @@ def _usage() -> str:
     lines = [f"  {name:<{width}}{command.help}" for name, command in COMMANDS.items()]
     return (
         "usage: posttrain <command> --config RECIPE [--section.field value ...]\n\n"
-        "Post-training for Krea 2 (K2). Settings come from recipes (YAML), of which a later one wins; options win over all.\n\n"
+        "Post-training for Krea 2 (K2). Settings come from recipes (YAML), a later one wins;"
+        " options win over all.\n\n"
         "commands:\n" + "\n".join(lines) + "\n\n"
         "`posttrain <command> --help` lists the settings of a command with units and defaults;\n"
         "`posttrain <command> --config RECIPE --print_config` shows what they come to.\n"

@@ -205,7 +205,7 @@ def test_one_at_a_time(write, tmp_path):
 
 
 def expander(tmp_path: Path, **settings) -> Path:
-    """A pipeline of the expander's stages by the nano recipes, which draws with K2-nano; what is set for one is added."""
+    """A pipeline of the expander's stages by the nano recipes, drawing with K2-nano; what is set for one is added."""
     small = {"expander_data": {"count": 40}, "expander_sft": {"steps": 1, "batch": 4, "micro_batch": 4, "measured": 4}}
     wired = {"expander_sft": {"data": "${expander_data}"}, "expander_gdpo": {"model.path": "${expander_sft}"}}
     stages = [
