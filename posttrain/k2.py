@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from posttrain import sampler
 from posttrain.blocks import Blocks
 from posttrain.load import load_pipeline, random_pipeline
+from posttrain.offload import Offloaded, uses
 from posttrain.roles import Roles, frozen_copy
 from prompts.errors import UserError
 
@@ -128,6 +129,8 @@ class K2(Roles):
         """What it calls instead as the role None, where all weights are a role and `reference` was asked for."""
         self.copies: dict[str, VelocityModel] = {}
         """What it calls instead as a role of `add_full_copy`."""
+        self.offloaded: dict[str, Offloaded] = {}
+        """Parts that are on the device only while they are used, by name; see `offload.place`."""
         self.origin: dict[str, Any] = {"base": None, "merged": []}
         """What the weights are: the base's fingerprint and the checkpoints merged into it; see policy.py."""
         for module in (self.transformer, self.vae, self.text_encoder):
@@ -243,6 +246,7 @@ class K2(Roles):
         return [row[:room] + suffix_ids for row in ids], [max(0, len(row) - room) for row in ids]
 
     @torch.no_grad()
+    @uses("text_encoder")
     def encode_tokens(self, ids: Sequence[list[int]], batch: int = 16) -> list[Tensor]:
         """Token ids, template included, to features after the prefix."""
         if self.text_encoder is None:
@@ -354,6 +358,7 @@ class K2(Roles):
     # pictures
 
     @torch.no_grad()
+    @uses("vae")
     def decode(self, latents: Tensor, height: int, width: int, batch: int = 16) -> Tensor:
         """Packed latents (B, N, C) to uint8 pictures (B, height, width, 3)."""
         mean, std = self._latent_statistics()
@@ -367,6 +372,7 @@ class K2(Roles):
         return torch.cat(pictures)
 
     @torch.no_grad()
+    @uses("vae")
     def encode_images(self, images: Tensor | Sequence[Image.Image], batch: int = 16) -> Tensor:
         """uint8 pictures (B, height, width, 3), or PIL images of one size, to packed latents (the mode)."""
         if not isinstance(images, Tensor):
