@@ -79,7 +79,8 @@ def plan(config: BenchConfig) -> str:
     adapters = 2 if method == "tdm" else 1
     parameters = adapters * shape.blocks * lora.rank * sum(a + b for a, b in shape.linears().values())
     tokens = micro * max(cost.tokens(size) for size in _sizes(recipe))
-    base = row["weights_gib"] + (result["text_encoder_gib"] or 0.0)
+    encoder = 0.0 if result["settings"].get("encode") else result["text_encoder_gib"] or 0.0  # else it is in there
+    base = row["weights_gib"] + encoder
     changed = 16 * (parameters - row["adapter_parameters"]) / 2**30
     measured_tokens = result["settings"]["batch"] * cost.tokens(row["size"])
     activations = (row["peak_gib"] - row["weights_gib"]) * tokens / measured_tokens

@@ -120,7 +120,7 @@ def test_bench_and_plans(tmp_path, capsys, model):
     assert (tmp_path / "bench/bench.md").read_text() in printed + "\n"
     result = json.loads((tmp_path / "bench/bench.json").read_text())
     rows = {row["method"]: row for row in result["rows"]}
-    assert list(rows) == ["rollout", "step", "stpo", "grpo", "tdm"]
+    assert list(rows) == ["rollout", "step", "stpo", "grpo", "tdm", "expander"]
     for row in rows.values():
         network = sum(ms for stage, ms in row["ms"].items() if stage not in ("decode", "prepare"))
         assert row["share"] == pytest.approx(row["tflops"] / result["matmul"]["tflops"])
@@ -131,6 +131,8 @@ def test_bench_and_plans(tmp_path, capsys, model):
     # Twelve of the 16 forwards of a group of four come after a window that begins at the second step; half begin there.
     assert rows["rollout"]["forwards"] == 16 and rows["grpo"]["backwards"] == 8
     assert rows["grpo"]["forwards"] == (16 + 13) / 2 + 8
+    assert rows["expander"]["forwards"] == 16 and rows["expander"]["images"] == 4
+    assert rows["expander"]["adapter_parameters"] == 0 and rows["expander"]["error"] == {}
 
     recipe = runs.config(tmp_path, model)
     (tmp_path / "grpo.yaml").write_text(yaml.safe_dump(dataclasses.asdict(recipe)))
@@ -160,6 +162,36 @@ def test_compiled(settings, monkeypatch):
     row = measured(settings, "step", (64, 64), Processes(), 1.0)
     assert row["graphs"] == 2 and row["recompilations"] == 0  # the first block's input has no gradient
     assert row["error"] == {"velocity": 0.0, "gradient": 0.0} and row["stock"]["ratio"] > 0
+
+
+def test_expansions_are_of_many_lengths_and_only_real_tokens_count(settings):
+    """Of 8 tokens, a group of four has 4, 6, 9 and 12 of them, in two forwards of two; four steps; 64 image tokens."""
+    fresh = K2.random("cpu", torch.float32, "tiny", text=False)
+    steps = Steps(fresh, dataclasses.replace(settings, batch=2, rank=0), (64, 64), Processes())
+    forwards = Forwards(fresh, 0)
+    steps.run("expander", 0, lambda stage: None)
+    found = forwards.take()
+    expected = sum(flops.forward(forwards.shape, 64, length) for length in (4, 6, 9, 12))
+    assert found["flop"] == 4 * expected and found["forwards"] == 16 and found["backwards"] == 0
+
+
+def test_options_are_measured_against_the_exact_path(settings, eager):
+    """Rank 32: factors of 32 x 128, which are large enough for 8-bit moments."""
+    for name, value in {"rank": 32, "quantize": "fp8", "optim": "adamw8bit", "encode": True, "group": 2}.items():
+        setattr(settings, name, value)
+    settings.compile, settings.stock, settings.offload = False, True, ["text_encoder", "vae"]
+    row = measured(settings, "grpo", (64, 64), Processes(), 1.0)
+    error = row["error"]
+    assert error.keys() == {"ratio", "velocity", "gradient", "features", "pixels", "update"}
+    assert error["features"] == error["pixels"] == 0.0
+    assert 1e-3 < error["velocity"] < 0.1 and 1e-3 < error["gradient"] < 0.3 and 1e-4 < error["update"] < 0.05
+    assert "encode" in row["ms"] and row["stock"]["ratio"] > 0
+
+
+@pytest.fixture
+def eager():
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _plan(folder, capsys, gpus):
