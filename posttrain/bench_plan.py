@@ -21,6 +21,7 @@ import torch
 
 from posttrain import flops
 from posttrain.bench_config import BenchConfig
+from posttrain.bench_tiers import BLOCK_BYTES, parts_of, tiers
 from posttrain.cli import load_config
 from posttrain.config import GRPOConfig
 from posttrain.load import sizes_of
@@ -87,6 +88,11 @@ def plan(config: BenchConfig) -> str:
     need, room = base + changed + activations, config.gpu_gib or result["gpu_gib"]
     verdict = "fits" if need <= room else "does not fit: lower micro_batch, or raise model.recompute"
     lines.append(f"Memory: {need:.3g} GiB of {room:.3g} on each GPU, {base:.3g} of it weights; {verdict}")
+    if result["settings"]["scale"] != "nano":
+        parts, block = parts_of(result["settings"]["scale"]), row.get("block_bytes_a_token") or BLOCK_BYTES
+        largest = max(_sizes(recipe), key=lambda size: size[0] * size[1])
+        told = "Pictures in one forward, blocks computed again and options with which it would fit:"
+        lines += ["", told, tiers(parts, [method], [largest], lora.rank, cost.text, block)]
     return "\n".join(lines)
 
 

@@ -116,9 +116,6 @@ class GroupsConfig:
 class OptimConfig:
     """AdamW."""
 
-    kind: Literal["adamw", "adamw8bit"] = "adamw"
-    """adamw8bit: keep the two moments in 8 bits, 2 bytes a trained weight instead of 8. It changes results, by what
-    `posttrain bench` measures; needs pip install 'posttrain[fp8]'. A run keeps to its kind."""
     lr: float = 1e-4
     """Learning rate after warm-up, > 0."""
     betas: tuple[float, float] = (0.9, 0.99)
@@ -135,6 +132,9 @@ class OptimConfig:
     """Last training steps over which the rate falls linearly to 0, >= 0; 0: it stays."""
     ema: float = 0.0
     """Decay of the moving average of the weights that evaluation and export use, in [0, 1); 0: the weights."""
+    kind: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit: keep the two moments in 8 bits, 2 bytes a trained weight instead of 8. It changes results, by what
+    `posttrain bench` measures; needs pip install 'posttrain[fp8]'. A run keeps to its kind."""
 
 
 @dataclass

@@ -33,6 +33,9 @@ from posttrain.offload import Offloaded, uses
 from posttrain.roles import Roles, frozen_copy
 from prompts.errors import UserError
 
+DECODED = 2**20
+"""Pixels that are decoded at a time, if that is not less than a picture and not more than 16: some 3 kB each in K2."""
+
 
 @dataclass(frozen=True)
 class Encoding:
@@ -359,11 +362,11 @@ class K2(Roles):
 
     @torch.no_grad()
     @uses("vae")
-    def decode(self, latents: Tensor, height: int, width: int, batch: int = 16) -> Tensor:
-        """Packed latents (B, N, C) to uint8 pictures (B, height, width, 3)."""
+    def decode(self, latents: Tensor, height: int, width: int, batch: int | None = None) -> Tensor:
+        """Packed latents (B, N, C) to uint8 pictures (B, height, width, 3), `batch` at a time; None: see DECODED."""
         mean, std = self._latent_statistics()
         pictures = []
-        for part in latents.split(batch):
+        for part in latents.split(batch or max(1, min(16, DECODED // (height * width)))):
             part = part.to(self.vae.device, torch.float32)
             z = unpack(part, *self.grid(height, width), self.pipe.patch_size) * std + mean
             pixels = self.vae.decode(z[:, :, None].to(self.vae.dtype), return_dict=False)[0][:, :, 0]
