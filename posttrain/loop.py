@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from posttrain.config import CheckpointConfig, LossConfig, OptimConfig
+from posttrain.optimizer import make_optimizer, set_rate
 from prompts.errors import UserError
 
 MAX_SKIPPED = 10
@@ -111,9 +112,7 @@ class Stepper:
     def __init__(self, parameters: Sequence[Tensor], config: OptimConfig):
         self.parameters = list(parameters)
         self.config = config
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
-        )
+        self.optimizer = make_optimizer(self.parameters, config)
         self.rate = 1.0
         """Share of the learning rate to take, for a method that lowers it."""
         self.updates = self.skipped = self.skipped_in_a_row = 0
@@ -131,7 +130,8 @@ class Stepper:
             warm = min(1.0, self.updates / max(1, self.config.warmup_steps))
             rate = self.config.lr * warm * self.rate
             for group in self.optimizer.param_groups:  # a resumed run takes them from its recipe
-                group |= {"lr": rate, "betas": self.config.betas, "weight_decay": self.config.weight_decay}
+                group |= {"betas": self.config.betas, "weight_decay": self.config.weight_decay}
+                set_rate(group, rate)
             self.optimizer.step()
             if self._average is not None:
                 decay = min(self.config.ema, (1 + self.updates) / (10 + self.updates))
