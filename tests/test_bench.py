@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from posttrain import blocks, cli, flops
-from posttrain.bench import Forwards, measured
+from posttrain.bench import Forwards, bench, measured
 from posttrain.bench_config import BenchConfig
 from posttrain.bench_steps import Steps
 from posttrain.bench_tiers import Parts, fit, need, parts_of
@@ -166,6 +166,15 @@ def test_compiled(settings, monkeypatch):
     row = measured(settings, "step", (64, 64), Processes(), 1.0)
     assert row["graphs"] == 2 and row["recompilations"] == 0  # the first block's input has no gradient
     assert row["error"] == {"velocity": 0.0, "gradient": 0.0} and row["stock"]["ratio"] > 0
+
+
+def test_what_is_compiled_after_the_second_step_fails_the_bench(settings, tmp_path, monkeypatch):
+    settings.output, settings.methods = str(tmp_path), ["rollout"]
+    for graphs, code in (([0, 3, 3], 0), ([0, 3, 4], 1)):  # at the beginning, after the second step, at the end
+        monkeypatch.setattr("posttrain.bench.graphs", iter(graphs).__next__)
+        assert bench(settings) == code
+        (row,) = json.loads((tmp_path / "bench.json").read_text())["rows"]
+        assert (row["graphs"], row["recompilations"]) == (3, code)
 
 
 def test_expansions_are_of_many_lengths_and_only_real_tokens_count(settings):
