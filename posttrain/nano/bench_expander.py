@@ -103,7 +103,8 @@ def _panel(rows: Sequence[dict[str, Any]], name: str, start: int, width: int, he
         parts.append(f'<line x1="{x(0)}" x2="{x(last)}" y1="{y(tick):.1f}" y2="{y(tick):.1f}" stroke="#e4e3df"/>')
         parts.append(f'<text x="{x(0) - 6}" y="{y(tick) + 4:.1f}" text-anchor="end" fill="#555">{number(tick)}</text>')
     for step in (0, last):
-        parts.append(f'<text x="{x(step)}" y="{height - 18}" text-anchor="middle" fill="#555">step {step}</text>')
+        end = "end" if step else "start"
+        parts.append(f'<text x="{x(step)}" y="{height - 18}" text-anchor="{end}" fill="#555">step {step}</text>')
     for arm, course in courses.items():
         if not course:
             continue
