@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prompts.errors import UserError
+from prompts.parse import parse_json
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 STEP = re.compile(r"step-(\d{6,})")
@@ -125,7 +126,8 @@ def load(path: str | Path) -> Checkpoint:
     if problem:
         raise UserError(f"{path}: not a whole checkpoint: {problem}")
     state = json.loads((path / "state.json").read_text())
-    tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    names = sorted(name for name in parse_json((path / "manifest.json").read_bytes()) if name.endswith(".safetensors"))
+    tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in names}
     return Checkpoint(path, state.pop("step"), tensors, state)
 
 
@@ -227,18 +229,23 @@ def _problem(path: Path) -> str | None:
     if not path.is_dir():
         return "no such directory"
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = parse_json((path / "manifest.json").read_bytes())
+        expected = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest.items()}
     except FileNotFoundError:
         return "manifest.json is missing"
-    except ValueError:
-        return "manifest.json is not JSON"
-    for name, expected in manifest.items():
+    except ValueError as error:
+        return f"manifest.json: {error}"
+    except (OSError, AttributeError, KeyError, TypeError):
+        return "manifest.json is damaged"
+    if "state.json" not in expected:
+        return "manifest.json does not name state.json"
+    for name, (size, digest) in expected.items():
         file = path / name
-        if not file.is_file():
+        if not os.path.isfile(file):
             return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
-        if _sha256(file) != expected["sha256"]:
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, not {size}"
+        if _sha256(file) != digest:
             return f"{name} does not match its checksum"
     return None
 

@@ -19,6 +19,7 @@ from openai import APIResponseValidationError, AsyncOpenAI, RequestOptions
 from PIL import Image
 
 from prompts.errors import UserError
+from prompts.parse import parse_json
 from prompts.templates import Template, spelled
 from rewards.encode import EncodedImage, encode, encode_async
 from rewards.endpoints import Endpoints, JudgeError
@@ -123,7 +124,7 @@ class Judge:
             if choice["finish_reason"] == "length":
                 raise JudgeError(f"the answer is longer than {self.max_text_tokens} tokens")
             content = choice["message"]["content"]
-            answer = json.loads(content)
+            answer = parse_json(content)
         except (KeyError, IndexError, TypeError, ValueError):
             raise JudgeError("the answer is not the JSON that was asked for") from None
         if not isinstance(answer, dict) or answer.keys() != {key} or not _strings(answer[key]):
@@ -169,7 +170,7 @@ class Judge:
         async with self._slots:
             try:
                 return await self._endpoints.request(send)
-            except (APIResponseValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            except (APIResponseValidationError, ValueError, LookupError, RecursionError) as error:  # JSON and charset
                 raise JudgeError(f"the server's answer is malformed: {error}") from error
             except JudgeError as error:
                 raise JudgeError(self._without_key(str(error))) from None

@@ -48,8 +48,8 @@ NESTED: Any = 0
 for _ in range(60):
     NESTED = [NESTED]
 JUNK = [
-    None, True, False, 0, -1, 1, 3.5, 1e308, -1e308, 10**30, float("inf"), float("-inf"), float("nan"), "", " ", "text",
-    "1e5", "nan", "\0", "a\0b", "../..", "/", "/dev/full", "x" * 5000, "ключ", "\x1b[31m", "'", '"', "{", "${a}", "\n", "=",
+    None, True, False, 0, -1, 1, 3.5, 1e308, -1e308, 10**30, float("inf"), float("-inf"), float("nan"), "", " ",
+    "1e5", "nan", "\0", "a\0b", "../..", "/", "/dev/full", "x" * 5000, "ключ", "\x1b[31m", "'", '"', "{", "${a}", "\n",
     [], {}, [None], [[]], {"": 0}, {"a": {"a": 1}}, NESTED, [1, "a", None], "hf:", "server://none", "\u2028", "💥",
 ]  # fmt: skip
 
@@ -132,10 +132,11 @@ OTHERS: list[tuple[str, dict]] = [
 YAML = [
     "steps: 5\nsteps: 6", "a: &a [*a]", "a: &a {b: *a}", "x: !!python/object/apply:os.system [id]", "!!set {a, b}",
     "steps: !!int five", "output: 2026-13-45", "output: 2026-01-01", "steps: !!binary '!'", "? [a, b]\n: 1", "- a\n- b",
-    "steps: 0x", "steps: 1_000_000", "<<: 5", "<<: [1]", "output: *none", "--- a\n--- b", "%YAML 9.9\n---\na: 1", "a: |",
+    "steps: 0x", "steps: 1_000_000", "<<: 5", "<<: [1]", "output: *none", "--- a\n--- b", "%YAML 9.9\n---\na: 1",
     "\tsteps: 5", "steps: 5 # \x07", "null", "3", "'text'", "? {a: 1}\n: 2", "1: 2", "null: 3", "true: 4",
     "steps: 1:30", "output: !!timestamp x", "model: &m\n  <<: *m\n  path: x", "model: {path: [" * 300, "steps: .nan",
-    "a: &a [1,2,3,4,5,6,7,8,9]\n" + "".join(f"{y}: &{y} [{','.join([f'*{x}'] * 9)}]\n" for x, y in zip("abcdefgh", "bcdefghi")),
+    "a: |", "a: &a [1,2,3,4,5,6,7,8,9]\n"
+    + "".join(f"{y}: &{y} [{','.join([f'*{x}'] * 9)}]\n" for x, y in zip("abcdefgh", "bcdefghi")),
     "[" * 5000, "{" * 3000, "- " * 3000 + "a", "a: " + "[" * 400 + "]" * 400, "? " * 2000,
 ]  # fmt: skip
 """Put before a recipe, or in its place."""
@@ -225,7 +226,9 @@ PROMPTS = (runs.ROOT / "prompts/nano/heldout.jsonl").read_text().splitlines()[:6
 
 
 def _lines(rows: list, rng: random.Random) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=rng.random() < 0.5) + "\n" for row in rows).encode("utf-8", "surrogatepass")
+    return "".join(json.dumps(row, ensure_ascii=rng.random() < 0.5) + "\n" for row in rows).encode(
+        "utf-8", "surrogatepass"
+    )
 
 
 def prompt_file(rng: random.Random, folder: Path) -> bool:
@@ -237,7 +240,8 @@ def prompt_file(rng: random.Random, folder: Path) -> bool:
     elif how == 6:
         text = rng.choice(['{"prompt": "\\ud800"}', '{"prompt": "a", "prompt": 3}', '{"prompt": NaN}', "NaN", "3", "[]",
                            '{"prompt": "a", "id": "\\udfff"}', '{"prompt": "a", "n": ' + "9" * 5000 + "}", '"a"',
-                           '{"prompt": ' + "[" * 100_000, '{"prompt": "a\\u0000b", "id": ""}', "{}", "null"])  # fmt: skip
+                           '{"prompt": ' + "[" * 100_000, '{"prompt": "a\\u0000b", "id": ""}', "{}",
+                           "null"])  # fmt: skip
         file.write_text(f"{PROMPTS[0]}\n{text}\n")
     elif how < 9:
         file.write_bytes(torn(_lines(rows, rng), rng))
@@ -287,10 +291,12 @@ def pair_set(rng: random.Random, folder: Path) -> bool:
         label = rng.choice([*JUNK, [1, 0], [0, 0], [1], [1, 2, 3]])
         rows = [row | {"label": label, "pair": [row["chosen"], row["rejected"]]} for row in rows]
         file.write_bytes(_lines(rows, rng))
-        names = rng.choice([{"first": "chosen", "second": "rejected", "label": "label"}, {"pair": "pair", "label": "label"},
-                            {"pair": "label", "label": "pair"}, {"chosen": "prompt", "rejected": "share"}, {},
+        names = rng.choice([{"first": "chosen", "second": "rejected", "label": "label"}, {},
+                            {"pair": "pair", "label": "label"}, {"pair": "label", "label": "pair"},
+                            {"chosen": "prompt", "rejected": "share"},
                             {"chosen": "chosen", "rejected": "rejected", "prompt": rng.choice(["seed", "none", ""])},
-                            {"first": "chosen", "second": "rejected", "label": "share", "label_second": "label"}])  # fmt: skip
+                            {"first": "chosen", "second": "rejected", "label": "share",
+                             "label_second": "label"}])  # fmt: skip
         return refused(lambda: _read_all(file, ColumnMap(**names)))
     elif how < 9:
         made = folder / "set"
@@ -327,21 +333,29 @@ def judge_answer(rng: random.Random, folder: Path) -> bool:
     if not yes_no:
         valid["choices"][0] |= {"finish_reason": "stop"}
         inner = {"requirements": ["a red circle", "a blue square"]}
-        text = json.dumps(spoiled(inner, rng)) if rng.random() < 0.5 else torn(json.dumps(inner).encode(), rng).decode(errors="replace")
-        valid["choices"][0]["message"]["content"] = text
+        text = json.dumps(spoiled(inner, rng)).encode() if rng.random() < 0.5 else torn(json.dumps(inner).encode(), rng)
+        valid["choices"][0]["message"]["content"] = text.decode(errors="replace")
         del valid["choices"][0]["logprobs"]
     how = rng.randrange(6)
-    body = json.dumps(spoiled(valid, rng) if yes_no or how > 3 else valid).encode() if how < 4 else torn(json.dumps(valid).encode(), rng)
-    if how == 5:
+    if how < 4:
+        body = json.dumps(spoiled(valid, rng) if yes_no else valid).encode()
+    elif how == 4:
+        body = torn(json.dumps(valid).encode(), rng)
+    else:
         odd = [b"", b"null", b"[]", b"NaN", b"3", b'"yes"', b'{"choices": null}', b'{"choices": [{}]}', b"[" * 100_000,
                b'{"choices": [{"logprobs": {"content": [{"top_logprobs": [{"token": "yes", "logprob": NaN}]}]}}]}',
                b'{"choices": [{"logprobs": {"content": [{"top_logprobs": [{"token": "yes", "logprob": Infinity}]}]}}]}',
                b'{"choices": [{"logprobs": {"content": [{"top_logprobs": [{"token": "yes", "logprob": 1e400}]}]}}]}',
-               b'{"choices": [{"message": {"content": "\\ud800"}, "finish_reason": "stop"}]}', b"<html></html>"]  # fmt: skip
+               b'{"choices": [{"message": {"content": "\\ud800"}, "finish_reason": "stop"}]}',
+               b"<html></html>"]  # fmt: skip
         body = rng.choice(odd)
     status = rng.choice(STATUSES)
-    kind = rng.choice(["application/json", "application/json", "text/html", "application/json; charset=utf-16", "", "\x01"])
-    more = rng.choice(["", "", "", "Content-Encoding: gzip\r\n", "Transfer-Encoding: chunked\r\n", "Retry-After: never\r\n"])
+    kind = rng.choice(
+        ["application/json", "application/json", "text/html", "application/json; charset=utf-16", "", "\x01"]
+    )
+    more = rng.choice(
+        ["", "", "", "Content-Encoding: gzip\r\n", "Transfer-Encoding: chunked\r\n", "Retry-After: never\r\n"]
+    )
     length = rng.choice([len(body)] * 6 + [0, len(body) + 10, -1])
     head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\nConnection: close\r\n{more}\r\n"
 
@@ -355,7 +369,7 @@ def judge_answer(rng: random.Random, folder: Path) -> bool:
 
         async with await asyncio.start_server(handle, "127.0.0.1", 0) as server:
             url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
-            asked = Judge("m", url, timeout=0.2, deadline=0.3, retries=0)
+            asked = Judge("m", url, timeout=0.1, deadline=0.15, retries=0)
             try:
                 if yes_no:
                     p = await asked.p_yes_text(TEMPLATE)
@@ -487,15 +501,15 @@ def lora(rng: random.Random, folder: Path) -> bool:
 # ---- run ----------------------------------------------------------------------------------------------------------
 
 KINDS: dict[str, tuple[Callable[[random.Random, Path], bool], float]] = {
-    "recipe": (recipe, 0.36),
-    "prompt_file": (prompt_file, 0.15),
-    "pair_set": (pair_set, 0.15),
+    "recipe": (recipe, 0.3),
+    "prompt_file": (prompt_file, 0.17),
+    "pair_set": (pair_set, 0.18),
     "judge_answer": (judge_answer, 0.12),
     "checkpoint_files": (checkpoint_files, 0.04),
     "annotation_store": (annotation_store, 0.04),
     "judge_data": (judge_data, 0.04),
     "expander_pairs": (expander_pairs, 0.03),
-    "requirements_file": (requirements_file, 0.03),
+    "requirements_file": (requirements_file, 0.04),
     "run_directory": (run_directory, 0.03),
     "lora": (lora, 0.01),
 }
