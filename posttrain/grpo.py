@@ -31,6 +31,7 @@ from posttrain.config import GRPOConfig
 from posttrain.evaluate import Evaluator, means
 from posttrain.k2 import K2, Text, to_pil
 from posttrain.loop import Clock, Stepper, check_ratio
+from posttrain.memory import Memory
 from posttrain.policy import POLICY, add_policy, load_model
 from posttrain.processes import Processes
 from posttrain.rollout import Trajectory, rollout
@@ -108,18 +109,25 @@ def _train(
         before = training.begin()
         if before is not None and procs.main:
             history |= _ask_judges(run, measured, before.images, [r.prompt for r in evaluator.records])
-        for step in training.steps():
-            clock = Clock()
+
+        def attempt(step: int, clock: Clock) -> tuple[Scores, dict[str, float | None], dict[str, float]]:
+            queue.drop()  # of an attempt that did not fit into memory
             groups = sample(k2, config, step, source, queue, procs)
             clock.lap("sample")
             scores = procs.scores(queue.gather() if groups else None, config.groups.group_size)
             metrics = score(config, groups, scores)
-            metrics |= source.update(step, apply_gates(scores, [r.spec for r in trained]))
             clock.lap("score")
             updated = optimise(k2, config, groups, stepper, procs)
+            clock.lap("optimise")
+            return scores, metrics, updated
+
+        memory = Memory(config.groups, "groups.micro_batch", procs, run.say)
+        for step in training.steps():
+            clock = Clock()
+            scores, metrics, updated = memory.fit(stepper, attempt, step, clock)
+            metrics |= source.update(step, apply_gates(scores, [r.spec for r in trained]))
             if step == training.first + 1:
                 check_ratio(updated["ratio_error"], config.loss)
-            clock.lap("optimise")
             history["images"] += config.groups.prompts_per_step * config.groups.group_size
             run.log(step, {**metrics, **updated, **clock.seconds, **training.health(), "images": history["images"]})
         training.finish()

@@ -16,7 +16,6 @@ and one after a kill while its stage still runs, from writing into the same dire
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import signal
@@ -30,6 +29,7 @@ from typing import Any
 
 from posttrain import cli
 from posttrain.changes import changes, told
+from posttrain.lock import lock
 from posttrain.pipeline_config import PipelineConfig
 from posttrain.pipeline_plan import Stage, resolve
 from posttrain.pipeline_report import write_index
@@ -202,14 +202,7 @@ def is_complete(stage: Stage) -> bool:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[int]:
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"output: {folder}: another posttrain run, or a stage that one has left behind, is at work here; wait"
-                " for it or stop it"
-            ) from None
+    with lock(folder, "or a stage that one has left behind, ") as file:
         yield file.fileno()
 
 

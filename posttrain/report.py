@@ -104,7 +104,7 @@ def write_report(run: Path, path: Path | None = None) -> Path:
     title = f"{run.resolve().name}: {_base(recipe)}"
     body = [
         f"<header><h1>{_text(run.resolve().name)}</h1>{_subtitle(recipe, environment, series)}</header>",
-        summaryread_tables(summary),
+        summary_tables(summary),
         _curves(series),
         _prompts(read_tables(run / "prompts.json")),
         _images(run / "samples"),
@@ -144,12 +144,13 @@ def read_metrics(path: Path) -> dict[str, list[Point]]:
             row = parse_json(line)
         except ValueError as error:
             raise UserError(f"{path}:{line_number}: {error}; remove the line") from None
-        step = row.get("step") if isinstance(row, dict) else None
-        values = {n: v for n, v in row.items() if n not in ("step", "time")} if isinstance(step, int) else {"": ""}
-        if not all(v is None or _is_figure(v) for v in values.values()):
-            raise UserError(f"{path}:{line_number}: holds no figures of a step; remove the line")
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise UserError(f"{path}:{line_number}: is of no step; remove the line")
+        values = {name: value for name, value in row.items() if name not in ("step", "time")}
+        if not all(value is None or _is_figure(value) for value in values.values()):
+            raise UserError(f"{path}:{line_number}: holds what is no figure; remove the line")
         for name, value in values.items():
-            series.setdefault(name, []).append((step, value))
+            series.setdefault(name, []).append((row["step"], value))
     return series
 
 
@@ -166,14 +167,13 @@ def _subtitle(recipe: dict, environment: dict, series: dict[str, list[Point]]) -
     return f"<p>{_text(' · '.join(parts))}</p>{warning}"
 
 
-def summaryread_tables(summary: dict[str, Any]) -> str:
+def summary_tables(summary: dict[str, Any]) -> str:
     parts: list[dict[str, Any]] = [summary.get(name) or {} for name in ("before", "after", "teacher")]
     before, after, teacher = parts
     rows = []
     for name in [*before, *(name for name in after if name not in before)]:
         old, new = before.get(name), after.get(name)
-        both = isinstance(old, int | float) and isinstance(new, int | float)
-        change = _figure(new - old, "+") if both else ""
+        change = _figure(new - old, "+") if isinstance(old, int | float) and isinstance(new, int | float) else ""
         values = [_figure(old), _figure(new), change, *([_figure(teacher.get(name))] if teacher else [])]
         cells = "".join(f'<td class="n">{_text(value)}</td>' for value in values)
         rows.append(f"<tr><td>{_text(name)}</td>{cells}</tr>")

@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from PIL import Image
 
 from posttrain.changes import changes, told
 from posttrain.config import TrackConfig
+from posttrain.lock import lock
 from posttrain.progress import Progress, grid_image
 from prompts.errors import UserError
 
@@ -67,6 +68,7 @@ class Run:
         self._trackers: list[Any] = []
         self._writer: Any = None
         self._progress: Progress | None = None
+        self._lock: IO[str] | None = None
 
     @classmethod
     def create(cls, config: RunConfig, resume: bool = False, main: bool = True) -> Run:
@@ -82,6 +84,7 @@ class Run:
         recipe = run.path / "recipe.yaml"
         try:
             run.path.mkdir(parents=True, exist_ok=True)
+            run._lock = lock(run.path)
             new = _plain(dataclasses.asdict(config))  # type: ignore[call-overload]
             if recipe.exists():
                 changed = changes(yaml.safe_load(recipe.read_text()), new)
@@ -105,6 +108,8 @@ class Run:
                 raise UserError(f"track.trackers: {name} is not installed; pip install {name} or leave it out")
         run = Path(config.output)
         recipe = run / "recipe.yaml"
+        if (run / ".lock").is_file() and os.access(run / ".lock", os.W_OK):
+            lock(run).close()
         if recipe.exists() and not resume:
             raise UserError(f"{run}: holds a run already; add --resume or choose another --output")
         if recipe.exists() and any((run / "checkpoints").glob("[!.]*-*")):
@@ -221,13 +226,20 @@ class Run:
             self._writer.close()
         for tracker in self._trackers:
             tracker.finish()
-        self._progress, self._writer, self._trackers = None, None, []
+        if self._lock is not None:
+            self._lock.close()
+        self._progress, self._writer, self._trackers, self._lock = None, None, [], None
 
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.close()
+        if isinstance(error, torch.OutOfMemoryError):
+            raise UserError(
+                f"{self.path}: out of memory ({' '.join(str(error).split())}); lower micro_batch or the size of the"
+                " pictures, or use more or larger GPUs, then go on with --resume"
+            ) from error
 
 
 def peak_memory() -> dict[str, float]:
