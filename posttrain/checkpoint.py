@@ -50,7 +50,7 @@ def save(
     """Write `directory/step-000123` and prune to the newest `keep`; the marked best one is never removed.
 
     `tensors` maps a file's stem to its tensors, `state` is anything JSON can hold. For one process only.
-    Raises UserError when the disk is full; what was written is removed and older checkpoints stay whole.
+    Raises UserError when it cannot be written; what was written is removed and older checkpoints stay whole.
     """
     directory = Path(directory)
     final = directory / f"step-{step:06d}"
@@ -65,13 +65,7 @@ def save(
             plain = {key: value.detach().cpu().contiguous() for key, value in group.items()}
             save_file(plain, temporary / f"{name}.safetensors")
         _write_json(temporary / "state.json", {"step": step, **state})
-        files = sorted(temporary.iterdir())
-        for path in files:
-            _fsync(path)
-        sums = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
-        _write_json(temporary / "manifest.json", sums)
-        _fsync(temporary / "manifest.json")
-        _fsync(temporary)
+        seal(temporary)
         if final.exists():  # a torn one, or this step once more after resuming from an older one
             os.rename(final, directory / f".tmp-old-{step:06d}")
         os.rename(temporary, final)
@@ -84,10 +78,21 @@ def save(
                 f"{final}: no space left while saving ({_megabytes(tensors):.0f} MB); free some or lower"
                 " checkpoint.keep, then run again with --resume. Older checkpoints are whole."
             ) from error
-        raise
+        raise UserError(f"{final}: cannot be saved: {error}; older checkpoints are whole") from error
     shutil.rmtree(directory / f".tmp-old-{step:06d}", ignore_errors=True)
     _prune(directory, keep)
     return final
+
+
+def seal(directory: Path) -> None:
+    """Write manifest.json of the files in a directory, when they are on disk."""
+    files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != "manifest.json")
+    for path in files:
+        _fsync(path)
+    sums = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+    _write_json(directory / "manifest.json", sums)
+    _fsync(directory / "manifest.json")
+    _fsync(directory)
 
 
 def mark_best(directory: str | Path, step: int) -> None:
@@ -122,9 +127,8 @@ def load_latest(directory: str | Path) -> Checkpoint | None:
 def load(path: str | Path) -> Checkpoint:
     """One checkpoint, checked against its manifest. Raises UserError if missing, incomplete or corrupt."""
     path = Path(path).resolve()
-    problem = _problem(path)
-    if problem:
-        raise UserError(f"{path}: not a whole checkpoint: {problem}")
+    if wrong := problem(path):
+        raise UserError(f"{path}: not a whole checkpoint: {wrong}")
     state = json.loads((path / "state.json").read_text())
     names = sorted(name for name in parse_json((path / "manifest.json").read_bytes()) if name.endswith(".safetensors"))
     tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in names}
@@ -137,7 +141,7 @@ def find(path: str | Path) -> Path:
     if (path / "manifest.json").is_file():
         return path
     for candidate in reversed(_saved(path / "checkpoints")):
-        if not _problem(candidate):
+        if not problem(candidate):
             return candidate
     raise UserError(f"{path}: holds no whole checkpoint; give a run directory or one of its checkpoints")
 
@@ -225,7 +229,8 @@ def _saved(directory: Path) -> list[Path]:
     return [path for _, path in sorted(steps)]
 
 
-def _problem(path: Path) -> str | None:
+def problem(path: Path, needed: str = "state.json") -> str | None:
+    """Why a directory is no whole checkpoint, of which `needed` is a file."""
     if not path.is_dir():
         return "no such directory"
     try:
@@ -237,8 +242,8 @@ def _problem(path: Path) -> str | None:
         return f"manifest.json: {error}"
     except (OSError, AttributeError, KeyError, TypeError):
         return "manifest.json is damaged"
-    if "state.json" not in expected:
-        return "manifest.json does not name state.json"
+    if needed not in expected:
+        return f"manifest.json does not name {needed}"
     for name, (size, digest) in expected.items():
         file = path / name
         if not os.path.isfile(file):

@@ -29,7 +29,6 @@ from pathlib import Path
 
 from datasets import Dataset
 from transformers import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig as TRLConfig
 from trl import GRPOTrainer
 
@@ -44,6 +43,7 @@ from posttrain.processes import Processes
 from posttrain.render import make_renderer
 from posttrain.track import Run
 from posttrain.training import Urls, in_run
+from posttrain.trl_checkpoint import Sealed, newest
 from prompts.errors import UserError
 from prompts.records import PromptRecord, read_prompts
 from rewards.diversity import Features
@@ -108,13 +108,15 @@ def _train(
         processing_class=policy.tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
-    saved = _newest(run.path / "checkpoints") if resume else None
+    found = newest(run.path / "checkpoints") if resume else None
+    saved = found and found[1]
     if saved is not None and json.loads((run.path / CARD).read_text())["base_fingerprint"] != policy.base_fingerprint:
         raise UserError(f"model.path: {policy.base} has other weights than what {saved} was trained on; restore them")
     if procs.main:
         write_card(run.path, policy.base, policy.base_fingerprint)
     follow = Follow(config, run, procs, trainer, shared, evaluator, saved)
     trainer.add_callback(follow)
+    trainer.add_callback(Sealed)
     run.start(config.steps, follow.first)
     if config.ablation.diversity != "kept":
         run.say(f"ABLATION: {ABLATED[config.ablation.diversity]}")
@@ -204,14 +206,3 @@ def card(config: ExpanderGDPOConfig, policy: Policy, figures: dict[str, float | 
         f" those of prompts/expander.md, hash {template().hash}: the system text, then the user's prompt by itself.\n\n"
         f"## Held-out prompts\n\n| figure | |\n|---|---|\n{rows}\n"
     )
-
-
-def _newest(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole: its last file is there and can be read."""
-    while folder.is_dir() and (found := get_last_checkpoint(str(folder))) is not None:
-        try:
-            json.loads((Path(found) / "trainer_state.json").read_text())
-            return Path(found)
-        except (OSError, ValueError):
-            Path(found).rename(folder / f".torn-{Path(found).name}")
-    return None

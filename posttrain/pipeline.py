@@ -137,9 +137,9 @@ class Runner:
         made = stage.command == "export" and stage.output.exists() and entry.get("settings") == stage.settings
         entry |= {"command": stage.command, "settings": stage.settings, "finished": None}
         self._save()
-        began = time.time()
+        began = time.monotonic()
         code = 0 if made else self._execute(stage)
-        entry["seconds"] = round(entry["seconds"] + time.time() - began, 1)
+        entry["seconds"] = round(entry["seconds"] + time.monotonic() - began, 1)
         if code == 0 and is_complete(stage):
             entry["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self._save()
@@ -202,7 +202,7 @@ def is_complete(stage: Stage) -> bool:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[int]:
-    with lock(folder, "or a stage that one has left behind, ") as file:
+    with lock(folder, "another posttrain run, or a stage that one has left behind,") as file:
         yield file.fileno()
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import importlib.metadata
 import importlib.util
 import json
@@ -47,6 +48,7 @@ KEPT = (
 )  # fmt: skip
 """What a resumed run cannot change: what is trained, all that is drawn, and what evaluations draw, which are compared
 over the whole run. Its base may lie elsewhere, if it is the same: load_model sees to that."""
+UNWRITABLE = {getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ENOTDIR EISDIR EEXIST".split()}
 PACKAGES = ("posttrain", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 
 
@@ -240,6 +242,9 @@ class Run:
                 f"{self.path}: out of memory ({' '.join(str(error).split())}); lower micro_batch or the size of the"
                 " pictures, or use more or larger GPUs, then go on with --resume"
             ) from error
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            file = error.filename or self.path
+            raise UserError(f"{file}: cannot be written: {error.strerror}; mend that, then --resume") from error
 
 
 def peak_memory() -> dict[str, float]:

@@ -57,7 +57,7 @@ def test_the_step_is_begun_again_with_half_of_micro_batch(method, nth, model, tm
 def test_the_second_time_is_the_last(method, model, tmp_path, monkeypatch):
     made = recipe(method, tmp_path, model)
     fail_above(monkeypatch, 0, 1)
-    with pytest.raises(UserError, match="micro_batch: a step does not fit into memory with 2 .*Tried to allocate"):
+    with pytest.raises(UserError, match=r"micro_batch: a step does not fit into memory with 2 .*Tried to allocate"):
         METHODS[method][0].train(made)
 
 
@@ -68,5 +68,5 @@ def test_outside_of_a_step_it_is_a_clear_stop(model, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(K2, "decode", none)
-    with pytest.raises(UserError, match="out of memory .* lower micro_batch"):
+    with pytest.raises(UserError, match=r"out of memory .* lower micro_batch"):
         grpo.train(made)
