@@ -9,6 +9,7 @@ from tests.chaos import methods
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
     commands = runs.Commands(tmp_path_factory.mktemp("commands"), methods.PREPARE)
+    commands("--version")  # when that is done, so are the imports
     yield commands
     commands.close()
 

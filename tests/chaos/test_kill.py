@@ -4,6 +4,7 @@ The moments are shares of an uninterrupted run's time, from fixed seeds. Where i
 depends on the machine, so each time this runs it tries other places.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -32,7 +33,8 @@ def test_resumed_equals_uninterrupted(command, parts, whole, tmp_path, method, n
     for _ in range(4):
         (process,) = command.start(*method.split(), "--config", path, "--resume")
         time.sleep(seconds * moment)
-        os.kill(process, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
         if command.wait().returncode == -signal.SIGKILL:
             break
         moment *= 0.7  # it was done already
