@@ -26,12 +26,15 @@ import signal
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from transformers import PrinterCallback
 from trl import GRPOConfig as TRLConfig
 from trl import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
+from posttrain import sampler
 from posttrain.expander_eval import ExpanderEvaluator
 from posttrain.expander_follow import Follow, Shared, diversity_weight
 from posttrain.expander_model import CARD, write_card
@@ -100,7 +103,7 @@ def _train(
         policy.write, max_tokens=generation.max_tokens, temperature=generation.temperature, seed=config.eval.seed
     )
     evaluator = ExpanderEvaluator(heldout, config.eval, scorer, write, policy.embed)
-    trainer = GRPOTrainer(
+    trainer = Trainer(
         model=policy.model,
         reward_funcs=shared.functions(),  # type: ignore[arg-type]
         args=settings(config, procs),
@@ -134,6 +137,24 @@ def _train(
     if procs.main:
         policy.save(run.path / "adapter", card(config, policy, follow.evaluations[-1]["figures"]))
     return follow.stopped
+
+
+class Trainer(GRPOTrainer):
+    """TRL's, of which a resumed run has each epoch's order of prompts as an uninterrupted one would."""
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        held: Any = super()._get_train_sampler(dataset)
+        return PromptsByEpoch(
+            held.data_source, held.mini_repeat_count, held.batch_size, held.repeat_count, held.shuffle, held.seed
+        )
+
+
+class PromptsByEpoch(RepeatSampler):
+    """TRL's own goes on with one generator from epoch to epoch, whose state no checkpoint holds."""
+
+    def set_epoch(self, epoch: int) -> None:
+        assert self.seed is not None
+        self.generator.manual_seed(sampler.seed_for(self.seed, epoch))
 
 
 def settings(config: ExpanderGDPOConfig, procs: Processes) -> TRLConfig:

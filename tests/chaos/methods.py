@@ -51,7 +51,7 @@ def expander(folder: Path, parts: Path, _: str) -> Any:
 def of_training(run: Path) -> tuple:
     last = runs.latest(run)
     tensors = {f"{file}/{name}": value for file, group in last.tensors.items() for name, value in group.items()}
-    kept = {k: v for k, v in last.state.items() if k not in ("history", "model")}
+    kept = {k: v for k, v in last.state.items() if k not in ("history", "model", "pairs")}
     summary = json.loads((run / "summary.json").read_text())
     return tensors, (last.step, kept, runs.untimed(run), summary["before"], summary["after"])
 

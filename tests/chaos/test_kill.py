@@ -41,6 +41,7 @@ def test_resumed_equals_uninterrupted(command, parts, whole, tmp_path, method, n
         shutil.rmtree(tmp_path / "run")
     else:
         raise AssertionError("it always was done before it could be killed")
+    print("killed at", f"{moment:.2f} of {seconds:.1f} s;", sorted(p.name for p in tmp_path.glob("run/checkpoints/*")))
     result = command(*method.split(), "--config", path, "--resume")
     assert result.returncode == 0, result.stderr
     methods.assert_same(expected, state(tmp_path / "run"))
