@@ -35,6 +35,7 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
+from safetensors import SafetensorError
 
 from posttrain.changes import changes, told
 from posttrain.config import TrackConfig
@@ -49,6 +50,8 @@ KEPT = (
 """What a resumed run cannot change: what is trained, all that is drawn, and what evaluations draw, which are compared
 over the whole run. Its base may lie elsewhere, if it is the same: load_model sees to that."""
 UNWRITABLE = {getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ENOTDIR EISDIR EEXIST".split()}
+TORCH_UNWRITABLE = ("inline_container", "iostream error", "cannot be opened")
+"""In messages of torch.save, which TRL's trainers call."""
 PACKAGES = ("posttrain", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 
 
@@ -245,6 +248,12 @@ class Run:
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             file = error.filename or self.path
             raise UserError(f"{file}: cannot be written: {error.strerror}; mend that, then --resume") from error
+        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in TORCH_UNWRITABLE):
+            raise UserError(
+                f"{self.path}: cannot be written, such as for want of space; mend that, then --resume"
+            ) from error
+        if isinstance(error, SafetensorError):
+            raise UserError(f"{self.path}: cannot be written or read: {error}; mend that, then --resume") from error
 
 
 def peak_memory() -> dict[str, float]:

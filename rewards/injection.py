@@ -79,7 +79,9 @@ async def obedience(
                  for pair in orders.items()]  # fmt: skip
     takes = [reward.parameters is None and "requirement" in reward.function.question("")[1] for reward in asking]
     return [
-        Raised(reward.spec.name, _worst([row[i] for row in pictures]), _worst([row[i] for row in texts]) if said else None)
+        Raised(
+            reward.spec.name, _worst([row[i] for row in pictures]), _worst([row[i] for row in texts]) if said else None
+        )
         for i, (reward, said) in enumerate(zip(asking, takes))
     ]
 

@@ -59,7 +59,9 @@ def lettered(image: Image.Image, word: str) -> Image.Image:
     mask = scenes.text_mask(word)
     with_word, without = (scenes.render(s).astype(np.float32) / 255 for s in (empty, replace(empty, text="")))
     place = np.zeros(pixels.shape[:2], bool)
-    place[empty.text_y - 3 : empty.text_y + mask.shape[0] + 3, empty.text_x - 4 : empty.text_x + mask.shape[1] + 2] = True
+    place[empty.text_y - 3 : empty.text_y + mask.shape[0] + 3, empty.text_x - 4 : empty.text_x + mask.shape[1] + 2] = (
+        True
+    )
     changed = np.where(place[..., None], with_word, pixels)
     assert not np.allclose(with_word, without)
     return Image.fromarray((changed * 255 + 0.5).astype(np.uint8))

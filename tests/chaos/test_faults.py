@@ -43,7 +43,7 @@ def test_full_disk(command, recipe, whole, tmp_path, method):
     """Files may have 60 KB, which some of what every method writes is longer than; with more, it goes on to the end."""
     path = recipe(method)
     result = command(*method.split(), "--config", path, limit=60_000 if method != "pairs" else 15_000)
-    fails(result, str(tmp_path / "run"))
+    fails(result, str(tmp_path))
     assert not list((tmp_path / "run").rglob(".tmp-*"))
     result = command(*method.split(), "--config", path, "--resume")
     assert result.returncode == 0, result.stderr
@@ -52,33 +52,33 @@ def test_full_disk(command, recipe, whole, tmp_path, method):
 
 @pytest.fixture
 def read_only(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small disk is not permitted here")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+    """A function that makes a directory that cannot be written to, not even by root."""
+    made = []
+
+    def make(path: Path) -> None:
+        path.mkdir(parents=True)
+        mount = ["mount", "-t", "tmpfs", "-o", "size=1m,ro", "tmpfs", str(path)]
+        if os.geteuid() != 0 or not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("mounting a small disk is not permitted here")
+        made.append(path)
+
+    yield make
+    for path in made:
+        subprocess.run(["umount", str(path)], check=True)
 
 
 @pytest.mark.parametrize("method", ALL)
-def test_read_only_directory(command, recipe, read_only, method):
-    """From the beginning, and from the first step on."""
-    path = recipe(method, output=str(read_only / "run"))
-    subprocess.run(["mount", "-o", "remount,ro", str(read_only)], check=True)
-    fails(command(*method.split(), "--config", path), str(read_only), "Read-only file system")
-    subprocess.run(["mount", "-o", "remount,rw", str(read_only)], check=True)
-    command.start(*method.split(), "--config", path)
-    metrics, began = read_only / "run/metrics.jsonl", time.monotonic()
-    while not (metrics.exists() and metrics.read_bytes()):
-        assert time.monotonic() - began < 60
-        time.sleep(0.005)
-    while subprocess.run(["mount", "-o", "remount,ro", str(read_only)], capture_output=True).returncode:
-        pass  # a file was being written
-    fails(command.wait(), str(read_only), "ead-only file system")
-    subprocess.run(["mount", "-o", "remount,rw", str(read_only)], check=True)
-    result = command(*method.split(), "--config", path, "--resume")
-    assert result.returncode == 0, result.stderr
+def test_read_only_directory(command, recipe, read_only, tmp_path, method):
+    read_only(tmp_path / "disk")
+    fails(command(*method.split(), "--config", recipe(method, output=str(tmp_path / "disk/run"))),
+          str(tmp_path / "disk"), "Read-only file system")  # fmt: skip
+
+
+@pytest.mark.parametrize("method", [*TRAINING, "expander gdpo"])
+def test_checkpoints_that_cannot_be_written(command, recipe, read_only, tmp_path, method):
+    """Which a run finds out after its first step."""
+    read_only(tmp_path / "run/checkpoints")
+    fails(command(*method.split(), "--config", recipe(method)), str(tmp_path / "run"), "ead-only file system")
 
 
 @pytest.mark.parametrize("method", ALL)
@@ -152,23 +152,25 @@ def test_damaged_checkpoint(command, recipe, whole, tmp_path, method, damage):
 # ---- two at once ----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    commands = runs.Commands(tmp_path_factory.mktemp("others"), methods.PREPARE)
+    commands("--version")
+    yield commands
+    commands.close()
+
+
 @pytest.mark.parametrize("method", ALL)
-def test_two_runs_on_one_directory(command, recipe, whole, tmp_path, method):
+def test_two_runs_on_one_directory(command, recipe, others, whole, tmp_path, method):
     path = recipe(method)
-    others = runs.Commands(
-        Path(shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}-other"))), methods.PREPARE
-    )
-    try:
-        command.start(*method.split(), "--config", path)
-        began = time.monotonic()
-        while not (tmp_path / "run/recipe.yaml").exists():
-            assert time.monotonic() - began < 60
-            time.sleep(0.005)
-        fails(others(*method.split(), "--config", path, "--resume"), "is at work here; wait for it or stop it")
-        result = command.wait()
-        assert result.returncode == 0, result.stderr
-    finally:
-        others.close()
+    command.start(*method.split(), "--config", path)
+    began = time.monotonic()
+    while not (tmp_path / "run/recipe.yaml").exists() and time.monotonic() - began < 60:
+        time.sleep(0.005)
+    second = others(*method.split(), "--config", path, "--resume")
+    result = command.wait()
+    fails(second, "is at work here; wait for it or stop it")
+    assert result.returncode == 0, result.stderr
     methods.assert_same(whole(method)[0], methods.METHODS[method][1](tmp_path / "run"))
 
 
