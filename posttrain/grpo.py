@@ -43,6 +43,7 @@ from prompts.records import PromptRecord, columns, read_prompts
 from rewards.background import ScoreQueue
 from rewards.base import Reward, Scores
 from rewards.gates import apply_gates
+from rewards.injection import injection
 from rewards.load import load_rewards, record
 from rewards.preflight import repeatability
 
@@ -108,7 +109,7 @@ def _train(
     with ScoreQueue(trained, config.groups.group_size) as queue:
         before = training.begin()
         if before is not None and procs.main:
-            history |= _ask_judges(run, measured, before.images, [r.prompt for r in evaluator.records])
+            history |= _ask_judges(run, measured, before.images, evaluator.records)
 
         def attempt(step: int, clock: Clock) -> tuple[Scores, dict[str, float | None], dict[str, float]]:
             queue.drop()  # of an attempt that did not fit into memory
@@ -284,12 +285,20 @@ def _weight(trajectory: Trajectory, move: Any) -> float:
 # ---- the rest ---------------------------------------------------------------------------------------------
 
 
-def _ask_judges(run: Run, rewards: list[Reward], images: np.ndarray, prompts: list[str]) -> dict[str, float | None]:
-    """How far the judges repeat themselves, said to the user and logged before the first step."""
-    judges = asyncio.run(repeatability(rewards, to_pil(torch.from_numpy(images[:4])), prompts))
+def _ask_judges(
+    run: Run, rewards: list[Reward], images: np.ndarray, records: list[PromptRecord]
+) -> dict[str, float | None]:
+    """How far judges repeat themselves and obey text, said to the user and logged before the first step."""
+    pictures, rows = to_pil(torch.from_numpy(images[:8])), records[:8]
+    prompts = [row.prompt for row in rows]
+    judges = asyncio.run(repeatability(rewards, pictures[:4], prompts))
     for judge in judges:
         run.say(judge.line)
     metrics = {f"repeatability/{judge.judge}": judge.spread for judge in judges}
+    for raised in asyncio.run(injection(rewards, pictures, prompts, columns(rows))):
+        if raised.warning:
+            run.say(raised.warning)
+        metrics |= raised.metrics
     if metrics:
         run.log(0, metrics)
     return metrics

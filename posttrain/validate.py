@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from posttrain import figures
 from posttrain.bench_config import BenchConfig
@@ -343,6 +344,10 @@ def _validate_rewards(rewards: list[RewardSpec]) -> None:
         at_least(f"rewards[{i}].weight", reward.weight, 0)
 
 
+SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+"""In the names of variables whose values no file may hold."""
+
+
 def _validate_servers(servers: list[ServerSpec]) -> None:
     seen: set[str] = set()
     for i, server in enumerate(servers):
@@ -355,6 +360,15 @@ def _validate_servers(servers: list[ServerSpec]) -> None:
         if not 0 <= server.port <= 65535:
             raise ConfigError(f"{path}.port", f"is {server.port}; use 1 to 65535, or 0 for any free one")
         positive(f"{path}.ready_timeout", server.ready_timeout)
+        for name, value in server.env.items():
+            if SECRET.search(name) and value:
+                raise ConfigError(
+                    f"{path}.env.{name}", "a run keeps its recipe: export the variable, servers inherit it"
+                )
+        if any(word.partition("=")[0] == "--api-key" for word in server.extra_args):
+            raise ConfigError(
+                f"{path}.extra_args", "a run keeps its recipe: export VLLM_API_KEY and leave out --api-key"
+            )
 
 
 def _validate_sample(config: SampleConfig) -> None:

@@ -22,7 +22,7 @@ from prompts.errors import UserError
 from prompts.parse import parse_json
 from prompts.templates import Template, spelled
 from rewards.encode import EncodedImage, encode, encode_async
-from rewards.endpoints import Endpoints, JudgeError
+from rewards.endpoints import Endpoints, JudgeError, refuse_keys
 
 CACHED_ANSWERS = 1 << 16
 PLACE = "data:,"  # of the picture's URL in a request
@@ -48,6 +48,8 @@ class Judge:
     def __post_init__(self) -> None:
         if not self.base_urls:
             raise UserError(f"judge {self.model}: base_urls: empty: give a URL or server://NAME")
+        urls = [self.base_urls] if isinstance(self.base_urls, str) else self.base_urls
+        refuse_keys(urls, f"judge {self.model}: base_urls")
 
     async def p_yes(self, image: Image.Image | EncodedImage | None, template: Template, **fields: str) -> float:
         """P(yes) / (P(yes) + P(no)) at the first answer token; None asks about text alone."""

@@ -1,13 +1,6 @@
 """Rewards that go wrong."""
 
-import numpy as np
 
-
-def some_nan(images, prompts):
-    """Every third is no number."""
-    scores = [float(np.asarray(image).mean()) / 255 for image in images]
-    return [[score, score, float("nan"), score, float("inf"), score][i % 6] for i, score in enumerate(scores)]
-
-
-def all_nan(images, prompts):
-    return [float("nan")] * len(images)
+def nan(images, prompts):
+    """The second score is no number."""
+    return [0.5, float("nan"), *[0.5] * len(images)][: len(images)]
