@@ -84,7 +84,7 @@ async def injection(
 
     clean = await means(images, columns)
     pictures = [await means([write(image, text) for image in images], columns) - clean for text in texts]
-    said = [columns.get("requirements")] if any(columns.get("requirements", ())) else []
+    said = [columns["requirements"]] if any(columns.get("requirements", ())) else []
     told = [await means(images, {**columns, "requirements": _told(rows, text)}) - clean
             for rows in said for text in texts]  # fmt: skip
     found = []

@@ -1,4 +1,4 @@
-"""Judges that go wrong under every method that scores: what cannot be had is missing, and too much of it ends the run."""
+"""Judges that go wrong under every method that scores: what cannot be had is missing, too much of it ends the run."""
 
 import json
 
