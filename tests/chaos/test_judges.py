@@ -41,5 +41,5 @@ def test_faults_are_missing_scores(command, parts, tmp_path, method):
 def test_a_judge_that_fails_for_good_ends_the_run(command, parts, tmp_path, method, how):
     """With the server's own words, or that it does not answer."""
     with serving(how, *(["5"] if how == "--die-after" else [])) as url:
-        result = command(*method.split(), "--config", scored(tmp_path, parts, method, url, 0.2))
+        result = command(*method.split(), "--config", scored(tmp_path, parts, method, url, 0.0))
     fails(result, "judged", "illegal memory access" if how == "--broken" else url.removesuffix("/v1"))
