@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 
 from posttrain import figures
 from posttrain.bench_config import BenchConfig
@@ -26,7 +25,7 @@ from posttrain.expander_config import ExpandConfig, ExpanderDataConfig, Expander
 from posttrain.expander_rl_config import ExpanderGDPOConfig
 from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
 from posttrain.pipeline_config import PipelineConfig
-from posttrain.ranges import ConfigError, at_least, pixels, positive, share
+from posttrain.ranges import ConfigError, at_least, no_keys, pixels, positive, share
 from posttrain.stpo_config import STPOConfig
 from posttrain.tdm_config import MOST_STEPS, TDMConfig
 from posttrain.validate_bench import validate_bench
@@ -344,10 +343,6 @@ def _validate_rewards(rewards: list[RewardSpec]) -> None:
         at_least(f"rewards[{i}].weight", reward.weight, 0)
 
 
-SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
-"""In the names of variables whose values no file may hold."""
-
-
 def _validate_servers(servers: list[ServerSpec]) -> None:
     seen: set[str] = set()
     for i, server in enumerate(servers):
@@ -360,15 +355,7 @@ def _validate_servers(servers: list[ServerSpec]) -> None:
         if not 0 <= server.port <= 65535:
             raise ConfigError(f"{path}.port", f"is {server.port}; use 1 to 65535, or 0 for any free one")
         positive(f"{path}.ready_timeout", server.ready_timeout)
-        for name, value in server.env.items():
-            if SECRET.search(name) and value:
-                raise ConfigError(
-                    f"{path}.env.{name}", "a run keeps its recipe: export the variable, servers inherit it"
-                )
-        if any(word.partition("=")[0] == "--api-key" for word in server.extra_args):
-            raise ConfigError(
-                f"{path}.extra_args", "a run keeps its recipe: export VLLM_API_KEY and leave out --api-key"
-            )
+        no_keys(path, server.env, server.extra_args)
 
 
 def _validate_sample(config: SampleConfig) -> None:
