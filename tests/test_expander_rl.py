@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from trl import GRPOTrainer
 
 from posttrain import advantages, cli, expander_follow, expander_rl
 from posttrain.expander_model import Expander
@@ -76,7 +75,7 @@ def written(texts, record=RECORD, **options):
     return [Expansion(record, text, **options) for text in texts]
 
 
-class Watched(GRPOTrainer):
+class Watched(expander_rl.Trainer):
     """TRL's trainer, whose rewards and advantages stay to be looked at."""
 
     batches: ClassVar[list[tuple[dict, list]]] = []
@@ -243,7 +242,7 @@ def test_rewards_see_the_users_prompt_and_its_columns(config, features):
 
 def test_a_run_equals_what_it_should(config, parts, monkeypatch, capsys):
     """TRL's advantages are those of advantages.gdpo for the same rewards; the run directory has what it should."""
-    monkeypatch.setattr(expander_rl, "GRPOTrainer", Watched)
+    monkeypatch.setattr(expander_rl, "Trainer", Watched)
     expander_rl.train(config)
     names = ["brightness", "redness", "diversity"]
     missing = 0
