@@ -29,6 +29,7 @@ from torch import Tensor
 
 from posttrain.optimizer import moment, parts
 from prompts.errors import UserError
+from prompts.parse import parse_json
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 STEP = re.compile(r"step-(\d{6,})")
@@ -50,7 +51,7 @@ def save(
     """Write `directory/step-000123` and prune to the newest `keep`; the marked best one is never removed.
 
     `tensors` maps a file's stem to its tensors, `state` is anything JSON can hold. For one process only.
-    Raises UserError when the disk is full; what was written is removed and older checkpoints stay whole.
+    Raises UserError when it cannot be written; what was written is removed and older checkpoints stay whole.
     """
     directory = Path(directory)
     final = directory / f"step-{step:06d}"
@@ -65,13 +66,7 @@ def save(
             plain = {key: value.detach().cpu().contiguous() for key, value in group.items()}
             save_file(plain, temporary / f"{name}.safetensors")
         _write_json(temporary / "state.json", {"step": step, **state})
-        files = sorted(temporary.iterdir())
-        for path in files:
-            _fsync(path)
-        sums = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
-        _write_json(temporary / "manifest.json", sums)
-        _fsync(temporary / "manifest.json")
-        _fsync(temporary)
+        seal(temporary)
         if final.exists():  # a torn one, or this step once more after resuming from an older one
             os.rename(final, directory / f".tmp-old-{step:06d}")
         os.rename(temporary, final)
@@ -84,10 +79,21 @@ def save(
                 f"{final}: no space left while saving ({_megabytes(tensors):.0f} MB); free some or lower"
                 " checkpoint.keep, then run again with --resume. Older checkpoints are whole."
             ) from error
-        raise
+        raise UserError(f"{final}: cannot be saved: {error}; older checkpoints are whole") from error
     shutil.rmtree(directory / f".tmp-old-{step:06d}", ignore_errors=True)
     _prune(directory, keep)
     return final
+
+
+def seal(directory: Path) -> None:
+    """Write manifest.json of the files in a directory, when they are on disk."""
+    files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != "manifest.json")
+    for path in files:
+        _fsync(path)
+    sums = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+    _write_json(directory / "manifest.json", sums)
+    _fsync(directory / "manifest.json")
+    _fsync(directory)
 
 
 def mark_best(directory: str | Path, step: int) -> None:
@@ -122,11 +128,11 @@ def load_latest(directory: str | Path) -> Checkpoint | None:
 def load(path: str | Path) -> Checkpoint:
     """One checkpoint, checked against its manifest. Raises UserError if missing, incomplete or corrupt."""
     path = Path(path).resolve()
-    problem = _problem(path)
-    if problem:
-        raise UserError(f"{path}: not a whole checkpoint: {problem}")
+    if wrong := problem(path):
+        raise UserError(f"{path}: not a whole checkpoint: {wrong}")
     state = json.loads((path / "state.json").read_text())
-    tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    names = sorted(name for name in parse_json((path / "manifest.json").read_bytes()) if name.endswith(".safetensors"))
+    tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in names}
     return Checkpoint(path, state.pop("step"), tensors, state)
 
 
@@ -136,7 +142,7 @@ def find(path: str | Path) -> Path:
     if (path / "manifest.json").is_file():
         return path
     for candidate in reversed(_saved(path / "checkpoints")):
-        if not _problem(candidate):
+        if not problem(candidate):
             return candidate
     raise UserError(f"{path}: holds no whole checkpoint; give a run directory or one of its checkpoints")
 
@@ -241,22 +247,28 @@ def _saved(directory: Path) -> list[Path]:
     return [path for _, path in sorted(steps)]
 
 
-def _problem(path: Path) -> str | None:
+def problem(path: Path, needed: str = "state.json") -> str | None:
+    """Why a directory is no whole checkpoint, of which `needed` is a file."""
     if not path.is_dir():
         return "no such directory"
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = parse_json((path / "manifest.json").read_bytes())
+        expected = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest.items()}
     except FileNotFoundError:
         return "manifest.json is missing"
-    except ValueError:
-        return "manifest.json is not JSON"
-    for name, expected in manifest.items():
+    except ValueError as error:
+        return f"manifest.json: {error}"
+    except (OSError, AttributeError, KeyError, TypeError):
+        return "manifest.json is damaged"
+    if needed not in expected:
+        return f"manifest.json does not name {needed}"
+    for name, (size, digest) in expected.items():
         file = path / name
-        if not file.is_file():
+        if not os.path.isfile(file):
             return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
-        if _sha256(file) != expected["sha256"]:
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, not {size}"
+        if _sha256(file) != digest:
             return f"{name} does not match its checksum"
     return None
 

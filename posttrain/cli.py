@@ -99,13 +99,18 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(argv)
     except UserError as error:
-        print(f"posttrain: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"posttrain: error: {_printable(' '.join(str(error).split()))}", file=sys.stderr)
         if error.detail:
             print(error.detail, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("posttrain: interrupted", file=sys.stderr)
         return 130
+
+
+def _printable(text: str) -> str:
+    """What a message quotes may hold what a terminal would obey."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def load_config(name: str, argv: list[str]) -> tuple[Any, bool]:

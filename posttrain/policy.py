@@ -105,6 +105,10 @@ def earlier_of(saved: Checkpoint) -> list[Checkpoint]:
 
 def _load(model: dict[str, Any], device: str | torch.device) -> K2:
     k2 = K2.load(model["path"], model["transformer_file"], getattr(torch, model["dtype"]), device)
+    for name, value in k2.base_state_dict().items():
+        if not value.isfinite().all():
+            where = model["transformer_file"] or model["path"]
+            raise UserError(f"{where}: {name} holds numbers that are not finite; copy or download it again")
     k2.origin = {"base": fingerprint(k2.base_state_dict()), "merged": []}
     return k2
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,15 @@ from torch import Tensor
 from rewards.base import Scores
 
 
+class OutOfMemoryElsewhere(torch.OutOfMemoryError):
+    """Another process has run out of memory."""
+
+
+@dataclass(frozen=True)
+class _NoRoom:
+    """What a process says in place of its value."""
+
+
 class Processes:
     """The processes that a launcher started, or the only one."""
 
@@ -28,6 +38,8 @@ class Processes:
         self.state = PartialState(cpu=True) if launched and not torch.cuda.is_available() else PartialState()
         self.rank, self.size = self.state.process_index, self.state.num_processes
         self.main = self.rank == 0
+        self.summed = False
+        """Set when tensors are summed over processes."""
 
     @property
     def device(self) -> torch.device:
@@ -49,8 +61,16 @@ class Processes:
         return [parts[i % self.size][i // self.size] for i in range(sum(map(len, parts)))]
 
     def each(self, value: Any) -> list[Any]:
-        """Everyone's value, by rank."""
-        return gather_object([value]) if self.size > 1 else [value]
+        """Everyone's value, by rank. Raises OutOfMemoryElsewhere if one of them has called `tell_out_of_memory`."""
+        values = gather_object([value]) if self.size > 1 else [value]
+        if any(isinstance(v, _NoRoom) for v in values):
+            raise OutOfMemoryElsewhere("another process has run out of memory")
+        return values
+
+    def tell_out_of_memory(self) -> None:
+        """To the others, who are in `each`, or will be."""
+        if self.size > 1:
+            gather_object([_NoRoom()])
 
     def from_main(self, value: Any) -> Any:
         """The main process's value, for everyone."""
@@ -90,5 +110,6 @@ class Processes:
 
     def sum(self, tensors: Iterable[Tensor]) -> None:
         """Each tensor becomes the sum over processes."""
+        self.summed = self.size > 1
         for tensor in tensors if self.size > 1 else ():
             dist.all_reduce(tensor)

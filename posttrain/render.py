@@ -28,7 +28,7 @@ from posttrain.k2 import K2, Text, to_pil
 from posttrain.sample import GUIDANCE, STEPS
 from prompts.errors import UserError
 from rewards.base import WINDOW
-from rewards.endpoints import Endpoints, JudgeError
+from rewards.endpoints import Endpoints, JudgeError, refuse_keys
 
 SUFFIX_TOKENS = 5
 """Tokens of K2's text length that its template takes behind the prompt."""
@@ -111,6 +111,7 @@ class EndpointRenderer:
 
     def __init__(self, config: RendererConfig):
         self.config = config
+        refuse_keys(config.urls, "renderer.urls")
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(config.path, subfolder="tokenizer")
         except (OSError, ValueError) as error:

@@ -10,17 +10,20 @@ import base64
 import html
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
-import yaml
 from PIL import Image
 
 from posttrain.chart import Point, line_chart, number
 from posttrain.config import ReportConfig
 from posttrain.group_page import STYLE as GROUPS_STYLE
 from posttrain.group_page import groups_section
+from posttrain.recipe import read_recipe
+from posttrain.run_files import read_json, read_rows, read_tables, shaped
 from prompts.errors import UserError
+from prompts.parse import parse_json
 
 MOST_PAIRS = 24  # images of each of the two steps shown
 LARGEST = 512  # pixels of the longer side; larger images are reduced for the report
@@ -93,16 +96,17 @@ def write_report(run: Path, path: Path | None = None) -> Path:
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{run}: is not a run directory (no recipe.yaml); give the --output of a training run")
     path = path or run / "report.html"
+    recipe = shaped(run / "recipe.yaml", read_recipe(run / "recipe.yaml"), model=dict)
     recipe_text = (run / "recipe.yaml").read_text()
-    recipe = yaml.safe_load(recipe_text) or {}
-    summary, environment = _read_json(run / "summary.json"), _read_json(run / "environment.json")
+    summary = read_json(run / "summary.json", before=dict, after=dict, teacher=dict, best=dict)
+    environment = read_json(run / "environment.json", started=str, packages=dict)
     series = read_metrics(run / "metrics.jsonl")
-    title = f"{run.resolve().name}: {recipe.get('model', {}).get('path', 'K2')}"
+    title = f"{run.resolve().name}: {_base(recipe)}"
     body = [
         f"<header><h1>{_text(run.resolve().name)}</h1>{_subtitle(recipe, environment, series)}</header>",
         summary_tables(summary),
         _curves(series),
-        _prompts(_read_json(run / "prompts.json")),
+        _prompts(read_tables(run / "prompts.json")),
         _images(run / "samples"),
         groups_section(run / "groups"),
         "<h2>Settings</h2>",
@@ -135,24 +139,28 @@ def read_metrics(path: Path) -> dict[str, list[Point]]:
     series: dict[str, list[Point]] = {}
     if not path.is_file():
         return series
-    for line_number, line in enumerate(path.read_text().split("\n")[:-1], start=1):
+    for line_number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            raise UserError(f"{path}:{line_number}: not JSON; remove the line") from None
-        for name, value in row.items():
-            if name not in ("step", "time"):
-                series.setdefault(name, []).append((row["step"], value))
+            row = parse_json(line)
+        except ValueError as error:
+            raise UserError(f"{path}:{line_number}: {error}; remove the line") from None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise UserError(f"{path}:{line_number}: is of no step; remove the line")
+        values = {name: value for name, value in row.items() if name not in ("step", "time")}
+        if not all(value is None or _is_figure(value) for value in values.values()):
+            raise UserError(f"{path}:{line_number}: holds what is no figure; remove the line")
+        for name, value in values.items():
+            series.setdefault(name, []).append((row["step"], value))
     return series
 
 
 def _subtitle(recipe: dict, environment: dict, series: dict[str, list[Point]]) -> str:
     steps = max((points[-1][0] for points in series.values()), default=0)
     parts = [
-        f"from {recipe.get('model', {}).get('path', 'K2')}",
+        f"from {_base(recipe)}",
         f"{steps} of {recipe.get('steps', '?')} steps",
     ]
-    if "started" in environment:
+    if environment.get("started"):
         parts.append(f"started {environment['started'][:16].replace('T', ' ')}")
     lost = sum(value or 0 for _, value in series.get("non_finite", []))
     warning = f"<p><b>Metric values that were NaN or infinite: {number(lost)}</b></p>" if lost else ""
@@ -160,12 +168,12 @@ def _subtitle(recipe: dict, environment: dict, series: dict[str, list[Point]]) -
 
 
 def summary_tables(summary: dict[str, Any]) -> str:
-    before, after, teacher = (summary.get(name, {}) for name in ("before", "after", "teacher"))
+    parts: list[dict[str, Any]] = [summary.get(name) or {} for name in ("before", "after", "teacher")]
+    before, after, teacher = parts
     rows = []
     for name in [*before, *(name for name in after if name not in before)]:
         old, new = before.get(name), after.get(name)
-        both = isinstance(old, int | float) and isinstance(new, int | float)
-        change = _figure(new - old, "+") if both else ""
+        change = _figure(new - old, "+") if isinstance(old, int | float) and isinstance(new, int | float) else ""
         values = [_figure(old), _figure(new), change, *([_figure(teacher.get(name))] if teacher else [])]
         cells = "".join(f'<td class="n">{_text(value)}</td>' for value in values)
         rows.append(f"<tr><td>{_text(name)}</td>{cells}</tr>")
@@ -233,7 +241,7 @@ def _images(samples: Path) -> str:
     steps = sorted(samples.glob("step-*")) if samples.is_dir() else []
     if not steps:
         return ""
-    prompts = _read_json(samples / "prompts.json") or []
+    prompts = read_rows(samples / "prompts.json")
     shown = [steps[0]] if len(steps) == 1 else [steps[0], steps[-1]]
     names = [path.name for path in sorted(shown[0].glob("*.png")) if (shown[-1] / path.name).is_file()]
     figures = []
@@ -257,7 +265,7 @@ def _images(samples: Path) -> str:
 def _environment(environment: dict[str, Any]) -> str:
     if not environment:
         return ""
-    flat = {**environment, **{f"{k}": v for k, v in environment.get("packages", {}).items()}}
+    flat = {**environment, **(environment.get("packages") or {})}
     flat.pop("packages", None)
     rows = "".join(f"<tr><td>{_text(name)}</td><td>{_text(_value(value))}</td></tr>" for name, value in flat.items())
     return f"<h2>Environment</h2><details><summary>Versions and devices</summary><table>{rows}</table></details>"
@@ -284,13 +292,12 @@ def _text(value: object) -> str:
     return html.escape(str(value))
 
 
-def _read_json(path: Path) -> Any:
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON; remove the file and write the report again") from None
+def _base(recipe: dict[str, Any]) -> str:
+    return str((recipe.get("model") or {}).get("path", "K2"))
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def data_uri(path: Path) -> tuple[str, bool]:

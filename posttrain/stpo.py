@@ -48,6 +48,7 @@ from posttrain.evaluate import Evaluation, Evaluator
 from posttrain.k2 import K2, Text
 from posttrain.latents import Batch, EncodedPairs, Job, encode_pairs, noised
 from posttrain.loop import Stepper
+from posttrain.memory import Memory
 from posttrain.policy import POLICY, add_policy, load_model
 from posttrain.preference_loss import error_change, exact_guard, inner, norm, preference_terms
 from posttrain.preferences import read_preferences
@@ -117,9 +118,13 @@ def _train(
 
     training.measure = measure
     training.begin()
+
+    def attempt(step: int) -> dict[str, float]:
+        return optimise(k2, config, step, draw(k2, config, pairs, step, procs), stepper, procs)
+
+    memory = Memory(config, "micro_batch", procs, run.say)
     for step in training.steps():
-        batches = draw(k2, config, pairs, step, procs)
-        metrics = optimise(k2, config, step, batches, stepper, procs)
+        metrics = memory.fit(stepper, attempt, step)
         training.history["pairs"] += config.batch
         run.log(step, metrics | training.health())
     training.finish()

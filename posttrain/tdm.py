@@ -48,6 +48,7 @@ from posttrain.checkpoint import Checkpoint
 from posttrain.evaluate import Evaluation, Evaluator, Way
 from posttrain.k2 import K2, Text
 from posttrain.loop import Clock, Stepper
+from posttrain.memory import Memory
 from posttrain.policy import POLICY, add_policy, earlier_of, load_model
 from posttrain.processes import Processes
 from posttrain.progress import grid_image
@@ -128,23 +129,37 @@ def _train(
     training.state, training.measure = state, measure
     history.setdefault("images", 0)
     training.begin()
+    drawn: dict[int, list[Batch]] = {}  # of the step, by micro_batch
+
+    def draw(step: int, clock: Clock) -> list[Batch]:
+        if config.micro_batch not in drawn:
+            drawn.clear()
+            mine, warming = procs.mine(config.batch), step <= config.fake.warmup
+            rows = [in_turn(config.seed, (step - 1) * config.batch + i, len(records)) for i in mine]
+            keys = [(config.seed, step, i) for i in mine]
+            fused, updates = texts([records[row].prompt for row in rows]), config.fake.updates + (not warming)
+            size = _size(config, step - 1)
+            drawn[config.micro_batch] = roll_out(k2, config.student, fused, keys, size, config.micro_batch, updates)
+            clock.lap("trajectory")
+        return drawn[config.micro_batch]
+
+    def attempt_fake(step: int, clock: Clock, update: int) -> dict[str, float]:
+        return update_fake(k2, config, draw(step, clock), update, fake, procs)
+
+    def attempt_student(step: int, clock: Clock) -> dict[str, float]:
+        return update_student(k2, config, draw(step, clock), null, student, procs)
+
+    memory = Memory(config, "micro_batch", procs, run.say)
     for step in training.steps():
-        clock, warming = Clock(), step <= config.fake.warmup
+        clock = Clock()
+        drawn.clear()
         fake.rate = student.rate
-        size, mine = _size(config, step - 1), procs.mine(config.batch)
-        rows = [in_turn(config.seed, (step - 1) * config.batch + i, len(records)) for i in mine]
-        keys = [(config.seed, step, i) for i in mine]
-        fused = texts([records[row].prompt for row in rows])
-        batches = roll_out(
-            k2, config.student, fused, keys, size, config.micro_batch, config.fake.updates + (not warming)
-        )
-        clock.lap("trajectory")
         metrics = {"fake_updates": config.fake.updates}
         for update in range(config.fake.updates):
-            metrics |= update_fake(k2, config, batches, update, fake, procs)
+            metrics |= memory.fit(fake, attempt_fake, step, clock, update)
         clock.lap("fake")
-        if not warming:
-            metrics |= update_student(k2, config, batches, null, student, procs)
+        if step > config.fake.warmup:
+            metrics |= memory.fit(student, attempt_student, step, clock)
             clock.lap("student")
         history["images"] += config.batch
         metrics["skipped_updates"] = student.skipped + fake.skipped

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import importlib.metadata
 import importlib.util
 import json
@@ -28,15 +29,17 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
 import yaml
 from PIL import Image
+from safetensors import SafetensorError
 
 from posttrain.changes import changes, told
 from posttrain.config import TrackConfig
+from posttrain.lock import lock
 from posttrain.progress import Progress, grid_image
 from prompts.errors import UserError
 
@@ -46,6 +49,9 @@ KEPT = (
 )  # fmt: skip
 """What a resumed run cannot change: what is trained, all that is drawn, and what evaluations draw, which are compared
 over the whole run. Its base may lie elsewhere, if it is the same: load_model sees to that."""
+UNWRITABLE = {getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ENOTDIR EISDIR EEXIST".split()}
+TORCH_UNWRITABLE = ("inline_container", "iostream error", "cannot be opened")
+"""In messages of torch.save, which TRL's trainers call."""
 PACKAGES = ("posttrain", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 
 
@@ -67,6 +73,7 @@ class Run:
         self._trackers: list[Any] = []
         self._writer: Any = None
         self._progress: Progress | None = None
+        self._lock: IO[str] | None = None
 
     @classmethod
     def create(cls, config: RunConfig, resume: bool = False, main: bool = True) -> Run:
@@ -82,6 +89,7 @@ class Run:
         recipe = run.path / "recipe.yaml"
         try:
             run.path.mkdir(parents=True, exist_ok=True)
+            run._lock = lock(run.path)
             new = _plain(dataclasses.asdict(config))  # type: ignore[call-overload]
             if recipe.exists():
                 changed = changes(yaml.safe_load(recipe.read_text()), new)
@@ -105,6 +113,8 @@ class Run:
                 raise UserError(f"track.trackers: {name} is not installed; pip install {name} or leave it out")
         run = Path(config.output)
         recipe = run / "recipe.yaml"
+        if (run / ".lock").is_file() and os.access(run / ".lock", os.W_OK):
+            lock(run).close()
         if recipe.exists() and not resume:
             raise UserError(f"{run}: holds a run already; add --resume or choose another --output")
         if recipe.exists() and any((run / "checkpoints").glob("[!.]*-*")):
@@ -221,13 +231,29 @@ class Run:
             self._writer.close()
         for tracker in self._trackers:
             tracker.finish()
-        self._progress, self._writer, self._trackers = None, None, []
+        if self._lock is not None:
+            self._lock.close()
+        self._progress, self._writer, self._trackers, self._lock = None, None, [], None
 
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.close()
+        if isinstance(error, torch.OutOfMemoryError):
+            raise UserError(
+                f"{self.path}: out of memory ({' '.join(str(error).split())}); lower micro_batch or the size of the"
+                " pictures, or use more or larger GPUs, then go on with --resume"
+            ) from error
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            file = error.filename or self.path
+            raise UserError(f"{file}: cannot be written: {error.strerror}; mend that, then --resume") from error
+        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in TORCH_UNWRITABLE):
+            raise UserError(
+                f"{self.path}: cannot be written, such as for want of space; mend that, then --resume"
+            ) from error
+        if isinstance(error, SafetensorError):
+            raise UserError(f"{self.path}: cannot be written or read: {error}; mend that, then --resume") from error
 
 
 def peak_memory() -> dict[str, float]:

@@ -90,7 +90,7 @@ class Training:
         self.first = 0
         self.stopped: signal.Signals | None = None
         self._health = health.watch(procs.device, run.say)
-        self._started = time.time()
+        self._started = time.monotonic()
         if saved is not None:
             with stepper.averaged():
                 load_policy(k2, saved)
@@ -140,7 +140,7 @@ class Training:
         self.run.summary({**decided, **self.history, **peak_memory()})
 
     def _seconds(self) -> float:
-        return self.history["seconds"] + time.time() - self._started
+        return self.history["seconds"] + time.monotonic() - self._started
 
     def _evaluate(self, step: int) -> Evaluation:
         evaluator, run = self.evaluator, self.run

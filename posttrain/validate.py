@@ -25,7 +25,7 @@ from posttrain.expander_config import ExpandConfig, ExpanderDataConfig, Expander
 from posttrain.expander_rl_config import ExpanderGDPOConfig
 from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
 from posttrain.pipeline_config import PipelineConfig
-from posttrain.ranges import ConfigError, at_least, pixels, positive, share
+from posttrain.ranges import ConfigError, at_least, no_keys, pixels, positive, share
 from posttrain.stpo_config import STPOConfig
 from posttrain.tdm_config import MOST_STEPS, TDMConfig
 from posttrain.validate_bench import validate_bench
@@ -355,6 +355,7 @@ def _validate_servers(servers: list[ServerSpec]) -> None:
         if not 0 <= server.port <= 65535:
             raise ConfigError(f"{path}.port", f"is {server.port}; use 1 to 65535, or 0 for any free one")
         positive(f"{path}.ready_timeout", server.ready_timeout)
+        no_keys(path, server.env, server.extra_args)
 
 
 def _validate_sample(config: SampleConfig) -> None:

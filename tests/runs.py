@@ -266,4 +266,4 @@ class Commands:
     def close(self) -> None:
         assert self.server.stdin is not None
         self.server.stdin.close()
-        self.server.wait(10)
+        self.server.wait(60)
