@@ -2,32 +2,48 @@
 
 Groups are dealt out whole, g to process g mod N, and every seed is one of global indices. So any number of processes
 draws the same images, and their summed gradients give the same update within rounding.
+
+What they tell each other goes over gloo, also where tensors go over NCCL, so that waiting for a process that does not
+come ends in an error that names it: after POSTTRAIN_TIMEOUT seconds (1800), at once where its connection is lost.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
-from collections.abc import Iterable, Sequence
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
+from prompts.errors import UserError
 from rewards.base import Scores
+
+TIMEOUT = "POSTTRAIN_TIMEOUT"
+SPARE = 300.0
+"""Seconds that tensors may take longer than messages: who is missing is found out by a message."""
+BEAT = 0.5
+"""Seconds between a process's signs of life, which are looked at twice, four of them apart."""
 
 
 class Processes:
     """The processes that a launcher started, or the only one."""
 
     def __init__(self) -> None:
-        launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        self.state = PartialState(cpu=True) if launched and not torch.cuda.is_available() else PartialState()
+        launched, limit = int(os.environ.get("WORLD_SIZE", "1")) > 1, _timeout()
+        options: dict[str, Any] = {"timeout": timedelta(seconds=limit + SPARE)} if launched else {}
+        self.state = PartialState(cpu=launched and not torch.cuda.is_available(), **options)
         self.rank, self.size = self.state.process_index, self.state.num_processes
         self.main = self.rank == 0
+        self._messages = Messages(self.rank, self.size, limit) if self.size > 1 else None
 
     @property
     def device(self) -> torch.device:
@@ -50,11 +66,16 @@ class Processes:
 
     def each(self, value: Any) -> list[Any]:
         """Everyone's value, by rank."""
-        return gather_object([value]) if self.size > 1 else [value]
+        if self.size == 1 or self._messages is None:
+            return [value]
+        found: list[Any] = [None] * self.size
+        with self._messages.exchange() as group:
+            dist.all_gather_object(found, value, group=group)
+        return found
 
     def from_main(self, value: Any) -> Any:
         """The main process's value, for everyone."""
-        return broadcast_object_list([value])[0] if self.size > 1 else value
+        return self.each(value if self.main else None)[0]
 
     def scores(self, mine: Scores | None, group_size: int) -> Scores:
         """The scores of all groups in their global order, from those of each process; None: it has no group.
@@ -90,5 +111,94 @@ class Processes:
 
     def sum(self, tensors: Iterable[Tensor]) -> None:
         """Each tensor becomes the sum over processes."""
-        for tensor in tensors if self.size > 1 else ():
-            dist.all_reduce(tensor)
+        if self.size > 1:
+            self.each(None)  # all are there
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+
+class Messages:
+    """Exchanges of messages, in which a process that is missing is named instead of waited for in silence.
+
+    Each process keeps signs of life in the launcher's store: how many exchanges it has come to, and a count.
+    """
+
+    def __init__(self, rank: int, size: int, limit: float):
+        self.rank, self.size, self.limit = rank, size, limit
+        self.group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=limit))
+        self.exchanges = 0
+        _in_background(self._live)
+
+    @contextlib.contextmanager
+    def exchange(self) -> Iterator[Any]:
+        """The group of all processes, for one exchange. Raises UserError that says who did not take part."""
+        self.exchanges += 1
+        began = time.monotonic()
+        try:
+            yield self.group
+        except RuntimeError as error:  # gloo has no other
+            raise UserError(self._missing(time.monotonic() - began)) from error
+
+    def _missing(self, waited: float) -> str:
+        found: list[list[tuple[int, int, str]]] = []
+
+        def look() -> None:
+            store = _store()
+            for pause in (0.0, 4 * BEAT):
+                time.sleep(pause)
+                signs = [store.get(_key(rank)).decode().split(" ", 2) for rank in range(self.size)]
+                found.append([(int(count), int(beat), where) for count, beat, where in signs])
+
+        # The store itself may be in a process that is stopped, and then never answers.
+        asking = _in_background(look)
+        asking.join(4 * BEAT + 10)
+        late, remedy = [], f"see its log, and start again with --resume ({TIMEOUT}=SECONDS sets how long to wait)"
+        if len(found) < 2:
+            late = ["rank 0 does not answer"]
+        else:
+            for rank, ((_, before, _), (count, beat, where)) in enumerate(zip(*found)):
+                if rank != self.rank and (before == beat or count < self.exchanges):
+                    state = "was stopped, killed or cut off" if before == beat else "is alive and busy elsewhere"
+                    late.append(f"rank {rank} ({where}) {state}")
+        who = "; ".join(late) or "all processes are there, and the network between them failed"
+        return f"processes: rank {self.rank} of {self.size} waited {waited:.0f} s for the others: {who}; {remedy}"
+
+    def _live(self) -> None:
+        store, where, beat = _store(), f"pid {os.getpid()} on {socket.gethostname()}", 0
+        while True:
+            store.set(_key(self.rank), f"{self.exchanges} {beat} {where}")
+            beat += 1
+            time.sleep(BEAT)
+
+
+def _store() -> dist.TCPStore:
+    """A connection of its own to the store through which the processes found each other."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
+
+
+def _key(rank: int) -> str:
+    return f"posttrain/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{rank}"
+
+
+def _in_background(target: Callable[[], None]) -> threading.Thread:
+    """Runs it in a thread that nobody has to wait for; a connection that is lost ends it."""
+
+    def run() -> None:
+        with contextlib.suppress(RuntimeError):
+            target()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread
+
+
+def _timeout() -> float:
+    given = os.environ.get(TIMEOUT, "1800")
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise UserError(f"{TIMEOUT}: is {given}; give the seconds to wait for another process, such as 1800")
+    return seconds
