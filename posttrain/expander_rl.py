@@ -43,7 +43,7 @@ from posttrain.expander_template import messages, template
 from posttrain.processes import Processes
 from posttrain.render import make_renderer
 from posttrain.track import Run
-from posttrain.training import Urls, in_run
+from posttrain.training import Urls, in_run, resuming
 from prompts.errors import UserError
 from prompts.records import PromptRecord, read_prompts
 from rewards.diversity import Features
@@ -64,8 +64,7 @@ def train(config: ExpanderGDPOConfig, resume: bool = False) -> None:
 
 def _load_and_train(config: ExpanderGDPOConfig, resume: bool) -> None:
     procs = Processes()
-    if procs.main:
-        Run.check(config, resume)
+    resume = resuming(config, resume, procs)
     if config.groups.prompts_per_step % procs.size:
         raise UserError(
             f"groups.prompts_per_step: {config.groups.prompts_per_step} do not divide by {procs.size} processes, and"

@@ -38,9 +38,13 @@ class Processes:
     """The processes that a launcher started, or the only one."""
 
     def __init__(self) -> None:
-        launched, limit = int(os.environ.get("WORLD_SIZE", "1")) > 1, _timeout()
-        options: dict[str, Any] = {"timeout": timedelta(seconds=limit + SPARE)} if launched else {}
-        self.state = PartialState(cpu=launched and not torch.cuda.is_available(), **options)
+        launched, limit, cuda = int(os.environ.get("WORLD_SIZE", "1")) > 1, _timeout(), torch.cuda.is_available()
+        if launched and not dist.is_initialized():
+            rank, size, longest = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), limit + SPARE
+            host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+            store, most = _store(longest, host), timedelta(seconds=longest)
+            dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=most)
+        self.state = PartialState(cpu=launched and not cuda)
         self.rank, self.size = self.state.process_index, self.state.num_processes
         self.main = self.rank == 0
         self._messages = Messages(self.rank, self.size, limit) if self.size > 1 else None
@@ -146,7 +150,7 @@ class Messages:
             store = _store()
             for pause in (0.0, 4 * BEAT):
                 time.sleep(pause)
-                signs = [store.get(_key(rank)).decode().split(" ", 2) for rank in range(self.size)]
+                signs = [store.get(str(rank)).decode().split(" ", 2) for rank in range(self.size)]
                 found.append([(int(count), int(beat), where) for count, beat, where in signs])
 
         # The store itself may be in a process that is stopped, and then never answers.
@@ -166,19 +170,19 @@ class Messages:
     def _live(self) -> None:
         store, where, beat = _store(), f"pid {os.getpid()} on {socket.gethostname()}", 0
         while True:
-            store.set(_key(self.rank), f"{self.exchanges} {beat} {where}")
+            store.set(str(self.rank), f"{self.exchanges} {beat} {where}")
             beat += 1
             time.sleep(BEAT)
 
 
-def _store() -> dist.TCPStore:
-    """A connection of its own to the store through which the processes found each other."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
+def _store(seconds: float = 10.0, host: bool = False) -> dist.Store:
+    """A connection to the store through which processes find each other; `host` makes it.
 
-
-def _key(rank: int) -> str:
-    return f"posttrain/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{rank}"
+    torchrun keeps one over restarts, with the addresses of those that are gone, which must not be found.
+    """
+    address, port, limit = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=seconds)
+    store = dist.TCPStore(address, port, is_master=host, timeout=limit, multi_tenant=True)
+    return dist.PrefixStore(f"posttrain {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def _in_background(target: Callable[[], None]) -> threading.Thread:

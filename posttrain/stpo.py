@@ -55,7 +55,7 @@ from posttrain.processes import Processes
 from posttrain.source import in_turn
 from posttrain.stpo_config import PreferenceLossConfig, STPOConfig
 from posttrain.track import Run
-from posttrain.training import Training, Urls, in_run
+from posttrain.training import Training, Urls, in_run, resuming
 from prompts.errors import UserError
 from prompts.records import PromptRecord, read_prompts
 from rewards.load import load_rewards, record
@@ -68,8 +68,7 @@ BINS = 4
 def train(config: STPOConfig, resume: bool = False) -> None:
     """Runs a recipe into its run directory. Raises UserError for what the user can mend."""
     procs = Processes()
-    if procs.main:
-        Run.check(config, resume)
+    resume = resuming(config, resume, procs)
     preferences = read_preferences(config.pairs.train, config.pairs.columns, config.pairs.max_bad)
     heldout = read_prompts(config.heldout)
     load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})  # before the wait

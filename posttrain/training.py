@@ -63,6 +63,17 @@ def in_run(
         raise KeyboardInterrupt
 
 
+def resuming(config: RunConfig, resume: bool, procs: Processes) -> bool:
+    """Whether to go on from the newest checkpoint: if asked to, and where torchrun restarts what it began itself.
+
+    Raises UserError, in the main process, for a run directory that this cannot be done in.
+    """
+    if procs.main:
+        resume = resume or Run.restarted(config)
+        Run.check(config, resume)
+    return procs.from_main(resume)
+
+
 class Training:
     """One run of one method that trains the role `policy`."""
 
@@ -104,6 +115,8 @@ class Training:
     def begin(self) -> Evaluation | None:
         """Evaluates what is there before the first step; None for a run that is resumed."""
         self.run.start(self.config.steps, self.first)
+        if self.first:
+            self.run.say(f"goes on after step {self.first}")
         before = None
         if self.history["before"] is None:
             before = self._evaluate(0)
