@@ -8,6 +8,7 @@ The manifest is written last, so a directory without a fitting manifest is torn 
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import json
@@ -17,6 +18,8 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +90,44 @@ def save(
     shutil.rmtree(directory / f".tmp-old-{step:06d}", ignore_errors=True)
     _prune(directory, keep)
     return final
+
+
+def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, which stay as they are now."""
+    return {key: value.detach().to("cpu", copy=True) for key, value in tensors.items()}
+
+
+class Writer:
+    """Saves in a thread, one checkpoint at a time: who trains waits for its copy in memory, not for the disk."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(
+        self,
+        directory: Path,
+        step: int,
+        tensors: dict[str, dict[str, Tensor]],
+        state: dict[str, Any],
+        keep: int,
+        best: int | None = None,
+    ) -> None:
+        """See `save` and, for `best`, `mark_best`. Waits for the one before; the tensors may not change any more."""
+        self.check(wait=True)
+
+        def write(state: dict[str, Any]) -> None:
+            save(directory, step, tensors, state, keep)
+            if best is not None:
+                mark_best(directory, best)
+
+        self._pending = self._thread.submit(write, copy.deepcopy(state))
+
+    def check(self, wait: bool = False) -> None:
+        """Raises what went wrong with the last one, once: if it is done, or, with `wait`, when it is."""
+        if self._pending is not None and (wait or self._pending.done()):
+            pending, self._pending = self._pending, None
+            pending.result()
 
 
 def mark_best(directory: str | Path, step: int) -> None:

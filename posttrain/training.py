@@ -100,6 +100,7 @@ class Training:
         self.evaluations: list[Any] = []  # (step, figures)
         self.first = 0
         self.stopped: signal.Signals | None = None
+        self._writer = checkpoint.Writer()
         self._health = health.watch(procs.device, run.say)
         self._started = time.time()
         if saved is not None:
@@ -129,15 +130,19 @@ class Training:
         config, total = self.config, self.config.steps
         ended = watch.regression(self.evaluations, config.eval.stop)  # one that was stopped does not go on
         loop = Loop(self.first, self.first if ended else total, config.checkpoint, self._save, self.procs.any)
-        for step in loop:
-            self.stepper.rate = min(1.0, (total - step + 1) / (config.optim.cooldown_steps + 1))
-            yield step
-            if step == total or (config.eval.every and step % config.eval.every == 0):
-                self.history["after"] = self._evaluate(step).figures
-                if watch.newest_is_best(self.evaluations, config.eval.best):
-                    loop.save_next()
-                if watch.regression(self.evaluations, config.eval.stop):
-                    loop.end()
+        try:
+            for step in loop:
+                self._writer.check()
+                self.stepper.rate = min(1.0, (total - step + 1) / (config.optim.cooldown_steps + 1))
+                yield step
+                if step == total or (config.eval.every and step % config.eval.every == 0):
+                    self.history["after"] = self._evaluate(step).figures
+                    if watch.newest_is_best(self.evaluations, config.eval.best):
+                        loop.save_next()
+                    if watch.regression(self.evaluations, config.eval.stop):
+                        loop.end()
+        finally:
+            self._writer.check(wait=True)
         self.history["steps"], self.stopped = loop.done, loop.stopped
 
     def health(self) -> dict[str, float | None]:
@@ -170,12 +175,15 @@ class Training:
     def _save(self, step: int) -> None:
         if not self.procs.main:
             return
+        self._writer.check(wait=True)  # before there is another copy
         optimizer, optimizer_state = checkpoint.flatten_optimizer(self.stepper.optimizer)
         tensors, state = self.state()
-        with self.stepper.averaged():
-            tensors = {**saved_tensors(self.k2), "optimizer": optimizer, **tensors}
+        tensors = {"optimizer": optimizer, **tensors}
         if self.config.optim.ema:
             tensors["live"] = self.k2.role_state_dict(POLICY)
+        tensors = {name: checkpoint.on_host(group) for name, group in tensors.items()}
+        with self.stepper.averaged():
+            tensors |= saved_tensors(self.k2)
         state = {
             "method": self.method,
             "model": asdict(self.config.model),
@@ -187,8 +195,9 @@ class Training:
             "evaluations": self.evaluations,
             **state,
         }
-        checkpoint.save(self.run.path / "checkpoints", step, tensors, state, self.config.checkpoint.keep)
-        self._mark_best()
+        top = watch.best(self.evaluations, self.config.eval.best)
+        best, keep = top and top[0], self.config.checkpoint.keep
+        self._writer.save(self.run.path / "checkpoints", step, tensors, state, keep, best)
 
     def _mark_best(self) -> None:
         if self.procs.main and (top := watch.best(self.evaluations, self.config.eval.best)):
