@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from posttrain import shards
 from prompts.errors import UserError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -92,9 +93,15 @@ def save(
     return final
 
 
-def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU, which stay as they are now."""
-    return {key: value.detach().to("cpu", copy=True) for key, value in tensors.items()}
+def on_host(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+    """Copies on the CPU, which stay as they are now; sharded ones are gathered, one after the other, by all processes,
+    of which some may not `keep` them."""
+    found = {}
+    for key, value in tensors.items():
+        whole = shards.whole(value.detach())
+        if keep:
+            found[key] = whole.to("cpu", copy=True)
+    return found
 
 
 class Writer:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain import advantages, checkpoint, losses, sampler
+from posttrain import advantages, checkpoint, fsdp, losses, sampler
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import GRPOConfig
 from posttrain.evaluate import Evaluator, means
@@ -69,6 +69,7 @@ def train(config: GRPOConfig, resume: bool = False) -> None:
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     k2 = load_model(config.model, procs.device, saved)
     add_policy(k2, config.lora, config.seed, reference=config.loss.kl > 0)
+    fsdp.shard(k2, procs)
     in_run(config, resume, procs, lambda run, urls: _train(config, saved, run, procs, k2, source, heldout, urls))
 
 

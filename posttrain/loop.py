@@ -8,10 +8,12 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from posttrain import checkpoint, shards
 from posttrain.config import CheckpointConfig, LossConfig, OptimConfig
 from prompts.errors import UserError
 
@@ -55,7 +57,7 @@ class Loop:
                 stopping = self.anywhere(self.stopped is not None)
                 if stopping and self.stopped is None:
                     self.stopped = signal.SIGTERM
-                late = self.config.minutes and time.monotonic() - saved_at > 60 * self.config.minutes
+                late = self.config.minutes and self.anywhere(time.monotonic() - saved_at > 60 * self.config.minutes)
                 due = self._due or (self.config.every and step % self.config.every == 0)
                 last = self._ended or stopping or step == self.total
                 if last or late or due:
@@ -111,20 +113,25 @@ class Stepper:
     def __init__(self, parameters: Sequence[Tensor], config: OptimConfig):
         self.parameters = list(parameters)
         self.config = config
+        self._own = [shards.own(p) for p in self.parameters]
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+            self._own, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
         self.rate = 1.0
         """Share of the learning rate to take, for a method that lowers it."""
         self.updates = self.skipped = self.skipped_in_a_row = 0
-        self._average = [p.detach().clone() for p in self.parameters] if config.ema else None
+        self._average = [p.detach().clone() for p in self._own] if config.ema else None
 
     def step(self) -> float:
         """One update with the accumulated gradients, which are then cleared; returns their norm before clipping.
 
         Raises UserError when ten gradients in a row were not finite.
         """
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm).item()
+        total = shards.norm([p.grad for p in self.parameters if p.grad is not None])
+        for parameter, own in zip(self.parameters, self._own):
+            own.grad = None if parameter.grad is None else shards.own(parameter.grad)
+        torch.nn.utils.clip_grads_with_norm_(self._own, self.config.max_grad_norm, total)
+        norm = total.item()
         self.updates += 1
         if math.isfinite(norm):
             self.skipped_in_a_row = 0
@@ -135,11 +142,12 @@ class Stepper:
             self.optimizer.step()
             if self._average is not None:
                 decay = min(self.config.ema, (1 + self.updates) / (10 + self.updates))
-                torch._foreach_lerp_(self._average, [p.detach() for p in self.parameters], 1 - decay)
+                torch._foreach_lerp_(self._average, [p.detach() for p in self._own], 1 - decay)
         else:
             self.skipped += 1
             self.skipped_in_a_row += 1
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in (*self.parameters, *self._own):
+            parameter.grad = None
         if self.skipped_in_a_row >= MAX_SKIPPED:
             raise UserError(
                 f"optim.lr: {MAX_SKIPPED} gradients in a row were not finite; lower it (it is {self.config.lr:g})"
@@ -157,10 +165,25 @@ class Stepper:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for parameter, average in zip(self.parameters, self._average or []):
+        for parameter, average in zip(self._own, self._average or []):
             held = parameter.clone()
             parameter.copy_(average)
             average.copy_(held)
+
+    def flattened(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The optimiser's state for a checkpoint, whichever processes hold it; see `checkpoint.flatten_optimizer`."""
+        tensors, state = checkpoint.flatten_optimizer(self.optimizer)
+        return {key: shards.joined(value, self._of(key)) for key, value in tensors.items()}, state
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Put back what `flattened` gave. Raises UserError; see `checkpoint.restore_optimizer`."""
+        parts = {key: shards.part(value, self._of(key)) for key, value in tensors.items()}
+        checkpoint.restore_optimizer(self.optimizer, parts, state)
+
+    def _of(self, key: str) -> Tensor:
+        """The parameter that an entry of the optimiser's state belongs to."""
+        index = key.partition(".")[0]
+        return self.parameters[int(index)] if index.isdigit() else torch.empty(0)
 
     def counters(self) -> dict[str, int]:
         return {k: getattr(self, k) for k in ("updates", "skipped", "skipped_in_a_row")}

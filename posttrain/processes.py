@@ -23,7 +23,9 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from posttrain import shards
 from prompts.errors import UserError
 from rewards.base import Scores
 
@@ -38,6 +40,7 @@ class Processes:
     """The processes that a launcher started, or the only one."""
 
     def __init__(self) -> None:
+        sharded = _fsdp()
         launched, limit, cuda = int(os.environ.get("WORLD_SIZE", "1")) > 1, _timeout(), torch.cuda.is_available()
         if launched and not dist.is_initialized():
             rank, size, longest = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), limit + SPARE
@@ -47,6 +50,10 @@ class Processes:
         self.state = PartialState(cpu=launched and not cuda)
         self.rank, self.size = self.state.process_index, self.state.num_processes
         self.main = self.rank == 0
+        self.sharded = sharded and self.size > 1
+        """Whether each is to hold only a part of the model; see fsdp.py."""
+        self.attend: Callable[[], None] = lambda: None
+        """What to do until all the others are at the same exchange of messages."""
         self._messages = Messages(self.rank, self.size, limit) if self.size > 1 else None
 
     @property
@@ -72,6 +79,7 @@ class Processes:
         """Everyone's value, by rank."""
         if self.size == 1 or self._messages is None:
             return [value]
+        self.attend()
         found: list[Any] = [None] * self.size
         with self._messages.exchange() as group:
             dist.all_gather_object(found, value, group=group)
@@ -101,6 +109,14 @@ class Processes:
         scores.waited_seconds, scores.scoring_seconds = held[0].waited_seconds, held[0].scoring_seconds
         return scores
 
+    def greatest(self, value: int) -> int:
+        """Of everyone's, at once: nothing else is attended to."""
+        found = torch.tensor(value)
+        if self._messages is not None:
+            with self._messages.exchange() as group:
+                dist.all_reduce(found, dist.ReduceOp.MAX, group)
+        return int(found)
+
     def any(self, flag: bool) -> bool:
         return any(self.each(flag))
 
@@ -111,7 +127,11 @@ class Processes:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self.sum(parameter.grad for parameter in parameters if parameter.grad is not None)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        self.sum(gradient for gradient in gradients if not isinstance(gradient, DTensor))
+        for gradient in gradients:
+            if isinstance(gradient, DTensor):  # FSDP2 has made it the mean
+                shards.own(gradient).mul_(self.size)
 
     def sum(self, tensors: Iterable[Tensor]) -> None:
         """Each tensor becomes the sum over processes."""
@@ -195,6 +215,20 @@ def _in_background(target: Callable[[], None]) -> threading.Thread:
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     return thread
+
+
+def _fsdp() -> bool:
+    """Whether accelerate was told to use FSDP2. Raises UserError for engines that are not supported."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+        raise UserError(
+            "accelerate: DeepSpeed is not supported: use recipes/launch/fsdp2.yaml, which shards parameters,"
+            " gradients and optimiser state as ZeRO-3 does"
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") != "true":
+        return False
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError("accelerate: FSDP's first version is not supported: set fsdp_version: 2")
+    return True
 
 
 def _timeout() -> float:

@@ -20,7 +20,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from posttrain import sampler
+from posttrain import sampler, shards
 from posttrain.load import check_names
 from prompts.errors import UserError
 
@@ -131,7 +131,7 @@ class Roles:
         remedy = "give weights of this model" if full else "give the adapter of this rank and these targets"
         check_names(f"{'weights' if full else 'adapter'} {name!r}", own, state_dict, remedy)
         for key, parameter in own.items():
-            parameter.copy_(state_dict[key])
+            shards.own(parameter).copy_(shards.part(state_dict[key], parameter))
 
     def train_role(self, name: str) -> list[nn.Parameter]:
         """Only this role's parameters require grad from here on; returns them."""

@@ -43,7 +43,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain import checkpoint, figures, sampler, tdm_loss
+from posttrain import checkpoint, figures, fsdp, sampler, tdm_loss
 from posttrain.checkpoint import Checkpoint
 from posttrain.evaluate import Evaluation, Evaluator, Way
 from posttrain.k2 import K2, Text
@@ -78,6 +78,7 @@ def train(config: TDMConfig, resume: bool = False) -> None:
     _refuse_distilled(config)
     k2 = load_model(config.model, procs.device, saved)
     add_roles(k2, config)
+    fsdp.shard(k2, procs)
     in_run(config, resume, procs, lambda run, urls: _train(config, saved, run, procs, k2, records, heldout, urls))
 
 
@@ -102,11 +103,11 @@ def _train(
     training = Training("tdm", config, run, procs, k2, student, evaluator, saved)
     if saved is not None:
         k2.load_role_state_dict(FAKE, saved.tensors[FAKE])
-        checkpoint.restore_optimizer(fake.optimizer, saved.tensors["fake_optimizer"], saved.state[FAKE]["optimizer"])
+        fake.restore(saved.tensors["fake_optimizer"], saved.state[FAKE]["optimizer"])
         fake.restore_counters(saved.state[FAKE]["counters"])
 
     def state() -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        optimizer, optimizer_state = checkpoint.flatten_optimizer(fake.optimizer)
+        optimizer, optimizer_state = fake.flattened()
         return {FAKE: k2.role_state_dict(FAKE), "fake_optimizer": optimizer}, {
             FAKE: {"optimizer": optimizer_state, "counters": fake.counters()},
             "student": {"steps": config.student.steps, "mu": MU, "guidance": 0.0},

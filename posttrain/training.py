@@ -108,7 +108,7 @@ class Training:
                 load_policy(k2, saved)
             if config.optim.ema:
                 k2.load_role_state_dict(POLICY, saved.tensors["live"])
-            checkpoint.restore_optimizer(stepper.optimizer, saved.tensors["optimizer"], saved.state["optimizer"])
+            stepper.restore(saved.tensors["optimizer"], saved.state["optimizer"])
             stepper.restore_counters(saved.state["counters"])
             self.history, self.evaluations = saved.state["history"], saved.state["evaluations"]
             self.first = saved.step
@@ -173,17 +173,20 @@ class Training:
         return result
 
     def _save(self, step: int) -> None:
-        if not self.procs.main:
+        if not self.procs.main and not self.procs.sharded:
             return
         self._writer.check(wait=True)  # before there is another copy
-        optimizer, optimizer_state = checkpoint.flatten_optimizer(self.stepper.optimizer)
+        optimizer, optimizer_state = self.stepper.flattened()
         tensors, state = self.state()
         tensors = {"optimizer": optimizer, **tensors}
         if self.config.optim.ema:
             tensors["live"] = self.k2.role_state_dict(POLICY)
-        tensors = {name: checkpoint.on_host(group) for name, group in tensors.items()}
+        main = self.procs.main
+        tensors = {name: checkpoint.on_host(group, main) for name, group in tensors.items()}
         with self.stepper.averaged():
-            tensors |= saved_tensors(self.k2)
+            tensors |= saved_tensors(self.k2, main)
+        if not main:
+            return
         state = {
             "method": self.method,
             "model": asdict(self.config.model),
