@@ -13,6 +13,8 @@ small, stays whole in fp32, and its gradient is summed like an adapter's. So res
 
 from __future__ import annotations
 
+import sys
+import warnings
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from posttrain import shards
 from posttrain.k2 import K2, VelocityModel
 from posttrain.processes import Processes
 from prompts.errors import UserError
@@ -33,10 +36,16 @@ def shard(k2: K2, procs: Processes) -> None:
         raise UserError("model.compile: FSDP2 does not go with it; set it to false")
     if k2.blocks.recompute is None:  # kept activations would be measured together with gathered weights
         k2.blocks.recompute = len(k2.transformer.transformer_blocks)
+    # An output that is a view may not be written into; nobody writes into a velocity.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(procs.device.type, (procs.size,))
     networks = [k2.velocity_model, *filter(None, [k2.reference]), *k2.copies.values()]
     for network in networks:
         _shard(network, k2.dtype, mesh)
+    weights = {id(p): p for network in networks for p in network.parameters()}.values()
+    held, total = (sum(p.numel() for p in part) / 1e6 for part in (map(shards.own, weights), weights))
+    if procs.main:
+        print(f"posttrain: FSDP2: each process holds {held:.4g} of {total:.4g} million weights", file=sys.stderr)
     together = Together(k2, procs, networks)
     k2.net = Joint(together, 0)
     if k2.reference is not None:

@@ -218,16 +218,25 @@ def _in_background(target: Callable[[], None]) -> threading.Thread:
 
 
 def _fsdp() -> bool:
-    """Whether accelerate was told to use FSDP2. Raises UserError for engines that are not supported."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+    """Whether accelerate was told to use FSDP2. Raises UserError for what is not supported."""
+
+    def told(name: str) -> bool:
+        return os.environ.get(name, "false").lower() == "true"
+
+    if told("ACCELERATE_USE_DEEPSPEED"):
         raise UserError(
             "accelerate: DeepSpeed is not supported: use recipes/launch/fsdp2.yaml, which shards parameters,"
             " gradients and optimiser state as ZeRO-3 does"
         )
-    if os.environ.get("ACCELERATE_USE_FSDP", "false") != "true":
+    if not told("ACCELERATE_USE_FSDP"):
         return False
     if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise UserError("accelerate: FSDP's first version is not supported: set fsdp_version: 2")
+        raise UserError("accelerate: fsdp_version: FSDP's first is not supported; set it to 2")
+    for option in ("offload_params", "activation_checkpointing"):
+        if told(f"FSDP_{option.upper()}"):
+            raise UserError(f"accelerate: fsdp_{option}: is not supported; leave it out (model.recompute saves memory)")
+    # accelerate's default is that transformers loads weights in one process only, for accelerate to send them on.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     return True
 
 

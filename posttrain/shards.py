@@ -42,4 +42,4 @@ def norm(gradients: Sequence[Tensor]) -> Tensor:
     """The norm of all elements of all tensors; all processes must ask at once."""
     kinds = [[g for g in gradients if isinstance(g, DTensor) is sharded] for sharded in (False, True)]
     norms = [whole(torch.nn.utils.get_total_norm(kind)) for kind in kinds if kind]
-    return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+    return torch.stack([torch.zeros_like(norms[0]), *norms]).norm() if norms else torch.zeros(())

@@ -1,5 +1,7 @@
 """All weights under FSDP2: the same run as one process with all of them, and checkpoints that either goes on from."""
 
+import re
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from posttrain import checkpoint
 from posttrain.k2 import K2
 from tests import runs
 
-FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 """What `accelerate launch` tells the processes."""
 
 
@@ -45,6 +47,9 @@ def test_two_sharded_processes_equal_one(command, model, tmp_path, method):
             args = [method, "--config", path, "--steps", steps, "--resume"]
             result = command(*args, processes=2 if engine else 1, **engine)
             assert result.returncode == 0, result.stderr[-3000:]
+            if engine:
+                held, total = re.search(r"each process holds (\S+) of (\S+) million", result.stderr).groups()
+                assert float(held) < 0.65 * float(total)
         made.append(config.output)
     one, *others = made
     begun = K2.load(model).base_state_dict()
