@@ -130,9 +130,14 @@ class Writer:
 
         self._pending = self._thread.submit(write, copy.deepcopy(state))
 
+    @property
+    def done(self) -> bool:
+        """Whether nothing is being written."""
+        return self._pending is None or self._pending.done()
+
     def check(self, wait: bool = False) -> None:
         """Raises what went wrong with the last one, once: if it is done, or, with `wait`, when it is."""
-        if self._pending is not None and (wait or self._pending.done()):
+        if self._pending is not None and (wait or self.done):
             pending, self._pending = self._pending, None
             pending.result()
 

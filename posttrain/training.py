@@ -74,6 +74,20 @@ def resuming(config: RunConfig, resume: bool, procs: Processes) -> bool:
     return procs.from_main(resume)
 
 
+def snapshot(
+    k2: K2, stepper: Stepper, further: dict[str, dict[str, Tensor]], keep: bool = True
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Copies on the CPU of what a checkpoint holds, and the JSON of the optimiser; see `checkpoint.on_host`."""
+    optimizer, state = stepper.flattened()
+    tensors = {"optimizer": optimizer, **further}
+    if stepper.config.ema:
+        tensors["live"] = k2.role_state_dict(POLICY)
+    tensors = {name: checkpoint.on_host(group, keep) for name, group in tensors.items()}
+    with stepper.averaged():
+        tensors |= saved_tensors(k2, keep)
+    return tensors, state
+
+
 class Training:
     """One run of one method that trains the role `policy`."""
 
@@ -176,16 +190,9 @@ class Training:
         if not self.procs.main and not self.procs.sharded:
             return
         self._writer.check(wait=True)  # before there is another copy
-        optimizer, optimizer_state = self.stepper.flattened()
-        tensors, state = self.state()
-        tensors = {"optimizer": optimizer, **tensors}
-        if self.config.optim.ema:
-            tensors["live"] = self.k2.role_state_dict(POLICY)
-        main = self.procs.main
-        tensors = {name: checkpoint.on_host(group, main) for name, group in tensors.items()}
-        with self.stepper.averaged():
-            tensors |= saved_tensors(self.k2, main)
-        if not main:
+        further, state = self.state()
+        tensors, optimizer_state = snapshot(self.k2, self.stepper, further, self.procs.main)
+        if not self.procs.main:
             return
         state = {
             "method": self.method,
