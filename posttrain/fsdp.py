@@ -42,11 +42,19 @@ def shard(k2: K2, procs: Processes) -> None:
     networks = [k2.velocity_model, *filter(None, [k2.reference]), *k2.copies.values()]
     for network in networks:
         _shard(network, k2.dtype, mesh)
+    together = Together(k2, procs, networks)
+    for name in k2.roles:
+        for parameter in k2.role_parameters(name):
+            parameter.requires_grad_(True)
+    # The first pass settles where the parts lie, and what types the gradients have of parameters that want one then.
+    with torch.no_grad():
+        for network in networks:
+            network(*together.single)
+    k2.train_role(next(iter(k2.roles)))
     weights = {id(p): p for network in networks for p in network.parameters()}.values()
     held, total = (sum(p.numel() for p in part) / 1e6 for part in (map(shards.own, weights), weights))
     if procs.main:
         print(f"posttrain: FSDP2: each process holds {held:.4g} of {total:.4g} million weights", file=sys.stderr)
-    together = Together(k2, procs, networks)
     k2.net = Joint(together, 0)
     if k2.reference is not None:
         k2.reference = Joint(together, 1)
@@ -72,11 +80,7 @@ def _shard(network: VelocityModel, dtype: torch.dtype, mesh: Any) -> None:
     }
     for block in net.transformer_blocks:
         fully_shard(block, **options)
-    fully_shard(network, **options).unshard()  # which settles where the parts lie
-    network.reshard()
-    for block in net.transformer_blocks:
-        block.unshard()
-        block.reshard()
+    fully_shard(network, **options)
 
 
 class Joint(nn.Module):
@@ -98,7 +102,8 @@ class Together:
 
     def __init__(self, k2: K2, procs: Processes, networks: list[VelocityModel]):
         self.procs, self.networks = procs, networks
-        x = torch.zeros(1, 1, k2.latent_channels, dtype=k2.dtype, device=k2.device)
+        # It wants a gradient itself, so that there is one to take back where no adapter is active.
+        x = torch.zeros(1, 1, k2.latent_channels, dtype=k2.dtype, device=k2.device, requires_grad=True)
         tokens = torch.zeros(1, 1, k2.transformer.txt_in.linear_2.out_features, dtype=k2.dtype, device=k2.device)
         self.single = (x, torch.full((1,), 0.5, device=k2.device), tokens, None, (1, 1))
         self.open: list[Tensor] = []
