@@ -37,11 +37,11 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=5)
     parser.add_argument("--output", type=Path, required=True, help="directory that checkpoints go into")
     args = parser.parse_args()
-    procs = Processes()
+    procs = Processes(shardable=True)
     cuda = procs.device.type == "cuda"
     k2 = K2.random(procs.device, torch.bfloat16 if cuda else torch.float32, args.scale, text=False)
-    add_policy(k2, LoraConfig(args.rank, float(args.rank)) if args.rank else None, 0, reference=False)
-    fsdp.shard(k2, procs)
+    with fsdp.sharding(k2, procs):
+        add_policy(k2, LoraConfig(args.rank, float(args.rank)) if args.rank else None, 0, reference=False)
     stepper = Stepper(k2.train_role(POLICY), OptimConfig(lr=1e-6))
     text, size = Text(k2.fuse(k2.random_features(105))[None]), (args.pixels, args.pixels)
     x = sampler.noise(range(args.batch), (k2.image_tokens(*size), k2.latent_channels)).to(procs.device)

@@ -13,8 +13,10 @@ small, stays whole in fp32, and its gradient is summed like an adapter's. So res
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,10 +30,19 @@ from posttrain.processes import Processes
 from prompts.errors import UserError
 
 
-def shard(k2: K2, procs: Processes) -> None:
-    """Shards the networks of all roles, if the launcher asks for it; no role can be added or merged afterwards."""
-    if not procs.sharded:
-        return
+@contextlib.contextmanager
+def sharding(k2: K2, procs: Processes) -> Iterator[None]:
+    """Shards the networks of the roles that are added inside, if the launcher asks for it; none can be added later.
+
+    A role of all weights becomes fp32 only then, one block after the other: never is all of it in one GPU.
+    """
+    k2.deferred = procs.sharded
+    yield
+    if procs.sharded:
+        _shard_all(k2, procs)
+
+
+def _shard_all(k2: K2, procs: Processes) -> None:
     if k2.blocks.compiled:
         raise UserError("model.compile: FSDP2 does not go with it; set it to false")
     if k2.blocks.recompute is None:  # kept activations would be measured together with gathered weights
@@ -41,7 +52,7 @@ def shard(k2: K2, procs: Processes) -> None:
     mesh = init_device_mesh(procs.device.type, (procs.size,))
     networks = [k2.velocity_model, *filter(None, [k2.reference]), *k2.copies.values()]
     for network in networks:
-        _shard(network, k2.dtype, mesh)
+        _shard(network, k2.dtype, mesh, trained=network is not k2.reference and None in k2.roles.values())
     together = Together(k2, procs, networks)
     for name in k2.roles:
         for parameter in k2.role_parameters(name):
@@ -62,7 +73,8 @@ def shard(k2: K2, procs: Processes) -> None:
     procs.attend = together.attend
 
 
-def _shard(network: VelocityModel, dtype: torch.dtype, mesh: Any) -> None:
+def _shard(network: VelocityModel, dtype: torch.dtype, mesh: Any, trained: bool) -> None:
+    """With `trained`, its weights are a role, but for those that fuse the text, which stay as they are."""
     net = network.transformer
     parts = {id(p) for part in (net.text_fusion, net.txt_in) for p in part.parameters()}
     sharded = {
@@ -78,9 +90,11 @@ def _shard(network: VelocityModel, dtype: torch.dtype, mesh: Any) -> None:
         "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
         "ignored_params": {p for p in network.parameters() if id(p) not in sharded},
     }
-    for block in net.transformer_blocks:
-        fully_shard(block, **options)
-    fully_shard(network, **options)
+    for module in (*net.transformer_blocks, network):
+        for parameter in module.parameters():
+            if trained and id(parameter) not in parts:
+                parameter.data = parameter.data.float()
+        fully_shard(module, **options)
 
 
 class Joint(nn.Module):

@@ -62,14 +62,14 @@ class Group:
 
 def train(config: GRPOConfig, resume: bool = False) -> None:
     """Runs a recipe into its run directory. Raises UserError for what the user can mend."""
-    procs = Processes()
+    procs = Processes(shardable=True)
     resume = resuming(config, resume, procs)
     source, heldout = PromptSource(config, read_prompts(config.prompts.train)), read_prompts(config.prompts.heldout)
     load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})  # before the wait
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     k2 = load_model(config.model, procs.device, saved)
-    add_policy(k2, config.lora, config.seed, reference=config.loss.kl > 0)
-    fsdp.shard(k2, procs)
+    with fsdp.sharding(k2, procs):
+        add_policy(k2, config.lora, config.seed, reference=config.loss.kl > 0)
     in_run(config, resume, procs, lambda run, urls: _train(config, saved, run, procs, k2, source, heldout, urls))
 
 

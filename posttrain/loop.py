@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from posttrain import checkpoint, shards
 from posttrain.config import CheckpointConfig, LossConfig, OptimConfig
@@ -115,8 +116,9 @@ class Stepper:
         self.config = config
         self._own = [shards.own(p) for p in self.parameters]
         self.optimizer = torch.optim.AdamW(
-            self._own, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
-        )
+            self._own, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay,
+            foreach=False if any(isinstance(p, DTensor) for p in self.parameters) else None,  # it takes another copy
+        )  # fmt: skip
         self.rate = 1.0
         """Share of the learning rate to take, for a method that lowers it."""
         self.updates = self.skipped = self.skipped_in_a_row = 0
@@ -178,7 +180,10 @@ class Stepper:
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Put back what `flattened` gave. Raises UserError; see `checkpoint.restore_optimizer`."""
         parts = {key: shards.part(value, self._of(key)) for key, value in tensors.items()}
+        foreach = self.optimizer.param_groups[0]["foreach"]
         checkpoint.restore_optimizer(self.optimizer, parts, state)
+        for group in self.optimizer.param_groups:  # however it was where it was saved
+            group["foreach"] = foreach
 
     def _of(self, key: str) -> Tensor:
         """The parameter that an entry of the optimiser's state belongs to."""

@@ -39,8 +39,11 @@ BEAT = 0.5
 class Processes:
     """The processes that a launcher started, or the only one."""
 
-    def __init__(self) -> None:
+    def __init__(self, shardable: bool = False) -> None:
+        """`shardable`: the caller uses fsdp.py. Raises UserError where the launcher asks for what it cannot have."""
         sharded = _fsdp()
+        if sharded and not shardable:
+            raise UserError("accelerate: FSDP2 is for grpo, stpo and tdm: use recipes/launch/ddp.yaml for this command")
         launched, limit, cuda = int(os.environ.get("WORLD_SIZE", "1")) > 1, _timeout(), torch.cuda.is_available()
         if launched and not dist.is_initialized():
             rank, size, longest = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), limit + SPARE

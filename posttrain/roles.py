@@ -46,6 +46,8 @@ class Roles:
         """By name; None is the role of all weights."""
         self._stored: dict[str, torch.dtype] = {}
         """The weights of the role of all weights, with the types that they have outside it."""
+        self.deferred = False
+        """Whether a role of all weights keeps their types for now; fsdp.py makes it fp32 where it cuts it up."""
         self._copies: dict[str, Krea2Transformer2DModel] = {}
         """The transformers of roles of all weights beside that one."""
         # Every adapted layer reads its active adapters from this one list: a switch is one assignment. peft's
@@ -88,7 +90,7 @@ class Roles:
             raise ValueError(f"role {name!r} of all weights cannot stand beside {sorted(self.roles)}")
         self._stored = {key: parameter.dtype for key, parameter in self.transformer.named_parameters() if _full(key)}
         self.roles[name] = None
-        for parameter in self.role_parameters(name):
+        for parameter in self.role_parameters(name) if not self.deferred else ():
             parameter.data = parameter.data.float()
 
     def add_full_copy(self, name: str) -> None:

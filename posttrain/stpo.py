@@ -67,7 +67,7 @@ BINS = 4
 
 def train(config: STPOConfig, resume: bool = False) -> None:
     """Runs a recipe into its run directory. Raises UserError for what the user can mend."""
-    procs = Processes()
+    procs = Processes(shardable=True)
     if procs.sharded and config.lora is not None and (config.loss.guard == "exact" or config.loss.terms_every):
         raise UserError("loss: FSDP2 cannot tell terms apart: set terms_every to 0, and guard to output if it is exact")
     resume = resuming(config, resume, procs)
@@ -79,8 +79,8 @@ def train(config: STPOConfig, resume: bool = False) -> None:
     pairs = encode_pairs(k2, preferences, config.pairs, procs)
     if saved is not None and saved.state["pairs"] != pairs.fingerprint:
         raise UserError(f"pairs: not those that {saved.path} was trained on, or encoded differently; restore them")
-    add_policy(k2, config.lora, config.seed, reference=True)
-    fsdp.shard(k2, procs)
+    with fsdp.sharding(k2, procs):
+        add_policy(k2, config.lora, config.seed, reference=True)
     in_run(config, resume, procs, lambda run, urls: _train(config, saved, run, procs, k2, pairs, heldout, urls))
 
 

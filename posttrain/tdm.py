@@ -65,7 +65,7 @@ FAKE = "fake"
 
 def train(config: TDMConfig, resume: bool = False) -> None:
     """Runs a recipe into its run directory. Raises UserError for what the user can mend."""
-    procs = Processes()
+    procs = Processes(shardable=True)
     resume = resuming(config, resume, procs)
     records, heldout = read_prompts(config.prompts.train), read_prompts(config.prompts.heldout)
     if len(records) < config.batch:
@@ -77,8 +77,8 @@ def train(config: TDMConfig, resume: bool = False) -> None:
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     _refuse_distilled(config)
     k2 = load_model(config.model, procs.device, saved)
-    add_roles(k2, config)
-    fsdp.shard(k2, procs)
+    with fsdp.sharding(k2, procs):
+        add_roles(k2, config)
     in_run(config, resume, procs, lambda run, urls: _train(config, saved, run, procs, k2, records, heldout, urls))
 
 

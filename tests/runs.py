@@ -258,7 +258,9 @@ class Commands:
         """Output of all processes; the exit code is the first that is not 0, and `args` are those of all."""
         codes = self._answer()
         code = next(filter(None, codes), 0)
-        return subprocess.CompletedProcess(codes, code, *(Path(file).read_text() for file in self.files))
+        return subprocess.CompletedProcess(
+            [str(code) for code in codes], code, *(Path(file).read_text() for file in self.files)
+        )
 
     def _answer(self) -> list[int]:
         assert self.server.stdout is not None

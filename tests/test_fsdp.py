@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -38,14 +39,14 @@ def train(command, config, method: str, path, *args, sharded: bool, processes: i
     assert result.returncode == 0, result.stderr
     assert "Warning" not in result.stderr, result.stderr
     if sharded:
-        held, total = re.search(r"each process holds (\S+) of (\S+) million", result.stderr).groups()
+        [(held, total)] = re.findall(r"each process holds (\S+) of (\S+) million", result.stderr)
         assert float(held) < 0.65 * float(total)
 
 
 @pytest.mark.parametrize("method", ["grpo", "stpo"])
 def test_two_sharded_processes_equal_one(command, model, tmp_path, method):
     """What is dealt out does not divide by two. A run is cut in half and carried on by the other kind of processes."""
-    config = getattr(runs, f"{method}_config", runs.config)(tmp_path, model)
+    config: Any = runs.config(tmp_path, model) if method == "grpo" else runs.stpo_config(tmp_path, model)
     config.lora, config.optim.lr, config.optim.ema = None, 1e-4, 0.5
     config.eval.prompts, config.eval.every = 1, 1
     if method == "grpo":
@@ -94,6 +95,9 @@ def test_what_is_not_supported_is_refused(command, model, tmp_path):
     ):
         result = command("stpo", "--config", path, *args, processes=2, **environment)
         assert result.returncode == 2 and said in result.stderr and "Traceback" not in result.stderr, result.stderr
+    path = runs.recipe(runs.config(tmp_path, model), tmp_path / "r.yaml")
+    result = command("preflight", "--config", path, processes=2, **FSDP2)
+    assert result.returncode == 2 and "FSDP2 is for grpo, stpo and tdm" in result.stderr, result.stderr
 
 
 def test_launching(model, tmp_path):
