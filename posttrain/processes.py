@@ -9,6 +9,7 @@ come ends in an error that names it: after POSTTRAIN_TIMEOUT seconds (1800), at 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import os
@@ -154,7 +155,9 @@ class Messages:
         self.rank, self.size, self.limit = rank, size, limit
         self.group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=limit))
         self.exchanges = 0
-        _in_background(self._live)
+        self._ended = threading.Event()
+        self._signs = _in_background(self._live)
+        atexit.register(self._end)
 
     @contextlib.contextmanager
     def exchange(self) -> Iterator[Any]:
@@ -192,10 +195,15 @@ class Messages:
 
     def _live(self) -> None:
         store, where, beat = _store(), f"pid {os.getpid()} on {socket.gethostname()}", 0
-        while True:
+        while not self._ended.is_set():
             store.set(str(self.rank), f"{self.exchanges} {beat} {where}")
             beat += 1
-            time.sleep(BEAT)
+            self._ended.wait(BEAT)
+
+    def _end(self) -> None:
+        """A thread that is in the store while Python ends would abort the process."""
+        self._ended.set()
+        self._signs.join(2)
 
 
 def _store(seconds: float = 10.0, host: bool = False) -> dist.Store:
