@@ -64,12 +64,12 @@ def train(config: ExpanderGDPOConfig, resume: bool = False) -> None:
 
 def _load_and_train(config: ExpanderGDPOConfig, resume: bool) -> None:
     procs = Processes()
-    resume = resuming(config, resume, procs)
     if config.groups.prompts_per_step % procs.size:
         raise UserError(
             f"groups.prompts_per_step: {config.groups.prompts_per_step} do not divide by {procs.size} processes, and"
             " each compares whole groups; use a multiple"
         )
+    resume = resuming(config, resume, procs)
     records, heldout = read_prompts(config.prompts.train), read_prompts(config.prompts.heldout)
     load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})  # before the wait
     policy = Policy(config.model, config.lora, config.seed, procs.device)
