@@ -5,7 +5,8 @@
 
 Prints one line of JSON. An update is forward and backward of a batch, the sum over processes and AdamW. `pause_s` is
 how long training waits for a checkpoint, `total_s` how long it takes until that is on disk, `beside_s` the slowest
-update meanwhile. What is written is removed.
+update meanwhile. What is written is removed; without --output nothing is, and only `pause_s` means something. All
+weights of K2 take 154 GB of memory and twice that of disk.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="pictures of a process in an update")
     parser.add_argument("--pixels", type=int, default=512, help="side of a picture")
     parser.add_argument("--updates", type=int, default=5)
-    parser.add_argument("--output", type=Path, required=True, help="directory that checkpoints go into")
+    parser.add_argument("--output", type=Path, help="directory that checkpoints go into")
     args = parser.parse_args()
     procs = Processes(shardable=True)
     cuda = procs.device.type == "cuda"
@@ -59,7 +60,7 @@ def main() -> None:
     for step in (1, 2):
         began, beside = time.perf_counter(), 0.0
         tensors, state = snapshot(k2, stepper, {}, procs.main)
-        if procs.main:
+        if procs.main and args.output:
             writer.save(args.output / "checkpoints", step, tensors, state, keep=1)
         procs.each(None)
         pause, done = time.perf_counter() - began, False
@@ -69,8 +70,10 @@ def main() -> None:
         writer.check(wait=True)
         size_gb = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()) / 1e9
         found.append({"pause_s": pause, "total_s": time.perf_counter() - began, "beside_s": beside, "gb": size_gb})
+        del tensors  # before there is another copy
     if procs.main:
-        shutil.rmtree(args.output / "checkpoints")
+        if args.output:
+            shutil.rmtree(args.output / "checkpoints")
         result = {"processes": procs.size, "fsdp2": procs.sharded, **vars(args), "output": str(args.output)}
         print(json.dumps(result | {"update_s": updates, "checkpoints": found, **peak_memory()}))
 
