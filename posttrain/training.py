@@ -190,6 +190,8 @@ class Training:
         if not self.procs.main and not self.procs.sharded:
             return
         self._writer.check(wait=True)  # before there is another copy
+        if self.procs.sharded:
+            self.procs.each(None)  # who gathers waits no longer for the disk
         further, state = self.state()
         tensors, optimizer_state = snapshot(self.k2, self.stepper, further, self.procs.main)
         if not self.procs.main:
