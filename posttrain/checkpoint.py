@@ -93,13 +93,17 @@ def save(
     return final
 
 
-def on_host(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+def on_host(
+    tensors: Mapping[str, Tensor], keep: bool = True, over: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Copies on the CPU, which stay as they are now; sharded ones are gathered, one after the other, by all processes,
-    of which some may not `keep` them."""
+    of which some may not `keep` them. Copies of before, to be written over, save the time of getting fresh memory."""
     found = {}
     for key, value in tensors.items():
-        whole = shards.whole(value.detach())
-        if keep:
+        whole, old = shards.whole(value.detach()), (over or {}).get(key)
+        if keep and old is not None and (old.shape, old.dtype) == (whole.shape, whole.dtype):
+            found[key] = old.copy_(whole)
+        elif keep:
             found[key] = whole.to("cpu", copy=True)
     return found
 

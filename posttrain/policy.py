@@ -190,11 +190,11 @@ def file_of(lora: dict[str, Any] | None) -> str:
     return "weights" if lora is None else "adapter"
 
 
-def policy_state(k2: K2, keep: bool = True) -> dict[str, Tensor]:
-    """The role's values; see `checkpoint.on_host`."""
-    return checkpoint.on_host(k2.role_state_dict(POLICY), keep)
+def policy_state(k2: K2) -> dict[str, Tensor]:
+    """The role's values on the CPU, copied, so that they stay what they are now."""
+    return checkpoint.on_host(k2.role_state_dict(POLICY))
 
 
-def saved_tensors(k2: K2, keep: bool = True) -> dict[str, dict[str, Tensor]]:
+def saved_tensors(k2: K2) -> dict[str, dict[str, Tensor]]:
     """The role as a file of a checkpoint."""
-    return {file_of(described(k2)): policy_state(k2, keep)}
+    return {file_of(described(k2)): policy_state(k2)}

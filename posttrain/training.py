@@ -23,7 +23,7 @@ from posttrain.config import CheckpointConfig, EvalConfig, ModelConfig, OptimCon
 from posttrain.evaluate import Evaluation, Evaluator
 from posttrain.k2 import K2
 from posttrain.loop import Loop, Stepper
-from posttrain.policy import POLICY, described, load_policy, saved_tensors
+from posttrain.policy import POLICY, described, file_of, load_policy
 from posttrain.processes import Processes
 from posttrain.report import write_report
 from posttrain.track import Run, RunConfig, peak_memory
@@ -74,18 +74,21 @@ def resuming(config: RunConfig, resume: bool, procs: Processes) -> bool:
     return procs.from_main(resume)
 
 
-def snapshot(
-    k2: K2, stepper: Stepper, further: dict[str, dict[str, Tensor]], keep: bool = True
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+Tensors = dict[str, dict[str, Tensor]]
+"""By file of a checkpoint."""
+
+
+def snapshot(k2: K2, stepper: Stepper, further: Tensors, keep: bool, over: Tensors) -> tuple[Tensors, dict[str, Any]]:
     """Copies on the CPU of what a checkpoint holds, and the JSON of the optimiser; see `checkpoint.on_host`."""
     optimizer, state = stepper.flattened()
     tensors = {"optimizer": optimizer, **further}
     if stepper.config.ema:
         tensors["live"] = k2.role_state_dict(POLICY)
-    tensors = {name: checkpoint.on_host(group, keep) for name, group in tensors.items()}
+    copies = {name: checkpoint.on_host(group, keep, over.get(name)) for name, group in tensors.items()}
     with stepper.averaged():
-        tensors |= saved_tensors(k2, keep)
-    return tensors, state
+        name = file_of(described(k2))
+        copies[name] = checkpoint.on_host(k2.role_state_dict(POLICY), keep, over.get(name))
+    return copies, state
 
 
 class Training:
@@ -115,6 +118,8 @@ class Training:
         self.first = 0
         self.stopped: signal.Signals | None = None
         self._writer = checkpoint.Writer()
+        self._copies: Tensors = {}
+        """Of the newest checkpoint."""
         self._health = health.watch(procs.device, run.say)
         self._started = time.time()
         if saved is not None:
@@ -193,7 +198,8 @@ class Training:
         if self.procs.sharded:
             self.procs.each(None)  # who gathers waits no longer for the disk
         further, state = self.state()
-        tensors, optimizer_state = snapshot(self.k2, self.stepper, further, self.procs.main)
+        tensors, optimizer_state = snapshot(self.k2, self.stepper, further, self.procs.main, self._copies)
+        self._copies = tensors
         if not self.procs.main:
             return
         state = {

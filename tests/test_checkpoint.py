@@ -260,3 +260,15 @@ def test_what_goes_wrong_in_the_thread_is_raised_once_at_the_next_look(tmp_path)
     writer.check(wait=True)
     assert names(tmp_path / "run") == ["best", "step-000002", "step-000003"]
     assert checkpoint.load(tmp_path / "run/best").state == {"pool": [1]}
+
+
+def test_copies_are_written_over_those_of_before():
+    now = {"a": torch.arange(3.0), "b": torch.ones(2, dtype=torch.bfloat16), "c": torch.ones(2)}
+    before = checkpoint.on_host(now)
+    first = before["a"]
+    now["a"] += 1
+    after = checkpoint.on_host(now, over=before | {"b": torch.ones(2), "c": torch.ones(3)})
+    assert after["a"] is first and after["a"].tolist() == [1, 2, 3]
+    now["a"] += 1
+    assert after["a"].tolist() == [1, 2, 3] and after["b"].dtype == torch.bfloat16 and after["c"].shape == (2,)
+    assert checkpoint.on_host(now, keep=False) == {}
