@@ -143,16 +143,18 @@ def lines_chart(series: Mapping[str, Mapping[str, list[list[Point]]]], columns: 
     width, height, gap = 330, 210, 26
     variants = list(dict.fromkeys(name for metric in series.values() for name in metric))
     rows = math.ceil(len(series) / columns)
-    total = rows * (height + gap) + 26
+    across = max(1, columns * width // (40 + 7 * max(map(len, variants), default=0)))
+    legend = rows * (height + gap) + 16
+    total = legend + 10 + 18 * ((len(variants) - 1) // across)
     parts = []
     for place, (metric, runs) in enumerate(series.items()):
         left, top = place % columns * width, place // columns * (height + gap) + gap
         parts.append(f'<text x="{left + 8}" y="{top - 8}" class="title">{html.escape(metric)}</text>')
         parts.append(_panel(runs, variants, left, top, width, height))
     for i, name in enumerate(variants):
-        x = 8 + i * columns * width / len(variants)
-        parts.append(f'<rect x="{x:.0f}" y="{total - 16}" width="14" height="4" fill="{COLOURS[i % len(COLOURS)]}"/>')
-        parts.append(f'<text x="{x + 20:.0f}" y="{total - 10}">{html.escape(name)}</text>')
+        x, y = 8 + i % across * columns * width / across, legend + 18 * (i // across)
+        parts.append(f'<rect x="{x:.0f}" y="{y - 6}" width="14" height="4" fill="{COLOURS[i % len(COLOURS)]}"/>')
+        parts.append(f'<text x="{x + 20:.0f}" y="{y}">{html.escape(name)}</text>')
     style = "text{font:12px sans-serif;fill:#333}.title{font-weight:bold}.rule{stroke:#ddd}path{fill:none}"
     size = f'viewBox="0 0 {columns * width} {total}" width="{columns * width}" height="{total}"'
     paper = f'<rect width="{columns * width}" height="{total}" fill="#fff"/>'

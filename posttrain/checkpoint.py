@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from posttrain import shards
+from posttrain.optimizer import moment, parts
 from prompts.errors import UserError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -198,13 +199,16 @@ def find(path: str | Path) -> Path:
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimiser's state as tensors (`<parameter index>.<name>`) and JSON (all the rest)."""
+    """The optimiser's state as tensors (`<parameter index>.<name>`, of a moment in 8 bits `....<part>`) and JSON (all
+    the rest)."""
     full = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
-    state: dict[str, Any] = {"scalars": {}, "groups": []}
+    state: dict[str, Any] = {"kind": type(optimizer).__name__, "scalars": {}, "groups": []}
     for index, values in full["state"].items():
         for name, value in values.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and (inner := parts(value)) is not None:
+                tensors |= {f"{index}.{name}.{part}": tensor for part, tensor in inner.items()}
+            elif isinstance(value, Tensor):
                 tensors[f"{index}.{name}"] = value
             else:
                 state["scalars"][f"{index}.{name}"] = value
@@ -219,8 +223,14 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Put back what `flatten_optimizer` gave, bit for bit.
 
-    Raises UserError if the parameters differ in number or shape, as after a change of model or LoRA rank.
+    Raises UserError if the parameters differ in number or shape, as after a change of model or LoRA rank, or the kind
+    of the optimiser does.
     """
+    own, kind = type(optimizer).__name__, state.get("kind", "AdamW")
+    if own != kind:
+        raise UserError(
+            f"optim.kind: the checkpoint's is {kind} and the recipe's {own}; restore it, or start another run"
+        )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     saved = sum(len(group["params"]) for group in state["groups"])
     if saved != len(parameters):
@@ -230,11 +240,17 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
         )
     groups = [{**group} for group in state["groups"]]
     values: dict[int, dict[str, Any]] = {}
+    eight: dict[tuple[int, str], dict[str, Tensor]] = {}
     for key, value in {**tensors, **state["scalars"]}.items():
         owner, _, name = key.partition(".")
         if owner.startswith("group"):
             groups[int(owner.removeprefix("group"))][name] = value
             continue
+        name, _, part = name.partition(".")
+        if part:
+            eight.setdefault((int(owner), name), {})[part] = value.clone()
+            if part != "codes":
+                continue
         shape = parameters[int(owner)].shape
         if isinstance(value, Tensor) and value.ndim and value.shape != shape:
             raise UserError(
@@ -242,6 +258,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
                 " the recipe has changed; restore model and lora, or start another run"
             )
         values.setdefault(int(owner), {})[name] = value.clone() if isinstance(value, Tensor) else value
+    for (owner, name), inner in eight.items():
+        values[owner][name] = moment(inner)
     for group in groups:
         if "betas" in group:
             group["betas"] = tuple(group["betas"])

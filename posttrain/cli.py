@@ -113,7 +113,7 @@ def load_config(name: str, argv: list[str]) -> tuple[Any, bool]:
 
     Raises UserError for a missing file, an unknown key, a wrong type or a value out of range.
     """
-    command = COMMANDS[name]
+    command, argv = COMMANDS[name], _recipes_first(argv)
     recipes = {path: read_recipe(path) for path in _recipe_paths(argv)}
     if command.any_recipe:
         known = {f.name for f in dataclasses.fields(command.config)}
@@ -173,7 +173,8 @@ def _usage() -> str:
     lines = [f"  {name:<{width}}{command.help}" for name, command in COMMANDS.items()]
     return (
         "usage: posttrain <command> --config RECIPE [--section.field value ...]\n\n"
-        "Post-training for Krea 2 (K2). Settings come from the recipe (YAML); options given after it win.\n\n"
+        "Post-training for Krea 2 (K2). Settings come from recipes (YAML), a later one wins;"
+        " options win over all.\n\n"
         "commands:\n" + "\n".join(lines) + "\n\n"
         "`posttrain <command> --help` lists the settings of a command with units and defaults;\n"
         "`posttrain <command> --config RECIPE --print_config` shows what they come to.\n"
@@ -214,6 +215,16 @@ def _parser(name: str) -> Any:
 def _recipe_paths(argv: list[str]) -> list[str]:
     paths = [following for option, following in itertools.pairwise(argv) if option == "--config"]
     return paths + [arg.removeprefix("--config=") for arg in argv if arg.startswith("--config=")]
+
+
+def _recipes_first(argv: list[str]) -> list[str]:
+    """The arguments with the recipes before the options, which win wherever they stand."""
+    recipes: list[str] = []
+    others: list[str] = []
+    for previous, word in itertools.pairwise(["", *argv]):
+        chosen = "--config" in (previous, word.partition("=")[0])
+        (recipes if chosen else others).append(word)
+    return recipes + others
 
 
 def _inlined(argv: list[str], recipes: dict[str, Any]) -> list[str]:

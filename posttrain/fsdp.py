@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from posttrain import shards
 from posttrain.k2 import K2, VelocityModel
@@ -45,6 +46,8 @@ def sharding(k2: K2, procs: Processes) -> Iterator[None]:
 def _shard_all(k2: K2, procs: Processes) -> None:
     if k2.blocks.compiled:
         raise UserError("model.compile: FSDP2 does not go with it; set it to false")
+    if any(map(is_traceable_wrapper_subclass, k2.transformer.parameters())):
+        raise UserError("model.quantize: FSDP2 does not go with it; leave it out")
     if k2.blocks.recompute is None:  # kept activations would be measured together with gathered weights
         k2.blocks.recompute = len(k2.transformer.transformer_blocks)
     # An output that is a view may not be written into; nobody writes into a velocity.

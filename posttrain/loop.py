@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from posttrain import checkpoint, shards
 from posttrain.config import CheckpointConfig, LossConfig, OptimConfig
+from posttrain.optimizer import make_optimizer, set_rate
 from prompts.errors import UserError
 
 MAX_SKIPPED = 10
@@ -115,10 +116,11 @@ class Stepper:
         self.parameters = list(parameters)
         self.config = config
         self._own = [shards.own(p) for p in self.parameters]
-        self.optimizer = torch.optim.AdamW(
-            self._own, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay,
-            foreach=False if any(isinstance(p, DTensor) for p in self.parameters) else None,  # it takes another copy
-        )  # fmt: skip
+        self.optimizer = make_optimizer(self._own, config)
+        if any(isinstance(p, DTensor) for p in self.parameters):
+            if config.kind != "adamw":
+                raise UserError(f"optim.kind: FSDP2 does not go with {config.kind}; use adamw")
+            self.optimizer.param_groups[0]["foreach"] = False  # it takes another copy of all
         self.rate = 1.0
         """Share of the learning rate to take, for a method that lowers it."""
         self.updates = self.skipped = self.skipped_in_a_row = 0
@@ -140,7 +142,8 @@ class Stepper:
             warm = min(1.0, self.updates / max(1, self.config.warmup_steps))
             rate = self.config.lr * warm * self.rate
             for group in self.optimizer.param_groups:  # a resumed run takes them from its recipe
-                group |= {"lr": rate, "betas": self.config.betas, "weight_decay": self.config.weight_decay}
+                group |= {"betas": self.config.betas, "weight_decay": self.config.weight_decay}
+                set_rate(group, rate)
             self.optimizer.step()
             if self._average is not None:
                 decay = min(self.config.ema, (1 + self.updates) / (10 + self.updates))
@@ -180,10 +183,9 @@ class Stepper:
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Put back what `flattened` gave. Raises UserError; see `checkpoint.restore_optimizer`."""
         parts = {key: shards.part(value, self._of(key)) for key, value in tensors.items()}
-        foreach = self.optimizer.param_groups[0]["foreach"]
+        own = {key: value for key, value in self.optimizer.param_groups[0].items() if key == "foreach"}
         checkpoint.restore_optimizer(self.optimizer, parts, state)
-        for group in self.optimizer.param_groups:  # however it was where it was saved
-            group["foreach"] = foreach
+        self.optimizer.param_groups[0] |= own  # however it was where it was saved
 
     def _of(self, key: str) -> Tensor:
         """The parameter that an entry of the optimiser's state belongs to."""

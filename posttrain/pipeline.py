@@ -36,6 +36,8 @@ from posttrain.pipeline_report import write_index
 from prompts.errors import UserError
 
 STATE = "stages.json"
+ALONE = ("export", "expander data")
+"""Commands of one process, whatever launches the others."""
 
 
 def carry_out(config: PipelineConfig, resume: bool = False, dry_run: bool = False) -> int:
@@ -154,8 +156,8 @@ class Runner:
         return 2 if code == 2 else 1
 
     def _execute(self, stage: Stage) -> int:
-        launch = self.config.launch if stage.command != "export" else []
-        words = [*(launch or [sys.executable, "-m", "posttrain.cli"]), stage.command, *stage.arguments]
+        launch = self.config.launch if stage.command not in ALONE else []
+        words = [*(launch or [sys.executable, "-m", "posttrain.cli"]), *stage.command.split(), *stage.arguments]
         if cli.COMMANDS[stage.command].resumable and stage.output.exists():
             words.append("--resume")
         try:
@@ -193,7 +195,7 @@ def is_complete(stage: Stage) -> bool:
     """Whether a stage whose command ended well has nothing left to do: SIGTERM to it alone ends it well too."""
     if not stage.output.exists():
         return False
-    if stage.command in ("pairs", "export"):
+    if stage.command in ("pairs", *ALONE):
         return True
     file = stage.output / "summary.json"
     summary = json.loads(file.read_text()) if file.is_file() else {}

@@ -59,6 +59,7 @@ class Processes:
         self.attend: Callable[[], None] = lambda: None
         """What to do until all the others are at the same exchange of messages."""
         self._messages = Messages(self.rank, self.size, limit) if self.size > 1 else None
+        self.each(None)  # nobody ends, and takes the store along, before all are here
 
     @property
     def device(self) -> torch.device:

@@ -70,6 +70,7 @@ class Roles:
         options: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": pattern}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are the point
+            warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated")  # nothing is merged by peft
             self.transformer.add_adapter(LoraConfig(**options), name)
         self.roles[name] = Role(rank, alpha, tuple(targets))
         self._relink(trainable)

@@ -147,6 +147,12 @@ def test_overrides_and_the_printed_recipe_can_be_run_again(recipe):
     assert posttrain("grpo", "--config", again, "--print_config").stdout == printed
 
 
+def test_an_option_wins_over_a_recipe_wherever_it_stands(recipe):
+    path = recipe("optim: {lr: 1e-5}")
+    for words in (["--optim.lr", "2e-5", "--config", path], ["--optim.lr=2e-5", f"--config={path}"]):
+        assert yaml.safe_load(posttrain("grpo", *words, "--print_config").stdout)["optim"]["lr"] == 2e-5
+
+
 @pytest.mark.parametrize(
     ("extra", "args", "lora"),
     [
