@@ -8,6 +8,7 @@ The manifest is written last, so a directory without a fitting manifest is torn 
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import json
@@ -17,6 +18,8 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from posttrain import shards
 from posttrain.optimizer import moment, parts
 from prompts.errors import UserError
 from prompts.parse import parse_json
@@ -94,6 +98,59 @@ def seal(directory: Path) -> None:
     _write_json(directory / "manifest.json", sums)
     _fsync(directory / "manifest.json")
     _fsync(directory)
+
+
+def on_host(
+    tensors: Mapping[str, Tensor], keep: bool = True, over: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Copies on the CPU, which stay as they are now; sharded ones are gathered, one after the other, by all processes,
+    of which some may not `keep` them. Copies of before, to be written over, save the time of getting fresh memory."""
+    found = {}
+    for key, value in tensors.items():
+        whole, old = shards.whole(value.detach()), (over or {}).get(key)
+        if keep and old is not None and (old.shape, old.dtype) == (whole.shape, whole.dtype):
+            found[key] = old.copy_(whole)
+        elif keep:
+            found[key] = whole.to("cpu", copy=True)
+    return found
+
+
+class Writer:
+    """Saves in a thread, one checkpoint at a time: who trains waits for its copy in memory, not for the disk."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(
+        self,
+        directory: Path,
+        step: int,
+        tensors: dict[str, dict[str, Tensor]],
+        state: dict[str, Any],
+        keep: int,
+        best: int | None = None,
+    ) -> None:
+        """See `save` and, for `best`, `mark_best`. Waits for the one before; the tensors may not change any more."""
+        self.check(wait=True)
+
+        def write(state: dict[str, Any]) -> None:
+            save(directory, step, tensors, state, keep)
+            if best is not None:
+                mark_best(directory, best)
+
+        self._pending = self._thread.submit(write, copy.deepcopy(state))
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is being written."""
+        return self._pending is None or self._pending.done()
+
+    def check(self, wait: bool = False) -> None:
+        """Raises what went wrong with the last one, once: if it is done, or, with `wait`, when it is."""
+        if self._pending is not None and (wait or self.done):
+            pending, self._pending = self._pending, None
+            pending.result()
 
 
 def mark_best(directory: str | Path, step: int) -> None:

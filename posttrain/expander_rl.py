@@ -45,7 +45,7 @@ from posttrain.expander_template import messages, template
 from posttrain.processes import Processes
 from posttrain.render import make_renderer
 from posttrain.track import Run
-from posttrain.training import Urls, in_run
+from posttrain.training import Urls, in_run, resuming
 from posttrain.trl_checkpoint import Sealed, newest
 from prompts.errors import UserError
 from prompts.records import PromptRecord, read_prompts
@@ -67,13 +67,12 @@ def train(config: ExpanderGDPOConfig, resume: bool = False) -> None:
 
 def _load_and_train(config: ExpanderGDPOConfig, resume: bool) -> None:
     procs = Processes()
-    if procs.main:
-        Run.check(config, resume)
     if config.groups.prompts_per_step % procs.size:
         raise UserError(
             f"groups.prompts_per_step: {config.groups.prompts_per_step} do not divide by {procs.size} processes, and"
             " each compares whole groups; use a multiple"
         )
+    resume = resuming(config, resume, procs)
     records, heldout = read_prompts(config.prompts.train), read_prompts(config.prompts.heldout)
     load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})  # before the wait
     policy = Policy(config.model, config.lora, config.seed, procs.device)

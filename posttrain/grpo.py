@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain import advantages, checkpoint, losses, sampler
+from posttrain import advantages, checkpoint, fsdp, losses, sampler
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import GRPOConfig
 from posttrain.evaluate import Evaluator, means
@@ -37,7 +37,7 @@ from posttrain.processes import Processes
 from posttrain.rollout import Trajectory, rollout
 from posttrain.source import PromptSource, cut_prompts
 from posttrain.track import Run
-from posttrain.training import Training, Urls, in_run
+from posttrain.training import Training, Urls, in_run, resuming
 from prompts.errors import UserError
 from prompts.records import PromptRecord, columns, read_prompts
 from rewards.background import ScoreQueue
@@ -64,14 +64,14 @@ class Group:
 
 def train(config: GRPOConfig, resume: bool = False) -> None:
     """Runs a recipe into its run directory. Raises UserError for what the user can mend."""
-    procs = Processes()
-    if procs.main:
-        Run.check(config, resume)
+    procs = Processes(shardable=True)
+    resume = resuming(config, resume, procs)
     source, heldout = PromptSource(config, read_prompts(config.prompts.train)), read_prompts(config.prompts.heldout)
     load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})  # before the wait
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     k2 = load_model(config.model, procs.device, saved)
-    add_policy(k2, config.lora, config.seed, reference=config.loss.kl > 0)
+    with fsdp.sharding(k2, procs):
+        add_policy(k2, config.lora, config.seed, reference=config.loss.kl > 0)
     in_run(config, resume, procs, lambda run, urls: _train(config, saved, run, procs, k2, source, heldout, urls))
 
 

@@ -128,9 +128,9 @@ class K2(Roles):
         self.velocity_model = VelocityModel(self.transformer, self.blocks)
         self.net: nn.Module = self.velocity_model
         """What `velocity` calls. A distributed run prepares it and puts the wrapped module here."""
-        self.reference: VelocityModel | None = None
+        self.reference: nn.Module | None = None
         """What it calls instead as the role None, where all weights are a role and `reference` was asked for."""
-        self.copies: dict[str, VelocityModel] = {}
+        self.copies: dict[str, nn.Module] = {}
         """What it calls instead as a role of `add_full_copy`."""
         self.offloaded: dict[str, Offloaded] = {}
         """Parts that are on the device only while they are used, by name; see `offload.place`."""

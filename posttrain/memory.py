@@ -35,7 +35,8 @@ class Memory:
         """What `body` returns, whose one lasting effect is an update of `stepper` at its end.
 
         All processes begin again together, whichever of them has no room. Raises UserError if that has happened
-        before, where micro_batch is 1, and after gradients were exchanged, when it is too late.
+        before, where micro_batch is 1, and when it is too late: after gradients were exchanged, and where passes are
+        agreed upon (FSDP2).
         """
         updates, self.procs.summed = stepper.updates, False
         try:
@@ -44,7 +45,7 @@ class Memory:
             return result
         except torch.OutOfMemoryError as error:
             told = " ".join(str(error).split())
-            too_late = self.procs.summed or stepper.updates != updates
+            too_late = self.procs.summed or self.procs.sharded or stepper.updates != updates
             if not too_late and not isinstance(error, OutOfMemoryElsewhere):
                 self.procs.tell_out_of_memory()
         # Here, and not in the handler, whose traceback holds on to the tensors that are in the way.

@@ -208,7 +208,7 @@ def file_of(lora: dict[str, Any] | None) -> str:
 
 def policy_state(k2: K2) -> dict[str, Tensor]:
     """The role's values on the CPU, copied, so that they stay what they are now."""
-    return {key: value.to("cpu", copy=True) for key, value in k2.role_state_dict(POLICY).items()}
+    return checkpoint.on_host(k2.role_state_dict(POLICY))
 
 
 def saved_tensors(k2: K2) -> dict[str, dict[str, Tensor]]:

@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain import checkpoint, figures, sampler
+from posttrain import checkpoint, figures, fsdp, sampler
 from posttrain.checkpoint import Checkpoint
 from posttrain.evaluate import Evaluation, Evaluator
 from posttrain.k2 import K2, Text
@@ -56,7 +56,7 @@ from posttrain.processes import Processes
 from posttrain.source import in_turn
 from posttrain.stpo_config import PreferenceLossConfig, STPOConfig
 from posttrain.track import Run
-from posttrain.training import Training, Urls, in_run
+from posttrain.training import Training, Urls, in_run, resuming
 from prompts.errors import UserError
 from prompts.records import PromptRecord, read_prompts
 from rewards.load import load_rewards, record
@@ -68,9 +68,10 @@ BINS = 4
 
 def train(config: STPOConfig, resume: bool = False) -> None:
     """Runs a recipe into its run directory. Raises UserError for what the user can mend."""
-    procs = Processes()
-    if procs.main:
-        Run.check(config, resume)
+    procs = Processes(shardable=True)
+    if procs.sharded and config.lora is not None and (config.loss.guard == "exact" or config.loss.terms_every):
+        raise UserError("loss: FSDP2 cannot tell terms apart: set terms_every to 0, and guard to output if it is exact")
+    resume = resuming(config, resume, procs)
     preferences = read_preferences(config.pairs.train, config.pairs.columns, config.pairs.max_bad)
     heldout = read_prompts(config.heldout)
     load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})  # before the wait
@@ -79,7 +80,8 @@ def train(config: STPOConfig, resume: bool = False) -> None:
     pairs = encode_pairs(k2, preferences, config.pairs, procs)
     if saved is not None and saved.state["pairs"] != pairs.fingerprint:
         raise UserError(f"pairs: not those that {saved.path} was trained on, or encoded differently; restore them")
-    add_policy(k2, config.lora, config.seed, reference=True)
+    with fsdp.sharding(k2, procs):
+        add_policy(k2, config.lora, config.seed, reference=True)
     in_run(config, resume, procs, lambda run, urls: _train(config, saved, run, procs, k2, pairs, heldout, urls))
 
 

@@ -43,7 +43,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain import checkpoint, figures, sampler, tdm_loss
+from posttrain import checkpoint, figures, fsdp, sampler, tdm_loss
 from posttrain.checkpoint import Checkpoint
 from posttrain.evaluate import Evaluation, Evaluator, Way
 from posttrain.k2 import K2, Text
@@ -56,7 +56,7 @@ from posttrain.source import FusedTexts, cut_prompts, in_turn
 from posttrain.tdm_config import TDMConfig
 from posttrain.tdm_rollout import MU, Batch, Points, roll_out
 from posttrain.track import Run
-from posttrain.training import Training, Urls, in_run
+from posttrain.training import Training, Urls, in_run, resuming
 from prompts.errors import UserError
 from prompts.records import PromptRecord, read_prompts
 from rewards.load import load_rewards
@@ -66,9 +66,8 @@ FAKE = "fake"
 
 def train(config: TDMConfig, resume: bool = False) -> None:
     """Runs a recipe into its run directory. Raises UserError for what the user can mend."""
-    procs = Processes()
-    if procs.main:
-        Run.check(config, resume)
+    procs = Processes(shardable=True)
+    resume = resuming(config, resume, procs)
     records, heldout = read_prompts(config.prompts.train), read_prompts(config.prompts.heldout)
     if len(records) < config.batch:
         raise UserError(
@@ -79,7 +78,8 @@ def train(config: TDMConfig, resume: bool = False) -> None:
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     _refuse_distilled(config)
     k2 = load_model(config.model, procs.device, saved)
-    add_roles(k2, config)
+    with fsdp.sharding(k2, procs):
+        add_roles(k2, config)
     in_run(config, resume, procs, lambda run, urls: _train(config, saved, run, procs, k2, records, heldout, urls))
 
 
@@ -104,11 +104,11 @@ def _train(
     training = Training("tdm", config, run, procs, k2, student, evaluator, saved)
     if saved is not None:
         k2.load_role_state_dict(FAKE, saved.tensors[FAKE])
-        checkpoint.restore_optimizer(fake.optimizer, saved.tensors["fake_optimizer"], saved.state[FAKE]["optimizer"])
+        fake.restore(saved.tensors["fake_optimizer"], saved.state[FAKE]["optimizer"])
         fake.restore_counters(saved.state[FAKE]["counters"])
 
     def state() -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        optimizer, optimizer_state = checkpoint.flatten_optimizer(fake.optimizer)
+        optimizer, optimizer_state = fake.flattened()
         return {FAKE: k2.role_state_dict(FAKE), "fake_optimizer": optimizer}, {
             FAKE: {"optimizer": optimizer_state, "counters": fake.counters()},
             "student": {"steps": config.student.steps, "mu": MU, "guidance": 0.0},

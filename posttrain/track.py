@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
+import psutil
 import torch
 import yaml
 from PIL import Image
@@ -124,6 +125,12 @@ class Run:
                     f"{run}: cannot be resumed with {told(lost)}: restore that (a link can stand in for a file that"
                     " was moved), or choose another --output"
                 )
+
+    @staticmethod
+    def restarted(config: RunConfig) -> bool:
+        """Whether the launch of torchrun that this process is of has begun this run, and so restarts it now."""
+        written, launch = Path(config.output) / "environment.json", _launch()
+        return launch is not None and written.exists() and json.loads(written.read_text()).get("launch") == launch
 
     def start(self, total: int, step: int = 0) -> None:
         """Begin to train: `total` steps in all, `step` of them done.
@@ -283,7 +290,16 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "commit": _commit(),
+        "launch": _launch(),
     }
+
+
+def _launch() -> str | None:
+    """Which launch of torchrun this process is of, however often it was restarted since; None: of none."""
+    if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
+        return None
+    agent = psutil.Process(os.getppid())
+    return f"{platform.node()} {agent.pid} {agent.create_time():.2f}"
 
 
 def _commit() -> str | None:

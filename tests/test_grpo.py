@@ -259,7 +259,7 @@ def test_a_signal_that_the_other_processes_have_not_heard_of():
         return flag
 
     asked, saved = [], []
-    loop = Loop(0, 9, CheckpointConfig(every=0), saved.append, anywhere)
+    loop = Loop(0, 9, CheckpointConfig(every=0, minutes=0), saved.append, anywhere)
     assert list(loop) == [1, 2, 3]
     assert asked == [False, False, True] and saved == [3] and loop.stopped is signal.SIGTERM
 
