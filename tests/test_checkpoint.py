@@ -251,7 +251,7 @@ def test_what_goes_wrong_in_the_thread_is_raised_once_at_the_next_look(tmp_path)
     writer = checkpoint.Writer()
     (tmp_path / "file").write_text("in the way")
     writer.save(tmp_path / "file", 1, tensors(), {}, keep=1)
-    with pytest.raises(FileExistsError):
+    with pytest.raises(UserError, match="file"):
         writer.check(wait=True)
     state = {"pool": [1]}
     writer.save(tmp_path / "run", 2, tensors(), state, keep=1, best=2)

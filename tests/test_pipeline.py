@@ -328,8 +328,10 @@ def test_the_nano_recipe_holds_together(monkeypatch, capsys):
     monkeypatch.chdir(runs.ROOT)
     assert cli.main(["run", "recipes/nano/pipeline.yaml", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[2] for line in lines] == ["pairs", "stpo", "grpo", "tdm", "export", "export"]
+    words = ["pairs", "stpo", "grpo", "tdm", "export", "export", "expander", "expander", "expander"]
+    assert [line.split()[2] for line in lines] == words
     assert lines[3].endswith("model.start from grpo")
+    assert lines[8].endswith("model.path from expander_sft, renderer.path from turbo")
 
 
 def test_k2_recipes_are_valid_and_wired(monkeypatch):
