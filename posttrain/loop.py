@@ -162,6 +162,11 @@ class Stepper:
             parameter.copy_(average)
             average.copy_(held)
 
+    def kept(self) -> list[Tensor]:
+        """What it holds besides the parameters: the optimiser's moments, and the average if there is one."""
+        moments = [value for state in self.optimizer.state.values() for value in state.values()]
+        return [*(value for value in moments if isinstance(value, Tensor)), *(self._average or [])]
+
     def counters(self) -> dict[str, int]:
         return {k: getattr(self, k) for k in ("updates", "skipped", "skipped_in_a_row")}
 
