@@ -104,7 +104,9 @@ def line_chart(
     frame = Frame([step for step, _ in points], [*values, *held], width, height)
     for limit in near:
         ends = [*(step for step, _ in limit.points[1:]), frame.last]
-        frame.line("limit", [p for (at, v), end in zip(limit.points, ends) for p in ((max(at, frame.first), v), (end, v))])
+        frame.line(
+            "limit", [p for (at, v), end in zip(limit.points, ends) for p in ((max(at, frame.first), v), (end, v))]
+        )
     noisy = len(values) > MARKED
     frame.line("faint" if noisy else "line", points)
     if noisy:
@@ -126,7 +128,7 @@ def _near(value: float | None, values: Sequence[float], reach: float) -> bool:
 
 def _named(limit: Limit, drawn: bool, points: Sequence[Point]) -> str:
     last = limit.points[-1][1]
-    text = html.escape(limit.label) + (f" {number(last)}" if last is not None else "")
+    text = html.escape(limit.label) + (f" {last:.6g}" if last is not None else "")
     text += "" if drawn else ", off the chart"
     if crossed := limit.crossed(points):
         text += f"; <b>{limit.bad} it at {len(crossed)} of {len(points)} points, first at step {crossed[0]}</b>"

@@ -24,7 +24,9 @@ def areas_chart(name: str, series: Mapping[str, list[Point]], width: int = 720, 
     frame = Frame(steps, [0.0, *floor.values()], width, height)
     for i, (top, below) in enumerate(layers):
         frame.area(f"fill {colour(i)}", [*top.items()], [*below.items()])
-    last = ", ".join(f"{label} {number(points[steps[-1]] or 0)}" for label, points in held.items() if steps[-1] in points)
+    last = ", ".join(
+        f"{label} {number(points[steps[-1]] or 0)}" for label, points in held.items() if steps[-1] in points
+    )
     return (
         f'<figure class="chart"><figcaption><b>{html.escape(name)}</b></figcaption>{legend(list(series))}'
         f"{frame.svg(f'{name}; at step {steps[-1]}: {last}')}</figure>"

@@ -23,11 +23,7 @@ class Line:
     """Runs that differ only in their seeds."""
 
     runs: list[RunFiles]
-
-    @property
-    def name(self) -> str:
-        names = [run.name for run in self.runs]
-        return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more seeds"
+    name: str = ""
 
 
 def comparison(runs: Sequence[RunFiles]) -> list[str]:
@@ -53,7 +49,20 @@ def grouped(runs: Sequence[RunFiles]) -> list[Line]:
             lines.append(Line([run]))
         else:
             line.runs.append(run)
+    for depth in (1, 2, 3):  # of a path, as much as tells the lines apart
+        for line in lines:
+            line.name = _name(line.runs, depth)
+        if len({line.name for line in lines}) == len(lines):
+            break
     return lines
+
+
+def _name(runs: Sequence[RunFiles], depth: int) -> str:
+    names = ["/".join(run.path.resolve().parts[-depth:]) for run in runs]
+    if len(names) == 1:
+        return names[0]
+    common = {_unseeded(name, run.recipe).replace("SEED", "*") for name, run in zip(names, runs)}
+    return f"{common.pop()}, {len(names)} seeds" if len(common) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -82,14 +91,17 @@ def _runs(lines: Sequence[Line]) -> str:
     rows = []
     for i, line in enumerate(lines):
         for run in line.runs:
-            mark = f'<ul class="legend"><li class="{colour(i)}">{text(line.name)}</li></ul>'
-            cells = [mark, *(text(shown(cell)) for cell in (run.path, run.recipe.get("seed"), run.steps))]
+            cells = [_mark(i, line), *(text(shown(cell)) for cell in (run.path, run.recipe.get("seed"), run.steps))]
             took = run.summary.get("seconds")
             ended = run.summary.get("stopped") or ("" if run.summary else "not finished")
             cells += [text(f"{took:,.0f} s" if took else "–"), text(ended)]
             rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     head = "".join(f"<th>{name}</th>" for name in ("line", "run", "seed", "steps", "took", ""))
     return f'<h2>Runs</h2><div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
+
+
+def _mark(i: int, line: Line) -> str:
+    return f'<ul class="legend"><li class="{colour(i)}">{text(line.name)}</li></ul>'
 
 
 def _different(lines: Sequence[Line]) -> str:
@@ -113,15 +125,21 @@ def _at(recipe: dict[str, Any], path: str) -> Any:
 def _figures(lines: Sequence[Line]) -> str:
     """Before and after: of several runs the mean, and the least and the greatest."""
     names = dict.fromkeys(
-        name for line in lines for run in line.runs for side in ("before", "after") for name in run.summary.get(side) or {}
+        name
+        for line in lines
+        for run in line.runs
+        for side in ("before", "after")
+        for name in run.summary.get(side) or {}
     )
     if not names:
         return ""
-    top = "".join(f'<th colspan="2" class="n">{text(line.name)}</th>' for line in lines)
+    top = "".join(f'<th colspan="2" class="n">{_mark(i, line)}</th>' for i, line in enumerate(lines))
     head = '<th class="n">before</th><th class="n">after</th>' * len(lines)
     rows = []
     for name in names:
-        cells = "".join(f'<td class="n">{_spread(line, side, name)}</td>' for line in lines for side in ("before", "after"))
+        cells = "".join(
+            f'<td class="n">{_spread(line, side, name)}</td>' for line in lines for side in ("before", "after")
+        )
         rows.append(f"<tr><td>{text(name)}</td>{cells}</tr>")
     return (
         "<h2>Before and after</h2><p>Of several runs the mean, and from the least to the greatest.</p>"
@@ -144,7 +162,8 @@ def _spread(line: Line, side: str, name: str) -> str:
 def _charts(lines: Sequence[Line]) -> str:
     key = legend([line.name for line in lines])
     names = dict.fromkeys(name for line in lines for run in line.runs for name in run.series)
-    held = [name for name in names if name != "non_finite"]
+    runs = [run for line in lines for run in line.runs]
+    held = [n for n in names if n != "non_finite" and any(len(run.series.get(n, ())) > 1 for run in runs)]
 
     def chart(name: str, shown: str, **size: int) -> str:
         return runs_chart(shown, [[r.series[name] for r in line.runs if name in r.series] for line in lines], **size)

@@ -39,9 +39,8 @@ def groups_section(folder: Path) -> str:
 
 def _texts(step: str, row: dict[str, Any]) -> str:
     texts = "".join(f"<li>{html.escape(e['text']) or '(empty)'}{_faults(e)}</li>" for e in row["expansions"])
-    return (
-        f'<details class="texts"><summary>{step}: {len(row["expansions"])} expansions</summary><ol>{texts}</ol></details>'
-    )
+    summary = f"<summary>{step}: {len(row['expansions'])} expansions</summary>"
+    return f'<details class="texts">{summary}<ol>{texts}</ol></details>'
 
 
 def _tile(directory: Path, entry: dict[str, Any]) -> str:

@@ -37,10 +37,10 @@ def page(title: str, body: list[str]) -> str:
     )
 
 
-def section(title: str, charts: Sequence[str]) -> str:
-    """Charts under a heading; folded if there are many."""
+def section(title: str, charts: Sequence[str], most: int = MOST_OPEN) -> str:
+    """Charts under a heading; folded if there are more than `most`."""
     grid, heading = f'<div class="charts">{"".join(charts)}</div>', f"<h3>{text(title)}</h3>"
-    if len(charts) <= MOST_OPEN:
+    if len(charts) <= most:
         return heading + grid
     return f"<details><summary>{heading} ({len(charts)} charts)</summary>{grid}</details>"
 
@@ -62,12 +62,17 @@ def text(value: object) -> str:
     return html.escape(str(value))
 
 
+def breakable(value: object) -> str:
+    """Text that may go on in a new line within a path or a long name."""
+    return text(value).replace("/", "/<wbr>").replace("_", "_<wbr>")
+
+
 def table(head: Sequence[Any], rows: Sequence[Sequence[Any]], numeric: Sequence[bool]) -> str:
     """`numeric` says which columns stand to the right. A wide table scrolls in itself."""
 
     def line(tag: str, cells: Sequence[Any]) -> str:
         css = [' class="n"' if right else "" for right in numeric]
-        return "<tr>" + "".join(f"<{tag}{c}>{text(shown(cell))}</{tag}>" for c, cell in zip(css, cells)) + "</tr>"
+        return "<tr>" + "".join(f"<{tag}{c}>{breakable(shown(cell))}</{tag}>" for c, cell in zip(css, cells)) + "</tr>"
 
     return f'<div class="scroll"><table>{line("th", head)}{"".join(line("td", row) for row in rows)}</table></div>'
 
@@ -113,13 +118,17 @@ def colour(i: int) -> str:
 
 
 def legend(names: Sequence[str]) -> str:
-    return '<ul class="legend">' + "".join(f'<li class="{colour(i)}">{text(n)}</li>' for i, n in enumerate(names)) + "</ul>"
+    return (
+        '<ul class="legend">'
+        + "".join(f'<li class="{colour(i)}">{text(n)}</li>' for i, n in enumerate(names))
+        + "</ul>"
+    )
 
 
 def picture(path: Path, alt: str, largest: int = LARGEST) -> str:
     """An <img> that holds the picture."""
     uri, small = data_uri(path, largest)
-    css = ' class="small"' if small else ''
+    css = ' class="small"' if small else ""
     return f'<img{css} src="{uri}" alt="{text(alt)}">'
 
 

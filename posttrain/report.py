@@ -118,7 +118,7 @@ def _watches(files: RunFiles, watches: dict[str, list[str]], held: dict[str, Any
     if not watches:
         return ""
     parts = ["<h2>Watches</h2>"]
-    for limit, name in ((limit, name) for name, limits in held.items() for limit in limits):
+    for limit, name in ((limit, name) for name, those in held.items() for limit in those):
         if crossed := limit.crossed(files.series[name]):
             parts.append(
                 f'<p class="alarm">{text(name)} was {limit.bad} its limit at {len(crossed)} of'
@@ -126,7 +126,7 @@ def _watches(files: RunFiles, watches: dict[str, list[str]], held: dict[str, Any
             )
     for title, names in watches.items():
         charts = [line_chart(name, files.series[name], limits=held.get(name, ())) for name in names]
-        parts.append(section(title, charts))
+        parts.append(section(title, charts, most=len(charts)))
     return "".join(parts)
 
 

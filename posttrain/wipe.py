@@ -36,7 +36,9 @@ def read_samples(directory: Path) -> list[Sample]:
     samples = []
     for i, file in enumerate(sorted(directory.glob("*.png"))):
         row = rows[i] if i < len(rows) else {}
-        samples.append(Sample(file, row.get("prompt", file.name), row.get("seed", "?"), said[i] if i < len(said) else {}))
+        samples.append(
+            Sample(file, row.get("prompt", file.name), row.get("seed", "?"), said[i] if i < len(said) else {})
+        )
     return samples
 
 
@@ -109,41 +111,34 @@ def _card(old: Sample, new: Sample, before: str, after: str, largest: int) -> st
         shown = both(picture(old.file, before, largest), picture(new.file, after, largest), before, after)
     names = list(dict.fromkeys([*old.said, *new.said]))
     sides = [old] if old.file == new.file else [old, new]
-    told = [f"{text(n)} {' → '.join(_score(side, n) for side in sides)}" for n in names]
-    scores = "".join(f'<span class="said">{line}</span>' for line in told)
-    caption = f"<figcaption>{text(new.prompt)} <span>seed {text(new.seed)}</span>{scores}</figcaption>"
+    told = [f"<li>{text(n)} <b>{' → '.join(_score(side, n) for side in sides)}</b></li>" for n in names]
+    scores = f'<ul class="said">{"".join(told)}</ul>{_answers(sides, names, sides[1:] and [before, after])}'
+    said = f'<div class="told">{scores}</div>' if names else ""
+    caption = f"<figcaption>{text(new.prompt)} <span>seed {text(new.seed)}</span></figcaption>"
     focus = ' tabindex="0"' if names else ""
-    return f'<figure class="card"{focus}>{shown}{caption}{_answers(sides, names, sides[1:] and [before, after])}</figure>'
+    return f'<figure class="card"{focus}>{shown}{caption}{said}</figure>'
 
 
 def _answers(sides: Sequence[Sample], names: Sequence[str], titles: Sequence[str]) -> str:
     """What each reward said of the pictures, requirement by requirement where it asked about some."""
     rows = []
     for name in names:
-        asked = [_asked(side.said.get(name, {})) for side in sides]
-        questions = dict.fromkeys(question for answers in asked for question in answers)
-        if len(questions) > 1 or "" not in questions:
-            rows.append(f'<tr><th colspan="{1 + len(sides)}">{text(name)}</th></tr>')
-        for question in questions:
-            answers = "".join(_answer(one.get(question)) for one in asked)
-            rows.append(f"<tr><td>{text(question or name)}</td>{answers}</tr>")
-    if not rows:
-        return ""
+        said = [side.said.get(name, {}) for side in sides]
+        rows.append(f"<tr><th>{text(name)}</th>{''.join(_answer(one.get('score')) for one in said)}</tr>")
+        asked = [dict(zip(one.get("requirements", []), one.get("answers", []))) for one in said]
+        for question in dict.fromkeys(question for answers in asked for question in answers):
+            answers = "".join(_answer(one.get(question), asked=True) for one in asked)
+            rows.append(f"<tr><td>{text(question)}</td>{answers}</tr>")
+        others = dict.fromkeys(key for one in said for key in one if key not in ("score", "requirements", "answers"))
+        rows += [f"<tr><td>{text(key)}</td>{''.join(_answer(one.get(key)) for one in said)}</tr>" for key in others]
     head = f"<tr><td></td>{''.join(f'<td>{text(title)}</td>' for title in titles)}</tr>" if titles else ""
     return f'<div class="answers" role="tooltip"><table>{head}{"".join(rows)}</table></div>'
 
 
-def _asked(said: dict[str, Any]) -> dict[str, Any]:
-    """By question the answer; where nothing was asked by itself, the score, and what else was told of it."""
-    if "requirements" in said and "answers" in said:
-        return dict(zip(said["requirements"], said["answers"]))
-    told = {key: value for key, value in said.items() if key != "score"}
-    return ({"": said["score"]} if "score" in said else {}) | told
-
-
-def _answer(value: Any) -> str:
+def _answer(value: Any, asked: bool = False) -> str:
+    """A cell; what is more likely a no stands out."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return f'<td class="n{" no" if value < 0.5 else ""}">{value:.2f}</td>'
+        return f'<td class="n{" no" if asked and value < 0.5 else ""}">{value:.2f}</td>'
     if isinstance(value, list):
         value = ", ".join(map(str, value))
     return f"<td>{'–' if value in (None, '') else text(value)}</td>"
