@@ -61,8 +61,10 @@ def _name(runs: Sequence[RunFiles], depth: int) -> str:
     names = ["/".join(run.path.resolve().parts[-depth:]) for run in runs]
     if len(names) == 1:
         return names[0]
-    common = {_unseeded(name, run.recipe).replace("SEED", "*") for name, run in zip(names, runs)}
-    return f"{common.pop()}, {len(names)} seeds" if len(common) == 1 else f"{names[0]} and {len(names) - 1} more"
+    parts = [re.split(r"(\d+)", name) for name in names]
+    if len({len(part) for part in parts}) > 1:
+        return f"{names[0]} and {len(names) - 1} more"
+    return "".join(part[0] if len({*part}) == 1 else "*" for part in zip(*parts)) + f", {len(names)} seeds"
 
 
 def alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -74,17 +76,15 @@ def alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 def different(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Path of each setting that tells two recipes apart, with its two values."""
-    return [
-        change
-        for change in changes(a, b)
-        if change[0].split(".")[0] not in OWN and _unseeded(change[1], a) != _unseeded(change[2], b)
-    ]
+    seeds = str(a.get("seed")), str(b.get("seed"))
+    return [c for c in changes(a, b) if c[0].split(".")[0] not in OWN and not _same_but_seed(c[1], c[2], seeds)]
 
 
-def _unseeded(value: Any, recipe: dict[str, Any]) -> Any:
-    if not isinstance(value, str) or "seed" not in recipe:
-        return value
-    return re.sub(rf"(?<!\d){recipe['seed']}(?!\d)", "SEED", value)
+def _same_but_seed(a: Any, b: Any, seeds: tuple[str, str]) -> bool:
+    if not (isinstance(a, str) and isinstance(b, str)):
+        return False
+    mine, its = (re.split(r"(\d+)", text) for text in (a, b))
+    return len(mine) == len(its) and all(x == y or (x, y) == seeds for x, y in zip(mine, its))
 
 
 def _runs(lines: Sequence[Line]) -> str:
