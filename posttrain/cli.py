@@ -156,7 +156,7 @@ def _run(argv: list[str]) -> int:
     types = field_types(command.config)
     if command.positional and rest and not rest[0].startswith("-"):
         given = [*itertools.takewhile(lambda word: not word.startswith("-"), rest)]
-        many = get_origin(types[command.positional]) is list
+        many = get_origin(types.get(command.positional)) is list
         rest = [f"--{command.positional}={json.dumps(given) if many else rest[0]}", *rest[len(given) if many else 1 :]]
     flags = {f"--{field}" for field, kind in types.items() if kind is bool}
     following = [*rest[1:], "--"]

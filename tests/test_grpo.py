@@ -58,7 +58,7 @@ def test_run_directory(config, trained):
     assert any((run / "tensorboard").iterdir())
     assert sorted(path.name for path in (run / "grids").iterdir()) == [f"step-00000{i}.png" for i in range(3)]
     for step in range(3):
-        pictures = sorted((run / "samples" / f"step-00000{step}").iterdir())
+        pictures = sorted((run / "samples" / f"step-00000{step}").glob("*.png"))
         assert [Image.open(path).size for path in pictures] == [(32, 32)] * 2
     assert len(json.loads((run / "samples/prompts.json").read_text())) == 2
 
