@@ -68,10 +68,10 @@ class Frame:
     def y(self, value: float) -> float:
         return self.top + (self.height - self.top - self.bottom) * (1 - (value - self.low) / (self.high - self.low))
 
-    def line(self, css: str, points: list[Point]) -> None:
+    def line(self, css: str, points: Sequence[Point]) -> None:
         self.parts.append(f'<path class="{css}" d="{_path(points, self.x, self.y)}"/>')
 
-    def area(self, css: str, upper: list[Point], lower: list[Point]) -> None:
+    def area(self, css: str, upper: Sequence[Point], lower: Sequence[Point]) -> None:
         """Filled between two lines over the same steps, which have a value everywhere."""
         outline = _path(upper, self.x, self.y) + _path(lower[::-1], self.x, self.y).replace("M", "L", 1)
         self.parts.append(f'<path class="{css}" d="{outline}Z"/>')
@@ -193,7 +193,7 @@ def smooth(points: list[Point]) -> list[Point]:
     return smooth
 
 
-def _path(points: list[Point], x, y) -> str:
+def _path(points: Sequence[Point], x, y) -> str:
     parts, pen = [], "M"
     for step, value in points:
         if value is None:

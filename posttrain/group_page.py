@@ -26,14 +26,14 @@ def groups_section(folder: Path) -> str:
     for g, row in enumerate(tables[0][1]):
         groups = [(directory, table[g]) for directory, table in tables if g < len(table)]
         tiles = [f'<div class="tiles">{"".join(_tile(d, e) for e in group["expansions"])}</div>' for d, group in groups]
-        shown = both(*tiles, *names) if len(tiles) == 2 else tiles[0]
+        shown = both(tiles[0], tiles[1], names[0], names[1]) if len(tiles) == 2 else tiles[0]
         texts = "".join(_texts(name, group) for name, (_, group) in zip(names, groups))
         title = f"<figcaption>{html.escape(row['prompt'])}</figcaption>"
         cards.append(f'<figure class="card group">{shown}{title}{texts}</figure>')
     grid = f'<div class="groups">{"".join(cards)}</div>'
     return (
         "<h2>Expansions</h2><p>Each prompt's pictures at the first and the last step, from the same noise, and the"
-        f" expansions they were drawn from.</p>{wiped(*names, grid) if len(names) == 2 else grid}"
+        f" expansions they were drawn from.</p>{wiped(names[0], names[1], grid) if len(names) == 2 else grid}"
     )
 
 

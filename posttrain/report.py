@@ -92,8 +92,9 @@ def summary_tables(summary: dict[str, Any]) -> str:
     rows = []
     for name in [*before, *(name for name in after if name not in before)]:
         old, new = before.get(name), after.get(name)
-        both = isinstance(old, int | float) and isinstance(new, int | float)
-        change = figure(new - old, "+") if both else ""
+        change = ""
+        if isinstance(old, int | float) and isinstance(new, int | float):
+            change = figure(new - old, "+")
         values = [figure(old), figure(new), change, *([figure(teacher.get(name))] if teacher else [])]
         rows.append([name, *values])
     head = ["", "before", "after", "change", *(["teacher"] if teacher else [])]

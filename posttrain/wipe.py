@@ -112,7 +112,7 @@ def _card(old: Sample, new: Sample, before: str, after: str, largest: int) -> st
     names = list(dict.fromkeys([*old.said, *new.said]))
     sides = [old] if old.file == new.file else [old, new]
     told = [f"<li>{text(n)} <b>{' → '.join(_score(side, n) for side in sides)}</b></li>" for n in names]
-    scores = f'<ul class="said">{"".join(told)}</ul>{_answers(sides, names, sides[1:] and [before, after])}'
+    scores = f'<ul class="said">{"".join(told)}</ul>{_answers(sides, names, [before, after] if sides[1:] else [])}'
     said = f'<div class="told">{scores}</div>' if names else ""
     caption = f"<figcaption>{text(new.prompt)} <span>seed {text(new.seed)}</span></figcaption>"
     focus = ' tabindex="0"' if names else ""
