@@ -36,10 +36,10 @@ def areas_chart(name: str, series: Mapping[str, list[Point]], width: int = 720, 
 def runs_chart(name: str, lines: Sequence[Sequence[list[Point]]], width: int = 360, height: int = 190) -> str:
     """One metric of several lines, each the mean of its runs with a band from the least to the greatest of them.
 
-    Long series are smoothed, each run by itself. A line without runs that have the metric is left out, and keeps its
-    colour free.
+    A line goes as far as all its runs have come. Long series are smoothed, each run by itself. A line without runs that
+    have the metric is left out, and its colour stays free.
     """
-    smoothed = [[_smoothed(points) for points in runs] for runs in lines]
+    smoothed = [[_smoothed(points) for points in _shared(runs)] for runs in lines]
     values = [v for runs in smoothed for points in runs for _, v in points if v is not None]
     label = html.escape(name)
     if not values:
@@ -64,6 +64,12 @@ def runs_chart(name: str, lines: Sequence[Sequence[list[Point]]], width: int = 3
         told.append(number(mean[-1][1] or 0))
     about = f"{name}: at the end {', '.join(told)}"
     return f'<figure class="chart"><figcaption><b>{label}</b></figcaption>{frame.svg(about)}</figure>'
+
+
+def _shared(runs: Sequence[list[Point]]) -> list[list[Point]]:
+    """The points of steps that all of the runs have."""
+    steps = set.intersection(*({step for step, _ in points} for points in runs)) if runs else set()
+    return [[point for point in points if point[0] in steps] for points in runs]
 
 
 def _smoothed(points: list[Point]) -> list[Point]:

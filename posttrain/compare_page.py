@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from posttrain.wipe import Sample, read_samples, step_name, steps
 
 OWN = ("output", "seed", "track")
 """Settings that may differ between runs of one line."""
+LONGEST = 120  # characters of a setting
 MOST_STRIPS = 12  # prompts whose pictures are shown
 
 
@@ -77,7 +79,17 @@ def alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
 def different(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Path of each setting that tells two recipes apart, with its two values."""
     seeds = str(a.get("seed")), str(b.get("seed"))
-    return [c for c in changes(a, b) if c[0].split(".")[0] not in OWN and not _same_but_seed(c[1], c[2], seeds)]
+    found = changes(_by_name(a), _by_name(b))
+    return [c for c in found if c[0].split(".")[0] not in OWN and not _same_but_seed(c[1], c[2], seeds)]
+
+
+def _by_name(value: Any) -> Any:
+    """A recipe whose lists of named things, such as rewards, are held by their names."""
+    if isinstance(value, dict):
+        return {key: _by_name(item) for key, item in value.items()}
+    if isinstance(value, list) and value and all(isinstance(item, dict) and "name" in item for item in value):
+        return {item["name"]: _by_name(item) for item in value}
+    return value
 
 
 def _same_but_seed(a: Any, b: Any, seeds: tuple[str, str]) -> bool:
@@ -94,7 +106,7 @@ def _runs(lines: Sequence[Line]) -> str:
             cells = [_mark(i, line), *(text(shown(cell)) for cell in (run.path, run.recipe.get("seed"), run.steps))]
             took = run.summary.get("seconds")
             ended = run.summary.get("stopped") or ("" if run.summary else "not finished")
-            cells += [text(f"{took:,.0f} s" if took else "–"), text(ended)]
+            cells += [text(f"{took:,.0f}\u00a0s" if took else "–"), text(ended)]
             rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     head = "".join(f"<th>{name}</th>" for name in ("line", "run", "seed", "steps", "took", ""))
     return f'<h2>Runs</h2><div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
@@ -110,7 +122,8 @@ def _different(lines: Sequence[Line]) -> str:
     paths = dict.fromkeys(path for line in lines[1:] for path, _, _ in different(first, line.runs[0].recipe))
     if not paths:
         return ""
-    rows = [[path, *(shown(_at(line.runs[0].recipe, path)) for line in lines)] for path in paths]
+    recipes = [_by_name(line.runs[0].recipe) for line in lines]
+    rows = [[path, *(textwrap.shorten(shown(_at(one, path)), LONGEST) for one in recipes)] for path in paths]
     head = ["", *(line.name for line in lines)]
     return f"<h2>Settings that differ</h2>{table(head, rows, [False] * len(head))}"
 

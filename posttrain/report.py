@@ -49,7 +49,12 @@ def write_report(run: Path, path: Path | None = None) -> Path:
     files = read_run(run)
     held = limits(files.recipe, files.series)
     watches = watched(files.series, held)
-    apart = {name for part in watches.values() for name in part} | {name for name in POOL if name in files.series}
+    held_once = {name for name in files.series if name.startswith("teacher/") and files.summary.get("teacher")}
+    apart = (
+        held_once
+        | {name for part in watches.values() for name in part}
+        | {name for name in POOL if name in files.series}
+    )
     body = [
         f"<header><h1>{text(files.name)}</h1>{_subtitle(files)}</header>",
         summary_tables(files.summary),

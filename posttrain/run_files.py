@@ -36,6 +36,8 @@ class RunFiles:
 def read_run(path: Path) -> RunFiles:
     """Raises UserError if it is no run directory or a file in it cannot be read."""
     recipe = path / "recipe.yaml"
+    if (path / "stages.json").is_file():
+        raise UserError(f"{path}: is a pipeline: open its index.html, or give the directory of a stage in it")
     if not recipe.is_file():
         raise UserError(f"{path}: is not a run directory (no recipe.yaml); give the --output of a training run")
     recipe_text = recipe.read_text()

@@ -17,7 +17,7 @@ from playwright.sync_api import Browser, sync_playwright
 from posttrain import watch
 from posttrain.chart import Limit, line_chart
 from posttrain.chart_many import areas_chart, runs_chart
-from posttrain.compare_page import comparison, grouped
+from posttrain.compare_page import comparison, different, grouped
 from posttrain.config import StopConfig
 from posttrain.evaluate import told
 from posttrain.html_page import page, shares
@@ -168,6 +168,12 @@ def test_several_runs_are_a_mean_and_a_band():
     assert "band c0" in paths and "band c1" not in paths and "at the end 4, 4" in chart
 
 
+def test_a_line_goes_as_far_as_all_its_runs():
+    short, long = [(i, 1.0) for i in range(200)], [(i, 3.0) for i in range(500)]
+    (d,) = re.findall(r'class="own c0" d="([^"]+)"', runs_chart("a", [[short, long]]))
+    assert len(set(re.findall(r"[ML][\d.]+ ([\d.]+)", d))) == 1  # 2 all the way, and no jump where one run ends
+
+
 def test_shares_of_a_whole():
     bar = shares({"a": 3.0, "<b>": 1.0}, "s")
     assert 'width="750.0"' in bar and "3 s, 75%" in bar and "&lt;b&gt; <span>1 s, 25%" in bar and shares({}, "s") == ""
@@ -200,6 +206,12 @@ def test_runs_that_differ_in_the_seed_are_one_line():
 def test_lines_of_one_name_are_told_apart_by_their_directories():
     lines = grouped([files("grpo", {"steps": n}, parent=f"/runs/{name}") for n, name in enumerate("ab")])
     assert [line.name for line in lines] == ["a/grpo", "b/grpo"]
+
+
+def test_rewards_are_compared_by_name():
+    a, b = ({"rewards": [{"name": "x", "weight": 1}, {"name": "y", "weight": w}][:n]} for w, n in ((2, 2), (3, 2)))
+    assert different(a, b) == [("rewards.y.weight", 2, 3)]
+    assert different(a, {"rewards": a["rewards"][:1]}) == [("rewards.y", {"name": "y", "weight": 2}, None)]
 
 
 def test_several_runs_side_by_side():
