@@ -114,9 +114,10 @@ def line_chart(
     else:
         dots = ((frame.x(step), frame.y(value)) for step, value in points if value is not None)
         frame.parts += [f'<circle class="dot" cx="{cx:.1f}" cy="{cy:.1f}" r="2.5"/>' for cx, cy in dots]
+    last = _tick(values[-1], frame.apart / 10)
     about = f"{name}: from {number(values[0])} to {number(values[-1])}, lowest {number(min(values))}, "
     return (
-        f'<figure class="chart"><figcaption><b>{label}</b> {_tick(values[-1], frame.apart / 10)}</figcaption>'
+        f'<figure class="chart"><figcaption><b>{label}</b> <span>{last}</span></figcaption>'
         f"{frame.svg(about + f'highest {number(max(values))}')}"
         f"{''.join(_named(limit, limit in near, whole) for limit in limits)}</figure>"
     )
