@@ -5,7 +5,8 @@ of figures.py. A reward that compares a group sees those groups that are drawn f
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,15 +133,30 @@ class Evaluator:
 
 
 def told(scores: Scores) -> list[dict[str, Any]]:
-    """By picture: the score of each reward that could score it, as `score`, with what else the reward told of it."""
+    """By picture: the score of each reward that could score it, as `score`, with what else the reward told of it.
+
+    JSON can hold it: what it has no form for is there as text.
+    """
     return [
         {
-            name: {"score": float(scores.values_NK[n, k]), **(scores.details[name][n] or {})}
+            name: _plain(scores.details[name][n] or {}) | {"score": float(scores.values_NK[n, k])}
             for k, name in enumerate(scores.names)
             if scores.valid_NK[n, k]
         }
         for n in range(len(scores.values_NK))
     ]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def means(scores: Scores) -> dict[str, float | None]:

@@ -201,9 +201,8 @@ class Run:
         directory.mkdir(parents=True, exist_ok=True)
         for i, image in enumerate(images):
             Image.fromarray(image).save(directory / f"{i:03d}.png")
-        if said:  # a reward may tell what JSON has no form for
-            text = json.dumps(_plain(list(said)), indent=1, ensure_ascii=False, allow_nan=False, default=str)
-            _replace(directory / "scores.json", text)
+        if said:
+            _replace(directory / "scores.json", _json(list(said), indent=1))
         table = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds, strict=True)]
         _replace(directory.parent / "prompts.json", _json(table, indent=1))
 

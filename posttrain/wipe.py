@@ -14,6 +14,7 @@ from typing import Any
 from posttrain.html_page import picture, text
 from posttrain.run_files import read_json
 
+RUBRIC = ("requirements", "answers")
 MOST_PAIRS = 24  # pictures shown of each side
 
 
@@ -125,14 +126,24 @@ def _answers(sides: Sequence[Sample], names: Sequence[str], titles: Sequence[str
     for name in names:
         said = [side.said.get(name, {}) for side in sides]
         rows.append(f"<tr><th>{text(name)}</th>{''.join(_answer(one.get('score')) for one in said)}</tr>")
-        asked = [dict(zip(one.get("requirements", []), one.get("answers", []))) for one in said]
+        asked = [_asked(one) for one in said]
         for question in dict.fromkeys(question for answers in asked for question in answers):
             answers = "".join(_answer(one.get(question), asked=True) for one in asked)
             rows.append(f"<tr><td>{text(question)}</td>{answers}</tr>")
-        others = dict.fromkeys(key for one in said for key in one if key not in ("score", "requirements", "answers"))
+        others = dict.fromkeys(
+            key for one in said for key in one if key != "score" and not (key in RUBRIC and _asked(one))
+        )
         rows += [f"<tr><td>{text(key)}</td>{''.join(_answer(one.get(key)) for one in said)}</tr>" for key in others]
     head = f"<tr><td></td>{''.join(f'<td>{text(title)}</td>' for title in titles)}</tr>" if titles else ""
     return f'<div class="answers" role="tooltip"><table>{head}{"".join(rows)}</table></div>'
+
+
+def _asked(said: dict[str, Any]) -> dict[str, Any]:
+    """The answer to each requirement, if the reward told of some."""
+    requirements, answers = (said.get(key) for key in RUBRIC)
+    if not (isinstance(requirements, list) and isinstance(answers, list)):
+        return {}
+    return {str(question): answer for question, answer in zip(requirements, answers)}
 
 
 def _answer(value: Any, asked: bool = False) -> str:

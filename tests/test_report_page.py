@@ -36,7 +36,7 @@ QUESTION = 'the word "<script>alert(2)</script>" is there'
 SAID = [
     {"rubric": {"score": 0.25, "requirements": [QUESTION, "it is red"], "answers": [0.1, 0.4]}, "ocr": {"score": 1.0}},
     {"rubric": {"score": 0.9, "requirements": ["it is blue"], "answers": [0.9]}},
-    {},
+    {"mine": {"score": 0.5, "answers": 5, "requirements": None, "box": [1, 2]}},
 ]
 
 
@@ -74,6 +74,10 @@ def test_what_each_reward_said_of_each_picture():
         {"rubric": {"score": 0.25, "requirements": ["a"], "answers": [0.25]}},  # ocr is missing, which is not 0
         {"rubric": {"score": 0.5}, "ocr": {"score": 1.0, "lines": ["x"]}},
     ]
+    details["ocr"][1] = {"score": 7, ("a", 1): float("nan"), "box": np.int64(3), "all": np.arange(2), "answers": 5}
+    assert json.loads(json.dumps(told(scores)[1]["ocr"], allow_nan=False)) == {
+        "score": 1.0, "('a', 1)": None, "box": 3, "all": "[0 1]", "answers": 5,
+    }  # fmt: skip
 
 
 def test_the_oracle_says_which_requirements_are_met():
@@ -90,13 +94,14 @@ def test_the_oracle_says_which_requirements_are_met():
 def test_answers_stand_beside_their_pictures(tmp_path):
     section = pictures(answered_run(tmp_path / "run") / "samples")
     assert Tags(section).open == []
-    assert section.count('class="card"') == 2 * 3 and section.count('tabindex="0"') == 2 * 2
+    assert section.count('class="card"') == 2 * 3 and section.count('tabindex="0"') == 2 * 3
     assert "the teacher" in section.lower() and section.count('type="range"') == 2
     assert (
         section.count(f"<td>{QUESTION.replace('<', '&lt;').replace('>', '&gt;').replace(chr(34), '&quot;')}</td>") == 2
     )
     assert '<td class="n no">0.10</td>' in section and '<td class="n">0.90</td>' in section
     assert "rubric <b>0.25 → 0.25</b>" in section
+    assert "<td>box</td><td>1, 2</td>" in section and '<td>answers</td><td class="n">5.00</td>' in section
 
 
 # ---- limits ---------------------------------------------------------------------------------------------------
