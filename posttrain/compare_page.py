@@ -118,21 +118,17 @@ def _mark(i: int, line: Line) -> str:
 
 def _different(lines: Sequence[Line]) -> str:
     """The settings in which the lines differ."""
-    first = lines[0].runs[0].recipe
-    paths = dict.fromkeys(path for line in lines[1:] for path, _, _ in different(first, line.runs[0].recipe))
-    if not paths:
+    found = [different(lines[0].runs[0].recipe, line.runs[0].recipe) for line in lines]
+    firsts = {path: value for changed in found for path, value, _ in changed}
+    if not firsts:
         return ""
-    recipes = [_by_name(line.runs[0].recipe) for line in lines]
-    rows = [[path, *(textwrap.shorten(shown(_at(one, path)), LONGEST) for one in recipes)] for path in paths]
+    own = [{path: value for path, _, value in changed} for changed in found]
+    rows = [
+        [path, *(textwrap.shorten(shown(values.get(path, first)), LONGEST) for values in own)]
+        for path, first in firsts.items()
+    ]
     head = ["", *(line.name for line in lines)]
     return f"<h2>Settings that differ</h2>{table(head, rows, [False] * len(head))}"
-
-
-def _at(recipe: dict[str, Any], path: str) -> Any:
-    value: Any = recipe
-    for part in path.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
 
 
 def _figures(lines: Sequence[Line]) -> str:
@@ -166,10 +162,10 @@ def _spread(line: Line, side: str, name: str) -> str:
     if not values:
         return "–"
     mean = figure(sum(values) / len(values))
-    if len(line.runs) == 1:
-        return mean
-    missing = f", of {len(values)}" if len(values) < len(held) else ""
-    return f"{mean}<br><small>{figure(min(values))} to {figure(max(values))}{missing}</small>"
+    spread = f"{figure(min(values))} to {figure(max(values))}" if min(values) < max(values) else ""
+    missing = f"of {len(values)} runs" if len(values) < len(held) else ""
+    told = ", ".join(filter(None, [spread, missing]))
+    return f"{mean}<br><small>{told}</small>" if told else mean
 
 
 def _charts(lines: Sequence[Line]) -> str:
