@@ -13,9 +13,9 @@ TORCH := $(shell sed -n 's/^ *"\(torch>=[^"]*\)",/\1/p' pyproject.toml)
 # Nothing from outside the environment, and one thread a process: two test runs on one machine must not fight.
 unexport PYTHONPATH
 export PYTHONNOUSERSITE := 1
-test test-vllm: export OMP_NUM_THREADS ?= 1
+test test-vllm chaos mutations: export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-vllm browser check
+.PHONY: demo test test-vllm browser check chaos mutations
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -52,6 +52,15 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m tests.audit
+
+# Faults that the tests leave out: kills, full disks, damaged files, 2,000 malformed inputs (see tests/chaos).
+chaos: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 --dist loadscope tests/chaos
+
+# Mistakes planted into formulas, each of which the tests of their numbers must find.
+mutations: $(VENV)/installed
+	$(BIN)/python -m tests.chaos.mutations
 
 # torch comes first, so that no other package can pull in another build of it.
 $(VENV)/installed: pyproject.toml

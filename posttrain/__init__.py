@@ -3,4 +3,10 @@
 recipe -> model -> rollout -> rewards -> advantages -> loss -> checkpoint -> export
 """
 
+import logging
+
 __version__ = "0.1.0"
+
+# torchao, where it is installed, has these warn, at any import of diffusers, of what nothing here uses.
+for _name in ("torchao", "diffusers.quantizers.torchao.torchao_quantizer", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)

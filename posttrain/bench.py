@@ -10,8 +10,10 @@ masked, gradient checkpointing in training, and two forwards a step where it dra
 training step of it are timed, and taken as often as the method made them, sample by sample. Decoding and the preparing
 of random inputs are left out of shares and ratios, and are in images a second and peak memory, as is all else.
 
-Errors of the fast path are relative L2 distances of velocities and of the adapter's gradient to those of uncompiled
-blocks with native attention; and, of grpo, how far a ratio of policies was from 1 before an update.
+Errors of the fast path and of options are relative L2 distances to the exact path (uncompiled blocks, native attention,
+bf16 weights) with the same adapter: of velocities, of the adapter's gradient, of its change over five updates (8-bit
+moments), of text features and pixels (offloaded parts). And, of grpo, how far a ratio of policies was from 1 before an
+update.
 
 Several processes (torchrun) are measured as one: their images together, the time of the slowest. Exit code 1 says that
 something was compiled after the second step.
@@ -23,7 +25,7 @@ import gc
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,20 +33,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain import bench_errors as errors
 from posttrain import flops
-from posttrain.bench_config import BenchConfig
+from posttrain.bench_config import DRAWING, BenchConfig
 from posttrain.bench_plan import plan, text_encoder_gib
 from posttrain.bench_steps import Steps
 from posttrain.bench_table import table
-from posttrain.blocks import graphs, set_attention
-from posttrain.k2 import K2, Text
-from posttrain.policy import POLICY
+from posttrain.blocks import graphs
+from posttrain.config import ModelConfig
+from posttrain.k2 import K2
+from posttrain.policy import quickened
 from posttrain.processes import Processes
 from posttrain.stock import Stock
 from posttrain.track import environment
 from prompts.errors import UserError
 
-ASIDE = ("decode", "prepare")
+ASIDE = ("decode", "encode", "prepare")
 """Stages that are no work of the network."""
 NANO = Path(__file__).parent / "nano/weights/k2-nano"
 
@@ -156,9 +160,19 @@ def _measured(
     config: BenchConfig, method: str, size: tuple[int, int], procs: Processes, matmul: float
 ) -> dict[str, Any]:
     cuda = procs.device.type == "cuda"
+    drawing = method in DRAWING
+    config = replace(config, rank=0) if method == "expander" else config  # it draws with the base
     k2 = _model(config, procs.device)
-    weights = torch.cuda.memory_allocated(procs.device) / 2**30 if cuda else None
     steps = Steps(k2, config, size, procs)
+    stock = _stock(steps, drawing) if config.stock else None
+    compiled = cuda if config.compile is None else config.compile
+    inexact = compiled or config.attention != "native" or config.quantize is not None or bool(config.offload)
+    exact = errors.observed(steps) if inexact else {}
+    options = ModelConfig("", compile=compiled, recompute=config.recompute, attention=config.attention)
+    quickened(k2, replace(options, quantize=config.quantize, offload=config.offload), procs.device)
+    gc.collect()
+    adapters = sum(p.numel() for n in k2.roles for p in k2.role_parameters(n))
+    weights = (torch.cuda.memory_allocated(procs.device) - 4 * adapters) / 2**30 if cuda else None
     forwards = Forwards(k2, config.rank)
     first, before = [], graphs()
 
@@ -171,11 +185,11 @@ def _measured(
 
     for index in range(config.warmup):
         first.append(sum(once(index)[0].values()))
-    compiled = graphs()
+    ready = graphs()
     if cuda:
         torch.cuda.reset_peak_memory_stats(procs.device)
     done = [once(config.warmup + index) for index in range(steps.count(method))]
-    again = graphs() - compiled
+    again = graphs() - ready
     peak = torch.cuda.max_memory_allocated(procs.device) / 2**30 if cuda else None
     # A start of grpo's window is a different amount of work, so that there, means over all are told.
     middle: Callable[[list[float]], float] = (lambda v: sum(v) / len(v)) if method == "grpo" else median
@@ -198,55 +212,54 @@ def _measured(
         "peak_gib": peak,
         "weights_gib": weights,
         "adapter_parameters": sum(p.numel() for n in k2.roles for p in k2.role_parameters(n)),
-        "compiled": k2.blocks.compiled,
-        "graphs": compiled - before,
+        "block_bytes_a_token": k2.blocks.bytes_a_token,
+        "compiled": compiled,
+        "graphs": ready - before,
         "recompilations": again,
         "first_seconds": max(0.0, sum(first) - len(first) * middle(total)) / 1e3,
         "error": {} if steps.ratio_error is None else {"ratio": steps.ratio_error},
         "shape": asdict(forwards.shape),
         "multiple": k2.pixel_multiple,
     }
-    if k2.blocks.compiled or config.attention != "native":
-        row["error"] |= _agreement(steps)
-    if config.stock:
-        row["stock"] = _beside(steps, work, middle(network))
+    if inexact:
+        row["error"] |= errors.distances(errors.observed(steps), exact)
+    row["error"] |= errors.of_updates(steps)
+    if stock is not None:
+        row["stock"] = _beside(stock, work, middle(network))
     return row
 
 
 def _model(config: BenchConfig, device: torch.device) -> K2:
-    cuda = device.type == "cuda"
-    dtype = torch.bfloat16 if cuda else torch.float32
+    """Without any option, as the exact path is."""
+    dtype = torch.bfloat16 if device.type == "cuda" or config.quantize else torch.float32
     if config.scale == "nano":
-        k2 = K2.load(NANO, dtype=dtype, device=device)
-    else:
-        k2 = K2.random(device, dtype, config.scale, text=False)
-    k2.blocks.compiled = cuda if config.compile is None else config.compile
-    k2.blocks.recompute = config.recompute
-    return k2
+        return K2.load(NANO, dtype=dtype, device=device)
+    return K2.random(device, dtype, config.scale, text=config.encode)
 
 
-def _beside(steps: Steps, work: dict[str, float], network: float) -> dict[str, Any]:
-    """Stock on the samples that this process's network saw in `network` milliseconds."""
-    if steps.config.attention != "native":
-        set_attention(steps.k2.transformer, "native")
-    stock = Stock(steps.k2, steps.size, steps.config.batch, steps.config.text, steps.role)
+def _stock(steps: Steps, drawing: bool) -> dict[str, Any]:
+    """Stock's milliseconds a sample, of a forward and, of a method that trains, of a training step."""
+    cuda, batch = torch.cuda.is_available(), steps.config.batch
+    stock = Stock(steps.k2, steps.size, batch, steps.config.text, steps.role)
     try:
-        forward = _timed(steps, stock.forward) / steps.config.batch
-        if torch.cuda.is_available():
+        forward = _timed(steps, stock.forward) / batch
+        if cuda:
             torch.cuda.reset_peak_memory_stats(steps.procs.device)
-        backward = _timed(steps, stock.step) / steps.config.batch if work["backwards"] else 0.0
+        found: dict[str, Any] = {"forward_ms": forward, "step_ms": None, "step_peak_gib": None}
+        if not drawing:
+            found["step_ms"] = _timed(steps, stock.step) / batch
+            found["step_peak_gib"] = torch.cuda.max_memory_allocated(steps.procs.device) / 2**30 if cuda else None
     except torch.OutOfMemoryError:
-        return {"failed": "out of memory"}
-    peak = torch.cuda.max_memory_allocated(steps.procs.device) / 2**30 if torch.cuda.is_available() else None
-    alike = (forward * work["forwards"] + backward * work["backwards"]) / network
-    guided = None if work["backwards"] else 2 * alike
-    return {
-        "forward_ms": forward,
-        "step_ms": backward or None,
-        "step_peak_gib": peak if work["backwards"] else None,
-        "ratio": alike,
-        "ratio_guided": guided,
-    }
+        found = {"failed": "out of memory"}
+    return found
+
+
+def _beside(stock: dict[str, Any], work: dict[str, float], network: float) -> dict[str, Any]:
+    """Stock on the samples that this process's network saw in `network` milliseconds."""
+    if "failed" in stock:
+        return stock
+    alike = (stock["forward_ms"] * work["forwards"] + (stock["step_ms"] or 0.0) * work["backwards"]) / network
+    return stock | {"ratio": alike, "ratio_guided": None if work["backwards"] else 2 * alike}
 
 
 def _timed(steps: Steps, function: Callable[[], None]) -> float:
@@ -259,29 +272,6 @@ def _timed(steps: Steps, function: Callable[[], None]) -> float:
         if index:
             found.append(watch.milliseconds()[""])
     return median(found)
-
-
-def _agreement(steps: Steps) -> dict[str, float]:
-    """Relative L2 distance of velocities and gradients to those of uncompiled blocks with native attention."""
-    k2, config, found = steps.k2, steps.config, []
-    length, chosen = config.text, k2.blocks.compiled
-    text = Text(k2.fuse(k2.random_features(length))[None])
-    x = torch.randn(2, k2.image_tokens(*steps.size), k2.latent_channels, generator=torch.Generator().manual_seed(0))
-    for compiled, kernels in ((False, "native"), (chosen, config.attention)):
-        k2.blocks.compiled = compiled
-        if config.attention != "native":
-            set_attention(k2.transformer, kernels)
-        with torch.no_grad(), k2.role(steps.role):
-            parts = [k2.velocity(x.to(k2.device), 0.5, text, *steps.size)]
-        if steps.role is not None:
-            parameters = k2.train_role(POLICY)
-            with k2.role(POLICY):
-                k2.velocity(x.to(k2.device), 0.5, text, *steps.size).square().mean().backward()
-            parts.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
-            for parameter in parameters:
-                parameter.requires_grad_(False).grad = None
-        found.append(parts)
-    return {name: float((b - a).norm() / a.norm()) for name, a, b in zip(("velocity", "gradient"), *found)}
 
 
 def matmul_rate(device: torch.device) -> dict[str, Any]:

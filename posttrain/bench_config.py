@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Method = Literal["rollout", "step", "stpo", "grpo", "tdm"]
+Method = Literal["rollout", "step", "stpo", "grpo", "tdm", "expander"]
+DRAWING = ("rollout", "expander")
+"""Methods that train nothing."""
 
 
 @dataclass
@@ -14,10 +16,10 @@ class BenchConfig:
 
     output: str = "runs/bench"
     """Directory for bench.json and bench.md, created; what is in it already is replaced."""
-    methods: list[Method] = field(default_factory=lambda: ["rollout", "step", "stpo", "grpo", "tdm"])
+    methods: list[Method] = field(default_factory=lambda: ["rollout", "step", "stpo", "grpo", "tdm", "expander"])
     """What to measure. rollout: drawing pictures, all steps, without guidance. step: forward and backward of one
     stochastic step of grpo, the optimiser apart. stpo, grpo, tdm: whole training steps, whose rewards and
-    prompts cost nothing here."""
+    prompts cost nothing here. expander: the pictures of a group's expansions, by the base without an adapter."""
     scale: Literal["tiny", "nano", "k2"] = "k2"
     """Size of the model: K2's, with random weights; nano: K2-nano as it is; tiny: random, for tests."""
     sizes: list[list[int]] | None = None
@@ -26,11 +28,12 @@ class BenchConfig:
     batch: int = 8
     """Pictures in one forward, >= 2; of stpo half as many pairs; of tdm all pictures of a training step."""
     group: int = 16
-    """Pictures of a group of grpo, >= 2; a training step has one group a process."""
+    """Pictures of a group of grpo and expander, >= 2; a training step has one group a process."""
     text: int = 105
-    """Text tokens of a prompt, about: lengths differ by up to two, as they do in training; >= 4."""
+    """Text tokens of a prompt, about: lengths differ by up to two, as they do in training, and those of expansions by
+    up to half; >= 8."""
     rank: int = 64
-    """Rank of the adapters, on all linears; 0: rollout of the base, and nothing can be trained."""
+    """Rank of the adapters, on all linears; 0: drawing with the base, and nothing can be trained."""
     steps: int = 8
     """Steps from noise to picture, 3 to 16."""
     window: int = 2
@@ -41,6 +44,14 @@ class BenchConfig:
     """As model.recompute of a recipe."""
     attention: Literal["native", "cudnn"] = "native"
     """As model.attention of a recipe; stock keeps its own."""
+    quantize: Literal["fp8"] | None = None
+    """As model.quantize of a recipe; stock keeps the exact weights."""
+    optim: Literal["adamw", "adamw8bit"] = "adamw"
+    """As optim.kind of a recipe."""
+    offload: list[Literal["text_encoder", "vae"]] = field(default_factory=list)
+    """As model.offload of a recipe."""
+    encode: bool = False
+    """Load the text encoder too, and have a step of rollout, grpo and expander encode a prompt."""
     warmup: int = 2
     """Steps before the clock, which compile; what is compiled after the second is a failure; >= 2."""
     repeats: int = 5

@@ -21,6 +21,7 @@ import torch
 
 from posttrain import flops
 from posttrain.bench_config import BenchConfig
+from posttrain.bench_tiers import BLOCK_BYTES, parts_of, tiers
 from posttrain.cli import load_config
 from posttrain.config import GRPOConfig
 from posttrain.load import sizes_of
@@ -79,13 +80,19 @@ def plan(config: BenchConfig) -> str:
     adapters = 2 if method == "tdm" else 1
     parameters = adapters * shape.blocks * lora.rank * sum(a + b for a, b in shape.linears().values())
     tokens = micro * max(cost.tokens(size) for size in _sizes(recipe))
-    base = row["weights_gib"] + (result["text_encoder_gib"] or 0.0)
+    encoder = 0.0 if result["settings"].get("encode") else result["text_encoder_gib"] or 0.0  # else it is in there
+    base = row["weights_gib"] + encoder
     changed = 16 * (parameters - row["adapter_parameters"]) / 2**30
     measured_tokens = result["settings"]["batch"] * cost.tokens(row["size"])
     activations = (row["peak_gib"] - row["weights_gib"]) * tokens / measured_tokens
     need, room = base + changed + activations, config.gpu_gib or result["gpu_gib"]
     verdict = "fits" if need <= room else "does not fit: lower micro_batch, or raise model.recompute"
     lines.append(f"Memory: {need:.3g} GiB of {room:.3g} on each GPU, {base:.3g} of it weights; {verdict}")
+    if result["settings"]["scale"] != "nano":
+        parts, block = parts_of(result["settings"]["scale"]), row.get("block_bytes_a_token") or BLOCK_BYTES
+        largest = max(_sizes(recipe), key=lambda size: size[0] * size[1])
+        told = "Pictures in one forward, blocks computed again and options with which it would fit:"
+        lines += ["", told, tiers(parts, [method], [largest], lora.rank, cost.text, block)]
     return "\n".join(lines)
 
 

@@ -20,6 +20,7 @@ from posttrain.latents import Batch
 from posttrain.loop import Stepper
 from posttrain.policy import POLICY, add_policy
 from posttrain.processes import Processes
+from posttrain.render import drawn
 from posttrain.rollout import Trajectory, Transition, rollout
 from posttrain.stpo_config import PairSetConfig, STPOConfig
 from posttrain.tdm_config import TDMConfig
@@ -55,11 +56,12 @@ class Steps:
 
     def images(self, method: str) -> int:
         """Pictures of one step, over all processes."""
-        return self.procs.size * (self.config.group if method == "grpo" else self.config.batch)
+        return self.procs.size * (self.config.group if method in ("grpo", "expander") else self.config.batch)
 
     def count(self, method: str) -> int:
         """Steps to time."""
-        return max(self.config.repeats, self.starts) if method == "grpo" else self.config.repeats
+        repeats = self.config.repeats
+        return -(-repeats // self.starts) * self.starts if method == "grpo" else repeats  # each start as often
 
     @property
     def starts(self) -> int:
@@ -68,9 +70,14 @@ class Steps:
 
     def run(self, method: str, index: int, lap: Lap) -> None:
         """Step `index`, counted from 0, which calls `lap` with the name of each stage that it has ended."""
-        {"rollout": self._rollout, "step": self._step, "stpo": self._stpo, "grpo": self._grpo, "tdm": self._tdm}[
-            method
-        ](index, lap)
+        if self.config.encode and method in ("rollout", "grpo", "expander"):
+            template = self.k2.pipe.prompt_template_encode_start_idx
+            self.k2.encode_tokens([list(range(template + self.config.text))])
+            lap("encode")
+        {
+            "rollout": self._rollout, "expander": self._expander, "step": self._step, "stpo": self._stpo,
+            "grpo": self._grpo, "tdm": self._tdm,
+        }[method](index, lap)  # fmt: skip
 
     # ---- methods ----------------------------------------------------------------------------------------------
 
@@ -91,6 +98,14 @@ class Steps:
         metrics = grpo.optimise(self.k2, self._grpo_config, groups, self._stepper, self.procs)
         self.ratio_error = max(self.ratio_error or 0.0, metrics["ratio_error"])
         lap("optimise")
+
+    def _expander(self, index: int, lap: Lap) -> None:
+        """One noise for all expansions of a prompt."""
+        fused = [tokens[: len(tokens) - index % 3] for tokens in self._expansions]
+        for _, latents in drawn(self.k2, fused, [index] * len(fused), self.size, self.config.steps, self.config.batch):
+            lap("sample")
+            to_pil(self.k2.decode(latents, *self.size))
+            lap("decode")
 
     def _step(self, index: int, lap: Lap) -> None:
         times = sampler.schedule(self.config.steps, self.k2.mu(*self.size))
@@ -157,6 +172,13 @@ class Steps:
         return [self.k2.fuse(self.k2.random_features(self.config.text + i % 5 - 2, i)) for i in range(5)]
 
     @cached_property
+    def _expansions(self) -> list[Tensor]:
+        """(L, C) each, L from half to one and a half of the text length."""
+        text, group = self.config.text, self.config.group
+        lengths = [text // 2 + text * i // (group - 1) for i in range(group)]
+        return [self.k2.fuse(self.k2.random_features(length, i)) for i, length in enumerate(lengths)]
+
+    @cached_property
     def _stepper(self) -> Stepper:
         return Stepper(self.k2.train_role(POLICY), self._grpo_config.optim)
 
@@ -172,6 +194,7 @@ class Steps:
     @cached_property
     def _grpo_config(self) -> GRPOConfig:
         made = GRPOConfig("", ModelConfig(""), PromptsConfig("", ""), [], lora=self._lora)
+        made.optim.kind = self.config.optim
         made.sampling.sizes, made.sampling.steps = [list(self.size)], self.config.steps
         made.sampling.window, made.sampling.eta = self.config.window, ETA
         made.groups.prompts_per_step, made.groups.group_size = self.procs.size, self.config.group
@@ -189,6 +212,7 @@ class Steps:
     @cached_property
     def _stpo_config(self) -> STPOConfig:
         made = STPOConfig("", ModelConfig(""), PairSetConfig(""), "", lora=self._lora)
+        made.optim.kind = self.config.optim
         made.batch, made.micro_batch = self.procs.size * (self.config.batch // 2), self.config.batch // 2
         made.loss.terms_every = 0
         return made
@@ -196,6 +220,7 @@ class Steps:
     @cached_property
     def _tdm_config(self) -> TDMConfig:
         made = TDMConfig("", ModelConfig(""), PromptsConfig("", ""), lora=self._lora)
+        made.optim.kind = self.config.optim
         made.batch, made.micro_batch = self.procs.size * self.config.batch, self.config.batch
         made.sizes, made.student.steps = [list(self.size)], [self.config.steps]
         return made

@@ -19,7 +19,9 @@ def table(result: dict[str, Any]) -> str:
         f" matmul {rate['width']} cubed in {rate['dtype']}: {rate['tflops']:.4g} TFLOP/s, of which share is.",
         f"Scale {settings['scale']}, batch {settings['batch']}, group {settings['group']}, text {settings['text']},"
         f" rank {settings['rank']}, {settings['steps']} steps, window {settings['window']}, recompute"
-        f" {'auto' if settings['recompute'] is None else settings['recompute']}, attention {settings['attention']}.",
+        f" {'auto' if settings['recompute'] is None else settings['recompute']}, attention {settings['attention']},"
+        f" quantize {settings['quantize']}, optim {settings['optim']}, encode {settings['encode']}, offload"
+        f" {' and '.join(settings['offload']) or 'nothing'}.",
         "",
         f"| {' | '.join(heads)} |",
         "|---" * len(heads) + "|",

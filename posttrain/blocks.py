@@ -34,7 +34,11 @@ class Blocks:
         self.compiled = False
         self.recompute: int | None = None
         """How many blocks, the last ones, are computed again in backward instead of keeping their activations; None: as
-        many as do not fit into a GPU's free memory, and on the CPU none."""
+        many as do not fit into a GPU's free memory, at the first backward of a size, and on the CPU none."""
+        self.memory: Memory | None = None
+        """Which decides then; None: that of the GPU that the inputs are on."""
+        self.bytes_a_token: float | None = None
+        """What a block last kept for backward, a token, where that was measured."""
         self._kept: dict[tuple[int, ...], int] = {}
         self._several = False
         self.recomputed = 0
@@ -62,33 +66,40 @@ class Blocks:
         return self._each(_run_compiled, blocks, hidden, modulation, rope, mask)[:samples]
 
     def _each(self, run: Callable[..., Tensor], blocks: Sequence[nn.Module], hidden: Tensor, *others: Any) -> Tensor:
-        kept, shape, before = self._keep(hidden, len(blocks)), tuple(hidden.shape), 0
+        shape, count = tuple(hidden.shape), len(blocks)
+        memory = self.memory or (Memory(hidden.device) if hidden.is_cuda else None)
+        kept = self._keep(shape, count, memory)
+        before = again = 0
         for i, block in enumerate(blocks):
-            if kept is None and i == 1:  # the first has less to keep where only adapters are trained
-                before = torch.cuda.memory_allocated(hidden.device)
-            if kept is None and i == 2:
-                each = torch.cuda.memory_allocated(hidden.device) - before
-                trained = [p for other in blocks for p in other.parameters() if p.requires_grad]
-                kept = 2 + kept_blocks(free_memory(hidden.device, trained), each, len(blocks) - 2)
-                if each > 0:  # else nothing is trained now, and a later forward may be
-                    self._kept[shape] = kept
-            self.recomputed = 0 if kept is None else len(blocks) - min(max(kept, 0), len(blocks))
-            if kept is None or i < kept:
+            if kept is None and i == 1 and not hidden.requires_grad:
+                kept = count  # nothing is trained now, so nothing is kept either
+            # Of a new size the second and third block keep theirs: the first may have less to keep, and the second may
+            # be compiled, which leaves things behind.
+            if kept is None and memory is not None and i == 2:
+                before = memory.allocated()
+            if kept is None and memory is not None and i == 3:
+                each = memory.allocated() - before
+                self.bytes_a_token = each / (shape[0] * shape[1])
+                room = memory.free(blocks) + 2 * each + hidden.nbytes  # of these three, which have theirs already
+                kept = self._kept[shape] = kept_blocks(room, each, count, hidden.nbytes)
+            if i < kept if kept is not None else i > 0:
                 hidden = run(block, hidden, *others)
             else:
+                again += 1
                 hidden = checkpoint(
                     self._again, run, list(self.active), block, hidden, *others,
                     use_reentrant=False, preserve_rng_state=False,
                 )  # fmt: skip
+        self.recomputed = again if hidden.requires_grad else 0
         return hidden
 
-    def _keep(self, hidden: Tensor, blocks: int) -> int | None:
+    def _keep(self, shape: tuple[int, ...], blocks: int, memory: Memory | None) -> int | None:
         """How many keep their activations; None: that is to be found out."""
         if not torch.is_grad_enabled():
             return blocks
         if self.recompute is not None:
-            return blocks - self.recompute
-        return self._kept.get(tuple(hidden.shape)) if hidden.is_cuda else blocks
+            return max(0, blocks - self.recompute)
+        return blocks if memory is None else self._kept.get(shape)
 
     def _again(self, run: Callable[..., Tensor], active: list[str], *inputs: Any) -> Tensor:
         # Recomputation happens in backward, when another role may be active.
@@ -127,16 +138,37 @@ def graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-def kept_blocks(free: float, each: float, blocks: int) -> int:
-    """How many of `blocks` can keep their activations in `free` bytes, if one takes `each`.
+def kept_blocks(free: float, each: float, blocks: int, carried: float = 0.0) -> int:
+    """How many of `blocks` can keep their activations in `free` bytes, if one takes `each`; the others keep their
+    input, of `carried` bytes.
 
     A block that is computed again needs as much while it is, and about as much for its gradients.
     """
-    return blocks if each <= 0 else max(0, min(blocks, int(free / each) - 2))
+    if each <= carried:
+        return blocks
+    return max(0, min(blocks, int((free - 2 * each - blocks * carried) / (each - carried))))
 
 
-def free_memory(device: torch.device, trained: Sequence[Tensor]) -> float:
-    """Bytes of a GPU that activations may take, less a reserve, and less gradients and AdamW's moments in fp32."""
-    free, total = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free + unused - RESERVE * total - 12 * sum(p.numel() for p in trained)
+class Memory:
+    """A GPU's, in bytes."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def allocated(self) -> int:
+        return torch.cuda.memory_allocated(self.device)
+
+    def free(self, blocks: Sequence[nn.Module]) -> float:
+        """What activations may take: all but a reserve, and gradients and moments that may be to come."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return free + unused - RESERVE * total - to_come(blocks)
+
+
+def to_come(blocks: Sequence[nn.Module]) -> int:
+    """Bytes of the gradients that these blocks' trained parameters do not have yet, and of AdamW's moments in fp32 of
+    all that are trained or will be: of several roles one is trained at a time. Whether moments are there already cannot
+    be seen."""
+    named = [pair for block in blocks for pair in block.named_parameters()]
+    gradients = sum(4 * p.numel() for _, p in named if p.requires_grad and p.grad is None)
+    return gradients + sum(8 * p.numel() for name, p in named if p.requires_grad or "lora_" in name)

@@ -8,6 +8,7 @@ The manifest is written last, so a directory without a fitting manifest is torn 
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import json
@@ -17,6 +18,8 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from posttrain import shards
+from posttrain.optimizer import moment, parts
 from prompts.errors import UserError
+from prompts.parse import parse_json
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 STEP = re.compile(r"step-(\d{6,})")
@@ -49,7 +55,7 @@ def save(
     """Write `directory/step-000123` and prune to the newest `keep`; the marked best one is never removed.
 
     `tensors` maps a file's stem to its tensors, `state` is anything JSON can hold. For one process only.
-    Raises UserError when the disk is full; what was written is removed and older checkpoints stay whole.
+    Raises UserError when it cannot be written; what was written is removed and older checkpoints stay whole.
     """
     directory = Path(directory)
     final = directory / f"step-{step:06d}"
@@ -64,13 +70,7 @@ def save(
             plain = {key: value.detach().cpu().contiguous() for key, value in group.items()}
             save_file(plain, temporary / f"{name}.safetensors")
         _write_json(temporary / "state.json", {"step": step, **state})
-        files = sorted(temporary.iterdir())
-        for path in files:
-            _fsync(path)
-        sums = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
-        _write_json(temporary / "manifest.json", sums)
-        _fsync(temporary / "manifest.json")
-        _fsync(temporary)
+        seal(temporary)
         if final.exists():  # a torn one, or this step once more after resuming from an older one
             os.rename(final, directory / f".tmp-old-{step:06d}")
         os.rename(temporary, final)
@@ -83,10 +83,74 @@ def save(
                 f"{final}: no space left while saving ({_megabytes(tensors):.0f} MB); free some or lower"
                 " checkpoint.keep, then run again with --resume. Older checkpoints are whole."
             ) from error
-        raise
+        raise UserError(f"{final}: cannot be saved: {error}; older checkpoints are whole") from error
     shutil.rmtree(directory / f".tmp-old-{step:06d}", ignore_errors=True)
     _prune(directory, keep)
     return final
+
+
+def seal(directory: Path) -> None:
+    """Write manifest.json of the files in a directory, when they are on disk."""
+    files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != "manifest.json")
+    for path in files:
+        _fsync(path)
+    sums = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+    _write_json(directory / "manifest.json", sums)
+    _fsync(directory / "manifest.json")
+    _fsync(directory)
+
+
+def on_host(
+    tensors: Mapping[str, Tensor], keep: bool = True, over: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Copies on the CPU, which stay as they are now; sharded ones are gathered, one after the other, by all processes,
+    of which some may not `keep` them. Copies of before, to be written over, save the time of getting fresh memory."""
+    found = {}
+    for key, value in tensors.items():
+        whole, old = shards.whole(value.detach()), (over or {}).get(key)
+        if keep and old is not None and (old.shape, old.dtype) == (whole.shape, whole.dtype):
+            found[key] = old.copy_(whole)
+        elif keep:
+            found[key] = whole.to("cpu", copy=True)
+    return found
+
+
+class Writer:
+    """Saves in a thread, one checkpoint at a time: who trains waits for its copy in memory, not for the disk."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(
+        self,
+        directory: Path,
+        step: int,
+        tensors: dict[str, dict[str, Tensor]],
+        state: dict[str, Any],
+        keep: int,
+        best: int | None = None,
+    ) -> None:
+        """See `save` and, for `best`, `mark_best`. Waits for the one before; the tensors may not change any more."""
+        self.check(wait=True)
+
+        def write(state: dict[str, Any]) -> None:
+            save(directory, step, tensors, state, keep)
+            if best is not None:
+                mark_best(directory, best)
+
+        self._pending = self._thread.submit(write, copy.deepcopy(state))
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is being written."""
+        return self._pending is None or self._pending.done()
+
+    def check(self, wait: bool = False) -> None:
+        """Raises what went wrong with the last one, once: if it is done, or, with `wait`, when it is."""
+        if self._pending is not None and (wait or self.done):
+            pending, self._pending = self._pending, None
+            pending.result()
 
 
 def mark_best(directory: str | Path, step: int) -> None:
@@ -121,11 +185,11 @@ def load_latest(directory: str | Path) -> Checkpoint | None:
 def load(path: str | Path) -> Checkpoint:
     """One checkpoint, checked against its manifest. Raises UserError if missing, incomplete or corrupt."""
     path = Path(path).resolve()
-    problem = _problem(path)
-    if problem:
-        raise UserError(f"{path}: not a whole checkpoint: {problem}")
+    if wrong := problem(path):
+        raise UserError(f"{path}: not a whole checkpoint: {wrong}")
     state = json.loads((path / "state.json").read_text())
-    tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    names = sorted(name for name in parse_json((path / "manifest.json").read_bytes()) if name.endswith(".safetensors"))
+    tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in names}
     return Checkpoint(path, state.pop("step"), tensors, state)
 
 
@@ -135,19 +199,22 @@ def find(path: str | Path) -> Path:
     if (path / "manifest.json").is_file():
         return path
     for candidate in reversed(_saved(path / "checkpoints")):
-        if not _problem(candidate):
+        if not problem(candidate):
             return candidate
     raise UserError(f"{path}: holds no whole checkpoint; give a run directory or one of its checkpoints")
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimiser's state as tensors (`<parameter index>.<name>`) and JSON (all the rest)."""
+    """The optimiser's state as tensors (`<parameter index>.<name>`, of a moment in 8 bits `....<part>`) and JSON (all
+    the rest)."""
     full = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
-    state: dict[str, Any] = {"scalars": {}, "groups": []}
+    state: dict[str, Any] = {"kind": type(optimizer).__name__, "scalars": {}, "groups": []}
     for index, values in full["state"].items():
         for name, value in values.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and (inner := parts(value)) is not None:
+                tensors |= {f"{index}.{name}.{part}": tensor for part, tensor in inner.items()}
+            elif isinstance(value, Tensor):
                 tensors[f"{index}.{name}"] = value
             else:
                 state["scalars"][f"{index}.{name}"] = value
@@ -162,8 +229,14 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Put back what `flatten_optimizer` gave, bit for bit.
 
-    Raises UserError if the parameters differ in number or shape, as after a change of model or LoRA rank.
+    Raises UserError if the parameters differ in number or shape, as after a change of model or LoRA rank, or the kind
+    of the optimiser does.
     """
+    own, kind = type(optimizer).__name__, state.get("kind", "AdamW")
+    if own != kind:
+        raise UserError(
+            f"optim.kind: the checkpoint's is {kind} and the recipe's {own}; restore it, or start another run"
+        )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     saved = sum(len(group["params"]) for group in state["groups"])
     if saved != len(parameters):
@@ -173,11 +246,17 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
         )
     groups = [{**group} for group in state["groups"]]
     values: dict[int, dict[str, Any]] = {}
+    eight: dict[tuple[int, str], dict[str, Tensor]] = {}
     for key, value in {**tensors, **state["scalars"]}.items():
         owner, _, name = key.partition(".")
         if owner.startswith("group"):
             groups[int(owner.removeprefix("group"))][name] = value
             continue
+        name, _, part = name.partition(".")
+        if part:
+            eight.setdefault((int(owner), name), {})[part] = value.clone()
+            if part != "codes":
+                continue
         shape = parameters[int(owner)].shape
         if isinstance(value, Tensor) and value.ndim and value.shape != shape:
             raise UserError(
@@ -185,6 +264,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
                 " the recipe has changed; restore model and lora, or start another run"
             )
         values.setdefault(int(owner), {})[name] = value.clone() if isinstance(value, Tensor) else value
+    for (owner, name), inner in eight.items():
+        values[owner][name] = moment(inner)
     for group in groups:
         if "betas" in group:
             group["betas"] = tuple(group["betas"])
@@ -223,22 +304,28 @@ def _saved(directory: Path) -> list[Path]:
     return [path for _, path in sorted(steps)]
 
 
-def _problem(path: Path) -> str | None:
+def problem(path: Path, needed: str = "state.json") -> str | None:
+    """Why a directory is no whole checkpoint, of which `needed` is a file."""
     if not path.is_dir():
         return "no such directory"
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = parse_json((path / "manifest.json").read_bytes())
+        expected = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest.items()}
     except FileNotFoundError:
         return "manifest.json is missing"
-    except ValueError:
-        return "manifest.json is not JSON"
-    for name, expected in manifest.items():
+    except ValueError as error:
+        return f"manifest.json: {error}"
+    except (OSError, AttributeError, KeyError, TypeError):
+        return "manifest.json is damaged"
+    if needed not in expected:
+        return f"manifest.json does not name {needed}"
+    for name, (size, digest) in expected.items():
         file = path / name
-        if not file.is_file():
+        if not os.path.isfile(file):
             return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
-        if _sha256(file) != expected["sha256"]:
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, not {size}"
+        if _sha256(file) != digest:
             return f"{name} does not match its checksum"
     return None
 

@@ -103,13 +103,18 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(argv)
     except UserError as error:
-        print(f"posttrain: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"posttrain: error: {_printable(' '.join(str(error).split()))}", file=sys.stderr)
         if error.detail:
             print(error.detail, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("posttrain: interrupted", file=sys.stderr)
         return 130
+
+
+def _printable(text: str) -> str:
+    """What a message quotes may hold what a terminal would obey."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def load_config(name: str, argv: list[str]) -> tuple[Any, bool]:
@@ -180,7 +185,8 @@ def _usage() -> str:
     lines = [f"  {name:<{width}}{command.help}" for name, command in COMMANDS.items()]
     return (
         "usage: posttrain <command> --config RECIPE [--section.field value ...]\n\n"
-        "Post-training for Krea 2 (K2). Settings come from recipes (YAML), of which a later one wins; options win over all.\n\n"
+        "Post-training for Krea 2 (K2). Settings come from recipes (YAML), a later one wins;"
+        " options win over all.\n\n"
         "commands:\n" + "\n".join(lines) + "\n\n"
         "`posttrain <command> --help` lists the settings of a command with units and defaults;\n"
         "`posttrain <command> --config RECIPE --print_config` shows what they come to.\n"

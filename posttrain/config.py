@@ -37,6 +37,14 @@ class ModelConfig:
     attention: Literal["native", "cudnn"] = "native"
     """Kernels of attention. native: those that torch chooses. cudnn: cuDNN's, on an NVIDIA GPU in bfloat16, which may
     be faster with large pictures; results agree within rounding."""
+    quantize: Literal["fp8"] | None = None
+    """fp8: hold and multiply the frozen weights of the transformer's blocks in 8 bits (K2: 12.6 GiB instead of 24), in
+    bfloat16 and under an adapter only. It changes results, by what `posttrain bench` measures, and what is exported is
+    the adapter for the exact base. Needs an NVIDIA GPU of compute capability 8.9 or more (a CPU is slow), and
+    pip install 'posttrain[fp8]'. null: exact."""
+    offload: list[Literal["text_encoder", "vae"]] = field(default_factory=list)
+    """Parts that wait in the CPU's memory while they are not used: each use copies them to the GPU (K2: 8.3 and 0.25
+    GB); results are the same."""
     allow_distilled: bool = False
     """Train a distilled checkpoint (Turbo, or a run of posttrain tdm as start) as if it were Raw. Losses over all noise
     levels blur what few steps draw: the order that works is to train Raw and to distil it last."""
@@ -124,6 +132,9 @@ class OptimConfig:
     """Last training steps over which the rate falls linearly to 0, >= 0; 0: it stays."""
     ema: float = 0.0
     """Decay of the moving average of the weights that evaluation and export use, in [0, 1); 0: the weights."""
+    kind: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit: keep the two moments in 8 bits, 2 bytes a trained weight instead of 8. It changes results, by what
+    `posttrain bench` measures; needs pip install 'posttrain[fp8]'. A run keeps to its kind."""
 
 
 @dataclass

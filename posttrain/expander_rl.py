@@ -26,13 +26,15 @@ import signal
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from transformers import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig as TRLConfig
 from trl import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
+from posttrain import sampler
 from posttrain.expander_eval import ExpanderEvaluator
 from posttrain.expander_follow import Follow, Shared, diversity_weight
 from posttrain.expander_model import CARD, write_card
@@ -43,7 +45,8 @@ from posttrain.expander_template import messages, template
 from posttrain.processes import Processes
 from posttrain.render import make_renderer
 from posttrain.track import Run
-from posttrain.training import Urls, in_run
+from posttrain.training import Urls, in_run, resuming
+from posttrain.trl_checkpoint import Sealed, newest
 from prompts.errors import UserError
 from prompts.records import PromptRecord, read_prompts
 from rewards.diversity import Features
@@ -64,13 +67,12 @@ def train(config: ExpanderGDPOConfig, resume: bool = False) -> None:
 
 def _load_and_train(config: ExpanderGDPOConfig, resume: bool) -> None:
     procs = Processes()
-    if procs.main:
-        Run.check(config, resume)
     if config.groups.prompts_per_step % procs.size:
         raise UserError(
             f"groups.prompts_per_step: {config.groups.prompts_per_step} do not divide by {procs.size} processes, and"
             " each compares whole groups; use a multiple"
         )
+    resume = resuming(config, resume, procs)
     records, heldout = read_prompts(config.prompts.train), read_prompts(config.prompts.heldout)
     load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})  # before the wait
     policy = Policy(config.model, config.lora, config.seed, procs.device)
@@ -100,7 +102,7 @@ def _train(
         policy.write, max_tokens=generation.max_tokens, temperature=generation.temperature, seed=config.eval.seed
     )
     evaluator = ExpanderEvaluator(heldout, config.eval, scorer, write, policy.embed)
-    trainer = GRPOTrainer(
+    trainer = Trainer(
         model=policy.model,
         reward_funcs=shared.functions(),  # type: ignore[arg-type]
         args=settings(config, procs),
@@ -108,13 +110,15 @@ def _train(
         processing_class=policy.tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
-    saved = _newest(run.path / "checkpoints") if resume else None
+    found = newest(run.path / "checkpoints") if resume else None
+    saved = found and found[1]
     if saved is not None and json.loads((run.path / CARD).read_text())["base_fingerprint"] != policy.base_fingerprint:
         raise UserError(f"model.path: {policy.base} has other weights than what {saved} was trained on; restore them")
     if procs.main:
         write_card(run.path, policy.base, policy.base_fingerprint)
     follow = Follow(config, run, procs, trainer, shared, evaluator, saved)
     trainer.add_callback(follow)
+    trainer.add_callback(Sealed)
     run.start(config.steps, follow.first)
     if config.ablation.diversity != "kept":
         run.say(f"ABLATION: {ABLATED[config.ablation.diversity]}")
@@ -132,6 +136,24 @@ def _train(
     if procs.main:
         policy.save(run.path / "adapter", card(config, policy, follow.evaluations[-1]["figures"]))
     return follow.stopped
+
+
+class Trainer(GRPOTrainer):
+    """TRL's, of which a resumed run has each epoch's order of prompts as an uninterrupted one would."""
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        held: Any = super()._get_train_sampler(dataset)
+        return PromptsByEpoch(
+            held.data_source, held.mini_repeat_count, held.batch_size, held.repeat_count, held.shuffle, held.seed
+        )
+
+
+class PromptsByEpoch(RepeatSampler):
+    """TRL's own goes on with one generator from epoch to epoch, whose state no checkpoint holds."""
+
+    def set_epoch(self, epoch: int) -> None:
+        assert self.seed is not None
+        self.generator.manual_seed(sampler.seed_for(self.seed, epoch))
 
 
 def settings(config: ExpanderGDPOConfig, procs: Processes) -> TRLConfig:
@@ -204,14 +226,3 @@ def card(config: ExpanderGDPOConfig, policy: Policy, figures: dict[str, float | 
         f" those of prompts/expander.md, hash {template().hash}: the system text, then the user's prompt by itself.\n\n"
         f"## Held-out prompts\n\n| figure | |\n|---|---|\n{rows}\n"
     )
-
-
-def _newest(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole: its last file is there and can be read."""
-    while folder.is_dir() and (found := get_last_checkpoint(str(folder))) is not None:
-        try:
-            json.loads((Path(found) / "trainer_state.json").read_text())
-            return Path(found)
-        except (OSError, ValueError):
-            Path(found).rename(folder / f".torn-{Path(found).name}")
-    return None

@@ -38,6 +38,7 @@ from posttrain.fingerprint import fingerprint
 from posttrain.load import quiet
 from posttrain.preference_sources import open_source
 from posttrain.track import Run, peak_memory
+from posttrain.trl_checkpoint import Sealed, newest
 from posttrain.validate import JUDGE_TARGETS
 from prompts.errors import UserError
 
@@ -69,7 +70,7 @@ def train(config: ExpanderSFTConfig, resume: bool = False) -> None:
     if config.lora is not None:
         model = with_adapter(model, config)
     with Run.create(config, resume, main) as run:
-        checkpoint = _newest(run.path / "checkpoints") if resume else None
+        checkpoint = newest(run.path / "checkpoints") if resume else None
         run.start(config.steps, checkpoint[0] if checkpoint else 0)
         logger = _Logger(run)
         with _quiet():
@@ -139,7 +140,7 @@ def make_trainer(
         train_dataset=conversations(training),
         eval_dataset=conversations(heldout),
         processing_class=tokenizer,
-        callbacks=[logger] if logger is not None else [],
+        callbacks=[Sealed(), *([logger] if logger is not None else [])],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -316,26 +317,11 @@ def _quiet() -> Iterator[None]:
 def _check_unchanged(config: ExpanderSFTConfig) -> None:
     """Raises UserError if a run that has a checkpoint would go on with other settings than it began with."""
     recipe = Path(config.output) / "recipe.yaml"
-    if not recipe.exists() or _newest(Path(config.output) / "checkpoints") is None:
+    if not recipe.exists() or newest(Path(config.output) / "checkpoints") is None:
         return
     before, now = yaml.safe_load(recipe.read_text()), json.loads(json.dumps(asdict(config)))
     if changed := [name for name in KEPT if before[name] != now[name]]:
         raise UserError(f"{changed[0]}: is not what {config.output} was begun with ({recipe} has that); restore it")
-
-
-def _newest(folder: Path) -> tuple[int, Path] | None:
-    """The newest of the trainer's checkpoints that is whole, with its step."""
-    found = [(int(p.name.rpartition("-")[2]), p) for p in folder.glob("checkpoint-*") if _is_whole(p)]
-    return max(found, default=None)
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """The trainer writes its state last."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _evaluations(run: Run) -> tuple[dict[str, float], dict[str, float]]:

@@ -25,23 +25,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain import advantages, checkpoint, losses, sampler
+from posttrain import advantages, checkpoint, fsdp, losses, sampler
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import GRPOConfig
 from posttrain.evaluate import Evaluator, means
 from posttrain.k2 import K2, Text, to_pil
 from posttrain.loop import Clock, Stepper, check_ratio
+from posttrain.memory import Memory
 from posttrain.policy import POLICY, add_policy, load_model
 from posttrain.processes import Processes
 from posttrain.rollout import Trajectory, rollout
 from posttrain.source import PromptSource, cut_prompts
 from posttrain.track import Run
-from posttrain.training import Training, Urls, in_run
+from posttrain.training import Training, Urls, in_run, resuming
 from prompts.errors import UserError
 from prompts.records import PromptRecord, columns, read_prompts
 from rewards.background import ScoreQueue
 from rewards.base import Reward, Scores
 from rewards.gates import apply_gates
+from rewards.injection import injection
 from rewards.load import load_rewards, record
 from rewards.preflight import repeatability
 
@@ -62,14 +64,14 @@ class Group:
 
 def train(config: GRPOConfig, resume: bool = False) -> None:
     """Runs a recipe into its run directory. Raises UserError for what the user can mend."""
-    procs = Processes()
-    if procs.main:
-        Run.check(config, resume)
+    procs = Processes(shardable=True)
+    resume = resuming(config, resume, procs)
     source, heldout = PromptSource(config, read_prompts(config.prompts.train)), read_prompts(config.prompts.heldout)
     load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})  # before the wait
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     k2 = load_model(config.model, procs.device, saved)
-    add_policy(k2, config.lora, config.seed, reference=config.loss.kl > 0)
+    with fsdp.sharding(k2, procs):
+        add_policy(k2, config.lora, config.seed, reference=config.loss.kl > 0)
     in_run(config, resume, procs, lambda run, urls: _train(config, saved, run, procs, k2, source, heldout, urls))
 
 
@@ -107,19 +109,26 @@ def _train(
     with ScoreQueue(trained, config.groups.group_size) as queue:
         before = training.begin()
         if before is not None and procs.main:
-            history |= _ask_judges(run, measured, before.images, [r.prompt for r in evaluator.records])
-        for step in training.steps():
-            clock = Clock()
+            history |= _ask_judges(run, measured, before.images, evaluator.records)
+
+        def attempt(step: int, clock: Clock) -> tuple[Scores, dict[str, float | None], dict[str, float]]:
+            queue.drop()  # of an attempt that did not fit into memory
             groups = sample(k2, config, step, source, queue, procs)
             clock.lap("sample")
             scores = procs.scores(queue.gather() if groups else None, config.groups.group_size)
             metrics = score(config, groups, scores)
-            metrics |= source.update(step, apply_gates(scores, [r.spec for r in trained]))
             clock.lap("score")
             updated = optimise(k2, config, groups, stepper, procs)
+            clock.lap("optimise")
+            return scores, metrics, updated
+
+        memory = Memory(config.groups, "groups.micro_batch", procs, run.say)
+        for step in training.steps():
+            clock = Clock()
+            scores, metrics, updated = memory.fit(stepper, attempt, step, clock)
+            metrics |= source.update(step, apply_gates(scores, [r.spec for r in trained]))
             if step == training.first + 1:
                 check_ratio(updated["ratio_error"], config.loss)
-            clock.lap("optimise")
             history["images"] += config.groups.prompts_per_step * config.groups.group_size
             run.log(step, {**metrics, **updated, **clock.seconds, **training.health(), "images": history["images"]})
         training.finish()
@@ -276,12 +285,20 @@ def _weight(trajectory: Trajectory, move: Any) -> float:
 # ---- the rest ---------------------------------------------------------------------------------------------
 
 
-def _ask_judges(run: Run, rewards: list[Reward], images: np.ndarray, prompts: list[str]) -> dict[str, float | None]:
-    """How far the judges repeat themselves, said to the user and logged before the first step."""
-    judges = asyncio.run(repeatability(rewards, to_pil(torch.from_numpy(images[:4])), prompts))
+def _ask_judges(
+    run: Run, rewards: list[Reward], images: np.ndarray, records: list[PromptRecord]
+) -> dict[str, float | None]:
+    """How far judges repeat themselves and obey text, said to the user and logged before the first step."""
+    pictures, rows = to_pil(torch.from_numpy(images[:8])), records[:8]
+    prompts = [row.prompt for row in rows]
+    judges = asyncio.run(repeatability(rewards, pictures[:4], prompts))
     for judge in judges:
         run.say(judge.line)
     metrics = {f"repeatability/{judge.judge}": judge.spread for judge in judges}
+    for raised in asyncio.run(injection(rewards, pictures, prompts, columns(rows))):
+        if raised.warning:
+            run.say(raised.warning)
+        metrics |= raised.metrics
     if metrics:
         run.log(0, metrics)
     return metrics

@@ -40,6 +40,7 @@ from posttrain.loop import Loop, Stepper
 from posttrain.track import Run, peak_memory
 from posttrain.validate import JUDGE_TARGETS
 from prompts.errors import UserError
+from prompts.parse import parse_json
 from prompts.templates import Template, load_template
 from rewards.vlm import VLM, Inputs
 
@@ -167,9 +168,9 @@ def read_records(path: str, mode: str) -> list[Record]:
 
 def _record(line: str, where: str, root: Path, mode: str) -> Record:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+        row = parse_json(line)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: is not an object")
     images = []

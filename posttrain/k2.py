@@ -29,8 +29,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from posttrain import sampler
 from posttrain.blocks import Blocks
 from posttrain.load import load_pipeline, random_pipeline
+from posttrain.offload import Offloaded, uses
 from posttrain.roles import Roles, frozen_copy
 from prompts.errors import UserError
+
+DECODED = 2**20
+"""Pixels that are decoded at a time, if that is not less than a picture and not more than 16: some 3 kB each in K2."""
 
 
 @dataclass(frozen=True)
@@ -124,10 +128,12 @@ class K2(Roles):
         self.velocity_model = VelocityModel(self.transformer, self.blocks)
         self.net: nn.Module = self.velocity_model
         """What `velocity` calls. A distributed run prepares it and puts the wrapped module here."""
-        self.reference: VelocityModel | None = None
+        self.reference: nn.Module | None = None
         """What it calls instead as the role None, where all weights are a role and `reference` was asked for."""
-        self.copies: dict[str, VelocityModel] = {}
+        self.copies: dict[str, nn.Module] = {}
         """What it calls instead as a role of `add_full_copy`."""
+        self.offloaded: dict[str, Offloaded] = {}
+        """Parts that are on the device only while they are used, by name; see `offload.place`."""
         self.origin: dict[str, Any] = {"base": None, "merged": []}
         """What the weights are: the base's fingerprint and the checkpoints merged into it; see policy.py."""
         for module in (self.transformer, self.vae, self.text_encoder):
@@ -243,6 +249,7 @@ class K2(Roles):
         return [row[:room] + suffix_ids for row in ids], [max(0, len(row) - room) for row in ids]
 
     @torch.no_grad()
+    @uses("text_encoder")
     def encode_tokens(self, ids: Sequence[list[int]], batch: int = 16) -> list[Tensor]:
         """Token ids, template included, to features after the prefix."""
         if self.text_encoder is None:
@@ -354,11 +361,12 @@ class K2(Roles):
     # pictures
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, height: int, width: int, batch: int = 16) -> Tensor:
-        """Packed latents (B, N, C) to uint8 pictures (B, height, width, 3)."""
+    @uses("vae")
+    def decode(self, latents: Tensor, height: int, width: int, batch: int | None = None) -> Tensor:
+        """Packed latents (B, N, C) to uint8 pictures (B, height, width, 3), `batch` at a time; None: see DECODED."""
         mean, std = self._latent_statistics()
         pictures = []
-        for part in latents.split(batch):
+        for part in latents.split(batch or max(1, min(16, DECODED // (height * width)))):
             part = part.to(self.vae.device, torch.float32)
             z = unpack(part, *self.grid(height, width), self.pipe.patch_size) * std + mean
             pixels = self.vae.decode(z[:, :, None].to(self.vae.dtype), return_dict=False)[0][:, :, 0]
@@ -367,6 +375,7 @@ class K2(Roles):
         return torch.cat(pictures)
 
     @torch.no_grad()
+    @uses("vae")
     def encode_images(self, images: Tensor | Sequence[Image.Image], batch: int = 16) -> Tensor:
         """uint8 pictures (B, height, width, 3), or PIL images of one size, to packed latents (the mode)."""
         if not isinstance(images, Tensor):

@@ -8,11 +8,15 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from posttrain import checkpoint, shards
 from posttrain.config import CheckpointConfig, LossConfig, OptimConfig
+from posttrain.optimizer import make_optimizer, set_rate
 from prompts.errors import UserError
 
 MAX_SKIPPED = 10
@@ -55,7 +59,7 @@ class Loop:
                 stopping = self.anywhere(self.stopped is not None)
                 if stopping and self.stopped is None:
                     self.stopped = signal.SIGTERM
-                late = self.config.minutes and time.monotonic() - saved_at > 60 * self.config.minutes
+                late = self.config.minutes and self.anywhere(time.monotonic() - saved_at > 60 * self.config.minutes)
                 due = self._due or (self.config.every and step % self.config.every == 0)
                 last = self._ended or stopping or step == self.total
                 if last or late or due:
@@ -111,35 +115,44 @@ class Stepper:
     def __init__(self, parameters: Sequence[Tensor], config: OptimConfig):
         self.parameters = list(parameters)
         self.config = config
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
-        )
+        self._own = [shards.own(p) for p in self.parameters]
+        self.optimizer = make_optimizer(self._own, config)
+        if any(isinstance(p, DTensor) for p in self.parameters):
+            if config.kind != "adamw":
+                raise UserError(f"optim.kind: FSDP2 does not go with {config.kind}; use adamw")
+            self.optimizer.param_groups[0]["foreach"] = False  # it takes another copy of all
         self.rate = 1.0
         """Share of the learning rate to take, for a method that lowers it."""
         self.updates = self.skipped = self.skipped_in_a_row = 0
-        self._average = [p.detach().clone() for p in self.parameters] if config.ema else None
+        self._average = [p.detach().clone() for p in self._own] if config.ema else None
 
     def step(self) -> float:
         """One update with the accumulated gradients, which are then cleared; returns their norm before clipping.
 
         Raises UserError when ten gradients in a row were not finite.
         """
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm).item()
+        total = shards.norm([p.grad for p in self.parameters if p.grad is not None])
+        for parameter, own in zip(self.parameters, self._own):
+            own.grad = None if parameter.grad is None else shards.own(parameter.grad)
+        torch.nn.utils.clip_grads_with_norm_(self._own, self.config.max_grad_norm, total)
+        norm = total.item()
         self.updates += 1
         if math.isfinite(norm):
             self.skipped_in_a_row = 0
             warm = min(1.0, self.updates / max(1, self.config.warmup_steps))
             rate = self.config.lr * warm * self.rate
             for group in self.optimizer.param_groups:  # a resumed run takes them from its recipe
-                group |= {"lr": rate, "betas": self.config.betas, "weight_decay": self.config.weight_decay}
+                group |= {"betas": self.config.betas, "weight_decay": self.config.weight_decay}
+                set_rate(group, rate)
             self.optimizer.step()
             if self._average is not None:
                 decay = min(self.config.ema, (1 + self.updates) / (10 + self.updates))
-                torch._foreach_lerp_(self._average, [p.detach() for p in self.parameters], 1 - decay)
+                torch._foreach_lerp_(self._average, [p.detach() for p in self._own], 1 - decay)
         else:
             self.skipped += 1
             self.skipped_in_a_row += 1
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in (*self.parameters, *self._own):
+            parameter.grad = None
         if self.skipped_in_a_row >= MAX_SKIPPED:
             raise UserError(
                 f"optim.lr: {MAX_SKIPPED} gradients in a row were not finite; lower it (it is {self.config.lr:g})"
@@ -157,7 +170,7 @@ class Stepper:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for parameter, average in zip(self.parameters, self._average or []):
+        for parameter, average in zip(self._own, self._average or []):
             held = parameter.clone()
             parameter.copy_(average)
             average.copy_(held)
@@ -166,6 +179,23 @@ class Stepper:
         """What it holds besides the parameters: the optimiser's moments, and the average if there is one."""
         moments = [value for state in self.optimizer.state.values() for value in state.values()]
         return [*(value for value in moments if isinstance(value, Tensor)), *(self._average or [])]
+
+    def flattened(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The optimiser's state for a checkpoint, whichever processes hold it; see `checkpoint.flatten_optimizer`."""
+        tensors, state = checkpoint.flatten_optimizer(self.optimizer)
+        return {key: shards.joined(value, self._of(key)) for key, value in tensors.items()}, state
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Put back what `flattened` gave. Raises UserError; see `checkpoint.restore_optimizer`."""
+        parts = {key: shards.part(value, self._of(key)) for key, value in tensors.items()}
+        own = {key: value for key, value in self.optimizer.param_groups[0].items() if key == "foreach"}
+        checkpoint.restore_optimizer(self.optimizer, parts, state)
+        self.optimizer.param_groups[0] |= own  # however it was where it was saved
+
+    def _of(self, key: str) -> Tensor:
+        """The parameter that an entry of the optimiser's state belongs to."""
+        index = key.partition(".")[0]
+        return self.parameters[int(index)] if index.isdigit() else torch.empty(0)
 
     def counters(self) -> dict[str, int]:
         return {k: getattr(self, k) for k in ("updates", "skipped", "skipped_in_a_row")}

@@ -38,6 +38,7 @@ from posttrain.preferences import CARD, Preference, PreferenceWriter
 from posttrain.processes import Processes
 from posttrain.source import in_turn
 from posttrain.track import Run, peak_memory
+from posttrain.training import resuming
 from prompts.errors import UserError
 from prompts.records import PromptRecord, columns, read_prompts
 from rewards.background import ScoreQueue
@@ -82,8 +83,8 @@ def make(config: PairsConfig, resume: bool = False) -> None:
     """Runs a recipe into its directory. Raises UserError for what the user can mend."""
     began = time.perf_counter()
     procs, output = Processes(), Path(config.output)
+    resume = resuming(config, resume, procs)
     if procs.main:
-        Run.check(config, resume)
         _check_unchanged(config)
     records = read_prompts(config.prompts)
     load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})  # before the wait

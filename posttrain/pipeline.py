@@ -16,7 +16,6 @@ and one after a kill while its stage still runs, from writing into the same dire
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import signal
@@ -30,12 +29,15 @@ from typing import Any
 
 from posttrain import cli
 from posttrain.changes import changes, told
+from posttrain.lock import lock
 from posttrain.pipeline_config import PipelineConfig
 from posttrain.pipeline_plan import Stage, resolve
 from posttrain.pipeline_report import write_index
 from prompts.errors import UserError
 
 STATE = "stages.json"
+ALONE = ("export", "expander data")
+"""Commands of one process, whatever launches the others."""
 
 
 def carry_out(config: PipelineConfig, resume: bool = False, dry_run: bool = False) -> int:
@@ -137,9 +139,9 @@ class Runner:
         made = stage.command == "export" and stage.output.exists() and entry.get("settings") == stage.settings
         entry |= {"command": stage.command, "settings": stage.settings, "finished": None}
         self._save()
-        began = time.time()
+        began = time.monotonic()
         code = 0 if made else self._execute(stage)
-        entry["seconds"] = round(entry["seconds"] + time.time() - began, 1)
+        entry["seconds"] = round(entry["seconds"] + time.monotonic() - began, 1)
         if code == 0 and is_complete(stage):
             entry["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self._save()
@@ -154,8 +156,8 @@ class Runner:
         return 2 if code == 2 else 1
 
     def _execute(self, stage: Stage) -> int:
-        launch = self.config.launch if stage.command != "export" else []
-        words = [*(launch or [sys.executable, "-m", "posttrain.cli"]), stage.command, *stage.arguments]
+        launch = self.config.launch if stage.command not in ALONE else []
+        words = [*(launch or [sys.executable, "-m", "posttrain.cli"]), *stage.command.split(), *stage.arguments]
         if cli.COMMANDS[stage.command].resumable and stage.output.exists():
             words.append("--resume")
         try:
@@ -193,7 +195,7 @@ def is_complete(stage: Stage) -> bool:
     """Whether a stage whose command ended well has nothing left to do: SIGTERM to it alone ends it well too."""
     if not stage.output.exists():
         return False
-    if stage.command in ("pairs", "export"):
+    if stage.command in ("pairs", *ALONE):
         return True
     file = stage.output / "summary.json"
     summary = json.loads(file.read_text()) if file.is_file() else {}
@@ -202,14 +204,7 @@ def is_complete(stage: Stage) -> bool:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[int]:
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"output: {folder}: another posttrain run, or a stage that one has left behind, is at work here; wait"
-                " for it or stop it"
-            ) from None
+    with lock(folder, "another posttrain run, or a stage that one has left behind,") as file:
         yield file.fileno()
 
 

@@ -15,7 +15,7 @@ class StageConfig:
     name: str
     """Name of the stage, and of its directory in the pipeline's output: letters, digits, _ and -."""
     command: str
-    """What it runs: pairs, stpo, grpo, tdm, judge or export."""
+    """What it runs: pairs, stpo, grpo, tdm, export, expander data, expander sft or expander gdpo."""
     recipes: list[str] = field(default_factory=list)
     """Its recipes, as after --config; of several, later ones win."""
     set: dict[str, Setting] = field(default_factory=dict)
@@ -34,4 +34,4 @@ class PipelineConfig:
     """What to do, first to last."""
     launch: list[str] = field(default_factory=list)
     """Words that start a command of posttrain, such as [torchrun, --nproc-per-node, "8", -m, posttrain.cli], for all
-    stages but export; none: this Python, one process."""
+    stages but export and expander data; none: this Python, one process."""

@@ -21,14 +21,33 @@ from prompts.records import read_prompts
 from rewards.load import check_rewards
 
 TRAINING = ("stpo", "grpo", "tdm")
-COMMANDS = ("pairs", *TRAINING, "export")
+EXPANDER = ("expander data", "expander sft", "expander gdpo")
+COMMANDS = ("pairs", *TRAINING, "export", *EXPANDER)
 TAKES = {
     "model.start": TRAINING,
     "policy": TRAINING,
     "source": TRAINING,
     "pairs.train": ("pairs",),
+    "data": ("expander data",),
+    "model": (),
+    "model.path": ("expander sft",),
+    "renderer.path": ("export",),
 }
 """Settings that hold what another stage made, and the commands that make such a thing."""
+INPUTS = {
+    "pairs": ["model.start", "policy"],
+    "stpo": ["model.start", "pairs.train"],
+    "grpo": ["model.start"],
+    "tdm": ["model.start"],
+    "export": ["source"],
+    "expander data": [],
+    "expander sft": ["data", "model"],
+    "expander gdpo": ["model.path", "renderer.path"],
+}
+HUB = ("model", "model.path", "renderer.path")
+"""Inputs that may be a hub id."""
+PROMPTS = {"pairs": ["prompts"], "stpo": ["heldout"], "export": [], "expander data": [], "expander sft": []}
+"""Prompt files of the commands that have others than most."""
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
 
 
@@ -110,19 +129,15 @@ def _as_text(value: Any) -> str:
 def _check_inputs(stage: Stage, earlier: list[Stage]) -> None:
     """Raises UserError for an input that is not there and that no earlier stage makes; notes who makes what."""
     config, command = stage.config, stage.command
-    inputs: dict[str, str | None] = {}
-    if command == "export":
-        inputs["source"] = config.source
-    else:
-        _check_model(config.model.path, config.model.transformer_file)
-        inputs["model.start"] = config.model.start
+    if command in ("pairs", *TRAINING):
+        _check_model("model.path", config.model.path, config.model.transformer_file)
+    if command == "expander gdpo" and not any(Path(config.renderer.path) == one.output for one in earlier):
+        _check_model("renderer.path", config.renderer.path, None)
+    if command in ("pairs", *TRAINING, "expander gdpo"):
         check_rewards(config.rewards)
-    if command == "pairs":
-        inputs["policy"] = config.policy
-    if command == "stpo":
-        inputs["pairs.train"] = config.pairs.train
+    inputs = {field: _at(config, field) for field in INPUTS[command]}
     for field, value in inputs.items():
-        if value is None or value.startswith("hf:"):
+        if value is None or value.startswith("hf:") or (field in HUB and _on_hub(value)):
             continue
         maker = next((one for one in earlier if Path(value).is_relative_to(one.output)), None)
         if maker is None:
@@ -132,24 +147,31 @@ def _check_inputs(stage: Stage, earlier: list[Stage]) -> None:
                 )
             continue
         if maker.command not in TAKES[field]:
-            kinds = " or ".join(TAKES[field])
-            raise UserError(f"{field}: {value} is what stage {maker.name} makes ({maker.command}); give one of {kinds}")
+            kinds = f"one of {' or '.join(TAKES[field])}" if TAKES[field] else "a chat model"
+            raise UserError(f"{field}: {value} is what stage {maker.name} makes ({maker.command}); give {kinds}")
         if field == "model.start" and maker.command == "tdm" and not config.model.allow_distilled:
             raise UserError(f"model.start: stage {maker.name} makes a distilled model; distil last, or set"
                             " model.allow_distilled: true")  # fmt: skip
         stage.reads[field] = maker.name
-    files = {"pairs": ["prompts"], "stpo": ["heldout"], "export": []}.get(command, ["prompts.train", "prompts.heldout"])
-    for field in files:
-        source = config
-        for part in field.split("."):
-            source = getattr(source, part)
+    for field in PROMPTS.get(command, ["prompts.train", "prompts.heldout"]):
+        source = _at(config, field)
         if not source.startswith("hf:"):
             read_prompts(source)
 
 
-def _check_model(path: str, transformer_file: str | None) -> None:
-    hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).parent.exists()
-    if not hub and not (Path(path) / "model_index.json").is_file():
-        raise UserError(f"model.path: {path} has no model_index.json; give a K2 pipeline directory, or a hub id")
+def _at(config: Any, field: str) -> Any:
+    """The value of a field by its path."""
+    for part in field.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def _on_hub(path: str) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None and not Path(path).parent.exists()
+
+
+def _check_model(field: str, path: str, transformer_file: str | None) -> None:
+    if not _on_hub(path) and not (Path(path) / "model_index.json").is_file():
+        raise UserError(f"{field}: {path} has no model_index.json; give a K2 pipeline directory, or a hub id")
     if transformer_file is not None and not Path(transformer_file).is_file():
         raise UserError(f"model.transformer_file: {transformer_file}: no such file")

@@ -21,7 +21,9 @@ from posttrain.blocks import set_attention
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import LoraConfig, ModelConfig
 from posttrain.fingerprint import fingerprint
+from posttrain.fp8 import quantize
 from posttrain.k2 import K2
+from posttrain.offload import place
 from posttrain.roles import TARGETS
 from prompts.errors import UserError
 
@@ -43,8 +45,8 @@ def load_model(model: ModelConfig, device: str | torch.device, saved: Checkpoint
     if saved is not None:
         if (before := saved.state["model"].get("start")) != model.start:
             raise UserError(f"model.start: was {before} when the run began; restore it, or start another run")
-        return _quickened(_load_for(saved, asdict(model), device), model)
-    k2 = _load(asdict(model), device)
+        return quickened(_load_for(saved, asdict(model), first_device(model, device)), model, device)
+    k2 = _load(asdict(model), first_device(model, device))
     if k2.is_distilled and not model.allow_distilled:
         raise UserError(f"{model.path}: model_index.json: is_distilled is true: {DISTILLED_REMEDY}")
     if model.start is not None:
@@ -58,7 +60,7 @@ def load_model(model: ModelConfig, device: str | torch.device, saved: Checkpoint
             raise UserError(f"model.start: {found} was trained on another model than model.path ({model.path})")
         for earlier in stages:
             _merge(k2, earlier)
-    return _quickened(k2, model)
+    return quickened(k2, model, device)
 
 
 def load_base(saved: Checkpoint, device: str | torch.device = "cpu") -> K2:
@@ -103,12 +105,26 @@ def earlier_of(saved: Checkpoint) -> list[Checkpoint]:
 
 def _load(model: dict[str, Any], device: str | torch.device) -> K2:
     k2 = K2.load(model["path"], model["transformer_file"], getattr(torch, model["dtype"]), device)
+    for name, value in k2.base_state_dict().items():
+        if not value.isfinite().all():
+            where = model["transformer_file"] or model["path"]
+            raise UserError(f"{where}: {name} holds numbers that are not finite; copy or download it again")
     k2.origin = {"base": fingerprint(k2.base_state_dict()), "merged": []}
     return k2
 
 
-def _quickened(k2: K2, model: ModelConfig) -> K2:
-    """As the recipe wants it to run: that is the run's affair, and no part of what a checkpoint is."""
+def first_device(model: ModelConfig, device: str | torch.device) -> str | torch.device:
+    """Where the model is read to: what will not fit into a GPU as it is goes there later."""
+    return "cpu" if model.quantize or model.offload else device
+
+
+def quickened(k2: K2, model: ModelConfig, device: str | torch.device) -> K2:
+    """As the recipe wants it to run, and there: that is the run's affair, and no part of what a checkpoint is."""
+    if model.quantize:
+        quantize(k2, device)
+    net: Any = k2.transformer
+    net.to(device)
+    place(k2, model.offload, torch.device(device))
     k2.blocks.compiled, k2.blocks.recompute = model.compile, model.recompute
     if model.attention == "cudnn":
         if k2.device.type != "cuda" or k2.dtype != torch.bfloat16:
@@ -192,7 +208,7 @@ def file_of(lora: dict[str, Any] | None) -> str:
 
 def policy_state(k2: K2) -> dict[str, Tensor]:
     """The role's values on the CPU, copied, so that they stay what they are now."""
-    return {key: value.to("cpu", copy=True) for key, value in k2.role_state_dict(POLICY).items()}
+    return checkpoint.on_host(k2.role_state_dict(POLICY))
 
 
 def saved_tensors(k2: K2) -> dict[str, dict[str, Tensor]]:

@@ -11,8 +11,8 @@ import bisect
 import hashlib
 import io
 import itertools
-import json
 import math
+import os
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +27,7 @@ from PIL import Image, UnidentifiedImageError
 
 from posttrain.pairs_config import ColumnMap
 from prompts.errors import UserError
+from prompts.parse import parse_json
 
 
 class JsonLines:
@@ -54,12 +55,7 @@ class JsonLines:
         with self.path.open("rb") as file:
             file.seek(self._starts[i])
             line = file.readline()
-        try:
-            row = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            raise ValueError("is not UTF-8 text") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
+        row = parse_json(line)
         if not isinstance(row, dict):
             raise ValueError("is not an object")
         return row
@@ -76,7 +72,8 @@ class JsonLines:
             except ValueError:
                 continue
             values = [v for name in pictures for v in _flat(row.get(name)) if isinstance(v, str)]
-            digest.update(_stamp([file for v in values if (file := self.folder / v).is_file()]).encode())
+            files = [self.folder / v for v in values]
+            digest.update(_stamp([file for file in files if os.path.isfile(file)]).encode())
         return digest.hexdigest()
 
 
@@ -153,18 +150,20 @@ def open_source(path: str) -> Source:
     """JSONL, a parquet file or a directory of them, a directory of `save_to_disk`, or hf:NAME[:SPLIT]."""
     if path.startswith("hf:"):
         name, _, split = path.removeprefix("hf:").partition(":")
+        if not name:
+            raise UserError(f"{path}: names no dataset; write it as hf:NAME or hf:NAME:SPLIT")
         try:
             return HubDataset(path, datasets.load_dataset(name, split=split or "train"))
         except (OSError, ValueError, DatasetsError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{path}: cannot be loaded: {reason}; write it as hf:NAME or hf:NAME:SPLIT") from None
     place = Path(path)
-    if place.is_file():
+    if os.path.isfile(path):  # not Path.is_file, which raises for names that no file can have
         try:
             return Parquet(place.parent, [place]) if place.suffix == ".parquet" else JsonLines(place)
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    if not place.is_dir():
+    if not os.path.isdir(path):
         raise UserError(f"{path}: no such file or directory; give pairs as a directory, a JSONL file or hf:NAME")
     if (place / "state.json").is_file():
         try:

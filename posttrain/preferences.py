@@ -43,6 +43,7 @@ from posttrain.checkpoint import is_full
 from posttrain.pairs_config import ColumnMap
 from posttrain.preference_sources import Parquet, Skipped, Tally, Tie, number, open_source, picture, preferred
 from prompts.errors import UserError
+from prompts.parse import parse_json
 
 VERSION = 1
 CARD, README = "preferences.json", "README.md"
@@ -188,11 +189,11 @@ class Preferences:
         """preferences.json, where the set is one of ours."""
         self._columns = columns or OWN
         self._own = columns is None
-        if (Path(path) / CARD).is_file():
+        if os.path.isfile(Path(path) / CARD):
             self.card = _read_card(Path(path))
             files = [Path(path) / name for name in self.card["shards"]]
             self._source = Parquet(Path(path), files, self.card["fingerprint"])
-        elif Path(path).is_dir() and _shards(Path(path)):
+        elif os.path.isdir(path) and _shards(Path(path)):
             raise UserError(f"{path}: is unfinished: it has shards and no {CARD}; go on with what was writing it")
         else:
             self._source = open_source(path)
@@ -324,22 +325,29 @@ def _problem(pair: Preference) -> str | None:
 
 def _read_card(path: Path) -> dict[str, Any]:
     try:
-        card = json.loads((path / CARD).read_text())
-        version, shards = card["version"], card["shards"]
-    except (ValueError, KeyError, TypeError) as error:
+        card = parse_json((path / CARD).read_bytes())
+        version, shards, _ = card["version"], dict(card["shards"]), card["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path / CARD}: is damaged ({error!r}); make the pairs again") from None
     if version != VERSION:
         raise UserError(f"{path / CARD}: version {version}; this posttrain reads {VERSION}")
     for name, rows in shards.items():
-        if not (path / name).is_file():
+        if not os.path.isfile(path / name):
             raise UserError(f"{path / name}: is missing; copy the whole directory")
-        if (found := pq.read_metadata(path / name).num_rows) != rows:
+        if (found := _rows(path / name)) != rows:
             raise UserError(f"{path / name}: has {found} rows, not {rows} as {CARD} says; copy the directory again")
     return card
 
 
 def _shards(path: Path) -> dict[str, int]:
-    return {file.name: pq.read_metadata(file).num_rows for file in sorted(path.glob("shard-*.parquet"))}
+    return {file.name: _rows(file) for file in sorted(path.glob("shard-*.parquet"))}
+
+
+def _rows(file: Path) -> int:
+    try:
+        return pq.read_metadata(file).num_rows
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: is not a whole parquet file ({error}); copy or make it again") from None
 
 
 def _png(image: Image.Image) -> bytes:

@@ -2,32 +2,76 @@
 
 Groups are dealt out whole, g to process g mod N, and every seed is one of global indices. So any number of processes
 draws the same images, and their summed gradients give the same update within rounding.
+
+What they tell each other goes over gloo, also where tensors go over NCCL, so that waiting for a process that does not
+come ends in an error that names it: after POSTTRAIN_TIMEOUT seconds (1800), at once where its connection is lost.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import copy
 import os
-from collections.abc import Iterable, Sequence
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from posttrain import shards
+from prompts.errors import UserError
 from rewards.base import Scores
+
+TIMEOUT = "POSTTRAIN_TIMEOUT"
+SPARE = 300.0
+"""Seconds that tensors may take longer than messages: who is missing is found out by a message."""
+BEAT = 0.5
+"""Seconds between a process's signs of life, which are looked at twice, four of them apart."""
+
+
+class OutOfMemoryElsewhere(torch.OutOfMemoryError):
+    """Another process has run out of memory."""
+
+
+@dataclass(frozen=True)
+class _NoRoom:
+    """What a process says in place of its value."""
 
 
 class Processes:
     """The processes that a launcher started, or the only one."""
 
-    def __init__(self) -> None:
-        launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        self.state = PartialState(cpu=True) if launched and not torch.cuda.is_available() else PartialState()
+    def __init__(self, shardable: bool = False) -> None:
+        """`shardable`: the caller uses fsdp.py. Raises UserError where the launcher asks for what it cannot have."""
+        sharded = _fsdp()
+        if sharded and not shardable:
+            raise UserError("accelerate: FSDP2 is for grpo, stpo and tdm: use recipes/launch/ddp.yaml for this command")
+        launched, limit, cuda = int(os.environ.get("WORLD_SIZE", "1")) > 1, _timeout(), torch.cuda.is_available()
+        if launched and not dist.is_initialized():
+            rank, size, longest = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), limit + SPARE
+            host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+            store, most = _store(longest, host), timedelta(seconds=longest)
+            dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=most)
+        self.state = PartialState(cpu=launched and not cuda)
         self.rank, self.size = self.state.process_index, self.state.num_processes
         self.main = self.rank == 0
+        self.summed = False
+        """Set when tensors are summed over processes."""
+        self.sharded = sharded and self.size > 1
+        """Whether each is to hold only a part of the model; see fsdp.py."""
+        self.attend: Callable[[], None] = lambda: None
+        """What to do until all the others are at the same exchange of messages."""
+        self._messages = Messages(self.rank, self.size, limit) if self.size > 1 else None
+        self.each(None)  # nobody ends, and takes the store along, before all are here
 
     @property
     def device(self) -> torch.device:
@@ -49,12 +93,25 @@ class Processes:
         return [parts[i % self.size][i // self.size] for i in range(sum(map(len, parts)))]
 
     def each(self, value: Any) -> list[Any]:
-        """Everyone's value, by rank."""
-        return gather_object([value]) if self.size > 1 else [value]
+        """Everyone's value, by rank. Raises OutOfMemoryElsewhere if one of them has called `tell_out_of_memory`."""
+        if self.size == 1 or self._messages is None:
+            return [value]
+        self.attend()
+        found: list[Any] = [None] * self.size
+        with self._messages.exchange() as group:
+            dist.all_gather_object(found, value, group=group)
+        if any(isinstance(v, _NoRoom) for v in found):
+            raise OutOfMemoryElsewhere("another process has run out of memory")
+        return found
+
+    def tell_out_of_memory(self) -> None:
+        """To the others, who are in `each`, or will be."""
+        with contextlib.suppress(OutOfMemoryElsewhere):
+            self.each(_NoRoom())
 
     def from_main(self, value: Any) -> Any:
         """The main process's value, for everyone."""
-        return broadcast_object_list([value])[0] if self.size > 1 else value
+        return self.each(value if self.main else None)[0]
 
     def scores(self, mine: Scores | None, group_size: int) -> Scores:
         """The scores of all groups in their global order, from those of each process; None: it has no group.
@@ -76,6 +133,14 @@ class Processes:
         scores.waited_seconds, scores.scoring_seconds = held[0].waited_seconds, held[0].scoring_seconds
         return scores
 
+    def greatest(self, value: int) -> int:
+        """Of everyone's, at once: nothing else is attended to."""
+        found = torch.tensor(value)
+        if self._messages is not None:
+            with self._messages.exchange() as group:
+                dist.all_reduce(found, dist.ReduceOp.MAX, group)
+        return int(found)
+
     def any(self, flag: bool) -> bool:
         return any(self.each(flag))
 
@@ -86,9 +151,133 @@ class Processes:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self.sum(parameter.grad for parameter in parameters if parameter.grad is not None)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        self.sum(gradient for gradient in gradients if not isinstance(gradient, DTensor))
+        for gradient in gradients:
+            if isinstance(gradient, DTensor):  # FSDP2 has made it the mean
+                shards.own(gradient).mul_(self.size)
 
     def sum(self, tensors: Iterable[Tensor]) -> None:
         """Each tensor becomes the sum over processes."""
-        for tensor in tensors if self.size > 1 else ():
-            dist.all_reduce(tensor)
+        if self.size > 1:
+            self.each(None)  # all are there
+            self.summed = True
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+
+class Messages:
+    """Exchanges of messages, in which a process that is missing is named instead of waited for in silence.
+
+    Each process keeps signs of life in the launcher's store: how many exchanges it has come to, and a count.
+    """
+
+    def __init__(self, rank: int, size: int, limit: float):
+        self.rank, self.size, self.limit = rank, size, limit
+        self.group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=limit))
+        self.exchanges = 0
+        self._ended = threading.Event()
+        self._signs = _in_background(self._live)
+        atexit.register(self._end)
+
+    @contextlib.contextmanager
+    def exchange(self) -> Iterator[Any]:
+        """The group of all processes, for one exchange. Raises UserError that says who did not take part."""
+        self.exchanges += 1
+        began = time.monotonic()
+        try:
+            yield self.group
+        except RuntimeError as error:  # gloo has no other
+            raise UserError(self._missing(time.monotonic() - began)) from error
+
+    def _missing(self, waited: float) -> str:
+        found: list[list[tuple[int, int, str]]] = []
+
+        def look() -> None:
+            store = _store()
+            for pause in (0.0, 4 * BEAT):
+                time.sleep(pause)
+                signs = [store.get(str(rank)).decode().split(" ", 2) for rank in range(self.size)]
+                found.append([(int(count), int(beat), where) for count, beat, where in signs])
+
+        # The store itself may be in a process that is stopped, and then never answers.
+        asking = _in_background(look)
+        asking.join(4 * BEAT + 10)
+        late, remedy = [], f"see its log, and start again with --resume ({TIMEOUT}=SECONDS sets how long to wait)"
+        if len(found) < 2:
+            late = ["rank 0 does not answer"]
+        else:
+            for rank, ((_, before, _), (count, beat, where)) in enumerate(zip(*found)):
+                if rank != self.rank and (before == beat or count < self.exchanges):
+                    state = "was stopped, killed or cut off" if before == beat else "is alive and busy elsewhere"
+                    late.append(f"rank {rank} ({where}) {state}")
+        who = "; ".join(late) or "all processes are there, and the network between them failed"
+        return f"processes: rank {self.rank} of {self.size} waited {waited:.0f} s for the others: {who}; {remedy}"
+
+    def _live(self) -> None:
+        store, where, beat = _store(), f"pid {os.getpid()} on {socket.gethostname()}", 0
+        while not self._ended.is_set():
+            store.set(str(self.rank), f"{self.exchanges} {beat} {where}")
+            beat += 1
+            self._ended.wait(BEAT)
+
+    def _end(self) -> None:
+        """A thread that is in the store while Python ends would abort the process."""
+        self._ended.set()
+        self._signs.join(2)
+
+
+def _store(seconds: float = 10.0, host: bool = False) -> dist.Store:
+    """A connection to the store through which processes find each other; `host` makes it.
+
+    torchrun keeps one over restarts, with the addresses of those that are gone, which must not be found.
+    """
+    address, port, limit = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=seconds)
+    store = dist.TCPStore(address, port, is_master=host, timeout=limit, multi_tenant=True)
+    return dist.PrefixStore(f"posttrain {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _in_background(target: Callable[[], None]) -> threading.Thread:
+    """Runs it in a thread that nobody has to wait for; a connection that is lost ends it."""
+
+    def run() -> None:
+        with contextlib.suppress(RuntimeError):
+            target()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread
+
+
+def _fsdp() -> bool:
+    """Whether accelerate was told to use FSDP2. Raises UserError for what is not supported."""
+
+    def told(name: str) -> bool:
+        return os.environ.get(name, "false").lower() == "true"
+
+    if told("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError(
+            "accelerate: DeepSpeed is not supported: use recipes/launch/fsdp2.yaml, which shards parameters,"
+            " gradients and optimiser state as ZeRO-3 does"
+        )
+    if not told("ACCELERATE_USE_FSDP"):
+        return False
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError("accelerate: fsdp_version: FSDP's first is not supported; set it to 2")
+    for option in ("offload_params", "activation_checkpointing"):
+        if told(f"FSDP_{option.upper()}"):
+            raise UserError(f"accelerate: fsdp_{option}: is not supported; leave it out (model.recompute saves memory)")
+    # accelerate's default is that transformers loads weights in one process only, for accelerate to send them on.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    return True
+
+
+def _timeout() -> float:
+    given = os.environ.get(TIMEOUT, "1800")
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise UserError(f"{TIMEOUT}: is {given}; give the seconds to wait for another process, such as 1800")
+    return seconds

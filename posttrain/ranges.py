@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 from prompts.errors import UserError
+
+SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+"""In the names of variables whose values no file may hold."""
 
 
 class ConfigError(UserError):
@@ -39,3 +43,12 @@ def share(path: str, value: float, most: float) -> None:
 def positive(path: str, value: float) -> None:
     if not (math.isfinite(value) and value > 0):
         raise ConfigError(path, f"is {value}; use a number above 0")
+
+
+def no_keys(path: str, env: Mapping[str, str], arguments: Sequence[str]) -> None:
+    """Of a server: a run keeps its recipe, so keys come from the environment, which servers inherit."""
+    for name, value in env.items():
+        if SECRET.search(name) and value:
+            raise ConfigError(f"{path}.env.{name}", "a run keeps its recipe: export the variable, servers inherit it")
+    if any(word.partition("=")[0] == "--api-key" for word in arguments):
+        raise ConfigError(f"{path}.extra_args", "a run keeps its recipe: export VLLM_API_KEY and leave out --api-key")

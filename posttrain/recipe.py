@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from prompts.errors import UserError
+
+MOST_VALUES = 100_000
+"""In a recipe."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -41,6 +45,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: is not UTF-8 text; give a YAML recipe") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a path with a null in it
+        raise UserError(f"{path}: cannot be read: {error}; give the path of a recipe after --config") from None
     try:
         data = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
@@ -49,9 +55,32 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}{line}: not YAML: {error.problem}; check brackets, quotes and indents") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{path}: is nested too deeply; check brackets") from None
+    except (ValueError, AttributeError, TypeError):  # SafeLoader takes for granted that a date is one
+        raise UserError(f"{path}: not YAML: a value is not what its tag or its form says; put text in quotes") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: is not a recipe: write one `section: value` or `key: value` a line")
+    try:
+        _check_plain(data, set(), itertools.count())
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     return data
+
+
+def _check_plain(value: Any, around: set[int], seen: Iterator[int]) -> None:
+    """Raises ValueError for a key that is no text, and for aliases by which a few lines stand for endlessly many."""
+    if next(seen) > MOST_VALUES:
+        raise ValueError(f"its aliases come to more than {MOST_VALUES} values; write out what is meant")
+    if not isinstance(value, dict | list):
+        return
+    if id(value) in around:
+        raise ValueError("an alias stands for what it is a part of; write out what is meant")
+    for key in value if isinstance(value, dict) else ():
+        if not isinstance(key, str):
+            raise ValueError(f"the key {_show(key)} is not text; put it in quotes")
+    for item in value.values() if isinstance(value, dict) else value:
+        _check_plain(item, around | {id(value)}, seen)
 
 
 def check_recipe(path: str | Path, data: dict[str, Any], config: type) -> None:

@@ -12,13 +12,14 @@ import binascii
 import io
 import os
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from openai import APIResponseValidationError, AsyncOpenAI
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from posttrain import sampler
@@ -27,7 +28,7 @@ from posttrain.k2 import K2, Text, to_pil
 from posttrain.sample import GUIDANCE, STEPS
 from prompts.errors import UserError
 from rewards.base import WINDOW
-from rewards.endpoints import Endpoints, JudgeError
+from rewards.endpoints import Endpoints, JudgeError, refuse_keys
 
 SUFFIX_TOKENS = 5
 """Tokens of K2's text length that its template takes behind the prompt."""
@@ -73,17 +74,33 @@ class K2Renderer:
         encoding = self.k2.encode(prompts, self.config.max_tokens)
         fused = [self.k2.fuse(features) for features in encoding.features]
         height, width = self.config.size
-        shape = (self.k2.image_tokens(height, width), self.k2.latent_channels)
         images: list[Image.Image | None] = [None] * len(prompts)
-        rows = sorted(range(len(prompts)), key=lambda i: len(fused[i]))  # prompts of like length need little padding
-        for first in range(0, len(rows), self.config.micro_batch):
-            part = rows[first : first + self.config.micro_batch]
-            noise = sampler.noise([seeds[i] for i in part], shape)
-            text = Text.of([fused[i] for i in part])
-            latents = self.k2.sample(text, noise, self.steps, height, width, self.guidance, self._null)
-            for i, image in zip(part, to_pil(self.k2.decode(latents, height, width))):
+        for rows, latents in drawn(
+            self.k2, fused, seeds, (height, width), self.steps, self.config.micro_batch, self.guidance, self._null
+        ):
+            for i, image in zip(rows, to_pil(self.k2.decode(latents, height, width))):
                 images[i] = image
         return Rendering(images, encoding.cut)
+
+
+def drawn(
+    k2: K2,
+    fused: Sequence[Tensor],
+    seeds: Sequence[int],
+    size: tuple[int, int],
+    steps: int,
+    micro_batch: int,
+    guidance: float = 0.0,
+    null: Text | None = None,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Which of the prompts are drawn together, and the latents (B, N, C) of their pictures, under the active role:
+    prompts of like length, which need little padding."""
+    shape = (k2.image_tokens(*size), k2.latent_channels)
+    order = sorted(range(len(fused)), key=lambda i: len(fused[i]))
+    for first in range(0, len(order), micro_batch):
+        rows = order[first : first + micro_batch]
+        noise = sampler.noise([seeds[i] for i in rows], shape)
+        yield rows, k2.sample(Text.of([fused[i] for i in rows]), noise, steps, *size, guidance, null)
 
 
 class EndpointRenderer:
@@ -94,6 +111,7 @@ class EndpointRenderer:
 
     def __init__(self, config: RendererConfig):
         self.config = config
+        refuse_keys(config.urls, "renderer.urls")
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(config.path, subfolder="tokenizer")
         except (OSError, ValueError) as error:

@@ -19,7 +19,7 @@ from posttrain.compare_page import comparison
 from posttrain.config import ReportConfig
 from posttrain.group_page import groups_section
 from posttrain.html_page import by_section, figure, page, section, shares, shown, table, text
-from posttrain.run_files import RunFiles, read_json, read_run
+from posttrain.run_files import RunFiles, read_json, read_run, read_tables
 from posttrain.watches import limits, watched
 from posttrain.wipe import pictures
 from prompts.pool import Kind
@@ -63,7 +63,7 @@ def write_report(run: Path, path: Path | None = None) -> Path:
         _watches(files, watches, held),
         _curves({name: points for name, points in files.series.items() if name not in apart}),
         _pool(files.series),
-        _prompts(read_json(run / "prompts.json")),
+        _prompts(read_tables(run / "prompts.json")),
         _cost(files),
         _judges(files),
         f"<h2>Settings</h2><details><summary>Resolved recipe</summary><pre>{text(files.recipe_text)}</pre></details>",
@@ -80,12 +80,12 @@ def write_page(path: Path, title: str, body: list[str]) -> Path:
 
 def _base(recipe: dict[str, Any]) -> str:
     model = recipe.get("model") or "K2"
-    return model if isinstance(model, str) else model.get("path", "K2")
+    return model if isinstance(model, str) else str(model.get("path", "K2"))
 
 
 def _subtitle(files: RunFiles) -> str:
     parts = [f"from {_base(files.recipe)}", f"{files.steps} of {files.recipe.get('steps', '?')} steps"]
-    if "started" in files.environment:
+    if files.environment.get("started"):
         parts.append(f"started {files.environment['started'][:16].replace('T', ' ')}")
     lost = sum(value or 0 for _, value in files.series.get("non_finite", []))
     warning = f"<p><b>Metric values that were NaN or infinite: {number(lost)}</b></p>" if lost else ""
@@ -93,13 +93,12 @@ def _subtitle(files: RunFiles) -> str:
 
 
 def summary_tables(summary: dict[str, Any]) -> str:
-    before, after, teacher = (summary.get(name) or {} for name in ("before", "after", "teacher"))
+    parts: list[dict[str, Any]] = [summary.get(name) or {} for name in ("before", "after", "teacher")]
+    before, after, teacher = parts
     rows = []
     for name in [*before, *(name for name in after if name not in before)]:
         old, new = before.get(name), after.get(name)
-        change = ""
-        if isinstance(old, int | float) and isinstance(new, int | float):
-            change = figure(new - old, "+")
+        change = figure(new - old, "+") if isinstance(old, int | float) and isinstance(new, int | float) else ""
         values = [figure(old), figure(new), change, *([figure(teacher.get(name))] if teacher else [])]
         rows.append([name, *values])
     head = ["", "before", "after", "change", *(["teacher"] if teacher else [])]
@@ -174,7 +173,7 @@ def _cost(files: RunFiles) -> str:
     named = {n: p for n, p in files.series.items() if n.startswith("seconds/")}
     times = {name.partition("/")[2]: sum(value or 0.0 for _, value in points) for name, points in named.items()}
     if times:
-        if (rest := files.summary.get("seconds", 0.0) - sum(times.values())) > 0:
+        if (rest := (files.summary.get("seconds") or 0.0) - sum(times.values())) > 0:
             times["evaluation, saving and the rest"] = rest
         parts.append(f"<h3>time</h3>{shares(times, 's')}")
     if kept := dict(files.summary.get("memory") or {}):
@@ -201,7 +200,7 @@ def _judges(files: RunFiles) -> str:
 def _environment(environment: dict[str, Any]) -> str:
     if not environment:
         return ""
-    flat = {**environment, **environment.get("packages", {})}
+    flat = {**environment, **(environment.get("packages") or {})}
     flat.pop("packages", None)
     rows = table(["", ""], [list(item) for item in flat.items()], [False, False])
     return f"<h2>Environment</h2><details><summary>Versions and devices</summary>{rows}</details>"

@@ -20,7 +20,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from posttrain import sampler
+from posttrain import sampler, shards
 from posttrain.load import check_names
 from prompts.errors import UserError
 
@@ -46,6 +46,8 @@ class Roles:
         """By name; None is the role of all weights."""
         self._stored: dict[str, torch.dtype] = {}
         """The weights of the role of all weights, with the types that they have outside it."""
+        self.deferred = False
+        """Whether a role of all weights keeps their types for now; fsdp.py makes it fp32 where it cuts it up."""
         self._copies: dict[str, Krea2Transformer2DModel] = {}
         """The transformers of roles of all weights beside that one."""
         # Every adapted layer reads its active adapters from this one list: a switch is one assignment. peft's
@@ -68,6 +70,7 @@ class Roles:
         options: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": pattern}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are the point
+            warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated")  # nothing is merged by peft
             self.transformer.add_adapter(LoraConfig(**options), name)
         self.roles[name] = Role(rank, alpha, tuple(targets))
         self._relink(trainable)
@@ -88,7 +91,7 @@ class Roles:
             raise ValueError(f"role {name!r} of all weights cannot stand beside {sorted(self.roles)}")
         self._stored = {key: parameter.dtype for key, parameter in self.transformer.named_parameters() if _full(key)}
         self.roles[name] = None
-        for parameter in self.role_parameters(name):
+        for parameter in self.role_parameters(name) if not self.deferred else ():
             parameter.data = parameter.data.float()
 
     def add_full_copy(self, name: str) -> None:
@@ -131,7 +134,7 @@ class Roles:
         remedy = "give weights of this model" if full else "give the adapter of this rank and these targets"
         check_names(f"{'weights' if full else 'adapter'} {name!r}", own, state_dict, remedy)
         for key, parameter in own.items():
-            parameter.copy_(state_dict[key])
+            shards.own(parameter).copy_(shards.part(state_dict[key], parameter))
 
     def train_role(self, name: str) -> list[nn.Parameter]:
         """Only this role's parameters require grad from here on; returns them."""

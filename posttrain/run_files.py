@@ -1,16 +1,22 @@
-"""What a run directory says, read for reports; whatever the run has not written yet is empty."""
+"""Files of a run directory as someone may have left them: of the shape that posttrain wrote, or a UserError. What the
+run has not written yet is empty.
+"""
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
-import yaml
-
 from posttrain.chart import Point
+from posttrain.recipe import read_recipe
 from prompts.errors import UserError
+from prompts.parse import parse_json
+
+SECTIONS = {"loss": dict, "optim": dict, "eval": dict, "renderer": dict, "rewards": list}
+"""What reports look into of a recipe."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +46,17 @@ def read_run(path: Path) -> RunFiles:
         raise UserError(f"{path}: is a pipeline: open its index.html, or give the directory of a stage in it")
     if not recipe.is_file():
         raise UserError(f"{path}: is not a run directory (no recipe.yaml); give the --output of a training run")
-    recipe_text = recipe.read_text()
-    try:
-        settings = yaml.safe_load(recipe_text) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{recipe}: not YAML: {error}; put back what the run wrote") from None
-    summary, environment = read_json(path / "summary.json"), read_json(path / "environment.json")
-    return RunFiles(path, recipe_text, settings, summary, environment, read_metrics(path / "metrics.jsonl"))
+    return RunFiles(
+        path,
+        recipe=shaped(recipe, read_recipe(recipe), model=dict | str, **SECTIONS),
+        recipe_text=recipe.read_text(encoding="utf-8"),
+        summary=read_json(
+            path / "summary.json", before=dict, after=dict, teacher=dict, best=dict, memory=dict, rewards=dict,
+            seconds=int | float,
+        ),
+        environment=read_json(path / "environment.json", started=str, packages=dict),
+        series=read_metrics(path / "metrics.jsonl"),
+    )  # fmt: skip
 
 
 def read_metrics(path: Path) -> dict[str, list[Point]]:
@@ -57,21 +67,63 @@ def read_metrics(path: Path) -> dict[str, list[Point]]:
     series: dict[str, list[Point]] = {}
     if not path.is_file():
         return series
-    for line_number, line in enumerate(path.read_text().split("\n")[:-1], start=1):
+    for line_number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            raise UserError(f"{path}:{line_number}: not JSON; remove the line") from None
-        for name, value in row.items():
-            if name not in ("step", "time"):
-                series.setdefault(name, []).append((row["step"], value))
+            row = parse_json(line)
+        except ValueError as error:
+            raise UserError(f"{path}:{line_number}: {error}; remove the line") from None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise UserError(f"{path}:{line_number}: is of no step; remove the line")
+        values = {name: value for name, value in row.items() if name not in ("step", "time")}
+        if not all(value is None or _is_figure(value) for value in values.values()):
+            raise UserError(f"{path}:{line_number}: holds what is no figure; remove the line")
+        for name, value in values.items():
+            series.setdefault(name, []).append((row["step"], value))
     return series
 
 
-def read_json(path: Path) -> Any:
-    if not path.is_file():
-        return {}
+def read_json(path: Path, **kinds: type | UnionType) -> dict[str, Any]:
+    """An object, of which these fields, where they are there and not null, are of these types."""
+    return shaped(path, _parsed(path) if path.is_file() else {}, **kinds)
+
+
+def shaped(path: Path, data: Any, **kinds: type | UnionType) -> dict[str, Any]:
+    wrong = [n for n, k in kinds.items() if not isinstance(data.get(n), k | None)] if isinstance(data, dict) else [""]
+    if wrong:
+        raise _damaged(path, f"{wrong[0]} is not what posttrain writes there" if wrong[0] else "is no object")
+    return data
+
+
+def read_tables(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Rows by title; those of a table have the same columns."""
+    tables = read_json(path)
+    for title, rows in tables.items():
+        if not _are_rows(rows) or any(row.keys() != rows[0].keys() for row in rows):
+            raise _damaged(path, f"{title} is no table")
+    return tables
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    rows = _parsed(path) if path.is_file() else []
+    if not _are_rows(rows):
+        raise _damaged(path, "is no list of objects")
+    return rows
+
+
+def _are_rows(rows: Any) -> bool:
+    return isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _parsed(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON; remove the file and write the report again") from None
+        return parse_json(path.read_bytes())
+    except ValueError as error:
+        raise _damaged(path, str(error)) from None
+
+
+def _damaged(path: Path, problem: str) -> UserError:
+    return UserError(f"{path}: {problem}; remove the file and write the report again")

@@ -17,7 +17,7 @@ from posttrain import checkpoint, sampler
 from posttrain.config import SampleConfig
 from posttrain.expander_model import Expander
 from posttrain.k2 import K2, Text, to_pil
-from posttrain.policy import POLICY, add_saved_policy, merge_earlier
+from posttrain.policy import POLICY, add_saved_policy, first_device, merge_earlier, quickened
 from prompts.errors import UserError
 from prompts.records import PromptRecord, read_prompts
 
@@ -32,13 +32,15 @@ def sample(config: SampleConfig) -> None:
         raise UserError(f"output: {output} exists; choose another name")
     records = [PromptRecord(config.prompt)] if config.prompt is not None else read_prompts(config.prompts or "")
     model = config.model
-    k2 = K2.load(model.path, model.transformer_file, getattr(torch, model.dtype), PartialState().device or "cpu")
+    device = PartialState().device or "cpu"
+    k2 = K2.load(model.path, model.transformer_file, getattr(torch, model.dtype), first_device(model, device))
     role = contextlib.nullcontext()
     if config.adapter is not None:
         saved = checkpoint.load(checkpoint.find(config.adapter))
         merge_earlier(k2, saved)
         add_saved_policy(k2, saved)
         role = k2.role(POLICY)
+    quickened(k2, model, device)
     steps = STEPS[k2.is_distilled] if config.steps is None else config.steps
     guidance = GUIDANCE[k2.is_distilled] if config.guidance is None else config.guidance
     height, width = config.size

@@ -42,12 +42,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain import checkpoint, figures, sampler
+from posttrain import checkpoint, figures, fsdp, sampler
 from posttrain.checkpoint import Checkpoint
 from posttrain.evaluate import Evaluation, Evaluator
 from posttrain.k2 import K2, Text
 from posttrain.latents import Batch, EncodedPairs, Job, encode_pairs, noised
 from posttrain.loop import Stepper
+from posttrain.memory import Memory
 from posttrain.policy import POLICY, add_policy, load_model
 from posttrain.preference_loss import error_change, exact_guard, inner, norm, preference_terms
 from posttrain.preferences import read_preferences
@@ -55,7 +56,7 @@ from posttrain.processes import Processes
 from posttrain.source import in_turn
 from posttrain.stpo_config import PreferenceLossConfig, STPOConfig
 from posttrain.track import Run
-from posttrain.training import Training, Urls, in_run
+from posttrain.training import Training, Urls, in_run, resuming
 from prompts.errors import UserError
 from prompts.records import PromptRecord, read_prompts
 from rewards.load import load_rewards, record
@@ -67,9 +68,10 @@ BINS = 4
 
 def train(config: STPOConfig, resume: bool = False) -> None:
     """Runs a recipe into its run directory. Raises UserError for what the user can mend."""
-    procs = Processes()
-    if procs.main:
-        Run.check(config, resume)
+    procs = Processes(shardable=True)
+    if procs.sharded and config.lora is not None and (config.loss.guard == "exact" or config.loss.terms_every):
+        raise UserError("loss: FSDP2 cannot tell terms apart: set terms_every to 0, and guard to output if it is exact")
+    resume = resuming(config, resume, procs)
     preferences = read_preferences(config.pairs.train, config.pairs.columns, config.pairs.max_bad)
     heldout = read_prompts(config.heldout)
     load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})  # before the wait
@@ -78,7 +80,8 @@ def train(config: STPOConfig, resume: bool = False) -> None:
     pairs = encode_pairs(k2, preferences, config.pairs, procs)
     if saved is not None and saved.state["pairs"] != pairs.fingerprint:
         raise UserError(f"pairs: not those that {saved.path} was trained on, or encoded differently; restore them")
-    add_policy(k2, config.lora, config.seed, reference=True)
+    with fsdp.sharding(k2, procs):
+        add_policy(k2, config.lora, config.seed, reference=True)
     in_run(config, resume, procs, lambda run, urls: _train(config, saved, run, procs, k2, pairs, heldout, urls))
 
 
@@ -117,9 +120,13 @@ def _train(
 
     training.measure = measure
     training.begin()
+
+    def attempt(step: int) -> dict[str, float]:
+        return optimise(k2, config, step, draw(k2, config, pairs, step, procs), stepper, procs)
+
+    memory = Memory(config, "micro_batch", procs, run.say)
     for step in training.steps():
-        batches = draw(k2, config, pairs, step, procs)
-        metrics = optimise(k2, config, step, batches, stepper, procs)
+        metrics = memory.fit(stepper, attempt, step)
         training.history["pairs"] += config.batch
         run.log(step, metrics | training.health())
     training.finish()

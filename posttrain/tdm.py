@@ -43,11 +43,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain import checkpoint, figures, sampler, tdm_loss
+from posttrain import checkpoint, figures, fsdp, sampler, tdm_loss
 from posttrain.checkpoint import Checkpoint
 from posttrain.evaluate import Evaluation, Evaluator, Way
 from posttrain.k2 import K2, Text
 from posttrain.loop import Clock, Stepper
+from posttrain.memory import Memory
 from posttrain.policy import POLICY, add_policy, earlier_of, load_model
 from posttrain.processes import Processes
 from posttrain.progress import grid_image
@@ -55,7 +56,7 @@ from posttrain.source import FusedTexts, cut_prompts, in_turn
 from posttrain.tdm_config import TDMConfig
 from posttrain.tdm_rollout import MU, Batch, Points, roll_out
 from posttrain.track import Run
-from posttrain.training import Training, Urls, in_run
+from posttrain.training import Training, Urls, in_run, resuming
 from prompts.errors import UserError
 from prompts.records import PromptRecord, read_prompts
 from rewards.load import load_rewards
@@ -65,9 +66,8 @@ FAKE = "fake"
 
 def train(config: TDMConfig, resume: bool = False) -> None:
     """Runs a recipe into its run directory. Raises UserError for what the user can mend."""
-    procs = Processes()
-    if procs.main:
-        Run.check(config, resume)
+    procs = Processes(shardable=True)
+    resume = resuming(config, resume, procs)
     records, heldout = read_prompts(config.prompts.train), read_prompts(config.prompts.heldout)
     if len(records) < config.batch:
         raise UserError(
@@ -78,7 +78,8 @@ def train(config: TDMConfig, resume: bool = False) -> None:
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     _refuse_distilled(config)
     k2 = load_model(config.model, procs.device, saved)
-    add_roles(k2, config)
+    with fsdp.sharding(k2, procs):
+        add_roles(k2, config)
     in_run(config, resume, procs, lambda run, urls: _train(config, saved, run, procs, k2, records, heldout, urls))
 
 
@@ -104,11 +105,11 @@ def _train(
     training.steppers.append(fake)
     if saved is not None:
         k2.load_role_state_dict(FAKE, saved.tensors[FAKE])
-        checkpoint.restore_optimizer(fake.optimizer, saved.tensors["fake_optimizer"], saved.state[FAKE]["optimizer"])
+        fake.restore(saved.tensors["fake_optimizer"], saved.state[FAKE]["optimizer"])
         fake.restore_counters(saved.state[FAKE]["counters"])
 
     def state() -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        optimizer, optimizer_state = checkpoint.flatten_optimizer(fake.optimizer)
+        optimizer, optimizer_state = fake.flattened()
         return {FAKE: k2.role_state_dict(FAKE), "fake_optimizer": optimizer}, {
             FAKE: {"optimizer": optimizer_state, "counters": fake.counters()},
             "student": {"steps": config.student.steps, "mu": MU, "guidance": 0.0},
@@ -129,23 +130,37 @@ def _train(
     training.state, training.measure = state, measure
     history.setdefault("images", 0)
     training.begin()
+    drawn: dict[int, list[Batch]] = {}  # of the step, by micro_batch
+
+    def draw(step: int, clock: Clock) -> list[Batch]:
+        if config.micro_batch not in drawn:
+            drawn.clear()
+            mine, warming = procs.mine(config.batch), step <= config.fake.warmup
+            rows = [in_turn(config.seed, (step - 1) * config.batch + i, len(records)) for i in mine]
+            keys = [(config.seed, step, i) for i in mine]
+            fused, updates = texts([records[row].prompt for row in rows]), config.fake.updates + (not warming)
+            size = _size(config, step - 1)
+            drawn[config.micro_batch] = roll_out(k2, config.student, fused, keys, size, config.micro_batch, updates)
+            clock.lap("trajectory")
+        return drawn[config.micro_batch]
+
+    def attempt_fake(step: int, clock: Clock, update: int) -> dict[str, float]:
+        return update_fake(k2, config, draw(step, clock), update, fake, procs)
+
+    def attempt_student(step: int, clock: Clock) -> dict[str, float]:
+        return update_student(k2, config, draw(step, clock), null, student, procs)
+
+    memory = Memory(config, "micro_batch", procs, run.say)
     for step in training.steps():
-        clock, warming = Clock(), step <= config.fake.warmup
+        clock = Clock()
+        drawn.clear()
         fake.rate = student.rate
-        size, mine = _size(config, step - 1), procs.mine(config.batch)
-        rows = [in_turn(config.seed, (step - 1) * config.batch + i, len(records)) for i in mine]
-        keys = [(config.seed, step, i) for i in mine]
-        fused = texts([records[row].prompt for row in rows])
-        batches = roll_out(
-            k2, config.student, fused, keys, size, config.micro_batch, config.fake.updates + (not warming)
-        )
-        clock.lap("trajectory")
         metrics = {"fake_updates": config.fake.updates}
         for update in range(config.fake.updates):
-            metrics |= update_fake(k2, config, batches, update, fake, procs)
+            metrics |= memory.fit(fake, attempt_fake, step, clock, update)
         clock.lap("fake")
-        if not warming:
-            metrics |= update_student(k2, config, batches, null, student, procs)
+        if step > config.fake.warmup:
+            metrics |= memory.fit(student, attempt_student, step, clock)
             clock.lap("student")
         history["images"] += config.batch
         metrics["skipped_updates"] = student.skipped + fake.skipped

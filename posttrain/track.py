@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import importlib.metadata
 import importlib.util
 import json
@@ -29,15 +30,18 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
+import psutil
 import torch
 import yaml
 from PIL import Image
+from safetensors import SafetensorError
 
 from posttrain.changes import changes, told
 from posttrain.config import TrackConfig
+from posttrain.lock import lock
 from posttrain.progress import Progress, grid_image
 from prompts.errors import UserError
 
@@ -47,6 +51,9 @@ KEPT = (
 )  # fmt: skip
 """What a resumed run cannot change: what is trained, all that is drawn, and what evaluations draw, which are compared
 over the whole run. Its base may lie elsewhere, if it is the same: load_model sees to that."""
+UNWRITABLE = {getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ENOTDIR EISDIR EEXIST".split()}
+TORCH_UNWRITABLE = ("inline_container", "iostream error", "cannot be opened")
+"""In messages of torch.save, which TRL's trainers call."""
 PACKAGES = ("posttrain", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 
 
@@ -68,6 +75,7 @@ class Run:
         self._trackers: list[Any] = []
         self._writer: Any = None
         self._progress: Progress | None = None
+        self._lock: IO[str] | None = None
 
     @classmethod
     def create(cls, config: RunConfig, resume: bool = False, main: bool = True) -> Run:
@@ -83,6 +91,7 @@ class Run:
         recipe = run.path / "recipe.yaml"
         try:
             run.path.mkdir(parents=True, exist_ok=True)
+            run._lock = lock(run.path)
             new = _plain(dataclasses.asdict(config))  # type: ignore[call-overload]
             if recipe.exists():
                 changed = changes(yaml.safe_load(recipe.read_text()), new)
@@ -106,6 +115,8 @@ class Run:
                 raise UserError(f"track.trackers: {name} is not installed; pip install {name} or leave it out")
         run = Path(config.output)
         recipe = run / "recipe.yaml"
+        if (run / ".lock").is_file() and os.access(run / ".lock", os.W_OK):
+            lock(run).close()
         if recipe.exists() and not resume:
             raise UserError(f"{run}: holds a run already; add --resume or choose another --output")
         if recipe.exists() and any((run / "checkpoints").glob("[!.]*-*")):
@@ -115,6 +126,12 @@ class Run:
                     f"{run}: cannot be resumed with {told(lost)}: restore that (a link can stand in for a file that"
                     " was moved), or choose another --output"
                 )
+
+    @staticmethod
+    def restarted(config: RunConfig) -> bool:
+        """Whether the launch of torchrun that this process is of has begun this run, and so restarts it now."""
+        written, launch = Path(config.output) / "environment.json", _launch()
+        return launch is not None and written.exists() and json.loads(written.read_text()).get("launch") == launch
 
     def start(self, total: int, step: int = 0) -> None:
         """Begin to train: `total` steps in all, `step` of them done.
@@ -232,13 +249,29 @@ class Run:
             self._writer.close()
         for tracker in self._trackers:
             tracker.finish()
-        self._progress, self._writer, self._trackers = None, None, []
+        if self._lock is not None:
+            self._lock.close()
+        self._progress, self._writer, self._trackers, self._lock = None, None, [], None
 
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.close()
+        if isinstance(error, torch.OutOfMemoryError):
+            raise UserError(
+                f"{self.path}: out of memory ({' '.join(str(error).split())}); lower micro_batch or the size of the"
+                " pictures, or use more or larger GPUs, then go on with --resume"
+            ) from error
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            file = error.filename or self.path
+            raise UserError(f"{file}: cannot be written: {error.strerror}; mend that, then --resume") from error
+        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in TORCH_UNWRITABLE):
+            raise UserError(
+                f"{self.path}: cannot be written, such as for want of space; mend that, then --resume"
+            ) from error
+        if isinstance(error, SafetensorError):
+            raise UserError(f"{self.path}: cannot be written or read: {error}; mend that, then --resume") from error
 
 
 def peak_memory() -> dict[str, float]:
@@ -268,7 +301,16 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "commit": _commit(),
+        "launch": _launch(),
     }
+
+
+def _launch() -> str | None:
+    """Which launch of torchrun this process is of, however often it was restarted since; None: of none."""
+    if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
+        return None
+    agent = psutil.Process(os.getppid())
+    return f"{platform.node()} {agent.pid} {agent.create_time():.2f}"
 
 
 def _commit() -> str | None:

@@ -17,13 +17,13 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from posttrain import checkpoint, health, watch
+from posttrain import checkpoint, health, shards, watch
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import CheckpointConfig, EvalConfig, ModelConfig, OptimConfig
 from posttrain.evaluate import Evaluation, Evaluator
 from posttrain.k2 import K2
 from posttrain.loop import Loop, Stepper
-from posttrain.policy import POLICY, described, load_policy, saved_tensors
+from posttrain.policy import POLICY, described, file_of, load_policy
 from posttrain.processes import Processes
 from posttrain.report import write_report
 from posttrain.track import Run, RunConfig, peak_memory
@@ -64,6 +64,34 @@ def in_run(
         raise KeyboardInterrupt
 
 
+def resuming(config: RunConfig, resume: bool, procs: Processes) -> bool:
+    """Whether to go on from the newest checkpoint: if asked to, and where torchrun restarts what it began itself.
+
+    Raises UserError, in the main process, for a run directory that this cannot be done in.
+    """
+    if procs.main:
+        resume = resume or Run.restarted(config)
+        Run.check(config, resume)
+    return procs.from_main(resume)
+
+
+Tensors = dict[str, dict[str, Tensor]]
+"""By file of a checkpoint."""
+
+
+def snapshot(k2: K2, stepper: Stepper, further: Tensors, keep: bool, over: Tensors) -> tuple[Tensors, dict[str, Any]]:
+    """Copies on the CPU of what a checkpoint holds, and the JSON of the optimiser; see `checkpoint.on_host`."""
+    optimizer, state = stepper.flattened()
+    tensors = {"optimizer": optimizer, **further}
+    if stepper.config.ema:
+        tensors["live"] = k2.role_state_dict(POLICY)
+    copies = {name: checkpoint.on_host(group, keep, over.get(name)) for name, group in tensors.items()}
+    with stepper.averaged():
+        name = file_of(described(k2))
+        copies[name] = checkpoint.on_host(k2.role_state_dict(POLICY), keep, over.get(name))
+    return copies, state
+
+
 class Training:
     """One run of one method that trains the role `policy`."""
 
@@ -92,14 +120,17 @@ class Training:
         self.evaluations: list[Any] = []  # (step, figures)
         self.first = 0
         self.stopped: signal.Signals | None = None
+        self._writer = checkpoint.Writer()
+        self._copies: Tensors = {}
+        """Of the newest checkpoint."""
         self._health = health.watch(procs.device, run.say)
-        self._started = time.time()
+        self._started = time.monotonic()
         if saved is not None:
             with stepper.averaged():
                 load_policy(k2, saved)
             if config.optim.ema:
                 k2.load_role_state_dict(POLICY, saved.tensors["live"])
-            checkpoint.restore_optimizer(stepper.optimizer, saved.tensors["optimizer"], saved.state["optimizer"])
+            stepper.restore(saved.tensors["optimizer"], saved.state["optimizer"])
             stepper.restore_counters(saved.state["counters"])
             self.history, self.evaluations = saved.state["history"], saved.state["evaluations"]
             self.first = saved.step
@@ -107,6 +138,8 @@ class Training:
     def begin(self) -> Evaluation | None:
         """Evaluates what is there before the first step; None for a run that is resumed."""
         self.run.start(self.config.steps, self.first)
+        if self.first:
+            self.run.say(f"goes on after step {self.first}")
         before = None
         if self.history["before"] is None:
             before = self._evaluate(0)
@@ -119,15 +152,19 @@ class Training:
         config, total = self.config, self.config.steps
         ended = watch.regression(self.evaluations, config.eval.stop)  # one that was stopped does not go on
         loop = Loop(self.first, self.first if ended else total, config.checkpoint, self._save, self.procs.any)
-        for step in loop:
-            self.stepper.rate = min(1.0, (total - step + 1) / (config.optim.cooldown_steps + 1))
-            yield step
-            if step == total or (config.eval.every and step % config.eval.every == 0):
-                self.history["after"] = self._evaluate(step).figures
-                if watch.newest_is_best(self.evaluations, config.eval.best):
-                    loop.save_next()
-                if watch.regression(self.evaluations, config.eval.stop):
-                    loop.end()
+        try:
+            for step in loop:
+                self._writer.check()
+                self.stepper.rate = min(1.0, (total - step + 1) / (config.optim.cooldown_steps + 1))
+                yield step
+                if step == total or (config.eval.every and step % config.eval.every == 0):
+                    self.history["after"] = self._evaluate(step).figures
+                    if watch.newest_is_best(self.evaluations, config.eval.best):
+                        loop.save_next()
+                    if watch.regression(self.evaluations, config.eval.stop):
+                        loop.end()
+        finally:
+            self._writer.check(wait=True)
         self.history["steps"], self.stopped = loop.done, loop.stopped
 
     def health(self) -> dict[str, float | None]:
@@ -154,10 +191,11 @@ class Training:
             "trained weights": list(trained.values()),
             "optimiser": [tensor for stepper in self.steppers for tensor in stepper.kept()],
         }
-        return {name: sum(t.numel() * t.element_size() for t in part) / 2**30 for name, part in kept.items()}
+        sizes = {name: [shards.own(t) for t in part] for name, part in kept.items()}
+        return {name: sum(t.numel() * t.element_size() for t in part) / 2**30 for name, part in sizes.items()}
 
     def _seconds(self) -> float:
-        return self.history["seconds"] + time.time() - self._started
+        return self.history["seconds"] + time.monotonic() - self._started
 
     def _evaluate(self, step: int) -> Evaluation:
         evaluator, run = self.evaluator, self.run
@@ -172,14 +210,16 @@ class Training:
         return result
 
     def _save(self, step: int) -> None:
+        if not self.procs.main and not self.procs.sharded:
+            return
+        self._writer.check(wait=True)  # before there is another copy
+        if self.procs.sharded:
+            self.procs.each(None)  # who gathers waits no longer for the disk
+        further, state = self.state()
+        tensors, optimizer_state = snapshot(self.k2, self.stepper, further, self.procs.main, self._copies)
+        self._copies = tensors
         if not self.procs.main:
             return
-        optimizer, optimizer_state = checkpoint.flatten_optimizer(self.stepper.optimizer)
-        tensors, state = self.state()
-        with self.stepper.averaged():
-            tensors = {**saved_tensors(self.k2), "optimizer": optimizer, **tensors}
-        if self.config.optim.ema:
-            tensors["live"] = self.k2.role_state_dict(POLICY)
         state = {
             "method": self.method,
             "model": asdict(self.config.model),
@@ -191,8 +231,9 @@ class Training:
             "evaluations": self.evaluations,
             **state,
         }
-        checkpoint.save(self.run.path / "checkpoints", step, tensors, state, self.config.checkpoint.keep)
-        self._mark_best()
+        top = watch.best(self.evaluations, self.config.eval.best)
+        best, keep = top and top[0], self.config.checkpoint.keep
+        self._writer.save(self.run.path / "checkpoints", step, tensors, state, keep, best)
 
     def _mark_best(self) -> None:
         if self.procs.main and (top := watch.best(self.evaluations, self.config.eval.best)):

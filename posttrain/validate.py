@@ -25,12 +25,13 @@ from posttrain.expander_config import ExpandConfig, ExpanderDataConfig, Expander
 from posttrain.expander_rl_config import ExpanderGDPOConfig
 from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
 from posttrain.pipeline_config import PipelineConfig
-from posttrain.ranges import ConfigError, at_least, pixels, positive, share
+from posttrain.ranges import ConfigError, at_least, no_keys, pixels, positive, share
 from posttrain.stpo_config import STPOConfig
 from posttrain.tdm_config import MOST_STEPS, TDMConfig
 from posttrain.validate_bench import validate_bench
 from posttrain.validate_expander import validate_expand, validate_expander_data, validate_expander_sft
 from posttrain.validate_gdpo import validate_gdpo
+from posttrain.validate_model import refuse_quantize, validate_model
 from posttrain.validate_pairs import validate_annotate, validate_pair_set, validate_pairs, validate_preference_loss
 from posttrain.validate_pipeline import validate_pipeline
 
@@ -143,8 +144,7 @@ def _validate_run(config: GRPOConfig | STPOConfig | TDMConfig) -> None:
         raise ConfigError("output", "is empty; name a directory for the run")
     at_least("steps", config.steps, 1)
     at_least("seed", config.seed, 0)
-    if config.model.recompute is not None:
-        at_least("model.recompute", config.model.recompute, 0)
+    validate_model(config.model, all_weights=config.lora is None)
     if config.lora is not None:
         at_least("lora.rank", config.lora.rank, 1)
         positive("lora.alpha", config.lora.alpha)
@@ -356,6 +356,7 @@ def _validate_servers(servers: list[ServerSpec]) -> None:
         if not 0 <= server.port <= 65535:
             raise ConfigError(f"{path}.port", f"is {server.port}; use 1 to 65535, or 0 for any free one")
         positive(f"{path}.ready_timeout", server.ready_timeout)
+        no_keys(path, server.env, server.extra_args)
 
 
 def _validate_sample(config: SampleConfig) -> None:
@@ -364,6 +365,7 @@ def _validate_sample(config: SampleConfig) -> None:
     if config.prompt is not None and not config.prompt.strip():
         raise ConfigError("prompt", "is empty; write what the image should show")
     pixels("size", config.size)
+    validate_model(config.model)
     if config.model.start is not None:
         raise ConfigError("model.start", "has no meaning here; name that run as adapter")
     if config.steps is not None:
@@ -389,6 +391,8 @@ def _validate_carryover(config: CarryoverConfig) -> None:
         pixels("size", config.size)
     if config.model is not None and config.model.start is not None:
         raise ConfigError("model.start", "has no meaning here: what was merged into a run's base is part of its LoRA")
+    if config.model is not None:
+        refuse_quantize(config.model, "what a LoRA does is measured on exact weights")
     at_least("max_tokens", config.max_tokens, 1)
     at_least("micro_batch", config.micro_batch, 1)
     at_least("seed", config.seed, 0)

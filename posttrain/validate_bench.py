@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from posttrain.bench_config import BenchConfig
+from posttrain.bench_config import DRAWING, BenchConfig
 from posttrain.ranges import ConfigError, at_least, pixels, positive
 from posttrain.tdm_config import MOST_STEPS
 
-LEAST = {"batch": 2, "group": 2, "text": 4, "rank": 0, "warmup": 2, "repeats": 1, "gpus": 1}
+LEAST = {"batch": 2, "group": 2, "text": 8, "rank": 0, "warmup": 2, "repeats": 1, "gpus": 1}
 
 
 def validate_bench(config: BenchConfig) -> None:
@@ -14,8 +14,10 @@ def validate_bench(config: BenchConfig) -> None:
         at_least(name, getattr(config, name), least)
     if not config.methods:
         raise ConfigError("methods", "is empty; name at least one")
-    if config.rank == 0 and config.methods != ["rollout"]:
+    if config.rank == 0 and not set(config.methods) <= set(DRAWING):
         raise ConfigError("rank", "is 0, so there is nothing to train; use 1 or more, or methods [rollout]")
+    if "text_encoder" in config.offload and not config.encode:
+        raise ConfigError("offload", "names text_encoder, which is loaded and used only with encode; set encode: true")
     for i, size in enumerate(config.sizes or []):
         pixels(f"sizes[{i}]", size)
     if not 3 <= config.steps <= MOST_STEPS:

@@ -52,6 +52,8 @@ def validate_expander_sft(config: ExpanderSFTConfig) -> None:
             raise ConfigError("lora.targets", "is empty, so nothing would be trained; name layers or use null")
     if config.optim.passes != 1:
         raise ConfigError("optim.passes", f"is {config.optim.passes}; each update draws its own pairs; use 1")
+    if config.optim.kind != "adamw":
+        raise ConfigError("optim.kind", f"is {config.optim.kind}, and this command has adamw only; leave it out")
     for name in ("ema", "cooldown_steps"):
         if getattr(config.optim, name):
             raise ConfigError(f"optim.{name}", "is not for this command, whose rate falls along a cosine; leave it 0")

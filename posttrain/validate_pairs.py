@@ -9,12 +9,14 @@ from posttrain import pair_plan
 from posttrain.pairs_config import AnnotateConfig, DrawConfig, PairsConfig, PairSource
 from posttrain.ranges import ConfigError, at_least, pixels, positive, share
 from posttrain.stpo_config import PairSetConfig, PreferenceLossConfig
+from posttrain.validate_model import refuse_quantize
 
 
 def validate_pairs(config: PairsConfig) -> None:
     for name in ("output", "prompts"):
         if not getattr(config, name).strip():
             raise ConfigError(name, "is empty; name one")
+    refuse_quantize(config.model, "pairs show what the exact weights draw")
     if not config.sources:
         raise ConfigError("sources", "is empty; name at least one")
     ranks = [r for r in config.rewards if r.gate == "none" and not r.heldout_only and r.weight > 0]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.html_page import picture, text
-from posttrain.run_files import read_json
+from posttrain.run_files import read_rows
 
 RUBRIC = ("requirements", "answers")
 MOST_PAIRS = 24  # pictures shown of each side
@@ -33,13 +33,12 @@ def read_samples(directory: Path) -> list[Sample]:
     """Of one step, in order; empty where it drew none."""
     if not directory.is_dir():
         return []
-    rows, said = read_json(directory.parent / "prompts.json") or [], read_json(directory / "scores.json") or []
+    rows, said = read_rows(directory.parent / "prompts.json"), read_rows(directory / "scores.json")
     samples = []
     for i, file in enumerate(sorted(directory.glob("*.png"))):
         row = rows[i] if i < len(rows) else {}
-        samples.append(
-            Sample(file, row.get("prompt", file.name), row.get("seed", "?"), said[i] if i < len(said) else {})
-        )
+        told = {name: one for name, one in (said[i] if i < len(said) else {}).items() if isinstance(one, dict)}
+        samples.append(Sample(file, row.get("prompt", file.name), row.get("seed", "?"), told))
     return samples
 
 

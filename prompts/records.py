@@ -7,7 +7,6 @@ to render in it), `tags`, and `id`. Every other field is kept as a column and ha
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from prompts.errors import UserError
+from prompts.parse import parse_json
 
 LISTS = ("requirements", "texts", "tags")
 
@@ -66,13 +66,15 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield number, _parse(line, "utf-8-sig" if number == 1 else "utf-8", f"{path}:{number}")
+                    yield number, _parse(line, f"{path}:{number}")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give the path of a JSONL prompt file") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a directory; give the path of a JSONL prompt file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a path with a null in it
+        raise UserError(f"{path}: cannot be read: {error}; give the path of a JSONL prompt file") from None
 
 
 def _dataset_rows(source: str) -> Iterator[tuple[int, Any]]:
@@ -91,13 +93,11 @@ def _dataset_rows(source: str) -> Iterator[tuple[int, Any]]:
     yield from enumerate(rows)
 
 
-def _parse(line: bytes, encoding: str, where: str) -> Any:
+def _parse(line: bytes, where: str) -> Any:
     try:
-        return json.loads(line.decode(encoding))
-    except UnicodeDecodeError:
-        raise UserError(f"{where}: is not UTF-8 text; save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}); write one object a line") from None
+        return parse_json(line)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}; write one object a line, in UTF-8") from None
 
 
 def _record(row: Any, where: str) -> PromptRecord:

@@ -61,6 +61,12 @@ class ScoreQueue:
             scores.scoring_seconds, self._busy = self._busy, 0.0
         return scores
 
+    def drop(self) -> None:
+        """Forget what was submitted and not gathered."""
+        jobs, self._jobs = self._jobs, []
+        for job in jobs:
+            job.cancel()
+
     def close(self) -> None:
         async def cancel() -> None:
             tasks = asyncio.all_tasks() - {asyncio.current_task()}

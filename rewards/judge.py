@@ -19,9 +19,10 @@ from openai import APIResponseValidationError, AsyncOpenAI, RequestOptions
 from PIL import Image
 
 from prompts.errors import UserError
+from prompts.parse import parse_json
 from prompts.templates import Template, spelled
 from rewards.encode import EncodedImage, encode, encode_async
-from rewards.endpoints import Endpoints, JudgeError
+from rewards.endpoints import Endpoints, JudgeError, refuse_keys
 
 CACHED_ANSWERS = 1 << 16
 PLACE = "data:,"  # of the picture's URL in a request
@@ -47,6 +48,8 @@ class Judge:
     def __post_init__(self) -> None:
         if not self.base_urls:
             raise UserError(f"judge {self.model}: base_urls: empty: give a URL or server://NAME")
+        urls = [self.base_urls] if isinstance(self.base_urls, str) else self.base_urls
+        refuse_keys(urls, f"judge {self.model}: base_urls")
 
     async def p_yes(self, image: Image.Image | EncodedImage | None, template: Template, **fields: str) -> float:
         """P(yes) / (P(yes) + P(no)) at the first answer token; None asks about text alone."""
@@ -123,7 +126,7 @@ class Judge:
             if choice["finish_reason"] == "length":
                 raise JudgeError(f"the answer is longer than {self.max_text_tokens} tokens")
             content = choice["message"]["content"]
-            answer = json.loads(content)
+            answer = parse_json(content)
         except (KeyError, IndexError, TypeError, ValueError):
             raise JudgeError("the answer is not the JSON that was asked for") from None
         if not isinstance(answer, dict) or answer.keys() != {key} or not _strings(answer[key]):
@@ -169,7 +172,7 @@ class Judge:
         async with self._slots:
             try:
                 return await self._endpoints.request(send)
-            except (APIResponseValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            except (APIResponseValidationError, ValueError, LookupError, RecursionError) as error:  # JSON and charset
                 raise JudgeError(f"the server's answer is malformed: {error}") from error
             except JudgeError as error:
                 raise JudgeError(self._without_key(str(error))) from None

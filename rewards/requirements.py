@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from prompts.errors import UserError
+from prompts.parse import parse_json
 from prompts.templates import Template
 from rewards.endpoints import JudgeError
 from rewards.judge import Judge
@@ -44,12 +45,21 @@ class Requirements:
 
 def _read(path: Path) -> dict[str, list[str]]:
     known = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; name another file") from None
+    for number, line in enumerate(lines, 1):
         try:
-            entry = json.loads(line)
-            known[entry["prompt"]] = entry["requirements"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: line {number}: not a requirements record: remove that line") from error
+            entry = parse_json(line)
+            prompt, found = entry["prompt"], entry["requirements"]
+            if not (isinstance(prompt, str) and isinstance(found, list) and found):
+                raise TypeError
+            if not all(isinstance(text, str) and text.strip() for text in found):
+                raise TypeError
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}: line {number}: not a requirements record: remove that line") from None
+        known[prompt] = found
     return known
 
 

@@ -233,19 +233,19 @@ class Commands:
             env=environment,
         )  # fmt: skip
 
-    def __call__(self, *args, limit: int = 0, processes: int = 1) -> subprocess.CompletedProcess:
+    def __call__(self, *args, limit: int = 0, processes: int = 1, **environment: str) -> subprocess.CompletedProcess:
         """Runs a command line; files it writes may be `limit` bytes long, which stands in for a full disk."""
-        self.start(*args, limit=limit, processes=processes)
+        self.start(*args, limit=limit, processes=processes, **environment)
         return self.wait()
 
-    def start(self, *args, limit: int = 0, processes: int = 1) -> list[int]:
+    def start(self, *args, limit: int = 0, processes: int = 1, **environment: str) -> list[int]:
         """Begins a command and returns its process ids, by rank; `wait` must follow before the next one.
 
         Several processes have the environment that a launcher such as torchrun gives them.
         """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+            world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), **environment}
         world["WORLD_SIZE"] = world["LOCAL_WORLD_SIZE"] = str(processes)
         ranks = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
         call = {"args": [str(arg) for arg in args], "files": self.files, "limit": limit}
@@ -255,9 +255,12 @@ class Commands:
         return self._answer()
 
     def wait(self) -> subprocess.CompletedProcess:
-        """Output of all processes; the exit code is the first that is not 0."""
-        code = next(filter(None, self._answer()), 0)
-        return subprocess.CompletedProcess([], code, *(Path(file).read_text() for file in self.files))
+        """Output of all processes; the exit code is the first that is not 0, and `args` are those of all."""
+        codes = self._answer()
+        code = next(filter(None, codes), 0)
+        return subprocess.CompletedProcess(
+            [str(code) for code in codes], code, *(Path(file).read_text() for file in self.files)
+        )
 
     def _answer(self) -> list[int]:
         assert self.server.stdout is not None
@@ -266,4 +269,4 @@ class Commands:
     def close(self) -> None:
         assert self.server.stdin is not None
         self.server.stdin.close()
-        self.server.wait(10)
+        self.server.wait(60)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from posttrain import blocks
+from posttrain.blocks import Blocks
 from posttrain.config import ModelConfig
 from posttrain.k2 import K2, Text
 from posttrain.policy import load_model
@@ -102,6 +103,98 @@ def test_what_fits_is_kept():
     assert blocks.kept_blocks(10, 1, 28) == 8
     assert blocks.kept_blocks(100, 1, 28) == 28
     assert blocks.kept_blocks(-3, 1, 28) == 0 and blocks.kept_blocks(2.9, 1, 28) == 0
+    # Those that are computed again keep their inputs: k + (28 - k) / 10 + 2 = 10 at k = 5.8.
+    assert blocks.kept_blocks(10, 1, 28, 0.1) == 5
+    assert blocks.kept_blocks(10, 0.1, 28, 0.1) == 28
+
+
+class Ledger(blocks.Memory):
+    """A GPU with `room` bytes for activations. What blocks keep for backward is counted as autograd saves it; the first
+    to keep anything leaves something else behind, as compiling may."""
+
+    def __init__(self, room):
+        super().__init__(torch.device("cpu"))
+        self.room, self.held, self.left_behind, self.asked = room, 0, 0, 0
+
+    def pack(self, tensor):
+        if not isinstance(tensor, torch.nn.Parameter):
+            self.held, self.left_behind = self.held + tensor.nbytes, 10**9
+        return tensor
+
+    def allocated(self):
+        return self.held + self.left_behind
+
+    def free(self, blocks):
+        self.asked += 1
+        return self.room - self.held
+
+
+class Adapted(torch.nn.Module):
+    """Keeps for backward what goes in and what GELU sees: twice the size of its input."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.lora_scale = torch.nn.Parameter(torch.randn(width))
+
+    def forward(self, hidden, modulation, rope, mask):
+        return torch.nn.functional.gelu(hidden * self.lora_scale)
+
+
+def deep(room, count=6):
+    torch.manual_seed(0)
+    made = Blocks([])
+    made.memory = Ledger(room)
+    return made, [Adapted(8) for _ in range(count)]
+
+
+def run(made, layers, tokens=5, hidden=None):
+    """Gradients, and how many blocks were computed again."""
+    hidden = torch.ones(2, tokens, 8) if hidden is None else hidden
+    nothing = torch.zeros(0)
+    with torch.autograd.graph.saved_tensors_hooks(made.memory.pack, lambda tensor: tensor):
+        out = made(layers, hidden, nothing, (nothing, nothing), None)
+    made.memory.held = 0
+    if not out.requires_grad:
+        return None, made.recomputed
+    return torch.autograd.grad(out.square().sum(), [layer.lora_scale for layer in layers]), made.recomputed
+
+
+# A block keeps 2 x 5 x 8 fp32 numbers twice, 640 bytes, and one that is computed again its input, 320. So k of six fit
+# into k 640 + (6 - k) 320 + 2 x 640 bytes.
+@pytest.mark.parametrize(("room", "kept"), [(10**6, 6), (320 * 12, 2), (320 * 13, 3), (320 * 10, 0), (0, 0)])
+def test_as_many_blocks_keep_theirs_as_the_memory_holds(room, kept):
+    expected, _ = run(*deep(10**9))
+    made, layers = deep(room)
+    with torch.no_grad():
+        made(layers, torch.ones(2, 5, 8), torch.zeros(0), (torch.zeros(0),) * 2, None)
+    assert made.memory.asked == 0  # what is only drawn keeps nothing and tells nothing
+    first, _ = run(made, layers)
+    assert made.bytes_a_token == 64 and made.memory.asked == 1
+    second, again = run(made, layers)
+    assert again == 6 - kept and made.memory.asked == 1
+    for found in (first, second):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    assert run(made, layers, tokens=7)[0] is not None and made.memory.asked == 2
+
+
+def test_a_forward_with_nothing_to_train_does_not_count():
+    made, layers = deep(0)
+    for layer in layers:
+        layer.requires_grad_(False)
+    assert run(made, layers) == (None, 0) and made.memory.asked == 0
+    for layer in layers:
+        layer.lora_scale.requires_grad_(True)
+    run(made, layers)
+    assert made.memory.asked == 1 and run(made, layers)[1] == 6
+
+
+def test_gradients_and_moments_to_come():
+    """Two adapters of 8 numbers, one trained: 8 x 4 bytes of gradient until it is there, and 2 x 8 x 8 of moments."""
+    layer = Adapted(8)
+    layer.lora_other = torch.nn.Parameter(torch.ones(8), requires_grad=False)
+    assert blocks.to_come([layer]) == 32 + 128
+    layer.lora_scale.grad = torch.zeros(8)
+    assert blocks.to_come([layer]) == 128
 
 
 def test_a_recipe_says_how_blocks_run(model):

@@ -222,3 +222,53 @@ def test_full_disk_leaves_the_previous_checkpoint(tmp_path):
         check_full(disk / "checkpoints", 0)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+WRITE = """
+import sys, torch
+from pathlib import Path
+from posttrain import checkpoint
+writer = checkpoint.Writer()
+writer.save(Path(sys.argv[1]), 1, {"adapter": {"w": torch.zeros(1000)}}, {}, keep=1)
+writer.save(Path(sys.argv[1]), 2, {"adapter": {"w": torch.zeros(100_000_000)}}, {}, keep=1)
+print("goes on", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_process_that_is_killed_while_a_thread_writes_leaves_the_checkpoint_before(tmp_path):
+    arguments = [sys.executable, "-c", WRITE, str(tmp_path)]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None and process.stdout.readline() == "goes on\n"
+        while not any(tmp_path.glob(".tmp-*/adapter.safetensors")):
+            assert process.poll() is None and not (tmp_path / "step-000002").exists()
+        process.kill()
+    loaded = checkpoint.load_latest(tmp_path)
+    assert loaded is not None and loaded.step == 1
+
+
+def test_what_goes_wrong_in_the_thread_is_raised_once_at_the_next_look(tmp_path):
+    writer = checkpoint.Writer()
+    (tmp_path / "file").write_text("in the way")
+    writer.save(tmp_path / "file", 1, tensors(), {}, keep=1)
+    with pytest.raises(FileExistsError):
+        writer.check(wait=True)
+    state = {"pool": [1]}
+    writer.save(tmp_path / "run", 2, tensors(), state, keep=1, best=2)
+    state["pool"].append(2)  # of the next step
+    writer.save(tmp_path / "run", 3, tensors(), state, keep=1)
+    writer.check(wait=True)
+    assert names(tmp_path / "run") == ["best", "step-000002", "step-000003"]
+    assert checkpoint.load(tmp_path / "run/best").state == {"pool": [1]}
+
+
+def test_copies_are_written_over_those_of_before():
+    now = {"a": torch.arange(3.0), "b": torch.ones(2, dtype=torch.bfloat16), "c": torch.ones(2)}
+    before = checkpoint.on_host(now)
+    first = before["a"]
+    now["a"] += 1
+    after = checkpoint.on_host(now, over=before | {"b": torch.ones(2), "c": torch.ones(3)})
+    assert after["a"] is first and after["a"].tolist() == [1, 2, 3]
+    now["a"] += 1
+    assert after["a"].tolist() == [1, 2, 3] and after["b"].dtype == torch.bfloat16 and after["c"].shape == (2,)
+    assert checkpoint.on_host(now, keep=False) == {}

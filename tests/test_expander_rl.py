@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from trl import GRPOTrainer
 
 from posttrain import advantages, cli, expander_follow, expander_rl
 from posttrain.expander_model import Expander
@@ -76,7 +75,7 @@ def written(texts, record=RECORD, **options):
     return [Expansion(record, text, **options) for text in texts]
 
 
-class Watched(GRPOTrainer):
+class Watched(expander_rl.Trainer):
     """TRL's trainer, whose rewards and advantages stay to be looked at."""
 
     batches: ClassVar[list[tuple[dict, list]]] = []
@@ -243,7 +242,7 @@ def test_rewards_see_the_users_prompt_and_its_columns(config, features):
 
 def test_a_run_equals_what_it_should(config, parts, monkeypatch, capsys):
     """TRL's advantages are those of advantages.gdpo for the same rewards; the run directory has what it should."""
-    monkeypatch.setattr(expander_rl, "GRPOTrainer", Watched)
+    monkeypatch.setattr(expander_rl, "Trainer", Watched)
     expander_rl.train(config)
     names = ["brightness", "redness", "diversity"]
     missing = 0
@@ -276,19 +275,22 @@ def test_a_run_equals_what_it_should(config, parts, monkeypatch, capsys):
     assert page.count('class="tiles"') == 4 and "a fox in the snow" not in page  # two prompts, before and after
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path):
-    """Adapter and metrics are the same bit for bit, on one process: TRL saves the generators that it samples with."""
-    config.steps, config.checkpoint.keep = 3, 3
+@pytest.mark.parametrize("done", [1, 2, 3])
+def test_a_resumed_run_equals_an_uninterrupted_one(config, done):
+    """Adapter and metrics are the same bit for bit, on one process: TRL saves the generators that it samples with.
+    Four prompts are two steps, so it is resumed within the first epoch, at its end, and within the second."""
+    config.steps, config.checkpoint.keep = 4, 4
     expander_rl.train(config)
     first = runs.Path(config.output)
     whole = load_file(first / "adapter/adapter_model.safetensors")
     rows = runs.untimed(first)
-    for name in ("checkpoint-2", "checkpoint-3"):
-        shutil.rmtree(first / "checkpoints" / name)
+    for step in range(done + 1, 5):
+        shutil.rmtree(first / "checkpoints" / f"checkpoint-{step}")
     shutil.rmtree(first / "adapter")
     # What a process leaves that is killed while it saves: a checkpoint without its last file.
-    shutil.copytree(first / "checkpoints/checkpoint-1", first / "checkpoints/checkpoint-2")
-    (first / "checkpoints/checkpoint-2/trainer_state.json").unlink()
+    torn = first / f"checkpoints/checkpoint-{done + 1}"
+    shutil.copytree(first / f"checkpoints/checkpoint-{done}", torn)
+    (torn / "trainer_state.json").unlink()
     expander_rl.train(config, resume=True)
     runs.assert_equal(load_file(first / "adapter/adapter_model.safetensors"), whole)
     # One that was killed after its last checkpoint has its adapter from there.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from posttrain import sampler
-from posttrain.losses import clipped_policy, velocity_kl
+from posttrain.losses import bradley_terry, clipped_policy, velocity_kl
 
 
 @pytest.mark.parametrize(
@@ -88,3 +88,10 @@ def test_velocity_kl():
     (gradient,) = torch.autograd.grad(kl.sum(), v)
     assert torch.equal(gradient, (v.detach() - reference) / 2)
     assert velocity_kl(v, v).tolist() == [0, 0]
+
+
+def test_bradley_terry_holds_the_offset():
+    """Scores 2 and 1: log(1 + e^-1) + 0.01 (2 + 1)^2 = .313262 + .09; 3 higher each, the second part is .81."""
+    for shift, expected in ((0.0, 0.403262), (3.0, 1.123262)):
+        loss, _ = bradley_terry(torch.tensor([2 + shift]), torch.tensor([1 + shift]), torch.tensor([1.0]))
+        assert loss.item() == pytest.approx(expected, abs=1e-6)

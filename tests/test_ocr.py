@@ -100,3 +100,10 @@ def test_properties():
 def test_edit_distance():
     assert edit_distance("kitten", "sitting") == 3
     assert edit_distance("", "abc") == edit_distance("abc", "") == 3
+
+
+def test_extra_words_cost_the_same_before_the_target_as_behind_it():
+    """Half a word of two: 1 - .5 / 2 = .75."""
+    for line in ("sale grand opening", "grand sale opening", "grand opening sale"):
+        scored = score_text(["grand opening"], [line])
+        assert scored is not None and scored.score == 0.75 and (scored.missing, scored.extra) == (0, 1)

@@ -72,6 +72,31 @@ def test_a_signal_to_one_process_ends_all(command, config, tmp_path, rank):
     assert json.loads((run / "summary.json").read_text())["steps"] == done and (run / "report.html").is_file()
 
 
+@pytest.mark.parametrize(("rank", "sent", "waited"), [(0, "STOP", 3), (1, "STOP", 3), (1, "KILL", 0)])
+def test_a_process_that_hangs_or_is_gone_is_named(command, config, tmp_path, rank, sent, waited):
+    """Stopped, it does not end; the other one does, after the time it was told to wait. Killed, it does at once."""
+    config.steps = 100_000
+    path, run = runs.recipe(config, tmp_path / "recipe.yaml"), Path(config.output)
+    processes = command.start("grpo", "--config", path, processes=2, POSTTRAIN_TIMEOUT="3")
+    began = time.monotonic()
+    while not (run / "metrics.jsonl").exists() or len(runs.rows(run)) < 3:
+        assert time.monotonic() - began < 120
+        time.sleep(0.02)
+    os.kill(processes[rank], getattr(signal, f"SIG{sent}"))
+    began = time.monotonic()
+    while "start again with --resume" not in (said := Path(command.files[1]).read_text()):
+        assert time.monotonic() - began < 60
+        time.sleep(0.1)
+    assert f"posttrain: error: processes: rank {1 - rank} of 2 waited {waited} s for the others: rank {rank} " in said
+    assert "Traceback" not in said and (rank == 0 or f"(pid {processes[rank]} on " in said)
+    while (state := Path(f"/proc/{processes[1 - rank]}/stat")).exists() and state.read_text().split(") ")[1][0] != "Z":
+        assert time.monotonic() - began < 60
+        time.sleep(0.1)
+    if sent == "STOP":
+        os.kill(processes[rank], signal.SIGKILL)
+    assert command.wait().args == (["-9", "2"] if rank == 0 else ["2", "-9"])
+
+
 def unlucky(images, prompts):
     """Fails in the second process."""
     if os.environ["RANK"] == "1":

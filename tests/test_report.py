@@ -129,7 +129,7 @@ def test_bad_input(tmp_path):
         write_report(tmp_path)
     run = make_run(tmp_path / "run", steps=1)
     (run.path / "summary.json").write_text("{")
-    with pytest.raises(UserError, match=r"summary\.json:1: not JSON"):
+    with pytest.raises(UserError, match=r"summary\.json: not JSON"):
         write_report(run.path)
     (run.path / "metrics.jsonl").write_text('{"step": 1}\noops\n{"step": 2}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl:2: not JSON"):

@@ -39,7 +39,7 @@ def test_run_directory(config, monkeypatch):
     config.student.steps, config.optim.ema = [4, 2], 0.5
     tdm.train(config)
     run = Path(config.output)
-    assert {path.name for path in run.iterdir()} == {
+    assert {path.name for path in run.iterdir()} - {".lock"} == {
         "recipe.yaml", "environment.json", "metrics.jsonl", "grids", "samples", "checkpoints", "report.html",
         "summary.json",
     }  # fmt: skip

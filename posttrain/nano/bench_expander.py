@@ -12,19 +12,15 @@ from __future__ import annotations
 import argparse
 import html
 import json
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from posttrain.chart import nice_ticks, number
+from posttrain.nano.jobs import Jobs
 
 ARMS = {"full": "kept", "diversity off": "removed", "annealed": "annealed"}
 COLOURS = {"full": "#2f55cf", "diversity off": "#c2410c", "annealed": "#15803d"}
@@ -32,19 +28,14 @@ LEFT_OUT = ("format/", "missing", "cut")
 """Figures that the table has no room for; table.json has them all."""
 
 
-def run(arm: str, seed: int, recipe: str, output: Path, options: Sequence[str], gpu: int | None) -> dict[str, Any]:
+def run(jobs: Jobs, arm: str, seed: int, recipe: str, options: Sequence[str]) -> dict[str, Any]:
     """One run's row: figures before and after, and each evaluation."""
     name = f"{arm.replace(' ', '-')}-{seed}"
-    command = [sys.executable, "-m", "posttrain.cli", "expander", "gdpo", "--config", recipe]
-    command += ["--output", str(output / name), "--seed", str(seed), "--ablation.diversity", ARMS[arm], *options]
-    environment = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
-    began = time.time()
-    with (output / f"{name}.log").open("w") as log:
-        if subprocess.run(command, env=environment, stdout=log, stderr=log).returncode:
-            raise SystemExit(f"{arm}, seed {seed}: failed; see {log.name}")
-    curve = json.loads((output / name / "evaluations.json").read_text())
+    words = ["expander", "gdpo", "--config", recipe, "--output", str(jobs.folder / name), "--seed", str(seed)]
+    seconds = jobs(name, "posttrain.cli", [*words, "--ablation.diversity", ARMS[arm], *options])
+    curve = json.loads((jobs.folder / name / "evaluations.json").read_text())
     before, after = curve[0]["figures"], curve[-1]["figures"]
-    return {"arm": arm, "seed": seed, "before": before, "after": after, "curve": curve, "seconds": time.time() - began}
+    return {"arm": arm, "seed": seed, "before": before, "after": after, "curve": curve, "seconds": seconds}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -112,7 +103,8 @@ def _panel(rows: Sequence[dict[str, Any]], name: str, start: int, width: int, he
         parts.append(f'<line x1="{x(0)}" x2="{x(last)}" y1="{y(tick):.1f}" y2="{y(tick):.1f}" stroke="#e4e3df"/>')
         parts.append(f'<text x="{x(0) - 6}" y="{y(tick) + 4:.1f}" text-anchor="end" fill="#555">{number(tick)}</text>')
     for step in (0, last):
-        parts.append(f'<text x="{x(step)}" y="{height - 18}" text-anchor="middle" fill="#555">step {step}</text>')
+        end = "end" if step else "start"
+        parts.append(f'<text x="{x(step)}" y="{height - 18}" text-anchor="{end}" fill="#555">step {step}</text>')
     for arm, course in courses.items():
         if not course:
             continue
@@ -144,15 +136,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="directory for the runs, the table and the figure")
     parser.add_argument("options", nargs="*", help="further options for posttrain expander gdpo, after --")
     args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
-    gpus = torch.cuda.device_count()
-    todo = [(arm, seed) for seed in args.seeds for arm in args.arms]
+    jobs = Jobs(args.output, args.jobs)
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [
-            pool.submit(run, arm, seed, args.recipe, args.output, args.options, i % gpus if gpus else None)
-            for i, (arm, seed) in enumerate(todo)
+        found = [
+            pool.submit(run, jobs, arm, seed, args.recipe, args.options) for seed in args.seeds for arm in args.arms
         ]
-        rows = [job.result() for job in jobs]
+        rows = [row.result() for row in found]
     (args.output / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
     (args.output / "figure.svg").write_text(figure(rows, args.reward))
     text = table(rows)

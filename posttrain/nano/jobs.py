@@ -20,7 +20,7 @@ class Jobs:
     def __init__(self, folder: Path, at_once: int) -> None:
         self.folder = folder
         self._slots = threading.Semaphore(at_once)
-        self._gpus = itertools.cycle(range(torch.cuda.device_count())) if torch.cuda.is_available() else None
+        self._gpus = itertools.cycle(_gpus()) if torch.cuda.is_available() else None
         self._mutex = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -31,9 +31,15 @@ class Jobs:
             environment = dict(os.environ)
             with self._mutex:
                 if self._gpus is not None:
-                    environment["CUDA_VISIBLE_DEVICES"] = str(next(self._gpus))
+                    environment["CUDA_VISIBLE_DEVICES"] = next(self._gpus)
             start = time.time()
             command = [sys.executable, "-m", module, *arguments]
             if subprocess.run(command, env=environment, stdout=file, stderr=file).returncode:
                 raise SystemExit(f"{name}: failed; see {log}")
             return time.time() - start
+
+
+def _gpus() -> list[str]:
+    """The GPUs that this process may use, by the names that its children know them by."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return seen.split(",") if seen else [str(i) for i in range(torch.cuda.device_count())]

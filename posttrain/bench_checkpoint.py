@@ -1,0 +1,81 @@
+"""Seconds and memory of updates and checkpoints, with random weights: how long saving holds training up.
+
+    python -m posttrain.bench_checkpoint --rank 64 --output /disk
+    accelerate launch --config_file recipes/launch/fsdp2.yaml -m posttrain.bench_checkpoint --rank 0 --output /disk
+
+Prints one line of JSON. An update is forward and backward of a batch, the sum over processes and AdamW. `pause_s` is
+how long training waits for a checkpoint (the first needs fresh memory), `total_s` how long it takes until that is on
+disk, `beside_s` the slowest update meanwhile. What is written is removed; without --output nothing is, and only
+`pause_s` means something. All weights of K2 take 154 GB of memory and twice that of disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+from posttrain import checkpoint, fsdp, sampler
+from posttrain.config import LoraConfig, OptimConfig
+from posttrain.k2 import K2, Text
+from posttrain.loop import Stepper
+from posttrain.policy import POLICY, add_policy
+from posttrain.processes import Processes
+from posttrain.track import peak_memory
+from posttrain.training import snapshot
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=("tiny", "k2"), default="k2")
+    parser.add_argument("--rank", type=int, default=64, help="of the adapter; 0: all weights")
+    parser.add_argument("--batch", type=int, default=8, help="pictures of a process in an update")
+    parser.add_argument("--pixels", type=int, default=512, help="side of a picture")
+    parser.add_argument("--updates", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="directory that checkpoints go into")
+    args = parser.parse_args()
+    procs = Processes(shardable=True)
+    cuda = procs.device.type == "cuda"
+    k2 = K2.random(procs.device, torch.bfloat16 if cuda else torch.float32, args.scale, text=False)
+    with fsdp.sharding(k2, procs):
+        add_policy(k2, LoraConfig(args.rank, float(args.rank)) if args.rank else None, 0, reference=False)
+    stepper = Stepper(k2.train_role(POLICY), OptimConfig(lr=1e-6))
+    text, size = Text(k2.fuse(k2.random_features(105))[None]), (args.pixels, args.pixels)
+    x = sampler.noise(range(args.batch), (k2.image_tokens(*size), k2.latent_channels)).to(procs.device)
+
+    def update() -> float:
+        began = time.perf_counter()
+        with k2.role(POLICY):
+            k2.velocity(x, torch.tensor(0.5), text, *size).square().mean().backward()
+        procs.sum_gradients(stepper.parameters)
+        stepper.step()  # which waits for the GPU
+        return time.perf_counter() - began
+
+    updates = [update() for _ in range(args.updates)]
+    writer, found, tensors = checkpoint.Writer(), [], {}
+    for step in (1, 2):
+        began, beside = time.perf_counter(), 0.0
+        tensors, state = snapshot(k2, stepper, {}, procs.main, tensors)
+        if procs.main and args.output:
+            writer.save(args.output / "checkpoints", step, tensors, state, keep=1)
+        procs.each(None)
+        pause, done = time.perf_counter() - began, False
+        while not done:
+            beside = max(beside, update())
+            done = procs.any(procs.main and writer.done)
+        writer.check(wait=True)
+        size_gb = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()) / 1e9
+        found.append({"pause_s": pause, "total_s": time.perf_counter() - began, "beside_s": beside, "gb": size_gb})
+    if procs.main:
+        if args.output:
+            shutil.rmtree(args.output / "checkpoints")
+        result = {"processes": procs.size, "fsdp2": procs.sharded, **vars(args), "output": str(args.output)}
+        print(json.dumps(result | {"update_s": updates, "checkpoints": found, **peak_memory()}))
+
+
+if __name__ == "__main__":
+    main()

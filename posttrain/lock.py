@@ -1,0 +1,30 @@
+"""One command at a time writes to a directory."""
+
+from __future__ import annotations
+
+import fcntl
+import sys
+from pathlib import Path
+from typing import IO
+
+from prompts.errors import UserError
+
+
+def lock(folder: Path, holder: str = "another posttrain command") -> IO[str]:
+    """The directory's lock, held until the file is closed or the process ends, however it ends.
+
+    `holder` is who else may have it. Raises UserError if another process has it; where there are no locks, a
+    warning says so.
+    """
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"output: {folder}: {holder} is at work here; wait for it or stop it") from None
+    except OSError as error:  # some network file systems have no locks, and a run there is better than none
+        print(
+            f"posttrain: warning: {folder}: cannot be locked ({error.strerror}): let no other command write there",
+            file=sys.stderr,
+        )
+    return file

@@ -1,0 +1,82 @@
+"""Every method on the tiny models: its recipe, the command, and what a finished run comes to."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from posttrain.pairs_config import DeltaConfig, DrawConfig, JudgedConfig, PairsConfig, PairSource
+from posttrain.preferences import read_preferences
+from tests import chat, expander_runs, runs, tiny
+
+PREPARE = runs.TRAINING + "import posttrain.pairs, posttrain.expander_rl, tests.expander_runs\n"
+
+
+def parts(folder: Path, model: Path) -> Path:
+    """The models: k2, chat and dinov3."""
+    chat.save(folder / "chat")
+    shutil.copytree(model, folder / "k2")
+    expander_runs.dinov3(folder / "dinov3")
+    return folder
+
+
+def training(folder: Path, parts: Path, method: str) -> Any:
+    made = {"stpo": runs.stpo_config, "grpo": runs.config, "tdm": runs.tdm_config}[method](folder, parts / "k2")
+    made.steps, made.checkpoint.every, made.checkpoint.keep, made.eval.every, made.optim.ema = 5, 1, 3, 2, 0.7
+    if method == "grpo":
+        made.pool.kind = "adaptive"
+    return made
+
+
+def pairs(folder: Path, parts: Path, _: str) -> PairsConfig:
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in tiny.PROMPTS))
+    base = runs.config(folder, parts / "k2")
+    return PairsConfig(
+        output=str(folder / "run"), model=base.model, prompts=str(folder / "prompts.jsonl"), rewards=base.rewards,
+        sources=[PairSource("steps", delta=DeltaConfig(DrawConfig(), DrawConfig(steps=1), screen=False)),
+                 PairSource("judged", judged=JudgedConfig(group_size=3))],
+        pairs=16, min_distance=0, min_margin=0.0, steps=2, sizes=[[32, 32]], block=2, shard=4, max_tokens=64,
+    )  # fmt: skip
+
+
+def expander(folder: Path, parts: Path, _: str) -> Any:
+    made = expander_runs.config(folder, parts)
+    made.steps, made.checkpoint.keep = 3, 3
+    return made
+
+
+def of_training(run: Path) -> tuple:
+    last = runs.latest(run)
+    tensors = {f"{file}/{name}": value for file, group in last.tensors.items() for name, value in group.items()}
+    kept = {k: v for k, v in last.state.items() if k not in ("history", "model", "pairs")}
+    summary = json.loads((run / "summary.json").read_text())
+    return tensors, (last.step, kept, runs.untimed(run), summary["before"], summary["after"])
+
+
+def of_pairs(run: Path) -> tuple:
+    found = [(p.id, p.margin, p.share, p.seed, p.chosen_policy) for p in read_preferences(run)]
+    return {}, (found, (run / "preferences.json").read_text())
+
+
+def of_expander(run: Path) -> tuple:
+    left_out = ("num_tokens",)  # TRL counts them from where it resumes
+    rows = [{k: v for k, v in row.items() if k not in left_out} for row in runs.untimed(run)]
+    return load_file(run / "adapter/adapter_model.safetensors"), rows
+
+
+METHODS: dict[str, tuple[Callable[[Path, Path, str], Any], Callable[[Path], tuple]]] = {
+    "stpo": (training, of_training),
+    "grpo": (training, of_training),
+    "tdm": (training, of_training),
+    "pairs": (pairs, of_pairs),
+    "expander gdpo": (expander, of_expander),
+}
+
+
+def assert_same(a: tuple, b: tuple) -> None:
+    """Tensors bit for bit, and all else."""
+    runs.assert_equal(a[0], b[0])
+    assert a[1] == b[1]
