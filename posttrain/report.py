@@ -74,7 +74,8 @@ def write_report(run: Path, path: Path | None = None) -> Path:
 
 def write_page(path: Path, title: str, body: list[str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(title, body), encoding="utf-8")
+    # A recipe's text may hold half a character.
+    path.write_text(page(title, body), encoding="utf-8", errors="backslashreplace")
     return path
 
 
