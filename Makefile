@@ -40,8 +40,8 @@ test-vllm:
 	@echo "The tests with the real vLLM need Linux x86_64, and this is $(PLATFORM)."; exit 2
 endif
 
-# The page of posttrain annotate is tested in a Chromium, which root on Debian installs. Elsewhere one that is there is
-# taken, and without one those tests are left out.
+# The page of posttrain annotate and reports are tested in a Chromium, which root on Debian installs. Elsewhere one that
+# is there is taken, and without one those tests are left out.
 browser:
 	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \

@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 Point = tuple[int, float | None]  # step, value; None is a gap
 
@@ -12,52 +14,126 @@ MOST_POINTS = 400  # more are averaged in equal stretches of the run
 MARKED = 30  # up to here each point gets a dot
 
 
-def line_chart(name: str, points: list[Point], width: int = 360, height: int = 190) -> str:
+@dataclass(frozen=True)
+class Limit:
+    """A line that a metric is to be held against."""
+
+    label: str
+    points: list[Point]
+    """(step, value from there on); it holds before the first step too."""
+    bad: Literal["above", "below"] | None = None
+    """The side where something is wrong; None: the line is only there to compare with."""
+
+    def crossed(self, points: Sequence[Point]) -> list[int]:
+        """The steps at which a metric is on the bad side."""
+        steps = []
+        for step, value in points:
+            limit = next((held for at, held in reversed(self.points) if at <= step), self.points[0][1])
+            if value is None or limit is None or self.bad is None:
+                continue
+            if (value > limit) if self.bad == "above" else (value < limit):
+                steps.append(step)
+        return steps
+
+
+class Frame:
+    """The axes of a chart: a box of width x height CSS pixels that shrinks with the page, in which steps and values
+    have their places."""
+
+    def __init__(self, steps: Sequence[int], values: Sequence[float], width: int = 360, height: int = 190):
+        ticks = nice_ticks(min(values), max(values))
+        self.apart = ticks[1] - ticks[0]
+        labels = [_tick(tick, self.apart) for tick in ticks]
+        self.width, self.height = width, height
+        self.left, self.right, self.top, self.bottom = 12 + 6.5 * max(map(len, labels)), 12, 10, 24
+        self.low, self.high = min(ticks[0], *values), max(ticks[-1], *values)
+        self.first, self.last = min(steps), max(steps)
+        parts = []
+        for tick, text in zip(ticks, labels, strict=True):
+            y = f"{self.y(tick):.1f}"
+            parts.append(
+                f'<line class="rule" x1="{self.left}" x2="{width - self.right}" y1="{y}" y2="{y}"/>'
+                f'<text x="{self.left - 6}" y="{self.y(tick) + 4:.1f}" text-anchor="end">{text}</text>'
+            )
+        for step in _step_ticks(self.first, self.last):
+            inside = self.first < step < self.last or self.first == self.last
+            anchor = "middle" if inside else ("start" if step == self.first else "end")
+            parts.append(f'<text x="{self.x(step):.1f}" y="{height - 6}" text-anchor="{anchor}">{step}</text>')
+        self.parts = parts
+
+    def x(self, step: float) -> float:
+        share = (step - self.first) / (self.last - self.first) if self.last > self.first else 0.5
+        return self.left + (self.width - self.left - self.right) * share
+
+    def y(self, value: float) -> float:
+        return self.top + (self.height - self.top - self.bottom) * (1 - (value - self.low) / (self.high - self.low))
+
+    def line(self, css: str, points: Sequence[Point]) -> None:
+        self.parts.append(f'<path class="{css}" d="{_path(points, self.x, self.y)}"/>')
+
+    def area(self, css: str, upper: Sequence[Point], lower: Sequence[Point]) -> None:
+        """Filled between two lines over the same steps, which have a value everywhere."""
+        outline = _path(upper, self.x, self.y) + _path(lower[::-1], self.x, self.y).replace("M", "L", 1)
+        self.parts.append(f'<path class="{css}" d="{outline}Z"/>')
+
+    def svg(self, about: str) -> str:
+        about = html.escape(about)
+        return (
+            f'<svg viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{about}"><title>{about}</title>'
+            f"{''.join(self.parts)}</svg>"
+        )
+
+
+def line_chart(
+    name: str, points: list[Point], width: int = 360, height: int = 190, limits: Sequence[Limit] = ()
+) -> str:
     """One metric over the steps, in a box of width x height CSS pixels that shrinks with the page.
 
-    A long series is drawn faint with its moving mean on top. The last value stands beside the name.
+    A long series is drawn faint with its moving mean on top. The last value stands beside the name. Limits are dashed
+    lines, named below the chart; one that is so far off that the curve would be flat is only named.
     """
-    points = _thin(sorted(points, key=lambda point: point[0]))
+    whole = sorted(points, key=lambda point: point[0])
+    points = thin(whole)
     values = [value for _, value in points if value is not None]
     label = html.escape(name)
     if not values:
         return f'<figure class="chart"><figcaption><b>{label}</b> no finite value</figcaption></figure>'
-    ticks = nice_ticks(min(values), max(values))
-    apart = ticks[1] - ticks[0]
-    labels = [_tick(tick, apart) for tick in ticks]
-    left, right, top, bottom = 12 + 6.5 * max(map(len, labels)), 12, 10, 24
-    low, high = min(ticks[0], *values), max(ticks[-1], *values)
-    first, last = points[0][0], points[-1][0]
-
-    def x(step: float) -> float:
-        return left + (width - left - right) * ((step - first) / (last - first) if last > first else 0.5)
-
-    def y(value: float) -> float:
-        return top + (height - top - bottom) * (1 - (value - low) / (high - low))
-
-    parts = []
-    for tick, text in zip(ticks, labels, strict=True):
-        parts.append(
-            f'<line class="rule" x1="{left}" x2="{width - right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
-            f'<text x="{left - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{text}</text>'
+    reach = 2 * (max(values) - min(values) or abs(values[0]) or 1.0)
+    near = [limit for limit in limits if all(_near(value, values, reach) for _, value in limit.points)]
+    held = [value for limit in near for _, value in limit.points if value is not None]
+    frame = Frame([step for step, _ in points], [*values, *held], width, height)
+    for limit in near:
+        ends = [*(step for step, _ in limit.points[1:]), frame.last]
+        frame.line(
+            "limit", [p for (at, v), end in zip(limit.points, ends) for p in ((max(at, frame.first), v), (end, v))]
         )
-    for step in _step_ticks(first, last):
-        anchor = "middle" if first < step < last or first == last else ("start" if step == first else "end")
-        parts.append(f'<text x="{x(step):.1f}" y="{height - 6}" text-anchor="{anchor}">{step}</text>')
     noisy = len(values) > MARKED
-    parts.append(f'<path class="{"faint" if noisy else "line"}" d="{_path(points, x, y)}"/>')
+    frame.line("faint" if noisy else "line", points)
     if noisy:
-        parts.append(f'<path class="line" d="{_path(_smooth(points), x, y)}"/>')
+        frame.line("line", smooth(points))
     else:
-        dots = ((x(step), y(value)) for step, value in points if value is not None)
-        parts += [f'<circle class="dot" cx="{cx:.1f}" cy="{cy:.1f}" r="2.5"/>' for cx, cy in dots]
+        dots = ((frame.x(step), frame.y(value)) for step, value in points if value is not None)
+        frame.parts += [f'<circle class="dot" cx="{cx:.1f}" cy="{cy:.1f}" r="2.5"/>' for cx, cy in dots]
+    last = _tick(values[-1], frame.apart / 10)
     about = f"{name}: from {number(values[0])} to {number(values[-1])}, lowest {number(min(values))}, "
-    about = html.escape(about + f"highest {number(max(values))}")
     return (
-        f'<figure class="chart"><figcaption><b>{label}</b> {_tick(values[-1], apart / 10)}</figcaption>'
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{about}"><title>{about}</title>'
-        f"{''.join(parts)}</svg></figure>"
+        f'<figure class="chart"><figcaption><b>{label}</b> <span>{last}</span></figcaption>'
+        f"{frame.svg(about + f'highest {number(max(values))}')}"
+        f"{''.join(_named(limit, limit in near, whole) for limit in limits)}</figure>"
     )
+
+
+def _near(value: float | None, values: Sequence[float], reach: float) -> bool:
+    return value is None or min(values) - reach <= value <= max(values) + reach
+
+
+def _named(limit: Limit, drawn: bool, points: Sequence[Point]) -> str:
+    last = limit.points[-1][1]
+    text = html.escape(limit.label) + (f" {last:.6g}" if last is not None else "")
+    text += "" if drawn else ", off the chart"
+    if crossed := limit.crossed(points):
+        text += f"; <b>{limit.bad} it at {len(crossed)} of {len(points)} points, first at step {crossed[0]}</b>"
+    return f'<p class="{"limited" if drawn else "unlimited"}">{text}</p>'
 
 
 def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
@@ -97,8 +173,8 @@ def _step_ticks(first: int, last: int) -> list[int]:
     return [first, *(t for t in middle if first + room < t < last - room), *([last] if last > first else [])]
 
 
-def _thin(points: list[Point]) -> list[Point]:
-    size = math.ceil(len(points) / MOST_POINTS)
+def thin(points: list[Point], most: int = MOST_POINTS) -> list[Point]:
+    size = math.ceil(len(points) / most)
     if size <= 1:
         return points
     thinned: list[Point] = []
@@ -108,7 +184,7 @@ def _thin(points: list[Point]) -> list[Point]:
     return thinned
 
 
-def _smooth(points: list[Point]) -> list[Point]:
+def smooth(points: list[Point]) -> list[Point]:
     """Mean over a centred stretch of about a tenth of the run; cut off at its ends."""
     reach = max(1, len(points) // 20)
     smooth: list[Point] = []
@@ -118,7 +194,7 @@ def _smooth(points: list[Point]) -> list[Point]:
     return smooth
 
 
-def _path(points: list[Point], x, y) -> str:
+def _path(points: Sequence[Point], x, y) -> str:
     parts, pen = [], "M"
     for step, value in points:
         if value is None:

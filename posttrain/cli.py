@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import itertools
+import json
 import re
 import sys
 from argparse import SUPPRESS, ArgumentError
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 
@@ -48,7 +49,8 @@ class Command:
     any_recipe: bool = False
     """It takes another command's recipe and reads only the keys that it knows."""
     positional: str | None = None
-    """The option that a first argument without -- in front of it is the value of."""
+    """The option that a first argument without -- in front of it is the value of; if it is a list, all such first
+    arguments are its values."""
     dry: bool = False
     """It has --dry-run."""
 
@@ -89,7 +91,9 @@ COMMANDS = {
         dry=True,
         positional="config",
     ),
-    "report": Command(ReportConfig, "posttrain.report:report", "write report.html for a run"),
+    "report": Command(
+        ReportConfig, "posttrain.report:report", "write report.html for a run, or compare runs", positional="runs"
+    ),
 }
 
 
@@ -154,9 +158,12 @@ def _run(argv: list[str]) -> int:
             raise UserError(f"{argv[0]}: is followed by one of {', '.join(seconds)}, not by '{' '.join(argv[1:2])}'")
         raise UserError(f"'{name}' is not a command{suggestion(name, list(COMMANDS))}")
     command = COMMANDS[name]
+    types = field_types(command.config)
     if command.positional and rest and not rest[0].startswith("-"):
-        rest = [f"--{command.positional}={rest[0]}", *rest[1:]]
-    flags = {f"--{field}" for field, kind in field_types(command.config).items() if kind is bool}
+        given = [*itertools.takewhile(lambda word: not word.startswith("-"), rest)]
+        many = get_origin(types.get(command.positional)) is list
+        rest = [f"--{command.positional}={json.dumps(given) if many else rest[0]}", *rest[len(given) if many else 1 :]]
+    flags = {f"--{field}" for field, kind in types.items() if kind is bool}
     following = [*rest[1:], "--"]
     rest = [f"{a}=true" if a in flags and b.startswith("--") else a for a, b in zip(rest, following)]
     if name == "export" and any(word.partition("=")[0] == "--check" for word in rest):

@@ -357,9 +357,10 @@ class ExportConfig:
 
 @dataclass
 class ReportConfig:
-    """Write report.html for a run: curves, images before and after, settings; opens without a network."""
+    """posttrain report RUN [RUN ...]: write report.html for a run, with curves, images before and after, settings; or
+    compare several runs on one page. It opens without a network."""
 
-    run: str
-    """Run directory."""
+    runs: list[str]
+    """Run directories. Several are compared: those whose recipes differ only in the seed are one line with a band."""
     output: str | None = None
-    """HTML file to write; null: report.html in the run directory."""
+    """HTML file to write; null: report.html in the run directory, comparison.html beside the first of several."""

@@ -5,7 +5,8 @@ of figures.py. A reward that compares a group sees those groups that are drawn f
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +41,8 @@ class Evaluation:
     """By suffix: uint8 (N, H, W, 3)."""
     details: dict[str, float | None] = field(default_factory=dict)
     """Further figures, which are logged and not summed up."""
+    said: list[dict[str, Any]] = field(default_factory=list)
+    """By picture of the first way: what each reward that could score it said, as `told` gives it."""
 
     @property
     def images(self) -> np.ndarray:
@@ -81,10 +84,13 @@ class Evaluator:
         """With `ways`, by these instead."""
         found: dict[str, float | None] = {}
         drawn: dict[str, np.ndarray] = {}
+        said: list[dict[str, Any]] = []
         for way in ways or self.ways:
             images, latents = self._draw(list(enumerate(self.seeds)), way)
             drawn[way.suffix] = images
-            values = means(self._score(self.rewards, images, range(len(images)), 1)) | figures.look(images, latents)
+            scores = self._score(self.rewards, images, range(len(images)), 1)
+            said = said or told(scores)
+            values = means(scores) | figures.look(images, latents)
             if self._groups:
                 grouped, _ = self._draw(self._groups, way)
                 size = self.config.group_size
@@ -93,7 +99,7 @@ class Evaluator:
                     rows = [row for row, _ in self._groups]
                     values |= means(self._score(self.group_rewards, grouped, rows, size))
             found |= {name + way.suffix: value for name, value in values.items()}
-        return Evaluation(found, drawn)
+        return Evaluation(found, drawn, said=said)
 
     def _score(self, rewards: Sequence[Reward], images: np.ndarray, rows: Sequence[int], group_size: int) -> Scores:
         """Each process scores its share of the groups; `rows` are the prompts of the pictures."""
@@ -124,6 +130,33 @@ class Evaluator:
             drawn += zip(k2.decode(latents, height, width).cpu().numpy(), latents.cpu().numpy())
         images, latents = zip(*self.procs.dealt_back(drawn))
         return np.stack(images), np.stack(latents)
+
+
+def told(scores: Scores) -> list[dict[str, Any]]:
+    """By picture: the score of each reward that could score it, as `score`, with what else the reward told of it.
+
+    JSON can hold it: what it has no form for is there as text.
+    """
+    return [
+        {
+            name: _plain(scores.details[name][n] or {}) | {"score": float(scores.values_NK[n, k])}
+            for k, name in enumerate(scores.names)
+            if scores.valid_NK[n, k]
+        }
+        for n in range(len(scores.values_NK))
+    ]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def means(scores: Scores) -> dict[str, float | None]:

@@ -175,6 +175,11 @@ class Stepper:
             parameter.copy_(average)
             average.copy_(held)
 
+    def kept(self) -> list[Tensor]:
+        """What it holds besides the parameters: the optimiser's moments, and the average if there is one."""
+        moments = [value for state in self.optimizer.state.values() for value in state.values()]
+        return [*(value for value in moments if isinstance(value, Tensor)), *(self._average or [])]
+
     def flattened(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The optimiser's state for a checkpoint, whichever processes hold it; see `checkpoint.flatten_optimizer`."""
         tensors, state = checkpoint.flatten_optimizer(self.optimizer)

@@ -1,4 +1,5 @@
-"""index.html: a pipeline on one page, the figures along its stages and a link to the report of each."""
+"""index.html: a pipeline on one page. The figures along its stages, its first pictures against its last, and for each
+stage what it changed and a link to its own report."""
 
 from __future__ import annotations
 
@@ -8,9 +9,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+from posttrain.html_page import breakable, data_uri, page
 from posttrain.pipeline_plan import Stage
 from posttrain.progress import duration
-from posttrain.report import data_uri, page, summary_tables
+from posttrain.report import summary_tables
+from posttrain.wipe import matched, read_samples, step_name, steps, wipe_grid
+
+FEW = 6  # pictures of each stage
+LARGEST = 256  # pixels of their longer side
 
 
 def write_index(folder: Path, stages: list[Stage], state: dict[str, Any]) -> Path:
@@ -20,6 +26,7 @@ def write_index(folder: Path, stages: list[Stage], state: dict[str, Any]) -> Pat
         f"<header><h1>{html.escape(folder.resolve().name)}</h1><p>{len(stages)} stages</p></header>",
         _overview(stages, state, folder),
         _along(stages, summaries),
+        _first_and_last(stages),
         *(_stage(stage, summaries.get(stage.name, {}), folder) for stage in stages),
     ]
     file = folder / "index.html"
@@ -33,13 +40,15 @@ def _overview(stages: list[Stage], state: dict[str, Any], folder: Path) -> str:
     rows = []
     for stage in stages:
         entry = state.get(stage.name, {})
-        how = f"finished {entry['finished'][:16].replace('T', ' ')}" if entry.get("finished") else "not finished"
+        how = "not finished"
+        if entry.get("finished"):
+            how = f'finished <span class="once">{entry["finished"][:16].replace("T", " ")}</span>'
         took = duration(entry["seconds"]) if entry else ""
         reads = ", ".join(f"{field}: {name}" for field, name in stage.reads.items())
         cells = (_link(stage, folder), stage.command, how if entry else "to do", took, html.escape(reads))
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     head = "".join(f"<th>{name}</th>" for name in ("stage", "command", "state", "took", "reads"))
-    return f"<h2>Stages</h2><table><tr>{head}</tr>{''.join(rows)}</table>"
+    return f'<h2>Stages</h2><div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
 
 
 def _along(stages: list[Stage], summaries: dict[str, dict[str, Any]]) -> str:
@@ -54,22 +63,40 @@ def _along(stages: list[Stage], summaries: dict[str, dict[str, Any]]) -> str:
     for key in names:
         if sum(key in figures for figures in after.values()) > 1:
             cells = [start.get(key), *(figures.get(key) for figures in after.values())]
-            rows.append(f"<tr><td>{html.escape(key)}</td>{''.join(map(_cell, cells))}</tr>")
+            rows.append(f"<tr><td>{breakable(key)}</td>{''.join(map(_cell, cells))}</tr>")
     head = "".join(f'<th class="n">{html.escape(name)}</th>' for name in ["start", *trained])
     note = "<p>As each stage's last evaluation measured them; compare only where they evaluate alike.</p>"
-    return f"<h2>Along the stages</h2>{note}<table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
+    table = f'<div class="scroll"><table><tr><th></th>{head}</tr>{"".join(rows)}</table></div>'
+    return f"<h2>Along the stages</h2>{note}{table}"
+
+
+def _first_and_last(stages: list[Stage]) -> str:
+    """The pictures before the first stage that drew any against those after the last, where prompts and seeds agree."""
+    drawn = [(stage, found) for stage in stages if (found := steps(stage.output / "samples"))]
+    if len(drawn) < 2:
+        return ""
+    (first, began), (last, ended) = drawn[0], drawn[-1]
+    pairs = matched(read_samples(began[0]), read_samples(ended[-1]))
+    if not pairs:
+        return ""
+    grid = wipe_grid(pairs[: 2 * FEW], f"before {first.name}", f"after {last.name}", LARGEST)
+    return f"<h2>From first to last</h2><p>The same prompts and seeds.</p>{grid}"
 
 
 def _stage(stage: Stage, summary: dict[str, Any], folder: Path) -> str:
     parts = [f"<h2>{_link(stage, folder)}</h2>"]
+    if found := steps(stage.output / "samples"):
+        pairs = matched(read_samples(found[0]), read_samples(found[-1]))[:FEW]
+        parts.append(wipe_grid(pairs, step_name(found[0]), step_name(found[-1]), LARGEST))
     if summary.get("after"):
         parts.append(summary_tables(summary))
     quality = _read(stage.output / "quality.json") if stage.output.is_dir() else {}
     if quality:
-        parts.append(f"<pre>{html.escape(json.dumps(quality, indent=1)[:4000])}</pre>")
+        shown = html.escape(json.dumps(quality, indent=1)[:4000])
+        parts.append(f"<details><summary>quality.json</summary><pre>{shown}</pre></details>")
     sheet = stage.output / "pairs.png"
     if sheet.is_file():
-        parts.append(f'<img src="{data_uri(sheet)[0]}" alt="some pairs">')
+        parts.append(f'<div class="scroll"><img src="{data_uri(sheet, 1024)[0]}" alt="some pairs"></div>')
     return "".join(parts) if len(parts) > 1 else ""
 
 

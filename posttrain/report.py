@@ -1,89 +1,42 @@
-"""report.html: a run on one page that opens anywhere without a network.
+"""report.html: a run on one page that opens anywhere without a network, or several runs side by side on one.
 
-Everything is inside the file: style, charts as SVG, images as data URIs. There is no script. Text that comes
-from prompts, recipes or metrics is escaped, and the page's own policy forbids it to load anything.
+    posttrain report runs/a            # writes runs/a/report.html
+    posttrain report runs/a runs/b     # writes runs/comparison.html
+
+Everything is inside the file: style, charts as SVG, images as data URIs, and the few lines of script of the slider.
+Text that comes from prompts, recipes or metrics is escaped, and the page's own policy forbids it to load anything and
+to run any other script.
 """
 
 from __future__ import annotations
 
-import base64
-import html
-import io
-import json
-import math
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from posttrain.chart import Point, line_chart, number
+from posttrain.chart_many import areas_chart
+from posttrain.compare_page import comparison
 from posttrain.config import ReportConfig
-from posttrain.group_page import STYLE as GROUPS_STYLE
 from posttrain.group_page import groups_section
-from posttrain.recipe import read_recipe
-from posttrain.run_files import read_json, read_rows, read_tables, shaped
-from prompts.errors import UserError
-from prompts.parse import parse_json
+from posttrain.html_page import by_section, figure, page, section, shares, shown, table, text
+from posttrain.run_files import RunFiles, read_json, read_run, read_tables
+from posttrain.watches import limits, watched
+from posttrain.wipe import pictures
+from prompts.pool import Kind
 
-MOST_PAIRS = 24  # images of each of the two steps shown
-LARGEST = 512  # pixels of the longer side; larger images are reduced for the report
-SHOWN_APART = ("before", "after", "teacher", "best", "stopped")
-FIRST = ("reward", "loss", "ratio", "kl", "clip", "grad_norm", "diversity")  # order of the plain curves
-
-STYLE = """
-:root { color-scheme: light dark; --page: #fafaf8; --card: #fff; --text: #1d1d1b; --soft: #6a6a65;
-  --rule: #e4e3df; --ink: #2f55cf; }
-@media (prefers-color-scheme: dark) { :root { --page: #141413; --card: #1d1d1c; --text: #ecebe8;
-  --soft: #a09f99; --rule: #33322f; --ink: #8ea7ff; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--text); overflow-wrap: break-word;
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-main { max-width: 1200px; margin: 0 auto; padding: 32px 16px 64px; }
-h1 { font-size: 26px; line-height: 1.2; margin: 0 0 4px; }
-h2 { font-size: 19px; margin: 40px 0 12px; }
-h3 { font-size: 15px; margin: 24px 0 8px; color: var(--soft); font-weight: 600; }
-p { margin: 4px 0; color: var(--soft); }
-figure { margin: 0; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-td, th { text-align: left; padding: 6px 20px 6px 0;
-  border-bottom: 1px solid var(--rule); vertical-align: top; }
-th { font-weight: 600; font-size: 14px; color: var(--soft); }
-td:last-child, .tables td { overflow-wrap: anywhere; }
-td.n, th.n { text-align: right; white-space: nowrap; }
-.tables { display: flex; flex-wrap: wrap; column-gap: 72px; }
-.wide, .narrow > figure, .charts > figure, .pairs > figure { background: var(--card);
-  border: 1px solid var(--rule); border-radius: 8px; padding: 12px; }
-.narrow { display: none; }
-.charts { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)); }
-.chart figcaption { font-size: 14px; color: var(--soft);
-  display: flex; justify-content: space-between; gap: 8px; }
-.chart b { color: var(--text); font-weight: 600; }
-svg { display: block; width: 100%; height: auto; }
-svg text { font-size: 11px; fill: var(--soft); }
-.rule { stroke: var(--rule); }
-.line, .faint { fill: none; stroke: var(--ink); stroke-width: 2; stroke-linejoin: round; }
-.faint { stroke-width: 1; opacity: .35; }
-.dot { fill: var(--ink); }
-.pairs { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 270px), 1fr)); }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 6px; }
-.pair div { font-size: 12px; color: var(--soft); }
-.pair img { display: block; width: 100%; border-radius: 4px; }
-.pair img.small { image-rendering: pixelated; }
-.pairs figcaption { font-size: 14px; margin-top: 6px; }
-.pairs figcaption span { color: var(--soft); white-space: nowrap; }
-pre { background: var(--card); border: 1px solid var(--rule); border-radius: 8px;
-  padding: 12px; margin: 8px 0 0;
-  overflow-x: auto; font: 13px/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }
-summary { cursor: pointer; }
-@media (max-width: 640px) { .wide { display: none; } .narrow { display: block; } main { padding-top: 20px; }
-  td, th { padding-right: 12px; } }
-"""
+SHOWN_APART = ("before", "after", "teacher", "best", "stopped", "memory", "rewards")
+POOL = tuple(f"pool/{kind.name.lower()}" for kind in Kind)
 
 
 def report(config: ReportConfig) -> None:
     """The command `posttrain report`: write the page and say where it is."""
-    run = Path(config.run)
-    path = write_report(run, Path(config.output) if config.output else run / "report.html")
+    runs = [Path(run) for run in config.runs]
+    output = Path(config.output) if config.output else None
+    if len(runs) == 1:
+        path = write_report(runs[0], output)
+    else:
+        path = output or runs[0].resolve().parent / "comparison.html"
+        write_page(path, f"{len(runs)} runs", comparison([read_run(run) for run in runs]))
     print(path)
 
 
@@ -93,78 +46,51 @@ def write_report(run: Path, path: Path | None = None) -> Path:
     Parts the run has not written yet are left out. Raises UserError if it is no run directory or a file in it
     cannot be read.
     """
-    if not (run / "recipe.yaml").is_file():
-        raise UserError(f"{run}: is not a run directory (no recipe.yaml); give the --output of a training run")
-    path = path or run / "report.html"
-    recipe = shaped(run / "recipe.yaml", read_recipe(run / "recipe.yaml"), model=dict)
-    recipe_text = (run / "recipe.yaml").read_text()
-    summary = read_json(run / "summary.json", before=dict, after=dict, teacher=dict, best=dict)
-    environment = read_json(run / "environment.json", started=str, packages=dict)
-    series = read_metrics(run / "metrics.jsonl")
-    title = f"{run.resolve().name}: {_base(recipe)}"
+    files = read_run(run)
+    held = limits(files.recipe, files.series)
+    watches = watched(files.series, held)
+    held_once = {name for name in files.series if name.startswith("teacher/") and files.summary.get("teacher")}
+    apart = (
+        held_once
+        | {name for part in watches.values() for name in part}
+        | {name for name in POOL if name in files.series}
+    )
     body = [
-        f"<header><h1>{_text(run.resolve().name)}</h1>{_subtitle(recipe, environment, series)}</header>",
-        summary_tables(summary),
-        _curves(series),
-        _prompts(read_tables(run / "prompts.json")),
-        _images(run / "samples"),
+        f"<header><h1>{text(files.name)}</h1>{_subtitle(files)}</header>",
+        summary_tables(files.summary),
+        pictures(run / "samples"),
         groups_section(run / "groups"),
-        "<h2>Settings</h2>",
-        f"<details><summary>Resolved recipe</summary><pre>{_text(recipe_text)}</pre></details>",
-        _environment(environment),
+        _watches(files, watches, held),
+        _curves({name: points for name, points in files.series.items() if name not in apart}),
+        _pool(files.series),
+        _prompts(read_tables(run / "prompts.json")),
+        _cost(files),
+        _judges(files),
+        f"<h2>Settings</h2><details><summary>Resolved recipe</summary><pre>{text(files.recipe_text)}</pre></details>",
+        _environment(files.environment),
     ]
+    return write_page(path or run / "report.html", f"{files.name}: {_base(files.recipe)}", body)
+
+
+def write_page(path: Path, title: str, body: list[str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(title, body), encoding="utf-8")
+    # A recipe's text may hold half a character.
+    path.write_text(page(title, body), encoding="utf-8", errors="backslashreplace")
     return path
 
 
-def page(title: str, body: list[str]) -> str:
-    """A whole document of these parts, which may load nothing but what they hold; empty ones are left out."""
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:;'
-        " style-src 'unsafe-inline'\">"
-        f"<title>{_text(title)}</title><style>{STYLE}{GROUPS_STYLE}</style></head><body><main>\n"
-        + "\n".join(part for part in body if part)
-        + "\n</main></body></html>\n"
-    )
+def _base(recipe: dict[str, Any]) -> str:
+    model = recipe.get("model") or "K2"
+    return model if isinstance(model, str) else str(model.get("path", "K2"))
 
 
-def read_metrics(path: Path) -> dict[str, list[Point]]:
-    """metrics.jsonl as one series of (step, value or None) for each metric; a torn last line is left out.
-
-    Raises UserError with the line number for any other line that is not JSON.
-    """
-    series: dict[str, list[Point]] = {}
-    if not path.is_file():
-        return series
-    for line_number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        try:
-            row = parse_json(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{line_number}: {error}; remove the line") from None
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise UserError(f"{path}:{line_number}: is of no step; remove the line")
-        values = {name: value for name, value in row.items() if name not in ("step", "time")}
-        if not all(value is None or _is_figure(value) for value in values.values()):
-            raise UserError(f"{path}:{line_number}: holds what is no figure; remove the line")
-        for name, value in values.items():
-            series.setdefault(name, []).append((row["step"], value))
-    return series
-
-
-def _subtitle(recipe: dict, environment: dict, series: dict[str, list[Point]]) -> str:
-    steps = max((points[-1][0] for points in series.values()), default=0)
-    parts = [
-        f"from {_base(recipe)}",
-        f"{steps} of {recipe.get('steps', '?')} steps",
-    ]
-    if environment.get("started"):
-        parts.append(f"started {environment['started'][:16].replace('T', ' ')}")
-    lost = sum(value or 0 for _, value in series.get("non_finite", []))
+def _subtitle(files: RunFiles) -> str:
+    parts = [f"from {_base(files.recipe)}", f"{files.steps} of {files.recipe.get('steps', '?')} steps"]
+    if files.environment.get("started"):
+        parts.append(f"started {files.environment['started'][:16].replace('T', ' ')}")
+    lost = sum(value or 0 for _, value in files.series.get("non_finite", []))
     warning = f"<p><b>Metric values that were NaN or infinite: {number(lost)}</b></p>" if lost else ""
-    return f"<p>{_text(' · '.join(parts))}</p>{warning}"
+    return f"<p>{text(' · '.join(parts))}</p>{warning}"
 
 
 def summary_tables(summary: dict[str, Any]) -> str:
@@ -173,27 +99,41 @@ def summary_tables(summary: dict[str, Any]) -> str:
     rows = []
     for name in [*before, *(name for name in after if name not in before)]:
         old, new = before.get(name), after.get(name)
-        change = _figure(new - old, "+") if isinstance(old, int | float) and isinstance(new, int | float) else ""
-        values = [_figure(old), _figure(new), change, *([_figure(teacher.get(name))] if teacher else [])]
-        cells = "".join(f'<td class="n">{_text(value)}</td>' for value in values)
-        rows.append(f"<tr><td>{_text(name)}</td>{cells}</tr>")
-    titles = ["before", "after", "change", *(["teacher"] if teacher else [])]
-    head = "<tr><th></th>" + "".join(f'<th class="n">{title}</th>' for title in titles) + "</tr>"
-    table = f"<div><h2>Before and after</h2><table>{head}{''.join(rows)}</table></div>" if rows else ""
-    rest = {name: value for name, value in summary.items() if name not in SHOWN_APART}
-    cost = "".join(f'<tr><td>{_text(k)}</td><td class="n">{_text(_value(v))}</td></tr>' for k, v in rest.items())
-    took = f"<div><h2>What it took</h2><table>{cost}</table></div>" if cost else ""
-    return f'{_outcome(summary)}<div class="tables">{table}{took}</div>'
+        change = figure(new - old, "+") if isinstance(old, int | float) and isinstance(new, int | float) else ""
+        values = [figure(old), figure(new), change, *([figure(teacher.get(name))] if teacher else [])]
+        rows.append([name, *values])
+    head = ["", "before", "after", "change", *(["teacher"] if teacher else [])]
+    figures = table(head, rows, [False] + [True] * (len(head) - 1))
+    result = f"<div><h2>Before and after</h2>{figures}</div>" if rows else ""
+    rest = [[name, shown(value)] for name, value in summary.items() if name not in SHOWN_APART]
+    took = f"<div><h2>What it took</h2>{table(['', ''], rest, [False, True])}</div>" if rest else ""
+    return f'{_outcome(summary)}<div class="tables">{result}{took}</div>'
 
 
 def _outcome(summary: dict[str, Any]) -> str:
     lines = []
     if reason := summary.get("stopped"):
-        lines.append(f"<p><b>Stopped early: {_text(reason)}</b></p>")
+        lines.append(f"<p><b>Stopped early: {text(reason)}</b></p>")
     if best := summary.get("best"):
         where = "the start: no step did better" if best["step"] == 0 else f"step {best['step']}, in checkpoints/best"
-        lines.append(f"<p>Best {_text(best['metric'])}: {number(best['value'])} at {where}</p>")
+        lines.append(f"<p>Best {text(best['metric'])}: {number(best['value'])} at {where}</p>")
     return "".join(lines)
+
+
+def _watches(files: RunFiles, watches: dict[str, list[str]], held: dict[str, Any]) -> str:
+    if not watches:
+        return ""
+    parts = ["<h2>Watches</h2>"]
+    for limit, name in ((limit, name) for name, those in held.items() for limit in those):
+        if crossed := limit.crossed(files.series[name]):
+            parts.append(
+                f'<p class="alarm">{text(name)} was {limit.bad} its limit at {len(crossed)} of'
+                f" {len(files.series[name])} points, first at step {crossed[0]}</p>"
+            )
+    for title, names in watches.items():
+        charts = [line_chart(name, files.series[name], limits=held.get(name, ())) for name in names]
+        parts.append(section(title, charts, most=len(charts)))
+    return "".join(parts)
 
 
 def _curves(series: dict[str, list[Point]]) -> str:
@@ -204,62 +144,58 @@ def _curves(series: dict[str, list[Point]]) -> str:
         wide = line_chart("reward", series["reward"], width=1120, height=280)
         narrow = line_chart("reward", series["reward"])
         parts.append(f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>')
-    sections: dict[str, list[str]] = {}
-    for name in series:
-        if name not in ("reward", "non_finite"):
-            sections.setdefault(name.rpartition("/")[0], []).append(name)
-    for section, names in sorted(sections.items(), key=lambda item: item[0] != ""):
-        names.sort(key=_rank)
+    for title, names in by_section(name for name in series if name not in ("reward", "non_finite")):
         charts = [line_chart(name.rpartition("/")[2], series[name]) for name in names]
-        parts.append(f'<h3>{_text(section or "training")}</h3><div class="charts">{"".join(charts)}</div>')
+        parts.append(section(title, charts))
     return "".join(parts)
 
 
-def _rank(name: str) -> int:
-    return next((i for i, start in enumerate(FIRST) if name.startswith(start)), len(FIRST))
+def _pool(series: dict[str, list[Point]]) -> str:
+    """How many prompts of an adaptive pool are in each class over time."""
+    held = {name.removeprefix("pool/"): series[name] for name in POOL if name in series}
+    if not held:
+        return ""
+    return f'<h2>Prompt pool</h2><div class="card">{areas_chart("prompts of each class", held)}</div>'
 
 
 def _prompts(tables: dict[str, list[dict[str, Any]]]) -> str:
-    """The prompts at the ends of an adaptive pool; their classes over time are among the curves."""
+    """The prompts at the ends of an adaptive pool."""
     parts = ["<h2>Prompts</h2>"] if any(tables.values()) else []
     for title, rows in tables.items():
         if rows:
             numeric = [all(isinstance(row[name], int | float | None) for row in rows) for name in rows[0]]
-            parts.append(f"<h3>{_text(title)}</h3>{_table(list(rows[0]), [list(r.values()) for r in rows], numeric)}")
+            parts.append(f"<h3>{text(title)}</h3>{table(list(rows[0]), [list(r.values()) for r in rows], numeric)}")
     return "".join(parts)
 
 
-def _table(head: list[str], rows: list[list[Any]], numeric: list[bool]) -> str:
-    def line(tag: str, cells: list[str]) -> str:
-        css = [' class="n"' if right else "" for right in numeric]
-        return "<tr>" + "".join(f"<{tag}{c}>{_text(t)}</{tag}>" for c, t in zip(css, cells)) + "</tr>"
+def _cost(files: RunFiles) -> str:
+    """Where the time and the memory went."""
+    parts = []
+    named = {n: p for n, p in files.series.items() if n.startswith("seconds/")}
+    times = {name.partition("/")[2]: sum(value or 0.0 for _, value in points) for name, points in named.items()}
+    if times:
+        if (rest := (files.summary.get("seconds") or 0.0) - sum(times.values())) > 0:
+            times["evaluation, saving and the rest"] = rest
+        parts.append(f"<h3>time</h3>{shares(times, 's')}")
+    if kept := dict(files.summary.get("memory") or {}):
+        device = "gpu" if "peak_gpu_gib" in files.summary else "ram"
+        if (rest := files.summary.get(f"peak_{device}_gib", 0.0) - sum(kept.values())) > 0:
+            kept["the rest at the peak: activations, gradients" + ("" if device == "gpu" else ", Python")] = rest
+        parts.append(f"<h3>memory of the {'GPU' if device == 'gpu' else 'process'}</h3>{shares(kept, 'GiB')}")
+    return f"<h2>Time and memory</h2>{''.join(parts)}" if parts else ""
 
-    return f"<table>{line('th', head)}{''.join(line('td', [_value(v) for v in row]) for row in rows)}</table>"
 
-
-def _images(samples: Path) -> str:
-    steps = sorted(samples.glob("step-*")) if samples.is_dir() else []
-    if not steps:
-        return ""
-    prompts = read_rows(samples / "prompts.json")
-    shown = [steps[0]] if len(steps) == 1 else [steps[0], steps[-1]]
-    names = [path.name for path in sorted(shown[0].glob("*.png")) if (shown[-1] / path.name).is_file()]
-    figures = []
-    for i, name in enumerate(names[:MOST_PAIRS]):
-        row = prompts[i] if i < len(prompts) else {}
-        cells = []
-        for directory in shown:
-            uri, small = data_uri(directory / name)
-            step = int(directory.name.removeprefix("step-"))
-            css = ' class="small"' if small else ""
-            cells.append(f'<div><img{css} src="{uri}" alt="step {step}">step {step}</div>')
-        caption = f"{_text(row.get('prompt', name))} <span>seed {_text(row.get('seed', '?'))}</span>"
-        figures.append(f'<figure><div class="pair">{"".join(cells)}</div><figcaption>{caption}</figcaption></figure>')
-    more = f", {MOST_PAIRS} of {len(names)} shown" if len(names) > MOST_PAIRS else ""
-    return (
-        "<h2>Images</h2><p>The same prompts and seeds at the first and the last step"
-        f'{more}.</p><div class="pairs">{"".join(figures)}</div>'
-    )
+def _judges(files: RunFiles) -> str:
+    """What decides the scores: the judges' models and the hashes of what they are asked."""
+    rows = [
+        [reward, said.get("model", "–"), name, digest]
+        for reward, said in (files.summary.get("rewards") or {}).items()
+        for name, digest in (said.get("templates") or {"–": "–"}).items()
+    ]
+    if digest := read_json(files.path / "expander.json").get("template"):
+        rows.append(["prompt expander", _base(files.recipe), "expander", digest])
+    head = ["reward", "model", "template", "hash"]
+    return f"<h2>Judges and templates</h2>{table(head, rows, [False] * 4)}" if rows else ""
 
 
 def _environment(environment: dict[str, Any]) -> str:
@@ -267,45 +203,5 @@ def _environment(environment: dict[str, Any]) -> str:
         return ""
     flat = {**environment, **(environment.get("packages") or {})}
     flat.pop("packages", None)
-    rows = "".join(f"<tr><td>{_text(name)}</td><td>{_text(_value(value))}</td></tr>" for name, value in flat.items())
-    return f"<h2>Environment</h2><details><summary>Versions and devices</summary><table>{rows}</table></details>"
-
-
-def _figure(value: Any, sign: str = "") -> str:
-    """A figure of the before/after table: four decimals, so that columns line up, unless it is large."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return _value(value)
-    return f"{value:{sign}.4f}" if abs(value) < 100 else f"{value:{sign},.0f}"
-
-
-def _value(value: Any) -> str:
-    if value is None or value == []:
-        return "–"
-    if isinstance(value, list):
-        return ", ".join(_value(item) for item in value)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return number(value)
-    return json.dumps(value) if isinstance(value, dict) else str(value)
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))
-
-
-def _base(recipe: dict[str, Any]) -> str:
-    return str((recipe.get("model") or {}).get("path", "K2"))
-
-
-def _is_figure(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def data_uri(path: Path) -> tuple[str, bool]:
-    """The image as a data URI, and whether it is so small that it should be enlarged without smoothing."""
-    image = Image.open(path).convert("RGB")
-    small = max(image.size) <= 128
-    image.thumbnail((LARGEST, LARGEST))
-    kind = "png" if max(image.size) <= 256 else "jpeg"
-    buffer = io.BytesIO()
-    image.save(buffer, kind, quality=90)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", small
+    rows = table(["", ""], [list(item) for item in flat.items()], [False, False])
+    return f"<h2>Environment</h2><details><summary>Versions and devices</summary>{rows}</details>"

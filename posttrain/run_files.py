@@ -1,20 +1,93 @@
-"""Files of a run directory as someone may have left them: of the shape that posttrain wrote, or a UserError."""
+"""Files of a run directory as someone may have left them: of the shape that posttrain wrote, or a UserError. What the
+run has not written yet is empty.
+"""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
+from posttrain.chart import Point
+from posttrain.recipe import read_recipe
 from prompts.errors import UserError
 from prompts.parse import parse_json
 
+SECTIONS = {"loss": dict, "optim": dict, "eval": dict, "renderer": dict, "rewards": list}
+"""What reports look into of a recipe."""
 
-def read_json(path: Path, **kinds: type) -> dict[str, Any]:
+
+@dataclass(frozen=True)
+class RunFiles:
+    path: Path
+    recipe_text: str
+    recipe: dict[str, Any]
+    summary: dict[str, Any]
+    environment: dict[str, Any]
+    series: dict[str, list[Point]]
+    """By metric: (step, value or None)."""
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def steps(self) -> int:
+        """How many are done."""
+        return max((points[-1][0] for points in self.series.values()), default=0)
+
+
+def read_run(path: Path) -> RunFiles:
+    """Raises UserError if it is no run directory or a file in it cannot be read."""
+    recipe = path / "recipe.yaml"
+    if (path / "stages.json").is_file():
+        raise UserError(f"{path}: is a pipeline: open its index.html, or give the directory of a stage in it")
+    if not recipe.is_file():
+        raise UserError(f"{path}: is not a run directory (no recipe.yaml); give the --output of a training run")
+    return RunFiles(
+        path,
+        recipe=shaped(recipe, read_recipe(recipe), model=dict | str, **SECTIONS),
+        recipe_text=recipe.read_text(encoding="utf-8"),
+        summary=read_json(
+            path / "summary.json", before=dict, after=dict, teacher=dict, best=dict, memory=dict, rewards=dict,
+            seconds=int | float,
+        ),
+        environment=read_json(path / "environment.json", started=str, packages=dict),
+        series=read_metrics(path / "metrics.jsonl"),
+    )  # fmt: skip
+
+
+def read_metrics(path: Path) -> dict[str, list[Point]]:
+    """metrics.jsonl as one series of (step, value or None) for each metric; a torn last line is left out.
+
+    Raises UserError with the line number for any other line that is not JSON.
+    """
+    series: dict[str, list[Point]] = {}
+    if not path.is_file():
+        return series
+    for line_number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            row = parse_json(line)
+        except ValueError as error:
+            raise UserError(f"{path}:{line_number}: {error}; remove the line") from None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise UserError(f"{path}:{line_number}: is of no step; remove the line")
+        values = {name: value for name, value in row.items() if name not in ("step", "time")}
+        if not all(value is None or _is_figure(value) for value in values.values()):
+            raise UserError(f"{path}:{line_number}: holds what is no figure; remove the line")
+        for name, value in values.items():
+            series.setdefault(name, []).append((row["step"], value))
+    return series
+
+
+def read_json(path: Path, **kinds: type | UnionType) -> dict[str, Any]:
     """An object, of which these fields, where they are there and not null, are of these types."""
     return shaped(path, _parsed(path) if path.is_file() else {}, **kinds)
 
 
-def shaped(path: Path, data: Any, **kinds: type) -> dict[str, Any]:
+def shaped(path: Path, data: Any, **kinds: type | UnionType) -> dict[str, Any]:
     wrong = [n for n, k in kinds.items() if not isinstance(data.get(n), k | None)] if isinstance(data, dict) else [""]
     if wrong:
         raise _damaged(path, f"{wrong[0]} is not what posttrain writes there" if wrong[0] else "is no object")
@@ -39,6 +112,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def _are_rows(rows: Any) -> bool:
     return isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _parsed(path: Path) -> Any:

@@ -102,6 +102,7 @@ def _train(
     for warning in cut_prompts(k2, [*records, *heldout], max_tokens):
         run.say(warning)
     training = Training("tdm", config, run, procs, k2, student, evaluator, saved)
+    training.steppers.append(fake)
     if saved is not None:
         k2.load_role_state_dict(FAKE, saved.tensors[FAKE])
         fake.restore(saved.tensors["fake_optimizer"], saved.state[FAKE]["optimizer"])
@@ -289,6 +290,8 @@ def _draw_teacher(config: TDMConfig, run: Run, evaluator: Evaluator) -> dict[str
     if run.main:
         (run.path / "grids").mkdir(exist_ok=True)
         grid_image(result.images[:16], 4, 4).save(run.path / "grids/teacher.png")
+    shown = [r.prompt for r in evaluator.records[:16]]
+    run.samples("teacher", result.images[:16], shown, evaluator.seeds[:16], result.said[:16])
     return found
 
 

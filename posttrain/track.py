@@ -5,7 +5,8 @@
     metrics.jsonl      one object a training step: step, time (Unix seconds), then the metrics
     tensorboard/       the same for tensorboard
     grids/             step-000025.png: sample grids
-    samples/           prompts.json and step-000000/000.png, ...: the same prompts and seeds over the run
+    samples/           prompts.json and step-000000/000.png, ...: the same prompts and seeds over the run; scores.json
+                       beside the pictures says what each reward said of each
     prompts.json       with an adaptive pool: the prompts at its ends
     summary.json       figures before and after, seconds, memory
 
@@ -198,17 +199,27 @@ class Run:
         grid_image(images, rows, columns, captions).save(path)
         return path
 
-    def samples(self, step: int, images: np.ndarray, prompts: Sequence[str], seeds: Sequence[int]) -> None:
-        """Write `samples/step-000000/000.png`, ... from uint8 (N, H, W, 3).
+    def samples(
+        self,
+        step: int | str,
+        images: np.ndarray,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        said: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """Write `samples/step-000000/000.png`, ... from uint8 (N, H, W, 3), or `samples/NAME/...` for a name.
 
-        Call it with the same prompts and seeds each time: the report compares the first step and the last.
+        Call it with the same prompts and seeds each time: the report compares the first step and the last. `said` goes
+        into scores.json: for each picture what each reward said, of which `score` is its score.
         """
         if not self.main:
             return
-        directory = self.path / "samples" / f"step-{step:06d}"
+        directory = self.path / "samples" / (step if isinstance(step, str) else f"step-{step:06d}")
         directory.mkdir(parents=True, exist_ok=True)
         for i, image in enumerate(images):
             Image.fromarray(image).save(directory / f"{i:03d}.png")
+        if said:
+            _replace(directory / "scores.json", _json(list(said), indent=1))
         table = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds, strict=True)]
         _replace(directory.parent / "prompts.json", _json(table, indent=1))
 

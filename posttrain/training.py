@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from posttrain import checkpoint, health, watch
+from posttrain import checkpoint, health, shards, watch
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import CheckpointConfig, EvalConfig, ModelConfig, OptimConfig
 from posttrain.evaluate import Evaluation, Evaluator
@@ -27,6 +27,7 @@ from posttrain.policy import POLICY, described, file_of, load_policy
 from posttrain.processes import Processes
 from posttrain.report import write_report
 from posttrain.track import Run, RunConfig, peak_memory
+from rewards.load import record
 from rewards.serve import ServerSpec, serve
 
 
@@ -114,6 +115,8 @@ class Training:
         """Adds figures to an evaluation, under the policy: a method may put its own here, and below."""
         self.state: Callable[[], tuple[dict[str, dict[str, Tensor]], dict[str, Any]]] = lambda: ({}, {})
         """Further tensors and JSON of a checkpoint."""
+        self.steppers = [stepper]
+        """Of all that is trained, for the summary: a method that trains more than the policy adds to them."""
         self.evaluations: list[Any] = []  # (step, figures)
         self.first = 0
         self.stopped: signal.Signals | None = None
@@ -174,7 +177,22 @@ class Training:
         decided, lines = watch.outcome(self.evaluations, self.config.eval)
         for line in lines:
             self.run.say(line)
-        self.run.summary({**decided, **self.history, **peak_memory()})
+        asked = record([*self.evaluator.rewards, *self.evaluator.group_rewards])
+        self.run.summary({**decided, **self.history, "rewards": asked, "memory": self._memory(), **peak_memory()})
+
+    def _memory(self) -> dict[str, float]:
+        """GiB that this process keeps from step to step. What its peak is above them comes and goes within a step."""
+        k2 = self.k2
+        modules = [k2.transformer, k2.vae, k2.text_encoder, k2.reference, *k2.copies.values()]
+        weights = {id(p): p for module in modules if module is not None for p in module.parameters()}
+        trained = {id(p): p for stepper in self.steppers for p in stepper.parameters}
+        kept = {
+            "frozen weights": [p for key, p in weights.items() if key not in trained],
+            "trained weights": list(trained.values()),
+            "optimiser": [tensor for stepper in self.steppers for tensor in stepper.kept()],
+        }
+        sizes = {name: [shards.own(t) for t in part] for name, part in kept.items()}
+        return {name: sum(t.numel() * t.element_size() for t in part) / 2**30 for name, part in sizes.items()}
 
     def _seconds(self) -> float:
         return self.history["seconds"] + time.monotonic() - self._started
@@ -187,7 +205,7 @@ class Training:
         self.evaluations.append((step, result.figures))
         run.log(step, {f"eval/{name}": value for name, value in (result.figures | result.details).items()})
         shown = [r.prompt for r in evaluator.records[:16]]
-        run.samples(step, result.images[:16], shown, evaluator.seeds[:16])
+        run.samples(step, result.images[:16], shown, evaluator.seeds[:16], result.said[:16])
         run.grid(step, result.images[:16], 4, 4)
         return result
 

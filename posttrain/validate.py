@@ -106,7 +106,8 @@ def validate(config: Config) -> None:
         case PipelineConfig():
             validate_pipeline(config)
         case ReportConfig():
-            pass
+            if not config.runs:
+                raise ConfigError("runs", "is empty; give a run directory")
         case BenchConfig():
             validate_bench(config)
 

@@ -120,7 +120,7 @@ COMMAND_OF = {
 OTHERS: list[tuple[str, dict]] = [
     ("sample", {"output": "o", "model": {"path": "m"}, "prompt": "a red circle", "size": [64, 64], "guidance": 1.5}),
     ("export", {"source": "runs/a", "output": "o", "format": "diffusers", "private": True}),
-    ("report", {"run": "runs/a", "output": None}),
+    ("report", {"runs": ["runs/a"], "output": None}),
     ("serve", {"servers": [{"name": "judge", "model": "m", "port": 0}], "logs": "l"}),
     ("annotate", {"pairs": "p", "store": "s.jsonl", "port": 0, "repeats": 0.1}),
     ("annotations", {"store": "s.jsonl", "pairs": "p", "output": "o"}),

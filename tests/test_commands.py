@@ -196,4 +196,4 @@ def test_sample(command, tmp_path, model):
 
 
 def test_report(command, tmp_path):
-    fails(command("report", "--run", tmp_path), tmp_path, "is not a run directory (no recipe.yaml)")
+    fails(command("report", tmp_path), tmp_path, "is not a run directory (no recipe.yaml)")

@@ -23,7 +23,7 @@ def test_first_and_last_step_stand_side_by_side(tmp_path):
     for step in (0, 5, 10):
         group(tmp_path, step, [drawn, lost])
     page = groups_section(tmp_path)
-    assert page.count('<figure class="group">') == 2
+    assert page.count('class="tiles"') == 2 and page.count('type="range"') == 1
     assert "step 0<" in page and "step 10<" in page and "step 5<" not in page
     assert page.count("<img") == 2 and page.count('class="small"') == 1  # only small pictures are shown as pixels
     assert page.count("not drawn [empty]") == 2 and page.count("(empty) [empty]") == 2

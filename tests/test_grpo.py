@@ -58,7 +58,7 @@ def test_run_directory(config, trained):
     assert any((run / "tensorboard").iterdir())
     assert sorted(path.name for path in (run / "grids").iterdir()) == [f"step-00000{i}.png" for i in range(3)]
     for step in range(3):
-        pictures = sorted((run / "samples" / f"step-00000{step}").iterdir())
+        pictures = sorted((run / "samples" / f"step-00000{step}").glob("*.png"))
         assert [Image.open(path).size for path in pictures] == [(32, 32)] * 2
     assert len(json.loads((run / "samples/prompts.json").read_text())) == 2
 
@@ -85,6 +85,9 @@ def test_run_directory(config, trained):
         assert summary["before"][f"image/{name}"] == pytest.approx(getattr(figures_of, name)(shown))
     assert 0.3 < summary["before"]["image/latent_norm"] < 3 and 0 < summary["before"]["image/diversity"] < 1
     assert (summary["steps"], summary["images"]) == (2, 2 * 2 * 4)
+    said = json.loads((run / "samples/step-000000/scores.json").read_text())
+    assert np.mean([one["brightness"]["score"] for one in said]) == pytest.approx(summary["before"]["brightness"])
+    assert 0 < summary["memory"]["trained weights"] < summary["memory"]["frozen weights"] < summary["peak_ram_gib"]
     assert summary["seconds"] > 0 and summary["peak_ram_gib"] > 0
     page = (run / "report.html").read_text()
     assert "brightness" in page and "image/diversity@1.5" in page and "data:image/png" in page

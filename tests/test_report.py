@@ -13,7 +13,8 @@ import pytest
 
 from posttrain.chart import line_chart, nice_ticks, number
 from posttrain.config import GRPOConfig, ModelConfig, PromptsConfig, RewardSpec
-from posttrain.report import read_metrics, write_report
+from posttrain.report import write_report
+from posttrain.run_files import read_metrics
 from posttrain.track import Run
 from prompts.errors import UserError
 
@@ -43,7 +44,7 @@ def make_run(path: Path, steps: int = 40, images: int = 3) -> Run:
 class Tags(HTMLParser):
     """Collects tags and attributes, and checks that what is opened is closed."""
 
-    VOID = ("meta", "img", "line", "path", "circle")
+    VOID = ("meta", "img", "input", "br", "wbr", "line", "path", "circle", "rect")
 
     def __init__(self, page: str):
         super().__init__()
@@ -71,7 +72,7 @@ def test_report_is_whole_and_self_contained(tmp_path):
     assert path == tmp_path / "run" / "report.html"
     page = path.read_text()
     tags = Tags(page)
-    assert tags.open == [] and "script" not in tags.names and "link" not in tags.names
+    assert tags.open == [] and tags.names.count("script") == 1 and "link" not in tags.names
     assert tags.names.count("img") == 6
     for name, value in tags.attributes:
         assert not name.startswith("on")
@@ -137,7 +138,7 @@ def test_bad_input(tmp_path):
 
 def test_the_command_writes_it(tmp_path):
     run = make_run(tmp_path / "run")
-    command = [sys.executable, "-m", "posttrain.cli", "report", "--run", str(run.path)]
+    command = [sys.executable, "-m", "posttrain.cli", "report", str(run.path)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True)
     assert result.stdout.strip() == str(run.path / "report.html")
 

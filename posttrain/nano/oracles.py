@@ -21,6 +21,7 @@ from scipy import ndimage
 
 from posttrain.nano import scenes
 from posttrain.nano.scenes import COLOURS, COUNTS, GLYPH_H, SHAPES, SIZE, Object, Scene
+from rewards.base import Scored
 
 CLEAN = 0.15
 """Largest root-mean-square error (in [0, 1]) of an 8 x 8 window that still counts as free of artifacts."""
@@ -361,9 +362,12 @@ def grade(percept: Percept, statement: str) -> float:
 
 def rubric(images: Sequence, prompts: Sequence[str], requirements: Sequence[list[str]], **_) -> list[float | None]:
     """Share of a prompt's requirements that its picture meets, in [0, 1]; None where it has none."""
-    return [
-        sum(meets(p, r) for r in need) / len(need) if need else None for p, need in zip(perceive(images), requirements)
-    ]
+    return [_answered(p, need) if need else None for p, need in zip(perceive(images), requirements)]
+
+
+def _answered(percept: Percept, need: list[str]) -> Scored:
+    answers = [float(meets(percept, r)) for r in need]
+    return Scored(sum(answers) / len(answers), {"requirements": need, "answers": answers})
 
 
 def graded(images: Sequence, prompts: Sequence[str], requirements: Sequence[list[str]], **_) -> list[float | None]:
