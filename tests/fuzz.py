@@ -162,7 +162,11 @@ def _command(path: str) -> str:
 
 def recipes() -> list[tuple[str, dict]]:
     files = sorted(glob.glob(str(runs.ROOT / "recipes/*/*.yaml")))
-    return [(_command(f), yaml.safe_load(Path(f).read_text())) for f in files if "pair_sources" not in f] + OTHERS
+    return [
+        (_command(f), yaml.safe_load(Path(f).read_text()))
+        for f in files
+        if Path(f).parent.name != "launch" and "pair_sources" not in f
+    ] + OTHERS
 
 
 def _text(data: Any, rng: random.Random) -> bytes:
