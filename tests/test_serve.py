@@ -183,12 +183,13 @@ def test_a_run_says_how_far_its_judges_repeat_themselves(urls, tmp_path, capsys)
     for name in ("train", "heldout"):
         (tmp_path / f"{name}.jsonl").write_text('{"prompt": "a red cube", "requirements": ["a cube is there"]}\n')
     grpo.train(config)
-    lines = [line for line in capsys.readouterr().err.splitlines() if "judge" in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("posttrain: judge ")]
     assert [line.split(":")[1] for line in lines] == [" judge aesthetic", " judge vlm"]
     assert all("20 scores of one image differ by at most" in line and "P(yes)" in line for line in lines)
     logged = [row for row in runs.rows(config.output) if "repeatability/vlm" in row]
     summary = json.loads((Path(config.output) / "summary.json").read_text())
     assert len(logged) == 1 and logged[0]["step"] == 0
+    assert all(f"injection/picture/{name}" in logged[0] for name, _, _ in kinds)
     for judge in ("aesthetic", "vlm"):
         assert 0 <= logged[0][f"repeatability/{judge}"] < 1e-3
         assert summary[f"repeatability/{judge}"] == logged[0][f"repeatability/{judge}"]
