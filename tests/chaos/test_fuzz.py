@@ -42,4 +42,5 @@ def test_a_command_writes_nothing(command, model, tmp_path, method, number):
     assert "Traceback" not in result.stderr and result.stdout == ""
     fuzz.check_line(result.stderr)
     assert f"{name}.jsonl" in result.stderr
-    assert sorted(tmp_path.rglob("*")) == before
+    left = sorted(path for path in tmp_path.rglob("*") if "cache" not in path.relative_to(tmp_path).parts)
+    assert left == before  # rows of a set are read while they are encoded, into a cache of whole files
