@@ -150,6 +150,15 @@ def _run(argv: list[str]) -> int:
     if argv[0] == "--version":
         print(f"posttrain {__version__}")
         return 0
+    command, config, resume, options = parse(argv)
+    module, _, function = command.function.partition(":")
+    run = getattr(importlib.import_module(module), function)
+    code = run(config, resume=resume, **options) if command.resumable else run(config)
+    return code or 0
+
+
+def parse(argv: list[str]) -> tuple[Command, Any, bool, dict[str, bool]]:
+    """A command with its checked settings, whether to resume, and further options of its function. Raises UserError."""
     seconds = [known.split()[1] for known in COMMANDS if known.startswith(f"{argv[0]} ") and known != CHECK]
     words = 2 if seconds else 1
     name, rest = " ".join(argv[:words]), argv[words:]
@@ -174,10 +183,7 @@ def _run(argv: list[str]) -> int:
         options["dry_run"] = "--dry-run" in rest
         rest = [word for word in rest if word != "--dry-run"]
     config, resume = load_config(name, rest)
-    module, _, function = command.function.partition(":")
-    run = getattr(importlib.import_module(module), function)
-    code = run(config, resume=resume, **options) if command.resumable else run(config)
-    return code or 0
+    return command, config, resume, options
 
 
 def _usage() -> str:
