@@ -26,8 +26,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from posttrain import shards
-from posttrain.k2 import K2, VelocityModel
+from posttrain.k2 import K2
 from posttrain.processes import Processes
+from posttrain.velocity import VelocityModel
 from prompts.errors import UserError
 
 

@@ -16,12 +16,11 @@ Legend: B records of a micro-batch; a pair is two pictures, the preferred one fi
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 from posttrain import losses
 from posttrain.calibration import auroc, brier, expected_calibration_error, reliability
 from posttrain.config import CheckpointConfig, JudgeConfig
+from posttrain.judge_card import numbers, write_adapter
 from posttrain.loop import Loop, Stepper
 from posttrain.track import Run, peak_memory
 from posttrain.validate import JUDGE_TARGETS
@@ -101,7 +101,7 @@ def train(config: JudgeConfig) -> None:
             with stepper.averaged():
                 card["figures"] = figures(config.mode, heldout, score(vlm, template, heldout, config), config.seed)
             save(config.steps)
-        run.summary({"before": _numbers(card["before"]), "after": _numbers(card["figures"]), "steps": loop.done,
+        run.summary({"before": numbers(card["before"]), "after": numbers(card["figures"]), "steps": loop.done,
                      **peak_memory()})  # fmt: skip
     if loop.stopped is signal.SIGINT:
         raise KeyboardInterrupt
@@ -340,70 +340,3 @@ def figures(mode: str, records: list[Record], rho: np.ndarray, seed: int) -> dic
     result["by_source"] = {s: (float(right[sources == s].mean()), int((sources == s).sum())) for s in {*sources} if s}
     result["heldout"] = len(records)
     return result
-
-
-def _numbers(values: dict[str, Any] | None) -> dict[str, float]:
-    return {k: v for k, v in (values or {}).items() if isinstance(v, int | float)}
-
-
-# ---- what is written --------------------------------------------------------------------------------------
-
-
-def write_adapter(vlm: VLM, path: Path, config: JudgeConfig, template: Template, step: int, card: dict) -> None:
-    """The PEFT adapter, as vLLM loads it, with its model card and figures."""
-    vlm.model.save_pretrained(str(path))
-    (path / "README.md").write_text(model_card(config, template, step, card), encoding="utf-8")
-    (path / "figures.json").write_text(json.dumps({**card, "step": step, "template": template.hash}, indent=1) + "\n")
-
-
-def model_card(config: JudgeConfig, template: Template, step: int, card: dict[str, Any]) -> str:
-    training, heldout = card["records"]
-    parts = [
-        f"---\nbase_model: {config.model}\nlibrary_name: peft\ntags: [lora, vllm, judge]\n---",
-        f"# A judge: {config.mode}",
-        f"A LoRA adapter for {config.model}. Asked the question below about a picture, it answers yes or no; "
-        "P(yes) from the first token's log-probs is the score.",
-        f"> {template.text}",
-        f"Template `{template.name}`, hash {template.hash}. {step} updates of {config.batch} records from "
-        f"{training}; {heldout} records of other prompts are held out. Seed {config.seed}.",
-    ]
-    if card["figures"] is None:
-        parts.append("Training was stopped before the end, and nothing was measured.")
-        return "\n\n".join(parts) + "\n"
-    after, before = card["figures"], card["before"]
-    rows = [(name, before.get(name), value) for name, value in _numbers(after).items() if name != "heldout"]
-    parts.append("## Held out\n\n| | before | after |\n| --- | --- | --- |\n" + "\n".join(
-        f"| {_words(name)} | {_cell(old)} | {_cell(new)} |" for name, old, new in rows))  # fmt: skip
-    if config.mode == "preference":
-        parts.append("Accuracy by margin (difference of the two scores), in quarters:\n\n" + _table(
-            ("mean margin", "accuracy", "pairs"), after["by_margin"]))  # fmt: skip
-    what = "that the first is preferred" if config.mode == "preference" else "of a fault"
-    parts.append(f"## Calibration\n\nProbability {what}: predicted, and how often it was so.\n\n" + _table(
-        ("predicted", "observed", "records"), after["reliability"]))  # fmt: skip
-    if after["by_source"]:
-        rows = [(name, *values) for name, values in sorted(after["by_source"].items())]
-        parts.append("By generator:\n\n" + _table(("generator", "accuracy", "records"), rows))
-    settings = json.dumps({k: asdict(config)[k] for k in ("lora", "optim", "dtype")})
-    parts.append(f"Settings: `{settings}`")
-    return "\n\n".join(parts) + "\n"
-
-
-def _words(name: str) -> str:
-    return {
-        "auroc": "area under the ROC curve",
-        "ece": "expected calibration error",
-        "brier": "Brier score",
-        "noise_ceiling": "accuracy of one who knew the raters' taste",
-        "of_ceiling": "share of that accuracy",
-        "threshold": "P(yes) that 1 % of good pictures exceed",
-        "found_at_threshold": "share of faulty pictures above it",
-    }.get(name, name)
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def _table(head: tuple[str, ...], rows: Any) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(map(_cell, row)) + " |" for row in rows])

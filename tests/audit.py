@@ -1,4 +1,4 @@
-"""Known vulnerabilities of what is installed here. Where no index can be asked, that is said and is no failure.
+"""Known vulnerabilities of what is installed here. Where no database of them answers, that is said and is no failure.
 
     python -m tests.audit
 
@@ -16,11 +16,11 @@ def main() -> int:
         result = subprocess.run(command, capture_output=True, text=True, timeout=300)
         rows = json.loads(result.stdout)["dependencies"]
     except (subprocess.TimeoutExpired, ValueError, KeyError):
-        print("Left out: the audit of dependencies. It needs an index that can be asked, such as pypi.org.")
+        print("Left out: the audit of dependencies. No database of vulnerabilities answered.")
         return 0
     asked = [row for row in rows if "vulns" in row]
     if not asked:
-        print(f"Left out: the audit of dependencies. The index knows nothing of any of the {len(rows)} packages.")
+        print(f"Left out: the audit of dependencies. The database knows none of the {len(rows)} packages.")
         return 0
     mended = 0
     for row in asked:
@@ -28,7 +28,7 @@ def main() -> int:
             mended += bool(found["fix_versions"])
             remedy = f"mended in {', '.join(found['fix_versions'])}" if found["fix_versions"] else "no version mends it"
             print(f"{row['name']} {row['version']}: {found['id']}: {remedy}")
-    print(f"{len(asked)} packages asked about, {len(rows) - len(asked)} not known to the index, {mended} to update")
+    print(f"{len(asked)} packages asked about, {len(rows) - len(asked)} not known to the database, {mended} to update")
     return int(mended > 0)
 
 

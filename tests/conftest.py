@@ -1,5 +1,7 @@
 """What several test files begin with."""
 
+import shutil
+
 import pytest
 
 from tests import runs
@@ -20,3 +22,19 @@ def model(tmp_path_factory):
 
     PartialState(cpu=True)  # runs must be the same bit for bit, also on a machine with a GPU
     return tiny.save(tmp_path_factory.mktemp("tiny") / "raw")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium without a window; tests that need one are left out where there is none."""
+    from playwright.sync_api import sync_playwright
+
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no chromium, chromium-browser or google-chrome is on the path")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+             "--disable-component-update", "--disable-sync"]  # fmt: skip
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=chromium, args=flags)
+        yield launched
+        launched.close()

@@ -1,6 +1,6 @@
 """Malformed inputs: real, valid ones with one structured mistake each, from fixed seeds.
 
-`outcomes(kind, count, folder)` hands inputs to the functions that the commands hand them to, until `count` of them were
+`inputs(kind, count, folder)` hands inputs to the functions that the commands hand them to, until `count` of them were
 refused. What a user may give wrong must end in one line; anything else that is raised passes through, with the input.
 
     python -m tests.fuzz KIND NUMBER      # shows one input, and what becomes of it
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
 import dataclasses
 import glob
 import io
@@ -23,93 +22,29 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import yaml
-from PIL import Image
 
-from posttrain import annotations, checkpoint, cli, judge, lora_file
-from posttrain.expander_config import ExpanderSFTConfig
-from posttrain.expander_sft import read_pairs
+from posttrain import cli
 from posttrain.pairs_config import ColumnMap
 from posttrain.preferences import PreferenceWriter, read_preferences
-from posttrain.report import write_report
-from prompts.errors import UserError
 from prompts.records import read_prompts
 from prompts.templates import load_template
 from rewards.endpoints import JudgeError
 from rewards.judge import Judge
-from rewards.requirements import Requirements
 from tests import fake_judge, runs
+from tests.fuzz_files import (
+    annotation_store,
+    checkpoint_files,
+    expander_pairs,
+    judge_data,
+    lora,
+    requirements_file,
+    run_directory,
+)
+from tests.malformed import JUNK, jsonl, pictures, refused, spoiled, torn
 
 SECONDS = 10
 """An input that takes longer hangs."""
-NESTED: Any = 0
-for _ in range(60):
-    NESTED = [NESTED]
-JUNK = [
-    None, True, False, 0, -1, 1, 3.5, 1e308, -1e308, 10**30, float("inf"), float("-inf"), float("nan"), "", " ",
-    "1e5", "nan", "\0", "a\0b", "../..", "/", "/dev/full", "x" * 5000, "ключ", "\x1b[31m", "'", '"', "{", "${a}", "\n",
-    [], {}, [None], [[]], {"": 0}, {"a": {"a": 1}}, NESTED, [1, "a", None], "hf:", "server://none", "\u2028", "💥",
-]  # fmt: skip
-
-
-def nodes(data: Any, path: tuple = ()) -> list[tuple]:
-    """The place of every value in a tree."""
-    below = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
-    return [path, *(place for key, value in below for place in nodes(value, (*path, key)))]
-
-
-def spoiled(data: Any, rng: random.Random) -> Any:
-    """A copy with one mistake in it."""
-    data = copy.deepcopy(data)
-    *places, key = rng.choice(nodes(data)[1:])
-    parent = data
-    for place in places:
-        parent = parent[place]
-    how = rng.randrange(8)
-    if how == 0:
-        del parent[key]
-    elif how == 1 and isinstance(parent, dict):
-        parent[rng.choice([f"{key}s", "unknown", "", "0", "a.b", " "])] = parent[key]
-    elif how == 2 and isinstance(parent, dict):
-        parent[str(key).upper()] = parent.pop(key)
-    elif how == 3 and isinstance(parent[key], list):
-        parent[key] = parent[key] * 2
-    elif how == 4 and isinstance(parent[key], int | float):
-        parent[key] = -parent[key] if rng.random() < 0.5 else parent[key] * 10**9
-    elif how == 5:
-        parent[key] = [parent[key]]
-    else:
-        parent[key] = rng.choice(JUNK)
-    return data
-
-
-def torn(text: bytes, rng: random.Random) -> bytes:
-    """A file's bytes with a mistake that no editor of data would make."""
-    place = rng.randrange(len(text) + 1)
-    how = rng.randrange(10)
-    if how == 0:
-        return text[:place]
-    if how == 1:
-        return text[:place] + rng.choice([b"\0", b"\x07", b"\xff", b"\xc3", b"\x1b", b"\xed\xa0\x80"]) + text[place:]
-    if how == 2:
-        return text.decode(errors="replace").encode(rng.choice(["utf-16", "utf-32", "utf-16-le"]))
-    if how == 3:
-        return rng.choice([b"", b"\n\n", b"\0" * 64, b"\xef\xbb\xbf", b"[" * 200_000, b"{" * 5000, b'{"a":' * 50_000])
-    if how == 4:
-        return text[place:]
-    if how == 5:
-        return bytes(rng.randrange(256) for _ in range(200))
-    if how == 6:
-        return text.replace(b":", b"", 1)
-    if how == 7:
-        return text[:place] + rng.choice([b"{", b"}", b"[", b"]", b'"', b",", b"\t", b"'"]) + text[place:]
-    if how == 8:
-        return text[:place] + b"9" * 5000 + text[place:]
-    return text[:place] + text[rng.randrange(len(text) + 1) :]
-
-
 # ---- recipes ------------------------------------------------------------------------------------------------------
 
 COMMAND_OF = {
@@ -229,18 +164,12 @@ def check_line(said: str) -> None:
 PROMPTS = (runs.ROOT / "prompts/nano/heldout.jsonl").read_text().splitlines()[:6]
 
 
-def _lines(rows: list, rng: random.Random) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=rng.random() < 0.5) + "\n" for row in rows).encode(
-        "utf-8", "surrogatepass"
-    )
-
-
 def prompt_file(rng: random.Random, folder: Path) -> bool:
     rows, file, how = [json.loads(line) for line in PROMPTS], folder / "prompts.jsonl", rng.randrange(10)
     if how < 6:
         i = rng.randrange(len(rows))
         rows[i] = spoiled(rows[i], rng)
-        file.write_bytes(_lines(rows, rng))
+        file.write_bytes(jsonl(rows, rng))
     elif how == 6:
         text = rng.choice(['{"prompt": "\\ud800"}', '{"prompt": "a", "prompt": 3}', '{"prompt": NaN}', "NaN", "3", "[]",
                            '{"prompt": "a", "id": "\\udfff"}', '{"prompt": "a", "n": ' + "9" * 5000 + "}", '"a"',
@@ -248,23 +177,11 @@ def prompt_file(rng: random.Random, folder: Path) -> bool:
                            "null"])  # fmt: skip
         file.write_text(f"{PROMPTS[0]}\n{text}\n")
     elif how < 9:
-        file.write_bytes(torn(_lines(rows, rng), rng))
+        file.write_bytes(torn(jsonl(rows, rng), rng))
     else:
         bad = [folder, "", "\0", "hf:", "hf::", folder / "none", "/dev/null", folder / ("x" * 300), f"{file}/"]
         return refused(lambda: read_prompts(rng.choice(bad)))
     return refused(lambda: read_prompts(file))
-
-
-def _pictures(folder: Path) -> list[dict[str, Any]]:
-    generator = np.random.default_rng(0)
-    rows = []
-    for i in range(4):
-        row: dict[str, Any] = {"prompt": f"prompt {i}", "source": "human", "share": 0.75, "margin": 0.1, "seed": i}
-        for name in ("chosen", "rejected"):
-            Image.fromarray(generator.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(folder / f"{i}{name}.png")
-            row[name] = f"{i}{name}.png"
-        rows.append(row | {"chosen_policy": "a", "rejected_policy": "b", "chosen_on_policy": True})
-    return rows
 
 
 def _read_all(path: Path | str, columns: ColumnMap | None = None) -> None:
@@ -275,15 +192,15 @@ def _read_all(path: Path | str, columns: ColumnMap | None = None) -> None:
 
 
 def pair_set(rng: random.Random, folder: Path) -> bool:
-    rows, how, file = _pictures(folder), rng.randrange(10), folder / "pairs.jsonl"
+    rows, how, file = pictures(folder), rng.randrange(10), folder / "pairs.jsonl"
     if how < 3:
         i = rng.randrange(len(rows))
         rows[i] = spoiled(rows[i], rng)
-        file.write_bytes(_lines(rows, rng))
+        file.write_bytes(jsonl(rows, rng))
     elif how < 5:
-        file.write_bytes(torn(_lines(rows, rng), rng))
+        file.write_bytes(torn(jsonl(rows, rng), rng))
     elif how == 5:
-        file.write_bytes(_lines(rows, rng))
+        file.write_bytes(jsonl(rows, rng))
         picture = folder / rows[rng.randrange(4)][rng.choice(["chosen", "rejected"])]
         data = torn(picture.read_bytes(), rng)
         picture.unlink()
@@ -294,7 +211,7 @@ def pair_set(rng: random.Random, folder: Path) -> bool:
     elif how == 6:
         label = rng.choice([*JUNK, [1, 0], [0, 0], [1], [1, 2, 3]])
         rows = [row | {"label": label, "pair": [row["chosen"], row["rejected"]]} for row in rows]
-        file.write_bytes(_lines(rows, rng))
+        file.write_bytes(jsonl(rows, rng))
         names = rng.choice([{"first": "chosen", "second": "rejected", "label": "label"}, {},
                             {"pair": "pair", "label": "label"}, {"pair": "label", "label": "pair"},
                             {"chosen": "prompt", "rejected": "share"},
@@ -304,13 +221,13 @@ def pair_set(rng: random.Random, folder: Path) -> bool:
         return refused(lambda: _read_all(file, ColumnMap(**names)))
     elif how < 9:
         made = folder / "set"
-        file.write_bytes(_lines(rows, rng))
+        file.write_bytes(jsonl(rows, rng))
         with PreferenceWriter(made, rows=2) as writer:
             for pair in read_preferences(file):
                 writer.add(pair)
         victim = rng.choice(sorted(made.iterdir()))
         if victim.suffix == ".json" and rng.random() < 0.7:
-            victim.write_bytes(_lines([spoiled(json.loads(victim.read_text()), rng)], rng))
+            victim.write_bytes(jsonl([spoiled(json.loads(victim.read_text()), rng)], rng))
         elif rng.random() < 0.1:
             victim.unlink()
             victim.mkdir()
@@ -392,116 +309,6 @@ def judge_answer(rng: random.Random, folder: Path) -> bool:
     return asyncio.run(main())
 
 
-# ---- what runs and people leave behind ---------------------------------------------------------------------------
-
-
-def checkpoint_files(rng: random.Random, folder: Path) -> bool:
-    tensors = {"policy": {"a": torch.arange(6.0).view(2, 3)}, "optimizer": {"0.step": torch.tensor(3.0)}}
-    made = checkpoint.save(folder / "checkpoints", 7, tensors, {"method": "grpo", "counters": {"updates": 1}}, 1)
-    victim = rng.choice([p for p in sorted(made.iterdir()) if p.name != "manifest.json" or rng.random() < 0.8])
-    if victim.name == "manifest.json" and rng.random() < 0.7:
-        victim.write_text(json.dumps(spoiled(json.loads(victim.read_text()), rng)))
-    else:
-        victim.write_bytes(torn(victim.read_bytes(), rng))
-    return refused(lambda: checkpoint.load(made))
-
-
-def annotation_store(rng: random.Random, folder: Path) -> bool:
-    file = folder / "store.jsonl"
-    settings = annotations.Schedule(0, 0.1)
-    store = annotations.Store(file, settings)
-    for showing in annotations.schedule(["a", "b", "c"], "ann", settings):
-        store.add("ann", showing, "left", 1.0)
-    store.close()
-    lines = file.read_bytes().splitlines()
-    if rng.random() < 0.6:
-        i = rng.randrange(len(lines))
-        lines[i] = json.dumps(spoiled(json.loads(lines[i]), rng)).encode()
-        file.write_bytes(b"\n".join([*lines, b""]))
-    else:
-        file.write_bytes(torn(file.read_bytes(), rng))
-    return refused(lambda: annotations.read(file))
-
-
-def judge_data(rng: random.Random, folder: Path) -> bool:
-    rows, file = _pictures(folder), folder / "judge.jsonl"
-    if rng.random() < 0.6:
-        i = rng.randrange(len(rows))
-        rows[i] = spoiled(rows[i], rng)
-        file.write_bytes(_lines(rows, rng))
-    else:
-        file.write_bytes(torn(_lines(rows, rng), rng))
-    return refused(lambda: judge.read_records(str(file), "preference"))
-
-
-def expander_pairs(rng: random.Random, folder: Path) -> bool:
-    rows, file = [{"prompt": f"user {i}", "completion": f"caption {i}"} for i in range(12)], folder / "pairs.jsonl"
-    if rng.random() < 0.6:
-        i = rng.randrange(len(rows))
-        rows[i] = spoiled(rows[i], rng)
-        file.write_bytes(_lines(rows, rng))
-    else:
-        file.write_bytes(torn(_lines(rows, rng), rng))
-    return refused(lambda: read_pairs(ExpanderSFTConfig(output="o", model="m", data=str(file), heldout=0.3)))
-
-
-def requirements_file(rng: random.Random, folder: Path) -> bool:
-    file = folder / "requirements.jsonl"
-    rows = [{"prompt": f"p{i}", "requirements": ["a", "b"], "model": "m", "template": "t"} for i in range(3)]
-    if rng.random() < 0.6:
-        rows[1] = spoiled(rows[1], rng)
-        file.write_bytes(_lines(rows, rng))
-    else:
-        file.write_bytes(torn(_lines(rows, rng), rng))
-
-    def read() -> None:
-        known = Requirements(Judge("m", "http://127.0.0.1:1/v1"), TEMPLATE, str(file))._known
-        for prompt, found in known.items():
-            assert isinstance(prompt, str) and found and all(isinstance(text, str) for text in found)
-
-    return refused(read)
-
-
-def run_directory(rng: random.Random, folder: Path) -> bool:
-    """What posttrain report reads."""
-    run = folder / "run"
-    run.mkdir()
-    files = {
-        "recipe.yaml": {"model": {"path": "m"}, "output": "o", "steps": 3},
-        "metrics.jsonl": {"step": 1, "time": 1.5, "reward": 0.5, "loss": None},
-        "summary.json": {"before": {"a": 0.1}, "after": {"a": 0.2}, "steps": 1, "seconds": 2.0},
-        "environment.json": {"started": "2026-01-01T00:00:00+0000", "packages": {"torch": "2"}, "gpus": [], "cpus": 2},
-        "prompts.json": {"kept": [{"prompt": "a", "visits": 2}]},
-    }
-    for name, data in files.items():
-        (run / name).write_text(json.dumps(data) + "\n")
-    victim = run / rng.choice(list(files))
-    if rng.random() < 0.6:
-        victim.write_text(json.dumps(spoiled(files[victim.name], rng)) + "\n")
-    else:
-        victim.write_bytes(torn(victim.read_bytes(), rng))
-    was_refused = refused(lambda: write_report(run))
-    assert not (was_refused and (run / "report.html").exists())
-    return was_refused
-
-
-def lora(rng: random.Random, folder: Path) -> bool:
-    from safetensors.torch import save_file
-
-    name, file = "transformer_blocks.0.attn.to_q", folder / "lora.safetensors"
-    tensors = {f"{name}.lora_A.weight": torch.ones(2, 4), f"{name}.lora_B.weight": torch.ones(3, 2)}
-    if rng.random() < 0.5:
-        save_file(tensors, file)
-        file.write_bytes(torn(file.read_bytes(), rng))
-    else:
-        key = rng.choice(list(tensors))
-        value = tensors.pop(key)
-        how = rng.randrange(4)
-        more = [{}, {f"{key}x": value}, {key: value.T.contiguous()}, {key: value[:1, :1].contiguous()}][how]
-        save_file(tensors | more, file)
-    return refused(lambda: lora_file.read_lora(file, {name: (3, 4)}))
-
-
 # ---- run ----------------------------------------------------------------------------------------------------------
 
 KINDS: dict[str, tuple[Callable[[random.Random, Path], bool], float]] = {
@@ -518,17 +325,6 @@ KINDS: dict[str, tuple[Callable[[random.Random, Path], bool], float]] = {
     "lora": (lora, 0.01),
 }
 """What is spoiled, and its share of all inputs."""
-
-
-def refused(read: Callable[[], Any]) -> bool:
-    """Whether it raises a UserError, whose message is one line that says something."""
-    try:
-        read()
-    except UserError as error:
-        said = " ".join(str(error).split())  # as the command prints it
-        assert len(said) > 10, said
-        return True
-    return False
 
 
 def outcome(kind: str, number: int, folder: Path) -> bool:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from posttrain import sampler
 from posttrain.k2 import K2
-from posttrain.nano import build, oracles, prompts, scenes
+from posttrain.nano import build, damage, oracles, prompts, scenes
 from posttrain.nano.font import WORDS
 from posttrain.nano.scenes import SIZE, Object, Scene
 from prompts.records import columns, read_prompts
@@ -192,7 +192,7 @@ def test_corruptions_are_caught(scene_kind, statement_kind, change, where):
 def test_damage_is_an_artifact(kind, share, count):
     rng = np.random.default_rng(4)
     drawn = draw(count, 6, "text" if kind == "garbled" else None)
-    damaged = [scenes.damage(scenes.render(scene), scene, rng, kind) for scene in drawn]
+    damaged = [damage.damage(scenes.render(scene), scene, rng, kind) for scene in drawn]
     scores = oracles.artifact_free([Image.fromarray(image) for image in damaged], [""] * count)
     assert set(scores) <= {0.0, 1.0}
     assert 1 - np.mean(scores) >= share
@@ -201,9 +201,9 @@ def test_damage_is_an_artifact(kind, share, count):
 def test_damage_leaves_its_input_alone():
     rng = np.random.default_rng(7)
     for scene in draw(20, 8, "text"):
-        for kind in scenes.ARTIFACTS:
+        for kind in damage.ARTIFACTS:
             image = scenes.render(scene)
-            damaged = scenes.damage(image, scene, rng, kind)
+            damaged = damage.damage(image, scene, rng, kind)
             assert np.array_equal(image, scenes.render(scene)) and damaged.shape == image.shape
             assert damaged.dtype == np.uint8 and not np.array_equal(image, damaged)
 

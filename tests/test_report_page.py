@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser
 
 from posttrain import watch
 from posttrain.chart import Limit, line_chart
@@ -29,7 +29,6 @@ from posttrain.run_files import RunFiles, read_run
 from posttrain.watches import limits
 from posttrain.wipe import pictures
 from rewards.base import Scored, Scores
-from tests.test_annotate import CHROMIUM, FLAGS
 from tests.test_report import EVIL, Tags, make_run
 
 QUESTION = 'the word "<script>alert(2)</script>" is there'
@@ -249,16 +248,6 @@ def test_the_policy_names_the_script_that_is_there():
     assert script is not None
     digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in written and "default-src 'none'" in written
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("needs chromium on the path")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

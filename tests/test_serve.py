@@ -19,7 +19,7 @@ from peft import PeftModel
 from PIL import Image
 
 from posttrain import grpo
-from posttrain.nano import scenes
+from posttrain.nano import damage, scenes
 from posttrain.nano.prompts import HELDOUT_WORDS
 from prompts.errors import UserError
 from prompts.templates import load_template
@@ -89,7 +89,7 @@ def test_four_rewards_from_one_server(urls):
     drawn, rng = heldout_scenes(), np.random.default_rng(6)
     said = [scenes.describe(scene, rng) for scene in drawn]
     true = [scenes.render(scene) for scene in drawn]
-    faulty = [scenes.damage(image, scene, rng, "broken") for image, scene in zip(true, drawn)]
+    faulty = [damage.damage(image, scene, rng, "broken") for image, scene in zip(true, drawn)]
     wrong = [scenes.render(scenes.random_scene(rng, kind="single")) for _ in drawn]
     images = [Image.fromarray(i) for i in (*true, *faulty, *wrong)]
     columns = {"requirements": [d.requirements for d in said] * 3, "texts": [d.texts for d in said] * 3}
@@ -114,7 +114,7 @@ def test_in_process_and_behind_vllm_agree(urls):
     """P(yes) within 1e-3 for the base and both adapters, and the same words read."""
     rng = np.random.default_rng(6)
     arrays = [scenes.render(scene) for scene in heldout_scenes()]
-    arrays += [scenes.damage(image, scene, rng, "broken") for image, scene in zip(arrays, heldout_scenes())]
+    arrays += [damage.damage(image, scene, rng, "broken") for image, scene in zip(arrays, heldout_scenes())]
     images = [Image.fromarray(array) for array in arrays]
     ask = {
         "vlm": load_template("rubric").render(requirement=REQUIREMENT),

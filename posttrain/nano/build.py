@@ -38,7 +38,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLModel
 
 from posttrain.frame import flatten_time
-from posttrain.nano import scenes
+from posttrain.nano import damage, scenes
 
 CAPTION_NOISE, LETTER_NOISE, DAMAGED = 0.25, 0.03, 0.05
 VARIANTS = 4
@@ -63,7 +63,7 @@ def _make_chunk(job: tuple[int, int]) -> tuple[np.ndarray, list[list[str]]]:
         scene = scenes.random_scene(rng)
         images[i] = scenes.render(scene)
         if rng.random() < DAMAGED:
-            images[i] = scenes.damage(images[i], scene, rng)
+            images[i] = damage.damage(images[i], scene, rng)
         captions.append(
             [
                 scenes.describe(

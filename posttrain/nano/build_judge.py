@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationConfig, Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from posttrain.nano import build, evaluate_judge, questions, scenes
+from posttrain.nano import build, damage, evaluate_judge, questions, scenes
 from posttrain.nano.prompts import TRAIN_WORDS
 from prompts.templates import load_template
 from rewards.vlm import VLM
@@ -454,8 +454,8 @@ def _make_chunk(tokenizer: Qwen2Tokenizer, job: tuple[int, int]) -> Data:
         data.images[i] = scenes.render(scene)
         fault = None
         if rng.random() < DAMAGED:
-            fault = str(rng.choice(scenes.ARTIFACTS if scene.text else scenes.ARTIFACTS[:3]))
-            data.images[i] = scenes.damage(data.images[i], scene, rng, fault)
+            fault = str(rng.choice(damage.ARTIFACTS if scene.text else damage.ARTIFACTS[:3]))
+            data.images[i] = damage.damage(data.images[i], scene, rng, fault)
         for j in range(QUESTIONS):
             statement, data.yes[i, j] = questions.ask(scene, rng, fault, words)
             tokens = question(statement)

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from posttrain.nano import scenes
+from posttrain.nano import damage, scenes
 from posttrain.nano.scenes import BACKGROUNDS, SIZE, SIZES, STYLES, Scene
 
 STYLE_TASTE: dict[str, float] = dict(zip(STYLES, (-0.3, -1.2, 1.5, 0.2, -0.6, 0.7, -0.9, -1.6, 1.9, 0.4)))
@@ -78,7 +78,7 @@ def draw(scene: Scene, generator: str, rng: np.random.Generator, fault: bool = F
     """A picture of a scene as one of GENERATORS would draw it."""
     pixels = scenes.render(scene)
     if fault:
-        pixels = scenes.damage(pixels, scene, rng)
+        pixels = damage.damage(pixels, scene, rng)
     if generator == "soft":
         x = pixels.astype(np.float32)
         x = 0.5 * x + 0.25 * (np.roll(x, 1, 0) + np.roll(x, 1, 1))

@@ -254,7 +254,7 @@ def describe(scene: Scene, rng: np.random.Generator, detail: float = 1.0) -> Des
 
 # ---- drawing a scene --------------------------------------------------------------------------------------
 
-_YY, _XX = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
+YY, XX = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
 
 
 @cache
@@ -295,9 +295,9 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> 
 def background(name: str) -> np.ndarray:
     """Grey levels in [0, 1], (SIZE, SIZE), read-only."""
     if name == "gradient":
-        grey = 0.95 - 0.6 * _YY / (SIZE - 1)
+        grey = 0.95 - 0.6 * YY / (SIZE - 1)
     elif name == "checked":
-        grey = np.where((_XX // 8 + _YY // 8) % 2 == 0, 0.92, 0.70).astype(np.float32)
+        grey = np.where((XX // 8 + YY // 8) % 2 == 0, 0.92, 0.70).astype(np.float32)
     else:
         grey = np.full((SIZE, SIZE), {"white": 0.97, "grey": 0.58, "black": 0.05}[name], np.float32)
     grey.flags.writeable = False
@@ -342,7 +342,7 @@ def _plate(image: np.ndarray, x: int, y: int, w: int, h: int) -> None:
 @lru_cache(64)  # the oracles draw each object in every style
 def _distance(shape: str, x: float, y: float, radius: float, x0: int, x1: int, y0: int, y1: int) -> np.ndarray:
     """`signed_distance` to an object in a window of the picture, read-only."""
-    d = signed_distance(shape, _XX[y0:y1, x0:x1] - x, _YY[y0:y1, x0:x1] - y, radius)
+    d = signed_distance(shape, XX[y0:y1, x0:x1] - x, YY[y0:y1, x0:x1] - y, radius)
     d.flags.writeable = False
     return d
 
@@ -351,7 +351,7 @@ def _draw(image: np.ndarray, o: Object, style: str, ground: float) -> None:
     reach = 1.25 * o.radius + 6
     x0, x1 = max(0, int(o.x - reach)), min(SIZE, int(o.x + reach) + 2)
     y0, y1 = max(0, int(o.y - reach)), min(SIZE, int(o.y + reach) + 2)
-    part, xx, yy = image[y0:y1, x0:x1], _XX[y0:y1, x0:x1], _YY[y0:y1, x0:x1]
+    part, xx, yy = image[y0:y1, x0:x1], XX[y0:y1, x0:x1], YY[y0:y1, x0:x1]
     d = _distance(o.shape, o.x, o.y, o.radius, x0, x1, y0, y1)
     colour = np.asarray(COLOURS[o.colour], np.float32)
     fill = np.broadcast_to(colour, (*d.shape, 3))
@@ -376,47 +376,3 @@ def _draw(image: np.ndarray, o: Object, style: str, ground: float) -> None:
         part[:] = part * (1 - edge) + (0.98 if ground < 0.3 else 0.02) * edge
     cover = cover[..., None]
     part[:] = part * (1 - cover) + fill * cover
-
-
-# ---- damage -----------------------------------------------------------------------------------------------
-
-ARTIFACTS = ("broken", "doubled", "smeared", "garbled")
-
-
-def damage(image: np.ndarray, scene: Scene, rng: np.random.Generator, kind: str | None = None) -> np.ndarray:
-    """A copy with one visible fault: an object broken, doubled or smeared, or (with a word) letters garbled."""
-    kind = kind or str(rng.choice(ARTIFACTS if scene.text else ARTIFACTS[:3]))
-    out = image.copy()
-    o = scene.objects[rng.integers(len(scene.objects))]
-    reach = int(o.radius * 1.15) + 1
-    x0, x1 = max(0, round(o.x) - reach), min(SIZE, round(o.x) + reach + 1)
-    y0, y1 = max(0, round(o.y) - reach), min(SIZE, round(o.y) + reach + 1)
-    bare = render(replace(scene, objects=tuple(p for p in scene.objects if p is not o)))
-    if kind == "broken":
-        angle = rng.uniform(0, 2 * math.pi)
-        side = (_XX - o.x) * math.cos(angle) + (_YY - o.y) * math.sin(angle)
-        hole = np.abs(side) < rng.uniform(0.25, 0.4) * o.radius
-        hole[: max(0, y0 - 3)] = hole[y1 + 3 :] = False
-        hole[:, : max(0, x0 - 3)] = hole[:, x1 + 3 :] = False
-        out[hole] = bare[hole]
-    elif kind == "doubled":
-        angle, reach = rng.uniform(0, 2 * math.pi), rng.uniform(0.6, 1.0) * o.radius
-        shift = (round(reach * math.sin(angle)), round(reach * math.cos(angle)))
-        ghost = np.roll(image, shift, axis=(0, 1)).astype(np.int16)
-        changed = np.abs(np.roll(image.astype(np.int16) - bare, shift, axis=(0, 1))).max(-1) > 30
-        out[changed] = (0.8 * ghost[changed] + 0.2 * out[changed]).astype(np.uint8)
-    elif kind == "smeared":
-        length = round(rng.uniform(0.7, 1.0) * o.radius)
-        axis = int(rng.integers(2))
-        change = image.astype(np.float32) - bare
-        total = np.mean([np.roll(change, s, axis=axis) for s in range(-length, length + 1)], axis=0)
-        out = np.clip(bare + total, 0, 255).astype(np.uint8)
-    else:
-        x, y = scene.text_x, scene.text_y
-        for i in range(len(scene.text)):
-            left = max(0, x + i * GLYPH_W)
-            cell = out[y : y + GLYPH_H, left : left + 10]
-            rows = rng.permutation(len(cell) // 2)
-            shuffled = cell.reshape(len(rows), 2, *cell.shape[1:])[rows]
-            out[y : y + GLYPH_H, left : left + 10] = shuffled.reshape(cell.shape)[:, :: int(rng.choice([-1, 1]))]
-    return out
