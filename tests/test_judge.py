@@ -13,7 +13,7 @@ from PIL import Image
 from posttrain import cli, judge, losses
 from posttrain.calibration import auroc, brier, expected_calibration_error, reliability
 from posttrain.config import JudgeConfig, LoraConfig, OptimConfig, TrackConfig
-from posttrain.nano import build_judge, judge_data
+from posttrain.nano import judge_data, judge_model
 from prompts.errors import UserError
 from prompts.templates import load_template
 from rewards.vlm import VLM
@@ -54,8 +54,8 @@ def test_calibration_arithmetic():
 def model(tmp_path_factory) -> str:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("base")
-    tokenizer = build_judge.make_tokenizer()
-    build_judge.save(build_judge.make_model(tokenizer), tokenizer, folder)
+    tokenizer = judge_model.make_tokenizer()
+    judge_model.save(judge_model.make_model(tokenizer), tokenizer, folder)
     return str(folder)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from posttrain.nano import build_judge, evaluate_judge, oracles, questions, scenes
+from posttrain.nano import build_judge, evaluate_judge, judge_model, oracles, questions, scenes
 from prompts.errors import UserError
 from prompts.templates import load_template
 from rewards.vlm import VLM
@@ -15,14 +15,14 @@ ROOM = {"rubric": 44, "transcribe": 14, "describe": 40}
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return build_judge.make_tokenizer()
+    return judge_model.make_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def vlm(tokenizer, tmp_path_factory) -> VLM:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("judge")
-    build_judge.save(build_judge.make_model(tokenizer), tokenizer, folder)
+    judge_model.save(judge_model.make_model(tokenizer), tokenizer, folder)
     return VLM.load(str(folder))
 
 
@@ -34,14 +34,14 @@ def test_packed_row_equals_chat_template(vlm, tokenizer):
     """Each question of a row has the logits that it has when it is asked alone, as a server asks it."""
     data = build_judge.make_data(3, 5, 1, tokenizer).map(torch.from_numpy)
     room = {name: getattr(data, name).shape[-1] for name in ROOM}
-    layout = build_judge.Layout.of(tokenizer, 4, room)
+    layout = judge_model.Layout.of(tokenizer, 4, room)
     images, batch, _, _ = build_judge.draw(data, 2, 4)
-    eye = build_judge.Eye(vlm.model, compiled=False)
+    eye = judge_model.Eye(vlm.model, compiled=False)
     with torch.no_grad():
         image = eye.see(images.permute(0, 3, 1, 2) / 127.5 - 1)
         states = layout.answers(eye.read(layout.row(batch), image, layout), batch)
     template, pictures = load_template("rubric"), [Image.fromarray(i.numpy()) for i in images]
-    before = build_judge.rubric_beginning(tokenizer)
+    before = judge_model.rubric_beginning(tokenizer)
 
     def alone(picture: Image.Image, text: str, answer: str = "") -> torch.Tensor:
         inputs = vlm.inputs([picture], [text])
@@ -54,14 +54,14 @@ def test_packed_row_equals_chat_template(vlm, tokenizer):
     def agree(state: torch.Tensor, expected: torch.Tensor) -> None:
         torch.testing.assert_close(vlm.model.lm_head(state), expected, atol=2e-4, rtol=2e-4)
 
-    suffix = len(build_judge._ids(tokenizer, build_judge.SUFFIX))
+    suffix = len(judge_model.token_ids(tokenizer, judge_model.SUFFIX))
     for b, picture in enumerate(pictures):
         for q in range(4):
             ids = before + batch.rubric[b, q, : batch.length[b, q] - suffix].tolist()
             text = tokenizer.decode(ids)
             assert text.startswith(template.render(requirement="x").split('"x"')[0])
             agree(states["rubric"][b, q], alone(picture, text))
-        name = build_judge.OPINIONS[int(batch.opinion[b])]
+        name = judge_model.OPINIONS[int(batch.opinion[b])]
         agree(states["opinion"][b], alone(picture, load_template(name).render()))
         said = batch.transcribe[b][batch.transcribe[b] >= 0]
         for n in (0, len(said) - 1) if len(said) else ():
@@ -88,22 +88,22 @@ def test_statements_are_balanced_and_true_as_said():
 
 
 def test_capitals_stay_letters(tokenizer):
-    ids = build_judge._ids(tokenizer, build_judge.rubric('the text reads "ABCD"'))
+    ids = judge_model.token_ids(tokenizer, judge_model.rubric('the text reads "ABCD"'))
     assert {"A", "B", "C", "D"} <= {tokenizer.decode([i]) for i in ids}
-    assert len(build_judge._ids(tokenizer, "yes")) == len(build_judge._ids(tokenizer, "no")) == 1
+    assert len(judge_model.token_ids(tokenizer, "yes")) == len(judge_model.token_ids(tokenizer, "no")) == 1
 
 
 def test_training_learns(tokenizer):
     torch.manual_seed(0)
-    model = build_judge.make_model(tokenizer)
+    model = judge_model.make_model(tokenizer)
     data = build_judge.make_data(4, 1, 1, tokenizer).map(torch.from_numpy)
     rows: list[dict] = []
     build_judge.train(model, tokenizer, data, 0, 2, 2, 2e-3, lambda **row: rows.append(row), False, steps=6)
     before = rows[0]
     images, batch, _, _ = build_judge.draw(data, 4, 2)
     room = {name: getattr(data, name).shape[-1] for name in ROOM}
-    layout, eye = build_judge.Layout.of(tokenizer, 2, room), build_judge.Eye(model, False)
-    words = build_judge._ids(tokenizer, "yes")[0], build_judge._ids(tokenizer, "no")[0]
+    layout, eye = judge_model.Layout.of(tokenizer, 2, room), judge_model.Eye(model, False)
+    words = judge_model.token_ids(tokenizer, "yes")[0], judge_model.token_ids(tokenizer, "no")[0]
     with torch.no_grad():
         _, parts, _ = build_judge.losses(eye, model.lm_head, build_judge.blemish(images), batch, layout, words)
     assert parts["rubric"] < before["rubric"] - 1 and parts["transcribe"] < before["transcribe"] - 0.3
