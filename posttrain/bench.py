@@ -168,6 +168,7 @@ def _measured(
     compiled = cuda if config.compile is None else config.compile
     inexact = compiled or config.attention != "native" or config.quantize is not None or bool(config.offload)
     exact = errors.observed(steps) if inexact else {}
+    begun = errors.adapter(steps) if inexact else []
     options = ModelConfig("", compile=compiled, recompute=config.recompute, attention=config.attention)
     quickened(k2, replace(options, quantize=config.quantize, offload=config.offload), procs.device)
     gc.collect()
@@ -222,6 +223,7 @@ def _measured(
         "multiple": k2.pixel_multiple,
     }
     if inexact:
+        errors.set_adapter(steps, begun)  # which the steps have trained since
         row["error"] |= errors.distances(errors.observed(steps), exact)
     row["error"] |= errors.of_updates(steps)
     if stock is not None:

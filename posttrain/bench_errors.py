@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from itertools import islice
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from posttrain.bench_steps import Steps
 from posttrain.config import OptimConfig
@@ -40,6 +40,22 @@ def observed(steps: Steps) -> dict[str, Tensor]:
     if "vae" in config.offload:
         found["pixels"] = k2.decode(x, *steps.size)
     return {name: tensor.float().cpu() for name, tensor in found.items()}
+
+
+def adapter(steps: Steps) -> list[Tensor]:
+    """A copy of the trained adapter, on the CPU."""
+    return [p.detach().to("cpu", copy=True) for p in _parameters(steps)]
+
+
+def set_adapter(steps: Steps, values: list[Tensor]) -> None:
+    """To what `adapter` gave."""
+    with torch.no_grad():
+        for parameter, value in zip(_parameters(steps), values, strict=True):
+            parameter.copy_(value)
+
+
+def _parameters(steps: Steps) -> list[nn.Parameter]:
+    return [] if steps.role is None else steps.k2.role_parameters(POLICY)
 
 
 def distances(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:

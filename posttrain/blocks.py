@@ -22,6 +22,9 @@ from posttrain.roles import switched
 
 WAYS = 64
 """Ways to use a block that are compiled, at most; torch runs any further one uncompiled, with a warning."""
+KEPT = 0.9
+"""What a compiled block may keep for backward, in parts of what torch would keep by itself. Below 1 torch goes through
+what costs least to compute again, and finds the fp32 copies that adapters in fp32 read of inputs in bf16."""
 RESERVE = 0.1
 """Share of a GPU's memory that kept activations leave free."""
 
@@ -125,6 +128,7 @@ def _run_compiled(
 def _compiled() -> Callable[..., Tensor]:
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, WAYS)
+    torch._functorch.config.activation_memory_budget = KEPT
     return torch.compile(_run)
 
 

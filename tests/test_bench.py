@@ -166,6 +166,8 @@ def test_compiled(settings, monkeypatch):
     row = measured(settings, "step", (64, 64), Processes(), 1.0)
     assert row["graphs"] == 2 and row["recompilations"] == 0  # the first block's input has no gradient
     assert row["error"] == {"velocity": 0.0, "gradient": 0.0} and row["stock"]["ratio"] > 0
+    row = measured(settings, "stpo", (64, 64), Processes(), 1.0)
+    assert row["error"] == {"velocity": 0.0, "gradient": 0.0}  # though the adapter has been trained meanwhile
 
 
 def test_what_is_compiled_after_the_second_step_fails_the_bench(settings, tmp_path, monkeypatch):

@@ -435,19 +435,22 @@ def test_nano_latents_equal_stock(nano):
 
 # prompt sets
 
+SETS = ("train", "heldout", "open", "short", "short_heldout")
+
 
 @pytest.fixture(scope="module")
 def sets():
-    return {name: read_prompts(prompts.FOLDER / f"{name}.jsonl") for name in ("train", "heldout", "open")}
+    return {name: read_prompts(prompts.FOLDER / f"{name}.jsonl") for name in SETS}
 
 
 def test_prompt_sets_keep_apart(sets):
-    assert [len(sets[name]) for name in ("train", "heldout", "open")] == [2000, 500, 40]
+    assert [len(sets[name]) for name in SETS] == [2000, 500, 40, 500, 160]
     words = {name: {text for record in records for text in record.texts} for name, records in sets.items()}
     texts = {name: {record.prompt for record in records} for name, records in sets.items()}
-    for name in ("heldout", "open"):
-        assert not texts["train"] & texts[name]
-        assert not words["train"] & words[name]
+    for name in ("heldout", "open", "short_heldout"):
+        for training in ("train", "short"):
+            assert not texts[training] & texts[name]
+            assert not words[training] & words[name]
     assert words["train"] <= set(prompts.TRAIN_WORDS) and words["heldout"] <= set(prompts.HELDOUT_WORDS)
     assert len(words["train"]) > 100 and len(words["heldout"]) > 20
     assert not set(prompts.TRAIN_WORDS) & set(prompts.HELDOUT_WORDS)
@@ -461,8 +464,9 @@ def test_prompt_sets_can_be_scored(sets):
             assert all(oracles.parse(statement) for statement in record.requirements)
             assert bool(record.texts) == (record.tags == ["text"])
             assert all(f'"{word}"' in record.prompt for word in record.texts)
-    open_kinds = {oracles.parse(s)[0] for record in sets["open"] for s in record.requirements}
-    assert not open_kinds & {"style", "background", "size", "place"}
+    for name in ("open", "short_heldout"):
+        kinds = {oracles.parse(s)[0] for record in sets[name] for s in record.requirements}
+        assert not kinds & {"style", "background", "size", "place"}
     assert columns(sets["open"])["texts"] == [record.texts for record in sets["open"]]
 
 

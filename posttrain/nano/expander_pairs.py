@@ -17,6 +17,8 @@ DETAILS = (0.0, 0.0, 0.2, 0.6)
 """Shares of what is open that a short prompt mentions; drawn evenly."""
 SHARES = (0.6, 0.2, 0.2)
 """Of the registers."""
+HELDOUT = ("heldout", "open", "short_heldout")
+"""Sets of prompts whose prompts no pair has."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ def caption(rng: np.random.Generator) -> tuple[scenes.Scene, str]:
 
 @cache
 def heldout() -> frozenset[str]:
-    """Prompts that evaluations draw, and that no pair may have."""
-    return frozenset(r.prompt for name in ("heldout", "open") for r in read_prompts(FOLDER / f"{name}.jsonl"))
+    """Prompts that evaluations draw."""
+    return frozenset(r.prompt for name in HELDOUT for r in read_prompts(FOLDER / f"{name}.jsonl"))
 
 
 def short(scene: scenes.Scene, completion: str, rng: np.random.Generator) -> NanoPair:

@@ -1,11 +1,11 @@
-"""Writes the nano prompt sets: prompts/nano/train.jsonl, heldout.jsonl, open.jsonl, mixed.jsonl and short.jsonl.
+"""Writes the nano prompt sets: prompts/nano/{train,heldout,open,mixed,short,short_heldout}.jsonl.
 
     python -m posttrain.nano.prompts
 
 Training and held-out prompts come from different seeds and share no prompt and no word to draw. `open.jsonl` leaves
 style, background, size and place open, to measure diversity. Two thirds of `mixed.jsonl` teach K2-nano nothing: it
-always meets what the easy ones require, and cannot spell what the hard ones do. `short.jsonl` is to training what
-`open.jsonl` is to evaluation: prompts for the expander to train on.
+always meets what the easy ones require, and cannot spell what the hard ones do. The expander trains on `short.jsonl`
+and is measured on `short_heldout.jsonl`, which leaves open what `open.jsonl` does.
 """
 
 import json
@@ -66,6 +66,7 @@ def main() -> None:
         _write(name, rows)
     _write("mixed", make_mixed(64, 1004, TRAIN_WORDS, taken))
     _write("short", make(500, 1005, TRAIN_WORDS, (0.0, 0.0, 0.2), taken))
+    _write("short_heldout", make(160, 1006, HELDOUT_WORDS, (0.0,), taken))
 
 
 def _write(name: str, rows: list[dict]) -> None:
