@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from diffusers import Krea2Transformer2DModel
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import checkpoint
 
 from posttrain.roles import switched
@@ -34,7 +35,8 @@ class Blocks:
 
     def __init__(self, active: list[str]) -> None:
         self.active = active
-        self.compiled = False
+        self.compiled: bool | None = False
+        """None: on a GPU in bfloat16."""
         self.recompute: int | None = None
         """How many blocks, the last ones, are computed again in backward instead of keeping their activations; None: as
         many as do not fit into a GPU's free memory, at the first backward of a size, and on the CPU none."""
@@ -56,7 +58,7 @@ class Blocks:
         mask: Tensor | None,
     ) -> Tensor:
         """(B, T, C) through the blocks; modulation (B, 1, 6 C), rope of (T, head) each, mask (B, 1, 1, T) or None."""
-        if not self.compiled:
+        if not (by_default(hidden.device, hidden.dtype) if self.compiled is None else self.compiled):
             return self._each(_run, blocks, hidden, modulation, rope, mask)
         samples = len(hidden)
         if samples == 1 and self._several:
@@ -126,10 +128,16 @@ def _run_compiled(
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    config: Any = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, WAYS)
-    torch._functorch.config.activation_memory_budget = KEPT
+    dynamo: Any = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, WAYS)
+    functorch: Any = functorch_config
+    functorch.activation_memory_budget = KEPT
     return torch.compile(_run)
+
+
+def by_default(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether blocks are compiled where nothing says so: a CPU's compiler takes minutes, and fp32 models are small."""
+    return device.type == "cuda" and dtype == torch.bfloat16
 
 
 def set_attention(transformer: Krea2Transformer2DModel, kernels: str) -> None:

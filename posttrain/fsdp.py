@@ -46,7 +46,8 @@ def sharding(k2: K2, procs: Processes) -> Iterator[None]:
 
 def _shard_all(k2: K2, procs: Processes) -> None:
     if k2.blocks.compiled:
-        raise UserError("model.compile: FSDP2 does not go with it; set it to false")
+        raise UserError("model.compile: FSDP2 does not go with it; leave it out")
+    k2.blocks.compiled = False
     if any(map(is_traceable_wrapper_subclass, k2.transformer.parameters())):
         raise UserError("model.quantize: FSDP2 does not go with it; leave it out")
     if k2.blocks.recompute is None:  # kept activations would be measured together with gathered weights

@@ -41,6 +41,7 @@ def sample(config: SampleConfig) -> None:
         add_saved_policy(k2, saved)
         role = k2.role(POLICY)
     quickened(k2, model, device)
+    k2.blocks.compiled = bool(model.compile)  # a few pictures are drawn sooner than blocks are compiled
     steps = STEPS[k2.is_distilled] if config.steps is None else config.steps
     guidance = GUIDANCE[k2.is_distilled] if config.guidance is None else config.guidance
     height, width = config.size

@@ -200,10 +200,14 @@ def test_gradients_and_moments_to_come():
 
 
 def test_a_recipe_says_how_blocks_run(model):
-    for compiled, recompute in ((False, None), (True, 2), (False, 0)):
+    for compiled, recompute in ((None, None), (True, 2), (False, 0)):
         config = ModelConfig(str(model), dtype="float32", compile=compiled, recompute=recompute)
         made = load_model(config, "cpu").blocks
         assert made.compiled is compiled and made.recompute == recompute
+    for device, dtype, expected in (
+        ("cuda", torch.bfloat16, True), ("cuda", torch.float32, False), ("cpu", torch.bfloat16, False),
+    ):  # fmt: skip
+        assert blocks.by_default(torch.device(device), dtype) is expected
     with pytest.raises(UserError, match=r"model\.attention: cudnn wants an NVIDIA GPU"):
         load_model(ModelConfig(str(model), dtype="float32", attention="cudnn"), "cpu")
 
