@@ -63,6 +63,7 @@ class K2Renderer:
     def __init__(self, config: RendererConfig, device: torch.device):
         self.config = config
         self.k2 = K2.load(config.path, None, getattr(torch, config.dtype), device)
+        self.k2.blocks.compiled = None  # where a recipe's model would be by default
         turbo = self.k2.is_distilled
         self.steps = STEPS[turbo] if config.steps is None else config.steps
         self.guidance = GUIDANCE[turbo] if config.guidance is None else config.guidance
