@@ -51,7 +51,9 @@ def carry_out(config: PipelineConfig, resume: bool = False, dry_run: bool = Fals
         if stage.command not in ALONE:
             check_processes(stage, count)
     waiting = [stage for stage in stages if not state.get(stage.name, {}).get("finished")]
-    missing = {text: stage.name for stage in reversed(waiting) for text in absent(stage)}
+    missing: dict[str, str] = {}
+    for stage in waiting:
+        missing |= {text: stage.name for text in absent(stage) if text not in missing}
     if dry_run:
         print(plan(stages, state))
         return _tell_fit(config, stages, missing, on_machine)
@@ -112,8 +114,8 @@ def _tell_fit(config: PipelineConfig, stages: list[Stage], missing: dict[str, st
     for name, (told, _) in found:
         print(f"{name:<{width}}  {told}")
     if missing:
-        print("\nNot on this machine, and needed where stages start servers:")
-    for text, name in reversed(missing.items()):
+        print("\nNot on this machine, and needed where a stage starts its servers:")
+    for text, name in missing.items():
         print(f"{name}: {text}")
     return 0 if all(fits for _, (_, fits) in found) else 1
 

@@ -7,13 +7,13 @@ as fit, or of drawing at most. A chat model, and what a reward in the training p
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from posttrain.pipeline_plan import TRAINING, Stage
 from prompts.errors import UserError
-from rewards.serve import ServerSpec, check, memory_share
+from rewards.serve import ServerSpec, memory_share, missing
 
 TEXT = 105
 """Text tokens of a prompt, as docs/performance.md measures with."""
@@ -47,13 +47,9 @@ def check_processes(stage: Stage, count: int) -> None:
             raise UserError(f"stage {stage.name}: groups.micro_batch: {told}")
 
 
-def absent(stage: Stage) -> Iterator[str]:
+def absent(stage: Stage) -> list[str]:
     """What the servers that the stage starts need and this machine does not have."""
-    for spec in servers(stage):
-        try:
-            check(spec)
-        except UserError as error:
-            yield str(error)
+    return [text for spec in servers(stage) for text in missing(spec)]
 
 
 def servers(stage: Stage) -> list[ServerSpec]:
@@ -144,7 +140,7 @@ def _forward(stage: Stage, stages: Sequence[Stage]) -> tuple[list[list[int]], in
             return config.sampling.sizes, config.groups.micro_batch
         case "stpo":
             made = [one.config.sizes for one in stages if one.name == stage.reads.get("pairs.train")]
-            return [config.pairs.size] if config.pairs.size else sum(made, []), 2 * config.micro_batch
+            return [config.pairs.size] if config.pairs.size else [*itertools.chain(*made)], 2 * config.micro_batch
         case "expander gdpo":
             return [config.renderer.size], config.renderer.micro_batch
     return config.sizes, config.micro_batch

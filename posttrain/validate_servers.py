@@ -36,8 +36,6 @@ def validate_servers(servers: Sequence[ServerSpec]) -> None:
             check_urls(server.urls, f"{path}.urls")
         except UserError as error:
             raise ConfigError(f"{path}.urls", str(error).partition(": ")[2]) from error
-        if server.urls and (server.gpus or server.extra_args or server.port):
-            raise ConfigError(f"{path}.urls", "it is up already; leave out gpus, port and extra_args")
     _check_gpus([server for server in servers if not server.urls])
 
 

@@ -61,8 +61,8 @@ class ServerSpec:
     ready_timeout: float = 900.0
     """Seconds until every model must answer, > 0."""
     urls: list[str] = field(default_factory=list)
-    """Where it is up already, such as http://10.0.0.2:8000/v1; several equal ones are balanced, and nothing is started.
-    Empty: it is started here."""
+    """Where it is up already, such as http://10.0.0.2:8000/v1; several equal ones are balanced. Nothing is started
+    then, and all else but the name is not read. Empty: it is started here."""
 
 
 @dataclass
@@ -106,8 +106,8 @@ def running(specs: Sequence[ServerSpec], log_dir: Path) -> Iterator[list[Server]
     They also stop when this process dies, however it dies.
     """
     specs = [spec for spec in specs if not spec.urls]
-    for spec in specs:
-        check(spec)
+    for problem in (problem for spec in specs for problem in missing(spec)):
+        raise UserError(problem)
     with contextlib.ExitStack() as stack:
         servers = []
         if specs:
@@ -185,17 +185,22 @@ def _environment(spec: ServerSpec) -> dict[str, str]:
     return inherited | _variables(spec)
 
 
-def check(spec: ServerSpec) -> None:
-    """Raises UserError for a command, a model's directory or an adapter that is not on this machine."""
+def missing(spec: ServerSpec) -> list[str]:
+    """What is not on this machine: the command, a model's directory, an adapter."""
+    found = []
     if shutil.which(os.path.expanduser(spec.executable)) is None:
-        raise UserError(
+        found.append(
             f"server {spec.name}: executable: no '{spec.executable}': make an environment with "
             "rewards/make_vllm_env.sh and name its bin/vllm"
         )
     if spec.model.startswith((".", "/")) and not Path(spec.model).is_dir():
-        raise UserError(f"server {spec.name}: model: {spec.model} is no directory: correct the path")
+        found.append(f"server {spec.name}: model: {spec.model} is no directory: correct the path")
     for path in spec.adapters.values():
-        _rank(spec, path)
+        try:
+            _rank(spec, path)
+        except UserError as error:
+            found.append(str(error))
+    return found
 
 
 def _make(log_dir: Path) -> None:
