@@ -79,7 +79,7 @@ def _records(count: int, rng: np.random.Generator, heldout: bool, taken: set[str
 
 def _record(rng: np.random.Generator, heldout: bool, short: bool) -> dict[str, Any]:
     def one(words: Sequence[Any]) -> Any:
-        return words[rng.integers(len(words))]
+        return words[int(rng.integers(len(words)))]
 
     def own(words: Sequence[Any]) -> Any:  # a quarter is held out
         return one([word for i, word in enumerate(words) if (i % 4 == 0) is heldout])
