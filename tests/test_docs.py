@@ -104,6 +104,7 @@ def before(line: str) -> None:
 
 
 def small(kind: str, line: str) -> list[str]:
+    assert kind in docs_commands.SMALL, f"{line}: docs_commands.SMALL does not say what makes {kind} small"
     more = [word for part, options in docs_commands.MORE.items() if part in line for word in options]
     return docs_commands.SMALL[kind] + more
 
@@ -143,6 +144,19 @@ def test_a_command_runs(line, workspace, monkeypatch, capsys):
     clear(words)
     options = [] if "--dry-run" in words or "--print_for" in words else small(kind, line)
     assert cli.main([*words, *options]) == 0, capsys.readouterr().err
+
+
+def test_the_snippet_for_a_turbo_draws(workspace, monkeypatch):
+    """docs/exports.md; with the size of K2-nano's pictures, since it is K2-nano's Turbo."""
+    monkeypatch.chdir(workspace)
+    if not Path("out/turbo").exists():
+        source = "runs/nano-tdm"
+        assert Path(source).exists(), "made by the commands above"
+        assert cli.main(["export", "--source", source, "--output", "out/turbo"]) == 0
+    (text,) = blocks(runs.ROOT / "docs/exports.md", "python")
+    scope: dict = {}
+    exec(text.replace("guidance_scale=0", "guidance_scale=0, height=64, width=64"), scope)
+    assert scope["image"].size == (64, 64)
 
 
 def test_each_reason_is_needed_and_its_test_is_there():
