@@ -110,7 +110,8 @@ def _defaults(section: Any) -> dict[str, Any]:
             given[field.name] = field.default
         elif field.default_factory is not dataclasses.MISSING:
             made: Any = field.default_factory()
-            given[field.name] = dataclasses.asdict(made) if dataclasses.is_dataclass(made) else made
+            plain = isinstance(made, list | dict)
+            given[field.name] = made if plain else dataclasses.asdict(made)
     return given
 
 

@@ -1,5 +1,6 @@
 """The real command line in a process of its own: a mistake is one line, exit code 2 and no traceback."""
 
+import json
 import subprocess
 import sys
 import time
