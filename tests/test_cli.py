@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from posttrain import cli
+
 ROOT = Path(__file__).parents[1]
 RECIPE = """\
 output: {tmp}/run
