@@ -14,13 +14,16 @@ and the largest of the others must leave a tenth of the GPU free, as in blocks.p
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLQwenImage, Krea2Transformer2DModel
-from transformers import Qwen3VLConfig, Qwen3VLModel
+from transformers import AutoConfig, AutoModel, Qwen3VLConfig, Qwen3VLModel
 
 from posttrain.blocks import RESERVE
 from posttrain.k2 import DECODED
@@ -75,6 +78,25 @@ def parts_of(scale: str) -> Parts:
     with torch.device("meta"):
         net = Krea2Transformer2DModel(**transformer_config)
         encoder, vae = Qwen3VLModel(Qwen3VLConfig(**text_config)), AutoencoderKLQwenImage(**vae_config)
+    return _counted(net, encoder, vae)
+
+
+@cache
+def parts_in(path: str) -> Parts:
+    """Of a pipeline directory by its configurations; nothing is allocated, and no weights are read."""
+    text, transformer, vae = (Path(path) / part for part in ("text_encoder", "transformer", "vae"))
+    with torch.device("meta"):
+        encoder = AutoModel.from_config(AutoConfig.from_pretrained(text))
+        net = Krea2Transformer2DModel(**_arguments(transformer))
+        return _counted(net, encoder, AutoencoderKLQwenImage(**_arguments(vae)))
+
+
+def _arguments(folder: Path) -> dict[str, Any]:
+    config = json.loads((folder / "config.json").read_text())
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def _counted(net: Krea2Transformer2DModel, encoder: torch.nn.Module, vae: torch.nn.Module) -> Parts:
     inner = sum(p.numel() for p in net.transformer_blocks.parameters())
     linears = [m for m in net.transformer_blocks.modules() if isinstance(m, torch.nn.Linear)]
     return Parts(

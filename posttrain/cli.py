@@ -7,6 +7,7 @@ The code of a command, and torch with it, is imported only when the command runs
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import itertools
@@ -15,7 +16,7 @@ import re
 import sys
 from argparse import SUPPRESS, ArgumentError
 from dataclasses import dataclass
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 import yaml
 
@@ -28,7 +29,7 @@ from posttrain.expander_rl_config import ExpanderGDPOConfig
 from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
 from posttrain.pipeline_config import PipelineConfig
 from posttrain.ranges import ConfigError
-from posttrain.recipe import check_recipe, describe, field_types, fits, read_recipe, suggestion
+from posttrain.recipe import check_recipe, completed, describe, field_types, fits, read_recipe, suggestion
 from posttrain.stpo_config import STPOConfig
 from posttrain.tdm_config import TDMConfig
 from posttrain.validate import validate
@@ -130,8 +131,9 @@ def load_config(name: str, argv: list[str]) -> tuple[Any, bool]:
     for path, data in recipes.items():
         check_recipe(path, data, command.config)
     parser = _parser(name)
+    whole = {path: completed(data, command.config) for path, data in recipes.items()}
     try:
-        values = parser.parse_args(_inlined(argv, recipes) if command.any_recipe else argv)
+        values = parser.parse_args(_inlined(_completed(argv, field_types(command.config)), whole))
         parts = parser.instantiate(values)
     except ArgumentError as error:
         raise UserError(_explain(str(error), command, argv, recipes)) from error
@@ -255,6 +257,20 @@ def _inlined(argv: list[str], recipes: dict[str, Any]) -> list[str]:
             words.append(texts[word])
         else:
             words.append(f"--config={texts[path]}" if option == "--config" and equals else word)
+    return words
+
+
+def _completed(argv: list[str], types: dict[str, Any]) -> list[str]:
+    """The arguments with whole entries where an option is a list of sections."""
+    words = []
+    for previous, word in itertools.pairwise(["", *argv]):
+        option, equals, value = word.partition("=") if word.startswith("--") else (previous, "", word)
+        kind = types.get(option.removeprefix("--")) if option.startswith("--") else None
+        if get_origin(kind) is list and value and dataclasses.is_dataclass(get_args(kind)[0]):
+            with contextlib.suppress(yaml.YAMLError, TypeError):  # jsonargparse says what is wrong with it
+                value = json.dumps(completed(yaml.safe_load(value), kind))
+            word = f"{option}={value}" if equals else value
+        words.append(word)
     return words
 
 

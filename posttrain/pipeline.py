@@ -1,6 +1,6 @@
 """Stages carried out in their order, each in a process of its own, so that a stage's memory is free for the next.
 
-    posttrain run recipes/nano/pipeline.yaml --dry-run    # checks every setting and path, and tells the plan
+    posttrain run recipes/nano/pipeline.yaml --dry-run    # checks settings, paths and memory, and tells the plan
     posttrain run recipes/nano/pipeline.yaml
     posttrain run recipes/nano/pipeline.yaml --resume     # goes on where it stopped, inside a stage too
 
@@ -31,13 +31,12 @@ from posttrain import cli
 from posttrain.changes import changes, told
 from posttrain.lock import lock
 from posttrain.pipeline_config import PipelineConfig
+from posttrain.pipeline_fit import ALONE, absent, check_processes, memory, processes
 from posttrain.pipeline_plan import Stage, resolve
 from posttrain.pipeline_report import write_index
 from prompts.errors import UserError
 
 STATE = "stages.json"
-ALONE = ("export", "expander data")
-"""Commands of one process, whatever launches the others."""
 
 
 def carry_out(config: PipelineConfig, resume: bool = False, dry_run: bool = False) -> int:
@@ -47,9 +46,19 @@ def carry_out(config: PipelineConfig, resume: bool = False, dry_run: bool = Fals
     if state and not (resume or dry_run):
         raise UserError(f"output: {folder} holds a pipeline already; add --resume or choose another --output")
     check_finished(stages, state)
+    count, on_machine = processes(config.launch)
+    for stage in stages:
+        if stage.command not in ALONE:
+            check_processes(stage, count)
+    waiting = [stage for stage in stages if not state.get(stage.name, {}).get("finished")]
+    missing: dict[str, str] = {}
+    for stage in waiting:
+        missing |= {text: stage.name for text in absent(stage) if text not in missing}
     if dry_run:
         print(plan(stages, state))
-        return 0
+        return _tell_fit(config, stages, missing, on_machine)
+    for text, name in missing.items():
+        raise UserError(f"stage {name}: {text}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -93,6 +102,22 @@ def plan(stages: list[Stage], state: dict[str, Any]) -> str:
         rows.append((str(i), stage.name, stage.command, how, size, str(stage.output), reads))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def _tell_fit(config: PipelineConfig, stages: list[Stage], missing: dict[str, str], on_machine: int) -> int:
+    """Prints what a dry run has estimated, and what is not on this machine; returns the exit code."""
+    found = []
+    if config.gpu_gib is not None:
+        found = [(stage.name, told) for stage in stages if (told := memory(stage, stages, config.gpu_gib, on_machine))]
+        print("\nMemory of each GPU, estimated and not measured (docs/performance.md, What fits):")
+    width = max((len(name) for name, _ in found), default=0)
+    for name, (told, _) in found:
+        print(f"{name:<{width}}  {told}")
+    if missing:
+        print("\nNot on this machine, and needed where a stage starts its servers:")
+    for text, name in missing.items():
+        print(f"{name}: {text}")
+    return 0 if all(fits for _, (_, fits) in found) else 1
 
 
 def read_state(folder: Path) -> dict[str, Any]:

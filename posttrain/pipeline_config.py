@@ -35,3 +35,5 @@ class PipelineConfig:
     launch: list[str] = field(default_factory=list)
     """Words that start a command of posttrain, such as [torchrun, --nproc-per-node, "8", -m, posttrain.cli], for all
     stages but export and expander data; none: this Python, one process."""
+    gpu_gib: float | None = None
+    """Memory in GiB of each GPU, > 0, for the dry run, which estimates what each stage needs of it; null: none is."""

@@ -18,7 +18,9 @@ from posttrain.pipeline_config import PipelineConfig, StageConfig
 from posttrain.recipe import read_recipe, suggestion
 from prompts.errors import UserError
 from prompts.records import read_prompts
-from rewards.load import check_rewards
+from rewards.base import RewardSpec
+from rewards.load import check_addresses, check_rewards
+from rewards.urls import check_urls
 
 TRAINING = ("stpo", "grpo", "tdm")
 EXPANDER = ("expander data", "expander sft", "expander gdpo")
@@ -133,8 +135,15 @@ def _check_inputs(stage: Stage, earlier: list[Stage]) -> None:
         _check_model("model.path", config.model.path, config.model.transformer_file)
     if command == "expander gdpo" and not any(Path(config.renderer.path) == one.output for one in earlier):
         _check_model("renderer.path", config.renderer.path, None)
+    servers = [server.name for server in getattr(config, "servers", [])]
     if command in ("pairs", *TRAINING, "expander gdpo"):
-        check_rewards(config.rewards)
+        check_rewards(config.rewards, servers)
+    if command == "expander gdpo":
+        check_rewards([RewardSpec(f"safety {check.name}", check.function) for check in config.safety], servers)
+        check_urls(config.renderer.urls, "renderer.urls")
+    for name in ("writer", "checker"):
+        if (writer := getattr(config, name, None)) is not None:
+            check_addresses({"base_urls": writer.base_urls}, servers, name)
     inputs = {field: _at(config, field) for field in INPUTS[command]}
     for field, value in inputs.items():
         if value is None or value.startswith("hf:") or (field in HUB and _on_hub(value)):
@@ -156,7 +165,18 @@ def _check_inputs(stage: Stage, earlier: list[Stage]) -> None:
     for field in PROMPTS.get(command, ["prompts.train", "prompts.heldout"]):
         source = _at(config, field)
         if not source.startswith("hf:"):
-            read_prompts(source)
+            _check_enough(command, config, field, len(read_prompts(source)))
+
+
+def _check_enough(command: str, config: Any, field: str, prompts: int) -> None:
+    """A step takes different prompts where it distils and where a pool chooses them."""
+    least = 0
+    if field == "prompts.train" and command == "tdm":
+        least = config.batch
+    if field == "prompts.train" and command == "grpo" and config.pool.kind == "adaptive":
+        least = config.groups.prompts_per_step
+    if prompts < least:
+        raise UserError(f"{field}: holds {prompts} prompts, and a step takes {least} different ones; add some")
 
 
 def _at(config: Any, field: str) -> Any:

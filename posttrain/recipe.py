@@ -89,6 +89,32 @@ def check_recipe(path: str | Path, data: dict[str, Any], config: type) -> None:
         raise UserError(f"{path}: {field}: {problem}")
 
 
+def completed(value: Any, kind: Any) -> Any:
+    """The value with all settings of each entry of its lists of sections, those that it leaves out at their defaults.
+
+    jsonargparse would take them from the entry in the same place of an earlier recipe's list, if that is as long.
+    """
+    origin, args = get_origin(kind), get_args(kind)
+    if (section := _section(kind)) and isinstance(value, dict):
+        hints = get_type_hints(section)
+        return {name: completed(item, hints.get(name)) for name, item in value.items()}
+    if origin is list and isinstance(value, list) and dataclasses.is_dataclass(args[0]):
+        return [_defaults(args[0]) | completed(item, args[0]) if isinstance(item, dict) else item for item in value]
+    return value
+
+
+def _defaults(section: Any) -> dict[str, Any]:
+    given = {}
+    for field in dataclasses.fields(section):
+        if field.default is not dataclasses.MISSING:
+            given[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            made: Any = field.default_factory()
+            plain = isinstance(made, list | dict)
+            given[field.name] = made if plain else dataclasses.asdict(made)
+    return given
+
+
 def field_types(config: type, prefix: str = "") -> dict[str, Any]:
     """Every settable path of a dataclass, such as `optim.lr`, with its type; sections are walked into."""
     paths: dict[str, Any] = {}

@@ -28,7 +28,8 @@ from posttrain.k2 import K2, Text, to_pil
 from posttrain.sample import GUIDANCE, STEPS
 from prompts.errors import UserError
 from rewards.base import WINDOW
-from rewards.endpoints import Endpoints, JudgeError, refuse_keys
+from rewards.endpoints import Endpoints, JudgeError
+from rewards.urls import refuse_keys
 
 SUFFIX_TOKENS = 5
 """Tokens of K2's text length that its template takes behind the prompt."""

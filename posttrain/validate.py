@@ -19,13 +19,12 @@ from posttrain.config import (
     SampleConfig,
     SamplingConfig,
     ServeConfig,
-    ServerSpec,
 )
 from posttrain.expander_config import ExpandConfig, ExpanderDataConfig, ExpanderSFTConfig
 from posttrain.expander_rl_config import ExpanderGDPOConfig
 from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
 from posttrain.pipeline_config import PipelineConfig
-from posttrain.ranges import ConfigError, at_least, no_keys, pixels, positive, share
+from posttrain.ranges import ConfigError, at_least, pixels, positive, share
 from posttrain.stpo_config import STPOConfig
 from posttrain.tdm_config import MOST_STEPS, TDMConfig
 from posttrain.validate_bench import validate_bench
@@ -34,6 +33,7 @@ from posttrain.validate_gdpo import validate_gdpo
 from posttrain.validate_model import refuse_quantize, validate_model
 from posttrain.validate_pairs import validate_annotate, validate_pair_set, validate_pairs, validate_preference_loss
 from posttrain.validate_pipeline import validate_pipeline
+from posttrain.validate_servers import validate_servers
 
 Config = (
     GRPOConfig
@@ -72,27 +72,29 @@ def validate(config: Config) -> None:
             _validate_tdm(config)
         case PairsConfig():
             _validate_rewards(config.rewards)
-            _validate_servers(config.servers)
+            validate_servers(config.servers)
             validate_pairs(config)
         case JudgeConfig():
             _validate_judge(config)
         case ServeConfig():
             if not config.servers:
                 raise ConfigError("servers", "is empty; name at least one server")
-            _validate_servers(config.servers)
+            if all(server.urls for server in config.servers):
+                raise ConfigError("servers", "all have urls and are up already; there is nothing to start")
+            validate_servers(config.servers)
         case AnnotateConfig():
             validate_annotate(config)
         case AnnotationsConfig():
             share("max_bad", config.max_bad, 1)
         case ExpanderDataConfig():
             validate_expander_data(config)
-            _validate_servers(config.servers)
+            validate_servers(config.servers)
         case ExpanderSFTConfig():
             validate_expander_sft(config)
             _validate_optim(config.optim)
         case ExpanderGDPOConfig():
             _validate_rewards(config.rewards)
-            _validate_servers(config.servers)
+            validate_servers(config.servers)
             validate_gdpo(config)
         case ExpandConfig():
             validate_expand(config)
@@ -152,7 +154,7 @@ def _validate_run(config: GRPOConfig | STPOConfig | TDMConfig) -> None:
             raise ConfigError("lora.targets", "is empty, so nothing would be trained; name layers or use null")
     _validate_optim(config.optim)
     _validate_rewards(config.rewards)
-    _validate_servers(config.servers)
+    validate_servers(config.servers)
     at_least("checkpoint.every", config.checkpoint.every, 0)
     at_least("checkpoint.minutes", config.checkpoint.minutes, 0)
     at_least("checkpoint.keep", config.checkpoint.keep, 1)
@@ -344,21 +346,6 @@ def _validate_rewards(rewards: list[RewardSpec]) -> None:
         at_least(f"rewards[{i}].weight", reward.weight, 0)
 
 
-def _validate_servers(servers: list[ServerSpec]) -> None:
-    seen: set[str] = set()
-    for i, server in enumerate(servers):
-        path = f"servers[{i}]"
-        if not server.name.strip() or "/" in server.name:
-            raise ConfigError(f"{path}.name", f"is '{server.name}'; give a name without a slash")
-        if server.name in seen:
-            raise ConfigError(f"{path}.name", f"'{server.name}' is used twice; give each its own name")
-        seen.add(server.name)
-        if not 0 <= server.port <= 65535:
-            raise ConfigError(f"{path}.port", f"is {server.port}; use 1 to 65535, or 0 for any free one")
-        positive(f"{path}.ready_timeout", server.ready_timeout)
-        no_keys(path, server.env, server.extra_args)
-
-
 def _validate_sample(config: SampleConfig) -> None:
     if (config.prompt is None) == (config.prompts is None):
         raise ConfigError("prompt", "give either prompt (a text) or prompts (a JSONL file)")
@@ -382,7 +369,7 @@ def _validate_carryover(config: CarryoverConfig) -> None:
         if not getattr(config, name).strip():
             raise ConfigError(name, "is empty; name one")
     _validate_rewards(config.rewards)
-    _validate_servers(config.servers)
+    validate_servers(config.servers)
     at_least("pictures", config.pictures, 2)
     at_least("steps", config.steps, 1)
     at_least("guidance", config.guidance, 0)

@@ -24,7 +24,8 @@ class PromptRecord:
     """One prompt. `id` is stable from run to run: the file's own, or the SHA-1 of the prompt in hex."""
 
     prompt: str
-    requirements: list[str] = field(default_factory=list)
+    requirements: list[str] | None = None
+    """None: nobody has said, and a rubric finds them; empty: there are none."""
     texts: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
     id: str = ""
@@ -111,11 +112,12 @@ def _record(row: Any, where: str) -> PromptRecord:
     if not prompt.strip():
         raise UserError(f"{where}: prompt: is empty; write what the picture should show or drop the line")
 
-    lists: dict[str, list[str]] = {}
+    lists: dict[str, list[str] | None] = {}
     for name in LISTS:
         value = row.pop(name, None)
         if value is None:
-            value = []
+            lists[name] = None if name == "requirements" else []
+            continue
         if not isinstance(value, list):
             raise UserError(f"{where}: {name}: is {_kind(value)}, not a list; write [...]")
         for item in value:
@@ -128,7 +130,7 @@ def _record(row: Any, where: str) -> PromptRecord:
     id = row.pop("id", None)
     if id is not None and not (isinstance(id, str) and id):
         raise UserError(f"{where}: id: is {_kind(id)}; use a non-empty text in quotes")
-    return PromptRecord(prompt=prompt, id=id or "", columns=dict(row), **lists)
+    return PromptRecord(prompt=prompt, id=id or "", columns=dict(row), **lists)  # type: ignore[arg-type]
 
 
 def _kind(value: object) -> str:

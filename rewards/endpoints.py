@@ -2,8 +2,7 @@
 
 import asyncio
 import random
-import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from time import time
@@ -11,10 +10,7 @@ from typing import TypeVar
 
 from openai import APIConnectionError, APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 
-from prompts.errors import UserError
-
 T = TypeVar("T")
-SECRET = re.compile(r"(key|token|secret|password)=", re.IGNORECASE)
 
 RETRIED = {408, 409, 429}  # and every 5xx
 FAILURES_TO_DROP = 3  # in a row
@@ -34,13 +30,6 @@ class Endpoint:
     in_flight: int = 0
     failures: int = 0  # in a row
     probe: asyncio.Task[None] | None = None  # set while the endpoint is dropped
-
-
-def refuse_keys(urls: Sequence[str], where: str) -> None:
-    """Raises UserError for a URL with a key in it: recipes, logs and messages hold the URL."""
-    for url in urls:
-        if re.match(r"\w+://[^/]*@", url) or SECRET.search(url):
-            raise UserError(f"{where}: a URL holds a key: put that into an environment variable, named by api_key_env")
 
 
 class Endpoints:

@@ -22,7 +22,8 @@ from prompts.errors import UserError
 from prompts.parse import parse_json
 from prompts.templates import Template, spelled
 from rewards.encode import EncodedImage, encode, encode_async
-from rewards.endpoints import Endpoints, JudgeError, refuse_keys
+from rewards.endpoints import Endpoints, JudgeError
+from rewards.urls import refuse_keys
 
 CACHED_ANSWERS = 1 << 16
 PLACE = "data:,"  # of the picture's URL in a request

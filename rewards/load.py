@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from prompts.errors import UserError
 from rewards.base import Reward, RewardSpec
+from rewards.urls import check_urls
 
 SERVER = "server://"
 
@@ -28,8 +29,11 @@ def load_rewards(specs: Sequence[RewardSpec], servers: Mapping[str, Sequence[str
     return [_load(spec, servers or {}) for spec in specs]
 
 
-def check_rewards(specs: Sequence[RewardSpec]) -> None:
-    """Raises UserError for what `load_rewards` would refuse before anything is made: no judge is loaded or asked."""
+def check_rewards(specs: Sequence[RewardSpec], servers: Sequence[str] = ()) -> None:
+    """Raises UserError for what `load_rewards` would refuse before anything is made: no judge is loaded or asked.
+
+    `servers` are the names of the recipe's servers.
+    """
     for spec in specs:
         _check(spec)
         where = f"reward {spec.name}: function"
@@ -38,7 +42,20 @@ def check_rewards(specs: Sequence[RewardSpec]) -> None:
         else:
             module, _, name = spec.function["class_path"].replace(":", ".").rpartition(".")
             cls = import_object(f"{module}:{name}", f"{where}: class_path")
-            _bind(cls, spec.function.get("init_args", {}), f"{where}: init_args")
+            arguments = spec.function.get("init_args", {})
+            _bind(cls, arguments, f"{where}: init_args")
+            check_addresses(arguments, servers, f"{where}: init_args")
+
+
+def check_addresses(value: Any, servers: Sequence[str], where: str) -> None:
+    """Raises UserError for a `server://NAME` that is none of the servers, and for base_urls that are no URLs."""
+    _with_servers(value, dict.fromkeys(servers, ()), where)
+    for name, entry in value.items() if isinstance(value, Mapping) else ():
+        if name == "base_urls":
+            urls = [entry] if isinstance(entry, str) else entry
+            check_urls([url for url in urls if not url.startswith(SERVER)], f"{where}.{name}")
+        else:
+            check_addresses(entry, servers, f"{where}.{name}")
 
 
 def record(rewards: Sequence[Reward]) -> dict[str, dict[str, Any]]:

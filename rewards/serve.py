@@ -9,6 +9,7 @@ command `posttrain serve` does either.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import shlex
@@ -28,6 +29,7 @@ from rewards import supervise
 
 LOOPBACK = "127.0.0.1"
 LOG_TAIL_LINES = 30
+DEFAULT_SHARE = 0.9  # of a GPU's memory, vLLM's own default
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 
@@ -58,6 +60,9 @@ class ServerSpec:
     """More environment variables for it."""
     ready_timeout: float = 900.0
     """Seconds until every model must answer, > 0."""
+    urls: list[str] = field(default_factory=list)
+    """Where it is up already, such as http://10.0.0.2:8000/v1; several equal ones are balanced. Nothing is started
+    then, and all else but the name is not read. Empty: it is started here."""
 
 
 @dataclass
@@ -88,19 +93,21 @@ class Server:
 
 @contextlib.contextmanager
 def serve(specs: Sequence[ServerSpec], log_dir: Path) -> Iterator[dict[str, list[str]]]:
-    """The base URLs of each server that is `running` during the block, by name."""
+    """The base URLs of each server, by name: of one that is `running` during the block, or that is up elsewhere."""
+    elsewhere = {spec.name: spec.urls for spec in specs if spec.urls}
     with running(specs, log_dir) as servers:
-        yield {server.spec.name: [f"{server.url}/v1"] for server in servers}
+        yield elsewhere | {server.spec.name: [f"{server.url}/v1"] for server in servers}
 
 
 @contextlib.contextmanager
 def running(specs: Sequence[ServerSpec], log_dir: Path) -> Iterator[list[Server]]:
-    """Starts all servers, waits until every model answers, and stops them at the end of the block.
+    """Starts all servers but those elsewhere, waits until every model answers, and stops them at the end of the block.
 
     They also stop when this process dies, however it dies.
     """
-    for spec in specs:
-        _check(spec)
+    specs = [spec for spec in specs if not spec.urls]
+    for problem in (problem for spec in specs for problem in missing(spec)):
+        raise UserError(problem)
     with contextlib.ExitStack() as stack:
         servers = []
         if specs:
@@ -117,7 +124,7 @@ def running(specs: Sequence[ServerSpec], log_dir: Path) -> Iterator[list[Server]
 def commands(specs: Sequence[ServerSpec], host: str = LOOPBACK) -> list[str]:
     """The same servers as shell commands for another machine, each below a comment with its URL and models."""
     lines = []
-    for i, spec in enumerate(specs):
+    for i, spec in enumerate(spec for spec in specs if not spec.urls):
         port = spec.port or 8000 + i
         variables = [f"{name}={shlex.quote(value)}" for name, value in _variables(spec).items()]
         lines.append(f"# {_description(spec, host, port)}")
@@ -155,6 +162,18 @@ def _rank(spec: ServerSpec, path: str) -> int:
     return fitting[0]
 
 
+def memory_share(spec: ServerSpec) -> float:
+    """The share of each of its GPUs that vLLM takes. Raises UserError for one that is no number."""
+    words = [part for word in spec.extra_args for part in word.split("=", 1)]
+    for option, value in itertools.pairwise(words):
+        if option == "--gpu-memory-utilization":
+            try:
+                return float(value)
+            except ValueError:
+                raise UserError(f"server {spec.name}: extra_args: {option} is {value}, not a number") from None
+    return DEFAULT_SHARE
+
+
 def _variables(spec: ServerSpec) -> dict[str, str]:
     gpus = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, spec.gpus))} if spec.gpus else {}
     return gpus | spec.env
@@ -166,14 +185,22 @@ def _environment(spec: ServerSpec) -> dict[str, str]:
     return inherited | _variables(spec)
 
 
-def _check(spec: ServerSpec) -> None:
+def missing(spec: ServerSpec) -> list[str]:
+    """What is not on this machine: the command, a model's directory, an adapter."""
+    found = []
     if shutil.which(os.path.expanduser(spec.executable)) is None:
-        raise UserError(
+        found.append(
             f"server {spec.name}: executable: no '{spec.executable}': make an environment with "
             "rewards/make_vllm_env.sh and name its bin/vllm"
         )
     if spec.model.startswith((".", "/")) and not Path(spec.model).is_dir():
-        raise UserError(f"server {spec.name}: model: {spec.model} is no directory: correct the path")
+        found.append(f"server {spec.name}: model: {spec.model} is no directory: correct the path")
+    for path in spec.adapters.values():
+        try:
+            _rank(spec, path)
+        except UserError as error:
+            found.append(str(error))
+    return found
 
 
 def _make(log_dir: Path) -> None:

@@ -1,5 +1,6 @@
 """The real command line in a process of its own: a mistake is one line, exit code 2 and no traceback."""
 
+import json
 import subprocess
 import sys
 import time
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from posttrain import cli
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """\
@@ -205,3 +208,19 @@ def test_exit_codes(recipe):
     assert (result.returncode, result.stderr) == (130, "posttrain: interrupted\n")
     result = run_body(recipe, "raise RuntimeError('a bug')")
     assert result.returncode == 1 and "Traceback" in result.stderr
+
+
+def test_a_list_takes_nothing_from_the_list_that_it_replaces(tmp_path):
+    """jsonargparse fills the entries of a list from those of an earlier one that is as long."""
+    first = [{"name": "a", "function": "m:a", "heldout_only": True}, {"name": "b", "function": "m:b", "weight": 0.5}]
+    second = [{"name": "c", "function": "m:c"}, {"name": "d", "function": "m:d", "gate": "multiply"}]
+    base = {"output": "out", "model": {"path": "m"}, "prompts": {"train": "t", "heldout": "h"}, "rewards": first}
+    for name, data in (("base", base), ("over", {"rewards": second})):
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(data))
+    recipes = ["--config", str(tmp_path / "base.yaml"), "--config", str(tmp_path / "over.yaml")]
+    for given in (recipes, [*recipes[:2], "--rewards", json.dumps(second)], [*recipes[:2], f"--rewards={second}"]):
+        config, _ = cli.load_config("grpo", given)
+        assert [(r.name, r.heldout_only, r.weight, r.gate) for r in config.rewards] == [
+            ("c", False, 1.0, "none"),
+            ("d", False, 1.0, "multiply"),
+        ]

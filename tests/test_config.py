@@ -20,6 +20,7 @@ from posttrain.pairs_config import ColumnMap
 from posttrain.ranges import ConfigError
 from posttrain.stpo_config import PairSetConfig, STPOConfig
 from posttrain.validate import validate
+from prompts.errors import UserError
 
 
 def grpo() -> GRPOConfig:
@@ -284,16 +285,35 @@ def test_figures_that_an_evaluation_has():
         ({"name": "a"}, "servers[1].name"),
         ({"port": 70000}, "servers[1].port"),
         ({"ready_timeout": 0.0}, "servers[1].ready_timeout"),
+        ({"port": 8000}, "servers[1].port"),
+        ({"gpus": [-1]}, "servers[1].gpus"),
+        ({"gpus": [2, 2]}, "servers[1].gpus"),
+        ({"gpus": [1, 2]}, "servers"),
+        ({"urls": ["10.0.0.2:8000"]}, "servers[1].urls"),
+        ({"urls": ["http://judges:80000/v1"]}, "servers[1].urls"),
+        ({"urls": ["http://judges:8000/v1"] * 2}, "servers[1].urls"),
+        ({"urls": ["http://me:secret@judges:8000/v1"]}, "servers[1].urls"),
     ],
 )
 def test_servers(change, field):
-    servers = [ServerSpec("a", "m"), ServerSpec(**({"name": "b", "model": "m"} | change))]
+    servers = [ServerSpec("a", "m", port=8000, gpus=[1]), ServerSpec(**({"name": "b", "model": "m"} | change))]
     training = grpo()
     training.servers = servers
     for config in (training, ServeConfig(servers)):
         with pytest.raises(ConfigError) as error:
             validate(config)
         assert error.value.field == field
+
+
+def test_servers_may_share_a_gpu_and_be_up_elsewhere():
+    half = ["--gpu-memory-utilization=0.45"]
+    two = [ServerSpec(name, "m", gpus=[1], extra_args=half) for name in "ab"]
+    elsewhere = ServerSpec("c", "m", gpus=[1], port=8000, urls=["http://judges:8000/v1", "https://[::1]:8000/v1"])
+    validate(ServeConfig([*two, elsewhere]))
+    with pytest.raises(ConfigError, match="servers: all have urls and are up already"):
+        validate(ServeConfig([elsewhere]))
+    with pytest.raises(UserError, match="server a: extra_args: --gpu-memory-utilization is much, not a number"):
+        validate(ServeConfig([ServerSpec("a", "m", gpus=[1], extra_args=["--gpu-memory-utilization", "much"]), two[1]]))
 
 
 def test_sample_needs_exactly_one_source_of_prompts():

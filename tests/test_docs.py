@@ -1,55 +1,194 @@
-"""Every command in the README and docs/ is one: it parses, its recipe is there, and its settings pass their checks."""
+"""Every command in the README and docs/ is run, made small by docs_commands.py, or is on its list of reasons.
+
+Commands run in one workspace, one after another in the order of the pages and in this process; what they read of other
+commands must have been made before, as for a reader. Snippets of recipes are read by the command that they are for.
+"""
 
 import importlib.util
+import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from PIL import Image
 
 from posttrain import cli
-from tests import runs
+from posttrain.annotations import Showing, Store
+from posttrain.preferences import read_preferences
+from posttrain.recipe import check_recipe
+from prompts.errors import UserError
+from rewards.base import RewardSpec
+from rewards.load import check_rewards
+from tests import docs_commands, runs
+from tests.test_annotations import SETTINGS
 
-PAGES = [runs.ROOT / "README.md", *sorted((runs.ROOT / "docs").glob("*.md"))]
+INDEX = runs.ROOT / "docs/README.md"
+ORDER = re.findall(r"\((\w+\.md)\)", INDEX.read_text())
+PAGES = [runs.ROOT / "README.md", INDEX, *(INDEX.parent / name for name in dict.fromkeys(ORDER))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.S | re.M)
 START = re.compile(
     r"^(?:\w+=\S+ )*(?:\.venv/bin/)?(?:posttrain|(?:torchrun|accelerate launch) .*-m posttrain\.cli) (.*)"
 )
-PYTHON = re.compile(r"^(?:\w+=\S+ )*(?:python|accelerate launch .*) -m (posttrain\.(?!cli)[\w.]+)(.*)")
-RECIPES = {"run": "recipes/nano/pipeline.yaml", "serve": "recipes/nano/grpo.yaml", "grpo": "recipes/nano/demo.yaml"}
-"""What recipe.yaml stands for, by command."""
+PYTHON = re.compile(r"^(?:\w+=\S+ )*(?:python|accelerate launch .*) -m ((?:posttrain|prompts)\.(?!cli)[\w.]+)(.*)")
+INLINE = re.compile(r"`(posttrain [^`]*--config recipes/[^`]*)`")
 
 
-def commands(text: str) -> list[str]:
+def blocks(page: Path, *languages: str) -> list[str]:
+    return [text for language, text in FENCE.findall(page.read_text()) if language in languages]
+
+
+def commands(page: Path) -> list[str]:
     """Lines of shell blocks, continuations joined and comments dropped."""
-    blocks = re.findall(r"^```(?:bash|sh)?\n(.*?)^```$", text, flags=re.S | re.M)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [line for line in (re.sub(r"(^|\s)#\s.*", "", line).strip() for line in lines) if line]
+    lines = [line for text in blocks(page, "bash", "sh", "") for line in text.replace("\\\n", " ").splitlines()]
+    lines = [" ".join(re.sub(r"(^|\s)#\s.*", "", line).split()) for line in lines]
+    return [line for line in lines if line]
 
 
-def found(pattern: re.Pattern) -> list:
-    return [
-        pytest.param(page, match, id=f"{page.name}: {match[0]}"[:100])
-        for page in PAGES
-        for line in commands(page.read_text())
-        if (match := pattern.match(line))
-    ]
+ALL = list(dict.fromkeys(line for page in PAGES for line in commands(page)))
+"""In the order of the pages, each once."""
 
 
-@pytest.mark.parametrize(("page", "match"), found(START))
-def test_a_command_parses(page, match, monkeypatch):
-    monkeypatch.chdir(runs.ROOT)
-    words = shlex.split(match[1])
-    if "--help" in words:
-        words.remove("--help")
-        assert " ".join(words) in cli.COMMANDS
+def reason(line: str) -> str | None:
+    """Why a command is not run."""
+    if "--help" in line or line.endswith("--dry-run") or "--print_for" in line:
+        return None
+    return next((why for start, why in docs_commands.NOT_RUN.items() if line.startswith(start)), None)
+
+
+RUN = [line for line in ALL if reason(line) is None]
+
+
+# ---- what commands find ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A directory as a reader's checkout is, with the files that the pages say to write."""
+    folder = tmp_path_factory.mktemp("docs")
+    for name in ("recipes", "prompts", "posttrain", "rewards"):
+        (folder / name).symlink_to(runs.ROOT / name)
+    readme = runs.ROOT / "README.md"
+    for text in blocks(readme, "python", "yaml"):
+        name = re.match(r"# ([\w.]+)", text)
+        assert name is not None, "a snippet of the README begins with its file's name"
+        (folder / name[1]).write_text(text)
+    shutil.copy(runs.ROOT / "recipes/nano/demo.yaml", folder / "recipe.yaml")
+    yield folder
+    sys.modules.pop("my_rewards", None)
+
+
+def before(line: str) -> None:
+    """Makes what a command reads and no command makes: a person's choices, and runs of names that stand for any."""
+    if line.startswith("posttrain annotations") and not Path("runs/choices.jsonl").exists():
+        store = Store(Path("runs/choices.jsonl"), SETTINGS)
+        for pair in read_preferences(Path("runs/nano-pairs")):
+            store.add("ann", Showing(pair.id, False, "chosen"), "left", 1.0)
+        store.close()
+    alike = {"runs/a": "runs/mine", "runs/a-0": "runs/mine", "runs/a-1": "runs/warm", "runs/b-0": "runs/mine",
+             "runs/nano-grpo": "runs/mine"}  # fmt: skip
+    words = {word.removesuffix("/checkpoints/best") for word in line.split()}
+    for name in words & {*alike} - {path for path in alike if Path(path).exists()}:
+        shutil.copytree(alike[name], name, symlinks=True)
+        newest = sorted(Path(name, "checkpoints").glob("step-*"))[-1]
+        if not (best := Path(name, "checkpoints/best")).exists():
+            best.symlink_to(newest.name)
+    if "lora.safetensors --turbo out/turbo" in line:
+        Path("lora.safetensors").symlink_to("out/lora.safetensors")
+        assert cli.main(["export", "--source", "runs/nano-tdm", "--output", "out/turbo"]) == 0
+
+
+def small(kind: str, line: str) -> list[str]:
+    assert kind in docs_commands.SMALL, f"{line}: docs_commands.SMALL does not say what makes {kind} small"
+    more = [word for part, options in docs_commands.MORE.items() if part in line for word in options]
+    return docs_commands.SMALL[kind] + more
+
+
+def clear(words: list[str]) -> None:
+    """Away with what the command will make, if another one made it; those that go on leave it."""
+    if "--resume" in words or words[0] == "run":
         return
-    standing = RECIPES.get(words[0], "recipes/nano/demo.yaml")
-    command, config, _, _ = cli.parse([standing if word == "recipe.yaml" else word for word in words])
+    config = yaml.safe_load(Path(words[words.index("--config") + 1]).read_text()) if "--config" in words else {}
+    output = words[words.index("--output") + 1] if "--output" in words else config.get("output")
+    if output and Path(output).is_dir():
+        shutil.rmtree(output)
+    elif output:
+        Path(output).unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("line", RUN, ids=lambda line: line[:100])
+def test_a_command_runs(line, workspace, monkeypatch, capsys):
+    monkeypatch.chdir(workspace)
+    monkeypatch.setattr(sys, "path", [str(workspace), *sys.path])
+    before(line)
+    if module := PYTHON.match(line):
+        words = ["-m", module[1], *shlex.split(module[2]), *small(module[1], line)]
+        environment = os.environ | {"PYTHONPATH": str(runs.ROOT)}
+        done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return
+    match = START.match(line)
+    assert match is not None, f"{line}: neither a command of posttrain nor a reason in docs_commands.NOT_RUN"
+    words = shlex.split(match[1])
+    if "--help" in words or "--print_config" in words:
+        with pytest.raises(SystemExit) as left:
+            cli.main(words)
+        assert left.value.code == 0 and len(capsys.readouterr().out) > 200
+        return
+    kind = " ".join(words[:2]) if " ".join(words[:2]) in cli.COMMANDS else words[0]
+    clear(words)
+    options = [] if "--dry-run" in words or "--print_for" in words else small(kind, line)
+    assert cli.main([*words, *options]) == 0, capsys.readouterr().err
+
+
+def test_the_snippet_for_a_turbo_draws(workspace, monkeypatch):
+    """docs/exports.md; with the size of K2-nano's pictures, since it is K2-nano's Turbo."""
+    monkeypatch.chdir(workspace)
+    if not Path("out/turbo").exists():
+        source = "runs/nano-tdm"
+        assert Path(source).exists(), "made by the commands above"
+        assert cli.main(["export", "--source", source, "--output", "out/turbo"]) == 0
+    (text,) = blocks(runs.ROOT / "docs/exports.md", "python")
+    scope: dict = {}
+    exec(text.replace("guidance_scale=0", "guidance_scale=0, height=64, width=64"), scope)
+    assert scope["image"].size == (64, 64)
+
+
+def test_each_reason_is_needed_and_its_test_is_there():
+    for start, why in docs_commands.NOT_RUN.items():
+        assert start in {s for line in ALL for s in docs_commands.NOT_RUN if line.startswith(s)}, f"no command: {start}"
+        for file, name in re.findall(r"(tests/\w+\.py)::(\w*)", why):
+            assert name, f"{start}: names no test of {file}"
+            assert f"def {name}(" in (runs.ROOT / file).read_text(), f"{start}: {file} has no {name}"
+    kinds = {*cli.COMMANDS} | {match[1] for line in ALL if (match := PYTHON.match(line))}
+    assert {*docs_commands.SMALL} <= kinds
+
+
+# ---- what is not run ------------------------------------------------------------------------------------------
+
+
+def arguments(line: str) -> list[str]:
+    match = START.match(line)
+    return shlex.split(match[1]) if match else []
+
+
+@pytest.mark.parametrize(
+    "line", [*(line for line in ALL if reason(line) and START.match(line)),
+             *(line for page in PAGES for line in INLINE.findall(" ".join(page.read_text().split())))],
+)  # fmt: skip
+def test_a_command_parses(line, monkeypatch):
+    monkeypatch.chdir(runs.ROOT)
+    command, config, _, _ = cli.parse(arguments(line))
     assert isinstance(config, command.config)
 
 
-@pytest.mark.parametrize(("page", "match"), found(PYTHON))
-def test_a_module_is_there_and_knows_its_options(page, match):
+@pytest.mark.parametrize("match", [m for line in ALL if (m := PYTHON.match(line))], ids=lambda match: match[0][:80])
+def test_a_module_is_there_and_knows_its_options(match):
     spec = importlib.util.find_spec(match[1])
     assert spec is not None and spec.origin is not None
     source = Path(spec.origin).read_text()
@@ -57,10 +196,60 @@ def test_a_module_is_there_and_knows_its_options(page, match):
         assert f'"--{option}"' in source, f"{match[1]} has no --{option}"
 
 
+def test_rewards_in_the_pages_score():
+    """The smallest reward of all, as the README and docs/rewards.md have it."""
+    red, blue = (Image.new("RGB", (8, 8), colour) for colour in ((200, 0, 0), (0, 0, 200)))
+    for page in (runs.ROOT / "README.md", runs.ROOT / "docs/rewards.md"):
+        (text,) = blocks(page, "python")
+        scope: dict = {}
+        exec(text, scope)
+        scores = scope["warmth"]([red, blue, red], ["a room", "a hall", "a blue room"], requirements=None)
+        assert scores == [pytest.approx(200 / 201), pytest.approx(0 / 201), None]
+
+
+def recipes() -> list:
+    return [
+        pytest.param(page, text, id=f"{page.name}: {' '.join(text.split())[:60]}")
+        for page in PAGES
+        for text in blocks(page, "yaml")
+    ]
+
+
+@pytest.mark.parametrize(("page", "text"), recipes())
+def test_a_snippet_is_a_part_of_a_recipe(page, text):
+    data = yaml.safe_load(text)
+    assert isinstance(data, dict)
+    refused = []
+    for name, command in cli.COMMANDS.items():
+        try:
+            check_recipe(page.name, data, command.config)
+        except UserError as error:
+            refused.append(f"{name}: {error}")
+            continue
+        break
+    else:
+        pytest.fail("; ".join(refused))
+    rewards = [RewardSpec(**entry) for entry in data.get("rewards", []) if "my_rewards" not in str(entry)]
+    check_rewards(rewards, [server["name"] for server in data.get("servers", [])])
+
+
+def test_records_in_the_pages_are_records(tmp_path):
+    from prompts.records import read_prompts
+
+    (text,) = blocks(runs.ROOT / "docs/runs.md", "json")
+    (tmp_path / "p.jsonl").write_text(text)
+    (record,) = read_prompts(tmp_path / "p.jsonl")
+    assert json.loads(text)["texts"] == record.texts and record.requirements
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_each_page_is_in_the_index():
+    assert {*PAGES[1:]} == {*(runs.ROOT / "docs").glob("*.md")} and len(PAGES) > 15
 
 
 def test_paths_of_recipes_are_there():

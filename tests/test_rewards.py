@@ -1,6 +1,7 @@
 """The reward contract: what comes in, what is refused, what is missing and why; gates; the four rewards."""
 
 import asyncio
+import json
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from prompts.errors import UserError
+from prompts.records import columns, read_prompts
 from prompts.templates import Template, load_template
 from rewards.background import ScoreQueue
 from rewards.base import Failure, RewardError, RewardSpec, Scored, Scores, score_all
@@ -195,7 +197,7 @@ def test_readme_reward(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (reward,) = load_rewards([RewardSpec("warmth", function="my_rewards:warmth")])
     images = [Image.new("RGB", (4, 4), (200, 0, 99)), WHITE]
-    scores = asyncio.run(score_all([reward], images, ["warm light", "snow"], {"id": [1, 2]}))
+    scores = asyncio.run(score_all([reward], images, ["warm light", "blue snow"], {"id": [1, 2]}))
     assert scores.values_NK[0, 0] == pytest.approx(200 / 300)
     assert scores.valid_NK[:, 0].tolist() == [True, False] and not scores.failed_NK.any()
 
@@ -301,6 +303,16 @@ def test_rubric_decomposes_a_prompt_once(tmp_path):
     Path(file).write_text("{}\n")
     with pytest.raises(UserError, match="line 1: not a requirements record"):
         Rubric(again, requirements_file=file)
+
+
+def test_a_prompt_of_a_file_that_says_no_requirements_is_decomposed(tmp_path):
+    """As `grpo` and `pairs` hand the columns on; an empty list says that there is nothing to ask."""
+    rows = [{"prompt": "a dog"}, {"prompt": "fog", "requirements": []}, {"prompt": "x", "requirements": ["a cat"]}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = read_prompts(tmp_path / "p.jsonl")
+    judge = Canned(lambda text: ["a dog"] if "Break it" in text else 0.5)
+    scores = asyncio.run(Rubric(judge)([WHITE] * 3, [r.prompt for r in records], **columns(records)))
+    assert scores == [0.5, None, 0.5] and sum("Break it" in text for text in judge.asked) == 1
 
 
 def test_ocr_and_artifact():

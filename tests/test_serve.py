@@ -265,6 +265,15 @@ def test_mistakes_are_user_errors(tmp_path):
         serve([ServerSpec("a", "m", executable=fake)], Path(fake) / "logs").__enter__()
 
 
+def test_a_server_that_is_up_elsewhere_is_not_started(tmp_path):
+    urls = ["http://10.0.0.2:8000/v1", "http://10.0.0.3:8000/v1"]
+    with serve([ServerSpec("a", "m", executable="no-such-vllm", urls=urls)], tmp_path / "logs") as found:
+        assert found == {"a": urls}
+    assert not (tmp_path / "logs").exists()
+    specs = [ServerSpec("a", "m", urls=urls), ServerSpec("b", "m")]
+    assert [line[:1] for line in commands(specs, "10.0.0.4")] == ["#", "v"]
+
+
 def recipe(path: Path, *servers: ServerSpec) -> Path:
     """A recipe for training, of which `posttrain serve` reads nothing but the servers."""
     others = {"output": "runs/a", "model": {"path": "k2"}, "steps": 7, "rewards": [{"name": "a"}]}

@@ -29,13 +29,13 @@ def measure(model: str, adapter: str | None = None, prompts: int = 200, n: int =
     for record, group in zip(records, expansions):
         said = [statements(e.text) for e in group]
         valid += [s is not None for s in said]
-        kept += [s is not None and s >= set(record.requirements) for s in said]
+        kept += [s is not None and s >= set(record.requirements or []) for s in said]
         whole += [e.whole for e in group]
         lengths += [len(expander.tokenizer(e.text).input_ids) for e in group]
         if record.texts:
             texts += [all(f'"{text}"' in e.text for text in record.texts) for e in group]
         for what, counts in different.items():
-            if not any(r.startswith(f"the {what} is") for r in record.requirements):
+            if not any(r.startswith(f"the {what} is") for r in record.requirements or []):
                 counts.append(len({s for statement in said for s in statement or () if s.startswith(f"the {what} is")}))
 
     def mean(values: list) -> float:
