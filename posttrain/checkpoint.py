@@ -209,15 +209,13 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
     the rest)."""
     full = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
-    state: dict[str, Any] = {"kind": type(optimizer).__name__, "scalars": {}, "groups": []}
+    state: dict[str, Any] = {"kind": type(optimizer).__name__, "groups": []}
     for index, values in full["state"].items():
         for name, value in values.items():
-            if isinstance(value, Tensor) and (inner := parts(value)) is not None:
+            if (inner := parts(value)) is not None:
                 tensors |= {f"{index}.{name}.{part}": tensor for part, tensor in inner.items()}
-            elif isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value
             else:
-                state["scalars"][f"{index}.{name}"] = value
+                tensors[f"{index}.{name}"] = value
     for i, group in enumerate(full["param_groups"]):
         for name, value in group.items():  # a capturable optimiser holds its rate as a tensor
             if isinstance(value, Tensor):
@@ -245,9 +243,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
             " has changed; restore model and lora, or start another run"
         )
     groups = [{**group} for group in state["groups"]]
-    values: dict[int, dict[str, Any]] = {}
+    values: dict[int, dict[str, Tensor]] = {}
     eight: dict[tuple[int, str], dict[str, Tensor]] = {}
-    for key, value in {**tensors, **state["scalars"]}.items():
+    for key, value in tensors.items():
         owner, _, name = key.partition(".")
         if owner.startswith("group"):
             groups[int(owner.removeprefix("group"))][name] = value
@@ -258,17 +256,16 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
             if part != "codes":
                 continue
         shape = parameters[int(owner)].shape
-        if isinstance(value, Tensor) and value.ndim and value.shape != shape:
+        if value.ndim and value.shape != shape:
             raise UserError(
                 f"the checkpoint's tensor {key} has shape {list(value.shape)} and the model's {list(shape)}:"
                 " the recipe has changed; restore model and lora, or start another run"
             )
-        values.setdefault(int(owner), {})[name] = value.clone() if isinstance(value, Tensor) else value
+        values.setdefault(int(owner), {})[name] = value.clone()
     for (owner, name), inner in eight.items():
         values[owner][name] = moment(inner)
     for group in groups:
-        if "betas" in group:
-            group["betas"] = tuple(group["betas"])
+        group["betas"] = tuple(group["betas"])
     optimizer.load_state_dict({"state": values, "param_groups": groups})
 
 
