@@ -27,6 +27,7 @@ from posttrain.pairs_config import DeltaConfig, DrawConfig, JudgedConfig, PairsC
 from posttrain.policy import POLICY, described, load_model, saved_tensors
 from posttrain.preferences import Preference, read_preferences
 from posttrain.ranges import ConfigError
+from posttrain.report import write_report
 from posttrain.validate import validate
 from prompts.errors import UserError
 from rewards.base import Failure, Reward, score_all
@@ -310,6 +311,10 @@ def test_cost_is_counted(whole):
     counted = images["forward"] * units["forward"] + images["decode"] * units["decode"]
     assert summary["counted_seconds"] == pytest.approx(counted)
     assert summary["overhead"] == pytest.approx(summary["drawing_seconds"] / counted)
+
+
+def test_the_report_counts_pairs(whole, tmp_path):
+    assert "12 of 12 pairs" in write_report(Path(whole.output), tmp_path / "report.html").read_text()
 
 
 def test_any_state_that_a_kill_leaves_is_gone_on_from(whole, tmp_path):
