@@ -26,6 +26,7 @@ from prompts.records import PromptRecord
 from rewards.base import RewardSpec
 from rewards.diversity import Features
 from tests import chat, expander_runs, runs, tiny
+from tests.gullible import GULLED, RAISED
 from tests.images_server import ImagesServer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -302,6 +303,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config, done):
     assert [{k: v for k, v in r.items() if k not in left_out} for r in again] == [
         {k: v for k, v in r.items() if k not in left_out} for r in rows
     ]
+
+
+def test_what_an_order_to_the_judge_is_worth_is_measured_before_the_first_step(config, capsys):
+    config.rewards.append(RewardSpec("gulled", GULLED))
+    config.steps = 1
+    expander_rl.train(config)
+    logged = [row for row in runs.rows(config.output) if "injection/picture/gulled" in row]
+    assert [row["step"] for row in logged] == [0]
+    assert logged[0]["injection/picture/gulled"] == pytest.approx(RAISED) and logged[0]["repeatability/gullible"] == 0
+    warning = "reward gulled: text that tells the judge what to answer raises it in a picture by 0.70"
+    assert warning in capsys.readouterr().err
 
 
 def test_a_run_that_is_told_to_stop_saves_and_goes_on(config, monkeypatch, tmp_path):

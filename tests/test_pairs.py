@@ -32,6 +32,7 @@ from posttrain.validate import validate
 from prompts.errors import UserError
 from rewards.base import Failure, Reward, score_all
 from tests import runs, tiny
+from tests.gullible import GULLED, RAISED
 
 GUIDED = DeltaConfig(DrawConfig(guidance=2.0), DrawConfig())
 
@@ -364,6 +365,21 @@ def test_killed_and_resumed_in_a_process(whole, tmp_path):
         assert made(run) == made(whole.output)
     finally:
         commands.close()
+
+
+def test_what_an_order_to_the_judge_is_worth_is_measured_once(tmp_path, model, capsys):
+    rewards = [RewardSpec("brightness", "tests.runs:brightness"), RewardSpec("gulled", GULLED, heldout_only=True)]
+    config = recipe(tmp_path, model, rewards=rewards, pairs=2)
+    pairs.make(config)
+    worth = {"injection/picture/gulled": pytest.approx(RAISED), "injection/prompt/gulled": None}
+    assert runs.rows(config.output)[0].items() >= {"step": 0, "repeatability/gullible": 0, **worth}.items()
+    warning = "reward gulled: text that tells the judge what to answer raises it in a picture by 0.70"
+    assert warning in capsys.readouterr().err
+    assert "injection" in write_report(Path(config.output)).read_text()
+    (tmp_path / "run/preferences.json").unlink()
+    pairs.make(dataclasses.replace(config), resume=True)
+    assert "reward gulled" not in capsys.readouterr().err
+    assert sum("injection/picture/gulled" in row for row in runs.rows(config.output)) == 1
 
 
 def test_two_processes_make_the_same_set(whole, tmp_path):
