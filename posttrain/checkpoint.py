@@ -301,8 +301,8 @@ def _saved(directory: Path) -> list[Path]:
     return [path for _, path in sorted(steps)]
 
 
-def problem(path: Path, needed: str = "state.json") -> str | None:
-    """Why a directory is no whole checkpoint, of which `needed` is a file."""
+def problem(path: Path) -> str | None:
+    """Why a directory is no whole checkpoint."""
     if not path.is_dir():
         return "no such directory"
     try:
@@ -314,8 +314,8 @@ def problem(path: Path, needed: str = "state.json") -> str | None:
         return f"manifest.json: {error}"
     except (OSError, AttributeError, KeyError, TypeError):
         return "manifest.json is damaged"
-    if needed not in expected:
-        return f"manifest.json does not name {needed}"
+    if "state.json" not in expected:
+        return "manifest.json does not name state.json"
     for name, (size, digest) in expected.items():
         file = path / name
         if not os.path.isfile(file):

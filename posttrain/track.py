@@ -67,9 +67,11 @@ class RunConfig(Protocol):
 class Run:
     """A run directory being written: make it with `create`, call `start` once, then `log` each step."""
 
-    def __init__(self, path: Path, track: TrackConfig, main: bool):
+    def __init__(self, path: Path, track: TrackConfig, main: bool, resumable: bool):
         self.path = path
         self.main = main
+        self.again = "go on with --resume" if resumable else "remove the directory and begin again"
+        """What to do when a fault is mended."""
         self.non_finite = 0
         self._track = track
         self._trackers: list[Any] = []
@@ -78,13 +80,14 @@ class Run:
         self._lock: IO[str] | None = None
 
     @classmethod
-    def create(cls, config: RunConfig, resume: bool = False, main: bool = True) -> Run:
-        """Make `config.output` and write recipe and environment; with `resume` an existing run is carried on.
+    def create(cls, config: RunConfig, resume: bool | None = False, main: bool = True) -> Run:
+        """Make `config.output` and write recipe and environment; with `resume` an existing run is carried on. None: the
+        command cannot do that.
 
         Raises UserError if the directory holds a run and `resume` is off, if it cannot be written, or if a
         tracker is not installed. Resuming with another recipe says which fields changed; `check` refuses some.
         """
-        run = cls(Path(config.output), config.track, main)
+        run = cls(Path(config.output), config.track, main, resume is not None)
         if not main:
             return run
         cls.check(config, resume)
@@ -106,7 +109,7 @@ class Run:
         return run
 
     @staticmethod
-    def check(config: RunConfig, resume: bool = False) -> None:
+    def check(config: RunConfig, resume: bool | None = False) -> None:
         """Raise UserError before anything is made or changed: for a directory that holds a run, a tracker that is not
         installed, and, where the run has a checkpoint, for changes of the recipe that resuming cannot honour.
         """
@@ -118,7 +121,8 @@ class Run:
         if (run / ".lock").is_file() and os.access(run / ".lock", os.W_OK):
             lock(run).close()
         if recipe.exists() and not resume:
-            raise UserError(f"{run}: holds a run already; add --resume or choose another --output")
+            way = "remove the directory" if resume is None else "add --resume"
+            raise UserError(f"{run}: holds a run already; {way} or choose another --output")
         if recipe.exists() and any((run / "checkpoints").glob("[!.]*-*")):
             new = _plain(dataclasses.asdict(config))  # type: ignore[call-overload]
             if lost := [change for change in changes(yaml.safe_load(recipe.read_text()), new) if _is_kept(*change)]:
@@ -261,17 +265,17 @@ class Run:
         if isinstance(error, torch.OutOfMemoryError):
             raise UserError(
                 f"{self.path}: out of memory ({' '.join(str(error).split())}); lower micro_batch or the size of the"
-                " pictures, or use more or larger GPUs, then go on with --resume"
+                f" pictures, or use more or larger GPUs, then {self.again}"
             ) from error
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             file = error.filename or self.path
-            raise UserError(f"{file}: cannot be written: {error.strerror}; mend that, then --resume") from error
+            raise UserError(f"{file}: cannot be written: {error.strerror}; mend that, then {self.again}") from error
         if isinstance(error, RuntimeError) and any(sign in str(error) for sign in TORCH_UNWRITABLE):
             raise UserError(
-                f"{self.path}: cannot be written, such as for want of space; mend that, then --resume"
+                f"{self.path}: cannot be written, such as for want of space; mend that, then {self.again}"
             ) from error
         if isinstance(error, SafetensorError):
-            raise UserError(f"{self.path}: cannot be written or read: {error}; mend that, then --resume") from error
+            raise UserError(f"{self.path}: cannot be written or read: {error}; mend that, then {self.again}") from error
 
 
 def peak_memory() -> dict[str, float]:

@@ -92,3 +92,9 @@ def config(folder: Path, parts: Path) -> ExpanderGDPOConfig:
     made.eval.every, made.eval.prompts, made.eval.group_size, made.eval.shown = 0, 2, 3, 2
     made.checkpoint.every = 1
     return made
+
+
+def plain_files(checkpoint: Path) -> None:
+    """Nothing in it could hold code."""
+    assert {path.suffix for path in checkpoint.iterdir()} <= {".safetensors", ".json", ".md", ".jinja", ".txt"}
+    assert (checkpoint / "state.safetensors").exists() and (checkpoint / "rng-0.safetensors").exists()

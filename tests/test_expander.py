@@ -21,6 +21,7 @@ from posttrain.expander_template import FILE, messages, template
 from posttrain.nano import build, evaluate_expander
 from posttrain.nano.scenes import COLOURS, SHAPES
 from prompts.errors import UserError
+from tests.expander_runs import plain_files
 
 WEIGHTS = Path(build.__file__).parent / "weights"
 BASE, K2 = (str(WEIGHTS / name) for name in ("expander-nano", "k2-nano"))
@@ -111,7 +112,7 @@ def test_a_template_that_thinks_aloud_is_refused(tmp_path, data):
         fitting(PAIRS, tokenizer, recipe(tmp_path, data))
 
 
-def test_training_writes_an_adapter_that_learnt_and_resumes_to_the_same(tmp_path):
+def test_training_writes_an_adapter_that_learnt_and_resumes_to_the_same(tmp_path, no_pickle):
     data = tmp_path / "house.jsonl"  # a house style, which expander-nano does not have
     asked = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
     rows = [{"prompt": prompt, "completion": f"{prompt}, glowing style, black background"} for prompt in asked]
@@ -132,6 +133,7 @@ def test_training_writes_an_adapter_that_learnt_and_resumes_to_the_same(tmp_path
     shutil.copytree(run, cut)
     shutil.rmtree(cut / "adapter")
     shutil.rmtree(cut / "checkpoints" / "checkpoint-4")
+    plain_files(cut / "checkpoints" / "checkpoint-2")
     with pytest.raises(UserError, match=r"batch: is not what .* was begun with"):
         train(recipe(tmp_path / "cut", data, heldout=0.3, batch=8), resume=True)
     train(recipe(tmp_path / "cut", data, heldout=0.3), resume=True)

@@ -26,6 +26,7 @@ from prompts.records import PromptRecord
 from rewards.base import RewardSpec
 from rewards.diversity import Features
 from tests import chat, expander_runs, runs, tiny
+from tests.expander_runs import plain_files
 from tests.gullible import GULLED, RAISED
 from tests.images_server import ImagesServer
 
@@ -277,7 +278,7 @@ def test_a_run_equals_what_it_should(config, parts, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("done", [1, 2, 3])
-def test_a_resumed_run_equals_an_uninterrupted_one(config, done):
+def test_a_resumed_run_equals_an_uninterrupted_one(config, done, no_pickle):
     """Adapter and metrics are the same bit for bit, on one process: TRL saves the generators that it samples with.
     Four prompts are two steps, so it is resumed within the first epoch, at its end, and within the second."""
     config.steps, config.checkpoint.keep = 4, 4
@@ -285,6 +286,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config, done):
     first = runs.Path(config.output)
     whole = load_file(first / "adapter/adapter_model.safetensors")
     rows = runs.untimed(first)
+    plain_files(first / f"checkpoints/checkpoint-{done}")
     for step in range(done + 1, 5):
         shutil.rmtree(first / "checkpoints" / f"checkpoint-{step}")
     shutil.rmtree(first / "adapter")
