@@ -76,8 +76,8 @@ def train(config: ExpanderSFTConfig, resume: bool = False) -> None:
         with _quiet():
             trainer = make_trainer(model, tokenizer, training, heldout[: config.measured], config, logger)
             check_tokens(trainer, tokenizer, training)
-            if checkpoint is None:
-                trainer.evaluate()
+            # Not `evaluate` before `train`, which would then take the model as it is: each process would train its own.
+            trainer.args.eval_on_start = checkpoint is None
             trainer.train(resume_from_checkpoint=str(checkpoint[1]) if checkpoint else None)
         if main:
             before, after = _evaluations(run)
@@ -137,6 +137,7 @@ def make_trainer(
         seed=config.seed,
         data_seed=config.seed,
         dataloader_pin_memory=on_gpu,
+        ddp_find_unused_parameters=False,
     )
     trainer = Trainer(
         model=model,

@@ -21,6 +21,8 @@ from posttrain.expander_template import FILE, messages, template
 from posttrain.nano import build, evaluate_expander
 from posttrain.nano.scenes import COLOURS, SHAPES
 from prompts.errors import UserError
+from tests import chat, runs
+from tests.chaos import methods
 from tests.expander_runs import plain_files
 
 WEIGHTS = Path(build.__file__).parent / "weights"
@@ -146,6 +148,28 @@ def test_training_writes_an_adapter_that_learnt_and_resumes_to_the_same(tmp_path
     asked = after.tokenizer.apply_chat_template(messages("a red star"), return_tensors="pt", return_dict=False)
     with torch.no_grad():
         assert not torch.allclose(before.model(asked).logits, after.model(asked).logits, atol=1e-3)
+
+
+@pytest.fixture
+def sft(tmp_path):
+    commands = runs.Commands(tmp_path, "import posttrain.expander_sft\n")
+    yield commands
+    commands.close()
+
+
+def test_two_processes_train_as_one(sft, tmp_path):
+    made = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        chat.save(folder / "chat", steps=1)
+        config = methods.sft(folder, folder, "")
+        config.steps = 3
+        result = sft("expander", "sft", "--config", runs.recipe(config, folder / "r.yaml"), processes=processes)
+        assert result.returncode == 0, result.stderr
+        made.append(load_file(folder / "run/adapter/adapter_model.safetensors"))
+    for name, value in made[0].items():
+        assert torch.allclose(value, made[1][name], atol=1e-5), name
+    assert max(value.abs().max() for name, value in made[0].items() if "lora_B" in name) > 1e-3
 
 
 def test_all_weights_can_be_trained(tmp_path, data):
