@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,14 @@ def dinov3(directory: Path) -> Path:
     own = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25], "size": {"height": 32, "width": 32}}
     (directory / "preprocessor_config.json").write_text(json.dumps(own))
     return directory
+
+
+def parts(folder: Path, model: Path) -> Path:
+    """The models of a run: k2, chat and dinov3."""
+    chat.save(folder / "chat")
+    shutil.copytree(model, folder / "k2")
+    dinov3(folder / "dinov3")
+    return folder
 
 
 def config(folder: Path, parts: Path) -> ExpanderGDPOConfig:

@@ -100,10 +100,15 @@ def test_any_other_answer_is_no_transcription(reply, why):
 
 def test_a_question_about_text_alone_sends_no_picture():
     template = Template("t", "Is $text safe?")
-    score, bodies = run(lambda head, body: good(body), lambda judge: judge.p_yes_text(template, text='a "fox"'))
     asked = 'Is "a \\"fox\\"" safe?'
+    score, bodies = run(lambda head, body: good(body), lambda judge: judge.p_yes_text(template, text='a "fox"'))
     assert bodies[0]["messages"] == [{"role": "user", "content": [{"type": "text", "text": asked}]}]
     assert score == pytest.approx(fake_judge.score_of(asked), abs=1e-9)
+
+    async def twice(judge: Judge):
+        return [await judge.p_yes(None, template, text='a "fox"') for _ in range(2)]
+
+    assert run(lambda head, body: good(body), twice) == ([score] * 2, bodies)  # which is asked once
 
 
 def test_what_was_asked_longest_ago_is_forgotten_first(monkeypatch):

@@ -1,7 +1,6 @@
 """Every method on the tiny models: its recipe, the command, and what a finished run comes to."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,6 @@ from posttrain.preferences import read_preferences
 from tests import chat, expander_runs, runs, tiny
 
 PREPARE = runs.TRAINING + "import posttrain.pairs, posttrain.expander_rl, posttrain.expander_sft, tests.expander_runs\n"
-
-
-def parts(folder: Path, model: Path) -> Path:
-    """The models: k2, chat and dinov3."""
-    chat.save(folder / "chat")
-    shutil.copytree(model, folder / "k2")
-    expander_runs.dinov3(folder / "dinov3")
-    return folder
 
 
 def training(folder: Path, parts: Path, method: str) -> Any:
