@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from posttrain import shards
+from posttrain.disk import sync
 from posttrain.optimizer import moment, parts
 from prompts.errors import UserError
 from prompts.parse import parse_json
@@ -74,7 +75,7 @@ def save(
         if final.exists():  # a torn one, or this step once more after resuming from an older one
             os.rename(final, directory / f".tmp-old-{step:06d}")
         os.rename(temporary, final)
-        _fsync(directory)
+        sync(directory)
     except (OSError, SafetensorError) as error:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -93,11 +94,11 @@ def seal(directory: Path) -> None:
     """Write manifest.json of the files in a directory, when they are on disk."""
     files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != "manifest.json")
     for path in files:
-        _fsync(path)
+        sync(path)
     sums = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
     _write_json(directory / "manifest.json", sums)
-    _fsync(directory / "manifest.json")
-    _fsync(directory)
+    sync(directory / "manifest.json")
+    sync(directory)
 
 
 def on_host(
@@ -163,7 +164,7 @@ def mark_best(directory: str | Path, step: int) -> None:
     link.unlink(missing_ok=True)
     link.symlink_to(f"step-{step:06d}")
     os.replace(link, directory / "best")
-    _fsync(directory)
+    sync(directory)
 
 
 def load_latest(directory: str | Path) -> Checkpoint | None:
@@ -336,14 +337,6 @@ def _prune(directory: Path, keep: int) -> None:
 
 def _write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

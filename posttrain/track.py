@@ -41,6 +41,7 @@ from safetensors import SafetensorError
 
 from posttrain.changes import changes, told
 from posttrain.config import TrackConfig
+from posttrain.disk import replace_text
 from posttrain.lock import lock
 from posttrain.progress import Progress, grid_image
 from prompts.errors import UserError
@@ -100,8 +101,8 @@ class Run:
                 changed = changes(yaml.safe_load(recipe.read_text()), new)
                 if changed:
                     run.say(f"the recipe has changed since the run began: {told(changed)}")
-            _replace(recipe, yaml.safe_dump(new, sort_keys=False, allow_unicode=True))
-            _replace(run.path / "environment.json", _json(environment(), indent=1))
+            replace_text(recipe, yaml.safe_dump(new, sort_keys=False, allow_unicode=True))
+            replace_text(run.path / "environment.json", _json(environment(), indent=1))
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"{run.path}: a file is in the way; choose another --output") from None
         except OSError as error:
@@ -147,7 +148,7 @@ class Run:
             return
         metrics = self.path / "metrics.jsonl"
         lines = _whole_lines(metrics) if step and metrics.exists() else []
-        _replace(metrics, "".join(line for line in lines if json.loads(line)["step"] <= step))
+        replace_text(metrics, "".join(line for line in lines if json.loads(line)["step"] <= step))
         if self._track.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -223,14 +224,14 @@ class Run:
         for i, image in enumerate(images):
             Image.fromarray(image).save(directory / f"{i:03d}.png")
         if said:
-            _replace(directory / "scores.json", _json(list(said), indent=1))
+            replace_text(directory / "scores.json", _json(list(said), indent=1))
         table = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds, strict=True)]
-        _replace(directory.parent / "prompts.json", _json(table, indent=1))
+        replace_text(directory.parent / "prompts.json", _json(table, indent=1))
 
     def prompts(self, ends: Mapping[str, Sequence[Mapping[str, Any]]] | None) -> None:
         """Write prompts.json: tables of prompts by title, which the report shows; None writes nothing."""
         if self.main and ends is not None:
-            _replace(self.path / "prompts.json", _json(_plain(dict(ends)), indent=1))
+            replace_text(self.path / "prompts.json", _json(_plain(dict(ends)), indent=1))
 
     def summary(self, figures: Mapping[str, Any]) -> None:
         """Write summary.json, atomically; anything JSON can hold, non-finite numbers become null.
@@ -238,7 +239,7 @@ class Run:
         The report shows `before` and `after` (both name -> number) side by side, other numbers as they are.
         """
         if self.main:
-            _replace(self.path / "summary.json", _json(_plain(dict(figures)), indent=1))
+            replace_text(self.path / "summary.json", _json(_plain(dict(figures)), indent=1))
 
     def say(self, message: str) -> None:
         """One line to the user on stderr, without disturbing the progress bar."""
@@ -359,12 +360,3 @@ def _whole_lines(path: Path) -> list[str]:
     """The lines of a JSONL file less a last one that was cut off."""
     lines = path.read_text().splitlines(keepends=True)
     return lines if not lines or lines[-1].endswith("\n") else lines[:-1]
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -51,10 +51,10 @@ class Judge:
         urls = [self.base_urls] if isinstance(self.base_urls, str) else self.base_urls
         refuse_keys(urls, f"judge {self.model}: base_urls")
 
-    async def p_yes(self, image: Image.Image | EncodedImage, template: Template, **fields: str) -> float:
-        """P(yes) / (P(yes) + P(no)) at the first answer token."""
+    async def p_yes(self, image: Image.Image | EncodedImage | None, template: Template, **fields: str) -> float:
+        """P(yes) / (P(yes) + P(no)) at the first answer token; None asks about text alone."""
 
-        async def ask(encoded: EncodedImage) -> float:
+        async def ask(encoded: EncodedImage | None) -> float:
             return await self._p_yes(encoded, template.render(**fields))
 
         return await self._cached(ask, image, template, fields)
@@ -66,7 +66,7 @@ class Judge:
     async def transcribe(self, image: Image.Image | EncodedImage, template: Template) -> list[str]:
         """The lines of text that the judge reads in the picture, in reading order."""
 
-        async def ask(encoded: EncodedImage) -> list[str]:
+        async def ask(encoded: EncodedImage | None) -> list[str]:
             return await self._list_of_strings("lines", template.render(), encoded)
 
         return await self._cached(ask, image, template, {})
@@ -135,13 +135,13 @@ class Judge:
 
     async def _cached(
         self,
-        ask: Callable[[EncodedImage], Awaitable[Any]],
-        image: Image.Image | EncodedImage,
+        ask: Callable[[EncodedImage | None], Awaitable[Any]],
+        image: Image.Image | EncodedImage | None,
         template: Template,
         fields: Mapping[str, str],
     ) -> Any:
         encoded = await encode_async(image) if isinstance(image, Image.Image) else image
-        key = (self.model, template.hash, tuple(sorted(fields.items())), encoded.hash)
+        key = (self.model, template.hash, tuple(sorted(fields.items())), encoded and encoded.hash)
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
