@@ -133,9 +133,10 @@ class Follow(TrainerCallback):
     def begin(self) -> None:
         """Evaluates what is there before the first step; not for a run that is resumed."""
         if not self.evaluations and (evaluation := self._evaluate(0)) is not None:
-            scorer, images = self.shared.scorer, evaluation.scored.images_N
-            there = [e for e, image in zip(evaluation.expansions, images) if image is not None]
-            pictures = [image for image in images if image is not None]
+            scorer, images, size = self.shared.scorer, evaluation.scored.images_N, self.config.eval.group_size
+            rows = sorted(range(len(images)), key=lambda i: i % size)  # of as many prompts as there are
+            there = [evaluation.expansions[i] for i in rows if images[i] is not None]
+            pictures = [image for i in rows if (image := images[i]) is not None]
             check_judges(self.run, scorer.rewards, pictures, [e.record.prompt for e in there], scorer.columns(there))
 
     def finish(self) -> None:

@@ -1,4 +1,4 @@
-"""SIGKILL at some thirty random moments: what is resumed ends as what was left alone, bit for bit.
+"""SIGKILL at 34 random moments: what is resumed ends as what was left alone, bit for bit.
 
 The moments are shares of an uninterrupted run's time, from fixed seeds. Where in its work a moment finds a process
 depends on the machine, so each time this runs it tries other places.
