@@ -13,9 +13,9 @@ TORCH := $(shell sed -n 's/^ *"\(torch>=[^"]*\)",/\1/p' pyproject.toml)
 # Nothing from outside the environment, and one thread a process: two test runs on one machine must not fight.
 unexport PYTHONPATH
 export PYTHONNOUSERSITE := 1
-test test-vllm chaos mutations: export OMP_NUM_THREADS ?= 1
+test test-vllm coverage chaos mutations: export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-vllm browser check chaos mutations
+.PHONY: demo test test-vllm browser check coverage chaos mutations
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -53,6 +53,10 @@ check: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m tests.audit
+
+# Branch coverage of the formulas, pool, checkpoints and the judges' client, by their own tests: 95 % of each.
+coverage: $(VENV)/installed
+	$(BIN)/python -m tests.cover
 
 # Faults that the tests leave out: kills, full disks, damaged files, 2,000 malformed inputs (see tests/chaos).
 chaos: $(VENV)/installed

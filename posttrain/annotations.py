@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from posttrain.disk import sync
 from prompts.errors import UserError
 
 Side = Literal["chosen", "rejected"]
@@ -168,7 +169,7 @@ class Store:
                 os.ftruncate(self._file, self._held.size)
             if held is None:
                 self._append({"annotations": VERSION, **asdict(settings)})
-                _sync_directory(path.parent)
+                sync(path.parent)
         except BaseException:
             os.close(self._file)
             raise
@@ -283,11 +284,3 @@ def _draw(*parts: Any) -> int:
 
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

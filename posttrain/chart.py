@@ -137,10 +137,13 @@ def _named(limit: Limit, drawn: bool, points: Sequence[Point]) -> str:
 
 
 def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) that cover low..high; at least two."""
+    """Round numbers (1, 2 or 5 times a power of ten apart) that cover low..high; at least two.
+
+    One value alone has a tenth of it on either side; 0, which is mostly a count, stands at the foot.
+    """
     if not high - low > 1e-12 * max(abs(low), abs(high)):
-        spread = abs(low) * 0.1 or 1.0
-        low, high = low - spread, high + spread
+        spread = abs(low) * 0.1
+        low, high = low - spread, high + (spread or 1.0)
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))

@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from posttrain import shards
+from posttrain.disk import sync
 from posttrain.optimizer import moment, parts
 from prompts.errors import UserError
 from prompts.parse import parse_json
@@ -74,7 +75,7 @@ def save(
         if final.exists():  # a torn one, or this step once more after resuming from an older one
             os.rename(final, directory / f".tmp-old-{step:06d}")
         os.rename(temporary, final)
-        _fsync(directory)
+        sync(directory)
     except (OSError, SafetensorError) as error:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -93,11 +94,11 @@ def seal(directory: Path) -> None:
     """Write manifest.json of the files in a directory, when they are on disk."""
     files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != "manifest.json")
     for path in files:
-        _fsync(path)
+        sync(path)
     sums = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
     _write_json(directory / "manifest.json", sums)
-    _fsync(directory / "manifest.json")
-    _fsync(directory)
+    sync(directory / "manifest.json")
+    sync(directory)
 
 
 def on_host(
@@ -163,7 +164,7 @@ def mark_best(directory: str | Path, step: int) -> None:
     link.unlink(missing_ok=True)
     link.symlink_to(f"step-{step:06d}")
     os.replace(link, directory / "best")
-    _fsync(directory)
+    sync(directory)
 
 
 def load_latest(directory: str | Path) -> Checkpoint | None:
@@ -209,15 +210,13 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
     the rest)."""
     full = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
-    state: dict[str, Any] = {"kind": type(optimizer).__name__, "scalars": {}, "groups": []}
+    state: dict[str, Any] = {"kind": type(optimizer).__name__, "groups": []}
     for index, values in full["state"].items():
         for name, value in values.items():
-            if isinstance(value, Tensor) and (inner := parts(value)) is not None:
+            if (inner := parts(value)) is not None:
                 tensors |= {f"{index}.{name}.{part}": tensor for part, tensor in inner.items()}
-            elif isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value
             else:
-                state["scalars"][f"{index}.{name}"] = value
+                tensors[f"{index}.{name}"] = value
     for i, group in enumerate(full["param_groups"]):
         for name, value in group.items():  # a capturable optimiser holds its rate as a tensor
             if isinstance(value, Tensor):
@@ -245,9 +244,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
             " has changed; restore model and lora, or start another run"
         )
     groups = [{**group} for group in state["groups"]]
-    values: dict[int, dict[str, Any]] = {}
+    values: dict[int, dict[str, Tensor]] = {}
     eight: dict[tuple[int, str], dict[str, Tensor]] = {}
-    for key, value in {**tensors, **state["scalars"]}.items():
+    for key, value in tensors.items():
         owner, _, name = key.partition(".")
         if owner.startswith("group"):
             groups[int(owner.removeprefix("group"))][name] = value
@@ -258,17 +257,16 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
             if part != "codes":
                 continue
         shape = parameters[int(owner)].shape
-        if isinstance(value, Tensor) and value.ndim and value.shape != shape:
+        if value.ndim and value.shape != shape:
             raise UserError(
                 f"the checkpoint's tensor {key} has shape {list(value.shape)} and the model's {list(shape)}:"
                 " the recipe has changed; restore model and lora, or start another run"
             )
-        values.setdefault(int(owner), {})[name] = value.clone() if isinstance(value, Tensor) else value
+        values.setdefault(int(owner), {})[name] = value.clone()
     for (owner, name), inner in eight.items():
         values[owner][name] = moment(inner)
     for group in groups:
-        if "betas" in group:
-            group["betas"] = tuple(group["betas"])
+        group["betas"] = tuple(group["betas"])
     optimizer.load_state_dict({"state": values, "param_groups": groups})
 
 
@@ -304,8 +302,8 @@ def _saved(directory: Path) -> list[Path]:
     return [path for _, path in sorted(steps)]
 
 
-def problem(path: Path, needed: str = "state.json") -> str | None:
-    """Why a directory is no whole checkpoint, of which `needed` is a file."""
+def problem(path: Path) -> str | None:
+    """Why a directory is no whole checkpoint."""
     if not path.is_dir():
         return "no such directory"
     try:
@@ -317,8 +315,8 @@ def problem(path: Path, needed: str = "state.json") -> str | None:
         return f"manifest.json: {error}"
     except (OSError, AttributeError, KeyError, TypeError):
         return "manifest.json is damaged"
-    if needed not in expected:
-        return f"manifest.json does not name {needed}"
+    if "state.json" not in expected:
+        return "manifest.json does not name state.json"
     for name, (size, digest) in expected.items():
         file = path / name
         if not os.path.isfile(file):
@@ -339,14 +337,6 @@ def _prune(directory: Path, keep: int) -> None:
 
 def _write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

@@ -18,10 +18,11 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from posttrain import sampler
-from posttrain.expander_eval import ExpanderEvaluator
+from posttrain.expander_eval import ExpanderEvaluation, ExpanderEvaluator
 from posttrain.expander_policy import Policy
 from posttrain.expander_rl_config import ExpanderGDPOConfig
 from posttrain.expander_score import Scored, Scorer
+from posttrain.judge_check import check_judges
 from posttrain.loop import MAX_SKIPPED
 from posttrain.processes import Processes
 from posttrain.track import Run, peak_memory
@@ -131,8 +132,12 @@ class Follow(TrainerCallback):
 
     def begin(self) -> None:
         """Evaluates what is there before the first step; not for a run that is resumed."""
-        if not self.evaluations:
-            self._evaluate(0)
+        if not self.evaluations and (evaluation := self._evaluate(0)) is not None:
+            scorer, images, size = self.shared.scorer, evaluation.scored.images_N, self.config.eval.group_size
+            rows = sorted(range(len(images)), key=lambda i: i % size)  # of as many prompts as there are
+            there = [evaluation.expansions[i] for i in rows if images[i] is not None]
+            pictures = [image for i in rows if (image := images[i]) is not None]
+            check_judges(self.run, scorer.rewards, pictures, [e.record.prompt for e in there], scorer.columns(there))
 
     def finish(self) -> None:
         """Writes the summary."""
@@ -202,8 +207,8 @@ class Follow(TrainerCallback):
         metrics |= {f"seconds/{name}": value for name, value in self._seconds.items()}
         self.run.log(state.global_step, metrics)
 
-    def _evaluate(self, step: int) -> None:
-        """By the main process, while the others wait."""
+    def _evaluate(self, step: int) -> ExpanderEvaluation | None:
+        """By the main process, while the others wait; None for them."""
         evaluation = None
         if self.procs.main:
             evaluation = self.evaluator()
@@ -213,3 +218,4 @@ class Follow(TrainerCallback):
         self.evaluations.append({"step": step, "figures": figures})
         if self.procs.main:
             (self.run.path / "evaluations.json").write_text(json.dumps(self.evaluations, indent=1) + "\n")
+        return evaluation

@@ -46,7 +46,7 @@ from posttrain.processes import Processes
 from posttrain.render import make_renderer
 from posttrain.track import Run
 from posttrain.training import Urls, in_run, resuming
-from posttrain.trl_checkpoint import Sealed, newest
+from posttrain.trl_checkpoint import PlainState, Sealed, newest
 from prompts.errors import UserError
 from prompts.records import PromptRecord, read_prompts
 from rewards.diversity import Features
@@ -138,7 +138,7 @@ def _train(
     return follow.stopped
 
 
-class Trainer(GRPOTrainer):
+class Trainer(PlainState, GRPOTrainer):
     """TRL's, of which a resumed run has each epoch's order of prompts as an uninterrupted one would."""
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:

@@ -187,12 +187,14 @@ class Scorer:
                     unsafe[row].append(spec.name)
 
     def _score(self, rewards: Sequence[Reward], there: Sequence[Expansion], pictures: Sequence[Any]) -> Scores:
+        return asyncio.run(score_all(rewards, pictures, [e.record.prompt for e in there], self.columns(there)))
+
+    def columns(self, there: Sequence[Expansion]) -> dict[str, Sequence[Any]]:
         """Every reward sees the user's prompt and its columns, and the column `expansion`. Where a prompt has no
         requirements they are None, so that the rubric finds them: an expansion is always held to its prompt."""
         records = [e.record for e in there]
-        table = {**columns(records), "expansion": [e.text for e in there]}
-        table["requirements"] = [r.requirements or None for r in records]
-        return asyncio.run(score_all(rewards, pictures, [r.prompt for r in records], table))
+        requirements = [r.requirements or None for r in records]
+        return {**columns(records), "expansion": [e.text for e in there], "requirements": requirements}
 
     def _features(self, count: int, seen: Sequence[int], pictures: list[Image.Image]) -> Tensor | None:
         if not seen:

@@ -25,7 +25,6 @@ from typing import Any
 import datasets
 import torch
 import yaml
-from accelerate import PartialState
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from transformers import PrinterCallback, TrainerCallback
@@ -37,8 +36,9 @@ from posttrain.expander_template import messages, template
 from posttrain.fingerprint import fingerprint
 from posttrain.load import quiet
 from posttrain.preference_sources import open_source
+from posttrain.processes import Processes
 from posttrain.track import Run, peak_memory
-from posttrain.trl_checkpoint import Sealed, newest
+from posttrain.trl_checkpoint import PlainState, Sealed, newest
 from posttrain.validate import JUDGE_TARGETS
 from prompts.errors import UserError
 
@@ -56,7 +56,7 @@ class Pair:
 
 def train(config: ExpanderSFTConfig, resume: bool = False) -> None:
     """Runs a recipe into its run directory. Raises UserError for what the user can mend."""
-    main = PartialState().is_main_process
+    main = Processes().main
     if resume:
         _check_unchanged(config)
     training, heldout = read_pairs(config)
@@ -76,8 +76,8 @@ def train(config: ExpanderSFTConfig, resume: bool = False) -> None:
         with _quiet():
             trainer = make_trainer(model, tokenizer, training, heldout[: config.measured], config, logger)
             check_tokens(trainer, tokenizer, training)
-            if checkpoint is None:
-                trainer.evaluate()
+            # Not `evaluate` before `train`, which would then take the model as it is: each process would train its own.
+            trainer.args.eval_on_start = checkpoint is None
             trainer.train(resume_from_checkpoint=str(checkpoint[1]) if checkpoint else None)
         if main:
             before, after = _evaluations(run)
@@ -91,6 +91,10 @@ def train(config: ExpanderSFTConfig, resume: bool = False) -> None:
             run.summary({**figures, "pairs": len(training), "heldout": len(heldout), **peak_memory()})
     if logger.stopped is signal.SIGINT:
         raise KeyboardInterrupt
+
+
+class Trainer(PlainState, SFTTrainer):
+    """TRL's, with checkpoints of safetensors and JSON."""
 
 
 def make_trainer(
@@ -133,8 +137,9 @@ def make_trainer(
         seed=config.seed,
         data_seed=config.seed,
         dataloader_pin_memory=on_gpu,
+        ddp_find_unused_parameters=False,
     )
-    trainer = SFTTrainer(
+    trainer = Trainer(
         model=model,
         args=settings,
         train_dataset=conversations(training),

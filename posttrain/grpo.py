@@ -15,13 +15,11 @@ Legend: P groups, G images of a group, K rewards, W stochastic steps, B images o
 
 from __future__ import annotations
 
-import asyncio
 import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +27,7 @@ from posttrain import advantages, checkpoint, fsdp, losses, sampler
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import GRPOConfig
 from posttrain.evaluate import Evaluator, means
+from posttrain.judge_check import SHOWN, check_judges
 from posttrain.k2 import K2, Text, to_pil
 from posttrain.loop import Clock, Stepper, check_ratio
 from posttrain.memory import Memory
@@ -41,11 +40,9 @@ from posttrain.training import Training, Urls, in_run, resuming
 from prompts.errors import UserError
 from prompts.records import PromptRecord, columns, read_prompts
 from rewards.background import ScoreQueue
-from rewards.base import Reward, Scores
+from rewards.base import Scores
 from rewards.gates import apply_gates
-from rewards.injection import injection
 from rewards.load import load_rewards, record
-from rewards.preflight import repeatability
 
 
 @dataclass
@@ -109,7 +106,9 @@ def _train(
     with ScoreQueue(trained, config.groups.group_size) as queue:
         before = training.begin()
         if before is not None and procs.main:
-            history |= _ask_judges(run, measured, before.images, evaluator.records)
+            shown = evaluator.records
+            pictures = to_pil(torch.from_numpy(before.images[:SHOWN]))
+            history |= check_judges(run, measured, pictures, [r.prompt for r in shown], columns(shown))
 
         def attempt(step: int, clock: Clock) -> tuple[Scores, dict[str, float | None], dict[str, float]]:
             queue.drop()  # of an attempt that did not fit into memory
@@ -280,25 +279,3 @@ def _weight(trajectory: Trajectory, move: Any) -> float:
     """GRPO-Guard's weight of a step: 1/delta over its mean, which levels the steps' sensitivity to v."""
     inverse = {id(m): 1 / float(m.t - m.t_next) for m in trajectory.transitions}
     return inverse[id(move)] * len(inverse) / sum(inverse.values())
-
-
-# ---- the rest ---------------------------------------------------------------------------------------------
-
-
-def _ask_judges(
-    run: Run, rewards: list[Reward], images: np.ndarray, records: list[PromptRecord]
-) -> dict[str, float | None]:
-    """How far judges repeat themselves and obey text, said to the user and logged before the first step."""
-    pictures, rows = to_pil(torch.from_numpy(images[:8])), records[:8]
-    prompts = [row.prompt for row in rows]
-    judges = asyncio.run(repeatability(rewards, pictures[:4], prompts))
-    for judge in judges:
-        run.say(judge.line)
-    metrics = {f"repeatability/{judge.judge}": judge.spread for judge in judges}
-    for raised in asyncio.run(injection(rewards, pictures, prompts, columns(rows))):
-        if raised.warning:
-            run.say(raised.warning)
-        metrics |= raised.metrics
-    if metrics:
-        run.log(0, metrics)
-    return metrics

@@ -79,7 +79,7 @@ def train(config: JudgeConfig) -> None:
     training, heldout = split(records, config)
     device = PartialState().device or torch.device("cpu")
     vlm = VLM.load(config.model, getattr(torch, config.dtype), device)
-    run = Run.create(config)
+    run = Run.create(config, resume=None)
     add_adapter(vlm, config)
     stepper = Stepper([p for p in vlm.model.parameters() if p.requires_grad], config.optim)
     card: dict[str, Any] = {"figures": None, "before": None, "records": (len(training), len(heldout))}

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from posttrain.disk import replace_text
 from posttrain.pairs_config import DrawConfig, PairsConfig, PairSource
 
 KEPT = "kept"
@@ -89,9 +90,7 @@ class Journal:
             return
         totals = list(itertools.accumulate(map(kept, self.entries)))
         self.entries = self.entries[: bisect.bisect_right(totals, written)]
-        temporary = self.path.with_name(f".{self.path.name}")
-        temporary.write_text("".join(map(_line, self.entries)))
-        os.replace(temporary, self.path)
+        replace_text(self.path, "".join(map(_line, self.entries)))
 
     def add(self, entry: dict[str, Any]) -> None:
         self.entries.append(entry)

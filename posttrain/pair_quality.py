@@ -12,7 +12,6 @@ out are measured as well. Where rewards rank a group, those that decide agree wi
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from PIL import Image
 
 from posttrain import pair_plan
 from posttrain.advantages import FLAT
+from posttrain.disk import replace_text
 from posttrain.pair_plan import KEPT
 from posttrain.pairs_config import PairsConfig
 from posttrain.preferences import Preference, read_preferences
@@ -133,9 +133,7 @@ def _missing(config: PairsConfig, entries: Sequence[dict[str, Any]]) -> dict[str
 def write_report(config: PairsConfig, entries: Sequence[dict[str, Any]]) -> None:
     """Writes quality.json and prints it in words."""
     found, path = quality(config, entries), Path(config.output) / "quality.json"
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    replace_text(path, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     print("\n".join(in_words(found)))
 
 

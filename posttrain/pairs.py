@@ -30,6 +30,7 @@ from torch import Tensor
 
 from posttrain import pair_plan, pair_quality, sampler
 from posttrain.drawing import Cost, Drawer
+from posttrain.judge_check import check_judges
 from posttrain.k2 import to_pil
 from posttrain.pair_choice import KEPT, Rules, decide_groups, decide_pairs
 from posttrain.pair_plan import Block, Journal, Plan
@@ -119,6 +120,7 @@ def _make(
             writer = stack.enter_context(PreferenceWriter(run.path, resume=True, rows=config.shard, card=card))
             output = Output(writer, Journal(run.path, writer.written), writer.written)
         before: list[int] = procs.from_main(output and [pair_plan.kept(entry) for entry in output.journal.entries])
+        untried = output is not None and not any(before)
         run.start(config.pairs, sum(before))
         began = time.perf_counter()
         while blocks := plan.generation():
@@ -129,6 +131,9 @@ def _make(
             for turn in (blocks[i : i + procs.size] for i in range(0, len(blocks), procs.size)):
                 mine = turn[procs.rank] if procs.rank < len(turn) else None
                 drawn = procs.each(mine and draw_block(config, plan, drawer, queue, records, mine))
+                if untried and any(result.pairs for result in drawn):
+                    untried = False
+                    _check_judges(config, run, urls, records, drawn)
                 for block, result in zip(turn, drawn):
                     _trim(result, plan.room(block))
                     if output is not None:
@@ -154,6 +159,16 @@ def _make(
         "images": dict(cost.images),
         "unit_seconds": cost.unit(),
     }
+
+
+def _check_judges(
+    config: PairsConfig, run: Run, urls: dict[str, list[str]], records: list[PromptRecord], drawn: list[Drawn]
+) -> None:
+    """On the first chosen pictures. With rewards of their own: those of the queue keep to its event loop."""
+    chosen = [pair.chosen for result in drawn for pair in result.pairs]
+    places = [p for result in drawn for p, fate in zip(result.entry["prompts"], result.entry["fates"]) if fate == KEPT]
+    rows = [records[place] for place in places]
+    check_judges(run, load_rewards(config.rewards, urls), chosen, [r.prompt for r in rows], columns(rows))
 
 
 def _check_outcome(config: PairsConfig, run: Run, plan: Plan, output: Output | None) -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from typing import Any
 
 from posttrain import cli
 from posttrain.changes import changes, told
+from posttrain.disk import replace_text
 from posttrain.lock import lock
 from posttrain.pipeline_config import PipelineConfig
 from posttrain.pipeline_fit import ALONE, absent, check_processes, memory, processes
@@ -195,10 +195,7 @@ class Runner:
         return self._child.wait()
 
     def _save(self) -> None:
-        file = self.folder / STATE
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.state, indent=1) + "\n")
-        os.replace(temporary, file)
+        replace_text(self.folder / STATE, json.dumps(self.state, indent=1) + "\n")
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

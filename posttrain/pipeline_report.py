@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import html
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from posttrain.disk import replace_text
 from posttrain.html_page import breakable, data_uri, page
 from posttrain.pipeline_plan import Stage
 from posttrain.progress import duration
@@ -30,9 +30,7 @@ def write_index(folder: Path, stages: list[Stage], state: dict[str, Any]) -> Pat
         *(_stage(stage, summaries.get(stage.name, {}), folder) for stage in stages),
     ]
     file = folder / "index.html"
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(page(folder.resolve().name, body), encoding="utf-8")
-    os.replace(temporary, file)
+    replace_text(file, page(folder.resolve().name, body))
     return file
 
 

@@ -85,7 +85,9 @@ def _base(recipe: dict[str, Any]) -> str:
 
 
 def _subtitle(files: RunFiles) -> str:
-    parts = [f"from {_base(files.recipe)}", f"{files.steps} of {files.recipe.get('steps', '?')} steps"]
+    wanted = files.recipe.get("pairs")
+    counted = f"{wanted} pairs" if isinstance(wanted, int) else f"{files.recipe.get('steps', '?')} steps"
+    parts = [f"from {_base(files.recipe)}", f"{files.steps} of {counted}"]
     if files.environment.get("started"):
         parts.append(f"started {files.environment['started'][:16].replace('T', ' ')}")
     lost = sum(value or 0 for _, value in files.series.get("non_finite", []))

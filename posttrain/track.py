@@ -41,6 +41,7 @@ from safetensors import SafetensorError
 
 from posttrain.changes import changes, told
 from posttrain.config import TrackConfig
+from posttrain.disk import replace_text
 from posttrain.lock import lock
 from posttrain.progress import Progress, grid_image
 from prompts.errors import UserError
@@ -67,9 +68,11 @@ class RunConfig(Protocol):
 class Run:
     """A run directory being written: make it with `create`, call `start` once, then `log` each step."""
 
-    def __init__(self, path: Path, track: TrackConfig, main: bool):
+    def __init__(self, path: Path, track: TrackConfig, main: bool, resumable: bool):
         self.path = path
         self.main = main
+        self.again = "go on with --resume" if resumable else "remove the directory and begin again"
+        """What to do when a fault is mended."""
         self.non_finite = 0
         self._track = track
         self._trackers: list[Any] = []
@@ -78,13 +81,14 @@ class Run:
         self._lock: IO[str] | None = None
 
     @classmethod
-    def create(cls, config: RunConfig, resume: bool = False, main: bool = True) -> Run:
-        """Make `config.output` and write recipe and environment; with `resume` an existing run is carried on.
+    def create(cls, config: RunConfig, resume: bool | None = False, main: bool = True) -> Run:
+        """Make `config.output` and write recipe and environment; with `resume` an existing run is carried on. None: the
+        command cannot do that.
 
         Raises UserError if the directory holds a run and `resume` is off, if it cannot be written, or if a
         tracker is not installed. Resuming with another recipe says which fields changed; `check` refuses some.
         """
-        run = cls(Path(config.output), config.track, main)
+        run = cls(Path(config.output), config.track, main, resume is not None)
         if not main:
             return run
         cls.check(config, resume)
@@ -97,8 +101,8 @@ class Run:
                 changed = changes(yaml.safe_load(recipe.read_text()), new)
                 if changed:
                     run.say(f"the recipe has changed since the run began: {told(changed)}")
-            _replace(recipe, yaml.safe_dump(new, sort_keys=False, allow_unicode=True))
-            _replace(run.path / "environment.json", _json(environment(), indent=1))
+            replace_text(recipe, yaml.safe_dump(new, sort_keys=False, allow_unicode=True))
+            replace_text(run.path / "environment.json", _json(environment(), indent=1))
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"{run.path}: a file is in the way; choose another --output") from None
         except OSError as error:
@@ -106,7 +110,7 @@ class Run:
         return run
 
     @staticmethod
-    def check(config: RunConfig, resume: bool = False) -> None:
+    def check(config: RunConfig, resume: bool | None = False) -> None:
         """Raise UserError before anything is made or changed: for a directory that holds a run, a tracker that is not
         installed, and, where the run has a checkpoint, for changes of the recipe that resuming cannot honour.
         """
@@ -118,7 +122,8 @@ class Run:
         if (run / ".lock").is_file() and os.access(run / ".lock", os.W_OK):
             lock(run).close()
         if recipe.exists() and not resume:
-            raise UserError(f"{run}: holds a run already; add --resume or choose another --output")
+            way = "remove the directory" if resume is None else "add --resume"
+            raise UserError(f"{run}: holds a run already; {way} or choose another --output")
         if recipe.exists() and any((run / "checkpoints").glob("[!.]*-*")):
             new = _plain(dataclasses.asdict(config))  # type: ignore[call-overload]
             if lost := [change for change in changes(yaml.safe_load(recipe.read_text()), new) if _is_kept(*change)]:
@@ -143,7 +148,7 @@ class Run:
             return
         metrics = self.path / "metrics.jsonl"
         lines = _whole_lines(metrics) if step and metrics.exists() else []
-        _replace(metrics, "".join(line for line in lines if json.loads(line)["step"] <= step))
+        replace_text(metrics, "".join(line for line in lines if json.loads(line)["step"] <= step))
         if self._track.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -219,14 +224,14 @@ class Run:
         for i, image in enumerate(images):
             Image.fromarray(image).save(directory / f"{i:03d}.png")
         if said:
-            _replace(directory / "scores.json", _json(list(said), indent=1))
+            replace_text(directory / "scores.json", _json(list(said), indent=1))
         table = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds, strict=True)]
-        _replace(directory.parent / "prompts.json", _json(table, indent=1))
+        replace_text(directory.parent / "prompts.json", _json(table, indent=1))
 
     def prompts(self, ends: Mapping[str, Sequence[Mapping[str, Any]]] | None) -> None:
         """Write prompts.json: tables of prompts by title, which the report shows; None writes nothing."""
         if self.main and ends is not None:
-            _replace(self.path / "prompts.json", _json(_plain(dict(ends)), indent=1))
+            replace_text(self.path / "prompts.json", _json(_plain(dict(ends)), indent=1))
 
     def summary(self, figures: Mapping[str, Any]) -> None:
         """Write summary.json, atomically; anything JSON can hold, non-finite numbers become null.
@@ -234,7 +239,7 @@ class Run:
         The report shows `before` and `after` (both name -> number) side by side, other numbers as they are.
         """
         if self.main:
-            _replace(self.path / "summary.json", _json(_plain(dict(figures)), indent=1))
+            replace_text(self.path / "summary.json", _json(_plain(dict(figures)), indent=1))
 
     def say(self, message: str) -> None:
         """One line to the user on stderr, without disturbing the progress bar."""
@@ -261,17 +266,17 @@ class Run:
         if isinstance(error, torch.OutOfMemoryError):
             raise UserError(
                 f"{self.path}: out of memory ({' '.join(str(error).split())}); lower micro_batch or the size of the"
-                " pictures, or use more or larger GPUs, then go on with --resume"
+                f" pictures, or use more or larger GPUs, then {self.again}"
             ) from error
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             file = error.filename or self.path
-            raise UserError(f"{file}: cannot be written: {error.strerror}; mend that, then --resume") from error
+            raise UserError(f"{file}: cannot be written: {error.strerror}; mend that, then {self.again}") from error
         if isinstance(error, RuntimeError) and any(sign in str(error) for sign in TORCH_UNWRITABLE):
             raise UserError(
-                f"{self.path}: cannot be written, such as for want of space; mend that, then --resume"
+                f"{self.path}: cannot be written, such as for want of space; mend that, then {self.again}"
             ) from error
         if isinstance(error, SafetensorError):
-            raise UserError(f"{self.path}: cannot be written or read: {error}; mend that, then --resume") from error
+            raise UserError(f"{self.path}: cannot be written or read: {error}; mend that, then {self.again}") from error
 
 
 def peak_memory() -> dict[str, float]:
@@ -355,12 +360,3 @@ def _whole_lines(path: Path) -> list[str]:
     """The lines of a JSONL file less a last one that was cut off."""
     lines = path.read_text().splitlines(keepends=True)
     return lines if not lines or lines[-1].endswith("\n") else lines[:-1]
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

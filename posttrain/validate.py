@@ -30,7 +30,7 @@ from posttrain.tdm_config import MOST_STEPS, TDMConfig
 from posttrain.validate_bench import validate_bench
 from posttrain.validate_expander import validate_expand, validate_expander_data, validate_expander_sft
 from posttrain.validate_gdpo import validate_gdpo
-from posttrain.validate_model import refuse_quantize, validate_model
+from posttrain.validate_model import refuse_quantize, validate_lora, validate_model
 from posttrain.validate_pairs import validate_annotate, validate_pair_set, validate_pairs, validate_preference_loss
 from posttrain.validate_pipeline import validate_pipeline
 from posttrain.validate_servers import validate_servers
@@ -148,10 +148,7 @@ def _validate_run(config: GRPOConfig | STPOConfig | TDMConfig) -> None:
     at_least("seed", config.seed, 0)
     validate_model(config.model, all_weights=config.lora is None)
     if config.lora is not None:
-        at_least("lora.rank", config.lora.rank, 1)
-        positive("lora.alpha", config.lora.alpha)
-        if config.lora.targets == []:
-            raise ConfigError("lora.targets", "is empty, so nothing would be trained; name layers or use null")
+        validate_lora(config.lora)
     _validate_optim(config.optim)
     _validate_rewards(config.rewards)
     validate_servers(config.servers)

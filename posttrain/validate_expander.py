@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from posttrain.expander_config import ExpandConfig, ExpanderDataConfig, ExpanderSFTConfig, WriterConfig
 from posttrain.ranges import ConfigError, at_least, positive, share
+from posttrain.validate_model import validate_lora
 
 NANO = "nano"
 
@@ -46,10 +47,7 @@ def validate_expander_sft(config: ExpanderSFTConfig) -> None:
     at_least("eval_every", config.eval_every, 0)
     at_least("seed", config.seed, 0)
     if config.lora is not None:
-        at_least("lora.rank", config.lora.rank, 1)
-        positive("lora.alpha", config.lora.alpha)
-        if config.lora.targets == []:
-            raise ConfigError("lora.targets", "is empty, so nothing would be trained; name layers or use null")
+        validate_lora(config.lora)
     if config.optim.passes != 1:
         raise ConfigError("optim.passes", f"is {config.optim.passes}; each update draws its own pairs; use 1")
     if config.optim.kind != "adamw":

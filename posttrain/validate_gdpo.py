@@ -6,6 +6,7 @@ import math
 
 from posttrain.expander_rl_config import DiversityConfig, ExpanderGDPOConfig, RendererConfig
 from posttrain.ranges import ConfigError, at_least, pixels, positive, share
+from posttrain.validate_model import validate_lora
 
 DIVERSITY = "diversity"
 GATES = ("format", "safe")
@@ -30,8 +31,7 @@ def validate_gdpo(config: ExpanderGDPOConfig) -> None:
             raise ConfigError(name, "is empty; name one")
     at_least("steps", config.steps, 1)
     at_least("seed", config.seed, 0)
-    at_least("lora.rank", config.lora.rank, 1)
-    positive("lora.alpha", config.lora.alpha)
+    validate_lora(config.lora)
     _renderer(config.renderer)
     _rewards(config)
     _diversity(config.diversity, config.groups.group_size)

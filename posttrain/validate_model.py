@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from posttrain.config import ModelConfig
-from posttrain.ranges import ConfigError, at_least
+from posttrain.config import LoraConfig, ModelConfig
+from posttrain.ranges import ConfigError, at_least, positive
 
 
 def validate_model(model: ModelConfig, all_weights: bool = False) -> None:
@@ -18,6 +18,13 @@ def validate_model(model: ModelConfig, all_weights: bool = False) -> None:
         )
     if model.dtype != "bfloat16":
         raise ConfigError("model.quantize", f"fp8 multiplies in bfloat16, and model.dtype is {model.dtype}; change it")
+
+
+def validate_lora(lora: LoraConfig) -> None:
+    at_least("lora.rank", lora.rank, 1)
+    positive("lora.alpha", lora.alpha)
+    if lora.targets == []:
+        raise ConfigError("lora.targets", "is empty, so nothing would be trained; name layers or use null")
 
 
 def refuse_quantize(model: ModelConfig, why: str) -> None:

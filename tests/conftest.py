@@ -38,3 +38,17 @@ def browser():
         launched = playwright.chromium.launch(executable_path=chromium, args=flags)
         yield launched
         launched.close()
+
+
+@pytest.fixture
+def no_pickle(monkeypatch):
+    """Whatever would unpickle a file fails."""
+    import pickle
+
+    import torch
+
+    def refused(*_, **__):
+        raise AssertionError("a pickle is loaded")
+
+    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "Unpickler")):
+        monkeypatch.setattr(module, name, refused)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,14 @@ def dinov3(directory: Path) -> Path:
     return directory
 
 
+def parts(folder: Path, model: Path) -> Path:
+    """The models of a run: k2, chat and dinov3."""
+    chat.save(folder / "chat")
+    shutil.copytree(model, folder / "k2")
+    dinov3(folder / "dinov3")
+    return folder
+
+
 def config(folder: Path, parts: Path) -> ExpanderGDPOConfig:
     """A recipe whose run goes into folder/run; `parts` holds k2, chat and dinov3. Two groups of four expansions."""
     for name, users in (("train", chat.USERS), ("heldout", chat.USERS[1:3])):
@@ -92,3 +101,9 @@ def config(folder: Path, parts: Path) -> ExpanderGDPOConfig:
     made.eval.every, made.eval.prompts, made.eval.group_size, made.eval.shown = 0, 2, 3, 2
     made.checkpoint.every = 1
     return made
+
+
+def plain_files(checkpoint: Path) -> None:
+    """Nothing in it could hold code."""
+    assert {path.suffix for path in checkpoint.iterdir()} <= {".safetensors", ".json", ".md", ".jinja", ".txt"}
+    assert (checkpoint / "state.safetensors").exists() and (checkpoint / "rng-0.safetensors").exists()

@@ -12,7 +12,10 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
+T = TypeVar("T")
 PASSING = ["500", "429", "hang", "closed", "cut"]
 LASTING = ["truncated", "no-logprobs", "maybe"]
 
@@ -50,6 +53,19 @@ def answer(url: str, fault: str | None, p: float | None = None) -> bytes:
 def reply(status: str, body: bytes, *headers: str) -> bytes:
     lines = [f"HTTP/1.1 {status}", "Content-Type: application/json", f"Content-Length: {len(body)}", *headers]
     return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+async def served(respond: Callable[[str, bytes], bytes], ask: Callable[[str], Awaitable[T]]) -> T:
+    """What `ask` gets from the URL of a server whose answers are `respond(head, body)`, each on its own connection."""
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        length = head.partition("content-length:")[2].split("\r\n")[0]
+        writer.write(respond(head, await reader.readexactly(int(length or 0))))
+        writer.close()
+
+    async with await asyncio.start_server(handle, "127.0.0.1", 0, limit=1 << 22) as server:
+        return await ask(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1")
 
 
 class Server:

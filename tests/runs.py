@@ -142,6 +142,16 @@ def tdm_config(folder: Path, model: Path) -> TDMConfig:
     return made
 
 
+def trained(folder: Path, model: Path) -> Path:
+    """The directory of a GRPO run of one step."""
+    from posttrain import grpo
+
+    made = config(folder, model)
+    made.steps, made.optim.lr = 1, 0.02
+    grpo.train(made)
+    return Path(made.output)
+
+
 def recipe(made: Any, path: Path) -> Path:
     path.write_text(json.dumps(dataclasses.asdict(made)))  # JSON is YAML
     return path

@@ -48,6 +48,8 @@ def test_nothing_saved_yet(tmp_path):
     assert checkpoint.load_latest(tmp_path / "none") is None
     with pytest.raises(UserError, match="holds no whole checkpoint"):
         checkpoint.find(tmp_path)
+    with pytest.raises(UserError, match="none: not a whole checkpoint: no such directory"):
+        checkpoint.load(tmp_path / "none")
 
 
 def tear_remove(path: Path):
@@ -70,11 +72,24 @@ def tear_manifest(path: Path):
     (path / "manifest.json").write_text("{")
 
 
+def tear_shape(path: Path):
+    (path / "manifest.json").write_text("[]")
+
+
+def tear_names(path: Path):
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["state.json"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
 def tear_file(path: Path):
     (path / "state.json").unlink()
 
 
-@pytest.mark.parametrize("tear", [tear_remove, tear_truncate, tear_flip, tear_manifest, tear_file])
+TEARS = [tear_remove, tear_truncate, tear_flip, tear_manifest, tear_shape, tear_names, tear_file]
+
+
+@pytest.mark.parametrize("tear", TEARS)
 def test_a_torn_checkpoint_is_passed_over(tmp_path, capsys, tear):
     run = tmp_path / "checkpoints"
     checkpoint.save(run, 1, tensors(1.0), {}, keep=3)
@@ -84,7 +99,7 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path, capsys, tear):
     assert loaded is not None and loaded.step == 1
     message = capsys.readouterr().err
     assert "step-000002: not a whole checkpoint" in message and "trying the one before" in message
-    assert checkpoint.find(tmp_path) == run / "step-000001"
+    assert checkpoint.find(tmp_path) == checkpoint.find(run / "step-000001") == run / "step-000001"
     tear(run / "step-000001")
     with pytest.raises(UserError, match="no checkpoint is whole"):
         checkpoint.load_latest(run)
@@ -117,6 +132,8 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path):
     checkpoint.mark_best(tmp_path, 5)
     checkpoint.save(tmp_path, 6, tensors(), {}, keep=2)
     assert names(tmp_path) == ["best", "step-000005", "step-000006"]
+    checkpoint.mark_best(tmp_path, 7)  # not saved: none is marked, rather than another
+    assert names(tmp_path) == ["step-000005", "step-000006"]
 
 
 def train(model, optimizer, steps: int) -> None:
@@ -159,6 +176,21 @@ def test_resumed_adamw_equals_uninterrupted_bit_for_bit(tmp_path):
     assert (random.random(), float(np.random.normal())) == after
 
 
+def test_a_rate_that_is_a_tensor_is_kept(tmp_path):
+    """As optimisers hold it whose step is captured or compiled."""
+    weights = torch.ones(3, requires_grad=True)
+    optimizer = torch.optim.AdamW([weights], lr=torch.tensor(0.25))
+    weights.sum().backward()
+    optimizer.step()
+    saved, state = checkpoint.flatten_optimizer(optimizer)
+    assert saved["group0.lr"].item() == 0.25 and "lr" not in state["groups"][0]
+    checkpoint.save(tmp_path, 1, {"optimizer": saved}, {"optimizer": state}, keep=1)
+    loaded = checkpoint.load(tmp_path / "step-000001")
+    resumed = torch.optim.AdamW([weights], lr=torch.tensor(0.5))
+    checkpoint.restore_optimizer(resumed, loaded.tensors["optimizer"], loaded.state["optimizer"])
+    assert resumed.param_groups[0]["lr"].item() == 0.25
+
+
 def test_rng_keeps_the_second_half_of_a_gaussian_pair():
     random.gauss(0, 1), np.random.standard_normal()  # each draws two and holds one back
     saved = checkpoint.rng_state()
@@ -179,6 +211,8 @@ def test_another_model_is_refused():
         checkpoint.restore_optimizer(other, *saved)
     with pytest.raises(UserError, match="4 trained tensors and the model 2"):
         checkpoint.restore_optimizer(torch.optim.AdamW(wider[0].parameters()), *saved)
+    with pytest.raises(UserError, match=r"optim\.kind: the checkpoint's is AdamW and the recipe's SGD"):
+        checkpoint.restore_optimizer(torch.optim.SGD(model.parameters()), *saved)
 
 
 FILL = """
@@ -253,6 +287,7 @@ def test_what_goes_wrong_in_the_thread_is_raised_once_at_the_next_look(tmp_path)
     writer.save(tmp_path / "file", 1, tensors(), {}, keep=1)
     with pytest.raises(UserError, match="file"):
         writer.check(wait=True)
+    assert writer.done
     state = {"pool": [1]}
     writer.save(tmp_path / "run", 2, tensors(), state, keep=1, best=2)
     state["pool"].append(2)  # of the next step

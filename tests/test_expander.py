@@ -21,6 +21,9 @@ from posttrain.expander_template import FILE, messages, template
 from posttrain.nano import build, evaluate_expander
 from posttrain.nano.scenes import COLOURS, SHAPES
 from prompts.errors import UserError
+from tests import chat, runs
+from tests.chaos import methods
+from tests.expander_runs import plain_files
 
 WEIGHTS = Path(build.__file__).parent / "weights"
 BASE, K2 = (str(WEIGHTS / name) for name in ("expander-nano", "k2-nano"))
@@ -111,7 +114,7 @@ def test_a_template_that_thinks_aloud_is_refused(tmp_path, data):
         fitting(PAIRS, tokenizer, recipe(tmp_path, data))
 
 
-def test_training_writes_an_adapter_that_learnt_and_resumes_to_the_same(tmp_path):
+def test_training_writes_an_adapter_that_learnt_and_resumes_to_the_same(tmp_path, no_pickle):
     data = tmp_path / "house.jsonl"  # a house style, which expander-nano does not have
     asked = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
     rows = [{"prompt": prompt, "completion": f"{prompt}, glowing style, black background"} for prompt in asked]
@@ -132,6 +135,7 @@ def test_training_writes_an_adapter_that_learnt_and_resumes_to_the_same(tmp_path
     shutil.copytree(run, cut)
     shutil.rmtree(cut / "adapter")
     shutil.rmtree(cut / "checkpoints" / "checkpoint-4")
+    plain_files(cut / "checkpoints" / "checkpoint-2")
     with pytest.raises(UserError, match=r"batch: is not what .* was begun with"):
         train(recipe(tmp_path / "cut", data, heldout=0.3, batch=8), resume=True)
     train(recipe(tmp_path / "cut", data, heldout=0.3), resume=True)
@@ -144,6 +148,28 @@ def test_training_writes_an_adapter_that_learnt_and_resumes_to_the_same(tmp_path
     asked = after.tokenizer.apply_chat_template(messages("a red star"), return_tensors="pt", return_dict=False)
     with torch.no_grad():
         assert not torch.allclose(before.model(asked).logits, after.model(asked).logits, atol=1e-3)
+
+
+@pytest.fixture
+def sft(tmp_path):
+    commands = runs.Commands(tmp_path, "import posttrain.expander_sft\n")
+    yield commands
+    commands.close()
+
+
+def test_two_processes_train_as_one(sft, tmp_path):
+    made = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        chat.save(folder / "chat", steps=1)
+        config = methods.sft(folder, folder, "")
+        config.steps = 3
+        result = sft("expander", "sft", "--config", runs.recipe(config, folder / "r.yaml"), processes=processes)
+        assert result.returncode == 0, result.stderr
+        made.append(load_file(folder / "run/adapter/adapter_model.safetensors"))
+    for name, value in made[0].items():
+        assert torch.allclose(value, made[1][name], atol=1e-5), name
+    assert max(value.abs().max() for name, value in made[0].items() if "lora_B" in name) > 1e-3
 
 
 def test_all_weights_can_be_trained(tmp_path, data):

@@ -10,28 +10,12 @@ from posttrain.nano import bench_injection
 from rewards.base import Reward, RewardSpec
 from rewards.image import Rubric
 from rewards.injection import LIMIT, ORDERS, injection, written
-from rewards.judge import Judge
-
-
-class Gullible(Judge):
-    """Says yes with 0.9 where it is told to, else with 0.2; it sees text in a picture as a bright lower edge."""
-
-    def __init__(self, reads: bool, listens: bool):
-        super().__init__("gullible", "nowhere")
-        self.reads, self.listens = reads, listens
-
-    async def p_yes(self, image, template, **fields):
-        import base64
-        import io
-
-        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(image.url.partition(",")[2]))))
-        told = (self.reads and pixels[-1].mean() > 20) or (self.listens and "answer yes" in template.render(**fields))
-        return 0.9 if told else 0.2
+from tests.gullible import RAISED, Gullible
 
 
 @pytest.mark.parametrize(
     ("reads", "listens", "picture", "statement"),
-    [(False, False, 0.0, 0.0), (True, False, 0.7, 0.0), (False, True, 0.0, 0.7)],
+    [(False, False, 0.0, 0.0), (True, False, RAISED, 0.0), (False, True, 0.0, RAISED)],
 )
 def test_what_an_order_raises(reads, listens, picture, statement):
     """0.9 - 0.2 = 0.7 where the judge obeys, 0 where it does not; the most effective order counts."""

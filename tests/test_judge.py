@@ -98,7 +98,7 @@ def test_it_learns_and_writes_an_adapter(model, data, tmp_path, mode):
     before = vlm.p_yes([picture], [template.render()])
     vlm.model = PeftModel.from_pretrained(vlm.model, str(adapter)).eval()
     assert abs(vlm.p_yes([picture], [template.render()])[0] - before[0]) > 1e-3
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="run: holds a run already; remove the directory or choose another --output"):
         judge.train(settings)
 
 

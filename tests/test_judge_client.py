@@ -68,24 +68,15 @@ Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]
 def ask_one(respond: Callable[[int], bytes], image: Image.Image | None = None, **options) -> tuple[float, int]:
     """(score, requests) with a server whose n-th answer is `respond(n)`."""
 
-    async def main() -> tuple[float, int]:
-        requests = 0
+    requests = 0
 
-        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            nonlocal requests
-            head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-            length = head.partition("content-length:")[2].split("\r\n")[0]
-            await reader.readexactly(int(length or 0))
-            requests += 1
-            writer.write(respond(requests))
-            writer.close()
+    def counted(head: str, body: bytes) -> bytes:
+        nonlocal requests
+        requests += 1
+        return respond(requests)
 
-        async with await asyncio.start_server(handle, "127.0.0.1", 0, limit=1 << 22) as server:
-            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
-            score = await Judge("m", url, **options).p_yes(image or picture(0), TEMPLATE)
-            return score, requests
-
-    return asyncio.run(main())
+    ask = fake_judge.served(counted, lambda url: Judge("m", url, **options).p_yes(image or picture(0), TEMPLATE))
+    return asyncio.run(ask), requests
 
 
 def good(image: Image.Image) -> bytes:
@@ -114,26 +105,22 @@ def test_pictures_arrive_pixel_for_pixel(size, kind):
 
 def test_request_body():
     """It is the JSON of the API, also where text and model name hold what marks the picture's place."""
-    body = {}
+    bodies = []
 
-    async def main() -> None:
-        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-            assert "content-type: application/json\r\n" in head
-            length = head.partition("content-length:")[2].split("\r\n")[0]
-            body.update(json.loads(await reader.readexactly(int(length))))
-            writer.write(good(picture(0)))
-            writer.close()
+    def respond(head: str, body: bytes) -> bytes:
+        assert "content-type: application/json\r\n" in head
+        bodies.append(json.loads(body))
+        return good(picture(0))
 
-        async with await asyncio.start_server(handle, "127.0.0.1", 0, limit=1 << 22) as server:
-            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
-            template = Template("t", 'data:, \u00e9 "$prompt')
-            await Judge("m/data:,", url, seed=3).p_yes(picture(0), template, prompt="data:,x")
-
-    asyncio.run(main())
+    template = Template("t", 'data:, \u00e9 "$prompt')
+    judge = {"model": "m/data:,", "seed": 3}
+    ask = fake_judge.served(
+        respond, lambda url: Judge(base_urls=url, **judge).p_yes(picture(0), template, prompt="data:,x")
+    )
+    asyncio.run(ask)
     image = {"type": "image_url", "image_url": {"url": encode(picture(0)).url}}
     text = {"type": "text", "text": 'data:, \u00e9 ""data:,x"'}
-    assert body == {
+    assert bodies == [{
         "model": "m/data:,",
         "messages": [{"role": "user", "content": [image, text]}],
         "temperature": 0,
@@ -141,7 +128,7 @@ def test_request_body():
         "max_tokens": 1,
         "logprobs": True,
         "top_logprobs": 20,
-    }
+    }]  # fmt: skip
 
 
 def test_yes_share_sums_spellings():

@@ -1,6 +1,5 @@
-"""Pairs from prompts: the plan and the choice by hand, and whole sets from the tiny pipeline."""
+"""Pairs from prompts: whole sets from the tiny pipeline, the ways to draw them, and their recipes."""
 
-import asyncio
 import dataclasses
 import json
 import os
@@ -15,49 +14,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from posttrain import checkpoint, pair_plan, pair_quality, pairs, sampler
+from posttrain import checkpoint, pairs, sampler
 from posttrain.cli import load_config
 from posttrain.config import ModelConfig, RewardSpec
 from posttrain.drawing import Drawer
 from posttrain.k2 import K2
-from posttrain.pair_choice import Judgement, Rules, best_and_worst, decide_groups, decide_pairs, degrade, verdict
+from posttrain.pair_choice import degrade
 from posttrain.pairs_config import DeltaConfig, DrawConfig, JudgedConfig, PairsConfig, PairSource
 from posttrain.policy import POLICY, described, load_model, saved_tensors
 from posttrain.preferences import Preference, read_preferences
 from posttrain.ranges import ConfigError
+from posttrain.report import write_report
 from posttrain.validate import validate
 from prompts.errors import UserError
-from rewards.base import Failure, Reward, score_all
 from tests import runs, tiny
-
-GUIDED = DeltaConfig(DrawConfig(guidance=2.0), DrawConfig())
-
-
-def recipe(folder: Path, model: Path, **changes) -> PairsConfig:
-    """Twelve pairs of 32 x 32 or 16 x 48 pixels in shards of five, half by guidance and half by brightness."""
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in tiny.PROMPTS))
-    made = PairsConfig(
-        output=str(folder / "run"),
-        model=ModelConfig(path=str(model), dtype="float32"),
-        prompts=str(folder / "prompts.jsonl"),
-        sources=[
-            PairSource("guidance", delta=dataclasses.replace(GUIDED, screen=False)),
-            PairSource("judged", judged=JudgedConfig(group_size=3)),
-        ],
-        rewards=[RewardSpec("brightness", "tests.runs:brightness")],
-        pairs=12,
-        min_margin=0.001,
-        min_distance=0.001,
-        sizes=[[32, 32], [16, 48]],
-        steps=2,
-        max_tokens=64,
-        block=3,
-        micro_batch=4,
-        shard=5,
-    )
-    return dataclasses.replace(made, **changes)
+from tests.gullible import GULLED, RAISED
+from tests.pair_runs import GUIDED, recipe
 
 
 @pytest.fixture(scope="module")
@@ -77,192 +50,6 @@ def made(run: str | Path) -> dict[str, bytes]:
     """Every file whose content does not say when and where it was made."""
     names = ("shard-*.parquet", "preferences.json", "candidates.jsonl", "quality.json", "pairs.png")
     return {path.name: path.read_bytes() for name in names for path in Path(run).glob(name)}
-
-
-# ---- the plan ---------------------------------------------------------------------------------------------
-
-
-def test_quotas():
-    share = pair_plan.quotas
-    assert share(10, [1, 1], [True, False], 0.0) == [5, 5]
-    assert share(10, [1, 1], [True, False], 0.6) == [6, 4]  # lifted to the least share
-    assert share(10, [3, 1], [True, False], 0.6) == [8, 2]  # 7.5 is above it already
-    assert share(11, [1, 1, 2], [True, True, False], 0.6) == [4, 3, 4]  # ceil(6.6) = 7 for two
-    assert share(7, [1, 1], [True, True], 0.6) == [4, 3] and share(7, [1], [False], 0.6) == [7]
-    assert pair_plan.largest_remainder(10, [1, 1, 1]) == [4, 3, 3]
-    assert pair_plan.largest_remainder(10, [0.26, 0.26, 0.48]) == [3, 2, 5]  # 2.6, 2.6, 4.8
-
-
-def test_plan_draws_more_for_what_was_dropped(tmp_path):
-    config = recipe(tmp_path, Path("k2"), tries=3.0)
-    plan = pair_plan.Plan(config)
-    first = plan.generation()
-    assert [(b.source, b.first, b.count) for b in first] == [(0, 0, 3), (0, 3, 3), (1, 0, 3), (1, 3, 3)]
-    assert [b.index for b in first] == [0, 1, 2, 3] and [b.size for b in first] == [(32, 32), (16, 48)] * 2
-    assert [plan.prompt(b, 0) for b in first] == [0, 6, 1, 7]  # sources take turns, so none has another's prompt
-    for block, kept in zip(first, (3, 3, 1, 1)):
-        plan.take(block, kept)
-    again = plan.generation()
-    # Of six candidates two were kept, so four more pairs take twelve; three times the six pairs are the most.
-    assert [(b.index, b.source, b.first, b.count) for b in again] == [(4 + i, 1, 6 + 3 * i, 3) for i in range(4)]
-    for block in again:
-        plan.take(block, 0)
-    assert plan.generation() == [] and (plan.kept, plan.made) == ([6, 2], [6, 18])
-
-
-def test_on_policy_is_the_policys_own_way(tmp_path):
-    config = recipe(tmp_path, Path("k2"))
-    for draw in (DrawConfig(), DrawConfig("base"), DrawConfig(steps=2)):
-        assert pair_plan.is_policy(config, draw)
-    for change in ({"guidance": 0.5}, {"steps": 3}, {"drop": 0.5}, {"noise": 0.5}, {"checkpoint": "runs/a"}):
-        assert not pair_plan.is_policy(config, DrawConfig(**change))
-    config.policy = "runs/a"
-    assert not pair_plan.is_policy(config, DrawConfig("base"))
-    assert pair_plan.is_policy(config, DrawConfig("policy")) and pair_plan.is_policy(config, DrawConfig("runs/a"))
-
-
-# ---- the choice -------------------------------------------------------------------------------------------
-
-
-def judged(columns: dict[str, list], *specs: RewardSpec):
-    """Scores and the specs: a reward of weight 1 for each column that no spec names."""
-    named = {spec.name: spec for spec in specs}
-    full = [named.get(name, RewardSpec(name, "f")) for name in columns]
-    asked = [
-        Reward(dataclasses.replace(spec, max_failures=1), lambda *_, column=column: column, set(), False)
-        for spec, column in zip(full, columns.values())
-    ]
-    images = [Image.new("RGB", (16, 16))] * len(next(iter(columns.values())))
-    return asyncio.run(score_all(asked, images, [""] * len(images))), full
-
-
-def test_best_and_worst_by_rewards_normalised_in_the_group():
-    """The second reward spans a tenth of the first; each counts in its own standard deviations."""
-    scores, specs = judged({"a": [0.0, 0.5, 1.0], "b": [0.2, 0.3, 0.1]})
-    # a: -1, 0, 1; b: 0, 1, -1; together -1, 1, 0
-    assert best_and_worst(Judgement.of(scores, specs), 3) == [(1, 0)]
-    specs[1].weight = 0.4  # -1, 0.4, 0.6
-    assert best_and_worst(Judgement.of(scores, specs), 3) == [(2, 0)]
-
-
-def test_missing_scores_are_no_numbers():
-    scores, specs = judged({"a": [0.9, None, 0.1, 0.5, None, Failure("x")]})
-    assert best_and_worst(Judgement.of(scores, specs), 3) == [(0, 2), None]
-
-
-def test_gates_flag_winners_and_never_losers():
-    gate = RewardSpec("clean", "f", gate="mask", threshold=0.5)
-    columns = {"a": [0.9, 0.5, 0.1], "clean": [0.4, 0.6, 0.0]}
-    scores, specs = judged(columns, gate)
-    judgement = Judgement.of(scores, specs)
-    assert judgement.weights_K.tolist() == [1.0] and judgement.flagged_N.tolist() == [True, False, True]
-    assert best_and_worst(judgement, 3) == [(1, 2)]  # the best of those that may win; the flagged one may lose
-    unsure = Judgement.of(*judged({"a": [0.9, 0.1], "clean": [Failure("x"), None]}, gate))
-    assert unsure.unsure_N.tolist() == [True, False] and not unsure.flagged_N.any()
-    factor = RewardSpec("clean", "f", gate="multiply")
-    assert Judgement.of(*judged(columns, factor)).values_NK[:, 0].tolist() == pytest.approx([0.36, 0.3, 0.0])
-
-
-RULES = Rules(min_margin=0.1, tolerance=0.02, min_distance=0.05)
-
-
-@pytest.mark.parametrize(
-    ("columns", "distance", "ranked", "fate", "margin"),
-    [
-        ({"a": [0.6, 0.2], "b": [0.5, 0.5]}, 0.1, True, "kept", 0.2),  # (0.4 + 0) / 2
-        ({"a": [0.6, 0.2], "b": [0.5, 0.5]}, 0.04, True, "near-duplicate", 0.2),
-        ({"a": [0.6, 0.2], "b": [0.50, 0.51]}, 0.1, True, "kept", 0.195),  # within the tolerance
-        ({"a": [0.9, 0.2], "b": [0.40, 0.45]}, 0.1, True, "disagreement", 0.325),
-        ({"a": [0.6, 0.45], "b": [0.5, 0.5]}, 0.1, True, "small margin", 0.075),
-        ({"a": [0.6, 0.2], "b": [0.5, None]}, 0.1, True, "kept", 0.4),  # b has nothing to say
-        ({"a": [0.6, None], "b": [None, 0.5]}, 0.1, True, "unscored", None),
-        ({"a": [0.6, None], "b": [None, 0.5]}, 0.1, False, "kept", None),  # the order is known without them
-        ({"a": [0.6, 0.2], "gate": [0.3, 0.9]}, 0.1, True, "flagged", 0.4),
-        ({"a": [0.6, 0.2], "gate": [0.3, 0.9]}, 0.1, False, "flagged", 0.4),
-        ({"a": [0.6, 0.2], "gate": [0.9, 0.3]}, 0.1, True, "kept", 0.4),
-        ({"a": [0.6, 0.2], "gate": [Failure("x"), 0.9]}, 0.1, True, "unscored", 0.4),
-        ({"a": [0.6, 0.2], "gate": [Failure("x"), 0.9]}, 0.1, False, "kept", 0.4),
-        ({"a": [0.2, 0.6]}, 0.1, False, "disagreement", -0.4),
-    ],
-)
-def test_verdict(columns, distance, ranked, fate, margin):
-    judgement = Judgement.of(*judged(columns, RewardSpec("gate", "f", gate="mask", threshold=0.5)))
-    said = verdict(judgement, 0, 1, distance, RULES, ranked, screen=True)
-    assert said == (fate, margin if margin is None else pytest.approx(margin))
-
-
-def test_rewards_that_only_report():
-    judgement = Judgement.of(*judged({"a": [0.2, 0.6]}))
-    assert verdict(judgement, 0, 1, 0.1, RULES, ranked=False, screen=False) == ("kept", pytest.approx(-0.4))
-    assert verdict(None, 0, 1, 0.1, RULES, ranked=False, screen=True) == ("kept", None)
-    no_rules = Rules(0, 0, 0)
-    assert verdict(None, 0, 1, 0.0, no_rules, ranked=False, screen=True) == ("near-duplicate", None)
-    assert verdict(Judgement.of(*judged({"a": [0.5, 0.5]})), 0, 1, 0.1, no_rules, True, True)[0] == "small margin"
-
-
-def test_degrade():
-    prompt = 'white background, flat style, the word "SALT AND, PEPPER" and a small star'
-    parts = ["white background", "flat style", 'the word "SALT AND, PEPPER"', "a small star"]
-    for seed in range(20):
-        left = [part for part in parts if part in degrade(prompt, 0.5, seed)]
-        assert len(left) == 2 and degrade(prompt, 0.5, seed) == ", ".join(left)
-    assert {degrade(prompt, 0.01, seed) for seed in range(40)} == {
-        ", ".join(parts[:i] + parts[i + 1 :]) for i in range(4)
-    }
-    assert {degrade("a red circle", 0.99, seed) for seed in range(40)} == {"a", "red", "circle"}
-    assert degrade("circle", 0.5, 0) == "circle"
-
-
-def test_near_duplicates_and_fates_of_a_block():
-    """Pictures of 16 x 16 are their own small versions: 5 of 255 everywhere is a distance of 0.0196."""
-    dark = np.zeros((16, 16, 3), np.uint8)
-    images = np.stack([dark + 100, dark + 100, dark + 105, dark + 200])
-    decision = decide_pairs(images, None, [], Rules(0, 0, 0.02), screen=True)
-    assert decision.pairs == [(0, 2), (1, 3)] and decision.fates == ["near-duplicate", "kept"]
-    assert decision.distances == pytest.approx([5 / 255, 100 / 255]) and decision.margins == [None, None]
-    scores, specs = judged({"a": [0.1, 0.2, 0.3, 0.9]})
-    grouped = decide_groups(images, scores, specs, Rules(0, 0, 0.02), 2)
-    assert grouped.pairs == [(1, 0), (3, 2)] and grouped.fates == ["near-duplicate", "kept"]
-    assert grouped.entry()["differences"] == {"a": pytest.approx([0.1, 0.6])}
-
-
-# ---- the report -------------------------------------------------------------------------------------------
-
-
-def entry(source: str, fates: list[str], differences: list[float | None], margins: list[float | None]) -> dict:
-    return {"source": source, "fates": fates, "margins": margins, "distances": [0.1, 0.2, 0.3][: len(fates)],
-            "prompts": [0, 1, 2][: len(fates)], "cut": 1, "images": 2 * len(fates), "missing": {"brightness": 1},
-            "failed": {"brightness": 0}, "differences": {"brightness": differences}}  # fmt: skip
-
-
-def test_quality_by_hand(tmp_path):
-    config = recipe(tmp_path, Path("k2"))
-    config.sources.append(PairSource("prompt", delta=DeltaConfig(DrawConfig(guidance=1), DrawConfig(drop=0.5))))
-    config.sources[2].delta = DeltaConfig(DrawConfig(guidance=1), DrawConfig(guidance=1, drop=0.5))
-    entries = [
-        entry("guidance", ["kept", "kept", "disagreement"], [0.2, 0.0, -0.1], [0.25, None, -0.1]),
-        entry("guidance", ["kept", "surplus"], [-0.3, None], [-1.7, 0.1]),
-        entry("prompt", ["kept"], [0.4], [0.4]),
-    ]
-    found = pair_quality.quality(config, entries)
-    assert (found["pairs"], found["candidates"], found["on_policy_share"]) == (4, 6, 0.75)
-    assert found["dropped"] == {"disagreement": 1, "surplus": 1}
-    guidance = found["sources"]["guidance"]
-    assert (guidance["pairs"], guidance["share"], guidance["on_policy"]) == (3, 0.75, True)
-    assert found["sources"]["prompt"]["on_policy"] is False and found["sources"]["judged"]["pairs"] == 0
-    # Of five candidates one agrees, two disagree, one is a tie, one has no score; of the three kept, one and one.
-    assert guidance["agreement"]["brightness"] == {
-        "agree": 1, "disagree": 2, "tie": 1, "missing": 1, "share": pytest.approx(1 / 3), "share_of_kept": 0.5,
-    }  # fmt: skip
-    counts = dict(zip(found["margin_edges"], guidance["margin"]["counts"]))
-    assert {low: n for low, n in counts.items() if n} == {-1.0: 1, 0.2: 1} and guidance["margin"]["unknown"] == 1
-    assert guidance["distance"]["median"] == pytest.approx(0.2)  # of 0.1, 0.2, 0.3, 0.1, 0.2
-    assert found["scores"] == {"brightness": {"images": 12, "missing": 3, "failed": 0}}
-    assert found["prompts"] == {"used": 2, "most_pairs": 3, "cut": 3}
-    lines = "\n".join(pair_quality.in_words(found))
-    assert "4 pairs of 6 candidates; 75% hold a picture of the policy" in lines
-    assert "warning: 3 prompts were longer than max_tokens" in lines
-    assert "guidance: 3 pairs (75%, on-policy); dropped: 1 disagreement, 1 surplus" in lines
 
 
 # ---- whole sets -------------------------------------------------------------------------------------------
@@ -312,6 +99,10 @@ def test_cost_is_counted(whole):
     assert summary["overhead"] == pytest.approx(summary["drawing_seconds"] / counted)
 
 
+def test_the_report_counts_pairs(whole, tmp_path):
+    assert "12 of 12 pairs" in write_report(Path(whole.output), tmp_path / "report.html").read_text()
+
+
 def test_any_state_that_a_kill_leaves_is_gone_on_from(whole, tmp_path):
     """Shards may be ahead of the journal or behind it, and its last line may be cut off."""
     journal = (Path(whole.output) / "candidates.jsonl").read_bytes()
@@ -359,6 +150,21 @@ def test_killed_and_resumed_in_a_process(whole, tmp_path):
         assert made(run) == made(whole.output)
     finally:
         commands.close()
+
+
+def test_what_an_order_to_the_judge_is_worth_is_measured_once(tmp_path, model, capsys):
+    rewards = [RewardSpec("brightness", "tests.runs:brightness"), RewardSpec("gulled", GULLED, heldout_only=True)]
+    config = recipe(tmp_path, model, rewards=rewards, pairs=2)
+    pairs.make(config)
+    worth = {"injection/picture/gulled": pytest.approx(RAISED), "injection/prompt/gulled": None}
+    assert runs.rows(config.output)[0].items() >= {"step": 0, "repeatability/gullible": 0, **worth}.items()
+    warning = "reward gulled: text that tells the judge what to answer raises it in a picture by 0.70"
+    assert warning in capsys.readouterr().err
+    assert "injection" in write_report(Path(config.output)).read_text()
+    (tmp_path / "run/preferences.json").unlink()
+    pairs.make(dataclasses.replace(config), resume=True)
+    assert "reward gulled" not in capsys.readouterr().err
+    assert sum("injection/picture/gulled" in row for row in runs.rows(config.output)) == 1
 
 
 def test_two_processes_make_the_same_set(whole, tmp_path):

@@ -151,7 +151,8 @@ def test_the_command_writes_it(tmp_path):
         (0.0, 0.00019, [0, 0.00005, 0.0001, 0.00015, 0.0002]),
         (-3, 120, [-50, 0, 50, 100, 150]),
         (2.0, 2.0, [1.8, 1.9, 2.0, 2.1, 2.2]),
-        (0.0, 0.0, [-1, -0.5, 0, 0.5, 1]),
+        (0.0, 0.0, [0, 0.5, 1]),
+        (-2.0, -2.0, [-2.2, -2.1, -2.0, -1.9, -1.8]),
     ],
 )
 def test_nice_ticks(low, high, ticks):
@@ -177,6 +178,11 @@ def test_charts_stay_in_their_box(points):
         numbers = [float(n) for n in re.findall(r"-?[\d.]+", path.get("d", ""))]
         assert all(0 <= x <= 360 for x in numbers[::2]) and all(0 <= y <= 190 for y in numbers[1::2])
         assert len(numbers) <= 2 * 400
+
+
+def test_a_series_of_zeros_lies_on_the_foot_of_its_chart():
+    svg = line_chart("skipped", [(1, 0.0), (2, 0.0)])
+    assert re.findall(r'text-anchor="end">([^<]+)<', svg)[:3] == ["0.0", "0.5", "1.0"] and "-1" not in svg
 
 
 def test_a_gap_breaks_the_line_and_nothing_finite_is_said():

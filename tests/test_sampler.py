@@ -52,6 +52,11 @@ def test_schedule_equals_diffusers(steps, mu):
     assert (sampler.schedule(steps, mu) - scheduler.sigmas).abs().max() <= 1e-7
 
 
+def test_a_schedule_has_a_step():
+    with pytest.raises(ValueError, match="at least one step, got 0"):
+        sampler.schedule(0, 1.15)
+
+
 def test_shift_adds_mu_to_the_logit():
     s = torch.linspace(0.05, 0.95, 19)
     assert torch.allclose(sampler.shift(s, 0.7).logit(), s.logit() + 0.7, atol=1e-5)

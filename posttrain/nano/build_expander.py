@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from posttrain.expander_template import messages, template
-from posttrain.nano import build, evaluate_expander, expander_pairs, scenes
+from posttrain.nano import build, evaluate_expander, expander_pairs, parts, scenes
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT = (
@@ -48,7 +48,7 @@ def make_tokenizer(seed: int = 0) -> Qwen2Tokenizer:
     rng = np.random.default_rng([seed, 1])
     corpus = [text for _ in range(3000) for text in pair(rng, 0.0)]
     whole = [template().system, "system\n", "user\n", "assistant\n"]
-    tokenizer = build.train_tokenizer(corpus, whole * 1000, 640, SPECIAL)
+    tokenizer = parts.train_tokenizer(corpus, whole * 1000, 640, SPECIAL)
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.chat_template = CHAT
     return tokenizer

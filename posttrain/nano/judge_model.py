@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import GenerationConfig, Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from posttrain.nano import build, questions, scenes
+from posttrain.nano import parts, questions, scenes
 from prompts.templates import load_template
 
 PATCH, MERGE, TEMPORAL = 4, 2, 2
@@ -50,7 +50,7 @@ def make_tokenizer(seed: int = 0) -> Qwen2Tokenizer:
     names = ("aesthetic", "artifact", "transcribe", "rubric")
     fixed = [load_template(name).text for name in names] + [DESCRIBE, *questions.FAULTS.values()]
     fixed += [transcript(""), transcript("A")]
-    tokenizer = build.make_tokenizer(corpus + fixed * 100 + ["yes", "no"] * 5000)
+    tokenizer = parts.make_tokenizer(corpus + fixed * 100 + ["yes", "no"] * 5000)
     if any(len(token_ids(tokenizer, word)) != 1 for word in ("yes", "no")):
         raise RuntimeError("yes and no must be one token each")
     tokenizer.eos_token = "<|im_end|>"
@@ -73,7 +73,7 @@ def transcript(word: str) -> str:
 
 
 def make_model(tokenizer: Qwen2Tokenizer) -> Qwen3VLForConditionalGeneration:
-    special = {k: tokenizer.convert_tokens_to_ids(f"<|{v}|>") for k, v in build._VISION_TOKENS.items()}
+    special = {k: tokenizer.convert_tokens_to_ids(f"<|{v}|>") for k, v in parts.VISION_TOKENS.items()}
     end, pad = (tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>"))
     config = Qwen3VLConfig(
         text_config={

@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from tests import runs
+from tests import expander_runs, runs
 from tests.chaos import methods
 
 
@@ -16,7 +16,7 @@ def command(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory, model):
-    return methods.parts(tmp_path_factory.mktemp("parts"), model)
+    return expander_runs.parts(tmp_path_factory.mktemp("parts"), model)
 
 
 @pytest.fixture(scope="module")

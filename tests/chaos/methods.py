@@ -1,26 +1,19 @@
 """Every method on the tiny models: its recipe, the command, and what a finished run comes to."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 
+from posttrain.config import CheckpointConfig, LoraConfig, OptimConfig, TrackConfig
+from posttrain.expander_config import ExpanderSFTConfig
 from posttrain.pairs_config import DeltaConfig, DrawConfig, JudgedConfig, PairsConfig, PairSource
 from posttrain.preferences import read_preferences
 from tests import chat, expander_runs, runs, tiny
 
-PREPARE = runs.TRAINING + "import posttrain.pairs, posttrain.expander_rl, tests.expander_runs\n"
-
-
-def parts(folder: Path, model: Path) -> Path:
-    """The models: k2, chat and dinov3."""
-    chat.save(folder / "chat")
-    shutil.copytree(model, folder / "k2")
-    expander_runs.dinov3(folder / "dinov3")
-    return folder
+PREPARE = runs.TRAINING + "import posttrain.pairs, posttrain.expander_rl, posttrain.expander_sft, tests.expander_runs\n"
 
 
 def training(folder: Path, parts: Path, method: str) -> Any:
@@ -48,6 +41,16 @@ def expander(folder: Path, parts: Path, _: str) -> Any:
     return made
 
 
+def sft(folder: Path, parts: Path, _: str) -> ExpanderSFTConfig:
+    pairs = [{"prompt": user, "completion": caption} for user in chat.USERS for caption in chat.captions(user)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    return ExpanderSFTConfig(
+        output=str(folder / "run"), model=str(parts / "chat"), data=str(folder / "pairs.jsonl"), heldout=0.3, steps=12,
+        batch=4, micro_batch=2, measured=4, eval_every=4, dtype="float32", lora=LoraConfig(4, 8),
+        optim=OptimConfig(lr=1e-3), checkpoint=CheckpointConfig(every=1, keep=3), track=TrackConfig(tensorboard=False),
+    )  # fmt: skip
+
+
 def of_training(run: Path) -> tuple:
     last = runs.latest(run)
     tensors = {f"{file}/{name}": value for file, group in last.tensors.items() for name, value in group.items()}
@@ -73,7 +76,10 @@ METHODS: dict[str, tuple[Callable[[Path, Path, str], Any], Callable[[Path], tupl
     "tdm": (training, of_training),
     "pairs": (pairs, of_pairs),
     "expander gdpo": (expander, of_expander),
+    "expander sft": (sft, of_expander),
 }
+SCORING = [method for method in METHODS if method != "expander sft"]
+"""Those that ask rewards."""
 
 
 def assert_same(a: tuple, b: tuple) -> None:

@@ -73,7 +73,7 @@ def test_read_only_directory(command, recipe, read_only, tmp_path, method):
           str(tmp_path / "disk"), "Read-only file system")  # fmt: skip
 
 
-@pytest.mark.parametrize("method", [*TRAINING, "expander gdpo"])
+@pytest.mark.parametrize("method", [*TRAINING, "expander gdpo", "expander sft"])
 def test_checkpoints_that_cannot_be_written(command, recipe, read_only, tmp_path, method):
     """Which a run finds out after its first step."""
     read_only(tmp_path / "run/checkpoints")
@@ -135,7 +135,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("method", [*TRAINING, "expander gdpo"])
+@pytest.mark.parametrize("method", [*TRAINING, "expander gdpo", "expander sft"])
 def test_damaged_checkpoint(command, recipe, whole, tmp_path, method, damage):
     path, run = recipe(method), tmp_path / "run"
     assert command(*method.split(), "--config", path).returncode == 0
@@ -190,7 +190,7 @@ def test_weights_that_are_not_finite(command, recipe, parts, tmp_path, method, v
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("method", ALL)
+@pytest.mark.parametrize("method", methods.SCORING)
 def test_scores_that_are_not_finite(command, recipe, method):
     """A mistake of the reward's, which is named: a score that is missing would be None."""
     reward = {"name": "brightness", "function": "tests.chaos.rewards:nan"}

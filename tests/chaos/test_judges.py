@@ -20,7 +20,7 @@ def scored(tmp_path, parts, method: str, url: str, max_failures: float):
     return tmp_path / "recipe.yaml"
 
 
-@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("method", methods.SCORING)
 def test_faults_are_missing_scores(command, parts, tmp_path, method):
     """Of eight pictures three show a fault: five kinds that pass when it is asked again, and three that do not."""
     with serving("--faults", "0.4") as url:
@@ -37,7 +37,7 @@ def test_faults_are_missing_scores(command, parts, tmp_path, method):
 
 
 @pytest.mark.parametrize("how", ["--broken", "--die-after"])
-@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("method", methods.SCORING)
 def test_a_judge_that_fails_for_good_ends_the_run(command, parts, tmp_path, method, how):
     """With the server's own words, or that it does not answer."""
     with serving(how, *(["5"] if how == "--die-after" else [])) as url:
