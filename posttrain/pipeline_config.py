@@ -35,3 +35,5 @@ class PipelineConfig:
     launch: list[str] = field(default_factory=list)
     """Words that start a command of posttrain, such as [torchrun, --nproc-per-node, "8", -m, posttrain.cli], for all
     stages but export and expander data; none: this Python, one process."""
+    seed: int | None = None
+    """Seed of every stage that has one, unless its `set` names another, >= 0; null: as their recipes say."""

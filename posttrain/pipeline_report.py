@@ -9,7 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from posttrain.html_page import breakable, data_uri, page
+from posttrain.html_page import breakable, data_uri, figure, page, table
+from posttrain.pipeline_gains import gains
 from posttrain.pipeline_plan import Stage
 from posttrain.progress import duration
 from posttrain.report import summary_tables
@@ -25,6 +26,7 @@ def write_index(folder: Path, stages: list[Stage], state: dict[str, Any]) -> Pat
     body = [
         f"<header><h1>{html.escape(folder.resolve().name)}</h1><p>{len(stages)} stages</p></header>",
         _overview(stages, state, folder),
+        _gains(stages),
         _along(stages, summaries),
         _first_and_last(stages),
         *(_stage(stage, summaries.get(stage.name, {}), folder) for stage in stages),
@@ -49,6 +51,20 @@ def _overview(stages: list[Stage], state: dict[str, Any], folder: Path) -> str:
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     head = "".join(f"<th>{name}</th>" for name in ("stage", "command", "state", "took", "reads"))
     return f'<h2>Stages</h2><div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
+
+
+def _gains(stages: list[Stage]) -> str:
+    """What each stage is for, before and after it."""
+    rows = [
+        [g.stage, g.figure, "trained" if g.trained else "", figure(g.before), figure(g.after), figure(g.change, "+")]
+        for stage in stages
+        for g in gains(stage)
+    ]
+    if not rows:
+        return ""
+    note = "<p>Held out, by the stage's own evaluation. Figures that are not trained on are only measured.</p>"
+    head = ["stage", "figure", "", "before", "after", "change"]
+    return f"<h2>What each stage gained</h2>{note}{table(head, rows, [False] * 3 + [True] * 3)}"
 
 
 def _along(stages: list[Stage], summaries: dict[str, dict[str, Any]]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from posttrain.pipeline_config import PipelineConfig
-from posttrain.ranges import ConfigError
+from posttrain.ranges import ConfigError, at_least
 
 
 def validate_pipeline(config: PipelineConfig) -> None:
@@ -13,6 +13,8 @@ def validate_pipeline(config: PipelineConfig) -> None:
         raise ConfigError("output", "is empty; name a directory for the pipeline")
     if not config.stages:
         raise ConfigError("stages", "is empty; name at least one stage")
+    if config.seed is not None:
+        at_least("seed", config.seed, 0)
     names = [stage.name for stage in config.stages]
     for i, name in enumerate(names):
         if not re.fullmatch(r"[A-Za-z0-9_][\w-]*", name):
