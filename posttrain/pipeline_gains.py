@@ -4,7 +4,7 @@
 |---|---|---|
 | pairs | share of pairs whose order a reward agrees with that had no say in it (heldout_only) | of all candidates |
 | stpo | the rewards, and pairs/accuracy of held-out pairs | the accuracy is a coin's: an untrained policy has none |
-| grpo | the rewards, in the steps of evaluation | |
+| grpo | the rewards, and `reward`, the weighted mean of those that are trained on, as metrics.jsonl has it | |
 | tdm | the rewards, in the student's own steps | the model that it starts from, in these steps |
 | expander sft | loss and token accuracy of held-out pairs | |
 | expander gdpo | the rewards, and diversity | |
@@ -48,7 +48,19 @@ def gains(stage: Stage) -> list[Gain]:
     found = [Gain(stage.name, name, on, before.get(name), after.get(name)) for name, on in _figures(stage)]
     if stage.command == "stpo":
         found.insert(0, Gain(stage.name, ACCURACY, True, COIN, after.get(ACCURACY)))
+    if stage.command == "grpo":
+        found.insert(0, Gain(stage.name, "reward", True, _weighed(stage, before), _weighed(stage, after)))
     return [gain for gain in found if gain.after is not None]
+
+
+def _weighed(stage: Stage, figures: dict[str, float | None]) -> float | None:
+    known = [
+        (spec.weight, value)
+        for spec in stage.config.rewards
+        if not spec.heldout_only and spec.gate == "none" and (value := figures.get(spec.name)) is not None
+    ]
+    total = sum(weight for weight, _ in known)
+    return sum(weight * value for weight, value in known) / total if total else None
 
 
 def _figures(stage: Stage) -> list[tuple[str, bool]]:

@@ -12,7 +12,7 @@ from posttrain.pipeline_gains import Gain, gains
 from posttrain.pipeline_plan import Stage
 from rewards.base import RewardSpec
 
-REWARDS = [RewardSpec("oracle", "a:b", heldout_only=True), RewardSpec("judge", "a:b")]
+REWARDS = [RewardSpec("oracle", "a:b", heldout_only=True), RewardSpec("judge", "a:b", weight=0.5)]
 
 
 def stage(folder: Path, command: str, name: str, said: dict) -> Stage:
@@ -22,7 +22,7 @@ def stage(folder: Path, command: str, name: str, said: dict) -> Stage:
 
 
 @pytest.mark.parametrize(
-    ("command", "trained"), [("grpo", ["judge"]), ("tdm", []), ("expander gdpo", ["judge", "diversity"])]
+    ("command", "trained"), [("grpo", ["reward", "judge"]), ("tdm", []), ("expander gdpo", ["judge", "diversity"])]
 )
 def test_what_is_trained_on_comes_first(tmp_path, command, trained):
     said = {
@@ -33,7 +33,23 @@ def test_what_is_trained_on_comes_first(tmp_path, command, trained):
     assert [gain.figure for gain in found if gain.trained] == trained == [gain.figure for gain in found][: len(trained)]
     assert {gain.figure: gain.change for gain in found} == {
         "oracle": 0.25, "judge": -0.25, **({"diversity": 0.0} if "diversity" in trained else {}),
+        **({"reward": -0.25} if "reward" in trained else {}),
     }  # fmt: skip
+
+
+def test_the_reward_of_grpo_is_the_weighted_mean_of_what_is_trained(tmp_path):
+    """(1 * 0.5 + 3 * 0.1) / 4 = 0.2 before, (1 * 0.7 + 3 * 0.3) / 4 = 0.4 after; one that could not be had is left
+    out, and one that is held out or a gate has no part in it."""
+    made = stage(tmp_path, "grpo", "summary.json", {
+        "before": {"a": 0.5, "b": 0.1, "none": None, "gate": 1.0, "oracle": 1.0},
+        "after": {"a": 0.7, "b": 0.3, "none": None, "gate": 0.0, "oracle": 0.0},
+    })  # fmt: skip
+    made.config.rewards = [
+        RewardSpec("a", "a:b"), RewardSpec("b", "a:b", weight=3), RewardSpec("none", "a:b"),
+        RewardSpec("gate", "a:b", gate="mask"), RewardSpec("oracle", "a:b", heldout_only=True),
+    ]  # fmt: skip
+    (first, *_) = gains(made)
+    assert (first.figure, first.before, first.after) == ("reward", pytest.approx(0.2), pytest.approx(0.4))
 
 
 def test_accuracy_of_pairs_begins_with_a_coins(tmp_path):
