@@ -21,6 +21,7 @@ from posttrain.expander_template import FILE, messages, template
 from posttrain.nano import build, evaluate_expander
 from posttrain.nano.scenes import COLOURS, SHAPES
 from prompts.errors import UserError
+from tests import runs
 
 WEIGHTS = Path(build.__file__).parent / "weights"
 BASE, K2 = (str(WEIGHTS / name) for name in ("expander-nano", "k2-nano"))
@@ -144,6 +145,20 @@ def test_training_writes_an_adapter_that_learnt_and_resumes_to_the_same(tmp_path
     asked = after.tokenizer.apply_chat_template(messages("a red star"), return_tensors="pt", return_dict=False)
     with torch.no_grad():
         assert not torch.allclose(before.model(asked).logits, after.model(asked).logits, atol=1e-3)
+
+
+def test_two_processes_train_as_one(command, data, tmp_path):
+    ends, told = [], []
+    for processes in (1, 2):
+        config = recipe(tmp_path, data, output=str(tmp_path / str(processes)), steps=2)
+        result = command("expander", "sft", "--config", runs.recipe(config, tmp_path / "r.yaml"), processes=processes)
+        assert result.returncode == 0, result.stderr[-3000:]
+        told.append(result.stderr.count("step 2/2"))
+        ends.append(json.loads((Path(config.output) / "summary.json").read_text()))
+    assert told[0] == told[1]  # one process tells of all
+    assert [end["steps"] for end in ends] == [2, 2]
+    assert abs(ends[0]["after"]["loss"] - ends[0]["before"]["loss"]) > 1e-3  # it has moved, and they alike
+    assert ends[1]["after"] == pytest.approx(ends[0]["after"], rel=1e-4)
 
 
 def test_all_weights_can_be_trained(tmp_path, data):
