@@ -55,16 +55,17 @@ def _overview(stages: list[Stage], state: dict[str, Any], folder: Path) -> str:
 
 def _gains(stages: list[Stage]) -> str:
     """What each stage is for, before and after it."""
-    rows = [
-        [g.stage, g.figure, "trained" if g.trained else "", figure(g.before), figure(g.after), figure(g.change, "+")]
-        for stage in stages
-        for g in gains(stage)
-    ]
+    rows = []
+    for stage in stages:
+        for i, gain in enumerate(gains(stage)):
+            name = f"{gain.figure}, trained" if gain.trained else gain.figure
+            change = figure(gain.change, "+")
+            rows.append(["" if i else stage.name, name, figure(gain.before), figure(gain.after), change])
     if not rows:
         return ""
-    note = "<p>Held out, by the stage's own evaluation. Figures that are not trained on are only measured.</p>"
-    head = ["stage", "figure", "", "before", "after", "change"]
-    return f"<h2>What each stage gained</h2>{note}{table(head, rows, [False] * 3 + [True] * 3)}"
+    note = "<p>Held out, by the stage's own evaluation. What is not called trained is only measured.</p>"
+    held = table(["stage", "figure", "before", "after", "change"], rows, [False] * 2 + [True] * 3)
+    return f"<h2>What each stage gained</h2>{note}{held}"
 
 
 def _along(stages: list[Stage], summaries: dict[str, dict[str, Any]]) -> str:

@@ -121,7 +121,7 @@ def test_stages_follow_each_other_and_are_done_once(write, tmp_path):
     assert [Path(one["path"]).parent.parent for one in last.state["origin"]["merged"]] == [folder / "stpo"]
     assert load_file(folder / "export.safetensors") and (folder / "export.md").is_file()
     page = (folder / "index.html").read_text()
-    assert "What each stage gained" in page and "<td>pairs/<wbr>accuracy</td><td>trained</td>" in page
+    assert "What each stage gained" in page and "<td>stpo</td><td>pairs/<wbr>accuracy, trained</td>" in page
     assert page.count('href="stpo/report.html"') == 2 and '<th class="n">start</th>' in page
     assert "brightness" in page and "data:image" in page and "://" not in page
 
