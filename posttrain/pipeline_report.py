@@ -70,21 +70,21 @@ def _gains(stages: list[Stage]) -> str:
 
 def _along(stages: list[Stage], summaries: dict[str, dict[str, Any]]) -> str:
     """Figures that at least two stages measured: before the first of them, and after each."""
-    trained = [stage.name for stage in stages if summaries.get(stage.name, {}).get("after")]
-    if len(trained) < 2:
-        return ""
-    after = {name: summaries[name]["after"] for name in trained}
-    start = summaries[trained[0]].get("before") or {}
+    after = {stage.name: found for stage in stages if (found := summaries.get(stage.name, {}).get("after"))}
     names = dict.fromkeys(key for figures in after.values() for key in figures)
+    shared = [key for key in names if sum(key in figures for figures in after.values()) > 1]
+    after = {name: figures for name, figures in after.items() if any(key in figures for key in shared)}
+    if not shared:
+        return ""
+    start = summaries[next(iter(after))].get("before") or {}
     rows = []
-    for key in names:
-        if sum(key in figures for figures in after.values()) > 1:
-            cells = [start.get(key), *(figures.get(key) for figures in after.values())]
-            rows.append(f"<tr><td>{breakable(key)}</td>{''.join(map(_cell, cells))}</tr>")
-    head = "".join(f'<th class="n">{html.escape(name)}</th>' for name in ["start", *trained])
+    for key in shared:
+        cells = [start.get(key), *(figures.get(key) for figures in after.values())]
+        rows.append(f"<tr><td>{breakable(key)}</td>{''.join(map(_cell, cells))}</tr>")
+    head = "".join(f'<th class="n">{html.escape(name)}</th>' for name in ["start", *after])
     note = "<p>As each stage's last evaluation measured them; compare only where they evaluate alike.</p>"
-    table = f'<div class="scroll"><table><tr><th></th>{head}</tr>{"".join(rows)}</table></div>'
-    return f"<h2>Along the stages</h2>{note}{table}"
+    shown = f'<div class="scroll"><table><tr><th></th>{head}</tr>{"".join(rows)}</table></div>'
+    return f"<h2>Along the stages</h2>{note}{shown}"
 
 
 def _first_and_last(stages: list[Stage]) -> str:
