@@ -18,8 +18,8 @@ test test-vllm chaos mutations: export OMP_NUM_THREADS ?= 1
 .PHONY: demo test test-vllm browser check chaos mutations
 .DELETE_ON_ERROR:
 
-# Processes of one thread each: on two cores they take two thirds of the time of one process with two threads. One that
-# was stopped goes on, and one that is finished says where it is.
+# Processes of one thread each: on two cores they take three quarters of the time of one process with two threads. A
+# demo that was stopped goes on, and one that is finished says where it is.
 DEMO ?= runs/demo
 PROCESSES ?= 2
 demo: export OMP_NUM_THREADS := 1

@@ -4,7 +4,7 @@
 |---|---|---|
 | pairs | share of pairs whose order a reward agrees with that had no say in it (heldout_only) | of all candidates |
 | stpo | the rewards, and pairs/accuracy of held-out pairs | the accuracy is a coin's: an untrained policy has none |
-| grpo | the rewards, and `reward`, the weighted mean of those that are trained on, as metrics.jsonl has it | |
+| grpo | the rewards, and `reward`, the weighted mean of those that are trained on and are no gate | |
 | tdm | the rewards, in the student's own steps | the model that it starts from, in these steps |
 | expander sft | loss and token accuracy of held-out pairs | |
 | expander gdpo | the rewards, and diversity | |

@@ -89,11 +89,8 @@ def _resolve(stage: StageConfig, earlier: list[Stage], folder: Path, seed: int |
     if "output" in stage.set:
         raise UserError(f"set.output: is the pipeline's business ({folder / stage.name}); leave it out")
     outputs = {one.name: str(one.output) for one in earlier}
-    given = stage.set
-    if seed is not None and any(
-        field.name == "seed" for field in dataclasses.fields(cli.COMMANDS[stage.command].config)
-    ):
-        given = {"seed": seed} | given
+    fields = {field.name for field in dataclasses.fields(cli.COMMANDS[stage.command].config)}
+    given = ({"seed": seed} if seed is not None and "seed" in fields else {}) | stage.set
     settings = {key: _filled(value, f"set.{key}", outputs) for key, value in given.items()}
     output = folder / stage.name
     if stage.command == "export":
