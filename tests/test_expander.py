@@ -157,8 +157,9 @@ def test_two_processes_train_as_one(command, data, tmp_path):
         ends.append(json.loads((Path(config.output) / "summary.json").read_text()))
     assert told[0] == told[1]  # one process tells of all
     assert [end["steps"] for end in ends] == [2, 2]
-    assert abs(ends[0]["after"]["loss"] - ends[0]["before"]["loss"]) > 1e-3  # it has moved, and they alike
-    assert ends[1]["after"] == pytest.approx(ends[0]["after"], rel=1e-4)
+    one, two = (end["after"]["loss"] for end in ends)
+    assert abs(one - ends[0]["before"]["loss"]) > 3e-3  # it has moved
+    assert two == pytest.approx(one, abs=6e-4)  # and alike: TRL averages over batches, and each has other ones
 
 
 def test_all_weights_can_be_trained(tmp_path, data):
