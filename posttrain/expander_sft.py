@@ -56,7 +56,7 @@ class Pair:
 
 def train(config: ExpanderSFTConfig, resume: bool = False) -> None:
     """Runs a recipe into its run directory. Raises UserError for what the user can mend."""
-    main = Processes().main
+    procs = Processes()
     if resume:
         _check_unchanged(config)
     training, heldout = read_pairs(config)
@@ -69,17 +69,17 @@ def train(config: ExpanderSFTConfig, resume: bool = False) -> None:
     base_print = fingerprint(dict(model.named_parameters()))
     if config.lora is not None:
         model = with_adapter(model, config)
-    with Run.create(config, resume, main) as run:
+    with Run.create(config, resume, procs.main) as run:
         checkpoint = newest(run.path / "checkpoints") if resume else None
         run.start(config.steps, checkpoint[0] if checkpoint else 0)
-        logger = _Logger(run)
+        logger = _Logger(run, procs)
         with _quiet():
             trainer = make_trainer(model, tokenizer, training, heldout[: config.measured], config, logger)
             check_tokens(trainer, tokenizer, training)
             # Not `evaluate` before `train`, which would then take the model as it is: each process would train its own.
             trainer.args.eval_on_start = checkpoint is None
             trainer.train(resume_from_checkpoint=str(checkpoint[1]) if checkpoint else None)
-        if main:
+        if procs.main:
             before, after = _evaluations(run)
             folder = run.path / ("adapter" if config.lora is not None else "model")
             trainer.accelerator.unwrap_model(trainer.model).save_pretrained(str(folder))
@@ -278,8 +278,8 @@ def check_tokens(trainer: SFTTrainer, tokenizer: Any, pairs: list[Pair]) -> None
 class _Logger(TrainerCallback):
     """Writes what the trainer logs as metrics of the run; Ctrl-C and SIGTERM save and end it."""
 
-    def __init__(self, run: Run):
-        self.run = run
+    def __init__(self, run: Run, procs: Processes):
+        self.run, self.procs = run, procs
         self.stopped: signal.Signals | None = None
         self._before: dict[int, Any] = {}
 
@@ -291,7 +291,7 @@ class _Logger(TrainerCallback):
             signal.signal(number, handler)
 
     def on_step_end(self, args, state, control, **_):
-        if self.stopped is not None:
+        if self.procs.any(self.stopped is not None):
             control.should_save = control.should_training_stop = True
         if state.global_step == state.max_steps:
             control.should_evaluate = control.should_save = True

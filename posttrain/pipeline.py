@@ -9,19 +9,21 @@
     NAME/         what stage NAME made
 
 A stage is finished when its command has ended well and all its steps are done, or its own stop rule ended it. Ctrl-C
-and SIGTERM are passed on to the stage that runs, which saves. A lock that the stage holds too keeps a second pipeline,
-and one after a kill while its stage still runs, from writing into the same directory.
+and SIGTERM are passed on to the stage that runs, which saves. So it does when the pipeline is killed, on Linux. A lock
+that the stage holds too keeps a second pipeline, and one after a kill while its stage still runs, from writing into the
+same directory; with --resume it waits a minute for that to end.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -37,6 +39,10 @@ from posttrain.pipeline_report import write_index
 from prompts.errors import UserError
 
 STATE = "stages.json"
+PATIENCE = 60
+"""Seconds that a resumed pipeline waits for a stage that was left behind."""
+LEFT = "another posttrain run, or a stage that one has left behind,"
+PR_SET_PDEATHSIG = 1
 
 
 def carry_out(config: PipelineConfig, resume: bool = False, dry_run: bool = False) -> int:
@@ -63,7 +69,7 @@ def carry_out(config: PipelineConfig, resume: bool = False, dry_run: bool = Fals
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output: {folder} cannot be made: {error.strerror}; choose another") from error
-    with _locked(folder) as lock:
+    with _locked(folder, PATIENCE if resume else 0) as lock:
         return Runner(config, stages, state, lock).run()
 
 
@@ -139,10 +145,12 @@ class Runner:
         self._child: subprocess.Popen[bytes] | None = None
 
     def run(self) -> int:
+        done = [stage.name for stage in self.stages if self.state.get(stage.name, {}).get("finished")]
         with self._signals():
             for stage in self.stages:
-                if self.state.get(stage.name, {}).get("finished"):
-                    _say(f"stage {stage.name} is finished")
+                if stage.name in done:
+                    if len(done) < len(self.stages):
+                        _say(f"stage {stage.name} is finished")
                     continue
                 code = 0 if self.stopped else self._carry_out(stage)
                 write_index(self.folder, self.stages, self.state)
@@ -153,7 +161,9 @@ class Runner:
                     return 0
                 if code:
                     return code
-        _say(f"all {len(self.stages)} stages are finished; see {self.folder / 'index.html'}")
+        exported = ", ".join(str(stage.output) for stage in self.stages if stage.command == "export")
+        told = f"; exported: {exported}" if exported else ""
+        _say(f"all {len(self.stages)} stages are finished; report: {self.folder / 'index.html'}{told}")
         return 0
 
     def _carry_out(self, stage: Stage) -> int:
@@ -187,7 +197,9 @@ class Runner:
             words.append("--resume")
         try:
             # A session of its own: Ctrl-C then reaches it once, from here.
-            self._child = subprocess.Popen(words, start_new_session=True, pass_fds=[self.lock])
+            self._child = subprocess.Popen(
+                words, start_new_session=True, pass_fds=[self.lock], preexec_fn=_ends_with_its_parent()
+            )
         except OSError as error:
             raise UserError(f"launch: {words[0]} cannot be run: {error.strerror}") from error
         if self.stopped is not None:  # it came while the process began
@@ -225,9 +237,26 @@ def is_complete(stage: Stage) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[int]:
-    with lock(folder, "another posttrain run, or a stage that one has left behind,") as file:
+def _locked(folder: Path, patience: float) -> Iterator[int]:
+    with contextlib.ExitStack() as stack:
+        began = time.monotonic()
+        while True:
+            try:
+                file = stack.enter_context(lock(folder, LEFT))
+                break
+            except UserError:
+                if time.monotonic() - began > patience:
+                    raise
+            time.sleep(0.2)
         yield file.fileno()
+
+
+def _ends_with_its_parent() -> Callable[[], None] | None:
+    """What a stage's process does first: has itself sent SIGTERM, on which it saves, when this process is gone."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl  # looked up here: between fork and exec as little as possible
+    return lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _say(message: str) -> None:

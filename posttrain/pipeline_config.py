@@ -37,3 +37,5 @@ class PipelineConfig:
     stages but export and expander data; none: this Python, one process."""
     gpu_gib: float | None = None
     """Memory in GiB of each GPU, > 0, for the dry run, which estimates what each stage needs of it; null: none is."""
+    seed: int | None = None
+    """Seed of every stage that has one, unless its `set` names another, >= 0; null: as their recipes say."""

@@ -78,20 +78,22 @@ def resolve(config: PipelineConfig) -> list[Stage]:
     stages: list[Stage] = []
     for stage in config.stages:
         try:
-            stages.append(_resolve(stage, stages, Path(config.output)))
+            stages.append(_resolve(stage, stages, Path(config.output), config.seed))
         except UserError as error:
             raise UserError(f"stage {stage.name}: {str(error).replace('command line: ', 'set: ')}") from error
     return stages
 
 
-def _resolve(stage: StageConfig, earlier: list[Stage], folder: Path) -> Stage:
+def _resolve(stage: StageConfig, earlier: list[Stage], folder: Path, seed: int | None) -> Stage:
     known = [name for name in COMMANDS if name in cli.COMMANDS]
     if stage.command not in known:
         raise UserError(f"command: '{stage.command}' cannot be a stage{suggestion(stage.command, known)}")
     if "output" in stage.set:
         raise UserError(f"set.output: is the pipeline's business ({folder / stage.name}); leave it out")
     outputs = {one.name: str(one.output) for one in earlier}
-    settings = {key: _filled(value, f"set.{key}", outputs) for key, value in stage.set.items()}
+    fields = {field.name for field in dataclasses.fields(cli.COMMANDS[stage.command].config)}
+    given = ({"seed": seed} if seed is not None and "seed" in fields else {}) | stage.set
+    settings = {key: _filled(value, f"set.{key}", outputs) for key, value in given.items()}
     output = folder / stage.name
     if stage.command == "export":
         merged = {k: v for path in stage.recipes for k, v in read_recipe(path).items()} | settings

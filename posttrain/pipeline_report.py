@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.disk import replace_text
-from posttrain.html_page import breakable, data_uri, page
+from posttrain.html_page import breakable, data_uri, figure, page, table
+from posttrain.pipeline_gains import gains
 from posttrain.pipeline_plan import Stage
 from posttrain.progress import duration
 from posttrain.report import summary_tables
@@ -25,6 +26,7 @@ def write_index(folder: Path, stages: list[Stage], state: dict[str, Any]) -> Pat
     body = [
         f"<header><h1>{html.escape(folder.resolve().name)}</h1><p>{len(stages)} stages</p></header>",
         _overview(stages, state, folder),
+        _gains(stages),
         _along(stages, summaries),
         _first_and_last(stages),
         *(_stage(stage, summaries.get(stage.name, {}), folder) for stage in stages),
@@ -49,23 +51,38 @@ def _overview(stages: list[Stage], state: dict[str, Any], folder: Path) -> str:
     return f'<h2>Stages</h2><div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
 
 
+def _gains(stages: list[Stage]) -> str:
+    """What each stage is for, before and after it."""
+    rows = []
+    for stage in stages:
+        for i, gain in enumerate(gains(stage)):
+            name = f"{gain.figure}, trained" if gain.trained else gain.figure
+            change = figure(gain.change, "+")
+            rows.append(["" if i else stage.name, name, figure(gain.before), figure(gain.after), change])
+    if not rows:
+        return ""
+    note = "<p>Held out, by the stage's own evaluation. What is not called trained is only measured.</p>"
+    held = table(["stage", "figure", "before", "after", "change"], rows, [False] * 2 + [True] * 3)
+    return f"<h2>What each stage gained</h2>{note}{held}"
+
+
 def _along(stages: list[Stage], summaries: dict[str, dict[str, Any]]) -> str:
     """Figures that at least two stages measured: before the first of them, and after each."""
-    trained = [stage.name for stage in stages if summaries.get(stage.name, {}).get("after")]
-    if len(trained) < 2:
-        return ""
-    after = {name: summaries[name]["after"] for name in trained}
-    start = summaries[trained[0]].get("before") or {}
+    after = {stage.name: found for stage in stages if (found := summaries.get(stage.name, {}).get("after"))}
     names = dict.fromkeys(key for figures in after.values() for key in figures)
+    shared = [key for key in names if sum(key in figures for figures in after.values()) > 1]
+    after = {name: figures for name, figures in after.items() if any(key in figures for key in shared)}
+    if not shared:
+        return ""
+    start = summaries[next(iter(after))].get("before") or {}
     rows = []
-    for key in names:
-        if sum(key in figures for figures in after.values()) > 1:
-            cells = [start.get(key), *(figures.get(key) for figures in after.values())]
-            rows.append(f"<tr><td>{breakable(key)}</td>{''.join(map(_cell, cells))}</tr>")
-    head = "".join(f'<th class="n">{html.escape(name)}</th>' for name in ["start", *trained])
+    for key in shared:
+        cells = [start.get(key), *(figures.get(key) for figures in after.values())]
+        rows.append(f"<tr><td>{breakable(key)}</td>{''.join(map(_cell, cells))}</tr>")
+    head = "".join(f'<th class="n">{html.escape(name)}</th>' for name in ["start", *after])
     note = "<p>As each stage's last evaluation measured them; compare only where they evaluate alike.</p>"
-    table = f'<div class="scroll"><table><tr><th></th>{head}</tr>{"".join(rows)}</table></div>'
-    return f"<h2>Along the stages</h2>{note}{table}"
+    shown = f'<div class="scroll"><table><tr><th></th>{head}</tr>{"".join(rows)}</table></div>'
+    return f"<h2>Along the stages</h2>{note}{shown}"
 
 
 def _first_and_last(stages: list[Stage]) -> str:

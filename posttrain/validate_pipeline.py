@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from posttrain.pipeline_config import PipelineConfig
-from posttrain.ranges import ConfigError, positive
+from posttrain.ranges import ConfigError, at_least, positive
 
 
 def validate_pipeline(config: PipelineConfig) -> None:
@@ -15,6 +15,8 @@ def validate_pipeline(config: PipelineConfig) -> None:
         raise ConfigError("stages", "is empty; name at least one stage")
     if config.gpu_gib is not None:
         positive("gpu_gib", config.gpu_gib)
+    if config.seed is not None:
+        at_least("seed", config.seed, 0)
     names = [stage.name for stage in config.stages]
     for i, name in enumerate(names):
         if not re.fullmatch(r"[A-Za-z0-9_][\w-]*", name):
