@@ -45,11 +45,11 @@ NOT_RUN = {
     "make test": "is what runs this",
     "rewards/make_vllm_env.sh": "installs vLLM, as make test does",
     "posttrain run recipes/nano/pipeline.yaml --resume": (
-        "hours on a CPU; its stages run here, by their recipes: tests/test_pipeline.py::"
+        "minutes; its stages run here, by their recipes: tests/test_pipeline.py::"
         "test_a_pipeline_that_was_killed_ends_as_one_that_was_not"
     ),
     "posttrain run recipes/nano/pipeline.yaml": (
-        "hours on a CPU; its stages run here, by their recipes: tests/test_pipeline.py::"
+        "minutes; its stages run here, by their recipes: tests/test_pipeline.py::"
         "test_stages_follow_each_other_and_are_done_once"
     ),
     "posttrain preflight --config recipes/k2/grpo.yaml": SCALE + "tests/test_pipeline_fit.py::"
@@ -57,7 +57,7 @@ NOT_RUN = {
     "posttrain run recipes/k2/pipeline.yaml": SCALE + "tests/test_pipeline_fit.py::"
     "test_a_pipeline_of_k2_resolves_without_weights",
     "posttrain serve --config recipes/nano/grpo.yaml": (
-        "wants vLLM and ends with Ctrl-C: tests/test_serve.py::test_command_serves_until_it_is_stopped"
+        "wants vLLM and ends with Ctrl-C: tests/test_serve_command.py::test_command_serves_until_it_is_stopped"
     ),
     "OMP_NUM_THREADS=1 posttrain grpo --config recipes/nano/grpo.yaml": (
         "wants vLLM: tests/test_serve.py::test_a_run_says_how_far_its_judges_repeat_themselves"
@@ -74,6 +74,7 @@ NOT_RUN = {
     "python -m posttrain.nano.bench_grpo": "dozens of runs of posttrain grpo, whose recipes run here",
     "python -m posttrain.nano.bench_stpo": "dozens of runs of posttrain pairs and stpo, whose recipes run here",
     "python -m posttrain.nano.bench_expander": "runs of posttrain expander sft and gdpo, whose recipes run here",
+    "python -m posttrain.nano.bench_pipeline": "runs of the nano pipeline, whose recipes run here",
     "python -m posttrain.nano.bench_tdm": "the teacher's 56 forwards a picture, minutes of a GPU",
     "python -m posttrain.nano.evaluate": "500 pictures by the stock pipeline, minutes of a GPU",
     "python -m posttrain.nano.build ": "minutes of a GPU",
