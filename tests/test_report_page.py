@@ -8,6 +8,8 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +30,7 @@ from posttrain.report import write_report
 from posttrain.run_files import RunFiles, read_run
 from posttrain.watches import limits
 from posttrain.wipe import pictures
-from rewards.base import Scored, Scores
+from rewards.base import RewardSpec, Scored, Scores
 from tests.test_report import EVIL, Tags, make_run
 
 QUESTION = 'the word "<script>alert(2)</script>" is there'
@@ -257,7 +259,8 @@ def written(tmp_path_factory) -> dict[str, Path]:
     runs = [answered_run(folder / name) for name in ("first", "second")]
     both = folder / "comparison.html"
     both.write_text(page("both", comparison([read_run(run) for run in runs])))
-    stages = [Stage(run.name, "grpo", None, [], run, {}) for run in runs]
+    config: Any = SimpleNamespace(rewards=[RewardSpec("rubric", "a:b")])
+    stages = [Stage(run.name, "grpo", config, [], run, {}) for run in runs]
     report = write_report(runs[1])
     state = {run.name: {"finished": "2026-01-01T00:00:00+0000", "seconds": 5.0} for run in runs}
     return {"report": report, "comparison": both, "index": write_index(folder, stages, state)}

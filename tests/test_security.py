@@ -6,6 +6,8 @@ import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -162,7 +164,8 @@ def test_figures_stay_text_in_a_pipelines_report(tmp_path):
     (run / "summary.json").write_text(json.dumps({"before": figures, "after": figures, "steps": 1}))
     (run / "recipe.yaml").write_text(yaml.safe_dump({"model": {"path": EVIL}}))
     (run / "metrics.jsonl").write_text("")
-    stage = Stage("grpo", "grpo", None, [], run, {"model.start": EVIL})
+    config: Any = SimpleNamespace(rewards=[RewardSpec(EVIL, "a:b")])
+    stage = Stage("grpo", "grpo", config, [], run, {"model.start": EVIL})
     write_index(tmp_path, [stage], {"grpo": {"finished": "2026-01-01T00:00:00", "seconds": 1.0, "attempts": 1}})
     assert_inert((tmp_path / "index.html").read_text())
 
