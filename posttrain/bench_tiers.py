@@ -33,7 +33,9 @@ GIB = 2**30
 GPUS = (24, 48, 80, 141)
 """GiB of memory, about: RTX 4090, L40S, H100 and H200 have a little less or more."""
 BLOCK_BYTES = 150e3
-"""What a compiled block of K2 keeps for backward, for a token with adapters of rank 64: measured. Uncompiled: 360e3."""
+"""What a compiled block of K2 keeps for backward, for a token with adapters of rank 64: measured."""
+UNCOMPILED = 2.4
+"""Times as much an uncompiled one keeps."""
 DECODE_BYTES = 3.3e3
 """What K2's VAE holds at most for a pixel that it decodes in bf16, counted, without what convolutions take aside."""
 OPTIONS: tuple[tuple[str, ...], ...] = (

@@ -29,7 +29,7 @@ from posttrain.expander_rl_config import ExpanderGDPOConfig
 from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
 from posttrain.pipeline_config import PipelineConfig
 from posttrain.ranges import ConfigError
-from posttrain.recipe import check_recipe, completed, describe, field_types, fits, read_recipe, suggestion
+from posttrain.recipe import check_recipe, completed, describe, dumped, field_types, fits, read_recipe, suggestion
 from posttrain.stpo_config import STPOConfig
 from posttrain.tdm_config import TDMConfig
 from posttrain.validate import validate
@@ -249,7 +249,7 @@ def _recipes_first(argv: list[str]) -> list[str]:
 
 def _inlined(argv: list[str], recipes: dict[str, Any]) -> list[str]:
     """The arguments with what was read of a recipe in the place of its path."""
-    texts = {path: yaml.safe_dump(data, default_flow_style=True) for path, data in recipes.items()}
+    texts = {path: dumped(data) for path, data in recipes.items()}
     words = []
     for previous, word in itertools.pairwise(["", *argv]):
         option, equals, path = word.partition("=")
@@ -267,7 +267,8 @@ def _completed(argv: list[str], types: dict[str, Any]) -> list[str]:
         option, equals, value = word.partition("=") if word.startswith("--") else (previous, "", word)
         kind = types.get(option.removeprefix("--")) if option.startswith("--") else None
         if get_origin(kind) is list and value and dataclasses.is_dataclass(get_args(kind)[0]):
-            with contextlib.suppress(yaml.YAMLError, TypeError):  # jsonargparse says what is wrong with it
+            # jsonargparse says what is wrong with it
+            with contextlib.suppress(yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError):
                 value = json.dumps(completed(yaml.safe_load(value), kind))
             word = f"{option}={value}" if equals else value
         words.append(word)

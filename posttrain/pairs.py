@@ -43,6 +43,8 @@ from posttrain.training import resuming
 from prompts.errors import UserError
 from prompts.records import PromptRecord, columns, read_prompts
 from rewards.background import ScoreQueue
+from rewards.base import RewardSpec
+from rewards.image import JudgeReward
 from rewards.load import load_rewards
 from rewards.serve import serve
 
@@ -113,7 +115,9 @@ def _make(
     """Draws until there are enough; returns what it cost, in seconds of all processes together."""
     plan, cost = Plan(config), Cost()
     with contextlib.ExitStack() as stack:
-        queue = stack.enter_context(ScoreQueue(load_rewards(config.rewards, urls))) if config.rewards else None
+        rewards = load_rewards(config.rewards, urls)
+        queue = stack.enter_context(ScoreQueue(rewards)) if rewards else None
+        judged = [reward.spec for reward in rewards if isinstance(reward.function, JudgeReward)]
         output = None
         if procs.main:
             card = {"policy": drawer.names[config.policy or ""]}
@@ -133,7 +137,7 @@ def _make(
                 drawn = procs.each(mine and draw_block(config, plan, drawer, queue, records, mine))
                 if untried and any(result.pairs for result in drawn):
                     untried = False
-                    _check_judges(config, run, urls, records, drawn)
+                    _check_judges(judged, run, urls, records, drawn)
                 for block, result in zip(turn, drawn):
                     _trim(result, plan.room(block))
                     if output is not None:
@@ -162,13 +166,13 @@ def _make(
 
 
 def _check_judges(
-    config: PairsConfig, run: Run, urls: dict[str, list[str]], records: list[PromptRecord], drawn: list[Drawn]
+    specs: list[RewardSpec], run: Run, urls: dict[str, list[str]], records: list[PromptRecord], drawn: list[Drawn]
 ) -> None:
-    """On the first chosen pictures. With rewards of their own: those of the queue keep to its event loop."""
+    """On the first chosen pictures. With judges of their own: those of the queue keep to its event loop."""
     chosen = [pair.chosen for result in drawn for pair in result.pairs]
     places = [p for result in drawn for p, fate in zip(result.entry["prompts"], result.entry["fates"]) if fate == KEPT]
     rows = [records[place] for place in places]
-    check_judges(run, load_rewards(config.rewards, urls), chosen, [r.prompt for r in rows], columns(rows))
+    check_judges(run, load_rewards(specs, urls), chosen, [r.prompt for r in rows], columns(rows))
 
 
 def _check_outcome(config: PairsConfig, run: Run, plan: Plan, output: Output | None) -> None:

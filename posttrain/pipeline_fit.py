@@ -25,6 +25,9 @@ def processes(launch: Sequence[str]) -> tuple[int, int]:
     """(processes, those of one machine) as torchrun or accelerate launch is told; 1 where nothing is said."""
     words = [part.replace("-", "_") for word in launch for part in word.split("=", 1)]
     told = {option.strip("_"): int(n) for option, n in itertools.pairwise(words) if n.isdecimal()}
+    for name in ("nnodes", "num_machines", "num_processes", "nproc_per_node"):
+        if told.get(name) == 0:
+            raise UserError(f"launch: {name} is 0; give at least 1")
     machines = told.get("nnodes", told.get("num_machines", 1))
     if "num_processes" in told:
         return told["num_processes"], -(-told["num_processes"] // machines)
@@ -64,10 +67,10 @@ def memory(stage: Stage, stages: Sequence[Stage], gpu_gib: float, on_machine: in
     """
     if stage.command in ALONE or stage.command == "expander sft":
         return None
-    taken = 0.0
-    for spec in servers(stage):
-        if not spec.gpus or min(spec.gpus) < on_machine:
-            taken += memory_share(spec)
+    specs = servers(stage)
+    taken = max(
+        sum(memory_share(spec) for spec in specs if not spec.gpus or gpu in spec.gpus) for gpu in range(on_machine)
+    )
     if taken + _reserve() >= 1:
         return f"no room: its servers take {taken:g} of a GPU that it works on; give them others by gpus", False
     room = (1 - taken - _reserve()) * gpu_gib
@@ -113,6 +116,7 @@ def _estimate(stage: Stage, path: str, sizes: list[list[int]], pictures: int, ro
     model = config.renderer if stage.command == "expander gdpo" else config.model
     parts = bench_tiers.parts_in(path) if Path(path).is_dir() else bench_tiers.parts_of("k2")
     block_bytes = bench_tiers.BLOCK_BYTES * parts.width / bench_tiers.parts_of("k2").width
+    block_bytes *= bench_tiers.UNCOMPILED if getattr(model, "compile", None) is False else 1
     options = [*(["offload"] if "text_encoder" in getattr(model, "offload", []) else [])]
     options += ["fp8"] if getattr(model, "quantize", None) else []
     options += ["adamw8bit"] if training and config.optim.kind == "adamw8bit" else []

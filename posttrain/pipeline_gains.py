@@ -43,24 +43,22 @@ def gains(stage: Stage) -> list[Gain]:
     """Of a stage that has been measured; what it is trained on first. Empty for one that measures nothing."""
     if stage.command == "pairs":
         return _of_pairs(stage)
-    summary = _read(stage.output / "summary.json")
+    summary = read_json(stage.output / "summary.json")
     before, after = summary.get("before") or {}, summary.get("after") or {}
     found = [Gain(stage.name, name, on, before.get(name), after.get(name)) for name, on in _figures(stage)]
     if stage.command == "stpo":
         found.insert(0, Gain(stage.name, ACCURACY, True, COIN, after.get(ACCURACY)))
     if stage.command == "grpo":
-        found.insert(0, Gain(stage.name, "reward", True, _weighed(stage, before), _weighed(stage, after)))
+        found.insert(0, Gain(stage.name, "reward", True, *_weighed(stage, before, after)))
     return [gain for gain in found if gain.after is not None]
 
 
-def _weighed(stage: Stage, figures: dict[str, float | None]) -> float | None:
-    known = [
-        (spec.weight, value)
-        for spec in stage.config.rewards
-        if not spec.heldout_only and spec.gate == "none" and (value := figures.get(spec.name)) is not None
-    ]
-    total = sum(weight for weight, _ in known)
-    return sum(weight * value for weight, value in known) / total if total else None
+def _weighed(stage: Stage, *figures: dict[str, float | None]) -> list[float | None]:
+    """The weighted mean of each of `figures`, over the rewards that all of them have."""
+    trained = [spec for spec in stage.config.rewards if not spec.heldout_only and spec.gate == "none"]
+    weights = {spec.name: spec.weight for spec in trained if all(f.get(spec.name) is not None for f in figures)}
+    total = sum(weights.values())
+    return [sum(w * (f[name] or 0.0) for name, w in weights.items()) / total if total else None for f in figures]
 
 
 def _figures(stage: Stage) -> list[tuple[str, bool]]:
@@ -77,7 +75,7 @@ def _figures(stage: Stage) -> list[tuple[str, bool]]:
 
 
 def _of_pairs(stage: Stage) -> list[Gain]:
-    sources = _read(stage.output / "quality.json").get("sources", {})
+    sources = read_json(stage.output / "quality.json").get("sources", {})
     apart = [spec.name for spec in stage.config.rewards if spec.heldout_only]
     return [
         Gain(stage.name, f"{source}: {name} agrees", False, held["share"], held["share_of_kept"])
@@ -87,5 +85,5 @@ def _of_pairs(stage: Stage) -> list[Gain]:
     ]
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.is_file() else {}

@@ -10,7 +10,7 @@ from typing import Any
 
 from posttrain.disk import replace_text
 from posttrain.html_page import breakable, data_uri, figure, page, table
-from posttrain.pipeline_gains import gains
+from posttrain.pipeline_gains import gains, read_json
 from posttrain.pipeline_plan import Stage
 from posttrain.progress import duration
 from posttrain.report import summary_tables
@@ -22,7 +22,7 @@ LARGEST = 256  # pixels of their longer side
 
 def write_index(folder: Path, stages: list[Stage], state: dict[str, Any]) -> Path:
     """Written anew after each stage; opens without a network, links lead to files beside it."""
-    summaries = {stage.name: _read(stage.output / "summary.json") for stage in stages if stage.output.is_dir()}
+    summaries = {stage.name: read_json(stage.output / "summary.json") for stage in stages if stage.output.is_dir()}
     body = [
         f"<header><h1>{html.escape(folder.resolve().name)}</h1><p>{len(stages)} stages</p></header>",
         _overview(stages, state, folder),
@@ -105,7 +105,7 @@ def _stage(stage: Stage, summary: dict[str, Any], folder: Path) -> str:
         parts.append(wipe_grid(pairs, step_name(found[0]), step_name(found[-1]), LARGEST))
     if summary.get("after"):
         parts.append(summary_tables(summary))
-    quality = _read(stage.output / "quality.json") if stage.output.is_dir() else {}
+    quality = read_json(stage.output / "quality.json") if stage.output.is_dir() else {}
     if quality:
         shown = html.escape(json.dumps(quality, indent=1)[:4000])
         parts.append(f"<details><summary>quality.json</summary><pre>{shown}</pre></details>")
@@ -124,7 +124,3 @@ def _link(stage: Stage, folder: Path) -> str:
 def _cell(value: Any) -> str:
     shown = f"{value:.4f}" if isinstance(value, int | float) else "–"
     return f'<td class="n">{shown}</td>'
-
-
-def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text()) if file.is_file() else {}

@@ -89,17 +89,37 @@ def check_recipe(path: str | Path, data: dict[str, Any], config: type) -> None:
         raise UserError(f"{path}: {field}: {problem}")
 
 
-def completed(value: Any, kind: Any) -> Any:
+class _Text(str):
+    """Of a field that is text, whatever it looks like (1e5)."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts such text in quotes."""
+
+
+_Dumper.add_representer(_Text, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'))
+
+
+def dumped(data: Any) -> str:
+    """YAML on one line, of what `completed` gave."""
+    return yaml.dump(data, Dumper=_Dumper, default_flow_style=True)
+
+
+def completed(value: Any, kind: Any, whole: bool = False) -> Any:
     """The value with all settings of each entry of its lists of sections, those that it leaves out at their defaults.
 
     jsonargparse would take them from the entry in the same place of an earlier recipe's list, if that is as long.
+    `whole`: of a section too, as each within such an entry is.
     """
-    origin, args = get_origin(kind), get_args(kind)
+    args = get_args(kind)
+    if isinstance(value, str) and str in (kind, *args):
+        return _Text(value)
     if (section := _section(kind)) and isinstance(value, dict):
         hints = get_type_hints(section)
-        return {name: completed(item, hints.get(name)) for name, item in value.items()}
-    if origin is list and isinstance(value, list) and dataclasses.is_dataclass(args[0]):
-        return [_defaults(args[0]) | completed(item, args[0]) if isinstance(item, dict) else item for item in value]
+        given = {name: completed(item, hints.get(name), whole) for name, item in value.items()}
+        return _defaults(section) | given if whole else given
+    if get_origin(kind) is list and isinstance(value, list):
+        return [completed(item, args[0], whole=True) for item in value]
     return value
 
 

@@ -22,7 +22,7 @@ def validate_servers(servers: Sequence[ServerSpec]) -> None:
         names.add(server.name)
         if not 0 <= server.port <= 65535:
             raise ConfigError(f"{path}.port", f"is {server.port}; use 1 to 65535, or 0 for any free one")
-        if server.port in ports:
+        if not server.urls and server.port in ports:
             raise ConfigError(f"{path}.port", f"is {server.port}, as that of {ports[server.port]}; give each its own")
         if server.port and not server.urls:
             ports[server.port] = server.name

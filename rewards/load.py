@@ -51,8 +51,10 @@ def check_addresses(value: Any, servers: Sequence[str], where: str) -> None:
     """Raises UserError for a `server://NAME` that is none of the servers, and for base_urls that are no URLs."""
     _with_servers(value, dict.fromkeys(servers, ()), where)
     for name, entry in value.items() if isinstance(value, Mapping) else ():
-        if name == "base_urls":
+        if name == "base_urls" and entry is not None:
             urls = [entry] if isinstance(entry, str) else entry
+            if not isinstance(urls, list) or not all(isinstance(url, str) for url in urls):
+                raise UserError(f"{where}.{name}: is {entry!r}; give a URL or a list of them")
             check_urls([url for url in urls if not url.startswith(SERVER)], f"{where}.{name}")
         else:
             check_addresses(entry, servers, f"{where}.{name}")

@@ -214,7 +214,7 @@ def test_a_list_takes_nothing_from_the_list_that_it_replaces(tmp_path):
     """jsonargparse fills the entries of a list from those of an earlier one that is as long."""
     first = [{"name": "a", "function": "m:a", "heldout_only": True}, {"name": "b", "function": "m:b", "weight": 0.5}]
     second = [{"name": "c", "function": "m:c"}, {"name": "d", "function": "m:d", "gate": "multiply"}]
-    base = {"output": "out", "model": {"path": "m"}, "prompts": {"train": "t", "heldout": "h"}, "rewards": first}
+    base = {"output": "1e5", "model": {"path": "m"}, "prompts": {"train": "t", "heldout": "h"}, "rewards": first}
     for name, data in (("base", base), ("over", {"rewards": second})):
         (tmp_path / f"{name}.yaml").write_text(json.dumps(data))
     recipes = ["--config", str(tmp_path / "base.yaml"), "--config", str(tmp_path / "over.yaml")]
@@ -224,3 +224,21 @@ def test_a_list_takes_nothing_from_the_list_that_it_replaces(tmp_path):
             ("c", False, 1.0, "none"),
             ("d", False, 1.0, "multiply"),
         ]
+        assert config.output == "1e5"
+
+
+def test_nor_do_sections_of_its_entries(tmp_path):
+    def delta(**weaker):
+        return {"stronger": {"guidance": 3.5}, "weaker": weaker}
+
+    first = [{"name": "a", "delta": delta(guidance=1.5)}, {"name": "b", "judged": {"group_size": 8}}]
+    second = [{"name": "c", "delta": delta(drop=0.25)}, {"name": "d", "judged": {}}]
+    ranks = [{"name": "r", "function": "m:r"}]
+    base = {"output": "out", "model": {"path": "m"}, "prompts": "p", "sources": first, "rewards": ranks}
+    for name, data in (("base", base), ("over", {"sources": second})):
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(data))
+    recipes = ["--config", str(tmp_path / "base.yaml"), "--config", str(tmp_path / "over.yaml")]
+    for given in (recipes, [*recipes[:2], "--sources", json.dumps(second)]):
+        c, d = cli.load_config("pairs", given)[0].sources
+        assert (c.delta.weaker.guidance, c.delta.weaker.drop, c.judged) == (0.0, 0.25, None)
+        assert (d.judged.group_size, d.delta) == (4, None)

@@ -1,6 +1,7 @@
 """Whether a pipeline fits its machine: processes, servers, memory; and the recipes of real K2, by their dry runs."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -8,6 +9,7 @@ import yaml
 from posttrain import cli
 from posttrain.pipeline_fit import processes
 from prompts import make_k2
+from prompts.errors import UserError
 from prompts.records import read_prompts
 from tests import runs
 
@@ -138,6 +140,35 @@ def test_a_dry_run_finds_what_does_not_fit(tmp_path, capsys, stage, settings, sa
 )
 def test_processes_of_a_launch(launch, count):
     assert processes(launch.split()) == count
+
+
+def test_no_process_at_all():
+    with pytest.raises(UserError, match="launch: nproc_per_node is 0; give at least 1"):
+        processes("torchrun --nproc-per-node 0 -m posttrain.cli".split())
+
+
+def test_a_gpu_has_its_own_servers_alone(tmp_path, capsys):
+    """Of two servers that take half of a GPU each, on different ones; and blocks that are not compiled keep 2.4 times
+    as much, so that more of them must compute again."""
+    half = ["--gpu-memory-utilization", "0.5"]
+    servers = [{"name": n, "model": "m", "gpus": [i], "extra_args": half} for i, n in enumerate(("a", "b"))]
+    rewards, again = [{"name": "text", "function": "posttrain.nano.oracles:text"}], []
+    for changed in ({}, {"model.compile": False}):
+        data = {
+            "output": str(tmp_path / "out"), "gpu_gib": 141,
+            "launch": ["torchrun", "--nproc-per-node", "8", "-m", "posttrain.cli"],
+            "stages": [{
+                "name": "grpo", "command": "grpo", "recipes": ["recipes/k2/grpo.yaml"],
+                "set": {"servers": servers, "rewards": rewards, "eval.best": None, **changed},
+            }],
+        }  # fmt: skip
+        (tmp_path / "p.yaml").write_text(json.dumps(data))
+        dry(tmp_path / "p.yaml")
+        out, err = capsys.readouterr()
+        assert not err
+        assert "70.5 are its servers'" in out
+        again.append(int(re.search(r"with (\d+) blocks computed again", out)[1]))  # pyright: ignore
+    assert 0 < again[0] < again[1]
 
 
 def test_starter_prompts_are_those_of_their_script(tmp_path, monkeypatch):

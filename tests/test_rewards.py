@@ -21,7 +21,7 @@ from rewards.base import Failure, RewardError, RewardSpec, Scored, Scores, score
 from rewards.gates import apply_gates
 from rewards.image import OCR, Artifact, Rubric
 from rewards.judge import Judge
-from rewards.load import load_rewards, record
+from rewards.load import check_addresses, load_rewards, record
 
 HERE = "tests.test_rewards"
 WHITE = Image.new("RGB", (8, 8), "white")
@@ -323,6 +323,10 @@ def test_ocr_and_artifact():
 
 
 def test_record_has_template_hashes():
+    for bad in (5, [1]):
+        with pytest.raises(UserError, match=r"judge.base_urls: is .*; give a URL or a list of them"):
+            check_addresses({"judge": {"base_urls": bad}}, [], "reward a")
+    check_addresses({"judge": {"base_urls": None}}, [], "reward a")
     judge = {"model": "m", "base_urls": "server://vlm"}
     specs = [
         RewardSpec("rubric", function={"class_path": "rewards.image.Rubric", "init_args": {"judge": judge}}),
