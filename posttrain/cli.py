@@ -267,12 +267,20 @@ def _completed(argv: list[str], types: dict[str, Any]) -> list[str]:
         option, equals, value = word.partition("=") if word.startswith("--") else (previous, "", word)
         kind = types.get(option.removeprefix("--")) if option.startswith("--") else None
         if get_origin(kind) is list and value and dataclasses.is_dataclass(get_args(kind)[0]):
-            # jsonargparse says what is wrong with it
-            with contextlib.suppress(yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError):
-                value = json.dumps(completed(yaml.safe_load(value), kind))
+            entries = _read(value)
+            with contextlib.suppress(TypeError):  # a date is no JSON: jsonargparse says what is wrong with it
+                value = json.dumps(completed(entries, kind)) if isinstance(entries, list) else value
             word = f"{option}={value}" if equals else value
         words.append(word)
     return words
+
+
+def _read(option: str) -> Any:
+    """The value of an option, as YAML reads it; what is no YAML stays text."""
+    try:
+        return yaml.safe_load(option)
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError):
+        return option
 
 
 def _given(field: str, argv: list[str]) -> str | None:
@@ -318,7 +326,7 @@ def _explain(message: str, command: Command, argv: list[str], recipes: dict[str,
         for option in [arg[2:].partition("=")[0] for arg in argv if arg.startswith(f"--{match[1]}.")]:
             if option not in types:
                 return _unknown(option, command, types)
-            if not fits(yaml.safe_load(_given(option, argv) or ""), types[option]):
+            if not fits(_read(_given(option, argv) or ""), types[option]):
                 field = option
         value = _given(field, argv)
         shown = "" if value is None else f"is '{value}', "

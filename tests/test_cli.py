@@ -227,6 +227,16 @@ def test_a_list_takes_nothing_from_the_list_that_it_replaces(tmp_path):
         assert config.output == "1e5"
 
 
+@pytest.mark.parametrize("given", ["'", "[", "2024-13-45"])
+def test_an_option_that_is_no_yaml_is_named(capsys, tmp_path, given):
+    base = {"output": "a", "model": {"path": "m"}, "prompts": {"train": "t", "heldout": "h"}, "rewards": []}
+    (tmp_path / "base.yaml").write_text(json.dumps(base))
+    for option, expected in (("--lora.alpha", "lora.alpha: is"), ("--rewards", "rewards: is")):
+        assert cli.main(["grpo", "--config", str(tmp_path / "base.yaml"), option, given]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"posttrain: error: command line: {expected}") and error.count("\n") == 1
+
+
 def test_nor_do_sections_of_its_entries(tmp_path):
     def delta(**weaker):
         return {"stronger": {"guidance": 3.5}, "weaker": weaker}
