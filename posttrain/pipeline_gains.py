@@ -53,12 +53,12 @@ def gains(stage: Stage) -> list[Gain]:
     return [gain for gain in found if gain.after is not None]
 
 
-def _weighed(stage: Stage, *figures: dict[str, float | None]) -> list[float | None]:
+def _weighed(stage: Stage, *figures: dict[str, Any]) -> list[float | None]:
     """The weighted mean of each of `figures`, over the rewards that all of them have."""
     trained = [spec for spec in stage.config.rewards if not spec.heldout_only and spec.gate == "none"]
     weights = {spec.name: spec.weight for spec in trained if all(f.get(spec.name) is not None for f in figures)}
     total = sum(weights.values())
-    return [sum(w * (f[name] or 0.0) for name, w in weights.items()) / total if total else None for f in figures]
+    return [sum(w * f[name] for name, w in weights.items()) / total if total else None for f in figures]
 
 
 def _figures(stage: Stage) -> list[tuple[str, bool]]:
