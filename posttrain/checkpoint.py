@@ -108,7 +108,7 @@ def on_host(
     of which some may not `keep` them. Copies of before, to be written over, save the time of getting fresh memory."""
     found = {}
     for key, value in tensors.items():
-        whole, old = shards.whole(value.detach()), (over or {}).get(key)
+        whole, old = shards.whole(value).detach(), (over or {}).get(key)
         if keep and old is not None and (old.shape, old.dtype) == (whole.shape, whole.dtype):
             found[key] = old.copy_(whole)
         elif keep:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain import advantages, checkpoint, fsdp, losses, sampler
+from posttrain import advantages, checkpoint, losses, sampler, sharding
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import GRPOConfig
 from posttrain.evaluate import Evaluator, means
@@ -67,7 +67,7 @@ def train(config: GRPOConfig, resume: bool = False) -> None:
     load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})  # before the wait
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     k2 = load_model(config.model, procs.device, saved)
-    with fsdp.sharding(k2, procs):
+    with sharding.sharding(k2, procs):
         add_policy(k2, config.lora, config.seed, reference=config.loss.kl > 0)
     in_run(config, resume, procs, lambda run, urls: _train(config, saved, run, procs, k2, source, heldout, urls))
 

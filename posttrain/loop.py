@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from posttrain import checkpoint, shards
 from posttrain.config import CheckpointConfig, LossConfig, OptimConfig
@@ -117,9 +116,9 @@ class Stepper:
         self.config = config
         self._own = [shards.own(p) for p in self.parameters]
         self.optimizer = make_optimizer(self._own, config)
-        if any(isinstance(p, DTensor) for p in self.parameters):
+        if any(shards.is_parted(p) for p in self.parameters):
             if config.kind != "adamw":
-                raise UserError(f"optim.kind: FSDP2 does not go with {config.kind}; use adamw")
+                raise UserError(f"optim.kind: sharding does not go with {config.kind}; use adamw")
             self.optimizer.param_groups[0]["foreach"] = False  # it takes another copy of all
         self.rate = 1.0
         """Share of the learning rate to take, for a method that lowers it."""
@@ -131,9 +130,10 @@ class Stepper:
 
         Raises UserError when ten gradients in a row were not finite.
         """
-        total = shards.norm([p.grad for p in self.parameters if p.grad is not None])
+        total = shards.norm(self.parameters)
         for parameter, own in zip(self.parameters, self._own):
-            own.grad = None if parameter.grad is None else shards.own(parameter.grad)
+            if parameter.grad is not None:
+                own.grad = shards.own(parameter.grad)
         torch.nn.utils.clip_grads_with_norm_(self._own, self.config.max_grad_norm, total)
         norm = total.item()
         self.updates += 1
@@ -148,11 +148,12 @@ class Stepper:
             if self._average is not None:
                 decay = min(self.config.ema, (1 + self.updates) / (10 + self.updates))
                 torch._foreach_lerp_(self._average, [p.detach() for p in self._own], 1 - decay)
+            shards.spread(self.parameters)
         else:
             self.skipped += 1
             self.skipped_in_a_row += 1
-        for parameter in (*self.parameters, *self._own):
-            parameter.grad = None
+        for parameter, own in zip(self.parameters, self._own):
+            shards.clear(parameter, own)
         if self.skipped_in_a_row >= MAX_SKIPPED:
             raise UserError(
                 f"optim.lr: {MAX_SKIPPED} gradients in a row were not finite; lower it (it is {self.config.lr:g})"
@@ -174,6 +175,8 @@ class Stepper:
             held = parameter.clone()
             parameter.copy_(average)
             average.copy_(held)
+        if self._average is not None:
+            shards.spread(self.parameters)
 
     def kept(self) -> list[Tensor]:
         """What it holds besides the parameters: the optimiser's moments, and the average if there is one."""

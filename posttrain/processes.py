@@ -51,10 +51,12 @@ class Processes:
     """The processes that a launcher started, or the only one."""
 
     def __init__(self, shardable: bool = False) -> None:
-        """`shardable`: the caller uses fsdp.py. Raises UserError where the launcher asks for what it cannot have."""
-        sharded = _fsdp()
-        if sharded and not shardable:
-            raise UserError("accelerate: FSDP2 is for grpo, stpo and tdm: use recipes/launch/ddp.yaml for this command")
+        """`shardable`: the caller uses sharding.py. Raises UserError where the launcher asks for what it cannot have."""
+        engine = _fsdp() or _zero()
+        if engine and not shardable:
+            raise UserError(
+                f"accelerate: {engine} is for grpo, stpo and tdm: use recipes/launch/ddp.yaml for this command"
+            )
         launched, limit, cuda = int(os.environ.get("WORLD_SIZE", "1")) > 1, _timeout(), torch.cuda.is_available()
         if launched and not dist.is_initialized():
             rank, size, longest = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), limit + SPARE
@@ -66,10 +68,13 @@ class Processes:
         self.main = self.rank == 0
         self.summed = False
         """Set when tensors are summed over processes."""
-        self.sharded = sharded and self.size > 1
-        """Whether each is to hold only a part of the model; see fsdp.py."""
+        self.engine = engine if self.size > 1 else None
+        """What divides the model between them: FSDP2, ZeRO-2 or ZeRO-3; see sharding.py."""
+        self.sharded = self.engine is not None
         self.attend: Callable[[], None] = lambda: None
         """What to do until all the others are at the same exchange of messages."""
+        self.settle: Callable[[], None] = lambda: None
+        """What to do before gradients are complete."""
         self._messages = Messages(self.rank, self.size, limit) if self.size > 1 else None
         self.each(None)  # nobody ends, and takes the store along, before all are here
 
@@ -148,14 +153,17 @@ class Processes:
         """Each parameter's gradient becomes the sum over processes; one that some process lacks counts as zero."""
         if self.size == 1:
             return
-        for parameter in parameters:
+        apart = [p for p in parameters if not shards.piece_of(p)]
+        for parameter in apart:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        self.sum(gradient for gradient in gradients if not isinstance(gradient, DTensor))
-        for gradient in gradients:
-            if isinstance(gradient, DTensor):  # FSDP2 has made it the mean
-                shards.own(gradient).mul_(self.size)
+        self.sum(p.grad for p in apart if p.grad is not None and not isinstance(p.grad, DTensor))
+        self.settle()
+        for parameter in parameters:  # FSDP2 and ZeRO have made them means
+            if isinstance(parameter.grad, DTensor):
+                shards.own(parameter.grad).mul_(self.size)
+            elif (piece := shards.piece_of(parameter)) and piece.own.grad is not None:
+                piece.own.grad.mul_(self.size)
 
     def sum(self, tensors: Iterable[Tensor]) -> None:
         """Each tensor becomes the sum over processes."""
@@ -249,27 +257,32 @@ def _in_background(target: Callable[[], None]) -> threading.Thread:
     return thread
 
 
-def _fsdp() -> bool:
-    """Whether accelerate was told to use FSDP2. Raises UserError for what is not supported."""
+def _told(name: str) -> bool:
+    return os.environ.get(name, "false").lower() == "true"
 
-    def told(name: str) -> bool:
-        return os.environ.get(name, "false").lower() == "true"
 
-    if told("ACCELERATE_USE_DEEPSPEED"):
-        raise UserError(
-            "accelerate: DeepSpeed is not supported: use recipes/launch/fsdp2.yaml, which shards parameters,"
-            " gradients and optimiser state as ZeRO-3 does"
-        )
-    if not told("ACCELERATE_USE_FSDP"):
-        return False
+def _fsdp() -> str | None:
+    """FSDP2, if accelerate was told to use it. Raises UserError for what is not supported."""
+    if not _told("ACCELERATE_USE_FSDP"):
+        return None
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError("accelerate: fsdp_version: FSDP's first is not supported; set it to 2")
     for option in ("offload_params", "activation_checkpointing"):
-        if told(f"FSDP_{option.upper()}"):
+        if _told(f"FSDP_{option.upper()}"):
             raise UserError(f"accelerate: fsdp_{option}: is not supported; leave it out (model.recompute saves memory)")
     # accelerate's default is that transformers loads weights in one process only, for accelerate to send them on.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    return True
+    return "FSDP2"
+
+
+def _zero() -> str | None:
+    """ZeRO-2 or ZeRO-3, if accelerate was told to use DeepSpeed. Raises UserError for what is not supported."""
+    if not _told("ACCELERATE_USE_DEEPSPEED"):
+        return None
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    if stage not in ("2", "3"):
+        raise UserError(f"accelerate: zero_stage: is {stage}; take 2 or 3, or recipes/launch/ddp.yaml instead")
+    return f"ZeRO-{stage}"
 
 
 def _timeout() -> float:

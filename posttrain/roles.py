@@ -109,6 +109,11 @@ class Roles:
         with switched(self._active, [] if name is None else [name]):
             yield
 
+    @property
+    def active(self) -> str | None:
+        """The role that it runs as."""
+        return self._active[0] if self._active else None
+
     def role_named_parameters(self, name: str) -> dict[str, nn.Parameter]:
         """An adapter's factors by name, as in `transformer_blocks.0.attn.to_q.lora_A.weight`; or all weights."""
         if self.roles[name] is None:
@@ -125,16 +130,17 @@ class Roles:
         return list(self.role_named_parameters(name).values())
 
     def role_state_dict(self, name: str) -> dict[str, Tensor]:
-        return {key: parameter.detach() for key, parameter in self.role_named_parameters(name).items()}
+        return {key: shards.joined(shards.own(p).detach(), p) for key, p in self.role_named_parameters(name).items()}
 
     @torch.no_grad()
     def load_role_state_dict(self, name: str, state_dict: Mapping[str, Tensor]) -> None:
         """Copy the values in; a missing, unexpected or misshapen key raises before anything changes."""
         own, full = self.role_named_parameters(name), self.roles[name] is None
         remedy = "give weights of this model" if full else "give the adapter of this rank and these targets"
-        check_names(f"{'weights' if full else 'adapter'} {name!r}", own, state_dict, remedy)
+        check_names(f"{'weights' if full else 'adapter'} {name!r}", self.role_state_dict(name), state_dict, remedy)
         for key, parameter in own.items():
             shards.own(parameter).copy_(shards.part(state_dict[key], parameter))
+        shards.spread(list(own.values()))
 
     def train_role(self, name: str) -> list[nn.Parameter]:
         """Only this role's parameters require grad from here on; returns them."""

@@ -1,45 +1,122 @@
-"""Parts of tensors that processes hold between them, as FSDP2 leaves them: DTensors, sharded along one dimension.
+"""Parts of tensors that processes hold between them, as FSDP2 and ZeRO leave them.
 
-Everything here takes plain tensors too, and is then no more than the identity.
+FSDP2 makes parameters DTensors, sharded along one dimension. ZeRO leaves a parameter empty or whole, and what this
+process updates is a run of its elements, a `Piece`. Everything here takes plain tensors too, and is then no more than
+the identity.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
+@dataclass
+class Piece:
+    """A tensor of which each process holds a run of elements: of `size`, but for the last ones, which may lack some."""
+
+    own: Tensor
+    shape: torch.Size
+    size: int
+
+    def cut(self, whole: Tensor) -> Tensor:
+        begin = min(dist.get_rank() * self.size, whole.numel())
+        return whole.reshape(-1)[begin : begin + len(self.own)].to(self.own.device)
+
+    def whole(self) -> Tensor:
+        """All of it; all processes must ask at once."""
+        padded = self.own.new_zeros(self.size)
+        padded[: len(self.own)] = self.own
+        found = padded.new_empty(dist.get_world_size() * self.size)
+        dist.all_gather_into_tensor(found, padded)
+        return found[: self.shape.numel()].view(self.shape)
+
+
+def piece_of(tensor: Any) -> Piece | None:
+    return tensor if isinstance(tensor, Piece) else getattr(tensor, "piece", None)
+
+
+def is_parted(tensor: Tensor) -> bool:
+    return isinstance(tensor, DTensor) or piece_of(tensor) is not None
+
+
 def own(tensor: Tensor) -> Tensor:
     """This process's part, in the same memory."""
+    if piece := piece_of(tensor):
+        return piece.own
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
+
+
+def held(tensor: Tensor) -> list[Tensor]:
+    """What this process has of it in memory."""
+    return [own(tensor), *([tensor.data] if piece_of(tensor) else [])]
+
+
+def shape(tensor: Tensor) -> torch.Size:
+    """That of the whole."""
+    piece = piece_of(tensor)
+    return piece.shape if piece else tensor.shape
 
 
 def part(whole: Tensor, like: Tensor) -> Tensor:
     """This process's part of a tensor that is whole in all of them, cut as `like` is."""
-    if not isinstance(like, DTensor) or whole.shape != like.shape:
+    if whole.shape != shape(like):
+        return whole
+    if piece := piece_of(like):
+        return piece.cut(whole)
+    if not isinstance(like, DTensor):
         return whole
     whole = whole.to(like.device)
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
-def joined(part: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `part`, as a DTensor: nothing is gathered yet."""
+def joined(part: Tensor, like: Tensor) -> Any:
+    """The inverse of `part`, for `whole`: nothing is gathered yet."""
+    if (piece := piece_of(like)) and part.shape == piece.own.shape:
+        return Piece(part, piece.shape, piece.size)
     if not isinstance(like, DTensor) or part.ndim != like.ndim:
         return part
     mesh, placements = like.device_mesh, like.placements
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Any) -> Tensor:
     """All of it; all processes must ask at once."""
+    if piece := piece_of(tensor):
+        return piece.whole()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def norm(gradients: Sequence[Tensor]) -> Tensor:
-    """The norm of all elements of all tensors; all processes must ask at once."""
-    kinds = [[g for g in gradients if isinstance(g, DTensor) is sharded] for sharded in (False, True)]
+def norm(parameters: Sequence[Tensor]) -> Tensor:
+    """The norm of all elements of all their gradients; all processes must ask at once."""
+    pieces = [p.own.grad for p in map(piece_of, parameters) if p and p.own.grad is not None]
+    others = [p.grad for p in parameters if not piece_of(p) and p.grad is not None]
+    kinds = [[g for g in others if isinstance(g, DTensor) is sharded] for sharded in (False, True)]
     norms = [whole(torch.nn.utils.get_total_norm(kind)) for kind in kinds if kind]
+    if pieces:
+        square = torch.nn.utils.get_total_norm(pieces).square()
+        dist.all_reduce(square)
+        norms.append(square.sqrt())
     return torch.stack([torch.zeros_like(norms[0]), *norms]).norm() if norms else torch.zeros(())
+
+
+def clear(parameter: Tensor, own: Tensor) -> None:
+    """Takes its gradient away, and that of the part; a piece's is a buffer of ZeRO's, which stays."""
+    if piece_of(parameter) and own.grad is not None:
+        own.grad.zero_()
+    else:
+        parameter.grad = own.grad = None
+
+
+def spread(parameters: Sequence[Tensor]) -> None:
+    """Brings what is whole in all processes up to date with the pieces that have changed; all must do so at once."""
+    kept: list[Any] = [p for p in parameters if piece_of(p) and p.numel()]
+    if kept:
+        kept[0].partition(kept)
+        kept[0].all_gather(kept)

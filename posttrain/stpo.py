@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain import checkpoint, figures, fsdp, sampler
+from posttrain import checkpoint, figures, sampler, sharding
 from posttrain.checkpoint import Checkpoint
 from posttrain.evaluate import Evaluation, Evaluator
 from posttrain.k2 import K2, Text
@@ -80,7 +80,7 @@ def train(config: STPOConfig, resume: bool = False) -> None:
     pairs = encode_pairs(k2, preferences, config.pairs, procs)
     if saved is not None and saved.state["pairs"] != pairs.fingerprint:
         raise UserError(f"pairs: not those that {saved.path} was trained on, or encoded differently; restore them")
-    with fsdp.sharding(k2, procs):
+    with sharding.sharding(k2, procs):
         add_policy(k2, config.lora, config.seed, reference=True)
     in_run(config, resume, procs, lambda run, urls: _train(config, saved, run, procs, k2, pairs, heldout, urls))
 

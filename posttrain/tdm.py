@@ -43,7 +43,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain import checkpoint, figures, fsdp, sampler, tdm_loss
+from posttrain import checkpoint, figures, sampler, sharding, tdm_loss
 from posttrain.checkpoint import Checkpoint
 from posttrain.evaluate import Evaluation, Evaluator, Way
 from posttrain.k2 import K2, Text
@@ -78,7 +78,7 @@ def train(config: TDMConfig, resume: bool = False) -> None:
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     _refuse_distilled(config)
     k2 = load_model(config.model, procs.device, saved)
-    with fsdp.sharding(k2, procs):
+    with sharding.sharding(k2, procs):
         add_roles(k2, config)
     in_run(config, resume, procs, lambda run, urls: _train(config, saved, run, procs, k2, records, heldout, urls))
 

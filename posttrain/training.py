@@ -191,7 +191,7 @@ class Training:
             "trained weights": list(trained.values()),
             "optimiser": [tensor for stepper in self.steppers for tensor in stepper.kept()],
         }
-        sizes = {name: [shards.own(t) for t in part] for name, part in kept.items()}
+        sizes = {name: [held for t in part for held in shards.held(t)] for name, part in kept.items()}
         return {name: sum(t.numel() * t.element_size() for t in part) / 2**30 for name, part in sizes.items()}
 
     def _seconds(self) -> float:
