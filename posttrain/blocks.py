@@ -10,6 +10,8 @@ compiled on disk (TORCHINDUCTOR_CACHE_DIR), so that later runs begin sooner.
 from __future__ import annotations
 
 import functools
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,12 +22,13 @@ from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import checkpoint
 
 from posttrain.roles import switched
+from prompts.errors import UserError
 
 WAYS = 64
 """Ways to use a block that are compiled, at most; torch runs any further one uncompiled, with a warning."""
 KEPT = 0.9
-"""What a compiled block may keep for backward, in parts of what torch would keep by itself. Below 1 torch goes through
-what costs least to compute again, and finds the fp32 copies that adapters in fp32 read of inputs in bf16."""
+"""What a compiled block may keep for backward on a GPU, in parts of what torch would keep by itself. Below 1 torch goes
+through what costs least to compute again, and finds the fp32 copies that adapters in fp32 read of inputs in bf16."""
 RESERVE = 0.1
 """Share of a GPU's memory that kept activations leave free."""
 
@@ -123,15 +126,19 @@ def _run_compiled(
     for tensor, sizes in ((hidden, (0, 1)), (modulation, (0,)), (rope[0], (0,)), (rope[1], (0,)), (mask, (0, 3))):
         for size in sizes if tensor is not None else ():
             torch._dynamo.maybe_mark_dynamic(tensor, size)
-    return _compiled()(block, hidden, modulation, rope, mask)
+    return _compiled(hidden.device.type)(block, hidden, modulation, rope, mask)
 
 
 @functools.cache
-def _compiled() -> Callable[..., Tensor]:
+def _compiled(device: str) -> Callable[..., Tensor]:
+    """Raises UserError where there is no compiler of C, or of C++ on a CPU, to build what torch writes."""
+    names = [os.environ.get("CXX", "g++")] if device == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
+    if not any(map(shutil.which, names)):
+        raise UserError(f"model.compile: needs {names[0]}, which is not in the PATH; install it, or set it to false")
     dynamo: Any = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, WAYS)
     functorch: Any = functorch_config
-    functorch.activation_memory_budget = KEPT
+    functorch.activation_memory_budget = 1.0 if device == "cpu" else KEPT
     return torch.compile(_run)
 
 

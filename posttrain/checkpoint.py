@@ -122,6 +122,23 @@ class Writer:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
+        self.copies: dict[str, dict[str, Tensor]] = {}
+        """Memory to copy the next checkpoint into, when nothing is pending: see `on_host`."""
+
+    def reserve(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Gets memory for copies of these in the thread: fresh memory comes at a few GB/s, and all weights of K2 with
+        their moments are 150 GB. Raises UserError at the next look where there is not so much."""
+        self.check(wait=True)
+        like = {name: {key: (t.shape, t.dtype) for key, t in group.items()} for name, group in tensors.items()}
+
+        def get() -> None:
+            try:
+                for name, group in like.items():
+                    self.copies[name] = {key: torch.zeros(shape, dtype=dtype) for key, (shape, dtype) in group.items()}
+            except RuntimeError as error:  # torch has no other
+                raise UserError(f"checkpoint: no memory for a copy of what it holds: {error}") from error
+
+        self._pending = self._thread.submit(get)
 
     def save(
         self,
@@ -132,7 +149,8 @@ class Writer:
         keep: int,
         best: int | None = None,
     ) -> None:
-        """See `save` and, for `best`, `mark_best`. Waits for the one before; the tensors may not change any more."""
+        """See `save` and, for `best`, `mark_best`. Waits for the one before. The tensors may not change until this is
+        done; then the next are copied over them."""
         self.check(wait=True)
 
         def write(state: dict[str, Any]) -> None:
@@ -140,6 +158,7 @@ class Writer:
             if best is not None:
                 mark_best(directory, best)
 
+        self.copies = tensors
         self._pending = self._thread.submit(write, copy.deepcopy(state))
 
     @property

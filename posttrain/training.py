@@ -79,16 +79,23 @@ Tensors = dict[str, dict[str, Tensor]]
 """By file of a checkpoint."""
 
 
-def snapshot(k2: K2, stepper: Stepper, further: Tensors, keep: bool, over: Tensors) -> tuple[Tensors, dict[str, Any]]:
-    """Copies on the CPU of what a checkpoint holds, and the JSON of the optimiser; see `checkpoint.on_host`."""
+def content(k2: K2, stepper: Stepper, further: Tensors) -> tuple[Tensors, dict[str, Any]]:
+    """What a checkpoint holds, where it is now, and the JSON of the optimiser."""
     optimizer, state = stepper.flattened()
-    tensors = {"optimizer": optimizer, **further}
+    tensors = {"optimizer": optimizer, **further, file_of(described(k2)): k2.role_state_dict(POLICY)}
     if stepper.config.ema:
         tensors["live"] = k2.role_state_dict(POLICY)
+    return tensors, state
+
+
+def snapshot(k2: K2, stepper: Stepper, further: Tensors, keep: bool, over: Tensors) -> tuple[Tensors, dict[str, Any]]:
+    """Copies on the CPU of a checkpoint's content, with the policy's average; see `checkpoint.on_host`."""
+    tensors, state = content(k2, stepper, further)
+    policy = file_of(described(k2))
+    average = tensors.pop(policy)
     copies = {name: checkpoint.on_host(group, keep, over.get(name)) for name, group in tensors.items()}
     with stepper.averaged():
-        name = file_of(described(k2))
-        copies[name] = checkpoint.on_host(k2.role_state_dict(POLICY), keep, over.get(name))
+        copies[policy] = checkpoint.on_host(average, keep, over.get(policy))
     return copies, state
 
 
@@ -121,8 +128,6 @@ class Training:
         self.first = 0
         self.stopped: signal.Signals | None = None
         self._writer = checkpoint.Writer()
-        self._copies: Tensors = {}
-        """Of the newest checkpoint."""
         self._health = health.watch(procs.device, run.say)
         self._started = time.monotonic()
         if saved is not None:
@@ -157,6 +162,8 @@ class Training:
                 self._writer.check()
                 self.stepper.rate = min(1.0, (total - step + 1) / (config.optim.cooldown_steps + 1))
                 yield step
+                if step == self.first + 1:
+                    self._reserve()
                 if step == total or (config.eval.every and step % config.eval.every == 0):
                     self.history["after"] = self._evaluate(step).figures
                     if watch.newest_is_best(self.evaluations, config.eval.best):
@@ -209,6 +216,13 @@ class Training:
         run.grid(step, result.images[:16], 4, 4)
         return result
 
+    def _reserve(self) -> None:
+        """Memory for the first checkpoint, now that the optimiser has its moments."""
+        if self.procs.main or self.procs.sharded:
+            tensors, _ = content(self.k2, self.stepper, self.state()[0])
+            if self.procs.main:
+                self._writer.reserve(tensors)
+
     def _save(self, step: int) -> None:
         if not self.procs.main and not self.procs.sharded:
             return
@@ -216,8 +230,7 @@ class Training:
         if self.procs.sharded:
             self.procs.each(None)  # who gathers waits no longer for the disk
         further, state = self.state()
-        tensors, optimizer_state = snapshot(self.k2, self.stepper, further, self.procs.main, self._copies)
-        self._copies = tensors
+        tensors, optimizer_state = snapshot(self.k2, self.stepper, further, self.procs.main, self._writer.copies)
         if not self.procs.main:
             return
         state = {

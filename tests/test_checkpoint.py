@@ -307,3 +307,18 @@ def test_copies_are_written_over_those_of_before():
     now["a"] += 1
     assert after["a"].tolist() == [1, 2, 3] and after["b"].dtype == torch.bfloat16 and after["c"].shape == (2,)
     assert checkpoint.on_host(now, keep=False) == {}
+
+
+def test_memory_is_there_before_the_first_checkpoint(tmp_path):
+    writer, now = checkpoint.Writer(), {"adapter": {"w": torch.arange(3.0, dtype=torch.bfloat16)}}
+    writer.reserve(now)
+    writer.check(wait=True)
+    room = writer.copies["adapter"]["w"]
+    copies = {name: checkpoint.on_host(group, over=writer.copies[name]) for name, group in now.items()}
+    assert copies["adapter"]["w"] is room and room.tolist() == [0, 1, 2]
+    writer.save(tmp_path, 1, copies, {}, keep=1)
+    writer.check(wait=True)
+    assert writer.copies is copies and checkpoint.load(tmp_path / "step-000001").tensors["adapter"]["w"].equal(room)
+    writer.reserve({"weights": {"w": torch.empty(1, device="meta").expand(10**15)}})
+    with pytest.raises(UserError, match="no memory for a copy of what it holds"):
+        writer.check(wait=True)
