@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import copy
+import importlib.util
 import os
 import socket
 import threading
@@ -38,6 +39,13 @@ BEAT = 0.5
 """Seconds between a process's signs of life, which are looked at twice, four of them apart."""
 
 
+ZERO_OPTIONS = (
+    "deepspeed_offload_optimizer_device", "deepspeed_offload_param_device", "deepspeed_config_file",
+    "gradient_clipping", "deepspeed_moe_layer_cls_names",
+)  # fmt: skip
+"""What accelerate tells of DeepSpeed that is not supported, or is the recipe's affair."""
+
+
 class OutOfMemoryElsewhere(torch.OutOfMemoryError):
     """Another process has run out of memory."""
 
@@ -51,7 +59,7 @@ class Processes:
     """The processes that a launcher started, or the only one."""
 
     def __init__(self, shardable: bool = False) -> None:
-        """`shardable`: the caller uses sharding.py. Raises UserError where the launcher asks for what it cannot have."""
+        """`shardable`: the caller uses sharding.py. Raises UserError where the launcher asks for what it can't have."""
         engine = _fsdp() or _zero()
         if engine and not shardable:
             raise UserError(
@@ -279,9 +287,15 @@ def _zero() -> str | None:
     """ZeRO-2 or ZeRO-3, if accelerate was told to use DeepSpeed. Raises UserError for what is not supported."""
     if not _told("ACCELERATE_USE_DEEPSPEED"):
         return None
+    given = {name: os.environ.get(f"ACCELERATE_{name.upper()}", "none").lower() for name in ZERO_OPTIONS}
+    for name, value in given.items():
+        if value not in ("none", "false"):
+            raise UserError(f"accelerate: {name.removeprefix('deepspeed_')}: is not supported; leave it out")
     stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     if stage not in ("2", "3"):
         raise UserError(f"accelerate: zero_stage: is {stage}; take 2 or 3, or recipes/launch/ddp.yaml instead")
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError("accelerate: DeepSpeed is not installed: pip install 'posttrain[deepspeed]'")
     return f"ZeRO-{stage}"
 
 

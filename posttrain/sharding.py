@@ -1,4 +1,4 @@
-"""Networks that processes hold between them: FSDP2 (fsdp.py) or DeepSpeed's ZeRO (zero.py) divides, gathers and reduces.
+"""Networks that processes hold between them: FSDP2 (fsdp.py) or ZeRO (zero.py) divides, gathers and reduces.
 
     accelerate launch --config_file recipes/launch/fsdp2.yaml -m posttrain.cli grpo --config ...
 
@@ -111,8 +111,8 @@ class Together:
         self.k2, self.procs = k2, procs
         self.networks: list[nn.Module] = []
         self.passes: list[tuple[bool, str | None, int]] = []
-        """Kinds of passes forward: with gradient or not, as which role, through which network. The latest one comes first:
-        whoever is at one without gradient has not begun what the others are at."""
+        """Kinds of passes forward: with gradient or not, as which role, through which network. Of those that processes
+        are at, the last one here is next: who is at one without gradient has not begun what the others are at."""
         self.settle: Callable[[], None] = lambda: None
         """Brings the gradients of the pass before to an end, before there is another."""
         x = torch.zeros(1, 1, k2.latent_channels, dtype=k2.dtype, device=k2.device)

@@ -25,6 +25,10 @@ class Piece:
     shape: torch.Size
     size: int
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.own.dtype
+
     def cut(self, whole: Tensor) -> Tensor:
         begin = min(dist.get_rank() * self.size, whole.numel())
         return whole.reshape(-1)[begin : begin + len(self.own)].to(self.own.device)

@@ -1,5 +1,5 @@
-"""DeepSpeed's ZeRO: each process updates a part of what is trained and holds its gradient and moments; ZeRO-3 divides the
-weights too, and gathers a layer's while it runs.
+"""DeepSpeed's ZeRO: each process updates a part of what is trained and holds its gradient and moments; ZeRO-3 divides
+the weights too, and gathers a layer's while it runs.
 
     accelerate launch --config_file recipes/launch/zero3.yaml -m posttrain.cli grpo --config ...
 
@@ -30,8 +30,8 @@ BUCKET = 200_000_000
 
 
 class _Parts(nn.Module):
-    """A network but for what fuses the text, which stays whole, and what has no weights: all processes must pass through
-    the same modules, and some is called for new sizes only."""
+    """A network but for what fuses the text, which stays whole, and what has no weights: all processes must pass
+    through the same modules, and some is called for new sizes only."""
 
     def __init__(self, network: VelocityModel):
         super().__init__()
@@ -60,7 +60,7 @@ def shard(k2: K2, networks: list[VelocityModel], procs: Processes) -> tuple[list
         own = [p for p in parts.parameters() if id(p) in trained]
         passed.append(parts if procs.engine == "ZeRO-3" else network)
         if procs.engine == "ZeRO-3":
-            optimizers.append(_divided(parts, own, max((p.numel() for p in parts.parameters() if p.ndim < 2))))
+            optimizers.append(_divided(parts, own, max(p.numel() for p in parts.parameters() if p.ndim < 2)))
         elif own:
             optimizers.append(_divided(nn.ParameterList(own), own, sys.maxsize))
             own[0].all_gather(own)

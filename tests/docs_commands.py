@@ -67,7 +67,7 @@ NOT_RUN = {
     "torchrun --nproc-per-node 2 -m posttrain.cli bench": (
         "two GPUs; torchrun is started by tests/test_processes.py::test_four_processes_equal_two_and_one"
     ),
-    "accelerate launch": "several GPUs or machines: tests/test_fsdp.py::test_launching",
+    "accelerate launch": "several GPUs or machines: tests/test_sharding.py::test_launching",
     "posttrain bench --output runs/bench": SCALE + "tests/test_bench.py::test_bench_and_plans",
     "posttrain bench --methods": SCALE + "tests/test_bench.py::test_bench_and_plans",
     "python -m posttrain.bench_checkpoint": SCALE + "tests/test_checkpoint.py checks its parts",

@@ -1,4 +1,4 @@
-"""All weights under FSDP2: the same run as one process with all of them, and checkpoints that either goes on from."""
+"""All weights under FSDP2 and ZeRO: the same run as one process with all of them; any goes on from any checkpoint."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from posttrain import checkpoint
 from posttrain.k2 import K2
@@ -18,6 +18,8 @@ from tests import runs
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 """What `accelerate launch` tells the processes."""
+ZERO2, ZERO3 = ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage} for stage in "23")
+ENGINES = {"one": {}, "fsdp2": FSDP2, "zero2": ZERO2, "zero3": ZERO3}
 
 
 def assert_close(a: checkpoint.Checkpoint, b: checkpoint.Checkpoint, begun: dict) -> None:
@@ -32,20 +34,30 @@ def assert_close(a: checkpoint.Checkpoint, b: checkpoint.Checkpoint, begun: dict
         assert first.norm() > 0 and (first - second).norm() < 1e-2 * first.norm(), name
 
 
-def train(command, config, method: str, path, *args, sharded: bool, processes: int = 2) -> None:
+def train(command, config, method: str, path, *args, engine: str, processes: int = 2) -> None:
+    """Each process holds its part: of what is trained, and, but under ZeRO-2, of all weights."""
     result = command(
-        method, "--config", runs.recipe(config, path), *args, processes=processes, **FSDP2 if sharded else {}
+        method, "--config", runs.recipe(config, path), *args, processes=processes, **ENGINES.get(engine, {})
     )
     assert result.returncode == 0, result.stderr
-    assert "view tensor" not in result.stderr, result.stderr
-    if sharded:
-        [(held, total)] = re.findall(r"each process holds (\S+) of (\S+) million", result.stderr)
-        assert float(held) < 0.65 * float(total)
+    assert "view tensor" not in result.stderr and "DeepSpeed" not in result.stderr, result.stderr
+    if engine in ("fsdp2", "zero2", "zero3"):
+        pattern = r"each process holds (\S+) of (\S+) million weights and updates (\S+) of the (\S+) that are trained"
+        [(held, total, own, trained)] = (map(float, found) for found in re.findall(pattern, result.stderr))
+        assert engine == "zero2" or held < 0.65 * total
+        assert (engine == "fsdp2" and config.lora) or own < 0.65 * trained
 
 
-@pytest.mark.parametrize("method", ["grpo", "stpo"])
+WHOLE = [("one",), ("fsdp2",)]
+CUT = {
+    "grpo": [("zero3",), ("fsdp2", "one"), ("one", "zero3"), ("zero3", "fsdp2")],
+    "stpo": [("zero2",), ("one", "fsdp2"), ("fsdp2", "zero2"), ("zero2", "one")],
+}
+
+
+@pytest.mark.parametrize("method", CUT)
 def test_two_sharded_processes_equal_one(command, model, tmp_path, method):
-    """What is dealt out does not divide by two. A run is cut in half and carried on by the other kind of processes."""
+    """What is dealt out does not divide by two. A run is cut in half and carried on under another engine."""
     config: Any = runs.config(tmp_path, model) if method == "grpo" else runs.stpo_config(tmp_path, model)
     config.lora, config.optim.lr, config.optim.ema = None, 1e-4, 0.5
     config.eval.prompts, config.eval.every = 1, 1
@@ -54,12 +66,13 @@ def test_two_sharded_processes_equal_one(command, model, tmp_path, method):
         config.sampling.sizes, config.optim.max_grad_norm = [[32, 32], [16, 48]], 1e-3
     else:
         config.batch, config.micro_batch = 5, 2
-    outputs = [tmp_path / name for name in ("one", "two", "cut", "mended")]
-    for output, halves in zip(outputs, ([False], [True], [True, False], [False, True])):
-        config.output = str(output)
-        for i, sharded in enumerate(halves):
+    outputs = []
+    for halves in [*WHOLE, *CUT[method]]:
+        outputs.append(tmp_path / "-".join(halves))
+        config.output = str(outputs[-1])
+        for i, engine in enumerate(halves):
             args = "--steps", 3 - len(halves) + i, "--resume"
-            train(command, config, method, tmp_path / "r.yaml", *args, sharded=sharded, processes=1 + sharded)
+            train(command, config, method, tmp_path / "r.yaml", *args, engine=engine, processes=1 + (engine != "one"))
     begun = K2.load(model).base_state_dict()
     one, *others = outputs
     for other in others:
@@ -76,18 +89,25 @@ def test_the_arithmetic_is_that_of_whole_weights(command, model, tmp_path, rank)
     config.model.dtype, config.student.steps, config.batch, config.micro_batch = "bfloat16", [2, 3], 5, 2
     if rank is None:
         config.lora, config.optim.lr = None, 1e-4
-    for name in ("plain", "sharded"):
-        config.output = str(tmp_path / name)
-        train(command, config, "tdm", tmp_path / "r.yaml", sharded=name == "sharded")
-    for a, b in zip(runs.untimed(tmp_path / "plain"), runs.untimed(tmp_path / "sharded")):
-        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+    for engine in ("ddp", "fsdp2", "zero2", "zero3"):
+        config.output = str(tmp_path / engine)
+        train(command, config, "tdm", tmp_path / "r.yaml", engine=engine)
+    for engine in ("fsdp2", "zero2", "zero3"):
+        for a, b in zip(runs.untimed(tmp_path / "ddp"), runs.untimed(tmp_path / engine), strict=True):
+            assert a == pytest.approx(b, rel=1e-4, abs=1e-6), engine
 
 
 def test_what_is_not_supported_is_refused(command, model, tmp_path):
     config = runs.stpo_config(tmp_path, model)
     path = runs.recipe(config, tmp_path / "r.yaml")
     for environment, args, said in (
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, (), "DeepSpeed is not supported: use recipes/launch/fsdp2.yaml"),
+        (ZERO3 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, (), "zero_stage: is 1; take 2 or 3"),
+        (
+            ZERO3 | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"},
+            (),
+            "offload_param_device: is not supported; leave it out",
+        ),
+        (ZERO2, ("--lora", "null", "--model.compile", "true"), "model.compile: ZeRO-2 does not go with it"),
         (FSDP2 | {"FSDP_VERSION": "1"}, (), "fsdp_version: FSDP's first is not supported"),
         (FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"}, (), "fsdp_offload_params: is not supported; leave it out"),
         (FSDP2, ("--lora", "null", "--model.compile", "true"), "model.compile: FSDP2 does not go with it"),
@@ -102,10 +122,13 @@ def test_what_is_not_supported_is_refused(command, model, tmp_path):
 
 def test_launching(model, tmp_path):
     """`accelerate launch` with the recipes gives processes what these tests give them; and it starts the command."""
-    for name in ("one_gpu", "ddp", "fsdp2", "two_nodes"):
+    for name in ("one_gpu", "ddp", "fsdp2", "zero2", "zero3", "two_nodes"):
         args = launch_command_parser().parse_args(["--config_file", f"{runs.ROOT}/recipes/launch/{name}.yaml", "x"])
-        told = prepare_multi_gpu_env(_validate_launch_command(args)[0])
-        assert {key: told.get(key) for key in FSDP2} == (FSDP2 if name == "fsdp2" else dict.fromkeys(FSDP2)), name
+        args = _validate_launch_command(args)[0]
+        args.deepspeed_fields_from_accelerate_config = ""
+        told = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
+        for key in FSDP2 | ZERO3:
+            assert told.get(key) == ENGINES.get(name, {}).get(key), name
     config = runs.config(tmp_path, model)
     config.steps = 1
     launch = ["accelerate.commands.launch", "--config_file", "recipes/launch/ddp.yaml", "--main_process_port", "0"]
