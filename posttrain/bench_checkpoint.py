@@ -83,7 +83,7 @@ def main() -> None:
     if procs.main:
         if args.output:
             shutil.rmtree(args.output / "checkpoints")
-        result = {"processes": procs.size, "fsdp2": procs.sharded, **vars(args), "output": str(args.output)}
+        result = {"processes": procs.size, "engine": procs.engine, **vars(args), "output": str(args.output)}
         print(json.dumps(result | {"update_s": updates, "reserved": reserved, "checkpoints": found, **peak_memory()}))
 
 

@@ -30,8 +30,8 @@ class ModelConfig:
     """Type of the frozen weights, and of the arithmetic. What is trained, latents and log-probs stay float32."""
     compile: bool | None = None
     """Compile the transformer's blocks, which takes up to a minute at first and is kept on disk for later runs; results
-    agree within rounding, which `posttrain bench` measures. null: on a GPU in bfloat16, but not under FSDP2, nor for
-    the few pictures of `posttrain sample`."""
+    agree within rounding, which `posttrain bench` measures. null: on a GPU in bfloat16, but not where it is sharded,
+    nor for the few pictures of `posttrain sample`."""
     recompute: int | None = None
     """Blocks whose activations are computed again in backward instead of kept, >= 0 (K2 has 28): each saves memory and
     costs a forward of it; results are the same. null: as many as do not fit into the GPU's free memory; on a CPU 0."""

@@ -82,7 +82,8 @@ def train(config: ExpanderSFTConfig, resume: bool = False) -> None:
         if procs.main:
             before, after = _evaluations(run)
             folder = run.path / ("adapter" if config.lora is not None else "model")
-            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(str(folder))
+            trained: Any = trainer.accelerator.unwrap_model(trainer.model)
+            trained.save_pretrained(str(folder))
             if config.lora is None:
                 tokenizer.save_pretrained(str(folder))
             write_card(folder, base, base_print)

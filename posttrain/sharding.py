@@ -123,8 +123,8 @@ class Together:
 
     def forward(self, index: int, *inputs: Any) -> Tensor:
         role = self.k2.active
-        graded = role is not None and torch.is_grad_enabled()
-        graded = graded and any(p.requires_grad for p in self.k2.role_parameters(role))
+        trained = self.k2.role_parameters(role) if role is not None and torch.is_grad_enabled() else []
+        graded = any(p.requires_grad for p in trained)
         self._until(self.passes.index((graded, role, index)) + 2)
         result = self.networks[index](*inputs)
         return _Backward.apply(result, self) if graded else result

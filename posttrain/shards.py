@@ -123,4 +123,9 @@ def spread(parameters: Sequence[Tensor]) -> None:
     kept: list[Any] = [p for p in parameters if piece_of(p) and p.numel()]
     if kept:
         kept[0].partition(kept)
-        kept[0].all_gather(kept)
+        gather(kept)
+
+
+def gather(parameters: Sequence[Any]) -> None:
+    """Makes parameters that ZeRO has divided whole in all processes; all must do so at once."""
+    parameters[0].all_gather(parameters)

@@ -70,7 +70,9 @@ def train(config: STPOConfig, resume: bool = False) -> None:
     """Runs a recipe into its run directory. Raises UserError for what the user can mend."""
     procs = Processes(shardable=True)
     if procs.sharded and config.lora is not None and (config.loss.guard == "exact" or config.loss.terms_every):
-        raise UserError("loss: FSDP2 cannot tell terms apart: set terms_every to 0, and guard to output if it is exact")
+        raise UserError(
+            f"loss: {procs.engine} cannot tell terms apart: set terms_every to 0, and guard to output if it is exact"
+        )
     resume = resuming(config, resume, procs)
     preferences = read_preferences(config.pairs.train, config.pairs.columns, config.pairs.max_bad)
     heldout = read_prompts(config.heldout)

@@ -11,7 +11,7 @@ from posttrain.blocks import Blocks
 
 
 class VelocityModel(nn.Module):
-    """The transformer from fused text on. Every forward enters here, so this is what FSDP2 shards."""
+    """The transformer from fused text on. Every forward enters here, so this is what is sharded."""
 
     def __init__(self, transformer: Krea2Transformer2DModel, blocks: Blocks) -> None:
         super().__init__()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,7 @@ def shard(k2: K2, networks: list[VelocityModel], procs: Processes) -> tuple[list
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", "`torch.distributed.*_tensor` is deprecated", FutureWarning)
     deepspeed.ops.__compatible_ops__.clear()  # so that it compiles nothing
     deepspeed.init_distributed(dist_init_required=False)
     trained = {id(p) for name in k2.roles for p in k2.role_parameters(name)}
@@ -63,7 +65,7 @@ def shard(k2: K2, networks: list[VelocityModel], procs: Processes) -> tuple[list
             optimizers.append(_divided(parts, own, max(p.numel() for p in parts.parameters() if p.ndim < 2)))
         elif own:
             optimizers.append(_divided(nn.ParameterList(own), own, sys.maxsize))
-            own[0].all_gather(own)
+            shards.gather(own)
 
     def settle() -> None:
         for optimizer in filter(None, optimizers):
@@ -84,6 +86,7 @@ def _divided(module: nn.Module, trained: list[nn.Parameter], kept: int) -> Any:
     from deepspeed.utils.timer import NoopTimer
 
     wanted = {id(p) for p in trained}
+    bucket = min(BUCKET, sum(p.numel() for p in trained))
     for parameter in module.parameters():
         if id(parameter) in wanted:
             parameter.data = parameter.data.float()
@@ -103,14 +106,14 @@ def _divided(module: nn.Module, trained: list[nn.Parameter], kept: int) -> Any:
             {p: str(i) for i, p in enumerate(trained)},
             NoopTimer(),
             None,
-            reduce_bucket_size=BUCKET,
+            reduce_bucket_size=bucket,
             sub_group_size=BUCKET,
             communication_data_type=torch.float32,
             **options,
         )
         optimizer.micro_step_id = 1  # gradients are always added, to what was cleared
         for part in optimizer.fp32_partitioned_groups_flat:
-            part.data = part.data[:0]
+            part.data = part.data.new_empty(0)  # a copy that only its own update would read
     else:
         DeepSpeedZeRoOffload(module, NoopTimer(), None, **options)
     for parameter in module.parameters():

@@ -1,5 +1,6 @@
 """All weights under FSDP2 and ZeRO: the same run as one process with all of them; any goes on from any checkpoint."""
 
+import importlib.util
 import json
 import os
 import re
@@ -12,8 +13,9 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from posttrain import checkpoint
+from posttrain import checkpoint, processes
 from posttrain.k2 import K2
+from prompts.errors import UserError
 from tests import runs
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
@@ -119,6 +121,15 @@ def test_what_is_not_supported_is_refused(command, model, tmp_path):
     path = runs.recipe(runs.config(tmp_path, model), tmp_path / "r.yaml")
     result = command("preflight", "--config", path, processes=2, **FSDP2)
     assert result.returncode == 2 and "FSDP2 is for grpo, stpo and tdm" in result.stderr, result.stderr
+
+
+def test_deepspeed_that_is_missing_is_named(monkeypatch):
+    for name, value in ZERO3.items():
+        monkeypatch.setenv(name, value)
+    assert processes._zero() == "ZeRO-3"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"DeepSpeed is not installed: pip install 'posttrain\[deepspeed\]'"):
+        processes._zero()
 
 
 def test_launching(model, tmp_path):
