@@ -10,3 +10,5 @@ __version__ = "0.1.0"
 # torchao, where it is installed, has these warn, at any import of diffusers, of what nothing here uses.
 for _name in ("torchao", "diffusers.quantizers.torchao.torchao_quantizer", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
+# DeepSpeed, where it is installed, is imported by others, prints to stdout what it found, and sets its own level then.
+logging.getLogger("DeepSpeed").addFilter(lambda entry: entry.levelno >= logging.ERROR)

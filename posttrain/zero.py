@@ -10,7 +10,6 @@ process. ZeRO-2 is the same with nothing but what is trained divided, and whole 
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import warnings
@@ -50,7 +49,6 @@ def shard(k2: K2, networks: list[VelocityModel], procs: Processes) -> tuple[list
     os.environ.setdefault("DS_ACCELERATOR", procs.device.type)
     import deepspeed
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", "`torch.distributed.*_tensor` is deprecated", FutureWarning)
     deepspeed.ops.__compatible_ops__.clear()  # so that it compiles nothing
     deepspeed.init_distributed(dist_init_required=False)

@@ -76,6 +76,7 @@ NOT_RUN = {
     "python -m posttrain.nano.bench_expander": "runs of posttrain expander sft and gdpo, whose recipes run here",
     "python -m posttrain.nano.bench_pipeline": "runs of the nano pipeline, whose recipes run here",
     "python -m posttrain.nano.bench_tdm": "the teacher's 56 forwards a picture, minutes of a GPU",
+    "python -m posttrain.nano.bench_speed": "twelve minutes of two quiet cores, and the history of the repository",
     "python -m posttrain.nano.evaluate": "500 pictures by the stock pipeline, minutes of a GPU",
     "python -m posttrain.nano.build ": "minutes of a GPU",
     "python -m posttrain.nano.build_judge": "minutes of a GPU: tests/test_judge_nano.py::test_training_learns",

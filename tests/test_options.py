@@ -22,7 +22,7 @@ from tests import runs
 @pytest.fixture(scope="module", autouse=True)
 def traced():
     """torch's compiler takes minutes on a CPU: what it would compile runs as it is, or is only traced."""
-    made = functools.cache(lambda: torch.compile(blocks._run, backend="eager", fullgraph=True))
+    made = functools.cache(lambda device: torch.compile(blocks._run, backend="eager", fullgraph=True))
     with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch(recompile_limit=blocks.WAYS):
         patch.setattr(blocks, "_compiled", made)
         yield
