@@ -15,7 +15,7 @@ unexport PYTHONPATH
 export PYTHONNOUSERSITE := 1
 test test-vllm coverage chaos mutations: export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-vllm browser check coverage chaos mutations
+.PHONY: demo test test-vllm browser check coverage chaos mutations gpu
 .DELETE_ON_ERROR:
 
 # Processes of one thread each: on two cores they take three quarters of the time of one process with two threads. A
@@ -68,6 +68,12 @@ coverage: $(VENV)/installed
 # Faults that the tests leave out: kills, full disks, damaged files, 2,000 malformed inputs (see tests/chaos).
 chaos: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadscope tests/chaos
+
+# Every command with the recipes of recipes/k2, on K2 at true size with random weights: some forty minutes on a GPU of
+# 80 GB and 40 GB of memory for the model (POSTTRAIN_GPU_PARTS=/disk puts it elsewhere). Left out where there is no GPU.
+gpu: $(VENV)/installed
+	$(BIN)/python -m pytest -v -s tests/gpu
+	$(BIN)/python -m tests.gpu.table runs/gpu.jsonl
 
 # Mistakes planted into formulas, each of which the tests of their numbers must find.
 mutations: $(VENV)/installed

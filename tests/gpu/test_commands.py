@@ -1,0 +1,225 @@
+"""Every command with the shipped recipes/k2 files, started as a user would start it, on K2 at true size.
+
+    make gpu                                        # all of it: some forty minutes on one GPU of 80 GB
+    python -m pytest tests/gpu -k stpo              # a piece; each test stands alone and ends within eight minutes
+    POSTTRAIN_GPU_SCALE=tiny python -m pytest tests/gpu    # the same on a tiny model and two CPU cores
+
+Weights are random, so nothing is said about quality: that commands end well, that what was trained differs from where it
+began, and what it took. Each test adds a row to runs/gpu.jsonl; `python -m tests.gpu.table` prints them as a table.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from posttrain import checkpoint
+from tests import fake_writer
+from tests.gpu.measure import metrics
+from tests.gpu.recipes import EVALUATION, ROOT, SCALE, cut, local
+
+SIZE = (512, 512) if SCALE == "k2" else (64, 64)
+SHORT = {"every": 1, "minutes": 0}
+
+
+def trained(run: Path, steps: int) -> checkpoint.Checkpoint:
+    """The newest checkpoint of a run, which must be of step `steps`, with an adapter that has moved."""
+    saved = checkpoint.load(checkpoint.find(run))
+    assert saved.step == steps
+    moved = [value.abs().max() for key, value in saved.tensors["adapter"].items() if key.endswith("lora_B.weight")]
+    assert min(moved) > 0, "an adapter's B factor has not moved"
+    assert all(value.isfinite().all() for value in saved.tensors["adapter"].values())
+    for row in metrics(run):
+        assert row.get("non_finite", 0) == 0, row
+    return saved
+
+
+def test_sample(command, parts, tmp_path):
+    out = tmp_path / "out"
+    result = command.ok(
+        "sample", "--model.path", parts / "k2", "--prompt", "a fox in the snow", "--images", 4, "--output", out,
+        "--size", list(SIZE),
+    )  # fmt: skip
+    images = [np.asarray(Image.open(path)) for path in sorted(out.glob("*.png"))]
+    assert len(images) == 4 and images[0].shape == (*SIZE, 3)
+    assert all((images[0] != other).any() for other in images[1:]), "images of different seeds are equal"
+    command.row("sample", "28 steps, guidance 4.5, 4 images", result)
+
+
+def test_pairs(command, parts, tmp_path):
+    recipe = cut("k2/pairs", parts, tmp_path, output=str(tmp_path / "run"), pairs=16, block=8, min_margin=0.0,
+                 min_distance=0.0, tolerance=1.0)  # fmt: skip
+    result = command.ok("pairs", "--config", recipe)
+    card = json.loads((tmp_path / "run/preferences.json").read_text())
+    assert card["rows"] == 16
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    facts = {key: value for key, value in summary.items() if isinstance(value, int | float)}
+    command.row("pairs", "k2/pairs", result, **facts)
+
+
+@pytest.mark.parametrize("guard", ["output", "exact"])
+@pytest.mark.parametrize("name", ["stpo_synthetic", "stpo_human"])
+def test_stpo(command, parts, tmp_path, name, guard):
+    if (name, guard) == ("stpo_human", "exact"):
+        pytest.skip("the guard is the same code for both recipes")
+    run = tmp_path / "run"
+    recipe = cut(f"k2/{name}", parts, tmp_path, output=str(run), steps=3, batch=8, eval=EVALUATION, checkpoint=SHORT,
+                 pairs={"train": str(parts / "pairs"), "measured": 4, "heldout": 0.2})  # fmt: skip
+    words = ["--model.start", "null", "--loss.guard", guard, "--optim.warmup_steps", 0]
+    result = command.ok("stpo", "--config", recipe, *words)
+    trained(run, 3)
+    first = metrics(run)[0]
+    assert {f"gradient/{term}" for term in ("winner", "loser", "anchor")} <= set(first), "step 1 has no shares of terms"
+    assert first["margin"] == pytest.approx(0, abs=1e-6)
+    command.row(f"stpo, guard {guard}", f"k2/{name}", result, run, images=16)
+
+
+def test_grpo_killed_and_resumed(command, parts, tmp_path):
+    """Ends as it would have, whenever it was killed; the bits of that are tested on a CPU (tests/chaos)."""
+    run = tmp_path / "run"
+    recipe = cut("k2/grpo", parts, tmp_path, output=str(run), steps=3, eval=EVALUATION, checkpoint=SHORT,
+                 groups={"prompts_per_step": 2, "micro_batch": 4}, pool={"kind": "uniform"})  # fmt: skip
+    words = ["--config", recipe, "--optim.warmup_steps", 0]
+    first = run / "checkpoints/step-000001/manifest.json"
+    killed = command.run("grpo", *words, kill_when=first.is_file)
+    assert killed.code == -9, killed.output[-3000:]
+    result = command.ok("grpo", *words, "--resume")
+    trained(run, 3)
+    rows = metrics(run)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(row["ratio_error"] < 4e-5 for row in rows)
+    scores = [row["reward/rubric"] for row in rows]
+    assert all(0 <= score <= 1 for score in scores)
+    seconds = {key.replace("seconds/", ""): rows[-1][key] for key in rows[-1] if key.startswith("seconds/")}
+    facts = {key: rows[-1][key] for key in rows[-1] if key.startswith(("optim/", "grad_norm", "clip"))}
+    command.row("grpo, killed and resumed", "k2/grpo", result, run, images=32, **seconds, **facts)
+
+
+def test_tdm(command, parts, tmp_path):
+    run = tmp_path / "run"
+    recipe = cut("k2/tdm", parts, tmp_path, output=str(run), steps=4, batch=8, micro_batch=4, eval=EVALUATION,
+                 checkpoint=SHORT, fake={"warmup": 1})  # fmt: skip
+    result = command.ok("tdm", "--config", recipe, "--model.start", "null", "--optim.warmup_steps", 0)
+    trained(run, 4)
+    command.row("tdm", "k2/tdm", result, run, images=8)
+
+
+def test_judge(command, parts, tmp_path):
+    run = tmp_path / "run"
+    words = ["--config", "recipes/nano/judge_aesthetic.yaml", "--model", parts / "judge", "--data", parts / "pairs"]
+    words += ["--dtype", "bfloat16", "--batch", 8, "--micro_batch", 4, "--workers", 0, "--steps", 3]
+    result = command.ok("judge", *words, "--output", run, "--optim.lr", "1e-4", "--optim.warmup_steps", 0)
+    adapter = load_file(run / "adapter/adapter_model.safetensors")
+    assert min(value.abs().max() for key, value in adapter.items() if "lora_B" in key) > 0
+    command.row("judge, 2 B", "nano/judge_aesthetic", result, run, images=16)
+
+
+def expander_pairs(folder: Path) -> Path:
+    """Prompts of prompts/k2 as pairs of a short prompt and a caption."""
+    rows = [json.loads(line) for line in (ROOT / "prompts/k2/train.jsonl").read_text().splitlines()[:200]]
+    made = [{"prompt": row["prompt"].split(",")[0], "completion": row["prompt"]} for row in rows]
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "expander.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in made))
+    return file
+
+
+def test_expander_sft(command, parts, tmp_path):
+    run = tmp_path / "run"
+    recipe = cut("k2/expander_sft", parts, tmp_path, output=str(run), model=str(parts / "chat"), steps=3, batch=8,
+                 data=str(expander_pairs(tmp_path)), heldout=0.1, measured=8, checkpoint={"every": 3})  # fmt: skip
+    result = command.ok("expander", "sft", "--config", recipe, "--optim.warmup_steps", 0)
+    adapter = load_file(run / "adapter/adapter_model.safetensors")
+    assert min(value.abs().max() for key, value in adapter.items() if "lora_B" in key) > 0
+    command.row("expander sft, 3.6 B", "k2/expander_sft", result, run, images=8)
+
+
+def test_expander_gdpo(command, parts, tmp_path):
+    run = tmp_path / "run"
+    recipe = cut("k2/expander_gdpo", parts, tmp_path, output=str(run), model={"path": str(parts / "chat")}, steps=2,
+                 diversity={"path": str(parts / "dinov3")}, eval={"every": 2, "prompts": 2, "group_size": 4},
+                 groups={"prompts_per_step": 2, "group_size": 8, "micro_batch": 8}, checkpoint={"every": 2})  # fmt: skip
+    result = command.ok("expander", "gdpo", "--config", recipe, "--optim.warmup_steps", 0)
+    adapter = load_file(run / "adapter/adapter_model.safetensors")
+    assert max(value.abs().max() for key, value in adapter.items() if "lora_B" in key) > 0
+    command.row("expander gdpo, K2 renders", "k2/expander_gdpo", result, run, images=16)
+
+
+def test_preflight(command, parts, tmp_path):
+    recipe = cut("k2/grpo", parts, tmp_path, output=str(tmp_path / "run"), pool={"kind": "uniform"})
+    words = ["--groups.prompts_per_step", 2, "--groups.micro_batch", 4]
+    result = command.run("preflight", "--config", recipe, *words)
+    (tmp_path / "preflight.txt").write_text(result.output)
+    print(result.output[-6000:])
+    # With random weights an image may fail to be told apart by a random judge, which preflight then says.
+    assert result.code in (0, 1) and "Traceback" not in result.output, result.output[-6000:]
+    command.row("preflight", "k2/grpo", result)
+
+
+def test_exports(command, parts, tmp_path):
+    """Each format from one short run; a stage as small as that is not merged into bf16 without a word."""
+    run = tmp_path / "run"
+    recipe = cut("k2/stpo_synthetic", parts, tmp_path, output=str(run), steps=1, batch=4, eval=EVALUATION | {"prompts": 1},
+                 pairs={"train": str(parts / "pairs"), "measured": 4, "heldout": 0.2}, checkpoint=SHORT)  # fmt: skip
+    command.ok("stpo", "--config", recipe, "--loss.terms_every", 0)
+    for name, format, words in (
+        ("lora.safetensors", "lora", []),
+        ("lora-original.safetensors", "lora-original", []),
+        ("original.safetensors", "original", ["--allow_rounding", "true"]),
+        ("diffusers", "diffusers", ["--allow_rounding", "true"]),
+    ):
+        if words and format == "original":
+            refused = command.run("export", "--source", run, "--output", tmp_path / name, "--format", format)
+            assert refused.code == 2 and "allow_rounding" in refused.output, refused.output[-3000:]
+        result = command.ok("export", "--source", run, "--output", tmp_path / name, "--format", format, *words)
+        assert (tmp_path / name).exists()
+        command.row(f"export {format}", "k2/stpo_synthetic", result)
+    saved = checkpoint.load(checkpoint.find(run))
+    key = "transformer_blocks.0.attn.to_q.lora_B.weight"
+    written = load_file(tmp_path / "lora.safetensors")[f"transformer.{key}"]
+    assert torch.equal(written, saved.tensors["adapter"][key])  # alpha is the rank, so the scale is 1
+
+
+def test_pipeline_1(command, parts, tmp_path):
+    """recipes/k2/pipeline_1.yaml, killed in its middle and resumed."""
+    data = local(yaml.safe_load((ROOT / "recipes/k2/pipeline_1.yaml").read_text()), parts)
+    folder = tmp_path / "pipeline"
+    evaluation = {f"eval.{key}": value for key, value in EVALUATION.items()}
+    short = evaluation | {"checkpoint.every": 1, "optim.warmup_steps": 0, "track.tensorboard": False}
+    cuts = {
+        "pairs": {"pairs": 24, "block": 8, "min_margin": 0.0, "min_distance": 0.0, "tolerance": 1.0, "steps": 8,
+                  "sizes": [list(SIZE)]},
+        "stpo": short | {"steps": 2, "batch": 4, "pairs.measured": 4, "pairs.heldout": 0.2},
+        "grpo": short | {"steps": 1, "groups.prompts_per_step": 1, "pool": {"kind": "uniform"}},
+        "tdm": short | {"steps": 2, "batch": 4, "fake.warmup": 1, "sizes": [list(SIZE)]},
+        "expander_data": {"captions": "prompts/k2/train.jsonl", "count": 100},
+        "expander_sft": {"model": str(parts / "chat"), "steps": 2, "batch": 8, "measured": 8, "checkpoint.every": 2},
+        "expander": {"steps": 1, "diversity.path": str(parts / "dinov3"), "eval.prompts": 1, "eval.every": 1,
+                     "groups.prompts_per_step": 1, "generation.max_tokens": 64},
+    }  # fmt: skip
+    with fake_writer.serving() as url:
+        data["output"] = str(folder)
+        for stage in data["stages"]:
+            recipes = [name.removeprefix("recipes/").removesuffix(".yaml") for name in stage.get("recipes", [])]
+            stage["recipes"] = [str(cut(name, parts, tmp_path / stage["name"])) for name in recipes]
+            stage["set"] = {k: v for k, v in stage.get("set", {}).items() if k != "servers"} | cuts.get(stage["name"], {})
+            if stage["command"] == "export":
+                del stage["recipes"]
+                stage["set"]["allow_rounding"] = True
+            if stage["name"] == "expander_data":
+                stage["set"] |= {"writer": {"model": "m", "base_urls": url}}
+        path = tmp_path / "pipeline.yaml"
+        path.write_text(json.dumps(data, indent=1))
+        killed = command.run("run", path, kill_when=(folder / "stpo/checkpoints/step-000001/manifest.json").is_file)
+        assert killed.code == -9, killed.output[-3000:]
+        result = command.ok("run", path, "--resume")
+    state = json.loads((folder / "stages.json").read_text())
+    assert all(entry["finished"] for entry in state.values())
+    assert (folder / "index.html").is_file() and (folder / "turbo/model_index.json").is_file()
+    seconds = {name: entry["seconds"] for name, entry in state.items()}
+    command.row("run, killed and resumed", "k2/pipeline_1", result, **seconds)
