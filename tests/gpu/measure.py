@@ -62,7 +62,9 @@ class Commands:
         assert result.code == 0, f"exit code {result.code} after {result.seconds:.0f} s: {result.output[-6000:]}"
         return result
 
-    def row(self, name: str, recipe: str, result: Result, run: Path | None = None, images: int = 0, **more: Any) -> None:
+    def row(
+        self, name: str, recipe: str, result: Result, run: Path | None = None, images: int = 0, **more: Any
+    ) -> None:
         """`images` is how many a step takes, for images a second; `run` a run directory with metrics."""
         row: dict[str, Any] = {"command": name, "recipe": recipe, "code": result.code, "seconds": result.seconds,
                                "peak_gib": result.peak_gib, **more}  # fmt: skip

@@ -23,9 +23,9 @@ WARMTH = {"name": "warmth", "function": "tests.gpu.recipes:warmth"}
 
 
 def warmth(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-    """Red less blue, from -1 to 1."""
+    """Red less blue, from 0 to 1."""
     means = [np.asarray(image, float).mean((0, 1)) / 255 for image in images]
-    return [float(red - blue) for red, _, blue in means]
+    return [float(1 + red - blue) / 2 for red, _, blue in means]
 
 
 def cut(name: str, parts: Path, folder: Path, **changes: Any) -> Path:

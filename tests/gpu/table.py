@@ -1,6 +1,6 @@
 """Rows of `make gpu` as a Markdown table.
 
-    python -m tests.gpu.table runs/gpu.jsonl
+python -m tests.gpu.table runs/gpu.jsonl
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ COLUMNS = {
 def cell(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.3g}" if isinstance(value, float) and value < 100 else f"{value:.0f}" if isinstance(value, float) else str(value)
+    return (
+        f"{value:.3g}"
+        if isinstance(value, float) and value < 100
+        else f"{value:.0f}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -207,7 +207,9 @@ def test_pipeline_1(command, parts, tmp_path):
         for stage in data["stages"]:
             recipes = [name.removeprefix("recipes/").removesuffix(".yaml") for name in stage.get("recipes", [])]
             stage["recipes"] = [str(cut(name, parts, tmp_path / stage["name"])) for name in recipes]
-            stage["set"] = {k: v for k, v in stage.get("set", {}).items() if k != "servers"} | cuts.get(stage["name"], {})
+            stage["set"] = {k: v for k, v in stage.get("set", {}).items() if k != "servers"} | cuts.get(
+                stage["name"], {}
+            )
             if stage["command"] == "export":
                 del stage["recipes"]
                 stage["set"]["allow_rounding"] = True
