@@ -8,8 +8,8 @@
     chat/    Qwen3ForCausalLM of 3.6 B, of which expander-nano is a part and the rest adds nothing
     dinov3/  DINOv3 ViT-S/16
 
-Tokenizers are those of the nano world, whose vocabulary is small: a prompt of prompts/k2 is some 62 tokens. `tiny` writes
-the same classes at a size for two CPU cores, to rehearse the suite.
+Tokenizers are those of the nano world, whose vocabulary is small: a prompt of prompts/k2 is some 62 tokens. `tiny`
+writes the same classes at a size for two CPU cores, to rehearse the suite.
 """
 
 from __future__ import annotations
