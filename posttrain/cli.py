@@ -68,9 +68,9 @@ COMMANDS = {
     "judge": Command(JudgeConfig, "posttrain.judge:train", "train a judge, as an adapter for vLLM", True),
     "serve": Command(ServeConfig, "posttrain.serve:serve", "serve a recipe's judges", any_recipe=True),
     "annotate": Command(
-        AnnotateConfig, "posttrain.annotate:annotate", "serve a page where people choose between images"
+        AnnotateConfig, "posttrain.annotate:annotate", "serve a page where people choose between images or mark faults"
     ),
-    "annotations": Command(AnnotationsConfig, "posttrain.human_pairs:write", "report and export what they chose"),
+    "annotations": Command(AnnotationsConfig, "posttrain.human_pairs:write", "report and export what they answered"),
     "expander data": Command(
         ExpanderDataConfig, "posttrain.expander_data:make", "make short prompts for long captions", True
     ),

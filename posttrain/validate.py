@@ -24,14 +24,20 @@ from posttrain.expander_rl_config import ExpanderGDPOConfig
 from posttrain.judge_config import JudgeConfig
 from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
 from posttrain.pipeline_config import PipelineConfig
-from posttrain.ranges import ConfigError, at_least, pixels, positive, share
+from posttrain.ranges import ConfigError, at_least, pixels, positive
 from posttrain.stpo_config import STPOConfig
 from posttrain.tdm_config import MOST_STEPS, TDMConfig
 from posttrain.validate_bench import validate_bench
 from posttrain.validate_expander import validate_expand, validate_expander_data, validate_expander_sft
 from posttrain.validate_gdpo import validate_gdpo
 from posttrain.validate_model import refuse_quantize, validate_lora, validate_model
-from posttrain.validate_pairs import validate_annotate, validate_pair_set, validate_pairs, validate_preference_loss
+from posttrain.validate_pairs import (
+    validate_annotate,
+    validate_annotations,
+    validate_pair_set,
+    validate_pairs,
+    validate_preference_loss,
+)
 from posttrain.validate_pipeline import validate_pipeline
 from posttrain.validate_servers import validate_servers
 
@@ -85,7 +91,7 @@ def validate(config: Config) -> None:
         case AnnotateConfig():
             validate_annotate(config)
         case AnnotationsConfig():
-            share("max_bad", config.max_bad, 1)
+            validate_annotations(config)
         case ExpanderDataConfig():
             validate_expander_data(config)
             validate_servers(config.servers)

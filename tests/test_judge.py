@@ -74,10 +74,10 @@ def data(tmp_path_factory):
     return folder
 
 
-def config(model, data, tmp_path, mode: str, **changes) -> JudgeConfig:
+def config(model, folder, tmp_path, mode: str, **changes) -> JudgeConfig:
     file = {"preference": "preferences.jsonl", "artifact": "artifacts.jsonl"}[mode]
     settings = {
-        "output": str(tmp_path / "run"), "model": model, "data": str(data / file), "mode": mode, "heldout": 0.3,
+        "output": str(tmp_path / "run"), "model": model, "data": str(folder / file), "mode": mode, "heldout": 0.3,
         "steps": 8, "batch": 4, "micro_batch": 2, "dtype": "float32", "lora": LoraConfig(rank=4, alpha=8),
         "optim": OptimConfig(lr=0.01), "track": TrackConfig(tensorboard=False),
     }  # fmt: skip
