@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from posttrain import cli, judge, judge_records, losses
 from posttrain.calibration import auroc, brier, expected_calibration_error, reliability
@@ -209,16 +211,19 @@ def test_ties_bad_rows_and_columns_are_as_the_reader_says(model, data, tmp_path,
         read_records(dataclasses.replace(settings, max_bad=0.01))
 
 
-def test_it_learns_from_a_preference_set(model, data, pairs, tmp_path):
-    settings = config(model, data, tmp_path, "preference", data=str(pairs))
-    assert cli.main(["judge", "--config", str(runs.recipe(settings, tmp_path / "recipe.yaml"))]) == 0
-    rows = runs.rows(tmp_path / "run")
-    assert rows[-1]["loss"] < rows[0]["loss"] - 0.2
-    card = (tmp_path / "run/adapter/README.md").read_text()
-    assert "| human |" in card and "| synthetic |" in card and "| other |" in card
-
-
 # ---- resuming -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory, model) -> str:
+    """A model of one layer and one block of vision, which trains in a moment."""
+    folder = tmp_path_factory.mktemp("base") / "shallow"
+    shutil.copytree(model, folder)
+    settings = Qwen3VLConfig.from_pretrained(model)
+    settings.text_config.num_hidden_layers = settings.vision_config.depth = 1
+    torch.manual_seed(0)
+    Qwen3VLForConditionalGeneration(settings).save_pretrained(folder)
+    return str(folder)
 
 
 def outcome(run: Path) -> tuple:
@@ -231,24 +236,24 @@ def outcome(run: Path) -> tuple:
 
 
 @pytest.mark.parametrize(("mode", "number"), [("preference", signal.SIGTERM), ("artifact", signal.SIGINT)])
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(model, data, tmp_path, monkeypatch, mode, number):
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(shallow, data, pairs, tmp_path, monkeypatch, mode, number):
     """Bit for bit, with an average; after a signal, and after a kill between checkpoints."""
-    settings = {"optim": OptimConfig(lr=0.01, ema=0.8), "steps": 6}
+    settings = {"optim": OptimConfig(lr=0.01, ema=0.8), "steps": 4, "data": str(pairs), "heldout": 0.2}
     if mode == "artifact":  # with corruptions, drawn anew in each epoch
         settings["data"] = str(tmp_path / "good")
         (tmp_path / "good").mkdir()
         for image in sorted((data / "images").iterdir())[:8]:
             (tmp_path / "good" / image.name).write_bytes(image.read_bytes())
-    whole = config(model, data, tmp_path, mode, output=str(tmp_path / "whole"), **settings)
+    whole = config(shallow, data, tmp_path, mode, output=str(tmp_path / "whole"), **settings)
     judge.train(whole)
-    stopped = config(model, data, tmp_path, mode, **settings)
-    stopped.checkpoint.every = 2
+    stopped = config(shallow, data, tmp_path, mode, **settings)
+    stopped.checkpoint.every = 10
     update = judge.update
 
     def interrupted(vlm, stepper, batches, config, step):
-        if step == 3:
+        if step == 2:
             os.kill(os.getpid(), number)
-        if step == 5:
+        if step == 4:
             raise MemoryError  # as sudden as SIGKILL
         return update(vlm, stepper, batches, config, step)
 
@@ -260,19 +265,22 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(model, data, tmp_path, monk
         else:
             judge.train(stopped)
         assert "Training was stopped before the end" in (tmp_path / "run/adapter/README.md").read_text()
-        assert runs.latest(tmp_path / "run").step == 3
+        assert runs.latest(tmp_path / "run").step == 2
         with pytest.raises(MemoryError):
             judge.train(stopped, resume=True)
     judge.train(stopped, resume=True)
     (a, rest_a), (b, rest_b) = outcome(tmp_path / "whole"), outcome(tmp_path / "run")
     runs.assert_equal(a, b)
     assert rest_a == rest_b
+    card = (tmp_path / "run/adapter/README.md").read_text()
+    assert "Held out" in card and "4 updates of 4 records" in card
+    assert ("| human |" in card and "| synthetic |" in card) == (mode == "preference")
     judge.train(stopped, resume=True)  # which is done already
     assert outcome(tmp_path / "run")[1] == rest_a
 
 
-def test_a_run_goes_on_only_with_what_it_began_with(model, data, pairs, tmp_path, capsys):
-    settings = config(model, data, tmp_path, "preference", steps=1)
+def test_a_run_goes_on_only_with_what_it_began_with(shallow, model, data, pairs, tmp_path, capsys):
+    settings = config(shallow, data, tmp_path, "preference", steps=1)
     judge.train(settings)
     capsys.readouterr()
     other = str(tmp_path / "question.txt")
@@ -289,11 +297,8 @@ def test_a_run_goes_on_only_with_what_it_began_with(model, data, pairs, tmp_path
     moved = tmp_path / "moved"
     moved.symlink_to(data)
     judge.train(dataclasses.replace(settings, data=str(moved / "preferences.jsonl")), resume=True)
-    torch.manual_seed(1)
-    tokenizer = judge_model.make_tokenizer()
-    judge_model.save(judge_model.make_model(tokenizer), tokenizer, tmp_path / "other")
     with pytest.raises(UserError, match="model: is not what "):
-        judge.train(dataclasses.replace(settings, model=str(tmp_path / "other")), resume=True)
+        judge.train(dataclasses.replace(settings, model=model), resume=True)
 
 
 def test_taste_has_a_noise_ceiling(model, data, tmp_path):
