@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from posttrain import cli, judge, judge_records, losses
+from posttrain import checkpoint, cli, judge, judge_records, losses
 from posttrain.calibration import auroc, brier, expected_calibration_error, reliability
 from posttrain.config import LoraConfig, OptimConfig, TrackConfig
 from posttrain.judge_config import JudgeConfig
@@ -228,7 +228,8 @@ def shallow(tmp_path_factory, model) -> str:
 
 def outcome(run: Path) -> tuple:
     """The adapter and the last checkpoint's tensors, and all figures."""
-    last = runs.latest(run)
+    last = checkpoint.load_latest(run / "checkpoints")
+    assert last is not None
     tensors = {f"{file}/{name}": value for file, group in last.tensors.items() for name, value in group.items()}
     figures = json.loads((run / "adapter/figures.json").read_text())
     adapter = (run / "adapter/adapter_model.safetensors").read_bytes()
@@ -265,7 +266,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(shallow, data, pairs, tmp_p
         else:
             judge.train(stopped)
         assert "Training was stopped before the end" in (tmp_path / "run/adapter/README.md").read_text()
-        assert runs.latest(tmp_path / "run").step == 2
+        saved = checkpoint.load_latest(tmp_path / "run/checkpoints")
+        assert saved is not None and saved.step == 2
         with pytest.raises(MemoryError):
             judge.train(stopped, resume=True)
     judge.train(stopped, resume=True)
@@ -275,6 +277,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(shallow, data, pairs, tmp_p
     card = (tmp_path / "run/adapter/README.md").read_text()
     assert "Held out" in card and "4 updates of 4 records" in card
     assert ("| human |" in card and "| synthetic |" in card) == (mode == "preference")
+    with pytest.raises(UserError, match="is of posttrain judge, whose adapter/ vLLM serves as it is; give a run that"):
+        checkpoint.find(tmp_path / "run")
     judge.train(stopped, resume=True)  # which is done already
     assert outcome(tmp_path / "run")[1] == rest_a
 
