@@ -305,7 +305,7 @@ def figures(mode: str, records: Sequence[Record], rho: np.ndarray, seed: int) ->
             chance = np.array([r.chance for r in records])
             ceiling = np.maximum(chance, 1 - chance)
             result |= {"noise_ceiling": float(ceiling.mean()), "of_ceiling": float(right.mean() / ceiling.mean())}
-        quarters = np.array_split(np.argsort(abs(difference)), 4)
+        quarters = [q for q in np.array_split(np.argsort(abs(difference)), 4) if len(q)]
         result["by_margin"] = [(float(abs(difference[q]).mean()), float(right[q].mean()), len(q)) for q in quarters]
     else:
         p, y = 1 / (1 + np.exp(-rho[:, 0])), share
