@@ -29,7 +29,7 @@ from typing import Any
 
 from PIL import Image
 
-from posttrain.annotations import ANSWERS, Schedule, Showing, Side, Store, person, schedule
+from posttrain.annotations import ANSWERS, Mode, Schedule, Showing, Side, Store, person, schedule
 from posttrain.human_pairs import Pairs
 from posttrain.marked_images import Images
 from posttrain.pairs_config import AnnotateConfig
@@ -67,8 +67,8 @@ class Desk:
 
     def __init__(self, items: Pairs | Images, store: Store):
         self.items, self.store = items, store
-        self.mode = store.schedule.mode
-        self.thing = {"preference": "pair", "artifact": "image"}[self.mode]
+        self.mode: Mode = store.schedule.mode
+        self.thing = "pair" if self.mode == "preference" else "image"
         self._names: dict[tuple[str, Side | None], str] = {}
         self._images: dict[str, tuple[str, Side | None]] = {}
         self._schedule = lru_cache(maxsize=None)(lambda name: schedule(list(items.prompts), name, store.schedule))
