@@ -1,20 +1,22 @@
 """How far people agree: with themselves, with each other and with the judges that made the pairs.
 
 Answers about a pair are numbers: 1 where its `chosen` image was preferred, 0 where the other was, 0.5 for a tie.
-Which of the two images is called `chosen` says nothing about them that a coefficient of agreement may use, so chance
-is taken over both names: with shares of ties t_a and t_b, two who answer independently agree by
+Answers about a single image are 1 for faulty, 0 for fine, 0.5 for unsure. With p_o the share of equal answers, and
+p_a(v) and p_b(v) the shares of each answer, Cohen's kappa (Cohen 1960, A coefficient of agreement for nominal scales)
+is
 
-    p_e = t_a t_b + (1 - t_a) (1 - t_b) / 2,        kappa = (p_o - p_e) / (1 - p_e),
+    kappa = (p_o - p_e) / (1 - p_e),        p_e = sum over v of p_a(v) p_b(v).
 
-where p_o is the share of equal answers. That is Cohen's kappa (Cohen 1960, A coefficient of agreement for nominal
-scales) of the table in which each pair is counted once in each order of its images. Without ties it is 2 p_o - 1.
+Which of a pair's two images is called `chosen` says nothing about them that a coefficient of agreement may use, so
+each pair is counted once in each order of its images. With shares of ties t_a and t_b that comes to
+p_e = t_a t_b + (1 - t_a) (1 - t_b) / 2, and without ties kappa is 2 p_o - 1.
 """
 
 from __future__ import annotations
 
 import itertools
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -29,29 +31,31 @@ class Agreement:
     """Of two raters, or of two times of one."""
 
     pairs: int
-    """Answered by both."""
+    """Pairs or images that both answered."""
     equal: float | None
     """Share of equal answers; None without pairs."""
     kappa: float | None
     """Above chance, 1 at most; None without pairs, or where both called all of them ties."""
 
 
-def agreement(answers: Iterable[tuple[float, float]]) -> Agreement:
-    """Of two raters' answers about the same pairs, each 0, 0.5 or 1."""
+def agreement(answers: Iterable[tuple[float, float]], of_images: bool = False) -> Agreement:
+    """Of two raters' answers about the same pairs, or single images, each 0, 0.5 or 1."""
     answers = list(answers)
     n = len(answers)
     if not n:
         return Agreement(0, None, None)
     equal = sum(a == b for a, b in answers) / n
-    ties_a, ties_b = (sum(pair[i] == 0.5 for pair in answers) / n for i in (0, 1))
-    chance = ties_a * ties_b + (1 - ties_a) * (1 - ties_b) / 2
+    counted = answers if of_images else [*answers, *((1 - a, 1 - b) for a, b in answers)]
+    counts_a, counts_b = (Counter(pair[i] for pair in counted) for i in (0, 1))
+    chance = sum(counts_a[value] * counts_b[value] for value in counts_a) / len(counted) ** 2
     return Agreement(n, equal, None if chance == 1 else (equal - chance) / (1 - chance))
 
 
 def votes(choices: Mapping[str, Sequence[Choice]]) -> dict[str, float]:
-    """Share of people who preferred `chosen`, by pair, in [0, 1]; pairs that all skipped are not in it.
+    """Share of people who preferred `chosen`, by pair, or called an image faulty, in [0, 1]; what all skipped is not in
+    it.
 
-    A person has one vote: who answered a pair twice gives the mean of both answers.
+    A person has one vote: who answered twice gives the mean of both answers.
     """
     by_pair: dict[str, list[float]] = defaultdict(list)
     for made in choices.values():
@@ -87,17 +91,10 @@ def report(choices: Mapping[str, Sequence[Choice]], margins: Mapping[str, float 
                 "judges": asdict(_judges(answers.values())),
             }
         )
-    between, pooled = [], []
-    for a, b in itertools.combinations(first, 2):
-        both = [(first[a][pair], first[b][pair]) for pair in first[a].keys() & first[b].keys()]
-        between.append({"people": [a, b], **asdict(agreement(both))})
-        pooled += both + [(y, x) for x, y in both]  # which of two people is named first means nothing
-    together = agreement(pooled)
     shares = votes(choices)
     return {
         "people": people,
-        "between": between,
-        "together": {**asdict(together), "pairs": together.pairs // 2},
+        **_between(first, of_images=False),
         "judges": asdict(_judges(shares.values())),
         "judges_by_margin": _by_margin(shares, margins),
         "pairs": len(margins),
@@ -105,6 +102,52 @@ def report(choices: Mapping[str, Sequence[Choice]], margins: Mapping[str, float 
         "undecided": sum(share == 0.5 for share in shares.values()),
         "against_judges": sum(share < 0.5 for share in shares.values()),
     }
+
+
+def report_marks(choices: Mapping[str, Sequence[Choice]], images: int) -> dict[str, Any]:
+    """All figures of marks of single images, JSON-able; `images` is how many there are. As in `report`, people are
+    compared by their first answers, and the second ones measure self-consistency."""
+    first = {name: _answers(made, again=False) for name, made in choices.items() if made}
+    people = []
+    for name, answers in first.items():
+        made, second = choices[name], _answers(choices[name], again=True)
+        counts = Counter(choice.choice for choice in made)
+        decided = counts["faulty"] + counts["fine"]
+        both = [(answers[image], second[image]) for image in answers.keys() & second.keys()]
+        people.append(
+            {
+                "name": name,
+                "answers": len(made),
+                "unsure": counts["unsure"],
+                "skips": counts["skip"],
+                "faulty": counts["faulty"] / decided if decided else None,
+                "median_seconds": statistics.median(choice.seconds for choice in made),
+                "repeats": asdict(agreement(both, of_images=True)),
+            }
+        )
+    shares = votes(choices)
+    return {
+        "people": people,
+        **_between(first, of_images=True),
+        "images": images,
+        "answered": len(shares),
+        "undecided": sum(share == 0.5 for share in shares.values()),
+        "faulty": sum(share > 0.5 for share in shares.values()),
+    }
+
+
+def lines_of_marks(figures: Mapping[str, Any]) -> list[str]:
+    """The report of marks as text."""
+    said = [
+        f"{figures['answered']} of {figures['images']} images marked: {figures['faulty']} faulty,"
+        f" {figures['undecided']} undecided"
+    ]
+    for p in figures["people"]:
+        said.append(
+            f"  {p['name']}: {p['answers']} answers ({p['unsure']} unsure, {p['skips']} skips), median"
+            f" {p['median_seconds']:.1f} s, faulty in {_percent(p['faulty'])}; with self {_says(p['repeats'])}"
+        )
+    return said + _lines_between(figures)
 
 
 def lines(figures: Mapping[str, Any]) -> list[str]:
@@ -116,12 +159,28 @@ def lines(figures: Mapping[str, Any]) -> list[str]:
             f" {p['median_seconds']:.1f} s, left in {_percent(p['left'])}; with self {_says(p['repeats'])};"
             f" with judges {_says(p['judges'])}"
         )
-    said += [f"  {' and '.join(b['people'])}: {_says(b)}" for b in figures["between"]]
-    if len(figures["between"]) > 1:
-        said.append(f"  between people, together: {_says(figures['together'])}")
+    said += _lines_between(figures)
     said.append(f"  majority with judges: {_says(figures['judges'])}")
     for third in figures["judges_by_margin"]:
         said.append(f"    margin {third['from']:.3g} to {third['to']:.3g}: {_says(third)}")
+    return said
+
+
+def _between(first: Mapping[str, Mapping[str, float]], of_images: bool) -> dict[str, Any]:
+    """Agreement of every two people, and of all of them pooled."""
+    between, pooled = [], []
+    for a, b in itertools.combinations(first, 2):
+        both = [(first[a][pair], first[b][pair]) for pair in first[a].keys() & first[b].keys()]
+        between.append({"people": [a, b], **asdict(agreement(both, of_images))})
+        pooled += both + [(y, x) for x, y in both]  # which of two people is named first means nothing
+    together = agreement(pooled, of_images)
+    return {"between": between, "together": {**asdict(together), "pairs": together.pairs // 2}}
+
+
+def _lines_between(figures: Mapping[str, Any]) -> list[str]:
+    said = [f"  {' and '.join(b['people'])}: {_says(b)}" for b in figures["between"]]
+    if len(figures["between"]) > 1:
+        said.append(f"  between people, together: {_says(figures['together'])}")
     return said
 
 

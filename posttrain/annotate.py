@@ -1,10 +1,13 @@
-"""A page where people choose between the two images of each pair, served until Ctrl-C or SIGTERM.
+"""A page where people choose between the two images of each pair, or mark single images that have faults, served until
+Ctrl-C or SIGTERM.
 
 posttrain annotate --pairs pairs/a --store choices.jsonl
+posttrain annotate --mode artifact --images runs/a --store marks.jsonl
 
-The page asks this process for every step, and a choice is on disk before the next pair is shown. It keeps no state but
-the name of who is choosing, so a page that was open survives a restart. Nothing it shows tells which image the record
-calls chosen: images come as fresh PNGs under random names, and sides are drawn anew for each annotator.
+The page asks this process for every step, and an answer is on disk before the next pair or image is shown. It keeps no
+state but the name of who is answering, so a page that was open survives a restart. Nothing it shows tells which image
+the record calls chosen, or what drew it: images come as fresh PNGs under random names, and sides are drawn anew for
+each annotator.
 """
 
 from __future__ import annotations
@@ -22,10 +25,13 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from types import FrameType
-from typing import Any, get_args
+from typing import Any
 
-from posttrain.annotations import Answer, Schedule, Showing, Side, Store, person, schedule
+from PIL import Image
+
+from posttrain.annotations import ANSWERS, Mode, Schedule, Showing, Side, Store, person, schedule
 from posttrain.human_pairs import Pairs
+from posttrain.marked_images import Images
 from posttrain.pairs_config import AnnotateConfig
 from posttrain.validate_pairs import is_loopback
 from prompts.errors import UserError
@@ -42,13 +48,13 @@ def annotate(config: AnnotateConfig) -> None:
         importlib.import_module("gradio")
     except ImportError:
         raise UserError("annotate: needs gradio, which is not installed; pip install 'posttrain[annotate]'") from None
-    pairs = Pairs(config.pairs, config.max_bad)
-    store = Store(Path(config.store), Schedule(config.seed, config.repeats))
+    items = Pairs(config.pairs, config.max_bad) if config.pairs is not None else Images(config.images or "")
+    store = Store(Path(config.store), Schedule(config.seed, config.repeats, config.mode))
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        pairs.require(store.pairs(), config.store)
+        items.require(store.pairs(), config.store)
         with _listen(config) as listener:
-            _serve(Desk(pairs, store), config, password, listener)
+            _serve(Desk(items, store), config, password, listener)
     except _Terminated:
         pass
     finally:
@@ -59,12 +65,14 @@ def annotate(config: AnnotateConfig) -> None:
 class Desk:
     """What the page asks for. Each answer says what to show next, or holds `error`, one line for who is choosing."""
 
-    def __init__(self, pairs: Pairs, store: Store):
-        self.pairs, self.store = pairs, store
-        self._names: dict[tuple[str, Side], str] = {}
-        self._images: dict[str, tuple[str, Side]] = {}
-        self._schedule = lru_cache(maxsize=None)(lambda name: schedule(list(pairs.prompts), name, store.schedule))
-        self._pair = lru_cache(maxsize=8)(pairs.__getitem__)  # two images of each: one now, one read ahead
+    def __init__(self, items: Pairs | Images, store: Store):
+        self.items, self.store = items, store
+        self.mode: Mode = store.schedule.mode
+        self.thing = "pair" if self.mode == "preference" else "image"
+        self._names: dict[tuple[str, Side | None], str] = {}
+        self._images: dict[str, tuple[str, Side | None]] = {}
+        self._schedule = lru_cache(maxsize=None)(lambda name: schedule(list(items.prompts), name, store.schedule))
+        self._item = lru_cache(maxsize=8)(items.__getitem__)  # of a pair two images; one is shown, one read ahead
 
     def start(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """`asked`: name."""
@@ -75,11 +83,11 @@ class Desk:
         name, choice, seconds = person(str(asked["name"])), asked["choice"], float(asked["seconds"])
         wanted = (asked["pair"], asked["again"])
         showing = next((s for s in self._schedule(name) if (s.pair, s.again) == wanted), None)
-        if showing is None or choice not in get_args(Answer) or not math.isfinite(seconds) or seconds < 0:
+        if showing is None or choice not in ANSWERS[self.mode] or not math.isfinite(seconds) or seconds < 0:
             raise UserError("the page is out of date; reload it")
         if self.store.add(name, showing, choice, round(seconds, 3)):
             return self._view(name)
-        return self._view(name, "That pair had been answered already. Undo takes the answer back.")
+        return self._view(name, f"That {self.thing} had been answered already. Undo takes the answer back.")
 
     def undo(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """`asked`: name."""
@@ -89,9 +97,11 @@ class Desk:
 
     def png(self, image: str) -> bytes:
         """An image by the name that a view gave it. Raises KeyError for another, UserError if it cannot be read."""
-        pair, side = self._images[image]
+        name, side = self._images[image]
+        item = self._item(name)
+        shown = item if isinstance(item, Image.Image) else getattr(item, side or "")
         buffer = io.BytesIO()
-        getattr(self._pair(pair), side).save(buffer, "png", compress_level=1)
+        shown.save(buffer, "png", compress_level=1)
         return buffer.getvalue()
 
     def _view(self, name: str, note: str = "") -> dict[str, Any]:
@@ -105,13 +115,15 @@ class Desk:
             view["rest"] = f"about {minutes:.0f} min left" if minutes >= 1 else "less than a minute left"
         if left:
             now, ahead = left[0], left[1:2]
-            view |= {"pair": now.pair, "again": now.again, "prompt": self.pairs.prompts[now.pair]}
+            view |= {"pair": now.pair, "again": now.again, "prompt": self.items.prompts[now.pair]}
             view["pictures"] = self._pictures(now)
             view["ahead"] = [url for showing in ahead for url in self._pictures(showing)]
         return view
 
     def _pictures(self, showing: Showing) -> list[str]:
-        sides: tuple[Side, Side] = ("chosen", "rejected") if showing.left == "chosen" else ("rejected", "chosen")
+        sides: tuple[Side | None, ...] = (None,)
+        if showing.left is not None:
+            sides = ("chosen", "rejected") if showing.left == "chosen" else ("rejected", "chosen")
         urls = []
         for side in sides:
             key = (showing.pair, side)
@@ -138,7 +150,7 @@ def _serve(desk: Desk, config: AnnotateConfig, password: str | None, listener: s
             file=sys.stderr,
         )
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
-    print(f"posttrain: {len(desk.pairs.prompts)} pairs at {url}", flush=True)
+    print(f"posttrain: {len(desk.items.prompts)} {desk.thing}s at {url}", flush=True)
     server.run(sockets=[listener])
 
 

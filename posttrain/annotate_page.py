@@ -1,4 +1,4 @@
-"""The page of `posttrain annotate` as a web application: Gradio around page/annotate.html, and what guards it."""
+"""The page of `posttrain annotate` as a web application: Gradio around page/annotate*.html, and what guards it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from posttrain.annotate import Desk
 
 FILES = Path(__file__).parent / "page"
+BODY = {"preference": "annotate.html", "artifact": "annotate_artifact.html"}
 # The browser may ask nobody but this server, whatever the page or a library under it says.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline';"
@@ -34,7 +35,7 @@ def page(desk: Desk, password: str | None, hosts: set[str]) -> Guard:
     with gr.Blocks(title="posttrain annotate", analytics_enabled=False, fill_width=True) as blocks:
         body = gr.HTML(
             {"login": password is not None},  # type: ignore[arg-type]
-            html_template=(FILES / "annotate.html").read_text(),
+            html_template=(FILES / BODY[desk.mode]).read_text(),
             js_on_load=(FILES / "annotate.js").read_text(),
             server_functions=[_answer(function) for function in (desk.start, desk.choose, desk.undo)],
             apply_default_css=False,

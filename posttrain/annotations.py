@@ -1,4 +1,4 @@
-"""What people chose, kept so that a kill loses nothing and an edit shows; and which pair an annotator sees when.
+"""What people answered, kept so that a kill loses nothing and an edit shows; and who sees which pair or image when.
 
 A store is a JSONL file that only grows. Its first line holds the settings of the schedule, each other line one
 choice, or one choice taken back. A line ends with the hash of itself and the line before it, so a line that was
@@ -23,8 +23,15 @@ from typing import Any, Literal
 from posttrain.disk import sync
 from prompts.errors import UserError
 
+Mode = Literal["preference", "artifact"]
+"""preference: which of two images is better; artifact: whether one image has faults."""
 Side = Literal["chosen", "rejected"]
-Answer = Literal["left", "right", "tie", "skip"]
+Answer = Literal["left", "right", "tie", "faulty", "fine", "unsure", "skip"]
+ANSWERS: dict[Mode, tuple[Answer, ...]] = {
+    "preference": ("left", "right", "tie", "skip"),
+    "artifact": ("faulty", "fine", "unsure", "skip"),
+}
+SHARES = {"tie": 0.5, "faulty": 1.0, "fine": 0.0, "unsure": 0.5, "skip": None}
 VERSION = 1
 SHORTEST, LONGEST = 10, 30  # other pairs between a pair and its repeat, where the set is large enough
 MOST_LETTERS = 64  # of an annotator's name
@@ -36,19 +43,20 @@ class Schedule:
 
     seed: int
     repeats: float
-    """Share of the pairs that are shown twice, in [0, 0.5]."""
+    """Share of the pairs or images that are shown twice, in [0, 0.5]."""
+    mode: Mode = "preference"
 
 
 @dataclass(frozen=True)
 class Showing:
-    """A pair as it is put before someone."""
+    """A pair or an image as it is put before someone."""
 
     pair: str
-    """Id of the preference record, which is a hash of its prompt and pictures."""
+    """Id of the preference record or of the image: a hash of prompt and pixels."""
     again: bool
-    """The pair's second time."""
-    left: Side
-    """Which of the record's two images is on the left."""
+    """The second time."""
+    left: Side | None
+    """Which of the record's two images is on the left; None for a single image."""
 
 
 @dataclass(frozen=True)
@@ -58,18 +66,19 @@ class Choice:
     annotator: str
     pair: str
     again: bool
-    left: Side
+    left: Side | None
     choice: Answer
     seconds: float
-    """From both images being on the page to the answer."""
+    """From all images being on the page to the answer."""
     time: str
     """UTC, ISO 8601."""
 
     @property
     def share(self) -> float | None:
-        """How far the record's `chosen` was preferred: 1, 0, 0.5 for a tie, None for a skip."""
-        if self.choice in ("tie", "skip"):
-            return 0.5 if self.choice == "tie" else None
+        """How far the record's `chosen` was preferred, or the image called faulty: 1, 0, 0.5 for a tie or unsure, None
+        for a skip."""
+        if self.choice in SHARES:
+            return SHARES[self.choice]
         return float((self.choice == "left") == (self.left == "chosen"))
 
 
@@ -93,6 +102,7 @@ def schedule(ids: Sequence[str], annotator: str, settings: Schedule) -> list[Sho
     evenly, come a second time with the sides swapped, so that who always presses one key contradicts himself each
     time; 10 to 30 other pairs lie between, fewer only in sets of less than 20. All of it follows from hashes of ids:
     the same with any version of any library, and pairs that are added later leave the order of the others alone.
+    Single images (mode artifact) have no sides; all else is the same for them.
     """
     order = sorted(ids, key=lambda pair: _draw(settings.seed, annotator, pair))
     shortest = min(SHORTEST, len(order) // 2)
@@ -100,14 +110,20 @@ def schedule(ids: Sequence[str], annotator: str, settings: Schedule) -> list[Sho
     repeated = {k * early // count for k in range(count)}
     showings: list[tuple[float, Showing]] = []
     for i, pair in enumerate(order):
-        first: Side = "chosen" if _draw(settings.seed, annotator, pair, "left") % 2 else "rejected"
-        second: Side = "rejected" if first == "chosen" else "chosen"
+        first, second = _sides(settings, annotator, pair)
         showings.append((i, Showing(pair, False, first)))
         if i in repeated:
             longest = min(LONGEST, len(order) - 1 - i)
             gap = shortest + _draw(settings.seed, annotator, pair, "gap") % (longest - shortest + 1)
             showings.append((i + gap + 0.5, Showing(pair, True, second)))
     return [showing for _, showing in sorted(showings, key=lambda item: item[0])]
+
+
+def _sides(settings: Schedule, annotator: str, pair: str) -> tuple[Side | None, Side | None]:
+    """Which image is on the left the first and the second time."""
+    if settings.mode == "artifact":
+        return None, None
+    return ("chosen", "rejected") if _draw(settings.seed, annotator, pair, "left") % 2 else ("rejected", "chosen")
 
 
 def person(name: str) -> str:
@@ -184,7 +200,7 @@ class Store:
             return list(self._held.choices.get(annotator, ()))
 
     def pairs(self) -> set[str]:
-        """Ids of all pairs that someone answered."""
+        """Ids of all pairs or images that someone answered."""
         with self._mutex:
             return {choice.pair for choices in self._held.choices.values() for choice in choices}
 
@@ -264,7 +280,8 @@ def _replay(path: Path, data: bytes) -> Annotations | None:
                 " or start another --store"
             )
         if held is None:
-            held = Annotations(Schedule(record["seed"], record["repeats"]))
+            # Stores of before there were marks of single images have no mode.
+            held = Annotations(Schedule(record["seed"], record["repeats"], record.get("mode", "preference")))
         elif "undo" in record:
             held.choices[record["annotator"]].pop()
         else:

@@ -214,14 +214,28 @@ def load(path: str | Path) -> Checkpoint:
 
 
 def find(path: str | Path) -> Path:
-    """The checkpoint directory meant by a path: a checkpoint, or a run directory (its newest whole one)."""
+    """The checkpoint directory meant by a path: a checkpoint, or a run directory (its newest whole one). Raises
+    UserError if there is none, or it is of a judge and not of K2."""
     path = Path(path)
     if (path / "manifest.json").is_file():
-        return path
+        return _of_k2(path)
     for candidate in reversed(_saved(path / "checkpoints")):
         if not problem(candidate):
-            return candidate
+            return _of_k2(candidate)
     raise UserError(f"{path}: holds no whole checkpoint; give a run directory or one of its checkpoints")
+
+
+def _of_k2(path: Path) -> Path:
+    """A checkpoint that is not a judge's; whether it is whole is another question."""
+    try:
+        method = parse_json((path / "state.json").read_bytes())["method"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return path
+    if method == "judge":
+        raise UserError(
+            f"{path}: is of posttrain judge, whose adapter/ vLLM serves as it is; give a run that trained K2"
+        )
+    return path
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

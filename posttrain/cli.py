@@ -23,9 +23,10 @@ import yaml
 from posttrain import __version__
 from posttrain.bench_config import BenchConfig
 from posttrain.carryover_config import CarryoverConfig
-from posttrain.config import ExportConfig, GRPOConfig, JudgeConfig, ReportConfig, SampleConfig, ServeConfig
+from posttrain.config import ExportConfig, GRPOConfig, ReportConfig, SampleConfig, ServeConfig
 from posttrain.expander_config import ExpandConfig, ExpanderDataConfig, ExpanderSFTConfig
 from posttrain.expander_rl_config import ExpanderGDPOConfig
+from posttrain.judge_config import JudgeConfig
 from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
 from posttrain.pipeline_config import PipelineConfig
 from posttrain.ranges import ConfigError
@@ -64,12 +65,12 @@ COMMANDS = {
     "tdm": Command(TDMConfig, "posttrain.tdm:train", "distil with TDM into few steps and write a run directory", True),
     "preflight": Command(GRPOConfig, "posttrain.preflight:preflight", "check and time a GRPO recipe before a run"),
     "pairs": Command(PairsConfig, "posttrain.pairs:make", "make preference pairs from prompts", True),
-    "judge": Command(JudgeConfig, "posttrain.judge:train", "train a judge, as an adapter for vLLM"),
+    "judge": Command(JudgeConfig, "posttrain.judge:train", "train a judge, as an adapter for vLLM", True),
     "serve": Command(ServeConfig, "posttrain.serve:serve", "serve a recipe's judges", any_recipe=True),
     "annotate": Command(
-        AnnotateConfig, "posttrain.annotate:annotate", "serve a page where people choose between images"
+        AnnotateConfig, "posttrain.annotate:annotate", "serve a page where people choose between images or mark faults"
     ),
-    "annotations": Command(AnnotationsConfig, "posttrain.human_pairs:write", "report and export what they chose"),
+    "annotations": Command(AnnotationsConfig, "posttrain.human_pairs:write", "report and export what they answered"),
     "expander data": Command(
         ExpanderDataConfig, "posttrain.expander_data:make", "make short prompts for long captions", True
     ),

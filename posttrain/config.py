@@ -254,44 +254,6 @@ class GRPOConfig:
 
 
 @dataclass
-class JudgeConfig:
-    """Train a judge: a LoRA adapter on a Qwen3-VL that vLLM serves as it is."""
-
-    output: str
-    """Run directory, created; the adapter and its model card are in adapter/."""
-    model: str
-    """Qwen3-VL to adapt: directory or hub id."""
-    data: str
-    """JSONL file; image paths count from its directory. preference: chosen, rejected, and optionally prompt,
-    share, source, chance. artifact: image, fault, and optionally prompt, source; or, instead of a file, a
-    directory of good images, each of which is also shown corrupted."""
-    mode: Literal["preference", "artifact"]
-    """preference: Bradley-Terry on pairs, yes means better. artifact: yes means that the image has faults."""
-    template: str | None = None
-    """Question: a name in prompts/judges or a .txt path; null: aesthetic or artifact, by mode."""
-    heldout: float = 0.1
-    """Share of the prompts (of the images, where there are none) never trained on, between 0 and 1."""
-    heldout_sources: list[str] = field(default_factory=list)
-    """Generators (field `source`) never trained on, to see whether the taste depends on who drew the image."""
-    steps: int = 500
-    """Updates, >= 1."""
-    batch: int = 32
-    """Records (pairs or images) in an update, >= 1."""
-    micro_batch: int = 8
-    """Records in one forward, a divisor of batch; sets memory, not the result."""
-    workers: int = 0
-    """Processes that read images, >= 0; 0: the training process reads them itself."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of the frozen weights; the adapter stays float32."""
-    seed: int = 0
-    """Seed of the adapter, the split and the order, >= 0."""
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    """The rate falls to zero along half a cosine after warm-up; passes must be 1."""
-    track: TrackConfig = field(default_factory=TrackConfig)
-
-
-@dataclass
 class ServeConfig:
     """Serve a recipe's judges until Ctrl-C or SIGTERM. Keys of the recipe other than those below are not read."""
 

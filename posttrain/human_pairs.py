@@ -1,6 +1,7 @@
-"""What people chose, as pairs to train on and as a report of how far they agree.
+"""What people answered, as data to train on and as a report of how far they agree.
 
 posttrain annotations --pairs pairs/a --store choices.jsonl --output pairs/human
+posttrain annotations --images runs/a --store marks.jsonl --output faults/human
 
 A pair's `chosen` is what the majority preferred and `share` how large that majority is: one vote a person, a tie half a
 vote for each image. Pairs that they leave undecided are left out.
@@ -15,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from posttrain import agreement
+from posttrain import agreement, marked_images
 from posttrain.annotations import read
 from posttrain.pairs_config import AnnotationsConfig
 from posttrain.preferences import Preference, PreferenceWriter, Skipped, read_preferences
@@ -23,8 +24,15 @@ from prompts.errors import UserError
 
 
 def write(config: AnnotationsConfig) -> None:
-    """The command `posttrain annotations`: print the report and, with an output, write the human preferences."""
+    """The command `posttrain annotations`: print the report and, with an output, write what people answered."""
     held = read(Path(config.store))
+    if (config.images is None) != (held.schedule.mode == "preference"):
+        right = "--pairs" if held.schedule.mode == "preference" else "--images"
+        raise UserError(f"{config.store}: holds answers of mode {held.schedule.mode}; give {right}")
+    if config.images is not None:
+        marked_images.write(held, config.images, config.store, config.output)
+        return
+    assert config.pairs is not None
     pairs = Pairs(config.pairs, config.max_bad)
     pairs.require({choice.pair for choices in held.choices.values() for choice in choices}, config.store)
     figures = agreement.report(held.choices, pairs.margins)

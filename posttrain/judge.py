@@ -1,25 +1,27 @@
-"""Trains a judge: a LoRA adapter that makes a Qwen3-VL answer one fixed question about a picture with yes or no.
+"""Trains a judge: a LoRA adapter that makes a Qwen3-VL answer one fixed question about an image with yes or no.
 
     posttrain judge --config recipes/nano/judge_aesthetic.yaml
 
 The score is rho = logit(yes) - logit(no) of the answer's first token, so vLLM serves the adapter as it is and P(yes)
-is sigma(rho). `preference` fits pairs by Bradley-Terry, `artifact` labels (or corruptions of good pictures) by
-cross-entropy. Only projections of the language model are adapted; the eye stays as it is. In both, a small term
-keeps the answer a yes or a no, for a server reads nothing else.
+is sigma(rho). `preference` fits pairs by Bradley-Terry, with the share of votes as label; `artifact` fits labels (or
+corruptions of good images) by cross-entropy. Only projections of the language model are adapted; the vision tower is
+frozen. In both, a small term keeps the answer a yes or a no, for a server reads nothing else.
 
-What is held out is split by prompt (pictures of one prompt are on one side), and, if asked, by generator. Accuracy,
+What is held out is split by prompt (images of one prompt are on one side), and, if asked, by generator. Accuracy,
 calibration and curves go into the adapter's model card.
 
-Legend: B records of a micro-batch; a pair is two pictures, the preferred one first.
+A run that was stopped or killed goes on with --resume, and ends where it would have ended: the order of the records
+and their corruptions follow from the seed and the step alone.
+
+Legend: B records of a micro-batch; a pair is two images, the preferred one first.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,79 +34,127 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from posttrain import losses
+from posttrain import checkpoint, losses
 from posttrain.calibration import auroc, brier, expected_calibration_error, reliability
-from posttrain.config import CheckpointConfig, JudgeConfig
+from posttrain.checkpoint import Checkpoint
+from posttrain.fingerprint import fingerprint
 from posttrain.judge_card import numbers, write_adapter
+from posttrain.judge_config import JudgeConfig
+from posttrain.judge_records import Record, check_prompts, read_records, split
+from posttrain.judge_records import fingerprint as fingerprint_of_records
 from posttrain.loop import Loop, Stepper
 from posttrain.track import Run, peak_memory
 from posttrain.validate import JUDGE_TARGETS
 from prompts.errors import UserError
-from prompts.parse import parse_json
 from prompts.templates import Template, load_template
 from rewards.vlm import VLM, Inputs
 
 MASS_WEIGHT = 0.1
 """Weight of -log(P(yes) + P(no))."""
-IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-@dataclass
-class Record:
-    """One picture, or a pair with the preferred one first."""
-
-    images: list[Path]
-    share: float
-    """Of votes for the first picture (preference) or for a fault (artifact), in [0, 1]."""
-    prompt: str | None = None
-    source: str | None = None
-    """Who drew it."""
-    chance: float | None = None
-    """Where choices are simulated: how probable this one was. Only for the noise ceiling."""
-    corrupt: bool = False
-    """The picture is corrupted when it is read."""
-
-    @property
-    def group(self) -> str:
-        return self.prompt if self.prompt is not None else self.images[0].name
-
-
-def train(config: JudgeConfig) -> None:
+def train(config: JudgeConfig, resume: bool = False) -> None:
     """Runs a recipe into its run directory. Raises UserError for what the user can mend."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("posttrain judge: trains in one process; start it without a launcher")
+    Run.check(config, resume)
     template = load_template(config.template or {"preference": "aesthetic", "artifact": "artifact"}[config.mode])
-    records = read_records(config.data, config.mode)
+    saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
+    records = read_records(config)
     check_prompts(records, template, config.data)
+    facts = {"mode": config.mode, "template": template.hash, "data": fingerprint_of_records(records)}
+    _check_unchanged(saved, facts)
     training, heldout = split(records, config)
     device = PartialState().device or torch.device("cpu")
     vlm = VLM.load(config.model, getattr(torch, config.dtype), device)
-    run = Run.create(config, resume=None)
+    facts["model"] = fingerprint(dict(vlm.model.named_parameters()))
+    _check_unchanged(saved, facts)
     add_adapter(vlm, config)
-    stepper = Stepper([p for p in vlm.model.parameters() if p.requires_grad], config.optim)
-    card: dict[str, Any] = {"figures": None, "before": None, "records": (len(training), len(heldout))}
+    with Run.create(config, resume) as run:
+        stopped = _train(config, run, vlm, template, training, heldout, saved, facts)
+    if stopped is signal.SIGINT:
+        raise KeyboardInterrupt
+
+
+def _train(
+    config: JudgeConfig,
+    run: Run,
+    vlm: VLM,
+    template: Template,
+    training: Sequence[Record],
+    heldout: Sequence[Record],
+    saved: Checkpoint | None,
+    facts: dict[str, str],
+) -> signal.Signals | None:
+    adapter = {name: p for name, p in vlm.model.named_parameters() if p.requires_grad}
+    stepper = Stepper(list(adapter.values()), config.optim)
+    first, seen, before = 0, 0, None
+    if saved is not None:
+        _restore(saved, adapter, stepper)
+        first, seen, before = saved.step, saved.state["records_seen"], saved.state["before"]
+        run.say(f"goes on after step {first}")
+    run.start(config.steps, first)
+    if before is None:
+        before = figures(config.mode, heldout, score(vlm, template, heldout, config), config.seed)
 
     def save(step: int) -> None:
-        with stepper.averaged():
-            write_adapter(vlm, run.path / "adapter", config, template, step, card)
+        state = {"before": before, "records_seen": seen + (step - first) * config.batch}
+        _save(config, step, adapter, stepper, state, facts)
 
-    with run:
-        run.start(config.steps)
-        card["before"] = figures(config.mode, heldout, score(vlm, template, heldout, config), config.seed)
-        order = [(r, epoch) for epoch, r in _epochs(len(training), config.steps * config.batch, config.seed)]
-        batches = iter(_loader(vlm, template, training, order, config))
-        loop = Loop(0, config.steps, CheckpointConfig(every=0), save)
-        for step in loop:
-            metrics = update(vlm, stepper, batches, config, step)
-            run.log(step, metrics)
+    total = seen + (config.steps - first) * config.batch
+    order = [(r, epoch) for epoch, r in _epochs(len(training), total, config.seed)][seen:]
+    batches = _loader(vlm, template, training, order, config)
+    loop = Loop(first, config.steps, config.checkpoint, save)
+    for step in loop:
+        run.log(step, update(vlm, stepper, batches, config, step))
+    card: dict[str, Any] = {"figures": None, "before": before, "records": (len(training), len(heldout))}
+    with stepper.averaged():
         if loop.stopped is None:
-            with stepper.averaged():
-                card["figures"] = figures(config.mode, heldout, score(vlm, template, heldout, config), config.seed)
-            save(config.steps)
-        run.summary({"before": numbers(card["before"]), "after": numbers(card["figures"]), "steps": loop.done,
-                     **peak_memory()})  # fmt: skip
-    if loop.stopped is signal.SIGINT:
-        raise KeyboardInterrupt
+            card["figures"] = figures(config.mode, heldout, score(vlm, template, heldout, config), config.seed)
+        write_adapter(vlm, run.path / "adapter", config, template, loop.done, card)
+    after = numbers(card["figures"])
+    run.summary({"before": numbers(before), "after": after, "steps": loop.done, **peak_memory()})
+    return loop.stopped
+
+
+def _save(
+    config: JudgeConfig,
+    step: int,
+    adapter: dict[str, Tensor],
+    stepper: Stepper,
+    state: dict[str, Any],
+    facts: dict[str, str],
+) -> None:
+    optimizer, optimizer_state = stepper.flattened()
+    tensors = {"optimizer": optimizer, "live": checkpoint.on_host(adapter)}
+    with stepper.averaged():
+        tensors["adapter"] = checkpoint.on_host(adapter)
+    state = {"method": "judge", "facts": facts, "optimizer": optimizer_state, "counters": stepper.counters(), **state}
+    checkpoint.save(Path(config.output) / "checkpoints", step, tensors, state, config.checkpoint.keep)
+
+
+@torch.no_grad()
+def _restore(saved: Checkpoint, adapter: dict[str, Tensor], stepper: Stepper) -> None:
+    """Puts back what `_save` wrote. Raises UserError if the adapter is another one."""
+    stepper.restore(saved.tensors["optimizer"], saved.state["optimizer"])
+    stepper.restore_counters(saved.state["counters"])
+    if adapter.keys() != saved.tensors["live"].keys():
+        raise UserError(f"{saved.path}: its adapter has other layers than lora.targets names; restore lora")
+    with stepper.averaged():
+        for name, parameter in adapter.items():
+            parameter.copy_(saved.tensors["adapter"][name])
+    for name, parameter in adapter.items():
+        parameter.copy_(saved.tensors["live"][name])
+
+
+def _check_unchanged(saved: Checkpoint | None, facts: dict[str, str]) -> None:
+    """Raises UserError if a run would go on with other data, another model or another question than it began with."""
+    for name, value in facts.items():
+        if saved is not None and saved.state["facts"].get(name) != value:
+            raise UserError(
+                f"{name}: is not what {saved.path} was trained with; restore it (it may lie elsewhere), or choose"
+                " another --output"
+            )
 
 
 def update(vlm: VLM, stepper: Stepper, batches: Iterator, config: JudgeConfig, step: int) -> dict[str, float]:
@@ -141,96 +191,7 @@ def add_adapter(vlm: VLM, config: JudgeConfig) -> None:
     vlm.model = get_peft_model(vlm.model, settings)
 
 
-# ---- data -------------------------------------------------------------------------------------------------
-
-
-def read_records(path: str, mode: str) -> list[Record]:
-    """The records of a JSONL file, or of a directory of good pictures. Raises UserError with file and line."""
-    root = Path(path)
-    if root.is_dir():
-        if mode != "artifact":
-            raise UserError(f"data: {path} is a directory: preferences need a JSONL file")
-        files = sorted(p for p in root.iterdir() if p.suffix.lower() in IMAGES)
-        if not files:
-            raise UserError(f"data: {path} holds no image ({', '.join(IMAGES)})")
-        for file in files:
-            _check_image(file, str(file))
-        return [Record([f], float(corrupt), corrupt=corrupt) for f in files for corrupt in (False, True)]
-    try:
-        lines = root.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data: {path} cannot be read as a JSONL file: {error}") from None
-    records = [_record(line, f"{path}:{n}", root.parent, mode) for n, line in enumerate(lines, 1) if line.strip()]
-    if not records:
-        raise UserError(f"data: {path} holds no record; write one JSON object a line")
-    return records
-
-
-def _record(line: str, where: str, root: Path, mode: str) -> Record:
-    try:
-        row = parse_json(line)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: is not an object")
-    images = []
-    for name in ("chosen", "rejected") if mode == "preference" else ("image",):
-        if not isinstance(row.get(name), str):
-            raise UserError(f"{where}: {name}: missing; write the path of an image file")
-        images.append(root / row[name])
-        _check_image(images[-1], f"{where}: {name}")
-    key = "share" if mode == "preference" else "fault"
-    share = _unit(row, key, where)
-    if share is None:
-        if mode == "artifact":
-            raise UserError(f"{where}: fault: missing; write true, false or the share of people who saw one")
-        share = 1.0
-    for name in ("prompt", "source"):
-        if not isinstance(row.get(name), str | None):
-            raise UserError(f"{where}: {name}: is not text; put it in quotes")
-    return Record(images, share, row.get("prompt"), row.get("source"), _unit(row, "chance", where))
-
-
-def _unit(row: dict, name: str, where: str) -> float | None:
-    value = row.get(name)
-    if value is not None and not (isinstance(value, int | float) and 0 <= value <= 1):
-        raise UserError(f"{where}: {name}: is {value!r}; use a number from 0 to 1")
-    return None if value is None else float(value)
-
-
-def _check_image(path: Path, where: str) -> None:
-    try:
-        with Image.open(path):
-            pass
-    except OSError as error:
-        raise UserError(f"{where}: {path} is no image that can be read ({type(error).__name__})") from None
-
-
-def check_prompts(records: list[Record], template: Template, path: str) -> None:
-    if template.fields - {"prompt"}:
-        raise UserError(f"template {template.name}: a judge's question may hold $prompt and no other field")
-    if template.fields and any(r.prompt is None for r in records):
-        raise UserError(f"data: {path}: template {template.name} asks about $prompt, but a record has no prompt")
-
-
-def split(records: list[Record], config: JudgeConfig) -> tuple[list[Record], list[Record]]:
-    """(training, held out): by the hash of the prompt, so that a prompt is on one side; and by generator."""
-
-    def kept_back(record: Record) -> bool:
-        digest = hashlib.sha256(f"{config.seed}:{record.group}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") < config.heldout * 2**64
-
-    foreign = set(config.heldout_sources)
-    if missing := foreign - {r.source for r in records}:
-        raise UserError(f"heldout_sources: no record is from {sorted(missing)[0]}: correct the name")
-    training = [r for r in records if not kept_back(r) and r.source not in foreign]
-    heldout = [r for r in records if kept_back(r) or r.source in foreign]
-    if not training or not heldout:
-        raise UserError(
-            f"data: {config.data}: {len(training)} records to train on and {len(heldout)} held out; "
-            "give more prompts or change heldout"
-        )
-    return training, heldout
+# ---- batches ----------------------------------------------------------------------------------------------
 
 
 def _epochs(n: int, total: int, seed: int) -> Iterator[tuple[int, int]]:
@@ -246,7 +207,7 @@ class _Batches(Dataset):
 
     vlm: VLM
     template: Template
-    records: list[Record]
+    records: Sequence[Record]
     order: list[tuple[int, int]]
     size: int
     seed: int = 0
@@ -254,25 +215,44 @@ class _Batches(Dataset):
     def __len__(self) -> int:
         return -(-len(self.order) // self.size)
 
-    def __getitem__(self, i: int) -> tuple[Inputs, Tensor]:
+    def __getitem__(self, i: int) -> tuple[Inputs, Tensor] | UserError:
+        """What is wrong with an image is returned: raised in a worker, it would come with that worker's traceback."""
+        try:
+            return self._batch(i)
+        except UserError as error:
+            return error
+
+    def _batch(self, i: int) -> tuple[Inputs, Tensor]:
         rows = [(self.records[r], r, epoch) for r, epoch in self.order[i * self.size : (i + 1) * self.size]]
-        images, texts = [], []
-        for place in range(len(rows[0][0].images)):
-            for record, r, epoch in rows:
-                image = Image.open(record.images[place]).convert("RGB")
-                if record.corrupt:
-                    image = corrupt(image, np.random.default_rng([self.seed, r, epoch]))
-                images.append(image)
-                texts.append(self.template.render(**({"prompt": record.prompt or ""} if self.template.fields else {})))
+        read = [self._images(record, r, epoch) for record, r, epoch in rows]
+        asked = [self.template.render(**_fields(self.template, record)) for record, _, _ in rows]
+        # First the first image of each record, then, of pairs, the second of each.
+        images = [row[place] for place in range(len(read[0])) for row in read]
+        texts = asked * (len(images) // len(asked))
         return self.vlm.inputs(images, texts), torch.tensor([record.share for record, _, _ in rows])
 
+    def _images(self, record: Record, r: int, epoch: int) -> list[Image.Image]:
+        images = record.images.read()
+        if record.corrupt:
+            return [corrupt(image, np.random.default_rng([self.seed, r, epoch])) for image in images]
+        return images
 
-def _loader(vlm: VLM, template: Template, records: list[Record], order: list[tuple[int, int]], config: JudgeConfig):
+
+def _fields(template: Template, record: Record) -> dict[str, str]:
+    return {"prompt": record.prompt or ""} if template.fields else {}
+
+
+def _loader(
+    vlm: VLM, template: Template, records: Sequence[Record], order: list[tuple[int, int]], config: JudgeConfig
+) -> Iterator[tuple[Inputs, Tensor]]:
     readers = replace(vlm, model=None)  # workers read and tokenise; the model stays here
     batches = _Batches(readers, template, records, order, config.micro_batch, config.seed)
     if config.workers:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # what a forked process needs
-    return DataLoader(batches, batch_size=None, num_workers=config.workers)
+    for batch in DataLoader(batches, batch_size=None, num_workers=config.workers):
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
 def corrupt(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -302,8 +282,8 @@ def corrupt(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 @torch.no_grad()
-def score(vlm: VLM, template: Template, records: list[Record], config: JudgeConfig) -> np.ndarray:
-    """(N, pictures of a record): rho. Corruptions are always the same."""
+def score(vlm: VLM, template: Template, records: Sequence[Record], config: JudgeConfig) -> np.ndarray:
+    """(N, images of a record): rho. Corruptions are always the same."""
     vlm.model.eval()
     rows = []
     for inputs, share in _loader(vlm, template, records, [(i, 0) for i in range(len(records))], config):
@@ -311,7 +291,7 @@ def score(vlm: VLM, template: Template, records: list[Record], config: JudgeConf
     return torch.cat(rows).double().numpy()
 
 
-def figures(mode: str, records: list[Record], rho: np.ndarray, seed: int) -> dict[str, Any]:
+def figures(mode: str, records: Sequence[Record], rho: np.ndarray, seed: int) -> dict[str, Any]:
     """Held-out figures of scores (N, 2) or (N, 1)."""
     share = np.array([r.share for r in records])
     if mode == "preference":
@@ -325,7 +305,7 @@ def figures(mode: str, records: list[Record], rho: np.ndarray, seed: int) -> dic
             chance = np.array([r.chance for r in records])
             ceiling = np.maximum(chance, 1 - chance)
             result |= {"noise_ceiling": float(ceiling.mean()), "of_ceiling": float(right.mean() / ceiling.mean())}
-        quarters = np.array_split(np.argsort(abs(difference)), 4)
+        quarters = [q for q in np.array_split(np.argsort(abs(difference)), 4) if len(q)]
         result["by_margin"] = [(float(abs(difference[q]).mean()), float(right[q].mean()), len(q)) for q in quarters]
     else:
         p, y = 1 / (1 + np.exp(-rho[:, 0])), share
@@ -336,7 +316,9 @@ def figures(mode: str, records: list[Record], rho: np.ndarray, seed: int) -> dic
             threshold = float(np.quantile(good, 0.99))
             result |= {"threshold": threshold, "found_at_threshold": float((bad > threshold).mean())}
     result |= {"brier": brier(p, y), "ece": expected_calibration_error(p, y), "reliability": reliability(p, y)}
-    sources = np.array([r.source or "" for r in records])
-    result["by_source"] = {s: (float(right[sources == s].mean()), int((sources == s).sum())) for s in {*sources} if s}
+    result["by_source"] = {}
+    for source in sorted({source for r in records for source in r.sources}):
+        own = np.array([source in r.sources for r in records])
+        result["by_source"][source] = (float(right[own].mean()), int(own.sum()))
     result["heldout"] = len(records)
     return result

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from posttrain.config import JudgeConfig
+from posttrain.judge_config import JudgeConfig
 from prompts.templates import Template
 from rewards.vlm import VLM
 
 
 def write_adapter(vlm: VLM, path: Path, config: JudgeConfig, template: Template, step: int, card: dict) -> None:
-    """The PEFT adapter, as vLLM loads it, with its model card and figures."""
-    vlm.model.save_pretrained(str(path))
-    (path / "README.md").write_text(model_card(config, template, step, card), encoding="utf-8")
-    (path / "figures.json").write_text(json.dumps({**card, "step": step, "template": template.hash}, indent=1) + "\n")
+    """The PEFT adapter, as vLLM loads it, with its model card and figures; a directory that is there is replaced."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed while it wrote
+    try:
+        vlm.model.save_pretrained(str(temporary))
+        (temporary / "README.md").write_text(model_card(config, template, step, card), encoding="utf-8")
+        figures = json.dumps({**card, "step": step, "template": template.hash}, indent=1)
+        (temporary / "figures.json").write_text(figures + "\n")
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def model_card(config: JudgeConfig, template: Template, step: int, card: dict[str, Any]) -> str:
@@ -24,7 +35,7 @@ def model_card(config: JudgeConfig, template: Template, step: int, card: dict[st
     parts = [
         f"---\nbase_model: {config.model}\nlibrary_name: peft\ntags: [lora, vllm, judge]\n---",
         f"# A judge: {config.mode}",
-        f"A LoRA adapter for {config.model}. Asked the question below about a picture, it answers yes or no; "
+        f"A LoRA adapter for {config.model}. Asked the question below about an image, it answers yes or no; "
         "P(yes) from the first token's log-probs is the score.",
         f"> {template.text}",
         f"Template `{template.name}`, hash {template.hash}. {step} updates of {config.batch} records from "
@@ -58,8 +69,8 @@ def _words(name: str) -> str:
         "brier": "Brier score",
         "noise_ceiling": "accuracy of one who knew the raters' taste",
         "of_ceiling": "share of that accuracy",
-        "threshold": "P(yes) that 1 % of good pictures exceed",
-        "found_at_threshold": "share of faulty pictures above it",
+        "threshold": "P(yes) that 1 % of good images exceed",
+        "found_at_threshold": "share of faulty images above it",
     }.get(name, name)
 
 

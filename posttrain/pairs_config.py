@@ -145,13 +145,18 @@ class PairsConfig:
 
 @dataclass
 class AnnotateConfig:
-    """Serve a page where people choose between the two images of each pair, until Ctrl-C or SIGTERM."""
+    """Serve a page where people choose between the two images of each pair, or mark single images that have faults,
+    until Ctrl-C or SIGTERM."""
 
-    pairs: str
+    store: str
+    """JSONL file that each answer is appended to; made if it is not there, gone on with if it is."""
+    mode: Literal["preference", "artifact"] = "preference"
+    """preference: which image of a pair is better; needs pairs. artifact: whether an image has faults; needs images."""
+    pairs: str | None = None
     """Preference set to choose from: a directory of pairs; or JSONL, parquet or hf:NAME[:SPLIT] with columns prompt,
     chosen and rejected."""
-    store: str
-    """JSONL file that each choice is appended to; made if it is not there, gone on with if it is."""
+    images: str | None = None
+    """Images to mark: a run directory (its samples/), an output of `posttrain sample`, or a directory of images."""
     host: str = "127.0.0.1"
     """Address to listen at. Beyond this machine (such as 0.0.0.0) it needs password_env."""
     port: int = 7860
@@ -160,22 +165,27 @@ class AnnotateConfig:
     """Name of the environment variable with the password that everyone who chooses logs in with, under a name of
     their own; 8 characters or more. null: none."""
     repeats: float = 0.1
-    """Share of the pairs that each annotator sees a second time, sides swapped, to measure consistency, 0 to 0.5."""
+    """Share of the pairs or images that each annotator sees a second time, pairs with sides swapped, to measure
+    consistency, 0 to 0.5."""
     seed: int = 0
     """Seed of the order and of the sides, >= 0; each annotator has an order of their own."""
     max_bad: float = 0.01
-    """Share of rows that may be bad (an image missing or cut off, ...), 0 to 1; they are left out and named."""
+    """Share of the rows of pairs that may be bad (an image missing or cut off, ...), 0 to 1; they are left out and
+    named."""
 
 
 @dataclass
 class AnnotationsConfig:
-    """Say how far people agree with each other and with the judges; with an output, write what they chose."""
+    """Say how far people agree with each other and with the judges; with an output, write what they answered."""
 
-    pairs: str
-    """Preference set that they chose from, as for annotate."""
     store: str
     """What annotate wrote; it may still be running."""
+    pairs: str | None = None
+    """Preference set that they chose from, as for annotate; give this or images."""
+    images: str | None = None
+    """Images that they marked, as for annotate; give this or pairs."""
     output: str | None = None
-    """Directory for the preference record, source: human; must not exist or be empty. null: only the report."""
+    """Directory to write; must not exist or be empty. Of pairs it is the preference record, source: human; of images
+    artifacts.jsonl with the images, for `posttrain judge --mode artifact`. null: only the report."""
     max_bad: float = 0.01
     """As for annotate."""

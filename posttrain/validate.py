@@ -11,7 +11,6 @@ from posttrain.config import (
     EvalConfig,
     ExportConfig,
     GRPOConfig,
-    JudgeConfig,
     OptimConfig,
     PoolConfig,
     ReportConfig,
@@ -22,16 +21,23 @@ from posttrain.config import (
 )
 from posttrain.expander_config import ExpandConfig, ExpanderDataConfig, ExpanderSFTConfig
 from posttrain.expander_rl_config import ExpanderGDPOConfig
+from posttrain.judge_config import JudgeConfig
 from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
 from posttrain.pipeline_config import PipelineConfig
-from posttrain.ranges import ConfigError, at_least, pixels, positive, share
+from posttrain.ranges import ConfigError, at_least, pixels, positive
 from posttrain.stpo_config import STPOConfig
 from posttrain.tdm_config import MOST_STEPS, TDMConfig
 from posttrain.validate_bench import validate_bench
 from posttrain.validate_expander import validate_expand, validate_expander_data, validate_expander_sft
 from posttrain.validate_gdpo import validate_gdpo
 from posttrain.validate_model import refuse_quantize, validate_lora, validate_model
-from posttrain.validate_pairs import validate_annotate, validate_pair_set, validate_pairs, validate_preference_loss
+from posttrain.validate_pairs import (
+    validate_annotate,
+    validate_annotations,
+    validate_pair_set,
+    validate_pairs,
+    validate_preference_loss,
+)
 from posttrain.validate_pipeline import validate_pipeline
 from posttrain.validate_servers import validate_servers
 
@@ -85,7 +91,7 @@ def validate(config: Config) -> None:
         case AnnotateConfig():
             validate_annotate(config)
         case AnnotationsConfig():
-            share("max_bad", config.max_bad, 1)
+            validate_annotations(config)
         case ExpanderDataConfig():
             validate_expander_data(config)
             validate_servers(config.servers)
@@ -249,6 +255,13 @@ def _validate_judge(config: JudgeConfig) -> None:
         raise ConfigError("micro_batch", f"is {config.micro_batch}; use a divisor of batch ({config.batch})")
     at_least("workers", config.workers, 0)
     at_least("seed", config.seed, 0)
+    if not 0 <= config.max_bad < 1:
+        raise ConfigError("max_bad", f"is {config.max_bad}; use at least 0 and below 1")
+    if config.columns is not None and config.mode == "artifact":
+        raise ConfigError("columns", "are of a set of pairs, which mode artifact does not read; leave them out")
+    at_least("checkpoint.every", config.checkpoint.every, 0)
+    at_least("checkpoint.minutes", config.checkpoint.minutes, 0)
+    at_least("checkpoint.keep", config.checkpoint.keep, 1)
     at_least("lora.rank", config.lora.rank, 1)
     positive("lora.alpha", config.lora.alpha)
     wrong = [t for t in config.lora.targets or () if t not in JUDGE_TARGETS]

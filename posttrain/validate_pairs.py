@@ -6,7 +6,7 @@ import ipaddress
 import math
 
 from posttrain import pair_plan
-from posttrain.pairs_config import AnnotateConfig, DrawConfig, PairsConfig, PairSource
+from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, DrawConfig, PairsConfig, PairSource
 from posttrain.ranges import ConfigError, at_least, pixels, positive, share
 from posttrain.stpo_config import PairSetConfig, PreferenceLossConfig
 from posttrain.validate_model import refuse_quantize
@@ -109,6 +109,11 @@ def validate_preference_loss(loss: PreferenceLossConfig) -> None:
 
 
 def validate_annotate(config: AnnotateConfig) -> None:
+    needed, other = ("pairs", "images") if config.mode == "preference" else ("images", "pairs")
+    if getattr(config, needed) is None:
+        raise ConfigError(needed, f"missing; mode {config.mode} asks about {needed}")
+    if getattr(config, other) is not None:
+        raise ConfigError(other, f"is not read in mode {config.mode}; leave it out or change mode")
     if not is_loopback(config.host) and config.password_env is None:
         raise ConfigError("host", f"{config.host} is reached from beyond this machine; set password_env as well")
     if not 0 <= config.port <= 65535:
@@ -116,6 +121,12 @@ def validate_annotate(config: AnnotateConfig) -> None:
     share("repeats", config.repeats, 0.5)
     share("max_bad", config.max_bad, 1)
     at_least("seed", config.seed, 0)
+
+
+def validate_annotations(config: AnnotationsConfig) -> None:
+    if (config.pairs is None) == (config.images is None):
+        raise ConfigError("pairs", "give either pairs or images: what the store is about")
+    share("max_bad", config.max_bad, 1)
 
 
 def is_loopback(host: str) -> bool:

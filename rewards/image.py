@@ -14,7 +14,7 @@ from rewards.encode import encode_async
 from rewards.endpoints import JudgeError
 from rewards.judge import Judge
 from rewards.load import construct
-from rewards.ocr import score_text
+from rewards.ocr import QUOTATION_MARK, score_text, words
 from rewards.requirements import Requirements
 
 
@@ -115,24 +115,39 @@ class Rubric(JudgeReward):
 
 
 class OCR(JudgeReward):
-    """How well the text in the picture matches the column `texts`; None where the prompt asks for no text."""
+    """How well the text in the image matches the column `texts`; None where the prompt asks for no text.
 
-    def __init__(self, judge: Judge | Mapping[str, Any], template: str = "transcribe"):
+    With `unasked`, in (0, 1], an image whose prompt asks for no text is scored too: 1 less `unasked` for each word that
+    the judge reads in it, at least 0. A prompt without `texts` that holds a quotation mark may ask for text: None.
+    """
+
+    def __init__(self, judge: Judge | Mapping[str, Any], template: str = "transcribe", unasked: float | None = None):
         super().__init__(judge, template)
+        if unasked is not None and not (isinstance(unasked, int | float) and 0 < unasked <= 1):
+            raise UserError(f"unasked: is {unasked!r}: use a number above 0, at most 1, or null")
+        self.unasked = unasked
 
     async def score(self, image: Image.Image, prompt: str, row: dict[str, Any]) -> Score:
         texts = row.get("texts")
         if not texts:
-            return None
+            return await self._score_unasked(image, prompt)
         lines = await self.judge.transcribe(image, self.template)
         try:
-            result = score_text(texts, lines)
+            # In a thread, so that other questions go on: ten texts and a full page take a tenth of a second.
+            result = await asyncio.to_thread(score_text, texts, lines)
         except ValueError as error:
             raise UserError(f"prompt {prompt!r}: texts: {error}: join or drop some") from error
         if result is None:
             return None
         details = {"lines": lines, "missing": result.missing, "extra": result.extra}
         return Scored(result.score, details | {"order_free": result.order_free})
+
+    async def _score_unasked(self, image: Image.Image, prompt: str) -> Score:
+        if self.unasked is None or QUOTATION_MARK.search(prompt):
+            return None
+        lines = await self.judge.transcribe(image, self.template)
+        extra = sum(len(words(line)) for line in lines)
+        return Scored(max(0.0, 1 - self.unasked * extra), {"lines": lines, "extra": extra})
 
     def question(self, prompt: str) -> tuple[Template, dict[str, str]]:
         return load_template("rubric"), {"requirement": prompt}

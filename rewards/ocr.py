@@ -1,15 +1,15 @@
-"""Scores of rendered text: the words that a picture should carry against the lines that were read in it.
+"""Scores of rendered text: the words that an image should carry against the lines that were read in it.
 
 Words are NFKC-normalised, casefolded and freed of punctuation; in scripts written without spaces each
 character is a word. C is the cost of the cheapest monotone alignment: a substitution costs the edit distance
 over the longer length, a missing word 1, an extra word 0.5; the score is max(0, 1 - C / |T|).
 
-Several target strings may stand in the picture in any order: each is assigned to one run of neighbouring
+Several target strings may stand in the image in any order: each is assigned to one run of neighbouring
 lines (a text may be broken over lines), no line to two texts, at the least total cost; a line that is left
-over is extra text. Word order inside a text counts. Lines and texts are few, so the assignment is exact.
+over is extra text. Word order inside a text counts. The assignment is exact, and takes one step for each word
+that was read, however many lines there are.
 """
 
-import math
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -20,7 +20,10 @@ from scipy.optimize import linear_sum_assignment
 
 MISSING = 1.0
 EXTRA = 0.5
-MAX_TEXTS = 10  # the exact assignment visits every subset of the texts
+MAX_TEXTS = 10  # the exact assignment keeps a cost for every subset of the texts
+
+QUOTATION_MARK = re.compile('["\u201c\u201d\u201e\u00ab\u00bb\u300c\u300d\u300e\u300f]')
+"""Straight and curly quotes, guillemets, and East Asian corner brackets."""
 
 # Han, kana, Thai, Lao, Burmese, Khmer and the supplementary ideographs
 UNSPACED = re.compile("[\u2e80-\u2fdf\u3005-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -32,7 +35,7 @@ class TextScore:
     score: float
     order_free: float  # the same costs with every order of words allowed: the gap to `score` is order errors
     missing: int  # target words without a partner
-    extra: int  # words in the picture without a partner
+    extra: int  # words in the image without a partner
 
 
 def words(text: str) -> list[str]:
@@ -43,73 +46,108 @@ def words(text: str) -> list[str]:
     return UNSPACED.sub(lambda match: f" {match.group()} ", text).split()
 
 
-def edit_distance(a: str, b: str) -> int:
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(diagonal + (x != y), row[j] + 1, row[j - 1] + 1)
-    return row[-1]
+def edit_distances(word: str, others: Sequence[str]) -> np.ndarray:
+    """(len(others),) int64: the edit distance of `word` to each of them."""
+    lengths = np.array([len(other) for other in others], np.int64)
+    # All rows of the usual dynamic programme lie one behind the other: len + 1 entries for each other word.
+    ends = np.cumsum(lengths + 1) - 1
+    starts = ends - lengths
+    place = np.arange(ends[-1] + 1) - np.repeat(starts, lengths + 1)
+    letters = np.array([ord(c) for other in others for c in "\0" + other])
+    # A running minimum over all of them must not pass from one word to the next, so each lies far below the last.
+    below = np.repeat(np.arange(len(others)), lengths + 1) * -4 * (len(word) + int(lengths.max()) + 1)
+    row = place.copy()
+    for letter in word:
+        replaced = row[:-1] + (letters[1:] != ord(letter))
+        row = row + 1
+        inside = place[1:] > 0
+        row[1:][inside] = np.minimum(row[1:], replaced)[inside]
+        shift = below - place
+        row = np.minimum.accumulate(row + shift) - shift
+    return row[ends]
 
 
-def substitution(a: str, b: str) -> float:
-    return edit_distance(a, b) / max(len(a), len(b))
-
-
-def align(target: Sequence[str], found: Sequence[str]) -> tuple[float, int, int]:
-    """(cost, missing words, extra words) of the cheapest monotone alignment."""
-    row = [(EXTRA * j, 0, j) for j in range(len(found) + 1)]
-    for i, word in enumerate(target, 1):
-        diagonal, row[0] = row[0], (MISSING * i, i, 0)
-        for j, other in enumerate(found, 1):
-            best = min(
-                (diagonal[0] + substitution(word, other), diagonal[1], diagonal[2]),
-                (row[j][0] + MISSING, row[j][1] + 1, row[j][2]),
-                (row[j - 1][0] + EXTRA, row[j - 1][1], row[j - 1][2] + 1),
-            )
-            diagonal, row[j] = row[j], best
-    return row[-1]
-
-
-def assign(targets: Sequence[Sequence[str]], lines: Sequence[Sequence[str]]) -> tuple[float, int, int]:
-    """(cost, missing, extra) of the cheapest assignment of each target to its own run of neighbouring lines.
-
-    `best[placed]` is the cheapest reading of the lines so far with the targets of the bit set `placed` found.
-    """
-    worst = (math.inf, 0, 0)
-    runs = {
-        (start, stop, i): align(target, [word for line in lines[start:stop] for word in line])
-        for start in range(len(lines))
-        for stop in range(start + 1, len(lines) + 1)
-        for i, target in enumerate(targets)
-    }
-    best = [{0: (0.0, 0, 0)}]
-    for stop in range(1, len(lines) + 1):
-        extra = len(lines[stop - 1])
-        here = {placed: (c + EXTRA * extra, m, e + extra) for placed, (c, m, e) in best[stop - 1].items()}
-        for start in range(stop):
-            for placed, (c, m, e) in best[start].items():
-                for i in range(len(targets)):
-                    if placed >> i & 1:
-                        continue
-                    run = runs[start, stop, i]
-                    total = (c + run[0], m + run[1], e + run[2])
-                    here[placed | 1 << i] = min(here.get(placed | 1 << i, worst), total)
-        best.append(here)
-    return min(
-        (c + MISSING * absent, m + absent, e)
-        for placed, (c, m, e) in best[-1].items()
-        for absent in [sum(len(target) for i, target in enumerate(targets) if not placed >> i & 1)]
-    )
-
-
-def order_free_cost(target: Sequence[str], found: Sequence[str]) -> float:
-    """The least cost over all pairings of words. Pairing is never dearer than missing plus extra."""
+def substitutions(target: Sequence[str], found: Sequence[str]) -> np.ndarray:
+    """(T, O) float64: what each target word costs where each found word stands instead, in [0, 1]."""
     if not found:
-        return MISSING * len(target)
-    costs = np.array([[substitution(a, b) for b in found] for a in target])
+        return np.zeros((len(target), 0))
+    distinct = {word: i for i, word in enumerate(dict.fromkeys(found))}
+    lengths = np.array([len(word) for word in distinct])
+    rows = {word: edit_distances(word, list(distinct)) / np.maximum(len(word), lengths) for word in {*target}}
+    columns = [distinct[word] for word in found]
+    return np.stack([rows[word][columns] for word in target])
+
+
+def assign(
+    targets: Sequence[Sequence[str]], lines: Sequence[Sequence[str]], costs: np.ndarray | None = None
+) -> tuple[float, int, int]:
+    """(cost, missing, extra) of the cheapest assignment of each target to its own run of neighbouring lines; of those
+    that cost the same, the one that misses fewest words.
+
+    `costs` is `substitutions` of all target words and all found words. Lines are read once, word by word, for all
+    subsets S of the targets together: `placed[S]` is the cheapest reading of the lines so far in which just the
+    targets of S were found, and `running[i, j, S]` one in which target i, not of S, is being read and its first j
+    words are done. A cost and its number of missing words are one integer, the cost in its upper bits.
+    """
+    total, read = sum(map(len, targets)), sum(map(len, lines))
+    if costs is None:
+        costs = substitutions([w for target in targets for w in target], [w for line in lines for w in line])
+    missing_bits = total.bit_length()
+    unit = 1 << (60 - missing_bits - (total + read).bit_length())  # a cost of 1
+    never = np.int64(1) << 61
+    missing, extra = (int(MISSING * unit) << missing_bits) + 1, int(EXTRA * unit) << missing_bits
+
+    n, subsets = len(targets), np.arange(1 << len(targets))
+    without = [subsets[subsets >> i & 1 == 0] for i in range(n)]
+    substituted = _by_target(np.rint(costs * unit).astype(np.int64) << missing_bits, targets, int(never))
+    skipped = np.arange(substituted.shape[1] + 1)[:, None] * missing
+
+    placed = np.full(1 << n, never)
+    placed[0] = 0
+    running = np.full((n, len(skipped), 1 << n), never)
+    column = 0
+    for line in lines:
+        for i in range(n):  # a run may begin at any line
+            begun = placed[without[i]] + skipped
+            running[i][:, without[i]] = np.minimum(running[i][:, without[i]], begun)
+        for _ in line:
+            running = _with_word(running, substituted[:, :, column, None], missing, extra, skipped)
+            column += 1
+        placed = placed + extra * len(line)
+        for i, target in enumerate(targets):  # and end after any
+            ends = without[i] | 1 << i
+            placed[ends] = np.minimum(placed[ends], running[i, len(target), without[i]])
+
+    absent = np.array([sum(len(t) for i, t in enumerate(targets) if not s >> i & 1) for s in subsets.tolist()])
+    best = int((placed + absent * missing).min())
+    missed = best & ((1 << missing_bits) - 1)
+    return (best >> missing_bits) / unit, missed, read - (total - missed)
+
+
+def _by_target(costs: np.ndarray, targets: Sequence[Sequence[str]], never: int) -> np.ndarray:
+    """(n, longest target, O) of (T, O); what is beyond a target's end is `never`."""
+    longest = max(map(len, targets))
+    padded = np.full((len(targets), longest, costs.shape[1]), never)
+    first = 0
+    for i, target in enumerate(targets):
+        padded[i, : len(target)] = costs[first : first + len(target)]
+        first += len(target)
+    return padded
+
+
+def _with_word(running: np.ndarray, substituted: np.ndarray, missing: int, extra: int, skipped: np.ndarray):
+    """`running` after one more word: it is extra, or stands for the next word of the target, after which any number of
+    the target's words may be missing."""
+    longer = running + extra
+    longer[:, 1:] = np.minimum(longer[:, 1:], running[:, :-1] + substituted)
+    return np.minimum.accumulate(longer - skipped, axis=1) + skipped
+
+
+def order_free_cost(costs: np.ndarray) -> float:
+    """The least cost over all pairings of words, of `substitutions`. Pairing never costs more than missing plus
+    extra."""
     rows, columns = linear_sum_assignment(costs)
-    unmatched = MISSING * (len(target) - len(rows)) + EXTRA * (len(found) - len(rows))
+    unmatched = MISSING * (costs.shape[0] - len(rows)) + EXTRA * (costs.shape[1] - len(rows))
     return float(costs[rows, columns].sum()) + unmatched
 
 
@@ -119,9 +157,10 @@ def score_text(texts: Sequence[str], lines: Sequence[str]) -> TextScore | None:
     if not targets:
         return None
     if len(targets) > MAX_TEXTS:
-        raise ValueError(f"{len(targets)} texts in one picture, at most {MAX_TEXTS} can be scored")
+        raise ValueError(f"{len(targets)} texts in one image, at most {MAX_TEXTS} can be scored")
     found = [line for text in lines if (line := words(text))]
-    cost, missing, extra = assign(targets, found)
     flat = [word for target in targets for word in target]
-    free = order_free_cost(flat, [word for line in found for word in line])
+    costs = substitutions(flat, [word for line in found for word in line])
+    cost, missing, extra = assign(targets, found, costs)
+    free = order_free_cost(costs)
     return TextScore(max(0.0, 1 - cost / len(flat)), max(0.0, 1 - free / len(flat)), missing, extra)

@@ -31,6 +31,7 @@ SMALL = {
     "posttrain.nano.judge_data": ["--pairs", "24", "--faults", "24"],
 }  # fmt: skip
 MORE = {
+    "--data runs/nano-choices": ["--heldout", "0.5", "--batch", "2", "--micro_batch", "2"],
     "bench --plan": ["--measured", "runs/tiny/bench.json"],
     "--model.path RAW": [
         "--model.path", "posttrain/nano/weights/k2-nano", "--model.dtype", "float32", "--size", "[64, 64]",
@@ -63,6 +64,9 @@ NOT_RUN = {
         "wants vLLM: tests/test_serve.py::test_a_run_says_how_far_its_judges_repeat_themselves"
     ),
     "vllm serve": "wants vLLM: tests/test_expander_vllm.py::test_vllm_serves_the_adapter_as_it_is",
+    "posttrain judge --config recipes/nano/judge_artifact.yaml --data runs/faults": (
+        "wants a person's marks of many images: tests/test_marked_images.py::test_marks_become_what_the_judge_reads"
+    ),
     "posttrain annotate ": "serves until it is stopped: tests/test_annotate.py::test_whole_session",
     "torchrun --nproc-per-node 2 -m posttrain.cli bench": (
         "two GPUs; torchrun is started by tests/test_processes.py::test_four_processes_equal_two_and_one"

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 
-from posttrain import annotations, checkpoint, judge, lora_file
+from posttrain import annotations, checkpoint, lora_file
 from posttrain.expander_config import ExpanderSFTConfig
 from posttrain.expander_sft import read_pairs
+from posttrain.judge_config import JudgeConfig
+from posttrain.judge_records import read_records
 from posttrain.report import write_report
 from prompts.templates import load_template
 from rewards.judge import Judge
@@ -49,7 +51,7 @@ def annotation_store(rng: random.Random, folder: Path) -> bool:
 def judge_data(rng: random.Random, folder: Path) -> bool:
     rows, file = pictures(folder), folder / "judge.jsonl"
     spoiled_rows(rows, file, rng)
-    return refused(lambda: judge.read_records(str(file), "preference"))
+    return refused(lambda: read_records(JudgeConfig("o", "m", str(file), "preference")))
 
 
 def expander_pairs(rng: random.Random, folder: Path) -> bool:

@@ -45,22 +45,26 @@ class Server:
     def __init__(self, command: runs.Commands, folder: Path, *options: str):
         self.command, self.options, self.port = command, options, 0
         self.pairs, self.store = folder / "pairs", folder / "choices.jsonl"
+        self.about, self.things = ["--pairs", self.pairs], f"{PAIRS} pairs"
+        self.write()
+        self.start()
+
+    def write(self) -> None:
         with PreferenceWriter(self.pairs) as writer:
             for i in range(PAIRS):
                 chosen = Image.new("RGB", (48, 32), (10 * i, 255, 0))
                 rejected = Image.new("RGB", (48, 32), (10 * i, 0, 255))
                 prompt = f"prompt <b>{i}</b> & ${{more}}"
                 writer.add(Preference(prompt, chosen, rejected, "synthetic", margin=0.1 * i))
-        self.start()
 
     def start(self) -> None:
-        given = ["--pairs", self.pairs, "--store", self.store, "--port", self.port, "--repeats", 0.2, *self.options]
+        given = [*self.about, "--store", self.store, "--port", self.port, "--repeats", 0.2, *self.options]
         out = Path(self.command.files[0])
         out.write_text("")
         (self.process,) = self.command.start("annotate", *given)
         self.runs = True
         until = time.monotonic() + 60
-        while not (found := re.fullmatch(rf"posttrain: {PAIRS} pairs at http://\S+:(\d+)/\n", out.read_text())):
+        while not (found := re.fullmatch(rf"posttrain: {self.things} at http://\S+:(\d+)/\n", out.read_text())):
             assert time.monotonic() < until, self.errors()
             time.sleep(0.02)
         self.port = int(found[1])
@@ -78,6 +82,18 @@ class Server:
         return [json.loads(line) for line in self.store.read_text().splitlines()[1:]]
 
 
+class ImageServer(Server):
+    """The same of single images, as `posttrain sample` leaves them; the last one has no prompt."""
+
+    def write(self) -> None:
+        self.about, self.things = ["--mode", "artifact", "--images", self.pairs], "6 images"
+        self.pairs.mkdir()
+        for i in range(6):
+            Image.new("RGB", (48, 32), (10 * i, 255, 0)).save(self.pairs / f"{i:03d}.png")
+        prompts = [{"prompt": f"prompt <b>{i}</b>", "seed": i} for i in range(5)]
+        (self.pairs / "prompts.json").write_text(json.dumps(prompts))
+
+
 @pytest.fixture(scope="module")
 def command(tmp_path_factory) -> Iterator[runs.Commands]:
     with pytest.MonkeyPatch.context() as patch:
@@ -91,8 +107,8 @@ def command(tmp_path_factory) -> Iterator[runs.Commands]:
 def serve(command, tmp_path) -> Iterator[Callable[..., Server]]:
     started: list[Server] = []
 
-    def begin(*options: str) -> Server:
-        started.append(Server(command, tmp_path, *options))
+    def begin(*options: str, kind: type[Server] = Server) -> Server:
+        started.append(kind(command, tmp_path, *options))
         return started[-1]
 
     yield begin
@@ -124,15 +140,15 @@ class Person:
     def count(self) -> str:
         return (self.page.text_content("#count") or "").partition(",")[0]
 
-    def sees(self) -> list[list[int]]:
-        """Number of the pair and whether it is `chosen`, of the left and the right picture, by their pixels."""
+    def sees(self, ids: tuple[str, ...] = ("left", "right")) -> list[list[int]]:
+        """Number of the pair and whether it is `chosen`, of the left and the right image, by their pixels."""
         script = """(id) => {
             const image = document.getElementById(id), canvas = document.createElement("canvas");
             [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
             canvas.getContext("2d").drawImage(image, 0, 0);
             return [...canvas.getContext("2d").getImageData(9, 9, 1, 1).data];
         }"""
-        colours = [self.page.evaluate(script, side) for side in ("left", "right")]
+        colours = [self.page.evaluate(script, side) for side in ids]
         return [[red // 10, int(green == 255)] for red, green, _, _ in colours]
 
     def press(self, key: str) -> None:
@@ -210,6 +226,61 @@ def test_whole_session(serve, browser, tmp_path):
     assert hosts == {f"127.0.0.1:{server.port}"}
     assert server.end(signal.SIGTERM) == 0
     assert server.errors() == ""  # nothing called, nothing said
+
+
+MARKS = {"ArrowLeft": "faulty", "f": "faulty", "1": "faulty", "ArrowRight": "fine", "J": "fine", "ArrowDown": "unsure",
+         "s": "skip"}  # fmt: skip
+
+
+def test_marks_of_single_images(serve, browser, tmp_path):
+    """Every kind of key, undo, zoom and the end; what is exported is what was seen and pressed."""
+    server = serve(kind=ImageServer)
+    ann = Person(browser, server.url)
+    assert ann.page.locator("#who h1").text_content() == "Does this image have faults?"
+    ann.begin("ann")
+    (box,) = [ann.page.locator("#pair img").bounding_box()]
+    assert box is not None and box["width"] > 400  # alone, and much larger than 48 x 32
+    ann.page.keyboard.press("z")
+    assert (
+        ann.page.evaluate("getComputedStyle(document.getElementById('left')).transform") == "matrix(3, 0, 0, 3, 0, 0)"
+    )
+    for key in ("t", "d", "a"):  # keys of pairs
+        ann.page.keyboard.press(key)
+    seen: list[tuple[int, str]] = []
+    for key, mark in MARKS.items():
+        ((i, _),) = ann.sees(("left",))
+        assert ann.page.text_content("#prompt") == (f"prompt <b>{i}</b>" if i < 5 else "")
+        assert ann.page.is_visible("#prompt") == (i < 5)
+        ann.press(key)
+        if key == "f":  # taken back and answered again
+            ann.press("u")
+            assert ann.sees(("left",)) == [[i, 1]]
+            ann.page.click("[data-do=faulty]")
+            ann.page.wait_for_function("document.querySelector('#count').textContent.startsWith('2 of')")
+            ann.ready()
+        seen.append((i, mark))
+    assert ann.page.text_content("#done") == "All 7 images are done. Thank you!"
+    made = read(server.store).choices["ann"]
+    assert [c.choice for c in made] == [mark for _, mark in seen] and all(c.left is None for c in made)
+    assert sorted(i for i, _ in seen)[0] == 0 and len({i for i, _ in seen}) == 6  # one of them twice
+
+    values = {"faulty": 1.0, "fine": 0.0, "unsure": 0.5}
+    shares: dict[int, list[float]] = {}
+    for i, mark in seen:
+        if mark in values:
+            shares.setdefault(i, []).append(values[mark])
+    means = {i: sum(given) / len(given) for i, given in shares.items()}
+    options = ["--images", str(server.pairs), "--store", str(server.store), "--output", str(tmp_path / "faults")]
+    assert cli.main(["annotations", *options]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "faults/artifacts.jsonl").read_text().splitlines()]
+    exported = {}
+    for row in rows:
+        with Image.open(tmp_path / "faults" / row["image"]) as image:
+            colour = image.getpixel((0, 0))
+        assert isinstance(colour, tuple)
+        exported[colour[0] // 10] = row["fault"]
+    assert exported == {i: mean for i, mean in means.items() if mean != 0.5} and len(exported) >= 3
+    assert server.end(signal.SIGTERM) == 0 and server.errors() == ""
 
 
 def test_page(serve, browser):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain import agreement
+from posttrain import agreement, annotations
 from posttrain.annotations import Answer, Choice, Schedule, Showing, Store, person, read, schedule
 from prompts.errors import UserError
 
@@ -69,6 +69,14 @@ def test_schedule_of_few_pairs(pairs, repeats, twice):
             assert sum(not s.again for s in between) >= pairs // 2
 
 
+def test_schedule_of_single_images_has_no_sides():
+    settings = Schedule(3, 0.2, "artifact")
+    showings = schedule(IDS, "ann", settings)
+    assert all(showing.left is None for showing in showings)
+    # The order is that of pairs, whatever their sides.
+    assert [(s.pair, s.again) for s in showings] == [(s.pair, s.again) for s in schedule(IDS, "ann", SETTINGS)]
+
+
 # ---- the store ----------------------------------------------------------------------------------------------
 
 
@@ -92,6 +100,22 @@ def test_store_gives_back_what_was_chosen(tmp_path):
     assert [(c.seconds, c.share) for c in held.choices["bob"]] == [(2.25, 0.0)]
     assert len(path.read_text().splitlines()) == 1 + 4 + 1  # settings, choices, what was taken back
     store.close()
+
+
+def test_store_of_marks(tmp_path):
+    """Of single images; it is no store of choices, and one of before there were marks still is one."""
+    path, settings = tmp_path / "marks.jsonl", Schedule(3, 0.2, "artifact")
+    store = Store(path, settings)
+    for i, answer in enumerate(("faulty", "fine", "unsure", "skip")):
+        assert store.add("ann", Showing(IDS[i], False, None), answer, 1.0)
+    store.close()
+    held = read(path)
+    assert held.schedule == settings and [c.share for c in held.choices["ann"]] == [1.0, 0.0, 0.5, None]
+    with pytest.raises(UserError, match=r"was started with mode artifact, not preference; pass --mode artifact, or"):
+        Store(path, SETTINGS)
+    head = {"annotations": 1, "seed": 3, "repeats": 0.2}
+    (tmp_path / "old.jsonl").write_text(json.dumps({**head, "hash": annotations._hash("", head)}) + "\n")
+    assert read(tmp_path / "old.jsonl").schedule == SETTINGS
 
 
 def test_person():
@@ -231,6 +255,46 @@ def test_kappa_by_hand():
     # It does not depend on which image is called chosen.
     assert agreement.agreement([(1 - a, 1 - b) for a, b in answers]) == found
     assert agreement.agreement([(1 - a, 1 - b) for a, b in answers[:5]] + answers[5:]) == found
+
+
+def test_kappa_of_marks_by_hand():
+    """Ten images: both call one faulty, six fine and one unsure; of the other two a calls both faulty, b both fine.
+
+    p_o = 8/10; a: 3 faulty, 6 fine, 1 unsure; b: 1, 8, 1; p_e = 0.3 * 0.1 + 0.6 * 0.8 + 0.1 * 0.1 = 0.52;
+    kappa = 0.28 / 0.48. Counted as pairs, where neither answer is special, it would be more.
+    """
+    answers = [(1.0, 1.0)] + [(0.0, 0.0)] * 6 + [(0.5, 0.5)] + [(1.0, 0.0)] * 2
+    found = agreement.agreement(answers, of_images=True)
+    assert (found.pairs, found.equal) == (10, 0.8) and found.kappa == pytest.approx(0.28 / 0.48)
+    as_pairs = agreement.agreement(answers).kappa
+    assert as_pairs == pytest.approx((0.8 - (0.01 + 0.81 / 2)) / (1 - (0.01 + 0.81 / 2)))
+    assert as_pairs is not None and found.kappa is not None and as_pairs > found.kappa
+    assert agreement.agreement([(0.0, 0.0)] * 3, of_images=True).kappa is None  # two who call all fine
+
+
+def marked(name: str, image: str, answer: Answer, again: bool = False, seconds: float = 2.0) -> Choice:
+    return Choice(name, image, again, None, answer, seconds, "")
+
+
+def test_report_of_marks():
+    marks = {
+        "ann": [marked("ann", "a", "faulty"), marked("ann", "b", "fine"), marked("ann", "c", "unsure"),
+                marked("ann", "d", "fine"), marked("ann", "a", "fine", again=True)],
+        "bob": [marked("bob", "a", "faulty"), marked("bob", "b", "faulty"), marked("bob", "d", "skip", seconds=4.0)],
+    }  # fmt: skip
+    assert agreement.votes(marks) == {"a": 0.75, "b": 0.5, "c": 0.5, "d": 0.0}
+    found = agreement.report_marks(marks, 5)
+    ann, bob = found["people"]
+    assert (ann["answers"], ann["unsure"], ann["skips"], ann["faulty"]) == (5, 1, 0, 0.25)
+    assert ann["repeats"] == {"pairs": 1, "equal": 0.0, "kappa": 0.0}
+    assert (bob["faulty"], bob["skips"], bob["median_seconds"]) == (1.0, 1, 2.0)
+    assert found["between"] == [{"people": ["ann", "bob"], "pairs": 2, "equal": 0.5, "kappa": 0.0}]
+    assert [found[name] for name in ("images", "answered", "undecided", "faulty")] == [5, 4, 2, 1]
+    text = "\n".join(agreement.lines_of_marks(found))
+    assert (
+        text.startswith("4 of 5 images marked: 1 faulty, 2 undecided") and "ann and bob: 50% of 2 (kappa 0.00)" in text
+    )
+    json.dumps(found, allow_nan=False)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from PIL import Image
 
 from posttrain import cli
 from posttrain.annotations import Showing, Store
+from posttrain.marked_images import Images
 from posttrain.preferences import read_preferences
 from posttrain.recipe import check_recipe
 from prompts.errors import UserError
@@ -89,6 +91,11 @@ def before(line: str) -> None:
         store = Store(Path("runs/choices.jsonl"), SETTINGS)
         for pair in read_preferences(Path("runs/nano-pairs")):
             store.add("ann", Showing(pair.id, False, "chosen"), "left", 1.0)
+        store.close()
+    if line.startswith("posttrain annotations --images runs/mine"):
+        store = Store(Path("runs/marks.jsonl"), replace(SETTINGS, mode="artifact"))
+        for image in Images("runs/mine").prompts:
+            store.add("ann", Showing(image, False, None), "faulty", 1.0)
         store.close()
     alike = {"runs/a": "runs/mine", "runs/a-0": "runs/mine", "runs/a-1": "runs/warm", "runs/b-0": "runs/mine",
              "runs/nano-grpo": "runs/mine"}  # fmt: skip

@@ -1,11 +1,50 @@
 """Rendered text: the golden numbers, and what must hold for every reading."""
 
 import itertools
+import math
 import random
+from collections.abc import Sequence
 
 import pytest
 
-from rewards.ocr import EXTRA, MAX_TEXTS, MISSING, align, assign, edit_distance, score_text, words
+from rewards import ocr
+from rewards.ocr import EXTRA, MAX_TEXTS, MISSING, assign, edit_distances, score_text, words
+
+
+def edit_distance(a: str, b: str) -> int:
+    """By the usual programme, letter by letter."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(diagonal + (x != y), row[j] + 1, row[j - 1] + 1)
+    return row[-1]
+
+
+def align(target: Sequence[str], found: Sequence[str]) -> float:
+    """Cost of the cheapest monotone alignment, word by word."""
+    row = [EXTRA * j for j in range(len(found) + 1)]
+    for i, word in enumerate(target, 1):
+        diagonal, row[0] = row[0], MISSING * i
+        for j, other in enumerate(found, 1):
+            replaced = diagonal + edit_distance(word, other) / max(len(word), len(other))
+            diagonal, row[j] = row[j], min(replaced, row[j] + MISSING, row[j - 1] + EXTRA)
+    return row[-1]
+
+
+def best_assignment(targets: list[list[str]], lines: list[list[str]]) -> float:
+    """Cost of the cheapest assignment: every run of lines is tried for every target."""
+    best = [{0: 0.0}]
+    for stop in range(1, len(lines) + 1):
+        here = {placed: cost + EXTRA * len(lines[stop - 1]) for placed, cost in best[-1].items()}
+        for start, i in itertools.product(range(stop), range(len(targets))):
+            run = align(targets[i], [word for line in lines[start:stop] for word in line])
+            for placed, cost in best[start].items():
+                if not placed >> i & 1:
+                    here[placed | 1 << i] = min(here.get(placed | 1 << i, math.inf), cost + run)
+        best.append(here)
+    absent = {s: sum(len(t) for i, t in enumerate(targets) if not s >> i & 1) for s in best[-1]}
+    return min(cost + MISSING * absent[placed] for placed, cost in best[-1].items())
 
 
 def score(texts: list[str], lines: list[str]) -> float:
@@ -72,7 +111,7 @@ def test_assignment_equals_brute_force():
         slots = [*range(len(lines)), *[None] * len(texts)]
         for places in set(itertools.permutations(slots, len(texts))):
             cost = sum(
-                MISSING * len(text) if place is None else align(text, lines[place])[0]
+                MISSING * len(text) if place is None else align(text, lines[place])
                 for text, place in zip(texts, places)
             )
             cost += sum(EXTRA * len(line) for j, line in enumerate(lines) if j not in places)
@@ -97,9 +136,49 @@ def test_properties():
         assert words_in[0] - result.missing == words_in[1] - result.extra  # what is left is paired
 
 
-def test_edit_distance():
-    assert edit_distance("kitten", "sitting") == 3
-    assert edit_distance("", "abc") == edit_distance("abc", "") == 3
+def test_edit_distances():
+    others = ["sitting", "", "kit", "kitten", "営", "mitten"]
+    assert edit_distances("kitten", others).tolist() == [3, 6, 3, 0, 6, 1]
+    assert edit_distances("", others).tolist() == [7, 0, 3, 6, 1, 6]
+    rng = random.Random(2)
+    many = ["".join(rng.choices("abc", k=rng.randint(0, 9))) for _ in range(60)]
+    for word in many[:20]:
+        assert edit_distances(word, many).tolist() == [edit_distance(word, other) for other in many]
+
+
+def test_assignment_equals_every_run_tried():
+    """Texts that are broken over lines, with words missing, wrong and too many."""
+    rng = random.Random(3)
+    vocabulary = ["ab", "abc", "b", "cab", "ccc", "acb", "grand", "grant"]
+    for _ in range(150):
+        targets = [rng.choices(vocabulary, k=rng.randint(1, 4)) for _ in range(rng.randint(1, 3))]
+        lines = [rng.choices(vocabulary, k=rng.randint(1, 3)) for _ in range(rng.randint(0, 5))]
+        cost, missing, extra = assign(targets, lines)
+        assert cost == pytest.approx(best_assignment(targets, lines), abs=1e-12)
+        # What neither misses nor is too many is paired, at a cost of 0 to 1 a pair.
+        paired = sum(map(len, targets)) - missing
+        assert paired == sum(map(len, lines)) - extra
+        assert -1e-12 <= cost - MISSING * missing - EXTRA * extra <= paired
+
+
+def test_one_step_a_word(monkeypatch):
+    """However many lines and texts there are. 120 lines took a hundred seconds where each run of lines was tried."""
+    steps, distances = [], []
+    with_word, edit = ocr._with_word, ocr.edit_distances
+
+    def step(running, *arguments):
+        steps.append(running.size)
+        return with_word(running, *arguments)
+
+    monkeypatch.setattr(ocr, "_with_word", step)
+    monkeypatch.setattr(ocr, "edit_distances", lambda word, others: distances.append(word) or edit(word, others))
+    lines = [f"line {i}" for i in range(60)]
+    assert score(["line 7"], lines) == 0  # 118 words too many
+    assert len(steps) == 120 and sum(steps) == 120 * 3 * 2 and sorted(distances) == ["7", "line"]
+    steps.clear()
+    result = score_text([f"text{i} here" for i in range(MAX_TEXTS)], [f"text{i}" for i in range(120)])
+    assert result is not None and (result.missing, result.extra) == (0, 100)
+    assert len(steps) == 120 and max(steps) == MAX_TEXTS * 3 * 2**MAX_TEXTS
 
 
 def test_extra_words_cost_the_same_before_the_target_as_behind_it():

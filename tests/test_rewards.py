@@ -319,6 +319,17 @@ def test_ocr_and_artifact():
     columns = {"texts": [["Grand opening"], [], None]}
     scores = asyncio.run(OCR(Canned(lambda text: ["grand openning"]))([WHITE] * 3, ["x"] * 3, **columns))
     assert scores == [pytest.approx(0.9375), None, None]
+    # With `unasked`, two words too many cost 0.2 each where no text is asked for; a quoted text may be asked for.
+    judge = Canned(lambda text: ["grand openning"])
+    prompts = ["x", "a dog", 'a sign that reads "no"', "a sign that says 「営業中」"]
+    scored = asyncio.run(OCR(judge, unasked=0.2)([WHITE] * 4, prompts, texts=[["Grand opening"], [], [], None]))
+    assert scored == [pytest.approx(0.9375), pytest.approx(0.6), None, None] and len(judge.asked) == 2
+    assert isinstance(scored[1], Scored) and scored[1].details == {"lines": ["grand openning"], "extra": 2}
+    for lines, expected in (([], 1.0), (["a b", "c d e f g"], 0.0)):
+        scored = asyncio.run(OCR(Canned(lambda text: lines), unasked=0.2)([WHITE], ["a dog"], texts=[[]]))  # noqa: B023
+        assert scored == [pytest.approx(expected)]
+    with pytest.raises(UserError, match="unasked: is 2: use a number above 0, at most 1, or null"):
+        OCR(judge, unasked=2)
     assert asyncio.run(Artifact(Canned(lambda text: 0.2))([WHITE], ["x"])) == [pytest.approx(0.8)]
 
 

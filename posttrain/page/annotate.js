@@ -1,15 +1,16 @@
-// Runs once in the page. `element` holds annotate.html; `server` has start, choose and undo of posttrain/annotate.py,
-// each of which answers with what to show next, or with undefined where no answer came.
+// Runs once in the page. `element` holds annotate.html or annotate_artifact.html, whose buttons say what can be answered
+// and by which keys; `server` has start, choose and undo of posttrain/annotate.py, each of which answers with what to
+// show next, or with undefined where no answer came.
 const find = (selector) => element.querySelector(selector);
-const pair = find("#pair"), left = find("#left"), right = find("#right"), note = find("#note");
-const KEYS = {
-  arrowleft: "left", 1: "left", a: "left", arrowright: "right", 2: "right", d: "right", arrowdown: "tie", t: "tie",
-  s: "skip", u: "undo", backspace: "undo", z: "zoom", escape: "unzoom",
-};
+const pair = find("#pair"), frames = [...pair.children], images = [...pair.querySelectorAll("img")];
+const note = find("#note"), buttons = [...element.querySelectorAll("[data-do]")];
+const { things, unshown } = find("#work").dataset;
+const KEYS = { escape: "unzoom" };
+for (const button of buttons) for (const key of button.dataset.keys.split(" ")) KEYS[key] = button.dataset.do;
 const SMALL = 256; // pixels; what is smaller is shown with its pixels as squares
 let view = null; // what is shown, as the server described it
-let since = null; // when both pictures were there, ms; null: they are not yet
-let busy = false; // a choice is on its way: what is pressed now was meant for the pair that is going
+let since = null; // when all images were there, ms; null: they are not yet
+let busy = false; // an answer is on its way: what is pressed now was meant for the pair or image that is going
 
 function text(selector, words) {
   find(selector).textContent = words;
@@ -41,31 +42,30 @@ function show(next) {
   find("#bar").max = Math.max(1, next.total);
   find("#bar").value = next.done;
   find("[data-do=undo]").disabled = !next.done;
-  for (const name of ["left", "right", "tie", "skip", "zoom"]) find(`[data-do=${name}]`).disabled = over;
+  for (const button of buttons) if (button.dataset.do !== "undo") button.disabled = over;
   pair.classList.remove("zoomed");
-  for (const frame of pair.children) frame.classList.remove("picked");
+  for (const frame of frames) frame.classList.remove("picked");
   zoom(null);
   if (over) {
-    text("#done", `All ${next.total} pairs are done. Thank you!`);
+    text("#done", `All ${next.total} ${things} are done. Thank you!`);
     return;
   }
   text("#prompt", next.prompt);
   pair.classList.add("loading");
-  left.src = next.pictures[0];
-  right.src = next.pictures[1];
-  Promise.all([left.decode(), right.decode()]).then(
+  images.forEach((image, i) => (image.src = next.pictures[i]));
+  Promise.all(images.map((image) => image.decode())).then(
     () => {
       if (view !== next) return;
-      for (const image of [left, right]) {
+      for (const image of images) {
         image.classList.toggle("small", Math.max(image.naturalWidth, image.naturalHeight) < SMALL);
       }
-      pair.style.setProperty("--ratio", left.naturalWidth / left.naturalHeight);
+      pair.style.setProperty("--ratio", images[0].naturalWidth / images[0].naturalHeight);
       pair.classList.remove("loading");
       requestAnimationFrame(() => (since = performance.now()));
       for (const url of next.ahead) new Image().src = url;
     },
     () => {
-      if (view === next) note.textContent = "A picture of this pair cannot be shown. Skip it, or reload the page.";
+      if (view === next) note.textContent = unshown;
     },
   );
 }
@@ -77,7 +77,7 @@ async function ask(call) {
   clearTimeout(slow);
   busy = false;
   if (next && !next.error) return show(next);
-  for (const frame of pair.children) frame.classList.remove("picked");
+  for (const frame of frames) frame.classList.remove("picked");
   const lost = "The server does not answer, so this may not be saved. Choose again, or reload the page.";
   const words = next ? next.error : lost;
   for (const place of element.querySelectorAll(".note")) place.textContent = words;
@@ -94,8 +94,7 @@ function act(what) {
     pair.classList.remove("zoomed");
   } else if (view.pair && (since !== null || what === "skip")) {
     const seconds = since === null ? 0 : (performance.now() - since) / 1000;
-    if (what !== "right" && what !== "skip") left.parentElement.classList.add("picked");
-    if (what !== "left" && what !== "skip") right.parentElement.classList.add("picked");
+    for (const frame of frames) frame.classList.toggle("picked", frame.dataset.picked.split(" ").includes(what));
     const { name, again } = view;
     ask(() => server.choose({ name, pair: view.pair, again, choice: what, seconds }));
   }
@@ -114,13 +113,13 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
   if (!event.repeat) act(what);
 });
-for (const button of element.querySelectorAll("[data-do]")) {
+for (const button of buttons) {
   button.addEventListener("click", () => {
     button.blur();
     act(button.dataset.do);
   });
 }
-for (const frame of pair.children) {
+for (const frame of frames) {
   frame.addEventListener("click", (event) => {
     zoom(event);
     pair.classList.toggle("zoomed");

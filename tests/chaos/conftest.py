@@ -1,7 +1,9 @@
 import time
 
 import pytest
+import torch
 
+from posttrain.nano import judge_model
 from tests import expander_runs, runs
 from tests.chaos import methods
 
@@ -16,7 +18,11 @@ def command(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory, model):
-    return expander_runs.parts(tmp_path_factory.mktemp("parts"), model)
+    folder = expander_runs.parts(tmp_path_factory.mktemp("parts"), model)
+    torch.manual_seed(0)
+    tokenizer = judge_model.make_tokenizer()
+    judge_model.save(judge_model.make_model(tokenizer), tokenizer, folder / "judge")
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,15 @@ from safetensors.torch import load_file
 
 from posttrain.config import CheckpointConfig, LoraConfig, OptimConfig, TrackConfig
 from posttrain.expander_config import ExpanderSFTConfig
+from posttrain.judge_config import JudgeConfig
 from posttrain.pairs_config import DeltaConfig, DrawConfig, JudgedConfig, PairsConfig, PairSource
 from posttrain.preferences import read_preferences
 from tests import chat, expander_runs, runs, tiny
 
-PREPARE = runs.TRAINING + "import posttrain.pairs, posttrain.expander_rl, posttrain.expander_sft, tests.expander_runs\n"
+PREPARE = (
+    runs.TRAINING
+    + "import posttrain.pairs, posttrain.expander_rl, posttrain.expander_sft, posttrain.judge, tests.expander_runs\n"
+)
 
 
 def training(folder: Path, parts: Path, method: str) -> Any:
@@ -70,6 +74,20 @@ def of_expander(run: Path) -> tuple:
     return load_file(run / "adapter/adapter_model.safetensors"), rows
 
 
+def judge(folder: Path, parts: Path, _: str) -> JudgeConfig:
+    pictures = runs.pairs(folder, 24, (64, 64))
+    return JudgeConfig(
+        output=str(folder / "run"), model=str(parts / "judge"), data=str(pictures), mode="preference", heldout=0.3,
+        steps=8, batch=2, micro_batch=2, dtype="float32", lora=LoraConfig(4, 8), optim=OptimConfig(lr=1e-3, ema=0.7),
+        checkpoint=CheckpointConfig(every=1, keep=3), track=TrackConfig(tensorboard=False),
+    )  # fmt: skip
+
+
+def of_judge(run: Path) -> tuple:
+    figures = json.loads((run / "adapter/figures.json").read_text())
+    return load_file(run / "adapter/adapter_model.safetensors"), (runs.untimed(run), figures)
+
+
 METHODS: dict[str, tuple[Callable[[Path, Path, str], Any], Callable[[Path], tuple]]] = {
     "stpo": (training, of_training),
     "grpo": (training, of_training),
@@ -77,8 +95,9 @@ METHODS: dict[str, tuple[Callable[[Path, Path, str], Any], Callable[[Path], tupl
     "pairs": (pairs, of_pairs),
     "expander gdpo": (expander, of_expander),
     "expander sft": (sft, of_expander),
+    "judge": (judge, of_judge),
 }
-SCORING = [method for method in METHODS if method != "expander sft"]
+SCORING = [method for method in METHODS if method not in ("expander sft", "judge")]
 """Those that ask rewards."""
 
 

@@ -109,8 +109,10 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("step + times * self.config.cooldown", "step + self.config.cooldown"),
     ],
     ("rewards/ocr.py", "tests/test_ocr.py"): [
-        ("edit_distance(a, b) / max(len(a), len(b))", "edit_distance(a, b) / len(a)"),
-        ("row = [(EXTRA * j, 0, j)", "row = [(MISSING * j, 0, j)"),
+        ("/ np.maximum(len(word), lengths)", "/ len(word)"),
+        ("longer = running + extra", "longer = running + missing"),
+        ("ends = without[i] | 1 << i", "ends = without[i]"),
+        ("np.minimum.accumulate(longer - skipped, axis=1) + skipped", "longer"),
     ],
     ("rewards/diversity.py", "tests/test_diversity.py"): [
         ("(n - unit @ unit.sum(0)) / (n - 1)", "(n - unit @ unit.sum(0)) / n"),

@@ -73,7 +73,7 @@ def test_read_only_directory(command, recipe, read_only, tmp_path, method):
           str(tmp_path / "disk"), "Read-only file system")  # fmt: skip
 
 
-@pytest.mark.parametrize("method", [*TRAINING, "expander gdpo", "expander sft"])
+@pytest.mark.parametrize("method", [*TRAINING, "expander gdpo", "expander sft", "judge"])
 def test_checkpoints_that_cannot_be_written(command, recipe, read_only, tmp_path, method):
     """Which a run finds out after its first step."""
     read_only(tmp_path / "run/checkpoints")
@@ -135,7 +135,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("method", [*TRAINING, "expander gdpo", "expander sft"])
+@pytest.mark.parametrize("method", [*TRAINING, "expander gdpo", "expander sft", "judge"])
 def test_damaged_checkpoint(command, recipe, whole, tmp_path, method, damage):
     path, run = recipe(method), tmp_path / "run"
     assert command(*method.split(), "--config", path).returncode == 0
