@@ -235,6 +235,10 @@ def _validate_eval(config: EvalConfig, rewards: list[str], more: list[str]) -> N
             "is null, and eval.stop.metric is set: a run that its stop rule ends hands on its best step; name the"
             " figure that picks it, such as a held-out judge",
         )
+    if config.stop.better == "lower" and config.best == config.stop.metric is not None:
+        raise ConfigError(
+            "eval.best", f"takes the highest {config.best}, and eval.stop.better is lower: name another figure"
+        )
     if config.stop.metric is not None and config.every == 0:
         raise ConfigError("eval.stop.metric", "has no meaning when eval.every is 0; evaluate during the run")
     positive("eval.stop.drop", config.stop.drop)

@@ -79,6 +79,8 @@ def outcome(evaluations: Sequence[Any], config: EvalConfig) -> tuple[dict[str, A
             lines.append(
                 f"eval.best: {config.best} was never above its start ({top[1]:.4g}), so no step is marked best"
             )
+        elif "stopped" in decided:
+            lines.append(f"hands on its best step {top[0]}, whose {config.best} is {top[1]:.4g}")
     return decided, lines
 
 

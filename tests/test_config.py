@@ -283,6 +283,11 @@ def test_a_stop_rule_needs_a_best_step():
     config.eval.stop.metric = "image/diversity"
     with pytest.raises(ConfigError, match=r"eval\.best: is null, and eval\.stop\.metric is set: .*; name the figure"):
         validate(config)
+    config.eval.best, config.eval.stop.better = "image/diversity", "lower"
+    with pytest.raises(
+        ConfigError, match=r"eval\.best: takes the highest .*, and eval\.stop\.better is lower"
+    ):
+        validate(config)
 
 
 def test_figures_that_an_evaluation_has():

@@ -244,7 +244,8 @@ def test_what_follows_a_collapse_starts_from_the_best_step(write, tmp_path):
     assert all(abs(a - b).max() <= 1 for a, b in zip(began, right, strict=True))
     assert any(abs(a - b).max() > 1 for a, b in zip(began, wrong, strict=True))
     page = (tmp_path / "p/index.html").read_text()
-    assert "<td>heldout</td><td>0.5</td><td>0.8</td>" in page.replace(' class="n"', "")
+    assert "<td>heldout</td><td>0.5000</td><td>0.8000</td>" in page.replace(' class="n"', "")
+    assert 'aria-label="from step 0 to step 2"' in page and "to step 4" not in page
 
 
 def test_a_stage_that_collapsed_from_its_start_fails_the_pipeline(write, tmp_path):
@@ -253,9 +254,7 @@ def test_a_stage_that_collapsed_from_its_start_fails_the_pipeline(write, tmp_pat
         result = run(path, *options)
         assert result.returncode == 1 and state(tmp_path / "p")["grpo"]["finished"] is None
         said = result.stderr.splitlines()[-1]
-        assert said.startswith(
-            f"posttrain: error: stage grpo: {tmp_path}/p/grpo: its stop rule ended it at step 2, and "
-        )
+        assert said.startswith(f"posttrain: error: stage grpo: {tmp_path}/p/grpo: its stop rule ended it at step 2, ")
         assert f"remove {tmp_path}/p/grpo, and go on with --resume" in said
     assert not (tmp_path / "p/export.safetensors").exists()
 
