@@ -163,7 +163,7 @@ class StopConfig:
     metric: str | None = None
     """Figure to watch, named as in eval.best and like that one not trained on; null: never stop. Needs eval.best."""
     better: Literal["higher", "lower"] = "higher"
-    """Which is better. lower suits image/high_frequency, which rises where pictures fill with texture."""
+    """Which is better. lower suits pairs/winner and to_teacher/saturation."""
     drop: float = 0.1
     """How far from its best so far the figure may get, as a share of that best, > 0: 0.1 lets 0.8 fall to 0.72.
     Made for figures above 0."""
