@@ -9,10 +9,9 @@
     NAME/         what stage NAME made
 
 A stage is finished when its command has ended well and all its steps are done, or its own stop rule ended it and left
-a best step, which is what later stages take. Ctrl-C
-and SIGTERM are passed on to the stage that runs, which saves. So it does when the pipeline is killed, on Linux. A lock
-that the stage holds too keeps a second pipeline, and one after a kill while its stage still runs, from writing into the
-same directory; with --resume it waits a minute for that to end.
+a best step, which is what later stages take. Ctrl-C and SIGTERM are passed on to the stage that runs, which saves. So
+it does when the pipeline is killed, on Linux. A lock that the stage holds too keeps a second pipeline, and one after a
+kill while its stage still runs, from writing into the same directory; with --resume it waits a minute for that to end.
 """
 
 from __future__ import annotations

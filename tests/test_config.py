@@ -284,9 +284,7 @@ def test_a_stop_rule_needs_a_best_step():
     with pytest.raises(ConfigError, match=r"eval\.best: is null, and eval\.stop\.metric is set: .*; name the figure"):
         validate(config)
     config.eval.best, config.eval.stop.better = "image/diversity", "lower"
-    with pytest.raises(
-        ConfigError, match=r"eval\.best: takes the highest .*, and eval\.stop\.better is lower"
-    ):
+    with pytest.raises(ConfigError, match=r"eval\.best: takes the highest .*, and eval\.stop\.better is lower"):
         validate(config)
 
 
