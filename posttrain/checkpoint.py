@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -214,14 +215,17 @@ def load(path: str | Path) -> Checkpoint:
 
 
 def find(path: str | Path) -> Path:
-    """The checkpoint directory meant by a path: a checkpoint, or a run directory (its newest whole one). Raises
-    UserError if there is none, or it is of a judge and not of K2."""
+    """The checkpoint directory meant by a path: a checkpoint, or what a run directory hands on. That is its newest
+    whole one; of a run that its stop rule ended, it is the best step, and one line on stderr says so.
+
+    Raises UserError where there is none, or it is of a judge and not of K2.
+    """
     path = Path(path)
     if (path / "manifest.json").is_file():
         return _of_k2(path)
     for candidate in reversed(_saved(path / "checkpoints")):
         if not problem(candidate):
-            return _of_k2(candidate)
+            return _handed_on(path, _of_k2(candidate))
     raise UserError(f"{path}: holds no whole checkpoint; give a run directory or one of its checkpoints")
 
 
@@ -236,6 +240,34 @@ def _of_k2(path: Path) -> Path:
             f"{path}: is of posttrain judge, whose adapter/ vLLM serves as it is; give a run that trained K2"
         )
     return path
+
+
+def _handed_on(run: Path, newest: Path) -> Path:
+    """Whether a run was stopped is read from its newest checkpoint: it is there even if the process was killed before
+    it could write a summary."""
+    state = json.loads((newest / "state.json").read_text())
+    if not state.get("stopped"):
+        return newest
+    told, best = f"{run}: its stop rule ended it at step {state['step']}", state.get("best")
+    remedy = "run it again with a lower optim.lr or other rewards, or name one of its checkpoints"
+    if best is None:
+        raise UserError(f"{told}, and eval.best was measured at no step, so there is none to hand on; {remedy}")
+    if best["step"] == 0:
+        raise UserError(
+            f"{told}, and {best['metric']} was never above its start, so there is no step to hand on; {remedy}"
+        )
+    chosen = newest.with_name(f"step-{best['step']:06d}")
+    if wrong := problem(chosen):
+        raise UserError(f"{told}, and its best step is not whole: {chosen}: {wrong}; {remedy}")
+    _say_once(f"posttrain: {told}; taking its best step {best['step']} by {best['metric']}")
+    return chosen
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    """A command may look for the same run several times, and each of its processes does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

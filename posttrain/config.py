@@ -157,12 +157,13 @@ class LossConfig:
 
 @dataclass
 class StopConfig:
-    """Ends the run, saved and with exit code 0, when a figure of the evaluation has got worse and stays so."""
+    """Ends the run, saved and with exit code 0, when a figure of the evaluation has got worse and stays so. Such a run
+    hands on its best step, by eval.best."""
 
     metric: str | None = None
-    """Figure to watch, best one that is not trained on, named as in eval.best; null: never stop."""
+    """Figure to watch, named as in eval.best and like that one not trained on; null: never stop. Needs eval.best."""
     better: Literal["higher", "lower"] = "higher"
-    """Which is better. lower suits image/high_frequency, which rises where pictures fill with texture."""
+    """Which is better. lower suits pairs/winner and to_teacher/saturation."""
     drop: float = 0.1
     """How far from its best so far the figure may get, as a share of that best, > 0: 0.1 lets 0.8 fall to 0.72.
     Made for figures above 0."""
@@ -192,8 +193,9 @@ class EvalConfig:
     group_size: int = 8
     """Images in such a group, >= 2."""
     best: str | None = None
-    """Figure, the higher the better, whose best step is kept as checkpoints/best: a reward's name (oracle; with
-    guidance 1.5, oracle@1.5) or image/diversity, image/brightness, ...; null: none is kept."""
+    """Figure, the higher the better, whose best step is kept as checkpoints/best, and handed on by a run that eval.stop
+    ended: a reward that is not trained on (oracle; with guidance 1.5, oracle@1.5) or image/diversity, image/brightness,
+    ...; null: none is kept."""
     stop: StopConfig = field(default_factory=StopConfig)
     """Guard against reward hacking."""
 

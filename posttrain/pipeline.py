@@ -8,10 +8,10 @@
     index.html    one report: the figures along the stages, and links to their own reports
     NAME/         what stage NAME made
 
-A stage is finished when its command has ended well and all its steps are done, or its own stop rule ended it. Ctrl-C
-and SIGTERM are passed on to the stage that runs, which saves. So it does when the pipeline is killed, on Linux. A lock
-that the stage holds too keeps a second pipeline, and one after a kill while its stage still runs, from writing into the
-same directory; with --resume it waits a minute for that to end.
+A stage is finished when its command has ended well and all its steps are done, or its own stop rule ended it and left
+a best step, which is what later stages take. Ctrl-C and SIGTERM are passed on to the stage that runs, which saves. So
+it does when the pipeline is killed, on Linux. A lock that the stage holds too keeps a second pipeline, and one after a
+kill while its stage still runs, from writing into the same directory; with --resume it waits a minute for that to end.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from posttrain.disk import replace_text
 from posttrain.lock import lock
 from posttrain.pipeline_config import PipelineConfig
 from posttrain.pipeline_fit import ALONE, absent, check_processes, memory, processes
-from posttrain.pipeline_plan import Stage, resolve
+from posttrain.pipeline_gains import read_json
+from posttrain.pipeline_plan import TRAINING, Stage, resolve
 from posttrain.pipeline_report import write_index
 from prompts.errors import UserError
 
@@ -177,7 +178,16 @@ class Runner:
         began = time.monotonic()
         code = 0 if made else self._execute(stage)
         entry["seconds"] = round(entry["seconds"] + time.monotonic() - began, 1)
-        if code == 0 and is_complete(stage):
+        complete = code == 0 and is_complete(stage)
+        if complete and (wrong := nothing_to_hand_on(stage)):
+            self._save()
+            print(
+                f"posttrain: error: stage {stage.name}: {wrong}. To run it again: mend its settings, remove"
+                f" {stage.output}, and go on with --resume",
+                file=sys.stderr,
+            )
+            return 1
+        if complete:
             entry["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self._save()
         if entry["finished"] or self.stopped is not None:
@@ -231,9 +241,20 @@ def is_complete(stage: Stage) -> bool:
         return False
     if stage.command in ("pairs", *ALONE):
         return True
-    file = stage.output / "summary.json"
-    summary = json.loads(file.read_text()) if file.is_file() else {}
+    summary = read_json(stage.output / "summary.json")
     return summary.get("steps", 0) >= stage.config.steps or "stopped" in summary
+
+
+def nothing_to_hand_on(stage: Stage) -> str | None:
+    """Why a stage that its stop rule ended has no step for those behind it."""
+    if stage.command in TRAINING and "stopped" in read_json(stage.output / "summary.json"):
+        from posttrain import checkpoint  # torch comes with it
+
+        try:
+            checkpoint.find(stage.output)
+        except UserError as error:
+            return str(error)
+    return None
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from posttrain.pipeline_gains import gains, read_json
 from posttrain.pipeline_plan import Stage
 from posttrain.progress import duration
 from posttrain.report import summary_tables
-from posttrain.wipe import matched, read_samples, step_name, steps, wipe_grid
+from posttrain.wipe import matched, read_samples, step_name, step_of, steps, wipe_grid
 
 FEW = 6  # pictures of each stage
 LARGEST = 256  # pixels of their longer side
@@ -80,14 +80,14 @@ def _along(stages: list[Stage], summaries: dict[str, dict[str, Any]]) -> str:
         cells = [start.get(key), *(figures.get(key) for figures in after.values())]
         rows.append(f"<tr><td>{breakable(key)}</td>{''.join(map(_cell, cells))}</tr>")
     head = "".join(f'<th class="n">{html.escape(name)}</th>' for name in ["start", *after])
-    note = "<p>As each stage's last evaluation measured them; compare only where they evaluate alike.</p>"
+    note = "<p>As each stage measured what it hands on; compare only where they evaluate alike.</p>"
     shown = f'<div class="scroll"><table><tr><th></th>{head}</tr>{"".join(rows)}</table></div>'
     return f"<h2>Along the stages</h2>{note}{shown}"
 
 
 def _first_and_last(stages: list[Stage]) -> str:
     """The pictures before the first stage that drew any against those after the last, where prompts and seeds agree."""
-    drawn = [(stage, found) for stage in stages if (found := steps(stage.output / "samples"))]
+    drawn = [(stage, found) for stage in stages if (found := _drawn(stage))]
     if len(drawn) < 2:
         return ""
     (first, began), (last, ended) = drawn[0], drawn[-1]
@@ -100,7 +100,7 @@ def _first_and_last(stages: list[Stage]) -> str:
 
 def _stage(stage: Stage, summary: dict[str, Any], folder: Path) -> str:
     parts = [f"<h2>{_link(stage, folder)}</h2>"]
-    if found := steps(stage.output / "samples"):
+    if found := _drawn(stage):
         pairs = matched(read_samples(found[0]), read_samples(found[-1]))[:FEW]
         parts.append(wipe_grid(pairs, step_name(found[0]), step_name(found[-1]), LARGEST))
     if summary.get("after"):
@@ -113,6 +113,13 @@ def _stage(stage: Stage, summary: dict[str, Any], folder: Path) -> str:
     if sheet.is_file():
         parts.append(f'<div class="scroll"><img src="{data_uri(sheet, 1024)[0]}" alt="some pairs"></div>')
     return "".join(parts) if len(parts) > 1 else ""
+
+
+def _drawn(stage: Stage) -> list[Path]:
+    """The directories of the steps that drew pictures, up to the one that the stage hands on."""
+    summary = read_json(stage.output / "summary.json") if stage.output.is_dir() else {}
+    last = summary["best"]["step"] if "stopped" in summary and summary.get("best") else None
+    return [path for path in steps(stage.output / "samples") if last is None or step_of(path) <= last]
 
 
 def _link(stage: Stage, folder: Path) -> str:

@@ -118,6 +118,8 @@ def _outcome(summary: dict[str, Any]) -> str:
         lines.append(f"<p><b>Stopped early: {text(reason)}</b></p>")
     if best := summary.get("best"):
         where = "the start: no step did better" if best["step"] == 0 else f"step {best['step']}, in checkpoints/best"
+        if summary.get("stopped") and best["step"]:
+            where += ": what the run hands on, and what is shown as after"
         lines.append(f"<p>Best {text(best['metric'])}: {number(best['value'])} at {where}</p>")
     return "".join(lines)
 

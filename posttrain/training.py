@@ -117,7 +117,8 @@ class Training:
         self.method, self.config, self.run, self.procs = method, config, run, procs
         self.k2, self.stepper, self.evaluator = k2, stepper, evaluator
         self.history: dict[str, Any] = {"before": None, "after": None, "seconds": 0.0}
-        """What summary.json says; a method may add to it, and finds it again when it resumes."""
+        """What summary.json says; a method may add to it, and finds it again when it resumes. `after` is the last
+        evaluation; the summary of a run that its stop rule ended has the best step's in its place."""
         self.measure: Callable[[Evaluation], None] = lambda evaluation: None
         """Adds figures to an evaluation, under the policy: a method may put its own here, and below."""
         self.state: Callable[[], tuple[dict[str, dict[str, Tensor]], dict[str, Any]]] = lambda: ({}, {})
@@ -145,6 +146,8 @@ class Training:
         self.run.start(self.config.steps, self.first)
         if self.first:
             self.run.say(f"goes on after step {self.first}")
+        if warning := watch.warning(self.config.eval.stop):
+            self.run.say(warning)
         before = None
         if self.history["before"] is None:
             before = self._evaluate(0)
@@ -185,7 +188,8 @@ class Training:
         for line in lines:
             self.run.say(line)
         asked = record([*self.evaluator.rewards, *self.evaluator.group_rewards])
-        self.run.summary({**decided, **self.history, "rewards": asked, "memory": self._memory(), **peak_memory()})
+        handed_on = {**self.history, "after": watch.handed_on(self.evaluations, decided)}
+        self.run.summary({**decided, **handed_on, "rewards": asked, "memory": self._memory(), **peak_memory()})
 
     def _memory(self) -> dict[str, float]:
         """GiB that this process keeps from step to step. What its peak is above them comes and goes within a step."""
@@ -242,6 +246,7 @@ class Training:
             "counters": self.stepper.counters(),
             "history": {**self.history, "seconds": self._seconds()},
             "evaluations": self.evaluations,
+            **watch.outcome(self.evaluations, self.config.eval)[0],  # what checkpoint.find goes by
             **state,
         }
         top = watch.best(self.evaluations, self.config.eval.best)

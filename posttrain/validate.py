@@ -144,6 +144,7 @@ def _validate_grpo(config: GRPOConfig) -> None:
             "rewards", "the weights of the trained rewards, gates aside, sum to zero; give one a weight above 0"
         )
     _validate_eval(config.eval, [r.name for r in config.rewards if config.eval.groups or not r.group], [])
+    _validate_watched(config.eval, config.rewards)
 
 
 def _validate_run(config: GRPOConfig | STPOConfig | TDMConfig) -> None:
@@ -234,12 +235,40 @@ def _validate_eval(config: EvalConfig, rewards: list[str], more: list[str]) -> N
     for field, name in (("eval.best", config.best), ("eval.stop.metric", config.stop.metric)):
         if name is not None and name not in known:
             raise ConfigError(field, f"'{name}' is no figure of the evaluation; known here: {', '.join(known)}")
+    if config.stop.metric is not None and config.best is None:
+        raise ConfigError(
+            "eval.best",
+            "is null, and eval.stop.metric is set: a run that its stop rule ends hands on its best step; name the"
+            " figure that picks it, such as a held-out judge",
+        )
+    if config.stop.better == "lower" and config.best == config.stop.metric is not None:
+        raise ConfigError(
+            "eval.best", f"takes the highest {config.best}, and eval.stop.better is lower: name another figure"
+        )
     if config.stop.metric is not None and config.every == 0:
         raise ConfigError("eval.stop.metric", "has no meaning when eval.every is 0; evaluate during the run")
     positive("eval.stop.drop", config.stop.drop)
     if config.stop.limit is not None and not math.isfinite(config.stop.limit):
         raise ConfigError("eval.stop.limit", f"is {config.stop.limit}; use a number or null")
     at_least("eval.stop.patience", config.stop.patience, 1)
+
+
+def _validate_watched(config: EvalConfig, rewards: list[RewardSpec]) -> None:
+    """What is trained on rises while it is being cheated, so it can neither pick a step nor end a run."""
+    trained = [reward for reward in rewards if not reward.heldout_only]
+    watched = {"eval.best": config.best, "eval.stop.metric": config.stop.metric}
+    for reward in rewards:
+        own = [reward.name + figures.suffix(scale) for scale in config.guidance]
+        field = next((field for field, name in watched.items() if name in own), None)
+        alike = next((other.name for other in trained if other.function == reward.function), None)
+        if field is None or alike is None:
+            continue
+        how = "is trained on" if reward in trained else f"is the same function as '{alike}', which is trained on"
+        raise ConfigError(
+            field,
+            f"'{watched[field]}' {how}, so it rises while it is being cheated; name a reward with heldout_only: true,"
+            " best a judge of another model family, or a figure such as image/diversity",
+        )
 
 
 def _validate_judge(config: JudgeConfig) -> None:

@@ -48,6 +48,24 @@ def regression(evaluations: Sequence[Any], stop: StopConfig) -> str | None:
     return f"eval.stop: {stop.metric} {verb} from {top[1]:.4g} (step {top[0]}) to {value:.4g} (step {step})"
 
 
+def warning(stop: StopConfig) -> str | None:
+    """What to tell at the start of a run whose rule is a weak one."""
+    if stop.metric is None or stop.metric.partition("@")[0] != "image/high_frequency":
+        return None
+    return (
+        f"warning: eval.stop watches {stop.metric} alone, which fell on K2-nano while artifacts rose; watch a"
+        " held-out judge (a reward with heldout_only: true)"
+    )
+
+
+def handed_on(evaluations: Sequence[Any], decided: dict[str, Any]) -> dict[str, Any]:
+    """Figures of the step that a run hands on: the last evaluated, or the best of a run that its rule ended."""
+    best = decided.get("best")
+    if "stopped" in decided and best and best["step"]:
+        return next(figures for step, figures in evaluations if step == best["step"])
+    return evaluations[-1][1]
+
+
 def outcome(evaluations: Sequence[Any], config: EvalConfig) -> tuple[dict[str, Any], list[str]]:
     """What was decided, for the summary (`best`, `stopped`; each only where there is one) and as lines to the user."""
     decided: dict[str, Any] = {}
@@ -61,6 +79,8 @@ def outcome(evaluations: Sequence[Any], config: EvalConfig) -> tuple[dict[str, A
             lines.append(
                 f"eval.best: {config.best} was never above its start ({top[1]:.4g}), so no step is marked best"
             )
+        elif "stopped" in decided:
+            lines.append(f"hands on its best step {top[0]}, whose {config.best} is {top[1]:.4g}")
     return decided, lines
 
 

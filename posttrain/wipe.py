@@ -47,8 +47,12 @@ def steps(samples: Path) -> list[Path]:
     return sorted(samples.glob("step-*")) if samples.is_dir() else []
 
 
+def step_of(directory: Path) -> int:
+    return int(directory.name.removeprefix("step-"))
+
+
 def step_name(directory: Path) -> str:
-    return f"step {int(directory.name.removeprefix('step-'))}"
+    return f"step {step_of(directory)}"
 
 
 def matched(before: Sequence[Sample], after: Sequence[Sample]) -> list[tuple[Sample, Sample]]:

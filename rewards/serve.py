@@ -102,6 +102,7 @@ def serve(specs: Sequence[ServerSpec], log_dir: Path) -> Iterator[dict[str, list
 @contextlib.contextmanager
 def running(specs: Sequence[ServerSpec], log_dir: Path) -> Iterator[list[Server]]:
     """Starts all servers but those elsewhere, waits until every model answers, and stops them at the end of the block.
+    Those that share a GPU are started one after another, the others at once.
 
     They also stop when this process dies, however it dies.
     """
@@ -113,6 +114,9 @@ def running(specs: Sequence[ServerSpec], log_dir: Path) -> Iterator[list[Server]
         if specs:
             _make(log_dir)
         for spec in specs:
+            for other in servers:  # vLLM takes what another one allocates while it starts for its own
+                if {*spec.gpus} & {*other.spec.gpus}:
+                    _wait_until_ready(other)
             server = _start(spec, log_dir / f"{spec.name}.log")
             stack.callback(_stop, server)
             servers.append(server)

@@ -42,18 +42,8 @@ def nothing(images, prompts):
     return [None] * len(images)
 
 
-class Script:
-    """Scores every picture with the next of these values at each call: a figure of the evaluation as planned."""
-
-    def __init__(self, values: list[float]):
-        self.values = iter(values)
-
-    def __call__(self, images, prompts):
-        return [next(self.values)] * len(images)
-
-
 def script(name: str, values: list[float]) -> RewardSpec:
-    function = {"class_path": "tests.runs.Script", "init_args": {"values": values}}
+    function = {"class_path": "tests.warm.Script", "init_args": {"values": values}}
     return RewardSpec(name, function, heldout_only=True)
 
 
@@ -172,7 +162,10 @@ def training_rows(run: str | Path) -> list[dict]:
 
 
 def latest(run: str | Path) -> checkpoint.Checkpoint:
-    return checkpoint.load(checkpoint.find(run))
+    """The newest checkpoint, which need not be what the run hands on."""
+    found = checkpoint.load_latest(Path(run) / "checkpoints")
+    assert found is not None
+    return found
 
 
 def assert_equal(a: dict, b: dict) -> None:

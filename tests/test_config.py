@@ -259,15 +259,45 @@ def test_reward_names_are_unique():
         validate(config)
 
 
+def test_what_picks_a_step_or_ends_a_run_is_not_trained_on():
+    config = grpo()
+    config.eval.guidance = [0.0, 1.5]
+    for name in ("oracle", "oracle@1.5"):
+        config.eval.best = name
+        with pytest.raises(ConfigError, match=rf"eval\.best: '{name}' is trained on, .* heldout_only: true"):
+            validate(config)
+    config.rewards.append(RewardSpec("gate", "m:gate", gate="multiply"))
+    config.eval.best, config.eval.stop.metric = "image/diversity", "gate"
+    with pytest.raises(ConfigError, match=r"eval\.stop\.metric: 'gate' is trained on"):
+        validate(config)
+    config.rewards.append(RewardSpec("again", "pkg.mod:score", heldout_only=True))
+    config.eval.stop.metric = "again"
+    with pytest.raises(ConfigError, match="'again' is the same function as 'oracle', which is trained on"):
+        validate(config)
+    config.rewards[-1].function = "pkg.mod:other"
+    validate(config)
+
+
+def test_a_stop_rule_needs_a_best_step():
+    config = grpo()
+    config.eval.stop.metric = "image/diversity"
+    with pytest.raises(ConfigError, match=r"eval\.best: is null, and eval\.stop\.metric is set: .*; name the figure"):
+        validate(config)
+    config.eval.best, config.eval.stop.better = "image/diversity", "lower"
+    with pytest.raises(ConfigError, match=r"eval\.best: takes the highest .*, and eval\.stop\.better is lower"):
+        validate(config)
+
+
 def test_figures_that_an_evaluation_has():
     """Those of each guidance setting, and the diversity of groups only where there are groups."""
     config = grpo()
-    config.eval.guidance, config.eval.best, config.eval.stop.metric = [1.5], "oracle@1.5", "image/diversity@1.5"
+    config.rewards.append(RewardSpec("other", "m:g", heldout_only=True))
+    config.eval.guidance, config.eval.best, config.eval.stop.metric = [1.5], "other@1.5", "image/diversity@1.5"
     validate(config)
     config.eval.groups = 0
     with pytest.raises(ConfigError, match=r"eval\.stop\.metric: 'image/diversity@1\.5' is no figure"):
         validate(config)
-    config.rewards.append(RewardSpec("far", "m:f", group=True))
+    config.rewards.append(RewardSpec("far", "m:f", group=True, heldout_only=True))
     config.eval.best, config.eval.stop.metric = "far@1.5", None
     with pytest.raises(ConfigError, match=r"eval\.best: 'far@1\.5' is no figure"):
         validate(config)

@@ -166,7 +166,9 @@ def test_what_a_run_says():
     reason = "eval.stop: oracle fell from 0.8 (step 10) to 0.6 (step 20)"
     decided, lines = watch.outcome(series(0.7, 0.8, 0.6), config)
     assert decided == {"stopped": reason, "best": {"metric": "oracle", "step": 10, "value": 0.8}}
-    assert lines == [f"{reason}; the run has ended"]
+    assert lines == [f"{reason}; the run has ended", "hands on its best step 10, whose oracle is 0.8"]
+    handed_on = watch.handed_on(series(0.7, 0.8, 0.6), decided)
+    assert handed_on["oracle"] == 0.8 and watch.handed_on(series(0.7, 0.8, 0.6), {})["oracle"] == 0.6
     config.stop.better = "lower"
     rose = "eval.stop: oracle rose from 0.6 (step 0) to 0.8 (step 10)"
     assert watch.outcome(series(0.6, 0.8), config)[0]["stopped"] == rose

@@ -176,6 +176,8 @@ def test_a_collapse_ends_the_run(config, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(K2, "sample", sample)
     config.steps, config.eval.every, config.eval.groups, config.eval.group_size = 20, 1, 1, 3
     config.eval.stop.metric, config.eval.stop.patience, config.eval.stop.drop = "image/diversity", 2, 0.5
+    config.rewards.append(runs.script("heldout", [0.5, 0.6, 0.55, 0.5]))
+    config.eval.best = "heldout"
     arguments = ["grpo", "--config", str(runs.recipe(config, tmp_path / "recipe.yaml"))]
     assert cli.main(arguments) == 0
     run = Path(config.output)
@@ -188,13 +190,53 @@ def test_a_collapse_ends_the_run(config, monkeypatch, tmp_path, capsys):
     assert summary["stopped"] + "; the run has ended" in capsys.readouterr().err
     assert f"Stopped early: {summary['stopped']}" in (run / "report.html").read_text()
 
+    # It hands on its best step, which is also known when the process was killed before it could write a summary.
+    assert summary["after"]["heldout"] == 0.6 and runs.latest(run).state["history"]["after"]["heldout"] == 0.5
+    (run / "summary.json").unlink()
+    assert checkpoint.find(run).name == checkpoint.find(run).name == "step-000001"
+    told = f"posttrain: {run}: its stop rule ended it at step 3; taking its best step 1 by heldout\n"
+    assert capsys.readouterr().err == told  # once a process
+
     assert cli.main([*arguments, "--resume"]) == 0  # it stays ended ...
     assert runs.latest(run).step == 3
     monkeypatch.undo()
     assert (
         cli.main([*arguments, "--resume", "--eval.stop.metric", "null", "--steps", "4"]) == 0
     )  # ... until told to go on
-    assert runs.latest(run).step == 4
+    assert runs.latest(run).step == 4 and checkpoint.find(run).name == "step-000004"
+
+
+def test_a_run_that_was_stopped_without_a_best_step_hands_on_nothing(config, capsys):
+    config.rewards.append(runs.script("heldout", [0.5, 0.3, 0.2]))
+    config.steps, config.eval.every, config.checkpoint.keep = 5, 1, 1
+    config.eval.best, config.eval.stop.metric = "heldout", "heldout"
+    grpo.train(config)
+    run = Path(config.output)
+    assert checkpoints(run) == {"step-000002"}
+    with pytest.raises(UserError, match=r"ended it at step 2, and heldout was never above its start, .*; run it again"):
+        checkpoint.find(run)
+    assert checkpoint.find(run / "checkpoints/step-000002").name == "step-000002"
+
+
+def test_a_best_step_that_is_gone_is_told(config):
+    config.rewards.append(runs.script("heldout", [0.5, 0.6, 0.3, 0.2]))
+    config.steps, config.eval.every, config.checkpoint.keep = 5, 1, 1
+    config.eval.best, config.eval.stop.metric = "heldout", "heldout"
+    grpo.train(config)
+    best = Path(config.output) / "checkpoints/step-000001"
+    assert checkpoint.find(config.output) == best
+    (best / "state.json").unlink()
+    with pytest.raises(UserError, match=r"its best step is not whole: .*step-000001: state.json is missing; run it"):
+        checkpoint.find(config.output)
+
+
+def test_a_rule_that_watches_high_frequencies_alone_is_warned_of(config, capsys):
+    config.steps, config.eval.every, config.eval.best = 1, 1, "image/diversity"
+    config.eval.groups, config.eval.group_size = 1, 2
+    config.eval.stop.metric, config.eval.stop.better = "image/high_frequency", "lower"
+    grpo.train(config)
+    said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(said) == 1 and "eval.stop watches image/high_frequency alone, which fell on K2-nano" in said[0]
 
 
 # mistakes

@@ -10,7 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 from posttrain import cli
@@ -200,6 +202,60 @@ def test_a_stage_that_fails_is_named(write, tmp_path):
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "not one image of this step could be scored" in result.stderr
     assert result.stderr.splitlines()[-1].startswith("posttrain: error: stage grpo: failed with exit code 2")
+    assert not (tmp_path / "p/export.safetensors").exists()
+
+
+def planned(values: list[float], **settings) -> dict:
+    """Settings of a stage of grpo whose held-out judge says these, and that its stop rule ends."""
+    script = {"name": "heldout", "heldout_only": True}
+    script["function"] = {"class_path": "tests.warm.Script", "init_args": {"values": values}}
+    trained = {"name": "brightness", "function": "tests.warm:brightness"}
+    rule = {"eval.every": 1, "eval.best": "heldout", "eval.stop.metric": "heldout"}
+    return {"rewards": [trained, script], "steps": 20, "checkpoint.keep": 1, **rule, **settings}
+
+
+def test_what_follows_a_collapse_starts_from_the_best_step(write, tmp_path):
+    """The held-out judge's figure is best after step 2 and falls; the run ends with step 4."""
+    path = write("grpo", "export", grpo=planned([0.5, 0.6, 0.8, 0.7, 0.3]))
+    data = json.loads(path.read_text())
+    further = {**data["stages"][0], "name": "further"}
+    further["set"] = {"model.start": "${grpo}", "steps": 1, "rewards": planned([])["rewards"][:1]}
+    path.write_text(json.dumps(data | {"stages": [*data["stages"], further]}))
+    result = run(path)
+    assert result.returncode == 0, result.stderr
+    grpo = tmp_path / "p/grpo"
+    told = f"posttrain: {grpo}: its stop rule ended it at step 4; taking its best step 2 by heldout"
+    assert result.stderr.splitlines().count(told) == 3  # when it ended, and for each stage behind it
+
+    best, newest = grpo / "checkpoints/step-000002", grpo / "checkpoints/step-000004"
+    exported = load_file(tmp_path / "p/export.safetensors")
+    for source in (best, newest):
+        assert cli.main(["export", "--source", str(source), "--output", str(tmp_path / f"{source.name}.safetensors"),
+                         "--format", "lora"]) == 0  # fmt: skip
+    runs.assert_equal(exported, load_file(tmp_path / "step-000002.safetensors"))
+    collapsed = load_file(tmp_path / "step-000004.safetensors")
+    assert not any(exported[key].equal(collapsed[key]) for key in exported if "lora_B" in key)
+
+    merged = runs.latest(tmp_path / "p/further").state["origin"]["merged"]
+    assert [Path(one["path"]) for one in merged] == [best]
+    shown = {run: sorted((tmp_path / "p" / run).glob("*.png")) for run in
+             ("further/samples/step-000000", "grpo/samples/step-000002", "grpo/samples/step-000004")}  # fmt: skip
+    began, right, wrong = ([np.asarray(Image.open(file), int) for file in files] for files in shown.values())
+    assert all(abs(a - b).max() <= 1 for a, b in zip(began, right, strict=True))
+    assert any(abs(a - b).max() > 1 for a, b in zip(began, wrong, strict=True))
+    page = (tmp_path / "p/index.html").read_text()
+    assert "<td>heldout</td><td>0.5000</td><td>0.8000</td>" in page.replace(' class="n"', "")
+    assert 'aria-label="from step 0 to step 2"' in page and "to step 4" not in page
+
+
+def test_a_stage_that_collapsed_from_its_start_fails_the_pipeline(write, tmp_path):
+    path = write("grpo", "export", grpo=planned([0.5, 0.4, 0.3]))
+    for options in ([], ["--resume"]):
+        result = run(path, *options)
+        assert result.returncode == 1 and state(tmp_path / "p")["grpo"]["finished"] is None
+        said = result.stderr.splitlines()[-1]
+        assert said.startswith(f"posttrain: error: stage grpo: {tmp_path}/p/grpo: its stop rule ended it at step 2, ")
+        assert f"remove {tmp_path}/p/grpo, and go on with --resume" in said
     assert not (tmp_path / "p/export.safetensors").exists()
 
 

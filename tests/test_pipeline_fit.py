@@ -76,17 +76,19 @@ def test_what_does_not_fit_is_a_failed_check(capsys):
 
 
 def test_a_server_on_a_gpu_that_trains_needs_its_part_of_it(tmp_path, capsys):
+    elsewhere = {"name": "heldout", "model": "m", "urls": ["http://judges/v1"]}
     for given, code, says in (
         ([], 1, "no room: its servers take 0.9 of a GPU that it works on; give them others by gpus"),
         (["--gpu-memory-utilization", "0.15"], 0, "8 of which stay free and 12 are its servers'"),
     ):
+        servers = [{"name": "vlm", "model": "m", "extra_args": given}, elsewhere]
         data = {
             "output": str(tmp_path / "out"),
             "gpu_gib": 80,
             "launch": ["torchrun", "--nproc-per-node", "8", "-m", "posttrain.cli"],
             "stages": [{
                 "name": "grpo", "command": "grpo", "recipes": ["recipes/k2/grpo.yaml"],
-                "set": {"groups.micro_batch": 4, "servers": [{"name": "vlm", "model": "m", "extra_args": given}]},
+                "set": {"groups.micro_batch": 4, "servers": servers},
             }],
         }  # fmt: skip
         (tmp_path / "p.yaml").write_text(json.dumps(data))
@@ -104,6 +106,7 @@ def test_a_run_begins_only_where_its_servers_can(tmp_path, capsys):
     ("stage", "settings", "says"),
     [
         ("grpo", {"servers": [{"name": "other", "model": "m"}]}, "no server 'vlm': the recipe's servers are: other"),
+        ("grpo", {"eval.best": "rubric"}, "eval.best: 'rubric' is trained on, so it rises while it is being cheated"),
         ("grpo", {"servers": [{"name": "vlm", "model": "m", "urls": ["judges"]}]}, "'judges' is no URL: write http://"),
         ("grpo", {"groups.prompts_per_step": 2000}, "prompts.train: holds 1024 prompts, and a step takes 2000"),
         ("tdm", {"batch": 2000, "model.start": None}, "prompts.train: holds 1024 prompts, and a step takes 2000"),
@@ -159,7 +162,7 @@ def test_a_gpu_has_its_own_servers_alone(tmp_path, capsys):
             "launch": ["torchrun", "--nproc-per-node", "8", "-m", "posttrain.cli"],
             "stages": [{
                 "name": "grpo", "command": "grpo", "recipes": ["recipes/k2/grpo.yaml"],
-                "set": {"servers": servers, "rewards": rewards, "eval.best": None, **changed},
+                "set": {"servers": servers, "rewards": rewards, "eval.best": None, "eval.stop.metric": None, **changed},
             }],
         }  # fmt: skip
         (tmp_path / "p.yaml").write_text(json.dumps(data))

@@ -123,7 +123,8 @@ def test_reward_that_does_not_apply(config, check):
     rows = check(0)
     assert rows["spread of text"] == ("skipped", "it has two scores in no group of this step")
     assert "no score from text" in rows["evaluation"][1]
-    config.eval.best = "text"
+    config.rewards.append(RewardSpec("silent", "tests.warm:nothing", heldout_only=True))
+    config.eval.best = "silent"
     assert failed(check(1)) == ["evaluation"]
 
 

@@ -20,12 +20,13 @@ from posttrain.nano import damage, scenes
 from posttrain.nano.prompts import HELDOUT_WORDS
 from prompts.errors import UserError
 from prompts.templates import load_template
+from rewards import serve as serve_module
 from rewards.background import ScoreQueue
 from rewards.base import RewardSpec
 from rewards.endpoints import JudgeError
 from rewards.judge import Judge
 from rewards.load import load_rewards
-from rewards.serve import ServerError, ServerSpec, commands, serve
+from rewards.serve import Server, ServerError, ServerSpec, commands, serve
 from rewards.vlm import VLM
 from tests import runs, tiny
 
@@ -247,6 +248,22 @@ def test_commands_for_another_machine(tmp_path):
     assert line.startswith("CUDA_VISIBLE_DEVICES=2,3 vllm serve org/base --served-model-name vlm --host 10.0.0.2")
     assert "--tensor-parallel-size 2" in line and "--max-lora-rank 32" in line
     assert f"--lora-modules nice={tmp_path} --seed 1" in line
+
+
+def test_servers_on_one_gpu_are_started_one_after_another(tmp_path, monkeypatch):
+    """vLLM takes for its own what another one allocates while it starts."""
+    said: list[str] = []
+
+    def start(spec, log):
+        said.append(f"start {spec.name}")
+        return Server(spec, 1, log, subprocess.Popen(["true"], stdin=subprocess.PIPE))
+
+    monkeypatch.setattr(serve_module, "missing", lambda spec: [])
+    monkeypatch.setattr(serve_module, "_start", start)
+    monkeypatch.setattr(serve_module, "_wait_until_ready", lambda server: said.append(f"up {server.spec.name}"))
+    specs = [ServerSpec("a", "m", gpus=[7]), ServerSpec("b", "m", gpus=[0, 1]), ServerSpec("c", "m", gpus=[7])]
+    with serve(specs, tmp_path):
+        assert said == ["start a", "start b", "up a", "start c", "up a", "up b", "up c"]
 
 
 def test_mistakes_are_user_errors(tmp_path):

@@ -160,6 +160,7 @@ def test_sigterm_saves_and_ends(config, monkeypatch):
 def test_a_limit_ends_the_run(config, tmp_path, capsys):
     config.steps, config.eval.every = 9, 1
     config.eval.stop.metric, config.eval.stop.better, config.eval.stop.limit = "pairs/drift_winner", "lower", 1e-9
+    config.eval.best = "pairs/accuracy"
     assert cli.main(["stpo", "--config", str(runs.recipe(config, tmp_path / "recipe.yaml"))]) == 0
     assert runs.latest(config.output).step == 2
     stopped = json.loads((Path(config.output) / "summary.json").read_text())["stopped"]

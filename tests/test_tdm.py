@@ -142,6 +142,7 @@ def test_two_processes_distil_as_one(command, config, tmp_path):
 def test_a_limit_ends_the_run(config, tmp_path, capsys):
     config.steps, config.eval.every = 9, 1
     config.eval.stop = replace(config.eval.stop, metric="to_teacher/diversity", limit=9.0)
+    config.eval.best = "brightness"
     assert cli.main(["tdm", "--config", str(runs.recipe(config, tmp_path / "recipe.yaml"))]) == 0
     assert runs.latest(config.output).step == 1
     stopped = json.loads((Path(config.output) / "summary.json").read_text())["stopped"]
