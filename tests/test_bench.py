@@ -74,19 +74,22 @@ def settings():
 
 @pytest.mark.parametrize("method", ["step", "stpo", "tdm"])
 def test_counts_what_a_step_does(method, settings):
-    """Texts are of one length here: torch counts padding too."""
+    """Texts are of one length here: torch counts padding too. A run of stpo has the shares of its terms due in its first
+    step: velocities without gradient first, then chosen pictures three times (the hinge pulls) and rejected ones twice.
+    """
     fresh = K2.random("cpu", torch.float32, "tiny", text=False)
     steps = Steps(fresh, settings, (64, 64), Processes())
     steps._texts = [fresh.fuse(fresh.random_features(8))]
     forwards = Forwards(fresh, RANK)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        steps.run(method, 0, lambda stage: None)
-    found = forwards.take()
-    assert found["flop"] == counter.get_total_flops()
-    expected = {"step": (0, 4), "stpo": (4, 4)}
-    if method in expected:
-        assert (found["forwards"], found["backwards"]) == expected[method]
-    else:  # fake score and student are trained; one forward of the fake score and two of the teacher; trajectories
+    expected = {"step": [(0, 4), (0, 4)], "stpo": [(8, 10), (4, 4)]}
+    for index in range(2):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            steps.run(method, index, lambda stage: None)
+        found = forwards.take()
+        assert found["flop"] == counter.get_total_flops()
+        if method in expected:
+            assert (found["forwards"], found["backwards"]) == expected[method][index]
+    if method == "tdm":  # fake score and student are trained; one forward of the fake score and two of the teacher; trajectories
         assert found["backwards"] == 8 and 12 + 4 <= found["forwards"] <= 12 + 16
     assert forwards.take()["flop"] == 0
 
