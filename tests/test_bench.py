@@ -11,7 +11,7 @@ import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from posttrain import blocks, cli, flops
+from posttrain import blocks, cli, flops, stpo
 from posttrain.bench import Forwards, bench, measured
 from posttrain.bench_config import BenchConfig
 from posttrain.bench_steps import Steps
@@ -89,7 +89,9 @@ def test_counts_what_a_step_does(method, settings):
         assert found["flop"] == counter.get_total_flops()
         if method in expected:
             assert (found["forwards"], found["backwards"]) == expected[method][index]
-    if method == "tdm":  # fake score and student are trained; one forward of the fake score and two of the teacher; trajectories
+    if (
+        method == "tdm"
+    ):  # fake score and student are trained; one forward of the fake score and two of the teacher; trajectories
         assert found["backwards"] == 8 and 12 + 4 <= found["forwards"] <= 12 + 16
     assert forwards.take()["flop"] == 0
 
@@ -180,6 +182,18 @@ def test_what_is_compiled_after_the_second_step_fails_the_bench(settings, tmp_pa
         assert bench(settings) == code
         (row,) = json.loads((tmp_path / "bench.json").read_text())["rows"]
         assert (row["graphs"], row["recompilations"]) == (3, code)
+
+
+def test_a_step_that_does_not_fit_is_a_failed_row(settings, monkeypatch):
+    """And is not begun again with half of micro_batch, as in a run."""
+    calls = []
+
+    def optimise(*_):
+        calls.append(1)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(stpo, "optimise", optimise)
+    assert measured(settings, "stpo", (64, 64), Processes(), 1.0) == {"failed": "out of memory"} and len(calls) == 1
 
 
 def test_expansions_are_of_many_lengths_and_only_real_tokens_count(settings):
