@@ -74,9 +74,8 @@ def settings():
 
 @pytest.mark.parametrize("method", ["step", "stpo", "tdm"])
 def test_counts_what_a_step_does(method, settings):
-    """Texts are of one length here: torch counts padding too. A run of stpo has the shares of its terms due in its first
-    step: velocities without gradient first, then chosen pictures three times (the hinge pulls) and rejected ones twice.
-    """
+    """Texts are of one length here: torch counts padding too. In the first step of stpo the shares of its terms are due:
+    velocities without gradient first, then chosen pictures three times (the hinge pulls) and rejected ones twice."""
     fresh = K2.random("cpu", torch.float32, "tiny", text=False)
     steps = Steps(fresh, settings, (64, 64), Processes())
     steps._texts = [fresh.fuse(fresh.random_features(8))]
@@ -172,6 +171,7 @@ def test_compiled(settings, monkeypatch):
     assert row["graphs"] == 2 and row["recompilations"] == 0  # the first block's input has no gradient
     assert row["error"] == {"velocity": 0.0, "gradient": 0.0} and row["stock"]["ratio"] > 0
     row = measured(settings, "stpo", (64, 64), Processes(), 1.0)
+    assert row["recompilations"] == 0  # nor are other graphs needed where terms are apart, as in the first step
     assert row["error"] == {"velocity": 0.0, "gradient": 0.0}  # though the adapter has been trained meanwhile
 
 

@@ -1,6 +1,6 @@
 """Every method as it runs at K2's size: blocks compiled, in bf16, one of them computed again in backward.
 
-Whole runs of a few steps. What torch traces is run as it is (`aot_eager`), since its own compiler takes minutes on a CPU:
+Whole runs of a few steps. torch's own compiler takes minutes on a CPU, so what is traced is run as it is (`aot_eager`):
 tracing, the division into forward and backward, and the rule that a compiled graph is walked backward once are the
 same. Sizes are fixed, all prompts have one length and all batches are of two, so that the methods share what is traced.
 """
