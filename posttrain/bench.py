@@ -3,7 +3,7 @@
     posttrain bench --output runs/bench
     posttrain bench --plan recipes/nano/grpo.yaml --measured runs/bench/bench.json --gpus 2
 
-Weights are random and nothing is downloaded. Steps are the methods' own (bench_steps.py). What of their work is useful
+Weights are random and nothing is downloaded. Steps are the methods' own, of a run's own loop (bench_steps.py). What of their work is useful
 is counted from the forwards that they make (flops.py) and told as a share of a bf16 matmul rate measured in the same
 run. Stock is diffusers' transformer on the same weights, uncompiled: every sample's text padded to 512 tokens and
 masked, gradient checkpointing in training, and two forwards a step where it draws with guidance. One forward and one
@@ -25,6 +25,7 @@ import gc
 import json
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
@@ -42,6 +43,7 @@ from posttrain.bench_table import table
 from posttrain.blocks import graphs
 from posttrain.config import ModelConfig
 from posttrain.k2 import K2
+from posttrain.memory import DoesNotFit
 from posttrain.policy import quickened
 from posttrain.processes import Processes
 from posttrain.stock import Stock
@@ -146,7 +148,7 @@ def measured(
     """A row of the table; one that did not fit into memory says so and nothing else."""
     try:
         return _measured(config, method, size, procs, matmul)
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, DoesNotFit) as error:
         if procs.size > 1:
             raise UserError(f"batch: {method} does not fit into memory; lower it, or raise recompute") from error
         return {"failed": "out of memory"}
@@ -159,11 +161,15 @@ def measured(
 def _measured(
     config: BenchConfig, method: str, size: tuple[int, int], procs: Processes, matmul: float
 ) -> dict[str, Any]:
-    cuda = procs.device.type == "cuda"
-    drawing = method in DRAWING
     config = replace(config, rank=0) if method == "expander" else config  # it draws with the base
     k2 = _model(config, procs.device)
-    steps = Steps(k2, config, size, procs)
+    with closing(Steps(k2, config, size, procs)) as steps:
+        return _row_of(steps, method, matmul)
+
+
+def _row_of(steps: Steps, method: str, matmul: float) -> dict[str, Any]:
+    k2, config, procs, drawing = steps.k2, steps.config, steps.procs, method in DRAWING
+    cuda = procs.device.type == "cuda"
     stock = _stock(steps, drawing) if config.stock else None
     compiled = cuda if config.compile is None else config.compile
     inexact = compiled or config.attention != "native" or config.quantize is not None or bool(config.offload)

@@ -1,34 +1,70 @@
-"""The steps that `posttrain bench` times: each method's own code on random features, latents and advantages.
+"""The steps that `posttrain bench` times: each method's own code on random features, latents and rewards.
 
-Prompts cost nothing here: their fused text is made beforehand. Neither do rewards: judges are taken to be elsewhere.
+Steps of grpo, stpo and tdm are taken from a run's own loop, from its first step on, with whatever is due in them.
+Encoding prompts costs nothing here, unless it is asked for, and rewards cost nothing: judges are taken to be elsewhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from posttrain import grpo, sampler, stpo, tdm
 from posttrain.bench_config import BenchConfig
-from posttrain.config import GRPOConfig, LoraConfig, ModelConfig, PromptsConfig
-from posttrain.k2 import K2, Text, to_pil
-from posttrain.latents import Batch
-from posttrain.loop import Stepper
+from posttrain.config import GRPOConfig, LoraConfig, ModelConfig, PromptsConfig, RewardSpec
+from posttrain.k2 import K2, Encoding, Text, to_pil
+from posttrain.latents import EncodedPair, EncodedPairs
+from posttrain.loop import Clock, Stepper
+from posttrain.memory import DoesNotFit
 from posttrain.policy import POLICY, add_policy
 from posttrain.processes import Processes
 from posttrain.render import drawn
 from posttrain.rollout import Trajectory, Transition, rollout
+from posttrain.source import PromptSource
 from posttrain.stpo_config import PairSetConfig, STPOConfig
 from posttrain.tdm_config import TDMConfig
-from posttrain.tdm_rollout import roll_out
 from prompts.records import PromptRecord
+from rewards.background import ScoreQueue
+from rewards.load import load_rewards
 
 Lap = Callable[[str], None]
 ETA = 0.7
+
+
+def noise(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    """A reward that takes no time: fixed random numbers in [0, 1)."""
+    return np.random.default_rng(len(images)).random(len(images)).tolist()
+
+
+class RandomPairs(EncodedPairs):
+    """Pairs that need no cache: random latents, and the next of the bench's texts for each that is read."""
+
+    def __init__(self, steps: Steps, pairs: int):
+        self._steps = steps
+        self.train, self.size = np.arange(pairs), np.array([steps.size] * pairs)
+
+    def __getitem__(self, i: int) -> EncodedPair:
+        chosen, rejected = self._steps.latents(2, i).cpu()
+        return EncodedPair(chosen, rejected, self._steps.next_text(), 1.0, self._steps.size)
+
+
+class Laps(Clock):
+    """A loop's clock whose laps are the bench's."""
+
+    def __init__(self, steps: Steps):
+        super().__init__()
+        self._steps = steps
+
+    def lap(self, name: str) -> None:
+        self._steps.lap(name)
 
 
 @dataclass
@@ -42,6 +78,10 @@ class Steps:
 
     ratio_error: float | None = None
     """Of grpo: how far a ratio was from 1 before an update, at most; see loop.check_ratio."""
+    lap: Lap = field(default=lambda stage: None, init=False)
+    """Ends a stage of the step that is being timed."""
+    _loops: dict[str, Iterator[dict[str, Any]]] = field(default_factory=dict, init=False)
+    _read: Iterator[int] = field(default_factory=count, init=False)
 
     def __post_init__(self) -> None:
         if self.config.rank:
@@ -69,15 +109,26 @@ class Steps:
         return min((self.config.steps + 1) // 2, self.config.steps - self.config.window)
 
     def run(self, method: str, index: int, lap: Lap) -> None:
-        """Step `index`, counted from 0, which calls `lap` with the name of each stage that it has ended."""
-        if self.config.encode and method in ("rollout", "grpo", "expander"):
-            template = self.k2.pipe.prompt_template_encode_start_idx
-            self.k2.encode_tokens([list(range(template + self.config.text))])
-            lap("encode")
-        {
-            "rollout": self._rollout, "expander": self._expander, "step": self._step, "stpo": self._stpo,
-            "grpo": self._grpo, "tdm": self._tdm,
-        }[method](index, lap)  # fmt: skip
+        """Step `index`, counted from 0, which calls `lap` with the name of each stage that it has ended.
+
+        Those of grpo, stpo and tdm come one after the other, as in a run.
+        """
+        self.lap = lap
+        if method in ("grpo", "stpo", "tdm"):
+            if method not in self._loops:
+                self._loops[method] = {"grpo": self._grpo, "stpo": self._stpo, "tdm": self._tdm}[method]()
+            metrics = next(self._loops[method])
+            if method == "grpo":
+                self.ratio_error = max(self.ratio_error or 0.0, metrics["ratio_error"])
+            return
+        if method != "step":
+            self._encode_one()
+        {"rollout": self._rollout, "expander": self._expander, "step": self._step}[method](index, lap)
+
+    def close(self) -> None:
+        """Ends the loops that were begun."""
+        for loop in self._loops.values():
+            loop.close()  # type: ignore[attr-defined]
 
     # ---- methods ----------------------------------------------------------------------------------------------
 
@@ -86,18 +137,6 @@ class Steps:
         lap("sample")
         self.k2.decode(trajectory.latents, *self.size)
         lap("decode")
-
-    def _grpo(self, index: int, lap: Lap) -> None:
-        start = self.starts - 1 - index % self.starts
-        trajectory = self._draw(index, start, self.config.group, shared=True)
-        lap("sample")
-        to_pil(self.k2.decode(trajectory.latents, *self.size))
-        lap("decode")
-        advantages = torch.randn(self.config.group, generator=torch.Generator().manual_seed(index))
-        groups = [self._group(trajectory, index, advantages)]
-        metrics = grpo.optimise(self.k2, self._grpo_config, groups, self._stepper, self.procs)
-        self.ratio_error = max(self.ratio_error or 0.0, metrics["ratio_error"])
-        lap("optimise")
 
     def _expander(self, index: int, lap: Lap) -> None:
         """One noise for all expansions of a prompt."""
@@ -109,7 +148,7 @@ class Steps:
 
     def _step(self, index: int, lap: Lap) -> None:
         times = sampler.schedule(self.config.steps, self.k2.mu(*self.size))
-        x, mean, noise = (self._latents(self.config.batch, index, i) for i in range(3))
+        x, mean, noise = (self.latents(self.config.batch, index, i) for i in range(3))
         std = torch.tensor(0.1)
         move = Transition(1, times[1], times[2], x, mean + std * noise, mean, std, torch.zeros(len(x)))
         group = self._group(Trajectory(x, [move]), index, torch.ones(self.config.batch))
@@ -119,27 +158,39 @@ class Steps:
         lap("step")
         optimizer.zero_grad(set_to_none=True)
 
-    def _stpo(self, index: int, lap: Lap) -> None:
-        pairs = self.config.batch // 2
-        x_w, x_l, target_w, target_l = (self._latents(pairs, index, i) for i in range(4))
-        t, label = torch.rand(pairs).to(x_w.device), torch.ones(pairs, device=x_w.device)
-        text = Text.of([self._fused(index + i) for i in range(pairs)] * 2)
-        batch = Batch(x_w, x_l, target_w, target_l, t, text, label, self.size, list(range(pairs)))
-        lap("prepare")
-        stpo.optimise(self.k2, self._stpo_config, 2, [batch], self._stepper, self.procs)
-        lap("update")
+    # ---- loops of runs ----------------------------------------------------------------------------------------
 
-    def _tdm(self, index: int, lap: Lap) -> None:
-        config, k2, (student, fake) = self._tdm_config, self.k2, self._tdm_steppers
-        keys = [(index, self.procs.rank, i) for i in range(self.config.batch)]
-        fused = [self._fused(index + i) for i in range(self.config.batch)]
-        null = Text(self._fused(0)[None, :6])
-        batches = roll_out(k2, config.student, fused, keys, self.size, self.config.batch, 2)
-        lap("trajectory")
-        tdm.update_fake(k2, config, batches, 0, fake, self.procs)
-        lap("fake")
-        tdm.update_student(k2, config, batches, null, student, self.procs)
-        lap("student")
+    def _grpo(self) -> Iterator[dict[str, Any]]:
+        config, k2, decode = self._grpo_config, self.k2, self.k2.decode
+
+        def decoded(latents: Tensor, height: int, width: int, batch: int | None = None) -> Tensor:
+            self.lap("sample")
+            images = decode(latents, height, width, batch)
+            self.lap("decode")
+            return images
+
+        k2.encode, k2.decode = self._encode, decoded
+        source = PromptSource(config, [PromptRecord(str(i)) for i in range(self.procs.size)])
+        with ScoreQueue(load_rewards(config.rewards), self.config.group) as queue:
+            yield from self._metrics(grpo.updates, config, source, queue, self._stepper)
+
+    def _stpo(self) -> Iterator[dict[str, Any]]:
+        config = self._stpo_config
+        return self._metrics(stpo.updates, config, RandomPairs(self, config.batch), self._stepper)
+
+    def _tdm(self) -> Iterator[dict[str, Any]]:
+        config, null = self._tdm_config, Text(self._fused(0)[None, :6])
+        records = [PromptRecord(str(i)) for i in range(config.batch)]
+
+        def texts(prompts: Sequence[str]) -> list[Tensor]:
+            return [self.next_text() for _ in prompts]
+
+        return self._metrics(tdm.updates, config, texts, null, records, self._tdm_steppers)
+
+    def _metrics(self, updates: Callable[..., Iterator[tuple[int, dict[str, Any]]]], *given: Any) -> Iterator[Any]:
+        """Those of each step of a method's loop on `given`."""
+        for _, metrics in updates(self.k2, *given, count(1), self.procs, _refuse, lambda: Laps(self)):
+            yield metrics
 
     # ---- what they take ---------------------------------------------------------------------------------------
 
@@ -158,7 +209,8 @@ class Steps:
         text, record = Text(self._fused(index)[None]), PromptRecord("")
         return grpo.Group(self.procs.rank, record, text, self.size, trajectory, advantages.to(self.k2.device))
 
-    def _latents(self, count: int, *index: int) -> Tensor:
+    def latents(self, count: int, *index: int) -> Tensor:
+        """(count, N, C) of these seeds."""
         shape = (self.k2.image_tokens(*self.size), self.k2.latent_channels)
         seeds = [sampler.seed_for(self.procs.rank, *index, i) for i in range(count)]
         return sampler.noise(seeds, shape).to(self.k2.device)
@@ -166,6 +218,22 @@ class Steps:
     def _fused(self, index: int) -> Tensor:
         """(L, C) of a prompt; lengths change from step to step and from prompt to prompt."""
         return self._texts[index % len(self._texts)]
+
+    def next_text(self) -> Tensor:
+        """`_fused`, each time the next."""
+        return self._fused(next(self._read))
+
+    def _encode(self, prompts: Sequence[str], max_tokens: int = 512, batch: int = 16) -> Encoding:
+        """In the place of K2.encode: random features; with `encode`, a prompt is encoded as well, for the time."""
+        self._encode_one()
+        lengths = [self.config.text + next(self._read) % 5 - 2 for _ in prompts]
+        return Encoding([self.k2.random_features(length) for length in lengths], [0] * len(prompts))
+
+    def _encode_one(self) -> None:
+        if self.config.encode:
+            template = self.k2.pipe.prompt_template_encode_start_idx
+            self.k2.encode_tokens([list(range(template + self.config.text))])
+            self.lap("encode")
 
     @cached_property
     def _texts(self) -> list[Tensor]:
@@ -197,6 +265,8 @@ class Steps:
         made.optim.kind = self.config.optim
         made.sampling.sizes, made.sampling.steps = [list(self.size)], self.config.steps
         made.sampling.window, made.sampling.eta = self.config.window, ETA
+        made.sampling.window_start, made.sampling.window_every = "sliding", 1  # each place in turn
+        made.rewards = [RewardSpec("noise", "posttrain.bench_steps:noise")]
         made.groups.prompts_per_step, made.groups.group_size = self.procs.size, self.config.group
         made.groups.micro_batch = self.config.batch
         return made
@@ -214,7 +284,6 @@ class Steps:
         made = STPOConfig("", ModelConfig(""), PairSetConfig(""), "", lora=self._lora)
         made.optim.kind = self.config.optim
         made.batch, made.micro_batch = self.procs.size * (self.config.batch // 2), self.config.batch // 2
-        made.loss.terms_every = 0
         return made
 
     @cached_property
@@ -223,4 +292,10 @@ class Steps:
         made.optim.kind = self.config.optim
         made.batch, made.micro_batch = self.procs.size * self.config.batch, self.config.batch
         made.sizes, made.student.steps = [list(self.size)], [self.config.steps]
+        made.fake.warmup = 0  # whole steps only
         return made
+
+
+def _refuse(message: str) -> None:
+    """A run's loop says only that a step did not fit; what would follow is another step than the one asked for."""
+    raise DoesNotFit(message)

@@ -5,6 +5,9 @@ used: role, with or without gradient, with or without mask. Batch and text lengt
 not have it compiled again. Only a batch of one torch compiles apart: where there have been larger ones, a single sample
 (a shared start, a remainder) goes through theirs, twice. Nothing is compiled before it runs, and torch keeps what it
 compiled on disk (TORCHINDUCTOR_CACHE_DIR), so that later runs begin sooner.
+
+Backward through a compiled block writes over what the block kept, so a graph of the network is walked once: with
+retain_graph=True torch ends the run. Who wants several gradients of one batch makes a forward for each (stpo.py).
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ Legend: P groups, G images of a group, K rewards, W stochastic steps, B images o
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,28 +111,46 @@ def _train(
             pictures = to_pil(torch.from_numpy(before.images[:SHOWN]))
             history |= check_judges(run, measured, pictures, [r.prompt for r in shown], columns(shown))
 
-        def attempt(step: int, clock: Clock) -> tuple[Scores, dict[str, float | None], dict[str, float]]:
-            queue.drop()  # of an attempt that did not fit into memory
-            groups = sample(k2, config, step, source, queue, procs)
-            clock.lap("sample")
-            scores = procs.scores(queue.gather() if groups else None, config.groups.group_size)
-            metrics = score(config, groups, scores)
-            clock.lap("score")
-            updated = optimise(k2, config, groups, stepper, procs)
-            clock.lap("optimise")
-            return scores, metrics, updated
-
-        memory = Memory(config.groups, "groups.micro_batch", procs, run.say)
-        for step in training.steps():
-            clock = Clock()
-            scores, metrics, updated = memory.fit(stepper, attempt, step, clock)
-            metrics |= source.update(step, apply_gates(scores, [r.spec for r in trained]))
-            if step == training.first + 1:
-                check_ratio(updated["ratio_error"], config.loss)
+        for step, metrics in updates(k2, config, source, queue, stepper, training.steps(), procs, run.say):
             history["images"] += config.groups.prompts_per_step * config.groups.group_size
-            run.log(step, {**metrics, **updated, **clock.seconds, **training.health(), "images": history["images"]})
+            run.log(step, {**metrics, **training.health(), "images": history["images"]})
         training.finish()
     return training.stopped
+
+
+def updates(
+    k2: K2,
+    config: GRPOConfig,
+    source: PromptSource,
+    queue: ScoreQueue,
+    stepper: Stepper,
+    steps: Iterable[int],
+    procs: Processes,
+    say: Callable[[str], None],
+    clocks: Callable[[], Clock] = Clock,
+) -> Iterator[tuple[int, dict[str, float | None]]]:
+    """Trains one step at a time, and yields its number and metrics: a run's loop, and what `posttrain bench` times."""
+
+    def attempt(step: int, clock: Clock) -> tuple[Scores, dict[str, float | None], dict[str, float]]:
+        queue.drop()  # of an attempt that did not fit into memory
+        groups = sample(k2, config, step, source, queue, procs)
+        clock.lap("sample")
+        scores = procs.scores(queue.gather() if groups else None, config.groups.group_size)
+        metrics = score(config, groups, scores)
+        clock.lap("score")
+        updated = optimise(k2, config, groups, stepper, procs)
+        clock.lap("optimise")
+        return scores, metrics, updated
+
+    memory, checked = Memory(config.groups, "groups.micro_batch", procs, say), False
+    for step in steps:
+        timed = clocks()
+        scores, metrics, updated = memory.fit(stepper, attempt, step, timed)
+        metrics |= source.update(step, apply_gates(scores, [r.spec for r in queue.rewards]))
+        if not checked:
+            check_ratio(updated["ratio_error"], config.loss)
+            checked = True
+        yield step, {**metrics, **updated, **timed.seconds}
 
 
 # ---- sample -----------------------------------------------------------------------------------------------

@@ -18,6 +18,10 @@ from prompts.errors import UserError
 T = TypeVar("T")
 
 
+class DoesNotFit(UserError):
+    """A step does not fit into memory, and nothing more can be done about it."""
+
+
 class Batched(Protocol):
     """The section of a recipe that has it."""
 
@@ -34,7 +38,7 @@ class Memory:
     def fit(self, stepper: Stepper, body: Callable[..., T], *arguments: Any) -> T:
         """What `body` returns, whose one lasting effect is an update of `stepper` at its end.
 
-        All processes begin again together, whichever of them has no room. Raises UserError if that has happened
+        All processes begin again together, whichever of them has no room. Raises DoesNotFit if that has happened
         before, where micro_batch is 1, and when it is too late: after gradients were exchanged, and where passes are
         agreed upon (FSDP2).
         """
@@ -51,7 +55,7 @@ class Memory:
         # Here, and not in the handler, whose traceback holds on to the tensors that are in the way.
         size = self.settings.micro_batch
         if self.halved or too_late or size == 1:
-            raise UserError(
+            raise DoesNotFit(
                 f"{self.field}: a step does not fit into memory with {size} ({told}); lower it, draw smaller pictures"
                 " or use more or larger GPUs, then go on with --resume"
             )

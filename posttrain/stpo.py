@@ -10,7 +10,9 @@ under policy and reference; there is no guidance. The reference is the base with
 
 All draws come from seeds of global indices (run, step, pair), and processes share a batch's pairs, so a resumed run and
 one in more processes make the same updates. The exact guard and the shares of the terms need each term's gradient for
-the whole batch before any of it is applied; they are kept apart until then, in buffers as large as the adapter.
+the whole batch before any of it is applied; they are kept apart until then, in buffers as large as the adapter. Each
+term's gradient with respect to the velocities goes on through a forward of its own, of those images that it depends on.
+So no graph of the network is walked backward twice, which compiled blocks refuse (they write into what they kept).
 
 Figures of held-out pairs at each evaluation, with fixed times and noise; those marked * also each step, without
 `pairs/`, of its batch:
@@ -34,7 +36,7 @@ Legend: B pairs of a micro-batch, N image tokens, C channels.
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,7 @@ from posttrain.checkpoint import Checkpoint
 from posttrain.evaluate import Evaluation, Evaluator
 from posttrain.k2 import K2, Text
 from posttrain.latents import Batch, EncodedPairs, Job, encode_pairs, noised
-from posttrain.loop import Stepper
+from posttrain.loop import Clock, Stepper
 from posttrain.memory import Memory
 from posttrain.policy import POLICY, add_policy, load_model
 from posttrain.preference_loss import error_change, exact_guard, inner, norm, preference_terms
@@ -123,16 +125,37 @@ def _train(
     training.measure = measure
     training.begin()
 
-    def attempt(step: int) -> dict[str, float]:
-        return optimise(k2, config, step, draw(k2, config, pairs, step, procs), stepper, procs)
-
-    memory = Memory(config, "micro_batch", procs, run.say)
-    for step in training.steps():
-        metrics = memory.fit(stepper, attempt, step)
+    for step, metrics in updates(k2, config, pairs, stepper, training.steps(), procs, run.say):
         training.history["pairs"] += config.batch
         run.log(step, metrics | training.health())
     training.finish()
     return training.stopped
+
+
+def updates(
+    k2: K2,
+    config: STPOConfig,
+    pairs: EncodedPairs,
+    stepper: Stepper,
+    steps: Iterable[int],
+    procs: Processes,
+    say: Callable[[str], None],
+    clocks: Callable[[], Clock] = Clock,
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Trains one step at a time, and yields its number and metrics: a run's loop, and what `posttrain bench` times."""
+
+    def attempt(step: int, clock: Clock) -> dict[str, float]:
+        batches = draw(k2, config, pairs, step, procs)
+        clock.lap("prepare")
+        metrics = optimise(k2, config, step, batches, stepper, procs)
+        clock.lap("update")
+        return metrics
+
+    memory = Memory(config, "micro_batch", procs, say)
+    for step in steps:
+        timed = clocks()
+        metrics = memory.fit(stepper, attempt, step, timed)
+        yield step, metrics | timed.seconds
 
 
 # ---- draw -----------------------------------------------------------------------------------------------------
@@ -166,8 +189,10 @@ def optimise(
     buffers: dict[str, list[Tensor]] = {}
     sums: dict[str, float] = {}
     for batch, reference in zip(batches, references):
-        with k2.role(POLICY):
+        with torch.set_grad_enabled(not apart), k2.role(POLICY):
             v_w, v_l = _velocities(k2, batch)
+        if apart:
+            v_w, v_l = v_w.detach().requires_grad_(), v_l.detach().requires_grad_()
         terms, metrics = preference_terms(v_w, v_l, *reference, batch.target_w, batch.target_l, batch.label, **settings)
         if not first_pass:
             regressed = bool(metrics["winner"].mean() > 0)  # this is the whole batch; if exact, that is settled below
@@ -178,7 +203,7 @@ def optimise(
         scaled = {name: term.sum() / config.batch for name, term in terms.items()}
         with k2.role(POLICY):
             if apart:
-                _add_gradients(buffers, scaled, stepper.parameters)
+                _add_gradients(k2, batch, scaled, (v_w, v_l), stepper.parameters, buffers)
             else:
                 torch.stack(list(scaled.values())).sum().backward()
         for name, value in metrics.items():
@@ -211,6 +236,13 @@ def _velocities(k2: K2, batch: Batch) -> tuple[Tensor, Tensor]:
     return v_w, v_l
 
 
+def _velocity(k2: K2, batch: Batch, half: int) -> Tensor:
+    """Of the chosen images (0) or of the rejected ones (1)."""
+    tokens, mask = batch.text.tokens.chunk(2)[half], batch.text.mask
+    text = Text(tokens, None if mask is None else mask.chunk(2)[half])
+    return k2.velocity((batch.x_w, batch.x_l)[half], batch.t, text, *batch.size)
+
+
 @torch.no_grad()
 def _reference(k2: K2, batch: Batch) -> tuple[Tensor, Tensor]:
     with k2.role(None):
@@ -228,22 +260,34 @@ def _mean_change(
     """Mean change of the chosen pictures' error over the whole batch, without gradients."""
     total = 0.0
     for batch, (reference, _) in zip(batches, references):
-        tokens, mask = batch.text.tokens.chunk(2)[0], batch.text.mask
-        text = Text(tokens, None if mask is None else mask.chunk(2)[0])
         with k2.role(POLICY):
-            v = k2.velocity(batch.x_w, batch.t, text, *batch.size)
+            v = _velocity(k2, batch, 0)
         total += float(error_change(v, reference, batch.target_w).double().sum())
     return sum(procs.each(total)) / config.batch
 
 
-def _add_gradients(buffers: dict[str, list[Tensor]], terms: dict[str, Tensor], parameters: Sequence[Tensor]) -> None:
-    """Adds each term's gradient to its buffer."""
+def _add_gradients(
+    k2: K2,
+    batch: Batch,
+    terms: dict[str, Tensor],
+    velocities: tuple[Tensor, Tensor],
+    parameters: Sequence[Tensor],
+    buffers: dict[str, list[Tensor]],
+) -> None:
+    """Adds each term's gradient to its buffer, by way of the velocities that the terms were made of (leaves).
+
+    The graph that is kept is that of the loss alone; the network is gone through anew for each term and half.
+    """
     for name, term in terms.items():
-        gradients = torch.autograd.grad(term, parameters, retain_graph=True)
-        if name in buffers:
-            torch._foreach_add_(buffers[name], gradients)
-        else:
-            buffers[name] = list(gradients)
+        pulls = torch.autograd.grad(term, velocities, retain_graph=True, allow_unused=True)
+        for half, pull in enumerate(pulls):
+            if pull is None:
+                continue
+            gradients = torch.autograd.grad(_velocity(k2, batch, half), parameters, pull)
+            if name in buffers:
+                torch._foreach_add_(buffers[name], gradients)
+            else:
+                buffers[name] = list(gradients)
 
 
 def _combine(

@@ -35,7 +35,7 @@ Legend: B pictures of a micro-batch, N image tokens, C channels, K student steps
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,30 @@ def _train(
     training.state, training.measure = state, measure
     history.setdefault("images", 0)
     training.begin()
+    for step, metrics in updates(k2, config, texts, null, records, (student, fake), training.steps(), procs, run.say):
+        history["images"] += config.batch
+        run.log(step, metrics | training.health())
+    training.finish()
+    return training.stopped
+
+
+def updates(
+    k2: K2,
+    config: TDMConfig,
+    texts: Callable[[list[str]], list[Tensor]],
+    null: Text,
+    records: list[PromptRecord],
+    steppers: tuple[Stepper, Stepper],
+    steps: Iterable[int],
+    procs: Processes,
+    say: Callable[[str], None],
+    clocks: Callable[[], Clock] = Clock,
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Trains one step at a time, and yields its number and metrics: a run's loop, and what `posttrain bench` times.
+
+    `texts` gives the fused text (L, C) of each of some prompts; `steppers` are the student's and the fake score's.
+    """
+    student, fake = steppers
     drawn: dict[int, list[Batch]] = {}  # of the step, by micro_batch
 
     def draw(step: int, clock: Clock) -> list[Batch]:
@@ -150,23 +174,20 @@ def _train(
     def attempt_student(step: int, clock: Clock) -> dict[str, float]:
         return update_student(k2, config, draw(step, clock), null, student, procs)
 
-    memory = Memory(config, "micro_batch", procs, run.say)
-    for step in training.steps():
-        clock = Clock()
+    memory = Memory(config, "micro_batch", procs, say)
+    for step in steps:
+        timed = clocks()
         drawn.clear()
         fake.rate = student.rate
         metrics = {"fake_updates": config.fake.updates}
         for update in range(config.fake.updates):
-            metrics |= memory.fit(fake, attempt_fake, step, clock, update)
-        clock.lap("fake")
+            metrics |= memory.fit(fake, attempt_fake, step, timed, update)
+        timed.lap("fake")
         if step > config.fake.warmup:
-            metrics |= memory.fit(student, attempt_student, step, clock)
-            clock.lap("student")
-        history["images"] += config.batch
+            metrics |= memory.fit(student, attempt_student, step, timed)
+            timed.lap("student")
         metrics["skipped_updates"] = student.skipped + fake.skipped
-        run.log(step, metrics | clock.seconds | training.health())
-    training.finish()
-    return training.stopped
+        yield step, metrics | timed.seconds
 
 
 def add_roles(k2: K2, config: TDMConfig) -> None:
