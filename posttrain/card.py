@@ -54,8 +54,8 @@ class Rounding:
 def model_card(
     saved: Checkpoint, output: Path, format: str, license: str | None, rounding: Rounding | None = None
 ) -> str:
-    """The card as Markdown, with the front matter that the hub reads. `license` overrides the base's; `rounding` is what
-    a merge has kept."""
+    """The card as Markdown, with the front matter that the hub reads. `license` overrides the base's; `rounding` is
+    what a merge has kept."""
     model, recipe = saved.state["model"], run_recipe(saved)
     front = {
         **({"base_model": model["path"]} if _is_hub_id(model["path"]) else {}),

@@ -138,7 +138,10 @@ def _merged(
 
 def scaled_factors(saved: Checkpoint) -> dict[str, Tensor]:
     """The adapter's factors with its scale in B, and beside them, as further ranks, those of the adapters that it
-    stands on, as they are active in a run: for the base that all began with. Raises UserError if one of them trained all weights."""
+    stands on, as they are active in a run: for the base that all began with.
+
+    Raises UserError if one of them trained all weights.
+    """
     stages = [*earlier_of(saved), saved]
     for stage in stages:
         if stage.state["lora"] is None:

@@ -179,8 +179,8 @@ def _check_rounding(config: ExportConfig, maker: Stage) -> None:
     merges = not config.format.startswith("lora") and getattr(maker.config, "lora", None) is not None
     if merges and maker.config.model.dtype == "bfloat16" and config.dtype is None and not config.allow_rounding:
         raise UserError(
-            f"format: {config.format} merges the adapters of {maker.name} into bfloat16, which may lose too much of what"
-            " they change and is refused then; set dtype: float32, or format: lora, or allow_rounding: true"
+            f"format: {config.format} merges the adapters of {maker.name} into bfloat16, which may lose too much of"
+            " what they change, and is refused then; set dtype: float32, or format: lora, or allow_rounding: true"
         )
 
 
