@@ -28,7 +28,7 @@ WAYS = 64
 """Ways to use a block that are compiled, at most; torch runs any further one uncompiled, with a warning."""
 KEPT = 0.9
 """What a compiled block may keep for backward on a GPU, in parts of what torch would keep by itself. Below 1 torch goes
-through what costs least to compute again, and finds the fp32 copies that adapters in fp32 read of inputs in bf16."""
+through what costs least to compute again: casts and sums, not products."""
 RESERVE = 0.1
 """Share of a GPU's memory that kept activations leave free."""
 

@@ -70,7 +70,7 @@ def model_card(
         f"# {output.stem if format != 'diffusers' else output.name}",
         _made_from(saved, recipe),
         f"## Run it\n\n{_settings(saved, recipe)}\n\n{_snippets(saved, output, format, rounding)}",
-        "" if rounding is None else f"## Precision\n\nAdapters were {rounding}.",
+        _precision(format, rounding),
         _figures(saved),
         _rewards(recipe, saved.state.get("method")),
         _recipe(recipe),
@@ -142,6 +142,14 @@ def _snippets(saved: Checkpoint, output: Path, format: str, rounding: Rounding |
         "lora-original": "In ComfyUI: put the file into `models/loras` and load it for the model at strength 1.",
     }.get(format)
     return code if comfy is None else f"{code}\n\n{comfy}"
+
+
+def _precision(format: str, rounding: Rounding | None) -> str:
+    if format.startswith("lora"):
+        told = "Factors are float32, as they were evaluated. A tool that computes in bfloat16 and rounds a layer's output"
+        told += " before it adds what they make of it, as diffusers does, loses changes below half a last place of that."
+        return f"## Precision\n\n{told}"
+    return "" if rounding is None else f"## Precision\n\nAdapters were {rounding}."
 
 
 def _figures(saved: Checkpoint) -> str:

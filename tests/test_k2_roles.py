@@ -30,6 +30,10 @@ def fresh(directory):
     return K2.load(directory)
 
 
+WAYS = [("cpu", False), *([("cuda", False), ("cuda", True)] if torch.cuda.is_available() else [])]
+"""Devices, and whether what runs there is compiled."""
+
+
 def nudge(model, name, seed=0):
     """Give an adapter a B that does something."""
     generator = torch.Generator().manual_seed(seed)
@@ -171,17 +175,20 @@ def test_kept_of_a_change_by_hand():
 
 
 @pytest.mark.parametrize("size", [0.0017, 0.0002])
-def test_a_small_change_is_kept_in_bf16(size):
+@pytest.mark.parametrize(("device", "compiled"), WAYS)
+def test_a_small_change_is_kept_in_bf16(size, device, compiled):
     """Of outputs W x that are rounded to bf16 before an adapter's part is added, most drop it; and of weights too."""
     generator = torch.Generator().manual_seed(0)
-    linear = nn.Linear(256, 256, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    linear = nn.Linear(256, 256, bias=False, dtype=torch.bfloat16, device=device).requires_grad_(False)
     active: list[str] = []
-    adapted = Adapted(linear, active)
-    a, b = torch.randn(8, 256, generator=generator), torch.randn(256, 8, generator=generator)
+    layer = adapted = Adapted(linear, active)
+    if compiled:
+        adapted = torch.compile(layer)
+    a, b = (torch.randn(shape, generator=generator).to(device) for shape in ((8, 256), (256, 8)))
     b *= size * linear.weight.float().norm() / (b @ a).norm()
-    adapted.add("one", a[:4], b[:, :4], 1.0)
-    adapted.add("two", a[4:], b[:, 4:] / 2, 2.0)
-    x = torch.randn(8, 512, 256, generator=generator).bfloat16()
+    layer.add("one", a[:4], b[:, :4], 1.0)
+    layer.add("two", a[4:], b[:, 4:] / 2, 2.0)
+    x = torch.randn(8, 512, 256, generator=generator).bfloat16().to(device)
     plain, change = adapted(x), x.float() @ (b @ a).T
     active[:] = ["one", "two"]
 
@@ -193,7 +200,7 @@ def test_a_small_change_is_kept_in_bf16(size):
     assert low < share(plain + change.bfloat16()) < high
     merged = (linear.weight.float() + b @ a).bfloat16()
     assert low < share(nn.functional.linear(x, merged)) < high + 0.2
-    adapted.add("one", a[:4], 0 * b[:, :4], 1.0)
+    layer.add("one", a[:4], 0 * b[:, :4], 1.0)
     active[:] = ["one"]
     assert torch.equal(adapted(x), plain)
 
