@@ -146,8 +146,8 @@ def _snippets(saved: Checkpoint, output: Path, format: str, rounding: Rounding |
 
 def _precision(format: str, rounding: Rounding | None) -> str:
     if format.startswith("lora"):
-        told = "Factors are float32, as they were evaluated. A tool that computes in bfloat16 and rounds a layer's output"
-        told += " before it adds what they make of it, as diffusers does, loses changes below half a last place of that."
+        told = "Factors are float32, as they were evaluated. A tool that computes in bfloat16 and rounds a layer's"
+        told += " output before it adds theirs, as diffusers does, loses changes below half a last place of it."
         return f"## Precision\n\n{told}"
     return "" if rounding is None else f"## Precision\n\nAdapters were {rounding}."
 
