@@ -34,6 +34,9 @@ class BenchConfig:
     up to half; >= 8."""
     rank: int = 64
     """Rank of the adapters, on all linears; 0: drawing with the base, and nothing can be trained."""
+    stages: int = 1
+    """Stages whose adapters are active, each of rank: the one that is trained and those that it stands on; >= 1. What
+    the earlier ones compute is no useful operation of the table."""
     steps: int = 8
     """Steps from noise to picture, 3 to 16."""
     window: int = 2

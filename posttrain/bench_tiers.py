@@ -3,7 +3,7 @@
 Of P weights in the blocks, O others of the transformer, E of the text encoder and V of the VAE, and A in an adapter,
 
     always      2 O + 2 P (fp8: P) + 2 (E + V) (offloaded: 0); of each adapter 4 A, and 8 A (8 bits: 2 A) of moments;
-                4 A for the policy's average
+                4 A for the policy's average, and of each earlier stage that it stands on
     training    T (k a + (B - k) 2 d + 2 a) + 4 A of gradients
     decoding    2^20 pixels or one picture, at 3.3 kB each, and 2 V if offloaded
     encoding    2 E if offloaded
@@ -111,14 +111,15 @@ def _counted(net: Krea2Transformer2DModel, encoder: torch.nn.Module, vae: torch.
 
 def need(
     parts: Parts, options: Sequence[str], adapters: int, rank: int, tokens: int, pixels: int, recomputed: int,
-    block_bytes: float = BLOCK_BYTES,
+    block_bytes: float = BLOCK_BYTES, stack: int = 0,
 ) -> float:  # fmt: skip
-    """GiB, by the formulas above; `tokens` of all samples of a forward, `pixels` of one picture."""
+    """GiB, by the formulas above; `tokens` of all samples of a forward, `pixels` of one picture, `stack` the ranks of
+    all earlier stages."""
     weights = 2 * parts.other_weights + (1 if "fp8" in options else 2) * parts.block_weights
     aside = 2 * (parts.text_encoder + parts.vae)
     used = weights + (0 if "offload" in options else aside)
     moments = 2 if "adamw8bit" in options else 8
-    used += (adapters * (4 + moments) + 4) * rank * parts.adapter
+    used += ((adapters * (4 + moments) + 4) * rank + 4 * stack) * parts.adapter
     kept = parts.blocks - recomputed
     training = tokens * ((kept + 2) * block_bytes + recomputed * 2 * parts.width) + 4 * rank * parts.adapter
     decoding = max(DECODED, pixels) * DECODE_BYTES + (2 * parts.vae if "offload" in options else 0)

@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import checkpoint
 
-from posttrain.roles import switched
+from posttrain.roles import STAGES, switched
 from prompts.errors import UserError
 
 WAYS = 64
 """Ways to use a block that are compiled, at most; torch runs any further one uncompiled, with a warning."""
 KEPT = 0.9
 """What a compiled block may keep for backward on a GPU, in parts of what torch would keep by itself. Below 1 torch goes
-through what costs least to compute again, and finds the fp32 copies that adapters in fp32 read of inputs in bf16."""
+through what costs least to compute again: casts and sums, not products."""
 RESERVE = 0.1
 """Share of a GPU's memory that kept activations leave free."""
 
@@ -189,8 +189,8 @@ class Memory:
 
 def to_come(blocks: Sequence[nn.Module]) -> int:
     """Bytes of the gradients that these blocks' trained parameters do not have yet, and of AdamW's moments in fp32 of
-    all that are trained or will be: of several roles one is trained at a time. Whether moments are there already cannot
-    be seen."""
-    named = [pair for block in blocks for pair in block.named_parameters()]
+    all that are trained or will be: of several roles one is trained at a time, and earlier stages never are. Whether
+    moments are there already cannot be seen."""
+    named = [(name, p) for block in blocks for name, p in block.named_parameters() if not name.endswith(f"_{STAGES}")]
     gradients = sum(4 * p.numel() for _, p in named if p.requires_grad and p.grad is None)
     return gradients + sum(8 * p.numel() for name, p in named if p.requires_grad or "lora_" in name)

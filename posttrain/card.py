@@ -7,6 +7,7 @@ a licence is never made up.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from posttrain.checkpoint import Checkpoint
 from posttrain.policy import earlier_of, is_student
 
 AS_BASE = "as-the-base-model"
+LEAST_KEPT = 0.98
+"""Of the change that adapters make to the weights: an export that keeps less is refused unless told otherwise."""
 METHODS = {
     "stpo": "preference optimisation on pairs of pictures (STPO)",
     "grpo": "reinforcement learning with groups of images (GRPO), without guidance",
@@ -25,8 +28,34 @@ LEFT_OUT = {"output", "servers", "track", "model", "prompts", "rewards", "checkp
 """Sections of a recipe that do not go into a card: addresses, environment variables, and what is told elsewhere."""
 
 
-def model_card(saved: Checkpoint, output: Path, format: str, license: str | None) -> str:
-    """The card as Markdown, with the front matter that the hub reads. `license` overrides the base's."""
+@dataclass(frozen=True)
+class Rounding:
+    """What is left of a change of weights that adapters make, once it is merged into weights of a type."""
+
+    dtype: str
+    """float32 or bfloat16"""
+    share: float
+    """<rounded change, change> / <change, change> over all adapted weights: 1 where nothing is lost."""
+    layer: str
+    """The one that keeps least."""
+    least: float
+    """Its share."""
+    size: float
+    """The change as a share of the weights, by norm."""
+    bfloat16: float
+    """The share for whoever loads the weights in bfloat16."""
+
+    def __str__(self) -> str:
+        told = f"merged in {self.dtype}: {self.share:.3f} of the change that adapters make is kept ({self.least:.3f} in"
+        told += f" {self.layer}; the change is {100 * self.size:.2g} % of the weights)"
+        return told if self.dtype == "bfloat16" else f"{told}; loaded in bfloat16 it is {self.bfloat16:.3f}"
+
+
+def model_card(
+    saved: Checkpoint, output: Path, format: str, license: str | None, rounding: Rounding | None = None
+) -> str:
+    """The card as Markdown, with the front matter that the hub reads. `license` overrides the base's; `rounding` is
+    what a merge has kept."""
     model, recipe = saved.state["model"], run_recipe(saved)
     front = {
         **({"base_model": model["path"]} if _is_hub_id(model["path"]) else {}),
@@ -40,7 +69,8 @@ def model_card(saved: Checkpoint, output: Path, format: str, license: str | None
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {output.stem if format != 'diffusers' else output.name}",
         _made_from(saved, recipe),
-        f"## Run it\n\n{_settings(saved, recipe)}\n\n{_snippets(saved, output, format)}",
+        f"## Run it\n\n{_settings(saved, recipe)}\n\n{_snippets(saved, output, format, rounding)}",
+        _precision(format, rounding),
         _figures(saved),
         _rewards(recipe, saved.state.get("method")),
         _recipe(recipe),
@@ -85,19 +115,20 @@ def _settings(saved: Checkpoint, recipe: dict[str, Any]) -> str:
     return lines
 
 
-def _snippets(saved: Checkpoint, output: Path, format: str) -> str:
+def _snippets(saved: Checkpoint, output: Path, format: str, rounding: Rounding | None) -> str:
     steps, guidance = (saved.state["student"]["steps"][0], 0.0) if is_student(saved) else (28, None)
     if guidance is None:
         guidance = (saved.state.get("guidance") or {"evaluation": [0.0]})["evaluation"][0]
     base, name = saved.state["model"]["path"], output.name
     distilled = ", is_distilled=True" if is_student(saved) else ""
+    dtype = "torch.float32" if rounding is not None and rounding.bfloat16 < LEAST_KEPT else "torch.bfloat16"
     load = {
-        "diffusers": f'pipe = Krea2Pipeline.from_pretrained("{name}", torch_dtype=torch.bfloat16)',
+        "diffusers": f'pipe = Krea2Pipeline.from_pretrained("{name}", torch_dtype={dtype})',
         "original": f'transformer = Krea2Transformer2DModel.from_single_file(\n    "{name}", config="{base}",'
-        ' subfolder="transformer", torch_dtype=torch.bfloat16\n)\npipe = Krea2Pipeline.from_pretrained('
-        f'\n    "{base}", transformer=transformer, torch_dtype=torch.bfloat16{distilled}\n)',
+        f' subfolder="transformer", torch_dtype={dtype}\n)\npipe = Krea2Pipeline.from_pretrained('
+        f'\n    "{base}", transformer=transformer, torch_dtype={dtype}{distilled}\n)',
     }.get(format) or (
-        f'pipe = Krea2Pipeline.from_pretrained("{base}", torch_dtype=torch.bfloat16{distilled})\n'
+        f'pipe = Krea2Pipeline.from_pretrained("{base}", torch_dtype={dtype}{distilled})\n'
         f'pipe.load_lora_weights("{name}")  # strength 1: its scale is in the factors'
     )
     imports = "Krea2Pipeline" + (", Krea2Transformer2DModel" if format == "original" else "")
@@ -111,6 +142,14 @@ def _snippets(saved: Checkpoint, output: Path, format: str) -> str:
         "lora-original": "In ComfyUI: put the file into `models/loras` and load it for the model at strength 1.",
     }.get(format)
     return code if comfy is None else f"{code}\n\n{comfy}"
+
+
+def _precision(format: str, rounding: Rounding | None) -> str:
+    if format.startswith("lora"):
+        told = "Factors are float32, as they were evaluated. A tool that computes in bfloat16 and rounds a layer's"
+        told += " output before it adds theirs, as diffusers does, loses changes below half a last place of it."
+        return f"## Precision\n\n{told}"
+    return "" if rounding is None else f"## Precision\n\nAdapters were {rounding}."
 
 
 def _figures(saved: Checkpoint) -> str:

@@ -145,7 +145,7 @@ def _factors(config: CarryoverConfig, saved: Checkpoint | None, k2: K2) -> Mappi
 
 
 def _load_raw(config: CarryoverConfig, saved: Checkpoint | None) -> K2:
-    """Without what was merged into the run's base: its adapters are part of the factors."""
+    """Without the runs that the run stands on: their adapters are part of the factors."""
     assert config.model is not None
     k2 = _load(config.model.path, config.model)
     if k2.is_distilled:
@@ -169,7 +169,7 @@ def _load_turbo(config: CarryoverConfig, saved: Checkpoint | None) -> K2:
             )
         k2 = policy.load_base(student, _device())
         policy.add_saved_policy(k2, student)
-        k2.merge_role(policy.POLICY)
+        k2.stack_role(policy.POLICY)
         return k2
     k2 = _load(config.turbo, replace(config.model, transformer_file=None))
     if not k2.is_distilled:

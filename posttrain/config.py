@@ -24,8 +24,8 @@ class ModelConfig:
     """Transformer as one safetensors file in the original key names; replaces the one in path."""
     start: str | None = None
     """Run directory or checkpoint of an earlier method to go on from: what it trained, and what it started from
-    itself, is merged into the base, which is then the reference. It must stay where it is. In bfloat16 a merged
-    weight keeps 8 bits, so a small update is rounded."""
+    itself, is part of the model and of the reference. It must stay where it is. Adapters stay adapters, in float32, so
+    that nothing of them is rounded; a run that trained all weights replaces the base's, in dtype."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the frozen weights, and of the arithmetic. What is trained, latents and log-probs stay float32."""
     compile: bool | None = None
@@ -312,6 +312,11 @@ class ExportConfig:
     """diffusers: a Krea2Pipeline directory with what was trained. lora: the adapter for load_lora_weights.
     original, lora-original: the same in the key names of the official repository and ComfyUI. A run that trained
     all weights has no adapter: diffusers or original."""
+    dtype: Literal["float32"] | None = None
+    """float32: write the transformer of diffusers or original in float32, which keeps all of what was trained (K2: 51
+    GB). null: in the type that the run's model had."""
+    allow_rounding: bool = False
+    """Write diffusers or original although its type keeps less than 0.98 of the change that adapters make."""
     license: str | None = None
     """Licence of the card, a name that the hub knows, such as apache-2.0; null: as the base model's card says."""
     push: str | None = None

@@ -20,7 +20,7 @@ from posttrain.checkpoint import Checkpoint
 from posttrain.k2 import Text
 from posttrain.pair_choice import degrade
 from posttrain.pairs_config import DrawConfig, PairsConfig
-from posttrain.policy import POLICY, add_saved_policy, is_student, load_model, merge_earlier, stands_on
+from posttrain.policy import POLICY, add_saved_policy, is_student, load_model, stack_earlier, stands_on
 from prompts.errors import UserError
 
 
@@ -65,7 +65,7 @@ class Drawer:
         saved = {name: _saved(config, name) for name in names}
         self.k2 = load_model(config.model, device)
         if config.policy in saved and config.model.start is None:
-            merge_earlier(self.k2, saved[config.policy])
+            stack_earlier(self.k2, saved[config.policy])
         full = [name for name, one in saved.items() if one.state["lora"] is None]
         if full and len(used) > 1:
             raise UserError(
@@ -84,8 +84,8 @@ class Drawer:
     def _add(self, name: str, saved: Checkpoint) -> None:
         if not stands_on(saved, self.k2):
             raise UserError(
-                f"checkpoint: {name} was trained on another base than what is drawn here: another model, or other runs"
-                " merged into it; give its model, and its start as model.start"
+                f"checkpoint: {name} was trained on another base than what is drawn here: another model, or other"
+                " earlier runs; give its model, and its start as model.start"
             )
         if not self.k2.roles:
             add_saved_policy(self.k2, saved)

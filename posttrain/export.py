@@ -3,9 +3,10 @@
     posttrain export --source runs/demo --output out/k2-tuned
     posttrain export --source runs/demo --output out/lora.safetensors --format lora
 
-The adapter's scale (alpha / rank) is baked into its B factors, so every loader applies it at strength 1. A student of
-posttrain tdm becomes a distilled pipeline: the stock one then runs it at Turbo's shift. Each file is read back before
-it gets its name (exported.py), and comes with a model card (card.py).
+The adapter's scale (alpha / rank) is baked into its B factors, so every loader applies it at strength 1. A pipeline or
+a single file has no adapters: all stages are merged at once, in fp32, and what is left of their change in the type
+that is written is measured. A student of posttrain tdm becomes a distilled pipeline: the stock one then runs it at
+Turbo's shift. Each file is read back before it gets its name (exported.py), and comes with a model card (card.py).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from posttrain import checkpoint, original
-from posttrain.card import model_card
+from posttrain.card import LEAST_KEPT, Rounding, model_card
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import ExportConfig
 from posttrain.exported import check_lora, check_pipeline, check_weights
@@ -30,6 +31,7 @@ from posttrain.hub import check_push, push
 from posttrain.k2 import K2
 from posttrain.load import empty_transformer, quiet
 from posttrain.policy import POLICY, add_saved_policy, earlier_of, load_base
+from posttrain.roles import Kept
 from prompts.errors import UserError
 
 B = "lora_B.weight"
@@ -47,15 +49,29 @@ def export(config: ExportConfig) -> None:
     if config.push is not None:
         check_push(config.push)
     saved = checkpoint.load(checkpoint.find(config.source))
-    write(saved, output, config.format, model_card(saved, output, config.format, config.license))
+
+    def card_of(rounding: Rounding | None) -> str:
+        return model_card(saved, output, config.format, config.license, rounding)
+
+    rounding = write(saved, output, config.format, card_of, config.dtype, config.allow_rounding)
+    if rounding is not None:
+        print(f"posttrain: {rounding}")
     print(f"posttrain: wrote {output} ({config.format}) from {saved.path}")
     if config.push is not None:
         print(f"posttrain: pushed it to {push(output, card, config.push, config.private)}")
 
 
-def write(saved: Checkpoint, output: Path, format: str, card: str | None = None) -> None:
-    """A checkpoint in one of the formats of ExportConfig, read back and compared. Raises UserError if it would change
-    nothing, or if what was written is not what was meant."""
+Card = Callable[[Rounding | None], str]
+"""The model card, by what the merge has kept; None where nothing was merged."""
+
+
+def write(
+    saved: Checkpoint, output: Path, format: str, card: Card | None = None, dtype: str | None = None,
+    allow_rounding: bool = False,
+) -> Rounding | None:  # fmt: skip
+    """A checkpoint in one of the formats of ExportConfig, read back and compared; see there for `dtype` and
+    `allow_rounding`. Returns what a merge has kept. Raises UserError if it would change nothing or loses too much in
+    rounding, or if what was written is not what was meant."""
     adapter = saved.tensors.get("adapter")
     if adapter is not None and not any(v.any() for k, v in adapter.items() if k.endswith(B)):
         raise UserError(f"{saved.path}: the adapter is untrained (every B factor is 0) and would do nothing")
@@ -65,35 +81,67 @@ def write(saved: Checkpoint, output: Path, format: str, card: str | None = None)
         if format == "lora-original":
             named = {ORIGINAL_PREFIX + original.original_name(k): v for k, v in factors.items()}
         model = empty_transformer(saved.state["model"]["path"]).state_dict()
-        _whole(output, lambda path: save_file(named, path), lambda path: check_lora(output, path, model, factors), card)
-        return
+        _whole(
+            output, lambda path: save_file(named, path), lambda path: check_lora(output, path, model, factors),
+            card and card(None),
+        )  # fmt: skip
+        return None
     k2 = load_base(saved)
-    before = {k: v.clone() for k, v in k2.base_state_dict().items()}
-    add_saved_policy(k2, saved)
-    k2.merge_role(POLICY)
-    after = k2.base_state_dict()
-    if not any(not torch.equal(before[k], v) for k, v in after.items()):
-        what = "what was trained" if saved.state["lora"] is None else "the adapter"
-        raise UserError(f"{saved.path}: merged in {k2.dtype}, {what} changes no weight; train longer or in float32")
+    # Adapters give weights new memory, so that what is here stays; weights that were trained are copied into them.
+    before = {k: v.clone() if adapter is None else v for k, v in k2.base_state_dict().items()}
+    after, rounding = _merged(k2, saved, before, dtype)
+    if rounding is not None and rounding.share < LEAST_KEPT and not allow_rounding:
+        raise UserError(
+            f"format: {format} {rounding}; less than {LEAST_KEPT:g} is refused: use --dtype float32 or --format lora,"
+            " which keep all of it, or insist with --allow_rounding true"
+        )
     model = empty_transformer(saved.state["model"]["path"]).state_dict()
     if format == "original":
         model, state, base = (original.to_original(part) for part in (model, after, before))
         state = {k: v.contiguous() for k, v in state.items()}
         _whole(
             output, lambda path: save_file(state, path, metadata={"format": "pt"}),
-            lambda path: check_weights(output, [path], model, state, base), card,
+            lambda path: check_weights(output, [path], model, state, base), card and card(rounding),
         )  # fmt: skip
     else:
         with quiet():
             _whole(
                 output, lambda path: k2.pipe.save_pretrained(path, safe_serialization=True),
-                lambda path: check_pipeline(output, path, model, after, before, k2.is_distilled), card,
+                lambda path: check_pipeline(output, path, model, after, before, k2.is_distilled),
+                card and card(rounding),
             )  # fmt: skip
+    return rounding
+
+
+def _merged(
+    k2: K2, saved: Checkpoint, before: Mapping[str, Tensor], dtype: str | None
+) -> tuple[dict[str, Tensor], Rounding | None]:
+    """The transformer's weights with what was trained, all stages added in fp32 and rounded once; and what is left of
+    the change that adapters make. `before` are its weights without. Raises UserError if none of them changes."""
+    if dtype is not None:
+        k2.transformer.to(getattr(torch, dtype))
+    add_saved_policy(k2, saved)
+    k2.stack_role(POLICY)
+    written = torch.float32 if dtype is not None else k2.dtype
+    kept = k2.merge_stack(written, torch.bfloat16)
+    after = k2.base_state_dict()
+    if not any(not torch.equal(before[k].to(v.dtype), v) for k, v in after.items()):
+        what = "what was trained" if saved.state["lora"] is None else "the adapter"
+        raise UserError(f"{saved.path}: merged in {written}, {what} changes no weight; train longer or in float32")
+    if not kept:
+        return after, None
+    whole, whole_bf16 = (sum((each[i] for each in kept.values()), Kept(0.0, 0.0, 0.0)) for i in range(2))
+    least = min(kept, key=lambda layer: kept[layer][0].share)
+    name = str(written).removeprefix("torch.")
+    return after, Rounding(name, whole.share, least, kept[least][0].share, whole.size, whole_bf16.share)
 
 
 def scaled_factors(saved: Checkpoint) -> dict[str, Tensor]:
-    """The adapter's factors with its scale in B, and beside them, as further ranks, those of the adapters that were
-    merged into its base: for the base that all began with. Raises UserError if one of them trained all weights."""
+    """The adapter's factors with its scale in B, and beside them, as further ranks, those of the adapters that it
+    stands on, as they are active in a run: for the base that all began with.
+
+    Raises UserError if one of them trained all weights.
+    """
     stages = [*earlier_of(saved), saved]
     for stage in stages:
         if stage.state["lora"] is None:

@@ -11,39 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from posttrain.k2 import K2
+from posttrain.linears import Adapted, Frozen8
 from prompts.errors import UserError
 
 LEAST = (8, 9)
 """Compute capability of the first NVIDIA GPUs with fp8: Ada, then Hopper and Blackwell."""
-
-
-class Frozen8(nn.Linear):
-    """A linear whose weight is torchao's Float8Tensor; (..., in) to (..., out) in bf16. It is never trained."""
-
-    def __init__(self, linear: nn.Linear, weight: Tensor):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, None
-        self.weight = nn.Parameter(weight, requires_grad=False)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return _Product.apply(input.to(self.weight.dtype), self.weight)
-
-
-class _Product(torch.autograd.Function):
-    """torchao's product has no gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        return F.linear(x, weight)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (weight,) = ctx.saved_tensors
-        return gradients[0] @ weight.dequantize(), None
 
 
 def quantize(k2: K2, device: str | torch.device) -> None:
@@ -54,9 +28,13 @@ def quantize(k2: K2, device: str | torch.device) -> None:
     quantized = _quantizer(torch.device(device))
     for block in k2.transformer.transformer_blocks:
         for name, module in list(block.named_modules()):
-            if type(module) is nn.Linear and ".lora_" not in name:
-                assert module.bias is None
-                weight = quantized(module.weight.detach().to(device, torch.bfloat16))
+            if type(module) not in (nn.Linear, Adapted):
+                continue
+            assert module.bias is None
+            weight = quantized(module.weight.detach().to(device, torch.bfloat16))
+            if isinstance(module, Adapted):
+                module.weight, module.eight = nn.Parameter(weight, requires_grad=False), True
+            else:
                 block.set_submodule(name, Frozen8(module, weight), strict=True)
 
 

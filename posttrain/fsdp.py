@@ -27,29 +27,29 @@ def shard(k2: K2, networks: list[VelocityModel], procs: Processes) -> list[nn.Mo
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(procs.device.type, (procs.size,))
     for network in networks:
-        _shard(network, k2.dtype, mesh, trained=network is not k2.reference and None in k2.roles.values())
+        _shard(network, k2, mesh, trained=network is not k2.reference and None in k2.roles.values())
     return list(networks)
 
 
-def _shard(network: VelocityModel, dtype: torch.dtype, mesh: Any, trained: bool) -> None:
+def _shard(network: VelocityModel, k2: K2, mesh: Any, trained: bool) -> None:
     """With `trained`, its weights are a role, but for those that fuse the text, which stay as they are."""
     net = network.transformer
     parts = {id(p) for part in (net.text_fusion, net.txt_in) for p in part.parameters()}
     sharded = {
         id(p)
-        for name, module in net.named_modules()
-        if isinstance(module, nn.Linear) and ".lora_" not in name
-        for p in module.parameters()
-        if id(p) not in parts
+        for module in net.modules()
+        if isinstance(module, nn.Linear)
+        for key, p in module.named_parameters()
+        if id(p) not in parts and not key.startswith("lora_")
     }
     options: dict[str, Any] = {
         "mesh": mesh,
         "reshard_after_forward": True,
-        "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
+        "mp_policy": MixedPrecisionPolicy(k2.dtype, torch.float32, cast_forward_inputs=False),
         "ignored_params": {p for p in network.parameters() if id(p) not in sharded},
     }
     for module in (*net.transformer_blocks, network):
         for parameter in module.parameters():
             if trained and id(parameter) not in parts:
-                parameter.data = parameter.data.float()
+                parameter.data = k2.master(parameter)
         fully_shard(module, **options)

@@ -19,7 +19,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from diffusers import AutoencoderKLQwenImage, Krea2Pipeline
-from peft.tuners.lora import LoraLayer
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,9 +26,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain import sampler
 from posttrain.blocks import Blocks
+from posttrain.linears import Adapted
 from posttrain.load import load_pipeline, random_pipeline
 from posttrain.offload import Offloaded, uses
-from posttrain.roles import Roles, frozen_copy
+from posttrain.roles import Roles
 from posttrain.velocity import VelocityModel
 from prompts.errors import UserError
 
@@ -99,7 +99,7 @@ class K2(Roles):
         self.offloaded: dict[str, Offloaded] = {}
         """Parts that are on the device only while they are used, by name; see `offload.place`."""
         self.origin: dict[str, Any] = {"base": None, "merged": []}
-        """What the weights are: the base's fingerprint and the checkpoints merged into it; see policy.py."""
+        """What the model is: the base's fingerprint and the checkpoints that stand on it; see policy.py."""
         for module in (self.transformer, self.vae, self.text_encoder):
             if module is not None:
                 module.eval().requires_grad_(False)
@@ -136,8 +136,7 @@ class K2(Roles):
 
     def add_full_role(self, name: str, reference: bool = False) -> None:
         """See `Roles`. With `reference`, a frozen copy of the weights as they are now is the role None."""
-        copied = frozen_copy(self.transformer) if reference and not self.roles else None
-        super().add_full_role(name)
+        copied = super().add_full_role(name, reference)
         self.reference = None if copied is None else VelocityModel(copied, self.blocks)
 
     def add_full_copy(self, name: str) -> None:
@@ -253,7 +252,7 @@ class K2(Roles):
         """Whether no trainable parameter and no adapter touches what `fuse` computes."""
         parts = (self.transformer.text_fusion, self.transformer.txt_in)
         trained = any(parameter.requires_grad for part in parts for parameter in part.parameters())
-        adapted = any(isinstance(module, LoraLayer) for part in parts for module in part.modules())
+        adapted = any(isinstance(module, Adapted) for part in parts for module in part.modules())
         return not trained and not adapted
 
     def text(self, prompts: Sequence[str], max_tokens: int = 512) -> Text:
@@ -273,9 +272,10 @@ class K2(Roles):
         return self._network()(x.to(self.dtype), t, tokens, mask, grid).float()
 
     def _network(self) -> nn.Module:
-        if self._active and self._active[0] in self.copies:
-            return self.copies[self._active[0]]
-        if self._active or None not in self.roles.values():
+        role = self.active
+        if role in self.copies:
+            return self.copies[role]
+        if role is not None or None not in self.roles.values():
             return self.net
         if self.reference is None:
             raise ValueError(f"all weights are the role {next(iter(self.roles))!r}, and no reference was kept")

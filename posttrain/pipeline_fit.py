@@ -83,7 +83,7 @@ def memory(stage: Stage, stages: Sequence[Stage], gpu_gib: float, on_machine: in
     sizes, pictures = _forward(stage, stages)
     if not sizes:
         return "not estimated, since the size of its pictures is not known; give pairs.size", True
-    gib, again = _estimate(stage, _base(stage, stages), sizes, pictures, room)
+    gib, again = _estimate(stage, _base(stage, stages), sizes, pictures, room, _stack(stage, stages))
     told = "" if stage.command in TRAINING else "at most "
     told += f"about {gib:.0f} GiB {where}"
     told += f", with {again} blocks computed again" if again else ""
@@ -108,8 +108,19 @@ def _base(stage: Stage, stages: Sequence[Stage]) -> str:
     return next((one.config.model.path for one in stages if one.command in ("pairs", *TRAINING)), "")
 
 
-def _estimate(stage: Stage, path: str, sizes: list[list[int]], pictures: int, room: float) -> tuple[float, int]:
-    """GiB, and how many blocks must compute their activations again for that."""
+def _stack(stage: Stage, stages: Sequence[Stage]) -> int:
+    """The ranks of the adapters that it stands on, of stages of this pipeline; all weights take them in."""
+    maker = next((one for one in stages if one.name == stage.reads.get("model.start")), None)
+    trains_all = stage.command in TRAINING and stage.config.lora is None
+    if maker is None or maker.config.lora is None or trains_all:
+        return 0
+    return maker.config.lora.rank + _stack(maker, stages)
+
+
+def _estimate(
+    stage: Stage, path: str, sizes: list[list[int]], pictures: int, room: float, stack: int
+) -> tuple[float, int]:
+    """GiB, and how many blocks must compute their activations again for that; `stack`: see above."""
     from posttrain import bench_tiers
 
     config, training = stage.config, stage.command in TRAINING
@@ -129,7 +140,7 @@ def _estimate(stage: Stage, path: str, sizes: list[list[int]], pictures: int, ro
     if not training:  # a block's activations are gone with it
         tried = [parts.blocks]
     needs = [
-        (bench_tiers.need(parts, options, adapters, rank, tokens, height * width, again, block_bytes), again)
+        (bench_tiers.need(parts, options, adapters, rank, tokens, height * width, again, block_bytes, stack), again)
         for again in tried
     ]
     gib, again = next((need for need in needs if need[0] <= room), needs[-1])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain import cli
+from posttrain.config import ExportConfig
 from posttrain.pipeline_config import PipelineConfig, StageConfig
 from posttrain.recipe import read_recipe, suggestion
 from prompts.errors import UserError
@@ -164,10 +165,23 @@ def _check_inputs(stage: Stage, earlier: list[Stage]) -> None:
             raise UserError(f"model.start: stage {maker.name} makes a distilled model; distil last, or set"
                             " model.allow_distilled: true")  # fmt: skip
         stage.reads[field] = maker.name
+        if command == "export":
+            _check_rounding(config, maker)
     for field in PROMPTS.get(command, ["prompts.train", "prompts.heldout"]):
         source = _at(config, field)
         if not source.startswith("hf:"):
             _check_enough(command, config, field, len(read_prompts(source)))
+
+
+def _check_rounding(config: ExportConfig, maker: Stage) -> None:
+    """Raises UserError for an export that may be refused when all has been trained: what is merged into bfloat16 is
+    rounded, by how much is only known then."""
+    merges = not config.format.startswith("lora") and getattr(maker.config, "lora", None) is not None
+    if merges and maker.config.model.dtype == "bfloat16" and config.dtype is None and not config.allow_rounding:
+        raise UserError(
+            f"format: {config.format} merges the adapters of {maker.name} into bfloat16, which may lose too much of"
+            " what they change, and is refused then; set dtype: float32, or format: lora, or allow_rounding: true"
+        )
 
 
 def _check_enough(command: str, config: Any, field: str, prompts: int) -> None:

@@ -1,9 +1,10 @@
-"""The policy, which is the role that a run trains, its checkpoints, and the base it stands on.
+"""The policy, which is the role that a run trains, its checkpoints, and the model it stands on.
 
-The policy is a LoRA adapter or all weights (`lora: null`). The reference of an adapter is the base without it; of all
-weights, a frozen copy made when training begins. A run that goes on from an earlier one (`model.start`) has what that
-trained merged into its base, so that the reference is the policy it began with; every checkpoint says what was merged,
-and whoever loads it merges the same again.
+The policy is a LoRA adapter or all weights (`lora: null`). The reference of an adapter is the model without it; of all
+weights, a frozen copy made when training begins. A run that goes on from an earlier one (`model.start`) stands on what
+that trained, so that the reference is the policy it began with. An earlier adapter stays an adapter, in fp32, active
+under every role (see roles.py): nothing of it is rounded away. Earlier weights replace the base's, in the base's types.
+Every checkpoint says which runs its own stands on (`origin.merged`), and whoever loads it loads the same ones again.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ DISTILLED_REMEDY = (
 
 
 def load_model(model: ModelConfig, device: str | torch.device, saved: Checkpoint | None = None) -> K2:
-    """The base to train, with what `model.start` trained merged into it; or, to resume, with what `saved` has merged.
+    """The base to train and what `model.start` trained; or, to resume, base and earlier runs of `saved`.
 
     Raises UserError for a distilled checkpoint that the recipe does not ask for by name, for one that another base was
     trained to, and for a run to start from that is gone or has changed.
@@ -59,7 +60,7 @@ def load_model(model: ModelConfig, device: str | torch.device, saved: Checkpoint
         if base not in (None, k2.origin["base"]):
             raise UserError(f"model.start: {found} was trained on another model than model.path ({model.path})")
         for earlier in stages:
-            _merge(k2, earlier)
+            _stack(k2, earlier)
     return quickened(k2, model, device)
 
 
@@ -74,24 +75,24 @@ def _load_for(saved: Checkpoint, model: dict[str, Any], device: str | torch.devi
         raise UserError(
             f"{model['path']}: is not the model that {saved.path} was trained on: its weights differ; restore it"
         )
-    merge_earlier(k2, saved)
+    stack_earlier(k2, saved)
     return k2
 
 
-def merge_earlier(k2: K2, saved: Checkpoint) -> None:
-    """Fold into the base what a checkpoint's run had merged into its own."""
+def stack_earlier(k2: K2, saved: Checkpoint) -> None:
+    """Add to the base what the earlier runs of a checkpoint's own trained."""
     for earlier in earlier_of(saved):
-        _merge(k2, earlier)
+        _stack(k2, earlier)
 
 
 def stands_on(saved: Checkpoint, k2: K2) -> bool:
-    """Whether a checkpoint was trained on the base as it is now, with the same runs merged into it."""
+    """Whether a checkpoint was trained on the model as it is now: the same base and the same earlier runs."""
     origin = _origin(saved)
     return origin["base"] in (None, k2.origin["base"]) and origin["merged"] == k2.origin["merged"]
 
 
 def earlier_of(saved: Checkpoint) -> list[Checkpoint]:
-    """The checkpoints merged into the base of this one, in their order. Raises UserError if one is gone or changed."""
+    """The checkpoints that this one stands on, in their order. Raises UserError if one is gone or changed."""
     found = []
     for entry in _origin(saved)["merged"]:
         path = Path(entry["path"])
@@ -138,14 +139,14 @@ def is_student(saved: Checkpoint) -> bool:
     return saved.state.get("method") == "tdm"
 
 
-def _merge(k2: K2, earlier: Checkpoint) -> None:
+def _stack(k2: K2, earlier: Checkpoint) -> None:
     add_saved_policy(k2, earlier)
-    k2.merge_role(POLICY)
+    k2.stack_role(POLICY)
     k2.origin["merged"].append({"path": _relative(earlier.path), "sha256": _sum(earlier)})
 
 
 def _origin(saved: Checkpoint) -> dict[str, Any]:
-    """Older checkpoints do not say what they were trained on, and had nothing merged."""
+    """Older checkpoints do not say what they were trained on, and had no earlier runs."""
     return saved.state.get("origin", {"base": None, "merged": []})
 
 

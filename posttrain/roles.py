@@ -1,31 +1,37 @@
 """Roles: LoRA adapters on one frozen transformer, or the transformer itself and copies of it.
 
-Policy, student and fake score are adapters; the reference and the teacher are the base with none active. Where all
-weights are trained, the first role is made of them and any other of a copy, and the reference is a frozen copy, if one
-was kept.
+Policy, student and fake score are adapters; the reference and the teacher are the model without them. That model is
+the base and the stack: the adapters of earlier stages, which are frozen, fp32, and active under every role. They are
+not merged into the base, because a weight in bf16 drops every change below half a last place. Their factors lie side
+by side with those of the role, so that any number of stages costs one product.
+
+Where all weights are trained, the first role is made of them and any other of a copy, and the reference is a frozen
+copy, if one was kept. Such a role takes the stack into its weights, which are fp32.
 """
+
+from __future__ import annotations
 
 import contextlib
 import copy
 import math
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import Krea2Transformer2DModel
-from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from posttrain import sampler, shards
+from posttrain.linears import Adapted
 from posttrain.load import check_names
 from prompts.errors import UserError
 
 TARGETS = ("to_q", "to_k", "to_v", "to_gate", "to_out.0", "ff.gate", "ff.up", "ff.down")
 """The linears of a transformer block that a role adapts by default: all of them."""
+STAGES = "stages"
+"""The adapter that holds the stack."""
 
 
 @dataclass(frozen=True)
@@ -50,69 +56,83 @@ class Roles:
         """Whether a role of all weights keeps their types for now; fsdp.py makes it fp32 where it cuts it up."""
         self._copies: dict[str, Krea2Transformer2DModel] = {}
         """The transformers of roles of all weights beside that one."""
-        # Every adapted layer reads its active adapters from this one list: a switch is one assignment. peft's
-        # own walks the layers and changes requires_grad as it goes, which must not happen in training.
+        # Every adapted layer reads its active adapters from this one list: a switch is one assignment.
         self._active: list[str] = []
-        self._layers: list[tuple[str, LoraLayer]] = []
+        self._layers: list[tuple[str, Adapted]] = []
+        self._stack_of_full: dict[int, tuple[Tensor, Tensor]] = {}
+        """By id of a weight of the role of all weights: factors that it has yet to take in; see `master`."""
 
     def add_role(self, name: str, rank: int, alpha: float, targets: Sequence[str] = TARGETS, seed: int = 0) -> None:
         """Add an adapter on the transformer blocks: fp32 on any base, without effect until trained (B = 0).
 
         It is neither active nor trainable yet. The text fusion is never adapted: its output is cached.
         """
-        if name in self.roles or self._stored or not re.fullmatch(r"\w+", name):
+        if name in self.roles or name == STAGES or self._stored or not re.fullmatch(r"\w+", name):
             raise ValueError(f"role {name!r} exists already, stands beside one of all weights, or is not a word")
         if unknown := [target for target in targets if target not in TARGETS]:
             known = ", ".join(TARGETS)
             raise UserError(f"LoRA targets: {unknown[0]!r} is no linear of a K2 block; choose from {known}")
-        trainable = self._trainable()
-        pattern = rf"transformer_blocks\.\d+\.(attn\.)?({'|'.join(re.escape(target) for target in targets)})"
-        options: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": pattern}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are the point
-            warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated")  # nothing is merged by peft
-            self.transformer.add_adapter(LoraConfig(**options), name)
         self.roles[name] = Role(rank, alpha, tuple(targets))
-        self._relink(trainable)
-        for index, (key, parameter) in enumerate(self.role_named_parameters(name).items()):
-            parameter.data = torch.zeros_like(parameter, dtype=torch.float32)
-            if key.endswith("lora_A.weight"):
-                # nn.Linear's own range, drawn on the CPU by index: the same on every device and process.
-                generator = torch.Generator().manual_seed(sampler.seed_for(seed, index))
-                uniform = torch.rand(parameter.shape, generator=generator) * 2 - 1
-                parameter.data.copy_(uniform / math.sqrt(parameter.shape[1]))
+        for index, layer in enumerate(self._adapted(targets)):
+            # nn.Linear's own range, drawn on the CPU by index: the same on every device and process.
+            generator = torch.Generator().manual_seed(sampler.seed_for(seed, 2 * index))
+            uniform = torch.rand(rank, layer.in_features, generator=generator) * 2 - 1
+            a, b = uniform / math.sqrt(layer.in_features), torch.zeros(layer.out_features, rank)
+            layer.add(name, a, b, alpha / rank)
 
-    def add_full_role(self, name: str) -> None:
+    @torch.no_grad()
+    def add_full_role(self, name: str, reference: bool = False) -> Krea2Transformer2DModel | None:
         """Make the weights themselves a role, in fp32 whatever the arithmetic, so that small updates are not lost.
 
-        All but those that fuse the text, whose output is cached. There can be no other role then.
+        All but those that fuse the text, whose output is cached. There can be no other role then. The role begins as
+        base and stack, added in fp32, and there is no stack beside it. With `reference`, a frozen copy is returned.
         """
         if self.roles:
             raise ValueError(f"role {name!r} of all weights cannot stand beside {sorted(self.roles)}")
+        self._stack_of_full = self._unstack()
+        copied = frozen_copy(self.transformer) if reference else None
+        for weight, own in zip(self.transformer.parameters(), copied.parameters() if copied is not None else ()):
+            if factors := self._stack_of_full.get(id(weight)):
+                own.data = _sum(weight, factors).to(own.dtype)  # rounded as arithmetic rounds the role's own
         self._stored = {key: parameter.dtype for key, parameter in self.transformer.named_parameters() if _full(key)}
         self.roles[name] = None
         for parameter in self.role_parameters(name) if not self.deferred else ():
-            parameter.data = parameter.data.float()
+            parameter.data = self.master(parameter)
+        return copied
+
+    def master(self, parameter: Tensor) -> Tensor:
+        """A weight of the role of all weights in fp32, as the role begins; what the stack adds to it is added once."""
+        factors = self._stack_of_full.pop(id(parameter), None)
+        return parameter.data.float() if factors is None else _sum(parameter, factors)
 
     def add_full_copy(self, name: str) -> None:
         """Make a copy of the role of all weights, as it is now, another such role."""
         if not self._stored or name in self.roles:
             raise ValueError(f"role {name!r} exists already, or there is no role of all weights to copy")
-        self._copies[name] = frozen_copy(self.transformer)
+        copied = self._copies[name] = frozen_copy(self.transformer)
+        for weight, own in zip(self.transformer.parameters(), copied.parameters()):
+            if factors := self._stack_of_full.get(id(weight)):
+                self._stack_of_full[id(own)] = factors
         self.roles[name] = None
 
     @contextlib.contextmanager
     def role(self, name: str | None) -> Iterator[None]:
-        """Run as this role; None is the base, which is the reference. The previous one returns afterwards."""
+        """Run as this role; None is base and stack, which are the reference. The previous one returns afterwards."""
         if name is not None and name not in self.roles:
             raise ValueError(f"no role {name!r}; there are {sorted(self.roles)}")
-        with switched(self._active, [] if name is None else [name]):
+        stack = [STAGES] if self.has_stack else []
+        with switched(self._active, stack if name is None else [*stack, name]):
             yield
 
     @property
     def active(self) -> str | None:
         """The role that it runs as."""
-        return self._active[0] if self._active else None
+        return next((name for name in self._active if name != STAGES), None)
+
+    @property
+    def has_stack(self) -> bool:
+        """Whether earlier stages are active under every role."""
+        return any(STAGES in layer.scales for _, layer in self._layers)
 
     def role_named_parameters(self, name: str) -> dict[str, nn.Parameter]:
         """An adapter's factors by name, as in `transformer_blocks.0.attn.to_q.lora_A.weight`; or all weights."""
@@ -120,10 +140,10 @@ class Roles:
             transformer = self._copies.get(name, self.transformer)
             return {key: transformer.get_parameter(key) for key in self._stored}
         return {
-            f"{module}.{factor}.weight": getattr(layer, factor)[name].weight
+            f"{module}.lora_{factor}.weight": layer.factor(factor, name)
             for module, layer in self._layers
-            if name in layer.lora_A
-            for factor in ("lora_A", "lora_B")
+            if name in layer.scales
+            for factor in "AB"
         }
 
     def role_parameters(self, name: str) -> list[nn.Parameter]:
@@ -151,47 +171,120 @@ class Roles:
             parameter.requires_grad_(True)
         return parameters
 
+    def active_factors(self, name: str | None) -> dict[str, Tensor]:
+        """The factors that are active as this role, stack included, in the order and with the scales of arithmetic:
+        named as in `role_named_parameters`, (r, in) and (out, r), fp32."""
+        found: dict[str, Tensor] = {}
+        with self.role(name):
+            for module, layer in self._layers:
+                factors = layer.factors(self._active)
+                if factors is not None:
+                    found |= {f"{module}.lora_{factor}.weight": value for factor, value in zip("AB", factors)}
+        return found
+
     @torch.no_grad()
-    def merge_role(self, name: str) -> None:
-        """Fold a role into the base and forget it: from here on the base, so the reference, has it."""
-        if self._active:
-            raise RuntimeError(f"cannot merge {name!r} while role {self._active[0]!r} is active")
+    def stack_role(self, name: str) -> None:
+        """End a role whose training is over: from here on the model, so the reference, has it.
+
+        An adapter joins the stack, unchanged. All weights become the base's, in the types that the base's had.
+        """
+        if self.active is not None:
+            raise RuntimeError(f"cannot stack {name!r} while role {self.active!r} is active")
         if self.roles[name] is None:
             for key, parameter in self.role_named_parameters(name).items():
                 parameter.data = parameter.data.to(self._stored[key])
                 parameter.requires_grad_(False)
-            del self.roles[name]
             self._stored = {}
-            return
-        trainable = self._trainable()
         for _, layer in self._layers:
-            if name in layer.lora_A:
-                weight: Any = layer.get_base_layer().weight
-                a, b = (getattr(layer, factor)[name].weight for factor in ("lora_A", "lora_B"))
-                weight.copy_(weight.float() + layer.scaling[name] * (b @ a))
+            if name in layer.scales and (factors := layer.factors([STAGES, name])):
+                for other in (STAGES, name):
+                    if other in layer.scales:
+                        layer.remove(other)
+                layer.add(STAGES, *factors, scale=1.0)
         del self.roles[name]
+        self._active[:] = [STAGES] if self.has_stack else []
+
+    @torch.no_grad()
+    def merge_stack(self, *grids: torch.dtype) -> dict[str, list[Kept]]:
+        """Fold the stack into the base, all stages at once, with one rounding to the type of each weight.
+
+        Returns by layer what roundings to each of `grids` keep of the change. There must be no roles.
+        """
         if self.roles:
-            self.transformer.delete_adapters(name)
-        else:
-            self.transformer.unload_lora()
-        self._relink(trainable)
+            raise RuntimeError(f"cannot merge the stack under {sorted(self.roles)}")
+        kept: dict[str, list[Kept]] = {}
+        names = {id(layer.weight): name for name, layer in self._layers}
+        weights = {id(layer.weight): layer.weight for _, layer in self._layers}
+        for key, (a, b) in self._unstack().items():
+            weight, merged = weights[key], _sum(weights[key], (a, b))
+            kept[names[key]] = [Kept.of(weight, b @ a, merged, grid) for grid in grids]
+            weight.data = merged.to(weight.dtype)
+        return kept
 
     def base_state_dict(self) -> dict[str, Tensor]:
         """The transformer's own weights in diffusers' names, without adapters."""
-        state = self.transformer.state_dict()
-        return {key.replace(".base_layer.", "."): value for key, value in state.items() if ".lora_" not in key}
+        return {key: value for key, value in self.transformer.state_dict().items() if ".lora_" not in key}
 
-    def _trainable(self) -> set[int]:
-        return {id(parameter) for parameter in self.transformer.parameters() if parameter.requires_grad}
-
-    def _relink(self, trainable: set[int]) -> None:
-        """After peft has changed the layers: find them again, share the list, restore what was trainable."""
-        for parameter in self.transformer.parameters():
-            parameter.requires_grad_(id(parameter) in trainable)
+    def _adapted(self, targets: Sequence[str]) -> list[Adapted]:
+        """These linears of all blocks, made such that they can have adapters, in the order of the model."""
+        pattern = rf"transformer_blocks\.\d+\.(attn\.)?({'|'.join(re.escape(target) for target in targets)})"
+        wanted = [name for name, _ in self.transformer.named_modules() if re.fullmatch(pattern, name)]
+        for name in wanted:
+            linear = self.transformer.get_submodule(name)
+            if isinstance(linear, nn.Linear) and not isinstance(linear, Adapted):
+                self.transformer.set_submodule(name, Adapted(linear, self._active), strict=True)
         modules = self.transformer.named_modules()
-        self._layers = [(name, layer) for name, layer in modules if isinstance(layer, LoraLayer)]
-        for _, layer in self._layers:
-            layer._active_adapter = self._active
+        self._layers = [(name, layer) for name, layer in modules if isinstance(layer, Adapted)]
+        return [layer for name, layer in self._layers if name in wanted]
+
+    def _unstack(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Take the stack away, and give plain linears back: A and B of all its stages by id of a linear's weight."""
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for name, layer in self._layers:
+            if factors := layer.factors([STAGES]):
+                found[id(layer.weight)] = factors
+            self.transformer.set_submodule(name, layer.plain(), strict=True)
+        self._layers, self._active[:] = [], []
+        return found
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How much of a change of weights is left after rounding: products over all of them."""
+
+    rounded: float
+    """<change that is left, change that was wanted>"""
+    wanted: float
+    """<wanted, wanted>"""
+    weight: float
+    """<weights, weights>"""
+
+    @staticmethod
+    def of(weight: Tensor, change: Tensor, merged: Tensor, grid: torch.dtype) -> Kept:
+        """Of `merged` = weight + change, fp32, in numbers of type `grid`."""
+        left = merged.to(grid).float() - weight.to(grid).float()
+        products = [(left * change).sum(), change.square().sum(), weight.float().square().sum()]
+        return Kept(*(float(product) for product in products))
+
+    @property
+    def share(self) -> float:
+        """1 where nothing is lost; where nothing was wanted, too."""
+        return self.rounded / self.wanted if self.wanted else 1.0
+
+    @property
+    def size(self) -> float:
+        """Of the wanted change, as a share of the weights."""
+        return math.sqrt(self.wanted / self.weight) if self.weight else math.inf
+
+    def __add__(self, other: Kept) -> Kept:
+        return Kept(self.rounded + other.rounded, self.wanted + other.wanted, self.weight + other.weight)
+
+
+def _sum(weight: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:
+    """In fp32."""
+    a, b = factors
+    with torch.no_grad():
+        return weight.detach().float() + b @ a
 
 
 def _full(key: str) -> bool:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from posttrain import checkpoint
+from posttrain.checkpoint import Checkpoint
 from posttrain.config import ModelConfig
 from posttrain.export import write
 from posttrain.k2 import K2
 from posttrain.load import load_pipeline
-from posttrain.policy import POLICY, described, policy_state, saved_tensors
+from posttrain.policy import POLICY, described, earlier_of, policy_state, saved_tensors
 
 STEPS = 2
 EFFECT = 0.2
@@ -40,7 +41,7 @@ def round_trip(
 
     base, policy = _amplified(k2, begun, draw)
     lora = described(k2)
-    state = {"model": asdict(model), "lora": lora}
+    state = {"model": asdict(model), "lora": lora, "origin": k2.origin}
     saved = checkpoint.load(checkpoint.save(folder / "checkpoints", 1, saved_tensors(k2), state, keep=1))
     k2.transformer.cpu()
 
@@ -51,16 +52,26 @@ def round_trip(
             latents=noise.to(device), output_type="latent", max_sequence_length=max_tokens,
         ).images.float()  # fmt: skip
 
-    pipe: Any = load_pipeline(model.path, model.transformer_file, getattr(torch, model.dtype), device)
-    off = stock(pipe)
-    if lora is None:
-        write(saved, folder / "exported", "diffusers")
-        pipe = load_pipeline(folder / "exported", None, getattr(torch, model.dtype), device)
+    earlier = earlier_of(saved)
+    adapters = all(one.state["lora"] for one in (*earlier, saved))
+
+    def exported_by(one: Checkpoint, name: str) -> Tensor:
+        """What the stock pipeline draws with an export of it."""
+        if adapters:
+            pipe: Any = load_pipeline(model.path, model.transformer_file, getattr(torch, model.dtype), device)
+            write(one, folder / f"{name}.safetensors", "lora")
+            pipe.load_lora_weights(folder / f"{name}.safetensors")
+        else:
+            write(one, folder / name, "diffusers", allow_rounding=True)
+            pipe = load_pipeline(folder / name, None, getattr(torch, model.dtype), device)
+        return stock(pipe)
+
+    if earlier:
+        off = exported_by(earlier[-1], "before")
     else:
-        write(saved, folder / "exported.safetensors", "lora")
-        pipe.load_lora_weights(folder / "exported.safetensors")
+        off = stock(load_pipeline(model.path, model.transformer_file, getattr(torch, model.dtype), device))
     # Differences: in bf16 the stock pipeline rounds times and latents too, with the export and without.
-    own, exported = policy - base, stock(pipe) - off
+    own, exported = policy - base, exported_by(saved, "exported") - off
     return float(own.norm() / base.norm()), float((exported - own).norm() / own.norm())
 
 

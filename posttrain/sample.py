@@ -17,7 +17,7 @@ from posttrain import checkpoint, sampler
 from posttrain.config import SampleConfig
 from posttrain.expander_model import Expander
 from posttrain.k2 import K2, Text, to_pil
-from posttrain.policy import POLICY, add_saved_policy, first_device, merge_earlier, quickened
+from posttrain.policy import POLICY, add_saved_policy, first_device, quickened, stack_earlier
 from prompts.errors import UserError
 from prompts.records import PromptRecord, read_prompts
 
@@ -37,7 +37,7 @@ def sample(config: SampleConfig) -> None:
     role = contextlib.nullcontext()
     if config.adapter is not None:
         saved = checkpoint.load(checkpoint.find(config.adapter))
-        merge_earlier(k2, saved)
+        stack_earlier(k2, saved)
         add_saved_policy(k2, saved)
         role = k2.role(POLICY)
     quickened(k2, model, device)

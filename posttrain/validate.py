@@ -109,6 +109,8 @@ def validate(config: Config) -> None:
         case ExportConfig():
             if config.format != "diffusers" and not config.output.endswith(".safetensors"):
                 raise ConfigError("output", f"format {config.format} writes one file; end it in .safetensors")
+            if config.format.startswith("lora") and config.dtype is not None:
+                raise ConfigError("dtype", f"a file of format {config.format} is in float32 anyway; leave it out")
         case CarryoverConfig():
             _validate_carryover(config)
         case PipelineConfig():
@@ -416,7 +418,7 @@ def _validate_carryover(config: CarryoverConfig) -> None:
     if config.size is not None:
         pixels("size", config.size)
     if config.model is not None and config.model.start is not None:
-        raise ConfigError("model.start", "has no meaning here: what was merged into a run's base is part of its LoRA")
+        raise ConfigError("model.start", "has no meaning here: what a run stands on is part of its LoRA")
     if config.model is not None:
         refuse_quantize(config.model, "what a LoRA does is measured on exact weights")
     at_least("max_tokens", config.max_tokens, 1)

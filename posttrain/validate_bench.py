@@ -6,7 +6,7 @@ from posttrain.bench_config import DRAWING, BenchConfig
 from posttrain.ranges import ConfigError, at_least, pixels, positive
 from posttrain.tdm_config import MOST_STEPS
 
-LEAST = {"batch": 2, "group": 2, "text": 8, "rank": 0, "warmup": 2, "repeats": 1, "gpus": 1}
+LEAST = {"batch": 2, "group": 2, "text": 8, "rank": 0, "stages": 1, "warmup": 2, "repeats": 1, "gpus": 1}
 
 
 def validate_bench(config: BenchConfig) -> None:
@@ -16,6 +16,8 @@ def validate_bench(config: BenchConfig) -> None:
         raise ConfigError("methods", "is empty; name at least one")
     if config.rank == 0 and not set(config.methods) <= set(DRAWING):
         raise ConfigError("rank", "is 0, so there is nothing to train; use 1 or more, or methods [rollout]")
+    if config.stages > 1 and config.rank == 0:
+        raise ConfigError("stages", f"is {config.stages} and rank is 0; use a rank of 1 or more")
     if "text_encoder" in config.offload and not config.encode:
         raise ConfigError("offload", "names text_encoder, which is loaded and used only with encode; set encode: true")
     for i, size in enumerate(config.sizes or []):

@@ -60,9 +60,9 @@ def shard(k2: K2, networks: list[VelocityModel], procs: Processes) -> tuple[list
         own = [p for p in parts.parameters() if id(p) in trained]
         passed.append(parts if procs.engine == "ZeRO-3" else network)
         if procs.engine == "ZeRO-3":
-            optimizers.append(_divided(parts, own, max(p.numel() for p in parts.parameters() if p.ndim < 2)))
+            optimizers.append(_divided(k2, parts, own, max(p.numel() for p in parts.parameters() if p.ndim < 2)))
         elif own:
-            optimizers.append(_divided(nn.ParameterList(own), own, sys.maxsize))
+            optimizers.append(_divided(k2, nn.ParameterList(own), own, sys.maxsize))
             shards.gather(own)
 
     def settle() -> None:
@@ -75,7 +75,7 @@ def shard(k2: K2, networks: list[VelocityModel], procs: Processes) -> tuple[list
     return passed, settle
 
 
-def _divided(module: nn.Module, trained: list[nn.Parameter], kept: int) -> Any:
+def _divided(k2: K2, module: nn.Module, trained: list[nn.Parameter], kept: int) -> Any:
     """Divides a module's parameters, of which those of at most `kept` elements stay whole as well; returns what reduces
     the gradients of those that are trained."""
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
@@ -87,7 +87,7 @@ def _divided(module: nn.Module, trained: list[nn.Parameter], kept: int) -> Any:
     bucket = min(BUCKET, sum(p.numel() for p in trained))
     for parameter in module.parameters():
         if id(parameter) in wanted:
-            parameter.data = parameter.data.float()
+            parameter.data = k2.master(parameter)
         Init(nn.ParameterList([parameter]), mem_efficient_linear=False, dtype=torch.float32)
     options = {
         "overlap_comm": False,  # communication and updates are in one order, that of the default stream

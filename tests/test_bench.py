@@ -54,6 +54,15 @@ def test_backward_is_what_torch_counts(k2):
     assert counted(k2, POLICY, True) == B * (flops.forward(shape, N, L, RANK) + flops.backward(shape, N, L, RANK))
 
 
+def test_earlier_stages_and_the_trained_one_are_one_product():
+    """Of all their ranks; the reference's is of the earlier ones."""
+    made = K2.random("cpu", torch.float32, "tiny", text=False)
+    Steps(made, BenchConfig(scale="tiny", rank=RANK, stages=3), (32, 32), Processes())
+    shape = flops.Shape.of(made)
+    for role, ranks in ((POLICY, 3 * RANK), (None, 2 * RANK)):
+        assert counted(made, role, False) == B * flops.forward(shape, N, L, ranks)
+
+
 def test_true_size():
     """512 x 512 has 1024 image tokens: T = 1129, d = 6144, d_kv = 1536, f = 16384, 28 blocks.
 

@@ -144,7 +144,8 @@ def test_factors_of_other_trainers(model, tmp_path):
     save_file(state, tmp_path / "a.safetensors")
     before = {key: value.clone() for key, value in k2.base_state_dict().items()}
     add_lora(k2, "lora", read_lora(tmp_path / "a.safetensors", shapes), "a")
-    k2.merge_role("lora")
+    k2.stack_role("lora")
+    k2.merge_stack()
     for key, value in k2.base_state_dict().items():
         assert torch.allclose(value, before[key] + updates.get(key, 0), atol=1e-5), key
 

@@ -4,8 +4,11 @@ import time
 
 import pytest
 import torch
+from torch import nn
 
 from posttrain.k2 import K2
+from posttrain.linears import Adapted
+from posttrain.roles import Kept
 from prompts.errors import UserError
 from tests import tiny
 from tests.test_k2 import distance, latents
@@ -25,6 +28,10 @@ def model(directory):
 def fresh(directory):
     """For tests that change the model."""
     return K2.load(directory)
+
+
+WAYS = [("cpu", False), *([("cuda", False), ("cuda", True)] if torch.cuda.is_available() else [])]
+"""Devices, and whether what runs there is compiled."""
 
 
 def nudge(model, name, seed=0):
@@ -99,7 +106,8 @@ def test_checkpointed_gradients_belong_to_the_role_of_the_forward(fresh):
 
 
 @pytest.mark.parametrize("others", [False, True])
-def test_merged_equals_adapter(fresh, others):
+def test_a_stacked_role_is_part_of_the_reference(fresh, others):
+    """Unchanged, and under every other role; its factors lie side by side with theirs."""
     fresh.add_role("policy", rank=4, alpha=8)
     nudge(fresh, "policy")
     if others:
@@ -108,18 +116,93 @@ def test_merged_equals_adapter(fresh, others):
         student = probe(fresh, "student")
     adapted, names = probe(fresh, "policy"), set(tiny.pipeline().transformer.state_dict())
     assert set(fresh.base_state_dict()) == names
-    fresh.merge_role("policy")
-    assert distance(probe(fresh, None), adapted) < 1e-5 * adapted.abs().max()
-    assert list(fresh.roles) == (["student"] if others else [])
-    assert set(fresh.base_state_dict()) == names
+    factors, weights = fresh.active_factors("policy"), {k: v.clone() for k, v in fresh.base_state_dict().items()}
+    fresh.stack_role("policy")
+    assert torch.equal(probe(fresh, None), adapted)
+    assert all(torch.equal(value, factors[key]) for key, value in fresh.active_factors(None).items())
+    assert list(fresh.roles) == (["student"] if others else []) and fresh.active is None
+    assert all(torch.equal(value, weights[key]) for key, value in fresh.base_state_dict().items())
     assert not any(p.requires_grad for p in fresh.transformer.parameters())
     if others:
-        assert distance(probe(fresh, "student"), student) > 1e-3  # it now stands on the merged base
+        assert distance(probe(fresh, "student"), student) > 1e-3  # it now stands on the stack
         assert len(fresh.role_parameters("student")) == 2 * 2 * 3
+        nudge(fresh, "student")
+        both = probe(fresh, "student")
+        fresh.stack_role("student")
+        ranks = {key: len(value) for key, value in fresh.active_factors(None).items() if "lora_A" in key}
+        assert {key.split(".lora")[0].split(".", 2)[2] for key, rank in ranks.items() if rank == 6} == {
+            "attn.to_q",
+            "ff.down",
+        }
+        assert set(ranks.values()) == {4, 6} and torch.equal(probe(fresh, None), both)
     else:
-        assert set(fresh.transformer.state_dict()) == names
         fresh.add_role("policy", rank=2, alpha=2)
-        assert torch.equal(probe(fresh, "policy"), probe(fresh, None))
+        assert distance(probe(fresh, "policy"), adapted) < 1e-6 * adapted.abs().max()
+
+
+def test_merging_the_stack_is_one_sum(fresh):
+    """In fp32, of all stages; plain linears are left."""
+    for seed, rank in enumerate((4, 2)):
+        fresh.add_role("policy", rank=rank, alpha=8, seed=seed)
+        nudge(fresh, "policy", seed)
+        with pytest.raises(RuntimeError, match="cannot merge the stack under"):
+            fresh.merge_stack()
+        fresh.stack_role("policy")
+    stacked, factors = probe(fresh, None), fresh.active_factors(None)
+    wanted = {key: value.clone() for key, value in fresh.base_state_dict().items()}
+    for key, value in factors.items():
+        if "lora_A" in key:
+            wanted[key.replace("lora_A.", "")] += factors[key.replace("lora_A", "lora_B")] @ value
+    kept = fresh.merge_stack(torch.float32)
+    assert {type(module) for module in fresh.transformer.modules() if "Linear" in type(module).__name__} == {nn.Linear}
+    assert fresh.transformer.state_dict().keys() == wanted.keys() and not fresh.has_stack
+    assert all(torch.equal(value, wanted[key]) for key, value in fresh.transformer.state_dict().items())
+    assert distance(probe(fresh, None), stacked) < 1e-5 * stacked.abs().max()
+    assert len(kept) == 24 and all(one.share == pytest.approx(1, abs=1e-4) for (one,) in kept.values())
+
+
+def test_kept_of_a_change_by_hand():
+    """In bf16 numbers from 1 to 2 are 1/128 apart: of +1/128 all is kept, of +1/1024 nothing, of +3/512 4/3."""
+    weight = torch.tensor([1.0, 1.25, 1.5, 1.0])
+    change = torch.tensor([1 / 128, 1 / 1024, 3 / 512, 0.0])
+    kept = Kept.of(weight, change, weight + change, torch.bfloat16)
+    wanted = 1 / 128**2 + 1 / 1024**2 + (3 / 512) ** 2
+    assert kept.wanted == pytest.approx(wanted)
+    assert kept.share == pytest.approx((1 / 128**2 + 3 / 512 / 128) / wanted)
+    assert kept.size == pytest.approx((wanted / (1 + 1.25**2 + 1.5**2 + 1)) ** 0.5)
+    whole = kept + Kept(0.0, wanted, 0.0)  # a layer that keeps nothing
+    assert whole.share == pytest.approx(kept.share / 2) and Kept(0.0, 0.0, 1.0).share == 1
+
+
+@pytest.mark.parametrize("size", [0.0017, 0.0002])
+@pytest.mark.parametrize(("device", "compiled"), WAYS)
+def test_a_small_change_is_kept_in_bf16(size, device, compiled):
+    """Of outputs W x that are rounded to bf16 before an adapter's part is added, most drop it; and of weights too."""
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(256, 256, bias=False, dtype=torch.bfloat16, device=device).requires_grad_(False)
+    active: list[str] = []
+    layer = adapted = Adapted(linear, active)
+    if compiled:
+        adapted = torch.compile(layer)
+    a, b = (torch.randn(shape, generator=generator).to(device) for shape in ((8, 256), (256, 8)))
+    b *= size * linear.weight.float().norm() / (b @ a).norm()
+    layer.add("one", a[:4], b[:, :4], 1.0)
+    layer.add("two", a[4:], b[:, 4:] / 2, 2.0)
+    x = torch.randn(8, 512, 256, generator=generator).bfloat16().to(device)
+    plain, change = adapted(x), x.float() @ (b @ a).T
+    active[:] = ["one", "two"]
+
+    def share(y):
+        return float(((y.float() - plain.float()) * change).sum() / change.square().sum())
+
+    assert share(adapted(x)) == pytest.approx(1, abs=0.01)
+    low, high = {0.0017: (0.6, 0.9), 0.0002: (0.0, 0.3)}[size]
+    assert low < share(plain + change.bfloat16()) < high
+    merged = (linear.weight.float() + b @ a).bfloat16()
+    assert low < share(nn.functional.linear(x, merged)) < high + 0.2
+    layer.add("one", a[:4], 0 * b[:, :4], 1.0)
+    active[:] = ["one"]
+    assert torch.equal(adapted(x), plain)
 
 
 def test_role_state_round_trip(fresh, model):
@@ -152,8 +235,8 @@ def test_roles_speak_to_the_user(fresh):
     fresh.add_role("policy", rank=4, alpha=8)
     with pytest.raises(ValueError, match="exists already"):
         fresh.add_role("policy", rank=4, alpha=8)
-    with fresh.role("policy"), pytest.raises(RuntimeError, match="cannot merge"):
-        fresh.merge_role("policy")
+    with fresh.role("policy"), pytest.raises(RuntimeError, match="cannot stack"):
+        fresh.stack_role("policy")
 
 
 def test_all_weights_but_the_cached_texts_are_a_role(fresh):
@@ -176,7 +259,7 @@ def test_all_weights_but_the_cached_texts_are_a_role(fresh):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_reference_of_all_weights_is_what_they_were(directory, dtype):
-    """To the last bit, in bf16 too, where the role's own weights are fp32. Merging brings their types back."""
+    """To the last bit, in bf16 too, where the role's own weights are fp32. Stacking brings their types back."""
     model = K2.load(directory, dtype=dtype)
     stored = {key: value.clone() for key, value in model.base_state_dict().items()}
     model.add_full_role("policy", reference=True)
@@ -195,12 +278,40 @@ def test_the_reference_of_all_weights_is_what_they_were(directory, dtype):
     state = {key: value.clone() for key, value in model.role_state_dict("policy").items()}
     with pytest.raises(UserError, match=r"weights 'policy': keys do not match this model: 1 unexpected \(x\)"):
         model.load_role_state_dict("policy", state | {"x": torch.zeros(1)})
-    model.merge_role("policy")
+    model.stack_role("policy")
     assert model.roles == {} and {key: v.dtype for key, v in model.base_state_dict().items()} == {
         key: value.dtype for key, value in stored.items()
     }
     tolerance = 1e-6 if dtype == torch.float32 else 0.05 * moved.abs().max()
     assert distance(probe(model, None), moved) <= tolerance
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_weights_take_the_stack_in(directory, dtype, deferred):
+    """In fp32, so that nothing of it is lost; copy and reference begin as the same, bit for bit."""
+    model = K2.load(directory, dtype=dtype)
+    model.add_role("policy", rank=4, alpha=8)
+    nudge(model, "policy")
+    model.stack_role("policy")
+    factors, weights = model.active_factors(None), {k: v.float() for k, v in model.base_state_dict().items()}
+    stacked = probe(model, None)
+    model.deferred = deferred
+    model.add_full_role("policy", reference=True)
+    model.add_full_copy("fake")
+    for name in ("policy", "fake") if deferred else ():  # as fsdp.py and zero.py do
+        for parameter in model.role_parameters(name):
+            parameter.data = model.master(parameter)
+    assert not model.has_stack and not any(".lora_" in key for key in model.transformer.state_dict())
+    for key, value in model.role_state_dict("policy").items():
+        layer = key.removesuffix(".weight")
+        change = 0
+        if f"{layer}.lora_A.weight" in factors:
+            change = factors[f"{layer}.lora_B.weight"] @ factors[f"{layer}.lora_A.weight"]
+        assert value.dtype == torch.float32 and torch.equal(value, weights[key] + change)
+    begun = probe(model, "policy")
+    assert torch.equal(begun, probe(model, None)) and torch.equal(begun, probe(model, "fake"))
+    assert distance(begun, stacked) < (1e-5 if dtype == torch.float32 else 0.05) * stacked.abs().max()
 
 
 def test_adapters_are_fp32_on_a_bf16_base_and_the_same_everywhere(directory, fresh):

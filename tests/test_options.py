@@ -246,6 +246,7 @@ def test_a_run_with_all_of_them_resumes_and_exports(tmp_path, model, eager):
     exact = load_model(ModelConfig(str(model)), "cpu")
     add_policy(exact, recipe.lora, 0, reference=False)
     exact.load_role_state_dict(POLICY, whole.tensors["adapter"])
-    exact.merge_role(POLICY)
+    exact.stack_role(POLICY)
+    exact.merge_stack()
     state = merged.base_state_dict()
     assert all(torch.equal(value, state[key]) for key, value in exact.base_state_dict().items())

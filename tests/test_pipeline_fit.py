@@ -47,6 +47,19 @@ def test_a_pipeline_of_k2_resolves_without_weights(path, capsys, monkeypatch):
     assert ("server vlm: adapters: no LoRA adapter in judges/" in missing) is (path.name != "pipeline_64.yaml")
 
 
+def test_an_export_that_could_be_refused_in_the_end_is_refused_at_once(tmp_path, capsys):
+    """What is merged into bfloat16 is rounded, and by how much is known only when all is trained."""
+    data = yaml.safe_load(PIPELINES[0].read_text())
+    turbo = next(stage for stage in data["stages"] if stage["name"] == "turbo")
+    for change, code in (({}, 2), ({"allow_rounding": True}, 0), ({"format": "lora"}, 0)):
+        turbo["set"] = {"source": "${tdm}"} | change
+        kept = [stage for stage in data["stages"] if stage["command"] in ("pairs", "stpo", "grpo", "tdm", "export")]
+        (tmp_path / "p.yaml").write_text(json.dumps(data | {"stages": kept}))
+        assert dry(tmp_path / "p.yaml") == code
+    says = "error: stage turbo: format: diffusers merges the adapters of tdm into bfloat16, which may lose too much"
+    assert says in capsys.readouterr().err
+
+
 def test_each_k2_recipe_belongs_to_a_pipeline():
     used = {recipe: stage["command"] for path in PIPELINES for stage in yaml.safe_load(path.read_text())["stages"]
             for recipe in stage.get("recipes", [])}  # fmt: skip

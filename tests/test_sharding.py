@@ -14,9 +14,11 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from posttrain import checkpoint, processes
+from posttrain.config import ModelConfig
 from posttrain.k2 import K2
 from prompts.errors import UserError
 from tests import runs
+from tests.test_stages import stage
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 """What `accelerate launch` tells the processes."""
@@ -87,8 +89,9 @@ def test_two_sharded_processes_equal_one(command, model, tmp_path, method):
 
 @pytest.mark.parametrize("rank", [None, 4])
 def test_the_arithmetic_is_that_of_whole_weights(command, model, tmp_path, rank):
-    """Student, fake score and teacher in bfloat16, with batches that differ between the processes."""
+    """Student, fake score and teacher in bfloat16, on an earlier stage, with batches that differ between processes."""
     config = runs.tdm_config(tmp_path, model)
+    config.model.start = str(stage(tmp_path / "start", ModelConfig(str(model), dtype="bfloat16"), 0.05, 1))
     config.model.dtype, config.student.steps, config.batch, config.micro_batch = "bfloat16", [2, 3], 5, 2
     if rank is None:
         config.lora, config.optim.lr = None, 1e-4
