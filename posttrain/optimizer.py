@@ -13,9 +13,11 @@ from posttrain.config import OptimConfig
 from prompts.errors import UserError
 
 
+FLOOR = 1e-12
+"""torchao takes the greatest moment of each block of 256 to be this at least."""
 SCALE = 2.0**30
-"""What gradients are multiplied by for moments in 8 bits. torchao takes no block's greatest second moment to be below
-1e-12, where K2's are 1e-17; a power of two loses nothing, and AdamW's update does not depend on it."""
+"""What gradients are multiplied by for moments in 8 bits, as K2's second moments are 1e-17, far below that floor. A power
+of two rounds nothing, and AdamW's update does not depend on it."""
 TENSORS, ELEMENTS = 32, 256
 """At most so many elements of about so many tensors make the sample of `median_root`."""
 
@@ -80,7 +82,7 @@ def _elements(value: Tensor, places: Tensor) -> Tensor:
     """Some elements of a moment, by their places in it."""
     if (inner := parts(value)) is None:
         return value.flatten()[places]
-    scale = inner["scale"]
+    scale = inner["scale"].where(inner["scale"] > FLOOR, 0.0)
     codes = inner["codes"].flatten()[places].int()
     return inner["qmap"][codes] * scale[places // (value.numel() // len(scale))]
 
