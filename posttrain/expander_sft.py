@@ -101,8 +101,10 @@ class Trainer(PlainState, SFTTrainer):
 
 
 class RunningClip(TrainerCallback):
-    """Sets the norm that TRL clips the next gradient to. The norms before it are in the trainer's log, which checkpoints
-    hold, so a resumed run clips as the uninterrupted one."""
+    """Sets the norm that TRL clips the next gradient to.
+
+    The norms before it are in the trainer's log, which checkpoints hold, so a resumed run clips as an uninterrupted one.
+    """
 
     def __init__(self, factor: float):
         self.factor = factor

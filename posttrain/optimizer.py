@@ -12,12 +12,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from posttrain.config import OptimConfig
 from prompts.errors import UserError
 
-
 FLOOR = 1e-12
 """torchao takes the greatest moment of each block of 256 to be this at least."""
 SCALE = 2.0**30
-"""What gradients are multiplied by for moments in 8 bits, as K2's second moments are 1e-17, far below that floor. A power
-of two rounds nothing, and AdamW's update does not depend on it."""
+"""What gradients are multiplied by for moments in 8 bits, as K2's second moments are 1e-17, far below that floor. A
+power of two rounds nothing, and AdamW's update does not depend on it."""
 TENSORS, ELEMENTS = 32, 256
 """At most so many elements of about so many tensors make the sample of `median_root`."""
 
@@ -63,8 +62,10 @@ def set_group(group: dict[str, Any], config: OptimConfig, rate: float) -> None:
 
 @torch.no_grad()
 def median_root(optimizer: torch.optim.Optimizer) -> float | None:
-    """Median of sqrt(v_hat), the root of the second moment without its bias, over a sample of the elements that have had
-    a gradient: of the parts that this process holds, where they are sharded. None before the first such update."""
+    """Median of sqrt(v_hat), the root of the second moment without its bias, of the elements that have had a gradient.
+
+    Over a sample of them; where they are sharded, of the parts that this process holds. None while there are none.
+    """
     states = [state for state in optimizer.state.values() if state["exp_avg_sq"].numel()]
     beta = optimizer.param_groups[0]["betas"][1]
     found = []

@@ -194,7 +194,13 @@ def optimise(
     else:
         procs.sum_gradients(stepper.parameters)
     found["grad_norm"] = stepper.step()
-    return {**_relative(means), **found, **stepper.metrics(), "loss": means["loss"] + hinge, "skipped_updates": stepper.skipped}
+    return {
+        **_relative(means),
+        **found,
+        **stepper.metrics(),
+        "loss": means["loss"] + hinge,
+        "skipped_updates": stepper.skipped,
+    }
 
 
 def _settings(loss: PreferenceLossConfig) -> dict[str, Any]:

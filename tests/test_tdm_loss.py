@@ -246,55 +246,58 @@ def test_ambient_slope():
 # Gaussians: where the student ends
 
 
-def variances(steps, midpoints, target, std, last_too=False):
-    """Variance at the end of each segment over the teacher's there, for data N(0, std^2), once nothing moves any more.
+def scaled(alpha, t, m):
+    """c with x_m = c x, of a student whose clean sample is x0 = alpha x."""
+    return (1 - m) * alpha + m * (1 - (1 - t) * alpha) / t
 
-    The student's clean sample is alpha x, alpha its own at each segment. The fake score is the best one: at each noise
-    level it sees what the student shows it there, and its error in it, f - r, is regressed on x_tau. The student stands
-    still where its gradient, (f - r) x_tau over the scale and over all points of the segment, is 0. Elements are many,
-    so importance weights are 1. `last_too`: mid-points on the last segment too, as was done once.
+
+def pull(alpha, t, variance, m, tau, std, target):
+    """The student's gradient on alpha over points (m, tau) of a segment that begins at x ~ N(0, variance) at t.
+
+    The fake score is the best one: f - r is regressed on x_tau, on all points of a noise level together, as its loss
+    weighs them. Elements are many, so importance weights are 1 and the scale is the same for all samples.
     """
-    grid = sampler.schedule(steps, MU).double()
+    level = (torch.sigmoid(tau.logit() - MU) * 200).long()  # as finely as the fake score tells levels apart
+    a, b = renoise_coefficients(m, tau)
+    c = scaled(alpha, t, m)
+    teacher = (1 - tau) * std**2 / ((1 - tau) ** 2 * std**2 + tau**2)  # r = teacher x_tau
+    square = (a * c) ** 2 * variance + b**2  # of x_tau
+    if target == "reference":
+        weight, product = torch.ones_like(tau), a * c * alpha * variance  # of x_tau and x0
+    else:
+        weight, product = (b / tau) ** 2, (a * c**2 * variance - a * m**2) / (1 - m)  # of x_tau and y
+    sums = torch.zeros(2, 201, dtype=torch.float64)
+    sums[0].index_add_(0, level, weight * (product - teacher * square))
+    sums[1].index_add_(0, level, weight * square)
+    gap = (sums[0] / sums[1])[level]  # (f - r) = gap x_tau
+    scale = ((alpha - teacher * a * c) ** 2 * variance + (teacher * b) ** 2).sqrt()
+    return (gap * a * c / scale).mean()
+
+
+def last_with_midpoints(steps, u_m, u_tau):
+    """The last segment's points as they once were: m anywhere on the way to 0."""
+    s_m = u_m * (1 / steps - tdm_loss.GAP)
+    least, most = s_m.clamp(min=tdm_loss.FIRST), min(1 / steps - tdm_loss.BELOW, tdm_loss.LAST)
+    return sampler.shift(s_m, MU), sampler.shift(least + u_tau * (most - least), MU)
+
+
+def variances(steps, midpoints, target, std, last=None):
+    """Variance at the end of each segment over the teacher's there, for data N(0, std^2), once nothing moves any more:
+    where each segment's `pull` is 0, by bisection. `last` may give other points for the last one."""
     u = (torch.arange(48) + 0.5) / 48
     u_m, u_tau = (part.flatten() for part in torch.meshgrid(u, u, indexing="ij"))
     variance, found = torch.tensor(1.0, dtype=torch.float64), []
-    for k, (t, t_next) in enumerate(itertools.pairwise(grid)):
+    for k, (t, t_next) in enumerate(itertools.pairwise(sampler.schedule(steps, MU).double())):
         ks = torch.full(u_m.shape, k)
-        if last_too and k == steps - 1:
-            s_m = u_m * (1 / steps - tdm_loss.GAP)
-            s_tau = s_m.clamp(min=tdm_loss.FIRST)
-            s_tau = s_tau + u_tau * (min(1 / steps - tdm_loss.BELOW, tdm_loss.LAST) - s_tau)
-            m, tau = sampler.shift(s_m, MU).double(), sampler.shift(s_tau, MU).double()
-        else:
-            m, tau = (c.double() for c in point_times(ks, ks * 0 + steps, u_m, u_tau, MU, midpoints, True))
-        s_tau = torch.sigmoid(tau.logit() - MU)
-        level = (s_tau * 200).long()  # as finely as the fake score tells levels apart
-        a, b = renoise_coefficients(m, tau)
-        teacher = (1 - tau) * std**2 / ((1 - tau) ** 2 * std**2 + tau**2)
-
-        def way(alpha, m):
-            """x_m = c x."""
-            return (1 - m) * alpha + m * (1 - (1 - t) * alpha) / t
-
-        def gradient(alpha):
-            c = way(alpha, m)
-            x_tau_square = (a * c) ** 2 * variance + b**2
-            if target == "reference":
-                weight, product = torch.ones_like(tau), a * c * alpha * variance  # of x_tau and x0
-            else:
-                weight, product = (b / tau) ** 2, (a * c**2 * variance - a * m**2) / (1 - m)  # of x_tau and y
-            sums = torch.zeros(2, 201, dtype=torch.float64)
-            sums[0].index_add_(0, level, weight * (product - teacher * x_tau_square))
-            sums[1].index_add_(0, level, weight * x_tau_square)
-            gap = (sums[0] / sums[1])[level]
-            scale = ((alpha - teacher * a * c) ** 2 * variance + (teacher * b) ** 2).sqrt()
-            return (gap * a * c / scale).mean()
-
+        points = point_times(ks, torch.full_like(ks, steps), u_m, u_tau, MU, midpoints, separate=True)
+        if last is not None and k == steps - 1:
+            points = last(steps, u_m, u_tau)
+        m, tau = (part.double() for part in points)
         low, high = 0.0, 3.0
         for _ in range(40):
             alpha = (low + high) / 2
-            low, high = (alpha, high) if gradient(alpha) < 0 else (low, alpha)
-        variance = variance * way(low, t_next) ** 2
+            low, high = (alpha, high) if pull(alpha, t, variance, m, tau, std, target) < 0 else (low, alpha)
+        variance = variance * scaled(low, t, t_next) ** 2
         found.append(float(variance / ((1 - t_next) ** 2 * std**2 + t_next**2)))
     return found
 
@@ -318,7 +321,7 @@ def test_the_student_ends_with_the_teachers_variance(steps, midpoints, target):
 
 def test_midpoints_on_the_last_segment_would_narrow_the_end():
     """To .43 and .73 of the teacher's variance in three steps, and to a twentieth and a fifth in one."""
-    ends = [variances(steps, True, "reference", std, last_too=True)[-1] for steps in (3, 1) for std in (0.5, 1.0)]
+    ends = [variances(steps, True, "reference", std, last_with_midpoints)[-1] for steps in (3, 1) for std in (0.5, 1.0)]
     assert ends == pytest.approx([0.43, 0.73, 0.07, 0.21], abs=0.01)
 
 
