@@ -103,7 +103,8 @@ class Trainer(PlainState, SFTTrainer):
 class RunningClip(TrainerCallback):
     """Sets the norm that TRL clips the next gradient to.
 
-    The norms before it are in the trainer's log, which checkpoints hold, so a resumed run clips as an uninterrupted one.
+    The norms before it are in the trainer's log, which checkpoints hold, so a resumed run clips as one that was not
+    interrupted.
     """
 
     def __init__(self, factor: float):

@@ -194,13 +194,8 @@ def optimise(
     else:
         procs.sum_gradients(stepper.parameters)
     found["grad_norm"] = stepper.step()
-    return {
-        **_relative(means),
-        **found,
-        **stepper.metrics(),
-        "loss": means["loss"] + hinge,
-        "skipped_updates": stepper.skipped,
-    }
+    found |= stepper.metrics()
+    return {**_relative(means), **found, "loss": means["loss"] + hinge, "skipped_updates": stepper.skipped}
 
 
 def _settings(loss: PreferenceLossConfig) -> dict[str, Any]:
