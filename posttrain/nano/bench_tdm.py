@@ -150,7 +150,7 @@ def train(args: argparse.Namespace) -> list[Path]:
 
 
 def load(path: Path, device: str) -> tuple[K2, str | None, str]:
-    """A student, the role that it is (a run's policy, or the whole of an exported pipeline), and the name of its row."""
+    """A student, the role that it is (a run's policy, or all of an exported pipeline), and the name of its row."""
     if (path / "model_index.json").exists():
         return K2.load(path, device=device), None, "student"
     saved = checkpoint.load(checkpoint.find(path))
