@@ -123,8 +123,13 @@ class OptimConfig:
     """Decay of the two moments, each in [0, 1)."""
     weight_decay: float = 0.0
     """Decoupled weight decay, >= 0."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this global norm, > 0."""
+    eps: float = 1e-15
+    """Added to the root of the second moment, > 0. Gradients are means over all latent elements: for K2 that root is
+    1e-8 and less, so the usual 1e-8 would set the rate, differently at each resolution and number of images. The
+    metric eps_share is what eps takes of the rate."""
+    clip_factor: float = 3.0
+    """Gradients whose global norm is above this many times the median of the last 64 norms are scaled down to that,
+    >= 1, or 0: never. The first 16 updates are not clipped. The metric clipped_updates counts them."""
     passes: int = 1
     """Optimiser updates on each batch of images, >= 1; more than two leaves the policy that drew them."""
     warmup_steps: int = 0
@@ -140,17 +145,22 @@ class OptimConfig:
 
 @dataclass
 class LossConfig:
-    """The clipped objective. Log-probs are means over latent elements, hence the small clips."""
+    """The clipped objective. Log-probs are means over latent elements, hence the small clips.
+
+    With optim.passes 1 the policy that trains is the one that sampled, so all ratios are 1 and nothing is clipped: the
+    smaller clip is then only how far from 1 a ratio may be before the run is ended.
+    """
 
     clip_low: float = 1e-4
-    """The ratio is clipped below at 1 - clip_low, in (0, 1)."""
+    """The ratio is clipped below at 1 - clip_low, in (0, 1). It acts from the second of optim.passes on."""
     clip_high: float = 1e-4
-    """The ratio is clipped above at 1 + clip_high, > 0."""
+    """The ratio is clipped above at 1 + clip_high, > 0. It acts from the second of optim.passes on."""
     kl: float = 0.01
     """Weight of the squared velocity distance to the reference (the weights at the start: adapter off), >= 0; 0
-    turns it off."""
+    turns it off. With ratio guard each step's distance is weighted as its objective is."""
     ratio: Literal["plain", "guard"] = "guard"
-    """plain: exp of the log-prob difference. guard: recentred and rescaled so that steps share one scale."""
+    """plain: exp of the log-prob difference. guard: recentred, and rescaled and weighted so that all steps of the
+    schedule are equally sensitive to the velocity."""
     max_advantage: float = 5.0
     """Advantages are clipped to plus or minus this, > 0."""
 

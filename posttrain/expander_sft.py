@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import signal
@@ -30,6 +31,7 @@ from peft import get_peft_model
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from posttrain import clipping
 from posttrain.expander_config import ExpanderSFTConfig
 from posttrain.expander_model import load_chat_model, resolve, write_card
 from posttrain.expander_template import messages, template
@@ -98,6 +100,21 @@ class Trainer(PlainState, SFTTrainer):
     """TRL's, with checkpoints of safetensors and JSON."""
 
 
+class RunningClip(TrainerCallback):
+    """Sets the norm that TRL clips the next gradient to.
+
+    The norms before it are in the trainer's log, which checkpoints hold, so a resumed run clips as one that was not
+    interrupted.
+    """
+
+    def __init__(self, factor: float):
+        self.factor = factor
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        norms = [row["grad_norm"] for row in state.log_history if "grad_norm" in row]
+        args.max_grad_norm = clipping.limit([norm for norm in norms if 0 < norm < math.inf], self.factor)
+
+
 def make_trainer(
     model: Any, tokenizer: Any, training: list[Pair], heldout: list[Pair], config: ExpanderSFTConfig, logger: Any = None
 ) -> SFTTrainer:
@@ -120,7 +137,8 @@ def make_trainer(
         adam_beta1=optim.betas[0],
         adam_beta2=optim.betas[1],
         weight_decay=optim.weight_decay,
-        max_grad_norm=optim.max_grad_norm,
+        adam_epsilon=optim.eps,
+        max_grad_norm=math.inf,  # see RunningClip
         max_length=None,  # the pairs that are too long have been left out
         packing=False,
         completion_only_loss=True,
@@ -146,7 +164,7 @@ def make_trainer(
         train_dataset=conversations(training),
         eval_dataset=conversations(heldout),
         processing_class=tokenizer,
-        callbacks=[Sealed(), *([logger] if logger is not None else [])],
+        callbacks=[Sealed(), RunningClip(optim.clip_factor), *([logger] if logger is not None else [])],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

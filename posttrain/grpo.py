@@ -245,7 +245,8 @@ def optimise(k2: K2, config: GRPOConfig, groups: list[Group], stepper: Stepper, 
     for _ in range(config.optim.passes):
         metrics = gradient(k2, config, groups, procs)
         procs.sum_gradients(stepper.parameters)
-        passes.append({**metrics, "grad_norm": stepper.step()})
+        metrics["grad_norm"] = stepper.step()
+        passes.append(metrics | stepper.metrics())
     # Before the first update the policy is the one that drew the images, so every ratio is 1.
     return {**passes[-1], "ratio_error": passes[0]["ratio_error"], "skipped_updates": stepper.skipped}
 
@@ -261,24 +262,24 @@ def gradient(k2: K2, config: GRPOConfig, groups: list[Group], procs: Processes) 
     count = config.groups.prompts_per_step * stochastic * config.groups.group_size
     totals: dict[str, Tensor] = {}
     for group, move in moves:
-        weight = _weight(group.trajectory, move) if loss.ratio == "guard" else 1.0
-        times_1 = sampler.schedule(s.steps, k2.mu(*group.size))[1]
+        times = sampler.schedule(s.steps, k2.mu(*group.size))
+        weight = float(sampler.guard_weights(times, s.dynamics, s.eta)[move.index]) if loss.ratio == "guard" else 1.0
         for rows in torch.arange(len(move.x)).split(config.groups.micro_batch):
             with k2.role(POLICY):
                 v = k2.velocity(move.x[rows], move.t, group.text, *group.size)
-            mean, std = sampler.sde_moments(move.x[rows], v, move.t, move.t_next, s.dynamics, s.eta, times_1)
+            mean, std = sampler.sde_moments(move.x[rows], v, move.t, move.t_next, s.dynamics, s.eta, times[1])
             if loss.ratio == "guard":
                 log_ratio = sampler.guard_log_ratio(move.x_next[rows], move.mean[rows], mean, std)
             else:
                 log_ratio = sampler.log_prob(move.x_next[rows], mean, std) - move.log_prob[rows]
             loss_B, parts = losses.clipped_policy(log_ratio, group.advantages[rows], loss.clip_low, loss.clip_high)
-            loss_B = weight * loss_B
             if loss.kl > 0:
                 with torch.no_grad(), k2.role(None):
                     reference = k2.velocity(move.x[rows], move.t, group.text, *group.size)
                 kl_B = losses.velocity_kl(v, reference)
                 loss_B = loss_B + loss.kl * kl_B
                 parts["kl"] = kl_B.detach().sum()
+            loss_B = weight * loss_B  # the KL's term too, so that loss.kl means the same at every step
             parts["loss"] = loss_B.detach().sum()
             with k2.role(POLICY):
                 (loss_B.sum() / count).backward()
@@ -289,12 +290,7 @@ def gradient(k2: K2, config: GRPOConfig, groups: list[Group], procs: Processes) 
     each = [part for part in procs.each({name: float(value) for name, value in totals.items()}) if part]
     worst = max(part.pop("worst") for part in each)
     average = {name: sum(part[name] for part in each) / count for name in each[0]}
-    square = average.pop("ratio_square")
-    average["ratio_std"] = max(0.0, square - average["ratio"] ** 2) ** 0.5
+    # Log-ratios lie around 0, so the difference of their moments is accurate; that of ratios around 1 would not be.
+    mean, square = average.pop("log_ratio"), average.pop("log_ratio_square")
+    average["log_ratio_std"] = max(0.0, square - mean**2) ** 0.5
     return {**average, "ratio_error": worst}
-
-
-def _weight(trajectory: Trajectory, move: Any) -> float:
-    """GRPO-Guard's weight of a step: 1/delta over its mean, which levels the steps' sensitivity to v."""
-    inverse = {id(m): 1 / float(m.t - m.t_next) for m in trajectory.transitions}
-    return inverse[id(move)] * len(inverse) / sum(inverse.values())

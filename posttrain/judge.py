@@ -176,7 +176,7 @@ def update(vlm: VLM, stepper: Stepper, batches: Iterator, config: JudgeConfig, s
         for name, value in metrics.items():
             totals[name] = totals.get(name, 0.0) + value
     norm = stepper.step()
-    return {**{k: float(v) / config.batch for k, v in totals.items()}, "grad_norm": norm,
+    return {**{k: float(v) / config.batch for k, v in totals.items()}, "grad_norm": norm, **stepper.metrics(),
             "skipped_updates": stepper.skipped}  # fmt: skip
 
 

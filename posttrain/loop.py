@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain import checkpoint, shards
+from posttrain import checkpoint, clipping, shards
 from posttrain.config import CheckpointConfig, LossConfig, OptimConfig
-from posttrain.optimizer import make_optimizer, set_rate
+from posttrain.optimizer import make_optimizer, median_root, set_group
 from prompts.errors import UserError
 
 MAX_SKIPPED = 10
@@ -122,7 +122,9 @@ class Stepper:
             self.optimizer.param_groups[0]["foreach"] = False  # it takes another copy of all
         self.rate = 1.0
         """Share of the learning rate to take, for a method that lowers it."""
-        self.updates = self.skipped = self.skipped_in_a_row = 0
+        self.updates = self.skipped = self.skipped_in_a_row = self.clipped = 0
+        self.norms: list[float] = []
+        """The newest norms of gradients before clipping, which the next one is held against."""
         self._average = [p.detach().clone() for p in self._own] if config.ema else None
 
     def step(self) -> float:
@@ -134,16 +136,15 @@ class Stepper:
         for parameter, own in zip(self.parameters, self._own):
             if parameter.grad is not None:
                 own.grad = shards.own(parameter.grad)
-        torch.nn.utils.clip_grads_with_norm_(self._own, self.config.max_grad_norm, total)
         norm = total.item()
         self.updates += 1
         if math.isfinite(norm):
             self.skipped_in_a_row = 0
+            self._clip(norm)
             warm = min(1.0, self.updates / max(1, self.config.warmup_steps))
             rate = self.config.lr * warm * self.rate
-            for group in self.optimizer.param_groups:  # a resumed run takes them from its recipe
-                group |= {"betas": self.config.betas, "weight_decay": self.config.weight_decay}
-                set_rate(group, rate)
+            for group in self.optimizer.param_groups:
+                set_group(group, self.config, rate)
             self.optimizer.step()
             if self._average is not None:
                 decay = min(self.config.ema, (1 + self.updates) / (10 + self.updates))
@@ -159,6 +160,24 @@ class Stepper:
                 f"optim.lr: {MAX_SKIPPED} gradients in a row were not finite; lower it (it is {self.config.lr:g})"
             )
         return norm
+
+    def _clip(self, norm: float) -> None:
+        """Scales the gradients down where their norm is far above those before it."""
+        limit = clipping.limit(self.norms, self.config.clip_factor)
+        if norm > limit:
+            torch._foreach_mul_([own.grad for own in self._own if own.grad is not None], limit / norm)
+            self.clipped += 1
+        if norm > 0:  # 0 says that nothing was to be learnt from a batch, and nothing of what is usual
+            self.norms = [*self.norms, norm][-clipping.WINDOW :]
+
+    def metrics(self, prefix: str = "") -> dict[str, float]:
+        """How many updates were clipped so far; `sqrt_v`, the median root of AdamW's second moment over a sample of the
+        weights that this process updates; and `eps_share`, the share of the rate that optim.eps takes from that median
+        weight. The last two are absent before there is a gradient."""
+        found: dict[str, float] = {"clipped_updates": self.clipped}
+        if (root := median_root(self.optimizer)) is not None:
+            found |= {"sqrt_v": root, "eps_share": self.config.eps / (root + self.config.eps)}
+        return {f"{prefix}{name}": value for name, value in found.items()}
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -200,9 +219,10 @@ class Stepper:
         index = key.partition(".")[0]
         return self.parameters[int(index)] if index.isdigit() else torch.empty(0)
 
-    def counters(self) -> dict[str, int]:
-        return {k: getattr(self, k) for k in ("updates", "skipped", "skipped_in_a_row")}
+    def counters(self) -> dict[str, Any]:
+        return {k: getattr(self, k) for k in ("updates", "skipped", "skipped_in_a_row", "clipped", "norms")}
 
-    def restore_counters(self, counters: dict[str, int]) -> None:
+    def restore_counters(self, counters: dict[str, Any]) -> None:
         self.updates, self.skipped = counters["updates"], counters["skipped"]
         self.skipped_in_a_row = counters["skipped_in_a_row"]
+        self.clipped, self.norms = counters.get("clipped", 0), counters.get("norms", [])  # older checkpoints have none

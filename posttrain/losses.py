@@ -25,7 +25,8 @@ def clipped_policy(
     with torch.no_grad():
         metrics = {
             "ratio": ratio.sum(),
-            "ratio_square": ratio.square().sum(),
+            "log_ratio": log_ratio_B.float().sum(),
+            "log_ratio_square": log_ratio_B.float().square().sum(),
             "clip_low": ((ratio < 1 - clip_low) & (advantages_B < 0)).float().sum(),
             "clip_high": ((ratio > 1 + clip_high) & (advantages_B > 0)).float().sum(),
         }

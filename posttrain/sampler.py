@@ -136,6 +136,21 @@ def kl_coefficient(t: Time, t_next: Time, dynamics: Dynamics, eta: float, t_firs
     return -(t - t_next) * (1 + _variance(t, t_first, dynamics, eta) * (1 - t) / (2 * t))
 
 
+def guard_weights(times: Tensor, dynamics: Dynamics, eta: float) -> Tensor:
+    """(steps - 1,) weights of the steps of a grid that can be trained, all but the last; their mean is 1.
+
+    `guard_log_ratio` is <z, C dv> for the step's noise z, with C of `kl_coefficient`. Weighted by 1 / |C| it is equally
+    sensitive to the velocity at every step. For flow, C = -delta (1 + eta^2/2) at every t < 1, and the weight is
+    1 / delta as published, which differs at t = 1 alone.
+    """
+    t, t_next = times[:-2].double(), times[1:-1].double()
+    if dynamics == "flow":
+        inverse = 1 / (t - t_next)
+    else:
+        inverse = 1 / kl_coefficient(t, t_next, dynamics, eta, times[1]).abs().double()
+    return inverse / inverse.mean()
+
+
 def _variance(t: Tensor, t_first: Tensor, dynamics: Dynamics, eta: float) -> Tensor:
     """sigma^2, the diffusion's variance a unit of time."""
     if dynamics == "dance":

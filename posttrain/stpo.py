@@ -219,6 +219,7 @@ def optimise(
     else:
         procs.sum_gradients(stepper.parameters)
     found["grad_norm"] = stepper.step()
+    found |= stepper.metrics()
     return {**_relative(means), **found, "loss": means["loss"] + hinge, "skipped_updates": stepper.skipped}
 
 

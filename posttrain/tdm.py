@@ -20,6 +20,8 @@ beside it, of the fake score and the guided teacher: 10.8 forwards and 2 backwar
 |---|---|
 | fake_loss, generator_loss | the losses; the second follows the distance of the scores and need not fall |
 | fake_grad_norm, generator_grad_norm | before clipping |
+| fake_clipped_updates, generator_clipped_updates | so far |
+| fake_sqrt_v, fake_eps_share; generator_... | size of what Adam divides by, and what optim.eps takes of the rate |
 | fake_updates | of the fake score in this step |
 | omega, omega_clipped | mean importance weight before clipping; share that was clipped |
 | direction, scale | mean absolute f - r, which the student follows, and what it is divided by |
@@ -235,7 +237,7 @@ def update_fake(
         _add(sums, metrics)
     means = _means(sums, config.batch, procs)
     procs.sum_gradients(stepper.parameters)
-    return means | {"fake_grad_norm": stepper.step()}
+    return means | {"fake_grad_norm": stepper.step()} | stepper.metrics("fake_")
 
 
 def _fake_loss(k2: K2, config: TDMConfig, batch: Batch, p: Points) -> tuple[Tensor, dict[str, Tensor]]:
@@ -270,7 +272,7 @@ def update_student(
         _add(sums, metrics)
     means = _means(sums, config.batch, procs)
     procs.sum_gradients(stepper.parameters)
-    return means | {"generator_grad_norm": stepper.step()}
+    return means | {"generator_grad_norm": stepper.step()} | stepper.metrics("generator_")
 
 
 def _add(sums: dict[str, float], metrics: dict[str, Tensor]) -> None:

@@ -25,10 +25,12 @@ class StudentConfig:
     """The few-step model. It is drawn without guidance, on the schedule of a Turbo checkpoint (shift 1.15)."""
 
     steps: list[int] = field(default_factory=lambda: [8])
-    """Steps from noise to image, each 1 to 16. Of several each trained picture takes one, drawn evenly, and evaluation
-    draws with each; the first is the one that previews show and whose figures have no suffix (oracle@4steps)."""
+    """Steps from noise to image, each 1 to 16. Of several each trained image takes one, drawn evenly, and evaluation
+    draws with each; the first is the one that previews show and whose figures have no suffix (oracle@4steps). A student
+    of several is a compromise, as it is not told which it takes: see docs/tdm.md."""
     midpoints: bool = True
-    """Judge a step where it would be anywhere on its way to the next time, instead of there only: a regulariser."""
+    """Judge a step where it would be anywhere on its way to the next time, instead of there only: a regulariser. The
+    last step is always judged at its end, the image. A student of several numbers of steps does better without."""
     levels: Literal["separate", "joint"] = "separate"
     """Noise levels at which a step is judged. separate: those below its own time, so that each level belongs to one
     step. joint: all above the point it leads to, which the fake score must then know for all steps at once."""

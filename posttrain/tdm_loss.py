@@ -5,7 +5,8 @@ Trajectory Distribution Matching (arXiv:2503.06674) with velocities in place of 
 walks the times t_0 = 1 > t_1 > ... > t_K = 0. At a point x of its trajectory, at t = t_k, it says v_S, so
 
     x0 = x - t v_S,  e = x + (1-t) v_S          clean sample and noise that it implies
-    x_m = (1-m) x0 + m e                         where it goes on to: m = t_{k+1}, or anywhere between the two
+    x_m = (1-m) x0 + m e                         where it goes on to: m = t_{k+1}, or, before the last step, anywhere
+                                                 between the two
     x_tau = a x_m + b z,  m <= tau < t           noised again, a = (1-tau)/(1-m), b^2 = tau^2 - (a m)^2, z fresh
     r = x_tau - tau v_T,  f = x_tau - tau v_F    clean samples that the guided teacher and the fake score see in it
 
@@ -46,9 +47,14 @@ def point_times(
 
     `separate` keeps tau below t_k, so that a noise level belongs to one segment and the fake score need not average
     over several; joint lets it go to 0.99.
+
+    The last segment has no mid-points, m = 0: one clean sample cannot have the right distribution at 0 and at all
+    points on the way there, since a straight way between two noise levels is wider than the distributions between
+    them. The student would settle for images of too little variance.
     """
     s, s_next = 1 - k.float() / steps, 1 - (k.float() + 1) / steps
     s_m = s_next + u_m * (s - GAP - s_next) if midpoints else s_next
+    s_m = torch.where(k + 1 < steps, s_m, s_next)
     least = s_m.clamp(min=FIRST)
     most = (s - BELOW).clamp(max=LAST) if separate else torch.full_like(s, LAST)
     s_tau = least + u_tau * (most - least)

@@ -362,7 +362,9 @@ def _validate_optim(optim: OptimConfig) -> None:
         if not 0 <= beta < 1:
             raise ConfigError("optim.betas", f"holds {beta}; each must be at least 0 and below 1")
     at_least("optim.weight_decay", optim.weight_decay, 0)
-    positive("optim.max_grad_norm", optim.max_grad_norm)
+    positive("optim.eps", optim.eps)
+    if optim.clip_factor != 0:
+        at_least("optim.clip_factor", optim.clip_factor, 1)
     at_least("optim.passes", optim.passes, 1)
     at_least("optim.warmup_steps", optim.warmup_steps, 0)
     at_least("optim.cooldown_steps", optim.cooldown_steps, 0)

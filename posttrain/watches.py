@@ -6,7 +6,7 @@
 | ratio_error | the smaller clip: beyond it the policy that trains is not the one that sampled |
 | ratio | the two clips |
 | failed, missing_images | the smallest max_failures of a reward |
-| grad_norm of any role | max_grad_norm, above which gradients are scaled down |
+| grad_norm of any role | clip_factor times the median of those before (of an expander's GDPO, max_grad_norm) |
 | to_teacher/... | 1, the teacher |
 | image/high_energy_ratio | 1, the start |
 | pairs/winner, winner | 0, the reference |
@@ -14,12 +14,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from posttrain.chart import Limit, Point
+from posttrain import clipping
+from posttrain.chart import Limit, Point, thin
 
-DRIFT = ("kl", "ratio_std", "skipped", "drift_", "repeatability/")
+DRIFT = ("kl", "log_ratio_std", "skipped", "drift_", "repeatability/")
 LOOKS = ("eval/image/", "eval/to_teacher/", "eval/diversity", "eval/format", "eval/safe")
 
 
@@ -43,6 +45,9 @@ def limits(recipe: dict[str, Any], series: dict[str, list[Point]]) -> dict[str, 
         kind = name.removeprefix("eval/")
         if name.endswith("grad_norm"):
             add(name, "scaled down above", optim.get("max_grad_norm"))
+            if optim.get("clip_factor"):
+                line = _clip_line(series[name], optim["clip_factor"])
+                found.setdefault(name, []).append(Limit("scaled down above", line))
         if kind.startswith("to_teacher/"):
             add(name, "the teacher", 1.0)
         elif kind.startswith("image/high_energy_ratio"):
@@ -80,6 +85,18 @@ def _stop(stop: dict[str, Any], points: list[Point]) -> Limit:
             best = value if best is None else (min if lower else max)(best, value)
             line.append((step, best + (1 if lower else -1) * stop["drop"] * abs(best)))
     return Limit(label, line or [(0, None)], bad)
+
+
+def _clip_line(points: Sequence[Point], factor: float) -> list[Point]:
+    """What each norm was held against, as loop.Stepper does, from the norms that were logged."""
+    line: list[Point] = []
+    norms: list[float] = []
+    for step, value in points:
+        limit = clipping.limit(norms, factor)
+        line.append((step, limit if math.isfinite(limit) else None))
+        if value is not None and value > 0:
+            norms.append(value)
+    return thin(line) or [(0, None)]
 
 
 def _failures(recipe: dict[str, Any]) -> float | None:

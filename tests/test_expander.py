@@ -1,8 +1,10 @@
 """The prompt expander: its messages, supervised training on completions alone, and its use."""
 
 import json
+import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +18,16 @@ from posttrain.config import CheckpointConfig, LoraConfig, OptimConfig, TrackCon
 from posttrain.expander_config import ExpanderDataConfig, ExpanderSFTConfig
 from posttrain.expander_data import make
 from posttrain.expander_model import Expander, load_chat_model
-from posttrain.expander_sft import Pair, check_tokens, fitting, make_trainer, read_pairs, tokens, train
+from posttrain.expander_sft import (
+    Pair,
+    RunningClip,
+    check_tokens,
+    fitting,
+    make_trainer,
+    read_pairs,
+    tokens,
+    train,
+)
 from posttrain.expander_template import FILE, messages, template
 from posttrain.nano import build, evaluate_expander
 from posttrain.nano.scenes import COLOURS, SHAPES
@@ -155,6 +166,15 @@ def sft(tmp_path):
     commands = runs.Commands(tmp_path, "import posttrain.expander_sft\n")
     yield commands
     commands.close()
+
+
+def test_a_gradient_is_clipped_by_the_norms_in_the_log():
+    """TRL's limit before each step: three times the median, 1, of what was logged, from the sixteenth norm on."""
+    args, log = SimpleNamespace(max_grad_norm=None), [{"grad_norm": 1.0}, {"eval_loss": 2.0}, {"grad_norm": math.nan}]
+    for count, expected in ((15, math.inf), (16, 3.0)):
+        state = SimpleNamespace(log_history=[*log, *[{"grad_norm": 1.0}] * (count - 1)])
+        RunningClip(3.0).on_step_begin(args, state, None)
+        assert args.max_grad_norm == expected
 
 
 def test_two_processes_train_as_one(sft, tmp_path):

@@ -60,7 +60,8 @@ def one_step(config, model):
 @pytest.mark.parametrize("ratio", ["plain", "guard"])
 @pytest.mark.parametrize("window", [2, None])
 def test_gradient_of_a_step(config, one_step, ratio, window):
-    """-mean over images and SDE steps of A grad log p; GRPO-Guard: times S / delta over the mean 1 / delta."""
+    """-mean over images and SDE steps of A grad log p; GRPO-Guard: times S / delta over the mean 1 / delta of all steps
+    but the last."""
     k2, parameters, draw, gradient = one_step
     config.loss.ratio, config.loss.kl, config.sampling.window = ratio, 0.0, window
     config.sampling.sizes = [[32, 32], [16, 48]]
@@ -74,12 +75,13 @@ def test_gradient_of_a_step(config, one_step, ratio, window):
         assert len(moves) == (window or 3)
         start = moves[0].x  # shared by the group up to a window, each image's own where all steps are stochastic
         assert all(torch.equal(start[0], x) == (window is not None) for x in start[1:])
-        inverse = torch.tensor([1 / (move.t - move.t_next) for move in moves])
-        for move, weight in zip(moves, inverse / inverse.mean()):
+        times = sampler.schedule(4, k2.mu(*group.size))
+        inverse = 1 / (times[:3] - times[1:4])
+        for move in moves:
+            weight = inverse[move.index] / inverse.mean()
             with k2.role("policy"):
                 v = k2.velocity(move.x, move.t, group.text, *group.size)
-                first = sampler.schedule(4, k2.mu(*group.size))[1]
-                mean, std = sde_moments(move.x, v, move.t, move.t_next, "flow", config.sampling.eta, first)
+                mean, std = sde_moments(move.x, v, move.t, move.t_next, "flow", config.sampling.eta, times[1])
             factor = weight * std if ratio == "guard" else 1.0
             terms.append(factor * group.advantages * sampler.log_prob(move.x_next, mean, std))
     loss = -torch.cat(terms).mean()
@@ -98,24 +100,28 @@ def test_gradient_does_not_depend_on_the_micro_batch(config, one_step):
         assert (other - gradients[0]).norm() < 1e-4 * gradients[0].norm()
 
 
-def test_kl_pulls_towards_the_base(config, one_step):
-    """Without advantages the step follows the squared velocity distance to the adapter-free model alone."""
+@pytest.mark.parametrize("ratio", ["plain", "guard"])
+def test_kl_pulls_towards_the_base(config, one_step, ratio):
+    """Without advantages the step follows the squared velocity distance to the adapter-free model alone; GRPO-Guard's
+    weight of a step is that of its distance too."""
     k2, parameters, draw, gradient = one_step
-    config.loss.kl = 0.5
+    config.loss.kl, config.loss.ratio = 0.5, ratio
     groups = draw()
     for group in groups:
         group.advantages = torch.zeros(4)
     got, metrics = gradient(groups)
-    terms = []
+    terms, weights = [], []
     for group in groups:
+        guard = sampler.guard_weights(sampler.schedule(4, k2.mu(*group.size)), "flow", config.sampling.eta)
         for move in group.trajectory.transitions:
+            weights += 4 * [guard[move.index] if ratio == "guard" else torch.tensor(1.0)]
             with k2.role("policy"):
                 v = k2.velocity(move.x, move.t, group.text, *group.size)
             with torch.no_grad(), k2.role(None):
                 reference = k2.velocity(move.x, move.t, group.text, *group.size)
             terms.append((v - reference).square().flatten(1).mean(1))
-    kl = torch.cat(terms).mean()
-    expected = torch.cat([g.flatten() for g in torch.autograd.grad(0.5 * kl, parameters)])
+    kl, weighted = torch.cat(terms).mean(), (torch.stack(weights) * torch.cat(terms)).mean()
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(0.5 * weighted, parameters)])
     assert (got - expected).norm() < 1e-4 * expected.norm() and expected.norm() > 0
     assert metrics["kl"] == pytest.approx(kl.item(), rel=1e-4) and metrics["kl"] > 1e-4
 

@@ -179,7 +179,7 @@ def test_8_bit_moments_resume_bit_for_bit(tmp_path, eager):
 def test_8_bit_moments_update_as_adamw_nearly_does(eager):
     moved = []
     for kind in ("adamw", "adamw8bit"):
-        stepper = Stepper(factors(), OptimConfig(kind=kind, lr=1e-2, max_grad_norm=1e9))
+        stepper = Stepper(factors(), OptimConfig(kind=kind, lr=1e-2))
         update(stepper, 5)
         moved.append([p.detach() - before.detach() for p, before in zip(stepper.parameters, factors())])
     assert 1e-4 < off(moved[1][0], moved[0][0]) < 0.05

@@ -269,6 +269,40 @@ def test_kl_coefficient_is_the_derivative(dynamics, t, t_next):
     assert (gradient - c).abs().max() < 1e-6
 
 
+def test_guard_weights_by_hand():
+    """Eight steps at 1024 x 1024: 1 / delta over its mean over the first seven, 1.63 to .47. Within a window of its
+    first two steps a mean of their own would leave 1.08 and .92."""
+    times = sampler.schedule(8, sampler.resolution_mu(4096))
+    weights = sampler.guard_weights(times, "flow", 0.7)
+    assert weights.tolist() == pytest.approx([1.631, 1.388, 1.165, 0.961, 0.777, 0.612, 0.466], abs=1e-3)
+    assert weights.mean().item() == pytest.approx(1)
+    assert (weights[:2] / weights[:2].mean()).tolist() == pytest.approx([1.08, 0.92], abs=5e-3)
+    # dance, from t = 1: C = -delta, so 1 / .054553; at t = .945447: C = -delta (1 + .09 x .054553 / (2 t)).
+    dance = sampler.guard_weights(times, "dance", 0.3)
+    t, t_next = times[1].item(), times[2].item()
+    second = 1 / ((t - t_next) * (1 + 0.09 * (1 - t) / (2 * t)))
+    assert (dance[0] / dance[1]).item() == pytest.approx((1 / (1 - t)) / second, rel=1e-5)
+
+
+@pytest.mark.parametrize("dynamics", DYNAMICS)
+def test_guard_weights_level_the_steps(dynamics):
+    """Weighted, the guard's log-ratio moves as much with the velocity at any step: its gradient by v is w C z / D. For
+    flow all is level but t = 1, by 1 + eta^2/2 = 1.245 of the published 1 / delta."""
+    times = sampler.schedule(8, 0.9)
+    weights = sampler.guard_weights(times, dynamics, 0.7)
+    generator = torch.Generator().manual_seed(0)
+    x, v, z = torch.randn(3, 1, 64, generator=generator)
+    sensitivity = []
+    for weight, t, t_next in zip(weights, times, times[1:]):
+        old, std = sampler.sde_moments(x, v, t, t_next, dynamics, 0.7, times[1])
+        leaf = v.clone().requires_grad_()
+        new, _ = sampler.sde_moments(x, leaf, t, t_next, dynamics, 0.7, times[1])
+        (gradient,) = torch.autograd.grad(sampler.guard_log_ratio(old + std * z, old, new, std).sum(), leaf)
+        sensitivity.append(weight.item() * gradient.norm().item())
+    expected = [sensitivity[1] / (1.245 if dynamics == "flow" else 1.0), *[sensitivity[1]] * 6]
+    assert sensitivity == pytest.approx(expected, rel=1e-3)
+
+
 def test_guard_log_ratio_both_forms():
     """In fp64 the two forms agree to 1e-12; the sampler's fp32 agrees with them to fp32."""
     generator = torch.Generator().manual_seed(1)

@@ -68,7 +68,7 @@ def test_two_sharded_processes_equal_one(command, model, tmp_path, method):
     config.eval.prompts, config.eval.every = 1, 1
     if method == "grpo":
         config.groups.prompts_per_step, config.groups.group_size = 3, 2
-        config.sampling.sizes, config.optim.max_grad_norm = [[32, 32], [16, 48]], 1e-3
+        config.sampling.sizes = [[32, 32], [16, 48]]
     else:
         config.batch, config.micro_batch = 5, 2
     outputs = []

@@ -2,8 +2,15 @@
 
     python -m posttrain.nano.bench_tdm runs/nano-tdm-0 runs/nano-tdm-1 runs/nano-tdm-2 --output runs/bench-tdm
 
-A student is a run directory, a checkpoint or an exported pipeline; several are seeds of one and are put in one row,
-with their least and greatest figure. OUTPUT/table.md has, of 500 held-out prompts with the index of the prompt as seed:
+    python -m posttrain.nano.bench_tdm --train 8 8,4 --seeds 0 1 2 --jobs 6 --output runs/bench-tdm
+
+The second trains the students first, by `posttrain tdm` in processes of their own, --jobs at a time and on all GPUs in
+turn: for 8 steps, and for 8 and 4, of three seeds each, into OUTPUT/8-0, OUTPUT/8-4-0, ... Runs that are there already
+go on or are taken as they are, so the command may be given again with more of them.
+
+A student is a run directory, a checkpoint or an exported pipeline. Those that were trained for the same steps are seeds
+of one and are put in one row, with their least and greatest figure. OUTPUT/table.md, and table.json with the figures of
+each seed, have of 500 held-out prompts with the index of the prompt as seed:
 
 | column | what it is |
 |---|---|
@@ -26,6 +33,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +48,7 @@ from posttrain.export import load_checkpoint
 from posttrain.k2 import K2, Text, to_pil
 from posttrain.loop import Stepper
 from posttrain.nano import evaluate, prompts
+from posttrain.nano.jobs import Jobs
 from posttrain.policy import POLICY, add_policy, load_base
 from posttrain.processes import Processes
 from posttrain.progress import grid_image
@@ -47,6 +56,7 @@ from posttrain.tdm_config import TDMConfig
 from posttrain.tdm_rollout import MU, roll_out
 from rewards.vlm import VLM
 
+RECIPE = "recipes/nano/tdm.yaml"
 MODEL, JUDGE = "posttrain/nano/weights/k2-nano", "posttrain/nano/weights/judge-nano"
 SIZE = (64, 64)
 OTHER = 1_000_000
@@ -123,11 +133,29 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
     return float(distance / np.trace(cov_b))
 
 
-def load(path: Path, device: str) -> tuple[K2, str | None]:
-    """A student and the role that it is: a run's policy, or the whole of an exported pipeline."""
+def train(args: argparse.Namespace) -> list[Path]:
+    """Run directories of the students that --train and --seeds name, trained."""
+    jobs = Jobs(args.output, args.jobs)
+
+    def run(steps: str, seed: int) -> Path:
+        folder = args.output / f"{steps.replace(',', '-')}-{seed}"
+        if not (folder / "summary.json").exists():
+            own = ["--student.steps", f"[{steps}]", "--seed", str(seed), "--output", str(folder), "--resume"]
+            jobs(folder.name, "posttrain.cli", ["tdm", "--config", RECIPE, *args.options, *own])
+        return folder
+
+    todo = [(steps, seed) for steps in args.train for seed in args.seeds]
+    with ThreadPoolExecutor(len(todo)) as pool:
+        return list(pool.map(lambda one: run(*one), todo))
+
+
+def load(path: Path, device: str) -> tuple[K2, str | None, str]:
+    """A student, the role that it is (a run's policy, or all of an exported pipeline), and the name of its row."""
     if (path / "model_index.json").exists():
-        return K2.load(path, device=device), None
-    return load_checkpoint(checkpoint.load(checkpoint.find(path)), device), POLICY
+        return K2.load(path, device=device), None, "student"
+    saved = checkpoint.load(checkpoint.find(path))
+    trained_for = " and ".join(str(steps) for steps in saved.state["student"]["steps"])
+    return load_checkpoint(saved, device), POLICY, f"student for {trained_for}"
 
 
 def teacher(args: argparse.Namespace) -> K2:
@@ -224,10 +252,10 @@ def compare(args: argparse.Namespace) -> str:
     for name, way in ways.items():
         add(name, base, way)
     for i, path in enumerate(args.students):
-        k2, role = load(path, args.device)
+        k2, role, name = load(path, args.device)
         for steps in args.steps:
             with k2.role(role):
-                add(f"student, {steps} steps, no guidance", k2, Way(steps, 0.0, MU), f"-{i}")
+                add(f"{name}, {steps} steps", k2, Way(steps, 0.0, MU), f"-{i}")
     bench.pool.close()
     (args.output / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
     return table(rows, next(iter(rows.values()))[1][0])
@@ -236,7 +264,10 @@ def compare(args: argparse.Namespace) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("students", nargs="*", type=Path, help="run directories, checkpoints or exported pipelines")
-    parser.add_argument("--output", type=Path, required=True, help="directory for the table and picture grids")
+    parser.add_argument("--output", type=Path, required=True, help="directory for runs, tables and image grids")
+    parser.add_argument("--train", nargs="*", default=[], help="students to train first: 8, or 8,4 for one of both")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of those")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--model", default=MODEL, help="the teacher, where the students are exports")
     parser.add_argument("--guidance", type=float, default=1.5, help="the teacher's")
     parser.add_argument("--steps", type=int, nargs="+", default=[8, 4], help="the students'")
@@ -249,8 +280,12 @@ def main() -> None:
     parser.add_argument("--memory-checkpointing", action="store_true", help="recompute blocks in both backward passes")
     parser.add_argument("--memory-only", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--options", nargs=argparse.REMAINDER, default=[], help="the rest: further options for posttrain tdm"
+    )
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
+    args.students += train(args) if args.train else []
     text = "" if args.memory_only else compare(args)
     if args.device == "cuda":
         peaks = memory(args)
