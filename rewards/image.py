@@ -24,6 +24,9 @@ class JudgeReward(ABC):
     `judge` is a Judge or, as a recipe gives it, the arguments of one; those of a LocalJudge if `path` is among them.
     """
 
+    is_probability = True
+    """Whether the score is a P(yes), or a mean of several: then it is as repeatable as the judge's answers."""
+
     def __init__(self, judge: Judge | Mapping[str, Any], template: str):
         self.judge = made_judge(judge)
         self.template = load_template(template)
@@ -116,6 +119,8 @@ class Rubric(JudgeReward):
 
 class OCR(JudgeReward):
     """How well the text in the picture matches the column `texts`; None where the prompt asks for no text."""
+
+    is_probability = False
 
     def __init__(self, judge: Judge | Mapping[str, Any], template: str = "transcribe"):
         super().__init__(judge, template)
