@@ -87,7 +87,7 @@ def standardise(values_PGK: Tensor, valid_PGK: Tensor, floor_K: Tensor | None = 
 
 
 def flat(values_PGK: Tensor, valid_PGK: Tensor, floor_K: Tensor | None = None) -> Tensor:
-    """(P, K) bool: groups with fewer than two values of a reward, or with values that differ no more than noise does."""
+    """(P, K) bool: groups with fewer than two values of a reward, or with values that noise can make."""
     values = values_PGK.double()
     top = values.masked_fill(~valid_PGK, -torch.inf).amax(1)
     bottom = values.masked_fill(~valid_PGK, torch.inf).amin(1)

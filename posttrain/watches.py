@@ -19,7 +19,7 @@ from typing import Any
 
 from posttrain.chart import Limit, Point
 
-DRIFT = ("kl", "ratio_std", "skipped", "drift_", "repeatability/")
+DRIFT = ("kl", "ratio_std", "skipped", "drift_", "repeatability/", "noise_share")
 LOOKS = ("eval/image/", "eval/to_teacher/", "eval/diversity", "eval/format", "eval/safe")
 
 

@@ -222,8 +222,8 @@ def test_a_floor_of_zero_is_none(method):
 def test_noise_of_a_saturated_reward_teaches_nothing(size, noise, floor):
     """The first reward is real, the second .99 with noise. Without a floor its advantages are nearly as large.
 
-    .01 is the least floor, and a noise of .002 ranges over .0075 in 20 scores, of which nothing was measured. The range of 20 scores with a standard
-    deviation of .01 is .037, of which the floor is three times.
+    .01 is the least floor, even if nothing was measured: a noise of .002 ranges over .0075 in 20 scores. The range of
+    20 scores with a standard deviation of .01 is .037, of which the floor is three times.
     """
     generator = torch.Generator().manual_seed(0)
     real = (torch.rand((256, size), generator=generator) < 0.5).double()

@@ -22,11 +22,12 @@ from PIL import Image
 from prompts.errors import UserError
 from prompts.templates import Template, load_template
 from rewards.background import ScoreQueue
-from rewards.base import RewardError, RewardSpec
+from rewards.base import Noise, RewardError, RewardSpec
 from rewards.encode import encode
 from rewards.endpoints import JudgeError
 from rewards.judge import Judge, yes_share
 from rewards.load import load_rewards
+from rewards.noise import noise_metrics, noise_of
 from rewards.preflight import repeatability
 from tests import fake_judge
 
@@ -273,6 +274,14 @@ def test_preflight_warns_of_a_judge_that_wanders_or_fails():
         (f"m at {broken}", ["true"]),
     ]
     assert [judge.spread for judge in judges] == [pytest.approx(0.004), None]
+    # Three times what was measured; what is no P(yes) has no floor; what could not be measured has the least one.
+    specs[3].scale, specs[3].noise = 2.0, 0.05
+    noise = noise_of(load_rewards(specs), noise_metrics(judges))
+    assert noise["nice"] == Noise(pytest.approx(0.004), pytest.approx(0.012))
+    assert [noise[name] for name in ("words", "true", "bright")] == [Noise(0, 0), Noise(0, 0.01), Noise(0.1, pytest.approx(0.3))]
+    specs[0].scale, specs[2].noise = -10, 0.0
+    noise = noise_of(load_rewards(specs), noise_metrics(judges))
+    assert noise["nice"].floor == pytest.approx(0.12) and noise["true"] == Noise(0, 0)
     lines = [judge.line for judge in judges]
     assert lines[0].startswith(
         f"warning: judge m at {wanders}: 20 scores of one image differ by at most 0.004 in P(yes)"

@@ -43,7 +43,7 @@ def test_moments_of_a_group():
 
 
 def test_a_spread_within_the_noise_is_none():
-    """Floors of .05 and 0: what spans less than the floor is alike, and such a prompt is sent to rest as flat ones are."""
+    """Floors of .05 and 0: what spans less than the floor is alike, and its prompt is flat."""
     values = np.array([[0.5, 0.54], [0.5, 0.56]])[..., None].repeat(2, -1)
     _, variance = group_moments(values, np.ones((2, 2, 2), bool), np.array([0.05, 0.0]))
     np.testing.assert_allclose(variance, [[0, 8e-4], [1.8e-3, 1.8e-3]])
