@@ -1,10 +1,10 @@
-"""What the noise floor of judges does to a GRPO run of K2-nano: recipes/nano/grpo.yaml with it and without it, by seeds.
+"""What the noise floor of judges does to GRPO of K2-nano: recipes/nano/grpo.yaml with it and without it, over seeds.
 
     python -m posttrain.nano.bench_noise --seeds 0 1 2 --jobs 6 --output runs/bench-noise
 
-The judges answer in the training processes, so no server is needed. The arm `floor` is the recipe; in the arm `none` each
-judge's `noise` is 0, so that every difference counts, as before there was a floor. Seeds draw the same prompts and start
-from the same images in both. Each run is `posttrain grpo` in a process of its own; with --jobs several run at once.
+The judges answer in the training processes, so no server is needed. The arm `floor` is the recipe; in the arm `none`
+each judge's `noise` is 0, so that every difference counts, as before there was a floor. Both arms of a seed start from
+the same images. Each run is `posttrain grpo` in a process of its own; with --jobs several run at once.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def run(jobs: Jobs, arm: str, recipe: str, seed: int, options: Sequence[str]) ->
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a line a figure of held-out prompts, its gain over the run in both arms, and how they differ by seed."""
+    """Markdown: a line a figure of held-out prompts, its gain in both arms, and how they differ by seed."""
     lines = ["| figure | before | gain, no floor | gain, floor | difference by seed |", "|---|---|---|---|---|"]
     for name in rows[0]["before"]:
         cells = {}
