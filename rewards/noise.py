@@ -25,16 +25,18 @@ def noise_metrics(judges: Sequence[Repeated]) -> dict[str, float]:
 
 
 def noise_of(rewards: Sequence[Reward], metrics: Mapping[str, float | None]) -> dict[str, Noise]:
-    """By name, from what `noise_metrics` gave at the start of the run; unmeasured judges get the least floor."""
+    """By name, from what `noise_metrics` gave at the start of the run.
+
+    What could not be measured is unknown and not 0: it is taken to be what the least floor allows for.
+    """
     found = {}
     for reward in rewards:
-        spec, judge = reward.spec, reward.function if isinstance(reward.function, JudgeReward) else None
-        unit, least = abs(spec.scale), 0.0
-        if spec.noise is not None:
-            spread = spec.noise
-        elif judge is not None and judge.is_probability:
-            spread, least = metrics.get(PREFIX + spec.name) or 0.0, LEAST
-        else:
-            spread = 0.0
+        spec, function = reward.spec, reward.function
+        spread, least = spec.noise, 0.0
+        if spread is None and isinstance(function, JudgeReward) and function.is_probability:
+            measured = metrics.get(PREFIX + spec.name)
+            spread, least = LEAST / FACTOR if measured is None else measured, LEAST
+        spread = spread or 0.0
+        unit = abs(spec.scale)
         found[spec.name] = Noise(unit * spread, unit * max(FACTOR * spread, least))
     return found
