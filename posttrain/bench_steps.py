@@ -191,7 +191,7 @@ class Steps:
 
     def _metrics(self, updates: Callable[..., Iterator[tuple[int, dict[str, Any]]]], *given: Any) -> Iterator[Any]:
         """Those of each step of a method's loop on `given`."""
-        for _, metrics in updates(self.k2, *given, count(1), self.procs, _refuse, lambda: Laps(self)):
+        for _, metrics in updates(self.k2, *given, count(1), self.procs, _refuse, {}, lambda: Laps(self)):
             yield metrics
 
     # ---- what they take ---------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from posttrain.processes import Processes
 from posttrain.track import Run, peak_memory
 from prompts.errors import UserError
 from prompts.records import PromptRecord
+from rewards.noise import PREFIX, noise_of
 
 SHOWN_FAULTS = 20  # in the report
 
@@ -68,10 +69,13 @@ class Shared:
         return [self._function(name) for name in self.scorer.trained]
 
     def _function(self, name: str) -> Callable[..., list[float | None]]:
+        size = self.config.groups.group_size
+
         def reward(
             completion_ids: list[list[int]], row: list[int], trainer_state: Any, log_metric: Any, **_: Any
         ) -> list[float | None]:
-            return self._evaluated(completion_ids, row, trainer_state.global_step, log_metric).rewards(name)
+            scored = self._evaluated(completion_ids, row, trainer_state.global_step, log_metric)
+            return scored.rewards_for_trl(name, size)
 
         reward.__name__ = name
         return reward
@@ -94,7 +98,9 @@ class Shared:
             if why:
                 row = {"step": step + 1, "prompt": e.record.prompt, "expansion": e.text, "fails": ", ".join(why)}
                 self.faults.append(row)
-        for name, value in self.scored.figures(size).items():
+        weights = [r.weight for r in self.config.rewards if not r.heldout_only] + [diversity_weight(self.config, step)]
+        metrics = self.scored.figures(size) | {"noise_share": self.scored.noise_share(weights, size)}
+        for name, value in metrics.items():
             if value is not None:
                 log_metric(name, value)
         self.returned = time.perf_counter()
@@ -131,13 +137,24 @@ class Follow(TrainerCallback):
     # ---- around the run
 
     def begin(self) -> None:
-        """Evaluates what is there before the first step; not for a run that is resumed."""
-        if not self.evaluations and (evaluation := self._evaluate(0)) is not None:
-            scorer, images, size = self.shared.scorer, evaluation.scored.images_N, self.config.eval.group_size
-            rows = sorted(range(len(images)), key=lambda i: i % size)  # of as many prompts as there are
-            there = [evaluation.expansions[i] for i in rows if images[i] is not None]
-            pictures = [image for i in rows if (image := images[i]) is not None]
-            check_judges(self.run, scorer.rewards, pictures, [e.record.prompt for e in there], scorer.columns(there))
+        """Evaluates what is there before the first step, and measures the noise of judges; not if it is resumed."""
+        scorer = self.shared.scorer
+        if not self.evaluations:
+            evaluation = self._evaluate(0)
+            noise = self.procs.from_main(None if evaluation is None else self._check_judges(evaluation))
+            self.evaluations[0]["noise"] = noise
+            self._write_evaluations()
+        scorer.noise = noise_of(scorer.rewards, self.evaluations[0].get("noise", {}))
+
+    def _check_judges(self, evaluation: ExpanderEvaluation) -> dict[str, float | None]:
+        """On the pictures of an evaluation; returns what was measured of their noise."""
+        scorer, images, size = self.shared.scorer, evaluation.scored.images_N, self.config.eval.group_size
+        rows = sorted(range(len(images)), key=lambda i: i % size)  # of as many prompts as there are
+        there = [evaluation.expansions[i] for i in rows if images[i] is not None]
+        pictures = [image for i in rows if (image := images[i]) is not None]
+        prompts = [e.record.prompt for e in there]
+        metrics = check_judges(self.run, scorer.rewards, pictures, prompts, scorer.columns(there))
+        return {name: value for name, value in metrics.items() if name.startswith(PREFIX)}
 
     def finish(self) -> None:
         """Writes the summary."""
@@ -216,6 +233,9 @@ class Follow(TrainerCallback):
             self.evaluator.save(self.run.path / "groups", step, evaluation)
         figures = self.procs.from_main(None if evaluation is None else evaluation.figures)
         self.evaluations.append({"step": step, "figures": figures})
+        self._write_evaluations()
+        return evaluation
+
+    def _write_evaluations(self) -> None:
         if self.procs.main:
             (self.run.path / "evaluations.json").write_text(json.dumps(self.evaluations, indent=1) + "\n")
-        return evaluation

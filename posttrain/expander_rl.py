@@ -11,7 +11,8 @@ Metrics of a step are TRL's under its own names and, for the expansions of all p
 | metric | what it is |
 |---|---|
 | seconds/generate, render, score, train | what the step's time went to, on the main process |
-| flat/NAME | share of the groups in which a reward tells no two expansions apart |
+| flat/NAME | share of the groups in which a reward tells no two expansions apart by more than its noise |
+| noise_share | share of the advantages' variance that noise can explain |
 | format, format/CAUSE, safe | shares of the expansions |
 | cut, cut_tokens | share of those longer than K2's text length, and how many tokens they lose |
 | renders, missing_images | pictures drawn on a process, alike expansions of a group once; share that is missing |

@@ -29,7 +29,7 @@ from posttrain.render import Renderer
 from posttrain.validate_gdpo import DIVERSITY
 from prompts.errors import UserError
 from prompts.records import PromptRecord, columns
-from rewards.base import Reward, RewardError, RewardSpec, Scores, score_all
+from rewards.base import Noise, Reward, RewardError, RewardSpec, Scores, score_all
 from rewards.diversity import Features, contributions
 from rewards.load import load_rewards
 
@@ -68,6 +68,8 @@ class Scored:
     failures: Counter[str]
     seconds: dict[str, float] = field(default_factory=dict)
     """`render` and `score`."""
+    noise: Mapping[str, Noise] = field(default_factory=dict)
+    """Of rewards, by name; those that are not there have none."""
 
     @property
     def gate_N(self) -> np.ndarray:
@@ -75,9 +77,31 @@ class Scored:
         return np.array([not faults and not bad for faults, bad in zip(self.causes_N, self.unsafe_N)], float)
 
     def rewards(self, name: str) -> list[float | None]:
-        """One reward as TRL takes it: None where it is missing."""
+        """One reward: None where it is missing."""
         k = self.names.index(name)
         return [float(v) if ok else None for v, ok in zip(self.values_NK[:, k], self.valid_NK[:, k])]
+
+    def rewards_for_trl(self, name: str, group_size: int) -> list[float | None]:
+        """One reward as TRL takes it, with its noise floor: see `with_floor`."""
+        k = self.names.index(name)
+        values_N = with_floor(self.values_NK[:, k], self.valid_NK[:, k], group_size, self._floor(name))
+        return [float(v) if ok else None for v, ok in zip(values_N, self.valid_NK[:, k])]
+
+    def noise_share(self, weights: Sequence[float], group_size: int) -> float | None:
+        """`advantages.noise_share` of rewards with these weights, in the order of `names`."""
+        values_PGK, valid_PGK = self._groups(group_size)
+        noise_K = torch.tensor([self.noise[n].spread if n in self.noise else 0.0 for n in self.names])
+        return advantages.noise_share(values_PGK, valid_PGK, torch.tensor(weights), self._floors(), noise_K)
+
+    def _groups(self, group_size: int) -> tuple[Tensor, Tensor]:
+        shape = (-1, group_size, len(self.names))
+        return torch.from_numpy(self.values_NK).view(shape), torch.from_numpy(self.valid_NK).view(shape)
+
+    def _floor(self, name: str) -> float:
+        return self.noise[name].floor if name in self.noise else 0.0
+
+    def _floors(self) -> Tensor:
+        return torch.tensor([self._floor(name) for name in self.names])
 
     def figures(self, group_size: int) -> dict[str, float | None]:
         """Shares and means for metrics: format, causes, safety, missing pictures, cuts, groups without signal."""
@@ -94,9 +118,7 @@ class Scored:
             "cut_tokens": sum(cut) / len(cut) if cut else None,
             "renders": float(self.renders),
         }
-        shape = (-1, group_size, len(self.names))
-        values, valid = torch.from_numpy(self.values_NK).view(shape), torch.from_numpy(self.valid_NK).view(shape)
-        flat = advantages.flat(values, valid).double().mean(0).tolist()
+        flat = advantages.flat(*self._groups(group_size), self._floors()).double().mean(0).tolist()
         return found | {f"flat/{name}": share for name, share in zip(self.names, flat)}
 
 
@@ -118,6 +140,8 @@ class Scorer:
         self.safety = list(zip(config.safety, load_rewards(specs, urls)))
         self.trained = [reward.spec.name for reward in self.rewards if not reward.spec.heldout_only] + [DIVERSITY]
         """Rewards that TRL gets, in its order."""
+        self.noise: dict[str, Noise] = {}
+        """Of the rewards, once it is known."""
 
     def __call__(
         self, expansions: Sequence[Expansion], seeds: Sequence[int], group_size: int, heldout: bool = False
@@ -162,7 +186,7 @@ class Scorer:
         failures = rendering.failures + sum((scores.failures[n] for n in names[:-1]), Counter())
         seconds = {"render": rendered - checked, "score": time.perf_counter() - rendered + checked - began}
         return Scored(
-            names, values, valid, faults, unsafe, images, features, cut, len(jobs), failures, seconds
+            names, values, valid, faults, unsafe, images, features, cut, len(jobs), failures, seconds, self.noise
         )  # fmt: skip
 
     def _apply(
@@ -227,6 +251,29 @@ class Scorer:
             if not reward.spec.heldout_only:  # what only measures, measures what was drawn
                 values[:, k], valid[:, k] = gate(values[:, k], valid[:, k], gate_N, worst)
         return values, valid
+
+
+def with_floor(values_N: np.ndarray, valid_N: np.ndarray, group_size: int, floor: float) -> np.ndarray:
+    """Values from which TRL, which knows no floor, computes the advantages of one reward with a floor.
+
+    TRL has (R - mean) / (std + 1e-4). With deviations from the group's mean c times as large, that is
+    c (R - mean) / (c std + 1e-4), and for c = 1e-4 / floor it is (R - mean) / (std + floor). A flat group gets one
+    number: its mean, rounded to 12 bits, so that the fp32 mean of equal numbers is that number and nothing is left.
+    """
+    if floor <= advantages.EPSILON:
+        return values_N
+    result_N = values_N.copy()
+    for first in range(0, len(values_N), group_size):
+        rows = first + np.flatnonzero(valid_N[first : first + group_size])
+        if not len(rows):
+            continue
+        mean = values_N[rows].mean()
+        if np.ptp(values_N[rows]) < floor:
+            fraction, exponent = np.frexp(mean)
+            result_N[rows] = np.ldexp(np.round(np.ldexp(fraction, 12)), exponent - 12)
+        else:
+            result_N[rows] = mean + (values_N[rows] - mean) * advantages.EPSILON / floor
+    return result_N
 
 
 def gate(values_N: np.ndarray, valid_N: np.ndarray, gate_N: np.ndarray, worst: float) -> tuple[np.ndarray, np.ndarray]:

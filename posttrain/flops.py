@@ -17,6 +17,7 @@ costs nothing then, and its adapters, of which only the factors' own gradients a
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from posttrain.k2 import K2
@@ -63,6 +64,12 @@ def forward(shape: Shape, image: int, text: int, rank: int = 0) -> int:
     d = shape.width
     around = 4 * image * shape.channels * d + 2 * (shape.time * d + d * d + 6 * d * d)
     return shape.blocks * block(shape, image + text, rank) + around
+
+
+def of_sizes(k2: K2, sizes: Iterable[Sequence[int]]) -> list[float]:
+    """Of an image's forward at each (height, width) in pixels, without text: what one costs beside another."""
+    shape = Shape.of(k2)
+    return [float(forward(shape, k2.image_tokens(height, width), 0)) for height, width in sizes]
 
 
 def backward(shape: Shape, image: int, text: int, rank: int) -> int:

@@ -16,7 +16,7 @@ Legend: P groups, G images of a group, K rewards, W stochastic steps, B images o
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain import advantages, checkpoint, losses, sampler, sharding
+from posttrain import advantages, checkpoint, flops, losses, sampler, sharding
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import GRPOConfig
 from posttrain.evaluate import Evaluator, means
@@ -41,9 +41,10 @@ from posttrain.training import Training, Urls, in_run, resuming
 from prompts.errors import UserError
 from prompts.records import PromptRecord, columns, read_prompts
 from rewards.background import ScoreQueue
-from rewards.base import Scores
+from rewards.base import Noise, Scores
 from rewards.gates import apply_gates
 from rewards.load import load_rewards, record
+from rewards.noise import noise_of
 
 
 @dataclass
@@ -106,12 +107,16 @@ def _train(
 
     with ScoreQueue(trained, config.groups.group_size) as queue:
         before = training.begin()
-        if before is not None and procs.main:
-            shown = evaluator.records
-            pictures = to_pil(torch.from_numpy(before.images[:SHOWN]))
-            history |= check_judges(run, measured, pictures, [r.prompt for r in shown], columns(shown))
+        if before is not None:
+            checked: dict[str, float | None] = {}
+            if procs.main:
+                shown = evaluator.records
+                pictures = to_pil(torch.from_numpy(before.images[:SHOWN]))
+                checked = check_judges(run, measured, pictures, [r.prompt for r in shown], columns(shown))
+            history |= procs.from_main(checked)  # with the noise, which a run that goes on finds here
+        noise = noise_of(trained, history)
 
-        for step, metrics in updates(k2, config, source, queue, stepper, training.steps(), procs, run.say):
+        for step, metrics in updates(k2, config, source, queue, stepper, training.steps(), procs, run.say, noise):
             history["images"] += config.groups.prompts_per_step * config.groups.group_size
             run.log(step, {**metrics, **training.health(), "images": history["images"]})
         training.finish()
@@ -127,16 +132,21 @@ def updates(
     steps: Iterable[int],
     procs: Processes,
     say: Callable[[str], None],
+    noise: Mapping[str, float],
     clocks: Callable[[], Clock] = Clock,
 ) -> Iterator[tuple[int, dict[str, float | None]]]:
-    """Trains one step at a time, and yields its number and metrics: a run's loop, and what `posttrain bench` times."""
+    """Trains one step at a time, and yields its number and metrics: a run's loop, and what `posttrain bench` times.
+
+    `noise` is how far two scores of one image differ, by reward; see judge_check.noise_of.
+    """
 
     def attempt(step: int, clock: Clock) -> tuple[Scores, dict[str, float | None], dict[str, float]]:
         queue.drop()  # of an attempt that did not fit into memory
         groups = sample(k2, config, step, source, queue, procs)
         clock.lap("sample")
-        scores = procs.scores(queue.gather() if groups else None, config.groups.group_size)
-        metrics = score(config, groups, scores)
+        places = [group.index for group in groups]
+        scores = procs.scores(queue.gather() if groups else None, config.groups.group_size, places)
+        metrics = score(config, groups, scores, noise)
         clock.lap("score")
         updated = optimise(k2, config, groups, stepper, procs)
         clock.lap("optimise")
@@ -146,7 +156,7 @@ def updates(
     for step in steps:
         timed = clocks()
         scores, metrics, updated = memory.fit(stepper, attempt, step, timed)
-        metrics |= source.update(step, apply_gates(scores, [r.spec for r in queue.rewards]))
+        metrics |= source.update(step, apply_gates(scores, [r.spec for r in queue.rewards], noise))
         if not checked:
             check_ratio(updated["ratio_error"], config.loss)
             checked = True
@@ -164,9 +174,10 @@ def sample(
     first, chosen = (step - 1) * n, source.draw(step)
     window = window_of(config, step)
     groups = []
-    for g in procs.mine(n):
+    sizes = [_size(config, first + g) for g in range(n)]
+    for g in procs.mine_by_cost(flops.of_sizes(k2, sizes)):
         row = chosen[g]
-        height, width = size = _size(config, first + g)
+        height, width = size = sizes[g]
         text = Text.of([k2.fuse(k2.encode([row.prompt], config.prompts.max_tokens).features[0])])
         seeds = [
             [sampler.seed_for(config.seed, step, g, j, i) for i in range(len(window) + 1)]
@@ -206,23 +217,30 @@ def _size(config: GRPOConfig, index: int) -> tuple[int, int]:
 # ---- score ------------------------------------------------------------------------------------------------
 
 
-def score(config: GRPOConfig, groups: list[Group], scores: Scores) -> dict[str, float | None]:
-    """Turns the scores of all groups into the advantages of these; returns what the step's rewards looked like."""
-    gated = apply_gates(scores, [r for r in config.rewards if not r.heldout_only])
+def score(
+    config: GRPOConfig, groups: list[Group], scores: Scores, noise: Mapping[str, Noise] | None = None
+) -> dict[str, float | None]:
+    """Turns the scores of all groups into the advantages of these; returns what the step's rewards looked like.
+
+    `noise` of the rewards by name; None: every difference counts.
+    """
+    gated = apply_gates(scores, [r for r in config.rewards if not r.heldout_only], noise)
     shape = (config.groups.prompts_per_step, config.groups.group_size, -1)
     rewards_PGK = torch.from_numpy(gated.values_NK).view(*shape)
     valid_PGK = torch.from_numpy(gated.valid_NK).view(*shape)
-    weights_K = torch.from_numpy(gated.weights_K)
+    weights_K, floor_K = torch.from_numpy(gated.weights_K), torch.from_numpy(gated.floor_K)
     if not valid_PGK.any():
         reasons = [f"{name}: {next(iter(f))}" for name, f in scores.failures.items() if f]
         told = "; ".join(reasons or ["all None, so none applies to these prompts"])
         raise UserError(f"rewards: not one image of this step could be scored: {told}; mend or add a reward")
     normalise = advantages.gdpo if config.advantages == "gdpo" else advantages.sum_then_normalise
     limit = config.loss.max_advantage
-    advantages_PG = normalise(rewards_PGK, valid_PGK, weights_K).clamp(-limit, limit)
+    advantages_PG = normalise(rewards_PGK, valid_PGK, weights_K, floor_K=floor_K).clamp(-limit, limit)
     for group in groups:
         group.advantages = advantages_PG[group.index].float()
-    flat_PK = advantages.flat(rewards_PGK, valid_PGK)
+    flat_PK = advantages.flat(rewards_PGK, valid_PGK, floor_K)
+    noise_K, summed = torch.from_numpy(gated.noise_K), config.advantages == "sum"
+    noise_share = advantages.noise_share(rewards_PGK, valid_PGK, weights_K, floor_K, noise_K, summed)
     by_reward = means(scores)
     weighed = [(w, mean) for n, w in zip(gated.names, gated.weights_K) if (mean := by_reward[n]) is not None]
     total = float(sum(w for w, _ in weighed))
@@ -231,6 +249,7 @@ def score(config: GRPOConfig, groups: list[Group], scores: Scores) -> dict[str, 
     metrics["missing"] = 1 - float(valid_PGK.any(-1).double().mean())
     metrics["failed"] = float(scores.failed_NK.mean())
     metrics["flat_groups"] = float(flat_PK.all(-1).double().mean())
+    metrics["noise_share"] = noise_share
     metrics["advantage"] = float(advantages_PG.abs().mean())
     metrics["score_hidden"] = 1 - scores.waited_seconds / scores.scoring_seconds if scores.scoring_seconds > 0 else None
     return metrics

@@ -11,6 +11,7 @@ from PIL import Image
 from posttrain.track import Run
 from rewards.base import Reward
 from rewards.injection import injection
+from rewards.noise import noise_metrics
 from rewards.preflight import repeatability
 
 SHOWN = 8
@@ -34,7 +35,7 @@ def check_judges(
     judges = asyncio.run(repeatability(rewards, pictures[: SHOWN // 2], prompts))
     for judge in judges:
         run.say(judge.line)
-    metrics = {f"repeatability/{judge.judge}": judge.spread for judge in judges}
+    metrics = {f"repeatability/{judge.judge}": judge.spread for judge in judges} | noise_metrics(judges)
     shown = {name: column[:SHOWN] for name, column in columns.items()}
     for raised in asyncio.run(injection(rewards, pictures, prompts, shown)):
         if raised.warning:

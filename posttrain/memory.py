@@ -1,7 +1,7 @@
 """A step that does not fit into memory is begun once more with half of micro_batch, and then not again.
 
-A step's draws come from seeds of global indices, and micro_batch sets memory and not the result, so the second attempt
-is the step that the first would have been, within rounding.
+A step's prompts are drawn once (source.py), its other draws come from seeds of global indices, and micro_batch sets
+memory and not the result, so the second attempt is the step that the first would have been, within rounding.
 """
 
 from __future__ import annotations

@@ -28,10 +28,10 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from posttrain import pair_plan, pair_quality, sampler
+from posttrain import flops, pair_plan, pair_quality, sampler
 from posttrain.drawing import Cost, Drawer
 from posttrain.judge_check import check_judges
-from posttrain.k2 import to_pil
+from posttrain.k2 import K2, to_pil
 from posttrain.pair_choice import KEPT, Rules, decide_groups, decide_pairs
 from posttrain.pair_plan import Block, Journal, Plan
 from posttrain.pairs_config import PairsConfig
@@ -132,9 +132,12 @@ def _make(
                 if block.index < len(before):  # an earlier run has drawn it
                     plan.take(block, before[block.index])
             blocks = [block for block in blocks if block.index >= len(before)]
-            for turn in (blocks[i : i + procs.size] for i in range(0, len(blocks), procs.size)):
-                mine = turn[procs.rank] if procs.rank < len(turn) else None
-                drawn = procs.each(mine and draw_block(config, plan, drawer, queue, records, mine))
+            # As many as let each process have a block of each size before they wait for each other.
+            count = procs.size * len(config.sizes)
+            for turn in (blocks[i : i + count] for i in range(0, len(blocks), count)):
+                places = procs.mine_by_cost([block_cost(config, drawer.k2, block) for block in turn])
+                mine = [draw_block(config, plan, drawer, queue, records, turn[i]) for i in places]
+                drawn = procs.dealt_back(mine, places)
                 if untried and any(result.pairs for result in drawn):
                     untried = False
                     _check_judges(judged, run, urls, records, drawn)
@@ -252,6 +255,15 @@ def draw_block(
     cost.waited = scores.waited_seconds if scores is not None else 0.0
     entry = {"block": block.index, "source": source.name, "prompts": places, "cut": cut, **decision.entry()}
     return Drawn(entry, pairs, cost)
+
+
+def block_cost(config: PairsConfig, k2: K2, block: Block) -> float:
+    """Operations of its forwards."""
+    source = config.sources[block.source]
+    images = block.count * (source.judged.group_size if source.judged else 1)
+    ways = [pair_plan.resolved(config, draw) for draw in pair_plan.draws(source)]
+    forwards = sum((way.steps or 0) * (2 if way.guidance else 1) for way in ways)
+    return images * forwards * flops.of_sizes(k2, [block.size])[0]
 
 
 def _trim(drawn: Drawn, room: int) -> None:

@@ -45,9 +45,10 @@ from posttrain.track import peak_memory
 from prompts.errors import UserError
 from prompts.records import PromptRecord, read_prompts
 from rewards.background import ScoreQueue
-from rewards.base import Failure, Reward, Score, Scores, score_all
+from rewards.base import Failure, Noise, Reward, Score, Scores, score_all
 from rewards.gates import apply_gates
 from rewards.load import load_rewards
+from rewards.noise import noise_metrics, noise_of
 from rewards.preflight import repeatability
 from rewards.serve import serve
 
@@ -102,6 +103,7 @@ class Preflight:
         """Of the recipe's servers, once they run."""
         self.silent: set[str] = set()
         """Rewards whose judge does not answer."""
+        self.noise: dict[str, Noise] = {}
         self.groups: list[grpo.Group] = []
         self.scores: Scores | None = None
         self.seconds: dict[str, float] = {}
@@ -114,7 +116,7 @@ class Preflight:
             self._check("adapter", self.adapter)
             self._check("judges", lambda: self.judges(servers))
             self._check("evaluation", self.evaluation)
-            self.urls, self.silent = self.procs.from_main((self.urls, self.silent))
+            self.urls, self.silent, self.noise = self.procs.from_main((self.urls, self.silent, self.noise))
             asked = self._asked([spec for spec in self.config.rewards if not spec.heldout_only])
             self.config = replace(self.config, rewards=asked)
             with Kept(load_rewards(asked, self.urls), self.config.groups.group_size) as queue:
@@ -160,7 +162,9 @@ class Preflight:
         self.urls = servers.enter_context(serve(self.config.servers, self.folder / "servers"))
         images = to_pil(torch.from_numpy(self._evaluate([], 4, 0, [0.0]).images))
         prompts = [record.prompt for record in self.heldout]
-        judges = asyncio.run(repeatability(load_rewards(self.config.rewards, self.urls), images, prompts))
+        rewards = load_rewards(self.config.rewards, self.urls)
+        judges = asyncio.run(repeatability(rewards, images, prompts))
+        self.noise = noise_of(rewards, noise_metrics(judges))
         for judge in judges:
             self.silent |= set() if judge.spread is not None else set(judge.rewards)
             yield Row(f"judge {judge.judge}", not judge.remedy, judge.measured, judge.remedy)
@@ -226,10 +230,11 @@ class Preflight:
         if errors := [error for error in self.procs.each(error) if error]:
             yield Row("missing scores", False, errors[0], remedy)
             return
-        scores = self.procs.scores(mine, self.config.groups.group_size)
-        grpo.score(self.config, self.groups, scores)
+        places = [group.index for group in self.groups]
+        scores = self.procs.scores(mine, self.config.groups.group_size, places)
+        grpo.score(self.config, self.groups, scores, self.noise)
         if not self.silent:
-            self.source.update(1, apply_gates(scores, self.config.rewards))
+            self.source.update(1, apply_gates(scores, self.config.rewards, self.noise))
         self.seconds["score"] = time.perf_counter() - began
         self.scores = scores
         failed_K = scores.failed_NK.mean(0).tolist()
@@ -241,10 +246,11 @@ class Preflight:
 
     def spread(self) -> Iterator[Row]:
         """Each reward tells the images of some group apart, after the gates."""
-        gated = apply_gates(self._scored(), self.config.rewards)
+        gated = apply_gates(self._scored(), self.config.rewards, self.noise)
         shape = (-1, self.config.groups.group_size, len(gated.names))
         values_PGK, valid_PGK = (torch.from_numpy(table).view(*shape) for table in (gated.values_NK, gated.valid_NK))
-        flat_PK, several_PK = advantages.flat(values_PGK, valid_PGK), valid_PGK.sum(1) > 1
+        flat_PK = advantages.flat(values_PGK, valid_PGK, torch.from_numpy(gated.floor_K))
+        several_PK = valid_PGK.sum(1) > 1
         remedy = "it teaches nothing: see that it looks at the image, or give prompts of other difficulty"
         for k, name in enumerate(gated.names):
             rows = several_PK[:, k]

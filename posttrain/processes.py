@@ -1,7 +1,7 @@
 """Several processes that train as one: which groups are whose, and sums and decisions over all of them.
 
-Groups are dealt out whole, g to process g mod N, and every seed is one of global indices. So any number of processes
-draws the same images, and their summed gradients give the same update within rounding.
+Groups are dealt out whole, so that all processes have about the same work, and every seed is one of global indices. So
+any number of processes draws the same images, and their summed gradients give the same update within rounding.
 
 What they tell each other goes over gloo, also where tensors go over NCCL, so that waiting for a process that does not
 come ends in an error that names it: after POSTTRAIN_TIMEOUT seconds (1800), at once where its connection is lost.
@@ -13,6 +13,7 @@ import atexit
 import contextlib
 import copy
 import importlib.util
+import itertools
 import os
 import socket
 import threading
@@ -97,13 +98,27 @@ class Processes:
         return other
 
     def mine(self, count: int) -> range:
-        """Which of `count` things are this process's."""
+        """Which of `count` things of like cost are this process's."""
         return range(self.rank, count, self.size)
 
-    def dealt_back(self, mine: Sequence[Any]) -> list[Any]:
-        """The inverse of `mine`: everyone's things in their global order."""
-        parts = self.each(list(mine))
-        return [parts[i % self.size][i // self.size] for i in range(sum(map(len, parts)))]
+    def mine_by_cost(self, costs: Sequence[float]) -> list[int]:
+        """Which of these things are this process's, the dearest first; with like costs, the same as `mine`.
+
+        Where the model is sharded all processes go through it together, and each pass lasts as long as its dearest
+        input takes: so like costs are put into one pass, which is then more important than equal sums.
+        """
+        if self.sharded:
+            return by_cost(costs)[self.rank :: self.size]
+        return deal(costs, self.size)[self.rank]
+
+    def dealt_back(self, mine: Sequence[Any], places: Sequence[int] | None = None) -> list[Any]:
+        """Everyone's things in their global order. `places`: the indices of this process's; None: those of `mine`."""
+        parts = self.each(list(zip(self._places(places, len(mine)), mine, strict=True)))
+        found = dict(itertools.chain.from_iterable(parts))
+        return [found[place] for place in sorted(found)]
+
+    def _places(self, places: Sequence[int] | None, count: int) -> Sequence[int]:
+        return [self.rank + i * self.size for i in range(count)] if places is None else places
 
     def each(self, value: Any) -> list[Any]:
         """Everyone's value, by rank. Raises OutOfMemoryElsewhere if one of them has called `tell_out_of_memory`."""
@@ -126,22 +141,17 @@ class Processes:
         """The main process's value, for everyone."""
         return self.each(value if self.main else None)[0]
 
-    def scores(self, mine: Scores | None, group_size: int) -> Scores:
+    def scores(self, mine: Scores | None, group_size: int, places: Sequence[int] | None = None) -> Scores:
         """The scores of all groups in their global order, from those of each process; None: it has no group.
 
-        The times are the main process's.
+        `places`: the indices of this process's groups; None: those of `mine`. The times are the main process's.
         """
-        if self.size == 1:
-            assert mine is not None
-            return mine
-        parts = self.each(mine)
-        held = [part for part in parts if part is not None]
+        count = len(mine.values_NK) // group_size if mine is not None else 0
+        parts = self.each((self._places(places, count), mine))
+        held = [part for _, part in parts if part is not None]
         merged = Scores.concat(held)
-        ranks = [
-            rank for rank, part in enumerate(parts) for _ in range(len(part.values_NK) // group_size if part else 0)
-        ]
-        turns = [sum(r == rank for r in ranks[:i]) for i, rank in enumerate(ranks)]
-        order = sorted(range(len(ranks)), key=lambda i: turns[i] * self.size + ranks[i])
+        groups = [group for part, _ in parts for group in part]
+        order = sorted(range(len(groups)), key=groups.__getitem__)
         scores = merged.take([g * group_size + j for g in order for j in range(group_size)])
         scores.waited_seconds, scores.scoring_seconds = held[0].waited_seconds, held[0].scoring_seconds
         return scores
@@ -180,6 +190,26 @@ class Processes:
             self.summed = True
             for tensor in tensors:
                 dist.all_reduce(tensor)
+
+
+def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """The indices of `costs` that each of `ranks` gets, so that their sums differ little.
+
+    The dearest is dealt first, each to whom has least so far (longest processing time first): at most 4/3 of the best
+    there is. Ties go to the first, so everyone who deals gets the same, and like costs are dealt in turn.
+    """
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    sums = [0.0] * ranks
+    for i in by_cost(costs):
+        least = sums.index(min(sums))
+        hands[least].append(i)
+        sums[least] += costs[i]
+    return hands
+
+
+def by_cost(costs: Sequence[float]) -> list[int]:
+    """Indices, the dearest first, those of like cost in their order."""
+    return sorted(range(len(costs)), key=lambda i: -costs[i])
 
 
 class Messages:

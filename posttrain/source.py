@@ -28,15 +28,18 @@ class PromptSource:
     def __init__(self, config: GRPOConfig, records: list[PromptRecord]):
         self.config, self.records = config, records
         self.pool: Pool | None = None
-        self._rows = np.empty(0, np.int64)
+        self._step, self._rows = 0, np.empty(0, np.int64)
+        """What was drawn last, and in which step; 0: nothing yet."""
         if config.pool.kind == "adaptive":
             weights = {r.name: r.weight for r in config.rewards if r.gate == "none" and not r.heldout_only}
             self.pool = Pool(records, weights, config.pool, config.groups.prompts_per_step, config.seed)
 
     def draw(self, step: int) -> list[PromptRecord]:
+        """The same prompts if the step is drawn again: an attempt that ran out of memory was this step too."""
         n = self.config.groups.prompts_per_step
         if self.pool is not None:
-            self._rows = self.pool.draw(step)
+            if step != self._step:  # a draw marks what it takes, so that a second one would be another
+                self._step, self._rows = step, self.pool.draw(step)
             return [self.records[i] for i in self.pool.places[self._rows]]
         return [self.records[in_turn(self.config.seed, i, len(self.records))] for i in range((step - 1) * n, step * n)]
 
@@ -45,7 +48,8 @@ class PromptSource:
         if self.pool is None:
             return {}
         shape = (len(self._rows), -1, len(gated.names))
-        self.pool.update(step, self._rows, gated.values_NK.reshape(shape), gated.valid_NK.reshape(shape))
+        values, valid = gated.values_NK.reshape(shape), gated.valid_NK.reshape(shape)
+        self.pool.update(step, self._rows, values, valid, gated.floor_K)
         return {f"pool/{name}": count for name, count in self.pool.counts().items()}
 
     def ends(self) -> dict[str, list[dict[str, Any]]] | None:

@@ -44,7 +44,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain import checkpoint, figures, sampler, sharding
+from posttrain import checkpoint, figures, flops, sampler, sharding
 from posttrain.checkpoint import Checkpoint
 from posttrain.evaluate import Evaluation, Evaluator
 from posttrain.k2 import K2, Text
@@ -163,9 +163,10 @@ def updates(
 
 def draw(k2: K2, config: STPOConfig, pairs: EncodedPairs, step: int, procs: Processes) -> list[Batch]:
     """This process's part of a step's pairs."""
-    jobs = []
-    for i in procs.mine(config.batch):
-        row = int(pairs.train[in_turn(config.seed, (step - 1) * config.batch + i, len(pairs.train))])
+    jobs, first, n = [], (step - 1) * config.batch, len(pairs.train)
+    rows = [int(pairs.train[in_turn(config.seed, first + i, n)]) for i in range(config.batch)]
+    for i in procs.mine_by_cost(flops.of_sizes(k2, pairs.size[rows].tolist())):
+        row = rows[i]
         seeds = [sampler.seed_for(config.seed, step, i, j) for j in range(3)]
         dropped = seeds[2] / 2**63 < config.pairs.drop_prompt
         jobs.append(Job(row, float(sampler.noise(seeds[:1], (1,))), seeds[1], dropped))
@@ -334,7 +335,7 @@ def measure_pairs(
     """Figures of held-out pairs under the active role, with fixed times and noise; and the same of four parts of the
     times. A pair has one time: the i-th is of part i mod 4 and, in it, anywhere."""
     rows = np.random.default_rng(config.eval.seed).permutation(pairs.heldout)[: config.pairs.measured]
-    mine = procs.mine(len(rows))
+    mine = procs.mine_by_cost(flops.of_sizes(k2, pairs.size[rows].tolist()))
     jobs = []
     for i in mine:
         uniform = (i % BINS + sampler.seed_for(config.eval.seed, i, 0) / 2**63) / BINS
@@ -349,7 +350,7 @@ def measure_pairs(
         )
         for j, values in zip(batch.jobs, zip(*(value.tolist() for value in metrics.values()))):
             found[j] = dict(zip(metrics, values))
-    each = procs.dealt_back(found)
+    each = procs.dealt_back(found, mine)
     table = {name: np.array([values[name] for values in each]) for name in each[0]}
     overall = _relative({name: float(values.mean()) for name, values in table.items()})
     for quantile in (10, 50, 90):

@@ -387,6 +387,8 @@ def _validate_rewards(rewards: list[RewardSpec]) -> None:
                 f"rewards[{i}].function", f"'{reward.function}' is not written as package.module:function"
             )
         at_least(f"rewards[{i}].weight", reward.weight, 0)
+        if reward.noise is not None:
+            at_least(f"rewards[{i}].noise", reward.noise, 0)
 
 
 def _validate_sample(config: SampleConfig) -> None:

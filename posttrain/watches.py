@@ -21,7 +21,7 @@ from typing import Any
 from posttrain import clipping
 from posttrain.chart import Limit, Point, thin
 
-DRIFT = ("kl", "log_ratio_std", "skipped", "drift_", "repeatability/")
+DRIFT = ("kl", "log_ratio_std", "skipped", "drift_", "repeatability/", "noise_share")
 LOOKS = ("eval/image/", "eval/to_teacher/", "eval/diversity", "eval/format", "eval/safe")
 
 

@@ -12,14 +12,20 @@ ALIKE = 1e-6
 """Scores of a group that span less than this are alike: their variance is 0, as their advantages are."""
 
 
-def group_moments(values_PGK: np.ndarray, valid_PGK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(P, K) mean and Bessel variance of each group's scores; NaN where fewer than two were had."""
+def group_moments(
+    values_PGK: np.ndarray, valid_PGK: np.ndarray, floor_K: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(P, K) mean and Bessel variance of each group's scores; NaN where fewer than two were had.
+
+    The variance is 0 where scores span less than `floor_K`, the difference that a reward's noise can make.
+    """
     count_PK = valid_PGK.sum(1)
     values = np.where(valid_PGK, values_PGK, 0.0)
     mean_PK = values.sum(1) / np.maximum(count_PK, 1)
     deviations = np.where(valid_PGK, values - mean_PK[:, None], 0.0)
     variance_PK = np.square(deviations).sum(1) / np.maximum(count_PK - 1, 1)
-    variance_PK[np.ptp(deviations, axis=1) < ALIKE] = 0.0
+    least_K = ALIKE if floor_K is None else np.maximum(floor_K, ALIKE)
+    variance_PK[np.ptp(deviations, axis=1) < least_K] = 0.0
     missing = count_PK < 2
     return np.where(missing, np.nan, mean_PK), np.where(missing, np.nan, variance_PK)
 

@@ -186,15 +186,23 @@ class Pool:
 
     # ---- update -------------------------------------------------------------------------------------------
 
-    def update(self, step: int, rows: np.ndarray, values_PGK: np.ndarray, valid_PGK: np.ndarray) -> None:
+    def update(
+        self,
+        step: int,
+        rows: np.ndarray,
+        values_PGK: np.ndarray,
+        valid_PGK: np.ndarray,
+        floor_K: np.ndarray | None = None,
+    ) -> None:
         """Takes in the scores of the prompts drawn in `step`; a missing one leaves that reward's statistics alone.
 
-        A prompt without two scores of any reward has not been visited. Raises UserError if the first scores ever
-        are outside [0, 1], where too easy and too hard have no meaning.
+        Scores of a group that differ by less than `floor_K` are noise, and count as alike. A prompt without two scores
+        of any reward has not been visited. Raises UserError if the first scores ever are outside [0, 1], where too easy
+        and too hard have no meaning.
         """
         if not self.visits.any():
             self._check_calibration(values_PGK, valid_PGK)
-        mean_PK, variance_PK = group_moments(values_PGK, valid_PGK)
+        mean_PK, variance_PK = group_moments(values_PGK, valid_PGK, floor_K)
         self._update_spread(variance_PK)
         rate_P1 = np.maximum(self.config.decay, 1 / (self.visits[rows, None] + 1))
         for old_NK, new_PK in ((self.mean_NK, mean_PK), (self.variance_NK, variance_PK)):

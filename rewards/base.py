@@ -70,6 +70,9 @@ class RewardSpec:
     """Calibration, before anything else: score * scale + offset."""
     offset: float = 0.0
     """See scale."""
+    noise: float | None = None
+    """Largest difference between two scores of one image, before scale, >= 0; three times it is the floor below which
+    a group counts as flat. null: measured for a judge's P(yes), with a floor of at least 0.01; 0 for the others."""
     timeout: float = 600.0
     """Seconds for one batch, waiting for its turn included, > 0."""
     max_failures: float = 0.1
@@ -78,6 +81,16 @@ class RewardSpec:
     """Measure at evaluation and never train on it."""
     group: bool = False
     """It sees one whole group a call, to compare its images with each other; evaluation shows it eval.groups."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Of one reward, in units of its calibrated score; see noise.py."""
+
+    spread: float
+    """Largest difference between two scores of one image, as measured or as the recipe states it."""
+    floor: float
+    """Groups that span less are flat; it is added to the standard deviation of the others."""
 
 
 @dataclass

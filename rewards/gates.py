@@ -6,12 +6,12 @@ score, so R >= 0 is required. `mask`: a sample below the threshold leaves the ba
 masks its sample, since nobody knows; a gate that does not apply lets it pass.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from rewards.base import RewardError, RewardSpec, Scores
+from rewards.base import Noise, RewardError, RewardSpec, Scores
 
 
 @dataclass
@@ -22,12 +22,23 @@ class Gated:
     weights_K: np.ndarray
     values_NK: np.ndarray
     valid_NK: np.ndarray
+    noise_K: np.ndarray
+    """`Noise.spread` of each; 0 where nothing is known."""
+    floor_K: np.ndarray
+    """`Noise.floor` of each."""
 
 
-def apply_gates(scores: Scores, specs: Sequence[RewardSpec]) -> Gated:
-    """Applies and removes the gates. Gates and held-out rewards are not among the K that come back."""
+def apply_gates(scores: Scores, specs: Sequence[RewardSpec], noise: Mapping[str, Noise] | None = None) -> Gated:
+    """Applies and removes the gates. Gates and held-out rewards are not among the K that come back.
+
+    `noise` by reward. A gate whose score multiplies adds its own to that of every other, times the largest score.
+    """
+    none = Noise(0.0, 0.0)
+    noise_of = [(noise or {}).get(spec.name, none) for spec in specs]
     summed = [k for k, spec in enumerate(specs) if spec.gate == "none" and not spec.heldout_only]
     values_NK, valid_NK = scores.values_NK[:, summed].copy(), scores.valid_NK[:, summed].copy()
+    noise_K = np.array([noise_of[k].spread for k in summed])
+    floor_K = np.array([noise_of[k].floor for k in summed])
     for k, spec in enumerate(specs):
         if spec.gate == "none":
             continue
@@ -45,5 +56,9 @@ def apply_gates(scores: Scores, specs: Sequence[RewardSpec]) -> Gated:
             name = specs[summed[int(negative_K.argmax())]].name
             raise RewardError(f"reward {name}: negative under gate {spec.name}: set scale and offset")
         values_NK *= factor_N[:, None]
+        if spec.threshold is None:
+            largest_K = np.where(valid_NK, scores.values_NK[:, summed], 0.0).max(0, initial=0.0)
+            noise_K, floor_K = noise_K + largest_K * noise_of[k].spread, floor_K + largest_K * noise_of[k].floor
     values_NK[~valid_NK] = 0
-    return Gated([specs[k].name for k in summed], np.array([specs[k].weight for k in summed]), values_NK, valid_NK)
+    names, weights_K = [specs[k].name for k in summed], np.array([specs[k].weight for k in summed])
+    return Gated(names, weights_K, values_NK, valid_NK, noise_K, floor_K)

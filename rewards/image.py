@@ -24,6 +24,9 @@ class JudgeReward(ABC):
     `judge` is a Judge or, as a recipe gives it, the arguments of one; those of a LocalJudge if `path` is among them.
     """
 
+    is_probability = True
+    """Whether the score is a P(yes), or a mean of several: then it is as repeatable as the judge's answers."""
+
     def __init__(self, judge: Judge | Mapping[str, Any], template: str):
         self.judge = made_judge(judge)
         self.template = load_template(template)
@@ -120,6 +123,8 @@ class OCR(JudgeReward):
     With `unasked`, in (0, 1], an image whose prompt asks for no text is scored too: 1 less `unasked` for each word that
     the judge reads in it, at least 0. A prompt without `texts` that holds a quotation mark may ask for text: None.
     """
+
+    is_probability = False
 
     def __init__(self, judge: Judge | Mapping[str, Any], template: str = "transcribe", unasked: float | None = None):
         super().__init__(judge, template)

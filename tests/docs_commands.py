@@ -76,6 +76,7 @@ NOT_RUN = {
     "posttrain bench --methods": SCALE + "tests/test_bench.py::test_bench_and_plans",
     "python -m posttrain.bench_checkpoint": SCALE + "tests/test_checkpoint.py checks its parts",
     "python -m posttrain.nano.bench_grpo": "dozens of runs of posttrain grpo, whose recipes run here",
+    "python -m posttrain.nano.bench_noise": "six runs of posttrain grpo, whose recipe runs here",
     "python -m posttrain.nano.bench_stpo": "dozens of runs of posttrain pairs and stpo, whose recipes run here",
     "python -m posttrain.nano.bench_expander": "runs of posttrain expander sft and gdpo, whose recipes run here",
     "python -m posttrain.nano.bench_pipeline": "runs of the nano pipeline, whose recipes run here",

@@ -69,11 +69,13 @@ def config(folder: Path, model: Path, reward: str = "brightness") -> GRPOConfig:
     return made
 
 
-def pairs(folder: Path, count: int = 20, size: tuple[int, int] = (32, 32)) -> Path:
-    """JSONL: of each pair the brighter picture is preferred; four prompts of four lengths."""
+def pairs(folder: Path, count: int = 20, *sizes: tuple[int, int]) -> Path:
+    """JSONL: of each pair the brighter picture is preferred; four prompts of four lengths. Sizes, (32, 32) if there are
+    none, take turns."""
     rng, rows = np.random.default_rng(0), []
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for i in range(count):
+        size = sizes[i % len(sizes)] if sizes else (32, 32)
         for name, base in (("chosen", 160), ("rejected", 40)):
             pixels = base + rng.integers(0, 60, (size[0] // 8, size[1] // 8, 3), dtype=np.uint8)
             image = Image.fromarray(pixels).resize(size[::-1], Image.Resampling.NEAREST)

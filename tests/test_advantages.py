@@ -3,10 +3,12 @@
 Shapes: P prompts, G images of a prompt, K rewards. Where a number is worked out, 1e-4 is EPSILON.
 """
 
+import functools
+
 import pytest
 import torch
 
-from posttrain.advantages import FLAT, flat, gdpo, standardise, sum_then_normalise
+from posttrain.advantages import FLAT, flat, gdpo, noise_share, standardise, sum_then_normalise
 
 NONE = float("nan")
 SCALES = ["group", "batch", "none"]
@@ -29,9 +31,7 @@ def random_table(seed, shape=(6, 8, 3), missing=0.0):
     return rewards, torch.rand(shape, generator=generator) >= missing
 
 
-METHODS = {"gdpo": gdpo} | {
-    f"sum-{scale}": lambda *arguments, scale=scale: sum_then_normalise(*arguments, scale=scale) for scale in SCALES
-}
+METHODS = {"gdpo": gdpo} | {f"sum-{scale}": functools.partial(sum_then_normalise, scale=scale) for scale in SCALES}
 
 
 @pytest.fixture(params=METHODS)
@@ -187,6 +187,87 @@ def test_flat():
         [(0, 0, NONE, 2), (2e-6, 9e-7, NONE, 2), (0, 0, NONE, NONE)],
     )
     assert flat(rewards, valid).tolist() == [[True, False, True, False], [False, True, True, True]]
+
+
+# noise
+
+
+def test_floor():
+    """(0, .02, 0, .02): std .011547, so with a floor of .01 -+.01 / .021547 = -+.46410, and with .03 it is flat.
+
+    The second reward has no floor: (0, 1, 1, 0), std .57735: -+.5 / .57745 = -+.86588. Weighed -.46410 -+ .86588 and
+    .46410 +- .86588: -1.32998, 1.32998, .40178, -.40178; over the batch std = sqrt(2 (1.76885 + .16143) / 3) = 1.13440.
+    """
+    rewards, valid = table([(0, 0), (0.02, 1), (0, 1), (0.02, 0)])
+    small, large = weights(0.01, 0), weights(0.03, 0)
+    assert numbers(standardise(rewards, valid, small)[..., 0]) == near(-0.46410, 0.46410, -0.46410, 0.46410)
+    assert numbers(gdpo(rewards, valid, weights(1, 1), small)) == near(-1.1723, 1.1723, 0.3541, -0.3541)
+    assert flat(rewards, valid, large).tolist() == [[True, False]]
+    alone = table([(NONE, 0), (NONE, 1), (NONE, 1), (NONE, 0)])
+    for of_both in (gdpo, sum_then_normalise):
+        assert torch.equal(of_both(rewards, valid, weights(1, 1), floor_K=large), of_both(*alone, weights(1, 1)))
+    # Summed: (0, 1.02, 1, .02), mean .51, std .57747, floor sqrt(.01^2 + .02^2) = .02236: -+.51 and -+.49 / .59983.
+    got = sum_then_normalise(rewards, valid, weights(1, 1), floor_K=weights(0.01, 0.02))
+    assert numbers(got) == near(-0.8502, 0.8502, 0.8169, -0.8169)
+
+
+def test_a_floor_of_zero_is_none(method):
+    rewards, valid = random_table(9, missing=0.2)
+    got = method(rewards, valid, weights(1, 1, 0.3), floor_K=weights(0, 0, 0))
+    assert torch.equal(got, method(rewards, valid, weights(1, 1, 0.3)))
+
+
+@pytest.mark.parametrize("size", [8, 16])
+@pytest.mark.parametrize(("noise", "floor"), [(1e-3, 0.01), (2e-3, 0.01), (1e-2, 3 * 3.7e-2)])
+def test_noise_of_a_saturated_reward_teaches_nothing(size, noise, floor):
+    """The first reward is real, the second .99 with noise. Without a floor its advantages are nearly as large.
+
+    .01 is the least floor, even if nothing was measured: a noise of .002 ranges over .0075 in 20 scores. The range of
+    20 scores with a standard deviation of .01 is .037, of which the floor is three times.
+    """
+    generator = torch.Generator().manual_seed(0)
+    real = (torch.rand((256, size), generator=generator) < 0.5).double()
+    saturated = 0.99 + noise * torch.randn((256, size), generator=generator, dtype=torch.float64)
+    rewards, floors = torch.stack([real, saturated], -1), weights(0, floor)
+    valid, one = torch.ones_like(rewards, dtype=torch.bool), weights(1, 1)
+
+    def shares(floor_K):
+        """Of the second reward in the variance of both; of groups that have only noise beside those that are real."""
+        variance = standardise(rewards, valid, floor_K).square().mean((0, 1))
+        alone = torch.cat([rewards[:128, :, :1], rewards[128:, :, 1:]])
+        of_one = gdpo(alone, valid[..., :1], weights(1), None if floor_K is None else floor_K[1:]).square().sum(1)
+        return float(variance[1] / variance.sum()), float(of_one[128:].sum() / of_one.sum())
+
+    assert standardise(rewards, valid)[..., 1].abs().mean() > 0.65
+    assert min(shares(None)) > 0.37 and max(shares(floors)) < 0.03
+    measured = weights(0, 3.7 * noise)
+    before = noise_share(rewards, valid, one, weights(0, 0), measured)
+    after = noise_share(rewards, valid, one, floors, measured)
+    assert before == pytest.approx(shares(None)[0], abs=0.1) and after is not None and after < 0.03
+    # And what is real is not touched: the same advantages as without the second reward, where all of it is flat.
+    apart = gdpo(rewards, valid, one, floors) - gdpo(rewards[..., :1], valid[..., :1], weights(1))
+    assert apart.square().mean() < 0.03
+
+
+def test_noise_share():
+    """One group (0, .2, 0, .2): std .11547; with floor .03 advantages -+.1 / .14547, and noise of .04, which has std
+    .01, becomes .01 / .14547: (.01 / .1)^2 = .01. Beside it a flat group, which has neither.
+
+    A second reward (0, 1, 0, 1) of the same group, without noise, adds .86588 (std .57735) to .68743: noise
+    (.01 / .14547)^2 = .0047256 in 1.55331^2 = 2.41277.
+    """
+    first, second = table([[0], [0.2], [0], [0.2]], [[0], [0.02], [0], [0.02]]), [(0, 0), (0.2, 1), (0, 0), (0.2, 1)]
+    one, floor, noise = weights(1), weights(0.03), weights(0.04)
+    assert noise_share(*first, one, floor, noise) == pytest.approx(0.01)
+    assert noise_share(*first, one, floor, noise, summed=True) == pytest.approx(0.01)
+    assert noise_share(*first, one, weights(0.3), noise) is None  # nothing is left
+    assert noise_share(*first, one, floor, 100 * noise) == 1
+    both = table(second)
+    got = noise_share(*both, weights(1, 1), weights(0.03, 0), weights(0.04, 0))
+    assert got == pytest.approx(0.0047256 / 2.41277, rel=1e-3)
+    # Summed: (0, 1.2, 0, 1.2), so deviations of .6 beside .01.
+    got = noise_share(*both, weights(1, 1), weights(0.03, 0), weights(0.04, 0), summed=True)
+    assert got == pytest.approx((0.01 / 0.6) ** 2)
 
 
 # invariances

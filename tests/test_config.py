@@ -240,6 +240,7 @@ def test_cps_noise_level():
         ({"heldout_only": True}, "rewards"),
         ({"gate": "mask", "threshold": 0.5}, "rewards"),
         ({"weight": -1.0}, "rewards[0].weight"),
+        ({"noise": -0.1}, "rewards[0].noise"),
         ({"name": ""}, "rewards[0].name"),
         ({"name": "image/diversity"}, "rewards[0].name"),
         ({"function": "no_colon"}, "rewards[0].function"),

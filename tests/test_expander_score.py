@@ -8,7 +8,7 @@ from PIL import Image
 from posttrain import advantages, expander_follow, expander_rl
 from posttrain.expander_policy import Policy
 from posttrain.expander_rl_config import ExpanderGDPOConfig, SafetySpec
-from posttrain.expander_score import Expansion, Scorer, gate
+from posttrain.expander_score import Expansion, Scorer, gate, with_floor
 from posttrain.render import Rendering
 from prompts.errors import UserError
 from prompts.records import PromptRecord
@@ -53,6 +53,32 @@ def scorer(config, features, renderer=None):
 
 def written(texts, record=RECORD, **options):
     return [Expansion(record, text, **options) for text in texts]
+
+
+def trl(rewards, size):
+    """TRL's advantages of one reward before the batch's own scale: fp32, and 1e-4 beside the standard deviation."""
+    grouped = torch.tensor(rewards, dtype=torch.float32).view(-1, size)
+    mean = grouped.nanmean(1, keepdim=True)
+    there = (~grouped.isnan()).sum(1, keepdim=True)
+    std = ((grouped - mean).square().nansum(1, keepdim=True) / (there - 1)).sqrt()
+    return (grouped - mean) / (std + 1e-4)
+
+
+def test_trl_gets_the_floor():
+    """Groups of 7, which no sum of equal fp32 numbers divides exactly: one with a spread, one with a missing value and
+    one within the noise. TRL then has the advantages that `advantages.standardise` has, and the means are kept."""
+    rng = np.random.default_rng(0)
+    values = np.concatenate([rng.random(7), 0.3 + 0.05 * rng.random(7), 0.9131 + 0.009 * rng.random(7)])
+    valid = np.arange(21) != 9
+    floored = with_floor(values, valid, 7, 0.01)
+    got = trl(np.where(valid, floored, np.nan), 7).nan_to_num()
+    tables = torch.tensor(values).view(3, 7, 1), torch.tensor(valid).view(3, 7, 1)
+    expected = advantages.standardise(*tables, torch.tensor([0.01]))[..., 0]
+    assert torch.allclose(got.double(), expected, atol=2e-3) and got[:2].abs().max() > 1
+    assert (got[2] == 0).all() and (expected[2] == 0).all()
+    for rows in (slice(0, 7), slice(14, 21)):
+        assert floored[rows].mean() == pytest.approx(values[rows].mean(), rel=3e-4)
+    assert with_floor(values, valid, 7, 0.0) is values
 
 
 def test_an_expansion_is_drawn_once_and_shown_to_each_reward_once(config, features):

@@ -1,6 +1,7 @@
 """GRPO on a tiny real K2: whole runs."""
 
 import json
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,10 @@ from posttrain.config import RewardSpec
 from posttrain.export import load_checkpoint
 from posttrain.k2 import K2
 from prompts.errors import UserError
+from rewards import noise
+from rewards.base import Noise
 from tests import runs, tiny
+from tests.gullible import GULLED, Gullible
 
 LOOK = ("brightness", "saturation", "high_frequency", "latent_norm", "diversity")
 
@@ -198,6 +202,31 @@ def test_flat_rewards_move_nothing(config, tmp_path, model, trained):
     fresh = K2.load(model)
     fresh.add_role("policy", 4, 8.0, seed=config.seed)
     runs.assert_equal(runs.latest(config.output).tensors["adapter"], fresh.role_state_dict("policy"))
+
+
+def test_noise_of_judges_is_measured_once_and_kept(config, monkeypatch):
+    """A run that goes on has it from its checkpoint; its judge is not asked again."""
+    asked, given = [], []
+
+    async def wandering(self, encoded, text):
+        asked.append(text)
+        return 0.5 + 0.002 * (len(asked) % 2)
+
+    def noise_of(*arguments):
+        given.append(noise.noise_of(*arguments))
+        return given[-1]
+
+    monkeypatch.setattr(Gullible, "_p_yes", wandering)
+    monkeypatch.setattr(grpo, "noise_of", noise_of)
+    config.rewards.append(RewardSpec("gulled", GULLED))
+    grpo.train(config)
+    assert runs.rows(config.output)[1]["noise/gulled"] == pytest.approx(0.002)
+    for row in runs.training_rows(config.output):
+        assert row["noise_share"] == 0  # the judge's scores lie within its floor, and the other reward has no noise
+    config.steps = 3
+    grpo.train(config, resume=True)
+    assert given[0] == given[1] and given[0]["brightness"] == Noise(0, 0)
+    assert astuple(given[0]["gulled"]) == pytest.approx((0.002, 0.01))
 
 
 def test_a_reward_that_compares_a_group(config):

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,12 @@ from PIL import Image
 from prompts.errors import UserError
 from prompts.templates import Template, load_template
 from rewards.background import ScoreQueue
-from rewards.base import RewardError, RewardSpec
+from rewards.base import Noise, RewardError, RewardSpec
 from rewards.encode import encode
 from rewards.endpoints import JudgeError
 from rewards.judge import Judge, yes_share
 from rewards.load import load_rewards
+from rewards.noise import noise_metrics, noise_of
 from rewards.preflight import repeatability
 from tests import fake_judge
 
@@ -273,6 +275,16 @@ def test_preflight_warns_of_a_judge_that_wanders_or_fails():
         (f"m at {broken}", ["true"]),
     ]
     assert [judge.spread for judge in judges] == [pytest.approx(0.004), None]
+    # Three times what was measured; what is no P(yes) has no floor; what could not be measured has the least one.
+    specs[3].scale, specs[3].noise = 2.0, 0.05
+    noise = noise_of(load_rewards(specs), noise_metrics(judges))
+    assert noise["words"] == Noise(0, 0)
+    assert astuple(noise["nice"]) == pytest.approx((0.004, 0.012))
+    assert astuple(noise["true"]) == pytest.approx((0.01 / 3, 0.01))
+    assert astuple(noise["bright"]) == pytest.approx((0.1, 0.3))
+    specs[0].scale, specs[2].noise = -10, 0.0
+    noise = noise_of(load_rewards(specs), noise_metrics(judges))
+    assert noise["nice"].floor == pytest.approx(0.12) and noise["true"] == Noise(0, 0)
     lines = [judge.line for judge in judges]
     assert lines[0].startswith(
         f"warning: judge m at {wanders}: 20 scores of one image differ by at most 0.004 in P(yes)"

@@ -1,5 +1,8 @@
 """Out of memory in a step: the fault is injected where the model is asked for a velocity."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 
@@ -7,7 +10,8 @@ from posttrain import grpo, stpo, tdm
 from posttrain.config import PoolConfig
 from posttrain.k2 import K2
 from prompts.errors import UserError
-from tests import runs
+from rewards.background import ScoreQueue
+from tests import runs, tiny
 
 METHODS = {"grpo": (grpo, runs.config), "stpo": (stpo, runs.stpo_config), "tdm": (tdm, runs.tdm_config)}
 
@@ -51,6 +55,37 @@ def test_the_step_is_begun_again_with_half_of_micro_batch(method, nth, model, tm
     assert a.state.get("pool") == b.state.get("pool")
     assert a.state["history"].get("images") == b.state["history"].get("images")
     assert a.state["counters"] == b.state["counters"]
+
+
+def test_the_second_attempt_is_the_same_step(model, tmp_path, monkeypatch):
+    """Prompts, images and update are those of a run that has the smaller micro-batch from the start, though the
+    adaptive pool marks what it draws: with a staleness of 1 what is marked has half the weight in another draw."""
+    submitted = []
+
+    def keeping(self, images, prompts, columns=None, submit=ScoreQueue.submit):
+        submitted.append((list(prompts), np.stack([np.asarray(image, int) for image in images])))
+        submit(self, images, prompts, columns)
+
+    monkeypatch.setattr(ScoreQueue, "submit", keeping)
+    found = []
+    for name, micro_batch in (("small", 2), ("halved", 4)):
+        made = recipe("grpo", tmp_path / name, model)
+        rows = [json.dumps({"prompt": f"{tiny.PROMPTS[i % 4]} {i}"}) for i in range(12)]
+        (tmp_path / name / "train.jsonl").write_text("\n".join(rows))
+        made.pool, made.groups.micro_batch = PoolConfig(kind="adaptive", staleness=1), micro_batch
+        made.seed = 4  # another draw of the first step would take another prompt
+        if micro_batch == 4:
+            fail_above(monkeypatch, 2, 1)  # the first update's first pass, when all is drawn
+        submitted.clear()
+        grpo.train(made)
+        found.append((list(submitted), runs.latest(made.output)))
+    (small, a), (halved, b) = found
+    assert len(small) == 4 and len(halved) == 6  # two groups in each of two steps, and the first step once more
+    for (prompts, images), (again, drawn) in zip([*small[:2], *small], halved, strict=True):
+        assert prompts == again and abs(images - drawn).max() <= 1
+    for name, value in a.tensors["adapter"].items():
+        torch.testing.assert_close(b.tensors["adapter"][name], value, rtol=2e-3, atol=2e-4)
+    runs.assert_equal(a.tensors["pool"], b.tensors["pool"])
 
 
 @pytest.mark.parametrize("method", ["grpo", "stpo", "tdm"])

@@ -42,6 +42,17 @@ def test_moments_of_a_group():
     np.testing.assert_allclose(variance[:, 0], [1 / 3, NAN, 0], atol=1e-15)
 
 
+def test_a_spread_within_the_noise_is_none():
+    """Floors of .05 and 0: what spans less than the floor is alike, and its prompt is flat."""
+    values = np.array([[0.5, 0.54], [0.5, 0.56]])[..., None].repeat(2, -1)
+    _, variance = group_moments(values, np.ones((2, 2, 2), bool), np.array([0.05, 0.0]))
+    np.testing.assert_allclose(variance, [[0, 8e-4], [1.8e-3, 1.8e-3]])
+    pool = make(3, 2, prune_after=2, floor=0)
+    for step in (1, 2):
+        pool.update(step, np.array([0, 1]), values[..., :1], np.ones((2, 2, 1), bool), np.array([0.05]))
+    assert pool.informativeness(np.arange(3)).tolist() == [0, 1, 1] and pool.kinds(np.arange(2)).tolist() == [4, 1]
+
+
 def test_decay_by_hand():
     """Rates 1, 1/2, 1/3 and from then on 0.3; the variance is averaged and not the standard deviation."""
     pool = make(3)

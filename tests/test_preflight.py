@@ -158,7 +158,7 @@ def test_scores_that_a_pool_cannot_use(config, check):
 
 def test_failures_that_count_as_zero(check, monkeypatch):
     true = advantages.gdpo
-    monkeypatch.setattr(advantages, "gdpo", lambda rewards, valid, weights: true(rewards, valid | True, weights))
+    monkeypatch.setattr(advantages, "gdpo", lambda r, valid, weights, **rest: true(r, valid | True, weights, **rest))
     rows = check(1)
     assert failed(rows) == ["planted failure"] and "an image whose brightness failed has advantage -1" in str(rows)
 

@@ -3,6 +3,7 @@
 They are real processes with the environment that a launcher gives them, forked from one that has imported torch.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -14,14 +15,47 @@ import pytest
 import torch
 from PIL import Image
 
-from posttrain import checkpoint
+from posttrain import checkpoint, flops
 from posttrain.config import RewardSpec
+from posttrain.processes import Processes, deal
 from tests import runs
 
 
 @pytest.fixture
 def config(tmp_path, model):
     return runs.config(tmp_path, model)
+
+
+def used(costs, hands):
+    """Share of the time for which processes have work: the mean of their sums over the largest."""
+    sums = [sum(costs[i] for i in hand) for hand in hands]
+    return sum(sums) / len(sums) / max(sums)
+
+
+@pytest.mark.parametrize(("groups", "expected"), [(8, 0.615), (12, 0.923), (16, 1.0), (24, 0.923), (28, 0.965)])
+def test_two_sizes_are_dealt_by_cost(groups, expected):
+    """K2 at 512 and 1024 by turns on eight GPUs: 1 and 4.34. g to process g mod 8 gives all of one size to every other
+    process. With one group each nothing else can be done; with 16 each gets one of both."""
+    costs = [flops.forward(flops.Shape(28, 6144, 1536, 16384, 64, 256), n, 0) for n in (1024, 4096)] * (groups // 2)
+    in_turn = used(costs, [range(rank, groups, 8) for rank in range(8)])
+    hands = deal(costs, 8)
+    assert in_turn < 0.62 and used(costs, hands) == pytest.approx(expected, abs=1e-3)
+    assert sorted(i for hand in hands for i in hand) == list(range(groups))
+    assert all(costs[a] >= costs[b] for hand in hands for a, b in itertools.pairwise(hand))
+
+
+def test_like_costs_are_dealt_in_turn():
+    for count, ranks in ((11, 4), (3, 8), (0, 2)):
+        assert deal([0.3] * count, ranks) == [list(range(rank, count, ranks)) for rank in range(ranks)]
+
+
+def test_a_sharded_model_gets_like_costs_at_a_time():
+    procs = Processes()
+    procs.size, procs.engine, procs.sharded = 2, "FSDP2", True
+    hands = []
+    for procs.rank in (0, 1):
+        hands.append(procs.mine_by_cost([1, 4, 1, 4, 1, 1]))
+    assert hands == [[1, 0, 4], [3, 2, 5]]
 
 
 def test_four_processes_equal_two_and_one(command, config, tmp_path):
@@ -117,10 +151,10 @@ def test_preflight(command, config, tmp_path):
 
 
 def test_two_processes_train_on_pairs_as_one(command, model, tmp_path):
-    """Five pairs an update and seven held-out ones. The terms are kept apart in the first step and not in the second,
+    """Five pairs an update and seven held-out ones, of two sizes. The terms are kept apart in the first step and not in the second,
     each set of processes has a cache of its own."""
     config = runs.stpo_config(tmp_path, model)
-    config.pairs.train = str(runs.pairs(tmp_path, 70))  # two shards
+    config.pairs.train = str(runs.pairs(tmp_path, 70, (32, 32), (32, 32), (16, 48)))  # two shards
     config.batch, config.micro_batch, config.loss.terms_every = 5, 2, 2
     config.pairs.measured, config.loss.beta, config.optim.ema = 7, 100.0, 0.5
     config.rewards, made = [], []

@@ -17,7 +17,7 @@ from prompts.errors import UserError
 from prompts.records import columns, read_prompts
 from prompts.templates import Template, load_template
 from rewards.background import ScoreQueue
-from rewards.base import Failure, RewardError, RewardSpec, Scored, Scores, score_all
+from rewards.base import Failure, Noise, RewardError, RewardSpec, Scored, Scores, score_all
 from rewards.gates import apply_gates
 from rewards.image import OCR, Artifact, Rubric
 from rewards.judge import Judge
@@ -236,6 +236,15 @@ def test_gate_multiplies():
     assert gated.values_NK.tolist() == [[0.9], [0]] and gated.valid_NK.all()
     soft = apply_gates(gate_scores([[0.8, 0.5]]), [R, RewardSpec("g", "m:f", gate="multiply")])
     assert soft.values_NK.tolist() == [[0.4]]
+
+
+def test_noise_of_a_gate_is_that_of_what_it_multiplies():
+    """A gate at .5 or at 1 by turns makes r differ by .9 times as much; one with a threshold is 1 or 0."""
+    scores, noise = gate_scores([[0.8, 0.5], [0.9, 0.9]]), {"r": Noise(0.1, 0.3), "g": Noise(0.02, 0.06)}
+    soft = apply_gates(scores, [R, RewardSpec("g", "m:f", gate="multiply")], noise)
+    assert soft.noise_K.tolist() == [pytest.approx(0.118)] and soft.floor_K.tolist() == [pytest.approx(0.354)]
+    assert apply_gates(scores, [R, MULTIPLY], noise).floor_K.tolist() == [0.3]
+    assert apply_gates(scores, [R, MULTIPLY]).floor_K.tolist() == [0]
 
 
 def test_gate_masks():

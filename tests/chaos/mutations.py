@@ -22,12 +22,16 @@ SECONDS = 120
 
 MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("posttrain/advantages.py", "tests/test_advantages.py"): [
-        ("/ (n - 1).clamp_min(1)).sqrt()", "/ n.clamp_min(1)).sqrt()"),
-        ("return centred / (std + EPSILON)", "return centred"),
+        ("/ (count - 1).clamp_min(1)).sqrt()", "/ count.clamp_min(1)).sqrt()"),
+        ("return centred / (_std(centred, valid_PGK) + floor)", "return centred"),
+        ("EPSILON if floor_K is None else floor_K.double()[..., None, :].clamp_min(EPSILON)", "EPSILON"),
+        ("FLAT if floor_K is None else floor_K.double().clamp_min(FLAT)", "FLAT"),
+        ("torch.minimum(noise_PK[:, None] / 4, std_P1K)", "noise_PK[:, None] / 4"),
+        ("noise_K * ~flat_PK", "noise_K"),
         ("weighed_PG = (weights_K.double() * standardise", "weighed_PG = (weights_K.double() ** 2 * standardise"),
         ("return _over_batch(weighed_PG, valid_PGK.any(-1))", "return weighed_PG"),
         ("return _over_batch(weighed_PG, valid_PGK.any(-1))", "return _over_batch(weighed_PG, valid_PGK.all(-1))"),
-        ("| (top - bottom < FLAT)", "| (top - bottom < 0)"),
+        ("| (top - bottom < least)", "| (top - bottom < 0)"),
         ("return (values - mean).masked_fill", "return values.masked_fill"),
         ("valid_PGK.sum(1, keepdim=True).clamp_min(1)\n    return", "valid_PGK.shape[1]\n    return"),
         ("values_PG / (scorable.std() + EPSILON)", "(values_PG - 1e-3) / (scorable.std() + EPSILON)"),
