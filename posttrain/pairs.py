@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import time
 from collections import Counter
@@ -30,12 +31,12 @@ from torch import Tensor
 
 from posttrain import pair_plan, pair_quality, sampler
 from posttrain.drawing import Cost, Drawer
-from posttrain.judge_check import check_judges
+from posttrain.judge_check import SHOWN, check_judges
 from posttrain.k2 import to_pil
 from posttrain.pair_choice import KEPT, Rules, decide_groups, decide_pairs
 from posttrain.pair_plan import Block, Journal, Plan
 from posttrain.pairs_config import PairsConfig
-from posttrain.preferences import CARD, Preference, PreferenceWriter
+from posttrain.preferences import CARD, Preference, PreferenceWriter, row_of
 from posttrain.processes import Processes
 from posttrain.source import in_turn
 from posttrain.track import Run, peak_memory
@@ -74,12 +75,12 @@ class Output:
     written: int
     """Pairs that an earlier run wrote."""
 
-    def add(self, first: int, drawn: Drawn) -> None:
-        """A block's pairs, the first of which is number `first` of all."""
-        for i, pair in enumerate(drawn.pairs, start=first):
+    def add(self, first: int, entry: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        """A block's line of the journal and its pairs as rows, the first of which is number `first` of all."""
+        for i, row in enumerate(rows, start=first):
             if i >= self.written:
-                self.writer.add(pair)
-        self.journal.add(drawn.entry)
+                self.writer.add_row(row)
+        self.journal.add(entry)
 
 
 def make(config: PairsConfig, resume: bool = False) -> None:
@@ -134,17 +135,22 @@ def _make(
             blocks = [block for block in blocks if block.index >= len(before)]
             for turn in (blocks[i : i + procs.size] for i in range(0, len(blocks), procs.size)):
                 mine = turn[procs.rank] if procs.rank < len(turn) else None
-                drawn = procs.each(mine and draw_block(config, plan, drawer, queue, records, mine))
-                if untried and any(result.pairs for result in drawn):
-                    untried = False
-                    _check_judges(judged, run, urls, records, drawn)
-                for block, result in zip(turn, drawn):
-                    _trim(result, plan.room(block))
+                drawn = mine and draw_block(config, plan, drawer, queue, records, mine)
+                for rank, (entry, spent) in enumerate(procs.each(drawn and (drawn.entry, drawn.cost))[: len(turn)]):
+                    block, first = turn[rank], sum(plan.kept)
+                    _trim(entry, plan.room(block))
+                    count = pair_plan.kept(entry)
+                    # The images travel as PNG, to the main process alone, which holds one block at a time.
+                    rows = [row_of(pair) for pair in drawn.pairs[:count]] if drawn and rank == procs.rank else None
+                    rows = procs.deliver({} if rows is None else {0: rows}).get(rank, [])
+                    if untried and rows:
+                        untried = False
+                        _check_judges(judged, run, urls, records, entry, rows)
                     if output is not None:
-                        output.add(sum(plan.kept), result)
-                    plan.take(block, len(result.pairs))
-                    cost.add(result.cost)
-                    fates = {f"fate/{name}": n for name, n in Counter(result.entry["fates"]).items()}
+                        output.add(first, entry, rows)
+                    plan.take(block, count)
+                    cost.add(spent)
+                    fates = {f"fate/{name}": n for name, n in Counter(entry["fates"]).items()}
                     run.log(sum(plan.kept), {"block": block.index, "source": block.source, **fates})
         seconds = (time.perf_counter() - began) * procs.size
         _check_outcome(config, run, plan, output)
@@ -166,13 +172,18 @@ def _make(
 
 
 def _check_judges(
-    specs: list[RewardSpec], run: Run, urls: dict[str, list[str]], records: list[PromptRecord], drawn: list[Drawn]
+    specs: list[RewardSpec],
+    run: Run,
+    urls: dict[str, list[str]],
+    records: list[PromptRecord],
+    entry: dict[str, Any],
+    rows: list[dict[str, Any]],
 ) -> None:
-    """On the first chosen pictures. With judges of their own: those of the queue keep to its event loop."""
-    chosen = [pair.chosen for result in drawn for pair in result.pairs]
-    places = [p for result in drawn for p, fate in zip(result.entry["prompts"], result.entry["fates"]) if fate == KEPT]
-    rows = [records[place] for place in places]
-    check_judges(run, load_rewards(specs, urls), chosen, [r.prompt for r in rows], columns(rows))
+    """On the chosen images of the first block that has any. With judges of their own: those of the queue keep to its
+    event loop."""
+    chosen = [Image.open(io.BytesIO(row["chosen"]["bytes"])) for row in rows[:SHOWN]]
+    asked = [records[place] for place, fate in zip(entry["prompts"], entry["fates"]) if fate == KEPT][:SHOWN]
+    check_judges(run, load_rewards(specs, urls), chosen, [r.prompt for r in asked], columns(asked))
 
 
 def _check_outcome(config: PairsConfig, run: Run, plan: Plan, output: Output | None) -> None:
@@ -254,12 +265,11 @@ def draw_block(
     return Drawn(entry, pairs, cost)
 
 
-def _trim(drawn: Drawn, room: int) -> None:
+def _trim(entry: dict[str, Any], room: int) -> None:
     """Leaves out what the source no longer wants."""
-    fates = drawn.entry["fates"]
+    fates = entry["fates"]
     for i in [i for i, fate in enumerate(fates) if fate == KEPT][room:]:
         fates[i] = "surplus"
-    drawn.pairs = drawn.pairs[:room]
 
 
 def _check_unchanged(config: PairsConfig) -> None:
