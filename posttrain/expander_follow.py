@@ -132,7 +132,10 @@ class Follow(TrainerCallback):
 
     def begin(self) -> None:
         """Evaluates what is there before the first step; not for a run that is resumed."""
-        if not self.evaluations and (evaluation := self._evaluate(0)) is not None:
+        if self.evaluations:
+            return
+        evaluation = self._evaluate(0)
+        if self.procs.main:
             scorer, images, size = self.shared.scorer, evaluation.scored.images_N, self.config.eval.group_size
             rows = sorted(range(len(images)), key=lambda i: i % size)  # of as many prompts as there are
             there = [evaluation.expansions[i] for i in rows if images[i] is not None]
@@ -207,15 +210,11 @@ class Follow(TrainerCallback):
         metrics |= {f"seconds/{name}": value for name, value in self._seconds.items()}
         self.run.log(state.global_step, metrics)
 
-    def _evaluate(self, step: int) -> ExpanderEvaluation | None:
-        """By the main process, while the others wait; None for them."""
-        evaluation = None
+    def _evaluate(self, step: int) -> ExpanderEvaluation:
+        evaluation = self.evaluator()
+        self.run.log(step, {f"eval/{name}": value for name, value in evaluation.figures.items()})
+        self.evaluations.append({"step": step, "figures": evaluation.figures})
         if self.procs.main:
-            evaluation = self.evaluator()
-            self.run.log(step, {f"eval/{name}": value for name, value in evaluation.figures.items()})
             self.evaluator.save(self.run.path / "groups", step, evaluation)
-        figures = self.procs.from_main(None if evaluation is None else evaluation.figures)
-        self.evaluations.append({"step": step, "figures": figures})
-        if self.procs.main:
             (self.run.path / "evaluations.json").write_text(json.dumps(self.evaluations, indent=1) + "\n")
         return evaluation
