@@ -25,7 +25,6 @@ from posttrain.processes import Processes
 from prompts.records import PromptRecord, columns
 from rewards.base import Reward, Scores, score_all
 
-
 SHOWN = 16
 """Images of each way that the main process gets, to show them."""
 
@@ -136,7 +135,9 @@ class Evaluator:
             return self.procs.scores(None, group_size)
         pictures = to_pil(torch.from_numpy(np.stack(images)))
         prompts = [self.records[row].prompt for row in rows]
-        taken: dict[str, Sequence[Any]] = {name: [column[row] for row in rows] for name, column in self._columns.items()}
+        taken: dict[str, Sequence[Any]] = {
+            name: [column[row] for row in rows] for name, column in self._columns.items()
+        }
         scores = asyncio.run(score_all(rewards, pictures, prompts, taken, group_size))
         return self.procs.scores(scores, group_size)
 

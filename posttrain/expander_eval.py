@@ -75,9 +75,11 @@ class ExpanderEvaluator:
         size, groups = self.config.group_size, self.procs.mine(len(self.records))
         expansions = self._write()
         places = [g * size + j for g in groups for j in range(size)]
-        mine = [expansions[place] for place in places]
-        scored = self.scorer(mine, [self.seeds[place // size] for place in places], size, heldout=True) if mine else None
-        spreads = [spread(features) for features in self.embed([e.text for e in mine]).split(size)] if mine else []
+        scored, spreads = None, []
+        if places:  # there may be more processes than prompts
+            mine = [expansions[place] for place in places]
+            scored = self.scorer(mine, [self.seeds[place // size] for place in places], size, heldout=True)
+            spreads = [spread(features) for features in self.embed([e.text for e in mine]).split(size)]
         every = self._joined(places, scored)
         figures = self._figures(expansions, every) | {"text/spread": _mean(self.procs.dealt_back(spreads))}
         return ExpanderEvaluation(figures, expansions, every)

@@ -73,7 +73,7 @@ def measure(image: np.ndarray, latents: np.ndarray) -> dict[str, float]:
 
 
 def means(measured: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Figures of all images from what `measure` gave for each: means, and of the latents the root of the mean square."""
+    """Figures of all images from what `measure` gave for each: their means, and of latent norms the quadratic mean."""
     found = {name: float(np.mean([one[name] for one in measured])) for name in measured[0]}
     found["image/latent_norm"] = float(np.sqrt(np.mean([one["image/latent_norm"] ** 2 for one in measured])))
     return found

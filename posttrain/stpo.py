@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain import checkpoint, figures, sampler, sharding
+from posttrain import checkpoint, sampler, sharding
 from posttrain.checkpoint import Checkpoint
 from posttrain.evaluate import Evaluation, Evaluator
 from posttrain.k2 import K2, Text
