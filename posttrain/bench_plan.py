@@ -8,7 +8,8 @@ left out. Prompts are taken to be as long as those of the measurement.
 
 Memory: what the weights took, and the text encoder's; 16 bytes for each parameter of an adapter more or less; and the
 rest of the measured peak in proportion to image tokens in one forward. That holds if the recipe keeps as many blocks'
-activations as the measurement did (recompute).
+activations as the measurement did (recompute). Fused text is kept in RAM: what an evaluation draws, and of tdm what
+source.py's limit allows.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from posttrain.bench_tiers import BLOCK_BYTES, parts_of, tiers
 from posttrain.cli import load_config
 from posttrain.config import GRPOConfig
 from posttrain.load import sizes_of
+from posttrain.source import FUSED_BYTES
 from posttrain.stpo_config import STPOConfig
 from posttrain.tdm_config import TDMConfig
 from prompts.errors import UserError
@@ -75,6 +77,7 @@ def plan(config: BenchConfig) -> str:
         f"Evaluation: {evaluation / 1e12:.4g} TFLOP, {evaluation_seconds:.3g} s, {evaluations} times",
         f"Run: {recipe.steps} steps, {total / 3600:.3g} hours, {total * config.gpus / 3600:.3g} GPU hours",
     ]
+    lines.append(_ram(recipe, shape, cost.text))
     if row["peak_gib"] is None:
         return "\n".join([*lines, "Memory: not known, for it was measured on a CPU"])
     adapters = 2 if method == "tdm" else 1
@@ -94,6 +97,13 @@ def plan(config: BenchConfig) -> str:
         told = "Pictures in one forward, blocks computed again and options with which it would fit:"
         lines += ["", told, tiers(parts, [method], [largest], lora.rank, cost.text, block)]
     return "\n".join(lines)
+
+
+def _ram(recipe: Recipe, shape: flops.Shape, text: int) -> str:
+    """What fused text takes of each process's RAM, in the type that the network has."""
+    each = text * shape.width * torch.finfo(getattr(torch, recipe.model.dtype)).bits // 8
+    most = recipe.eval.prompts * each + (FUSED_BYTES if isinstance(recipe, TDMConfig) else 0)
+    return f"RAM: at most {most / 2**30:.2g} GiB of each process for fused text, {each / 1e6:.2g} MB a prompt"
 
 
 class _Cost:

@@ -196,7 +196,9 @@ def _draw(
     settings = EvalConfig(prompts=len(records), steps=steps, guidance=[guidance], seed=config.seed, groups=0)
     height, width = config.size
     procs = Processes().alone()
-    draw = Evaluator(k2, records, [], settings, (height, width), config.micro_batch, config.max_tokens, procs)
+    draw = Evaluator(
+        k2, records, [], settings, (height, width), config.micro_batch, config.max_tokens, procs, shown=len(records)
+    )
     off = draw().images
     with k2.role(LORA):
         return off, draw().images

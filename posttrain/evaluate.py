@@ -1,11 +1,16 @@
 """Evaluation on held-out prompts: fixed seeds, deterministic sampling, every reward of the recipe and the figures
 of figures.py. A reward that compares a group sees those groups that are drawn for their diversity.
+
+Each process measures and scores the images that it has drawn. Numbers go to all processes; of the images, only those
+that are shown go to the main one, and those of a group to the process that scores it, if a reward compares groups.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +24,9 @@ from posttrain.k2 import K2, Text, to_pil
 from posttrain.processes import Processes
 from prompts.records import PromptRecord, columns
 from rewards.base import Reward, Scores, score_all
+
+SHOWN = 16
+"""Images of each way that the main process gets, to show them."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +45,10 @@ class Way:
 class Evaluation:
     figures: dict[str, float | None]
     """`reward` (mean score; None where no picture could be scored), `image/...`, each with the suffix of its way."""
-    drawn: dict[str, np.ndarray]
-    """By suffix: uint8 (N, H, W, 3)."""
+    shown: dict[str, np.ndarray]
+    """By suffix: the first images of the way, uint8 (N, H, W, 3); N is 0 but on the main process."""
+    measured: dict[str, dict[str, float]]
+    """By suffix: the figures of figures.measure over all images of the way."""
     details: dict[str, float | None] = field(default_factory=dict)
     """Further figures, which are logged and not summed up."""
     said: list[dict[str, Any]] = field(default_factory=list)
@@ -46,8 +56,8 @@ class Evaluation:
 
     @property
     def images(self) -> np.ndarray:
-        """uint8 (N, H, W, 3), by the first way."""
-        return next(iter(self.drawn.values()))
+        """uint8 (N, H, W, 3): the images shown of the first way; none but on the main process."""
+        return next(iter(self.shown.values()))
 
 
 class Evaluator:
@@ -64,8 +74,11 @@ class Evaluator:
         max_tokens: int,
         procs: Processes,
         ways: Sequence[Way] | None = None,
+        shown: int = SHOWN,
     ):
-        """Without `ways`: by each guidance of `config`, in its steps."""
+        """Without `ways`: by each guidance of `config`, in its steps. `shown`: of each way's images, how many the
+        evaluation holds."""
+        self.shown = shown
         self.k2, self.config, self.size, self.batch, self.procs = k2, config, size, batch, procs
         self.ways = ways or [Way(config.steps, s, suffix=figures.suffix(s)) for s in config.guidance]
         self.rewards = [reward for reward in rewards if not reward.spec.group]
@@ -76,60 +89,80 @@ class Evaluator:
         self._groups = [(i, sampler.seed_for(config.seed, i, j)) for i in groups for j in range(config.group_size)]
         """Prompt and seed of each picture of the groups."""
         features = k2.encode([r.prompt for r in self.records], max_tokens).features
-        self._fused = [k2.fuse(f) for f in features]
+        self._fused = [k2.fuse(f).cpu() for f in features]
         self._columns = columns(self.records)
         self._null: Text | None = None
 
     def __call__(self, ways: Sequence[Way] | None = None) -> Evaluation:
         """With `ways`, by these instead."""
-        found: dict[str, float | None] = {}
-        drawn: dict[str, np.ndarray] = {}
-        said: list[dict[str, Any]] = []
+        result = Evaluation({}, {}, {})
         for way in ways or self.ways:
-            images, latents = self._draw(list(enumerate(self.seeds)), way)
-            drawn[way.suffix] = images
-            scores = self._score(self.rewards, images, range(len(images)), 1)
-            said = said or told(scores)
-            values = means(scores) | figures.look(images, latents)
-            if self._groups:
-                grouped, _ = self._draw(self._groups, way)
-                size = self.config.group_size
-                values[figures.DIVERSITY] = figures.diversity(grouped, size)
-                if self.group_rewards:
-                    rows = [row for row, _ in self._groups]
-                    values |= means(self._score(self.group_rewards, grouped, rows, size))
-            found |= {name + way.suffix: value for name, value in values.items()}
-        return Evaluation(found, drawn, said=said)
+            rows = self.procs.mine(len(self.seeds))
+            images, latents = self._draw([(row, self.seeds[row]) for row in rows], way)
+            scores = self._score(self.rewards, images, rows, 1)
+            result.said = result.said or told(scores)
+            result.shown[way.suffix] = self._shown(images, rows)
+            looks = self.procs.dealt_back([figures.measure(*drawn) for drawn in zip(images, latents)])
+            result.measured[way.suffix] = measured = figures.means(looks)
+            values = means(scores) | {name: measured[name] for name in figures.LOOK} | self._groups_by(way)
+            result.figures |= {name + way.suffix: value for name, value in values.items()}
+        return result
 
-    def _score(self, rewards: Sequence[Reward], images: np.ndarray, rows: Sequence[int], group_size: int) -> Scores:
-        """Each process scores its share of the groups; `rows` are the prompts of the pictures."""
-        groups = self.procs.mine(len(images) // group_size)
-        mine = [g * group_size + j for g in groups for j in range(group_size)]
-        if not mine:
+    def _groups_by(self, way: Way) -> dict[str, float | None]:
+        """Figures of the groups: their diversity, and rewards that compare the images of a group."""
+        if not self._groups:
+            return {}
+        size, places = self.config.group_size, self.procs.mine(len(self._groups))
+        images, _ = self._draw([self._groups[place] for place in places], way)
+        cells = [figures.cells(image[None])[0] for image in images]
+        values: dict[str, float | None] = {
+            figures.DIVERSITY: figures.diversity_of_cells(np.stack(self.procs.dealt_back(cells)), size)
+        }
+        if self.group_rewards:
+            parcels: dict[int, list[tuple[int, np.ndarray]]] = {}
+            for place, image in zip(places, images):
+                parcels.setdefault(self.procs.owner(place // size), []).append((place, image))
+            whole = sorted(itertools.chain(*self.procs.deliver(parcels).values()), key=operator.itemgetter(0))
+            rows = [self._groups[place][0] for place, _ in whole]
+            values |= means(self._score(self.group_rewards, [image for _, image in whole], rows, size))
+        return values
+
+    def _score(
+        self, rewards: Sequence[Reward], images: Sequence[np.ndarray], rows: Sequence[int], group_size: int
+    ) -> Scores:
+        """The scores of all processes' images; these are the ones of this process, and `rows` their prompts."""
+        if not images:
             return self.procs.scores(None, group_size)
-        pictures = to_pil(torch.from_numpy(images[mine]))
-        prompts = [self.records[rows[i]].prompt for i in mine]
+        pictures = to_pil(torch.from_numpy(np.stack(images)))
+        prompts = [self.records[row].prompt for row in rows]
         taken: dict[str, Sequence[Any]] = {
-            name: [column[rows[i]] for i in mine] for name, column in self._columns.items()
+            name: [column[row] for row in rows] for name, column in self._columns.items()
         }
         scores = asyncio.run(score_all(rewards, pictures, prompts, taken, group_size))
         return self.procs.scores(scores, group_size)
 
-    def _draw(self, jobs: Sequence[tuple[int, int]], way: Way) -> tuple[np.ndarray, np.ndarray]:
-        """Pictures and latents of (prompt, seed) pairs, of which each process draws its share."""
-        k2, (height, width), drawn = self.k2, self.size, []
+    def _shown(self, images: Sequence[np.ndarray], rows: Sequence[int]) -> np.ndarray:
+        """The first images of a way, on the main process."""
+        parts = self.procs.gather([(row, image) for row, image in zip(rows, images) if row < self.shown])
+        found = sorted(itertools.chain(*parts or []), key=operator.itemgetter(0))
+        return np.stack([image for _, image in found]) if found else np.empty((0, *self.size, 3), np.uint8)
+
+    def _draw(self, jobs: Sequence[tuple[int, int]], way: Way) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Images, uint8 (H, W, 3), and latents (N, C) of (prompt, seed) pairs."""
+        k2, (height, width) = self.k2, self.size
         shape = (k2.image_tokens(height, width), k2.latent_channels)
-        mine = [jobs[i] for i in self.procs.mine(len(jobs))]
+        images: list[np.ndarray] = []
+        latents: list[np.ndarray] = []
         if way.guidance and self._null is None:
             self._null = k2.text([""])
-        for i in range(0, len(mine), self.batch):
-            part = mine[i : i + self.batch]
+        for i in range(0, len(jobs), self.batch):
+            part = jobs[i : i + self.batch]
             noise = sampler.noise([seed for _, seed in part], shape)
-            text = Text.of([self._fused[row] for row, _ in part])
-            latents = k2.sample(text, noise, way.steps, height, width, way.guidance, self._null, way.mu)
-            drawn += zip(k2.decode(latents, height, width).cpu().numpy(), latents.cpu().numpy())
-        images, latents = zip(*self.procs.dealt_back(drawn))
-        return np.stack(images), np.stack(latents)
+            text = Text.of([self._fused[row].to(k2.device) for row, _ in part])
+            found = k2.sample(text, noise, way.steps, height, width, way.guidance, self._null, way.mu)
+            images += list(k2.decode(found, height, width).cpu().numpy())
+            latents += list(found.cpu().numpy())
+        return images, latents
 
 
 def told(scores: Scores) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ class WriterConfig:
     api_key_env: str | None = None
     """Name of the environment variable that holds the key; null: none is needed."""
     concurrency: int = 32
-    """Requests under way at once, >= 1."""
+    """Requests under way at once, >= 1; the command runs in one process."""
     timeout: float = 60.0
     """Seconds for one attempt, > 0."""
 

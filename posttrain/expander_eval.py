@@ -11,13 +11,18 @@
 | text/verbatim | share of the expansions that keep all of the prompt's quoted text, of those whose prompt has some |
 
 Means of a group's figure are over the prompts where there is one.
+
+Processes share it: each writes whole batches of expansions, then draws and scores whole groups. Texts and numbers go to
+all of them; images, of the prompts that are shown, to the main one.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +32,17 @@ from torch import Tensor
 
 from posttrain import sampler
 from posttrain.expander_rl_config import ExpanderEvalConfig
-from posttrain.expander_score import Expansion, Scored, Scorer
+from posttrain.expander_score import Expansion, Scored, Scorer, joined
 from posttrain.expansion import distinct, quoted, verbatim
+from posttrain.judge_check import SHOWN
+from posttrain.processes import Processes
 from posttrain.validate_gdpo import DIVERSITY
 from prompts.records import PromptRecord
 
-Write = Callable[[Sequence[PromptRecord], int], list[Expansion]]
-"""Samples expansions, the given number of neighbours for each record."""
+BATCH = 64
+"""Expansions that are written together."""
+Write = Callable[[Sequence[PromptRecord], int, int], list[Expansion]]
+"""Samples expansions, the given number of neighbours for each record; the first is of the given number of all."""
 Embed = Callable[[Sequence[str]], Tensor]
 """Texts to (N, E) features."""
 
@@ -43,6 +52,7 @@ class ExpanderEvaluation:
     figures: dict[str, float | None]
     expansions: list[Expansion]
     scored: Scored
+    """Its images are those of the first prompts, on the main process: as many as are shown or judges are tried on."""
 
 
 class ExpanderEvaluator:
@@ -55,16 +65,45 @@ class ExpanderEvaluator:
         scorer: Scorer,
         write: Write,
         embed: Embed,
+        procs: Processes,
     ):
         self.records, self.config, self.scorer = list(records[: config.prompts]), config, scorer
-        self.write, self.embed = write, embed
+        self.write, self.embed, self.procs = write, embed, procs
         self.seeds = [sampler.seed_for(config.seed, i) for i in range(len(self.records))]
 
     def __call__(self) -> ExpanderEvaluation:
+        size, groups = self.config.group_size, self.procs.mine(len(self.records))
+        expansions = self._write()
+        places = [g * size + j for g in groups for j in range(size)]
+        scored, spreads = None, []
+        if places:  # there may be more processes than prompts
+            mine = [expansions[place] for place in places]
+            scored = self.scorer(mine, [self.seeds[place // size] for place in places], size, heldout=True)
+            spreads = [spread(features) for features in self.embed([e.text for e in mine]).split(size)]
+        every = self._joined(places, scored)
+        figures = self._figures(expansions, every) | {"text/spread": _mean(self.procs.dealt_back(spreads))}
+        return ExpanderEvaluation(figures, expansions, every)
+
+    def _write(self) -> list[Expansion]:
+        """All expansions. Each process samples whole batches, since a batch's noise is drawn together."""
         size = self.config.group_size
-        expansions = self.write(self.records, size)
-        scored = self.scorer(expansions, [s for s in self.seeds for _ in range(size)], size, heldout=True)
-        return ExpanderEvaluation(self._figures(expansions, scored), expansions, scored)
+        count = max(1, BATCH // size)
+        firsts = range(0, len(self.records), count)
+        mine = [firsts[i] for i in self.procs.mine(len(firsts))]
+        written = [self.write(self.records[first : first + count], size, first * size) for first in mine]
+        return list(itertools.chain(*self.procs.dealt_back(written)))
+
+    def _joined(self, places: Sequence[int], scored: Scored | None) -> Scored:
+        """What all processes scored; the images of the first prompts go to the main one."""
+        part, images = None, {}
+        if scored is not None:
+            last = max(self.config.shown, SHOWN) * self.config.group_size
+            shown = [(place, image) for place, image in zip(places, scored.images_N) if place < last]
+            images = {place: image for place, image in shown if image is not None}
+            part = replace(scored, images_N=[], features=None)
+        parts = [each for each in self.procs.each((places, part)) if each[1] is not None]
+        gathered = self.procs.gather(images) or []
+        return joined(parts, functools.reduce(dict.__or__, gathered, {}))
 
     def _figures(self, expansions: Sequence[Expansion], scored: Scored) -> dict[str, float | None]:
         size = self.config.group_size
@@ -86,12 +125,10 @@ class ExpanderEvaluator:
         found |= {name: shares[name] for name in shares if name.startswith(("format", "safe", "cut", "missing"))}
         texts = [e.text for e in expansions]
         kept = [verbatim(e.record.texts or quoted(e.record.prompt), e.text) for e in expansions]
-        features = self.embed(texts)
         return found | {
             "text/length": _mean([e.tokens for e in expansions]),
             "text/distinct1": _mean([distinct(texts[group], 1) for group in groups]),
             "text/distinct2": _mean([distinct(texts[group], 2) for group in groups]),
-            "text/spread": _mean([spread(features[group]) for group in groups]),
             "text/verbatim": _mean(kept),
         }
 

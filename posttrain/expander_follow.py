@@ -141,7 +141,7 @@ class Follow(TrainerCallback):
         scorer = self.shared.scorer
         if not self.evaluations:
             evaluation = self._evaluate(0)
-            noise = self.procs.from_main(None if evaluation is None else self._check_judges(evaluation))
+            noise = self.procs.from_main(self._check_judges(evaluation) if self.procs.main else None)
             self.evaluations[0]["noise"] = noise
             self._write_evaluations()
         scorer.noise = noise_of(scorer.rewards, self.evaluations[0].get("noise", {}))
@@ -224,15 +224,12 @@ class Follow(TrainerCallback):
         metrics |= {f"seconds/{name}": value for name, value in self._seconds.items()}
         self.run.log(state.global_step, metrics)
 
-    def _evaluate(self, step: int) -> ExpanderEvaluation | None:
-        """By the main process, while the others wait; None for them."""
-        evaluation = None
+    def _evaluate(self, step: int) -> ExpanderEvaluation:
+        evaluation = self.evaluator()
+        self.run.log(step, {f"eval/{name}": value for name, value in evaluation.figures.items()})
+        self.evaluations.append({"step": step, "figures": evaluation.figures})
         if self.procs.main:
-            evaluation = self.evaluator()
-            self.run.log(step, {f"eval/{name}": value for name, value in evaluation.figures.items()})
             self.evaluator.save(self.run.path / "groups", step, evaluation)
-        figures = self.procs.from_main(None if evaluation is None else evaluation.figures)
-        self.evaluations.append({"step": step, "figures": figures})
         self._write_evaluations()
         return evaluation
 

@@ -69,9 +69,13 @@ class Policy:
 
     @torch.no_grad()
     def write(
-        self, records: Sequence[PromptRecord], n: int, max_tokens: int, temperature: float, seed: int, batch: int = 64
-    ) -> list[Expansion]:
-        """n neighbours for each record, the same for the same weights and seed. Leaves the global generators alone."""
+        self, records: Sequence[PromptRecord], n: int, place: int, max_tokens: int, temperature: float, seed: int,
+        batch: int = 64,
+    ) -> list[Expansion]:  # fmt: skip
+        """n neighbours for each record, the same for the same weights and seed. Leaves the global generators alone.
+
+        `place`: how many expansions the call's first one comes after, if it is one of several calls.
+        """
         rows = [record for record in records for _ in range(n)]
         settings = GenerationConfig(
             do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_tokens,
@@ -82,7 +86,7 @@ class Policy:
         found: list[Expansion] = []
         with torch.random.fork_rng():
             for first in range(0, len(rows), batch):
-                torch.manual_seed(seed + first)
+                torch.manual_seed(seed + place + first)
                 part = rows[first : first + batch]
                 inputs = self.tokenizer.apply_chat_template(
                     [messages(record.prompt) for record in part], add_generation_prompt=True, tokenize=True,

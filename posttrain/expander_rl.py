@@ -102,7 +102,7 @@ def _train(
     write = functools.partial(
         policy.write, max_tokens=generation.max_tokens, temperature=generation.temperature, seed=config.eval.seed
     )
-    evaluator = ExpanderEvaluator(heldout, config.eval, scorer, write, policy.embed)
+    evaluator = ExpanderEvaluator(heldout, config.eval, scorer, write, policy.embed, procs)
     trainer = Trainer(
         model=policy.model,
         reward_funcs=shared.functions(),  # type: ignore[arg-type]

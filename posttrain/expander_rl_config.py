@@ -57,7 +57,7 @@ class RendererConfig:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the weights and of the arithmetic; in process only."""
     concurrency: int = 16
-    """Requests under way at once, >= 1."""
+    """Requests to `urls` under way at once in all processes of the run together, >= 1; each has at least one."""
     timeout: float = 120.0
     """Seconds for one attempt, > 0."""
     deadline: float = 300.0

@@ -60,8 +60,10 @@ class Scored:
     unsafe_N: list[list[str]]
     """Names of the safety checks that an expansion fails, and nothing else."""
     images_N: list[Image.Image | None]
+    drawn_N: list[bool]
+    """Whether there is an image, also where `images_N` of several processes does not hold it."""
     features: Tensor | None
-    """(N, E) features of the pictures, zero where there is none."""
+    """(N, E) features of the pictures, zero where there is none; None of several processes."""
     cut_N: list[int]
     """Tokens beyond K2's text length."""
     renders: int
@@ -108,7 +110,7 @@ class Scored:
         n = len(self.causes_N)
         cut = [tokens for tokens in self.cut_N if tokens]
         wanted = sum(not f and not u for f, u in zip(self.causes_N, self.unsafe_N))
-        missing = sum(i is None and g > 0 for i, g in zip(self.images_N, self.gate_N))
+        missing = sum(not there and g > 0 for there, g in zip(self.drawn_N, self.gate_N))
         found: dict[str, float | None] = {
             "format": sum(not faults for faults in self.causes_N) / n,
             **{f"format/{cause}": sum(cause in faults for faults in self.causes_N) / n for cause in CAUSES},
@@ -120,6 +122,24 @@ class Scored:
         }
         flat = advantages.flat(*self._groups(group_size), self._floors()).double().mean(0).tolist()
         return found | {f"flat/{name}": share for name, share in zip(self.names, flat)}
+
+
+def joined(parts: Sequence[tuple[Sequence[int], Scored]], images: Mapping[int, Image.Image]) -> Scored:
+    """What several processes scored, in one order: each part has the places of its rows. `images` is by place too, and
+    need not hold all. Times are the first part's."""
+    held = [part for _, part in parts]
+    order = np.argsort(np.concatenate([places for places, _ in parts])).tolist()
+
+    def in_order(name: str) -> list[Any]:
+        rows = [row for part in held for row in getattr(part, name)]
+        return [rows[i] for i in order]
+
+    return Scored(
+        held[0].names, np.stack(in_order("values_NK")), np.stack(in_order("valid_NK")),
+        in_order("causes_N"), in_order("unsafe_N"), [images.get(place) for place in range(len(order))],
+        in_order("drawn_N"), None, in_order("cut_N"),
+        sum(part.renders for part in held), sum((part.failures for part in held), Counter()), held[0].seconds,
+    )  # fmt: skip
 
 
 class Scorer:
@@ -185,8 +205,9 @@ class Scorer:
         names = [*(reward.spec.name for reward in rewards), DIVERSITY]
         failures = rendering.failures + sum((scores.failures[n] for n in names[:-1]), Counter())
         seconds = {"render": rendered - checked, "score": time.perf_counter() - rendered + checked - began}
+        there_N = [image is not None for image in images]
         return Scored(
-            names, values, valid, faults, unsafe, images, features, cut, len(jobs), failures, seconds, self.noise
+            names, values, valid, faults, unsafe, images, there_N, features, cut, len(jobs), failures, seconds, self.noise,
         )  # fmt: skip
 
     def _apply(

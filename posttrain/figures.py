@@ -63,10 +63,20 @@ def suffix(guidance: float) -> str:
     return f"@{guidance:g}" if guidance else ""
 
 
-def look(images: np.ndarray, latents: np.ndarray) -> dict[str, float]:
-    """The four figures of LOOK; the latents may have any shape."""
-    values = [brightness(images), saturation(images), high_frequency(images), float(np.sqrt(np.square(latents).mean()))]
-    return dict(zip(LOOK, values, strict=True))
+def measure(image: np.ndarray, latents: np.ndarray) -> dict[str, float]:
+    """What evaluations measure of one image, uint8 (H, W, 3): all that has to travel of it. Latents of any shape."""
+    images = image[None]
+    high, total = next(_energies(images))
+    latent_norm = float(np.sqrt(np.square(latents, dtype=np.float64).mean()))
+    measured = [brightness(images), saturation(images), _share(high, total), latent_norm]
+    return dict(zip(LOOK, measured, strict=True)) | {"image/contrast": contrast(images), "image/high_energy": high}
+
+
+def means(measured: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Figures of all images from what `measure` gave for each: their means, and of latent norms the quadratic mean."""
+    found = {name: float(np.mean([one[name] for one in measured])) for name in measured[0]}
+    found["image/latent_norm"] = float(np.sqrt(np.mean([one["image/latent_norm"] ** 2 for one in measured])))
+    return found
 
 
 def brightness(images: np.ndarray) -> float:
@@ -80,8 +90,7 @@ def saturation(images: np.ndarray) -> float:
 
 def high_frequency(images: np.ndarray) -> float:
     """Mean over the pictures; grid textures and noise raise it, blur lowers it. A flat picture has 0."""
-    shares = [high / total if total >= 1e-16 else 0.0 for high, total in _energies(images)]  # less is rounding
-    return float(np.mean(shares))
+    return float(np.mean([_share(high, total) for high, total in _energies(images)]))
 
 
 def high_energy(images: np.ndarray) -> float:
@@ -89,6 +98,10 @@ def high_energy(images: np.ndarray) -> float:
     the same prompts and seeds tells whether detail was lost or texture gained, whatever becomes of the rest.
     """
     return float(np.mean([high for high, _ in _energies(images)]))
+
+
+def _share(high: float, total: float) -> float:
+    return high / total if total >= 1e-16 else 0.0  # less is rounding
 
 
 def _energies(images: np.ndarray) -> Iterator[tuple[float, float]]:
@@ -119,9 +132,13 @@ def diversity(images: np.ndarray, group_size: int) -> float:
     that draws one picture whatever the noise. It does not see details smaller than a cell, such as faces or
     words that differ in one place, and it takes an object that has moved for as new as another object.
     """
-    if len(images) % group_size:
-        raise ValueError(f"{len(images)} pictures are not groups of {group_size}")
-    small = cells(images)
+    return diversity_of_cells(cells(images), group_size)
+
+
+def diversity_of_cells(small: np.ndarray, group_size: int) -> float:
+    """`diversity` of images that are given as `cells` makes them."""
+    if len(small) % group_size:
+        raise ValueError(f"{len(small)} pictures are not groups of {group_size}")
     first, second = np.triu_indices(group_size, 1)
     groups = small.reshape(-1, group_size, small.shape[1])
     return float(np.mean([distances(g[first], g[second]).mean() for g in groups]))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import time
 from collections import Counter
@@ -30,12 +31,12 @@ from torch import Tensor
 
 from posttrain import flops, pair_plan, pair_quality, sampler
 from posttrain.drawing import Cost, Drawer
-from posttrain.judge_check import check_judges
+from posttrain.judge_check import SHOWN, check_judges
 from posttrain.k2 import K2, to_pil
 from posttrain.pair_choice import KEPT, Rules, decide_groups, decide_pairs
 from posttrain.pair_plan import Block, Journal, Plan
 from posttrain.pairs_config import PairsConfig
-from posttrain.preferences import CARD, Preference, PreferenceWriter
+from posttrain.preferences import CARD, Preference, PreferenceWriter, row_of
 from posttrain.processes import Processes
 from posttrain.source import in_turn
 from posttrain.track import Run, peak_memory
@@ -74,12 +75,12 @@ class Output:
     written: int
     """Pairs that an earlier run wrote."""
 
-    def add(self, first: int, drawn: Drawn) -> None:
-        """A block's pairs, the first of which is number `first` of all."""
-        for i, pair in enumerate(drawn.pairs, start=first):
+    def add(self, first: int, entry: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        """A block's line of the journal and its pairs as rows, the first of which is number `first` of all."""
+        for i, row in enumerate(rows, start=first):
             if i >= self.written:
-                self.writer.add(pair)
-        self.journal.add(drawn.entry)
+                self.writer.add_row(row)
+        self.journal.add(entry)
 
 
 def make(config: PairsConfig, resume: bool = False) -> None:
@@ -133,21 +134,28 @@ def _make(
                     plan.take(block, before[block.index])
             blocks = [block for block in blocks if block.index >= len(before)]
             # As many as let each process have a block of each size before they wait for each other.
-            count = procs.size * len(config.sizes)
-            for turn in (blocks[i : i + count] for i in range(0, len(blocks), count)):
+            span = procs.size * len(config.sizes)
+            for turn in (blocks[i : i + span] for i in range(0, len(blocks), span)):
                 places = procs.mine_by_cost([block_cost(config, drawer.k2, block) for block in turn])
-                mine = [draw_block(config, plan, drawer, queue, records, turn[i]) for i in places]
-                drawn = procs.dealt_back(mine, places)
-                if untried and any(result.pairs for result in drawn):
-                    untried = False
-                    _check_judges(judged, run, urls, records, drawn)
-                for block, result in zip(turn, drawn):
-                    _trim(result, plan.room(block))
+                mine = {i: draw_block(config, plan, drawer, queue, records, turn[i]) for i in places}
+                parts = procs.each({i: (drawn.entry, drawn.cost) for i, drawn in mine.items()})
+                owners = {i: rank for rank, part in enumerate(parts) for i in part}
+                for i, block in enumerate(turn):
+                    entry, spent = parts[owners[i]][i]
+                    first = sum(plan.kept)
+                    _trim(entry, plan.room(block))
+                    count = pair_plan.kept(entry)
+                    # The images travel as PNG, to the main process alone, which holds one block at a time.
+                    parcel = {0: [row_of(pair) for pair in mine[i].pairs[:count]]} if i in mine else {}
+                    rows = procs.deliver(parcel).get(owners[i], [])
+                    if untried and rows:
+                        untried = False
+                        _check_judges(judged, run, urls, records, entry, rows)
                     if output is not None:
-                        output.add(sum(plan.kept), result)
-                    plan.take(block, len(result.pairs))
-                    cost.add(result.cost)
-                    fates = {f"fate/{name}": n for name, n in Counter(result.entry["fates"]).items()}
+                        output.add(first, entry, rows)
+                    plan.take(block, count)
+                    cost.add(spent)
+                    fates = {f"fate/{name}": n for name, n in Counter(entry["fates"]).items()}
                     run.log(sum(plan.kept), {"block": block.index, "source": block.source, **fates})
         seconds = (time.perf_counter() - began) * procs.size
         _check_outcome(config, run, plan, output)
@@ -169,13 +177,18 @@ def _make(
 
 
 def _check_judges(
-    specs: list[RewardSpec], run: Run, urls: dict[str, list[str]], records: list[PromptRecord], drawn: list[Drawn]
+    specs: list[RewardSpec],
+    run: Run,
+    urls: dict[str, list[str]],
+    records: list[PromptRecord],
+    entry: dict[str, Any],
+    rows: list[dict[str, Any]],
 ) -> None:
-    """On the first chosen pictures. With judges of their own: those of the queue keep to its event loop."""
-    chosen = [pair.chosen for result in drawn for pair in result.pairs]
-    places = [p for result in drawn for p, fate in zip(result.entry["prompts"], result.entry["fates"]) if fate == KEPT]
-    rows = [records[place] for place in places]
-    check_judges(run, load_rewards(specs, urls), chosen, [r.prompt for r in rows], columns(rows))
+    """On the chosen images of the first block that has any. With judges of their own: those of the queue keep to its
+    event loop."""
+    chosen = [Image.open(io.BytesIO(row["chosen"]["bytes"])) for row in rows[:SHOWN]]
+    asked = [records[place] for place, fate in zip(entry["prompts"], entry["fates"]) if fate == KEPT][:SHOWN]
+    check_judges(run, load_rewards(specs, urls), chosen, [r.prompt for r in asked], columns(asked))
 
 
 def _check_outcome(config: PairsConfig, run: Run, plan: Plan, output: Output | None) -> None:
@@ -266,12 +279,11 @@ def block_cost(config: PairsConfig, k2: K2, block: Block) -> float:
     return images * forwards * flops.of_sizes(k2, [block.size])[0]
 
 
-def _trim(drawn: Drawn, room: int) -> None:
+def _trim(entry: dict[str, Any], room: int) -> None:
     """Leaves out what the source no longer wants."""
-    fates = drawn.entry["fates"]
+    fates = entry["fates"]
     for i in [i for i, fate in enumerate(fates) if fate == KEPT][room:]:
         fates[i] = "surplus"
-    drawn.pairs = drawn.pairs[:room]
 
 
 def _check_unchanged(config: PairsConfig) -> None:

@@ -102,6 +102,14 @@ class Preference:
 # ---- write ------------------------------------------------------------------------------------------------
 
 
+def row_of(pair: Preference) -> dict[str, Any]:
+    """A pair as a row of a set, its images as PNG. Raises ValueError for what is no pair."""
+    if problem := _problem(pair):
+        raise ValueError(f"{pair.prompt!r}: {problem}")
+    row = {name: getattr(pair, name) for name in FEATURES}
+    return row | {name: {"bytes": _png(row[name]), "path": None} for name in ("chosen", "rejected")}
+
+
 class PreferenceWriter:
     """Writes a set in whole shards, so that a writer that was killed can go on after `written` pairs.
 
@@ -135,12 +143,11 @@ class PreferenceWriter:
         return sum(self._shards.values())
 
     def add(self, pair: Preference) -> None:
-        if problem := _problem(pair):
-            raise ValueError(f"{pair.prompt!r}: {problem}")
-        row = {name: getattr(pair, name) for name in FEATURES}
-        for name in ("chosen", "rejected"):
-            row[name] = {"bytes": _png(row[name]), "path": None}
-            self._bytes += len(row[name]["bytes"])
+        self.add_row(row_of(pair))
+
+    def add_row(self, row: dict[str, Any]) -> None:
+        """Adds what `row_of` gave, here or in another process."""
+        self._bytes += sum(len(row[name]["bytes"]) for name in ("chosen", "rejected"))
         self._held.append(row)
         if len(self._held) >= self.rows or self._bytes >= SHARD_BYTES:
             self.flush()

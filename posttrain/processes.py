@@ -15,10 +15,11 @@ import copy
 import importlib.util
 import itertools
 import os
+import pickle
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -120,6 +121,10 @@ class Processes:
     def _places(self, places: Sequence[int] | None, count: int) -> Sequence[int]:
         return [self.rank + i * self.size for i in range(count)] if places is None else places
 
+    def owner(self, i: int) -> int:
+        """The process whose thing number `i` is, as `mine` deals."""
+        return i % self.size
+
     def each(self, value: Any) -> list[Any]:
         """Everyone's value, by rank. Raises OutOfMemoryElsewhere if one of them has called `tell_out_of_memory`."""
         if self.size == 1 or self._messages is None:
@@ -131,6 +136,32 @@ class Processes:
         if any(isinstance(v, _NoRoom) for v in found):
             raise OutOfMemoryElsewhere("another process has run out of memory")
         return found
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Everyone's value, by rank, on the main process; None on the others, to whom nothing is sent."""
+        received = self.deliver({0: value})
+        return [received[rank] for rank in range(self.size)] if self.main else None
+
+    def deliver(self, parcels: Mapping[int, Any]) -> dict[int, Any]:
+        """Sends `parcels[rank]` to that rank, and returns what was sent to this one, by sender.
+
+        Unlike `each`, a value travels only to the process that needs it: use it for images. Raises as `each` does.
+        """
+        own = {rank: value for rank, value in parcels.items() if rank == self.rank}
+        if self.size == 1 or self._messages is None:
+            return own
+        outgoing = {rank: pickle.dumps(value) for rank, value in parcels.items() if rank != self.rank}
+        sizes = self.each({rank: len(data) for rank, data in outgoing.items()})
+        expected = {rank: sent[self.rank] for rank, sent in enumerate(sizes) if self.rank in sent}
+        buffers = {rank: torch.empty(size, dtype=torch.uint8) for rank, size in expected.items()}
+        with self._messages.exchange() as group:
+            works = [dist.irecv(buffer, rank, group=group) for rank, buffer in buffers.items()]
+            for rank, data in outgoing.items():
+                works.append(dist.isend(torch.frombuffer(bytearray(data), dtype=torch.uint8), rank, group=group))
+            for work in works:
+                if work is not None:
+                    work.wait()
+        return own | {rank: pickle.loads(buffer.numpy()) for rank, buffer in buffers.items()}
 
     def tell_out_of_memory(self) -> None:
         """To the others, who are in `each`, or will be."""

@@ -28,7 +28,8 @@ from posttrain.k2 import K2, Text, to_pil
 from posttrain.sample import GUIDANCE, STEPS
 from prompts.errors import UserError
 from rewards.base import WINDOW
-from rewards.endpoints import Endpoints, JudgeError
+from rewards.endpoints import Endpoints, JudgeError, share
+from rewards.traffic import Sent
 from rewards.urls import refuse_keys
 
 SUFFIX_TOKENS = 5
@@ -137,7 +138,7 @@ class EndpointRenderer:
     async def _all(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image | str]:
         c = self.config
         endpoints = Endpoints(c.urls, self._key, c.timeout, c.deadline, c.retries)  # they belong to this event loop
-        slots = asyncio.Semaphore(c.concurrency)
+        slots = asyncio.Semaphore(share(c.concurrency))
 
         async def one(prompt: str, seed: int) -> Image.Image | str:
             async with slots:
@@ -160,7 +161,7 @@ class EndpointRenderer:
         body |= {} if c.steps is None else {"num_inference_steps": c.steps}
         body |= {} if c.guidance is None else {"guidance_scale": c.guidance}
 
-        async def send(client: AsyncOpenAI) -> Any:
+        async def send(client: AsyncOpenAI, _: Sent) -> Any:
             return await client.post("/images/generations", body=body, cast_to=object)
 
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -18,6 +19,8 @@ from prompts.pool import Kind, Pool
 from prompts.records import PromptRecord
 from rewards.gates import Gated
 
+FUSED_BYTES = 2**30
+"""Fused text that a process keeps in RAM: of K2 about 800 prompts of 105 tokens, at 12 kB a token."""
 ENDS = 8
 """Prompts shown of each end of the pool."""
 
@@ -83,21 +86,31 @@ class PromptSource:
 
 
 class FusedTexts:
-    """Fused text of prompts, encoded when they are first asked for; the newest `kept` stay on the model's device."""
+    """Fused text of prompts, encoded when they are first asked for.
 
-    def __init__(self, k2: K2, max_tokens: int, kept: int = 2048):
-        self.k2, self.max_tokens, self.kept = k2, max_tokens, kept
-        self._texts: dict[str, Tensor] = {}
+    Kept in RAM, not on the GPU, up to `limit` bytes; what was not asked for the longest goes first, and is encoded
+    again, to the same values, when it is asked for.
+    """
+
+    def __init__(self, k2: K2, max_tokens: int, limit: int = FUSED_BYTES):
+        self.k2, self.max_tokens, self.limit = k2, max_tokens, limit
+        self.bytes = 0
+        self._texts: OrderedDict[str, Tensor] = OrderedDict()
 
     def __call__(self, prompts: Sequence[str]) -> list[Tensor]:
-        """(L, C) of each."""
+        """(L, C) of each, on the model's device."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
         # One by one: in a batch it would depend, within rounding, on the prompts beside it, and so on what is kept.
         features = self.k2.encode(new, self.max_tokens, batch=1).features
-        self._texts |= {prompt: self.k2.fuse(f) for prompt, f in zip(new, features)}
-        found = [self._texts[prompt] for prompt in prompts]
-        for prompt in list(self._texts)[: max(0, len(self._texts) - self.kept)]:
-            del self._texts[prompt]
+        for prompt, encoded in zip(new, features):
+            self._texts[prompt] = self.k2.fuse(encoded).cpu()
+            self.bytes += self._texts[prompt].nbytes
+        found = []
+        for prompt in prompts:
+            self._texts.move_to_end(prompt)
+            found.append(self._texts[prompt].to(self.k2.device))
+        while self.bytes > self.limit:
+            self.bytes -= self._texts.popitem(last=False)[1].nbytes
         return found
 
 

@@ -44,7 +44,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain import checkpoint, figures, flops, sampler, sharding
+from posttrain import checkpoint, flops, sampler, sharding
 from posttrain.checkpoint import Checkpoint
 from posttrain.evaluate import Evaluation, Evaluator
 from posttrain.k2 import K2, Text
@@ -112,10 +112,11 @@ def _train(
 
     def measure(result: Evaluation) -> None:
         before = training.history["before"] or {}
-        energy = figures.high_energy(result.images)
+        looks = next(iter(result.measured.values()))
+        energy = looks["image/high_energy"]
         reference = before.get("image/high_energy", energy)
         result.figures |= {
-            "image/contrast": figures.contrast(result.images),
+            "image/contrast": looks["image/contrast"],
             "image/high_energy": energy,
             "image/high_energy_ratio": energy / reference if reference else None,
         }

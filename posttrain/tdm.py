@@ -319,11 +319,8 @@ def _draw_teacher(config: TDMConfig, run: Run, evaluator: Evaluator) -> dict[str
 
 
 def _look_closer(result: Evaluation, suffix: str) -> dict[str, float | None]:
-    images = result.drawn[suffix]
-    return {
-        f"image/contrast{suffix}": figures.contrast(images),
-        f"image/high_energy{suffix}": figures.high_energy(images),
-    }
+    measured = result.measured[suffix]
+    return {f"{name}{suffix}": measured[name] for name in ("image/contrast", "image/high_energy")}
 
 
 def compared(result: Evaluation, suffix: str, teacher: dict[str, float | None]) -> dict[str, float | None]:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-CACHED_IMAGES = 256
+CACHED_BYTES = 1 << 30
+"""Of encoded images that are kept: some 400 of 1024 x 1024 pixels."""
 SMALL = 512 * 512  # pixels: up to here a picture is not compressed, and encoded sooner than handed to a thread
 
 
@@ -25,6 +26,7 @@ class EncodedImage:
 
 
 _encoded: OrderedDict[str, "Future[EncodedImage]"] = OrderedDict()
+_kept = 0  # bytes of those
 _lock = threading.Lock()
 
 
@@ -41,16 +43,27 @@ def encode(image: Image.Image) -> EncodedImage:
         if future is None:
             future = _encoded[pixels] = Future()
         _encoded.move_to_end(pixels)
-        while len(_encoded) > CACHED_IMAGES:
-            _encoded.popitem(last=False)
     if mine:
         try:
             kind, data = ("png", _stored_png(image)) if _small(image) else ("webp", _webp(image))
             url = f"data:image/{kind};base64," + base64.b64encode(data).decode()
             future.set_result(EncodedImage(pixels, url))
         except Exception as error:
+            with _lock:
+                del _encoded[pixels]
             future.set_exception(error)
+            raise
+        _forget_oldest(len(future.result().url))
     return future.result()
+
+
+def _forget_oldest(new: int) -> None:
+    """Keeps to CACHED_BYTES, now that there are so many new ones."""
+    global _kept
+    with _lock:
+        _kept += new
+        while _kept > CACHED_BYTES and (oldest := next(iter(_encoded))) and _encoded[oldest].done():
+            _kept -= len(_encoded.pop(oldest).result().url)
 
 
 async def encode_async(image: Image.Image) -> EncodedImage:

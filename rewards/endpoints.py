@@ -1,7 +1,7 @@
 """Several OpenAI-compatible servers as one: balanced by load, dropped when they fail, probed, re-admitted."""
 
 import asyncio
-import random
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -10,11 +10,13 @@ from typing import TypeVar
 
 from openai import APIConnectionError, APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 
+from rewards.traffic import BACKOFF, JITTER, Sent, ServerState, state_of
+
 T = TypeVar("T")
 
 RETRIED = {408, 409, 429}  # and every 5xx
+BUSY = {429, 503}  # the server is left alone for a while, by all requests of the process
 FAILURES_TO_DROP = 3  # in a row
-BACKOFF = (0.5, 8.0)  # seconds: the first ceiling, which doubles, and the last
 PROBE = (0.25, 5.0)  # seconds between health probes, doubling
 CONNECT_SECONDS = 5.0
 
@@ -27,6 +29,7 @@ class JudgeError(Exception):
 class Endpoint:
     url: str
     client: AsyncOpenAI
+    state: ServerState
     in_flight: int = 0
     failures: int = 0  # in a row
     probe: asyncio.Task[None] | None = None  # set while the endpoint is dropped
@@ -37,7 +40,7 @@ class Endpoints:
 
     def __init__(self, urls: list[str], api_key: str, timeout: float, deadline: float, retries: int):
         limits = Timeout(timeout, connect=min(timeout, CONNECT_SECONDS))
-        self.endpoints = [Endpoint(url, _client(url, api_key, limits)) for url in urls]
+        self.endpoints = [Endpoint(url, _client(url, api_key, limits), state_of(url)) for url in urls]
         self.deadline = deadline
         self.retries = retries
         self._some_up = asyncio.Event()
@@ -45,58 +48,84 @@ class Endpoints:
         self._down_since = 0.0
         self._last_error = ""
 
-    async def request(self, send: Callable[[AsyncOpenAI], Awaitable[T]]) -> T:
-        """The answer to `send`, within the deadline and all retries, or a JudgeError."""
+    async def request(self, send: Callable[[AsyncOpenAI, Sent], Awaitable[T]], image: str | None = None) -> T:
+        """The answer to `send`, within the deadline and all retries, or a JudgeError.
+
+        `image` is the hash of the image that the request is about; `send` is told how the image is to be sent.
+        """
         limit = asyncio.timeout(self.deadline)
         errors: list[str] = []
         try:
             async with limit:
-                return await self._attempts(send, errors, asyncio.get_running_loop().time() + self.deadline)
+                until = asyncio.get_running_loop().time() + self.deadline
+                return await self._attempts(send, image, errors, until)
         except TimeoutError:
             reason = (errors or [self._last_error or "the server did not answer"])[-1]
             raise JudgeError(f"no answer within {self.deadline:g} s: {reason}") from None
 
-    async def _attempts(self, send: Callable[[AsyncOpenAI], Awaitable[T]], errors: list[str], until: float) -> T:
+    async def _attempts(
+        self, send: Callable[[AsyncOpenAI, Sent], Awaitable[T]], image: str | None, errors: list[str], until: float
+    ) -> T:
         """Refusals are counted; lost connections are not, since a server may take its time to come back."""
         ceiling = BACKOFF[0]
         refusals = 0
+        loop = asyncio.get_running_loop()
         while True:
-            endpoint = await self._pick()
-            wait = 0.0
+            endpoint = await self._pick(image, until)
+            how, sent, wait = endpoint.state.how(image), loop.time(), 0.0
             endpoint.in_flight += 1
             try:
-                answer = await send(endpoint.client)
+                answer = await send(endpoint.client, how)
             except APIConnectionError as error:
                 errors.append(f"{endpoint.url}: {_reason(error)}")
                 self._failed(endpoint, errors[-1])
+                wait = JITTER.uniform(0, ceiling)
             except APIStatusError as error:
                 errors.append(f"{endpoint.url}: {_status_text(error)}")
+                if how == "id" and image is not None and error.status_code not in BUSY:
+                    endpoint.state.missed(image)  # whatever else is wrong is said again to the bytes
+                    continue
                 if error.status_code < 500 and error.status_code not in RETRIED:
                     raise JudgeError(errors[-1]) from error
                 if error.status_code >= 500:
                     self._failed(endpoint, errors[-1])
                 wait = _retry_after(error)
+                if error.status_code in BUSY:
+                    endpoint.state.refused(sent, wait, errors[-1])
+                    wait = 0.0
+                else:
+                    wait = max(wait, JITTER.uniform(0, ceiling))
                 refusals += 1
             else:
                 self._succeeded(endpoint)
+                endpoint.state.answered(answer, image, how)
                 return answer
             finally:
                 endpoint.in_flight -= 1
-            wait = max(wait, random.uniform(0, ceiling))
             if refusals > self.retries:
                 raise JudgeError(f"{len(errors)} attempts failed: {errors[-1]}")
-            if asyncio.get_running_loop().time() + wait > until:
+            if loop.time() + wait > until:
                 raise JudgeError(f"no answer within {self.deadline:g} s: {errors[-1]}")
             await asyncio.sleep(wait)
             ceiling = min(2 * ceiling, BACKOFF[1])
 
-    async def _pick(self) -> Endpoint:
-        """The endpoint with the least in flight. While all are dropped, the request waits for one."""
-        while not (up := [endpoint for endpoint in self.endpoints if endpoint.probe is None]):
-            if asyncio.get_running_loop().time() - self._down_since > self.deadline:
-                raise JudgeError(f"no server for more than {self.deadline:g} s: {self._last_error}")
-            await self._some_up.wait()
-        return min(up, key=lambda endpoint: (endpoint.in_flight, random.random()))
+    async def _pick(self, image: str | None, until: float) -> Endpoint:
+        """The endpoint that holds the image, or the one with the least in flight. While all are dropped or busy, the
+        request waits for one."""
+        loop = asyncio.get_running_loop()
+        while True:
+            while not (up := [endpoint for endpoint in self.endpoints if endpoint.probe is None]):
+                if loop.time() - self._down_since > self.deadline:
+                    raise JudgeError(f"no server for more than {self.deadline:g} s: {self._last_error}")
+                await self._some_up.wait()
+            holding = [endpoint for endpoint in up if endpoint.state.holds(image) and not endpoint.state.pause()]
+            choice = min(holding or up, key=lambda e: (e.state.pause(), e.in_flight, JITTER.random()))
+            pause = choice.state.pause()
+            if not pause:
+                return choice
+            if loop.time() + pause > until:
+                raise JudgeError(f"no answer within {self.deadline:g} s: {choice.state.reason}")
+            await asyncio.sleep(pause + JITTER.uniform(0, BACKOFF[0]))
 
     def _failed(self, endpoint: Endpoint, reason: str) -> None:
         self._last_error = reason
@@ -132,6 +161,14 @@ class Endpoints:
                     continue
             self._admit(endpoint)
             return
+
+
+def share(total: int) -> int:
+    """This process's part of the requests that a whole run may have under way, at least one.
+
+    Launchers say how many processes there are.
+    """
+    return max(1, total // int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def _client(url: str, api_key: str, limits: Timeout) -> AsyncOpenAI:

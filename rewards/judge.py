@@ -2,7 +2,10 @@
 
 A yes/no score is read from the log-probs of the first answer token at temperature 0, so it is continuous and
 repeatable. The image comes before the text: a server with prefix caching then reads each picture once,
-however many questions it is asked. What cannot be had is a JudgeError, never a number.
+however many questions it is asked; traffic.py says how often its bytes travel. What cannot be had is a JudgeError,
+never a number.
+
+`concurrency` is a limit of the run: each of N processes has an Nth of it, at least 1.
 """
 
 import asyncio
@@ -22,7 +25,8 @@ from prompts.errors import UserError
 from prompts.parse import parse_json
 from prompts.templates import Template, spelled
 from rewards.encode import EncodedImage, encode, encode_async
-from rewards.endpoints import Endpoints, JudgeError
+from rewards.endpoints import Endpoints, JudgeError, share
+from rewards.traffic import Sent, turns_of
 from rewards.urls import refuse_keys
 
 CACHED_ANSWERS = 1 << 16
@@ -36,7 +40,7 @@ class Judge:
     model: str
     base_urls: str | list[str]
     api_key_env: str | None = None  # name of the environment variable that holds the key
-    concurrency: int = 32  # requests under way at once, of this judge
+    concurrency: int = 128  # requests of this judge under way at once, in all processes of the run together, >= 1
     timeout: float = 60.0  # seconds for one attempt
     deadline: float = 180.0  # seconds for a request with all its retries
     retries: int = 5  # after 408, 409, 429 and 5xx; lost connections are retried until the deadline
@@ -51,6 +55,8 @@ class Judge:
             raise UserError(f"judge {self.model}: base_urls: empty: give a URL or server://NAME")
         urls = [self.base_urls] if isinstance(self.base_urls, str) else self.base_urls
         refuse_keys(urls, f"judge {self.model}: base_urls")
+        if self.concurrency < 1:
+            raise UserError(f"judge {self.model}: concurrency: {self.concurrency}: use 1 or more")
 
     async def p_yes(self, image: Image.Image | EncodedImage | None, template: Template, **fields: str) -> float:
         """P(yes) / (P(yes) + P(no)) at the first answer token; None asks about text alone."""
@@ -152,31 +158,36 @@ class Judge:
         return answer
 
     async def _chat(self, text: str, encoded: EncodedImage | None, **options: Any) -> Any:
-        content: list[dict[str, Any]] = [{"type": "text", "text": text}]
-        if encoded is not None:
-            content.insert(0, {"type": "image_url", "image_url": {"url": PLACE}})
-        messages = [{"role": "user", "content": content}]
-        body = json.dumps({"messages": messages, "model": self.model, "temperature": 0, "seed": self.seed, **options})
-        if encoded is not None:
-            # The URL, which needs no escaping, is put in afterwards: json.dumps would read all of it, for each
-            # question. The first place is the picture's, whatever the text and the model's name say.
-            body = body.replace(PLACE, encoded.url, 1)
-        data = body.encode()
-
-        async def send(client: AsyncOpenAI) -> Any:
+        async def send(client: AsyncOpenAI, how: Sent) -> Any:
             # Not `chat.completions.create`, which first walks the typed request, and no random key for each
             # request, which the library draws and never sends: together half of a request's cost.
-            options: RequestOptions = {"idempotency_key": ""}
-            return await client.post("/chat/completions", content=data, cast_to=object, options=options)
+            data = self._body(text, encoded, how, options)
+            request: RequestOptions = {"idempotency_key": ""}
+            return await client.post("/chat/completions", content=data, cast_to=object, options=request)
 
+        image = encoded and encoded.hash
         self._connect()
-        async with self._slots:
+        async with self._turns.turn(image), self._slots:
             try:
-                return await self._endpoints.request(send)
+                return await self._endpoints.request(send, image)
             except (APIResponseValidationError, ValueError, LookupError, RecursionError) as error:  # JSON and charset
                 raise JudgeError(f"the server's answer is malformed: {error}") from error
             except JudgeError as error:
                 raise JudgeError(self._without_key(str(error))) from None
+
+    def _body(self, text: str, encoded: EncodedImage | None, how: Sent, options: dict[str, Any]) -> bytes:
+        """The JSON of a request."""
+        content: list[dict[str, Any]] = [{"type": "text", "text": text}]
+        if encoded is not None:
+            named = {} if how == "bytes" else {"uuid": encoded.hash}
+            content.insert(0, {"type": "image_url", "image_url": None if how == "id" else {"url": PLACE}} | named)
+        messages = [{"role": "user", "content": content}]
+        body = json.dumps({"messages": messages, "model": self.model, "temperature": 0, "seed": self.seed, **options})
+        if encoded is not None and how != "id":
+            # The URL, which needs no escaping, is put in afterwards: json.dumps would read all of it, for each
+            # question. The first place is the picture's, whatever the text and the model's name say.
+            body = body.replace(PLACE, encoded.url, 1)
+        return body.encode()
 
     def _connect(self) -> None:
         """Connections belong to an event loop; a judge may meet several in its life, one at a time."""
@@ -186,7 +197,8 @@ class Judge:
         urls = [self.base_urls] if isinstance(self.base_urls, str) else self.base_urls
         key = self._key() or "none"
         self._endpoints = Endpoints(urls, key, self.timeout, self.deadline, self.retries)
-        self._slots = asyncio.Semaphore(self.concurrency)
+        self._slots = asyncio.Semaphore(share(self.concurrency))
+        self._turns = turns_of(urls, share(self.concurrency))
         self._loop = loop
 
     def _key(self) -> str | None:

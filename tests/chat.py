@@ -68,5 +68,5 @@ if __name__ == "__main__":
     save(Path(sys.argv[1]))
     print(time.time() - began)
     policy = Policy(ChatModelConfig(sys.argv[1], dtype="float32"), LoraConfig(4, 8), 0, torch.device("cpu"))
-    for e in policy.write([PromptRecord(u) for u in USERS], 4, 40, 1.0, 0):
+    for e in policy.write([PromptRecord(u) for u in USERS], 4, 0, 40, 1.0, 0):
         print(e.ended, repr(e.text))

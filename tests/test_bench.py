@@ -83,7 +83,7 @@ def settings():
 
 @pytest.mark.parametrize("method", ["step", "stpo", "tdm"])
 def test_counts_what_a_step_does(method, settings):
-    """Texts are of one length here: torch counts padding too. In the first step of stpo the shares of its terms are due:
+    """Texts are of one length here: torch counts padding too. In the first step of stpo shares of its terms are due:
     velocities without gradient first, then chosen pictures three times (the hinge pulls) and rejected ones twice."""
     fresh = K2.random("cpu", torch.float32, "tiny", text=False)
     steps = Steps(fresh, settings, (64, 64), Processes())

@@ -5,8 +5,10 @@ import shutil
 from dataclasses import replace
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from posttrain import advantages, cli, expander_follow, expander_rl
@@ -229,6 +231,31 @@ def test_gradients_that_are_not_finite_are_left_out_and_then_end_the_run(config,
     model.weight.grad.fill_(torch.nan)
     with pytest.raises(UserError, match=r"optim\.lr: 10 gradients in a row"):
         follow.on_pre_optimizer_step(None, None, None, model=model)
+
+
+def test_processes_share_an_evaluation(config, command, tmp_path):
+    """Three prompts on two processes: texts, images and figures of one process, within rounding; none does it all."""
+    heldout = "".join(json.dumps({"prompt": user}) + "\n" for user in chat.USERS[:3])
+    runs.Path(config.prompts.heldout).write_text(heldout)
+    config.steps, config.eval.prompts, config.eval.shown = 1, 3, 3
+    made = []
+    for processes in (1, 2):
+        config.output = str(tmp_path / f"run-{processes}")
+        path = runs.recipe(config, tmp_path / "recipe.yaml")
+        result = command("expander", "gdpo", "--config", path, processes=processes)
+        assert result.returncode == 0, result.stderr[-3000:]
+        made.append(runs.Path(config.output))
+    one, two = (json.loads((run / "evaluations.json").read_text())[0]["figures"] for run in made)
+    assert one.keys() == two.keys() and one["text/spread"] is not None
+    for name, value in one.items():
+        assert two[name] == (None if value is None else pytest.approx(value, rel=1e-4, abs=1e-6)), name
+    first, second = (json.loads((run / "groups/step-000000/groups.json").read_text()) for run in made)
+    assert first == second and len(first) == 3
+    files = sorted(file.name for file in (made[0] / "groups/step-000000").glob("*.png"))
+    assert len(files) >= 6 and files == sorted(f.name for f in (made[1] / "groups/step-000000").glob("*.png"))
+    for name in files:
+        same = [np.asarray(Image.open(run / "groups/step-000000" / name), int) for run in made]
+        assert np.abs(same[0] - same[1]).max() <= 1
 
 
 # ---- what is refused

@@ -65,7 +65,7 @@ def test_contrast():
 
 def test_latent_norm():
     latents = np.array([[3.0, 4.0], [0.0, 5.0]])
-    assert figures.look(flat(0), latents)["image/latent_norm"] == pytest.approx(np.sqrt(12.5))
+    assert figures.means([figures.measure(flat(0)[0], latents)])["image/latent_norm"] == pytest.approx(np.sqrt(12.5))
 
 
 def test_diversity():

@@ -15,10 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from posttrain import checkpoint, flops
+from posttrain import bench_ranks, checkpoint, flops
 from posttrain.config import RewardSpec
 from posttrain.processes import Processes, deal
 from tests import runs
+from tests.counted import COUNTED
 
 
 @pytest.fixture
@@ -59,18 +60,26 @@ def test_a_sharded_model_gets_like_costs_at_a_time():
 
 
 def test_four_processes_equal_two_and_one(command, config, tmp_path):
-    """Five groups, which neither two nor four divide, one held-out prompt, two sizes; rank 0 writes."""
-    config.groups.prompts_per_step, config.eval.prompts, config.eval.groups, config.eval.group_size = 5, 1, 1, 2
+    """Five groups, which neither two nor four divide, one held-out prompt, two sizes; rank 0 writes. Of the images of
+    an evaluation as many bytes travel as bench_ranks.py counts: those of a group, to the process that compares them."""
+    config.groups.prompts_per_step, config.eval.prompts, config.eval.groups, config.eval.group_size = 5, 1, 1, 5
     config.sampling.sizes, config.optim.ema = [[32, 32], [16, 48]], 0.5
     config.rewards.append(RewardSpec("far", "tests.runs:contrast", group=True))
+    config.rewards.append(RewardSpec("counted", "tests.counted:constant", heldout_only=True))
     outputs = []
     for processes in (1, 2, 4):
         config.output = str(tmp_path / f"run-{processes}")
         path = runs.recipe(config, tmp_path / "recipe.yaml")
-        result = command("grpo", "--config", path, processes=processes)
+        folder = tmp_path / f"counted-{processes}"
+        folder.mkdir()
+        result = command("grpo", "--config", path, processes=processes, **{COUNTED: str(folder)})
         assert result.returncode == 0, result.stderr[-3000:]
         assert result.stderr.count("step 2/2  reward") == 1  # one process tells of all
         outputs.append(Path(config.output))
+        sent = [size for file in folder.iterdir() for size in json.loads(file.read_text())]
+        expected = 2 * bench_ranks.evaluation_bytes(1, 1, 5, True, processes, bench_ranks.Images(32, 32))
+        assert expected == 2 * 32 * 32 * 3 * {1: 0, 2: 2, 4: 3}[processes]
+        assert expected <= sum(sent) <= expected + 500 * len(sent)  # pickle's own, and nothing of most processes
     one, *others = outputs
     first = runs.untimed(one)
     for other in others:
@@ -151,8 +160,8 @@ def test_preflight(command, config, tmp_path):
 
 
 def test_two_processes_train_on_pairs_as_one(command, model, tmp_path):
-    """Five pairs an update and seven held-out ones, of two sizes. The terms are kept apart in the first step and not in the second,
-    each set of processes has a cache of its own."""
+    """Five pairs an update and seven held-out ones, of two sizes. The terms are kept apart in the first step and not in the
+    second. Each set of processes has a cache of its own."""
     config = runs.stpo_config(tmp_path, model)
     config.pairs.train = str(runs.pairs(tmp_path, 70, (32, 32), (32, 32), (16, 48)))  # two shards
     config.batch, config.micro_batch, config.loss.terms_every = 5, 2, 2

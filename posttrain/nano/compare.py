@@ -39,7 +39,7 @@ def drawn(
     k2: K2, role: str | None, records: list[PromptRecord], rewards: list[Reward], config: EvalConfig
 ) -> dict[str, Any]:
     """Scores of each picture, the figures of them all, and the pictures."""
-    evaluator = Evaluator(k2, records, [], config, (64, 64), 250, 64, Processes())
+    evaluator = Evaluator(k2, records, [], config, (64, 64), 250, 64, Processes(), shown=len(records))
     with torch.no_grad(), k2.role(role):
         result = evaluator()
     pictures = to_pil(torch.from_numpy(result.images))
