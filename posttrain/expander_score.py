@@ -207,7 +207,8 @@ class Scorer:
         seconds = {"render": rendered - checked, "score": time.perf_counter() - rendered + checked - began}
         there_N = [image is not None for image in images]
         return Scored(
-            names, values, valid, faults, unsafe, images, there_N, features, cut, len(jobs), failures, seconds, self.noise,
+            names, values, valid, faults, unsafe, images, there_N, features, cut, len(jobs), failures, seconds,
+            self.noise,
         )  # fmt: skip
 
     def _apply(
