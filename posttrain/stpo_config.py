@@ -50,8 +50,8 @@ class PreferenceLossConfig:
     here; where they are sums, divide by their number."""
     guard: Literal["output", "exact", "none"] = "output"
     """How the rejected picture's gradient is kept from raising the chosen one's error. output: for each pair, by the
-    errors at the network's output. exact: for the whole batch, by the adapter's gradients; a step takes two to two
-    and a half times as long, and not with lora: null."""
+    errors at the network's output. exact: for the whole batch, by the adapter's gradients; a step takes about
+    twice as long, and not with lora: null."""
     guard_share: float = 0.6
     """Share of the unopposed decrease of the chosen picture's error that a step keeps at least, in [0, 1]."""
     bound: float | None = None
@@ -66,8 +66,8 @@ class PreferenceLossConfig:
     time_std: float = 1.0
     """Standard deviation of that logit, > 0."""
     terms_every: int = 25
-    """Steps between measurements of each term's share of the gradient, the first step's included; such a step takes two
-    to two and a half times as long; >= 0; 0: none. With lora: null there are none."""
+    """Steps between measurements of each term's share of the gradient, the first step's included; such a step takes about
+    twice as long; >= 0; 0: none. With lora: null there are none."""
 
 
 @dataclass

@@ -83,8 +83,8 @@ def settings():
 
 @pytest.mark.parametrize("method", ["step", "stpo", "tdm"])
 def test_counts_what_a_step_does(method, settings):
-    """Texts are of one length here: torch counts padding too. In the first step of stpo shares of its terms are due:
-    velocities without gradient first, then chosen pictures three times (the hinge pulls) and rejected ones twice."""
+    """Texts are of one length here: torch counts padding too. In stpo's first step the shares of its terms are due:
+    velocities without gradient first, then chosen images three times (the hinge pulls) and rejected ones twice."""
     fresh = K2.random("cpu", torch.float32, "tiny", text=False)
     steps = Steps(fresh, settings, (64, 64), Processes())
     steps._texts = [fresh.fuse(fresh.random_features(8))]
