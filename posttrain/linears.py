@@ -77,7 +77,7 @@ class Adapted(nn.Linear):
         own = [name for name in names if name in self.scales]
         if not own:
             return None
-        a = [self.factor("A", name) for name in own]
+        a: list[Tensor] = [self.factor("A", name) for name in own]
         b = [self.factor("B", name) * self.scales[name] for name in own]
         return (a[0], b[0]) if len(own) == 1 else (torch.cat(a), torch.cat(b, dim=1))
 
