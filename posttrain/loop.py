@@ -165,7 +165,9 @@ class Stepper:
         """Scales the gradients down where their norm is far above those before it."""
         limit = clipping.limit(self.norms, self.config.clip_factor)
         if norm > limit:
-            torch._foreach_mul_([own.grad for own in self._own if own.grad is not None], limit / norm)
+            for own in self._own:
+                if own.grad is not None:
+                    own.grad.mul_(limit / norm)
             self.clipped += 1
         if norm > 0:  # 0 says that nothing was to be learnt from a batch, and nothing of what is usual
             self.norms = [*self.norms, norm][-clipping.WINDOW :]

@@ -38,7 +38,8 @@ def make_optimizer(parameters: Sequence[Tensor], config: OptimConfig) -> torch.o
         @torch.no_grad()
         def step(self, closure: Any = None) -> Any:
             gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-            torch._foreach_mul_(gradients, SCALE)
+            if gradients:
+                torch._foreach_mul_(gradients, SCALE)
             loss = super().step(closure)
             # A second moment far below the greatest of its block becomes 0 in 8 bits, beside a first moment that does
             # not: the update would be many times the rate. The least code above 0 bounds it.
