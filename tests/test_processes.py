@@ -160,8 +160,8 @@ def test_preflight(command, config, tmp_path):
 
 
 def test_two_processes_train_on_pairs_as_one(command, model, tmp_path):
-    """Five pairs an update and seven held-out ones, of two sizes. The terms are kept apart in the first step and not
-    in the second. Each set of processes has a cache of its own."""
+    """Five pairs an update and seven held-out ones, of two sizes. The terms are kept apart in the first step and not in
+    the second, each set of processes has a cache of its own."""
     config = runs.stpo_config(tmp_path, model)
     config.pairs.train = str(runs.pairs(tmp_path, 70, (32, 32), (32, 32), (16, 48)))  # two shards
     config.batch, config.micro_batch, config.loss.terms_every = 5, 2, 2
