@@ -3,8 +3,8 @@
     python -m posttrain.bench_ranks recipes/k2/pipeline_64.yaml
 
 A model of the traffic, from the recipes alone: nothing is loaded or run, and a test holds it against the bytes that
-four processes sent. `before` is commit 7d01825: every process got all images of an evaluation and of a turn of pairs, an
-image travelled with each question about it, each process had its own 32 requests of a judge, and the main process
+four processes sent. `before` is commit 7d01825: every process got all images of an evaluation and of a turn of pairs,
+an image travelled with each question about it, each process had its own 32 requests of a judge, and the main process
 evaluated an expander alone. Bytes of a node are what its processes receive. Images are taken to be all kept (pairs),
 and to compress by half, as PNG and as WebP; base64 takes a third more.
 """
