@@ -15,7 +15,6 @@ import copy
 import importlib.util
 import itertools
 import os
-import pickle
 import socket
 import threading
 import time
@@ -147,21 +146,20 @@ class Processes:
 
         Unlike `each`, a value travels only to the process that needs it: use it for images. Raises as `each` does.
         """
-        own = {rank: value for rank, value in parcels.items() if rank == self.rank}
+        received = {rank: value for rank, value in parcels.items() if rank == self.rank}
         if self.size == 1 or self._messages is None:
-            return own
-        outgoing = {rank: pickle.dumps(value) for rank, value in parcels.items() if rank != self.rank}
-        sizes = self.each({rank: len(data) for rank, data in outgoing.items()})
-        expected = {rank: sent[self.rank] for rank, sent in enumerate(sizes) if self.rank in sent}
-        buffers = {rank: torch.empty(size, dtype=torch.uint8) for rank, size in expected.items()}
+            return received
+        receivers = self.each([rank for rank in sorted(parcels) if rank != self.rank])
         with self._messages.exchange() as group:
-            works = [dist.irecv(buffer, rank, group=group) for rank, buffer in buffers.items()]
-            for rank, data in outgoing.items():
-                works.append(dist.isend(torch.frombuffer(bytearray(data), dtype=torch.uint8), rank, group=group))
-            for work in works:
-                if work is not None:
-                    work.wait()
-        return own | {rank: pickle.loads(buffer.numpy()) for rank, buffer in buffers.items()}
+            # All go through the deliveries in one order, so that nobody waits for one who waits for him.
+            for sender, to in ((sender, to) for sender, every in enumerate(receivers) for to in every):
+                if sender == self.rank:
+                    dist.send_object_list([parcels[to]], to, group=group)
+                elif to == self.rank:
+                    box: list[Any] = [None]
+                    dist.recv_object_list(box, sender, group=group)
+                    received[sender] = box[0]
+        return dict(sorted(received.items()))
 
     def tell_out_of_memory(self) -> None:
         """To the others, who are in `each`, or will be."""

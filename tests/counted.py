@@ -5,23 +5,23 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch.distributed as dist
 from PIL import Image
+from torch.distributed import distributed_c10d
 
 COUNTED = "POSTTRAIN_TEST_COUNTED"
 """Names a directory, in which each process keeps RANK.json: the bytes of each message that it sent so."""
 sent: list[int] = []
-isend = dist.isend
+send = distributed_c10d.send
 
 
-def _isend(tensor, *arguments, **options):
+def _send(tensor, *arguments, **options):
     sent.append(tensor.nbytes)
-    (Path(os.environ[COUNTED]) / f"{dist.get_rank()}.json").write_text(json.dumps(sent))
-    return isend(tensor, *arguments, **options)
+    (Path(os.environ[COUNTED]) / f"{distributed_c10d.get_rank()}.json").write_text(json.dumps(sent))
+    return send(tensor, *arguments, **options)
 
 
 if COUNTED in os.environ:
-    dist.isend = _isend
+    distributed_c10d.send = _send
 
 
 def constant(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:

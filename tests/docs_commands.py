@@ -28,6 +28,7 @@ SMALL = {
     "annotations": [],
     "report": [],
     "bench": ["--methods", "[rollout,grpo]", "--repeats", "1", "--stock", "false", "--warmup", "2"],
+    "posttrain.bench_ranks": [],
     "posttrain.nano.judge_data": ["--pairs", "24", "--faults", "24"],
 }  # fmt: skip
 MORE = {

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -37,7 +36,7 @@ class Holding:
 
     def __init__(self, room: int, fingerprint: str = "vllm-0.32.0-x", forgets_at: int = -1):
         self.room, self.fingerprint, self.forgets_at = room, fingerprint, forgets_at
-        self.held: dict[str, str] = {}
+        self.held: dict[str | None, str] = {}
         self.sent: list[str] = []
         """How each request had its image: bytes, bytes and id, id, or missed."""
 
@@ -52,7 +51,7 @@ class Holding:
             return fake_judge.reply("400 Bad Request", json.dumps(error).encode(), "Connection: close")
         self.sent.append("id" if url is None else "bytes and id" if name else "bytes")
         if name is not None:
-            self.held[name] = self.held.pop(name, url)
+            self.held[name] = self.held.pop(name, None) or url
             while len(self.held) > self.room:
                 del self.held[next(iter(self.held))]
         answer = json.loads(fake_judge.answer(url or self.held.get(name) or "", None))
@@ -181,7 +180,9 @@ def test_fused_text_is_kept_up_to_a_number_of_bytes():
 
     class Stub:
         device = torch.device("cpu")
-        encoded: ClassVar[list[str]] = []
+
+        def __init__(self):
+            self.encoded: list[str] = []
 
         def encode(self, prompts, max_tokens, batch):
             assert batch == 1
