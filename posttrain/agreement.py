@@ -35,7 +35,7 @@ class Agreement:
     equal: float | None
     """Share of equal answers; None without pairs."""
     kappa: float | None
-    """Above chance, 1 at most; None without pairs, or where both called all of them ties."""
+    """Above chance, 1 at most; None without pairs, or where both gave one and the same answer to all."""
 
 
 def agreement(answers: Iterable[tuple[float, float]], of_images: bool = False) -> Agreement:

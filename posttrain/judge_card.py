@@ -56,7 +56,7 @@ def model_card(config: JudgeConfig, template: Template, step: int, card: dict[st
         ("predicted", "observed", "records"), after["reliability"]))  # fmt: skip
     if after["by_source"]:
         rows = [(name, *values) for name, values in sorted(after["by_source"].items())]
-        parts.append("By generator:\n\n" + _table(("generator", "accuracy", "records"), rows))
+        parts.append("By who drew the images, and who preferred:\n\n" + _table(("source", "accuracy", "records"), rows))
     settings = json.dumps({k: asdict(config)[k] for k in ("lora", "optim", "dtype")})
     parts.append(f"Settings: `{settings}`")
     return "\n\n".join(parts) + "\n"

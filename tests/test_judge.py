@@ -240,7 +240,7 @@ def outcome(run: Path) -> tuple:
 @pytest.mark.parametrize(("mode", "number"), [("preference", signal.SIGTERM), ("artifact", signal.SIGINT)])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(shallow, data, pairs, tmp_path, monkeypatch, mode, number):
     """Bit for bit, with an average; after a signal, and after a kill between checkpoints."""
-    settings = {"optim": OptimConfig(lr=0.01, ema=0.8), "steps": 4, "data": str(pairs), "heldout": 0.4}
+    settings = {"optim": OptimConfig(lr=0.01, ema=0.8), "steps": 4, "batch": 2, "data": str(pairs), "heldout": 0.4}
     if mode == "artifact":  # with corruptions, drawn anew in each epoch
         settings["data"] = str(tmp_path / "good")
         (tmp_path / "good").mkdir()
@@ -276,7 +276,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(shallow, data, pairs, tmp_p
     runs.assert_equal(a, b)
     assert rest_a == rest_b
     card = (tmp_path / "run/adapter/README.md").read_text()
-    assert "Held out" in card and "4 updates of 4 records" in card
+    assert "Held out" in card and "4 updates of 2 records" in card
     assert ("| human |" in card and "| synthetic |" in card) == (mode == "preference")
     with pytest.raises(UserError, match="is of posttrain judge, whose adapter/ vLLM serves as it is; give a run that"):
         checkpoint.find(tmp_path / "run")
