@@ -20,7 +20,7 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
-from posttrain import __version__
+from posttrain import __version__, early
 from posttrain.bench_config import BenchConfig
 from posttrain.carryover_config import CarryoverConfig
 from posttrain.config import ExportConfig, GRPOConfig, JudgeConfig, ReportConfig, SampleConfig, ServeConfig
@@ -152,15 +152,17 @@ def _run(argv: list[str]) -> int:
     if argv[0] == "--version":
         print(f"posttrain {__version__}")
         return 0
-    command, config, resume, options = parse(argv)
+    name, config, resume, options = parse(argv)
+    command = COMMANDS[name]
+    early.check(name, config, resume)
     module, _, function = command.function.partition(":")
     run = getattr(importlib.import_module(module), function)
     code = run(config, resume=resume, **options) if command.resumable else run(config)
     return code or 0
 
 
-def parse(argv: list[str]) -> tuple[Command, Any, bool, dict[str, bool]]:
-    """A command with its checked settings, whether to resume, and further options of its function. Raises UserError."""
+def parse(argv: list[str]) -> tuple[str, Any, bool, dict[str, bool]]:
+    """A command's name with its checked settings, whether to resume, and further options of its function. Raises UserError."""
     seconds = [known.split()[1] for known in COMMANDS if known.startswith(f"{argv[0]} ") and known != CHECK]
     words = 2 if seconds else 1
     name, rest = " ".join(argv[:words]), argv[words:]
@@ -185,7 +187,7 @@ def parse(argv: list[str]) -> tuple[Command, Any, bool, dict[str, bool]]:
         options["dry_run"] = "--dry-run" in rest
         rest = [word for word in rest if word != "--dry-run"]
     config, resume = load_config(name, rest)
-    return command, config, resume, options
+    return name, config, resume, options
 
 
 def _usage() -> str:

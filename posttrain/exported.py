@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from posttrain.load import check_directory, check_names
+from posttrain.load import check_names
+from posttrain.model_files import check_directory
 from posttrain.lora_file import B, linear_shapes, read_lora
 from prompts.errors import UserError
 

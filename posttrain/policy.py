@@ -20,6 +20,7 @@ from posttrain import checkpoint
 from posttrain.blocks import set_attention
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import LoraConfig, ModelConfig
+from posttrain.early import DISTILLED_REMEDY
 from posttrain.fingerprint import fingerprint
 from posttrain.fp8 import quantize
 from posttrain.k2 import K2
@@ -28,9 +29,6 @@ from posttrain.roles import TARGETS
 from prompts.errors import UserError
 
 POLICY = "policy"
-DISTILLED_REMEDY = (
-    "train the Raw checkpoint and distil it afterwards, or set model.allow_distilled: true if this is what you want"
-)
 
 
 # ---- the base -------------------------------------------------------------------------------------------------

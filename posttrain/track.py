@@ -19,7 +19,6 @@ import contextlib
 import dataclasses
 import errno
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
@@ -42,16 +41,11 @@ from safetensors import SafetensorError
 from posttrain.changes import changes, told
 from posttrain.config import TrackConfig
 from posttrain.disk import replace_text
+from posttrain.early import check_run
 from posttrain.lock import lock
 from posttrain.progress import Progress, grid_image
 from prompts.errors import UserError
 
-KEPT = (
-    "lora", "seed", "prompts.heldout", "heldout", "student.steps", "teacher",
-    "eval.prompts", "eval.steps", "eval.seed", "eval.groups", "eval.group_size",
-)  # fmt: skip
-"""What a resumed run cannot change: what is trained, all that is drawn, and what evaluations draw, which are compared
-over the whole run. Its base may lie elsewhere, if it is the same: load_model sees to that."""
 UNWRITABLE = {getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ENOTDIR EISDIR EEXIST".split()}
 TORCH_UNWRITABLE = ("inline_container", "iostream error", "cannot be opened")
 """In messages of torch.save, which TRL's trainers call."""
@@ -86,12 +80,12 @@ class Run:
         command cannot do that.
 
         Raises UserError if the directory holds a run and `resume` is off, if it cannot be written, or if a
-        tracker is not installed. Resuming with another recipe says which fields changed; `check` refuses some.
+        tracker is not installed. Resuming with another recipe says which fields changed; `early.check_run` refuses some.
         """
         run = cls(Path(config.output), config.track, main, resume is not None)
         if not main:
             return run
-        cls.check(config, resume)
+        check_run(config, resume)
         recipe = run.path / "recipe.yaml"
         try:
             run.path.mkdir(parents=True, exist_ok=True)
@@ -108,29 +102,6 @@ class Run:
         except OSError as error:
             raise UserError(f"{run.path}: cannot be written: {error.strerror}; choose another --output") from None
         return run
-
-    @staticmethod
-    def check(config: RunConfig, resume: bool | None = False) -> None:
-        """Raise UserError before anything is made or changed: for a directory that holds a run, a tracker that is not
-        installed, and, where the run has a checkpoint, for changes of the recipe that resuming cannot honour.
-        """
-        for name in config.track.trackers:
-            if importlib.util.find_spec(name) is None:
-                raise UserError(f"track.trackers: {name} is not installed; pip install {name} or leave it out")
-        run = Path(config.output)
-        recipe = run / "recipe.yaml"
-        if (run / ".lock").is_file() and os.access(run / ".lock", os.W_OK):
-            lock(run).close()
-        if recipe.exists() and not resume:
-            way = "remove the directory" if resume is None else "add --resume"
-            raise UserError(f"{run}: holds a run already; {way} or choose another --output")
-        if recipe.exists() and any((run / "checkpoints").glob("[!.]*-*")):
-            new = _plain(dataclasses.asdict(config))  # type: ignore[call-overload]
-            if lost := [change for change in changes(yaml.safe_load(recipe.read_text()), new) if _is_kept(*change)]:
-                raise UserError(
-                    f"{run}: cannot be resumed with {told(lost)}: restore that (a link can stand in for a file that"
-                    " was moved), or choose another --output"
-                )
 
     @staticmethod
     def restarted(config: RunConfig) -> bool:
@@ -328,14 +299,6 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() or None
-
-
-def _is_kept(path: str, old: Any, new: Any) -> bool:
-    if path == "optim.ema":  # its value may change, but an average cannot begin or end on the way
-        return bool(old) != bool(new)
-    if path in ("sampling.sizes", "sizes"):  # the first is the size of evaluations
-        return old[:1] != new[:1]
-    return path.startswith(KEPT)
 
 
 def _number(value: Any) -> float | int:

@@ -20,6 +20,7 @@ from torch import Tensor
 from posttrain import checkpoint, health, shards, watch
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import CheckpointConfig, EvalConfig, ModelConfig, OptimConfig
+from posttrain.early import check_run
 from posttrain.evaluate import Evaluation, Evaluator
 from posttrain.k2 import K2
 from posttrain.loop import Loop, Stepper
@@ -71,7 +72,7 @@ def resuming(config: RunConfig, resume: bool, procs: Processes) -> bool:
     """
     if procs.main:
         resume = resume or Run.restarted(config)
-        Run.check(config, resume)
+        check_run(config, resume)
     return procs.from_main(resume)
 
 
