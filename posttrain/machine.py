@@ -90,11 +90,12 @@ def check_memory(base: Base, held: Sequence[Weight], device: torch.device | None
                 f"{base.field}.path: {base.path}: its weights take {(total - aside) / GIB:.1f} GiB of the GPU, and"
                 f" {free / GIB:.1f} of {whole / GIB:.1f} GiB are free; {remedies}"
             )
-    need = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * (total if device is None else aside)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    need = processes * (total if device is None else aside)
     if need > (there := host_memory()):
         raise UserError(
             f"{base.field}.path: {base.path}: its weights take {need / GIB:.1f} GiB of this machine's memory"
-            f"{' for all processes' if need > total else ''}, and {there / GIB:.1f} GiB are free;"
+            f"{' for all processes' if processes > 1 else ''}, and {there / GIB:.1f} GiB are free;"
             f" {'use a machine with more' if device is None else 'set model.offload: []'}"
         )
 

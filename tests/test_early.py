@@ -1,5 +1,6 @@
 """What is refused before a command's code is imported or a model is read, by every command; and what a machine cannot."""
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from posttrain import cli, early, machine, model_files
+from posttrain import cli, machine, model_files
 from posttrain.early import Base
 from prompts.errors import UserError
 from tests import pair_runs, runs, tiny
@@ -21,54 +22,54 @@ def raw(tmp_path_factory):
     return tiny.save(tmp_path_factory.mktemp("raw") / "raw")
 
 
-@pytest.fixture
-def recipes(tmp_path, raw):
+@pytest.fixture(scope="module")
+def recipes(raw, tmp_path_factory):
     """A sound recipe of every command that reads a K2 or writes a run, by the command's name."""
-    judge = {"output": str(tmp_path / "run"), "model": "m", "data": str(tmp_path / "data.jsonl"), "mode": "preference"}
-    (tmp_path / "data.jsonl").touch()
-    common = {"output": str(tmp_path / "run"), "prompts": {"train": str(tmp_path / "train.jsonl")}}
-    common["prompts"]["heldout"] = str(tmp_path / "heldout.jsonl")
-    reward = {"name": "brightness", "function": "tests.runs:brightness"}
-    gdpo = common | {"model": {"path": "chat"}, "renderer": {"path": str(raw), "dtype": "float32"}}
-    gdpo |= {"rewards": [reward], "safety": [{"name": "words", "sees": "text", "function": "tests.runs:brightness"}]}
-    sample = {"output": str(tmp_path / "run"), "model": {"path": str(raw), "dtype": "float32"}, "prompt": "a fox"}
-    made = {
-        "grpo": runs.config(tmp_path, raw), "stpo": runs.stpo_config(tmp_path, raw),
-        "tdm": runs.tdm_config(tmp_path, raw), "pairs": pair_runs.recipe(tmp_path, raw),
+    folder = tmp_path_factory.mktemp("recipes")
+    configs = {
+        "grpo": runs.config(folder, raw), "stpo": runs.stpo_config(folder, raw),
+        "tdm": runs.tdm_config(folder, raw), "pairs": pair_runs.recipe(folder, raw),
     }  # fmt: skip
-    plain = {name: json.loads(json.dumps(dataclasses.asdict(config))) for name, config in made.items()}
-    sft = {key: judge[key] for key in ("output", "model", "data")}
-    others = {"judge": judge, "expander sft": sft, "expander gdpo": gdpo, "sample": sample}
-    return plain | others | {"export": {"source": str(tmp_path), "output": str(tmp_path / "run")}}
+    made = {name: json.loads(json.dumps(dataclasses.asdict(config))) for name, config in configs.items()}
+    model, reward = {"path": str(raw), "dtype": "float32"}, {"name": "brightness", "function": "tests.runs:brightness"}
+    chat = {"model": "m", "data": str(folder / "train.jsonl")}
+    return made | {
+        "judge": chat | {"mode": "preference"},
+        "expander sft": chat,
+        "expander gdpo": {
+            "model": {"path": "chat"}, "prompts": {name: made["grpo"]["prompts"][name] for name in ("train", "heldout")},
+            "renderer": model, "rewards": [reward], "safety": [reward | {"name": sees, "sees": sees} for sees in ("text", "image")],
+        },
+        "sample": {"model": model, "prompt": "a fox"},
+        "export": {"source": str(folder)},
+    }  # fmt: skip
+
+
+def reached(*_, **__):
+    """Stands in for a command's own code."""
+    pytest.fail("the command was begun")
 
 
 @pytest.fixture
 def refused(recipes, tmp_path, capsys, monkeypatch):
-    """Runs a command, of which nothing but the early checks may be reached, and returns its one line."""
+    """Runs a command that must be refused before its own code is imported, and returns its one line."""
+    stand_in = dataclasses.replace
+    commands = {name: stand_in(held, function="tests.test_early:reached") for name, held in cli.COMMANDS.items()}
+    monkeypatch.setattr(cli, "COMMANDS", commands)
 
     def run(command: str, **changes) -> str:
-        recipe = recipes[command]
+        recipe = copy.deepcopy(recipes[command]) | {"output": str(tmp_path / "run")}
         for path, value in changes.items():
             *sections, last = path.split("__")
             section = recipe
             for name in sections:
                 section = section[name]
             section[last] = value
-        file = tmp_path / "recipe.yaml"
-        file.write_text(yaml.safe_dump(recipe))
-        monkeypatch.setattr(cli.importlib, "import_module", lambda name: pytest.fail(f"{name} is imported"))
-        monkeypatch.setattr(early, "check_rewards", watched)
-        assert cli.main([*command.split(), "--config", str(file)]) == 2
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        assert cli.main([*command.split(), "--config", str(tmp_path / "recipe.yaml")]) == 2
         out, err = capsys.readouterr()
         assert out == "" and err.count("\n") == 1 and err.startswith("posttrain: error: ")
         return err
-
-    held, own = early.check_rewards, cli.importlib.import_module
-
-    def watched(specs, servers=()):
-        with monkeypatch.context() as patch:  # rewards are imported, and so may be
-            patch.setattr(cli.importlib, "import_module", own)
-            held(specs, servers)
 
     return run
 
@@ -188,7 +189,7 @@ def test_too_little_memory_on_the_gpu(gpu, tmp_path, monkeypatch):
     machine.check([dataclasses.replace(base, offload=("text_encoder",), quantize="fp8")], {})  # 10 + 4 GiB
     gpu.free = 40 * 2**30
     machine.check([base], {})
-    with pytest.raises(UserError, match="take 64.0 GiB"):
+    with pytest.raises(UserError, match="take 64.0 GiB of the GPU"):
         machine.check([dataclasses.replace(base, dtype="float32")], {})
 
 
@@ -206,17 +207,18 @@ def test_too_little_memory_beside_the_gpu(gpu, tmp_path, monkeypatch):
         machine.check([base], {})
 
 
-def test_a_gpu_without_bfloat16_or_fp8(gpu):
+def test_a_gpu_without_bfloat16_or_fp8(gpu, monkeypatch):
     gpu.capability = (7, 5)
-    monkeypatched = {"renderer.dtype": "bfloat16", "model.dtype": "float32"}
+    types = {"renderer.dtype": "bfloat16", "model.dtype": "float32"}
     with pytest.raises(UserError, match=r"torch: Tesla T4 has compute capability 7.5, and this torch is built for"):
-        machine.check([], monkeypatched)
-    torch.cuda.get_arch_list = lambda: ["sm_75"]
+        machine.check([], types)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75"])
     with pytest.raises(UserError, match=r"renderer.dtype: Tesla T4 \(compute capability 7.5\) has no bfloat16"):
-        machine.check([], monkeypatched)
+        machine.check([], types)
     machine.check([], {"model.dtype": "float32"})
-    gpu.capability, torch.cuda.get_arch_list = (8, 6), lambda: ["sm_80"]
-    machine.check([], monkeypatched)
+    gpu.capability = (8, 6)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80"])
+    machine.check([], types)
     with pytest.raises(UserError, match="model.quantize: fp8: Tesla T4 has none"):
         machine.check([Base("model", "owner/hub", "bfloat16", quantize="fp8")], {})
 
