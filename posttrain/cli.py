@@ -20,7 +20,7 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
-from posttrain import __version__, early
+from posttrain import __version__, early, startup
 from posttrain.bench_config import BenchConfig
 from posttrain.carryover_config import CarryoverConfig
 from posttrain.config import ExportConfig, GRPOConfig, JudgeConfig, ReportConfig, SampleConfig, ServeConfig
@@ -154,15 +154,21 @@ def _run(argv: list[str]) -> int:
         return 0
     name, config, resume, options = parse(argv)
     command = COMMANDS[name]
+    startup.lap("import")
     early.check(name, config, resume)
+    startup.lap("check")
     module, _, function = command.function.partition(":")
     run = getattr(importlib.import_module(module), function)
+    startup.lap("import")
     code = run(config, resume=resume, **options) if command.resumable else run(config)
     return code or 0
 
 
 def parse(argv: list[str]) -> tuple[str, Any, bool, dict[str, bool]]:
-    """A command's name with its checked settings, whether to resume, and further options of its function. Raises UserError."""
+    """A command's name, its checked settings, whether to resume, and further options of its function.
+
+    Raises UserError.
+    """
     seconds = [known.split()[1] for known in COMMANDS if known.startswith(f"{argv[0]} ") and known != CHECK]
     words = 2 if seconds else 1
     name, rest = " ".join(argv[:words]), argv[words:]

@@ -1,6 +1,6 @@
 """What can be refused at once: the command line calls `check` before it imports a command's code or reads weights.
 
-Cheapest first: the output, files that are named, rewards and servers; then, with torch, checkpoints, the GPU and memory.
+Cheapest first: the output, files that are named, rewards, servers; then, with torch, checkpoints, the GPU and memory.
 What these functions refuse, the commands refuse too when they are called from Python, only later.
 """
 

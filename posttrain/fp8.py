@@ -17,6 +17,7 @@ from posttrain.k2 import K2
 from posttrain.machine import check_fp8
 from prompts.errors import UserError
 
+
 class Frozen8(nn.Linear):
     """A linear whose weight is torchao's Float8Tensor; (..., in) to (..., out) in bf16. It is never trained."""
 

@@ -32,7 +32,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from posttrain import losses
+from posttrain import losses, startup
 from posttrain.calibration import auroc, brier, expected_calibration_error, reliability
 from posttrain.config import CheckpointConfig, JudgeConfig
 from posttrain.judge_card import numbers, write_adapter
@@ -78,7 +78,9 @@ def train(config: JudgeConfig) -> None:
     check_prompts(records, template, config.data)
     training, heldout = split(records, config)
     device = PartialState().device or torch.device("cpu")
+    startup.lap("inputs")
     vlm = VLM.load(config.model, getattr(torch, config.dtype), device)
+    startup.lap("read")
     run = Run.create(config, resume=None)
     add_adapter(vlm, config)
     stepper = Stepper([p for p in vlm.model.parameters() if p.requires_grad], config.optim)

@@ -147,6 +147,7 @@ def _has_kernels(device: torch.device) -> bool:
     for name in torch.cuda.get_arch_list():
         kind, _, number = name.partition("_")
         built = divmod(int(re.sub(r"\D", "", number)), 10)
-        if (kind == "sm" and built[0] == major and built[1] <= minor) or (kind == "compute" and built <= (major, minor)):
+        native = kind == "sm" and built[0] == major and built[1] <= minor
+        if native or (kind == "compute" and built <= (major, minor)):
             return True
     return not torch.cuda.get_arch_list()

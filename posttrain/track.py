@@ -38,6 +38,7 @@ import yaml
 from PIL import Image
 from safetensors import SafetensorError
 
+from posttrain import startup
 from posttrain.changes import changes, told
 from posttrain.config import TrackConfig
 from posttrain.disk import replace_text
@@ -72,6 +73,11 @@ class Run:
         self._trackers: list[Any] = []
         self._writer: Any = None
         self._progress: Progress | None = None
+        self._begun = 0
+        """The step that the run began with."""
+        self._first: tuple[int, float] | None = None
+        """The first step that was logged since, and when."""
+        self._startup: dict[str, float] | None = None
         self._lock: IO[str] | None = None
 
     @classmethod
@@ -80,7 +86,7 @@ class Run:
         command cannot do that.
 
         Raises UserError if the directory holds a run and `resume` is off, if it cannot be written, or if a
-        tracker is not installed. Resuming with another recipe says which fields changed; `early.check_run` refuses some.
+        tracker is not installed. Resuming with another recipe says which fields changed; `check_run` refuses some.
         """
         run = cls(Path(config.output), config.track, main, resume is not None)
         if not main:
@@ -117,6 +123,8 @@ class Run:
         """
         if not self.main:
             return
+        self._begun = step
+        startup.lap("prepare")
         metrics = self.path / "metrics.jsonl"
         lines = _whole_lines(metrics) if step and metrics.exists() else []
         replace_text(metrics, "".join(line for line in lines if json.loads(line)["step"] <= step))
@@ -143,6 +151,7 @@ class Run:
         """
         if not self.main:
             return
+        self._time(step)
         values = {name: None if value is None else _number(value) for name, value in metrics.items()}
         bad = [name for name, value in values.items() if value is not None and not math.isfinite(value)]
         values |= dict.fromkeys(bad)
@@ -210,7 +219,20 @@ class Run:
         The report shows `before` and `after` (both name -> number) side by side, other numbers as they are.
         """
         if self.main:
-            replace_text(self.path / "summary.json", _json(_plain(dict(figures)), indent=1))
+            took = self._startup or startup.CLOCK.taken(None)
+            replace_text(self.path / "summary.json", _json(_plain({**figures, "startup": took}), indent=1))
+
+    def _time(self, step: int) -> None:
+        """Ends a part of the start-up, if this is the first or the second step that is logged, or one before them."""
+        if self._startup is not None:
+            return
+        if step <= self._begun:
+            startup.lap("evaluation")
+        elif self._first is None:
+            startup.lap("first_step")
+            self._first = (step, time.time())
+        elif step > self._first[0]:
+            self._startup = startup.CLOCK.taken(time.time() - self._first[1])
 
     def say(self, message: str) -> None:
         """One line to the user on stderr, without disturbing the progress bar."""

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from posttrain import checkpoint, health, shards, watch
+from posttrain import checkpoint, health, shards, startup, watch
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import CheckpointConfig, EvalConfig, ModelConfig, OptimConfig
 from posttrain.early import check_run
@@ -57,7 +57,9 @@ def in_run(
 ) -> None:
     """Runs `body` in the run directory, with the recipe's servers up, and writes the report. Ctrl-C is passed on."""
     with Run.create(config, resume, procs.main) as run:
+        startup.lap("prepare")
         with serve(config.servers if procs.main else [], run.path / "servers") as urls:
+            startup.lap("servers")
             stopped = body(run, procs.from_main(urls))
         if procs.main:
             write_report(run.path)

@@ -1,4 +1,4 @@
-"""What is refused before a command's code is imported or a model is read, by every command; and what a machine cannot."""
+"""What every command refuses before its code is imported or a model is read, and what a machine cannot do."""
 
 import copy
 import dataclasses
@@ -37,8 +37,9 @@ def recipes(raw, tmp_path_factory):
         "judge": chat | {"mode": "preference"},
         "expander sft": chat,
         "expander gdpo": {
-            "model": {"path": "chat"}, "prompts": {name: made["grpo"]["prompts"][name] for name in ("train", "heldout")},
-            "renderer": model, "rewards": [reward], "safety": [reward | {"name": sees, "sees": sees} for sees in ("text", "image")],
+            "model": {"path": "chat"}, "renderer": model, "rewards": [reward],
+            "prompts": {name: made["grpo"]["prompts"][name] for name in ("train", "heldout")},
+            "safety": [reward | {"name": sees, "sees": sees} for sees in ("text", "image")],
         },
         "sample": {"model": model, "prompt": "a fox"},
         "export": {"source": str(folder)},
@@ -161,7 +162,8 @@ def gpu(monkeypatch):
     for name, value in {
         "is_available": lambda: True, "init": lambda: None, "device_count": lambda: 1,
         "get_device_capability": lambda device: facts.capability, "get_device_name": lambda device: "Tesla T4",
-        "get_arch_list": lambda: ["sm_80", "sm_90", "compute_90"], "mem_get_info": lambda device: (facts.free, 80 * 2**30),
+        "get_arch_list": lambda: ["sm_80", "sm_90", "compute_90"],
+        "mem_get_info": lambda device: (facts.free, 80 * 2**30),
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     return facts
@@ -184,12 +186,12 @@ def test_too_little_memory_on_the_gpu(gpu, tmp_path, monkeypatch):
         machine.check([base], {})
     says = "take 32.0 GiB of the GPU, and 20.0 of 80.0 GiB are free; set model.quantize: fp8 or set model.offload:"
     assert str(raised.value).startswith("model.path: ") and says in str(raised.value)
-    with pytest.raises(UserError, match="take 24.0 GiB"):
+    with pytest.raises(UserError, match=r"take 24.0 GiB"):
         machine.check([dataclasses.replace(base, offload=("text_encoder", "vae"))], {})
     machine.check([dataclasses.replace(base, offload=("text_encoder",), quantize="fp8")], {})  # 10 + 4 GiB
     gpu.free = 40 * 2**30
     machine.check([base], {})
-    with pytest.raises(UserError, match="take 64.0 GiB of the GPU"):
+    with pytest.raises(UserError, match=r"take 64.0 GiB of the GPU"):
         machine.check([dataclasses.replace(base, dtype="float32")], {})
 
 
@@ -203,7 +205,9 @@ def test_too_little_memory_beside_the_gpu(gpu, tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with pytest.raises(UserError, match="take 22.0 GiB of this machine's memory, and 12.0 GiB are free; use a machine"):
+    with pytest.raises(
+        UserError, match=r"take 22.0 GiB of this machine's memory, and 12.0 GiB are free; use a machine"
+    ):
         machine.check([base], {})
 
 
@@ -219,7 +223,7 @@ def test_a_gpu_without_bfloat16_or_fp8(gpu, monkeypatch):
     gpu.capability = (8, 6)
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80"])
     machine.check([], types)
-    with pytest.raises(UserError, match="model.quantize: fp8: Tesla T4 has none"):
+    with pytest.raises(UserError, match=r"model.quantize: fp8: Tesla T4 has none"):
         machine.check([Base("model", "owner/hub", "bfloat16", quantize="fp8")], {})
 
 
@@ -228,10 +232,12 @@ def test_a_gpu_that_torch_cannot_use(gpu, monkeypatch):
         raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nUpdate it.")
 
     monkeypatch.setattr(torch.cuda, "init", old)
-    with pytest.raises(UserError, match=r"cannot use it: The NVIDIA driver .* \(found version 11040\). Update it.; upd"):
+    with pytest.raises(
+        UserError, match=r"cannot use it: The NVIDIA driver .* \(found version 11040\). Update it.; upd"
+    ):
         machine.check_cuda()
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
-    with pytest.raises(UserError, match="is built without CUDA; install a build with it"):
+    with pytest.raises(UserError, match=r"is built without CUDA; install a build with it"):
         machine.check_cuda()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     machine.check_cuda()  # as it was asked for
