@@ -54,6 +54,8 @@ class Command:
     arguments are its values."""
     dry: bool = False
     """It has --dry-run."""
+    others: tuple[type, ...] = ()
+    """Of further commands whose recipes it takes: the one that knows the keys best."""
 
 
 CHECK = "export --check"
@@ -62,7 +64,12 @@ COMMANDS = {
     "stpo": Command(STPOConfig, "posttrain.stpo:train", "train with STPO on pairs and write a run directory", True),
     "grpo": Command(GRPOConfig, "posttrain.grpo:train", "train with GRPO and write a run directory", True),
     "tdm": Command(TDMConfig, "posttrain.tdm:train", "distil with TDM into few steps and write a run directory", True),
-    "preflight": Command(GRPOConfig, "posttrain.preflight:preflight", "check and time a GRPO recipe before a run"),
+    "preflight": Command(
+        GRPOConfig,
+        "posttrain.preflight:preflight",
+        "check and time a recipe of grpo, stpo, tdm, pairs or expander gdpo before a run",
+        others=(STPOConfig, TDMConfig, PairsConfig, ExpanderGDPOConfig),
+    ),
     "pairs": Command(PairsConfig, "posttrain.pairs:make", "make preference pairs from prompts", True),
     "judge": Command(JudgeConfig, "posttrain.judge:train", "train a judge, as an adapter for vLLM"),
     "serve": Command(ServeConfig, "posttrain.serve:serve", "serve a recipe's judges", any_recipe=True),
@@ -125,12 +132,13 @@ def load_config(name: str, argv: list[str]) -> tuple[Any, bool]:
     """
     command, argv = COMMANDS[name], _recipes_first(argv)
     recipes = {path: read_recipe(path) for path in _recipe_paths(argv)}
+    command = _of_recipes(command, recipes)
     if command.any_recipe:
         known = {f.name for f in dataclasses.fields(command.config)}
         recipes = {path: {k: v for k, v in data.items() if k in known} for path, data in recipes.items()}
     for path, data in recipes.items():
         check_recipe(path, data, command.config)
-    parser = _parser(name)
+    parser = _parser(name, command)
     whole = {path: completed(data, command.config) for path, data in recipes.items()}
     try:
         values = parser.parse_args(_inlined(_completed(argv, field_types(command.config)), whole))
@@ -210,14 +218,26 @@ def _usage() -> str:
     )
 
 
-def _parser(name: str) -> Any:
+def _of_recipes(command: Command, recipes: dict[str, Any]) -> Command:
+    """The command with the settings of the one whose recipes these are."""
+    given = {key for data in recipes.values() if isinstance(data, dict) for key in data}
+
+    def unknown(config: type) -> int:
+        return len(given - {field.name for field in dataclasses.fields(config)})
+
+    return dataclasses.replace(command, config=min((command.config, *command.others), key=unknown))
+
+
+def _parser(name: str, command: Command) -> Any:
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    command = COMMANDS[name]
+    about = (command.config.__doc__ or "").strip()
+    if command.others:
+        about = f"{command.help.capitalize()}; the recipe's keys say whose it is, and these are that one's. {about}"
     parser = ArgumentParser(
         prog=f"posttrain {name}",
-        description=f"{(command.config.__doc__ or '').strip()} Options given after --config override it.",
+        description=f"{about} Options given after --config override it.",
         usage=f"posttrain {name} --config RECIPE [--section.field value ...]",
         exit_on_error=False,
     )

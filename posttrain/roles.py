@@ -176,6 +176,16 @@ class Roles:
             self.transformer.unload_lora()
         self._relink(trainable)
 
+    def drop_roles(self) -> None:
+        """Forget every adapter: what is left is the base as it is, without a trace of them."""
+        if self._active or None in self.roles.values():
+            raise RuntimeError("roles that are active, or of all weights, cannot be dropped")
+        if self.roles:
+            self.transformer.unload_lora()
+        self.roles = {}
+        self._layers = []
+        self.transformer.requires_grad_(False)
+
     def base_state_dict(self) -> dict[str, Tensor]:
         """The transformer's own weights in diffusers' names, without adapters."""
         state = self.transformer.state_dict()
