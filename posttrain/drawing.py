@@ -35,13 +35,14 @@ class Cost:
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     waited: float = 0.0
     """Seconds for which there was nothing to do but wait for scores."""
-    parts: Counter[str] = field(default_factory=Counter)
+    parts: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Seconds of `text`, `sample`, `decode`, `show` (handing images on) and `measure`."""
 
     def add(self, other: Cost) -> None:
         self.images.update(other.images)
         self.measured.update(other.measured)
-        self.parts.update(other.parts)
+        for name, seconds in other.parts.items():
+            self.parts[name] += seconds
         self.waited += other.waited
         for name, seconds in other.seconds.items():
             self.seconds[name] += seconds

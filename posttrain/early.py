@@ -79,7 +79,7 @@ def check(command: str, config: Any, resume: bool) -> None:
         check_new(Path(config.output), card=config.format != "diffusers")
     if command in ("sample", CHECK) and config.output is not None:
         check_new(Path(config.output))
-    if command in RUNS:
+    if command in RUNS and os.environ.get("RANK", "0") == "0":  # whose machine starts them
         _check_servers(config)
     method = METHODS[type(config).__name__] if command == "preflight" else command
     _check_files(method, config)

@@ -15,6 +15,7 @@ import torch
 from posttrain import pair_plan, pairs
 from posttrain.checks import Row, made, phase
 from posttrain.drawing import Cost, Drawer
+from posttrain.k2 import to_pil
 from posttrain.pair_choice import KEPT
 from posttrain.pair_plan import Block, Plan
 from posttrain.pairs_config import PairsConfig
@@ -73,7 +74,7 @@ class PairsChecks:
         size = (self.few.sizes[0][0], self.few.sizes[0][1])
         self.drawer.begin()
         draw = pair_plan.draws(self.few.sources[0])[0]
-        self.drawer.draw(draw, prompts, range(len(prompts)), size, lambda _, drawn: images.extend(pairs.to_pil(drawn)))
+        self.drawer.draw(draw, prompts, range(len(prompts)), size, lambda _, drawn: images.extend(to_pil(drawn)))
         rewards = load_rewards(self.config.rewards, self.urls)
         yield from judge_rows(rewards, images, self.records, self.silent)
 
@@ -95,9 +96,7 @@ class PairsChecks:
             measured += f"; the rewards put the chosen one higher in {above} of {len(margins)}"
         alike = fates["near-duplicate"] + fates["unscored"] == block.count
         blind = source.judged is not None and not any(margins)
-        remedy = (
-            "its images are alike, or the rewards cannot tell them apart: change how they are drawn, or the rewards"
-        )
+        remedy = "its images are alike, or the rewards cannot tell them apart: change how it draws, or the rewards"
         yield Row(f"source {source.name}", not (alike or blind), measured, remedy)
 
     def time(self) -> Iterator[Row]:
