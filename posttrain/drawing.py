@@ -110,7 +110,7 @@ class Drawer:
     def begin(self) -> None:
         """Call before a block's `draw`s: forgets the block before."""
         self._cost, self._cut = Cost(), 0
-        self._typical: tuple[Tensor, Text, tuple[int, int]] | None = None
+        self._typical: tuple[Tensor, Text, tuple[int, int], str | None] | None = None
         self._fused: dict[str, Tensor] = {}
         self._drawn: dict[tuple[Any, ...], Tensor] = {}
 
@@ -122,15 +122,16 @@ class Drawer:
         """
         began = self._now()
         if measure and self._typical is not None:
-            latents, text, size = self._typical
+            latents, text, size, role = self._typical
             for name, call in (
                 ("forward", lambda: self.k2.velocity(latents, 0.5, text, *size)),
                 ("decode", lambda: self.k2.decode(latents, *size)),
             ):
-                call()  # the first one after other work finds no memory at hand
-                first = self._now()
-                call()
-                self._cost.seconds[name] += self._now() - first
+                with self.k2.role(role):  # an adapter costs something too
+                    call()  # the first one after other work finds no memory at hand
+                    first = self._now()
+                    call()
+                    self._cost.seconds[name] += self._now() - first
                 self._cost.measured[name] += len(latents)
         self._cost.parts["measure"] += self._now() - began
         return self._cost, self._cut
@@ -175,7 +176,7 @@ class Drawer:
                 show(part, images)
                 lap("show")
                 if first <= len(rows) // 2 < first + len(part):
-                    self._typical = (latents, text, size)
+                    self._typical = (latents, text, size, self.k2.active)
 
     @torch.no_grad()
     def warm_up(self) -> float:

@@ -51,8 +51,9 @@ from rewards.image import JudgeReward
 from rewards.load import load_rewards
 from rewards.serve import serve
 
-MEASURED = 8
-"""Blocks for each one that measures what a forward and a decode cost, when its scores are there."""
+MEASURED = 7
+"""Blocks for each one that measures what a forward and a decode cost, when its scores are there; the sizes take turns
+with the blocks, so it is no multiple of their usual number."""
 MAY_CHANGE = {"output", "servers", "track", "tries"}
 """Settings that a run that goes on may change: they do not decide what the pairs are."""
 

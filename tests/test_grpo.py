@@ -77,6 +77,12 @@ def test_run_directory(config, trained):
     assert np.mean([one["brightness"]["score"] for one in said]) == pytest.approx(summary["before"]["brightness"])
     assert 0 < summary["memory"]["trained weights"] < summary["memory"]["frozen weights"] < summary["peak_ram_gib"]
     assert summary["seconds"] > 0 and summary["peak_ram_gib"] > 0
+    begun = summary["startup"]
+    parts = {"inputs", "read", "verify", "servers", "prepare", "evaluation", "first_step"}
+    assert parts <= set(begun) and begun["compile"] <= begun["first_step"]
+    assert begun["total"] == pytest.approx(
+        sum(s for part, s in begun.items() if part not in ("total", "compile")), abs=0.1
+    )
     page = (run / "report.html").read_text()
     assert "brightness" in page and "image/diversity@1.5" in page and "data:image/png" in page
 
