@@ -109,6 +109,7 @@ class GRPOChecks(Checks):
 
     def sample(self, queue: Kept) -> Iterator[Row]:
         """No image of the step is another one's double, whichever process, prompt and seed they are of."""
+        self.warm_up()
         began = time.perf_counter()
         self.groups = grpo.sample(self.k2, self.config, 1, self.source, queue, self.procs)
         self.seconds["sample"] = self._scaled(time.perf_counter() - began)

@@ -1,4 +1,4 @@
-"""Seconds to the first step: parts are summed, a later run in the same process begins anew, and files are hashed once."""
+"""Seconds to the first step by part; a later run in the same process begins anew. Files are hashed once."""
 
 import hashlib
 import time
