@@ -7,6 +7,7 @@ import itertools
 import math
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -127,7 +128,9 @@ class GDPOChecks:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(self.watch)
         before = self._adapter()
-        trainer.train()
+        with warnings.catch_warnings():  # the libraries call each other by old names
+            warnings.filterwarnings("ignore", r".*gradient_checkpointing. is deprecated", FutureWarning)
+            trainer.train()
         scored, size = shared.scored, config.groups.group_size
         assert scored is not None
         yield from self._scores(scored, size)
@@ -160,7 +163,11 @@ class GDPOChecks:
         for k, name in enumerate(scored.names):
             valid, flat = int(scored.valid_NK[:, k].sum()), figures[f"flat/{name}"]
             measured = f"{valid} of {count} scores are there; {flat:.0%} of the groups are flat"
-            yield Row(f"scores of {name}", valid > 0, measured, "mend the reward: it gave no score")
+            if not valid and not scored.failures:
+                yield Row(f"scores of {name}", None, "it does not apply to these prompts")
+                continue
+            reasons = "".join(f"; {reason}" for reason, _ in scored.failures.most_common(0 if valid else 1))
+            yield Row(f"scores of {name}", valid > 0, measured + reasons, "mend the reward: it gave no score")
 
     def cost(self) -> Iterator[Row]:
         """Of a step of the recipe, and of the run without its evaluations."""

@@ -107,7 +107,9 @@ def test_expander_gdpo(check, tmp_path, model):
     assert {"renderer", "expansions", "one render each", "loss and gradient", "policy moves", "step", "run"} <= set(
         rows
     )
-    assert rows["export"][0] in ("pass", "skipped") and "in one process: " in rows["run"][1]
+    assert "6 images drawn for 8 expansions, 0 are missing" in rows["one render each"][1]
+    assert rows["scores of redness"] == ("skipped", "it does not apply to these prompts")
+    assert rows["export"][0] == "pass" and "in one process: " in rows["run"][1]
 
 
 def test_each_method_has_a_preflight():
