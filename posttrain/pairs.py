@@ -141,7 +141,7 @@ def _make(
             waiting = time.perf_counter()
             own = mine and mine.result()
             cost.waited += time.perf_counter() - waiting
-            drawn = procs.each(own)
+            drawn = [one for one in procs.each(own) if one is not None]  # the first processes have the blocks
             if untried and any(result.pairs for result in drawn):
                 untried = False
                 _check_judges(judged, run, urls, records, drawn)
