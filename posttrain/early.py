@@ -72,6 +72,13 @@ class Base:
 
 def check(command: str, config: Any, resume: bool) -> None:
     """Raises UserError for the first thing that is wrong. `command` is the name that the user gave."""
+    try:
+        _check(command, config, resume)
+    except OSError as error:  # a path that is too long, a directory that may not be read
+        raise UserError(f"{error.filename or 'a path'}: {error.strerror}; correct the path") from error
+
+
+def _check(command: str, config: Any, resume: bool) -> None:
     launched = "TORCHELASTIC_RESTART_COUNT" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1"
     if command in RUNS and not launched:  # what a launcher begins, it may restart: `training.resuming`
         check_run(config, resume if command in RESUMED else None)

@@ -55,7 +55,10 @@ def _check_call(spec: RewardSpec, path: str, function: Any, bound: tuple[Any, ..
     """Raises UserError for what cannot be called with images and prompts; `bound` stands for the object of a method."""
     if not callable(function):
         raise UserError(f"reward {spec.name}: {path} cannot be called; give a function or an object with __call__")
-    signature = inspect.signature(function)
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # of some that are built in nothing is known
+        return
     try:
         signature.bind_partial(*bound, [], [])
     except TypeError:
