@@ -26,6 +26,7 @@ from posttrain.card import run_recipe
 from posttrain.carryover_config import CarryoverConfig
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import EvalConfig, ModelConfig
+from posttrain.early import check_new
 from posttrain.evaluate import Evaluator
 from posttrain.export import scaled_factors
 from posttrain.k2 import K2, to_pil
@@ -47,8 +48,8 @@ CLEAR = 2.0
 def check(config: CarryoverConfig) -> int:
     """Prints the table and returns the exit code: 1 if the LoRA changes no picture on Turbo."""
     output = None if config.output is None else Path(config.output)
-    if output is not None and output.exists():
-        raise UserError(f"output: {output} exists; choose another name")
+    if output is not None:
+        check_new(output)
     file = config.check.endswith(".safetensors")
     if file and not Path(config.check).is_file():
         raise UserError(f"check: {config.check}: no such file; give a run, one of its checkpoints or a LoRA")

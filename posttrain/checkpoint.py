@@ -405,6 +405,13 @@ def _write_json(path: Path, data: Any) -> None:
 
 
 def _sha256(path: Path) -> str:
+    facts = path.stat()
+    return _digest(path, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=256)
+def _digest(path: Path, *unchanged: int) -> str:
+    """Read once a process, as long as the file is what it was: a checkpoint is found, and then it is loaded."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

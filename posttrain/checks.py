@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import psutil
 import torch
 from rich import box
 from rich.console import Console
@@ -40,9 +42,9 @@ def made(name: str, rows: Callable[[], Iterable[Row]], alone: bool = True) -> li
     """
     found: list[Row] = []
     try:
-        with Console(stderr=True).status(name):
-            for row in rows():
-                found.append(row)
+        phase(name)
+        for row in rows():  # one by one: those before a failure stay
+            found.append(row)
     except Skip as reason:
         found.append(Row(name, None, str(reason)))
     except UserError as error:
@@ -54,6 +56,11 @@ def made(name: str, rows: Callable[[], Iterable[Row]], alone: bool = True) -> li
             raise
         found.append(_broken(name, error))
     return found
+
+
+def phase(name: str) -> None:
+    """Tells what begins now, and when, in seconds since the process began."""
+    print(f"posttrain: {time.time() - psutil.Process().create_time():6.1f} s: {name}", file=sys.stderr, flush=True)
 
 
 def _broken(name: str, error: Exception) -> Row:

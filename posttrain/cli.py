@@ -20,7 +20,7 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
-from posttrain import __version__
+from posttrain import __version__, early, startup
 from posttrain.bench_config import BenchConfig
 from posttrain.carryover_config import CarryoverConfig
 from posttrain.config import ExportConfig, GRPOConfig, ReportConfig, SampleConfig, ServeConfig
@@ -55,6 +55,8 @@ class Command:
     arguments are its values."""
     dry: bool = False
     """It has --dry-run."""
+    others: tuple[type, ...] = ()
+    """Of further commands whose recipes it takes: the one that knows the keys best."""
 
 
 CHECK = "export --check"
@@ -63,7 +65,12 @@ COMMANDS = {
     "stpo": Command(STPOConfig, "posttrain.stpo:train", "train with STPO on pairs and write a run directory", True),
     "grpo": Command(GRPOConfig, "posttrain.grpo:train", "train with GRPO and write a run directory", True),
     "tdm": Command(TDMConfig, "posttrain.tdm:train", "distil with TDM into few steps and write a run directory", True),
-    "preflight": Command(GRPOConfig, "posttrain.preflight:preflight", "check and time a GRPO recipe before a run"),
+    "preflight": Command(
+        GRPOConfig,
+        "posttrain.preflight:preflight",
+        "check and time a recipe of grpo, stpo, tdm, pairs or expander gdpo before a run",
+        others=(STPOConfig, TDMConfig, PairsConfig, ExpanderGDPOConfig),
+    ),
     "pairs": Command(PairsConfig, "posttrain.pairs:make", "make preference pairs from prompts", True),
     "judge": Command(JudgeConfig, "posttrain.judge:train", "train a judge, as an adapter for vLLM", True),
     "serve": Command(ServeConfig, "posttrain.serve:serve", "serve a recipe's judges", any_recipe=True),
@@ -126,12 +133,13 @@ def load_config(name: str, argv: list[str]) -> tuple[Any, bool]:
     """
     command, argv = COMMANDS[name], _recipes_first(argv)
     recipes = {path: read_recipe(path) for path in _recipe_paths(argv)}
+    command = _of_recipes(command, recipes)
     if command.any_recipe:
         known = {f.name for f in dataclasses.fields(command.config)}
         recipes = {path: {k: v for k, v in data.items() if k in known} for path, data in recipes.items()}
     for path, data in recipes.items():
         check_recipe(path, data, command.config)
-    parser = _parser(name)
+    parser = _parser(name, command)
     whole = {path: completed(data, command.config) for path, data in recipes.items()}
     try:
         values = parser.parse_args(_inlined(_completed(argv, field_types(command.config)), whole))
@@ -153,15 +161,23 @@ def _run(argv: list[str]) -> int:
     if argv[0] == "--version":
         print(f"posttrain {__version__}")
         return 0
-    command, config, resume, options = parse(argv)
+    name, config, resume, options = parse(argv)
+    command = COMMANDS[name]
+    startup.lap("import")
+    early.check(name, config, resume)
+    startup.lap("check")
     module, _, function = command.function.partition(":")
     run = getattr(importlib.import_module(module), function)
+    startup.lap("import")
     code = run(config, resume=resume, **options) if command.resumable else run(config)
     return code or 0
 
 
-def parse(argv: list[str]) -> tuple[Command, Any, bool, dict[str, bool]]:
-    """A command with its checked settings, whether to resume, and further options of its function. Raises UserError."""
+def parse(argv: list[str]) -> tuple[str, Any, bool, dict[str, bool]]:
+    """A command's name, its checked settings, whether to resume, and further options of its function.
+
+    Raises UserError.
+    """
     seconds = [known.split()[1] for known in COMMANDS if known.startswith(f"{argv[0]} ") and known != CHECK]
     words = 2 if seconds else 1
     name, rest = " ".join(argv[:words]), argv[words:]
@@ -186,7 +202,7 @@ def parse(argv: list[str]) -> tuple[Command, Any, bool, dict[str, bool]]:
         options["dry_run"] = "--dry-run" in rest
         rest = [word for word in rest if word != "--dry-run"]
     config, resume = load_config(name, rest)
-    return command, config, resume, options
+    return name, config, resume, options
 
 
 def _usage() -> str:
@@ -203,14 +219,26 @@ def _usage() -> str:
     )
 
 
-def _parser(name: str) -> Any:
+def _of_recipes(command: Command, recipes: dict[str, Any]) -> Command:
+    """The command with the settings of the one whose recipes these are."""
+    given = {key for data in recipes.values() if isinstance(data, dict) for key in data}
+
+    def unknown(config: type) -> int:
+        return len(given - {field.name for field in dataclasses.fields(config)})
+
+    return dataclasses.replace(command, config=min((command.config, *command.others), key=unknown))
+
+
+def _parser(name: str, command: Command) -> Any:
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    command = COMMANDS[name]
+    about = (command.config.__doc__ or "").strip()
+    if command.others:
+        about = f"{command.help.capitalize()}; the recipe's keys say whose it is, and these are that one's. {about}"
     parser = ArgumentParser(
         prog=f"posttrain {name}",
-        description=f"{(command.config.__doc__ or '').strip()} Options given after --config override it.",
+        description=f"{about} Options given after --config override it.",
         usage=f"posttrain {name} --config RECIPE [--section.field value ...]",
         exit_on_error=False,
     )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from posttrain import checkpoint, pair_plan, sampler
+from posttrain.blocks import by_default
 from posttrain.checkpoint import Checkpoint
 from posttrain.k2 import Text
 from posttrain.pair_choice import degrade
@@ -34,10 +35,14 @@ class Cost:
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     waited: float = 0.0
     """Seconds for which there was nothing to do but wait for scores."""
+    parts: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """Seconds of `text`, `sample`, `decode`, `show` (handing images on) and `measure`."""
 
     def add(self, other: Cost) -> None:
         self.images.update(other.images)
         self.measured.update(other.measured)
+        for name, seconds in other.parts.items():
+            self.parts[name] += seconds
         self.waited += other.waited
         for name, seconds in other.seconds.items():
             self.seconds[name] += seconds
@@ -105,7 +110,7 @@ class Drawer:
     def begin(self) -> None:
         """Call before a block's `draw`s: forgets the block before."""
         self._cost, self._cut = Cost(), 0
-        self._typical: tuple[Tensor, Text, tuple[int, int]] | None = None
+        self._typical: tuple[Tensor, Text, tuple[int, int], str | None] | None = None
         self._fused: dict[str, Tensor] = {}
         self._drawn: dict[tuple[Any, ...], Tensor] = {}
 
@@ -115,17 +120,20 @@ class Drawer:
 
         With `measure` it times one more forward and decode, which costs two of each: call it when nothing else runs.
         """
+        began = self._now()
         if measure and self._typical is not None:
-            latents, text, size = self._typical
+            latents, text, size, role = self._typical
             for name, call in (
                 ("forward", lambda: self.k2.velocity(latents, 0.5, text, *size)),
                 ("decode", lambda: self.k2.decode(latents, *size)),
             ):
-                call()  # the first one after other work finds no memory at hand
-                began = self._now()
-                call()
-                self._cost.seconds[name] += self._now() - began
+                with self.k2.role(role):  # an adapter costs something too
+                    call()  # the first one after other work finds no memory at hand
+                    first = self._now()
+                    call()
+                    self._cost.seconds[name] += self._now() - first
                 self._cost.measured[name] += len(latents)
+        self._cost.parts["measure"] += self._now() - began
         return self._cost, self._cut
 
     @torch.no_grad()
@@ -139,7 +147,16 @@ class Drawer:
         draw = pair_plan.resolved(self.config, draw)
         if draw.drop:
             prompts = [degrade(prompt, draw.drop, seed) for prompt, seed in zip(prompts, seeds)]
+        last = self._now()
+
+        def lap(part: str) -> None:
+            nonlocal last
+            now = self._now()
+            self._cost.parts[part] += now - last
+            last = now
+
         self._fuse(prompts)
+        lap("text")
         fused = [self._fused[prompt] for prompt in prompts]
         rows = sorted(range(len(prompts)), key=lambda i: len(fused[i]))  # prompts of like length need little padding
         with self.k2.role(self.roles[draw.checkpoint]):
@@ -152,10 +169,34 @@ class Drawer:
                 if draw.noise:
                     noise = sampler.noise([sampler.seed_for(seeds[i], -1) for i in part], latents.shape[1:])
                     latents = (1 - draw.noise) * latents + draw.noise * noise.to(latents)
+                lap("sample")
                 self._cost.images["decode"] += len(part)
-                show(part, self.k2.decode(latents, *size))
+                images = self.k2.decode(latents, *size)
+                lap("decode")
+                show(part, images)
+                lap("show")
                 if first <= len(rows) // 2 < first + len(part):
-                    self._typical = (latents, text, size)
+                    self._typical = (latents, text, size, self.k2.active)
+
+    @torch.no_grad()
+    def warm_up(self) -> float:
+        """Runs the network in each way that the recipe draws in, where its blocks are compiled; returns the seconds.
+
+        What is compiled is compiled here, and not in the time of the first blocks. A batch of prompts of different
+        lengths has a mask, and one of equal lengths has none.
+        """
+        began, compiled = self._now(), self.k2.blocks.compiled
+        if not (by_default(self.k2.device, self.k2.dtype) if compiled is None else compiled):
+            return 0.0
+        size = (self.config.sizes[0][0], self.config.sizes[0][1])
+        x = sampler.noise([0, 1], (self.k2.image_tokens(*size), self.k2.latent_channels)).to(self.k2.device)
+        tokens = self.k2.text([""]).tokens[0]
+        for role in dict.fromkeys(self.roles.values()):
+            with self.k2.role(role):
+                for text in (Text.of([tokens, tokens]), Text.of([tokens, tokens[:-1]])):
+                    self.k2.velocity(x, 0.5, text, *size)
+        self.k2.decode(x, *size)
+        return self._now() - began
 
     def _fuse(self, prompts: Sequence[str]) -> None:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._fused]

@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from posttrain import sampler
+from posttrain import sampler, startup
 from posttrain.expander_template import messages, template
 from posttrain.fingerprint import fingerprint
 from posttrain.load import quiet
@@ -116,6 +116,7 @@ def resolve(path: str, adapter: str | None = None) -> tuple[str, str | None]:
 
 def load_chat_model(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """Model and tokenizer, which has a chat template and a padding token. No code of the checkpoint runs."""
+    startup.lap("inputs")
     what = "" if Path(path).exists() else "no such directory here, and as a hub id it "
     try:
         with quiet():
@@ -127,6 +128,7 @@ def load_chat_model(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
         raise UserError(f"{path}: its tokenizer has no chat template; take an instruct model")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    startup.lap("read")
     return model, tokenizer
 
 

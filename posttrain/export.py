@@ -26,6 +26,7 @@ from posttrain import checkpoint, original
 from posttrain.card import LEAST_KEPT, Rounding, model_card
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import ExportConfig
+from posttrain.early import check_new
 from posttrain.exported import check_lora, check_pipeline, check_weights
 from posttrain.hub import check_push, push
 from posttrain.k2 import K2
@@ -43,9 +44,7 @@ def export(config: ExportConfig) -> None:
     """Writes `config.output`. Raises UserError if it exists, or if what was trained would change nothing."""
     output = Path(config.output)
     card = None if config.format == "diffusers" else output.with_suffix(".md")
-    for path in (output, card):
-        if path is not None and path.exists():
-            raise UserError(f"output: {path} exists; choose another name")
+    check_new(output, card is not None)
     if config.push is not None:
         check_push(config.push)
     saved = checkpoint.load(checkpoint.find(config.source))

@@ -14,10 +14,8 @@ from torch import Tensor, nn
 
 from posttrain.k2 import K2
 from posttrain.linears import Adapted, Frozen8
+from posttrain.machine import check_fp8
 from prompts.errors import UserError
-
-LEAST = (8, 9)
-"""Compute capability of the first NVIDIA GPUs with fp8: Ada, then Hopper and Blackwell."""
 
 
 def quantize(k2: K2, device: str | torch.device) -> None:
@@ -46,9 +44,8 @@ def _quantizer(device: torch.device) -> Any:
         from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs  # type: ignore
     except ImportError as error:
         raise UserError(f"model.quantize: fp8 needs torchao ({error}): pip install 'posttrain[fp8]'") from error
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < LEAST:
-        name = torch.cuda.get_device_name(device)
-        raise UserError(f"model.quantize: fp8: {name} has none; use a GPU of compute capability 8.9 or more, or null")
+    if device.type == "cuda":
+        check_fp8(device)
     inputs = QuantizeTensorToFloat8Kwargs(granularity=PerRow(), kernel_preference=KernelPreference.TORCH)
 
     def quantized(weight: Tensor) -> Tensor:

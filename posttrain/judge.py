@@ -34,7 +34,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from posttrain import checkpoint, losses
+from posttrain import checkpoint, losses, startup
 from posttrain.calibration import auroc, brier, expected_calibration_error, reliability
 from posttrain.checkpoint import Checkpoint
 from posttrain.fingerprint import fingerprint
@@ -66,7 +66,9 @@ def train(config: JudgeConfig, resume: bool = False) -> None:
     _check_unchanged(saved, facts)
     training, heldout = split(records, config)
     device = PartialState().device or torch.device("cpu")
+    startup.lap("inputs")
     vlm = VLM.load(config.model, getattr(torch, config.dtype), device)
+    startup.lap("read")
     facts["model"] = fingerprint(dict(vlm.model.named_parameters()))
     _check_unchanged(saved, facts)
     add_adapter(vlm, config)

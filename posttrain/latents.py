@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from posttrain import sampler
+from posttrain import sampler, startup
 from posttrain.checkpoint import is_full
 from posttrain.fingerprint import fingerprint
 from posttrain.k2 import K2, Text
@@ -128,6 +128,7 @@ def encode_pairs(k2: K2, preferences: Preferences, config: PairSetConfig, procs:
 
     Raises UserError for too many bad rows, too few prompts, a full disk, or a folder made of something else.
     """
+    startup.lap("prepare")
     facts = _facts(k2, preferences, config)
     folder = Path(config.cache) / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     _claim(folder, facts, procs)
@@ -149,6 +150,7 @@ def encode_pairs(k2: K2, preferences: Preferences, config: PairSetConfig, procs:
     if procs.main:
         for line in _remarks(preferences, pairs, config.max_tokens):
             print(f"posttrain: {line}", file=sys.stderr)
+    startup.lap("encode")
     return pairs
 
 

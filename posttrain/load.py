@@ -4,8 +4,6 @@ Only safetensors are read, and no code from a checkpoint runs.
 """
 
 import contextlib
-import json
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,13 +18,14 @@ from diffusers import (
     Krea2Pipeline,
     Krea2Transformer2DModel,
 )
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Qwen3VLConfig, Qwen3VLModel
 
 from posttrain import original
 from posttrain.frame import flatten_time
+from posttrain.model_files import check_directory, is_hub_id
 from prompts.errors import UserError
 
 
@@ -35,9 +34,9 @@ def load_pipeline(
 ) -> Krea2Pipeline:
     """See `K2.load`."""
     path = str(path)
-    check_directory(path)
+    check_directory(path, transformer_file)
     try:
-        with contextlib.nullcontext() if _is_hub_id(path) else quiet():
+        with contextlib.nullcontext() if is_hub_id(path) else quiet():
             pipe = _read(path, transformer_file, dtype)
     except (OSError, ValueError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -97,39 +96,6 @@ def empty_transformer(path: str | Path) -> Any:
         return Krea2Transformer2DModel.from_config(config)
 
 
-def _is_hub_id(path: str) -> bool:
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path)) and not Path(path).parent.exists()
-
-
-def check_directory(path: str) -> None:
-    """Raise a UserError unless `path` is a local K2 pipeline with whole files, or looks like a hub id."""
-    index = Path(path) / "model_index.json"
-    if _is_hub_id(path):
-        return
-    for good, what in (
-        (Path(path).is_dir(), "no such directory"),
-        (index.is_file(), "has no model_index.json"),
-    ):
-        if not good:
-            raise UserError(f"{path}: {what}; give a K2 pipeline directory in diffusers' layout, or a hub id")
-    try:
-        name = json.loads(index.read_text())["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index}: not a pipeline index ({error!r}); copy or download it again") from error
-    if name != "Krea2Pipeline":
-        raise UserError(f"{index}: holds a {name}, not a Krea2Pipeline; give a K2 checkpoint")
-    for file in sorted(Path(path).rglob("*.safetensors")):
-        _check_whole(file)
-
-
-def _check_whole(file: Path) -> None:
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: not a whole safetensors file ({error}); copy or download it again") from error
-
-
 def _read(path: str, transformer_file: str | Path | None, dtype: torch.dtype) -> Krea2Pipeline:
     if transformer_file is not None:
         transformer = _read_original(Path(transformer_file), path, dtype)
@@ -152,11 +118,6 @@ def _read_diffusers(path: str, dtype: torch.dtype) -> Krea2Transformer2DModel:
 
 def _read_original(file: Path, path: str, dtype: torch.dtype) -> Krea2Transformer2DModel:
     """From one file in the original key names. diffusers' own reader lets missing and extra keys pass."""
-    if not file.is_file():
-        raise UserError(f"{file}: no such file; give the transformer as one .safetensors file")
-    if file.suffix != ".safetensors":
-        raise UserError(f"{file}: only .safetensors files are read; convert it first")
-    _check_whole(file)
     transformer = empty_transformer(path)
     weights = original.from_original(load_file(file))
     remedy = f"give a file in the original key names that belongs to {path}/transformer"

@@ -20,6 +20,9 @@ import io
 import json
 import time
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +36,9 @@ from posttrain import flops, pair_plan, pair_quality, sampler
 from posttrain.drawing import Cost, Drawer
 from posttrain.judge_check import SHOWN, check_judges
 from posttrain.k2 import K2, to_pil
-from posttrain.pair_choice import KEPT, Rules, decide_groups, decide_pairs
+from posttrain.pair_choice import KEPT, Decision, Rules, decide_groups, decide_pairs
 from posttrain.pair_plan import Block, Journal, Plan
-from posttrain.pairs_config import PairsConfig
+from posttrain.pairs_config import DrawConfig, PairsConfig, PairSource
 from posttrain.preferences import CARD, Preference, PreferenceWriter, row_of
 from posttrain.processes import Processes
 from posttrain.source import in_turn
@@ -44,13 +47,14 @@ from posttrain.training import resuming
 from prompts.errors import UserError
 from prompts.records import PromptRecord, columns, read_prompts
 from rewards.background import ScoreQueue
-from rewards.base import RewardSpec
+from rewards.base import RewardSpec, Scores
 from rewards.image import JudgeReward
 from rewards.load import load_rewards
 from rewards.serve import serve
 
-MEASURED = 2
-"""Blocks for each one that measures what a forward and a decode cost."""
+MEASURED = 7
+"""Blocks for each one that measures what a forward and a decode cost, when its scores are there; the sizes take turns
+with the blocks, so it is no multiple of their usual number."""
 MAY_CHANGE = {"output", "servers", "track", "tries"}
 """Settings that a run that goes on may change: they do not decide what the pairs are."""
 
@@ -61,8 +65,8 @@ class Drawn:
 
     entry: dict[str, Any]
     """Its line of the journal, with the fate of each candidate."""
-    pairs: list[Preference]
-    """Of the candidates that were kept."""
+    rows: list[dict[str, Any]]
+    """Of the candidates that were kept, as a set's rows; images are PNG."""
     cost: Cost
 
 
@@ -116,6 +120,7 @@ def _make(
     """Draws until there are enough; returns what it cost, in seconds of all processes together."""
     plan, cost = Plan(config), Cost()
     with contextlib.ExitStack() as stack:
+        aside = stack.enter_context(ThreadPoolExecutor(1, "pairs"))  # the last to end: what it waits for is ended first
         rewards = load_rewards(config.rewards, urls)
         queue = stack.enter_context(ScoreQueue(rewards)) if rewards else None
         judged = [reward.spec for reward in rewards if isinstance(reward.function, JudgeReward)]
@@ -127,49 +132,74 @@ def _make(
         before: list[int] = procs.from_main(output and [pair_plan.kept(entry) for entry in output.journal.entries])
         untried = output is not None and not any(before)
         run.start(config.pairs, sum(before))
+        compiling = drawer.warm_up()
+        writing: list[Future[None]] = []
         began = time.perf_counter()
+
+        def settle(turn: Sequence[Block], mine: Mapping[int, Future[Drawn]]) -> None:
+            """Takes in what has become of the blocks that the processes have drawn."""
+            nonlocal untried
+            waiting = time.perf_counter()
+            own = {i: drawn.result() for i, drawn in mine.items()}
+            cost.waited += time.perf_counter() - waiting
+            parts = procs.each({i: (drawn.entry, drawn.cost) for i, drawn in own.items()})
+            owners = {i: rank for rank, part in enumerate(parts) for i in part}
+            while writing and writing[0].done():
+                writing.pop(0).result()
+            for i, block in enumerate(turn):
+                entry, spent = parts[owners[i]][i]
+                first = sum(plan.kept)
+                _trim(entry, plan.room(block))
+                count = pair_plan.kept(entry)
+                # The images travel as PNG, to the main process alone, which holds one block at a time.
+                rows = procs.deliver({0: own[i].rows[:count]} if i in own else {}).get(owners[i], [])
+                if untried and rows:
+                    untried = False
+                    _check_judges(judged, run, urls, records, entry, rows)
+                if output is not None:
+                    writing.append(aside.submit(output.add, first, entry, rows))
+                plan.take(block, count)
+                cost.add(spent)
+                fates = {f"fate/{name}": n for name, n in Counter(entry["fates"]).items()}
+                run.log(sum(plan.kept), {"block": block.index, "source": block.source, **fates})
+
         while blocks := plan.generation():
             for block in blocks:
                 if block.index < len(before):  # an earlier run has drawn it
                     plan.take(block, before[block.index])
             blocks = [block for block in blocks if block.index >= len(before)]
+            before_it = None
             # As many as let each process have a block of each size before they wait for each other.
             span = procs.size * len(config.sizes)
             for turn in (blocks[i : i + span] for i in range(0, len(blocks), span)):
-                places = procs.mine_by_cost([block_cost(config, drawer.k2, block) for block in turn])
-                mine = {i: draw_block(config, plan, drawer, queue, records, turn[i]) for i in places}
-                parts = procs.each({i: (drawn.entry, drawn.cost) for i, drawn in mine.items()})
-                owners = {i: rank for rank, part in enumerate(parts) for i in part}
-                for i, block in enumerate(turn):
-                    entry, spent = parts[owners[i]][i]
-                    first = sum(plan.kept)
-                    _trim(entry, plan.room(block))
-                    count = pair_plan.kept(entry)
-                    # The images travel as PNG, to the main process alone, which holds one block at a time.
-                    parcel = {0: [row_of(pair) for pair in mine[i].pairs[:count]]} if i in mine else {}
-                    rows = procs.deliver(parcel).get(owners[i], [])
-                    if untried and rows:
-                        untried = False
-                        _check_judges(judged, run, urls, records, entry, rows)
-                    if output is not None:
-                        output.add(first, entry, rows)
-                    plan.take(block, count)
-                    cost.add(spent)
-                    fates = {f"fate/{name}": n for name, n in Counter(entry["fates"]).items()}
-                    run.log(sum(plan.kept), {"block": block.index, "source": block.source, **fates})
+                drawn: dict[int, Future[Drawn]] = {}
+                for i in procs.mine_by_cost([block_cost(config, drawer.k2, block) for block in turn]):
+                    drawn[i] = aside.submit(begin_block(config, plan, drawer, queue, records, turn[i]))
+                # While this turn's images are scored, decided on and written, the next turn's are drawn.
+                if before_it is not None:
+                    settle(*before_it)
+                before_it = turn, drawn
+            if before_it is not None:
+                settle(*before_it)
+        for written in writing:
+            written.result()
         seconds = (time.perf_counter() - began) * procs.size
         _check_outcome(config, run, plan, output)
     counted = cost.counted()
+    parts = dict(cost.parts) | {"waiting": cost.waited, "rest": seconds - sum(cost.parts.values()) - cost.waited}
     if counted:
         run.say(
             f"{seconds:.0f} s of drawing, {seconds / counted:.2f} times the {counted:.0f} s of its"
             f" {cost.images['forward']} forwards and {cost.images['decode']} decodes; {cost.waited:.0f} s of it waiting"
             " for scores"
         )
+        run.say("of it " + ", ".join(f"{name} {part:.1f} s" for name, part in parts.items()))
     return {
         "drawing_seconds": seconds,
         "counted_seconds": counted,
         "waited_seconds": cost.waited,
+        "compile_seconds": compiling,
+        "part_seconds": parts,
         "overhead": seconds / counted if counted else None,
         "images": dict(cost.images),
         "unit_seconds": cost.unit(),
@@ -217,10 +247,11 @@ def _check_outcome(config: PairsConfig, run: Run, plan: Plan, output: Output | N
 # ---- a block ----------------------------------------------------------------------------------------------
 
 
-def draw_block(
+def begin_block(
     config: PairsConfig, plan: Plan, drawer: Drawer, queue: ScoreQueue | None, records: list[PromptRecord], block: Block
-) -> Drawn:
-    """Draws a block's candidates, has them scored as they come, and decides. The same whoever calls it, and when."""
+) -> Callable[[], Drawn]:
+    """Draws a block's candidates and has them scored as they come; what it returns waits for the scores and decides,
+    and may be called in another thread. The same whoever calls it, and when."""
     source = config.sources[block.source]
     draws, group = pair_plan.draws(source), source.judged.group_size if source.judged else 1
     places = [in_turn(config.seed, plan.prompt(block, i), len(records)) for i in range(block.count)]
@@ -240,18 +271,41 @@ def draw_block(
                 queue.submit(to_pil(pictures), [r.prompt for r in shown], columns(shown))
 
         drawer.draw(draw, [r.prompt for r in rows], noises, block.size, show)
-    scores = queue.gather().take(np.argsort(submitted).tolist()) if queue is not None else None
+    jobs, measure = queue.hand_over() if queue is not None else [], block.index % MEASURED == 0
+    began = time.perf_counter()
+    if measure:  # when nothing else runs: judges may share the device
+        futures.wait(jobs)
+    waited = time.perf_counter() - began
+    cost, cut = drawer.end(measure)
+    cost.waited = waited
+
+    def finish() -> Drawn:
+        scores = queue.gather(jobs).take(np.argsort(submitted).tolist()) if queue is not None else None
+        decision = _decide(config, source, images, scores, group)
+        pairs = _kept_pairs(config, drawer, draws, [records[place].prompt for place in places], seeds, images, decision)
+        entry = {"block": block.index, "source": source.name, "prompts": places, "cut": cut, **decision.entry()}
+        return Drawn(entry, [row_of(pair) for pair in pairs], cost)
+
+    return finish
+
+
+def _decide(config: PairsConfig, source: PairSource, images: np.ndarray, scores: Scores | None, group: int) -> Decision:
     rules = Rules(config.min_margin, config.tolerance, config.min_distance)
     if source.judged is not None:
         assert scores is not None
-        decision = decide_groups(images, scores, config.rewards, rules, source.judged.group_size)
-    else:
-        screen = source.delta is not None and source.delta.screen
-        decision = decide_pairs(images, scores, config.rewards, rules, screen)
+        return decide_groups(images, scores, config.rewards, rules, group)
+    screen = source.delta is not None and source.delta.screen
+    return decide_pairs(images, scores, config.rewards, rules, screen)
+
+
+def _kept_pairs(
+    config: PairsConfig, drawer: Drawer, draws: Sequence[DrawConfig], prompts: list[str], seeds: list[int],
+    images: np.ndarray, decision: Decision,
+) -> list[Preference]:  # fmt: skip
     best, other = draws[0], draws[-1]
-    pairs = [
+    return [
         Preference(
-            records[places[i]].prompt,
+            prompts[i],
             *(Image.fromarray(images[j]) for j in pair),
             source="synthetic",
             chosen_policy=drawer.describe(best),
@@ -264,10 +318,6 @@ def draw_block(
         for i, (fate, pair, margin) in enumerate(zip(decision.fates, decision.pairs, decision.margins))
         if fate == KEPT and pair is not None
     ]
-    cost, cut = drawer.end(measure=block.index % MEASURED == 0)
-    cost.waited = scores.waited_seconds if scores is not None else 0.0
-    entry = {"block": block.index, "source": source.name, "prompts": places, "cut": cut, **decision.entry()}
-    return Drawn(entry, pairs, cost)
 
 
 def block_cost(config: PairsConfig, k2: K2, block: Block) -> float:

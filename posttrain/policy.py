@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain import checkpoint
+from posttrain import checkpoint, startup
 from posttrain.blocks import set_attention
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import LoraConfig, ModelConfig
+from posttrain.early import DISTILLED_REMEDY
 from posttrain.fingerprint import fingerprint
 from posttrain.fp8 import quantize
 from posttrain.k2 import K2
@@ -29,9 +30,6 @@ from posttrain.roles import TARGETS
 from prompts.errors import UserError
 
 POLICY = "policy"
-DISTILLED_REMEDY = (
-    "train the Raw checkpoint and distil it afterwards, or set model.allow_distilled: true if this is what you want"
-)
 
 
 # ---- the base -------------------------------------------------------------------------------------------------
@@ -105,12 +103,19 @@ def earlier_of(saved: Checkpoint) -> list[Checkpoint]:
 
 
 def _load(model: dict[str, Any], device: str | torch.device) -> K2:
+    startup.lap("inputs")
     k2 = K2.load(model["path"], model["transformer_file"], getattr(torch, model["dtype"]), device)
-    for name, value in k2.base_state_dict().items():
-        if not value.isfinite().all():
-            where = model["transformer_file"] or model["path"]
-            raise UserError(f"{where}: {name} holds numbers that are not finite; copy or download it again")
-    k2.origin = {"base": fingerprint(k2.base_state_dict()), "merged": []}
+    startup.lap("read")
+    state = k2.base_state_dict()
+    # The least and the greatest of a tensor are found many times faster than which of its numbers are finite, and are
+    # not finite where one of them is not.
+    ends = {name: torch.stack(torch.aminmax(value)).float() for name, value in state.items()}
+    if not torch.stack(list(ends.values())).isfinite().all():
+        name = next(name for name, pair in ends.items() if not pair.isfinite().all())
+        where = model["transformer_file"] or model["path"]
+        raise UserError(f"{where}: {name} holds numbers that are not finite; copy or download it again")
+    k2.origin = {"base": fingerprint(state), "merged": []}
+    startup.lap("verify")
     return k2
 
 

@@ -29,7 +29,7 @@ from accelerate import PartialState
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from posttrain import shards
+from posttrain import shards, startup
 from prompts.errors import UserError
 from rewards.base import Scores
 
@@ -86,6 +86,7 @@ class Processes:
         """What to do before gradients are complete."""
         self._messages = Messages(self.rank, self.size, limit) if self.size > 1 else None
         self.each(None)  # nobody ends, and takes the store along, before all are here
+        startup.lap("processes")
 
     @property
     def device(self) -> torch.device:

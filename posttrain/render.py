@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from posttrain import sampler
+from posttrain import sampler, startup
 from posttrain.expander_rl_config import RendererConfig
 from posttrain.k2 import K2, Text, to_pil
 from posttrain.sample import GUIDANCE, STEPS
@@ -64,7 +64,9 @@ class K2Renderer:
 
     def __init__(self, config: RendererConfig, device: torch.device):
         self.config = config
+        startup.lap("prepare")
         self.k2 = K2.load(config.path, None, getattr(torch, config.dtype), device)
+        startup.lap("read")
         self.k2.blocks.compiled = None  # where a recipe's model would be by default
         turbo = self.k2.is_distilled
         self.steps = STEPS[turbo] if config.steps is None else config.steps

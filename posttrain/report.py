@@ -24,7 +24,7 @@ from posttrain.watches import limits, watched
 from posttrain.wipe import pictures
 from prompts.pool import Kind
 
-SHOWN_APART = ("before", "after", "teacher", "best", "stopped", "memory", "rewards")
+SHOWN_APART = ("before", "after", "teacher", "best", "stopped", "memory", "rewards", "startup")
 POOL = tuple(f"pool/{kind.name.lower()}" for kind in Kind)
 
 
@@ -181,6 +181,9 @@ def _cost(files: RunFiles) -> str:
         if (rest := (files.summary.get("seconds") or 0.0) - sum(times.values())) > 0:
             times["evaluation, saving and the rest"] = rest
         parts.append(f"<h3>time</h3>{shares(times, 's')}")
+    begun = {name: s for name, s in (files.summary.get("startup") or {}).items() if name not in ("compile", "total")}
+    if begun:
+        parts.append(f"<h3>time to the end of the first step</h3>{shares(begun, 's')}")
     if kept := dict(files.summary.get("memory") or {}):
         device = "gpu" if "peak_gpu_gib" in files.summary else "ram"
         if (rest := files.summary.get(f"peak_{device}_gib", 0.0) - sum(kept.values())) > 0:

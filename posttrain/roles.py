@@ -221,6 +221,14 @@ class Roles:
             weight.data = merged.to(weight.dtype)
         return kept
 
+    def drop_roles(self) -> None:
+        """Forget every adapter, those of the stack too: what is left is the base, without a trace of them."""
+        if self.active is not None or None in self.roles.values():
+            raise RuntimeError("roles that are active, or of all weights, cannot be dropped")
+        self._unstack()
+        self.roles = {}
+        self.transformer.requires_grad_(False)
+
     def base_state_dict(self) -> dict[str, Tensor]:
         """The transformer's own weights in diffusers' names, without adapters."""
         return {key: value for key, value in self.transformer.state_dict().items() if ".lora_" not in key}

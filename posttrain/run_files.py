@@ -52,7 +52,7 @@ def read_run(path: Path) -> RunFiles:
         recipe_text=recipe.read_text(encoding="utf-8"),
         summary=read_json(
             path / "summary.json", before=dict, after=dict, teacher=dict, best=dict, memory=dict, rewards=dict,
-            seconds=int | float,
+            startup=dict, seconds=int | float,
         ),
         environment=read_json(path / "environment.json", started=str, packages=dict),
         series=read_metrics(path / "metrics.jsonl"),

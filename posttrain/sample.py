@@ -15,7 +15,8 @@ from accelerate import PartialState
 
 from posttrain import checkpoint, sampler
 from posttrain.config import SampleConfig
-from posttrain.expander_model import Expander
+from posttrain.early import check_new
+from posttrain.expander_model import Expander, resolve
 from posttrain.k2 import K2, Text, to_pil
 from posttrain.policy import POLICY, add_saved_policy, first_device, quickened, stack_earlier
 from prompts.errors import UserError
@@ -28,9 +29,10 @@ STEPS, GUIDANCE = {True: 8, False: 28}, {True: 0.0, False: 4.5}
 def sample(config: SampleConfig) -> None:
     """Writes 000.png, 001.png, ... and prompts.json into `config.output`."""
     output = Path(config.output)
-    if output.exists():
-        raise UserError(f"output: {output} exists; choose another name")
+    check_new(output)
     records = [PromptRecord(config.prompt)] if config.prompt is not None else read_prompts(config.prompts or "")
+    if config.expand is not None:
+        resolve(config.expand)  # refused before the model is read
     model = config.model
     device = PartialState().device or "cpu"
     k2 = K2.load(model.path, model.transformer_file, getattr(torch, model.dtype), first_device(model, device))

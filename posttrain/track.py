@@ -19,7 +19,6 @@ import contextlib
 import dataclasses
 import errno
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
@@ -39,19 +38,15 @@ import yaml
 from PIL import Image
 from safetensors import SafetensorError
 
+from posttrain import startup
 from posttrain.changes import changes, told
 from posttrain.config import TrackConfig
 from posttrain.disk import replace_text
+from posttrain.early import check_run
 from posttrain.lock import lock
 from posttrain.progress import Progress, grid_image
 from prompts.errors import UserError
 
-KEPT = (
-    "lora", "seed", "prompts.heldout", "heldout", "student.steps", "teacher",
-    "eval.prompts", "eval.steps", "eval.seed", "eval.groups", "eval.group_size",
-)  # fmt: skip
-"""What a resumed run cannot change: what is trained, all that is drawn, and what evaluations draw, which are compared
-over the whole run. Its base may lie elsewhere, if it is the same: load_model sees to that."""
 UNWRITABLE = {getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ENOTDIR EISDIR EEXIST".split()}
 TORCH_UNWRITABLE = ("inline_container", "iostream error", "cannot be opened")
 """In messages of torch.save, which TRL's trainers call."""
@@ -78,6 +73,11 @@ class Run:
         self._trackers: list[Any] = []
         self._writer: Any = None
         self._progress: Progress | None = None
+        self._begun = 0
+        """The step that the run began with."""
+        self._first: tuple[int, float] | None = None
+        """The first step that was logged since, and when."""
+        self._startup: dict[str, float] | None = None
         self._lock: IO[str] | None = None
 
     @classmethod
@@ -86,12 +86,12 @@ class Run:
         command cannot do that.
 
         Raises UserError if the directory holds a run and `resume` is off, if it cannot be written, or if a
-        tracker is not installed. Resuming with another recipe says which fields changed; `check` refuses some.
+        tracker is not installed. Resuming with another recipe says which fields changed; `check_run` refuses some.
         """
         run = cls(Path(config.output), config.track, main, resume is not None)
         if not main:
             return run
-        cls.check(config, resume)
+        check_run(config, resume)
         recipe = run.path / "recipe.yaml"
         try:
             run.path.mkdir(parents=True, exist_ok=True)
@@ -110,29 +110,6 @@ class Run:
         return run
 
     @staticmethod
-    def check(config: RunConfig, resume: bool | None = False) -> None:
-        """Raise UserError before anything is made or changed: for a directory that holds a run, a tracker that is not
-        installed, and, where the run has a checkpoint, for changes of the recipe that resuming cannot honour.
-        """
-        for name in config.track.trackers:
-            if importlib.util.find_spec(name) is None:
-                raise UserError(f"track.trackers: {name} is not installed; pip install {name} or leave it out")
-        run = Path(config.output)
-        recipe = run / "recipe.yaml"
-        if (run / ".lock").is_file() and os.access(run / ".lock", os.W_OK):
-            lock(run).close()
-        if recipe.exists() and not resume:
-            way = "remove the directory" if resume is None else "add --resume"
-            raise UserError(f"{run}: holds a run already; {way} or choose another --output")
-        if recipe.exists() and any((run / "checkpoints").glob("[!.]*-*")):
-            new = _plain(dataclasses.asdict(config))  # type: ignore[call-overload]
-            if lost := [change for change in changes(yaml.safe_load(recipe.read_text()), new) if _is_kept(*change)]:
-                raise UserError(
-                    f"{run}: cannot be resumed with {told(lost)}: restore that (a link can stand in for a file that"
-                    " was moved), or choose another --output"
-                )
-
-    @staticmethod
     def restarted(config: RunConfig) -> bool:
         """Whether the launch of torchrun that this process is of has begun this run, and so restarts it now."""
         written, launch = Path(config.output) / "environment.json", _launch()
@@ -146,6 +123,8 @@ class Run:
         """
         if not self.main:
             return
+        self._begun = step
+        startup.lap("prepare")
         metrics = self.path / "metrics.jsonl"
         lines = _whole_lines(metrics) if step and metrics.exists() else []
         replace_text(metrics, "".join(line for line in lines if json.loads(line)["step"] <= step))
@@ -172,6 +151,7 @@ class Run:
         """
         if not self.main:
             return
+        self._time(step)
         values = {name: None if value is None else _number(value) for name, value in metrics.items()}
         bad = [name for name, value in values.items() if value is not None and not math.isfinite(value)]
         values |= dict.fromkeys(bad)
@@ -239,7 +219,20 @@ class Run:
         The report shows `before` and `after` (both name -> number) side by side, other numbers as they are.
         """
         if self.main:
-            replace_text(self.path / "summary.json", _json(_plain(dict(figures)), indent=1))
+            took = self._startup or startup.CLOCK.taken(None)
+            replace_text(self.path / "summary.json", _json(_plain({**figures, "startup": took}), indent=1))
+
+    def _time(self, step: int) -> None:
+        """Ends a part of the start-up, if this is the first or the second step that is logged, or one before them."""
+        if self._startup is not None:
+            return
+        if step <= self._begun:
+            startup.lap("evaluation")
+        elif self._first is None:
+            startup.lap("first_step")
+            self._first = (step, time.time())
+        elif step > self._first[0]:
+            self._startup = startup.CLOCK.taken(time.time() - self._first[1])
 
     def say(self, message: str) -> None:
         """One line to the user on stderr, without disturbing the progress bar."""
@@ -328,14 +321,6 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() or None
-
-
-def _is_kept(path: str, old: Any, new: Any) -> bool:
-    if path == "optim.ema":  # its value may change, but an average cannot begin or end on the way
-        return bool(old) != bool(new)
-    if path in ("sampling.sizes", "sizes"):  # the first is the size of evaluations
-        return old[:1] != new[:1]
-    return path.startswith(KEPT)
 
 
 def _number(value: Any) -> float | int:

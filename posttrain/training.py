@@ -17,9 +17,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from posttrain import checkpoint, health, shards, watch
+from posttrain import checkpoint, health, shards, startup, watch
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import CheckpointConfig, EvalConfig, ModelConfig, OptimConfig
+from posttrain.early import check_run
 from posttrain.evaluate import Evaluation, Evaluator
 from posttrain.k2 import K2
 from posttrain.loop import Loop, Stepper
@@ -56,7 +57,9 @@ def in_run(
 ) -> None:
     """Runs `body` in the run directory, with the recipe's servers up, and writes the report. Ctrl-C is passed on."""
     with Run.create(config, resume, procs.main) as run:
+        startup.lap("prepare")
         with serve(config.servers if procs.main else [], run.path / "servers") as urls:
+            startup.lap("servers")
             stopped = body(run, procs.from_main(urls))
         if procs.main:
             write_report(run.path)
@@ -71,7 +74,7 @@ def resuming(config: RunConfig, resume: bool, procs: Processes) -> bool:
     """
     if procs.main:
         resume = resume or Run.restarted(config)
-        Run.check(config, resume)
+        check_run(config, resume)
     return procs.from_main(resume)
 
 

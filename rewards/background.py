@@ -45,9 +45,14 @@ class ScoreQueue:
             if self._running == 0:
                 self._busy += time.perf_counter() - self._since
 
-    def gather(self) -> Scores:
-        """All scores since the last gather, and how much of the scoring was waited for."""
+    def hand_over(self) -> list[Future[Scores]]:
+        """What was submitted since the last gather, for `gather` in another thread, while more is submitted."""
         jobs, self._jobs = self._jobs, []
+        return jobs
+
+    def gather(self, jobs: list[Future[Scores]] | None = None) -> Scores:
+        """All scores since the last gather, or of what was handed over, and how much of the scoring was waited for."""
+        jobs = self.hand_over() if jobs is None else jobs
         if not jobs:
             raise ValueError("nothing was submitted since the last gather")
         start = time.perf_counter()

@@ -38,13 +38,35 @@ def check_rewards(specs: Sequence[RewardSpec], servers: Sequence[str] = ()) -> N
         _check(spec)
         where = f"reward {spec.name}: function"
         if isinstance(spec.function, str):
-            import_object(spec.function, where)
+            _check_call(spec, spec.function, import_object(spec.function, where))
         else:
-            module, _, name = spec.function["class_path"].replace(":", ".").rpartition(".")
+            path = spec.function["class_path"]
+            module, _, name = path.replace(":", ".").rpartition(".")
             cls = import_object(f"{module}:{name}", f"{where}: class_path")
             arguments = spec.function.get("init_args", {})
             _bind(cls, arguments, f"{where}: init_args")
             check_addresses(arguments, servers, f"{where}: init_args")
+            if isinstance(cls, type):  # of a function that makes the reward nothing is known yet
+                called = next((vars(c)["__call__"] for c in cls.__mro__ if "__call__" in vars(c)), None)
+                _check_call(spec, path, called, (None,))
+
+
+def _check_call(spec: RewardSpec, path: str, function: Any, bound: tuple[Any, ...] = ()) -> None:
+    """Raises UserError for what cannot be called with images and prompts; `bound` stands for the object of a method."""
+    if not callable(function):
+        raise UserError(f"reward {spec.name}: {path} cannot be called; give a function or an object with __call__")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # of some that are built in nothing is known
+        return
+    try:
+        signature.bind_partial(*bound, [], [])
+    except TypeError:
+        takes = ", ".join(list(signature.parameters)[len(bound) :]) or "nothing"
+        raise UserError(
+            f"reward {spec.name}: {path} takes {takes}; it is called with images and prompts, and the columns that it"
+            " names: give it these parameters"
+        ) from None
 
 
 def check_addresses(value: Any, servers: Sequence[str], where: str) -> None:
@@ -75,8 +97,7 @@ def _load(spec: RewardSpec, servers: Mapping[str, Sequence[str]]) -> Reward:
         cls = import_object(f"{module}:{name}", f"{where}: class_path")
         arguments = _with_servers(spec.function.get("init_args", {}), servers, f"{where}: init_args")
         function = construct(cls, arguments, f"{where}: init_args")
-    if not callable(function):
-        raise UserError(f"reward {spec.name}: {path} cannot be called")
+    _check_call(spec, path, function)
     parameters = inspect.signature(function).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     call = function if inspect.isroutine(function) else type(function).__call__

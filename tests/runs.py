@@ -191,7 +191,8 @@ def watch_loading(method: Any, monkeypatch: Any) -> list:
 
 
 TRAINING = """
-import posttrain.export, posttrain.grpo, posttrain.preflight, posttrain.report, posttrain.sample, posttrain.stpo
+import posttrain.export, posttrain.grpo, posttrain.preflight, posttrain.preflight_grpo, posttrain.report
+import posttrain.sample, posttrain.stpo
 import posttrain.tdm
 import tests.runs
 """

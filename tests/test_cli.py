@@ -186,6 +186,7 @@ def train(config, resume):
 module.train = train
 sys.modules["fake"] = module
 cli.COMMANDS["grpo"] = cli.Command(cli.GRPOConfig, "fake:train", "", True)
+cli.early.check = lambda *_: None  # the recipe names files that are not there
 sys.exit(cli.main(["grpo", "--config", {path!r}, *{args}]))
 """
 

@@ -81,6 +81,11 @@ def test_run_directory(config, trained):
     assert np.mean([one["brightness"]["score"] for one in said]) == pytest.approx(summary["before"]["brightness"])
     assert 0 < summary["memory"]["trained weights"] < summary["memory"]["frozen weights"] < summary["peak_ram_gib"]
     assert summary["seconds"] > 0 and summary["peak_ram_gib"] > 0
+    begun = summary["startup"]
+    parts = {"inputs", "read", "verify", "servers", "prepare", "evaluation", "first_step"}
+    assert parts <= set(begun) and begun["compile"] <= begun["first_step"]
+    summed = sum(seconds for part, seconds in begun.items() if part not in ("total", "compile"))
+    assert begun["total"] == pytest.approx(summed, abs=0.1)
     page = (run / "report.html").read_text()
     assert "brightness" in page and "image/diversity@1.5" in page and "data:image/png" in page
 

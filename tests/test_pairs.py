@@ -97,6 +97,9 @@ def test_cost_is_counted(whole):
     counted = images["forward"] * units["forward"] + images["decode"] * units["decode"]
     assert summary["counted_seconds"] == pytest.approx(counted)
     assert summary["overhead"] == pytest.approx(summary["drawing_seconds"] / counted)
+    parts = summary["part_seconds"]
+    assert set(parts) >= {"text", "sample", "decode", "show", "measure", "waiting", "rest"}
+    assert sum(parts.values()) == pytest.approx(summary["drawing_seconds"]) and summary["compile_seconds"] == 0
 
 
 def test_the_report_counts_pairs(whole, tmp_path):

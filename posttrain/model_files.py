@@ -1,0 +1,108 @@
+"""The files of a K2 checkpoint as they lie there: whether they are all there, and how large. Never imports torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from prompts.errors import UserError
+
+PARTS = ("transformer", "text_encoder", "vae")
+TYPES = {"float32": "F32", "bfloat16": "BF16"}
+"""The names that safetensors has for what `model.dtype` may be."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor in a file."""
+
+    part: str
+    """One of PARTS."""
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    """As safetensors names it, such as BF16."""
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+
+def is_hub_id(path: str) -> bool:
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path)) and not Path(path).parent.exists()
+
+
+def check_directory(path: str, transformer_file: str | Path | None = None) -> None:
+    """Raise a UserError unless `path` is a local K2 pipeline with whole files, or looks like a hub id, and unless the
+    transformer's own file, if one is named, is whole too."""
+    if transformer_file is not None:
+        _check_file(Path(transformer_file))
+    if is_hub_id(path):
+        return
+    index = Path(path) / "model_index.json"
+    for good, what in (
+        (Path(path).is_dir(), "no such directory"),
+        (index.is_file(), "has no model_index.json"),
+    ):
+        if not good:
+            raise UserError(f"{path}: {what}; give a K2 pipeline directory in diffusers' layout, or a hub id")
+    try:
+        name = json.loads(index.read_text())["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{index}: not a pipeline index ({error!r}); copy or download it again") from error
+    if name != "Krea2Pipeline":
+        raise UserError(f"{index}: holds a {name}, not a Krea2Pipeline; give a K2 checkpoint")
+    for file in sorted(Path(path).rglob("*.safetensors")):
+        _check_whole(file)
+
+
+def is_distilled(path: str) -> bool:
+    """Whether a local pipeline says that it is; a hub id is not asked."""
+    index = Path(path) / "model_index.json"
+    return index.is_file() and bool(json.loads(index.read_text()).get("is_distilled"))
+
+
+def weights(path: str, transformer_file: str | None = None) -> list[Weight]:
+    """Every tensor of a pipeline directory that `check_directory` has passed, read from the files' headers. Empty for
+    a hub id that is not here."""
+    if not Path(path).is_dir():
+        return []
+    found = []
+    for part in PARTS:
+        files = sorted((Path(path) / part).glob("*.safetensors"))
+        if part == "transformer" and transformer_file is not None:
+            files = [Path(transformer_file)]
+        for file in files:
+            found += _tensors(file, part)
+    return found
+
+
+def _tensors(file: Path, part: str) -> Iterator[Weight]:
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    for name, facts in header.items():
+        if name != "__metadata__":
+            yield Weight(part, name, tuple(facts["shape"]), facts["dtype"])
+
+
+def _check_file(file: Path) -> None:
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; give the transformer as one .safetensors file")
+    if file.suffix != ".safetensors":
+        raise UserError(f"{file}: only .safetensors files are read; convert it first")
+    _check_whole(file)
+
+
+def _check_whole(file: Path) -> None:
+    try:
+        with safe_open(file, framework="np"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: not a whole safetensors file ({error}); copy or download it again") from error

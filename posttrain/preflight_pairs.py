@@ -1,0 +1,123 @@
+"""The preflight of pairs: some candidates of each source, drawn, scored and decided on with the code of pairs.py."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from posttrain import pair_plan, pairs
+from posttrain.checks import Row, made, phase
+from posttrain.drawing import Cost, Drawer
+from posttrain.k2 import to_pil
+from posttrain.pair_choice import KEPT
+from posttrain.pair_plan import Block, Plan
+from posttrain.pairs_config import PairsConfig
+from posttrain.preflight_common import judge_rows, memory_row
+from posttrain.processes import Processes
+from posttrain.progress import duration
+from prompts.records import read_prompts
+from rewards.background import ScoreQueue
+from rewards.load import load_rewards
+from rewards.serve import serve
+
+CANDIDATES = 4
+"""Of a source that are drawn, at most."""
+STEPS = 8
+"""Steps they are drawn in, where the recipe's number holds, at most."""
+
+
+def rows(config: PairsConfig, procs: Processes, folder: Path) -> list[Row]:
+    """Raises UserError where nothing can be checked."""
+    records = read_prompts(config.prompts)
+    load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})
+    phase("the model and its checkpoints are read")
+    few = replace(config, steps=min(config.steps, STEPS), block=min(config.block, CANDIDATES))
+    return PairsChecks(config, few, Drawer(few, procs.device), records, folder).run()
+
+
+class PairsChecks:
+    def __init__(self, config: PairsConfig, few: PairsConfig, drawer: Drawer, records: list, folder: Path):
+        self.config, self.few, self.drawer, self.records, self.folder = config, few, drawer, records, folder
+        self.cost = Cost()
+        self.rates: list[float] = []
+        """Share of the candidates that were kept, of each source that was drawn."""
+        self.silent: set[str] = set()
+        self.urls: dict[str, list[str]] | None = None
+
+    def run(self) -> list[Row]:
+        found: list[Row] = []
+        phase("what is compiled is compiled")
+        self.drawer.warm_up()
+        with contextlib.ExitStack() as servers:
+            found += made("judges", lambda: self.judges(servers))
+            specs = [] if self.urls is None else [r for r in self.config.rewards if r.name not in self.silent]
+            self.few = replace(self.few, rewards=specs)
+            with contextlib.ExitStack() as stack:
+                queue = stack.enter_context(ScoreQueue(load_rewards(specs, self.urls))) if specs else None
+                for index, source in enumerate(self.few.sources):
+                    found += made(f"source {source.name}", lambda index=index: self.source(index, queue))
+        found += made("cost", self.time)
+        return found
+
+    def judges(self, servers: contextlib.ExitStack) -> Iterator[Row]:
+        """Each judge answers, and gives an image the same score whenever it is asked."""
+        self.urls = servers.enter_context(serve(self.config.servers, self.folder / "servers"))
+        images: list = []
+        prompts = [record.prompt for record in self.records[:CANDIDATES]]
+        size = (self.few.sizes[0][0], self.few.sizes[0][1])
+        self.drawer.begin()
+        draw = pair_plan.draws(self.few.sources[0])[0]
+        self.drawer.draw(draw, prompts, range(len(prompts)), size, lambda _, drawn: images.extend(to_pil(drawn)))
+        rewards = load_rewards(self.config.rewards, self.urls)
+        yield from judge_rows(rewards, images, self.records, self.silent)
+
+    def source(self, index: int, queue: ScoreQueue | None) -> Iterator[Row]:
+        """The two images of a candidate differ, and where rewards rank them, they tell them apart."""
+        source, size = self.few.sources[index], (self.few.sizes[0][0], self.few.sizes[0][1])
+        block = Block(0, index, 0, self.few.block, size)
+        drawn = pairs.begin_block(self.few, Plan(self.few), self.drawer, queue, self.records, block)()
+        self.cost.add(drawn.cost)
+        fates, distances = Counter(drawn.entry["fates"]), [d for d in drawn.entry["distances"] if d is not None]
+        self.rates.append(fates[KEPT] / block.count)
+        told = ", ".join(f"{count} {fate}" for fate, count in fates.most_common())
+        measured = f"of {block.count} candidates: {told}"
+        if distances:
+            measured += f"; distance of the two images {np.mean(distances):.3f} on average"
+        margins = [margin for margin in drawn.entry["margins"] if margin is not None]
+        if margins:
+            above = sum(margin > 0 for margin in margins)
+            measured += f"; the rewards put the chosen one higher in {above} of {len(margins)}"
+        alike = fates["near-duplicate"] + fates["unscored"] == block.count
+        blind = source.judged is not None and not any(margins)
+        remedy = "its images are alike, or the rewards cannot tell them apart: change how it draws, or the rewards"
+        yield Row(f"source {source.name}", not (alike or blind), measured, remedy)
+
+    def time(self) -> Iterator[Row]:
+        """What the whole set takes, at this share of candidates that are kept, at least one in ten."""
+        yield memory_row("micro_batch")
+        unit = self.cost.unit()
+        if len(self.rates) < len(self.few.sources) or "forward" not in unit:
+            yield Row("run", None, "how long a source takes is not known")
+            return
+        seconds, images, plan = 0.0, 0, Plan(self.config)
+        for source, quota, rate in zip(self.config.sources, plan.quotas, self.rates):
+            group = source.judged.group_size if source.judged else 1
+            count = math.ceil(min(quota / max(rate, pair_plan.LEAST_RATE), self.config.tries * quota)) * group
+            for draw in pair_plan.draws(source):
+                steps = pair_plan.resolved(self.config, draw).steps or 0
+                seconds += count * (steps * (2 if draw.guidance else 1) * unit["forward"] + unit["decode"])
+                images += count
+        each = (
+            f"a forward of an image takes {unit['forward'] * 1000:.3g} ms, its decoding {unit['decode'] * 1000:.3g} ms"
+        )
+        cards = f" on one {'GPU' if torch.cuda.is_available() else 'CPU'}"
+        yield Row(
+            "run", True, f"about {duration(seconds)}{cards}: {images} images for {self.config.pairs} pairs; {each}"
+        )

@@ -1,0 +1,130 @@
+"""The preflight of stpo: some pairs encoded, and two updates from them with the code of stpo.py.
+
+The first update is that of step 1, which keeps the terms' gradients apart where the recipe asks for that; the second is
+the ordinary one, whose time counts. At the start policy and reference are the same, so the margin z is 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from posttrain import stpo
+from posttrain.checks import Row, phase
+from posttrain.k2 import K2
+from posttrain.latents import Batch, encode_pairs
+from posttrain.policy import add_policy, load_model
+from posttrain.preference_sources import Skipped
+from posttrain.preferences import Preference, Preferences, read_preferences
+from posttrain.preflight_common import Checks, finite
+from posttrain.processes import Processes
+from posttrain.progress import duration
+from posttrain.stpo_config import STPOConfig
+from prompts.records import PromptRecord, read_prompts
+from rewards.load import load_rewards
+
+PAIRS = 32
+"""Pairs that are encoded, spread over the set, at most."""
+BATCHES = 2
+"""Micro-batches of an update, at most."""
+Z = 0.01
+"""Nats by which the margin may differ from 0 before the first update: the loss then differs by less than 1 %."""
+
+
+class Few:
+    """Some rows of a set of pairs, which stands for the set where it is encoded."""
+
+    def __init__(self, whole: Preferences) -> None:
+        self.whole, self.path = whole, whole.path
+        self.places = np.unique(np.linspace(0, len(whole) - 1, PAIRS).astype(int)).tolist()
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i: int) -> Preference | Skipped:
+        return self.whole[self.places[i]]
+
+    def name(self, i: int) -> str:
+        return self.whole.name(self.places[i])
+
+    def tally(self) -> Any:
+        return self.whole.tally()
+
+    def fingerprint(self) -> str:
+        return f"{self.whole.fingerprint()} {self.places}"
+
+
+def rows(config: STPOConfig, procs: Processes, folder: Path) -> list[Row]:
+    """Raises UserError where nothing can be checked."""
+    preferences = read_preferences(config.pairs.train, config.pairs.columns, config.pairs.max_bad)
+    heldout = read_prompts(config.heldout)
+    load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})
+    phase("the model is read")
+    k2 = load_model(config.model, procs.device)
+    return STPOChecks(config, procs, k2, preferences, heldout, folder).run()
+
+
+class STPOChecks(Checks):
+    def __init__(
+        self, config: STPOConfig, procs: Processes, k2: K2, preferences: Preferences, heldout: list[PromptRecord],
+        folder: Path,
+    ):  # fmt: skip
+        phase("pairs are encoded")
+        few, began = Few(preferences), time.perf_counter()
+        self.pairs = encode_pairs(k2, few, replace(config.pairs, cache=str(folder / "cache")), procs.alone())  # type: ignore[arg-type]
+        self.encoding = (time.perf_counter() - began) / len(few)
+        self.whole, self.total = config.batch, len(preferences)
+        size = config.pairs.size or self.pairs.size[0].tolist()
+        add_policy(k2, config.lora, config.seed, reference=True)
+        super().__init__(
+            config, procs, k2, heldout, folder, size, 4 * config.micro_batch, config.pairs.max_tokens, "micro_batch"
+        )
+        self.config = replace(config, batch=min(config.batch, BATCHES * config.micro_batch))
+
+    def run(self) -> list[Row]:
+        with contextlib.ExitStack() as servers:
+            self.check("adapter", self.adapter)
+            self.check("pairs", self.encoded)
+            self.check("judges", lambda: self.judges(servers))
+            self.check("evaluation", self.evaluation)
+        self.check("update", self.update)
+        self.check("cost", lambda: self.cost(("update",), self.whole, "pairs"))
+        self.check("export", lambda: self.export(self.heldout[0].prompt))
+        return self.rows
+
+    def encoded(self) -> Iterator[Row]:
+        """Pairs can be read and encoded, and what that takes for all of them."""
+        bad, cut = len(self.pairs.tally.bad), len(self.pairs.cuts)
+        count = len(self.pairs.train) + len(self.pairs.heldout)
+        each = f"{self.encoding:.2g} s a row, about {duration(self.encoding * self.total)} for all {self.total}"
+        measured = f"{count} encoded, {bad} bad, {cut} prompts cut at pairs.max_tokens; {each}"
+        yield Row("pairs", count > 0, measured, "look at pairs.columns and at the rows that are named on stderr")
+
+    def update(self) -> Iterator[Row]:
+        """The policy begins as the reference; its first update moves it, and the reference not at all."""
+        batches = stpo.draw(self.k2, self.config, self.pairs, 1, self.alone)
+        before = self._velocities(batches[0])
+        first = stpo.optimise(self.k2, self.config, 1, batches, self.stepper, self.alone)
+        measured = f"the margin z is {first['z']:.2g} nats before the first update, the loss {first['loss']:.4f}"
+        yield Row("policy is the reference", abs(first["z"]) <= Z, measured, "use model.dtype float32, or report it")
+        yield finite("loss and gradient", {**first}, "loss", "grad_norm")
+        yield self.policy_moves(before, self._velocities(batches[0]))
+        batches = stpo.draw(self.k2, self.config, self.pairs, 2, self.alone)
+        self.timed(lambda: stpo.optimise(self.k2, self.config, 2, batches, self.stepper, self.alone))  # compiled here
+        second, seconds = self.timed(lambda: stpo.optimise(self.k2, self.config, 2, batches, self.stepper, self.alone))
+        self.seconds["update"] = seconds * self.whole / self.config.batch / self.procs.size
+        yield finite("further updates", {**second}, "loss", "grad_norm")
+
+    @torch.no_grad()
+    def _velocities(self, batch: Batch) -> dict[str | None, torch.Tensor]:
+        """Of a pair's first image."""
+        mask = batch.text.mask
+        text = type(batch.text)(batch.text.tokens[:1], None if mask is None else mask[:1])
+        return self.velocities(batch.x_w[:1], batch.t[:1], text, batch.size)
