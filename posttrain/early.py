@@ -27,9 +27,8 @@ from rewards.load import check_addresses, check_rewards
 from rewards.serve import missing
 
 CHECK = "export --check"
-RESUMED = ("stpo", "grpo", "tdm", "pairs", "expander sft", "expander gdpo")
-RUNS = (*RESUMED, "judge")
-"""Commands whose output is a run directory; those that can resume one, and one that cannot."""
+RUNS = ("stpo", "grpo", "tdm", "pairs", "judge", "expander sft", "expander gdpo")
+"""Commands whose output is a run directory, which they can resume."""
 FROM_RAW = ("stpo", "grpo", "tdm", "pairs")
 """Commands that begin with Raw, unless they are told otherwise."""
 ON_GPU = (*RUNS, "sample", "bench", "expand", CHECK)
@@ -81,7 +80,7 @@ def check(command: str, config: Any, resume: bool) -> None:
 def _check(command: str, config: Any, resume: bool) -> None:
     launched = "TORCHELASTIC_RESTART_COUNT" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1"
     if command in RUNS and not launched:  # what a launcher begins, it may restart: `training.resuming`
-        check_run(config, resume if command in RESUMED else None)
+        check_run(config, resume)
     if command == "export":
         check_new(Path(config.output), card=config.format != "diffusers")
     if command in ("sample", CHECK) and config.output is not None:

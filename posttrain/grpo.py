@@ -132,12 +132,12 @@ def updates(
     steps: Iterable[int],
     procs: Processes,
     say: Callable[[str], None],
-    noise: Mapping[str, float],
+    noise: Mapping[str, Noise],
     clocks: Callable[[], Clock] = Clock,
 ) -> Iterator[tuple[int, dict[str, float | None]]]:
     """Trains one step at a time, and yields its number and metrics: a run's loop, and what `posttrain bench` times.
 
-    `noise` is how far two scores of one image differ, by reward; see judge_check.noise_of.
+    `noise` is how far two scores of one image differ, by reward; see rewards.noise.
     """
 
     def attempt(step: int, clock: Clock) -> tuple[Scores, dict[str, float | None], dict[str, float]]:

@@ -37,6 +37,7 @@ from torch.utils.data import DataLoader, Dataset
 from posttrain import checkpoint, losses, startup
 from posttrain.calibration import auroc, brier, expected_calibration_error, reliability
 from posttrain.checkpoint import Checkpoint
+from posttrain.early import check_run
 from posttrain.fingerprint import fingerprint
 from posttrain.judge_card import numbers, write_adapter
 from posttrain.judge_config import JudgeConfig
@@ -57,7 +58,7 @@ def train(config: JudgeConfig, resume: bool = False) -> None:
     """Runs a recipe into its run directory. Raises UserError for what the user can mend."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("posttrain judge: trains in one process; start it without a launcher")
-    Run.check(config, resume)
+    check_run(config, resume)
     template = load_template(config.template or {"preference": "aesthetic", "artifact": "artifact"}[config.mode])
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     records = read_records(config)
