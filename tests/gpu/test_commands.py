@@ -96,7 +96,9 @@ def test_grpo_killed_and_resumed(command, parts, tmp_path):
     scores = [row["reward/rubric"] for row in rows]
     assert all(0 <= score <= 1 for score in scores)
     seconds = {key.replace("seconds/", ""): rows[-1][key] for key in rows[-1] if key.startswith("seconds/")}
-    facts = {key: rows[-1][key] for key in rows[-1] if key.startswith(("optim/", "grad_norm", "clip"))}
+    facts = {
+        key: value for key, value in rows[-1].items() if key in ("grad_norm", "sqrt_v", "eps_share", "noise_share")
+    }
     command.row("grpo, killed and resumed", "k2/grpo", result, run, images=16, **seconds, **facts)
 
 
