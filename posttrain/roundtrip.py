@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from posttrain import checkpoint
+from posttrain.blocks import set_attention
 from posttrain.config import ModelConfig
 from posttrain.export import write
 from posttrain.k2 import K2
@@ -54,7 +55,8 @@ def round_trip(
 
     if lora is not None and model.start is None and not (model.quantize or model.offload):
         k2.drop_roles()
-        k2.transformer.set_attention_backend("native")
+        if model.attention != "native":  # the stock pipeline's own
+            set_attention(k2.transformer, "native")
         pipe: Any = k2.pipe
     else:
         k2.transformer.cpu()
