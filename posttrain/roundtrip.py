@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from posttrain import checkpoint
+from posttrain.blocks import set_attention
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import ModelConfig
 from posttrain.export import write
@@ -58,7 +59,8 @@ def round_trip(
     in_memory = adapters and not (model.quantize or model.offload)
     if in_memory:
         k2.drop_roles()
-        k2.transformer.set_attention_backend("native")
+        if model.attention != "native":  # the stock pipeline's own
+            set_attention(k2.transformer, "native")
     else:
         k2.transformer.cpu()
 
