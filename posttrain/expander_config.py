@@ -106,7 +106,8 @@ class ExpanderSFTConfig:
     lora: LoraConfig | None = field(default_factory=LoraConfig)
     """The adapter to train; targets null: the attention and feed-forward projections. null: train all weights."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """The rate falls to zero along half a cosine after warm-up; passes must be 1, ema and cooldown_steps 0."""
+    """The rate falls to zero along half a cosine after warm-up; passes must be 1, ema and cooldown_steps 0. Of
+    its metrics grad_norm alone is logged."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """minutes is not read."""
     track: TrackConfig = field(default_factory=TrackConfig)
