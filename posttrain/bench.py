@@ -8,8 +8,8 @@ of their work is useful is counted from the forwards that they make (flops.py) a
 measured in the same run. Stock is diffusers' transformer on the same weights, uncompiled: every sample's text padded to
 512 tokens and masked, gradient checkpointing in training, and two forwards a step where it draws with guidance. One
 forward and one training step of it are timed, and taken as often as the method made them, sample by sample. Decoding
-and the preparing of random inputs are left out of shares and ratios, and are in images a second and peak memory, as is
-all else.
+and the preparing of inputs are left out of shares and ratios, and are in images a second and peak memory, as is all
+else.
 
 Errors of the fast path and of options are relative L2 distances to the exact path (uncompiled blocks, native attention,
 bf16 weights) with the same adapter: of velocities, of the adapter's gradient, of its change over five updates (8-bit

@@ -66,8 +66,8 @@ class PreferenceLossConfig:
     time_std: float = 1.0
     """Standard deviation of that logit, > 0."""
     terms_every: int = 25
-    """Steps between measurements of each term's share of the gradient, the first step's included; such a step takes
-    about twice as long; >= 0; 0: none. With lora: null there are none."""
+    """Steps between measurements of each term's share of the gradient, from the first step on; such a step takes about
+    twice as long; >= 0; 0: none. With lora: null there are none."""
 
 
 @dataclass

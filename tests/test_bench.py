@@ -89,7 +89,7 @@ def test_counts_what_a_step_does(method, settings):
     steps = Steps(fresh, settings, (64, 64), Processes())
     steps._texts = [fresh.fuse(fresh.random_features(8))]
     forwards = Forwards(fresh, RANK)
-    expected = {"step": [(0, 4), (0, 4)], "stpo": [(8, 10), (4, 4)]}
+    expected, found = {"step": [(0, 4), (0, 4)], "stpo": [(8, 10), (4, 4)]}, {}
     for index in range(2):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             steps.run(method, index, lambda stage: None)
