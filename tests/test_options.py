@@ -10,6 +10,7 @@ import torch
 from posttrain import blocks, checkpoint, cli, fp8, grpo
 from posttrain.config import LoraConfig, ModelConfig, OptimConfig
 from posttrain.k2 import K2, Text
+from posttrain.linears import Adapted
 from posttrain.loop import Stepper
 from posttrain.offload import Offloaded
 from posttrain.policy import POLICY, add_policy, load_model
@@ -78,7 +79,7 @@ def test_fp8_is_near_the_exact_base_under_every_role():
 def test_fp8_weights_take_a_byte():
     """Of each block's linears 128 x (128 + 64 + 64 + 128 + 128) + 3 x 128 x 384 weights; scales are fp32, one a row."""
     made = tiny(quantize_first=True)
-    weights = [m.weight for m in made.transformer.modules() if isinstance(m, fp8.Frozen8)]
+    weights = [m.weight for m in made.transformer.modules() if isinstance(m, Adapted) and m.eight]
     assert len(weights) == 16
     assert sum(w.qdata.nbytes for w in weights) == 2 * (128 * 512 + 3 * 128 * 384)
     assert sum(w.scale.nbytes for w in weights) == 2 * 4 * (128 + 64 + 64 + 128 + 128 + 384 + 384 + 128)
