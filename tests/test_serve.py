@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from openai import AsyncOpenAI
 from peft import PeftModel
 from PIL import Image
 
@@ -21,8 +22,10 @@ from posttrain.nano.prompts import HELDOUT_WORDS
 from prompts.errors import UserError
 from prompts.templates import load_template
 from rewards import serve as serve_module
+from rewards import traffic
 from rewards.background import ScoreQueue
 from rewards.base import RewardSpec
+from rewards.encode import encode
 from rewards.endpoints import JudgeError
 from rewards.judge import Judge
 from rewards.load import load_rewards
@@ -104,6 +107,39 @@ def test_four_rewards_from_one_server(urls):
     assert (ocr[:12][wordy] == 1).all() and (ocr[24:][wordy] == 0).all()
     detail = scores.details["rubric"][0]
     assert detail is not None and len(detail["answers"]) == len(said[0].requirements)
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_an_images_bytes_travel_to_vllm_once(urls, monkeypatch):
+    """By its id it has the scores that its bytes have; one that vLLM does not hold is sent again."""
+    [url] = urls["vlm"]
+    images = [Image.fromarray(scenes.render(scene)) for scene in heldout_scenes()[:4]]
+    bodies: list[bytes] = []
+    post = AsyncOpenAI.post
+
+    async def noted(self, path, **options):
+        bodies.append(options["content"])
+        return await post(self, path, **options)
+
+    async def ask(missing: Image.Image | None = None) -> list[float]:
+        base, taste = Judge("vlm", url), Judge("aesthetic", url)
+        if missing is not None:
+            traffic.state_of(url)._held[encode(missing).hash] = None
+            return [await taste.p_yes(missing, load_template("aesthetic"))]
+        rubric = [base.p_yes(i, load_template("rubric"), requirement=r) for i in images for r in (REQUIREMENT, "x")]
+        return await asyncio.gather(*rubric, *(taste.p_yes(i, load_template("aesthetic")) for i in images))
+
+    monkeypatch.setattr(AsyncOpenAI, "post", noted)
+    monkeypatch.setitem(traffic._names_images, url, False)
+    whole = asyncio.run(ask())
+    assert len(bodies) == 12 and all(b"base64" in body and b"uuid" not in body for body in bodies)
+    del traffic._names_images[url], bodies[:]
+    np.testing.assert_allclose(asyncio.run(ask()), whole, atol=1e-3)
+    assert traffic._names_images[url] and len(bodies) == 12
+    assert sum(b"base64" in body for body in bodies) == 1 + 4  # the first question shows what server it is
+    bodies.clear()
+    assert asyncio.run(ask(picture(77)))[0] > 0 and [b"base64" in body for body in bodies] == [False, True]
 
 
 @pytest.mark.vllm
