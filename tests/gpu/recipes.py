@@ -49,7 +49,9 @@ def local(value: Any, parts: Path) -> Any:
     if not isinstance(value, dict):
         return {"krea/Krea-2-Raw": str(parts / "k2"), "krea/Krea-2-Turbo": str(parts / "turbo")}.get(value, value)
     if "base_urls" in value:
-        return {"path": str(parts / "judge"), "min_mass": 0.0, "max_text_tokens": 8}
+        # A held-out judge must be another function than those that are trained on.
+        tokens = 9 if value.get("model") == "heldout" else 8
+        return {"path": str(parts / "judge"), "min_mass": 0.0, "max_text_tokens": tokens}
     if value.get("class_path") == "rewards.safety.TextJudge":  # it needs a server
         return WORDS
     changed = {key: local(entry, parts) for key, entry in value.items()}
