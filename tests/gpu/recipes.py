@@ -54,7 +54,7 @@ def local(value: Any, parts: Path) -> Any:
         return {"path": str(parts / "judge"), "min_mass": 0.0, "max_text_tokens": tokens}
     if value.get("class_path") == "rewards.safety.TextJudge":  # it needs a server
         return WORDS
-    changed = {key: local(entry, parts) for key, entry in value.items()}
+    changed = {key: entry if key == "writer" else local(entry, parts) for key, entry in value.items()}
     if SCALE == "tiny":  # a rehearsal on a CPU
         changed |= {key: REHEARSAL[key] for key in changed if key in REHEARSAL}
     if "servers" in changed:
