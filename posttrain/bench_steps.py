@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count
 from typing import Any
 
@@ -174,7 +174,7 @@ class Steps:
         k2.encode, k2.decode = self._encode, decoded
         source = PromptSource(config, [PromptRecord(str(i)) for i in range(self.procs.size)])
         with ScoreQueue(load_rewards(config.rewards), self.config.group) as queue:
-            yield from self._metrics(grpo.updates, config, source, queue, self._stepper)
+            yield from self._metrics(partial(grpo.updates, noise={}), config, source, queue, self._stepper)
 
     def _stpo(self) -> Iterator[dict[str, Any]]:
         config = self._stpo_config
@@ -191,7 +191,7 @@ class Steps:
 
     def _metrics(self, updates: Callable[..., Iterator[tuple[int, dict[str, Any]]]], *given: Any) -> Iterator[Any]:
         """Those of each step of a method's loop on `given`."""
-        for _, metrics in updates(self.k2, *given, count(1), self.procs, _refuse, {}, lambda: Laps(self)):
+        for _, metrics in updates(self.k2, *given, count(1), self.procs, _refuse, clocks=lambda: Laps(self)):
             yield metrics
 
     # ---- what they take ---------------------------------------------------------------------------------------
