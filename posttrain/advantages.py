@@ -5,8 +5,9 @@ reward contributes its group's average, never a zero, and an image with every re
 is 0 and it counts in no mean. Results are float64, zero on average, in units of standard deviations.
 
 floor_K is, per reward, the difference between two images that noise alone can make (rewards/noise.py), in the reward's
-own units. Dividing by a bare standard deviation would turn the noise of a saturated reward into full advantages: so the
-floor is added to each standard deviation, and a group that spans less than the floor is flat. None: no reward is noisy.
+own units. Dividing by a bare standard deviation would turn the noise of a saturated reward into full advantages: so no
+group is divided by less than the floor, and one that spans less is flat. A group with a larger standard deviation is
+left as it is: its differences are real. None: no reward is noisy.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-4
-"""The smallest floor of a standard deviation: for rewards without noise, on a scale of about 1."""
+"""Added to a standard deviation or its floor: for rewards without noise, on a scale of about 1."""
 FLAT = 1e-6
 """A group whose rewards span less than this carries no signal, even without noise: its advantages are exactly 0."""
 
@@ -25,7 +26,7 @@ FLAT = 1e-6
 def gdpo(rewards_PGK: Tensor, valid_PGK: Tensor, weights_K: Tensor, floor_K: Tensor | None = None) -> Tensor:
     """(P, G) advantages, each reward normalised in its group before they are weighed (GDPO).
 
-    A_k = (R_k - mean) / (std + max(1e-4, floor_k)) in the group, summed with the weights, then normalised once more
+    A_k = (R_k - mean) / (max(std, floor_k) + 1e-4) in the group, summed with the weights, then normalised once more
     over the whole batch, so that the number of rewards does not change the size of an update.
     """
     weighed_PG = (weights_K.double() * standardise(rewards_PGK, valid_PGK, floor_K)).sum(-1)
@@ -70,7 +71,7 @@ def noise_share(
         floor_PK, noise_PK = (_of_sum(values_K, weights_K, flat_PK) for values_K in (floor_K, noise_K))
         weights_K = weights_K.new_ones(1)
     std_P1K = _std(_centre(rewards_PGK, valid_PGK, floor_PK), valid_PGK)
-    noise_P1K = torch.minimum(noise_PK[:, None] / 4, std_P1K) / (std_P1K + floor_PK[:, None].clamp_min(EPSILON))
+    noise_P1K = torch.minimum(noise_PK[:, None] / 4, std_P1K) / _divisor(std_P1K, floor_PK)
     noise = (weights_K * noise_P1K * valid_PGK).square().sum()
     total = (weights_K * standardise(rewards_PGK, valid_PGK, floor_PK)).sum(-1).square().sum()
     return min(1.0, float(noise / total)) if total > 0 else None
@@ -82,8 +83,7 @@ def standardise(values_PGK: Tensor, valid_PGK: Tensor, floor_K: Tensor | None = 
     Here and below the floor may also be one for each group, (P, K).
     """
     centred = _centre(values_PGK, valid_PGK, floor_K)
-    floor = EPSILON if floor_K is None else floor_K.double()[..., None, :].clamp_min(EPSILON)
-    return centred / (_std(centred, valid_PGK) + floor)
+    return centred / _divisor(_std(centred, valid_PGK), floor_K)
 
 
 def flat(values_PGK: Tensor, valid_PGK: Tensor, floor_K: Tensor | None = None) -> Tensor:
@@ -106,6 +106,12 @@ def _std(centred_PGK: Tensor, valid_PGK: Tensor) -> Tensor:
     """(P, 1, K) Bessel standard deviation of each group."""
     count = valid_PGK.sum(1, keepdim=True)
     return (centred_PGK.square().sum(1, keepdim=True) / (count - 1).clamp_min(1)).sqrt()
+
+
+def _divisor(std_P1K: Tensor, floor_K: Tensor | None) -> Tensor:
+    """(P, 1, K) what a group's deviations are divided by."""
+    floored = std_P1K if floor_K is None else torch.maximum(std_P1K, floor_K.double()[..., None, :])
+    return floored + EPSILON
 
 
 def _of_sum(noise_K: Tensor, weights_K: Tensor, flat_PK: Tensor) -> Tensor:

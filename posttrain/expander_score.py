@@ -279,10 +279,11 @@ def with_floor(values_N: np.ndarray, valid_N: np.ndarray, group_size: int, floor
     """Values from which TRL, which knows no floor, computes the advantages of one reward with a floor.
 
     TRL has (R - mean) / (std + 1e-4). With deviations from the group's mean c times as large, that is
-    c (R - mean) / (c std + 1e-4), and for c = 1e-4 / floor it is (R - mean) / (std + floor). A flat group gets one
-    number: its mean, rounded to 12 bits, so that the fp32 mean of equal numbers is that number and nothing is left.
+    c (R - mean) / (c std + 1e-4). Where std is below the floor, c = 1e-4 / (floor - std + 1e-4) makes it
+    (R - mean) / (floor + 1e-4). A flat group gets one number: its mean, rounded to 12 bits, so that the fp32 mean of
+    equal numbers is that number and nothing is left.
     """
-    if floor <= advantages.EPSILON:
+    if not floor:
         return values_N
     result_N = values_N.copy()
     for first in range(0, len(values_N), group_size):
@@ -293,8 +294,8 @@ def with_floor(values_N: np.ndarray, valid_N: np.ndarray, group_size: int, floor
         if np.ptp(values_N[rows]) < floor:
             fraction, exponent = np.frexp(mean)
             result_N[rows] = np.ldexp(np.round(np.ldexp(fraction, 12)), exponent - 12)
-        else:
-            result_N[rows] = mean + (values_N[rows] - mean) * advantages.EPSILON / floor
+        elif (short := floor - values_N[rows].std(ddof=1)) > 0:
+            result_N[rows] = mean + (values_N[rows] - mean) * advantages.EPSILON / (short + advantages.EPSILON)
     return result_N
 
 

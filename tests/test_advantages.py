@@ -193,22 +193,24 @@ def test_flat():
 
 
 def test_floor():
-    """(0, .02, 0, .02): std .011547, so with a floor of .01 -+.01 / .021547 = -+.46410, and with .03 it is flat.
+    """(0, .02, 0, .02): std .011547, so with a floor of .02 -+.01 / .0201 = -+.49751, and with .03 it is flat. One of
+    .01 leaves it as it is.
 
-    The second reward has no floor: (0, 1, 1, 0), std .57735: -+.5 / .57745 = -+.86588. Weighed -.46410 -+ .86588 and
-    .46410 +- .86588: -1.32998, 1.32998, .40178, -.40178; over the batch std = sqrt(2 (1.76885 + .16143) / 3) = 1.13440.
+    The second reward has no floor: (0, 1, 1, 0), std .57735: -+.5 / .57745 = -+.86588. Weighed -.49751 -+ .86588 and
+    .49751 +- .86588: -1.36339, 1.36339, .36837, -.36837; over the batch std = sqrt(2 (1.85883 + .13570) / 3) = 1.15312.
     """
     rewards, valid = table([(0, 0), (0.02, 1), (0, 1), (0.02, 0)])
-    small, large = weights(0.01, 0), weights(0.03, 0)
-    assert numbers(standardise(rewards, valid, small)[..., 0]) == near(-0.46410, 0.46410, -0.46410, 0.46410)
-    assert numbers(gdpo(rewards, valid, weights(1, 1), small)) == near(-1.1723, 1.1723, 0.3541, -0.3541)
+    small, large = weights(0.02, 0), weights(0.03, 0)
+    assert numbers(standardise(rewards, valid, small)[..., 0]) == near(-0.49751, 0.49751, -0.49751, 0.49751)
+    assert numbers(gdpo(rewards, valid, weights(1, 1), small)) == near(-1.18225, 1.18225, 0.31943, -0.31943)
+    assert torch.equal(standardise(rewards, valid, weights(0.01, 0)), standardise(rewards, valid))
     assert flat(rewards, valid, large).tolist() == [[True, False]]
     alone = table([(NONE, 0), (NONE, 1), (NONE, 1), (NONE, 0)])
     for of_both in (gdpo, sum_then_normalise):
         assert torch.equal(of_both(rewards, valid, weights(1, 1), floor_K=large), of_both(*alone, weights(1, 1)))
-    # Summed: (0, 1.02, 1, .02), mean .51, std .57747, floor sqrt(.01^2 + .02^2) = .02236: -+.51 and -+.49 / .59983.
-    got = sum_then_normalise(rewards, valid, weights(1, 1), floor_K=weights(0.01, 0.02))
-    assert numbers(got) == near(-0.8502, 0.8502, 0.8169, -0.8169)
+    # Summed: (0, 1.02, 1, .02), mean .51, std .57747, floor sqrt(.02^2 + .7^2) = .70029: -+.51 and -+.49 / .70039.
+    got = sum_then_normalise(rewards, valid, weights(1, 1), floor_K=weights(0.02, 0.7))
+    assert numbers(got) == near(-0.7282, 0.7282, 0.6996, -0.6996)
 
 
 def test_a_floor_of_zero_is_none(method):
@@ -250,21 +252,21 @@ def test_noise_of_a_saturated_reward_teaches_nothing(size, noise, floor):
 
 
 def test_noise_share():
-    """One group (0, .2, 0, .2): std .11547; with floor .03 advantages -+.1 / .14547, and noise of .04, which has std
-    .01, becomes .01 / .14547: (.01 / .1)^2 = .01. Beside it a flat group, which has neither.
+    """One group (0, .2, 0, .2): std .11547; with floor .12 advantages -+.1 / .1201, and noise of .04, which has std
+    .01, becomes .01 / .1201: (.01 / .1)^2 = .01. Beside it a flat group, which has neither.
 
-    A second reward (0, 1, 0, 1) of the same group, without noise, adds .86588 (std .57735) to .68743: noise
-    (.01 / .14547)^2 = .0047256 in 1.55331^2 = 2.41277.
+    A second reward (0, 1, 0, 1) of the same group, without noise, adds .86588 (std .57735) to .83264: noise
+    (.01 / .1201)^2 = .0069328 in 1.69852^2 = 2.88496.
     """
     first, second = table([[0], [0.2], [0], [0.2]], [[0], [0.02], [0], [0.02]]), [(0, 0), (0.2, 1), (0, 0), (0.2, 1)]
-    one, floor, noise = weights(1), weights(0.03), weights(0.04)
+    one, floor, noise = weights(1), weights(0.12), weights(0.04)
     assert noise_share(*first, one, floor, noise) == pytest.approx(0.01)
     assert noise_share(*first, one, floor, noise, summed=True) == pytest.approx(0.01)
     assert noise_share(*first, one, weights(0.3), noise) is None  # nothing is left
     assert noise_share(*first, one, floor, 100 * noise) == 1
     both = table(second)
-    got = noise_share(*both, weights(1, 1), weights(0.03, 0), weights(0.04, 0))
-    assert got == pytest.approx(0.0047256 / 2.41277, rel=1e-3)
+    got = noise_share(*both, weights(1, 1), weights(0.12, 0), weights(0.04, 0))
+    assert got == pytest.approx(0.0069328 / 2.88496, rel=1e-3)
     # Summed: (0, 1.2, 0, 1.2), so deviations of .6 beside .01.
     got = noise_share(*both, weights(1, 1), weights(0.03, 0), weights(0.04, 0), summed=True)
     assert got == pytest.approx((0.01 / 0.6) ** 2)

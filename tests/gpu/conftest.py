@@ -14,6 +14,7 @@ from tests.gpu import parts as models
 from tests.gpu.measure import Commands
 from tests.gpu.pairs import write_pairs
 from tests.gpu.recipes import SCALE
+from tests.gpu.trained import write_trained
 
 
 def pytest_collection_modifyitems(items):
@@ -30,6 +31,7 @@ def parts() -> Path:
     with (folder / "lock").open("w") as lock:  # the suite may be run in several processes
         fcntl.flock(lock, fcntl.LOCK_EX)
         models.write(folder, SCALE)
+        write_trained(folder / "trained", folder / "k2")
         write_pairs(folder / "pairs", 512 if SCALE == "k2" else 64)
     return folder
 

@@ -9,6 +9,8 @@ what it took. Each test adds a row to runs/gpu.jsonl; `python -m tests.gpu.table
 """
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +60,7 @@ def test_pairs(command, parts, tmp_path):
     card = json.loads((tmp_path / "run/preferences.json").read_text())
     assert card["rows"] == 16
     summary = json.loads((tmp_path / "run/summary.json").read_text())
-    facts = {key: value for key, value in summary.items() if isinstance(value, int | float)}
+    facts = {key: value for key, value in summary.items() if key.endswith(("seconds", "overhead"))}
     command.row("pairs", "k2/pairs", result, **facts)
 
 
@@ -75,7 +77,7 @@ def test_stpo(command, parts, tmp_path, name, guard):
     trained(run, 3)
     first = metrics(run)[0]
     assert {f"gradient/{term}" for term in ("winner", "loser", "anchor")} <= set(first), "step 1 has no shares of terms"
-    assert first["margin"] == pytest.approx(0, abs=1e-6)
+    assert first["margin"] == pytest.approx(0, abs=1e-4)  # but for rounding in bf16
     command.row(f"stpo, guard {guard}", f"k2/{name}", result, run, images=16)
 
 
@@ -164,28 +166,36 @@ def test_preflight(command, parts, tmp_path):
 
 
 def test_exports(command, parts, tmp_path):
-    """Each format from one short run; a stage as small as that is not merged into bf16 without a word."""
-    run = tmp_path / "run"
-    evaluation = EVALUATION | {"prompts": 1, "steps": 4}
-    recipe = cut("k2/stpo_synthetic", parts, tmp_path, output=str(run), steps=1, batch=4, eval=evaluation,
-                 pairs={"train": str(parts / "pairs"), "measured": 4, "heldout": 0.2}, checkpoint=SHORT)  # fmt: skip
-    command.ok("stpo", "--config", recipe, "--loss.terms_every", 0)
+    """Each format, of a stage whose change is 0.05 % of the weights: that is not merged into bf16 without a word."""
+    run = parts / "trained"
+    refused = command.run("export", "--source", run, "--output", tmp_path / "no.safetensors", "--format", "original")
+    assert refused.code == 2 and "allow_rounding" in refused.output, refused.output[-3000:]
     for name, format, words in (
         ("lora.safetensors", "lora", []),
         ("lora-original.safetensors", "lora-original", []),
         ("original.safetensors", "original", ["--allow_rounding", "true"]),
         ("diffusers", "diffusers", ["--allow_rounding", "true"]),
     ):
-        if words and format == "original":
-            refused = command.run("export", "--source", run, "--output", tmp_path / name, "--format", format)
-            assert refused.code == 2 and "allow_rounding" in refused.output, refused.output[-3000:]
         result = command.ok("export", "--source", run, "--output", tmp_path / name, "--format", format, *words)
-        assert (tmp_path / name).exists()
-        command.row(f"export {format}", "k2/stpo_synthetic", result)
+        kept = re.search(r"([0-9.]+) of the change that adapters make is kept", result.output)
+        assert (kept is None) == format.startswith("lora"), result.output[-3000:]
+        command.row(f"export {format}", "0.05 % of the weights", result, kept=kept and float(kept[1]))
+        if not format.startswith("lora"):  # 26 to 34 GB
+            path = tmp_path / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     saved = checkpoint.load(checkpoint.find(run))
-    key = "transformer_blocks.0.attn.to_q.lora_B.weight"
-    written = load_file(tmp_path / "lora.safetensors")[f"transformer.{key}"]
-    assert torch.equal(written, saved.tensors["adapter"][key])  # alpha is the rank, so the scale is 1
+    written = load_file(tmp_path / "lora.safetensors")
+    for key, value in saved.tensors["adapter"].items():
+        assert torch.equal(written[f"transformer.{key}"], value), key  # alpha is the rank, so the scale is 1
+
+
+def test_sample_with_an_adapter(command, parts, tmp_path):
+    words = ["--model.path", parts / "k2", "--prompt", "a fox in the snow", "--steps", 4, "--size", list(SIZE)]
+    command.ok("sample", *words, "--output", tmp_path / "base")
+    result = command.ok("sample", *words, "--adapter", parts / "trained", "--output", tmp_path / "tuned")
+    first, second = (np.asarray(Image.open(tmp_path / name / "000.png"), int) for name in ("base", "tuned"))
+    assert (first != second).any(), "the adapter changes nothing"
+    command.row("sample with an adapter", "4 steps, guidance 4.5", result)
 
 
 def test_pipeline_1(command, parts, tmp_path):
