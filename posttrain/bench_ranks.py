@@ -114,7 +114,8 @@ def rows(stage: pipeline_plan.Stage, ranks: int, on_node: int, image: Images) ->
         prompts, each = config.eval.prompts, config.eval.group_size
         yield Row(name, "an evaluation's images that one GPU draws", prompts * each, -(-prompts // ranks) * each)
         count = config.groups.prompts_per_step * config.groups.group_size
-        specs = [*config.rewards, *(RewardSpec(c.name, c.function) for c in config.safety if c.sees == "image")]
+        trained = [spec for spec in config.rewards if not spec.heldout_only]
+        specs = [*trained, *(RewardSpec(c.name, c.function) for c in config.safety if c.sees == "image")]
         yield from _judges(specs, config.prompts.train, count, name, ranks, image)
 
 

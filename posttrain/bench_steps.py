@@ -84,13 +84,14 @@ class Steps:
     _read: Iterator[int] = field(default_factory=count, init=False)
 
     def __post_init__(self) -> None:
+        generator = torch.Generator(self.k2.device).manual_seed(0)
         for stage in range(self.config.stages if self.config.rank else 0):
             if stage:
                 self.k2.stack_role(POLICY)
             add_policy(self.k2, self._lora, stage, reference=False)
             for name, parameter in self.k2.role_named_parameters(POLICY).items():
                 if name.endswith("lora_B.weight"):  # as after some training, so that errors show
-                    torch.nn.init.normal_(parameter, std=0.01)
+                    torch.nn.init.normal_(parameter, std=0.01, generator=generator)
 
     @property
     def role(self) -> str | None:

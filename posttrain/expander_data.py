@@ -40,7 +40,7 @@ from prompts.errors import UserError
 from prompts.templates import load_template
 from rewards.endpoints import JudgeError
 from rewards.judge import Judge
-from rewards.load import SERVER
+from rewards.load import with_servers
 from rewards.serve import serve
 
 CANDIDATES, CARD = "candidates.jsonl", "expander_data.json"
@@ -217,12 +217,7 @@ def refused(candidate: Candidate, others: list[Candidate]) -> str | None:
 
 def _judge(path: str, spec: WriterConfig, urls: dict[str, list[str]], seed: int) -> Judge:
     bases = [spec.base_urls] if isinstance(spec.base_urls, str) else spec.base_urls
-    resolved: list[str] = []
-    for base in bases:
-        name = base.removeprefix(SERVER)
-        if base.startswith(SERVER) and name not in urls:
-            raise UserError(f"{path}.base_urls: '{base}' is none of servers ({', '.join(urls) or 'there are none'})")
-        resolved += urls[name] if base.startswith(SERVER) else [base]
+    resolved = with_servers(bases, urls, f"{path}.base_urls")
     return Judge(spec.model, resolved, spec.api_key_env, spec.concurrency, spec.timeout, seed=seed)
 
 

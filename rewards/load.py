@@ -71,7 +71,7 @@ def _check_call(spec: RewardSpec, path: str, function: Any, bound: tuple[Any, ..
 
 def check_addresses(value: Any, servers: Sequence[str], where: str) -> None:
     """Raises UserError for a `server://NAME` that is none of the servers, and for base_urls that are no URLs."""
-    _with_servers(value, dict.fromkeys(servers, ()), where)
+    with_servers(value, dict.fromkeys(servers, ()), where)
     for name, entry in value.items() if isinstance(value, Mapping) else ():
         if name == "base_urls" and entry is not None:
             urls = [entry] if isinstance(entry, str) else entry
@@ -95,7 +95,7 @@ def _load(spec: RewardSpec, servers: Mapping[str, Sequence[str]]) -> Reward:
         path = spec.function["class_path"]
         module, _, name = path.replace(":", ".").rpartition(".")
         cls = import_object(f"{module}:{name}", f"{where}: class_path")
-        arguments = _with_servers(spec.function.get("init_args", {}), servers, f"{where}: init_args")
+        arguments = with_servers(spec.function.get("init_args", {}), servers, f"{where}: init_args")
         function = construct(cls, arguments, f"{where}: init_args")
     _check_call(spec, path, function)
     parameters = inspect.signature(function).parameters
@@ -152,13 +152,20 @@ def _bind(cls: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> 
         raise UserError(f"{where}: {error}: it takes {known}") from error
 
 
-def _with_servers(value: Any, servers: Mapping[str, Sequence[str]], where: str) -> Any:
+def with_servers(value: Any, servers: Mapping[str, Sequence[str]], where: str) -> Any:
+    """The value with the URLs of a server in the place of each `server://NAME`. Raises UserError for one unknown."""
     if isinstance(value, str) and value.startswith(SERVER):
         name = value.removeprefix(SERVER)
         if name not in servers:
             known = ", ".join(servers) or "none"
             raise UserError(f"{where}: no server '{name}': the recipe's servers are: {known}")
         return list(servers[name])
+    if isinstance(value, list):
+        resolved: list[Any] = []
+        for entry in value:
+            found = with_servers(entry, servers, where)
+            resolved += found if isinstance(entry, str) and entry.startswith(SERVER) else [found]
+        return resolved
     if isinstance(value, Mapping):
-        return {key: _with_servers(entry, servers, f"{where}.{key}") for key, entry in value.items()}
+        return {key: with_servers(entry, servers, f"{where}.{key}") for key, entry in value.items()}
     return value

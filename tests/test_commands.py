@@ -172,7 +172,9 @@ def test_export(command, grpo, tmp_path, model):
     assert not list(tmp_path.glob("out*")) and not list(tmp_path.glob(".export*"))
     result = export(tmp_path / "out")
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.startswith(f"posttrain: wrote {tmp_path}/out (diffusers) from ")
+    kept, wrote = result.stdout.splitlines()
+    assert kept.startswith("posttrain: merged in float32: 1.000 of the change that adapters make is kept (")
+    assert wrote.startswith(f"posttrain: wrote {tmp_path}/out (diffusers) from ")
 
 
 def test_sample(command, tmp_path, model):

@@ -108,7 +108,7 @@ def test_a_file_that_is_not_there(refused, tmp_path, command, field):
         ("no_such.module:f", "cannot import no_such"),
         ("tests.runs:ROOT", "tests.runs:ROOT cannot be called"),
         ("tests.runs:untimed", "tests.runs:untimed takes run; it is called with images and prompts, and the"),
-        ({"class_path": "tests.runs.Script", "init_args": {"steps": 3}}, "missing a required argument: 'values'"),
+        ({"class_path": "tests.warm.Script", "init_args": {"steps": 3}}, "missing a required argument: 'values'"),
         ({"class_path": "rewards.image.Aesthetic", "init_args": {"judge": {"model": "m", "base_urls": "server://j"}}},
          "no server 'j': the recipe's servers are: none"),
     ],

@@ -151,7 +151,8 @@ def test_a_caption_whose_request_fails_is_missing_and_counted(tmp_path):
         (["--captions", "{dir}/none.jsonl"], "none.jsonl: no such file"),
         (["--captions", "nano"], "count: is null"),
         (["--per_caption", "99"], "per_caption: is 99, more than"),
-        (["--writer.base_urls", "server://x"], "writer.base_urls: 'server://x' is none of servers"),
+        (["--writer.base_urls", "[server://x]"], "writer.base_urls: no server 'x': the recipe's servers are: none"),
+        (["--writer.base_urls", "server://x"], "writer.base_urls: no server 'x': the recipe's servers are: none"),
     ],
 )
 def test_mistakes(tmp_path, capsys, changes, says):

@@ -82,7 +82,7 @@ def config(model, folder, tmp_path, mode: str, **changes) -> JudgeConfig:
     settings = {
         "output": str(tmp_path / "run"), "model": model, "data": str(folder / file), "mode": mode, "heldout": 0.3,
         "steps": 8, "batch": 4, "micro_batch": 2, "dtype": "float32", "lora": LoraConfig(rank=4, alpha=8),
-        "optim": OptimConfig(lr=0.01), "track": TrackConfig(tensorboard=False),
+        "optim": OptimConfig(lr=0.005), "track": TrackConfig(tensorboard=False),
     }  # fmt: skip
     return JudgeConfig(**(settings | changes))
 

@@ -54,7 +54,9 @@ def test_the_step_is_begun_again_with_half_of_micro_batch(method, nth, model, tm
         torch.testing.assert_close(b.tensors["adapter"][name], value, rtol=2e-3, atol=2e-4)
     assert a.state.get("pool") == b.state.get("pool")
     assert a.state["history"].get("images") == b.state["history"].get("images")
-    assert a.state["counters"] == b.state["counters"]
+    counters = [saved.state["counters"] for saved in (a, b)]
+    norms = [counts.pop("norms") for counts in counters]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5) and counters[0] == counters[1]
 
 
 def test_the_second_attempt_is_the_same_step(model, tmp_path, monkeypatch):

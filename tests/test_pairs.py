@@ -274,7 +274,7 @@ def test_checkpoints_that_cannot_be_used(tmp_path, model):
     config.policy, config.sources = str(full), config.sources[1:]
     assert Drawer(config, torch.device("cpu")).names[config.policy].endswith("full/checkpoints/step-000001")
 
-    saved = runs.latest(adapter)
+    saved = checkpoint.load(adapter)
     checkpoint.save(tmp_path / "turbo/checkpoints", 1, saved.tensors, saved.state | {"method": "tdm"}, keep=1)
     config.policy = str(tmp_path / "turbo")
     with pytest.raises(UserError, match=r"^policy: .*turbo: is a distilled student; pairs are for training Raw"):

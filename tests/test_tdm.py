@@ -14,6 +14,7 @@ from posttrain.config import ModelConfig, PromptsConfig, SampleConfig
 from posttrain.export import load_checkpoint
 from posttrain.k2 import K2
 from posttrain.nano import bench_tdm
+from posttrain.policy import load_base
 from posttrain.sample import sample
 from posttrain.tdm_config import TDMConfig
 from posttrain.tdm_rollout import MU
@@ -158,7 +159,9 @@ def test_goes_on_from_an_earlier_run(config, tmp_path, model):
     tdm.train(config)
     saved = runs.latest(config.output)
     assert [Path(entry["path"]).name for entry in saved.state["origin"]["merged"]] == ["step-000002"]
-    base, plain = load_checkpoint(saved).base_state_dict(), K2.load(model).base_state_dict()
+    k2 = load_base(saved)
+    k2.merge_stack()
+    base, plain = k2.base_state_dict(), K2.load(model).base_state_dict()
     assert any(not torch.equal(base[key], value) for key, value in plain.items())
 
 
