@@ -249,6 +249,12 @@ def test_records_in_the_pages_are_records(tmp_path):
     assert json.loads(text)["texts"] == record.texts and record.requirements
 
 
+def test_each_recipe_of_true_size_says_whether_it_has_been_run():
+    for path in sorted((runs.ROOT / "recipes/k2").glob("*.yaml")):
+        first = path.read_text().splitlines()[0]
+        assert re.match(r"# (Run at true size with random weights on .+, 20\d\d-\d\d-\d\d|Not run)", first), path
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
