@@ -32,7 +32,7 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from posttrain import flops, pair_plan, pair_quality, sampler
+from posttrain import flops, pair_plan, pair_quality, sampler, startup
 from posttrain.drawing import Cost, Drawer
 from posttrain.judge_check import SHOWN, check_judges
 from posttrain.k2 import K2, to_pil
@@ -78,13 +78,22 @@ class Output:
     journal: Journal
     written: int
     """Pairs that an earlier run wrote."""
+    broken: bool = False
+    """A block could not be written whole."""
 
     def add(self, first: int, entry: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-        """A block's line of the journal and its pairs as rows, the first of which is number `first` of all."""
+        """A block's line of the journal and its pairs as rows, the first of which is number `first` of all.
+
+        Blocks are known by the places of their lines, so none is written after one that could not be.
+        """
+        if self.broken:
+            return
+        self.broken = True
         for i, row in enumerate(rows, start=first):
             if i >= self.written:
                 self.writer.add_row(row)
         self.journal.add(entry)
+        self.broken = False
 
 
 def make(config: PairsConfig, resume: bool = False) -> None:
@@ -133,6 +142,7 @@ def _make(
         untried = output is not None and not any(before)
         run.start(config.pairs, sum(before))
         compiling = drawer.warm_up()
+        startup.lap("warm_up")
         writing: list[Future[None]] = []
         began = time.perf_counter()
 
@@ -141,8 +151,10 @@ def _make(
             nonlocal untried
             waiting = time.perf_counter()
             own = {i: drawn.result() for i, drawn in mine.items()}
-            cost.waited += time.perf_counter() - waiting
-            parts = procs.each({i: (drawn.entry, drawn.cost) for i, drawn in own.items()})
+            waited = time.perf_counter() - waiting
+            told = procs.each((waited, {i: (drawn.entry, drawn.cost) for i, drawn in own.items()}))
+            cost.waited += sum(seconds for seconds, _ in told)
+            parts = [part for _, part in told]
             owners = {i: rank for rank, part in enumerate(parts) for i in part}
             while writing and writing[0].done():
                 writing.pop(0).result()

@@ -12,8 +12,9 @@
 | servers | judges, where the run starts them |
 | prepare | all else before the first evaluation: adapters, text of the held-out prompts |
 | evaluation | before the first step |
-| first_step | the first step, the compiling of its blocks included |
-| compile | of that: what it took beyond the second step |
+| warm_up | of pairs: compiling, before the first block |
+| first_step | the first step, the compiling of its blocks included; of pairs, until the first block is taken in |
+| compile | of the first step: what it took beyond the second; not of pairs, whose blocks are taken in several at a time |
 | total | all of it |
 
 Each part ends where a function calls `lap`; a part that comes twice is summed.
@@ -46,7 +47,7 @@ class Startup:
         """The parts and their total. `second_step` is how many seconds the second one took, None if there was none."""
         found = {name: round(seconds, 2) for name, seconds in self._seconds.items()}
         found["total"] = round(sum(self._seconds.values()), 2)
-        if second_step is not None and "first_step" in found:
+        if second_step is not None and "first_step" in found and "warm_up" not in found:
             found["compile"] = round(max(0.0, self._seconds["first_step"] - second_step), 2)
         self._last = None
         return found

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -170,6 +171,32 @@ def test_what_an_order_to_the_judge_is_worth_is_measured_once(tmp_path, model, c
     assert sum("injection/picture/gulled" in row for row in runs.rows(config.output)) == 1
 
 
+def test_no_block_is_written_after_one_that_could_not_be():
+    """A disk that is full for a moment: blocks are known by the places of their lines in the journal."""
+
+    class Disk:
+        def __init__(self):
+            self.held, self.full = [], False
+
+        def add_row(self, row):
+            if self.full:
+                raise UserError("shard: no space left")
+            self.held.append(row["id"])
+
+        def add(self, entry):
+            self.held.append(entry["block"])
+
+    disk: Any = Disk()
+    output = pairs.Output(disk, disk, written=1)
+    output.add(0, {"block": 0}, [{"id": "in a shard already"}, {"id": "a"}])
+    disk.full = True
+    with pytest.raises(UserError, match="no space"):
+        output.add(2, {"block": 1}, [{"id": "b"}])
+    disk.full = False
+    output.add(3, {"block": 2}, [])
+    assert disk.held == ["a", 0]
+
+
 def test_two_processes_make_the_same_set(whole, tmp_path):
     config = dataclasses.replace(whole, output=str(tmp_path / "run"))
     path = runs.recipe(config, tmp_path / "recipe.yaml")  # type: ignore[arg-type]
@@ -287,7 +314,7 @@ def test_checkpoints_that_cannot_be_used(tmp_path, model):
 
 
 def test_policy_that_goes_on_from_an_earlier_run(tmp_path, model):
-    """Base is then what it began as: the model with the earlier run merged into it."""
+    """Base is then what it began as: the model with the earlier run's adapter beside its weights."""
     first = trained(model, tmp_path / "first", 0)
     k2 = load_model(ModelConfig(str(model), start=str(first), dtype="float32"), "cpu")
     second = trained(model, tmp_path / "second", 1, origin=k2.origin)
@@ -296,7 +323,7 @@ def test_policy_that_goes_on_from_an_earlier_run(tmp_path, model):
     (_, base), _ = drawn(config, DrawConfig(), DrawConfig("base"))
     config = recipe(tmp_path, model, policy=str(first))
     (first_policy,), _ = drawn(config, DrawConfig())
-    assert (base.int() - first_policy.int()).abs().max() <= 1  # merged or beside the weights: only rounding differs
+    assert (base.int() - first_policy.int()).abs().max() <= 1  # stacked or the policy itself: only rounding differs
 
 
 # ---- recipes ----------------------------------------------------------------------------------------------
