@@ -107,7 +107,7 @@ class Checks:
         """A part of one, by all rewards, and what a whole one takes. That scales with the images; the drawing, which is
         timed in few steps and in half of them, scales with the steps too."""
         config, rewards = self.config.eval, load_rewards(self.asked(self.config.rewards), self.urls)
-        whole, steps = min(config.prompts, len(self.heldout)), min(self.full_steps(), FEW_STEPS)
+        whole, steps = min(config.prompts, len(self.heldout)), min(self.full_steps()[0], FEW_STEPS)
         prompts, groups = min(whole, FEW), min(config.groups, 1)
         self._evaluate([], prompts, groups, config.guidance, 1)()  # what is compiled is compiled here
         _, half = self.timed(self._evaluate([], prompts, groups, config.guidance, steps // 2 or 1))
@@ -116,7 +116,7 @@ class Checks:
         each_step = max(0.0, full - half) / max(1, steps - steps // 2)
         images = prompts + groups * min(config.group_size, GROUP)
         all_images = whole + min(config.groups, whole) * config.group_size
-        as_configured = seconds + each_step * (self.full_steps() - steps)
+        as_configured = sum(seconds + each_step * (n - steps) for n in self.full_steps())
         self.seconds["evaluation"] = as_configured * all_images / images / self.procs.size
         missing = [name for name, value in result.figures.items() if value is None]
         measured = f"{images * len(config.guidance)} images of {steps} steps in {seconds:.1f} s"
@@ -155,9 +155,9 @@ class Checks:
         """How evaluation draws; None: as its settings say."""
         return None
 
-    def full_steps(self) -> int:
-        """Steps of an image of an evaluation."""
-        return self.config.eval.steps
+    def full_steps(self) -> list[int]:
+        """Steps of an image in each way that an evaluation draws, of which the first is measured here."""
+        return [self.config.eval.steps]
 
     @torch.no_grad()
     def warm_up(self) -> None:

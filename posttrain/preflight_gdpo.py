@@ -32,6 +32,7 @@ from posttrain.progress import duration
 from posttrain.render import make_renderer
 from prompts.errors import UserError
 from prompts.records import PromptRecord, read_prompts
+from rewards.base import Noise
 from rewards.diversity import Features
 from rewards.load import load_rewards
 from rewards.serve import serve
@@ -88,6 +89,7 @@ class GDPOChecks:
         self.features, self.records, self.folder = features, records, folder
         self.urls: dict[str, list[str]] = {}
         self.silent: set[str] = set()
+        self.noise: dict[str, Noise] = {}
         self.moved, self.watch = False, _Watch()
         self.shared: Shared | None = None
 
@@ -107,7 +109,8 @@ class GDPOChecks:
         images = [image for image in self.renderer(prompts, range(len(prompts))).images if image is not None]
         measured = f"{len(images)} of {len(prompts)} images were drawn"
         yield Row("renderer", len(images) == len(prompts), measured, "see what the renderer's server says")
-        yield from judge_rows(load_rewards(self.config.rewards, self.urls), images, self.records, self.silent)
+        rewards = load_rewards(self.config.rewards, self.urls)
+        yield from judge_rows(rewards, images, self.records, self.silent, self.noise)
 
     def step(self) -> Iterator[Row]:
         """Expansions are written, drawn once each, scored, and learnt from."""
@@ -116,6 +119,7 @@ class GDPOChecks:
             raise Skip("no reward can be asked")
         config = replace(self.small, rewards=rewards)
         scorer = Scorer(config, self.renderer, self.features, self.policy.template, self.urls)
+        scorer.noise = self.noise  # as a run has it from its first evaluation
         self.shared = shared = Shared(config, self.policy, scorer, self.records, self.procs)
         data = [{"prompt": messages(record.prompt), "row": i} for i, record in enumerate(self.records)]
         trainer = expander_rl.Trainer(

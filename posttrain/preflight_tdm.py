@@ -65,8 +65,8 @@ class TDMChecks(Checks):
     def ways(self, steps: int) -> list[Way] | None:
         return [Way(min(n, steps), 0.0, MU) for n in self.config.student.steps[:1]]
 
-    def full_steps(self) -> int:
-        return self.config.student.steps[0]
+    def full_steps(self) -> list[int]:
+        return self.config.student.steps
 
     def step(self) -> Iterator[Row]:
         """One of fake score and student, and one more, whose time counts: what runs first is compiled first."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from posttrain import cli, early, latents, preflight_common, stpo, tdm
+from posttrain import cli, early, latents, preflight_common, preflight_tdm, stpo, tdm
 from posttrain.k2 import K2
 from tests import expander_runs, pair_runs, runs
 from tests.test_preflight import failed, table
@@ -78,6 +78,10 @@ def test_tdm(check, tmp_path, model, monkeypatch):
     assert "leaves the fake score bit-identical" in rows["updates keep apart"][1]
     assert "differ by 0 of the teacher's" in rows["all begin as the teacher"][1]
     assert "s for 6 images (trajectory" in rows["step"][1]
+    checks = preflight_tdm.TDMChecks.__new__(preflight_tdm.TDMChecks)
+    checks.config = runs.tdm_config(tmp_path, model)
+    checks.config.student.steps = [8, 4]
+    assert checks.full_steps() == [8, 4]  # an evaluation draws in each
 
     true = tdm.update_student
 
@@ -104,11 +108,13 @@ def test_pairs(check, tmp_path, model):
 
 def test_expander_gdpo(check, tmp_path, model):
     config = expander_runs.config(tmp_path, expander_runs.parts(tmp_path, model))
+    config.rewards[0].noise = 10.0  # as a run does, preflight holds scores against it
     rows, _ = check(config, 0)
     assert {"renderer", "expansions", "one render each", "loss and gradient", "policy moves", "step", "run"} <= set(
         rows
     )
     assert "6 images drawn for 8 expansions, 0 are missing" in rows["one render each"][1]
+    assert "100% of the groups are flat" in rows["scores of brightness"][1]
     assert rows["scores of redness"] == ("skipped", "it does not apply to these prompts")
     assert rows["export"][0] == "pass" and "in one process: " in rows["run"][1]
 
