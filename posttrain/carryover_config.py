@@ -14,8 +14,8 @@ class CarryoverConfig:
     """Draw with a LoRA that was trained on Raw, on Raw and on Turbo, and say how much of its effect is left there."""
 
     check: str
-    """Run directory or checkpoint that trained an adapter, with what was merged into its base; or a LoRA as one
-    .safetensors file in diffusers' or the original names."""
+    """Run directory or checkpoint that trained an adapter, with the adapters of the runs that it stands on; or a LoRA
+    as one .safetensors file in diffusers' or the original names."""
     turbo: str
     """Turbo: a distilled Krea2Pipeline directory or hub id; or a run directory or checkpoint of posttrain tdm."""
     model: ModelConfig | None = None

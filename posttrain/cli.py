@@ -24,6 +24,7 @@ from posttrain import __version__, early, startup
 from posttrain.bench_config import BenchConfig
 from posttrain.carryover_config import CarryoverConfig
 from posttrain.config import ExportConfig, GRPOConfig, ReportConfig, SampleConfig, ServeConfig
+from posttrain.early import CHECK
 from posttrain.expander_config import ExpandConfig, ExpanderDataConfig, ExpanderSFTConfig
 from posttrain.expander_rl_config import ExpanderGDPOConfig
 from posttrain.judge_config import JudgeConfig
@@ -58,8 +59,6 @@ class Command:
     others: tuple[type, ...] = ()
     """Of further commands whose recipes it takes: the one that knows the keys best."""
 
-
-CHECK = "export --check"
 
 COMMANDS = {
     "stpo": Command(STPOConfig, "posttrain.stpo:train", "train with STPO on pairs and write a run directory", True),

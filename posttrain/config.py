@@ -314,7 +314,8 @@ class ExportConfig:
     """Turn a checkpoint into files that other tools load."""
 
     source: str
-    """Run directory (its newest checkpoint) or one checkpoint, such as runs/a/checkpoints/best."""
+    """Run directory (its newest checkpoint; its best step if eval.stop ended it) or one checkpoint, such as
+    runs/a/checkpoints/best."""
     output: str
     """Directory (diffusers) or .safetensors file (the other formats) to write; must not exist. Its model card is
     README.md in the directory, or NAME.md beside NAME.safetensors."""

@@ -6,7 +6,7 @@
 The published name stands for a modified DPO term and an auxiliary loss, and no more is public: the loss here is this
 project's own, in preference_loss.py; `loss.kind: dpo` is plain Diffusion-DPO. Latents and text are encoded once
 (latents.py). Each update draws a batch of pairs, and for each pair one time and one noise, which both pictures share
-under policy and reference; there is no guidance. The reference is the base without the adapter.
+under policy and reference; there is no guidance. The reference is the model without the adapter.
 
 All draws come from seeds of global indices (run, step, pair), and processes share a batch's pairs, so a resumed run and
 one in more processes make the same updates. The exact guard and the shares of the terms need each term's gradient for

@@ -90,7 +90,7 @@ class Noise:
     spread: float
     """Largest difference between two scores of one image, as measured or as the recipe states it."""
     floor: float
-    """Groups that span less are flat; it is added to the standard deviation of the others."""
+    """Groups that span less are flat, and no group is divided by less."""
 
 
 @dataclass
