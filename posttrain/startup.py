@@ -14,7 +14,7 @@
 | evaluation | before the first step |
 | warm_up | of pairs: compiling, before the first block |
 | first_step | the first step, the compiling of its blocks included; of pairs, until the first block is taken in |
-| compile | of the first step: what it took beyond the second; not of pairs, whose blocks are taken in several at a time |
+| compile | of the first step: what it took beyond the second; not of pairs, where several blocks come at once |
 | total | all of it |
 
 Each part ends where a function calls `lap`; a part that comes twice is summed.

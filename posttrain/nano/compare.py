@@ -5,7 +5,7 @@
 The first one (`base`: the model that the others were trained from) is what the others are held against. Each is a run
 directory (the checkpoint that it hands on) or a checkpoint. The recipe's judges are the ensemble: of two pictures of
 one prompt and noise that one wins whose mean score over them is higher; a tie is half a win. Its `heldout_only` rewards
-are measured, and so is the hidden taste of judge_data.py (`taste`; its column of wins counts pictures that one prefers).
+are measured, and so is the hidden taste of judge_data.py (`taste`; its column of wins counts those that one prefers).
 """
 
 from __future__ import annotations
