@@ -280,7 +280,7 @@ def _replay(path: Path, data: bytes) -> Annotations | None:
                 " or start another --store"
             )
         if held is None:
-            # Stores of before there were marks of single images have no mode.
+            # Stores written before single images could be marked have no mode.
             held = Annotations(Schedule(record["seed"], record["repeats"], record.get("mode", "preference")))
         elif "undo" in record:
             held.choices[record["annotator"]].pop()

@@ -227,7 +227,7 @@ class Steps:
         return self._fused(next(self._read))
 
     def _encode(self, prompts: Sequence[str], max_tokens: int = 512, batch: int = 16) -> Encoding:
-        """In the place of K2.encode: random features; with `encode`, a prompt is encoded as well, for the time."""
+        """Replaces K2.encode: random features; with `encode`, a prompt is encoded as well, so that its time counts."""
         self._encode_one()
         lengths = [self.config.text + next(self._read) % 5 - 2 for _ in prompts]
         return Encoding([self.k2.random_features(length) for length in lengths], [0] * len(prompts))

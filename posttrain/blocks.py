@@ -7,7 +7,7 @@ not have it compiled again. Only a batch of one torch compiles apart: where ther
 compiled on disk (TORCHINDUCTOR_CACHE_DIR), so that later runs begin sooner.
 
 Backward through a compiled block writes over what the block kept, so a graph of the network is walked once: with
-retain_graph=True torch ends the run. Who wants several gradients of one batch makes a forward for each (stpo.py).
+retain_graph=True torch ends the run. Several gradients of one batch need a forward each (stpo.py).
 """
 
 from __future__ import annotations

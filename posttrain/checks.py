@@ -59,7 +59,7 @@ def made(name: str, rows: Callable[[], Iterable[Row]], alone: bool = True) -> li
 
 
 def phase(name: str) -> None:
-    """Tells what begins now, and when, in seconds since the process began."""
+    """Prints the name of the check that begins now, with the seconds since the process began."""
     print(f"posttrain: {time.time() - psutil.Process().create_time():6.1f} s: {name}", file=sys.stderr, flush=True)
 
 

@@ -169,7 +169,7 @@ class Stepper:
                 if own.grad is not None:
                     own.grad.mul_(limit / norm)
             self.clipped += 1
-        if norm > 0:  # 0 says that nothing was to be learnt from a batch, and nothing of what is usual
+        if norm > 0:  # a batch without any gradient says nothing about the usual norm
             self.norms = [*self.norms, norm][-clipping.WINDOW :]
 
     def metrics(self, prefix: str = "") -> dict[str, float]:

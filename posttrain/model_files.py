@@ -1,4 +1,4 @@
-"""The files of a K2 checkpoint as they lie there: whether they are all there, and how large. Never imports torch."""
+"""The files of a K2 checkpoint on disk: whether they are complete, and how large. Never imports torch."""
 
 from __future__ import annotations
 

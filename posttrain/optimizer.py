@@ -13,7 +13,7 @@ from posttrain.config import OptimConfig
 from prompts.errors import UserError
 
 FLOOR = 1e-12
-"""torchao takes the greatest moment of each block of 256 to be this at least."""
+"""torchao's lower bound for the greatest moment of each block of 256."""
 SCALE = 2.0**30
 """What gradients are multiplied by for moments in 8 bits, as K2's second moments are 1e-17, far below that floor. A
 power of two rounds nothing, and AdamW's update does not depend on it."""

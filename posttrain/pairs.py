@@ -152,9 +152,9 @@ def _make(
             waiting = time.perf_counter()
             own = {i: drawn.result() for i, drawn in mine.items()}
             waited = time.perf_counter() - waiting
-            told = procs.each((waited, {i: (drawn.entry, drawn.cost) for i, drawn in own.items()}))
-            cost.waited += sum(seconds for seconds, _ in told)
-            parts = [part for _, part in told]
+            by_rank = procs.each((waited, {i: (drawn.entry, drawn.cost) for i, drawn in own.items()}))
+            cost.waited += sum(seconds for seconds, _ in by_rank)
+            parts = [part for _, part in by_rank]
             owners = {i: rank for rank, part in enumerate(parts) for i in part}
             while writing and writing[0].done():
                 writing.pop(0).result()

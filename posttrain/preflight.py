@@ -4,8 +4,8 @@
 
 It takes the recipe of grpo, stpo, tdm, pairs or expander gdpo, makes a small step of it with the code of that command,
 and throws it away: no run directory is made or touched. One table on stdout says of each check what was measured and,
-where it failed, what to do; a check that fails keeps no other from being made. Exit code 1 if any failed. On stderr
-stands what is being done, with the seconds since the start.
+where it failed, what to do; a check that fails keeps no other from being made. Exit code 1 if any failed. stderr
+shows what is being done, with the seconds since the start.
 
 A step is made of as few images as show what is checked, and its time is scaled to the recipe's. Under `torchrun` the
 processes share the step of grpo; the other methods are checked by the main process alone.

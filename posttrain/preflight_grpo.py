@@ -1,6 +1,6 @@
 """The preflight of grpo: a step of some groups, drawn, scored and learnt from with the code of grpo.py.
 
-In the update +1 and -1 stand in for the advantages, so that what it shows does not hang on the rewards.
+In the update +1 and -1 stand in for the advantages, so that its results do not depend on the rewards.
 
 Legend: P groups, G images of a group, K rewards, N = P G images.
 """

@@ -93,8 +93,9 @@ class TDMConfig:
     """Seed of everything drawn: adapters, prompts, times, noise; >= 0."""
     lora: LoraConfig | None = field(default_factory=LoraConfig)
     """The student's adapter, with rank, alpha and targets (--lora.help); the fake score has one like it, and the
-    teacher is the base without. null: student and fake score are all weights but the text fusion's, of copies; wants an
-    optim.lr of 1e-6 to 1e-5, 32 bytes a weight for the two (K2: 410 GB), and another copy in model.dtype (26 GB)."""
+    teacher is the model without it. null: student and fake score are all weights but the text fusion's, of copies;
+    wants an optim.lr of 1e-6 to 1e-5, 32 bytes a weight for the two (K2: 410 GB), and another copy in model.dtype
+    (26 GB)."""
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     fake: FakeConfig = field(default_factory=FakeConfig)
