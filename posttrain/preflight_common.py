@@ -201,7 +201,7 @@ class Checks:
         measured += f" {distance:.2g} of itself"
         if None in before:
             measured += "; the reference's is bit-identical" if kept else "; the reference's changed too"
-        remedy = "raise optim.lr" if kept else "the KL would pull to a moving end: report it"
+        remedy = "raise optim.lr" if kept else "the reference must not change: report it"
         return Row("policy moves", changed == len(watched) and self.moved and kept, measured, remedy)
 
     # ---- what it costs, and what comes out ----------------------------------------------------------------
