@@ -65,7 +65,7 @@ def phase(name: str) -> None:
 
 def _broken(name: str, error: Exception) -> Row:
     if isinstance(error, torch.OutOfMemoryError):
-        return Row(name, False, str(error).splitlines()[0], "lower micro_batch, or draw smaller images")
+        return Row(name, False, str(error).splitlines()[0], "lower micro_batch (grpo: groups.micro_batch) or sizes")
     traceback.print_exception(error)
     return Row(name, False, f"{type(error).__name__}: {error}", "the traceback above says where")
 

@@ -257,7 +257,7 @@ def test_no_memory_left_and_a_bug(check, monkeypatch):
     monkeypatch.setattr(preflight_grpo.GRPOChecks, "planted", planted)
     rows = check(1)
     assert failed(rows) == ["planted failure", "update"]
-    assert "Tried to allocate 20.00 GiB. | lower groups.micro_batch" in rows["update"][1]
+    assert "Tried to allocate 20.00 GiB. | lower micro_batch (grpo: groups.micro_batch)" in rows["update"][1]
     assert rows["planted failure"][1].startswith("ZeroDivisionError: here") and rows["policy gradient"][0] == "pass"
     assert rows["run"] == ("skipped", "how long a step takes to optimise is not known")
 
