@@ -198,43 +198,66 @@ def test_sample_with_an_adapter(command, parts, tmp_path):
     command.row("sample with an adapter", "4 steps, guidance 4.5", result)
 
 
-def test_pipeline_1(command, parts, tmp_path):
-    """recipes/k2/pipeline_1.yaml, killed in its middle and resumed."""
+CUTS = {
+    "pairs": {"pairs": 24, "block": 8, "min_margin": 0.0, "min_distance": 0.0, "tolerance": 1.0, "steps": 8,
+              "sizes": [list(SIZE)]},
+    "stpo": {"steps": 2, "batch": 4, "pairs.measured": 4, "pairs.heldout": 0.2},
+    "grpo": {"steps": 1, "groups.prompts_per_step": 1, "pool": {"kind": "uniform"}},
+    "tdm": {"steps": 2, "batch": 4, "fake.warmup": 1, "sizes": [list(SIZE)]},
+    "expander_data": {"captions": "prompts/k2/train.jsonl", "count": 100},
+    "expander_sft": {"steps": 2, "batch": 8, "measured": 8, "checkpoint.every": 2},
+    "expander": {"steps": 1, "eval.prompts": 1, "eval.every": 1, "groups.prompts_per_step": 1,
+                 "generation.max_tokens": 64},
+}  # fmt: skip
+"""What each stage of pipeline_1.yaml is cut to."""
+
+
+def pipeline_1(parts: Path, folder: Path, names: list[str], url: str) -> Path:
+    """recipes/k2/pipeline_1.yaml with these of its stages, as a file. `url` answers as a language model."""
     data = local(yaml.safe_load((ROOT / "recipes/k2/pipeline_1.yaml").read_text()), parts)
+    short = {f"eval.{key}": value for key, value in EVALUATION.items()} | {"eval.steps": 4}
+    short |= {"checkpoint.every": 1, "optim.warmup_steps": 0, "track.tensorboard": False}
+    data["output"] = str(folder / "pipeline")
+    data["stages"] = [stage for stage in data["stages"] if stage["name"] in names]
+    for stage in data["stages"]:
+        name, settings = stage["name"], stage.setdefault("set", {})
+        settings.pop("servers", None)
+        settings |= (short if name in ("stpo", "grpo", "tdm") else {}) | CUTS.get(name, {})
+        for field, value in settings.items():
+            if value == "${grpo}" and "grpo" not in names:
+                settings[field] = str(parts / "trained")
+        if name == "expander_data":
+            settings["writer"] = {"model": "m", "base_urls": url}
+        if name == "expander_sft":
+            settings["model"] = str(parts / "chat")
+        if name == "expander":
+            settings["diversity.path"] = str(parts / "dinov3")
+        if "recipes" in stage:
+            shipped = [file.removeprefix("recipes/").removesuffix(".yaml") for file in stage["recipes"]]
+            stage["recipes"] = [str(cut(file, parts, folder / name)) for file in shipped]
+    path = folder / "pipeline.yaml"
+    path.write_text(json.dumps(data, indent=1))
+    return path
+
+
+@pytest.mark.parametrize("half", ["raw to grpo", "tdm to expander"])
+def test_pipeline_1(command, parts, tmp_path, half):
+    """The stages of recipes/k2/pipeline_1.yaml in two halves, each short enough; the first is killed and resumed."""
+    first = ["pairs", "stpo", "grpo"]
+    second = ["tdm", "turbo", "turbo_lora", "expander_data", "expander_sft", "expander"]
     folder = tmp_path / "pipeline"
-    evaluation = {f"eval.{key}": value for key, value in EVALUATION.items()} | {"eval.steps": 4}
-    short = evaluation | {"checkpoint.every": 1, "optim.warmup_steps": 0, "track.tensorboard": False}
-    cuts = {
-        "pairs": {"pairs": 24, "block": 8, "min_margin": 0.0, "min_distance": 0.0, "tolerance": 1.0, "steps": 8,
-                  "sizes": [list(SIZE)]},
-        "stpo": short | {"steps": 2, "batch": 4, "pairs.measured": 4, "pairs.heldout": 0.2},
-        "grpo": short | {"steps": 1, "groups.prompts_per_step": 1, "pool": {"kind": "uniform"}},
-        "tdm": short | {"steps": 2, "batch": 4, "fake.warmup": 1, "sizes": [list(SIZE)]},
-        "expander_data": {"captions": "prompts/k2/train.jsonl", "count": 100},
-        "expander_sft": {"model": str(parts / "chat"), "steps": 2, "batch": 8, "measured": 8, "checkpoint.every": 2},
-        "expander": {"steps": 1, "diversity.path": str(parts / "dinov3"), "eval.prompts": 1, "eval.every": 1,
-                     "groups.prompts_per_step": 1, "generation.max_tokens": 64},
-    }  # fmt: skip
     with fake_writer.serving() as url:
-        data["output"] = str(folder)
-        for stage in data["stages"]:
-            recipes = [name.removeprefix("recipes/").removesuffix(".yaml") for name in stage.get("recipes", [])]
-            stage["recipes"] = [str(cut(name, parts, tmp_path / stage["name"])) for name in recipes]
-            stage["set"] = {k: v for k, v in stage.get("set", {}).items() if k != "servers"} | cuts.get(
-                stage["name"], {}
-            )
-            if stage["command"] == "export":
-                del stage["recipes"]
-                stage["set"]["allow_rounding"] = True
-            if stage["name"] == "expander_data":
-                stage["set"] |= {"writer": {"model": "m", "base_urls": url}}
-        path = tmp_path / "pipeline.yaml"
-        path.write_text(json.dumps(data, indent=1))
-        killed = command.run("run", path, kill_when=(folder / "pairs/candidates.jsonl").is_file)
-        assert killed.code == -9, killed.output[-3000:]
-        result = command.ok("run", path, "--resume")
+        path = pipeline_1(parts, tmp_path, first if half == "raw to grpo" else second, url)
+        words = []
+        if half == "raw to grpo":
+            killed = command.run("run", path, kill_when=(folder / "pairs/candidates.jsonl").is_file)
+            assert killed.code == -9, killed.output[-3000:]
+            words = ["--resume"]
+        result = command.ok("run", path, *words)
     state = json.loads((folder / "stages.json").read_text())
     assert all(entry["finished"] for entry in state.values())
-    assert (folder / "index.html").is_file() and (folder / "turbo/model_index.json").is_file()
+    assert (folder / "index.html").is_file()
+    if half != "raw to grpo":
+        assert json.loads((folder / "turbo/model_index.json").read_text())["is_distilled"]
     seconds = {name: entry["seconds"] for name, entry in state.items()}
-    command.row("run, killed and resumed", "k2/pipeline_1", result, **seconds)
+    command.row(f"run, {half}", "k2/pipeline_1", result, **seconds)
