@@ -18,6 +18,7 @@ from typing import Any
 
 from posttrain import cli, pipeline_fit, pipeline_plan
 from posttrain.evaluate import SHOWN
+from posttrain.pairs import BACKLOG
 from posttrain.source import FUSED_BYTES
 from prompts.errors import UserError
 from prompts.records import read_prompts
@@ -123,8 +124,9 @@ def _pairs(config: Any, name: str, ranks: int, on_node: int, image: Images) -> I
     block = 2 * config.block
     yield Row(name, "a turn's images, GB to a node", on_node * ranks * block * image.raw / 1e9,
               (ranks - 1) * block * image.raw * COMPRESSED / 1e9)  # fmt: skip
-    yield Row(name, "the same in one process's memory, GB", ranks * block * image.raw / 1e9,
-              block * image.raw * COMPRESSED / 1e9)  # fmt: skip
+    own = 2 * len(config.sizes) * block * image.raw  # being drawn, and of the turn before, being scored
+    yield Row(name, "images in the main process's memory, GB", ranks * block * image.raw / 1e9,
+              (own + BACKLOG + block * image.raw * COMPRESSED) / 1e9)  # fmt: skip
     yield Row(name, "a turn's images that one process encodes as PNG", ranks * block, block)
     drawn = [source.judged.group_size if source.judged else 2 for source in config.sources]
     mean = sum(count * source.share for count, source in zip(drawn, config.sources))

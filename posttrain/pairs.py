@@ -55,6 +55,8 @@ from rewards.serve import serve
 MEASURED = 7
 """Blocks for each one that measures what a forward and a decode cost, when its scores are there; the sizes take turns
 with the blocks, so it is no multiple of their usual number."""
+BACKLOG = 2**30
+"""Bytes of pairs that wait for the disk on the main process; with more, it waits for them to be written."""
 MAY_CHANGE = {"output", "servers", "track", "tries"}
 """Settings that a run that goes on may change: they do not decide what the pairs are."""
 
@@ -130,6 +132,7 @@ def _make(
     plan, cost = Plan(config), Cost()
     with contextlib.ExitStack() as stack:
         aside = stack.enter_context(ThreadPoolExecutor(1, "pairs"))  # the last to end: what it waits for is ended first
+        disk = stack.enter_context(ThreadPoolExecutor(1, "disk"))  # apart: what is written does not wait for scores
         rewards = load_rewards(config.rewards, urls)
         queue = stack.enter_context(ScoreQueue(rewards)) if rewards else None
         judged = [reward.spec for reward in rewards if isinstance(reward.function, JudgeReward)]
@@ -143,7 +146,7 @@ def _make(
         run.start(config.pairs, sum(before))
         compiling = drawer.warm_up()
         startup.lap("warm_up")
-        writing: list[Future[None]] = []
+        writing: list[tuple[Future[None], int]] = []  # and the bytes of each
         began = time.perf_counter()
 
         def settle(turn: Sequence[Block], mine: Mapping[int, Future[Drawn]]) -> None:
@@ -156,20 +159,20 @@ def _make(
             cost.waited += sum(seconds for seconds, _ in by_rank)
             parts = [part for _, part in by_rank]
             owners = {i: rank for rank, part in enumerate(parts) for i in part}
-            while writing and writing[0].done():
-                writing.pop(0).result()
             for i, block in enumerate(turn):
+                while writing and (writing[0][0].done() or sum(size for _, size in writing) > BACKLOG):
+                    writing.pop(0)[0].result()
                 entry, spent = parts[owners[i]][i]
                 first = sum(plan.kept)
                 _trim(entry, plan.room(block))
                 count = pair_plan.kept(entry)
-                # The images travel as PNG, to the main process alone, which holds one block at a time.
+                # The images travel as PNG, one block at a time, to the main process alone.
                 rows = procs.deliver({0: own[i].rows[:count]} if i in own else {}).get(owners[i], [])
                 if untried and rows:
                     untried = False
                     _check_judges(judged, run, urls, records, entry, rows)
                 if output is not None:
-                    writing.append(aside.submit(output.add, first, entry, rows))
+                    writing.append((disk.submit(output.add, first, entry, rows), _bytes(rows)))
                 plan.take(block, count)
                 cost.add(spent)
                 fates = {f"fate/{name}": n for name, n in Counter(entry["fates"]).items()}
@@ -193,7 +196,7 @@ def _make(
                 before_it = turn, drawn
             if before_it is not None:
                 settle(*before_it)
-        for written in writing:
+        for written, _ in writing:
             written.result()
         seconds = (time.perf_counter() - began) * procs.size
         _check_outcome(config, run, plan, output)
@@ -339,6 +342,11 @@ def block_cost(config: PairsConfig, k2: K2, block: Block) -> float:
     ways = [pair_plan.resolved(config, draw) for draw in pair_plan.draws(source)]
     forwards = sum((way.steps or 0) * (2 if way.guidance else 1) for way in ways)
     return images * forwards * flops.of_sizes(k2, [block.size])[0]
+
+
+def _bytes(rows: Sequence[dict[str, Any]]) -> int:
+    """Of the images of pairs."""
+    return sum(len(row[name]["bytes"]) for row in rows for name in ("chosen", "rejected"))
 
 
 def _trim(entry: dict[str, Any], room: int) -> None:

@@ -25,6 +25,7 @@ from posttrain.pair_choice import degrade
 from posttrain.pairs_config import DeltaConfig, DrawConfig, JudgedConfig, PairsConfig, PairSource
 from posttrain.policy import POLICY, described, load_model, saved_tensors
 from posttrain.preferences import Preference, read_preferences
+from posttrain.processes import Processes
 from posttrain.ranges import ConfigError
 from posttrain.report import write_report
 from posttrain.validate import validate
@@ -195,6 +196,29 @@ def test_no_block_is_written_after_one_that_could_not_be():
     disk.full = False
     output.add(3, {"block": 2}, [])
     assert disk.held == ["a", 0]
+
+
+def test_the_main_process_holds_little_that_waits_for_the_disk(whole, tmp_path, model, monkeypatch):
+    written, received = [], []
+    add, deliver = pairs.Output.add, Processes.deliver
+
+    def slow(self, first, entry, rows):
+        time.sleep(0.05)
+        add(self, first, entry, rows)
+        written.append(len(rows))
+
+    def watched(self, parcels):
+        assert sum(written) == sum(received)  # before the next block comes
+        found = deliver(self, parcels)
+        received.append(len(found.get(0, [])))
+        return found
+
+    monkeypatch.setattr(pairs, "BACKLOG", 0)
+    monkeypatch.setattr(pairs.Output, "add", slow)
+    monkeypatch.setattr(Processes, "deliver", watched)
+    config = recipe(tmp_path, model)
+    pairs.make(config)
+    assert sum(received) == 12 and made(config.output) == made(whole.output)
 
 
 def test_two_processes_make_the_same_set(whole, tmp_path):
