@@ -18,7 +18,7 @@ from posttrain.policy import earlier_of, is_student
 
 AS_BASE = "as-the-base-model"
 LEAST_KEPT = 0.98
-"""Of the change that adapters make to the weights: an export that keeps less is refused unless told otherwise."""
+"""Of what was trained, by the change of the weights: an export that keeps less is refused unless told otherwise."""
 METHODS = {
     "stpo": "preference optimisation on pairs of pictures (STPO)",
     "grpo": "reinforcement learning with groups of images (GRPO), without guidance",
@@ -30,7 +30,7 @@ LEFT_OUT = {"output", "servers", "track", "model", "prompts", "rewards", "checkp
 
 @dataclass(frozen=True)
 class Rounding:
-    """What is left of a change of weights that adapters make, once it is merged into weights of a type."""
+    """What is left of a change of weights, once it is merged into weights of a type."""
 
     dtype: str
     """float32 or bfloat16"""
@@ -46,7 +46,7 @@ class Rounding:
     """The share for whoever loads the weights in bfloat16."""
 
     def __str__(self) -> str:
-        told = f"merged in {self.dtype}: {self.share:.3f} of the change that adapters make is kept ({self.least:.3f} in"
+        told = f"merged in {self.dtype}: {self.share:.3f} of what was trained is kept ({self.least:.3f} in"
         told += f" {self.layer}; the change is {100 * self.size:.2g} % of the weights)"
         return told if self.dtype == "bfloat16" else f"{told}; loaded in bfloat16 it is {self.bfloat16:.3f}"
 
@@ -149,7 +149,7 @@ def _precision(format: str, rounding: Rounding | None) -> str:
         told = "Factors are float32, as they were evaluated. A tool that computes in bfloat16 and rounds a layer's"
         told += " output before it adds theirs, as diffusers does, loses changes below half a last place of it."
         return f"## Precision\n\n{told}"
-    return "" if rounding is None else f"## Precision\n\nAdapters were {rounding}."
+    return "" if rounding is None else f"## Precision\n\nWeights were {rounding}."
 
 
 def _figures(saved: Checkpoint) -> str:

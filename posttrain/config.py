@@ -327,7 +327,7 @@ class ExportConfig:
     """float32: write the transformer of diffusers or original in float32, which keeps all of what was trained (K2: 51
     GB). null: in the type that the run's model had."""
     allow_rounding: bool = False
-    """Write diffusers or original although its type keeps less than 0.98 of the change that adapters make."""
+    """Write diffusers or original although its type keeps less than 0.98 of what was trained."""
     license: str | None = None
     """Licence of the card, a name that the hub knows, such as apache-2.0; null: as the base model's card says."""
     push: str | None = None

@@ -30,7 +30,7 @@ from posttrain.early import check_new
 from posttrain.exported import check_lora, check_pipeline, check_weights
 from posttrain.hub import check_push, push
 from posttrain.k2 import K2
-from posttrain.load import empty_transformer, quiet
+from posttrain.load import empty_transformer, keeps_fp32, quiet
 from posttrain.policy import POLICY, add_saved_policy, earlier_of, load_base
 from posttrain.roles import Kept
 from prompts.errors import UserError
@@ -89,10 +89,11 @@ def write(
     # Adapters give weights new memory, so that what is here stays; weights that were trained are copied into them.
     before = {k: v.clone() if adapter is None else v for k, v in k2.base_state_dict().items()}
     after, rounding = _merged(k2, saved, before, dtype)
-    if rounding is not None and rounding.share < LEAST_KEPT and not allow_rounding:
+    if rounding.share < LEAST_KEPT and not allow_rounding:
+        exact = "--dtype float32, which keeps" if adapter is None else "--dtype float32 or --format lora, which keep"
         raise UserError(
-            f"format: {format} {rounding}; less than {LEAST_KEPT:g} is refused: use --dtype float32 or --format lora,"
-            " which keep all of it, or insist with --allow_rounding true"
+            f"format: {format} {rounding}; less than {LEAST_KEPT:g} is refused: use {exact} all of it, or insist with"
+            " --allow_rounding true"
         )
     model = empty_transformer(saved.state["model"]["path"]).state_dict()
     if format == "original":
@@ -114,25 +115,39 @@ def write(
 
 def _merged(
     k2: K2, saved: Checkpoint, before: Mapping[str, Tensor], dtype: str | None
-) -> tuple[dict[str, Tensor], Rounding | None]:
+) -> tuple[dict[str, Tensor], Rounding]:
     """The transformer's weights with what was trained, all stages added in fp32 and rounded once; and what is left of
-    the change that adapters make. `before` are its weights without. Raises UserError if none of them changes."""
+    the change. `before` are its weights without. Raises UserError if none of them changes."""
     if dtype is not None:
         k2.transformer.to(getattr(torch, dtype))
     add_saved_policy(k2, saved)
-    k2.stack_role(POLICY)
     written = torch.float32 if dtype is not None else k2.dtype
-    kept = k2.merge_stack(written, torch.bfloat16)
+    full = saved.state["lora"] is None
+    kept = _kept_of_full(k2, before, written) if full else {}
+    k2.stack_role(POLICY)
+    kept |= k2.merge_stack(written, torch.bfloat16)
     after = k2.base_state_dict()
     if not any(not torch.equal(before[k].to(v.dtype), v) for k, v in after.items()):
-        what = "what was trained" if saved.state["lora"] is None else "the adapter"
+        what = "what was trained" if full else "the adapter"
         raise UserError(f"{saved.path}: merged in {written}, {what} changes no weight; train longer or in float32")
-    if not kept:
-        return after, None
     whole, whole_bf16 = (sum((each[i] for each in kept.values()), Kept(0.0, 0.0, 0.0)) for i in range(2))
     least = min(kept, key=lambda layer: kept[layer][0].share)
     name = str(written).removeprefix("torch.")
     return after, Rounding(name, whole.share, least, kept[least][0].share, whole.size, whole_bf16.share)
+
+
+def _kept_of_full(k2: K2, before: Mapping[str, Tensor], written: torch.dtype) -> dict[str, list[Kept]]:
+    """What rounding to `written`, and to bfloat16, leaves of the change of weights that were all trained, by weight.
+
+    Those that diffusers keeps in fp32 are left out: they are written as they are.
+    """
+    kept = {}
+    for key, trained in k2.role_named_parameters(POLICY).items():
+        if keeps_fp32(key):
+            continue
+        weight, value = before[key].float(), trained.detach().float()
+        kept[key] = [Kept.of(weight, value - weight, value, grid) for grid in (written, torch.bfloat16)]
+    return kept
 
 
 def scaled_factors(saved: Checkpoint) -> dict[str, Tensor]:

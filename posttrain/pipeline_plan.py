@@ -176,11 +176,12 @@ def _check_inputs(stage: Stage, earlier: list[Stage]) -> None:
 def _check_rounding(config: ExportConfig, maker: Stage) -> None:
     """Raises UserError for an export that may be refused when all has been trained: what is merged into bfloat16 is
     rounded, by how much is only known then."""
-    merges = not config.format.startswith("lora") and getattr(maker.config, "lora", None) is not None
-    if merges and maker.config.model.dtype == "bfloat16" and config.dtype is None and not config.allow_rounding:
+    merges = not config.format.startswith("lora") and config.dtype is None and not config.allow_rounding
+    if merges and maker.config.model.dtype == "bfloat16":
+        exact = "dtype: float32" if maker.config.lora is None else "dtype: float32, or format: lora,"
         raise UserError(
-            f"format: {config.format} merges the adapters of {maker.name} into bfloat16, which may lose too much of"
-            " what they change, and is refused then; set dtype: float32, or format: lora, or allow_rounding: true"
+            f"format: {config.format} merges what {maker.name} trains into bfloat16, which may lose too much of it, and"
+            f" is refused then; set {exact} or allow_rounding: true"
         )
 
 

@@ -173,7 +173,7 @@ def test_export(command, grpo, tmp_path, model):
     result = export(tmp_path / "out")
     assert (result.returncode, result.stderr) == (0, "")
     kept, wrote = result.stdout.splitlines()
-    assert kept.startswith("posttrain: merged in float32: 1.000 of the change that adapters make is kept (")
+    assert kept.startswith("posttrain: merged in float32: 1.000 of what was trained is kept (")
     assert wrote.startswith(f"posttrain: wrote {tmp_path}/out (diffusers) from ")
 
 

@@ -56,7 +56,7 @@ def test_an_export_that_could_be_refused_in_the_end_is_refused_at_once(tmp_path,
         kept = [stage for stage in data["stages"] if stage["command"] in ("pairs", "stpo", "grpo", "tdm", "export")]
         (tmp_path / "p.yaml").write_text(json.dumps(data | {"stages": kept}))
         assert dry(tmp_path / "p.yaml") == code
-    says = "error: stage turbo: format: diffusers merges the adapters of tdm into bfloat16, which may lose too much"
+    says = "error: stage turbo: format: diffusers merges what tdm trains into bfloat16, which may lose too much"
     assert says in capsys.readouterr().err
 
 

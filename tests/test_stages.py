@@ -124,12 +124,12 @@ def test_an_export_that_rounds_too_much_is_refused(model, tmp_path, capsys):
         told = capsys.readouterr().out
         share = float(told.split("merged in bfloat16: ")[1].split()[0])
         card = tmp_path / ("out/README.md" if format == "diffusers" else "out.md")
-        assert 0.3 < share < 0.8 and f"Adapters were merged in bfloat16: {share:.3f} of the change" in card.read_text()
+        assert 0.3 < share < 0.8 and f"Weights were merged in bfloat16: {share:.3f} of what" in card.read_text()
         assert "torch_dtype=torch.float32" in card.read_text()
 
     assert cli.main([*arguments, str(tmp_path / "whole"), "--dtype", "float32"]) == 0
     told = capsys.readouterr().out
-    assert "merged in float32: 1.000 of the change" in told and f"loaded in bfloat16 it is {share:.3f}" in told
+    assert "merged in float32: 1.000 of what" in told and f"loaded in bfloat16 it is {share:.3f}" in told
     k2 = load_checkpoint(checkpoint.load(second))
     factors, wanted = k2.active_factors(POLICY), {k: v.float() for k, v in k2.base_state_dict().items()}
     for key, value in factors.items():
@@ -140,6 +140,27 @@ def test_an_export_that_rounds_too_much_is_refused(model, tmp_path, capsys):
     options = ["--format", "lora", "--dtype", "float32"]
     assert cli.main([*arguments, str(tmp_path / "b.safetensors"), *options]) == 2
     assert "dtype: a file of format lora is in float32 anyway" in capsys.readouterr().err
+
+
+def test_all_weights_that_round_too_much_are_refused_too(model, tmp_path, capsys):
+    """Each weight moves by .05 % of the weights' size: bf16 keeps some of it, float32 all."""
+    config = ModelConfig(str(model), dtype="bfloat16")
+    k2 = load_model(config, "cpu")
+    k2.add_full_role(POLICY)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in k2.role_parameters(POLICY):
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data += 5e-4 * parameter.data.norm() / parameter.numel() ** 0.5 * noise
+    state = {"lora": None, "model": vars(config), "origin": k2.origin, "method": "stpo"}
+    checkpoint.save(tmp_path / "run/checkpoints", 1, saved_tensors(k2), state, 1)
+    arguments = ["export", "--source", str(tmp_path / "run"), "--output"]
+    assert cli.main([*arguments, str(tmp_path / "out")]) == 2
+    says = capsys.readouterr().err
+    share = float(says.split("merged in bfloat16: ")[1].split()[0])
+    assert 0.05 < share < 0.5 and "--dtype float32, which keeps all of it" in says and "--format lora" not in says
+    assert cli.main([*arguments, str(tmp_path / "whole"), "--dtype", "float32"]) == 0
+    assert "1.000 of what was trained is kept" in (told := capsys.readouterr().out)
+    assert f"loaded in bfloat16 it is {share:.3f}" in told
 
 
 def test_resumed_equals_uninterrupted_on_a_stack(model, tmp_path):

@@ -177,7 +177,7 @@ def test_exports(command, parts, tmp_path):
         ("diffusers", "diffusers", ["--allow_rounding", "true"]),
     ):
         result = command.ok("export", "--source", run, "--output", tmp_path / name, "--format", format, *words)
-        kept = re.search(r"([0-9.]+) of the change that adapters make is kept", result.output)
+        kept = re.search(r"([0-9.]+) of what was trained is kept", result.output)
         assert (kept is None) == format.startswith("lora"), result.output[-3000:]
         command.row(f"export {format}", "0.05 % of the weights", result, kept=kept and float(kept[1]))
         if not format.startswith("lora"):  # 26 to 34 GB
