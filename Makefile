@@ -6,8 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 VLLM ?= .venv-vllm
 BIN := $(VENV)/bin
-# A file's tests stay together, since they share what they make first.
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+# A file's tests stay together, since they share what they make first; files come in the order of tests/conftest.py.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 TORCH := $(shell sed -n 's/^ *"\(torch>=[^"]*\)",/\1/p' pyproject.toml)
 
 # Nothing from outside the environment, and one thread a process: two test runs on one machine must not fight.

@@ -6,6 +6,14 @@ import pytest
 
 from tests import runs
 
+LONGEST = ("sharding", "elastic", "pipeline", "processes", "pairs", "docs", "tdm", "bench", "expander_rl", "judge_client")
+"""Files that take longest, for which the others need not wait in the end."""
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
