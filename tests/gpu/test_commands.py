@@ -109,7 +109,8 @@ def test_tdm(command, parts, tmp_path):
     recipe = cut("k2/tdm", parts, tmp_path, output=str(run), steps=4, batch=8, micro_batch=4, eval=EVALUATION,
                  checkpoint=SHORT, fake={"warmup": 1})  # fmt: skip
     result = command.ok("tdm", "--config", recipe, "--model.start", "null", "--optim.warmup_steps", 0)
-    trained(run, 4)
+    saved = trained(run, 4)
+    assert saved.state["method"] == "tdm" and saved.state["student"]["steps"] == [8]
     command.row("tdm", "k2/tdm", result, run, images=8)
 
 
