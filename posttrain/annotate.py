@@ -30,11 +30,11 @@ from typing import Any
 from PIL import Image
 
 from posttrain.annotations import ANSWERS, Mode, Schedule, Showing, Side, Store, person, schedule
+from posttrain.errors import UserError
 from posttrain.human_pairs import Pairs
 from posttrain.marked_images import Images
 from posttrain.pairs_config import AnnotateConfig
 from posttrain.validate_pairs import is_loopback
-from prompts.errors import UserError
 
 LEAST_LETTERS = 8  # of a password
 ENOUGH_TIMES = 5  # answers before the page says how long the rest may take

@@ -14,7 +14,7 @@ from starlette.datastructures import URL, Headers, MutableHeaders
 from starlette.responses import PlainTextResponse, Response
 
 from posttrain.annotations import person
-from prompts.errors import UserError
+from posttrain.errors import UserError
 
 if TYPE_CHECKING:
     from posttrain.annotate import Desk

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from posttrain.disk import sync
-from prompts.errors import UserError
+from posttrain.errors import UserError
 
 Mode = Literal["preference", "artifact"]
 """preference: which of two images is better; artifact: whether one image has faults."""

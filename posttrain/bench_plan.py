@@ -25,11 +25,11 @@ from posttrain.bench_config import BenchConfig
 from posttrain.bench_tiers import BLOCK_BYTES, parts_of, tiers
 from posttrain.cli import load_config
 from posttrain.config import GRPOConfig
+from posttrain.errors import UserError
 from posttrain.load import sizes_of
 from posttrain.source import FUSED_BYTES
 from posttrain.stpo_config import STPOConfig
 from posttrain.tdm_config import TDMConfig
-from prompts.errors import UserError
 
 Recipe = GRPOConfig | STPOConfig | TDMConfig
 METHODS = ("grpo", "stpo", "tdm")

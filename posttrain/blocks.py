@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import checkpoint
 
+from posttrain.errors import UserError
 from posttrain.roles import STAGES, switched
-from prompts.errors import UserError
 
 WAYS = 64
 """Ways to use a block that are compiled, at most; torch runs any further one uncompiled, with a warning."""

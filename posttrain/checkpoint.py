@@ -33,8 +33,8 @@ from torch import Tensor
 
 from posttrain import shards
 from posttrain.disk import sync
+from posttrain.errors import UserError
 from posttrain.optimizer import moment, parts
-from prompts.errors import UserError
 from prompts.parse import parse_json
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 
 WIDTH = 120
 """Columns of the table where stdout is no terminal."""

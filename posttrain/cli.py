@@ -25,6 +25,7 @@ from posttrain.bench_config import BenchConfig
 from posttrain.carryover_config import CarryoverConfig
 from posttrain.config import ExportConfig, GRPOConfig, ReportConfig, SampleConfig, ServeConfig
 from posttrain.early import CHECK
+from posttrain.errors import UserError
 from posttrain.expander_config import ExpandConfig, ExpanderDataConfig, ExpanderSFTConfig
 from posttrain.expander_rl_config import ExpanderGDPOConfig
 from posttrain.judge_config import JudgeConfig
@@ -35,7 +36,6 @@ from posttrain.recipe import check_recipe, completed, describe, dumped, field_ty
 from posttrain.stpo_config import STPOConfig
 from posttrain.tdm_config import TDMConfig
 from posttrain.validate import validate
-from prompts.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ import yaml
 
 from posttrain import model_files, pair_plan
 from posttrain.changes import changes, told
+from posttrain.errors import UserError
 from posttrain.lock import lock
-from prompts.errors import UserError
 from prompts.records import read_prompts
 from rewards.base import RewardSpec
 from rewards.load import check_addresses, check_rewards

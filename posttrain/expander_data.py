@@ -31,12 +31,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from posttrain.errors import UserError
 from posttrain.expander_config import ExpanderDataConfig, WriterConfig
 from posttrain.nano import captions as nano_captions
 from posttrain.nano import expander_pairs
 from posttrain.preference_sources import open_source
 from posttrain.validate_expander import NANO
-from prompts.errors import UserError
 from prompts.templates import load_template
 from rewards.endpoints import JudgeError
 from rewards.judge import Judge

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from posttrain import sampler
+from posttrain.errors import UserError
 from posttrain.expander_eval import ExpanderEvaluation, ExpanderEvaluator
 from posttrain.expander_policy import Policy
 from posttrain.expander_rl_config import ExpanderGDPOConfig
@@ -26,7 +27,6 @@ from posttrain.judge_check import check_judges
 from posttrain.loop import MAX_SKIPPED
 from posttrain.processes import Processes
 from posttrain.track import Run, peak_memory
-from prompts.errors import UserError
 from prompts.records import PromptRecord
 from rewards.noise import PREFIX, noise_of
 

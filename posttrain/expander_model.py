@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain import sampler, startup
+from posttrain.errors import UserError
 from posttrain.expander_template import messages, template
 from posttrain.fingerprint import fingerprint
 from posttrain.load import quiet
-from prompts.errors import UserError
 
 CARD = "expander.json"
 """Lies beside an adapter: its base, the base's fingerprint, and the template's hash."""

@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from posttrain.config import LoraConfig
+from posttrain.errors import UserError
 from posttrain.expander_model import check_base, load_chat_model, resolve, write_card
 from posttrain.expander_rl_config import ChatModelConfig
 from posttrain.expander_score import Expansion
 from posttrain.expander_template import messages, template
 from posttrain.fingerprint import fingerprint
-from prompts.errors import UserError
 from prompts.records import PromptRecord
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

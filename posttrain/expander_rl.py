@@ -36,6 +36,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from posttrain import sampler
+from posttrain.errors import UserError
 from posttrain.expander_eval import ExpanderEvaluator
 from posttrain.expander_follow import Follow, Shared, diversity_weight
 from posttrain.expander_model import CARD, write_card
@@ -48,7 +49,6 @@ from posttrain.render import make_renderer
 from posttrain.track import Run
 from posttrain.training import Urls, in_run, resuming
 from posttrain.trl_checkpoint import PlainState, Sealed, newest
-from prompts.errors import UserError
 from prompts.records import PromptRecord, read_prompts
 from rewards.diversity import Features
 from rewards.load import load_rewards

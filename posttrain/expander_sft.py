@@ -32,6 +32,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from posttrain import clipping
+from posttrain.errors import UserError
 from posttrain.expander_config import ExpanderSFTConfig
 from posttrain.expander_model import load_chat_model, resolve, write_card
 from posttrain.expander_template import messages, template
@@ -42,7 +43,6 @@ from posttrain.processes import Processes
 from posttrain.track import Run, peak_memory
 from posttrain.trl_checkpoint import PlainState, Sealed, newest
 from posttrain.validate import JUDGE_TARGETS
-from prompts.errors import UserError
 
 LOGGED = ("loss", "mean_token_accuracy", "entropy", "grad_norm", "learning_rate")
 """What metrics.jsonl has of all that the trainer logs; entropy is of the next token, in nats."""

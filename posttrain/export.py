@@ -27,13 +27,13 @@ from posttrain.card import LEAST_KEPT, Rounding, model_card
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import ExportConfig
 from posttrain.early import check_new
+from posttrain.errors import UserError
 from posttrain.exported import check_lora, check_pipeline, check_weights
 from posttrain.hub import check_push, push
 from posttrain.k2 import K2
 from posttrain.load import empty_transformer, keeps_fp32, quiet
 from posttrain.policy import POLICY, add_saved_policy, earlier_of, load_base
 from posttrain.roles import Kept
-from prompts.errors import UserError
 
 B = "lora_B.weight"
 DIFFUSERS_PREFIX, ORIGINAL_PREFIX = "transformer.", "diffusion_model."

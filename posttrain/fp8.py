@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from posttrain.errors import UserError
 from posttrain.k2 import K2
 from posttrain.linears import Adapted, Frozen8
 from posttrain.machine import check_fp8
-from prompts.errors import UserError
 
 
 def quantize(k2: K2, device: str | torch.device) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor
 from posttrain import advantages, checkpoint, flops, losses, sampler, sharding
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import GRPOConfig
+from posttrain.errors import UserError
 from posttrain.evaluate import Evaluator, means
 from posttrain.judge_check import SHOWN, check_judges
 from posttrain.k2 import K2, Text, to_pil
@@ -38,7 +39,6 @@ from posttrain.rollout import Trajectory, rollout
 from posttrain.source import PromptSource, cut_prompts
 from posttrain.track import Run
 from posttrain.training import Training, Urls, in_run, resuming
-from prompts.errors import UserError
 from prompts.records import PromptRecord, columns, read_prompts
 from rewards.background import ScoreQueue
 from rewards.base import Noise, Scores

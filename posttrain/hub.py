@@ -9,7 +9,7 @@ from huggingface_hub import CommitOperationAdd
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 
 
 def check_push(name: str) -> None:

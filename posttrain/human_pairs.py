@@ -18,9 +18,9 @@ from rich.progress import track
 
 from posttrain import agreement, marked_images
 from posttrain.annotations import read
+from posttrain.errors import UserError
 from posttrain.pairs_config import AnnotationsConfig
 from posttrain.preferences import Preference, PreferenceWriter, Skipped, read_preferences
-from prompts.errors import UserError
 
 
 def write(config: AnnotationsConfig) -> None:

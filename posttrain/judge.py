@@ -38,6 +38,7 @@ from posttrain import checkpoint, losses, startup
 from posttrain.calibration import auroc, brier, expected_calibration_error, reliability
 from posttrain.checkpoint import Checkpoint
 from posttrain.early import check_run
+from posttrain.errors import UserError
 from posttrain.fingerprint import fingerprint
 from posttrain.judge_card import numbers, write_adapter
 from posttrain.judge_config import JudgeConfig
@@ -46,7 +47,6 @@ from posttrain.judge_records import fingerprint as fingerprint_of_records
 from posttrain.loop import Loop, Stepper
 from posttrain.track import Run, peak_memory
 from posttrain.validate import JUDGE_TARGETS
-from prompts.errors import UserError
 from prompts.templates import Template, load_template
 from rewards.vlm import VLM, Inputs
 

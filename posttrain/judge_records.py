@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
+from posttrain.errors import UserError
 from posttrain.judge_config import JudgeConfig
 from posttrain.preference_sources import Skipped
 from posttrain.preferences import Preference, Preferences, read_preferences
-from prompts.errors import UserError
 from prompts.parse import parse_json
 from prompts.templates import Template
 

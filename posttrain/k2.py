@@ -26,12 +26,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain import sampler
 from posttrain.blocks import Blocks
+from posttrain.errors import UserError
 from posttrain.linears import Adapted
 from posttrain.load import load_pipeline, random_pipeline
 from posttrain.offload import Offloaded, uses
 from posttrain.roles import Roles
 from posttrain.velocity import VelocityModel
-from prompts.errors import UserError
 
 DECODED = 2**20
 """Pixels that are decoded at a time, if that is not less than a picture and not more than 16: some 3 kB each in K2."""

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from transformers import Qwen3VLConfig, Qwen3VLModel
 
 from posttrain import original
+from posttrain.errors import UserError
 from posttrain.frame import flatten_time
 from posttrain.model_files import check_directory, is_hub_id
-from prompts.errors import UserError
 
 
 def load_pipeline(

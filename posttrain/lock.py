@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import IO
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 
 
 def lock(folder: Path, holder: str = "another posttrain command") -> IO[str]:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from posttrain import checkpoint, clipping, shards
 from posttrain.config import CheckpointConfig, LossConfig, OptimConfig
+from posttrain.errors import UserError
 from posttrain.optimizer import make_optimizer, median_root, set_group
-from prompts.errors import UserError
 
 MAX_SKIPPED = 10
 """Updates in a row whose gradient was not finite, after which a run ends."""

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from posttrain import original
+from posttrain.errors import UserError
 from posttrain.k2 import K2
 from posttrain.roles import TARGETS
-from prompts.errors import UserError
 
 A, B = "lora_A.weight", "lora_B.weight"
 PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.", "model.diffusion_model.")

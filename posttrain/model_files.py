@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 
 PARTS = ("transformer", "text_encoder", "vae")
 TYPES = {"float32": "F32", "bfloat16": "BF16"}

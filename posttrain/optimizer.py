@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from posttrain.config import OptimConfig
-from prompts.errors import UserError
+from posttrain.errors import UserError
 
 FLOOR = 1e-12
 """torchao's lower bound for the greatest moment of each block of 256."""

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from posttrain import flops, pair_plan, pair_quality, sampler, startup
 from posttrain.drawing import Cost, Drawer
+from posttrain.errors import UserError
 from posttrain.judge_check import SHOWN, check_judges
 from posttrain.k2 import K2, to_pil
 from posttrain.pair_choice import KEPT, Decision, Rules, decide_groups, decide_pairs
@@ -44,7 +45,6 @@ from posttrain.processes import Processes
 from posttrain.source import in_turn
 from posttrain.track import Run, peak_memory
 from posttrain.training import resuming
-from prompts.errors import UserError
 from prompts.records import PromptRecord, columns, read_prompts
 from rewards.background import ScoreQueue
 from rewards.base import RewardSpec, Scores

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from posttrain.errors import UserError
 from posttrain.pipeline_plan import TRAINING, Stage
-from prompts.errors import UserError
 from rewards.serve import ServerSpec, memory_share, missing
 
 TEXT = 105

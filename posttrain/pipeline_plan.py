@@ -15,9 +15,9 @@ from typing import Any
 
 from posttrain import cli
 from posttrain.config import ExportConfig
+from posttrain.errors import UserError
 from posttrain.pipeline_config import PipelineConfig, StageConfig
 from posttrain.recipe import read_recipe, suggestion
-from prompts.errors import UserError
 from prompts.records import read_prompts
 from rewards.base import RewardSpec
 from rewards.load import check_addresses, check_rewards

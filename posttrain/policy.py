@@ -22,12 +22,12 @@ from posttrain.blocks import set_attention
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import LoraConfig, ModelConfig
 from posttrain.early import DISTILLED_REMEDY
+from posttrain.errors import UserError
 from posttrain.fingerprint import fingerprint
 from posttrain.fp8 import quantize
 from posttrain.k2 import K2
 from posttrain.offload import place
 from posttrain.roles import TARGETS
-from prompts.errors import UserError
 
 POLICY = "policy"
 

@@ -25,8 +25,8 @@ import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 from PIL import Image, UnidentifiedImageError
 
+from posttrain.errors import UserError
 from posttrain.pairs_config import ColumnMap
-from prompts.errors import UserError
 from prompts.parse import parse_json
 
 

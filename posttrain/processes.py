@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from posttrain import shards, startup
-from prompts.errors import UserError
+from posttrain.errors import UserError
 from rewards.base import Scores
 
 TIMEOUT = "POSTTRAIN_TIMEOUT"

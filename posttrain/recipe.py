@@ -16,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 
 MOST_VALUES = 100_000
 """In a recipe."""

@@ -23,10 +23,10 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from posttrain import sampler, startup
+from posttrain.errors import UserError
 from posttrain.expander_rl_config import RendererConfig
 from posttrain.k2 import K2, Text, to_pil
 from posttrain.sample import GUIDANCE, STEPS
-from prompts.errors import UserError
 from rewards.base import WINDOW
 from rewards.endpoints import Endpoints, JudgeError, share
 from rewards.traffic import Sent

@@ -24,9 +24,9 @@ from diffusers import Krea2Transformer2DModel
 from torch import Tensor, nn
 
 from posttrain import sampler, shards
+from posttrain.errors import UserError
 from posttrain.linears import Adapted
 from posttrain.load import check_names
-from prompts.errors import UserError
 
 TARGETS = ("to_q", "to_k", "to_v", "to_gate", "to_out.0", "ff.gate", "ff.up", "ff.down")
 """The linears of a transformer block that a role adapts by default: all of them."""

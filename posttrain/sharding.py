@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from posttrain import fsdp, shards, zero
+from posttrain.errors import UserError
 from posttrain.k2 import K2
 from posttrain.processes import Processes
 from posttrain.velocity import VelocityModel
-from prompts.errors import UserError
 
 
 @contextlib.contextmanager

@@ -46,6 +46,7 @@ from torch import Tensor
 
 from posttrain import checkpoint, flops, sampler, sharding
 from posttrain.checkpoint import Checkpoint
+from posttrain.errors import UserError
 from posttrain.evaluate import Evaluation, Evaluator
 from posttrain.k2 import K2, Text
 from posttrain.latents import Batch, EncodedPairs, Job, encode_pairs, noised
@@ -59,7 +60,6 @@ from posttrain.source import in_turn
 from posttrain.stpo_config import PreferenceLossConfig, STPOConfig
 from posttrain.track import Run
 from posttrain.training import Training, Urls, in_run, resuming
-from prompts.errors import UserError
 from prompts.records import PromptRecord, read_prompts
 from rewards.load import load_rewards, record
 

@@ -47,6 +47,7 @@ from torch import Tensor
 
 from posttrain import checkpoint, figures, sampler, sharding, tdm_loss
 from posttrain.checkpoint import Checkpoint
+from posttrain.errors import UserError
 from posttrain.evaluate import Evaluation, Evaluator, Way
 from posttrain.k2 import K2, Text
 from posttrain.loop import Clock, Stepper
@@ -59,7 +60,6 @@ from posttrain.tdm_config import TDMConfig
 from posttrain.tdm_rollout import MU, Batch, Points, roll_out
 from posttrain.track import Run
 from posttrain.training import Training, Urls, in_run, resuming
-from prompts.errors import UserError
 from prompts.records import PromptRecord, read_prompts
 from rewards.load import load_rewards
 

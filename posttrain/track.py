@@ -43,9 +43,9 @@ from posttrain.changes import changes, told
 from posttrain.config import TrackConfig
 from posttrain.disk import replace_text
 from posttrain.early import check_run
+from posttrain.errors import UserError
 from posttrain.lock import lock
 from posttrain.progress import Progress, grid_image
-from prompts.errors import UserError
 
 UNWRITABLE = {getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ENOTDIR EISDIR EEXIST".split()}
 TORCH_UNWRITABLE = ("inline_container", "iostream error", "cannot be opened")

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 from prompts.informativeness import ALIKE, group_moments, informativeness, weighted_mean
 from prompts.records import PromptRecord
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 from prompts.parse import parse_json
 
 LISTS = ("requirements", "texts", "tags")

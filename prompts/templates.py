@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template as DollarTemplate
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 
 JUDGES = Path(__file__).parent / "judges"
 

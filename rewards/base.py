@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 
 WINDOW = 256  # samples over which a reward's share of failures is taken
 

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 from rewards.base import Score
 from rewards.vlm import VLM
 

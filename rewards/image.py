@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 from prompts.templates import Template, load_template
 from rewards.base import Failure, Score, Scored
 from rewards.encode import encode_async

@@ -21,7 +21,7 @@ from typing import Any
 from openai import APIResponseValidationError, AsyncOpenAI, RequestOptions
 from PIL import Image
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 from prompts.parse import parse_json
 from prompts.templates import Template, spelled
 from rewards.encode import EncodedImage, encode, encode_async

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 from rewards.base import Reward, RewardSpec
 from rewards.urls import check_urls
 

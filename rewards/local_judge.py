@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 from rewards.encode import EncodedImage
 from rewards.endpoints import JudgeError
 from rewards.judge import Judge

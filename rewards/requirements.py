@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 from prompts.parse import parse_json
 from prompts.templates import Template
 from rewards.endpoints import JudgeError

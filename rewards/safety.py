@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 from prompts.templates import load_template
 from rewards.image import made_judge
 from rewards.judge import Judge

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 from rewards import supervise
 
 LOOPBACK = "127.0.0.1"

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 
 SECRET = re.compile(r"(key|token|secret|password)=", re.IGNORECASE)
 

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoTokenizer, Qwen3VLForConditionalGenerat
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 from prompts.templates import spelled
 
 Inputs = dict[str, Tensor]

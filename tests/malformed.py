@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 
 NESTED: Any = 0
 for _ in range(60):

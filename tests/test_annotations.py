@@ -11,7 +11,7 @@ import pytest
 
 from posttrain import agreement, annotations
 from posttrain.annotations import Answer, Choice, Schedule, Showing, Store, person, read, schedule
-from prompts.errors import UserError
+from posttrain.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = Schedule(seed=3, repeats=0.2)

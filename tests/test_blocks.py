@@ -12,10 +12,10 @@ import torch
 from posttrain import blocks
 from posttrain.blocks import Blocks
 from posttrain.config import ModelConfig
+from posttrain.errors import UserError
 from posttrain.k2 import K2, Text
 from posttrain.policy import load_model
 from posttrain.roles import switched
-from prompts.errors import UserError
 
 COMPILED = blocks._compiled
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from posttrain import carryover, checkpoint, cli, grpo, original, sampler
 from posttrain.carryover_config import CarryoverConfig
 from posttrain.config import ExportConfig, ModelConfig
+from posttrain.errors import UserError
 from posttrain.export import export, load_checkpoint
 from posttrain.k2 import K2
 from posttrain.lora_file import add_lora, linear_shapes, read_lora
-from prompts.errors import UserError
 from tests import runs, tiny
 
 BRIGHT = [{"name": "brightness", "function": "tests.runs:brightness"}]

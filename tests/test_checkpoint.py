@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from posttrain import checkpoint
-from prompts.errors import UserError
+from posttrain.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 

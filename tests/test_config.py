@@ -16,11 +16,11 @@ from posttrain.config import (
     ServeConfig,
     ServerSpec,
 )
+from posttrain.errors import UserError
 from posttrain.pairs_config import ColumnMap
 from posttrain.ranges import ConfigError
 from posttrain.stpo_config import PairSetConfig, STPOConfig
 from posttrain.validate import validate
-from prompts.errors import UserError
 
 
 def grpo() -> GRPOConfig:

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from posttrain import advantages
+from posttrain.errors import UserError
 from posttrain.nano import scenes
-from prompts.errors import UserError
 from rewards.base import RewardSpec
 from rewards.diversity import Diversity, Features, contributions
 from rewards.load import load_rewards

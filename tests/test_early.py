@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from posttrain import cli, machine, model_files
 from posttrain.early import Base
-from prompts.errors import UserError
+from posttrain.errors import UserError
 from tests import pair_runs, runs, tiny
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from posttrain import cli
 from posttrain.config import CheckpointConfig, LoraConfig, OptimConfig, TrackConfig
+from posttrain.errors import UserError
 from posttrain.expander_config import ExpanderDataConfig, ExpanderSFTConfig
 from posttrain.expander_data import make
 from posttrain.expander_model import Expander, load_chat_model
@@ -31,7 +32,6 @@ from posttrain.expander_sft import (
 from posttrain.expander_template import FILE, messages, template
 from posttrain.nano import build, evaluate_expander
 from posttrain.nano.scenes import COLOURS, SHAPES
-from prompts.errors import UserError
 from tests import chat, runs
 from tests.chaos import methods
 from tests.expander_runs import plain_files

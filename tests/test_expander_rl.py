@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from posttrain import advantages, cli, expander_follow, expander_rl
+from posttrain.errors import UserError
 from posttrain.expander_model import Expander
 from posttrain.expander_rl_config import AblationConfig, ExpanderGDPOConfig
 from posttrain.loop import MAX_SKIPPED
@@ -19,7 +20,6 @@ from posttrain.ranges import ConfigError
 from posttrain.render import K2Renderer
 from posttrain.track import Run
 from posttrain.validate import validate
-from prompts.errors import UserError
 from rewards.base import RewardSpec
 from tests import chat, expander_runs, runs
 from tests.expander_runs import plain_files

@@ -6,11 +6,11 @@ import torch
 from PIL import Image
 
 from posttrain import advantages, expander_follow, expander_rl
+from posttrain.errors import UserError
 from posttrain.expander_policy import Policy
 from posttrain.expander_rl_config import ExpanderGDPOConfig, SafetySpec
 from posttrain.expander_score import Expansion, Scorer, gate, with_floor
 from posttrain.render import Rendering
-from prompts.errors import UserError
 from prompts.records import PromptRecord
 from rewards.base import RewardSpec
 from rewards.diversity import Features

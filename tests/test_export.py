@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from posttrain import checkpoint, grpo, sampler
 from posttrain.config import ExportConfig, ModelConfig, SampleConfig
+from posttrain.errors import UserError
 from posttrain.export import export, load_checkpoint
 from posttrain.k2 import K2
 from posttrain.sample import sample
-from prompts.errors import UserError
 from tests import runs, tiny
 
 HEIGHT, WIDTH = 32, 48

@@ -15,13 +15,13 @@ from torch import nn
 
 from posttrain import checkpoint, export, grpo, original
 from posttrain.config import ExportConfig, SampleConfig
+from posttrain.errors import UserError
 from posttrain.export import load_checkpoint
 from posttrain.exported import check_weights
 from posttrain.k2 import K2
 from posttrain.load import keeps_fp32
 from posttrain.sample import sample
 from posttrain.sampler import noise, schedule
-from prompts.errors import UserError
 from tests import runs, tiny
 
 NANO = runs.ROOT / "posttrain/nano/weights/k2-nano"

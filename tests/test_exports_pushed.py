@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from posttrain import checkpoint, grpo, hub
 from posttrain.card import model_card
 from posttrain.config import ModelConfig
-from prompts.errors import UserError
+from posttrain.errors import UserError
 from tests import runs
 from tests.test_exports_checked import write
 

@@ -12,9 +12,9 @@ from PIL import Image
 from posttrain import figures as figures_of
 from posttrain import grpo, sampler
 from posttrain.config import RewardSpec
+from posttrain.errors import UserError
 from posttrain.export import load_checkpoint
 from posttrain.k2 import K2
-from prompts.errors import UserError
 from rewards import noise
 from rewards.base import Noise
 from tests import runs, tiny

@@ -13,10 +13,10 @@ from PIL import Image
 
 from posttrain import checkpoint, cli, grpo, sampler
 from posttrain.config import CheckpointConfig, RewardSpec
+from posttrain.errors import UserError
 from posttrain.export import load_checkpoint
 from posttrain.k2 import K2
 from posttrain.loop import Loop
-from prompts.errors import UserError
 from tests import runs, tiny
 
 

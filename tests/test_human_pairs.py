@@ -8,9 +8,9 @@ from PIL import Image
 
 from posttrain import cli
 from posttrain.annotations import Showing, Store
+from posttrain.errors import UserError
 from posttrain.human_pairs import Pairs
 from posttrain.preferences import Preference, PreferenceWriter, read_preferences
-from prompts.errors import UserError
 from tests.test_annotations import LETTERS, SETTINGS, store_of
 
 

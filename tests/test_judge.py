@@ -19,12 +19,12 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from posttrain import checkpoint, cli, judge, judge_records, losses
 from posttrain.calibration import auroc, brier, expected_calibration_error, reliability
 from posttrain.config import LoraConfig, OptimConfig, TrackConfig
+from posttrain.errors import UserError
 from posttrain.judge_config import JudgeConfig
 from posttrain.judge_records import read_records
 from posttrain.nano import judge_data, judge_model
 from posttrain.pairs_config import ColumnMap
 from posttrain.preferences import Preference, PreferenceWriter
-from prompts.errors import UserError
 from prompts.templates import load_template
 from rewards.vlm import VLM
 from tests import runs

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 from prompts.templates import Template, load_template
 from rewards import judge as module
 from rewards.encode import encode

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 from prompts.templates import Template, load_template
 from rewards.background import ScoreQueue
 from rewards.base import Noise, RewardError, RewardSpec

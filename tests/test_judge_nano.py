@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
+from posttrain.errors import UserError
 from posttrain.nano import build_judge, evaluate_judge, judge_model, oracles, questions, scenes
-from prompts.errors import UserError
 from prompts.templates import load_template
 from rewards.vlm import VLM
 

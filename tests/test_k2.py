@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from posttrain import k2, sampler
+from posttrain.errors import UserError
 from posttrain.k2 import K2, Text
-from prompts.errors import UserError
 from tests import tiny
 
 SIZES = [(32, 32), (32, 56)]

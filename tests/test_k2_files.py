@@ -9,9 +9,9 @@ from diffusers.loaders.single_file_utils import convert_krea2_transformer_checkp
 from safetensors.torch import load_file, save_file
 
 from posttrain import original
+from posttrain.errors import UserError
 from posttrain.k2 import K2, Text
 from posttrain.load import keeps_fp32
-from prompts.errors import UserError
 from tests import tiny
 from tests.test_k2 import distance, latents
 

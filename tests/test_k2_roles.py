@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from posttrain.errors import UserError
 from posttrain.k2 import K2
 from posttrain.linears import Adapted
 from posttrain.roles import Kept
-from prompts.errors import UserError
 from tests import tiny
 from tests.test_k2 import distance, latents
 

@@ -5,9 +5,9 @@ import asyncio
 import pytest
 from PIL import Image
 
+from posttrain.errors import UserError
 from posttrain.nano import evaluate_judge, scenes
 from posttrain.nano.prompts import FOLDER
-from prompts.errors import UserError
 from prompts.templates import load_template
 from rewards.base import Failure, RewardSpec, score_all
 from rewards.load import load_rewards

@@ -10,11 +10,11 @@ from PIL import Image
 from posttrain import cli
 from posttrain.annotations import Answer, Schedule, Showing, Store
 from posttrain.config import TrackConfig
+from posttrain.errors import UserError
 from posttrain.judge_config import JudgeConfig
 from posttrain.judge_records import read_records
 from posttrain.marked_images import Images, find
 from posttrain.track import Run
-from prompts.errors import UserError
 
 SETTINGS = Schedule(0, 0.1, "artifact")
 PROMPTS = ["a red fox", "two cats"]

@@ -8,8 +8,8 @@ import torch
 
 from posttrain import grpo, stpo, tdm
 from posttrain.config import PoolConfig
+from posttrain.errors import UserError
 from posttrain.k2 import K2
-from prompts.errors import UserError
 from rewards.background import ScoreQueue
 from tests import runs, tiny
 

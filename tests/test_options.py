@@ -9,6 +9,7 @@ import torch
 
 from posttrain import blocks, checkpoint, cli, fp8, grpo
 from posttrain.config import LoraConfig, ModelConfig, OptimConfig
+from posttrain.errors import UserError
 from posttrain.k2 import K2, Text
 from posttrain.linears import Adapted
 from posttrain.loop import Stepper
@@ -16,7 +17,6 @@ from posttrain.offload import Offloaded
 from posttrain.policy import POLICY, add_policy, load_model
 from posttrain.ranges import ConfigError
 from posttrain.validate import validate
-from prompts.errors import UserError
 from tests import runs
 
 

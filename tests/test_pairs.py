@@ -20,6 +20,7 @@ from posttrain import checkpoint, pairs, sampler
 from posttrain.cli import load_config
 from posttrain.config import ModelConfig, RewardSpec
 from posttrain.drawing import Drawer
+from posttrain.errors import UserError
 from posttrain.k2 import K2
 from posttrain.pair_choice import degrade
 from posttrain.pairs_config import DeltaConfig, DrawConfig, JudgedConfig, PairsConfig, PairSource
@@ -29,7 +30,6 @@ from posttrain.processes import Processes
 from posttrain.ranges import ConfigError
 from posttrain.report import write_report
 from posttrain.validate import validate
-from prompts.errors import UserError
 from tests import runs, tiny
 from tests.gullible import GULLED, RAISED
 from tests.pair_runs import GUIDED, recipe

@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from posttrain import cli
+from posttrain.errors import UserError
 from posttrain.pipeline_fit import processes
 from prompts import make_k2
-from prompts.errors import UserError
 from prompts.records import read_prompts
 from tests import runs
 

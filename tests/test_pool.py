@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 from prompts.informativeness import group_moments, informativeness, weighted_mean
 from prompts.pool import Kind, Pool, PoolConfig
 from prompts.records import PromptRecord

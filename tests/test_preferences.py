@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from posttrain.errors import UserError
 from posttrain.pairs_config import ColumnMap
 from posttrain.preferences import Preference, PreferenceWriter, Skipped, read_preferences
-from prompts.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 

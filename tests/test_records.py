@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 from prompts.records import read_prompts
 
 

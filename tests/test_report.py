@@ -13,10 +13,10 @@ import pytest
 
 from posttrain.chart import line_chart, nice_ticks, number
 from posttrain.config import GRPOConfig, ModelConfig, PromptsConfig, RewardSpec
+from posttrain.errors import UserError
 from posttrain.report import write_report
 from posttrain.run_files import read_metrics
 from posttrain.track import Run
-from prompts.errors import UserError
 
 EVIL = '<script>alert("1")</script> & <img src=x onerror=alert(1)>'
 

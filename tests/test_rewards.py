@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 from prompts.records import columns, read_prompts
 from prompts.templates import Template, load_template
 from rewards.background import ScoreQueue

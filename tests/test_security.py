@@ -13,10 +13,10 @@ import pytest
 import yaml
 
 from posttrain import checkpoint, cli, grpo
+from posttrain.errors import UserError
 from posttrain.pairs_config import AnnotateConfig
 from posttrain.pipeline_report import write_index
 from posttrain.validate import validate
-from prompts.errors import UserError
 from rewards.base import RewardSpec
 from rewards.judge import Judge
 from rewards.serve import ServerSpec, command

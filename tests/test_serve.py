@@ -17,9 +17,9 @@ from peft import PeftModel
 from PIL import Image
 
 from posttrain import grpo
+from posttrain.errors import UserError
 from posttrain.nano import damage, scenes
 from posttrain.nano.prompts import HELDOUT_WORDS
-from prompts.errors import UserError
 from prompts.templates import load_template
 from rewards import serve as serve_module
 from rewards import traffic

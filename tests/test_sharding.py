@@ -15,8 +15,8 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 
 from posttrain import checkpoint, processes
 from posttrain.config import ModelConfig
+from posttrain.errors import UserError
 from posttrain.k2 import K2
-from prompts.errors import UserError
 from tests import runs
 from tests.test_stages import stage
 

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 from posttrain import checkpoint, cli, grpo, sampler, stpo
 from posttrain.config import ExportConfig, ModelConfig
+from posttrain.errors import UserError
 from posttrain.export import export, load_checkpoint
 from posttrain.k2 import K2, Text
 from posttrain.policy import POLICY, add_policy, described, load_model, saved_tensors
-from prompts.errors import UserError
 from tests import runs, tiny
 
 SIZE = (32, 48)

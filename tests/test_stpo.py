@@ -12,8 +12,8 @@ from PIL import Image
 
 from posttrain import cli, stpo
 from posttrain import figures as figures_of
+from posttrain.errors import UserError
 from posttrain.export import load_checkpoint
-from prompts.errors import UserError
 from tests import runs
 
 

@@ -14,9 +14,9 @@ from rich.console import Console
 
 from posttrain.cli import load_config
 from posttrain.config import GRPOConfig, ModelConfig, PromptsConfig, RewardSpec
+from posttrain.errors import UserError
 from posttrain.progress import Progress, grid_image
 from posttrain.track import Run, peak_memory
-from prompts.errors import UserError
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from posttrain import bench_ranks, figures
+from posttrain.errors import UserError
 from posttrain.source import FusedTexts
-from prompts.errors import UserError
 from prompts.templates import Template
 from rewards import encode as encoding
 from rewards import traffic
