@@ -43,11 +43,11 @@ from posttrain.bench_steps import Steps
 from posttrain.bench_table import table
 from posttrain.blocks import graphs
 from posttrain.config import ModelConfig
+from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.k2 import K2
 from posttrain.memory import DoesNotFit
 from posttrain.policy import quickened
-from posttrain.processes import Processes
 from posttrain.stock import Stock
 from posttrain.track import environment
 

@@ -21,10 +21,10 @@ import torch
 
 from posttrain import checkpoint, sampler, sharding
 from posttrain.config import LoraConfig, OptimConfig
+from posttrain.distributed.processes import Processes
 from posttrain.k2 import K2, Text
 from posttrain.loop import Stepper
 from posttrain.policy import POLICY, add_policy
-from posttrain.processes import Processes
 from posttrain.track import peak_memory
 from posttrain.training import content, snapshot
 

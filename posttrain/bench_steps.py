@@ -20,12 +20,12 @@ from torch import Tensor
 from posttrain import grpo, sampler, stpo, tdm
 from posttrain.bench_config import BenchConfig
 from posttrain.config import GRPOConfig, LoraConfig, ModelConfig, PromptsConfig, RewardSpec
+from posttrain.distributed.processes import Processes
 from posttrain.k2 import K2, Encoding, Text, to_pil
 from posttrain.latents import EncodedPair, EncodedPairs
 from posttrain.loop import Clock, Stepper
 from posttrain.memory import DoesNotFit
 from posttrain.policy import POLICY, add_policy
-from posttrain.processes import Processes
 from posttrain.render import drawn
 from posttrain.rollout import Trajectory, Transition, rollout
 from posttrain.source import PromptSource

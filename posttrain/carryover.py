@@ -26,13 +26,13 @@ from posttrain.card import run_recipe
 from posttrain.carryover_config import CarryoverConfig
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import EvalConfig, ModelConfig
+from posttrain.distributed.processes import Processes
 from posttrain.early import check_new
 from posttrain.errors import UserError
 from posttrain.evaluate import Evaluator
 from posttrain.export import scaled_factors
 from posttrain.k2 import K2, to_pil
 from posttrain.lora_file import add_lora, linear_shapes, read_lora
-from posttrain.processes import Processes
 from prompts.records import PromptRecord, columns, read_prompts
 from rewards.base import Reward, RewardSpec, score_all
 from rewards.load import load_rewards

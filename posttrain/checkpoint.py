@@ -31,8 +31,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from posttrain import shards
 from posttrain.disk import sync
+from posttrain.distributed import shards
 from posttrain.errors import UserError
 from posttrain.optimizer import moment, parts
 from prompts.parse import parse_json

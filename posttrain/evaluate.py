@@ -20,8 +20,8 @@ import torch
 
 from posttrain import figures, sampler
 from posttrain.config import EvalConfig
+from posttrain.distributed.processes import Processes
 from posttrain.k2 import K2, Text, to_pil
-from posttrain.processes import Processes
 from prompts.records import PromptRecord, columns
 from rewards.base import Reward, Scores, score_all
 

@@ -36,6 +36,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from posttrain import sampler
+from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.expander_eval import ExpanderEvaluator
 from posttrain.expander_follow import Follow, Shared, diversity_weight
@@ -44,7 +45,6 @@ from posttrain.expander_policy import Policy
 from posttrain.expander_rl_config import ExpanderGDPOConfig
 from posttrain.expander_score import Scorer
 from posttrain.expander_template import messages, template
-from posttrain.processes import Processes
 from posttrain.render import make_renderer
 from posttrain.track import Run
 from posttrain.training import Urls, in_run, resuming

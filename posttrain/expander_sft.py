@@ -32,6 +32,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from posttrain import clipping
+from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.expander_config import ExpanderSFTConfig
 from posttrain.expander_model import load_chat_model, resolve, write_card
@@ -39,7 +40,6 @@ from posttrain.expander_template import messages, template
 from posttrain.fingerprint import fingerprint
 from posttrain.load import quiet
 from posttrain.preference_sources import open_source
-from posttrain.processes import Processes
 from posttrain.track import Run, peak_memory
 from posttrain.trl_checkpoint import PlainState, Sealed, newest
 from posttrain.validate import JUDGE_TARGETS

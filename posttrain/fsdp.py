@@ -16,8 +16,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from posttrain.distributed.processes import Processes
 from posttrain.k2 import K2
-from posttrain.processes import Processes
 from posttrain.velocity import VelocityModel
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from posttrain import advantages, checkpoint, flops, losses, sampler, sharding
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import GRPOConfig
+from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.evaluate import Evaluator, means
 from posttrain.judge_check import SHOWN, check_judges
@@ -34,7 +35,6 @@ from posttrain.k2 import K2, Text, to_pil
 from posttrain.loop import Clock, Stepper, check_ratio
 from posttrain.memory import Memory
 from posttrain.policy import POLICY, add_policy, load_model
-from posttrain.processes import Processes
 from posttrain.rollout import Trajectory, rollout
 from posttrain.source import PromptSource, cut_prompts
 from posttrain.track import Run

@@ -30,13 +30,13 @@ from torch import Tensor
 
 from posttrain import sampler, startup
 from posttrain.checkpoint import is_full
+from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.fingerprint import fingerprint
 from posttrain.k2 import K2, Text
 from posttrain.preference_loss import label
 from posttrain.preference_sources import Skipped, Tally
 from posttrain.preferences import Preference, Preferences
-from posttrain.processes import Processes
 from posttrain.stpo_config import PairSetConfig
 
 VERSION = 1

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain import checkpoint, clipping, shards
+from posttrain import checkpoint, clipping
 from posttrain.config import CheckpointConfig, LossConfig, OptimConfig
+from posttrain.distributed import shards
 from posttrain.errors import UserError
 from posttrain.optimizer import make_optimizer, median_root, set_group
 

@@ -11,9 +11,9 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from posttrain.distributed.processes import OutOfMemoryElsewhere, Processes
 from posttrain.errors import UserError
 from posttrain.loop import Stepper
-from posttrain.processes import OutOfMemoryElsewhere, Processes
 
 T = TypeVar("T")
 

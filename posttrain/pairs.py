@@ -33,6 +33,7 @@ from PIL import Image
 from torch import Tensor
 
 from posttrain import flops, pair_plan, pair_quality, sampler, startup
+from posttrain.distributed.processes import Processes
 from posttrain.drawing import Cost, Drawer
 from posttrain.errors import UserError
 from posttrain.judge_check import SHOWN, check_judges
@@ -41,7 +42,6 @@ from posttrain.pair_choice import KEPT, Decision, Rules, decide_groups, decide_p
 from posttrain.pair_plan import Block, Journal, Plan
 from posttrain.pairs_config import DrawConfig, PairsConfig, PairSource
 from posttrain.preferences import CARD, Preference, PreferenceWriter, row_of
-from posttrain.processes import Processes
 from posttrain.source import in_turn
 from posttrain.track import Run, peak_memory
 from posttrain.training import resuming

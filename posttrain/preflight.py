@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.checks import phase, show
+from posttrain.distributed.processes import Processes
 from posttrain.early import METHODS
-from posttrain.processes import Processes
 
 
 def preflight(config: Any) -> int:

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from posttrain import sampler
 from posttrain.checks import Row, Skip, made
+from posttrain.distributed.processes import Processes
 from posttrain.evaluate import Evaluation, Evaluator, Way
 from posttrain.k2 import K2, Text, to_pil
 from posttrain.loop import Stepper
 from posttrain.policy import POLICY, described, policy_state
-from posttrain.processes import Processes
 from posttrain.progress import duration
 from posttrain.roundtrip import round_trip
 from posttrain.track import peak_memory

@@ -21,6 +21,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from posttrain import expander_rl
 from posttrain.checks import Row, Skip, made, phase
+from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.expander_follow import Shared
 from posttrain.expander_policy import Policy
@@ -28,7 +29,6 @@ from posttrain.expander_rl_config import ExpanderGDPOConfig
 from posttrain.expander_score import Scorer
 from posttrain.expander_template import messages
 from posttrain.preflight_common import judge_rows, memory_row
-from posttrain.processes import Processes
 from posttrain.progress import duration
 from posttrain.render import make_renderer
 from prompts.records import PromptRecord, read_prompts

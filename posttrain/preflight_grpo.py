@@ -25,12 +25,12 @@ from torch import Tensor
 from posttrain import advantages, grpo
 from posttrain.checks import Row, Skip, phase
 from posttrain.config import GRPOConfig
+from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.k2 import K2
 from posttrain.loop import RATIO_REMEDY
 from posttrain.policy import add_policy, load_model
 from posttrain.preflight_common import Checks
-from posttrain.processes import Processes
 from posttrain.source import PromptSource
 from prompts.records import PromptRecord, read_prompts
 from rewards.background import ScoreQueue

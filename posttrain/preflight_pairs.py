@@ -14,13 +14,13 @@ import torch
 
 from posttrain import pair_plan, pairs
 from posttrain.checks import Row, made, phase
+from posttrain.distributed.processes import Processes
 from posttrain.drawing import Cost, Drawer
 from posttrain.k2 import to_pil
 from posttrain.pair_choice import KEPT
 from posttrain.pair_plan import Block, Plan
 from posttrain.pairs_config import PairsConfig
 from posttrain.preflight_common import judge_rows, memory_row
-from posttrain.processes import Processes
 from posttrain.progress import duration
 from prompts.records import read_prompts
 from rewards.background import ScoreQueue

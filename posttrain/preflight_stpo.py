@@ -18,13 +18,13 @@ import torch
 
 from posttrain import stpo
 from posttrain.checks import Row, phase
+from posttrain.distributed.processes import Processes
 from posttrain.k2 import K2
 from posttrain.latents import Batch, encode_pairs
 from posttrain.policy import add_policy, load_model
 from posttrain.preference_sources import Skipped
 from posttrain.preferences import Preference, Preferences, read_preferences
 from posttrain.preflight_common import Checks, finite
-from posttrain.processes import Processes
 from posttrain.progress import duration
 from posttrain.stpo_config import STPOConfig
 from prompts.records import PromptRecord, read_prompts

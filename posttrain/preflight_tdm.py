@@ -15,11 +15,11 @@ import torch
 
 from posttrain import checkpoint, tdm
 from posttrain.checks import Row, phase
+from posttrain.distributed.processes import Processes
 from posttrain.evaluate import Way
 from posttrain.k2 import K2
 from posttrain.policy import POLICY, load_model
 from posttrain.preflight_common import Checks, finite
-from posttrain.processes import Processes
 from posttrain.source import FusedTexts, in_turn
 from posttrain.tdm_config import TDMConfig
 from posttrain.tdm_rollout import MU, Batch, roll_out

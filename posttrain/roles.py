@@ -23,7 +23,8 @@ import torch
 from diffusers import Krea2Transformer2DModel
 from torch import Tensor, nn
 
-from posttrain import sampler, shards
+from posttrain import sampler
+from posttrain.distributed import shards
 from posttrain.errors import UserError
 from posttrain.linears import Adapted
 from posttrain.load import check_names

@@ -46,6 +46,7 @@ from torch import Tensor
 
 from posttrain import checkpoint, flops, sampler, sharding
 from posttrain.checkpoint import Checkpoint
+from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.evaluate import Evaluation, Evaluator
 from posttrain.k2 import K2, Text
@@ -55,7 +56,6 @@ from posttrain.memory import Memory
 from posttrain.policy import POLICY, add_policy, load_model
 from posttrain.preference_loss import error_change, exact_guard, inner, norm, preference_terms
 from posttrain.preferences import read_preferences
-from posttrain.processes import Processes
 from posttrain.source import in_turn
 from posttrain.stpo_config import PreferenceLossConfig, STPOConfig
 from posttrain.track import Run

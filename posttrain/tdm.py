@@ -47,13 +47,13 @@ from torch import Tensor
 
 from posttrain import checkpoint, figures, sampler, sharding, tdm_loss
 from posttrain.checkpoint import Checkpoint
+from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.evaluate import Evaluation, Evaluator, Way
 from posttrain.k2 import K2, Text
 from posttrain.loop import Clock, Stepper
 from posttrain.memory import Memory
 from posttrain.policy import POLICY, add_policy, earlier_of, load_model
-from posttrain.processes import Processes
 from posttrain.progress import grid_image
 from posttrain.source import FusedTexts, cut_prompts, in_turn
 from posttrain.tdm_config import TDMConfig

@@ -17,15 +17,16 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from posttrain import checkpoint, health, shards, startup, watch
+from posttrain import checkpoint, health, startup, watch
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import CheckpointConfig, EvalConfig, ModelConfig, OptimConfig
+from posttrain.distributed import shards
+from posttrain.distributed.processes import Processes
 from posttrain.early import check_run
 from posttrain.evaluate import Evaluation, Evaluator
 from posttrain.k2 import K2
 from posttrain.loop import Loop, Stepper
 from posttrain.policy import POLICY, described, file_of, load_policy
-from posttrain.processes import Processes
 from posttrain.report import write_report
 from posttrain.track import Run, RunConfig, peak_memory
 from rewards.load import record

@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from posttrain import shards
+from posttrain.distributed import shards
+from posttrain.distributed.processes import Processes
 from posttrain.k2 import K2
-from posttrain.processes import Processes
 from posttrain.velocity import VelocityModel
 
 BUCKET = 200_000_000

@@ -16,9 +16,9 @@ from posttrain.bench import Forwards, bench, measured
 from posttrain.bench_config import BenchConfig
 from posttrain.bench_steps import Steps
 from posttrain.bench_tiers import Parts, fit, need, parts_of
+from posttrain.distributed.processes import Processes
 from posttrain.k2 import K2, Text
 from posttrain.policy import POLICY
-from posttrain.processes import Processes
 from tests import runs
 
 N, L, B, RANK = 12, 7, 2, 4

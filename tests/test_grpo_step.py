@@ -8,9 +8,9 @@ import torch
 
 from posttrain import grpo, sampler
 from posttrain.config import OptimConfig, RewardSpec
+from posttrain.distributed.processes import Processes
 from posttrain.k2 import K2
 from posttrain.loop import Stepper
-from posttrain.processes import Processes
 from posttrain.sampler import sde_moments
 from posttrain.source import PromptSource, in_turn
 from prompts.records import read_prompts

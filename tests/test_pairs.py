@@ -19,6 +19,7 @@ import torch
 from posttrain import checkpoint, pairs, sampler
 from posttrain.cli import load_config
 from posttrain.config import ModelConfig, RewardSpec
+from posttrain.distributed.processes import Processes
 from posttrain.drawing import Drawer
 from posttrain.errors import UserError
 from posttrain.k2 import K2
@@ -26,7 +27,6 @@ from posttrain.pair_choice import degrade
 from posttrain.pairs_config import DeltaConfig, DrawConfig, JudgedConfig, PairsConfig, PairSource
 from posttrain.policy import POLICY, described, load_model, saved_tensors
 from posttrain.preferences import Preference, read_preferences
-from posttrain.processes import Processes
 from posttrain.ranges import ConfigError
 from posttrain.report import write_report
 from posttrain.validate import validate

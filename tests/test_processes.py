@@ -17,7 +17,7 @@ from PIL import Image
 
 from posttrain import bench_ranks, checkpoint, flops
 from posttrain.config import RewardSpec
-from posttrain.processes import Processes, deal
+from posttrain.distributed.processes import Processes, deal
 from tests import runs
 from tests.counted import COUNTED
 

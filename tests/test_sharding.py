@@ -13,8 +13,9 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from posttrain import checkpoint, processes
+from posttrain import checkpoint
 from posttrain.config import ModelConfig
+from posttrain.distributed import processes
 from posttrain.errors import UserError
 from posttrain.k2 import K2
 from tests import runs

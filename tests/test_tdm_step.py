@@ -5,8 +5,8 @@ import torch
 from diffusers import Krea2Pipeline
 
 from posttrain import sampler, tdm, tdm_loss
+from posttrain.distributed.processes import Processes
 from posttrain.k2 import K2
-from posttrain.processes import Processes
 from posttrain.tdm_rollout import MU, roll_out
 from tests import runs, tiny
 

@@ -43,6 +43,7 @@ from torch import Tensor
 
 from posttrain import checkpoint, figures, sampler, tdm
 from posttrain.config import LoraConfig, ModelConfig, PromptsConfig
+from posttrain.distributed.processes import Processes
 from posttrain.evaluate import Way
 from posttrain.export import load_checkpoint
 from posttrain.k2 import K2, Text, to_pil
@@ -50,7 +51,6 @@ from posttrain.loop import Stepper
 from posttrain.nano import evaluate, prompts
 from posttrain.nano.jobs import Jobs
 from posttrain.policy import POLICY, add_policy, load_base
-from posttrain.processes import Processes
 from posttrain.progress import grid_image
 from posttrain.tdm_config import TDMConfig
 from posttrain.tdm_rollout import MU, roll_out

@@ -22,12 +22,12 @@ import torch
 from posttrain import checkpoint, figures
 from posttrain.cli import load_config
 from posttrain.config import EvalConfig
+from posttrain.distributed.processes import Processes
 from posttrain.evaluate import Evaluator, means
 from posttrain.export import load_checkpoint
 from posttrain.k2 import K2, to_pil
 from posttrain.nano.choices import tasteful
 from posttrain.policy import POLICY, load_base
-from posttrain.processes import Processes
 from prompts.records import PromptRecord, columns, read_prompts
 from rewards.base import Reward, Scores, score_all
 from rewards.load import load_rewards

@@ -29,7 +29,8 @@ from accelerate import PartialState
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from posttrain import shards, startup
+from posttrain import startup
+from posttrain.distributed import shards
 from posttrain.errors import UserError
 from rewards.base import Scores
 
