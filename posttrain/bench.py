@@ -36,17 +36,17 @@ import torch
 from torch import Tensor
 
 from posttrain import bench_errors as errors
-from posttrain import flops
 from posttrain.bench_config import DRAWING, BenchConfig
 from posttrain.bench_plan import plan, text_encoder_gib
 from posttrain.bench_steps import Steps
 from posttrain.bench_table import table
-from posttrain.blocks import graphs
 from posttrain.config import ModelConfig
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
-from posttrain.k2 import K2
 from posttrain.memory import DoesNotFit
+from posttrain.model import flops
+from posttrain.model.blocks import graphs
+from posttrain.model.k2 import K2
 from posttrain.policy import quickened
 from posttrain.stock import Stock
 from posttrain.track import environment

@@ -19,11 +19,12 @@ from pathlib import Path
 
 import torch
 
-from posttrain import checkpoint, sampler, sharding
+from posttrain import checkpoint
 from posttrain.config import LoraConfig, OptimConfig
 from posttrain.distributed.processes import Processes
-from posttrain.k2 import K2, Text
 from posttrain.loop import Stepper
+from posttrain.model import parallelize, sampler
+from posttrain.model.k2 import K2, Text
 from posttrain.policy import POLICY, add_policy
 from posttrain.track import peak_memory
 from posttrain.training import content, snapshot
@@ -41,7 +42,7 @@ def main() -> None:
     procs = Processes(shardable=True)
     cuda = procs.device.type == "cuda"
     k2 = K2.random(procs.device, torch.bfloat16 if cuda else torch.float32, args.scale, text=False)
-    with sharding.sharding(k2, procs):
+    with parallelize.sharding(k2, procs):
         add_policy(k2, LoraConfig(args.rank, float(args.rank)) if args.rank else None, 0, reference=False)
     stepper = Stepper(k2.train_role(POLICY), OptimConfig(lr=1e-6))
     text, size = Text(k2.fuse(k2.random_features(105))[None]), (args.pixels, args.pixels)

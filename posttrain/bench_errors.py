@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from posttrain.bench_steps import Steps
 from posttrain.config import OptimConfig
-from posttrain.k2 import Text
 from posttrain.loop import Stepper
+from posttrain.model.k2 import Text
 from posttrain.policy import POLICY
 
 UPDATES = 5

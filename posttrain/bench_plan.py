@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from posttrain import flops
 from posttrain.bench_config import BenchConfig
 from posttrain.bench_tiers import BLOCK_BYTES, parts_of, tiers
 from posttrain.cli import load_config
 from posttrain.config import GRPOConfig
 from posttrain.errors import UserError
-from posttrain.load import sizes_of
+from posttrain.model import flops
+from posttrain.model.load import sizes_of
 from posttrain.source import FUSED_BYTES
 from posttrain.stpo_config import STPOConfig
 from posttrain.tdm_config import TDMConfig

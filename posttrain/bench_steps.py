@@ -17,14 +17,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from posttrain import grpo, sampler, stpo, tdm
+from posttrain import grpo, stpo, tdm
 from posttrain.bench_config import BenchConfig
 from posttrain.config import GRPOConfig, LoraConfig, ModelConfig, PromptsConfig, RewardSpec
 from posttrain.distributed.processes import Processes
-from posttrain.k2 import K2, Encoding, Text, to_pil
 from posttrain.latents import EncodedPair, EncodedPairs
 from posttrain.loop import Clock, Stepper
 from posttrain.memory import DoesNotFit
+from posttrain.model import sampler
+from posttrain.model.k2 import K2, Encoding, Text, to_pil
 from posttrain.policy import POLICY, add_policy
 from posttrain.render import drawn
 from posttrain.rollout import Trajectory, Transition, rollout

@@ -25,9 +25,9 @@ import torch
 from diffusers import AutoencoderKLQwenImage, Krea2Transformer2DModel
 from transformers import AutoConfig, AutoModel, Qwen3VLConfig, Qwen3VLModel
 
-from posttrain.blocks import RESERVE
-from posttrain.k2 import DECODED
-from posttrain.load import sizes_of
+from posttrain.model.blocks import RESERVE
+from posttrain.model.k2 import DECODED
+from posttrain.model.load import sizes_of
 
 GIB = 2**30
 GPUS = (24, 48, 80, 141)

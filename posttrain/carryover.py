@@ -31,8 +31,8 @@ from posttrain.early import check_new
 from posttrain.errors import UserError
 from posttrain.evaluate import Evaluator
 from posttrain.export import scaled_factors
-from posttrain.k2 import K2, to_pil
-from posttrain.lora_file import add_lora, linear_shapes, read_lora
+from posttrain.model.k2 import K2, to_pil
+from posttrain.model.lora_file import add_lora, linear_shapes, read_lora
 from prompts.records import PromptRecord, columns, read_prompts
 from rewards.base import Reward, RewardSpec, score_all
 from rewards.load import load_rewards

@@ -17,10 +17,11 @@ from typing import Any
 
 import yaml
 
-from posttrain import model_files, pair_plan
+from posttrain import pair_plan
 from posttrain.changes import changes, told
 from posttrain.errors import UserError
 from posttrain.lock import lock
+from posttrain.model import files
 from prompts.records import read_prompts
 from rewards.base import RewardSpec
 from rewards.load import check_addresses, check_rewards
@@ -92,12 +93,12 @@ def _check(command: str, config: Any, resume: bool) -> None:
     _check_rewards(config)
     bases = list(_bases(method, config))
     for base in bases:
-        model_files.check_directory(base.path, base.transformer_file)
-    if method in FROM_RAW and not config.model.allow_distilled and model_files.is_distilled(config.model.path):
+        files.check_directory(base.path, base.transformer_file)
+    if method in FROM_RAW and not config.model.allow_distilled and files.is_distilled(config.model.path):
         raise UserError(f"{config.model.path}: model_index.json: is_distilled is true: {DISTILLED_REMEDY}")
     _check_checkpoints(method, config)
     if method in ON_GPU:
-        from posttrain import machine  # torch comes with it
+        from posttrain.model import machine  # torch comes with it
 
         machine.check(bases, dict(_types(config)))
 

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from posttrain import figures, sampler
+from posttrain import figures
 from posttrain.config import EvalConfig
 from posttrain.distributed.processes import Processes
-from posttrain.k2 import K2, Text, to_pil
+from posttrain.model import sampler
+from posttrain.model.k2 import K2, Text, to_pil
 from prompts.records import PromptRecord, columns
 from rewards.base import Reward, Scores, score_all
 

@@ -30,12 +30,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain import sampler
 from posttrain.distributed.processes import Processes
 from posttrain.expander_rl_config import ExpanderEvalConfig
 from posttrain.expander_score import Expansion, Scored, Scorer, joined
 from posttrain.expansion import distinct, quoted, verbatim
 from posttrain.judge_check import SHOWN
+from posttrain.model import sampler
 from posttrain.validate_gdpo import DIVERSITY
 from prompts.records import PromptRecord
 

@@ -17,7 +17,6 @@ import torch
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from posttrain import sampler
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.expander_eval import ExpanderEvaluation, ExpanderEvaluator
@@ -26,6 +25,7 @@ from posttrain.expander_rl_config import ExpanderGDPOConfig
 from posttrain.expander_score import Scored, Scorer
 from posttrain.judge_check import check_judges
 from posttrain.loop import MAX_SKIPPED
+from posttrain.model import sampler
 from posttrain.track import Run, peak_memory
 from prompts.records import PromptRecord
 from rewards.noise import PREFIX, noise_of

@@ -13,11 +13,12 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from posttrain import sampler, startup
+from posttrain import startup
 from posttrain.errors import UserError
 from posttrain.expander_template import messages, template
-from posttrain.fingerprint import fingerprint
-from posttrain.load import quiet
+from posttrain.model import sampler
+from posttrain.model.fingerprint import fingerprint
+from posttrain.model.load import quiet
 
 CARD = "expander.json"
 """Lies beside an adapter: its base, the base's fingerprint, and the template's hash."""

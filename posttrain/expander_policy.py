@@ -20,7 +20,7 @@ from posttrain.expander_model import check_base, load_chat_model, resolve, write
 from posttrain.expander_rl_config import ChatModelConfig
 from posttrain.expander_score import Expansion
 from posttrain.expander_template import messages, template
-from posttrain.fingerprint import fingerprint
+from posttrain.model.fingerprint import fingerprint
 from prompts.records import PromptRecord
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

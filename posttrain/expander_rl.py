@@ -35,7 +35,6 @@ from trl import GRPOConfig as TRLConfig
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from posttrain import sampler
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.expander_eval import ExpanderEvaluator
@@ -45,6 +44,7 @@ from posttrain.expander_policy import Policy
 from posttrain.expander_rl_config import ExpanderGDPOConfig
 from posttrain.expander_score import Scorer
 from posttrain.expander_template import messages, template
+from posttrain.model import sampler
 from posttrain.render import make_renderer
 from posttrain.track import Run
 from posttrain.training import Urls, in_run, resuming

@@ -37,8 +37,8 @@ from posttrain.errors import UserError
 from posttrain.expander_config import ExpanderSFTConfig
 from posttrain.expander_model import load_chat_model, resolve, write_card
 from posttrain.expander_template import messages, template
-from posttrain.fingerprint import fingerprint
-from posttrain.load import quiet
+from posttrain.model.fingerprint import fingerprint
+from posttrain.model.load import quiet
 from posttrain.preference_sources import open_source
 from posttrain.track import Run, peak_memory
 from posttrain.trl_checkpoint import PlainState, Sealed, newest

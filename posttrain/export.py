@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from posttrain import checkpoint, original
+from posttrain import checkpoint
 from posttrain.card import LEAST_KEPT, Rounding, model_card
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import ExportConfig
@@ -30,10 +30,11 @@ from posttrain.early import check_new
 from posttrain.errors import UserError
 from posttrain.exported import check_lora, check_pipeline, check_weights
 from posttrain.hub import check_push, push
-from posttrain.k2 import K2
-from posttrain.load import empty_transformer, keeps_fp32, quiet
+from posttrain.model import key_names
+from posttrain.model.k2 import K2
+from posttrain.model.load import empty_transformer, keeps_fp32, quiet
+from posttrain.model.roles import Kept
 from posttrain.policy import POLICY, add_saved_policy, earlier_of, load_base
-from posttrain.roles import Kept
 
 B = "lora_B.weight"
 DIFFUSERS_PREFIX, ORIGINAL_PREFIX = "transformer.", "diffusion_model."
@@ -78,7 +79,7 @@ def write(
         factors = scaled_factors(saved)
         named = {DIFFUSERS_PREFIX + k: v for k, v in factors.items()}
         if format == "lora-original":
-            named = {ORIGINAL_PREFIX + original.original_name(k): v for k, v in factors.items()}
+            named = {ORIGINAL_PREFIX + key_names.original_name(k): v for k, v in factors.items()}
         model = empty_transformer(saved.state["model"]["path"]).state_dict()
         _whole(
             output, lambda path: save_file(named, path), lambda path: check_lora(output, path, model, factors),
@@ -97,7 +98,7 @@ def write(
         )
     model = empty_transformer(saved.state["model"]["path"]).state_dict()
     if format == "original":
-        model, state, base = (original.to_original(part) for part in (model, after, before))
+        model, state, base = (key_names.to_original(part) for part in (model, after, before))
         state = {k: v.contiguous() for k, v in state.items()}
         _whole(
             output, lambda path: save_file(state, path, metadata={"format": "pt"}),

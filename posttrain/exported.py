@@ -15,9 +15,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from posttrain.errors import UserError
-from posttrain.load import check_names
-from posttrain.lora_file import B, linear_shapes, read_lora
-from posttrain.model_files import check_directory
+from posttrain.model.files import check_directory
+from posttrain.model.load import check_names
+from posttrain.model.lora_file import B, linear_shapes, read_lora
 
 AGAIN = "the export was removed; free space, or look for what else writes there, and export again"
 

@@ -24,16 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain import advantages, checkpoint, flops, losses, sampler, sharding
+from posttrain import advantages, checkpoint, losses
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import GRPOConfig
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.evaluate import Evaluator, means
 from posttrain.judge_check import SHOWN, check_judges
-from posttrain.k2 import K2, Text, to_pil
 from posttrain.loop import Clock, Stepper, check_ratio
 from posttrain.memory import Memory
+from posttrain.model import flops, parallelize, sampler
+from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.policy import POLICY, add_policy, load_model
 from posttrain.rollout import Trajectory, rollout
 from posttrain.source import PromptSource, cut_prompts
@@ -69,7 +70,7 @@ def train(config: GRPOConfig, resume: bool = False) -> None:
     load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})  # before the wait
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     k2 = load_model(config.model, procs.device, saved)
-    with sharding.sharding(k2, procs):
+    with parallelize.sharding(k2, procs):
         add_policy(k2, config.lora, config.seed, reference=config.loss.kl > 0)
     in_run(config, resume, procs, lambda run, urls: _train(config, saved, run, procs, k2, source, heldout, urls))
 

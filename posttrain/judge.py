@@ -39,12 +39,12 @@ from posttrain.calibration import auroc, brier, expected_calibration_error, reli
 from posttrain.checkpoint import Checkpoint
 from posttrain.early import check_run
 from posttrain.errors import UserError
-from posttrain.fingerprint import fingerprint
 from posttrain.judge_card import numbers, write_adapter
 from posttrain.judge_config import JudgeConfig
 from posttrain.judge_records import Record, check_prompts, read_records, split
 from posttrain.judge_records import fingerprint as fingerprint_of_records
 from posttrain.loop import Loop, Stepper
+from posttrain.model.fingerprint import fingerprint
 from posttrain.track import Run, peak_memory
 from posttrain.validate import JUDGE_TARGETS
 from prompts.templates import Template, load_template

@@ -28,12 +28,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from posttrain import sampler, startup
+from posttrain import startup
 from posttrain.checkpoint import is_full
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
-from posttrain.fingerprint import fingerprint
-from posttrain.k2 import K2, Text
+from posttrain.model import sampler
+from posttrain.model.fingerprint import fingerprint
+from posttrain.model.k2 import K2, Text
 from posttrain.preference_loss import label
 from posttrain.preference_sources import Skipped, Tally
 from posttrain.preferences import Preference, Preferences

@@ -32,12 +32,13 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from posttrain import flops, pair_plan, pair_quality, sampler, startup
+from posttrain import pair_plan, pair_quality, startup
 from posttrain.distributed.processes import Processes
 from posttrain.drawing import Cost, Drawer
 from posttrain.errors import UserError
 from posttrain.judge_check import SHOWN, check_judges
-from posttrain.k2 import K2, to_pil
+from posttrain.model import flops, sampler
+from posttrain.model.k2 import K2, to_pil
 from posttrain.pair_choice import KEPT, Decision, Rules, decide_groups, decide_pairs
 from posttrain.pair_plan import Block, Journal, Plan
 from posttrain.pairs_config import DrawConfig, PairsConfig, PairSource

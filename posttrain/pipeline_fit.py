@@ -94,7 +94,7 @@ def memory(stage: Stage, stages: Sequence[Stage], gpu_gib: float, on_machine: in
 
 
 def _reserve() -> float:
-    from posttrain.blocks import RESERVE  # torch comes with it
+    from posttrain.model.blocks import RESERVE  # torch comes with it
 
     return RESERVE
 

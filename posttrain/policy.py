@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 
 from posttrain import checkpoint, startup
-from posttrain.blocks import set_attention
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import LoraConfig, ModelConfig
 from posttrain.early import DISTILLED_REMEDY
 from posttrain.errors import UserError
-from posttrain.fingerprint import fingerprint
-from posttrain.fp8 import quantize
-from posttrain.k2 import K2
-from posttrain.offload import place
-from posttrain.roles import TARGETS
+from posttrain.model.blocks import set_attention
+from posttrain.model.fingerprint import fingerprint
+from posttrain.model.fp8 import quantize
+from posttrain.model.k2 import K2
+from posttrain.model.offload import place
+from posttrain.model.roles import TARGETS
 
 POLICY = "policy"
 

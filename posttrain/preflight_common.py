@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain import sampler
 from posttrain.checks import Row, Skip, made
 from posttrain.distributed.processes import Processes
 from posttrain.evaluate import Evaluation, Evaluator, Way
-from posttrain.k2 import K2, Text, to_pil
 from posttrain.loop import Stepper
+from posttrain.model import sampler
+from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.policy import POLICY, described, policy_state
 from posttrain.progress import duration
 from posttrain.roundtrip import round_trip

@@ -27,8 +27,8 @@ from posttrain.checks import Row, Skip, phase
 from posttrain.config import GRPOConfig
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
-from posttrain.k2 import K2
 from posttrain.loop import RATIO_REMEDY
+from posttrain.model.k2 import K2
 from posttrain.policy import add_policy, load_model
 from posttrain.preflight_common import Checks
 from posttrain.source import PromptSource

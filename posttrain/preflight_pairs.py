@@ -16,7 +16,7 @@ from posttrain import pair_plan, pairs
 from posttrain.checks import Row, made, phase
 from posttrain.distributed.processes import Processes
 from posttrain.drawing import Cost, Drawer
-from posttrain.k2 import to_pil
+from posttrain.model.k2 import to_pil
 from posttrain.pair_choice import KEPT
 from posttrain.pair_plan import Block, Plan
 from posttrain.pairs_config import PairsConfig

@@ -19,8 +19,8 @@ import torch
 from posttrain import stpo
 from posttrain.checks import Row, phase
 from posttrain.distributed.processes import Processes
-from posttrain.k2 import K2
 from posttrain.latents import Batch, encode_pairs
+from posttrain.model.k2 import K2
 from posttrain.policy import add_policy, load_model
 from posttrain.preference_sources import Skipped
 from posttrain.preferences import Preference, Preferences, read_preferences

@@ -17,7 +17,7 @@ from posttrain import checkpoint, tdm
 from posttrain.checks import Row, phase
 from posttrain.distributed.processes import Processes
 from posttrain.evaluate import Way
-from posttrain.k2 import K2
+from posttrain.model.k2 import K2
 from posttrain.policy import POLICY, load_model
 from posttrain.preflight_common import Checks, finite
 from posttrain.source import FusedTexts, in_turn

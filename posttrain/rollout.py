@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from posttrain import sampler
-from posttrain.k2 import K2, Text
+from posttrain.model import sampler
+from posttrain.model.k2 import K2, Text
 
 
 @dataclass

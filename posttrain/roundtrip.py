@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from posttrain import checkpoint
-from posttrain.blocks import set_attention
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import ModelConfig
 from posttrain.export import write
-from posttrain.k2 import K2
-from posttrain.load import load_pipeline
+from posttrain.model.blocks import set_attention
+from posttrain.model.k2 import K2
+from posttrain.model.load import load_pipeline
 from posttrain.policy import POLICY, described, earlier_of, policy_state, saved_tensors
 
 STEPS = 2

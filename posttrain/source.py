@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain import sampler
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import GRPOConfig
-from posttrain.k2 import K2
+from posttrain.model import sampler
+from posttrain.model.k2 import K2
 from prompts.pool import Kind, Pool
 from prompts.records import PromptRecord
 from rewards.gates import Gated

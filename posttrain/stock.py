@@ -12,7 +12,7 @@ import torch
 from diffusers import Krea2Pipeline
 from torch import Tensor
 
-from posttrain.k2 import K2
+from posttrain.model.k2 import K2
 
 TOKENS = 512
 

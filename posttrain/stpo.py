@@ -44,15 +44,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain import checkpoint, flops, sampler, sharding
+from posttrain import checkpoint
 from posttrain.checkpoint import Checkpoint
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.evaluate import Evaluation, Evaluator
-from posttrain.k2 import K2, Text
 from posttrain.latents import Batch, EncodedPairs, Job, encode_pairs, noised
 from posttrain.loop import Clock, Stepper
 from posttrain.memory import Memory
+from posttrain.model import flops, parallelize, sampler
+from posttrain.model.k2 import K2, Text
 from posttrain.policy import POLICY, add_policy, load_model
 from posttrain.preference_loss import error_change, exact_guard, inner, norm, preference_terms
 from posttrain.preferences import read_preferences
@@ -84,7 +85,7 @@ def train(config: STPOConfig, resume: bool = False) -> None:
     pairs = encode_pairs(k2, preferences, config.pairs, procs)
     if saved is not None and saved.state["pairs"] != pairs.fingerprint:
         raise UserError(f"pairs: not those that {saved.path} was trained on, or encoded differently; restore them")
-    with sharding.sharding(k2, procs):
+    with parallelize.sharding(k2, procs):
         add_policy(k2, config.lora, config.seed, reference=True)
     in_run(config, resume, procs, lambda run, urls: _train(config, saved, run, procs, k2, pairs, heldout, urls))
 

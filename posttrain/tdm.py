@@ -45,14 +45,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain import checkpoint, figures, sampler, sharding, tdm_loss
+from posttrain import checkpoint, figures, tdm_loss
 from posttrain.checkpoint import Checkpoint
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.evaluate import Evaluation, Evaluator, Way
-from posttrain.k2 import K2, Text
 from posttrain.loop import Clock, Stepper
 from posttrain.memory import Memory
+from posttrain.model import parallelize, sampler
+from posttrain.model.k2 import K2, Text
 from posttrain.policy import POLICY, add_policy, earlier_of, load_model
 from posttrain.progress import grid_image
 from posttrain.source import FusedTexts, cut_prompts, in_turn
@@ -80,7 +81,7 @@ def train(config: TDMConfig, resume: bool = False) -> None:
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     _refuse_distilled(config)
     k2 = load_model(config.model, procs.device, saved)
-    with sharding.sharding(k2, procs):
+    with parallelize.sharding(k2, procs):
         add_roles(k2, config)
     in_run(config, resume, procs, lambda run, urls: _train(config, saved, run, procs, k2, records, heldout, urls))
 

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from posttrain import sampler
+from posttrain.model import sampler
 
 GAP, FIRST, LAST = 0.02, 0.02, 0.99
 """In the unshifted coordinate: least way of a mid-point from t_k; least and most noise that is put on again."""

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from posttrain import sampler, tdm_loss
-from posttrain.k2 import K2, Text
+from posttrain import tdm_loss
+from posttrain.model import sampler
+from posttrain.model.k2 import K2, Text
 from posttrain.policy import POLICY
 from posttrain.tdm_config import StudentConfig
 

@@ -24,8 +24,8 @@ from posttrain.distributed import shards
 from posttrain.distributed.processes import Processes
 from posttrain.early import check_run
 from posttrain.evaluate import Evaluation, Evaluator
-from posttrain.k2 import K2
 from posttrain.loop import Loop, Stepper
+from posttrain.model.k2 import K2
 from posttrain.policy import POLICY, described, file_of, load_policy
 from posttrain.report import write_report
 from posttrain.track import Run, RunConfig, peak_memory

@@ -20,7 +20,7 @@ FILES = {
     "posttrain/preference_loss.py": ["test_preference_loss.py"],
     "posttrain/tdm_loss.py": ["test_tdm_loss.py"],
     "posttrain/advantages.py": ["test_advantages.py"],
-    "posttrain/sampler.py": ["test_sampler.py"],
+    "posttrain/model/sampler.py": ["test_sampler.py"],
     "prompts/pool.py": ["test_pool.py"],
     "prompts/informativeness.py": ["test_pool.py"],
     "posttrain/checkpoint.py": ["test_checkpoint.py", "test_options.py::test_8_bit_moments_resume_bit_for_bit"],

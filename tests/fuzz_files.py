@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from posttrain import annotations, checkpoint, lora_file
+from posttrain import annotations, checkpoint
 from posttrain.expander_config import ExpanderSFTConfig
 from posttrain.expander_sft import read_pairs
 from posttrain.judge_config import JudgeConfig
 from posttrain.judge_records import read_records
+from posttrain.model import lora_file
 from posttrain.report import write_report
 from prompts.templates import load_template
 from rewards.judge import Judge

@@ -9,13 +9,13 @@ import functools
 import pytest
 import torch
 
-from posttrain import blocks
-from posttrain.blocks import Blocks
 from posttrain.config import ModelConfig
 from posttrain.errors import UserError
-from posttrain.k2 import K2, Text
+from posttrain.model import blocks
+from posttrain.model.blocks import Blocks
+from posttrain.model.k2 import K2, Text
+from posttrain.model.roles import switched
 from posttrain.policy import load_model
-from posttrain.roles import switched
 
 COMPILED = blocks._compiled
 

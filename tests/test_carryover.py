@@ -10,13 +10,14 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
-from posttrain import carryover, checkpoint, cli, grpo, original, sampler
+from posttrain import carryover, checkpoint, cli, grpo
 from posttrain.carryover_config import CarryoverConfig
 from posttrain.config import ExportConfig, ModelConfig
 from posttrain.errors import UserError
 from posttrain.export import export, load_checkpoint
-from posttrain.k2 import K2
-from posttrain.lora_file import add_lora, linear_shapes, read_lora
+from posttrain.model import key_names, sampler
+from posttrain.model.k2 import K2
+from posttrain.model.lora_file import add_lora, linear_shapes, read_lora
 from tests import runs, tiny
 
 BRIGHT = [{"name": "brightness", "function": "tests.runs:brightness"}]
@@ -131,7 +132,7 @@ def test_factors_of_other_trainers(model, tmp_path):
     state, updates = {}, {}
     generator = torch.Generator().manual_seed(0)
     for name, rank, alpha in (("blocks.0.attn.wq", 2, 4.0), ("blocks.2.mlp.up", 3, 1.0)):
-        layer = original.diffusers_name(f"{name}.").removesuffix(".")
+        layer = key_names.diffusers_name(f"{name}.").removesuffix(".")
         outputs, inputs = shapes[layer]
         down = torch.randn(rank, inputs, generator=generator)
         up = torch.randn(outputs, rank, generator=generator)

@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from posttrain import checkpoint, original
+from posttrain import checkpoint
+from posttrain.model import key_names
 from tests import runs
 from tests.test_cli import fails
 
@@ -90,7 +91,7 @@ def test_pool_that_cannot_give_a_step(grpo):
 
 
 def test_single_file(grpo, tmp_path, model):
-    state = original.to_original(load_file(model / WEIGHTS))
+    state = key_names.to_original(load_file(model / WEIGHTS))
     option = "--model.transformer_file"
     fails(grpo(option, tmp_path / "none.safetensors"), "none.safetensors: no such file; give the transformer")
     short = {key: value for key, value in state.items() if not key.startswith("blocks.1.attn.")}

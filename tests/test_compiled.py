@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch._functorch import config as functorch_config
 
-from posttrain import blocks, grpo, pairs, sample, stpo, tdm
+from posttrain import grpo, pairs, sample, stpo, tdm
 from posttrain.config import ModelConfig, SampleConfig
 from posttrain.expander_rl_config import RendererConfig
-from posttrain.k2 import K2
+from posttrain.model import blocks
+from posttrain.model.k2 import K2
 from posttrain.render import K2Renderer
 from tests import pair_runs, runs, tiny
 

@@ -11,9 +11,10 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from posttrain import cli, machine, model_files
+from posttrain import cli
 from posttrain.early import Base
 from posttrain.errors import UserError
+from posttrain.model import files, machine
 from tests import pair_runs, runs, tiny
 
 
@@ -172,7 +173,7 @@ def gpu(monkeypatch):
 def k2_files(folder: Path, monkeypatch) -> Base:
     """A K2's files as headers tell of them: 24 GiB in bfloat16, 20 of them in blocks, and 8 of text encoder."""
     (folder / "transformer").mkdir(parents=True)
-    weight = model_files.Weight
+    weight = files.Weight
     held = [weight("transformer", "transformer_blocks.0.ff.up.weight", (10 * 2**15, 2**15), "BF16"),
             weight("transformer", "img_in.weight", (2 * 2**15, 2**15), "BF16"),
             weight("text_encoder", "w", (4 * 2**15, 2**15), "BF16")]  # fmt: skip
@@ -247,8 +248,8 @@ def test_a_gpu_that_torch_cannot_use(gpu, monkeypatch):
 
 
 def test_weights_are_counted_from_headers(tmp_path, raw):
-    counted = sum(weight.count for weight in model_files.weights(str(raw)) if weight.part == "transformer")
+    counted = sum(weight.count for weight in files.weights(str(raw)) if weight.part == "transformer")
     assert counted == sum(p.numel() for p in tiny.pipeline().transformer.parameters())
     save_file({"blocks.0.w": torch.zeros(3, 5)}, tmp_path / "one.safetensors")
-    held = [w for w in model_files.weights(str(raw), str(tmp_path / "one.safetensors")) if w.part == "transformer"]
-    assert held == [model_files.Weight("transformer", "blocks.0.w", (3, 5), "F32")]
+    held = [w for w in files.weights(str(raw), str(tmp_path / "one.safetensors")) if w.part == "transformer"]
+    assert held == [files.Weight("transformer", "blocks.0.w", (3, 5), "F32")]

@@ -12,11 +12,12 @@ from peft.tuners.lora import LoraLayer
 from PIL import Image
 from safetensors.torch import load_file
 
-from posttrain import checkpoint, grpo, sampler
+from posttrain import checkpoint, grpo
 from posttrain.config import ExportConfig, ModelConfig, SampleConfig
 from posttrain.errors import UserError
 from posttrain.export import export, load_checkpoint
-from posttrain.k2 import K2
+from posttrain.model import sampler
+from posttrain.model.k2 import K2
 from posttrain.sample import sample
 from tests import runs, tiny
 

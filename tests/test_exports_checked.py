@@ -13,15 +13,16 @@ from diffusers.loaders.single_file_utils import convert_krea2_transformer_checkp
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from posttrain import checkpoint, export, grpo, original
+from posttrain import checkpoint, export, grpo
 from posttrain.config import ExportConfig, SampleConfig
 from posttrain.errors import UserError
 from posttrain.export import load_checkpoint
 from posttrain.exported import check_weights
-from posttrain.k2 import K2
-from posttrain.load import keeps_fp32
+from posttrain.model import key_names
+from posttrain.model.k2 import K2
+from posttrain.model.load import keeps_fp32
+from posttrain.model.sampler import noise, schedule
 from posttrain.sample import sample
-from posttrain.sampler import noise, schedule
 from tests import runs, tiny
 
 NANO = runs.ROOT / "posttrain/nano/weights/k2-nano"
@@ -140,20 +141,20 @@ def pipeline(request, model):
 def test_import_and_export_are_inverse_bit_for_bit(pipeline, dtype, tmp_path):
     k2 = K2.load(pipeline, dtype=dtype)
     state = k2.base_state_dict()
-    names = {key: value.contiguous() for key, value in original.to_original(state).items()}
+    names = {key: value.contiguous() for key, value in key_names.to_original(state).items()}
     save_file(names, tmp_path / "a.safetensors")
     again = K2.load(pipeline, tmp_path / "a.safetensors", dtype=dtype).base_state_dict()
     assert again.keys() == state.keys()
     assert all(again[k].dtype == v.dtype and torch.equal(again[k], v) for k, v in state.items())
-    save_file({k: v.contiguous() for k, v in original.to_original(again).items()}, tmp_path / "b.safetensors")
+    save_file({k: v.contiguous() for k, v in key_names.to_original(again).items()}, tmp_path / "b.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     # A file that is bf16 throughout keeps its values; what diffusers keeps in fp32 is fp32 from then on.
     low = {key: value.bfloat16() for key, value in names.items()}
     save_file(low, tmp_path / "low.safetensors")
-    back = original.to_original(K2.load(pipeline, tmp_path / "low.safetensors", dtype=dtype).base_state_dict())
+    back = key_names.to_original(K2.load(pipeline, tmp_path / "low.safetensors", dtype=dtype).base_state_dict())
     assert all(torch.equal(back[key].bfloat16(), value) for key, value in low.items())
     wide = {key for key, value in back.items() if value.dtype == torch.float32}
-    kept = {key for key in back if keeps_fp32(original.diffusers_name(key))}
+    kept = {key for key in back if keeps_fp32(key_names.diffusers_name(key))}
     assert wide == (set(back) if dtype == torch.float32 else kept)
 
 
@@ -213,7 +214,7 @@ def test_strict_loaders_take_the_file(pipeline, tmp_path):
     """The official module tree, and what diffusers' own converter makes of the file."""
     k2 = K2.load(pipeline)
     file = tmp_path / "a.safetensors"
-    save_file({k: v.contiguous() for k, v in original.to_original(k2.base_state_dict()).items()}, file)
+    save_file({k: v.contiguous() for k, v in key_names.to_original(k2.base_state_dict()).items()}, file)
     Official(k2.transformer.config).load_state_dict(load_file(file), strict=True)
     fresh: Any = Krea2Transformer2DModel.from_config(k2.transformer.config)
     fresh.load_state_dict(convert_krea2_transformer_checkpoint_to_diffusers(load_file(file)), strict=True)
@@ -225,7 +226,7 @@ def test_strict_loaders_take_the_file(pipeline, tmp_path):
 
 
 def test_a_file_of_another_model_is_refused(model, tmp_path):
-    save_file(original.to_original(K2.load(NANO).base_state_dict()), tmp_path / "nano.safetensors")
+    save_file(key_names.to_original(K2.load(NANO).base_state_dict()), tmp_path / "nano.safetensors")
     with pytest.raises(
         UserError, match=r"nano\.safetensors: keys do not match this model: .* of another shape"
     ) as error:
@@ -276,7 +277,7 @@ def test_a_file_that_was_written_wrong_is_removed(run, tmp_path, monkeypatch, fo
 
 
 def test_a_file_with_the_base_in_it_is_removed(run, model, tmp_path, monkeypatch):
-    base = original.to_original(K2.load(model).base_state_dict())
+    base = key_names.to_original(K2.load(model).base_state_dict())
     spoiled(monkeypatch, lambda state: {key: base[key].contiguous() for key in state})
     with pytest.raises(UserError, match=r"tensors were not written as they were"):
         write(run, tmp_path / "a.safetensors", "original")

@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 from posttrain import figures as figures_of
-from posttrain import grpo, sampler
+from posttrain import grpo
 from posttrain.config import RewardSpec
 from posttrain.errors import UserError
 from posttrain.export import load_checkpoint
-from posttrain.k2 import K2
+from posttrain.model import sampler
+from posttrain.model.k2 import K2
 from rewards import noise
 from rewards.base import Noise
 from tests import runs, tiny

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from posttrain import grpo, sampler
+from posttrain import grpo
 from posttrain.config import OptimConfig, RewardSpec
 from posttrain.distributed.processes import Processes
-from posttrain.k2 import K2
 from posttrain.loop import Stepper
-from posttrain.sampler import sde_moments
+from posttrain.model import sampler
+from posttrain.model.k2 import K2
+from posttrain.model.sampler import sde_moments
 from posttrain.source import PromptSource, in_turn
 from prompts.records import read_prompts
 from rewards.background import ScoreQueue

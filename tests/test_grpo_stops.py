@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from posttrain import checkpoint, cli, grpo, sampler
+from posttrain import checkpoint, cli, grpo
 from posttrain.config import CheckpointConfig, RewardSpec
 from posttrain.errors import UserError
 from posttrain.export import load_checkpoint
-from posttrain.k2 import K2
 from posttrain.loop import Loop
+from posttrain.model import sampler
+from posttrain.model.k2 import K2
 from tests import runs, tiny
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from posttrain import k2, sampler
 from posttrain.errors import UserError
-from posttrain.k2 import K2, Text
+from posttrain.model import k2, sampler
+from posttrain.model.k2 import K2, Text
 from tests import tiny
 
 SIZES = [(32, 32), (32, 56)]

@@ -8,10 +8,10 @@ import torch
 from diffusers.loaders.single_file_utils import convert_krea2_transformer_checkpoint_to_diffusers
 from safetensors.torch import load_file, save_file
 
-from posttrain import original
 from posttrain.errors import UserError
-from posttrain.k2 import K2, Text
-from posttrain.load import keeps_fp32
+from posttrain.model import key_names
+from posttrain.model.k2 import K2, Text
+from posttrain.model.load import keeps_fp32
 from tests import tiny
 from tests.test_k2 import distance, latents
 
@@ -30,7 +30,7 @@ def model(directory):
 
 def test_original_names_are_exact_inverses(directory):
     state = load_file(directory / "transformer" / WEIGHTS)
-    names = original.to_original(state)
+    names = key_names.to_original(state)
     assert {
         "first.weight",
         "blocks.0.attn.qknorm.qnorm.scale",
@@ -38,20 +38,20 @@ def test_original_names_are_exact_inverses(directory):
         "last.modulation.lin",
     } <= set(names)
     assert names["blocks.0.mod.lin"].shape == (6 * 128,) and names["last.modulation.lin"].shape == (2, 128)
-    back = original.from_original(names)
+    back = key_names.from_original(names)
     assert back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in state)
-    prefixed = {original.PREFIX + key: value for key, value in names.items()}
+    prefixed = {key_names.PREFIX + key: value for key, value in names.items()}
     for version in (names, prefixed):
         theirs = convert_krea2_transformer_checkpoint_to_diffusers(dict(version))
-        ours = original.from_original(version)
+        ours = key_names.from_original(version)
         assert theirs.keys() == ours.keys() and all(torch.equal(theirs[key], ours[key]) for key in ours)
-    assert original.original_name("transformer_blocks.1.ff.up.lora_A.weight") == "blocks.1.mlp.up.lora_A.weight"
+    assert key_names.original_name("transformer_blocks.1.ff.up.lora_A.weight") == "blocks.1.mlp.up.lora_A.weight"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_single_file_loads_to_the_same_velocity(directory, tmp_path, dtype):
     file = tmp_path / "raw.safetensors"
-    save_file(original.to_original(load_file(directory / "transformer" / WEIGHTS)), file)
+    save_file(key_names.to_original(load_file(directory / "transformer" / WEIGHTS)), file)
     single, whole = K2.load(directory, file, dtype=dtype), K2.load(directory, dtype=dtype)
     x = latents(whole, 32, 32)
     v = [m.velocity(x, 0.5, m.text(["a red circle"]), 32, 32) for m in (single, whole)]
@@ -63,7 +63,7 @@ def test_single_file_loads_to_the_same_velocity(directory, tmp_path, dtype):
 
 
 def edited(directory, tmp_path, edit):
-    state = original.to_original(load_file(directory / "transformer" / WEIGHTS))
+    state = key_names.to_original(load_file(directory / "transformer" / WEIGHTS))
     edit(state)
     save_file(state, tmp_path / "edited.safetensors")
     return tmp_path / "edited.safetensors"

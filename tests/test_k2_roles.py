@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from posttrain.errors import UserError
-from posttrain.k2 import K2
-from posttrain.linears import Adapted
-from posttrain.roles import Kept
+from posttrain.model.k2 import K2
+from posttrain.model.linears import Adapted
+from posttrain.model.roles import Kept
 from tests import tiny
 from tests.test_k2 import distance, latents
 

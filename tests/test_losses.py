@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from posttrain import sampler
 from posttrain.losses import bradley_terry, clipped_policy, faulty, velocity_kl
+from posttrain.model import sampler
 
 
 @pytest.mark.parametrize(

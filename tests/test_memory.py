@@ -9,7 +9,7 @@ import torch
 from posttrain import grpo, stpo, tdm
 from posttrain.config import PoolConfig
 from posttrain.errors import UserError
-from posttrain.k2 import K2
+from posttrain.model.k2 import K2
 from rewards.background import ScoreQueue
 from tests import runs, tiny
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import Krea2Pipeline
 
-from posttrain import sampler
-from posttrain.k2 import K2
+from posttrain.model import sampler
+from posttrain.model.k2 import K2
 from posttrain.nano import build, oracles, prompts, scenes
 from posttrain.nano.font import WORDS
 from prompts.records import columns, read_prompts

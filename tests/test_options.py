@@ -7,13 +7,14 @@ import sys
 import pytest
 import torch
 
-from posttrain import blocks, checkpoint, cli, fp8, grpo
+from posttrain import checkpoint, cli, grpo
 from posttrain.config import LoraConfig, ModelConfig, OptimConfig
 from posttrain.errors import UserError
-from posttrain.k2 import K2, Text
-from posttrain.linears import Adapted
 from posttrain.loop import Stepper
-from posttrain.offload import Offloaded
+from posttrain.model import blocks, fp8
+from posttrain.model.k2 import K2, Text
+from posttrain.model.linears import Adapted
+from posttrain.model.offload import Offloaded
 from posttrain.policy import POLICY, add_policy, load_model
 from posttrain.ranges import ConfigError
 from posttrain.validate import validate

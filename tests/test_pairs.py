@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 import torch
 
-from posttrain import checkpoint, pairs, sampler
+from posttrain import checkpoint, pairs
 from posttrain.cli import load_config
 from posttrain.config import ModelConfig, RewardSpec
 from posttrain.distributed.processes import Processes
 from posttrain.drawing import Drawer
 from posttrain.errors import UserError
-from posttrain.k2 import K2
+from posttrain.model import sampler
+from posttrain.model.k2 import K2
 from posttrain.pair_choice import degrade
 from posttrain.pairs_config import DeltaConfig, DrawConfig, JudgedConfig, PairsConfig, PairSource
 from posttrain.policy import POLICY, described, load_model, saved_tensors

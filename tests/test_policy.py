@@ -16,8 +16,8 @@ from posttrain import checkpoint, grpo, stpo
 from posttrain.config import ExportConfig, ModelConfig, SampleConfig
 from posttrain.errors import UserError
 from posttrain.export import export, load_checkpoint
-from posttrain.fingerprint import fingerprint
-from posttrain.k2 import K2
+from posttrain.model.fingerprint import fingerprint
+from posttrain.model.k2 import K2
 from posttrain.sample import sample
 from tests import runs, tiny
 from tests.test_export import distance, ours, stock_latents

@@ -7,10 +7,11 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from posttrain import advantages, cli, export, grpo, losses, preflight_grpo, sampler
+from posttrain import advantages, cli, export, grpo, losses, preflight_grpo
 from posttrain.config import RewardSpec, ServerSpec
-from posttrain.k2 import K2
 from posttrain.loop import Stepper
+from posttrain.model import sampler
+from posttrain.model.k2 import K2
 from rewards.base import Failure
 from tests import runs, tiny
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from posttrain import cli, early, latents, preflight_common, preflight_tdm, stpo, tdm
-from posttrain.k2 import K2
+from posttrain.model.k2 import K2
 from tests import expander_runs, pair_runs, runs
 from tests.test_preflight import failed, table
 

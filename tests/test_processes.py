@@ -15,9 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from posttrain import bench_ranks, checkpoint, flops
+from posttrain import bench_ranks, checkpoint
 from posttrain.config import RewardSpec
 from posttrain.distributed.processes import Processes, deal
+from posttrain.model import flops
 from tests import runs
 from tests.counted import COUNTED
 

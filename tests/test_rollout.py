@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from posttrain import sampler
-from posttrain.k2 import K2
+from posttrain.model import sampler
+from posttrain.model.k2 import K2
 from posttrain.rollout import rollout
 from tests import tiny
 

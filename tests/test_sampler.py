@@ -12,8 +12,8 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from posttrain import sampler
-from posttrain.load import SCHEDULER
+from posttrain.model import sampler
+from posttrain.model.load import SCHEDULER
 
 DYNAMICS = ["flow", "dance", "cps"]
 

@@ -17,7 +17,7 @@ from posttrain import checkpoint
 from posttrain.config import ModelConfig
 from posttrain.distributed import processes
 from posttrain.errors import UserError
-from posttrain.k2 import K2
+from posttrain.model.k2 import K2
 from tests import runs
 from tests.test_stages import stage
 

@@ -13,9 +13,9 @@ from posttrain import figures as figures_of
 from posttrain import latents, stpo
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
-from posttrain.k2 import K2
 from posttrain.latents import encode_pairs
 from posttrain.loop import Stepper
+from posttrain.model.k2 import K2
 from posttrain.preference_loss import inner
 from posttrain.preferences import read_preferences
 from tests import runs, tiny

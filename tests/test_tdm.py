@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from posttrain import checkpoint, cli, figures, sampler, stpo, tdm
+from posttrain import checkpoint, cli, figures, stpo, tdm
 from posttrain.config import ModelConfig, PromptsConfig, SampleConfig
 from posttrain.export import load_checkpoint
-from posttrain.k2 import K2
+from posttrain.model import sampler
+from posttrain.model.k2 import K2
 from posttrain.nano import bench_tdm
 from posttrain.policy import load_base
 from posttrain.sample import sample

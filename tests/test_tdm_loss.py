@@ -7,7 +7,8 @@ import pytest
 import scipy
 import torch
 
-from posttrain import sampler, tdm_loss
+from posttrain import tdm_loss
+from posttrain.model import sampler
 from posttrain.tdm_loss import fake_loss, fake_weight, generator_loss, importance, point_times, renoise_coefficients
 
 MU = sampler.TURBO_MU

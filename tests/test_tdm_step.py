@@ -4,9 +4,10 @@ import pytest
 import torch
 from diffusers import Krea2Pipeline
 
-from posttrain import sampler, tdm, tdm_loss
+from posttrain import tdm, tdm_loss
 from posttrain.distributed.processes import Processes
-from posttrain.k2 import K2
+from posttrain.model import sampler
+from posttrain.model.k2 import K2
 from posttrain.tdm_rollout import MU, roll_out
 from tests import runs, tiny
 

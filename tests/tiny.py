@@ -17,7 +17,7 @@ from diffusers import (
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLModel
 
-from posttrain.load import SCHEDULER
+from posttrain.model.load import SCHEDULER
 
 PREFIX = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "

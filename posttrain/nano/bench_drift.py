@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from posttrain import sampler
+from posttrain.model import sampler
 from posttrain.preference_loss import error_change, preference_terms
 
 SIDE, WIDTH, PAIRS, BATCH, STEPS, EARLY = 8, 256, 2000, 64, 3000, 20

@@ -41,13 +41,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain import checkpoint, figures, sampler, tdm
+from posttrain import checkpoint, figures, tdm
 from posttrain.config import LoraConfig, ModelConfig, PromptsConfig
 from posttrain.distributed.processes import Processes
 from posttrain.evaluate import Way
 from posttrain.export import load_checkpoint
-from posttrain.k2 import K2, Text, to_pil
 from posttrain.loop import Stepper
+from posttrain.model import sampler
+from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.nano import evaluate, prompts
 from posttrain.nano.jobs import Jobs
 from posttrain.policy import POLICY, add_policy, load_base

@@ -34,7 +34,7 @@ from diffusers import (
 )
 from transformers import Qwen3VLModel
 
-from posttrain.frame import flatten_time
+from posttrain.model.vae import flatten_time
 from posttrain.nano import damage, scenes
 from posttrain.nano.parts import (
     PREFIX,

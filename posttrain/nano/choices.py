@@ -15,9 +15,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from posttrain import checkpoint, sampler
+from posttrain import checkpoint
 from posttrain.export import load_checkpoint
-from posttrain.k2 import Text, to_pil
+from posttrain.model import sampler
+from posttrain.model.k2 import Text, to_pil
 from posttrain.nano import judge_data, oracles
 from posttrain.policy import POLICY
 from posttrain.preferences import Preference, PreferenceWriter

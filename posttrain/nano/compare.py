@@ -25,7 +25,7 @@ from posttrain.config import EvalConfig
 from posttrain.distributed.processes import Processes
 from posttrain.evaluate import Evaluator, means
 from posttrain.export import load_checkpoint
-from posttrain.k2 import K2, to_pil
+from posttrain.model.k2 import K2, to_pil
 from posttrain.nano.choices import tasteful
 from posttrain.policy import POLICY, load_base
 from prompts.records import PromptRecord, columns, read_prompts

@@ -20,7 +20,7 @@ import torch
 from diffusers import Krea2Pipeline
 from PIL import Image
 
-from posttrain.frame import flatten_time
+from posttrain.model.vae import flatten_time
 from posttrain.nano import build, oracles, prompts, scenes
 
 

@@ -107,7 +107,7 @@ def main() -> None:
     if args.k2:
         from diffusers import Krea2Pipeline
 
-        from posttrain.frame import flatten_time
+        from posttrain.model.vae import flatten_time
         from posttrain.nano import build, evaluate
 
         pipe = Krea2Pipeline.from_pretrained(args.k2, dtype=torch.float32).to(args.device)

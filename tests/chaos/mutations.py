@@ -77,7 +77,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("most = (s - BELOW).clamp(max=LAST) if separate", "most = (s + BELOW).clamp(max=LAST) if separate"),
         ("u_m * (s - GAP - s_next)", "u_m * (s - s_next)"),
     ],
-    ("posttrain/sampler.py", "tests/test_sampler.py"): [
+    ("posttrain/model/sampler.py", "tests/test_sampler.py"): [
         ("(math.exp(mu) + (1 / s - 1))", "(math.exp(-mu) + (1 / s - 1))"),
         ("max_tokens: int = 6400", "max_tokens: int = 4096"),
         ("return cond + scale * (cond - uncond)", "return uncond + scale * (cond - uncond)"),

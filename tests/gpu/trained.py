@@ -7,8 +7,8 @@ import torch
 
 from posttrain import checkpoint
 from posttrain.config import LoraConfig, ModelConfig
-from posttrain.load import empty_transformer
-from posttrain.roles import TARGETS
+from posttrain.model.load import empty_transformer
+from posttrain.model.roles import TARGETS
 
 CHANGE = 5e-4
 """|dW| as a share of |W|: that of a short stage of preferences."""

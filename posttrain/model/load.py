@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Qwen3VLConfig, Qwen3VLModel
 
-from posttrain import original
 from posttrain.errors import UserError
-from posttrain.frame import flatten_time
-from posttrain.model_files import check_directory, is_hub_id
+from posttrain.model import key_names
+from posttrain.model.files import check_directory, is_hub_id
+from posttrain.model.vae import flatten_time
 
 
 def load_pipeline(
@@ -77,7 +77,7 @@ def check_names(
     lists = {"missing": missing, "unexpected": extra, "of another shape": misshapen}
     problems = []
     for what, keys in lists.items():
-        names = [original.original_name(key) if original_names else key for key in keys[:3]]
+        names = [key_names.original_name(key) if original_names else key for key in keys[:3]]
         if keys:
             problems.append(f"{len(keys)} {what} ({', '.join(names)}{', ...' if len(keys) > 3 else ''})")
     if problems:
@@ -119,7 +119,7 @@ def _read_diffusers(path: str, dtype: torch.dtype) -> Krea2Transformer2DModel:
 def _read_original(file: Path, path: str, dtype: torch.dtype) -> Krea2Transformer2DModel:
     """From one file in the original key names. diffusers' own reader lets missing and extra keys pass."""
     transformer = empty_transformer(path)
-    weights = original.from_original(load_file(file))
+    weights = key_names.from_original(load_file(file))
     remedy = f"give a file in the original key names that belongs to {path}/transformer"
     check_names(str(file), transformer.state_dict(), weights, remedy, original_names=True)
     # Copied, so that the model does not live in the file's pages.

@@ -7,7 +7,7 @@ from diffusers import Krea2Pipeline, Krea2Transformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posttrain.blocks import Blocks
+from posttrain.model.blocks import Blocks
 
 
 class VelocityModel(nn.Module):

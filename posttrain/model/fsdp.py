@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from posttrain.distributed.processes import Processes
-from posttrain.k2 import K2
-from posttrain.velocity import VelocityModel
+from posttrain.model.k2 import K2
+from posttrain.model.velocity import VelocityModel
 
 
 def shard(k2: K2, networks: list[VelocityModel], procs: Processes) -> list[nn.Module]:

@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from posttrain import sampler
-from posttrain.blocks import Blocks
 from posttrain.errors import UserError
-from posttrain.linears import Adapted
-from posttrain.load import load_pipeline, random_pipeline
-from posttrain.offload import Offloaded, uses
-from posttrain.roles import Roles
-from posttrain.velocity import VelocityModel
+from posttrain.model import sampler
+from posttrain.model.blocks import Blocks
+from posttrain.model.linears import Adapted
+from posttrain.model.load import load_pipeline, random_pipeline
+from posttrain.model.offload import Offloaded, uses
+from posttrain.model.roles import Roles
+from posttrain.model.velocity import VelocityModel
 
 DECODED = 2**20
 """Pixels that are decoded at a time, if that is not less than a picture and not more than 16: some 3 kB each in K2."""

@@ -23,11 +23,11 @@ import torch
 from diffusers import Krea2Transformer2DModel
 from torch import Tensor, nn
 
-from posttrain import sampler
 from posttrain.distributed import shards
 from posttrain.errors import UserError
-from posttrain.linears import Adapted
-from posttrain.load import check_names
+from posttrain.model import sampler
+from posttrain.model.linears import Adapted
+from posttrain.model.load import check_names
 
 TARGETS = ("to_q", "to_k", "to_v", "to_gate", "to_out.0", "ff.gate", "ff.up", "ff.down")
 """The linears of a transformer block that a role adapts by default: all of them."""

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from posttrain import fsdp, zero
 from posttrain.distributed import shards
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
-from posttrain.k2 import K2
-from posttrain.velocity import VelocityModel
+from posttrain.model import fsdp, zero
+from posttrain.model.k2 import K2
+from posttrain.model.velocity import VelocityModel
 
 
 @contextlib.contextmanager

@@ -20,8 +20,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from posttrain.k2 import K2
-from posttrain.roles import TARGETS
+from posttrain.model.k2 import K2
+from posttrain.model.roles import TARGETS
 
 INPUTS = TARGETS[:4]
 """The linears that read a block's input: q, k, v and gate."""

@@ -25,7 +25,7 @@ from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import checkpoint
 
 from posttrain.errors import UserError
-from posttrain.roles import STAGES, switched
+from posttrain.model.roles import STAGES, switched
 
 WAYS = 64
 """Ways to use a block that are compiled, at most; torch runs any further one uncompiled, with a warning."""

@@ -13,7 +13,7 @@ import torch
 
 from posttrain.early import Base
 from posttrain.errors import UserError
-from posttrain.model_files import TYPES, Weight, weights
+from posttrain.model.files import TYPES, Weight, weights
 
 BF16, FP8 = (8, 0), (8, 9)
 """Compute capability of the first NVIDIA GPUs with bfloat16 arithmetic (Ampere) and with fp8 (Ada)."""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.errors import UserError
-from posttrain.k2 import K2
-from posttrain.linears import Adapted, Frozen8
-from posttrain.machine import check_fp8
+from posttrain.model.k2 import K2
+from posttrain.model.linears import Adapted, Frozen8
+from posttrain.model.machine import check_fp8
 
 
 def quantize(k2: K2, device: str | torch.device) -> None:

@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from posttrain import original
 from posttrain.errors import UserError
-from posttrain.k2 import K2
-from posttrain.roles import TARGETS
+from posttrain.model import key_names
+from posttrain.model.k2 import K2
+from posttrain.model.roles import TARGETS
 
 A, B = "lora_A.weight", "lora_B.weight"
 PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.", "model.diffusion_model.")
@@ -111,7 +111,7 @@ def add_lora(k2: K2, name: str, factors: Mapping[str, Tensor], where: str | Path
 def _layer(name: str) -> str:
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
-    return original.diffusers_name(f"{name}.").removesuffix(".")
+    return key_names.diffusers_name(f"{name}.").removesuffix(".")
 
 
 def _some(names: list[str]) -> str:
