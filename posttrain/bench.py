@@ -40,7 +40,7 @@ from posttrain.bench_config import DRAWING, BenchConfig
 from posttrain.bench_plan import plan, text_encoder_gib
 from posttrain.bench_steps import Steps
 from posttrain.bench_table import table
-from posttrain.config import ModelConfig
+from posttrain.config.sections import ModelConfig
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.memory import DoesNotFit

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from posttrain import checkpoint
-from posttrain.config import LoraConfig, OptimConfig
+from posttrain.config.sections import LoraConfig, OptimConfig
 from posttrain.distributed.processes import Processes
 from posttrain.loop import Stepper
 from posttrain.model import parallelize, sampler

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.bench_steps import Steps
-from posttrain.config import OptimConfig
+from posttrain.config.sections import OptimConfig
 from posttrain.loop import Stepper
 from posttrain.model.k2 import Text
 from posttrain.policy import POLICY

@@ -23,7 +23,7 @@ import torch
 from posttrain.bench_config import BenchConfig
 from posttrain.bench_tiers import BLOCK_BYTES, parts_of, tiers
 from posttrain.cli import load_config
-from posttrain.config import GRPOConfig
+from posttrain.config.sections import GRPOConfig
 from posttrain.errors import UserError
 from posttrain.model import flops
 from posttrain.model.load import sizes_of

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from posttrain import grpo, stpo, tdm
 from posttrain.bench_config import BenchConfig
-from posttrain.config import GRPOConfig, LoraConfig, ModelConfig, PromptsConfig, RewardSpec
+from posttrain.config.sections import GRPOConfig, LoraConfig, ModelConfig, PromptsConfig, RewardSpec
 from posttrain.distributed.processes import Processes
 from posttrain.latents import EncodedPair, EncodedPairs
 from posttrain.loop import Clock, Stepper

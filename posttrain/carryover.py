@@ -25,7 +25,7 @@ from posttrain import checkpoint, figures, policy
 from posttrain.card import run_recipe
 from posttrain.carryover_config import CarryoverConfig
 from posttrain.checkpoint import Checkpoint
-from posttrain.config import EvalConfig, ModelConfig
+from posttrain.config.sections import EvalConfig, ModelConfig
 from posttrain.distributed.processes import Processes
 from posttrain.early import check_new
 from posttrain.errors import UserError

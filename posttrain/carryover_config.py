@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from posttrain.config import ModelConfig
+from posttrain.config.sections import ModelConfig
 from rewards.base import RewardSpec
 from rewards.serve import ServerSpec
 

@@ -23,7 +23,18 @@ import yaml
 from posttrain import __version__, early, startup
 from posttrain.bench_config import BenchConfig
 from posttrain.carryover_config import CarryoverConfig
-from posttrain.config import ExportConfig, GRPOConfig, ReportConfig, SampleConfig, ServeConfig
+from posttrain.config.ranges import ConfigError
+from posttrain.config.recipe import (
+    check_recipe,
+    completed,
+    describe,
+    dumped,
+    field_types,
+    fits,
+    read_recipe,
+    suggestion,
+)
+from posttrain.config.sections import ExportConfig, GRPOConfig, ReportConfig, SampleConfig, ServeConfig
 from posttrain.early import CHECK
 from posttrain.errors import UserError
 from posttrain.expander_config import ExpandConfig, ExpanderDataConfig, ExpanderSFTConfig
@@ -31,8 +42,6 @@ from posttrain.expander_rl_config import ExpanderGDPOConfig
 from posttrain.judge_config import JudgeConfig
 from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
 from posttrain.pipeline_config import PipelineConfig
-from posttrain.ranges import ConfigError
-from posttrain.recipe import check_recipe, completed, describe, dumped, field_types, fits, read_recipe, suggestion
 from posttrain.stpo_config import STPOConfig
 from posttrain.tdm_config import TDMConfig
 from posttrain.validate import validate

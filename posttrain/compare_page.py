@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain.changes import changes
 from posttrain.chart_many import runs_chart
+from posttrain.config.diff import changes
 from posttrain.html_page import by_section, colour, figure, legend, picture, section, shown, table, text
 from posttrain.run_files import RunFiles
 from posttrain.wipe import Sample, read_samples, step_name, steps

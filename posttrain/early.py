@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from posttrain import pair_plan
-from posttrain.changes import changes, told
+from posttrain.config.diff import changes, told
 from posttrain.errors import UserError
 from posttrain.lock import lock
 from posttrain.model import files

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from posttrain import figures
-from posttrain.config import EvalConfig
+from posttrain.config.sections import EvalConfig
 from posttrain.distributed.processes import Processes
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig
 
-from posttrain.config import LoraConfig
+from posttrain.config.sections import LoraConfig
 from posttrain.errors import UserError
 from posttrain.expander_model import check_base, load_chat_model, resolve, write_card
 from posttrain.expander_rl_config import ChatModelConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from posttrain.config import LoraConfig, TrackConfig
+from posttrain.config.sections import LoraConfig, TrackConfig
 from rewards.base import RewardSpec
 from rewards.serve import ServerSpec
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from posttrain import checkpoint
 from posttrain.card import LEAST_KEPT, Rounding, model_card
 from posttrain.checkpoint import Checkpoint
-from posttrain.config import ExportConfig
+from posttrain.config.sections import ExportConfig
 from posttrain.early import check_new
 from posttrain.errors import UserError
 from posttrain.exported import check_lora, check_pipeline, check_weights

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from posttrain import advantages, checkpoint, losses
 from posttrain.checkpoint import Checkpoint
-from posttrain.config import GRPOConfig
+from posttrain.config.sections import GRPOConfig
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.evaluate import Evaluator, means

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from posttrain import checkpoint, clipping
-from posttrain.config import CheckpointConfig, LossConfig, OptimConfig
+from posttrain.config.sections import CheckpointConfig, LossConfig, OptimConfig
 from posttrain.distributed import shards
 from posttrain.errors import UserError
 from posttrain.optimizer import make_optimizer, median_root, set_group

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from posttrain.config import OptimConfig
+from posttrain.config.sections import OptimConfig
 from posttrain.errors import UserError
 
 FLOOR = 1e-12

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from posttrain.config import ModelConfig, TrackConfig
+from posttrain.config.sections import ModelConfig, TrackConfig
 from rewards.base import RewardSpec
 from rewards.serve import ServerSpec
 

@@ -29,7 +29,7 @@ from types import FrameType
 from typing import Any
 
 from posttrain import cli
-from posttrain.changes import changes, told
+from posttrain.config.diff import changes, told
 from posttrain.disk import replace_text
 from posttrain.errors import UserError
 from posttrain.lock import lock

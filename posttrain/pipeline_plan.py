@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from posttrain import cli
-from posttrain.config import ExportConfig
+from posttrain.config.recipe import read_recipe, suggestion
+from posttrain.config.sections import ExportConfig
 from posttrain.errors import UserError
 from posttrain.pipeline_config import PipelineConfig, StageConfig
-from posttrain.recipe import read_recipe, suggestion
 from prompts.records import read_prompts
 from rewards.base import RewardSpec
 from rewards.load import check_addresses, check_rewards

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from posttrain import checkpoint, startup
 from posttrain.checkpoint import Checkpoint
-from posttrain.config import LoraConfig, ModelConfig
+from posttrain.config.sections import LoraConfig, ModelConfig
 from posttrain.early import DISTILLED_REMEDY
 from posttrain.errors import UserError
 from posttrain.model.blocks import set_attention

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from posttrain import advantages, grpo
 from posttrain.checks import Row, Skip, phase
-from posttrain.config import GRPOConfig
+from posttrain.config.sections import GRPOConfig
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.loop import RATIO_REMEDY

@@ -16,7 +16,7 @@ from typing import Any
 from posttrain.chart import Point, line_chart, number
 from posttrain.chart_many import areas_chart
 from posttrain.compare_page import comparison
-from posttrain.config import ReportConfig
+from posttrain.config.sections import ReportConfig
 from posttrain.group_page import groups_section
 from posttrain.html_page import by_section, figure, page, section, shares, shown, table, text
 from posttrain.run_files import RunFiles, read_json, read_run, read_tables

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from posttrain import checkpoint
 from posttrain.checkpoint import Checkpoint
-from posttrain.config import ModelConfig
+from posttrain.config.sections import ModelConfig
 from posttrain.export import write
 from posttrain.model.blocks import set_attention
 from posttrain.model.k2 import K2

@@ -11,8 +11,8 @@ from types import UnionType
 from typing import Any
 
 from posttrain.chart import Point
+from posttrain.config.recipe import read_recipe
 from posttrain.errors import UserError
-from posttrain.recipe import read_recipe
 from prompts.parse import parse_json
 
 SECTIONS = {"loss": dict, "optim": dict, "eval": dict, "renderer": dict, "rewards": list}

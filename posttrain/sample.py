@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 
 from posttrain import checkpoint
-from posttrain.config import SampleConfig
+from posttrain.config.sections import SampleConfig
 from posttrain.early import check_new
 from posttrain.errors import UserError
 from posttrain.expander_model import Expander, resolve

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from posttrain.checkpoint import Checkpoint
-from posttrain.config import GRPOConfig
+from posttrain.config.sections import GRPOConfig
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
 from prompts.pool import Kind, Pool

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from posttrain.config import CheckpointConfig, EvalConfig, LoraConfig, ModelConfig, OptimConfig, TrackConfig
+from posttrain.config.sections import CheckpointConfig, EvalConfig, LoraConfig, ModelConfig, OptimConfig, TrackConfig
 from posttrain.pairs_config import ColumnMap
 from rewards.base import RewardSpec
 from rewards.serve import ServerSpec

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from posttrain.config import (
+from posttrain.config.sections import (
     CheckpointConfig,
     EvalConfig,
     LoraConfig,

@@ -39,8 +39,8 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from posttrain import startup
-from posttrain.changes import changes, told
-from posttrain.config import TrackConfig
+from posttrain.config.diff import changes, told
+from posttrain.config.sections import TrackConfig
 from posttrain.disk import replace_text
 from posttrain.early import check_run
 from posttrain.errors import UserError

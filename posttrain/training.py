@@ -19,7 +19,7 @@ from torch import Tensor
 
 from posttrain import checkpoint, health, startup, watch
 from posttrain.checkpoint import Checkpoint
-from posttrain.config import CheckpointConfig, EvalConfig, ModelConfig, OptimConfig
+from posttrain.config.sections import CheckpointConfig, EvalConfig, ModelConfig, OptimConfig
 from posttrain.distributed import shards
 from posttrain.distributed.processes import Processes
 from posttrain.early import check_run

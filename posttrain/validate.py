@@ -7,7 +7,8 @@ import math
 from posttrain import figures
 from posttrain.bench_config import BenchConfig
 from posttrain.carryover_config import CarryoverConfig
-from posttrain.config import (
+from posttrain.config.ranges import ConfigError, at_least, pixels, positive
+from posttrain.config.sections import (
     EvalConfig,
     ExportConfig,
     GRPOConfig,
@@ -24,7 +25,6 @@ from posttrain.expander_rl_config import ExpanderGDPOConfig
 from posttrain.judge_config import JudgeConfig
 from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
 from posttrain.pipeline_config import PipelineConfig
-from posttrain.ranges import ConfigError, at_least, pixels, positive
 from posttrain.stpo_config import STPOConfig
 from posttrain.tdm_config import MOST_STEPS, TDMConfig
 from posttrain.validate_bench import validate_bench

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from posttrain.config.ranges import ConfigError, at_least, pixels, positive, share
 from posttrain.expander_rl_config import DiversityConfig, ExpanderGDPOConfig, RendererConfig
-from posttrain.ranges import ConfigError, at_least, pixels, positive, share
 from posttrain.validate_model import validate_lora
 
 DIVERSITY = "diversity"

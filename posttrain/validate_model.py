@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from posttrain.config import LoraConfig, ModelConfig
-from posttrain.ranges import ConfigError, at_least, positive
+from posttrain.config.ranges import ConfigError, at_least, positive
+from posttrain.config.sections import LoraConfig, ModelConfig
 
 
 def validate_model(model: ModelConfig, all_weights: bool = False) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
+from posttrain.config.ranges import ConfigError, at_least, positive
 from posttrain.pipeline_config import PipelineConfig
-from posttrain.ranges import ConfigError, at_least, positive
 
 
 def validate_pipeline(config: PipelineConfig) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from posttrain.config.ranges import ConfigError, at_least, no_keys, positive
 from posttrain.errors import UserError
-from posttrain.ranges import ConfigError, at_least, no_keys, positive
 from rewards.serve import ServerSpec, memory_share
 from rewards.urls import check_urls
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from posttrain.config import EvalConfig, StopConfig
+from posttrain.config.sections import EvalConfig, StopConfig
 
 
 def best(evaluations: Sequence[Any], metric: str | None) -> tuple[int, float] | None:

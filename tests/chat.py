@@ -59,7 +59,7 @@ if __name__ == "__main__":
     import sys
     import time
 
-    from posttrain.config import LoraConfig
+    from posttrain.config.sections import LoraConfig
     from posttrain.expander_policy import Policy
     from posttrain.expander_rl_config import ChatModelConfig
     from prompts.records import PromptRecord

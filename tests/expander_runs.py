@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-from posttrain.config import LoraConfig, TrackConfig
+from posttrain.config.sections import LoraConfig, TrackConfig
 from posttrain.expander_rl_config import (
     ChatModelConfig,
     DiversityConfig,

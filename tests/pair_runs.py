@@ -4,7 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from posttrain.config import ModelConfig, RewardSpec
+from posttrain.config.sections import ModelConfig, RewardSpec
 from posttrain.pairs_config import DeltaConfig, DrawConfig, JudgedConfig, PairsConfig, PairSource
 from tests import tiny
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from posttrain import checkpoint
-from posttrain.config import GRPOConfig, ModelConfig, PromptsConfig, RewardSpec
+from posttrain.config.sections import GRPOConfig, ModelConfig, PromptsConfig, RewardSpec
 from posttrain.stpo_config import PairSetConfig, STPOConfig
 from posttrain.tdm_config import TDMConfig
 from tests import tiny

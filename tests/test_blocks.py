@@ -9,7 +9,7 @@ import functools
 import pytest
 import torch
 
-from posttrain.config import ModelConfig
+from posttrain.config.sections import ModelConfig
 from posttrain.errors import UserError
 from posttrain.model import blocks
 from posttrain.model.blocks import Blocks

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from posttrain import carryover, checkpoint, cli, grpo
 from posttrain.carryover_config import CarryoverConfig
-from posttrain.config import ExportConfig, ModelConfig
+from posttrain.config.sections import ExportConfig, ModelConfig
 from posttrain.errors import UserError
 from posttrain.export import export, load_checkpoint
 from posttrain.model import key_names, sampler

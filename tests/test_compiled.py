@@ -14,7 +14,7 @@ import torch
 from torch._functorch import config as functorch_config
 
 from posttrain import grpo, pairs, sample, stpo, tdm
-from posttrain.config import ModelConfig, SampleConfig
+from posttrain.config.sections import ModelConfig, SampleConfig
 from posttrain.expander_rl_config import RendererConfig
 from posttrain.model import blocks
 from posttrain.model.k2 import K2

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from posttrain.config import (
+from posttrain.config.ranges import ConfigError
+from posttrain.config.sections import (
     ExportConfig,
     GRPOConfig,
     ModelConfig,
@@ -18,7 +19,6 @@ from posttrain.config import (
 )
 from posttrain.errors import UserError
 from posttrain.pairs_config import ColumnMap
-from posttrain.ranges import ConfigError
 from posttrain.stpo_config import PairSetConfig, STPOConfig
 from posttrain.validate import validate
 
@@ -370,6 +370,6 @@ def test_export_file_name():
 
 
 def test_config_and_command_line_import_no_torch():
-    code = "import sys, posttrain.config, posttrain.cli; print('torch' in sys.modules)"
+    code = "import sys, posttrain.config.sections, posttrain.cli; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"

@@ -21,10 +21,10 @@ from PIL import Image
 
 from posttrain import cli
 from posttrain.annotations import Showing, Store
+from posttrain.config.recipe import check_recipe
 from posttrain.errors import UserError
 from posttrain.marked_images import Images
 from posttrain.preferences import read_preferences
-from posttrain.recipe import check_recipe
 from rewards.base import RewardSpec
 from rewards.load import check_rewards
 from tests import docs_commands, runs

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from posttrain import cli
-from posttrain.config import CheckpointConfig, LoraConfig, OptimConfig, TrackConfig
+from posttrain.config.sections import CheckpointConfig, LoraConfig, OptimConfig, TrackConfig
 from posttrain.errors import UserError
 from posttrain.expander_config import ExpanderDataConfig, ExpanderSFTConfig
 from posttrain.expander_data import make

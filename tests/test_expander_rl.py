@@ -12,11 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from posttrain import advantages, cli, expander_follow, expander_rl
+from posttrain.config.ranges import ConfigError
 from posttrain.errors import UserError
 from posttrain.expander_model import Expander
 from posttrain.expander_rl_config import AblationConfig, ExpanderGDPOConfig
 from posttrain.loop import MAX_SKIPPED
-from posttrain.ranges import ConfigError
 from posttrain.render import K2Renderer
 from posttrain.track import Run
 from posttrain.validate import validate

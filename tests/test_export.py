@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from posttrain import checkpoint, grpo
-from posttrain.config import ExportConfig, ModelConfig, SampleConfig
+from posttrain.config.sections import ExportConfig, ModelConfig, SampleConfig
 from posttrain.errors import UserError
 from posttrain.export import export, load_checkpoint
 from posttrain.model import sampler

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from posttrain import checkpoint, export, grpo
-from posttrain.config import ExportConfig, SampleConfig
+from posttrain.config.sections import ExportConfig, SampleConfig
 from posttrain.errors import UserError
 from posttrain.export import load_checkpoint
 from posttrain.exported import check_weights

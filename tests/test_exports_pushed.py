@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from posttrain import checkpoint, grpo, hub
 from posttrain.card import model_card
-from posttrain.config import ModelConfig
+from posttrain.config.sections import ModelConfig
 from posttrain.errors import UserError
 from tests import runs
 from tests.test_exports_checked import write

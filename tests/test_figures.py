@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from posttrain import figures, watch
-from posttrain.config import EvalConfig, StopConfig
+from posttrain.config.sections import EvalConfig, StopConfig
 
 
 def flat(*colours, size=32) -> np.ndarray:

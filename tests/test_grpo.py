@@ -11,7 +11,7 @@ from PIL import Image
 
 from posttrain import figures as figures_of
 from posttrain import grpo
-from posttrain.config import RewardSpec
+from posttrain.config.sections import RewardSpec
 from posttrain.errors import UserError
 from posttrain.export import load_checkpoint
 from posttrain.model import sampler

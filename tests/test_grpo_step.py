@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from posttrain import grpo
-from posttrain.config import OptimConfig, RewardSpec
+from posttrain.config.sections import OptimConfig, RewardSpec
 from posttrain.distributed.processes import Processes
 from posttrain.loop import Stepper
 from posttrain.model import sampler

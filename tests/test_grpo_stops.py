@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from posttrain import checkpoint, cli, grpo
-from posttrain.config import CheckpointConfig, RewardSpec
+from posttrain.config.sections import CheckpointConfig, RewardSpec
 from posttrain.errors import UserError
 from posttrain.export import load_checkpoint
 from posttrain.loop import Loop

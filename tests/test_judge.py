@@ -18,7 +18,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from posttrain import checkpoint, cli, judge, judge_records, losses
 from posttrain.calibration import auroc, brier, expected_calibration_error, reliability
-from posttrain.config import LoraConfig, OptimConfig, TrackConfig
+from posttrain.config.sections import LoraConfig, OptimConfig, TrackConfig
 from posttrain.errors import UserError
 from posttrain.judge_config import JudgeConfig
 from posttrain.judge_records import read_records

@@ -9,7 +9,7 @@ from PIL import Image
 
 from posttrain import cli
 from posttrain.annotations import Answer, Schedule, Showing, Store
-from posttrain.config import TrackConfig
+from posttrain.config.sections import TrackConfig
 from posttrain.errors import UserError
 from posttrain.judge_config import JudgeConfig
 from posttrain.judge_records import read_records

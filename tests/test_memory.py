@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from posttrain import grpo, stpo, tdm
-from posttrain.config import PoolConfig
+from posttrain.config.sections import PoolConfig
 from posttrain.errors import UserError
 from posttrain.model.k2 import K2
 from rewards.background import ScoreQueue

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from posttrain import checkpoint, clipping, optimizer
-from posttrain.config import OptimConfig
+from posttrain.config.sections import OptimConfig
 from posttrain.distributed import shards
 from posttrain.loop import Stepper
 from posttrain.watches import limits

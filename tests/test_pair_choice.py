@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from posttrain import pair_plan, pair_quality
-from posttrain.config import RewardSpec
+from posttrain.config.sections import RewardSpec
 from posttrain.pair_choice import Judgement, Rules, best_and_worst, decide_groups, decide_pairs, degrade, verdict
 from posttrain.pairs_config import DeltaConfig, DrawConfig, PairSource
 from rewards.base import Failure, Reward, score_all

@@ -18,7 +18,8 @@ import torch
 
 from posttrain import checkpoint, pairs
 from posttrain.cli import load_config
-from posttrain.config import ModelConfig, RewardSpec
+from posttrain.config.ranges import ConfigError
+from posttrain.config.sections import ModelConfig, RewardSpec
 from posttrain.distributed.processes import Processes
 from posttrain.drawing import Drawer
 from posttrain.errors import UserError
@@ -28,7 +29,6 @@ from posttrain.pair_choice import degrade
 from posttrain.pairs_config import DeltaConfig, DrawConfig, JudgedConfig, PairsConfig, PairSource
 from posttrain.policy import POLICY, described, load_model, saved_tensors
 from posttrain.preferences import Preference, read_preferences
-from posttrain.ranges import ConfigError
 from posttrain.report import write_report
 from posttrain.validate import validate
 from tests import runs, tiny

@@ -8,7 +8,7 @@ import torch
 from accelerate import PartialState
 
 from posttrain import advantages, cli, export, grpo, losses, preflight_grpo
-from posttrain.config import RewardSpec, ServerSpec
+from posttrain.config.sections import RewardSpec, ServerSpec
 from posttrain.loop import Stepper
 from posttrain.model import sampler
 from posttrain.model.k2 import K2

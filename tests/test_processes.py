@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from posttrain import bench_ranks, checkpoint
-from posttrain.config import RewardSpec
+from posttrain.config.sections import RewardSpec
 from posttrain.distributed.processes import Processes, deal
 from posttrain.model import flops
 from tests import runs

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from posttrain.chart import line_chart, nice_ticks, number
-from posttrain.config import GRPOConfig, ModelConfig, PromptsConfig, RewardSpec
+from posttrain.config.sections import GRPOConfig, ModelConfig, PromptsConfig, RewardSpec
 from posttrain.errors import UserError
 from posttrain.report import write_report
 from posttrain.run_files import read_metrics

@@ -20,7 +20,7 @@ from posttrain import watch
 from posttrain.chart import Limit, line_chart
 from posttrain.chart_many import areas_chart, runs_chart
 from posttrain.compare_page import comparison, different, grouped
-from posttrain.config import StopConfig
+from posttrain.config.sections import StopConfig
 from posttrain.evaluate import told
 from posttrain.html_page import page, shares
 from posttrain.nano import oracles, scenes

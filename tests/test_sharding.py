@@ -14,7 +14,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from posttrain import checkpoint
-from posttrain.config import ModelConfig
+from posttrain.config.sections import ModelConfig
 from posttrain.distributed import processes
 from posttrain.errors import UserError
 from posttrain.model.k2 import K2

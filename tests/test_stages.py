@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from posttrain import checkpoint, cli, grpo, stpo
-from posttrain.config import ExportConfig, ModelConfig
+from posttrain.config.sections import ExportConfig, ModelConfig
 from posttrain.errors import UserError
 from posttrain.export import export, load_checkpoint
 from posttrain.model import sampler

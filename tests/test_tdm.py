@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from posttrain import checkpoint, cli, figures, stpo, tdm
-from posttrain.config import ModelConfig, PromptsConfig, SampleConfig
+from posttrain.config.sections import ModelConfig, PromptsConfig, SampleConfig
 from posttrain.export import load_checkpoint
 from posttrain.model import sampler
 from posttrain.model.k2 import K2

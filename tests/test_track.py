@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from posttrain.cli import load_config
-from posttrain.config import GRPOConfig, ModelConfig, PromptsConfig, RewardSpec
+from posttrain.config.sections import GRPOConfig, ModelConfig, PromptsConfig, RewardSpec
 from posttrain.errors import UserError
 from posttrain.progress import Progress, grid_image
 from posttrain.track import Run, peak_memory

@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from posttrain import checkpoint, figures, tdm
-from posttrain.config import LoraConfig, ModelConfig, PromptsConfig
+from posttrain.config.sections import LoraConfig, ModelConfig, PromptsConfig
 from posttrain.distributed.processes import Processes
 from posttrain.evaluate import Way
 from posttrain.export import load_checkpoint

@@ -21,7 +21,7 @@ import torch
 
 from posttrain import checkpoint, figures
 from posttrain.cli import load_config
-from posttrain.config import EvalConfig
+from posttrain.config.sections import EvalConfig
 from posttrain.distributed.processes import Processes
 from posttrain.evaluate import Evaluator, means
 from posttrain.export import load_checkpoint

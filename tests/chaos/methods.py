@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from posttrain.config import CheckpointConfig, LoraConfig, OptimConfig, TrackConfig
+from posttrain.config.sections import CheckpointConfig, LoraConfig, OptimConfig, TrackConfig
 from posttrain.expander_config import ExpanderSFTConfig
 from posttrain.judge_config import JudgeConfig
 from posttrain.pairs_config import DeltaConfig, DrawConfig, JudgedConfig, PairsConfig, PairSource

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from posttrain import checkpoint
-from posttrain.config import LoraConfig, ModelConfig
+from posttrain.config.sections import LoraConfig, ModelConfig
 from posttrain.model.load import empty_transformer
 from posttrain.model.roles import TARGETS
 
