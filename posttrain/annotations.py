@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from posttrain.disk import sync
 from posttrain.errors import UserError
+from posttrain.runs.files import sync
 
 Mode = Literal["preference", "artifact"]
 """preference: which of two images is better; artifact: whether one image has faults."""

@@ -48,8 +48,8 @@ from posttrain.model import flops
 from posttrain.model.blocks import graphs
 from posttrain.model.k2 import K2
 from posttrain.policy import quickened
+from posttrain.runs.run import environment
 from posttrain.stock import Stock
-from posttrain.track import environment
 
 ASIDE = ("decode", "encode", "prepare")
 """Stages that are no work of the network."""

@@ -26,7 +26,7 @@ from posttrain.loop import Stepper
 from posttrain.model import parallelize, sampler
 from posttrain.model.k2 import K2, Text
 from posttrain.policy import POLICY, add_policy
-from posttrain.track import peak_memory
+from posttrain.runs.run import peak_memory
 from posttrain.training import content, snapshot
 
 

@@ -31,10 +31,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from posttrain.disk import sync
 from posttrain.distributed import shards
 from posttrain.errors import UserError
 from posttrain.optimizer import moment, parts
+from posttrain.runs.files import sync
 from prompts.parse import parse_json
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

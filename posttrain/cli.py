@@ -20,7 +20,7 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
-from posttrain import __version__, early, startup
+from posttrain import __version__, early
 from posttrain.bench_config import BenchConfig
 from posttrain.carryover_config import CarryoverConfig
 from posttrain.config.ranges import ConfigError
@@ -42,6 +42,7 @@ from posttrain.expander_rl_config import ExpanderGDPOConfig
 from posttrain.judge_config import JudgeConfig
 from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
 from posttrain.pipeline_config import PipelineConfig
+from posttrain.runs import startup
 from posttrain.stpo_config import STPOConfig
 from posttrain.tdm_config import TDMConfig
 from posttrain.validate import validate

@@ -11,7 +11,7 @@ from typing import Any
 from posttrain.chart_many import runs_chart
 from posttrain.config.diff import changes
 from posttrain.html_page import by_section, colour, figure, legend, picture, section, shown, table, text
-from posttrain.run_files import RunFiles
+from posttrain.runs.read import RunFiles
 from posttrain.wipe import Sample, read_samples, step_name, steps
 
 OWN = ("output", "seed", "track")

@@ -20,8 +20,8 @@ import yaml
 from posttrain import pair_plan
 from posttrain.config.diff import changes, told
 from posttrain.errors import UserError
-from posttrain.lock import lock
 from posttrain.model import files
+from posttrain.runs.lock import lock
 from prompts.records import read_prompts
 from rewards.base import RewardSpec
 from rewards.load import check_addresses, check_rewards

@@ -26,7 +26,7 @@ from posttrain.expander_score import Scored, Scorer
 from posttrain.judge_check import check_judges
 from posttrain.loop import MAX_SKIPPED
 from posttrain.model import sampler
-from posttrain.track import Run, peak_memory
+from posttrain.runs.run import Run, peak_memory
 from prompts.records import PromptRecord
 from rewards.noise import PREFIX, noise_of
 

@@ -13,12 +13,12 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from posttrain import startup
 from posttrain.errors import UserError
 from posttrain.expander_template import messages, template
 from posttrain.model import sampler
 from posttrain.model.fingerprint import fingerprint
 from posttrain.model.load import quiet
+from posttrain.runs import startup
 
 CARD = "expander.json"
 """Lies beside an adapter: its base, the base's fingerprint, and the template's hash."""

@@ -46,7 +46,7 @@ from posttrain.expander_score import Scorer
 from posttrain.expander_template import messages, template
 from posttrain.model import sampler
 from posttrain.render import make_renderer
-from posttrain.track import Run
+from posttrain.runs.run import Run
 from posttrain.training import Urls, in_run, resuming
 from posttrain.trl_checkpoint import PlainState, Sealed, newest
 from prompts.records import PromptRecord, read_prompts

@@ -40,7 +40,7 @@ from posttrain.expander_template import messages, template
 from posttrain.model.fingerprint import fingerprint
 from posttrain.model.load import quiet
 from posttrain.preference_sources import open_source
-from posttrain.track import Run, peak_memory
+from posttrain.runs.run import Run, peak_memory
 from posttrain.trl_checkpoint import PlainState, Sealed, newest
 from posttrain.validate import JUDGE_TARGETS
 

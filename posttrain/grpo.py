@@ -37,8 +37,8 @@ from posttrain.model import flops, parallelize, sampler
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.policy import POLICY, add_policy, load_model
 from posttrain.rollout import Trajectory, rollout
+from posttrain.runs.run import Run
 from posttrain.source import PromptSource, cut_prompts
-from posttrain.track import Run
 from posttrain.training import Training, Urls, in_run, resuming
 from prompts.records import PromptRecord, columns, read_prompts
 from rewards.background import ScoreQueue

@@ -34,7 +34,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from posttrain import checkpoint, losses, startup
+from posttrain import checkpoint, losses
 from posttrain.calibration import auroc, brier, expected_calibration_error, reliability
 from posttrain.checkpoint import Checkpoint
 from posttrain.early import check_run
@@ -45,7 +45,8 @@ from posttrain.judge_records import Record, check_prompts, read_records, split
 from posttrain.judge_records import fingerprint as fingerprint_of_records
 from posttrain.loop import Loop, Stepper
 from posttrain.model.fingerprint import fingerprint
-from posttrain.track import Run, peak_memory
+from posttrain.runs import startup
+from posttrain.runs.run import Run, peak_memory
 from posttrain.validate import JUDGE_TARGETS
 from prompts.templates import Template, load_template
 from rewards.vlm import VLM, Inputs

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from posttrain.track import Run
+from posttrain.runs.run import Run
 from rewards.base import Reward
 from rewards.injection import injection
 from rewards.noise import noise_metrics

@@ -28,7 +28,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from posttrain import startup
 from posttrain.checkpoint import is_full
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
@@ -38,6 +37,7 @@ from posttrain.model.k2 import K2, Text
 from posttrain.preference_loss import label
 from posttrain.preference_sources import Skipped, Tally
 from posttrain.preferences import Preference, Preferences
+from posttrain.runs import startup
 from posttrain.stpo_config import PairSetConfig
 
 VERSION = 1

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from posttrain.disk import replace_text
 from posttrain.pairs_config import DrawConfig, PairsConfig, PairSource
+from posttrain.runs.files import replace_text
 
 KEPT = "kept"
 """The fate of a candidate that makes a pair."""

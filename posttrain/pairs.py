@@ -32,7 +32,7 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from posttrain import pair_plan, pair_quality, startup
+from posttrain import pair_plan, pair_quality
 from posttrain.distributed.processes import Processes
 from posttrain.drawing import Cost, Drawer
 from posttrain.errors import UserError
@@ -43,8 +43,9 @@ from posttrain.pair_choice import KEPT, Decision, Rules, decide_groups, decide_p
 from posttrain.pair_plan import Block, Journal, Plan
 from posttrain.pairs_config import DrawConfig, PairsConfig, PairSource
 from posttrain.preferences import CARD, Preference, PreferenceWriter, row_of
+from posttrain.runs import startup
+from posttrain.runs.run import Run, peak_memory
 from posttrain.source import in_turn
-from posttrain.track import Run, peak_memory
 from posttrain.training import resuming
 from prompts.records import PromptRecord, columns, read_prompts
 from rewards.background import ScoreQueue

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain import checkpoint, startup
+from posttrain import checkpoint
 from posttrain.checkpoint import Checkpoint
 from posttrain.config.sections import LoraConfig, ModelConfig
 from posttrain.early import DISTILLED_REMEDY
@@ -28,6 +28,7 @@ from posttrain.model.fp8 import quantize
 from posttrain.model.k2 import K2
 from posttrain.model.offload import place
 from posttrain.model.roles import TARGETS
+from posttrain.runs import startup
 
 POLICY = "policy"
 

@@ -24,9 +24,9 @@ from posttrain.loop import Stepper
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.policy import POLICY, described, policy_state
-from posttrain.progress import duration
 from posttrain.roundtrip import round_trip
-from posttrain.track import peak_memory
+from posttrain.runs.progress import duration
+from posttrain.runs.run import peak_memory
 from prompts.records import PromptRecord
 from rewards.base import Noise, Reward, RewardSpec
 from rewards.load import load_rewards

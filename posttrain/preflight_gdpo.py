@@ -29,8 +29,8 @@ from posttrain.expander_rl_config import ExpanderGDPOConfig
 from posttrain.expander_score import Scorer
 from posttrain.expander_template import messages
 from posttrain.preflight_common import judge_rows, memory_row
-from posttrain.progress import duration
 from posttrain.render import make_renderer
+from posttrain.runs.progress import duration
 from prompts.records import PromptRecord, read_prompts
 from rewards.base import Noise
 from rewards.diversity import Features

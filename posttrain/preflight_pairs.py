@@ -21,7 +21,7 @@ from posttrain.pair_choice import KEPT
 from posttrain.pair_plan import Block, Plan
 from posttrain.pairs_config import PairsConfig
 from posttrain.preflight_common import judge_rows, memory_row
-from posttrain.progress import duration
+from posttrain.runs.progress import duration
 from prompts.records import read_prompts
 from rewards.background import ScoreQueue
 from rewards.load import load_rewards

@@ -25,7 +25,7 @@ from posttrain.policy import add_policy, load_model
 from posttrain.preference_sources import Skipped
 from posttrain.preferences import Preference, Preferences, read_preferences
 from posttrain.preflight_common import Checks, finite
-from posttrain.progress import duration
+from posttrain.runs.progress import duration
 from posttrain.stpo_config import STPOConfig
 from prompts.records import PromptRecord, read_prompts
 from rewards.load import load_rewards

@@ -22,11 +22,11 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from posttrain import startup
 from posttrain.errors import UserError
 from posttrain.expander_rl_config import RendererConfig
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
+from posttrain.runs import startup
 from posttrain.sample import GUIDANCE, STEPS
 from rewards.base import WINDOW
 from rewards.endpoints import Endpoints, JudgeError, share

@@ -19,7 +19,7 @@ from posttrain.compare_page import comparison
 from posttrain.config.sections import ReportConfig
 from posttrain.group_page import groups_section
 from posttrain.html_page import by_section, figure, page, section, shares, shown, table, text
-from posttrain.run_files import RunFiles, read_json, read_run, read_tables
+from posttrain.runs.read import RunFiles, read_json, read_run, read_tables
 from posttrain.watches import limits, watched
 from posttrain.wipe import pictures
 from prompts.pool import Kind

@@ -57,9 +57,9 @@ from posttrain.model.k2 import K2, Text
 from posttrain.policy import POLICY, add_policy, load_model
 from posttrain.preference_loss import error_change, exact_guard, inner, norm, preference_terms
 from posttrain.preferences import read_preferences
+from posttrain.runs.run import Run
 from posttrain.source import in_turn
 from posttrain.stpo_config import PreferenceLossConfig, STPOConfig
-from posttrain.track import Run
 from posttrain.training import Training, Urls, in_run, resuming
 from prompts.records import PromptRecord, read_prompts
 from rewards.load import load_rewards, record

@@ -55,11 +55,11 @@ from posttrain.memory import Memory
 from posttrain.model import parallelize, sampler
 from posttrain.model.k2 import K2, Text
 from posttrain.policy import POLICY, add_policy, earlier_of, load_model
-from posttrain.progress import grid_image
+from posttrain.runs.progress import grid_image
+from posttrain.runs.run import Run
 from posttrain.source import FusedTexts, cut_prompts, in_turn
 from posttrain.tdm_config import TDMConfig
 from posttrain.tdm_rollout import MU, Batch, Points, roll_out
-from posttrain.track import Run
 from posttrain.training import Training, Urls, in_run, resuming
 from prompts.records import PromptRecord, read_prompts
 from rewards.load import load_rewards

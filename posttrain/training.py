@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from posttrain import checkpoint, health, startup, watch
+from posttrain import checkpoint, health, watch
 from posttrain.checkpoint import Checkpoint
 from posttrain.config.sections import CheckpointConfig, EvalConfig, ModelConfig, OptimConfig
 from posttrain.distributed import shards
@@ -28,7 +28,8 @@ from posttrain.loop import Loop, Stepper
 from posttrain.model.k2 import K2
 from posttrain.policy import POLICY, described, file_of, load_policy
 from posttrain.report import write_report
-from posttrain.track import Run, RunConfig, peak_memory
+from posttrain.runs import startup
+from posttrain.runs.run import Run, RunConfig, peak_memory
 from rewards.load import record
 from rewards.serve import ServerSpec, serve
 

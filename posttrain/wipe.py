@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.html_page import picture, text
-from posttrain.run_files import read_rows
+from posttrain.runs.read import read_rows
 
 RUBRIC = ("requirements", "answers")
 MOST_PAIRS = 24  # pictures shown of each side

@@ -18,7 +18,7 @@ from posttrain.expander_model import Expander
 from posttrain.expander_rl_config import AblationConfig, ExpanderGDPOConfig
 from posttrain.loop import MAX_SKIPPED
 from posttrain.render import K2Renderer
-from posttrain.track import Run
+from posttrain.runs.run import Run
 from posttrain.validate import validate
 from rewards.base import RewardSpec
 from tests import chat, expander_runs, runs

@@ -14,7 +14,7 @@ from posttrain.errors import UserError
 from posttrain.judge_config import JudgeConfig
 from posttrain.judge_records import read_records
 from posttrain.marked_images import Images, find
-from posttrain.track import Run
+from posttrain.runs.run import Run
 
 SETTINGS = Schedule(0, 0.1, "artifact")
 PROMPTS = ["a red fox", "two cats"]

@@ -15,8 +15,8 @@ from posttrain.chart import line_chart, nice_ticks, number
 from posttrain.config.sections import GRPOConfig, ModelConfig, PromptsConfig, RewardSpec
 from posttrain.errors import UserError
 from posttrain.report import write_report
-from posttrain.run_files import read_metrics
-from posttrain.track import Run
+from posttrain.runs.read import read_metrics
+from posttrain.runs.run import Run
 
 EVIL = '<script>alert("1")</script> & <img src=x onerror=alert(1)>'
 

@@ -27,7 +27,7 @@ from posttrain.nano import oracles, scenes
 from posttrain.pipeline_plan import Stage
 from posttrain.pipeline_report import write_index
 from posttrain.report import write_report
-from posttrain.run_files import RunFiles, read_run
+from posttrain.runs.read import RunFiles, read_run
 from posttrain.watches import limits
 from posttrain.wipe import pictures
 from rewards.base import RewardSpec, Scored, Scores

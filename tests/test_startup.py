@@ -3,7 +3,8 @@
 import hashlib
 import time
 
-from posttrain import checkpoint, startup
+from posttrain import checkpoint
+from posttrain.runs import startup
 
 
 def test_parts_and_their_total(monkeypatch):

@@ -15,8 +15,8 @@ from rich.console import Console
 from posttrain.cli import load_config
 from posttrain.config.sections import GRPOConfig, ModelConfig, PromptsConfig, RewardSpec
 from posttrain.errors import UserError
-from posttrain.progress import Progress, grid_image
-from posttrain.track import Run, peak_memory
+from posttrain.runs.progress import Progress, grid_image
+from posttrain.runs.run import Run, peak_memory
 
 
 @pytest.fixture

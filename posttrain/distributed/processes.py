@@ -29,9 +29,9 @@ from accelerate import PartialState
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from posttrain import startup
 from posttrain.distributed import shards
 from posttrain.errors import UserError
+from posttrain.runs import startup
 from rewards.base import Scores
 
 TIMEOUT = "POSTTRAIN_TIMEOUT"

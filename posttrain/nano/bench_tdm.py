@@ -52,7 +52,7 @@ from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.nano import evaluate, prompts
 from posttrain.nano.jobs import Jobs
 from posttrain.policy import POLICY, add_policy, load_base
-from posttrain.progress import grid_image
+from posttrain.runs.progress import grid_image
 from posttrain.tdm_config import TDMConfig
 from posttrain.tdm_rollout import MU, roll_out
 from rewards.vlm import VLM

@@ -38,14 +38,14 @@ import yaml
 from PIL import Image
 from safetensors import SafetensorError
 
-from posttrain import startup
 from posttrain.config.diff import changes, told
 from posttrain.config.sections import TrackConfig
-from posttrain.disk import replace_text
 from posttrain.early import check_run
 from posttrain.errors import UserError
-from posttrain.lock import lock
-from posttrain.progress import Progress, grid_image
+from posttrain.runs import startup
+from posttrain.runs.files import replace_text
+from posttrain.runs.lock import lock
+from posttrain.runs.progress import Progress, grid_image
 
 UNWRITABLE = {getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ENOTDIR EISDIR EEXIST".split()}
 TORCH_UNWRITABLE = ("inline_container", "iostream error", "cannot be opened")
