@@ -110,7 +110,7 @@ COMMANDS = {
         positional="config",
     ),
     "report": Command(
-        ReportConfig, "posttrain.report:report", "write report.html for a run, or compare runs", positional="runs"
+        ReportConfig, "posttrain.report.page:report", "write report.html for a run, or compare runs", positional="runs"
     ),
 }
 

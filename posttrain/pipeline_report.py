@@ -8,13 +8,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from posttrain.html_page import breakable, data_uri, figure, page, table
 from posttrain.pipeline_gains import gains, read_json
 from posttrain.pipeline_plan import Stage
-from posttrain.report import summary_tables
+from posttrain.report.before_after import matched, read_samples, step_name, step_of, steps, wipe_grid
+from posttrain.report.html import breakable, data_uri, figure, page, table
+from posttrain.report.page import summary_tables
 from posttrain.runs.files import replace_text
 from posttrain.runs.progress import duration
-from posttrain.wipe import matched, read_samples, step_name, step_of, steps, wipe_grid
 
 FEW = 6  # pictures of each stage
 LARGEST = 256  # pixels of their longer side

@@ -27,7 +27,7 @@ from posttrain.evaluate import Evaluation, Evaluator
 from posttrain.loop import Loop, Stepper
 from posttrain.model.k2 import K2
 from posttrain.policy import POLICY, described, file_of, load_policy
-from posttrain.report import write_report
+from posttrain.report.page import write_report
 from posttrain.runs import startup
 from posttrain.runs.run import Run, RunConfig, peak_memory
 from rewards.load import record

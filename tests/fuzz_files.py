@@ -14,7 +14,7 @@ from posttrain.expander_sft import read_pairs
 from posttrain.judge_config import JudgeConfig
 from posttrain.judge_records import read_records
 from posttrain.model import lora_file
-from posttrain.report import write_report
+from posttrain.report.page import write_report
 from prompts.templates import load_template
 from rewards.judge import Judge
 from rewards.requirements import Requirements

@@ -191,7 +191,7 @@ def watch_loading(method: Any, monkeypatch: Any) -> list:
 
 
 TRAINING = """
-import posttrain.export, posttrain.grpo, posttrain.preflight, posttrain.preflight_grpo, posttrain.report
+import posttrain.export, posttrain.grpo, posttrain.preflight, posttrain.preflight_grpo, posttrain.report.page
 import posttrain.sample, posttrain.stpo
 import posttrain.tdm
 import tests.runs

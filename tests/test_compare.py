@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from posttrain.chart import lines_chart
 from posttrain.nano import judge_data, scenes
 from posttrain.nano.bench_stpo import figure, spread, table
 from posttrain.nano.choices import tasteful
 from posttrain.nano.compare import ensemble, wins
+from posttrain.report.charts import lines_chart
 from rewards.base import Scores
 
 

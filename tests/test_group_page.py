@@ -4,8 +4,8 @@ import json
 
 from PIL import Image
 
-from posttrain.group_page import groups_section
 from posttrain.nano import bench_expander
+from posttrain.report.groups import groups_section
 
 
 def group(folder, step, entries):

@@ -15,7 +15,7 @@ from posttrain import checkpoint, clipping, optimizer
 from posttrain.config.sections import OptimConfig
 from posttrain.distributed import shards
 from posttrain.loop import Stepper
-from posttrain.watches import limits
+from posttrain.report.limits import limits
 
 SMALL = 3e-9
 """About the root of the second moment of K2's gradients at 1024 x 1024 pixels."""

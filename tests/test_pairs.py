@@ -29,7 +29,7 @@ from posttrain.pair_choice import degrade
 from posttrain.pairs_config import DeltaConfig, DrawConfig, JudgedConfig, PairsConfig, PairSource
 from posttrain.policy import POLICY, described, load_model, saved_tensors
 from posttrain.preferences import Preference, read_preferences
-from posttrain.report import write_report
+from posttrain.report.page import write_report
 from posttrain.validate import validate
 from tests import runs, tiny
 from tests.gullible import GULLED, RAISED

@@ -11,10 +11,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from posttrain.chart import line_chart, nice_ticks, number
 from posttrain.config.sections import GRPOConfig, ModelConfig, PromptsConfig, RewardSpec
 from posttrain.errors import UserError
-from posttrain.report import write_report
+from posttrain.report.charts import line_chart, nice_ticks, number
+from posttrain.report.page import write_report
 from posttrain.runs.read import read_metrics
 from posttrain.runs.run import Run
 

@@ -17,19 +17,19 @@ import yaml
 from playwright.sync_api import Browser
 
 from posttrain import watch
-from posttrain.chart import Limit, line_chart
-from posttrain.chart_many import areas_chart, runs_chart
-from posttrain.compare_page import comparison, different, grouped
 from posttrain.config.sections import StopConfig
 from posttrain.evaluate import told
-from posttrain.html_page import page, shares
 from posttrain.nano import oracles, scenes
 from posttrain.pipeline_plan import Stage
 from posttrain.pipeline_report import write_index
-from posttrain.report import write_report
+from posttrain.report.before_after import pictures
+from posttrain.report.chart_many import areas_chart, runs_chart
+from posttrain.report.charts import Limit, line_chart
+from posttrain.report.compare import comparison, different, grouped
+from posttrain.report.html import page, shares
+from posttrain.report.limits import limits
+from posttrain.report.page import write_report
 from posttrain.runs.read import RunFiles, read_run
-from posttrain.watches import limits
-from posttrain.wipe import pictures
 from rewards.base import RewardSpec, Scored, Scores
 from tests.test_report import EVIL, Tags, make_run
 

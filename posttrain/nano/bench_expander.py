@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.chart import nice_ticks, number
 from posttrain.nano.jobs import Jobs
+from posttrain.report.charts import nice_ticks, number
 
 ARMS = {"full": "kept", "diversity off": "removed", "annealed": "annealed"}
 COLOURS = {"full": "#2f55cf", "diversity off": "#c2410c", "annealed": "#15803d"}

@@ -24,9 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
-from posttrain.chart import Point, lines_chart
 from posttrain.nano.jobs import Jobs
 from posttrain.preferences import CARD
+from posttrain.report.charts import Point, lines_chart
 
 STPO = "stpo"
 VARIANTS = {

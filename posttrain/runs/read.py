@@ -10,9 +10,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
-from posttrain.chart import Point
 from posttrain.config.recipe import read_recipe
 from posttrain.errors import UserError
+from posttrain.report.charts import Point
 from prompts.parse import parse_json
 
 SECTIONS = {"loss": dict, "optim": dict, "eval": dict, "renderer": dict, "rewards": list}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 
-from posttrain.chart import MARKED, Frame, Point, number, smooth, thin
-from posttrain.html_page import colour, legend
+from posttrain.report.charts import MARKED, Frame, Point, number, smooth, thin
+from posttrain.report.html import colour, legend
 
 FEWER_POINTS = 150  # of each line where a page has many
 

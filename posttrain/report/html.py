@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from posttrain.chart import number
+from posttrain.report.charts import number
 
 FILES = Path(__file__).parent / "page"
 LARGEST = 512  # pixels of the longer side; larger pictures are reduced for a report

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain.chart_many import runs_chart
 from posttrain.config.diff import changes
-from posttrain.html_page import by_section, colour, figure, legend, picture, section, shown, table, text
+from posttrain.report.before_after import Sample, read_samples, step_name, steps
+from posttrain.report.chart_many import runs_chart
+from posttrain.report.html import by_section, colour, figure, legend, picture, section, shown, table, text
 from posttrain.runs.read import RunFiles
-from posttrain.wipe import Sample, read_samples, step_name, steps
 
 OWN = ("output", "seed", "track")
 """Settings that may differ between runs of one line."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.html_page import picture, text
+from posttrain.report.html import picture, text
 from posttrain.runs.read import read_rows
 
 RUBRIC = ("requirements", "answers")

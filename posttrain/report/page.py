@@ -13,15 +13,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from posttrain.chart import Point, line_chart, number
-from posttrain.chart_many import areas_chart
-from posttrain.compare_page import comparison
 from posttrain.config.sections import ReportConfig
-from posttrain.group_page import groups_section
-from posttrain.html_page import by_section, figure, page, section, shares, shown, table, text
+from posttrain.report.before_after import pictures
+from posttrain.report.chart_many import areas_chart
+from posttrain.report.charts import Point, line_chart, number
+from posttrain.report.compare import comparison
+from posttrain.report.groups import groups_section
+from posttrain.report.html import by_section, figure, page, section, shares, shown, table, text
+from posttrain.report.limits import limits, watched
 from posttrain.runs.read import RunFiles, read_json, read_run, read_tables
-from posttrain.watches import limits, watched
-from posttrain.wipe import pictures
 from prompts.pool import Kind
 
 SHOWN_APART = ("before", "after", "teacher", "best", "stopped", "memory", "rewards", "startup")

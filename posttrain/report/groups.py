@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from posttrain.html_page import picture
-from posttrain.wipe import both, step_name, wiped
+from posttrain.report.before_after import both, step_name, wiped
+from posttrain.report.html import picture
 
 LARGEST = 256  # pixels of the longer side; larger pictures are reduced
 
