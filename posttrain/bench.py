@@ -43,13 +43,13 @@ from posttrain.bench_table import table
 from posttrain.config.sections import ModelConfig
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
-from posttrain.memory import DoesNotFit
 from posttrain.model import flops
 from posttrain.model.blocks import graphs
 from posttrain.model.k2 import K2
-from posttrain.policy import quickened
 from posttrain.runs.run import environment
 from posttrain.stock import Stock
+from posttrain.training.oom_retry import DoesNotFit
+from posttrain.training.policy import quickened
 
 ASIDE = ("decode", "encode", "prepare")
 """Stages that are no work of the network."""

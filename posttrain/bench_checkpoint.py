@@ -19,15 +19,15 @@ from pathlib import Path
 
 import torch
 
-from posttrain import checkpoint
 from posttrain.config.sections import LoraConfig, OptimConfig
 from posttrain.distributed.processes import Processes
-from posttrain.loop import Stepper
 from posttrain.model import parallelize, sampler
 from posttrain.model.k2 import K2, Text
-from posttrain.policy import POLICY, add_policy
 from posttrain.runs.run import peak_memory
-from posttrain.training import content, snapshot
+from posttrain.training import checkpoint
+from posttrain.training.loop import content, snapshot
+from posttrain.training.policy import POLICY, add_policy
+from posttrain.training.stepper import Stepper
 
 
 def main() -> None:

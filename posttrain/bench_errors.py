@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from posttrain.bench_steps import Steps
 from posttrain.config.sections import OptimConfig
-from posttrain.loop import Stepper
 from posttrain.model.k2 import Text
-from posttrain.policy import POLICY
+from posttrain.training.policy import POLICY
+from posttrain.training.stepper import Stepper
 
 UPDATES = 5
 FACTORS = 16

@@ -27,9 +27,9 @@ from posttrain.config.sections import GRPOConfig
 from posttrain.errors import UserError
 from posttrain.model import flops
 from posttrain.model.load import sizes_of
-from posttrain.source import FUSED_BYTES
 from posttrain.stpo_config import STPOConfig
 from posttrain.tdm_config import TDMConfig
+from posttrain.training.prompt_source import FUSED_BYTES
 
 Recipe = GRPOConfig | STPOConfig | TDMConfig
 METHODS = ("grpo", "stpo", "tdm")

@@ -18,9 +18,9 @@ from typing import Any
 
 from posttrain import cli, pipeline_fit, pipeline_plan
 from posttrain.errors import UserError
-from posttrain.evaluate import SHOWN
 from posttrain.pairs import BACKLOG
-from posttrain.source import FUSED_BYTES
+from posttrain.training.evaluate import SHOWN
+from posttrain.training.prompt_source import FUSED_BYTES
 from prompts.records import read_prompts
 from rewards.base import RewardSpec
 from rewards.encode import SMALL

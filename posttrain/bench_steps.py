@@ -22,16 +22,16 @@ from posttrain.bench_config import BenchConfig
 from posttrain.config.sections import GRPOConfig, LoraConfig, ModelConfig, PromptsConfig, RewardSpec
 from posttrain.distributed.processes import Processes
 from posttrain.latents import EncodedPair, EncodedPairs
-from posttrain.loop import Clock, Stepper
-from posttrain.memory import DoesNotFit
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Encoding, Text, to_pil
-from posttrain.policy import POLICY, add_policy
 from posttrain.render import drawn
 from posttrain.rollout import Trajectory, Transition, rollout
-from posttrain.source import PromptSource
 from posttrain.stpo_config import PairSetConfig, STPOConfig
 from posttrain.tdm_config import TDMConfig
+from posttrain.training.oom_retry import DoesNotFit
+from posttrain.training.policy import POLICY, add_policy
+from posttrain.training.prompt_source import PromptSource
+from posttrain.training.stepper import Clock, Stepper
 from prompts.records import PromptRecord
 from rewards.background import ScoreQueue
 from rewards.load import load_rewards

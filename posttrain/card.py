@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from posttrain.checkpoint import Checkpoint
-from posttrain.policy import earlier_of, is_student
+from posttrain.training.checkpoint import Checkpoint
+from posttrain.training.policy import earlier_of, is_student
 
 AS_BASE = "as-the-base-model"
 LEAST_KEPT = 0.98

@@ -21,18 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain import checkpoint, figures, policy
 from posttrain.card import run_recipe
 from posttrain.carryover_config import CarryoverConfig
-from posttrain.checkpoint import Checkpoint
 from posttrain.config.sections import EvalConfig, ModelConfig
 from posttrain.distributed.processes import Processes
 from posttrain.early import check_new
 from posttrain.errors import UserError
-from posttrain.evaluate import Evaluator
 from posttrain.export import scaled_factors
 from posttrain.model.k2 import K2, to_pil
 from posttrain.model.lora_file import add_lora, linear_shapes, read_lora
+from posttrain.training import checkpoint, image_metrics, policy
+from posttrain.training.checkpoint import Checkpoint
+from posttrain.training.evaluate import Evaluator
 from prompts.records import PromptRecord, columns, read_prompts
 from rewards.base import Reward, RewardSpec, score_all
 from rewards.load import load_rewards
@@ -92,7 +92,7 @@ def carry_over(
         fingerprint = k2.config_fingerprint()
         add_lora(k2, LORA, _factors(config, saved, k2), config.check)
         off, on = _draw(k2, config, records, steps, guidance)
-        distance[where] = float(figures.distances(figures.cells(off), figures.cells(on)).mean())
+        distance[where] = float(image_metrics.distances(image_metrics.cells(off), image_metrics.cells(on)).mean())
         for name, values in _gains(rewards, off, on, records).items():
             scores.setdefault(name, {})[where] = values
         del k2

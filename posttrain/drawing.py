@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain import checkpoint, pair_plan
-from posttrain.checkpoint import Checkpoint
+from posttrain import pair_plan
 from posttrain.errors import UserError
 from posttrain.model import sampler
 from posttrain.model.blocks import by_default
 from posttrain.model.k2 import Text
 from posttrain.pair_choice import degrade
 from posttrain.pairs_config import DrawConfig, PairsConfig
-from posttrain.policy import POLICY, add_saved_policy, is_student, load_model, stack_earlier, stands_on
+from posttrain.training import checkpoint
+from posttrain.training.checkpoint import Checkpoint
+from posttrain.training.policy import POLICY, add_saved_policy, is_student, load_model, stack_earlier, stands_on
 
 
 @dataclass

@@ -182,7 +182,7 @@ def _check_checkpoints(method: str, config: Any) -> None:
     named = dict(_named_checkpoints(method, config))
     if not named:
         return
-    from posttrain import checkpoint  # torch comes with it
+    from posttrain.training import checkpoint  # torch comes with it
 
     for field, path in named.items():
         try:

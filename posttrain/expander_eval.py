@@ -34,8 +34,8 @@ from posttrain.distributed.processes import Processes
 from posttrain.expander_rl_config import ExpanderEvalConfig
 from posttrain.expander_score import Expansion, Scored, Scorer, joined
 from posttrain.expansion import distinct, quoted, verbatim
-from posttrain.judge_check import SHOWN
 from posttrain.model import sampler
+from posttrain.training.judge_check import SHOWN
 from posttrain.validate_gdpo import DIVERSITY
 from prompts.records import PromptRecord
 

@@ -23,10 +23,10 @@ from posttrain.expander_eval import ExpanderEvaluation, ExpanderEvaluator
 from posttrain.expander_policy import Policy
 from posttrain.expander_rl_config import ExpanderGDPOConfig
 from posttrain.expander_score import Scored, Scorer
-from posttrain.judge_check import check_judges
-from posttrain.loop import MAX_SKIPPED
 from posttrain.model import sampler
 from posttrain.runs.run import Run, peak_memory
+from posttrain.training.judge_check import check_judges
+from posttrain.training.stepper import MAX_SKIPPED
 from prompts.records import PromptRecord
 from rewards.noise import PREFIX, noise_of
 

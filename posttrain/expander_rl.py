@@ -47,7 +47,7 @@ from posttrain.expander_template import messages, template
 from posttrain.model import sampler
 from posttrain.render import make_renderer
 from posttrain.runs.run import Run
-from posttrain.training import Urls, in_run, resuming
+from posttrain.training.loop import Urls, in_run, resuming
 from posttrain.trl_checkpoint import PlainState, Sealed, newest
 from prompts.records import PromptRecord, read_prompts
 from rewards.diversity import Features

@@ -22,11 +22,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from posttrain import advantages
 from posttrain.errors import UserError
 from posttrain.expander_rl_config import ExpanderGDPOConfig
 from posttrain.expansion import CAUSES, causes
 from posttrain.render import Renderer
+from posttrain.training import advantages
 from posttrain.validate_gdpo import DIVERSITY
 from prompts.records import PromptRecord, columns
 from rewards.base import Noise, Reward, RewardError, RewardSpec, Scores, score_all

@@ -31,7 +31,6 @@ from peft import get_peft_model
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from posttrain import clipping
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.expander_config import ExpanderSFTConfig
@@ -41,6 +40,7 @@ from posttrain.model.fingerprint import fingerprint
 from posttrain.model.load import quiet
 from posttrain.preference_sources import open_source
 from posttrain.runs.run import Run, peak_memory
+from posttrain.training import clipping
 from posttrain.trl_checkpoint import PlainState, Sealed, newest
 from posttrain.validate import JUDGE_TARGETS
 

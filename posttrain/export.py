@@ -22,9 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from posttrain import checkpoint
 from posttrain.card import LEAST_KEPT, Rounding, model_card
-from posttrain.checkpoint import Checkpoint
 from posttrain.config.sections import ExportConfig
 from posttrain.early import check_new
 from posttrain.errors import UserError
@@ -34,7 +32,9 @@ from posttrain.model import key_names
 from posttrain.model.k2 import K2
 from posttrain.model.load import empty_transformer, keeps_fp32, quiet
 from posttrain.model.roles import Kept
-from posttrain.policy import POLICY, add_saved_policy, earlier_of, load_base
+from posttrain.training import checkpoint
+from posttrain.training.checkpoint import Checkpoint
+from posttrain.training.policy import POLICY, add_saved_policy, earlier_of, load_base
 
 B = "lora_B.weight"
 DIFFUSERS_PREFIX, ORIGINAL_PREFIX = "transformer.", "diffusion_model."

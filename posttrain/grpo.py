@@ -24,22 +24,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain import advantages, checkpoint, losses
-from posttrain.checkpoint import Checkpoint
+from posttrain import losses
 from posttrain.config.sections import GRPOConfig
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
-from posttrain.evaluate import Evaluator, means
-from posttrain.judge_check import SHOWN, check_judges
-from posttrain.loop import Clock, Stepper, check_ratio
-from posttrain.memory import Memory
 from posttrain.model import flops, parallelize, sampler
 from posttrain.model.k2 import K2, Text, to_pil
-from posttrain.policy import POLICY, add_policy, load_model
 from posttrain.rollout import Trajectory, rollout
 from posttrain.runs.run import Run
-from posttrain.source import PromptSource, cut_prompts
-from posttrain.training import Training, Urls, in_run, resuming
+from posttrain.training import advantages, checkpoint
+from posttrain.training.checkpoint import Checkpoint
+from posttrain.training.evaluate import Evaluator, means
+from posttrain.training.judge_check import SHOWN, check_judges
+from posttrain.training.loop import Training, Urls, in_run, resuming
+from posttrain.training.oom_retry import Memory
+from posttrain.training.policy import POLICY, add_policy, load_model
+from posttrain.training.prompt_source import PromptSource, cut_prompts
+from posttrain.training.stepper import Clock, Stepper, check_ratio
 from prompts.records import PromptRecord, columns, read_prompts
 from rewards.background import ScoreQueue
 from rewards.base import Noise, Scores

@@ -34,19 +34,20 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from posttrain import checkpoint, losses
+from posttrain import losses
 from posttrain.calibration import auroc, brier, expected_calibration_error, reliability
-from posttrain.checkpoint import Checkpoint
 from posttrain.early import check_run
 from posttrain.errors import UserError
 from posttrain.judge_card import numbers, write_adapter
 from posttrain.judge_config import JudgeConfig
 from posttrain.judge_records import Record, check_prompts, read_records, split
 from posttrain.judge_records import fingerprint as fingerprint_of_records
-from posttrain.loop import Loop, Stepper
 from posttrain.model.fingerprint import fingerprint
 from posttrain.runs import startup
 from posttrain.runs.run import Run, peak_memory
+from posttrain.training import checkpoint
+from posttrain.training.checkpoint import Checkpoint
+from posttrain.training.stepper import Loop, Stepper
 from posttrain.validate import JUDGE_TARGETS
 from prompts.templates import Template, load_template
 from rewards.vlm import VLM, Inputs

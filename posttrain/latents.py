@@ -28,7 +28,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from posttrain.checkpoint import is_full
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.model import sampler
@@ -39,6 +38,7 @@ from posttrain.preference_sources import Skipped, Tally
 from posttrain.preferences import Preference, Preferences
 from posttrain.runs import startup
 from posttrain.stpo_config import PairSetConfig
+from posttrain.training.checkpoint import is_full
 
 VERSION = 1
 SHARD = 64

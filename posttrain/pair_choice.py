@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from posttrain import figures
-from posttrain.advantages import standardise
 from posttrain.pair_plan import KEPT
+from posttrain.training import image_metrics
+from posttrain.training.advantages import standardise
 from rewards.base import RewardSpec, Scores
 from rewards.gates import apply_gates
 
@@ -167,11 +167,11 @@ def _decide(
     ranked: bool,
     screen: bool,
 ) -> Decision:
-    decision, small = Decision([], list(pairs), [], [], scores), figures.cells(images)
+    decision, small = Decision([], list(pairs), [], [], scores), image_metrics.cells(images)
     for pair in pairs:
         fate, gap, distance = "unscored", None, None
         if pair is not None:
-            distance = float(figures.distances(small[[pair[0]]], small[[pair[1]]])[0])
+            distance = float(image_metrics.distances(small[[pair[0]]], small[[pair[1]]])[0])
             fate, gap = verdict(judgement, *pair, distance, rules, ranked, screen)
         decision.fates.append(fate)
         decision.margins.append(gap)

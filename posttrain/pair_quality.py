@@ -21,12 +21,12 @@ import numpy as np
 from PIL import Image
 
 from posttrain import pair_plan
-from posttrain.advantages import FLAT
 from posttrain.pair_plan import KEPT
 from posttrain.pairs_config import PairsConfig
 from posttrain.preferences import Preference, read_preferences
 from posttrain.runs.files import replace_text
 from posttrain.runs.progress import grid_image
+from posttrain.training.advantages import FLAT
 
 EDGES = [round(-1 + 0.1 * i, 1) for i in range(21)]
 """Of the margins' histogram; what lies beyond the ends counts in the last bins."""

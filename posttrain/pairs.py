@@ -36,7 +36,6 @@ from posttrain import pair_plan, pair_quality
 from posttrain.distributed.processes import Processes
 from posttrain.drawing import Cost, Drawer
 from posttrain.errors import UserError
-from posttrain.judge_check import SHOWN, check_judges
 from posttrain.model import flops, sampler
 from posttrain.model.k2 import K2, to_pil
 from posttrain.pair_choice import KEPT, Decision, Rules, decide_groups, decide_pairs
@@ -45,8 +44,9 @@ from posttrain.pairs_config import DrawConfig, PairsConfig, PairSource
 from posttrain.preferences import CARD, Preference, PreferenceWriter, row_of
 from posttrain.runs import startup
 from posttrain.runs.run import Run, peak_memory
-from posttrain.source import in_turn
-from posttrain.training import resuming
+from posttrain.training.judge_check import SHOWN, check_judges
+from posttrain.training.loop import resuming
+from posttrain.training.prompt_source import in_turn
 from prompts.records import PromptRecord, columns, read_prompts
 from rewards.background import ScoreQueue
 from rewards.base import RewardSpec, Scores

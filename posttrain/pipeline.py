@@ -248,7 +248,7 @@ def is_complete(stage: Stage) -> bool:
 def nothing_to_hand_on(stage: Stage) -> str | None:
     """Why a stage that its stop rule ended has no step for those behind it."""
     if stage.command in TRAINING and "stopped" in read_json(stage.output / "summary.json"):
-        from posttrain import checkpoint  # torch comes with it
+        from posttrain.training import checkpoint  # torch comes with it
 
         try:
             checkpoint.find(stage.output)

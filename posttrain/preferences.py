@@ -39,10 +39,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from posttrain.checkpoint import is_full
 from posttrain.errors import UserError
 from posttrain.pairs_config import ColumnMap
 from posttrain.preference_sources import Parquet, Skipped, Tally, Tie, number, open_source, picture, preferred
+from posttrain.training.checkpoint import is_full
 from prompts.parse import parse_json
 
 VERSION = 1

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from posttrain.checks import Row, Skip, made
 from posttrain.distributed.processes import Processes
-from posttrain.evaluate import Evaluation, Evaluator, Way
-from posttrain.loop import Stepper
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
-from posttrain.policy import POLICY, described, policy_state
 from posttrain.roundtrip import round_trip
 from posttrain.runs.progress import duration
 from posttrain.runs.run import peak_memory
+from posttrain.training.evaluate import Evaluation, Evaluator, Way
+from posttrain.training.policy import POLICY, described, policy_state
+from posttrain.training.stepper import Stepper
 from prompts.records import PromptRecord
 from rewards.base import Noise, Reward, RewardSpec
 from rewards.load import load_rewards

@@ -22,16 +22,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from posttrain import advantages, grpo
+from posttrain import grpo
 from posttrain.checks import Row, Skip, phase
 from posttrain.config.sections import GRPOConfig
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
-from posttrain.loop import RATIO_REMEDY
 from posttrain.model.k2 import K2
-from posttrain.policy import add_policy, load_model
 from posttrain.preflight_common import Checks
-from posttrain.source import PromptSource
+from posttrain.training import advantages
+from posttrain.training.policy import add_policy, load_model
+from posttrain.training.prompt_source import PromptSource
+from posttrain.training.stepper import RATIO_REMEDY
 from prompts.records import PromptRecord, read_prompts
 from rewards.background import ScoreQueue
 from rewards.base import Failure, Reward, Score, Scores, score_all

@@ -21,12 +21,12 @@ from posttrain.checks import Row, phase
 from posttrain.distributed.processes import Processes
 from posttrain.latents import Batch, encode_pairs
 from posttrain.model.k2 import K2
-from posttrain.policy import add_policy, load_model
 from posttrain.preference_sources import Skipped
 from posttrain.preferences import Preference, Preferences, read_preferences
 from posttrain.preflight_common import Checks, finite
 from posttrain.runs.progress import duration
 from posttrain.stpo_config import STPOConfig
+from posttrain.training.policy import add_policy, load_model
 from prompts.records import PromptRecord, read_prompts
 from rewards.load import load_rewards
 

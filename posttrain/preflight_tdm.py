@@ -13,16 +13,17 @@ from pathlib import Path
 
 import torch
 
-from posttrain import checkpoint, tdm
+from posttrain import tdm
 from posttrain.checks import Row, phase
 from posttrain.distributed.processes import Processes
-from posttrain.evaluate import Way
 from posttrain.model.k2 import K2
-from posttrain.policy import POLICY, load_model
 from posttrain.preflight_common import Checks, finite
-from posttrain.source import FusedTexts, in_turn
 from posttrain.tdm_config import TDMConfig
 from posttrain.tdm_rollout import MU, Batch, roll_out
+from posttrain.training import checkpoint
+from posttrain.training.evaluate import Way
+from posttrain.training.policy import POLICY, load_model
+from posttrain.training.prompt_source import FusedTexts, in_turn
 from prompts.records import PromptRecord, read_prompts
 from rewards.load import load_rewards
 

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain import checkpoint
-from posttrain.checkpoint import Checkpoint
 from posttrain.config.sections import ModelConfig
 from posttrain.export import write
 from posttrain.model.blocks import set_attention
 from posttrain.model.k2 import K2
 from posttrain.model.load import load_pipeline
-from posttrain.policy import POLICY, described, earlier_of, policy_state, saved_tensors
+from posttrain.training import checkpoint
+from posttrain.training.checkpoint import Checkpoint
+from posttrain.training.policy import POLICY, described, earlier_of, policy_state, saved_tensors
 
 STEPS = 2
 EFFECT = 0.2

@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from posttrain import checkpoint
 from posttrain.config.sections import SampleConfig
 from posttrain.early import check_new
 from posttrain.errors import UserError
 from posttrain.expander_model import Expander, resolve
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
-from posttrain.policy import POLICY, add_saved_policy, first_device, quickened, stack_earlier
+from posttrain.training import checkpoint
+from posttrain.training.policy import POLICY, add_saved_policy, first_device, quickened, stack_earlier
 from prompts.records import PromptRecord, read_prompts
 
 STEPS, GUIDANCE = {True: 8, False: 28}, {True: 0.0, False: 4.5}

@@ -44,23 +44,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain import checkpoint
-from posttrain.checkpoint import Checkpoint
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
-from posttrain.evaluate import Evaluation, Evaluator
 from posttrain.latents import Batch, EncodedPairs, Job, encode_pairs, noised
-from posttrain.loop import Clock, Stepper
-from posttrain.memory import Memory
 from posttrain.model import flops, parallelize, sampler
 from posttrain.model.k2 import K2, Text
-from posttrain.policy import POLICY, add_policy, load_model
 from posttrain.preference_loss import error_change, exact_guard, inner, norm, preference_terms
 from posttrain.preferences import read_preferences
 from posttrain.runs.run import Run
-from posttrain.source import in_turn
 from posttrain.stpo_config import PreferenceLossConfig, STPOConfig
-from posttrain.training import Training, Urls, in_run, resuming
+from posttrain.training import checkpoint
+from posttrain.training.checkpoint import Checkpoint
+from posttrain.training.evaluate import Evaluation, Evaluator
+from posttrain.training.loop import Training, Urls, in_run, resuming
+from posttrain.training.oom_retry import Memory
+from posttrain.training.policy import POLICY, add_policy, load_model
+from posttrain.training.prompt_source import in_turn
+from posttrain.training.stepper import Clock, Stepper
 from prompts.records import PromptRecord, read_prompts
 from rewards.load import load_rewards, record
 

@@ -45,22 +45,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain import checkpoint, figures, tdm_loss
-from posttrain.checkpoint import Checkpoint
+from posttrain import tdm_loss
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
-from posttrain.evaluate import Evaluation, Evaluator, Way
-from posttrain.loop import Clock, Stepper
-from posttrain.memory import Memory
 from posttrain.model import parallelize, sampler
 from posttrain.model.k2 import K2, Text
-from posttrain.policy import POLICY, add_policy, earlier_of, load_model
 from posttrain.runs.progress import grid_image
 from posttrain.runs.run import Run
-from posttrain.source import FusedTexts, cut_prompts, in_turn
 from posttrain.tdm_config import TDMConfig
 from posttrain.tdm_rollout import MU, Batch, Points, roll_out
-from posttrain.training import Training, Urls, in_run, resuming
+from posttrain.training import checkpoint, image_metrics
+from posttrain.training.checkpoint import Checkpoint
+from posttrain.training.evaluate import Evaluation, Evaluator, Way
+from posttrain.training.loop import Training, Urls, in_run, resuming
+from posttrain.training.oom_retry import Memory
+from posttrain.training.policy import POLICY, add_policy, earlier_of, load_model
+from posttrain.training.prompt_source import FusedTexts, cut_prompts, in_turn
+from posttrain.training.stepper import Clock, Stepper
 from prompts.records import PromptRecord, read_prompts
 from rewards.load import load_rewards
 
@@ -98,7 +99,7 @@ def _train(
 ) -> signal.Signals | None:
     student, fake = steppers(k2, config)
     batch, max_tokens = 4 * config.micro_batch, config.prompts.max_tokens
-    ways = [Way(n, 0.0, MU, figures.steps_suffix(n, config.student.steps)) for n in config.student.steps]
+    ways = [Way(n, 0.0, MU, image_metrics.steps_suffix(n, config.student.steps)) for n in config.student.steps]
     evaluator = Evaluator(
         k2, heldout, load_rewards(config.rewards, urls), config.eval, _size(config, 0), batch, max_tokens, procs, ways
     )
@@ -128,7 +129,7 @@ def _train(
         for way in ways:
             result.figures |= compared(result, way.suffix, history["teacher"])
         with student.averaged():  # which puts the weights themselves back: it is those that the fake score follows
-            result.figures[figures.FAKE_LOSS] = heldout_loss(k2, config, texts, evaluator.records, procs)
+            result.figures[image_metrics.FAKE_LOSS] = heldout_loss(k2, config, texts, evaluator.records, procs)
 
     training.state, training.measure = state, measure
     history.setdefault("images", 0)
@@ -328,7 +329,7 @@ def compared(result: Evaluation, suffix: str, teacher: dict[str, float | None]) 
     """Further figures of a way of drawing the student, most of them ratios to the teacher's."""
     closer = _look_closer(result, suffix)
     own, ratios = result.figures | closer, dict[str, float | None]()
-    for name, of in figures.TO_TEACHER.items():
+    for name, of in image_metrics.TO_TEACHER.items():
         if of in teacher:
             mine, its = own[of + suffix], teacher[of]
             ratios[f"to_teacher/{name}{suffix}"] = mine / its if mine is not None and its else None

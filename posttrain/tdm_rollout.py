@@ -14,8 +14,8 @@ from torch import Tensor
 from posttrain import tdm_loss
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text
-from posttrain.policy import POLICY
 from posttrain.tdm_config import StudentConfig
+from posttrain.training.policy import POLICY
 
 MU = sampler.TURBO_MU
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from posttrain.checkpoint import flatten_optimizer, problem, restore_optimizer, restore_rng, rng_state, seal
+from posttrain.training.checkpoint import flatten_optimizer, problem, restore_optimizer, restore_rng, rng_state, seal
 
 ARGUMENTS = "training_args.bin"
 

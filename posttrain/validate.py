@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-from posttrain import figures
 from posttrain.bench_config import BenchConfig
 from posttrain.carryover_config import CarryoverConfig
 from posttrain.config.ranges import ConfigError, at_least, pixels, positive
@@ -27,6 +26,7 @@ from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfi
 from posttrain.pipeline_config import PipelineConfig
 from posttrain.stpo_config import STPOConfig
 from posttrain.tdm_config import MOST_STEPS, TDMConfig
+from posttrain.training import image_metrics
 from posttrain.validate_bench import validate_bench
 from posttrain.validate_expander import validate_expand, validate_expander_data, validate_expander_sft
 from posttrain.validate_gdpo import validate_gdpo
@@ -178,7 +178,9 @@ def _validate_stpo(config: STPOConfig) -> None:
     validate_preference_loss(config.loss)
     if config.loss.kind == "stpo" and config.loss.guard == "exact" and config.lora is None:
         raise ConfigError("loss.guard", "exact needs an adapter's gradients; set lora, or use output")
-    _validate_eval(config.eval, [reward.name for reward in config.rewards], [*figures.PAIRS, *figures.CHANGES])
+    _validate_eval(
+        config.eval, [reward.name for reward in config.rewards], [*image_metrics.PAIRS, *image_metrics.CHANGES]
+    )
 
 
 def _validate_tdm(config: TDMConfig) -> None:
@@ -218,7 +220,7 @@ def _validate_tdm(config: TDMConfig) -> None:
     if config.eval.guidance != [0.0]:
         raise ConfigError("eval.guidance", "is that of a student, which has none: leave it out; see teacher.guidance")
     rewards = [r.name for r in config.rewards if config.eval.groups or not r.group]
-    _validate_eval(config.eval, [], figures.distilled_names(rewards, student.steps, config.eval.groups))
+    _validate_eval(config.eval, [], image_metrics.distilled_names(rewards, student.steps, config.eval.groups))
 
 
 def _validate_eval(config: EvalConfig, rewards: list[str], more: list[str]) -> None:
@@ -233,7 +235,7 @@ def _validate_eval(config: EvalConfig, rewards: list[str], more: list[str]) -> N
         at_least(f"eval.guidance[{i}]", guidance, 0)
     at_least("eval.groups", config.groups, 0)
     at_least("eval.group_size", config.group_size, 2)
-    known = list(dict.fromkeys([*figures.names(rewards, config.guidance, config.groups), *more]))
+    known = list(dict.fromkeys([*image_metrics.names(rewards, config.guidance, config.groups), *more]))
     for field, name in (("eval.best", config.best), ("eval.stop.metric", config.stop.metric)):
         if name is not None and name not in known:
             raise ConfigError(field, f"'{name}' is no figure of the evaluation; known here: {', '.join(known)}")
@@ -260,7 +262,7 @@ def _validate_watched(config: EvalConfig, rewards: list[RewardSpec]) -> None:
     trained = [reward for reward in rewards if not reward.heldout_only]
     watched = {"eval.best": config.best, "eval.stop.metric": config.stop.metric}
     for reward in rewards:
-        own = [reward.name + figures.suffix(scale) for scale in config.guidance]
+        own = [reward.name + image_metrics.suffix(scale) for scale in config.guidance]
         field = next((field for field, name in watched.items() if name in own), None)
         alike = next((other.name for other in trained if other.function == reward.function), None)
         if field is None or alike is None:
@@ -379,7 +381,7 @@ def _validate_rewards(rewards: list[RewardSpec]) -> None:
             raise ConfigError(f"rewards[{i}].name", "is empty; give the reward a name")
         if reward.name in seen:
             raise ConfigError(f"rewards[{i}].name", f"'{reward.name}' is used twice; give each its own name")
-        if reward.name in (*figures.LOOK, figures.DIVERSITY):
+        if reward.name in (*image_metrics.LOOK, image_metrics.DIVERSITY):
             raise ConfigError(f"rewards[{i}].name", f"'{reward.name}' is a figure of every evaluation; choose another")
         seen.add(reward.name)
         if isinstance(reward.function, str) and not all(reward.function.partition(":")):

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from posttrain import checkpoint
 from posttrain.config.sections import GRPOConfig, ModelConfig, PromptsConfig, RewardSpec
 from posttrain.stpo_config import PairSetConfig, STPOConfig
 from posttrain.tdm_config import TDMConfig
+from posttrain.training import checkpoint
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]

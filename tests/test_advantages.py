@@ -8,7 +8,7 @@ import functools
 import pytest
 import torch
 
-from posttrain.advantages import FLAT, flat, gdpo, noise_share, standardise, sum_then_normalise
+from posttrain.training.advantages import FLAT, flat, gdpo, noise_share, standardise, sum_then_normalise
 
 NONE = float("nan")
 SCALES = ["group", "batch", "none"]

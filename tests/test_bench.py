@@ -19,7 +19,7 @@ from posttrain.bench_tiers import Parts, fit, need, parts_of
 from posttrain.distributed.processes import Processes
 from posttrain.model import blocks, flops
 from posttrain.model.k2 import K2, Text
-from posttrain.policy import POLICY
+from posttrain.training.policy import POLICY
 from tests import runs
 
 N, L, B, RANK = 12, 7, 2, 4

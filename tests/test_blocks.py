@@ -15,7 +15,7 @@ from posttrain.model import blocks
 from posttrain.model.blocks import Blocks
 from posttrain.model.k2 import K2, Text
 from posttrain.model.roles import switched
-from posttrain.policy import load_model
+from posttrain.training.policy import load_model
 
 COMPILED = blocks._compiled
 

@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
-from posttrain import carryover, checkpoint, cli, grpo
+from posttrain import carryover, cli, grpo
 from posttrain.carryover_config import CarryoverConfig
 from posttrain.config.sections import ExportConfig, ModelConfig
 from posttrain.errors import UserError
@@ -18,6 +18,7 @@ from posttrain.export import export, load_checkpoint
 from posttrain.model import key_names, sampler
 from posttrain.model.k2 import K2
 from posttrain.model.lora_file import add_lora, linear_shapes, read_lora
+from posttrain.training import checkpoint
 from tests import runs, tiny
 
 BRIGHT = [{"name": "brightness", "function": "tests.runs:brightness"}]

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from posttrain import checkpoint
 from posttrain.errors import UserError
+from posttrain.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from posttrain import checkpoint
 from posttrain.model import key_names
+from posttrain.training import checkpoint
 from tests import runs
 from tests.test_cli import fails
 

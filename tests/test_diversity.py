@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from posttrain import advantages
 from posttrain.errors import UserError
 from posttrain.nano import scenes
+from posttrain.training import advantages
 from rewards.base import RewardSpec
 from rewards.diversity import Diversity, Features, contributions
 from rewards.load import load_rewards

@@ -11,14 +11,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from posttrain import advantages, cli, expander_follow, expander_rl
+from posttrain import cli, expander_follow, expander_rl
 from posttrain.config.ranges import ConfigError
 from posttrain.errors import UserError
 from posttrain.expander_model import Expander
 from posttrain.expander_rl_config import AblationConfig, ExpanderGDPOConfig
-from posttrain.loop import MAX_SKIPPED
 from posttrain.render import K2Renderer
 from posttrain.runs.run import Run
+from posttrain.training import advantages
+from posttrain.training.stepper import MAX_SKIPPED
 from posttrain.validate import validate
 from rewards.base import RewardSpec
 from tests import chat, expander_runs, runs

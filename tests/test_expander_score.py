@@ -5,12 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
-from posttrain import advantages, expander_follow, expander_rl
+from posttrain import expander_follow, expander_rl
 from posttrain.errors import UserError
 from posttrain.expander_policy import Policy
 from posttrain.expander_rl_config import ExpanderGDPOConfig, SafetySpec
 from posttrain.expander_score import Expansion, Scorer, gate, with_floor
 from posttrain.render import Rendering
+from posttrain.training import advantages
 from prompts.records import PromptRecord
 from rewards.base import RewardSpec
 from rewards.diversity import Features

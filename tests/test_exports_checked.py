@@ -13,7 +13,7 @@ from diffusers.loaders.single_file_utils import convert_krea2_transformer_checkp
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from posttrain import checkpoint, export, grpo
+from posttrain import export, grpo
 from posttrain.config.sections import ExportConfig, SampleConfig
 from posttrain.errors import UserError
 from posttrain.export import load_checkpoint
@@ -23,6 +23,7 @@ from posttrain.model.k2 import K2
 from posttrain.model.load import keeps_fp32
 from posttrain.model.sampler import noise, schedule
 from posttrain.sample import sample
+from posttrain.training import checkpoint
 from tests import runs, tiny
 
 NANO = runs.ROOT / "posttrain/nano/weights/k2-nano"

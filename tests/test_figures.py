@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from posttrain import figures, watch
 from posttrain.config.sections import EvalConfig, StopConfig
+from posttrain.training import early_stopping, image_metrics
 
 
 def flat(*colours, size=32) -> np.ndarray:
@@ -19,65 +19,67 @@ def wave(frequency: float, size=64) -> np.ndarray:
 
 def test_brightness_and_saturation():
     red, grey = (255, 0, 0), (51, 51, 51)
-    assert figures.brightness(flat(0, 255)) == pytest.approx(0.5)
-    assert figures.brightness(flat(red)) == pytest.approx(0.2126)
-    assert figures.brightness(flat(grey)) == pytest.approx(0.2)
-    assert figures.saturation(flat(grey, 0, 255)) == 0
-    assert figures.saturation(flat(red, grey)) == pytest.approx(0.5)
+    assert image_metrics.brightness(flat(0, 255)) == pytest.approx(0.5)
+    assert image_metrics.brightness(flat(red)) == pytest.approx(0.2126)
+    assert image_metrics.brightness(flat(grey)) == pytest.approx(0.2)
+    assert image_metrics.saturation(flat(grey, 0, 255)) == 0
+    assert image_metrics.saturation(flat(red, grey)) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(("frequency", "share"), [(0.03, 0), (0.2, 0), (0.3, 1), (0.45, 1)])
 def test_high_frequency_of_a_wave(frequency, share):
     """Across as well as down, and whatever its strength. Rounding to uint8 adds a little noise."""
     picture = wave(frequency)
-    assert figures.high_frequency(picture) == pytest.approx(share, abs=2e-3)
-    assert figures.high_frequency(picture.swapaxes(1, 2)) == pytest.approx(share, abs=2e-3)
-    assert figures.high_frequency((picture // 4).astype(np.uint8)) == pytest.approx(share, abs=2e-2)
+    assert image_metrics.high_frequency(picture) == pytest.approx(share, abs=2e-3)
+    assert image_metrics.high_frequency(picture.swapaxes(1, 2)) == pytest.approx(share, abs=2e-3)
+    assert image_metrics.high_frequency((picture // 4).astype(np.uint8)) == pytest.approx(share, abs=2e-2)
 
 
 def test_high_frequency_of_noise_and_of_nothing():
     """Outside a circle of half the square's radius lies 1 - pi/16 of it. A flat picture has no energy to share."""
     noise = np.random.default_rng(0).integers(0, 256, (4, 128, 96, 3), dtype=np.uint8)
-    assert figures.high_frequency(noise) == pytest.approx(1 - np.pi / 16, abs=0.02)
-    assert figures.high_frequency(flat(7, (1, 200, 33))) == 0
-    assert figures.high_frequency(np.concatenate([wave(0.4), flat(9, size=64)])) == pytest.approx(0.5, abs=2e-3)
+    assert image_metrics.high_frequency(noise) == pytest.approx(1 - np.pi / 16, abs=0.02)
+    assert image_metrics.high_frequency(flat(7, (1, 200, 33))) == 0
+    assert image_metrics.high_frequency(np.concatenate([wave(0.4), flat(9, size=64)])) == pytest.approx(0.5, abs=2e-3)
 
 
 def test_high_energy():
     """A wave of amplitude 100 / 255 and half of it: a quarter. Unlike the share, what is below does not count."""
     fine, coarse = wave(0.3), wave(0.03)
     halved = (fine.astype(float) / 2 + 64).round().astype(np.uint8)
-    assert figures.high_energy(halved) / figures.high_energy(fine) == pytest.approx(0.25, rel=0.02)
+    assert image_metrics.high_energy(halved) / image_metrics.high_energy(fine) == pytest.approx(0.25, rel=0.02)
     mixed = ((fine.astype(float) + coarse) / 2).round().astype(np.uint8)
-    assert figures.high_energy(mixed) == pytest.approx(figures.high_energy(halved), rel=0.02)
-    assert figures.high_frequency(mixed) == pytest.approx(0.5, abs=0.02)
+    assert image_metrics.high_energy(mixed) == pytest.approx(image_metrics.high_energy(halved), rel=0.02)
+    assert image_metrics.high_frequency(mixed) == pytest.approx(0.5, abs=0.02)
     # (100 / 255)^2 / 2 times the window's mean square, (3 / 8)^2 for Hann in two directions
-    assert figures.high_energy(fine) == pytest.approx((100 / 255) ** 2 / 2 * (3 / 8) ** 2, rel=0.1)
-    assert figures.high_energy(coarse) < 1e-3 * figures.high_energy(fine)
+    assert image_metrics.high_energy(fine) == pytest.approx((100 / 255) ** 2 / 2 * (3 / 8) ** 2, rel=0.1)
+    assert image_metrics.high_energy(coarse) < 1e-3 * image_metrics.high_energy(fine)
 
 
 def test_contrast():
     """Half black, half white: .5. A sine of amplitude 100 / 255: that over the root of two."""
-    assert figures.contrast(np.concatenate([flat(0), flat(255)], axis=1)) == pytest.approx(0.5)
-    assert figures.contrast(wave(0.25)) == pytest.approx(100 / 255 / np.sqrt(2), rel=0.01)
-    assert figures.contrast(flat(0, 255)) == 0
+    assert image_metrics.contrast(np.concatenate([flat(0), flat(255)], axis=1)) == pytest.approx(0.5)
+    assert image_metrics.contrast(wave(0.25)) == pytest.approx(100 / 255 / np.sqrt(2), rel=0.01)
+    assert image_metrics.contrast(flat(0, 255)) == 0
 
 
 def test_latent_norm():
     latents = np.array([[3.0, 4.0], [0.0, 5.0]])
-    assert figures.means([figures.measure(flat(0)[0], latents)])["image/latent_norm"] == pytest.approx(np.sqrt(12.5))
+    assert image_metrics.means([image_metrics.measure(flat(0)[0], latents)])["image/latent_norm"] == pytest.approx(
+        np.sqrt(12.5)
+    )
 
 
 def test_diversity():
     noise = np.random.default_rng(0).integers(0, 256, (6, 32, 48, 3), dtype=np.uint8)
-    assert figures.diversity(np.repeat(noise, 4, axis=0), 4) == 0  # the groups differ and their pictures do not
-    assert figures.diversity(flat(0, 255), 2) == 1
+    assert image_metrics.diversity(np.repeat(noise, 4, axis=0), 4) == 0  # the groups differ and their pictures do not
+    assert image_metrics.diversity(flat(0, 255), 2) == 1
     # Black, black, white: distances 0, 1, 1. A grey of 51 is 0.2 from black.
-    assert figures.diversity(flat(0, 0, 255), 3) == pytest.approx(2 / 3)
-    assert figures.diversity(flat(0, 51, 51, 51), 2) == pytest.approx(0.1)
-    assert figures.diversity(noise, 3) == pytest.approx(figures.diversity(noise[[2, 0, 1, 4, 5, 3]], 3))
+    assert image_metrics.diversity(flat(0, 0, 255), 3) == pytest.approx(2 / 3)
+    assert image_metrics.diversity(flat(0, 51, 51, 51), 2) == pytest.approx(0.1)
+    assert image_metrics.diversity(noise, 3) == pytest.approx(image_metrics.diversity(noise[[2, 0, 1, 4, 5, 3]], 3))
     with pytest.raises(ValueError, match="not groups of 4"):
-        figures.diversity(noise, 4)
+        image_metrics.diversity(noise, 4)
 
 
 def test_diversity_sees_composition_and_not_detail():
@@ -86,13 +88,13 @@ def test_diversity_sees_composition_and_not_detail():
     halves = np.indices((32, 32))[0] // 16
     for pattern, expected in ((board, 0), (halves, 1)):
         picture = np.broadcast_to(pattern[..., None], (32, 32, 3)).astype(np.uint8) * 255
-        assert figures.diversity(np.stack([picture, 255 - picture]), 2) == expected
+        assert image_metrics.diversity(np.stack([picture, 255 - picture]), 2) == expected
 
 
 def test_names():
-    assert figures.names(["oracle"], [0.0], 0) == ["oracle", *figures.LOOK]
-    with_groups = [*figures.LOOK, "image/diversity"]
-    assert figures.names(["a", "b"], [0.0, 1.5], 8) == [
+    assert image_metrics.names(["oracle"], [0.0], 0) == ["oracle", *image_metrics.LOOK]
+    with_groups = [*image_metrics.LOOK, "image/diversity"]
+    assert image_metrics.names(["a", "b"], [0.0, 1.5], 8) == [
         "a", "b", *with_groups, "a@1.5", "b@1.5", *(f"{name}@1.5" for name in with_groups),
     ]  # fmt: skip
 
@@ -106,11 +108,11 @@ def series(*values, every=10):
 
 
 def test_the_best_is_the_highest_and_the_first_of_equals():
-    assert watch.best(series(0.5, None, 0.8, 0.7, 0.8, float("nan")), "oracle") == (20, 0.8)
-    assert watch.best(series(-3, -2), "oracle") == (10, -2)
-    assert watch.best(series(None, None), "oracle") is None
-    assert watch.best(series(0.5), None) is None and watch.best([], "oracle") is None
-    assert [watch.newest_is_best(series(*(0.5, 0.4, 0.6, 0.6)[:n]), "oracle") for n in range(5)] == [
+    assert early_stopping.best(series(0.5, None, 0.8, 0.7, 0.8, float("nan")), "oracle") == (20, 0.8)
+    assert early_stopping.best(series(-3, -2), "oracle") == (10, -2)
+    assert early_stopping.best(series(None, None), "oracle") is None
+    assert early_stopping.best(series(0.5), None) is None and early_stopping.best([], "oracle") is None
+    assert [early_stopping.newest_is_best(series(*(0.5, 0.4, 0.6, 0.6)[:n]), "oracle") for n in range(5)] == [
         False, True, False, True, False,
     ]  # fmt: skip
 
@@ -135,10 +137,10 @@ def test_the_best_is_the_highest_and_the_first_of_equals():
 def test_regression(values, stops):
     """By more than a tenth, twice in a row; and the same of a figure that should be low."""
     stop = StopConfig("oracle", drop=0.1, patience=2)
-    assert bool(watch.regression(series(*values), stop)) == stops
+    assert bool(early_stopping.regression(series(*values), stop)) == stops
     mirrored = [None if value is None else -value for value in values]
-    assert bool(watch.regression(series(*mirrored), StopConfig("oracle", "lower", 0.1, patience=2))) == stops
-    assert watch.regression(series(*values), StopConfig()) is None
+    assert bool(early_stopping.regression(series(*mirrored), StopConfig("oracle", "lower", 0.1, patience=2))) == stops
+    assert early_stopping.regression(series(*values), StopConfig()) is None
 
 
 @pytest.mark.parametrize(
@@ -154,26 +156,26 @@ def test_regression(values, stops):
 def test_a_limit(values, stops):
     """Above .01 twice in a row; and, mirrored, below -.01."""
     stop = StopConfig("oracle", "lower", limit=0.01, patience=2)
-    assert bool(watch.regression(series(*values), stop)) == stops
+    assert bool(early_stopping.regression(series(*values), stop)) == stops
     mirrored = series(*(-value for value in values))
-    assert bool(watch.regression(mirrored, StopConfig("oracle", "higher", limit=-0.01, patience=2))) == stops
-    said = watch.regression(series(0.0, 0.02, 0.03), stop)
+    assert bool(early_stopping.regression(mirrored, StopConfig("oracle", "higher", limit=-0.01, patience=2))) == stops
+    said = early_stopping.regression(series(0.0, 0.02, 0.03), stop)
     assert said == "eval.stop: oracle is 0.03 (step 20), above the limit 0.01"
 
 
 def test_what_a_run_says():
     config = EvalConfig(best="oracle", stop=StopConfig("oracle", patience=1))
     reason = "eval.stop: oracle fell from 0.8 (step 10) to 0.6 (step 20)"
-    decided, lines = watch.outcome(series(0.7, 0.8, 0.6), config)
+    decided, lines = early_stopping.outcome(series(0.7, 0.8, 0.6), config)
     assert decided == {"stopped": reason, "best": {"metric": "oracle", "step": 10, "value": 0.8}}
     assert lines == [f"{reason}; the run has ended", "hands on its best step 10, whose oracle is 0.8"]
-    handed_on = watch.handed_on(series(0.7, 0.8, 0.6), decided)
-    assert handed_on["oracle"] == 0.8 and watch.handed_on(series(0.7, 0.8, 0.6), {})["oracle"] == 0.6
+    handed_on = early_stopping.handed_on(series(0.7, 0.8, 0.6), decided)
+    assert handed_on["oracle"] == 0.8 and early_stopping.handed_on(series(0.7, 0.8, 0.6), {})["oracle"] == 0.6
     config.stop.better = "lower"
     rose = "eval.stop: oracle rose from 0.6 (step 0) to 0.8 (step 10)"
-    assert watch.outcome(series(0.6, 0.8), config)[0]["stopped"] == rose
-    assert watch.outcome(series(0.8), config) == (
+    assert early_stopping.outcome(series(0.6, 0.8), config)[0]["stopped"] == rose
+    assert early_stopping.outcome(series(0.8), config) == (
         {"best": {"metric": "oracle", "step": 0, "value": 0.8}},
         ["eval.best: oracle was never above its start (0.8), so no step is marked best"],
     )
-    assert watch.outcome(series(0.7, 0.8), EvalConfig()) == ({}, [])
+    assert early_stopping.outcome(series(0.7, 0.8), EvalConfig()) == ({}, [])

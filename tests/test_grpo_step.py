@@ -9,11 +9,11 @@ import torch
 from posttrain import grpo
 from posttrain.config.sections import OptimConfig, RewardSpec
 from posttrain.distributed.processes import Processes
-from posttrain.loop import Stepper
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
 from posttrain.model.sampler import sde_moments
-from posttrain.source import PromptSource, in_turn
+from posttrain.training.prompt_source import PromptSource, in_turn
+from posttrain.training.stepper import Stepper
 from prompts.records import read_prompts
 from rewards.background import ScoreQueue
 from rewards.base import Scores

@@ -11,13 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from posttrain import checkpoint, cli, grpo
+from posttrain import cli, grpo
 from posttrain.config.sections import CheckpointConfig, RewardSpec
 from posttrain.errors import UserError
 from posttrain.export import load_checkpoint
-from posttrain.loop import Loop
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
+from posttrain.training import checkpoint
+from posttrain.training.stepper import Loop
 from tests import runs, tiny
 
 

@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 
-from posttrain import health
+from posttrain.training import gpu_health
 
 
 class Fault(Exception):
@@ -92,7 +92,7 @@ CALLS = {
 
 def test_units_and_counters():
     nvml = NVML()
-    gpu = health.Health(nvml, "GPU-1")
+    gpu = gpu_health.Health(nvml, "GPU-1")
     nvml.replays, nvml.errors = 43, [7, 3]
     expected = {
         "sm_activity": 0.8, "busy": 0.97, "memory_gib": 3.0, "power_w": 612.5, "temperature_c": 64,
@@ -103,13 +103,13 @@ def test_units_and_counters():
 
 @pytest.mark.parametrize("call", CALLS)
 def test_a_failing_query_is_missing(call):
-    values = health.Health(NVML([call]), "GPU-1").read()
+    values = gpu_health.Health(NVML([call]), "GPU-1").read()
     assert {name for name, value in values.items() if value is None} == {f"health/{name}" for name in CALLS[call]}
 
 
 def test_a_query_that_fails_for_a_while():
     nvml = NVML()
-    gpu = health.Health(nvml, "GPU-1")
+    gpu = gpu_health.Health(nvml, "GPU-1")
     nvml.broken, nvml.replays, nvml.metric_return = {"nvmlDeviceGetPcieReplayCounter"}, 45, 3
     values = gpu.read()
     assert values["health/pcie_replays"] is None and values["health/sm_activity"] is None
@@ -119,26 +119,26 @@ def test_a_query_that_fails_for_a_while():
 
 
 def test_no_activity_before_hopper():
-    assert health.Health(NVML(supported=0), "GPU-1").read()["health/sm_activity"] is None
+    assert gpu_health.Health(NVML(supported=0), "GPU-1").read()["health/sm_activity"] is None
 
 
 def test_worst_of_several():
     parts = [{"health/busy": 0.9, "health/power_w": 500.0}, {"health/busy": 0.4, "health/power_w": None}]
-    assert health.worst(parts) == {"health/busy": 0.4, "health/power_w": 500.0}
-    assert health.worst([{"health/power_w": None}]) == {"health/power_w": None} and health.worst([{}, {}]) == {}
+    assert gpu_health.worst(parts) == {"health/busy": 0.4, "health/power_w": 500.0}
+    assert gpu_health.worst([{"health/power_w": None}]) == {"health/power_w": None} and gpu_health.worst([{}, {}]) == {}
 
 
 def test_without_a_gpu_nothing_is_said():
     said = []
-    assert health.watch(torch.device("cpu"), said.append) is None and said == []
+    assert gpu_health.watch(torch.device("cpu"), said.append) is None and said == []
 
 
 def test_a_missing_or_broken_library_is_told(monkeypatch):
     said = []
     found: dict[str, str | None] = {"pynvml": None}
-    monkeypatch.setattr(health.importlib.util, "find_spec", lambda name: found[name])
-    assert health.watch(torch.device("cuda"), said.append) is None and "pip install nvidia-ml-py" in said[0]
+    monkeypatch.setattr(gpu_health.importlib.util, "find_spec", lambda name: found[name])
+    assert gpu_health.watch(torch.device("cuda"), said.append) is None and "pip install nvidia-ml-py" in said[0]
     found["pynvml"] = "there"
-    monkeypatch.setattr(health.importlib, "import_module", lambda name: NVML(["nvmlInit"]))
+    monkeypatch.setattr(gpu_health.importlib, "import_module", lambda name: NVML(["nvmlInit"]))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="1"))
-    assert health.watch(torch.device("cuda"), said.append) is None and "nvmlInit" in said[1]
+    assert gpu_health.watch(torch.device("cuda"), said.append) is None and "nvmlInit" in said[1]

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from posttrain import checkpoint, cli, judge, judge_records, losses
+from posttrain import cli, judge, judge_records, losses
 from posttrain.calibration import auroc, brier, expected_calibration_error, reliability
 from posttrain.config.sections import LoraConfig, OptimConfig, TrackConfig
 from posttrain.errors import UserError
@@ -25,6 +25,7 @@ from posttrain.judge_records import read_records
 from posttrain.nano import judge_data, judge_model
 from posttrain.pairs_config import ColumnMap
 from posttrain.preferences import Preference, PreferenceWriter
+from posttrain.training import checkpoint
 from prompts.templates import load_template
 from rewards.vlm import VLM
 from tests import runs

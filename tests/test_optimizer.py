@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from posttrain import checkpoint, clipping, optimizer
 from posttrain.config.sections import OptimConfig
 from posttrain.distributed import shards
-from posttrain.loop import Stepper
 from posttrain.report.limits import limits
+from posttrain.training import checkpoint, clipping, optim
+from posttrain.training.stepper import Stepper
 
 SMALL = 3e-9
 """About the root of the second moment of K2's gradients at 1024 x 1024 pixels."""
@@ -97,9 +97,9 @@ def test_the_sample_holds_both_factors_of_an_adapter():
         tensor.grad = torch.full_like(tensor, 1.0 + 2.0 * (i % 2))
     stepper.step()
     beta = stepper.config.betas[1]
-    stepped = list(stepper.optimizer.state.values())[:: 400 // optimizer.TENSORS | 1]
+    stepped = list(stepper.optimizer.state.values())[:: 400 // optim.TENSORS | 1]
     sizes = {round(float((state["exp_avg_sq"].mean() / (1 - beta)).sqrt())) for state in stepped}
-    assert sizes == {1, 3} and len(stepped) <= optimizer.TENSORS + 1
+    assert sizes == {1, 3} and len(stepped) <= optim.TENSORS + 1
 
 
 def test_8_bit_updates_stay_near_the_rate(eager):

@@ -7,16 +7,17 @@ import sys
 import pytest
 import torch
 
-from posttrain import checkpoint, cli, grpo
+from posttrain import cli, grpo
 from posttrain.config.ranges import ConfigError
 from posttrain.config.sections import LoraConfig, ModelConfig, OptimConfig
 from posttrain.errors import UserError
-from posttrain.loop import Stepper
 from posttrain.model import blocks, fp8
 from posttrain.model.k2 import K2, Text
 from posttrain.model.linears import Adapted
 from posttrain.model.offload import Offloaded
-from posttrain.policy import POLICY, add_policy, load_model
+from posttrain.training import checkpoint
+from posttrain.training.policy import POLICY, add_policy, load_model
+from posttrain.training.stepper import Stepper
 from posttrain.validate import validate
 from tests import runs
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from posttrain import checkpoint, pairs
+from posttrain import pairs
 from posttrain.cli import load_config
 from posttrain.config.ranges import ConfigError
 from posttrain.config.sections import ModelConfig, RewardSpec
@@ -27,9 +27,10 @@ from posttrain.model import sampler
 from posttrain.model.k2 import K2
 from posttrain.pair_choice import degrade
 from posttrain.pairs_config import DeltaConfig, DrawConfig, JudgedConfig, PairsConfig, PairSource
-from posttrain.policy import POLICY, described, load_model, saved_tensors
 from posttrain.preferences import Preference, read_preferences
 from posttrain.report.page import write_report
+from posttrain.training import checkpoint
+from posttrain.training.policy import POLICY, described, load_model, saved_tensors
 from posttrain.validate import validate
 from tests import runs, tiny
 from tests.gullible import GULLED, RAISED

@@ -12,13 +12,14 @@ from diffusers import Krea2Pipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from posttrain import checkpoint, grpo, stpo
+from posttrain import grpo, stpo
 from posttrain.config.sections import ExportConfig, ModelConfig, SampleConfig
 from posttrain.errors import UserError
 from posttrain.export import export, load_checkpoint
 from posttrain.model.fingerprint import fingerprint
 from posttrain.model.k2 import K2
 from posttrain.sample import sample
+from posttrain.training import checkpoint
 from tests import runs, tiny
 from tests.test_export import distance, ours, stock_latents
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from posttrain import advantages, cli, export, grpo, losses, preflight_grpo
+from posttrain import cli, export, grpo, losses, preflight_grpo
 from posttrain.config.sections import RewardSpec, ServerSpec
-from posttrain.loop import Stepper
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
+from posttrain.training import advantages
+from posttrain.training.stepper import Stepper
 from rewards.base import Failure
 from tests import runs, tiny
 

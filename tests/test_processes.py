@@ -15,10 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from posttrain import bench_ranks, checkpoint
+from posttrain import bench_ranks
 from posttrain.config.sections import RewardSpec
 from posttrain.distributed.processes import Processes, deal
 from posttrain.model import flops
+from posttrain.training import checkpoint
 from tests import runs
 from tests.counted import COUNTED
 

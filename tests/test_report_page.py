@@ -16,9 +16,7 @@ import pytest
 import yaml
 from playwright.sync_api import Browser
 
-from posttrain import watch
 from posttrain.config.sections import StopConfig
-from posttrain.evaluate import told
 from posttrain.nano import oracles, scenes
 from posttrain.pipeline_plan import Stage
 from posttrain.pipeline_report import write_index
@@ -30,6 +28,8 @@ from posttrain.report.html import page, shares
 from posttrain.report.limits import limits
 from posttrain.report.page import write_report
 from posttrain.runs.read import RunFiles, read_run
+from posttrain.training import early_stopping
+from posttrain.training.evaluate import told
 from rewards.base import RewardSpec, Scored, Scores
 from tests.test_report import EVIL, Tags, make_run
 
@@ -130,7 +130,9 @@ def test_the_line_says_what_the_rule_says(better, limit):
     for series in values:
         points = list(enumerate(series))
         (line,) = limits(recipe, {"eval/oracle": points})["eval/oracle"]
-        ends = [n for n in range(12) if watch.regression([(i, {"oracle": v}) for i, v in points[: n + 1]], stop)]
+        ends = [
+            n for n in range(12) if early_stopping.regression([(i, {"oracle": v}) for i, v in points[: n + 1]], stop)
+        ]
         assert line.crossed(points) == ends
 
 

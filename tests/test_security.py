@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
-from posttrain import checkpoint, cli, grpo
+from posttrain import cli, grpo
 from posttrain.errors import UserError
 from posttrain.pairs_config import AnnotateConfig
 from posttrain.pipeline_report import write_index
+from posttrain.training import checkpoint
 from posttrain.validate import validate
 from rewards.base import RewardSpec
 from rewards.judge import Judge

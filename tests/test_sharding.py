@@ -13,11 +13,11 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from posttrain import checkpoint
 from posttrain.config.sections import ModelConfig
 from posttrain.distributed import processes
 from posttrain.errors import UserError
 from posttrain.model.k2 import K2
+from posttrain.training import checkpoint
 from tests import runs
 from tests.test_stages import stage
 

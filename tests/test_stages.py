@@ -9,13 +9,14 @@ from diffusers import Krea2Pipeline
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
-from posttrain import checkpoint, cli, grpo, stpo
+from posttrain import cli, grpo, stpo
 from posttrain.config.sections import ExportConfig, ModelConfig
 from posttrain.errors import UserError
 from posttrain.export import export, load_checkpoint
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text
-from posttrain.policy import POLICY, add_policy, described, load_model, saved_tensors
+from posttrain.training import checkpoint
+from posttrain.training.policy import POLICY, add_policy, described, load_model, saved_tensors
 from tests import runs, tiny
 
 SIZE = (32, 48)

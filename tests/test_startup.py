@@ -3,8 +3,8 @@
 import hashlib
 import time
 
-from posttrain import checkpoint
 from posttrain.runs import startup
+from posttrain.training import checkpoint
 
 
 def test_parts_and_their_total(monkeypatch):

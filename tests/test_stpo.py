@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from posttrain import cli, stpo
-from posttrain import figures as figures_of
 from posttrain.errors import UserError
 from posttrain.export import load_checkpoint
+from posttrain.training import image_metrics as figures_of
 from tests import runs
 
 

@@ -9,15 +9,15 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from posttrain import figures as figures_of
 from posttrain import latents, stpo
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.latents import encode_pairs
-from posttrain.loop import Stepper
 from posttrain.model.k2 import K2
 from posttrain.preference_loss import inner
 from posttrain.preferences import read_preferences
+from posttrain.training import image_metrics as figures_of
+from posttrain.training.stepper import Stepper
 from tests import runs, tiny
 
 

@@ -9,16 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from posttrain import checkpoint, cli, figures, stpo, tdm
+from posttrain import cli, stpo, tdm
 from posttrain.config.sections import ModelConfig, PromptsConfig, SampleConfig
 from posttrain.export import load_checkpoint
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
 from posttrain.nano import bench_tdm
-from posttrain.policy import load_base
 from posttrain.sample import sample
 from posttrain.tdm_config import TDMConfig
 from posttrain.tdm_rollout import MU
+from posttrain.training import checkpoint, image_metrics
+from posttrain.training.policy import load_base
 from tests import runs, tiny
 
 
@@ -51,7 +52,7 @@ def test_run_directory(config, monkeypatch):
     assert first["direction"] > 0 and first["generator_grad_norm"] > 0
 
     teacher, before, *_, after = [row for row in runs.rows(run) if "fake_updates" not in row]
-    named = set(figures.distilled_names(["brightness"], [4, 2], 1))
+    named = set(image_metrics.distilled_names(["brightness"], [4, 2], 1))
     assert {name.removeprefix("eval/") for name in after} - {"step", "time"} == named
     assert {"image/contrast", "to_teacher/diversity@2steps", "brightness@2steps", "fake_loss"} < named
     for suffix in ("", "@2steps"):

@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from posttrain import bench_ranks, figures
+from posttrain import bench_ranks
 from posttrain.errors import UserError
-from posttrain.source import FusedTexts
+from posttrain.training import image_metrics
+from posttrain.training.prompt_source import FusedTexts
 from prompts.templates import Template
 from rewards import encode as encoding
 from rewards import traffic
@@ -203,15 +204,15 @@ def test_fused_text_is_kept_up_to_a_number_of_bytes():
 def test_measures_of_single_images_come_to_the_figures_of_all():
     rng = np.random.default_rng(0)
     shown, latents = rng.integers(0, 256, (5, 32, 48, 3), dtype=np.uint8), rng.normal(size=(5, 6, 8)).astype(np.float32)
-    found = figures.means([figures.measure(*one) for one in zip(shown, latents)])
+    found = image_metrics.means([image_metrics.measure(*one) for one in zip(shown, latents)])
     assert found == pytest.approx(
         {
-            "image/brightness": figures.brightness(shown),
-            "image/saturation": figures.saturation(shown),
-            "image/high_frequency": figures.high_frequency(shown),
+            "image/brightness": image_metrics.brightness(shown),
+            "image/saturation": image_metrics.saturation(shown),
+            "image/high_frequency": image_metrics.high_frequency(shown),
             "image/latent_norm": float(np.sqrt(np.square(latents).mean())),
-            "image/contrast": figures.contrast(shown),
-            "image/high_energy": figures.high_energy(shown),
+            "image/contrast": image_metrics.contrast(shown),
+            "image/high_energy": image_metrics.high_energy(shown),
         },
         rel=1e-6,
     )

@@ -41,20 +41,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain import checkpoint, figures, tdm
+from posttrain import tdm
 from posttrain.config.sections import LoraConfig, ModelConfig, PromptsConfig
 from posttrain.distributed.processes import Processes
-from posttrain.evaluate import Way
 from posttrain.export import load_checkpoint
-from posttrain.loop import Stepper
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.nano import evaluate, prompts
 from posttrain.nano.jobs import Jobs
-from posttrain.policy import POLICY, add_policy, load_base
 from posttrain.runs.progress import grid_image
 from posttrain.tdm_config import TDMConfig
 from posttrain.tdm_rollout import MU, roll_out
+from posttrain.training import checkpoint, image_metrics
+from posttrain.training.evaluate import Way
+from posttrain.training.policy import POLICY, add_policy, load_base
+from posttrain.training.stepper import Stepper
 from rewards.vlm import VLM
 
 RECIPE = "recipes/nano/tdm.yaml"
@@ -107,7 +108,7 @@ class Bench:
             "oracle": found["accuracy"],
             "text": found["text"],
             "artifact-free": found["clean"],
-            "diversity": figures.diversity(drawn.groups, self.args.group_size),
+            "diversity": image_metrics.diversity(drawn.groups, self.args.group_size),
             "distance": frechet(self.features(drawn.images), reference),
         }
 

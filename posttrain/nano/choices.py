@@ -15,14 +15,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from posttrain import checkpoint
 from posttrain.export import load_checkpoint
 from posttrain.model import sampler
 from posttrain.model.k2 import Text, to_pil
 from posttrain.nano import judge_data, oracles
-from posttrain.policy import POLICY
 from posttrain.preferences import Preference, PreferenceWriter
-from posttrain.source import in_turn
+from posttrain.training import checkpoint
+from posttrain.training.policy import POLICY
+from posttrain.training.prompt_source import in_turn
 from prompts.records import read_prompts
 
 TRAIN = "prompts/nano/train.jsonl"

@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from posttrain import checkpoint, figures
 from posttrain.cli import load_config
 from posttrain.config.sections import EvalConfig
 from posttrain.distributed.processes import Processes
-from posttrain.evaluate import Evaluator, means
 from posttrain.export import load_checkpoint
 from posttrain.model.k2 import K2, to_pil
 from posttrain.nano.choices import tasteful
-from posttrain.policy import POLICY, load_base
+from posttrain.training import checkpoint, image_metrics
+from posttrain.training.evaluate import Evaluator, means
+from posttrain.training.policy import POLICY, load_base
 from prompts.records import PromptRecord, columns, read_prompts
 from rewards.base import Reward, Scores, score_all
 from rewards.load import load_rewards
@@ -45,7 +45,7 @@ def drawn(
     pictures = to_pil(torch.from_numpy(result.images))
     scores = asyncio.run(score_all(rewards, pictures, [r.prompt for r in records], columns(records)))
     taste = np.array([np.nan if value is None else value for value in tasteful(pictures, [])])
-    energy = figures.high_energy(result.images)
+    energy = image_metrics.high_energy(result.images)
     return {"scores": scores, "taste": taste, "energy": energy, "figures": result.figures, "images": result.images}
 
 
@@ -93,7 +93,7 @@ def main() -> None:
         row = {"run": run, "wins": wins(ours, theirs), "wins/taste": wins(one["taste"], first["taste"])}
         row |= means(one["scores"]) | {"taste": float(np.nanmean(one["taste"]))}
         if args.groups:
-            row["diversity"] = one["figures"][figures.DIVERSITY] / first["figures"][figures.DIVERSITY]
+            row["diversity"] = one["figures"][image_metrics.DIVERSITY] / first["figures"][image_metrics.DIVERSITY]
         rows.append(row | {"high_energy": one["energy"] / first["energy"]})
     if args.output:
         args.output.write_text(json.dumps(rows, indent=1) + "\n")

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 SECONDS = 120
 
 MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
-    ("posttrain/advantages.py", "tests/test_advantages.py"): [
+    ("posttrain/training/advantages.py", "tests/test_advantages.py"): [
         ("/ (count - 1).clamp_min(1)).sqrt()", "/ count.clamp_min(1)).sqrt()"),
         ("return centred / (_std(centred, valid_PGK) + floor)", "return centred"),
         ("EPSILON if floor_K is None else floor_K.double()[..., None, :].clamp_min(EPSILON)", "EPSILON"),

@@ -20,7 +20,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from posttrain import checkpoint
+from posttrain.training import checkpoint
 from tests import fake_writer
 from tests.gpu.measure import metrics
 from tests.gpu.recipes import EVALUATION, ROOT, SCALE, cut, local

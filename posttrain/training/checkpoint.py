@@ -33,8 +33,8 @@ from torch import Tensor
 
 from posttrain.distributed import shards
 from posttrain.errors import UserError
-from posttrain.optimizer import moment, parts
 from posttrain.runs.files import sync
+from posttrain.training.optim import moment, parts
 from prompts.parse import parse_json
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

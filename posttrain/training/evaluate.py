@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from posttrain import figures
 from posttrain.config.sections import EvalConfig
 from posttrain.distributed.processes import Processes
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
+from posttrain.training import image_metrics as figures
 from prompts.records import PromptRecord, columns
 from rewards.base import Reward, Scores, score_all
 

@@ -17,19 +17,19 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from posttrain import checkpoint, health, watch
-from posttrain.checkpoint import Checkpoint
 from posttrain.config.sections import CheckpointConfig, EvalConfig, ModelConfig, OptimConfig
 from posttrain.distributed import shards
 from posttrain.distributed.processes import Processes
 from posttrain.early import check_run
-from posttrain.evaluate import Evaluation, Evaluator
-from posttrain.loop import Loop, Stepper
 from posttrain.model.k2 import K2
-from posttrain.policy import POLICY, described, file_of, load_policy
 from posttrain.report.page import write_report
 from posttrain.runs import startup
 from posttrain.runs.run import Run, RunConfig, peak_memory
+from posttrain.training import checkpoint, early_stopping, gpu_health
+from posttrain.training.checkpoint import Checkpoint
+from posttrain.training.evaluate import Evaluation, Evaluator
+from posttrain.training.policy import POLICY, described, file_of, load_policy
+from posttrain.training.stepper import Loop, Stepper
 from rewards.load import record
 from rewards.serve import ServerSpec, serve
 
@@ -134,7 +134,7 @@ class Training:
         self.first = 0
         self.stopped: signal.Signals | None = None
         self._writer = checkpoint.Writer()
-        self._health = health.watch(procs.device, run.say)
+        self._health = gpu_health.watch(procs.device, run.say)
         self._started = time.monotonic()
         if saved is not None:
             with stepper.averaged():
@@ -151,7 +151,7 @@ class Training:
         self.run.start(self.config.steps, self.first)
         if self.first:
             self.run.say(f"goes on after step {self.first}")
-        if warning := watch.warning(self.config.eval.stop):
+        if warning := early_stopping.warning(self.config.eval.stop):
             self.run.say(warning)
         before = None
         if self.history["before"] is None:
@@ -163,7 +163,7 @@ class Training:
     def steps(self) -> Iterator[int]:
         """The steps to train; after each, whatever is due."""
         config, total = self.config, self.config.steps
-        ended = watch.regression(self.evaluations, config.eval.stop)  # one that was stopped does not go on
+        ended = early_stopping.regression(self.evaluations, config.eval.stop)  # one that was stopped does not go on
         loop = Loop(self.first, self.first if ended else total, config.checkpoint, self._save, self.procs.any)
         try:
             for step in loop:
@@ -174,9 +174,9 @@ class Training:
                     self._reserve()
                 if step == total or (config.eval.every and step % config.eval.every == 0):
                     self.history["after"] = self._evaluate(step).figures
-                    if watch.newest_is_best(self.evaluations, config.eval.best):
+                    if early_stopping.newest_is_best(self.evaluations, config.eval.best):
                         loop.save_next()
-                    if watch.regression(self.evaluations, config.eval.stop):
+                    if early_stopping.regression(self.evaluations, config.eval.stop):
                         loop.end()
         finally:
             self._writer.check(wait=True)
@@ -184,16 +184,16 @@ class Training:
 
     def health(self) -> dict[str, float | None]:
         """Metrics of the GPUs of all processes; see health.py. Nothing where there is none."""
-        return health.worst(self.procs.each(self._health.read() if self._health else {}))
+        return gpu_health.worst(self.procs.each(self._health.read() if self._health else {}))
 
     def finish(self) -> None:
         """Writes the summary and tells what was decided."""
         self.history["seconds"] = round(self._seconds(), 1)
-        decided, lines = watch.outcome(self.evaluations, self.config.eval)
+        decided, lines = early_stopping.outcome(self.evaluations, self.config.eval)
         for line in lines:
             self.run.say(line)
         asked = record([*self.evaluator.rewards, *self.evaluator.group_rewards])
-        handed_on = {**self.history, "after": watch.handed_on(self.evaluations, decided)}
+        handed_on = {**self.history, "after": early_stopping.handed_on(self.evaluations, decided)}
         self.run.summary({**decided, **handed_on, "rewards": asked, "memory": self._memory(), **peak_memory()})
 
     def _memory(self) -> dict[str, float]:
@@ -251,13 +251,13 @@ class Training:
             "counters": self.stepper.counters(),
             "history": {**self.history, "seconds": self._seconds()},
             "evaluations": self.evaluations,
-            **watch.outcome(self.evaluations, self.config.eval)[0],  # what checkpoint.find goes by
+            **early_stopping.outcome(self.evaluations, self.config.eval)[0],  # what checkpoint.find goes by
             **state,
         }
-        top = watch.best(self.evaluations, self.config.eval.best)
+        top = early_stopping.best(self.evaluations, self.config.eval.best)
         best, keep = top and top[0], self.config.checkpoint.keep
         self._writer.save(self.run.path / "checkpoints", step, tensors, state, keep, best)
 
     def _mark_best(self) -> None:
-        if self.procs.main and (top := watch.best(self.evaluations, self.config.eval.best)):
+        if self.procs.main and (top := early_stopping.best(self.evaluations, self.config.eval.best)):
             checkpoint.mark_best(self.run.path / "checkpoints", top[0])

@@ -13,7 +13,7 @@ import torch
 
 from posttrain.distributed.processes import OutOfMemoryElsewhere, Processes
 from posttrain.errors import UserError
-from posttrain.loop import Stepper
+from posttrain.training.stepper import Stepper
 
 T = TypeVar("T")
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain.checkpoint import Checkpoint
 from posttrain.config.sections import GRPOConfig
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
+from posttrain.training.checkpoint import Checkpoint
 from prompts.pool import Kind, Pool
 from prompts.records import PromptRecord
 from rewards.gates import Gated

@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain import checkpoint
-from posttrain.checkpoint import Checkpoint
 from posttrain.config.sections import LoraConfig, ModelConfig
 from posttrain.early import DISTILLED_REMEDY
 from posttrain.errors import UserError
@@ -29,6 +27,8 @@ from posttrain.model.k2 import K2
 from posttrain.model.offload import place
 from posttrain.model.roles import TARGETS
 from posttrain.runs import startup
+from posttrain.training import checkpoint
+from posttrain.training.checkpoint import Checkpoint
 
 POLICY = "policy"
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain import checkpoint, clipping
 from posttrain.config.sections import CheckpointConfig, LossConfig, OptimConfig
 from posttrain.distributed import shards
 from posttrain.errors import UserError
-from posttrain.optimizer import make_optimizer, median_root, set_group
+from posttrain.training import checkpoint, clipping
+from posttrain.training.optim import make_optimizer, median_root, set_group
 
 MAX_SKIPPED = 10
 """Updates in a row whose gradient was not finite, after which a run ends."""
