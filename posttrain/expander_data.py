@@ -35,7 +35,7 @@ from posttrain.errors import UserError
 from posttrain.expander_config import ExpanderDataConfig, WriterConfig
 from posttrain.nano import captions as nano_captions
 from posttrain.nano import expander_pairs
-from posttrain.preference_sources import open_source
+from posttrain.preferences.sources import open_source
 from posttrain.validate_expander import NANO
 from prompts.templates import load_template
 from rewards.endpoints import JudgeError

@@ -38,7 +38,7 @@ from posttrain.expander_model import load_chat_model, resolve, write_card
 from posttrain.expander_template import messages, template
 from posttrain.model.fingerprint import fingerprint
 from posttrain.model.load import quiet
-from posttrain.preference_sources import open_source
+from posttrain.preferences.sources import open_source
 from posttrain.runs.run import Run, peak_memory
 from posttrain.training import clipping
 from posttrain.trl_checkpoint import PlainState, Sealed, newest

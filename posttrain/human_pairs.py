@@ -20,7 +20,7 @@ from posttrain import agreement, marked_images
 from posttrain.annotations import read
 from posttrain.errors import UserError
 from posttrain.pairs_config import AnnotationsConfig
-from posttrain.preferences import Preference, PreferenceWriter, Skipped, read_preferences
+from posttrain.preferences.dataset import Preference, PreferenceWriter, Skipped, read_preferences
 
 
 def write(config: AnnotationsConfig) -> None:

@@ -25,7 +25,7 @@ class JudgeConfig:
     mode: Literal["preference", "artifact"]
     """preference: Bradley-Terry on pairs, yes means better. artifact: yes means that the image has faults."""
     columns: ColumnMap | None = None
-    """preference: which columns hold what, for a set of others; null: those of posttrain/preferences.py."""
+    """preference: which columns hold what, for a set of others; null: those of posttrain/preferences/dataset.py."""
     max_bad: float = 0.01
     """preference: share of the rows of a set that may be bad (an image missing or cut off, two that are the same, no
     prompt) and are left out with a warning, in [0, 1); more end the run. A bad line of a JSONL file always does."""

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from posttrain.errors import UserError
 from posttrain.judge_config import JudgeConfig
-from posttrain.preference_sources import Skipped
-from posttrain.preferences import Preference, Preferences, read_preferences
+from posttrain.preferences.dataset import Preference, Preferences, read_preferences
+from posttrain.preferences.sources import Skipped
 from prompts.parse import parse_json
 from prompts.templates import Template
 

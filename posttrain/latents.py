@@ -34,8 +34,8 @@ from posttrain.model import sampler
 from posttrain.model.fingerprint import fingerprint
 from posttrain.model.k2 import K2, Text
 from posttrain.preference_loss import label
-from posttrain.preference_sources import Skipped, Tally
-from posttrain.preferences import Preference, Preferences
+from posttrain.preferences.dataset import Preference, Preferences
+from posttrain.preferences.sources import Skipped, Tally
 from posttrain.runs import startup
 from posttrain.stpo_config import PairSetConfig
 from posttrain.training.checkpoint import is_full

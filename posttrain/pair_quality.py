@@ -23,7 +23,7 @@ from PIL import Image
 from posttrain import pair_plan
 from posttrain.pair_plan import KEPT
 from posttrain.pairs_config import PairsConfig
-from posttrain.preferences import Preference, read_preferences
+from posttrain.preferences.dataset import Preference, read_preferences
 from posttrain.runs.files import replace_text
 from posttrain.runs.progress import grid_image
 from posttrain.training.advantages import FLAT

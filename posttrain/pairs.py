@@ -41,7 +41,7 @@ from posttrain.model.k2 import K2, to_pil
 from posttrain.pair_choice import KEPT, Decision, Rules, decide_groups, decide_pairs
 from posttrain.pair_plan import Block, Journal, Plan
 from posttrain.pairs_config import DrawConfig, PairsConfig, PairSource
-from posttrain.preferences import CARD, Preference, PreferenceWriter, row_of
+from posttrain.preferences.dataset import CARD, Preference, PreferenceWriter, row_of
 from posttrain.runs import startup
 from posttrain.runs.run import Run, peak_memory
 from posttrain.training.judge_check import SHOWN, check_judges

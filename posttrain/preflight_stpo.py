@@ -21,8 +21,8 @@ from posttrain.checks import Row, phase
 from posttrain.distributed.processes import Processes
 from posttrain.latents import Batch, encode_pairs
 from posttrain.model.k2 import K2
-from posttrain.preference_sources import Skipped
-from posttrain.preferences import Preference, Preferences, read_preferences
+from posttrain.preferences.dataset import Preference, Preferences, read_preferences
+from posttrain.preferences.sources import Skipped
 from posttrain.preflight_common import Checks, finite
 from posttrain.runs.progress import duration
 from posttrain.stpo_config import STPOConfig

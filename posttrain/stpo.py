@@ -50,7 +50,7 @@ from posttrain.latents import Batch, EncodedPairs, Job, encode_pairs, noised
 from posttrain.model import flops, parallelize, sampler
 from posttrain.model.k2 import K2, Text
 from posttrain.preference_loss import error_change, exact_guard, inner, norm, preference_terms
-from posttrain.preferences import read_preferences
+from posttrain.preferences.dataset import read_preferences
 from posttrain.runs.run import Run
 from posttrain.stpo_config import PreferenceLossConfig, STPOConfig
 from posttrain.training import checkpoint

@@ -19,7 +19,7 @@ class PairSetConfig:
     """Directory of `posttrain pairs` or `posttrain annotate`; JSONL with prompt, chosen, rejected, where pictures are
     paths from its directory; parquet; a dataset saved to disk; or hf:NAME[:SPLIT]."""
     columns: ColumnMap | None = None
-    """Which columns hold what; null: those of posttrain/preferences.py, of which prompt, chosen, rejected must be
+    """Which columns hold what; null: those of posttrain/preferences/dataset.py, of which prompt, chosen, rejected must be
     there."""
     max_bad: float = 0.01
     """Share of the rows that may be bad (a picture that is missing or cut off, two that are the same, no prompt)

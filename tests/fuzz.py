@@ -26,7 +26,7 @@ import yaml
 
 from posttrain import cli
 from posttrain.pairs_config import ColumnMap
-from posttrain.preferences import PreferenceWriter, read_preferences
+from posttrain.preferences.dataset import PreferenceWriter, read_preferences
 from prompts.records import read_prompts
 from prompts.templates import load_template
 from rewards.endpoints import JudgeError

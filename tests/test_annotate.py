@@ -16,7 +16,7 @@ from playwright.sync_api import Browser, Page
 
 from posttrain import cli
 from posttrain.annotations import read
-from posttrain.preferences import Preference, PreferenceWriter, read_preferences
+from posttrain.preferences.dataset import Preference, PreferenceWriter, read_preferences
 from tests import runs
 
 PAIRS = 10

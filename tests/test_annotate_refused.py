@@ -11,7 +11,7 @@ from PIL import Image
 
 from posttrain import cli
 from posttrain.annotations import Schedule, Store
-from posttrain.preferences import Preference, PreferenceWriter
+from posttrain.preferences.dataset import Preference, PreferenceWriter
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from posttrain.annotations import Showing, Store
 from posttrain.config.recipe import check_recipe
 from posttrain.errors import UserError
 from posttrain.marked_images import Images
-from posttrain.preferences import read_preferences
+from posttrain.preferences.dataset import read_preferences
 from rewards.base import RewardSpec
 from rewards.load import check_rewards
 from tests import docs_commands, runs

@@ -10,7 +10,7 @@ from posttrain import cli
 from posttrain.annotations import Showing, Store
 from posttrain.errors import UserError
 from posttrain.human_pairs import Pairs
-from posttrain.preferences import Preference, PreferenceWriter, read_preferences
+from posttrain.preferences.dataset import Preference, PreferenceWriter, read_preferences
 from tests.test_annotations import LETTERS, SETTINGS, store_of
 
 

@@ -24,7 +24,7 @@ from posttrain.judge_config import JudgeConfig
 from posttrain.judge_records import read_records
 from posttrain.nano import judge_data, judge_model
 from posttrain.pairs_config import ColumnMap
-from posttrain.preferences import Preference, PreferenceWriter
+from posttrain.preferences.dataset import Preference, PreferenceWriter
 from posttrain.training import checkpoint
 from prompts.templates import load_template
 from rewards.vlm import VLM

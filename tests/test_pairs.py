@@ -27,7 +27,7 @@ from posttrain.model import sampler
 from posttrain.model.k2 import K2
 from posttrain.pair_choice import degrade
 from posttrain.pairs_config import DeltaConfig, DrawConfig, JudgedConfig, PairsConfig, PairSource
-from posttrain.preferences import Preference, read_preferences
+from posttrain.preferences.dataset import Preference, read_preferences
 from posttrain.report.page import write_report
 from posttrain.training import checkpoint
 from posttrain.training.policy import POLICY, described, load_model, saved_tensors

@@ -17,7 +17,7 @@ from PIL import Image
 
 from posttrain.errors import UserError
 from posttrain.pairs_config import ColumnMap
-from posttrain.preferences import Preference, PreferenceWriter, Skipped, read_preferences
+from posttrain.preferences.dataset import Preference, PreferenceWriter, Skipped, read_preferences
 
 ROOT = Path(__file__).parents[1]
 

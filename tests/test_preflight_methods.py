@@ -126,7 +126,7 @@ def test_each_method_has_a_preflight():
 
 def test_few_pairs_stand_for_the_set(tmp_path, model):
     """Of a hundred rows, 32 spread over all of them."""
-    from posttrain.preferences import read_preferences
+    from posttrain.preferences.dataset import read_preferences
     from posttrain.preflight_stpo import Few
 
     few = Few(read_preferences(runs.pairs(tmp_path, 100)))

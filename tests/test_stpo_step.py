@@ -15,7 +15,7 @@ from posttrain.errors import UserError
 from posttrain.latents import encode_pairs
 from posttrain.model.k2 import K2
 from posttrain.preference_loss import inner
-from posttrain.preferences import read_preferences
+from posttrain.preferences.dataset import read_preferences
 from posttrain.training import image_metrics as figures_of
 from posttrain.training.stepper import Stepper
 from tests import runs, tiny

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from posttrain.nano.jobs import Jobs
-from posttrain.preferences import CARD
+from posttrain.preferences.dataset import CARD
 from posttrain.report.charts import Point, lines_chart
 
 STPO = "stpo"

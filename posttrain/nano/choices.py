@@ -19,7 +19,7 @@ from posttrain.export import load_checkpoint
 from posttrain.model import sampler
 from posttrain.model.k2 import Text, to_pil
 from posttrain.nano import judge_data, oracles
-from posttrain.preferences import Preference, PreferenceWriter
+from posttrain.preferences.dataset import Preference, PreferenceWriter
 from posttrain.training import checkpoint
 from posttrain.training.policy import POLICY
 from posttrain.training.prompt_source import in_turn

@@ -11,7 +11,7 @@ from posttrain.config.sections import CheckpointConfig, LoraConfig, OptimConfig,
 from posttrain.expander_config import ExpanderSFTConfig
 from posttrain.judge_config import JudgeConfig
 from posttrain.pairs_config import DeltaConfig, DrawConfig, JudgedConfig, PairsConfig, PairSource
-from posttrain.preferences import read_preferences
+from posttrain.preferences.dataset import read_preferences
 from tests import chat, expander_runs, runs, tiny
 
 PREPARE = (
