@@ -72,7 +72,7 @@ class Command:
 
 COMMANDS = {
     "stpo": Command(STPOConfig, "posttrain.stpo:train", "train with STPO on pairs and write a run directory", True),
-    "grpo": Command(GRPOConfig, "posttrain.grpo:train", "train with GRPO and write a run directory", True),
+    "grpo": Command(GRPOConfig, "posttrain.grpo.train:train", "train with GRPO and write a run directory", True),
     "tdm": Command(TDMConfig, "posttrain.tdm:train", "distil with TDM into few steps and write a run directory", True),
     "preflight": Command(
         GRPOConfig,

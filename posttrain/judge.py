@@ -34,10 +34,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from posttrain import losses
 from posttrain.calibration import auroc, brier, expected_calibration_error, reliability
 from posttrain.early import check_run
 from posttrain.errors import UserError
+from posttrain.grpo import losses
 from posttrain.judge_card import numbers, write_adapter
 from posttrain.judge_config import JudgeConfig
 from posttrain.judge_records import Record, check_prompts, read_records, split

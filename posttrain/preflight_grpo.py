@@ -22,11 +22,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from posttrain import grpo
 from posttrain.checks import Row, Skip, phase
 from posttrain.config.sections import GRPOConfig
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
+from posttrain.grpo import train as grpo
 from posttrain.model.k2 import K2
 from posttrain.preflight_common import Checks
 from posttrain.training import advantages

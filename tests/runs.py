@@ -136,7 +136,7 @@ def tdm_config(folder: Path, model: Path) -> TDMConfig:
 
 def trained(folder: Path, model: Path) -> Path:
     """The directory of a GRPO run of one step."""
-    from posttrain import grpo
+    from posttrain.grpo import train as grpo
 
     made = config(folder, model)
     made.steps, made.optim.lr = 1, 0.02
@@ -191,7 +191,7 @@ def watch_loading(method: Any, monkeypatch: Any) -> list:
 
 
 TRAINING = """
-import posttrain.export, posttrain.grpo, posttrain.preflight, posttrain.preflight_grpo, posttrain.report.page
+import posttrain.export, posttrain.grpo.train, posttrain.preflight, posttrain.preflight_grpo, posttrain.report.page
 import posttrain.sample, posttrain.stpo
 import posttrain.tdm
 import tests.runs

@@ -10,11 +10,12 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
-from posttrain import carryover, cli, grpo
+from posttrain import carryover, cli
 from posttrain.carryover_config import CarryoverConfig
 from posttrain.config.sections import ExportConfig, ModelConfig
 from posttrain.errors import UserError
 from posttrain.export import export, load_checkpoint
+from posttrain.grpo import train as grpo
 from posttrain.model import key_names, sampler
 from posttrain.model.k2 import K2
 from posttrain.model.lora_file import add_lora, linear_shapes, read_lora

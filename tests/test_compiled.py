@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch._functorch import config as functorch_config
 
-from posttrain import grpo, pairs, sample, stpo, tdm
+from posttrain import pairs, sample, stpo, tdm
 from posttrain.config.sections import ModelConfig, SampleConfig
 from posttrain.expander_rl_config import RendererConfig
+from posttrain.grpo import train as grpo
 from posttrain.model import blocks
 from posttrain.model.k2 import K2
 from posttrain.render import K2Renderer

@@ -12,10 +12,10 @@ from peft.tuners.lora import LoraLayer
 from PIL import Image
 from safetensors.torch import load_file
 
-from posttrain import grpo
 from posttrain.config.sections import ExportConfig, ModelConfig, SampleConfig
 from posttrain.errors import UserError
 from posttrain.export import export, load_checkpoint
+from posttrain.grpo import train as grpo
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
 from posttrain.sample import sample

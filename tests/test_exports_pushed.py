@@ -14,10 +14,11 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from posttrain import grpo, hub
+from posttrain import hub
 from posttrain.card import model_card
 from posttrain.config.sections import ModelConfig
 from posttrain.errors import UserError
+from posttrain.grpo import train as grpo
 from posttrain.training import checkpoint
 from tests import runs
 from tests.test_exports_checked import write

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from posttrain import grpo
 from posttrain.config.sections import RewardSpec
 from posttrain.errors import UserError
 from posttrain.export import load_checkpoint
+from posttrain.grpo import train as grpo
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
 from posttrain.training import image_metrics as figures_of

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from posttrain import grpo
 from posttrain.config.sections import OptimConfig, RewardSpec
 from posttrain.distributed.processes import Processes
+from posttrain.grpo import train as grpo
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
 from posttrain.model.sampler import sde_moments

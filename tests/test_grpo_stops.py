@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from posttrain import cli, grpo
+from posttrain import cli
 from posttrain.config.sections import CheckpointConfig, RewardSpec
 from posttrain.errors import UserError
 from posttrain.export import load_checkpoint
+from posttrain.grpo import train as grpo
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
 from posttrain.training import checkpoint

@@ -16,10 +16,11 @@ import yaml
 from PIL import Image
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from posttrain import cli, judge, judge_records, losses
+from posttrain import cli, judge, judge_records
 from posttrain.calibration import auroc, brier, expected_calibration_error, reliability
 from posttrain.config.sections import LoraConfig, OptimConfig, TrackConfig
 from posttrain.errors import UserError
+from posttrain.grpo import losses
 from posttrain.judge_config import JudgeConfig
 from posttrain.judge_records import read_records
 from posttrain.nano import judge_data, judge_model

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from posttrain.losses import bradley_terry, clipped_policy, faulty, velocity_kl
+from posttrain.grpo.losses import bradley_terry, clipped_policy, faulty, velocity_kl
 from posttrain.model import sampler
 
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from posttrain import grpo, stpo, tdm
+from posttrain import stpo, tdm
 from posttrain.config.sections import PoolConfig
 from posttrain.errors import UserError
+from posttrain.grpo import train as grpo
 from posttrain.model.k2 import K2
 from rewards.background import ScoreQueue
 from tests import runs, tiny

@@ -7,10 +7,11 @@ import sys
 import pytest
 import torch
 
-from posttrain import cli, grpo
+from posttrain import cli
 from posttrain.config.ranges import ConfigError
 from posttrain.config.sections import LoraConfig, ModelConfig, OptimConfig
 from posttrain.errors import UserError
+from posttrain.grpo import train as grpo
 from posttrain.model import blocks, fp8
 from posttrain.model.k2 import K2, Text
 from posttrain.model.linears import Adapted

@@ -12,10 +12,11 @@ from diffusers import Krea2Pipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from posttrain import grpo, stpo
+from posttrain import stpo
 from posttrain.config.sections import ExportConfig, ModelConfig, SampleConfig
 from posttrain.errors import UserError
 from posttrain.export import export, load_checkpoint
+from posttrain.grpo import train as grpo
 from posttrain.model.fingerprint import fingerprint
 from posttrain.model.k2 import K2
 from posttrain.sample import sample

@@ -7,8 +7,10 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from posttrain import cli, export, grpo, losses, preflight_grpo
+from posttrain import cli, export, preflight_grpo
 from posttrain.config.sections import RewardSpec, ServerSpec
+from posttrain.grpo import losses
+from posttrain.grpo import train as grpo
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
 from posttrain.training import advantages

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from posttrain.grpo.rollout import rollout
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
-from posttrain.rollout import rollout
 from tests import tiny
 
 HEIGHT, WIDTH = 32, 24

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-from posttrain import cli, grpo
+from posttrain import cli
 from posttrain.errors import UserError
+from posttrain.grpo import train as grpo
 from posttrain.pairs_config import AnnotateConfig
 from posttrain.pipeline_report import write_index
 from posttrain.training import checkpoint

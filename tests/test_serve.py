@@ -16,8 +16,8 @@ from openai import AsyncOpenAI
 from peft import PeftModel
 from PIL import Image
 
-from posttrain import grpo
 from posttrain.errors import UserError
+from posttrain.grpo import train as grpo
 from posttrain.nano import damage, scenes
 from posttrain.nano.prompts import HELDOUT_WORDS
 from prompts.templates import load_template

@@ -56,7 +56,7 @@ def main(path: str, args: list[str]) -> None:
 
 def serve(path: str) -> None:
     import posttrain.export
-    import posttrain.grpo
+    import posttrain.grpo.train
     import posttrain.pairs
     import posttrain.stpo  # noqa: F401
     from posttrain import cli

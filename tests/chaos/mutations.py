@@ -37,7 +37,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("values_PG / (scorable.std() + EPSILON)", "(values_PG - 1e-3) / (scorable.std() + EPSILON)"),
         ("(weights_K.double() * _centre(rewards_PGK", "(_centre(rewards_PGK"),
     ],
-    ("posttrain/losses.py", "tests/test_losses.py"): [
+    ("posttrain/grpo/losses.py", "tests/test_losses.py"): [
         ("-torch.minimum(ratio", "-torch.maximum(ratio"),
         ("ratio.clamp(1 - clip_low, 1 + clip_high)", "ratio.clamp(1 - clip_high, 1 + clip_low)"),
         ("(v.float() - v_reference.float()).square()", "(v.float() - v_reference.float()).abs()"),
