@@ -27,7 +27,7 @@ from posttrain.config.sections import GRPOConfig
 from posttrain.errors import UserError
 from posttrain.model import flops
 from posttrain.model.load import sizes_of
-from posttrain.stpo_config import STPOConfig
+from posttrain.stpo.config import STPOConfig
 from posttrain.tdm_config import TDMConfig
 from posttrain.training.prompt_source import FUSED_BYTES
 

@@ -17,17 +17,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from posttrain import stpo, tdm
+from posttrain import tdm
 from posttrain.bench_config import BenchConfig
 from posttrain.config.sections import GRPOConfig, LoraConfig, ModelConfig, PromptsConfig, RewardSpec
 from posttrain.distributed.processes import Processes
 from posttrain.grpo import train as grpo
 from posttrain.grpo.rollout import Trajectory, Transition, rollout
-from posttrain.latents import EncodedPair, EncodedPairs
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Encoding, Text, to_pil
 from posttrain.render import drawn
-from posttrain.stpo_config import PairSetConfig, STPOConfig
+from posttrain.stpo import train as stpo
+from posttrain.stpo.config import PairSetConfig, STPOConfig
+from posttrain.stpo.latent_cache import EncodedPair, EncodedPairs
 from posttrain.tdm_config import TDMConfig
 from posttrain.training.oom_retry import DoesNotFit
 from posttrain.training.policy import POLICY, add_policy

@@ -43,7 +43,7 @@ from posttrain.judge_config import JudgeConfig
 from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
 from posttrain.pipeline_config import PipelineConfig
 from posttrain.runs import startup
-from posttrain.stpo_config import STPOConfig
+from posttrain.stpo.config import STPOConfig
 from posttrain.tdm_config import TDMConfig
 from posttrain.validate import validate
 
@@ -71,7 +71,9 @@ class Command:
 
 
 COMMANDS = {
-    "stpo": Command(STPOConfig, "posttrain.stpo:train", "train with STPO on pairs and write a run directory", True),
+    "stpo": Command(
+        STPOConfig, "posttrain.stpo.train:train", "train with STPO on pairs and write a run directory", True
+    ),
     "grpo": Command(GRPOConfig, "posttrain.grpo.train:train", "train with GRPO and write a run directory", True),
     "tdm": Command(TDMConfig, "posttrain.tdm:train", "distil with TDM into few steps and write a run directory", True),
     "preflight": Command(

@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from posttrain import stpo
 from posttrain.checks import Row, phase
 from posttrain.distributed.processes import Processes
-from posttrain.latents import Batch, encode_pairs
 from posttrain.model.k2 import K2
 from posttrain.preferences.dataset import Preference, Preferences, read_preferences
 from posttrain.preferences.sources import Skipped
 from posttrain.preflight_common import Checks, finite
 from posttrain.runs.progress import duration
-from posttrain.stpo_config import STPOConfig
+from posttrain.stpo import train as stpo
+from posttrain.stpo.config import STPOConfig
+from posttrain.stpo.latent_cache import Batch, encode_pairs
 from posttrain.training.policy import add_policy, load_model
 from prompts.records import PromptRecord, read_prompts
 from rewards.load import load_rewards

@@ -8,7 +8,7 @@ import math
 from posttrain import pair_plan
 from posttrain.config.ranges import ConfigError, at_least, pixels, positive, share
 from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, DrawConfig, PairsConfig, PairSource
-from posttrain.stpo_config import PairSetConfig, PreferenceLossConfig
+from posttrain.stpo.config import PairSetConfig, PreferenceLossConfig
 from posttrain.validate_model import refuse_quantize
 
 

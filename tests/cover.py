@@ -17,7 +17,7 @@ LEAST = 95.0
 """Percent, of lines and branches together and of branches alone."""
 FILES = {
     "posttrain/grpo/losses.py": ["test_losses.py"],
-    "posttrain/preference_loss.py": ["test_preference_loss.py"],
+    "posttrain/stpo/losses.py": ["test_preference_loss.py"],
     "posttrain/tdm_loss.py": ["test_tdm_loss.py"],
     "posttrain/training/advantages.py": ["test_advantages.py"],
     "posttrain/model/sampler.py": ["test_sampler.py"],

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from posttrain.config.sections import GRPOConfig, ModelConfig, PromptsConfig, RewardSpec
-from posttrain.stpo_config import PairSetConfig, STPOConfig
+from posttrain.stpo.config import PairSetConfig, STPOConfig
 from posttrain.tdm_config import TDMConfig
 from posttrain.training import checkpoint
 from tests import tiny
@@ -192,7 +192,7 @@ def watch_loading(method: Any, monkeypatch: Any) -> list:
 
 TRAINING = """
 import posttrain.export, posttrain.grpo.train, posttrain.preflight, posttrain.preflight_grpo, posttrain.report.page
-import posttrain.sample, posttrain.stpo
+import posttrain.sample, posttrain.stpo.train
 import posttrain.tdm
 import tests.runs
 """

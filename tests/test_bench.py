@@ -11,7 +11,7 @@ import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from posttrain import cli, stpo
+from posttrain import cli
 from posttrain.bench import Forwards, bench, measured
 from posttrain.bench_config import BenchConfig
 from posttrain.bench_steps import Steps
@@ -19,6 +19,7 @@ from posttrain.bench_tiers import Parts, fit, need, parts_of
 from posttrain.distributed.processes import Processes
 from posttrain.model import blocks, flops
 from posttrain.model.k2 import K2, Text
+from posttrain.stpo import train as stpo
 from posttrain.training.policy import POLICY
 from tests import runs
 

@@ -19,7 +19,7 @@ from posttrain.config.sections import (
 )
 from posttrain.errors import UserError
 from posttrain.pairs_config import ColumnMap
-from posttrain.stpo_config import PairSetConfig, STPOConfig
+from posttrain.stpo.config import PairSetConfig, STPOConfig
 from posttrain.validate import validate
 
 

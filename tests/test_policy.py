@@ -12,7 +12,6 @@ from diffusers import Krea2Pipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from posttrain import stpo
 from posttrain.config.sections import ExportConfig, ModelConfig, SampleConfig
 from posttrain.errors import UserError
 from posttrain.export import export, load_checkpoint
@@ -20,6 +19,7 @@ from posttrain.grpo import train as grpo
 from posttrain.model.fingerprint import fingerprint
 from posttrain.model.k2 import K2
 from posttrain.sample import sample
+from posttrain.stpo import train as stpo
 from posttrain.training import checkpoint
 from tests import runs, tiny
 from tests.test_export import distance, ours, stock_latents

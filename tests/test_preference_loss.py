@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from posttrain.preference_loss import bounded, error_change, exact_guard, inner, label, norm, preference_terms
+from posttrain.stpo.losses import bounded, error_change, exact_guard, inner, label, norm, preference_terms
 
 STPO = {"beta": 2000.0, "guard": 0.6, "bound": None, "anchor": 0.01, "hinge": 0.0}
 DPO = {"beta": 2000.0, "guard": None, "bound": None, "anchor": 0.0, "hinge": 0.0}

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from posttrain import cli, early, latents, preflight_common, preflight_tdm, stpo, tdm
+from posttrain import cli, early, preflight_common, preflight_tdm, tdm
 from posttrain.model.k2 import K2
+from posttrain.stpo import latent_cache
+from posttrain.stpo import train as stpo
 from tests import expander_runs, pair_runs, runs
 from tests.test_preflight import failed, table
 
@@ -130,5 +132,5 @@ def test_few_pairs_stand_for_the_set(tmp_path, model):
     from posttrain.preflight_stpo import Few
 
     few = Few(read_preferences(runs.pairs(tmp_path, 100)))
-    assert len(few) == 32 and few.places[0] == 0 and few.places[-1] == 99 and latents.SHARD >= 32
+    assert len(few) == 32 and few.places[0] == 0 and few.places[-1] == 99 and latent_cache.SHARD >= 32
     assert few.name(31) == few.whole.name(99)

@@ -9,13 +9,14 @@ from diffusers import Krea2Pipeline
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
-from posttrain import cli, stpo
+from posttrain import cli
 from posttrain.config.sections import ExportConfig, ModelConfig
 from posttrain.errors import UserError
 from posttrain.export import export, load_checkpoint
 from posttrain.grpo import train as grpo
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text
+from posttrain.stpo import train as stpo
 from posttrain.training import checkpoint
 from posttrain.training.policy import POLICY, add_policy, described, load_model, saved_tensors
 from tests import runs, tiny

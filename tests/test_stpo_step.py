@@ -9,13 +9,14 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from posttrain import latents, stpo
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
-from posttrain.latents import encode_pairs
 from posttrain.model.k2 import K2
-from posttrain.preference_loss import inner
 from posttrain.preferences.dataset import read_preferences
+from posttrain.stpo import latent_cache
+from posttrain.stpo import train as stpo
+from posttrain.stpo.latent_cache import encode_pairs
+from posttrain.stpo.losses import inner
 from posttrain.training import image_metrics as figures_of
 from posttrain.training.stepper import Stepper
 from tests import runs, tiny
@@ -294,7 +295,7 @@ def test_another_vae_makes_another_cache(config, tmp_path):
 
 
 def test_encoding_that_was_killed_goes_on(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(latents, "SHARD", 6)
+    monkeypatch.setattr(latent_cache, "SHARD", 6)
     whole = OneStep(config).pairs
     (tmp_path / "cache").rename(tmp_path / "whole")
     calls = []

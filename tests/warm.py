@@ -58,7 +58,7 @@ def serve(path: str) -> None:
     import posttrain.export
     import posttrain.grpo.train
     import posttrain.pairs
-    import posttrain.stpo  # noqa: F401
+    import posttrain.stpo.train  # noqa: F401
     from posttrain import cli
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)

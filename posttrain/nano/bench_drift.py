@@ -4,7 +4,7 @@
 
 A small MLP learns to draw smooth random fields of 8 x 8 pixels by flow matching. Pairs of its own drawings are ranked
 by a taste: the mean of the left half less that of the right. Then it is trained long on these pairs, by the loss of
-posttrain/preference_loss.py with parts of it switched off. Its pairs with fresh times and noise, and fresh drawings,
+posttrain/stpo/losses.py with parts of it switched off. Its pairs with fresh times and noise, and fresh drawings,
 tell what became of it:
 
     Dw, Dl     error of the chosen (rejected) drawings less the reference's, which is near 0.9
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.model import sampler
-from posttrain.preference_loss import error_change, preference_terms
+from posttrain.stpo.losses import error_change, preference_terms
 
 SIDE, WIDTH, PAIRS, BATCH, STEPS, EARLY = 8, 256, 2000, 64, 3000, 20
 MEAN, STD = 0.5, 1.0

@@ -45,7 +45,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("pair_B + 0.01 * (rho_w_B.float() + rho_l_B", "pair_B + 0.01 * (rho_w_B.float() - rho_l_B"),
         ("log_ratio_B.float().exp()", "log_ratio_B.float() + 1"),
     ],
-    ("posttrain/preference_loss.py", "tests/test_preference_loss.py"): [
+    ("posttrain/stpo/losses.py", "tests/test_preference_loss.py"): [
         ("(v + reference - 2 * target)", "(v + reference - target)"),
         ("z = beta / 2 * (phi - dw)", "z = beta * (phi - dw)"),
         ("pull = (-z).sigmoid() - (1 - label_B)", "pull = (-z).sigmoid()"),

@@ -33,11 +33,11 @@ from posttrain.errors import UserError
 from posttrain.model import sampler
 from posttrain.model.fingerprint import fingerprint
 from posttrain.model.k2 import K2, Text
-from posttrain.preference_loss import label
 from posttrain.preferences.dataset import Preference, Preferences
 from posttrain.preferences.sources import Skipped, Tally
 from posttrain.runs import startup
-from posttrain.stpo_config import PairSetConfig
+from posttrain.stpo.config import PairSetConfig
+from posttrain.stpo.losses import label
 from posttrain.training.checkpoint import is_full
 
 VERSION = 1

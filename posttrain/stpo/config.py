@@ -41,7 +41,7 @@ class PairSetConfig:
 
 @dataclass
 class PreferenceLossConfig:
-    """STPO, or Diffusion-DPO; posttrain/preference_loss.py has the formula."""
+    """STPO, or Diffusion-DPO; posttrain/stpo/losses.py has the formula."""
 
     kind: Literal["stpo", "dpo"] = "stpo"
     """dpo: plain Diffusion-DPO, without guard, bound, anchor and hinge, which are not read then."""
@@ -99,7 +99,7 @@ class STPOConfig:
     """passes must be 1."""
     loss: PreferenceLossConfig = field(default_factory=PreferenceLossConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    """Its figures are also pairs/winner, pairs/loser, pairs/accuracy, ... of held-out pairs (posttrain/stpo.py) and
+    """Its figures are also pairs/winner, pairs/loser, pairs/accuracy, ... of held-out pairs (posttrain/stpo/train.py) and
     image/contrast, image/high_energy and image/high_energy_ratio, to that before the first step."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     track: TrackConfig = field(default_factory=TrackConfig)

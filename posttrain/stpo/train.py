@@ -46,13 +46,13 @@ from torch import Tensor
 
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
-from posttrain.latents import Batch, EncodedPairs, Job, encode_pairs, noised
 from posttrain.model import flops, parallelize, sampler
 from posttrain.model.k2 import K2, Text
-from posttrain.preference_loss import error_change, exact_guard, inner, norm, preference_terms
 from posttrain.preferences.dataset import read_preferences
 from posttrain.runs.run import Run
-from posttrain.stpo_config import PreferenceLossConfig, STPOConfig
+from posttrain.stpo.config import PreferenceLossConfig, STPOConfig
+from posttrain.stpo.latent_cache import Batch, EncodedPairs, Job, encode_pairs, noised
+from posttrain.stpo.losses import error_change, exact_guard, inner, norm, preference_terms
 from posttrain.training import checkpoint
 from posttrain.training.checkpoint import Checkpoint
 from posttrain.training.evaluate import Evaluation, Evaluator
