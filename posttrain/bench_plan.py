@@ -28,7 +28,7 @@ from posttrain.errors import UserError
 from posttrain.model import flops
 from posttrain.model.load import sizes_of
 from posttrain.stpo.config import STPOConfig
-from posttrain.tdm_config import TDMConfig
+from posttrain.tdm.config import TDMConfig
 from posttrain.training.prompt_source import FUSED_BYTES
 
 Recipe = GRPOConfig | STPOConfig | TDMConfig

@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from posttrain import tdm
 from posttrain.bench_config import BenchConfig
 from posttrain.config.sections import GRPOConfig, LoraConfig, ModelConfig, PromptsConfig, RewardSpec
 from posttrain.distributed.processes import Processes
@@ -29,7 +28,8 @@ from posttrain.render import drawn
 from posttrain.stpo import train as stpo
 from posttrain.stpo.config import PairSetConfig, STPOConfig
 from posttrain.stpo.latent_cache import EncodedPair, EncodedPairs
-from posttrain.tdm_config import TDMConfig
+from posttrain.tdm import train as tdm
+from posttrain.tdm.config import TDMConfig
 from posttrain.training.oom_retry import DoesNotFit
 from posttrain.training.policy import POLICY, add_policy
 from posttrain.training.prompt_source import PromptSource

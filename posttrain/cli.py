@@ -44,7 +44,7 @@ from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfi
 from posttrain.pipeline_config import PipelineConfig
 from posttrain.runs import startup
 from posttrain.stpo.config import STPOConfig
-from posttrain.tdm_config import TDMConfig
+from posttrain.tdm.config import TDMConfig
 from posttrain.validate import validate
 
 
@@ -75,7 +75,9 @@ COMMANDS = {
         STPOConfig, "posttrain.stpo.train:train", "train with STPO on pairs and write a run directory", True
     ),
     "grpo": Command(GRPOConfig, "posttrain.grpo.train:train", "train with GRPO and write a run directory", True),
-    "tdm": Command(TDMConfig, "posttrain.tdm:train", "distil with TDM into few steps and write a run directory", True),
+    "tdm": Command(
+        TDMConfig, "posttrain.tdm.train:train", "distil with TDM into few steps and write a run directory", True
+    ),
     "preflight": Command(
         GRPOConfig,
         "posttrain.preflight:preflight",

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from posttrain import tdm
 from posttrain.checks import Row, phase
 from posttrain.distributed.processes import Processes
 from posttrain.model.k2 import K2
 from posttrain.preflight_common import Checks, finite
-from posttrain.tdm_config import TDMConfig
-from posttrain.tdm_rollout import MU, Batch, roll_out
+from posttrain.tdm import train as tdm
+from posttrain.tdm.config import TDMConfig
+from posttrain.tdm.rollout import MU, Batch, roll_out
 from posttrain.training import checkpoint
 from posttrain.training.evaluate import Way
 from posttrain.training.policy import POLICY, load_model

@@ -25,7 +25,7 @@ from posttrain.judge_config import JudgeConfig
 from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
 from posttrain.pipeline_config import PipelineConfig
 from posttrain.stpo.config import STPOConfig
-from posttrain.tdm_config import MOST_STEPS, TDMConfig
+from posttrain.tdm.config import MOST_STEPS, TDMConfig
 from posttrain.training import image_metrics
 from posttrain.validate_bench import validate_bench
 from posttrain.validate_expander import validate_expand, validate_expander_data, validate_expander_sft

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from posttrain.bench_config import DRAWING, BenchConfig
 from posttrain.config.ranges import ConfigError, at_least, pixels, positive
-from posttrain.tdm_config import MOST_STEPS
+from posttrain.tdm.config import MOST_STEPS
 
 LEAST = {"batch": 2, "group": 2, "text": 8, "rank": 0, "stages": 1, "warmup": 2, "repeats": 1, "gpus": 1}
 

@@ -18,7 +18,7 @@ LEAST = 95.0
 FILES = {
     "posttrain/grpo/losses.py": ["test_losses.py"],
     "posttrain/stpo/losses.py": ["test_preference_loss.py"],
-    "posttrain/tdm_loss.py": ["test_tdm_loss.py"],
+    "posttrain/tdm/losses.py": ["test_tdm_loss.py"],
     "posttrain/training/advantages.py": ["test_advantages.py"],
     "posttrain/model/sampler.py": ["test_sampler.py"],
     "prompts/pool.py": ["test_pool.py"],

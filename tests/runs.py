@@ -15,7 +15,7 @@ from PIL import Image
 
 from posttrain.config.sections import GRPOConfig, ModelConfig, PromptsConfig, RewardSpec
 from posttrain.stpo.config import PairSetConfig, STPOConfig
-from posttrain.tdm_config import TDMConfig
+from posttrain.tdm.config import TDMConfig
 from posttrain.training import checkpoint
 from tests import tiny
 
@@ -193,7 +193,7 @@ def watch_loading(method: Any, monkeypatch: Any) -> list:
 TRAINING = """
 import posttrain.export, posttrain.grpo.train, posttrain.preflight, posttrain.preflight_grpo, posttrain.report.page
 import posttrain.sample, posttrain.stpo.train
-import posttrain.tdm
+import posttrain.tdm.train
 import tests.runs
 """
 SERVE = """

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch._functorch import config as functorch_config
 
-from posttrain import pairs, sample, tdm
+from posttrain import pairs, sample
 from posttrain.config.sections import ModelConfig, SampleConfig
 from posttrain.expander_rl_config import RendererConfig
 from posttrain.grpo import train as grpo
@@ -21,6 +21,7 @@ from posttrain.model import blocks
 from posttrain.model.k2 import K2
 from posttrain.render import K2Renderer
 from posttrain.stpo import train as stpo
+from posttrain.tdm import train as tdm
 from tests import pair_runs, runs, tiny
 
 PROMPTS = ["a red circle", "a circle red", "a red red", "a circle circle"]

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from posttrain import cli, early, preflight_common, preflight_tdm, tdm
+from posttrain import cli, early, preflight_common, preflight_tdm
 from posttrain.model.k2 import K2
 from posttrain.stpo import latent_cache
 from posttrain.stpo import train as stpo
+from posttrain.tdm import train as tdm
 from tests import expander_runs, pair_runs, runs
 from tests.test_preflight import failed, table
 

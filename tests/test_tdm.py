@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from posttrain import cli, tdm
+from posttrain import cli
 from posttrain.config.sections import ModelConfig, PromptsConfig, SampleConfig
 from posttrain.export import load_checkpoint
 from posttrain.model import sampler
@@ -17,8 +17,9 @@ from posttrain.model.k2 import K2
 from posttrain.nano import bench_tdm
 from posttrain.sample import sample
 from posttrain.stpo import train as stpo
-from posttrain.tdm_config import TDMConfig
-from posttrain.tdm_rollout import MU
+from posttrain.tdm import train as tdm
+from posttrain.tdm.config import TDMConfig
+from posttrain.tdm.rollout import MU
 from posttrain.training import checkpoint, image_metrics
 from posttrain.training.policy import load_base
 from tests import runs, tiny

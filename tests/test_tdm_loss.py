@@ -7,9 +7,9 @@ import pytest
 import scipy
 import torch
 
-from posttrain import tdm_loss
 from posttrain.model import sampler
-from posttrain.tdm_loss import fake_loss, fake_weight, generator_loss, importance, point_times, renoise_coefficients
+from posttrain.tdm import losses as tdm_loss
+from posttrain.tdm.losses import fake_loss, fake_weight, generator_loss, importance, point_times, renoise_coefficients
 
 MU = sampler.TURBO_MU
 CLIP = (0.2, 5.0)

@@ -4,11 +4,12 @@ import pytest
 import torch
 from diffusers import Krea2Pipeline
 
-from posttrain import tdm, tdm_loss
 from posttrain.distributed.processes import Processes
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
-from posttrain.tdm_rollout import MU, roll_out
+from posttrain.tdm import losses
+from posttrain.tdm import train as tdm
+from posttrain.tdm.rollout import MU, roll_out
 from tests import runs, tiny
 
 
@@ -76,7 +77,7 @@ def test_direction_of_the_first_step(config):
     p = batch.points[-1]
     with torch.no_grad():
         x0, e = sampler.x0_eps(p.x, one.k2.velocity(p.x, p.t, batch.text, 32, 32), p.t)
-        x_tau = tdm_loss.renoise(sampler.noised(x0, e, p.m), p.z, p.m, p.tau)
+        x_tau = losses.renoise(sampler.noised(x0, e, p.m), p.z, p.m, p.tau)
         c, u = (one.k2.velocity(x_tau, p.tau, text, 32, 32) for text in (batch.text, one.null))
     expected = (p.tau[:, None, None] * 1.5 * (c - u)).abs().mean()
     assert metrics["direction"] == pytest.approx(float(expected), rel=1e-4)
@@ -98,7 +99,7 @@ def test_gradients_of_a_step(config, micro_batch):
     parameters = k2.train_role("policy")
     x0, e = sampler.x0_eps(p.x, velocity("policy", p.x, p.t), p.t)
     with torch.no_grad():
-        a, b = (c[:, None, None] for c in tdm_loss.renoise_coefficients(p.m, p.tau))
+        a, b = (c[:, None, None] for c in losses.renoise_coefficients(p.m, p.tau))
         x_tau = a * sampler.noised(x0, e, p.m) + b * p.z
         c, u, f = velocity(None, x_tau, p.tau), velocity(None, x_tau, p.tau, one.null), velocity("fake", x_tau, p.tau)
         tau = p.tau[:, None, None]
@@ -110,7 +111,7 @@ def test_gradients_of_a_step(config, micro_batch):
     parameters = k2.train_role("fake")
     with torch.no_grad():
         x0, e = sampler.x0_eps(q.x, velocity("policy", q.x, q.t), q.t)
-        a, b = (c[:, None, None] for c in tdm_loss.renoise_coefficients(q.m, q.tau))
+        a, b = (c[:, None, None] for c in losses.renoise_coefficients(q.m, q.tau))
         x_tau = a * sampler.noised(x0, e, q.m) + b * q.z
         n = (x_tau - (1 - q.tau[:, None, None]) * x0) / q.tau[:, None, None]
         omega = ((q.z.square().mean((1, 2)) - n.square().mean((1, 2))) / 2).exp()

@@ -41,7 +41,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain import tdm
 from posttrain.config.sections import LoraConfig, ModelConfig, PromptsConfig
 from posttrain.distributed.processes import Processes
 from posttrain.export import load_checkpoint
@@ -50,8 +49,9 @@ from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.nano import evaluate, prompts
 from posttrain.nano.jobs import Jobs
 from posttrain.runs.progress import grid_image
-from posttrain.tdm_config import TDMConfig
-from posttrain.tdm_rollout import MU, roll_out
+from posttrain.tdm import train as tdm
+from posttrain.tdm.config import TDMConfig
+from posttrain.tdm.rollout import MU, roll_out
 from posttrain.training import checkpoint, image_metrics
 from posttrain.training.evaluate import Way
 from posttrain.training.policy import POLICY, add_policy, load_base

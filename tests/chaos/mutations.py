@@ -61,7 +61,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("(1 - guard) * max(0.0, winner_n) / loser_n)", "guard * max(0.0, winner_n) / loser_n)"),
         ("share if share == 1 and not human else", "share if share == 1 else"),
     ],
-    ("posttrain/tdm_loss.py", "tests/test_tdm_loss.py"): [
+    ("posttrain/tdm/losses.py", "tests/test_tdm_loss.py"): [
         ("a = (1 - tau) / (1 - m)", "a = (1 - m) / (1 - tau)"),
         ("(tau.square() - (a * m).square())", "(tau.square() + (a * m).square())"),
         ("(_column(a * m, e) * e + _column(b, e) * z)", "(_column(b, e) * e + _column(a * m, e) * z)"),

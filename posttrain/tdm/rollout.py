@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from posttrain import tdm_loss
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text
-from posttrain.tdm_config import StudentConfig
+from posttrain.tdm import losses
+from posttrain.tdm.config import StudentConfig
 from posttrain.training.policy import POLICY
 
 MU = sampler.TURBO_MU
@@ -73,7 +73,7 @@ def roll_out(
             u_k, u_m, u_tau = (torch.tensor([_uniform(key, update, c) for key in part]) for c in range(3))
             k = (u_k * steps).long()
             separate = student.levels == "separate"
-            m, tau = tdm_loss.point_times(k, steps, u_m, u_tau, MU, student.midpoints, separate)
+            m, tau = losses.point_times(k, steps, u_m, u_tau, MU, student.midpoints, separate)
             z = sampler.noise([sampler.seed_for(*key, update, 3) for key in part], shape)
             t = times.gather(1, k[:, None])[:, 0]
             points.append(Points(k, *(value.to(k2.device) for value in (t, m, tau, z)), *[torch.empty(0)] * 2))

@@ -59,7 +59,7 @@ class FakeConfig:
     """First training steps in which only the fake score learns, >= 0."""
     target: Literal["reference", "ambient"] = "reference"
     """What it is taught. reference: the published code's target, importance weights included. ambient: one whose
-    optimum is the exact score of the student's points, at more variance; posttrain/tdm_loss.py has both."""
+    optimum is the exact score of the student's points, at more variance; posttrain/tdm/losses.py has both."""
     weight: Literal["uniform", "min_snr"] = "uniform"
     """Weight of a noise level: of velocity errors, all alike; or min(SNR, 5) of errors of the clean picture."""
     clip: tuple[float, float] = (0.2, 5.0)
@@ -104,6 +104,6 @@ class TDMConfig:
     1. The average is evaluated and exported, and never trained with."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """steps are the teacher's, whose pictures the student's are compared with; guidance must be [0.0], the student's.
-    Figures are also those of posttrain/tdm.py (to_teacher/saturation, fake_loss, ...)."""
+    Figures are also those of posttrain/tdm/train.py (to_teacher/saturation, fake_loss, ...)."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     track: TrackConfig = field(default_factory=TrackConfig)

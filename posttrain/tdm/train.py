@@ -45,15 +45,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain import tdm_loss
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.model import parallelize, sampler
 from posttrain.model.k2 import K2, Text
 from posttrain.runs.progress import grid_image
 from posttrain.runs.run import Run
-from posttrain.tdm_config import TDMConfig
-from posttrain.tdm_rollout import MU, Batch, Points, roll_out
+from posttrain.tdm import losses
+from posttrain.tdm.config import TDMConfig
+from posttrain.tdm.rollout import MU, Batch, Points, roll_out
 from posttrain.training import checkpoint, image_metrics
 from posttrain.training.checkpoint import Checkpoint
 from posttrain.training.evaluate import Evaluation, Evaluator, Way
@@ -245,10 +245,10 @@ def update_fake(
 def _fake_loss(k2: K2, config: TDMConfig, batch: Batch, p: Points) -> tuple[Tensor, dict[str, Tensor]]:
     fake = config.fake
     x0, e = sampler.x0_eps(p.x, p.v, p.t)
-    x_tau = tdm_loss.renoise(sampler.noised(x0, e, p.m), p.z, p.m, p.tau)
+    x_tau = losses.renoise(sampler.noised(x0, e, p.m), p.z, p.m, p.tau)
     with k2.role(FAKE):
         v_fake = k2.velocity(x_tau, p.tau, batch.text, *batch.size)
-    return tdm_loss.fake_loss(v_fake, x0, e, p.z, p.m, p.tau, fake.target, fake.weight, fake.clip)
+    return losses.fake_loss(v_fake, x0, e, p.z, p.m, p.tau, fake.target, fake.weight, fake.clip)
 
 
 def update_student(
@@ -263,13 +263,13 @@ def update_student(
             v = k2.velocity(p.x, p.t, batch.text, *batch.size)
         x0, e = sampler.x0_eps(p.x, v, p.t)
         with torch.no_grad():
-            x_tau = tdm_loss.renoise(sampler.noised(x0, e, p.m), p.z, p.m, p.tau)
+            x_tau = losses.renoise(sampler.noised(x0, e, p.m), p.z, p.m, p.tau)
             with k2.role(None):
                 scale = config.teacher.guidance
                 v_real = k2.guided_velocity(x_tau, p.tau, batch.text, null, scale, *batch.size)
             with k2.role(FAKE):
                 v_fake = k2.velocity(x_tau, p.tau, batch.text, *batch.size)
-        loss_B, metrics = tdm_loss.generator_loss(x0, x_tau, v_real, v_fake, p.tau, config.student.distance)
+        loss_B, metrics = losses.generator_loss(x0, x_tau, v_real, v_fake, p.tau, config.student.distance)
         (loss_B.sum() / config.batch).backward()
         _add(sums, metrics)
     means = _means(sums, config.batch, procs)
