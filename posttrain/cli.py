@@ -39,7 +39,7 @@ from posttrain.early import CHECK
 from posttrain.errors import UserError
 from posttrain.expander_config import ExpandConfig, ExpanderDataConfig, ExpanderSFTConfig
 from posttrain.expander_rl_config import ExpanderGDPOConfig
-from posttrain.judge_config import JudgeConfig
+from posttrain.judge.config import JudgeConfig
 from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
 from posttrain.pipeline_config import PipelineConfig
 from posttrain.runs import startup
@@ -85,8 +85,8 @@ COMMANDS = {
         others=(STPOConfig, TDMConfig, PairsConfig, ExpanderGDPOConfig),
     ),
     "pairs": Command(PairsConfig, "posttrain.pairs:make", "make preference pairs from prompts", True),
-    "judge": Command(JudgeConfig, "posttrain.judge:train", "train a judge, as an adapter for vLLM", True),
-    "serve": Command(ServeConfig, "posttrain.serve:serve", "serve a recipe's judges", any_recipe=True),
+    "judge": Command(JudgeConfig, "posttrain.judge.train:train", "train a judge, as an adapter for vLLM", True),
+    "serve": Command(ServeConfig, "posttrain.judge.serve:serve", "serve a recipe's judges", any_recipe=True),
     "annotate": Command(
         AnnotateConfig, "posttrain.annotate:annotate", "serve a page where people choose between images or mark faults"
     ),

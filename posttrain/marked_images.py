@@ -21,7 +21,7 @@ from rich.progress import track
 from posttrain import agreement
 from posttrain.annotations import Annotations
 from posttrain.errors import UserError
-from posttrain.judge_records import IMAGES, MARKS
+from posttrain.judge.records import IMAGES, MARKS
 from posttrain.runs.files import replace_text
 from prompts.parse import parse_json
 

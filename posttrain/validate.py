@@ -21,7 +21,7 @@ from posttrain.config.sections import (
 )
 from posttrain.expander_config import ExpandConfig, ExpanderDataConfig, ExpanderSFTConfig
 from posttrain.expander_rl_config import ExpanderGDPOConfig
-from posttrain.judge_config import JudgeConfig
+from posttrain.judge.config import JudgeConfig
 from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
 from posttrain.pipeline_config import PipelineConfig
 from posttrain.stpo.config import STPOConfig

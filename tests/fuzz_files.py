@@ -11,8 +11,8 @@ import torch
 from posttrain import annotations
 from posttrain.expander_config import ExpanderSFTConfig
 from posttrain.expander_sft import read_pairs
-from posttrain.judge_config import JudgeConfig
-from posttrain.judge_records import read_records
+from posttrain.judge.config import JudgeConfig
+from posttrain.judge.records import read_records
 from posttrain.model import lora_file
 from posttrain.report.page import write_report
 from posttrain.training import checkpoint

@@ -16,13 +16,15 @@ import yaml
 from PIL import Image
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from posttrain import cli, judge, judge_records
-from posttrain.calibration import auroc, brier, expected_calibration_error, reliability
+from posttrain import cli
 from posttrain.config.sections import LoraConfig, OptimConfig, TrackConfig
 from posttrain.errors import UserError
 from posttrain.grpo import losses
-from posttrain.judge_config import JudgeConfig
-from posttrain.judge_records import read_records
+from posttrain.judge import records as judge_records
+from posttrain.judge import train as judge
+from posttrain.judge.calibration import auroc, brier, expected_calibration_error, reliability
+from posttrain.judge.config import JudgeConfig
+from posttrain.judge.records import read_records
 from posttrain.nano import judge_data, judge_model
 from posttrain.pairs_config import ColumnMap
 from posttrain.preferences.dataset import Preference, PreferenceWriter

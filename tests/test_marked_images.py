@@ -11,8 +11,8 @@ from posttrain import cli
 from posttrain.annotations import Answer, Schedule, Showing, Store
 from posttrain.config.sections import TrackConfig
 from posttrain.errors import UserError
-from posttrain.judge_config import JudgeConfig
-from posttrain.judge_records import read_records
+from posttrain.judge.config import JudgeConfig
+from posttrain.judge.records import read_records
 from posttrain.marked_images import Images, find
 from posttrain.runs.run import Run
 

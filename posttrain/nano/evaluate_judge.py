@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from posttrain.calibration import brier, expected_calibration_error
+from posttrain.judge.calibration import brier, expected_calibration_error
 from posttrain.nano import oracles, prompts, questions, scenes
 from posttrain.nano.scenes import Scene
 from prompts.templates import load_template

@@ -20,7 +20,7 @@ from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
 from posttrain.errors import UserError
-from posttrain.judge_config import JudgeConfig
+from posttrain.judge.config import JudgeConfig
 from posttrain.preferences.dataset import Preference, Preferences, read_preferences
 from posttrain.preferences.sources import Skipped
 from prompts.parse import parse_json

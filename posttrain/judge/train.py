@@ -34,14 +34,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from posttrain.calibration import auroc, brier, expected_calibration_error, reliability
 from posttrain.early import check_run
 from posttrain.errors import UserError
 from posttrain.grpo import losses
-from posttrain.judge_card import numbers, write_adapter
-from posttrain.judge_config import JudgeConfig
-from posttrain.judge_records import Record, check_prompts, read_records, split
-from posttrain.judge_records import fingerprint as fingerprint_of_records
+from posttrain.judge.calibration import auroc, brier, expected_calibration_error, reliability
+from posttrain.judge.card import numbers, write_adapter
+from posttrain.judge.config import JudgeConfig
+from posttrain.judge.records import Record, check_prompts, read_records, split
+from posttrain.judge.records import fingerprint as fingerprint_of_records
 from posttrain.model.fingerprint import fingerprint
 from posttrain.runs import startup
 from posttrain.runs.run import Run, peak_memory

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from posttrain.judge_config import JudgeConfig
+from posttrain.judge.config import JudgeConfig
 from prompts.templates import Template
 from rewards.vlm import VLM
 
