@@ -20,11 +20,11 @@ from torch import Tensor
 from posttrain.bench_config import BenchConfig
 from posttrain.config.sections import GRPOConfig, LoraConfig, ModelConfig, PromptsConfig, RewardSpec
 from posttrain.distributed.processes import Processes
+from posttrain.expander.renderer import drawn
 from posttrain.grpo import train as grpo
 from posttrain.grpo.rollout import Trajectory, Transition, rollout
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Encoding, Text, to_pil
-from posttrain.render import drawn
 from posttrain.stpo import train as stpo
 from posttrain.stpo.config import PairSetConfig, STPOConfig
 from posttrain.stpo.latent_cache import EncodedPair, EncodedPairs

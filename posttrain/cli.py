@@ -37,8 +37,8 @@ from posttrain.config.recipe import (
 from posttrain.config.sections import ExportConfig, GRPOConfig, ReportConfig, SampleConfig, ServeConfig
 from posttrain.early import CHECK
 from posttrain.errors import UserError
-from posttrain.expander_config import ExpandConfig, ExpanderDataConfig, ExpanderSFTConfig
-from posttrain.expander_rl_config import ExpanderGDPOConfig
+from posttrain.expander.config import ExpandConfig, ExpanderDataConfig, ExpanderSFTConfig
+from posttrain.expander.gdpo_config import ExpanderGDPOConfig
 from posttrain.judge.config import JudgeConfig
 from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
 from posttrain.pipeline_config import PipelineConfig
@@ -92,15 +92,17 @@ COMMANDS = {
     ),
     "annotations": Command(AnnotationsConfig, "posttrain.human_pairs:write", "report and export what they answered"),
     "expander data": Command(
-        ExpanderDataConfig, "posttrain.expander_data:make", "make short prompts for long captions", True
+        ExpanderDataConfig, "posttrain.expander.data:make", "make short prompts for long captions", True
     ),
     "expander sft": Command(
-        ExpanderSFTConfig, "posttrain.expander_sft:train", "teach a chat model to expand prompts", True
+        ExpanderSFTConfig, "posttrain.expander.sft:train", "teach a chat model to expand prompts", True
     ),
     "expander gdpo": Command(
-        ExpanderGDPOConfig, "posttrain.expander_rl:train", "train an expander by the pictures it makes", True
+        ExpanderGDPOConfig, "posttrain.expander.gdpo:train", "train an expander by the pictures it makes", True
     ),
-    "expand": Command(ExpandConfig, "posttrain.expand:main", "expand a prompt in several ways", positional="prompt"),
+    "expand": Command(
+        ExpandConfig, "posttrain.expander.expand:main", "expand a prompt in several ways", positional="prompt"
+    ),
     "sample": Command(SampleConfig, "posttrain.sample:sample", "draw images from a checkpoint"),
     "bench": Command(BenchConfig, "posttrain.bench:bench", "measure the methods at true size, or plan a run"),
     "export": Command(ExportConfig, "posttrain.export:export", "write a checkpoint for other tools"),

@@ -19,17 +19,17 @@ from datasets import Dataset
 from peft import get_peft_model_state_dict
 from transformers import PrinterCallback, TrainerCallback
 
-from posttrain import expander_rl
 from posttrain.checks import Row, Skip, made, phase
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
-from posttrain.expander_follow import Shared
-from posttrain.expander_policy import Policy
-from posttrain.expander_rl_config import ExpanderGDPOConfig
-from posttrain.expander_score import Scorer
-from posttrain.expander_template import messages
+from posttrain.expander import gdpo
+from posttrain.expander.callbacks import Shared
+from posttrain.expander.gdpo_config import ExpanderGDPOConfig
+from posttrain.expander.policy import Policy
+from posttrain.expander.renderer import make_renderer
+from posttrain.expander.score import Scorer
+from posttrain.expander.template import messages
 from posttrain.preflight_common import judge_rows, memory_row
-from posttrain.render import make_renderer
 from posttrain.runs.progress import duration
 from prompts.records import PromptRecord, read_prompts
 from rewards.base import Noise
@@ -122,10 +122,10 @@ class GDPOChecks:
         scorer.noise = self.noise  # as a run has it from its first evaluation
         self.shared = shared = Shared(config, self.policy, scorer, self.records, self.procs)
         data = [{"prompt": messages(record.prompt), "row": i} for i, record in enumerate(self.records)]
-        trainer = expander_rl.Trainer(
+        trainer = gdpo.Trainer(
             model=self.policy.model,
             reward_funcs=shared.functions(),  # type: ignore[arg-type]
-            args=expander_rl.settings(config, self.procs),
+            args=gdpo.settings(config, self.procs),
             train_dataset=Dataset.from_list(data),
             processing_class=self.policy.tokenizer,
         )

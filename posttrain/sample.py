@@ -16,7 +16,7 @@ from accelerate import PartialState
 from posttrain.config.sections import SampleConfig
 from posttrain.early import check_new
 from posttrain.errors import UserError
-from posttrain.expander_model import Expander, resolve
+from posttrain.expander.model import Expander, resolve
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.training import checkpoint

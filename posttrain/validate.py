@@ -19,8 +19,8 @@ from posttrain.config.sections import (
     SamplingConfig,
     ServeConfig,
 )
-from posttrain.expander_config import ExpandConfig, ExpanderDataConfig, ExpanderSFTConfig
-from posttrain.expander_rl_config import ExpanderGDPOConfig
+from posttrain.expander.config import ExpandConfig, ExpanderDataConfig, ExpanderSFTConfig
+from posttrain.expander.gdpo_config import ExpanderGDPOConfig
 from posttrain.judge.config import JudgeConfig
 from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
 from posttrain.pipeline_config import PipelineConfig

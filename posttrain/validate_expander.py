@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from posttrain.config.ranges import ConfigError, at_least, positive, share
-from posttrain.expander_config import ExpandConfig, ExpanderDataConfig, ExpanderSFTConfig, WriterConfig
+from posttrain.expander.config import ExpandConfig, ExpanderDataConfig, ExpanderSFTConfig, WriterConfig
 from posttrain.validate_model import validate_lora
 
 NANO = "nano"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from posttrain.config.ranges import ConfigError, at_least, pixels, positive, share
-from posttrain.expander_rl_config import DiversityConfig, ExpanderGDPOConfig, RendererConfig
+from posttrain.expander.gdpo_config import DiversityConfig, ExpanderGDPOConfig, RendererConfig
 from posttrain.validate_model import validate_lora
 
 DIVERSITY = "diversity"

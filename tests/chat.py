@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from posttrain.expander_template import messages
+from posttrain.expander.template import messages
 from tests import tiny
 
 # Of the system text only the beginning: it would take most of the time.
@@ -60,8 +60,8 @@ if __name__ == "__main__":
     import time
 
     from posttrain.config.sections import LoraConfig
-    from posttrain.expander_policy import Policy
-    from posttrain.expander_rl_config import ChatModelConfig
+    from posttrain.expander.gdpo_config import ChatModelConfig
+    from posttrain.expander.policy import Policy
     from prompts.records import PromptRecord
 
     began = time.time()

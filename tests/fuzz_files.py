@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from posttrain import annotations
-from posttrain.expander_config import ExpanderSFTConfig
-from posttrain.expander_sft import read_pairs
+from posttrain.expander.config import ExpanderSFTConfig
+from posttrain.expander.sft import read_pairs
 from posttrain.judge.config import JudgeConfig
 from posttrain.judge.records import read_records
 from posttrain.model import lora_file

@@ -15,11 +15,11 @@ from torch._functorch import config as functorch_config
 
 from posttrain import pairs, sample
 from posttrain.config.sections import ModelConfig, SampleConfig
-from posttrain.expander_rl_config import RendererConfig
+from posttrain.expander.gdpo_config import RendererConfig
+from posttrain.expander.renderer import K2Renderer
 from posttrain.grpo import train as grpo
 from posttrain.model import blocks
 from posttrain.model.k2 import K2
-from posttrain.render import K2Renderer
 from posttrain.stpo import train as stpo
 from posttrain.tdm import train as tdm
 from tests import pair_runs, runs, tiny

@@ -16,20 +16,11 @@ from safetensors.torch import load_file, save_file
 from posttrain import cli
 from posttrain.config.sections import CheckpointConfig, LoraConfig, OptimConfig, TrackConfig
 from posttrain.errors import UserError
-from posttrain.expander_config import ExpanderDataConfig, ExpanderSFTConfig
-from posttrain.expander_data import make
-from posttrain.expander_model import Expander, load_chat_model
-from posttrain.expander_sft import (
-    Pair,
-    RunningClip,
-    check_tokens,
-    fitting,
-    make_trainer,
-    read_pairs,
-    tokens,
-    train,
-)
-from posttrain.expander_template import FILE, messages, template
+from posttrain.expander.config import ExpanderDataConfig, ExpanderSFTConfig
+from posttrain.expander.data import make
+from posttrain.expander.model import Expander, load_chat_model
+from posttrain.expander.sft import Pair, RunningClip, check_tokens, fitting, make_trainer, read_pairs, tokens, train
+from posttrain.expander.template import FILE, messages, template
 from posttrain.nano import build, evaluate_expander
 from posttrain.nano.scenes import COLOURS, SHAPES
 from tests import chat, runs
@@ -96,7 +87,7 @@ def test_labels_are_the_completion_alone(tmp_path, data):
 
 
 def test_a_trainer_that_cuts_pairs_is_noticed(tmp_path, data, monkeypatch):
-    from posttrain import expander_sft
+    from posttrain.expander import sft as expander_sft
 
     model, tokenizer = load_chat_model(BASE, torch.float32)
     real = expander_sft.SFTConfig
@@ -163,7 +154,7 @@ def test_training_writes_an_adapter_that_learnt_and_resumes_to_the_same(tmp_path
 
 @pytest.fixture
 def sft(tmp_path):
-    commands = runs.Commands(tmp_path, "import posttrain.expander_sft\n")
+    commands = runs.Commands(tmp_path, "import posttrain.expander.sft\n")
     yield commands
     commands.close()
 

@@ -9,8 +9,8 @@ import pytest
 
 from posttrain import cli
 from posttrain.errors import UserError
-from posttrain.expander_config import ExpanderDataConfig, WriterConfig
-from posttrain.expander_data import CANDIDATES, make
+from posttrain.expander.config import ExpanderDataConfig, WriterConfig
+from posttrain.expander.data import CANDIDATES, make
 from posttrain.nano import scenes
 from posttrain.nano.captions import REGISTERS, reworded, statements
 from posttrain.nano.expander_pairs import heldout

@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from posttrain import cli, expander_follow, expander_rl
+from posttrain import cli
 from posttrain.config.ranges import ConfigError
 from posttrain.errors import UserError
-from posttrain.expander_model import Expander
-from posttrain.expander_rl_config import AblationConfig, ExpanderGDPOConfig
-from posttrain.render import K2Renderer
+from posttrain.expander import callbacks, gdpo
+from posttrain.expander.gdpo_config import AblationConfig, ExpanderGDPOConfig
+from posttrain.expander.model import Expander
+from posttrain.expander.renderer import K2Renderer
 from posttrain.runs.run import Run
 from posttrain.training import advantages
 from posttrain.training.stepper import MAX_SKIPPED
@@ -40,7 +41,7 @@ def config(tmp_path, parts) -> ExpanderGDPOConfig:
     return expander_runs.config(tmp_path, parts)
 
 
-class Watched(expander_rl.Trainer):
+class Watched(gdpo.Trainer):
     """TRL's trainer, whose rewards and advantages stay to be looked at."""
 
     batches: ClassVar[list[tuple[dict, list]]] = []
@@ -56,8 +57,8 @@ class Watched(expander_rl.Trainer):
 
 def test_a_run_equals_what_it_should(config, parts, monkeypatch, capsys):
     """TRL's advantages are those of advantages.gdpo for the same rewards; the run directory has what it should."""
-    monkeypatch.setattr(expander_rl, "Trainer", Watched)
-    expander_rl.train(config)
+    monkeypatch.setattr(gdpo, "Trainer", Watched)
+    gdpo.train(config)
     names = ["brightness", "redness", "diversity"]
     missing = 0
     for kept, told in Watched.batches[:2]:
@@ -94,7 +95,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config, done, no_pickle):
     """Adapter and metrics are the same bit for bit, on one process: TRL saves the generators that it samples with.
     Four prompts are two steps, so it is resumed within the first epoch, at its end, and within the second."""
     config.steps, config.checkpoint.keep = 4, 4
-    expander_rl.train(config)
+    gdpo.train(config)
     first = runs.Path(config.output)
     whole = load_file(first / "adapter/adapter_model.safetensors")
     rows = runs.untimed(first)
@@ -106,11 +107,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config, done, no_pickle):
     torn = first / f"checkpoints/checkpoint-{done + 1}"
     shutil.copytree(first / f"checkpoints/checkpoint-{done}", torn)
     (torn / "trainer_state.json").unlink()
-    expander_rl.train(config, resume=True)
+    gdpo.train(config, resume=True)
     runs.assert_equal(load_file(first / "adapter/adapter_model.safetensors"), whole)
     # One that was killed after its last checkpoint has its adapter from there.
     shutil.rmtree(first / "adapter")
-    expander_rl.train(config, resume=True)
+    gdpo.train(config, resume=True)
     runs.assert_equal(load_file(first / "adapter/adapter_model.safetensors"), whole)
     again = runs.untimed(first)
     left_out = ("num_tokens",)  # TRL counts them from where it resumes
@@ -122,7 +123,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config, done, no_pickle):
 def test_what_an_order_to_the_judge_is_worth_is_measured_before_the_first_step(config, capsys):
     config.rewards.append(RewardSpec("gulled", GULLED))
     config.steps = 1
-    expander_rl.train(config)
+    gdpo.train(config)
     logged = [row for row in runs.rows(config.output) if "injection/picture/gulled" in row]
     assert [row["step"] for row in logged] == [0]
     assert logged[0]["injection/picture/gulled"] == pytest.approx(RAISED) and logged[0]["repeatability/gullible"] == 0
@@ -148,26 +149,26 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on(config, monkeypatch, tmp_p
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "say", stop_after_one)
-        expander_rl.train(config)
+        gdpo.train(config)
     run = runs.Path(config.output)
     assert json.loads((run / "summary.json").read_text())["steps"] == 1
     assert (run / "checkpoints/checkpoint-1/trainer_state.json").is_file()
     with pytest.raises(UserError, match=r"cannot be resumed with lora\.rank 4 -> 8"):
-        expander_rl.train(replace(config, lora=replace(config.lora, rank=8)), resume=True)
+        gdpo.train(replace(config, lora=replace(config.lora, rank=8)), resume=True)
     other = chat.save(tmp_path / "other", steps=1)
     with pytest.raises(UserError, match=r"model\.path: .*other has other weights than what .*checkpoint-1"):
-        expander_rl.train(replace(config, model=replace(config.model, path=str(other))), resume=True)
-    expander_rl.train(config, resume=True)
+        gdpo.train(replace(config, model=replace(config.model, path=str(other))), resume=True)
+    gdpo.train(config, resume=True)
     assert [row["step"] for row in runs.rows(run) if "loss" in row] == [1, 2, 3]
 
 
 def test_a_run_can_go_on_from_another_with_its_adapter_as_the_reference(config, tmp_path):
     """As after the supervised step: the same adapter is trained on, and a KL of 0 at the start is to it."""
     config.steps = 1
-    expander_rl.train(config)
+    gdpo.train(config)
     first = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
     config.model.path, config.output, config.optim.kl = config.output, str(tmp_path / "second"), 0.1
-    expander_rl.train(config)
+    gdpo.train(config)
     [row] = [row for row in runs.rows(tmp_path / "second") if "loss" in row]
     assert row["kl"] == pytest.approx(0, abs=1e-6)
     second = load_file(tmp_path / "second/adapter/adapter_model.safetensors")
@@ -189,7 +190,7 @@ def test_an_endpoint_can_render_a_run(config, parts):
     config.steps = 1
     with ImagesServer(draw) as server:
         config.renderer.urls = [server.url]
-        expander_rl.train(config)
+        gdpo.train(config)
     [row] = [row for row in runs.rows(config.output) if "loss" in row]
     assert row["missing_images"] == 0 and row["renders"] <= len(server.requests)
     assert len({b["seed"] for b in server.requests}) == 2 + 2  # a noise for each held-out prompt and each group
@@ -198,7 +199,7 @@ def test_an_endpoint_can_render_a_run(config, parts):
 def test_an_ablation_is_marked_and_anneals(config, capsys):
     config.ablation = AblationConfig("annealed")
     config.steps = 4
-    expander_rl.train(config)
+    gdpo.train(config)
     weights = [row["diversity_weight"] for row in runs.rows(config.output) if "loss" in row]
     assert weights == pytest.approx([0.3, 0.15, 0.0, 0.0])
     summary = json.loads((runs.Path(config.output) / "summary.json").read_text())
@@ -211,14 +212,14 @@ def test_the_weight_may_not_change_in_a_run(config, monkeypatch):
             self.trainer.reward_weights[-1] = 0.1
         return begin(self, *args, **kwargs)
 
-    begin = expander_follow.Follow.on_step_begin
-    monkeypatch.setattr(expander_follow.Follow, "on_step_begin", tampered)
+    begin = callbacks.Follow.on_step_begin
+    monkeypatch.setattr(callbacks.Follow, "on_step_begin", tampered)
     with pytest.raises(RuntimeError, match=r"the weight of diversity is 0\.1.*, not 0\.3"):
-        expander_rl.train(config)
+        gdpo.train(config)
 
 
 def test_gradients_that_are_not_finite_are_left_out_and_then_end_the_run(config, tmp_path):
-    follow = expander_follow.Follow.__new__(expander_follow.Follow)
+    follow = callbacks.Follow.__new__(callbacks.Follow)
     follow.config, follow.skipped, follow.skipped_in_a_row = config, 0, 0
     model = torch.nn.Linear(2, 1)
     for i in range(MAX_SKIPPED - 1):
@@ -293,12 +294,12 @@ def test_settings_that_cannot_be(config, change, field, message):
 def test_an_unknown_setting_of_vllm_is_named(config):
     config.generation.use_vllm, config.generation.vllm = True, {"memory": 0.3}
     with pytest.raises(UserError, match=r"generation\.vllm: .*vllm_memory"):
-        expander_rl.settings(config, expander_rl.Processes())
+        gdpo.settings(config, gdpo.Processes())
 
 
 def test_groups_are_whole_on_each_process(config, monkeypatch):
     monkeypatch.setattr(
-        expander_rl.Processes, "__init__", lambda self: setattr(self, "size", 3) or setattr(self, "main", False)
+        gdpo.Processes, "__init__", lambda self: setattr(self, "size", 3) or setattr(self, "main", False)
     )
     with pytest.raises(UserError, match=r"groups.prompts_per_step: 2 do not divide by 3 processes"):
-        expander_rl.train(config)
+        gdpo.train(config)

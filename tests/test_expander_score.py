@@ -5,12 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
-from posttrain import expander_follow, expander_rl
 from posttrain.errors import UserError
-from posttrain.expander_policy import Policy
-from posttrain.expander_rl_config import ExpanderGDPOConfig, SafetySpec
-from posttrain.expander_score import Expansion, Scorer, gate, with_floor
-from posttrain.render import Rendering
+from posttrain.expander import callbacks, gdpo
+from posttrain.expander.gdpo_config import ExpanderGDPOConfig, SafetySpec
+from posttrain.expander.policy import Policy
+from posttrain.expander.renderer import Rendering
+from posttrain.expander.score import Expansion, Scorer, gate, with_floor
 from posttrain.training import advantages
 from prompts.records import PromptRecord
 from rewards.base import RewardSpec
@@ -96,8 +96,8 @@ def test_an_expansion_is_drawn_once_and_shown_to_each_reward_once(config, featur
 
 def test_trl_gets_one_evaluation_of_a_batch(config, features, parts):
     policy = Policy(config.model, config.lora, 0, torch.device("cpu"))
-    procs = expander_rl.Processes()
-    shared = expander_follow.Shared(config, policy, scorer(config, features), [RECORD], procs)
+    procs = gdpo.Processes()
+    shared = callbacks.Shared(config, policy, scorer(config, features), [RECORD], procs)
     ids = [[*policy.tokenizer(text).input_ids, policy.ends[0]] for text in TEXTS]
     state, logged = type("State", (), {"global_step": 3}), {}
     expander_runs.CALLS.clear()

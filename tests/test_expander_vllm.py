@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from posttrain.expander_config import ExpanderDataConfig
-from posttrain.expander_data import make
-from posttrain.expander_model import Expander
-from posttrain.expander_sft import Pair, tokens, train
-from posttrain.expander_template import messages
+from posttrain.expander.config import ExpanderDataConfig
+from posttrain.expander.data import make
+from posttrain.expander.model import Expander
+from posttrain.expander.sft import Pair, tokens, train
+from posttrain.expander.template import messages
 from rewards.serve import ServerSpec, serve
 from tests.test_expander import BASE, recipe
 

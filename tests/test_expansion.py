@@ -2,9 +2,9 @@
 
 import pytest
 
-from posttrain.expander_eval import spread
-from posttrain.expander_template import template
-from posttrain.expansion import causes, distinct, quoted, same_script, verbatim
+from posttrain.expander.evaluate import spread
+from posttrain.expander.template import template
+from posttrain.expander.text_metrics import causes, distinct, quoted, same_script, verbatim
 
 SYSTEM = template().system
 

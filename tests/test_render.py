@@ -11,8 +11,8 @@ from PIL import Image
 from posttrain import validate_gdpo
 from posttrain.config.ranges import ConfigError
 from posttrain.errors import UserError
-from posttrain.expander_rl_config import RendererConfig
-from posttrain.render import EndpointRenderer, K2Renderer, make_renderer
+from posttrain.expander.gdpo_config import RendererConfig
+from posttrain.expander.renderer import EndpointRenderer, K2Renderer, make_renderer
 from tests import tiny
 from tests.images_server import ImagesServer
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import GenerationConfig, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from posttrain.expander_template import messages, template
+from posttrain.expander.template import messages, template
 from posttrain.nano import build, evaluate_expander, expander_pairs, parts, scenes
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from posttrain.expander_model import Expander
+from posttrain.expander.model import Expander
 from posttrain.nano.captions import statements
 from posttrain.nano.prompts import FOLDER
 from prompts.records import read_prompts

@@ -37,18 +37,18 @@ from trl.trainer.utils import RepeatSampler
 
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
-from posttrain.expander_eval import ExpanderEvaluator
-from posttrain.expander_follow import Follow, Shared, diversity_weight
-from posttrain.expander_model import CARD, write_card
-from posttrain.expander_policy import Policy
-from posttrain.expander_rl_config import ExpanderGDPOConfig
-from posttrain.expander_score import Scorer
-from posttrain.expander_template import messages, template
+from posttrain.expander.callbacks import Follow, Shared, diversity_weight
+from posttrain.expander.evaluate import ExpanderEvaluator
+from posttrain.expander.gdpo_config import ExpanderGDPOConfig
+from posttrain.expander.model import CARD, write_card
+from posttrain.expander.policy import Policy
+from posttrain.expander.renderer import make_renderer
+from posttrain.expander.score import Scorer
+from posttrain.expander.template import messages, template
+from posttrain.expander.trl_checkpoint import PlainState, Sealed, newest
 from posttrain.model import sampler
-from posttrain.render import make_renderer
 from posttrain.runs.run import Run
 from posttrain.training.loop import Urls, in_run, resuming
-from posttrain.trl_checkpoint import PlainState, Sealed, newest
 from prompts.records import PromptRecord, read_prompts
 from rewards.diversity import Features
 from rewards.load import load_rewards

@@ -11,8 +11,8 @@ import sys
 import torch
 from accelerate import PartialState
 
-from posttrain.expander_config import ExpandConfig
-from posttrain.expander_model import Expander
+from posttrain.expander.config import ExpandConfig
+from posttrain.expander.model import Expander
 
 
 def main(config: ExpandConfig) -> None:

@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from posttrain.errors import UserError
-from posttrain.expander_config import ExpanderDataConfig, WriterConfig
+from posttrain.expander.config import ExpanderDataConfig, WriterConfig
 from posttrain.nano import captions as nano_captions
 from posttrain.nano import expander_pairs
 from posttrain.preferences.sources import open_source

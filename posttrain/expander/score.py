@@ -23,9 +23,9 @@ from PIL import Image
 from torch import Tensor
 
 from posttrain.errors import UserError
-from posttrain.expander_rl_config import ExpanderGDPOConfig
-from posttrain.expansion import CAUSES, causes
-from posttrain.render import Renderer
+from posttrain.expander.gdpo_config import ExpanderGDPOConfig
+from posttrain.expander.renderer import Renderer
+from posttrain.expander.text_metrics import CAUSES, causes
 from posttrain.training import advantages
 from posttrain.validate_gdpo import DIVERSITY
 from prompts.records import PromptRecord, columns

@@ -19,10 +19,10 @@ from trl import GRPOTrainer
 
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
-from posttrain.expander_eval import ExpanderEvaluation, ExpanderEvaluator
-from posttrain.expander_policy import Policy
-from posttrain.expander_rl_config import ExpanderGDPOConfig
-from posttrain.expander_score import Scored, Scorer
+from posttrain.expander.evaluate import ExpanderEvaluation, ExpanderEvaluator
+from posttrain.expander.gdpo_config import ExpanderGDPOConfig
+from posttrain.expander.policy import Policy
+from posttrain.expander.score import Scored, Scorer
 from posttrain.model import sampler
 from posttrain.runs.run import Run, peak_memory
 from posttrain.training.judge_check import check_judges

@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 
 from posttrain.distributed.processes import Processes
-from posttrain.expander_rl_config import ExpanderEvalConfig
-from posttrain.expander_score import Expansion, Scored, Scorer, joined
-from posttrain.expansion import distinct, quoted, verbatim
+from posttrain.expander.gdpo_config import ExpanderEvalConfig
+from posttrain.expander.score import Expansion, Scored, Scorer, joined
+from posttrain.expander.text_metrics import distinct, quoted, verbatim
 from posttrain.model import sampler
 from posttrain.training.judge_check import SHOWN
 from posttrain.validate_gdpo import DIVERSITY
