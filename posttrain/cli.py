@@ -22,7 +22,6 @@ import yaml
 
 from posttrain import __version__, early
 from posttrain.bench_config import BenchConfig
-from posttrain.carryover_config import CarryoverConfig
 from posttrain.config.ranges import ConfigError
 from posttrain.config.recipe import (
     check_recipe,
@@ -39,6 +38,7 @@ from posttrain.early import CHECK
 from posttrain.errors import UserError
 from posttrain.expander.config import ExpandConfig, ExpanderDataConfig, ExpanderSFTConfig
 from posttrain.expander.gdpo_config import ExpanderGDPOConfig
+from posttrain.export.config import CarryoverConfig
 from posttrain.judge.config import JudgeConfig
 from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
 from posttrain.pipeline_config import PipelineConfig
@@ -105,8 +105,10 @@ COMMANDS = {
     ),
     "sample": Command(SampleConfig, "posttrain.sample:sample", "draw images from a checkpoint"),
     "bench": Command(BenchConfig, "posttrain.bench:bench", "measure the methods at true size, or plan a run"),
-    "export": Command(ExportConfig, "posttrain.export:export", "write a checkpoint for other tools"),
-    CHECK: Command(CarryoverConfig, "posttrain.carryover:check", "measure on Turbo what a LoRA trained on Raw does"),
+    "export": Command(ExportConfig, "posttrain.export.export:export", "write a checkpoint for other tools"),
+    CHECK: Command(
+        CarryoverConfig, "posttrain.export.lora_transfer:check", "measure on Turbo what a LoRA trained on Raw does"
+    ),
     "run": Command(
         PipelineConfig,
         "posttrain.pipeline:carry_out",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from posttrain.config.sections import ModelConfig
-from posttrain.export import write
+from posttrain.export.export import write
 from posttrain.model.blocks import set_attention
 from posttrain.model.k2 import K2
 from posttrain.model.load import load_pipeline

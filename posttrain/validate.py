@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 from posttrain.bench_config import BenchConfig
-from posttrain.carryover_config import CarryoverConfig
 from posttrain.config.ranges import ConfigError, at_least, pixels, positive
 from posttrain.config.sections import (
     EvalConfig,
@@ -21,6 +20,7 @@ from posttrain.config.sections import (
 )
 from posttrain.expander.config import ExpandConfig, ExpanderDataConfig, ExpanderSFTConfig
 from posttrain.expander.gdpo_config import ExpanderGDPOConfig
+from posttrain.export.config import CarryoverConfig
 from posttrain.judge.config import JudgeConfig
 from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
 from posttrain.pipeline_config import PipelineConfig

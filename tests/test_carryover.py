@@ -10,11 +10,12 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
-from posttrain import carryover, cli
-from posttrain.carryover_config import CarryoverConfig
+from posttrain import cli
 from posttrain.config.sections import ExportConfig, ModelConfig
 from posttrain.errors import UserError
-from posttrain.export import export, load_checkpoint
+from posttrain.export import lora_transfer
+from posttrain.export.config import CarryoverConfig
+from posttrain.export.export import export, load_checkpoint
 from posttrain.grpo import train as grpo
 from posttrain.model import key_names, sampler
 from posttrain.model.k2 import K2
@@ -116,15 +117,15 @@ def test_a_file_does_what_its_run_does(run, loras, student, turbo, model, check)
 def test_shares_by_hand():
     """Gains of 0.2 +- 0 on Raw and 0.1 on Turbo carry over by half; noise on Raw has nothing to carry over."""
     base = np.array([0.1, 0.2, 0.3, 0.4])
-    assert carryover.summary(base, base + 0.2) == pytest.approx({"off": 0.25, "on": 0.45, "gain": 0.2, "error": 0})
+    assert lora_transfer.summary(base, base + 0.2) == pytest.approx({"off": 0.25, "on": 0.45, "gain": 0.2, "error": 0})
     # Differences 0.3, -0.1, 0.3, -0.1: mean 0.1, standard deviation sqrt(4 * 0.04 / 3), error half of that.
-    noisy = carryover.summary(base, base + np.array([0.3, -0.1, 0.3, -0.1]))
+    noisy = lora_transfer.summary(base, base + np.array([0.3, -0.1, 0.3, -0.1]))
     assert noisy["error"] == pytest.approx(np.sqrt(0.16 / 3) / 2)
-    sure, half = carryover.summary(base, base + 0.2), carryover.summary(base, base + 0.1)
-    assert carryover.share(sure, half) == pytest.approx(0.5)
-    assert carryover.share(noisy, half) is None  # 0.1 is below twice 0.1155
-    assert carryover.share(dict.fromkeys(carryover.FIGURES), half) is None
-    assert carryover.share(sure, dict.fromkeys(carryover.FIGURES)) is None
+    sure, half = lora_transfer.summary(base, base + 0.2), lora_transfer.summary(base, base + 0.1)
+    assert lora_transfer.share(sure, half) == pytest.approx(0.5)
+    assert lora_transfer.share(noisy, half) is None  # 0.1 is below twice 0.1155
+    assert lora_transfer.share(dict.fromkeys(lora_transfer.FIGURES), half) is None
+    assert lora_transfer.share(sure, dict.fromkeys(lora_transfer.FIGURES)) is None
 
 
 def test_factors_of_other_trainers(model, tmp_path):
@@ -250,8 +251,8 @@ def test_a_lora_that_changes_nothing_on_turbo_ends_with_one(run, student, monkey
     """Had the switch no effect there, no figure would say so but the distance."""
     saved = runs.latest(run)
     config = CarryoverConfig(str(run), str(student), ModelConfig(**saved.state["model"]), steps=1, turbo_steps=1)
-    draw = carryover._draw
-    monkeypatch.setattr(carryover, "_draw", lambda k2, *rest: (draw(k2, *rest)[0],) * 2)
-    assert carryover.check(config) == 1
+    draw = lora_transfer._draw
+    monkeypatch.setattr(lora_transfer, "_draw", lambda k2, *rest: (draw(k2, *rest)[0],) * 2)
+    assert lora_transfer.check(config) == 1
     assert "the LoRA changes no picture on Turbo" in capsys.readouterr().out
     assert asdict(config)["rewards"] == []  # what the run's recipe says was filled into a copy

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from posttrain.config.sections import ExportConfig, ModelConfig, SampleConfig
 from posttrain.errors import UserError
-from posttrain.export import export, load_checkpoint
+from posttrain.export.export import export, load_checkpoint
 from posttrain.grpo import train as grpo
 from posttrain.model import sampler
 from posttrain.model.k2 import K2

@@ -13,11 +13,11 @@ from diffusers.loaders.single_file_utils import convert_krea2_transformer_checkp
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from posttrain import export
 from posttrain.config.sections import ExportConfig, SampleConfig
 from posttrain.errors import UserError
-from posttrain.export import load_checkpoint
-from posttrain.exported import check_weights
+from posttrain.export import export
+from posttrain.export.export import load_checkpoint
+from posttrain.export.verify import check_weights
 from posttrain.grpo import train as grpo
 from posttrain.model import key_names
 from posttrain.model.k2 import K2

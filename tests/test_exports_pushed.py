@@ -14,10 +14,10 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from posttrain import hub
-from posttrain.card import model_card
 from posttrain.config.sections import ModelConfig
 from posttrain.errors import UserError
+from posttrain.export import hub
+from posttrain.export.model_card import model_card
 from posttrain.grpo import train as grpo
 from posttrain.training import checkpoint
 from tests import runs

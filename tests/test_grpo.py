@@ -11,7 +11,7 @@ from PIL import Image
 
 from posttrain.config.sections import RewardSpec
 from posttrain.errors import UserError
-from posttrain.export import load_checkpoint
+from posttrain.export.export import load_checkpoint
 from posttrain.grpo import train as grpo
 from posttrain.model import sampler
 from posttrain.model.k2 import K2

@@ -14,7 +14,7 @@ from PIL import Image
 from posttrain import cli
 from posttrain.config.sections import CheckpointConfig, RewardSpec
 from posttrain.errors import UserError
-from posttrain.export import load_checkpoint
+from posttrain.export.export import load_checkpoint
 from posttrain.grpo import train as grpo
 from posttrain.model import sampler
 from posttrain.model.k2 import K2

@@ -7,8 +7,9 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from posttrain import cli, export, preflight_grpo
+from posttrain import cli, preflight_grpo
 from posttrain.config.sections import RewardSpec, ServerSpec
+from posttrain.export import export
 from posttrain.grpo import losses
 from posttrain.grpo import train as grpo
 from posttrain.model import sampler

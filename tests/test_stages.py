@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from posttrain import cli
 from posttrain.config.sections import ExportConfig, ModelConfig
 from posttrain.errors import UserError
-from posttrain.export import export, load_checkpoint
+from posttrain.export.export import export, load_checkpoint
 from posttrain.grpo import train as grpo
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text

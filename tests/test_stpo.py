@@ -12,7 +12,7 @@ from PIL import Image
 
 from posttrain import cli
 from posttrain.errors import UserError
-from posttrain.export import load_checkpoint
+from posttrain.export.export import load_checkpoint
 from posttrain.stpo import train as stpo
 from posttrain.training import image_metrics as figures_of
 from tests import runs

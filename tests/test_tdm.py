@@ -11,7 +11,7 @@ from PIL import Image
 
 from posttrain import cli
 from posttrain.config.sections import ModelConfig, PromptsConfig, SampleConfig
-from posttrain.export import load_checkpoint
+from posttrain.export.export import load_checkpoint
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
 from posttrain.nano import bench_tdm

@@ -55,7 +55,7 @@ def main(path: str, args: list[str]) -> None:
 
 
 def serve(path: str) -> None:
-    import posttrain.export
+    import posttrain.export.export
     import posttrain.grpo.train
     import posttrain.pairs
     import posttrain.stpo.train  # noqa: F401

@@ -43,7 +43,7 @@ from torch import Tensor
 
 from posttrain.config.sections import LoraConfig, ModelConfig, PromptsConfig
 from posttrain.distributed.processes import Processes
-from posttrain.export import load_checkpoint
+from posttrain.export.export import load_checkpoint
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.nano import evaluate, prompts

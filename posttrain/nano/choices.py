@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from posttrain.export import load_checkpoint
+from posttrain.export.export import load_checkpoint
 from posttrain.model import sampler
 from posttrain.model.k2 import Text, to_pil
 from posttrain.nano import judge_data, oracles

@@ -22,7 +22,7 @@ import torch
 from posttrain.cli import load_config
 from posttrain.config.sections import EvalConfig
 from posttrain.distributed.processes import Processes
-from posttrain.export import load_checkpoint
+from posttrain.export.export import load_checkpoint
 from posttrain.model.k2 import K2, to_pil
 from posttrain.nano.choices import tasteful
 from posttrain.training import checkpoint, image_metrics

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain.card import run_recipe
-from posttrain.carryover_config import CarryoverConfig
 from posttrain.config.sections import EvalConfig, ModelConfig
 from posttrain.distributed.processes import Processes
 from posttrain.early import check_new
 from posttrain.errors import UserError
-from posttrain.export import scaled_factors
+from posttrain.export.config import CarryoverConfig
+from posttrain.export.export import scaled_factors
+from posttrain.export.model_card import run_recipe
 from posttrain.model.k2 import K2, to_pil
 from posttrain.model.lora_file import add_lora, linear_shapes, read_lora
 from posttrain.training import checkpoint, image_metrics, policy

@@ -22,12 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from posttrain.card import LEAST_KEPT, Rounding, model_card
 from posttrain.config.sections import ExportConfig
 from posttrain.early import check_new
 from posttrain.errors import UserError
-from posttrain.exported import check_lora, check_pipeline, check_weights
-from posttrain.hub import check_push, push
+from posttrain.export.hub import check_push, push
+from posttrain.export.model_card import LEAST_KEPT, Rounding, model_card
+from posttrain.export.verify import check_lora, check_pipeline, check_weights
 from posttrain.model import key_names
 from posttrain.model.k2 import K2
 from posttrain.model.load import empty_transformer, keeps_fp32, quiet
