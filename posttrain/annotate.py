@@ -33,7 +33,7 @@ from posttrain.annotations import ANSWERS, Mode, Schedule, Showing, Side, Store,
 from posttrain.errors import UserError
 from posttrain.human_pairs import Pairs
 from posttrain.marked_images import Images
-from posttrain.pairs_config import AnnotateConfig
+from posttrain.pairs.config import AnnotateConfig
 from posttrain.validate_pairs import is_loopback
 
 LEAST_LETTERS = 8  # of a password

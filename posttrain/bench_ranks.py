@@ -18,7 +18,7 @@ from typing import Any
 
 from posttrain import cli, pipeline_fit, pipeline_plan
 from posttrain.errors import UserError
-from posttrain.pairs import BACKLOG
+from posttrain.pairs.make import BACKLOG
 from posttrain.training.evaluate import SHOWN
 from posttrain.training.prompt_source import FUSED_BYTES
 from prompts.records import read_prompts

@@ -40,7 +40,7 @@ from posttrain.expander.config import ExpandConfig, ExpanderDataConfig, Expander
 from posttrain.expander.gdpo_config import ExpanderGDPOConfig
 from posttrain.export.config import CarryoverConfig
 from posttrain.judge.config import JudgeConfig
-from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
+from posttrain.pairs.config import AnnotateConfig, AnnotationsConfig, PairsConfig
 from posttrain.pipeline_config import PipelineConfig
 from posttrain.runs import startup
 from posttrain.stpo.config import STPOConfig
@@ -84,7 +84,7 @@ COMMANDS = {
         "check and time a recipe of grpo, stpo, tdm, pairs or expander gdpo before a run",
         others=(STPOConfig, TDMConfig, PairsConfig, ExpanderGDPOConfig),
     ),
-    "pairs": Command(PairsConfig, "posttrain.pairs:make", "make preference pairs from prompts", True),
+    "pairs": Command(PairsConfig, "posttrain.pairs.make:make", "make preference pairs from prompts", True),
     "judge": Command(JudgeConfig, "posttrain.judge.train:train", "train a judge, as an adapter for vLLM", True),
     "serve": Command(ServeConfig, "posttrain.judge.serve:serve", "serve a recipe's judges", any_recipe=True),
     "annotate": Command(

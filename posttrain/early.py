@@ -17,10 +17,10 @@ from typing import Any
 
 import yaml
 
-from posttrain import pair_plan
 from posttrain.config.diff import changes, told
 from posttrain.errors import UserError
 from posttrain.model import files
+from posttrain.pairs import planning
 from posttrain.runs.lock import lock
 from prompts.records import read_prompts
 from rewards.base import RewardSpec
@@ -196,7 +196,7 @@ def _named_checkpoints(method: str, config: Any) -> Iterator[tuple[str, str]]:
     if method in FROM_RAW and config.model.start is not None:
         yield "model.start", config.model.start
     if method == "pairs":
-        draws = [pair_plan.resolved(config, draw) for source in config.sources for draw in pair_plan.draws(source)]
+        draws = [planning.resolved(config, draw) for source in config.sources for draw in planning.draws(source)]
         for name in dict.fromkeys([config.policy or "", *(draw.checkpoint for draw in draws)]):
             if name:
                 yield "policy" if name == config.policy else "checkpoint", name

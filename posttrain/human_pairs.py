@@ -19,7 +19,7 @@ from rich.progress import track
 from posttrain import agreement, marked_images
 from posttrain.annotations import read
 from posttrain.errors import UserError
-from posttrain.pairs_config import AnnotationsConfig
+from posttrain.pairs.config import AnnotationsConfig
 from posttrain.preferences.dataset import Preference, PreferenceWriter, Skipped, read_preferences
 
 

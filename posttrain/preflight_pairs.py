@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from posttrain import pair_plan, pairs
 from posttrain.checks import Row, made, phase
 from posttrain.distributed.processes import Processes
-from posttrain.drawing import Cost, Drawer
 from posttrain.model.k2 import to_pil
-from posttrain.pair_choice import KEPT
-from posttrain.pair_plan import Block, Plan
-from posttrain.pairs_config import PairsConfig
+from posttrain.pairs import make, planning
+from posttrain.pairs.config import PairsConfig
+from posttrain.pairs.draw import Cost, Drawer
+from posttrain.pairs.planning import Block, Plan
+from posttrain.pairs.select import KEPT
 from posttrain.preflight_common import judge_rows, memory_row
 from posttrain.runs.progress import duration
 from prompts.records import read_prompts
@@ -73,7 +73,7 @@ class PairsChecks:
         prompts = [record.prompt for record in self.records[:CANDIDATES]]
         size = (self.few.sizes[0][0], self.few.sizes[0][1])
         self.drawer.begin()
-        draw = pair_plan.draws(self.few.sources[0])[0]
+        draw = planning.draws(self.few.sources[0])[0]
         self.drawer.draw(draw, prompts, range(len(prompts)), size, lambda _, drawn: images.extend(to_pil(drawn)))
         rewards = load_rewards(self.config.rewards, self.urls)
         yield from judge_rows(rewards, images, self.records, self.silent)
@@ -82,7 +82,7 @@ class PairsChecks:
         """The two images of a candidate differ, and where rewards rank them, they tell them apart."""
         source, size = self.few.sources[index], (self.few.sizes[0][0], self.few.sizes[0][1])
         block = Block(0, index, 0, self.few.block, size)
-        drawn = pairs.begin_block(self.few, Plan(self.few), self.drawer, queue, self.records, block)()
+        drawn = make.begin_block(self.few, Plan(self.few), self.drawer, queue, self.records, block)()
         self.cost.add(drawn.cost)
         fates, distances = Counter(drawn.entry["fates"]), [d for d in drawn.entry["distances"] if d is not None]
         self.rates.append(fates[KEPT] / block.count)
@@ -109,9 +109,9 @@ class PairsChecks:
         seconds, images, plan = 0.0, 0, Plan(self.config)
         for source, quota, rate in zip(self.config.sources, plan.quotas, self.rates):
             group = source.judged.group_size if source.judged else 1
-            count = math.ceil(min(quota / max(rate, pair_plan.LEAST_RATE), self.config.tries * quota)) * group
-            for draw in pair_plan.draws(source):
-                steps = pair_plan.resolved(self.config, draw).steps or 0
+            count = math.ceil(min(quota / max(rate, planning.LEAST_RATE), self.config.tries * quota)) * group
+            for draw in planning.draws(source):
+                steps = planning.resolved(self.config, draw).steps or 0
                 seconds += count * (steps * (2 if draw.guidance else 1) * unit["forward"] + unit["decode"])
                 images += count
         each = (

@@ -22,7 +22,7 @@ from posttrain.expander.config import ExpandConfig, ExpanderDataConfig, Expander
 from posttrain.expander.gdpo_config import ExpanderGDPOConfig
 from posttrain.export.config import CarryoverConfig
 from posttrain.judge.config import JudgeConfig
-from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, PairsConfig
+from posttrain.pairs.config import AnnotateConfig, AnnotationsConfig, PairsConfig
 from posttrain.pipeline_config import PipelineConfig
 from posttrain.stpo.config import STPOConfig
 from posttrain.tdm.config import MOST_STEPS, TDMConfig

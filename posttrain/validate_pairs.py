@@ -5,9 +5,9 @@ from __future__ import annotations
 import ipaddress
 import math
 
-from posttrain import pair_plan
 from posttrain.config.ranges import ConfigError, at_least, pixels, positive, share
-from posttrain.pairs_config import AnnotateConfig, AnnotationsConfig, DrawConfig, PairsConfig, PairSource
+from posttrain.pairs import planning
+from posttrain.pairs.config import AnnotateConfig, AnnotationsConfig, DrawConfig, PairsConfig, PairSource
 from posttrain.stpo.config import PairSetConfig, PreferenceLossConfig
 from posttrain.validate_model import refuse_quantize
 
@@ -37,7 +37,7 @@ def validate_pairs(config: PairsConfig) -> None:
     for name in ("on_policy_share", "min_distance"):
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(name, f"is {getattr(config, name)}; use 0 to 1")
-    if config.on_policy_share and not any(pair_plan.on_policy(config, source) for source in config.sources):
+    if config.on_policy_share and not any(planning.on_policy(config, source) for source in config.sources):
         raise ConfigError(
             "on_policy_share",
             f"is {config.on_policy_share:g}, and no source draws as the policy does (checkpoint: policy, all else left"
@@ -64,7 +64,7 @@ def _validate_source(path: str, source: PairSource, config: PairsConfig) -> None
         stronger, weaker = source.delta.stronger, source.delta.weaker
         _validate_draw(f"{path}.delta.stronger", stronger)
         _validate_draw(f"{path}.delta.weaker", weaker)
-        if pair_plan.resolved(config, stronger) == pair_plan.resolved(config, weaker):
+        if planning.resolved(config, stronger) == planning.resolved(config, weaker):
             raise ConfigError(f"{path}.delta", "stronger and weaker draw alike; change one of them")
 
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from posttrain.config.sections import ModelConfig, RewardSpec
-from posttrain.pairs_config import DeltaConfig, DrawConfig, JudgedConfig, PairsConfig, PairSource
+from posttrain.pairs.config import DeltaConfig, DrawConfig, JudgedConfig, PairsConfig, PairSource
 from tests import tiny
 
 GUIDED = DeltaConfig(DrawConfig(guidance=2.0), DrawConfig())

@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch._functorch import config as functorch_config
 
-from posttrain import pairs, sample
+from posttrain import sample
 from posttrain.config.sections import ModelConfig, SampleConfig
 from posttrain.expander.gdpo_config import RendererConfig
 from posttrain.expander.renderer import K2Renderer
 from posttrain.grpo import train as grpo
 from posttrain.model import blocks
 from posttrain.model.k2 import K2
+from posttrain.pairs import make
 from posttrain.stpo import train as stpo
 from posttrain.tdm import train as tdm
 from tests import pair_runs, runs, tiny
@@ -111,7 +112,7 @@ def test_drawing(tmp_path, model, monkeypatch):
     assert len(list((tmp_path / "sample").glob("*.png"))) == 2
     config = pair_runs.recipe(tmp_path, model, pairs=4, sizes=[[32, 32]], micro_batch=2)
     config.model = chosen
-    pairs.make(config)
+    make.make(config)
     monkeypatch.setattr(blocks, "by_default", lambda device, dtype: dtype == torch.bfloat16)  # as on a GPU
     drawn = K2Renderer(RendererConfig(str(model), size=[32, 32], steps=2, micro_batch=2), torch.device("cpu"))
     assert all(drawn(PROMPTS, [1, 2, 3, 4]).images)

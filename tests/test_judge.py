@@ -26,7 +26,7 @@ from posttrain.judge.calibration import auroc, brier, expected_calibration_error
 from posttrain.judge.config import JudgeConfig
 from posttrain.judge.records import read_records
 from posttrain.nano import judge_data, judge_model
-from posttrain.pairs_config import ColumnMap
+from posttrain.pairs.config import ColumnMap
 from posttrain.preferences.dataset import Preference, PreferenceWriter
 from posttrain.training import checkpoint
 from prompts.templates import load_template

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from posttrain import pair_plan, pair_quality
 from posttrain.config.sections import RewardSpec
-from posttrain.pair_choice import Judgement, Rules, best_and_worst, decide_groups, decide_pairs, degrade, verdict
-from posttrain.pairs_config import DeltaConfig, DrawConfig, PairSource
+from posttrain.pairs import planning, quality
+from posttrain.pairs.config import DeltaConfig, DrawConfig, PairSource
+from posttrain.pairs.select import Judgement, Rules, best_and_worst, decide_groups, decide_pairs, degrade, verdict
 from rewards.base import Failure, Reward, score_all
 from tests.pair_runs import recipe
 
@@ -19,19 +19,19 @@ from tests.pair_runs import recipe
 
 
 def test_quotas():
-    share = pair_plan.quotas
+    share = planning.quotas
     assert share(10, [1, 1], [True, False], 0.0) == [5, 5]
     assert share(10, [1, 1], [True, False], 0.6) == [6, 4]  # lifted to the least share
     assert share(10, [3, 1], [True, False], 0.6) == [8, 2]  # 7.5 is above it already
     assert share(11, [1, 1, 2], [True, True, False], 0.6) == [4, 3, 4]  # ceil(6.6) = 7 for two
     assert share(7, [1, 1], [True, True], 0.6) == [4, 3] and share(7, [1], [False], 0.6) == [7]
-    assert pair_plan.largest_remainder(10, [1, 1, 1]) == [4, 3, 3]
-    assert pair_plan.largest_remainder(10, [0.26, 0.26, 0.48]) == [3, 2, 5]  # 2.6, 2.6, 4.8
+    assert planning.largest_remainder(10, [1, 1, 1]) == [4, 3, 3]
+    assert planning.largest_remainder(10, [0.26, 0.26, 0.48]) == [3, 2, 5]  # 2.6, 2.6, 4.8
 
 
 def test_plan_draws_more_for_what_was_dropped(tmp_path):
     config = recipe(tmp_path, Path("k2"), tries=3.0)
-    plan = pair_plan.Plan(config)
+    plan = planning.Plan(config)
     first = plan.generation()
     assert [(b.source, b.first, b.count) for b in first] == [(0, 0, 3), (0, 3, 3), (1, 0, 3), (1, 3, 3)]
     assert [b.index for b in first] == [0, 1, 2, 3] and [b.size for b in first] == [(32, 32), (16, 48)] * 2
@@ -49,12 +49,12 @@ def test_plan_draws_more_for_what_was_dropped(tmp_path):
 def test_on_policy_is_the_policys_own_way(tmp_path):
     config = recipe(tmp_path, Path("k2"))
     for draw in (DrawConfig(), DrawConfig("base"), DrawConfig(steps=2)):
-        assert pair_plan.is_policy(config, draw)
+        assert planning.is_policy(config, draw)
     for change in ({"guidance": 0.5}, {"steps": 3}, {"drop": 0.5}, {"noise": 0.5}, {"checkpoint": "runs/a"}):
-        assert not pair_plan.is_policy(config, DrawConfig(**change))
+        assert not planning.is_policy(config, DrawConfig(**change))
     config.policy = "runs/a"
-    assert not pair_plan.is_policy(config, DrawConfig("base"))
-    assert pair_plan.is_policy(config, DrawConfig("policy")) and pair_plan.is_policy(config, DrawConfig("runs/a"))
+    assert not planning.is_policy(config, DrawConfig("base"))
+    assert planning.is_policy(config, DrawConfig("policy")) and planning.is_policy(config, DrawConfig("runs/a"))
 
 
 # ---- the choice ---------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def test_quality_by_hand(tmp_path):
         entry("guidance", ["kept", "surplus"], [-0.3, None], [-1.7, 0.1]),
         entry("prompt", ["kept"], [0.4], [0.4]),
     ]
-    found = pair_quality.quality(config, entries)
+    found = quality.quality(config, entries)
     assert (found["pairs"], found["candidates"], found["on_policy_share"]) == (4, 6, 0.75)
     assert found["dropped"] == {"disagreement": 1, "surplus": 1}
     guidance = found["sources"]["guidance"]
@@ -195,7 +195,7 @@ def test_quality_by_hand(tmp_path):
     assert guidance["distance"]["median"] == pytest.approx(0.2)  # of 0.1, 0.2, 0.3, 0.1, 0.2
     assert found["scores"] == {"brightness": {"images": 12, "missing": 3, "failed": 0}}
     assert found["prompts"] == {"used": 2, "most_pairs": 3, "cut": 3}
-    lines = "\n".join(pair_quality.in_words(found))
+    lines = "\n".join(quality.in_words(found))
     assert "4 pairs of 6 candidates; 75% hold a picture of the policy" in lines
     assert "warning: 3 prompts were longer than max_tokens" in lines
     assert "guidance: 3 pairs (75%, on-policy); dropped: 1 disagreement, 1 surplus" in lines

@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 import torch
 
-from posttrain import pairs
 from posttrain.cli import load_config
 from posttrain.config.ranges import ConfigError
 from posttrain.config.sections import ModelConfig, RewardSpec
 from posttrain.distributed.processes import Processes
-from posttrain.drawing import Drawer
 from posttrain.errors import UserError
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
-from posttrain.pair_choice import degrade
-from posttrain.pairs_config import DeltaConfig, DrawConfig, JudgedConfig, PairsConfig, PairSource
+from posttrain.pairs import make
+from posttrain.pairs.config import DeltaConfig, DrawConfig, JudgedConfig, PairsConfig, PairSource
+from posttrain.pairs.draw import Drawer
+from posttrain.pairs.select import degrade
 from posttrain.preferences.dataset import Preference, read_preferences
 from posttrain.report.page import write_report
 from posttrain.training import checkpoint
@@ -46,7 +46,7 @@ def model(tmp_path_factory):
 def whole(tmp_path_factory, model):
     """An uninterrupted run."""
     config = recipe(tmp_path_factory.mktemp("whole"), model)
-    pairs.make(config)
+    make.make(config)
     return config
 
 
@@ -130,7 +130,7 @@ def test_any_state_that_a_kill_leaves_is_gone_on_from(whole, tmp_path):
         for path in sorted(run.glob("shard-*"))[shards:]:
             path.unlink()
         (run / "candidates.jsonl").write_bytes(text)
-        pairs.make(config, resume=True)
+        make.make(config, resume=True)
         assert made(run) == made(whole.output), (shards, text)
 
 
@@ -162,14 +162,14 @@ def test_killed_and_resumed_in_a_process(whole, tmp_path):
 def test_what_an_order_to_the_judge_is_worth_is_measured_once(tmp_path, model, capsys):
     rewards = [RewardSpec("brightness", "tests.runs:brightness"), RewardSpec("gulled", GULLED, heldout_only=True)]
     config = recipe(tmp_path, model, rewards=rewards, pairs=2)
-    pairs.make(config)
+    make.make(config)
     worth = {"injection/picture/gulled": pytest.approx(RAISED), "injection/prompt/gulled": None}
     assert runs.rows(config.output)[0].items() >= {"step": 0, "repeatability/gullible": 0, **worth}.items()
     warning = "reward gulled: text that tells the judge what to answer raises it in a picture by 0.70"
     assert warning in capsys.readouterr().err
     assert "injection" in write_report(Path(config.output)).read_text()
     (tmp_path / "run/preferences.json").unlink()
-    pairs.make(dataclasses.replace(config), resume=True)
+    make.make(dataclasses.replace(config), resume=True)
     assert "reward gulled" not in capsys.readouterr().err
     assert sum("injection/picture/gulled" in row for row in runs.rows(config.output)) == 1
 
@@ -190,7 +190,7 @@ def test_no_block_is_written_after_one_that_could_not_be():
             self.held.append(entry["block"])
 
     disk: Any = Disk()
-    output = pairs.Output(disk, disk, written=1)
+    output = make.Output(disk, disk, written=1)
     output.add(0, {"block": 0}, [{"id": "in a shard already"}, {"id": "a"}])
     disk.full = True
     with pytest.raises(UserError, match="no space"):
@@ -202,7 +202,7 @@ def test_no_block_is_written_after_one_that_could_not_be():
 
 def test_the_main_process_holds_little_that_waits_for_the_disk(whole, tmp_path, model, monkeypatch):
     written, received = [], []
-    add, deliver = pairs.Output.add, Processes.deliver
+    add, deliver = make.Output.add, Processes.deliver
 
     def slow(self, first, entry, rows):
         time.sleep(0.05)
@@ -215,11 +215,11 @@ def test_the_main_process_holds_little_that_waits_for_the_disk(whole, tmp_path, 
         received.append(len(found.get(0, [])))
         return found
 
-    monkeypatch.setattr(pairs, "BACKLOG", 0)
-    monkeypatch.setattr(pairs.Output, "add", slow)
+    monkeypatch.setattr(make, "BACKLOG", 0)
+    monkeypatch.setattr(make.Output, "add", slow)
     monkeypatch.setattr(Processes, "deliver", watched)
     config = recipe(tmp_path, model)
-    pairs.make(config)
+    make.make(config)
     assert sum(received) == 12 and made(config.output) == made(whole.output)
 
 
@@ -240,7 +240,7 @@ def test_too_many_drops_end_it_with_the_reasons(tmp_path, model, capsys):
     config = recipe(tmp_path, model, tries=2.0, pairs=5, min_margin=2.0)
     config.sources[0].delta = DeltaConfig(DrawConfig(guidance=2.0), DrawConfig(guidance=0.5), screen=False)
     with pytest.raises(UserError, match=r"on_policy_share: 0 of 2 pairs hold a picture of the policy, and 0.6 of"):
-        pairs.make(config)
+        make.make(config)
     assert "source judged: 0 of 3 pairs after 6 candidates (tries 2)" in capsys.readouterr().err
     quality = json.loads((tmp_path / "run" / "quality.json").read_text())
     assert quality["dropped"] == {"small margin": 6} and quality["pairs"] == 2
@@ -248,7 +248,7 @@ def test_too_many_drops_end_it_with_the_reasons(tmp_path, model, capsys):
         read_preferences(config.output)
     config.sources, config.output = config.sources[1:], str(tmp_path / "none")
     with pytest.raises(UserError, match="pairs: not one candidate was kept"):
-        pairs.make(config)
+        make.make(config)
 
 
 # ---- ways to draw -----------------------------------------------------------------------------------------

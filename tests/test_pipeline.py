@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from posttrain import cli
-from posttrain.pairs_config import DeltaConfig, DrawConfig, PairsConfig, PairSource
+from posttrain.pairs.config import DeltaConfig, DrawConfig, PairsConfig, PairSource
 from posttrain.pipeline_plan import resolve
 from tests import runs, warm
 from tests.test_cli import fails

@@ -15,7 +15,7 @@ import yaml
 from posttrain import cli
 from posttrain.errors import UserError
 from posttrain.grpo import train as grpo
-from posttrain.pairs_config import AnnotateConfig
+from posttrain.pairs.config import AnnotateConfig
 from posttrain.pipeline_report import write_index
 from posttrain.training import checkpoint
 from posttrain.validate import validate

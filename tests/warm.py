@@ -57,7 +57,7 @@ def main(path: str, args: list[str]) -> None:
 def serve(path: str) -> None:
     import posttrain.export.export
     import posttrain.grpo.train
-    import posttrain.pairs
+    import posttrain.pairs.make
     import posttrain.stpo.train  # noqa: F401
     from posttrain import cli
 

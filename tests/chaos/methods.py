@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from posttrain.config.sections import CheckpointConfig, LoraConfig, OptimConfig, TrackConfig
 from posttrain.expander.config import ExpanderSFTConfig
 from posttrain.judge.config import JudgeConfig
-from posttrain.pairs_config import DeltaConfig, DrawConfig, JudgedConfig, PairsConfig, PairSource
+from posttrain.pairs.config import DeltaConfig, DrawConfig, JudgedConfig, PairsConfig, PairSource
 from posttrain.preferences.dataset import read_preferences
 from tests import chat, expander_runs, runs, tiny
 
 PREPARE = (
     runs.TRAINING
-    + "import posttrain.pairs, posttrain.expander.gdpo, posttrain.expander.sft, posttrain.judge.train, tests.expander_runs\n"
+    + "import posttrain.pairs.make, posttrain.expander.gdpo, posttrain.expander.sft, posttrain.judge.train, tests.expander_runs\n"
 )
 
 

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from posttrain import pair_plan
-from posttrain.pair_plan import KEPT
-from posttrain.pairs_config import PairsConfig
+from posttrain.pairs import planning
+from posttrain.pairs.config import PairsConfig
+from posttrain.pairs.planning import KEPT
 from posttrain.preferences.dataset import Preference, read_preferences
 from posttrain.runs.files import replace_text
 from posttrain.runs.progress import grid_image
@@ -38,11 +38,11 @@ LARGEST = 256
 
 def quality(config: PairsConfig, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The report, from the journal's lines."""
-    total = sum(pair_plan.kept(entry) for entry in entries)
+    total = sum(planning.kept(entry) for entry in entries)
     sources = {}
     for source in config.sources:
         own = [entry for entry in entries if entry["source"] == source.name]
-        sources[source.name] = _source(own, total) | {"on_policy": pair_plan.on_policy(config, source)}
+        sources[source.name] = _source(own, total) | {"on_policy": planning.on_policy(config, source)}
     inside = sum(figures["pairs"] for figures in sources.values() if figures["on_policy"])
     places = [p for entry in entries for p, fate in zip(entry["prompts"], entry["fates"]) if fate == KEPT]
     return {
@@ -62,7 +62,7 @@ def quality(config: PairsConfig, entries: Sequence[dict[str, Any]]) -> dict[str,
 
 
 def _source(entries: Sequence[dict[str, Any]], total: int) -> dict[str, Any]:
-    pairs = sum(pair_plan.kept(entry) for entry in entries)
+    pairs = sum(planning.kept(entry) for entry in entries)
     fates = [fate for entry in entries for fate in entry["fates"]]
     margins = [m for entry in entries for m, fate in zip(entry["margins"], entry["fates"]) if fate == KEPT]
     known = [m for m in margins if m is not None]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from posttrain.pairs_config import DrawConfig, PairsConfig, PairSource
+from posttrain.pairs.config import DrawConfig, PairsConfig, PairSource
 from posttrain.runs.files import replace_text
 
 KEPT = "kept"

@@ -32,15 +32,15 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from posttrain import pair_plan, pair_quality
 from posttrain.distributed.processes import Processes
-from posttrain.drawing import Cost, Drawer
 from posttrain.errors import UserError
 from posttrain.model import flops, sampler
 from posttrain.model.k2 import K2, to_pil
-from posttrain.pair_choice import KEPT, Decision, Rules, decide_groups, decide_pairs
-from posttrain.pair_plan import Block, Journal, Plan
-from posttrain.pairs_config import DrawConfig, PairsConfig, PairSource
+from posttrain.pairs import planning, quality
+from posttrain.pairs.config import DrawConfig, PairsConfig, PairSource
+from posttrain.pairs.draw import Cost, Drawer
+from posttrain.pairs.planning import Block, Journal, Plan
+from posttrain.pairs.select import KEPT, Decision, Rules, decide_groups, decide_pairs
 from posttrain.preferences.dataset import CARD, Preference, PreferenceWriter, row_of
 from posttrain.runs import startup
 from posttrain.runs.run import Run, peak_memory
@@ -118,8 +118,8 @@ def make(config: PairsConfig, resume: bool = False) -> None:
             run.summary({**figures, "seconds": time.perf_counter() - began, **peak_memory()})
         if procs.main:
             entries = Journal(run.path).entries
-            pair_quality.write_report(config, entries)
-            pair_quality.write_sheet(run.path)
+            quality.write_report(config, entries)
+            quality.write_sheet(run.path)
 
 
 def _make(
@@ -143,7 +143,7 @@ def _make(
             card = {"policy": drawer.names[config.policy or ""]}
             writer = stack.enter_context(PreferenceWriter(run.path, resume=True, rows=config.shard, card=card))
             output = Output(writer, Journal(run.path, writer.written), writer.written)
-        before: list[int] = procs.from_main(output and [pair_plan.kept(entry) for entry in output.journal.entries])
+        before: list[int] = procs.from_main(output and [planning.kept(entry) for entry in output.journal.entries])
         untried = output is not None and not any(before)
         run.start(config.pairs, sum(before))
         compiling = drawer.warm_up()
@@ -167,7 +167,7 @@ def _make(
                 entry, spent = parts[owners[i]][i]
                 first = sum(plan.kept)
                 _trim(entry, plan.room(block))
-                count = pair_plan.kept(entry)
+                count = planning.kept(entry)
                 # The images travel as PNG, one block at a time, to the main process alone.
                 rows = procs.deliver({0: own[i].rows[:count]} if i in own else {}).get(owners[i], [])
                 if untried and rows:
@@ -247,12 +247,12 @@ def _check_outcome(config: PairsConfig, run: Run, plan: Plan, output: Output | N
                 f" {config.tries:g}); quality.json says why the others were dropped"
             )
     total = sum(plan.kept)
-    inside = sum(k for k, source in zip(plan.kept, config.sources) if pair_plan.on_policy(config, source))
+    inside = sum(k for k, source in zip(plan.kept, config.sources) if planning.on_policy(config, source))
     if total and inside >= config.on_policy_share * total - 1e-9:
         return
     if output is not None:
         output.writer.flush()
-        pair_quality.write_report(config, output.journal.entries)
+        quality.write_report(config, output.journal.entries)
     raise UserError(
         f"on_policy_share: {inside} of {total} pairs hold a picture of the policy, and {config.on_policy_share:g} of"
         f" them should: see {config.output}/quality.json for what was dropped, raise tries and go on with --resume"
@@ -270,7 +270,7 @@ def begin_block(
     """Draws a block's candidates and has them scored as they come; what it returns waits for the scores and decides,
     and may be called in another thread. The same whoever calls it, and when."""
     source = config.sources[block.source]
-    draws, group = pair_plan.draws(source), source.judged.group_size if source.judged else 1
+    draws, group = planning.draws(source), source.judged.group_size if source.judged else 1
     places = [in_turn(config.seed, plan.prompt(block, i), len(records)) for i in range(block.count)]
     seeds = [sampler.seed_for(config.seed, block.source, block.first + i) for i in range(block.count)]
     rows = [records[place] for place in places for _ in range(group)]
@@ -327,8 +327,8 @@ def _kept_pairs(
             source="synthetic",
             chosen_policy=drawer.describe(best),
             rejected_policy=drawer.describe(other),
-            chosen_on_policy=pair_plan.is_policy(config, best),
-            rejected_on_policy=pair_plan.is_policy(config, other),
+            chosen_on_policy=planning.is_policy(config, best),
+            rejected_on_policy=planning.is_policy(config, other),
             margin=margin,
             seed=seeds[i],
         )
@@ -341,7 +341,7 @@ def block_cost(config: PairsConfig, k2: K2, block: Block) -> float:
     """Operations of its forwards."""
     source = config.sources[block.source]
     images = block.count * (source.judged.group_size if source.judged else 1)
-    ways = [pair_plan.resolved(config, draw) for draw in pair_plan.draws(source)]
+    ways = [planning.resolved(config, draw) for draw in planning.draws(source)]
     forwards = sum((way.steps or 0) * (2 if way.guidance else 1) for way in ways)
     return images * forwards * flops.of_sizes(k2, [block.size])[0]
 

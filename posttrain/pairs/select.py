@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from posttrain.pair_plan import KEPT
+from posttrain.pairs.planning import KEPT
 from posttrain.training import image_metrics
 from posttrain.training.advantages import standardise
 from rewards.base import RewardSpec, Scores

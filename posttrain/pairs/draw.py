@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain import pair_plan
 from posttrain.errors import UserError
 from posttrain.model import sampler
 from posttrain.model.blocks import by_default
 from posttrain.model.k2 import Text
-from posttrain.pair_choice import degrade
-from posttrain.pairs_config import DrawConfig, PairsConfig
+from posttrain.pairs import planning
+from posttrain.pairs.config import DrawConfig, PairsConfig
+from posttrain.pairs.select import degrade
 from posttrain.training import checkpoint
 from posttrain.training.checkpoint import Checkpoint
 from posttrain.training.policy import POLICY, add_saved_policy, is_student, load_model, stack_earlier, stands_on
@@ -66,7 +66,7 @@ class Drawer:
 
     def __init__(self, config: PairsConfig, device: torch.device) -> None:
         self.config = config
-        draws = [pair_plan.resolved(config, d) for source in config.sources for d in pair_plan.draws(source)]
+        draws = [planning.resolved(config, d) for source in config.sources for d in planning.draws(source)]
         used = {draw.checkpoint for draw in draws} | {config.policy or ""}
         names = sorted(used - {""}, key=lambda name: (name != config.policy, name))
         saved = {name: _saved(config, name) for name in names}
@@ -104,7 +104,7 @@ class Drawer:
 
     def describe(self, draw: DrawConfig) -> str:
         """Which checkpoint, and what differs from how the policy draws."""
-        own, plain = (pair_plan.resolved(self.config, d) for d in (draw, DrawConfig()))
+        own, plain = (planning.resolved(self.config, d) for d in (draw, DrawConfig()))
         settings = ("guidance", "steps", "drop", "noise")
         parts = [f"{n} {getattr(own, n):g}" for n in settings if getattr(own, n) != getattr(plain, n)]
         return ", ".join([self.names[own.checkpoint], *parts])
@@ -146,7 +146,7 @@ class Drawer:
 
         Within a block, two ways that differ only in `noise` share what comes before it.
         """
-        draw = pair_plan.resolved(self.config, draw)
+        draw = planning.resolved(self.config, draw)
         if draw.drop:
             prompts = [degrade(prompt, draw.drop, seed) for prompt, seed in zip(prompts, seeds)]
         last = self._now()
