@@ -88,9 +88,13 @@ COMMANDS = {
     "judge": Command(JudgeConfig, "posttrain.judge.train:train", "train a judge, as an adapter for vLLM", True),
     "serve": Command(ServeConfig, "posttrain.judge.serve:serve", "serve a recipe's judges", any_recipe=True),
     "annotate": Command(
-        AnnotateConfig, "posttrain.annotate:annotate", "serve a page where people choose between images or mark faults"
+        AnnotateConfig,
+        "posttrain.annotate.serve:annotate",
+        "serve a page where people choose between images or mark faults",
     ),
-    "annotations": Command(AnnotationsConfig, "posttrain.human_pairs:write", "report and export what they answered"),
+    "annotations": Command(
+        AnnotationsConfig, "posttrain.annotate.export:write", "report and export what they answered"
+    ),
     "expander data": Command(
         ExpanderDataConfig, "posttrain.expander.data:make", "make short prompts for long captions", True
     ),

@@ -15,7 +15,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page
 
 from posttrain import cli
-from posttrain.annotations import read
+from posttrain.annotate.store import read
 from posttrain.preferences.dataset import Preference, PreferenceWriter, read_preferences
 from tests import runs
 
@@ -25,7 +25,7 @@ PASSWORD = "correct horse"
 PREPARE = """
 import sys
 import time
-import posttrain.annotate, posttrain.annotate_page, uvicorn
+import posttrain.annotate.serve, posttrain.annotate.app, uvicorn
 def watch(event, args):
     if event == "socket.connect" and isinstance(args[1], tuple):
         host = args[1][0]

@@ -20,10 +20,10 @@ import yaml
 from PIL import Image
 
 from posttrain import cli
-from posttrain.annotations import Showing, Store
+from posttrain.annotate.marked_images import Images
+from posttrain.annotate.store import Showing, Store
 from posttrain.config.recipe import check_recipe
 from posttrain.errors import UserError
-from posttrain.marked_images import Images
 from posttrain.preferences.dataset import read_preferences
 from rewards.base import RewardSpec
 from rewards.load import check_rewards

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from posttrain import cli
-from posttrain.annotations import Showing, Store
+from posttrain.annotate.export import Pairs
+from posttrain.annotate.store import Showing, Store
 from posttrain.errors import UserError
-from posttrain.human_pairs import Pairs
 from posttrain.preferences.dataset import Preference, PreferenceWriter, read_preferences
 from tests.test_annotations import LETTERS, SETTINGS, store_of
 

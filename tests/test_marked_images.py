@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 from posttrain import cli
-from posttrain.annotations import Answer, Schedule, Showing, Store
+from posttrain.annotate.marked_images import Images, find
+from posttrain.annotate.store import Answer, Schedule, Showing, Store
 from posttrain.config.sections import TrackConfig
 from posttrain.errors import UserError
 from posttrain.judge.config import JudgeConfig
 from posttrain.judge.records import read_records
-from posttrain.marked_images import Images, find
 from posttrain.runs.run import Run
 
 SETTINGS = Schedule(0, 0.1, "artifact")

@@ -1,5 +1,5 @@
 // Runs once in the page. `element` holds annotate.html or annotate_artifact.html, whose buttons say what can be answered
-// and by which keys; `server` has start, choose and undo of posttrain/annotate.py, each of which answers with what to
+// and by which keys; `server` has start, choose and undo of posttrain/annotate/serve.py, each of which answers with what to
 // show next, or with undefined where no answer came.
 const find = (selector) => element.querySelector(selector);
 const pair = find("#pair"), frames = [...pair.children], images = [...pair.querySelectorAll("img")];

@@ -29,10 +29,10 @@ from typing import Any
 
 from PIL import Image
 
-from posttrain.annotations import ANSWERS, Mode, Schedule, Showing, Side, Store, person, schedule
+from posttrain.annotate.export import Pairs
+from posttrain.annotate.marked_images import Images
+from posttrain.annotate.store import ANSWERS, Mode, Schedule, Showing, Side, Store, person, schedule
 from posttrain.errors import UserError
-from posttrain.human_pairs import Pairs
-from posttrain.marked_images import Images
 from posttrain.pairs.config import AnnotateConfig
 from posttrain.validate_pairs import is_loopback
 
@@ -136,7 +136,7 @@ class Desk:
 def _serve(desk: Desk, config: AnnotateConfig, password: str | None, listener: socket.socket) -> None:
     import uvicorn
 
-    from posttrain.annotate_page import page
+    from posttrain.annotate.app import page
 
     port, everywhere = listener.getsockname()[1], config.host in ("0.0.0.0", "::")
     host = socket.gethostname() if everywhere else config.host

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from posttrain.annotations import Choice
+from posttrain.annotate.store import Choice
 
 LEAST_PER_THIRD = 5  # pairs; below it a share by margin says nothing
 

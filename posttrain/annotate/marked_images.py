@@ -18,8 +18,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from posttrain import agreement
-from posttrain.annotations import Annotations
+from posttrain.annotate import agreement
+from posttrain.annotate.store import Annotations
 from posttrain.errors import UserError
 from posttrain.judge.records import IMAGES, MARKS
 from posttrain.runs.files import replace_text

@@ -13,11 +13,11 @@ import gradio as gr
 from starlette.datastructures import URL, Headers, MutableHeaders
 from starlette.responses import PlainTextResponse, Response
 
-from posttrain.annotations import person
+from posttrain.annotate.store import person
 from posttrain.errors import UserError
 
 if TYPE_CHECKING:
-    from posttrain.annotate import Desk
+    from posttrain.annotate.serve import Desk
 
 FILES = Path(__file__).parent / "page"
 BODY = {"preference": "annotate.html", "artifact": "annotate_artifact.html"}

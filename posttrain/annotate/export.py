@@ -16,8 +16,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from posttrain import agreement, marked_images
-from posttrain.annotations import read
+from posttrain.annotate import agreement, marked_images
+from posttrain.annotate.store import read
 from posttrain.errors import UserError
 from posttrain.pairs.config import AnnotationsConfig
 from posttrain.preferences.dataset import Preference, PreferenceWriter, Skipped, read_preferences
