@@ -80,7 +80,7 @@ COMMANDS = {
     ),
     "preflight": Command(
         GRPOConfig,
-        "posttrain.preflight:preflight",
+        "posttrain.preflight.command:preflight",
         "check and time a recipe of grpo, stpo, tdm, pairs or expander gdpo before a run",
         others=(STPOConfig, TDMConfig, PairsConfig, ExpanderGDPOConfig),
     ),

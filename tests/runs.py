@@ -191,7 +191,7 @@ def watch_loading(method: Any, monkeypatch: Any) -> list:
 
 
 TRAINING = """
-import posttrain.export.export, posttrain.grpo.train, posttrain.preflight, posttrain.preflight_grpo, posttrain.report.page
+import posttrain.export.export, posttrain.grpo.train, posttrain.preflight.command, posttrain.preflight.grpo, posttrain.report.page
 import posttrain.sample, posttrain.stpo.train
 import posttrain.tdm.train
 import tests.runs

@@ -7,13 +7,14 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from posttrain import cli, preflight_grpo
+from posttrain import cli
 from posttrain.config.sections import RewardSpec, ServerSpec
 from posttrain.export import export
 from posttrain.grpo import losses
 from posttrain.grpo import train as grpo
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
+from posttrain.preflight import grpo as preflight_grpo
 from posttrain.training import advantages
 from posttrain.training.stepper import Stepper
 from rewards.base import Failure

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from posttrain import cli, early, preflight_common, preflight_tdm
+from posttrain import cli, early
 from posttrain.model.k2 import K2
+from posttrain.preflight import common
+from posttrain.preflight import tdm as preflight_tdm
 from posttrain.stpo import latent_cache
 from posttrain.stpo import train as stpo
 from posttrain.tdm import train as tdm
@@ -124,13 +126,13 @@ def test_expander_gdpo(check, tmp_path, model):
 
 def test_each_method_has_a_preflight():
     for method in early.METHODS.values():
-        assert (Path(preflight_common.__file__).parent / f"preflight_{method.split()[-1]}.py").is_file()
+        assert (Path(common.__file__).parent / f"preflight_{method.split()[-1]}.py").is_file()
 
 
 def test_few_pairs_stand_for_the_set(tmp_path, model):
     """Of a hundred rows, 32 spread over all of them."""
     from posttrain.preferences.dataset import read_preferences
-    from posttrain.preflight_stpo import Few
+    from posttrain.preflight.stpo import Few
 
     few = Few(read_preferences(runs.pairs(tmp_path, 100)))
     assert len(few) == 32 and few.places[0] == 0 and few.places[-1] == 99 and latent_cache.SHARD >= 32

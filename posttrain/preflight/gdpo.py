@@ -19,7 +19,6 @@ from datasets import Dataset
 from peft import get_peft_model_state_dict
 from transformers import PrinterCallback, TrainerCallback
 
-from posttrain.checks import Row, Skip, made, phase
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.expander import gdpo
@@ -29,7 +28,8 @@ from posttrain.expander.policy import Policy
 from posttrain.expander.renderer import make_renderer
 from posttrain.expander.score import Scorer
 from posttrain.expander.template import messages
-from posttrain.preflight_common import judge_rows, memory_row
+from posttrain.preflight.checks import Row, Skip, made, phase
+from posttrain.preflight.common import judge_rows, memory_row
 from posttrain.runs.progress import duration
 from prompts.records import PromptRecord, read_prompts
 from rewards.base import Noise

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from posttrain.checks import Row, phase
 from posttrain.distributed.processes import Processes
 from posttrain.model.k2 import K2
-from posttrain.preflight_common import Checks, finite
+from posttrain.preflight.checks import Row, phase
+from posttrain.preflight.common import Checks, finite
 from posttrain.tdm import train as tdm
 from posttrain.tdm.config import TDMConfig
 from posttrain.tdm.rollout import MU, Batch, roll_out

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from posttrain.checks import Row, phase
 from posttrain.distributed.processes import Processes
 from posttrain.model.k2 import K2
 from posttrain.preferences.dataset import Preference, Preferences, read_preferences
 from posttrain.preferences.sources import Skipped
-from posttrain.preflight_common import Checks, finite
+from posttrain.preflight.checks import Row, phase
+from posttrain.preflight.common import Checks, finite
 from posttrain.runs.progress import duration
 from posttrain.stpo import train as stpo
 from posttrain.stpo.config import STPOConfig

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.checks import Row, Skip, made
 from posttrain.distributed.processes import Processes
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
-from posttrain.roundtrip import round_trip
+from posttrain.preflight.checks import Row, Skip, made
+from posttrain.preflight.round_trip import round_trip
 from posttrain.runs.progress import duration
 from posttrain.runs.run import peak_memory
 from posttrain.training.evaluate import Evaluation, Evaluator, Way

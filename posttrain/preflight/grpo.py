@@ -22,13 +22,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from posttrain.checks import Row, Skip, phase
 from posttrain.config.sections import GRPOConfig
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.grpo import train as grpo
 from posttrain.model.k2 import K2
-from posttrain.preflight_common import Checks
+from posttrain.preflight.checks import Row, Skip, phase
+from posttrain.preflight.common import Checks
 from posttrain.training import advantages
 from posttrain.training.policy import add_policy, load_model
 from posttrain.training.prompt_source import PromptSource

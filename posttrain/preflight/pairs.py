@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from posttrain.checks import Row, made, phase
 from posttrain.distributed.processes import Processes
 from posttrain.model.k2 import to_pil
 from posttrain.pairs import make, planning
@@ -20,7 +19,8 @@ from posttrain.pairs.config import PairsConfig
 from posttrain.pairs.draw import Cost, Drawer
 from posttrain.pairs.planning import Block, Plan
 from posttrain.pairs.select import KEPT
-from posttrain.preflight_common import judge_rows, memory_row
+from posttrain.preflight.checks import Row, made, phase
+from posttrain.preflight.common import judge_rows, memory_row
 from posttrain.runs.progress import duration
 from prompts.records import read_prompts
 from rewards.background import ScoreQueue

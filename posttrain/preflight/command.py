@@ -18,9 +18,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from posttrain.checks import phase, show
 from posttrain.distributed.processes import Processes
 from posttrain.early import METHODS
+from posttrain.preflight.checks import phase, show
 
 
 def preflight(config: Any) -> int:
