@@ -21,7 +21,7 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from posttrain import __version__, early
-from posttrain.bench_config import BenchConfig
+from posttrain.bench.config import BenchConfig
 from posttrain.config.ranges import ConfigError
 from posttrain.config.recipe import (
     check_recipe,
@@ -108,7 +108,7 @@ COMMANDS = {
         ExpandConfig, "posttrain.expander.expand:main", "expand a prompt in several ways", positional="prompt"
     ),
     "sample": Command(SampleConfig, "posttrain.sample:sample", "draw images from a checkpoint"),
-    "bench": Command(BenchConfig, "posttrain.bench:bench", "measure the methods at true size, or plan a run"),
+    "bench": Command(BenchConfig, "posttrain.bench.run:bench", "measure the methods at true size, or plan a run"),
     "export": Command(ExportConfig, "posttrain.export.export:export", "write a checkpoint for other tools"),
     CHECK: Command(
         CarryoverConfig, "posttrain.export.lora_transfer:check", "measure on Turbo what a LoRA trained on Raw does"

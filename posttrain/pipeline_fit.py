@@ -121,13 +121,13 @@ def _estimate(
     stage: Stage, path: str, sizes: list[list[int]], pictures: int, room: float, stack: int
 ) -> tuple[float, int]:
     """GiB, and how many blocks must compute their activations again for that; `stack`: see above."""
-    from posttrain import bench_tiers
+    from posttrain.bench import tiers
 
     config, training = stage.config, stage.command in TRAINING
     model = config.renderer if stage.command == "expander gdpo" else config.model
-    parts = bench_tiers.parts_in(path) if Path(path).is_dir() else bench_tiers.parts_of("k2")
-    block_bytes = bench_tiers.BLOCK_BYTES * parts.width / bench_tiers.parts_of("k2").width
-    block_bytes *= bench_tiers.UNCOMPILED if getattr(model, "compile", None) is False else 1
+    parts = tiers.parts_in(path) if Path(path).is_dir() else tiers.parts_of("k2")
+    block_bytes = tiers.BLOCK_BYTES * parts.width / tiers.parts_of("k2").width
+    block_bytes *= tiers.UNCOMPILED if getattr(model, "compile", None) is False else 1
     options = [*(["offload"] if "text_encoder" in getattr(model, "offload", []) else [])]
     options += ["fp8"] if getattr(model, "quantize", None) else []
     options += ["adamw8bit"] if training and config.optim.kind == "adamw8bit" else []
@@ -140,7 +140,7 @@ def _estimate(
     if not training:  # a block's activations are gone with it
         tried = [parts.blocks]
     needs = [
-        (bench_tiers.need(parts, options, adapters, rank, tokens, height * width, again, block_bytes, stack), again)
+        (tiers.need(parts, options, adapters, rank, tokens, height * width, again, block_bytes, stack), again)
         for again in tried
     ]
     gib, again = next((need for need in needs if need[0] <= room), needs[-1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from posttrain.bench_config import BenchConfig
+from posttrain.bench.config import BenchConfig
 from posttrain.config.ranges import ConfigError, at_least, pixels, positive
 from posttrain.config.sections import (
     EvalConfig,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from posttrain.bench_config import DRAWING, BenchConfig
+from posttrain.bench.config import DRAWING, BenchConfig
 from posttrain.config.ranges import ConfigError, at_least, pixels, positive
 from posttrain.tdm.config import MOST_STEPS
 

@@ -28,7 +28,7 @@ SMALL = {
     "annotations": [],
     "report": [],
     "bench": ["--methods", "[rollout,grpo]", "--repeats", "1", "--stock", "false", "--warmup", "2"],
-    "posttrain.bench_ranks": [],
+    "posttrain.bench.ranks": [],
     "posttrain.nano.judge_data": ["--pairs", "24", "--faults", "24"],
 }  # fmt: skip
 MORE = {
@@ -75,7 +75,7 @@ NOT_RUN = {
     "accelerate launch": "several GPUs or machines: tests/test_sharding.py::test_launching",
     "posttrain bench --output runs/bench": SCALE + "tests/test_bench.py::test_bench_and_plans",
     "posttrain bench --methods": SCALE + "tests/test_bench.py::test_bench_and_plans",
-    "python -m posttrain.bench_checkpoint": SCALE + "tests/test_checkpoint.py checks its parts",
+    "python -m posttrain.bench.checkpoint": SCALE + "tests/test_checkpoint.py checks its parts",
     "python -m posttrain.nano.bench_grpo": "dozens of runs of posttrain grpo, whose recipes run here",
     "python -m posttrain.nano.bench_noise": "six runs of posttrain grpo, whose recipe runs here",
     "python -m posttrain.nano.bench_stpo": "dozens of runs of posttrain pairs and stpo, whose recipes run here",

@@ -12,10 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from posttrain import cli
-from posttrain.bench import Forwards, bench, measured
-from posttrain.bench_config import BenchConfig
-from posttrain.bench_steps import Steps
-from posttrain.bench_tiers import Parts, fit, need, parts_of
+from posttrain.bench.config import BenchConfig
+from posttrain.bench.run import Forwards, bench, measured
+from posttrain.bench.steps import Steps
+from posttrain.bench.tiers import Parts, fit, need, parts_of
 from posttrain.distributed.processes import Processes
 from posttrain.model import blocks, flops
 from posttrain.model.k2 import K2, Text
@@ -189,7 +189,7 @@ def test_compiled(settings, monkeypatch):
 def test_what_is_compiled_after_the_second_step_fails_the_bench(settings, tmp_path, monkeypatch):
     settings.output, settings.methods = str(tmp_path), ["rollout"]
     for graphs, code in (([0, 3, 3], 0), ([0, 3, 4], 1)):  # at the beginning, after the second step, at the end
-        monkeypatch.setattr("posttrain.bench.graphs", iter(graphs).__next__)
+        monkeypatch.setattr("posttrain.bench.run.graphs", iter(graphs).__next__)
         assert bench(settings) == code
         (row,) = json.loads((tmp_path / "bench.json").read_text())["rows"]
         assert (row["graphs"], row["recompilations"]) == (3, code)

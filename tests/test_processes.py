@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from posttrain import bench_ranks
+from posttrain.bench import ranks as bench_ranks
 from posttrain.config.sections import RewardSpec
 from posttrain.distributed.processes import Processes, deal
 from posttrain.model import flops

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from posttrain import bench_ranks
+from posttrain.bench import ranks
 from posttrain.errors import UserError
 from posttrain.training import image_metrics
 from posttrain.training.prompt_source import FusedTexts
@@ -222,18 +222,18 @@ def test_measures_of_single_images_come_to_the_figures_of_all():
 
 
 def test_bytes_and_requests_are_counted_as_the_arithmetic_says():
-    image = bench_ranks.Images(1024, 1024)
+    image = ranks.Images(1024, 1024)
     assert image.raw == 3 * 2**20 and image.latents == 2**20
     # Of 16 images shown, ranks 1 to 3 of 4 have 12; of two groups of 2 the images 1, 2 and 3 are on another rank than
     # their group: 1 on 1 for 0, 2 on 2 for 1, 3 on 3 for 1.
-    assert bench_ranks.evaluation_bytes(64, 2, 2, False, 4, image) == 12 * image.raw
-    assert bench_ranks.evaluation_bytes(64, 2, 2, True, 4, image) == 15 * image.raw
+    assert ranks.evaluation_bytes(64, 2, 2, False, 4, image) == 12 * image.raw
+    assert ranks.evaluation_bytes(64, 2, 2, True, 4, image) == 15 * image.raw
     rewards = [RewardSpec(kind, f"rewards.image:{kind}") for kind in ("Rubric", "OCR", "Artifact")]
-    assert bench_ranks.questions(rewards, 4.0, 0.5) == 5.5
-    before, after = bench_ranks.judge_bytes(10, 5.5, image)
+    assert ranks.questions(rewards, 4.0, 0.5) == 5.5
+    before, after = ranks.judge_bytes(10, 5.5, image)
     assert before == 55 * (2 * 2**20 + 500) and after == 10 * (2 * 2**20 + 4.5 * 500)
-    assert bench_ranks.in_flight(4, 56) == (7168, 448)
+    assert ranks.in_flight(4, 56) == (7168, 448)
 
 
 def test_the_table_of_the_64_gpus_is_what_the_docs_show():
-    assert bench_ranks.table("recipes/k2/pipeline_64.yaml", [512, 1024]) in Path("docs/scaling.md").read_text()
+    assert ranks.table("recipes/k2/pipeline_64.yaml", [512, 1024]) in Path("docs/scaling.md").read_text()

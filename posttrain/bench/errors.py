@@ -8,7 +8,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from posttrain.bench_steps import Steps
+from posttrain.bench.steps import Steps
 from posttrain.config.sections import OptimConfig
 from posttrain.model.k2 import Text
 from posttrain.training.policy import POLICY

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from posttrain.bench_config import BenchConfig
+from posttrain.bench.config import BenchConfig
 from posttrain.config.sections import GRPOConfig, LoraConfig, ModelConfig, PromptsConfig, RewardSpec
 from posttrain.distributed.processes import Processes
 from posttrain.expander.renderer import drawn
@@ -272,7 +272,7 @@ class Steps:
         made.sampling.sizes, made.sampling.steps = [list(self.size)], self.config.steps
         made.sampling.window, made.sampling.eta = self.config.window, ETA
         made.sampling.window_start, made.sampling.window_every = "sliding", 1  # each place in turn
-        made.rewards = [RewardSpec("noise", "posttrain.bench_steps:noise")]
+        made.rewards = [RewardSpec("noise", "posttrain.bench.steps:noise")]
         made.groups.prompts_per_step, made.groups.group_size = self.procs.size, self.config.group
         made.groups.micro_batch = self.config.batch
         return made

@@ -1,7 +1,7 @@
 """Seconds and memory of updates and checkpoints, with random weights: how long saving holds training up.
 
-    python -m posttrain.bench_checkpoint --rank 64 --output /disk
-    accelerate launch --config_file recipes/launch/fsdp2.yaml -m posttrain.bench_checkpoint --rank 0 --output /disk
+    python -m posttrain.bench.checkpoint --rank 64 --output /disk
+    accelerate launch --config_file recipes/launch/fsdp2.yaml -m posttrain.bench.checkpoint --rank 0 --output /disk
 
 Prints one line of JSON. An update is forward and backward of a batch, the sum over processes and AdamW. `pause_s` is
 how long training waits for a checkpoint, `total_s` how long it takes until that is on disk, `beside_s` the slowest

@@ -35,11 +35,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain import bench_errors as errors
-from posttrain.bench_config import DRAWING, BenchConfig
-from posttrain.bench_plan import plan, text_encoder_gib
-from posttrain.bench_steps import Steps
-from posttrain.bench_table import table
+from posttrain.bench import errors
+from posttrain.bench.config import DRAWING, BenchConfig
+from posttrain.bench.plan import plan, text_encoder_gib
+from posttrain.bench.steps import Steps
+from posttrain.bench.stock import Stock
+from posttrain.bench.table import table
 from posttrain.config.sections import ModelConfig
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
@@ -47,7 +48,6 @@ from posttrain.model import flops
 from posttrain.model.blocks import graphs
 from posttrain.model.k2 import K2
 from posttrain.runs.run import environment
-from posttrain.stock import Stock
 from posttrain.training.oom_retry import DoesNotFit
 from posttrain.training.policy import quickened
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from posttrain.bench_config import BenchConfig
-from posttrain.bench_tiers import BLOCK_BYTES, parts_of, tiers
+from posttrain.bench.config import BenchConfig
+from posttrain.bench.tiers import BLOCK_BYTES, parts_of, tiers
 from posttrain.cli import load_config
 from posttrain.config.sections import GRPOConfig
 from posttrain.errors import UserError
