@@ -41,7 +41,7 @@ from posttrain.expander.gdpo_config import ExpanderGDPOConfig
 from posttrain.export.config import CarryoverConfig
 from posttrain.judge.config import JudgeConfig
 from posttrain.pairs.config import AnnotateConfig, AnnotationsConfig, PairsConfig
-from posttrain.pipeline_config import PipelineConfig
+from posttrain.pipeline.config import PipelineConfig
 from posttrain.runs import startup
 from posttrain.stpo.config import STPOConfig
 from posttrain.tdm.config import TDMConfig
@@ -115,7 +115,7 @@ COMMANDS = {
     ),
     "run": Command(
         PipelineConfig,
-        "posttrain.pipeline:carry_out",
+        "posttrain.pipeline.run:carry_out",
         "carry out a pipeline of stages",
         True,
         dry=True,

@@ -23,7 +23,7 @@ from posttrain.expander.gdpo_config import ExpanderGDPOConfig
 from posttrain.export.config import CarryoverConfig
 from posttrain.judge.config import JudgeConfig
 from posttrain.pairs.config import AnnotateConfig, AnnotationsConfig, PairsConfig
-from posttrain.pipeline_config import PipelineConfig
+from posttrain.pipeline.config import PipelineConfig
 from posttrain.stpo.config import STPOConfig
 from posttrain.tdm.config import MOST_STEPS, TDMConfig
 from posttrain.training import image_metrics

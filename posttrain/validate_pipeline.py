@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from posttrain.config.ranges import ConfigError, at_least, positive
-from posttrain.pipeline_config import PipelineConfig
+from posttrain.pipeline.config import PipelineConfig
 
 
 def validate_pipeline(config: PipelineConfig) -> None:

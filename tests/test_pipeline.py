@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from posttrain import cli
 from posttrain.pairs.config import DeltaConfig, DrawConfig, PairsConfig, PairSource
-from posttrain.pipeline_plan import resolve
+from posttrain.pipeline.plan import resolve
 from tests import runs, warm
 from tests.test_cli import fails
 

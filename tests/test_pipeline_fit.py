@@ -8,7 +8,7 @@ import yaml
 
 from posttrain import cli
 from posttrain.errors import UserError
-from posttrain.pipeline_fit import processes
+from posttrain.pipeline.fit import processes
 from prompts import make_k2
 from prompts.records import read_prompts
 from tests import runs

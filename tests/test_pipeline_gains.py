@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from posttrain.nano import bench_pipeline
-from posttrain.pipeline_gains import Gain, gains
-from posttrain.pipeline_plan import Stage
+from posttrain.pipeline.gains import Gain, gains
+from posttrain.pipeline.plan import Stage
 from rewards.base import RewardSpec
 
 REWARDS = [RewardSpec("oracle", "a:b", heldout_only=True), RewardSpec("judge", "a:b", weight=0.5)]

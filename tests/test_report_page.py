@@ -18,8 +18,8 @@ from playwright.sync_api import Browser
 
 from posttrain.config.sections import StopConfig
 from posttrain.nano import oracles, scenes
-from posttrain.pipeline_plan import Stage
-from posttrain.pipeline_report import write_index
+from posttrain.pipeline.plan import Stage
+from posttrain.pipeline.report import write_index
 from posttrain.report.before_after import pictures
 from posttrain.report.chart_many import areas_chart, runs_chart
 from posttrain.report.charts import Limit, line_chart

@@ -16,7 +16,7 @@ from posttrain import cli
 from posttrain.errors import UserError
 from posttrain.grpo import train as grpo
 from posttrain.pairs.config import AnnotateConfig
-from posttrain.pipeline_report import write_index
+from posttrain.pipeline.report import write_index
 from posttrain.training import checkpoint
 from posttrain.validate import validate
 from rewards.base import RewardSpec
@@ -158,7 +158,7 @@ def assert_inert(page: str) -> None:
 
 
 def test_figures_stay_text_in_a_pipelines_report(tmp_path):
-    from posttrain.pipeline_plan import Stage
+    from posttrain.pipeline.plan import Stage
 
     run = tmp_path / "grpo"
     run.mkdir()

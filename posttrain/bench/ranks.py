@@ -16,9 +16,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain import cli, pipeline_fit, pipeline_plan
+from posttrain import cli
 from posttrain.errors import UserError
 from posttrain.pairs.make import BACKLOG
+from posttrain.pipeline import fit, plan
 from posttrain.training.evaluate import SHOWN
 from posttrain.training.prompt_source import FUSED_BYTES
 from prompts.records import read_prompts
@@ -32,7 +33,7 @@ TEXT_BYTES = 500
 """Of a request without an image."""
 REQUIREMENTS = 4
 """Of a prompt that has none yet."""
-WIDTH, TEXT = 6144, pipeline_fit.TEXT
+WIDTH, TEXT = 6144, fit.TEXT
 """Of K2's fused text, in bfloat16, and tokens of a prompt."""
 OLD_CONCURRENCY, OLD_TEXTS = 32, 2048
 
@@ -96,12 +97,12 @@ def in_flight(judges: int, ranks: int) -> tuple[int, int]:
     return judges * OLD_CONCURRENCY * ranks, judges * after
 
 
-def rows(stage: pipeline_plan.Stage, ranks: int, on_node: int, image: Images) -> Iterator[Row]:
+def rows(stage: plan.Stage, ranks: int, on_node: int, image: Images) -> Iterator[Row]:
     """What grows in one stage."""
     config, name = stage.config, stage.name
     if stage.command == "pairs":
         yield from _pairs(config, name, ranks, on_node, image)
-    if stage.command in pipeline_plan.TRAINING:
+    if stage.command in plan.TRAINING:
         yield from _evaluation(config, name, ranks, on_node, image, stage.command)
     if stage.command == "grpo":
         count = config.groups.prompts_per_step * config.groups.group_size
@@ -177,10 +178,10 @@ def _class(spec: RewardSpec) -> str:
 def table(path: str, sides: Sequence[int]) -> str:
     """Markdown, with a column before and after for square images of each of `sides` pixels."""
     config, _ = cli.load_config("run", ["--config", path])
-    ranks, on_node = pipeline_fit.processes(config.launch)
+    ranks, on_node = fit.processes(config.launch)
     head = "".join(f" {side} px, before | after |" for side in sides)
     lines = [f"| {ranks} processes, {on_node} a node | |{head}", "|---|---|" + "---:|" * 2 * len(sides)]
-    for stage in pipeline_plan.resolve(config):
+    for stage in plan.resolve(config):
         by_side = [list(rows(stage, ranks, on_node, Images(side, side))) for side in sides]
         for same in zip(*by_side, strict=True):
             cells = "".join(f" {_number(row.before)} | {_number(row.after)} |" for row in same)

@@ -22,9 +22,9 @@ import numpy as np
 
 from posttrain import cli
 from posttrain.nano.jobs import Jobs
-from posttrain.pipeline import read_state
-from posttrain.pipeline_gains import gains
-from posttrain.pipeline_plan import resolve
+from posttrain.pipeline.gains import gains
+from posttrain.pipeline.plan import resolve
+from posttrain.pipeline.run import read_state
 
 
 def run(jobs: Jobs, recipe: str, seed: int, options: Sequence[str]) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from posttrain.pipeline_gains import gains, read_json
-from posttrain.pipeline_plan import Stage
+from posttrain.pipeline.gains import gains, read_json
+from posttrain.pipeline.plan import Stage
 from posttrain.report.before_after import matched, read_samples, step_name, step_of, steps, wipe_grid
 from posttrain.report.html import breakable, data_uri, figure, page, table
 from posttrain.report.page import summary_tables

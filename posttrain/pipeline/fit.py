@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import UserError
-from posttrain.pipeline_plan import TRAINING, Stage
+from posttrain.pipeline.plan import TRAINING, Stage
 from rewards.serve import ServerSpec, memory_share, missing
 
 TEXT = 105

@@ -17,7 +17,7 @@ from posttrain import cli
 from posttrain.config.recipe import read_recipe, suggestion
 from posttrain.config.sections import ExportConfig
 from posttrain.errors import UserError
-from posttrain.pipeline_config import PipelineConfig, StageConfig
+from posttrain.pipeline.config import PipelineConfig, StageConfig
 from prompts.records import read_prompts
 from rewards.base import RewardSpec
 from rewards.load import check_addresses, check_rewards

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.pipeline_plan import TRAINING, Stage
+from posttrain.pipeline.plan import TRAINING, Stage
 
 ACCURACY = "pairs/accuracy"
 COIN = 0.5

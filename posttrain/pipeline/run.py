@@ -31,11 +31,11 @@ from typing import Any
 from posttrain import cli
 from posttrain.config.diff import changes, told
 from posttrain.errors import UserError
-from posttrain.pipeline_config import PipelineConfig
-from posttrain.pipeline_fit import ALONE, absent, check_processes, memory, processes
-from posttrain.pipeline_gains import read_json
-from posttrain.pipeline_plan import TRAINING, Stage, resolve
-from posttrain.pipeline_report import write_index
+from posttrain.pipeline.config import PipelineConfig
+from posttrain.pipeline.fit import ALONE, absent, check_processes, memory, processes
+from posttrain.pipeline.gains import read_json
+from posttrain.pipeline.plan import TRAINING, Stage, resolve
+from posttrain.pipeline.report import write_index
 from posttrain.runs.files import replace_text
 from posttrain.runs.lock import lock
 
