@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from posttrain.nano import judge_data, scenes
-from posttrain.nano.bench_stpo import figure, spread, table
-from posttrain.nano.choices import tasteful
-from posttrain.nano.compare import ensemble, wins
+from posttrain.nano.bench.compare import ensemble, wins
+from posttrain.nano.bench.stpo import figure, spread, table
+from posttrain.nano.world import judge_data, scenes
+from posttrain.nano.world.choices import tasteful
 from posttrain.report.charts import lines_chart
 from rewards.base import Scores
 

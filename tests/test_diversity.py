@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from posttrain.errors import UserError
-from posttrain.nano import scenes
+from posttrain.nano.world import scenes
 from posttrain.training import advantages
 from rewards.base import RewardSpec
 from rewards.diversity import Diversity, Features, contributions

@@ -21,8 +21,8 @@ from posttrain.expander.data import make
 from posttrain.expander.model import Expander, load_chat_model
 from posttrain.expander.sft import Pair, RunningClip, check_tokens, fitting, make_trainer, read_pairs, tokens, train
 from posttrain.expander.template import FILE, messages, template
-from posttrain.nano import build, evaluate_expander
-from posttrain.nano.scenes import COLOURS, SHAPES
+from posttrain.nano.build import build, evaluate_expander
+from posttrain.nano.world.scenes import COLOURS, SHAPES
 from tests import chat, runs
 from tests.chaos import methods
 from tests.expander_runs import plain_files

@@ -11,9 +11,9 @@ from posttrain import cli
 from posttrain.errors import UserError
 from posttrain.expander.config import ExpanderDataConfig, WriterConfig
 from posttrain.expander.data import CANDIDATES, make
-from posttrain.nano import scenes
-from posttrain.nano.captions import REGISTERS, reworded, statements
-from posttrain.nano.expander_pairs import heldout
+from posttrain.nano.world import scenes
+from posttrain.nano.world.captions import REGISTERS, reworded, statements
+from posttrain.nano.world.expander_pairs import heldout
 from tests import fake_writer
 
 

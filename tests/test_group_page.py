@@ -4,7 +4,7 @@ import json
 
 from PIL import Image
 
-from posttrain.nano import bench_expander
+from posttrain.nano.bench import expander
 from posttrain.report.groups import groups_section
 
 
@@ -43,7 +43,7 @@ def row(arm, seed, diversity, reward=0.5):
 
 def test_the_ablations_table_and_figure():
     rows = [row("full", 0, 0.5), row("full", 1, 0.55), row("diversity off", 0, 0.3), row("diversity off", 1, 0.2)]
-    assert bench_expander.table(rows).splitlines() == [
+    assert expander.table(rows).splitlines() == [
         "| figure | before | full | diversity off |",
         "|---|---|---|---|",
         "| aesthetic | 0.400 | 0.500 (0.500 to 0.500) | 0.500 (0.500 to 0.500) |",
@@ -51,6 +51,6 @@ def test_the_ablations_table_and_figure():
         "| safe | – | – | – |",
         "| diversity, share of before | 1 | 1.050 (1.000 to 1.100) | 0.500 (0.400 to 0.600) |",
     ]
-    svg = bench_expander.figure(rows, "aesthetic")
+    svg = expander.figure(rows, "aesthetic")
     assert svg.count('stroke-width="2"') == 4 and svg.count('opacity=".15"') == 4  # two arms in two panels
-    assert bench_expander._course(rows[2:], "diversity") == [(0, 0.5, 0.5, 0.5), (9, 0.25, 0.2, 0.3)]
+    assert expander._course(rows[2:], "diversity") == [(0, 0.5, 0.5, 0.5), (9, 0.25, 0.2, 0.3)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from posttrain.nano import bench_injection
+from posttrain.nano.bench import injection as bench_injection
 from rewards.base import Reward, RewardSpec
 from rewards.image import Rubric
 from rewards.injection import LIMIT, ORDERS, injection, written

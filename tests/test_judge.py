@@ -25,7 +25,8 @@ from posttrain.judge import train as judge
 from posttrain.judge.calibration import auroc, brier, expected_calibration_error, reliability
 from posttrain.judge.config import JudgeConfig
 from posttrain.judge.records import read_records
-from posttrain.nano import judge_data, judge_model
+from posttrain.nano.build import judge_model
+from posttrain.nano.world import judge_data
 from posttrain.pairs.config import ColumnMap
 from posttrain.preferences.dataset import Preference, PreferenceWriter
 from posttrain.training import checkpoint

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from posttrain.errors import UserError
-from posttrain.nano import build_judge, evaluate_judge, judge_model, oracles, questions, scenes
+from posttrain.nano.build import evaluate_judge, judge, judge_model
+from posttrain.nano.world import oracles, questions, scenes
 from prompts.templates import load_template
 from rewards.vlm import VLM
 
@@ -32,10 +33,10 @@ def test_it_is_small(vlm):
 
 def test_packed_row_equals_chat_template(vlm, tokenizer):
     """Each question of a row has the logits that it has when it is asked alone, as a server asks it."""
-    data = build_judge.make_data(3, 5, 1, tokenizer).map(torch.from_numpy)
+    data = judge.make_data(3, 5, 1, tokenizer).map(torch.from_numpy)
     room = {name: getattr(data, name).shape[-1] for name in ROOM}
     layout = judge_model.Layout.of(tokenizer, 4, room)
-    images, batch, _, _ = build_judge.draw(data, 2, 4)
+    images, batch, _, _ = judge.draw(data, 2, 4)
     eye = judge_model.Eye(vlm.model, compiled=False)
     with torch.no_grad():
         image = eye.see(images.permute(0, 3, 1, 2) / 127.5 - 1)
@@ -96,16 +97,16 @@ def test_capitals_stay_letters(tokenizer):
 def test_training_learns(tokenizer):
     torch.manual_seed(0)
     model = judge_model.make_model(tokenizer)
-    data = build_judge.make_data(4, 1, 1, tokenizer).map(torch.from_numpy)
+    data = judge.make_data(4, 1, 1, tokenizer).map(torch.from_numpy)
     rows: list[dict] = []
-    build_judge.train(model, tokenizer, data, 0, 2, 2, 2e-3, lambda **row: rows.append(row), False, steps=6)
+    judge.train(model, tokenizer, data, 0, 2, 2, 2e-3, lambda **row: rows.append(row), False, steps=6)
     before = rows[0]
-    images, batch, _, _ = build_judge.draw(data, 4, 2)
+    images, batch, _, _ = judge.draw(data, 4, 2)
     room = {name: getattr(data, name).shape[-1] for name in ROOM}
     layout, eye = judge_model.Layout.of(tokenizer, 2, room), judge_model.Eye(model, False)
     words = judge_model.token_ids(tokenizer, "yes")[0], judge_model.token_ids(tokenizer, "no")[0]
     with torch.no_grad():
-        _, parts, _ = build_judge.losses(eye, model.lm_head, build_judge.blemish(images), batch, layout, words)
+        _, parts, _ = judge.losses(eye, model.lm_head, judge.blemish(images), batch, layout, words)
     assert parts["rubric"] < before["rubric"] - 1 and parts["transcribe"] < before["transcribe"] - 0.3
 
 

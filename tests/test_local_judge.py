@@ -6,8 +6,9 @@ import pytest
 from PIL import Image
 
 from posttrain.errors import UserError
-from posttrain.nano import evaluate_judge, scenes
-from posttrain.nano.prompts import FOLDER
+from posttrain.nano.build import evaluate_judge
+from posttrain.nano.world import scenes
+from posttrain.nano.world.prompts import FOLDER
 from prompts.templates import load_template
 from rewards.base import Failure, RewardSpec, score_all
 from rewards.load import load_rewards

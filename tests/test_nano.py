@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from posttrain.nano import damage, oracles, scenes
-from posttrain.nano.scenes import SIZE, Object, Scene
+from posttrain.nano.world import damage, oracles, scenes
+from posttrain.nano.world.scenes import SIZE, Object, Scene
 
 KINDS = ("exists", "count", "total", "size", "place", "relation", "style", "background", "text")
 

@@ -11,8 +11,9 @@ from diffusers import Krea2Pipeline
 
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
-from posttrain.nano import build, oracles, prompts, scenes
-from posttrain.nano.font import WORDS
+from posttrain.nano.build import build
+from posttrain.nano.world import oracles, prompts, scenes
+from posttrain.nano.world.font import WORDS
 from prompts.records import columns, read_prompts
 from tests.test_nano import draw, one_thread  # noqa: F401
 from tests.tiny import rotary_axes, swiglu_width

@@ -169,7 +169,7 @@ def test_a_gpu_has_its_own_servers_alone(tmp_path, capsys):
     as much, so that more of them must compute again."""
     half = ["--gpu-memory-utilization", "0.5"]
     servers = [{"name": n, "model": "m", "gpus": [i], "extra_args": half} for i, n in enumerate(("a", "b"))]
-    rewards, again = [{"name": "text", "function": "posttrain.nano.oracles:text"}], []
+    rewards, again = [{"name": "text", "function": "posttrain.nano.world.oracles:text"}], []
     for changed in ({}, {"model.compile": False}):
         data = {
             "output": str(tmp_path / "out"), "gpu_gib": 141,

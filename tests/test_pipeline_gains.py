@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from posttrain.nano import bench_pipeline
+from posttrain.nano.bench import pipeline
 from posttrain.pipeline.gains import Gain, gains
 from posttrain.pipeline.plan import Stage
 from rewards.base import RewardSpec
@@ -83,10 +83,10 @@ def test_the_table_over_seeds():
         }
         for i, x in enumerate((0.1, 0.2, 0.3))
     ]
-    lines = bench_pipeline.table(rows).splitlines()[2:]
+    lines = pipeline.table(rows).splitlines()[2:]
     assert lines == [
         "| a | f | trained | 0.500 | 0.700 | +0.200 | 0.100 | +0.100 to +0.300 | 2.0 | 11 |",
         "| b | | | | | | | | | 1 |",
         "| all | | | | | | | | | 12 |",
     ]
-    assert " +0.100 | - | - | - | 10 |" in bench_pipeline.table(rows[:1])
+    assert " +0.100 | - | - | - | 10 |" in pipeline.table(rows[:1])

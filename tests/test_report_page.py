@@ -17,7 +17,7 @@ import yaml
 from playwright.sync_api import Browser
 
 from posttrain.config.sections import StopConfig
-from posttrain.nano import oracles, scenes
+from posttrain.nano.world import oracles, scenes
 from posttrain.pipeline.plan import Stage
 from posttrain.pipeline.report import write_index
 from posttrain.report.before_after import pictures

@@ -18,8 +18,8 @@ from PIL import Image
 
 from posttrain.errors import UserError
 from posttrain.grpo import train as grpo
-from posttrain.nano import damage, scenes
-from posttrain.nano.prompts import HELDOUT_WORDS
+from posttrain.nano.world import damage, scenes
+from posttrain.nano.world.prompts import HELDOUT_WORDS
 from prompts.templates import load_template
 from rewards import serve as serve_module
 from rewards import traffic

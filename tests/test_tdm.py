@@ -14,7 +14,7 @@ from posttrain.config.sections import ModelConfig, PromptsConfig, SampleConfig
 from posttrain.export.export import load_checkpoint
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
-from posttrain.nano import bench_tdm
+from posttrain.nano.bench import tdm as bench_tdm
 from posttrain.sample import sample
 from posttrain.stpo import train as stpo
 from posttrain.tdm import train as tdm

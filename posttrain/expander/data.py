@@ -33,8 +33,8 @@ import yaml
 
 from posttrain.errors import UserError
 from posttrain.expander.config import ExpanderDataConfig, WriterConfig
-from posttrain.nano import captions as nano_captions
-from posttrain.nano import expander_pairs
+from posttrain.nano.world import captions as nano_captions
+from posttrain.nano.world import expander_pairs
 from posttrain.preferences.sources import open_source
 from posttrain.validate_expander import NANO
 from prompts.templates import load_template

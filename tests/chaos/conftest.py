@@ -3,7 +3,7 @@ import time
 import pytest
 import torch
 
-from posttrain.nano import judge_model
+from posttrain.nano.build import judge_model
 from tests import expander_runs, runs
 from tests.chaos import methods
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from posttrain.nano import oracles, scenes
-from posttrain.nano.font import GLYPHS
-from posttrain.nano.scenes import (
+from posttrain.nano.world import oracles, scenes
+from posttrain.nano.world.font import GLYPHS
+from posttrain.nano.world.scenes import (
     BACKGROUNDS,
     COLOURS,
     COUNTS,

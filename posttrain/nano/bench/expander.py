@@ -1,6 +1,6 @@
 """The ablation of the diversity reward: GDPO of the expander with it, without it, and with it annealed away.
 
-    python -m posttrain.nano.bench_expander --seeds 0 1 2 --output runs/bench-expander
+    python -m posttrain.nano.bench.expander --seeds 0 1 2 --output runs/bench-expander
 
 Each run is `posttrain expander gdpo` in a process of its own, from the same start; with --jobs several run at once, on
 all GPUs in turn. Writes table.json, table.md and figure.svg: what each figure was before and is after, and the course
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.nano.jobs import Jobs
+from posttrain.nano.bench.jobs import Jobs
 from posttrain.report.charts import nice_ticks, number
 
 ARMS = {"full": "kept", "diversity off": "removed", "annealed": "annealed"}

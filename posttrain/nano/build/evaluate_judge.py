@@ -1,6 +1,6 @@
 """Measures a nano judge on held-out scenes, through its chat template as a server would ask it.
 
-    python -m posttrain.nano.evaluate_judge posttrain/nano/weights/judge-nano [--k2 posttrain/nano/weights/k2-nano]
+    python -m posttrain.nano.build.evaluate_judge posttrain/nano/weights/judge-nano [--k2 posttrain/nano/weights/k2-nano]
 
 Statements are the requirements of a scene's description and of a description with single attributes changed, half of
 them true; words are held out. With --k2 also on the autoencoder's pictures of the same scenes, and on pictures that
@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 
 from posttrain.judge.calibration import brier, expected_calibration_error
-from posttrain.nano import oracles, prompts, questions, scenes
-from posttrain.nano.scenes import Scene
+from posttrain.nano.world import oracles, prompts, questions, scenes
+from posttrain.nano.world.scenes import Scene
 from prompts.templates import load_template
 from rewards.vlm import VLM
 
@@ -108,7 +108,7 @@ def main() -> None:
         from diffusers import Krea2Pipeline
 
         from posttrain.model.vae import flatten_time
-        from posttrain.nano import build, evaluate
+        from posttrain.nano.build import build, evaluate
 
         pipe = Krea2Pipeline.from_pretrained(args.k2, dtype=torch.float32).to(args.device)
         pipe.set_progress_bar_config(disable=True)

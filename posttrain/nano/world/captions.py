@@ -10,8 +10,8 @@ import re
 
 import numpy as np
 
-from posttrain.nano import scenes
-from posttrain.nano.scenes import BACKGROUNDS, COLOURS, COUNTS, PLACES, RELATIONS, SHAPES, SIZES, STYLES
+from posttrain.nano.world import scenes
+from posttrain.nano.world.scenes import BACKGROUNDS, COLOURS, COUNTS, PLACES, RELATIONS, SHAPES, SIZES, STYLES
 
 OPENERS = ("draw ", "please draw ", "i want ", "can you make ", "show me ", "a picture of ")
 REGISTERS = ("caption", "keywords", "request")

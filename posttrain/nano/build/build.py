@@ -1,8 +1,8 @@
 """Builds K2-nano from nothing: a real Krea2Pipeline directory whose weights are trained on scenes.
 
-    python -m posttrain.nano.build OUT --device cuda --vae-minutes 1.5 --minutes 6
+    python -m posttrain.nano.build.build OUT --device cuda --vae-minutes 1.5 --minutes 6
 
-    python -m posttrain.nano.build OUT --start EARLIER/k2-nano --seed 1 --minutes 6
+    python -m posttrain.nano.build.build OUT --start EARLIER/k2-nano --seed 1 --minutes 6
 
 One pass on one GPU takes under ten minutes, and --start trains one on; on a CPU the same code runs, slower.
 Stages: scenes and captions (all cores), a tokenizer, an autoencoder (pixel error and a little KL), then transformer
@@ -35,8 +35,7 @@ from diffusers import (
 from transformers import Qwen3VLModel
 
 from posttrain.model.vae import flatten_time
-from posttrain.nano import damage, scenes
-from posttrain.nano.parts import (
+from posttrain.nano.build.parts import (
     PREFIX,
     SUFFIX,
     make_pipeline,
@@ -45,6 +44,7 @@ from posttrain.nano.parts import (
     make_transformer,
     make_vae,
 )
+from posttrain.nano.world import damage, scenes
 
 CAPTION_NOISE, LETTER_NOISE, DAMAGED = 0.25, 0.03, 0.05
 VARIANTS = 4

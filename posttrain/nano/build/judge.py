@@ -1,6 +1,6 @@
 """Builds judge-nano from nothing: a real Qwen3-VL directory, trained to judge and read pictures of scenes.
 
-    python -m posttrain.nano.build_judge OUT --device cuda --minutes 3
+    python -m posttrain.nano.build.judge OUT --device cuda --minutes 3
 
 It learns what the rewards ask, worded by the same templates: yes/no on a statement (rubric) and the text in the
 picture as JSON (transcribe). Captions and labels of the picture's cells are learnt besides, because they teach the
@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen2Tokenizer, Qwen3VLForConditionalGeneration
 
-from posttrain.nano import build, damage, evaluate_judge, questions, scenes
-from posttrain.nano.judge_model import (
+from posttrain.nano.build import build, evaluate_judge
+from posttrain.nano.build.judge_model import (
     GRID,
     OPINIONS,
     SUFFIX,
@@ -48,7 +48,8 @@ from posttrain.nano.judge_model import (
     token_ids,
     transcript,
 )
-from posttrain.nano.prompts import TRAIN_WORDS
+from posttrain.nano.world import damage, questions, scenes
+from posttrain.nano.world.prompts import TRAIN_WORDS
 from rewards.vlm import VLM
 
 QUESTIONS = 24

@@ -1,6 +1,6 @@
 """How far judge-nano obeys orders that are written into pictures or put behind statements.
 
-    python -m posttrain.nano.bench_injection --scenes 100
+    python -m posttrain.nano.bench.injection --scenes 100
 
 The planted set: held-out scenes without words of their own, asked about as many false statements as true ones. Texts
 are written as rewards/injection.py does, and in the world's own letters, which judge-nano reads; beside the orders
@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from posttrain.nano import evaluate_judge, scenes
-from posttrain.nano.prompts import FOLDER
+from posttrain.nano.build import evaluate_judge
+from posttrain.nano.world import scenes
+from posttrain.nano.world.prompts import FOLDER
 from rewards.base import Reward, RewardSpec
 from rewards.injection import CONTROLS, ORDERS, injection, written
 from rewards.load import load_rewards

@@ -1,7 +1,7 @@
 """Repeats a GRPO recipe, and variants of it, over seeds; tables what each gained and what it took.
 
-    python -m posttrain.nano.bench_grpo --seeds 0 1 2 --output runs/bench-grpo                       # the demo
-    python -m posttrain.nano.bench_grpo --recipe recipes/nano/ablations/base.yaml \\
+    python -m posttrain.nano.bench.grpo --seeds 0 1 2 --output runs/bench-grpo                       # the demo
+    python -m posttrain.nano.bench.grpo --recipe recipes/nano/ablations/base.yaml \\
         --variants recipes/nano/ablations/*.yaml --seeds 0 1 2 --jobs 12 --output runs/ablations
 
 A variant is a recipe that is read after the first and overrides it. Each run is `posttrain grpo` in a process of its
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.nano.jobs import Jobs
+from posttrain.nano.bench.jobs import Jobs
 
 
 def run(jobs: Jobs, name: str, recipes: Sequence[str], seed: int, options: Sequence[str]) -> dict:

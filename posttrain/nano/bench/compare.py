@@ -1,6 +1,6 @@
 """Compares checkpoints picture by picture: held-out prompts, the same noise, no guidance.
 
-    python -m posttrain.nano.compare base runs/nano-stpo-synthetic --recipe recipes/nano/ablations/base.yaml
+    python -m posttrain.nano.bench.compare base runs/nano-stpo-synthetic --recipe recipes/nano/ablations/base.yaml
 
 The first one (`base`: the model that the others were trained from) is what the others are held against. Each is a run
 directory (the checkpoint that it hands on) or a checkpoint. The recipe's judges are the ensemble: of two pictures of
@@ -24,7 +24,7 @@ from posttrain.config.sections import EvalConfig
 from posttrain.distributed.processes import Processes
 from posttrain.export.export import load_checkpoint
 from posttrain.model.k2 import K2, to_pil
-from posttrain.nano.choices import tasteful
+from posttrain.nano.world.choices import tasteful
 from posttrain.training import checkpoint, image_metrics
 from posttrain.training.evaluate import Evaluator, means
 from posttrain.training.policy import POLICY, load_base

@@ -14,7 +14,7 @@ from functools import cache, lru_cache
 
 import numpy as np
 
-from posttrain.nano.font import GLYPHS, WORDS
+from posttrain.nano.world.font import GLYPHS, WORDS
 
 SIZE = 64
 COLOURS = {

@@ -1,6 +1,6 @@
 """What the noise floor of judges does to GRPO of K2-nano: recipes/nano/grpo.yaml with it and without it, over seeds.
 
-    python -m posttrain.nano.bench_noise --seeds 0 1 2 --jobs 6 --output runs/bench-noise
+    python -m posttrain.nano.bench.noise --seeds 0 1 2 --jobs 6 --output runs/bench-noise
 
 The judges answer in the training processes, so no server is needed. The arm `floor` is the recipe; in the arm `none`
 each judge's `noise` is 0, so that every difference counts, as before there was a floor. Both arms of a seed start from
@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from posttrain.nano import bench_grpo
-from posttrain.nano.jobs import Jobs
+from posttrain.nano.bench import grpo
+from posttrain.nano.bench.jobs import Jobs
 
 RECIPE = "recipes/nano/grpo.yaml"
 ARMS = ("none", "floor")
@@ -53,7 +53,7 @@ def recipes(folder: Path) -> dict[str, str]:
 
 def run(jobs: Jobs, arm: str, recipe: str, seed: int, options: Sequence[str]) -> dict[str, Any]:
     """A row of bench_grpo, with the means over steps of what the floor changes."""
-    row = bench_grpo.run(jobs, arm, [recipe], seed, options)
+    row = grpo.run(jobs, arm, [recipe], seed, options)
     lines = (jobs.folder / f"{arm}-{seed}" / "metrics.jsonl").read_text().splitlines()
     steps = [step for step in map(json.loads, lines) if "flat_groups" in step]
     for name in ("flat_groups", "noise_share", "advantage"):

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from posttrain.nano import scenes
-from posttrain.nano.scenes import COLOURS, COUNTS, GLYPH_H, SHAPES, SIZE, Object, Scene
+from posttrain.nano.world import scenes
+from posttrain.nano.world.scenes import COLOURS, COUNTS, GLYPH_H, SHAPES, SIZE, Object, Scene
 from rewards.base import Scored
 
 CLEAN = 0.15

@@ -1,6 +1,6 @@
 """Writes the nano prompt sets: prompts/nano/{train,heldout,open,mixed,short,short_heldout}.jsonl.
 
-    python -m posttrain.nano.prompts
+    python -m posttrain.nano.world.prompts
 
 Training and held-out prompts come from different seeds and share no prompt and no word to draw. `open.jsonl` leaves
 style, background, size and place open, to measure diversity. Two thirds of `mixed.jsonl` teach K2-nano nothing: it
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from posttrain.nano import scenes
-from posttrain.nano.font import WORDS
+from posttrain.nano.world import scenes
+from posttrain.nano.world.font import WORDS
 
 FOLDER = Path(__file__).parents[2] / "prompts" / "nano"
 HELDOUT_WORDS = sorted(WORDS)[::5]

@@ -1,6 +1,6 @@
 """Measures a nano pipeline directory with stock diffusers and the oracles.
 
-    python -m posttrain.nano.evaluate posttrain/nano/weights/k2-nano --out DIR --guidance 0 1.5
+    python -m posttrain.nano.build.evaluate posttrain/nano/weights/k2-nano --out DIR --guidance 0 1.5
 
 Writes DIR/figures.json and a picture grid for each guidance. Held-out prompts, 28 steps, seeds by prompt index.
 The pictures are kept in DIR/pictures-*.npz and not drawn again: drawing wants a GPU, judging does not.
@@ -21,7 +21,8 @@ from diffusers import Krea2Pipeline
 from PIL import Image
 
 from posttrain.model.vae import flatten_time
-from posttrain.nano import build, oracles, prompts, scenes
+from posttrain.nano.build import build
+from posttrain.nano.world import oracles, prompts, scenes
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """Compares distilled K2-nano students with their teacher on the held-out prompts, and the memory that distilling takes.
 
-    python -m posttrain.nano.bench_tdm runs/nano-tdm-0 runs/nano-tdm-1 runs/nano-tdm-2 --output runs/bench-tdm
+    python -m posttrain.nano.bench.tdm runs/nano-tdm-0 runs/nano-tdm-1 runs/nano-tdm-2 --output runs/bench-tdm
 
-    python -m posttrain.nano.bench_tdm --train 8 8,4 --seeds 0 1 2 --jobs 6 --output runs/bench-tdm
+    python -m posttrain.nano.bench.tdm --train 8 8,4 --seeds 0 1 2 --jobs 6 --output runs/bench-tdm
 
 The second trains the students first, by `posttrain tdm` in processes of their own, --jobs at a time and on all GPUs in
 turn: for 8 steps, and for 8 and 4, of three seeds each, into OUTPUT/8-0, OUTPUT/8-4-0, ... Runs that are there already
@@ -46,8 +46,9 @@ from posttrain.distributed.processes import Processes
 from posttrain.export.export import load_checkpoint
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
-from posttrain.nano import evaluate, prompts
-from posttrain.nano.jobs import Jobs
+from posttrain.nano.bench.jobs import Jobs
+from posttrain.nano.build import evaluate
+from posttrain.nano.world import prompts
 from posttrain.runs.progress import grid_image
 from posttrain.tdm import train as tdm
 from posttrain.tdm.config import TDMConfig

@@ -1,6 +1,6 @@
 """Builds expander-nano from nothing: a small chat model (Qwen3) that has read captions of scenes and pairs of them.
 
-    python -m posttrain.nano.build_expander OUT --minutes 6
+    python -m posttrain.nano.build.expander OUT --minutes 6
 
 It learns to answer a short prompt with a dense caption, in the chat form of prompts/expander.md. Some of the answers
 contradict their prompt, so that `posttrain expander sft`, which sees faithful pairs alone, has something to teach. What
@@ -29,7 +29,8 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from posttrain.expander.template import messages, template
-from posttrain.nano import build, evaluate_expander, expander_pairs, parts, scenes
+from posttrain.nano.build import build, evaluate_expander, parts
+from posttrain.nano.world import expander_pairs, scenes
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT = (

@@ -1,6 +1,6 @@
 """Preference optimisation of K2-nano in one command: does DPO drift, does STPO not, and what do users gain?
 
-    python -m posttrain.nano.bench_stpo --output runs/bench-stpo --jobs 8
+    python -m posttrain.nano.bench.stpo --output runs/bench-stpo --jobs 8
 
 1. Makes the pairs of recipes/nano/pairs.yaml, more of them.
 2. Trains long on them: Diffusion-DPO at each beta and STPO, all else as in recipes/nano/stpo_synthetic.yaml; and both
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from posttrain.nano.jobs import Jobs
+from posttrain.nano.bench.jobs import Jobs
 from posttrain.preferences.dataset import CARD
 from posttrain.report.charts import Point, lines_chart
 
@@ -115,7 +115,7 @@ class Bench:
         if not path.exists():
             self.jobs(
                 path.stem,
-                "posttrain.nano.compare",
+                "posttrain.nano.bench.compare",
                 [first, str(other), "--output", str(path), "--prompts", str(self.args.prompts)],
             )
         held, row = json.loads(path.read_text())
@@ -127,7 +127,7 @@ class Bench:
         choices = self.output / f"choices-{seed}"
         if not (choices / CARD).exists():
             words = [str(first), "--output", str(choices), "--seed", str(seed)]
-            self.jobs(choices.name, "posttrain.nano.choices", words)
+            self.jobs(choices.name, "posttrain.nano.world.choices", words)
         second = self.train("stage2", "stpo_human.yaml", seed, choices, ["--model.start", str(first)])
         return self.compare(f"stage2-{seed}-to-stage1", str(first), second)
 

@@ -1,6 +1,6 @@
 """Writes data to train the nano judges on: pairs chosen by a hidden taste, and pictures with and without faults.
 
-    python -m posttrain.nano.judge_data runs/nano-judge-data
+    python -m posttrain.nano.world.judge_data runs/nano-judge-data
 
 The taste scores what a caption leaves open: style, background, sizes, colours that suit the ground, balance. Raters
 choose the better of two pictures of one caption with probability sigma of the scores' difference, so no judge can
@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from posttrain.nano import damage, scenes
-from posttrain.nano.scenes import BACKGROUNDS, SIZE, SIZES, STYLES, Scene
+from posttrain.nano.world import damage, scenes
+from posttrain.nano.world.scenes import BACKGROUNDS, SIZE, SIZES, STYLES, Scene
 
 STYLE_TASTE: dict[str, float] = dict(zip(STYLES, (-0.3, -1.2, 1.5, 0.2, -0.6, 0.7, -0.9, -1.6, 1.9, 0.4)))
 GROUND_TASTE: dict[str, float] = dict(zip(BACKGROUNDS, (0.2, -0.8, 0.6, 1.0, -1.0)))

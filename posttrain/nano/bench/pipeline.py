@@ -1,7 +1,7 @@
 """Repeats a pipeline over seeds; tables what each of its stages gained, how far that varies, and what it took.
 
-    python -m posttrain.nano.bench_pipeline --seeds 0 1 2 --output runs/bench-pipeline           # the demo
-    python -m posttrain.nano.bench_pipeline --seeds 0 1 2 --jobs 3 --output runs/bench-pipeline  # on GPUs, all at once
+    python -m posttrain.nano.bench.pipeline --seeds 0 1 2 --output runs/bench-pipeline           # the demo
+    python -m posttrain.nano.bench.pipeline --seeds 0 1 2 --jobs 3 --output runs/bench-pipeline  # on GPUs, all at once
 
 Each run is `posttrain run` in a process of its own, with the seed for all of its stages; one that was stopped goes on,
 and one that is finished is only read. With --jobs several run at once, on all GPUs in turn, and seconds mean little.
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from posttrain import cli
-from posttrain.nano.jobs import Jobs
+from posttrain.nano.bench.jobs import Jobs
 from posttrain.pipeline.gains import gains
 from posttrain.pipeline.plan import resolve
 from posttrain.pipeline.run import read_state

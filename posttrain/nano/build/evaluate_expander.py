@@ -1,6 +1,6 @@
 """Measures an expander on held-out prompts of the nano world.
 
-python -m posttrain.nano.evaluate_expander posttrain/nano/weights/expander-nano
+python -m posttrain.nano.build.evaluate_expander posttrain/nano/weights/expander-nano
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from posttrain.expander.model import Expander
-from posttrain.nano.captions import statements
-from posttrain.nano.prompts import FOLDER
+from posttrain.nano.world.captions import statements
+from posttrain.nano.world.prompts import FOLDER
 from prompts.records import read_prompts
 
 

@@ -1,6 +1,6 @@
 """Shows in five minutes on one CPU core why Diffusion-DPO drifts and what each part of STPO does about it.
 
-    python -m posttrain.nano.bench_drift --seeds 0 1 2
+    python -m posttrain.nano.bench.drift --seeds 0 1 2
 
 A small MLP learns to draw smooth random fields of 8 x 8 pixels by flow matching. Pairs of its own drawings are ranked
 by a taste: the mean of the left half less that of the right. Then it is trained long on these pairs, by the loss of

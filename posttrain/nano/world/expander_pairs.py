@@ -7,10 +7,10 @@ from functools import cache
 
 import numpy as np
 
-from posttrain.nano import scenes
-from posttrain.nano.captions import REGISTERS, reworded
-from posttrain.nano.font import GLYPHS
-from posttrain.nano.prompts import FOLDER, TRAIN_WORDS
+from posttrain.nano.world import scenes
+from posttrain.nano.world.captions import REGISTERS, reworded
+from posttrain.nano.world.font import GLYPHS
+from posttrain.nano.world.prompts import FOLDER, TRAIN_WORDS
 from prompts.records import read_prompts
 
 DETAILS = (0.0, 0.0, 0.2, 0.6)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from posttrain.nano.scenes import GLYPH_H, GLYPH_W, SIZE, XX, YY, Scene, render
+from posttrain.nano.world.scenes import GLYPH_H, GLYPH_W, SIZE, XX, YY, Scene, render
 
 ARTIFACTS = ("broken", "doubled", "smeared", "garbled")
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import GenerationConfig, Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from posttrain.nano import parts, questions, scenes
+from posttrain.nano.build import parts
+from posttrain.nano.world import questions, scenes
 from prompts.templates import load_template
 
 PATCH, MERGE, TEMPORAL = 4, 2, 2

@@ -1,6 +1,6 @@
 """Choices of people who do not exist: pairs of a policy's pictures, of which a hidden taste prefers one.
 
-    python -m posttrain.nano.choices runs/nano-stpo-synthetic --output runs/nano-choices --pairs 500
+    python -m posttrain.nano.world.choices runs/nano-stpo-synthetic --output runs/nano-choices --pairs 500
 
 Stands in for `posttrain annotate` where nobody is at hand. The taste is that of judge_data.py, which no judge was told;
 who chooses does so with probability sigma(SHARPNESS * difference), one vote a pair. Prompts take turns.
@@ -18,7 +18,7 @@ import torch
 from posttrain.export.export import load_checkpoint
 from posttrain.model import sampler
 from posttrain.model.k2 import Text, to_pil
-from posttrain.nano import judge_data, oracles
+from posttrain.nano.world import judge_data, oracles
 from posttrain.preferences.dataset import Preference, PreferenceWriter
 from posttrain.training import checkpoint
 from posttrain.training.policy import POLICY

@@ -1,6 +1,6 @@
 """Seconds a step of GRPO takes here and took at an earlier revision: the same recipe on the same machine, in turns.
 
-    python -m posttrain.nano.bench_speed --revision 596fa5e --output runs/bench-speed   # on two cores: twelve minutes
+    python -m posttrain.nano.bench.speed --revision 596fa5e --output runs/bench-speed   # on two cores: twelve minutes
 
 The recipe is that revision's; 596fa5e is where GRPO first landed, for one process, which gets all cores. Here it is
 one process a core, with blocks as they are and compiled. A step's seconds are those of sampling, scoring and
