@@ -107,7 +107,7 @@ COMMANDS = {
     "expand": Command(
         ExpandConfig, "posttrain.expander.expand:main", "expand a prompt in several ways", positional="prompt"
     ),
-    "sample": Command(SampleConfig, "posttrain.sample:sample", "draw images from a checkpoint"),
+    "sample": Command(SampleConfig, "posttrain.sample_images:sample", "draw images from a checkpoint"),
     "bench": Command(BenchConfig, "posttrain.bench.run:bench", "measure the methods at true size, or plan a run"),
     "export": Command(ExportConfig, "posttrain.export.export:export", "write a checkpoint for other tools"),
     CHECK: Command(

@@ -192,7 +192,7 @@ def watch_loading(method: Any, monkeypatch: Any) -> list:
 
 TRAINING = """
 import posttrain.export.export, posttrain.grpo.train, posttrain.preflight.command, posttrain.preflight.grpo, posttrain.report.page
-import posttrain.sample, posttrain.stpo.train
+import posttrain.sample_images, posttrain.stpo.train
 import posttrain.tdm.train
 import tests.runs
 """

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch._functorch import config as functorch_config
 
-from posttrain import sample
+from posttrain import sample_images
 from posttrain.config.sections import ModelConfig, SampleConfig
 from posttrain.expander.gdpo_config import RendererConfig
 from posttrain.expander.renderer import K2Renderer
@@ -108,7 +108,9 @@ def rows(config):
 def test_drawing(tmp_path, model, monkeypatch):
     """Pairs, samples, and the images of the expander's prompts."""
     chosen = ModelConfig(str(model), dtype="bfloat16", compile=True, recompute=1)
-    sample.sample(SampleConfig(str(tmp_path / "sample"), chosen, prompt=PROMPTS[0], images=2, size=[32, 32], steps=2))
+    sample_images.sample(
+        SampleConfig(str(tmp_path / "sample"), chosen, prompt=PROMPTS[0], images=2, size=[32, 32], steps=2)
+    )
     assert len(list((tmp_path / "sample").glob("*.png"))) == 2
     config = pair_runs.recipe(tmp_path, model, pairs=4, sizes=[[32, 32]], micro_batch=2)
     config.model = chosen

@@ -18,7 +18,7 @@ from posttrain.export.export import export, load_checkpoint
 from posttrain.grpo import train as grpo
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
-from posttrain.sample import sample
+from posttrain.sample_images import sample
 from posttrain.training import checkpoint
 from tests import runs, tiny
 

@@ -23,7 +23,7 @@ from posttrain.model import key_names
 from posttrain.model.k2 import K2
 from posttrain.model.load import keeps_fp32
 from posttrain.model.sampler import noise, schedule
-from posttrain.sample import sample
+from posttrain.sample_images import sample
 from posttrain.training import checkpoint
 from tests import runs, tiny
 

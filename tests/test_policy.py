@@ -18,7 +18,7 @@ from posttrain.export.export import export, load_checkpoint
 from posttrain.grpo import train as grpo
 from posttrain.model.fingerprint import fingerprint
 from posttrain.model.k2 import K2
-from posttrain.sample import sample
+from posttrain.sample_images import sample
 from posttrain.stpo import train as stpo
 from posttrain.training import checkpoint
 from tests import runs, tiny

@@ -15,7 +15,7 @@ from posttrain.export.export import load_checkpoint
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
 from posttrain.nano.bench import tdm as bench_tdm
-from posttrain.sample import sample
+from posttrain.sample_images import sample
 from posttrain.stpo import train as stpo
 from posttrain.tdm import train as tdm
 from posttrain.tdm.config import TDMConfig

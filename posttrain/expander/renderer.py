@@ -27,7 +27,7 @@ from posttrain.expander.gdpo_config import RendererConfig
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.runs import startup
-from posttrain.sample import GUIDANCE, STEPS
+from posttrain.sample_images import GUIDANCE, STEPS
 from rewards.base import WINDOW
 from rewards.endpoints import Endpoints, JudgeError, share
 from rewards.traffic import Sent
