@@ -19,7 +19,7 @@ from posttrain.errors import UserError
 if TYPE_CHECKING:
     from posttrain.annotate.serve import Desk
 
-FILES = Path(__file__).parent / "page"
+FILES = Path(__file__).parent
 BODY = {"preference": "annotate.html", "artifact": "annotate_artifact.html"}
 # The browser may ask nobody but this server, whatever the page or a library under it says.
 POLICY = (

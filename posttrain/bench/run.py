@@ -53,7 +53,7 @@ from posttrain.training.policy import quickened
 
 ASIDE = ("decode", "encode", "prepare")
 """Stages that are no work of the network."""
-NANO = Path(__file__).parent / "nano/weights/k2-nano"
+NANO = Path(__file__).parents[1] / "nano/weights/k2-nano"
 
 
 class Watch:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from posttrain.report.charts import number
 
-FILES = Path(__file__).parent / "page"
+FILES = Path(__file__).parent
 LARGEST = 512  # pixels of the longer side; larger pictures are reduced for a report
 FIRST = ("reward", "loss", "ratio", "kl", "clip", "grad_norm", "diversity")  # order of curves
 MOST_OPEN = 16  # charts of a section; one with more is folded

@@ -312,7 +312,7 @@ def _launch() -> str | None:
 
 
 def _commit() -> str | None:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

@@ -16,7 +16,7 @@ import numpy as np
 from posttrain.nano.world import scenes
 from posttrain.nano.world.font import WORDS
 
-FOLDER = Path(__file__).parents[2] / "prompts" / "nano"
+FOLDER = Path(__file__).parents[3] / "prompts" / "nano"
 HELDOUT_WORDS = sorted(WORDS)[::5]
 TRAIN_WORDS = sorted(set(WORDS) - set(HELDOUT_WORDS))
 
