@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from posttrain.model import key_names
 from posttrain.training import checkpoint
-from tests import runs
+from tests.helpers import runs
 from tests.test_cli import fails
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -25,7 +25,7 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture
 def grpo(command, tmp_path, model):
-    """Runs the recipe of tests/runs.py with more options."""
+    """Runs the recipe of tests/helpers/runs.py with more options."""
     path = runs.recipe(runs.config(tmp_path, model), tmp_path / "recipe.yaml")
     return lambda *options, **limits: command("grpo", "--config", path, *options, **limits)
 
@@ -131,12 +131,19 @@ def test_rewards(grpo, tmp_path):
         return grpo("--rewards", json.dumps([{"name": "a", **fields}, *others]))
 
     fails(reward(function="nomodule:f"), "reward a: function: cannot import nomodule")
-    fails(reward(function="tests.runs:dark"), "reward a: function", "'dark'", "check the name")
-    bright = {"name": "b", "function": "tests.runs:brightness"}
-    fails(reward(bright, function="tests.runs:brightness", gate="mask"), "reward a: threshold: gate: mask needs one")
-    fails(reward(function="tests.runs:brightness", gate="multiply"), "rewards: the weights", "sum to zero; give one")
+    fails(reward(function="tests.helpers.runs:dark"), "reward a: function", "'dark'", "check the name")
+    bright = {"name": "b", "function": "tests.helpers.runs:brightness"}
+    fails(
+        reward(bright, function="tests.helpers.runs:brightness", gate="mask"),
+        "reward a: threshold: gate: mask needs one",
+    )
+    fails(
+        reward(function="tests.helpers.runs:brightness", gate="multiply"),
+        "rewards: the weights",
+        "sum to zero; give one",
+    )
     assert not (tmp_path / "run").exists()
-    result = reward(function="tests.runs:nothing")
+    result = reward(function="tests.helpers.runs:nothing")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1] == (
         "posttrain: error: rewards: not one image of this step could be scored: all None, so none applies to these"

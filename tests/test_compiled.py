@@ -23,7 +23,7 @@ from posttrain.model.k2 import K2
 from posttrain.pairs import make
 from posttrain.stpo import train as stpo
 from posttrain.tdm import train as tdm
-from tests import pair_runs, runs, tiny
+from tests.helpers import pair_runs, runs, tiny
 
 PROMPTS = ["a red circle", "a circle red", "a red red", "a circle circle"]
 

@@ -27,8 +27,8 @@ from posttrain.errors import UserError
 from posttrain.preferences.dataset import read_preferences
 from rewards.base import RewardSpec
 from rewards.load import check_rewards
-from tests import docs_commands, runs
-from tests.test_annotations import SETTINGS
+from tests.annotate.test_annotations import SETTINGS
+from tests.helpers import docs_commands, runs
 
 INDEX = runs.ROOT / "docs/README.md"
 ORDER = re.findall(r"\((\w+\.md)\)", INDEX.read_text())

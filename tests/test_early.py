@@ -15,7 +15,7 @@ from posttrain import cli
 from posttrain.early import Base
 from posttrain.errors import UserError
 from posttrain.model import files, machine
-from tests import pair_runs, runs, tiny
+from tests.helpers import pair_runs, runs, tiny
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,10 @@ def recipes(raw, tmp_path_factory):
         "tdm": runs.tdm_config(folder, raw), "pairs": pair_runs.recipe(folder, raw),
     }  # fmt: skip
     made = {name: json.loads(json.dumps(dataclasses.asdict(config))) for name, config in configs.items()}
-    model, reward = {"path": str(raw), "dtype": "float32"}, {"name": "brightness", "function": "tests.runs:brightness"}
+    model, reward = (
+        {"path": str(raw), "dtype": "float32"},
+        {"name": "brightness", "function": "tests.helpers.runs:brightness"},
+    )
     chat = {"model": "m", "data": str(folder / "train.jsonl")}
     return made | {
         "judge": chat | {"mode": "preference"},
@@ -105,11 +108,11 @@ def test_a_file_that_is_not_there(refused, tmp_path, command, field):
 @pytest.mark.parametrize(
     ("function", "says"),
     [
-        ("tests.runs:no_such", "no_such': check the name"),
+        ("tests.helpers.runs:no_such", "no_such': check the name"),
         ("no_such.module:f", "cannot import no_such"),
-        ("tests.runs:ROOT", "tests.runs:ROOT cannot be called"),
-        ("tests.runs:untimed", "tests.runs:untimed takes run; it is called with images and prompts, and the"),
-        ({"class_path": "tests.warm.Script", "init_args": {"steps": 3}}, "missing a required argument: 'values'"),
+        ("tests.helpers.runs:ROOT", "tests.helpers.runs:ROOT cannot be called"),
+        ("tests.helpers.runs:untimed", "tests.helpers.runs:untimed takes run; it is called with images and prompts, and the"),
+        ({"class_path": "tests.helpers.warm.Script", "init_args": {"steps": 3}}, "missing a required argument: 'values'"),
         ({"class_path": "rewards.image.Aesthetic", "init_args": {"judge": {"model": "m", "base_urls": "server://j"}}},
          "no server 'j': the recipe's servers are: none"),
     ],

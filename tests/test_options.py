@@ -20,7 +20,7 @@ from posttrain.training import checkpoint
 from posttrain.training.policy import POLICY, add_policy, load_model
 from posttrain.training.stepper import Stepper
 from posttrain.validate import validate
-from tests import runs
+from tests.helpers import runs
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -22,7 +22,7 @@ from posttrain.validate import validate
 from rewards.base import RewardSpec
 from rewards.judge import Judge
 from rewards.serve import ServerSpec, command
-from tests import runs
+from tests.helpers import runs
 
 SOURCES = [path for name in ("posttrain", "rewards", "prompts") for path in sorted((runs.ROOT / name).rglob("*.py"))]
 KEY = "sk-planted-5f0c"

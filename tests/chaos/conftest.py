@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from posttrain.nano.build import judge_model
-from tests import expander_runs, runs
 from tests.chaos import methods
+from tests.helpers import expander_runs, runs
 
 
 @pytest.fixture(scope="module")

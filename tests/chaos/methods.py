@@ -12,11 +12,11 @@ from posttrain.expander.config import ExpanderSFTConfig
 from posttrain.judge.config import JudgeConfig
 from posttrain.pairs.config import DeltaConfig, DrawConfig, JudgedConfig, PairsConfig, PairSource
 from posttrain.preferences.dataset import read_preferences
-from tests import chat, expander_runs, runs, tiny
+from tests.helpers import chat, expander_runs, runs, tiny
 
 PREPARE = (
     runs.TRAINING
-    + "import posttrain.pairs.make, posttrain.expander.gdpo, posttrain.expander.sft, posttrain.judge.train, tests.expander_runs\n"
+    + "import posttrain.pairs.make, posttrain.expander.gdpo, posttrain.expander.sft, posttrain.judge.train, tests.helpers.expander_runs\n"
 )
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests import runs
 from tests.chaos import methods
+from tests.helpers import runs
 
 TRAINING = ["stpo", "grpo", "tdm"]
 ALL = list(methods.METHODS)

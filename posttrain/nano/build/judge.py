@@ -9,7 +9,7 @@ each: what they mean is for adapters to learn.
 
 A picture is encoded once for all its questions. One row is [picture | rubric's beginning | questions ... | others],
 and each question sees the picture, the beginning and itself, at the positions it would have if asked alone; so training
-sees what serving sees (tests/test_judge_nano.py compares the logits).
+sees what serving sees (tests/judge/test_judge_nano.py compares the logits).
 
 Shapes: images (N,64,64,3) uint8, B pictures of a step, Q questions of a picture, L tokens of a row, D width.
 """
