@@ -150,7 +150,7 @@ def test_prompts_stay_text_in_a_runs_report(tmp_path, model):
 
 
 def assert_inert(page: str) -> None:
-    ours = f"<script>{(runs.ROOT / 'posttrain/page/report.js').read_text()}</script>"
+    ours = f"<script>{(runs.ROOT / 'posttrain/report/report.js').read_text()}</script>"
     assert page.count(ours) == 1 and not re.search(
         r"<script|<img src=x|<i>|onerror=alert\(1\)>", page.replace(ours, "")
     )

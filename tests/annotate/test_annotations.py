@@ -14,7 +14,7 @@ from posttrain.annotate import store as annotations
 from posttrain.annotate.store import Answer, Choice, Schedule, Showing, Store, person, read, schedule
 from posttrain.errors import UserError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SETTINGS = Schedule(seed=3, repeats=0.2)
 LETTERS: dict[str, Answer] = {"l": "left", "r": "right", "t": "tie", "s": "skip"}
 IDS = [f"pair{i:03d}" for i in range(100)]

@@ -27,7 +27,7 @@ from tests.chaos import methods
 from tests.helpers import chat, runs
 from tests.helpers.expander_runs import plain_files
 
-WEIGHTS = Path(build.__file__).parent / "weights"
+WEIGHTS = Path(build.__file__).parents[1] / "weights"
 BASE, K2 = (str(WEIGHTS / name) for name in ("expander-nano", "k2-nano"))
 PAIRS = [
     Pair("a red star", "a large red star at the top, flat style, black background"),

@@ -19,7 +19,7 @@ from posttrain.tdm.config import TDMConfig
 from posttrain.training import checkpoint
 from tests.helpers import tiny
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def brightness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:

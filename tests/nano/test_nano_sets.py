@@ -62,7 +62,7 @@ def test_mutation_changes_captions():
 
 @pytest.fixture(scope="module")
 def nano():
-    return Path(build.__file__).parent / "weights" / "k2-nano"
+    return Path(build.__file__).parents[1] / "weights" / "k2-nano"
 
 
 def test_nano_obeys_the_official_rules(nano):

@@ -19,7 +19,7 @@ from posttrain.errors import UserError
 from posttrain.pairs.config import ColumnMap
 from posttrain.preferences.dataset import Preference, PreferenceWriter, Skipped, read_preferences
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def picture(seed: int, size: tuple[int, int] = (16, 24)) -> Image.Image:

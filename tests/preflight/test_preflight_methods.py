@@ -126,7 +126,7 @@ def test_expander_gdpo(check, tmp_path, model):
 
 def test_each_method_has_a_preflight():
     for method in early.METHODS.values():
-        assert (Path(common.__file__).parent / f"preflight_{method.split()[-1]}.py").is_file()
+        assert (Path(common.__file__).parent / f"{method.split()[-1]}.py").is_file()
 
 
 def test_few_pairs_stand_for_the_set(tmp_path, model):

@@ -139,7 +139,7 @@ def test_bad_input(tmp_path):
 def test_the_command_writes_it(tmp_path):
     run = make_run(tmp_path / "run")
     command = [sys.executable, "-m", "posttrain.cli", "report", str(run.path)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True)
     assert result.stdout.strip() == str(run.path / "report.html")
 
 

@@ -236,7 +236,7 @@ def test_the_command_compares(tmp_path):
     changed = yaml.safe_load(Path(paths[1], "recipe.yaml").read_text()) | {"steps": 4}
     Path(paths[1], "recipe.yaml").write_text(yaml.safe_dump(changed))
     command = [sys.executable, "-m", "posttrain.cli", "report", *paths]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True)
     assert result.stdout.strip() == str(tmp_path.resolve() / "comparison.html")
     written = (tmp_path / "comparison.html").read_text()
     assert Tags(written).open == [] and "<td>steps</td><td>3</td><td>4</td>" in written

@@ -190,7 +190,7 @@ def test_recipe_mistakes_are_user_errors(bad, message):
 
 
 def test_readme_reward(tmp_path, monkeypatch):
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     code = re.search(r"```python\n(# my_rewards.py\n.*?)```", readme, re.S)
     assert code is not None
     (tmp_path / "my_rewards.py").write_text(code[1])

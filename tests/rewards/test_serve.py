@@ -44,7 +44,7 @@ def picture(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8))
 
 
-WEIGHTS = Path(__file__).parents[1] / "posttrain/nano/weights"
+WEIGHTS = Path(__file__).parents[2] / "posttrain/nano/weights"
 
 
 def server_spec(name: str = "vlm", **options) -> ServerSpec:

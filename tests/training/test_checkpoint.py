@@ -15,7 +15,7 @@ import torch
 from posttrain.errors import UserError
 from posttrain.training import checkpoint
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def tensors(seed: float = 1.0):
