@@ -28,7 +28,7 @@ def preflight(config: Any) -> int:
     procs, method = Processes(), METHODS[type(config).__name__].replace("expander ", "")
     if not procs.main and method != "grpo":
         return 0
-    module = importlib.import_module(f"posttrain.preflight_{method}")
+    module = importlib.import_module(f"posttrain.preflight.{method}")
     with tempfile.TemporaryDirectory(prefix="posttrain-preflight-") as folder:
         rows = module.rows(config, procs, Path(folder))
     if not procs.main:
