@@ -21,6 +21,8 @@ Time = float | Tensor
 
 TURBO_MU = 1.15
 """The shift of the distilled checkpoint, whatever the resolution."""
+STEPS, GUIDANCE = {True: 8, False: 28}, {True: 0.0, False: 4.5}
+"""The published settings, by whether the checkpoint is distilled (Turbo) or not (Raw)."""
 
 
 # schedule

@@ -40,7 +40,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from posttrain.errors import UserError
-from posttrain.pairs.config import ColumnMap
+from posttrain.preferences.config import ColumnMap
 from posttrain.preferences.sources import Parquet, Skipped, Tally, Tie, number, open_source, picture, preferred
 from posttrain.training.checkpoint import is_full
 from prompts.parse import parse_json

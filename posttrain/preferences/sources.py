@@ -26,7 +26,7 @@ from datasets.exceptions import DatasetsError
 from PIL import Image, UnidentifiedImageError
 
 from posttrain.errors import UserError
-from posttrain.pairs.config import ColumnMap
+from posttrain.preferences.config import ColumnMap
 from prompts.parse import parse_json
 
 

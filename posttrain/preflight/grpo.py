@@ -30,6 +30,7 @@ from posttrain.model.k2 import K2
 from posttrain.preflight.checks import Row, Skip, phase
 from posttrain.preflight.common import Checks
 from posttrain.training import advantages
+from posttrain.training.evaluate import gather_scores
 from posttrain.training.policy import add_policy, load_model
 from posttrain.training.prompt_source import PromptSource
 from posttrain.training.stepper import RATIO_REMEDY
@@ -142,7 +143,7 @@ class GRPOChecks(Checks):
             yield Row("missing scores", False, errors[0], remedy)
             return
         places = [group.index for group in self.groups]
-        scores = self.procs.scores(mine, self.config.groups.group_size, places)
+        scores = gather_scores(self.procs, mine, self.config.groups.group_size, places)
         grpo.score(self.config, self.groups, scores, self.noise)
         if not self.silent:
             self.source.update(1, apply_gates(scores, self.config.rewards, self.noise))

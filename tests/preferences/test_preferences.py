@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from posttrain.errors import UserError
-from posttrain.pairs.config import ColumnMap
+from posttrain.preferences.config import ColumnMap
 from posttrain.preferences.dataset import Preference, PreferenceWriter, Skipped, read_preferences
 
 ROOT = Path(__file__).parents[2]
