@@ -57,10 +57,10 @@ def schedule(steps: int, mu: float) -> Tensor:
 
 
 def model_time(t: Time, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The time the network is told, in fp32.
+    """The time that the network gets, in fp32.
 
-    Rollout and training must use the same one. The public pipeline rounds t to the latents' dtype; pass
-    bfloat16 to reproduce that, and nothing to be exact.
+    Rollout and training must use the same one. The public pipeline rounds t to the latents' dtype: pass bfloat16 to
+    reproduce that.
     """
     return torch.as_tensor(t, dtype=torch.float32).to(dtype).float()
 
@@ -80,7 +80,7 @@ def noised(x0: Tensor, eps: Tensor, t: Time) -> Tensor:
 
 
 def velocity_target(x0: Tensor, eps: Tensor) -> Tensor:
-    """What the network should say along the whole path: eps - x0."""
+    """The target velocity, the same along the whole path: eps - x0."""
     return eps.float() - x0.float()
 
 

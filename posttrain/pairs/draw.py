@@ -17,7 +17,7 @@ from torch import Tensor
 
 from posttrain.errors import UserError
 from posttrain.model import sampler
-from posttrain.model.blocks import by_default
+from posttrain.model.blocks import compiles_by_default
 from posttrain.model.k2 import Text
 from posttrain.pairs import planning
 from posttrain.pairs.config import DrawConfig, PairsConfig
@@ -188,7 +188,7 @@ class Drawer:
         lengths has a mask, and one of equal lengths has none.
         """
         began, compiled = self._now(), self.k2.blocks.compiled
-        if not (by_default(self.k2.device, self.k2.dtype) if compiled is None else compiled):
+        if not (compiles_by_default(self.k2.device, self.k2.dtype) if compiled is None else compiled):
             return 0.0
         size = (self.config.sizes[0][0], self.config.sizes[0][1])
         x = sampler.noise([0, 1], (self.k2.image_tokens(*size), self.k2.latent_channels)).to(self.k2.device)

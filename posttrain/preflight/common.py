@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from posttrain.distributed.processes import Processes
-from posttrain.model import sampler
+from posttrain.model import architecture, sampler
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.preflight.checks import Row, Skip, made
 from posttrain.preflight.round_trip import round_trip
@@ -89,7 +89,7 @@ class Checks:
             yield Row("adapter", True, f"none: {weights} in {len(trained)} tensors are trained themselves")
             return
         layers = {name.partition(".lora_")[0] for name in trained}
-        blocks, targets = len(self.k2.transformer.transformer_blocks), len(set(role.targets))
+        blocks, targets = len(architecture.blocks(self.k2.transformer)), len(set(role.targets))
         measured = f"{len(layers)} layers adapted in {blocks} blocks, {targets} are named for each; {weights}"
         yield Row("adapter", len(layers) == blocks * targets > 0, measured, "name in lora.targets what the blocks have")
 

@@ -45,6 +45,7 @@ from posttrain.config.sections import LoraConfig, ModelConfig, PromptsConfig
 from posttrain.distributed.processes import Processes
 from posttrain.export.export import load_checkpoint
 from posttrain.model import sampler
+from posttrain.model.architecture import blocks
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.nano.bench.jobs import Jobs
 from posttrain.nano.build import evaluate
@@ -197,7 +198,7 @@ def memory(args: argparse.Namespace) -> dict[str, float]:
             k2, size = K2.load(MODEL, device=args.device), SIZE
             encoding = k2.encode([*(f"{i} red stars" for i in range(args.memory_batch)), ""])
             *features, null = encoding.features
-        k2.blocks.recompute = len(k2.transformer.transformer_blocks) if args.memory_checkpointing else 0
+        k2.blocks.recompute = len(blocks(k2.transformer)) if args.memory_checkpointing else 0
         fused = [k2.fuse(f) for f in features]
         config = TDMConfig("", ModelConfig(""), PromptsConfig("", ""), batch=args.memory_batch)
         config.micro_batch, config.sizes, config.lora = args.memory_batch, [list(size)], LoraConfig(64, 64.0)

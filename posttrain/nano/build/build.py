@@ -34,6 +34,7 @@ from diffusers import (
 )
 from transformers import Qwen3VLModel
 
+from posttrain.model import architecture
 from posttrain.model.vae import flatten_time
 from posttrain.nano.build.parts import (
     PREFIX,
@@ -217,7 +218,7 @@ def train_transformer(pipe: Krea2Pipeline, latents, ids, minutes: float, batch: 
         p.requires_grad_(False)
     if device.type == "cuda":
         transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
-        transformer.text_fusion.compile(dynamic=False)
+        architecture.compile_text_fusion(transformer)
     params = [*transformer.parameters(), *text_encoder.language_model.parameters()]
     matrices = [p for p in params if p.ndim > 1]
     others = [p for p in params if p.ndim <= 1]
@@ -342,7 +343,7 @@ def main() -> None:
         pipe = start
     else:
         transformer = make_transformer(args.layers)
-        torch.nn.init.normal_(transformer.final_layer.linear.weight, std=0.02)
+        architecture.randomise_output(transformer, std=0.02)
         pipe = make_pipeline(tokenizer, vae, make_text_encoder(len(tokenizer), tokenizer), transformer)
     parts = ("vae", "text_encoder", "transformer")
     log(stage="shapes", **{n: sum(p.numel() for p in getattr(pipe, n).parameters()) for n in parts})

@@ -1,6 +1,7 @@
 """Measures a nano judge on held-out scenes, through its chat template as a server would ask it.
 
-    python -m posttrain.nano.build.evaluate_judge posttrain/nano/weights/judge-nano [--k2 posttrain/nano/weights/k2-nano]
+    python -m posttrain.nano.build.evaluate_judge posttrain/nano/weights/judge-nano [--k2
+    posttrain/nano/weights/k2-nano]
 
 Statements are the requirements of a scene's description and of a description with single attributes changed, half of
 them true; words are held out. With --k2 also on the autoencoder's pictures of the same scenes, and on pictures that
