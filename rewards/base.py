@@ -1,9 +1,10 @@
 """The reward contract, and the scoring of a batch by all rewards at once.
 
-A reward is a callable `(images, prompts, **columns) -> list`, sync or async, one entry for each image:
-a finite float, `None` where the reward does not apply, or a `Failure` where it could not be had. A float may
-be a `Scored`, which carries details for the report. Columns are the prompt's other fields. Nothing that went
-wrong becomes a number: a failed score is missing, and too many of them end the run with the reason.
+A reward is a callable `(images, prompts, **columns)`, sync or async, that returns one entry for each image: a finite
+float, `None` where the reward does not apply, or a `Failure` where it could not be computed. A float may be a `Scored`,
+which carries details for the report. It may return a list, a tuple, or a NumPy array or tensor of shape (N,) in which
+NaN stands for None. Columns are the prompt's other fields. Nothing that went wrong becomes a number: a failed score is
+missing, and too many of them end the run with the reason.
 
 Legend: N samples, K rewards. Rows of one group are neighbours.
 """
@@ -16,7 +17,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -50,14 +51,19 @@ class Scored(float):
 
 Score = float | None | Failure
 
+if TYPE_CHECKING:
+    Function = str | dict[str, Any] | Callable[..., Any]
+else:
+    Function = str | dict[str, Any]  # what a recipe can hold, and so what its parsers accept
+
 
 @dataclass
 class RewardSpec:
-    """One reward of a recipe."""
+    """One reward of a recipe, or of a program, which may give the callable itself as its function."""
 
     name: str
     """Name in metrics and reports, unique in the recipe."""
-    function: str | dict[str, Any]
+    function: Function
     """What is called: `package.module:function`, or {class_path: package.module.Class, init_args: {...}} for an
     object made once. Takes (images, prompts, **columns), returns one float or null for each image."""
     weight: float = 1.0
@@ -81,6 +87,15 @@ class RewardSpec:
     """Measure at evaluation and never train on it."""
     group: bool = False
     """It sees one whole group a call, to compare its images with each other; evaluation shows it eval.groups."""
+
+    def __post_init__(self) -> None:
+        """A callable is kept beside the fields: those go into recipe.yaml, which gets its import path."""
+        self.given: Callable[..., Any] | None = None
+        if callable(self.function):
+            self.given, named = self.function, self.function
+            if not hasattr(named, "__qualname__"):  # an object with __call__
+                named = type(named)
+            self.function = f"{named.__module__}:{named.__qualname__}"
 
 
 @dataclass(frozen=True)
@@ -248,18 +263,35 @@ async def _in_thread(reward: Reward, arguments: tuple[Any, ...], keywords: dict[
 
 
 def checked(name: str, result: Any, count: int) -> list[Score]:
-    """The result if it keeps the contract; a RewardError that names the reward if not."""
-    if not isinstance(result, list) or len(result) != count:
-        got = f"{len(result)} scores" if isinstance(result, list) else f"a {type(result).__name__}"
-        raise RewardError(f"reward {name}: returned {got} for {count} images: return a list of one float each")
-    for i, score in enumerate(result):
+    """The result as a list if it keeps the contract; a RewardError that names the reward if not."""
+    scores = _as_list(name, result, count)
+    if len(scores) != count:
+        raise RewardError(
+            f"reward {name}: returned {len(scores)} scores for {count} images: return a list of one float each"
+        )
+    for i, score in enumerate(scores):
         if score is None or isinstance(score, Failure):
             continue
         if not isinstance(score, Real):
             raise RewardError(f"reward {name}: score {i} is a {type(score).__name__}: return floats or None")
         if not math.isfinite(score):
             raise RewardError(f"reward {name}: score {i} is {score}: return None where there is no score")
-    return result
+    return scores
+
+
+def _as_list(name: str, result: Any, count: int) -> list[Any]:
+    """Lists and tuples as they are; NumPy arrays and tensors of one dimension with None for NaN."""
+    if isinstance(result, list | tuple):
+        return list(result)
+    # Arrays and tensors of any library have both; importing torch here would slow down every command.
+    if not hasattr(result, "tolist") or not hasattr(result, "shape"):
+        got = type(result).__name__
+        raise RewardError(f"reward {name}: returned a {got} for {count} images: return a list of one float each")
+    if len(result.shape) != 1:
+        got = f"a {type(result).__name__} of shape {tuple(result.shape)}"
+        raise RewardError(f"reward {name}: returned {got} for {count} images: return one of shape ({count},)")
+    # An array cannot hold None, so NaN is how it says that a score is missing; in a list it is a bug.
+    return [None if isinstance(score, float) and math.isnan(score) else score for score in result.tolist()]
 
 
 def _matrix(rewards: Sequence[Reward], scores_K: list[list[Score]], seconds_K: list[float]) -> Scores:

@@ -2,12 +2,11 @@
 
 import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from posttrain.errors import UserError
+from posttrain.resources import see_user_modules
 from rewards.base import Reward, RewardSpec
 from rewards.urls import check_urls
 
@@ -21,12 +20,25 @@ class Recorded(Protocol):
     def record(self) -> dict[str, Any]: ...
 
 
-def load_rewards(specs: Sequence[RewardSpec], servers: Mapping[str, Sequence[str]] | None = None) -> list[Reward]:
-    """Callables for all specs; `server://NAME` in their arguments becomes that server's list of URLs."""
-    names = [spec.name for spec in specs]
+def load_rewards(
+    specs: Sequence[RewardSpec | Callable[..., Any]], servers: Mapping[str, Sequence[str]] | None = None
+) -> list[Reward]:
+    """Rewards that `score_all` and the library's `score` can ask.
+
+    A plain callable is a reward with its own name and weight 1. In the arguments of the others, `server://NAME` becomes
+    that server's list of URLs. Raises UserError for a name given twice and for what cannot be imported or made.
+    """
+    whole = [spec if isinstance(spec, RewardSpec) else _of_callable(spec) for spec in specs]
+    names = [spec.name for spec in whole]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"reward {twice[0]}: name: two rewards have it: give each its own")
-    return [_load(spec, servers or {}) for spec in specs]
+    return [_load(spec, servers or {}) for spec in whole]
+
+
+def _of_callable(function: Callable[..., Any]) -> RewardSpec:
+    if not callable(function):
+        raise UserError(f"rewards: {function!r} is neither a RewardSpec nor a callable; give one of them")
+    return RewardSpec(getattr(function, "__name__", type(function).__name__), function)
 
 
 def check_rewards(specs: Sequence[RewardSpec], servers: Sequence[str] = ()) -> None:
@@ -37,18 +49,25 @@ def check_rewards(specs: Sequence[RewardSpec], servers: Sequence[str] = ()) -> N
     for spec in specs:
         _check(spec)
         where = f"reward {spec.name}: function"
-        if isinstance(spec.function, str):
+        if spec.given is not None:
+            _check_call(spec, str(spec.function), spec.given)
+        elif isinstance(spec.function, str):
             _check_call(spec, spec.function, import_object(spec.function, where))
         else:
-            path = spec.function["class_path"]
-            module, _, name = path.replace(":", ".").rpartition(".")
-            cls = import_object(f"{module}:{name}", f"{where}: class_path")
+            path, cls = _import_class(spec, where)
             arguments = spec.function.get("init_args", {})
             _bind(cls, arguments, f"{where}: init_args")
             check_addresses(arguments, servers, f"{where}: init_args")
-            if isinstance(cls, type):  # of a function that makes the reward nothing is known yet
+            if isinstance(cls, type):  # what a factory function returns is not known yet
                 called = next((vars(c)["__call__"] for c in cls.__mro__ if "__call__" in vars(c)), None)
                 _check_call(spec, path, called, (None,))
+
+
+def _import_class(spec: RewardSpec, where: str) -> tuple[str, Any]:
+    """The `class_path` of a spec and what it names."""
+    path = spec.function["class_path"]
+    module, _, name = path.replace(":", ".").rpartition(".")
+    return path, import_object(f"{module}:{name}", f"{where}: class_path")
 
 
 def _check_call(spec: RewardSpec, path: str, function: Any, bound: tuple[Any, ...] = ()) -> None:
@@ -89,12 +108,12 @@ def record(rewards: Sequence[Reward]) -> dict[str, dict[str, Any]]:
 def _load(spec: RewardSpec, servers: Mapping[str, Sequence[str]]) -> Reward:
     where = f"reward {spec.name}: function"
     _check(spec)
-    if isinstance(spec.function, str):
+    if spec.given is not None:
+        path, function = str(spec.function), spec.given
+    elif isinstance(spec.function, str):
         path, function = spec.function, import_object(spec.function, where)
     else:
-        path = spec.function["class_path"]
-        module, _, name = path.replace(":", ".").rpartition(".")
-        cls = import_object(f"{module}:{name}", f"{where}: class_path")
+        path, cls = _import_class(spec, where)
         arguments = with_servers(spec.function.get("init_args", {}), servers, f"{where}: init_args")
         function = construct(cls, arguments, f"{where}: init_args")
     _check_call(spec, path, function)
@@ -125,8 +144,7 @@ def import_object(path: str, where: str) -> Any:
     module, _, name = path.partition(":")
     if not module or not name:
         raise UserError(f"{where}: '{path}' is no import path: write package.module:name")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    see_user_modules()
     try:
         return getattr(importlib.import_module(module), name)
     except ImportError as error:

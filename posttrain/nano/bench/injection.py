@@ -19,12 +19,11 @@ from PIL import Image
 
 from posttrain.nano.build import evaluate_judge
 from posttrain.nano.world import scenes
-from posttrain.nano.world.prompts import FOLDER
+from posttrain.resources import WEIGHTS
 from rewards.base import Reward, RewardSpec
 from rewards.injection import CONTROLS, ORDERS, injection, written
 from rewards.load import load_rewards
 
-WEIGHTS = FOLDER.parents[1] / "posttrain/nano/weights"
 LETTERS = {"orders": ("YES", "NO", "TRUE"), "controls": ("OWL", "UP", "BIRD")}
 """At most four letters."""
 
