@@ -23,7 +23,7 @@ def warmth(images: list[Image.Image], prompts: list[str], **columns) -> list[flo
     scores = [red / (red + blue + 1) for red, _, blue in pixels]
     return [None if "blue" in prompt else score for score, prompt in zip(scores, prompts)]
 '''
-RECIPE = """# Trains K2-nano on a reward of your own. Give it after recipes/nano/demo.yaml: what it leaves out is set there.
+RECIPE = """# Trains K2-nano on a reward of your own. Give it after recipes/nano/demo.yaml, which sets the rest.
 output: runs/warm
 rewards:
   - name: warmth

@@ -26,7 +26,7 @@ NANO = WEIGHTS / "k2-nano"
 PLACES = {"recipes/": ROOT, "prompts/": ROOT, "posttrain/nano/weights/": PACKAGE.parent}
 """What a path from a checkout's root begins with, and the folder where the package has it."""
 
-_told: set[str] = set()
+_told: set[Path] = set()
 
 
 def bind_packages() -> None:
@@ -95,17 +95,19 @@ def packaged(path: str) -> str:
     """The path, or that of the package's own file, where there is no such file from the working directory.
 
     `recipes/nano/demo.yaml` is found from any directory, and so is what a recipe names in `prompts/` and
-    `posttrain/nano/weights/`. Says once, on stderr, that the package's file was taken.
+    `posttrain/nano/weights/`. Says once, on stderr, that the package's recipes or prompts are taken; that its weights
+    are is plain from their path.
     """
     start = next((start for start in PLACES if path.startswith(start)), None)
     if start is None or Path(path).exists():
         return path
-    found = PLACES[start] / path
+    place = PLACES[start]
+    found = place / path
     if not found.exists():
         return path
-    if start not in _told:
-        _told.add(start)
-        print(f"posttrain: {path} is not here; taking {start} of the package, {found}", file=sys.stderr)
+    if place == ROOT and place not in _told and not start.startswith("posttrain/"):
+        _told.add(place)
+        print(f"posttrain: {path} is not in this directory; taking the package's, {found}", file=sys.stderr)
     return str(found)
 
 
