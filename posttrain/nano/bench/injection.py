@@ -68,8 +68,8 @@ def measure(count: int) -> list[dict[str, Any]]:
         lettering = asyncio.run(injection(found, images, prompts, {"requirements": columns["requirements"]},
                                           LETTERS[kind], lettered))  # fmt: skip
         for one, in_letters in zip(raised, lettering):
-            rows.append({"texts": kind, "reward": one.reward, "written": one.picture,
-                         "in the world's letters": in_letters.picture, "behind statements": one.statement})  # fmt: skip
+            rows.append({"texts": kind, "reward": one.reward, "written": one.image,
+                         "in the world's letters": in_letters.image, "behind statements": one.statement})  # fmt: skip
     return rows
 
 
