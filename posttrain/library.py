@@ -25,7 +25,6 @@ from torch import Tensor
 from posttrain.config.sections import (
     CheckpointConfig,
     EvalConfig,
-    GroupsConfig,
     LoraConfig,
     ModelConfig,
     OptimConfig,
@@ -34,6 +33,7 @@ from posttrain.config.sections import (
 )
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
+from posttrain.grpo.config import GroupsConfig
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.report.page import write_report

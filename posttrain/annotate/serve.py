@@ -29,12 +29,11 @@ from typing import Any
 
 from PIL import Image
 
+from posttrain.annotate.config import AnnotateConfig, is_loopback
 from posttrain.annotate.export import Pairs
 from posttrain.annotate.marked_images import Images
 from posttrain.annotate.store import ANSWERS, Mode, Schedule, Showing, Side, Store, person, schedule
 from posttrain.errors import UserError
-from posttrain.pairs.config import AnnotateConfig
-from posttrain.validate_pairs import is_loopback
 
 LEAST_LETTERS = 8  # of a password
 ENOUGH_TIMES = 5  # answers before the page says how long the rest may take

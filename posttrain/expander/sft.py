@@ -37,12 +37,12 @@ from posttrain.expander.config import ExpanderSFTConfig
 from posttrain.expander.model import load_chat_model, resolve, write_card
 from posttrain.expander.template import messages, template
 from posttrain.expander.trl_checkpoint import PlainState, Sealed, newest
+from posttrain.judge.config import JUDGE_TARGETS
 from posttrain.model import clipping
 from posttrain.model.fingerprint import fingerprint
 from posttrain.model.load import quiet
 from posttrain.preferences.sources import open_source
 from posttrain.runs.run import Run, peak_memory
-from posttrain.validate import JUDGE_TARGETS
 
 LOGGED = ("loss", "mean_token_accuracy", "entropy", "grad_norm", "learning_rate")
 """What metrics.jsonl has of all that the trainer logs; entropy is of the next token, in nats."""

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from posttrain.config.sections import ServeConfig
+from posttrain.judge.config import ServeConfig
 from rewards.serve import commands, running
 
 

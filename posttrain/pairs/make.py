@@ -247,7 +247,7 @@ def _check_outcome(config: PairsConfig, run: Run, plan: Plan, output: Output | N
                 f" {config.tries:g}); quality.json says why the others were dropped"
             )
     total = sum(plan.kept)
-    inside = sum(k for k, source in zip(plan.kept, config.sources) if planning.on_policy(config, source))
+    inside = sum(k for k, source in zip(plan.kept, config.sources) if config.on_policy(source))
     if total and inside >= config.on_policy_share * total - 1e-9:
         return
     if output is not None:
@@ -270,7 +270,7 @@ def begin_block(
     """Draws a block's candidates and has them scored as they come; what it returns waits for the scores and decides,
     and may be called in another thread. The same whoever calls it, and when."""
     source = config.sources[block.source]
-    draws, group = planning.draws(source), source.judged.group_size if source.judged else 1
+    draws, group = source.draws(), source.judged.group_size if source.judged else 1
     places = [in_turn(config.seed, plan.prompt(block, i), len(records)) for i in range(block.count)]
     seeds = [sampler.seed_for(config.seed, block.source, block.first + i) for i in range(block.count)]
     rows = [records[place] for place in places for _ in range(group)]
@@ -327,8 +327,8 @@ def _kept_pairs(
             source="synthetic",
             chosen_policy=drawer.describe(best),
             rejected_policy=drawer.describe(other),
-            chosen_on_policy=planning.is_policy(config, best),
-            rejected_on_policy=planning.is_policy(config, other),
+            chosen_on_policy=config.is_policy(best),
+            rejected_on_policy=config.is_policy(other),
             margin=margin,
             seed=seeds[i],
         )
@@ -341,7 +341,7 @@ def block_cost(config: PairsConfig, k2: K2, block: Block) -> float:
     """Operations of its forwards."""
     source = config.sources[block.source]
     images = block.count * (source.judged.group_size if source.judged else 1)
-    ways = [planning.resolved(config, draw) for draw in planning.draws(source)]
+    ways = [config.resolved(draw) for draw in source.draws()]
     forwards = sum((way.steps or 0) * (2 if way.guidance else 1) for way in ways)
     return images * forwards * flops.of_sizes(k2, [block.size])[0]
 

@@ -13,11 +13,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.sections import ReportConfig
 from posttrain.report.before_after import pictures
 from posttrain.report.chart_many import areas_chart
 from posttrain.report.charts import Point, line_chart, number
 from posttrain.report.compare import comparison
+from posttrain.report.config import ReportConfig
 from posttrain.report.groups import groups_section
 from posttrain.report.html import by_section, figure, page, section, shares, shown, table, text
 from posttrain.report.limits import limits, watched

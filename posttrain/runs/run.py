@@ -40,10 +40,10 @@ from safetensors import SafetensorError
 
 from posttrain.config.diff import changes, told
 from posttrain.config.sections import TrackConfig
-from posttrain.early import check_run
 from posttrain.errors import UserError
 from posttrain.runs import startup
 from posttrain.runs.files import replace_text
+from posttrain.runs.guard import check_run
 from posttrain.runs.lock import lock
 from posttrain.runs.progress import Progress, grid_image
 

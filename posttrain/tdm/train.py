@@ -45,6 +45,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.config.metrics import FAKE_LOSS, TO_TEACHER, steps_suffix
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.model import parallelize, sampler
@@ -54,7 +55,7 @@ from posttrain.runs.run import Run
 from posttrain.tdm import losses
 from posttrain.tdm.config import TDMConfig
 from posttrain.tdm.rollout import MU, Batch, Points, roll_out
-from posttrain.training import checkpoint, image_metrics
+from posttrain.training import checkpoint
 from posttrain.training.checkpoint import Checkpoint
 from posttrain.training.evaluate import Evaluation, Evaluator, Way
 from posttrain.training.loop import Training, Urls, in_run, resuming
@@ -99,7 +100,7 @@ def _train(
 ) -> signal.Signals | None:
     student, fake = steppers(k2, config)
     batch, max_tokens = 4 * config.micro_batch, config.prompts.max_tokens
-    ways = [Way(n, 0.0, MU, image_metrics.steps_suffix(n, config.student.steps)) for n in config.student.steps]
+    ways = [Way(n, 0.0, MU, steps_suffix(n, config.student.steps)) for n in config.student.steps]
     evaluator = Evaluator(
         k2, heldout, load_rewards(config.rewards, urls), config.eval, _size(config, 0), batch, max_tokens, procs, ways
     )
@@ -129,7 +130,7 @@ def _train(
         for way in ways:
             result.figures |= compared(result, way.suffix, history["teacher"])
         with student.averaged():  # which puts the weights themselves back: it is those that the fake score follows
-            result.figures[image_metrics.FAKE_LOSS] = heldout_loss(k2, config, texts, evaluator.records, procs)
+            result.figures[FAKE_LOSS] = heldout_loss(k2, config, texts, evaluator.records, procs)
 
     training.state, training.measure = state, measure
     history.setdefault("images", 0)
@@ -329,7 +330,7 @@ def compared(result: Evaluation, suffix: str, teacher: dict[str, float | None]) 
     """Further figures of a way of drawing the student, most of them ratios to the teacher's."""
     closer = _look_closer(result, suffix)
     own, ratios = result.figures | closer, dict[str, float | None]()
-    for name, of in image_metrics.TO_TEACHER.items():
+    for name, of in TO_TEACHER.items():
         if of in teacher:
             mine, its = own[of + suffix], teacher[of]
             ratios[f"to_teacher/{name}{suffix}"] = mine / its if mine is not None and its else None

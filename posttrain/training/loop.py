@@ -20,10 +20,10 @@ from torch import Tensor
 from posttrain.config.sections import CheckpointConfig, EvalConfig, ModelConfig, OptimConfig
 from posttrain.distributed import shards
 from posttrain.distributed.processes import Processes
-from posttrain.early import check_run
 from posttrain.model.k2 import K2
 from posttrain.report.page import write_report
 from posttrain.runs import startup
+from posttrain.runs.guard import check_run
 from posttrain.runs.run import Run, RunConfig, peak_memory
 from posttrain.training import checkpoint, early_stopping, gpu_health
 from posttrain.training.checkpoint import Checkpoint

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.config.sections import CheckpointConfig, LossConfig, OptimConfig
+from posttrain.config.sections import CheckpointConfig, OptimConfig
 from posttrain.distributed import shards
 from posttrain.errors import UserError
+from posttrain.grpo.config import LossConfig
 from posttrain.model import clipping
 from posttrain.training import checkpoint
 from posttrain.training.optim import make_optimizer, median_root, set_group

@@ -11,12 +11,14 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from posttrain.config.sections import GRPOConfig, ModelConfig, PromptsConfig, RewardSpec
+from posttrain.config.sections import ModelConfig, PromptsConfig
 from posttrain.errors import UserError
+from posttrain.grpo.config import GRPOConfig
 from posttrain.report.charts import line_chart, nice_ticks, number
 from posttrain.report.page import write_report
 from posttrain.runs.read import read_metrics
 from posttrain.runs.run import Run
+from rewards.base import RewardSpec
 
 EVIL = '<script>alert("1")</script> & <img src=x onerror=alert(1)>'
 
