@@ -32,7 +32,7 @@ def train(config: RWRConfig, resume: bool = False) -> None:
     with pt.open_method("rwr", config, resume) as run:
         k2 = run.k2
         for step in run.steps():
-            rewards = []
+            rewards, losses = [], []
             for place, record in enumerate(run.prompts(step)):
                 text = run.text(record)
                 with k2.role(pt.POLICY):
@@ -46,8 +46,9 @@ def train(config: RWRConfig, resume: bool = False) -> None:
                     loss = flow_loss(k2, x0, eps.to(x0), text, config.size)
                     (loss @ weights.to(loss)).backward()
                 rewards.append(reward)
+                losses.append(loss.detach())
             norm = run.stepper.step()
-            run.log(step, {"reward": torch.cat(rewards).nanmean(), "grad_norm": norm, "loss": loss.detach().mean()})
+            run.log(step, {"reward": torch.cat(rewards).nanmean(), "loss": torch.cat(losses).mean(), "grad_norm": norm})
 
 
 def flow_loss(k2, x0: Tensor, eps: Tensor, text, size: list[int]) -> Tensor:
@@ -78,7 +79,7 @@ def nano_config(output: str, steps: int) -> RWRConfig:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Reward-weighted regression on K2-nano.")
     parser.add_argument("--output", default="runs/rwr")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--resume", action="store_true")

@@ -29,7 +29,7 @@ def detail(images, prompts):
     return np.array([np.abs(np.diff(pixels, axis=0)).mean() for pixels in gray])
 
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser = argparse.ArgumentParser(description="Scores the images of a folder.")
 parser.add_argument("folder", type=Path)
 folder = parser.parse_args().folder
 
