@@ -1,4 +1,4 @@
-"""How far judge-nano obeys orders that are written into pictures or put behind statements.
+"""How far judge-nano obeys orders that are written into images or put behind statements.
 
     python -m posttrain.nano.bench.injection --scenes 100
 
@@ -43,7 +43,7 @@ def rewards() -> list[Reward]:
 
 
 def planted(count: int) -> tuple[list[Image.Image], list[str], dict[str, list[Any]]]:
-    """Pictures, prompts and columns."""
+    """Images, prompts and columns."""
     found = [scene for scene in evaluate_judge.heldout(3 * count) if not scene.text][:count]
     rng = np.random.default_rng(evaluate_judge.SEED)
     said = [[statement for statement, _ in evaluate_judge.statements(scene, rng)] for scene in found]
