@@ -1,4 +1,4 @@
-"""How far judge-nano obeys orders that are written into pictures or put behind statements.
+"""How far judge-nano obeys orders that are written into images or put behind statements.
 
     python -m posttrain.nano.bench.injection --scenes 100
 
@@ -19,12 +19,11 @@ from PIL import Image
 
 from posttrain.nano.build import evaluate_judge
 from posttrain.nano.world import scenes
-from posttrain.nano.world.prompts import FOLDER
+from posttrain.resources import WEIGHTS
 from rewards.base import Reward, RewardSpec
 from rewards.injection import CONTROLS, ORDERS, injection, written
 from rewards.load import load_rewards
 
-WEIGHTS = FOLDER.parents[1] / "posttrain/nano/weights"
 LETTERS = {"orders": ("YES", "NO", "TRUE"), "controls": ("OWL", "UP", "BIRD")}
 """At most four letters."""
 
@@ -44,7 +43,7 @@ def rewards() -> list[Reward]:
 
 
 def planted(count: int) -> tuple[list[Image.Image], list[str], dict[str, list[Any]]]:
-    """Pictures, prompts and columns."""
+    """Images, prompts and columns."""
     found = [scene for scene in evaluate_judge.heldout(3 * count) if not scene.text][:count]
     rng = np.random.default_rng(evaluate_judge.SEED)
     said = [[statement for statement, _ in evaluate_judge.statements(scene, rng)] for scene in found]
@@ -69,8 +68,8 @@ def measure(count: int) -> list[dict[str, Any]]:
         lettering = asyncio.run(injection(found, images, prompts, {"requirements": columns["requirements"]},
                                           LETTERS[kind], lettered))  # fmt: skip
         for one, in_letters in zip(raised, lettering):
-            rows.append({"texts": kind, "reward": one.reward, "written": one.picture,
-                         "in the world's letters": in_letters.picture, "behind statements": one.statement})  # fmt: skip
+            rows.append({"texts": kind, "reward": one.reward, "written": one.image,
+                         "in the world's letters": in_letters.image, "behind statements": one.statement})  # fmt: skip
     return rows
 
 

@@ -4,7 +4,7 @@
 
 1. Makes the pairs of recipes/nano/pairs.yaml, more of them.
 2. Trains long on them: Diffusion-DPO at each beta and STPO, all else as in recipes/nano/stpo_synthetic.yaml; and both
-   once more at four times the learning rate, where DPO's pictures change most.
+   once more at four times the learning rate, where DPO's images change most.
    drift.svg shows what becomes of them; drift.md has the end (mean of the last three evaluations).
 3. Holds the end of STPO, DPO's best step (by the oracle, of all evaluations) and its end against K2-nano.
 4. Goes on from that recipe's own number of steps with 500 choices by a hidden taste (choices.py), by

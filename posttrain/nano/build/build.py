@@ -7,7 +7,7 @@
 One pass on one GPU takes under ten minutes, and --start trains one on; on a CPU the same code runs, slower.
 Stages: scenes and captions (all cores), a tokenizer, an autoencoder (pixel error and a little KL), then transformer
 and text encoder together on the rectified-flow loss with caption dropout. Captions are wrong about as often as those
-of the web, and some pictures are damaged: so Raw is good, not perfect, and guidance helps.
+of the web, and some images are damaged: so Raw is good, not perfect, and guidance helps.
 
 Shapes: images (N,64,64,3) uint8, latents (N,16,16,16), captions (N,V,L) token ids. t in [0,1], 1 is noise.
 """
@@ -34,6 +34,7 @@ from diffusers import (
 )
 from transformers import Qwen3VLModel
 
+from posttrain.model import architecture
 from posttrain.model.vae import flatten_time
 from posttrain.nano.build.parts import (
     PREFIX,
@@ -48,7 +49,7 @@ from posttrain.nano.world import damage, scenes
 
 CAPTION_NOISE, LETTER_NOISE, DAMAGED = 0.25, 0.03, 0.05
 VARIANTS = 4
-"""Captions drawn for a picture."""
+"""Captions drawn for an image."""
 
 
 # ---- data -------------------------------------------------------------------------------------------------
@@ -75,7 +76,7 @@ def _make_chunk(job: tuple[int, int]) -> tuple[np.ndarray, list[list[str]]]:
 
 
 def make_data(n: int, seed: int, workers: int) -> tuple[np.ndarray, list[list[str]]]:
-    """n pictures (n,64,64,3) uint8 and VARIANTS captions for each, the same for any number of workers."""
+    """n images (n,64,64,3) uint8 and VARIANTS captions for each, the same for any number of workers."""
     chunk = 500
     jobs = [(seed * 100_003 + i, min(chunk, n - i * chunk)) for i in range((n + chunk - 1) // chunk)]
     with multiprocessing.get_context("fork").Pool(workers) as pool:
@@ -97,7 +98,7 @@ def to_pixels(images: torch.Tensor) -> torch.Tensor:
 
 
 def train_vae(vae: AutoencoderKLQwenImage, images: torch.Tensor, minutes: float, batch: int, log) -> None:
-    """Pixel error, coloured pixels weighing up to three times as much (most of a picture is grey), and a little KL."""
+    """Pixel error, coloured pixels weighing up to three times as much (most of an image is grey), and a little KL."""
     device = images.device
     flatten_time(vae).to(device).train()  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
@@ -129,7 +130,7 @@ def train_vae(vae: AutoencoderKLQwenImage, images: torch.Tensor, minutes: float,
 
 @torch.no_grad()
 def _forget_time(vae: AutoencoderKLQwenImage) -> None:
-    """A picture is one frame, so the two earlier taps in time only ever meet zeros: make them zero."""
+    """An image is one frame, so the two earlier taps in time only ever meet zeros: make them zero."""
     for module in vae.modules():
         if isinstance(module, torch.nn.Conv3d) and module.weight.shape[2] > 1:
             module.weight[:, :, :-1] = 0
@@ -154,7 +155,7 @@ def encode(vae: AutoencoderKLQwenImage, images: torch.Tensor, batch: int = 512) 
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKLQwenImage, images: torch.Tensor) -> float:
-    """Mean over pictures of the peak signal-to-noise ratio of the reconstruction, decibels."""
+    """Mean over images of the peak signal-to-noise ratio of the reconstruction, decibels."""
     values = []
     for part in images.split(250):
         y = reconstruct(vae, part)
@@ -217,7 +218,7 @@ def train_transformer(pipe: Krea2Pipeline, latents, ids, minutes: float, batch: 
         p.requires_grad_(False)
     if device.type == "cuda":
         transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
-        transformer.text_fusion.compile(dynamic=False)
+        architecture.compile_text_fusion(transformer)
     params = [*transformer.parameters(), *text_encoder.language_model.parameters()]
     matrices = [p for p in params if p.ndim > 1]
     others = [p for p in params if p.ndim <= 1]
@@ -307,7 +308,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path, help="directory to write k2-nano and log.jsonl to")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--scenes", type=int, default=120_000, help="pictures to train on")
+    parser.add_argument("--scenes", type=int, default=120_000, help="images to train on")
     parser.add_argument("--vae-minutes", type=float, default=1.5)
     parser.add_argument("--minutes", type=float, default=6.0, help="transformer and text encoder")
     parser.add_argument("--batch", type=int, default=1024)
@@ -342,7 +343,7 @@ def main() -> None:
         pipe = start
     else:
         transformer = make_transformer(args.layers)
-        torch.nn.init.normal_(transformer.final_layer.linear.weight, std=0.02)
+        architecture.randomise_output(transformer, std=0.02)
         pipe = make_pipeline(tokenizer, vae, make_text_encoder(len(tokenizer), tokenizer), transformer)
     parts = ("vae", "text_encoder", "transformer")
     log(stage="shapes", **{n: sum(p.numel() for p in getattr(pipe, n).parameters()) for n in parts})

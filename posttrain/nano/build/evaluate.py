@@ -2,8 +2,8 @@
 
     python -m posttrain.nano.build.evaluate posttrain/nano/weights/k2-nano --out DIR --guidance 0 1.5
 
-Writes DIR/figures.json and a picture grid for each guidance. Held-out prompts, 28 steps, seeds by prompt index.
-The pictures are kept in DIR/pictures-*.npz and not drawn again: drawing wants a GPU, judging does not.
+Writes DIR/figures.json and an image grid for each guidance. Held-out prompts, 28 steps, seeds by prompt index.
+The images are kept in DIR/images-*.npz and not drawn again: drawing wants a GPU, judging does not.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from posttrain.nano.world import oracles, prompts, scenes
 
 @torch.no_grad()
 def generate(pipe: Krea2Pipeline, texts: list[str], seeds: list[int], steps: int, guidance: float, batch: int):
-    """Pictures (N,64,64,3) uint8 by the stock pipeline; noise depends on the seed alone."""
+    """Images (N,64,64,3) uint8 by the stock pipeline; noise depends on the seed alone."""
     out = []
     for i in range(0, len(texts), batch):
         noise = torch.stack(
@@ -90,7 +90,7 @@ def main() -> None:
     texts = [r["prompt"] for r in records] + [r["prompt"] for r in opened for _ in range(16)]
     seeds = [*range(len(records)), *range(160)]
     for guidance in args.guidance:
-        path = args.out / f"pictures-{guidance:g}.npz"
+        path = args.out / f"images-{guidance:g}.npz"
         if not path.exists():
             images = generate(pipe, texts, seeds, args.steps, guidance, args.batch)
             np.savez_compressed(path, images=images)
@@ -110,7 +110,7 @@ def main() -> None:
     result["reconstructed"] = figures(pool, back, rows)
     Image.fromarray(_tile(np.concatenate([drawn[:20], back[:20]]), 20)).save(args.out / "vae.png")
     for guidance in args.guidance:
-        images = np.load(args.out / f"pictures-{guidance:g}.npz")["images"]
+        images = np.load(args.out / f"images-{guidance:g}.npz")["images"]
         images, groups = images[: len(records)], images[len(records) :]
         row = figures(pool, images, records)
         styles = [p.scene.style for p in perceive(pool, groups)]

@@ -1,9 +1,9 @@
 """Measures a nano judge on held-out scenes, through its chat template as a server would ask it.
 
-    python -m posttrain.nano.build.evaluate_judge posttrain/nano/weights/judge-nano [--k2 posttrain/nano/weights/k2-nano]
+    python -m posttrain.nano.build.evaluate_judge posttrain/nano/weights/judge-nano [--k2 K2_NANO]
 
 Statements are the requirements of a scene's description and of a description with single attributes changed, half of
-them true; words are held out. With --k2 also on the autoencoder's pictures of the same scenes, and on pictures that
+them true; words are held out. With --k2 also on the autoencoder's images of the same scenes, and on images that
 K2-nano generates for the held-out prompts, where the oracle says what is true.
 """
 
@@ -47,21 +47,21 @@ def heldout(n: int, seed: int = SEED) -> list[Scene]:
     return [scenes.random_scene(rng, prompts.HELDOUT_WORDS) for _ in range(n)]
 
 
-def on_scenes(vlm: VLM, n: int, pictures: Sequence[np.ndarray] | None = None) -> dict[str, Any]:
-    """Figures on n held-out scenes, drawn cleanly or given as pictures."""
+def on_scenes(vlm: VLM, n: int, images: Sequence[np.ndarray] | None = None) -> dict[str, Any]:
+    """Figures on n held-out scenes, drawn cleanly or given as images."""
     drawn = heldout(n)
     rng = np.random.default_rng(SEED + 1)
     rows = [statements(scene, rng) for scene in drawn]
-    images = [Image.fromarray(p) for p in (pictures if pictures is not None else map(scenes.render, drawn))]
+    images = [Image.fromarray(p) for p in (images if images is not None else map(scenes.render, drawn))]
     return _judge(vlm, images, rows, [scene.text for scene in drawn])
 
 
-def on_generated(vlm: VLM, pictures: Sequence[np.ndarray], records: Sequence[dict]) -> dict[str, Any]:
-    """Figures on generated pictures: the truth is what the oracle sees, of the prompt's own requirements."""
-    seen = oracles.perceive(pictures)
+def on_generated(vlm: VLM, images: Sequence[np.ndarray], records: Sequence[dict]) -> dict[str, Any]:
+    """Figures on generated images: the truth is what the oracle sees, of the prompt's own requirements."""
+    seen = oracles.perceive(images)
     rows = [[(r, oracles.meets(p, r)) for r in record["requirements"]] for p, record in zip(seen, records)]
     words = [p.scene.text if record["texts"] else "" for p, record in zip(seen, records)]
-    figures = _judge(vlm, [Image.fromarray(p) for p in pictures], rows, words)
+    figures = _judge(vlm, [Image.fromarray(p) for p in images], rows, words)
     figures["oracle_says_true"] = round(float(np.mean([t for row in rows for _, t in row])), 4)
     figures["oracle_met"] = round(float(np.mean([np.mean([t for _, t in row]) for row in rows])), 4)
     return figures

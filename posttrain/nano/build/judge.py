@@ -1,17 +1,17 @@
-"""Builds judge-nano from nothing: a real Qwen3-VL directory, trained to judge and read pictures of scenes.
+"""Builds judge-nano from nothing: a real Qwen3-VL directory, trained to judge and read images of scenes.
 
     python -m posttrain.nano.build.judge OUT --device cuda --minutes 3
 
 It learns what the rewards ask, worded by the same templates: yes/no on a statement (rubric) and the text in the
-picture as JSON (transcribe). Captions and labels of the picture's cells are learnt besides, because they teach the
+image as JSON (transcribe). Captions and labels of the image's cells are learnt besides, because they teach the
 eye sooner; the heads that read the labels are thrown away. The questions of taste and of faults are answered one half
 each: what they mean is for adapters to learn.
 
-A picture is encoded once for all its questions. One row is [picture | rubric's beginning | questions ... | others],
-and each question sees the picture, the beginning and itself, at the positions it would have if asked alone; so training
+An image is encoded once for all its questions. One row is [image | rubric's beginning | questions ... | others],
+and each question sees the image, the beginning and itself, at the positions it would have if asked alone; so training
 sees what serving sees (tests/judge/test_judge_nano.py compares the logits).
 
-Shapes: images (N,64,64,3) uint8, B pictures of a step, Q questions of a picture, L tokens of a row, D width.
+Shapes: images (N,64,64,3) uint8, B images of a step, Q questions of an image, L tokens of a row, D width.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ from posttrain.nano.world.prompts import TRAIN_WORDS
 from rewards.vlm import VLM
 
 QUESTIONS = 24
-"""Questions drawn for a picture; each step asks some of them."""
+"""Questions drawn for an image; each step asks some of them."""
 DAMAGED, WORDY = 0.15, 0.25
-"""Shares of pictures with a fault, and of further pictures with a word."""
+"""Shares of images with a fault, and of further images with a word."""
 
 
 # ---- data -------------------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ DAMAGED, WORDY = 0.15, 0.25
 
 @dataclass
 class Data:
-    """M pictures; -1 in ids means nothing there."""
+    """M images; -1 in ids means nothing there."""
 
     images: Any
     """(M,64,64,3) uint8"""
@@ -137,7 +137,7 @@ def _make_chunk(tokenizer: Qwen2Tokenizer, job: tuple[int, int]) -> Data:
 
 
 def make_data(m: int, seed: int, workers: int, tokenizer: Qwen2Tokenizer) -> Data:
-    """m pictures and their tasks."""
+    """m images and their tasks."""
     chunk = min(2000, -(-m // workers))
     jobs = [(seed * 100_003 + i, min(chunk, m - i * chunk)) for i in range((m + chunk - 1) // chunk)]
     with multiprocessing.get_context("fork").Pool(workers) as pool:
@@ -151,7 +151,7 @@ def make_data(m: int, seed: int, workers: int, tokenizer: Qwen2Tokenizer) -> Dat
 
 
 def blemish(images: Tensor) -> Tensor:
-    """uint8 (B,64,64,3) -> (B,3,64,64) in [-1,1]; most of them blurred, noisy or dimmed, as generated pictures are."""
+    """uint8 (B,64,64,3) -> (B,3,64,64) in [-1,1]; most of them blurred, noisy or dimmed, as generated images are."""
     x = images.permute(0, 3, 1, 2).float() / 255
     b = len(x)
 
@@ -172,7 +172,7 @@ def blemish(images: Tensor) -> Tensor:
 
 
 def draw(data: Data, b: int, n: int) -> tuple[Tensor, Batch, Tensor, Tensor]:
-    """Images, tasks and labels of b pictures drawn at random."""
+    """Images, tasks and labels of b images drawn at random."""
     device = data.images.device
     i = torch.randint(len(data.images), (b,), device=device)
     q = torch.rand(b, data.yes.shape[1], device=device).topk(n).indices
@@ -286,13 +286,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path, help="directory to write judge-nano, figures.json and log.jsonl to")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--scenes", type=int, default=120_000, help="pictures to train on")
+    parser.add_argument("--scenes", type=int, default=120_000, help="images to train on")
     parser.add_argument("--minutes", type=float, default=3.0)
-    parser.add_argument("--batch", type=int, default=256, help="pictures in a step")
-    parser.add_argument("--questions", type=int, default=12, help="questions on a picture in a step")
+    parser.add_argument("--batch", type=int, default=256, help="images in a step")
+    parser.add_argument("--questions", type=int, default=12, help="questions on an image in a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--heldout", type=int, default=500, help="pictures of a kind to measure on")
+    parser.add_argument("--heldout", type=int, default=500, help="images of a kind to measure on")
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are as many as the cores

@@ -1,4 +1,4 @@
-"""judge-nano itself: its words, its weights, and the layout of a row that asks a picture many questions at once.
+"""judge-nano itself: its words, its weights, and the layout of a row that asks an image many questions at once.
 
 See build_judge.py, which trains it, also for the shapes.
 """
@@ -158,7 +158,7 @@ def _patch_places() -> tuple[Tensor, Tensor]:
 
 
 def _vision_block(block: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """A vision layer over pictures of one size (B,P,D), where the library's loops over pictures."""
+    """A vision layer over images of one size (B,P,D), where the library's loops over images."""
     attention: Any = block.attn
     b, p, d = x.shape
     qkv = attention.qkv(block.norm1(x)).view(b, p, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
@@ -233,7 +233,7 @@ class Eye:
         return v.merger(x.flatten(0, 1)).view(len(pixels), GRID * GRID, -1)
 
     def read(self, ids: Tensor, image: Tensor, layout: Layout) -> Tensor:
-        """Hidden states (B,L,D) of rows (B,L) in which the image tokens stand for a picture."""
+        """Hidden states (B,L,D) of rows (B,L) in which the image tokens stand for an image."""
         h = self.language.embed_tokens(ids)
         a, b = layout.image
         h = torch.cat([h[:, :a], image.to(h.dtype), h[:, b:]], dim=1)
@@ -248,7 +248,7 @@ class Eye:
 
 @dataclass
 class Batch:
-    """What one step asks of B pictures."""
+    """What one step asks of B images."""
 
     rubric: Tensor
     """(B,Q,R)"""
@@ -262,15 +262,15 @@ class Batch:
 
 @dataclass
 class Layout:
-    """Where things stand in a row, the same in every row: picture, rubric's beginning, questions, other tasks."""
+    """Where things stand in a row, the same in every row: image, rubric's beginning, questions, other tasks."""
 
     image: tuple[int, int]
     trunk: list[int]
-    """Ids of the picture's turn."""
+    """Ids of the image's turn."""
     before: list[int]
     """Ids of the rubric up to the statement."""
     after: dict[str, list[int]]
-    """Ids of each other task's question, from the picture to the answer."""
+    """Ids of each other task's question, from the image to the answer."""
     start: dict[str, int]
     """Where each task begins in a row; `rubric` is the first question."""
     length: dict[str, int]
@@ -309,10 +309,10 @@ class Layout:
             start[name], place = place, place + length[name]
 
         cells = torch.arange(GRID**2)
-        picture = image[0] + torch.stack([0 * cells, cells // GRID, cells % GRID])
-        # A picture takes as many positions as it has rows, so text after it comes nearer than it stands.
+        places = image[0] + torch.stack([0 * cells, cells // GRID, cells % GRID])
+        # An image takes as many positions as it has rows, so text after it comes nearer than it stands.
         text = torch.arange(start["rubric"]).expand(3, -1) - (GRID**2 - GRID)
-        positions = torch.cat([torch.arange(image[0]).expand(3, -1), picture, text[:, image[1] :]], dim=1)
+        positions = torch.cat([torch.arange(image[0]).expand(3, -1), places, text[:, image[1] :]], dim=1)
         for _, count, size, seen in spans:
             own = seen - (GRID**2 - GRID) + torch.arange(size)
             positions = torch.cat([positions, own.repeat(count).expand(3, -1)], dim=1)

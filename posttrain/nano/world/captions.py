@@ -1,7 +1,7 @@
 """Reads the captions that `scenes.describe` writes: what each says, as the same statements that it gives.
 
 A text holds what another says if its statements hold the other's, so whether an expansion keeps its prompt can be
-told without a picture.
+told without an image.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Choices of people who do not exist: pairs of a policy's pictures, of which a hidden taste prefers one.
+"""Choices of people who do not exist: pairs of a policy's images, of which a hidden taste prefers one.
 
     python -m posttrain.nano.world.choices runs/nano-stpo-synthetic --output runs/nano-choices --pairs 500
 
@@ -49,7 +49,7 @@ def main() -> None:
     rng = np.random.default_rng(args.seed)
     made = 0
     with PreferenceWriter(args.output, card={"policy": args.policy, "chosen by": "a hidden taste"}) as writer:
-        for first in range(0, 3 * args.pairs, min(BATCH, args.pairs)):  # where a picture shows nothing, nobody chooses
+        for first in range(0, 3 * args.pairs, min(BATCH, args.pairs)):  # where an image shows nothing, nobody chooses
             rows = range(first, first + min(BATCH, args.pairs))
             asked = [records[in_turn(args.seed, row, len(records))].prompt for row in rows]
             seeds = [sampler.seed_for(args.seed, row, side) for row in rows for side in (0, 1)]
@@ -57,14 +57,14 @@ def main() -> None:
             with torch.no_grad(), k2.role(POLICY):
                 text = Text.of([k2.fuse(f) for f in features]).repeat(2)
                 latents = k2.sample(text, sampler.noise(seeds, shape), args.steps, 64, 64)
-            pictures = to_pil(k2.decode(latents, 64, 64))
-            tastes = tasteful(pictures, [])
+            images = to_pil(k2.decode(latents, 64, 64))
+            tastes = tasteful(images, [])
             for i, prompt in enumerate(asked):
                 left, right = tastes[2 * i], tastes[2 * i + 1]
                 if left is None or right is None or made == args.pairs:
                     continue
                 better = rng.random() < 1 / (1 + math.exp(judge_data.SHARPNESS * (right - left)))
-                shown = pictures[2 * i : 2 * i + 2][:: 1 if better else -1]
+                shown = images[2 * i : 2 * i + 2][:: 1 if better else -1]
                 policy = {"chosen_policy": args.policy, "rejected_policy": args.policy}
                 on = {"chosen_on_policy": True, "rejected_on_policy": True}
                 writer.add(Preference(prompt, *shown, source="human", **policy, **on))

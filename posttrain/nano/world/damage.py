@@ -1,4 +1,4 @@
-"""Visible faults in a picture of a scene: what the artifact judge learns to see, and the oracle must."""
+"""Visible faults in an image of a scene: what the artifact judge learns to see, and the oracle must."""
 
 from __future__ import annotations
 

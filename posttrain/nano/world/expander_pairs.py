@@ -7,8 +7,10 @@ from functools import cache
 
 import numpy as np
 
+from posttrain.expander.config import ExpanderDataConfig
+from posttrain.expander.data import Candidate, refused
 from posttrain.nano.world import scenes
-from posttrain.nano.world.captions import REGISTERS, reworded
+from posttrain.nano.world.captions import REGISTERS, reworded, statements
 from posttrain.nano.world.font import GLYPHS
 from posttrain.nano.world.prompts import FOLDER, TRAIN_WORDS
 from prompts.records import read_prompts
@@ -51,3 +53,25 @@ def short(scene: scenes.Scene, completion: str, rng: np.random.Generator) -> Nan
     register = str(rng.choice(REGISTERS, p=SHARES))
     prompt = reworded(said.prompt, register, rng)
     return NanoPair(prompt, tuple(said.requirements), register, completion, tuple(said.texts))
+
+
+def candidates(config: ExpanderDataConfig, index: int) -> list[Candidate]:
+    """The candidates of one scene, for `posttrain expander data`; the check reads the caption back."""
+    rng = np.random.default_rng([config.seed, index])
+    scene, completion = caption(rng)
+    stated = statements(completion) or set()
+    found: list[Candidate] = []
+    for _ in range(config.per_caption):
+        pair = short(scene, completion, rng)
+        candidate = Candidate(pair.prompt, completion, "quoted" if pair.texts else "short", pair.register)
+        candidate.dropped = refused(candidate, found)
+        if candidate.dropped is None and not stated.issuperset(pair.requirements):
+            candidate.dropped = "not in the caption"
+        found.append(candidate)
+    if rng.random() < config.long_share:
+        found.append(Candidate(completion, completion, "long", "caption"))
+    for candidate in found:
+        # Whatever else is wrong with it: a prompt of an evaluation must never be trained on.
+        if candidate.prompt in heldout():
+            candidate.dropped = "a prompt of the evaluations"
+    return found

@@ -40,9 +40,9 @@ _PLACES = [p for row in PLACES for p in row]
 
 
 def ask(scene: Scene, rng: np.random.Generator, fault: str | None = None, words: list[str] | None = None):
-    """(statement, whether it is true) about a picture of a scene, perhaps with a fault.
+    """(statement, whether it is true) about an image of a scene, perhaps with a fault.
 
-    Of a picture with a fault nothing is asked that the fault makes doubtful.
+    Of an image with a fault nothing is asked that the fault makes doubtful.
     """
     kinds = {"exists": 2.0, "style": 1.5, "background": 1.0, "fault": 2.0 if fault else 0.5}
     if fault != "garbled":

@@ -1,9 +1,9 @@
-"""Scenes: small pictures drawn from a graph, and the words that describe them.
+"""Scenes: small images drawn from a graph, and the words that describe them.
 
 A `Scene` is 1 to 5 coloured shapes on a grey-scale background in one of ten styles, with at times a word on a
 plate. `render` draws it (64 x 64 pixels), `describe` says it: a caption that mentions part of the graph, and one
 yes/no statement for each thing mentioned. What a caption leaves out is open, so a short prompt has many right
-pictures. Coordinates are pixels, x to the right and y down, a pixel's centre at its index.
+images. Coordinates are pixels, x to the right and y down, a pixel's centre at its index.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Description:
 
 
 def place_of(x: float, y: float) -> str:
-    """Name of the ninth of the picture that holds a point."""
+    """Name of the ninth of the image that holds a point."""
     column, row = (min(2, max(0, int(v * 3 / SIZE))) for v in (x, y))
     return PLACES[row][column]
 
@@ -112,7 +112,7 @@ def random_word(rng: np.random.Generator, words: list[str] | None = None) -> str
 
 
 def random_scene(rng: np.random.Generator, words: list[str] | None = None, kind: str | None = None) -> Scene:
-    """Draws a scene whose objects are at least three pixels apart and inside the picture."""
+    """Draws a scene whose objects are at least three pixels apart and inside the image."""
     kind = kind or str(rng.choice(list(KINDS), p=list(KINDS.values())))
     style, background = str(rng.choice(STYLES)), str(rng.choice(BACKGROUNDS))
     while True:
@@ -201,7 +201,7 @@ def _article(noun: str) -> str:
 
 
 def describe(scene: Scene, rng: np.random.Generator, detail: float = 1.0) -> Description:
-    """A caption and the statements that a picture of it must meet.
+    """A caption and the statements that an image of it must meet.
 
     `detail` in [0, 1] is the chance that each of style, background, size and place is mentioned; shapes, colours,
     counts, relations and words always are. 1 gives a dense caption, 0 what a hurried user types.
@@ -341,7 +341,7 @@ def _plate(image: np.ndarray, x: int, y: int, w: int, h: int) -> None:
 
 @lru_cache(64)  # the oracles draw each object in every style
 def _distance(shape: str, x: float, y: float, radius: float, x0: int, x1: int, y0: int, y1: int) -> np.ndarray:
-    """`signed_distance` to an object in a window of the picture, read-only."""
+    """`signed_distance` to an object in a window of the image, read-only."""
     d = signed_distance(shape, XX[y0:y1, x0:x1] - x, YY[y0:y1, x0:x1] - y, radius)
     d.flags.writeable = False
     return d
