@@ -24,6 +24,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PRODUCT = ("posttrain", "rewards", "prompts")
+PUBLISHED = {"gdpo", "grpo"}
+"""Names of published methods, which one letter tells apart, and which stay."""
 LONG = 60
 """Lines of a function beyond which it counts as long, decorators and docstring included."""
 METHODS = ("grpo", "stpo", "tdm")
@@ -120,7 +122,8 @@ def alike(names: Iterable[str]) -> Iterator[tuple[str, str]]:
         short, long = sorted((a, b), key=len)
         other_letter = len(a) == len(b) and sum(x != y for x, y in zip(a, b)) == 1
         one_more = any(long[:i] + long[i + 1 :] == short for i in range(len(long)))
-        if len(short) > 2 and (other_letter or one_more or long == short + "es"):
+        is_alike = other_letter or one_more or long == short + "es"
+        if len(short) > 2 and is_alike and {a, b} != PUBLISHED:
             yield short, long
 
 

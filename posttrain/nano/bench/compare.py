@@ -44,13 +44,13 @@ def drawn(
         result = evaluator()
     images = to_pil(torch.from_numpy(result.images))
     scores = asyncio.run(score_all(rewards, images, [r.prompt for r in records], columns(records)))
-    taste = np.array([np.nan if value is None else value for value in tasteful(images, [])])
+    taste = np.array(tasteful(images, []), float)  # None becomes nan
     energy = image_metrics.high_energy(result.images)
     return {"scores": scores, "taste": taste, "energy": energy, "figures": result.figures, "images": result.images}
 
 
 def wins(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Share of rows where the first is higher, a tie being half; rows where one is missing do not count."""
+    """Share of rows where the first is higher; a tie is half a win, and rows where one is missing do not count."""
     both = ~(np.isnan(ours) | np.isnan(theirs))
     return float(((ours > theirs)[both] + 0.5 * (ours == theirs)[both]).mean())
 
@@ -60,7 +60,8 @@ def ensemble(scores: Scores, other: Scores, judges: list[str]) -> tuple[np.ndarr
     rows = [k for k, name in enumerate(scores.names) if name in judges]
     both = scores.valid_NK[:, rows] & other.valid_NK[:, rows]
     count = np.where(both.any(1), both.sum(1), np.nan)
-    ours, theirs = (np.where(both, s.values_NK[:, rows], 0.0).sum(1) / count for s in (scores, other))
+    ours = np.where(both, scores.values_NK[:, rows], 0.0).sum(1) / count
+    theirs = np.where(both, other.values_NK[:, rows], 0.0).sum(1) / count
     return ours, theirs
 
 

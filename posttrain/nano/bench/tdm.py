@@ -29,6 +29,7 @@ K2-nano, or with --memory-scale k2 of random weights at K2's true size.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -92,8 +93,10 @@ class Bench:
         features = k2.encode([r["prompt"] for r in self.records], 64, batch=64).features
         fused, null = [k2.fuse(f) for f in features], k2.text([""])
         count, size = min(self.args.groups, len(fused)), self.args.group_size
+        # (prompt, seed): one image of each prompt, then groups of the first prompts.
         jobs = [(i, seed + i) for i in range(len(fused))]
-        jobs += [(i, seed + OTHER // 2 + size * i + j) for i in range(count) for j in range(size)]
+        for i in range(count):
+            jobs += [(i, seed + OTHER // 2 + size * i + j) for j in range(size)]
         parts = []
         for first in range(0, len(jobs), self.args.batch):
             part = jobs[first : first + self.args.batch]
@@ -148,7 +151,7 @@ def train(args: argparse.Namespace) -> list[Path]:
             jobs(folder.name, "posttrain.cli", ["tdm", "--config", RECIPE, *args.options, *own])
         return folder
 
-    todo = [(steps, seed) for steps in args.train for seed in args.seeds]
+    todo = list(itertools.product(args.train, args.seeds))
     with ThreadPoolExecutor(len(todo)) as pool:
         return list(pool.map(lambda one: run(*one), todo))
 
