@@ -72,7 +72,7 @@ def weights(path: str, transformer_file: str | None = None) -> list[Weight]:
     if not Path(path).is_dir():
         return []
     found = []
-    for part in PARTS:
+    for part in PARTS:  # in shards or in one file
         files = sorted((Path(path) / part).glob("*.safetensors"))
         if part == "transformer" and transformer_file is not None:
             files = [Path(transformer_file)]

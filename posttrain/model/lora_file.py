@@ -102,6 +102,7 @@ def add_lora(k2: K2, name: str, factors: Mapping[str, Tensor], where: str | Path
             f"{where}: adapts {_some(outside)} outside the transformer blocks' linear layers, which roles do not"
             " reach; give a LoRA of the blocks"
         )
+    # B is 0 in an adapter that was never trained, and a run from it would only seem to have an earlier stage.
     if not any(value.any() for key, value in factors.items() if key.endswith(B)):
         raise UserError(f"{where}: every B factor is 0, so it does nothing; give a trained LoRA")
     rank = max(len(value) for key, value in factors.items() if key.endswith(A))
@@ -117,6 +118,7 @@ def add_lora(k2: K2, name: str, factors: Mapping[str, Tensor], where: str | Path
 
 
 def _layer(name: str) -> str:
+    """The layer's name in diffusers. A name may have several prefixes, one inside the other."""
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     return key_names.diffusers_name(f"{name}.").removesuffix(".")

@@ -72,6 +72,7 @@ class Roles:
         """
         if name in self.roles or name == STAGES or self._stored or not re.fullmatch(r"\w+", name):
             raise ValueError(f"role {name!r} exists already, stands beside one of all weights, or is not a word")
+        # Other linears, those of the text fusion among them, are never adapted.
         if unknown := [target for target in targets if target not in TARGETS]:
             known = ", ".join(TARGETS)
             raise UserError(f"LoRA targets: {unknown[0]!r} is no linear of a K2 block; choose from {known}")
@@ -94,6 +95,7 @@ class Roles:
         if self.roles:
             raise ValueError(f"role {name!r} of all weights cannot stand beside {sorted(self.roles)}")
         self._stack_of_full = self._unstack()
+        # Before the weights become fp32: the copy shares what is never trained, and keeps its types.
         copied = frozen_copy(self.transformer) if reference else None
         for weight, own in zip(self.transformer.parameters(), copied.parameters() if copied is not None else ()):
             if factors := self._stack_of_full.get(id(weight)):

@@ -167,7 +167,7 @@ def in_words(found: dict[str, Any]) -> list[str]:
     """The report as lines for a terminal."""
     prompts = found["prompts"]
     lines = [
-        f"{found['pairs']} pairs of {found['candidates']} candidates; {_percent(found['on_policy_share'])} hold a"
+        f"{found['pairs']} pairs of {found['candidates']} candidates; {_percent(found['on_policy_share'])} hold an"
         f" image of the policy; {prompts['used']} prompts, at most {prompts['most_pairs']} pairs of one"
     ]
     if prompts["cut"]:
