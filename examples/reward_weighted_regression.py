@@ -32,7 +32,7 @@ def train(config: RWRConfig, resume: bool = False) -> None:
     with pt.open_method("rwr", config, resume) as run:
         k2 = run.k2
         for step in run.steps():
-            rewards = []
+            rewards, losses = [], []
             for place, record in enumerate(run.prompts(step)):
                 text = run.text(record)
                 with k2.role(pt.POLICY):
@@ -41,18 +41,19 @@ def train(config: RWRConfig, resume: bool = False) -> None:
                 reward = pt.total(scores)
                 # An image without a score teaches nothing, and neither does a group in which none has one.
                 weights = torch.softmax((reward / config.temperature).nan_to_num(-torch.inf), 0).nan_to_num(0)
-                eps = run.noise(step, place, 1, count=count)
+                eps, other = (run.noise(step, place, use, count=count).to(x0) for use in (1, 2))
                 with k2.role(pt.POLICY):
-                    loss = flow_loss(k2, x0, eps.to(x0), text, config.size)
+                    loss = flow_loss(k2, x0, eps, other[:, 0, 0], text, config.size)
                     (loss @ weights.to(loss)).backward()
                 rewards.append(reward)
+                losses.append(loss.detach())
             norm = run.stepper.step()
-            run.log(step, {"reward": torch.cat(rewards).nanmean(), "grad_norm": norm, "loss": loss.detach().mean()})
+            run.log(step, {"reward": torch.cat(rewards).nanmean(), "loss": torch.cat(losses).mean(), "grad_norm": norm})
 
 
-def flow_loss(k2, x0: Tensor, eps: Tensor, text, size: list[int]) -> Tensor:
-    """(B,) squared distance of the velocity from its target, at times that `eps` decides."""
-    t = pt.sampler.logit_normal(eps[:, 0, 0], mean=0.0, std=1.0, mu=k2.mu(*size))
+def flow_loss(k2: pt.K2, x0: Tensor, eps: Tensor, n: Tensor, text: pt.Text, size: list[int]) -> Tensor:
+    """(B,) squared distance of the velocity from its target, at logit-normal times of n, (B,) standard normal."""
+    t = pt.sampler.logit_normal(n, mean=0.0, std=1.0, mu=k2.mu(*size))
     v = k2.velocity(pt.sampler.noised(x0, eps, t), t, text, *size)
     return (v - pt.sampler.velocity_target(x0, eps)).square().mean((1, 2))
 
@@ -78,7 +79,7 @@ def nano_config(output: str, steps: int) -> RWRConfig:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Reward-weighted regression on K2-nano.")
     parser.add_argument("--output", default="runs/rwr")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--resume", action="store_true")

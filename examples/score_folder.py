@@ -24,12 +24,12 @@ def brightness(images, prompts):
 
 
 def detail(images, prompts):
-    """Mean absolute difference of neighbouring pixels, in [0, 1]."""
+    """Mean absolute difference of pixels one above the other, in [0, 1]."""
     gray = [np.asarray(image.convert("L"), dtype=float) / 255 for image in images]
-    return np.array([np.abs(np.diff(pixels)).mean() for pixels in gray])
+    return np.array([np.abs(np.diff(pixels, axis=0)).mean() for pixels in gray])
 
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser = argparse.ArgumentParser(description="Scores the images of a folder.")
 parser.add_argument("folder", type=Path)
 folder = parser.parse_args().folder
 

@@ -39,7 +39,6 @@ from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.report.page import write_report
 from posttrain.resources import NANO, packaged
 from posttrain.runs.run import Run
-from posttrain.sample_images import GUIDANCE, STEPS
 from posttrain.training import checkpoint, policy
 from posttrain.training.evaluate import Evaluator, means
 from posttrain.training.loop import Training, resuming
@@ -92,8 +91,8 @@ def draw(
     depends on its prompt, `seed` and i, and on nothing beside it. Raises UserError for another size.
     """
     height, width = size
-    steps = STEPS[k2.is_distilled] if steps is None else steps
-    guidance = GUIDANCE[k2.is_distilled] if guidance is None else guidance
+    steps = sampler.STEPS[k2.is_distilled] if steps is None else steps
+    guidance = sampler.GUIDANCE[k2.is_distilled] if guidance is None else guidance
     features = k2.encode(prompts, max_tokens).features
     fused = [k2.fuse(feature) for feature in features]
     null = k2.text([""]) if guidance > 0 else None

@@ -55,8 +55,7 @@ def check_rewards(specs: Sequence[RewardSpec], servers: Sequence[str] = ()) -> N
         elif isinstance(spec.function, str):
             _check_call(spec, spec.function, import_object(spec.function, where))
         else:
-            path, cls = _import_class(spec, where)
-            arguments = spec.function.get("init_args", {})
+            path, cls, arguments = _import_class(spec.function, where)
             _bind(cls, arguments, f"{where}: init_args")
             check_addresses(arguments, servers, f"{where}: init_args")
             if isinstance(cls, type):  # what a factory function returns is not known yet
@@ -71,11 +70,11 @@ def _call_method(cls: type) -> Any:
     return None
 
 
-def _import_class(spec: RewardSpec, where: str) -> tuple[str, Any]:
-    """The `class_path` of a spec and what it names."""
-    path = spec.function["class_path"]
+def _import_class(function: Any, where: str) -> tuple[str, Any, dict[str, Any]]:
+    """The `class_path` of a recipe's mapping, what it names, and the arguments for it."""
+    path = function["class_path"]
     module, _, name = path.replace(":", ".").rpartition(".")
-    return path, import_object(f"{module}:{name}", f"{where}: class_path")
+    return path, import_object(f"{module}:{name}", f"{where}: class_path"), function.get("init_args", {})
 
 
 def _check_call(spec: RewardSpec, path: str, function: Any, bound: tuple[Any, ...] = ()) -> None:
@@ -125,8 +124,8 @@ def _load(spec: RewardSpec, servers: Mapping[str, Sequence[str]]) -> Reward:
     elif isinstance(spec.function, str):
         path, function = spec.function, import_object(spec.function, where)
     else:
-        path, cls = _import_class(spec, where)
-        arguments = with_servers(spec.function.get("init_args", {}), servers, f"{where}: init_args")
+        path, cls, given = _import_class(spec.function, where)
+        arguments = with_servers(given, servers, f"{where}: init_args")
         function = construct(cls, arguments, f"{where}: init_args")
     _check_call(spec, path, function)
     parameters = inspect.signature(function).parameters

@@ -13,6 +13,8 @@ import argparse
 import ast
 import io
 import itertools
+import json
+import os
 import re
 import subprocess
 import sys
@@ -22,8 +24,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from PIL import Image
+
 ROOT = Path(__file__).parents[1]
 PRODUCT = ("posttrain", "rewards", "prompts")
+PUBLISHED = {"gdpo", "grpo"}
+"""Names of published methods, which one letter tells apart, and which stay."""
 LONG = 60
 """Lines of a function beyond which it counts as long, decorators and docstring included."""
 METHODS = ("grpo", "stpo", "tdm")
@@ -120,7 +126,8 @@ def alike(names: Iterable[str]) -> Iterator[tuple[str, str]]:
         short, long = sorted((a, b), key=len)
         other_letter = len(a) == len(b) and sum(x != y for x, y in zip(a, b)) == 1
         one_more = any(long[:i] + long[i + 1 :] == short for i in range(len(long)))
-        if len(short) > 2 and (other_letter or one_more or long == short + "es"):
+        is_alike = other_letter or one_more or long == short + "es"
+        if len(short) > 2 and is_alike and {a, b} != PUBLISHED:
             yield short, long
 
 
@@ -235,17 +242,11 @@ def calls_to_loss(root: Path, method: str) -> str:
 
 
 def _environment(root: Path) -> dict[str, str]:
-    import os
-
     return {**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 def _write_pairs(folder: Path) -> None:
     """A few pairs of plain images, of the size that K2-nano draws."""
-    import json
-
-    from PIL import Image
-
     rows = []
     for i in range(8):
         for name, shade in (("chosen", 200), ("rejected", 60)):

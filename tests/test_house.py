@@ -47,6 +47,7 @@ def test_long_functions_and_sums():
 
 def test_alike():
     names = ["watch", "watches", "score", "store", "template", "templates", "run", "ran", "load", "roles", "load"]
+    names += ["grpo", "gdpo"]
     pairs = [("ran", "run"), ("score", "store"), ("template", "templates"), ("watch", "watches")]
     assert sorted(house.alike(names)) == pairs
 

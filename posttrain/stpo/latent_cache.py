@@ -205,7 +205,7 @@ def _facts(k2: K2, preferences: Preferences, config: PairSetConfig) -> dict[str,
         "max_tokens": config.max_tokens,
         "vae": fingerprint(k2.vae.state_dict()) + _hash(vae),
         "text_encoder": fingerprint(k2.text_encoder.state_dict()) + _hash(list(pipe.text_encoder_select_layers)),
-        "text_fusion": fingerprint(text_weights(k2.transformer)),
+        "fusion": fingerprint(text_weights(k2.transformer)),
         "tokenizer": _hash(words),
         "dtype": str(k2.dtype),
     }

@@ -45,13 +45,13 @@ def drawn(
         result = evaluator()
     images = to_pil(torch.from_numpy(result.images))
     scores = asyncio.run(score_all(rewards, images, [r.prompt for r in records], columns(records)))
-    taste = np.array([np.nan if value is None else value for value in tasteful(images, [])])
+    taste = np.array(tasteful(images, []), float)  # None becomes nan
     energy = image_metrics.high_energy(result.images)
     return {"scores": scores, "taste": taste, "energy": energy, "figures": result.figures, "images": result.images}
 
 
 def wins(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Share of rows where the first is higher, a tie being half; rows where one is missing do not count."""
+    """Share of rows where the first is higher; a tie is half a win, and rows where one is missing do not count."""
     both = ~(np.isnan(ours) | np.isnan(theirs))
     return float(((ours > theirs)[both] + 0.5 * (ours == theirs)[both]).mean())
 
@@ -61,7 +61,8 @@ def ensemble(scores: Scores, other: Scores, judges: list[str]) -> tuple[np.ndarr
     rows = [k for k, name in enumerate(scores.names) if name in judges]
     both = scores.valid_NK[:, rows] & other.valid_NK[:, rows]
     count = np.where(both.any(1), both.sum(1), np.nan)
-    ours, theirs = (np.where(both, s.values_NK[:, rows], 0.0).sum(1) / count for s in (scores, other))
+    ours = np.where(both, scores.values_NK[:, rows], 0.0).sum(1) / count
+    theirs = np.where(both, other.values_NK[:, rows], 0.0).sum(1) / count
     return ours, theirs
 
 
@@ -83,13 +84,13 @@ def main() -> None:
     records = read_prompts(HELDOUT)[: args.prompts]
     config = EvalConfig(prompts=args.prompts, steps=args.steps, groups=args.groups, group_size=8)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = []
+    results = []
     for run in args.runs:
         saved = checkpoint.load(checkpoint.find(args.runs[1] if run == "base" else run))
         k2 = load_base(saved, device) if run == "base" else load_checkpoint(saved, device)
-        found.append(drawn(k2, None if run == "base" else POLICY, records, rewards, config))
-    first, rows = found[0], []
-    for run, one in zip(args.runs, found):
+        results.append(drawn(k2, None if run == "base" else POLICY, records, rewards, config))
+    first, rows = results[0], []
+    for run, one in zip(args.runs, results):
         ours, theirs = ensemble(one["scores"], first["scores"], judges)
         row = {"run": run, "wins": wins(ours, theirs), "wins/taste": wins(one["taste"], first["taste"])}
         row |= means(one["scores"]) | {"taste": float(np.nanmean(one["taste"]))}
@@ -98,7 +99,7 @@ def main() -> None:
         rows.append(row | {"high_energy": one["energy"] / first["energy"]})
     if args.output:
         args.output.write_text(json.dumps(rows, indent=1) + "\n")
-        np.savez_compressed(args.output.with_suffix(".npz"), images=np.stack([one["images"] for one in found]))
+        np.savez_compressed(args.output.with_suffix(".npz"), images=np.stack([one["images"] for one in results]))
     names = list(rows[0])[1:]
     print("| " + " | ".join(["run", *names]) + " |\n|---" * 1 + "|---" * len(names) + "|")
     for row in rows:

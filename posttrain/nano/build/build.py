@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import multiprocessing
 import os
@@ -35,6 +36,7 @@ from diffusers import (
 from transformers import Qwen3VLModel
 
 from posttrain.model import architecture
+from posttrain.model.k2 import pack
 from posttrain.model.vae import flatten_time
 from posttrain.nano.build.parts import (
     PREFIX,
@@ -64,24 +66,23 @@ def _make_chunk(job: tuple[int, int]) -> tuple[np.ndarray, list[list[str]]]:
         images[i] = scenes.render(scene)
         if rng.random() < DAMAGED:
             images[i] = damage.damage(images[i], scene, rng)
-        captions.append(
-            [
-                scenes.describe(
-                    scenes.mutate(scene, rng, CAPTION_NOISE, LETTER_NOISE), rng, rng.choice([0.2, 0.6, 1.0])
-                ).prompt
-                for _ in range(VARIANTS)
-            ]
-        )
+        # Captions of the web are often wrong, and these are too: guidance then helps, as it does for K2.
+        variants = []
+        for _ in range(VARIANTS):
+            mutated = scenes.mutate(scene, rng, CAPTION_NOISE, LETTER_NOISE)
+            variants.append(scenes.describe(mutated, rng, rng.choice([0.2, 0.6, 1.0])).prompt)
+        captions.append(variants)
     return images, captions
 
 
 def make_data(n: int, seed: int, workers: int) -> tuple[np.ndarray, list[list[str]]]:
     """n images (n,64,64,3) uint8 and VARIANTS captions for each, the same for any number of workers."""
+    # A seed for each chunk, so that the result does not depend on who makes which.
     chunk = 500
     jobs = [(seed * 100_003 + i, min(chunk, n - i * chunk)) for i in range((n + chunk - 1) // chunk)]
     with multiprocessing.get_context("fork").Pool(workers) as pool:
-        parts = pool.map(_make_chunk, jobs)
-    return np.concatenate([p[0] for p in parts]), [c for p in parts for c in p[1]]
+        images, captions = zip(*pool.map(_make_chunk, jobs))
+    return np.concatenate(images), list(itertools.chain(*captions))
 
 
 # ---- training ---------------------------------------------------------------------------------------------
@@ -164,22 +165,22 @@ def psnr(vae: AutoencoderKLQwenImage, images: torch.Tensor) -> float:
     return torch.cat(values).mean().item()
 
 
-def pack(latents: torch.Tensor) -> torch.Tensor:
-    """(B,C,H,W) -> (B,HW/4,4C), channel order (c, ph, pw)."""
-    b, c, h, w = latents.shape
-    return latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, c * 4)
-
-
 def tokenize(tokenizer, captions: list[str]) -> torch.Tensor:
     """[prefix | prompt | suffix | PAD], int16 (N, L) with L a multiple of 16 after the prefix."""
     texts = [PREFIX + c + SUFFIX for c in captions]
     tokenizer.padding_side = "right"
-    parts = [tokenizer(texts[i : i + 20_000], padding="longest", return_tensors="np").input_ids.astype(np.int16)
-             for i in range(0, len(texts), 20_000)]  # fmt: skip
-    longest = -(-(max(p.shape[1] for p in parts) - 34) // 16) * 16 + 34
-    pad = tokenizer.pad_token_id
-    return torch.from_numpy(np.concatenate([np.pad(p, ((0, 0), (0, longest - p.shape[1])), constant_values=pad)
-                                            for p in parts]))  # fmt: skip
+    parts: list[np.ndarray] = []
+    for i in range(0, len(texts), 20_000):
+        ids = tokenizer(texts[i : i + 20_000], padding="longest", return_tensors="np").input_ids
+        parts.append(ids.astype(np.int16))
+    # The prefix has 34 tokens; few lengths after it mean few compiled graphs.
+    longest = -(-(max(part.shape[1] for part in parts) - 34) // 16) * 16 + 34
+    rows = np.full((len(texts), longest), tokenizer.pad_token_id, np.int16)
+    first = 0
+    for part in parts:
+        rows[first : first + len(part), : part.shape[1]] = part
+        first += len(part)
+    return torch.from_numpy(rows)
 
 
 def text_states(text_encoder: Qwen3VLModel, ids: torch.Tensor) -> torch.Tensor:

@@ -36,14 +36,14 @@ CHAT = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SHARED = "the shapes"
-"""Stands for any statement where only what surrounds it matters."""
+"""A placeholder for a statement, where only the text around it matters."""
 
 
 # ---- words ------------------------------------------------------------------------------------------------
 
 
 def make_tokenizer(seed: int = 0) -> Qwen2Tokenizer:
-    """The text encoder's kind of tokenizer, which knows the judges' templates and answers besides."""
+    """A tokenizer like the text encoder's, trained on the judges' templates and answers too."""
     rng = np.random.default_rng(seed)
     drawn = [scenes.random_scene(rng) for _ in range(3000)]
     corpus = [scenes.describe(s, rng).prompt for s in drawn]
@@ -52,6 +52,7 @@ def make_tokenizer(seed: int = 0) -> Qwen2Tokenizer:
     fixed = [load_template(name).text for name in names] + [DESCRIBE, *questions.FAULTS.values()]
     fixed += [transcript(""), transcript("A")]
     tokenizer = parts.make_tokenizer(corpus + fixed * 100 + ["yes", "no"] * 5000)
+    # P(yes) is read from the first token of the answer.
     if any(len(token_ids(tokenizer, word)) != 1 for word in ("yes", "no")):
         raise RuntimeError("yes and no must be one token each")
     tokenizer.eos_token = "<|im_end|>"
@@ -119,7 +120,8 @@ def make_model(tokenizer: Qwen2Tokenizer) -> Qwen3VLForConditionalGeneration:
 
 
 def save(model: Qwen3VLForConditionalGeneration, tokenizer: Qwen2Tokenizer, folder: Path) -> None:
-    """Writes all that transformers and vLLM need; weights in bfloat16."""
+    """Writes all files that transformers and vLLM need, with weights in bfloat16."""
+    # A copy, because `to` would change the model that is still being trained.
     copy: Any = make_model(tokenizer)
     copy.load_state_dict(model.state_dict())
     copy.to(torch.bfloat16).save_pretrained(folder)
@@ -141,9 +143,11 @@ def save(model: Qwen3VLForConditionalGeneration, tokenizer: Qwen2Tokenizer, fold
 
 
 def patches(pixels: Tensor) -> Tensor:
-    """(B,3,64,64) in [-1,1] -> (B,256,96) as the image processor lays them out: merged fours together."""
+    """(B,3,64,64) in [-1,1] -> (B,256,96) in the order of the image processor: four patches of a token are
+    neighbours."""
     b = len(pixels)
     x = pixels.view(b, 3, GRID, MERGE, PATCH, GRID, MERGE, PATCH).permute(0, 2, 5, 3, 6, 1, 4, 7)
+    # The encoder takes videos: an image is repeated for each frame of a patch.
     x = x.unsqueeze(6).expand(*x.shape[:6], TEMPORAL, PATCH, PATCH)
     return x.reshape(b, (GRID * MERGE) ** 2, 3 * TEMPORAL * PATCH * PATCH)
 
@@ -163,7 +167,8 @@ def _vision_block(block: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     b, p, d = x.shape
     qkv = attention.qkv(block.norm1(x)).view(b, p, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)
-    q, k = (y.float() * cos + _rotate_half(y.float()) * sin for y in (q, k))
+    q = q.float() * cos + _rotate_half(q.float()) * sin
+    k = k.float() * cos + _rotate_half(k.float()) * sin
     out = F.scaled_dot_product_attention(q.to(v), k.to(v), v)
     x = x + attention.proj(out.transpose(1, 2).reshape(b, p, d))
     return x + block.mlp(block.norm2(x))
@@ -182,7 +187,8 @@ def _layer(layer: Any, h: Tensor, cos: Tensor, sin: Tensor, shared: int, spans: 
     q = attention.q_norm(attention.q_proj(x).view(heads)).transpose(1, 2)
     k = attention.k_norm(attention.k_proj(x).view(heads)).transpose(1, 2)
     v = attention.v_proj(x).view(heads).transpose(1, 2)
-    q, k = ((y * cos + _rotate_half(y) * sin).to(v) for y in (q, k))
+    q = (q * cos + _rotate_half(q) * sin).to(v)
+    k = (k * cos + _rotate_half(k) * sin).to(v)
     out = attend(q, k, v, shared, spans)
     h = h + attention.o_proj(out.transpose(1, 2).flatten(2))
     return h + layer.mlp(layer.post_attention_layernorm(h))
@@ -205,13 +211,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, shared: int, spans: tuple[Span, ...]
             before = x[:, None, :, :seen].expand(-1, n, -1, -1, -1).flatten(0, 1)
             return torch.cat([before, own(x)], dim=2)
 
+        # Everything that was seen before, and the task's own tokens causally.
         mask = torch.ones(length, seen + length, dtype=torch.bool, device=q.device).tril(seen)
         out = F.scaled_dot_product_attention(own(q), with_seen(k), with_seen(v), attn_mask=mask)
         parts.append(out.unflatten(0, (-1, n)).transpose(1, 2).flatten(2, 3))
     return torch.cat(parts, dim=2)
 
 
-class Eye:
+class JudgeNetwork:
     """The vision half and the language half as functions of whole batches, compiled where that pays."""
 
     def __init__(self, model: Qwen3VLForConditionalGeneration, compiled: bool):

@@ -11,6 +11,7 @@ agree with them more often than the noise ceiling, the mean of max(p, 1 - p). `p
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
@@ -99,11 +100,12 @@ def _pairs(out: Path, job: tuple[int, int, int]) -> list[dict]:
         p = 1 / (1 + math.exp(-SHARPNESS * (taste(pair[0]) - taste(pair[1]))))
         if rng.random() >= p:
             pair, p = pair[::-1], 1 - p
-        names = [f"images/pair-{i:05d}-{side}.png" for side in ("chosen", "rejected")]
-        for name, drawn in zip(names, pair):
-            draw(drawn, generator, rng).save(out / name)
-        rows.append({"prompt": prompt, "chosen": names[0], "rejected": names[1], "source": generator,
-                     "chance": round(p, 4)})  # fmt: skip
+        # `chance` is the probability of this choice: the judges' noise ceiling is computed from it.
+        row = {"prompt": prompt}
+        for side, drawn in zip(("chosen", "rejected"), pair):
+            row[side] = f"images/pair-{i:05d}-{side}.png"
+            draw(drawn, generator, rng).save(out / row[side])
+        rows.append(row | {"source": generator, "chance": round(p, 4)})
     return rows
 
 
@@ -125,7 +127,7 @@ def write(out: Path, pairs: int, faults: int, seed: int, workers: int) -> None:
     for name, make, total in (("preferences", _pairs, pairs), ("artifacts", _faults, faults)):
         jobs = [(seed, first, min(200, total - first)) for first in range(0, total, 200)]
         with multiprocessing.get_context("fork").Pool(workers) as pool:
-            rows = [row for part in pool.map(partial(make, out), jobs) for row in part]
+            rows = itertools.chain(*pool.map(partial(make, out), jobs))
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -1,14 +1,15 @@
 """Oracles: programs that read a 64-pixel image back into a scene and judge statements about it.
 
-Reading is analysis by synthesis. Coloured blobs are found by chroma (backgrounds and text are grey), each is
-matched to the shape that overlaps it best, letters are matched to the alphabet, and style and background are those
-whose rendering of what was found comes closest to the image. What no rendering explains is an artifact. The
-oracles measure; nothing is ever trained on their gradient.
+Reading is analysis by synthesis. Coloured blobs are found by chroma (backgrounds and text are grey), and each is
+matched to the shape that overlaps it best. Letters are matched to the alphabet. Style and background are those whose
+rendering comes closest to the image. What no rendering explains is an artifact. The oracles measure; nothing is
+trained on their gradient.
 """
 
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 import threading
 from collections.abc import Sequence
@@ -147,8 +148,12 @@ def _fit(mask: np.ndarray) -> tuple[list[tuple[str, float, float, float, float]]
         return shape, float(x), float(y), float(radius), float(overlap)
 
     fits = sorted((trial(shape, 1.0) for shape in SHAPES), key=lambda fit: -fit[-1])
-    close = [fit for fit in fits[:3] if fit[-1] > fits[0][-1] - 0.2]
-    best = [max((trial(f[0], k) for k in (0.94, 0.97, 1.0, 1.03, 1.06)), key=lambda fit: fit[-1]) for f in close]
+    best = []
+    for shape, *_, overlap in fits[:3]:
+        if overlap > fits[0][-1] - 0.2:
+            # The area of a blurred or outlined shape is off by some per cent.
+            trials = [trial(shape, scale) for scale in (0.94, 0.97, 1.0, 1.03, 1.06)]
+            best.append(max(trials, key=lambda fit: fit[-1]))
     return best, {fit[0]: fit[-1] for fit in fits}
 
 
@@ -255,9 +260,11 @@ def _settle(image: np.ndarray, scene: Scene, choices: list[list[Object]]) -> Sce
         if len(options) > 1:
             o = options[0]
             reach = int(1.3 * o.radius) + 3
+            # Only the part around the object is compared: elsewhere all guesses are the same.
             window = np.s_[max(0, int(o.y) - reach) : int(o.y) + reach, max(0, int(o.x) - reach) : int(o.x) + reach]
             guesses = [replace(scene, objects=(*scene.objects[:i], p, *scene.objects[i + 1 :])) for p in options]
-            scene = min(guesses, key=lambda g: float(((image[window] - _render(g)[window]) ** 2).mean()))
+            errors = [float(((image[window] - _render(guess)[window]) ** 2).mean()) for guess in guesses]
+            scene = guesses[int(np.argmin(errors))]
     return scene
 
 
@@ -267,25 +274,22 @@ _COUNT = "|".join(COUNTS)
 _NAME = rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
 _PLURAL = rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})e?s"
 _PATTERNS = {
-    kind: re.compile(pattern)
-    for kind, pattern in {
-        "exists": rf"there is an? {_NAME}",
-        "count": rf"there are exactly ({_COUNT}) {_PLURAL}",
-        "total": rf"there (?:is|are) exactly ({_COUNT}) shapes?",
-        "size": rf"the {_NAME} is (small|large)",
-        "place": rf"the {_NAME} is at the ({'|'.join(p for row in scenes.PLACES for p in row)})",
-        "relation": rf"the {_NAME} is ({'|'.join(scenes.RELATIONS)}) the {_NAME}",
-        "style": rf"the style is ({'|'.join(scenes.STYLES)})",
-        "background": rf"the background is ({'|'.join(scenes.BACKGROUNDS)})",
-        "text": r'the text reads "([A-Z]+)"',
-    }.items()
+    "exists": rf"there is an? {_NAME}",
+    "count": rf"there are exactly ({_COUNT}) {_PLURAL}",
+    "total": rf"there (?:is|are) exactly ({_COUNT}) shapes?",
+    "size": rf"the {_NAME} is (small|large)",
+    "place": rf"the {_NAME} is at the ({'|'.join(itertools.chain(*scenes.PLACES))})",
+    "relation": rf"the {_NAME} is ({'|'.join(scenes.RELATIONS)}) the {_NAME}",
+    "style": rf"the style is ({'|'.join(scenes.STYLES)})",
+    "background": rf"the background is ({'|'.join(scenes.BACKGROUNDS)})",
+    "text": r'the text reads "([A-Z]+)"',
 }
 
 
 def parse(statement: str) -> tuple[str, tuple[str, ...]]:
     """(kind, parts) of a statement that `scenes.describe` writes; ValueError for any other sentence."""
     for kind, pattern in _PATTERNS.items():
-        match = pattern.fullmatch(statement)
+        match = re.fullmatch(pattern, statement)  # re caches what it compiles
         if match:
             return kind, match.groups()
     raise ValueError(f"the nano oracle cannot read the statement {statement!r}")
@@ -372,9 +376,11 @@ def _answered(percept: Percept, need: list[str]) -> Scored:
 
 def graded(images: Sequence, prompts: Sequence[str], requirements: Sequence[list[str]], **_) -> list[float | None]:
     """Mean grade of a prompt's requirements, in [0, 1]: a reward to train on where `rubric` measures."""
-    return [
-        float(np.mean([grade(p, r) for r in need])) if need else None for p, need in zip(perceive(images), requirements)
-    ]
+    grades: list[float | None] = []
+    for percept, required in zip(perceive(images), requirements):
+        values = [grade(percept, requirement) for requirement in required]
+        grades.append(float(np.mean(values)) if values else None)
+    return grades
 
 
 def text(images: Sequence, prompts: Sequence[str], texts: Sequence[list[str]], **_) -> list[float | None]:
