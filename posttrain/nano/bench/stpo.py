@@ -26,7 +26,8 @@ import numpy as np
 
 from posttrain.nano.bench.jobs import Jobs
 from posttrain.preferences.dataset import CARD
-from posttrain.report.charts import Point, lines_chart
+from posttrain.report.charts import panels_svg
+from posttrain.runs.read import Point
 
 STPO = "stpo"
 VARIANTS = {
@@ -77,7 +78,7 @@ def figure(curves: dict[str, list[list[dict[str, float]]]]) -> str:
     series = {
         name: {variant: [points(run, name) for run in runs] for variant, runs in curves.items()} for name in CURVES
     }
-    return lines_chart(series, columns=3)
+    return panels_svg(series, columns=3)
 
 
 class Bench:
