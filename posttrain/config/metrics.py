@@ -2,8 +2,8 @@
 
     python -m posttrain.config.metrics      # prints docs/metrics.md
 
-A metric of an evaluation is logged as `eval/NAME`; a recipe and summary.json call it NAME. A suffix tells how the images
-were drawn: `@2.5` with this guidance, `@8steps` in this number of steps.
+A metric of an evaluation is logged as `eval/NAME`; a recipe and summary.json call it NAME. A suffix tells how the
+images were drawn: `@2.5` with this guidance, `@8steps` in this number of steps.
 """
 
 from __future__ import annotations
@@ -163,7 +163,12 @@ METRICS = (
     Metric(
         "text/distinct2", "Share of different pairs of words among those of a group's expansions", "(0, 1]", "higher"
     ),
-    Metric("text/spread", "Mean distance of the expansions of a group from each other", ">= 0", "higher"),
+    Metric(
+        "text/spread",
+        "Mean distance of two expansions of a prompt, 1 - cosine of the base model's hidden states",
+        "[0, 2]",
+        "higher",
+    ),
     Metric(
         "text/verbatim", "Share of expansions that repeat all quoted text of their prompt exactly", "[0, 1]", "higher"
     ),
@@ -187,8 +192,8 @@ EVALUATION = (
     ),
     Metric("image/latent_norm", "Root mean square of the final latents", ">= 0, about 1", "", "hacking"),
     Metric("image/diversity", "Mean distance of two images of one prompt", "[0, 1]", "higher", "hacking"),
-    Metric("image/contrast", "Mean standard deviation of the images' luma", "[0, 1]", "", "hacking"),
-    Metric("image/high_energy", "Energy of the luma above half the finest frequency", ">= 0", "", "hacking"),
+    Metric("image/contrast", "Mean standard deviation of the images' luma", "[0, 0.5]", "", "hacking"),
+    Metric("image/high_energy", "Energy of the luma above half the finest frequency", "[0, 1]", "", "hacking"),
     Metric(
         "image/high_energy_ratio",
         "The same as a ratio to the first evaluation",

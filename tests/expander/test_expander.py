@@ -125,6 +125,7 @@ def test_training_writes_an_adapter_that_learnt_and_resumes_to_the_same(tmp_path
     run = tmp_path / "run"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["after"]["loss"] < summary["before"]["loss"] - 0.1 and summary["steps"] == 4
+    runs.assert_metrics_are_defined(run)
     weights = load_file(run / "adapter" / "adapter_model.safetensors")
     assert all(w.abs().max() > 0 for name, w in weights.items() if "lora_B" in name) and len(weights) == 2 * 7 * 3
     card = (run / "adapter" / "README.md").read_text()

@@ -73,6 +73,7 @@ def test_a_run_equals_what_it_should(config, parts, monkeypatch, capsys):
     run = runs.Path(config.output)
     steps = [row for row in runs.rows(run) if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2]
+    runs.assert_metrics_are_defined(run, *names)
     for row in steps:
         assert row["diversity_weight"] == pytest.approx(0.3)
         assert row["renders"] <= 8 and row["format"] >= 0.5
