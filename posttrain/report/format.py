@@ -40,6 +40,11 @@ def shown(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
 
 
+def cell(value: Any) -> str:
+    """A value in a Markdown table of a model card."""
+    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
 def is_number(value: Any) -> bool:
     # A bool is an int to Python, but a setting rather than a number to a reader.
     return isinstance(value, int | float) and not isinstance(value, bool)

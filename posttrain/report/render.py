@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup, escape
 from PIL import Image
 
-from posttrain.report.format import aligned, change, number, shown
+from posttrain.report.format import aligned, cell, change, number, shown
 
 FOLDER = Path(__file__).parent
 LARGEST = 512  # pixels of the longer side; larger images are reduced
@@ -49,12 +49,12 @@ def image(path: Path, largest: int = LARGEST) -> dict[str, Any]:
 
 ENVIRONMENT = Environment(
     loader=FileSystemLoader(FOLDER / "templates"),
-    autoescape=True,
+    autoescape=select_autoescape(["html", "svg"]),  # model cards are Markdown, in which &lt; would stay as it is
     undefined=StrictUndefined,  # a misspelt name is an error, not an empty page
     trim_blocks=True,
     lstrip_blocks=True,
 )
-ENVIRONMENT.filters |= {"aligned": aligned, "breakable": breakable, "number": number, "shown": shown}
+ENVIRONMENT.filters |= {"aligned": aligned, "breakable": breakable, "cell": cell, "number": number, "shown": shown}
 ENVIRONMENT.globals |= {"change": change, "colour": colour}
 
 
