@@ -94,6 +94,7 @@ def report(choices: Mapping[str, Sequence[Choice]], margins: Mapping[str, float 
                 "judges": asdict(_judges(answers.values())),
             }
         )
+    # The majority counts both answers of a person, as their mean.
     shares = votes(choices)
     return {
         "people": people,
@@ -115,6 +116,7 @@ def report_marks(choices: Mapping[str, Sequence[Choice]], images: int) -> dict[s
     for name, answers in first.items():
         own, second = choices[name], _answers(choices[name], again=True)
         counts = Counter(choice.choice for choice in own)
+        # Shares are of decided answers: "unsure" says nothing about how strict a person is.
         decided = counts["faulty"] + counts["fine"]
         both = [(answers[image], second[image]) for image in answers.keys() & second.keys()]
         people.append(

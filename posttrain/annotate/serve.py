@@ -6,8 +6,8 @@ posttrain annotate --mode artifact --images runs/a --store marks.jsonl
 
 The page asks this process for every step, and an answer is on disk before the next pair or image is shown. It keeps no
 state but the name of who is answering, so a page that was open survives a restart. Nothing it shows tells which image
-the record calls chosen, or which model drew it: images are sent as new PNGs under random names, and sides are random for
-each annotator.
+the record calls chosen, or which model drew it: images are sent as new PNGs under random names, and sides are random
+for each annotator.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Exports are read back before they get their name: complete, for this model, with the trained change in them.
 
-An export that loads and does nothing costs the most, so each file is opened again: a missing key, a wrong shape or value,
-or weights that are still the base's end the export with a UserError, and nothing is left behind.
+An export that loads and does nothing costs the most, so each file is opened again: a missing key, a wrong shape or
+value, or weights that are still the base's end the export with a UserError, and nothing is left behind.
 """
 
 from __future__ import annotations

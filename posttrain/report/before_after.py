@@ -78,6 +78,7 @@ def run_images(samples: Path) -> dict[str, Any] | None:
     first, last = directories[0], directories[-1]
     pairs = matched(read_samples(first), read_samples(last))
     teacher = matched(read_samples(samples / "teacher"), read_samples(last))
+    # Pages grow with each image inside them, so only the first ones are shown.
     return {
         "more": f", {MOST_PAIRS} of {len(pairs)} shown" if len(pairs) > MOST_PAIRS else "",
         "only_step": step_name(first) if first == last else None,
@@ -91,6 +92,7 @@ def grid(pairs: Sequence[tuple[Sample, Sample]], before: str, after: str, larges
     if not pairs:
         return None
     cards = [_card(old, new, before, after, largest) for old, new in pairs]
+    # A run of one evaluation has the same files on both sides.
     has_slider = any(old.file != new.file for old, new in pairs)
     return {"before": before, "after": after, "has_slider": has_slider, "cards": cards}
 
@@ -100,6 +102,7 @@ def _card(old: Sample, new: Sample, before: str, after: str, largest: int) -> di
     names = list(dict.fromkeys([*old.scores, *new.scores]))
     scores = []
     for name in names:
+        # A reward that failed on one side alone still has a row.
         values = [side.scores.get(name, {}).get("score") for side in sides.values()]
         scores.append({"name": name, "values": [f"{v:.2f}" if is_number(v) else "–" for v in values]})
     return {

@@ -94,6 +94,7 @@ class Frame:
         self.low, self.high = min(ticks[0], *values), max(ticks[-1], *values)
         self.first, self.last = min(steps), max(steps)
         self.value_ticks: list[dict[str, str]] = []
+        # Rounded to a tenth of a pixel, as all coordinates: a page has tens of thousands of them.
         for tick, label in zip(ticks, labels):
             y = self.y(tick)
             # Text is placed by its baseline; 4 px lower its middle is at the line.
@@ -176,6 +177,7 @@ def areas_chart(name: str, series: Mapping[str, list[Point]], width: int = 720, 
         top = {step: floor[step] + (points.get(step) or 0.0) for step in steps}
         layers.append((top, floor))
         floor = top
+    # The axis begins at 0, since the heights of areas are compared.
     frame = Frame(steps, [0.0, *floor.values()], width, height)
     for i, (top, bottom) in enumerate(layers):
         frame.add_area(f"fill {colour(i)}", list(top.items()), list(bottom.items()))

@@ -74,6 +74,7 @@ def _name(runs: Sequence[RunFiles], depth: int) -> str:
     names = ["/".join(run.path.resolve().parts[-depth:]) for run in runs]
     if len(names) == 1:
         return names[0]
+    # Digits and what is between them, in turn.
     parts = [re.split(r"(\d+)", name) for name in names]
     if len({len(part) for part in parts}) > 1:
         return f"{names[0]} and {len(names) - 1} more"
@@ -94,6 +95,7 @@ def different(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]
     """Path of each setting that distinguishes two recipes, with its two values."""
     seeds = str(a.get("seed")), str(b.get("seed"))
     found = []
+    # Rewards are matched by name, so that one more of them is one difference and not many.
     for path, first, second in changes(_by_name(a), _by_name(b)):
         if path.split(".")[0] not in OWN and not _same_but_seed(first, second, seeds):
             found.append((path, first, second))
@@ -132,6 +134,7 @@ def _settings(lines: Sequence[Line]) -> list[list[str]]:
     """The settings in which the lines differ: path, and the value of each line."""
     differences = [different(lines[0].runs[0].recipe, line.runs[0].recipe) for line in lines]
     firsts = {path: value for found in differences for path, value, _ in found}
+    # A line without an entry has the first line's value.
     own = [{path: value for path, _, value in found} for found in differences]
     rows = []
     for path, first in firsts.items():
@@ -177,6 +180,7 @@ def _reward(lines: Sequence[Line]) -> dict[str, Chart]:
 
 
 def _chart(name: str, label: str, lines: Sequence[Line], **size: int) -> Chart:
+    # A line without the metric stays, as an empty list, and keeps its colour.
     by_line = []
     for line in lines:
         by_line.append([run.series[name] for run in line.runs if name in run.series])

@@ -12,6 +12,7 @@ def number(value: float) -> str:
         return "0"
     if float(value).is_integer() and abs(value) < 1e5:
         return f"{value:,.0f}"
+    # Beyond these sizes an exponent is shorter than zeros.
     if abs(value) >= 1e5 or abs(value) < 1e-3:
         return f"{value:.3g}"
     return f"{value:.4g}"

@@ -106,8 +106,10 @@ def _clip_line(points: Sequence[Point], factor: float) -> list[Point]:
     line: list[Point] = []
     norms: list[float] = []
     for step, value in points:
+        # The limit of a step comes from the norms before it, its own not included.
         limit = clipping.limit(norms, factor)
         line.append((step, limit if math.isfinite(limit) else None))
+        # A norm of 0 or NaN was skipped by the optimiser and is not part of its median.
         if value is not None and value > 0:
             norms.append(value)
     return thin(line) or [(0, None)]

@@ -53,6 +53,7 @@ def write_report(run: Path, path: Path | None = None) -> Path:
     of_limits = limits(files.recipe, files.series)
     names_watched = watched(files.series, of_limits)
     shown_apart = {name for names in names_watched.values() for name in names}
+    # The reward has the wide chart, and non_finite is a warning at the top.
     shown_apart |= {*POOL, "reward", "non_finite"}
     if files.summary.get("teacher"):
         # Measured once, so a curve would be one point; it stands in the table.
@@ -84,6 +85,7 @@ def write_report(run: Path, path: Path | None = None) -> Path:
 def _charts(names: Sequence[str], series: Mapping[str, list[Point]]) -> list[Chart]:
     charts = []
     for name in names:
+        # The heading of the section has the rest of the name.
         label = name.rpartition("/")[2]
         charts.append(line_chart(label, series[name], definition=metrics.describe(name)))
     return charts
@@ -176,6 +178,7 @@ def _tables(file: Path) -> list[dict[str, Any]]:
     """The prompts at the ends of an adaptive pool."""
     tables = []
     for title, rows in read_tables(file).items():
+        # An adaptive pool may have no prompt at one of its ends yet.
         if rows:
             numeric = [all(isinstance(row[name], int | float | None) for row in rows) for name in rows[0]]
             body = [list(row.values()) for row in rows]
@@ -189,6 +192,7 @@ def _cost(files: RunFiles) -> list[dict[str, Any]]:
     times: dict[str, float] = {}
     for name, points in files.series.items():
         if name.startswith("seconds/"):
+            # A missing value is a step that did not have this part.
             times[name.partition("/")[2]] = sum(value or 0.0 for _, value in points)
     if times:
         rest = (files.summary.get("seconds") or 0.0) - sum(times.values())
@@ -200,6 +204,7 @@ def _cost(files: RunFiles) -> list[dict[str, Any]]:
         bars.append({"title": "time to the end of the first step", "parts": startup, "unit": "s"})
     memory = files.summary.get("memory") or {}
     if memory:
+        # On the CPU the peak is that of the whole process, Python and its libraries included.
         on_gpu = "peak_gpu_gib" in files.summary
         peak = files.summary.get("peak_gpu_gib" if on_gpu else "peak_ram_gib", 0.0)
         label = "the rest at the peak: activations, gradients" + ("" if on_gpu else ", Python")
@@ -209,6 +214,7 @@ def _cost(files: RunFiles) -> list[dict[str, Any]]:
 
 
 def _with_rest(parts: Mapping[str, float], label: str, rest: float) -> dict[str, float]:
+    # Clocks and counters are read at different times, so the rest can come out below 0.
     return {**parts, label: rest} if rest > 0 else dict(parts)
 
 
@@ -216,6 +222,7 @@ def _judges(files: RunFiles) -> list[list[str]]:
     """What decides the scores: the judges' models and the hashes of the templates that they are asked with."""
     rows = []
     for reward, details in (files.summary.get("rewards") or {}).items():
+        # A reward that asks no judge has no template, and one row all the same.
         for name, digest in (details.get("templates") or {"–": "–"}).items():
             rows.append([reward, details.get("model", "–"), name, digest])
     digest = read_json(files.path / "expander.json").get("template")
