@@ -27,6 +27,7 @@ def test_each_metric_is_defined_once():
         ("eval/to_teacher/contrast@8steps", "to_teacher/*"),
         ("teacher/image/contrast", "image/contrast"),
         ("eval/pairs/winner", "winner"),
+        ("eval/pairs/winner_t2", "pairs/*_t[1-4]"),
         ("eval/loss", "loss"),
         ("eval/oracle@1.5", "*"),
     ],
@@ -38,6 +39,7 @@ def test_a_logged_name_finds_its_definition(name, pattern):
 
 def test_what_has_no_definition():
     assert metrics.find("unheard_of") is None and metrics.describe("unheard_of") == ""
+    assert metrics.find("eval/pairs/unheard_of") is None
 
 
 def test_all_metrics_of_images_and_pairs_are_defined():

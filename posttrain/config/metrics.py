@@ -3,7 +3,8 @@
     python -m posttrain.config.metrics      # prints docs/metrics.md
 
 A metric of an evaluation is logged as `eval/NAME`; a recipe and summary.json call it NAME. A suffix tells how the
-images were drawn: `@2.5` with this guidance, `@8steps` in this number of steps.
+images were drawn: `@2.5` with this guidance, `@8steps` in this number of steps. `pairs/NAME` is the training metric NAME on
+held-out pairs.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ METRICS = (
     Metric("skipped", "Updates so far left out because a gradient was not finite", "updates", "lower", "divergence"),
     Metric("*sqrt_v", "Median root of AdamW's second moment, the usual size of a gradient's entry", ">= 0"),
     Metric("*eps_share", "Share of the learning rate that AdamW's eps takes from the median weight", "[0, 1]", "lower"),
+    Metric("images", "Images that the run has sampled so far", "images"),
     Metric("learning_rate", "Learning rate of the update", ">= 0"),
     Metric("non_finite", "Metric values of this row that were NaN or infinite", "values", "lower"),
     Metric("drift_*", "Mean squared distance of the policy's velocity from the reference's", ">= 0", "", "divergence"),
@@ -217,7 +219,7 @@ EVALUATION = (
         "higher",
         "hacking",
     ),
-    Metric("pairs/*", "The training metric of this name, on held-out pairs"),
+    Metric("pairs/*_t[1-4]", "The same over one of four equal parts of the noise levels, lowest first"),
 )
 """What evaluations log besides: `eval/NAME`, and `teacher/NAME` for the teacher of a distillation."""
 
@@ -231,9 +233,9 @@ def find(name: str) -> Metric | None:
     if prefix is None:
         return _first(METRICS, name)
     figure = name.removeprefix(prefix).partition("@")[0]
-    if figure.startswith("pairs/"):
-        return _first(METRICS, figure.removeprefix("pairs/"))
-    return _first(EVALUATION, figure) or _first(METRICS, figure) or SCORE
+    found = _first(EVALUATION, figure) or _first(METRICS, figure.removeprefix("pairs/"))
+    # Rewards have names of the user's choice, but none of them is in a group.
+    return found or (None if figure.startswith("pairs/") else SCORE)
 
 
 def _first(metrics: Iterable[Metric], name: str) -> Metric | None:

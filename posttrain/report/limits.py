@@ -109,7 +109,7 @@ def _clip_line(points: Sequence[Point], factor: float) -> list[Point]:
         # The limit of a step comes from the norms before it, its own not included.
         limit = clipping.limit(norms, factor)
         line.append((step, limit if math.isfinite(limit) else None))
-        # A norm of 0 or NaN was skipped by the optimiser and is not part of its median.
+        # A batch without any gradient says nothing about the usual norm.
         if value is not None and value > 0:
             norms.append(value)
     return thin(line) or [(0, None)]
