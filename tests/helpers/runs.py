@@ -201,7 +201,8 @@ def watch_loading(method: Any, monkeypatch: Any) -> list:
 
 
 TRAINING = """
-import posttrain.export.export, posttrain.grpo.train, posttrain.preflight.command, posttrain.preflight.grpo, posttrain.report.page
+import posttrain.export.export, posttrain.grpo.train, posttrain.preflight.command, posttrain.preflight.grpo
+import posttrain.report.page
 import posttrain.sample_images, posttrain.stpo.train
 import posttrain.tdm.train
 import tests.helpers.runs
