@@ -60,7 +60,7 @@ ABLATED = {
 
 
 def train(config: ExpanderGDPOConfig, resume: bool = False) -> None:
-    """Runs a recipe into its run directory. Raises UserError for what the user can mend."""
+    """Runs a recipe into its run directory. Raises UserError for a mistake that the user can fix."""
     with warnings.catch_warnings():  # the libraries call each other by old names
         warnings.filterwarnings("ignore", r".*gradient_checkpointing. is deprecated", FutureWarning)
         _load_and_train(config, resume)

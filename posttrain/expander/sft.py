@@ -57,7 +57,7 @@ class Pair:
 
 
 def train(config: ExpanderSFTConfig, resume: bool = False) -> None:
-    """Runs a recipe into its run directory. Raises UserError for what the user can mend."""
+    """Runs a recipe into its run directory. Raises UserError for a mistake that the user can fix."""
     procs = Processes()
     if resume:
         _check_unchanged(config)

@@ -58,7 +58,7 @@ MASS_WEIGHT = 0.1
 
 
 def train(config: JudgeConfig, resume: bool = False) -> None:
-    """Runs a recipe into its run directory. Raises UserError for what the user can mend."""
+    """Runs a recipe into its run directory. Raises UserError for a mistake that the user can fix."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("posttrain judge: trains in one process; start it without a launcher")
     check_run(config, resume)
@@ -98,7 +98,7 @@ def _train(
     if saved is not None:
         _restore(saved, adapter, stepper)
         first, seen, before = saved.step, saved.state["records_seen"], saved.state["before"]
-        run.say(f"goes on after step {first}")
+        run.say(f"continues after step {first}")
     run.start(config.steps, first)
     if before is None:
         before = figures(config.mode, heldout, score(vlm, template, heldout, config), config.seed)

@@ -156,7 +156,7 @@ def test_the_servers_own_message_ends_the_run_when_too_much_is_missing(config):
     with ImagesServer(flat, fault) as server:
         renderer = endpoint(config, server, max_failures=0.05)  # 12.8 of 256
         renderer([f"circle {i}" for i in range(24)], list(range(24)))
-        with pytest.raises(UserError, match=r"13 of the last 26 pictures .*out of memory on device 0"):
+        with pytest.raises(UserError, match=r"13 of the last 26 images .*out of memory on device 0"):
             renderer(PROMPTS[:2], [1, 2])
 
 
