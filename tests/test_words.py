@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("posttrain/expander", "posttrain/judge", "posttrain/bench", "posttrain/pipeline", "docs", "recipes", "CHANGELOG.md")
+FOLDERS = (
+    "posttrain/expander",
+    "posttrain/judge",
+    "posttrain/bench",
+    "posttrain/pipeline",
+    "docs",
+    "recipes",
+    "CHANGELOG.md",
+)
 """Where the words are looked for."""
 SUFFIXES = (".py", ".md", ".yaml", ".sh", ".html", ".css", ".js", ".txt")
 BANNED = {

@@ -24,11 +24,12 @@ def observed(steps: Steps) -> dict[str, Tensor]:
     k2, config = steps.k2, steps.config
     text = Text(k2.fuse(k2.random_features(config.text))[None])
     x = torch.randn(2, k2.image_tokens(*steps.size), k2.latent_channels, generator=torch.Generator().manual_seed(0))
-    x = x.to(k2.device)
+    x = x.to(k2.device)  # drawn on the CPU, so that it does not depend on the device
     with torch.no_grad(), k2.role(steps.role):
         outputs = {"velocity": k2.velocity(x, 0.5, text, *steps.size)}
     if steps.role is not None:
         parameters = k2.train_role(POLICY)
+        # any scalar of the velocity has a gradient through all layers
         with k2.role(POLICY):
             k2.velocity(x, 0.5, text, *steps.size).square().mean().backward()
         gradients = [p.grad.flatten() for p in parameters if p.grad is not None]

@@ -28,6 +28,7 @@ class Stock:
         padded = features.new_zeros(batch, TOKENS, *features.shape[1:])
         padded[:, :text] = features
         mask = torch.arange(TOKENS, device=k2.device).expand(batch, -1) < text
+        # stock computes masked tokens too; that is the cost to compare with
         self.x = torch.randn(batch, rows * columns, k2.latent_channels, device=k2.device)
         self.inputs: dict[str, Any] = {
             "encoder_hidden_states": padded,

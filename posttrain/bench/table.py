@@ -35,7 +35,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     first = [row["method"], f"{height}x{width}"]
     if "failed" in row:
         return [*first, row["failed"], *["-"] * 12]  # one cell for each remaining column
-    stock = row.get("stock") or {}
+    stock = row.get("stock") or {}  # absent with --stock false
     error = ", ".join(f"{name} {value:.1e}" for name, value in row["error"].items())
     return [
         *first,

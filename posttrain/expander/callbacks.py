@@ -76,11 +76,12 @@ class SharedRewards:
             scored = self._evaluated(completion_ids, row, trainer_state.global_step, log_metric)
             return scored.rewards_for_trl(name, size)
 
-        reward.__name__ = name
+        reward.__name__ = name  # TRL names its metrics after the function
         return reward
 
     def _evaluated(self, ids: list[list[int]], rows: list[int], step: int, log_metric: Any) -> Scored:
         """The evaluation of this batch, made by the reward function that is called first."""
+        # TRL calls each reward function with the same batch
         key = (step, rows, ids)
         if self.scored is not None and self._key == key:
             return self.scored
@@ -100,7 +101,8 @@ class SharedRewards:
             if faults := causes + unsafe:
                 row = {"step": step + 1, "prompt": e.record.prompt, "expansion": e.text, "fails": ", ".join(faults)}
                 self.faults.append(row)
-        weights = [r.weight for r in self.config.rewards if not r.heldout_only] + [diversity_weight(self.config, step)]
+        weights = [r.weight for r in self.config.rewards if not r.heldout_only]
+        weights.append(diversity_weight(self.config, step))  # last, as in Scored.names
         metrics = self.scored.figures(size) | {"noise_share": self.scored.noise_share(weights, size)}
         for name, value in metrics.items():
             if value is not None:
@@ -196,7 +198,7 @@ class GDPOCallback(TrainerCallback):
         if all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
             self.skipped_in_a_row = 0
             return
-        model.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)  # AdamW leaves parameters without a gradient alone
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= MAX_SKIPPED:
             raise UserError(

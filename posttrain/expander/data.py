@@ -109,6 +109,7 @@ def nano(config: ExpanderDataConfig, index: int) -> list[Candidate]:
     if rng.random() < config.long_share:
         candidates.append(Candidate(completion, completion, "long", "caption"))
     for candidate in candidates:
+        # evaluations must not measure prompts that were trained on
         if candidate.prompt in expander_pairs.heldout():
             candidate.dropped = "a prompt of the evaluations"
     return candidates
@@ -181,12 +182,13 @@ class _Shortener:
 
     async def candidates(self, index: int, caption: str) -> list[Candidate]:
         config = self.config
-        rng = np.random.default_rng([config.seed, index])
+        rng = np.random.default_rng([config.seed, index])  # by caption, so that the order of work does not matter
         styles = list(itertools.product(config.lengths, config.registers))
         candidates: list[Candidate] = []
-        for choice in rng.permutation(len(styles))[: config.per_caption]:
+        for choice in rng.permutation(len(styles))[: config.per_caption]:  # without repetition
             length, register = styles[choice]
             reply = await self.writer.write("prompts", self.shorten, caption=caption, length=length, register=register)
+            # a user's prompt is one line; several prompts in a reply mean that it was not understood
             prompt = " ".join(reply[0].split()) if len(reply) == 1 else ""
             kind = "quoted" if QUOTED.search(prompt) else "short"
             candidate = Candidate(prompt, caption, kind, f"{register}, {length}")
@@ -243,8 +245,10 @@ def _begin(config: ExpanderDataConfig, output: Path, resume: bool) -> None:
     now = dataclasses.asdict(config)
     if recipe.exists():
         before = yaml.safe_load(recipe.read_text())
-        changed = [name for name in now if name not in MAY_CHANGE and before.get(name) != now[name]]
-        changed += [f"{n}.model" for n in ("writer", "checker") if _model(before.get(n)) != _model(now[n])]
+        compared = {name: (before.get(name), now[name]) for name in now if name not in MAY_CHANGE}
+        for name in ("writer", "checker"):  # servers may move, but another model would write other prompts
+            compared[f"{name}.model"] = _model(before.get(name)), _model(now[name])
+        changed = [name for name, (old, new) in compared.items() if old != new]
         if changed:
             raise UserError(f"{changed[0]}: differs from {recipe}, with which {output} began; restore it")
     try:

@@ -68,6 +68,7 @@ class ExpanderEvaluator:
     ):
         self.records, self.config, self.scorer = list(records[: config.prompts]), config, scorer
         self.write, self.embed, self.procs = write, embed, procs
+        # one noise for a prompt, the same in each evaluation
         self.seeds = [sampler.seed_for(config.seed, i) for i in range(len(self.records))]
 
     def __call__(self) -> ExpanderEvaluation:

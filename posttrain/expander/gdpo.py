@@ -70,8 +70,8 @@ def _load_and_train(config: ExpanderGDPOConfig, resume: bool) -> None:
     procs = Processes()
     if config.groups.prompts_per_step % procs.size:
         raise UserError(
-            f"groups.prompts_per_step: {config.groups.prompts_per_step} do not divide by {procs.size} processes, and"
-            " each compares whole groups; use a multiple"
+            f"groups.prompts_per_step: {config.groups.prompts_per_step} is not divisible by {procs.size} processes,"
+            " each of which compares whole groups; use a multiple"
         )
     resume = resuming(config, resume, procs)
     records, heldout = read_prompts(config.prompts.train), read_prompts(config.prompts.heldout)
@@ -107,10 +107,11 @@ def _train(
         model=policy.model,
         reward_funcs=shared.functions(),  # type: ignore[arg-type]
         args=settings(config, procs),
+        # `row` reaches the reward functions, which look up the record
         train_dataset=Dataset.from_list([{"prompt": messages(r.prompt), "row": i} for i, r in enumerate(records)]),
         processing_class=policy.tokenizer,
     )
-    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(PrinterCallback)  # prints every log as a dict
     found = newest(run.path / "checkpoints") if resume else None
     saved = found and found[1]
     if saved is not None and json.loads((run.path / CARD).read_text())["base_fingerprint"] != policy.base_fingerprint:
@@ -213,7 +214,8 @@ def settings(config: ExpanderGDPOConfig, procs: Processes) -> TRLConfig:
 def weights(config: ExpanderGDPOConfig) -> list[float]:
     """Weights of the trained rewards in TRL's order; diversity is the last."""
     assert not isinstance(config.diversity.weight, list)
-    return [r.weight for r in config.rewards if not r.heldout_only] + [diversity_weight(config, 0)]
+    trained = [r.weight for r in config.rewards if not r.heldout_only]
+    return [*trained, diversity_weight(config, 0)]
 
 
 def card(config: ExpanderGDPOConfig, policy: Policy, figures: dict[str, float | None]) -> str:

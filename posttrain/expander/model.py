@@ -99,6 +99,7 @@ class Expander:
 
     @property
     def _ends(self) -> set[int]:
+        # one id, a list of ids or None
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         return {self.tokenizer.eos_token_id, *ends}
@@ -111,7 +112,7 @@ def resolve(path: str, adapter: str | None = None) -> tuple[str, str | None]:
         if not (Path(adapter) / "adapter_config.json").exists():
             raise UserError(f"adapter: {adapter} contains no adapter_config.json; give the directory of an adapter")
         return path, adapter
-    for folder in (root / "adapter", root):
+    for folder in (root / "adapter", root):  # a run directory, or the adapter's own
         if (folder / "adapter_config.json").exists():
             return _named_base(folder), str(folder)
     if (root / "model" / "config.json").exists():
@@ -124,6 +125,7 @@ def resolve(path: str, adapter: str | None = None) -> tuple[str, str | None]:
 def load_chat_model(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """(model, tokenizer); the tokenizer has a chat template and a padding token. No code from the checkpoint runs."""
     startup.lap("inputs")
+    # without a local directory, transformers asks the hub
     what = "" if Path(path).exists() else "no such directory, and as a hub id it "
     try:
         with quiet():
@@ -133,7 +135,7 @@ def load_chat_model(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
         raise UserError(f"{path}: {what}cannot be loaded as a language model: {_first_line(error)}") from error
     if tokenizer.chat_template is None:
         raise UserError(f"{path}: its tokenizer has no chat template; use an instruct model")
-    if tokenizer.pad_token is None:
+    if tokenizer.pad_token is None:  # batches need one; masked, so it does not matter which
         tokenizer.pad_token = tokenizer.eos_token
     startup.lap("read")
     return model, tokenizer

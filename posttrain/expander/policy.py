@@ -42,7 +42,7 @@ class Policy:
             if adapter is not None:
                 self.model: Any = PeftModel.from_pretrained(base, adapter, is_trainable=True)
             else:
-                torch.manual_seed(seed)
+                torch.manual_seed(seed)  # of the adapter's A factors
                 targets = list(TARGETS if lora.targets is None else lora.targets)
                 options = PeftLora(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM")  # type: ignore[arg-type]
                 self.model = get_peft_model(base, options)
@@ -89,7 +89,7 @@ class Policy:
         expansions: list[Expansion] = []
         with torch.random.fork_rng():
             for first in range(0, len(rows), batch):
-                torch.manual_seed(seed + place + first)
+                torch.manual_seed(seed + place + first)  # by position, so that a resumed run draws the same
                 part = rows[first : first + batch]
                 inputs = self.tokenizer.apply_chat_template(
                     [messages(record.prompt) for record in part], add_generation_prompt=True, tokenize=True,

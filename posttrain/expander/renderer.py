@@ -68,8 +68,7 @@ class K2Renderer:
         startup.lap("prepare")
         self.k2 = K2.load(config.path, None, getattr(torch, config.dtype), device)
         startup.lap("read")
-        # off by default here, unlike for a recipe's model: expansions have too many lengths
-        self.k2.blocks.compiled = None
+        self.k2.blocks.compiled = None  # on a GPU in bf16, as for a recipe's model
         turbo = self.k2.is_distilled
         self.steps = STEPS[turbo] if config.steps is None else config.steps
         self.guidance = GUIDANCE[turbo] if config.guidance is None else config.guidance
@@ -109,8 +108,9 @@ def draw_in_batches(
     order = sorted(range(len(fused)), key=lambda i: len(fused[i]))
     for first in range(0, len(order), micro_batch):
         rows = order[first : first + micro_batch]
+        text = Text.of([fused[i] for i in rows])
         noise = sampler.noise([seeds[i] for i in rows], shape)
-        yield rows, k2.sample(Text.of([fused[i] for i in rows]), noise, steps, *size, guidance, null)
+        yield rows, k2.sample(text, noise, steps, *size, guidance, null)
 
 
 class EndpointRenderer:
@@ -150,7 +150,7 @@ class EndpointRenderer:
     async def _all(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image | str]:
         c = self.config
         endpoints = Endpoints(c.urls, self._key, c.timeout, c.deadline, c.retries)  # clients belong to one event loop
-        slots = asyncio.Semaphore(share(c.concurrency))
+        slots = asyncio.Semaphore(share(c.concurrency))  # this process's share of the run's limit
 
         async def one(prompt: str, seed: int) -> Image.Image | str:
             async with slots:

@@ -104,7 +104,7 @@ class Scored:
         return advantages.noise_share(values_PGK, valid_PGK, torch.tensor(weights), self._floors(), noise_K)
 
     def _groups(self, group_size: int) -> tuple[Tensor, Tensor]:
-        shape = (-1, group_size, len(self.names))
+        shape = (-1, group_size, len(self.names))  # (P, G, K)
         return torch.from_numpy(self.values_NK).view(shape), torch.from_numpy(self.valid_NK).view(shape)
 
     def _floor(self, name: str) -> float:
@@ -150,7 +150,7 @@ def merge(parts: Sequence[tuple[Sequence[int], Scored]], images: Mapping[int, Im
     those of the first part.
     """
     places, scored = zip(*parts)
-    order = np.argsort(np.concatenate(places)).tolist()
+    order = np.argsort(np.concatenate(places)).tolist()  # rows of the joined parts in global order
 
     def in_order(name: str) -> list[Any]:
         rows = list(itertools.chain.from_iterable(getattr(part, name) for part in scored))
@@ -208,11 +208,12 @@ class Scorer:
 
         Raises UserError when a safety check cannot be made, or when images or scores fail too often.
         """
-        if len(expansions) % group_size:
+        if len(expansions) % group_size:  # diversity would compare expansions of different prompts
             raise ValueError(f"{len(expansions)} expansions are not whole groups of {group_size}")
         began = time.perf_counter()
         faults = [causes(e.record.prompt, e.text, e.ended, self.template, e.special) for e in expansions]
         unsafe: list[list[str]] = [[] for _ in expansions]
+        # what fails a cheap check is neither drawn nor judged
         rows = [i for i, found in enumerate(faults) if not found]
         written = [expansions[i] for i in rows]
         self._check_safety("text", unsafe, rows, [e.text for e in written], written)
@@ -284,7 +285,7 @@ class Scorer:
                 reasons = scores.failures[scores.names[k]].most_common(1)
                 reason = reasons[0][0] if reasons else "it gave no score"
                 raise UserError(
-                    f"safety {spec.name}: cannot be checked: {reason}; the run stops, since nothing is safe by default"
+                    f"safety {spec.name}: cannot be checked: {reason}; the run ends, since nothing is safe by default"
                 )
             for row, score in zip(rows, scores.values_NK[:, k]):
                 if not 0 <= score <= 1:
@@ -332,6 +333,7 @@ class Scorer:
             name = reward.spec.name
             worst = self.config.worst.get(name, 0.0)
             lowest = values[valid[:, k], k].min(initial=np.inf)
+            # then failing a check would pay more than passing it
             if lowest < worst:
                 raise RewardError(
                     f"reward {name}: a score of {lowest:g} is below the worst score ({worst:g}) that an expansion gets"

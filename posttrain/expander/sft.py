@@ -175,7 +175,7 @@ def make_trainer(
             *([logger] if logger is not None else []),
         ],
     )
-    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(PrinterCallback)  # prints every log as a dict
     return trainer
 
 
@@ -183,6 +183,7 @@ def with_adapter(model: Any, config: ExpanderSFTConfig) -> Any:
     """A PEFT model whose adapter is trained in float32."""
     assert config.lora is not None
     names = "|".join(map(re.escape, config.lora.targets or JUDGE_TARGETS))
+    # a regular expression, so that PEFT matches whole layer names
     settings = PeftLoraConfig(
         r=config.lora.rank, lora_alpha=config.lora.alpha,  # type: ignore[arg-type]
         target_modules=rf".*\.({names})", task_type="CAUSAL_LM",
@@ -200,6 +201,7 @@ def with_adapter(model: Any, config: ExpanderSFTConfig) -> Any:
 def read_pairs(config: ExpanderSFTConfig) -> tuple[list[Pair], list[Pair]]:
     """(training, held out) pairs: the two files of `posttrain expander data`, or a split by the hash of the prompt."""
     root = Path(config.data)
+    # the files keep all prompts of a caption on one side, which a split by prompt would not
     if (root / "train.parquet").exists() and (root / "heldout.parquet").exists():
         return _read(str(root / "train.parquet")), _read(str(root / "heldout.parquet"))
     training, heldout = [], []
@@ -279,7 +281,7 @@ def fitting(pairs: list[Pair], tokenizer: Any, config: ExpanderSFTConfig) -> lis
         longest = max(longest, len(ids))
         if len(ids) <= config.max_length:
             kept.append(pair)
-    lost = len(pairs) - len(kept)
+    lost = len(pairs) - len(kept)  # a few are expected; many mean that max_length is wrong
     if not kept or lost > config.max_dropped * len(pairs):
         raise UserError(
             f"max_length: {lost} of {len(pairs)} pairs are longer than {config.max_length} tokens (up to {longest}),"

@@ -43,6 +43,7 @@ def causes(prompt: str, expansion: str, ended: bool, template: str, special: Seq
 
 def same_script(prompt: str, expansion: str) -> bool:
     """Whether most letters of the expansion are in the scripts of the prompt; True where either has no letters."""
+    # a caption may quote a foreign sign
     wanted, written = scripts(QUOTED.sub(" ", prompt)), scripts(QUOTED.sub(" ", expansion))
     if not wanted or not written:
         return True

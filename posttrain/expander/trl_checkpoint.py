@@ -39,7 +39,7 @@ class PlainState:
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
-            tensors, state = flatten_optimizer(self.optimizer.optimizer)
+            tensors, state = flatten_optimizer(self.optimizer.optimizer)  # inside accelerate's wrapper
             _write(Path(output_dir), "state", tensors, [state, self.lr_scheduler.state_dict()])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -23,7 +23,9 @@ SINGLE_PROCESS = ("export", "expander data")
 
 def processes(launch: Sequence[str]) -> tuple[int, int]:
     """(all processes, processes of one machine) from the options of torchrun or accelerate launch; 1 by default."""
-    words = [part.replace("-", "_") for word in launch for part in word.split("=", 1)]
+    words = []
+    for word in launch:
+        words += word.replace("-", "_").split("=", 1)  # --nproc-per-node 8, --nproc_per_node=8
     counts = {option.strip("_"): int(value) for option, value in itertools.pairwise(words) if value.isdecimal()}
     for name in ("nnodes", "num_machines", "num_processes", "nproc_per_node"):
         if counts.get(name) == 0:

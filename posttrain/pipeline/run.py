@@ -198,7 +198,7 @@ class Runner:
         made = stage.command == "export" and stage.output.exists() and entry.get("settings") == stage.settings
         entry |= {"command": stage.command, "settings": stage.settings, "finished": None}
         self._save()
-        began = time.monotonic()
+        began = time.monotonic()  # not time.time: the clock may be set while a stage runs
         code = 0 if made else self._execute(stage)
         entry["seconds"] = round(entry["seconds"] + time.monotonic() - began, 1)
         complete = code == 0 and is_complete(stage)
