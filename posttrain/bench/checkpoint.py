@@ -31,7 +31,7 @@ from posttrain.training.policy import POLICY, add_policy
 from posttrain.training.stepper import Stepper
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=("tiny", "k2"), default="k2")
     parser.add_argument("--rank", type=int, default=64, help="of the adapter; 0: all weights")
@@ -39,7 +39,11 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=512, help="side of an image")
     parser.add_argument("--updates", type=int, default=5)
     parser.add_argument("--output", type=Path, help="directory for the checkpoints")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     procs = Processes(shardable=True)
     cuda = procs.device.type == "cuda"
     k2 = K2.random(procs.device, torch.bfloat16 if cuda else torch.float32, args.scale, text=False)

@@ -125,9 +125,26 @@ def make_trainer(
         raise UserError(
             f"batch: {config.batch} is not a multiple of micro_batch times {processes} processes; change one"
         )
+    callbacks: list[TrainerCallback] = [AtomicCheckpointCallback(), RunningClip(config.optim.clip_factor)]
+    if logger is not None:
+        callbacks.append(logger)
+    trainer = Trainer(
+        model=model,
+        args=settings(config, accumulation),
+        train_dataset=conversations(training),
+        eval_dataset=conversations(heldout),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)  # prints every log as a dict
+    return trainer
+
+
+def settings(config: ExpanderSFTConfig, accumulation: int) -> SFTConfig:
+    """TRL's settings for a recipe; an update takes `accumulation` micro-batches of each process."""
     optim = config.optim
     on_gpu = torch.cuda.is_available()
-    settings = SFTConfig(
+    return SFTConfig(
         output_dir=str(Path(config.output) / "checkpoints"),
         max_steps=config.steps,
         per_device_train_batch_size=config.micro_batch,
@@ -160,23 +177,6 @@ def make_trainer(
         dataloader_pin_memory=on_gpu,
         ddp_find_unused_parameters=False,
     )
-    callbacks: list[TrainerCallback] = [AtomicCheckpointCallback(), RunningClip(optim.clip_factor)]
-    if logger is not None:
-        callbacks.append(logger)
-    trainer = Trainer(
-        model=model,
-        args=settings,
-        train_dataset=conversations(training),
-        eval_dataset=conversations(heldout),
-        processing_class=tokenizer,
-        callbacks=[
-            AtomicCheckpointCallback(),
-            RunningClip(optim.clip_factor),
-            *([logger] if logger is not None else []),
-        ],
-    )
-    trainer.remove_callback(PrinterCallback)  # prints every log as a dict
-    return trainer
 
 
 def with_adapter(model: Any, config: ExpanderSFTConfig) -> Any:
@@ -184,13 +184,13 @@ def with_adapter(model: Any, config: ExpanderSFTConfig) -> Any:
     assert config.lora is not None
     names = "|".join(map(re.escape, config.lora.targets or JUDGE_TARGETS))
     # a regular expression, so that PEFT matches whole layer names
-    settings = PeftLoraConfig(
+    lora = PeftLoraConfig(
         r=config.lora.rank, lora_alpha=config.lora.alpha,  # type: ignore[arg-type]
         target_modules=rf".*\.({names})", task_type="CAUSAL_LM",
     )  # fmt: skip
     try:
         with _quiet():
-            return get_peft_model(model, settings)
+            return get_peft_model(model, lora)
     except ValueError as error:
         raise UserError(f"lora.targets: {' '.join(str(error).split())}") from error
 
