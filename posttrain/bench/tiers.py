@@ -26,6 +26,7 @@ import torch
 from diffusers import AutoencoderKLQwenImage, Krea2Transformer2DModel
 from transformers import AutoConfig, AutoModel, Qwen3VLConfig, Qwen3VLModel
 
+from posttrain.model import architecture
 from posttrain.model.blocks import RESERVE
 from posttrain.model.k2 import DECODED
 from posttrain.model.load import sizes_of
@@ -101,19 +102,16 @@ def _arguments(folder: Path) -> dict[str, Any]:
 
 
 def _counted(net: Krea2Transformer2DModel, encoder: torch.nn.Module, vae: torch.nn.Module) -> Parts:
-    adapter = 0
-    for module in net.transformer_blocks.modules():
-        if isinstance(module, torch.nn.Linear):
-            adapter += module.in_features + module.out_features
-    in_blocks = _weights(net.transformer_blocks)
+    blocks = architecture.blocks(net)
+    in_blocks = sum(map(_weights, blocks))
     return Parts(
-        blocks=len(net.transformer_blocks),
+        blocks=len(blocks),
         block_weights=in_blocks,
         other_weights=_weights(net) - in_blocks,
         text_encoder=_weights(encoder),
         vae=_weights(vae),
         width=net.config["num_attention_heads"] * net.config["attention_head_dim"],
-        adapter=adapter,
+        adapter=sum(linear.in_features + linear.out_features for linear in architecture.block_linears(net)),
     )
 
 

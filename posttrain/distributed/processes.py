@@ -32,7 +32,6 @@ from torch.distributed.tensor import DTensor
 from posttrain.distributed import shards
 from posttrain.errors import UserError
 from posttrain.runs import startup
-from rewards.base import Scores
 
 TIMEOUT = "POSTTRAIN_TIMEOUT"
 SPARE = 300.0
@@ -115,11 +114,11 @@ class Processes:
 
     def dealt_back(self, mine: Sequence[Any], places: Sequence[int] | None = None) -> list[Any]:
         """Everyone's things in their global order. `places`: the indices of this process's; None: those of `mine`."""
-        parts = self.each(list(zip(self._places(places, len(mine)), mine, strict=True)))
+        parts = self.each(list(zip(self.places_of(places, len(mine)), mine, strict=True)))
         found = dict(itertools.chain.from_iterable(parts))
         return [found[place] for place in sorted(found)]
 
-    def _places(self, places: Sequence[int] | None, count: int) -> Sequence[int]:
+    def places_of(self, places: Sequence[int] | None, count: int) -> Sequence[int]:
         return [self.rank + i * self.size for i in range(count)] if places is None else places
 
     def owner(self, i: int) -> int:
@@ -171,21 +170,6 @@ class Processes:
     def from_main(self, value: Any) -> Any:
         """The main process's value, for everyone."""
         return self.each(value if self.main else None)[0]
-
-    def scores(self, mine: Scores | None, group_size: int, places: Sequence[int] | None = None) -> Scores:
-        """The scores of all groups in their global order, from those of each process; None: it has no group.
-
-        `places`: the indices of this process's groups; None: those of `mine`. The times are the main process's.
-        """
-        count = len(mine.values_NK) // group_size if mine is not None else 0
-        parts = self.each((self._places(places, count), mine))
-        held = [part for _, part in parts if part is not None]
-        merged = Scores.concat(held)
-        groups = [group for part, _ in parts for group in part]
-        order = sorted(range(len(groups)), key=groups.__getitem__)
-        scores = merged.take([g * group_size + j for g in order for j in range(group_size)])
-        scores.waited_seconds, scores.scoring_seconds = held[0].waited_seconds, held[0].scoring_seconds
-        return scores
 
     def greatest(self, value: int) -> int:
         """Of everyone's, at once: nothing else is attended to."""

@@ -5,8 +5,8 @@
 A language model on a server writes each short prompt in a random length and register. The checker then breaks the
 prompt into facts and decides for each whether the caption contains it; a prompt with one missing fact is dropped. Some
 captions are also used as prompts themselves (kind long). Prompts with text in quotation marks are of kind quoted, and
-the caption must contain that text verbatim. Captions of the nano world need no server: prompt and caption come from the
-same scene graph.
+the caption must contain that text verbatim. Instead of captions, a function package.module:function can be named, which
+returns the candidates of caption i itself and needs no server: recipes/nano/expander_data.yaml names the nano world's.
 
 The output directory contains train.parquet and heldout.parquet (columns prompt, completion, kind, register, source; all
 pairs of a caption are on one side), a card for `datasets`, expander_data.json with all counts, and candidates.jsonl
@@ -32,16 +32,13 @@ import pyarrow.parquet as pq
 import yaml
 
 from posttrain.errors import UserError
-from posttrain.expander.config import ExpanderDataConfig, WriterConfig
-from posttrain.nano.world import captions as nano_captions
-from posttrain.nano.world import expander_pairs
+from posttrain.expander.config import ExpanderDataConfig, WriterConfig, is_function
 from posttrain.preferences.heldout import in_share
 from posttrain.preferences.sources import open_source
-from posttrain.validate_expander import NANO
 from prompts.templates import load_template
 from rewards.endpoints import JudgeError
 from rewards.judge import Judge
-from rewards.load import with_servers
+from rewards.load import import_object, with_servers
 from rewards.serve import serve
 
 CANDIDATES, CARD = "candidates.jsonl", "expander_data.json"
@@ -79,40 +76,16 @@ def make(config: ExpanderDataConfig, resume: bool = False) -> None:
             file.write(json.dumps(done[index], ensure_ascii=False) + "\n")
             file.flush()  # so that a kill loses at most one line
 
-        if config.captions == NANO:
+        if is_function(config.captions):
+            candidates_of = import_object(config.captions, "captions")
             for index in range(config.count or 0):
                 if index not in done:
-                    keep(index, nano(config, index))
+                    keep(index, candidates_of(config, index))
         else:
             texts = read_captions(config)
             with serve(config.servers, output / "servers") as urls:
                 asyncio.run(_ask_all(config, texts, urls, done, keep))
     _finish(config, output, [done[index] for index in sorted(done)])
-
-
-# ---- the nano world ---------------------------------------------------------------------------------------
-
-
-def nano(config: ExpanderDataConfig, index: int) -> list[Candidate]:
-    """The candidates of one scene; the caption is parsed back to check them."""
-    rng = np.random.default_rng([config.seed, index])
-    scene, completion = expander_pairs.caption(rng)
-    facts = nano_captions.statements(completion) or set()
-    candidates: list[Candidate] = []
-    for _ in range(config.per_caption):
-        pair = expander_pairs.short(scene, completion, rng)
-        candidate = Candidate(pair.prompt, completion, "quoted" if pair.texts else "short", pair.register)
-        candidate.dropped = problem(candidate, candidates)
-        if candidate.dropped is None and not facts.issuperset(pair.requirements):
-            candidate.dropped = "not in the caption"
-        candidates.append(candidate)
-    if rng.random() < config.long_share:
-        candidates.append(Candidate(completion, completion, "long", "caption"))
-    for candidate in candidates:
-        # evaluations must not measure prompts that were trained on
-        if candidate.prompt in expander_pairs.heldout():
-            candidate.dropped = "a prompt of the evaluations"
-    return candidates
 
 
 # ---- a language model -------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.runs.run import Run
 from posttrain.training import advantages, checkpoint
 from posttrain.training.checkpoint import Checkpoint
-from posttrain.training.evaluate import Evaluator, means
+from posttrain.training.evaluate import Evaluator, gather_scores, means
 from posttrain.training.judge_check import SHOWN, check_judges
 from posttrain.training.loop import Training, Urls, in_run, resuming
 from posttrain.training.oom_retry import Memory
@@ -147,7 +147,7 @@ def updates(
         groups = sample(k2, config, step, source, queue, procs)
         clock.lap("sample")
         places = [group.index for group in groups]
-        scores = procs.scores(queue.gather() if groups else None, config.groups.group_size, places)
+        scores = gather_scores(procs, queue.gather() if groups else None, config.groups.group_size, places)
         metrics = score(config, groups, scores, noise)
         clock.lap("score")
         updated = optimise(k2, config, groups, stepper, procs)

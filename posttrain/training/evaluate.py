@@ -133,14 +133,14 @@ class Evaluator:
     ) -> Scores:
         """The scores of all processes' images; these are the ones of this process, and `rows` their prompts."""
         if not images:
-            return self.procs.scores(None, group_size)
+            return gather_scores(self.procs, None, group_size)
         pictures = to_pil(torch.from_numpy(np.stack(images)))
         prompts = [self.records[row].prompt for row in rows]
         taken: dict[str, Sequence[Any]] = {
             name: [column[row] for row in rows] for name, column in self._columns.items()
         }
         scores = asyncio.run(score_all(rewards, pictures, prompts, taken, group_size))
-        return self.procs.scores(scores, group_size)
+        return gather_scores(self.procs, scores, group_size)
 
     def _shown(self, images: Sequence[np.ndarray], rows: Sequence[int]) -> np.ndarray:
         """The first images of a way, on the main process."""
@@ -199,3 +199,23 @@ def means(scores: Scores) -> dict[str, float | None]:
         name: float(scores.values_NK[:, k][valid].mean()) if (valid := scores.valid_NK[:, k]).any() else None
         for k, name in enumerate(scores.names)
     }
+
+
+def gather_scores(
+    procs: Processes, scores: Scores | None, group_size: int, places: Sequence[int] | None = None
+) -> Scores:
+    """The scores of all groups in their global order, from those of each process; None: it has no group.
+
+    `places` are the indices of this process's groups; None: those of `Processes.mine`. The times are those of the main
+    process.
+    """
+    count = len(scores.values_NK) // group_size if scores is not None else 0
+    parts = procs.each((procs.places_of(places, count), scores))
+    scored = [part for _, part in parts if part is not None]
+    merged = Scores.concat(scored)
+    # Rows of `merged` follow the processes; a group's rows stay together on the way to the global order.
+    groups = [group for part, _ in parts for group in part]
+    order = sorted(range(len(groups)), key=groups.__getitem__)
+    ordered = merged.take([g * group_size + j for g in order for j in range(group_size)])
+    ordered.waited_seconds, ordered.scoring_seconds = scored[0].waited_seconds, scored[0].scoring_seconds
+    return ordered
