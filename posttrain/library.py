@@ -227,7 +227,7 @@ class MethodRun:
 def open_method(name: str, config: MethodConfig, resume: bool = False) -> Iterator[MethodRun]:
     """A run directory with the model, the role POLICY to train, rewards and servers, in one process.
 
-    With `resume` it goes on from the newest checkpoint, if there is one. Leaves report.html in the directory. `name`
+    With `resume` it continues from the newest checkpoint, if there is one. Leaves report.html in the directory. `name`
     is written into checkpoints as their method. Raises UserError for what the user can correct, such as a directory
     that holds a run already. Ctrl-C and SIGTERM save, and Ctrl-C is raised again afterwards.
     """

@@ -1,22 +1,22 @@
-"""GDPO of the prompt expander: a chat model learns from the pictures that its expansions of short prompts make.
+"""GDPO of the prompt expander: a chat model learns from the images that are drawn from its expansions.
 
     posttrain expander gdpo --config recipes/nano/expander_gdpo.yaml
 
 TRL's GRPOTrainer does the sampling, the advantages (`normalize_then_sum`, which is GDPO) and the loss. This file gives
-it reward functions that read one shared evaluation (expander_score.py); expander_follow.py asserts at each step that
-diversity keeps its weight, and makes the run directory. Checkpoints are TRL's, in checkpoints/checkpoint-N.
+it reward functions that share one evaluation (score.py). The callback (callbacks.py) checks at each step that diversity
+keeps its weight, and writes the run directory. Checkpoints are TRL's, in checkpoints/checkpoint-N.
 
-Metrics of a step are TRL's under its own names and, for the expansions of all processes:
+Metrics of a step are TRL's own and, for the expansions of all processes:
 
 | metric | what it is |
 |---|---|
-| seconds/generate, render, score, train | what the step's time went to, on the main process |
-| flat/NAME | share of the groups in which a reward tells no two expansions apart by more than its noise |
+| seconds/generate, render, score, train | parts of the step's time, on the main process |
+| flat/NAME | share of the groups in which a reward differs by no more than its noise |
 | noise_share | share of the advantages' variance that noise can explain |
 | format, format/CAUSE, safe | shares of the expansions |
-| cut, cut_tokens | share of those longer than K2's text length, and how many tokens they lose |
-| renders, missing_images | pictures drawn on a process, alike expansions of a group once; share that is missing |
-| diversity_weight | its weight in this step |
+| cut, cut_tokens | share of expansions longer than K2's text length, and the mean number of tokens they lose |
+| renders, missing_images | images drawn on a process (equal expansions of a group share one); share of missing ones |
+| diversity_weight | weight of the diversity reward in this step |
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from trl.trainer.utils import RepeatSampler
 
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
-from posttrain.expander.callbacks import Follow, Shared, diversity_weight
+from posttrain.expander.callbacks import GDPOCallback, SharedRewards, diversity_weight
 from posttrain.expander.evaluate import ExpanderEvaluator
 from posttrain.expander.gdpo_config import ExpanderGDPOConfig
 from posttrain.expander.model import CARD, write_card
@@ -45,7 +45,7 @@ from posttrain.expander.policy import Policy
 from posttrain.expander.renderer import make_renderer
 from posttrain.expander.score import Scorer
 from posttrain.expander.template import messages, template
-from posttrain.expander.trl_checkpoint import PlainState, Sealed, newest
+from posttrain.expander.trl_checkpoint import AtomicCheckpointCallback, PlainState, newest
 from posttrain.model import sampler
 from posttrain.runs.run import Run
 from posttrain.training.loop import Urls, in_run, resuming
@@ -60,7 +60,7 @@ ABLATED = {
 
 
 def train(config: ExpanderGDPOConfig, resume: bool = False) -> None:
-    """Runs a recipe into its run directory. Raises UserError for what the user can mend."""
+    """Runs a recipe into its run directory. Raises UserError for a mistake that the user can fix."""
     with warnings.catch_warnings():  # the libraries call each other by old names
         warnings.filterwarnings("ignore", r".*gradient_checkpointing. is deprecated", FutureWarning)
         _load_and_train(config, resume)
@@ -70,8 +70,8 @@ def _load_and_train(config: ExpanderGDPOConfig, resume: bool) -> None:
     procs = Processes()
     if config.groups.prompts_per_step % procs.size:
         raise UserError(
-            f"groups.prompts_per_step: {config.groups.prompts_per_step} do not divide by {procs.size} processes, and"
-            " each compares whole groups; use a multiple"
+            f"groups.prompts_per_step: {config.groups.prompts_per_step} is not divisible by {procs.size} processes,"
+            " each of which compares whole groups; use a multiple"
         )
     resume = resuming(config, resume, procs)
     records, heldout = read_prompts(config.prompts.train), read_prompts(config.prompts.heldout)
@@ -97,7 +97,7 @@ def _train(
     records: Sequence[PromptRecord],
     heldout: Sequence[PromptRecord],
 ) -> signal.Signals | None:
-    shared = Shared(config, policy, scorer, records, procs)
+    shared = SharedRewards(config, policy, scorer, records, procs)
     generation = config.generation
     write = functools.partial(
         policy.write, max_tokens=generation.max_tokens, temperature=generation.temperature, seed=config.eval.seed
@@ -107,19 +107,20 @@ def _train(
         model=policy.model,
         reward_funcs=shared.functions(),  # type: ignore[arg-type]
         args=settings(config, procs),
+        # `row` reaches the reward functions, which look up the record
         train_dataset=Dataset.from_list([{"prompt": messages(r.prompt), "row": i} for i, r in enumerate(records)]),
         processing_class=policy.tokenizer,
     )
-    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(PrinterCallback)  # prints every log as a dict
     found = newest(run.path / "checkpoints") if resume else None
     saved = found and found[1]
     if saved is not None and json.loads((run.path / CARD).read_text())["base_fingerprint"] != policy.base_fingerprint:
         raise UserError(f"model.path: {policy.base} has other weights than what {saved} was trained on; restore them")
     if procs.main:
         write_card(run.path, policy.base, policy.base_fingerprint)
-    follow = Follow(config, run, procs, trainer, shared, evaluator, saved)
+    follow = GDPOCallback(config, run, procs, trainer, shared, evaluator, saved)
     trainer.add_callback(follow)
-    trainer.add_callback(Sealed)
+    trainer.add_callback(AtomicCheckpointCallback)
     run.start(config.steps, follow.first)
     if config.ablation.diversity != "kept":
         run.say(f"ABLATION: {ABLATED[config.ablation.diversity]}")
@@ -140,17 +141,17 @@ def _train(
 
 
 class Trainer(PlainState, GRPOTrainer):
-    """TRL's, of which a resumed run has each epoch's order of prompts as an uninterrupted one would."""
+    """TRL's trainer, in which a resumed run sees the prompts in the same order as an uninterrupted one."""
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
-        held: Any = super()._get_train_sampler(dataset)
+        trl: Any = super()._get_train_sampler(dataset)
         return PromptsByEpoch(
-            held.data_source, held.mini_repeat_count, held.batch_size, held.repeat_count, held.shuffle, held.seed
+            trl.data_source, trl.mini_repeat_count, trl.batch_size, trl.repeat_count, trl.shuffle, trl.seed
         )
 
 
 class PromptsByEpoch(RepeatSampler):
-    """TRL's own goes on with one generator from epoch to epoch, whose state no checkpoint holds."""
+    """Seeds the order of prompts by epoch. TRL uses one generator for all epochs, whose state no checkpoint has."""
 
     def set_epoch(self, epoch: int) -> None:
         assert self.seed is not None
@@ -158,12 +159,13 @@ class PromptsByEpoch(RepeatSampler):
 
 
 def settings(config: ExpanderGDPOConfig, procs: Processes) -> TRLConfig:
-    """TRL's settings of a recipe. top_p and top_k stay off: a cut distribution is not the one that is trained."""
+    """TRL's settings for a recipe."""
     groups, optim, generation = config.groups, config.optim, config.generation
-    mine = groups.prompts_per_step * groups.group_size // procs.size
-    if mine % groups.micro_batch:
+    per_process = groups.prompts_per_step * groups.group_size // procs.size
+    if per_process % groups.micro_batch:
         raise UserError(
-            f"groups.micro_batch: {groups.micro_batch} is no divisor of a process's {mine} expansions; lower it"
+            f"groups.micro_batch: {groups.micro_batch} does not divide the {per_process} expansions of a process;"
+            " lower it"
         )
     cuda = procs.device.type == "cuda"
     try:
@@ -173,11 +175,11 @@ def settings(config: ExpanderGDPOConfig, procs: Processes) -> TRLConfig:
             reward_weights=weights(config),
             num_generations=groups.group_size,
             per_device_train_batch_size=groups.micro_batch,
-            gradient_accumulation_steps=mine // groups.micro_batch,
+            gradient_accumulation_steps=per_process // groups.micro_batch,
             max_steps=config.steps,
             max_completion_length=generation.max_tokens,
             temperature=generation.temperature,
-            top_p=1.0,
+            top_p=1.0,  # a truncated distribution is not the one whose probabilities the loss uses
             top_k=0,
             beta=optim.kl,
             epsilon=optim.clip_low,
@@ -204,13 +206,16 @@ def settings(config: ExpanderGDPOConfig, procs: Processes) -> TRLConfig:
             **{f"vllm_{name}": value for name, value in generation.vllm.items()},
         )
     except TypeError as error:
-        raise UserError(f"generation.vllm: {error}; TRL's GRPOConfig names them, here without vllm_") from None
+        raise UserError(
+            f"generation.vllm: {error}; use the fields of TRL's GRPOConfig without the prefix vllm_"
+        ) from None
 
 
 def weights(config: ExpanderGDPOConfig) -> list[float]:
-    """Of the rewards that are trained on, in TRL's order; diversity is the last."""
+    """Weights of the trained rewards in TRL's order; diversity is the last."""
     assert not isinstance(config.diversity.weight, list)
-    return [r.weight for r in config.rewards if not r.heldout_only] + [diversity_weight(config, 0)]
+    trained = [r.weight for r in config.rewards if not r.heldout_only]
+    return [*trained, diversity_weight(config, 0)]
 
 
 def card(config: ExpanderGDPOConfig, policy: Policy, figures: dict[str, float | None]) -> str:
@@ -221,7 +226,7 @@ def card(config: ExpanderGDPOConfig, policy: Policy, figures: dict[str, float | 
     return (
         f"---\nbase_model: {base}\nlibrary_name: peft\ntags: [lora, vllm, prompt-expansion]\n---\n\n"
         "# A prompt expander\n\n"
-        f"A LoRA adapter for {base}, trained with GDPO by the pictures that {config.renderer.path} makes of its"
+        f"A LoRA adapter for {base}, trained with GDPO on the images that {config.renderer.path} draws from its"
         f" expansions. {config.steps} steps of {config.groups.prompts_per_step} prompts by {config.groups.group_size}"
         f" expansions; prompts from {config.prompts.train}, seed {config.seed}.{ablation} The chat messages are"
         f" those of prompts/expander.md, hash {template().hash}: the system text, then the user's prompt by itself.\n\n"

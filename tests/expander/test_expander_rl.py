@@ -213,14 +213,14 @@ def test_the_weight_may_not_change_in_a_run(config, monkeypatch):
             self.trainer.reward_weights[-1] = 0.1
         return begin(self, *args, **kwargs)
 
-    begin = callbacks.Follow.on_step_begin
-    monkeypatch.setattr(callbacks.Follow, "on_step_begin", tampered)
+    begin = callbacks.GDPOCallback.on_step_begin
+    monkeypatch.setattr(callbacks.GDPOCallback, "on_step_begin", tampered)
     with pytest.raises(RuntimeError, match=r"the weight of diversity is 0\.1.*, not 0\.3"):
         gdpo.train(config)
 
 
 def test_gradients_that_are_not_finite_are_left_out_and_then_end_the_run(config, tmp_path):
-    follow = callbacks.Follow.__new__(callbacks.Follow)
+    follow = callbacks.GDPOCallback.__new__(callbacks.GDPOCallback)
     follow.config, follow.skipped, follow.skipped_in_a_row = config, 0, 0
     model = torch.nn.Linear(2, 1)
     for i in range(MAX_SKIPPED - 1):
@@ -302,5 +302,5 @@ def test_groups_are_whole_on_each_process(config, monkeypatch):
     monkeypatch.setattr(
         gdpo.Processes, "__init__", lambda self: setattr(self, "size", 3) or setattr(self, "main", False)
     )
-    with pytest.raises(UserError, match=r"groups.prompts_per_step: 2 do not divide by 3 processes"):
+    with pytest.raises(UserError, match=r"groups.prompts_per_step: 2 is not divisible by 3 processes"):
         gdpo.train(config)
