@@ -14,11 +14,11 @@ import torch
 from accelerate import PartialState
 
 from posttrain.config.sections import SampleConfig
-from posttrain.early import check_new
 from posttrain.errors import UserError
 from posttrain.expander.model import Expander, resolve
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
+from posttrain.runs.guard import check_new
 from posttrain.training import checkpoint
 from posttrain.training.policy import POLICY, add_saved_policy, first_device, quickened, stack_earlier
 from prompts.records import PromptRecord, read_prompts
