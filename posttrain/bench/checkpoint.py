@@ -68,16 +68,16 @@ def main() -> None:
         return {"total_s": time.perf_counter() - began, "beside_s": slowest}
 
     began = time.perf_counter()
-    tensors, _ = content(k2, stepper, {})
+    tensors, _ = content(k2, {POLICY: stepper})
     if procs.main:
         writer.reserve(tensors)
     reserved = until_done(began)
     for step in (1, 2):
         began = time.perf_counter()
-        tensors, state = snapshot(k2, stepper, {}, procs.main, writer.copies)
+        tensors, state = snapshot(k2, {POLICY: stepper}, procs.main, writer.copies)
         if procs.main and args.output:
             writer.save(args.output / "checkpoints", step, tensors, state, keep=1)
-        procs.each(None)
+        procs.all_gather(None)
         pause = time.perf_counter() - began
         held = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
         found.append({"pause_s": pause, **until_done(began), "gb": held / 1e9})

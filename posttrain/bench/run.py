@@ -185,10 +185,10 @@ def _row_of(steps: Steps, method: str, matmul: float) -> dict[str, Any]:
     first, before = [], graphs()
 
     def once(index: int) -> tuple[dict[str, float], dict[str, int]]:
-        procs.each(None)  # all begin together
+        procs.all_gather(None)  # all begin together
         watch = Watch(procs.device)
         steps.run(method, index, watch.lap)
-        every = procs.each(watch.milliseconds())
+        every = procs.all_gather(watch.milliseconds())
         return {name: max(part[name] for part in every) for name in every[0]}, forwards.take()
 
     for index in range(config.warmup):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import count
 from typing import Any
 
@@ -30,7 +30,7 @@ from posttrain.stpo.config import PairSetConfig, STPOConfig
 from posttrain.stpo.latent_cache import EncodedPair, EncodedPairs
 from posttrain.tdm import train as tdm
 from posttrain.tdm.config import TDMConfig
-from posttrain.training.oom_retry import DoesNotFit
+from posttrain.training.oom_retry import MicroBatch
 from posttrain.training.policy import POLICY, add_policy
 from posttrain.training.prompt_source import PromptSource
 from posttrain.training.stepper import Clock, Stepper
@@ -59,8 +59,8 @@ class RandomPairs(EncodedPairs):
         return EncodedPair(chosen, rejected, self._steps.next_text(), 1.0, self._steps.size)
 
 
-class Laps(Clock):
-    """A loop's clock whose laps are the bench's."""
+class BenchClock(Clock):
+    """A loop's clock that hands its laps to the bench."""
 
     def __init__(self, steps: Steps):
         super().__init__()
@@ -83,7 +83,7 @@ class Steps:
     """Of grpo: how far a ratio was from 1 before an update, at most; see loop.check_ratio."""
     lap: Lap = field(default=lambda stage: None, init=False)
     """Ends a stage of the step that is being timed."""
-    _loops: dict[str, Iterator[dict[str, Any]]] = field(default_factory=dict, init=False)
+    _loops: dict[str, Iterator[tuple[int, dict[str, Any]]]] = field(default_factory=dict, init=False)
     _read: Iterator[int] = field(default_factory=count, init=False)
 
     def __post_init__(self) -> None:
@@ -123,7 +123,7 @@ class Steps:
         if method in ("grpo", "stpo", "tdm"):
             if method not in self._loops:
                 self._loops[method] = {"grpo": self._grpo, "stpo": self._stpo, "tdm": self._tdm}[method]()
-            metrics = next(self._loops[method])
+            _, metrics = next(self._loops[method])
             if method == "grpo":
                 self.ratio_error = max(self.ratio_error or 0.0, metrics["ratio_error"])
             return
@@ -157,16 +157,17 @@ class Steps:
         x, mean, noise = (self.latents(self.config.batch, index, i) for i in range(3))
         std = torch.tensor(0.1)
         move = Transition(1, times[1], times[2], x, mean + std * noise, mean, std, torch.zeros(len(x)))
-        group = self._group(Trajectory(x, [move]), index, torch.ones(self.config.batch))
+        group = self._group(Trajectory(x, [move]), index)
+        advantages_PG = torch.ones(self.procs.size, self.config.batch, device=self.k2.device)
         optimizer = self._stepper.optimizer
         lap("prepare")
-        grpo.gradient(self.k2, self._step_config, [group], self.procs)
+        grpo.gradient(self.k2, self._step_config, [group], advantages_PG, self.procs, self.config.batch)
         lap("step")
         optimizer.zero_grad(set_to_none=True)
 
     # ---- loops of runs ----------------------------------------------------------------------------------------
 
-    def _grpo(self) -> Iterator[dict[str, Any]]:
+    def _grpo(self) -> Iterator[tuple[int, dict[str, Any]]]:
         config, k2, decode = self._grpo_config, self.k2, self.k2.decode
 
         def decoded(latents: Tensor, height: int, width: int, batch: int | None = None) -> Tensor:
@@ -178,25 +179,32 @@ class Steps:
         k2.encode, k2.decode = self._encode, decoded
         source = PromptSource(config, [PromptRecord(str(i)) for i in range(self.procs.size)])
         with ScoreQueue(load_rewards(config.rewards), self.config.group) as queue:
-            yield from self._metrics(partial(grpo.updates, noise={}), config, source, queue, self._stepper)
+            micro_batch = self._micro_batch(config.groups.micro_batch)
+            yield from grpo.updates(
+                k2, config, source, queue, self._stepper, count(1), self.procs, {}, micro_batch, BenchClock(self)
+            )
 
-    def _stpo(self) -> Iterator[dict[str, Any]]:
+    def _stpo(self) -> Iterator[tuple[int, dict[str, Any]]]:
         config = self._stpo_config
-        return self._metrics(stpo.updates, config, RandomPairs(self, config.batch), self._stepper)
+        pairs, micro_batch = RandomPairs(self, config.batch), self._micro_batch(config.micro_batch)
+        return stpo.updates(self.k2, config, pairs, self._stepper, count(1), self.procs, micro_batch, BenchClock(self))
 
-    def _tdm(self) -> Iterator[dict[str, Any]]:
+    def _tdm(self) -> Iterator[tuple[int, dict[str, Any]]]:
         config, null = self._tdm_config, Text(self._fused(0)[None, :6])
         records = [PromptRecord(str(i)) for i in range(config.batch)]
 
         def texts(prompts: Sequence[str]) -> list[Tensor]:
             return [self.next_text() for _ in prompts]
 
-        return self._metrics(tdm.updates, config, texts, null, records, self._tdm_steppers)
+        student, fake = self._tdm_steppers
+        micro_batch = self._micro_batch(config.micro_batch)
+        return tdm.updates(
+            self.k2, config, texts, null, records, student, fake, count(1), self.procs, micro_batch, BenchClock(self)
+        )
 
-    def _metrics(self, updates: Callable[..., Iterator[tuple[int, dict[str, Any]]]], *given: Any) -> Iterator[Any]:
-        """Those of each step of a method's loop on `given`."""
-        for _, metrics in updates(self.k2, *given, count(1), self.procs, _refuse, clocks=lambda: Laps(self)):
-            yield metrics
+    def _micro_batch(self, size: int) -> MicroBatch:
+        """Never halved: that would be another step than the one asked for."""
+        return MicroBatch(size, "batch", self.procs, halve=False)
 
     # ---- what they take ---------------------------------------------------------------------------------------
 
@@ -211,9 +219,9 @@ class Steps:
                 self.k2, text, seeds, times, window, "flow", ETA, *self.size, self.config.batch, shared=shared
             )
 
-    def _group(self, trajectory: Trajectory, index: int, advantages: Tensor) -> grpo.Group:
+    def _group(self, trajectory: Trajectory, index: int) -> grpo.Group:
         text, record = Text(self._fused(index)[None]), PromptRecord("")
-        return grpo.Group(self.procs.rank, record, text, self.size, trajectory, advantages.to(self.k2.device))
+        return grpo.Group(self.procs.rank, record, text, self.size, trajectory)
 
     def latents(self, count: int, *index: int) -> Tensor:
         """(count, N, C) of these seeds."""
@@ -300,8 +308,3 @@ class Steps:
         made.sizes, made.student.steps = [list(self.size)], [self.config.steps]
         made.fake.warmup = 0  # whole steps only
         return made
-
-
-def _refuse(message: str) -> None:
-    """A run's loop says only that a step did not fit; what would follow is another step than the one asked for."""
-    raise DoesNotFit(message)

@@ -31,13 +31,14 @@ from torch.distributed.tensor import DTensor
 
 from posttrain.distributed import shards
 from posttrain.errors import UserError
+from posttrain.log import silence
 from posttrain.runs import startup
 from rewards.base import Scores
 
 TIMEOUT = "POSTTRAIN_TIMEOUT"
 SPARE = 300.0
 """Seconds that tensors may take longer than messages: who is missing is found out by a message."""
-BEAT = 0.5
+HEARTBEAT = 0.5
 """Seconds between a process's signs of life, which are looked at twice, four of them apart."""
 
 
@@ -53,7 +54,7 @@ class OutOfMemoryElsewhere(torch.OutOfMemoryError):
 
 
 @dataclass(frozen=True)
-class _NoRoom:
+class _OutOfMemory:
     """What a process says in place of its value."""
 
 
@@ -76,6 +77,8 @@ class Processes:
         self.state = PartialState(cpu=launched and not cuda)
         self.rank, self.size = self.state.process_index, self.state.num_processes
         self.main = self.rank == 0
+        if not self.main:
+            silence()
         self.summed = False
         """Set when tensors are summed over processes."""
         self.engine = engine if self.size > 1 else None
@@ -86,7 +89,7 @@ class Processes:
         self.settle: Callable[[], None] = lambda: None
         """What to do before gradients are complete."""
         self._messages = Messages(self.rank, self.size, limit) if self.size > 1 else None
-        self.each(None)  # nobody ends, and takes the store along, before all are here
+        self.all_gather(None)  # nobody ends, and takes the store along, before all are here
         startup.lap("processes")
 
     @property
@@ -99,12 +102,12 @@ class Processes:
         other.rank, other.size, other.main = 0, 1, True
         return other
 
-    def mine(self, count: int) -> range:
+    def local_indices(self, count: int) -> range:
         """Which of `count` things of like cost are this process's."""
         return range(self.rank, count, self.size)
 
-    def mine_by_cost(self, costs: Sequence[float]) -> list[int]:
-        """Which of these things are this process's, the dearest first; with like costs, the same as `mine`.
+    def local_indices_by_cost(self, costs: Sequence[float]) -> list[int]:
+        """Which of these things are this process's, the dearest first; with like costs, the same as `local_indices`.
 
         Where the model is sharded all processes go through it together, and each pass lasts as long as its dearest
         input takes: so like costs are put into one pass, which is then more important than equal sums.
@@ -113,9 +116,9 @@ class Processes:
             return by_cost(costs)[self.rank :: self.size]
         return deal(costs, self.size)[self.rank]
 
-    def dealt_back(self, mine: Sequence[Any], places: Sequence[int] | None = None) -> list[Any]:
-        """Everyone's things in their global order. `places`: the indices of this process's; None: those of `mine`."""
-        parts = self.each(list(zip(self._places(places, len(mine)), mine, strict=True)))
+    def gather_in_order(self, mine: Sequence[Any], places: Sequence[int] | None = None) -> list[Any]:
+        """Everyone's things in their global order. `places`: the indices of this process's; None: `local_indices`."""
+        parts = self.all_gather(list(zip(self._places(places, len(mine)), mine, strict=True)))
         found = dict(itertools.chain.from_iterable(parts))
         return [found[place] for place in sorted(found)]
 
@@ -123,10 +126,10 @@ class Processes:
         return [self.rank + i * self.size for i in range(count)] if places is None else places
 
     def owner(self, i: int) -> int:
-        """The process whose thing number `i` is, as `mine` deals."""
+        """The process whose thing number `i` is, as `local_indices` deals."""
         return i % self.size
 
-    def each(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Everyone's value, by rank. Raises OutOfMemoryElsewhere if one of them has called `tell_out_of_memory`."""
         if self.size == 1 or self._messages is None:
             return [value]
@@ -134,7 +137,7 @@ class Processes:
         found: list[Any] = [None] * self.size
         with self._messages.exchange() as group:
             dist.all_gather_object(found, value, group=group)
-        if any(isinstance(v, _NoRoom) for v in found):
+        if any(isinstance(v, _OutOfMemory) for v in found):
             raise OutOfMemoryElsewhere("another process has run out of memory")
         return found
 
@@ -146,12 +149,12 @@ class Processes:
     def deliver(self, parcels: Mapping[int, Any]) -> dict[int, Any]:
         """Sends `parcels[rank]` to that rank, and returns what was sent to this one, by sender.
 
-        Unlike `each`, a value travels only to the process that needs it: use it for images. Raises as `each` does.
+        A value travels only to the process that needs it, so images go this way. Raises as `all_gather` does.
         """
         received = {rank: value for rank, value in parcels.items() if rank == self.rank}
         if self.size == 1 or self._messages is None:
             return received
-        receivers = self.each([rank for rank in sorted(parcels) if rank != self.rank])
+        receivers = self.all_gather([rank for rank in sorted(parcels) if rank != self.rank])
         with self._messages.exchange() as group:
             # All go through the deliveries in one order, so that nobody waits for one who waits for him.
             for sender, to in ((sender, to) for sender, every in enumerate(receivers) for to in every):
@@ -164,21 +167,21 @@ class Processes:
         return dict(sorted(received.items()))
 
     def tell_out_of_memory(self) -> None:
-        """To the others, who are in `each`, or will be."""
+        """To the others, who are in `all_gather`, or will be."""
         with contextlib.suppress(OutOfMemoryElsewhere):
-            self.each(_NoRoom())
+            self.all_gather(_OutOfMemory())
 
     def from_main(self, value: Any) -> Any:
         """The main process's value, for everyone."""
-        return self.each(value if self.main else None)[0]
+        return self.all_gather(value if self.main else None)[0]
 
-    def scores(self, mine: Scores | None, group_size: int, places: Sequence[int] | None = None) -> Scores:
+    def gather_scores(self, mine: Scores | None, group_size: int, places: Sequence[int] | None = None) -> Scores:
         """The scores of all groups in their global order, from those of each process; None: it has no group.
 
-        `places`: the indices of this process's groups; None: those of `mine`. The times are the main process's.
+        `places` are the indices of this process's groups; None: `local_indices`. The times are the main process's.
         """
         count = len(mine.values_NK) // group_size if mine is not None else 0
-        parts = self.each((self._places(places, count), mine))
+        parts = self.all_gather((self._places(places, count), mine))
         held = [part for _, part in parts if part is not None]
         merged = Scores.concat(held)
         groups = [group for part, _ in parts for group in part]
@@ -196,7 +199,15 @@ class Processes:
         return int(found)
 
     def any(self, flag: bool) -> bool:
-        return any(self.each(flag))
+        return any(self.all_gather(flag))
+
+    def means_of_sums(self, own: Mapping[str, float], count: int) -> dict[str, float]:
+        """Means over `count` things from each process's sums; all must ask at once, and some may have no sums."""
+        totals: dict[str, float] = {}
+        for part in self.all_gather(dict(own)):
+            for name, value in part.items():
+                totals[name] = totals.get(name, 0.0) + value
+        return {name: total / count for name, total in totals.items()}
 
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Each parameter's gradient becomes the sum over processes; one that some process lacks counts as zero."""
@@ -217,7 +228,7 @@ class Processes:
     def sum(self, tensors: Iterable[Tensor]) -> None:
         """Each tensor becomes the sum over processes."""
         if self.size > 1:
-            self.each(None)  # all are there
+            self.all_gather(None)  # all are there
             self.summed = True
             for tensor in tensors:
                 dist.all_reduce(tensor)
@@ -272,14 +283,14 @@ class Messages:
 
         def look() -> None:
             store = _store()
-            for pause in (0.0, 4 * BEAT):
+            for pause in (0.0, 4 * HEARTBEAT):
                 time.sleep(pause)
                 signs = [store.get(str(rank)).decode().split(" ", 2) for rank in range(self.size)]
                 found.append([(int(count), int(beat), where) for count, beat, where in signs])
 
         # The store itself may be in a process that is stopped, and then never answers.
         asking = _in_background(look)
-        asking.join(4 * BEAT + 10)
+        asking.join(4 * HEARTBEAT + 10)
         late, remedy = [], f"see its log, and start again with --resume ({TIMEOUT}=SECONDS sets how long to wait)"
         if len(found) < 2:
             late = ["rank 0 does not answer"]
@@ -296,7 +307,7 @@ class Messages:
         while not self._ended.is_set():
             store.set(str(self.rank), f"{self.exchanges} {beat} {where}")
             beat += 1
-            self._ended.wait(BEAT)
+            self._ended.wait(HEARTBEAT)
 
     def _end(self) -> None:
         """A thread that is in the store while Python ends would abort the process."""
@@ -326,18 +337,18 @@ def _in_background(target: Callable[[], None]) -> threading.Thread:
     return thread
 
 
-def _told(name: str) -> bool:
+def _env_flag(name: str) -> bool:
     return os.environ.get(name, "false").lower() == "true"
 
 
 def _fsdp() -> str | None:
     """FSDP2, if accelerate was told to use it. Raises UserError for what is not supported."""
-    if not _told("ACCELERATE_USE_FSDP"):
+    if not _env_flag("ACCELERATE_USE_FSDP"):
         return None
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError("accelerate: fsdp_version: FSDP's first is not supported; set it to 2")
     for option in ("offload_params", "activation_checkpointing"):
-        if _told(f"FSDP_{option.upper()}"):
+        if _env_flag(f"FSDP_{option.upper()}"):
             raise UserError(f"accelerate: fsdp_{option}: is not supported; leave it out (model.recompute saves memory)")
     # accelerate's default is that transformers loads weights in one process only, for accelerate to send them on.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
@@ -346,7 +357,7 @@ def _fsdp() -> str | None:
 
 def _zero() -> str | None:
     """ZeRO-2 or ZeRO-3, if accelerate was told to use DeepSpeed. Raises UserError for what is not supported."""
-    if not _told("ACCELERATE_USE_DEEPSPEED"):
+    if not _env_flag("ACCELERATE_USE_DEEPSPEED"):
         return None
     given = {name: os.environ.get(f"ACCELERATE_{name.upper()}", "none").lower() for name in ZERO_OPTIONS}
     for name, value in given.items():

@@ -23,6 +23,7 @@ from posttrain.expander.evaluate import ExpanderEvaluation, ExpanderEvaluator
 from posttrain.expander.gdpo_config import ExpanderGDPOConfig
 from posttrain.expander.policy import Policy
 from posttrain.expander.score import Scored, Scorer
+from posttrain.log import log
 from posttrain.model import sampler
 from posttrain.runs.run import Run, peak_memory
 from posttrain.training.judge_check import check_judges
@@ -204,10 +205,10 @@ class Follow(TrainerCallback):
         times = {"generate": shared.called - self._began, **scored.seconds, "train": now - shared.returned}
         self._seconds = times
         for message, count in scored.failures.most_common(1):
-            self.run.say(f"{count} pictures or scores are missing, such as: {message}")
+            log.info(f"{count} pictures or scores are missing, such as: {message}")
         self.run.prompts({"The latest expansions that failed a check": list(shared.faults)} if shared.faults else None)
         step = self.done = state.global_step
-        self.run.say(f"step {step}: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items()))
+        log.info(f"step {step}: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items()))
         every = self.config.eval.every
         if (every and step % every == 0) or step == self.config.steps:
             self._evaluate(step)

@@ -72,7 +72,7 @@ class ExpanderEvaluator:
         self.seeds = [sampler.seed_for(config.seed, i) for i in range(len(self.records))]
 
     def __call__(self) -> ExpanderEvaluation:
-        size, groups = self.config.group_size, self.procs.mine(len(self.records))
+        size, groups = self.config.group_size, self.procs.local_indices(len(self.records))
         expansions = self._write()
         places = [g * size + j for g in groups for j in range(size)]
         scored, spreads = None, []
@@ -81,7 +81,7 @@ class ExpanderEvaluator:
             scored = self.scorer(mine, [self.seeds[place // size] for place in places], size, heldout=True)
             spreads = [spread(features) for features in self.embed([e.text for e in mine]).split(size)]
         every = self._joined(places, scored)
-        figures = self._figures(expansions, every) | {"text/spread": _mean(self.procs.dealt_back(spreads))}
+        figures = self._figures(expansions, every) | {"text/spread": _mean(self.procs.gather_in_order(spreads))}
         return ExpanderEvaluation(figures, expansions, every)
 
     def _write(self) -> list[Expansion]:
@@ -89,9 +89,9 @@ class ExpanderEvaluator:
         size = self.config.group_size
         count = max(1, BATCH // size)
         firsts = range(0, len(self.records), count)
-        mine = [firsts[i] for i in self.procs.mine(len(firsts))]
+        mine = [firsts[i] for i in self.procs.local_indices(len(firsts))]
         written = [self.write(self.records[first : first + count], size, first * size) for first in mine]
-        return list(itertools.chain(*self.procs.dealt_back(written)))
+        return list(itertools.chain(*self.procs.gather_in_order(written)))
 
     def _joined(self, places: Sequence[int], scored: Scored | None) -> Scored:
         """What all processes scored; the images of the first prompts go to the main one."""
@@ -101,7 +101,7 @@ class ExpanderEvaluator:
             shown = [(place, image) for place, image in zip(places, scored.images_N) if place < last]
             images = {place: image for place, image in shown if image is not None}
             part = replace(scored, images_N=[], features=None)
-        parts = [each for each in self.procs.each((places, part)) if each[1] is not None]
+        parts = [each for each in self.procs.all_gather((places, part)) if each[1] is not None]
         gathered = self.procs.gather(images) or []
         return joined(parts, functools.reduce(dict.__or__, gathered, {}))
 

@@ -46,6 +46,7 @@ from posttrain.expander.renderer import make_renderer
 from posttrain.expander.score import Scorer
 from posttrain.expander.template import messages, template
 from posttrain.expander.trl_checkpoint import PlainState, Sealed, newest
+from posttrain.log import log
 from posttrain.model import sampler
 from posttrain.runs.run import Run
 from posttrain.training.loop import Urls, in_run, resuming
@@ -122,7 +123,7 @@ def _train(
     trainer.add_callback(Sealed)
     run.start(config.steps, follow.first)
     if config.ablation.diversity != "kept":
-        run.say(f"ABLATION: {ABLATED[config.ablation.diversity]}")
+        log.info(f"ABLATION: {ABLATED[config.ablation.diversity]}")
     follow.begin()
     before = {number: signal.signal(number, follow.stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

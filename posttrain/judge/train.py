@@ -34,7 +34,6 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from posttrain.early import check_run
 from posttrain.errors import UserError
 from posttrain.grpo import losses
 from posttrain.judge.calibration import auroc, brier, expected_calibration_error, reliability
@@ -42,8 +41,10 @@ from posttrain.judge.card import numbers, write_adapter
 from posttrain.judge.config import JudgeConfig
 from posttrain.judge.records import Record, check_prompts, read_records, split
 from posttrain.judge.records import fingerprint as fingerprint_of_records
+from posttrain.log import log
 from posttrain.model.fingerprint import fingerprint
 from posttrain.runs import startup
+from posttrain.runs.guard import check_run
 from posttrain.runs.run import Run, peak_memory
 from posttrain.training import checkpoint
 from posttrain.training.checkpoint import Checkpoint
@@ -97,21 +98,20 @@ def _train(
     if saved is not None:
         _restore(saved, adapter, stepper)
         first, seen, before = saved.step, saved.state["records_seen"], saved.state["before"]
-        run.say(f"goes on after step {first}")
+        log.info(f"goes on after step {first}")
     run.start(config.steps, first)
     if before is None:
         before = figures(config.mode, heldout, score(vlm, template, heldout, config), config.seed)
 
-    def save(step: int) -> None:
-        state = {"before": before, "records_seen": seen + (step - first) * config.batch}
-        _save(config, step, adapter, stepper, state, facts)
-
     total = seen + (config.steps - first) * config.batch
     order = [(r, epoch) for epoch, r in _epochs(len(training), total, config.seed)][seen:]
     batches = _loader(vlm, template, training, order, config)
-    loop = Loop(first, config.steps, config.checkpoint, save)
+    loop = Loop(first, config.steps, config.checkpoint)
     for step in loop:
         run.log(step, update(vlm, stepper, batches, config, step))
+        if loop.save_due(step):
+            state = {"before": before, "records_seen": seen + (step - first) * config.batch}
+            _save(config, step, adapter, stepper, state, facts)
     card: dict[str, Any] = {"figures": None, "before": before, "records": (len(training), len(heldout))}
     with stepper.averaged():
         if loop.stopped is None:

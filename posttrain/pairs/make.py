@@ -34,6 +34,7 @@ from torch import Tensor
 
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
+from posttrain.log import log
 from posttrain.model import flops, sampler
 from posttrain.model.k2 import K2, to_pil
 from posttrain.pairs import planning, quality
@@ -157,7 +158,7 @@ def _make(
             waiting = time.perf_counter()
             own = {i: drawn.result() for i, drawn in mine.items()}
             waited = time.perf_counter() - waiting
-            by_rank = procs.each((waited, {i: (drawn.entry, drawn.cost) for i, drawn in own.items()}))
+            by_rank = procs.all_gather((waited, {i: (drawn.entry, drawn.cost) for i, drawn in own.items()}))
             cost.waited += sum(seconds for seconds, _ in by_rank)
             parts = [part for _, part in by_rank]
             owners = {i: rank for rank, part in enumerate(parts) for i in part}
@@ -190,7 +191,7 @@ def _make(
             span = procs.size * len(config.sizes)
             for turn in (blocks[i : i + span] for i in range(0, len(blocks), span)):
                 drawn: dict[int, Future[Drawn]] = {}
-                for i in procs.mine_by_cost([block_cost(config, drawer.k2, block) for block in turn]):
+                for i in procs.local_indices_by_cost([block_cost(config, drawer.k2, block) for block in turn]):
                     drawn[i] = aside.submit(begin_block(config, plan, drawer, queue, records, turn[i]))
                 # While this turn's images are scored, decided on and written, the next turn's are drawn.
                 if before_it is not None:
@@ -205,12 +206,12 @@ def _make(
     counted = cost.counted()
     parts = dict(cost.parts) | {"waiting": cost.waited, "rest": seconds - sum(cost.parts.values()) - cost.waited}
     if counted:
-        run.say(
+        log.info(
             f"{seconds:.0f} s of drawing, {seconds / counted:.2f} times the {counted:.0f} s of its"
             f" {cost.images['forward']} forwards and {cost.images['decode']} decodes; {cost.waited:.0f} s of it waiting"
             " for scores"
         )
-        run.say("of it " + ", ".join(f"{name} {part:.1f} s" for name, part in parts.items()))
+        log.info("of it " + ", ".join(f"{name} {part:.1f} s" for name, part in parts.items()))
     return {
         "drawing_seconds": seconds,
         "counted_seconds": counted,
@@ -242,8 +243,8 @@ def _check_outcome(config: PairsConfig, run: Run, plan: Plan, output: Output | N
     """Says which sources fell short. Raises UserError if there is too little of the policy, with all saved."""
     for source, wanted, kept, made in zip(config.sources, plan.quotas, plan.kept, plan.made):
         if kept < wanted:
-            run.say(
-                f"warning: source {source.name}: {kept} of {wanted} pairs after {made} candidates (tries"
+            log.warning(
+                f"source {source.name}: {kept} of {wanted} pairs after {made} candidates (tries"
                 f" {config.tries:g}); quality.json says why the others were dropped"
             )
     total = sum(plan.kept)

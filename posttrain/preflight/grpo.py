@@ -112,13 +112,15 @@ class GRPOChecks(Checks):
         """No image of the step is another one's double, whichever process, prompt and seed they are of."""
         self.warm_up()
         began = time.perf_counter()
-        self.groups = grpo.sample(self.k2, self.config, 1, self.source, queue, self.procs)
+        self.groups = grpo.sample(
+            self.k2, self.config, 1, self.source, queue, self.procs, self.config.groups.micro_batch
+        )
         self.seconds["sample"] = self._scaled(time.perf_counter() - began)
         places = [f"image {j} of group {g.index}" for g in self.groups for j in range(self.config.groups.group_size)]
         mine = [(hashlib.sha256(i.tobytes()).digest(), place) for i, place in zip(queue.images, places, strict=True)]
         seen: dict[bytes, str] = {}
         doubles = []
-        for hashed, place in itertools.chain(*self.procs.each(mine)):
+        for hashed, place in itertools.chain(*self.procs.all_gather(mine)):
             if seen.setdefault(hashed, place) != place:
                 doubles.append(f"; {place} is {seen[hashed]}")
         measured = f"{len(seen)} of {len(seen) + len(doubles)} images are different" + "".join(doubles[:1])
@@ -138,12 +140,12 @@ class GRPOChecks(Checks):
         except UserError as raised:
             error = str(raised)
         remedy = "mend the reward: too many failures stop a run"
-        if errors := [error for error in self.procs.each(error) if error]:
+        if errors := [error for error in self.procs.all_gather(error) if error]:
             yield Row("missing scores", False, errors[0], remedy)
             return
         places = [group.index for group in self.groups]
-        scores = self.procs.scores(mine, self.config.groups.group_size, places)
-        grpo.score(self.config, self.groups, scores, self.noise)
+        scores = self.procs.gather_scores(mine, self.config.groups.group_size, places)
+        grpo.score(self.config, scores, self.noise)
         if not self.silent:
             self.source.update(1, apply_gates(scores, self.config.rewards, self.noise))
         self.seconds["score"] = self._scaled(time.perf_counter() - began)
@@ -188,10 +190,10 @@ class GRPOChecks(Checks):
             stand_in = Reward(plain, lambda images, prompts, known=known: known, set(), False)
             blank = [Image.new("RGB", (1, 1))] * len(known)
             scores = asyncio.run(score_all([stand_in], blank, [""] * len(known), group_size=size))
-            group = replace(self.groups[0], index=lost // size)
             loss = replace(self.config.loss, max_advantage=math.inf)
-            grpo.score(replace(self.config, rewards=[plain], loss=loss), [group], scores)
-            own, total = float(group.advantages[lost % size]), float(group.advantages.sum())
+            advantages_PG, _ = grpo.score(replace(self.config, rewards=[plain], loss=loss), scores)
+            advantages_G = advantages_PG[lost // size]
+            own, total = float(advantages_G[lost % size]), float(advantages_G.sum())
             if scores.valid_NK[lost, 0] or own != 0 or abs(total) > 1e-3:
                 measured = f"an image whose {spec.name} failed has advantage {own:.3g}, its group's sum is {total:.3g}"
                 yield Row("planted failure", False, measured, "a failure counts as a score: report it")
@@ -225,8 +227,9 @@ class GRPOChecks(Checks):
         part = replace(
             move, x=move.x[:few], x_next=move.x_next[:few], mean=move.mean[:few], log_prob=move.log_prob[:few]
         )
-        group = replace(group, advantages=advantages_G[:few], trajectory=replace(group.trajectory, transitions=[part]))
-        grpo.gradient(self.k2, replace(self.config, loss=replace(self.config.loss, kl=kl)), [group], self.alone)
+        group = replace(group, index=0, trajectory=replace(group.trajectory, transitions=[part]))
+        config = replace(self.config, loss=replace(self.config.loss, kl=kl))
+        grpo.gradient(self.k2, config, [group], advantages_G[None, :few], self.alone, few)
         norms = [p.grad.norm() for p in self.stepper.parameters if p.grad is not None]
         self.stepper.optimizer.zero_grad(set_to_none=True)
         norm = float(torch.stack(norms).norm()) if norms else 0.0
@@ -235,11 +238,13 @@ class GRPOChecks(Checks):
 
     def update(self) -> Iterator[Row]:
         """The policy that trains is the one that sampled; an update moves it, and the reference not at all."""
-        for group in self._sampled():
-            group.advantages = self._signs()
+        self._sampled()
+        signs_PG = self._signs().expand(self.config.groups.prompts_per_step, -1)
         before = self._velocities()
         began = time.perf_counter()
-        metrics = grpo.optimise(self.k2, self.config, self.groups, self.stepper, self.procs)
+        metrics = grpo.optimise(
+            self.k2, self.config, self.groups, signs_PG, self.stepper, self.procs, self.config.groups.micro_batch
+        )
         self.seconds["optimise"] = self._scaled(time.perf_counter() - began)
         error, clip = metrics["ratio_error"], min(self.config.loss.clip_low, self.config.loss.clip_high)
         measured = f"max |ratio - 1| is {error:.2g}; a tenth of the smaller clip is {clip / 10:.2g}"

@@ -109,14 +109,14 @@ class STPOChecks(Checks):
 
     def update(self) -> Iterator[Row]:
         """The policy begins as the reference; its first update moves it, and the reference not at all."""
-        batches = stpo.draw(self.k2, self.config, self.pairs, 1, self.alone)
+        batches = stpo.draw(self.k2, self.config, self.pairs, 1, self.alone, self.config.micro_batch)
         before = self._velocities(batches[0])
         first = stpo.optimise(self.k2, self.config, 1, batches, self.stepper, self.alone)
         measured = f"the margin z is {first['z']:.2g} nats before the first update, the loss {first['loss']:.4f}"
         yield Row("policy is the reference", abs(first["z"]) <= Z, measured, "use model.dtype float32, or report it")
         yield finite("loss and gradient", {**first}, "loss", "grad_norm")
         yield self.policy_moves(before, self._velocities(batches[0]))
-        batches = stpo.draw(self.k2, self.config, self.pairs, 2, self.alone)
+        batches = stpo.draw(self.k2, self.config, self.pairs, 2, self.alone, self.config.micro_batch)
         self.timed(lambda: stpo.optimise(self.k2, self.config, 2, batches, self.stepper, self.alone))  # compiled here
         second, seconds = self.timed(lambda: stpo.optimise(self.k2, self.config, 2, batches, self.stepper, self.alone))
         self.seconds["update"] = seconds * self.whole / self.config.batch / self.procs.size

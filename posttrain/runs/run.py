@@ -6,9 +6,9 @@
     tensorboard/       the same for tensorboard
     grids/             step-000025.png: sample grids
     samples/           prompts.json and step-000000/000.png, ...: the same prompts and seeds over the run; scores.json
-                       beside the pictures says what each reward said of each
+                       beside the images has each reward's score of each
     prompts.json       with an adaptive pool: the prompts at its ends
-    summary.json       figures before and after, seconds, memory
+    summary.json       metrics before and after, seconds, memory
 
 Only the main process writes; on the others every method returns at once.
 """
@@ -24,6 +24,7 @@ import math
 import os
 import platform
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -40,10 +41,11 @@ from safetensors import SafetensorError
 
 from posttrain.config.diff import changes, told
 from posttrain.config.sections import TrackConfig
-from posttrain.early import check_run
 from posttrain.errors import UserError
+from posttrain.log import log
 from posttrain.runs import startup
-from posttrain.runs.files import replace_text
+from posttrain.runs.files import append_line, replace_text
+from posttrain.runs.guard import check_run
 from posttrain.runs.lock import lock
 from posttrain.runs.progress import Progress, grid_image
 
@@ -68,6 +70,10 @@ class Run:
         self.main = main
         self.again = "go on with --resume" if resumable else "remove the directory and begin again"
         """What to do when a fault is mended."""
+        self.urls: dict[str, list[str]] = {}
+        """Where each server of the recipe answers."""
+        self.stopped: signal.Signals | None = None
+        """What ended the training before its last step."""
         self.non_finite = 0
         self._track = track
         self._trackers: list[Any] = []
@@ -100,7 +106,7 @@ class Run:
             if recipe.exists():
                 changed = changes(yaml.safe_load(recipe.read_text()), new)
                 if changed:
-                    run.say(f"the recipe has changed since the run began: {told(changed)}")
+                    log.info(f"the recipe has changed since the run began: {told(changed)}")
             replace_text(recipe, yaml.safe_dump(new, sort_keys=False, allow_unicode=True))
             replace_text(run.path / "environment.json", _json(environment(), indent=1))
         except (FileExistsError, NotADirectoryError):
@@ -160,10 +166,7 @@ class Run:
             values["non_finite"] = len(bad)
         line = _json({"step": step, "time": round(time.time(), 3), **values})
         try:
-            with (self.path / "metrics.jsonl").open("a") as file:
-                file.write(line + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            append_line(self.path / "metrics.jsonl", line + "\n")
         except OSError as error:
             raise UserError(f"{self.path}/metrics.jsonl: cannot be written: {error.strerror}") from error
         finite = {name: value for name, value in values.items() if value is not None}
@@ -190,12 +193,12 @@ class Run:
         images: np.ndarray,
         prompts: Sequence[str],
         seeds: Sequence[int],
-        said: Sequence[Mapping[str, Any]] = (),
+        scores: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """Write `samples/step-000000/000.png`, ... from uint8 (N, H, W, 3), or `samples/NAME/...` for a name.
 
-        Call it with the same prompts and seeds each time: the report compares the first step and the last. `said` goes
-        into scores.json: for each picture what each reward said, of which `score` is its score.
+        Call it with the same prompts and seeds each time: the report compares the first step and the last. `scores`
+        goes into scores.json: for each image, by reward, `score` and what else the reward reported.
         """
         if not self.main:
             return
@@ -203,8 +206,8 @@ class Run:
         directory.mkdir(parents=True, exist_ok=True)
         for i, image in enumerate(images):
             Image.fromarray(image).save(directory / f"{i:03d}.png")
-        if said:
-            replace_text(directory / "scores.json", _json(list(said), indent=1))
+        if scores:
+            replace_text(directory / "scores.json", _json(list(scores), indent=1))
         table = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds, strict=True)]
         replace_text(directory.parent / "prompts.json", _json(table, indent=1))
 
@@ -233,11 +236,6 @@ class Run:
             self._first = (step, time.time())
         elif step > self._first[0]:
             self._startup = startup.CLOCK.taken(time.time() - self._first[1])
-
-    def say(self, message: str) -> None:
-        """One line to the user on stderr, without disturbing the progress bar."""
-        if self.main:
-            print(f"posttrain: {message}", file=sys.stderr)
 
     def close(self) -> None:
         """End the progress bar and the trackers."""

@@ -135,16 +135,16 @@ def encode_pairs(k2: K2, preferences: Preferences, config: PairSetConfig, procs:
     _claim(folder, facts, procs)
     shards = -(-len(preferences) // SHARD)
     due = [n for n in range(shards) if not (folder / _name(n)).exists()]
-    procs.each(None)  # nobody writes before all have looked
+    procs.all_gather(None)  # nobody writes before all have looked
     tally, last = preferences.tally(), time.monotonic()
-    for turn in procs.mine(len(due)):
+    for turn in procs.local_indices(len(due)):
         for row in _encode(k2, preferences, config, folder, due[turn]):
             tally.add(row)
         if procs.main and time.monotonic() - last > 10:
             done = min(len(preferences), SHARD * (shards - len(due) + turn + 1))
             print(f"posttrain: encoded {done} of {len(preferences)} pairs into {folder}", file=sys.stderr)
             last = time.monotonic()
-    procs.each(None)
+    procs.all_gather(None)
     pairs = EncodedPairs(folder, shards, config.heldout, preferences.tally())
     if not len(pairs.train):
         raise UserError(f"{preferences.path}: all pairs are of one prompt, which is held out; add others")
@@ -225,7 +225,7 @@ def _claim(folder: Path, facts: dict[str, Any], procs: Processes) -> None:
             temporary = folder / f".cache.json.{os.getpid()}"
             temporary.write_text(json.dumps(facts, indent=1) + "\n")
             os.replace(temporary, card)
-        procs.each(None)
+        procs.all_gather(None)
         made = json.loads(card.read_text())
     except OSError as error:
         raise UserError(f"pairs.cache: {folder} cannot be written: {error.strerror}; choose another") from None

@@ -53,7 +53,7 @@ def warning(stop: StopConfig) -> str | None:
     if stop.metric is None or stop.metric.partition("@")[0] != "image/high_frequency":
         return None
     return (
-        f"warning: eval.stop watches {stop.metric} alone, which fell on K2-nano while artifacts rose; watch a"
+        f"eval.stop watches {stop.metric} alone, which fell on K2-nano while artifacts rose; watch a"
         " held-out judge (a reward with heldout_only: true)"
     )
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from posttrain.config.sections import GRPOConfig
+from posttrain.log import log
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
 from posttrain.training.checkpoint import Checkpoint
@@ -114,12 +115,16 @@ class FusedTexts:
         return found
 
 
-def cut_prompts(k2: K2, records: list[PromptRecord], max_tokens: int) -> list[str]:
-    """What to tell the user if some of them are longer than that."""
-    long = [r for r in records if len(r.prompt.encode()) > max_tokens // 2]  # a token is at least one byte
-    cuts = [cut for cut in k2.tokenize([r.prompt for r in long], max_tokens)[1] if cut]
-    told = f"warning: {len(cuts)} prompts are longer than prompts.max_tokens ({max_tokens}); "
-    return [f"{told}up to {max(cuts)} tokens are cut"] if cuts else []
+def warn_of_cut_prompts(k2: K2, records: Sequence[PromptRecord], max_tokens: int) -> None:
+    """Says how many prompts are longer than that, if any are."""
+    # A token is at least one byte, so most prompts need no tokenizer to be known as short enough.
+    long = [record.prompt for record in records if len(record.prompt.encode()) > max_tokens // 2]
+    _, cuts_of_all = k2.tokenize(long, max_tokens)
+    cuts = [cut for cut in cuts_of_all if cut]
+    if cuts:
+        log.warning(
+            f"{len(cuts)} prompts are longer than prompts.max_tokens ({max_tokens}); up to {max(cuts)} tokens are cut"
+        )
 
 
 def in_turn(seed: int, index: int, n: int) -> int:

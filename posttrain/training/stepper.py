@@ -7,7 +7,6 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from posttrain.config.sections import CheckpointConfig, LossConfig, OptimConfig
 from posttrain.distributed import shards
 from posttrain.errors import UserError
+from posttrain.runs.stop import StopSignals
 from posttrain.training import checkpoint, clipping
 from posttrain.training.optim import make_optimizer, median_root, set_group
 
@@ -27,60 +27,54 @@ RATIO_REMEDY = "use model.dtype float32, or raise loss.clip_low and loss.clip_hi
 
 
 class Loop:
-    """Training steps first+1 .. total, with `save(step)` by count, by time, at the end and when asked to stop.
+    """Training steps first+1 .. total. Its body asks `save_due` once, at the end of each step, and saves if so.
 
-    SIGTERM and Ctrl-C let the step in progress finish, save, and end the loop; a second Ctrl-C does not wait. So
-    does `end`, which the loop's body calls; `save_next` only has the step in progress saved.
+    A checkpoint is due by count, by time, at the end and when a signal asks to stop: SIGTERM and Ctrl-C let the step in
+    progress finish and end the loop. So does `end`; `save_next` only makes a checkpoint due.
     """
 
-    def __init__(
-        self,
-        first: int,
-        total: int,
-        config: CheckpointConfig,
-        save: Callable[[int], None],
-        anywhere: Callable[[bool], bool] = bool,
-    ):
+    def __init__(self, first: int, total: int, config: CheckpointConfig, anywhere: Callable[[bool], bool] = bool):
         """`anywhere` says whether something is so in any process: a signal to one of them stops all."""
-        self.first, self.total, self.config, self.save, self.anywhere = first, total, config, save, anywhere
+        self.first, self.total, self.config, self.anywhere = first, total, config, anywhere
         self.stopped: signal.Signals | None = None
         self.done = first
         """The last step that was finished."""
-        self._due = self._ended = False
+        self._signals = StopSignals()
+        self._due = self._last = False
+        self._saved_at = 0.0
 
     def __iter__(self) -> Iterator[int]:
-        before = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
-        saved_at = time.monotonic()
-        try:
+        self._saved_at = time.monotonic()
+        with self._signals:
             for step in range(self.first + 1, self.total + 1):
                 yield step
                 self.done = step
-                # What all were told counts: a signal that comes after it is one for the next step.
-                stopping = self.anywhere(self.stopped is not None)
-                if stopping and self.stopped is None:
-                    self.stopped = signal.SIGTERM
-                late = self.config.minutes and self.anywhere(time.monotonic() - saved_at > 60 * self.config.minutes)
-                due = self._due or (self.config.every and step % self.config.every == 0)
-                last = self._ended or stopping or step == self.total
-                if last or late or due:
-                    self.save(step)
-                    saved_at, self._due = time.monotonic(), False
-                if last:
-                    return
-        finally:
-            for s, handler in before.items():
-                signal.signal(s, handler)
+                if self._last:
+                    break
+        self.stopped = self._signals.received or self.stopped
+
+    def save_due(self, step: int) -> bool:
+        """Whether to save after this step. All processes must ask at once."""
+        # The answer that all get counts: a signal that comes after it is one for the next step.
+        stopping = self.anywhere(self._signals.received is not None)
+        if stopping and self._signals.received is None:
+            self.stopped = signal.SIGTERM  # another process was told to stop
+        minutes = self.config.minutes
+        late = minutes and self.anywhere(time.monotonic() - self._saved_at > 60 * minutes)
+        counted = self.config.every and step % self.config.every == 0
+        self._last = self._last or stopping or step == self.total
+        due = bool(self._last or late or counted or self._due)
+        if due:
+            self._saved_at, self._due = time.monotonic(), False
+        return due
 
     def save_next(self) -> None:
+        """The step in progress gets a checkpoint."""
         self._due = True
 
     def end(self) -> None:
-        self._ended = True
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self.stopped is signal.SIGINT and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.stopped = signal.Signals(number)
+        """The step in progress is the last."""
+        self._last = True
 
 
 def check_ratio(error: float, config: LossConfig) -> None:
@@ -94,13 +88,18 @@ def check_ratio(error: float, config: LossConfig) -> None:
 
 
 class Clock:
-    """Seconds between `lap`s, as metrics `seconds/NAME`."""
+    """Seconds between the laps of a step, as metrics `seconds/NAME`."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
+        self._last = 0.0
+
+    def start(self) -> None:
+        """A step begins."""
+        self.seconds, self._last = {}, time.perf_counter()
 
     def lap(self, name: str) -> None:
+        """What went by since the lap before was this part of the step."""
         now = time.perf_counter()
         self.seconds[f"seconds/{name}"], self._last = now - self._last, now
 
