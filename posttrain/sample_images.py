@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from accelerate import PartialState
 from posttrain.config.sections import SampleConfig
 from posttrain.errors import UserError
 from posttrain.expander.model import Expander, resolve
+from posttrain.log import log
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.runs.guard import check_new
@@ -57,9 +57,7 @@ def sample(config: SampleConfig) -> None:
         drawn, texts = expansions(config, drawn), list(range(len(jobs)))
     encoding = k2.encode(drawn)
     if cuts := [cut for cut in encoding.cut if cut]:
-        print(
-            f"posttrain: warning: {len(cuts)} prompts are too long; up to {max(cuts)} tokens are cut", file=sys.stderr
-        )
+        log.warning(f"{len(cuts)} prompts are too long; up to {max(cuts)} tokens are cut")
     fused = [k2.fuse(features) for features in encoding.features]
     null = k2.text([""]) if guidance > 0 else None
     try:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import operator
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -25,7 +24,9 @@ from posttrain.expander.policy import Policy
 from posttrain.expander.score import Scored, Scorer
 from posttrain.log import log
 from posttrain.model import sampler
+from posttrain.runs.files import replace_text
 from posttrain.runs.run import Run, peak_memory
+from posttrain.runs.stop import StopSignals
 from posttrain.training.judge_check import check_judges
 from posttrain.training.stepper import MAX_SKIPPED
 from prompts.records import PromptRecord
@@ -47,7 +48,7 @@ def diversity_weight(config: ExpanderGDPOConfig, step: int) -> float:
             return weight * max(0.0, 1 - 2 * step / config.steps)
 
 
-class Shared:
+class SharedRewards:
     """The reward functions of TRL, which all read one evaluation of a batch of expansions."""
 
     def __init__(
@@ -108,7 +109,7 @@ class Shared:
         return self.scored
 
 
-class Follow(TrainerCallback):
+class GDPOCallback(TrainerCallback):
     """What happens around TRL's steps: the diversity weight, times, metrics, evaluations, stopping."""
 
     def __init__(
@@ -117,7 +118,7 @@ class Follow(TrainerCallback):
         run: Run,
         procs: Processes,
         trainer: GRPOTrainer,
-        shared: Shared,
+        shared: SharedRewards,
         evaluator: ExpanderEvaluator,
         saved: Path | None,
     ):
@@ -130,7 +131,7 @@ class Follow(TrainerCallback):
         if saved is not None and file.is_file():
             self.evaluations = [row for row in json.loads(file.read_text()) if row["step"] <= self.first]
         self.done = self.first
-        self.stopped: signal.Signals | None = None
+        self.signals = StopSignals()
         self.skipped = self.skipped_in_a_row = 0
         self._seconds: dict[str, float] = {}
         self._began = self._started = time.perf_counter()
@@ -159,6 +160,7 @@ class Follow(TrainerCallback):
 
     def finish(self) -> None:
         """Writes the summary."""
+        self.run.stopped = self.signals.received
         before, after = self.evaluations[0]["figures"], self.evaluations[-1]["figures"]
         ablation = {} if self.config.ablation.diversity == "kept" else {"ablation": self.config.ablation.diversity}
         self.run.summary(
@@ -167,11 +169,6 @@ class Follow(TrainerCallback):
                 "seconds": round(time.perf_counter() - self._started, 1), **peak_memory(),
             }
         )  # fmt: skip
-
-    def stop(self, number: int, frame: Any) -> None:
-        if self.stopped is signal.SIGINT and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.stopped = signal.Signals(number)
 
     # ---- around a step
 
@@ -212,8 +209,7 @@ class Follow(TrainerCallback):
         every = self.config.eval.every
         if (every and step % every == 0) or step == self.config.steps:
             self._evaluate(step)
-        if self.procs.any(self.stopped is not None):
-            self.stopped = self.stopped or signal.SIGTERM
+        if self.procs.any(self.signals.received is not None):
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -236,4 +232,4 @@ class Follow(TrainerCallback):
 
     def _write_evaluations(self) -> None:
         if self.procs.main:
-            (self.run.path / "evaluations.json").write_text(json.dumps(self.evaluations, indent=1) + "\n")
+            replace_text(self.run.path / "evaluations.json", json.dumps(self.evaluations, indent=1) + "\n")

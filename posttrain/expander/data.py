@@ -20,7 +20,6 @@ import hashlib
 import itertools
 import json
 import re
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +32,11 @@ import yaml
 
 from posttrain.errors import UserError
 from posttrain.expander.config import ExpanderDataConfig, WriterConfig
+from posttrain.log import log
 from posttrain.nano.world import captions as nano_captions
 from posttrain.nano.world import expander_pairs
 from posttrain.preferences.sources import open_source
+from posttrain.runs.guard import check_unchanged
 from posttrain.validate_expander import NANO
 from prompts.templates import load_template
 from rewards.endpoints import JudgeError
@@ -232,13 +233,13 @@ def _begin(config: ExpanderDataConfig, output: Path, resume: bool) -> None:
     if output.exists() and any(output.iterdir()) and not (resume and recipe.exists()):
         remedy = "add --resume to go on with it" if recipe.exists() else "choose another directory"
         raise UserError(f"output: {output} is not empty; {remedy}")
+    check_unchanged(config, "; restore it", free=MAY_CHANGE)
     now = dataclasses.asdict(config)
     if recipe.exists():
         before = yaml.safe_load(recipe.read_text())
-        changed = [name for name in now if name not in MAY_CHANGE and before.get(name) != now[name]]
-        changed += [f"{n}.model" for n in ("writer", "checker") if _model(before.get(n)) != _model(now[n])]
-        if changed:
-            raise UserError(f"{changed[0]}: is not what {output} was begun with ({recipe} has that); restore it")
+        for name in ("writer", "checker"):  # where they are asked may change, but not who is asked
+            if _model(before.get(name)) != _model(now[name]):
+                raise UserError(f"{name}.model: is not what {output} was begun with ({recipe} has that); restore it")
     try:
         output.mkdir(parents=True, exist_ok=True)
         recipe.write_text(yaml.safe_dump(now, sort_keys=False, allow_unicode=True), encoding="utf-8")
@@ -299,7 +300,7 @@ def _finish(config: ExpanderDataConfig, output: Path, rows: list[dict[str, Any]]
         f" ({', '.join(f'{n} {kind}' for kind, n in kinds.items())}); dropped: {told}; failed: {counts['failed']}"
     )
     if not kinds["quoted"]:
-        print("posttrain: warning: no prompt quotes text, so the expander will not learn to keep it", file=sys.stderr)
+        log.warning("no prompt quotes text, so the expander will not learn to keep it")
 
 
 def _cell(config: ExpanderDataConfig, candidate: Candidate, column: str) -> str:

@@ -12,7 +12,6 @@ The trainers by themselves would keep all but the first two in torch's own forma
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from posttrain.log import log
 from posttrain.training.checkpoint import flatten_optimizer, problem, restore_optimizer, restore_rng, rng_state, seal
 
 ARGUMENTS = "training_args.bin"
@@ -72,7 +72,7 @@ def _read(folder: Path, name: str) -> tuple[dict[str, Tensor], Any]:
     return load_file(folder / f"{name}.safetensors"), json.loads((folder / f"{name}.json").read_text())
 
 
-class Sealed(TrainerCallback):
+class AtomicCheckpointCallback(TrainerCallback):
     """Writes the manifest of each checkpoint that the trainer has saved."""
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -90,5 +90,5 @@ def newest(folder: Path) -> tuple[int, Path] | None:
         wrong = problem(path)
         if wrong is None:
             return step, path
-        print(f"posttrain: {path}: not a whole checkpoint: {wrong}; trying the one before", file=sys.stderr)
+        log.info(f"{path}: not a whole checkpoint: {wrong}; trying the one before")
     return None

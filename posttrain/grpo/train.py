@@ -126,6 +126,8 @@ def updates(
     checked = False
     for step in steps:
         clock.start()
+        scores: Scores | None = None
+        metrics: dict[str, float | None] = {}
         for attempt in micro_batch.attempts(stepper):
             groups: list[Group] = []  # lets go of the images of an attempt that did not fit into memory
             queue.drop()
@@ -138,11 +140,13 @@ def updates(
                 clock.lap("score")
                 metrics |= optimise(k2, config, groups, advantages_PG, stepper, procs, micro_batch.size)
                 clock.lap("optimise")
+        assert scores is not None
         metrics |= source.update(step, apply_gates(scores, [r.spec for r in queue.rewards], noise))
         if not checked:
             check_ratio(metrics["ratio_error"] or 0.0, config.loss)
             checked = True
-        yield step, metrics | clock.seconds
+        metrics |= clock.seconds
+        yield step, metrics
 
 
 def judge_noise(

@@ -11,7 +11,6 @@ method needs to know.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from posttrain.distributed import shards
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
+from posttrain.log import log
 from posttrain.model import fsdp, zero
 from posttrain.model.k2 import K2
 from posttrain.model.velocity import VelocityModel
@@ -84,10 +84,9 @@ def _say(k2: K2, networks: list[VelocityModel], procs: Processes) -> None:
             sum(shards.shape(p).numel() for p in trained),
         ]
         held, total, own, whole = (f"{count / 1e6:.4g}" for count in counts)
-        print(
-            f"posttrain: {procs.engine}: each process holds {held} of {total} million weights and updates {own} of the"
-            f" {whole} that are trained",
-            file=sys.stderr,
+        log.info(
+            f"{procs.engine}: each process holds {held} of {total} million weights and updates {own} of the {whole}"
+            " that are trained"
         )
 
 

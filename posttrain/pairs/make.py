@@ -15,9 +15,7 @@ draws it, so any number of processes, and a run that goes on, make the same set.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from PIL import Image
 from torch import Tensor
 
@@ -44,9 +41,10 @@ from posttrain.pairs.planning import Block, Journal, Plan
 from posttrain.pairs.select import KEPT, Decision, Rules, decide_groups, decide_pairs
 from posttrain.preferences.dataset import CARD, Preference, PreferenceWriter, row_of
 from posttrain.runs import startup
+from posttrain.runs.guard import check_unchanged
 from posttrain.runs.run import Run, peak_memory
 from posttrain.training.judge_check import SHOWN, check_judges
-from posttrain.training.loop import resuming
+from posttrain.training.loop import resuming, try_rewards
 from posttrain.training.prompt_source import in_turn
 from prompts.records import PromptRecord, columns, read_prompts
 from rewards.background import ScoreQueue
@@ -107,9 +105,13 @@ def make(config: PairsConfig, resume: bool = False) -> None:
     procs, output = Processes(), Path(config.output)
     resume = resuming(config, resume, procs)
     if procs.main:
-        _check_unchanged(config)
+        check_unchanged(
+            config,
+            ", so the pairs would not fit together; restore it or choose another output",
+            free=MAY_CHANGE,
+        )
     records = read_prompts(config.prompts)
-    load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})  # before the wait
+    try_rewards(config)
     finished = procs.from_main((output / CARD).exists())
     drawer = None if finished else Drawer(config, procs.device)
     with Run.create(config, resume, procs.main) as run:
@@ -357,17 +359,3 @@ def _trim(entry: dict[str, Any], room: int) -> None:
     fates = entry["fates"]
     for i in [i for i, fate in enumerate(fates) if fate == KEPT][room:]:
         fates[i] = "surplus"
-
-
-def _check_unchanged(config: PairsConfig) -> None:
-    """Raises UserError if a run would go on with settings that make other pairs than those already written."""
-    recipe = Path(config.output) / "recipe.yaml"
-    if not recipe.exists():
-        return
-    before, now = yaml.safe_load(recipe.read_text()), json.loads(json.dumps(dataclasses.asdict(config)))
-    for name in now:
-        if name not in MAY_CHANGE and before.get(name) != now[name]:
-            raise UserError(
-                f"{name}: is not what {config.output} was begun with ({recipe} has that), so the pairs would not fit"
-                " together; restore it or choose another output"
-            )

@@ -31,6 +31,7 @@ from typing import Any
 from posttrain import cli
 from posttrain.config.diff import changes, told
 from posttrain.errors import UserError
+from posttrain.log import log
 from posttrain.pipeline.config import PipelineConfig
 from posttrain.pipeline.fit import ALONE, absent, check_processes, memory, processes
 from posttrain.pipeline.gains import read_json
@@ -38,6 +39,7 @@ from posttrain.pipeline.plan import TRAINING, Stage, resolve
 from posttrain.pipeline.report import write_index
 from posttrain.runs.files import replace_text
 from posttrain.runs.lock import lock
+from posttrain.runs.stop import handling
 
 STATE = "stages.json"
 PATIENCE = 60
@@ -147,16 +149,17 @@ class Runner:
 
     def run(self) -> int:
         done = [stage.name for stage in self.stages if self.state.get(stage.name, {}).get("finished")]
-        with self._signals():
+        wanted = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+        with handling(self._stop, *wanted):
             for stage in self.stages:
                 if stage.name in done:
                     if len(done) < len(self.stages):
-                        _say(f"stage {stage.name} is finished")
+                        log.info(f"stage {stage.name} is finished")
                     continue
                 code = 0 if self.stopped else self._carry_out(stage)
                 write_index(self.folder, self.stages, self.state)
                 if self.stopped is not None and not self.state.get(stage.name, {}).get("finished"):
-                    _say(f"stopped in stage {stage.name}; go on with --resume")
+                    log.info(f"stopped in stage {stage.name}; go on with --resume")
                     if self.stopped is signal.SIGINT:
                         raise KeyboardInterrupt
                     return 0
@@ -164,12 +167,12 @@ class Runner:
                     return code
         exported = ", ".join(str(stage.output) for stage in self.stages if stage.command == "export")
         told = f"; exported: {exported}" if exported else ""
-        _say(f"all {len(self.stages)} stages are finished; report: {self.folder / 'index.html'}{told}")
+        log.info(f"all {len(self.stages)} stages are finished; report: {self.folder / 'index.html'}{told}")
         return 0
 
     def _carry_out(self, stage: Stage) -> int:
         """Runs a stage to its end and notes it; returns 0 or the exit code for what went wrong, which it has told."""
-        _say(f"stage {stage.name}: {stage.command} into {stage.output}")
+        log.info(f"stage {stage.name}: {stage.command} into {stage.output}")
         entry = self.state.setdefault(stage.name, {"seconds": 0.0})
         # An export has its name only when it is whole: it was made, and this process ended before it could note it.
         made = stage.command == "export" and stage.output.exists() and entry.get("settings") == stage.settings
@@ -181,10 +184,9 @@ class Runner:
         complete = code == 0 and is_complete(stage)
         if complete and (wrong := nothing_to_hand_on(stage)):
             self._save()
-            print(
-                f"posttrain: error: stage {stage.name}: {wrong}. To run it again: mend its settings, remove"
-                f" {stage.output}, and go on with --resume",
-                file=sys.stderr,
+            log.error(
+                f"stage {stage.name}: {wrong}. To run it again: mend its settings, remove {stage.output}, and go on"
+                " with --resume"
             )
             return 1
         if complete:
@@ -195,9 +197,7 @@ class Runner:
         how = f"was ended by signal {-code}" if code < 0 else f"failed with exit code {code}"
         if code == 0:
             how = "was stopped before its last step"
-        print(
-            f"posttrain: error: stage {stage.name}: {how}; what it said is above. Go on with --resume", file=sys.stderr
-        )
+        log.error(f"stage {stage.name}: {how}; what it said is above. Go on with --resume")
         return 2 if code == 2 else 1
 
     def _execute(self, stage: Stage) -> int:
@@ -218,16 +218,6 @@ class Runner:
 
     def _save(self) -> None:
         replace_text(self.folder / STATE, json.dumps(self.state, indent=1) + "\n")
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        wanted = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
-        before = {s: signal.signal(s, self._stop) for s in wanted}
-        try:
-            yield
-        finally:
-            for s, handler in before.items():
-                signal.signal(s, handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.stopped = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
@@ -278,7 +268,3 @@ def _ends_with_its_parent() -> Callable[[], None] | None:
         return None
     prctl = ctypes.CDLL(None).prctl  # looked up here: between fork and exec as little as possible
     return lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _say(message: str) -> None:
-    print(f"posttrain: {message}", file=sys.stderr, flush=True)

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from posttrain.errors import UserError
+from posttrain.log import log
 
 WIDTH = 120
 """Columns of the table where stdout is no terminal."""
@@ -59,8 +60,8 @@ def made(name: str, rows: Callable[[], Iterable[Row]], alone: bool = True) -> li
 
 
 def phase(name: str) -> None:
-    """Prints the name of the check that begins now, with the seconds since the process began."""
-    print(f"posttrain: {time.time() - psutil.Process().create_time():6.1f} s: {name}", file=sys.stderr, flush=True)
+    """Says the name of the check that begins now, with the seconds since the process began."""
+    log.info(f"{time.time() - psutil.Process().create_time():6.1f} s: {name}")
 
 
 def _broken(name: str, error: Exception) -> Row:

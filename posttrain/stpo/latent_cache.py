@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,12 +28,14 @@ from torch import Tensor
 
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
+from posttrain.log import log
 from posttrain.model import sampler
 from posttrain.model.fingerprint import fingerprint
 from posttrain.model.k2 import K2, Text
 from posttrain.preferences.dataset import Preference, Preferences
 from posttrain.preferences.sources import Skipped, Tally
 from posttrain.runs import startup
+from posttrain.runs.files import replacing
 from posttrain.stpo.config import PairSetConfig
 from posttrain.stpo.losses import label
 from posttrain.training.checkpoint import is_full
@@ -142,15 +142,14 @@ def encode_pairs(k2: K2, preferences: Preferences, config: PairSetConfig, procs:
             tally.add(row)
         if procs.main and time.monotonic() - last > 10:
             done = min(len(preferences), SHARD * (shards - len(due) + turn + 1))
-            print(f"posttrain: encoded {done} of {len(preferences)} pairs into {folder}", file=sys.stderr)
+            log.info(f"encoded {done} of {len(preferences)} pairs into {folder}")
             last = time.monotonic()
     procs.all_gather(None)
     pairs = EncodedPairs(folder, shards, config.heldout, preferences.tally())
     if not len(pairs.train):
         raise UserError(f"{preferences.path}: all pairs are of one prompt, which is held out; add others")
     if procs.main:
-        for line in _remarks(preferences, pairs, config.max_tokens):
-            print(f"posttrain: {line}", file=sys.stderr)
+        _say(preferences, pairs, config.max_tokens)
     startup.lap("encode")
     return pairs
 
@@ -222,9 +221,8 @@ def _claim(folder: Path, facts: dict[str, Any], procs: Processes) -> None:
     try:
         if procs.main and not card.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            temporary = folder / f".cache.json.{os.getpid()}"
-            temporary.write_text(json.dumps(facts, indent=1) + "\n")
-            os.replace(temporary, card)
+            with replacing(card, shared=True) as temporary:
+                temporary.write_text(json.dumps(facts, indent=1) + "\n")
         procs.all_gather(None)
         made = json.loads(card.read_text())
     except OSError as error:
@@ -272,31 +270,29 @@ def _encode(k2: K2, preferences: Preferences, config: PairSetConfig, folder: Pat
         "cuts": [cut for cut in encoding.cut if cut],
         "skipped": [[row.where, row.reason, row.tie] for row in skipped],
     }
-    temporary = folder / f".{_name(number)}.{os.getpid()}"
     try:
-        save_file(tensors, temporary, {"rows": json.dumps(made)})
-        os.replace(temporary, folder / _name(number))
+        # Shared, as two runs may encode the same pairs at once.
+        with replacing(folder / _name(number), shared=True) as temporary:
+            save_file(tensors, temporary, {"rows": json.dumps(made)})
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         if not is_full(error):
             raise
         raise UserError(f"pairs.cache: {folder}: no space left; free some or choose another disk") from error
     return skipped
 
 
-def _remarks(preferences: Preferences, pairs: EncodedPairs, max_tokens: int) -> list[str]:
+def _say(preferences: Preferences, pairs: EncodedPairs, max_tokens: int) -> None:
+    """Which rows are left out, and which prompts are cut."""
     tally, where = pairs.tally, f"{preferences.path}:"
-    lines = []
     if tally.ties:
-        lines.append(f"{where} {tally.ties} of {tally.rows} rows are ties and left out")
+        log.info(f"{where} {tally.ties} of {tally.rows} rows are ties and left out")
     if tally.bad:
-        lines.append(f"warning: {where} {len(tally.bad)} of {tally.rows} rows are bad and left out: {tally.first()}")
+        log.warning(f"{where} {len(tally.bad)} of {tally.rows} rows are bad and left out: {tally.first()}")
     if pairs.cuts:
-        lines.append(
-            f"warning: {len(pairs.cuts)} prompts are longer than pairs.max_tokens ({max_tokens});"
-            f" up to {max(pairs.cuts)} tokens are cut"
+        log.warning(
+            f"{len(pairs.cuts)} prompts are longer than pairs.max_tokens ({max_tokens}); up to {max(pairs.cuts)} tokens"
+            " are cut"
         )
-    return lines
 
 
 def _digest(prompt: str) -> int:

@@ -123,6 +123,7 @@ def updates(
     """Trains one step at a time, and yields its number and metrics: a run's loop, and what `posttrain bench` times."""
     for step in steps:
         clock.start()
+        metrics: dict[str, float] = {}
         for attempt in micro_batch.attempts(stepper):
             batches: list[Batch] = []  # lets go of the latents of an attempt that did not fit into memory
             with attempt:

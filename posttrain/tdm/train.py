@@ -335,6 +335,6 @@ def compared(result: Evaluation, suffix: str, teacher: dict[str, float | None]) 
     for name, compared_name in image_metrics.TO_TEACHER.items():
         if compared_name in teacher:
             value, of_teacher = student[compared_name + suffix], teacher[compared_name]
-            known = value is not None and of_teacher is not None
-            metrics[f"to_teacher/{name}{suffix}"] = value / of_teacher if known and of_teacher else None
+            ratio = value / of_teacher if value is not None and of_teacher else None
+            metrics[f"to_teacher/{name}{suffix}"] = ratio
     return metrics

@@ -17,8 +17,6 @@ import os
 import random
 import re
 import shutil
-import sys
-import tempfile
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,7 +31,8 @@ from torch import Tensor
 
 from posttrain.distributed import shards
 from posttrain.errors import UserError
-from posttrain.runs.files import sync
+from posttrain.log import log
+from posttrain.runs.files import replacing_directory, sync
 from posttrain.training.optim import moment, parts
 from prompts.parse import parse_json
 
@@ -61,32 +60,24 @@ def save(
     """
     directory = Path(directory)
     final = directory / f"step-{step:06d}"
-    temporary = None
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for left_over in directory.glob(".tmp-*"):  # of a process that was killed while it saved
             shutil.rmtree(left_over)
-        temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=directory))
-        temporary.chmod(0o755)
-        for name, group in tensors.items():
-            plain = {key: value.detach().cpu().contiguous() for key, value in group.items()}
-            save_file(plain, temporary / f"{name}.safetensors")
-        _write_json(temporary / "state.json", {"step": step, **state})
-        seal(temporary)
-        if final.exists():  # a torn one, or this step once more after resuming from an older one
-            os.rename(final, directory / f".tmp-old-{step:06d}")
-        os.rename(temporary, final)
-        sync(directory)
+        # One that is there is torn, or is this step once more after resuming from an older one.
+        with replacing_directory(final) as temporary:
+            for name, group in tensors.items():
+                plain = {key: value.detach().cpu().contiguous() for key, value in group.items()}
+                save_file(plain, temporary / f"{name}.safetensors")
+            _write_json(temporary / "state.json", {"step": step, **state})
+            seal(temporary)
     except (OSError, SafetensorError) as error:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
         if is_full(error):
             raise UserError(
                 f"{final}: no space left while saving ({_megabytes(tensors):.0f} MB); free some or lower"
                 " checkpoint.keep, then run again with --resume. Older checkpoints are whole."
             ) from error
         raise UserError(f"{final}: cannot be saved: {error}; older checkpoints are whole") from error
-    shutil.rmtree(directory / f".tmp-old-{step:06d}", ignore_errors=True)
     _prune(directory, keep)
     return final
 
@@ -197,7 +188,7 @@ def load_latest(directory: str | Path) -> Checkpoint | None:
         try:
             return load(path)
         except UserError as error:
-            print(f"posttrain: {error}; trying the one before", file=sys.stderr)
+            log.info(f"{error}; trying the one before")
     if paths:
         raise UserError(f"{directory}: no checkpoint is whole; remove the directory to start afresh")
     return None
@@ -259,15 +250,15 @@ def _handed_on(run: Path, newest: Path) -> Path:
     chosen = newest.with_name(f"step-{best['step']:06d}")
     if wrong := problem(chosen):
         raise UserError(f"{told}, and its best step is not whole: {chosen}: {wrong}; {remedy}")
-    _say_once(f"posttrain: {told}; taking its best step {best['step']} by {best['metric']}")
+    _say_once(f"{told}; taking its best step {best['step']} by {best['metric']}")
     return chosen
 
 
 @functools.cache
 def _say_once(text: str) -> None:
     """A command may look for the same run several times, and each of its processes does."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # the logger is not silenced before the processes have met
+        log.info(text)
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

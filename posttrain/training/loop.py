@@ -240,7 +240,7 @@ class Training:
         return self._loop.save_due(step)
 
     def save(self, step: int, tensors: Tensors | None = None, state: Mapping[str, Any] | None = None) -> None:
-        """Copies what a resumed run needs, with the method's own `tensors` and `state`, and writes it in the background."""
+        """Copies what a resumed run needs, the method's own `tensors` and `state` too, and writes in the background."""
         self._saved = True
         if not self.procs.main and not self.procs.sharded:
             return

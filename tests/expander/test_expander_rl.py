@@ -212,27 +212,27 @@ def test_the_weight_may_not_change_in_a_run(config, monkeypatch):
             self.trainer.reward_weights[-1] = 0.1
         return begin(self, *args, **kwargs)
 
-    begin = callbacks.Follow.on_step_begin
-    monkeypatch.setattr(callbacks.Follow, "on_step_begin", tampered)
+    begin = callbacks.GDPOCallback.on_step_begin
+    monkeypatch.setattr(callbacks.GDPOCallback, "on_step_begin", tampered)
     with pytest.raises(RuntimeError, match=r"the weight of diversity is 0\.1.*, not 0\.3"):
         gdpo.train(config)
 
 
 def test_gradients_that_are_not_finite_are_left_out_and_then_end_the_run(config, tmp_path):
-    follow = callbacks.Follow.__new__(callbacks.Follow)
-    follow.config, follow.skipped, follow.skipped_in_a_row = config, 0, 0
+    callback = callbacks.GDPOCallback.__new__(callbacks.GDPOCallback)
+    callback.config, callback.skipped, callback.skipped_in_a_row = config, 0, 0
     model = torch.nn.Linear(2, 1)
     for i in range(MAX_SKIPPED - 1):
         model(torch.full((1, 2), torch.inf)).sum().backward()
-        follow.on_pre_optimizer_step(None, None, None, model=model)
-        assert model.weight.grad is None and follow.skipped == i + 1
+        callback.on_pre_optimizer_step(None, None, None, model=model)
+        assert model.weight.grad is None and callback.skipped == i + 1
     model(torch.ones(1, 2)).sum().backward()
-    follow.on_pre_optimizer_step(None, None, None, model=model)
-    assert model.weight.grad is not None and follow.skipped_in_a_row == 0
-    follow.skipped_in_a_row = MAX_SKIPPED - 1
+    callback.on_pre_optimizer_step(None, None, None, model=model)
+    assert model.weight.grad is not None and callback.skipped_in_a_row == 0
+    callback.skipped_in_a_row = MAX_SKIPPED - 1
     model.weight.grad.fill_(torch.nan)
     with pytest.raises(UserError, match=r"optim\.lr: 10 gradients in a row"):
-        follow.on_pre_optimizer_step(None, None, None, model=model)
+        callback.on_pre_optimizer_step(None, None, None, model=model)
 
 
 def test_processes_share_an_evaluation(config, command, tmp_path):

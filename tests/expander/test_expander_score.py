@@ -97,7 +97,7 @@ def test_an_expansion_is_drawn_once_and_shown_to_each_reward_once(config, featur
 def test_trl_gets_one_evaluation_of_a_batch(config, features, parts):
     policy = Policy(config.model, config.lora, 0, torch.device("cpu"))
     procs = gdpo.Processes()
-    shared = callbacks.Shared(config, policy, scorer(config, features), [RECORD], procs)
+    shared = callbacks.SharedRewards(config, policy, scorer(config, features), [RECORD], procs)
     ids = [[*policy.tokenizer(text).input_ids, policy.ends[0]] for text in TEXTS]
     state, logged = type("State", (), {"global_step": 3}), {}
     expander_runs.CALLS.clear()
