@@ -20,7 +20,7 @@ from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.runs.guard import check_new
 from posttrain.training import checkpoint
-from posttrain.training.policy import POLICY, add_saved_policy, first_device, quickened, stack_earlier
+from posttrain.training.policy import POLICY, add_saved_policy, first_device, apply_runtime_options, stack_earlier
 from prompts.records import PromptRecord, read_prompts
 
 STEPS, GUIDANCE = {True: 8, False: 28}, {True: 0.0, False: 4.5}
@@ -43,7 +43,7 @@ def sample(config: SampleConfig) -> None:
         stack_earlier(k2, saved)
         add_saved_policy(k2, saved)
         role = k2.role(POLICY)
-    quickened(k2, model, device)
+    apply_runtime_options(k2, model, device)
     k2.blocks.compiled = bool(model.compile)  # a few pictures are drawn sooner than blocks are compiled
     steps = STEPS[k2.is_distilled] if config.steps is None else config.steps
     guidance = GUIDANCE[k2.is_distilled] if config.guidance is None else config.guidance

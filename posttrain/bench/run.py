@@ -49,7 +49,7 @@ from posttrain.model.blocks import graphs
 from posttrain.model.k2 import K2
 from posttrain.runs.run import environment
 from posttrain.training.oom_retry import DoesNotFit
-from posttrain.training.policy import quickened
+from posttrain.training.policy import apply_runtime_options
 
 ASIDE = ("decode", "encode", "prepare")
 """Stages that are no work of the network."""
@@ -177,7 +177,7 @@ def _row_of(steps: Steps, method: str, matmul: float) -> dict[str, Any]:
     exact = errors.observed(steps) if inexact else {}
     begun = errors.adapter(steps) if inexact else []
     options = ModelConfig("", compile=compiled, recompute=config.recompute, attention=config.attention)
-    quickened(k2, replace(options, quantize=config.quantize, offload=config.offload), procs.device)
+    apply_runtime_options(k2, replace(options, quantize=config.quantize, offload=config.offload), procs.device)
     gc.collect()
     adapters = sum(p.numel() for n in k2.roles for p in k2.role_parameters(n))
     weights = (torch.cuda.memory_allocated(procs.device) - 4 * adapters) / 2**30 if cuda else None

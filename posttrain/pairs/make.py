@@ -100,25 +100,25 @@ class Output:
 
 
 def make(config: PairsConfig, resume: bool = False) -> None:
-    """Runs a recipe into its directory. Raises UserError for what the user can mend."""
+    """Runs a recipe into its directory. Raises UserError for mistakes that the user can correct."""
     began = time.perf_counter()
-    procs, output = Processes(), Path(config.output)
+    procs, folder = Processes(), Path(config.output)
     resume = resuming(config, resume, procs)
     if procs.main:
         check_unchanged(
-            config,
-            ", so the pairs would not fit together; restore it or choose another output",
-            free=MAY_CHANGE,
+            config, ", so the pairs would not fit together; restore it or choose another output", free=MAY_CHANGE
         )
     records = read_prompts(config.prompts)
     try_rewards(config)
-    finished = procs.from_main((output / CARD).exists())
+    # A finished set needs no model: only its report is written again.
+    finished = procs.from_main((folder / CARD).exists())
     drawer = None if finished else Drawer(config, procs.device)
     with Run.create(config, resume, procs.main) as run:
         if drawer is not None:
             with serve(config.servers if procs.main else [], run.path / "servers") as urls:
-                figures = _make(config, run, procs, drawer, records, procs.from_main(urls))
-            run.summary({**figures, "seconds": time.perf_counter() - began, **peak_memory()})
+                run.urls = procs.from_main(urls)
+                metrics = _make(config, run, procs, drawer, records)
+            run.summary({**metrics, "seconds": time.perf_counter() - began, **peak_memory()})
         if procs.main:
             entries = Journal(run.path).entries
             quality.write_report(config, entries)
@@ -126,87 +126,144 @@ def make(config: PairsConfig, resume: bool = False) -> None:
 
 
 def _make(
-    config: PairsConfig,
-    run: Run,
-    procs: Processes,
-    drawer: Drawer,
-    records: list[PromptRecord],
-    urls: dict[str, list[str]],
+    config: PairsConfig, run: Run, procs: Processes, drawer: Drawer, records: list[PromptRecord]
 ) -> dict[str, Any]:
     """Draws until there are enough; returns what it cost, in seconds of all processes together."""
-    plan, cost = Plan(config), Cost()
+    plan = Plan(config)
     with contextlib.ExitStack() as stack:
-        aside = stack.enter_context(ThreadPoolExecutor(1, "pairs"))  # the last to end: what it waits for is ended first
-        disk = stack.enter_context(ThreadPoolExecutor(1, "disk"))  # apart: what is written does not wait for scores
-        rewards = load_rewards(config.rewards, urls)
+        # The last to end, as what it waits for is ended first.
+        scoring = stack.enter_context(ThreadPoolExecutor(1, "pairs"))
+        # Apart from it, so that writing does not wait for scores.
+        disk = stack.enter_context(ThreadPoolExecutor(1, "disk"))
+        rewards = load_rewards(config.rewards, run.urls)
         queue = stack.enter_context(ScoreQueue(rewards)) if rewards else None
-        judged = [reward.spec for reward in rewards if isinstance(reward.function, JudgeReward)]
-        output = None
+        output, done = None, None
         if procs.main:
             card = {"policy": drawer.names[config.policy or ""]}
             writer = stack.enter_context(PreferenceWriter(run.path, resume=True, rows=config.shard, card=card))
             output = Output(writer, Journal(run.path, writer.written), writer.written)
-        before: list[int] = procs.from_main(output and [planning.kept(entry) for entry in output.journal.entries])
-        untried = output is not None and not any(before)
-        run.start(config.pairs, sum(before))
-        compiling = drawer.warm_up()
+            done = [planning.kept(entry) for entry in output.journal.entries]
+        done_counts: list[int] = procs.from_main(done)
+        """Pairs of each block that an earlier run has drawn."""
+        judged = [reward.spec for reward in rewards if isinstance(reward.function, JudgeReward)]
+        collector = Collector(run, procs, plan, output, disk, records, judged, untried=not any(done_counts))
+        run.start(config.pairs, sum(done_counts))
+        compile_seconds = drawer.warm_up()
         startup.lap("warm_up")
-        writing: list[tuple[Future[None], int]] = []  # and the bytes of each
         began = time.perf_counter()
-
-        def settle(turn: Sequence[Block], mine: Mapping[int, Future[Drawn]]) -> None:
-            """Takes in what has become of the blocks that the processes have drawn."""
-            nonlocal untried
-            waiting = time.perf_counter()
-            own = {i: drawn.result() for i, drawn in mine.items()}
-            waited = time.perf_counter() - waiting
-            by_rank = procs.all_gather((waited, {i: (drawn.entry, drawn.cost) for i, drawn in own.items()}))
-            cost.waited += sum(seconds for seconds, _ in by_rank)
-            parts = [part for _, part in by_rank]
-            owners = {i: rank for rank, part in enumerate(parts) for i in part}
-            for i, block in enumerate(turn):
-                while writing and (writing[0][0].done() or sum(size for _, size in writing) > BACKLOG):
-                    writing.pop(0)[0].result()
-                entry, spent = parts[owners[i]][i]
-                first = sum(plan.kept)
-                _trim(entry, plan.room(block))
-                count = planning.kept(entry)
-                # The images travel as PNG, one block at a time, to the main process alone.
-                rows = procs.deliver({0: own[i].rows[:count]} if i in own else {}).get(owners[i], [])
-                if untried and rows:
-                    untried = False
-                    _check_judges(judged, run, urls, records, entry, rows)
-                if output is not None:
-                    writing.append((disk.submit(output.add, first, entry, rows), _bytes(rows)))
-                plan.take(block, count)
-                cost.add(spent)
-                fates = {f"fate/{name}": n for name, n in Counter(entry["fates"]).items()}
-                run.log(sum(plan.kept), {"block": block.index, "source": block.source, **fates})
-
         while blocks := plan.generation():
+            due = []
             for block in blocks:
-                if block.index < len(before):  # an earlier run has drawn it
-                    plan.take(block, before[block.index])
-            blocks = [block for block in blocks if block.index >= len(before)]
-            before_it = None
-            # As many as let each process have a block of each size before they wait for each other.
-            span = procs.size * len(config.sizes)
-            for turn in (blocks[i : i + span] for i in range(0, len(blocks), span)):
-                drawn: dict[int, Future[Drawn]] = {}
-                for i in procs.local_indices_by_cost([block_cost(config, drawer.k2, block) for block in turn]):
-                    drawn[i] = aside.submit(begin_block(config, plan, drawer, queue, records, turn[i]))
-                # While this turn's images are scored, decided on and written, the next turn's are drawn.
-                if before_it is not None:
-                    settle(*before_it)
-                before_it = turn, drawn
-            if before_it is not None:
-                settle(*before_it)
-        for written, _ in writing:
-            written.result()
+                if block.index < len(done_counts):
+                    plan.take(block, done_counts[block.index])
+                else:
+                    due.append(block)
+            _draw_generation(config, plan, procs, drawer, queue, records, due, scoring, collector)
+        collector.finish_writing()
         seconds = (time.perf_counter() - began) * procs.size
-        _check_outcome(config, run, plan, output)
+        _check_outcome(config, plan, output)
+    return _costs(collector.cost, seconds, compile_seconds)
+
+
+def _draw_generation(
+    config: PairsConfig,
+    plan: Plan,
+    procs: Processes,
+    drawer: Drawer,
+    queue: ScoreQueue | None,
+    records: list[PromptRecord],
+    blocks: Sequence[Block],
+    scoring: ThreadPoolExecutor,
+    collector: Collector,
+) -> None:
+    """Draws these blocks. While a turn's images are scored, decided on and written, the next turn's are drawn."""
+    # A turn has as many blocks as let each process have one of each size before they wait for each other.
+    span = procs.size * len(config.sizes)
+    previous: tuple[Sequence[Block], dict[int, Future[Drawn]]] | None = None
+    for start in range(0, len(blocks), span):
+        turn = blocks[start : start + span]
+        costs = [block_cost(config, drawer.k2, block) for block in turn]
+        drawn: dict[int, Future[Drawn]] = {}
+        for i in procs.local_indices_by_cost(costs):
+            drawn[i] = scoring.submit(begin_block(config, plan, drawer, queue, records, turn[i]))
+        if previous is not None:
+            collector.take(*previous)
+        previous = turn, drawn
+    if previous is not None:
+        collector.take(*previous)
+
+
+class Collector:
+    """Takes in what the processes have drawn, block by block in their order, and has the main process write it."""
+
+    def __init__(
+        self,
+        run: Run,
+        procs: Processes,
+        plan: Plan,
+        output: Output | None,
+        disk: ThreadPoolExecutor,
+        records: list[PromptRecord],
+        judged: list[RewardSpec],
+        untried: bool,
+    ):
+        self.run, self.procs, self.plan, self.output, self.disk = run, procs, plan, output, disk
+        self.records, self.judged = records, judged
+        self.cost = Cost()
+        self._untried = untried and output is not None
+        """The judges have not been checked: no pair has been kept."""
+        self._writing: list[tuple[Future[None], int]] = []
+        """What waits for the disk, and its bytes."""
+
+    def take(self, turn: Sequence[Block], own: Mapping[int, Future[Drawn]]) -> None:
+        """The blocks of a turn; `own` are those that this process has drawn, by their place in it."""
+        waiting = time.perf_counter()
+        drawn = {i: future.result() for i, future in own.items()}
+        waited = time.perf_counter() - waiting
+        outcomes = {i: (block.entry, block.cost) for i, block in drawn.items()}
+        of_turn: dict[int, tuple[int, dict[str, Any], Cost]] = {}
+        for rank, (seconds, part) in enumerate(self.procs.all_gather((waited, outcomes))):
+            self.cost.waited += seconds
+            for i, (entry, cost) in part.items():
+                of_turn[i] = rank, entry, cost
+        for i, block in enumerate(turn):
+            owner, entry, cost = of_turn[i]
+            self._take_block(block, owner, entry, drawn[i].rows if i in drawn else None)
+            self.cost.add(cost)
+
+    def _take_block(
+        self, block: Block, owner: int, entry: dict[str, Any], own_rows: list[dict[str, Any]] | None
+    ) -> None:
+        while self._writing and (self._writing[0][0].done() or self._backlog() > BACKLOG):
+            self._writing.pop(0)[0].result()
+        first = sum(self.plan.kept)
+        _trim(entry, self.plan.room(block))
+        count = planning.kept(entry)
+        # The images travel as PNG, one block at a time, to the main process alone.
+        parcels = {} if own_rows is None else {0: own_rows[:count]}
+        rows = self.procs.deliver(parcels).get(owner, [])
+        if self._untried and rows:
+            self._untried = False
+            _check_judges(self.judged, self.run, self.records, entry, rows)
+        if self.output is not None:
+            self._writing.append((self.disk.submit(self.output.add, first, entry, rows), _bytes(rows)))
+        self.plan.take(block, count)
+        fates = {f"fate/{name}": n for name, n in Counter(entry["fates"]).items()}
+        self.run.log(sum(self.plan.kept), {"block": block.index, "source": block.source, **fates})
+
+    def _backlog(self) -> int:
+        return sum(size for _, size in self._writing)
+
+    def finish_writing(self) -> None:
+        for written, _ in self._writing:
+            written.result()
+
+
+def _costs(cost: Cost, seconds: float, compile_seconds: float) -> dict[str, Any]:
+    """For the summary, and as lines to the user; `seconds` are of drawing, of all processes together."""
     counted = cost.counted()
-    parts = dict(cost.parts) | {"waiting": cost.waited, "rest": seconds - sum(cost.parts.values()) - cost.waited}
+    rest = seconds - sum(cost.parts.values()) - cost.waited
+    parts = dict(cost.parts) | {"waiting": cost.waited, "rest": rest}
     if counted:
         log.info(
             f"{seconds:.0f} s of drawing, {seconds / counted:.2f} times the {counted:.0f} s of its"
@@ -218,7 +275,7 @@ def _make(
         "drawing_seconds": seconds,
         "counted_seconds": counted,
         "waited_seconds": cost.waited,
-        "compile_seconds": compiling,
+        "compile_seconds": compile_seconds,
         "part_seconds": parts,
         "overhead": seconds / counted if counted else None,
         "images": dict(cost.images),
@@ -229,7 +286,6 @@ def _make(
 def _check_judges(
     specs: list[RewardSpec],
     run: Run,
-    urls: dict[str, list[str]],
     records: list[PromptRecord],
     entry: dict[str, Any],
     rows: list[dict[str, Any]],
@@ -238,10 +294,10 @@ def _check_judges(
     event loop."""
     chosen = [Image.open(io.BytesIO(row["chosen"]["bytes"])) for row in rows[:SHOWN]]
     asked = [records[place] for place, fate in zip(entry["prompts"], entry["fates"]) if fate == KEPT][:SHOWN]
-    check_judges(run, load_rewards(specs, urls), chosen, [r.prompt for r in asked], columns(asked))
+    check_judges(run, load_rewards(specs, run.urls), chosen, [r.prompt for r in asked], columns(asked))
 
 
-def _check_outcome(config: PairsConfig, run: Run, plan: Plan, output: Output | None) -> None:
+def _check_outcome(config: PairsConfig, plan: Plan, output: Output | None) -> None:
     """Says which sources fell short. Raises UserError if there is too little of the policy, with all saved."""
     for source, wanted, kept, made in zip(config.sources, plan.quotas, plan.kept, plan.made):
         if kept < wanted:

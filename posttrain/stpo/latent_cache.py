@@ -3,8 +3,8 @@
     <cache>/<fingerprint>/    cache.json             what they were made of and with; a change makes another folder
                               00000.safetensors ...  64 rows of the set each, and why some of these are no pairs
 
-A shard is written beside and renamed, so encoding that was killed goes on with the next. Processes share the shards;
-reading opens the file of a row, and holds no latents in memory.
+A shard is written atomically, so encoding that was killed goes on with the next. Processes share the shards; reading
+opens the file of a row, and holds no latents in memory.
 
 Legend: B pairs of a micro-batch, N image tokens, L text tokens, C channels.
 """
@@ -64,14 +64,14 @@ class Batch:
     """(B, N, C) latents at t."""
     x_l: Tensor
     target_w: Tensor
-    """(B, N, C) velocity that the network should say."""
+    """(B, N, C) the target velocity."""
     target_l: Tensor
     t: Tensor
     """(B,)"""
     text: Text
-    """Of both pictures, 2 B."""
+    """Of both images, 2 B."""
     label: Tensor
-    """(B,) how sure the preference is, see `preference_loss.label`."""
+    """(B,) how sure the preference is, see `losses.label`."""
     size: tuple[int, int]
     jobs: list[int]
     """Which of the pairs that were asked for, in their order."""
@@ -102,25 +102,27 @@ class EncodedPairs:
         for number in range(shards):
             with _opened(folder / _name(number)) as file:
                 made = json.loads(file.metadata()["rows"])
-            places.append(np.array([row[:4] for row in made["pairs"]], np.int32).reshape(-1, 4))
-            labels.append(np.array([row[4] for row in made["pairs"]], np.float32))
-            prompts.append(np.array([row[5] for row in made["pairs"]], np.int64))
+            # Rows are (row of the set, text, height, width, label, hash of the prompt); a shard may have no pair.
+            columns = list(zip(*made["pairs"])) or [()] * 6
+            places.append(np.array(columns[:4], np.int32))
+            labels.append(np.array(columns[4], np.float32))
+            prompts.append(np.array(columns[5], np.int64))
             self.cuts += made["cuts"]
             for values in made["skipped"]:
                 tally.add(Skipped(*values))
-        self._row, self._text, height, width = np.concatenate(places).T
+        self._row, self._text, height, width = np.concatenate(places, axis=1)
         self.size, self.label = np.stack([height, width], 1), np.concatenate(labels)
         prompt = np.concatenate(prompts)
-        held = np.unique(prompt)
-        held = held[: max(1, round(heldout * len(held)))]  # by hash, so in no order
-        self.heldout, self.train = np.flatnonzero(np.isin(prompt, held)), np.flatnonzero(~np.isin(prompt, held))
+        # Whole prompts are held out: images of one prompt are alike. Hashes are in no order of the set.
+        hashes = np.unique(prompt)
+        is_heldout = np.isin(prompt, hashes[: max(1, round(heldout * len(hashes)))])
+        self.heldout, self.train = np.flatnonzero(is_heldout), np.flatnonzero(~is_heldout)
 
     def __getitem__(self, i: int) -> EncodedPair:
         row, (height, width) = self._row[i], self.size[i].tolist()
         with _opened(self.folder / _name(row // SHARD)) as file:
-            chosen, rejected, text = (
-                file.get_tensor(key) for key in (f"{row}.chosen", f"{row}.rejected", f"text.{self._text[i]}")
-            )
+            chosen, rejected = file.get_tensor(f"{row}.chosen"), file.get_tensor(f"{row}.rejected")
+            text = file.get_tensor(f"text.{self._text[i]}")
         return EncodedPair(chosen, rejected, text, float(self.label[i]), (height, width))
 
 
@@ -135,12 +137,12 @@ def encode_pairs(k2: K2, preferences: Preferences, config: PairSetConfig, procs:
     _claim(folder, facts, procs)
     shards = -(-len(preferences) // SHARD)
     due = [n for n in range(shards) if not (folder / _name(n)).exists()]
-    procs.all_gather(None)  # nobody writes before all have looked
+    procs.all_gather(None)  # nobody writes before all have looked, so that all divide the same shards
     tally, last = preferences.tally(), time.monotonic()
     for turn in procs.local_indices(len(due)):
         for row in _encode(k2, preferences, config, folder, due[turn]):
             tally.add(row)
-        if procs.main and time.monotonic() - last > 10:
+        if procs.main and time.monotonic() - last > 10:  # seconds
             done = min(len(preferences), SHARD * (shards - len(due) + turn + 1))
             log.info(f"encoded {done} of {len(preferences)} pairs into {folder}")
             last = time.monotonic()
@@ -157,7 +159,7 @@ def encode_pairs(k2: K2, preferences: Preferences, config: PairSetConfig, procs:
 def noised(
     k2: K2, pairs: EncodedPairs, jobs: Sequence[Job], micro_batch: int, time_mean: float, time_std: float
 ) -> list[Batch]:
-    """Micro-batches, each of one size, of pairs with one time and one noise for both pictures."""
+    """Micro-batches, each of one size, of pairs with one time and one noise for both images."""
     null = k2.text([""]).tokens[0] if any(job.dropped for job in jobs) else torch.empty(0)
     by_size: dict[tuple[int, ...], list[int]] = {}
     for j, job in enumerate(jobs):
@@ -167,13 +169,14 @@ def noised(
         for first in range(0, len(members), micro_batch):
             chosen = members[first : first + micro_batch]
             part = [jobs[j] for j in chosen]
-            read = [pairs[job.pair] for job in part]
+            read = [pairs[job.pair] for job in part]  # from disk
             x_w = torch.stack([pair.chosen for pair in read]).to(k2.device)
             x_l = torch.stack([pair.rejected for pair in read]).to(k2.device)
             n = torch.tensor([job.n for job in part], device=k2.device)
             t = sampler.logit_normal(n, time_mean, time_std, k2.mu(height, width))
             noise = sampler.noise([job.seed for job in part], x_w.shape[1:]).to(k2.device)
             fused = [null if job.dropped else pair.text.to(k2.device) for job, pair in zip(part, read)]
+            # One noise and one time for both images: the difference of their errors is then due to the images alone.
             batches.append(
                 Batch(
                     sampler.noised(x_w, noise, t),
@@ -252,21 +255,28 @@ def _encode(k2: K2, preferences: Preferences, config: PairSetConfig, folder: Pat
     for i, pair in pairs.items():
         height, width = config.size or (pair.chosen.height, pair.chosen.width)
         by_size.setdefault((height, width), []).append(i)
-    size_of = {i: size for size, rows in by_size.items() for i in rows}
+    size_of: dict[int, tuple[int, int]] = {}
     tensors: dict[str, Tensor] = {}
     for (height, width), rows in by_size.items():
-        images = [image for i in rows for image in (pairs[i].chosen, pairs[i].rejected)]
-        images = [ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS) for image in images]
-        names = [f"{i}.{name}" for i in rows for name in ("chosen", "rejected")]
-        tensors |= {name: x.clone() for name, x in zip(names, k2.encode_images(images).cpu())}
+        images: list[Image.Image] = []
+        names: list[str] = []
+        for i in rows:
+            size_of[i] = height, width
+            for name, image in (("chosen", pairs[i].chosen), ("rejected", pairs[i].rejected)):
+                images.append(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
+                names.append(f"{i}.{name}")
+        for name, latents in zip(names, k2.encode_images(images).cpu()):
+            tensors[name] = latents.clone()  # a view would be saved with the whole batch behind it
     prompts = list(dict.fromkeys(pair.prompt for pair in pairs.values()))
     encoding = k2.encode(prompts, config.max_tokens)
-    tensors |= {f"text.{j}": k2.fuse(features).cpu() for j, features in enumerate(encoding.features)}
+    for j, features in enumerate(encoding.features):
+        tensors[f"text.{j}"] = k2.fuse(features).cpu()
+    encoded = []
+    for i, pair in pairs.items():
+        p = label(pair.share, pair.source == "human")
+        encoded.append([i, prompts.index(pair.prompt), *size_of[i], p, _digest(pair.prompt)])
     made = {
-        "pairs": [
-            [i, prompts.index(p.prompt), *size_of[i], label(p.share, p.source == "human"), _digest(p.prompt)]
-            for i, p in pairs.items()
-        ],
+        "pairs": encoded,
         "cuts": [cut for cut in encoding.cut if cut],
         "skipped": [[row.where, row.reason, row.tie] for row in skipped],
     }

@@ -45,7 +45,7 @@ def load_model(model: ModelConfig, device: str | torch.device, saved: Checkpoint
     if saved is not None:
         if (before := saved.state["model"].get("start")) != model.start:
             raise UserError(f"model.start: was {before} when the run began; restore it, or start another run")
-        return quickened(_load_for(saved, asdict(model), first_device(model, device)), model, device)
+        return apply_runtime_options(_load_for(saved, asdict(model), first_device(model, device)), model, device)
     k2 = _load(asdict(model), first_device(model, device))
     if k2.is_distilled and not model.allow_distilled:
         raise UserError(f"{model.path}: model_index.json: is_distilled is true: {DISTILLED_REMEDY}")
@@ -60,7 +60,7 @@ def load_model(model: ModelConfig, device: str | torch.device, saved: Checkpoint
             raise UserError(f"model.start: {found} was trained on another model than model.path ({model.path})")
         for earlier in stages:
             _stack(k2, earlier)
-    return quickened(k2, model, device)
+    return apply_runtime_options(k2, model, device)
 
 
 def load_base(saved: Checkpoint, device: str | torch.device = "cpu") -> K2:
@@ -125,7 +125,7 @@ def first_device(model: ModelConfig, device: str | torch.device) -> str | torch.
     return "cpu" if model.quantize or model.offload else device
 
 
-def quickened(k2: K2, model: ModelConfig, device: str | torch.device) -> K2:
+def apply_runtime_options(k2: K2, model: ModelConfig, device: str | torch.device) -> K2:
     """As the recipe wants it to run, and there: that is the run's affair, and no part of what a checkpoint is."""
     if model.quantize:
         quantize(k2, device)

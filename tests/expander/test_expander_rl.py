@@ -18,7 +18,6 @@ from posttrain.expander import callbacks, gdpo
 from posttrain.expander.gdpo_config import AblationConfig, ExpanderGDPOConfig
 from posttrain.expander.model import Expander
 from posttrain.expander.renderer import K2Renderer
-from posttrain.runs.run import Run
 from posttrain.training import advantages
 from posttrain.training.stepper import MAX_SKIPPED
 from posttrain.validate import validate
@@ -140,15 +139,15 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on(config, monkeypatch, tmp_p
     import signal
 
     config.steps, config.checkpoint.every = 3, 0
-    say = Run.say
+    say = callbacks.log.info
 
-    def stop_after_one(self, message):
-        say(self, message)
+    def stop_after_one(message):
+        say(message)
         if message.startswith("step 1:"):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "say", stop_after_one)
+        patch.setattr(callbacks.log, "info", stop_after_one)
         gdpo.train(config)
     run = runs.Path(config.output)
     assert json.loads((run / "summary.json").read_text())["steps"] == 1
