@@ -34,6 +34,8 @@ def test_calls_from_the_command_to_the_loss(method, model, tmp_path, monkeypatch
     monkeypatch.setattr(module, name, traced)
     config = make(tmp_path, model)
     config.steps, config.eval.every = 1, 0
+    if method == "tdm":
+        config.fake.warmup = 0
     assert cli.main([method, "--config", str(runs.recipe(config, tmp_path / "recipe.yaml"))]) == 0
     training = [path for path in paths if "updates" in path]  # the others are evaluations
     assert training
