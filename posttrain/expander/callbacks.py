@@ -1,5 +1,5 @@
-"""What goes on around TRL's steps in `posttrain expander gdpo`: the reward functions that share one evaluation, and the
-callback that holds the diversity weight, times, logs, evaluates and stops.
+"""Reward functions and callback for TRL's trainer in `posttrain expander gdpo`: the functions share one evaluation of a
+batch; the callback checks the diversity weight, times, logs, evaluates and stops.
 """
 
 from __future__ import annotations
@@ -84,16 +84,19 @@ class SharedRewards:
 
     def _evaluated(self, ids: list[list[int]], rows: list[int], step: int, log_metric: Any) -> Scored:
         """The evaluation of this batch: made once, by whichever function is called first."""
+        # TRL calls each reward function with the same batch; images are drawn for the first call only.
         key = (step, rows, ids)
         if self.scored is not None and self._key == key:
             return self.scored
         self.called = time.perf_counter()
         size = self.config.groups.group_size
+        # Diversity compares the images of one prompt, so a process must have whole groups.
         if len(rows) % size or any(len(set(rows[i : i + size])) > 1 for i in range(0, len(rows), size)):
             raise RuntimeError(f"{len(rows)} expansions on this process are not whole groups of {size}")
         expansions = [self.policy.expansion(self.records[row], tokens) for row, tokens in zip(rows, ids)]
         groups = len(rows) // size
         first = self.procs.rank * groups
+        # One noise for all images of a group: their differences are then due to the expansions.
         seeds = [sampler.seed_for(self.config.seed, step, first + g) for g in range(groups) for _ in range(size)]
         self.scored, self._key = self.scorer(expansions, seeds, size), key
         for e, why in zip(expansions, map(operator.add, self.scored.causes_N, self.scored.unsafe_N)):
@@ -149,13 +152,13 @@ class GDPOCallback(TrainerCallback):
         scorer.noise = noise_of(scorer.rewards, self.evaluations[0].get("noise", {}))
 
     def _check_judges(self, evaluation: ExpanderEvaluation) -> dict[str, float | None]:
-        """On the pictures of an evaluation; returns what was measured of their noise."""
+        """On the images of an evaluation; returns what was measured of their noise."""
         scorer, images, size = self.shared.scorer, evaluation.scored.images_N, self.config.eval.group_size
         rows = sorted(range(len(images)), key=lambda i: i % size)  # of as many prompts as there are
         there = [evaluation.expansions[i] for i in rows if images[i] is not None]
-        pictures = [image for i in rows if (image := images[i]) is not None]
+        shown = [image for i in rows if (image := images[i]) is not None]
         prompts = [e.record.prompt for e in there]
-        metrics = check_judges(self.run, scorer.rewards, pictures, prompts, scorer.columns(there))
+        metrics = check_judges(self.run, scorer.rewards, shown, prompts, scorer.columns(there))
         return {name: value for name, value in metrics.items() if name.startswith(PREFIX)}
 
     def finish(self) -> None:
@@ -177,6 +180,7 @@ class GDPOCallback(TrainerCallback):
         held = self.trainer.reward_weights
         if self.config.ablation.diversity == "annealed":
             held[-1] = weight
+        # The weight is what keeps the expander from giving every prompt one look; nothing may lower it unnoticed.
         if abs(float(held[-1]) - weight) > 1e-6 * weight:
             raise RuntimeError(
                 f"the weight of diversity is {float(held[-1])}, not {weight}: it must not change in a run"
@@ -185,6 +189,7 @@ class GDPOCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """A gradient that is not finite is left out and counted; ten in a row end the run."""
+        # TRL would take the step, and one NaN would then be in every weight.
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         if all(bool(torch.isfinite(g).all()) for g in gradients):
             self.skipped_in_a_row = 0
@@ -202,7 +207,7 @@ class GDPOCallback(TrainerCallback):
         times = {"generate": shared.called - self._began, **scored.seconds, "train": now - shared.returned}
         self._seconds = times
         for message, count in scored.failures.most_common(1):
-            log.info(f"{count} pictures or scores are missing, such as: {message}")
+            log.info(f"{count} images or scores are missing, such as: {message}")
         self.run.prompts({"The latest expansions that failed a check": list(shared.faults)} if shared.faults else None)
         step = self.done = state.global_step
         log.info(f"step {step}: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items()))

@@ -1,4 +1,4 @@
-"""GDPO of the prompt expander: a chat model learns from the pictures that its expansions of short prompts make.
+"""GDPO of the prompt expander: a chat model learns from the images that its expansions of short prompts make.
 
     posttrain expander gdpo --config recipes/nano/expander_gdpo.yaml
 
@@ -15,7 +15,7 @@ Metrics of a step are TRL's under its own names and, for the expansions of all p
 | noise_share | share of the advantages' variance that noise can explain |
 | format, format/CAUSE, safe | shares of the expansions |
 | cut, cut_tokens | share of those longer than K2's text length, and how many tokens they lose |
-| renders, missing_images | pictures drawn on a process, alike expansions of a group once; share that is missing |
+| renders, missing_images | images drawn on a process, alike expansions of a group once; share that is missing |
 | diversity_weight | its weight in this step |
 """
 
@@ -68,6 +68,7 @@ def train(config: ExpanderGDPOConfig, resume: bool = False) -> None:
     resume = resuming(config, resume, procs)
     records, heldout = read_prompts(config.prompts.train), read_prompts(config.prompts.heldout)
     try_rewards(config)
+    # All that may be missing or too large is loaded before the run directory is made.
     policy = Policy(config.model, config.lora, config.seed, procs.device)
     renderer = make_renderer(config.renderer, procs.device)
     features = Features(config.diversity.path, config.diversity.batch, str(procs.device))
@@ -135,6 +136,7 @@ class PromptsByEpoch(RepeatSampler):
     """TRL's own goes on with one generator from epoch to epoch, whose state no checkpoint holds."""
 
     def set_epoch(self, epoch: int) -> None:
+        # From seed and epoch alone, as all draws of a run.
         assert self.seed is not None
         self.generator.manual_seed(sampler.seed_for(self.seed, epoch))
 
@@ -148,6 +150,7 @@ def settings(config: ExpanderGDPOConfig, procs: Processes) -> TRLConfig:
             f"groups.micro_batch: {groups.micro_batch} is no divisor of a process's {mine} expansions; lower it"
         )
     cuda = procs.device.type == "cuda"
+    # generation.vllm is handed on as it is, so TRL may not know a name in it.
     try:
         return TRLConfig(
             output_dir=str(Path(config.output) / "checkpoints"),
@@ -203,7 +206,7 @@ def card(config: ExpanderGDPOConfig, policy: Policy, figures: dict[str, float | 
     return (
         f"---\nbase_model: {base}\nlibrary_name: peft\ntags: [lora, vllm, prompt-expansion]\n---\n\n"
         "# A prompt expander\n\n"
-        f"A LoRA adapter for {base}, trained with GDPO by the pictures that {config.renderer.path} makes of its"
+        f"A LoRA adapter for {base}, trained with GDPO by the images that {config.renderer.path} makes of its"
         f" expansions. {config.steps} steps of {config.groups.prompts_per_step} prompts by {config.groups.group_size}"
         f" expansions; prompts from {config.prompts.train}, seed {config.seed}.{ablation} The chat messages are"
         f" those of prompts/expander.md, hash {template().hash}: the system text, then the user's prompt by itself.\n\n"

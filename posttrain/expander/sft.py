@@ -67,7 +67,7 @@ def train(config: ExpanderSFTConfig, resume: bool = False) -> None:
     base, adapter = resolve(config.model)
     if adapter is not None:
         raise UserError(f"model: {config.model} is an adapter or a run that trained one; name its base, {base}")
-    torch.manual_seed(config.seed)  # of the adapter
+    torch.manual_seed(config.seed)  # peft draws the adapter from the global generator
     model, tokenizer = load_chat_model(base, getattr(torch, config.dtype))
     training, heldout = fitting(training, tokenizer, config), fitting(heldout, tokenizer, config)
     base_print = fingerprint(dict(model.named_parameters()))
@@ -114,6 +114,7 @@ class RunningClip(TrainerCallback):
         self.factor = factor
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # TRL logs each step (logging_steps=1), so this has them all.
         norms = [row["grad_norm"] for row in state.log_history if "grad_norm" in row]
         args.max_grad_norm = clipping.limit([norm for norm in norms if 0 < norm < math.inf], self.factor)
 
@@ -202,6 +203,7 @@ def read_pairs(config: ExpanderSFTConfig) -> tuple[list[Pair], list[Pair]]:
         return _read(str(root / "train.parquet")), _read(str(root / "heldout.parquet"))
     pairs = _read(config.data)
 
+    # By the hash of the prompt: more pairs in the file do not move those that are there to the other side.
     def held(pair: Pair) -> bool:
         digest = hashlib.sha256(f"{config.seed}:{pair.prompt}".encode()).digest()
         return int.from_bytes(digest[:8], "big") < config.heldout * 2**64
@@ -248,6 +250,7 @@ def conversations(pairs: list[Pair]) -> datasets.Dataset:
 def tokens(pair: Pair, tokenizer: Any) -> tuple[list[int], int]:
     """A pair as the chat template writes it, and how many of its tokens a server is given before it answers."""
     asked = messages(pair.prompt)
+    # What a server makes of the prompt must be how the training text begins.
     before = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
     answered = [*asked, {"role": "assistant", "content": pair.completion}]
     whole = tokenizer.apply_chat_template(answered, return_dict=False)
@@ -294,6 +297,7 @@ def check_tokens(trainer: SFTTrainer, tokenizer: Any, pairs: list[Pair]) -> None
         raise RuntimeError(f"TRL made {len(rows)} rows of {len(pairs)} pairs")
     for row, pair in zip(rows, pairs):
         ids, asked = tokens(pair, tokenizer)
+        # -100 is torch's label of tokens that no loss is taken of.
         if row["input_ids"] != ids or row["labels"] != [-100] * asked + ids[asked:]:
             raise RuntimeError(f"TRL made other tokens or labels of {pair} than the chat template")
 
@@ -311,7 +315,7 @@ class _RunCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         if self.procs.any(self.signals.received is not None):
             control.should_save = control.should_training_stop = True
-        if state.global_step == state.max_steps:
+        if state.global_step == state.max_steps:  # whatever eval_every and checkpoint.every say
             control.should_evaluate = control.should_save = True
         return control
 
@@ -354,7 +358,7 @@ def model_card(config: ExpanderSFTConfig, figures: dict[str, Any], training: int
         head + "tags: [prompt-expander, sft, vllm]\n---",
         "# A prompt expander",
         f"{'A LoRA adapter for' if kind == 'adapter' else 'Trained from'} {config.model}. It answers a short prompt for"
-        " an image model with one richer caption of the same picture. Any chat server gives it the messages it was"
+        " an image model with one richer caption of the same image. Any chat server gives it the messages it was"
         f" trained on (template {said.hash}):",
         f"- system: {said.system}\n- user: the prompt",
         f"{figures['steps']} updates of {config.batch} pairs from {training}; {heldout} pairs are held out. Sample it"

@@ -144,7 +144,7 @@ def updates(
         metrics |= source.update(step, apply_gates(scores, [r.spec for r in queue.rewards], noise))
         if not checked:
             check_ratio(metrics["ratio_error"] or 0.0, config.loss)
-            checked = True
+            checked = True  # later ratios differ from 1 only where a step has several updates
         metrics |= clock.seconds
         yield step, metrics
 
@@ -203,6 +203,7 @@ def window_of(config: GRPOConfig, step: int) -> range:
     s = config.sampling
     if s.window is None:
         return range(s.steps - 1)
+    # A window begins in the first half of the steps, and never holds the last one, which is without noise.
     start, starts = s.window_start, min((s.steps + 1) // 2, s.steps - s.window)
     if start == "random":
         start = sampler.seed_for(config.seed, step, -1) % starts
@@ -231,7 +232,7 @@ def score(
     rewards_PGK = torch.from_numpy(gated.values_NK).view(*shape)
     valid_PGK = torch.from_numpy(gated.valid_NK).view(*shape)
     weights_K, floor_K = torch.from_numpy(gated.weights_K), torch.from_numpy(gated.floor_K)
-    if not valid_PGK.any():
+    if not valid_PGK.any():  # a step that teaches nothing would waste hours unnoticed
         reasons = [f"{name}: {next(iter(f))}" for name, f in scores.failures.items() if f]
         why = "; ".join(reasons or ["all None, so none applies to these prompts"])
         raise UserError(f"rewards: not one image of this step could be scored: {why}; mend or add a reward")
@@ -303,7 +304,7 @@ def gradient(
         times = sampler.schedule(s.steps, k2.mu(*group.size))
         guard = sampler.guard_weights(times, s.dynamics, s.eta) if loss.ratio == "guard" else None
         advantages_G = advantages_PG[group.index]
-        for move in group.trajectory.transitions:
+        for move in group.trajectory.transitions:  # the stochastic steps alone have a likelihood
             weight = 1.0 if guard is None else float(guard[move.index])
             for rows in torch.arange(len(move.x)).split(micro_batch):
                 with k2.role(POLICY):

@@ -66,8 +66,9 @@ def train(config: JudgeConfig, resume: bool = False) -> None:
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     records = read_records(config)
     check_prompts(records, template, config.data)
+    # What a resumed run must have in common with the one that it goes on with.
     facts = {"mode": config.mode, "template": template.hash, "data": fingerprint_of_records(records)}
-    _check_unchanged(saved, facts)
+    _check_unchanged(saved, facts)  # before the model is loaded
     training, heldout = split(records, config)
     device = PartialState().device or torch.device("cpu")
     startup.lap("inputs")
@@ -103,6 +104,7 @@ def _train(
     if before is None:
         before = figures(config.mode, heldout, score(vlm, template, heldout, config), config.seed)
 
+    # Counted in records, as a resumed run may have another batch.
     total = seen + (config.steps - first) * config.batch
     order = [(r, epoch) for epoch, r in _epochs(len(training), total, config.seed)][seen:]
     batches = _loader(vlm, template, training, order, config)
@@ -114,7 +116,7 @@ def _train(
             _save(config, step, adapter, stepper, state, facts)
     card: dict[str, Any] = {"figures": None, "before": before, "records": (len(training), len(heldout))}
     with stepper.averaged():
-        if loop.stopped is None:
+        if loop.stopped is None:  # who was told to stop does not measure for minutes
             card["figures"] = figures(config.mode, heldout, score(vlm, template, heldout, config), config.seed)
         write_adapter(vlm, run.path / "adapter", config, template, loop.done, card)
     after = numbers(card["figures"])
@@ -164,6 +166,7 @@ def _check_unchanged(saved: Checkpoint | None, facts: dict[str, str]) -> None:
 
 def update(vlm: VLM, stepper: Stepper, batches: Iterator, config: JudgeConfig, step: int) -> dict[str, float]:
     """One optimiser update; returns means over its records."""
+    # Cosine decay of the learning rate to 0.
     stepper.rate = 0.5 * (1 + math.cos(math.pi * (step - 1) / config.steps))
     totals: dict[str, Tensor] = {}
     for _ in range(config.batch // config.micro_batch):
@@ -175,6 +178,7 @@ def update(vlm: VLM, stepper: Stepper, batches: Iterator, config: JudgeConfig, s
             loss_B, metrics = losses.bradley_terry(rho_w, rho_l, share_B)
         else:
             loss_B, metrics = losses.faulty(rho, share_B)
+        # The second term keeps the answer a yes or a no.
         loss = loss_B.mean() - MASS_WEIGHT * log_mass.mean()
         (loss * len(share_B) / config.batch).backward()
         metrics |= {"loss": loss.detach() * len(share_B), "mass": log_mass.detach().exp().mean() * len(share_B)}
@@ -228,13 +232,16 @@ class _Batches(Dataset):
             return error
 
     def _batch(self, i: int) -> tuple[Inputs, Tensor]:
-        rows = [(self.records[r], r, epoch) for r, epoch in self.order[i * self.size : (i + 1) * self.size]]
-        read = [self._images(record, r, epoch) for record, r, epoch in rows]
-        asked = [self.template.render(**_fields(self.template, record)) for record, _, _ in rows]
+        read, questions, shares = [], [], []
+        for r, epoch in self.order[i * self.size : (i + 1) * self.size]:
+            record = self.records[r]
+            read.append(self._images(record, r, epoch))
+            questions.append(self.template.render(**_fields(self.template, record)))
+            shares.append(record.share)
         # First the first image of each record, then, of pairs, the second of each.
-        images = [row[place] for place in range(len(read[0])) for row in read]
-        texts = asked * (len(images) // len(asked))
-        return self.vlm.inputs(images, texts), torch.tensor([record.share for record, _, _ in rows])
+        images = [image for same_place in zip(*read) for image in same_place]
+        texts = questions * (len(images) // len(questions))
+        return self.vlm.inputs(images, texts), torch.tensor(shares)
 
     def _images(self, record: Record, r: int, epoch: int) -> list[Image.Image]:
         images = record.images.read()
@@ -264,6 +271,7 @@ def corrupt(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """A copy with one fault somewhere: a part doubled, smeared, broken apart or shuffled in strips."""
     pixels = np.asarray(image).copy()
     height, width = pixels.shape[:2]
+    # Local, so that the rest of the image stays as good as it was.
     h, w = (max(4, int(side * rng.uniform(0.25, 0.5))) for side in (height, width))
     y, x = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
     part = pixels[y : y + h, x : x + w].astype(np.float32)
@@ -302,6 +310,7 @@ def figures(mode: str, records: Sequence[Record], rho: np.ndarray, seed: int) ->
     if mode == "preference":
         difference = rho[:, 0] - rho[:, 1]
         right = np.where(difference > 0, share, 1 - share)
+        # Otherwise all labels would be 1, and calibration would say nothing.
         flip = np.random.default_rng(seed).random(len(share)) < 0.5  # the chosen one is not always first
         p = 1 / (1 + np.exp(np.where(flip, difference, -difference)))
         y = np.where(flip, 1 - share, share)
@@ -318,12 +327,13 @@ def figures(mode: str, records: Sequence[Record], rho: np.ndarray, seed: int) ->
         good, bad = p[y <= 0.5], p[y > 0.5]
         result = {"accuracy": float(right.mean()), "auroc": auroc(p, y)}
         if len(good) and len(bad):
-            threshold = float(np.quantile(good, 0.99))
+            threshold = float(np.quantile(good, 0.99))  # at which one in a hundred good images is called faulty
             result |= {"threshold": threshold, "found_at_threshold": float((bad > threshold).mean())}
     result |= {"brier": brier(p, y), "ece": expected_calibration_error(p, y), "reliability": reliability(p, y)}
     result["by_source"] = {}
-    for source in sorted({source for r in records for source in r.sources}):
-        own = np.array([source in r.sources for r in records])
+    sources: set[str] = set().union(*(record.sources for record in records))
+    for source in sorted(sources):
+        own = np.array([source in record.sources for record in records])
         result["by_source"][source] = (float(right[own].mean()), int(own.sum()))
     result["heldout"] = len(records)
     return result

@@ -1,4 +1,4 @@
-"""Preference pairs from prompts: two pictures of which one is better, because of how they were drawn or by rewards.
+"""Preference pairs from prompts: two images of which one is better, because of how they were drawn or by rewards.
 
 A source of pairs draws each prompt in two ways of which one is known to be better (delta learning, arXiv:2507.06187:
 only the difference must be reliable), or draws a group and takes the best and the worst by the rewards. Pairs of which
@@ -218,7 +218,7 @@ class Collector:
     def take(self, turn: Sequence[Block], own: Mapping[int, Future[Drawn]]) -> None:
         """The blocks of a turn; `own` are those that this process has drawn, by their place in it."""
         waiting = time.perf_counter()
-        drawn = {i: future.result() for i, future in own.items()}
+        drawn = {i: future.result() for i, future in own.items()}  # waits for their scores
         waited = time.perf_counter() - waiting
         outcomes = {i: (block.entry, block.cost) for i, block in drawn.items()}
         of_turn: dict[int, tuple[int, dict[str, Any], Cost]] = {}
@@ -234,6 +234,7 @@ class Collector:
     def _take_block(
         self, block: Block, owner: int, entry: dict[str, Any], own_rows: list[dict[str, Any]] | None
     ) -> None:
+        # Images that wait for the disk stay in memory: more than BACKLOG of them hold up the drawing.
         while self._writing and (self._writing[0][0].done() or self._backlog() > BACKLOG):
             self._writing.pop(0)[0].result()
         first = sum(self.plan.kept)
@@ -313,7 +314,7 @@ def _check_outcome(config: PairsConfig, plan: Plan, output: Output | None) -> No
         output.writer.flush()
         quality.write_report(config, output.journal.entries)
     raise UserError(
-        f"on_policy_share: {inside} of {total} pairs hold a picture of the policy, and {config.on_policy_share:g} of"
+        f"on_policy_share: {inside} of {total} pairs hold an image of the policy, and {config.on_policy_share:g} of"
         f" them should: see {config.output}/quality.json for what was dropped, raise tries and go on with --resume"
         if total
         else f"pairs: not one candidate was kept: see {config.output}/quality.json for what was dropped"
@@ -337,14 +338,15 @@ def begin_block(
     images = np.empty((len(draws) * len(rows), *block.size, 3), np.uint8)
     submitted: list[int] = []
     drawer.begin()
+    # Images lie draw by draw; within a draw in the order of rows.
     for d, draw in enumerate(draws):
 
-        def show(part: list[int], pictures: Tensor, first: int = d * len(rows)) -> None:
-            images[[first + i for i in part]] = pictures.cpu().numpy()
+        def show(part: list[int], decoded: Tensor, first: int = d * len(rows)) -> None:
+            images[[first + i for i in part]] = decoded.cpu().numpy()
             submitted.extend(first + i for i in part)
             if queue is not None:
                 shown = [rows[i] for i in part]
-                queue.submit(to_pil(pictures), [r.prompt for r in shown], columns(shown))
+                queue.submit(to_pil(decoded), [r.prompt for r in shown], columns(shown))
 
         drawer.draw(draw, [r.prompt for r in rows], noises, block.size, show)
     jobs, measure = queue.hand_over() if queue is not None else [], block.index % MEASURED == 0
@@ -356,6 +358,7 @@ def begin_block(
     cost.waited = waited
 
     def finish() -> Drawn:
+        # Images were submitted as they were decoded; their scores go back into the order of `images`.
         scores = queue.gather(jobs).take(np.argsort(submitted).tolist()) if queue is not None else None
         decision = _decide(config, source, images, scores, group)
         pairs = _kept_pairs(config, drawer, draws, [records[place].prompt for place in places], seeds, images, decision)
@@ -378,30 +381,37 @@ def _kept_pairs(
     config: PairsConfig, drawer: Drawer, draws: Sequence[DrawConfig], prompts: list[str], seeds: list[int],
     images: np.ndarray, decision: Decision,
 ) -> list[Preference]:  # fmt: skip
-    best, other = draws[0], draws[-1]
-    return [
-        Preference(
-            prompts[i],
-            *(Image.fromarray(images[j]) for j in pair),
-            source="synthetic",
-            chosen_policy=drawer.describe(best),
-            rejected_policy=drawer.describe(other),
-            chosen_on_policy=planning.is_policy(config, best),
-            rejected_on_policy=planning.is_policy(config, other),
-            margin=margin,
-            seed=seeds[i],
+    best, other = draws[0], draws[-1]  # the same where a group is drawn in one way
+    kept = []
+    for i, (fate, pair, margin) in enumerate(zip(decision.fates, decision.pairs, decision.margins)):
+        if fate != KEPT or pair is None:
+            continue
+        chosen, rejected = pair
+        kept.append(
+            Preference(
+                prompts[i],
+                Image.fromarray(images[chosen]),
+                Image.fromarray(images[rejected]),
+                source="synthetic",
+                chosen_policy=drawer.describe(best),
+                rejected_policy=drawer.describe(other),
+                chosen_on_policy=planning.is_policy(config, best),
+                rejected_on_policy=planning.is_policy(config, other),
+                margin=margin,
+                seed=seeds[i],
+            )
         )
-        for i, (fate, pair, margin) in enumerate(zip(decision.fates, decision.pairs, decision.margins))
-        if fate == KEPT and pair is not None
-    ]
+    return kept
 
 
 def block_cost(config: PairsConfig, k2: K2, block: Block) -> float:
     """Operations of its forwards."""
     source = config.sources[block.source]
     images = block.count * (source.judged.group_size if source.judged else 1)
-    ways = [planning.resolved(config, draw) for draw in planning.draws(source)]
-    forwards = sum((way.steps or 0) * (2 if way.guidance else 1) for way in ways)
+    forwards = 0
+    for draw in planning.draws(source):
+        settings = planning.resolved(config, draw)
+        forwards += (settings.steps or 0) * (2 if settings.guidance else 1)  # guidance takes the empty prompt too
     return images * forwards * flops.of_sizes(k2, [block.size])[0]
 
 
@@ -413,5 +423,6 @@ def _bytes(rows: Sequence[dict[str, Any]]) -> int:
 def _trim(entry: dict[str, Any], room: int) -> None:
     """Leaves out what the source no longer wants."""
     fates = entry["fates"]
+    # The first ones stay, whichever process drew the block.
     for i in [i for i, fate in enumerate(fates) if fate == KEPT][room:]:
         fates[i] = "surplus"

@@ -1,4 +1,4 @@
-"""One command at a time writes to a directory."""
+"""The lock that lets one command at a time write to a directory."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class Run:
         self.path = path
         self.main = main
         self.again = "go on with --resume" if resumable else "remove the directory and begin again"
-        """What to do when a fault is mended."""
+        """The remedy that messages end with."""
         self.urls: dict[str, list[str]] = {}
         """Where each server of the recipe answers."""
         self.stopped: signal.Signals | None = None
@@ -80,7 +80,7 @@ class Run:
         self._writer: Any = None
         self._progress: Progress | None = None
         self._begun = 0
-        """The step that the run began with."""
+        """The step that this process began after."""
         self._first: tuple[int, float] | None = None
         """The first step that was logged since, and when."""
         self._startup: dict[str, float] | None = None
@@ -117,7 +117,7 @@ class Run:
 
     @staticmethod
     def restarted(config: RunConfig) -> bool:
-        """Whether the launch of torchrun that this process is of has begun this run, and so restarts it now."""
+        """Whether this process's launch of torchrun began the run, and so restarts it now."""
         written, launch = Path(config.output) / "environment.json", _launch()
         return launch is not None and written.exists() and json.loads(written.read_text()).get("launch") == launch
 
@@ -132,6 +132,7 @@ class Run:
         self._begun = step
         startup.lap("prepare")
         metrics = self.path / "metrics.jsonl"
+        # A process that was killed may have logged steps after its last checkpoint; they come again.
         lines = _whole_lines(metrics) if step and metrics.exists() else []
         replace_text(metrics, "".join(line for line in lines if json.loads(line)["step"] <= step))
         if self._track.tensorboard:
@@ -160,7 +161,7 @@ class Run:
         self._time(step)
         values = {name: None if value is None else _number(value) for name, value in metrics.items()}
         bad = [name for name, value in values.items() if value is not None and not math.isfinite(value)]
-        values |= dict.fromkeys(bad)
+        values |= dict.fromkeys(bad)  # JSON has no NaN
         if bad:
             self.non_finite += len(bad)
             values["non_finite"] = len(bad)
@@ -226,7 +227,7 @@ class Run:
             replace_text(self.path / "summary.json", _json(_plain({**figures, "startup": took}), indent=1))
 
     def _time(self, step: int) -> None:
-        """Ends a part of the start-up, if this is the first or the second step that is logged, or one before them."""
+        """Ends a part of the start-up, up to the second step that is logged."""
         if self._startup is not None:
             return
         if step <= self._begun:
@@ -234,7 +235,7 @@ class Run:
         elif self._first is None:
             startup.lap("first_step")
             self._first = (step, time.time())
-        elif step > self._first[0]:
+        elif step > self._first[0]:  # compiling is what the first step took longer than the second
             self._startup = startup.CLOCK.taken(time.time() - self._first[1])
 
     def close(self) -> None:
@@ -245,7 +246,7 @@ class Run:
             self._writer.close()
         for tracker in self._trackers:
             tracker.finish()
-        if self._lock is not None:
+        if self._lock is not None:  # last, when nothing more is written
             self._lock.close()
         self._progress, self._writer, self._trackers, self._lock = None, None, [], None
 
@@ -254,14 +255,16 @@ class Run:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.close()
+        # Errors that a user can do something about, and that may come from anywhere in the run.
         if isinstance(error, torch.OutOfMemoryError):
             raise UserError(
                 f"{self.path}: out of memory ({' '.join(str(error).split())}); lower micro_batch or the size of the"
-                f" pictures, or use more or larger GPUs, then {self.again}"
+                f" images, or use more or larger GPUs, then {self.again}"
             ) from error
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             file = error.filename or self.path
             raise UserError(f"{file}: cannot be written: {error.strerror}; mend that, then {self.again}") from error
+        # torch's writer of archives raises no OSError.
         if isinstance(error, RuntimeError) and any(sign in str(error) for sign in TORCH_UNWRITABLE):
             raise UserError(
                 f"{self.path}: cannot be written, such as for want of space; mend that, then {self.again}"
@@ -302,15 +305,16 @@ def environment() -> dict[str, Any]:
 
 
 def _launch() -> str | None:
-    """Which launch of torchrun this process is of, however often it was restarted since; None: of none."""
+    """The launch of torchrun that started this process, the same over restarts; None without torchrun."""
     if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
         return None
+    # Its process is the same over restarts; ids are used again, so the time belongs to it.
     agent = psutil.Process(os.getppid())
     return f"{platform.node()} {agent.pid} {agent.create_time():.2f}"
 
 
 def _commit() -> str | None:
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[2]  # an installed package is in no checkout
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

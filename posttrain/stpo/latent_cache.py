@@ -198,6 +198,7 @@ def _facts(k2: K2, preferences: Preferences, config: PairSetConfig) -> dict[str,
     net, pipe = k2.transformer, k2.pipe
     assert k2.text_encoder is not None and k2.tokenizer is not None
     vae = {key: value for key, value in k2.vae.config.items() if not key.startswith("_")}
+    # What decides tokens: vocabulary and chat template.
     words = [k2.tokenizer.get_vocab(), pipe.prompt_template_encode_prefix, pipe.prompt_template_encode_suffix]
     fusion = {f"{name}.{key}": value for name in ("text_fusion", "txt_in")
               for key, value in net.get_submodule(name).state_dict().items()}  # fmt: skip
@@ -222,6 +223,7 @@ def _claim(folder: Path, facts: dict[str, Any], procs: Processes) -> None:
     """Makes the folder, or checks that it is of these facts."""
     card = folder / "cache.json"
     try:
+        # Facts follow from the recipe, so that any process could write them; one does, and all check them.
         if procs.main and not card.exists():
             folder.mkdir(parents=True, exist_ok=True)
             with replacing(card, shared=True) as temporary:
@@ -306,6 +308,7 @@ def _say(preferences: Preferences, pairs: EncodedPairs, max_tokens: int) -> None
 
 
 def _digest(prompt: str) -> int:
+    # 63 bits, as numpy's int64 has a sign.
     return int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=8).digest(), "big") >> 1
 
 

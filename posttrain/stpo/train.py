@@ -1,29 +1,29 @@
-"""STPO: preference optimisation of K2 on pairs of pictures, without the drift of Diffusion-DPO.
+"""STPO: preference optimisation of K2 on pairs of images, without the drift of Diffusion-DPO.
 
     posttrain stpo --config recipes/nano/stpo_synthetic.yaml
     posttrain stpo --config recipes/nano/stpo_human.yaml      # goes on from the first
 
 The published name stands for a modified DPO term and an auxiliary loss, and no more is public: the loss here is this
-project's own, in preference_loss.py; `loss.kind: dpo` is plain Diffusion-DPO. Latents and text are encoded once
-(latents.py). Each update draws a batch of pairs, and for each pair one time and one noise, which both pictures share
+project's own, in losses.py; `loss.kind: dpo` is plain Diffusion-DPO. Latents and text are encoded once
+(latent_cache.py). Each update draws a batch of pairs, and for each pair one time and one noise, which both images share
 under policy and reference; there is no guidance. The reference is the model without the adapter.
 
 All draws come from seeds of global indices (run, step, pair), and processes share a batch's pairs, so a resumed run and
 one in more processes make the same updates. The exact guard and the shares of the terms need each term's gradient for
-the whole batch before any of it is applied; they are kept apart until then, in buffers as large as the adapter. Each
-term's gradient with respect to the velocities goes on through a forward of its own, of those images that it depends on.
-So no graph of the network is walked backward twice, which compiled blocks refuse (they write into what they kept).
+the whole batch before any of it is applied; until then each has a buffer as large as the adapter. Each term's gradient
+with respect to the velocities is carried through the network by a forward and backward of its own. So no graph of the
+network is walked backward twice, which compiled blocks refuse (they overwrite their saved tensors).
 
-Figures of held-out pairs at each evaluation, with fixed times and noise; those marked * also each step, without
+Metrics of held-out pairs at each evaluation, with fixed times and noise; those marked * also each step, without
 `pairs/`, of its batch:
 
 | pairs/... | what it is |
 |---|---|
-| winner*, loser* | error of the chosen (rejected) pictures against the reference's: mean change over its mean |
+| winner*, loser* | error of the chosen (rejected) images against the reference's: mean change over its mean |
 | margin*, accuracy* | mean change of the rejected error less that of the chosen; share of pairs where it is above 0 |
 | z*, z10, z50, z90 | margin in nats as the loss sees it: mean, quantiles |
 | sigma*, saturated | mean weight s(-z) that a pair still has; share of pairs where it is below 0.05 |
-| guard*, guarded* | part of the rejected picture's gradient that is kept: mean; share of pairs where it is not all |
+| guard*, guarded* | part of the rejected image's gradient that is kept: mean; share of pairs where it is not all |
 | cosine* | of the two errors |
 | drift_winner*, drift_loser* | squared distance of the velocities to the reference's |
 
@@ -141,6 +141,7 @@ def draw(k2: K2, config: STPOConfig, pairs: EncodedPairs, step: int, procs: Proc
     """This process's part of a step's pairs."""
     jobs, first, n = [], (step - 1) * config.batch, len(pairs.train)
     rows = [int(pairs.train[in_turn(config.seed, first + i, n)]) for i in range(config.batch)]
+    # Seeds belong to the place in the batch, so it does not matter which process has the pair.
     for i in procs.local_indices_by_cost(flops.of_sizes(k2, pairs.size[rows].tolist())):
         row = rows[i]
         seeds = [sampler.seed_for(config.seed, step, i, j) for j in range(3)]
@@ -207,6 +208,7 @@ def _settings(loss: PreferenceLossConfig) -> dict[str, Any]:
 
 
 def _velocities(k2: K2, batch: Batch) -> tuple[Tensor, Tensor]:
+    # Both halves in one forward: the text and the time are the same for both.
     x, t = torch.cat([batch.x_w, batch.x_l]), batch.t.repeat(2)
     v_w, v_l = k2.velocity(x, t, batch.text, *batch.size).chunk(2)
     return v_w, v_l
@@ -233,7 +235,7 @@ def _mean_change(
     references: Sequence[tuple[Tensor, Tensor]],
     procs: Processes,
 ) -> float:
-    """Mean change of the chosen pictures' error over the whole batch, without gradients."""
+    """Mean change of the chosen images' error over the whole batch, without gradients."""
     total = 0.0
     for batch, (reference, _) in zip(batches, references):
         with k2.role(POLICY):
@@ -257,7 +259,7 @@ def _add_gradients(
     for name, term in terms.items():
         pulls = torch.autograd.grad(term, velocities, retain_graph=True, allow_unused=True)
         for half, pull in enumerate(pulls):
-            if pull is None:
+            if pull is None:  # the term does not depend on this half
                 continue
             gradients = torch.autograd.grad(_velocity(k2, batch, half), parameters, pull)
             if name in buffers:

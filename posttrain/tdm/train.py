@@ -2,17 +2,17 @@
 
     posttrain tdm --config recipes/nano/tdm.yaml
 
-Trajectory Distribution Matching (arXiv:2503.06674) for rectified flow; tdm_loss.py has the formulas. Student and fake
+Trajectory Distribution Matching (arXiv:2503.06674) for rectified flow; losses.py has the formulas. Student and fake
 score are adapters on one base and the teacher is that base without them; `lora: null` makes copies of it. Each step
-draws one trajectory of a picture of each of its prompts without gradient, as the student is used: by ODE on its own few
+draws one trajectory of an image of each of its prompts without gradient, as the student is used: by ODE on its own few
 times. Then the fake score learns, from points of these trajectories that are noised again, what the student's
 distribution is; and the student, from other points of the same, follows the difference of what teacher and fake score
 see there. The student is the role `policy`, so its checkpoints are sampled, exported and gone on from as any method's.
 
-All draws come from seeds of global indices (run, step, picture), and processes share a batch's pictures, so a resumed
+All draws come from seeds of global indices (run, step, image), and processes share a batch's images, so a resumed
 run and one in more processes make the same updates.
 
-A training step of 8 student steps costs a picture 5.8 forwards on average for its trajectory, which ends at its last
+A training step of 8 student steps costs an image 5.8 forwards on average for its trajectory, which ends at its last
 point, a forward and backward of the fake score, and a forward and backward of the student with three more forwards
 beside it, of the fake score and the guided teacher: 10.8 forwards and 2 backward passes.
 
@@ -26,12 +26,13 @@ beside it, of the fake score and the guided teacher: 10.8 forwards and 2 backwar
 | omega, omega_clipped | mean importance weight before clipping; share that was clipped |
 | direction, scale | mean absolute f - r, which the student follows, and what it is divided by |
 
-Evaluation draws held-out prompts with the student's average. `image/...` are figures.py's, and `to_teacher/...` the
-ratio of some of them to those of the teacher's pictures of the same prompts and seeds, which are drawn once at the
-start (grids/teacher.png, teacher/... in the metrics): above 1, saturation and contrast tell of colours that burn, high
-energy of texture, and below 1, diversity of pictures that grow alike. `fake_loss` is that of held-out prompts.
+Evaluation draws held-out prompts with the student's average. `image/...` are those of image_metrics.py, and
+`to_teacher/...` the ratio of some of them to those of the teacher's images of the same prompts and seeds, which are
+drawn once at the start (grids/teacher.png, teacher/... in the metrics). Above 1, saturation and contrast mean colours
+that burn, and high energy means added texture; diversity below 1 means images that grow alike. `fake_loss` is that of
+held-out prompts.
 
-Legend: B pictures of a micro-batch, N image tokens, C channels, K student steps.
+Legend: B images of a micro-batch, N image tokens, C channels, K student steps.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def updates(
     """
     for step in steps:
         clock.start()
-        fake.rate = student.rate
+        fake.rate = student.rate  # both cool down together
         metrics: dict[str, float] = {"fake_updates": config.fake.updates}
         warming = step <= config.fake.warmup
         batches: list[Batch] | None = None  # drawn once a step, and once more in smaller micro-batches
@@ -186,7 +187,7 @@ def add_roles(k2: K2, config: TDMConfig) -> None:
     """Student and fake score, both without effect yet; the teacher is the role None."""
     add_policy(k2, config.lora, config.seed, reference=True)
     role = k2.roles[POLICY]
-    if role is None:
+    if role is None:  # all weights
         k2.add_full_copy(FAKE)
     else:
         k2.add_role(FAKE, role.rank, role.alpha, role.targets, sampler.seed_for(config.seed, -1))
@@ -194,6 +195,7 @@ def add_roles(k2: K2, config: TDMConfig) -> None:
 
 def steppers(k2: K2, config: TDMConfig) -> tuple[Stepper, Stepper]:
     """The student's and the fake score's."""
+    # The fake score must follow the student of now, so it learns faster and keeps no average.
     optim = replace(config.optim, lr=config.fake.rate * config.optim.lr, ema=0.0)
     return Stepper(k2.role_parameters(POLICY), config.optim), Stepper(k2.role_parameters(FAKE), optim)
 
@@ -223,6 +225,7 @@ def update_fake(
     sums: dict[str, float] = {}
     for batch in batches:
         loss_B, metrics = _fake_loss(k2, config, batch, batch.points[update])
+        # A mean over the step's batch, whatever its micro-batches and processes.
         (loss_B.sum() / config.batch).backward()
         _add(sums, metrics)
     means = procs.means_of_sums(sums, config.batch)
@@ -246,10 +249,10 @@ def update_student(
     k2.train_role(POLICY)
     sums: dict[str, float] = {}
     for batch in batches:
-        p = batch.points[-1]
+        p = batch.points[-1]  # the fake score's updates take the ones before
         with k2.role(POLICY):
             v = k2.velocity(p.x, p.t, batch.text, *batch.size)
-        x0, e = sampler.x0_eps(p.x, v, p.t)
+        x0, e = sampler.x0_eps(p.x, v, p.t)  # the gradient goes through the clean sample x0 alone
         with torch.no_grad():
             x_tau = losses.renoise(sampler.noised(x0, e, p.m), p.z, p.m, p.tau)
             with k2.role(None):

@@ -8,9 +8,7 @@ that are shown go to the main one, and those of a group to the process that scor
 from __future__ import annotations
 
 import asyncio
-import itertools
 import math
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,7 +100,7 @@ class Evaluator:
         """With `settings`, by these instead."""
         result = Evaluation()
         for chosen in settings or self.settings:
-            rows = self.procs.local_indices(len(self.seeds))
+            rows = self.procs.local_indices(len(self.seeds))  # all have one size, so none costs more
             images, latents = self._draw([(row, self.seeds[row]) for row in rows], chosen)
             scores = self._score(self.rewards, images, rows, 1)
             result.per_image_scores = result.per_image_scores or per_image_scores(scores)
@@ -121,6 +119,7 @@ class Evaluator:
             return {}
         size, places = self.config.group_size, self.procs.local_indices(len(self._groups))
         images, _ = self._draw([self._groups[place] for place in places], settings)
+        # 768 numbers of each image travel, not the image.
         cells = [image_metrics.cells(image[None])[0] for image in images]
         all_cells = np.stack(self.procs.gather_in_order(cells))
         values: dict[str, float | None] = {image_metrics.DIVERSITY: image_metrics.diversity_of_cells(all_cells, size)}
@@ -129,17 +128,19 @@ class Evaluator:
             parcels: dict[int, list[tuple[int, np.ndarray]]] = {}
             for place, image in zip(places, images):
                 parcels.setdefault(self.procs.owner(place // size), []).append((place, image))
-            received = itertools.chain(*self.procs.deliver(parcels).values())
-            whole = sorted(received, key=operator.itemgetter(0))
-            rows = [self._groups[place][0] for place, _ in whole]
-            values |= means(self._score(self.group_rewards, [image for _, image in whole], rows, size))
+            received: dict[int, np.ndarray] = {}
+            for parcel in self.procs.deliver(parcels).values():
+                received |= dict(parcel)
+            order = sorted(received)
+            rows = [self._groups[place][0] for place in order]
+            values |= means(self._score(self.group_rewards, [received[place] for place in order], rows, size))
         return values
 
     def _score(
         self, rewards: Sequence[Reward], images: Sequence[np.ndarray], rows: Sequence[int], group_size: int
     ) -> Scores:
         """The scores of all processes' images; these are the ones of this process, and `rows` their prompts."""
-        if not images:
+        if not images:  # fewer images than processes
             return self.procs.gather_scores(None, group_size)
         pil_images = to_pil(torch.from_numpy(np.stack(images)))
         prompts = [self.records[row].prompt for row in rows]
@@ -151,10 +152,11 @@ class Evaluator:
 
     def _shown(self, images: Sequence[np.ndarray], rows: Sequence[int]) -> np.ndarray:
         """The first images of all, on the main process."""
-        own = [(row, image) for row, image in zip(rows, images) if row < self.shown]
-        gathered = itertools.chain(*self.procs.gather(own) or [])
-        first = sorted(gathered, key=operator.itemgetter(0))
-        return np.stack([image for _, image in first]) if first else np.empty((0, *self.size, 3), np.uint8)
+        own = {row: image for row, image in zip(rows, images) if row < self.shown}
+        shown: dict[int, np.ndarray] = {}
+        for part in self.procs.gather(own) or []:
+            shown |= part
+        return np.stack([shown[row] for row in sorted(shown)]) if shown else np.empty((0, *self.size, 3), np.uint8)
 
     def _draw(
         self, jobs: Sequence[tuple[int, int]], settings: SamplingSettings
@@ -164,7 +166,7 @@ class Evaluator:
         shape = (k2.image_tokens(height, width), k2.latent_channels)
         images: list[np.ndarray] = []
         latents: list[np.ndarray] = []
-        if settings.guidance and self._null is None:
+        if settings.guidance and self._null is None:  # encoded once, and only where guidance asks for it
             self._null = k2.text([""])
         for i in range(0, len(jobs), self.batch):
             part = jobs[i : i + self.batch]

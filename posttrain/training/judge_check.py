@@ -35,6 +35,7 @@ def check_judges(
         return {}
     images, prompts = images[:SHOWN], prompts[:SHOWN]
     judges = asyncio.run(repeatability(rewards, images[: SHOWN // 2], prompts))
+    # A judge that contradicts itself, or does what text in an image says, is a reward that can be cheated.
     for judge in judges:
         level = logging.WARNING if judge.remedy else logging.INFO
         log.log(level, judge.line.removeprefix("warning: "))

@@ -68,7 +68,7 @@ def resuming(config: RunConfig, resume: bool, procs: Processes) -> bool:
 
     Raises UserError, in the main process, for a run directory that this cannot be done in.
     """
-    if procs.main:
+    if procs.main:  # one process looks at the disk, so that all decide alike
         resume = resume or Run.restarted(config)
         check_run(config, resume)
     return procs.from_main(resume)
@@ -128,7 +128,7 @@ def snapshot(k2: K2, steppers: Mapping[str, Stepper], keep: bool, over: Tensors)
     """Copies on the CPU of `content`, with the policy's average; for `keep` and `over` see `checkpoint.on_host`."""
     tensors, states = content(k2, steppers)
     policy = file_of(described(k2))
-    average = tensors.pop(policy)
+    average = tensors.pop(policy)  # copied apart, while the parameters hold the average
     copies = {name: checkpoint.on_host(group, keep, over.get(name)) for name, group in tensors.items()}
     with steppers[POLICY].averaged():
         copies[policy] = checkpoint.on_host(average, keep, over.get(policy))
@@ -160,7 +160,8 @@ class Training:
         self.history: dict[str, Any] = {"before": None, "after": None, "seconds": 0.0}
         """What summary.json says; a method may add to it, and finds it again when it resumes. `after` is the last
         evaluation; the summary of a run that its stop rule ended has the best step's in its place."""
-        self.evaluations: list[Any] = []  # (step, metrics)
+        self.evaluations: list[Any] = []
+        """(step, metrics) of each."""
         self.first = 0
         """The step that the run goes on after."""
         self._loop: Loop | None = None
@@ -189,9 +190,10 @@ class Training:
         loop = self._loop = Loop(self.first, self.first if ended else total, config.checkpoint, self.procs.any)
         try:
             for step in loop:
-                self._writer.check()
+                self._writer.check()  # a save that failed ends the run now, not at the next save
                 self.stepper.rate = min(1.0, (total - step + 1) / (config.optim.cooldown_steps + 1))
                 yield step
+                # After the first update, with which the optimiser has its moments.
                 if step == self.first + 1 and not self._saved:
                     self._reserve()
         finally:
@@ -219,7 +221,7 @@ class Training:
         run, metrics = self.run, evaluation.metrics
         self.evaluations.append((step, metrics))
         self.history["after"] = metrics
-        if self.history["before"] is None:
+        if self.history["before"] is None:  # the first of the run, also of one that was resumed before it
             self.history["before"] = metrics
         logged = metrics | evaluation.details
         run.log(step, {f"eval/{name}": value for name, value in logged.items()})
@@ -227,6 +229,7 @@ class Training:
         images, seeds = evaluation.images[:SHOWN], self.evaluator.seeds[:SHOWN]
         run.samples(step, images, prompts, seeds, evaluation.per_image_scores[:SHOWN])
         run.grid(step, images, 4, 4)
+        # The best step needs a checkpoint even if none is due by count.
         if self._loop is not None and early_stopping.newest_is_best(self.evaluations, self.config.eval.best):
             self._loop.save_next()
         if self._loop is not None and early_stopping.regression(self.evaluations, self.config.eval.stop):
@@ -270,7 +273,7 @@ class Training:
         self._writer.save(self.run.path / "checkpoints", step, {**copies, **(tensors or {})}, saved_state, keep, best)
 
     def _restore(self, saved: Checkpoint) -> None:
-        with self.stepper.averaged():
+        with self.stepper.averaged():  # the checkpoint's policy is the average
             load_policy(self.k2, saved)
         if self.config.optim.ema:
             self.k2.load_role_state_dict(POLICY, saved.tensors["live"])
@@ -285,7 +288,7 @@ class Training:
         self.first = saved.step
 
     def _reserve(self) -> None:
-        """Memory for the first checkpoint, now that the optimiser has its moments."""
+        """Allocates memory for the first checkpoint, which then waits less."""
         if self.procs.main or self.procs.sharded:
             tensors, _ = content(self.k2, self.steppers)
             if self.procs.main:
@@ -311,6 +314,7 @@ class Training:
         """GiB that this process keeps from step to step. What its peak is above them comes and goes within a step."""
         k2 = self.k2
         modules = [k2.transformer, k2.vae, k2.text_encoder, k2.reference, *k2.copies.values()]
+        # Sets, as roles of a LoRA share the base's parameters.
         trained = {p for stepper in self.steppers.values() for p in stepper.parameters}
         weights = {p for module in modules if module is not None for p in module.parameters()}
         states = [tensor for stepper in self.steppers.values() for tensor in stepper.kept()]

@@ -1,4 +1,4 @@
-"""What every training method's loop has in common: when to save, when to stop, and how to step safely."""
+"""What all training loops share: when to save, when to stop, and how to step safely."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_SKIPPED = 10
 """Updates in a row whose gradient was not finite, after which a run ends."""
 
 RATIO_REMEDY = "use model.dtype float32, or raise loss.clip_low and loss.clip_high"
-"""What to do where the policy that trains is not quite the one that sampled."""
+"""What to do if the policy that trains is not quite the one that sampled."""
 
 
 class Loop:
@@ -108,7 +108,8 @@ class Stepper:
     """AdamW over some parameters: warm-up, clipping, and gradients that are not finite left out and counted.
 
     With `ema` it keeps an exponential moving average of the parameters, which is evaluated and exported in their
-    place and never sampled from. Early on that forgets faster: its decay is (1 + n) / (10 + n) after n updates.
+    place and never sampled from. Its decay after n updates is at most (1 + n) / (10 + n), so that it soon forgets the
+    start.
     """
 
     def __init__(self, parameters: Sequence[Tensor], config: OptimConfig):
@@ -119,12 +120,13 @@ class Stepper:
         if any(shards.is_parted(p) for p in self.parameters):
             if config.kind != "adamw":
                 raise UserError(f"optim.kind: sharding does not go with {config.kind}; use adamw")
-            self.optimizer.param_groups[0]["foreach"] = False  # it takes another copy of all
+            # foreach would take another copy of all parameters.
+            self.optimizer.param_groups[0]["foreach"] = False
         self.rate = 1.0
         """Share of the learning rate to take, for a method that lowers it."""
         self.updates = self.skipped = self.skipped_in_a_row = self.clipped = 0
         self.norms: list[float] = []
-        """The newest norms of gradients before clipping, which the next one is held against."""
+        """The newest norms of gradients before clipping, with which the next one is compared."""
         self._average = [p.detach().clone() for p in self._own] if config.ema else None
 
     def step(self) -> float:
@@ -136,7 +138,7 @@ class Stepper:
         for parameter, own in zip(self.parameters, self._own):
             if parameter.grad is not None:
                 own.grad = shards.own(parameter.grad)
-        norm = total.item()
+        norm = total.item()  # waits for the GPU
         self.updates += 1
         if math.isfinite(norm):
             self.skipped_in_a_row = 0
@@ -174,12 +176,13 @@ class Stepper:
 
     def metrics(self, prefix: str = "") -> dict[str, float]:
         """How many updates were clipped so far; `sqrt_v`, the median root of AdamW's second moment over a sample of the
-        weights that this process updates; and `eps_share`, the share of the rate that optim.eps takes from that median
-        weight. The last two are absent before there is a gradient."""
-        found: dict[str, float] = {"clipped_updates": self.clipped}
+        weights that this process updates; and `eps_share`, the share by which optim.eps lowers the step of that median
+        weight. The last two are missing before there is a gradient."""
+        metrics: dict[str, float] = {f"{prefix}clipped_updates": self.clipped}
         if (root := median_root(self.optimizer)) is not None:
-            found |= {"sqrt_v": root, "eps_share": self.config.eps / (root + self.config.eps)}
-        return {f"{prefix}{name}": value for name, value in found.items()}
+            metrics[f"{prefix}sqrt_v"] = root
+            metrics[f"{prefix}eps_share"] = self.config.eps / (root + self.config.eps)
+        return metrics
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -200,9 +203,11 @@ class Stepper:
             shards.spread(self.parameters)
 
     def kept(self) -> list[Tensor]:
-        """What it holds besides the parameters: the optimiser's moments, and the average if there is one."""
-        moments = [value for state in self.optimizer.state.values() for value in state.values()]
-        return [*(value for value in moments if isinstance(value, Tensor)), *(self._average or [])]
+        """Its memory besides the parameters: the optimiser's moments, and the average if there is one."""
+        kept = list(self._average or [])
+        for state in self.optimizer.state.values():
+            kept += [value for value in state.values() if isinstance(value, Tensor)]
+        return kept
 
     def flattened(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The optimiser's state for a checkpoint, whichever processes hold it; see `checkpoint.flatten_optimizer`."""
