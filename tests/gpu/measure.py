@@ -70,7 +70,8 @@ class Commands:
                                "peak_gib": result.peak_gib, **more}  # fmt: skip
         if run is not None:
             row |= timings(run, result.began, images)
-        row = {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
+        # Significant digits: AdamW's figures are far below 1.
+        row = {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in row.items()}
         with self.rows.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row))
@@ -83,8 +84,11 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def timings(run: Path, began: float, images: int) -> dict[str, Any]:
-    """Seconds to the end of the first step, seconds of a later step (median), images a second, parts of the start."""
-    rows = metrics(run)
+    """Seconds to the end of the first step, seconds of a later step (median), images a second, parts of the start.
+
+    Of the steps since `began`: a run that was killed has earlier ones.
+    """
+    rows = [row for row in metrics(run) if row["time"] >= began]
     found: dict[str, Any] = {"first_step": rows[0]["time"] - began} if rows else {}
     gaps = [after["time"] - before["time"] for before, after in zip(rows, rows[1:])]
     if gaps:

@@ -1,5 +1,6 @@
 """Adapters and other roles of a K2, against algebra, on a tiny real pipeline in fp32."""
 
+import dataclasses
 import time
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 from posttrain.errors import UserError
+from posttrain.model import roles
 from posttrain.model.k2 import K2
 from posttrain.model.linears import Adapted
 from posttrain.model.roles import Kept
@@ -172,6 +174,16 @@ def test_kept_of_a_change_by_hand():
     assert kept.size == pytest.approx((wanted / (1 + 1.25**2 + 1.5**2 + 1)) ** 0.5)
     whole = kept + Kept(0.0, wanted, 0.0)  # a layer that keeps nothing
     assert whole.share == pytest.approx(kept.share / 2) and Kept(0.0, 0.0, 1.0).share == 1
+
+
+def test_kept_is_the_same_in_parts(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn((7, 9), generator=generator).bfloat16()
+    change = torch.randn((7, 9), generator=generator) * 0.01
+    whole = Kept.of(weight, change, weight.float() + change, torch.bfloat16)
+    monkeypatch.setattr(roles, "PART", 8)  # the last part is of seven
+    parts = Kept.of(weight, change, weight.float() + change, torch.bfloat16)
+    assert dataclasses.astuple(parts) == pytest.approx(dataclasses.astuple(whole), rel=1e-5)
 
 
 @pytest.mark.parametrize("size", [0.0017, 0.0002])
