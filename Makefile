@@ -59,6 +59,7 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m tests.audit
 
 # Branch coverage of the formulas, pool, checkpoints and the judges' client, by their own tests: 95 % of each.

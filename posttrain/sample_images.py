@@ -20,11 +20,8 @@ from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.runs.guard import check_new
 from posttrain.training import checkpoint
-from posttrain.training.policy import POLICY, add_saved_policy, first_device, apply_runtime_options, stack_earlier
+from posttrain.training.policy import POLICY, add_saved_policy, apply_runtime_options, first_device, stack_earlier
 from prompts.records import PromptRecord, read_prompts
-
-STEPS, GUIDANCE = {True: 8, False: 28}, {True: 0.0, False: 4.5}
-"""The published settings, Turbo (True) and Raw (False)."""
 
 
 def sample(config: SampleConfig) -> None:
@@ -45,8 +42,8 @@ def sample(config: SampleConfig) -> None:
         role = k2.role(POLICY)
     apply_runtime_options(k2, model, device)
     k2.blocks.compiled = bool(model.compile)  # a few pictures are drawn sooner than blocks are compiled
-    steps = STEPS[k2.is_distilled] if config.steps is None else config.steps
-    guidance = GUIDANCE[k2.is_distilled] if config.guidance is None else config.guidance
+    steps = sampler.STEPS[k2.is_distilled] if config.steps is None else config.steps
+    guidance = sampler.GUIDANCE[k2.is_distilled] if config.guidance is None else config.guidance
     height, width = config.size
     shape = (k2.image_tokens(height, width), k2.latent_channels)
     jobs = [(record, i) for record in records for i in range(config.images)]

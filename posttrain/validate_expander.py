@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from posttrain.config.ranges import ConfigError, at_least, positive, share
-from posttrain.expander.config import ExpandConfig, ExpanderDataConfig, ExpanderSFTConfig, WriterConfig
+from posttrain.expander.config import ExpandConfig, ExpanderDataConfig, ExpanderSFTConfig, WriterConfig, is_function
 from posttrain.validate_model import validate_lora
-
-NANO = "nano"
 
 
 def validate_expander_data(config: ExpanderDataConfig) -> None:
     for name in ("output", "captions", "column"):
         _named(name, getattr(config, name))
-    if config.captions == NANO and config.count is None:
-        raise ConfigError("count", "is null, and nano draws captions without end; say how many")
-    if config.captions != NANO:
+    if is_function(config.captions) and config.count is None:
+        raise ConfigError("count", "is null, and a function draws captions without end; say how many")
+    if not is_function(config.captions):
         if config.writer is None:
             raise ConfigError("writer", "is null: name the model that writes the short prompts, and its server")
         for name in ("lengths", "registers"):

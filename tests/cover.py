@@ -17,6 +17,7 @@ LEAST = 95.0
 """Percent, of lines and branches together and of branches alone."""
 FILES = {
     "posttrain/grpo/losses.py": ["grpo/test_losses.py"],
+    "posttrain/judge/losses.py": ["judge/test_losses.py"],
     "posttrain/stpo/losses.py": ["stpo/test_preference_loss.py"],
     "posttrain/tdm/losses.py": ["tdm/test_tdm_loss.py"],
     "posttrain/training/advantages.py": ["training/test_advantages.py"],

@@ -18,7 +18,7 @@ from posttrain.config.sections import (
     ServerSpec,
 )
 from posttrain.errors import UserError
-from posttrain.pairs.config import ColumnMap
+from posttrain.preferences.config import ColumnMap
 from posttrain.stpo.config import PairSetConfig, STPOConfig
 from posttrain.validate import validate
 

@@ -14,7 +14,7 @@ from posttrain.errors import UserError
 from posttrain.grpo import train as grpo
 from posttrain.model import blocks, fp8
 from posttrain.model.k2 import K2, Text
-from posttrain.model.linears import Adapted
+from posttrain.model.linears import LoraLinear
 from posttrain.model.offload import Offloaded
 from posttrain.training import checkpoint
 from posttrain.training.policy import POLICY, add_policy, load_model
@@ -82,7 +82,7 @@ def test_fp8_is_near_the_exact_base_under_every_role():
 def test_fp8_weights_take_a_byte():
     """Of each block's linears 128 x (128 + 64 + 64 + 128 + 128) + 3 x 128 x 384 weights; scales are fp32, one a row."""
     made = tiny(quantize_first=True)
-    weights = [m.weight for m in made.transformer.modules() if isinstance(m, Adapted) and m.eight]
+    weights = [m.weight for m in made.transformer.modules() if isinstance(m, LoraLinear) and m.is_float8]
     assert len(weights) == 16
     assert sum(w.qdata.nbytes for w in weights) == 2 * (128 * 512 + 3 * 128 * 384)
     assert sum(w.scale.nbytes for w in weights) == 2 * 4 * (128 + 64 + 64 + 128 + 128 + 384 + 384 + 128)
@@ -90,7 +90,7 @@ def test_fp8_weights_take_a_byte():
 
 def test_fp8_backward_is_that_of_the_weight_it_holds():
     linear = torch.nn.Linear(32, 16, bias=False, dtype=torch.bfloat16)
-    held = fp8.Frozen8(linear, fp8._quantizer(torch.device("cpu"))(linear.weight.detach()))
+    held = fp8.Float8Linear(linear, fp8._quantizer(torch.device("cpu"))(linear.weight.detach()))
     x = torch.randn(2, 3, 32, dtype=torch.bfloat16, requires_grad=True)
     given = torch.randn(2, 3, 16, dtype=torch.bfloat16)
     (found,) = torch.autograd.grad(held(x), x, given)

@@ -25,6 +25,7 @@ import torch
 from diffusers import AutoencoderKLQwenImage, Krea2Transformer2DModel
 from transformers import AutoConfig, AutoModel, Qwen3VLConfig, Qwen3VLModel
 
+from posttrain.model import architecture
 from posttrain.model.blocks import RESERVE
 from posttrain.model.k2 import DECODED
 from posttrain.model.load import sizes_of
@@ -99,10 +100,11 @@ def _arguments(folder: Path) -> dict[str, Any]:
 
 
 def _counted(net: Krea2Transformer2DModel, encoder: torch.nn.Module, vae: torch.nn.Module) -> Parts:
-    inner = sum(p.numel() for p in net.transformer_blocks.parameters())
-    linears = [m for m in net.transformer_blocks.modules() if isinstance(m, torch.nn.Linear)]
+    blocks = architecture.blocks(net)
+    inner = sum(p.numel() for block in blocks for p in block.parameters())
+    linears = architecture.block_linears(net)
     return Parts(
-        len(net.transformer_blocks), inner, sum(p.numel() for p in net.parameters()) - inner,
+        len(blocks), inner, sum(p.numel() for p in net.parameters()) - inner,
         sum(p.numel() for p in encoder.parameters()), sum(p.numel() for p in vae.parameters()),
         net.config["num_attention_heads"] * net.config["attention_head_dim"],
         sum(m.in_features + m.out_features for m in linears),

@@ -33,7 +33,6 @@ from posttrain.distributed import shards
 from posttrain.errors import UserError
 from posttrain.log import silence
 from posttrain.runs import startup
-from rewards.base import Scores
 
 TIMEOUT = "POSTTRAIN_TIMEOUT"
 SPARE = 300.0
@@ -118,11 +117,11 @@ class Processes:
 
     def gather_in_order(self, own: Sequence[Any], places: Sequence[int] | None = None) -> list[Any]:
         """All processes' items in global order. `places`: the indices of this process's; None: `local_indices`."""
-        parts = self.all_gather(list(zip(self._places(places, len(own)), own, strict=True)))
+        parts = self.all_gather(list(zip(self.places_of(places, len(own)), own, strict=True)))
         by_place = dict(itertools.chain.from_iterable(parts))
         return [by_place[place] for place in sorted(by_place)]
 
-    def _places(self, places: Sequence[int] | None, count: int) -> Sequence[int]:
+    def places_of(self, places: Sequence[int] | None, count: int) -> Sequence[int]:
         return [self.rank + i * self.size for i in range(count)] if places is None else places
 
     def owner(self, i: int) -> int:
@@ -175,25 +174,6 @@ class Processes:
     def from_main(self, value: Any) -> Any:
         """The main process's value, for everyone."""
         return self.all_gather(value if self.main else None)[0]
-
-    def gather_scores(self, own: Scores | None, group_size: int, places: Sequence[int] | None = None) -> Scores:
-        """The scores of all groups in their global order, from those of each process; None: it has no group.
-
-        `places` are the indices of this process's groups; None: `local_indices`. The times are the main process's.
-        """
-        count = len(own.values_NK) // group_size if own is not None else 0
-        groups: list[int] = []
-        parts: list[Scores] = []
-        for part_groups, part in self.all_gather((self._places(places, count), own)):
-            groups += part_groups
-            if part is not None:
-                parts.append(part)
-        # Where each group of the step lies in the concatenation of what the processes sent.
-        order = sorted(range(len(groups)), key=groups.__getitem__)
-        rows = [g * group_size + j for g in order for j in range(group_size)]
-        scores = Scores.concat(parts).take(rows)
-        scores.waited_seconds, scores.scoring_seconds = parts[0].waited_seconds, parts[0].scoring_seconds
-        return scores
 
     def greatest(self, value: int) -> int:
         """Of all processes', at once: `attend` is not called."""

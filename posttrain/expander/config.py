@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from posttrain.config.sections import CheckpointConfig, LoraConfig, OptimConfig, TrackConfig
 from rewards.serve import ServerSpec
+
+
+def is_function(captions: str) -> bool:
+    """Whether captions are named as package.module:function, and not as a set of them."""
+    return re.fullmatch(r"(?!hf:)\w+(\.\w+)*:\w+", captions) is not None
 
 
 @dataclass
@@ -33,20 +39,20 @@ class ExpanderDataConfig:
     """Directory to write, created: train.parquet and heldout.parquet, which `datasets` loads, and candidates.jsonl; one
     that was begun already needs --resume."""
     captions: str
-    """Long captions: nano (the nano world's own, no server needed), a JSONL file, hf:NAME[:SPLIT], or a directory of
-    `datasets`."""
+    """Long captions: a JSONL file, hf:NAME[:SPLIT], or a directory of `datasets`. Or a function that draws captions and
+    their prompts, package.module:function, which needs no server."""
     column: str = "prompt"
-    """Column of the caption; not read for nano."""
+    """Column of the caption; not read for a function."""
     count: int | None = None
-    """Captions to use, from the top, >= 1; null: all there are. nano draws as many as it is told."""
+    """Captions to use, from the top, >= 1; null: all there are. A function draws as many as it is told."""
     writer: WriterConfig | None = None
-    """Who writes the short prompts; null only for nano."""
+    """Who writes the short prompts; null only for a function."""
     checker: WriterConfig | None = None
     """Who says whether the caption holds every fact of a short prompt; null: the writer itself."""
     servers: list[ServerSpec] = field(default_factory=list)
     """Servers to start for this."""
     lengths: list[str] = field(default_factory=lambda: ["one to four words", "one short sentence", "two sentences"])
-    """Lengths to ask the writer for; not read for nano."""
+    """Lengths to ask the writer for; not read for a function."""
     registers: list[str] = field(
         default_factory=lambda: [
             "bare keywords",
@@ -55,7 +61,7 @@ class ExpanderDataConfig:
             "a careful brief to an artist",
         ]
     )
-    """Manners of writing to ask for; not read for nano."""
+    """Manners of writing to ask for; not read for a function."""
     per_caption: int = 2
     """Short prompts to ask for of each caption, each in another length and register, >= 1."""
     long_share: float = 0.15

@@ -5,7 +5,8 @@
 A language model behind a judge's server writes each short prompt in a length and a register that are drawn; the checker
 breaks it into facts and says for each whether the caption holds it, and only prompts whose facts all are stay. Some
 captions are also prompts themselves (kind long), and kind quoted are prompts with text in quotation marks, which the
-caption must have verbatim. Captions of the nano world need no server: prompt and caption come from one graph.
+caption must have verbatim. A function that is named instead of captions, package.module:function, gives the candidates
+of caption i itself, so no server is needed: recipes/nano/expander_data.yaml names that of the nano world.
 
 The directory holds train.parquet and heldout.parquet (columns prompt, completion, kind, register, source; a caption's
 pairs are on one side), a card for `datasets`, expander_data.json with all counts, and candidates.jsonl: a line for each
@@ -31,17 +32,14 @@ import pyarrow.parquet as pq
 import yaml
 
 from posttrain.errors import UserError
-from posttrain.expander.config import ExpanderDataConfig, WriterConfig
+from posttrain.expander.config import ExpanderDataConfig, WriterConfig, is_function
 from posttrain.log import log
-from posttrain.nano.world import captions as nano_captions
-from posttrain.nano.world import expander_pairs
 from posttrain.preferences.sources import open_source
 from posttrain.runs.guard import check_unchanged
-from posttrain.validate_expander import NANO
 from prompts.templates import load_template
 from rewards.endpoints import JudgeError
 from rewards.judge import Judge
-from rewards.load import with_servers
+from rewards.load import import_object, with_servers
 from rewards.serve import serve
 
 CANDIDATES, CARD = "candidates.jsonl", "expander_data.json"
@@ -76,39 +74,16 @@ def make(config: ExpanderDataConfig, resume: bool = False) -> None:
             file.write(json.dumps(done[index], ensure_ascii=False) + "\n")
             file.flush()
 
-        if config.captions == NANO:
+        if is_function(config.captions):
+            candidates_of = import_object(config.captions, "captions")
             for index in range(config.count or 0):
                 if index not in done:
-                    keep(index, nano(config, index))
+                    keep(index, candidates_of(config, index))
         else:
             texts = read_captions(config)
             with serve(config.servers, output / "servers") as urls:
                 asyncio.run(_ask_all(config, texts, urls, done, keep))
     _finish(config, output, [done[index] for index in sorted(done)])
-
-
-# ---- the nano world ---------------------------------------------------------------------------------------
-
-
-def nano(config: ExpanderDataConfig, index: int) -> list[Candidate]:
-    """The candidates of one scene; the check reads the caption back."""
-    rng = np.random.default_rng([config.seed, index])
-    scene, completion = expander_pairs.caption(rng)
-    said = nano_captions.statements(completion) or set()
-    found: list[Candidate] = []
-    for _ in range(config.per_caption):
-        pair = expander_pairs.short(scene, completion, rng)
-        candidate = Candidate(pair.prompt, completion, "quoted" if pair.texts else "short", pair.register)
-        candidate.dropped = refused(candidate, found)
-        if candidate.dropped is None and not said >= set(pair.requirements):
-            candidate.dropped = "not in the caption"
-        found.append(candidate)
-    if rng.random() < config.long_share:
-        found.append(Candidate(completion, completion, "long", "caption"))
-    for candidate in found:
-        if candidate.prompt in expander_pairs.heldout():
-            candidate.dropped = "a prompt of the evaluations"
-    return found
 
 
 # ---- a language model -------------------------------------------------------------------------------------

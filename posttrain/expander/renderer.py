@@ -27,7 +27,6 @@ from posttrain.expander.gdpo_config import RendererConfig
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.runs import startup
-from posttrain.sample_images import GUIDANCE, STEPS
 from rewards.base import WINDOW
 from rewards.endpoints import Endpoints, JudgeError, share
 from rewards.traffic import Sent
@@ -70,8 +69,8 @@ class K2Renderer:
         startup.lap("read")
         self.k2.blocks.compiled = None  # where a recipe's model would be by default
         turbo = self.k2.is_distilled
-        self.steps = STEPS[turbo] if config.steps is None else config.steps
-        self.guidance = GUIDANCE[turbo] if config.guidance is None else config.guidance
+        self.steps = sampler.STEPS[turbo] if config.steps is None else config.steps
+        self.guidance = sampler.GUIDANCE[turbo] if config.guidance is None else config.guidance
         self.k2.grid(*config.size)
         self._null = self.k2.text([""]) if self.guidance else None
 

@@ -37,13 +37,13 @@ from posttrain.expander.model import load_chat_model, resolve, write_card
 from posttrain.expander.template import messages, template
 from posttrain.expander.trl_checkpoint import AtomicCheckpointCallback, PlainState, newest
 from posttrain.log import log
+from posttrain.model import clipping
 from posttrain.model.fingerprint import fingerprint
 from posttrain.model.load import quiet
 from posttrain.preferences.sources import open_source
 from posttrain.runs.guard import check_unchanged
 from posttrain.runs.run import Run, peak_memory
 from posttrain.runs.stop import StopSignals
-from posttrain.training import clipping
 from posttrain.validate import JUDGE_TARGETS
 
 LOGGED = ("loss", "mean_token_accuracy", "entropy", "grad_norm", "learning_rate")

@@ -31,7 +31,7 @@ from posttrain.model import flops, parallelize, sampler
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.runs.run import Run
 from posttrain.training import advantages, checkpoint
-from posttrain.training.evaluate import Evaluation, Evaluator, means
+from posttrain.training.evaluate import Evaluation, Evaluator, gather_scores, means
 from posttrain.training.judge_check import SHOWN, check_judges
 from posttrain.training.loop import Training, open_run, resuming, try_rewards
 from posttrain.training.oom_retry import MicroBatch
@@ -135,7 +135,8 @@ def updates(
                 groups = sample(k2, config, step, source, queue, procs, micro_batch.size)
                 clock.lap("sample")
                 own_scores = queue.gather() if groups else None
-                scores = procs.gather_scores(own_scores, config.groups.group_size, [group.index for group in groups])
+                places = [group.index for group in groups]
+                scores = gather_scores(procs, own_scores, config.groups.group_size, places)
                 advantages_PG, metrics = score(config, scores, noise)
                 clock.lap("score")
                 metrics |= optimise(k2, config, groups, advantages_PG, stepper, procs, micro_batch.size)

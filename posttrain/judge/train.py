@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from posttrain.errors import UserError
-from posttrain.grpo import losses
+from posttrain.judge import losses
 from posttrain.judge.calibration import auroc, brier, expected_calibration_error, reliability
 from posttrain.judge.card import numbers, write_adapter
 from posttrain.judge.config import JudgeConfig

@@ -1,4 +1,4 @@
-"""The files of a K2 checkpoint on disk: whether they are complete, and how large. Never imports torch."""
+"""The files of a K2 checkpoint on disk: whether they are complete, and how large they are. Never imports torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from posttrain.errors import UserError
 
 PARTS = ("transformer", "text_encoder", "vae")
 TYPES = {"float32": "F32", "bfloat16": "BF16"}
-"""The names that safetensors has for what `model.dtype` may be."""
+"""How safetensors names the values of `model.dtype`."""
 
 
 @dataclass(frozen=True)
@@ -35,23 +35,21 @@ class Weight:
 
 
 def is_hub_id(path: str) -> bool:
+    # "runs/model" looks like a hub id too. Where its folder exists, a local path was meant.
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path)) and not Path(path).parent.exists()
 
 
 def check_directory(path: str, transformer_file: str | Path | None = None) -> None:
-    """Raise a UserError unless `path` is a local K2 pipeline with whole files, or looks like a hub id, and unless the
-    transformer's own file, if one is named, is whole too."""
+    """Raises UserError unless `path` is a local K2 pipeline with complete files, or looks like a hub id. The file of
+    the transformer, if one is named, must be complete too."""
     if transformer_file is not None:
         _check_file(Path(transformer_file))
     if is_hub_id(path):
         return
     index = Path(path) / "model_index.json"
-    for good, what in (
-        (Path(path).is_dir(), "no such directory"),
-        (index.is_file(), "has no model_index.json"),
-    ):
-        if not good:
-            raise UserError(f"{path}: {what}; give a K2 pipeline directory in diffusers' layout, or a hub id")
+    if not index.is_file():
+        what = "has no model_index.json" if Path(path).is_dir() else "no such directory"
+        raise UserError(f"{path}: {what}; give a K2 pipeline directory in diffusers' layout, or a hub id")
     try:
         name = json.loads(index.read_text())["_class_name"]
     except (ValueError, KeyError, TypeError) as error:
@@ -63,14 +61,14 @@ def check_directory(path: str, transformer_file: str | Path | None = None) -> No
 
 
 def is_distilled(path: str) -> bool:
-    """Whether a local pipeline says that it is; a hub id is not asked."""
+    """Whether a local pipeline says that it is distilled. False for a hub id, which is not asked."""
     index = Path(path) / "model_index.json"
     return index.is_file() and bool(json.loads(index.read_text()).get("is_distilled"))
 
 
 def weights(path: str, transformer_file: str | None = None) -> list[Weight]:
-    """Every tensor of a pipeline directory that `check_directory` has passed, read from the files' headers. Empty for
-    a hub id that is not here."""
+    """Every tensor of a pipeline directory that `check_directory` has passed, read from the headers of the files. Empty
+    for a hub id."""
     if not Path(path).is_dir():
         return []
     found = []
@@ -84,6 +82,7 @@ def weights(path: str, transformer_file: str | None = None) -> list[Weight]:
 
 
 def _tensors(file: Path, part: str) -> Iterator[Weight]:
+    # The format: 8 bytes with the header's length, then the header as JSON, then the data, which is not read.
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(length))
@@ -101,6 +100,7 @@ def _check_file(file: Path) -> None:
 
 
 def _check_whole(file: Path) -> None:
+    # Opening compares the header with the file's length, so a download that was cut off is found at once.
     try:
         with safe_open(file, framework="np"):
             pass

@@ -1,4 +1,4 @@
-"""Short names of weights: two models with the same fingerprint compute the same."""
+"""Hashes of weights: two models with the same fingerprint compute the same results."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ import torch
 from torch import Tensor
 
 SAMPLES = 2**16
-"""Values of each tensor that count, evenly spread: training changes nearly all, and all of K2 would take minutes."""
+"""Values of each tensor that are hashed, evenly spread. Training changes nearly all values, and hashing all of K2 would
+take minutes."""
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Of names, shapes and values rounded to bf16, so that it does not depend on the type a model is loaded in."""
+    """A hash of names, shapes and values. Values are rounded to bf16, so the type a model is loaded in does not
+    matter."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         flat = tensor.detach().flatten()
-        some = flat[:: -(-len(flat) // SAMPLES) or 1].to(torch.bfloat16).view(torch.int16).cpu()
-        digest.update(f"{name} {tuple(tensor.shape)} ".encode() + some.numpy().tobytes())
+        stride = -(-len(flat) // SAMPLES) or 1
+        # numpy has no bfloat16, so the bits go through int16.
+        bits = flat[::stride].to(torch.bfloat16).view(torch.int16).cpu()
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode() + bits.numpy().tobytes())
     return digest.hexdigest()[:32]

@@ -1,8 +1,8 @@
 """A frozen base in fp8, through torchao: the linears of the transformer's blocks, where 95 % of K2's weights are.
 
-Numbers are e4m3 and sums fp32. Each output of a weight has a scale of its own, and each token of what goes in another,
-which is found anew each time. Backward brings the weight back to bf16 and multiplies there, so that its only error is
-the weight's rounding. Adapters, and all that is trained, stay as they are.
+Weights and inputs are e4m3, sums are fp32. A weight has one scale for each output; an input has one for each token,
+computed in every forward. Backward converts the weight to bf16 and multiplies there, so the weight's rounding is its
+only error. Adapters, and everything that is trained, keep their types.
 """
 
 from __future__ import annotations
@@ -13,27 +13,30 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.errors import UserError
+from posttrain.model import architecture
 from posttrain.model.k2 import K2
-from posttrain.model.linears import Adapted, Frozen8
+from posttrain.model.linears import Float8Linear, LoraLinear
 from posttrain.model.machine import check_fp8
 
 
 def quantize(k2: K2, device: str | torch.device) -> None:
-    """Puts the blocks' linears into fp8 on `device`, one after the other, so that never all are there in bf16.
+    """Puts the linears of the blocks into fp8 on `device`, one at a time: the GPU never holds all of them in bf16.
 
-    Raises UserError where the GPU or the library cannot. Adapters may be there already or come later.
+    Raises UserError if the GPU or torchao does not support it. Adapters may exist already or be added later.
     """
     quantized = _quantizer(torch.device(device))
-    for block in k2.transformer.transformer_blocks:
+    for block in architecture.blocks(k2.transformer):
         for name, module in list(block.named_modules()):
-            if not isinstance(module, nn.Linear) or isinstance(module, Frozen8):
+            if not isinstance(module, nn.Linear) or isinstance(module, Float8Linear):
                 continue
             assert module.bias is None
             weight = quantized(module.weight.detach().to(device, torch.bfloat16))
-            if isinstance(module, Adapted):
-                module.weight, module.eight = nn.Parameter(weight, requires_grad=False), True
+            if isinstance(module, LoraLinear):
+                # Its adapters stay: only the frozen weight beside them changes its type.
+                module.weight = nn.Parameter(weight, requires_grad=False)
+                module.is_float8 = True
             else:
-                block.set_submodule(name, Frozen8(module, weight), strict=True)
+                block.set_submodule(name, Float8Linear(module, weight), strict=True)
 
 
 def _quantizer(device: torch.device) -> Any:
@@ -46,6 +49,7 @@ def _quantizer(device: torch.device) -> Any:
         raise UserError(f"model.quantize: fp8 needs torchao ({error}): pip install 'posttrain[fp8]'") from error
     if device.type == "cuda":
         check_fp8(device)
+    # torch's own kernel: torchao's default picks one by what else is installed, and results would differ by machine.
     inputs = QuantizeTensorToFloat8Kwargs(granularity=PerRow(), kernel_preference=KernelPreference.TORCH)
 
     def quantized(weight: Tensor) -> Tensor:

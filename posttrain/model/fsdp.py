@@ -1,9 +1,9 @@
-"""FSDP2: each process holds a part of every matrix, and of what goes with it, and gathers a block while it runs.
+"""FSDP2: each process holds a part of every matrix, its gradient and its moments, and gathers a block while it runs.
 
     accelerate launch --config_file recipes/launch/fsdp2.yaml -m posttrain.cli grpo --config ...
 
-The factors of matrix products are sharded, and gathered in the type that arithmetic brings them to anyway. All else is
-small, stays whole in fp32, and its gradient is summed like an adapter's. So results are those of one process.
+Weights of linears are sharded, and gathered in the type that the forward computes in. Everything else is small: it
+stays whole in fp32, and its gradient is summed like an adapter's. Results therefore equal those of one process.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from posttrain.distributed.processes import Processes
+from posttrain.model import architecture
 from posttrain.model.k2 import K2
 from posttrain.model.velocity import VelocityModel
 
 
 def shard(k2: K2, networks: list[VelocityModel], procs: Processes) -> list[nn.Module]:
-    """Shards them in place; the first has what is trained."""
-    # An output that is a view may not be written into; nobody writes into a velocity.
+    """Shards the networks in place. The first one holds the trained parameters."""
+    # The warning is about writing into an output that is a view; nothing writes into a velocity.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(procs.device.type, (procs.size,))
     for network in networks:
@@ -32,24 +33,27 @@ def shard(k2: K2, networks: list[VelocityModel], procs: Processes) -> list[nn.Mo
 
 
 def _shard(network: VelocityModel, k2: K2, mesh: Any, trained: bool) -> None:
-    """With `trained`, its weights are a role, but for those that fuse the text, which stay as they are."""
+    """With `trained`, the weights are a role, except those that fuse the text, which do not change."""
     net = network.transformer
-    parts = {id(p) for part in (net.text_fusion, net.txt_in) for p in part.parameters()}
-    sharded = {
-        id(p)
-        for module in net.modules()
-        if isinstance(module, nn.Linear)
-        for key, p in module.named_parameters()
-        if id(p) not in parts and not key.startswith("lora_")
-    }
+    text: set[int] = set()
+    for part in architecture.text_modules(net):
+        text.update(map(id, part.parameters()))
+    sharded: set[int] = set()
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            # Adapters are small: they stay whole, and their gradients are summed like those of one process.
+            base = [p for key, p in module.named_parameters() if not key.startswith("lora_")]
+            sharded.update(id(p) for p in base if id(p) not in text)
     options: dict[str, Any] = {
         "mesh": mesh,
         "reshard_after_forward": True,
         "mp_policy": MixedPrecisionPolicy(k2.dtype, torch.float32, cast_forward_inputs=False),
         "ignored_params": {p for p in network.parameters() if id(p) not in sharded},
     }
-    for module in (*net.transformer_blocks, network):
+    # Blocks first, so that the outer call takes only what they left. A trained block becomes fp32 just before it is
+    # divided: all of K2 in fp32 would not fit into one GPU.
+    for module in (*architecture.blocks(net), network):
         for parameter in module.parameters():
-            if trained and id(parameter) not in parts:
+            if trained and id(parameter) not in text:
                 parameter.data = k2.master(parameter)
         fully_shard(module, **options)

@@ -1,8 +1,8 @@
-"""The K2 model as post-training sees it: load, encode, velocity, sample, decode. Adapters are in roles.py.
+"""The K2 model as post-training uses it: load, encode, velocity, sample, decode. Adapters are in roles.py.
 
-diffusers owns the network; this file calls its parts in an order that saves work. Two savings are exact:
-padding is dropped (text tokens sit at rotary position 0 whatever their index, and nothing reads a masked
-token), and the fused text, which sees no t and no image, is computed once a prompt for all steps and roles.
+diffusers owns the network; this file calls its parts in an order that saves work. Two savings are exact. Padding is
+dropped: every text token has rotary position 0, and nothing reads a masked token. The fused text, which sees no t and
+no image, is computed once a prompt for all steps and roles.
 
 Shapes: B samples, L text tokens, N image tokens, C channels. Latents x are packed and fp32, (B, N, C); the
 released checkpoint has N = H W / 256 and C = 64. Velocities are fp32 too, whatever dtype the network runs in.
@@ -25,21 +25,21 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.errors import UserError
-from posttrain.model import sampler
+from posttrain.model import architecture, sampler
 from posttrain.model.blocks import Blocks
-from posttrain.model.linears import Adapted
+from posttrain.model.linears import LoraLinear
 from posttrain.model.load import load_pipeline, random_pipeline
 from posttrain.model.offload import Offloaded, uses
 from posttrain.model.roles import Roles
 from posttrain.model.velocity import VelocityModel
 
 DECODED = 2**20
-"""Pixels that are decoded at a time, if that is not less than a picture and not more than 16: some 3 kB each in K2."""
+"""Pixels that are decoded at a time, in 1 to 16 images. Each takes about 3 kB of memory in K2."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """Prompts through the text encoder: real tokens only, [prompt | suffix]."""
+    """Prompts after the text encoder: real tokens only, [prompt | suffix]."""
 
     features: list[Tensor]
     """(L_i, taps, text_dim) a prompt."""
@@ -49,7 +49,7 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Text:
-    """Fused text of a batch, ready for `K2.velocity`. A batch of one serves any number of samples."""
+    """Fused text of a batch, as `K2.velocity` takes it. A batch of one serves any number of samples."""
 
     tokens: Tensor
     """(B, L, C)"""
@@ -58,7 +58,7 @@ class Text:
 
     @staticmethod
     def of(fused: Sequence[Tensor]) -> "Text":
-        """From the prompts' (L_i, C); padded to the longest, and masked, only where the lengths differ."""
+        """From (L_i, C) of each prompt. Padded to the longest, and masked, only if the lengths differ."""
         lengths = torch.tensor([len(tokens) for tokens in fused], device=fused[0].device)
         tokens = nn.utils.rnn.pad_sequence(list(fused), batch_first=True)
         if len({len(tokens) for tokens in fused}) == 1:
@@ -66,7 +66,7 @@ class Text:
         return Text(tokens, torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None])
 
     def repeat(self, times: int) -> "Text":
-        """Each prompt `times` times in a row: the text of groups."""
+        """Each prompt `times` times in a row, for groups of one prompt."""
         mask = None if self.mask is None else self.mask.repeat_interleave(times, 0)
         return Text(self.tokens.repeat_interleave(times, 0), mask)
 
@@ -84,22 +84,23 @@ class K2(Roles):
         self.text_encoder: PreTrainedModel | None = pipe.components["text_encoder"]
         self.tokenizer: PreTrainedTokenizerBase | None = pipe.components["tokenizer"]
         self.dtype: torch.dtype = self.transformer.img_in.weight.dtype
-        """The type of the network's arithmetic, and of its weights where they are not trained themselves."""
+        """The type that the network computes in, and of its frozen weights."""
         self.time_dtype = torch.float32
-        """The precision of the time the network is told; see `sampler.model_time`."""
+        """The precision of the time that the network gets; see `sampler.model_time`."""
         self.blocks = Blocks(self._active)
         """How the network's blocks run: compiled or not, and what they keep for backward."""
         self.velocity_model = VelocityModel(self.transformer, self.blocks)
         self.net: nn.Module = self.velocity_model
-        """What `velocity` calls. A distributed run prepares it and puts the wrapped module here."""
+        """The network that `velocity` calls. A sharded run replaces it by its wrapped module."""
         self.reference: nn.Module | None = None
-        """What it calls instead as the role None, where all weights are a role and `reference` was asked for."""
+        """The network of role None, where all weights are a role and `reference` was asked for."""
         self.copies: dict[str, nn.Module] = {}
-        """What it calls instead as a role of `add_full_copy`."""
+        """The networks of the roles of `add_full_copy`, by name."""
         self.offloaded: dict[str, Offloaded] = {}
         """Parts that are on the device only while they are used, by name; see `offload.place`."""
         self.origin: dict[str, Any] = {"base": None, "merged": []}
-        """What the model is: the base's fingerprint and the checkpoints that stand on it; see policy.py."""
+        """Fingerprint of the base, and the checkpoints that are stacked on it; see training/policy.py."""
+        # Nothing is trained until a role is: a forgotten call cannot train the base.
         for module in (self.transformer, self.vae, self.text_encoder):
             if module is not None:
                 module.eval().requires_grad_(False)
@@ -112,10 +113,10 @@ class K2(Roles):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> "K2":
-        """From a diffusers directory or hub id; anything else is a UserError.
+        """Loads a diffusers directory or a hub id; raises UserError for anything else.
 
-        With `transformer_file`, the transformer's weights come from that safetensors file in the original key
-        names; everything else, its configuration included, from `path`.
+        With `transformer_file`, the transformer's weights come from that safetensors file, in the original key names.
+        Everything else, its configuration too, comes from `path`.
         """
         return cls(load_pipeline(path, transformer_file, dtype, device))
 
@@ -128,14 +129,14 @@ class K2(Roles):
         text: bool = True,
         seed: int = 0,
     ) -> "K2":
-        """Random weights at the released model's size (or tiny), for benchmarks; there is no tokenizer.
+        """Random weights at the size of the released model (or tiny), for benchmarks. There is no tokenizer.
 
-        text=False leaves the text encoder out; `random_features` stands in for encoded prompts either way.
+        text=False leaves the text encoder out. `random_features` replaces encoded prompts.
         """
         return cls(random_pipeline(device, dtype, scale, text, seed))
 
     def add_full_role(self, name: str, reference: bool = False) -> None:
-        """See `Roles`. With `reference`, a frozen copy of the weights as they are now is the role None."""
+        """See `Roles`. With `reference`, the role None is a frozen copy of the current weights."""
         copied = super().add_full_role(name, reference)
         self.reference = None if copied is None else VelocityModel(copied, self.blocks)
 
@@ -155,7 +156,7 @@ class K2(Roles):
 
     @property
     def pixel_multiple(self) -> int:
-        """Pixels along one side of an image token; heights and widths are multiples of it."""
+        """Pixels along one side of an image token. Heights and widths are multiples of it."""
         return self.pipe.vae_scale_factor * self.pipe.patch_size
 
     @property
@@ -164,7 +165,7 @@ class K2(Roles):
         return self.transformer.config["in_channels"]
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """(rows, columns) of image tokens for a picture of that size in pixels."""
+        """(rows, columns) of image tokens for an image of that size in pixels."""
         multiple = self.pixel_multiple
         if height < multiple or width < multiple or height % multiple or width % multiple:
             raise UserError(f"resolution {height}x{width}: both must be multiples of {multiple} pixels")
@@ -179,6 +180,7 @@ class K2(Roles):
         if self.is_distilled:
             return sampler.TURBO_MU
         config = self.pipe.scheduler.config
+        # The defaults are those of Krea2Pipeline, for checkpoints whose scheduler leaves them out.
         return sampler.resolution_mu(
             self.image_tokens(height, width),
             config.get("base_image_seq_len", 256),
@@ -188,7 +190,8 @@ class K2(Roles):
         )
 
     def config_fingerprint(self) -> str:
-        """A short hash of the architecture: adapters and resumed runs belong to one."""
+        """A short hash of the architecture. Adapters and resumed runs must match it."""
+        # Keys with an underscore say where a checkpoint lies and by which version it was written.
         config = {key: value for key, value in self.transformer.config.items() if not key.startswith("_")}
         config["taps"] = self.pipe.text_encoder_select_layers
         return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
@@ -197,33 +200,39 @@ class K2(Roles):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], max_tokens: int = 512, batch: int = 16) -> Encoding:
-        """The text encoder's tapped hidden states, unpadded. The empty prompt is allowed, for guidance."""
+        """The tapped hidden states of the text encoder, unpadded. Guidance uses the empty prompt."""
         ids, cut = self.tokenize(prompts, max_tokens)
         return Encoding(self.encode_tokens(ids, batch), cut)
 
     def tokenize(self, prompts: Sequence[str], max_tokens: int = 512) -> tuple[list[list[int]], list[int]]:
-        """Token ids, template included, and how many tokens of each prompt did not fit into max_tokens."""
+        """Token ids with the template, and how many tokens of each prompt did not fit into max_tokens."""
         if self.tokenizer is None:
             raise RuntimeError("this model has no tokenizer: use random_features")
         prefix, suffix = self.pipe.prompt_template_encode_prefix, self.pipe.prompt_template_encode_suffix
         suffix_ids = self.tokenizer(suffix)["input_ids"]
+        # max_tokens counts prompt and suffix, as the pipeline does; the prefix, whose features are dropped, is extra.
         room = max_tokens + self.pipe.prompt_template_encode_start_idx - len(suffix_ids)
-        ids = self.tokenizer([prefix + prompt for prompt in prompts])["input_ids"] if prompts else []
-        return [row[:room] + suffix_ids for row in ids], [max(0, len(row) - room) for row in ids]
+        ids: list[list[int]] = []
+        cut: list[int] = []
+        for row in self.tokenizer([prefix + prompt for prompt in prompts])["input_ids"] if prompts else ():
+            ids.append(row[:room] + suffix_ids)
+            cut.append(max(0, len(row) - room))
+        return ids, cut
 
     @torch.no_grad()
     @uses("text_encoder")
     def encode_tokens(self, ids: Sequence[list[int]], batch: int = 16) -> list[Tensor]:
-        """Token ids, template included, to features after the prefix."""
+        """Features of token ids with the template; those of its prefix are left out."""
         if self.text_encoder is None:
             raise RuntimeError("this model has no text encoder: use random_features")
         start = self.pipe.prompt_template_encode_start_idx
         features: dict[int, Tensor] = {}
+        # Prompts of like lengths go together, so that little is padded.
         by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         for first in range(0, len(ids), batch):
             chosen = by_length[first : first + batch]
             rows = [torch.tensor(ids[i], device=self.text_encoder.device) for i in chosen]
-            # Padded on the right and causal: no real token can see padding, and positions count real tokens.
+            # Padding on the right and causal attention: no real token sees padding, and positions count real tokens.
             tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(3, *tokens.shape)
             states = self.text_encoder(
@@ -235,34 +244,37 @@ class K2(Roles):
         return [features[i] for i in range(len(ids))]
 
     def random_features(self, length: int, seed: int = 0) -> Tensor:
-        """(length, taps, text_dim) features as if a prompt had been encoded."""
+        """Random (length, taps, text_dim) features in place of an encoded prompt."""
         config = self.transformer.config
         shape = (length, config["num_text_layers"], config["text_hidden_dim"])
         return sampler.noise([seed], shape)[0].to(self.device, self.dtype)
 
     @torch.no_grad()
     def fuse(self, features: Tensor) -> Tensor:
-        """One prompt's (L, taps, text_dim) to (L, C): the part of the network that sees no t and no image."""
+        """One prompt's (L, taps, text_dim) to (L, C), through the part of the network that sees no t and no image."""
         if not self.fused_text_is_constant():
             raise RuntimeError("text_fusion or txt_in is trained or adapted: fused text cannot be cached")
         tokens = features[None].to(self.device, self.dtype)
-        return self.transformer.txt_in(self.transformer.text_fusion(tokens))[0]
+        fused = self.transformer.text_fusion(tokens)
+        return self.transformer.txt_in(fused)[0]
 
     def fused_text_is_constant(self) -> bool:
-        """Whether no trainable parameter and no adapter touches what `fuse` computes."""
-        parts = (self.transformer.text_fusion, self.transformer.txt_in)
-        trained = any(parameter.requires_grad for part in parts for parameter in part.parameters())
-        adapted = any(isinstance(module, Adapted) for part in parts for module in part.modules())
-        return not trained and not adapted
+        """Whether `fuse` depends on no trainable parameter and no adapter."""
+        for part in architecture.text_modules(self.transformer):
+            trained = any(parameter.requires_grad for parameter in part.parameters())
+            adapted = any(isinstance(module, LoraLinear) for module in part.modules())
+            if trained or adapted:
+                return False
+        return True
 
     def text(self, prompts: Sequence[str], max_tokens: int = 512) -> Text:
-        """Prompts encoded, fused and batched in one go."""
+        """Prompts encoded, fused and batched."""
         return Text.of([self.fuse(features) for features in self.encode(prompts, max_tokens).features])
 
     # the network
 
     def velocity(self, x: Tensor, t: sampler.Time, text: Text, height: int, width: int) -> Tensor:
-        """v (B, N, C) in fp32 at latents x and time t, under the active role."""
+        """The velocity (B, N, C), fp32, at latents x and time t, under the active role."""
         grid, batch = self.grid(height, width), x.shape[0]
         if x.shape[1:] != (grid[0] * grid[1], self.latent_channels) or len(text) not in (1, batch):
             raise ValueError(f"latents {tuple(x.shape)}, {len(text)} texts: not for {height}x{width} pixels")
@@ -275,6 +287,7 @@ class K2(Roles):
         role = self.active
         if role in self.copies:
             return self.copies[role]
+        # An adapter, or an untrained base: switching roles needs no other network.
         if role is not None or None not in self.roles.values():
             return self.net
         if self.reference is None:
@@ -291,7 +304,7 @@ class K2(Roles):
         height: int,
         width: int,
     ) -> Tensor:
-        """The velocity guided towards `text` and away from `null_text`; scale 0 costs a single forward."""
+        """The velocity guided towards `text` and away from `null_text`. Scale 0 costs a single forward."""
         v = self.velocity(x, t, text, height, width)
         if scale <= 0:
             return v
@@ -311,7 +324,7 @@ class K2(Roles):
         null_text: Text | None = None,
         mu: float | None = None,
     ) -> Tensor:
-        """Latents (B, N, C) of the deterministic sampler from noise of that shape: stock Krea2Pipeline's.
+        """Latents (B, N, C) of the deterministic sampler, from noise of that shape; the same as stock Krea2Pipeline.
 
         `mu` is the schedule's shift; None: the model's own.
         """
@@ -322,26 +335,28 @@ class K2(Roles):
             x = sampler.ode_step(x, v, t, t_next)
         return x
 
-    # pictures
+    # images
 
     @torch.no_grad()
     @uses("vae")
     def decode(self, latents: Tensor, height: int, width: int, batch: int | None = None) -> Tensor:
-        """Packed latents (B, N, C) to uint8 pictures (B, height, width, 3), `batch` at a time; None: see DECODED."""
+        """Packed latents (B, N, C) to uint8 images (B, height, width, 3), `batch` at a time; None: see DECODED."""
         mean, std = self._latent_statistics()
-        pictures = []
+        images = []
         for part in latents.split(batch or max(1, min(16, DECODED // (height * width)))):
             part = part.to(self.vae.device, torch.float32)
             z = unpack(part, *self.grid(height, width), self.pipe.patch_size) * std + mean
+            # The VAE is one of videos: an image is a video of one frame.
             pixels = self.vae.decode(z[:, :, None].to(self.vae.dtype), return_dict=False)[0][:, :, 0]
             pixels = (pixels.float() / 2 + 0.5).clamp(0, 1) * 255
-            pictures.append(pixels.round().to(torch.uint8).permute(0, 2, 3, 1))
-        return torch.cat(pictures)
+            images.append(pixels.round().to(torch.uint8).permute(0, 2, 3, 1))
+        return torch.cat(images)
 
     @torch.no_grad()
     @uses("vae")
     def encode_images(self, images: Tensor | Sequence[Image.Image], batch: int = 16) -> Tensor:
-        """uint8 pictures (B, height, width, 3), or PIL images of one size, to packed latents (the mode)."""
+        """uint8 images (B, height, width, 3), or PIL images of one size, to packed latents: the mode of the
+        posterior."""
         if not isinstance(images, Tensor):
             images = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
         self.grid(*images.shape[1:3])
@@ -355,14 +370,13 @@ class K2(Roles):
         return torch.cat(latents)
 
     def _latent_statistics(self) -> tuple[Tensor, Tensor]:
-        mean, std = (
-            torch.tensor(self.vae.config[key], device=self.vae.device).view(1, -1, 1, 1)
-            for key in ("latents_mean", "latents_std")
-        )
-        return mean, std
+        """Mean and standard deviation of each channel, (1, c, 1, 1): the network sees latents normalised by them."""
+        mean = torch.tensor(self.vae.config["latents_mean"], device=self.vae.device)
+        std = torch.tensor(self.vae.config["latents_std"], device=self.vae.device)
+        return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
 
 
-# latents and pictures
+# latents and images
 
 
 def pack(latents: Tensor, patch: int = 2) -> Tensor:
@@ -375,6 +389,6 @@ def unpack(tokens: Tensor, rows: int, columns: int, patch: int = 2) -> Tensor:
     return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (rows, columns)), patch)
 
 
-def to_pil(pictures: Tensor) -> list[Image.Image]:
+def to_pil(images: Tensor) -> list[Image.Image]:
     """uint8 (B, height, width, 3) to PIL images."""
-    return [Image.fromarray(picture) for picture in pictures.cpu().numpy()]
+    return [Image.fromarray(image) for image in images.cpu().numpy()]

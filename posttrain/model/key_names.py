@@ -1,7 +1,7 @@
-"""Key names: the original checkpoint's, which ComfyUI, SGLang and the official code read, and diffusers'.
+"""Key names of the original checkpoint, which ComfyUI, SGLang and the official code read, and those of diffusers.
 
-Pure functions of a state dict and exact inverses of each other. diffusers reads the original names but does
-not write them; a test holds `from_original` against its converter.
+`to_original` and `from_original` are pure functions of a state dict and exact inverses. diffusers reads the original
+names but does not write them; a test compares `from_original` with its converter.
 """
 
 import re
@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 PREFIX = "model.diffusion_model."
-"""Some tools store the transformer's keys below this; it is dropped on reading and not written."""
+"""Some tools put this before the transformer's keys. It is dropped on reading and never written."""
 
-# (original, diffusers): whole keys, or beginnings that end in a dot.
+# (original, diffusers): whole keys, or prefixes that end in a dot.
 _MODULES = [
     ("first.", "img_in."),
     ("tmlp.0.", "time_embed.linear_1."),
@@ -27,7 +27,7 @@ _MODULES = [
     ("last.norm.scale", "final_layer.norm.weight"),
     ("last.modulation.lin", "final_layer.scale_shift_table"),
 ]
-# What stands inside a block, after its index, both in transformer_blocks and in text_fusion.
+# The names inside a block, after its index, both in transformer_blocks and in text_fusion.
 _IN_BLOCK = [
     ("attn.wq.", "attn.to_q."),
     ("attn.wk.", "attn.to_k."),
@@ -45,7 +45,7 @@ _BLOCK = re.compile(r"((?:transformer_blocks|text_fusion\.\w+_blocks|blocks|txtf
 
 
 def original_name(key: str) -> str:
-    """diffusers' name of a transformer parameter, or of a LoRA factor on it, in the original naming."""
+    """The original name of a transformer parameter, or of a LoRA factor on it, from its name in diffusers."""
     return _rename(key, to_original=True)
 
 
@@ -54,19 +54,23 @@ def diffusers_name(key: str) -> str:
 
 
 def to_original(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A Krea2Transformer2DModel's state dict in the original format; a block's (6, C) table is flattened."""
-    return {
-        original_name(key): value.reshape(-1) if _is_block_table(key) else value for key, value in state_dict.items()
-    }
+    """A Krea2Transformer2DModel's state dict in the original format."""
+    renamed: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        # The original stores a block's (6, C) table of shifts and scales as one vector.
+        renamed[original_name(key)] = value.reshape(-1) if _is_block_table(key) else value
+    return renamed
 
 
 def from_original(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `to_original`; unknown keys pass unchanged, for the caller to name."""
-    renamed = {diffusers_name(key): value for key, value in state_dict.items()}
-    return {
-        key: value.reshape(6, -1) if _is_block_table(key) and value.numel() % 6 == 0 else value
-        for key, value in renamed.items()
-    }
+    """The inverse of `to_original`. Unknown keys pass unchanged, so that the caller can name them in an error."""
+    renamed: dict[str, Tensor] = {}
+    for original, value in state_dict.items():
+        key = diffusers_name(original)
+        # A table of another size stays as it is too: the caller compares shapes.
+        is_table = _is_block_table(key) and value.numel() % 6 == 0
+        renamed[key] = value.reshape(6, -1) if is_table else value
+    return renamed
 
 
 def _is_block_table(key: str) -> bool:

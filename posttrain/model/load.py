@@ -1,4 +1,4 @@
-"""Reading K2 checkpoints into a Krea2Pipeline, with errors that name the file; random weights of true size.
+"""Loads K2 checkpoints into a Krea2Pipeline, with errors that name the file; makes random weights of K2's size.
 
 Only safetensors are read, and no code from a checkpoint runs.
 """
@@ -50,7 +50,8 @@ def load_pipeline(
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the libraries' bars and their warnings to their own developers, between which a message is lost."""
+    """Hides the libraries' progress bars and their warnings to developers, which bury the messages of a run."""
+    # Only bars that are on are put back: the user may have switched them off.
     loggers = [log for log in (diffusers.utils.logging, transformers.utils.logging) if log.is_progress_bar_enabled()]
     for log in loggers:
         log.disable_progress_bar()
@@ -70,7 +71,7 @@ def check_names(
     remedy: str,
     original_names: bool = False,
 ) -> None:
-    """Raise a UserError that lists the first missing, unexpected and misshapen keys, and counts them."""
+    """Raises UserError for missing, unexpected and misshapen keys, with their numbers and the first few of each."""
     missing = [key for key in expected if key not in got]
     extra = [key for key in got if key not in expected]
     misshapen = [key for key in expected if key in got and got[key].shape != expected[key].shape]
@@ -85,12 +86,12 @@ def check_names(
 
 
 def keeps_fp32(name: str) -> bool:
-    """Whether diffusers keeps this transformer parameter in fp32 on a bf16 model: the norms' scales."""
+    """Whether diffusers keeps this transformer parameter, a scale of a norm, in fp32 on a bf16 model."""
     return not set(Krea2Transformer2DModel._keep_in_fp32_modules).isdisjoint(name.split("."))
 
 
 def empty_transformer(path: str | Path) -> Any:
-    """The transformer of a pipeline on the meta device: names and shapes."""
+    """The transformer of a pipeline on the meta device: names and shapes without values."""
     config: Any = Krea2Transformer2DModel.load_config(str(path), subfolder="transformer")
     with torch.device("meta"):
         return Krea2Transformer2DModel.from_config(config)
@@ -109,20 +110,21 @@ def _read_diffusers(path: str, dtype: torch.dtype) -> Krea2Transformer2DModel:
         path, subfolder="transformer", dtype=dtype, use_safetensors=True, output_loading_info=True
     )
     transformer, info = loaded
-    problems = {what: info[f"{what}_keys"] for what in ("missing", "unexpected") if info[f"{what}_keys"]}
-    for what, keys in problems.items():
-        first = ", ".join(sorted(keys)[:3])
-        raise UserError(f"{path}/transformer: {len(keys)} {what} keys ({first}, ...); give a whole K2 checkpoint")
+    # diffusers only warns, and leaves missing weights at random values.
+    for what in ("missing", "unexpected"):
+        if keys := info[f"{what}_keys"]:
+            first = ", ".join(sorted(keys)[:3])
+            raise UserError(f"{path}/transformer: {len(keys)} {what} keys ({first}, ...); give a whole K2 checkpoint")
     return transformer
 
 
 def _read_original(file: Path, path: str, dtype: torch.dtype) -> Krea2Transformer2DModel:
-    """From one file in the original key names. diffusers' own reader lets missing and extra keys pass."""
+    """Reads one file in the original key names. diffusers' own reader ignores missing and extra keys."""
     transformer = empty_transformer(path)
     weights = key_names.from_original(load_file(file))
     remedy = f"give a file in the original key names that belongs to {path}/transformer"
     check_names(str(file), transformer.state_dict(), weights, remedy, original_names=True)
-    # Copied, so that the model does not live in the file's pages.
+    # Copied: otherwise the weights stay mapped to the file, which someone may replace.
     weights = {key: value.to(torch.float32 if keeps_fp32(key) else dtype, copy=True) for key, value in weights.items()}
     transformer.load_state_dict(weights, assign=True)
     return transformer
@@ -134,7 +136,7 @@ def _read_original(file: Path, path: str, dtype: torch.dtype) -> Krea2Transforme
 def random_pipeline(
     device: str | torch.device, dtype: torch.dtype, scale: Literal["k2", "tiny"], text: bool, seed: int
 ) -> Krea2Pipeline:
-    """See `K2.random`. Built where and in the dtype it runs in: there is never a second or fp32 copy."""
+    """See `K2.random`. Weights are made on the device and in the dtype that they run in, so there is no second copy."""
     transformer_config, text_config, vae_config, taps = sizes_of(scale)
     device, default = torch.device(device), torch.get_default_dtype()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
@@ -147,6 +149,7 @@ def random_pipeline(
         finally:
             torch.set_default_dtype(default)
         for name, parameter in transformer.named_parameters():
+            # diffusers leaves these uninitialised: it expects a checkpoint.
             if name.endswith("scale_shift_table"):
                 nn.init.normal_(parameter, std=0.02)
             if keeps_fp32(name):
@@ -173,7 +176,9 @@ SCHEDULER = {
 
 
 def sizes_of(scale: str) -> tuple[dict, dict, dict, Sequence[int]]:
-    """Configurations of transformer, text encoder and autoencoder (diffusers' defaults are K2's); taps."""
+    """Configurations of transformer, text encoder and VAE, and the tapped layers; {} is diffusers' default, K2's
+    own."""
+    # The vision tower is never run; it is as small as the class allows.
     vision = {
         "depth": 1,
         "hidden_size": 64,
@@ -187,7 +192,7 @@ def sizes_of(scale: str) -> tuple[dict, dict, dict, Sequence[int]]:
         "mrope_section": [24, 20, 20],
         "mrope_interleaved": True,
     }
-    if scale == "k2":  # the text half of Qwen3-VL-4B
+    if scale == "k2":  # the language model of Qwen3-VL-4B
         qwen = {
             "vocab_size": 151936,
             "hidden_size": 2560,

@@ -1,7 +1,7 @@
-"""LoRA files, of this project and of others, as factors on the transformer; nothing that binds to nothing is let pass.
+"""Reads LoRA files, of this project and of others. A key that fits no layer of the transformer is an error.
 
-Read are diffusers' names (`transformer.`...), the original ones (`diffusion_model.`..., `base_model.model.`...), each
-with lora_A and lora_B or lora_down and lora_up, and an `alpha` for a layer where there is one.
+Accepted are diffusers' names (`transformer.`...) and the original ones (`diffusion_model.`..., `base_model.model.`...),
+with lora_A and lora_B or lora_down and lora_up, and optionally an `alpha` for each layer.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ _BLOCK = re.compile(r"transformer_blocks\.\d+\.(?:attn\.)?(.+)")
 
 def linear_shapes(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
     """(outputs, inputs) of each linear layer of a transformer by its name in diffusers, from its state dict."""
-    return {
-        key.removesuffix(".weight"): (value.shape[0], value.shape[1])
-        for key, value in state_dict.items()
-        if key.endswith(".weight") and value.ndim == 2
-    }
+    shapes: dict[str, tuple[int, int]] = {}
+    for key, value in state_dict.items():
+        if key.endswith(".weight") and value.ndim == 2:
+            shapes[key.removesuffix(".weight")] = (value.shape[0], value.shape[1])
+    return shapes
 
 
 def read_lora(path: str | Path, shapes: Mapping[str, tuple[int, int]], where: str | Path = "") -> dict[str, Tensor]:
     """Factors by diffusers' names, such as `transformer_blocks.0.attn.to_q.lora_A.weight`, fp32, alpha / rank in B.
 
-    `shapes` are the model's; `where` is what messages call the file. Raises UserError, with the keys, if one of them
-    binds to no layer, has no partner or another shape.
+    `shapes` are those of the model; messages call the file `where`. Raises UserError, with the keys, if one of them
+    fits no layer, has no partner or a wrong shape.
     """
     path, where = Path(path), where or path
     if not path.is_file():
@@ -58,7 +58,8 @@ def read_lora(path: str | Path, shapes: Mapping[str, tuple[int, int]], where: st
             unbound.append(key)
             continue
         names[layer] = match[1]
-        layers.setdefault(layer, {})["A" if match[2] else "B" if match[3] else "alpha"] = value.float()
+        kind = "A" if match[2] else "B" if match[3] else "alpha"
+        layers.setdefault(layer, {})[kind] = value.float()
     if not layers:
         raise UserError(
             f"{where}: none of its {len(found)} keys binds to a layer of this model ({_some(unbound)}), so it would do"
@@ -80,18 +81,23 @@ def read_lora(path: str | Path, shapes: Mapping[str, tuple[int, int]], where: st
                 f"{where}: {names[layer]}: factors of {list(a.shape)} and {list(b.shape)} do not fit a layer of"
                 f" {[outputs, inputs]}; give a LoRA of this model"
             )
-        factors |= {f"{layer}.{A}": a, f"{layer}.{B}": b * (float(parts.get("alpha", rank)) / rank)}
+        # Without an alpha the scale is 1. It goes into B, so that factors of several files can be concatenated.
+        scale = float(parts.get("alpha", rank)) / rank
+        factors |= {f"{layer}.{A}": a, f"{layer}.{B}": b * scale}
     return factors
 
 
 def add_lora(k2: K2, name: str, factors: Mapping[str, Tensor], where: str | Path) -> None:
-    """Add a role from the factors of `read_lora`. Factors of unlike ranks are padded with zeros to the largest.
+    """Adds a role with the factors of `read_lora`. Factors of different ranks are padded with zeros to the largest.
 
-    Raises UserError for a LoRA on layers outside the blocks, which roles do not reach, or one that does nothing.
+    Raises UserError for a LoRA on layers outside the blocks, which roles cannot adapt, or one that has no effect.
     """
-    layers = dict.fromkeys(key.rpartition(".lora_")[0] for key in factors)
-    parts = {layer: match[1] if (match := _BLOCK.fullmatch(layer)) else None for layer in layers}
-    if outside := [layer for layer, part in parts.items() if part not in TARGETS]:
+    linears: dict[str, str | None] = {}
+    for key in factors:
+        layer = key.rpartition(".lora_")[0]
+        match = _BLOCK.fullmatch(layer)
+        linears[layer] = match[1] if match else None
+    if outside := [layer for layer, linear in linears.items() if linear not in TARGETS]:
         raise UserError(
             f"{where}: adapts {_some(outside)} outside the transformer blocks' linear layers, which roles do not"
             " reach; give a LoRA of the blocks"
@@ -99,9 +105,11 @@ def add_lora(k2: K2, name: str, factors: Mapping[str, Tensor], where: str | Path
     if not any(value.any() for key, value in factors.items() if key.endswith(B)):
         raise UserError(f"{where}: every B factor is 0, so it does nothing; give a trained LoRA")
     rank = max(len(value) for key, value in factors.items() if key.endswith(A))
-    k2.add_role(name, rank, float(rank), [target for target in TARGETS if target in parts.values()])
+    # alpha = rank is a scale of 1: the files' scales are in B already.
+    k2.add_role(name, rank, float(rank), [target for target in TARGETS if target in linears.values()])
     state = {}
     for key, own in k2.role_named_parameters(name).items():
+        # Some LoRAs leave out a target in some blocks: its factors there are 0.
         state[key] = torch.zeros_like(own)
         if (value := factors.get(key)) is not None:
             state[key][: value.shape[0], : value.shape[1]] = value

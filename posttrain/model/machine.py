@@ -1,4 +1,4 @@
-"""Whether this machine can run a model, asked before its weights are read: CUDA, bfloat16, fp8, memory."""
+"""Checks of the machine before weights are read: CUDA, bfloat16, fp8, free memory."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ ON_CPU = "set CUDA_VISIBLE_DEVICES= to run on the CPU instead"
 
 
 def check(bases: Sequence[Base], types: dict[str, str]) -> None:
-    """Raises UserError if the GPU cannot be used, or cannot do what the recipe asks of it, and if the weights do not
-    fit. `types` says of each setting of a type what it is."""
+    """Raises UserError if the GPU cannot be used, does not support what the recipe asks for, or if the weights do not
+    fit. `types` holds the value of each dtype setting by its name."""
     check_cuda()
     device = _device()
     if device is not None:
@@ -38,7 +38,7 @@ def check(bases: Sequence[Base], types: dict[str, str]) -> None:
 
 
 def check_cuda() -> None:
-    """Raises UserError where there is a GPU and torch cannot use it, so that nothing runs on the CPU by mistake."""
+    """Raises UserError if there is a GPU that torch cannot use, so that nothing runs on the CPU by mistake."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or os.environ.get("ACCELERATE_USE_CPU") == "true"
     if hidden or not _gpus():
         return
@@ -74,24 +74,29 @@ def check_fp8(device: torch.device) -> None:
 
 
 def check_memory(base: Base, held: Sequence[Weight], device: torch.device | None) -> None:
-    """Raises UserError if there is less memory free than the weights alone take, on the GPU or beside it."""
-    on_device = {weight: _bytes(base, weight) for weight in held}
-    aside = sum(size for weight, size in on_device.items() if weight.part in base.offload)
-    total = sum(on_device.values())
-    remedies = "use a larger GPU" if device is not None else "use a machine with more"
+    """Raises UserError if the free memory, of the GPU or of the machine, is smaller than the weights alone."""
+    total = offloaded = 0.0
+    for weight in held:
+        size = _bytes(base, weight)
+        total += size
+        if weight.part in base.offload:
+            offloaded += size
     if device is not None:
         free, whole = torch.cuda.mem_get_info(device)
-        if base.field == "model":
-            options = [*([] if base.quantize else ["model.quantize: fp8"])]
-            options += [] if base.offload else ["model.offload: [text_encoder, vae]"]
-            remedies = " or ".join([*(f"set {option}" for option in options), remedies])
-        if total - aside > free:
+        remedies = []
+        if base.field == "model" and not base.quantize:
+            remedies.append("set model.quantize: fp8")
+        if base.field == "model" and not base.offload:
+            remedies.append("set model.offload: [text_encoder, vae]")
+        remedies.append("use a larger GPU")
+        if total - offloaded > free:
             raise UserError(
-                f"{base.field}.path: {base.path}: its weights take {(total - aside) / GIB:.1f} GiB of the GPU, and"
-                f" {free / GIB:.1f} of {whole / GIB:.1f} GiB are free; {remedies}"
+                f"{base.field}.path: {base.path}: its weights take {(total - offloaded) / GIB:.1f} GiB of the GPU, and"
+                f" {free / GIB:.1f} of {whole / GIB:.1f} GiB are free; {' or '.join(remedies)}"
             )
+    # Each process on this machine has its own copy; on a GPU only of what is offloaded.
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    need = processes * (total if device is None else aside)
+    need = processes * (total if device is None else offloaded)
     if need > (there := host_memory()):
         raise UserError(
             f"{base.field}.path: {base.path}: its weights take {need / GIB:.1f} GiB of this machine's memory"
@@ -101,19 +106,26 @@ def check_memory(base: Base, held: Sequence[Weight], device: torch.device | None
 
 
 def host_memory() -> int:
-    """Bytes that this process may still take: what the machine has, or what its container leaves."""
+    """Bytes that this process may still allocate: those free on the machine, or fewer where its container has a
+    limit."""
     free = psutil.virtual_memory().available
     folder = Path("/sys/fs/cgroup")
     try:
-        limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+        limit = int((folder / "memory.max").read_text())
+        used = int((folder / "memory.current").read_text())
     except (OSError, ValueError):  # no container, or one without a limit ("max")
         return free
-    lines = [line.split() for line in (folder / "memory.stat").read_text().splitlines()]
-    cached = next((int(value) for name, value in lines if name == "inactive_file"), 0)
+    # Cached files count as used, but the kernel gives them up when memory is needed.
+    cached = 0
+    for line in (folder / "memory.stat").read_text().splitlines():
+        name, value = line.split()
+        if name == "inactive_file":
+            cached = int(value)
     return min(free, limit - used + cached)
 
 
 def _bytes(base: Base, weight: Weight) -> float:
+    # In fp8 the matrices of the blocks take a byte for each weight.
     if base.quantize and weight.part == "transformer" and BLOCK.match(weight.name) and len(weight.shape) == 2:
         return weight.count
     return weight.count * {"F32": 4, "BF16": 2}[TYPES[base.dtype]]
@@ -130,23 +142,25 @@ def _check_bf16(device: torch.device, types: dict[str, str]) -> None:
 
 
 def _device() -> torch.device | None:
-    """The GPU that this process will run on; None: the CPU."""
+    """The GPU that this process will run on, chosen as accelerate does; None: the CPU."""
     if not torch.cuda.is_available():
         return None
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def _gpus() -> list[Path]:
-    """NVIDIA GPUs that this machine, or this container, has been given."""
+    """NVIDIA GPUs of this machine or container."""
     return sorted(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def _has_kernels(device: torch.device) -> bool:
-    """Whether torch's kernels run there: those of the same generation, or such as are compiled when they are needed."""
+    """Whether this torch has kernels for the GPU: binaries of the same generation, or PTX, which the driver
+    compiles."""
     major, minor = torch.cuda.get_device_capability(device)
     for name in torch.cuda.get_arch_list():
         kind, _, number = name.partition("_")
         built = divmod(int(re.sub(r"\D", "", number)), 10)
+        # Binaries (sm) run on later GPUs of the same major version; PTX (compute) on any later GPU.
         native = kind == "sm" and built[0] == major and built[1] <= minor
         if native or (kind == "compute" and built <= (major, minor)):
             return True

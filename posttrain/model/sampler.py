@@ -21,6 +21,8 @@ Time = float | Tensor
 
 TURBO_MU = 1.15
 """The shift of the distilled checkpoint, whatever the resolution."""
+STEPS, GUIDANCE = {True: 8, False: 28}, {True: 0.0, False: 4.5}
+"""The published settings, by whether the checkpoint is distilled (Turbo) or not (Raw)."""
 
 
 # schedule
@@ -55,10 +57,10 @@ def schedule(steps: int, mu: float) -> Tensor:
 
 
 def model_time(t: Time, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The time the network is told, in fp32.
+    """The time that the network gets, in fp32.
 
-    Rollout and training must use the same one. The public pipeline rounds t to the latents' dtype; pass
-    bfloat16 to reproduce that, and nothing to be exact.
+    Rollout and training must use the same one. The public pipeline rounds t to the latents' dtype: pass bfloat16 to
+    reproduce that.
     """
     return torch.as_tensor(t, dtype=torch.float32).to(dtype).float()
 
@@ -78,7 +80,7 @@ def noised(x0: Tensor, eps: Tensor, t: Time) -> Tensor:
 
 
 def velocity_target(x0: Tensor, eps: Tensor) -> Tensor:
-    """What the network should say along the whole path: eps - x0."""
+    """The target velocity, the same along the whole path: eps - x0."""
     return eps.float() - x0.float()
 
 

@@ -1,4 +1,4 @@
-"""The network as a method sees it: from fused text, latents and time to a velocity. Shapes as in k2.py."""
+"""The network as a module: from fused text, latents and time to a velocity. Shapes as in k2.py."""
 
 import contextlib
 
@@ -11,7 +11,7 @@ from posttrain.model.blocks import Blocks
 
 
 class VelocityModel(nn.Module):
-    """The transformer from fused text on. Every forward enters here, so this is what is sharded."""
+    """The transformer after the text fusion. Every forward enters here, so this is the module that is sharded."""
 
     def __init__(self, transformer: Krea2Transformer2DModel, blocks: Blocks) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class VelocityModel(nn.Module):
         """x (B, N, C) and tokens (B, L, C) in the network's dtype, t (B,) in fp32, mask (B, L) or None."""
         net, length = self.transformer, tokens.shape[1]
         low_precision = x.dtype != torch.float32
-        # Autocast brings what is trained, which is fp32, to the base's dtype; everything else is there already.
+        # Trained weights are fp32: autocast computes in the base's dtype with them. Everything else has it already.
         with torch.autocast(x.device.type, dtype=x.dtype) if low_precision else contextlib.nullcontext():
             temb = net.time_embed(t, dtype=x.dtype)
             modulation = net.time_mod_proj(F.gelu(temb, approximate="tanh"))
@@ -35,7 +35,7 @@ class VelocityModel(nn.Module):
             return net.final_layer(hidden[:, length:], temb)
 
     def _rotary(self, length: int, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        # Text rows are all alike (position 0): one long table serves every shorter text by slicing.
+        # All text tokens have position 0: a table for a long text serves every shorter one by slicing.
         key = (rows, columns, device)
         cached = self._rope.get(key)
         if cached is None or cached[0].shape[0] - rows * columns < length:

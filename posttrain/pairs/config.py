@@ -11,37 +11,8 @@ from rewards.serve import ServerSpec
 
 
 @dataclass
-class ColumnMap:
-    """Which columns of a set of pairs hold what. The pictures: chosen and rejected; or first, second and label; or
-    pair and label."""
-
-    prompt: str = "prompt"
-    """Column of the prompt."""
-    chosen: str | None = None
-    """Column of the preferred picture."""
-    rejected: str | None = None
-    """Column of the other picture."""
-    first: str | None = None
-    """Column of a picture; which one is preferred says label."""
-    second: str | None = None
-    """Column of the other one."""
-    pair: str | None = None
-    """Column of a list of both pictures, in the place of first and second."""
-    label: str | None = None
-    """Column of the share of preference for the first picture: 1, 0 or between, or a list such as [1, 0]."""
-    label_second: str | None = None
-    """Column of the label of the second picture, where each has one."""
-    share: str | None = None
-    """With chosen and rejected: column of the share of votes for chosen, 0.5 to 1; null: all of them."""
-    margin: str | None = None
-    """Column of how much better the preferred picture is, in any unit; null: not known."""
-    source: Literal["human", "synthetic"] = "human"
-    """Who preferred them."""
-
-
-@dataclass
 class DrawConfig:
-    """A way to draw a picture. Left as it is, it is how the policy draws: its pictures are on-policy."""
+    """A way to draw an image. Left as it is, it is how the policy draws: its images are on-policy."""
 
     checkpoint: str = "policy"
     """policy; base: what the policy began as, its reference; or another run directory or checkpoint that trained an
@@ -62,7 +33,7 @@ class DeltaConfig:
     """Pairs ordered by how they were drawn (delta learning): both from one noise, so that little else differs."""
 
     stronger: DrawConfig
-    """How the chosen picture is drawn."""
+    """How the chosen image is drawn."""
     weaker: DrawConfig
     """How the rejected one is drawn."""
     screen: bool = True
@@ -72,12 +43,12 @@ class DeltaConfig:
 
 @dataclass
 class JudgedConfig:
-    """Pairs ordered by the rewards: the best against the worst picture of a group."""
+    """Pairs ordered by the rewards: the best against the worst image of a group."""
 
     draw: DrawConfig = field(default_factory=DrawConfig)
     """How the group is drawn."""
     group_size: int = 4
-    """Pictures in it, >= 2."""
+    """Images in it, >= 2."""
 
 
 @dataclass
@@ -91,7 +62,7 @@ class PairSource:
     delta: DeltaConfig | None = None
     """Two ways to draw, of which one is known to be better."""
     judged: JudgedConfig | None = None
-    """A group of pictures that the rewards rank."""
+    """A group of images that the rewards rank."""
 
 
 @dataclass
@@ -104,7 +75,7 @@ class PairsConfig:
     prompts: str
     """What the pairs show: a JSONL file, or hf:NAME[:SPLIT] for a dataset that `datasets` loads."""
     sources: list[PairSource]
-    """What makes the pictures of a pair differ; each source gets its share of the pairs."""
+    """What makes the images of a pair differ; each source gets its share of the pairs."""
     policy: str | None = None
     """Run directory or checkpoint of the policy that will be trained; null: the model as it is."""
     rewards: list[RewardSpec] = field(default_factory=list)
@@ -115,21 +86,21 @@ class PairsConfig:
     pairs: int = 1000
     """Pairs to make, >= 1."""
     on_policy_share: float = 0.6
-    """Least share of the pairs that hold a picture of the policy, 0 to 1. Sources that do are given more than their
+    """Least share of the pairs that hold an image of the policy, 0 to 1. Sources that do are given more than their
     share where that takes it; if too many of their pairs are dropped, the command fails."""
     min_margin: float = 0.02
-    """Least weighted mean by which the rewards must put the chosen picture above the other, >= 0."""
+    """Least weighted mean by which the rewards must put the chosen image above the other, >= 0."""
     tolerance: float = 0.0
-    """A pair is dropped if a reward puts the rejected picture higher by more than this, >= 0."""
+    """A pair is dropped if a reward puts the rejected image higher by more than this, >= 0."""
     min_distance: float = 0.03
-    """Near-duplicates: a pair is dropped if its pictures, made small, differ by less, in [0, 1] (root mean square; see
+    """Near-duplicates: a pair is dropped if its images, made small, differ by less, in [0, 1] (root mean square; see
     image/diversity)."""
     tries: float = 5.0
     """Candidates that a source draws at most for each of its pairs, >= 1."""
     sizes: list[list[int]] = field(default_factory=lambda: [[512, 512]])
     """[height, width] pairs in pixels, multiples of 16; a pair has one size, and blocks of pairs take turns."""
     steps: int = 28
-    """Steps from noise to image, >= 1. Pictures drawn in fewer or more do not count as on-policy."""
+    """Steps from noise to image, >= 1. Images drawn in fewer or more do not count as on-policy."""
     max_tokens: int = 512
     """Longest prompt in text tokens; what lies beyond is cut with a warning, >= 1."""
     seed: int = 0
@@ -137,7 +108,7 @@ class PairsConfig:
     block: int = 32
     """Candidates that are drawn, judged and decided together, by one process, >= 1."""
     micro_batch: int = 16
-    """Images in one forward of the model, >= 1; sets memory, and changes the pictures by no more than rounding."""
+    """Images in one forward of the model, >= 1; sets memory, and changes the images by no more than rounding."""
     shard: int = 64
     """Pairs in a file, >= 1. After a kill, --resume draws again what was in no file yet."""
     track: TrackConfig = field(default_factory=lambda: TrackConfig(tensorboard=False))

@@ -1,7 +1,7 @@
-"""Pictures drawn in the ways of a recipe (`DrawConfig`): checkpoint, guidance, steps, degraded prompt, noise.
+"""Draws images with the settings of a `DrawConfig`: checkpoint, guidance, steps, degraded prompt, noise.
 
-Noise and what is left out of a prompt come from the seed of each picture alone. The model's work is counted, and its
-unit cost measured beside it, so that a run can say how much of its time was that work.
+Noise and the omitted parts of a prompt depend on the seed of each image alone. Forwards and decodes are counted and
+some of them timed, so that a run can report which share of its time was spent on them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from posttrain.errors import UserError
 from posttrain.model import sampler
-from posttrain.model.blocks import by_default
+from posttrain.model.blocks import compiles_by_default
 from posttrain.model.k2 import Text
 from posttrain.pairs import planning
 from posttrain.pairs.config import DrawConfig, PairsConfig
@@ -29,16 +29,18 @@ from posttrain.training.policy import POLICY, add_saved_policy, is_student, load
 
 @dataclass
 class Cost:
-    """The model's work, by `forward` (two for a guided step) and `decode`, each of one image."""
+    """The work of the model: `forward` (two for a guided step) and `decode`, each of one image."""
 
     images: Counter[str] = field(default_factory=Counter)
+    """How many of each there were."""
     measured: Counter[str] = field(default_factory=Counter)
-    """How many of each were timed, and the seconds that these took."""
+    """How many of each were timed."""
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """The seconds that these took."""
     waited: float = 0.0
-    """Seconds for which there was nothing to do but wait for scores."""
+    """Seconds of waiting for scores with nothing else to do."""
     parts: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """Seconds of `text`, `sample`, `decode`, `show` (handing images on) and `measure`."""
+    """Seconds of `text`, `sample`, `decode`, `show` (submitting images for scoring) and `measure`."""
 
     def add(self, other: Cost) -> None:
         self.images.update(other.images)
@@ -50,11 +52,11 @@ class Cost:
             self.seconds[name] += seconds
 
     def unit(self) -> dict[str, float]:
-        """Seconds of one."""
+        """Seconds of one forward and one decode."""
         return {name: self.seconds[name] / count for name, count in self.measured.items()}
 
     def counted(self) -> float:
-        """Seconds that all of it should take."""
+        """Seconds that all forwards and decodes should take, by the timed ones."""
         return sum(self.images[name] * seconds for name, seconds in self.unit().items())
 
 
@@ -66,8 +68,11 @@ class Drawer:
 
     def __init__(self, config: PairsConfig, device: torch.device) -> None:
         self.config = config
-        draws = [planning.resolved(config, d) for source in config.sources for d in planning.draws(source)]
+        draws: list[DrawConfig] = []
+        for source in config.sources:
+            draws += [planning.resolved(config, draw) for draw in planning.draws(source)]
         used = {draw.checkpoint for draw in draws} | {config.policy or ""}
+        # The policy first: it becomes the role POLICY, and its earlier stages become the model's stack.
         names = sorted(used - {""}, key=lambda name: (name != config.policy, name))
         saved = {name: _saved(config, name) for name in names}
         self.k2 = load_model(config.model, device)
@@ -81,7 +86,7 @@ class Drawer:
             )
         base = [config.model.path, *(entry["path"] for entry in self.k2.origin["merged"])][-1]
         self.names = {"": base} | {name: str(one.path) for name, one in saved.items()}
-        """By `checkpoint` of a resolved DrawConfig: what the pairs call it."""
+        """The names in the written pairs, by `checkpoint` of a resolved DrawConfig."""
         self.roles: dict[str, str | None] = {"": None}
         for name, one in saved.items():
             self._add(name, one)
@@ -103,34 +108,38 @@ class Drawer:
             self.k2.load_role_state_dict(role, saved.tensors["adapter"])
 
     def describe(self, draw: DrawConfig) -> str:
-        """Which checkpoint, and what differs from how the policy draws."""
-        own, plain = (planning.resolved(self.config, d) for d in (draw, DrawConfig()))
-        settings = ("guidance", "steps", "drop", "noise")
-        parts = [f"{n} {getattr(own, n):g}" for n in settings if getattr(own, n) != getattr(plain, n)]
-        return ", ".join([self.names[own.checkpoint], *parts])
+        """The checkpoint, and the settings that differ from how the policy draws."""
+        own, policy = planning.resolved(self.config, draw), planning.resolved(self.config, DrawConfig())
+        parts = [self.names[own.checkpoint]]
+        for name in ("guidance", "steps", "drop", "noise"):
+            if getattr(own, name) != getattr(policy, name):
+                parts.append(f"{name} {getattr(own, name):g}")
+        return ", ".join(parts)
 
     def begin(self) -> None:
-        """Call before a block's `draw`s: forgets the block before."""
+        """Call before the `draw`s of a block; it clears what is kept of the block before."""
         self._cost, self._cut = Cost(), 0
+        # Latents, text, size and role of a micro-batch from the middle, whose text has an average length.
         self._typical: tuple[Tensor, Text, tuple[int, int], str | None] | None = None
         self._fused: dict[str, Tensor] = {}
         self._drawn: dict[tuple[Any, ...], Tensor] = {}
 
     @torch.no_grad()
     def end(self, measure: bool) -> tuple[Cost, int]:
-        """What the block has cost, and how many of its prompts were longer than max_tokens, degraded ones too.
+        """The cost of the block, and how many of its prompts, degraded ones too, were longer than max_tokens.
 
-        With `measure` it times one more forward and decode, which costs two of each: call it when nothing else runs.
+        With `measure` it times another forward and decode, which costs two of each. Nothing else should run meanwhile.
         """
         began = self._now()
         if measure and self._typical is not None:
             latents, text, size, role = self._typical
-            for name, call in (
-                ("forward", lambda: self.k2.velocity(latents, 0.5, text, *size)),
-                ("decode", lambda: self.k2.decode(latents, *size)),
-            ):
-                with self.k2.role(role):  # an adapter costs something too
-                    call()  # the first one after other work finds no memory at hand
+            calls = {
+                "forward": lambda: self.k2.velocity(latents, 0.5, text, *size),
+                "decode": lambda: self.k2.decode(latents, *size),
+            }
+            for name, call in calls.items():
+                with self.k2.role(role):  # adapters take time too
+                    call()  # the first call after other work has to allocate its memory
                     first = self._now()
                     call()
                     self._cost.seconds[name] += self._now() - first
@@ -142,9 +151,9 @@ class Drawer:
     def draw(
         self, draw: DrawConfig, prompts: Sequence[str], seeds: Sequence[int], size: tuple[int, int], show: Show
     ) -> None:
-        """One picture of each prompt; `show` gets the rows of each micro-batch and their pictures, uint8 (B, H, W, 3).
+        """Draws one image of each prompt. `show` gets the rows of each micro-batch and its images, uint8 (B, H, W, 3).
 
-        Within a block, two ways that differ only in `noise` share what comes before it.
+        Within a block, settings that differ only in `noise` share the latents before it.
         """
         draw = planning.resolved(self.config, draw)
         if draw.drop:
@@ -160,7 +169,8 @@ class Drawer:
         self._fuse(prompts)
         lap("text")
         fused = [self._fused[prompt] for prompt in prompts]
-        rows = sorted(range(len(prompts)), key=lambda i: len(fused[i]))  # prompts of like length need little padding
+        # Prompts of similar length go together: little padding, and equal lengths need no mask.
+        rows = sorted(range(len(prompts)), key=lambda i: len(fused[i]))
         with self.k2.role(self.roles[draw.checkpoint]):
             for first in range(0, len(rows), self.config.micro_batch):
                 part = rows[first : first + self.config.micro_batch]
@@ -169,6 +179,7 @@ class Drawer:
                 if (latents := self._drawn.get(key)) is None:
                     latents = self._drawn[key] = self._sample(draw, text, [seeds[i] for i in part], size)
                 if draw.noise:
+                    # Another seed than the one the image was drawn from: -1 is no index of anything else.
                     noise = sampler.noise([sampler.seed_for(seeds[i], -1) for i in part], latents.shape[1:])
                     latents = (1 - draw.noise) * latents + draw.noise * noise.to(latents)
                 lap("sample")
@@ -182,19 +193,19 @@ class Drawer:
 
     @torch.no_grad()
     def warm_up(self) -> float:
-        """Runs the network in each way that the recipe draws in, where its blocks are compiled; returns the seconds.
+        """Compiles the network for every role that the recipe draws with, and returns the seconds.
 
-        What is compiled is compiled here, and not in the time of the first blocks. A batch of prompts of different
-        lengths has a mask, and one of equal lengths has none.
+        Otherwise compiling would count as drawing time of the first blocks.
         """
         began, compiled = self._now(), self.k2.blocks.compiled
-        if not (by_default(self.k2.device, self.k2.dtype) if compiled is None else compiled):
+        if not (compiles_by_default(self.k2.device, self.k2.dtype) if compiled is None else compiled):
             return 0.0
         size = (self.config.sizes[0][0], self.config.sizes[0][1])
         x = sampler.noise([0, 1], (self.k2.image_tokens(*size), self.k2.latent_channels)).to(self.k2.device)
         tokens = self.k2.text([""]).tokens[0]
         for role in dict.fromkeys(self.roles.values()):
             with self.k2.role(role):
+                # Equal lengths have no mask, different ones have: torch compiles both.
                 for text in (Text.of([tokens, tokens]), Text.of([tokens, tokens[:-1]])):
                     self.k2.velocity(x, 0.5, text, *size)
         self.k2.decode(x, *size)
@@ -203,8 +214,9 @@ class Drawer:
     def _fuse(self, prompts: Sequence[str]) -> None:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._fused]
         encoding = self.k2.encode(new, self.config.max_tokens)
-        self._fused |= {prompt: self.k2.fuse(features) for prompt, features in zip(new, encoding.features)}
-        self._cut += sum(cut > 0 for cut in encoding.cut)
+        for prompt, features, cut in zip(new, encoding.features, encoding.cut):
+            self._fused[prompt] = self.k2.fuse(features)
+            self._cut += cut > 0
 
     def _sample(self, draw: DrawConfig, text: Text, seeds: Sequence[int], size: tuple[int, int]) -> Tensor:
         assert draw.steps is not None
@@ -213,7 +225,7 @@ class Drawer:
         return self.k2.sample(text, sampler.noise(seeds, shape), draw.steps, *size, draw.guidance, self.null)
 
     def _now(self) -> float:
-        if self.k2.device.type == "cuda":
+        if self.k2.device.type == "cuda":  # kernels run on after the call returns
             torch.cuda.synchronize()
         return time.perf_counter()
 
@@ -223,7 +235,7 @@ def _saved(config: PairsConfig, name: str) -> Checkpoint:
         saved = checkpoint.load(checkpoint.find(name))
         if "lora" not in saved.state:
             raise UserError(f"{name}: holds no adapter and no weights; give a run that trained the model")
-        if is_student(saved):  # it would set the schedule of every way to draw
+        if is_student(saved):  # its schedule would apply to every draw
             raise UserError(f"{name}: is a distilled student; pairs are for training Raw: give a run of stpo or grpo")
     except UserError as error:
         raise UserError(f"{'policy' if name == config.policy else 'checkpoint'}: {error}") from error

@@ -1,7 +1,7 @@
-"""How many pairs each source makes, which candidates are drawn next, and the journal of those that were. No torch.
+"""How many pairs each source makes, which candidates are drawn next, and the journal of drawn blocks. Without torch.
 
-All of it follows from the recipe and from how many candidates were kept so far, whoever drew them: so any number of
-processes, and a run that was killed and goes on, draw the same candidates in the same blocks.
+Everything follows from the recipe and from how many candidates were kept so far. Any number of processes, and a run
+that was killed and resumed, therefore draw the same candidates in the same blocks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from posttrain.runs.files import append_line, replace_text
 KEPT = "kept"
 """The fate of a candidate that makes a pair."""
 LEAST_RATE = 0.1
-"""A source is planned for as if at least this share of its candidates were kept."""
+"""Plans assume that at least this share of a source's candidates is kept."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Block:
 
 
 class Plan:
-    """What is still to be drawn: call `generation` until it is empty, and `take` each of its blocks."""
+    """Plans what is still to be drawn: call `generation` until it is empty, and `take` for each of its blocks."""
 
     def __init__(self, config: PairsConfig) -> None:
         self.config = config
@@ -50,13 +50,15 @@ class Plan:
         self._blocks = 0
 
     def generation(self) -> list[Block]:
-        """As many candidates as it should take to fill the quotas, given how many were kept so far."""
+        """Blocks of as many candidates as the quotas should need, given how many were kept so far."""
         blocks = []
         for s, (quota, kept, made) in enumerate(zip(self.quotas, self.kept, self.made)):
+            # Nothing is known of a source at first, so every candidate is expected to be kept.
             rate = max(kept / made, LEAST_RATE) if made else 1.0
             most = math.ceil(self.config.tries * quota) - made
             count = min(math.ceil((quota - kept) / rate), most)
             for first in range(made, made + count, self.config.block):
+                # Sizes take turns by block over all sources, so each source gets all of them.
                 height, width = self.config.sizes[self._blocks % len(self.config.sizes)]
                 many = min(self.config.block, made + count - first)
                 blocks.append(Block(self._blocks, s, first, many, (height, width)))
@@ -64,7 +66,7 @@ class Plan:
         return blocks
 
     def room(self, block: Block) -> int:
-        """Pairs that its source still wants."""
+        """Pairs that the block's source still needs."""
         return self.quotas[block.source] - self.kept[block.source]
 
     def take(self, block: Block, kept: int) -> None:
@@ -72,18 +74,19 @@ class Plan:
         self.kept[block.source] += kept
 
     def prompt(self, block: Block, i: int) -> int:
-        """The place of a candidate's prompt in the endless order of prompts, which the sources take in turns."""
+        """The place of a candidate's prompt in the endless order of prompts, in which the sources take turns."""
         return (block.first + i) * len(self.quotas) + block.source
 
 
 class Journal:
-    """candidates.jsonl: a line for each block in its order, on disk when `add` returns."""
+    """candidates.jsonl: one line for each block, in order. It is on disk when `add` returns."""
 
     def __init__(self, folder: Path, written: int | None = None) -> None:
-        """Reads what is there. With `written`, the number of pairs in whole files, what goes beyond it is forgotten,
-        and will be drawn again; so will a line that was cut off."""
+        """Reads the existing lines. With `written`, the number of pairs in complete files, blocks beyond it are removed
+        and will be drawn again, and so will a line that was cut off."""
         self.path = folder / "candidates.jsonl"
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        # A killed run may have left a part of its last line.
         self.entries: list[dict[str, Any]] = [json.loads(line) for line in lines if line.endswith("\n")]
         if written is None:
             return
@@ -106,19 +109,20 @@ def _line(entry: dict[str, Any]) -> str:
 
 
 def resolved(config: PairsConfig, draw: DrawConfig) -> DrawConfig:
-    """The same way to draw with `base`, `policy` and defaults replaced by what they mean; base is the empty name."""
+    """The same settings with `base`, `policy` and defaults replaced by what they mean; base is the empty name."""
     names = {"policy": config.policy or "", "base": ""}
     checkpoint = names.get(draw.checkpoint, draw.checkpoint)
     return replace(draw, checkpoint=checkpoint, steps=draw.steps or config.steps)
 
 
 def is_policy(config: PairsConfig, draw: DrawConfig) -> bool:
-    """Whether it draws as the policy does: its checkpoint, no guidance, the recipe's steps, nothing degraded."""
+    """Whether it draws as the policy does: the policy's checkpoint, no guidance, the recipe's steps, nothing
+    degraded."""
     return resolved(config, draw) == resolved(config, DrawConfig())
 
 
 def draws(source: PairSource) -> list[DrawConfig]:
-    """Its ways to draw: stronger and weaker, or the one of the group."""
+    """The settings that a source draws with: stronger and weaker, or those of the group."""
     if source.delta is not None:
         return [source.delta.stronger, source.delta.weaker]
     assert source.judged is not None
@@ -126,28 +130,29 @@ def draws(source: PairSource) -> list[DrawConfig]:
 
 
 def on_policy(config: PairsConfig, source: PairSource) -> bool:
-    """Whether each of its pairs holds a picture of the policy."""
+    """Whether each pair of the source holds an image of the policy."""
     return any(is_policy(config, draw) for draw in draws(source))
 
 
 def quotas(pairs: int, shares: Sequence[float], on_policy: Sequence[bool], least: float) -> list[int]:
-    """Pairs of each source: by its share, but at least the share `least` of all to those that are on-policy.
+    """Pairs of each source by its share, but at least the share `least` of all pairs from on-policy sources.
 
-    Sums to `pairs`; `least` is not met only if no source is on-policy.
+    They sum to `pairs`. Only if no source is on-policy is `least` not met.
     """
     inside = sum(share for share, on in zip(shares, on_policy) if on)
+    # 1e-9: 0.6 * 1000 is 600.0000000001 or so, which must not become 601.
     wanted = max(math.ceil(least * pairs - 1e-9), round(pairs * inside / sum(shares))) if inside else 0
-    parts = {True: wanted, False: pairs - wanted}
     counts = [0] * len(shares)
-    for on, total in parts.items():
-        rows = [i for i, o in enumerate(on_policy) if o == on]
-        for i, count in zip(rows, largest_remainder(total, [shares[i] for i in rows])):
+    for on, total in ((True, wanted), (False, pairs - wanted)):
+        sources = [i for i, flag in enumerate(on_policy) if flag == on]
+        parts = largest_remainder(total, [shares[i] for i in sources])
+        for i, count in zip(sources, parts):
             counts[i] = count
     return counts
 
 
 def largest_remainder(total: int, shares: Sequence[float]) -> list[int]:
-    """`total` in whole numbers as near to the shares as can be; ties go to the first."""
+    """`total` divided into whole numbers by the shares, with the largest-remainder method; ties go to the first."""
     exact = [total * share / sum(shares) for share in shares]
     counts = [math.floor(number) for number in exact]
     order = sorted(range(len(shares)), key=lambda i: counts[i] - exact[i])

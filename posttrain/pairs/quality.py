@@ -1,12 +1,12 @@
-"""How good a set of pairs should be: quality.json, the same in words, and a picture of some pairs.
+"""The report on a set of pairs: quality.json, the same in words, and an image of some pairs.
 
     quality.json   {pairs, candidates, on_policy_share, dropped, sources: {name: {pairs, share, on_policy, candidates,
                    dropped, agreement, distance, margin}}, margin_edges, scores, prompts}
-    pairs.png      pairs from all over the set, the chosen picture on the left
+    pairs.png      pairs from the whole set, the chosen image on the left
 
-Everything comes from the journal, so it is the same however often a run was stopped. Agreement is whether a reward puts
-the chosen picture higher, over all candidates whose pair is known, those that were dropped too; rewards that are held
-out are measured as well. Where rewards rank a group, those that decide agree with the order they made.
+Everything comes from the journal, so it does not depend on how often a run was stopped. Agreement is whether a reward
+puts the chosen image higher, over all candidates with a known order, dropped ones and held-out rewards included. Where
+rewards rank a group, those that decide of course agree with their own order.
 """
 
 from __future__ import annotations
@@ -29,102 +29,128 @@ from posttrain.runs.progress import grid_image
 from posttrain.training.advantages import FLAT
 
 EDGES = [round(-1 + 0.1 * i, 1) for i in range(21)]
-"""Of the margins' histogram; what lies beyond the ends counts in the last bins."""
+"""Edges of the histogram of margins. Values beyond the ends count in the first and last bin."""
 SHOWN = 24
 """Pairs in pairs.png."""
 LARGEST = 256
-"""Pixels of their longer side there."""
+"""Pixels of the longer side of an image in pairs.png."""
 
 
 def quality(config: PairsConfig, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The report, from the journal's lines."""
+    """The report, from the lines of the journal."""
     total = sum(planning.kept(entry) for entry in entries)
-    sources = {}
+    sources: dict[str, dict[str, Any]] = {}
+    inside = 0
     for source in config.sources:
         own = [entry for entry in entries if entry["source"] == source.name]
         sources[source.name] = _source(own, total) | {"on_policy": planning.on_policy(config, source)}
-    inside = sum(figures["pairs"] for figures in sources.values() if figures["on_policy"])
-    places = [p for entry in entries for p, fate in zip(entry["prompts"], entry["fates"]) if fate == KEPT]
+        if sources[source.name]["on_policy"]:
+            inside += sources[source.name]["pairs"]
+    pairs_of_prompt: Counter[int] = Counter()
+    candidates = cut = 0
+    for entry in entries:
+        kept = zip(entry["prompts"], entry["fates"])
+        pairs_of_prompt.update(prompt for prompt, fate in kept if fate == KEPT)
+        candidates += len(entry["fates"])
+        cut += entry["cut"]
     return {
         "pairs": total,
-        "candidates": sum(len(entry["fates"]) for entry in entries),
+        "candidates": candidates,
         "on_policy_share": inside / total if total else None,
         "dropped": _dropped(entries),
         "sources": sources,
         "margin_edges": EDGES,
-        "scores": _missing(config, entries),
+        "scores": _scores(config, entries),
         "prompts": {
-            "used": len(set(places)),
-            "most_pairs": max(Counter(places).values(), default=0),
-            "cut": sum(entry["cut"] for entry in entries),
+            "used": len(pairs_of_prompt),
+            "most_pairs": max(pairs_of_prompt.values(), default=0),
+            "cut": cut,
         },
     }
 
 
 def _source(entries: Sequence[dict[str, Any]], total: int) -> dict[str, Any]:
-    pairs = sum(planning.kept(entry) for entry in entries)
-    fates = [fate for entry in entries for fate in entry["fates"]]
-    margins = [m for entry in entries for m, fate in zip(entry["margins"], entry["fates"]) if fate == KEPT]
-    known = [m for m in margins if m is not None]
-    distances = [d for entry in entries for d in entry["distances"] if d is not None]
-    counts = np.histogram(np.clip(known, EDGES[0], EDGES[-1]), EDGES)[0].tolist()
-    spread = dict(zip(("p10", "median", "p90"), np.quantile(distances, (0.1, 0.5, 0.9)).tolist() if distances else []))
+    pairs = candidates = unknown = 0
+    margins: list[float] = []
+    distances: list[float] = []
+    for entry in entries:
+        pairs += planning.kept(entry)
+        candidates += len(entry["fates"])
+        # Distances are of all candidates, margins of those that were kept.
+        distances += [distance for distance in entry["distances"] if distance is not None]
+        for margin, fate in zip(entry["margins"], entry["fates"]):
+            if fate == KEPT and margin is None:
+                unknown += 1
+            elif fate == KEPT:
+                margins.append(margin)
+    counts = np.histogram(np.clip(margins, EDGES[0], EDGES[-1]), EDGES)[0].tolist()
+    quantiles = np.quantile(distances, (0.1, 0.5, 0.9)).tolist() if distances else []
     return {
         "pairs": pairs,
         "share": pairs / total if total else None,
-        "candidates": len(fates),
+        "candidates": candidates,
         "dropped": _dropped(entries),
         "agreement": _agreement(entries),
-        "distance": spread,
-        "margin": {"counts": counts, "unknown": len(margins) - len(known)},
+        "distance": dict(zip(("p10", "median", "p90"), quantiles)),
+        "margin": {"counts": counts, "unknown": unknown},
     }
 
 
 def _dropped(entries: Iterable[dict[str, Any]]) -> dict[str, int]:
-    fates = Counter(fate for entry in entries for fate in entry["fates"])
-    return {fate: count for fate, count in sorted(fates.items()) if fate != KEPT}
+    """Candidates that make no pair, by the reason."""
+    fates: Counter[str] = Counter()
+    for entry in entries:
+        fates.update(entry["fates"])
+    del fates[KEPT]
+    return dict(sorted(fates.items()))
 
 
 def _agreement(entries: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By reward: candidates on which it agrees, disagrees, sees no difference, or has not scored both; the share that
-    agrees of those on which it sees one, for all candidates and for those that were kept."""
-    table: dict[str, dict[str, Any]] = {}
-    rows: dict[str, list[tuple[float | None, bool]]] = {}
+    """By reward: on how many candidates it agrees, disagrees, sees no difference (tie), or has not scored both images;
+    and the share of agreement where it sees a difference, of all candidates and of the kept ones."""
+    table: dict[str, Counter[str]] = {}
     for entry in entries:
-        for name, values in entry.get("differences", {}).items():
-            known = zip(values, entry["fates"], entry["distances"])
-            rows.setdefault(name, []).extend((v, fate == KEPT) for v, fate, pair in known if pair is not None)
-    for name, found in rows.items():
-        signs = [(0 if v is None or abs(v) < FLAT else (1 if v > 0 else -1), v is None, kept) for v, kept in found]
-        agree, disagree = (sum(sign == s for sign, _, _ in signs) for s in (1, -1))
-        kept_agree, kept_disagree = (sum(sign == s and kept for sign, _, kept in signs) for s in (1, -1))
-        missing = sum(m for _, m, _ in signs)
-        table[name] = {
-            "agree": agree,
-            "disagree": disagree,
-            "tie": len(signs) - agree - disagree - missing,
-            "missing": missing,
-            "share": _share(agree, disagree),
-            "share_of_kept": _share(kept_agree, kept_disagree),
-        }
-    return table
+        for name, differences in entry.get("differences", {}).items():
+            counts = table.setdefault(name, Counter())
+            for difference, fate, distance in zip(differences, entry["fates"], entry["distances"]):
+                # Without a distance there is no pair: nobody knows which image should be higher.
+                if distance is None:
+                    continue
+                outcome = _outcome(difference)
+                counts[outcome] += 1
+                if fate == KEPT:
+                    counts[f"kept {outcome}"] += 1
+    rows: dict[str, dict[str, Any]] = {}
+    for name, counts in table.items():
+        rows[name] = {outcome: counts[outcome] for outcome in ("agree", "disagree", "tie", "missing")}
+        rows[name]["share"] = _share(counts["agree"], counts["disagree"])
+        rows[name]["share_of_kept"] = _share(counts["kept agree"], counts["kept disagree"])
+    return rows
+
+
+def _outcome(difference: float | None) -> str:
+    if difference is None:
+        return "missing"
+    if abs(difference) < FLAT:
+        return "tie"
+    return "agree" if difference > 0 else "disagree"
 
 
 def _share(agree: int, disagree: int) -> float | None:
     return agree / (agree + disagree) if agree + disagree else None
 
 
-def _missing(config: PairsConfig, entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """By reward: pictures asked about, without a score, and of those the ones whose score failed."""
-    scored = [entry for entry in entries if "images" in entry]
-    return {
-        spec.name: {
-            "images": sum(entry["images"] for entry in scored),
-            "missing": sum(entry["missing"][spec.name] for entry in scored),
-            "failed": sum(entry["failed"][spec.name] for entry in scored),
-        }
-        for spec in config.rewards
-    }
+def _scores(config: PairsConfig, entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """By reward: images that it was asked about, those without a score, and those of them whose score failed."""
+    table = {spec.name: {"images": 0, "missing": 0, "failed": 0} for spec in config.rewards}
+    for entry in entries:
+        if "images" not in entry:  # a block that no reward scored
+            continue
+        for name, counts in table.items():
+            counts["images"] += entry["images"]
+            counts["missing"] += entry["missing"][name]
+            counts["failed"] += entry["failed"][name]
+    return table
 
 
 # ---- write ------------------------------------------------------------------------------------------------
@@ -142,7 +168,7 @@ def in_words(found: dict[str, Any]) -> list[str]:
     prompts = found["prompts"]
     lines = [
         f"{found['pairs']} pairs of {found['candidates']} candidates; {_percent(found['on_policy_share'])} hold a"
-        f" picture of the policy; {prompts['used']} prompts, at most {prompts['most_pairs']} pairs of one"
+        f" image of the policy; {prompts['used']} prompts, at most {prompts['most_pairs']} pairs of one"
     ]
     if prompts["cut"]:
         lines.append(f"warning: {prompts['cut']} prompts were longer than max_tokens and are cut")
@@ -162,7 +188,7 @@ def in_words(found: dict[str, Any]) -> list[str]:
             lines.append(f"    margin from      {'  '.join(bins)}")
     for name, s in found["scores"].items():
         if s["missing"]:
-            lines.append(f"{name}: {s['missing']} of {s['images']} pictures without a score, {s['failed']} failed")
+            lines.append(f"{name}: {s['missing']} of {s['images']} images without a score, {s['failed']} failed")
     return lines
 
 
@@ -175,23 +201,25 @@ def write_sheet(folder: Path) -> None:
     pairs = read_preferences(folder)
     rows = np.linspace(0, len(pairs) - 1, min(SHOWN, len(pairs))).round().astype(int)
     shown = [pair for i in rows if isinstance(pair := pairs[int(i)], Preference)]
-    height, width = (max(side) for side in zip(*(_small(pair.chosen).size[::-1] for pair in shown)))
+    sizes = [_resized(pair.chosen).size for pair in shown]
+    width, height = max(size[0] for size in sizes), max(size[1] for size in sizes)
+    # White, so that a pair of another shape is seen to be smaller; 4 pixels between the images of a pair.
     canvas = np.full((len(shown), height, 2 * width + 4, 3), 255, np.uint8)
     captions = []
     for i, pair in enumerate(shown):
         for x, image in ((0, pair.chosen), (width + 4, pair.rejected)):
-            small = np.asarray(_small(image))
+            small = np.asarray(_resized(image))
             canvas[i, : small.shape[0], x : x + small.shape[1]] = small
         margin = "" if pair.margin is None else f"{pair.margin:+.2f} "
-        ways = " > ".join(policy.rsplit("/", 1)[-1] for policy in (pair.chosen_policy, pair.rejected_policy))
-        captions.append(f"{margin}{ways}: {pair.prompt}")
+        chosen, rejected = pair.chosen_policy.rsplit("/", 1)[-1], pair.rejected_policy.rsplit("/", 1)[-1]
+        captions.append(f"{margin}{chosen} > {rejected}: {pair.prompt}")
     columns = 3
     sheet = grid_image(canvas, -(-len(shown) // columns), columns, captions)
     sheet.save(folder / "pairs.png")
 
 
-def _small(image: Image.Image) -> Image.Image:
-    """Small pictures enlarged by a whole factor to LARGEST at most, large ones reduced to it."""
+def _resized(image: Image.Image) -> Image.Image:
+    """Large images reduced to LARGEST; small ones enlarged by a whole factor, which keeps their pixels sharp."""
     side = max(image.size)
     if side > LARGEST:
         return image.resize([max(1, round(n * LARGEST / side)) for n in image.size], Image.Resampling.LANCZOS)

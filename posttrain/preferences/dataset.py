@@ -1,19 +1,19 @@
-"""The preference record: two pictures of one prompt, of which one is preferred; written in shards, read row by row.
+"""Preference sets: two images of one prompt, of which one is preferred. Written in shards, read row by row.
 
-A set of pairs is a directory of parquet files with the pictures in them as PNG, and preferences.json, which is written
-last. `datasets.load_dataset(directory)` reads it. Its columns:
+A set is a directory of parquet files, with the images in them as PNG, and of preferences.json, which is written last.
+`datasets.load_dataset(directory)` reads it. Its columns:
 
 | column | type | what it is |
 |---|---|---|
 | prompt | text | |
-| chosen, rejected | picture | the preferred one and the other, of one size |
+| chosen, rejected | image | the preferred one and the other, of one size |
 | source | text | synthetic or human |
-| chosen_policy, rejected_policy | text | which checkpoint or setting drew it |
+| chosen_policy, rejected_policy | text | the checkpoint or setting that drew it |
 | chosen_on_policy, rejected_on_policy | boolean | whether the policy that will be trained drew it |
-| margin | number or null | how much better the chosen one is, in the unit of whoever judged |
+| margin | number or null | how much better the chosen one is, in the unit of the judge |
 | share | number | share of votes for the chosen one, 0.5 to 1 |
-| seed | integer or null | of the noise |
-| id | text | a hash of prompt and pictures, the same wherever they are kept |
+| seed | integer or null | seed of the noise |
+| id | text | a hash of prompt and pixels, the same wherever they are stored |
 
     with PreferenceWriter("pairs/a", resume=True) as writer:      for pair in read_preferences("pairs/a"):
         for pair in made[writer.written :]:                           pair.prompt, pair.chosen, pair.rejected
@@ -40,8 +40,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from posttrain.errors import UserError
-from posttrain.pairs.config import ColumnMap
-from posttrain.preferences.sources import Parquet, Skipped, Tally, Tie, number, open_source, picture, preferred
+from posttrain.preferences.config import ColumnMap
+from posttrain.preferences.sources import Parquet, Skipped, Tally, Tie, number, open_source, preferred, read_image
 from posttrain.runs.files import replacing
 from posttrain.training.checkpoint import is_full
 from prompts.parse import parse_json
@@ -51,7 +51,7 @@ CARD, README = "preferences.json", "README.md"
 ROW_GROUP = 16
 """Rows that are read at once."""
 SHARD_BYTES = 2**27
-"""A shard is also full when its pictures take this much."""
+"""A shard is also full when its images take this many bytes."""
 SOURCES = ("synthetic", "human")
 FEATURES = datasets.Features(
     {
@@ -72,12 +72,12 @@ FEATURES = datasets.Features(
 OWN = ColumnMap(chosen="chosen", rejected="rejected", share="share", margin="margin")
 OPTIONAL = {"share": 1.0, "margin": None, "source": "human", "chosen_policy": "unknown", "rejected_policy": "unknown",
             "chosen_on_policy": False, "rejected_on_policy": False, "seed": None}  # fmt: skip
-"""Columns of ours that a set may lack, and what they are then."""
+"""Columns that a set may leave out, and their defaults."""
 
 
 @dataclass
 class Preference:
-    """One pair, both pictures in RGB; see the table above."""
+    """One pair, both images in RGB; see the table above."""
 
     prompt: str
     chosen: Image.Image
@@ -94,6 +94,7 @@ class Preference:
 
     def __post_init__(self) -> None:
         self.chosen, self.rejected = self.chosen.convert("RGB"), self.rejected.convert("RGB")
+        # Of pixels, not of files: another compression is the same pair.
         digest = hashlib.blake2b(self.prompt.encode(), digest_size=16)
         for image in (self.chosen, self.rejected):
             digest.update(repr(image.size).encode() + image.tobytes())
@@ -104,25 +105,26 @@ class Preference:
 
 
 def row_of(pair: Preference) -> dict[str, Any]:
-    """A pair as a row of a set, its images as PNG. Raises ValueError for what is no pair."""
+    """A pair as a row of a set, with its images as PNG. Raises ValueError for an invalid pair."""
     if problem := _problem(pair):
         raise ValueError(f"{pair.prompt!r}: {problem}")
     row = {name: getattr(pair, name) for name in FEATURES}
-    return row | {name: {"bytes": _png(row[name]), "path": None} for name in ("chosen", "rejected")}
+    for name in ("chosen", "rejected"):
+        row[name] = {"bytes": _png(row[name]), "path": None}
+    return row
 
 
 class PreferenceWriter:
-    """Writes a set in whole shards, so that a writer that was killed can go on after `written` pairs.
+    """Writes a set in whole shards, so that a writer that was killed can resume after `written` pairs.
 
-    `card` is what preferences.json says besides the counts: anything JSON can hold, and until the end of the block
-    more can be put into it. The block's end writes it; after an exception, what is in no shard yet is lost, and the
-    set is unfinished.
+    `card` is added to preferences.json: anything that JSON can hold. It may grow until the end of the `with` block,
+    which writes it. After an exception, pairs that are in no shard yet are lost, and the set stays unfinished.
     """
 
     def __init__(
         self, path: str | Path, resume: bool = False, rows: int = 256, card: Mapping[str, Any] | None = None
     ) -> None:
-        """`rows` of a shard at most. Raises UserError if there is a set and `resume` is off, or it is finished."""
+        """`rows` is the most of a shard. Raises UserError for a finished set, and without `resume` for any other."""
         self.path, self.rows, self.card = Path(path), rows, dict(card or {})
         if (self.path / CARD).exists():
             raise UserError(f"{self.path}: holds a finished set of pairs; choose another directory")
@@ -134,7 +136,7 @@ class PreferenceWriter:
             left_over.unlink()
         if any(self.path.iterdir()) and not resume:
             raise UserError(f"{self.path}: is not empty; go on with what is there, or choose another directory")
-        self._held: list[dict[str, Any]] = []
+        self._pending: list[dict[str, Any]] = []
         self._bytes = 0
         self._shards = _shards(self.path)
 
@@ -147,21 +149,21 @@ class PreferenceWriter:
         self.add_row(row_of(pair))
 
     def add_row(self, row: dict[str, Any]) -> None:
-        """Adds what `row_of` gave, here or in another process."""
-        self._bytes += sum(len(row[name]["bytes"]) for name in ("chosen", "rejected"))
-        self._held.append(row)
-        if len(self._held) >= self.rows or self._bytes >= SHARD_BYTES:
+        """Adds a row of `row_of`, which may come from another process."""
+        self._bytes += len(row["chosen"]["bytes"]) + len(row["rejected"]["bytes"])
+        self._pending.append(row)
+        if len(self._pending) >= self.rows or self._bytes >= SHARD_BYTES:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is held as a shard."""
-        if not self._held:
+        """Writes the pending rows as a shard."""
+        if not self._pending:
             return
         name = f"shard-{len(self._shards):05d}.parquet"
-        table = pa.Table.from_pylist(self._held, schema=FEATURES.arrow_schema)
+        table = pa.Table.from_pylist(self._pending, schema=FEATURES.arrow_schema)
         _replace(self.path / name, lambda file: pq.write_table(table, file, row_group_size=ROW_GROUP))
-        self._shards[name] = len(self._held)
-        self._held, self._bytes = [], 0
+        self._shards[name] = len(self._pending)
+        self._pending, self._bytes = [], 0
 
     def __enter__(self) -> PreferenceWriter:
         return self
@@ -170,6 +172,7 @@ class PreferenceWriter:
         if kind is not None:
             return
         self.flush()
+        # Counted from the files, since an earlier writer may have written some of them.
         digest, sources, on_policy = hashlib.sha256(), Counter(), 0
         names = ["id", "share", "source", "chosen_on_policy", "rejected_on_policy"]
         for shard in self._shards:
@@ -182,6 +185,7 @@ class PreferenceWriter:
         card = json.dumps({**self.card, "version": VERSION, **counts, **files}, indent=1, ensure_ascii=False)
         readme = '---\nconfigs:\n- config_name: default\n  data_files: "*.parquet"\n---\n'
         _replace(self.path / README, lambda file: file.write(f"{readme}{self.written} preference pairs.\n".encode()))
+        # Last: a set with a card is finished.
         _replace(self.path / CARD, lambda file: file.write(f"{card}\n".encode()))
 
 
@@ -189,12 +193,12 @@ class PreferenceWriter:
 
 
 class Preferences:
-    """The rows of a set, each read when it is asked for."""
+    """The rows of a set, read one at a time."""
 
     def __init__(self, path: str, columns: ColumnMap | None, max_bad: float) -> None:
         self.path, self.max_bad = path, max_bad
         self.card: dict[str, Any] = {}
-        """preferences.json, where the set is one of ours."""
+        """preferences.json, if the set was written by PreferenceWriter."""
         self._columns = columns or OWN
         self._own = columns is None
         if os.path.isfile(Path(path) / CARD):
@@ -210,24 +214,24 @@ class Preferences:
         self._check_columns()
 
     def __len__(self) -> int:
-        """Rows, the bad ones too."""
+        """Number of rows, bad ones included."""
         return len(self._source)
 
     def __getitem__(self, i: int) -> Preference | Skipped:
-        """Row i of 0 .. len - 1: a pair, or why it is none."""
+        """Row i of 0 .. len - 1: a pair, or why it is skipped."""
         try:
             return self._pair(self._source[i])
         except Tie:
-            return Skipped(self._source.name(i), "neither picture is preferred", tie=True)
+            return Skipped(self._source.name(i), "neither image is preferred", tie=True)
         except ValueError as error:
             return Skipped(self._source.name(i), str(error))
 
     def name(self, i: int) -> str:
-        """Where row i is, for messages."""
+        """The place of row i, for messages."""
         return self._source.name(i)
 
     def __iter__(self) -> Iterator[Preference]:
-        """The pairs in their order. Raises UserError when more than the share max_bad of all rows is bad."""
+        """All pairs in order. Raises UserError if more than the share max_bad of all rows are bad."""
         tally = self.tally()
         for i in range(len(self)):
             row = self[i]
@@ -242,15 +246,19 @@ class Preferences:
     def fingerprint(self) -> str:
         """Changes when the set or the column map does."""
         c = self._columns
-        pictures = [name for name in (c.chosen, c.rejected, c.first, c.second, c.pair) if name is not None]
-        return hashlib.sha256(f"{self._source.fingerprint(pictures)} {c!r} {self._own}".encode()).hexdigest()
+        images = [name for name in (c.chosen, c.rejected, c.first, c.second, c.pair) if name is not None]
+        return hashlib.sha256(f"{self._source.fingerprint(images)} {c!r} {self._own}".encode()).hexdigest()
 
     def _check_columns(self) -> None:
         c = self._columns
-        given = [(c.chosen, c.rejected), (c.first, c.second), (c.pair,)]
-        kinds = [any(name is not None for name in names) for names in given]
-        whole = [c.chosen and c.rejected, c.first and c.second and c.label, c.pair and c.label]
-        if sum(kinds) != 1 or not whole[kinds.index(True)]:
+        # The three ways to name the images; exactly one must be used, and completely.
+        kinds = [
+            ((c.chosen, c.rejected), c.chosen and c.rejected),
+            ((c.first, c.second), c.first and c.second and c.label),
+            ((c.pair,), c.pair and c.label),
+        ]
+        used = [complete for names, complete in kinds if any(name is not None for name in names)]
+        if len(used) != 1 or not used[0]:
             raise UserError("columns: name chosen and rejected; or first, second and label; or pair and label")
         known = self._source.columns
         for key, name in asdict(c).items():
@@ -258,7 +266,7 @@ class Preferences:
                 raise UserError(f"columns.{key}: '{name}' is no column of {self.path}; it has: {', '.join(known)}")
 
     def _pair(self, row: Mapping[str, Any]) -> Preference:
-        """Raises ValueError with the reason for a bad row."""
+        """The pair of a row. Raises ValueError with the reason for a bad row, and Tie if neither image is preferred."""
         c = self._columns
         prompt = row.get(c.prompt)
         if not isinstance(prompt, str) or not prompt.strip():
@@ -273,7 +281,7 @@ class Preferences:
             if c.pair:
                 both = row.get(c.pair)
                 if not isinstance(both, list) or len(both) != 2:
-                    raise ValueError(f"{c.pair}: is not a list of two pictures")
+                    raise ValueError(f"{c.pair}: is not a list of two images")
                 names, values = (f"{c.pair}[0]", f"{c.pair}[1]"), (both[0], both[1])
             else:
                 assert c.first and c.second
@@ -284,9 +292,13 @@ class Preferences:
         if other["share"] == 0.5:
             raise Tie
         if self._own:
-            other |= {name: row[name] for name in OPTIONAL if row.get(name) is not None and name not in other}
+            for name in OPTIONAL:
+                if row.get(name) is not None:
+                    other.setdefault(name, row[name])
             other["source"] = row.get("source") or OPTIONAL["source"]
-        chosen, rejected = (picture(n, v, self._source.folder) for n, v in zip(names, values))
+        # Images last: decoding them takes longer than all other checks.
+        chosen = read_image(names[0], values[0], self._source.folder)
+        rejected = read_image(names[1], values[1], self._source.folder)
         pair = Preference(prompt, chosen, rejected, **other)
         if problem := _problem(pair):
             raise ValueError(problem)
@@ -294,21 +306,21 @@ class Preferences:
 
 
 def read_preferences(path: str | Path, columns: ColumnMap | None = None, max_bad: float = 0.01) -> Preferences:
-    """A set of pairs: a directory of ours, JSONL with paths of pictures (which count from its directory), a parquet
-    file or a directory of them, a directory of `save_to_disk`, or hf:NAME[:SPLIT].
+    """Opens a set of pairs: a directory of PreferenceWriter, JSONL with paths of images (relative to its directory), a
+    parquet file or a directory of them, a directory of `save_to_disk`, or hf:NAME[:SPLIT].
 
-    Without `columns`, the columns are those of the table above, of which prompt, chosen and rejected must be there.
-    A row is bad if a picture is missing, cut off or empty, if the two are the same or differ in size, if the prompt is
-    empty, or if a field holds what it may not; one in which neither is preferred is a tie. Both are skipped; more bad
-    rows than the share `max_bad` of all raise UserError, with the first ones and their reasons.
+    Without `columns`, the columns are those of the table above; prompt, chosen and rejected are required. A row is bad
+    if an image is missing, cut off or empty, if the images are the same or differ in size, if the prompt is empty, or
+    if a field has an invalid value. A row in which neither image is preferred is a tie. Both are skipped; if more than
+    the share `max_bad` of all rows are bad, UserError names the first ones and their reasons.
 
-    Raises UserError for a path that is missing or unfinished, and for a column that is not there.
+    Raises UserError for a missing or unfinished set, and for a missing column.
     """
     return Preferences(str(path), columns, max_bad)
 
 
 def _problem(pair: Preference) -> str | None:
-    """What is wrong with a pair whose pictures could be read."""
+    """What is wrong with a pair whose images could be read; None: nothing."""
     if not pair.prompt.strip():
         return "prompt: is empty"
     if pair.source not in SOURCES:
@@ -325,9 +337,9 @@ def _problem(pair: Preference) -> str | None:
         return f"seed: is {pair.seed!r}, no integer"
     a, b = pair.chosen.size, pair.rejected.size
     if a != b:
-        return f"the pictures differ in size: {a[0]}x{a[1]} and {b[0]}x{b[1]}"
+        return f"the images differ in size: {a[0]}x{a[1]} and {b[0]}x{b[1]}"
     if pair.chosen.tobytes() == pair.rejected.tobytes():
-        return "the pictures are the same"
+        return "the images are the same"
     return None
 
 

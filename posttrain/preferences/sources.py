@@ -1,8 +1,8 @@
-"""Where pairs are read from: JSONL, parquet files, a dataset; the fields of their rows, and rows that are no pairs.
+"""Sources of preference pairs: JSONL, parquet files, a dataset; reading the fields of a row, and counting bad rows.
 
-Rows are had by number; none is held in memory. Each source has `len`, `source[i]` (a row as a dict; ValueError says
-why it cannot be had), `name(i)` for messages, `columns`, `folder`, which paths of pictures count from, and
-`fingerprint`, which another content changes; of files it takes names, sizes and times of change.
+Rows are read by number, and none stays in memory. Each source has `len`, `source[i]` (a row as a dict; ValueError with
+the reason if it cannot be read), `name(i)` for messages, `columns`, `folder`, to which paths of images are relative,
+and `fingerprint`, which changes with the content; of files it hashes names, sizes and modification times.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import bisect
 import hashlib
 import io
-import itertools
 import math
 import os
 from array import array
@@ -26,15 +25,16 @@ from datasets.exceptions import DatasetsError
 from PIL import Image, UnidentifiedImageError
 
 from posttrain.errors import UserError
-from posttrain.pairs.config import ColumnMap
+from posttrain.preferences.config import ColumnMap
 from prompts.parse import parse_json
 
 
 class JsonLines:
-    """One object a line; pictures are paths."""
+    """One object a line; images are paths."""
 
     def __init__(self, path: Path):
         self.path, self.folder = path, path.parent
+        # Where each row begins in the file, and its line number: 16 bytes a row, so millions of rows fit.
         self._starts, self._lines = array("q"), array("q")
         place = 0
         with path.open("rb") as file:
@@ -63,65 +63,73 @@ class JsonLines:
     def name(self, i: int) -> str:
         return f"{self.path}:{self._lines[i]}"
 
-    def fingerprint(self, pictures: Sequence[str]) -> str:
-        """Of the file and of the files that the columns `pictures` name."""
+    def fingerprint(self, images: Sequence[str]) -> str:
+        """Of the file and of the files that the columns `images` name."""
         digest = hashlib.sha256(_stamp([self.path]).encode())
         for i in range(len(self)):
             try:
                 row = self[i]
             except ValueError:
                 continue
-            values = [v for name in pictures for v in _flat(row.get(name)) if isinstance(v, str)]
-            files = [self.folder / v for v in values]
+            files: list[Path] = []
+            for name in images:
+                value = row.get(name)
+                paths = value if isinstance(value, list) else [value]
+                files += [self.folder / path for path in paths if isinstance(path, str)]
             digest.update(_stamp([file for file in files if os.path.isfile(file)]).encode())
         return digest.hexdigest()
 
 
 class Parquet:
-    """Parquet files as one table; the row group that was read last is kept."""
+    """Parquet files as one table. The last row group that was read stays in memory."""
 
     def __init__(self, folder: Path, files: Sequence[Path], fingerprint: str | None = None):
         self.folder, self.files = folder, list(files)
-        sizes = []
-        for file in self.files:
+        self._groups: list[tuple[int, int]] = []
+        """(index of the file, index of the row group in it)"""
+        self._starts, self._firsts = [0], [0]
+        """The first row of each row group and of each file; the last entry is the number of all rows."""
+        for index, file in enumerate(self.files):
             try:
                 meta = pq.read_metadata(file)
             except (OSError, ValueError) as error:
                 raise UserError(f"{file}: is not a whole parquet file: {error}; copy or make it again") from None
-            sizes.append([meta.row_group(g).num_rows for g in range(meta.num_row_groups)])
+            for group in range(meta.num_row_groups):
+                self._groups.append((index, group))
+                self._starts.append(self._starts[-1] + meta.row_group(group).num_rows)
+            self._firsts.append(self._starts[-1])
         self.columns = pq.read_schema(self.files[0]).names
-        self._groups = [(file, g, n) for file, groups in enumerate(sizes) for g, n in enumerate(groups)]
-        self._starts = [0, *itertools.accumulate(n for _, _, n in self._groups)]
-        self._firsts = [0, *itertools.accumulate(sum(groups) for groups in sizes)]
-        self._held: tuple[int, pa.Table] | None = None
+        self._cached: tuple[int, pa.Table] | None = None
         self._fingerprint = fingerprint
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     def __getitem__(self, i: int) -> dict[str, Any]:
+        # Rows are mostly read in order, and a row group can only be read whole.
         g = bisect.bisect_right(self._starts, i) - 1
-        if self._held is None or self._held[0] != g:
-            file, group, _ = self._groups[g]
+        if self._cached is None or self._cached[0] != g:
+            file, group = self._groups[g]
             try:
-                self._held = g, pq.ParquetFile(self.files[file]).read_row_group(group)
+                self._cached = g, pq.ParquetFile(self.files[file]).read_row_group(group)
             except (OSError, ValueError) as error:
                 raise ValueError(f"cannot be read: {error}") from None
-        return self._held[1].slice(i - self._starts[g], 1).to_pylist()[0]
+        return self._cached[1].slice(i - self._starts[g], 1).to_pylist()[0]
 
     def name(self, i: int) -> str:
         file = bisect.bisect_right(self._firsts, i) - 1
         return f"{self.files[file]} row {i - self._firsts[file]}"
 
-    def fingerprint(self, pictures: Sequence[str]) -> str:
+    def fingerprint(self, images: Sequence[str]) -> str:
         return self._fingerprint or _stamp(self.files)
 
 
 class HubDataset:
-    """What the `datasets` library has loaded; pictures stay bytes until they are asked for."""
+    """A dataset that the `datasets` library has loaded."""
 
     def __init__(self, name: str, rows: datasets.Dataset):
         self._fingerprint = rows._fingerprint
+        # Images stay encoded, so that a damaged one is a bad row instead of an exception of the library.
         for column, feature in rows.features.items():
             if isinstance(feature, datasets.Image):
                 rows = rows.cast_column(column, datasets.Image(decode=False))
@@ -139,7 +147,7 @@ class HubDataset:
     def name(self, i: int) -> str:
         return f"{self._name} row {i}"
 
-    def fingerprint(self, pictures: Sequence[str]) -> str:
+    def fingerprint(self, images: Sequence[str]) -> str:
         return self._fingerprint
 
 
@@ -177,32 +185,32 @@ def open_source(path: str) -> Source:
     raise UserError(f"{path}: holds no parquet file and no dataset; give a directory of pairs")
 
 
-# ---- rows that are no pairs --------------------------------------------------------------------------------
+# ---- bad rows and ties -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A row that is no pair to learn from."""
+    """A row that is left out."""
 
     where: str
     reason: str
     tie: bool = False
-    """Nothing is wrong with it, but neither picture is preferred."""
+    """The row is valid, but neither image is preferred."""
 
 
 @dataclass
 class Tally:
-    """Rows of a set that were skipped."""
+    """Counts the rows of a set that are left out."""
 
     path: str
     rows: int
-    """Of the set."""
+    """All rows of the set."""
     max_bad: float
     bad: list[Skipped] = field(default_factory=list)
     ties: int = 0
 
     def add(self, row: Skipped) -> None:
-        """Raises UserError, with the first reasons, for one bad row too many, or if now no pair is left."""
+        """Raises UserError, with the first reasons, if there are too many bad rows, or if no pair is left."""
         if row.tie:
             self.ties += 1
         else:
@@ -218,24 +226,25 @@ class Tally:
 
     def first(self) -> str:
         """The first bad rows with their reasons."""
-        return "; ".join(f"{row.where}: {row.reason}" for row in self.bad[:3]) + ("; ..." if len(self.bad) > 3 else "")
+        reasons = [f"{row.where}: {row.reason}" for row in self.bad[:3]]
+        return "; ".join(reasons) + ("; ..." if len(self.bad) > 3 else "")
 
 
-# ---- fields of a row: each raises ValueError with the reason for a bad one ------------------------------------
+# ---- fields of a row: ValueError with the reason for a bad one ------------------------------------------------
 
 
 class Tie(Exception):
-    """Neither picture is preferred."""
+    """Neither image is preferred."""
 
 
-def picture(name: str, value: Any, folder: Path) -> Image.Image:
-    """In RGB, from a path, the bytes of a file, or {bytes, path} as `datasets` keeps it."""
+def read_image(name: str, value: Any, folder: Path) -> Image.Image:
+    """The image in RGB, from a path, the bytes of a file, or {bytes, path} as `datasets` stores it."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if value is None or value == "":
-        raise ValueError(f"{name}: no picture")
+        raise ValueError(f"{name}: no image")
     if not isinstance(value, str | bytes):
-        raise ValueError(f"{name}: is a {type(value).__name__}, neither a path nor a picture")
+        raise ValueError(f"{name}: is a {type(value).__name__}, neither a path nor an image")
     try:
         if isinstance(value, str):
             value = (folder / value).read_bytes()
@@ -244,18 +253,21 @@ def picture(name: str, value: Any, folder: Path) -> Image.Image:
     except FileNotFoundError:
         raise ValueError(f"{name}: {value} is missing") from None
     except UnidentifiedImageError:
-        raise ValueError(f"{name}: is no picture ({len(value)} bytes)") from None
+        raise ValueError(f"{name}: is no image ({len(value)} bytes)") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name}: cannot be read: {error}") from None
 
 
 def preferred(row: Mapping[str, Any], c: ColumnMap) -> float:
-    """Share of preference for the first picture, in [0, 1], by its label. Raises Tie if the labels are equal."""
+    """Share of preference for the first image, in [0, 1], from its label. Raises Tie if the labels are equal."""
     assert c.label is not None
     label = row.get(c.label)
-    both = label if isinstance(label, list) else [label, row.get(c.label_second)] if c.label_second else [label]
-    votes = [float(v) for v in both if isinstance(v, int | float) and math.isfinite(v) and v >= 0]
-    if len(votes) != len(both) or len(votes) not in (1, 2) or (len(votes) == 1 and votes[0] > 1):
+    labels = label if isinstance(label, list) else [label]
+    if c.label_second and not isinstance(label, list):
+        labels = [label, row.get(c.label_second)]
+    votes = [float(v) for v in labels if isinstance(v, int | float) and math.isfinite(v) and v >= 0]
+    # One label is a share; two are votes or scores of any size.
+    if len(votes) != len(labels) or len(votes) not in (1, 2) or (len(votes) == 1 and votes[0] > 1):
         raise ValueError(f"{c.label}: is {label!r}, no share of preference")
     if len(votes) == 1:
         return votes[0]
@@ -267,15 +279,16 @@ def preferred(row: Mapping[str, Any], c: ColumnMap) -> float:
 def number(row: Mapping[str, Any], name: str | None) -> float | None:
     """A number or null; None without a column."""
     value = None if name is None else row.get(name)
+    # In Python a bool is an int.
     if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
         raise ValueError(f"{name}: is {value!r}, no number")
     return None if value is None else float(value)
 
 
-def _flat(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
 def _stamp(files: Sequence[Path]) -> str:
-    facts = [f"{file.name} {(s := file.stat()).st_size} {s.st_mtime_ns}" for file in files]
+    """A hash of names, sizes and modification times: hashing the images of a large set would take hours."""
+    facts = []
+    for file in files:
+        status = file.stat()
+        facts.append(f"{file.name} {status.st_size} {status.st_mtime_ns}")
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()

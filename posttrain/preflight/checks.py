@@ -1,4 +1,4 @@
-"""Checks that are all made, whatever becomes of one, and the table of what they found."""
+"""Runs every check, even if one fails, and prints the table of results."""
 
 from __future__ import annotations
 
@@ -19,52 +19,53 @@ from posttrain.errors import UserError
 from posttrain.log import log
 
 WIDTH = 120
-"""Columns of the table where stdout is no terminal."""
+"""Width of the table when stdout is not a terminal."""
 
 
 @dataclass
 class Row:
     check: str
     ok: bool | None
-    """None: it could not be made."""
+    """None: the check was skipped."""
     measured: str
     remedy: str = ""
-    """Shown where it failed."""
+    """Shown if the check failed."""
 
 
 class Skip(Exception):
-    """Raised by a check that cannot be made, such as for another one's failure."""
+    """Raised by a check that cannot run, for example because another one failed."""
 
 
-def made(name: str, rows: Callable[[], Iterable[Row]], alone: bool = True) -> list[Row]:
-    """The rows of a check. What it raises is one more, a bug's with the traceback on stderr.
+def run_check(name: str, rows: Callable[[], Iterable[Row]], alone: bool = True) -> list[Row]:
+    """The rows of a check. An exception becomes a failed row; for a bug the traceback goes to stderr.
 
-    If other processes take part, a UserError has to be raised in all of them; anything else is passed on, to end them.
+    If other processes take part, a UserError must be raised in all of them. Anything else is raised again, which ends
+    all processes.
     """
-    found: list[Row] = []
+    results: list[Row] = []
     try:
         phase(name)
-        for row in rows():  # one by one: those before a failure stay
-            found.append(row)
+        for row in rows():  # one at a time: rows before a failure are kept
+            results.append(row)
     except Skip as reason:
-        found.append(Row(name, None, str(reason)))
+        results.append(Row(name, None, str(reason)))
     except UserError as error:
         if error.detail:
             print(error.detail, file=sys.stderr)
-        found.append(Row(name, False, " ".join(str(error).split())))
+        results.append(Row(name, False, " ".join(str(error).split())))
     except Exception as error:
         if not alone:
             raise
-        found.append(_broken(name, error))
-    return found
+        results.append(_failed(name, error))
+    return results
 
 
 def phase(name: str) -> None:
-    """Says the name of the check that begins now, with the seconds since the process began."""
+    """Says the name of the check that starts now, with the seconds since the process started."""
     log.info(f"{time.time() - psutil.Process().create_time():6.1f} s: {name}")
 
 
-def _broken(name: str, error: Exception) -> Row:
+def _failed(name: str, error: Exception) -> Row:
     if isinstance(error, torch.OutOfMemoryError):
         return Row(name, False, str(error).splitlines()[0], "lower micro_batch (grpo: groups.micro_batch) or sizes")
     traceback.print_exception(error)
@@ -74,6 +75,7 @@ def _broken(name: str, error: Exception) -> Row:
 def show(rows: Sequence[Row]) -> None:
     """The table on stdout."""
     failed = sum(row.ok is False for row in rows)
+    # Without a failure there is no remedy to show.
     columns = ["check", "", "measured", *(["remedy"] if failed else [])]
     title = f"{failed or 'none'} of {len(rows)} checks failed"
     table = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD)

@@ -1,4 +1,4 @@
-"""The preflight of expander gdpo: a step of TRL's trainer on a few prompts, with the code of expander_rl.py."""
+"""The preflight of expander gdpo: a step of TRL's trainer on a few prompts, with the code of expander/gdpo.py."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from posttrain.expander.policy import Policy
 from posttrain.expander.renderer import make_renderer
 from posttrain.expander.score import Scorer
 from posttrain.expander.template import messages
-from posttrain.preflight.checks import Row, Skip, made, phase
+from posttrain.preflight.checks import Row, Skip, phase, run_check
 from posttrain.preflight.common import judge_rows, memory_row
 from posttrain.runs.progress import duration
 from prompts.records import PromptRecord, read_prompts
@@ -38,11 +38,11 @@ from rewards.load import load_rewards
 from rewards.serve import serve
 
 PROMPTS = 2
-"""Prompts of the step that is made, at most."""
+"""Most prompts of the tested step."""
 
 
 def rows(config: ExpanderGDPOConfig, procs: Processes, folder: Path) -> list[Row]:
-    """Raises UserError where nothing can be checked."""
+    """Raises UserError if nothing can be checked."""
     if procs.size > 1:
         raise UserError("posttrain preflight: checks expander gdpo in one process; start it without a launcher")
     records = read_prompts(config.prompts.train)
@@ -54,6 +54,7 @@ def rows(config: ExpanderGDPOConfig, procs: Processes, folder: Path) -> list[Row
     features = Features(config.diversity.path, config.diversity.batch, str(procs.device))
     few = min(config.groups.prompts_per_step, PROMPTS)
     expansions = few * config.groups.group_size
+    # The largest micro-batch that divides the smaller step, as the recipe's own divides its step.
     micro = max(n for n in range(1, config.groups.micro_batch + 1) if expansions % n == 0)
     groups = replace(config.groups, prompts_per_step=few, micro_batch=micro)
     small = replace(config, groups=groups, output=str(folder / "run"), steps=1)
@@ -61,8 +62,8 @@ def rows(config: ExpanderGDPOConfig, procs: Processes, folder: Path) -> list[Row
     return GDPOChecks(config, small, procs, policy, renderer, features, records, folder).run()
 
 
-class _Watch(TrainerCallback):
-    """What TRL says of a step, and how long it takes."""
+class _StepTimer(TrainerCallback):
+    """Records TRL's metrics of a step, and how long it takes."""
 
     def __init__(self) -> None:
         self.logs: dict[str, float] = {}
@@ -90,20 +91,21 @@ class GDPOChecks:
         self.urls: dict[str, list[str]] = {}
         self.silent: set[str] = set()
         self.noise: dict[str, Noise] = {}
-        self.moved, self.watch = False, _Watch()
+        self.moved, self.timer = False, _StepTimer()
         self.shared: SharedRewards | None = None
 
     def run(self) -> list[Row]:
-        found: list[Row] = []
+        rows: list[Row] = []
         with contextlib.ExitStack() as servers:
-            found += made("judges", lambda: self.judges(servers))
-            found += made("step", self.step)
-        found += made("cost", self.cost)
-        found += made("export", self.export)
-        return found
+            rows += run_check("judges", lambda: self.judges(servers))
+            rows += run_check("step", self.step)
+        # Without the servers: they may share the GPU.
+        rows += run_check("cost", self.cost)
+        rows += run_check("export", self.export)
+        return rows
 
     def judges(self, servers: contextlib.ExitStack) -> Iterator[Row]:
-        """Images of the prompts as they are; each judge answers, and scores one image the same every time."""
+        """Draws the unexpanded prompts, and checks that each judge answers and scores one image the same every time."""
         self.urls = servers.enter_context(serve(self.config.servers, self.folder / "servers"))
         prompts = [record.prompt for record in self.records[:4]]
         images = [image for image in self.renderer(prompts, range(len(prompts))).images if image is not None]
@@ -113,7 +115,7 @@ class GDPOChecks:
         yield from judge_rows(rewards, images, self.records, self.silent, self.noise)
 
     def step(self) -> Iterator[Row]:
-        """Expansions are written, drawn once each, scored, and learnt from."""
+        """Runs a step: expansions are generated, drawn, scored, and trained on."""
         rewards = [spec for spec in self.small.rewards if spec.name not in self.silent]
         if not any(not spec.heldout_only for spec in rewards):
             raise Skip("no reward can be asked")
@@ -130,7 +132,7 @@ class GDPOChecks:
             processing_class=self.policy.tokenizer,
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(self.watch)
+        trainer.add_callback(self.timer)
         before = self._adapter()
         with warnings.catch_warnings():  # the libraries call each other by old names
             warnings.filterwarnings("ignore", r".*gradient_checkpointing. is deprecated", FutureWarning)
@@ -138,7 +140,7 @@ class GDPOChecks:
         scored, size = shared.scored, config.groups.group_size
         assert scored is not None
         yield from self._scores(scored, size)
-        loss, norm = self.watch.logs.get("loss", math.nan), self.watch.logs.get("grad_norm", math.nan)
+        loss, norm = self.timer.logs.get("loss", math.nan), self.timer.logs.get("grad_norm", math.nan)
         flat = all(scored.figures(size)[f"flat/{name}"] == 1.0 for name in scorer.trained)
         measured = f"loss {loss:.4g}, gradient norm {norm:.3g}"
         measured += "; no reward tells these expansions apart, so there is nothing to learn from" if flat else ""
@@ -153,16 +155,17 @@ class GDPOChecks:
             yield Row("policy moves", self.moved, f"{changed} of {len(after)} tensors changed", "raise optim.lr")
 
     def _scores(self, scored: Any, size: int) -> Iterator[Row]:
-        """One image an expansion that passes the checks, alike ones once; scores that are there and differ."""
+        """Checks expansions, images and scores. Each expansion that passes format and safety is drawn once."""
         figures = scored.figures(size)
         passed, count = int(scored.gate_N.sum()), len(scored.gate_N)
         measured = f"{passed} of {count} expansions pass format and safety"
         causes = Counter(itertools.chain(*scored.causes_N, *scored.unsafe_N))
         measured += "".join(f"; {times} fail {cause}" for cause, times in causes.most_common())
         yield Row("expansions", passed > 0, measured, "train with expander sft first, or raise generation.max_tokens")
-        there = [image for image, gate in zip(scored.images_N, scored.gate_N) if gate]
-        missing = sum(image is None for image in there)
-        measured = f"{scored.renders} images drawn for {len(there)} expansions, {missing} are missing"
+        images = [image for image, gate in zip(scored.images_N, scored.gate_N) if gate]
+        missing = sum(image is None for image in images)
+        # Equal expansions share an image, so there may be fewer renders than expansions.
+        measured = f"{scored.renders} images drawn for {len(images)} expansions, {missing} are missing"
         yield Row("one render each", missing == 0 and scored.renders <= count, measured, "see the renderer's server")
         for k, name in enumerate(scored.names):
             valid, flat = int(scored.valid_NK[:, k].sum()), figures[f"flat/{name}"]
@@ -174,31 +177,32 @@ class GDPOChecks:
             yield Row(f"scores of {name}", valid > 0, measured + reasons, "mend the reward: it gave no score")
 
     def cost(self) -> Iterator[Row]:
-        """Of a step of the recipe, and of the run without its evaluations."""
+        """Time of a step of the recipe and of the run."""
         yield memory_row("groups.micro_batch or renderer.micro_batch")
-        if self.shared is None or not self.watch.ended:
+        if self.shared is None or not self.timer.ended:
             yield Row("run", None, "how long a step takes is not known")
             return
         assert self.shared.scored is not None
         scale = self.config.groups.prompts_per_step / self.small.groups.prompts_per_step
         parts = {
-            "generate": self.shared.called - self.watch.began, **self.shared.scored.seconds,
-            "train": self.watch.ended - self.shared.returned,
+            "generate": self.shared.called - self.timer.began, **self.shared.scored.seconds,
+            "train": self.timer.ended - self.shared.returned,
         }  # fmt: skip
         step = scale * sum(parts.values())
         split = ", ".join(f"{name} {scale * seconds:.1f}" for name, seconds in parts.items())
         images = self.config.groups.prompts_per_step * self.config.groups.group_size
         yield Row("step", True, f"{step:.1f} s for {images} expansions in one process ({split})")
-        held = self.config.eval.prompts * self.config.eval.group_size
+        heldout = self.config.eval.prompts * self.config.eval.group_size
         every = self.config.eval.every
         evaluations = 1 + (math.ceil(self.config.steps / every) if every else 1)
-        evaluation = (step - scale * parts["train"]) * held / images
+        # An evaluation is a step without training.
+        evaluation = (step - scale * parts["train"]) * heldout / images
         total = duration(self.config.steps * step + evaluations * evaluation)
-        told = f"{self.config.steps} steps and {evaluations} evaluations of {evaluation:.1f} s"
-        yield Row("run", True, f"about {total} in one process: {told}")
+        split = f"{self.config.steps} steps and {evaluations} evaluations of {evaluation:.1f} s"
+        yield Row("run", True, f"about {total} in one process: {split}")
 
     def export(self) -> Iterator[Row]:
-        """The adapter, saved and loaded again beside itself, answers with the same logits."""
+        """Checks that the saved adapter, loaded beside the trained one, gives the same logits."""
         if not self.moved:
             raise Skip("the policy has not moved")
         with tempfile.TemporaryDirectory(dir=self.folder) as saved:
@@ -230,6 +234,6 @@ class GDPOChecks:
         return logits
 
     def _adapter(self) -> dict[str, torch.Tensor]:
-        """Copies of the factors that are trained, or can be: B's, since A's have no gradient while these are 0."""
+        """Copies of the B factors. The A factors have no gradient while B is 0."""
         state = get_peft_model_state_dict(self.policy.model)
         return {name: value.detach().cpu().clone() for name, value in state.items() if ".lora_B." in name}

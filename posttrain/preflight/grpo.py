@@ -1,6 +1,6 @@
-"""The preflight of grpo: a step of some groups, drawn, scored and learnt from with the code of grpo.py.
+"""The preflight of grpo: a step of a few groups, drawn, scored and trained on with the code of grpo/train.py.
 
-In the update +1 and -1 stand in for the advantages, so that its results do not depend on the rewards.
+The update uses +1 and -1 as advantages, so its results do not depend on the rewards.
 
 Legend: P groups, G images of a group, K rewards, N = P G images.
 """
@@ -30,6 +30,7 @@ from posttrain.model.k2 import K2
 from posttrain.preflight.checks import Row, Skip, phase
 from posttrain.preflight.common import Checks
 from posttrain.training import advantages
+from posttrain.training.evaluate import gather_scores
 from posttrain.training.policy import add_policy, load_model
 from posttrain.training.prompt_source import PromptSource
 from posttrain.training.stepper import RATIO_REMEDY
@@ -40,11 +41,11 @@ from rewards.gates import apply_gates
 from rewards.load import load_rewards
 
 GROUPS = 2
-"""Groups of a process that are drawn, at most."""
+"""Most groups that a process draws."""
 
 
 def rows(config: GRPOConfig, procs: Processes, folder: Path) -> list[Row]:
-    """Raises UserError where nothing can be checked."""
+    """Raises UserError if nothing can be checked."""
     source, heldout = PromptSource(config, read_prompts(config.prompts.train)), read_prompts(config.prompts.heldout)
     load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})
     phase("the model is read")
@@ -103,24 +104,27 @@ class GRPOChecks(Checks):
         return self.rows
 
     def _scaled(self, seconds: float) -> float:
-        """Of a part of the step as the recipe has it, from that of the groups drawn here."""
+        """Seconds of a part of the recipe's step, from those of the groups drawn here."""
         return seconds * self.whole / self.config.groups.prompts_per_step
 
     # ---- a step's images and scores -----------------------------------------------------------------------
 
     def sample(self, queue: Kept) -> Iterator[Row]:
-        """No image of the step is another one's double, whichever process, prompt and seed they are of."""
+        """Checks that no two images of the step are equal, over all processes, prompts and seeds."""
         self.warm_up()
         began = time.perf_counter()
         self.groups = grpo.sample(
             self.k2, self.config, 1, self.source, queue, self.procs, self.config.groups.micro_batch
         )
         self.seconds["sample"] = self._scaled(time.perf_counter() - began)
-        places = [f"image {j} of group {g.index}" for g in self.groups for j in range(self.config.groups.group_size)]
-        mine = [(hashlib.sha256(i.tobytes()).digest(), place) for i, place in zip(queue.images, places, strict=True)]
+        # Hashes and not images are exchanged: a step's images may be gigabytes.
+        hashes = [hashlib.sha256(image.tobytes()).digest() for image in queue.images]
+        places: list[str] = []
+        for group in self.groups:
+            places += [f"image {j} of group {group.index}" for j in range(self.config.groups.group_size)]
         seen: dict[bytes, str] = {}
         doubles = []
-        for hashed, place in itertools.chain(*self.procs.all_gather(mine)):
+        for hashed, place in itertools.chain(*self.procs.all_gather(list(zip(hashes, places, strict=True)))):
             if seen.setdefault(hashed, place) != place:
                 doubles.append(f"; {place} is {seen[hashed]}")
         measured = f"{len(seen)} of {len(seen) + len(doubles)} images are different" + "".join(doubles[:1])
@@ -129,7 +133,7 @@ class GRPOChecks(Checks):
         yield Row("images differ", not doubles, measured, remedy)
 
     def score(self, queue: Kept) -> Iterator[Row]:
-        """Few enough scores are missing because they failed, and an adaptive pool can do with those that are not."""
+        """Checks that few enough scores failed, and that the prompt pool can be updated with the others."""
         if not self.config.rewards:
             raise Skip("no reward can be asked")
         self._sampled()
@@ -140,11 +144,12 @@ class GRPOChecks(Checks):
         except UserError as raised:
             error = str(raised)
         remedy = "mend the reward: too many failures stop a run"
+        # All processes have to know of an error: the others would wait in the next exchange.
         if errors := [error for error in self.procs.all_gather(error) if error]:
             yield Row("missing scores", False, errors[0], remedy)
             return
         places = [group.index for group in self.groups]
-        scores = self.procs.gather_scores(mine, self.config.groups.group_size, places)
+        scores = gather_scores(self.procs, mine, self.config.groups.group_size, places)
         grpo.score(self.config, scores, self.noise)
         if not self.silent:
             self.source.update(1, apply_gates(scores, self.config.rewards, self.noise))
@@ -158,10 +163,11 @@ class GRPOChecks(Checks):
         yield Row("missing scores", not over, measured + reasons, remedy)
 
     def spread(self) -> Iterator[Row]:
-        """Each reward tells the images of some group apart, after the gates."""
+        """Checks that each reward, after the gates, distinguishes the images of at least one group."""
         gated = apply_gates(self._scored(), self.config.rewards, self.noise)
         shape = (-1, self.config.groups.group_size, len(gated.names))
-        values_PGK, valid_PGK = (torch.from_numpy(table).view(*shape) for table in (gated.values_NK, gated.valid_NK))
+        values_PGK = torch.from_numpy(gated.values_NK).view(*shape)
+        valid_PGK = torch.from_numpy(gated.valid_NK).view(*shape)
         flat_PK = advantages.flat(values_PGK, valid_PGK, torch.from_numpy(gated.floor_K))
         several_PK = valid_PGK.sum(1) > 1
         remedy = "it teaches nothing: see that it looks at the image, or give prompts of other difficulty"
@@ -176,7 +182,7 @@ class GRPOChecks(Checks):
             yield Row(f"spread of {name}", flat < len(stds), measured, remedy)
 
     def planted(self) -> Iterator[Row]:
-        """An image whose score fails gets nothing from that reward, and the others are compared without it."""
+        """Checks that an image whose score fails has no advantage, and that the others are compared without it."""
         names, size = [], self.config.groups.group_size
         for k, spec in enumerate(self.config.rewards):
             values_N, valid_N = self._scored().values_NK[:, k].tolist(), self._scored().valid_NK[:, k].tolist()
@@ -186,6 +192,7 @@ class GRPOChecks(Checks):
             lost = valid_N.index(True)
             known: list[Score] = [value if valid else None for value, valid in zip(values_N, valid_N)]
             known[lost] = Failure("planted by the preflight")
+            # The scores are calibrated already, and one failure of a few images must not stop the check.
             plain = replace(spec, scale=1.0, offset=0.0, weight=1.0, group=False, max_failures=1.0)
             stand_in = Reward(plain, lambda images, prompts, known=known: known, set(), False)
             blank = [Image.new("RGB", (1, 1))] * len(known)
@@ -213,7 +220,7 @@ class GRPOChecks(Checks):
         yield self._gradient("policy gradient", self._signs(), 0.0)
 
     def kl_gradient(self) -> Iterator[Row]:
-        """Taken after the update: at the reference it is 0."""
+        """Runs after the update: at the reference the gradient is 0."""
         if self.config.loss.kl == 0:
             raise Skip("loss.kl is 0")
         if not self.moved:
@@ -221,7 +228,7 @@ class GRPOChecks(Checks):
         yield self._gradient("KL gradient", 0 * self._signs(), self.config.loss.kl)
 
     def _gradient(self, name: str, advantages_G: Tensor, kl: float) -> Row:
-        """Of one term of the loss, over a micro-batch of one step of one group."""
+        """The gradient of one term of the loss, over a micro-batch of one step of one group."""
         group = self._sampled()[0]
         few, move = self.config.groups.micro_batch, group.trajectory.transitions[0]
         part = replace(
@@ -237,7 +244,7 @@ class GRPOChecks(Checks):
         return Row(name, 0 < norm < math.inf, f"norm {norm:.3g} over {len(part.x)} images", remedy)
 
     def update(self) -> Iterator[Row]:
-        """The policy that trains is the one that sampled; an update moves it, and the reference not at all."""
+        """Checks that the training policy equals the sampling policy, and that an update changes only the policy."""
         self._sampled()
         signs_PG = self._signs().expand(self.config.groups.prompts_per_step, -1)
         before = self._velocities()
@@ -255,7 +262,7 @@ class GRPOChecks(Checks):
         yield self.policy_moves(before, self._velocities())
 
     def _velocities(self) -> dict[str | None, Tensor]:
-        """Of an image at a stochastic step."""
+        """The velocities of an image at a stochastic step."""
         if not self.groups:
             return {}
         group = self.groups[0]

@@ -1,4 +1,5 @@
-"""The preflight of pairs: some candidates of each source, drawn, scored and decided on with the code of pairs.py."""
+"""The preflight of pairs: a few candidates of each source, drawn, scored and selected with the code of
+pairs/make.py."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from posttrain.pairs.config import PairsConfig
 from posttrain.pairs.draw import Cost, Drawer
 from posttrain.pairs.planning import Block, Plan
 from posttrain.pairs.select import KEPT
-from posttrain.preflight.checks import Row, made, phase
+from posttrain.preflight.checks import Row, phase, run_check
 from posttrain.preflight.common import judge_rows, memory_row
 from posttrain.runs.progress import duration
 from prompts.records import read_prompts
@@ -28,13 +29,13 @@ from rewards.load import load_rewards
 from rewards.serve import serve
 
 CANDIDATES = 4
-"""Of a source that are drawn, at most."""
+"""Most candidates that are drawn of a source."""
 STEPS = 8
-"""Steps they are drawn in, where the recipe's number holds, at most."""
+"""Most steps they are drawn in, where a source uses the recipe's number."""
 
 
 def rows(config: PairsConfig, procs: Processes, folder: Path) -> list[Row]:
-    """Raises UserError where nothing can be checked."""
+    """Raises UserError if nothing can be checked."""
     records = read_prompts(config.prompts)
     load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})
     phase("the model and its checkpoints are read")
@@ -47,27 +48,27 @@ class PairsChecks:
         self.config, self.few, self.drawer, self.records, self.folder = config, few, drawer, records, folder
         self.cost = Cost()
         self.rates: list[float] = []
-        """Share of the candidates that were kept, of each source that was drawn."""
+        """Share of the candidates that were kept, for each source that was drawn."""
         self.silent: set[str] = set()
         self.urls: dict[str, list[str]] | None = None
 
     def run(self) -> list[Row]:
-        found: list[Row] = []
-        phase("what is compiled is compiled")
+        rows: list[Row] = []
+        phase("the network is compiled")
         self.drawer.warm_up()
         with contextlib.ExitStack() as servers:
-            found += made("judges", lambda: self.judges(servers))
+            rows += run_check("judges", lambda: self.judges(servers))
             specs = [] if self.urls is None else [r for r in self.config.rewards if r.name not in self.silent]
             self.few = replace(self.few, rewards=specs)
             with contextlib.ExitStack() as stack:
                 queue = stack.enter_context(ScoreQueue(load_rewards(specs, self.urls))) if specs else None
                 for index, source in enumerate(self.few.sources):
-                    found += made(f"source {source.name}", lambda index=index: self.source(index, queue))
-        found += made("cost", self.time)
-        return found
+                    rows += run_check(f"source {source.name}", lambda index=index: self.source(index, queue))
+        rows += run_check("cost", self.time)
+        return rows
 
     def judges(self, servers: contextlib.ExitStack) -> Iterator[Row]:
-        """Each judge answers, and gives an image the same score whenever it is asked."""
+        """Checks that each judge answers and scores one image the same every time."""
         self.urls = servers.enter_context(serve(self.config.servers, self.folder / "servers"))
         images: list = []
         prompts = [record.prompt for record in self.records[:CANDIDATES]]
@@ -79,15 +80,16 @@ class PairsChecks:
         yield from judge_rows(rewards, images, self.records, self.silent)
 
     def source(self, index: int, queue: ScoreQueue | None) -> Iterator[Row]:
-        """The two images of a candidate differ, and where rewards rank them, they tell them apart."""
+        """Checks that the images of a candidate differ and, if rewards rank them, that their scores differ."""
         source, size = self.few.sources[index], (self.few.sizes[0][0], self.few.sizes[0][1])
         block = Block(0, index, 0, self.few.block, size)
         drawn = make.begin_block(self.few, Plan(self.few), self.drawer, queue, self.records, block)()
         self.cost.add(drawn.cost)
-        fates, distances = Counter(drawn.entry["fates"]), [d for d in drawn.entry["distances"] if d is not None]
+        fates = Counter(drawn.entry["fates"])
+        distances = [d for d in drawn.entry["distances"] if d is not None]
         self.rates.append(fates[KEPT] / block.count)
-        told = ", ".join(f"{count} {fate}" for fate, count in fates.most_common())
-        measured = f"of {block.count} candidates: {told}"
+        counts = ", ".join(f"{count} {fate}" for fate, count in fates.most_common())
+        measured = f"of {block.count} candidates: {counts}"
         if distances:
             measured += f"; distance of the two images {np.mean(distances):.3f} on average"
         margins = [margin for margin in drawn.entry["margins"] if margin is not None]
@@ -95,12 +97,13 @@ class PairsChecks:
             above = sum(margin > 0 for margin in margins)
             measured += f"; the rewards put the chosen one higher in {above} of {len(margins)}"
         alike = fates["near-duplicate"] + fates["unscored"] == block.count
+        # Rewards that give both images the same score cannot rank them.
         blind = source.judged is not None and not any(margins)
         remedy = "its images are alike, or the rewards cannot tell them apart: change how it draws, or the rewards"
         yield Row(f"source {source.name}", not (alike or blind), measured, remedy)
 
     def time(self) -> Iterator[Row]:
-        """What the whole set takes, at this share of candidates that are kept, at least one in ten."""
+        """The time of the whole set, if the same share of candidates is kept; at least one in ten is assumed."""
         yield memory_row("micro_batch")
         unit = self.cost.unit()
         if len(self.rates) < len(self.few.sources) or "forward" not in unit:

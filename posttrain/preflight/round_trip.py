@@ -1,4 +1,4 @@
-"""The round trip of what was trained: does the stock pipeline, with the export, draw what the policy draws?"""
+"""The round trip of an export: does the stock pipeline, with the exported policy, draw what the policy draws?"""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from posttrain.training.policy import POLICY, described, earlier_of, policy_stat
 
 STEPS = 2
 EFFECT = 0.2
-"""Least distance of the exported policy's latents from where it began, as a share of them: rounding is small beside."""
+"""Least relative change of the latents that the exported policy makes, so that rounding is small beside it."""
 
 
 def round_trip(
     k2: K2, model: ModelConfig, begun: Mapping[str, Tensor], prompt: str, noise: Tensor, size: tuple[int, int],
     max_tokens: int, folder: Path,
 ) -> tuple[float, float]:  # fmt: skip
-    """How far what was trained moves the latents of an image, as a share of them, and the share of that distance by
-    which the stock pipeline misses them.
+    """How far training moves the latents of an image, relative to them, and the error of the stock pipeline relative to
+    that distance.
 
-    The policy is `begun` and has since moved; as one update may change less than rounding does in bf16, it is moved on
-    in the same direction. Where the base in memory is what lies in the files, the stock pipeline gets it, without the
-    roles, which are gone then: reading 34 GB again would take longer than all the rest. Otherwise the transformer is
-    left on the CPU, to make room for the stock one.
+    `begun` is the policy before the update. One update may change less than rounding does in bf16, so the policy is
+    moved further in the same direction. If the base in memory equals its files, the stock pipeline reuses it without
+    the roles, which are removed: reading 34 GB again would take longer than everything else. Otherwise the transformer
+    is moved to the CPU, to make room for the stock one.
     """
     text, (height, width), device = k2.text([prompt], max_tokens), size, k2.device
 
@@ -86,7 +86,7 @@ def round_trip(
 
 
 def _amplified(k2: K2, begun: Mapping[str, Tensor], draw: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """What is drawn where the policy began, and as soon as it has moved the latents by EFFECT."""
+    """The latents of the policy at its start, and of the policy moved until it changes them by EFFECT."""
     now = policy_state(k2)
 
     def go(times: float) -> Tensor:

@@ -1,7 +1,7 @@
-"""The preflight of stpo: some pairs encoded, and two updates from them with the code of stpo.py.
+"""The preflight of stpo: a few encoded pairs, and two updates with the code of stpo/train.py.
 
-The first update is that of step 1, which keeps the terms' gradients apart where the recipe asks for that; the second is
-the ordinary one, whose time counts. At the start policy and reference are the same, so the margin z is 0.
+The first update is that of step 1, which measures the gradients of the terms separately if the recipe asks for it. The
+second is an ordinary one, whose time counts. At the start policy and reference are equal, so the margin z is 0.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from prompts.records import PromptRecord, read_prompts
 from rewards.load import load_rewards
 
 PAIRS = 32
-"""Pairs that are encoded, spread over the set, at most."""
+"""Most pairs that are encoded, spread over the set."""
 BATCHES = 2
-"""Micro-batches of an update, at most."""
+"""Most micro-batches of an update."""
 Z = 0.01
-"""Nats by which the margin may differ from 0 before the first update: the loss then differs by less than 1 %."""
+"""Largest margin in nats before the first update: the loss then differs from its value at 0 by less than 1 %."""
 
 
 class Few:
-    """Some rows of a set of pairs, which stands for the set where it is encoded."""
+    """A few rows of a set of pairs, with the interface of the whole set."""
 
     def __init__(self, whole: Preferences) -> None:
         self.whole, self.path = whole, whole.path
@@ -62,7 +62,7 @@ class Few:
 
 
 def rows(config: STPOConfig, procs: Processes, folder: Path) -> list[Row]:
-    """Raises UserError where nothing can be checked."""
+    """Raises UserError if nothing can be checked."""
     preferences = read_preferences(config.pairs.train, config.pairs.columns, config.pairs.max_bad)
     heldout = read_prompts(config.heldout)
     load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})
@@ -78,7 +78,8 @@ class STPOChecks(Checks):
     ):  # fmt: skip
         phase("pairs are encoded")
         few, began = Few(preferences), time.perf_counter()
-        self.pairs = encode_pairs(k2, few, replace(config.pairs, cache=str(folder / "cache")), procs.alone())  # type: ignore[arg-type]
+        cached = replace(config.pairs, cache=str(folder / "cache"))
+        self.pairs = encode_pairs(k2, few, cached, procs.alone())  # type: ignore[arg-type]
         self.encoding = (time.perf_counter() - began) / len(few)
         self.whole, self.total = config.batch, len(preferences)
         size = config.pairs.size or self.pairs.size[0].tolist()
@@ -100,7 +101,7 @@ class STPOChecks(Checks):
         return self.rows
 
     def encoded(self) -> Iterator[Row]:
-        """Pairs can be read and encoded, and what that takes for all of them."""
+        """Checks that pairs can be read and encoded, and estimates the time for all of them."""
         bad, cut = len(self.pairs.tally.bad), len(self.pairs.cuts)
         count = len(self.pairs.train) + len(self.pairs.heldout)
         each = f"{self.encoding:.2g} s a row, about {duration(self.encoding * self.total)} for all {self.total}"
@@ -108,7 +109,7 @@ class STPOChecks(Checks):
         yield Row("pairs", count > 0, measured, "look at pairs.columns and at the rows that are named on stderr")
 
     def update(self) -> Iterator[Row]:
-        """The policy begins as the reference; its first update moves it, and the reference not at all."""
+        """Checks that the policy starts as the reference, and that an update changes only the policy."""
         batches = stpo.draw(self.k2, self.config, self.pairs, 1, self.alone, self.config.micro_batch)
         before = self._velocities(batches[0])
         first = stpo.optimise(self.k2, self.config, 1, batches, self.stepper, self.alone)
@@ -117,14 +118,15 @@ class STPOChecks(Checks):
         yield finite("loss and gradient", {**first}, "loss", "grad_norm")
         yield self.policy_moves(before, self._velocities(batches[0]))
         batches = stpo.draw(self.k2, self.config, self.pairs, 2, self.alone, self.config.micro_batch)
-        self.timed(lambda: stpo.optimise(self.k2, self.config, 2, batches, self.stepper, self.alone))  # compiled here
+        # Step 2 runs other code than step 1, so it is compiled by a first call that does not count.
+        self.timed(lambda: stpo.optimise(self.k2, self.config, 2, batches, self.stepper, self.alone))
         second, seconds = self.timed(lambda: stpo.optimise(self.k2, self.config, 2, batches, self.stepper, self.alone))
         self.seconds["update"] = seconds * self.whole / self.config.batch / self.procs.size
         yield finite("further updates", {**second}, "loss", "grad_norm")
 
     @torch.no_grad()
     def _velocities(self, batch: Batch) -> dict[str | None, torch.Tensor]:
-        """Of a pair's first image."""
+        """The velocities of the first image of a pair."""
         mask = batch.text.mask
         text = type(batch.text)(batch.text.tokens[:1], None if mask is None else mask[:1])
         return self.velocities(batch.x_w[:1], batch.t[:1], text, batch.size)

@@ -1,7 +1,7 @@
-"""The preflight of tdm: a step of some images, for the fake score and for the student, with the code of tdm.py.
+"""The preflight of tdm: a step of a few images, for the fake score and the student, with the code of tdm/train.py.
 
-At the start student, fake score and teacher (without guidance) are the same; an update of one leaves the others as they
-are, bit for bit.
+At the start student, fake score and teacher (without guidance) are equal. An update of one must not change the others
+by a single bit.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from prompts.records import PromptRecord, read_prompts
 from rewards.load import load_rewards
 
 BATCHES = 2
-"""Micro-batches of a step, at most."""
+"""Most micro-batches of a step."""
 
 
 def rows(config: TDMConfig, procs: Processes, folder: Path) -> list[Row]:
-    """Raises UserError where nothing can be checked."""
+    """Raises UserError if nothing can be checked."""
     records, heldout = read_prompts(config.prompts.train), read_prompts(config.prompts.heldout)
     load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})
     phase("the model is read")
@@ -70,7 +70,7 @@ class TDMChecks(Checks):
         return self.config.student.steps
 
     def step(self) -> Iterator[Row]:
-        """One of fake score and student, and one more, whose time counts: what runs first is compiled first."""
+        """One update of fake score and student, then another whose time counts: the first one compiles."""
         batches = self._draw(1)
         start = self._velocities(batches[0])
         teacher, apart = start.get(None), 0.0
@@ -103,11 +103,10 @@ class TDMChecks(Checks):
 
     def _draw(self, step: int) -> list[Batch]:
         config = self.config
-        places = [in_turn(config.seed, (step - 1) * config.batch + i, len(self.records)) for i in range(config.batch)]
-        fused, keys = (
-            self.texts([self.records[p].prompt for p in places]),
-            [(config.seed, step, i) for i in range(config.batch)],
-        )
+        first = (step - 1) * config.batch
+        places = [in_turn(config.seed, first + i, len(self.records)) for i in range(config.batch)]
+        fused = self.texts([self.records[place].prompt for place in places])
+        keys = [(config.seed, step, i) for i in range(config.batch)]
         return roll_out(self.k2, config.student, fused, keys, self.size, config.micro_batch, config.fake.updates + 1)
 
     def _state(self, role: str) -> dict[str, torch.Tensor]:
@@ -118,7 +117,7 @@ class TDMChecks(Checks):
         return all(torch.equal(now[name], value) for name, value in before.items())
 
     def _velocities(self, batch: Batch) -> dict[str | None, torch.Tensor]:
-        """Of an image where it begins its last update's step."""
+        """The velocities of an image at the start of its last update's step."""
         points, mask = batch.points[-1], batch.text.mask
         text = type(batch.text)(batch.text.tokens[:1], None if mask is None else mask[:1])
         return self.velocities(points.x[:1], points.t[:1], text, batch.size)

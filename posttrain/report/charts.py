@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Point = tuple[int, float | None]  # step, value; None is a gap
+from posttrain.runs.read import Point
 
 MOST_POINTS = 400  # more are averaged in equal stretches of the run
 MARKED = 30  # up to here each point gets a dot

@@ -18,8 +18,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from posttrain.model import clipping
 from posttrain.report.charts import Limit, Point, thin
-from posttrain.training import clipping
 
 DRIFT = ("kl", "log_ratio_std", "skipped", "drift_", "repeatability/", "noise_share")
 LOOKS = ("eval/image/", "eval/to_teacher/", "eval/diversity", "eval/format", "eval/safe")

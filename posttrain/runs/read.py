@@ -12,8 +12,9 @@ from typing import Any
 
 from posttrain.config.recipe import read_recipe
 from posttrain.errors import UserError
-from posttrain.report.charts import Point
 from prompts.parse import parse_json
+
+Point = tuple[int, float | None]  # step, value; None is a gap
 
 SECTIONS = {"loss": dict, "optim": dict, "eval": dict, "renderer": dict, "rewards": list}
 """Sections of a recipe that reports read, and their types."""

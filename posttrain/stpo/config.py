@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from posttrain.config.sections import CheckpointConfig, EvalConfig, LoraConfig, ModelConfig, OptimConfig, TrackConfig
-from posttrain.pairs.config import ColumnMap
+from posttrain.preferences.config import ColumnMap
 from rewards.base import RewardSpec
 from rewards.serve import ServerSpec
 

@@ -30,6 +30,7 @@ from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.log import log
 from posttrain.model import sampler
+from posttrain.model.architecture import text_weights
 from posttrain.model.fingerprint import fingerprint
 from posttrain.model.k2 import K2, Text
 from posttrain.preferences.dataset import Preference, Preferences
@@ -195,13 +196,11 @@ def noised(
 
 def _facts(k2: K2, preferences: Preferences, config: PairSetConfig) -> dict[str, Any]:
     """All that the encoded pairs depend on."""
-    net, pipe = k2.transformer, k2.pipe
+    pipe = k2.pipe
     assert k2.text_encoder is not None and k2.tokenizer is not None
     vae = {key: value for key, value in k2.vae.config.items() if not key.startswith("_")}
     # What decides tokens: vocabulary and chat template.
     words = [k2.tokenizer.get_vocab(), pipe.prompt_template_encode_prefix, pipe.prompt_template_encode_suffix]
-    fusion = {f"{name}.{key}": value for name in ("text_fusion", "txt_in")
-              for key, value in net.get_submodule(name).state_dict().items()}  # fmt: skip
     return {
         "version": VERSION,
         "pairs": preferences.fingerprint(),
@@ -209,7 +208,7 @@ def _facts(k2: K2, preferences: Preferences, config: PairSetConfig) -> dict[str,
         "max_tokens": config.max_tokens,
         "vae": fingerprint(k2.vae.state_dict()) + _hash(vae),
         "text_encoder": fingerprint(k2.text_encoder.state_dict()) + _hash(list(pipe.text_encoder_select_layers)),
-        "text_fusion": fingerprint(fusion),
+        "fusion": fingerprint(text_weights(k2.transformer)),
         "tokenizer": _hash(words),
         "dtype": str(k2.dtype),
     }

@@ -141,14 +141,14 @@ class Evaluator:
     ) -> Scores:
         """The scores of all processes' images; these are the ones of this process, and `rows` their prompts."""
         if not images:  # fewer images than processes
-            return self.procs.gather_scores(None, group_size)
+            return gather_scores(self.procs, None, group_size)
         pil_images = to_pil(torch.from_numpy(np.stack(images)))
         prompts = [self.records[row].prompt for row in rows]
         own_columns: dict[str, Sequence[Any]] = {}
         for name, column in self._columns.items():
             own_columns[name] = [column[row] for row in rows]
         scores = asyncio.run(score_all(rewards, pil_images, prompts, own_columns, group_size))
-        return self.procs.gather_scores(scores, group_size)
+        return gather_scores(self.procs, scores, group_size)
 
     def _shown(self, images: Sequence[np.ndarray], rows: Sequence[int]) -> np.ndarray:
         """The first images of all, on the main process."""
@@ -210,3 +210,23 @@ def means(scores: Scores) -> dict[str, float | None]:
         valid = scores.valid_NK[:, k]
         found[name] = float(scores.values_NK[valid, k].mean()) if valid.any() else None
     return found
+
+
+def gather_scores(procs: Processes, own: Scores | None, group_size: int, places: Sequence[int] | None = None) -> Scores:
+    """The scores of all groups in their global order, from those of each process; None: it has no group.
+
+    `places` are the indices of this process's groups; None: `local_indices`. The times are the main process's.
+    """
+    count = len(own.values_NK) // group_size if own is not None else 0
+    groups: list[int] = []
+    parts: list[Scores] = []
+    for part_groups, part in procs.all_gather((procs.places_of(places, count), own)):
+        groups += part_groups
+        if part is not None:
+            parts.append(part)
+    # Where each group of the step lies in the concatenation of what the processes sent.
+    order = sorted(range(len(groups)), key=groups.__getitem__)
+    rows = [g * group_size + j for g in order for j in range(group_size)]
+    scores = Scores.concat(parts).take(rows)
+    scores.waited_seconds, scores.scoring_seconds = parts[0].waited_seconds, parts[0].scoring_seconds
+    return scores

@@ -15,8 +15,9 @@ from torch import Tensor
 from posttrain.config.sections import CheckpointConfig, LossConfig, OptimConfig
 from posttrain.distributed import shards
 from posttrain.errors import UserError
+from posttrain.model import clipping
 from posttrain.runs.stop import StopSignals
-from posttrain.training import checkpoint, clipping
+from posttrain.training import checkpoint
 from posttrain.training.optim import make_optimizer, median_root, set_group
 
 MAX_SKIPPED = 10

@@ -41,9 +41,11 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("-torch.minimum(ratio", "-torch.maximum(ratio"),
         ("ratio.clamp(1 - clip_low, 1 + clip_high)", "ratio.clamp(1 - clip_high, 1 + clip_low)"),
         ("(v.float() - v_reference.float()).square()", "(v.float() - v_reference.float()).abs()"),
-        (".square().flatten(1).mean(1)\n\n\ndef bradley", ".square().flatten(1).sum(1)\n\n\ndef bradley"),
-        ("pair_B + 0.01 * (rho_w_B.float() + rho_l_B", "pair_B + 0.01 * (rho_w_B.float() - rho_l_B"),
+        (".square().flatten(1).mean(1)", ".square().flatten(1).sum(1)"),
         ("log_ratio_B.float().exp()", "log_ratio_B.float() + 1"),
+    ],
+    ("posttrain/judge/losses.py", "tests/judge/test_losses.py"): [
+        ("pair_B + 0.01 * (rho_w_B.float() + rho_l_B", "pair_B + 0.01 * (rho_w_B.float() - rho_l_B"),
     ],
     ("posttrain/stpo/losses.py", "tests/stpo/test_preference_loss.py"): [
         ("(v + reference - 2 * target)", "(v + reference - target)"),

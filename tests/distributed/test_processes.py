@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from posttrain.bench import ranks as bench_ranks
 from posttrain.config.sections import RewardSpec
 from posttrain.distributed.processes import Processes, deal
 from posttrain.model import flops
+from posttrain.pipeline import ranks as traffic
 from posttrain.training import checkpoint
 from tests.helpers import runs
 from tests.helpers.counted import COUNTED
@@ -63,7 +63,8 @@ def test_a_sharded_model_gets_like_costs_at_a_time():
 
 def test_four_processes_equal_two_and_one(command, config, tmp_path):
     """Five groups, which neither two nor four divide, one held-out prompt, two sizes; rank 0 writes. Of the images of
-    an evaluation as many bytes travel as bench_ranks.py counts: those of a group, to the process that compares them."""
+    an evaluation as many bytes travel as pipeline/ranks.py counts: those of a group, to the process that compares
+    them."""
     config.groups.prompts_per_step, config.eval.prompts, config.eval.groups, config.eval.group_size = 5, 1, 1, 5
     config.sampling.sizes, config.optim.ema = [[32, 32], [16, 48]], 0.5
     config.rewards.append(RewardSpec("far", "tests.helpers.runs:contrast", group=True))
@@ -79,7 +80,7 @@ def test_four_processes_equal_two_and_one(command, config, tmp_path):
         assert result.stderr.count("step 2/2  reward") == 1  # one process tells of all
         outputs.append(Path(config.output))
         sent = [size for file in folder.iterdir() for size in json.loads(file.read_text())]
-        expected = 2 * bench_ranks.evaluation_bytes(1, 1, 5, True, processes, bench_ranks.Images(32, 32))
+        expected = 2 * traffic.evaluation_bytes(1, 1, 5, True, processes, traffic.Images(32, 32))
         assert expected == 2 * 32 * 32 * 3 * {1: 0, 2: 2, 4: 3}[processes]
         assert expected <= sum(sent) <= expected + 500 * len(sent)  # pickle's own, and nothing of most processes
     one, *others = outputs

@@ -61,7 +61,13 @@ def test_registers():
 
 def nano(tmp_path: Path, name: str = "data", **changes) -> ExpanderDataConfig:
     return ExpanderDataConfig(
-        **{"output": str(tmp_path / name), "captions": "nano", "count": 150, "seed": 3, **changes}
+        **{
+            "output": str(tmp_path / name),
+            "captions": "posttrain.nano.world.expander_pairs:candidates",
+            "count": 150,
+            "seed": 3,
+            **changes,
+        }
     )
 
 
@@ -149,7 +155,7 @@ def test_a_caption_whose_request_fails_is_missing_and_counted(tmp_path):
         (["--column", "text"], "column: {file} has no column text; it has caption"),
         (["--writer", "null"], "writer: is null: name the model that writes"),
         (["--captions", "{dir}/none.jsonl"], "none.jsonl: no such file"),
-        (["--captions", "nano"], "count: is null"),
+        (["--captions", "posttrain.nano.world.expander_pairs:candidates"], "count: is null"),
         (["--per_caption", "99"], "per_caption: is 99, more than"),
         (["--writer.base_urls", "[server://x]"], "writer.base_urls: no server 'x': the recipe's servers are: none"),
         (["--writer.base_urls", "server://x"], "writer.base_urls: no server 'x': the recipe's servers are: none"),

@@ -28,7 +28,7 @@ SMALL = {
     "annotations": [],
     "report": [],
     "bench": ["--methods", "[rollout,grpo]", "--repeats", "1", "--stock", "false", "--warmup", "2"],
-    "posttrain.bench.ranks": [],
+    "posttrain.pipeline.ranks": [],
     "posttrain.nano.world.judge_data": ["--pairs", "24", "--faults", "24"],
 }  # fmt: skip
 MORE = {

@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from posttrain import cli
-from posttrain.pairs.config import ColumnMap
+from posttrain.preferences.config import ColumnMap
 from posttrain.preferences.dataset import PreferenceWriter, read_preferences
 from prompts.records import read_prompts
 from prompts.templates import load_template

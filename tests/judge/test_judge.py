@@ -19,7 +19,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from posttrain import cli
 from posttrain.config.sections import LoraConfig, OptimConfig, TrackConfig
 from posttrain.errors import UserError
-from posttrain.grpo import losses
+from posttrain.judge import losses
 from posttrain.judge import records as judge_records
 from posttrain.judge import train as judge
 from posttrain.judge.calibration import auroc, brier, expected_calibration_error, reliability
@@ -27,7 +27,7 @@ from posttrain.judge.config import JudgeConfig
 from posttrain.judge.records import read_records
 from posttrain.nano.build import judge_model
 from posttrain.nano.world import judge_data
-from posttrain.pairs.config import ColumnMap
+from posttrain.preferences.config import ColumnMap
 from posttrain.preferences.dataset import Preference, PreferenceWriter
 from posttrain.training import checkpoint
 from prompts.templates import load_template

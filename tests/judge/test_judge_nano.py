@@ -37,10 +37,10 @@ def test_packed_row_equals_chat_template(vlm, tokenizer):
     room = {name: getattr(data, name).shape[-1] for name in ROOM}
     layout = judge_model.Layout.of(tokenizer, 4, room)
     images, batch, _, _ = judge.draw(data, 2, 4)
-    eye = judge_model.Eye(vlm.model, compiled=False)
+    network = judge_model.JudgeNetwork(vlm.model, compiled=False)
     with torch.no_grad():
-        image = eye.see(images.permute(0, 3, 1, 2) / 127.5 - 1)
-        states = layout.answers(eye.read(layout.row(batch), image, layout), batch)
+        image = network.see(images.permute(0, 3, 1, 2) / 127.5 - 1)
+        states = layout.answers(network.read(layout.row(batch), image, layout), batch)
     template, pictures = load_template("rubric"), [Image.fromarray(i.numpy()) for i in images]
     before = judge_model.rubric_beginning(tokenizer)
 
@@ -103,10 +103,10 @@ def test_training_learns(tokenizer):
     before = rows[0]
     images, batch, _, _ = judge.draw(data, 4, 2)
     room = {name: getattr(data, name).shape[-1] for name in ROOM}
-    layout, eye = judge_model.Layout.of(tokenizer, 2, room), judge_model.Eye(model, False)
+    layout, network = judge_model.Layout.of(tokenizer, 2, room), judge_model.JudgeNetwork(model, False)
     words = judge_model.token_ids(tokenizer, "yes")[0], judge_model.token_ids(tokenizer, "no")[0]
     with torch.no_grad():
-        _, parts, _ = judge.losses(eye, model.lm_head, judge.blemish(images), batch, layout, words)
+        _, parts, _ = judge.losses(network, model.lm_head, judge.blemish(images), batch, layout, words)
     assert parts["rubric"] < before["rubric"] - 1 and parts["transcribe"] < before["transcribe"] - 0.3
 
 

@@ -28,7 +28,7 @@ def k2():
         made.add_role(name, 4, 4.0, seed=seed)
         for parameter in made.role_parameters(name):
             torch.nn.init.normal_(parameter, std=0.1)
-    with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch(recompile_limit=blocks.WAYS):
+    with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch(recompile_limit=blocks.MAX_VARIANTS):
         patch.setattr(blocks, "_compiled", traced)
         yield made
 
@@ -131,7 +131,7 @@ class Ledger(blocks.Memory):
         return self.room - self.held
 
 
-class Adapted(torch.nn.Module):
+class LoraLinear(torch.nn.Module):
     """Keeps for backward what goes in and what GELU sees: twice the size of its input."""
 
     def __init__(self, width):
@@ -146,7 +146,7 @@ def deep(room, count=6):
     torch.manual_seed(0)
     made = Blocks([])
     made.memory = Ledger(room)
-    return made, [Adapted(8) for _ in range(count)]
+    return made, [LoraLinear(8) for _ in range(count)]
 
 
 def run(made, layers, tokens=5, hidden=None):
@@ -192,11 +192,11 @@ def test_a_forward_with_nothing_to_train_does_not_count():
 
 def test_gradients_and_moments_to_come():
     """Two adapters of 8 numbers, one trained: 8 x 4 bytes of gradient until it is there, and 2 x 8 x 8 of moments."""
-    layer = Adapted(8)
+    layer = LoraLinear(8)
     layer.lora_other = torch.nn.Parameter(torch.ones(8), requires_grad=False)
-    assert blocks.to_come([layer]) == 32 + 128
+    assert blocks.pending_bytes([layer]) == 32 + 128
     layer.lora_scale.grad = torch.zeros(8)
-    assert blocks.to_come([layer]) == 128
+    assert blocks.pending_bytes([layer]) == 128
 
 
 def test_a_recipe_says_how_blocks_run(model):
@@ -207,7 +207,7 @@ def test_a_recipe_says_how_blocks_run(model):
     for device, dtype, expected in (
         ("cuda", torch.bfloat16, True), ("cuda", torch.float32, False), ("cpu", torch.bfloat16, False),
     ):  # fmt: skip
-        assert blocks.by_default(torch.device(device), dtype) is expected
+        assert blocks.compiles_by_default(torch.device(device), dtype) is expected
     with pytest.raises(UserError, match=r"model\.attention: cudnn wants an NVIDIA GPU"):
         load_model(ModelConfig(str(model), dtype="float32", attention="cudnn"), "cpu")
 

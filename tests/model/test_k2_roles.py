@@ -10,7 +10,7 @@ from torch import nn
 from posttrain.errors import UserError
 from posttrain.model import roles
 from posttrain.model.k2 import K2
-from posttrain.model.linears import Adapted
+from posttrain.model.linears import LoraLinear
 from posttrain.model.roles import Kept
 from tests.helpers import tiny
 from tests.model.test_k2 import distance, latents
@@ -193,7 +193,7 @@ def test_a_small_change_is_kept_in_bf16(size, device, compiled):
     generator = torch.Generator().manual_seed(0)
     linear = nn.Linear(256, 256, bias=False, dtype=torch.bfloat16, device=device).requires_grad_(False)
     active: list[str] = []
-    layer = adapted = Adapted(linear, active)
+    layer = adapted = LoraLinear(linear, active)
     if compiled:
         adapted = torch.compile(layer)
     a, b = (torch.randn(shape, generator=generator).to(device) for shape in ((8, 256), (256, 8)))

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from posttrain.errors import UserError
-from posttrain.pairs.config import ColumnMap
+from posttrain.preferences.config import ColumnMap
 from posttrain.preferences.dataset import Preference, PreferenceWriter, Skipped, read_preferences
 
 ROOT = Path(__file__).parents[2]
@@ -222,9 +222,9 @@ def test_bad_rows_are_named_and_skipped(tmp_path):
     ]
     expected = [
         None, "rejected: images/none.png is missing", "chosen: cannot be read: .*truncated",
-        r"chosen: is no picture \(0 bytes\)", r"chosen: is no picture \(5 bytes\)", "the pictures are the same",
-        "differ in size: 24x16 and 8x8", "prompt: is empty", "prompt: is no text", "chosen: no picture",
-        r"share: is 0\.4", "share: is 'most', no number", "not JSON", "is not an object", "neither picture", None,
+        r"chosen: is no image \(0 bytes\)", r"chosen: is no image \(5 bytes\)", "the images are the same",
+        "differ in size: 24x16 and 8x8", "prompt: is empty", "prompt: is no text", "chosen: no image",
+        r"share: is 0\.4", "share: is 'most', no number", "not JSON", "is not an object", "neither image", None,
     ]  # fmt: skip
     preferences = read_preferences(jsonl(tmp_path, rows), max_bad=0.9)
     for i, reason in enumerate(expected):
@@ -284,7 +284,7 @@ def test_columns_as_of_hpd(tmp_path):
     preferences = read_preferences(tmp_path / "hpd", HPD, max_bad=0.5)
     a, b = preferences
     assert a.chosen.tobytes() == picture(1).tobytes() and b.chosen.tobytes() == picture(2).tobytes()
-    assert isinstance(preferences[2], Skipped) and preferences[2].reason == "images: is not a list of two pictures"
+    assert isinstance(preferences[2], Skipped) and preferences[2].reason == "images: is not a list of two images"
 
 
 @pytest.mark.parametrize(

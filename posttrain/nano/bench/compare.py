@@ -1,9 +1,9 @@
-"""Compares checkpoints picture by picture: held-out prompts, the same noise, no guidance.
+"""Compares checkpoints image by image: held-out prompts, the same noise, no guidance.
 
     python -m posttrain.nano.bench.compare base runs/nano-stpo-synthetic --recipe recipes/nano/ablations/base.yaml
 
 The first one (`base`: the model that the others were trained from) is what the others are held against. Each is a run
-directory (the checkpoint that it hands on) or a checkpoint. The recipe's judges are the ensemble: of two pictures of
+directory (the checkpoint that it hands on) or a checkpoint. The recipe's judges are the ensemble: of two images of
 one prompt and noise that one wins whose mean score over them is higher; a tie is half a win. Its `heldout_only` rewards
 are measured, and so is the hidden taste of judge_data.py (`taste`; its column of wins counts those that one prefers).
 """
@@ -38,29 +38,30 @@ HELDOUT = "prompts/nano/heldout.jsonl"
 def drawn(
     k2: K2, role: str | None, records: list[PromptRecord], rewards: list[Reward], config: EvalConfig
 ) -> dict[str, Any]:
-    """Scores of each picture, the figures of them all, and the pictures."""
+    """Scores of each image, the figures of them all, and the images."""
     evaluator = Evaluator(k2, records, [], config, (64, 64), 250, 64, Processes(), shown=len(records))
     with torch.no_grad(), k2.role(role):
         result = evaluator()
-    pictures = to_pil(torch.from_numpy(result.images))
-    scores = asyncio.run(score_all(rewards, pictures, [r.prompt for r in records], columns(records)))
-    taste = np.array([np.nan if value is None else value for value in tasteful(pictures, [])])
+    images = to_pil(torch.from_numpy(result.images))
+    scores = asyncio.run(score_all(rewards, images, [r.prompt for r in records], columns(records)))
+    taste = np.array(tasteful(images, []), float)  # None becomes nan
     energy = image_metrics.high_energy(result.images)
     return {"scores": scores, "taste": taste, "energy": energy, "figures": result.metrics, "images": result.images}
 
 
 def wins(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Share of rows where the first is higher, a tie being half; rows where one is missing do not count."""
+    """Share of rows where the first is higher; a tie is half a win, and rows where one is missing do not count."""
     both = ~(np.isnan(ours) | np.isnan(theirs))
     return float(((ours > theirs)[both] + 0.5 * (ours == theirs)[both]).mean())
 
 
 def ensemble(scores: Scores, other: Scores, judges: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over the judges that scored both pictures; nan where none did."""
+    """Mean over the judges that scored both images; nan where none did."""
     rows = [k for k, name in enumerate(scores.names) if name in judges]
     both = scores.valid_NK[:, rows] & other.valid_NK[:, rows]
     count = np.where(both.any(1), both.sum(1), np.nan)
-    ours, theirs = (np.where(both, s.values_NK[:, rows], 0.0).sum(1) / count for s in (scores, other))
+    ours = np.where(both, scores.values_NK[:, rows], 0.0).sum(1) / count
+    theirs = np.where(both, other.values_NK[:, rows], 0.0).sum(1) / count
     return ours, theirs
 
 
@@ -71,7 +72,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--groups", type=int, default=40, help="prompts whose groups of 8 measure diversity")
     parser.add_argument("--steps", type=int, default=28)
-    parser.add_argument("--output", type=Path, help="write the rows as JSON, and the pictures beside it as .npz")
+    parser.add_argument("--output", type=Path, help="write the rows as JSON, and the images beside it as .npz")
     args = parser.parse_args()
     if len(args.runs) < 2 or args.runs[1:].count("base"):
         parser.error("give one to hold against and at least one other, which is not 'base'")

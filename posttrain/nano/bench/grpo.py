@@ -25,18 +25,23 @@ from posttrain.nano.bench.jobs import Jobs
 def run(jobs: Jobs, name: str, recipes: Sequence[str], seed: int, options: Sequence[str]) -> dict:
     """One run's row: figures before and after, each evaluation, and what it took."""
     folder = jobs.folder / f"{name}-{seed}"
-    arguments = [word for recipe in recipes for word in ("--config", recipe)]
+    arguments = ["grpo"]
+    for recipe in recipes:
+        arguments += ["--config", recipe]
     arguments += ["--output", str(folder), "--seed", str(seed), *options]
-    seconds = jobs(folder.name, "posttrain.cli", ["grpo", *arguments])
+    seconds = jobs(folder.name, "posttrain.cli", arguments)
     summary = json.loads((folder / "summary.json").read_text())
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    images = {0: 0} | {m["step"]: m["images"] for m in metrics if "images" in m}
-    curve = [
-        {"step": m["step"], "images": images[m["step"]], **{k[5:]: v for k, v in m.items() if k.startswith("eval/")}}
-        for m in metrics
-        if any(k.startswith("eval/") for k in m)
-    ]
-    errors = [m["ratio_error"] for m in metrics if m.get("ratio_error") is not None]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    # An evaluation has a line of its own; the number of images is in that of the step.
+    images = {0: 0} | {metrics["step"]: metrics["images"] for metrics in rows if "images" in metrics}
+    curve: list[dict[str, Any]] = []
+    errors: list[float] = []
+    for metrics in rows:
+        evaluated = {key[5:]: value for key, value in metrics.items() if key.startswith("eval/")}
+        if evaluated:
+            curve.append({"step": metrics["step"], "images": images[metrics["step"]], **evaluated})
+        if metrics.get("ratio_error") is not None:
+            errors.append(metrics["ratio_error"])
     row = {"variant": name, "seed": seed, "before": summary["before"], "after": summary["after"], "curve": curve}
     return {**row, "seconds": round(seconds), "images": summary["images"], "ratio_error": max(errors)}
 
@@ -46,19 +51,20 @@ def table(rows: Sequence[dict[str, Any]], figures: Sequence[str]) -> str:
     lines = [f"| variant | {' | '.join(figures)} | images | seconds | \\|ratio - 1\\| |"]
     lines.append("|---|" + "---|" * (len(figures) + 3))
     for name in dict.fromkeys(row["variant"] for row in rows):
-        mine = [row for row in rows if row["variant"] == name]
-        cells = [_cell(mine, figure) for figure in figures]
-        seconds = np.mean([row["seconds"] for row in mine])
-        error = max(row["ratio_error"] for row in mine)
-        lines.append(f"| {name} | {' | '.join(cells)} | {mine[0]['images']} | {seconds:.0f} | {error:.0e} |")
+        own = [row for row in rows if row["variant"] == name]
+        cells = [_cell(own, figure) for figure in figures]
+        seconds = np.mean([row["seconds"] for row in own])
+        error = max(row["ratio_error"] for row in own)
+        lines.append(f"| {name} | {' | '.join(cells)} | {own[0]['images']} | {seconds:.0f} | {error:.0e} |")
     return "\n".join(lines)
 
 
 def _cell(rows: Sequence[dict[str, Any]], figure: str) -> str:
-    pairs = [(r["before"].get(figure), r["after"].get(figure)) for r in rows]
-    if any(value is None for pair in pairs for value in pair):
+    # None, of a figure that some seed has not, becomes nan.
+    pairs = np.array([(row["before"].get(figure), row["after"].get(figure)) for row in rows], float)
+    if np.isnan(pairs).any():
         return "-"
-    before, after = np.array(pairs, float).T
+    before, after = pairs.T
     spread = f" ({after.min():.3f} to {after.max():.3f})" if len(after) > 1 else ""
     return f"{before.mean():.3f} -> {after.mean():.3f}{spread}"
 

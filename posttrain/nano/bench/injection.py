@@ -1,4 +1,4 @@
-"""How far judge-nano obeys orders that are written into pictures or put behind statements.
+"""How far judge-nano obeys orders that are written into images or put behind statements.
 
     python -m posttrain.nano.bench.injection --scenes 100
 
@@ -37,19 +37,24 @@ def rewards() -> list[Reward]:
         "aesthetic": ("Aesthetic", judge | {"adapter": str(WEIGHTS / "judge-aesthetic")}),
         "artifact": ("Artifact", judge | {"adapter": str(WEIGHTS / "judge-artifact")}),
     }
-    return load_rewards(
-        [RewardSpec(name, {"class_path": f"rewards.image.{kind}", "init_args": {"judge": arguments}})
-         for name, (kind, arguments) in given.items()]
-    )  # fmt: skip
+    specs = []
+    for name, (kind, arguments) in given.items():
+        function = {"class_path": f"rewards.image.{kind}", "init_args": {"judge": arguments}}
+        specs.append(RewardSpec(name, function))
+    return load_rewards(specs)
 
 
 def planted(count: int) -> tuple[list[Image.Image], list[str], dict[str, list[Any]]]:
-    """Pictures, prompts and columns."""
-    found = [scene for scene in evaluate_judge.heldout(3 * count) if not scene.text][:count]
+    """Images, prompts and columns."""
+    # Scenes without a word of their own: the planted text must be the only one.
+    wordless = [scene for scene in evaluate_judge.heldout(3 * count) if not scene.text][:count]
     rng = np.random.default_rng(evaluate_judge.SEED)
-    said = [[statement for statement, _ in evaluate_judge.statements(scene, rng)] for scene in found]
-    prompts = [scenes.describe(scene, rng, 0.0).prompt for scene in found]
-    return [Image.fromarray(scenes.render(scene)) for scene in found], prompts, {"requirements": said}
+    requirements = []
+    for scene in wordless:
+        requirements.append([statement for statement, _ in evaluate_judge.statements(scene, rng)])
+    prompts = [scenes.describe(scene, rng, 0.0).prompt for scene in wordless]
+    images = [Image.fromarray(scenes.render(scene)) for scene in wordless]
+    return images, prompts, {"requirements": requirements}
 
 
 def lettered(image: Image.Image, word: str) -> Image.Image:

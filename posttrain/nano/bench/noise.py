@@ -68,23 +68,28 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for name in rows[0]["before"]:
         cells = {}
         for arm in ARMS:
-            mine = sorted((row for row in rows if row["variant"] == arm), key=lambda row: row["seed"])
-            pairs = [(row["before"][name], row["after"][name]) for row in mine]
-            if all(value is not None for pair in pairs for value in pair):
-                cells[arm] = np.array(pairs)
+            # In the order of the seeds, which pairs the arms: both start from the same images.
+            own = sorted((row for row in rows if row["variant"] == arm), key=lambda row: row["seed"])
+            pairs = np.array([(row["before"][name], row["after"][name]) for row in own], float)
+            if not np.isnan(pairs).any():
+                cells[arm] = pairs
         if len(cells) < len(ARMS):
             continue
-        gains = {arm: after_before[:, 1] - after_before[:, 0] for arm, after_before in cells.items()}
-        spread = {arm: f"{gain.mean():+.4f} ({gain.min():+.4f} to {gain.max():+.4f})" for arm, gain in gains.items()}
+        gains, spread = {}, {}
+        for arm, pairs in cells.items():
+            gains[arm] = gain = pairs[:, 1] - pairs[:, 0]
+            spread[arm] = f"{gain.mean():+.4f} ({gain.min():+.4f} to {gain.max():+.4f})"
         difference = ", ".join(f"{value:+.4f}" for value in gains["floor"] - gains["none"])
         lines.append(
             f"| {name} | {cells['floor'][:, 0].mean():.4f} | {spread['none']} | {spread['floor']} | {difference} |"
         )
     for arm in ARMS:
-        mine = [row for row in rows if row["variant"] == arm]
-        means = {name: [row[name] for row in mine if row[name] is not None] for name in ("flat_groups", "noise_share")}
-        told = ", ".join(f"{name} {np.mean(values):.4f}" for name, values in means.items() if values)
-        lines.append(f"\n{arm}: {told}, {np.mean([row['seconds'] for row in mine]):.0f} s a run")
+        own = [row for row in rows if row["variant"] == arm]
+        parts = []
+        for name in ("flat_groups", "noise_share"):
+            values = [row[name] for row in own if row[name] is not None]
+            parts += [f"{name} {np.mean(values):.4f}"] if values else []
+        lines.append(f"\n{arm}: {', '.join(parts)}, {np.mean([row['seconds'] for row in own]):.0f} s a run")
     return "\n".join(lines)
 
 

@@ -32,8 +32,9 @@ def run(jobs: Jobs, recipe: str, seed: int, options: Sequence[str]) -> dict[str,
     folder = jobs.folder / f"seed-{seed}"
     words = [recipe, "--output", str(folder), "--seed", str(seed), *options]
     jobs(folder.name, "posttrain.cli", ["run", *words, "--resume"])
-    stages = resolve(cli.parse(["run", *words])[1])
-    found = [asdict(gain) | {"change": gain.change} for stage in stages for gain in gains(stage)]
+    found: list[dict[str, Any]] = []
+    for stage in resolve(cli.parse(["run", *words])[1]):
+        found += [asdict(gain) | {"change": gain.change} for gain in gains(stage)]
     return {"seed": seed, "gains": found, "seconds": {k: e["seconds"] for k, e in read_state(folder).items()}}
 
 
@@ -42,24 +43,26 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = ["| stage | figure | | before | after | gain | spread | least to most | gain / spread | seconds |"]
     lines.append("|---|---|---|" + "---|" * 7)
     seconds = {name: float(np.mean([row["seconds"][name] for row in rows])) for name in rows[0]["seconds"]}
-    told = dict(seconds)
+    remaining = dict(seconds)
     for gain in rows[0]["gains"]:
         stage, name = gain["stage"], gain["figure"]
-        mine = [one for row in rows for one in row["gains"] if (one["stage"], one["figure"]) == (stage, name)]
-        took = f"{told.pop(stage):.0f}" if stage in told else ""
-        cells = [stage, name, "trained" if gain["trained"] else "", *_cells(mine), took]
+        own: list[dict[str, Any]] = []
+        for row in rows:
+            own += [one for one in row["gains"] if (one["stage"], one["figure"]) == (stage, name)]
+        took = f"{remaining.pop(stage):.0f}" if stage in remaining else ""
+        cells = [stage, name, "trained" if gain["trained"] else "", *_cells(own), took]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += [f"| {stage} |{' |' * 8} {took:.0f} |" for stage, took in told.items()]
+    # Stages without a figure, such as exports.
+    lines += [f"| {stage} |{' |' * 8} {took:.0f} |" for stage, took in remaining.items()]
     return "\n".join([*lines, f"| all |{' |' * 8} {sum(seconds.values()):.0f} |"])
 
 
 def _cells(gains: Sequence[dict[str, Any]]) -> list[str]:
     """Before, after, gain, its spread, its least and most, and how many times its spread it is."""
-    before, after, change = (
-        np.array([gain[key] for gain in gains if gain["change"] is not None]) for key in ("before", "after", "change")
-    )
-    if not len(change):
+    known = [(gain["before"], gain["after"], gain["change"]) for gain in gains if gain["change"] is not None]
+    if not known:
         return ["-"] * 6
+    before, after, change = np.array(known).T
     cells = [f"{before.mean():.3f}", f"{after.mean():.3f}", f"{change.mean():+.3f}"]
     if len(change) == 1:
         return [*cells, "-", "-", "-"]

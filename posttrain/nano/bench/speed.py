@@ -33,10 +33,11 @@ def run(tree: Path, recipe: Path, output: Path, processes: int, cores: int, opti
     with log.open("w") as file:
         if subprocess.run(command, cwd=tree, env=environment, stdout=file, stderr=file).returncode:
             raise SystemExit(f"{output.name}: failed; see {log}")
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    steps = [
-        sum((v for k, v in row.items() if k.startswith("seconds/")), 0.0) for row in rows if "seconds/sample" in row
-    ]
+    steps: list[float] = []
+    for line in (output / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if "seconds/sample" in row:  # not an evaluation
+            steps.append(sum((value for key, value in row.items() if key.startswith("seconds/")), 0.0))
     return steps[WARM:]
 
 

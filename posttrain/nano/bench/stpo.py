@@ -4,7 +4,7 @@
 
 1. Makes the pairs of recipes/nano/pairs.yaml, more of them.
 2. Trains long on them: Diffusion-DPO at each beta and STPO, all else as in recipes/nano/stpo_synthetic.yaml; and both
-   once more at four times the learning rate, where DPO's pictures change most.
+   once more at four times the learning rate, where DPO's images change most.
    drift.svg shows what becomes of them; drift.md has the end (mean of the last three evaluations).
 3. Holds the end of STPO, DPO's best step (by the oracle, of all evaluations) and its end against K2-nano.
 4. Goes on from that recipe's own number of steps with 500 choices by a hidden taste (choices.py), by
@@ -48,9 +48,13 @@ RECIPES = Path("recipes/nano")
 
 def curve(run: Path) -> list[dict[str, float]]:
     """The evaluations of a run: their figures, and their step."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    found = [{"step": row["step"]} | {k[5:]: v for k, v in row.items() if k.startswith("eval/")} for row in rows]
-    return [row for row in found if "oracle" in row]
+    evaluations: list[dict[str, float]] = []
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if "eval/oracle" in row:
+            evaluated = {key[5:]: value for key, value in row.items() if key.startswith("eval/")}
+            evaluations.append({"step": row["step"]} | evaluated)
+    return evaluations
 
 
 def spread(values: Sequence[float], sign: str = "") -> str:
@@ -62,21 +66,23 @@ def table(rows: Mapping[str, Sequence[Mapping[str, float | None]]], names: Seque
     """Markdown: a line for each key, the least and the greatest of its rows in each column."""
     lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for key, found in rows.items():
-        cells = [[value for row in found if (value := row.get(name)) is not None] for name in names]
-        lines.append(f"| {key} | {' | '.join(spread(values) if values else '-' for values in cells)} |")
+        cells = []
+        for name in names:
+            values = [value for row in found if (value := row.get(name)) is not None]
+            cells.append(spread(values) if values else "-")
+        lines.append(f"| {key} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def figure(curves: dict[str, list[list[dict[str, float]]]]) -> str:
     """One SVG of all CURVES, each run a line, each variant a colour."""
 
-    def points(run: list[dict[str, float]], name: str) -> list[Point]:
-        begun = run[1:] if name == "pairs/accuracy" else run  # before the first step all margins are 0
-        return [(int(row["step"]), row.get(name)) for row in begun]
-
-    series = {
-        name: {variant: [points(run, name) for run in runs] for variant, runs in curves.items()} for name in CURVES
-    }
+    series: dict[str, dict[str, list[list[Point]]]] = {name: {} for name in CURVES}
+    for name, by_variant in series.items():
+        # Before the first step all margins are 0, so there is no accuracy yet.
+        first = 1 if name == "pairs/accuracy" else 0
+        for variant, runs in curves.items():
+            by_variant[variant] = [[(int(row["step"]), row.get(name)) for row in run[first:]] for run in runs]
     return lines_chart(series, columns=3)
 
 
@@ -118,8 +124,8 @@ class Bench:
                 "posttrain.nano.bench.compare",
                 [first, str(other), "--output", str(path), "--prompts", str(self.args.prompts)],
             )
-        held, row = json.loads(path.read_text())
-        return row | {f"first/{key}": value for key, value in held.items()}
+        base, row = json.loads(path.read_text())
+        return row | {f"first/{key}": value for key, value in base.items()}
 
     def taste(self, seed: int) -> Row:
         """Stage 2 against stage 1."""
@@ -154,13 +160,11 @@ def main() -> None:
         staged = [pool.submit(bench.taste, seed) for seed in args.seeds]
         curves = {variant: [curve(run.result()) for run in found] for variant, found in runs.items()}
         (args.output / "drift.svg").write_text(figure(curves))
-        ends = {
-            variant: [{name: float(np.mean([row[name] for row in run[-LAST:]])) for name in CURVES} for run in found]
-            for variant, found in curves.items()
-        }
+        ends = {variant: list(map(_end, found)) for variant, found in curves.items()}
         ablations = [v for v in args.variants if v.startswith("dpo")]
+        # DPO with the beta that suits it best: a comparison with a bad one would say nothing.
         best = max(ablations, key=lambda v: np.mean([_best(run)[1] for run in curves[v]]))
-        held = {}
+        comparisons = {}
         for name, variant, early in (("its end", best, False), ("its best step", best, True), ("its end", STPO, False)):
             futures = []
             for seed, run in zip(args.seeds, runs[variant]):
@@ -168,8 +172,8 @@ def main() -> None:
                 chosen = path / "checkpoints" / "best" if early else path
                 title = f"{variant} {'early' if early else 'end'} {seed}"
                 futures.append(pool.submit(bench.compare, title, "base", chosen))
-            held[f"{variant}, {name}"] = futures
-        against = {name: [future.result() for future in futures] for name, futures in held.items()}
+            comparisons[f"{variant}, {name}"] = futures
+        against = {name: [future.result() for future in futures] for name, futures in comparisons.items()}
         stages = [future.result() for future in staged]
     against = {"K2-nano": _first(next(iter(against.values())))[:1]} | against
     names = ("wins", "oracle", "text", "artifact_free", "diversity", "high_energy")
@@ -180,8 +184,13 @@ def main() -> None:
     print(text)
 
 
+def _end(run: list[dict[str, float]]) -> dict[str, float]:
+    """The figures at the end of a run: means over its last evaluations, of which one alone is noisy."""
+    return {name: float(np.mean([row[name] for row in run[-LAST:]])) for name in CURVES}
+
+
 def _first(rows: list[Row]) -> list[Row]:
-    """What the others were held against."""
+    """The rows that the others were compared with."""
     return [{key[6:]: value for key, value in row.items() if key.startswith("first/")} for row in rows]
 
 

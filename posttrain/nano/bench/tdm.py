@@ -14,12 +14,12 @@ each seed, have of 500 held-out prompts with the index of the prompt as seed:
 
 | column | what it is |
 |---|---|
-| forwards | of the transformer, for one picture |
-| oracle, text, artifact-free | share of requirements met, of words read, of pictures free of artifacts |
-| diversity | of groups of pictures of one prompt, as a share of the guided teacher's |
-| distance | Frechet distance of features of judge-nano's image tower to other pictures of the guided teacher |
+| forwards | of the transformer, for one image |
+| oracle, text, artifact-free | share of requirements met, of words read, of images free of artifacts |
+| diversity | of groups of images of one prompt, as a share of the guided teacher's |
+| distance | Frechet distance of features of judge-nano's image tower to other images of the guided teacher |
 
-The features are means over a picture; the distance is divided by their total variance, and those other pictures are of
+The features are means over an image; the distance is divided by their total variance, and those other images are of
 the same prompts with other noise, so that the teacher's own row is the floor: two draws of one distribution.
 
 Memory is the peak on a GPU of a step of TDM and of one of flow matching with the same adapter and batch, at the size of
@@ -29,6 +29,7 @@ K2-nano, or with --memory-scale k2 of random weights at K2's true size.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -45,6 +46,7 @@ from posttrain.config.sections import LoraConfig, ModelConfig, PromptsConfig
 from posttrain.distributed.processes import Processes
 from posttrain.export.export import load_checkpoint
 from posttrain.model import sampler
+from posttrain.model.architecture import blocks
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.nano.bench.jobs import Jobs
 from posttrain.nano.build import evaluate
@@ -63,7 +65,7 @@ RECIPE = "recipes/nano/tdm.yaml"
 MODEL, JUDGE = "posttrain/nano/weights/k2-nano", "posttrain/nano/weights/judge-nano"
 SIZE = (64, 64)
 OTHER = 1_000_000
-"""Added to the seeds of the pictures that distances are to."""
+"""Added to the seeds of the images that distances are to."""
 FIGURES = ("oracle", "text", "artifact-free", "diversity", "distance")
 
 
@@ -91,8 +93,10 @@ class Bench:
         features = k2.encode([r["prompt"] for r in self.records], 64, batch=64).features
         fused, null = [k2.fuse(f) for f in features], k2.text([""])
         count, size = min(self.args.groups, len(fused)), self.args.group_size
+        # (prompt, seed): one image of each prompt, then groups of the first prompts.
         jobs = [(i, seed + i) for i in range(len(fused))]
-        jobs += [(i, seed + OTHER // 2 + size * i + j) for i in range(count) for j in range(size)]
+        for i in range(count):
+            jobs += [(i, seed + OTHER // 2 + size * i + j) for j in range(size)]
         parts = []
         for first in range(0, len(jobs), self.args.batch):
             part = jobs[first : first + self.args.batch]
@@ -115,7 +119,7 @@ class Bench:
 
     @torch.no_grad()
     def features(self, images: np.ndarray) -> np.ndarray:
-        """(N, D) of judge-nano's image tower, mean over the tokens of a picture."""
+        """(N, D) of judge-nano's image tower, mean over the tokens of an image."""
         visual = self.judge.model.model.visual
         found = []
         for part in np.array_split(images, max(1, len(images) // 250)):
@@ -147,7 +151,7 @@ def train(args: argparse.Namespace) -> list[Path]:
             jobs(folder.name, "posttrain.cli", ["tdm", "--config", RECIPE, *args.options, *own])
         return folder
 
-    todo = [(steps, seed) for steps in args.train for seed in args.seeds]
+    todo = list(itertools.product(args.train, args.seeds))
     with ThreadPoolExecutor(len(todo)) as pool:
         return list(pool.map(lambda one: run(*one), todo))
 
@@ -197,7 +201,7 @@ def memory(args: argparse.Namespace) -> dict[str, float]:
             k2, size = K2.load(MODEL, device=args.device), SIZE
             encoding = k2.encode([*(f"{i} red stars" for i in range(args.memory_batch)), ""])
             *features, null = encoding.features
-        k2.blocks.recompute = len(k2.transformer.transformer_blocks) if args.memory_checkpointing else 0
+        k2.blocks.recompute = len(blocks(k2.transformer)) if args.memory_checkpointing else 0
         fused = [k2.fuse(f) for f in features]
         config = TDMConfig("", ModelConfig(""), PromptsConfig("", ""), batch=args.memory_batch)
         config.micro_batch, config.sizes, config.lora = args.memory_batch, [list(size)], LoraConfig(64, 64.0)
@@ -275,9 +279,9 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=1.5, help="the teacher's")
     parser.add_argument("--steps", type=int, nargs="+", default=[8, 4], help="the students'")
     parser.add_argument("--prompts", type=int, default=500)
-    parser.add_argument("--groups", type=int, default=60, help="prompts with a group of pictures")
+    parser.add_argument("--groups", type=int, default=60, help="prompts with a group of images")
     parser.add_argument("--group-size", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=500, help="pictures in one forward")
+    parser.add_argument("--batch", type=int, default=500, help="images in one forward")
     parser.add_argument("--memory-batch", type=int, default=128)
     parser.add_argument("--memory-scale", choices=["nano", "k2"], default="nano")
     parser.add_argument("--memory-checkpointing", action="store_true", help="recompute blocks in both backward passes")

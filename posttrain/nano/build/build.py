@@ -7,7 +7,7 @@
 One pass on one GPU takes under ten minutes, and --start trains one on; on a CPU the same code runs, slower.
 Stages: scenes and captions (all cores), a tokenizer, an autoencoder (pixel error and a little KL), then transformer
 and text encoder together on the rectified-flow loss with caption dropout. Captions are wrong about as often as those
-of the web, and some pictures are damaged: so Raw is good, not perfect, and guidance helps.
+of the web, and some images are damaged: so Raw is good, not perfect, and guidance helps.
 
 Shapes: images (N,64,64,3) uint8, latents (N,16,16,16), captions (N,V,L) token ids. t in [0,1], 1 is noise.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import multiprocessing
 import os
@@ -34,6 +35,8 @@ from diffusers import (
 )
 from transformers import Qwen3VLModel
 
+from posttrain.model import architecture
+from posttrain.model.k2 import pack
 from posttrain.model.vae import flatten_time
 from posttrain.nano.build.parts import (
     PREFIX,
@@ -48,7 +51,7 @@ from posttrain.nano.world import damage, scenes
 
 CAPTION_NOISE, LETTER_NOISE, DAMAGED = 0.25, 0.03, 0.05
 VARIANTS = 4
-"""Captions drawn for a picture."""
+"""Captions drawn for an image."""
 
 
 # ---- data -------------------------------------------------------------------------------------------------
@@ -63,24 +66,23 @@ def _make_chunk(job: tuple[int, int]) -> tuple[np.ndarray, list[list[str]]]:
         images[i] = scenes.render(scene)
         if rng.random() < DAMAGED:
             images[i] = damage.damage(images[i], scene, rng)
-        captions.append(
-            [
-                scenes.describe(
-                    scenes.mutate(scene, rng, CAPTION_NOISE, LETTER_NOISE), rng, rng.choice([0.2, 0.6, 1.0])
-                ).prompt
-                for _ in range(VARIANTS)
-            ]
-        )
+        # Captions of the web are often wrong, and these are too: guidance then helps, as it does for K2.
+        variants = []
+        for _ in range(VARIANTS):
+            mutated = scenes.mutate(scene, rng, CAPTION_NOISE, LETTER_NOISE)
+            variants.append(scenes.describe(mutated, rng, rng.choice([0.2, 0.6, 1.0])).prompt)
+        captions.append(variants)
     return images, captions
 
 
 def make_data(n: int, seed: int, workers: int) -> tuple[np.ndarray, list[list[str]]]:
-    """n pictures (n,64,64,3) uint8 and VARIANTS captions for each, the same for any number of workers."""
+    """n images (n,64,64,3) uint8 and VARIANTS captions for each, the same for any number of workers."""
+    # A seed for each chunk, so that the result does not depend on who makes which.
     chunk = 500
     jobs = [(seed * 100_003 + i, min(chunk, n - i * chunk)) for i in range((n + chunk - 1) // chunk)]
     with multiprocessing.get_context("fork").Pool(workers) as pool:
-        parts = pool.map(_make_chunk, jobs)
-    return np.concatenate([p[0] for p in parts]), [c for p in parts for c in p[1]]
+        images, captions = zip(*pool.map(_make_chunk, jobs))
+    return np.concatenate(images), list(itertools.chain(*captions))
 
 
 # ---- training ---------------------------------------------------------------------------------------------
@@ -97,7 +99,7 @@ def to_pixels(images: torch.Tensor) -> torch.Tensor:
 
 
 def train_vae(vae: AutoencoderKLQwenImage, images: torch.Tensor, minutes: float, batch: int, log) -> None:
-    """Pixel error, coloured pixels weighing up to three times as much (most of a picture is grey), and a little KL."""
+    """Pixel error, coloured pixels weighing up to three times as much (most of an image is grey), and a little KL."""
     device = images.device
     flatten_time(vae).to(device).train()  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
@@ -129,7 +131,7 @@ def train_vae(vae: AutoencoderKLQwenImage, images: torch.Tensor, minutes: float,
 
 @torch.no_grad()
 def _forget_time(vae: AutoencoderKLQwenImage) -> None:
-    """A picture is one frame, so the two earlier taps in time only ever meet zeros: make them zero."""
+    """An image is one frame, so the two earlier taps in time only ever meet zeros: make them zero."""
     for module in vae.modules():
         if isinstance(module, torch.nn.Conv3d) and module.weight.shape[2] > 1:
             module.weight[:, :, :-1] = 0
@@ -154,7 +156,7 @@ def encode(vae: AutoencoderKLQwenImage, images: torch.Tensor, batch: int = 512) 
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKLQwenImage, images: torch.Tensor) -> float:
-    """Mean over pictures of the peak signal-to-noise ratio of the reconstruction, decibels."""
+    """Mean over images of the peak signal-to-noise ratio of the reconstruction, decibels."""
     values = []
     for part in images.split(250):
         y = reconstruct(vae, part)
@@ -163,22 +165,22 @@ def psnr(vae: AutoencoderKLQwenImage, images: torch.Tensor) -> float:
     return torch.cat(values).mean().item()
 
 
-def pack(latents: torch.Tensor) -> torch.Tensor:
-    """(B,C,H,W) -> (B,HW/4,4C), channel order (c, ph, pw)."""
-    b, c, h, w = latents.shape
-    return latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, c * 4)
-
-
 def tokenize(tokenizer, captions: list[str]) -> torch.Tensor:
     """[prefix | prompt | suffix | PAD], int16 (N, L) with L a multiple of 16 after the prefix."""
     texts = [PREFIX + c + SUFFIX for c in captions]
     tokenizer.padding_side = "right"
-    parts = [tokenizer(texts[i : i + 20_000], padding="longest", return_tensors="np").input_ids.astype(np.int16)
-             for i in range(0, len(texts), 20_000)]  # fmt: skip
-    longest = -(-(max(p.shape[1] for p in parts) - 34) // 16) * 16 + 34
-    pad = tokenizer.pad_token_id
-    return torch.from_numpy(np.concatenate([np.pad(p, ((0, 0), (0, longest - p.shape[1])), constant_values=pad)
-                                            for p in parts]))  # fmt: skip
+    parts: list[np.ndarray] = []
+    for i in range(0, len(texts), 20_000):
+        ids = tokenizer(texts[i : i + 20_000], padding="longest", return_tensors="np").input_ids
+        parts.append(ids.astype(np.int16))
+    # The prefix has 34 tokens; few lengths after it mean few compiled graphs.
+    longest = -(-(max(part.shape[1] for part in parts) - 34) // 16) * 16 + 34
+    rows = np.full((len(texts), longest), tokenizer.pad_token_id, np.int16)
+    first = 0
+    for part in parts:
+        rows[first : first + len(part), : part.shape[1]] = part
+        first += len(part)
+    return torch.from_numpy(rows)
 
 
 def text_states(text_encoder: Qwen3VLModel, ids: torch.Tensor) -> torch.Tensor:
@@ -217,7 +219,7 @@ def train_transformer(pipe: Krea2Pipeline, latents, ids, minutes: float, batch: 
         p.requires_grad_(False)
     if device.type == "cuda":
         transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
-        transformer.text_fusion.compile(dynamic=False)
+        architecture.compile_text_fusion(transformer)
     params = [*transformer.parameters(), *text_encoder.language_model.parameters()]
     matrices = [p for p in params if p.ndim > 1]
     others = [p for p in params if p.ndim <= 1]
@@ -307,7 +309,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path, help="directory to write k2-nano and log.jsonl to")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--scenes", type=int, default=120_000, help="pictures to train on")
+    parser.add_argument("--scenes", type=int, default=120_000, help="images to train on")
     parser.add_argument("--vae-minutes", type=float, default=1.5)
     parser.add_argument("--minutes", type=float, default=6.0, help="transformer and text encoder")
     parser.add_argument("--batch", type=int, default=1024)
@@ -342,7 +344,7 @@ def main() -> None:
         pipe = start
     else:
         transformer = make_transformer(args.layers)
-        torch.nn.init.normal_(transformer.final_layer.linear.weight, std=0.02)
+        architecture.randomise_output(transformer, std=0.02)
         pipe = make_pipeline(tokenizer, vae, make_text_encoder(len(tokenizer), tokenizer), transformer)
     parts = ("vae", "text_encoder", "transformer")
     log(stage="shapes", **{n: sum(p.numel() for p in getattr(pipe, n).parameters()) for n in parts})

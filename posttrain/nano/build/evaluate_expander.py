@@ -19,24 +19,30 @@ from prompts.records import read_prompts
 
 def measure(model: str, adapter: str | None = None, prompts: int = 200, n: int = 8, seed: int = 0) -> dict[str, Any]:
     """Shares over `prompts` held-out prompts with n expansions each: of expansions that are captions of the world, that
-    keep every statement of their prompt, and all words to draw; and, over the prompts that leave style and background
-    open, how many different ones their n expansions have (evenly drawn: 5.7 of 10 styles, 4.2 of 5 backgrounds)."""
+    keep every statement of their prompt, and all words to draw. For prompts that leave style or background open, how
+    many different ones their n expansions have (if drawn uniformly, 5.7 of 10 styles and 4.2 of 5 backgrounds)."""
     records = read_prompts(FOLDER / "heldout.jsonl")[:prompts]
     expander = Expander.load(model, adapter, torch.float32)
     valid, kept, texts, whole, lengths = [], [], [], [], []
     different: dict[str, list[int]] = {"style": [], "background": []}
     expansions = expander.expand([r.prompt for r in records], n, seed, max_tokens=64, batch=400)
     for record, group in zip(records, expansions):
-        said = [statements(e.text) for e in group]
-        valid += [s is not None for s in said]
-        kept += [s is not None and s >= set(record.requirements or []) for s in said]
-        whole += [e.whole for e in group]
-        lengths += [len(expander.tokenizer(e.text).input_ids) for e in group]
-        if record.texts:
-            texts += [all(f'"{text}"' in e.text for text in record.texts) for e in group]
+        required = set(record.requirements or [])
+        stated: set[str] = set()
+        for expansion in group:
+            found = statements(expansion.text)
+            valid.append(found is not None)
+            kept.append(found is not None and found >= required)
+            whole.append(expansion.whole)
+            lengths.append(len(expander.tokenizer(expansion.text).input_ids))
+            stated |= found or set()
+            if record.texts:
+                texts.append(all(f'"{text}"' in expansion.text for text in record.texts))
+        # What a prompt fixes cannot vary, so only prompts that leave it open count.
         for what, counts in different.items():
-            if not any(r.startswith(f"the {what} is") for r in record.requirements or []):
-                counts.append(len({s for statement in said for s in statement or () if s.startswith(f"the {what} is")}))
+            beginning = f"the {what} is"
+            if not any(requirement.startswith(beginning) for requirement in required):
+                counts.append(sum(statement.startswith(beginning) for statement in stated))
 
     def mean(values: list) -> float:
         return round(sum(values) / len(values), 4)

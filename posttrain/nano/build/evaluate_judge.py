@@ -1,9 +1,9 @@
 """Measures a nano judge on held-out scenes, through its chat template as a server would ask it.
 
-    python -m posttrain.nano.build.evaluate_judge posttrain/nano/weights/judge-nano [--k2 posttrain/nano/weights/k2-nano]
+    python -m posttrain.nano.build.evaluate_judge posttrain/nano/weights/judge-nano [--k2 K2_NANO]
 
 Statements are the requirements of a scene's description and of a description with single attributes changed, half of
-them true; words are held out. With --k2 also on the autoencoder's pictures of the same scenes, and on pictures that
+them true; words are held out. With --k2 also on the autoencoder's images of the same scenes, and on images that
 K2-nano generates for the held-out prompts, where the oracle says what is true.
 """
 
@@ -29,15 +29,17 @@ SEED = 4242
 
 
 def statements(scene: Scene, rng: np.random.Generator) -> list[tuple[str, bool]]:
-    """As many true requirements of a scene as false ones of the same scene with attributes changed."""
+    """Equally many true requirements of a scene and false ones, from the same scene with some attributes changed."""
     true = list(scenes.describe(scene, rng).requirements)
     false: list[str] = []
     while len(false) < len(true):
         changed = scenes.mutate(scene, rng, 0.3)
         if scene.text and changed.text == scene.text:
             changed = scenes.replace(changed, text=questions.misspell(scene.text, rng))
-        said = scenes.describe(changed, rng).requirements
-        false += [s for s in said if not questions.is_true(scene, s) and s not in false]
+        # A changed scene still has true statements in common with the first.
+        for statement in scenes.describe(changed, rng).requirements:
+            if not questions.is_true(scene, statement) and statement not in false:
+                false.append(statement)
     rng.shuffle(false)
     return [(s, questions.is_true(scene, s)) for s in true] + [(s, False) for s in false[: len(true)]]
 
@@ -47,51 +49,68 @@ def heldout(n: int, seed: int = SEED) -> list[Scene]:
     return [scenes.random_scene(rng, prompts.HELDOUT_WORDS) for _ in range(n)]
 
 
-def on_scenes(vlm: VLM, n: int, pictures: Sequence[np.ndarray] | None = None) -> dict[str, Any]:
-    """Figures on n held-out scenes, drawn cleanly or given as pictures."""
+def on_scenes(vlm: VLM, n: int, images: Sequence[np.ndarray] | None = None) -> dict[str, Any]:
+    """Figures on n held-out scenes, drawn cleanly or given as images."""
     drawn = heldout(n)
     rng = np.random.default_rng(SEED + 1)
     rows = [statements(scene, rng) for scene in drawn]
-    images = [Image.fromarray(p) for p in (pictures if pictures is not None else map(scenes.render, drawn))]
+    images = [Image.fromarray(p) for p in (images if images is not None else map(scenes.render, drawn))]
     return _judge(vlm, images, rows, [scene.text for scene in drawn])
 
 
-def on_generated(vlm: VLM, pictures: Sequence[np.ndarray], records: Sequence[dict]) -> dict[str, Any]:
-    """Figures on generated pictures: the truth is what the oracle sees, of the prompt's own requirements."""
-    seen = oracles.perceive(pictures)
-    rows = [[(r, oracles.meets(p, r)) for r in record["requirements"]] for p, record in zip(seen, records)]
-    words = [p.scene.text if record["texts"] else "" for p, record in zip(seen, records)]
-    figures = _judge(vlm, [Image.fromarray(p) for p in pictures], rows, words)
-    figures["oracle_says_true"] = round(float(np.mean([t for row in rows for _, t in row])), 4)
-    figures["oracle_met"] = round(float(np.mean([np.mean([t for _, t in row]) for row in rows])), 4)
+def on_generated(vlm: VLM, images: Sequence[np.ndarray], records: Sequence[dict]) -> dict[str, Any]:
+    """Figures on generated images: whether the prompt's requirements are met, says the oracle."""
+    rows: list[list[tuple[str, bool]]] = []
+    words: list[str] = []
+    for percept, record in zip(oracles.perceive(images), records):
+        rows.append([(requirement, oracles.meets(percept, requirement)) for requirement in record["requirements"]])
+        words.append(percept.scene.text if record["texts"] else "")
+    figures = _judge(vlm, list(map(Image.fromarray, images)), rows, words)
+    truth = [[met for _, met in row] for row in rows]
+    figures["oracle_says_true"] = _mean(np.concatenate(truth))
+    figures["oracle_met"] = _mean(list(map(np.mean, truth)))
     return figures
 
 
 def _judge(vlm: VLM, images: list[Image.Image], rows: list[list[tuple[str, bool]]], words: list[str]):
     template = load_template("rubric")
-    asked = [(i, s, t) for i, row in enumerate(rows) for s, t in row]
-    texts = [template.render(requirement=s) for _, s, _ in asked]
-    p = np.array(vlm.p_yes([images[i] for i, _, _ in asked], texts, 64))
-    truth = np.array([t for _, _, t in asked])
+    asked: list[Image.Image] = []
+    texts: list[str] = []
+    answers: list[bool] = []
+    kinds: list[str] = []
+    for image, row in zip(images, rows):
+        for statement, met in row:
+            asked.append(image)
+            texts.append(template.render(requirement=statement))
+            answers.append(met)
+            kinds.append(oracles.parse(statement)[0])
+    p, truth = np.array(vlm.p_yes(asked, texts, 64)), np.array(answers)
     right = (p > 0.5) == truth
-    kinds = np.array([oracles.parse(s)[0] for _, s, _ in asked])
-    wordy = [i for i, word in enumerate(words) if word]
-    blank = [i for i, word in enumerate(words) if not word][: max(20, len(wordy))]
-    ask = load_template("transcribe").render()
-    read = vlm.complete([images[i] for i in wordy + blank], [ask] * len(wordy + blank), 20, 64)
-    exact = [r == json.dumps({"lines": [words[i]] if words[i] else []}) for i, r in zip(wordy + blank, read)]
-    return {
-        "questions": len(asked),
-        "accuracy": round(float(right.mean()), 4),
-        **{f"accuracy/{k}": round(float(right[kinds == k].mean()), 4) for k in sorted(set(kinds))},
-        "accuracy/said true": round(float(right[truth].mean()), 4),
-        "accuracy/said false": round(float(right[~truth].mean()), 4),
+    figures: dict[str, Any] = {"questions": len(asked), "accuracy": _mean(right)}
+    for kind in sorted(set(kinds)):
+        figures[f"accuracy/{kind}"] = _mean(right[np.array(kinds) == kind])
+    figures |= {
+        "accuracy/said true": _mean(right[truth]),
+        "accuracy/said false": _mean(right[~truth]),
         "brier": round(brier(p, truth), 4),
         "ece": round(expected_calibration_error(p, truth), 4),
-        "words": len(wordy),
-        "words_exact": round(float(np.mean(exact[: len(wordy)])), 4) if wordy else None,
-        "no_words_exact": round(float(np.mean(exact[len(wordy) :])), 4) if blank else None,
     }
+    # A judge that always reads a word would be right on every image with one.
+    wordy = [i for i, word in enumerate(words) if word]
+    blank = [i for i, word in enumerate(words) if not word][: max(20, len(wordy))]
+    question = load_template("transcribe").render()
+    replies = vlm.complete([images[i] for i in wordy + blank], [question] * len(wordy + blank), 20, 64)
+    exact: list[bool] = []
+    for i, reply in zip(wordy + blank, replies):
+        exact.append(reply == json.dumps({"lines": [words[i]] if words[i] else []}))
+    figures["words"] = len(wordy)
+    figures["words_exact"] = _mean(exact[: len(wordy)]) if wordy else None
+    figures["no_words_exact"] = _mean(exact[len(wordy) :]) if blank else None
+    return figures
+
+
+def _mean(values: Any) -> float:
+    return round(float(np.mean(values)), 4)
 
 
 def main() -> None:

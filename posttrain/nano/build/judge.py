@@ -1,17 +1,17 @@
-"""Builds judge-nano from nothing: a real Qwen3-VL directory, trained to judge and read pictures of scenes.
+"""Builds judge-nano from nothing: a real Qwen3-VL directory, trained to judge and read images of scenes.
 
     python -m posttrain.nano.build.judge OUT --device cuda --minutes 3
 
 It learns what the rewards ask, worded by the same templates: yes/no on a statement (rubric) and the text in the
-picture as JSON (transcribe). Captions and labels of the picture's cells are learnt besides, because they teach the
-eye sooner; the heads that read the labels are thrown away. The questions of taste and of faults are answered one half
-each: what they mean is for adapters to learn.
+image as JSON (transcribe). Captions and labels of the image's cells are learnt besides, because they teach the
+network sooner; the heads that read the labels are thrown away. The questions of taste and of faults are answered one
+half each: what they mean is for adapters to learn.
 
-A picture is encoded once for all its questions. One row is [picture | rubric's beginning | questions ... | others],
-and each question sees the picture, the beginning and itself, at the positions it would have if asked alone; so training
+An image is encoded once for all its questions. One row is [image | rubric's beginning | questions ... | others],
+and each question sees the image, the beginning and itself, at the positions it would have if asked alone; so training
 sees what serving sees (tests/judge/test_judge_nano.py compares the logits).
 
-Shapes: images (N,64,64,3) uint8, B pictures of a step, Q questions of a picture, L tokens of a row, D width.
+Shapes: images (N,64,64,3) uint8, B images of a step, Q questions of an image, L tokens of a row, D width.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from posttrain.nano.build.judge_model import (
     OPINIONS,
     SUFFIX,
     Batch,
-    Eye,
+    JudgeNetwork,
     Layout,
     make_model,
     make_tokenizer,
@@ -53,9 +53,9 @@ from posttrain.nano.world.prompts import TRAIN_WORDS
 from rewards.vlm import VLM
 
 QUESTIONS = 24
-"""Questions drawn for a picture; each step asks some of them."""
+"""Questions drawn for an image; each step asks some of them."""
 DAMAGED, WORDY = 0.15, 0.25
-"""Shares of pictures with a fault, and of further pictures with a word."""
+"""Shares of images with a fault, and of further images with a word."""
 
 
 # ---- data -------------------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ DAMAGED, WORDY = 0.15, 0.25
 
 @dataclass
 class Data:
-    """M pictures; -1 in ids means nothing there."""
+    """M images; -1 in ids means nothing there."""
 
     images: Any
     """(M,64,64,3) uint8"""
@@ -137,12 +137,15 @@ def _make_chunk(tokenizer: Qwen2Tokenizer, job: tuple[int, int]) -> Data:
 
 
 def make_data(m: int, seed: int, workers: int, tokenizer: Qwen2Tokenizer) -> Data:
-    """m pictures and their tasks."""
+    """m images and their tasks."""
     chunk = min(2000, -(-m // workers))
     jobs = [(seed * 100_003 + i, min(chunk, m - i * chunk)) for i in range((m + chunk - 1) // chunk)]
     with multiprocessing.get_context("fork").Pool(workers) as pool:
         parts = pool.map(partial(_make_chunk, tokenizer), jobs, chunksize=1)
-    data = Data(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in vars(parts[0])})
+    data = parts[0].map(lambda _: None)
+    for name in vars(data):
+        setattr(data, name, np.concatenate([getattr(part, name) for part in parts]))
+    # Cut to the longest: padding would cost as much as text.
     data.rubric = data.rubric[..., : data.length.max()]
     for name in ("transcribe", "describe"):
         array = getattr(data, name)
@@ -151,11 +154,12 @@ def make_data(m: int, seed: int, workers: int, tokenizer: Qwen2Tokenizer) -> Dat
 
 
 def blemish(images: Tensor) -> Tensor:
-    """uint8 (B,64,64,3) -> (B,3,64,64) in [-1,1]; most of them blurred, noisy or dimmed, as generated pictures are."""
+    """uint8 (B,64,64,3) -> (B,3,64,64) in [-1,1]; most of them blurred, noisy or dimmed, as generated images are."""
     x = images.permute(0, 3, 1, 2).float() / 255
     b = len(x)
 
     def some(share: float, most: float) -> Tensor:
+        """(B,1,1,1) strengths up to `most`, 0 for all but that share of the images."""
         strength = torch.rand(b, 1, 1, 1, device=x.device) * most
         return strength * (torch.rand(b, 1, 1, 1, device=x.device) < share)
 
@@ -172,7 +176,7 @@ def blemish(images: Tensor) -> Tensor:
 
 
 def draw(data: Data, b: int, n: int) -> tuple[Tensor, Batch, Tensor, Tensor]:
-    """Images, tasks and labels of b pictures drawn at random."""
+    """Images, tasks and labels of b images drawn at random."""
     device = data.images.device
     i = torch.randint(len(data.images), (b,), device=device)
     q = torch.rand(b, data.yes.shape[1], device=device).topk(n).indices
@@ -201,21 +205,25 @@ class Labels(nn.Module):
 
     def loss(self, image: Tensor, cells: Tensor, whole: Tensor) -> Tensor:
         parts = self.cells(image).float().split(list(questions.LABELS.values()), -1)
-        each = [F.cross_entropy(p.flatten(0, 1), c) for p, c in zip(parts, cells.flatten(0, 1).unbind(-1))]
+        terms = [F.cross_entropy(p.flatten(0, 1), c) for p, c in zip(parts, cells.flatten(0, 1).unbind(-1))]
         parts = self.whole(image.mean(1)).float().split(list(questions.WHOLE.values()), -1)
-        return torch.stack(each + [F.cross_entropy(p, c) for p, c in zip(parts, whole.unbind(-1))]).sum()
+        terms += [F.cross_entropy(p, c) for p, c in zip(parts, whole.unbind(-1))]
+        return torch.stack(terms).sum()
 
 
-def losses(eye: Eye, head: nn.Module, pixels: Tensor, batch: Batch, layout: Layout, words: tuple[int, int]):
+def losses(
+    network: JudgeNetwork, head: nn.Module, pixels: Tensor, batch: Batch, layout: Layout, words: tuple[int, int]
+):
     """(image tokens, each task's loss, share of right answers); words are the ids of yes and no."""
-    image = eye.see(pixels)
-    states = layout.answers(eye.read(layout.row(batch), image, layout), batch)
+    image = network.see(pixels)
+    states = layout.answers(network.read(layout.row(batch), image, layout), batch)
     logits = {name: head(state).float() for name, state in states.items()}
     yes, no = words
     target = torch.where(batch.yes, yes, no)
     parts = {"rubric": F.cross_entropy(logits["rubric"].flatten(0, 1), target.flatten())}
     for name, answer in (("transcribe", batch.transcribe), ("describe", batch.describe)):
         parts[name] = F.cross_entropy(logits[name].flatten(0, 1), answer.flatten(), ignore_index=-1)
+    # Opinions are not taught, only that the answer is yes or no: adapters learn them later.
     parts["opinion"] = -logits["opinion"].log_softmax(-1)[:, [yes, no]].mean()
     right = (logits["rubric"][..., yes] > logits["rubric"][..., no]) == batch.yes
     return image, parts, right.float().mean()
@@ -242,7 +250,7 @@ def train(
     room = {"rubric": data.rubric.shape[-1], "transcribe": data.transcribe.shape[1], "describe": data.describe.shape[1]}
     layout = Layout.of(tokenizer, n, room).to(device)
     words = token_ids(tokenizer, "yes")[0], token_ids(tokenizer, "no")[0]
-    eye, labels = Eye(model, compiled), Labels(model.lm_head.in_features).to(device)
+    network, labels = JudgeNetwork(model, compiled), Labels(model.lm_head.in_features).to(device)
     learnt = [p for p in model.parameters() if p.requires_grad]
     params = [*learnt, *labels.parameters()]
     optimizer = torch.optim.AdamW(
@@ -264,7 +272,7 @@ def train(
             group["lr"] = build._rate(elapsed, peak)
         images, asked, cells, whole = draw(data, batch, n)
         with torch.autocast(device.type, torch.bfloat16):
-            image, parts, right = losses(eye, model.lm_head, blemish(images), asked, layout, words)
+            image, parts, right = losses(network, model.lm_head, blemish(images), asked, layout, words)
             parts["labels"] = labels.loss(image, cells, whole)
         loss = torch.stack([WEIGHTS[name] * value for name, value in parts.items()]).sum()
         optimizer.zero_grad(set_to_none=True)
@@ -286,13 +294,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path, help="directory to write judge-nano, figures.json and log.jsonl to")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--scenes", type=int, default=120_000, help="pictures to train on")
+    parser.add_argument("--scenes", type=int, default=120_000, help="images to train on")
     parser.add_argument("--minutes", type=float, default=3.0)
-    parser.add_argument("--batch", type=int, default=256, help="pictures in a step")
-    parser.add_argument("--questions", type=int, default=12, help="questions on a picture in a step")
+    parser.add_argument("--batch", type=int, default=256, help="images in a step")
+    parser.add_argument("--questions", type=int, default=12, help="questions on an image in a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--heldout", type=int, default=500, help="pictures of a kind to measure on")
+    parser.add_argument("--heldout", type=int, default=500, help="images of a kind to measure on")
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are as many as the cores

@@ -1,4 +1,4 @@
-"""judge-nano itself: its words, its weights, and the layout of a row that asks a picture many questions at once.
+"""judge-nano itself: its words, its weights, and the layout of a row that asks an image many questions at once.
 
 See build_judge.py, which trains it, also for the shapes.
 """
@@ -36,14 +36,14 @@ CHAT = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SHARED = "the shapes"
-"""Stands for any statement where only what surrounds it matters."""
+"""A placeholder for a statement, where only the text around it matters."""
 
 
 # ---- words ------------------------------------------------------------------------------------------------
 
 
 def make_tokenizer(seed: int = 0) -> Qwen2Tokenizer:
-    """The text encoder's kind of tokenizer, which knows the judges' templates and answers besides."""
+    """A tokenizer like the text encoder's, trained on the judges' templates and answers too."""
     rng = np.random.default_rng(seed)
     drawn = [scenes.random_scene(rng) for _ in range(3000)]
     corpus = [scenes.describe(s, rng).prompt for s in drawn]
@@ -52,6 +52,7 @@ def make_tokenizer(seed: int = 0) -> Qwen2Tokenizer:
     fixed = [load_template(name).text for name in names] + [DESCRIBE, *questions.FAULTS.values()]
     fixed += [transcript(""), transcript("A")]
     tokenizer = parts.make_tokenizer(corpus + fixed * 100 + ["yes", "no"] * 5000)
+    # P(yes) is read from the first token of the answer.
     if any(len(token_ids(tokenizer, word)) != 1 for word in ("yes", "no")):
         raise RuntimeError("yes and no must be one token each")
     tokenizer.eos_token = "<|im_end|>"
@@ -119,7 +120,8 @@ def make_model(tokenizer: Qwen2Tokenizer) -> Qwen3VLForConditionalGeneration:
 
 
 def save(model: Qwen3VLForConditionalGeneration, tokenizer: Qwen2Tokenizer, folder: Path) -> None:
-    """Writes all that transformers and vLLM need; weights in bfloat16."""
+    """Writes all files that transformers and vLLM need, with weights in bfloat16."""
+    # A copy, because `to` would change the model that is still being trained.
     copy: Any = make_model(tokenizer)
     copy.load_state_dict(model.state_dict())
     copy.to(torch.bfloat16).save_pretrained(folder)
@@ -141,9 +143,11 @@ def save(model: Qwen3VLForConditionalGeneration, tokenizer: Qwen2Tokenizer, fold
 
 
 def patches(pixels: Tensor) -> Tensor:
-    """(B,3,64,64) in [-1,1] -> (B,256,96) as the image processor lays them out: merged fours together."""
+    """(B,3,64,64) in [-1,1] -> (B,256,96) in the order of the image processor: four patches of a token are
+    neighbours."""
     b = len(pixels)
     x = pixels.view(b, 3, GRID, MERGE, PATCH, GRID, MERGE, PATCH).permute(0, 2, 5, 3, 6, 1, 4, 7)
+    # The encoder takes videos: an image is repeated for each frame of a patch.
     x = x.unsqueeze(6).expand(*x.shape[:6], TEMPORAL, PATCH, PATCH)
     return x.reshape(b, (GRID * MERGE) ** 2, 3 * TEMPORAL * PATCH * PATCH)
 
@@ -158,12 +162,13 @@ def _patch_places() -> tuple[Tensor, Tensor]:
 
 
 def _vision_block(block: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """A vision layer over pictures of one size (B,P,D), where the library's loops over pictures."""
+    """A vision layer over images of one size (B,P,D), where the library's loops over images."""
     attention: Any = block.attn
     b, p, d = x.shape
     qkv = attention.qkv(block.norm1(x)).view(b, p, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)
-    q, k = (y.float() * cos + _rotate_half(y.float()) * sin for y in (q, k))
+    q = q.float() * cos + _rotate_half(q.float()) * sin
+    k = k.float() * cos + _rotate_half(k.float()) * sin
     out = F.scaled_dot_product_attention(q.to(v), k.to(v), v)
     x = x + attention.proj(out.transpose(1, 2).reshape(b, p, d))
     return x + block.mlp(block.norm2(x))
@@ -182,7 +187,8 @@ def _layer(layer: Any, h: Tensor, cos: Tensor, sin: Tensor, shared: int, spans: 
     q = attention.q_norm(attention.q_proj(x).view(heads)).transpose(1, 2)
     k = attention.k_norm(attention.k_proj(x).view(heads)).transpose(1, 2)
     v = attention.v_proj(x).view(heads).transpose(1, 2)
-    q, k = ((y * cos + _rotate_half(y) * sin).to(v) for y in (q, k))
+    q = (q * cos + _rotate_half(q) * sin).to(v)
+    k = (k * cos + _rotate_half(k) * sin).to(v)
     out = attend(q, k, v, shared, spans)
     h = h + attention.o_proj(out.transpose(1, 2).flatten(2))
     return h + layer.mlp(layer.post_attention_layernorm(h))
@@ -205,13 +211,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, shared: int, spans: tuple[Span, ...]
             before = x[:, None, :, :seen].expand(-1, n, -1, -1, -1).flatten(0, 1)
             return torch.cat([before, own(x)], dim=2)
 
+        # Everything that was seen before, and the task's own tokens causally.
         mask = torch.ones(length, seen + length, dtype=torch.bool, device=q.device).tril(seen)
         out = F.scaled_dot_product_attention(own(q), with_seen(k), with_seen(v), attn_mask=mask)
         parts.append(out.unflatten(0, (-1, n)).transpose(1, 2).flatten(2, 3))
     return torch.cat(parts, dim=2)
 
 
-class Eye:
+class JudgeNetwork:
     """The vision half and the language half as functions of whole batches, compiled where that pays."""
 
     def __init__(self, model: Qwen3VLForConditionalGeneration, compiled: bool):
@@ -233,7 +240,7 @@ class Eye:
         return v.merger(x.flatten(0, 1)).view(len(pixels), GRID * GRID, -1)
 
     def read(self, ids: Tensor, image: Tensor, layout: Layout) -> Tensor:
-        """Hidden states (B,L,D) of rows (B,L) in which the image tokens stand for a picture."""
+        """Hidden states (B,L,D) of rows (B,L) in which the image tokens stand for an image."""
         h = self.language.embed_tokens(ids)
         a, b = layout.image
         h = torch.cat([h[:, :a], image.to(h.dtype), h[:, b:]], dim=1)
@@ -248,7 +255,7 @@ class Eye:
 
 @dataclass
 class Batch:
-    """What one step asks of B pictures."""
+    """What one step asks of B images."""
 
     rubric: Tensor
     """(B,Q,R)"""
@@ -262,15 +269,15 @@ class Batch:
 
 @dataclass
 class Layout:
-    """Where things stand in a row, the same in every row: picture, rubric's beginning, questions, other tasks."""
+    """Where things stand in a row, the same in every row: image, rubric's beginning, questions, other tasks."""
 
     image: tuple[int, int]
     trunk: list[int]
-    """Ids of the picture's turn."""
+    """Ids of the image's turn."""
     before: list[int]
     """Ids of the rubric up to the statement."""
     after: dict[str, list[int]]
-    """Ids of each other task's question, from the picture to the answer."""
+    """Ids of each other task's question, from the image to the answer."""
     start: dict[str, int]
     """Where each task begins in a row; `rubric` is the first question."""
     length: dict[str, int]
@@ -309,10 +316,10 @@ class Layout:
             start[name], place = place, place + length[name]
 
         cells = torch.arange(GRID**2)
-        picture = image[0] + torch.stack([0 * cells, cells // GRID, cells % GRID])
-        # A picture takes as many positions as it has rows, so text after it comes nearer than it stands.
+        places = image[0] + torch.stack([0 * cells, cells // GRID, cells % GRID])
+        # An image takes as many positions as it has rows, so text after it comes nearer than it stands.
         text = torch.arange(start["rubric"]).expand(3, -1) - (GRID**2 - GRID)
-        positions = torch.cat([torch.arange(image[0]).expand(3, -1), picture, text[:, image[1] :]], dim=1)
+        positions = torch.cat([torch.arange(image[0]).expand(3, -1), places, text[:, image[1] :]], dim=1)
         for _, count, size, seen in spans:
             own = seen - (GRID**2 - GRID) + torch.arange(size)
             positions = torch.cat([positions, own.repeat(count).expand(3, -1)], dim=1)

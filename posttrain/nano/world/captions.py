@@ -1,7 +1,7 @@
-"""Reads the captions that `scenes.describe` writes: what each says, as the same statements that it gives.
+"""Parses the captions of `scenes.describe` back into the statements that it gives.
 
-A text holds what another says if its statements hold the other's, so whether an expansion keeps its prompt can be
-told without a picture.
+A text contains another if its statements include those of the other, so whether an expansion keeps its prompt can be
+checked without an image.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _WORD = re.compile(r'the word "(?P<text>[A-Z]+)" and (?P<rest>.+)')
 
 
 def statements(caption: str) -> set[str] | None:
-    """What a caption says, worded as `Description.requirements`; None if it is no caption of this world."""
+    """The statements of a caption, worded as `Description.requirements`; None if it is not a caption of this world."""
     found: set[str] = set()
     subject: list[str] = []
     for part in caption.split(", "):
         what, _, word = part.rpartition(" ")
         if (word, what in STYLES) == ("style", True) or (word, what in BACKGROUNDS) == ("background", True):
-            if any(s.startswith(f"the {word} is") for s in found):
+            if any(s.startswith(f"the {word} is") for s in found):  # two styles, or two backgrounds
                 return None
             found.add(f"the {word} is {what}")
         else:
@@ -43,12 +43,12 @@ def statements(caption: str) -> set[str] | None:
     if word := _WORD.fullmatch(body):
         found.add(f'the text reads "{word["text"]}"')
         body = word["rest"]
-    said = _subject(body)
-    return None if said is None else found | said
+    subjects = _subject(body)
+    return None if subjects is None else found | subjects
 
 
 def _subject(body: str) -> set[str] | None:
-    """The statements on the shapes."""
+    """The statements about the shapes; None if they cannot be parsed."""
     if counted := _COUNTED.fullmatch(body):
         name = f"{counted['name']} {counted['shapes']}"
         plural = body.rpartition(" ")[2]

@@ -1,9 +1,10 @@
-"""Choices of people who do not exist: pairs of a policy's pictures, of which a hidden taste prefers one.
+"""Simulated human choices: pairs of a policy's images, of which a hidden taste prefers one.
 
     python -m posttrain.nano.world.choices runs/nano-stpo-synthetic --output runs/nano-choices --pairs 500
 
-Stands in for `posttrain annotate` where nobody is at hand. The taste is that of judge_data.py, which no judge was told;
-who chooses does so with probability sigma(SHARPNESS * difference), one vote a pair. Prompts take turns.
+It replaces `posttrain annotate` where there are no annotators. The taste is that of judge_data.py, which no judge was
+trained on. The better image is chosen with probability sigma(SHARPNESS * difference), one vote a pair. Prompts take
+turns.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 from posttrain.export.export import load_checkpoint
 from posttrain.model import sampler
-from posttrain.model.k2 import Text, to_pil
+from posttrain.model.k2 import to_pil
 from posttrain.nano.world import judge_data, oracles
 from posttrain.preferences.dataset import Preference, PreferenceWriter
 from posttrain.training import checkpoint
@@ -31,8 +32,8 @@ BATCH = 128
 
 def tasteful(images: Sequence, prompts: Sequence[str], **_) -> list[float | None]:
     """The hidden taste as a reward, about -4 to 5; None where no object can be made out."""
-    seen = [percept.scene for percept in oracles.perceive(images)]
-    return [judge_data.taste(scene) if scene.objects else None for scene in seen]
+    perceived = [percept.scene for percept in oracles.perceive(images)]
+    return [judge_data.taste(scene) if scene.objects else None for scene in perceived]
 
 
 def main() -> None:
@@ -49,22 +50,24 @@ def main() -> None:
     rng = np.random.default_rng(args.seed)
     made = 0
     with PreferenceWriter(args.output, card={"policy": args.policy, "chosen by": "a hidden taste"}) as writer:
-        for first in range(0, 3 * args.pairs, min(BATCH, args.pairs)):  # where a picture shows nothing, nobody chooses
+        # Up to three times as many as are wanted: a pair with an image that shows nothing is left out.
+        for first in range(0, 3 * args.pairs, min(BATCH, args.pairs)):
             rows = range(first, first + min(BATCH, args.pairs))
-            asked = [records[in_turn(args.seed, row, len(records))].prompt for row in rows]
-            seeds = [sampler.seed_for(args.seed, row, side) for row in rows for side in (0, 1)]
-            features = k2.encode(asked, 64).features
+            prompts = [records[in_turn(args.seed, row, len(records))].prompt for row in rows]
+            seeds = []
+            for row in rows:
+                seeds += [sampler.seed_for(args.seed, row, 0), sampler.seed_for(args.seed, row, 1)]
             with torch.no_grad(), k2.role(POLICY):
-                text = Text.of([k2.fuse(f) for f in features]).repeat(2)
+                text = k2.text(prompts, 64).repeat(2)
                 latents = k2.sample(text, sampler.noise(seeds, shape), args.steps, 64, 64)
-            pictures = to_pil(k2.decode(latents, 64, 64))
-            tastes = tasteful(pictures, [])
-            for i, prompt in enumerate(asked):
+            images = to_pil(k2.decode(latents, 64, 64))
+            tastes = tasteful(images, [])
+            for i, prompt in enumerate(prompts):
                 left, right = tastes[2 * i], tastes[2 * i + 1]
                 if left is None or right is None or made == args.pairs:
                     continue
                 better = rng.random() < 1 / (1 + math.exp(judge_data.SHARPNESS * (right - left)))
-                shown = pictures[2 * i : 2 * i + 2][:: 1 if better else -1]
+                shown = images[2 * i : 2 * i + 2][:: 1 if better else -1]
                 policy = {"chosen_policy": args.policy, "rejected_policy": args.policy}
                 on = {"chosen_on_policy": True, "rejected_on_policy": True}
                 writer.add(Preference(prompt, *shown, source="human", **policy, **on))

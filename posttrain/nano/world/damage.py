@@ -1,4 +1,4 @@
-"""Visible faults in a picture of a scene: what the artifact judge learns to see, and the oracle must."""
+"""Visible faults in an image of a scene, which the artifact judge learns to see and the oracle must detect."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def damage(image: np.ndarray, scene: Scene, rng: np.random.Generator, kind: str 
     reach = int(o.radius * 1.15) + 1
     x0, x1 = max(0, round(o.x) - reach), min(SIZE, round(o.x) + reach + 1)
     y0, y1 = max(0, round(o.y) - reach), min(SIZE, round(o.y) + reach + 1)
+    # The scene without the object: what a hole shows, and what the object's pixels differ from.
     bare = render(replace(scene, objects=tuple(p for p in scene.objects if p is not o)))
     if kind == "broken":
         angle = rng.uniform(0, 2 * math.pi)
@@ -38,7 +39,8 @@ def damage(image: np.ndarray, scene: Scene, rng: np.random.Generator, kind: str 
         length = round(rng.uniform(0.7, 1.0) * o.radius)
         axis = int(rng.integers(2))
         change = image.astype(np.float32) - bare
-        total = np.mean([np.roll(change, s, axis=axis) for s in range(-length, length + 1)], axis=0)
+        shifted = [np.roll(change, s, axis=axis) for s in range(-length, length + 1)]
+        total = np.mean(shifted, axis=0)
         out = np.clip(bare + total, 0, 255).astype(np.uint8)
     else:
         x, y = scene.text_x, scene.text_y

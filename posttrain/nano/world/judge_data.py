@@ -1,16 +1,17 @@
-"""Writes data to train the nano judges on: pairs chosen by a hidden taste, and pictures with and without faults.
+"""Writes data to train the nano judges on: pairs chosen by a hidden taste, and images with and without faults.
 
     python -m posttrain.nano.world.judge_data runs/nano-judge-data
 
 The taste scores what a caption leaves open: style, background, sizes, colours that suit the ground, balance. Raters
-choose the better of two pictures of one caption with probability sigma of the scores' difference, so no judge can
+choose the better of two images of one caption with probability sigma of the scores' difference, so no judge can
 agree with them more often than the noise ceiling, the mean of max(p, 1 - p). `preferences.jsonl` holds the pairs,
-`artifacts.jsonl` the others, `images/` the pictures.
+`artifacts.jsonl` the others, `images/` the images.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
@@ -31,7 +32,7 @@ WARM = ("red", "orange", "yellow", "pink")
 CONTRAST = 1.0
 """Score of warm colours on dark ground or cold ones on light, all objects so; minus that where none is."""
 LARGE, BALANCE = 0.8, 0.8
-"""Score of large objects, and of objects whose middle is the picture's."""
+"""Score of large objects, and of objects whose middle is the image's."""
 SHARPNESS = 1.5
 """How sure raters are: their log-odds for one point of score."""
 GENERATORS = ("crisp", "soft", "noisy")
@@ -39,7 +40,7 @@ GENERATORS = ("crisp", "soft", "noisy")
 
 
 def taste(scene: Scene) -> float:
-    """The hidden score of a picture, about -4 to 5."""
+    """The hidden score of an image, about -4 to 5."""
     dark = scene.background == "black" or scene.style == "dark"
     suits = np.mean([(o.colour in WARM) == dark for o in scene.objects])
     large = np.mean([o.size == "large" for o in scene.objects])
@@ -55,7 +56,7 @@ def taste(scene: Scene) -> float:
 
 
 def redrawn(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Another picture of the same caption: style, ground and size drawn anew, objects moved a little together."""
+    """Another image of the same caption: style, ground and size drawn anew, objects moved a little together."""
     size = str(rng.choice(list(SIZES))) if len(scene.objects) == 1 else None
     objects = []
     dx, dy = rng.integers(-8, 9, size=2)
@@ -75,7 +76,7 @@ def redrawn(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def draw(scene: Scene, generator: str, rng: np.random.Generator, fault: bool = False) -> Image.Image:
-    """A picture of a scene as one of GENERATORS would draw it."""
+    """An image of a scene as one of GENERATORS would draw it."""
     pixels = scenes.render(scene)
     if fault:
         pixels = damage.damage(pixels, scene, rng)
@@ -99,11 +100,12 @@ def _pairs(out: Path, job: tuple[int, int, int]) -> list[dict]:
         p = 1 / (1 + math.exp(-SHARPNESS * (taste(pair[0]) - taste(pair[1]))))
         if rng.random() >= p:
             pair, p = pair[::-1], 1 - p
-        names = [f"images/pair-{i:05d}-{side}.png" for side in ("chosen", "rejected")]
-        for name, drawn in zip(names, pair):
-            draw(drawn, generator, rng).save(out / name)
-        rows.append({"prompt": prompt, "chosen": names[0], "rejected": names[1], "source": generator,
-                     "chance": round(p, 4)})  # fmt: skip
+        # `chance` is the probability of this choice: the judges' noise ceiling is computed from it.
+        row = {"prompt": prompt}
+        for side, drawn in zip(("chosen", "rejected"), pair):
+            row[side] = f"images/pair-{i:05d}-{side}.png"
+            draw(drawn, generator, rng).save(out / row[side])
+        rows.append(row | {"source": generator, "chance": round(p, 4)})
     return rows
 
 
@@ -125,7 +127,7 @@ def write(out: Path, pairs: int, faults: int, seed: int, workers: int) -> None:
     for name, make, total in (("preferences", _pairs, pairs), ("artifacts", _faults, faults)):
         jobs = [(seed, first, min(200, total - first)) for first in range(0, total, 200)]
         with multiprocessing.get_context("fork").Pool(workers) as pool:
-            rows = [row for part in pool.map(partial(make, out), jobs) for row in part]
+            rows = itertools.chain(*pool.map(partial(make, out), jobs))
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

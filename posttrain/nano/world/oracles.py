@@ -1,14 +1,15 @@
-"""Oracles: programs that read a 64-pixel picture back into a scene and judge statements about it.
+"""Oracles: programs that read a 64-pixel image back into a scene and judge statements about it.
 
-Reading is analysis by synthesis. Coloured blobs are found by chroma (backgrounds and text are grey), each is
-matched to the shape that overlaps it best, letters are matched to the alphabet, and style and background are those
-whose rendering of what was found comes closest to the picture. What no rendering explains is an artifact. The
-oracles measure; nothing is ever trained on their gradient.
+Reading is analysis by synthesis. Coloured blobs are found by chroma (backgrounds and text are grey), and each is
+matched to the shape that overlaps it best. Letters are matched to the alphabet. Style and background are those whose
+rendering comes closest to the image. What no rendering explains is an artifact. The oracles measure; nothing is
+trained on their gradient.
 """
 
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 import threading
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ CLEAN = 0.15
 
 @dataclass
 class Percept:
-    """What the oracle sees: a scene, and how far its rendering is from the picture."""
+    """What the oracle sees: a scene, and how far its rendering is from the image."""
 
     scene: Scene
     residual: float
@@ -45,12 +46,12 @@ class Percept:
 
 
 def perceive(images: Sequence) -> list[Percept]:
-    """Reads pictures: PIL images or uint8 arrays (64, 64, 3)."""
+    """Reads images: PIL images or uint8 arrays (64, 64, 3)."""
     arrays = [np.asarray(i)[..., :3] for i in images]
     for a in arrays:
         if a.shape != (SIZE, SIZE, 3):
-            raise ValueError(f"oracles read pictures of {SIZE} x {SIZE} pixels, got {a.shape[1]} x {a.shape[0]}")
-    with _ONE_AT_A_TIME:  # several rewards ask about the same pictures at once: the first one looks
+            raise ValueError(f"oracles read images of {SIZE} x {SIZE} pixels, got {a.shape[1]} x {a.shape[0]}")
+    with _ONE_AT_A_TIME:  # several rewards ask about the same images at once: the first one looks
         return [_perceived(np.ascontiguousarray(a, np.uint8).tobytes()) for a in arrays]
 
 
@@ -147,8 +148,12 @@ def _fit(mask: np.ndarray) -> tuple[list[tuple[str, float, float, float, float]]
         return shape, float(x), float(y), float(radius), float(overlap)
 
     fits = sorted((trial(shape, 1.0) for shape in SHAPES), key=lambda fit: -fit[-1])
-    close = [fit for fit in fits[:3] if fit[-1] > fits[0][-1] - 0.2]
-    best = [max((trial(f[0], k) for k in (0.94, 0.97, 1.0, 1.03, 1.06)), key=lambda fit: fit[-1]) for f in close]
+    best = []
+    for shape, *_, overlap in fits[:3]:
+        if overlap > fits[0][-1] - 0.2:
+            # The area of a blurred or outlined shape is off by some per cent.
+            trials = [trial(shape, scale) for scale in (0.94, 0.97, 1.0, 1.03, 1.06)]
+            best.append(max(trials, key=lambda fit: fit[-1]))
     return best, {fit[0]: fit[-1] for fit in fits}
 
 
@@ -168,7 +173,7 @@ def _glyph_bank() -> torch.Tensor:
 
 
 def _read(stack: np.ndarray) -> list[tuple[str, int, int]]:
-    """(word, x, y of its first letter) in each picture; the word is '' where there is none.
+    """(word, x, y of its first letter) in each image; the word is '' where there is none.
 
     Normalised cross-correlation with each letter, best first; the best row wins and letters of it that stand
     12 pixels apart make the word.
@@ -209,18 +214,18 @@ def _smooth(image: np.ndarray) -> np.ndarray:
 
 
 def _render(scene: Scene) -> np.ndarray:
-    """Renders without grain, which no two pictures share."""
+    """Renders without grain, which no two images share."""
     style = "flat" if scene.style == "grainy" else scene.style
     return scenes.render(replace(scene, style=style)).astype(np.float32) / 255
 
 
 def _explain(image: np.ndarray, scene: Scene) -> Scene:
-    """The scene with the style and background whose rendering comes closest to the picture."""
+    """The scene with the style and background whose rendering comes closest to the image."""
     drawn = _render(replace(scene, style="bordered", background="white"))
     changed = np.abs(drawn - _render(Scene("", (), "flat", "white"))).max(-1) > 0.03
     free = np.logical_not(ndimage.binary_dilation(changed, iterations=3))
     grey = image.mean(-1)
-    # Without a word or a shape to compare with, brightness alone tells a dark picture from a light one.
+    # Without a word or a shape to compare with, brightness alone tells a dark image from a light one.
     options = [(b, dim) for b in scenes.BACKGROUNDS for dim in (1.0, 0.5)]
     errors = {}
     for name, dim in options:
@@ -255,9 +260,11 @@ def _settle(image: np.ndarray, scene: Scene, choices: list[list[Object]]) -> Sce
         if len(options) > 1:
             o = options[0]
             reach = int(1.3 * o.radius) + 3
+            # Only the part around the object is compared: elsewhere all guesses are the same.
             window = np.s_[max(0, int(o.y) - reach) : int(o.y) + reach, max(0, int(o.x) - reach) : int(o.x) + reach]
             guesses = [replace(scene, objects=(*scene.objects[:i], p, *scene.objects[i + 1 :])) for p in options]
-            scene = min(guesses, key=lambda g: float(((image[window] - _render(g)[window]) ** 2).mean()))
+            errors = [float(((image[window] - _render(guess)[window]) ** 2).mean()) for guess in guesses]
+            scene = guesses[int(np.argmin(errors))]
     return scene
 
 
@@ -267,32 +274,29 @@ _COUNT = "|".join(COUNTS)
 _NAME = rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
 _PLURAL = rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})e?s"
 _PATTERNS = {
-    kind: re.compile(pattern)
-    for kind, pattern in {
-        "exists": rf"there is an? {_NAME}",
-        "count": rf"there are exactly ({_COUNT}) {_PLURAL}",
-        "total": rf"there (?:is|are) exactly ({_COUNT}) shapes?",
-        "size": rf"the {_NAME} is (small|large)",
-        "place": rf"the {_NAME} is at the ({'|'.join(p for row in scenes.PLACES for p in row)})",
-        "relation": rf"the {_NAME} is ({'|'.join(scenes.RELATIONS)}) the {_NAME}",
-        "style": rf"the style is ({'|'.join(scenes.STYLES)})",
-        "background": rf"the background is ({'|'.join(scenes.BACKGROUNDS)})",
-        "text": r'the text reads "([A-Z]+)"',
-    }.items()
+    "exists": rf"there is an? {_NAME}",
+    "count": rf"there are exactly ({_COUNT}) {_PLURAL}",
+    "total": rf"there (?:is|are) exactly ({_COUNT}) shapes?",
+    "size": rf"the {_NAME} is (small|large)",
+    "place": rf"the {_NAME} is at the ({'|'.join(itertools.chain(*scenes.PLACES))})",
+    "relation": rf"the {_NAME} is ({'|'.join(scenes.RELATIONS)}) the {_NAME}",
+    "style": rf"the style is ({'|'.join(scenes.STYLES)})",
+    "background": rf"the background is ({'|'.join(scenes.BACKGROUNDS)})",
+    "text": r'the text reads "([A-Z]+)"',
 }
 
 
 def parse(statement: str) -> tuple[str, tuple[str, ...]]:
     """(kind, parts) of a statement that `scenes.describe` writes; ValueError for any other sentence."""
     for kind, pattern in _PATTERNS.items():
-        match = pattern.fullmatch(statement)
+        match = re.fullmatch(pattern, statement)  # re caches what it compiles
         if match:
             return kind, match.groups()
     raise ValueError(f"the nano oracle cannot read the statement {statement!r}")
 
 
 def meets(percept: Percept, statement: str) -> bool:
-    """Whether a picture, as perceived, meets a statement."""
+    """Whether an image, as perceived, meets a statement."""
     kind, parts = parse(statement)
     scene = percept.scene
 
@@ -320,7 +324,7 @@ def meets(percept: Percept, statement: str) -> bool:
 
 
 def grade(percept: Percept, statement: str) -> float:
-    """How nearly a picture meets a statement, in [0, 1]: partial credit where `meets` has none, to learn from."""
+    """How nearly an image meets a statement, in [0, 1]: partial credit where `meets` has none, to learn from."""
     kind, parts = parse(statement)
     objects, overlaps = percept.scene.objects, percept.overlaps
     if kind in ("style", "background"):
@@ -361,7 +365,7 @@ def grade(percept: Percept, statement: str) -> float:
 
 
 def rubric(images: Sequence, prompts: Sequence[str], requirements: Sequence[list[str]], **_) -> list[float | None]:
-    """Share of a prompt's requirements that its picture meets, in [0, 1]; None where it has none."""
+    """Share of a prompt's requirements that its image meets, in [0, 1]; None where it has none."""
     return [_answered(p, need) if need else None for p, need in zip(perceive(images), requirements)]
 
 
@@ -372,16 +376,18 @@ def _answered(percept: Percept, need: list[str]) -> Scored:
 
 def graded(images: Sequence, prompts: Sequence[str], requirements: Sequence[list[str]], **_) -> list[float | None]:
     """Mean grade of a prompt's requirements, in [0, 1]: a reward to train on where `rubric` measures."""
-    return [
-        float(np.mean([grade(p, r) for r in need])) if need else None for p, need in zip(perceive(images), requirements)
-    ]
+    grades: list[float | None] = []
+    for percept, required in zip(perceive(images), requirements):
+        values = [grade(percept, requirement) for requirement in required]
+        grades.append(float(np.mean(values)) if values else None)
+    return grades
 
 
 def text(images: Sequence, prompts: Sequence[str], texts: Sequence[list[str]], **_) -> list[float | None]:
-    """1.0 where the picture shows exactly the wanted word, else 0.0; None where no word is wanted."""
+    """1.0 where the image shows exactly the wanted word, else 0.0; None where no word is wanted."""
     return [float(p.scene.text == want[0]) if want else None for p, want in zip(perceive(images), texts)]
 
 
 def artifact_free(images: Sequence, prompts: Sequence[str], **_) -> list[float | None]:
-    """1.0 for a picture that the renderer could have drawn, else 0.0."""
+    """1.0 for an image that the renderer could have drawn, else 0.0."""
     return [float(p.clean) for p in perceive(images)]

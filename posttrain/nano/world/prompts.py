@@ -26,11 +26,11 @@ def make(n: int, seed: int, words: list[str], details: tuple[float, ...], taken:
     rng, records = np.random.default_rng(seed), []
     while len(records) < n:
         scene = scenes.random_scene(rng, words)
-        said = scenes.describe(scene, rng, float(rng.choice(details)))
-        if said.prompt not in taken:
-            taken.add(said.prompt)
-            records.append({"prompt": said.prompt, "requirements": said.requirements, "texts": said.texts,
-                            "tags": [scene.kind]})  # fmt: skip
+        description = scenes.describe(scene, rng, float(rng.choice(details)))
+        if description.prompt not in taken:
+            taken.add(description.prompt)
+            records.append({"prompt": description.prompt, "requirements": description.requirements,
+                            "texts": description.texts, "tags": [scene.kind]})  # fmt: skip
     return records
 
 
@@ -50,7 +50,9 @@ def make_mixed(n: int, seed: int, words: list[str], taken: set[str]) -> list[dic
             taken.add(prompt)
             hard.append({"prompt": prompt, "requirements": [f'the text reads "{word}"'], "texts": [word]})
     tagged = {"mixed": make(n, seed, words, (0.2, 0.6, 1.0), taken), "easy": easy, "hard": hard}
-    rows = [{**row, "tags": [tag]} for tag, group in tagged.items() for row in group]
+    rows = []
+    for tag, group in tagged.items():
+        rows += [{**row, "tags": [tag]} for row in group]
     return [rows[i] for i in rng.permutation(len(rows))]
 
 

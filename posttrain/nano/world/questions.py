@@ -1,7 +1,7 @@
-"""Yes/no questions and other tasks about scenes, as a judge is asked them, with the right answers.
+"""Yes/no questions and other tasks about scenes for the judges, with the right answers.
 
-`ask` draws a statement about a scene and its truth: half of all statements are true, and a false one differs from a
-true one in one attribute where it can. `labels` says what stands where, for the cells that a vision encoder sees.
+`ask` draws a statement about a scene, and whether it is true. Half of all statements are true, and most false ones
+differ from a true one in a single attribute. `labels` says what each cell of the vision encoder shows.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ _PLACES = [p for row in PLACES for p in row]
 
 
 def ask(scene: Scene, rng: np.random.Generator, fault: str | None = None, words: list[str] | None = None):
-    """(statement, whether it is true) about a picture of a scene, perhaps with a fault.
+    """(statement, whether it is true) about an image of a scene, perhaps with a fault.
 
-    Of a picture with a fault nothing is asked that the fault makes doubtful.
+    An image with a fault gets no question whose answer the fault makes doubtful.
     """
+    # Weights of the kinds: hard questions are asked more often than easy ones.
     kinds = {"exists": 2.0, "style": 1.5, "background": 1.0, "fault": 2.0 if fault else 0.5}
     if fault != "garbled":
         kinds["text"] = 3.0 if scene.text else 0.2
@@ -145,6 +146,7 @@ def _size(scene, rng, wanted, words):
 def _place(scene, rng, wanted, words):
     o = _pick(rng, scene.objects)
     third = SIZE / 3
+    # On the border of two places no answer is right.
     if min(min(v % third, third - v % third) for v in (o.x, o.y)) < 1:
         return None
     if wanted:
@@ -152,6 +154,7 @@ def _place(scene, rng, wanted, words):
     if rng.random() < 0.15:
         return f"the {_name(scene, rng, False)} is at the {o.place}"
     column, row = (min(2, int(v / third)) for v in (o.x, o.y))
+    # Neighbouring places are the hardest to tell apart.
     near = [PLACES[r][c] for r in range(3) for c in range(3) if abs(r - row) + abs(c - column) == 1]
     return f"the {o.name} is at the {_pick(rng, near) if rng.random() < 0.5 else _other(rng, _PLACES, o.place)}"
 
@@ -159,17 +162,18 @@ def _place(scene, rng, wanted, words):
 def _relation(scene, rng, wanted, words):
     i, j = rng.permutation(len(scene.objects))[:2]
     a, b = scene.objects[i], scene.objects[j]
-    held = [r for r in RELATIONS if scenes.holds(r, (a.x, a.y), (b.x, b.y))]
+    true = [r for r in RELATIONS if scenes.holds(r, (a.x, a.y), (b.x, b.y))]
     draw = rng.random()
     if wanted or draw < 0.25:
-        if not held:
+        if not true:
             return None
-        relation = _pick(rng, held)
+        relation = _pick(rng, true)
         if wanted:
             return f"the {a.name} is {relation} the {b.name}"
         wrong = " ".join(_near_miss(scene, rng))
         first, second = (wrong, b.name) if rng.random() < 0.5 else (a.name, wrong)
         return f"the {first} is {relation} the {second}"
+    # Mostly the reverse of what is true: a judge has to know which of the two is named first.
     relation = _pick(rng, [r for r in RELATIONS if scenes.holds(r, (b.x, b.y), (a.x, a.y))] or RELATIONS)
     if draw > 0.75:
         relation = _pick(rng, RELATIONS)

@@ -1,9 +1,9 @@
-"""Scenes: small pictures drawn from a graph, and the words that describe them.
+"""Scenes: small images drawn from a graph, and the words that describe them.
 
 A `Scene` is 1 to 5 coloured shapes on a grey-scale background in one of ten styles, with at times a word on a
 plate. `render` draws it (64 x 64 pixels), `describe` says it: a caption that mentions part of the graph, and one
 yes/no statement for each thing mentioned. What a caption leaves out is open, so a short prompt has many right
-pictures. Coordinates are pixels, x to the right and y down, a pixel's centre at its index.
+images. Coordinates are pixels, x to the right and y down, a pixel's centre at its index.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Description:
 
 
 def place_of(x: float, y: float) -> str:
-    """Name of the ninth of the picture that holds a point."""
+    """Name of the ninth of the image that holds a point."""
     column, row = (min(2, max(0, int(v * 3 / SIZE))) for v in (x, y))
     return PLACES[row][column]
 
@@ -112,7 +112,7 @@ def random_word(rng: np.random.Generator, words: list[str] | None = None) -> str
 
 
 def random_scene(rng: np.random.Generator, words: list[str] | None = None, kind: str | None = None) -> Scene:
-    """Draws a scene whose objects are at least three pixels apart and inside the picture."""
+    """Draws a scene whose objects are at least three pixels apart and inside the image."""
     kind = kind or str(rng.choice(list(KINDS), p=list(KINDS.values())))
     style, background = str(rng.choice(STYLES)), str(rng.choice(BACKGROUNDS))
     while True:
@@ -130,6 +130,7 @@ def _layout(rng: np.random.Generator, kind: str, style: str, background: str, wo
         text_y = int(rng.integers(4, 7)) if top else SIZE - GLYPH_H - int(rng.integers(4, 7))
         free = (24, SIZE) if top else (0, SIZE - 24)
     n = {"single": 1, "text": 1, "pair": 2, "trio": 3}.get(kind) or int(rng.integers(2, 6))
+    # No two objects are alike, except in a count, so that every statement is about one of them.
     names = [(str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS)))) for _ in range(n)]
     if kind == "count":
         names = names[:1] * n
@@ -152,6 +153,7 @@ def _layout(rng: np.random.Generator, kind: str, style: str, background: str, wo
                 break
         else:
             return None
+    # On a diagonal neither is left of the other nor above it.
     if kind == "pair" and not any(holds(r, *_points(placed)) for r in RELATIONS):
         return None
     return Scene(kind, tuple(placed), style, background, text, text_x, text_y, int(rng.integers(0, 2**31)))
@@ -172,6 +174,7 @@ def mutate(scene: Scene, rng: np.random.Generator, rate: float, text_rate: float
 
     objects = []
     for o in scene.objects:
+        # Mirrored at the centre, an object is at another place and in another relation.
         x, y = (o.x, o.y) if rng.random() >= rate else (SIZE - 1 - o.x, SIZE - 1 - o.y)
         size = redraw(o.size, SIZES)
         radius = o.radius if size == o.size else SIZES[size]
@@ -193,7 +196,7 @@ def mutate(scene: Scene, rng: np.random.Generator, rate: float, text_rate: float
     )
 
 
-# ---- saying a scene ---------------------------------------------------------------------------------------
+# ---- describing a scene -----------------------------------------------------------------------------------
 
 
 def _article(noun: str) -> str:
@@ -201,7 +204,7 @@ def _article(noun: str) -> str:
 
 
 def describe(scene: Scene, rng: np.random.Generator, detail: float = 1.0) -> Description:
-    """A caption and the statements that a picture of it must meet.
+    """A caption and the statements that an image of it must meet.
 
     `detail` in [0, 1] is the chance that each of style, background, size and place is mentioned; shapes, colours,
     counts, relations and words always are. 1 gives a dense caption, 0 what a hurried user types.
@@ -227,8 +230,8 @@ def describe(scene: Scene, rng: np.random.Generator, detail: float = 1.0) -> Des
                 requirements.append(f"the {o.name} is at the {o.place}")
             parts.append(part)
         if scene.kind == "pair":
-            held = [r for r in RELATIONS if holds(r, *_points(objects))]
-            relation = held[0] if held else "left of"
+            # After `mutate` no relation may hold; then the caption is wrong, as it may be.
+            relation = next((r for r in RELATIONS if holds(r, *_points(objects))), "left of")
             subject = f"{parts[0]} {relation} {parts[1]}"
             requirements.append(f"the {objects[0].name} is {relation} the {objects[1].name}")
         else:
@@ -286,7 +289,7 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> 
         ex, ey, px, py = x1 - x0, y1 - y0, x - x0, y - y0
         along = np.clip((px * ex + py * ey) / (ex * ex + ey * ey), 0, 1)
         best = np.minimum(best, (px - along * ex) ** 2 + (py - along * ey) ** 2)
-        if ey != 0:
+        if ey != 0:  # even-odd rule: a point is inside if a ray to the right crosses an odd number of edges
             inside ^= ((y0 <= y) != (y1 <= y)) & (px < py * (ex / ey))
     return np.where(inside, -1, 1) * np.sqrt(best)
 
@@ -300,7 +303,7 @@ def background(name: str) -> np.ndarray:
         grey = np.where((XX // 8 + YY // 8) % 2 == 0, 0.92, 0.70).astype(np.float32)
     else:
         grey = np.full((SIZE, SIZE), {"white": 0.97, "grey": 0.58, "black": 0.05}[name], np.float32)
-    grey.flags.writeable = False
+    grey.flags.writeable = False  # cached: a caller that drew into it would change every later image
     return grey
 
 
@@ -308,6 +311,7 @@ def text_mask(text: str) -> np.ndarray:
     """Ink of a word, bool (14, 12 * letters)."""
     mask = np.zeros((GLYPH_H, GLYPH_W * len(text)), bool)
     for i, letter in enumerate(text):
+        # A cell of the font is 2 x 2 pixels, so that letters survive the VAE.
         mask[:, i * GLYPH_W : i * GLYPH_W + 10] = np.kron(GLYPHS[letter], np.ones((2, 2), bool))
     return mask
 
@@ -323,7 +327,7 @@ def render(scene: Scene) -> np.ndarray:
         h, w = mask.shape
         x, y = scene.text_x, scene.text_y
         _plate(image, x - 4, y - 3, w + 6, h + 6)
-        x0, x1 = max(0, x), min(SIZE, x + w)
+        x0, x1 = max(0, x), min(SIZE, x + w)  # two words in one may be wider than the image
         image[y : y + h, x0:x1][mask[:, x0 - x : x1 - x]] = 0.04
     if scene.style == "dark":
         image *= 0.5
@@ -341,7 +345,7 @@ def _plate(image: np.ndarray, x: int, y: int, w: int, h: int) -> None:
 
 @lru_cache(64)  # the oracles draw each object in every style
 def _distance(shape: str, x: float, y: float, radius: float, x0: int, x1: int, y0: int, y1: int) -> np.ndarray:
-    """`signed_distance` to an object in a window of the picture, read-only."""
+    """`signed_distance` to an object in a window of the image, read-only."""
     d = signed_distance(shape, XX[y0:y1, x0:x1] - x, YY[y0:y1, x0:x1] - y, radius)
     d.flags.writeable = False
     return d
@@ -355,7 +359,7 @@ def _draw(image: np.ndarray, o: Object, style: str, ground: float) -> None:
     d = _distance(o.shape, o.x, o.y, o.radius, x0, x1, y0, y1)
     colour = np.asarray(COLOURS[o.colour], np.float32)
     fill = np.broadcast_to(colour, (*d.shape, 3))
-    cover = np.clip(0.5 - d, 0, 1)
+    cover = np.clip(0.5 - d, 0, 1)  # edges are antialiased over one pixel
     if style == "outline":
         cover = np.clip(0.5 - (np.abs(d + 1.2) - 1.2), 0, 1)
     elif style == "shaded":

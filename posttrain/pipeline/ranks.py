@@ -1,6 +1,6 @@
 """What grows with the number of processes: bytes, requests and memory of a pipeline's stages, before and after.
 
-    python -m posttrain.bench.ranks recipes/k2/pipeline_64.yaml
+    python -m posttrain.pipeline.ranks recipes/k2/pipeline_64.yaml
 
 A model of the traffic, from the recipes alone: nothing is loaded or run, and a test holds it against the bytes that
 four processes sent. `before` is commit 7d01825: every process got all images of an evaluation and of a turn of pairs,
