@@ -1,11 +1,10 @@
-"""Reward functions and callback for TRL's trainer in `posttrain expander gdpo`: the functions share one evaluation of a
-batch; the callback checks the diversity weight, times, logs, evaluates and stops.
+"""What `posttrain expander gdpo` adds to TRL's trainer: reward functions that share one evaluation, and a callback that
+checks the diversity weight, times, logs, evaluates and stops.
 """
 
 from __future__ import annotations
 
 import json
-import operator
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -36,7 +35,7 @@ SHOWN_FAULTS = 20  # in the report
 
 
 def diversity_weight(config: ExpanderGDPOConfig, step: int) -> float:
-    """After `step` finished steps. It is the recipe's for the whole run, unless that says that it is an ablation."""
+    """The weight after `step` finished steps: constant, unless the recipe is an ablation of it."""
     weight = config.diversity.weight
     assert not isinstance(weight, list)
     match config.ablation.diversity:
@@ -49,7 +48,7 @@ def diversity_weight(config: ExpanderGDPOConfig, step: int) -> float:
 
 
 class SharedRewards:
-    """The reward functions of TRL, which all read one evaluation of a batch of expansions."""
+    """TRL's reward functions, which share one evaluation of a batch of expansions."""
 
     def __init__(
         self,
@@ -61,10 +60,10 @@ class SharedRewards:
     ):
         self.config, self.policy, self.scorer, self.records, self.procs = config, policy, scorer, records, procs
         self.called = self.returned = 0.0
-        """When the first reward function of the latest batch was called, and when it had its answer."""
+        """Times at which the first reward function of the latest batch was called, and at which it had its scores."""
         self.scored: Scored | None = None
         self.faults: deque[dict[str, Any]] = deque(maxlen=SHOWN_FAULTS)
-        """The latest expansions that failed a check, and why."""
+        """The latest expansions that failed a check, with the reasons."""
         self._key: Any = None
 
     def functions(self) -> list[Callable[..., list[float | None]]]:
@@ -79,31 +78,33 @@ class SharedRewards:
             scored = self._evaluated(completion_ids, row, trainer_state.global_step, log_metric)
             return scored.rewards_for_trl(name, size)
 
-        reward.__name__ = name
+        reward.__name__ = name  # TRL names its metrics after the function
         return reward
 
     def _evaluated(self, ids: list[list[int]], rows: list[int], step: int, log_metric: Any) -> Scored:
-        """The evaluation of this batch: made once, by whichever function is called first."""
-        # TRL calls each reward function with the same batch; images are drawn for the first call only.
+        """The evaluation of this batch, made by the reward function that is called first."""
+        # TRL calls each reward function with the same batch; images are drawn for the first call only
         key = (step, rows, ids)
         if self.scored is not None and self._key == key:
             return self.scored
         self.called = time.perf_counter()
         size = self.config.groups.group_size
-        # Diversity compares the images of one prompt, so a process must have whole groups.
-        if len(rows) % size or any(len(set(rows[i : i + size])) > 1 for i in range(0, len(rows), size)):
+        # TRL's sampler puts the n completions of a prompt side by side; diversity compares them, so they must be whole
+        if list(rows) != [row for row in rows[::size] for _ in range(size)]:
             raise RuntimeError(f"{len(rows)} expansions on this process are not whole groups of {size}")
         expansions = [self.policy.expansion(self.records[row], tokens) for row, tokens in zip(rows, ids)]
         groups = len(rows) // size
         first = self.procs.rank * groups
-        # One noise for all images of a group: their differences are then due to the expansions.
-        seeds = [sampler.seed_for(self.config.seed, step, first + g) for g in range(groups) for _ in range(size)]
+        seeds: list[int] = []
+        for g in range(first, first + groups):
+            seeds += [sampler.seed_for(self.config.seed, step, g)] * size  # one noise for a group
         self.scored, self._key = self.scorer(expansions, seeds, size), key
-        for e, why in zip(expansions, map(operator.add, self.scored.causes_N, self.scored.unsafe_N)):
-            if why:
-                row = {"step": step + 1, "prompt": e.record.prompt, "expansion": e.text, "fails": ", ".join(why)}
+        for e, causes, unsafe in zip(expansions, self.scored.causes_N, self.scored.unsafe_N):
+            if faults := causes + unsafe:
+                row = {"step": step + 1, "prompt": e.record.prompt, "expansion": e.text, "fails": ", ".join(faults)}
                 self.faults.append(row)
-        weights = [r.weight for r in self.config.rewards if not r.heldout_only] + [diversity_weight(self.config, step)]
+        weights = [r.weight for r in self.config.rewards if not r.heldout_only]
+        weights.append(diversity_weight(self.config, step))  # last, as in Scored.names
         metrics = self.scored.figures(size) | {"noise_share": self.scored.noise_share(weights, size)}
         for name, value in metrics.items():
             if value is not None:
@@ -113,7 +114,7 @@ class SharedRewards:
 
 
 class GDPOCallback(TrainerCallback):
-    """What happens around TRL's steps: the diversity weight, times, metrics, evaluations, stopping."""
+    """Runs around TRL's steps: diversity weight, times, metrics, evaluations, stopping."""
 
     def __init__(
         self,
@@ -152,13 +153,16 @@ class GDPOCallback(TrainerCallback):
         scorer.noise = noise_of(scorer.rewards, self.evaluations[0].get("noise", {}))
 
     def _check_judges(self, evaluation: ExpanderEvaluation) -> dict[str, float | None]:
-        """On the images of an evaluation; returns what was measured of their noise."""
-        scorer, images, size = self.shared.scorer, evaluation.scored.images_N, self.config.eval.group_size
-        rows = sorted(range(len(images)), key=lambda i: i % size)  # of as many prompts as there are
-        there = [evaluation.expansions[i] for i in rows if images[i] is not None]
-        shown = [image for i in rows if (image := images[i]) is not None]
-        prompts = [e.record.prompt for e in there]
-        metrics = check_judges(self.run, scorer.rewards, shown, prompts, scorer.columns(there))
+        """Checks the judges on the images of an evaluation; returns their measured noise."""
+        scorer, size = self.shared.scorer, self.config.eval.group_size
+        images, expansions = [], []
+        # the first image of each prompt, then the second ones: judges try only a few images
+        for i in sorted(range(len(evaluation.expansions)), key=lambda i: i % size):
+            if (image := evaluation.scored.images_N[i]) is not None:
+                images.append(image)
+                expansions.append(evaluation.expansions[i])
+        prompts = [e.record.prompt for e in expansions]
+        metrics = check_judges(self.run, scorer.rewards, images, prompts, scorer.columns(expansions))
         return {name: value for name, value in metrics.items() if name.startswith(PREFIX)}
 
     def finish(self) -> None:
@@ -177,24 +181,24 @@ class GDPOCallback(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         weight = diversity_weight(self.config, state.global_step)
-        held = self.trainer.reward_weights
+        weights = self.trainer.reward_weights
         if self.config.ablation.diversity == "annealed":
-            held[-1] = weight
+            weights[-1] = weight
         # The weight is what keeps the expander from giving every prompt one look; nothing may lower it unnoticed.
-        if abs(float(held[-1]) - weight) > 1e-6 * weight:
+        if abs(float(weights[-1]) - weight) > 1e-6 * weight:  # TRL keeps it in fp32
             raise RuntimeError(
-                f"the weight of diversity is {float(held[-1])}, not {weight}: it must not change in a run"
+                f"the weight of diversity is {float(weights[-1])}, not {weight}: it must not change in a run"
             )
         self._began = time.perf_counter()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """A gradient that is not finite is left out and counted; ten in a row end the run."""
+        """Skips and counts a gradient that is not finite; ten in a row end the run."""
         # TRL would take the step, and one NaN would then be in every weight.
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if all(bool(torch.isfinite(g).all()) for g in gradients):
+        if all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
             self.skipped_in_a_row = 0
             return
-        model.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)  # AdamW leaves parameters without a gradient alone
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= MAX_SKIPPED:
             raise UserError(

@@ -1,4 +1,4 @@
-"""The command `posttrain serve`: a recipe's judges on this machine until it is stopped, or commands for another."""
+"""`posttrain serve`: runs a recipe's judge servers until it is stopped, or prints commands for another machine."""
 
 import time
 from pathlib import Path
@@ -10,7 +10,7 @@ from rewards.serve import commands, running
 
 
 def serve(config: ServeConfig) -> None:
-    """Prints each server's base URL and models once all answer. Raises ServerError when one dies."""
+    """Prints each server's base URL and models once all answer. Raises ServerError when a server dies."""
     if config.print_for is not None:
         print("\n".join(commands(config.servers, config.print_for)))
         return

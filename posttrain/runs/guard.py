@@ -67,7 +67,7 @@ def check_unchanged(config: Any, remedy: str, kept: Collection[str] | None = Non
     for name in now:
         counts = name not in free if kept is None else name in kept
         if counts and before.get(name) != now[name]:
-            raise UserError(f"{name}: is not what {config.output} was begun with ({recipe} has that){remedy}")
+            raise UserError(f"{name}: differs from {recipe}, with which {config.output} began{remedy}")
 
 
 def _recipes(recipe: Path, config: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -300,5 +300,5 @@ def test_groups_are_whole_on_each_process(config, monkeypatch):
     monkeypatch.setattr(
         gdpo.Processes, "__init__", lambda self: setattr(self, "size", 3) or setattr(self, "main", False)
     )
-    with pytest.raises(UserError, match=r"groups.prompts_per_step: 2 do not divide by 3 processes"):
+    with pytest.raises(UserError, match=r"groups.prompts_per_step: 2 is not divisible by 3 processes"):
         gdpo.train(config)

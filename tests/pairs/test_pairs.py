@@ -146,7 +146,8 @@ def test_killed_and_resumed_in_a_process(whole, tmp_path):
         os.kill(process, signal.SIGKILL)
         assert commands.wait().returncode == -signal.SIGKILL and not (run / "preferences.json").exists()
         refused = commands("pairs", "--config", path, "--resume", "--min_margin", 0.5)
-        assert refused.returncode == 2 and "min_margin: is not what" in refused.stderr
+        told = f"min_margin: differs from {run}/recipe.yaml, with which {run} began, so the pairs would not fit together;"
+        assert refused.returncode == 2 and f"{told} restore it or choose another output" in refused.stderr
         again = commands("pairs", "--config", path)
         assert again.returncode == 2 and "add --resume or choose another" in again.stderr
         result = commands("pairs", "--config", path, "--resume")
