@@ -1,7 +1,7 @@
 """Messages to the user: one logger, one line a message on stderr, in which `posttrain:` stands first.
 
     from posttrain.log import log
-    log.info("goes on after step 3")        # posttrain: goes on after step 3
+    log.info("continues after step 3")        # posttrain: continues after step 3
     log.warning("a step did not fit")       # posttrain: warning: a step did not fit
 
 Only the main process of a run speaks: `Processes` calls `silence` in the others. What a command was asked for, such as

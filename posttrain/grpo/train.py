@@ -236,7 +236,7 @@ def score(
     if not valid_PGK.any():  # a step that teaches nothing would waste hours unnoticed
         reasons = [f"{name}: {next(iter(f))}" for name, f in scores.failures.items() if f]
         why = "; ".join(reasons or ["all None, so none applies to these prompts"])
-        raise UserError(f"rewards: not one image of this step could be scored: {why}; mend or add a reward")
+        raise UserError(f"rewards: not one image of this step could be scored: {why}; fix or add a reward")
     normalise = advantages.gdpo if config.advantages == "gdpo" else advantages.sum_then_normalise
     limit = config.loss.max_advantage
     advantages_PG = normalise(rewards_PGK, valid_PGK, weights_K, floor_K=floor_K).clamp(-limit, limit)

@@ -67,7 +67,7 @@ def train(config: JudgeConfig, resume: bool = False) -> None:
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     records = read_records(config)
     check_prompts(records, template, config.data)
-    # What a resumed run must have in common with the one that it goes on with.
+    # What a resumed run must have in common with the one that it continues.
     facts = {"mode": config.mode, "template": template.hash, "data": fingerprint_of_records(records)}
     _check_unchanged(saved, facts)  # before the model is loaded
     training, heldout = split(records, config)

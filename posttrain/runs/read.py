@@ -78,7 +78,7 @@ def read_metrics(path: Path) -> dict[str, list[Point]]:
             raise UserError(f"{path}:{line_number}: is of no step; remove the line")
         values = {name: value for name, value in row.items() if name not in ("step", "time")}
         if not all(value is None or _is_figure(value) for value in values.values()):
-            raise UserError(f"{path}:{line_number}: holds what is no figure; remove the line")
+            raise UserError(f"{path}:{line_number}: contains a non-numeric value; remove the line")
         for name, value in values.items():
             series.setdefault(name, []).append((row["step"], value))
     return series

@@ -68,7 +68,7 @@ class Run:
     def __init__(self, path: Path, track: TrackConfig, main: bool, resumable: bool):
         self.path = path
         self.main = main
-        self.again = "go on with --resume" if resumable else "remove the directory and begin again"
+        self.again = "continue with --resume" if resumable else "remove the directory and start again"
         """The remedy that messages end with."""
         self.urls: dict[str, list[str]] = {}
         """Where each server of the recipe answers."""
@@ -263,14 +263,14 @@ class Run:
             ) from error
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             file = error.filename or self.path
-            raise UserError(f"{file}: cannot be written: {error.strerror}; mend that, then {self.again}") from error
+            raise UserError(f"{file}: cannot be written: {error.strerror}; fix that, then {self.again}") from error
         # torch's writer of archives raises no OSError.
         if isinstance(error, RuntimeError) and any(sign in str(error) for sign in TORCH_UNWRITABLE):
             raise UserError(
-                f"{self.path}: cannot be written, such as for want of space; mend that, then {self.again}"
+                f"{self.path}: cannot be written, such as for want of space; fix that, then {self.again}"
             ) from error
         if isinstance(error, SafetensorError):
-            raise UserError(f"{self.path}: cannot be written or read: {error}; mend that, then {self.again}") from error
+            raise UserError(f"{self.path}: cannot be written or read: {error}; fix that, then {self.again}") from error
 
 
 def peak_memory() -> dict[str, float]:

@@ -3,7 +3,7 @@
     <cache>/<fingerprint>/    cache.json             what they were made of and with; a change makes another folder
                               00000.safetensors ...  64 rows of the set each, and why some of these are no pairs
 
-A shard is written atomically, so encoding that was killed goes on with the next. Processes share the shards; reading
+A shard is written atomically, so encoding that was killed continues with the next. Processes share the shards; reading
 opens the file of a row, and holds no latents in memory.
 
 Legend: B pairs of a micro-batch, N image tokens, L text tokens, C channels.

@@ -1,7 +1,7 @@
 """STPO: preference optimisation of K2 on pairs of images, without the drift of Diffusion-DPO.
 
     posttrain stpo --config recipes/nano/stpo_synthetic.yaml
-    posttrain stpo --config recipes/nano/stpo_human.yaml      # goes on from the first
+    posttrain stpo --config recipes/nano/stpo_human.yaml      # continues from the first
 
 The published name stands for a modified DPO term and an auxiliary loss, and no more is public: the loss here is this
 project's own, in losses.py; `loss.kind: dpo` is plain Diffusion-DPO. Latents and text are encoded once

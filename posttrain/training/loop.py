@@ -163,7 +163,7 @@ class Training:
         self.evaluations: list[Any] = []
         """(step, metrics) of each."""
         self.first = 0
-        """The step that the run goes on after."""
+        """The step that the run continues after."""
         self._loop: Loop | None = None
         self._saved = False
         """A checkpoint was written since the run began or went on."""
@@ -177,7 +177,7 @@ class Training:
         """Whether the model has to be evaluated before the first step; a resumed run has done that."""
         self.run.start(self.config.steps, self.first)
         if self.first:
-            log.info(f"goes on after step {self.first}")
+            log.info(f"continues after step {self.first}")
         if warning := early_stopping.warning(self.config.eval.stop):
             log.warning(warning)
         self._mark_best()  # a run that was killed after it saved may not have come to it

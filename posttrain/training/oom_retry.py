@@ -50,11 +50,11 @@ class MicroBatch:
             if not self._may_halve or attempt.too_late or self.size == 1:
                 raise DoesNotFit(
                     f"{self.field}: a step does not fit into memory with {self.size} ({attempt.error}); lower it, draw"
-                    " smaller images or use more or larger GPUs, then go on with --resume"
+                    " smaller images or use more or larger GPUs, then continue with --resume"
                 )
             half = self.size // 2
             log.warning(
-                f"a step does not fit into memory with {self.field} {self.size}; it is begun again with {half}, which"
+                f"a step does not fit into memory with {self.field} {self.size}; it is retried with {half}, which"
                 " the rest of this run keeps"
             )
             self.size, self._may_halve = half, False

@@ -53,7 +53,7 @@ def load_model(model: ModelConfig, device: str | torch.device, saved: Checkpoint
         found = checkpoint.find(model.start)
         first = checkpoint.load(found)
         stages = [*earlier_of(first), first]
-        # Distillation comes last, so training goes on from a student only if the recipe asks for it.
+        # Distillation comes last, so training starts from a student only if the recipe asks for it.
         if any(map(is_student, stages)) and not model.allow_distilled:
             raise UserError(f"model.start: {found} is distilled (method tdm): {DISTILLED_REMEDY}")
         base = _origin(first)["base"]
