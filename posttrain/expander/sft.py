@@ -88,7 +88,7 @@ def train(config: ExpanderSFTConfig, resume: bool = False) -> None:
             before, after = _evaluations(run)
             folder = run.path / ("adapter" if config.lora is not None else "model")
             trained: Any = trainer.accelerator.unwrap_model(trainer.model)
-            trained.save_pretrained(str(folder))
+            trained.save_pretrained(str(folder))  # as PEFT writes it, which vLLM reads
             if config.lora is None:
                 tokenizer.save_pretrained(str(folder))
             write_card(folder, base, base_print)

@@ -27,7 +27,7 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if shared else f".{path.name}.tmp")
     try:
         yield temporary
-        sync(temporary)
+        sync(temporary)  # without it a power cut could leave the new name with no content
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):  # the first error is the one to tell

@@ -41,11 +41,13 @@ def check_run(config: Any, resume: bool | None = False) -> None:
             raise UserError(f"track.trackers: {name} is not installed; pip install {name} or leave it out")
     run = Path(config.output)
     recipe = run / "recipe.yaml"
+    # Taken and let go of: whether another command writes here is known before anything is loaded.
     if (run / ".lock").is_file() and os.access(run / ".lock", os.W_OK):
         lock(run).close()
     if recipe.exists() and not resume:
         way = "remove the directory" if resume is None else "add --resume"
         raise UserError(f"{run}: holds a run already; {way} or choose another --output")
+    # Without a checkpoint the run starts again, and its recipe may be another one.
     if recipe.exists() and any((run / "checkpoints").glob("[!.]*-*")):
         lost = [change for change in changes(*_recipes(recipe, config)) if _is_kept(*change)]
         if lost:

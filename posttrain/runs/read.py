@@ -74,6 +74,7 @@ def read_metrics(path: Path) -> dict[str, list[Point]]:
             row = parse_json(line)
         except ValueError as error:
             raise UserError(f"{path}:{line_number}: {error}; remove the line") from None
+        # Reports divide and compare these values, so a wrong type is refused here, with its line.
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             raise UserError(f"{path}:{line_number}: is of no step; remove the line")
         values = {name: value for name, value in row.items() if name not in ("step", "time")}

@@ -39,6 +39,7 @@ class StopSignals:
         self._block.close()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        # Someone who asks twice does not want to wait for the step.
         if self.received is signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
@@ -55,5 +56,6 @@ def until_terminated() -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> None:
         raise _Terminated
 
+    # An exception, so that what the block started is ended as after Ctrl-C.
     with contextlib.suppress(_Terminated), handling(end, signal.SIGTERM):
         yield

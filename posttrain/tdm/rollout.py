@@ -112,7 +112,7 @@ def _walk(
     `ks` has, for each point, the step that leaves it, (B,).
     """
     last = torch.stack(list(ks)).amax(0)
-    xs, vs = [x], []
+    xs, vs = [x], []  # of all times, as each trajectory's points are at other ones
     for i in range(int(last.max()) + 1):
         chosen = (last >= i).nonzero()[:, 0]  # the others have no point further on
         t, t_next = times[chosen, i : i + 2].to(x.device).unbind(1)

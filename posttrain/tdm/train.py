@@ -140,7 +140,7 @@ def updates(
         clock.start()
         fake.rate = student.rate  # both cool down together
         metrics: dict[str, float] = {"fake_updates": config.fake.updates}
-        warming = step <= config.fake.warmup
+        warming = step <= config.fake.warmup  # the fake score must know the student before the student follows it
         batches: list[Batch] | None = None  # drawn once a step, and once more in smaller micro-batches
         for update in range(config.fake.updates):
             for attempt in micro_batch.attempts(fake):

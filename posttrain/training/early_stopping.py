@@ -39,6 +39,7 @@ def regression(evaluations: Sequence[Any], stop: StopConfig) -> str | None:
             top = step, value
         worst = top[1] - sign * stop.drop * abs(top[1]) if stop.limit is None else stop.limit
         beyond = beyond + 1 if sign * (worst - value) > 0 else 0
+    # One evaluation beyond the limit may be chance.
     if top is None or beyond < stop.patience:
         return None
     step, value = points[-1]

@@ -61,11 +61,12 @@ class Health:
     def __init__(self, nvml: Any, uuid: str):
         """`nvml` is the module; its error is raised if there is no such GPU."""
         nvml.nvmlInit()
+        # By UUID: CUDA_VISIBLE_DEVICES renumbers devices for torch, and not for NVML.
         self._nvml, self._device = nvml, nvml.nvmlDeviceGetHandleByUUID(uuid)
         self._begun: dict[str, int] = {}
         self._samples: list[Any] = []
         self._try(self._begin_samples)
-        self.read()
+        self.read()  # counters are reported from here on
 
     def read(self) -> dict[str, float | None]:
         """The metrics of one step, which ends now."""
@@ -86,7 +87,7 @@ class Health:
     def _try(self, ask: Callable[[], Any]) -> Any:
         try:
             return ask()
-        except self._nvml.NVMLError:
+        except self._nvml.NVMLError:  # a metric that this GPU or driver does not have is missing, never 0
             return None
 
     def _errors(self, kind: int) -> int:
@@ -103,7 +104,7 @@ class Health:
             self._samples = samples
 
     def _sm_activity(self) -> float | None:
-        if not self._samples:
+        if not self._samples:  # before Hopper
             return None
         nvml, (before, now) = self._nvml, self._samples
         nvml.nvmlGpmSampleGet(self._device, now)
