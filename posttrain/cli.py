@@ -42,6 +42,8 @@ from posttrain.export.config import CarryoverConfig
 from posttrain.judge.config import JudgeConfig
 from posttrain.pairs.config import AnnotateConfig, AnnotationsConfig, PairsConfig
 from posttrain.pipeline.config import PipelineConfig
+from posttrain.project import DemoConfig, InitConfig
+from posttrain.resources import packaged
 from posttrain.runs import startup
 from posttrain.stpo.config import STPOConfig
 from posttrain.tdm.config import TDMConfig
@@ -71,6 +73,10 @@ class Command:
 
 
 COMMANDS = {
+    "init": Command(
+        InitConfig, "posttrain.project:init", "write a project: recipes, prompts and a reward", positional="directory"
+    ),
+    "demo": Command(DemoConfig, "posttrain.project:demo", "carry out the whole of post-training on K2-nano"),
     "stpo": Command(
         STPOConfig, "posttrain.stpo.train:train", "train with STPO on pairs and write a run directory", True
     ),
@@ -207,6 +213,7 @@ def parse(argv: list[str]) -> tuple[str, Any, bool, dict[str, bool]]:
             raise UserError(f"{argv[0]}: is followed by one of {', '.join(seconds)}, not by '{' '.join(argv[1:2])}'")
         raise UserError(f"'{name}' is not a command{suggestion(name, list(COMMANDS))}")
     command = COMMANDS[name]
+    rest = [_packaged(word) for word in rest]
     types = field_types(command.config)
     if command.positional and rest and not rest[0].startswith("-"):
         given = [*itertools.takewhile(lambda word: not word.startswith("-"), rest)]
@@ -224,6 +231,12 @@ def parse(argv: list[str]) -> tuple[str, Any, bool, dict[str, bool]]:
         rest = [word for word in rest if word != "--dry-run"]
     config, resume = load_config(name, rest)
     return name, config, resume, options
+
+
+def _packaged(word: str) -> str:
+    """A word whose path, after the = if there is one, is a file of the package."""
+    option, equals, path = word.partition("=")
+    return f"{option}={packaged(path)}" if equals and option.startswith("--") else packaged(word)
 
 
 def _usage() -> str:

@@ -103,6 +103,7 @@ class Pool:
 
         keys = np.fromiter((_key(record.id) for record in records), np.int64, len(records))
         categories = np.fromiter((_category(record.tags, config.quotas) for record in records), int, len(records))
+        # By category first, so that a quota is a slice; then by key, so that the file's order changes nothing.
         self.places = np.lexsort((keys, categories))
         self.keys = keys[self.places]
         ends = np.bincount(categories, minlength=len(config.quotas) + 1).cumsum()
@@ -130,14 +131,15 @@ class Pool:
     def draw(self, step: int) -> np.ndarray:
         """(P,) rows of different prompts; the same for the same state, seed and step."""
         rng = np.random.default_rng((self.seed, step))
-        self._end_rests(step)
+        self._end_rests(step)  # first, so that prompts whose rest is over can be drawn in this step
         drawn = self._audited(rng)
-        self._readmit(drawn)
+        self._readmit(drawn)  # an audit ends the rest of a prompt, since it will be scored again
         free = self.returns == 0
         free[drawn] = False
         slots = self._slots(rng, self.prompts_per_step - len(drawn))
         for rows, count in [*zip(self._categories, slots), (slice(0, len(free)), None)]:
-            count = self.prompts_per_step - len(drawn) if count is None else count  # what a category could not give
+            if count is None:  # the last round, over all rows: what the categories could not give
+                count = self.prompts_per_step - len(drawn)
             if count:
                 taken = self._take(rng, step, rows.start + np.flatnonzero(free[rows]), count)
                 free[taken] = False
@@ -156,12 +158,14 @@ class Pool:
             proposed = candidates[rng.integers(len(candidates), size=PROPOSED)]
             accepted = proposed[2 * rng.random(PROPOSED) < self.weight(proposed, step)]
             taken = np.concatenate([taken, accepted])
+            # Each row once, in the order of its first acceptance: sorted rows would favour the low ones.
             taken = taken[np.sort(np.unique(taken, return_index=True)[1])][:count]
         return taken
 
     def _slots(self, rng: np.random.Generator, count: int) -> np.ndarray:
         """How many of `count` draws each category gets: its share of them, rounded up or down at random."""
         ends = np.cumsum(list(self.config.quotas.values()))
+        # Evenly spaced points with one random offset: each share is met to within one draw (systematic sampling).
         at = (np.arange(count) + rng.random()) / max(count, 1)
         return np.bincount(np.searchsorted(ends, at, side="right"), minlength=len(ends) + 1)
 
@@ -204,8 +208,10 @@ class Pool:
             self._check_calibration(values_PGK, valid_PGK)
         mean_PK, variance_PK = group_moments(values_PGK, valid_PGK, floor_K)
         self._update_spread(variance_PK)
+        # 1 / visits at first, which is a plain mean, until the decayed rate is larger.
         rate_P1 = np.maximum(self.config.decay, 1 / (self.visits[rows, None] + 1))
         for old_NK, new_PK in ((self.mean_NK, mean_PK), (self.variance_NK, variance_PK)):
+            # A first score stands for the past that is not there; a missing one changes nothing.
             old_PK = np.where(np.isnan(old_NK[rows]), new_PK, old_NK[rows])
             old_NK[rows] = np.where(np.isnan(new_PK), old_PK, old_PK + rate_P1 * (new_PK - old_PK))
         visited = rows[~np.isnan(weighted_mean(mean_PK, self.weights_K))]
@@ -223,9 +229,11 @@ class Pool:
 
     def _prune(self, step: int, rows: np.ndarray) -> None:
         """Sends prompts to rest, the least informative first, as long as the floor is not reached."""
+        # An empty pool would stop training, so the floor wins over what the scores say.
         allowed = np.count_nonzero(self.returns == 0) - self.floor
         rows = rows[np.argsort(self.informativeness(rows), kind="stable")[: max(allowed, 0)]]
         kinds = self.kinds(rows)
+        # A hard prompt comes back first, since the policy grows; an easy one has the least left to teach.
         times = np.select([kinds == Kind.EASY, kinds == Kind.FLAT], [4, 2], 1)
         self.returns[rows] = step + times * self.config.cooldown
 
@@ -284,13 +292,14 @@ class Pool:
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Everything that differs from a fresh pool, as arrays (by prompt drawn so far, with its key) and JSON."""
-        rows = np.flatnonzero(self.drawn)
+        rows = np.flatnonzero(self.drawn)  # of a million prompts a run draws few
         arrays = {name: getattr(self, name)[rows] for name in ARRAYS}
         spread = {"spread": self.spread_K.tolist(), "spread_steps": self.spread_steps_K.tolist()}
         return arrays, {"rewards": self.rewards, **spread}
 
     def load_state(self, arrays: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> None:
         """Puts back what `state` gave, by the prompts' ids and the rewards' names; others are as if never seen."""
+        # By key and not by row: the file may have been reordered, and prompts added or removed.
         _, rows, old = np.intersect1d(self.keys, arrays["keys"], return_indices=True)
         for name in ("visits", "drawn", "streak", "returns"):
             getattr(self, name)[rows] = arrays[name][old]

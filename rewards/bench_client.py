@@ -1,8 +1,8 @@
-"""What the judge client itself costs for one question about a picture: `python -m rewards.bench_client`.
+"""What the judge client itself costs for one question about an image: `python -m rewards.bench_client`.
 
 Encoding, sending and parsing against a local server that answers at once, the client pinned to one core.
-Pictures are all different, smooth with a little noise; the cost is the client's processor time, of the median
-round. Four rewards ask four questions or more about a picture, which is encoded once.
+Images are all different, smooth with a little noise; the cost is the client's processor time, of the median
+round. Four rewards ask four questions or more about an image, which is encoded once.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def serve_at_once(port: Connection) -> None:
     asyncio.run(main())
 
 
-def pictures(count: int, size: int, seed: int) -> list[Image.Image]:
+def noisy_images(count: int, size: int, seed: int) -> list[Image.Image]:
     rng = np.random.default_rng(seed)
     made = []
     for _ in range(count):
@@ -61,10 +61,11 @@ def pictures(count: int, size: int, seed: int) -> list[Image.Image]:
 async def ask_all(url: str, images: list[Image.Image], questions: int) -> tuple[float, float]:
     """(processor, wall) milliseconds a request, encoding included."""
     judge = Judge("m", url)
-    templates = [Template(f"q{i}", f"Is this picture {i}? Answer yes or no.") for i in range(questions)]
+    templates = [Template(f"q{i}", f"Is this image {i}? Answer yes or no.") for i in range(questions)]
     await judge.p_yes(images[-1], templates[0])  # connect, import what is imported late
     begun = time.process_time(), time.perf_counter()
-    await asyncio.gather(*(judge.p_yes(image, t) for image in images[:-1] for t in templates))
+    questions_asked = [judge.p_yes(image, template) for image in images[:-1] for template in templates]
+    await asyncio.gather(*questions_asked)
     ended = time.process_time(), time.perf_counter()
     requests = (len(images) - 1) * questions
     return (ended[0] - begun[0]) / requests * 1e3, (ended[1] - begun[1]) / requests * 1e3
@@ -80,14 +81,15 @@ def main() -> None:
     server = multiprocessing.get_context("spawn").Process(target=serve_at_once, args=(theirs,), daemon=True)
     server.start()
     url = f"http://127.0.0.1:{ours.recv()}/v1"
+    # One core, so that the client's own work cannot hide in another thread's.
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     for questions in (1, 4):
         costs = []
         for seed in range(args.rounds):
-            images = pictures(args.images + 1, args.size, 10 * questions + seed)
+            images = noisy_images(args.images + 1, args.size, 10 * questions + seed)
             costs.append(asyncio.run(ask_all(url, images, questions)))
-        processor, wall = (sorted(cost)[len(costs) // 2] for cost in zip(*costs))
-        print(f"{questions} questions a picture: {processor:.2f} ms a request ({wall:.2f} ms wall), ", end="")
+        processor, wall = np.median(costs, axis=0)
+        print(f"{questions} questions an image: {processor:.2f} ms a request ({wall:.2f} ms wall), ", end="")
         print(f"best round {min(costs)[0]:.2f} ms")
     server.kill()
 

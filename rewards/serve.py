@@ -107,12 +107,13 @@ def running(specs: Sequence[ServerSpec], log_dir: Path) -> Iterator[list[Server]
     They also stop when this process dies, however it dies.
     """
     specs = [spec for spec in specs if not spec.urls]
-    for problem in (problem for spec in specs for problem in missing(spec)):
-        raise UserError(problem)
+    for spec in specs:
+        for problem in missing(spec):
+            raise UserError(problem)
     with contextlib.ExitStack() as stack:
         servers = []
         if specs:
-            _make(log_dir)
+            _make_log_dir(log_dir)
         for spec in specs:
             for other in servers:  # vLLM takes what another one allocates while it starts for its own
                 if {*spec.gpus} & {*other.spec.gpus}:
@@ -128,7 +129,8 @@ def running(specs: Sequence[ServerSpec], log_dir: Path) -> Iterator[list[Server]
 def commands(specs: Sequence[ServerSpec], host: str = LOOPBACK) -> list[str]:
     """The same servers as shell commands for another machine, each below a comment with its URL and models."""
     lines = []
-    for i, spec in enumerate(spec for spec in specs if not spec.urls):
+    to_start = [spec for spec in specs if not spec.urls]
+    for i, spec in enumerate(to_start):
         port = spec.port or 8000 + i
         variables = [f"{name}={shlex.quote(value)}" for name, value in _variables(spec).items()]
         lines.append(f"# {_description(spec, host, port)}")
@@ -148,6 +150,7 @@ def command(spec: ServerSpec, host: str, port: int) -> list[str]:
         words += ["--tensor-parallel-size", str(len(spec.gpus))]
     if spec.adapters:
         rank = max(_rank(spec, path) for path in spec.adapters.values())
+        # As many adapters at once as there are, so that none waits until another has left the GPU.
         words += ["--enable-lora", "--max-loras", str(len(spec.adapters)), "--max-lora-rank", str(rank)]
         words += ["--lora-modules", *(f"{name}={path}" for name, path in spec.adapters.items())]
     return words + spec.extra_args
@@ -160,15 +163,17 @@ def _rank(spec: ServerSpec, path: str) -> int:
         needed = max([config["r"], *config.get("rank_pattern", {}).values()])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"server {spec.name}: adapters: no LoRA adapter in {path}: {error}") from error
-    fitting = [rank for rank in LORA_RANKS if rank >= needed]
-    if not fitting:
-        raise UserError(f"server {spec.name}: adapters: {path} has rank {needed}, vLLM takes at most 512")
-    return fitting[0]
+    for rank in LORA_RANKS:
+        if rank >= needed:
+            return rank
+    raise UserError(f"server {spec.name}: adapters: {path} has rank {needed}, vLLM takes at most 512")
 
 
 def memory_share(spec: ServerSpec) -> float:
-    """The share of each of its GPUs that vLLM takes. Raises UserError for one that is no number."""
-    words = [part for word in spec.extra_args for part in word.split("=", 1)]
+    """The share of each of its GPUs that vLLM takes. Raises UserError for a value that is not a number."""
+    words: list[str] = []
+    for word in spec.extra_args:
+        words += word.split("=", 1)  # both `--option value` and `--option=value` are allowed
     for option, value in itertools.pairwise(words):
         if option == "--gpu-memory-utilization":
             try:
@@ -191,23 +196,23 @@ def _environment(spec: ServerSpec) -> dict[str, str]:
 
 def missing(spec: ServerSpec) -> list[str]:
     """What is not on this machine: the command, a model's directory, an adapter."""
-    found = []
+    problems = []
     if shutil.which(os.path.expanduser(spec.executable)) is None:
-        found.append(
+        problems.append(
             f"server {spec.name}: executable: no '{spec.executable}': make an environment with "
             "rewards/make_vllm_env.sh and name its bin/vllm"
         )
     if spec.model.startswith((".", "/")) and not Path(spec.model).is_dir():
-        found.append(f"server {spec.name}: model: {spec.model} is no directory: correct the path")
+        problems.append(f"server {spec.name}: model: {spec.model} is not a directory: correct the path")
     for path in spec.adapters.values():
         try:
             _rank(spec, path)
         except UserError as error:
-            found.append(str(error))
-    return found
+            problems.append(str(error))
+    return problems
 
 
-def _make(log_dir: Path) -> None:
+def _make_log_dir(log_dir: Path) -> None:
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -216,7 +221,7 @@ def _make(log_dir: Path) -> None:
 
 def _start(spec: ServerSpec, log: Path) -> Server:
     port = spec.port
-    if port == 0:
+    if port == 0:  # the kernel names a free one; between here and vLLM's bind another process could take it
         with socket.socket() as probe:
             probe.bind((LOOPBACK, 0))
             port = probe.getsockname()[1]
@@ -228,13 +233,13 @@ def _start(spec: ServerSpec, log: Path) -> Server:
             stdout=output,
             stderr=subprocess.STDOUT,
             env=_environment(spec),
-            start_new_session=True,
+            start_new_session=True,  # supervise.py kills its whole session, with all of vLLM's processes
         )
     return Server(spec, port, log, process)
 
 
 def _stop(server: Server) -> None:
-    server.process.terminate()
+    server.process.terminate()  # SIGTERM to supervise.py, which ends vLLM's whole process group
     server.process.wait()
     assert server.process.stdin is not None
     server.process.stdin.close()

@@ -13,6 +13,8 @@ import argparse
 import ast
 import io
 import itertools
+import json
+import os
 import re
 import subprocess
 import sys
@@ -21,6 +23,8 @@ import tokenize
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 PRODUCT = ("posttrain", "rewards", "prompts")
@@ -238,17 +242,11 @@ def calls_to_loss(root: Path, method: str) -> str:
 
 
 def _environment(root: Path) -> dict[str, str]:
-    import os
-
     return {**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 def _write_pairs(folder: Path) -> None:
     """A few pairs of plain images, of the size that K2-nano draws."""
-    import json
-
-    from PIL import Image
-
     rows = []
     for i in range(8):
         for name, shade in (("chosen", 200), ("rejected", 60)):

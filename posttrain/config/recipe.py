@@ -17,6 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from posttrain.errors import UserError
+from posttrain.resources import packaged, packaged_all
 
 MOST_VALUES = 100_000
 """In a recipe."""
@@ -34,9 +35,12 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The recipe as plain data. Raises UserError if it is missing, is not YAML or is not a mapping."""
+    """The recipe as plain data. Raises UserError if it is missing, is not YAML or is not a mapping.
+
+    A recipe of the package, and files of the package that it names, are found from any directory.
+    """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(packaged(str(path))).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give the path of a recipe after --config") from None
     except IsADirectoryError:
@@ -65,7 +69,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         _check_plain(data, set(), itertools.count())
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
-    return data
+    return packaged_all(data)
 
 
 def _check_plain(value: Any, around: set[int], seen: Iterator[int]) -> None:

@@ -75,7 +75,7 @@ class ExpanderEvaluator:
         size = self.config.group_size
         expansions = self._write()
         indices: list[int] = []  # of this process's expansions, in whole groups
-        for g in self.procs.mine(len(self.records)):
+        for g in self.procs.local_indices(len(self.records)):
             indices += range(g * size, (g + 1) * size)
         scored, spreads = None, []
         if indices:  # there may be more processes than prompts

@@ -71,14 +71,14 @@ def weights(path: str, transformer_file: str | None = None) -> list[Weight]:
     for a hub id."""
     if not Path(path).is_dir():
         return []
-    found = []
-    for part in PARTS:
+    tensors = []
+    for part in PARTS:  # in shards or in one file
         files = sorted((Path(path) / part).glob("*.safetensors"))
         if part == "transformer" and transformer_file is not None:
             files = [Path(transformer_file)]
         for file in files:
-            found += _tensors(file, part)
-    return found
+            tensors += _tensors(file, part)
+    return tensors
 
 
 def _tensors(file: Path, part: str) -> Iterator[Weight]:

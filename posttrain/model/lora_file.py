@@ -45,13 +45,13 @@ def read_lora(path: str | Path, shapes: Mapping[str, tuple[int, int]], where: st
     if not path.is_file():
         raise UserError(f"{where}: no such file; give a run, one of its checkpoints or a LoRA as .safetensors")
     try:
-        found = load_file(path)
+        tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{where}: not a whole safetensors file ({error}); copy or download it again") from error
     layers: dict[str, dict[str, Tensor]] = {}
     names: dict[str, str] = {}
     unbound = []
-    for key, value in found.items():
+    for key, value in tensors.items():
         match = _KEY.fullmatch(key)
         layer = _layer(match[1]) if match else ""
         if match is None or layer not in shapes:
@@ -62,13 +62,13 @@ def read_lora(path: str | Path, shapes: Mapping[str, tuple[int, int]], where: st
         layers.setdefault(layer, {})[kind] = value.float()
     if not layers:
         raise UserError(
-            f"{where}: none of its {len(found)} keys binds to a layer of this model ({_some(unbound)}), so it would do"
-            " nothing; give a LoRA for K2 in diffusers' or the original names"
+            f"{where}: none of its {len(tensors)} keys binds to a layer of this model ({_some(unbound)}), so it would"
+            " do nothing; give a LoRA for K2 in diffusers' or the original names"
         )
     if unbound:
         raise UserError(
-            f"{where}: {len(unbound)} of its {len(found)} keys bind to no layer of this model ({_some(unbound)}), so a"
-            " part of it would be lost; give a LoRA for this model, or leave those layers out when you train it"
+            f"{where}: {len(unbound)} of its {len(tensors)} keys bind to no layer of this model ({_some(unbound)}), so"
+            " a part of it would be lost; give a LoRA for this model, or leave those layers out when you train it"
         )
     if alone := [names[layer] for layer, parts in layers.items() if not {"A", "B"} <= parts.keys()]:
         raise UserError(f"{where}: a factor is missing for {_some(alone)}; give a whole LoRA")
@@ -102,6 +102,7 @@ def add_lora(k2: K2, name: str, factors: Mapping[str, Tensor], where: str | Path
             f"{where}: adapts {_some(outside)} outside the transformer blocks' linear layers, which roles do not"
             " reach; give a LoRA of the blocks"
         )
+    # B is 0 in an adapter that was never trained, and a run from it would only seem to have an earlier stage.
     if not any(value.any() for key, value in factors.items() if key.endswith(B)):
         raise UserError(f"{where}: every B factor is 0, so it does nothing; give a trained LoRA")
     rank = max(len(value) for key, value in factors.items() if key.endswith(A))
@@ -117,6 +118,7 @@ def add_lora(k2: K2, name: str, factors: Mapping[str, Tensor], where: str | Path
 
 
 def _layer(name: str) -> str:
+    """The layer's name in diffusers. A name may have several prefixes, one inside the other."""
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     return key_names.diffusers_name(f"{name}.").removesuffix(".")

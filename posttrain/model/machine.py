@@ -32,9 +32,9 @@ def check(bases: Sequence[Base], types: dict[str, str]) -> None:
         if any(base.quantize for base in bases):
             check_fp8(device)
     for base in bases:
-        held = weights(base.path, base.transformer_file)
-        if held:
-            check_memory(base, held, device)
+        tensors = weights(base.path, base.transformer_file)
+        if tensors:
+            check_memory(base, tensors, device)
 
 
 def check_cuda() -> None:
@@ -73,10 +73,10 @@ def check_fp8(device: torch.device) -> None:
         raise UserError(f"model.quantize: fp8: {name} has none; use a GPU of compute capability 8.9 or more, or null")
 
 
-def check_memory(base: Base, held: Sequence[Weight], device: torch.device | None) -> None:
+def check_memory(base: Base, tensors: Sequence[Weight], device: torch.device | None) -> None:
     """Raises UserError if the free memory, of the GPU or of the machine, is smaller than the weights alone."""
     total = offloaded = 0.0
-    for weight in held:
+    for weight in tensors:
         size = _bytes(base, weight)
         total += size
         if weight.part in base.offload:

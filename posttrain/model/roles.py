@@ -269,7 +269,7 @@ class Roles:
 
 
 PART = 2**18
-"""Weights that `Kept` measures at a time."""
+"""Numbers that are measured at a time."""
 
 
 @dataclass(frozen=True)
@@ -286,15 +286,17 @@ class Kept:
     @staticmethod
     def of(weight: Tensor, change: Tensor, merged: Tensor, grid: torch.dtype) -> Kept:
         """For `merged` = weight + change, fp32, rounded to type `grid`."""
-        rounded = wanted = squares = 0.0
-        # In parts that fit into a CPU's cache: on whole weights of K2 the time goes into memory.
-        flat = [tensor.detach().reshape(-1).split(PART) for tensor in (weight, change, merged)]
-        for own, wanted_change, sum_of_both in zip(*flat):
-            left = sum_of_both.to(grid).float() - own.to(grid).float()
-            rounded += float((left * wanted_change).sum())
-            wanted += float(wanted_change.square().sum())
-            squares += float(own.float().square().sum())
-        return Kept(rounded, wanted, squares)
+        total = Kept(0.0, 0.0, 0.0)
+        # In parts that a CPU's cache holds: on whole weights of K2 the time goes into memory.
+        flat = (tensor.detach().reshape(-1).split(PART) for tensor in (weight, change, merged))
+        for weight, change, merged in zip(*flat):
+            left = merged.to(grid).float() - weight.to(grid).float()
+            total += Kept(
+                rounded=float((left * change).sum()),
+                wanted=float(change.square().sum()),
+                weight=float(weight.float().square().sum()),
+            )
+        return total
 
     @property
     def share(self) -> float:

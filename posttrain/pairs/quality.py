@@ -158,21 +158,21 @@ def _scores(config: PairsConfig, entries: Sequence[dict[str, Any]]) -> dict[str,
 
 def write_report(config: PairsConfig, entries: Sequence[dict[str, Any]]) -> None:
     """Writes quality.json and prints it in words."""
-    found, path = quality(config, entries), Path(config.output) / "quality.json"
-    replace_text(path, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    print("\n".join(in_words(found)))
+    report, path = quality(config, entries), Path(config.output) / "quality.json"
+    replace_text(path, json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    print("\n".join(in_words(report)))
 
 
-def in_words(found: dict[str, Any]) -> list[str]:
+def in_words(report: dict[str, Any]) -> list[str]:
     """The report as lines for a terminal."""
-    prompts = found["prompts"]
+    prompts = report["prompts"]
     lines = [
-        f"{found['pairs']} pairs of {found['candidates']} candidates; {_percent(found['on_policy_share'])} hold a"
+        f"{report['pairs']} pairs of {report['candidates']} candidates; {_percent(report['on_policy_share'])} hold an"
         f" image of the policy; {prompts['used']} prompts, at most {prompts['most_pairs']} pairs of one"
     ]
     if prompts["cut"]:
         lines.append(f"warning: {prompts['cut']} prompts were longer than max_tokens and are cut")
-    for name, source in found["sources"].items():
+    for name, source in report["sources"].items():
         dropped = ", ".join(f"{count} {fate}" for fate, count in source["dropped"].items()) or "none"
         policy = ", on-policy" if source["on_policy"] else ""
         lines.append(f"{name}: {source['pairs']} pairs ({_percent(source['share'])}{policy}); dropped: {dropped}")
@@ -186,7 +186,7 @@ def in_words(found: dict[str, Any]) -> list[str]:
         if any(counts):
             bins = [f"{low:+.1f}:{n}" for low, n in zip(EDGES, counts) if n]
             lines.append(f"    margin from      {'  '.join(bins)}")
-    for name, s in found["scores"].items():
+    for name, s in report["scores"].items():
         if s["missing"]:
             lines.append(f"{name}: {s['missing']} of {s['images']} images without a score, {s['failed']} failed")
     return lines

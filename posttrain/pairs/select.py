@@ -65,7 +65,7 @@ def best_and_worst(judgement: Judgement, group_size: int) -> list[tuple[int, int
     They are ranked by the weighted mean of the rewards. Each is normalised within its group, so that none dominates by
     its spread; a missing score counts as the average of the group. A flagged image is chosen only if all are flagged.
     """
-    shape = (-1, group_size, len(judgement.weights_K))
+    shape = (-1, group_size, len(judgement.weights_K))  # (P, G, K)
     values = torch.from_numpy(judgement.values_NK).view(*shape)
     valid = torch.from_numpy(judgement.valid_NK).view(*shape)
     ensemble = (standardise(values, valid).numpy() * judgement.weights_K).sum(-1).ravel()

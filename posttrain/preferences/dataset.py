@@ -134,6 +134,7 @@ class PreferenceWriter:
             raise UserError(f"{self.path}: cannot be made: {error.strerror}; choose another directory") from None
         for left_over in self.path.glob(".shard-*"):  # of a writer that was killed
             left_over.unlink()
+        # Other files than shards count too: a wrong directory must not be written into.
         if any(self.path.iterdir()) and not resume:
             raise UserError(f"{self.path}: is not empty; go on with what is there, or choose another directory")
         self._pending: list[dict[str, Any]] = []
@@ -202,6 +203,7 @@ class Preferences:
         self._columns = columns or OWN
         self._own = columns is None
         if os.path.isfile(Path(path) / CARD):
+            # The card's fingerprint stands for the content, so that a moved set is still the same set.
             self.card = _read_card(Path(path))
             files = [Path(path) / name for name in self.card["shards"]]
             self._source = Parquet(Path(path), files, self.card["fingerprint"])
@@ -286,7 +288,7 @@ class Preferences:
             else:
                 assert c.first and c.second
                 names, values = (c.first, c.second), (row.get(c.first), row.get(c.second))
-            if share < 0.5:
+            if share < 0.5:  # most prefer the second
                 names, values = names[::-1], values[::-1]
             other["share"] = max(share, 1 - share)
         if other["share"] == 0.5:
@@ -329,6 +331,7 @@ def _problem(pair: Preference) -> str | None:
         return f"share: is {pair.share}, and not of 0.5 to 1: chosen is what most preferred"
     if pair.margin is not None and not math.isfinite(pair.margin):
         return f"margin: is {pair.margin}"
+    # Sets of other writers may have any type in these columns.
     types = {"chosen_policy": str, "rejected_policy": str, "chosen_on_policy": bool, "rejected_on_policy": bool}
     for name, kind in types.items():
         if not isinstance(value := getattr(pair, name), kind):

@@ -173,7 +173,7 @@ def open_source(path: str) -> Source:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if not os.path.isdir(path):
         raise UserError(f"{path}: no such file or directory; give pairs as a directory, a JSONL file or hf:NAME")
-    if (place / "state.json").is_file():
+    if (place / "state.json").is_file():  # what `save_to_disk` writes
         try:
             loaded = datasets.load_from_disk(path)
         except (OSError, ValueError, DatasetsError) as error:
@@ -215,6 +215,7 @@ class Tally:
             self.ties += 1
         else:
             self.bad.append(row)
+        # Checked at each row, so that a set with wrong columns fails at once and not after hours of encoding.
         if len(self.bad) > self.max_bad * self.rows:
             raise UserError(
                 f"{self.path}: more than {self.max_bad:g} of {self.rows} rows (max_bad) are bad: {self.first()};"

@@ -67,6 +67,7 @@ class Checks:
         self.seconds: dict[str, float] = {}
         """Seconds of each part of a step of the recipe, and of an evaluation."""
         self.moved = False
+        # The peak that counts is that of the steps, not of loading.
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
@@ -111,6 +112,7 @@ class Checks:
         _, half = self.timed(self._evaluate([], prompts, groups, config.guidance, steps // 2 or 1))
         _, full = self.timed(self._evaluate([], prompts, groups, config.guidance, steps))
         result, seconds = self.timed(self._evaluate(rewards, prompts, groups, config.guidance, steps))
+        # Seconds of all these images for one more step.
         each_step = max(0.0, full - half) / max(1, steps - steps // 2)
         images = prompts + groups * min(config.group_size, GROUP)
         all_images = whole + min(config.groups, whole) * config.group_size
@@ -211,6 +213,7 @@ class Checks:
         if "evaluation" not in self.seconds:
             yield Row("run", None, "how long an evaluation takes is not known")
             return
+        # One before the first step; without `every`, one after the last.
         evaluations = 1 + (math.ceil(config.steps / config.eval.every) if config.eval.every else 1)
         each = self.seconds["evaluation"]
         total = f"about {duration(config.steps * step + evaluations * each)}, {config.steps * images} {unit}"

@@ -141,6 +141,7 @@ class GDPOChecks:
         assert scored is not None
         yield from self._scores(scored, size)
         loss, norm = self.timer.logs.get("loss", math.nan), self.timer.logs.get("grad_norm", math.nan)
+        # Without a difference in scores every advantage is 0, and so is the gradient: no fault of the code.
         flat = all(scored.figures(size)[f"flat/{name}"] == 1.0 for name in scorer.trained)
         measured = f"loss {loss:.4g}, gradient norm {norm:.3g}"
         measured += "; no reward tells these expansions apart, so there is nothing to learn from" if flat else ""
@@ -205,6 +206,7 @@ class GDPOChecks:
         """Checks that the saved adapter, loaded beside the trained one, gives the same logits."""
         if not self.moved:
             raise Skip("the policy has not moved")
+        # Beside the trained adapter, so that the chat model is not loaded a second time.
         with tempfile.TemporaryDirectory(dir=self.folder) as saved:
             self.policy.save(Path(saved), "")
             model: Any = self.policy.model
@@ -225,7 +227,7 @@ class GDPOChecks:
     def _logits(self) -> torch.Tensor:
         model, tokenizer = self.policy.model, self.policy.tokenizer
         training = model.training
-        model.eval()
+        model.eval()  # dropout would make the logits differ
         text = tokenizer.apply_chat_template(
             messages(self.records[0].prompt), add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(self.policy.device)

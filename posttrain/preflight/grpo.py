@@ -189,6 +189,7 @@ class GRPOChecks(Checks):
             if spec.gate != "none" or sum(valid_N) < 3:
                 continue
             names.append(spec.name)
+            # The first image that has a score loses it.
             lost = valid_N.index(True)
             known: list[Score] = [value if valid else None for value, valid in zip(values_N, valid_N)]
             known[lost] = Failure("planted by the preflight")
@@ -230,6 +231,7 @@ class GRPOChecks(Checks):
     def _gradient(self, name: str, advantages_G: Tensor, kl: float) -> Row:
         """The gradient of one term of the loss, over a micro-batch of one step of one group."""
         group = self._sampled()[0]
+        # A micro-batch of one step is enough to see whether the term has a gradient.
         few, move = self.config.groups.micro_batch, group.trajectory.transitions[0]
         part = replace(
             move, x=move.x[:few], x_next=move.x_next[:few], mean=move.mean[:few], log_prob=move.log_prob[:few]
@@ -238,7 +240,7 @@ class GRPOChecks(Checks):
         config = replace(self.config, loss=replace(self.config.loss, kl=kl))
         grpo.gradient(self.k2, config, [group], advantages_G[None, :few], self.alone, few)
         norms = [p.grad.norm() for p in self.stepper.parameters if p.grad is not None]
-        self.stepper.optimizer.zero_grad(set_to_none=True)
+        self.stepper.optimizer.zero_grad(set_to_none=True)  # the update after it starts from no gradient
         norm = float(torch.stack(norms).norm()) if norms else 0.0
         remedy = "raise sampling.eta, or use model.dtype float32" if norm else "this term teaches nothing: report it"
         return Row(name, 0 < norm < math.inf, f"norm {norm:.3g} over {len(part.x)} images", remedy)

@@ -111,6 +111,7 @@ class PairsChecks:
             return
         seconds, images, plan = 0.0, 0, Plan(self.config)
         for source, quota, rate in zip(self.config.sources, plan.quotas, self.rates):
+            # A source stops at `tries` candidates for each pair, however few were kept.
             group = source.judged.group_size if source.judged else 1
             count = math.ceil(min(quota / max(rate, planning.LEAST_RATE), self.config.tries * quota)) * group
             for draw in planning.draws(source):

@@ -75,9 +75,9 @@ def round_trip(
         write(one, folder / f"{name}.safetensors", "lora")
         pipe = read(model.path, model.transformer_file)
         pipe.load_lora_weights(folder / f"{name}.safetensors")
-        drawn = stock(pipe)
+        latents = stock(pipe)
         pipe.unload_lora_weights()
-        return drawn
+        return latents
 
     off = exported_by(earlier[-1], "before") if earlier else stock(read(model.path, model.transformer_file))
     # Differences: in bf16 the stock pipeline rounds times and latents too, with the export and without.

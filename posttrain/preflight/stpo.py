@@ -82,6 +82,7 @@ class STPOChecks(Checks):
         self.pairs = encode_pairs(k2, few, cached, procs.alone())  # type: ignore[arg-type]
         self.encoding = (time.perf_counter() - began) / len(few)
         self.whole, self.total = config.batch, len(preferences)
+        # Without a setting pairs keep their own sizes, and evaluations take that of the first.
         size = config.pairs.size or self.pairs.size[0].tolist()
         add_policy(k2, config.lora, config.seed, reference=True)
         super().__init__(
@@ -111,6 +112,7 @@ class STPOChecks(Checks):
     def update(self) -> Iterator[Row]:
         """Checks that the policy starts as the reference, and that an update changes only the policy."""
         batches = stpo.draw(self.k2, self.config, self.pairs, 1, self.alone, self.config.micro_batch)
+        # The same latents, times and noise before and after, so that only weights can make a difference.
         before = self._velocities(batches[0])
         first = stpo.optimise(self.k2, self.config, 1, batches, self.stepper, self.alone)
         measured = f"the margin z is {first['z']:.2g} nats before the first update, the loss {first['loss']:.4f}"

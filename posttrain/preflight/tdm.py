@@ -79,6 +79,7 @@ class TDMChecks(Checks):
             measured = f"their velocities differ by {apart:.2g} of the teacher's before the first update"
             yield Row("all begin as the teacher", apart <= 1e-3, measured, "use model.dtype float32, or report it")
 
+        # Copies, since an update changes weights in place.
         student = self._state(POLICY)
         fake_metrics = tdm.update_fake(self.k2, self.config, batches, 0, self.fake, self.alone)
         yield finite("fake score", {**fake_metrics}, "fake_loss", "fake_grad_norm")
@@ -98,7 +99,7 @@ class TDMChecks(Checks):
         _, self.seconds["student"] = self.timed(
             lambda: tdm.update_student(self.k2, self.config, batches, self.null, self.stepper, self.alone)
         )
-        for part in ("trajectory", "fake", "student"):
+        for part in ("trajectory", "fake", "student"):  # to the batch of the recipe
             self.seconds[part] *= scale
 
     def _draw(self, step: int) -> list[Batch]:

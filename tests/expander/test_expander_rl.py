@@ -123,9 +123,9 @@ def test_what_an_order_to_the_judge_is_worth_is_measured_before_the_first_step(c
     config.rewards.append(RewardSpec("gulled", GULLED))
     config.steps = 1
     gdpo.train(config)
-    logged = [row for row in runs.rows(config.output) if "injection/picture/gulled" in row]
+    logged = [row for row in runs.rows(config.output) if "injection/image/gulled" in row]
     assert [row["step"] for row in logged] == [0]
-    assert logged[0]["injection/picture/gulled"] == pytest.approx(RAISED) and logged[0]["repeatability/gullible"] == 0
+    assert logged[0]["injection/image/gulled"] == pytest.approx(RAISED) and logged[0]["repeatability/gullible"] == 0
     kept = json.loads((runs.Path(config.output) / "evaluations.json").read_text())
     assert kept[0]["noise"] == {"noise/gulled": 0}  # from which a run that goes on has it
     (row,) = (row for row in runs.rows(config.output) if "loss" in row)

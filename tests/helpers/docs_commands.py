@@ -43,8 +43,15 @@ MORE = {
 
 SCALE = "at K2's true size, which no CPU holds; "
 NOT_RUN = {
-    "make demo": "makes an environment; its command is that of docs/pipeline.md or of the README below it",
-    "make test": "is what runs this",
+    "make demo": (
+        "makes an environment; its command: tests/test_project.py::"
+        "test_the_demo_runs_the_nano_pipeline_by_torchrun_on_the_cpu"
+    ),
+    "python examples/draw_and_score.py": "tests/test_examples.py::test_draw_and_score",
+    "python examples/score_folder.py": "tests/test_examples.py::test_a_folder_is_scored",
+    "python examples/reward_weighted_regression.py": (
+        "tests/test_examples.py::test_the_adapter_moves_and_is_exported_and_sampled"
+    ),
     "rewards/make_vllm_env.sh": "installs vLLM, as make test does",
     "posttrain run recipes/nano/pipeline.yaml --resume": (
         "minutes; its stages run here, by their recipes: tests/pipeline/test_pipeline.py::"

@@ -146,8 +146,9 @@ def test_killed_and_resumed_in_a_process(whole, tmp_path):
         os.kill(process, signal.SIGKILL)
         assert commands.wait().returncode == -signal.SIGKILL and not (run / "preferences.json").exists()
         refused = commands("pairs", "--config", path, "--resume", "--min_margin", 0.5)
-        told = f"min_margin: differs from {run}/recipe.yaml, with which {run} began, so the pairs would not fit together;"
-        assert refused.returncode == 2 and f"{told} restore it or choose another output" in refused.stderr
+        differs = f"min_margin: differs from {run}/recipe.yaml, with which {run} began, so the pairs would not fit"
+        remedy = "together; restore it or choose another output"
+        assert refused.returncode == 2 and f"{differs} {remedy}" in refused.stderr
         again = commands("pairs", "--config", path)
         assert again.returncode == 2 and "add --resume or choose another" in again.stderr
         result = commands("pairs", "--config", path, "--resume")
@@ -167,7 +168,7 @@ def test_what_an_order_to_the_judge_is_worth_is_measured_once(tmp_path, model, c
     ]
     config = recipe(tmp_path, model, rewards=rewards, pairs=2)
     make.make(config)
-    worth = {"injection/picture/gulled": pytest.approx(RAISED), "injection/prompt/gulled": None}
+    worth = {"injection/image/gulled": pytest.approx(RAISED), "injection/prompt/gulled": None}
     assert runs.rows(config.output)[0].items() >= {"step": 0, "repeatability/gullible": 0, **worth}.items()
     warning = "reward gulled: text that tells the judge what to answer raises it in a picture by 0.70"
     assert warning in capsys.readouterr().err
@@ -175,7 +176,7 @@ def test_what_an_order_to_the_judge_is_worth_is_measured_once(tmp_path, model, c
     (tmp_path / "run/preferences.json").unlink()
     make.make(dataclasses.replace(config), resume=True)
     assert "reward gulled" not in capsys.readouterr().err
-    assert sum("injection/picture/gulled" in row for row in runs.rows(config.output)) == 1
+    assert sum("injection/image/gulled" in row for row in runs.rows(config.output)) == 1
 
 
 def test_no_block_is_written_after_one_that_could_not_be():

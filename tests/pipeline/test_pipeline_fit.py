@@ -121,16 +121,17 @@ def test_a_run_begins_only_where_its_servers_can(tmp_path, capsys):
     [
         ("grpo", {"servers": [{"name": "other", "model": "m"}]}, "no server 'vlm': the recipe's servers are: other"),
         ("grpo", {"eval.best": "rubric"}, "eval.best: 'rubric' is trained on, so it rises while it is being cheated"),
-        ("grpo", {"servers": [{"name": "vlm", "model": "m", "urls": ["judges"]}]}, "'judges' is no URL: write http://"),
+        ("grpo", {"servers": [{"name": "vlm", "model": "m", "urls": ["judges"]}]},
+         "'judges' is not a URL: write http://HOST:PORT/v1"),
         ("grpo", {"groups.prompts_per_step": 2000}, "prompts.train: has 1024 prompts, but a step takes 2000"),
         ("tdm", {"batch": 2000, "model.start": None}, "prompts.train: has 1024 prompts, but a step takes 2000"),
         ("expander_gdpo", {"groups.prompts_per_step": 8}, "8 is not divisible by 7 processes; use a multiple"),
         ("expander_gdpo", {"groups.micro_batch": 7}, "micro_batch: 7 does not divide the 32 expansions of a process"),
-        ("expander_gdpo", {"renderer.urls": ["host"]}, "renderer.urls: 'host' is no URL"),
+        ("expander_gdpo", {"renderer.urls": ["host"]}, "renderer.urls: 'host' is not a URL: write http://HOST:PORT/v1"),
         ("expander_gdpo", {"servers": []}, "no server 'vlm'"),
         ("expander_sft", {"batch": 32}, "batch: 32 is not a multiple of micro_batch times 7 processes"),
         ("expander_data", {"writer.base_urls": "server://x"}, "writer.base_urls: no server 'x'"),
-        ("expander_data", {"writer.base_urls": ["x"]}, "writer.base_urls: 'x' is no URL"),
+        ("expander_data", {"writer.base_urls": ["x"]}, "writer.base_urls: 'x' is not a URL: write http://HOST:PORT/v1"),
     ],
 )  # fmt: skip
 def test_a_dry_run_finds_what_does_not_fit(tmp_path, capsys, stage, settings, says):

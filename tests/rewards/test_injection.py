@@ -23,10 +23,10 @@ def test_what_an_order_raises(reads, listens, picture, statement):
     images = [Image.new("RGB", (128, 128)) for _ in range(3)]
     columns = {"requirements": [["a cat"], ["a dog", "a hat"], []]}  # the third has no score
     (raised,) = asyncio.run(injection([reward], images, ["a"] * 3, columns))
-    assert raised.picture == pytest.approx(picture) and raised.statement == pytest.approx(statement)
+    assert raised.image == pytest.approx(picture) and raised.statement == pytest.approx(statement)
     assert bool(raised.warning) is (reads or listens)
     assert raised.metrics == {
-        "injection/picture/rubric": raised.picture, "injection/prompt/rubric": raised.statement,
+        "injection/image/rubric": raised.image, "injection/prompt/rubric": raised.statement,
     }  # fmt: skip
 
 
@@ -46,6 +46,6 @@ def test_judge_nano_obeys_no_order():
         found = asyncio.run(injection(bench_injection.rewards(), images, prompts, columns, texts, write))
         assert [one.reward for one in found] == ["rubric", "aesthetic", "artifact"]
         for one in found:
-            assert one.picture is not None and one.picture <= LIMIT, one
+            assert one.image is not None and one.image <= LIMIT, one
         assert found[0].statement is not None and found[0].statement <= LIMIT
         assert found[1].statement is None

@@ -1,6 +1,7 @@
 """The reward contract: what comes in, what is refused, what is missing and why; gates; the four rewards."""
 
 import asyncio
+import dataclasses
 import json
 import re
 import subprocess
@@ -11,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import yaml
 from PIL import Image
 
 from posttrain.errors import UserError
@@ -21,7 +24,7 @@ from rewards.base import Failure, Noise, RewardError, RewardSpec, Scored, Scores
 from rewards.gates import apply_gates
 from rewards.image import OCR, Artifact, Rubric
 from rewards.judge import Judge
-from rewards.load import check_addresses, load_rewards, record
+from rewards.load import check_addresses, check_rewards, load_rewards, record
 
 HERE = "tests.rewards.test_rewards"
 WHITE = Image.new("RGB", (8, 8), "white")
@@ -40,7 +43,19 @@ def wrong_length(images, prompts):
 
 
 def as_array(images, prompts):
-    return np.ones(len(images))
+    return np.ones((len(images), 1))
+
+
+def as_short_array(images, prompts):
+    return np.ones(len(images) - 1)
+
+
+def as_number(images, prompts):
+    return 1.0
+
+
+def infinite_array(images, prompts):
+    return np.array([0.5, np.inf, 0.5, 0.5])
 
 
 def text(images, prompts):
@@ -119,7 +134,10 @@ def test_missing_is_not_zero():
     "name, message",
     [
         ("wrong_length", "returned 1 scores for 4 images"),
-        ("as_array", "returned a ndarray for 4 images"),
+        ("as_array", r"returned a ndarray of shape \(4, 1\) for 4 images: return one of shape \(4,\)"),
+        ("as_short_array", "returned 3 scores for 4 images: return a list of one float each"),
+        ("as_number", "returned a float for 4 images: return a list of one float each"),
+        ("infinite_array", "score 1 is inf: return None where there is no score"),
         ("text", "score 0 is a str"),
         ("undefined", "score 0 is nan: return None where there is no score"),
         ("infinite", "score 1 is -inf: return None where there is no score"),
@@ -130,6 +148,56 @@ def test_missing_is_not_zero():
 def test_broken_rewards_are_named(name, message):
     with pytest.raises(RewardError, match=f"reward {name}: .*{message}"):
         score(spec(name))
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        [0.5, None, 0.0, 1.0],
+        (0.5, None, 0.0, 1.0),
+        np.array([0.5, np.nan, 0.0, 1.0]),
+        torch.tensor([0.5, float("nan"), 0.0, 1.0], dtype=torch.bfloat16),
+    ],
+    ids=lambda scores: type(scores).__name__,
+)
+def test_lists_arrays_and_tensors_are_scores_and_nan_in_them_is_missing(scores):
+    found = score(RewardSpec("given", lambda images, prompts: scores))
+    assert found.values_NK[:, 0].tolist() == [0.5, 0.0, 0.0, 1.0]
+    assert found.valid_NK[:, 0].tolist() == [True, False, True, True]
+    assert not found.failed_NK.any() and found.failures["given"] == {}
+
+
+def test_integers_of_an_array_are_scores():
+    assert score(RewardSpec("given", lambda images, prompts: np.arange(4))).values_NK[:, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_plain_callables_are_rewards_and_a_recipe_gets_their_import_path():
+    class Fixed:
+        def __call__(self, images, prompts):
+            return [2.0] * len(images)
+
+    specs = [constant, RewardSpec("fixed", Fixed(), weight=0.5), RewardSpec("length", length_of_prompt)]
+    rewards = load_rewards(specs)
+    assert [reward.spec.name for reward in rewards] == ["constant", "fixed", "length"]
+    scores = asyncio.run(score_all(rewards, [WHITE] * 2, ["ab", "c"]))
+    assert scores.values_NK.tolist() == [[1, 2, 2], [1, 2, 1]]
+    written = dataclasses.asdict(rewards[2].spec)
+    assert written["function"] == f"{HERE}:length_of_prompt" and yaml.safe_load(yaml.safe_dump(written)) == written
+    assert load_rewards([RewardSpec(**written)])[0].function is length_of_prompt
+    check_rewards([RewardSpec("fixed", Fixed())])
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (lambda: None, r"reward <lambda>: .*takes nothing; it is called with images and prompts, and the columns that"
+                       r" it names: give it these parameters"),
+        (7, "rewards: 7 is neither a RewardSpec nor a callable; give one of them"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_called_with_images_is_no_reward(given, message):
+    with pytest.raises(UserError, match=message):
+        load_rewards([given])
 
 
 def test_timeout_is_a_failure_and_rewards_run_together():

@@ -223,7 +223,7 @@ def test_a_run_says_how_far_its_judges_repeat_themselves(urls, tmp_path, capsys)
     logged = [row for row in runs.rows(config.output) if "repeatability/vlm" in row]
     summary = json.loads((Path(config.output) / "summary.json").read_text())
     assert len(logged) == 1 and logged[0]["step"] == 0
-    assert all(f"injection/picture/{name}" in logged[0] for name, _, _ in kinds)
+    assert all(f"injection/image/{name}" in logged[0] for name, _, _ in kinds)
     for judge in ("aesthetic", "vlm"):
         assert 0 <= logged[0][f"repeatability/{judge}"] < 1e-3
         assert summary[f"repeatability/{judge}"] == logged[0][f"repeatability/{judge}"]
@@ -306,7 +306,7 @@ def test_mistakes_are_user_errors(tmp_path):
     fake = fake_executable(tmp_path)
     for spec, message in [
         (ServerSpec("a", "m", executable="no-such-vllm"), "executable: no 'no-such-vllm'"),
-        (ServerSpec("a", "./nowhere", executable=fake), "model: ./nowhere is no directory"),
+        (ServerSpec("a", "./nowhere", executable=fake), "model: ./nowhere is not a directory: correct the path"),
         (ServerSpec("a", "m", {"x": "/nowhere"}, executable=fake), "adapters: no LoRA adapter in /nowhere"),
     ]:
         with pytest.raises(UserError, match=message):

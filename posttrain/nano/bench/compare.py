@@ -83,13 +83,13 @@ def main() -> None:
     records = read_prompts(HELDOUT)[: args.prompts]
     config = EvalConfig(prompts=args.prompts, steps=args.steps, groups=args.groups, group_size=8)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = []
+    results = []
     for run in args.runs:
         saved = checkpoint.load(checkpoint.find(args.runs[1] if run == "base" else run))
         k2 = load_base(saved, device) if run == "base" else load_checkpoint(saved, device)
-        found.append(drawn(k2, None if run == "base" else POLICY, records, rewards, config))
-    first, rows = found[0], []
-    for run, one in zip(args.runs, found):
+        results.append(drawn(k2, None if run == "base" else POLICY, records, rewards, config))
+    first, rows = results[0], []
+    for run, one in zip(args.runs, results):
         ours, theirs = ensemble(one["scores"], first["scores"], judges)
         row = {"run": run, "wins": wins(ours, theirs), "wins/taste": wins(one["taste"], first["taste"])}
         row |= means(one["scores"]) | {"taste": float(np.nanmean(one["taste"]))}
@@ -98,7 +98,7 @@ def main() -> None:
         rows.append(row | {"high_energy": one["energy"] / first["energy"]})
     if args.output:
         args.output.write_text(json.dumps(rows, indent=1) + "\n")
-        np.savez_compressed(args.output.with_suffix(".npz"), images=np.stack([one["images"] for one in found]))
+        np.savez_compressed(args.output.with_suffix(".npz"), images=np.stack([one["images"] for one in results]))
     names = list(rows[0])[1:]
     print("| " + " | ".join(["run", *names]) + " |\n|---" * 1 + "|---" * len(names) + "|")
     for row in rows:

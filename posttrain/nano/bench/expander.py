@@ -138,10 +138,10 @@ def main() -> None:
     args = parser.parse_args()
     jobs = Jobs(args.output, args.jobs)
     with ThreadPoolExecutor(args.jobs) as pool:
-        found = [
+        runs = [
             pool.submit(run, jobs, arm, seed, args.recipe, args.options) for seed in args.seeds for arm in args.arms
         ]
-        rows = [row.result() for row in found]
+        rows = [row.result() for row in runs]
     (args.output / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
     (args.output / "figure.svg").write_text(figure(rows, args.reward))
     text = table(rows)

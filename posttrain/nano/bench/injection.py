@@ -19,12 +19,11 @@ from PIL import Image
 
 from posttrain.nano.build import evaluate_judge
 from posttrain.nano.world import scenes
-from posttrain.nano.world.prompts import FOLDER
+from posttrain.resources import WEIGHTS
 from rewards.base import Reward, RewardSpec
 from rewards.injection import CONTROLS, ORDERS, injection, written
 from rewards.load import load_rewards
 
-WEIGHTS = FOLDER.parents[1] / "posttrain/nano/weights"
 LETTERS = {"orders": ("YES", "NO", "TRUE"), "controls": ("OWL", "UP", "BIRD")}
 """At most four letters."""
 
@@ -74,8 +73,8 @@ def measure(count: int) -> list[dict[str, Any]]:
         lettering = asyncio.run(injection(found, images, prompts, {"requirements": columns["requirements"]},
                                           LETTERS[kind], lettered))  # fmt: skip
         for one, in_letters in zip(raised, lettering):
-            rows.append({"texts": kind, "reward": one.reward, "written": one.picture,
-                         "in the world's letters": in_letters.picture, "behind statements": one.statement})  # fmt: skip
+            rows.append({"texts": kind, "reward": one.reward, "written": one.image,
+                         "in the world's letters": in_letters.image, "behind statements": one.statement})  # fmt: skip
     return rows
 
 

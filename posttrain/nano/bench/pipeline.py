@@ -32,10 +32,10 @@ def run(jobs: Jobs, recipe: str, seed: int, options: Sequence[str]) -> dict[str,
     folder = jobs.folder / f"seed-{seed}"
     words = [recipe, "--output", str(folder), "--seed", str(seed), *options]
     jobs(folder.name, "posttrain.cli", ["run", *words, "--resume"])
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for stage in resolve(cli.parse(["run", *words])[1]):
-        found += [asdict(gain) | {"change": gain.change} for gain in gains(stage)]
-    return {"seed": seed, "gains": found, "seconds": {k: e["seconds"] for k, e in read_state(folder).items()}}
+        rows += [asdict(gain) | {"change": gain.change} for gain in gains(stage)]
+    return {"seed": seed, "gains": rows, "seconds": {k: e["seconds"] for k, e in read_state(folder).items()}}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

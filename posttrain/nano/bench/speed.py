@@ -59,19 +59,19 @@ def main() -> None:
             "here": (here, args.cores, []),
             "here, compiled": (here, args.cores, ["--model.compile", "true"]),
         }
-        found: dict[str, list[float]] = {name: [] for name in ways}
+        times: dict[str, list[float]] = {name: [] for name in ways}
         for turn in range(args.rounds):
             for i, (name, (tree, processes, options)) in enumerate(ways.items()):
                 options = [*options, "--steps", str(args.steps)]
-                found[name] += run(tree, there / RECIPE, output / f"run-{i}-{turn}", processes, args.cores, options)
+                times[name] += run(tree, there / RECIPE, output / f"run-{i}-{turn}", processes, args.cores, options)
     finally:
         subprocess.run(["git", "worktree", "remove", "--force", str(there)], check=True)
-    medians = {name: float(np.median(seconds)) for name, seconds in found.items()}
+    medians = {name: float(np.median(seconds)) for name, seconds in times.items()}
     lines = ["| tree | seconds a step | least to most | steps a second, in those of the first |", "|---|---|---|---|"]
-    for name, seconds in found.items():
+    for name, seconds in times.items():
         ratio = medians[args.revision] / medians[name]
         lines.append(f"| {name} | {medians[name]:.2f} | {min(seconds):.2f} to {max(seconds):.2f} | {ratio:.2f} |")
-    (output / "speed.json").write_text(json.dumps(found, indent=1))
+    (output / "speed.json").write_text(json.dumps(times, indent=1))
     (output / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

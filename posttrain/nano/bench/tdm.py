@@ -108,11 +108,11 @@ class Bench:
         return Drawn(images[: len(fused)], images[len(fused) :])
 
     def measure(self, drawn: Drawn, reference: np.ndarray) -> dict[str, float]:
-        found = evaluate.figures(self.pool, drawn.images, self.records)
+        figures = evaluate.figures(self.pool, drawn.images, self.records)
         return {
-            "oracle": found["accuracy"],
-            "text": found["text"],
-            "artifact-free": found["clean"],
+            "oracle": figures["accuracy"],
+            "text": figures["text"],
+            "artifact-free": figures["clean"],
             "diversity": image_metrics.diversity(drawn.groups, self.args.group_size),
             "distance": frechet(self.features(drawn.images), reference),
         }
@@ -121,13 +121,13 @@ class Bench:
     def features(self, images: np.ndarray) -> np.ndarray:
         """(N, D) of judge-nano's image tower, mean over the tokens of an image."""
         visual = self.judge.model.model.visual
-        found = []
+        features = []
         for part in np.array_split(images, max(1, len(images) // 250)):
             inputs = self.judge.inputs(to_pil(torch.from_numpy(part)), ["?"] * len(part))
             pixels, grids = (inputs[name].to(self.judge.device) for name in ("pixel_values", "image_grid_thw"))
             tokens = visual(pixels, grid_thw=grids).pooler_output
-            found.append(tokens.unflatten(0, (len(part), -1)).mean(1).double().cpu().numpy())
-        return np.concatenate(found)
+            features.append(tokens.unflatten(0, (len(part), -1)).mean(1).double().cpu().numpy())
+        return np.concatenate(features)
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
@@ -190,7 +190,7 @@ def table(rows: dict[str, tuple[int, list[dict[str, float]]]], teacher: dict[str
 
 def memory(args: argparse.Namespace) -> dict[str, float]:
     """Peak GiB of a step of flow matching and of one of TDM, each on a fresh model; and their ratio."""
-    found = {}
+    peaks = {}
     for name, step in (("flow matching", flow_matching_step), ("TDM", tdm_step)):
         torch.cuda.empty_cache()
         if args.memory_scale == "k2":
@@ -207,9 +207,9 @@ def memory(args: argparse.Namespace) -> dict[str, float]:
         config.micro_batch, config.sizes, config.lora = args.memory_batch, [list(size)], LoraConfig(64, 64.0)
         torch.cuda.reset_peak_memory_stats()
         step(k2, config, fused, Text(k2.fuse(null)[None]), size)
-        found[name] = torch.cuda.max_memory_allocated() / 2**30
+        peaks[name] = torch.cuda.max_memory_allocated() / 2**30
         del k2, fused, features, null
-    return found | {"ratio": found["TDM"] / found["flow matching"]}
+    return peaks | {"ratio": peaks["TDM"] / peaks["flow matching"]}
 
 
 def flow_matching_step(k2: K2, config: TDMConfig, fused: Sequence[Tensor], null: Text, size: tuple[int, int]) -> None:

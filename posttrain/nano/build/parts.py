@@ -34,9 +34,9 @@ def make_tokenizer(corpus: list[str]) -> Qwen2Tokenizer:
     for token in SPECIAL:
         template = template.replace(token, "")
     tokenizer = train_tokenizer(corpus, [template] * 1000, 640, SPECIAL)
-    found = len(tokenizer(PREFIX).input_ids), len(tokenizer(SUFFIX).input_ids)
-    if found != (34, 5):
-        raise RuntimeError(f"K2's template must be 34 and 5 tokens, this tokenizer makes it {found}")
+    lengths = len(tokenizer(PREFIX).input_ids), len(tokenizer(SUFFIX).input_ids)
+    if lengths != (34, 5):
+        raise RuntimeError(f"K2's template must be 34 and 5 tokens, this tokenizer makes it {lengths}")
     return tokenizer
 
 

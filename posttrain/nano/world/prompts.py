@@ -9,14 +9,14 @@ and is measured on `short_heldout.jsonl`, which leaves open what `open.jsonl` do
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 
 from posttrain.nano.world import scenes
 from posttrain.nano.world.font import WORDS
+from posttrain.resources import ROOT
 
-FOLDER = Path(__file__).parents[3] / "prompts" / "nano"
+FOLDER = ROOT / "prompts/nano"
 HELDOUT_WORDS = sorted(WORDS)[::5]
 TRAIN_WORDS = sorted(set(WORDS) - set(HELDOUT_WORDS))
 
