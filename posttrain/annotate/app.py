@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import sys
 from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from posttrain.annotate.store import person
 from posttrain.errors import UserError
+from posttrain.log import log
 
 if TYPE_CHECKING:
     from posttrain.annotate.serve import Desk
@@ -63,7 +63,7 @@ def page(desk: Desk, password: str | None, hosts: set[str]) -> Guard:
         except KeyError:
             return Response(status_code=404)
         except UserError as error:
-            print(f"posttrain: error: {error}", file=sys.stderr, flush=True)
+            log.error(error)
             return Response(status_code=410)
         return Response(data, media_type="image/png", headers={"Cache-Control": "private, max-age=86400"})
 
@@ -114,7 +114,7 @@ def _answer(function: Callable[[dict], dict]) -> Callable[[dict], dict]:
         try:
             return function(asked)
         except UserError as error:
-            print(f"posttrain: error: {error}", file=sys.stderr, flush=True)
+            log.error(error)
             return {"error": str(error)}
 
     call.__name__ = function.__name__  # by which the page calls it

@@ -9,7 +9,6 @@ vote for each image. Pairs that they leave undecided are left out.
 
 from __future__ import annotations
 
-import sys
 import threading
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from rich.progress import track
 from posttrain.annotate import agreement, marked_images
 from posttrain.annotate.store import read
 from posttrain.errors import UserError
+from posttrain.log import log
 from posttrain.pairs.config import AnnotationsConfig
 from posttrain.preferences.dataset import Preference, PreferenceWriter, Skipped, read_preferences
 
@@ -86,7 +86,7 @@ class Pairs:
         if tally.bad or tally.ties:
             told = f"{len(tally.bad)} bad rows and {tally.ties} ties are left out"
             reasons = f": {tally.first()}" if tally.bad else ""
-            print(f"posttrain: warning: {path}: {told}{reasons}", file=sys.stderr)
+            log.warning(f"{path}: {told}{reasons}")
 
     def __getitem__(self, pair: str) -> Preference:
         """Raises UserError if it cannot be read any more."""

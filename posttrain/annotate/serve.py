@@ -17,14 +17,11 @@ import io
 import math
 import os
 import secrets
-import signal
 import socket
 import statistics
-import sys
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from PIL import Image
@@ -33,7 +30,9 @@ from posttrain.annotate.export import Pairs
 from posttrain.annotate.marked_images import Images
 from posttrain.annotate.store import ANSWERS, Mode, Schedule, Showing, Side, Store, person, schedule
 from posttrain.errors import UserError
+from posttrain.log import log
 from posttrain.pairs.config import AnnotateConfig
+from posttrain.runs.stop import until_terminated
 from posttrain.validate_pairs import is_loopback
 
 MIN_CHARACTERS = 8  # of a password
@@ -50,15 +49,12 @@ def annotate(config: AnnotateConfig) -> None:
         raise UserError("annotate: needs gradio, which is not installed; pip install 'posttrain[annotate]'") from None
     items = Pairs(config.pairs, config.max_bad) if config.pairs is not None else Images(config.images or "")
     store = Store(Path(config.store), Schedule(config.seed, config.repeats, config.mode))
-    previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        items.require(store.pairs(), config.store)
-        with _listen(config) as listener:
-            _serve(Desk(items, store), config, password, listener)
-    except _Terminated:
-        pass
+        with until_terminated():
+            items.require(store.pairs(), config.store)
+            with _listen(config) as listener:
+                _serve(Desk(items, store), config, password, listener)
     finally:
-        signal.signal(signal.SIGTERM, previous)
         store.close()
 
 
@@ -145,22 +141,13 @@ def _serve(desk: Desk, config: AnnotateConfig, password: str | None, listener: s
     options = {"log_level": "warning", "timeout_graceful_shutdown": 1, "lifespan": "on"}
     server = uvicorn.Server(uvicorn.Config(app, **options))
     if not is_loopback(config.host):
-        print(
-            "posttrain: warning: images and the password cross the network unencrypted; use one that you trust, or"
-            " put an HTTPS proxy before this",
-            file=sys.stderr,
+        log.warning(
+            "images and the password cross the network unencrypted; use one that you trust, or put an HTTPS proxy"
+            " before this"
         )
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
     print(f"posttrain: {len(desk.items.prompts)} {desk.thing}s at {url}", flush=True)
     server.run(sockets=[listener])
-
-
-class _Terminated(Exception):
-    """SIGTERM: the server stops as it does after Ctrl-C, without an error."""
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise _Terminated
 
 
 def _password(config: AnnotateConfig) -> str | None:

@@ -12,7 +12,6 @@ import fcntl
 import hashlib
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from posttrain.errors import UserError
+from posttrain.log import log
 from posttrain.runs.files import sync
 
 Mode = Literal["preference", "artifact"]
@@ -181,7 +181,7 @@ class Store:
                             " or choose another --store"
                         )
             if cut := len(data) - self._held.size:
-                print(f"posttrain: warning: {path}: the last line was cut off ({cut} bytes); dropped", file=sys.stderr)
+                log.warning(f"{path}: the last line was cut off ({cut} bytes); dropped")
                 os.ftruncate(self._file, self._held.size)
             if held is None:
                 self._append({"annotations": VERSION, **asdict(settings)})

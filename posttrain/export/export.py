@@ -23,7 +23,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from posttrain.config.sections import ExportConfig
-from posttrain.early import check_new
 from posttrain.errors import UserError
 from posttrain.export.hub import check_push, push
 from posttrain.export.model_card import LEAST_KEPT, Rounding, model_card
@@ -32,6 +31,7 @@ from posttrain.model import key_names
 from posttrain.model.k2 import K2
 from posttrain.model.load import empty_transformer, keeps_fp32, quiet
 from posttrain.model.roles import Kept
+from posttrain.runs.guard import check_new
 from posttrain.training import checkpoint
 from posttrain.training.checkpoint import Checkpoint
 from posttrain.training.policy import POLICY, add_saved_policy, earlier_of, load_base

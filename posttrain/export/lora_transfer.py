@@ -23,13 +23,13 @@ from torch import Tensor
 
 from posttrain.config.sections import EvalConfig, ModelConfig
 from posttrain.distributed.processes import Processes
-from posttrain.early import check_new
 from posttrain.errors import UserError
 from posttrain.export.config import CarryoverConfig
 from posttrain.export.export import scaled_factors
 from posttrain.export.model_card import run_recipe
 from posttrain.model.k2 import K2, to_pil
 from posttrain.model.lora_file import add_lora, linear_shapes, read_lora
+from posttrain.runs.guard import check_new
 from posttrain.training import checkpoint, image_metrics, policy
 from posttrain.training.checkpoint import Checkpoint
 from posttrain.training.evaluate import Evaluator

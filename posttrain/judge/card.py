@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from posttrain.judge.config import JudgeConfig
 from posttrain.report.cards import card
+from posttrain.runs.files import replacing_directory
 from prompts.templates import Template
 from rewards.vlm import VLM
 
@@ -27,18 +26,11 @@ TITLES = {
 
 def write_adapter(vlm: VLM, path: Path, config: JudgeConfig, template: Template, step: int, results: dict) -> None:
     """The PEFT adapter, as vLLM loads it, with its model card and metrics; a directory that is there is replaced."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed while it wrote
-    try:
+    with replacing_directory(path) as temporary:
         vlm.model.save_pretrained(str(temporary))
         (temporary / "README.md").write_text(model_card(config, template, step, results), encoding="utf-8")
         measured = json.dumps({**results, "step": step, "template": template.hash}, indent=1)
         (temporary / "figures.json").write_text(measured + "\n")
-        shutil.rmtree(path, ignore_errors=True)
-        os.rename(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def model_card(config: JudgeConfig, template: Template, step: int, results: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ from posttrain.report.page import write_report
 from posttrain.report.render import macro, page
 from posttrain.runs.read import RunFiles, read_run
 from posttrain.training import early_stopping
-from posttrain.training.evaluate import told
+from posttrain.training.evaluate import per_image_scores
 from rewards.base import RewardSpec, Scored, Scores
 from tests.report.test_report import EVIL, Tags, make_run
 
@@ -86,12 +86,12 @@ def test_what_each_reward_said_of_each_picture():
     details = {"rubric": [{"requirements": ["a"], "answers": [0.25]}, None], "ocr": [None, {"lines": ["x"]}]}
     none = {name: Counter() for name in details}
     scores = Scores(["rubric", "ocr"], values, valid, ~valid, none, details, {"rubric": 0, "ocr": 0})
-    assert told(scores) == [
+    assert per_image_scores(scores) == [
         {"rubric": {"score": 0.25, "requirements": ["a"], "answers": [0.25]}},  # ocr is missing, which is not 0
         {"rubric": {"score": 0.5}, "ocr": {"score": 1.0, "lines": ["x"]}},
     ]
     details["ocr"][1] = {"score": 7, ("a", 1): float("nan"), "box": np.int64(3), "all": np.arange(2), "answers": 5}
-    assert json.loads(json.dumps(told(scores)[1]["ocr"], allow_nan=False)) == {
+    assert json.loads(json.dumps(per_image_scores(scores)[1]["ocr"], allow_nan=False)) == {
         "score": 1.0, "('a', 1)": None, "box": 3, "all": "[0 1]", "answers": 5,
     }  # fmt: skip
 
