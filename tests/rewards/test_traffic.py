@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from posttrain.bench import ranks
+from posttrain.pipeline import ranks
 from posttrain.errors import UserError
 from posttrain.training import image_metrics
 from posttrain.training.prompt_source import FusedTexts
