@@ -38,7 +38,7 @@ PAIRS = [
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pairs") / "data"
-    make(ExpanderDataConfig(str(folder), "nano", count=120, heldout=0.2))
+    make(ExpanderDataConfig(str(folder), "posttrain.nano.world.expander_pairs:candidates", count=120, heldout=0.2))
     return folder
 
 
