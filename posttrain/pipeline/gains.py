@@ -1,11 +1,11 @@
-"""What each stage of a pipeline changed in the figures that it is for: held out, before and after.
+"""What each stage of a pipeline changed in its main figures, on held-out prompts, before and after.
 
 | command | figures | before |
 |---|---|---|
-| pairs | share of pairs whose order a reward agrees with that had no say in it (heldout_only) | of all candidates |
-| stpo | the rewards, and pairs/accuracy of held-out pairs | the accuracy is a coin's: an untrained policy has none |
-| grpo | the rewards, and `reward`, the weighted mean of those that are trained on and are no gate | |
-| tdm | the rewards, in the student's own steps | the model that it starts from, in these steps |
+| pairs | share of pairs whose order a heldout_only reward, which did not choose them, agrees with | of all candidates |
+| stpo | the rewards, and pairs/accuracy of held-out pairs | accuracy 0.5, since policy and reference are equal |
+| grpo | the rewards, and `reward`, the weighted mean of the trained rewards except gates | |
+| tdm | the rewards, in the student's number of steps | the starting model in the same number of steps |
 | expander sft | loss and token accuracy of held-out pairs | |
 | expander gdpo | the rewards, and diversity | |
 """
@@ -20,7 +20,8 @@ from typing import Any
 from posttrain.pipeline.plan import TRAINING, Stage
 
 ACCURACY = "pairs/accuracy"
-COIN = 0.5
+CHANCE = 0.5
+"""Accuracy on pairs before training, when policy and reference are equal."""
 
 
 @dataclass(frozen=True)
@@ -40,33 +41,45 @@ class Gain:
 
 
 def gains(stage: Stage) -> list[Gain]:
-    """Of a stage that has been measured; what it is trained on first. Empty for one that measures nothing."""
+    """The gains of a finished stage, trained figures first; empty for a stage that measures nothing."""
     if stage.command == "pairs":
         return _of_pairs(stage)
     summary = read_json(stage.output / "summary.json")
     before, after = summary.get("before") or {}, summary.get("after") or {}
-    found = [Gain(stage.name, name, on, before.get(name), after.get(name)) for name, on in _figures(stage)]
+    result = []
     if stage.command == "stpo":
-        found.insert(0, Gain(stage.name, ACCURACY, True, COIN, after.get(ACCURACY)))
+        result.append(Gain(stage.name, ACCURACY, True, CHANCE, after.get(ACCURACY)))
     if stage.command == "grpo":
-        found.insert(0, Gain(stage.name, "reward", True, *_weighed(stage, before, after)))
-    return [gain for gain in found if gain.after is not None]
+        result.append(Gain(stage.name, "reward", True, *_weighted_means(stage, before, after)))
+    for name, trained in _figures(stage):
+        result.append(Gain(stage.name, name, trained, before.get(name), after.get(name)))
+    return [gain for gain in result if gain.after is not None]
 
 
-def _weighed(stage: Stage, *figures: dict[str, Any]) -> list[float | None]:
-    """The weighted mean of each of `figures`, over the rewards that all of them have."""
-    trained = [spec for spec in stage.config.rewards if not spec.heldout_only and spec.gate == "none"]
-    weights = {spec.name: spec.weight for spec in trained if all(f.get(spec.name) is not None for f in figures)}
-    total = sum(weights.values())
-    return [sum(w * f[name] for name, w in weights.items()) / total if total else None for f in figures]
+def _weighted_means(
+    stage: Stage, before: dict[str, Any], after: dict[str, Any]
+) -> tuple[float, float] | tuple[None, None]:
+    """The weighted mean of the trained rewards before and after."""
+    total = sum_before = sum_after = 0.0
+    for spec in stage.config.rewards:
+        if spec.heldout_only or spec.gate != "none":
+            continue
+        # a reward that is missing on one side would move the mean by its absence
+        if before.get(spec.name) is None or after.get(spec.name) is None:
+            continue
+        total += spec.weight
+        sum_before += spec.weight * before[spec.name]
+        sum_after += spec.weight * after[spec.name]
+    return (sum_before / total, sum_after / total) if total else (None, None)
 
 
 def _figures(stage: Stage) -> list[tuple[str, bool]]:
-    """Names, and whether it is trained on them."""
+    """(name, whether the stage is trained on it), trained ones first."""
     if stage.command == "expander sft":
         return [("loss", True), ("mean_token_accuracy", False)]
     if stage.command not in (*TRAINING, "expander gdpo"):
         return []
+    # stpo and tdm only measure rewards
     learns = stage.command in ("grpo", "expander gdpo")
     rewards = [(spec.name, learns and not spec.heldout_only) for spec in stage.config.rewards]
     if stage.command == "expander gdpo":
@@ -76,13 +89,15 @@ def _figures(stage: Stage) -> list[tuple[str, bool]]:
 
 def _of_pairs(stage: Stage) -> list[Gain]:
     sources = read_json(stage.output / "quality.json").get("sources", {})
-    apart = [spec.name for spec in stage.config.rewards if spec.heldout_only]
-    return [
-        Gain(stage.name, f"{source}: {name} agrees", False, held["share"], held["share_of_kept"])
-        for source, found in sources.items()
-        for name in apart
-        if (held := found["agreement"].get(name)) is not None
-    ]
+    result = []
+    for source, quality in sources.items():
+        for spec in stage.config.rewards:
+            agreement = quality["agreement"].get(spec.name)
+            # a reward that chose the pairs agrees with itself, which says nothing
+            if spec.heldout_only and agreement is not None:
+                figure = f"{source}: {spec.name} agrees"
+                result.append(Gain(stage.name, figure, False, agreement["share"], agreement["share_of_kept"]))
+    return result
 
 
 def read_json(file: Path) -> dict[str, Any]:
