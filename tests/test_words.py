@@ -12,7 +12,8 @@ TRAINED_WITH = ("prompts/judges", "prompts/expander.md")
 """Questions and instructions that models were trained with: another word is another question."""
 NOT_YET = (
     "posttrain/annotate", "posttrain/bench/config.py", "posttrain/bench/run.py", "posttrain/cli.py", "posttrain/config",
-    "posttrain/expander/gdpo_config.py", "posttrain/export", "posttrain/grpo", "posttrain/nano", "posttrain/pairs", "posttrain/pipeline/report.py", "posttrain/preferences", "posttrain/preflight",
+    "posttrain/expander/gdpo_config.py", "posttrain/export", "posttrain/grpo", "posttrain/nano", "posttrain/pairs",
+    "posttrain/pipeline/report.py", "posttrain/preferences", "posttrain/preflight",
     "posttrain/report", "posttrain/runs", "posttrain/sample_images.py", "posttrain/stpo", "posttrain/tdm",
     "posttrain/training", "posttrain/validate", "prompts", "rewards",
 )  # fmt: skip
