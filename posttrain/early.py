@@ -6,22 +6,16 @@ What these functions refuse, the commands refuse too when they are called from P
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.util
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from posttrain.config.diff import changes, told
 from posttrain.errors import UserError
 from posttrain.model import files
 from posttrain.pairs import planning
-from posttrain.runs.lock import lock
+from posttrain.runs.guard import check_new, check_run
 from prompts.records import read_prompts
 from rewards.base import RewardSpec
 from rewards.load import check_addresses, check_rewards
@@ -49,12 +43,6 @@ METHODS = {
 DISTILLED_REMEDY = (
     "train the Raw checkpoint and distil it afterwards, or set model.allow_distilled: true if this is what you want"
 )
-KEPT = (
-    "lora", "seed", "prompts.heldout", "heldout", "student.steps", "teacher",
-    "eval.prompts", "eval.steps", "eval.seed", "eval.groups", "eval.group_size",
-)  # fmt: skip
-"""What a resumed run cannot change: what is trained, all that is drawn, and what evaluations draw, which are compared
-over the whole run. Its base may lie elsewhere, if it is the same: load_model sees to that."""
 
 
 @dataclass(frozen=True)
@@ -101,48 +89,6 @@ def _check(command: str, config: Any, resume: bool) -> None:
         from posttrain.model import machine  # torch comes with it
 
         machine.check(bases, dict(_types(config)))
-
-
-# ---- outputs --------------------------------------------------------------------------------------------------
-
-
-def check_new(output: Path, card: bool = False) -> None:
-    """Raises UserError if it exists, or, with `card`, if the model card beside it does."""
-    for path in (output, *([output.with_suffix(".md")] if card else [])):
-        if path.exists():
-            raise UserError(f"output: {path} exists; choose another name")
-
-
-def check_run(config: Any, resume: bool | None = False) -> None:
-    """Raise UserError before anything is made or changed: for a directory that holds a run, a tracker that is not
-    installed, and, where the run has a checkpoint, for changes of the recipe that resuming cannot honour. `resume` is
-    None where the command cannot do that.
-    """
-    for name in config.track.trackers:
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"track.trackers: {name} is not installed; pip install {name} or leave it out")
-    run = Path(config.output)
-    recipe = run / "recipe.yaml"
-    if (run / ".lock").is_file() and os.access(run / ".lock", os.W_OK):
-        lock(run).close()
-    if recipe.exists() and not resume:
-        way = "remove the directory" if resume is None else "add --resume"
-        raise UserError(f"{run}: holds a run already; {way} or choose another --output")
-    if recipe.exists() and any((run / "checkpoints").glob("[!.]*-*")):
-        new = json.loads(json.dumps(dataclasses.asdict(config)))
-        if lost := [change for change in changes(yaml.safe_load(recipe.read_text()), new) if _is_kept(*change)]:
-            raise UserError(
-                f"{run}: cannot be resumed with {told(lost)}: restore that (a link can stand in for a file that"
-                " was moved), or choose another --output"
-            )
-
-
-def _is_kept(path: str, old: Any, new: Any) -> bool:
-    if path == "optim.ema":  # its value may change, but an average cannot begin or end on the way
-        return bool(old) != bool(new)
-    if path in ("sampling.sizes", "sizes"):  # the first is the size of evaluations
-        return old[:1] != new[:1]
-    return path.startswith(KEPT)
 
 
 # ---- inputs ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from posttrain.errors import UserError
 from tests.helpers import runs, tiny
 
 sys.path.append(str(runs.ROOT / "examples"))
-import reward_weighted_regression as rwr  # noqa: E402
+import reward_weighted_regression as rwr
 
 
 def python(folder: Path, *words: str) -> str:

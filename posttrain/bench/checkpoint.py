@@ -74,16 +74,16 @@ def main() -> None:
         return {"total_s": time.perf_counter() - began, "beside_s": slowest}
 
     began = time.perf_counter()
-    tensors, _ = content(k2, stepper, {})
+    tensors, _ = content(k2, {POLICY: stepper})
     if procs.main:
         writer.reserve(tensors)
     reserved = until_done(began)
     for step in (1, 2):  # the second one reuses the first one's host memory
         began = time.perf_counter()
-        tensors, state = snapshot(k2, stepper, {}, procs.main, writer.copies)
+        tensors, state = snapshot(k2, {POLICY: stepper}, procs.main, writer.copies)
         if procs.main and args.output:
             writer.save(args.output / "checkpoints", step, tensors, state, keep=1)
-        procs.each(None)  # training goes on only when the slowest process has its copy
+        procs.all_gather(None)  # training goes on only when the slowest process has its copy
         pause = time.perf_counter() - began
         size = 0
         for group in tensors.values():

@@ -48,7 +48,7 @@ from posttrain.model.blocks import graphs
 from posttrain.model.k2 import K2
 from posttrain.runs.run import environment
 from posttrain.training.oom_retry import DoesNotFit
-from posttrain.training.policy import quickened
+from posttrain.training.policy import apply_runtime_options
 
 NOT_NETWORK = ("decode", "encode", "prepare")
 """Stages that are not work of the transformer."""
@@ -182,7 +182,7 @@ def _row(steps: Steps, method: str, matmul: float) -> dict[str, Any]:
     exact = errors.observed(steps) if inexact else {}
     initial_adapter = errors.adapter(steps) if inexact else []
     options = ModelConfig("", compile=compiled, recompute=config.recompute, attention=config.attention)
-    quickened(k2, replace(options, quantize=config.quantize, offload=config.offload), procs.device)
+    apply_runtime_options(k2, replace(options, quantize=config.quantize, offload=config.offload), procs.device)
     gc.collect()
     adapter_parameters = sum(p.numel() for name in k2.roles for p in k2.role_parameters(name))
     weights = None
@@ -229,10 +229,10 @@ def _timed_steps(steps: Steps, method: str, indices: Sequence[int], forwards: Fo
     """Runs steps on all processes; a stage takes as long as on the slowest."""
     runs = []
     for index in indices:
-        steps.procs.each(None)  # all begin together
+        steps.procs.all_gather(None)  # all begin together
         timer = StageTimer(steps.procs.device)
         steps.run(method, index, timer.lap)
-        by_rank = steps.procs.each(timer.milliseconds())
+        by_rank = steps.procs.all_gather(timer.milliseconds())
         stages = {name: max(part[name] for part in by_rank) for name in by_rank[0]}
         runs.append((stages, forwards.take()))
     return runs

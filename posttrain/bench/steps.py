@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import count
 from typing import Any
 
@@ -30,7 +30,7 @@ from posttrain.stpo.config import PairSetConfig, STPOConfig
 from posttrain.stpo.latent_cache import EncodedPair, EncodedPairs
 from posttrain.tdm import train as tdm
 from posttrain.tdm.config import TDMConfig
-from posttrain.training.oom_retry import DoesNotFit
+from posttrain.training.oom_retry import MicroBatch
 from posttrain.training.policy import POLICY, add_policy
 from posttrain.training.prompt_source import PromptSource
 from posttrain.training.stepper import Clock, Stepper
@@ -83,7 +83,7 @@ class Steps:
     """grpo: the largest distance of a ratio from 1 before an update; see loop.check_ratio."""
     lap: Lap = field(default=lambda stage: None, init=False)
     """Ends a stage of the step that is being timed."""
-    _loops: dict[str, Iterator[dict[str, Any]]] = field(default_factory=dict, init=False)
+    _loops: dict[str, Iterator[tuple[int, dict[str, Any]]]] = field(default_factory=dict, init=False)
     _read: Iterator[int] = field(default_factory=count, init=False)
 
     def __post_init__(self) -> None:
@@ -125,7 +125,7 @@ class Steps:
         if method in loops:
             if method not in self._loops:
                 self._loops[method] = loops[method]()
-            metrics = next(self._loops[method])
+            _, metrics = next(self._loops[method])
             if method == "grpo":
                 self.ratio_error = max(self.ratio_error or 0.0, metrics["ratio_error"])
             return
@@ -161,16 +161,17 @@ class Steps:
         x, mean, noise = self.latents(batch, index, 0), self.latents(batch, index, 1), self.latents(batch, index, 2)
         std = torch.tensor(0.1)
         move = Transition(1, times[1], times[2], x, mean + std * noise, mean, std, torch.zeros(len(x)))
-        group = self._group(Trajectory(x, [move]), index, torch.ones(batch))
+        group = self._group(Trajectory(x, [move]), index)
+        advantages_PG = torch.ones(self.procs.size, batch, device=self.k2.device)
         optimizer = self._stepper.optimizer
         lap("prepare")
-        grpo.gradient(self.k2, self._step_config, [group], self.procs)
+        grpo.gradient(self.k2, self._step_config, [group], advantages_PG, self.procs, self.config.batch)
         lap("step")
         optimizer.zero_grad(set_to_none=True)
 
     # ---- loops of runs ----------------------------------------------------------------------------------------
 
-    def _grpo(self) -> Iterator[dict[str, Any]]:
+    def _grpo(self) -> Iterator[tuple[int, dict[str, Any]]]:
         config, k2, decode = self._grpo_config, self.k2, self.k2.decode
 
         def decoded(latents: Tensor, height: int, width: int, batch: int | None = None) -> Tensor:
@@ -182,25 +183,32 @@ class Steps:
         k2.encode, k2.decode = self._encode, decoded
         source = PromptSource(config, [PromptRecord(str(i)) for i in range(self.procs.size)])
         with ScoreQueue(load_rewards(config.rewards), self.config.group) as queue:
-            yield from self._metrics(partial(grpo.updates, noise={}), config, source, queue, self._stepper)
+            micro_batch = self._micro_batch(config.groups.micro_batch)
+            yield from grpo.updates(
+                k2, config, source, queue, self._stepper, count(1), self.procs, {}, micro_batch, BenchClock(self)
+            )
 
-    def _stpo(self) -> Iterator[dict[str, Any]]:
+    def _stpo(self) -> Iterator[tuple[int, dict[str, Any]]]:
         config = self._stpo_config
-        return self._metrics(stpo.updates, config, RandomPairs(self, config.batch), self._stepper)
+        pairs, micro_batch = RandomPairs(self, config.batch), self._micro_batch(config.micro_batch)
+        return stpo.updates(self.k2, config, pairs, self._stepper, count(1), self.procs, micro_batch, BenchClock(self))
 
-    def _tdm(self) -> Iterator[dict[str, Any]]:
+    def _tdm(self) -> Iterator[tuple[int, dict[str, Any]]]:
         config, null = self._tdm_config, Text(self._fused(0)[None, :6])
         records = [PromptRecord(str(i)) for i in range(config.batch)]
 
         def texts(prompts: Sequence[str]) -> list[Tensor]:
             return [self.next_text() for _ in prompts]
 
-        return self._metrics(tdm.updates, config, texts, null, records, self._tdm_steppers)
+        student, fake = self._tdm_steppers
+        micro_batch = self._micro_batch(config.micro_batch)
+        return tdm.updates(
+            self.k2, config, texts, null, records, student, fake, count(1), self.procs, micro_batch, BenchClock(self)
+        )
 
-    def _metrics(self, updates: Callable[..., Iterator[tuple[int, dict[str, Any]]]], *given: Any) -> Iterator[Any]:
-        """Metrics of each step of a method's loop."""
-        for _, metrics in updates(self.k2, *given, count(1), self.procs, _refuse, clocks=lambda: BenchClock(self)):
-            yield metrics
+    def _micro_batch(self, size: int) -> MicroBatch:
+        """Never halved: that would not be the step that is to be timed."""
+        return MicroBatch(size, "batch", self.procs, halve=False)
 
     # ---- what they take ---------------------------------------------------------------------------------------
 
@@ -217,9 +225,9 @@ class Steps:
                 self.k2, text, seeds, times, window, "flow", ETA, *self.size, self.config.batch, shared=shared
             )
 
-    def _group(self, trajectory: Trajectory, index: int, advantages: Tensor) -> grpo.Group:
+    def _group(self, trajectory: Trajectory, index: int) -> grpo.Group:
         text, record = Text(self._fused(index)[None]), PromptRecord("")
-        return grpo.Group(self.procs.rank, record, text, self.size, trajectory, advantages.to(self.k2.device))
+        return grpo.Group(self.procs.rank, record, text, self.size, trajectory)
 
     def latents(self, count: int, *index: int) -> Tensor:
         """(count, N, C) noise; the seeds follow from `index` and the process."""
@@ -306,9 +314,3 @@ class Steps:
         config.sizes, config.student.steps = [list(self.size)], [self.config.steps]
         config.fake.warmup = 0  # warm-up steps update only the fake score
         return config
-
-
-def _refuse(message: str) -> None:
-    """Called by a loop when a step runs out of memory. A run would retry with half the micro-batch, which would not be
-    the step that is to be timed."""
-    raise DoesNotFit(message)

@@ -103,7 +103,8 @@ def _arguments(folder: Path) -> dict[str, Any]:
 
 def _counted(net: Krea2Transformer2DModel, encoder: torch.nn.Module, vae: torch.nn.Module) -> Parts:
     blocks = architecture.blocks(net)
-    in_blocks = sum(map(_weights, blocks))
+    in_blocks = sum(_weights(block) for block in blocks)
+    linears = architecture.block_linears(net)
     return Parts(
         blocks=len(blocks),
         block_weights=in_blocks,
@@ -111,7 +112,7 @@ def _counted(net: Krea2Transformer2DModel, encoder: torch.nn.Module, vae: torch.
         text_encoder=_weights(encoder),
         vae=_weights(vae),
         width=net.config["num_attention_heads"] * net.config["attention_head_dim"],
-        adapter=sum(linear.in_features + linear.out_features for linear in architecture.block_linears(net)),
+        adapter=sum(linear.in_features + linear.out_features for linear in linears),
     )
 
 

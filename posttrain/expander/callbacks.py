@@ -5,7 +5,6 @@ checks the diversity weight, times, logs, evaluates and stops.
 from __future__ import annotations
 
 import json
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -22,8 +21,11 @@ from posttrain.expander.evaluate import ExpanderEvaluation, ExpanderEvaluator
 from posttrain.expander.gdpo_config import ExpanderGDPOConfig
 from posttrain.expander.policy import Policy
 from posttrain.expander.score import Scored, Scorer
+from posttrain.log import log
 from posttrain.model import sampler
+from posttrain.runs.files import replace_text
 from posttrain.runs.run import Run, peak_memory
+from posttrain.runs.stop import StopSignals
 from posttrain.training.judge_check import check_judges
 from posttrain.training.stepper import MAX_SKIPPED
 from prompts.records import PromptRecord
@@ -81,7 +83,7 @@ class SharedRewards:
 
     def _evaluated(self, ids: list[list[int]], rows: list[int], step: int, log_metric: Any) -> Scored:
         """The evaluation of this batch, made by the reward function that is called first."""
-        # TRL calls each reward function with the same batch
+        # TRL calls each reward function with the same batch; images are drawn for the first call only
         key = (step, rows, ids)
         if self.scored is not None and self._key == key:
             return self.scored
@@ -133,7 +135,7 @@ class GDPOCallback(TrainerCallback):
         if saved is not None and file.is_file():
             self.evaluations = [row for row in json.loads(file.read_text()) if row["step"] <= self.first]
         self.done = self.first
-        self.stopped: signal.Signals | None = None
+        self.signals = StopSignals()
         self.skipped = self.skipped_in_a_row = 0
         self._seconds: dict[str, float] = {}
         self._began = self._started = time.perf_counter()
@@ -165,6 +167,7 @@ class GDPOCallback(TrainerCallback):
 
     def finish(self) -> None:
         """Writes the summary."""
+        self.run.stopped = self.signals.received
         before, after = self.evaluations[0]["figures"], self.evaluations[-1]["figures"]
         ablation = {} if self.config.ablation.diversity == "kept" else {"ablation": self.config.ablation.diversity}
         self.run.summary(
@@ -174,11 +177,6 @@ class GDPOCallback(TrainerCallback):
             }
         )  # fmt: skip
 
-    def stop(self, number: int, frame: Any) -> None:
-        if self.stopped is signal.SIGINT and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.stopped = signal.Signals(number)
-
     # ---- around a step
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -186,6 +184,7 @@ class GDPOCallback(TrainerCallback):
         weights = self.trainer.reward_weights
         if self.config.ablation.diversity == "annealed":
             weights[-1] = weight
+        # The weight is what keeps the expander from giving every prompt one look; nothing may lower it unnoticed.
         if abs(float(weights[-1]) - weight) > 1e-6 * weight:  # TRL keeps it in fp32
             raise RuntimeError(
                 f"the weight of diversity is {float(weights[-1])}, not {weight}: it must not change in a run"
@@ -194,6 +193,7 @@ class GDPOCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Skips and counts a gradient that is not finite; ten in a row end the run."""
+        # TRL would take the step, and one NaN would then be in every weight.
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         if all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
             self.skipped_in_a_row = 0
@@ -211,15 +211,14 @@ class GDPOCallback(TrainerCallback):
         times = {"generate": shared.called - self._began, **scored.seconds, "train": now - shared.returned}
         self._seconds = times
         for message, count in scored.failures.most_common(1):
-            self.run.say(f"{count} images or scores are missing, such as: {message}")
+            log.info(f"{count} images or scores are missing, such as: {message}")
         self.run.prompts({"The latest expansions that failed a check": list(shared.faults)} if shared.faults else None)
         step = self.done = state.global_step
-        self.run.say(f"step {step}: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items()))
+        log.info(f"step {step}: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items()))
         every = self.config.eval.every
         if (every and step % every == 0) or step == self.config.steps:
             self._evaluate(step)
-        if self.procs.any(self.stopped is not None):
-            self.stopped = self.stopped or signal.SIGTERM
+        if self.procs.any(self.signals.received is not None):
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -242,4 +241,4 @@ class GDPOCallback(TrainerCallback):
 
     def _write_evaluations(self) -> None:
         if self.procs.main:
-            (self.run.path / "evaluations.json").write_text(json.dumps(self.evaluations, indent=1) + "\n")
+            replace_text(self.run.path / "evaluations.json", json.dumps(self.evaluations, indent=1) + "\n")

@@ -20,7 +20,6 @@ import dataclasses
 import itertools
 import json
 import re
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +32,10 @@ import yaml
 
 from posttrain.errors import UserError
 from posttrain.expander.config import ExpanderDataConfig, WriterConfig, is_function
+from posttrain.log import log
 from posttrain.preferences.heldout import in_share
 from posttrain.preferences.sources import open_source
+from posttrain.runs.guard import check_unchanged
 from prompts.templates import load_template
 from rewards.endpoints import JudgeError
 from rewards.judge import Judge
@@ -215,15 +216,13 @@ def _begin(config: ExpanderDataConfig, output: Path, resume: bool) -> None:
     if output.exists() and any(output.iterdir()) and not (resume and recipe.exists()):
         remedy = "add --resume to continue it" if recipe.exists() else "choose another directory"
         raise UserError(f"output: {output} is not empty; {remedy}")
+    check_unchanged(config, "; restore it", free=MAY_CHANGE)
     now = dataclasses.asdict(config)
     if recipe.exists():
         before = yaml.safe_load(recipe.read_text())
-        compared = {name: (before.get(name), now[name]) for name in now if name not in MAY_CHANGE}
         for name in ("writer", "checker"):  # servers may move, but another model would write other prompts
-            compared[f"{name}.model"] = _model(before.get(name)), _model(now[name])
-        changed = [name for name, (old, new) in compared.items() if old != new]
-        if changed:
-            raise UserError(f"{changed[0]}: differs from {recipe}, with which {output} began; restore it")
+            if _model(before.get(name)) != _model(now[name]):
+                raise UserError(f"{name}.model: differs from {recipe}, with which {output} began; restore it")
     try:
         output.mkdir(parents=True, exist_ok=True)
         recipe.write_text(yaml.safe_dump(now, sort_keys=False, allow_unicode=True), encoding="utf-8")
@@ -293,7 +292,7 @@ def _finish(config: ExpanderDataConfig, output: Path, rows: list[dict[str, Any]]
         f" ({_listed(kinds)}); dropped: {_listed(dropped) or 'none'}; failed: {counts['failed']}"
     )
     if not kinds["quoted"]:
-        print("posttrain: warning: no prompt quotes text, so the expander will not learn to keep it", file=sys.stderr)
+        log.warning("no prompt quotes text, so the expander will not learn to keep it")
 
 
 def _listed(counts: Counter[str]) -> str:

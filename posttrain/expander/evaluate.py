@@ -75,7 +75,7 @@ class ExpanderEvaluator:
         size = self.config.group_size
         expansions = self._write()
         indices: list[int] = []  # of this process's expansions, in whole groups
-        for g in self.procs.mine(len(self.records)):
+        for g in self.procs.local_indices(len(self.records)):
             indices += range(g * size, (g + 1) * size)
         scored, spreads = None, []
         if indices:  # there may be more processes than prompts
@@ -85,7 +85,7 @@ class ExpanderEvaluator:
             features = self.embed([e.text for e in own])
             spreads = list(map(spread, features.split(size)))
         merged = self._merge(indices, scored)
-        figures = self._figures(expansions, merged) | {"text/spread": _mean(self.procs.dealt_back(spreads))}
+        figures = self._figures(expansions, merged) | {"text/spread": _mean(self.procs.gather_in_order(spreads))}
         return ExpanderEvaluation(figures, expansions, merged)
 
     def _write(self) -> list[Expansion]:
@@ -94,10 +94,10 @@ class ExpanderEvaluator:
         count = max(1, BATCH // size)
         firsts = range(0, len(self.records), count)
         written = []
-        for i in self.procs.mine(len(firsts)):
+        for i in self.procs.local_indices(len(firsts)):
             first = firsts[i]
             written.append(self.write(self.records[first : first + count], size, first * size))
-        return list(itertools.chain(*self.procs.dealt_back(written)))
+        return list(itertools.chain(*self.procs.gather_in_order(written)))
 
     def _merge(self, indices: Sequence[int], scored: Scored | None) -> Scored:
         """The scores of all processes; the images of the first prompts go to the main process."""
@@ -109,7 +109,7 @@ class ExpanderEvaluator:
                     images[i] = image
             # images are large, so they travel only to the main process
             part = replace(scored, images_N=[], features=None)
-        parts = [pair for pair in self.procs.each((indices, part)) if pair[1] is not None]
+        parts = [pair for pair in self.procs.all_gather((indices, part)) if pair[1] is not None]
         all_images: dict[int, Any] = {}
         for gathered in self.procs.gather(images) or []:
             all_images |= gathered

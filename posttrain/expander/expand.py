@@ -6,13 +6,13 @@ posttrain expand "a cat" --model runs/nano-expander-sft --n 4
 from __future__ import annotations
 
 import json
-import sys
 
 import torch
 from accelerate import PartialState
 
 from posttrain.expander.config import ExpandConfig
 from posttrain.expander.model import Expander
+from posttrain.log import log
 
 
 def main(config: ExpandConfig) -> None:
@@ -27,4 +27,4 @@ def main(config: ExpandConfig) -> None:
         for text in texts:
             print(" ".join(text.split()))  # one line each, whatever the model wrote
     if cut := sum(not e.whole for e in expansions):
-        print(f"posttrain: warning: {cut} of {config.n} were cut at max_tokens ({config.max_tokens})", file=sys.stderr)
+        log.warning(f"{cut} of {config.n} were cut at max_tokens ({config.max_tokens})")

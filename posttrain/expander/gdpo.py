@@ -23,9 +23,7 @@ from __future__ import annotations
 
 import functools
 import json
-import signal
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +44,12 @@ from posttrain.expander.renderer import make_renderer
 from posttrain.expander.score import Scorer
 from posttrain.expander.template import messages, template
 from posttrain.expander.trl_checkpoint import AtomicCheckpointCallback, PlainState, newest
+from posttrain.log import log
 from posttrain.model import sampler
 from posttrain.runs.run import Run
-from posttrain.training.loop import Urls, in_run, resuming
-from prompts.records import PromptRecord, read_prompts
+from posttrain.training.loop import open_run, resuming, try_rewards
+from prompts.records import read_prompts
 from rewards.diversity import Features
-from rewards.load import load_rewards
 
 ABLATED = {
     "removed": "the diversity reward has weight 0",
@@ -60,13 +58,7 @@ ABLATED = {
 
 
 def train(config: ExpanderGDPOConfig, resume: bool = False) -> None:
-    """Runs a recipe into its run directory. Raises UserError for a mistake that the user can fix."""
-    with warnings.catch_warnings():  # the libraries call each other by old names
-        warnings.filterwarnings("ignore", r".*gradient_checkpointing. is deprecated", FutureWarning)
-        _load_and_train(config, resume)
-
-
-def _load_and_train(config: ExpanderGDPOConfig, resume: bool) -> None:
+    """Runs a recipe into its run directory. Raises UserError for mistakes that the user can correct."""
     procs = Processes()
     if config.groups.prompts_per_step % procs.size:
         raise UserError(
@@ -75,69 +67,60 @@ def _load_and_train(config: ExpanderGDPOConfig, resume: bool) -> None:
         )
     resume = resuming(config, resume, procs)
     records, heldout = read_prompts(config.prompts.train), read_prompts(config.prompts.heldout)
-    load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})  # before the wait
+    try_rewards(config)
+    # All that may be missing or too large is loaded before the run directory is made.
     policy = Policy(config.model, config.lora, config.seed, procs.device)
     renderer = make_renderer(config.renderer, procs.device)
     features = Features(config.diversity.path, config.diversity.batch, str(procs.device))
 
-    def body(run: Run, urls: Urls) -> signal.Signals | None:
-        scorer = Scorer(config, renderer, features, policy.template, urls)
-        return _train(config, resume, run, procs, policy, scorer, records, heldout)
-
-    in_run(config, resume, procs, body)
-
-
-def _train(
-    config: ExpanderGDPOConfig,
-    resume: bool,
-    run: Run,
-    procs: Processes,
-    policy: Policy,
-    scorer: Scorer,
-    records: Sequence[PromptRecord],
-    heldout: Sequence[PromptRecord],
-) -> signal.Signals | None:
-    shared = SharedRewards(config, policy, scorer, records, procs)
-    generation = config.generation
-    write = functools.partial(
-        policy.write, max_tokens=generation.max_tokens, temperature=generation.temperature, seed=config.eval.seed
-    )
-    evaluator = ExpanderEvaluator(heldout, config.eval, scorer, write, policy.embed, procs)
-    trainer = Trainer(
-        model=policy.model,
-        reward_funcs=shared.functions(),  # type: ignore[arg-type]
-        args=settings(config, procs),
-        # `row` reaches the reward functions, which look up the record
-        train_dataset=Dataset.from_list([{"prompt": messages(r.prompt), "row": i} for i, r in enumerate(records)]),
-        processing_class=policy.tokenizer,
-    )
-    trainer.remove_callback(PrinterCallback)  # prints every log as a dict
-    found = newest(run.path / "checkpoints") if resume else None
-    saved = found and found[1]
-    if saved is not None and json.loads((run.path / CARD).read_text())["base_fingerprint"] != policy.base_fingerprint:
-        raise UserError(f"model.path: {policy.base} has other weights than what {saved} was trained on; restore them")
-    if procs.main:
-        write_card(run.path, policy.base, policy.base_fingerprint)
-    follow = GDPOCallback(config, run, procs, trainer, shared, evaluator, saved)
-    trainer.add_callback(follow)
-    trainer.add_callback(AtomicCheckpointCallback)
-    run.start(config.steps, follow.first)
-    if config.ablation.diversity != "kept":
-        run.say(f"ABLATION: {ABLATED[config.ablation.diversity]}")
-    follow.begin()
-    before = {number: signal.signal(number, follow.stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        if follow.first < config.steps:
-            trainer.train(resume_from_checkpoint=str(saved) if saved is not None else None)
-        elif saved is not None:
+    with open_run(config, resume, procs) as run, warnings.catch_warnings():
+        # The libraries call each other by old names.
+        warnings.filterwarnings("ignore", r".*gradient_checkpointing. is deprecated", FutureWarning)
+        scorer = Scorer(config, renderer, features, policy.template, run.urls)
+        rewards = SharedRewards(config, policy, scorer, records, procs)
+        generation = config.generation
+        write = functools.partial(
+            policy.write, max_tokens=generation.max_tokens, temperature=generation.temperature, seed=config.eval.seed
+        )
+        evaluator = ExpanderEvaluator(heldout, config.eval, scorer, write, policy.embed, procs)
+        # `row` reaches the reward functions, which look up the record.
+        rows = [{"prompt": messages(record.prompt), "row": i} for i, record in enumerate(records)]
+        trainer = Trainer(
+            model=policy.model,
+            reward_funcs=rewards.functions(),  # type: ignore[arg-type]
+            args=settings(config, procs),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=policy.tokenizer,
+        )
+        trainer.remove_callback(PrinterCallback)  # prints every log as a dict
+        _, saved = (newest(run.path / "checkpoints") if resume else None) or (0, None)
+        _check_base(run, policy, saved)
+        if procs.main:
+            write_card(run.path, policy.base, policy.base_fingerprint)
+        callback = GDPOCallback(config, run, procs, trainer, rewards, evaluator, saved)
+        trainer.add_callback(callback)
+        trainer.add_callback(AtomicCheckpointCallback)
+        run.start(config.steps, callback.first)
+        if config.ablation.diversity != "kept":
+            log.info(f"ABLATION: {ABLATED[config.ablation.diversity]}")
+        callback.begin()
+        if callback.first < config.steps:
+            with callback.signals:
+                trainer.train(resume_from_checkpoint=str(saved) if saved is not None else None)
+        elif saved is not None:  # finished before: the adapter is written again as the checkpoint has it
             policy.load(saved)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    follow.finish()
-    if procs.main:
-        policy.save(run.path / "adapter", card(config, policy, follow.evaluations[-1]["figures"]))
-    return follow.stopped
+        callback.finish()
+        if procs.main:
+            policy.save(run.path / "adapter", card(config, policy, callback.evaluations[-1]["figures"]))
+
+
+def _check_base(run: Run, policy: Policy, saved: Path | None) -> None:
+    """Raises UserError if the run would go on with another chat model than it was trained on."""
+    if saved is None:
+        return
+    trained_on = json.loads((run.path / CARD).read_text())["base_fingerprint"]
+    if trained_on != policy.base_fingerprint:
+        raise UserError(f"model.path: {policy.base} has other weights than what {saved} was trained on; restore them")
 
 
 class Trainer(PlainState, GRPOTrainer):
@@ -154,6 +137,7 @@ class PromptsByEpoch(RepeatSampler):
     """Seeds the order of prompts by epoch. TRL uses one generator for all epochs, whose state no checkpoint has."""
 
     def set_epoch(self, epoch: int) -> None:
+        # From seed and epoch alone, as all draws of a run.
         assert self.seed is not None
         self.generator.manual_seed(sampler.seed_for(self.seed, epoch))
 
@@ -168,6 +152,7 @@ def settings(config: ExpanderGDPOConfig, procs: Processes) -> TRLConfig:
             " lower it"
         )
     cuda = procs.device.type == "cuda"
+    # generation.vllm is handed on as it is, so TRL may not know a name in it.
     try:
         return TRLConfig(
             output_dir=str(Path(config.output) / "checkpoints"),

@@ -24,7 +24,6 @@ from typing import Any
 
 import datasets
 import torch
-import yaml
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from transformers import PrinterCallback, TrainerCallback
@@ -36,12 +35,15 @@ from posttrain.expander.config import ExpanderSFTConfig
 from posttrain.expander.model import load_chat_model, resolve, write_card
 from posttrain.expander.template import messages, template
 from posttrain.expander.trl_checkpoint import AtomicCheckpointCallback, PlainState, newest
+from posttrain.log import log
 from posttrain.model import clipping
 from posttrain.model.fingerprint import fingerprint
 from posttrain.model.load import quiet
 from posttrain.preferences.heldout import in_share
 from posttrain.preferences.sources import open_source
+from posttrain.runs.guard import check_unchanged
 from posttrain.runs.run import Run, peak_memory
+from posttrain.runs.stop import StopSignals
 from posttrain.validate import JUDGE_TARGETS
 
 LOGGED = ("loss", "mean_token_accuracy", "entropy", "grad_norm", "learning_rate")
@@ -59,13 +61,13 @@ class Pair:
 def train(config: ExpanderSFTConfig, resume: bool = False) -> None:
     """Runs a recipe into its run directory. Raises UserError for a mistake that the user can fix."""
     procs = Processes()
-    if resume:
-        _check_unchanged(config)
+    if resume and newest(Path(config.output) / "checkpoints") is not None:
+        check_unchanged(config, "; restore it", kept=KEPT)
     training, heldout = read_pairs(config)
     base, adapter = resolve(config.model)
     if adapter is not None:
         raise UserError(f"model: {config.model} is an adapter or a run that trained one; name its base, {base}")
-    torch.manual_seed(config.seed)  # of the adapter
+    torch.manual_seed(config.seed)  # peft draws the adapter from the global generator
     model, tokenizer = load_chat_model(base, getattr(torch, config.dtype))
     training, heldout = fitting(training, tokenizer, config), fitting(heldout, tokenizer, config)
     base_print = fingerprint(dict(model.named_parameters()))
@@ -74,25 +76,26 @@ def train(config: ExpanderSFTConfig, resume: bool = False) -> None:
     with Run.create(config, resume, procs.main) as run:
         checkpoint = newest(run.path / "checkpoints") if resume else None
         run.start(config.steps, checkpoint[0] if checkpoint else 0)
-        logger = _Logger(run, procs)
+        logger = _RunCallback(run, procs)
         with _quiet():
             trainer = make_trainer(model, tokenizer, training, heldout[: config.measured], config, logger)
             check_tokens(trainer, tokenizer, training)
             # Not `evaluate` before `train`, which would then take the model as it is: each process would train its own.
             trainer.args.eval_on_start = checkpoint is None
-            trainer.train(resume_from_checkpoint=str(checkpoint[1]) if checkpoint else None)
+            with logger.signals:
+                trainer.train(resume_from_checkpoint=str(checkpoint[1]) if checkpoint else None)
         if procs.main:
             before, after = _evaluations(run)
             folder = run.path / ("adapter" if config.lora is not None else "model")
             trained: Any = trainer.accelerator.unwrap_model(trainer.model)
-            trained.save_pretrained(str(folder))
+            trained.save_pretrained(str(folder))  # as PEFT writes it, which vLLM reads
             if config.lora is None:
                 tokenizer.save_pretrained(str(folder))
             write_card(folder, base, base_print)
             figures = {"before": before, "after": after, "steps": trainer.state.global_step}
             (folder / "README.md").write_text(model_card(config, figures, len(training), len(heldout)))
             run.summary({**figures, "pairs": len(training), "heldout": len(heldout), **peak_memory()})
-    if logger.stopped is signal.SIGINT:
+    if logger.signals.received is signal.SIGINT:
         raise KeyboardInterrupt
 
 
@@ -111,6 +114,7 @@ class RunningClip(TrainerCallback):
         self.factor = factor
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # TRL logs each step (logging_steps=1), so this has them all.
         norms = [row["grad_norm"] for row in state.log_history if "grad_norm" in row]
         args.max_grad_norm = clipping.limit([norm for norm in norms if 0 < norm < math.inf], self.factor)
 
@@ -288,9 +292,9 @@ def fitting(pairs: list[Pair], tokenizer: Any, config: ExpanderSFTConfig) -> lis
             " more than max_dropped; raise one of them"
         )
     if lost:
-        print(
-            f"posttrain: warning: {lost} of {len(pairs)} pairs are longer than max_length ({config.max_length}) and are"
-            f" left out; the longest has {longest} tokens"
+        log.warning(
+            f"{lost} of {len(pairs)} pairs are longer than max_length ({config.max_length}) and are left out; the"
+            f" longest has {longest} tokens"
         )
     return kept
 
@@ -310,25 +314,17 @@ def check_tokens(trainer: SFTTrainer, tokenizer: Any, pairs: list[Pair]) -> None
 # ---- the run directory ------------------------------------------------------------------------------------
 
 
-class _Logger(TrainerCallback):
+class _RunCallback(TrainerCallback):
     """Writes what the trainer logs as metrics of the run; Ctrl-C and SIGTERM save and end it."""
 
     def __init__(self, run: Run, procs: Processes):
         self.run, self.procs = run, procs
-        self.stopped: signal.Signals | None = None
-        self._before: dict[int, Any] = {}
-
-    def on_train_begin(self, args, state, control, **_):
-        self._before = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
-
-    def on_train_end(self, args, state, control, **_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self.signals = StopSignals()
 
     def on_step_end(self, args, state, control, **_):
-        if self.procs.any(self.stopped is not None):
+        if self.procs.any(self.signals.received is not None):
             control.should_save = control.should_training_stop = True
-        if state.global_step == state.max_steps:
+        if state.global_step == state.max_steps:  # whatever eval_every and checkpoint.every say
             control.should_evaluate = control.should_save = True
         return control
 
@@ -336,11 +332,6 @@ class _Logger(TrainerCallback):
         values = {name: value for name, value in (logs or {}).items() if name.removeprefix("eval_") in LOGGED}
         if values:
             self.run.log(state.global_step, {name.replace("eval_", "eval/"): v for name, v in values.items()})
-
-    def _stop(self, number: int, frame: Any) -> None:
-        if self.stopped is signal.SIGINT and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.stopped = signal.Signals(number)
 
 
 @contextlib.contextmanager
@@ -352,16 +343,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         datasets.enable_progress_bars()
-
-
-def _check_unchanged(config: ExpanderSFTConfig) -> None:
-    """Raises UserError if a run that has a checkpoint would go on with other settings than it began with."""
-    recipe = Path(config.output) / "recipe.yaml"
-    if not recipe.exists() or newest(Path(config.output) / "checkpoints") is None:
-        return
-    before, now = yaml.safe_load(recipe.read_text()), json.loads(json.dumps(asdict(config)))
-    if changed := [name for name in KEPT if before[name] != now[name]]:
-        raise UserError(f"{changed[0]}: differs from {recipe}, with which {config.output} began; restore it")
 
 
 def _evaluations(run: Run) -> tuple[dict[str, float], dict[str, float]]:

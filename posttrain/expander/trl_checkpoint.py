@@ -12,7 +12,6 @@ Without this the trainers would pickle everything but the first two.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from posttrain.log import log
 from posttrain.training.checkpoint import flatten_optimizer, problem, restore_optimizer, restore_rng, rng_state, seal
 
 ARGUMENTS = "training_args.bin"
@@ -90,5 +90,5 @@ def newest(folder: Path) -> tuple[int, Path] | None:
         reason = problem(path)
         if reason is None:
             return step, path
-        print(f"posttrain: {path}: not a whole checkpoint: {reason}; trying the one before", file=sys.stderr)
+        log.info(f"{path}: not a whole checkpoint: {reason}; trying the one before")
     return None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from posttrain.errors import UserError
 from posttrain.judge.config import JudgeConfig
+from posttrain.log import log
 from posttrain.preferences.dataset import Preference, Preferences, read_preferences
 from posttrain.preferences.heldout import in_share
 from posttrain.preferences.sources import Skipped
@@ -179,7 +179,7 @@ def _pairs(preferences: Preferences, workers: int) -> list[Record]:
     if any(left_out.values()):
         counts = ", ".join(f"{count} {name}" for name, count in left_out.items() if count)
         reasons = f": {tally.first()}" if tally.bad else ""
-        print(f"posttrain: warning: {preferences.path}: rows left out: {counts}{reasons}", file=sys.stderr)
+        log.warning(f"{preferences.path}: rows left out: {counts}{reasons}")
     return records
 
 

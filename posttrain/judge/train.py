@@ -35,7 +35,6 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from posttrain.early import check_run
 from posttrain.errors import UserError
 from posttrain.judge import losses
 from posttrain.judge.calibration import auroc, brier, expected_calibration_error, reliability
@@ -43,8 +42,10 @@ from posttrain.judge.card import numbers, write_adapter
 from posttrain.judge.config import JudgeConfig
 from posttrain.judge.records import Record, check_prompts, read_records, split
 from posttrain.judge.records import fingerprint as fingerprint_of_records
+from posttrain.log import log
 from posttrain.model.fingerprint import fingerprint
 from posttrain.runs import startup
+from posttrain.runs.guard import check_run
 from posttrain.runs.run import Run, peak_memory
 from posttrain.training import checkpoint
 from posttrain.training.checkpoint import Checkpoint
@@ -66,8 +67,9 @@ def train(config: JudgeConfig, resume: bool = False) -> None:
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     records = read_records(config)
     check_prompts(records, template, config.data)
+    # What a resumed run must have in common with the one that it continues.
     facts = {"mode": config.mode, "template": template.hash, "data": fingerprint_of_records(records)}
-    _check_unchanged(saved, facts)
+    _check_unchanged(saved, facts)  # before the model is loaded
     training, heldout = split(records, config)
     device = PartialState().device or torch.device("cpu")
     startup.lap("inputs")
@@ -98,24 +100,24 @@ def _train(
     if saved is not None:
         _restore(saved, adapter, stepper)
         first, seen, before = saved.step, saved.state["records_seen"], saved.state["before"]
-        run.say(f"continues after step {first}")
+        log.info(f"continues after step {first}")
     run.start(config.steps, first)
     if before is None:
         before = figures(config.mode, heldout, score(vlm, template, heldout, config), config.seed)
 
-    def save(step: int) -> None:
-        state = {"before": before, "records_seen": seen + (step - first) * config.batch}
-        _save(config, step, adapter, stepper, state, facts)
-
+    # Counted in records, as a resumed run may have another batch.
     total = seen + (config.steps - first) * config.batch
     order = [(r, epoch) for epoch, r in _epochs(len(training), total, config.seed)][seen:]
     batches = _loader(vlm, template, training, order, config)
-    loop = Loop(first, config.steps, config.checkpoint, save)
+    loop = Loop(first, config.steps, config.checkpoint)
     for step in loop:
         run.log(step, update(vlm, stepper, batches, config, step))
+        if loop.save_due(step):
+            state = {"before": before, "records_seen": seen + (step - first) * config.batch}
+            _save(config, step, adapter, stepper, state, facts)
     card: dict[str, Any] = {"figures": None, "before": before, "records": (len(training), len(heldout))}
     with stepper.averaged():
-        if loop.stopped is None:
+        if loop.stopped is None:  # who was told to stop does not measure for minutes
             card["figures"] = figures(config.mode, heldout, score(vlm, template, heldout, config), config.seed)
         write_adapter(vlm, run.path / "adapter", config, template, loop.done, card)
     after = numbers(card["figures"])

@@ -102,7 +102,7 @@ def test_long_pairs_are_left_out_and_counted_never_cut(tmp_path, data, capsys):
     lengths = [len(tokens(pair, tokenizer)[0]) for pair in PAIRS]
     config = recipe(tmp_path, data, max_length=lengths[0], max_dropped=0.5)
     assert lengths[1] > lengths[0] and fitting(PAIRS, tokenizer, config) == PAIRS[:1]
-    assert f"1 of 2 pairs are longer than max_length ({lengths[0]})" in capsys.readouterr().out
+    assert f"1 of 2 pairs are longer than max_length ({lengths[0]})" in capsys.readouterr().err
     config.max_dropped = 0.4
     with pytest.raises(UserError, match=rf"max_length: 1 of 2 pairs .* \(up to {lengths[1]}\), more than max_dropped"):
         fitting(PAIRS, tokenizer, config)
@@ -125,6 +125,7 @@ def test_training_writes_an_adapter_that_learnt_and_resumes_to_the_same(tmp_path
     run = tmp_path / "run"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["after"]["loss"] < summary["before"]["loss"] - 0.1 and summary["steps"] == 4
+    runs.assert_metrics_are_defined(run)
     weights = load_file(run / "adapter" / "adapter_model.safetensors")
     assert all(w.abs().max() > 0 for name, w in weights.items() if "lora_B" in name) and len(weights) == 2 * 7 * 3
     card = (run / "adapter" / "README.md").read_text()

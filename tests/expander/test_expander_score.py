@@ -145,7 +145,9 @@ def test_a_reward_that_may_be_negative_is_gated_to_its_worst():
 
 def test_a_negative_score_whose_worst_is_unknown_ends_the_run(config, features):
     config.rewards = [RewardSpec("brightness", "tests.helpers.expander_runs:brightness", offset=-1.0)]
-    with pytest.raises(UserError, match=r"brightness: a score of -.* is below the worst score \(0\).*; set worst"):
+    with pytest.raises(
+        UserError, match=r"reward brightness: a score of -.* is below the worst score \(0\).*; set worst"
+    ):
         scorer(config, features)(written(TEXTS), [1] * 4, 4)
     config.worst = {"brightness": -1.0}
     found = scorer(config, features)(written([TEXTS[0], "", *TEXTS[2:]]), [1] * 4, 4)

@@ -97,6 +97,7 @@ def test_it_learns_and_writes_an_adapter(model, data, tmp_path, mode):
     settings = config(model, data, tmp_path, mode)
     judge.train(settings)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    runs.assert_metrics_are_defined(tmp_path / "run")
     assert len(rows) == 8 and rows[-1]["loss"] < rows[0]["loss"] - 0.2
     assert rows[-1]["mass"] > rows[0]["mass"]  # the answer becomes a yes or a no
     adapter = tmp_path / "run" / "adapter"

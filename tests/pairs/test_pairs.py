@@ -146,7 +146,9 @@ def test_killed_and_resumed_in_a_process(whole, tmp_path):
         os.kill(process, signal.SIGKILL)
         assert commands.wait().returncode == -signal.SIGKILL and not (run / "preferences.json").exists()
         refused = commands("pairs", "--config", path, "--resume", "--min_margin", 0.5)
-        assert refused.returncode == 2 and "min_margin: is not what" in refused.stderr
+        differs = f"min_margin: differs from {run}/recipe.yaml, with which {run} began, so the pairs would not fit"
+        remedy = "together; restore it or choose another output"
+        assert refused.returncode == 2 and f"{differs} {remedy}" in refused.stderr
         again = commands("pairs", "--config", path)
         assert again.returncode == 2 and "add --resume or choose another" in again.stderr
         result = commands("pairs", "--config", path, "--resume")
@@ -168,6 +170,7 @@ def test_what_an_order_to_the_judge_is_worth_is_measured_once(tmp_path, model, c
     make.make(config)
     worth = {"injection/image/gulled": pytest.approx(RAISED), "injection/prompt/gulled": None}
     assert runs.rows(config.output)[0].items() >= {"step": 0, "repeatability/gullible": 0, **worth}.items()
+    runs.assert_metrics_are_defined(config.output)
     warning = "reward gulled: text that tells the judge what to answer raises it in a picture by 0.70"
     assert warning in capsys.readouterr().err
     assert "injection" in write_report(Path(config.output)).read_text()
@@ -242,7 +245,7 @@ def test_too_many_drops_end_it_with_the_reasons(tmp_path, model, capsys):
     """Of the on-policy source nothing is kept, so what is left holds too little of the policy; nothing is lost."""
     config = recipe(tmp_path, model, tries=2.0, pairs=5, min_margin=2.0)
     config.sources[0].delta = DeltaConfig(DrawConfig(guidance=2.0), DrawConfig(guidance=0.5), screen=False)
-    with pytest.raises(UserError, match=r"on_policy_share: 0 of 2 pairs hold a picture of the policy, and 0.6 of"):
+    with pytest.raises(UserError, match=r"on_policy_share: 0 of 2 pairs hold an image of the policy, and 0.6 of"):
         make.make(config)
     assert "source judged: 0 of 3 pairs after 6 candidates (tries 2)" in capsys.readouterr().err
     quality = json.loads((tmp_path / "run" / "quality.json").read_text())

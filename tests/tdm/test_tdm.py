@@ -47,6 +47,7 @@ def test_run_directory(config, monkeypatch):
         "summary.json",
     }  # fmt: skip
     warm, first, second = training_rows(run)
+    runs.assert_metrics_are_defined(run, "brightness")
     own = {"generator_loss", "generator_grad_norm", "direction", "scale"}
     assert own.isdisjoint(warm) and own < first.keys() and own < second.keys()
     for row in (warm, first, second):

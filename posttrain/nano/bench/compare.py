@@ -46,7 +46,7 @@ def drawn(
     scores = asyncio.run(score_all(rewards, images, [r.prompt for r in records], columns(records)))
     taste = np.array(tasteful(images, []), float)  # None becomes nan
     energy = image_metrics.high_energy(result.images)
-    return {"scores": scores, "taste": taste, "energy": energy, "figures": result.figures, "images": result.images}
+    return {"scores": scores, "taste": taste, "energy": energy, "figures": result.metrics, "images": result.images}
 
 
 def wins(ours: np.ndarray, theirs: np.ndarray) -> float:
