@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-from posttrain.config.ranges import ConfigError
 from posttrain.config.sections import (
     ExportConfig,
     GRPOConfig,
@@ -17,10 +16,11 @@ from posttrain.config.sections import (
     ServeConfig,
     ServerSpec,
 )
+from posttrain.config.types import ConfigError
 from posttrain.errors import UserError
 from posttrain.preferences.config import ColumnMap
 from posttrain.stpo.config import PairSetConfig, STPOConfig
-from posttrain.validate import validate
+from tests.helpers.settings import validate
 
 
 def grpo() -> GRPOConfig:

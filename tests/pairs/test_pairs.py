@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from posttrain.cli import load_config
-from posttrain.config.ranges import ConfigError
-from posttrain.config.sections import ModelConfig, RewardSpec
+from posttrain.config.load import load_config
+from posttrain.config.sections import ModelConfig
+from posttrain.config.types import ConfigError
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.model import sampler
@@ -31,10 +31,11 @@ from posttrain.preferences.dataset import Preference, read_preferences
 from posttrain.report.page import write_report
 from posttrain.training import checkpoint
 from posttrain.training.policy import POLICY, described, load_model, saved_tensors
-from posttrain.validate import validate
+from rewards.base import RewardSpec
 from tests.helpers import runs, tiny
 from tests.helpers.gullible import GULLED, RAISED
 from tests.helpers.pair_runs import GUIDED, recipe
+from tests.helpers.settings import validate
 
 
 @pytest.fixture(scope="module")
