@@ -182,7 +182,7 @@ COMMANDS = {
         gpu=True,
         prompts=("prompts.train", "prompts.heldout"),
         reads={"model.path": "expander", "renderer.path": "K2"},
-        makes="expander",
+        makes="tuned expander",
         frozen=("lora", "seed", "prompts.heldout", *EVALUATED),
     ),
     "expand": Command(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.config import metrics
+from posttrain.config import metric_names, metrics
 
 ROOT = Path(__file__).parents[1]
 

@@ -39,6 +39,7 @@ def test_each_command_of_a_projects_readme_parses(tmp_path, monkeypatch):
     assert len(lines) == 4
     for words in lines:
         parsed = cli.parse(" ".join(words[1:]).replace('"two red stars"', "stars").split())
+        name, config = parsed.name, parsed.config
         assert name == words[1]
         if name == "grpo":
             assert [reward.name for reward in config.rewards] == ["warmth", "oracle"] and config.output == "runs/warm"

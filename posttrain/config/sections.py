@@ -131,7 +131,8 @@ class OptimConfig:
     1e-8 and less, so the usual 1e-8 would set the rate, differently at each resolution and number of images. The
     metric eps_share is what eps takes of the rate."""
     clip_factor: Annotated[Float, Unless(0, 1)] = 3.0
-    """Gradients whose global norm is above this many times the median of the last 64 norms are scaled down to that; 0: never. The first 16 updates are not clipped. The metric clipped_updates counts them."""
+    """Gradients whose global norm is above this many times the median of the last 64 norms are scaled down to that;
+    0: never. The first 16 updates are not clipped. The metric clipped_updates counts them."""
     passes: AtLeast1 = 1
     """Optimiser updates on each batch of images; more than two leaves the policy that drew them."""
     warmup_steps: AtLeast0 = 0
