@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,19 +35,18 @@ from posttrain.errors import UserError
 from posttrain.grpo.config import GroupsConfig
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
-from posttrain.report.page import write_report
 from posttrain.resources import NANO, packaged
 from posttrain.runs.run import Run
 from posttrain.training import checkpoint, policy
 from posttrain.training.evaluate import Evaluator, means
-from posttrain.training.loop import Training, resuming
+from posttrain.training.loop import Training, open_run, resuming
 from posttrain.training.policy import POLICY
 from posttrain.training.prompt_source import in_turn
 from posttrain.training.stepper import Stepper
 from prompts.records import PromptRecord, columns, read_prompts
 from rewards.base import Reward, RewardSpec, Scores, score_all
 from rewards.load import load_rewards
-from rewards.serve import ServerSpec, serve
+from rewards.serve import ServerSpec
 
 # ---- draw and score ---------------------------------------------------------------------------------------------
 
@@ -189,9 +187,21 @@ class MethodRun:
 
     def steps(self) -> Iterator[int]:
         """The steps still to train, from 1. Evaluates, saves and stops between them, and sums up after the last."""
-        self._training.begin()
-        yield from self._training.steps()
-        self._training.finish()
+        training = self._training
+        if training.begin():
+            self._evaluate(0)
+        for step in training.steps():
+            yield step
+            if training.evaluation_due(step):
+                self._evaluate(step)
+            if training.save_due(step):
+                training.save(step)
+        training.finish()
+
+    def _evaluate(self, step: int) -> None:
+        with self._training.policy():
+            evaluation = self._training.evaluator()
+        self._training.record(step, evaluation)
 
     def prompts(self, step: int) -> list[PromptRecord]:
         """The step's prompts: `groups.prompts_per_step` of them, every one once before any comes again."""
@@ -227,7 +237,7 @@ class MethodRun:
 def open_method(name: str, config: MethodConfig, resume: bool = False) -> Iterator[MethodRun]:
     """A run directory with the model, the role POLICY to train, rewards and servers, in one process.
 
-    With `resume` it goes on from the newest checkpoint, if there is one. Leaves report.html in the directory. `name`
+    With `resume` it continues from the newest checkpoint, if there is one. Leaves report.html in the directory. `name`
     is written into checkpoints as their method. Raises UserError for what the user can correct, such as a directory
     that holds a run already. Ctrl-C and SIGTERM save, and Ctrl-C is raised again afterwards.
     """
@@ -239,19 +249,15 @@ def open_method(name: str, config: MethodConfig, resume: bool = False) -> Iterat
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     k2 = policy.load_model(config.model, procs.device, saved)
     policy.add_policy(k2, config.lora, config.seed, reference=False)
-    with Run.create(config, resume) as directory:
-        with serve(config.servers, directory.path / "servers") as urls:
-            trained = load_rewards([spec for spec in config.rewards if not spec.heldout_only], urls)
-            # A judge's client keeps to one event loop, so evaluation has rewards of its own.
-            measured = load_rewards(config.rewards, urls)
-            height, width = config.size
-            evaluator = Evaluator(
-                k2, heldout, measured, config.eval, (height, width), config.groups.micro_batch,
-                config.prompts.max_tokens, procs,
-            )  # fmt: skip
-            stepper = Stepper(k2.train_role(POLICY), config.optim)
-            training = Training(name, config, directory, procs, k2, stepper, evaluator, saved)
-            yield MethodRun(config, k2, directory, training, source, trained)
-        write_report(directory.path)
-    if training.stopped is signal.SIGINT:
-        raise KeyboardInterrupt
+    with open_run(config, resume, procs) as directory:
+        trained = load_rewards([spec for spec in config.rewards if not spec.heldout_only], directory.urls)
+        # A judge's client keeps to one event loop, so evaluation has rewards of its own.
+        measured = load_rewards(config.rewards, directory.urls)
+        height, width = config.size
+        evaluator = Evaluator(
+            k2, heldout, measured, config.eval, (height, width), config.groups.micro_batch,
+            config.prompts.max_tokens, procs,
+        )  # fmt: skip
+        steppers = {POLICY: Stepper(k2.train_role(POLICY), config.optim)}
+        training = Training(name, config, directory, procs, k2, steppers, evaluator, saved, facts={})
+        yield MethodRun(config, k2, directory, training, source, trained)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -15,12 +14,13 @@ from accelerate import PartialState
 
 from posttrain.errors import UserError
 from posttrain.expander.model import Expander, resolve
+from posttrain.log import log
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.runs.guard import check_new
 from posttrain.sample_config import SampleConfig
 from posttrain.training import checkpoint
-from posttrain.training.policy import POLICY, add_saved_policy, first_device, quickened, stack_earlier
+from posttrain.training.policy import POLICY, add_saved_policy, apply_runtime_options, first_device, stack_earlier
 from prompts.records import PromptRecord, read_prompts
 
 
@@ -40,7 +40,7 @@ def sample(config: SampleConfig) -> None:
         stack_earlier(k2, saved)
         add_saved_policy(k2, saved)
         role = k2.role(POLICY)
-    quickened(k2, model, device)
+    apply_runtime_options(k2, model, device)
     k2.blocks.compiled = bool(model.compile)  # a few pictures are drawn sooner than blocks are compiled
     steps = sampler.STEPS[k2.is_distilled] if config.steps is None else config.steps
     guidance = sampler.GUIDANCE[k2.is_distilled] if config.guidance is None else config.guidance
@@ -54,9 +54,7 @@ def sample(config: SampleConfig) -> None:
         drawn, texts = expansions(config, drawn), list(range(len(jobs)))
     encoding = k2.encode(drawn)
     if cuts := [cut for cut in encoding.cut if cut]:
-        print(
-            f"posttrain: warning: {len(cuts)} prompts are too long; up to {max(cuts)} tokens are cut", file=sys.stderr
-        )
+        log.warning(f"{len(cuts)} prompts are too long; up to {max(cuts)} tokens are cut")
     fused = [k2.fuse(features) for features in encoding.features]
     null = k2.text([""]) if guidance > 0 else None
     try:

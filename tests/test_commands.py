@@ -147,7 +147,7 @@ def test_rewards(grpo, tmp_path):
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1] == (
         "posttrain: error: rewards: not one image of this step could be scored: all None, so none applies to these"
-        " prompts; mend or add a reward"
+        " prompts; fix or add a reward"
     )
 
 

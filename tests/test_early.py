@@ -111,8 +111,14 @@ def test_a_file_that_is_not_there(refused, tmp_path, command, field):
         ("tests.helpers.runs:no_such", "no_such': check the name"),
         ("no_such.module:f", "cannot import no_such"),
         ("tests.helpers.runs:ROOT", "tests.helpers.runs:ROOT cannot be called"),
-        ("tests.helpers.runs:untimed", "tests.helpers.runs:untimed takes run; it is called with images and prompts, and the"),
-        ({"class_path": "tests.helpers.warm.Script", "init_args": {"steps": 3}}, "missing a required argument: 'values'"),
+        (
+            "tests.helpers.runs:untimed",
+            "tests.helpers.runs:untimed takes run; it is called with images and prompts, and the",
+        ),
+        (
+            {"class_path": "tests.helpers.warm.Script", "init_args": {"steps": 3}},
+            "missing a required argument: 'values'",
+        ),
         ({"class_path": "rewards.image.Aesthetic", "init_args": {"judge": {"model": "m", "base_urls": "server://j"}}},
          "no server 'j': the recipe's servers are: none"),
     ],

@@ -108,7 +108,11 @@ def command(installed: Path, *words: str, cwd: Path) -> subprocess.CompletedProc
 
 def test_a_wheel_takes_one_name_and_holds_all_data(installed):
     assert {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")} == {"posttrain"}
-    held = {str(file.relative_to(installed / "posttrain")) for file in installed.rglob("*") if file.is_file()}
+    held = {
+        str(file.relative_to(installed / "posttrain"))
+        for file in (installed / "posttrain").rglob("*")
+        if file.is_file()
+    }
     assert "py.typed" in held and "nano/weights/k2-nano/model_index.json" in held
     ours = [file for name in ("posttrain", "rewards", "prompts", "recipes") for file in (runs.ROOT / name).rglob("*")]
     wanted = {str(file.relative_to(runs.ROOT)) for file in ours if file.is_file() and "__pycache__" not in file.parts}

@@ -145,7 +145,7 @@ def test_prompts_stay_text_in_a_runs_report(tmp_path, model):
     made.pool.kind, made.rewards[0].name = "adaptive", "<i>reward</i>"
     grpo.train(made)
     page = (Path(made.output) / "report.html").read_text()
-    assert "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;" in page and "&lt;i&gt;reward" in page
+    assert "&lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt;" in page and "&lt;i&gt;reward" in page
     assert_inert(page)
 
 

@@ -1,14 +1,14 @@
 """The steps that `posttrain bench` times: each method's own code on random features, latents and rewards.
 
-Steps of grpo, stpo and tdm are taken from a run's own loop, from its first step on, with whatever is due in them.
-Encoding prompts costs nothing here, unless it is asked for, and rewards cost nothing: judges are taken to be elsewhere.
+Steps of grpo, stpo and tdm come from a run's own loop, from its first step on, with everything that is due in them.
+Prompts cost no time unless `encode` is set; rewards cost none, because judges are assumed to run on other GPUs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import count
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from posttrain.bench.config import BenchConfig
 from posttrain.config.sections import LoraConfig, ModelConfig, PromptsConfig
 from posttrain.distributed.processes import Processes
-from posttrain.expander.renderer import drawn
+from posttrain.expander.renderer import draw_in_batches
 from posttrain.grpo import train as grpo
 from posttrain.grpo.config import GRPOConfig
 from posttrain.grpo.rollout import Trajectory, Transition, rollout
@@ -31,7 +31,7 @@ from posttrain.stpo.config import PairSetConfig, STPOConfig
 from posttrain.stpo.latent_cache import EncodedPair, EncodedPairs
 from posttrain.tdm import train as tdm
 from posttrain.tdm.config import TDMConfig
-from posttrain.training.oom_retry import DoesNotFit
+from posttrain.training.oom_retry import MicroBatch
 from posttrain.training.policy import POLICY, add_policy
 from posttrain.training.prompt_source import PromptSource
 from posttrain.training.stepper import Clock, Stepper
@@ -45,12 +45,12 @@ ETA = 0.7
 
 
 def noise(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-    """A reward that takes no time: fixed random numbers in [0, 1)."""
+    """A reward that takes no time: random numbers in [0, 1) from a fixed seed."""
     return np.random.default_rng(len(images)).random(len(images)).tolist()
 
 
 class RandomPairs(EncodedPairs):
-    """Pairs that need no cache: random latents, and the next of the bench's texts for each that is read."""
+    """Pairs of random latents without a cache; each read takes the next of the bench's texts."""
 
     def __init__(self, steps: Steps, pairs: int):
         self._steps = steps
@@ -61,8 +61,8 @@ class RandomPairs(EncodedPairs):
         return EncodedPair(chosen, rejected, self._steps.next_text(), 1.0, self._steps.size)
 
 
-class Laps(Clock):
-    """A loop's clock whose laps are the bench's."""
+class BenchClock(Clock):
+    """A loop's clock that passes its laps on to the bench."""
 
     def __init__(self, steps: Steps):
         super().__init__()
@@ -74,7 +74,7 @@ class Laps(Clock):
 
 @dataclass
 class Steps:
-    """A method on a fresh model, one size, in one process of `procs`."""
+    """Runs steps of a method on a fresh model, for images of one size, in one process of `procs`."""
 
     k2: K2
     config: BenchConfig
@@ -82,10 +82,10 @@ class Steps:
     procs: Processes
 
     ratio_error: float | None = None
-    """Of grpo: how far a ratio was from 1 before an update, at most; see loop.check_ratio."""
+    """grpo: the largest distance of a ratio from 1 before an update; see loop.check_ratio."""
     lap: Lap = field(default=lambda stage: None, init=False)
     """Ends a stage of the step that is being timed."""
-    _loops: dict[str, Iterator[dict[str, Any]]] = field(default_factory=dict, init=False)
+    _loops: dict[str, Iterator[tuple[int, dict[str, Any]]]] = field(default_factory=dict, init=False)
     _read: Iterator[int] = field(default_factory=count, init=False)
 
     def __post_init__(self) -> None:
@@ -95,7 +95,7 @@ class Steps:
                 self.k2.stack_role(POLICY)
             add_policy(self.k2, self._lora, stage, reference=False)
             for name, parameter in self.k2.role_named_parameters(POLICY).items():
-                if name.endswith("lora_B.weight"):  # as after some training, so that errors show
+                if name.endswith("lora_B.weight"):  # not zero as at the start of training, or errors would not show
                     torch.nn.init.normal_(parameter, std=0.01, generator=generator)
 
     @property
@@ -103,29 +103,31 @@ class Steps:
         return POLICY if self.config.rank else None
 
     def images(self, method: str) -> int:
-        """Pictures of one step, over all processes."""
+        """Images of one step, over all processes."""
         return self.procs.size * (self.config.group if method in ("grpo", "expander") else self.config.batch)
 
     def count(self, method: str) -> int:
-        """Steps to time."""
+        """Number of steps to time."""
         repeats = self.config.repeats
-        return -(-repeats // self.starts) * self.starts if method == "grpo" else repeats  # each start as often
+        # grpo's window must start at each place equally often, since the place decides how much work a step is
+        return -(-repeats // self.starts) * self.starts if method == "grpo" else repeats
 
     @property
     def starts(self) -> int:
-        """Places where a random window may begin; see grpo.window_of."""
+        """Number of places where a random window may begin; see grpo.window_of."""
         return min((self.config.steps + 1) // 2, self.config.steps - self.config.window)
 
     def run(self, method: str, index: int, lap: Lap) -> None:
-        """Step `index`, counted from 0, which calls `lap` with the name of each stage that it has ended.
+        """Runs step `index`, counted from 0, which calls `lap` with the name of each stage when the stage ends.
 
-        Those of grpo, stpo and tdm come one after the other, as in a run.
+        Steps of grpo, stpo and tdm must be run in order, as in a run.
         """
         self.lap = lap
-        if method in ("grpo", "stpo", "tdm"):
+        loops = {"grpo": self._grpo, "stpo": self._stpo, "tdm": self._tdm}
+        if method in loops:
             if method not in self._loops:
-                self._loops[method] = {"grpo": self._grpo, "stpo": self._stpo, "tdm": self._tdm}[method]()
-            metrics = next(self._loops[method])
+                self._loops[method] = loops[method]()
+            _, metrics = next(self._loops[method])
             if method == "grpo":
                 self.ratio_error = max(self.ratio_error or 0.0, metrics["ratio_error"])
             return
@@ -134,7 +136,7 @@ class Steps:
         {"rollout": self._rollout, "expander": self._expander, "step": self._step}[method](index, lap)
 
     def close(self) -> None:
-        """Ends the loops that were begun."""
+        """Ends the loops that have started."""
         for loop in self._loops.values():
             loop.close()  # type: ignore[attr-defined]
 
@@ -147,28 +149,31 @@ class Steps:
         lap("decode")
 
     def _expander(self, index: int, lap: Lap) -> None:
-        """One noise for all expansions of a prompt."""
+        # lengths differ from step to step, so that a graph compiled for one length alone would show
         fused = [tokens[: len(tokens) - index % 3] for tokens in self._expansions]
-        for _, latents in drawn(self.k2, fused, [index] * len(fused), self.size, self.config.steps, self.config.batch):
+        seeds = [index] * len(fused)  # one noise for all expansions of a prompt
+        for _, latents in draw_in_batches(self.k2, fused, seeds, self.size, self.config.steps, self.config.batch):
             lap("sample")
             to_pil(self.k2.decode(latents, *self.size))
             lap("decode")
 
     def _step(self, index: int, lap: Lap) -> None:
         times = sampler.schedule(self.config.steps, self.k2.mu(*self.size))
-        x, mean, noise = (self.latents(self.config.batch, index, i) for i in range(3))
+        batch = self.config.batch
+        x, mean, noise = self.latents(batch, index, 0), self.latents(batch, index, 1), self.latents(batch, index, 2)
         std = torch.tensor(0.1)
         move = Transition(1, times[1], times[2], x, mean + std * noise, mean, std, torch.zeros(len(x)))
-        group = self._group(Trajectory(x, [move]), index, torch.ones(self.config.batch))
+        group = self._group(Trajectory(x, [move]), index)
+        advantages_PG = torch.ones(self.procs.size, batch, device=self.k2.device)
         optimizer = self._stepper.optimizer
         lap("prepare")
-        grpo.gradient(self.k2, self._step_config, [group], self.procs)
+        grpo.gradient(self.k2, self._step_config, [group], advantages_PG, self.procs, self.config.batch)
         lap("step")
         optimizer.zero_grad(set_to_none=True)
 
     # ---- loops of runs ----------------------------------------------------------------------------------------
 
-    def _grpo(self) -> Iterator[dict[str, Any]]:
+    def _grpo(self) -> Iterator[tuple[int, dict[str, Any]]]:
         config, k2, decode = self._grpo_config, self.k2, self.k2.decode
 
         def decoded(latents: Tensor, height: int, width: int, batch: int | None = None) -> Tensor:
@@ -180,32 +185,41 @@ class Steps:
         k2.encode, k2.decode = self._encode, decoded
         source = PromptSource(config, [PromptRecord(str(i)) for i in range(self.procs.size)])
         with ScoreQueue(load_rewards(config.rewards), self.config.group) as queue:
-            yield from self._metrics(partial(grpo.updates, noise={}), config, source, queue, self._stepper)
+            micro_batch = self._micro_batch(config.groups.micro_batch)
+            yield from grpo.updates(
+                k2, config, source, queue, self._stepper, count(1), self.procs, {}, micro_batch, BenchClock(self)
+            )
 
-    def _stpo(self) -> Iterator[dict[str, Any]]:
+    def _stpo(self) -> Iterator[tuple[int, dict[str, Any]]]:
         config = self._stpo_config
-        return self._metrics(stpo.updates, config, RandomPairs(self, config.batch), self._stepper)
+        pairs, micro_batch = RandomPairs(self, config.batch), self._micro_batch(config.micro_batch)
+        return stpo.updates(self.k2, config, pairs, self._stepper, count(1), self.procs, micro_batch, BenchClock(self))
 
-    def _tdm(self) -> Iterator[dict[str, Any]]:
+    def _tdm(self) -> Iterator[tuple[int, dict[str, Any]]]:
         config, null = self._tdm_config, Text(self._fused(0)[None, :6])
         records = [PromptRecord(str(i)) for i in range(config.batch)]
 
         def texts(prompts: Sequence[str]) -> list[Tensor]:
             return [self.next_text() for _ in prompts]
 
-        return self._metrics(tdm.updates, config, texts, null, records, self._tdm_steppers)
+        student, fake = self._tdm_steppers
+        micro_batch = self._micro_batch(config.micro_batch)
+        return tdm.updates(
+            self.k2, config, texts, null, records, student, fake, count(1), self.procs, micro_batch, BenchClock(self)
+        )
 
-    def _metrics(self, updates: Callable[..., Iterator[tuple[int, dict[str, Any]]]], *given: Any) -> Iterator[Any]:
-        """Those of each step of a method's loop on `given`."""
-        for _, metrics in updates(self.k2, *given, count(1), self.procs, _refuse, clocks=lambda: Laps(self)):
-            yield metrics
+    def _micro_batch(self, size: int) -> MicroBatch:
+        """Never halved: that would not be the step that is to be timed."""
+        return MicroBatch(size, "batch", self.procs, halve=False)
 
     # ---- what they take ---------------------------------------------------------------------------------------
 
     def _draw(self, index: int, start: int, count: int, shared: bool) -> Trajectory:
         window = range(start, start + self.config.window)
-        rank = self.procs.rank
-        seeds = [[sampler.seed_for(index, rank, g, i) for i in range(len(window) + 1)] for g in range(count)]
+        seeds = []
+        for image in range(count):
+            # one for the first noise and one for each stochastic step
+            seeds.append([sampler.seed_for(index, self.procs.rank, image, i) for i in range(len(window) + 1)])
         times = sampler.schedule(self.config.steps, self.k2.mu(*self.size))
         text = Text(self._fused(index)[None])
         with self.k2.role(self.role):
@@ -213,26 +227,26 @@ class Steps:
                 self.k2, text, seeds, times, window, "flow", ETA, *self.size, self.config.batch, shared=shared
             )
 
-    def _group(self, trajectory: Trajectory, index: int, advantages: Tensor) -> grpo.Group:
+    def _group(self, trajectory: Trajectory, index: int) -> grpo.Group:
         text, record = Text(self._fused(index)[None]), PromptRecord("")
-        return grpo.Group(self.procs.rank, record, text, self.size, trajectory, advantages.to(self.k2.device))
+        return grpo.Group(self.procs.rank, record, text, self.size, trajectory)
 
     def latents(self, count: int, *index: int) -> Tensor:
-        """(count, N, C) of these seeds."""
+        """(count, N, C) noise; the seeds follow from `index` and the process."""
         shape = (self.k2.image_tokens(*self.size), self.k2.latent_channels)
         seeds = [sampler.seed_for(self.procs.rank, *index, i) for i in range(count)]
         return sampler.noise(seeds, shape).to(self.k2.device)
 
     def _fused(self, index: int) -> Tensor:
-        """(L, C) of a prompt; lengths change from step to step and from prompt to prompt."""
+        """(L, C) fused text of a prompt; L differs from step to step and from prompt to prompt."""
         return self._texts[index % len(self._texts)]
 
     def next_text(self) -> Tensor:
-        """`_fused`, each time the next."""
+        """The next fused text at each call."""
         return self._fused(next(self._read))
 
     def _encode(self, prompts: Sequence[str], max_tokens: int = 512, batch: int = 16) -> Encoding:
-        """Replaces K2.encode: random features; with `encode`, a prompt is encoded as well, so that its time counts."""
+        """Replaces K2.encode by random features. With `encode`, a prompt is encoded too, so that its time counts."""
         self._encode_one()
         lengths = [self.config.text + next(self._read) % 5 - 2 for _ in prompts]
         return Encoding([self.k2.random_features(length) for length in lengths], [0] * len(prompts))
@@ -249,7 +263,7 @@ class Steps:
 
     @cached_property
     def _expansions(self) -> list[Tensor]:
-        """(L, C) each, L from half to one and a half of the text length."""
+        """Fused texts (L, C), with L from half to one and a half of the text length."""
         text, group = self.config.text, self.config.group
         lengths = [text // 2 + text * i // (group - 1) for i in range(group)]
         return [self.k2.fuse(self.k2.random_features(length, i)) for i, length in enumerate(lengths)]
@@ -269,41 +283,36 @@ class Steps:
 
     @cached_property
     def _grpo_config(self) -> GRPOConfig:
-        made = GRPOConfig("", ModelConfig(""), PromptsConfig("", ""), [], lora=self._lora)
-        made.optim.kind = self.config.optim
-        made.sampling.sizes, made.sampling.steps = [list(self.size)], self.config.steps
-        made.sampling.window, made.sampling.eta = self.config.window, ETA
-        made.sampling.window_start, made.sampling.window_every = "sliding", 1  # each place in turn
-        made.rewards = [RewardSpec("noise", "posttrain.bench.steps:noise")]
-        made.groups.prompts_per_step, made.groups.group_size = self.procs.size, self.config.group
-        made.groups.micro_batch = self.config.batch
-        return made
+        config = GRPOConfig("", ModelConfig(""), PromptsConfig("", ""), [], lora=self._lora)
+        config.optim.kind = self.config.optim
+        config.sampling.sizes, config.sampling.steps = [list(self.size)], self.config.steps
+        config.sampling.window, config.sampling.eta = self.config.window, ETA
+        config.sampling.window_start, config.sampling.window_every = "sliding", 1  # starts at each place in turn
+        config.rewards = [RewardSpec("noise", "posttrain.bench.steps:noise")]
+        config.groups.prompts_per_step, config.groups.group_size = self.procs.size, self.config.group
+        config.groups.micro_batch = self.config.batch
+        return config
 
     @cached_property
     def _step_config(self) -> GRPOConfig:
-        made = GRPOConfig("", ModelConfig(""), PromptsConfig("", ""), [], lora=self._lora)
-        made.sampling.steps, made.sampling.window, made.loss.kl = self.config.steps, 1, 0.0
-        made.groups.prompts_per_step, made.groups.group_size = self.procs.size, self.config.batch
-        made.groups.micro_batch = self.config.batch
-        return made
+        config = GRPOConfig("", ModelConfig(""), PromptsConfig("", ""), [], lora=self._lora)
+        config.sampling.steps, config.sampling.window, config.loss.kl = self.config.steps, 1, 0.0
+        config.groups.prompts_per_step, config.groups.group_size = self.procs.size, self.config.batch
+        config.groups.micro_batch = self.config.batch
+        return config
 
     @cached_property
     def _stpo_config(self) -> STPOConfig:
-        made = STPOConfig("", ModelConfig(""), PairSetConfig(""), "", lora=self._lora)
-        made.optim.kind = self.config.optim
-        made.batch, made.micro_batch = self.procs.size * (self.config.batch // 2), self.config.batch // 2
-        return made
+        config = STPOConfig("", ModelConfig(""), PairSetConfig(""), "", lora=self._lora)
+        config.optim.kind = self.config.optim
+        config.batch, config.micro_batch = self.procs.size * (self.config.batch // 2), self.config.batch // 2
+        return config
 
     @cached_property
     def _tdm_config(self) -> TDMConfig:
-        made = TDMConfig("", ModelConfig(""), PromptsConfig("", ""), lora=self._lora)
-        made.optim.kind = self.config.optim
-        made.batch, made.micro_batch = self.procs.size * self.config.batch, self.config.batch
-        made.sizes, made.student.steps = [list(self.size)], [self.config.steps]
-        made.fake.warmup = 0  # whole steps only
-        return made
-
-
-def _refuse(message: str) -> None:
-    """A run's loop says only that a step did not fit; what would follow is another step than the one asked for."""
-    raise DoesNotFit(message)
+        config = TDMConfig("", ModelConfig(""), PromptsConfig("", ""), lora=self._lora)
+        config.optim.kind = self.config.optim
+        config.batch, config.micro_batch = self.procs.size * self.config.batch, self.config.batch
+        config.sizes, config.student.steps = [list(self.size)], [self.config.steps]
+        config.fake.warmup = 0  # warm-up steps update only the fake score
+        return config

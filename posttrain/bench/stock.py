@@ -1,6 +1,7 @@
-"""diffusers' own transformer on the same weights, used as its pipeline and training scripts do, to compare speeds.
+"""diffusers' own transformer on the same weights, for a comparison of speed.
 
-Text is padded to 512 tokens and masked, and goes through the text fusion each time, for it is part of that forward.
+It is used as diffusers' pipeline and training scripts use it: text is padded to 512 tokens and masked, and the text
+fusion runs in each forward.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ TOKENS = 512
 
 
 class Stock:
-    """A batch of one size at random inputs, in the role that the model has."""
+    """A random batch of images of one size, drawn or trained under `role`."""
 
     def __init__(self, k2: K2, size: tuple[int, int], batch: int, text: int, role: str | None):
         self.k2, self.role = k2, role
@@ -27,6 +28,7 @@ class Stock:
         padded = features.new_zeros(batch, TOKENS, *features.shape[1:])
         padded[:, :text] = features
         mask = torch.arange(TOKENS, device=k2.device).expand(batch, -1) < text
+        # stock computes masked tokens too; that is the cost to compare with
         self.x = torch.randn(batch, rows * columns, k2.latent_channels, device=k2.device)
         self.inputs: dict[str, Any] = {
             "encoder_hidden_states": padded,
@@ -38,7 +40,7 @@ class Stock:
 
     def velocity(self) -> Tensor:
         """(B, N, C)"""
-        low = self.k2.dtype != torch.float32 and self.role is not None  # adapters are fp32
+        low = self.k2.dtype != torch.float32 and self.role is not None  # fp32 adapters on a bf16 base need autocast
         with torch.autocast(self.x.device.type, dtype=self.k2.dtype) if low else contextlib.nullcontext():
             return self.k2.transformer(self.x.to(self.k2.dtype), **self.inputs)[0]
 
@@ -48,12 +50,12 @@ class Stock:
             self.velocity()
 
     def step(self) -> None:
-        """Forward and backward of the adapter that is trained, with gradient checkpointing."""
+        """Forward and backward of the trained adapter, with gradient checkpointing."""
         net: Any = self.k2.transformer
         assert self.role is not None
         self.k2.train_role(self.role)
         net.enable_gradient_checkpointing()
-        with self.k2.role(self.role):  # in backward too, which recomputes
+        with self.k2.role(self.role):  # around backward too, because checkpointing runs forwards there
             self.velocity().float().square().mean().backward()
         net.disable_gradient_checkpointing()
         for parameter in net.parameters():

@@ -1,4 +1,4 @@
-"""bench.json as a markdown table."""
+"""Formats bench.json as a Markdown table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def table(result: dict[str, Any]) -> str:
-    """`-` is what was not measured."""
+    """`-` marks what was not measured."""
     settings, rate = result["settings"], result["matmul"]
     memory = "" if result["gpu_gib"] is None else f" ({result['gpu_gib']:.0f} GiB)"
     heads = (
@@ -16,7 +16,7 @@ def table(result: dict[str, Any]) -> str:
     )  # fmt: skip
     lines = [
         f"{result['processes']} x {result['device']}{memory}, torch {result['environment']['packages']['torch']};"
-        f" matmul {rate['width']} cubed in {rate['dtype']}: {rate['tflops']:.4g} TFLOP/s, of which share is.",
+        f" matmul {rate['width']} cubed in {rate['dtype']}: {rate['tflops']:.4g} TFLOP/s; shares are of this rate.",
         f"Scale {settings['scale']}, batch {settings['batch']}, group {settings['group']}, text {settings['text']},"
         f" rank {settings['rank']}, {settings['steps']} steps, window {settings['window']}, recompute"
         f" {'auto' if settings['recompute'] is None else settings['recompute']}, attention {settings['attention']},"
@@ -31,13 +31,14 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    named = [row["method"], "x".join(str(side) for side in row["size"])]
+    height, width = row["size"]
+    first = [row["method"], f"{height}x{width}"]
     if "failed" in row:
-        return [*named, row["failed"], *["-"] * 12]
-    stock = row.get("stock") or {}
+        return [*first, row["failed"], *["-"] * 12]  # one cell for each remaining column
+    stock = row.get("stock") or {}  # absent with --stock false
     error = ", ".join(f"{name} {value:.1e}" for name, value in row["error"].items())
     return [
-        *named,
+        *first,
         _number(row["images_per_second"]),
         ", ".join(f"{name} {ms:.4g}" for name, ms in row["ms"].items()),
         _number(row["tflops"]),

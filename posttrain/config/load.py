@@ -190,7 +190,7 @@ def lay_over(base: dict[str, Any], data: dict[str, Any], config: type) -> dict[s
 def resolve(config: type, given: Given) -> Any:
     """The checked settings. Raises UserError that says where the wrong value came from."""
     data = defaults(config)
-    for path, recipe in given.recipes.items():
+    for recipe in given.recipes.values():
         # Each recipe is laid over what came before, so what it spoils is spoiled for all: it is checked at the end.
         data = lay_over(data, recipe, config)
     types = field_types(config)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Strict, model_validator
 
-from posttrain.config import metrics
+from posttrain.config import metric_names
 from posttrain.config.types import (
     AtLeast0,
     AtLeast1,
@@ -131,7 +131,8 @@ class OptimConfig:
     1e-8 and less, so the usual 1e-8 would set the rate, differently at each resolution and number of images. The
     metric eps_share is what eps takes of the rate."""
     clip_factor: Annotated[Float, Unless(0, 1)] = 3.0
-    """Gradients whose global norm is above this many times the median of the last 64 norms are scaled down to that; 0: never. The first 16 updates are not clipped. The metric clipped_updates counts them."""
+    """Gradients whose global norm is above this many times the median of the last 64 norms are scaled down to that;
+    0: never. The first 16 updates are not clipped. The metric clipped_updates counts them."""
     passes: AtLeast1 = 1
     """Optimiser updates on each batch of images; more than two leaves the policy that drew them."""
     warmup_steps: AtLeast0 = 0
@@ -225,7 +226,7 @@ class _RewardNames(Check):
         for i, reward in enumerate(value):
             if reward.name in seen:
                 raise refusal(f"[{i}].name", f"'{reward.name}' is used twice; give each its own name")
-            if reward.name in (*metrics.LOOK, metrics.DIVERSITY):
+            if reward.name in (*metric_names.LOOK, metric_names.DIVERSITY):
                 raise refusal(f"[{i}].name", f"'{reward.name}' is a metric of every evaluation; choose another")
             seen.add(reward.name)
 
@@ -292,7 +293,7 @@ class TrainingConfig:
 
     def metric_names(self) -> list[str]:
         """What eval.best and eval.stop.metric may name."""
-        return metrics.names([], self.eval.guidance, self.eval.groups)
+        return metric_names.names([], self.eval.guidance, self.eval.groups)
 
     @model_validator(mode="after")
     def _training_fits(self) -> TrainingConfig:

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class ConfigError(UserError):
-    """A setting that is missing, unknown, of the wrong type or out of range. `field` is its path, such as `optim.lr`."""
+    """A setting that is missing, unknown, of the wrong type or out of range. `field` is its path: `optim.lr`."""
 
     def __init__(self, field: str, problem: str, kind: str = "range", expected: str = ""):
         super().__init__(f"{field}: {problem}")

@@ -1,8 +1,7 @@
 """Parts of tensors that processes hold between them, as FSDP2 and ZeRO leave them.
 
 FSDP2 makes parameters DTensors, sharded along one dimension. ZeRO leaves a parameter empty or whole, and what this
-process updates is a run of its elements, a `Piece`. Everything here takes plain tensors too, and is then no more than
-the identity.
+process updates is a run of its elements, a `Piece`. Everything here takes plain tensors too, and then changes nothing.
 """
 
 from __future__ import annotations
@@ -35,11 +34,11 @@ class Piece:
 
     def whole(self) -> Tensor:
         """All of it; all processes must ask at once."""
-        padded = self.own.new_zeros(self.size)
+        padded = self.own.new_zeros(self.size)  # the last processes may hold fewer elements than the others
         padded[: len(self.own)] = self.own
-        found = padded.new_empty(dist.get_world_size() * self.size)
-        dist.all_gather_into_tensor(found, padded)
-        return found[: self.shape.numel()].view(self.shape)
+        gathered = padded.new_empty(dist.get_world_size() * self.size)
+        dist.all_gather_into_tensor(gathered, padded)
+        return gathered[: self.shape.numel()].view(self.shape)
 
 
 def piece_of(tensor: Any) -> Piece | None:
@@ -77,6 +76,7 @@ def part(whole: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return whole
     whole = whole.to(like.device)
+    # No source rank: all processes have the whole, so nothing needs to be sent.
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
@@ -99,21 +99,28 @@ def whole(tensor: Any) -> Tensor:
 
 def norm(parameters: Sequence[Tensor]) -> Tensor:
     """The norm of all elements of all their gradients; all processes must ask at once."""
-    pieces = [p.own.grad for p in map(piece_of, parameters) if p and p.own.grad is not None]
-    others = [p.grad for p in parameters if not piece_of(p) and p.grad is not None]
-    kinds = [[g for g in others if isinstance(g, DTensor) is sharded] for sharded in (False, True)]
-    norms = [whole(torch.nn.utils.get_total_norm(kind)) for kind in kinds if kind]
+    pieces: list[Tensor] = []
+    plain: list[Tensor] = []
+    sharded: list[Tensor] = []
+    for parameter in parameters:
+        if piece := piece_of(parameter):
+            if piece.own.grad is not None:
+                pieces.append(piece.own.grad)
+        elif parameter.grad is not None:
+            (sharded if isinstance(parameter.grad, DTensor) else plain).append(parameter.grad)
+    # torch's norm takes either plain tensors or DTensors, not both.
+    norms = [whole(torch.nn.utils.get_total_norm(gradients)) for gradients in (plain, sharded) if gradients]
     if pieces:
-        square = torch.nn.utils.get_total_norm(pieces).square()
+        square = torch.nn.utils.get_total_norm(pieces).square()  # squares of disjoint elements add up
         dist.all_reduce(square)
         norms.append(square.sqrt())
     return torch.stack([torch.zeros_like(norms[0]), *norms]).norm() if norms else torch.zeros(())
 
 
 def clear(parameter: Tensor, own: Tensor) -> None:
-    """Takes its gradient away, and that of the part; a piece's is a buffer of ZeRO's, which stays."""
+    """Removes its gradient, and that of the part."""
     if piece_of(parameter) and own.grad is not None:
-        own.grad.zero_()
+        own.grad.zero_()  # a buffer of ZeRO's, which must stay where it is
     else:
         parameter.grad = own.grad = None
 

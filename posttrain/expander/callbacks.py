@@ -1,12 +1,10 @@
-"""What goes on around TRL's steps in `posttrain expander gdpo`: the reward functions that share one evaluation, and the
-callback that holds the diversity weight, times, logs, evaluates and stops.
+"""What `posttrain expander gdpo` adds to TRL's trainer: reward functions that share one evaluation, and a callback that
+checks the diversity weight, times, logs, evaluates and stops.
 """
 
 from __future__ import annotations
 
 import json
-import operator
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -23,8 +21,11 @@ from posttrain.expander.config import ExpanderGDPOConfig
 from posttrain.expander.evaluate import ExpanderEvaluation, ExpanderEvaluator
 from posttrain.expander.policy import Policy
 from posttrain.expander.score import Scored, Scorer
+from posttrain.log import log
 from posttrain.model import sampler
+from posttrain.runs.files import replace_text
 from posttrain.runs.run import Run, peak_memory
+from posttrain.runs.stop import StopSignals
 from posttrain.training.judge_check import check_judges
 from posttrain.training.stepper import MAX_SKIPPED
 from prompts.records import PromptRecord
@@ -34,7 +35,7 @@ SHOWN_FAULTS = 20  # in the report
 
 
 def diversity_weight(config: ExpanderGDPOConfig, step: int) -> float:
-    """After `step` finished steps. It is the recipe's for the whole run, unless that says that it is an ablation."""
+    """The weight after `step` finished steps: constant, unless the recipe is an ablation of it."""
     weight = config.diversity.weight
     assert not isinstance(weight, list)
     match config.ablation.diversity:
@@ -46,8 +47,8 @@ def diversity_weight(config: ExpanderGDPOConfig, step: int) -> float:
             return weight * max(0.0, 1 - 2 * step / config.steps)
 
 
-class Shared:
-    """The reward functions of TRL, which all read one evaluation of a batch of expansions."""
+class SharedRewards:
+    """TRL's reward functions, which share one evaluation of a batch of expansions."""
 
     def __init__(
         self,
@@ -59,10 +60,10 @@ class Shared:
     ):
         self.config, self.policy, self.scorer, self.records, self.procs = config, policy, scorer, records, procs
         self.called = self.returned = 0.0
-        """When the first reward function of the latest batch was called, and when it had its answer."""
+        """Times at which the first reward function of the latest batch was called, and at which it had its scores."""
         self.scored: Scored | None = None
         self.faults: deque[dict[str, Any]] = deque(maxlen=SHOWN_FAULTS)
-        """The latest expansions that failed a check, and why."""
+        """The latest expansions that failed a check, with the reasons."""
         self._key: Any = None
 
     def functions(self) -> list[Callable[..., list[float | None]]]:
@@ -77,28 +78,33 @@ class Shared:
             scored = self._evaluated(completion_ids, row, trainer_state.global_step, log_metric)
             return scored.rewards_for_trl(name, size)
 
-        reward.__name__ = name
+        reward.__name__ = name  # TRL names its metrics after the function
         return reward
 
     def _evaluated(self, ids: list[list[int]], rows: list[int], step: int, log_metric: Any) -> Scored:
-        """The evaluation of this batch: made once, by whichever function is called first."""
+        """The evaluation of this batch, made by the reward function that is called first."""
+        # TRL calls each reward function with the same batch; images are drawn for the first call only
         key = (step, rows, ids)
         if self.scored is not None and self._key == key:
             return self.scored
         self.called = time.perf_counter()
         size = self.config.groups.group_size
-        if len(rows) % size or any(len(set(rows[i : i + size])) > 1 for i in range(0, len(rows), size)):
+        # TRL's sampler puts the n completions of a prompt side by side; diversity compares them, so they must be whole
+        if list(rows) != [row for row in rows[::size] for _ in range(size)]:
             raise RuntimeError(f"{len(rows)} expansions on this process are not whole groups of {size}")
         expansions = [self.policy.expansion(self.records[row], tokens) for row, tokens in zip(rows, ids)]
         groups = len(rows) // size
         first = self.procs.rank * groups
-        seeds = [sampler.seed_for(self.config.seed, step, first + g) for g in range(groups) for _ in range(size)]
+        seeds: list[int] = []
+        for g in range(first, first + groups):
+            seeds += [sampler.seed_for(self.config.seed, step, g)] * size  # one noise for a group
         self.scored, self._key = self.scorer(expansions, seeds, size), key
-        for e, why in zip(expansions, map(operator.add, self.scored.causes_N, self.scored.unsafe_N)):
-            if why:
-                row = {"step": step + 1, "prompt": e.record.prompt, "expansion": e.text, "fails": ", ".join(why)}
+        for e, causes, unsafe in zip(expansions, self.scored.causes_N, self.scored.unsafe_N):
+            if faults := causes + unsafe:
+                row = {"step": step + 1, "prompt": e.record.prompt, "expansion": e.text, "fails": ", ".join(faults)}
                 self.faults.append(row)
-        weights = [r.weight for r in self.config.rewards if not r.heldout_only] + [diversity_weight(self.config, step)]
+        weights = [r.weight for r in self.config.rewards if not r.heldout_only]
+        weights.append(diversity_weight(self.config, step))  # last, as in Scored.names
         metrics = self.scored.figures(size) | {"noise_share": self.scored.noise_share(weights, size)}
         for name, value in metrics.items():
             if value is not None:
@@ -107,8 +113,8 @@ class Shared:
         return self.scored
 
 
-class Follow(TrainerCallback):
-    """What happens around TRL's steps: the diversity weight, times, metrics, evaluations, stopping."""
+class GDPOCallback(TrainerCallback):
+    """Runs around TRL's steps: diversity weight, times, metrics, evaluations, stopping."""
 
     def __init__(
         self,
@@ -116,7 +122,7 @@ class Follow(TrainerCallback):
         run: Run,
         procs: Processes,
         trainer: GRPOTrainer,
-        shared: Shared,
+        shared: SharedRewards,
         evaluator: ExpanderEvaluator,
         saved: Path | None,
     ):
@@ -129,7 +135,7 @@ class Follow(TrainerCallback):
         if saved is not None and file.is_file():
             self.evaluations = [row for row in json.loads(file.read_text()) if row["step"] <= self.first]
         self.done = self.first
-        self.stopped: signal.Signals | None = None
+        self.signals = StopSignals()
         self.skipped = self.skipped_in_a_row = 0
         self._seconds: dict[str, float] = {}
         self._began = self._started = time.perf_counter()
@@ -147,17 +153,21 @@ class Follow(TrainerCallback):
         scorer.noise = noise_of(scorer.rewards, self.evaluations[0].get("noise", {}))
 
     def _check_judges(self, evaluation: ExpanderEvaluation) -> dict[str, float | None]:
-        """On the pictures of an evaluation; returns what was measured of their noise."""
-        scorer, images, size = self.shared.scorer, evaluation.scored.images_N, self.config.eval.group_size
-        rows = sorted(range(len(images)), key=lambda i: i % size)  # of as many prompts as there are
-        there = [evaluation.expansions[i] for i in rows if images[i] is not None]
-        pictures = [image for i in rows if (image := images[i]) is not None]
-        prompts = [e.record.prompt for e in there]
-        metrics = check_judges(self.run, scorer.rewards, pictures, prompts, scorer.columns(there))
+        """Checks the judges on the images of an evaluation; returns their measured noise."""
+        scorer, size = self.shared.scorer, self.config.eval.group_size
+        images, expansions = [], []
+        # the first image of each prompt, then the second ones: judges try only a few images
+        for i in sorted(range(len(evaluation.expansions)), key=lambda i: i % size):
+            if (image := evaluation.scored.images_N[i]) is not None:
+                images.append(image)
+                expansions.append(evaluation.expansions[i])
+        prompts = [e.record.prompt for e in expansions]
+        metrics = check_judges(self.run, scorer.rewards, images, prompts, scorer.columns(expansions))
         return {name: value for name, value in metrics.items() if name.startswith(PREFIX)}
 
     def finish(self) -> None:
         """Writes the summary."""
+        self.run.stopped = self.signals.received
         before, after = self.evaluations[0]["figures"], self.evaluations[-1]["figures"]
         ablation = {} if self.config.ablation.diversity == "kept" else {"ablation": self.config.ablation.diversity}
         self.run.summary(
@@ -167,31 +177,28 @@ class Follow(TrainerCallback):
             }
         )  # fmt: skip
 
-    def stop(self, number: int, frame: Any) -> None:
-        if self.stopped is signal.SIGINT and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.stopped = signal.Signals(number)
-
     # ---- around a step
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         weight = diversity_weight(self.config, state.global_step)
-        held = self.trainer.reward_weights
+        weights = self.trainer.reward_weights
         if self.config.ablation.diversity == "annealed":
-            held[-1] = weight
-        if abs(float(held[-1]) - weight) > 1e-6 * weight:
+            weights[-1] = weight
+        # The weight is what keeps the expander from giving every prompt one look; nothing may lower it unnoticed.
+        if abs(float(weights[-1]) - weight) > 1e-6 * weight:  # TRL keeps it in fp32
             raise RuntimeError(
-                f"the weight of diversity is {float(held[-1])}, not {weight}: it must not change in a run"
+                f"the weight of diversity is {float(weights[-1])}, not {weight}: it must not change in a run"
             )
         self._began = time.perf_counter()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """A gradient that is not finite is left out and counted; ten in a row end the run."""
+        """Skips and counts a gradient that is not finite; ten in a row end the run."""
+        # TRL would take the step, and one NaN would then be in every weight.
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if all(bool(torch.isfinite(g).all()) for g in gradients):
+        if all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
             self.skipped_in_a_row = 0
             return
-        model.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)  # AdamW leaves parameters without a gradient alone
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= MAX_SKIPPED:
             raise UserError(
@@ -204,15 +211,14 @@ class Follow(TrainerCallback):
         times = {"generate": shared.called - self._began, **scored.seconds, "train": now - shared.returned}
         self._seconds = times
         for message, count in scored.failures.most_common(1):
-            self.run.say(f"{count} pictures or scores are missing, such as: {message}")
+            log.info(f"{count} images or scores are missing, such as: {message}")
         self.run.prompts({"The latest expansions that failed a check": list(shared.faults)} if shared.faults else None)
         step = self.done = state.global_step
-        self.run.say(f"step {step}: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items()))
+        log.info(f"step {step}: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items()))
         every = self.config.eval.every
         if (every and step % every == 0) or step == self.config.steps:
             self._evaluate(step)
-        if self.procs.any(self.stopped is not None):
-            self.stopped = self.stopped or signal.SIGTERM
+        if self.procs.any(self.signals.received is not None):
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -235,4 +241,4 @@ class Follow(TrainerCallback):
 
     def _write_evaluations(self) -> None:
         if self.procs.main:
-            (self.run.path / "evaluations.json").write_text(json.dumps(self.evaluations, indent=1) + "\n")
+            replace_text(self.run.path / "evaluations.json", json.dumps(self.evaluations, indent=1) + "\n")

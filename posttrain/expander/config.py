@@ -1,4 +1,4 @@
-"""The recipes of `posttrain expander data`, `expander sft`, `expander gdpo` and `expand` as data. Never imports torch."""
+"""The recipes of `expander data`, `expander sft`, `expander gdpo` and `expand` as data. Never imports torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Expands a prompt in several ways.
+"""`posttrain expand`: prints several expansions of a prompt.
 
 posttrain expand "a cat" --model runs/nano-expander-sft --n 4
 """
@@ -6,23 +6,25 @@ posttrain expand "a cat" --model runs/nano-expander-sft --n 4
 from __future__ import annotations
 
 import json
-import sys
 
 import torch
 from accelerate import PartialState
 
 from posttrain.expander.config import ExpandConfig
 from posttrain.expander.model import Expander
+from posttrain.log import log
 
 
 def main(config: ExpandConfig) -> None:
     """Prints `config.n` expansions, one a line or as JSON."""
     device = PartialState().device or "cpu"
     expander = Expander.load(config.model, config.adapter, getattr(torch, config.dtype), device)
-    found = expander.expand([config.prompt], config.n, config.seed, config.temperature, config.max_tokens)[0]
+    (expansions,) = expander.expand([config.prompt], config.n, config.seed, config.temperature, config.max_tokens)
+    texts = [e.text for e in expansions]
     if config.json:
-        print(json.dumps({"prompt": config.prompt, "expansions": [e.text for e in found]}, ensure_ascii=False))
+        print(json.dumps({"prompt": config.prompt, "expansions": texts}, ensure_ascii=False))
     else:
-        print("\n".join(" ".join(e.text.split()) for e in found))
-    if cut := sum(not e.whole for e in found):
-        print(f"posttrain: warning: {cut} of {config.n} were cut at max_tokens ({config.max_tokens})", file=sys.stderr)
+        for text in texts:
+            print(" ".join(text.split()))  # one line each, whatever the model wrote
+    if cut := sum(not e.whole for e in expansions):
+        log.warning(f"{cut} of {config.n} were cut at max_tokens ({config.max_tokens})")

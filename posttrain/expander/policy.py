@@ -1,4 +1,4 @@
-"""The chat model that expands prompts, with the adapter that is trained: loading, sampling, and its texts' features."""
+"""The chat model that expands prompts, with its trained adapter: loading, sampling and features of texts."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Policy:
     """A causal language model with one trained LoRA adapter, and its tokenizer."""
 
     def __init__(self, config: ChatModelConfig, lora: LoraConfig, seed: int, device: torch.device):
-        """Raises UserError for what is no chat model, or an adapter that does not fit."""
+        """Raises UserError for a path without a chat model, or an adapter that does not fit."""
         path, adapter = resolve(config.path, config.adapter)
         base, self.tokenizer = load_chat_model(path, getattr(torch, config.dtype))
-        self.tokenizer.padding_side = "left"  # answers come after the last token
+        self.tokenizer.padding_side = "left"  # generation continues after the last token, which must not be padding
         self.base, self.base_fingerprint = path, fingerprint(dict(base.named_parameters()))
         if adapter is not None:
             check_base(adapter, path, base)
@@ -42,7 +42,7 @@ class Policy:
             if adapter is not None:
                 self.model: Any = PeftModel.from_pretrained(base, adapter, is_trainable=True)
             else:
-                torch.manual_seed(seed)
+                torch.manual_seed(seed)  # of the adapter's A factors
                 targets = list(TARGETS if lora.targets is None else lora.targets)
                 options = PeftLora(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM")  # type: ignore[arg-type]
                 self.model = get_peft_model(base, options)
@@ -60,10 +60,11 @@ class Policy:
         return next(self.model.parameters()).device
 
     def expansion(self, record: PromptRecord, ids: Sequence[int]) -> Expansion:
-        """What the tokens that the model wrote come to."""
+        """The expansion that these generated tokens stand for."""
         ended = bool(ids) and ids[-1] in self.ends
         body = list(ids[:-1]) if ended else list(ids)
-        special = [i for i in body if i in set(self.tokenizer.all_special_ids)]
+        special_ids = set(self.tokenizer.all_special_ids)
+        special = [i for i in body if i in special_ids]
         text = self.tokenizer.decode(body, skip_special_tokens=True).strip()
         return Expansion(record, text, ended, self.tokenizer.convert_ids_to_tokens(special), len(body))
 
@@ -72,39 +73,43 @@ class Policy:
         self, records: Sequence[PromptRecord], n: int, place: int, max_tokens: int, temperature: float, seed: int,
         batch: int = 64,
     ) -> list[Expansion]:  # fmt: skip
-        """n neighbours for each record, the same for the same weights and seed. Leaves the global generators alone.
+        """n neighbouring expansions for each record, determined by weights and seed. Restores the global generators.
 
-        `place`: how many expansions the call's first one comes after, if it is one of several calls.
+        `place` is the index of the first expansion among those of several calls.
         """
-        rows = [record for record in records for _ in range(n)]
+        rows: list[PromptRecord] = []
+        for record in records:
+            rows += [record] * n
         settings = GenerationConfig(
             do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_tokens,
             eos_token_id=self.ends, pad_token_id=self.tokenizer.pad_token_id,
         )  # fmt: skip
         training = self.model.training
         self.model.eval()
-        found: list[Expansion] = []
+        expansions: list[Expansion] = []
         with torch.random.fork_rng():
             for first in range(0, len(rows), batch):
-                torch.manual_seed(seed + place + first)
+                torch.manual_seed(seed + place + first)  # by position, so that a resumed run draws the same
                 part = rows[first : first + batch]
                 inputs = self.tokenizer.apply_chat_template(
                     [messages(record.prompt) for record in part], add_generation_prompt=True, tokenize=True,
                     return_dict=True, return_tensors="pt", padding=True,
                 ).to(self.device)  # fmt: skip
                 out = self.model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :]
-                found += [self.expansion(record, self._until_end(ids)) for record, ids in zip(part, out.tolist())]
+                for record, ids in zip(part, out.tolist()):
+                    expansions.append(self.expansion(record, self._until_end(ids)))
         self.model.train(training)
-        return found
+        return expansions
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str], batch: int = 64) -> Tensor:
-        """(N, E) mean of the last hidden states of the model without its adapter, on the CPU; zero for no text."""
+        """(N, E) mean last hidden states on the CPU; the adapter is off, so that features do not move in training."""
         training = self.model.training
         self.model.eval()
         parts = []
         with self.model.disable_adapter():
             for first in range(0, len(texts), batch):
+                # an empty text has no token to take the mean over
                 part = [text or self.tokenizer.eos_token for text in texts[first : first + batch]]
                 inputs = self.tokenizer(part, return_tensors="pt", padding=True, padding_side="right").to(self.device)
                 states = self.model(
@@ -116,15 +121,16 @@ class Policy:
         return torch.cat(parts)
 
     def load(self, directory: Path) -> None:
-        """The adapter's weights as a checkpoint has them."""
+        """Loads the adapter's weights from a checkpoint."""
         set_peft_model_state_dict(self.model, load_file(directory / "adapter_model.safetensors"))
 
     def save(self, directory: Path, card: str) -> None:
-        """The adapter as PEFT, vLLM and `posttrain expand` load it, with a model card."""
+        """Saves the adapter for PEFT, vLLM and `posttrain expand`, with a model card."""
         self.model.save_pretrained(str(directory), selected_adapters=["default"])
         (directory / "README.md").write_text(card, encoding="utf-8")
         write_card(directory, self.base, self.base_fingerprint)
 
     def _until_end(self, ids: list[int]) -> list[int]:
+        # a batch is generated until its longest row ends; shorter rows are padded after their end token
         ends = [i for i, token in enumerate(ids) if token in self.ends]
         return ids[: ends[0] + 1] if ends else ids

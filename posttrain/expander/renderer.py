@@ -1,7 +1,7 @@
-"""Pictures of expansions from a frozen K2: in this process, or from servers with OpenAI's images endpoint.
+"""Draws images of expansions with a frozen K2: in this process, or on servers with OpenAI's images endpoint.
 
-A renderer takes prompts with a seed each and gives a picture or None for each, never another picture in its place. What
-cannot be drawn is missing; too much of it ends the run with the server's own words.
+A renderer takes prompts with one seed each and returns an image or None for each. It never substitutes another image.
+If too many images are missing, the run ends with the server's own message.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from rewards.traffic import Sent
 from rewards.urls import refuse_keys
 
 SUFFIX_TOKENS = 5
-"""Tokens of K2's text length that its template takes behind the prompt."""
+"""Tokens that K2's template puts after the prompt, within the text length."""
 SEEDS = 2**31
-"""Servers take seeds below it."""
+"""Servers accept seeds below this."""
 
 
 @dataclass
 class Rendering:
-    """What came of N prompts."""
+    """The images of N prompts."""
 
     images: list[Image.Image | None]
     cut: list[int]
-    """Tokens of each prompt beyond K2's text length, which the picture cannot show."""
+    """Tokens of each prompt beyond K2's text length, which K2 does not see."""
     failures: Counter[str] = field(default_factory=Counter)
-    """Why pictures are missing."""
+    """Reasons for missing images."""
 
 
 class Renderer(Protocol):
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Rendering:
-        """One picture of each prompt; the same seed is the same noise."""
+        """One image for each prompt; equal seeds give equal noise."""
         ...
 
 
@@ -67,11 +67,11 @@ class K2Renderer:
         startup.lap("prepare")
         self.k2 = K2.load(config.path, None, getattr(torch, config.dtype), device)
         startup.lap("read")
-        self.k2.blocks.compiled = None  # where a recipe's model would be by default
+        self.k2.blocks.compiled = None  # on a GPU in bf16, as for a recipe's model
         turbo = self.k2.is_distilled
         self.steps = sampler.STEPS[turbo] if config.steps is None else config.steps
         self.guidance = sampler.GUIDANCE[turbo] if config.guidance is None else config.guidance
-        self.k2.grid(*config.size)
+        self.k2.grid(*config.size)  # refuses a size that K2 cannot draw
         self._null = self.k2.text([""]) if self.guidance else None
 
     @torch.no_grad()
@@ -80,15 +80,16 @@ class K2Renderer:
         fused = [self.k2.fuse(features) for features in encoding.features]
         height, width = self.config.size
         images: list[Image.Image | None] = [None] * len(prompts)
-        for rows, latents in drawn(
+        batches = draw_in_batches(
             self.k2, fused, seeds, (height, width), self.steps, self.config.micro_batch, self.guidance, self._null
-        ):
+        )
+        for rows, latents in batches:
             for i, image in zip(rows, to_pil(self.k2.decode(latents, height, width))):
                 images[i] = image
         return Rendering(images, encoding.cut)
 
 
-def drawn(
+def draw_in_batches(
     k2: K2,
     fused: Sequence[Tensor],
     seeds: Sequence[int],
@@ -98,20 +99,23 @@ def drawn(
     guidance: float = 0.0,
     null: Text | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Which of the prompts are drawn together, and the latents (B, N, C) of their pictures, under the active role:
-    prompts of like length, which need little padding."""
+    """Draws batches under the active role; yields (indices of the prompts, latents (B, N, C)).
+
+    Prompts of similar length are drawn together, since they need little padding.
+    """
     shape = (k2.image_tokens(*size), k2.latent_channels)
     order = sorted(range(len(fused)), key=lambda i: len(fused[i]))
     for first in range(0, len(order), micro_batch):
         rows = order[first : first + micro_batch]
+        text = Text.of([fused[i] for i in rows])
         noise = sampler.noise([seeds[i] for i in rows], shape)
-        yield rows, k2.sample(Text.of([fused[i] for i in rows]), noise, steps, *size, guidance, null)
+        yield rows, k2.sample(text, noise, steps, *size, guidance, null)
 
 
 class EndpointRenderer:
-    """Servers with POST /v1/images/generations, such as SGLang's and vLLM-Omni's, balanced by load.
+    """Draws on servers with POST /v1/images/generations, such as SGLang's and vLLM-Omni's, balanced by load.
 
-    Beside OpenAI's fields they are sent `seed`, and `num_inference_steps` and `guidance_scale` where the recipe says.
+    Requests have OpenAI's fields and `seed`, and `num_inference_steps` and `guidance_scale` if the recipe sets them.
     """
 
     def __init__(self, config: RendererConfig):
@@ -128,19 +132,24 @@ class EndpointRenderer:
         self._failed: deque[bool] = deque(maxlen=WINDOW)
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Rendering:
-        """Raises UserError when too many pictures are missing."""
-        counts = [len(ids) for ids in self._tokenizer(list(prompts)).input_ids] if prompts else []
-        cut = [max(0, n + SUFFIX_TOKENS - self.config.max_tokens) for n in counts]
-        answers = asyncio.run(self._all(prompts, seeds))
-        failures = Counter(a.replace(self._key, "***") if self._key != "none" else a
-                           for a in answers if isinstance(a, str))  # fmt: skip
-        self._check([isinstance(a, str) for a in answers], failures)
-        return Rendering([None if isinstance(a, str) else a for a in answers], cut, failures)
+        """Raises UserError when too many images are missing."""
+        cut = []
+        for ids in self._tokenizer(list(prompts)).input_ids if prompts else []:
+            cut.append(max(0, len(ids) + SUFFIX_TOKENS - self.config.max_tokens))
+        images: list[Image.Image | None] = []
+        failures: Counter[str] = Counter()
+        for answer in asyncio.run(self._all(prompts, seeds)):
+            if isinstance(answer, str):
+                # a server may repeat the request, and this message goes into logs
+                failures[answer.replace(self._key, "***") if self._key != "none" else answer] += 1
+            images.append(None if isinstance(answer, str) else answer)
+        self._check([image is None for image in images], failures)
+        return Rendering(images, cut, failures)
 
     async def _all(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image | str]:
         c = self.config
-        endpoints = Endpoints(c.urls, self._key, c.timeout, c.deadline, c.retries)  # they belong to this event loop
-        slots = asyncio.Semaphore(share(c.concurrency))
+        endpoints = Endpoints(c.urls, self._key, c.timeout, c.deadline, c.retries)  # clients belong to one event loop
+        slots = asyncio.Semaphore(share(c.concurrency))  # this process's share of the run's limit
 
         async def one(prompt: str, seed: int) -> Image.Image | str:
             async with slots:
@@ -153,15 +162,17 @@ class EndpointRenderer:
                 await endpoint.client.close()
 
     async def _draw(self, endpoints: Endpoints, prompt: str, seed: int) -> Image.Image | str:
-        """The picture, or why there is none."""
+        """The image, or why there is none."""
         c = self.config
         height, width = c.size
         body: dict[str, Any] = {
             "model": c.model or c.path, "prompt": prompt, "n": 1, "size": f"{width}x{height}",
             "response_format": "b64_json", "seed": seed % SEEDS,
         }  # fmt: skip
-        body |= {} if c.steps is None else {"num_inference_steps": c.steps}
-        body |= {} if c.guidance is None else {"guidance_scale": c.guidance}
+        if c.steps is not None:
+            body["num_inference_steps"] = c.steps
+        if c.guidance is not None:
+            body["guidance_scale"] = c.guidance
 
         async def send(client: AsyncOpenAI, _: Sent) -> Any:
             return await client.post("/images/generations", body=body, cast_to=object)
@@ -174,7 +185,7 @@ class EndpointRenderer:
             return str(error)
         except (APIResponseValidationError, KeyError, IndexError, TypeError, binascii.Error, ValueError,
                 UnidentifiedImageError, OSError) as error:  # fmt: skip
-            return f"the server's answer is no picture: {type(error).__name__}: {error}"
+            return f"the server's answer is not an image: {type(error).__name__}: {error}"
         if image.size != (width, height):
             return f"the server drew {image.width} x {image.height} pixels, not {width} x {height}"
         return image
@@ -182,8 +193,9 @@ class EndpointRenderer:
     def _check(self, failed: Sequence[bool], failures: Counter[str]) -> None:
         self._failed.extend(failed)
         bad, limit = sum(self._failed), self.config.max_failures
+        # over a window of calls, except that a call without any image ends the run at once
         if failures and limit < 1 and (bad > limit * WINDOW or all(failed)):
             raise UserError(
-                f"renderer: {bad} of the last {len(self._failed)} pictures are missing (renderer.max_failures {limit:g}"
+                f"renderer: {bad} of the last {len(self._failed)} images are missing (renderer.max_failures {limit:g}"
                 f" of {WINDOW}): {failures.most_common(1)[0][0]}"
             )

@@ -1,9 +1,10 @@
-"""Expansions to rewards: each is drawn once and scored once, whatever the number of rewards that read the result.
+"""Turns expansions into rewards: each is drawn once and scored once, however many rewards read the result.
 
-Order: the format and the text's safety are checked; what passes is drawn, all of a group from one noise; the pictures'
-safety is checked and every reward asked at once. An expansion that fails a check has gate g = 0 and gets the worst
-score of every reward, R <- g R + (1 - g) R_min with R_min = 0 unless the recipe's `worst` says otherwise: before any
-normalisation, so that no quality can outbid it. A picture that could not be had leaves its rewards missing.
+First the format and the safety of the text are checked. Expansions that pass are drawn, all of a group from one noise.
+Then the safety of the images is checked and all rewards are asked at once. An expansion that fails a check has gate
+g = 0 and gets the worst score of every reward, R <- g R + (1 - g) R_min. R_min is 0 unless the recipe's `worst` says
+otherwise. This happens before any normalisation, so that no quality can outbid a failed check. If an image could not be
+drawn, its rewards are missing.
 
 Legend: N expansions in whole groups of G neighbours, K rewards; the last reward is diversity.
 """
@@ -11,6 +12,7 @@ Legend: N expansions in whole groups of G neighbours, K rewards; the last reward
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -35,58 +37,64 @@ from rewards.load import load_rewards
 
 @dataclass
 class Expansion:
-    """What the model wrote for one prompt."""
+    """The model's answer to one prompt."""
 
     record: PromptRecord
     text: str
     ended: bool = True
-    """Whether it ends with the model's end token."""
+    """Whether the model wrote its end token."""
     special: Sequence[str] = ()
-    """Special tokens in it, before that end."""
+    """Special tokens before the end token."""
     tokens: int = 0
 
 
 @dataclass
 class Scored:
-    """N expansions with all that is known of them."""
+    """N expansions with their checks, images and scores."""
 
     names: list[str]
     values_NK: np.ndarray
     """0 where missing."""
     valid_NK: np.ndarray
     causes_N: list[list[str]]
-    """Format faults, by expansion.CAUSES."""
+    """Format faults, from text_metrics.CAUSES."""
     unsafe_N: list[list[str]]
-    """Names of the safety checks that an expansion fails, and nothing else."""
+    """Names of the safety checks that an expansion fails."""
     images_N: list[Image.Image | None]
     drawn_N: list[bool]
-    """Whether there is an image, also where `images_N` of several processes does not hold it."""
+    """Whether there is an image; after a merge of processes `images_N` does not hold all of them."""
     features: Tensor | None
-    """(N, E) features of the pictures, zero where there is none; None of several processes."""
+    """(N, E) features of the images, zero where there is none; None after a merge of processes."""
     cut_N: list[int]
     """Tokens beyond K2's text length."""
     renders: int
+    """Images drawn: equal texts of a group share one."""
     failures: Counter[str]
     seconds: dict[str, float] = field(default_factory=dict)
-    """`render` and `score`."""
+    """Of the stages `render` and `score`."""
     noise: Mapping[str, Noise] = field(default_factory=dict)
-    """Of rewards, by name; those that are not there have none."""
+    """Reward -> noise; a reward that is not in it has none."""
+
+    @property
+    def passed_N(self) -> list[bool]:
+        """Whether format and safety are in order."""
+        return _passed(self.causes_N, self.unsafe_N)
 
     @property
     def gate_N(self) -> np.ndarray:
-        """1 where format and safety are in order, else 0."""
-        return np.array([not faults and not bad for faults, bad in zip(self.causes_N, self.unsafe_N)], float)
+        """1 where an expansion passed, else 0."""
+        return np.array(self.passed_N, float)
 
     def rewards(self, name: str) -> list[float | None]:
-        """One reward: None where it is missing."""
+        """The scores of one reward: None where missing."""
         k = self.names.index(name)
-        return [float(v) if ok else None for v, ok in zip(self.values_NK[:, k], self.valid_NK[:, k])]
+        return _optional(self.values_NK[:, k], self.valid_NK[:, k])
 
     def rewards_for_trl(self, name: str, group_size: int) -> list[float | None]:
-        """One reward as TRL takes it, with its noise floor: see `with_floor`."""
+        """The scores of one reward for TRL, with its noise floor: see `with_floor`."""
         k = self.names.index(name)
-        values_N = with_floor(self.values_NK[:, k], self.valid_NK[:, k], group_size, self._floor(name))
-        return [float(v) if ok else None for v, ok in zip(values_N, self.valid_NK[:, k])]
+        valid_N = self.valid_NK[:, k]
+        return _optional(with_floor(self.values_NK[:, k], valid_N, group_size, self._floor(name)), valid_N)
 
     def noise_share(self, weights: Sequence[float], group_size: int) -> float | None:
         """`advantages.noise_share` of rewards with these weights, in the order of `names`."""
@@ -95,54 +103,80 @@ class Scored:
         return advantages.noise_share(values_PGK, valid_PGK, torch.tensor(weights), self._floors(), noise_K)
 
     def _groups(self, group_size: int) -> tuple[Tensor, Tensor]:
-        shape = (-1, group_size, len(self.names))
+        shape = (-1, group_size, len(self.names))  # (P, G, K)
         return torch.from_numpy(self.values_NK).view(shape), torch.from_numpy(self.valid_NK).view(shape)
 
     def _floor(self, name: str) -> float:
         return self.noise[name].floor if name in self.noise else 0.0
 
     def _floors(self) -> Tensor:
-        return torch.tensor([self._floor(name) for name in self.names])
+        return torch.tensor(list(map(self._floor, self.names)))
 
     def figures(self, group_size: int) -> dict[str, float | None]:
-        """Shares and means for metrics: format, causes, safety, missing pictures, cuts, groups without signal."""
+        """Shares and means for metrics: format and its faults, safety, missing images, cuts, groups without signal."""
         n = len(self.causes_N)
+        passed = np.array(self.passed_N)
+        missing = passed & ~np.array(self.drawn_N)  # an expansion that failed a check was not to be drawn
+        counts = Counter(itertools.chain(*self.causes_N))
         cut = [tokens for tokens in self.cut_N if tokens]
-        wanted = sum(not f and not u for f, u in zip(self.causes_N, self.unsafe_N))
-        missing = sum(not there and g > 0 for there, g in zip(self.drawn_N, self.gate_N))
-        found: dict[str, float | None] = {
-            "format": sum(not faults for faults in self.causes_N) / n,
-            **{f"format/{cause}": sum(cause in faults for faults in self.causes_N) / n for cause in CAUSES},
-            "safe": sum(not bad for bad in self.unsafe_N) / n,
-            "missing_images": missing / wanted if wanted else None,
+        result: dict[str, float | None] = {
+            "format": self.causes_N.count([]) / n,
+            **{f"format/{cause}": counts[cause] / n for cause in CAUSES},
+            "safe": self.unsafe_N.count([]) / n,
+            "missing_images": int(missing.sum()) / int(passed.sum()) if passed.any() else None,
             "cut": len(cut) / n,
             "cut_tokens": sum(cut) / len(cut) if cut else None,
             "renders": float(self.renders),
         }
-        flat = advantages.flat(*self._groups(group_size), self._floors()).double().mean(0).tolist()
-        return found | {f"flat/{name}": share for name, share in zip(self.names, flat)}
+        flat_PK = advantages.flat(*self._groups(group_size), self._floors())
+        for name, share in zip(self.names, flat_PK.double().mean(0).tolist()):
+            result[f"flat/{name}"] = share
+        return result
 
 
-def joined(parts: Sequence[tuple[Sequence[int], Scored]], images: Mapping[int, Image.Image]) -> Scored:
-    """What several processes scored, in one order: each part has the places of its rows. `images` is by place too, and
-    need not hold all. Times are the first part's."""
-    held = [part for _, part in parts]
-    order = np.argsort(np.concatenate([places for places, _ in parts])).tolist()
+def _passed(causes_N: Sequence[Sequence[str]], unsafe_N: Sequence[Sequence[str]]) -> list[bool]:
+    return [not faults and not unsafe for faults, unsafe in zip(causes_N, unsafe_N)]
+
+
+def _optional(values_N: np.ndarray, valid_N: np.ndarray) -> list[float | None]:
+    return [float(value) if valid else None for value, valid in zip(values_N, valid_N)]
+
+
+def merge(parts: Sequence[tuple[Sequence[int], Scored]], images: Mapping[int, Image.Image]) -> Scored:
+    """Merges the scores of several processes into one order.
+
+    Each part comes with the places of its rows. `images` maps places to images and need not be complete. Times are
+    those of the first part.
+    """
+    places, scored = zip(*parts)
+    order = np.argsort(np.concatenate(places)).tolist()  # rows of the joined parts in global order
 
     def in_order(name: str) -> list[Any]:
-        rows = [row for part in held for row in getattr(part, name)]
+        rows = list(itertools.chain.from_iterable(getattr(part, name) for part in scored))
         return [rows[i] for i in order]
 
+    renders, failures = 0, Counter[str]()
+    for part in scored:
+        renders += part.renders
+        failures += part.failures
     return Scored(
-        held[0].names, np.stack(in_order("values_NK")), np.stack(in_order("valid_NK")),
-        in_order("causes_N"), in_order("unsafe_N"), [images.get(place) for place in range(len(order))],
-        in_order("drawn_N"), None, in_order("cut_N"),
-        sum(part.renders for part in held), sum((part.failures for part in held), Counter()), held[0].seconds,
-    )  # fmt: skip
+        names=scored[0].names,
+        values_NK=np.stack(in_order("values_NK")),
+        valid_NK=np.stack(in_order("valid_NK")),
+        causes_N=in_order("causes_N"),
+        unsafe_N=in_order("unsafe_N"),
+        images_N=list(map(images.get, range(len(order)))),
+        drawn_N=in_order("drawn_N"),
+        features=None,
+        cut_N=in_order("cut_N"),
+        renders=renders,
+        failures=failures,
+        seconds=scored[0].seconds,
+    )
 
 
 class Scorer:
-    """Renderer, rewards, features and checks of a recipe, loaded once."""
+    """The renderer, rewards, features and checks of a recipe, loaded once."""
 
     def __init__(
         self,
@@ -152,135 +186,173 @@ class Scorer:
         template: str,
         urls: Mapping[str, Sequence[str]],
     ):
-        """`template` is the expander's own text, which must not be in an expansion."""
+        """`template` is the expander's own instruction, which must not appear in an expansion."""
         self.config, self.renderer, self.features, self.template = config, renderer, features, template
         self.rewards = load_rewards(config.rewards, urls)
-        specs = [RewardSpec(f"safety {c.name}", c.function, timeout=c.timeout, max_failures=1) for c in config.safety]
+        specs = []
+        for check in config.safety:
+            # max_failures 1: a failed check is handled here, and always ends the run
+            specs.append(RewardSpec(f"safety {check.name}", check.function, timeout=check.timeout, max_failures=1))
         self.safety = list(zip(config.safety, load_rewards(specs, urls)))
         self.trained = [reward.spec.name for reward in self.rewards if not reward.spec.heldout_only] + [DIVERSITY]
         """Rewards that TRL gets, in its order."""
         self.noise: dict[str, Noise] = {}
-        """Of the rewards, once it is known."""
+        """Noise by reward, once it has been measured."""
 
     def __call__(
         self, expansions: Sequence[Expansion], seeds: Sequence[int], group_size: int, heldout: bool = False
     ) -> Scored:
-        """Scores whole groups; `seeds` has one for each expansion. With `heldout`, those rewards too that only measure.
+        """Scores whole groups; `seeds` has one seed for each expansion. With `heldout`, heldout_only rewards are scored
+        too.
 
-        Raises UserError when a safety check cannot be had, or when pictures or scores fail too often.
+        Raises UserError when a safety check cannot be made, or when images or scores fail too often.
         """
-        if len(expansions) % group_size:
+        if len(expansions) % group_size:  # diversity would compare expansions of different prompts
             raise ValueError(f"{len(expansions)} expansions are not whole groups of {group_size}")
         began = time.perf_counter()
         faults = [causes(e.record.prompt, e.text, e.ended, self.template, e.special) for e in expansions]
-        drawn = [i for i, found in enumerate(faults) if not found]
         unsafe: list[list[str]] = [[] for _ in expansions]
-        texts = [expansions[i].text for i in drawn]
-        self._apply("text", unsafe, drawn, texts, [expansions[i] for i in drawn])
-        drawn = [i for i in drawn if not unsafe[i]]
+        # what fails a cheap check is neither drawn nor judged
+        rows = [i for i, found in enumerate(faults) if not found]
+        written = [expansions[i] for i in rows]
+        self._check_safety("text", unsafe, rows, [e.text for e in written], written)
+        rows = [i for i in rows if not unsafe[i]]
         checked = time.perf_counter()
 
-        jobs = list(dict.fromkeys((expansions[i].text, seeds[i]) for i in drawn))  # alike from one noise: one picture
-        rendering = self.renderer([text for text, _ in jobs], [seed for _, seed in jobs])
-        place = {job: n for n, job in enumerate(jobs)}
-        images: list[Image.Image | None] = [None] * len(expansions)
-        cut = [0] * len(expansions)
-        for i in drawn:
-            n = place[expansions[i].text, seeds[i]]
-            images[i], cut[i] = rendering.images[n], rendering.cut[n]
+        images, cut, renders, failures = self._draw(expansions, seeds, rows)
         rendered = time.perf_counter()
 
-        seen = [i for i in drawn if images[i] is not None]
-        pictures = [image for i in seen if (image := images[i]) is not None]
-        there = [expansions[i] for i in seen]
-        self._apply("image", unsafe, seen, pictures, there)
+        drawn = [i for i in rows if images[i] is not None]
+        shown = [image for image in images if image is not None]
+        written = [expansions[i] for i in drawn]
+        self._check_safety("image", unsafe, drawn, shown, written)
         rewards = [reward for reward in self.rewards if heldout or not reward.spec.heldout_only]
-        scores = self._score(rewards, there, pictures)
-        features = self._features(len(expansions), seen, pictures)
-        values, valid = self._gated(rewards, scores, seen, [not f and not u for f, u in zip(faults, unsafe)])
-        distances = _diversity(features, images, faults, unsafe, group_size)
-        values = np.column_stack([values, [d or 0.0 for d in distances]])
-        valid = np.column_stack([valid, [d is not None for d in distances]])
-        names = [*(reward.spec.name for reward in rewards), DIVERSITY]
-        failures = rendering.failures + sum((scores.failures[n] for n in names[:-1]), Counter())
-        seconds = {"render": rendered - checked, "score": time.perf_counter() - rendered + checked - began}
+        scores = self._score(rewards, written, shown)
+        passed = _passed(faults, unsafe)
+        values, valid = self._gated(rewards, scores, drawn, passed)
+        features = self._features(expansions, seeds, drawn, shown)
         there_N = [image is not None for image in images]
+        distances_N = np.array(_diversity(features, there_N, passed, group_size), float)  # None becomes NaN
+        names = [reward.spec.name for reward in rewards]
+        for name in names:
+            failures += scores.failures[name]
         return Scored(
-            names, values, valid, faults, unsafe, images, there_N, features, cut, len(jobs), failures, seconds,
-            self.noise,
-        )  # fmt: skip
+            names=[*names, DIVERSITY],
+            values_NK=np.column_stack([values, np.nan_to_num(distances_N)]),
+            valid_NK=np.column_stack([valid, ~np.isnan(distances_N)]),
+            causes_N=faults,
+            unsafe_N=unsafe,
+            images_N=images,
+            drawn_N=there_N,
+            features=features,
+            cut_N=cut,
+            renders=renders,
+            failures=failures,
+            seconds={"render": rendered - checked, "score": time.perf_counter() - rendered + checked - began},
+            noise=self.noise,
+        )
 
-    def _apply(
-        self, kind: str, unsafe: list[list[str]], rows: Sequence[int], seen: Sequence[Any], there: Sequence[Expansion]
+    def _draw(
+        self, expansions: Sequence[Expansion], seeds: Sequence[int], rows: Sequence[int]
+    ) -> tuple[list[Image.Image | None], list[int], int, Counter[str]]:
+        """(images, cut tokens, number of images drawn, failures): the first two for all expansions."""
+        keys = _image_keys(expansions, seeds, rows)
+        jobs = list(dict.fromkeys(keys))  # the same text and noise give the same image, which is drawn once
+        rendering = self.renderer([text for text, _ in jobs], [seed for _, seed in jobs])
+        images: list[Image.Image | None] = [None] * len(expansions)
+        cut = [0] * len(expansions)
+        for i, key in zip(rows, keys):
+            n = jobs.index(key)
+            images[i], cut[i] = rendering.images[n], rendering.cut[n]
+        return images, cut, len(jobs), Counter(rendering.failures)
+
+    def _check_safety(
+        self,
+        kind: str,
+        unsafe: list[list[str]],
+        rows: Sequence[int],
+        inputs: Sequence[Any],
+        expansions: Sequence[Expansion],
     ) -> None:
-        """Adds to `unsafe`, at the given rows, the names of the checks of this kind that are failed."""
+        """Adds to `unsafe`, at the given rows, the names of the failed checks of this kind (text or image)."""
         checks = [(spec, check) for spec, check in self.safety if spec.sees == kind]
         if not rows or not checks:
             return
-        scores = self._score([check for _, check in checks], there, seen)
+        scores = self._score([check for _, check in checks], expansions, inputs)
         for k, (spec, _) in enumerate(checks):
             if not scores.valid_NK[:, k].all():
                 reasons = scores.failures[scores.names[k]].most_common(1)
                 reason = reasons[0][0] if reasons else "it gave no score"
                 raise UserError(
-                    f"safety {spec.name}: cannot be checked: {reason}; the run stops, since nothing is safe by default"
+                    f"safety {spec.name}: cannot be checked: {reason}; the run ends, since nothing is safe by default"
                 )
             for row, score in zip(rows, scores.values_NK[:, k]):
                 if not 0 <= score <= 1:
-                    raise UserError(f"safety {spec.name}: a score is {score:g}: return a probability, 1 is safe")
+                    raise UserError(f"safety {spec.name}: a score is {score:g}; return a probability, where 1 is safe")
                 if score < spec.threshold:
                     unsafe[row].append(spec.name)
 
-    def _score(self, rewards: Sequence[Reward], there: Sequence[Expansion], pictures: Sequence[Any]) -> Scores:
-        return asyncio.run(score_all(rewards, pictures, [e.record.prompt for e in there], self.columns(there)))
+    def _score(self, rewards: Sequence[Reward], expansions: Sequence[Expansion], inputs: Sequence[Any]) -> Scores:
+        prompts = [e.record.prompt for e in expansions]
+        return asyncio.run(score_all(rewards, inputs, prompts, self.columns(expansions)))
 
-    def columns(self, there: Sequence[Expansion]) -> dict[str, Sequence[Any]]:
-        """Every reward sees the user's prompt and its columns, and the column `expansion`. Where a prompt has no
-        requirements they are None, so that the rubric finds them: an expansion is always held to its prompt."""
-        records = [e.record for e in there]
-        requirements = [r.requirements or None for r in records]
-        return {**columns(records), "expansion": [e.text for e in there], "requirements": requirements}
+    def columns(self, expansions: Sequence[Expansion]) -> dict[str, Sequence[Any]]:
+        """The columns that every reward sees: those of the user's prompt, and `expansion`."""
+        records = [e.record for e in expansions]
+        # None makes the rubric derive requirements from the user's prompt, never from the expansion
+        requirements = [record.requirements or None for record in records]
+        return {**columns(records), "expansion": [e.text for e in expansions], "requirements": requirements}
 
-    def _features(self, count: int, seen: Sequence[int], pictures: list[Image.Image]) -> Tensor | None:
-        if not seen:
+    def _features(
+        self, expansions: Sequence[Expansion], seeds: Sequence[int], drawn: Sequence[int], images: list[Image.Image]
+    ) -> Tensor | None:
+        """(N, E), computed once for an image that several expansions share."""
+        if not drawn:
             return None
-        first = list({id(p): p for p in pictures}.values())
-        order = {id(p): n for n, p in enumerate(first)}
-        found = self.features(first)
-        features = torch.zeros(count, found.shape[1])
-        features[list(seen)] = found[[order[id(p)] for p in pictures]]
+        keys = _image_keys(expansions, seeds, drawn)
+        unique = dict(zip(keys, images))
+        order = list(unique)
+        unique_UE = self.features(list(unique.values()))
+        features = torch.zeros(len(expansions), unique_UE.shape[1])
+        features[list(drawn)] = unique_UE[list(map(order.index, keys))]
         return features
 
     def _gated(
-        self, rewards: Sequence[Reward], scores: Scores, seen: Sequence[int], passed: Sequence[bool]
+        self, rewards: Sequence[Reward], scores: Scores, drawn: Sequence[int], passed: Sequence[bool]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(N, K) values and whether they are there, from the scores of the rows `seen`."""
+        """(N, K) values and validity, from the scores of the rows `drawn`."""
         values = np.zeros((len(passed), len(rewards)))
         valid = np.zeros(values.shape, bool)
-        rows = list(seen)
+        rows = list(drawn)
         values[rows], valid[rows] = scores.values_NK, scores.valid_NK
         gate_N = np.array(passed, float)
         for k, reward in enumerate(rewards):
+            if reward.spec.heldout_only:
+                continue  # it measures the images that were drawn; a penalty would hide what they are like
             name = reward.spec.name
             worst = self.config.worst.get(name, 0.0)
             lowest = values[valid[:, k], k].min(initial=np.inf)
-            if lowest < worst and not reward.spec.heldout_only:
+            # then failing a check would pay more than passing it
+            if lowest < worst:
                 raise RewardError(
-                    f"reward {name}: a score of {lowest:g} is below the worst ({worst:g}) that a gated expansion gets:"
-                    " set worst, or scale and offset"
+                    f"reward {name}: a score of {lowest:g} is below the worst score ({worst:g}) that an expansion gets"
+                    " when a check fails; set worst, or scale and offset"
                 )
-            if not reward.spec.heldout_only:  # what only measures, measures what was drawn
-                values[:, k], valid[:, k] = gate(values[:, k], valid[:, k], gate_N, worst)
+            values[:, k], valid[:, k] = gate(values[:, k], valid[:, k], gate_N, worst)
         return values, valid
 
 
-def with_floor(values_N: np.ndarray, valid_N: np.ndarray, group_size: int, floor: float) -> np.ndarray:
-    """Values from which TRL, which knows no floor, computes the advantages of one reward with a floor.
+def _image_keys(expansions: Sequence[Expansion], seeds: Sequence[int], rows: Sequence[int]) -> list[tuple[str, int]]:
+    return [(expansions[i].text, seeds[i]) for i in rows]
 
-    TRL has (R - mean) / (std + 1e-4). With deviations from the group's mean c times as large, that is
+
+def with_floor(values_N: np.ndarray, valid_N: np.ndarray, group_size: int, floor: float) -> np.ndarray:
+    """Values from which TRL computes the advantages of one reward with a noise floor, which TRL itself does not have.
+
+    TRL computes (R - mean) / (std + 1e-4). If deviations from the group's mean are multiplied by c, this becomes
     c (R - mean) / (c std + 1e-4). Where std is below the floor, c = 1e-4 / (floor - std + 1e-4) makes it
     (R - mean) / (floor + 1e-4). A flat group gets one number: its mean, rounded to 12 bits, so that the fp32 mean of
-    equal numbers is that number and nothing is left.
+    equal numbers is exactly that number and the advantages are exactly 0.
     """
     if not floor:
         return values_N
@@ -299,22 +371,17 @@ def with_floor(values_N: np.ndarray, valid_N: np.ndarray, group_size: int, floor
 
 
 def gate(values_N: np.ndarray, valid_N: np.ndarray, gate_N: np.ndarray, worst: float) -> tuple[np.ndarray, np.ndarray]:
-    """g R + (1 - g) R_min, and what is there: all that is gated, whether it was drawn or not. g is 0 or 1."""
+    """(g R + (1 - g) R_min, validity): a gated expansion has a score, whether it was drawn or not. g is 0 or 1."""
     return gate_N * values_N + (1 - gate_N) * worst, valid_N | (gate_N == 0)
 
 
 def _diversity(
-    features: Tensor | None,
-    images: Sequence[Image.Image | None],
-    faults: Sequence[Sequence[str]],
-    unsafe: Sequence[Sequence[str]],
-    group_size: int,
+    features: Tensor | None, there: Sequence[bool], passed: Sequence[bool], group_size: int
 ) -> list[float | None]:
-    passed = [not f and not u for f, u in zip(faults, unsafe)]
     if features is None:
         return [None if ok else 0.0 for ok in passed]
-    found: list[float | None] = []
-    for i in range(0, len(passed), group_size):
-        group = slice(i, i + group_size)
-        found += contributions(features[group], [image is not None for image in images[group]], passed[group])
-    return found
+    distances: list[float | None] = []
+    for first in range(0, len(passed), group_size):
+        group = slice(first, first + group_size)
+        distances += contributions(features[group], there[group], passed[group])
+    return distances

@@ -1,4 +1,4 @@
-"""The messages that ask a chat model for an expansion, from prompts/expander.md: what training and any server see."""
+"""The chat messages that ask for an expansion, from prompts/expander.md; training and servers use the same ones."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ FILE = Path(prompts.__file__).parent / "expander.md"
 class ExpanderTemplate:
     system: str
     user: str
-    """The user's message, with $prompt where the prompt stands."""
+    """The user's message, with $prompt in place of the prompt."""
     hash: str
     """First 16 hex digits of the file's SHA-256."""
 
 
 @cache
 def template() -> ExpanderTemplate:
-    """What is under the headings `## system` and `## user` of the file."""
+    """The texts under the headings `## system` and `## user` of the file."""
     text = FILE.read_text(encoding="utf-8")
     _, system, user = (part.strip() for part in text.replace("## user", "## system").split("## system"))
     return ExpanderTemplate(system, user, hashlib.sha256(text.encode()).hexdigest()[:16])
 
 
 def messages(user: str) -> list[dict[str, str]]:
-    """Chat messages, as /v1/chat/completions takes them, for a user's prompt. The answer is the expansion."""
-    said = template()
+    """Chat messages for /v1/chat/completions from a user's prompt. The answer is the expansion."""
+    parts = template()
     return [
-        {"role": "system", "content": said.system},
-        {"role": "user", "content": Template(said.user).substitute(prompt=user)},
+        {"role": "system", "content": parts.system},
+        {"role": "user", "content": Template(parts.user).substitute(prompt=user)},
     ]

@@ -1,16 +1,16 @@
-"""What an expansion may not be, and figures of a group of them. Texts in, plain numbers out.
+"""Format checks of an expansion, and text metrics of a group of expansions.
 
-The format check names every cause that applies:
+The format check returns every cause that applies:
 
 | cause | the expansion |
 |---|---|
 | empty | has no letter or digit |
-| truncated | ended without the model's end token: it ran into the length limit |
-| language | is mostly in a script that the prompt is not written in |
-| leaked | holds a tag of the chat template, or a stretch of the template's own text |
+| truncated | ended at the length limit, without the model's end token |
+| language | is mostly in a script that the prompt does not use |
+| leaked | contains a tag of the chat template, or a passage of the template's own text |
 
-The language is told by its script alone, so English for a French prompt passes, and Han characters and kana are one
-script, since a short Japanese prompt may have no kana. Text in quotation marks counts on neither side: it is copied.
+Only the script is compared: an English answer to a French prompt passes. Han characters and kana count as one script,
+because a short Japanese prompt may have no kana. Text in quotation marks is ignored on both sides, since it is copied.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 
 CAUSES = ("empty", "truncated", "language", "leaked")
 SHINGLE = 8
-"""Words in a row of the template that count as leaked; fewer are common in any caption."""
+"""So many consecutive words of the template count as leaked; shorter passages occur in any caption."""
 TAG = re.compile(
     r"<\|[^|<>]{1,40}\|>|</?(?:s|think|system|user|assistant|tool_call)>|\[/?INST\]|<<SYS>>", re.IGNORECASE
 )
@@ -31,58 +31,68 @@ KANA = ("HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA")
 
 
 def causes(prompt: str, expansion: str, ended: bool, template: str, special: Sequence[str] = ()) -> list[str]:
-    """Which of CAUSES apply. `special` are the tokenizer's special tokens that the model wrote before its end."""
-    found = {
+    """The CAUSES that apply. `special` are special tokens that the model wrote before its end token."""
+    applies = {
         "empty": not any(c.isalnum() for c in expansion),
         "truncated": not ended,
         "language": not same_script(prompt, expansion),
         "leaked": bool(special) or leaked(prompt, expansion, template),
     }
-    return [cause for cause in CAUSES if found[cause]]
+    return [cause for cause in CAUSES if applies[cause]]
 
 
 def same_script(prompt: str, expansion: str) -> bool:
     """Whether most letters of the expansion are in the scripts of the prompt; True where either has no letters."""
+    # a caption may quote a foreign sign
     wanted, written = scripts(QUOTED.sub(" ", prompt)), scripts(QUOTED.sub(" ", expansion))
     if not wanted or not written:
         return True
-    return 2 * sum(count for script, count in written.items() if script in wanted) > sum(written.values())
+    matching = sum(written[script] for script in wanted)
+    return 2 * matching > written.total()
 
 
 def scripts(text: str) -> Counter[str]:
-    """Letters by script, as Unicode names it: LATIN, CYRILLIC, ...; kana are among CJK."""
-    names = (unicodedata.name(c, "?").split()[0] for c in text if c.isalpha())
-    return Counter("CJK" if name in KANA else name for name in names)
+    """Number of letters by script, as Unicode names it: LATIN, CYRILLIC, ...; kana count as CJK."""
+    counts: Counter[str] = Counter()
+    for letter in filter(str.isalpha, text):
+        script = unicodedata.name(letter, "?").split()[0]  # "LATIN SMALL LETTER A"
+        counts["CJK" if script in KANA else script] += 1
+    return counts
 
 
 def leaked(prompt: str, expansion: str, template: str) -> bool:
-    """Whether tags of a chat template, or SHINGLE words in a row of the template's text, are in the expansion.
+    """Whether the expansion contains a tag of a chat template, or SHINGLE consecutive words of the template.
 
-    What the prompt itself says may be repeated.
+    Text of the prompt itself may be repeated.
     """
     if TAG.search(expansion) and not TAG.search(prompt):
         return True
-    return bool((set(_shingles(template)) - set(_shingles(prompt))) & set(_shingles(expansion)))
+    forbidden = set(_shingles(template)) - set(_shingles(prompt))
+    return not forbidden.isdisjoint(_shingles(expansion))
 
 
 def quoted(prompt: str) -> list[str]:
-    """The texts that stand in quotation marks."""
+    """The texts in quotation marks."""
+    # one group of the pattern for each kind of quotation mark, all but one of them empty
     return [next(filter(None, match)) for match in QUOTED.findall(prompt)]
 
 
 def verbatim(texts: Sequence[str], expansion: str) -> bool | None:
-    """Whether the expansion holds all these texts exactly; None where there are none."""
+    """Whether the expansion contains all these texts exactly; None if there are none."""
     return all(text in expansion for text in texts) if texts else None
 
 
 def distinct(expansions: Sequence[str], n: int) -> float | None:
-    """Share of different n-grams of words among all in a group of expansions, in (0, 1]; None where there are none."""
-    grams = [gram for text in expansions for gram in _grams(_words(text), n)]
+    """Share of distinct word n-grams among all n-grams of a group of expansions, in (0, 1]; None if there are none."""
+    grams: list[tuple[str, ...]] = []
+    for text in expansions:
+        grams += _grams(_words(text), n)
     return len(set(grams)) / len(grams) if grams else None
 
 
 def _shingles(text: str) -> Iterator[tuple[str, ...]]:
     words = _words(text)
+    # a template of up to three words would forbid common phrases
     return _grams(words, min(SHINGLE, len(words))) if len(words) > 3 else iter(())
 
 

@@ -1,18 +1,17 @@
-"""Checkpoints that TRL's trainers write, made whole or not there as checkpoint.py's are, of safetensors and JSON alone.
+"""Makes the checkpoints of TRL's trainers atomic, and keeps them in safetensors and JSON, not pickle.
 
-Beside the adapter and trainer_state.json, the trainer's own, a checkpoint has
+A checkpoint has the trainer's own adapter and trainer_state.json, and
 
-    state.safetensors, state.json          the optimiser and the schedule of its rate
-    rng-<process>.safetensors and .json    each process's generators
-    manifest.json                          written last; what does not fit it is not read
+    state.safetensors, state.json          optimiser and learning-rate schedule
+    rng-<process>.safetensors and .json    random generators of each process
+    manifest.json                          written last; a checkpoint that does not match it is ignored
 
-The trainers by themselves would keep all but the first two in torch's own format, which is pickled.
+Without this the trainers would pickle everything but the first two.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,16 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from posttrain.log import log
 from posttrain.training.checkpoint import flatten_optimizer, problem, restore_optimizer, restore_rng, rng_state, seal
 
 ARGUMENTS = "training_args.bin"
 
 
 class PlainState:
-    """What a trainer keeps besides weights, in plain files; to stand before its class, whose methods these replace.
+    """Mixin before a trainer class: saves optimiser, schedule and generators as safetensors and JSON.
 
-    For one process, or several that hold the same (no FSDP, no DeepSpeed).
+    For one process, or several with equal weights (no FSDP, no DeepSpeed).
     """
 
     args: Any
@@ -39,7 +39,7 @@ class PlainState:
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
-            tensors, state = flatten_optimizer(self.optimizer.optimizer)
+            tensors, state = flatten_optimizer(self.optimizer.optimizer)  # inside accelerate's wrapper
             _write(Path(output_dir), "state", tensors, [state, self.lr_scheduler.state_dict()])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -52,7 +52,7 @@ class PlainState:
         _write(Path(output_dir), self._rng, *rng_state())
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """A process that the saved run did not have keeps its own."""
+        """Restores this process's generators; a process that the saved run did not have keeps its own."""
         if checkpoint is not None and (Path(checkpoint) / f"{self._rng}.json").exists():
             restore_rng(*_read(Path(checkpoint), self._rng))
 
@@ -62,7 +62,7 @@ class PlainState:
 
 
 def _write(folder: Path, name: str, tensors: dict[str, Tensor], state: Any) -> None:
-    folder.mkdir(parents=True, exist_ok=True)  # another process may be before the one that saves the weights
+    folder.mkdir(parents=True, exist_ok=True)  # another process may arrive before the one that saves the weights
     plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     save_file(plain, folder / f"{name}.safetensors")
     (folder / f"{name}.json").write_text(json.dumps(state, indent=1) + "\n")
@@ -72,23 +72,23 @@ def _read(folder: Path, name: str) -> tuple[dict[str, Tensor], Any]:
     return load_file(folder / f"{name}.safetensors"), json.loads((folder / f"{name}.json").read_text())
 
 
-class Sealed(TrainerCallback):
-    """Writes the manifest of each checkpoint that the trainer has saved."""
+class AtomicCheckpointCallback(TrainerCallback):
+    """Writes the manifest of each checkpoint that the trainer saves, which makes it valid."""
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        PartialState().wait_for_everyone()  # each process writes the state of its generators
+        PartialState().wait_for_everyone()  # every process must have written its generators
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            (folder / ARGUMENTS).unlink(missing_ok=True)
+            (folder / ARGUMENTS).unlink(missing_ok=True)  # pickled; the recipe has the same settings
             seal(folder)
 
 
 def newest(folder: Path) -> tuple[int, Path] | None:
-    """The newest whole checkpoint and its step; says which it passes over."""
-    found = [(int(path.name.rpartition("-")[2]), path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
-    for step, path in sorted(found, reverse=True):
-        wrong = problem(path)
-        if wrong is None:
+    """(step, path) of the newest valid checkpoint; reports those that it skips."""
+    checkpoints = [(int(path.name.rpartition("-")[2]), path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
+    for step, path in sorted(checkpoints, reverse=True):
+        reason = problem(path)
+        if reason is None:
             return step, path
-        print(f"posttrain: {path}: not a whole checkpoint: {wrong}; trying the one before", file=sys.stderr)
+        log.info(f"{path}: not a whole checkpoint: {reason}; trying the one before")
     return None

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import model_validator
 
-from posttrain.config import metrics
+from posttrain.config import metric_names
 from posttrain.config.sections import LoraConfig, PromptsConfig, Rewards, TrainingConfig
 from posttrain.config.types import (
     AtLeast0,
@@ -132,7 +132,7 @@ class GRPOConfig(TrainingConfig):
     def metric_names(self) -> list[str]:
         # A reward of whole groups has a score only where evaluations draw groups.
         rewards = [reward.name for reward in self.rewards if self.eval.groups or not reward.group]
-        return metrics.names(rewards, self.eval.guidance, self.eval.groups)
+        return metric_names.names(rewards, self.eval.guidance, self.eval.groups)
 
     @model_validator(mode="after")
     def _fits(self) -> GRPOConfig:
@@ -148,7 +148,7 @@ class GRPOConfig(TrainingConfig):
         """What is trained on rises while it is being cheated, so it can neither pick a step nor end a run."""
         chosen = {"eval.best": self.eval.best, "eval.stop.metric": self.eval.stop.metric}
         for reward in self.rewards:
-            own = [reward.name + metrics.suffix(scale) for scale in self.eval.guidance]
+            own = [reward.name + metric_names.suffix(scale) for scale in self.eval.guidance]
             field = next((field for field, name in chosen.items() if name in own), None)
             alike = next((other.name for other in trained if other.function == reward.function), None)
             if field is None or alike is None:

@@ -17,9 +17,10 @@ def clipped_policy(
     Zero gradient where the ratio has already left the band in the direction of its advantage. Metrics are sums
     over the samples, to be divided by their number.
     """
-    ratio = log_ratio_B.float().exp()
+    ratio = log_ratio_B.float().exp()  # in bf16 a ratio near 1 would have two decimals
     advantages_B = advantages_B.to(ratio)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    # The pessimistic bound of PPO (arXiv:1707.06347, eq. 7), with a band of its own on each side as in DAPO.
     loss_B = -torch.minimum(ratio * advantages_B, clipped * advantages_B)
     with torch.no_grad():
         metrics = {

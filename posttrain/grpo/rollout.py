@@ -66,13 +66,15 @@ def rollout(
     x = sampler.noise([s[0] for s in first], shape).to(k2.device)
     transitions = []
     for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
-        if i == window.start:
+        if i == window.start:  # from here on each image has noise of its own
             x = x.expand(len(seeds), *shape)
+        # Micro-batches set memory; the result is the same within rounding.
         v = torch.cat([k2.velocity(part, t, text, height, width) for part in x.split(micro_batch)])
         if i not in window:
             x = sampler.ode_step(x, v, t, t_next)
             continue
         mean, std = sampler.sde_moments(x, v, t, t_next, dynamics, eta, times[1])
+        # Seed 0 is that of the first noise, 1 that of the window's first step, and so on.
         noise = sampler.noise([s[1 + i - window.start] for s in seeds], shape).to(k2.device)
         x_next = mean + std * noise
         log_prob = sampler.log_prob(x_next, mean, std)

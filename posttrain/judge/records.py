@@ -1,14 +1,13 @@
-"""What a judge is trained on: pairs of a preference set or of JSONL, or images with and without faults.
+"""The training data of a judge: pairs from a preference set or JSONL, or images with and without faults.
 
-Every image is read once at the start, so that a bad one is named before a model is loaded. None is held in memory:
-training reads an image again when it needs it.
+Every image is read once at the start, so that a bad one is reported before a model is loaded. Images are not kept in
+memory: training reads them again when it needs them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,27 +20,30 @@ from torch.utils.data import DataLoader, Dataset
 
 from posttrain.errors import UserError
 from posttrain.judge.config import JudgeConfig
+from posttrain.log import log
 from posttrain.preferences.dataset import Preference, Preferences, read_preferences
+from posttrain.preferences.heldout import in_share
 from posttrain.preferences.sources import Skipped
 from prompts.parse import parse_json
 from prompts.templates import Template
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 MARKS = "artifacts.jsonl"
-"""In a directory: its records for mode artifact."""
+"""File name of the records for mode artifact in a directory."""
 UNKNOWN = "unknown"
+"""Policy of an image whose origin is not recorded."""
 
 
 @dataclass(frozen=True)
 class Files:
-    """Images in files of their own."""
+    """The images of a record, as image files."""
 
     paths: tuple[Path, ...]
     where: str
-    """For messages."""
+    """File and line, for messages."""
 
     def read(self) -> list[Image.Image]:
-        """In RGB. Raises UserError for one that cannot be read."""
+        """The images in RGB. Raises UserError for one that cannot be read."""
         images = []
         for path in self.paths:
             try:
@@ -49,9 +51,7 @@ class Files:
                     images.append(image.convert("RGB"))
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 name = type(error).__name__
-                raise UserError(
-                    f"{self.where}: {path} is no image that can be read ({name}); mend or drop it"
-                ) from None
+                raise UserError(f"{self.where}: {path} cannot be read as an image ({name}); fix or remove it") from None
         return images
 
 
@@ -63,7 +63,7 @@ class Row:
     row: int
 
     def read(self) -> list[Image.Image]:
-        """Chosen and rejected, in RGB. Raises UserError if the row has gone bad since the start."""
+        """Chosen and rejected, in RGB. Raises UserError if the row has become unreadable since the start."""
         pair = self.preferences[self.row]
         if isinstance(pair, Skipped):
             raise UserError(f"{pair.where}: {pair.reason}; restore {self.preferences.path} as it was at the start")
@@ -76,26 +76,28 @@ class Record:
 
     images: Files | Row
     share: float
-    """Of votes for the first image (preference) or for a fault (artifact), in [0, 1]."""
+    """Share of votes for the first image (preference) or for a fault (artifact), in [0, 1]."""
     key: str
-    """Names the images, wherever the data lie: the id of a pair, or the files' names and sizes."""
+    """Identifies the images independently of the data's location: a pair's id, or the files' names and sizes."""
     prompt: str | None = None
     sources: tuple[str, ...] = ()
-    """Who drew the images, and, of a preference set, who preferred: human or synthetic. Each once, sorted."""
+    """Generators of the images and, in a preference set, the kind of choice (human or synthetic); sorted."""
     chance: float | None = None
-    """Where choices are simulated: how probable this one was. Only for the noise ceiling."""
+    """For simulated choices: the probability of this choice. Used only for the noise ceiling."""
     corrupt: bool = False
-    """The image is corrupted when it is read."""
+    """Whether a fault is added to the image when it is read for training."""
 
     @property
     def group(self) -> str:
-        """Records of one group are on one side of the held-out split."""
+        """Records of one group are on the same side of the held-out split."""
         return self.prompt if self.prompt is not None else self.key
 
 
 def read_records(config: JudgeConfig) -> list[Record]:
-    """All records of `config.data`. Raises UserError with the file and line, or row, of a bad one; of a preference set
-    only if more than the share `max_bad` is bad, and else warns of those left out."""
+    """All records of `config.data`. Raises UserError with the file and line, or row, of a bad one.
+
+    In a preference set, bad rows are left out with a warning if their share is at most `max_bad`.
+    """
     path = Path(config.data)
     if config.mode == "artifact" and path.is_dir() and not (path / MARKS).is_file():
         records = _good_images(path)
@@ -105,42 +107,49 @@ def read_records(config: JudgeConfig) -> list[Record]:
         records = _lines(path, config.mode)
     else:
         return _pairs(read_preferences(config.data, config.columns, config.max_bad), config.workers)
-    for problem in _read_once([r.images for r in records if not r.corrupt], config.workers):
+    # a corrupted record has the file of a good one, which is read anyway
+    images = [r.images for r in records if not r.corrupt]
+    for problem in _read_once(images, config.workers):
         if problem is not None:
             raise UserError(problem)
     return records
 
 
 def fingerprint(records: Sequence[Record]) -> str:
-    """Changes when a record does, or their order; not when the data are moved elsewhere."""
+    """A hash of the records and their order, which does not change when the data move to another place."""
     digest = hashlib.sha256()
     for r in records:
-        digest.update(f"{(r.key, r.share, r.prompt, r.sources, r.corrupt)!r}\n".encode())
+        fields = (r.key, r.share, r.prompt, r.sources, r.corrupt)
+        digest.update(f"{fields!r}\n".encode())
     return digest.hexdigest()[:32]
 
 
 def check_prompts(records: Sequence[Record], template: Template, path: str) -> None:
     if template.fields - {"prompt"}:
-        raise UserError(f"template {template.name}: a judge's question may hold $prompt and no other field")
+        raise UserError(f"template {template.name}: a judge's question may use $prompt and no other field")
     if template.fields and any(r.prompt is None for r in records):
         raise UserError(f"data: {path}: template {template.name} asks about $prompt, but a record has no prompt")
 
 
 def split(records: Sequence[Record], config: JudgeConfig) -> tuple[list[Record], list[Record]]:
-    """(training, held out): by the hash of the prompt, so that a prompt is on one side; and by generator."""
+    """(training, held out) records.
 
-    def kept_back(record: Record) -> bool:
-        digest = hashlib.sha256(f"{config.seed}:{record.group}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") < config.heldout * 2**64
-
-    known = {source for r in records for source in r.sources}
-    foreign = set(config.heldout_sources)
-    if missing := foreign - known:
+    The hash of the prompt decides, so that all records of a prompt are on one side; and all records of a generator in
+    `heldout_sources` are held out.
+    """
+    heldout_sources = set(config.heldout_sources)
+    known: set[str] = set()
+    training, heldout = [], []
+    for record in records:
+        known.update(record.sources)
+        by_source = not heldout_sources.isdisjoint(record.sources)
+        by_hash = in_share(f"{config.seed}:{record.group}", config.heldout)
+        (heldout if by_source or by_hash else training).append(record)
+    if missing := heldout_sources - known:
         raise UserError(
-            f"heldout_sources: no record is from {sorted(missing)[0]}; the data have: {', '.join(sorted(known)) or '-'}"
+            f"heldout_sources: no record is from {sorted(missing)[0]}; the sources are"
+            f" {', '.join(sorted(known)) or 'none'}"
         )
-    training = [r for r in records if not kept_back(r) and foreign.isdisjoint(r.sources)]
-    heldout = [r for r in records if kept_back(r) or not foreign.isdisjoint(r.sources)]
     if not training or not heldout:
         raise UserError(
             f"data: {config.data}: {len(training)} records to train on and {len(heldout)} held out; "
@@ -162,7 +171,7 @@ def _pairs(preferences: Preferences, workers: int) -> list[Record]:
             tally.add(facts)
             continue
         key, prompt, share, sources = facts
-        if key not in seen:
+        if key not in seen:  # a set may hold a pair several times, one row for each vote
             records.append(Record(Row(preferences, i), share, key, prompt, sources))
             seen.add(key)
     repeated = len(rows) - len(records) - len(tally.bad) - tally.ties
@@ -170,13 +179,13 @@ def _pairs(preferences: Preferences, workers: int) -> list[Record]:
     if any(left_out.values()):
         counts = ", ".join(f"{count} {name}" for name, count in left_out.items() if count)
         reasons = f": {tally.first()}" if tally.bad else ""
-        print(f"posttrain: warning: {preferences.path}: rows left out: {counts}{reasons}", file=sys.stderr)
+        log.warning(f"{preferences.path}: rows left out: {counts}{reasons}")
     return records
 
 
 @dataclass(frozen=True)
 class _Facts:
-    """What a row is, without its images."""
+    """A row of a preference set, read without keeping its images."""
 
     preferences: Preferences
     row: int
@@ -195,22 +204,27 @@ class _Facts:
 def _good_images(folder: Path) -> list[Record]:
     files = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGES)
     if not files:
-        raise UserError(f"data: {folder} holds no {MARKS} and no image ({', '.join(IMAGES)})")
-    return [
-        Record(Files((file,), "data"), float(corrupt), _key([file], folder), corrupt=corrupt)
-        for file in files
-        for corrupt in (False, True)
-    ]
+        raise UserError(f"data: {folder} contains no {MARKS} and no image ({', '.join(IMAGES)})")
+    records = []
+    for file in files:
+        key = _key([file], folder)
+        # each good image is shown as it is and with a fault, so that the judge learns the fault, not the subject
+        for corrupt in (False, True):
+            records.append(Record(Files((file,), "data"), float(corrupt), key, corrupt=corrupt))
+    return records
 
 
 def _lines(path: Path, mode: str) -> list[Record]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines, which also splits at U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data: {path} cannot be read as a JSONL file: {error}") from None
-    records = [_record(line, f"{path}:{n}", path.parent, mode) for n, line in enumerate(lines, 1) if line.strip()]
+    records = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            records.append(_record(line, f"{path}:{number}", path.parent, mode))
     if not records:
-        raise UserError(f"data: {path} holds no record; write one JSON object a line")
+        raise UserError(f"data: {path} contains no record; write one JSON object a line")
     return records
 
 
@@ -220,7 +234,7 @@ def _record(line: str, where: str, root: Path, mode: str) -> Record:
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
     if not isinstance(row, dict):
-        raise UserError(f"{where}: is not an object")
+        raise UserError(f"{where}: is not a JSON object")
     if "annotations" in row:
         raise UserError(f"{where}: is a store of posttrain annotate; give the --output of posttrain annotations")
     paths = []
@@ -229,7 +243,7 @@ def _record(line: str, where: str, root: Path, mode: str) -> Record:
             raise UserError(f"{where}: {name}: missing; write the path of an image file")
         paths.append(root / row[name])
         if not os.path.isfile(paths[-1]):  # not Path.is_file, which raises for names that no file can have
-            raise UserError(f"{where}: {name}: {row[name]} is no image that can be read (no such file)")
+            raise UserError(f"{where}: {name}: {row[name]} cannot be read as an image (no such file)")
     share = _unit(row, "share" if mode == "preference" else "fault", where)
     if share is None:
         if mode == "artifact":
@@ -238,13 +252,14 @@ def _record(line: str, where: str, root: Path, mode: str) -> Record:
     for name in ("prompt", "source", "chosen_policy", "rejected_policy"):
         if not isinstance(row.get(name), str | None):
             raise UserError(f"{where}: {name}: is not text; put it in quotes")
-    given = [row[name] for name in ("source", "chosen_policy", "rejected_policy") if row.get(name) is not None]
+    sources = {row.get(name) for name in ("source", "chosen_policy", "rejected_policy")} - {None, UNKNOWN}
     chance = _unit(row, "chance", where)
     files = Files(tuple(paths), where)
-    return Record(files, share, _key(paths, root), row.get("prompt"), tuple(sorted({*given} - {UNKNOWN})), chance)
+    return Record(files, share, _key(paths, root), row.get("prompt"), tuple(sorted(sources)), chance)
 
 
 def _unit(row: dict, name: str, where: str) -> float | None:
+    """A number in [0, 1], or true or false; None if it is missing."""
     value = row.get(name)
     if value is not None and not (isinstance(value, int | float) and 0 <= value <= 1):
         raise UserError(f"{where}: {name}: is {value!r}; use a number from 0 to 1")
@@ -260,7 +275,7 @@ def _key(paths: Sequence[Path], root: Path) -> str:
 
 @dataclass
 class _Read(Dataset):
-    """What each of `parts` reads; of Files, None or what is wrong with them."""
+    """Reads parts in worker processes. For Files it returns None, or the message if they cannot be read."""
 
     parts: Sequence[Files | _Facts]
 
@@ -273,19 +288,19 @@ class _Read(Dataset):
             return part.read()
         try:
             part.read()
-        except UserError as error:
+        except UserError as error:  # raised in a worker, it would arrive with that worker's traceback
             return str(error)
         return None
 
 
 def _read_once(parts: Sequence[Any], workers: int) -> Any:
-    """In the order of `parts`; `workers` processes share the reading."""
-    loader = DataLoader(_Read(parts), batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+    """What `_Read` returns, in the order of `parts`; `workers` processes share the reading."""
+    loader = DataLoader(_Read(parts), batch_size=None, num_workers=workers, collate_fn=_unchanged)
     shown = Console(stderr=True)
     return track(
         loader, "reading images", total=len(parts), console=shown, transient=True, disable=not shown.is_terminal
     )
 
 
-def _as_it_is(row: Any) -> Any:
+def _unchanged(row: Any) -> Any:
     return row

@@ -5,19 +5,20 @@
 The score is rho = logit(yes) - logit(no) of the answer's first token, so vLLM serves the adapter as it is and P(yes)
 is sigma(rho). `preference` fits pairs by Bradley-Terry, with the share of votes as label; `artifact` fits labels (or
 corruptions of good images) by cross-entropy. Only projections of the language model are adapted; the vision tower is
-frozen. In both, a small term keeps the answer a yes or a no, for a server reads nothing else.
+frozen. In both modes a small term keeps the answer a yes or a no, since a server reads nothing else.
 
-What is held out is split by prompt (images of one prompt are on one side), and, if asked, by generator. Accuracy,
-calibration and curves go into the adapter's model card.
+Held-out records are split off by prompt (all images of a prompt are on one side) and, if asked, by generator.
+Accuracy, calibration and curves go into the adapter's model card.
 
-A run that was stopped or killed goes on with --resume, and ends where it would have ended: the order of the records
-and their corruptions follow from the seed and the step alone.
+A run that was stopped or killed continues with --resume and ends where it would have ended, because the order of the
+records and their corruptions follow from the seed and the step alone.
 
 Legend: B records of a micro-batch; a pair is two images, the preferred one first.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import signal
@@ -41,6 +42,7 @@ from posttrain.judge.card import numbers, write_adapter
 from posttrain.judge.config import JUDGE_TARGETS, JudgeConfig
 from posttrain.judge.records import Record, check_prompts, read_records, split
 from posttrain.judge.records import fingerprint as fingerprint_of_records
+from posttrain.log import log
 from posttrain.model.fingerprint import fingerprint
 from posttrain.runs import startup
 from posttrain.runs.guard import check_run
@@ -56,7 +58,7 @@ MASS_WEIGHT = 0.1
 
 
 def train(config: JudgeConfig, resume: bool = False) -> None:
-    """Runs a recipe into its run directory. Raises UserError for what the user can mend."""
+    """Runs a recipe into its run directory. Raises UserError for a mistake that the user can fix."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("posttrain judge: trains in one process; start it without a launcher")
     check_run(config, resume)
@@ -64,8 +66,9 @@ def train(config: JudgeConfig, resume: bool = False) -> None:
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     records = read_records(config)
     check_prompts(records, template, config.data)
+    # What a resumed run must have in common with the one that it continues.
     facts = {"mode": config.mode, "template": template.hash, "data": fingerprint_of_records(records)}
-    _check_unchanged(saved, facts)
+    _check_unchanged(saved, facts)  # before the model is loaded
     training, heldout = split(records, config)
     device = PartialState().device or torch.device("cpu")
     startup.lap("inputs")
@@ -96,24 +99,24 @@ def _train(
     if saved is not None:
         _restore(saved, adapter, stepper)
         first, seen, before = saved.step, saved.state["records_seen"], saved.state["before"]
-        run.say(f"goes on after step {first}")
+        log.info(f"continues after step {first}")
     run.start(config.steps, first)
     if before is None:
         before = figures(config.mode, heldout, score(vlm, template, heldout, config), config.seed)
 
-    def save(step: int) -> None:
-        state = {"before": before, "records_seen": seen + (step - first) * config.batch}
-        _save(config, step, adapter, stepper, state, facts)
-
+    # Counted in records, as a resumed run may have another batch.
     total = seen + (config.steps - first) * config.batch
     order = [(r, epoch) for epoch, r in _epochs(len(training), total, config.seed)][seen:]
     batches = _loader(vlm, template, training, order, config)
-    loop = Loop(first, config.steps, config.checkpoint, save)
+    loop = Loop(first, config.steps, config.checkpoint)
     for step in loop:
         run.log(step, update(vlm, stepper, batches, config, step))
+        if loop.save_due(step):
+            state = {"before": before, "records_seen": seen + (step - first) * config.batch}
+            _save(config, step, adapter, stepper, state, facts)
     card: dict[str, Any] = {"figures": None, "before": before, "records": (len(training), len(heldout))}
     with stepper.averaged():
-        if loop.stopped is None:
+        if loop.stopped is None:  # who was told to stop does not measure for minutes
             card["figures"] = figures(config.mode, heldout, score(vlm, template, heldout, config), config.seed)
         write_adapter(vlm, run.path / "adapter", config, template, loop.done, card)
     after = numbers(card["figures"])
@@ -162,8 +165,8 @@ def _check_unchanged(saved: Checkpoint | None, facts: dict[str, str]) -> None:
 
 
 def update(vlm: VLM, stepper: Stepper, batches: Iterator, config: JudgeConfig, step: int) -> dict[str, float]:
-    """One optimiser update; returns means over its records."""
-    stepper.rate = 0.5 * (1 + math.cos(math.pi * (step - 1) / config.steps))
+    """One optimiser update; returns the means of its metrics over the records."""
+    stepper.rate = 0.5 * (1 + math.cos(math.pi * (step - 1) / config.steps))  # cosine decay, relative to optim.lr
     totals: dict[str, Tensor] = {}
     for _ in range(config.batch // config.micro_batch):
         inputs, share_B = next(batches)
@@ -174,14 +177,15 @@ def update(vlm: VLM, stepper: Stepper, batches: Iterator, config: JudgeConfig, s
             loss_B, metrics = losses.bradley_terry(rho_w, rho_l, share_B)
         else:
             loss_B, metrics = losses.faulty(rho, share_B)
+        # the penalty keeps the answer's probability on yes and no, where P(yes) is read from
         loss = loss_B.mean() - MASS_WEIGHT * log_mass.mean()
         (loss * len(share_B) / config.batch).backward()
         metrics |= {"loss": loss.detach() * len(share_B), "mass": log_mass.detach().exp().mean() * len(share_B)}
         for name, value in metrics.items():
             totals[name] = totals.get(name, 0.0) + value
     norm = stepper.step()
-    return {**{k: float(v) / config.batch for k, v in totals.items()}, "grad_norm": norm, **stepper.metrics(),
-            "skipped_updates": stepper.skipped}  # fmt: skip
+    means = {name: float(total) / config.batch for name, total in totals.items()}
+    return means | {"grad_norm": norm, **stepper.metrics(), "skipped_updates": stepper.skipped}
 
 
 def add_adapter(vlm: VLM, config: JudgeConfig) -> None:
@@ -199,7 +203,7 @@ def add_adapter(vlm: VLM, config: JudgeConfig) -> None:
 
 
 def _epochs(n: int, total: int, seed: int) -> Iterator[tuple[int, int]]:
-    """(epoch, index) of `total` records: all in a random order, then all in another."""
+    """(epoch, index) of `total` records: each epoch has all records in a new random order."""
     for epoch in range(-(-total // n)):
         order = np.random.default_rng([seed, epoch]).permutation(n)
         yield from ((epoch, int(i)) for i in order[: total - epoch * n])
@@ -207,7 +211,7 @@ def _epochs(n: int, total: int, seed: int) -> Iterator[tuple[int, int]]:
 
 @dataclass
 class _Batches(Dataset):
-    """Micro-batches as model inputs. Item i is rows i*size .. of `order`: (record, epoch)."""
+    """Micro-batches as model inputs. Item i holds rows i*size to (i+1)*size of `order`, (record, epoch)."""
 
     vlm: VLM
     template: Template
@@ -220,24 +224,29 @@ class _Batches(Dataset):
         return -(-len(self.order) // self.size)
 
     def __getitem__(self, i: int) -> tuple[Inputs, Tensor] | UserError:
-        """What is wrong with an image is returned: raised in a worker, it would come with that worker's traceback."""
         try:
             return self._batch(i)
-        except UserError as error:
+        except UserError as error:  # raised in a worker, it would arrive with that worker's traceback
             return error
 
     def _batch(self, i: int) -> tuple[Inputs, Tensor]:
-        rows = [(self.records[r], r, epoch) for r, epoch in self.order[i * self.size : (i + 1) * self.size]]
-        read = [self._images(record, r, epoch) for record, r, epoch in rows]
-        asked = [self.template.render(**_fields(self.template, record)) for record, _, _ in rows]
-        # First the first image of each record, then, of pairs, the second of each.
-        images = [row[place] for place in range(len(read[0])) for row in read]
-        texts = asked * (len(images) // len(asked))
-        return self.vlm.inputs(images, texts), torch.tensor([record.share for record, _, _ in rows])
+        columns: list[list[Image.Image]] = []  # first images of all records, then, for pairs, the second images
+        questions, shares = [], []
+        for r, epoch in self.order[i * self.size : (i + 1) * self.size]:
+            record = self.records[r]
+            images = self._images(record, r, epoch)
+            columns = columns or [[] for _ in images]
+            for column, image in zip(columns, images):
+                column.append(image)
+            questions.append(self.template.render(**_fields(self.template, record)))
+            shares.append(record.share)
+        flat = list(itertools.chain(*columns))
+        return self.vlm.inputs(flat, questions * len(columns)), torch.tensor(shares)
 
     def _images(self, record: Record, r: int, epoch: int) -> list[Image.Image]:
         images = record.images.read()
         if record.corrupt:
+            # a new fault in each epoch, the same one after a resume
             return [corrupt(image, np.random.default_rng([self.seed, r, epoch])) for image in images]
         return images
 
@@ -249,10 +258,10 @@ def _fields(template: Template, record: Record) -> dict[str, str]:
 def _loader(
     vlm: VLM, template: Template, records: Sequence[Record], order: list[tuple[int, int]], config: JudgeConfig
 ) -> Iterator[tuple[Inputs, Tensor]]:
-    readers = replace(vlm, model=None)  # workers read and tokenise; the model stays here
+    readers = replace(vlm, model=None)  # workers only read and tokenise, so the model is not copied to them
     batches = _Batches(readers, template, records, order, config.micro_batch, config.seed)
     if config.workers:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # what a forked process needs
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads can deadlock in a forked process
     for batch in DataLoader(batches, batch_size=None, num_workers=config.workers):
         if isinstance(batch, UserError):
             raise batch
@@ -260,69 +269,91 @@ def _loader(
 
 
 def corrupt(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """A copy with one fault somewhere: a part doubled, smeared, broken apart or shuffled in strips."""
+    """A copy with one fault at a random place: a part doubled, smeared, broken apart or shuffled in strips."""
     pixels = np.asarray(image).copy()
     height, width = pixels.shape[:2]
-    h, w = (max(4, int(side * rng.uniform(0.25, 0.5))) for side in (height, width))
+    h = max(4, int(height * rng.uniform(0.25, 0.5)))  # the part's size, a quarter to half of each side
+    w = max(4, int(width * rng.uniform(0.25, 0.5)))
     y, x = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
     part = pixels[y : y + h, x : x + w].astype(np.float32)
     axis, kind = int(rng.integers(2)), int(rng.integers(4))
     length = max(2, int((h, w)[axis] * rng.uniform(0.15, 0.35)))
-    if kind == 0:
+    if kind == 0:  # doubled
         part = 0.5 * part + 0.5 * np.roll(part, length, axis)
-    elif kind == 1:
+    elif kind == 1:  # smeared
         part = np.mean([np.roll(part, s, axis) for s in range(-length // 2, length // 2 + 1)], axis=0)
-    elif kind == 2:
+    elif kind == 2:  # broken apart
         first, second = np.array_split(part, 2, axis)
         part = np.concatenate([np.roll(first, length, 1 - axis), np.roll(second, -length, 1 - axis)], axis)
-    else:
+    else:  # shuffled
         strips = np.array_split(part, max(3, (h, w)[axis] // 4), axis)
         part = np.concatenate([strips[i] for i in rng.permutation(len(strips))], axis)
     pixels[y : y + h, x : x + w] = part.astype(np.uint8)
     return Image.fromarray(pixels)
 
 
-# ---- how good it is ---------------------------------------------------------------------------------------
+# ---- evaluation -------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def score(vlm: VLM, template: Template, records: Sequence[Record], config: JudgeConfig) -> np.ndarray:
-    """(N, images of a record): rho. Corruptions are always the same."""
+    """rho, (N, images of a record). Corruptions are those of epoch 0, so that evaluations can be compared."""
     vlm.model.eval()
     rows = []
-    for inputs, share in _loader(vlm, template, records, [(i, 0) for i in range(len(records))], config):
+    order = [(i, 0) for i in range(len(records))]
+    for inputs, share in _loader(vlm, template, records, order, config):
         rows.append(vlm.answers(inputs)[0].view(-1, len(share)).T.cpu())
     return torch.cat(rows).double().numpy()
 
 
 def figures(mode: str, records: Sequence[Record], rho: np.ndarray, seed: int) -> dict[str, Any]:
-    """Held-out figures of scores (N, 2) or (N, 1)."""
+    """Held-out figures of scores rho, (N, 2) for pairs or (N, 1) for images."""
     share = np.array([r.share for r in records])
     if mode == "preference":
         difference = rho[:, 0] - rho[:, 1]
-        right = np.where(difference > 0, share, 1 - share)
-        flip = np.random.default_rng(seed).random(len(share)) < 0.5  # the chosen one is not always first
-        p = 1 / (1 + np.exp(np.where(flip, difference, -difference)))
+        right = np.where(difference > 0, share, 1 - share)  # share of the votes that agree with the judge
+        # calibration needs both outcomes, so half of the pairs are turned round: the chosen image comes first in all
+        flip = np.random.default_rng(seed).random(len(share)) < 0.5
+        p = _sigmoid(np.where(flip, -difference, difference))
         y = np.where(flip, 1 - share, share)
-        result: dict[str, Any] = {"accuracy": float(right.mean())}
-        if all(r.chance is not None for r in records):
-            chance = np.array([r.chance for r in records])
-            ceiling = np.maximum(chance, 1 - chance)
-            result |= {"noise_ceiling": float(ceiling.mean()), "of_ceiling": float(right.mean() / ceiling.mean())}
-        quarters = [q for q in np.array_split(np.argsort(abs(difference)), 4) if len(q)]
-        result["by_margin"] = [(float(abs(difference[q]).mean()), float(right[q].mean()), len(q)) for q in quarters]
+        result = _preference_figures(records, difference, right)
     else:
-        p, y = 1 / (1 + np.exp(-rho[:, 0])), share
+        p, y = _sigmoid(rho[:, 0]), share
         right = np.where(p > 0.5, share, 1 - share)
-        good, bad = p[y <= 0.5], p[y > 0.5]
-        result = {"accuracy": float(right.mean()), "auroc": auroc(p, y)}
-        if len(good) and len(bad):
-            threshold = float(np.quantile(good, 0.99))
-            result |= {"threshold": threshold, "found_at_threshold": float((bad > threshold).mean())}
+        result = _fault_figures(p, y, right)
     result |= {"brier": brier(p, y), "ece": expected_calibration_error(p, y), "reliability": reliability(p, y)}
     result["by_source"] = {}
-    for source in sorted({source for r in records for source in r.sources}):
+    sources = set(itertools.chain.from_iterable(r.sources for r in records))
+    for source in sorted(sources):
         own = np.array([source in r.sources for r in records])
         result["by_source"][source] = (float(right[own].mean()), int(own.sum()))
     result["heldout"] = len(records)
     return result
+
+
+def _preference_figures(records: Sequence[Record], difference: np.ndarray, right: np.ndarray) -> dict[str, Any]:
+    result: dict[str, Any] = {"accuracy": float(right.mean())}
+    chances = [r.chance for r in records if r.chance is not None]
+    if len(chances) == len(records):
+        # simulated choices are random: even a perfect judge agrees only with the likelier one
+        ceiling = np.maximum(chances, 1 - np.array(chances)).mean()
+        result |= {"noise_ceiling": float(ceiling), "of_ceiling": float(right.mean() / ceiling)}
+    result["by_margin"] = []
+    for quarter in np.array_split(np.argsort(abs(difference)), 4):  # from the least to the most certain pairs
+        if len(quarter):
+            margin, accuracy = abs(difference[quarter]).mean(), right[quarter].mean()
+            result["by_margin"].append((float(margin), float(accuracy), len(quarter)))
+    return result
+
+
+def _fault_figures(p: np.ndarray, y: np.ndarray, right: np.ndarray) -> dict[str, Any]:
+    result = {"accuracy": float(right.mean()), "auroc": auroc(p, y)}
+    good, bad = p[y <= 0.5], p[y > 0.5]
+    if len(good) and len(bad):
+        threshold = float(np.quantile(good, 0.99))  # one in a hundred good images is called faulty
+        result |= {"threshold": threshold, "found_at_threshold": float((bad > threshold).mean())}
+    return result
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))

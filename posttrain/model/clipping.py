@@ -20,6 +20,7 @@ def limit(norms: Sequence[float], factor: float) -> float:
 
     The norms are those before clipping. The median stays where it is if less than half of the window are outliers.
     """
+    # The first norms, of AdamW's warm-up, say little about the usual one.
     if not factor or len(norms) < LEAST:
         return math.inf
     return factor * statistics.median(norms[-WINDOW:])

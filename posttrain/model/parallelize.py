@@ -10,7 +10,6 @@ it (it waits in an exchange of messages) takes part with a single token and adds
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from posttrain.distributed import shards
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
+from posttrain.log import log
 from posttrain.model import architecture, fsdp, zero
 from posttrain.model.k2 import K2
 from posttrain.model.velocity import VelocityModel
@@ -93,10 +93,9 @@ def _print_sizes(k2: K2, networks: list[VelocityModel], procs: Processes) -> Non
         for parameter in k2.role_parameters(name):
             own += shards.own(parameter).numel()
             whole += shards.shape(parameter).numel()
-    print(
-        f"posttrain: {procs.engine}: each process holds {held / 1e6:.4g} of {total / 1e6:.4g} million weights and"
-        f" updates {own / 1e6:.4g} of the {whole / 1e6:.4g} that are trained",
-        file=sys.stderr,
+    log.info(
+        f"{procs.engine}: each process holds {held / 1e6:.4g} of {total / 1e6:.4g} million weights and updates"
+        f" {own / 1e6:.4g} of the {whole / 1e6:.4g} that are trained"
     )
 
 

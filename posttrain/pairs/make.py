@@ -1,4 +1,4 @@
-"""Preference pairs from prompts: two pictures of which one is better, because of how they were drawn or by rewards.
+"""Preference pairs from prompts: two images of which one is better, because of how they were drawn or by rewards.
 
 A source of pairs draws each prompt in two ways of which one is known to be better (delta learning, arXiv:2507.06187:
 only the difference must be reliable), or draws a group and takes the best and the worst by the rewards. Pairs of which
@@ -15,9 +15,7 @@ draws it, so any number of processes, and a run that goes on, make the same set.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -28,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from PIL import Image
 from torch import Tensor
 
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
+from posttrain.log import log
 from posttrain.model import flops, sampler
 from posttrain.model.k2 import K2, to_pil
 from posttrain.pairs import planning, quality
@@ -43,9 +41,10 @@ from posttrain.pairs.planning import Block, Journal, Plan
 from posttrain.pairs.select import KEPT, Decision, Rules, decide_groups, decide_pairs
 from posttrain.preferences.dataset import CARD, Preference, PreferenceWriter, row_of
 from posttrain.runs import startup
+from posttrain.runs.guard import check_unchanged
 from posttrain.runs.run import Run, peak_memory
 from posttrain.training.judge_check import SHOWN, check_judges
-from posttrain.training.loop import resuming
+from posttrain.training.loop import resuming, try_rewards
 from posttrain.training.prompt_source import in_turn
 from prompts.records import PromptRecord, columns, read_prompts
 from rewards.background import ScoreQueue
@@ -101,21 +100,25 @@ class Output:
 
 
 def make(config: PairsConfig, resume: bool = False) -> None:
-    """Runs a recipe into its directory. Raises UserError for what the user can mend."""
+    """Runs a recipe into its directory. Raises UserError for mistakes that the user can correct."""
     began = time.perf_counter()
-    procs, output = Processes(), Path(config.output)
+    procs, folder = Processes(), Path(config.output)
     resume = resuming(config, resume, procs)
     if procs.main:
-        _check_unchanged(config)
+        check_unchanged(
+            config, ", so the pairs would not fit together; restore it or choose another output", free=MAY_CHANGE
+        )
     records = read_prompts(config.prompts)
-    load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})  # before the wait
-    finished = procs.from_main((output / CARD).exists())
+    try_rewards(config)
+    # A finished set needs no model: only its report is written again.
+    finished = procs.from_main((folder / CARD).exists())
     drawer = None if finished else Drawer(config, procs.device)
     with Run.create(config, resume, procs.main) as run:
         if drawer is not None:
             with serve(config.servers if procs.main else [], run.path / "servers") as urls:
-                figures = _make(config, run, procs, drawer, records, procs.from_main(urls))
-            run.summary({**figures, "seconds": time.perf_counter() - began, **peak_memory()})
+                run.urls = procs.from_main(urls)
+                metrics = _make(config, run, procs, drawer, records)
+            run.summary({**metrics, "seconds": time.perf_counter() - began, **peak_memory()})
         if procs.main:
             entries = Journal(run.path).entries
             quality.write_report(config, entries)
@@ -123,99 +126,157 @@ def make(config: PairsConfig, resume: bool = False) -> None:
 
 
 def _make(
-    config: PairsConfig,
-    run: Run,
-    procs: Processes,
-    drawer: Drawer,
-    records: list[PromptRecord],
-    urls: dict[str, list[str]],
+    config: PairsConfig, run: Run, procs: Processes, drawer: Drawer, records: list[PromptRecord]
 ) -> dict[str, Any]:
     """Draws until there are enough; returns what it cost, in seconds of all processes together."""
-    plan, cost = Plan(config), Cost()
+    plan = Plan(config)
     with contextlib.ExitStack() as stack:
-        aside = stack.enter_context(ThreadPoolExecutor(1, "pairs"))  # the last to end: what it waits for is ended first
-        disk = stack.enter_context(ThreadPoolExecutor(1, "disk"))  # apart: what is written does not wait for scores
-        rewards = load_rewards(config.rewards, urls)
+        # The last to end, as what it waits for is ended first.
+        scoring = stack.enter_context(ThreadPoolExecutor(1, "pairs"))
+        # Apart from it, so that writing does not wait for scores.
+        disk = stack.enter_context(ThreadPoolExecutor(1, "disk"))
+        rewards = load_rewards(config.rewards, run.urls)
         queue = stack.enter_context(ScoreQueue(rewards)) if rewards else None
-        judged = [reward.spec for reward in rewards if isinstance(reward.function, JudgeReward)]
-        output = None
+        output, done = None, None
         if procs.main:
             card = {"policy": drawer.names[config.policy or ""]}
             writer = stack.enter_context(PreferenceWriter(run.path, resume=True, rows=config.shard, card=card))
             output = Output(writer, Journal(run.path, writer.written), writer.written)
-        before: list[int] = procs.from_main(output and [planning.kept(entry) for entry in output.journal.entries])
-        untried = output is not None and not any(before)
-        run.start(config.pairs, sum(before))
-        compiling = drawer.warm_up()
+            done = [planning.kept(entry) for entry in output.journal.entries]
+        done_counts: list[int] = procs.from_main(done)
+        """Pairs of each block that an earlier run has drawn."""
+        judged = [reward.spec for reward in rewards if isinstance(reward.function, JudgeReward)]
+        collector = Collector(run, procs, plan, output, disk, records, judged, untried=not any(done_counts))
+        run.start(config.pairs, sum(done_counts))
+        compile_seconds = drawer.warm_up()
         startup.lap("warm_up")
-        writing: list[tuple[Future[None], int]] = []  # and the bytes of each
         began = time.perf_counter()
-
-        def settle(turn: Sequence[Block], mine: Mapping[int, Future[Drawn]]) -> None:
-            """Takes in what has become of the blocks that the processes have drawn."""
-            nonlocal untried
-            waiting = time.perf_counter()
-            own = {i: drawn.result() for i, drawn in mine.items()}
-            waited = time.perf_counter() - waiting
-            by_rank = procs.each((waited, {i: (drawn.entry, drawn.cost) for i, drawn in own.items()}))
-            cost.waited += sum(seconds for seconds, _ in by_rank)
-            parts = [part for _, part in by_rank]
-            owners = {i: rank for rank, part in enumerate(parts) for i in part}
-            for i, block in enumerate(turn):
-                while writing and (writing[0][0].done() or sum(size for _, size in writing) > BACKLOG):
-                    writing.pop(0)[0].result()
-                entry, spent = parts[owners[i]][i]
-                first = sum(plan.kept)
-                _trim(entry, plan.room(block))
-                count = planning.kept(entry)
-                # The images travel as PNG, one block at a time, to the main process alone.
-                rows = procs.deliver({0: own[i].rows[:count]} if i in own else {}).get(owners[i], [])
-                if untried and rows:
-                    untried = False
-                    _check_judges(judged, run, urls, records, entry, rows)
-                if output is not None:
-                    writing.append((disk.submit(output.add, first, entry, rows), _bytes(rows)))
-                plan.take(block, count)
-                cost.add(spent)
-                fates = {f"fate/{name}": n for name, n in Counter(entry["fates"]).items()}
-                run.log(sum(plan.kept), {"block": block.index, "source": block.source, **fates})
-
         while blocks := plan.generation():
+            due = []
             for block in blocks:
-                if block.index < len(before):  # an earlier run has drawn it
-                    plan.take(block, before[block.index])
-            blocks = [block for block in blocks if block.index >= len(before)]
-            before_it = None
-            # As many as let each process have a block of each size before they wait for each other.
-            span = procs.size * len(config.sizes)
-            for turn in (blocks[i : i + span] for i in range(0, len(blocks), span)):
-                drawn: dict[int, Future[Drawn]] = {}
-                for i in procs.mine_by_cost([block_cost(config, drawer.k2, block) for block in turn]):
-                    drawn[i] = aside.submit(begin_block(config, plan, drawer, queue, records, turn[i]))
-                # While this turn's images are scored, decided on and written, the next turn's are drawn.
-                if before_it is not None:
-                    settle(*before_it)
-                before_it = turn, drawn
-            if before_it is not None:
-                settle(*before_it)
-        for written, _ in writing:
-            written.result()
+                if block.index < len(done_counts):
+                    plan.take(block, done_counts[block.index])
+                else:
+                    due.append(block)
+            _draw_generation(config, plan, procs, drawer, queue, records, due, scoring, collector)
+        collector.finish_writing()
         seconds = (time.perf_counter() - began) * procs.size
-        _check_outcome(config, run, plan, output)
+        _check_outcome(config, plan, output)
+    return _costs(collector.cost, seconds, compile_seconds)
+
+
+def _draw_generation(
+    config: PairsConfig,
+    plan: Plan,
+    procs: Processes,
+    drawer: Drawer,
+    queue: ScoreQueue | None,
+    records: list[PromptRecord],
+    blocks: Sequence[Block],
+    scoring: ThreadPoolExecutor,
+    collector: Collector,
+) -> None:
+    """Draws these blocks. While a turn's images are scored, decided on and written, the next turn's are drawn."""
+    # A turn has as many blocks as let each process have one of each size before they wait for each other.
+    span = procs.size * len(config.sizes)
+    previous: tuple[Sequence[Block], dict[int, Future[Drawn]]] | None = None
+    for start in range(0, len(blocks), span):
+        turn = blocks[start : start + span]
+        costs = [block_cost(config, drawer.k2, block) for block in turn]
+        drawn: dict[int, Future[Drawn]] = {}
+        for i in procs.local_indices_by_cost(costs):
+            drawn[i] = scoring.submit(begin_block(config, plan, drawer, queue, records, turn[i]))
+        if previous is not None:
+            collector.take(*previous)
+        previous = turn, drawn
+    if previous is not None:
+        collector.take(*previous)
+
+
+class Collector:
+    """Takes in what the processes have drawn, block by block in their order, and has the main process write it."""
+
+    def __init__(
+        self,
+        run: Run,
+        procs: Processes,
+        plan: Plan,
+        output: Output | None,
+        disk: ThreadPoolExecutor,
+        records: list[PromptRecord],
+        judged: list[RewardSpec],
+        untried: bool,
+    ):
+        self.run, self.procs, self.plan, self.output, self.disk = run, procs, plan, output, disk
+        self.records, self.judged = records, judged
+        self.cost = Cost()
+        self._untried = untried and output is not None
+        """The judges have not been checked: no pair has been kept."""
+        self._writing: list[tuple[Future[None], int]] = []
+        """What waits for the disk, and its bytes."""
+
+    def take(self, turn: Sequence[Block], own: Mapping[int, Future[Drawn]]) -> None:
+        """The blocks of a turn; `own` are those that this process has drawn, by their place in it."""
+        waiting = time.perf_counter()
+        drawn = {i: future.result() for i, future in own.items()}  # waits for their scores
+        waited = time.perf_counter() - waiting
+        outcomes = {i: (block.entry, block.cost) for i, block in drawn.items()}
+        of_turn: dict[int, tuple[int, dict[str, Any], Cost]] = {}
+        for rank, (seconds, part) in enumerate(self.procs.all_gather((waited, outcomes))):
+            self.cost.waited += seconds
+            for i, (entry, cost) in part.items():
+                of_turn[i] = rank, entry, cost
+        for i, block in enumerate(turn):
+            owner, entry, cost = of_turn[i]
+            self._take_block(block, owner, entry, drawn[i].rows if i in drawn else None)
+            self.cost.add(cost)
+
+    def _take_block(
+        self, block: Block, owner: int, entry: dict[str, Any], own_rows: list[dict[str, Any]] | None
+    ) -> None:
+        # Images that wait for the disk stay in memory: more than BACKLOG of them hold up the drawing.
+        while self._writing and (self._writing[0][0].done() or self._backlog() > BACKLOG):
+            self._writing.pop(0)[0].result()
+        first = sum(self.plan.kept)
+        _trim(entry, self.plan.room(block))
+        count = planning.kept(entry)
+        # The images travel as PNG, one block at a time, to the main process alone.
+        parcels = {} if own_rows is None else {0: own_rows[:count]}
+        rows = self.procs.deliver(parcels).get(owner, [])
+        if self._untried and rows:
+            self._untried = False
+            _check_judges(self.judged, self.run, self.records, entry, rows)
+        if self.output is not None:
+            self._writing.append((self.disk.submit(self.output.add, first, entry, rows), _bytes(rows)))
+        self.plan.take(block, count)
+        fates = {f"fate/{name}": n for name, n in Counter(entry["fates"]).items()}
+        self.run.log(sum(self.plan.kept), {"block": block.index, "source": block.source, **fates})
+
+    def _backlog(self) -> int:
+        return sum(size for _, size in self._writing)
+
+    def finish_writing(self) -> None:
+        for written, _ in self._writing:
+            written.result()
+
+
+def _costs(cost: Cost, seconds: float, compile_seconds: float) -> dict[str, Any]:
+    """For the summary, and as lines to the user; `seconds` are of drawing, of all processes together."""
     counted = cost.counted()
-    parts = dict(cost.parts) | {"waiting": cost.waited, "rest": seconds - sum(cost.parts.values()) - cost.waited}
+    rest = seconds - sum(cost.parts.values()) - cost.waited
+    parts = dict(cost.parts) | {"waiting": cost.waited, "rest": rest}
     if counted:
-        run.say(
+        log.info(
             f"{seconds:.0f} s of drawing, {seconds / counted:.2f} times the {counted:.0f} s of its"
             f" {cost.images['forward']} forwards and {cost.images['decode']} decodes; {cost.waited:.0f} s of it waiting"
             " for scores"
         )
-        run.say("of it " + ", ".join(f"{name} {part:.1f} s" for name, part in parts.items()))
+        log.info("of it " + ", ".join(f"{name} {part:.1f} s" for name, part in parts.items()))
     return {
         "drawing_seconds": seconds,
         "counted_seconds": counted,
         "waited_seconds": cost.waited,
-        "compile_seconds": compiling,
+        "compile_seconds": compile_seconds,
         "part_seconds": parts,
         "overhead": seconds / counted if counted else None,
         "images": dict(cost.images),
@@ -226,7 +287,6 @@ def _make(
 def _check_judges(
     specs: list[RewardSpec],
     run: Run,
-    urls: dict[str, list[str]],
     records: list[PromptRecord],
     entry: dict[str, Any],
     rows: list[dict[str, Any]],
@@ -235,15 +295,15 @@ def _check_judges(
     event loop."""
     chosen = [Image.open(io.BytesIO(row["chosen"]["bytes"])) for row in rows[:SHOWN]]
     asked = [records[place] for place, fate in zip(entry["prompts"], entry["fates"]) if fate == KEPT][:SHOWN]
-    check_judges(run, load_rewards(specs, urls), chosen, [r.prompt for r in asked], columns(asked))
+    check_judges(run, load_rewards(specs, run.urls), chosen, [r.prompt for r in asked], columns(asked))
 
 
-def _check_outcome(config: PairsConfig, run: Run, plan: Plan, output: Output | None) -> None:
+def _check_outcome(config: PairsConfig, plan: Plan, output: Output | None) -> None:
     """Says which sources fell short. Raises UserError if there is too little of the policy, with all saved."""
     for source, wanted, kept, made in zip(config.sources, plan.quotas, plan.kept, plan.made):
         if kept < wanted:
-            run.say(
-                f"warning: source {source.name}: {kept} of {wanted} pairs after {made} candidates (tries"
+            log.warning(
+                f"source {source.name}: {kept} of {wanted} pairs after {made} candidates (tries"
                 f" {config.tries:g}); quality.json says why the others were dropped"
             )
     total = sum(plan.kept)
@@ -254,7 +314,7 @@ def _check_outcome(config: PairsConfig, run: Run, plan: Plan, output: Output | N
         output.writer.flush()
         quality.write_report(config, output.journal.entries)
     raise UserError(
-        f"on_policy_share: {inside} of {total} pairs hold a picture of the policy, and {config.on_policy_share:g} of"
+        f"on_policy_share: {inside} of {total} pairs hold an image of the policy, and {config.on_policy_share:g} of"
         f" them should: see {config.output}/quality.json for what was dropped, raise tries and go on with --resume"
         if total
         else f"pairs: not one candidate was kept: see {config.output}/quality.json for what was dropped"
@@ -278,14 +338,15 @@ def begin_block(
     images = np.empty((len(draws) * len(rows), *block.size, 3), np.uint8)
     submitted: list[int] = []
     drawer.begin()
+    # Images lie draw by draw; within a draw in the order of rows.
     for d, draw in enumerate(draws):
 
-        def show(part: list[int], pictures: Tensor, first: int = d * len(rows)) -> None:
-            images[[first + i for i in part]] = pictures.cpu().numpy()
+        def show(part: list[int], decoded: Tensor, first: int = d * len(rows)) -> None:
+            images[[first + i for i in part]] = decoded.cpu().numpy()
             submitted.extend(first + i for i in part)
             if queue is not None:
                 shown = [rows[i] for i in part]
-                queue.submit(to_pil(pictures), [r.prompt for r in shown], columns(shown))
+                queue.submit(to_pil(decoded), [r.prompt for r in shown], columns(shown))
 
         drawer.draw(draw, [r.prompt for r in rows], noises, block.size, show)
     jobs, measure = queue.hand_over() if queue is not None else [], block.index % MEASURED == 0
@@ -297,6 +358,7 @@ def begin_block(
     cost.waited = waited
 
     def finish() -> Drawn:
+        # Images were submitted as they were decoded; their scores go back into the order of `images`.
         scores = queue.gather(jobs).take(np.argsort(submitted).tolist()) if queue is not None else None
         decision = _decide(config, source, images, scores, group)
         pairs = _kept_pairs(config, drawer, draws, [records[place].prompt for place in places], seeds, images, decision)
@@ -319,30 +381,37 @@ def _kept_pairs(
     config: PairsConfig, drawer: Drawer, draws: Sequence[DrawConfig], prompts: list[str], seeds: list[int],
     images: np.ndarray, decision: Decision,
 ) -> list[Preference]:  # fmt: skip
-    best, other = draws[0], draws[-1]
-    return [
-        Preference(
-            prompts[i],
-            *(Image.fromarray(images[j]) for j in pair),
-            source="synthetic",
-            chosen_policy=drawer.describe(best),
-            rejected_policy=drawer.describe(other),
-            chosen_on_policy=config.is_policy(best),
-            rejected_on_policy=config.is_policy(other),
-            margin=margin,
-            seed=seeds[i],
+    best, other = draws[0], draws[-1]  # the same where a group is drawn in one way
+    kept = []
+    for i, (fate, pair, margin) in enumerate(zip(decision.fates, decision.pairs, decision.margins)):
+        if fate != KEPT or pair is None:
+            continue
+        chosen, rejected = pair
+        kept.append(
+            Preference(
+                prompts[i],
+                Image.fromarray(images[chosen]),
+                Image.fromarray(images[rejected]),
+                source="synthetic",
+                chosen_policy=drawer.describe(best),
+                rejected_policy=drawer.describe(other),
+                chosen_on_policy=config.is_policy(best),
+                rejected_on_policy=config.is_policy(other),
+                margin=margin,
+                seed=seeds[i],
+            )
         )
-        for i, (fate, pair, margin) in enumerate(zip(decision.fates, decision.pairs, decision.margins))
-        if fate == KEPT and pair is not None
-    ]
+    return kept
 
 
 def block_cost(config: PairsConfig, k2: K2, block: Block) -> float:
     """Operations of its forwards."""
     source = config.sources[block.source]
     images = block.count * (source.judged.group_size if source.judged else 1)
-    ways = [config.resolved(draw) for draw in source.draws()]
-    forwards = sum((way.steps or 0) * (2 if way.guidance else 1) for way in ways)
+    forwards = 0
+    for draw in source.draws():
+        settings = config.resolved(draw)
+        forwards += (settings.steps or 0) * (2 if settings.guidance else 1)  # guidance takes the empty prompt too
     return images * forwards * flops.of_sizes(k2, [block.size])[0]
 
 
@@ -354,19 +423,6 @@ def _bytes(rows: Sequence[dict[str, Any]]) -> int:
 def _trim(entry: dict[str, Any], room: int) -> None:
     """Leaves out what the source no longer wants."""
     fates = entry["fates"]
+    # The first ones stay, whichever process drew the block.
     for i in [i for i, fate in enumerate(fates) if fate == KEPT][room:]:
         fates[i] = "surplus"
-
-
-def _check_unchanged(config: PairsConfig) -> None:
-    """Raises UserError if a run would go on with settings that make other pairs than those already written."""
-    recipe = Path(config.output) / "recipe.yaml"
-    if not recipe.exists():
-        return
-    before, now = yaml.safe_load(recipe.read_text()), json.loads(json.dumps(dataclasses.asdict(config)))
-    for name in now:
-        if name not in MAY_CHANGE and before.get(name) != now[name]:
-            raise UserError(
-                f"{name}: is not what {config.output} was begun with ({recipe} has that), so the pairs would not fit"
-                " together; restore it or choose another output"
-            )

@@ -10,14 +10,13 @@ import bisect
 import itertools
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from posttrain.pairs.config import PairsConfig
-from posttrain.runs.files import replace_text
+from posttrain.runs.files import append_line, replace_text
 
 KEPT = "kept"
 """The fate of a candidate that makes a pair."""
@@ -97,10 +96,7 @@ class Journal:
 
     def add(self, entry: dict[str, Any]) -> None:
         self.entries.append(entry)
-        with self.path.open("a") as file:
-            file.write(_line(entry))
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.path, _line(entry))
 
 
 def kept(entry: dict[str, Any]) -> int:

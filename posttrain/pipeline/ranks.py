@@ -1,12 +1,12 @@
-"""What grows with the number of processes: bytes, requests and memory of a pipeline's stages, before and after.
+"""Estimates what grows with the number of processes: bytes, requests and memory of a pipeline's stages.
 
     python -m posttrain.pipeline.ranks recipes/k2/pipeline_64.yaml
 
-A model of the traffic, from the recipes alone: nothing is loaded or run, and a test holds it against the bytes that
-four processes sent. `before` is commit 7d01825: every process got all images of an evaluation and of a turn of pairs,
-an image travelled with each question about it, each process had its own 32 requests of a judge, and the main process
-evaluated an expander alone. Bytes of a node are what its processes receive. Images are taken to be all kept (pairs),
-and to compress by half, as PNG and as WebP; base64 takes a third more.
+A model of the traffic from the recipes alone; nothing is loaded or run. A test compares it with the bytes that four
+processes sent. `before` is commit 7d01825: every process got all images of an evaluation and of a turn of pairs, an
+image was sent with each question about it, each process had its own 32 requests to a judge, and the main process
+evaluated an expander alone. Bytes of a node are those that its processes receive. All images of pairs are assumed to
+be kept, and images to compress by half, as PNG and as WebP; base64 adds a third.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from rewards.encode import SMALL
 from rewards.judge import Judge
 
 COMPRESSED = 0.5
-"""Of an image's raw bytes, as PNG or lossless WebP: photographs have 0.4 to 0.6."""
+"""Share of the raw bytes that an image has as PNG or lossless WebP; 0.4 to 0.6 for photographs."""
 TEXT_BYTES = 500
-"""Of a request without an image."""
+"""Bytes of a request without an image."""
 REQUIREMENTS = 4
-"""Of a prompt that has none yet."""
-WIDTH, TEXT = 6144, fit.TEXT
-"""Of K2's fused text, in bfloat16, and tokens of a prompt."""
+"""Assumed number of requirements of a prompt that has none yet."""
+WIDTH, TEXT = 6144, fit.TEXT_TOKENS
+"""Width of K2's fused text, kept in bfloat16, and its tokens a prompt."""
 OLD_CONCURRENCY, OLD_TEXTS = 32, 2048
+"""In commit 7d01825: a judge's requests a process, and the fused texts that tdm kept on the GPU."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Images:
-    """Bytes of an image."""
+    """Bytes of one RGB image in several forms."""
 
     height: int
     width: int
@@ -66,33 +67,40 @@ class Images:
 
     @property
     def sent(self) -> float:
-        """As a judge gets it: a stored PNG up to 512 x 512 pixels, WebP above."""
-        return self.raw * (1.0 if self.height * self.width <= SMALL else COMPRESSED) * 4 / 3
+        """Bytes sent to a judge: an uncompressed PNG up to 512 x 512 pixels, WebP above; in base64."""
+        small = self.height * self.width <= SMALL
+        return self.raw * (1.0 if small else COMPRESSED) * 4 / 3
 
 
 def evaluation_bytes(prompts: int, groups: int, group_size: int, compares: bool, ranks: int, image: Images) -> int:
-    """Of images, that an evaluation sends between processes, of one way to draw: those shown go to the main process;
-    those of groups to the process that scores the group, if a reward compares its images."""
+    """Image bytes that an evaluation sends between processes, for one guidance or number of steps.
+
+    Images that the report shows go to the main process. If a reward compares a group's images, they go to the process
+    that scores the group.
+    """
+    # image i is drawn by process i % ranks, group g is scored by process g % ranks
     shown = sum(i % ranks != 0 for i in range(min(SHOWN, prompts)))
-    apart = sum(i % ranks != i // group_size % ranks for i in range(groups * group_size)) if compares else 0
-    return (shown + apart) * image.raw
+    moved = 0
+    if compares:
+        moved = sum(i % ranks != i // group_size % ranks for i in range(groups * group_size))
+    return (shown + moved) * image.raw
 
 
 def questions(rewards: Sequence[RewardSpec], requirements: float, texts: float) -> float:
-    """Questions that all judges of a recipe are asked about an image, on average."""
+    """Mean number of questions about an image, over all judges of a recipe."""
     counts = {"Rubric": requirements, "OCR": texts, "Aesthetic": 1.0, "Artifact": 1.0, "ImageJudge": 1.0}
-    names = [_class(spec) for spec in rewards]
-    return sum(counts.get(name, 0.0) for name in names)
+    return sum(counts.get(_class_name(spec), 0.0) for spec in rewards)
 
 
 def judge_bytes(images: float, asked: float, image: Images) -> tuple[float, float]:
-    """Sent to judges for so many images with `asked` questions each: with each question, and once."""
+    """(before, after) bytes sent to judges: an image with each of its `asked` questions, or with the first only."""
     once = images * (image.sent + (asked - 1) * TEXT_BYTES) if asked else 0.0
     return images * asked * (image.sent + TEXT_BYTES), once
 
 
 def in_flight(judges: int, ranks: int) -> tuple[int, int]:
-    """Requests under way at once, of all processes."""
+    """(before, after) concurrent requests of all processes."""
+    # a judge's concurrency is divided between the processes, but each has at least one request
     after = max(1, Judge.concurrency // ranks) * ranks
     return judges * OLD_CONCURRENCY * ranks, judges * after
 
@@ -109,48 +117,56 @@ def rows(stage: plan.Stage, ranks: int, on_node: int, image: Images) -> Iterator
         specs = [spec for spec in config.rewards if not spec.heldout_only]
         yield from _judges(specs, config.prompts.train, count, name, ranks, image)
     if stage.command == "tdm":
-        text = 2 * WIDTH * TEXT
+        text = 2 * WIDTH * TEXT  # bfloat16
         yield Row(name, "fused texts, GiB of each GPU", OLD_TEXTS * text / 2**30, 0.0)
         yield Row(name, "fused texts, GiB of each process's RAM", 0.0, FUSED_BYTES / 2**30)
     if stage.command == "expander gdpo":
-        prompts, each = config.eval.prompts, config.eval.group_size
-        yield Row(name, "an evaluation's images that one GPU draws", prompts * each, -(-prompts // ranks) * each)
+        prompts, size = config.eval.prompts, config.eval.group_size
+        yield Row(name, "an evaluation's images that one GPU draws", prompts * size, -(-prompts // ranks) * size)
         count = config.groups.prompts_per_step * config.groups.group_size
-        trained = [spec for spec in config.rewards if not spec.heldout_only]
-        specs = [*trained, *(RewardSpec(c.name, c.function) for c in config.safety if c.sees == "image")]
+        specs = [spec for spec in config.rewards if not spec.heldout_only]
+        for check in config.safety:
+            if check.sees == "image":
+                specs.append(RewardSpec(check.name, check.function))
         yield from _judges(specs, config.prompts.train, count, name, ranks, image)
 
 
 def _pairs(config: Any, name: str, ranks: int, on_node: int, image: Images) -> Iterator[Row]:
-    block = 2 * config.block
-    yield Row(name, "a turn's images, GB to a node", on_node * ranks * block * image.raw / 1e9,
-              (ranks - 1) * block * image.raw * COMPRESSED / 1e9)  # fmt: skip
-    own = 2 * len(config.sizes) * block * image.raw  # being drawn, and of the turn before, being scored
-    yield Row(name, "images in the main process's memory, GB", ranks * block * image.raw / 1e9,
-              (own + BACKLOG + block * image.raw * COMPRESSED) / 1e9)  # fmt: skip
+    block = 2 * config.block  # a block is counted in pairs
+    raw, compressed = block * image.raw, block * image.raw * COMPRESSED
+    before, after = on_node * ranks * raw, (ranks - 1) * compressed
+    yield Row(name, "a turn's images, GB to a node", before / 1e9, after / 1e9)
+    own = 2 * len(config.sizes) * raw  # one turn is being drawn while the turn before is being scored
+    before, after = ranks * raw, own + BACKLOG + compressed
+    yield Row(name, "images in the main process's memory, GB", before / 1e9, after / 1e9)
     yield Row(name, "a turn's images that one process encodes as PNG", ranks * block, block)
-    drawn = [source.judged.group_size if source.judged else 2 for source in config.sources]
-    mean = sum(count * source.share for count, source in zip(drawn, config.sources))
-    mean /= sum(source.share for source in config.sources)
+    drawn = shares = 0.0
+    for source in config.sources:
+        drawn += source.share * (source.judged.group_size if source.judged else 2)
+        shares += source.share
+    mean = drawn / shares  # images drawn for a pair
     yield from _judges(config.rewards, config.prompts, ranks * config.block * mean, name, ranks, image, "a turn")
 
 
 def _evaluation(config: Any, name: str, ranks: int, on_node: int, image: Images, command: str) -> Iterator[Row]:
     e = config.eval
-    ways = len(config.student.steps) if command == "tdm" else len(e.guidance)
+    # an evaluation is repeated for each number of steps or each guidance
+    passes = len(config.student.steps) if command == "tdm" else len(e.guidance)
     groups = min(e.groups, e.prompts)
-    count = ways * (e.prompts + groups * e.group_size)
+    count = passes * (e.prompts + groups * e.group_size)
     compares = any(reward.group for reward in config.rewards)
     before = on_node * count * (image.raw + image.latents)
-    after = ways * evaluation_bytes(e.prompts, groups, e.group_size, compares, ranks, image)
+    after = passes * evaluation_bytes(e.prompts, groups, e.group_size, compares, ranks, image)
     yield Row(name, "an evaluation's images, GB to a node", before / 1e9, after / 1e9)
-    yield Row(name, "an evaluation's images that one process measures", ways * e.prompts, ways * -(-e.prompts // ranks))
+    yield Row(
+        name, "an evaluation's images that one process measures", passes * e.prompts, passes * -(-e.prompts // ranks)
+    )
 
 
 def _judges(
     rewards: Sequence[RewardSpec], prompts: str, images: float, name: str, ranks: int, image: Images, of: str = "a step"
 ) -> Iterator[Row]:
-    asked = questions(rewards, *_asked(prompts))
+    asked = questions(rewards, *_prompt_means(prompts))
     if not asked:
         return
     judges = sum(bool(questions([spec], 1, 1)) for spec in rewards)
@@ -160,32 +176,42 @@ def _judges(
     yield Row(name, "requests under way at once", *in_flight(judges, ranks))
 
 
-def _asked(path: str) -> tuple[float, float]:
-    """Requirements of a prompt, and the share of prompts that ask for text."""
+def _prompt_means(path: str) -> tuple[float, float]:
+    """(mean requirements of a prompt, share of prompts that ask for text)."""
     try:
         records = read_prompts(path)
-    except UserError:
+    except UserError:  # a pipeline may name prompts that lie on another machine
         return REQUIREMENTS, 0.0
-    counts = [len(record.requirements or []) or REQUIREMENTS for record in records]
-    return sum(counts) / len(records), sum(bool(record.texts) for record in records) / len(records)
+    requirements = texts = 0
+    for record in records:
+        requirements += len(record.requirements or []) or REQUIREMENTS
+        texts += bool(record.texts)
+    return requirements / len(records), texts / len(records)
 
 
-def _class(spec: RewardSpec) -> str:
+def _class_name(spec: RewardSpec) -> str:
     path = spec.function if isinstance(spec.function, str) else spec.function["class_path"]
     return path.replace(":", ".").rpartition(".")[2]
 
 
 def table(path: str, sides: Sequence[int]) -> str:
-    """Markdown, with a column before and after for square images of each of `sides` pixels."""
+    """A Markdown table with columns before and after for square images of each of `sides` pixels."""
     config, _ = load_config("run", ["--config", path])
     ranks, on_node = fit.processes(config.launch)
-    head = "".join(f" {side} px, before | after |" for side in sides)
-    lines = [f"| {ranks} processes, {on_node} a node | |{head}", "|---|---|" + "---:|" * 2 * len(sides)]
+    head = f"| {ranks} processes, {on_node} a node | |"
+    rule = "|---|---|"
+    for side in sides:
+        head += f" {side} px, before | after |"
+        rule += "---:|---:|"
+    lines = [head, rule]
     for stage in plan.resolve(config):
-        by_side = [list(rows(stage, ranks, on_node, Images(side, side))) for side in sides]
+        by_side = [rows(stage, ranks, on_node, Images(side, side)) for side in sides]
+        # the same row of the table at each side
         for same in zip(*by_side, strict=True):
-            cells = "".join(f" {_number(row.before)} | {_number(row.after)} |" for row in same)
-            lines.append(f"| {same[0].stage} | {same[0].what} |{cells}")
+            line = f"| {same[0].stage} | {same[0].what} |"
+            for row in same:
+                line += f" {_number(row.before)} | {_number(row.after)} |"
+            lines.append(line)
     return "\n".join(lines)
 
 

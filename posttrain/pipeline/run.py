@@ -31,6 +31,7 @@ from typing import Any
 from posttrain import commands
 from posttrain.config.diff import changes, told
 from posttrain.errors import UserError
+from posttrain.log import log
 from posttrain.pipeline.config import PipelineConfig
 from posttrain.pipeline.fit import SINGLE_PROCESS, check_processes, memory, missing_requirements, processes
 from posttrain.pipeline.gains import read_json
@@ -38,6 +39,7 @@ from posttrain.pipeline.plan import TRAINING, Stage, resolve
 from posttrain.pipeline.report import write_index
 from posttrain.runs.files import replace_text
 from posttrain.runs.lock import lock
+from posttrain.runs.stop import handling
 
 STATE = "stages.json"
 PATIENCE = 60
@@ -169,17 +171,19 @@ class Runner:
 
     def run(self) -> int:
         done = [stage.name for stage in self.stages if is_finished(self.state, stage.name)]
-        with self._signals():
+        # nohup ignores SIGHUP, and that must stay so
+        wanted = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+        with handling(self._stop, *wanted):
             for stage in self.stages:
                 if stage.name in done:
                     if len(done) < len(self.stages):
-                        _say(f"stage {stage.name} is finished")
+                        log.info(f"stage {stage.name} is finished")
                     continue
                 code = 0 if self.stopped else self._run_stage(stage)
                 write_index(self.folder, self.stages, self.state)
                 # a signal may arrive as the last step ends: then the stage is finished after all
                 if self.stopped is not None and not is_finished(self.state, stage.name):
-                    _say(f"stopped in stage {stage.name}; continue with --resume")
+                    log.info(f"stopped in stage {stage.name}; continue with --resume")
                     if self.stopped is signal.SIGINT:
                         raise KeyboardInterrupt
                     return 0
@@ -187,12 +191,12 @@ class Runner:
                     return code
         exported = [str(stage.output) for stage in self.stages if stage.command == "export"]
         message = f"all {len(self.stages)} stages are finished; report: {self.folder / 'index.html'}"
-        _say(f"{message}; exported: {', '.join(exported)}" if exported else message)
+        log.info(f"{message}; exported: {', '.join(exported)}" if exported else message)
         return 0
 
     def _run_stage(self, stage: Stage) -> int:
         """Runs a stage to its end and records it. Returns 0, or the exit code of a failure that it has reported."""
-        _say(f"stage {stage.name}: {stage.command} into {stage.output}")
+        log.info(f"stage {stage.name}: {stage.command} into {stage.output}")
         entry = self.state.setdefault(stage.name, {"seconds": 0.0})
         # An export is renamed into place when complete. If it exists, the pipeline was killed before it recorded that.
         made = stage.command == "export" and stage.output.exists() and entry.get("settings") == stage.settings
@@ -204,7 +208,7 @@ class Runner:
         complete = code == 0 and is_complete(stage)
         if complete and (problem := no_usable_checkpoint(stage)):
             self._save()
-            _error(
+            log.error(
                 f"stage {stage.name}: {problem}. To run it again: correct its settings, remove {stage.output}, and"
                 " continue with --resume"
             )
@@ -218,7 +222,7 @@ class Runner:
         how = f"was ended by signal {-code}" if code < 0 else f"failed with exit code {code}"
         if code == 0:
             how = "was stopped before its last step"
-        _error(f"stage {stage.name}: {how}; its own messages are above. Continue with --resume")
+        log.error(f"stage {stage.name}: {how}; its own messages are above. Continue with --resume")
         return 2 if code == 2 else 1
 
     def _execute(self, stage: Stage) -> int:
@@ -239,18 +243,6 @@ class Runner:
 
     def _save(self) -> None:
         replace_text(self.folder / STATE, json.dumps(self.state, indent=1) + "\n")
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        before = {}
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, and that must stay so
-                before[number] = signal.signal(number, self._stop)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.stopped = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
@@ -301,11 +293,3 @@ def _terminate_with_parent() -> Callable[[], None] | None:
         return None
     prctl = ctypes.CDLL(None).prctl  # looked up here, because little is safe to do between fork and exec
     return lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _say(message: str) -> None:
-    print(f"posttrain: {message}", file=sys.stderr, flush=True)
-
-
-def _error(message: str) -> None:
-    _say(f"error: {message}")

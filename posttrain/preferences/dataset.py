@@ -42,6 +42,7 @@ from PIL import Image
 from posttrain.errors import UserError
 from posttrain.preferences.config import ColumnMap
 from posttrain.preferences.sources import Parquet, Skipped, Tally, Tie, number, open_source, preferred, read_image
+from posttrain.runs.files import replacing
 from posttrain.training.checkpoint import is_full
 from prompts.parse import parse_json
 
@@ -379,15 +380,9 @@ def _png(image: Image.Image) -> bytes:
 
 
 def _replace(path: Path, write: Any) -> None:
-    """Writes a file atomically: it is complete or does not exist."""
-    temporary = path.with_name(f".{path.name}")
     try:
-        with temporary.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         reason = "no space left; free some, then go on" if is_full(error) else f"cannot be written: {error.strerror}"
         raise UserError(f"{path}: {reason}") from error

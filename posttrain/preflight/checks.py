@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from posttrain.errors import UserError
+from posttrain.log import log
 
 WIDTH = 120
 """Width of the table when stdout is not a terminal."""
@@ -60,8 +61,8 @@ def run_check(name: str, rows: Callable[[], Iterable[Row]], alone: bool = True) 
 
 
 def phase(name: str) -> None:
-    """Prints the name of the check that starts now, with the seconds since the process started."""
-    print(f"posttrain: {time.time() - psutil.Process().create_time():6.1f} s: {name}", file=sys.stderr, flush=True)
+    """Says the name of the check that starts now, with the seconds since the process started."""
+    log.info(f"{time.time() - psutil.Process().create_time():6.1f} s: {name}")
 
 
 def _failed(name: str, error: Exception) -> Row:

@@ -24,7 +24,7 @@ from posttrain.preflight.checks import Row, Skip, run_check
 from posttrain.preflight.round_trip import round_trip
 from posttrain.runs.progress import duration
 from posttrain.runs.run import peak_memory
-from posttrain.training.evaluate import Evaluation, Evaluator, Way
+from posttrain.training.evaluate import Evaluation, Evaluator, SamplingSettings
 from posttrain.training.policy import POLICY, described, policy_state
 from posttrain.training.stepper import Stepper
 from prompts.records import PromptRecord
@@ -118,7 +118,7 @@ class Checks:
         all_images = whole + min(config.groups, whole) * config.group_size
         as_configured = sum(seconds + each_step * (n - steps) for n in self.full_steps())
         self.seconds["evaluation"] = as_configured * all_images / images / self.procs.size
-        missing = [name for name, value in result.figures.items() if value is None]
+        missing = [name for name, value in result.metrics.items() if value is None]
         measured = f"{images * len(config.guidance)} images of {steps} steps in {seconds:.1f} s"
         measured += f"; no score from {', '.join(missing)}" if missing else ""
         relied_on = {config.best, config.stop.metric} & set(missing)
@@ -144,7 +144,7 @@ class Checks:
 
         return run
 
-    def ways(self, steps: int) -> list[Way] | None:
+    def ways(self, steps: int) -> list[SamplingSettings] | None:
         """The settings that evaluations draw with; None: those of the recipe."""
         return None
 

@@ -22,7 +22,7 @@ from transformers import PrinterCallback, TrainerCallback
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.expander import gdpo
-from posttrain.expander.callbacks import Shared
+from posttrain.expander.callbacks import SharedRewards
 from posttrain.expander.config import ExpanderGDPOConfig
 from posttrain.expander.policy import Policy
 from posttrain.expander.renderer import make_renderer
@@ -92,7 +92,7 @@ class GDPOChecks:
         self.silent: set[str] = set()
         self.noise: dict[str, Noise] = {}
         self.moved, self.timer = False, _StepTimer()
-        self.shared: Shared | None = None
+        self.shared: SharedRewards | None = None
 
     def run(self) -> list[Row]:
         rows: list[Row] = []
@@ -122,7 +122,7 @@ class GDPOChecks:
         config = replace(self.small, rewards=rewards)
         scorer = Scorer(config, self.renderer, self.features, self.policy.template, self.urls)
         scorer.noise = self.noise  # as a run has it from its first evaluation
-        self.shared = shared = Shared(config, self.policy, scorer, self.records, self.procs)
+        self.shared = shared = SharedRewards(config, self.policy, scorer, self.records, self.procs)
         data = [{"prompt": messages(record.prompt), "row": i} for i, record in enumerate(self.records)]
         trainer = gdpo.Trainer(
             model=self.policy.model,

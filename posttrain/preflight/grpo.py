@@ -113,7 +113,9 @@ class GRPOChecks(Checks):
         """Checks that no two images of the step are equal, over all processes, prompts and seeds."""
         self.warm_up()
         began = time.perf_counter()
-        self.groups = grpo.sample(self.k2, self.config, 1, self.source, queue, self.procs)
+        self.groups = grpo.sample(
+            self.k2, self.config, 1, self.source, queue, self.procs, self.config.groups.micro_batch
+        )
         self.seconds["sample"] = self._scaled(time.perf_counter() - began)
         # Hashes and not images are exchanged: a step's images may be gigabytes.
         hashes = [hashlib.sha256(image.tobytes()).digest() for image in queue.images]
@@ -122,7 +124,7 @@ class GRPOChecks(Checks):
             places += [f"image {j} of group {group.index}" for j in range(self.config.groups.group_size)]
         seen: dict[bytes, str] = {}
         doubles = []
-        for hashed, place in itertools.chain(*self.procs.each(list(zip(hashes, places, strict=True)))):
+        for hashed, place in itertools.chain(*self.procs.all_gather(list(zip(hashes, places, strict=True)))):
             if seen.setdefault(hashed, place) != place:
                 doubles.append(f"; {place} is {seen[hashed]}")
         measured = f"{len(seen)} of {len(seen) + len(doubles)} images are different" + "".join(doubles[:1])
@@ -143,12 +145,12 @@ class GRPOChecks(Checks):
             error = str(raised)
         remedy = "mend the reward: too many failures stop a run"
         # All processes have to know of an error: the others would wait in the next exchange.
-        if errors := [error for error in self.procs.each(error) if error]:
+        if errors := [error for error in self.procs.all_gather(error) if error]:
             yield Row("missing scores", False, errors[0], remedy)
             return
         places = [group.index for group in self.groups]
         scores = gather_scores(self.procs, mine, self.config.groups.group_size, places)
-        grpo.score(self.config, self.groups, scores, self.noise)
+        grpo.score(self.config, scores, self.noise)
         if not self.silent:
             self.source.update(1, apply_gates(scores, self.config.rewards, self.noise))
         self.seconds["score"] = self._scaled(time.perf_counter() - began)
@@ -196,10 +198,10 @@ class GRPOChecks(Checks):
             stand_in = Reward(plain, lambda images, prompts, known=known: known, set(), False)
             blank = [Image.new("RGB", (1, 1))] * len(known)
             scores = asyncio.run(score_all([stand_in], blank, [""] * len(known), group_size=size))
-            group = replace(self.groups[0], index=lost // size)
             loss = replace(self.config.loss, max_advantage=math.inf)
-            grpo.score(replace(self.config, rewards=[plain], loss=loss), [group], scores)
-            own, total = float(group.advantages[lost % size]), float(group.advantages.sum())
+            advantages_PG, _ = grpo.score(replace(self.config, rewards=[plain], loss=loss), scores)
+            advantages_G = advantages_PG[lost // size]
+            own, total = float(advantages_G[lost % size]), float(advantages_G.sum())
             if scores.valid_NK[lost, 0] or own != 0 or abs(total) > 1e-3:
                 measured = f"an image whose {spec.name} failed has advantage {own:.3g}, its group's sum is {total:.3g}"
                 yield Row("planted failure", False, measured, "a failure counts as a score: report it")
@@ -234,8 +236,9 @@ class GRPOChecks(Checks):
         part = replace(
             move, x=move.x[:few], x_next=move.x_next[:few], mean=move.mean[:few], log_prob=move.log_prob[:few]
         )
-        group = replace(group, advantages=advantages_G[:few], trajectory=replace(group.trajectory, transitions=[part]))
-        grpo.gradient(self.k2, replace(self.config, loss=replace(self.config.loss, kl=kl)), [group], self.alone)
+        group = replace(group, index=0, trajectory=replace(group.trajectory, transitions=[part]))
+        config = replace(self.config, loss=replace(self.config.loss, kl=kl))
+        grpo.gradient(self.k2, config, [group], advantages_G[None, :few], self.alone, few)
         norms = [p.grad.norm() for p in self.stepper.parameters if p.grad is not None]
         self.stepper.optimizer.zero_grad(set_to_none=True)  # the update after it starts from no gradient
         norm = float(torch.stack(norms).norm()) if norms else 0.0
@@ -244,11 +247,13 @@ class GRPOChecks(Checks):
 
     def update(self) -> Iterator[Row]:
         """Checks that the training policy equals the sampling policy, and that an update changes only the policy."""
-        for group in self._sampled():
-            group.advantages = self._signs()
+        self._sampled()
+        signs_PG = self._signs().expand(self.config.groups.prompts_per_step, -1)
         before = self._velocities()
         began = time.perf_counter()
-        metrics = grpo.optimise(self.k2, self.config, self.groups, self.stepper, self.procs)
+        metrics = grpo.optimise(
+            self.k2, self.config, self.groups, signs_PG, self.stepper, self.procs, self.config.groups.micro_batch
+        )
         self.seconds["optimise"] = self._scaled(time.perf_counter() - began)
         error, clip = metrics["ratio_error"], min(self.config.loss.clip_low, self.config.loss.clip_high)
         measured = f"max |ratio - 1| is {error:.2g}; a tenth of the smaller clip is {clip / 10:.2g}"

@@ -111,7 +111,7 @@ class STPOChecks(Checks):
 
     def update(self) -> Iterator[Row]:
         """Checks that the policy starts as the reference, and that an update changes only the policy."""
-        batches = stpo.draw(self.k2, self.config, self.pairs, 1, self.alone)
+        batches = stpo.draw(self.k2, self.config, self.pairs, 1, self.alone, self.config.micro_batch)
         # The same latents, times and noise before and after, so that only weights can make a difference.
         before = self._velocities(batches[0])
         first = stpo.optimise(self.k2, self.config, 1, batches, self.stepper, self.alone)
@@ -119,7 +119,7 @@ class STPOChecks(Checks):
         yield Row("policy is the reference", abs(first["z"]) <= Z, measured, "use model.dtype float32, or report it")
         yield finite("loss and gradient", {**first}, "loss", "grad_norm")
         yield self.policy_moves(before, self._velocities(batches[0]))
-        batches = stpo.draw(self.k2, self.config, self.pairs, 2, self.alone)
+        batches = stpo.draw(self.k2, self.config, self.pairs, 2, self.alone, self.config.micro_batch)
         # Step 2 runs other code than step 1, so it is compiled by a first call that does not count.
         self.timed(lambda: stpo.optimise(self.k2, self.config, 2, batches, self.stepper, self.alone))
         second, seconds = self.timed(lambda: stpo.optimise(self.k2, self.config, 2, batches, self.stepper, self.alone))

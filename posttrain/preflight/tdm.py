@@ -21,7 +21,7 @@ from posttrain.tdm import train as tdm
 from posttrain.tdm.config import TDMConfig
 from posttrain.tdm.rollout import MU, Batch, roll_out
 from posttrain.training import checkpoint
-from posttrain.training.evaluate import Way
+from posttrain.training.evaluate import SamplingSettings
 from posttrain.training.policy import POLICY, load_model
 from posttrain.training.prompt_source import FusedTexts, in_turn
 from prompts.records import PromptRecord, read_prompts
@@ -63,8 +63,8 @@ class TDMChecks(Checks):
         self.check("export", lambda: self.export(self.heldout[0].prompt))
         return self.rows
 
-    def ways(self, steps: int) -> list[Way] | None:
-        return [Way(min(n, steps), 0.0, MU) for n in self.config.student.steps[:1]]
+    def ways(self, steps: int) -> list[SamplingSettings] | None:
+        return [SamplingSettings(min(n, steps), 0.0, MU) for n in self.config.student.steps[:1]]
 
     def full_steps(self) -> list[int]:
         return self.config.student.steps

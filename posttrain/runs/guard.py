@@ -35,11 +35,13 @@ def check_run(config: Any, resume: bool | None = False) -> None:
             raise UserError(f"track.trackers: {name} is not installed; pip install {name} or leave it out")
     run = Path(config.output)
     recipe = run / "recipe.yaml"
+    # Taken and let go of: whether another command writes here is known before anything is loaded.
     if (run / ".lock").is_file() and os.access(run / ".lock", os.W_OK):
         lock(run).close()
     if recipe.exists() and not resume:
         way = "remove the directory" if resume is None else "add --resume"
         raise UserError(f"{run}: holds a run already; {way} or choose another --output")
+    # Without a checkpoint the run starts again, and its recipe may be another one.
     if recipe.exists() and any((run / "checkpoints").glob("[!.]*-*")):
         frozen = _frozen(config)
         lost = [change for change in changes(*_recipes(recipe, config)) if _is_kept(frozen, *change)]
@@ -62,7 +64,7 @@ def check_unchanged(config: Any, remedy: str, kept: Collection[str] | None = Non
     for name in now:
         counts = name not in free if kept is None else name in kept
         if counts and before.get(name) != now[name]:
-            raise UserError(f"{name}: is not what {config.output} was begun with ({recipe} has that){remedy}")
+            raise UserError(f"{name}: differs from {recipe}, with which {config.output} began{remedy}")
 
 
 def _recipes(recipe: Path, config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -82,5 +84,5 @@ def _frozen(config: Any) -> tuple[str, ...]:
     """The settings that a resumed run cannot change."""
     try:
         return commands.of(config)[1].frozen
-    except LookupError:  # a method in a program, which is no command
+    except LookupError:  # a method in a program, which is not a command
         return ("lora", "seed", "prompts.heldout", "heldout", *commands.EVALUATED)

@@ -1,13 +1,13 @@
-"""One command at a time writes to a directory."""
+"""The lock that lets one command at a time write to a directory."""
 
 from __future__ import annotations
 
 import fcntl
-import sys
 from pathlib import Path
 from typing import IO
 
 from posttrain.errors import UserError
+from posttrain.log import log
 
 
 def lock(folder: Path, holder: str = "another posttrain command") -> IO[str]:
@@ -23,8 +23,5 @@ def lock(folder: Path, holder: str = "another posttrain command") -> IO[str]:
         file.close()
         raise UserError(f"output: {folder}: {holder} is at work here; wait for it or stop it") from None
     except OSError as error:  # some network file systems have no locks, and a run there is better than none
-        print(
-            f"posttrain: warning: {folder}: cannot be locked ({error.strerror}): let no other command write there",
-            file=sys.stderr,
-        )
+        log.warning(f"{folder}: cannot be locked ({error.strerror}): let no other command write there")
     return file

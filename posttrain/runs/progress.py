@@ -1,4 +1,4 @@
-"""What a person looks at while a run goes on: the progress bar and the grid of samples."""
+"""The progress bar and the grid of samples."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class Progress:
     def __init__(self, total: int, step: int = 0, console: Console | None = None):
         self.total = total
         self.console = console or Console(stderr=True)
+        # 21 times are the ends of the last 20 steps.
         self.times = deque([(time.monotonic(), step)], maxlen=21)
         self.last_line = 0.0
         self.bar: Bar | None = None
@@ -52,7 +53,7 @@ class Progress:
 
 
 def grid_image(images: np.ndarray, rows: int, columns: int, captions: Sequence[str] = ()) -> Image.Image:
-    """Images uint8 (N, H, W, 3) row by row in one picture, each with its caption below in at most two lines.
+    """Images uint8 (N, H, W, 3) row by row in one image, each with its caption below in at most two lines.
 
     Small images are enlarged by a whole factor to about 128 pixels. Raises ValueError if they do not fit.
     """
@@ -61,6 +62,7 @@ def grid_image(images: np.ndarray, rows: int, columns: int, captions: Sequence[s
         raise ValueError(f"{count} images do not fit in {rows} x {columns}")
     if captions and len(captions) != count:
         raise ValueError(f"{len(captions)} captions for {count} images")
+    # By a whole factor, so that the pixels of small images stay sharp.
     scale = max(1, 128 // max(height, width))
     width, height, gap = width * scale, height * scale, 6
     font = ImageFont.load_default(size=11)

@@ -1,5 +1,5 @@
-"""Files of a run directory as someone may have left them: of the shape that posttrain wrote, or a UserError. What the
-run has not written yet is empty.
+"""Reads the files of a run directory, which someone may have edited: they have the shape that posttrain writes, or a
+UserError is raised. What the run has not written yet is empty.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from prompts.parse import parse_json
 Point = tuple[int, float | None]  # step, value; None is a gap
 
 SECTIONS = {"loss": dict, "optim": dict, "eval": dict, "renderer": dict, "rewards": list}
-"""What reports look into of a recipe."""
+"""Sections of a recipe that reports read, and their types."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class RunFiles:
 
 
 def read_run(path: Path) -> RunFiles:
-    """Raises UserError if it is no run directory or a file in it cannot be read."""
+    """Raises UserError if it is not a run directory or a file in it cannot be read."""
     recipe = path / "recipe.yaml"
     if (path / "stages.json").is_file():
         raise UserError(f"{path}: is a pipeline: open its index.html, or give the directory of a stage in it")
@@ -68,23 +68,25 @@ def read_metrics(path: Path) -> dict[str, list[Point]]:
     series: dict[str, list[Point]] = {}
     if not path.is_file():
         return series
+    # What comes after the last newline is empty, or a line that a killed process did not finish.
     for line_number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             row = parse_json(line)
         except ValueError as error:
             raise UserError(f"{path}:{line_number}: {error}; remove the line") from None
+        # Reports divide and compare these values, so a wrong type is refused here, with its line.
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             raise UserError(f"{path}:{line_number}: is of no step; remove the line")
         values = {name: value for name, value in row.items() if name not in ("step", "time")}
         if not all(value is None or _is_figure(value) for value in values.values()):
-            raise UserError(f"{path}:{line_number}: holds what is no figure; remove the line")
+            raise UserError(f"{path}:{line_number}: contains a non-numeric value; remove the line")
         for name, value in values.items():
             series.setdefault(name, []).append((row["step"], value))
     return series
 
 
 def read_json(path: Path, **kinds: type | UnionType) -> dict[str, Any]:
-    """An object, of which these fields, where they are there and not null, are of these types."""
+    """A JSON object whose fields have these types, where they are present and not null."""
     return shaped(path, _parsed(path) if path.is_file() else {}, **kinds)
 
 

@@ -6,9 +6,9 @@
     tensorboard/       the same for tensorboard
     grids/             step-000025.png: sample grids
     samples/           prompts.json and step-000000/000.png, ...: the same prompts and seeds over the run; scores.json
-                       beside the pictures says what each reward said of each
+                       beside the images has each reward's score of each
     prompts.json       with an adaptive pool: the prompts at its ends
-    summary.json       figures before and after, seconds, memory
+    summary.json       metrics before and after, seconds, memory
 
 Only the main process writes; on the others every method returns at once.
 """
@@ -24,6 +24,7 @@ import math
 import os
 import platform
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -41,8 +42,9 @@ from safetensors import SafetensorError
 from posttrain.config.diff import changes, told
 from posttrain.config.sections import TrackConfig
 from posttrain.errors import UserError
+from posttrain.log import log
 from posttrain.runs import startup
-from posttrain.runs.files import replace_text
+from posttrain.runs.files import append_line, replace_text
 from posttrain.runs.guard import check_run
 from posttrain.runs.lock import lock
 from posttrain.runs.progress import Progress, grid_image
@@ -66,15 +68,19 @@ class Run:
     def __init__(self, path: Path, track: TrackConfig, main: bool, resumable: bool):
         self.path = path
         self.main = main
-        self.again = "go on with --resume" if resumable else "remove the directory and begin again"
-        """What to do when a fault is mended."""
+        self.again = "continue with --resume" if resumable else "remove the directory and start again"
+        """The remedy that messages end with."""
+        self.urls: dict[str, list[str]] = {}
+        """Where each server of the recipe answers."""
+        self.stopped: signal.Signals | None = None
+        """What ended the training before its last step."""
         self.non_finite = 0
         self._track = track
         self._trackers: list[Any] = []
         self._writer: Any = None
         self._progress: Progress | None = None
         self._begun = 0
-        """The step that the run began with."""
+        """The step that this process began after."""
         self._first: tuple[int, float] | None = None
         """The first step that was logged since, and when."""
         self._startup: dict[str, float] | None = None
@@ -100,7 +106,7 @@ class Run:
             if recipe.exists():
                 changed = changes(yaml.safe_load(recipe.read_text()), new)
                 if changed:
-                    run.say(f"the recipe has changed since the run began: {told(changed)}")
+                    log.info(f"the recipe has changed since the run began: {told(changed)}")
             replace_text(recipe, yaml.safe_dump(new, sort_keys=False, allow_unicode=True))
             replace_text(run.path / "environment.json", _json(environment(), indent=1))
         except (FileExistsError, NotADirectoryError):
@@ -111,7 +117,7 @@ class Run:
 
     @staticmethod
     def restarted(config: RunConfig) -> bool:
-        """Whether the launch of torchrun that this process is of has begun this run, and so restarts it now."""
+        """Whether this process's launch of torchrun began the run, and so restarts it now."""
         written, launch = Path(config.output) / "environment.json", _launch()
         return launch is not None and written.exists() and json.loads(written.read_text()).get("launch") == launch
 
@@ -126,6 +132,7 @@ class Run:
         self._begun = step
         startup.lap("prepare")
         metrics = self.path / "metrics.jsonl"
+        # A process that was killed may have logged steps after its last checkpoint; they come again.
         lines = _whole_lines(metrics) if step and metrics.exists() else []
         replace_text(metrics, "".join(line for line in lines if json.loads(line)["step"] <= step))
         if self._track.tensorboard:
@@ -154,16 +161,13 @@ class Run:
         self._time(step)
         values = {name: None if value is None else _number(value) for name, value in metrics.items()}
         bad = [name for name, value in values.items() if value is not None and not math.isfinite(value)]
-        values |= dict.fromkeys(bad)
+        values |= dict.fromkeys(bad)  # JSON has no NaN
         if bad:
             self.non_finite += len(bad)
             values["non_finite"] = len(bad)
         line = _json({"step": step, "time": round(time.time(), 3), **values})
         try:
-            with (self.path / "metrics.jsonl").open("a") as file:
-                file.write(line + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            append_line(self.path / "metrics.jsonl", line + "\n")
         except OSError as error:
             raise UserError(f"{self.path}/metrics.jsonl: cannot be written: {error.strerror}") from error
         finite = {name: value for name, value in values.items() if value is not None}
@@ -190,12 +194,12 @@ class Run:
         images: np.ndarray,
         prompts: Sequence[str],
         seeds: Sequence[int],
-        said: Sequence[Mapping[str, Any]] = (),
+        scores: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """Write `samples/step-000000/000.png`, ... from uint8 (N, H, W, 3), or `samples/NAME/...` for a name.
 
-        Call it with the same prompts and seeds each time: the report compares the first step and the last. `said` goes
-        into scores.json: for each picture what each reward said, of which `score` is its score.
+        Call it with the same prompts and seeds each time: the report compares the first step and the last. `scores`
+        goes into scores.json: for each image, by reward, `score` and what else the reward reported.
         """
         if not self.main:
             return
@@ -203,8 +207,8 @@ class Run:
         directory.mkdir(parents=True, exist_ok=True)
         for i, image in enumerate(images):
             Image.fromarray(image).save(directory / f"{i:03d}.png")
-        if said:
-            replace_text(directory / "scores.json", _json(list(said), indent=1))
+        if scores:
+            replace_text(directory / "scores.json", _json(list(scores), indent=1))
         table = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds, strict=True)]
         replace_text(directory.parent / "prompts.json", _json(table, indent=1))
 
@@ -223,7 +227,7 @@ class Run:
             replace_text(self.path / "summary.json", _json(_plain({**figures, "startup": took}), indent=1))
 
     def _time(self, step: int) -> None:
-        """Ends a part of the start-up, if this is the first or the second step that is logged, or one before them."""
+        """Ends a part of the start-up, up to the second step that is logged."""
         if self._startup is not None:
             return
         if step <= self._begun:
@@ -231,13 +235,8 @@ class Run:
         elif self._first is None:
             startup.lap("first_step")
             self._first = (step, time.time())
-        elif step > self._first[0]:
+        elif step > self._first[0]:  # compiling is what the first step took longer than the second
             self._startup = startup.CLOCK.taken(time.time() - self._first[1])
-
-    def say(self, message: str) -> None:
-        """One line to the user on stderr, without disturbing the progress bar."""
-        if self.main:
-            print(f"posttrain: {message}", file=sys.stderr)
 
     def close(self) -> None:
         """End the progress bar and the trackers."""
@@ -247,7 +246,7 @@ class Run:
             self._writer.close()
         for tracker in self._trackers:
             tracker.finish()
-        if self._lock is not None:
+        if self._lock is not None:  # last, when nothing more is written
             self._lock.close()
         self._progress, self._writer, self._trackers, self._lock = None, None, [], None
 
@@ -256,20 +255,22 @@ class Run:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.close()
+        # Errors that a user can do something about, and that may come from anywhere in the run.
         if isinstance(error, torch.OutOfMemoryError):
             raise UserError(
                 f"{self.path}: out of memory ({' '.join(str(error).split())}); lower micro_batch or the size of the"
-                f" pictures, or use more or larger GPUs, then {self.again}"
+                f" images, or use more or larger GPUs, then {self.again}"
             ) from error
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             file = error.filename or self.path
-            raise UserError(f"{file}: cannot be written: {error.strerror}; mend that, then {self.again}") from error
+            raise UserError(f"{file}: cannot be written: {error.strerror}; fix that, then {self.again}") from error
+        # torch's writer of archives raises no OSError.
         if isinstance(error, RuntimeError) and any(sign in str(error) for sign in TORCH_UNWRITABLE):
             raise UserError(
-                f"{self.path}: cannot be written, such as for want of space; mend that, then {self.again}"
+                f"{self.path}: cannot be written, such as for want of space; fix that, then {self.again}"
             ) from error
         if isinstance(error, SafetensorError):
-            raise UserError(f"{self.path}: cannot be written or read: {error}; mend that, then {self.again}") from error
+            raise UserError(f"{self.path}: cannot be written or read: {error}; fix that, then {self.again}") from error
 
 
 def peak_memory() -> dict[str, float]:
@@ -304,15 +305,16 @@ def environment() -> dict[str, Any]:
 
 
 def _launch() -> str | None:
-    """Which launch of torchrun this process is of, however often it was restarted since; None: of none."""
+    """The launch of torchrun that started this process, the same over restarts; None without torchrun."""
     if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
         return None
+    # Its process is the same over restarts; ids are used again, so the time belongs to it.
     agent = psutil.Process(os.getppid())
     return f"{platform.node()} {agent.pid} {agent.create_time():.2f}"
 
 
 def _commit() -> str | None:
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[2]  # an installed package is in no checkout
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

@@ -36,7 +36,7 @@ class Startup:
 
     def lap(self, part: str) -> None:
         """What went by since the last lap was this part."""
-        now = time.time()
+        now = time.time()  # the clock that create_time is of
         if self._last is None:
             self._seconds = {}
         else:
@@ -46,6 +46,7 @@ class Startup:
     def taken(self, second_step: float | None) -> dict[str, float]:
         """The parts and their total. `second_step` is how many seconds the second one took, None if there was none."""
         found = {name: round(seconds, 2) for name, seconds in self._seconds.items()}
+        # Before rounding, so that the total is not off by the parts' errors.
         found["total"] = round(sum(self._seconds.values()), 2)
         if second_step is not None and "first_step" in found and "warm_up" not in found:
             found["compile"] = round(max(0.0, self._seconds["first_step"] - second_step), 2)

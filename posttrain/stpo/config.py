@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import model_validator
 
-from posttrain.config import metrics
+from posttrain.config import metric_names
 from posttrain.config.sections import EvalConfig, LoraConfig, OptimConfig, Rewards, TrainingConfig, require_one_pass
 from posttrain.config.types import (
     AtLeast0,
@@ -36,8 +36,8 @@ class PairSetConfig:
     """Directory of `posttrain pairs` or `posttrain annotate`; JSONL with prompt, chosen, rejected, where pictures are
     paths from its directory; parquet; a dataset saved to disk; or hf:NAME[:SPLIT]."""
     columns: ColumnMap | None = None
-    """Which columns hold what; null: those of posttrain/preferences/dataset.py, of which prompt, chosen, rejected must be
-    there."""
+    """Which columns hold what; null: those of posttrain/preferences/dataset.py. Required: prompt,
+    chosen, rejected."""
     max_bad: BelowOne = 0.01
     """Share of the rows that may be bad (a picture that is missing or cut off, two that are the same, no prompt)
     and are left out with a warning; more end the run."""
@@ -109,13 +109,13 @@ class STPOConfig(TrainingConfig):
     """passes must be 1."""
     loss: PreferenceLossConfig = field(default_factory=PreferenceLossConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    """Its figures are also pairs/winner, pairs/loser, pairs/accuracy, ... of held-out pairs (posttrain/stpo/train.py) and
-    image/contrast, image/high_energy and image/high_energy_ratio, to that before the first step."""
+    """Its figures are also pairs/winner, pairs/loser, pairs/accuracy, ... of held-out pairs (posttrain/stpo/train.py)
+    and image/contrast, image/high_energy and image/high_energy_ratio, to that before the first step."""
 
     def metric_names(self) -> list[str]:
         rewards = [reward.name for reward in self.rewards]
-        names = metrics.names(rewards, self.eval.guidance, self.eval.groups)
-        return [*names, *metrics.PAIRS, *metrics.CHANGES]
+        names = metric_names.names(rewards, self.eval.guidance, self.eval.groups)
+        return [*names, *metric_names.PAIRS, *metric_names.CHANGES]
 
     @model_validator(mode="after")
     def _fits(self) -> STPOConfig:

@@ -3,8 +3,8 @@
     <cache>/<fingerprint>/    cache.json             what they were made of and with; a change makes another folder
                               00000.safetensors ...  64 rows of the set each, and why some of these are no pairs
 
-A shard is written beside and renamed, so encoding that was killed goes on with the next. Processes share the shards;
-reading opens the file of a row, and holds no latents in memory.
+A shard is written atomically, so encoding that was killed continues with the next. Processes share the shards; reading
+opens the file of a row, and holds no latents in memory.
 
 Legend: B pairs of a micro-batch, N image tokens, L text tokens, C channels.
 """
@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ from torch import Tensor
 
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
+from posttrain.log import log
 from posttrain.model import sampler
 from posttrain.model.architecture import text_weights
 from posttrain.model.fingerprint import fingerprint
@@ -37,6 +36,7 @@ from posttrain.model.k2 import K2, Text
 from posttrain.preferences.dataset import Preference, Preferences
 from posttrain.preferences.sources import Skipped, Tally
 from posttrain.runs import startup
+from posttrain.runs.files import replacing
 from posttrain.stpo.config import PairSetConfig
 from posttrain.stpo.losses import label
 from posttrain.training.checkpoint import is_full
@@ -65,14 +65,14 @@ class Batch:
     """(B, N, C) latents at t."""
     x_l: Tensor
     target_w: Tensor
-    """(B, N, C) velocity that the network should say."""
+    """(B, N, C) the target velocity."""
     target_l: Tensor
     t: Tensor
     """(B,)"""
     text: Text
-    """Of both pictures, 2 B."""
+    """Of both images, 2 B."""
     label: Tensor
-    """(B,) how sure the preference is, see `preference_loss.label`."""
+    """(B,) how sure the preference is, see `losses.label`."""
     size: tuple[int, int]
     jobs: list[int]
     """Which of the pairs that were asked for, in their order."""
@@ -103,25 +103,27 @@ class EncodedPairs:
         for number in range(shards):
             with _opened(folder / _name(number)) as file:
                 made = json.loads(file.metadata()["rows"])
-            places.append(np.array([row[:4] for row in made["pairs"]], np.int32).reshape(-1, 4))
-            labels.append(np.array([row[4] for row in made["pairs"]], np.float32))
-            prompts.append(np.array([row[5] for row in made["pairs"]], np.int64))
+            # Rows are (row of the set, text, height, width, label, hash of the prompt); a shard may have no pair.
+            columns = list(zip(*made["pairs"])) or [()] * 6
+            places.append(np.array(columns[:4], np.int32))
+            labels.append(np.array(columns[4], np.float32))
+            prompts.append(np.array(columns[5], np.int64))
             self.cuts += made["cuts"]
             for values in made["skipped"]:
                 tally.add(Skipped(*values))
-        self._row, self._text, height, width = np.concatenate(places).T
+        self._row, self._text, height, width = np.concatenate(places, axis=1)
         self.size, self.label = np.stack([height, width], 1), np.concatenate(labels)
         prompt = np.concatenate(prompts)
-        held = np.unique(prompt)
-        held = held[: max(1, round(heldout * len(held)))]  # by hash, so in no order
-        self.heldout, self.train = np.flatnonzero(np.isin(prompt, held)), np.flatnonzero(~np.isin(prompt, held))
+        # Whole prompts are held out: images of one prompt are alike. Hashes are in no order of the set.
+        hashes = np.unique(prompt)
+        is_heldout = np.isin(prompt, hashes[: max(1, round(heldout * len(hashes)))])
+        self.heldout, self.train = np.flatnonzero(is_heldout), np.flatnonzero(~is_heldout)
 
     def __getitem__(self, i: int) -> EncodedPair:
         row, (height, width) = self._row[i], self.size[i].tolist()
         with _opened(self.folder / _name(row // SHARD)) as file:
-            chosen, rejected, text = (
-                file.get_tensor(key) for key in (f"{row}.chosen", f"{row}.rejected", f"text.{self._text[i]}")
-            )
+            chosen, rejected = file.get_tensor(f"{row}.chosen"), file.get_tensor(f"{row}.rejected")
+            text = file.get_tensor(f"text.{self._text[i]}")
         return EncodedPair(chosen, rejected, text, float(self.label[i]), (height, width))
 
 
@@ -136,22 +138,21 @@ def encode_pairs(k2: K2, preferences: Preferences, config: PairSetConfig, procs:
     _claim(folder, facts, procs)
     shards = -(-len(preferences) // SHARD)
     due = [n for n in range(shards) if not (folder / _name(n)).exists()]
-    procs.each(None)  # nobody writes before all have looked
+    procs.all_gather(None)  # nobody writes before all have looked, so that all divide the same shards
     tally, last = preferences.tally(), time.monotonic()
-    for turn in procs.mine(len(due)):
+    for turn in procs.local_indices(len(due)):
         for row in _encode(k2, preferences, config, folder, due[turn]):
             tally.add(row)
-        if procs.main and time.monotonic() - last > 10:
+        if procs.main and time.monotonic() - last > 10:  # seconds
             done = min(len(preferences), SHARD * (shards - len(due) + turn + 1))
-            print(f"posttrain: encoded {done} of {len(preferences)} pairs into {folder}", file=sys.stderr)
+            log.info(f"encoded {done} of {len(preferences)} pairs into {folder}")
             last = time.monotonic()
-    procs.each(None)
+    procs.all_gather(None)
     pairs = EncodedPairs(folder, shards, config.heldout, preferences.tally())
     if not len(pairs.train):
         raise UserError(f"{preferences.path}: all pairs are of one prompt, which is held out; add others")
     if procs.main:
-        for line in _remarks(preferences, pairs, config.max_tokens):
-            print(f"posttrain: {line}", file=sys.stderr)
+        _say(preferences, pairs, config.max_tokens)
     startup.lap("encode")
     return pairs
 
@@ -159,7 +160,7 @@ def encode_pairs(k2: K2, preferences: Preferences, config: PairSetConfig, procs:
 def noised(
     k2: K2, pairs: EncodedPairs, jobs: Sequence[Job], micro_batch: int, time_mean: float, time_std: float
 ) -> list[Batch]:
-    """Micro-batches, each of one size, of pairs with one time and one noise for both pictures."""
+    """Micro-batches, each of one size, of pairs with one time and one noise for both images."""
     null = k2.text([""]).tokens[0] if any(job.dropped for job in jobs) else torch.empty(0)
     by_size: dict[tuple[int, ...], list[int]] = {}
     for j, job in enumerate(jobs):
@@ -169,13 +170,14 @@ def noised(
         for first in range(0, len(members), micro_batch):
             chosen = members[first : first + micro_batch]
             part = [jobs[j] for j in chosen]
-            read = [pairs[job.pair] for job in part]
+            read = [pairs[job.pair] for job in part]  # from disk
             x_w = torch.stack([pair.chosen for pair in read]).to(k2.device)
             x_l = torch.stack([pair.rejected for pair in read]).to(k2.device)
             n = torch.tensor([job.n for job in part], device=k2.device)
             t = sampler.logit_normal(n, time_mean, time_std, k2.mu(height, width))
             noise = sampler.noise([job.seed for job in part], x_w.shape[1:]).to(k2.device)
             fused = [null if job.dropped else pair.text.to(k2.device) for job, pair in zip(part, read)]
+            # One noise and one time for both images: the difference of their errors is then due to the images alone.
             batches.append(
                 Batch(
                     sampler.noised(x_w, noise, t),
@@ -197,6 +199,7 @@ def _facts(k2: K2, preferences: Preferences, config: PairSetConfig) -> dict[str,
     pipe = k2.pipe
     assert k2.text_encoder is not None and k2.tokenizer is not None
     vae = {key: value for key, value in k2.vae.config.items() if not key.startswith("_")}
+    # What decides tokens: vocabulary and chat template.
     words = [k2.tokenizer.get_vocab(), pipe.prompt_template_encode_prefix, pipe.prompt_template_encode_suffix]
     return {
         "version": VERSION,
@@ -219,12 +222,12 @@ def _claim(folder: Path, facts: dict[str, Any], procs: Processes) -> None:
     """Makes the folder, or checks that it is of these facts."""
     card = folder / "cache.json"
     try:
+        # Facts follow from the recipe, so that any process could write them; one does, and all check them.
         if procs.main and not card.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            temporary = folder / f".cache.json.{os.getpid()}"
-            temporary.write_text(json.dumps(facts, indent=1) + "\n")
-            os.replace(temporary, card)
-        procs.each(None)
+            with replacing(card, shared=True) as temporary:
+                temporary.write_text(json.dumps(facts, indent=1) + "\n")
+        procs.all_gather(None)
         made = json.loads(card.read_text())
     except OSError as error:
         raise UserError(f"pairs.cache: {folder} cannot be written: {error.strerror}; choose another") from None
@@ -253,52 +256,58 @@ def _encode(k2: K2, preferences: Preferences, config: PairSetConfig, folder: Pat
     for i, pair in pairs.items():
         height, width = config.size or (pair.chosen.height, pair.chosen.width)
         by_size.setdefault((height, width), []).append(i)
-    size_of = {i: size for size, rows in by_size.items() for i in rows}
+    size_of: dict[int, tuple[int, int]] = {}
     tensors: dict[str, Tensor] = {}
     for (height, width), rows in by_size.items():
-        images = [image for i in rows for image in (pairs[i].chosen, pairs[i].rejected)]
-        images = [ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS) for image in images]
-        names = [f"{i}.{name}" for i in rows for name in ("chosen", "rejected")]
-        tensors |= {name: x.clone() for name, x in zip(names, k2.encode_images(images).cpu())}
+        images: list[Image.Image] = []
+        names: list[str] = []
+        for i in rows:
+            size_of[i] = height, width
+            for name, image in (("chosen", pairs[i].chosen), ("rejected", pairs[i].rejected)):
+                images.append(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
+                names.append(f"{i}.{name}")
+        for name, latents in zip(names, k2.encode_images(images).cpu()):
+            tensors[name] = latents.clone()  # a view would be saved with the whole batch behind it
     prompts = list(dict.fromkeys(pair.prompt for pair in pairs.values()))
     encoding = k2.encode(prompts, config.max_tokens)
-    tensors |= {f"text.{j}": k2.fuse(features).cpu() for j, features in enumerate(encoding.features)}
+    for j, features in enumerate(encoding.features):
+        tensors[f"text.{j}"] = k2.fuse(features).cpu()
+    encoded = []
+    for i, pair in pairs.items():
+        p = label(pair.share, pair.source == "human")
+        encoded.append([i, prompts.index(pair.prompt), *size_of[i], p, _digest(pair.prompt)])
     made = {
-        "pairs": [
-            [i, prompts.index(p.prompt), *size_of[i], label(p.share, p.source == "human"), _digest(p.prompt)]
-            for i, p in pairs.items()
-        ],
+        "pairs": encoded,
         "cuts": [cut for cut in encoding.cut if cut],
         "skipped": [[row.where, row.reason, row.tie] for row in skipped],
     }
-    temporary = folder / f".{_name(number)}.{os.getpid()}"
     try:
-        save_file(tensors, temporary, {"rows": json.dumps(made)})
-        os.replace(temporary, folder / _name(number))
+        # Shared, as two runs may encode the same pairs at once.
+        with replacing(folder / _name(number), shared=True) as temporary:
+            save_file(tensors, temporary, {"rows": json.dumps(made)})
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         if not is_full(error):
             raise
         raise UserError(f"pairs.cache: {folder}: no space left; free some or choose another disk") from error
     return skipped
 
 
-def _remarks(preferences: Preferences, pairs: EncodedPairs, max_tokens: int) -> list[str]:
+def _say(preferences: Preferences, pairs: EncodedPairs, max_tokens: int) -> None:
+    """Which rows are left out, and which prompts are cut."""
     tally, where = pairs.tally, f"{preferences.path}:"
-    lines = []
     if tally.ties:
-        lines.append(f"{where} {tally.ties} of {tally.rows} rows are ties and left out")
+        log.info(f"{where} {tally.ties} of {tally.rows} rows are ties and left out")
     if tally.bad:
-        lines.append(f"warning: {where} {len(tally.bad)} of {tally.rows} rows are bad and left out: {tally.first()}")
+        log.warning(f"{where} {len(tally.bad)} of {tally.rows} rows are bad and left out: {tally.first()}")
     if pairs.cuts:
-        lines.append(
-            f"warning: {len(pairs.cuts)} prompts are longer than pairs.max_tokens ({max_tokens});"
-            f" up to {max(pairs.cuts)} tokens are cut"
+        log.warning(
+            f"{len(pairs.cuts)} prompts are longer than pairs.max_tokens ({max_tokens}); up to {max(pairs.cuts)} tokens"
+            " are cut"
         )
-    return lines
 
 
 def _digest(prompt: str) -> int:
+    # 63 bits, as numpy's int64 has a sign.
     return int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=8).digest(), "big") >> 1
 
 

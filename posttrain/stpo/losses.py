@@ -3,15 +3,15 @@
 A pair shares its time and its noise, also between policy and reference. Norms are means over a sample's elements, so
 that beta does not depend on the resolution. With u the target velocity and e = v - u:
 
-    a = |e|^2 of the chosen picture, a0 the reference's; Dw = a - a0; b, b0, Dl the same of the rejected one
+    a = |e|^2 of the chosen image, a0 the reference's; Dw = a - a0; b, b0, Dl the same of the rejected one
     z = beta/2 (phi(Dl) - Dw)                                       the margin that the policy sees, in nats
     L = -p log s(z) - (1 - p) log s(-z) + beta/2 [ k (dw + dl) + h max(0, mean Dw) ],  s the logistic function
 
 with p the share of votes for the chosen one (`label`), dw and dl the squared distances of policy and reference, and
-phi the identity, or bounded so that the rejected picture supplies `bound` nats at most. Diffusion-DPO
-(arXiv:2311.12908) is this with k = h = 0. Nothing in it keeps the chosen picture's error from rising as long as the
+phi the identity, or bounded so that the rejected image supplies `bound` nats at most. Diffusion-DPO
+(arXiv:2311.12908) is this with k = h = 0. Nothing in it keeps the chosen image's error from rising as long as the
 other's rises faster; STPO's guard, as that of Diffusion-SDPO (arXiv:2511.03317), scales the gradient through the
-rejected picture by l in [0, 1] and leaves the value as it is.
+rejected image by l in [0, 1] and leaves the value as it is.
 
 Legend: B pairs, N image tokens, C channels.
 """
@@ -62,8 +62,8 @@ def preference_terms(
 
     The gradient of the mean of all terms is that of L; their values mean nothing. The caller leaves out the hinge where
     the mean Dw of the whole batch is not above 0. `guard` is the share of the unopposed decrease of the chosen
-    picture's error that a step keeps, in [0, 1], with the gradients at the output in the place of the parameters';
-    None lets the rejected picture's gradient be. Labels are p, from `label`.
+    image's error that a step keeps, in [0, 1], with the gradients at the output in the place of the parameters';
+    None lets the rejected image's gradient be. Labels are p, from `label`.
 
     Metrics carry no gradient: `loss` is L without the hinge, `winner` Dw, `winner_error` a0 and so on; `sigma` is
     s(-z), `guard` is l.
@@ -71,7 +71,7 @@ def preference_terms(
     dw, dl = error_change(v_w, reference_w, target_w), error_change(v_l, reference_l, target_l)
     drift_w = (v_w.float() - reference_w.float()).square().flatten(1).mean(1)
     drift_l = (v_l.float() - reference_l.float()).square().flatten(1).mean(1)
-    phi = dl if bound is None else bounded(dl, 2 * bound / beta)
+    phi = dl if bound is None else bounded(dl, 2 * bound / beta)  # bound is in nats, and z = beta/2 (phi - dw)
     label_B = label_B.float()
     with torch.no_grad():
         z = beta / 2 * (phi - dw)
@@ -80,7 +80,7 @@ def preference_terms(
         inner, norm_w, norm_l = (e_w * e_l).mean(1), e_w.square().mean(1), e_l.square().mean(1)
         kept = torch.ones_like(z)
         if guard is not None:
-            # A pull that goes back raises the chosen picture's error, and least so with the whole of the other's.
+            # A pull that goes back raises the chosen image's error, and least so with the whole of the other's.
             kept = torch.where((inner > 0) & (pull >= 0), ((1 - guard) * norm_w / inner).clamp(0, 1), kept)
         metrics = {
             "loss": F.binary_cross_entropy_with_logits(z, label_B, reduction="none")
@@ -114,20 +114,21 @@ def bounded(change: Tensor, limit: float) -> Tensor:
 
 
 def exact_guard(winner_n: float, loser_n: float, guard: float) -> float:
-    """How much of the rejected pictures' gradient a batch may take, in [0, 1], so that a step of gradient descent keeps
-    the share `guard` of the decrease of the chosen pictures' errors that it would have without it.
+    """How much of the rejected images' gradient a batch may take, in [0, 1], so that a step of gradient descent keeps
+    the share `guard` of the decrease of the chosen images' errors that it would have without it.
 
     `winner_n` and `loser_n` are the inner products of the two gradients, as ascents of the two errors, with the
-    gradient n of the sum of the chosen pictures' errors, unweighted: weighted by the loss it would leave pairs
+    gradient n of the sum of the chosen images' errors, unweighted: weighted by the loss it would leave pairs
     unprotected that are already learnt. Where `winner_n` is below 0, no share can keep their errors from rising.
     """
-    if loser_n <= 0:
+    if loser_n <= 0:  # the rejected images' gradient helps the chosen ones too
         return 1.0
     return min(1.0, (1 - guard) * max(0.0, winner_n) / loser_n)
 
 
 def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     """Inner product of two lists of tensors, summed in fp64."""
+    # Millions of small products: fp32 would lose the sum's last digits.
     return sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))
 
 

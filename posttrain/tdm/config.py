@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Strict, model_validator
 
-from posttrain.config import metrics
+from posttrain.config import metric_names
 from posttrain.config.sections import (
     MOST_STEPS,
     EvalConfig,
@@ -119,8 +119,8 @@ class TDMConfig(TrainingConfig):
 
     def metric_names(self) -> list[str]:
         rewards = [reward.name for reward in self.rewards if self.eval.groups or not reward.group]
-        distilled = metrics.distilled_names(rewards, self.student.steps, self.eval.groups)
-        return [*metrics.names([], self.eval.guidance, self.eval.groups), *distilled]
+        distilled = metric_names.distilled_names(rewards, self.student.steps, self.eval.groups)
+        return [*metric_names.names([], self.eval.guidance, self.eval.groups), *distilled]
 
     @model_validator(mode="after")
     def _fits(self) -> TDMConfig:

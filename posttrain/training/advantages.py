@@ -29,6 +29,7 @@ def gdpo(rewards_PGK: Tensor, valid_PGK: Tensor, weights_K: Tensor, floor_K: Ten
     A_k = (R_k - mean) / (max(std, floor_k) + 1e-4) in the group, summed with the weights, then normalised once more
     over the whole batch, so that the number of rewards does not change the size of an update.
     """
+    # Each reward in its own standard deviations first, so that a reward on a large scale does not rule the sum.
     weighed_PG = (weights_K.double() * standardise(rewards_PGK, valid_PGK, floor_K)).sum(-1)
     return _over_batch(weighed_PG, valid_PGK.any(-1))
 
@@ -64,13 +65,14 @@ def noise_share(
     deviation of the noise, but no more than a group has. Of `sum_then_normalise` by group if `summed`, else of `gdpo`.
     """
     weights_K, floor_PK, noise_PK = weights_K.double(), floor_K.double()[None], noise_K.double()[None]
-    if summed:  # then it is one reward, with the noise and the floor of the sum
+    if summed:  # then the sum is the one reward, with a noise and a floor of its own
         flat_PK = flat(rewards_PGK, valid_PGK, floor_K)
         rewards_PGK = (weights_K * _centre(rewards_PGK, valid_PGK, floor_K)).sum(-1, keepdim=True)
         valid_PGK = valid_PGK.any(-1, keepdim=True)
         floor_PK, noise_PK = (_of_sum(values_K, weights_K, flat_PK) for values_K in (floor_K, noise_K))
         weights_K = weights_K.new_ones(1)
     std_P1K = _std(_centre(rewards_PGK, valid_PGK, floor_PK), valid_PGK)
+    # The range of some twenty normal draws is about four standard deviations.
     noise_P1K = torch.minimum(noise_PK[:, None] / 4, std_P1K) / _divisor(std_P1K, floor_PK)
     noise = (weights_K * noise_P1K * valid_PGK).square().sum()
     total = (weights_K * standardise(rewards_PGK, valid_PGK, floor_PK)).sum(-1).square().sum()
@@ -89,6 +91,7 @@ def standardise(values_PGK: Tensor, valid_PGK: Tensor, floor_K: Tensor | None = 
 def flat(values_PGK: Tensor, valid_PGK: Tensor, floor_K: Tensor | None = None) -> Tensor:
     """(P, K) bool: groups with fewer than two values of a reward, or with values that noise can make."""
     values = values_PGK.double()
+    # Infinities keep what is missing out of the extremes.
     top = values.masked_fill(~valid_PGK, -torch.inf).amax(1)
     bottom = values.masked_fill(~valid_PGK, torch.inf).amin(1)
     least = FLAT if floor_K is None else floor_K.double().clamp_min(FLAT)
@@ -104,7 +107,7 @@ def _centre(values_PGK: Tensor, valid_PGK: Tensor, floor_K: Tensor | None) -> Te
 
 def _std(centred_PGK: Tensor, valid_PGK: Tensor) -> Tensor:
     """(P, 1, K) Bessel standard deviation of each group."""
-    count = valid_PGK.sum(1, keepdim=True)
+    count = valid_PGK.sum(1, keepdim=True)  # a reward may be missing for some images of a group
     return (centred_PGK.square().sum(1, keepdim=True) / (count - 1).clamp_min(1)).sqrt()
 
 
@@ -120,7 +123,7 @@ def _of_sum(noise_K: Tensor, weights_K: Tensor, flat_PK: Tensor) -> Tensor:
 
 
 def _over_batch(values_PG: Tensor, scorable_PG: Tensor) -> Tensor:
-    """Unit standard deviation over the batch. Each group is centred, so the batch's mean is 0 but for rounding: it is
-    not subtracted, which would move the flat groups off 0."""
+    """Unit standard deviation over the batch."""
+    # Each group is centred, so the batch's mean is 0 within rounding. Subtracting it would move flat groups off 0.
     scorable = values_PG[scorable_PG]
     return values_PG / (scorable.std() + EPSILON) if len(scorable) > 1 else torch.zeros_like(values_PG)

@@ -1,9 +1,9 @@
-"""Checkpoints that are whole or not there: written beside, checked, renamed. Safetensors and JSON only.
+"""Atomic checkpoints with checksums, of safetensors and JSON only.
 
     checkpoints/step-000123/   <name>.safetensors ..., state.json, manifest.json (sizes and sha256 sums)
     checkpoints/best           a link to the best step, where one was marked
 
-The manifest is written last, so a directory without a fitting manifest is torn and is passed over.
+The manifest is written last, so a directory whose files do not match its manifest is incomplete and is skipped.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ import os
 import random
 import re
 import shutil
-import sys
-import tempfile
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,7 +31,8 @@ from torch import Tensor
 
 from posttrain.distributed import shards
 from posttrain.errors import UserError
-from posttrain.runs.files import sync
+from posttrain.log import log
+from posttrain.runs.files import replacing_directory, sync
 from posttrain.training.optim import moment, parts
 from prompts.parse import parse_json
 
@@ -61,32 +60,24 @@ def save(
     """
     directory = Path(directory)
     final = directory / f"step-{step:06d}"
-    temporary = None
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for left_over in directory.glob(".tmp-*"):  # of a process that was killed while it saved
             shutil.rmtree(left_over)
-        temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=directory))
-        temporary.chmod(0o755)
-        for name, group in tensors.items():
-            plain = {key: value.detach().cpu().contiguous() for key, value in group.items()}
-            save_file(plain, temporary / f"{name}.safetensors")
-        _write_json(temporary / "state.json", {"step": step, **state})
-        seal(temporary)
-        if final.exists():  # a torn one, or this step once more after resuming from an older one
-            os.rename(final, directory / f".tmp-old-{step:06d}")
-        os.rename(temporary, final)
-        sync(directory)
+        # One that is there is torn, or is this step once more after resuming from an older one.
+        with replacing_directory(final) as temporary:
+            for name, group in tensors.items():
+                plain = {key: value.detach().cpu().contiguous() for key, value in group.items()}
+                save_file(plain, temporary / f"{name}.safetensors")
+            _write_json(temporary / "state.json", {"step": step, **state})
+            seal(temporary)
     except (OSError, SafetensorError) as error:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
         if is_full(error):
             raise UserError(
                 f"{final}: no space left while saving ({_megabytes(tensors):.0f} MB); free some or lower"
                 " checkpoint.keep, then run again with --resume. Older checkpoints are whole."
             ) from error
         raise UserError(f"{final}: cannot be saved: {error}; older checkpoints are whole") from error
-    shutil.rmtree(directory / f".tmp-old-{step:06d}", ignore_errors=True)
     _prune(directory, keep)
     return final
 
@@ -105,20 +96,20 @@ def seal(directory: Path) -> None:
 def on_host(
     tensors: Mapping[str, Tensor], keep: bool = True, over: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Copies on the CPU, which stay as they are now; sharded ones are gathered, one after the other, by all processes,
-    of which some may not `keep` them. Copies of before, to be written over, save the time of getting fresh memory."""
-    found = {}
+    """Copies on the CPU. Sharded tensors are gathered, one after the other, by all processes, of which some may not
+    `keep` them. `over` are copies that may be written over."""
+    copies = {}
     for key, value in tensors.items():
         whole, old = shards.whole(value).detach(), (over or {}).get(key)
         if keep and old is not None and (old.shape, old.dtype) == (whole.shape, whole.dtype):
-            found[key] = old.copy_(whole)
+            copies[key] = old.copy_(whole)  # fresh memory would cost more time than the copy
         elif keep:
-            found[key] = whole.to("cpu", copy=True)
-    return found
+            copies[key] = whole.to("cpu", copy=True)
+    return copies
 
 
 class Writer:
-    """Saves in a thread, one checkpoint at a time: who trains waits for its copy in memory, not for the disk."""
+    """Saves in a thread, one checkpoint at a time: training waits for the copy in memory, not for the disk."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -127,19 +118,22 @@ class Writer:
         """Memory to copy the next checkpoint into, when nothing is pending: see `on_host`."""
 
     def reserve(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Gets memory for copies of these in the thread: fresh memory comes at a few GB/s, and all weights of K2 with
-        their moments are 150 GB. Raises UserError at the next look where there is not so much."""
+        """Allocates memory for copies of these in the thread; a later `check` raises UserError if it is too little."""
         self.check(wait=True)
-        like = {name: {key: (t.shape, t.dtype) for key, t in group.items()} for name, group in tensors.items()}
+        # Shapes and types only, as the tensors themselves may be freed before the thread comes to them.
+        shapes: dict[str, dict[str, tuple[torch.Size, torch.dtype]]] = {}
+        for name, group in tensors.items():
+            shapes[name] = {key: (tensor.shape, tensor.dtype) for key, tensor in group.items()}
 
-        def get() -> None:
+        def allocate() -> None:
+            # Zeros touch each page: fresh memory comes at a few GB/s, and all weights of K2 with moments are 150 GB.
             try:
-                for name, group in like.items():
+                for name, group in shapes.items():
                     self.copies[name] = {key: torch.zeros(shape, dtype=dtype) for key, (shape, dtype) in group.items()}
-            except RuntimeError as error:  # torch has no other
+            except RuntimeError as error:  # torch raises no other where memory is short
                 raise UserError(f"checkpoint: no memory for a copy of what it holds: {error}") from error
 
-        self._pending = self._thread.submit(get)
+        self._pending = self._thread.submit(allocate)
 
     def save(
         self,
@@ -150,8 +144,8 @@ class Writer:
         keep: int,
         best: int | None = None,
     ) -> None:
-        """See `save` and, for `best`, `mark_best`. Waits for the one before. The tensors may not change until this is
-        done; then the next are copied over them."""
+        """See `save` and, for `best`, `mark_best`. Waits for the save before. The tensors must not change until this is
+        done; then the next ones are copied over them."""
         self.check(wait=True)
 
         def write(state: dict[str, Any]) -> None:
@@ -160,6 +154,7 @@ class Writer:
                 mark_best(directory, best)
 
         self.copies = tensors
+        # Training goes on and changes its history while this is written.
         self._pending = self._thread.submit(write, copy.deepcopy(state))
 
     @property
@@ -168,7 +163,7 @@ class Writer:
         return self._pending is None or self._pending.done()
 
     def check(self, wait: bool = False) -> None:
-        """Raises what went wrong with the last one, once: if it is done, or, with `wait`, when it is."""
+        """Raises the error of the last save, once: if it is done, or, with `wait`, when it is."""
         if self._pending is not None and (wait or self.done):
             pending, self._pending = self._pending, None
             pending.result()
@@ -188,7 +183,7 @@ def mark_best(directory: str | Path, step: int) -> None:
 
 
 def load_latest(directory: str | Path) -> Checkpoint | None:
-    """The newest whole checkpoint, or None if nothing was ever saved. Says which torn ones it passes over.
+    """The newest whole checkpoint, or None if nothing was ever saved. Says which incomplete ones it skips.
 
     Raises UserError if there are checkpoints and none is whole.
     """
@@ -197,7 +192,7 @@ def load_latest(directory: str | Path) -> Checkpoint | None:
         try:
             return load(path)
         except UserError as error:
-            print(f"posttrain: {error}; trying the one before", file=sys.stderr)
+            log.info(f"{error}; trying the one before")
     if paths:
         raise UserError(f"{directory}: no checkpoint is whole; remove the directory to start afresh")
     return None
@@ -215,8 +210,8 @@ def load(path: str | Path) -> Checkpoint:
 
 
 def find(path: str | Path) -> Path:
-    """The checkpoint directory meant by a path: a checkpoint, or what a run directory hands on. That is its newest
-    whole one; of a run that its stop rule ended, it is the best step, and one line on stderr says so.
+    """The checkpoint directory that a path means: a checkpoint, or that of a run directory that later stages take. This
+    is the newest whole one; of a run that its stop rule ended it is the best step, and one line on stderr says so.
 
     Raises UserError where there is none, or it is of a judge and not of K2.
     """
@@ -230,7 +225,7 @@ def find(path: str | Path) -> Path:
 
 
 def _of_k2(path: Path) -> Path:
-    """A checkpoint that is not a judge's; whether it is whole is another question."""
+    """Raises UserError for a judge's checkpoint; does not check whether it is whole."""
     try:
         method = parse_json((path / "state.json").read_bytes())["method"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -243,36 +238,36 @@ def _of_k2(path: Path) -> Path:
 
 
 def _handed_on(run: Path, newest: Path) -> Path:
-    """Whether a run was stopped is read from its newest checkpoint: it is there even if the process was killed before
-    it could write a summary."""
+    """The newest checkpoint, or the best one of a run that its stop rule ended."""
+    # Read from the checkpoint: it is there even if the process was killed before it could write a summary.
     state = json.loads((newest / "state.json").read_text())
     if not state.get("stopped"):
         return newest
-    told, best = f"{run}: its stop rule ended it at step {state['step']}", state.get("best")
+    ended, best = f"{run}: its stop rule ended it at step {state['step']}", state.get("best")
     remedy = "run it again with a lower optim.lr or other rewards, or name one of its checkpoints"
     if best is None:
-        raise UserError(f"{told}, and eval.best was measured at no step, so there is none to hand on; {remedy}")
+        raise UserError(f"{ended}, and eval.best was measured at no step, so there is none to hand on; {remedy}")
     if best["step"] == 0:
         raise UserError(
-            f"{told}, and {best['metric']} was never above its start, so there is no step to hand on; {remedy}"
+            f"{ended}, and {best['metric']} was never above its start, so there is no step to hand on; {remedy}"
         )
     chosen = newest.with_name(f"step-{best['step']:06d}")
     if wrong := problem(chosen):
-        raise UserError(f"{told}, and its best step is not whole: {chosen}: {wrong}; {remedy}")
-    _say_once(f"posttrain: {told}; taking its best step {best['step']} by {best['metric']}")
+        raise UserError(f"{ended}, and its best step is not whole: {chosen}: {wrong}; {remedy}")
+    _say_once(f"{ended}; taking its best step {best['step']} by {best['metric']}")
     return chosen
 
 
 @functools.cache
 def _say_once(text: str) -> None:
-    """A command may look for the same run several times, and each of its processes does."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr)
+    # A command may look for the same run several times, and each of its processes does.
+    if os.environ.get("RANK", "0") == "0":  # the logger is not silenced before the processes have met
+        log.info(text)
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimiser's state as tensors (`<parameter index>.<name>`, of a moment in 8 bits `....<part>`) and JSON (all
-    the rest)."""
+    """The optimiser's state as tensors (`<parameter index>.<name>`, of an 8-bit moment `....<part>`) and the rest as
+    JSON."""
     full = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     state: dict[str, Any] = {"kind": type(optimizer).__name__, "groups": []}
@@ -317,7 +312,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
             groups[int(owner.removeprefix("group"))][name] = value
             continue
         name, _, part = name.partition(".")
-        if part:
+        if part:  # of an 8-bit moment, of which the codes have the parameter's shape
             eight.setdefault((int(owner), name), {})[part] = value.clone()
             if part != "codes":
                 continue
@@ -330,7 +325,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
         values.setdefault(int(owner), {})[name] = value.clone()
     for (owner, name), inner in eight.items():
         values[owner][name] = moment(inner)
-    for group in groups:
+    for group in groups:  # JSON has made lists of tuples
         group["betas"] = tuple(group["betas"])
     optimizer.load_state_dict({"state": values, "param_groups": groups})
 
@@ -368,7 +363,7 @@ def _saved(directory: Path) -> list[Path]:
 
 
 def problem(path: Path) -> str | None:
-    """Why a directory is no whole checkpoint."""
+    """Why a directory is not a whole checkpoint; None if it is one."""
     if not path.is_dir():
         return "no such directory"
     try:
@@ -411,7 +406,7 @@ def _sha256(path: Path) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _digest(path: Path, *unchanged: int) -> str:
-    """Read once a process, as long as the file is what it was: a checkpoint is found, and then it is loaded."""
+    # Cached, as a checkpoint is first found and then loaded, and a file may have tens of GB.
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,7 +1,7 @@
-"""What a run's evaluations decide: which step was the best, and whether to stop.
+"""Which step of a run was the best, and whether to stop.
 
 Both follow from the list of all evaluations and the recipe alone, so a resumed run decides as the uninterrupted
-one. An evaluation in which the figure is missing, or not finite, says nothing: it is left out.
+one. An evaluation in which the metric is missing or not finite is left out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from posttrain.config.sections import EvalConfig, StopConfig
 
 
 def best(evaluations: Sequence[Any], metric: str | None) -> tuple[int, float] | None:
-    """Step and value of the highest, the earliest of equals. `evaluations` are pairs (step, figures)."""
+    """Step and value of the highest, the earliest of equals. `evaluations` are pairs (step, metrics)."""
     return max(_points(evaluations, metric), key=lambda point: point[1], default=None)
 
 
@@ -26,9 +26,10 @@ def newest_is_best(evaluations: Sequence[Any], metric: str | None) -> bool:
 def regression(evaluations: Sequence[Any], stop: StopConfig) -> str | None:
     """Why to stop now, or None.
 
-    The reason is that in each of the last `patience` evaluations the figure was beyond `limit` or, without one, further
+    The reason is that in each of the last `patience` evaluations the metric was beyond `limit` or, without one, further
     from the best before it than the share `drop` of that best's size.
     """
+    # With the sign, higher is better for all metrics.
     sign = 1 if stop.better == "higher" else -1
     top: tuple[int, float] | None = None
     beyond = 0
@@ -38,6 +39,7 @@ def regression(evaluations: Sequence[Any], stop: StopConfig) -> str | None:
             top = step, value
         worst = top[1] - sign * stop.drop * abs(top[1]) if stop.limit is None else stop.limit
         beyond = beyond + 1 if sign * (worst - value) > 0 else 0
+    # One evaluation beyond the limit may be chance.
     if top is None or beyond < stop.patience:
         return None
     step, value = points[-1]
@@ -49,25 +51,25 @@ def regression(evaluations: Sequence[Any], stop: StopConfig) -> str | None:
 
 
 def warning(stop: StopConfig) -> str | None:
-    """What to tell at the start of a run whose rule is a weak one."""
+    """Said at the start of a run whose stop rule is a weak one."""
     if stop.metric is None or stop.metric.partition("@")[0] != "image/high_frequency":
         return None
     return (
-        f"warning: eval.stop watches {stop.metric} alone, which fell on K2-nano while artifacts rose; watch a"
+        f"eval.stop watches {stop.metric} alone, which fell on K2-nano while artifacts rose; watch a"
         " held-out judge (a reward with heldout_only: true)"
     )
 
 
 def handed_on(evaluations: Sequence[Any], decided: dict[str, Any]) -> dict[str, Any]:
-    """Figures of the step that a run hands on: the last evaluated, or the best of a run that its rule ended."""
+    """Metrics of the step that later stages take: the last one, or the best of a run that its stop rule ended."""
     best = decided.get("best")
-    if "stopped" in decided and best and best["step"]:
-        return next(figures for step, figures in evaluations if step == best["step"])
+    if "stopped" in decided and best and best["step"]:  # step 0 is the start, of which there is no checkpoint
+        return next(metrics for step, metrics in evaluations if step == best["step"])
     return evaluations[-1][1]
 
 
 def outcome(evaluations: Sequence[Any], config: EvalConfig) -> tuple[dict[str, Any], list[str]]:
-    """What was decided, for the summary (`best`, `stopped`; each only where there is one) and as lines to the user."""
+    """The decisions for the summary (`best`, `stopped`; each only where there is one) and as lines to the user."""
     decided: dict[str, Any] = {}
     lines = []
     if reason := regression(evaluations, config.stop):
@@ -85,5 +87,9 @@ def outcome(evaluations: Sequence[Any], config: EvalConfig) -> tuple[dict[str, A
 
 
 def _points(evaluations: Sequence[Any], metric: str | None) -> list[tuple[int, float]]:
-    points = ((step, figures.get(metric)) for step, figures in evaluations)
-    return [(step, value) for step, value in points if value is not None and math.isfinite(value)]
+    points = []
+    for step, metrics in evaluations:
+        value = metrics.get(metric)
+        if value is not None and math.isfinite(value):
+            points.append((step, value))
+    return points

@@ -9,8 +9,8 @@
 | pcie_replays | transfers that had to be repeated, since the run began |
 | ecc_corrected, ecc_uncorrected | memory errors since the run began |
 
-Of several GPUs the worst is told: the least of the first two, the most of the others. What NVML does not know, or fails
-to say, is missing, never 0.
+Of several GPUs the worst value counts: the least of the first two, the most of the others. What NVML does not know, or
+fails to return, is missing, never 0.
 """
 
 from __future__ import annotations
@@ -23,20 +23,25 @@ from typing import Any
 import torch
 
 SHARES = ("health/sm_activity", "health/busy")
-"""Of these the least is the worst."""
+"""Of these the least value is the worst."""
 
 
 def worst(parts: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
-    """Over GPUs; one that could not say is left out, and None is what none could."""
-    found: dict[str, float | None] = {}
-    for name in {name: None for part in parts for name in part}:
-        known = [value for part in parts if (value := part.get(name)) is not None]
-        found[name] = None if not known else min(known) if name in SHARES else max(known)
-    return found
+    """Over GPUs; those without a value are left out, and None is left where no GPU has one."""
+    known: dict[str, list[float]] = {}
+    for part in parts:
+        for name, value in part.items():
+            known.setdefault(name, [])
+            if value is not None:
+                known[name].append(value)
+    metrics: dict[str, float | None] = {}
+    for name, values in known.items():
+        metrics[name] = (min if name in SHARES else max)(values, default=None)
+    return metrics
 
 
 def watch(device: torch.device, say: Callable[[str], None]) -> Health | None:
-    """None where there is no GPU; and, told through `say`, where NVML is not to be had."""
+    """None where there is no GPU, or no NVML, which `say` is told."""
     if device.type != "cuda":
         return None
     if importlib.util.find_spec("pynvml") is None:
@@ -56,14 +61,15 @@ class Health:
     def __init__(self, nvml: Any, uuid: str):
         """`nvml` is the module; its error is raised if there is no such GPU."""
         nvml.nvmlInit()
+        # By UUID: CUDA_VISIBLE_DEVICES renumbers devices for torch, and not for NVML.
         self._nvml, self._device = nvml, nvml.nvmlDeviceGetHandleByUUID(uuid)
         self._begun: dict[str, int] = {}
         self._samples: list[Any] = []
         self._try(self._begin_samples)
-        self.read()
+        self.read()  # counters are reported from here on
 
     def read(self) -> dict[str, float | None]:
-        """The figures of one step, which ends now."""
+        """The metrics of one step, which ends now."""
         nvml, device = self._nvml, self._device
         corrected, uncorrected = nvml.NVML_MEMORY_ERROR_TYPE_CORRECTED, nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED
         asked: dict[str, Callable[[], float | None]] = {
@@ -81,7 +87,7 @@ class Health:
     def _try(self, ask: Callable[[], Any]) -> Any:
         try:
             return ask()
-        except self._nvml.NVMLError:
+        except self._nvml.NVMLError:  # a metric that this GPU or driver does not have is missing, never 0
             return None
 
     def _errors(self, kind: int) -> int:
@@ -98,7 +104,7 @@ class Health:
             self._samples = samples
 
     def _sm_activity(self) -> float | None:
-        if not self._samples:
+        if not self._samples:  # before Hopper
             return None
         nvml, (before, now) = self._nvml, self._samples
         nvml.nvmlGpmSampleGet(self._device, now)

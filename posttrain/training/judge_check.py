@@ -1,13 +1,15 @@
-"""What is held against the judges of a run before it trusts their scores, on its own first pictures."""
+"""Checks of a run's judges on its own first images, before it trusts their scores."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
 
+from posttrain.log import log
 from posttrain.runs.run import Run
 from rewards.base import Reward
 from rewards.injection import injection
@@ -15,31 +17,33 @@ from rewards.noise import noise_metrics
 from rewards.preflight import repeatability
 
 SHOWN = 8
-"""Pictures that a judge is tried on; its answers are asked again for half of them."""
+"""Images that a judge is tried on; its answers are asked again for half of them."""
 
 
 def check_judges(
     run: Run,
     rewards: Sequence[Reward],
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     prompts: Sequence[str],
     columns: Mapping[str, Sequence[Any]],
 ) -> dict[str, float | None]:
     """How far judges repeat themselves and obey text, said to the user and logged before the first step.
 
-    For the main process alone. Nothing is asked where no reward asks a judge, or there is no picture.
+    For the main process alone. Nothing is asked where no reward asks a judge, or there is no image.
     """
-    if not pictures:
+    if not images:
         return {}
-    pictures, prompts = pictures[:SHOWN], prompts[:SHOWN]
-    judges = asyncio.run(repeatability(rewards, pictures[: SHOWN // 2], prompts))
+    images, prompts = images[:SHOWN], prompts[:SHOWN]
+    judges = asyncio.run(repeatability(rewards, images[: SHOWN // 2], prompts))
+    # A judge that contradicts itself, or does what text in an image says, is a reward that can be cheated.
     for judge in judges:
-        run.say(judge.line)
+        level = logging.WARNING if judge.remedy else logging.INFO
+        log.log(level, judge.line.removeprefix("warning: "))
     metrics = {f"repeatability/{judge.judge}": judge.spread for judge in judges} | noise_metrics(judges)
     shown = {name: column[:SHOWN] for name, column in columns.items()}
-    for raised in asyncio.run(injection(rewards, pictures, prompts, shown)):
+    for raised in asyncio.run(injection(rewards, images, prompts, shown)):
         if raised.warning:
-            run.say(raised.warning)
+            log.warning(raised.warning.removeprefix("warning: "))
         metrics |= raised.metrics
     if metrics:
         run.log(0, metrics)

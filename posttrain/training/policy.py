@@ -1,10 +1,10 @@
-"""The policy, which is the role that a run trains, its checkpoints, and the model it stands on.
+"""The policy, which is the role that a run trains, its checkpoints, and the model that it starts from.
 
 The policy is a LoRA adapter or all weights (`lora: null`). The reference of an adapter is the model without it; of all
-weights, a frozen copy made when training begins. A run that goes on from an earlier one (`model.start`) stands on what
-that trained, so that the reference is the policy it began with. An earlier adapter stays an adapter, in fp32, active
-under every role (see roles.py): nothing of it is rounded away. Earlier weights replace the base's, in the base's types.
-Every checkpoint says which runs its own stands on (`origin.merged`), and whoever loads it loads the same ones again.
+weights, a frozen copy made when training begins. A run that starts from an earlier one (`model.start`) has that one's
+policy as its reference. An earlier adapter stays an adapter, in fp32, active under every role (see model/roles.py), so
+that nothing of it is rounded away. Earlier weights replace the base's, in the base's types. Every checkpoint names the
+earlier runs that it was trained on top of (`origin.merged`), and loading it loads these again.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def load_model(model: ModelConfig, device: str | torch.device, saved: Checkpoint
     Raises UserError for a distilled checkpoint that the recipe does not ask for by name, for one that another base was
     trained to, and for a run to start from that is gone or has changed.
     """
-    if saved is not None:
+    if saved is not None:  # the reference must stay the one that the run began with
         if (before := saved.state["model"].get("start")) != model.start:
             raise UserError(f"model.start: was {before} when the run began; restore it, or start another run")
-        return quickened(_load_for(saved, asdict(model), first_device(model, device)), model, device)
+        return apply_runtime_options(_load_for(saved, asdict(model), first_device(model, device)), model, device)
     k2 = _load(asdict(model), first_device(model, device))
     if k2.is_distilled and not model.allow_distilled:
         raise UserError(f"{model.path}: model_index.json: is_distilled is true: {DISTILLED_REMEDY}")
@@ -53,6 +53,7 @@ def load_model(model: ModelConfig, device: str | torch.device, saved: Checkpoint
         found = checkpoint.find(model.start)
         first = checkpoint.load(found)
         stages = [*earlier_of(first), first]
+        # Distillation comes last, so training starts from a student only if the recipe asks for it.
         if any(map(is_student, stages)) and not model.allow_distilled:
             raise UserError(f"model.start: {found} is distilled (method tdm): {DISTILLED_REMEDY}")
         base = _origin(first)["base"]
@@ -60,7 +61,7 @@ def load_model(model: ModelConfig, device: str | torch.device, saved: Checkpoint
             raise UserError(f"model.start: {found} was trained on another model than model.path ({model.path})")
         for earlier in stages:
             _stack(k2, earlier)
-    return quickened(k2, model, device)
+    return apply_runtime_options(k2, model, device)
 
 
 def load_base(saved: Checkpoint, device: str | torch.device = "cpu") -> K2:
@@ -97,7 +98,7 @@ def earlier_of(saved: Checkpoint) -> list[Checkpoint]:
         path = Path(entry["path"])
         if not path.is_dir():
             raise UserError(f"{path}: is gone, and {saved.path} was trained on top of it; put it back")
-        found.append(checkpoint.load(path))
+        found.append(checkpoint.load(path))  # which compares all checksums with its manifest
         if _sum(found[-1]) != entry["sha256"]:
             raise UserError(f"{path}: has changed since {saved.path} was trained on top of it; restore it")
     return found
@@ -108,8 +109,7 @@ def _load(model: dict[str, Any], device: str | torch.device) -> K2:
     k2 = K2.load(model["path"], model["transformer_file"], getattr(torch, model["dtype"]), device)
     startup.lap("read")
     state = k2.base_state_dict()
-    # The least and the greatest of a tensor are found many times faster than which of its numbers are finite, and are
-    # not finite where one of them is not.
+    # Minimum and maximum are many times faster than isfinite on each number, and are not finite if any number is not.
     ends = {name: torch.stack(torch.aminmax(value)).float() for name, value in state.items()}
     if not torch.stack(list(ends.values())).isfinite().all():
         name = next(name for name, pair in ends.items() if not pair.isfinite().all())
@@ -121,12 +121,13 @@ def _load(model: dict[str, Any], device: str | torch.device) -> K2:
 
 
 def first_device(model: ModelConfig, device: str | torch.device) -> str | torch.device:
-    """Where the model is read to: what will not fit into a GPU as it is goes there later."""
+    """Where the model is read to."""
+    # What does not fit into a GPU as it is goes there only when it is quantised, or in part.
     return "cpu" if model.quantize or model.offload else device
 
 
-def quickened(k2: K2, model: ModelConfig, device: str | torch.device) -> K2:
-    """As the recipe wants it to run, and there: that is the run's affair, and no part of what a checkpoint is."""
+def apply_runtime_options(k2: K2, model: ModelConfig, device: str | torch.device) -> K2:
+    """Quantises, places and compiles the model as the recipe says. None of this is part of a checkpoint."""
     if model.quantize:
         quantize(k2, device)
     net: Any = k2.transformer
@@ -147,7 +148,7 @@ def is_student(saved: Checkpoint) -> bool:
 
 def _stack(k2: K2, earlier: Checkpoint) -> None:
     add_saved_policy(k2, earlier)
-    k2.stack_role(POLICY)
+    k2.stack_role(POLICY)  # from now on it is part of the base, under every role
     k2.origin["merged"].append({"path": _relative(earlier.path), "sha256": _sum(earlier)})
 
 
@@ -157,8 +158,8 @@ def _origin(saved: Checkpoint) -> dict[str, Any]:
 
 
 def _relative(path: Path) -> str:
-    """As paths in recipes are: from the working directory, where that holds it, so that a project can be moved."""
-    here = Path.cwd()
+    """From the working directory, as paths in recipes are, so that a project can be moved."""
+    here = Path.cwd()  # paths outside of it stay absolute
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
@@ -171,7 +172,7 @@ def _sum(saved: Checkpoint) -> str:
 
 
 def add_policy(k2: K2, lora: LoraConfig | None, seed: int, reference: bool) -> None:
-    """The role as a run begins with it. With `reference`, the role None is what the model is now."""
+    """The role as a run begins with it. With `reference`, the role None stays what the model is now."""
     if lora is None:
         k2.add_full_role(POLICY, reference)
     else:
@@ -187,7 +188,7 @@ def add_saved_policy(k2: K2, saved: Checkpoint) -> None:
         k2.add_role(POLICY, **lora)
     load_policy(k2, saved)
     if is_student(saved):
-        k2.pipe.register_to_config(is_distilled=True)
+        k2.pipe.register_to_config(is_distilled=True)  # which chooses the shift of the schedule
 
 
 def load_policy(k2: K2, saved: Checkpoint) -> None:
@@ -214,7 +215,7 @@ def file_of(lora: dict[str, Any] | None) -> str:
 
 
 def policy_state(k2: K2) -> dict[str, Tensor]:
-    """The role's values on the CPU, copied, so that they stay what they are now."""
+    """Copies of the role's values on the CPU."""
     return checkpoint.on_host(k2.role_state_dict(POLICY))
 
 

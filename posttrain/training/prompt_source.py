@@ -1,4 +1,4 @@
-"""The prompts of a training step: every one in turn, or by the adaptive pool, which goes into the checkpoint."""
+"""The prompts of a training step, in turn or by the adaptive pool, and their fused text."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from posttrain.grpo.config import GRPOConfig
+from posttrain.log import log
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
 from posttrain.training.checkpoint import Checkpoint
@@ -34,6 +35,7 @@ class PromptSource:
         self._step, self._rows = 0, np.empty(0, np.int64)
         """What was drawn last, and in which step; 0: nothing yet."""
         if config.pool.kind == "adaptive":
+            # Gates and held-out rewards make no advantage, so they do not say what a prompt teaches.
             weights = {r.name: r.weight for r in config.rewards if r.gate == "none" and not r.heldout_only}
             self.pool = Pool(records, weights, config.pool, config.groups.prompts_per_step, config.seed)
 
@@ -43,8 +45,11 @@ class PromptSource:
         if self.pool is not None:
             if step != self._step:  # a draw marks what it takes, so that a second one would be another
                 self._step, self._rows = step, self.pool.draw(step)
-            return [self.records[i] for i in self.pool.places[self._rows]]
-        return [self.records[in_turn(self.config.seed, i, len(self.records))] for i in range((step - 1) * n, step * n)]
+            places = self.pool.places[self._rows]
+        else:
+            groups = range((step - 1) * n, step * n)  # counted over the whole run
+            places = [in_turn(self.config.seed, i, len(self.records)) for i in groups]
+        return [self.records[i] for i in places]
 
     def update(self, step: int, gated: Gated) -> dict[str, float]:
         """Takes in the scores of the groups just drawn, in their order; returns how many prompts are in each class."""
@@ -57,19 +62,25 @@ class PromptSource:
 
     def ends(self) -> dict[str, list[dict[str, Any]]] | None:
         """What the report shows of the prompts: the easiest, the hardest and the most informative."""
-        return None if self.pool is None else {n: self._table(rows) for n, rows in self.pool.ends(ENDS).items()}
+        if self.pool is None:
+            return None
+        return {title: self._table(self.pool, rows) for title, rows in self.pool.ends(ENDS).items()}
 
-    def _table(self, rows: np.ndarray) -> list[dict[str, Any]]:
-        assert self.pool is not None
-        columns = {
-            "prompt": [self.records[i].prompt for i in self.pool.places[rows]],
-            "score": self.pool.score(rows).tolist(),
-            "informativeness": self.pool.informativeness(rows).tolist(),
-            "last drawn": self.pool.drawn[rows].tolist(),
-            "class": [Kind(kind).name.lower() for kind in self.pool.kinds(rows)],
-            "rests until": [step or None for step in self.pool.returns[rows].tolist()],
-        }
-        return [dict(zip(columns, row)) for row in zip(*columns.values())]
+    def _table(self, pool: Pool, rows: np.ndarray) -> list[dict[str, Any]]:
+        scores, informativeness, kinds = pool.score(rows), pool.informativeness(rows), pool.kinds(rows)
+        table = []
+        for i, row in enumerate(rows):
+            table.append(
+                {
+                    "prompt": self.records[pool.places[row]].prompt,
+                    "score": float(scores[i]),
+                    "informativeness": float(informativeness[i]),
+                    "last drawn": int(pool.drawn[row]),
+                    "class": Kind(kinds[i]).name.lower(),
+                    "rests until": int(pool.returns[row]) or None,
+                }
+            )
+        return table
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Files and JSON for a checkpoint."""
@@ -105,25 +116,30 @@ class FusedTexts:
         for prompt, encoded in zip(new, features):
             self._texts[prompt] = self.k2.fuse(encoded).cpu()
             self.bytes += self._texts[prompt].nbytes
-        found = []
+        texts = []
         for prompt in prompts:
             self._texts.move_to_end(prompt)
-            found.append(self._texts[prompt].to(self.k2.device))
-        while self.bytes > self.limit:
+            texts.append(self._texts[prompt].to(self.k2.device))
+        while self.bytes > self.limit:  # only now, so that no prompt of this call has gone
             self.bytes -= self._texts.popitem(last=False)[1].nbytes
-        return found
+        return texts
 
 
-def cut_prompts(k2: K2, records: list[PromptRecord], max_tokens: int) -> list[str]:
-    """What to tell the user if some of them are longer than that."""
-    long = [r for r in records if len(r.prompt.encode()) > max_tokens // 2]  # a token is at least one byte
-    cuts = [cut for cut in k2.tokenize([r.prompt for r in long], max_tokens)[1] if cut]
-    told = f"warning: {len(cuts)} prompts are longer than prompts.max_tokens ({max_tokens}); "
-    return [f"{told}up to {max(cuts)} tokens are cut"] if cuts else []
+def warn_of_cut_prompts(k2: K2, records: Sequence[PromptRecord], max_tokens: int) -> None:
+    """Says how many prompts are longer than that, if any are."""
+    # A token is at least one byte, so most prompts need no tokenizer to be known as short enough.
+    long = [record.prompt for record in records if len(record.prompt.encode()) > max_tokens // 2]
+    _, cuts_of_all = k2.tokenize(long, max_tokens)
+    cuts = [cut for cut in cuts_of_all if cut]
+    if cuts:
+        log.warning(
+            f"{len(cuts)} prompts are longer than prompts.max_tokens ({max_tokens}); up to {max(cuts)} tokens are cut"
+        )
 
 
 def in_turn(seed: int, index: int, n: int) -> int:
     """The prompt of global group `index`: every prompt once in a random order, then once more in another."""
+    # The order follows from seed and epoch alone, so a resumed run needs no state of a generator.
     epoch, place = divmod(index, n)
     return int(_order(seed, epoch, n)[place])
 

@@ -1,4 +1,4 @@
-"""What every training method's loop has in common: when to save, when to stop, and how to step safely."""
+"""What all training loops share: when to save, when to stop, and how to step safely."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from posttrain.distributed import shards
 from posttrain.errors import UserError
 from posttrain.grpo.config import LossConfig
 from posttrain.model import clipping
+from posttrain.runs.stop import StopSignals
 from posttrain.training import checkpoint
 from posttrain.training.optim import make_optimizer, median_root, set_group
 
@@ -25,64 +25,58 @@ MAX_SKIPPED = 10
 """Updates in a row whose gradient was not finite, after which a run ends."""
 
 RATIO_REMEDY = "use model.dtype float32, or raise loss.clip_low and loss.clip_high"
-"""What to do where the policy that trains is not quite the one that sampled."""
+"""What to do if the policy that trains is not quite the one that sampled."""
 
 
 class Loop:
-    """Training steps first+1 .. total, with `save(step)` by count, by time, at the end and when asked to stop.
+    """Training steps first+1 .. total. Its body asks `save_due` once, at the end of each step, and saves if so.
 
-    SIGTERM and Ctrl-C let the step in progress finish, save, and end the loop; a second Ctrl-C does not wait. So
-    does `end`, which the loop's body calls; `save_next` only has the step in progress saved.
+    A checkpoint is due by count, by time, at the end and when a signal asks to stop: SIGTERM and Ctrl-C let the step in
+    progress finish and end the loop. So does `end`; `save_next` only makes a checkpoint due.
     """
 
-    def __init__(
-        self,
-        first: int,
-        total: int,
-        config: CheckpointConfig,
-        save: Callable[[int], None],
-        anywhere: Callable[[bool], bool] = bool,
-    ):
+    def __init__(self, first: int, total: int, config: CheckpointConfig, anywhere: Callable[[bool], bool] = bool):
         """`anywhere` says whether something is so in any process: a signal to one of them stops all."""
-        self.first, self.total, self.config, self.save, self.anywhere = first, total, config, save, anywhere
+        self.first, self.total, self.config, self.anywhere = first, total, config, anywhere
         self.stopped: signal.Signals | None = None
         self.done = first
         """The last step that was finished."""
-        self._due = self._ended = False
+        self._signals = StopSignals()
+        self._due = self._last = False
+        self._saved_at = 0.0
 
     def __iter__(self) -> Iterator[int]:
-        before = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
-        saved_at = time.monotonic()
-        try:
+        self._saved_at = time.monotonic()
+        with self._signals:
             for step in range(self.first + 1, self.total + 1):
                 yield step
                 self.done = step
-                # What all were told counts: a signal that comes after it is one for the next step.
-                stopping = self.anywhere(self.stopped is not None)
-                if stopping and self.stopped is None:
-                    self.stopped = signal.SIGTERM
-                late = self.config.minutes and self.anywhere(time.monotonic() - saved_at > 60 * self.config.minutes)
-                due = self._due or (self.config.every and step % self.config.every == 0)
-                last = self._ended or stopping or step == self.total
-                if last or late or due:
-                    self.save(step)
-                    saved_at, self._due = time.monotonic(), False
-                if last:
-                    return
-        finally:
-            for s, handler in before.items():
-                signal.signal(s, handler)
+                if self._last:
+                    break
+        self.stopped = self._signals.received or self.stopped
+
+    def save_due(self, step: int) -> bool:
+        """Whether to save after this step. All processes must ask at once."""
+        # The answer that all get counts: a signal that comes after it is one for the next step.
+        stopping = self.anywhere(self._signals.received is not None)
+        if stopping and self._signals.received is None:
+            self.stopped = signal.SIGTERM  # another process was told to stop
+        minutes = self.config.minutes
+        late = minutes and self.anywhere(time.monotonic() - self._saved_at > 60 * minutes)
+        counted = self.config.every and step % self.config.every == 0
+        self._last = self._last or stopping or step == self.total
+        due = bool(self._last or late or counted or self._due)
+        if due:
+            self._saved_at, self._due = time.monotonic(), False
+        return due
 
     def save_next(self) -> None:
+        """The step in progress gets a checkpoint."""
         self._due = True
 
     def end(self) -> None:
-        self._ended = True
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self.stopped is signal.SIGINT and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.stopped = signal.Signals(number)
+        """The step in progress is the last."""
+        self._last = True
 
 
 def check_ratio(error: float, config: LossConfig) -> None:
@@ -96,13 +90,18 @@ def check_ratio(error: float, config: LossConfig) -> None:
 
 
 class Clock:
-    """Seconds between `lap`s, as metrics `seconds/NAME`."""
+    """Seconds between the laps of a step, as metrics `seconds/NAME`."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
+        self._last = 0.0
+
+    def start(self) -> None:
+        """A step begins."""
+        self.seconds, self._last = {}, time.perf_counter()
 
     def lap(self, name: str) -> None:
+        """What went by since the lap before was this part of the step."""
         now = time.perf_counter()
         self.seconds[f"seconds/{name}"], self._last = now - self._last, now
 
@@ -111,7 +110,8 @@ class Stepper:
     """AdamW over some parameters: warm-up, clipping, and gradients that are not finite left out and counted.
 
     With `ema` it keeps an exponential moving average of the parameters, which is evaluated and exported in their
-    place and never sampled from. Early on that forgets faster: its decay is (1 + n) / (10 + n) after n updates.
+    place and never sampled from. Its decay after n updates is at most (1 + n) / (10 + n), so that it soon forgets the
+    start.
     """
 
     def __init__(self, parameters: Sequence[Tensor], config: OptimConfig):
@@ -122,12 +122,13 @@ class Stepper:
         if any(shards.is_parted(p) for p in self.parameters):
             if config.kind != "adamw":
                 raise UserError(f"optim.kind: sharding does not go with {config.kind}; use adamw")
-            self.optimizer.param_groups[0]["foreach"] = False  # it takes another copy of all
+            # foreach would take another copy of all parameters.
+            self.optimizer.param_groups[0]["foreach"] = False
         self.rate = 1.0
         """Share of the learning rate to take, for a method that lowers it."""
         self.updates = self.skipped = self.skipped_in_a_row = self.clipped = 0
         self.norms: list[float] = []
-        """The newest norms of gradients before clipping, which the next one is held against."""
+        """The newest norms of gradients before clipping, with which the next one is compared."""
         self._average = [p.detach().clone() for p in self._own] if config.ema else None
 
     def step(self) -> float:
@@ -139,7 +140,7 @@ class Stepper:
         for parameter, own in zip(self.parameters, self._own):
             if parameter.grad is not None:
                 own.grad = shards.own(parameter.grad)
-        norm = total.item()
+        norm = total.item()  # waits for the GPU
         self.updates += 1
         if math.isfinite(norm):
             self.skipped_in_a_row = 0
@@ -177,12 +178,13 @@ class Stepper:
 
     def metrics(self, prefix: str = "") -> dict[str, float]:
         """How many updates were clipped so far; `sqrt_v`, the median root of AdamW's second moment over a sample of the
-        weights that this process updates; and `eps_share`, the share of the rate that optim.eps takes from that median
-        weight. The last two are absent before there is a gradient."""
-        found: dict[str, float] = {"clipped_updates": self.clipped}
+        weights that this process updates; and `eps_share`, the share by which optim.eps lowers the step of that median
+        weight. The last two are missing before there is a gradient."""
+        metrics: dict[str, float] = {f"{prefix}clipped_updates": self.clipped}
         if (root := median_root(self.optimizer)) is not None:
-            found |= {"sqrt_v": root, "eps_share": self.config.eps / (root + self.config.eps)}
-        return {f"{prefix}{name}": value for name, value in found.items()}
+            metrics[f"{prefix}sqrt_v"] = root
+            metrics[f"{prefix}eps_share"] = self.config.eps / (root + self.config.eps)
+        return metrics
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -203,9 +205,11 @@ class Stepper:
             shards.spread(self.parameters)
 
     def kept(self) -> list[Tensor]:
-        """What it holds besides the parameters: the optimiser's moments, and the average if there is one."""
-        moments = [value for state in self.optimizer.state.values() for value in state.values()]
-        return [*(value for value in moments if isinstance(value, Tensor)), *(self._average or [])]
+        """Its memory besides the parameters: the optimiser's moments, and the average if there is one."""
+        kept = list(self._average or [])
+        for state in self.optimizer.state.values():
+            kept += [value for value in state.values() if isinstance(value, Tensor)]
+        return kept
 
     def flattened(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The optimiser's state for a checkpoint, whichever processes hold it; see `checkpoint.flatten_optimizer`."""

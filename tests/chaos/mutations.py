@@ -23,8 +23,8 @@ SECONDS = 120
 MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("posttrain/training/advantages.py", "tests/training/test_advantages.py"): [
         ("/ (count - 1).clamp_min(1)).sqrt()", "/ count.clamp_min(1)).sqrt()"),
-        ("return centred / (_std(centred, valid_PGK) + floor)", "return centred"),
-        ("EPSILON if floor_K is None else floor_K.double()[..., None, :].clamp_min(EPSILON)", "EPSILON"),
+        ("return centred / _divisor(_std(centred, valid_PGK), floor_K)", "return centred"),
+        ("std_P1K if floor_K is None else torch.maximum(std_P1K, floor_K.double()[..., None, :])", "std_P1K"),
         ("FLAT if floor_K is None else floor_K.double().clamp_min(FLAT)", "FLAT"),
         ("torch.minimum(noise_PK[:, None] / 4, std_P1K)", "noise_PK[:, None] / 4"),
         ("noise_K * ~flat_PK", "noise_K"),

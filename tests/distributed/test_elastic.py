@@ -50,7 +50,7 @@ def test_a_process_that_is_killed_costs_the_steps_since_the_last_checkpoint(comm
         finally:
             agent.terminate()
     said = (tmp_path / "stderr").read_text()
-    assert "goes on after step" in said
+    assert "continues after step" in said
     assert runs.untimed(run) == runs.untimed(tmp_path / "through")
     first, again = runs.latest(tmp_path / "through"), runs.latest(run)
     assert first.step == again.step == 10 and first.tensors.keys() == again.tensors.keys()

@@ -57,7 +57,7 @@ def test_a_sharded_model_gets_like_costs_at_a_time():
     procs.size, procs.engine, procs.sharded = 2, "FSDP2", True
     hands = []
     for procs.rank in (0, 1):
-        hands.append(procs.mine_by_cost([1, 4, 1, 4, 1, 1]))
+        hands.append(procs.local_indices_by_cost([1, 4, 1, 4, 1, 1]))
     assert hands == [[1, 0, 4], [3, 2, 5]]
 
 

@@ -39,7 +39,7 @@ PAIRS = [
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pairs") / "data"
-    make(ExpanderDataConfig(str(folder), "nano", count=120, heldout=0.2))
+    make(ExpanderDataConfig(str(folder), "posttrain.nano.world.expander_pairs:candidates", count=120, heldout=0.2))
     return folder
 
 
@@ -94,7 +94,7 @@ def test_a_trainer_that_cuts_pairs_is_noticed(tmp_path, data, monkeypatch):
     real = expander_sft.SFTConfig
     monkeypatch.setattr(expander_sft, "SFTConfig", lambda **kw: real(**{**kw, "max_length": 120}))
     trainer = make_trainer(model, tokenizer, PAIRS, PAIRS, recipe(tmp_path, data))
-    with pytest.raises(RuntimeError, match="TRL made other tokens or labels"):
+    with pytest.raises(RuntimeError, match="TRL's tokens or labels"):
         check_tokens(trainer, tokenizer, PAIRS)
 
 
@@ -103,7 +103,7 @@ def test_long_pairs_are_left_out_and_counted_never_cut(tmp_path, data, capsys):
     lengths = [len(tokens(pair, tokenizer)[0]) for pair in PAIRS]
     config = recipe(tmp_path, data, max_length=lengths[0], max_dropped=0.5)
     assert lengths[1] > lengths[0] and fitting(PAIRS, tokenizer, config) == PAIRS[:1]
-    assert f"1 of 2 pairs are longer than max_length ({lengths[0]})" in capsys.readouterr().out
+    assert f"1 of 2 pairs are longer than max_length ({lengths[0]})" in capsys.readouterr().err
     config.max_dropped = 0.4
     with pytest.raises(UserError, match=rf"max_length: 1 of 2 pairs .* \(up to {lengths[1]}\), more than max_dropped"):
         fitting(PAIRS, tokenizer, config)
@@ -113,7 +113,7 @@ def test_a_template_that_thinks_aloud_is_refused(tmp_path, data):
     _, tokenizer = load_chat_model(BASE, torch.float32)
     head = "{{ '<think>\\n\\n</think>\\n\\n' if m.role == 'assistant' }}"
     tokenizer.chat_template = tokenizer.chat_template.replace("{{ m.content }}", head + "{{ m.content }}")
-    with pytest.raises(UserError, match=r"its chat template writes an answer not as it is but as '<think>"):
+    with pytest.raises(UserError, match=r"its chat template changes an answer to '<think>"):
         fitting(PAIRS, tokenizer, recipe(tmp_path, data))
 
 
@@ -126,6 +126,7 @@ def test_training_writes_an_adapter_that_learnt_and_resumes_to_the_same(tmp_path
     run = tmp_path / "run"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["after"]["loss"] < summary["before"]["loss"] - 0.1 and summary["steps"] == 4
+    runs.assert_metrics_are_defined(run)
     weights = load_file(run / "adapter" / "adapter_model.safetensors")
     assert all(w.abs().max() > 0 for name, w in weights.items() if "lora_B" in name) and len(weights) == 2 * 7 * 3
     card = (run / "adapter" / "README.md").read_text()
@@ -139,7 +140,7 @@ def test_training_writes_an_adapter_that_learnt_and_resumes_to_the_same(tmp_path
     shutil.rmtree(cut / "adapter")
     shutil.rmtree(cut / "checkpoints" / "checkpoint-4")
     plain_files(cut / "checkpoints" / "checkpoint-2")
-    with pytest.raises(UserError, match=r"batch: is not what .* was begun with"):
+    with pytest.raises(UserError, match=r"batch: differs from .*recipe.yaml, with which .* began; restore it"):
         train(recipe(tmp_path / "cut", data, heldout=0.3, batch=8), resume=True)
     train(recipe(tmp_path / "cut", data, heldout=0.3), resume=True)
     again = load_file(cut / "adapter" / "adapter_model.safetensors")
@@ -279,11 +280,11 @@ def without_template(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model": "{dir}/plain"}, "plain: its tokenizer has no chat template; take an instruct model"),
-        ({"model": "{dir}/none"}, "none: no such directory here, and as a hub id it cannot be loaded"),
-        ({"data": "{dir}/empty.jsonl"}, "empty.jsonl holds no row"),
+        ({"model": "{dir}/plain"}, "plain: its tokenizer has no chat template; use an instruct model"),
+        ({"model": "{dir}/none"}, "none: no such directory, and as a hub id it cannot be loaded"),
+        ({"data": "{dir}/empty.jsonl"}, "empty.jsonl has no rows"),
         ({"data": "{dir}/other.jsonl"}, "has no column completion; it has prompt, text"),
-        ({"data": "{dir}/blank.jsonl"}, "blank.jsonl:1: completion: is empty or no text"),
+        ({"data": "{dir}/blank.jsonl"}, "blank.jsonl:1: completion: is empty or not text"),
         ({"batch": 12}, "micro_batch: is 8; use a divisor of batch (12)"),
         ({"optim": {"ema": 0.9}}, "optim.ema: is not for this command"),
         ({"lora": {"targets": ["nothing"]}}, "lora.targets: Target modules"),

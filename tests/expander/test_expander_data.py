@@ -106,7 +106,7 @@ def test_a_command_that_was_killed_goes_on_to_the_same_pairs(tmp_path):
     (cut / CANDIDATES).write_text("".join(lines[:70]) + lines[70][:40])
     with pytest.raises(UserError, match="add --resume"):
         make(nano(tmp_path, "cut"))
-    with pytest.raises(UserError, match=r"seed: is not what .* was begun with"):
+    with pytest.raises(UserError, match=r"seed: differs from .*recipe.yaml, with which .* began; restore it"):
         make(nano(tmp_path, "cut", seed=4), resume=True)
     make(nano(tmp_path, "cut"), resume=True)
     assert both(cut) == both(tmp_path / "whole")

@@ -18,7 +18,6 @@ from posttrain.expander import callbacks, gdpo
 from posttrain.expander.config import AblationConfig, ExpanderGDPOConfig
 from posttrain.expander.model import Expander
 from posttrain.expander.renderer import K2Renderer
-from posttrain.runs.run import Run
 from posttrain.training import advantages
 from posttrain.training.stepper import MAX_SKIPPED
 from rewards.base import RewardSpec
@@ -73,6 +72,7 @@ def test_a_run_equals_what_it_should(config, parts, monkeypatch, capsys):
     run = runs.Path(config.output)
     steps = [row for row in runs.rows(run) if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2]
+    runs.assert_metrics_are_defined(run, *names)
     for row in steps:
         assert row["diversity_weight"] == pytest.approx(0.3)
         assert row["renders"] <= 8 and row["format"] >= 0.5
@@ -140,15 +140,15 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on(config, monkeypatch, tmp_p
     import signal
 
     config.steps, config.checkpoint.every = 3, 0
-    say = Run.say
+    say = callbacks.log.info
 
-    def stop_after_one(self, message):
-        say(self, message)
+    def stop_after_one(message):
+        say(message)
         if message.startswith("step 1:"):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "say", stop_after_one)
+        patch.setattr(callbacks.log, "info", stop_after_one)
         gdpo.train(config)
     run = runs.Path(config.output)
     assert json.loads((run / "summary.json").read_text())["steps"] == 1
@@ -212,27 +212,27 @@ def test_the_weight_may_not_change_in_a_run(config, monkeypatch):
             self.trainer.reward_weights[-1] = 0.1
         return begin(self, *args, **kwargs)
 
-    begin = callbacks.Follow.on_step_begin
-    monkeypatch.setattr(callbacks.Follow, "on_step_begin", tampered)
+    begin = callbacks.GDPOCallback.on_step_begin
+    monkeypatch.setattr(callbacks.GDPOCallback, "on_step_begin", tampered)
     with pytest.raises(RuntimeError, match=r"the weight of diversity is 0\.1.*, not 0\.3"):
         gdpo.train(config)
 
 
 def test_gradients_that_are_not_finite_are_left_out_and_then_end_the_run(config, tmp_path):
-    follow = callbacks.Follow.__new__(callbacks.Follow)
-    follow.config, follow.skipped, follow.skipped_in_a_row = config, 0, 0
+    callback = callbacks.GDPOCallback.__new__(callbacks.GDPOCallback)
+    callback.config, callback.skipped, callback.skipped_in_a_row = config, 0, 0
     model = torch.nn.Linear(2, 1)
     for i in range(MAX_SKIPPED - 1):
         model(torch.full((1, 2), torch.inf)).sum().backward()
-        follow.on_pre_optimizer_step(None, None, None, model=model)
-        assert model.weight.grad is None and follow.skipped == i + 1
+        callback.on_pre_optimizer_step(None, None, None, model=model)
+        assert model.weight.grad is None and callback.skipped == i + 1
     model(torch.ones(1, 2)).sum().backward()
-    follow.on_pre_optimizer_step(None, None, None, model=model)
-    assert model.weight.grad is not None and follow.skipped_in_a_row == 0
-    follow.skipped_in_a_row = MAX_SKIPPED - 1
+    callback.on_pre_optimizer_step(None, None, None, model=model)
+    assert model.weight.grad is not None and callback.skipped_in_a_row == 0
+    callback.skipped_in_a_row = MAX_SKIPPED - 1
     model.weight.grad.fill_(torch.nan)
     with pytest.raises(UserError, match=r"optim\.lr: 10 gradients in a row"):
-        follow.on_pre_optimizer_step(None, None, None, model=model)
+        callback.on_pre_optimizer_step(None, None, None, model=model)
 
 
 def test_processes_share_an_evaluation(config, command, tmp_path):
@@ -301,5 +301,5 @@ def test_groups_are_whole_on_each_process(config, monkeypatch):
     monkeypatch.setattr(
         gdpo.Processes, "__init__", lambda self: setattr(self, "size", 3) or setattr(self, "main", False)
     )
-    with pytest.raises(UserError, match=r"groups.prompts_per_step: 2 do not divide by 3 processes"):
+    with pytest.raises(UserError, match=r"groups.prompts_per_step: 2 is not divisible by 3 processes"):
         gdpo.train(config)

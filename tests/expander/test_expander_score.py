@@ -97,7 +97,7 @@ def test_an_expansion_is_drawn_once_and_shown_to_each_reward_once(config, featur
 def test_trl_gets_one_evaluation_of_a_batch(config, features, parts):
     policy = Policy(config.model, config.lora, 0, torch.device("cpu"))
     procs = gdpo.Processes()
-    shared = callbacks.Shared(config, policy, scorer(config, features), [RECORD], procs)
+    shared = callbacks.SharedRewards(config, policy, scorer(config, features), [RECORD], procs)
     ids = [[*policy.tokenizer(text).input_ids, policy.ends[0]] for text in TEXTS]
     state, logged = type("State", (), {"global_step": 3}), {}
     expander_runs.CALLS.clear()
@@ -145,7 +145,9 @@ def test_a_reward_that_may_be_negative_is_gated_to_its_worst():
 
 def test_a_negative_score_whose_worst_is_unknown_ends_the_run(config, features):
     config.rewards = [RewardSpec("brightness", "tests.helpers.expander_runs:brightness", offset=-1.0)]
-    with pytest.raises(UserError, match=r"reward brightness: a score of -.* is below the worst \(0\).*set worst"):
+    with pytest.raises(
+        UserError, match=r"reward brightness: a score of -.* is below the worst score \(0\).*; set worst"
+    ):
         scorer(config, features)(written(TEXTS), [1] * 4, 4)
     config.worst = {"brightness": -1.0}
     found = scorer(config, features)(written([TEXTS[0], "", *TEXTS[2:]]), [1] * 4, 4)

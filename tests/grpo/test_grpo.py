@@ -48,6 +48,7 @@ def test_run_directory(config, trained):
         "report.html", "summary.json",
     }  # fmt: skip
     assert any((run / "tensorboard").iterdir())
+    runs.assert_metrics_are_defined(run, "brightness")
     assert sorted(path.name for path in (run / "grids").iterdir()) == [f"step-00000{i}.png" for i in range(3)]
     for step in range(3):
         pictures = sorted((run / "samples" / f"step-00000{step}").glob("*.png"))

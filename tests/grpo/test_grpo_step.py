@@ -41,16 +41,16 @@ def one_step(config, model):
 
     def draw(step=1):
         with ScoreQueue(load_rewards(config.rewards), config.groups.group_size) as queue:
-            groups = grpo.sample(k2, config, step, source, queue, Processes())
-            grpo.score(config, groups, queue.gather())
-        return groups
+            groups = grpo.sample(k2, config, step, source, queue, Processes(), config.groups.micro_batch)
+            advantages_PG, _ = grpo.score(config, queue.gather())
+        return groups, advantages_PG
 
-    def gradient(groups):
+    def gradient(groups, advantages_PG):
         """What one update would follow, flat; nothing is changed."""
         stepper = Stepper(parameters, config.optim)
         seen = []
         stepper.step = lambda: seen.append(torch.cat([p.grad.flatten() for p in parameters])) or 0.0  # type: ignore
-        metrics = grpo.optimise(k2, config, groups, stepper, Processes())
+        metrics = grpo.optimise(k2, config, groups, advantages_PG, stepper, Processes(), config.groups.micro_batch)
         for parameter in parameters:
             parameter.grad = None
         return seen[0], metrics
@@ -66,8 +66,8 @@ def test_gradient_of_a_step(config, one_step, ratio, window):
     k2, parameters, draw, gradient = one_step
     config.loss.ratio, config.loss.kl, config.sampling.window = ratio, 0.0, window
     config.sampling.sizes = [[32, 32], [16, 48]]
-    groups = draw()
-    got, metrics = gradient(groups)
+    groups, advantages_PG = draw()
+    got, metrics = gradient(groups, advantages_PG)
     assert metrics["ratio_error"] <= 1e-5
 
     terms = []
@@ -84,7 +84,7 @@ def test_gradient_of_a_step(config, one_step, ratio, window):
                 v = k2.velocity(move.x, move.t, group.text, *group.size)
                 mean, std = sde_moments(move.x, v, move.t, move.t_next, "flow", config.sampling.eta, times[1])
             factor = weight * std if ratio == "guard" else 1.0
-            terms.append(factor * group.advantages * sampler.log_prob(move.x_next, mean, std))
+            terms.append(factor * advantages_PG[group.index] * sampler.log_prob(move.x_next, mean, std))
     loss = -torch.cat(terms).mean()
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
     assert (got - expected).norm() < 1e-4 * expected.norm() and expected.norm() > 0
@@ -92,11 +92,11 @@ def test_gradient_of_a_step(config, one_step, ratio, window):
 
 def test_gradient_does_not_depend_on_the_micro_batch(config, one_step):
     _, _, draw, gradient = one_step
-    groups = draw()
+    drawn = draw()
     gradients = []
     for micro_batch in (4, 3, 1):
         config.groups.micro_batch = micro_batch
-        gradients.append(gradient(groups)[0])
+        gradients.append(gradient(*drawn)[0])
     for other in gradients[1:]:
         assert (other - gradients[0]).norm() < 1e-4 * gradients[0].norm()
 
@@ -107,10 +107,8 @@ def test_kl_pulls_towards_the_base(config, one_step, ratio):
     weight of a step is that of its distance too."""
     k2, parameters, draw, gradient = one_step
     config.loss.kl, config.loss.ratio = 0.5, ratio
-    groups = draw()
-    for group in groups:
-        group.advantages = torch.zeros(4)
-    got, metrics = gradient(groups)
+    groups, _ = draw()
+    got, metrics = gradient(groups, torch.zeros(2, 4))
     terms, weights = [], []
     for group in groups:
         guard = sampler.guard_weights(sampler.schedule(4, k2.mu(*group.size)), "flow", config.sampling.eta)
@@ -133,11 +131,11 @@ def test_a_step_is_drawn_from_its_number_alone(config, one_step):
     first, other = draw(3), draw(4)
     torch.manual_seed(5)
     again = draw(3)
-    for a, b in zip(first, again):
+    for a, b in zip(first[0], again[0]):
         assert a.record == b.record and torch.equal(a.trajectory.latents, b.trajectory.latents)
-        assert torch.equal(a.advantages, b.advantages)
+    assert torch.equal(first[1], again[1])
     config.seed = 1
-    starts = [group.trajectory.transitions[0].x[0] for groups in (first, other, draw(3)) for group in groups]
+    starts = [group.trajectory.transitions[0].x[0] for groups, _ in (first, other, draw(3)) for group in groups]
     assert len({tuple(start.flatten().tolist()) for start in starts}) == 6  # two groups in each of three steps
 
 
@@ -169,14 +167,13 @@ def test_a_reward_without_scores_does_not_lower_the_mean(config):
     config.rewards.append(RewardSpec("text", "tests.helpers.runs:nothing"))
     values, valid = np.array([[0.6, 0.0], [0.8, 0.0]] * 4), np.array([[True, False]] * 8)
     scores = Scores(["brightness", "text"], values, valid, np.zeros_like(valid), {}, {}, {})
-    groups = [grpo.Group(g, None, None, (32, 32), None, torch.empty(0)) for g in range(2)]  # type: ignore[arg-type]
-    metrics = grpo.score(config, groups, scores)
+    advantages_PG, metrics = grpo.score(config, scores)
     assert metrics["reward"] == pytest.approx(0.7) and metrics["reward/text"] is None
     assert metrics["missing"] == 0 and metrics["flat_groups"] == 0
     expected = [-1.0, 1.0] * 2
-    for group in groups:
-        assert [a > 0 for a in group.advantages.tolist()] == [e > 0 for e in expected]
-    assert all(a == b for a, b in itertools.pairwise(group.advantages.tolist()[::2] for group in groups))
+    for advantages_G in advantages_PG:
+        assert [a > 0 for a in advantages_G.tolist()] == [e > 0 for e in expected]
+    assert all(a == b for a, b in itertools.pairwise(advantages_G.tolist()[::2] for advantages_G in advantages_PG))
 
 
 def test_average_of_the_weights():

@@ -98,6 +98,7 @@ def test_it_learns_and_writes_an_adapter(model, data, tmp_path, mode):
     settings = config(model, data, tmp_path, mode)
     judge.train(settings)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    runs.assert_metrics_are_defined(tmp_path / "run")
     assert len(rows) == 8 and rows[-1]["loss"] < rows[0]["loss"] - 0.2
     assert rows[-1]["mass"] > rows[0]["mass"]  # the answer becomes a yes or a no
     adapter = tmp_path / "run" / "adapter"
@@ -154,7 +155,7 @@ def test_a_prompt_is_on_one_side(model, data, tmp_path):
     assert len(training) + len(heldout) <= len(records)
     assert not {r.group for r in training} & {r.group for r in heldout if r.sources != ("soft",)}
     assert all(r.sources != ("soft",) for r in training) and any(r.sources == ("soft",) for r in heldout)
-    with pytest.raises(UserError, match="heldout_sources: no record is from x; the data have: crisp, noisy, soft"):
+    with pytest.raises(UserError, match="heldout_sources: no record is from x; the sources are crisp, noisy, soft"):
         judge.split(records, dataclasses.replace(settings, heldout_sources=["x"]))
 
 
@@ -327,9 +328,9 @@ def test_taste_has_a_noise_ceiling(model, data, tmp_path):
     "line, problem",
     [
         ("{", "not JSON"),
-        ("[]", "is not an object"),
+        ("[]", "is not a JSON object"),
         ('{"image": "a.png"}', "fault: missing"),
-        ('{"image": "b.png", "fault": true}', r"b.png is no image that can be read"),
+        ('{"image": "b.png", "fault": true}', r"b.png cannot be read as an image"),
         ('{"image": "a.png", "fault": 2}', "fault: is 2; use a number from 0 to 1"),
         ('{"image": "a.png", "fault": 1, "prompt": 3}', "prompt: is not text"),
         ('{"chosen": "a.png"}', "image: missing"),
@@ -346,7 +347,7 @@ def test_mistakes_in_data_name_the_line(tmp_path, line, problem):
 def test_mistakes_are_user_errors(tmp_path, model, data, capsys):
     for path, mode, problem in [
         (tmp_path, "preference", "holds no parquet file and no dataset; give a directory of pairs"),
-        (tmp_path, "artifact", "holds no artifacts.jsonl and no image"),
+        (tmp_path, "artifact", "contains no artifacts.jsonl and no image"),
         (tmp_path / "nothing.jsonl", "artifact", "cannot be read as a JSONL file"),
         (tmp_path / "nothing", "preference", "no such file or directory; give pairs as a directory"),
     ]:

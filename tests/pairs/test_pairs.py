@@ -24,7 +24,7 @@ from posttrain.errors import UserError
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
 from posttrain.pairs import make
-from posttrain.pairs.config import DeltaConfig, DrawConfig, JudgedConfig, PairsConfig, PairSource
+from posttrain.pairs.config import DeltaConfig, DrawConfig, PairsConfig, PairSource
 from posttrain.pairs.draw import Drawer
 from posttrain.pairs.select import degrade
 from posttrain.preferences.dataset import Preference, read_preferences
@@ -147,7 +147,9 @@ def test_killed_and_resumed_in_a_process(whole, tmp_path):
         os.kill(process, signal.SIGKILL)
         assert commands.wait().returncode == -signal.SIGKILL and not (run / "preferences.json").exists()
         refused = commands("pairs", "--config", path, "--resume", "--min_margin", 0.5)
-        assert refused.returncode == 2 and "min_margin: is not what" in refused.stderr
+        differs = f"min_margin: differs from {run}/recipe.yaml, with which {run} began, so the pairs would not fit"
+        remedy = "together; restore it or choose another output"
+        assert refused.returncode == 2 and f"{differs} {remedy}" in refused.stderr
         again = commands("pairs", "--config", path)
         assert again.returncode == 2 and "add --resume or choose another" in again.stderr
         result = commands("pairs", "--config", path, "--resume")
@@ -169,6 +171,7 @@ def test_what_an_order_to_the_judge_is_worth_is_measured_once(tmp_path, model, c
     make.make(config)
     worth = {"injection/image/gulled": pytest.approx(RAISED), "injection/prompt/gulled": None}
     assert runs.rows(config.output)[0].items() >= {"step": 0, "repeatability/gullible": 0, **worth}.items()
+    runs.assert_metrics_are_defined(config.output)
     warning = "reward gulled: text that tells the judge what to answer raises it in a picture by 0.70"
     assert warning in capsys.readouterr().err
     assert "injection" in write_report(Path(config.output)).read_text()
@@ -243,7 +246,7 @@ def test_too_many_drops_end_it_with_the_reasons(tmp_path, model, capsys):
     """Of the on-policy source nothing is kept, so what is left holds too little of the policy; nothing is lost."""
     config = recipe(tmp_path, model, tries=2.0, pairs=5, min_margin=2.0)
     config.sources[0].delta = DeltaConfig(DrawConfig(guidance=2.0), DrawConfig(guidance=0.5), screen=False)
-    with pytest.raises(UserError, match=r"on_policy_share: 0 of 2 pairs hold a picture of the policy, and 0.6 of"):
+    with pytest.raises(UserError, match=r"on_policy_share: 0 of 2 pairs hold an image of the policy, and 0.6 of"):
         make.make(config)
     assert "source judged: 0 of 3 pairs after 6 candidates (tries 2)" in capsys.readouterr().err
     quality = json.loads((tmp_path / "run" / "quality.json").read_text())
@@ -364,18 +367,18 @@ def test_policy_that_goes_on_from_an_earlier_run(tmp_path, model):
     [
         ({"sources": []}, "sources: is empty"),
         ({"sources": [PairSource("a", delta=GUIDED), PairSource("a", delta=GUIDED)]}, r"sources\[1\].name: is 'a'"),
-        ({"sources": [PairSource("a")]}, r"sources\[0\]: 'a' needs either delta or judged"),
-        ({"sources": [PairSource("a", 1, GUIDED, JudgedConfig())]}, "needs either delta or judged"),
-        ({"sources": [PairSource("a", 0.0, GUIDED)]}, r"sources\[0\].share: is 0"),
-        ({"sources": [PairSource("a", judged=JudgedConfig(group_size=1))]}, "judged.group_size: is 1, but the best"),
+        ({"sources": [{"name": "a"}]}, r"sources\[0\]: 'a' needs either delta or judged"),
+        ({"sources": [{"name": "a", "delta": GUIDED, "judged": {}}]}, "needs either delta or judged"),
+        ({"sources": [{"name": "a", "share": 0.0, "delta": GUIDED}]}, r"sources\[0\].share: is 0"),
+        ({"sources": [{"name": "a", "judged": {"group_size": 1}}]}, "judged.group_size: is 1, but the best"),
         (
-            {"sources": [PairSource("a", delta=DeltaConfig(DrawConfig(), DrawConfig("base", steps=2)))]},
+            {"sources": [{"name": "a", "delta": {"stronger": {}, "weaker": {"checkpoint": "base", "steps": 2}}}]},
             r"sources\[0\].delta: stronger and weaker draw alike",
         ),
-        ({"sources": [PairSource("a", delta=DeltaConfig(DrawConfig(guidance=-1), DrawConfig()))]}, "guidance: is -1"),
-        ({"sources": [PairSource("a", delta=DeltaConfig(DrawConfig(), DrawConfig(drop=1.0)))]}, "weaker.drop: is 1"),
-        ({"sources": [PairSource("a", delta=DeltaConfig(DrawConfig(), DrawConfig(noise=1.0)))]}, "weaker.noise: is 1"),
-        ({"sources": [PairSource("a", delta=DeltaConfig(DrawConfig(), DrawConfig(steps=0)))]}, "weaker.steps: is 0"),
+        ({"sources": [{"name": "a", "delta": {"stronger": {"guidance": -1}, "weaker": {}}}]}, "guidance: is -1"),
+        ({"sources": [{"name": "a", "delta": {"stronger": {}, "weaker": {"drop": 1.0}}}]}, "weaker.drop: is 1"),
+        ({"sources": [{"name": "a", "delta": {"stronger": {}, "weaker": {"noise": 1.0}}}]}, "weaker.noise: is 1"),
+        ({"sources": [{"name": "a", "delta": {"stronger": {}, "weaker": {"steps": 0}}}]}, "weaker.steps: is 0"),
         (
             {"sources": [PairSource("a", delta=DeltaConfig(DrawConfig(guidance=1), DrawConfig(drop=0.5)))]},
             "on_policy_share: is 0.6, and no source draws as the policy does",

@@ -127,7 +127,7 @@ def test_stages_follow_each_other_and_are_done_once(write, tmp_path):
     assert page.count('href="stpo/report.html"') == 2 and '<th class="n">start</th>' in page
     assert "brightness" in page and "data:image" in page and "://" not in page
 
-    fails(run(path), "output: ", "holds a pipeline already; add --resume")
+    fails(run(path), "output: ", "already contains a pipeline; add --resume")
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
     again = run(path, "--resume")
     assert again.returncode == 0 and again.stderr.splitlines() == [
@@ -145,10 +145,10 @@ def test_stages_follow_each_other_and_are_done_once(write, tmp_path):
     assert before == {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
 
     changed = write(stpo={"optim.lr": 0.5})
-    fails(run(changed, "--resume"), "stage stpo: has changed since it was finished: optim.lr 0.003 -> 0.5")
-    fails(run(write("pairs", "stpo"), "--resume"), "stages: grpo was finished and is not in the recipe any more")
+    fails(run(changed, "--resume"), "stage stpo: its settings have changed since it finished: optim.lr 0.003 -> 0.5")
+    fails(run(write("pairs", "stpo"), "--resume"), "stages: grpo is finished but no longer in the recipe")
     (folder / "pairs").rename(tmp_path / "elsewhere")
-    fails(run(write(), "--resume"), "stage pairs: was finished, and", "is gone; put it back")
+    fails(run(write(), "--resume"), "stage pairs: is finished, but", "is missing; put it back")
 
 
 def test_a_pipeline_that_was_killed_ends_as_one_that_was_not(write, tmp_path):
@@ -160,7 +160,7 @@ def test_a_pipeline_that_was_killed_ends_as_one_that_was_not(write, tmp_path):
     wait_for_steps(folder / "grpo", 1)
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=60)[1]
-    assert process.returncode == 0 and "stopped in stage grpo; go on with --resume" in said
+    assert process.returncode == 0 and "stopped in stage grpo; continue with --resume" in said
     done = runs.latest(folder / "grpo").step
     assert state(folder)["grpo"]["finished"] is None and 1 <= done < 6
 
@@ -255,7 +255,7 @@ def test_a_stage_that_collapsed_from_its_start_fails_the_pipeline(write, tmp_pat
         assert result.returncode == 1 and state(tmp_path / "p")["grpo"]["finished"] is None
         said = result.stderr.splitlines()[-1]
         assert said.startswith(f"posttrain: error: stage grpo: {tmp_path}/p/grpo: its stop rule ended it at step 2, ")
-        assert f"remove {tmp_path}/p/grpo, and go on with --resume" in said
+        assert f"remove {tmp_path}/p/grpo, and continue with --resume" in said
     assert not (tmp_path / "p/export.safetensors").exists()
 
 
@@ -263,7 +263,7 @@ def test_one_at_a_time(write, tmp_path):
     (tmp_path / "p").mkdir()
     with (tmp_path / "p/.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        fails(run(write("grpo")), "another posttrain run, or a stage that one has left behind, is at work here")
+        fails(run(write("grpo")), "another posttrain run, or a stage that outlived one, is at work here")
 
 
 def expander(tmp_path: Path, **settings) -> Path:
@@ -302,11 +302,11 @@ def test_the_expanders_stages_too(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"expander_gdpo": {"model.path": "${expander_data}"}}, "makes (expander data); give one of expander sft"),
-        ({"expander_gdpo": {"renderer.path": "${expander_sft}"}}, "makes (expander sft); give one of export"),
+        ({"expander_gdpo": {"model.path": "${expander_data}"}}, "(expander data); give the output of expander sft"),
+        ({"expander_gdpo": {"renderer.path": "${expander_sft}"}}, "(expander sft); give the output of export"),
         ({"expander_gdpo": {"renderer.path": "prompts"}}, "renderer.path: prompts has no model_index.json"),
-        ({"expander_sft": {"model": "${expander_data}"}}, "makes (expander data); give a chat model"),
-        ({"expander_sft": {"data": "no/where/data"}}, "data: no/where/data is not there"),
+        ({"expander_sft": {"model": "${expander_data}"}}, "(expander data); give a chat model"),
+        ({"expander_sft": {"data": "no/where/data"}}, "data: no/where/data does not exist"),
         ({"expander_gdpo": {"prompts.heldout": "none.jsonl"}}, "none.jsonl: no such file"),
     ],
 )
@@ -354,13 +354,13 @@ def test_one_seed_for_all_stages(write):
 @pytest.mark.parametrize(
     ("names", "settings", "says"),
     [
-        (["grpo"], {"grpo": {"output": "x"}}, "stage grpo: set.output: is the pipeline's business"),
+        (["grpo"], {"grpo": {"output": "x"}}, "stage grpo: set.output: the pipeline sets it"),
         (["grpo"], {"grpo": {"optim.lrr": 1}}, "stage grpo: set: --optim.lrr: unknown option; did you mean"),
         (["grpo"], {"grpo": {"optim.lr": -1}}, "stage grpo: set: optim.lr: is -1.0; use a number above 0"),
-        (["grpo"], {"grpo": {"model": {"start": "${stpo}"}}}, "set.model.start: ${stpo}: no stage of that name comes"),
-        (["pairs", "stpo"], {"stpo": {"model.start": "${pairs}"}}, "makes (pairs); give one of stpo or grpo or tdm"),
-        (["stpo", "grpo"], {"grpo": {"model.start": "${grpo}"}}, "before; those that do: stpo"),
-        (["grpo"], {"grpo": {"model.start": "nowhere"}}, "model.start: nowhere is not there, and no stage before"),
+        (["grpo"], {"grpo": {"model": {"start": "${stpo}"}}}, "start: ${stpo}: no earlier stage has that name"),
+        (["pairs", "stpo"], {"stpo": {"model.start": "${pairs}"}}, "(pairs); give the output of stpo or grpo or tdm"),
+        (["stpo", "grpo"], {"grpo": {"model.start": "${grpo}"}}, "has that name; earlier stages: stpo"),
+        (["grpo"], {"grpo": {"model.start": "nowhere"}}, "model.start: nowhere does not exist, and no earlier stage"),
         (["grpo"], {"grpo": {"model.path": "no/where/at/all"}}, "model.path: no/where/at/all has no model_index.json"),
         (["grpo"], {"grpo": {"model.transformer_file": "x"}}, "model.transformer_file: x: no such file"),
         (["grpo"], {"grpo": {"prompts.train": "none.jsonl"}}, "none.jsonl: no such file"),

@@ -57,7 +57,7 @@ def test_an_export_that_could_be_refused_in_the_end_is_refused_at_once(tmp_path,
         kept = [stage for stage in data["stages"] if stage["command"] in ("pairs", "stpo", "grpo", "tdm", "export")]
         (tmp_path / "p.yaml").write_text(json.dumps(data | {"stages": kept}))
         assert dry(tmp_path / "p.yaml") == code
-    says = "error: stage turbo: format: diffusers merges what tdm trains into bfloat16, which may lose too much"
+    says = "error: stage turbo: format: diffusers merges what tdm trains into bfloat16. This may round too much"
     assert says in capsys.readouterr().err
 
 
@@ -80,21 +80,21 @@ def test_the_estimate_is_that_of_the_table_of_what_fits(capsys):
     memory = {line.split()[0]: line for line in capsys.readouterr().out.split("\n\n")[1].splitlines()}
     for stage, gib in (("stpo", 71), ("grpo", 72)):
         assert memory[stage].split(maxsplit=1)[1].startswith(f"about {gib} GiB of 80,")
-        assert memory[stage].endswith("with 2 blocks computed again")
+        assert memory[stage].endswith("with 2 blocks recomputed")
 
 
 def test_what_does_not_fit_is_a_failed_check(capsys):
     assert dry("recipes/k2/pipeline.yaml", "--gpu_gib", "40") == 1
     memory = capsys.readouterr().out.split("\n\n")[1].splitlines()
     assert "grpo" in memory[3] and "does not fit; lower micro_batch or sizes" in memory[3]
-    assert "28 blocks computed again" in memory[3]
+    assert "28 blocks recomputed" in memory[3]
 
 
 def test_a_server_on_a_gpu_that_trains_needs_its_part_of_it(tmp_path, capsys):
     elsewhere = {"name": "heldout", "model": "m", "urls": ["http://judges/v1"]}
     for given, code, says in (
-        ([], 1, "no room: its servers take 0.9 of a GPU that it works on; give them others by gpus"),
-        (["--gpu-memory-utilization", "0.15"], 0, "8 of which stay free and 12 are its servers'"),
+        ([], 1, "no room: its servers take 0.9 of a GPU that it trains on; set their gpus to others"),
+        (["--gpu-memory-utilization", "0.15"], 0, "8 of which stay free and 12 belong to its servers"),
     ):
         servers = [{"name": "vlm", "model": "m", "extra_args": given}, elsewhere]
         data = {
@@ -124,13 +124,13 @@ def test_a_run_begins_only_where_its_servers_can(tmp_path, capsys):
         ("grpo", {"eval.best": "rubric"}, "eval.best: 'rubric' is trained on, so it rises while it is being cheated"),
         ("grpo", {"servers": [{"name": "vlm", "model": "m", "urls": ["judges"]}]},
          "'judges' is not a URL: write http://HOST:PORT/v1"),
-        ("grpo", {"groups.prompts_per_step": 2000}, "prompts.train: holds 1024 prompts, and a step takes 2000"),
-        ("tdm", {"batch": 2000, "model.start": None}, "prompts.train: holds 1024 prompts, and a step takes 2000"),
-        ("expander_gdpo", {"groups.prompts_per_step": 8}, "8 do not divide by 7 processes; use a multiple"),
-        ("expander_gdpo", {"groups.micro_batch": 7}, "groups.micro_batch: 7 is no divisor of a process's expansions"),
+        ("grpo", {"groups.prompts_per_step": 2000}, "prompts.train: has 1024 prompts, but a step takes 2000"),
+        ("tdm", {"batch": 2000, "model.start": None}, "prompts.train: has 1024 prompts, but a step takes 2000"),
+        ("expander_gdpo", {"groups.prompts_per_step": 8}, "8 is not divisible by 7 processes; use a multiple"),
+        ("expander_gdpo", {"groups.micro_batch": 7}, "micro_batch: 7 does not divide the 32 expansions of a process"),
         ("expander_gdpo", {"renderer.urls": ["host"]}, "renderer.urls: 'host' is not a URL: write http://HOST:PORT/v1"),
         ("expander_gdpo", {"servers": []}, "no server 'vlm'"),
-        ("expander_sft", {"batch": 32}, "batch: 32 is no multiple of micro_batch times 7 processes"),
+        ("expander_sft", {"batch": 32}, "batch: 32 is not a multiple of micro_batch times 7 processes"),
         ("expander_data", {"writer.base_urls": "server://x"}, "writer.base_urls: no server 'x'"),
         ("expander_data", {"writer.base_urls": ["x"]}, "writer.base_urls: 'x' is not a URL: write http://HOST:PORT/v1"),
     ],
@@ -168,7 +168,7 @@ def test_no_process_at_all():
 
 def test_a_gpu_has_its_own_servers_alone(tmp_path, capsys):
     """Of two servers that take half of a GPU each, on different ones; and blocks that are not compiled keep 2.4 times
-    as much, so that more of them must compute again."""
+    as much, so that more of them must be recomputed."""
     half = ["--gpu-memory-utilization", "0.5"]
     servers = [{"name": n, "model": "m", "gpus": [i], "extra_args": half} for i, n in enumerate(("a", "b"))]
     rewards, again = [{"name": "text", "function": "posttrain.nano.world.oracles:text"}], []
@@ -185,8 +185,8 @@ def test_a_gpu_has_its_own_servers_alone(tmp_path, capsys):
         dry(tmp_path / "p.yaml")
         out, err = capsys.readouterr()
         assert not err
-        assert "70.5 are its servers'" in out
-        again.append(int(re.search(r"with (\d+) blocks computed again", out)[1]))  # pyright: ignore
+        assert "70.5 belong to its servers" in out
+        again.append(int(re.search(r"with (\d+) blocks recomputed", out)[1]))  # pyright: ignore
     assert 0 < again[0] < again[1]
 
 

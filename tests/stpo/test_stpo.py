@@ -41,6 +41,7 @@ def test_run_directory(config, monkeypatch):
         "summary.json",
     }  # fmt: skip
     first, second = runs.training_rows(run)
+    runs.assert_metrics_are_defined(run, "brightness")
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     for name in ("winner", "loser", "margin", "z", "drift_winner", "drift_loser", "gradient/anchor"):
         assert first[name] == 0

@@ -43,7 +43,7 @@ class OneStep:
         self.parameters = self.k2.train_role("policy")
 
     def draw(self, step: int = 1):
-        return stpo.draw(self.k2, self.config, self.pairs, step, self.procs)
+        return stpo.draw(self.k2, self.config, self.pairs, step, self.procs, self.config.micro_batch)
 
     def gradient(self, step: int = 1):
         """Flat; nothing is changed. And the metrics."""
@@ -238,8 +238,8 @@ def test_measuring_held_out_pairs(config):
     """The same each time, by the policy; the i-th pair has a time of part i mod 4 of the training times."""
     one = OneStep(config)
     with one.k2.role("policy"):
-        figures, parts = stpo.measure_pairs(one.k2, config, one.pairs, one.procs)
-        again = stpo.measure_pairs(one.k2, config, one.pairs, one.procs)
+        figures, parts = stpo.measure_pairs(one.k2, config, one.pairs, one.procs, config.micro_batch)
+        again = stpo.measure_pairs(one.k2, config, one.pairs, one.procs, config.micro_batch)
     assert again == (figures, parts) and figures.keys() == set(figures_of.PAIRS)
     assert parts.keys() == {f"{n}_t{i}" for n in figures_of.PAIRS if n[6:] not in ("z10", "z50", "z90")
                             for i in range(1, 5)}  # fmt: skip
@@ -248,7 +248,7 @@ def test_measuring_held_out_pairs(config):
     mean = sum(n * parts[f"pairs/margin_t{i}"] for i, n in ((1, 2), (2, 1), (3, 1), (4, 1))) / 5  # type: ignore[operator]
     assert figures["pairs/margin"] == pytest.approx(mean)
     with one.k2.role(None):
-        reference, _ = stpo.measure_pairs(one.k2, config, one.pairs, one.procs)
+        reference, _ = stpo.measure_pairs(one.k2, config, one.pairs, one.procs, config.micro_batch)
     assert reference["pairs/winner"] == reference["pairs/drift_loser"] == reference["pairs/accuracy"] == 0
     assert reference["pairs/loss"] == pytest.approx(math.log(2))
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from posttrain import cli
 from posttrain.config.load import load_config
-from posttrain.config.metrics import distilled_names
+from posttrain.config.metric_names import distilled_names
 from posttrain.config.sections import ModelConfig, PromptsConfig
 from posttrain.export.export import load_checkpoint
 from posttrain.model import sampler
@@ -50,6 +50,7 @@ def test_run_directory(config, monkeypatch):
         "summary.json",
     }  # fmt: skip
     warm, first, second = training_rows(run)
+    runs.assert_metrics_are_defined(run, "brightness")
     own = {"generator_loss", "generator_grad_norm", "direction", "scale"}
     assert own.isdisjoint(warm) and own < first.keys() and own < second.keys()
     for row in (warm, first, second):

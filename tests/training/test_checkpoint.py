@@ -217,8 +217,8 @@ def test_another_model_is_refused():
 
 FILL = """
 import resource, sys, torch
-from posttrain import checkpoint
-from prompts.errors import UserError
+from posttrain.training import checkpoint
+from posttrain.errors import UserError
 directory, limit = sys.argv[1], int(sys.argv[2])
 checkpoint.save(directory, 1, {"adapter": {"w": torch.zeros(1000)}}, {}, keep=2)
 if limit:
@@ -261,7 +261,7 @@ def test_full_disk_leaves_the_previous_checkpoint(tmp_path):
 WRITE = """
 import sys, torch
 from pathlib import Path
-from posttrain import checkpoint
+from posttrain.training import checkpoint
 writer = checkpoint.Writer()
 writer.save(Path(sys.argv[1]), 1, {"adapter": {"w": torch.zeros(1000)}}, {}, keep=1)
 writer.save(Path(sys.argv[1]), 2, {"adapter": {"w": torch.zeros(100_000_000)}}, {}, keep=1)

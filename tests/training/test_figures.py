@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from posttrain.config.metrics import LOOK, names
+from posttrain.config.metric_names import LOOK, names
 from posttrain.config.sections import EvalConfig, StopConfig
 from posttrain.training import early_stopping, image_metrics
 

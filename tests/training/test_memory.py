@@ -42,13 +42,13 @@ def fail_above(monkeypatch, pictures, nth):
 
 
 @pytest.mark.parametrize(("method", "nth"), [("grpo", 1), ("grpo", 6), ("stpo", 2), ("tdm", 2), ("tdm", 5)])
-def test_the_step_is_begun_again_with_half_of_micro_batch(method, nth, model, tmp_path, monkeypatch, capsys):
+def test_the_step_is_retried_with_half_the_micro_batch(method, nth, model, tmp_path, monkeypatch, capsys):
     whole = recipe(method, tmp_path / "whole", model)
     METHODS[method][0].train(whole)
     halved = recipe(method, tmp_path / "halved", model)
     fail_above(monkeypatch, 4 if method == "stpo" else 2, nth)  # stpo asks for both pictures of a pair at once
     METHODS[method][0].train(halved)
-    assert capsys.readouterr().err.count("is begun again with 2") == 1
+    assert capsys.readouterr().err.count("is retried with 2") == 1
     a, b = runs.latest(whole.output), runs.latest(halved.output)
     assert a.step == b.step
     # Rounding alone: its share is far below what one other draw, or one update more, would make.

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from posttrain.config.load import load_config
-from posttrain.config.metrics import DIVERSITY
+from posttrain.config.metric_names import DIVERSITY
 from posttrain.config.sections import EvalConfig
 from posttrain.distributed.processes import Processes
 from posttrain.export.export import load_checkpoint
@@ -47,7 +47,7 @@ def drawn(
     scores = asyncio.run(score_all(rewards, images, [r.prompt for r in records], columns(records)))
     taste = np.array(tasteful(images, []), float)  # None becomes nan
     energy = image_metrics.high_energy(result.images)
-    return {"scores": scores, "taste": taste, "energy": energy, "figures": result.figures, "images": result.images}
+    return {"scores": scores, "taste": taste, "energy": energy, "figures": result.metrics, "images": result.images}
 
 
 def wins(ours: np.ndarray, theirs: np.ndarray) -> float:

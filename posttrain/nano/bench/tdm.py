@@ -56,7 +56,7 @@ from posttrain.tdm import train as tdm
 from posttrain.tdm.config import TDMConfig
 from posttrain.tdm.rollout import MU, roll_out
 from posttrain.training import checkpoint, image_metrics
-from posttrain.training.evaluate import Way
+from posttrain.training.evaluate import SamplingSettings
 from posttrain.training.policy import POLICY, add_policy, load_base
 from posttrain.training.stepper import Stepper
 from rewards.vlm import VLM
@@ -88,7 +88,7 @@ class Bench:
         self.pool = multiprocessing.get_context("spawn").Pool(os.cpu_count(), torch.set_num_threads, (1,))
 
     @torch.no_grad()
-    def draw(self, k2: K2, way: Way, seed: int = 0) -> Drawn:
+    def draw(self, k2: K2, way: SamplingSettings, seed: int = 0) -> Drawn:
         """Under the role that is active."""
         features = k2.encode([r["prompt"] for r in self.records], 64, batch=64).features
         fused, null = [k2.fuse(f) for f in features], k2.text([""])
@@ -243,14 +243,14 @@ def tdm_step(k2: K2, config: TDMConfig, fused: Sequence[Tensor], null: Text, siz
 def compare(args: argparse.Namespace) -> str:
     bench = Bench(args)
     base = teacher(args)
-    guided = Way(28, args.guidance)
+    guided = SamplingSettings(28, args.guidance)
     reference = bench.features(bench.draw(base, guided, OTHER).images)
     rows: dict[str, tuple[int, list[dict[str, float]]]] = {}
     ways = {f"teacher, 28 steps, guidance {args.guidance:g}": guided}
-    ways |= {f"teacher, 8 steps, guidance {args.guidance:g}": Way(8, args.guidance)}
-    ways |= {"teacher, 8 steps, no guidance": Way(8)}
+    ways |= {f"teacher, 8 steps, guidance {args.guidance:g}": SamplingSettings(8, args.guidance)}
+    ways |= {"teacher, 8 steps, no guidance": SamplingSettings(8)}
 
-    def add(name: str, k2: K2, way: Way, seed: str = "") -> None:
+    def add(name: str, k2: K2, way: SamplingSettings, seed: str = "") -> None:
         drawn = bench.draw(k2, way)
         grid_image(drawn.images[:40], 5, 8).save(args.output / f"{name.replace(', ', '-').replace(' ', '_')}{seed}.png")
         _, found = rows.setdefault(name, (way.steps * (2 if way.guidance else 1), []))
@@ -262,7 +262,7 @@ def compare(args: argparse.Namespace) -> str:
         k2, role, name = load(path, args.device)
         for steps in args.steps:
             with k2.role(role):
-                add(f"{name}, {steps} steps", k2, Way(steps, 0.0, MU), f"-{i}")
+                add(f"{name}, {steps} steps", k2, SamplingSettings(steps, 0.0, MU), f"-{i}")
     bench.pool.close()
     (args.output / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
     return table(rows, next(iter(rows.values()))[1][0])

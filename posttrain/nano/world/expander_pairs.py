@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 
 from posttrain.expander.config import ExpanderDataConfig
-from posttrain.expander.data import Candidate, refused
+from posttrain.expander.data import Candidate, problem
 from posttrain.nano.world import scenes
 from posttrain.nano.world.captions import REGISTERS, reworded, statements
 from posttrain.nano.world.font import GLYPHS
@@ -64,7 +64,7 @@ def candidates(config: ExpanderDataConfig, index: int) -> list[Candidate]:
     for _ in range(config.per_caption):
         pair = short(scene, completion, rng)
         candidate = Candidate(pair.prompt, completion, "quoted" if pair.texts else "short", pair.register)
-        candidate.dropped = refused(candidate, found)
+        candidate.dropped = problem(candidate, found)
         if candidate.dropped is None and not stated.issuperset(pair.requirements):
             candidate.dropped = "not in the caption"
         found.append(candidate)
