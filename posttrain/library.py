@@ -24,7 +24,6 @@ from torch import Tensor
 from posttrain.config.sections import (
     CheckpointConfig,
     EvalConfig,
-    GroupsConfig,
     LoraConfig,
     ModelConfig,
     OptimConfig,
@@ -33,6 +32,7 @@ from posttrain.config.sections import (
 )
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
+from posttrain.grpo.config import GroupsConfig
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.resources import NANO, packaged
@@ -237,7 +237,7 @@ class MethodRun:
 def open_method(name: str, config: MethodConfig, resume: bool = False) -> Iterator[MethodRun]:
     """A run directory with the model, the role POLICY to train, rewards and servers, in one process.
 
-    With `resume` it goes on from the newest checkpoint, if there is one. Leaves report.html in the directory. `name`
+    With `resume` it continues from the newest checkpoint, if there is one. Leaves report.html in the directory. `name`
     is written into checkpoints as their method. Raises UserError for what the user can correct, such as a directory
     that holds a run already. Ctrl-C and SIGTERM save, and Ctrl-C is raised again afterwards.
     """

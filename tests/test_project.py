@@ -38,7 +38,8 @@ def test_each_command_of_a_projects_readme_parses(tmp_path, monkeypatch):
     lines = [line.split("#")[0].split() for line in project.README.splitlines() if line.startswith("    posttrain")]
     assert len(lines) == 4
     for words in lines:
-        name, config, _, _ = cli.parse(" ".join(words[1:]).replace('"two red stars"', "stars").split())
+        parsed = cli.parse(" ".join(words[1:]).replace('"two red stars"', "stars").split())
+        name, config = parsed.name, parsed.config
         assert name == words[1]
         if name == "grpo":
             assert [reward.name for reward in config.rewards] == ["warmth", "oracle"] and config.output == "runs/warm"
@@ -71,7 +72,8 @@ def test_the_demo_runs_the_nano_pipeline_by_torchrun_on_the_cpu(monkeypatch, cap
     monkeypatch.setattr(cli, "main", lambda words: called.append(words) or 5)
     assert run(["demo", "--output", "runs/d", "--processes", "4"]) == 5
     (words,) = called
-    _, config, resume, _ = cli.parse(words)
+    parsed = cli.parse(words)
+    config, resume = parsed.config, parsed.resume
     assert config.output == "runs/d" and resume and len(config.stages) == 9
     python = [sys.executable, "-m", "torch.distributed.run"]
     assert config.launch == [*python, "--nproc-per-node", "4", "-m", "posttrain.cli"]
@@ -106,7 +108,11 @@ def command(installed: Path, *words: str, cwd: Path) -> subprocess.CompletedProc
 
 def test_a_wheel_takes_one_name_and_holds_all_data(installed):
     assert {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")} == {"posttrain"}
-    held = {str(file.relative_to(installed / "posttrain")) for file in installed.rglob("*") if file.is_file()}
+    held = {
+        str(file.relative_to(installed / "posttrain"))
+        for file in (installed / "posttrain").rglob("*")
+        if file.is_file()
+    }
     assert "py.typed" in held and "nano/weights/k2-nano/model_index.json" in held
     ours = [file for name in ("posttrain", "rewards", "prompts", "recipes") for file in (runs.ROOT / name).rglob("*")]
     wanted = {str(file.relative_to(runs.ROOT)) for file in ours if file.is_file() and "__pycache__" not in file.parts}

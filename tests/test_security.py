@@ -13,16 +13,16 @@ import pytest
 import yaml
 
 from posttrain import cli
+from posttrain.annotate.config import AnnotateConfig
 from posttrain.errors import UserError
 from posttrain.grpo import train as grpo
-from posttrain.pairs.config import AnnotateConfig
 from posttrain.pipeline.report import write_index
 from posttrain.training import checkpoint
-from posttrain.validate import validate
 from rewards.base import RewardSpec
 from rewards.judge import Judge
 from rewards.serve import ServerSpec, command
 from tests.helpers import runs
+from tests.helpers.settings import validate
 
 SOURCES = [path for name in ("posttrain", "rewards", "prompts") for path in sorted((runs.ROOT / name).rglob("*.py"))]
 KEY = "sk-planted-5f0c"
@@ -145,7 +145,7 @@ def test_prompts_stay_text_in_a_runs_report(tmp_path, model):
     made.pool.kind, made.rewards[0].name = "adaptive", "<i>reward</i>"
     grpo.train(made)
     page = (Path(made.output) / "report.html").read_text()
-    assert "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;" in page and "&lt;i&gt;reward" in page
+    assert "&lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt;" in page and "&lt;i&gt;reward" in page
     assert_inert(page)
 
 

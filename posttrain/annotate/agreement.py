@@ -23,7 +23,7 @@ from typing import Any
 
 from posttrain.annotate.store import Choice
 
-LEAST_PER_THIRD = 5  # pairs; below it a share by margin says nothing
+MIN_PER_THIRD = 5  # pairs; a share of fewer is mostly chance
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,11 @@ def agreement(answers: Iterable[tuple[float, float]], of_images: bool = False) -
     if not n:
         return Agreement(0, None, None)
     equal = sum(a == b for a, b in answers) / n
-    counted = answers if of_images else [*answers, *((1 - a, 1 - b) for a, b in answers)]
-    counts_a, counts_b = (Counter(pair[i] for pair in counted) for i in (0, 1))
+    counted = list(answers)
+    if not of_images:
+        # Each pair in the other order of its images too, so that kappa does not depend on which is called chosen.
+        counted += [(1 - a, 1 - b) for a, b in answers]
+    counts_a, counts_b = Counter(a for a, _ in counted), Counter(b for _, b in counted)
     chance = sum(counts_a[value] * counts_b[value] for value in counts_a) / len(counted) ** 2
     return Agreement(n, equal, None if chance == 1 else (equal - chance) / (1 - chance))
 
@@ -77,20 +80,21 @@ def report(choices: Mapping[str, Sequence[Choice]], margins: Mapping[str, float 
     first = {name: _answers(made, again=False) for name, made in choices.items() if made}
     people = []
     for name, answers in first.items():
-        made, second = choices[name], _answers(choices[name], again=True)
-        sided = [choice.choice for choice in made if choice.choice in ("left", "right")]
+        own, second = choices[name], _answers(choices[name], again=True)
+        sided = [choice.choice for choice in own if choice.choice in ("left", "right")]
         people.append(
             {
                 "name": name,
-                "answers": len(made),
-                "ties": sum(choice.choice == "tie" for choice in made),
-                "skips": sum(choice.choice == "skip" for choice in made),
+                "answers": len(own),
+                "ties": sum(choice.choice == "tie" for choice in own),
+                "skips": sum(choice.choice == "skip" for choice in own),
                 "left": sided.count("left") / len(sided) if sided else None,
-                "median_seconds": statistics.median(choice.seconds for choice in made),
+                "median_seconds": statistics.median(choice.seconds for choice in own),
                 "repeats": asdict(agreement((answers[pair], second[pair]) for pair in answers.keys() & second.keys())),
                 "judges": asdict(_judges(answers.values())),
             }
         )
+    # The majority counts both answers of a person, as their mean.
     shares = votes(choices)
     return {
         "people": people,
@@ -110,18 +114,19 @@ def report_marks(choices: Mapping[str, Sequence[Choice]], images: int) -> dict[s
     first = {name: _answers(made, again=False) for name, made in choices.items() if made}
     people = []
     for name, answers in first.items():
-        made, second = choices[name], _answers(choices[name], again=True)
-        counts = Counter(choice.choice for choice in made)
+        own, second = choices[name], _answers(choices[name], again=True)
+        counts = Counter(choice.choice for choice in own)
+        # Shares are of decided answers: "unsure" says nothing about how strict a person is.
         decided = counts["faulty"] + counts["fine"]
         both = [(answers[image], second[image]) for image in answers.keys() & second.keys()]
         people.append(
             {
                 "name": name,
-                "answers": len(made),
+                "answers": len(own),
                 "unsure": counts["unsure"],
                 "skips": counts["skip"],
                 "faulty": counts["faulty"] / decided if decided else None,
-                "median_seconds": statistics.median(choice.seconds for choice in made),
+                "median_seconds": statistics.median(choice.seconds for choice in own),
                 "repeats": asdict(agreement(both, of_images=True)),
             }
         )
@@ -136,34 +141,34 @@ def report_marks(choices: Mapping[str, Sequence[Choice]], images: int) -> dict[s
     }
 
 
-def lines_of_marks(figures: Mapping[str, Any]) -> list[str]:
+def mark_lines(figures: Mapping[str, Any]) -> list[str]:
     """The report of marks as text."""
-    said = [
+    lines = [
         f"{figures['answered']} of {figures['images']} images marked: {figures['faulty']} faulty,"
         f" {figures['undecided']} undecided"
     ]
     for p in figures["people"]:
-        said.append(
+        lines.append(
             f"  {p['name']}: {p['answers']} answers ({p['unsure']} unsure, {p['skips']} skips), median"
-            f" {p['median_seconds']:.1f} s, faulty in {_percent(p['faulty'])}; with self {_says(p['repeats'])}"
+            f" {p['median_seconds']:.1f} s, faulty in {_percent(p['faulty'])}; with self {_text(p['repeats'])}"
         )
-    return said + _lines_between(figures)
+    return lines + _lines_between(figures)
 
 
-def lines(figures: Mapping[str, Any]) -> list[str]:
+def report_lines(figures: Mapping[str, Any]) -> list[str]:
     """The report as text."""
-    said = [f"{figures['answered']} of {figures['pairs']} pairs answered, {figures['undecided']} of them undecided"]
+    lines = [f"{figures['answered']} of {figures['pairs']} pairs answered, {figures['undecided']} of them undecided"]
     for p in figures["people"]:
-        said.append(
+        lines.append(
             f"  {p['name']}: {p['answers']} answers ({p['ties']} ties, {p['skips']} skips), median"
-            f" {p['median_seconds']:.1f} s, left in {_percent(p['left'])}; with self {_says(p['repeats'])};"
-            f" with judges {_says(p['judges'])}"
+            f" {p['median_seconds']:.1f} s, left in {_percent(p['left'])}; with self {_text(p['repeats'])};"
+            f" with judges {_text(p['judges'])}"
         )
-    said += _lines_between(figures)
-    said.append(f"  majority with judges: {_says(figures['judges'])}")
+    lines += _lines_between(figures)
+    lines.append(f"  majority with judges: {_text(figures['judges'])}")
     for third in figures["judges_by_margin"]:
-        said.append(f"    margin {third['from']:.3g} to {third['to']:.3g}: {_says(third)}")
-    return said
+        lines.append(f"    margin {third['from']:.3g} to {third['to']:.3g}: {_text(third)}")
+    return lines
 
 
 def _between(first: Mapping[str, Mapping[str, float]], of_images: bool) -> dict[str, Any]:
@@ -172,16 +177,17 @@ def _between(first: Mapping[str, Mapping[str, float]], of_images: bool) -> dict[
     for a, b in itertools.combinations(first, 2):
         both = [(first[a][pair], first[b][pair]) for pair in first[a].keys() & first[b].keys()]
         between.append({"people": [a, b], **asdict(agreement(both, of_images))})
-        pooled += both + [(y, x) for x, y in both]  # which of two people is named first means nothing
+        # Both orders: which of two people is named first means nothing.
+        pooled += both + [(y, x) for x, y in both]
     together = agreement(pooled, of_images)
     return {"between": between, "together": {**asdict(together), "pairs": together.pairs // 2}}
 
 
 def _lines_between(figures: Mapping[str, Any]) -> list[str]:
-    said = [f"  {' and '.join(b['people'])}: {_says(b)}" for b in figures["between"]]
+    lines = [f"  {' and '.join(b['people'])}: {_text(b)}" for b in figures["between"]]
     if len(figures["between"]) > 1:
-        said.append(f"  between people, together: {_says(figures['together'])}")
-    return said
+        lines.append(f"  between people, together: {_text(figures['together'])}")
+    return lines
 
 
 def _answers(made: Iterable[Choice], again: bool) -> dict[str, float]:
@@ -195,20 +201,27 @@ def _judges(shares: Iterable[float]) -> Agreement:
 
 def _by_margin(shares: Mapping[str, float], margins: Mapping[str, float | None]) -> list[dict[str, Any]]:
     """Agreement with the judges in each third of the decided pairs by margin, smallest first; none if too few."""
-    known = sorted((margin, shares[pair]) for pair, margin in margins.items()
-                   if margin is not None and shares.get(pair, 0.5) != 0.5)  # fmt: skip
-    if len(known) < 3 * LEAST_PER_THIRD:
+    decided = []
+    for pair, margin in margins.items():
+        if margin is not None and shares.get(pair, 0.5) != 0.5:
+            decided.append((margin, shares[pair]))
+    n = len(decided)
+    if n < 3 * MIN_PER_THIRD:
         return []
-    cuts = [len(known) * k // 3 for k in range(4)]
-    thirds = [known[a:b] for a, b in zip(cuts, cuts[1:])]
-    return [{"from": third[0][0], "to": third[-1][0], **asdict(_judges(s for _, s in third))} for third in thirds]
+    decided.sort()
+    rows = []
+    for k in range(3):
+        third = decided[n * k // 3 : n * (k + 1) // 3]
+        found = _judges(share for _, share in third)
+        rows.append({"from": third[0][0], "to": third[-1][0], **asdict(found)})
+    return rows
 
 
-def _says(found: Mapping[str, Any]) -> str:
-    if found["equal"] is None:
+def _text(agreed: Mapping[str, Any]) -> str:
+    if agreed["equal"] is None:
         return "- (no pairs)"
-    kappa = "-" if found["kappa"] is None else f"{found['kappa']:.2f}"
-    return f"{_percent(found['equal'])} of {found['pairs']} (kappa {kappa})"
+    kappa = "-" if agreed["kappa"] is None else f"{agreed['kappa']:.2f}"
+    return f"{_percent(agreed['equal'])} of {agreed['pairs']} (kappa {kappa})"
 
 
 def _percent(share: float | None) -> str:

@@ -1,6 +1,6 @@
-// Runs once in the page. `element` holds annotate.html or annotate_artifact.html, whose buttons say what can be answered
-// and by which keys; `server` has start, choose and undo of posttrain/annotate/serve.py, each of which answers with what to
-// show next, or with undefined where no answer came.
+// Runs once in the page. `element` holds templates/annotate_pair.html or annotate_image.html, whose buttons name their
+// answers and keys; `server` has start, choose and undo of posttrain/annotate/serve.py, each of which returns what to
+// show next, or undefined if no answer came.
 const find = (selector) => element.querySelector(selector);
 const pair = find("#pair"), frames = [...pair.children], images = [...pair.querySelectorAll("img")];
 const note = find("#note"), buttons = [...element.querySelectorAll("[data-do]")];
@@ -52,7 +52,7 @@ function show(next) {
   }
   text("#prompt", next.prompt);
   pair.classList.add("loading");
-  images.forEach((image, i) => (image.src = next.pictures[i]));
+  images.forEach((image, i) => (image.src = next.images[i]));
   Promise.all(images.map((image) => image.decode())).then(
     () => {
       if (view !== next) return;

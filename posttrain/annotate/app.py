@@ -1,4 +1,4 @@
-"""The page of `posttrain annotate` as a web application: Gradio around page/annotate*.html, and what guards it."""
+"""The page of `posttrain annotate` as a web application: Gradio around templates/annotate*.html, and its guard."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import fastapi
 import gradio as gr
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.datastructures import URL, Headers, MutableHeaders
 from starlette.responses import PlainTextResponse, Response
 
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     from posttrain.annotate.serve import Desk
 
 FILES = Path(__file__).parent
-BODY = {"preference": "annotate.html", "artifact": "annotate_artifact.html"}
-# The browser may ask nobody but this server, whatever the page or a library under it says.
+TEMPLATES = Environment(loader=FileSystemLoader(FILES / "templates"), autoescape=True, undefined=StrictUndefined)
+BODY = {"preference": "annotate_pair.html", "artifact": "annotate_image.html"}
+# The browser may load from no other server, whatever the page or a library asks for.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline';"
     " img-src 'self' data:; font-src 'self' data:; frame-ancestors 'none'"
@@ -30,12 +32,12 @@ Send = Callable[[MutableMapping[str, Any]], Any]
 
 
 def page(desk: Desk, password: str | None, hosts: set[str]) -> Guard:
-    """An ASGI application. With a password everyone logs in; without one only `hosts` may be asked for."""
-    # Gradio fills in templates of its own in the body and the style; they hold nothing that it would take for one.
+    """An ASGI application. With a password everyone logs in; without one it answers only to the names in `hosts`."""
+    # Gradio has a template syntax of its own (`{{value}}`, `${value}`), so the body is rendered before it gets it.
     with gr.Blocks(title="posttrain annotate", analytics_enabled=False, fill_width=True) as blocks:
         body = gr.HTML(
             {"login": password is not None},  # type: ignore[arg-type]
-            html_template=(FILES / BODY[desk.mode]).read_text(),
+            html_template=TEMPLATES.get_template(BODY[desk.mode]).render(),
             js_on_load=(FILES / "annotate.js").read_text(),
             server_functions=[_answer(function) for function in (desk.start, desk.choose, desk.undo)],
             apply_default_css=False,
@@ -44,20 +46,20 @@ def page(desk: Desk, password: str | None, hosts: set[str]) -> Guard:
         if password is not None:
             blocks.load(_who, outputs=body, api_visibility="private", show_progress="hidden")
 
-    def log_in(name: str, given: str) -> bool:
+    def log_in(name: str, entered: str) -> bool:
         try:
             person(name)
         except UserError:
             return False
-        return hmac.compare_digest(given.encode(), (password or "").encode())
+        return hmac.compare_digest(entered.encode(), (password or "").encode())
 
     app = fastapi.FastAPI(openapi_url=None)
 
-    @app.get("/picture/{image}.png")
-    def picture(image: str) -> Response:
-        # Who has the name of an image got it from a page that was logged in.
+    @app.get("/image/{name}.png")
+    def image(name: str) -> Response:
+        # Names are random; only a page that is logged in gets to know them.
         try:
-            data = desk.png(image)
+            data = desk.png(name)
         except KeyError:
             return Response(status_code=404)
         except UserError as error:
@@ -70,7 +72,7 @@ def page(desk: Desk, password: str | None, hosts: set[str]) -> Guard:
         blocks,
         path="/",
         auth=log_in if password is not None else None,
-        auth_message="Choose a name to go by, and give the password that you were told.",
+        auth_message="Choose a name, and enter the password that you were given.",
         theme=gr.themes.Default(primary_hue="indigo"),
         css=(FILES / "annotate.css").read_text(),
         footer_links=[],
@@ -85,10 +87,10 @@ def page(desk: Desk, password: str | None, hosts: set[str]) -> Guard:
 
 
 class Guard:
-    """Turns away, where there is no password, what another site's page asks for; and binds pages to POLICY."""
+    """Sets POLICY on every response; without a password it also refuses requests from other sites' pages."""
 
     def __init__(self, app: Any, hosts: set[str] | None):
-        """`hosts`: names that this server is called by, so that no other name can be pointed at it; None: any."""
+        """`hosts`: the names of this server, so that no other name can be pointed at it; None: any name."""
         self._app, self._hosts = app, hosts
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Send) -> None:
@@ -99,12 +101,12 @@ class Guard:
                 await PlainTextResponse("posttrain annotate: asked by another site\n", 403)(scope, receive, send)
                 return
 
-        async def bound(message: MutableMapping[str, Any]) -> None:
+        async def send_with_policy(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["Content-Security-Policy"] = POLICY
             await send(message)
 
-        await self._app(scope, receive, bound)
+        await self._app(scope, receive, send_with_policy)
 
 
 def _answer(function: Callable[[dict], dict]) -> Callable[[dict], dict]:

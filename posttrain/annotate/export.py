@@ -16,30 +16,30 @@ from rich.console import Console
 from rich.progress import track
 
 from posttrain.annotate import agreement, marked_images
+from posttrain.annotate.config import AnnotationsConfig
 from posttrain.annotate.store import read
 from posttrain.errors import UserError
 from posttrain.log import log
-from posttrain.pairs.config import AnnotationsConfig
 from posttrain.preferences.dataset import Preference, PreferenceWriter, Skipped, read_preferences
 
 
 def write(config: AnnotationsConfig) -> None:
     """The command `posttrain annotations`: print the report and, with an output, write what people answered."""
-    held = read(Path(config.store))
-    if (config.images is None) != (held.schedule.mode == "preference"):
-        right = "--pairs" if held.schedule.mode == "preference" else "--images"
-        raise UserError(f"{config.store}: holds answers of mode {held.schedule.mode}; give {right}")
+    stored = read(Path(config.store))
+    if (config.images is None) != (stored.schedule.mode == "preference"):
+        right = "--pairs" if stored.schedule.mode == "preference" else "--images"
+        raise UserError(f"{config.store}: holds answers of mode {stored.schedule.mode}; give {right}")
     if config.images is not None:
-        marked_images.write(held, config.images, config.store, config.output)
+        marked_images.write(stored, config.images, config.store, config.output)
         return
     assert config.pairs is not None
     pairs = Pairs(config.pairs, config.max_bad)
-    pairs.require({choice.pair for choices in held.choices.values() for choice in choices}, config.store)
-    figures = agreement.report(held.choices, pairs.margins)
-    print("\n".join(agreement.lines(figures)))
+    pairs.require({choice.pair for choices in stored.choices.values() for choice in choices}, config.store)
+    figures = agreement.report(stored.choices, pairs.margins)
+    print("\n".join(agreement.report_lines(figures)))
     if config.output is None:
         return
-    votes = {pair: share for pair, share in agreement.votes(held.choices).items() if share != 0.5}
+    votes = {pair: share for pair, share in agreement.votes(stored.choices).items() if share != 0.5}
     if not votes:
         raise UserError(f"{config.store}: decides no pair, so there is nothing to write; choose first")
     with PreferenceWriter(config.output, card={"agreement": figures}) as writer:

@@ -95,15 +95,15 @@ def find(root: Path) -> list[Found]:
     return found
 
 
-def write(held: Annotations, images_path: str, store: str, output: str | None) -> None:
+def write(stored: Annotations, images_path: str, store: str, output: str | None) -> None:
     """Print the report and, with an output, write artifacts.jsonl, the images it names and agreement.json there."""
     images = Images(images_path)
-    images.require({choice.pair for choices in held.choices.values() for choice in choices}, store)
-    figures = agreement.report_marks(held.choices, len(images.prompts))
-    print("\n".join(agreement.lines_of_marks(figures)))
+    images.require({choice.pair for choices in stored.choices.values() for choice in choices}, store)
+    figures = agreement.report_marks(stored.choices, len(images.prompts))
+    print("\n".join(agreement.mark_lines(figures)))
     if output is None:
         return
-    votes = {name: share for name, share in agreement.votes(held.choices).items() if share != 0.5}
+    votes = {name: share for name, share in agreement.votes(stored.choices).items() if share != 0.5}
     if not votes:
         raise UserError(f"{store}: decides about no image, so there is nothing to write; mark some first")
     target = Path(output)

@@ -6,8 +6,8 @@ posttrain annotate --mode artifact --images runs/a --store marks.jsonl
 
 The page asks this process for every step, and an answer is on disk before the next pair or image is shown. It keeps no
 state but the name of who is answering, so a page that was open survives a restart. Nothing it shows tells which image
-the record calls chosen, or what drew it: images come as fresh PNGs under random names, and sides are drawn anew for
-each annotator.
+the record calls chosen, or which model drew it: images are sent as new PNGs under random names, and sides are random
+for each annotator.
 """
 
 from __future__ import annotations
@@ -26,17 +26,16 @@ from typing import Any
 
 from PIL import Image
 
+from posttrain.annotate.config import AnnotateConfig, is_loopback
 from posttrain.annotate.export import Pairs
 from posttrain.annotate.marked_images import Images
 from posttrain.annotate.store import ANSWERS, Mode, Schedule, Showing, Side, Store, person, schedule
 from posttrain.errors import UserError
 from posttrain.log import log
-from posttrain.pairs.config import AnnotateConfig
 from posttrain.runs.stop import until_terminated
-from posttrain.validate_pairs import is_loopback
 
-LEAST_LETTERS = 8  # of a password
-ENOUGH_TIMES = 5  # answers before the page says how long the rest may take
+MIN_CHARACTERS = 8  # of a password
+ANSWERS_TO_ESTIMATE = 5  # before the page estimates how long the rest takes
 
 
 def annotate(config: AnnotateConfig) -> None:
@@ -59,7 +58,7 @@ def annotate(config: AnnotateConfig) -> None:
 
 
 class Desk:
-    """What the page asks for. Each answer says what to show next, or holds `error`, one line for who is choosing."""
+    """The functions that the page calls. Each returns what to show next, or `error`, one line for the annotator."""
 
     def __init__(self, items: Pairs | Images, store: Store):
         self.items, self.store = items, store
@@ -91,41 +90,42 @@ class Desk:
         self.store.undo(name)
         return self._view(name)
 
-    def png(self, image: str) -> bytes:
+    def png(self, name: str) -> bytes:
         """An image by the name that a view gave it. Raises KeyError for another, UserError if it cannot be read."""
-        name, side = self._images[image]
-        item = self._item(name)
+        key, side = self._images[name]
+        item = self._item(key)
         shown = item if isinstance(item, Image.Image) else getattr(item, side or "")
         buffer = io.BytesIO()
         shown.save(buffer, "png", compress_level=1)
         return buffer.getvalue()
 
     def _view(self, name: str, note: str = "") -> dict[str, Any]:
-        made = self.store.choices(name)
-        done = {(choice.pair, choice.again) for choice in made}
+        choices = self.store.choices(name)
+        done = {(choice.pair, choice.again) for choice in choices}
         left = [s for s in self._schedule(name) if (s.pair, s.again) not in done]
-        view = {"name": name, "done": len(made), "total": len(made) + len(left), "note": note, "pair": None}
+        view = {"name": name, "done": len(choices), "total": len(choices) + len(left), "note": note, "pair": None}
         view["rest"] = ""
-        if len(made) >= ENOUGH_TIMES and left:
-            minutes = statistics.median(choice.seconds for choice in made) * len(left) / 60
+        if len(choices) >= ANSWERS_TO_ESTIMATE and left:
+            minutes = statistics.median(choice.seconds for choice in choices) * len(left) / 60
             view["rest"] = f"about {minutes:.0f} min left" if minutes >= 1 else "less than a minute left"
         if left:
             now, ahead = left[0], left[1:2]
             view |= {"pair": now.pair, "again": now.again, "prompt": self.items.prompts[now.pair]}
-            view["pictures"] = self._pictures(now)
-            view["ahead"] = [url for showing in ahead for url in self._pictures(showing)]
+            view["images"] = self._urls(now)
+            view["ahead"] = [url for showing in ahead for url in self._urls(showing)]
         return view
 
-    def _pictures(self, showing: Showing) -> list[str]:
+    def _urls(self, showing: Showing) -> list[str]:
         sides: tuple[Side | None, ...] = (None,)
         if showing.left is not None:
             sides = ("chosen", "rejected") if showing.left == "chosen" else ("rejected", "chosen")
         urls = []
         for side in sides:
             key = (showing.pair, side)
-            image = self._names.setdefault(key, secrets.token_urlsafe(16))
-            self._images[image] = key
-            urls.append(f"picture/{image}.png")
+            # A random name does not tell which side of the record it is.
+            name = self._names.setdefault(key, secrets.token_urlsafe(16))
+            self._images[name] = key
+            urls.append(f"image/{name}.png")
         return urls
 
 
@@ -141,7 +141,7 @@ def _serve(desk: Desk, config: AnnotateConfig, password: str | None, listener: s
     server = uvicorn.Server(uvicorn.Config(app, **options))
     if not is_loopback(config.host):
         log.warning(
-            "pictures and the password cross the network unencrypted; use one that you trust, or put an HTTPS proxy"
+            "images and the password cross the network unencrypted; use one that you trust, or put an HTTPS proxy"
             " before this"
         )
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
@@ -153,10 +153,10 @@ def _password(config: AnnotateConfig) -> str | None:
     if config.password_env is None:
         return None
     password = os.environ.get(config.password_env, "")
-    if len(password) < LEAST_LETTERS:
+    if len(password) < MIN_CHARACTERS:
         raise UserError(
             f"password_env: {config.password_env} {'is too short' if password else 'is not set'}; put a password of"
-            f" {LEAST_LETTERS} characters or more into that environment variable"
+            f" {MIN_CHARACTERS} characters or more into that environment variable"
         )
     return password
 

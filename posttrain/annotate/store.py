@@ -1,4 +1,4 @@
-"""What people answered, kept so that a kill loses nothing and an edit shows; and who sees which pair or image when.
+"""People's answers, stored so that a kill loses nothing and edits are noticed; and the order in which they see items.
 
 A store is a JSONL file that only grows. Its first line holds the settings of the schedule, each other line one
 choice, or one choice taken back. A line ends with the hash of itself and the line before it, so a line that was
@@ -33,8 +33,8 @@ ANSWERS: dict[Mode, tuple[Answer, ...]] = {
 }
 SHARES = {"tie": 0.5, "faulty": 1.0, "fine": 0.0, "unsure": 0.5, "skip": None}
 VERSION = 1
-SHORTEST, LONGEST = 10, 30  # other pairs between a pair and its repeat, where the set is large enough
-MOST_LETTERS = 64  # of an annotator's name
+MIN_GAP, MAX_GAP = 10, 30  # other pairs between a pair and its repeat, where the set is large enough
+MAX_CHARACTERS = 64  # of an annotator's name
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def schedule(ids: Sequence[str], annotator: str, settings: Schedule) -> list[Sho
     Single images (mode artifact) have no sides; all else is the same for them.
     """
     order = sorted(ids, key=lambda pair: _draw(settings.seed, annotator, pair))
-    shortest = min(SHORTEST, len(order) // 2)
+    shortest = min(MIN_GAP, len(order) // 2)
     count, early = int(len(order) * settings.repeats), len(order) - shortest
     repeated = {k * early // count for k in range(count)}
     showings: list[tuple[float, Showing]] = []
@@ -113,7 +113,7 @@ def schedule(ids: Sequence[str], annotator: str, settings: Schedule) -> list[Sho
         first, second = _sides(settings, annotator, pair)
         showings.append((i, Showing(pair, False, first)))
         if i in repeated:
-            longest = min(LONGEST, len(order) - 1 - i)
+            longest = min(MAX_GAP, len(order) - 1 - i)
             gap = shortest + _draw(settings.seed, annotator, pair, "gap") % (longest - shortest + 1)
             showings.append((i + gap + 0.5, Showing(pair, True, second)))
     return [showing for _, showing in sorted(showings, key=lambda item: item[0])]
@@ -129,8 +129,8 @@ def _sides(settings: Schedule, annotator: str, pair: str) -> tuple[Side | None, 
 def person(name: str) -> str:
     """A name as the store has it: spaces and case do not make another person. Raises UserError if it is no name."""
     name = " ".join(name.split()).casefold()
-    if not name or len(name) > MOST_LETTERS or not name.isprintable():
-        raise UserError(f"name: is empty or longer than {MOST_LETTERS} letters; give the name or initials you go by")
+    if not name or len(name) > MAX_CHARACTERS or not name.isprintable():
+        raise UserError(f"name: is empty or longer than {MAX_CHARACTERS} letters; give the name or initials you go by")
     return name
 
 
@@ -150,7 +150,7 @@ def read(path: Path) -> Annotations:
 
 
 class Store:
-    """A store that this process alone writes to. To be closed; may be used from several threads."""
+    """A store that only this process writes to. Must be closed; safe to use from several threads."""
 
     def __init__(self, path: Path, settings: Schedule):
         """Takes the lock and reads what is there; a last line that a kill cut off is dropped with a warning.
@@ -248,20 +248,24 @@ class Store:
         total = _hash(self._held.hash, record)
         line = (json.dumps({**record, "hash": total}, ensure_ascii=False, allow_nan=False) + "\n").encode()
         try:
+            # write() may take a part of it only.
             written = 0
             while written < len(line):
                 written += os.write(self._file, line[written:])
+            # The page shows the next pair only after this, so an answer that was seen is never lost.
             os.fsync(self._file)
         except OSError as error:
+            # Half a line in the middle would make every later line unreadable.
             os.ftruncate(self._file, self._held.size)
             raise UserError(f"{self.path}: nothing was saved ({error.strerror}); free some space, then again") from None
         self._held.hash, self._held.size = total, self._held.size + len(line)
 
 
 def _replay(path: Path, data: bytes) -> Annotations | None:
-    """What the whole lines come to; None if there is none."""
+    """The annotations of all complete lines; None if there is no line."""
     held: Annotations | None = None
     for number, line in enumerate(data.splitlines(keepends=True), 1):
+        # A kill while writing leaves half a line at the end, whose answer was not confirmed.
         if not line.endswith(b"\n"):
             break
         try:

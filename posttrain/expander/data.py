@@ -5,9 +5,8 @@
 A language model on a server writes each short prompt in a random length and register. The checker then breaks the
 prompt into facts and decides for each whether the caption contains it; a prompt with one missing fact is dropped. Some
 captions are also used as prompts themselves (kind long). Prompts with text in quotation marks are of kind quoted, and
-the caption must contain that text verbatim. A function that is named instead of
-captions, package.module:function, gives the candidates of caption i itself and needs no server:
-recipes/nano/expander_data.yaml names that of the nano world.
+the caption must contain that text verbatim. Instead of captions, a function package.module:function can be named, which
+returns the candidates of caption i itself and needs no server: recipes/nano/expander_data.yaml names the nano world's.
 
 The output directory contains train.parquet and heldout.parquet (columns prompt, completion, kind, register, source; all
 pairs of a caption are on one side), a card for `datasets`, expander_data.json with all counts, and candidates.jsonl

@@ -6,7 +6,7 @@
 The adapter's scale (alpha / rank) is baked into its B factors, so every loader applies it at strength 1. A pipeline or
 a single file has no adapters: all stages are merged at once, in fp32, and what is left of their change in the type
 that is written is measured. A student of posttrain tdm becomes a distilled pipeline: the stock one then runs it at
-Turbo's shift. Each file is read back before it gets its name (exported.py), and comes with a model card (card.py).
+Turbo's shift. Each file is read back before it gets its name (verify.py), and comes with a model card (model_card.py).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from posttrain.config.sections import ExportConfig
 from posttrain.errors import UserError
+from posttrain.export.config import ExportConfig
 from posttrain.export.hub import check_push, push
 from posttrain.export.model_card import LEAST_KEPT, Rounding, model_card
 from posttrain.export.verify import check_lora, check_pipeline, check_weights
@@ -62,7 +62,7 @@ def export(config: ExportConfig) -> None:
 
 
 Card = Callable[[Rounding | None], str]
-"""The model card, by what the merge has kept; None where nothing was merged."""
+"""Makes the model card from the rounding of the merge; None where nothing was merged."""
 
 
 def write(
@@ -81,13 +81,13 @@ def write(
         if format == "lora-original":
             named = {ORIGINAL_PREFIX + key_names.original_name(k): v for k, v in factors.items()}
         model = empty_transformer(saved.state["model"]["path"]).state_dict()
-        _whole(
+        _write_atomically(
             output, lambda path: save_file(named, path), lambda path: check_lora(output, path, model, factors),
             card and card(None),
         )  # fmt: skip
         return None
     k2 = load_base(saved)
-    # Adapters give weights new memory, so that what is here stays; weights that were trained are copied into them.
+    # Merging an adapter gives weights new memory, so these stay as they are; trained weights are copied into them.
     before = {k: v.clone() if adapter is None else v for k, v in k2.base_state_dict().items()}
     after, rounding = _merged(k2, saved, before, dtype)
     if rounding.share < LEAST_KEPT and not allow_rounding:
@@ -100,13 +100,13 @@ def write(
     if format == "original":
         model, state, base = (key_names.to_original(part) for part in (model, after, before))
         state = {k: v.contiguous() for k, v in state.items()}
-        _whole(
+        _write_atomically(
             output, lambda path: save_file(state, path, metadata={"format": "pt"}),
             lambda path: check_weights(output, [path], model, state, base), card and card(rounding),
         )  # fmt: skip
     else:
         with quiet():
-            _whole(
+            _write_atomically(
                 output, lambda path: k2.pipe.save_pretrained(path, safe_serialization=True),
                 lambda path: check_pipeline(output, path, model, after, before, k2.is_distilled),
                 card and card(rounding),
@@ -132,6 +132,7 @@ def _merged(
         what = "what was trained" if full else "the adapter"
         raise UserError(f"{saved.path}: merged in {written}, {what} changes no weight; train longer or in float32")
     whole, whole_bf16 = (sum((each[i] for each in kept.values()), Kept(0.0, 0.0, 0.0)) for i in range(2))
+    # The layer that loses most is named, since the mean may hide it.
     least = min(kept, key=lambda layer: kept[layer][0].share)
     name = str(written).removeprefix("torch.")
     return after, Rounding(name, whole.share, least, kept[least][0].share, whole.size, whole_bf16.share)
@@ -163,9 +164,11 @@ def scaled_factors(saved: Checkpoint) -> dict[str, Tensor]:
             raise UserError(f"format: {stage.path} has no adapter, all weights were trained; use diffusers or original")
     factors: dict[str, list[Tensor]] = {}
     for stage in stages:
+        # LoRA's effect is alpha / rank times B A.
         scale = stage.state["lora"]["alpha"] / stage.state["lora"]["rank"]
         for key, value in stage.tensors["adapter"].items():
             factors.setdefault(key, []).append(value * scale if key.endswith(B) else value)
+    # Ranks side by side add up: [B1 B2] [A1; A2] = B1 A1 + B2 A2.
     return {key: torch.cat(parts, dim=1 if key.endswith(B) else 0) for key, parts in factors.items()}
 
 
@@ -176,8 +179,10 @@ def load_checkpoint(saved: Checkpoint, device: str | torch.device = "cpu") -> K2
     return k2
 
 
-def _whole(output: Path, write: Callable[[Path], object], check: Callable[[Path], None], card: str | None) -> None:
-    """Writes and checks beside the target and renames, so that no half-written or wrong export has its name."""
+def _write_atomically(
+    output: Path, write: Callable[[Path], object], check: Callable[[Path], None], card: str | None
+) -> None:
+    """Atomic: writes to a temporary folder beside the target, checks, and renames."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=".export-", dir=output.parent))
@@ -188,12 +193,14 @@ def _whole(output: Path, write: Callable[[Path], object], check: Callable[[Path]
         write(path)
         check(path)
         if card is not None:
+            # A directory holds its card; a file has it beside itself.
             beside = path / "README.md" if path.is_dir() else path.with_suffix(".md")
             beside.write_text(card, encoding="utf-8")
         os.rename(path, output)
         if card is not None and output.is_file():
             os.rename(path.with_suffix(".md"), output.with_suffix(".md"))
     except (OSError, SafetensorError) as error:
+        # Only a full disk is the user's to mend; anything else is a bug or a broken disk.
         if not checkpoint.is_full(error):
             raise
         raise UserError(f"{output}: no space left; free some or choose another disk") from error

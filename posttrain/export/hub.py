@@ -1,4 +1,4 @@
-"""An export to a hub id, only ever when asked for by name; the repository is made private unless told otherwise."""
+"""Uploads an export to the hub, only if the user named a repository; it is private unless the user says otherwise."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def check_push(name: str) -> None:
     """Raises UserError, before anything is written, for a name that is none or where nobody is logged in."""
     try:
         validate_repo_id(name)
+        # The hub accepts names without an owner, which are those of its own models.
         if name.count("/") != 1:
             raise HFValidationError("it has no owner")
     except HFValidationError as error:

@@ -3,7 +3,7 @@
     posttrain export --check runs/nano-grpo --turbo runs/nano-tdm
 
 The same prompts and seeds are drawn four times: on Raw and on Turbo, each with and without the LoRA. A gain is the mean
-over pictures of the difference that the LoRA makes to a reward. The share is the gain on Turbo over that on Raw; where
+over images of the difference that the LoRA makes to a reward. The share is the gain on Turbo over that on Raw; where
 Raw's is not above two of its standard errors there is nothing to carry over, and the share is missing.
 """
 
@@ -34,7 +34,7 @@ from posttrain.training import checkpoint, image_metrics, policy
 from posttrain.training.checkpoint import Checkpoint
 from posttrain.training.evaluate import Evaluator
 from prompts.records import PromptRecord, columns, read_prompts
-from rewards.base import Reward, RewardSpec, score_all
+from rewards.base import Reward, RewardSpec, Scores, score_all
 from rewards.load import load_rewards
 from rewards.serve import ServerSpec, serve
 
@@ -46,7 +46,7 @@ CLEAR = 2.0
 
 
 def check(config: CarryoverConfig) -> int:
-    """Prints the table and returns the exit code: 1 if the LoRA changes no picture on Turbo."""
+    """Prints the table and returns the exit code: 1 if the LoRA changes no image on Turbo."""
     output = None if config.output is None else Path(config.output)
     if output is not None:
         check_new(output)
@@ -69,7 +69,7 @@ def check(config: CarryoverConfig) -> int:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps({"settings": settings, **found}, indent=1) + "\n")
     if found["distance"]["turbo"] == 0:
-        print("posttrain: the LoRA changes no picture on Turbo")
+        print("posttrain: the LoRA changes no image on Turbo")
     return int(found["distance"]["turbo"] == 0)
 
 
@@ -77,7 +77,7 @@ def carry_over(
     config: CarryoverConfig, saved: Checkpoint | None, records: Sequence[PromptRecord], rewards: Sequence[Reward]
 ) -> dict[str, Any]:
     """By reward `raw` and `turbo` (each FIGURES) and `share`; and `distance`, the mean
-    distance of a picture with the LoRA to the one without, as image/diversity has it."""
+    distance of an image with the LoRA to the one without, as image/diversity has it."""
     assert config.model is not None
     scores: dict[str, dict[str, Any]] = {}
     distance: dict[str, float] = {}
@@ -102,7 +102,7 @@ def carry_over(
 
 
 def table(found: dict[str, Any]) -> str:
-    """For people to read."""
+    """The results as aligned text."""
     rows: list[tuple[str, ...]] = [("", "Raw", "with LoRA", "gain", "Turbo", "with LoRA", "gain", "carried over")]
     for name, values in found["rewards"].items():
         cells: list[str] = []
@@ -114,16 +114,16 @@ def table(found: dict[str, Any]) -> str:
         rows.append((name, *cells, share))
     d = found["distance"]
     change = f"{100 * d['turbo'] / d['raw']:.0f} %" if d["raw"] else "-"
-    rows.append(("picture distance", "", "", f"{d['raw']:.4f}", "", "", f"{d['turbo']:.4f}", change))
+    rows.append(("image distance", "", "", f"{d['raw']:.4f}", "", "", f"{d['turbo']:.4f}", change))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
 
 
-# ---- what is drawn with ---------------------------------------------------------------------------------------
+# ---- settings and models ---------------------------------------------------------------------------------------
 
 
 def _completed(config: CarryoverConfig, saved: Checkpoint | None) -> CarryoverConfig:
-    """With what the run's recipe says of what was left out. Raises UserError for what nothing says."""
+    """With missing settings taken from the run's recipe. Raises UserError for a setting that neither has."""
     recipe = {} if saved is None else run_recipe(saved)
     model = config.model if saved is None or config.model is not None else ModelConfig(**saved.state["model"])
     prompts = config.prompts or (recipe["prompts"]["heldout"] if "prompts" in recipe else recipe.get("heldout"))
@@ -135,7 +135,7 @@ def _completed(config: CarryoverConfig, saved: Checkpoint | None) -> CarryoverCo
     size = config.size or sizes[0]
     for field, value in (("model", model), ("prompts", prompts), ("rewards", rewards), ("size", size)):
         if not value:
-            raise UserError(f"{field}: {config.check} has no recipe that says it; give it")
+            raise UserError(f"{field}: {config.check} has no recipe that states it; give it")
     return replace(config, model=model, prompts=prompts, rewards=rewards, servers=servers, size=size)
 
 
@@ -146,7 +146,7 @@ def _factors(config: CarryoverConfig, saved: Checkpoint | None, k2: K2) -> Mappi
 
 
 def _load_raw(config: CarryoverConfig, saved: Checkpoint | None) -> K2:
-    """Without the runs that the run stands on: their adapters are part of the factors."""
+    """The base alone: the adapters of the runs that this run started from are part of the factors."""
     assert config.model is not None
     k2 = _load(config.model.path, config.model)
     if k2.is_distilled:
@@ -186,13 +186,13 @@ def _device() -> torch.device:
     return Processes().device
 
 
-# ---- what is measured -----------------------------------------------------------------------------------------
+# ---- measurement -----------------------------------------------------------------------------------------
 
 
 def _draw(
     k2: K2, config: CarryoverConfig, records: Sequence[PromptRecord], steps: int, guidance: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures without and with the LoRA, uint8 (N, H, W, 3)."""
+    """Images without and with the LoRA, uint8 (N, H, W, 3)."""
     assert config.size is not None
     settings = EvalConfig(prompts=len(records), steps=steps, guidance=[guidance], seed=config.seed, groups=0)
     height, width = config.size
@@ -208,13 +208,17 @@ def _draw(
 def _gains(
     rewards: Sequence[Reward], off: np.ndarray, on: np.ndarray, records: Sequence[PromptRecord]
 ) -> dict[str, dict[str, float | None]]:
-    """Over the pictures that a reward could score both with and without the LoRA; None where there are too few."""
-    prompts, taken = [record.prompt for record in records], columns(list(records))
-    scored = [asyncio.run(score_all(rewards, to_pil(torch.from_numpy(images)), prompts, taken)) for images in (off, on)]
+    """Over the images that a reward could score both with and without the LoRA; None where there are too few."""
+    prompts, reward_columns = [record.prompt for record in records], columns(list(records))
+
+    def score(images: np.ndarray) -> Scores:
+        return asyncio.run(score_all(rewards, to_pil(torch.from_numpy(images)), prompts, reward_columns))
+
+    without, with_lora = score(off), score(on)
     found = {}
-    for k, name in enumerate(scored[0].names):
-        valid = scored[0].valid_NK[:, k] & scored[1].valid_NK[:, k]
-        before, after = (scores.values_NK[valid, k] for scores in scored)
+    for k, name in enumerate(without.names):
+        valid = without.valid_NK[:, k] & with_lora.valid_NK[:, k]
+        before, after = without.values_NK[valid, k], with_lora.values_NK[valid, k]
         found[name] = summary(before, after) if len(before) > 1 else dict.fromkeys(FIGURES)
     return found
 
@@ -229,5 +233,7 @@ def share(raw: Mapping[str, float | None], turbo: Mapping[str, float | None]) ->
 
 def summary(before: np.ndarray, after: np.ndarray) -> dict[str, float | None]:
     difference = after - before
-    means = (before.mean(), after.mean(), difference.mean(), difference.std(ddof=1) / np.sqrt(len(difference)))
+    # The same prompts and noise on both sides, so the error is that of paired differences.
+    error = difference.std(ddof=1) / np.sqrt(len(difference))
+    means = (before.mean(), after.mean(), difference.mean(), error)
     return dict(zip(FIGURES, map(float, means)))

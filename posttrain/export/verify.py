@@ -1,7 +1,7 @@
-"""Exports read back before they get their name: whole, of this model, with what was trained in them.
+"""Exports are read back before they get their name: complete, for this model, with the trained change in them.
 
-The costliest exports are those that load and do nothing, so each file is opened again: a missing key, a wrong shape or
-value, or weights that are still the base's, end the export with a UserError, and nothing is left behind.
+An export that loads and does nothing costs the most, so each file is opened again: a missing key, a wrong shape or
+value, or weights that are still the base's end the export with a UserError, and nothing is left behind.
 """
 
 from __future__ import annotations
@@ -33,20 +33,21 @@ def check_weights(
 
     One tensor at a time, so that no second copy of the model is made. `where` is what messages call the export.
     """
-    held: dict[str, Tensor] = {}
+    read: dict[str, Tensor] = {}
     changed = moved = 0
     wrong = ""
     for file in files:
         with safe_open(file, framework="pt") as opened:
             for key in sorted(opened.keys()):
                 value = opened.get_tensor(key)
-                held[key] = torch.empty(value.shape, device="meta")
+                # Shapes alone are kept, without memory.
+                read[key] = torch.empty(value.shape, device="meta")
                 if not bool(value.isfinite().all()):
                     raise UserError(f"{where}: {key} holds values that are not finite; export an earlier checkpoint")
                 if key not in written or not _same(value, written[key]):
                     changed, wrong = changed + 1, wrong or key
                 moved += key in base and not _same(value, base[key])
-    check_names(f"{where} as it was written", shapes, held, AGAIN)
+    check_names(f"{where} as it was written", shapes, read, AGAIN)
     if changed:
         raise UserError(f"{where}: {changed} tensors were not written as they were ({wrong}); {AGAIN}")
     if not moved:

@@ -1,26 +1,35 @@
-"""Line charts as inline SVG; colours are the page's CSS variables, so one chart serves light and dark."""
+"""Charts of metrics over the steps: where each line, tick and area lies, in CSS pixels from the top left corner.
+
+templates/charts.html draws them as inline SVG. Colours are the page's CSS variables, so that one chart serves light
+and dark.
+"""
 
 from __future__ import annotations
 
-import html
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+from posttrain.report.format import number
+from posttrain.report.render import ENVIRONMENT, colour
 from posttrain.runs.read import Point
 
-MOST_POINTS = 400  # more are averaged in equal stretches of the run
+MOST_POINTS = 400  # of a line; more are averaged in equal stretches of the run
+FEWER_POINTS = 150  # of each line where a page has many
 MARKED = 30  # up to here each point gets a dot
+OPEN_CHARTS = 16  # of a section; one with more is folded
+WIDTH, HEIGHT = 360, 190
+CHARACTER = 6.5  # pixels of an 11 px digit, to leave room for the labels of the value axis
 
 
 @dataclass(frozen=True)
 class Limit:
-    """A line that a metric is to be held against."""
+    """A line that a metric is compared with."""
 
     label: str
     points: list[Point]
-    """(step, value from there on); it holds before the first step too."""
+    """(step, value from there on); the first one holds before the first step too."""
     bad: Literal["above", "below"] | None = None
     """The side where something is wrong; None: the line is only there to compare with."""
 
@@ -28,7 +37,7 @@ class Limit:
         """The steps at which a metric is on the bad side."""
         steps = []
         for step, value in points:
-            limit = next((held for at, held in reversed(self.points) if at <= step), self.points[0][1])
+            limit = next((value for start, value in reversed(self.points) if start <= step), self.points[0][1])
             if value is None or limit is None or self.bad is None:
                 continue
             if (value > limit) if self.bad == "above" else (value < limit):
@@ -36,110 +45,264 @@ class Limit:
         return steps
 
 
-class Frame:
-    """The axes of a chart: a box of width x height CSS pixels that shrinks with the page, in which steps and values
-    have their places."""
+@dataclass(frozen=True)
+class Note:
+    """What stands below a chart about one of its limits."""
 
-    def __init__(self, steps: Sequence[int], values: Sequence[float], width: int = 360, height: int = 190):
+    label: str
+    drawn: bool
+    crossed: str = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    name: str
+    frame: Frame | None
+    """None where no value is finite."""
+    about: str = ""
+    """The chart in words, for screen readers."""
+    last: str = ""
+    legend: list[str] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
+    definition: str = ""
+    """Of the metric, shown when the pointer is over its name."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Charts under one heading."""
+
+    title: str
+    charts: list[Chart]
+    most_open: int = OPEN_CHARTS
+
+    @property
+    def folded(self) -> bool:
+        return len(self.charts) > self.most_open
+
+
+class Frame:
+    """The axes of a chart, a box of width x height pixels that shrinks with the page, and what is drawn in it."""
+
+    def __init__(self, steps: Sequence[int], values: Sequence[float], width: int = WIDTH, height: int = HEIGHT):
         ticks = nice_ticks(min(values), max(values))
-        self.apart = ticks[1] - ticks[0]
-        labels = [_tick(tick, self.apart) for tick in ticks]
+        self.tick_distance = ticks[1] - ticks[0]
+        labels = [_tick_label(tick, self.tick_distance) for tick in ticks]
+        longest = max(map(len, labels))
         self.width, self.height = width, height
-        self.left, self.right, self.top, self.bottom = 12 + 6.5 * max(map(len, labels)), 12, 10, 24
+        self.left, self.right, self.top, self.bottom = 12 + CHARACTER * longest, 12, 10, 24
         self.low, self.high = min(ticks[0], *values), max(ticks[-1], *values)
         self.first, self.last = min(steps), max(steps)
-        parts = []
-        for tick, text in zip(ticks, labels, strict=True):
-            y = f"{self.y(tick):.1f}"
-            parts.append(
-                f'<line class="rule" x1="{self.left}" x2="{width - self.right}" y1="{y}" y2="{y}"/>'
-                f'<text x="{self.left - 6}" y="{self.y(tick) + 4:.1f}" text-anchor="end">{text}</text>'
-            )
-        for step in _step_ticks(self.first, self.last):
-            inside = self.first < step < self.last or self.first == self.last
-            anchor = "middle" if inside else ("start" if step == self.first else "end")
-            parts.append(f'<text x="{self.x(step):.1f}" y="{height - 6}" text-anchor="{anchor}">{step}</text>')
-        self.parts = parts
+        self.value_ticks: list[dict[str, str]] = []
+        # Rounded to a tenth of a pixel, as all coordinates: a page has tens of thousands of them.
+        for tick, label in zip(ticks, labels):
+            y = self.y(tick)
+            # Text is placed by its baseline; 4 px lower its middle is at the line.
+            self.value_ticks.append({"label": label, "y": f"{y:.1f}", "text_y": f"{y + 4:.1f}"})
+        self.step_ticks = [self._step_tick(step) for step in _step_ticks(self.first, self.last)]
+        self.paths: list[dict[str, str]] = []
+        self.dots: list[dict[str, Any]] = []
+
+    def _step_tick(self, step: int) -> dict[str, Any]:
+        anchor = "middle"
+        # Labels at the ends are aligned inwards, so that they do not leave the box.
+        if self.first < self.last and step in (self.first, self.last):
+            anchor = "start" if step == self.first else "end"
+        return {"step": step, "x": f"{self.x(step):.1f}", "anchor": anchor}
 
     def x(self, step: float) -> float:
         share = (step - self.first) / (self.last - self.first) if self.last > self.first else 0.5
         return self.left + (self.width - self.left - self.right) * share
 
     def y(self, value: float) -> float:
-        return self.top + (self.height - self.top - self.bottom) * (1 - (value - self.low) / (self.high - self.low))
+        # SVG counts from the top.
+        share = 1 - (value - self.low) / (self.high - self.low)
+        return self.top + (self.height - self.top - self.bottom) * share
 
-    def line(self, css: str, points: Sequence[Point]) -> None:
-        self.parts.append(f'<path class="{css}" d="{_path(points, self.x, self.y)}"/>')
+    def add_line(self, css: str, points: Sequence[Point]) -> None:
+        self.paths.append({"css": css, "d": _path(points, self.x, self.y)})
 
-    def area(self, css: str, upper: Sequence[Point], lower: Sequence[Point]) -> None:
+    def add_area(self, css: str, upper: Sequence[Point], lower: Sequence[Point]) -> None:
         """Filled between two lines over the same steps, which have a value everywhere."""
-        outline = _path(upper, self.x, self.y) + _path(lower[::-1], self.x, self.y).replace("M", "L", 1)
-        self.parts.append(f'<path class="{css}" d="{outline}Z"/>')
+        back = _path(lower[::-1], self.x, self.y).replace("M", "L", 1)
+        self.paths.append({"css": css, "d": f"{_path(upper, self.x, self.y)}{back}Z"})
 
-    def svg(self, about: str) -> str:
-        about = html.escape(about)
-        return (
-            f'<svg viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{about}"><title>{about}</title>'
-            f"{''.join(self.parts)}</svg>"
-        )
+    def add_dots(self, css: str, points: Sequence[Point], radius: float) -> None:
+        for step, value in points:
+            if value is not None:
+                self.dots.append({"css": css, "x": f"{self.x(step):.1f}", "y": f"{self.y(value):.1f}", "r": radius})
 
 
 def line_chart(
-    name: str, points: list[Point], width: int = 360, height: int = 190, limits: Sequence[Limit] = ()
-) -> str:
-    """One metric over the steps, in a box of width x height CSS pixels that shrinks with the page.
+    name: str, points: list[Point], width: int = WIDTH, height: int = HEIGHT, limits: Sequence[Limit] = (),
+    definition: str = "",
+) -> Chart:  # fmt: skip
+    """One metric over the steps.
 
     A long series is drawn faint with its moving mean on top. The last value stands beside the name. Limits are dashed
-    lines, named below the chart; one that is so far off that the curve would be flat is only named.
+    lines, named below the chart; one that is so far away that the curve would be flat is only named.
     """
-    whole = sorted(points, key=lambda point: point[0])
-    points = thin(whole)
-    values = [value for _, value in points if value is not None]
-    label = html.escape(name)
+    every_point = sorted(points, key=lambda point: point[0])
+    points = thin(every_point)
+    values = _values(points)
     if not values:
-        return f'<figure class="chart"><figcaption><b>{label}</b> no finite value</figcaption></figure>'
+        return Chart(name, None, definition=definition)
+    # Up to twice the curve's own range away; farther limits would flatten it.
     reach = 2 * (max(values) - min(values) or abs(values[0]) or 1.0)
-    near = [limit for limit in limits if all(_near(value, values, reach) for _, value in limit.points)]
-    held = [value for limit in near for _, value in limit.points if value is not None]
-    frame = Frame([step for step, _ in points], [*values, *held], width, height)
+    near = [limit for limit in limits if _is_near(limit, values, reach)]
+    limit_values = [value for limit in near for value in _values(limit.points)]
+    frame = Frame([step for step, _ in points], [*values, *limit_values], width, height)
     for limit in near:
-        ends = [*(step for step, _ in limit.points[1:]), frame.last]
-        frame.line(
-            "limit", [p for (at, v), end in zip(limit.points, ends) for p in ((max(at, frame.first), v), (end, v))]
-        )
-    noisy = len(values) > MARKED
-    frame.line("faint" if noisy else "line", points)
-    if noisy:
-        frame.line("line", smooth(points))
+        frame.add_line("limit", _stairs(limit.points, frame.first, frame.last))
+    if len(values) > MARKED:
+        frame.add_line("faint", points)
+        frame.add_line("line", smooth(points))
     else:
-        dots = ((frame.x(step), frame.y(value)) for step, value in points if value is not None)
-        frame.parts += [f'<circle class="dot" cx="{cx:.1f}" cy="{cy:.1f}" r="2.5"/>' for cx, cy in dots]
-    last = _tick(values[-1], frame.apart / 10)
-    about = f"{name}: from {number(values[0])} to {number(values[-1])}, lowest {number(min(values))}, "
-    return (
-        f'<figure class="chart"><figcaption><b>{label}</b> <span>{last}</span></figcaption>'
-        f"{frame.svg(about + f'highest {number(max(values))}')}"
-        f"{''.join(_named(limit, limit in near, whole) for limit in limits)}</figure>"
-    )
+        frame.add_line("line", points)
+        frame.add_dots("dot", points, 2.5)
+    about = f"{name}: from {number(values[0])} to {number(values[-1])}"
+    about += f", lowest {number(min(values))}, highest {number(max(values))}"
+    notes = [_note(limit, limit in near, every_point) for limit in limits]
+    last = _tick_label(values[-1], frame.tick_distance / 10)
+    return Chart(name, frame, about, last, notes=notes, definition=definition)
 
 
-def _near(value: float | None, values: Sequence[float], reach: float) -> bool:
-    return value is None or min(values) - reach <= value <= max(values) + reach
+def areas_chart(name: str, series: Mapping[str, list[Point]], width: int = 720, height: int = 240) -> Chart:
+    """Series over the same steps on top of each other, the first at the bottom; a missing value counts as 0."""
+    by_label = {label: dict(thin(sorted(points))) for label, points in series.items()}
+    steps = sorted({step for points in by_label.values() for step in points})
+    floor = dict.fromkeys(steps, 0.0)
+    layers = []
+    for points in by_label.values():
+        top = {step: floor[step] + (points.get(step) or 0.0) for step in steps}
+        layers.append((top, floor))
+        floor = top
+    # The axis begins at 0, since the heights of areas are compared.
+    frame = Frame(steps, [0.0, *floor.values()], width, height)
+    for i, (top, bottom) in enumerate(layers):
+        frame.add_area(f"fill {colour(i)}", list(top.items()), list(bottom.items()))
+    last = steps[-1]
+    latest = [f"{label} {number(points[last] or 0)}" for label, points in by_label.items() if last in points]
+    return Chart(name, frame, f"{name}; at step {last}: {', '.join(latest)}", legend=list(series))
 
 
-def _named(limit: Limit, drawn: bool, points: Sequence[Point]) -> str:
+def runs_chart(
+    name: str, lines: Sequence[Sequence[list[Point]]], width: int = WIDTH, height: int = HEIGHT, definition: str = ""
+) -> Chart:
+    """One metric of several lines, each the mean of its runs with a band from the smallest to the largest of them.
+
+    A line goes as far as all its runs have come. Long series are smoothed, each run by itself. A line without runs that
+    have the metric is left out, and its colour stays free.
+    """
+    smoothed = []
+    for runs in lines:
+        smoothed.append([_smoothed(points) for points in _at_shared_steps(runs)])
+    all_points = [point for runs in smoothed for points in runs for point in points]
+    values = _values(all_points)
+    if not values:
+        return Chart(name, None, definition=definition)
+    frame = Frame([step for step, _ in all_points], values, width, height)
+    ends = []
+    for i, runs in enumerate(smoothed):
+        by_step: dict[int, list[float]] = {}
+        for points in runs:
+            for step, value in points:
+                if value is not None:
+                    by_step.setdefault(step, []).append(value)
+        if not by_step:
+            continue
+        steps = sorted(by_step)
+        mean: list[Point] = [(step, sum(by_step[step]) / len(by_step[step])) for step in steps]
+        if len(runs) > 1:
+            upper = [(step, max(by_step[step])) for step in steps]
+            lower = [(step, min(by_step[step])) for step in steps]
+            frame.add_area(f"band {colour(i)}", upper, lower)
+        frame.add_line(f"own {colour(i)}", mean)
+        if len(mean) <= MARKED:
+            frame.add_dots(f"own {colour(i)}", mean, 2)
+        ends.append(number(mean[-1][1] or 0))
+    return Chart(name, frame, f"{name}: at the end {', '.join(ends)}", definition=definition)
+
+
+# ---- a figure of several panels ----------------------------------------------------------------------------------
+
+PAPER_COLOURS = ("#c0392b", "#e67e22", "#8e44ad", "#1f6fb2", "#148f77", "#555555")
+"""Of the variants, in their order; they differ on white and on dark paper."""
+
+
+def panels_svg(series: Mapping[str, Mapping[str, list[list[Point]]]], columns: int = 2) -> str:
+    """An SVG file of its own: a panel for each metric, in it a colour for each variant and a line for each of its runs.
+
+    The variants are named below all panels.
+    """
+    width, height, gap = 330, 210, 26
+    variants = list(dict.fromkeys(name for metric in series.values() for name in metric))
+    panels = []
+    for place, (metric, runs) in enumerate(series.items()):
+        x, y = place % columns * width, place // columns * (height + gap) + gap
+        panels.append({"title": metric, "x": x, "y": y, "frame": _panel(runs, variants, width, height)})
+    rows = math.ceil(len(series) / columns)
+    longest = max(map(len, variants), default=0)
+    # An entry of the legend is a key of 40 px and about 7 px a character.
+    across = max(1, columns * width // (40 + 7 * longest))
+    legend_top = rows * (height + gap) + 16
+    legend = []
+    for i, name in enumerate(variants):
+        x, y = 8 + i % across * columns * width // across, legend_top + 18 * (i // across)
+        legend.append({"name": name, "x": x, "y": y})
+    total = legend_top + 10 + 18 * ((len(variants) - 1) // across)
+    template = ENVIRONMENT.get_template("panels.svg")
+    return template.render(
+        panels=panels, legend=legend, width=columns * width, height=total, colours=PAPER_COLOURS
+    ).lstrip()
+
+
+def _panel(runs: Mapping[str, list[list[Point]]], variants: Sequence[str], width: int, height: int) -> Frame | None:
+    all_points = [point for lines in runs.values() for points in lines for point in points if point[1] is not None]
+    if not all_points:
+        return None
+    frame = Frame([step for step, _ in all_points], _values(all_points), width, height)
+    for i, name in enumerate(variants):
+        for points in runs.get(name, []):
+            frame.add_line(colour(i), sorted(points))
+    return frame
+
+
+# ---- parts of charts -----------------------------------------------------------------------------------------------
+
+
+def _values(points: Sequence[Point]) -> list[float]:
+    return [value for _, value in points if value is not None]
+
+
+def _is_near(limit: Limit, values: Sequence[float], reach: float) -> bool:
+    low, high = min(values) - reach, max(values) + reach
+    return all(low <= value <= high for value in _values(limit.points))
+
+
+def _stairs(points: Sequence[Point], first: int, last: int) -> list[Point]:
+    """A limit as a line of horizontal stretches from `first` to `last`."""
+    stairs: list[Point] = []
+    ends = [*(step for step, _ in points[1:]), last]
+    for (start, value), end in zip(points, ends):
+        stairs += [(max(start, first), value), (end, value)]
+    return stairs
+
+
+def _note(limit: Limit, drawn: bool, points: Sequence[Point]) -> Note:
     last = limit.points[-1][1]
-    text = html.escape(limit.label) + (f" {last:.6g}" if last is not None else "")
-    text += "" if drawn else ", off the chart"
-    if crossed := limit.crossed(points):
-        text += f"; <b>{limit.bad} it at {len(crossed)} of {len(points)} points, first at step {crossed[0]}</b>"
-    return f'<p class="{"limited" if drawn else "unlimited"}">{text}</p>'
+    label = limit.label if last is None else f"{limit.label} {last:.6g}"
+    steps = limit.crossed(points)
+    crossed = ""
+    if steps:
+        crossed = f"{limit.bad} it at {len(steps)} of {len(points)} points, first at step {steps[0]}"
+    return Note(label, drawn, crossed)
 
 
 def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten apart) that cover low..high; at least two.
 
-    One value alone has a tenth of it on either side; 0, which is mostly a count, stands at the foot.
+    One value alone gets a tenth of it on either side; 0, which is mostly a count, stands at the bottom.
     """
     if not high - low > 1e-12 * max(abs(low), abs(high)):
         spread = abs(low) * 0.1
@@ -147,57 +310,67 @@ def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
+    # The small amounts keep an end that is a tick itself from being rounded to the next one.
     start, end = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(i * step, 12) if abs(step) > 1e-9 else i * step for i in range(start, end + 1)]
 
 
-def number(value: float) -> str:
-    """A number short enough for a chart or a table: at most four significant digits."""
-    if value == 0:
-        return "0"
-    if float(value).is_integer() and abs(value) < 1e5:
-        return f"{value:,.0f}"
-    if abs(value) >= 1e5 or abs(value) < 1e-3:
-        return f"{value:.3g}"
-    return f"{value:.4g}"
-
-
-def _tick(value: float, apart: float) -> str:
-    """A value with as many decimals as tell it from its neighbour `apart` away."""
-    decimals = max(0, -math.floor(math.log10(apart) + 1e-9))
+def _tick_label(value: float, distance: float) -> str:
+    """A value with as many decimals as distinguish it from its neighbour `distance` away."""
+    decimals = max(0, -math.floor(math.log10(distance) + 1e-9))
     if abs(value) < 1e-3 and decimals > 4:
-        return "0" if abs(value) < apart * 1e-6 else f"{value:.3g}"
+        return "0" if abs(value) < distance * 1e-6 else f"{value:.3g}"
     return f"{value:,.{min(decimals, 9)}f}"
 
 
 def _step_ticks(first: int, last: int) -> list[int]:
-    middle = [int(t) for t in nice_ticks(first, last) if t == int(t)]
+    """Both ends, and between them whole round numbers that are not too near to an end for their labels."""
+    if first == last:
+        return [first]
     room = (last - first) * 0.15
-    return [first, *(t for t in middle if first + room < t < last - room), *([last] if last > first else [])]
+    between = [int(tick) for tick in nice_ticks(first, last) if tick == int(tick)]
+    return [first, *(step for step in between if first + room < step < last - room), last]
 
 
 def thin(points: list[Point], most: int = MOST_POINTS) -> list[Point]:
+    """At most `most` points: means of equal stretches, each at the stretch's last step."""
     size = math.ceil(len(points) / most)
     if size <= 1:
         return points
     thinned: list[Point] = []
-    for i in range(0, len(points), size):
-        values = [value for _, value in points[i : i + size] if value is not None]
-        thinned.append((points[min(i + size, len(points)) - 1][0], sum(values) / len(values) if values else None))
+    for start in range(0, len(points), size):
+        stretch = points[start : start + size]
+        thinned.append((stretch[-1][0], _mean(stretch)))
     return thinned
 
 
 def smooth(points: list[Point]) -> list[Point]:
-    """Mean over a centred stretch of about a tenth of the run; cut off at its ends."""
+    """Mean over a centred stretch of about a tenth of the run; it is shorter at both ends."""
     reach = max(1, len(points) // 20)
-    smooth: list[Point] = []
-    for i, (step, _) in enumerate(points):
-        values = [value for _, value in points[max(0, i - reach) : i + reach + 1] if value is not None]
-        smooth.append((step, sum(values) / len(values) if values else None))
-    return smooth
+    return [(step, _mean(points[max(0, i - reach) : i + reach + 1])) for i, (step, _) in enumerate(points)]
 
 
-def _path(points: Sequence[Point], x, y) -> str:
+def _mean(points: Sequence[Point]) -> float | None:
+    values = _values(points)
+    return sum(values) / len(values) if values else None
+
+
+def _at_shared_steps(runs: Sequence[list[Point]]) -> list[list[Point]]:
+    """The points of steps that all of the runs have; a mean would jump where one run ends."""
+    if not runs:
+        return []
+    steps_of_runs = [{step for step, _ in points} for points in runs]
+    shared = set.intersection(*steps_of_runs)
+    return [[point for point in points if point[0] in shared] for points in runs]
+
+
+def _smoothed(points: list[Point]) -> list[Point]:
+    points = thin(sorted(points, key=lambda point: point[0]), FEWER_POINTS)
+    return smooth(points) if len(points) > MARKED else points
+
+
+def _path(points: Sequence[Point], x: Callable[[float], float], y: Callable[[float], float]) -> str:
+    """An SVG path; a missing value is a gap."""
     parts, pen = [], "M"
     for step, value in points:
         if value is None:
@@ -205,68 +378,4 @@ def _path(points: Sequence[Point], x, y) -> str:
             continue
         parts.append(f"{pen}{x(step):.1f} {y(value):.1f}")
         pen = "L"
-    return "".join(parts)
-
-
-# ---- several runs in one figure -----------------------------------------------------------------------------------
-
-COLOURS = ("#c0392b", "#e67e22", "#8e44ad", "#1f6fb2", "#148f77", "#555555")
-"""Of the variants, in their order; told apart on white and on dark paper."""
-
-
-def lines_chart(series: Mapping[str, Mapping[str, list[list[Point]]]], columns: int = 2) -> str:
-    """An SVG file of its own: a panel for each metric, in it a colour for each variant and a line for each of its runs.
-
-    The variants are named below all panels.
-    """
-    width, height, gap = 330, 210, 26
-    variants = list(dict.fromkeys(name for metric in series.values() for name in metric))
-    rows = math.ceil(len(series) / columns)
-    across = max(1, columns * width // (40 + 7 * max(map(len, variants), default=0)))
-    legend = rows * (height + gap) + 16
-    total = legend + 10 + 18 * ((len(variants) - 1) // across)
-    parts = []
-    for place, (metric, runs) in enumerate(series.items()):
-        left, top = place % columns * width, place // columns * (height + gap) + gap
-        parts.append(f'<text x="{left + 8}" y="{top - 8}" class="title">{html.escape(metric)}</text>')
-        parts.append(_panel(runs, variants, left, top, width, height))
-    for i, name in enumerate(variants):
-        x, y = 8 + i % across * columns * width / across, legend + 18 * (i // across)
-        parts.append(f'<rect x="{x:.0f}" y="{y - 6}" width="14" height="4" fill="{COLOURS[i % len(COLOURS)]}"/>')
-        parts.append(f'<text x="{x + 20:.0f}" y="{y}">{html.escape(name)}</text>')
-    style = "text{font:12px sans-serif;fill:#333}.title{font-weight:bold}.rule{stroke:#ddd}path{fill:none}"
-    size = f'viewBox="0 0 {columns * width} {total}" width="{columns * width}" height="{total}"'
-    paper = f'<rect width="{columns * width}" height="{total}" fill="#fff"/>'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{style}</style>{paper}{"".join(parts)}</svg>\n'
-
-
-def _panel(
-    runs: Mapping[str, list[list[Point]]], variants: Sequence[str], left: float, top: float, width: int, height: int
-) -> str:
-    points = [point for lines in runs.values() for line in lines for point in line if point[1] is not None]
-    if not points:
-        return ""
-    values = [value for _, value in points if value is not None]
-    ticks = nice_ticks(min(values), max(values))
-    x0, x1, y0, y1 = left + 52, left + width - 12, top + height - 22, top + 6
-    low, high = min(ticks[0], *values), max(ticks[-1], *values)
-    first, last = min(step for step, _ in points), max(step for step, _ in points)
-
-    def x(step: float) -> float:
-        return x0 + (x1 - x0) * ((step - first) / (last - first) if last > first else 0.5)
-
-    def y(value: float) -> float:
-        return y0 + (y1 - y0) * (value - low) / (high - low)
-
-    parts = []
-    for tick in ticks:
-        parts.append(f'<line class="rule" x1="{x0}" x2="{x1}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
-        label = _tick(tick, ticks[1] - ticks[0])
-        parts.append(f'<text x="{x0 - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{label}</text>')
-    for step in _step_ticks(first, last):
-        parts.append(f'<text x="{x(step):.1f}" y="{y0 + 16}" text-anchor="middle">{step}</text>')
-    for i, name in enumerate(variants):
-        for line in runs.get(name, []):
-            stroke = f'stroke="{COLOURS[i % len(COLOURS)]}" stroke-width="1.6"'
-            parts.append(f'<path {stroke} d="{_path(sorted(line), x, y)}"/>')
     return "".join(parts)

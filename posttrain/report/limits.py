@@ -1,15 +1,13 @@
-"""Which metrics of a run tell that it diverges or cheats its reward, and the limits that its recipe sets them.
+"""Which metrics of a run show that it diverges or hacks its reward, and the limits that its recipe sets them.
 
-| metric | held against |
+| metric | limit |
 |---|---|
-| the figure of eval.stop | its limit, or the share `drop` off its best so far |
+| the metric of eval.stop | its limit, or the share `drop` below its best so far |
 | ratio_error | the smaller clip: beyond it the policy that trains is not the one that sampled |
 | ratio | the two clips |
 | failed, missing_images | the smallest max_failures of a reward |
 | grad_norm of any role | clip_factor times the median of those before (of an expander's GDPO, max_grad_norm) |
-| to_teacher/... | 1, the teacher |
-| image/high_energy_ratio | 1, the start |
-| pairs/winner, winner | 0, the reference |
+| any with a `reference` in posttrain/config/metrics.py | that value |
 """
 
 from __future__ import annotations
@@ -18,87 +16,100 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from posttrain.config import metrics
 from posttrain.model import clipping
-from posttrain.report.charts import Limit, Point, thin
+from posttrain.report.charts import Limit, thin
+from posttrain.runs.read import Point
 
-DRIFT = ("kl", "log_ratio_std", "skipped", "drift_", "repeatability/", "noise_share")
-LOOKS = ("eval/image/", "eval/to_teacher/", "eval/diversity", "eval/format", "eval/safe")
+TITLES = {"divergence": "divergence", "hacking": "hacking: what drifts while a reward is hacked"}
 
 
 def limits(recipe: dict[str, Any], series: dict[str, list[Point]]) -> dict[str, list[Limit]]:
     """By metric, of those that the run has."""
     found: dict[str, list[Limit]] = {}
-    loss, optim = recipe.get("loss") or {}, recipe.get("optim") or {}
-
-    def add(name: str, label: str, value: float | None, bad: Any = None) -> None:
-        if value is not None and name in series:
-            found.setdefault(name, []).append(Limit(label, [(0, value)], bad))
-
-    if "clip_low" in loss and "clip_high" in loss:
-        add("ratio_error", "clip", min(loss["clip_low"], loss["clip_high"]), "above")
-        add("ratio", "clip_low", 1 - loss["clip_low"])
-        add("ratio", "clip_high", 1 + loss["clip_high"])
-    allowed = [r["max_failures"] for r in recipe.get("rewards") or [] if r.get("max_failures", 1) < 1]
-    add("failed", "max_failures, over a reward's last 256 scores,", min(allowed, default=None), "above")
-    add("missing_images", "max_failures, over the last 256 pictures,", _failures(recipe), "above")
-    for name in series:
-        kind = name.removeprefix("eval/")
+    for name, limit in _fixed(recipe):
+        if name in series:
+            found.setdefault(name, []).append(limit)
+    optim = recipe.get("optim") or {}
+    for name, points in series.items():
         if name.endswith("grad_norm"):
-            add(name, "scaled down above", optim.get("max_grad_norm"))
-            if optim.get("clip_factor"):
-                line = _clip_line(series[name], optim["clip_factor"])
-                found.setdefault(name, []).append(Limit("scaled down above", line))
-        if kind.startswith("to_teacher/"):
-            add(name, "the teacher", 1.0)
-        elif kind.startswith("image/high_energy_ratio"):
-            add(name, "the start", 1.0)
-        elif kind in ("pairs/winner", "winner"):
-            add(name, "the reference", 0.0)
+            found.setdefault(name, []).extend(_of_gradients(optim, points))
+        metric = metrics.find(name)
+        if metric is not None and metric.reference is not None:
+            whose, value = metric.reference
+            found.setdefault(name, []).append(Limit(whose, [(0, value)]))
     stop = (recipe.get("eval") or {}).get("stop") or {}
-    if (watched := f"eval/{stop.get('metric')}") in series:
-        found.setdefault(watched, []).append(_stop(stop, series[watched]))
+    stopping = f"{metrics.EVAL}{stop.get('metric')}"
+    if stopping in series:
+        found.setdefault(stopping, []).append(_stop(stop, series[stopping]))
+    return {name: those for name, those in found.items() if those}
+
+
+def _fixed(recipe: dict[str, Any]) -> list[tuple[str, Limit]]:
+    """Limits that are a number of the recipe."""
+    found = []
+    loss = recipe.get("loss") or {}
+    if "clip_low" in loss and "clip_high" in loss:
+        low, high = loss["clip_low"], loss["clip_high"]
+        found.append(("ratio_error", Limit("clip", [(0, min(low, high))], "above")))
+        found.append(("ratio", Limit("clip_low", [(0, 1 - low)])))
+        found.append(("ratio", Limit("clip_high", [(0, 1 + high)])))
+    # A reward may fail always if its max_failures is 1.
+    allowed = [reward["max_failures"] for reward in recipe.get("rewards") or [] if reward.get("max_failures", 1) < 1]
+    if allowed:
+        found.append(("failed", Limit("max_failures, over a reward's last 256 scores,", [(0, min(allowed))], "above")))
+    failures = (recipe.get("renderer") or {}).get("max_failures")
+    if failures is not None:
+        found.append(("missing_images", Limit("max_failures, over the last 256 images,", [(0, failures)], "above")))
     return found
 
 
-def watched(names: Iterable[str], held: dict[str, list[Limit]]) -> dict[str, list[str]]:
-    """The metrics to show as watches, by what they watch for; those with a limit come first."""
-    sections: dict[str, list[str]] = {"divergence": [], "hacking: what drifts while a reward is cheated": []}
-    training, looks = sections.values()
+def watched(names: Iterable[str], of_limits: dict[str, list[Limit]]) -> dict[str, list[str]]:
+    """The metrics to show beside the limits, by what they are a sign of; those with a limit come first."""
+    sections: dict[str, list[str]] = {title: [] for title in TITLES.values()}
     for name in names:
-        if name.startswith(LOOKS):
-            looks.append(name)
-        elif name in held or name.startswith(DRIFT):
-            (looks if name.startswith("eval/") else training).append(name)
-    return {title: sorted(part, key=lambda name: name not in held) for title, part in sections.items() if part}
+        metric = metrics.find(name)
+        # Divergence shows in training, hacking in evaluations, which alone have the same prompts each time.
+        place: metrics.Sign = "hacking" if name.startswith(metrics.EVAL) else "divergence"
+        if name in of_limits or (metric is not None and metric.sign_of == place):
+            sections[TITLES[place]].append(name)
+    return {title: sorted(part, key=lambda name: name not in of_limits) for title, part in sections.items() if part}
 
 
 def _stop(stop: dict[str, Any], points: list[Point]) -> Limit:
-    """The rule of watch.regression as a line."""
+    """The rule of early_stopping.regression as a line."""
     lower = stop.get("better") == "lower"
     bad, label = "above" if lower else "below", f"eval.stop, {stop.get('patience', 1)} times in a row, at"
     if stop.get("limit") is not None:
         return Limit(label, [(0, stop["limit"])], bad)
+    sign, better = (1, min) if lower else (-1, max)
     line: list[Point] = []
     best: float | None = None
     for step, value in points:
         if value is not None:
-            best = value if best is None else (min if lower else max)(best, value)
-            line.append((step, best + (1 if lower else -1) * stop["drop"] * abs(best)))
+            best = value if best is None else better(best, value)
+            line.append((step, best + sign * stop["drop"] * abs(best)))
     return Limit(label, line or [(0, None)], bad)
 
 
+def _of_gradients(optim: dict[str, Any], points: Sequence[Point]) -> list[Limit]:
+    found = []
+    if optim.get("max_grad_norm") is not None:
+        found.append(Limit("scaled down above", [(0, optim["max_grad_norm"])]))
+    if optim.get("clip_factor"):
+        found.append(Limit("scaled down above", _clip_line(points, optim["clip_factor"])))
+    return found
+
+
 def _clip_line(points: Sequence[Point], factor: float) -> list[Point]:
-    """What each norm was held against, as loop.Stepper does, from the norms that were logged."""
+    """The limit of each norm, computed as the optimiser's Stepper does, from the norms that were logged."""
     line: list[Point] = []
     norms: list[float] = []
     for step, value in points:
+        # The limit of a step comes from the norms before it, its own not included.
         limit = clipping.limit(norms, factor)
         line.append((step, limit if math.isfinite(limit) else None))
+        # A batch without any gradient says nothing about the usual norm.
         if value is not None and value > 0:
             norms.append(value)
     return thin(line) or [(0, None)]
-
-
-def _failures(recipe: dict[str, Any]) -> float | None:
-    """Of pictures that an expander's renderer makes."""
-    return (recipe.get("renderer") or {}).get("max_failures")

@@ -1,82 +1,102 @@
-"""report.html: a run on one page that opens anywhere without a network, or several runs side by side on one.
+"""report.html: one run on one page that opens anywhere without a network; or several runs side by side.
 
     posttrain report runs/a            # writes runs/a/report.html
     posttrain report runs/a runs/b     # writes runs/comparison.html
 
-Everything is inside the file: style, charts as SVG, images as data URIs, and the few lines of script of the slider.
-Text that comes from prompts, recipes or metrics is escaped, and the page's own policy forbids it to load anything and
-to run any other script.
+This module reads the files of a run and prepares what templates/report.html shows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain.config.sections import ReportConfig
-from posttrain.report.before_after import pictures
-from posttrain.report.chart_many import areas_chart
-from posttrain.report.charts import Point, line_chart, number
+from posttrain.config import metrics
+from posttrain.report.before_after import run_images
+from posttrain.report.charts import Chart, Limit, Section, areas_chart, line_chart
 from posttrain.report.compare import comparison
-from posttrain.report.groups import groups_section
-from posttrain.report.html import by_section, figure, page, section, shares, shown, table, text
+from posttrain.report.config import ReportConfig
+from posttrain.report.format import aligned, change, number
+from posttrain.report.groups import groups
 from posttrain.report.limits import limits, watched
-from posttrain.runs.read import RunFiles, read_json, read_run, read_tables
+from posttrain.report.render import write_page
+from posttrain.runs.read import Point, RunFiles, read_json, read_run, read_tables
 from prompts.pool import Kind
 
 SHOWN_APART = ("before", "after", "teacher", "best", "stopped", "memory", "rewards", "startup")
+"""Fields of summary.json that have a place of their own on the page."""
 POOL = tuple(f"pool/{kind.name.lower()}" for kind in Kind)
+WIDE = {"width": 1120, "height": 280}
+"""Pixels of the reward's chart, which spans the page."""
 
 
 def report(config: ReportConfig) -> None:
-    """The command `posttrain report`: write the page and say where it is."""
+    """The command `posttrain report`: writes the page and prints its path."""
     runs = [Path(run) for run in config.runs]
     output = Path(config.output) if config.output else None
     if len(runs) == 1:
         path = write_report(runs[0], output)
     else:
         path = output or runs[0].resolve().parent / "comparison.html"
-        write_page(path, f"{len(runs)} runs", comparison([read_run(run) for run in runs]))
+        write_page(path, "comparison.html", f"{len(runs)} runs", **comparison([read_run(run) for run in runs]))
     print(path)
 
 
 def write_report(run: Path, path: Path | None = None) -> Path:
     """Write the report of a run directory, by default to report.html in it. Returns its path.
 
-    Parts the run has not written yet are left out. Raises UserError if it is no run directory or a file in it
+    Parts that the run has not written yet are left out. Raises UserError if it is no run directory or a file in it
     cannot be read.
     """
     files = read_run(run)
-    held = limits(files.recipe, files.series)
-    watches = watched(files.series, held)
-    held_once = {name for name in files.series if name.startswith("teacher/") and files.summary.get("teacher")}
-    apart = (
-        held_once
-        | {name for part in watches.values() for name in part}
-        | {name for name in POOL if name in files.series}
-    )
-    body = [
-        f"<header><h1>{text(files.name)}</h1>{_subtitle(files)}</header>",
-        summary_tables(files.summary),
-        pictures(run / "samples"),
-        groups_section(run / "groups"),
-        _watches(files, watches, held),
-        _curves({name: points for name, points in files.series.items() if name not in apart}),
-        _pool(files.series),
-        _prompts(read_tables(run / "prompts.json")),
-        _cost(files),
-        _judges(files),
-        f"<h2>Settings</h2><details><summary>Resolved recipe</summary><pre>{text(files.recipe_text)}</pre></details>",
-        _environment(files.environment),
-    ]
-    return write_page(path or run / "report.html", f"{files.name}: {_base(files.recipe)}", body)
+    of_limits = limits(files.recipe, files.series)
+    names_watched = watched(files.series, of_limits)
+    shown_apart = {name for names in names_watched.values() for name in names}
+    # The reward has the wide chart, and non_finite is a warning at the top.
+    shown_apart |= {*POOL, "reward", "non_finite"}
+    if files.summary.get("teacher"):
+        # Measured once, so a curve would be one point; it stands in the table.
+        shown_apart |= {name for name in files.series if name.startswith("teacher/")}
+    curves = {name: points for name, points in files.series.items() if name not in shown_apart}
+    return write_page(
+        path or run / "report.html", "report.html", f"{files.name}: {_base(files.recipe)}",
+        name=files.name,
+        subtitle=_subtitle(files),
+        non_finite=sum(value or 0 for _, value in files.series.get("non_finite", [])),
+        summary=summary_tables(files.summary),
+        images=run_images(run / "samples"),
+        groups=groups(run / "groups"),
+        alarms=_alarms(files, of_limits),
+        watched=_watched(files, names_watched, of_limits),
+        has_metrics=bool(files.series),
+        reward=_reward(files.series),
+        curves=[Section(title, _charts(names, curves)) for title, names in metrics.by_section(curves)],
+        pool=_pool(files.series),
+        tables=_tables(run / "prompts.json"),
+        cost=_cost(files),
+        judges=_judges(files),
+        definitions=metrics.definitions(files.series),
+        recipe_text=files.recipe_text,
+        environment=_environment(files.environment),
+    )  # fmt: skip
 
 
-def write_page(path: Path, title: str, body: list[str]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A recipe's text may hold half a character.
-    path.write_text(page(title, body), encoding="utf-8", errors="backslashreplace")
-    return path
+def _charts(names: Sequence[str], series: Mapping[str, list[Point]]) -> list[Chart]:
+    charts = []
+    for name in names:
+        # The heading of the section has the rest of the name.
+        label = name.rpartition("/")[2]
+        charts.append(line_chart(label, series[name], definition=metrics.describe(name)))
+    return charts
+
+
+def _reward(series: Mapping[str, list[Point]]) -> dict[str, Chart] | None:
+    if "reward" not in series:
+        return None
+    points, definition = series["reward"], metrics.describe("reward")
+    wide = line_chart("reward", points, **WIDE, definition=definition)
+    return {"wide": wide, "narrow": line_chart("reward", points, definition=definition)}
 
 
 def _base(recipe: dict[str, Any]) -> str:
@@ -85,130 +105,133 @@ def _base(recipe: dict[str, Any]) -> str:
 
 
 def _subtitle(files: RunFiles) -> str:
-    wanted = files.recipe.get("pairs")
-    counted = f"{wanted} pairs" if isinstance(wanted, int) else f"{files.recipe.get('steps', '?')} steps"
-    parts = [f"from {_base(files.recipe)}", f"{files.steps} of {counted}"]
+    # A run of `posttrain pairs` counts pairs, all others steps.
+    pairs = files.recipe.get("pairs")
+    total = f"{pairs} pairs" if isinstance(pairs, int) else f"{files.recipe.get('steps', '?')} steps"
+    parts = [f"from {_base(files.recipe)}", f"{files.steps} of {total}"]
     if files.environment.get("started"):
         parts.append(f"started {files.environment['started'][:16].replace('T', ' ')}")
-    lost = sum(value or 0 for _, value in files.series.get("non_finite", []))
-    warning = f"<p><b>Metric values that were NaN or infinite: {number(lost)}</b></p>" if lost else ""
-    return f"<p>{text(' · '.join(parts))}</p>{warning}"
+    return " · ".join(parts)
 
 
-def summary_tables(summary: dict[str, Any]) -> str:
-    parts: list[dict[str, Any]] = [summary.get(name) or {} for name in ("before", "after", "teacher")]
-    before, after, teacher = parts
+def summary_tables(summary: dict[str, Any]) -> dict[str, Any]:
+    """The metrics before and after, and what the run took, for the macro of the same name."""
+    before, after, teacher = (summary.get(name) or {} for name in ("before", "after", "teacher"))
     rows = []
-    for name in [*before, *(name for name in after if name not in before)]:
+    for name in dict.fromkeys([*before, *after]):
         old, new = before.get(name), after.get(name)
-        change = figure(new - old, "+") if isinstance(old, int | float) and isinstance(new, int | float) else ""
-        values = [figure(old), figure(new), change, *([figure(teacher.get(name))] if teacher else [])]
-        rows.append([name, *values])
-    head = ["", "before", "after", "change", *(["teacher"] if teacher else [])]
-    figures = table(head, rows, [False] + [True] * (len(head) - 1))
-    result = f"<div><h2>Before and after</h2>{figures}</div>" if rows else ""
-    rest = [[name, shown(value)] for name, value in summary.items() if name not in SHOWN_APART]
-    took = f"<div><h2>What it took</h2>{table(['', ''], rest, [False, True])}</div>" if rest else ""
-    return f'{_outcome(summary)}<div class="tables">{result}{took}</div>'
+        values = [aligned(old), aligned(new), change(old, new)]
+        if teacher:
+            values.append(aligned(teacher.get(name)))
+        rows.append({"name": name, "values": values, "definition": metrics.describe(f"eval/{name}")})
+    return {
+        "stopped": summary.get("stopped"),
+        "best": _best(summary),
+        "head": ["before", "after", "change", *(["teacher"] if teacher else [])],
+        "rows": rows,
+        "took": [[name, value] for name, value in summary.items() if name not in SHOWN_APART],
+    }
 
 
-def _outcome(summary: dict[str, Any]) -> str:
-    lines = []
-    if reason := summary.get("stopped"):
-        lines.append(f"<p><b>Stopped early: {text(reason)}</b></p>")
-    if best := summary.get("best"):
-        where = "the start: no step did better" if best["step"] == 0 else f"step {best['step']}, in checkpoints/best"
-        if summary.get("stopped") and best["step"]:
-            where += ": what the run hands on, and what is shown as after"
-        lines.append(f"<p>Best {text(best['metric'])}: {number(best['value'])} at {where}</p>")
-    return "".join(lines)
-
-
-def _watches(files: RunFiles, watches: dict[str, list[str]], held: dict[str, Any]) -> str:
-    if not watches:
+def _best(summary: dict[str, Any]) -> str:
+    best = summary.get("best")
+    if not best:
         return ""
-    parts = ["<h2>Watches</h2>"]
-    for limit, name in ((limit, name) for name, those in held.items() for limit in those):
-        if crossed := limit.crossed(files.series[name]):
-            parts.append(
-                f'<p class="alarm">{text(name)} was {limit.bad} its limit at {len(crossed)} of'
-                f" {len(files.series[name])} points, first at step {crossed[0]}</p>"
-            )
-    for title, names in watches.items():
-        charts = [line_chart(name, files.series[name], limits=held.get(name, ())) for name in names]
-        parts.append(section(title, charts, most=len(charts)))
-    return "".join(parts)
+    where = "the start: no step did better" if best["step"] == 0 else f"step {best['step']}, in checkpoints/best"
+    if summary.get("stopped") and best["step"]:
+        where += ": this step is handed on, and is shown as after"
+    return f"Best {best['metric']}: {number(best['value'])} at {where}"
 
 
-def _curves(series: dict[str, list[Point]]) -> str:
-    if not series:
-        return "<h2>Curves</h2><p>No metrics yet.</p>"
-    parts = ["<h2>Curves</h2>"]
-    if "reward" in series:
-        wide = line_chart("reward", series["reward"], width=1120, height=280)
-        narrow = line_chart("reward", series["reward"])
-        parts.append(f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>')
-    for title, names in by_section(name for name in series if name not in ("reward", "non_finite")):
-        charts = [line_chart(name.rpartition("/")[2], series[name]) for name in names]
-        parts.append(section(title, charts))
-    return "".join(parts)
+def _alarms(files: RunFiles, of_limits: Mapping[str, Sequence[Limit]]) -> list[str]:
+    alarms = []
+    for name, those in of_limits.items():
+        points = files.series[name]
+        for limit in those:
+            steps = limit.crossed(points)
+            if steps:
+                count = f"{len(steps)} of {len(points)} points"
+                alarms.append(f"{name} was {limit.bad} its limit at {count}, first at step {steps[0]}")
+    return alarms
 
 
-def _pool(series: dict[str, list[Point]]) -> str:
+def _watched(
+    files: RunFiles, names_watched: Mapping[str, Sequence[str]], of_limits: Mapping[str, Sequence[Limit]]
+) -> list[Section]:
+    sections = []
+    for title, names in names_watched.items():
+        charts = []
+        for name in names:
+            definition = metrics.describe(name)
+            charts.append(line_chart(name, files.series[name], limits=of_limits.get(name, ()), definition=definition))
+        sections.append(Section(title, charts, most_open=len(charts)))
+    return sections
+
+
+def _pool(series: Mapping[str, list[Point]]) -> Chart | None:
     """How many prompts of an adaptive pool are in each class over time."""
-    held = {name.removeprefix("pool/"): series[name] for name in POOL if name in series}
-    if not held:
-        return ""
-    return f'<h2>Prompt pool</h2><div class="card">{areas_chart("prompts of each class", held)}</div>'
+    by_class = {name.removeprefix("pool/"): series[name] for name in POOL if name in series}
+    return areas_chart("prompts of each class", by_class) if by_class else None
 
 
-def _prompts(tables: dict[str, list[dict[str, Any]]]) -> str:
+def _tables(file: Path) -> list[dict[str, Any]]:
     """The prompts at the ends of an adaptive pool."""
-    parts = ["<h2>Prompts</h2>"] if any(tables.values()) else []
-    for title, rows in tables.items():
+    tables = []
+    for title, rows in read_tables(file).items():
+        # An adaptive pool may have no prompt at one of its ends yet.
         if rows:
             numeric = [all(isinstance(row[name], int | float | None) for row in rows) for name in rows[0]]
-            parts.append(f"<h3>{text(title)}</h3>{table(list(rows[0]), [list(r.values()) for r in rows], numeric)}")
-    return "".join(parts)
+            body = [list(row.values()) for row in rows]
+            tables.append({"title": title, "head": list(rows[0]), "rows": body, "numeric": numeric})
+    return tables
 
 
-def _cost(files: RunFiles) -> str:
-    """Where the time and the memory went."""
-    parts = []
-    named = {n: p for n, p in files.series.items() if n.startswith("seconds/")}
-    times = {name.partition("/")[2]: sum(value or 0.0 for _, value in points) for name, points in named.items()}
+def _cost(files: RunFiles) -> list[dict[str, Any]]:
+    """Where the time and the memory went: bars, each of parts with the rest of the whole."""
+    bars = []
+    times: dict[str, float] = {}
+    for name, points in files.series.items():
+        if name.startswith("seconds/"):
+            # A missing value is a step that did not have this part.
+            times[name.partition("/")[2]] = sum(value or 0.0 for _, value in points)
     if times:
-        if (rest := (files.summary.get("seconds") or 0.0) - sum(times.values())) > 0:
-            times["evaluation, saving and the rest"] = rest
-        parts.append(f"<h3>time</h3>{shares(times, 's')}")
-    begun = {name: s for name, s in (files.summary.get("startup") or {}).items() if name not in ("compile", "total")}
-    if begun:
-        parts.append(f"<h3>time to the end of the first step</h3>{shares(begun, 's')}")
-    if kept := dict(files.summary.get("memory") or {}):
-        device = "gpu" if "peak_gpu_gib" in files.summary else "ram"
-        if (rest := files.summary.get(f"peak_{device}_gib", 0.0) - sum(kept.values())) > 0:
-            kept["the rest at the peak: activations, gradients" + ("" if device == "gpu" else ", Python")] = rest
-        parts.append(f"<h3>memory of the {'GPU' if device == 'gpu' else 'process'}</h3>{shares(kept, 'GiB')}")
-    return f"<h2>Time and memory</h2>{''.join(parts)}" if parts else ""
+        rest = (files.summary.get("seconds") or 0.0) - sum(times.values())
+        bars.append({"title": "time", "parts": _with_rest(times, "evaluation, saving and the rest", rest), "unit": "s"})
+    startup = files.summary.get("startup") or {}
+    # The total is the sum of the others, and compilation is part of the first step.
+    startup = {name: value for name, value in startup.items() if name not in ("compile", "total")}
+    if startup:
+        bars.append({"title": "time to the end of the first step", "parts": startup, "unit": "s"})
+    memory = files.summary.get("memory") or {}
+    if memory:
+        # On the CPU the peak is that of the whole process, Python and its libraries included.
+        on_gpu = "peak_gpu_gib" in files.summary
+        peak = files.summary.get("peak_gpu_gib" if on_gpu else "peak_ram_gib", 0.0)
+        label = "the rest at the peak: activations, gradients" + ("" if on_gpu else ", Python")
+        parts = _with_rest(memory, label, peak - sum(memory.values()))
+        bars.append({"title": f"memory of the {'GPU' if on_gpu else 'process'}", "parts": parts, "unit": "GiB"})
+    return bars
 
 
-def _judges(files: RunFiles) -> str:
-    """What decides the scores: the judges' models and the hashes of what they are asked."""
-    rows = [
-        [reward, said.get("model", "–"), name, digest]
-        for reward, said in (files.summary.get("rewards") or {}).items()
-        for name, digest in (said.get("templates") or {"–": "–"}).items()
-    ]
-    if digest := read_json(files.path / "expander.json").get("template"):
+def _with_rest(parts: Mapping[str, float], label: str, rest: float) -> dict[str, float]:
+    # Clocks and counters are read at different times, so the rest can come out below 0.
+    return {**parts, label: rest} if rest > 0 else dict(parts)
+
+
+def _judges(files: RunFiles) -> list[list[str]]:
+    """What decides the scores: the judges' models and the hashes of the templates that they are asked with."""
+    rows = []
+    for reward, details in (files.summary.get("rewards") or {}).items():
+        # A reward that asks no judge has no template, and one row all the same.
+        for name, digest in (details.get("templates") or {"–": "–"}).items():
+            rows.append([reward, details.get("model", "–"), name, digest])
+    digest = read_json(files.path / "expander.json").get("template")
+    if digest:
         rows.append(["prompt expander", _base(files.recipe), "expander", digest])
-    head = ["reward", "model", "template", "hash"]
-    return f"<h2>Judges and templates</h2>{table(head, rows, [False] * 4)}" if rows else ""
+    return rows
 
 
-def _environment(environment: dict[str, Any]) -> str:
-    if not environment:
-        return ""
+def _environment(environment: dict[str, Any]) -> list[list[Any]]:
     flat = {**environment, **(environment.get("packages") or {})}
     flat.pop("packages", None)
-    rows = table(["", ""], [list(item) for item in flat.items()], [False, False])
-    return f"<h2>Environment</h2><details><summary>Versions and devices</summary>{rows}</details>"
+    return [list(item) for item in flat.items()]

@@ -133,7 +133,7 @@ class Person:
         self.ready()
 
     def ready(self) -> None:
-        """Wait until a choice counts: both pictures are there."""
+        """Wait until a choice counts: both images are there."""
         self.page.wait_for_selector("#work:not([hidden]) #pair:not(.loading)")
         self.page.wait_for_function("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
@@ -347,10 +347,10 @@ def test_page(serve, browser):
     ann.page.wait_for_selector("#who:not([hidden])")
 
     # Pictures that do not arrive can be skipped, not chosen between.
-    ann.page.route("**/picture/*", lambda route: route.abort())
+    ann.page.route("**/image/*", lambda route: route.abort())
     ann.page.fill("#name", "bob")
     ann.page.press("#name", "Enter")
-    ann.page.get_by_text("A picture of this pair cannot be shown. Skip it").wait_for()
+    ann.page.get_by_text("An image of this pair cannot be shown. Skip it").wait_for()
     ann.page.keyboard.press("ArrowLeft")
     ann.page.keyboard.press("s")
     ann.page.wait_for_function("document.querySelector('#count').textContent.startsWith('1 of')")
@@ -370,7 +370,7 @@ def test_page(serve, browser):
     assert ask("/", Host=f"localhost:{server.port}")[0] == 200
     assert ask("/", Host="rebound.example")[0] == 403
     assert ask("/", Origin="http://elsewhere.example")[0] == 403
-    assert ask("/picture/none.png")[0] == 404
+    assert ask("/image/none.png")[0] == 404
 
 
 def test_two_people_and_a_kill(serve, browser):

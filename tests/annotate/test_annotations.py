@@ -291,7 +291,7 @@ def test_report_of_marks():
     assert (bob["faulty"], bob["skips"], bob["median_seconds"]) == (1.0, 1, 2.0)
     assert found["between"] == [{"people": ["ann", "bob"], "pairs": 2, "equal": 0.5, "kappa": 0.0}]
     assert [found[name] for name in ("images", "answered", "undecided", "faulty")] == [5, 4, 2, 1]
-    text = "\n".join(agreement.lines_of_marks(found))
+    text = "\n".join(agreement.mark_lines(found))
     assert (
         text.startswith("4 of 5 images marked: 1 faulty, 2 undecided") and "ann and bob: 50% of 2 (kappa 0.00)" in text
     )
@@ -362,7 +362,7 @@ def test_report():
     counts = ("pairs", "answered", "undecided", "against_judges")
     assert [found[name] for name in counts] == [5, 4, 1, 1]
     assert found["judges_by_margin"] == []
-    text = "\n".join(agreement.lines(found))
+    text = "\n".join(agreement.report_lines(found))
     assert "ann and bob: 67% of 3 (kappa 0.33)" in text and "bob: 4 answers (0 ties, 1 skips), median 2.5 s" in text
     json.dumps(found, allow_nan=False)
 

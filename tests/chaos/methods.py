@@ -16,7 +16,8 @@ from tests.helpers import chat, expander_runs, runs, tiny
 
 PREPARE = (
     runs.TRAINING
-    + "import posttrain.pairs.make, posttrain.expander.gdpo, posttrain.expander.sft, posttrain.judge.train, tests.helpers.expander_runs\n"
+    + "import posttrain.pairs.make, posttrain.expander.gdpo, posttrain.expander.sft, posttrain.judge.train\n"
+    + "import tests.helpers.expander_runs\n"
 )
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from posttrain import cli
+from posttrain.config.load import load_config
 from posttrain.config.sections import CheckpointConfig, LoraConfig, OptimConfig, TrackConfig
 from posttrain.errors import UserError
 from posttrain.expander.config import ExpanderDataConfig, ExpanderSFTConfig
@@ -125,6 +126,7 @@ def test_training_writes_an_adapter_that_learnt_and_resumes_to_the_same(tmp_path
     run = tmp_path / "run"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["after"]["loss"] < summary["before"]["loss"] - 0.1 and summary["steps"] == 4
+    runs.assert_metrics_are_defined(run)
     weights = load_file(run / "adapter" / "adapter_model.safetensors")
     assert all(w.abs().max() > 0 for name, w in weights.items() if "lora_B" in name) and len(weights) == 2 * 7 * 3
     card = (run / "adapter" / "README.md").read_text()
@@ -323,7 +325,7 @@ def test_a_command_of_two_words_names_the_second(capsys):
 
 def test_recipes_are_valid():
     for name in ("data", "sft"):
-        config, resume = cli.load_config(f"expander {name}", ["--config", f"recipes/nano/expander_{name}.yaml"])
+        config, resume = load_config(f"expander {name}", ["--config", f"recipes/nano/expander_{name}.yaml"])
         assert config.seed == 0 and not resume
 
 

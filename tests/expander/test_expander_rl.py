@@ -12,20 +12,20 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from posttrain import cli
-from posttrain.config.ranges import ConfigError
+from posttrain.config.types import ConfigError
 from posttrain.errors import UserError
 from posttrain.expander import callbacks, gdpo
-from posttrain.expander.gdpo_config import AblationConfig, ExpanderGDPOConfig
+from posttrain.expander.config import AblationConfig, ExpanderGDPOConfig
 from posttrain.expander.model import Expander
 from posttrain.expander.renderer import K2Renderer
 from posttrain.training import advantages
 from posttrain.training.stepper import MAX_SKIPPED
-from posttrain.validate import validate
 from rewards.base import RewardSpec
 from tests.helpers import chat, expander_runs, runs
 from tests.helpers.expander_runs import plain_files
 from tests.helpers.gullible import GULLED, RAISED
 from tests.helpers.images_server import ImagesServer
+from tests.helpers.settings import validate
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -72,6 +72,7 @@ def test_a_run_equals_what_it_should(config, parts, monkeypatch, capsys):
     run = runs.Path(config.output)
     steps = [row for row in runs.rows(run) if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2]
+    runs.assert_metrics_are_defined(run, *names)
     for row in steps:
         assert row["diversity_weight"] == pytest.approx(0.3)
         assert row["renders"] <= 8 and row["format"] >= 0.5

@@ -11,10 +11,10 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
 from posttrain import cli
-from posttrain.config.sections import ExportConfig, ModelConfig
+from posttrain.config.sections import ModelConfig
 from posttrain.errors import UserError
 from posttrain.export import lora_transfer
-from posttrain.export.config import CarryoverConfig
+from posttrain.export.config import CarryoverConfig, ExportConfig
 from posttrain.export.export import export, load_checkpoint
 from posttrain.grpo import train as grpo
 from posttrain.model import key_names, sampler
@@ -201,8 +201,8 @@ def test_a_lora_that_does_not_bind_is_refused(loras, model, tmp_path, edit, says
         ({"pictures": "1"}, "pictures: is 1; use 2 or more"),
         ({"size": "[32, 40]"}, "size: 40 pixels is not a multiple of 16"),
         ({"steps": "0"}, "steps: is 0; use 1 or more"),
-        ({"check": "{lora}"}, "model: {lora} has no recipe that says it; give it"),
-        ({"check": "{lora}", "model.path": "{model}"}, "prompts: {lora} has no recipe that says it; give it"),
+        ({"check": "{lora}"}, "model: {lora} has no recipe that states it; give it"),
+        ({"check": "{lora}", "model.path": "{model}"}, "prompts: {lora} has no recipe that states it; give it"),
     ],
 )
 def test_bad_input(run, student, turbo, loras, model, tmp_path, capsys, options, says):
@@ -254,5 +254,5 @@ def test_a_lora_that_changes_nothing_on_turbo_ends_with_one(run, student, monkey
     draw = lora_transfer._draw
     monkeypatch.setattr(lora_transfer, "_draw", lambda k2, *rest: (draw(k2, *rest)[0],) * 2)
     assert lora_transfer.check(config) == 1
-    assert "the LoRA changes no picture on Turbo" in capsys.readouterr().out
+    assert "the LoRA changes no image on Turbo" in capsys.readouterr().out
     assert asdict(config)["rewards"] == []  # what the run's recipe says was filled into a copy

@@ -73,7 +73,8 @@ NOT_RUN = {
     ),
     "vllm serve": "wants vLLM: tests/expander/test_expander_vllm.py::test_vllm_serves_the_adapter_as_it_is",
     "posttrain judge --config recipes/nano/judge_artifact.yaml --data runs/faults": (
-        "wants a person's marks of many images: tests/annotate/test_marked_images.py::test_marks_become_what_the_judge_reads"
+        "wants a person's marks of many images:"
+        " tests/annotate/test_marked_images.py::test_marks_become_what_the_judge_reads"
     ),
     "posttrain annotate ": "serves until it is stopped: tests/annotate/test_annotate.py::test_whole_session",
     "torchrun --nproc-per-node 2 -m posttrain.cli bench": (

@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from posttrain.config.sections import GRPOConfig, ModelConfig, PromptsConfig, RewardSpec
+from posttrain.config import metrics
+from posttrain.config.sections import ModelConfig, PromptsConfig
+from posttrain.grpo.config import GRPOConfig
 from posttrain.stpo.config import PairSetConfig, STPOConfig
 from posttrain.tdm.config import TDMConfig
 from posttrain.training import checkpoint
+from rewards.base import RewardSpec
 from tests.helpers import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -177,6 +180,15 @@ def assert_equal(a: dict, b: dict) -> None:
         assert a[key].equal(b[key]), key
 
 
+def assert_metrics_are_defined(run: str | Path, *rewards: str) -> None:
+    """All that a run logged has a definition; any other metric of an evaluation is the score of one of `rewards`."""
+    names = {name for row in rows(run) for name in row} - {"step", "time"}
+    for name in sorted(names):
+        metric = metrics.find(name)
+        assert metric is not None, name
+        assert metric is not metrics.SCORE or name.partition("/")[2].partition("@")[0] in rewards, name
+
+
 def watch_loading(method: Any, monkeypatch: Any) -> list:
     """Gets each K2 that a method loads, with a copy of its weights as they were."""
     seen, load = [], method.load_model
@@ -191,7 +203,8 @@ def watch_loading(method: Any, monkeypatch: Any) -> list:
 
 
 TRAINING = """
-import posttrain.export.export, posttrain.grpo.train, posttrain.preflight.command, posttrain.preflight.grpo, posttrain.report.page
+import posttrain.export.export, posttrain.grpo.train, posttrain.preflight.command, posttrain.preflight.grpo
+import posttrain.report.page
 import posttrain.sample_images, posttrain.stpo.train
 import posttrain.tdm.train
 import tests.helpers.runs

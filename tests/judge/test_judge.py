@@ -17,6 +17,7 @@ from PIL import Image
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from posttrain import cli
+from posttrain.config.load import load_config
 from posttrain.config.sections import LoraConfig, OptimConfig, TrackConfig
 from posttrain.errors import UserError
 from posttrain.judge import losses
@@ -97,6 +98,7 @@ def test_it_learns_and_writes_an_adapter(model, data, tmp_path, mode):
     settings = config(model, data, tmp_path, mode)
     judge.train(settings)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    runs.assert_metrics_are_defined(tmp_path / "run")
     assert len(rows) == 8 and rows[-1]["loss"] < rows[0]["loss"] - 0.2
     assert rows[-1]["mass"] > rows[0]["mass"]  # the answer becomes a yes or a no
     adapter = tmp_path / "run" / "adapter"
@@ -375,5 +377,5 @@ def test_mistakes_are_user_errors(tmp_path, model, data, capsys):
 @pytest.mark.parametrize("name", ["judge_aesthetic", "judge_artifact"])
 def test_recipes_are_valid(name):
     path = Path(f"recipes/nano/{name}.yaml")
-    settings, _ = cli.load_config("judge", ["--config", str(path)])
+    settings, _ = load_config("judge", ["--config", str(path)])
     assert settings.model == yaml.safe_load(path.read_text())["model"]

@@ -88,8 +88,8 @@ def test_id_is_of_prompt_and_pictures():
 
 WRITE = """
 import os, sys
-from posttrain.preferences import PreferenceWriter
-from tests.test_preferences import pair
+from posttrain.preferences.dataset import PreferenceWriter
+from tests.preferences.test_preferences import pair
 with PreferenceWriter(sys.argv[1], resume=True, rows=2) as writer:
     for i in range(writer.written, 7):
         if i == 5:

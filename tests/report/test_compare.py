@@ -10,7 +10,7 @@ from posttrain.nano.bench.compare import ensemble, wins
 from posttrain.nano.bench.stpo import figure, spread, table
 from posttrain.nano.world import judge_data, scenes
 from posttrain.nano.world.choices import tasteful
-from posttrain.report.charts import lines_chart
+from posttrain.report.charts import panels_svg
 from rewards.base import Scores
 
 
@@ -59,11 +59,11 @@ def test_a_figure_has_a_line_for_each_run_in_its_variants_colour():
         "loss <w>": {"a": [[(0, 1.0), (10, 3.0)], [(0, 1.0), (10, None)]], "b": [[(0, 2.0), (10, 2.0)]]},
         "accuracy": {"b": [[(0, 0.5), (10, 0.9)]]},
     }
-    root = ET.fromstring(lines_chart(series))
+    root = ET.fromstring(panels_svg(series))
     space = "{http://www.w3.org/2000/svg}"
-    paths = root.findall(f"{space}path")
+    paths = root.findall(f".//{space}path")
     assert len(paths) == 4
-    colours = [path.get("stroke") for path in paths]
+    colours = [path.get("class") for path in paths]
     assert colours[0] == colours[1] and colours[2] == colours[3] != colours[0]
     first = [float(n) for n in paths[0].get("d", "").replace("M", " ").replace("L", " ").split()]
     assert first[0] < first[2] and first[1] > first[3]  # later is further right, more is further up

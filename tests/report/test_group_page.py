@@ -5,7 +5,12 @@ import json
 from PIL import Image
 
 from posttrain.nano.bench import expander
-from posttrain.report.groups import groups_section
+from posttrain.report.groups import groups
+from posttrain.report.render import macro
+
+
+def groups_section(folder):
+    return macro("images.html", "groups")(groups(folder))
 
 
 def group(folder, step, entries):

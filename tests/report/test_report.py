@@ -11,14 +11,23 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from posttrain.config.sections import GRPOConfig, ModelConfig, PromptsConfig, RewardSpec
+from posttrain.config.sections import ModelConfig, PromptsConfig
 from posttrain.errors import UserError
-from posttrain.report.charts import line_chart, nice_ticks, number
+from posttrain.grpo.config import GRPOConfig
+from posttrain.report import charts
+from posttrain.report.charts import nice_ticks
+from posttrain.report.format import number
 from posttrain.report.page import write_report
+from posttrain.report.render import macro
 from posttrain.runs.read import read_metrics
 from posttrain.runs.run import Run
+from rewards.base import RewardSpec
 
 EVIL = '<script>alert("1")</script> & <img src=x onerror=alert(1)>'
+
+
+def line_chart(*args, **options):
+    return macro("charts.html", "chart")(charts.line_chart(*args, **options))
 
 
 def make_run(path: Path, steps: int = 40, images: int = 3) -> Run:
@@ -79,7 +88,7 @@ def test_report_is_whole_and_self_contained(tmp_path):
         if name in ("src", "href"):
             assert value is not None and value.startswith("data:image/png;base64,")
     assert "url(" not in page and "http://" not in page and "https://" not in page
-    assert "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt; &amp; &lt;img" in page
+    assert "&lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt; &amp; &lt;img" in page
     assert "nano/&lt;k2&gt;" in page
 
 
@@ -99,7 +108,7 @@ def test_prompts_at_the_ends_of_the_pool(tmp_path):
     page = write_report(run.path).read_text()
     assert Tags(page).open == [] and "<h3>hardest" not in page and page.count("0.9877") == 2
     assert '<th class="n">score</th><th>class</th><th class="n">rests until</th>' in page
-    assert page.count("&lt;script&gt;alert(&quot;1&quot;)") == 3
+    assert page.count("&lt;script&gt;alert(&#34;1&#34;)") == 3
 
 
 def test_unfinished_run(tmp_path):

@@ -20,18 +20,33 @@ from posttrain.config.sections import StopConfig
 from posttrain.nano.world import oracles, scenes
 from posttrain.pipeline.plan import Stage
 from posttrain.pipeline.report import write_index
-from posttrain.report.before_after import pictures
-from posttrain.report.chart_many import areas_chart, runs_chart
-from posttrain.report.charts import Limit, line_chart
+from posttrain.report import charts
+from posttrain.report.before_after import run_images
+from posttrain.report.charts import Limit
 from posttrain.report.compare import comparison, different, grouped
-from posttrain.report.html import page, shares
 from posttrain.report.limits import limits
 from posttrain.report.page import write_report
+from posttrain.report.render import macro, page
 from posttrain.runs.read import RunFiles, read_run
 from posttrain.training import early_stopping
 from posttrain.training.evaluate import per_image_scores
 from rewards.base import RewardSpec, Scored, Scores
 from tests.report.test_report import EVIL, Tags, make_run
+
+shares = macro("parts.html", "shares")
+
+
+def line_chart(*args, **options):
+    return macro("charts.html", "chart")(charts.line_chart(*args, **options))
+
+
+def areas_chart(*args, **options):
+    return macro("charts.html", "chart")(charts.areas_chart(*args, **options))
+
+
+def runs_chart(*args, **options):
+    return macro("charts.html", "chart")(charts.runs_chart(*args, **options))
+
 
 QUESTION = 'the word "<script>alert(2)</script>" is there'
 SAID = [
@@ -93,12 +108,12 @@ def test_the_oracle_says_which_requirements_are_met():
 
 
 def test_answers_stand_beside_their_pictures(tmp_path):
-    section = pictures(answered_run(tmp_path / "run") / "samples")
+    section = macro("images.html", "run_images")(run_images(answered_run(tmp_path / "run") / "samples"))
     assert Tags(section).open == []
     assert section.count('class="card"') == 2 * 3 and section.count('tabindex="0"') == 2 * 3
     assert "the teacher" in section.lower() and section.count('type="range"') == 2
     assert (
-        section.count(f"<td>{QUESTION.replace('<', '&lt;').replace('>', '&gt;').replace(chr(34), '&quot;')}</td>") == 2
+        section.count(f"<td>{QUESTION.replace('<', '&lt;').replace('>', '&gt;').replace(chr(34), '&#34;')}</td>") == 2
     )
     assert '<td class="n no">0.10</td>' in section and '<td class="n">0.90</td>' in section
     assert "rubric <b>0.25 → 0.25</b>" in section
@@ -225,7 +240,7 @@ def test_rewards_are_compared_by_name():
 def test_several_runs_side_by_side():
     recipes = [{"seed": seed, "optim": {"lr": rate}} for rate in (1, 2) for seed in (0, 1)]
     runs = [files(f"r{r['optim']['lr']}-{r['seed']}", r, 0.6 + 0.1 * i) for i, r in enumerate(recipes)]
-    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", "".join(comparison(runs))))
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page("comparison.html", "runs", **comparison(runs))))
     assert "4 runs, 2 recipes besides the seed" in text and "r1-*, 2 seeds" in text
     assert "oracle 0.4000 0.6500 0.6000 to 0.7000 0.4000 0.8500 0.8000 to 0.9000" in text
     assert "optim.lr 1 2" in text
@@ -240,14 +255,14 @@ def test_the_command_compares(tmp_path):
     assert result.stdout.strip() == str(tmp_path.resolve() / "comparison.html")
     written = (tmp_path / "comparison.html").read_text()
     assert Tags(written).open == [] and "<td>steps</td><td>3</td><td>4</td>" in written
-    assert written.count("<img") == 3 * 3 and "&lt;script&gt;alert(&quot;1&quot;)" in written
+    assert written.count("<img") == 3 * 3 and "&lt;script&gt;alert(&#34;1&#34;)" in written
 
 
 # ---- in a browser ----------------------------------------------------------------------------------------------
 
 
 def test_the_policy_names_the_script_that_is_there():
-    written = page("a", [])
+    written = page("page.html", "a")
     script = re.search(r"<script>(.*)</script>", written, re.DOTALL)
     assert script is not None
     digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
@@ -260,7 +275,7 @@ def written(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
     runs = [answered_run(folder / name) for name in ("first", "second")]
     both = folder / "comparison.html"
-    both.write_text(page("both", comparison([read_run(run) for run in runs])))
+    both.write_text(page("comparison.html", "both", **comparison([read_run(run) for run in runs])))
     config: Any = SimpleNamespace(rewards=[RewardSpec("rubric", "a:b")])
     stages = [Stage(run.name, "grpo", config, [], run, {}) for run in runs]
     report = write_report(runs[1])
@@ -291,10 +306,10 @@ def test_the_pipelines_first_pictures_stand_against_its_last(written):
     assert "<th" in index and "oracle</td>" in index and Tags(index).open == []
 
 
-def test_the_slider_wipes_from_before_to_after(browser: Browser, written):
+def test_the_slider_uncovers_after(browser: Browser, written):
     window = browser.new_page(viewport={"width": 390, "height": 800})
     window.goto(written["report"].as_uri())
-    slider, after = window.locator(".wiper input").first, window.locator(".pair .new").first
+    slider, after = window.locator(".slider input").first, window.locator(".pair .new").first
     assert slider.bounding_box()["height"] >= 44
     for value, hidden in ((0, "100"), (30, "70"), (100, "0")):
         slider.fill(str(value))
@@ -316,7 +331,7 @@ def test_answers_come_up_by_pointer_and_by_keyboard(browser: Browser, written):
         cards.nth(0).hover()
         assert answers.is_visible() and QUESTION in answers.inner_text()
         window.mouse.move(1, 1)
-        window.locator(".wiper input").first.focus()
+        window.locator(".slider input").first.focus()
         assert not answers.is_visible()
         window.keyboard.press("Tab")
         assert answers.is_visible() and not cards.nth(1).locator(".answers").is_visible()
@@ -331,7 +346,7 @@ def test_without_script_both_pictures_stand_side_by_side(browser: Browser, writt
     window.goto(written["report"].as_uri())
     old, new = (window.locator(f".pair .{side} img").first.bounding_box() for side in ("old", "new"))
     assert old["y"] == new["y"] and old["x"] + old["width"] <= new["x"]
-    assert not window.locator(".wiper").first.is_visible()
+    assert not window.locator(".slider").first.is_visible()
     context.close()
 
 
@@ -340,5 +355,5 @@ def test_no_other_script_runs(browser: Browser, written, tmp_path):
     planted.write_text(written["report"].read_text().replace("<main>", "<main><script>document.title = 'x'</script>"))
     window = browser.new_page()
     window.goto(planted.as_uri())
-    assert window.title() != "x" and window.locator(".wipe.on").count() > 0
+    assert window.title() != "x" and window.locator(".before-after.on").count() > 0
     window.close()

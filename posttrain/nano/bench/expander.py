@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from posttrain.nano.bench.jobs import Jobs
-from posttrain.report.charts import nice_ticks, number
+from posttrain.report.charts import nice_ticks
+from posttrain.report.format import number
 
 ARMS = {"full": "kept", "diversity off": "removed", "annealed": "annealed"}
 COLOURS = {"full": "#2f55cf", "diversity off": "#c2410c", "annealed": "#15803d"}

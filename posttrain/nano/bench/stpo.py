@@ -26,7 +26,8 @@ import numpy as np
 
 from posttrain.nano.bench.jobs import Jobs
 from posttrain.preferences.dataset import CARD
-from posttrain.report.charts import Point, lines_chart
+from posttrain.report.charts import panels_svg
+from posttrain.runs.read import Point
 
 STPO = "stpo"
 VARIANTS = {
@@ -83,7 +84,7 @@ def figure(curves: dict[str, list[list[dict[str, float]]]]) -> str:
         first = 1 if name == "pairs/accuracy" else 0
         for variant, runs in curves.items():
             by_variant[variant] = [[(int(row["step"]), row.get(name)) for row in run[first:]] for run in runs]
-    return lines_chart(series, columns=3)
+    return panels_svg(series, columns=3)
 
 
 class Bench:
