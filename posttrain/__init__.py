@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from posttrain.config.sections import (
         CheckpointConfig,
         EvalConfig,
-        GroupsConfig,
         LoraConfig,
         ModelConfig,
         OptimConfig,
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
         TrackConfig,
     )
     from posttrain.errors import UserError
+    from posttrain.grpo.config import GroupsConfig
     from posttrain.grpo.losses import clipped_policy, velocity_kl
     from posttrain.grpo.rollout import Trajectory, Transition, rollout
     from posttrain.library import MethodConfig, MethodRun, draw, load_model, open_method, score, total
@@ -41,10 +41,10 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "posttrain.config.sections": (
-        "CheckpointConfig", "EvalConfig", "GroupsConfig", "LoraConfig", "ModelConfig", "OptimConfig", "PromptsConfig",
-        "TrackConfig",
+        "CheckpointConfig", "EvalConfig", "LoraConfig", "ModelConfig", "OptimConfig", "PromptsConfig", "TrackConfig",
     ),
     "posttrain.errors": ("UserError",),
+    "posttrain.grpo.config": ("GroupsConfig",),
     "posttrain.grpo.losses": ("clipped_policy", "velocity_kl"),
     "posttrain.grpo.rollout": ("Trajectory", "Transition", "rollout"),
     "posttrain.library": ("MethodConfig", "MethodRun", "draw", "load_model", "open_method", "score", "total"),

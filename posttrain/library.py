@@ -24,7 +24,6 @@ from torch import Tensor
 from posttrain.config.sections import (
     CheckpointConfig,
     EvalConfig,
-    GroupsConfig,
     LoraConfig,
     ModelConfig,
     OptimConfig,
@@ -33,6 +32,7 @@ from posttrain.config.sections import (
 )
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
+from posttrain.grpo.config import GroupsConfig
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.resources import NANO, packaged

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from posttrain.config.types import settings
 from posttrain.errors import UserError
 from posttrain.resources import ROOT
 
@@ -45,7 +46,7 @@ for judges, in an environment of its own. `posttrain --help` lists the commands.
 """
 
 
-@dataclass
+@settings
 class InitConfig:
     """Write a project: recipes, prompts, a reward of your own and a README."""
 
@@ -53,15 +54,15 @@ class InitConfig:
     """Directory to write into; created, and empty if it exists."""
 
 
-@dataclass
+@settings
 class DemoConfig:
     """Carry out recipes/nano/pipeline.yaml, the whole of post-training on K2-nano, on the CPU: eighteen minutes on two
     cores. A demo that was stopped carries on."""
 
     output: str = "runs/demo"
     """Directory of the pipeline, created."""
-    processes: int = 2
-    """Processes of one thread each that share the work of a stage, 1, 2 or 4."""
+    processes: Literal[1, 2, 4] = 2
+    """Processes of one thread each that share the work of a stage; each batch of the demo divides by them."""
 
 
 def init(config: InitConfig) -> None:
@@ -86,8 +87,6 @@ def demo(config: DemoConfig) -> int:
     """Runs the pipeline in this process, its stages by torchrun. Returns the exit code."""
     from posttrain.cli import main  # which imports this module for its settings
 
-    if config.processes not in (1, 2, 4):
-        raise UserError(f"processes: is {config.processes}; use 1, 2 or 4, by which each batch of the demo divides")
     # Processes of one thread each take three quarters of the time of one process with two threads, on two cores.
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(config.processes)]

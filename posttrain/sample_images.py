@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from posttrain.config.sections import SampleConfig
 from posttrain.errors import UserError
 from posttrain.expander.model import Expander, resolve
 from posttrain.log import log
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.runs.guard import check_new
+from posttrain.sample_config import SampleConfig
 from posttrain.training import checkpoint
 from posttrain.training.policy import POLICY, add_saved_policy, apply_runtime_options, first_device, stack_earlier
 from prompts.records import PromptRecord, read_prompts

@@ -20,12 +20,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import IntEnum
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import model_validator
 
+from posttrain.config.types import AtLeast1, BelowOne, Float, NonNegative, Positive, Range, Share, refusal, settings
 from posttrain.errors import UserError
 from prompts.informativeness import ALIKE, group_moments, informativeness, weighted_mean
 from prompts.records import PromptRecord
@@ -36,38 +38,47 @@ PROPOSED = 512
 """Prompts proposed at once in a draw."""
 
 
-@dataclass
+@settings
 class PoolConfig:
     """Which prompts a step trains on. Everything but kind is for the adaptive pool."""
 
     kind: Literal["uniform", "adaptive"] = "uniform"
     """uniform: every prompt once in random order, then again. adaptive: more of those whose images still score
     differently; wants scores in [0, 1]."""
-    decay: float = 0.3
-    """Least share of a prompt's newest visit in its mean and variance, in [0.01, 1]."""
-    explore: float = 0.1
-    """Weight of a prompt that teaches nothing, where the best has 1; in [0.01, 1]."""
-    sharpness: float = 1.0
-    """Exponent of informativeness in the weight, >= 0; 0: whatever does not rest is drawn by age alone."""
-    staleness: int = 200
-    """Steps without a visit after which a prompt's weight is twice what it was, >= 1."""
-    low_variance: float = 0.2
-    """Informativeness below which a prompt teaches too little, in [0, 1]."""
-    easy: float = 0.9
-    """Mean score above which a prompt of low variance is too easy, in [0, 1], above hard."""
-    hard: float = 0.1
-    """Mean score below which a prompt of low variance is too hard, in [0, 1]."""
-    prune_after: int = 2
-    """Visits of low variance in a row after which a prompt rests, >= 1."""
-    cooldown: int = 300
-    """Steps that a too hard prompt rests, >= 1; a flat one rests twice and a too easy one four times as long."""
-    audit: float = 0.02
-    """Share of the draws that take a resting prompt at random, in [0, 1)."""
-    floor: float = 0.1
-    """Share of the prompts below which no more are sent to rest, in [0, 1]; at least those of one step stay."""
-    quotas: dict[str, float] = field(default_factory=dict)
+    decay: Annotated[Float, Range(0.01, 1)] = 0.3
+    """Least share of a prompt's newest visit in its mean and variance."""
+    explore: Annotated[Float, Range(0.01, 1)] = 0.1
+    """Weight of a prompt that teaches nothing, where the best has 1."""
+    sharpness: NonNegative = 1.0
+    """Exponent of informativeness in the weight; 0: whatever does not rest is drawn by age alone."""
+    staleness: AtLeast1 = 200
+    """Steps without a visit after which a prompt's weight is twice what it was."""
+    low_variance: Share = 0.2
+    """Informativeness below which a prompt teaches too little."""
+    easy: Share = 0.9
+    """Mean score above which a prompt of low variance is too easy, above hard."""
+    hard: Share = 0.1
+    """Mean score below which a prompt of low variance is too hard."""
+    prune_after: AtLeast1 = 2
+    """Visits of low variance in a row after which a prompt rests."""
+    cooldown: AtLeast1 = 300
+    """Steps that a too hard prompt rests; a flat one rests twice and a too easy one four times as long."""
+    audit: BelowOne = 0.02
+    """Share of the draws that take a resting prompt at random."""
+    floor: Share = 0.1
+    """Share of the prompts below which no more are sent to rest; at least those of one step stay."""
+    quotas: dict[str, Positive] = field(default_factory=dict)
     """Share of the draws for the prompts of a tag, such as {text: 0.25}, together at most 1; the rest goes to the
     others, as does what a tag cannot give while its prompts rest. A prompt counts for its first tag of these."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> PoolConfig:
+        if self.hard >= self.easy:
+            raise refusal("hard", f"is {self.hard}, not below pool.easy ({self.easy}); lower it")
+        total = sum(self.quotas.values())
+        if total > 1 + 1e-9:  # thirds add up to a little more than 1
+            raise refusal("quotas", f"add up to {total:g}; lower them to at most 1 together")
+        return self
 
 
 class Kind(IntEnum):

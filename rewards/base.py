@@ -17,11 +17,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image
+from pydantic import model_validator
 
+from posttrain.config.types import Check, Filled, NonNegative, Number, Positive, Share, refusal, settings
 from posttrain.errors import UserError
 
 WINDOW = 256  # samples over which a reward's share of failures is taken
@@ -51,42 +53,59 @@ class Scored(float):
 
 Score = float | None | Failure
 
-if TYPE_CHECKING:
-    Function = str | dict[str, Any] | Callable[..., Any]
-else:
-    Function = str | dict[str, Any]  # what a recipe can hold, and so what its parsers accept
+Function = str | dict[str, Any] | Callable[..., Any]
 
 
-@dataclass
+class _Path(Check):
+    """An import path of a function or of a class."""
+
+    def problem(self, value: Any) -> str | None:
+        if isinstance(value, str) and not all(value.partition(":")):
+            return f"'{value}' is not written as package.module:function"
+        if isinstance(value, dict):
+            named = isinstance(value.get("class_path"), str) and not set(value) - {"class_path", "init_args"}
+            return None if named else "write package.module:function or {class_path: ..., init_args: ...}"
+        return None
+
+
+@settings
 class RewardSpec:
     """One reward of a recipe, or of a program, which may give the callable itself as its function."""
 
-    name: str
+    name: Annotated[str, Filled("give the reward a name")]
     """Name in metrics and reports, unique in the recipe."""
-    function: Function
+    function: Annotated[Function, _Path()]
     """What is called: `package.module:function`, or {class_path: package.module.Class, init_args: {...}} for an
     object made once. Takes (images, prompts, **columns), returns one float or null for each image."""
-    weight: float = 1.0
-    """Weight of the normalised reward in the advantage, >= 0; relative to the other rewards."""
+    weight: NonNegative = 1.0
+    """Weight of the normalised reward in the advantage; relative to the other rewards."""
     gate: Literal["none", "multiply", "mask"] = "none"
     """none: it is summed. multiply: the others are multiplied by it. mask: samples below threshold leave."""
-    threshold: float | None = None
+    threshold: Number | None = None
     """Score a gate must reach; null with multiply: the score itself, in [0, 1], is the factor."""
-    scale: float = 1.0
+    scale: Number = 1.0
     """Calibration, before anything else: score * scale + offset."""
-    offset: float = 0.0
+    offset: Number = 0.0
     """See scale."""
-    noise: float | None = None
-    """Largest difference between two scores of one image, before scale, >= 0; three times it is the floor below which
+    noise: NonNegative | None = None
+    """Largest difference between two scores of one image, before scale; three times it is the floor below which
     a group counts as flat. null: measured for a judge's P(yes), with a floor of at least 0.01; 0 for the others."""
-    timeout: float = 600.0
-    """Seconds for one batch, waiting for its turn included, > 0."""
-    max_failures: float = 0.1
-    """Share of the last 256 scores that may fail before the run stops, in [0, 1]; 1: never stop."""
+    timeout: Positive = 600.0
+    """Seconds for one batch, waiting for its turn included."""
+    max_failures: Share = 0.1
+    """Share of the last 256 scores that may fail before the run stops; 1: never stop."""
     heldout_only: bool = False
     """Measure at evaluation and never train on it."""
     group: bool = False
     """It sees one whole group a call, to compare its images with each other; evaluation shows it eval.groups."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "RewardSpec":
+        if self.gate == "mask" and self.threshold is None:
+            raise refusal("threshold", "gate: mask needs one")
+        if self.gate == "none" and self.threshold is not None:
+            raise refusal("threshold", "has no effect without a gate; set gate or remove it")
+        return self
 
     def __post_init__(self) -> None:
         """A callable is kept beside the fields: those go into recipe.yaml, which gets its import path."""

@@ -49,7 +49,6 @@ def check_rewards(specs: Sequence[RewardSpec], servers: Sequence[str] = ()) -> N
     `servers` are the names of the recipe's servers.
     """
     for spec in specs:
-        _check(spec)
         where = f"reward {spec.name}: function"
         if spec.given is not None:
             _check_call(spec, str(spec.function), spec.given)
@@ -120,7 +119,6 @@ def record(rewards: Sequence[Reward]) -> dict[str, dict[str, Any]]:
 
 def _load(spec: RewardSpec, servers: Mapping[str, Sequence[str]]) -> Reward:
     where = f"reward {spec.name}: function"
-    _check(spec)
     if spec.given is not None:
         path, function = str(spec.function), spec.given
     elif isinstance(spec.function, str):
@@ -135,22 +133,6 @@ def _load(spec: RewardSpec, servers: Mapping[str, Sequence[str]]) -> Reward:
     # Of an object, whether it is async is known from its class's method.
     call = function if inspect.isroutine(function) else type(function).__call__
     return Reward(spec, function, None if takes_all else set(parameters), inspect.iscoroutinefunction(call))
-
-
-def _check(spec: RewardSpec) -> None:
-    where = f"reward {spec.name}"
-    if isinstance(spec.function, dict) and (
-        not isinstance(spec.function.get("class_path"), str) or set(spec.function) - {"class_path", "init_args"}
-    ):
-        raise UserError(f"{where}: function: write package.module:function or {{class_path: ..., init_args: ...}}")
-    if spec.gate == "mask" and spec.threshold is None:
-        raise UserError(f"{where}: threshold: gate: mask needs one")
-    if spec.gate == "none" and spec.threshold is not None:
-        raise UserError(f"{where}: threshold: it has no effect without a gate: set gate or remove it")
-    if not 0 <= spec.max_failures <= 1:
-        raise UserError(f"{where}: max_failures: {spec.max_failures:g} is not a share: use 0 to 1")
-    if spec.timeout <= 0:
-        raise UserError(f"{where}: timeout: {spec.timeout:g} s: use a positive number of seconds")
 
 
 def import_object(path: str, where: str) -> Any:

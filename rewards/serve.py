@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -23,9 +24,14 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import model_validator
+
+from posttrain.config.types import Each, Port, Positive, Range, refusal, settings
 from posttrain.errors import UserError
 from rewards import supervise
+from rewards.urls import check_urls
 
 LOOPBACK = "127.0.0.1"
 LOG_TAIL_LINES = 30
@@ -33,12 +39,15 @@ DEFAULT_SHARE = 0.9  # of a GPU's memory, vLLM's own default
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 
+SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+"""In the names of variables whose values no file may hold."""
+
 
 class ServerError(UserError):
     """A server that did not come up or did not stay up. `detail` is the end of its log."""
 
 
-@dataclass
+@settings
 class ServerSpec:
     """A vLLM server to start with the run."""
 
@@ -48,9 +57,9 @@ class ServerSpec:
     """Directory or hub id of the base model."""
     adapters: dict[str, str] = field(default_factory=dict)
     """LoRA adapters, served as further models: model name to adapter directory."""
-    port: int = 0
-    """TCP port on the loopback interface, 0 to 65535; 0: any free one."""
-    gpus: list[int] = field(default_factory=list)
+    port: Port = 0
+    """TCP port on the loopback interface; 0: any free one."""
+    gpus: Annotated[list[int], Each(Range(0))] = field(default_factory=list)
     """GPUs it may use, by number; several: tensor parallel; none: vLLM decides."""
     executable: str = "vllm"
     """The vllm command of its own environment; rewards/make_vllm_env.sh makes one."""
@@ -58,11 +67,32 @@ class ServerSpec:
     """More arguments for `vllm serve`."""
     env: dict[str, str] = field(default_factory=dict)
     """More environment variables for it."""
-    ready_timeout: float = 900.0
-    """Seconds until every model must answer, > 0."""
+    ready_timeout: Positive = 900.0
+    """Seconds until every model must answer."""
     urls: list[str] = field(default_factory=list)
     """Where it is up already, such as http://10.0.0.2:8000/v1; several equal ones are balanced. Nothing is started
     then, and all else but the name is not read. Empty: it is started here."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ServerSpec":
+        if not self.name.strip() or "/" in self.name:
+            raise refusal("name", f"is '{self.name}'; give a name without a slash")
+        if len({*self.gpus}) < len(self.gpus):
+            raise refusal("gpus", f"is {self.gpus}, with one of them twice; name each once")
+        self._refuse_keys()
+        try:
+            check_urls(self.urls, "urls")
+        except UserError as error:
+            raise refusal("urls", str(error).partition(": ")[2]) from error
+        return self
+
+    def _refuse_keys(self) -> None:
+        """A run keeps its recipe, so keys come from the environment, which servers inherit."""
+        for name, value in self.env.items():
+            if SECRET.search(name) and value:
+                raise refusal(f"env.{name}", "a run keeps its recipe: export the variable, servers inherit it")
+        if any(word.partition("=")[0] == "--api-key" for word in self.extra_args):
+            raise refusal("extra_args", "a run keeps its recipe: export VLLM_API_KEY and leave out --api-key")
 
 
 @dataclass

@@ -14,13 +14,14 @@ import torch
 from torch._functorch import config as functorch_config
 
 from posttrain import sample_images
-from posttrain.config.sections import ModelConfig, SampleConfig
-from posttrain.expander.gdpo_config import RendererConfig
+from posttrain.config.sections import ModelConfig
+from posttrain.expander.config import RendererConfig
 from posttrain.expander.renderer import K2Renderer
 from posttrain.grpo import train as grpo
 from posttrain.model import blocks
 from posttrain.model.k2 import K2
 from posttrain.pairs import make
+from posttrain.sample_config import SampleConfig
 from posttrain.stpo import train as stpo
 from posttrain.tdm import train as tdm
 from tests.helpers import pair_runs, runs, tiny

@@ -2,25 +2,23 @@
 
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
-from posttrain.config.ranges import ConfigError
-from posttrain.config.sections import (
-    ExportConfig,
-    GRPOConfig,
-    ModelConfig,
-    PromptsConfig,
-    RewardSpec,
-    SampleConfig,
-    ServeConfig,
-    ServerSpec,
-)
+from posttrain.config.load import make
+from posttrain.config.sections import ModelConfig, PromptsConfig
+from posttrain.config.types import ConfigError
 from posttrain.errors import UserError
+from posttrain.export.config import ExportConfig
+from posttrain.grpo.config import GRPOConfig
+from posttrain.judge.config import ServeConfig
 from posttrain.preferences.config import ColumnMap
+from posttrain.sample_config import SampleConfig
 from posttrain.stpo.config import PairSetConfig, STPOConfig
-from posttrain.validate import validate
+from rewards.base import RewardSpec
+from rewards.serve import ServerSpec
+from tests.helpers.settings import validate
 
 
 def grpo() -> GRPOConfig:
@@ -126,7 +124,12 @@ def test_out_of_range_names_the_field(path, value, says):
 
 
 def stpo() -> STPOConfig:
-    return STPOConfig("runs/a", ModelConfig(path="k2"), PairSetConfig(train="runs/pairs"), "heldout.jsonl")
+    return STPOConfig(
+        output="runs/a",
+        model=ModelConfig(path="k2"),
+        pairs=PairSetConfig(train="runs/pairs"),
+        heldout="heldout.jsonl",
+    )
 
 
 def test_stpo_needs_no_reward():
@@ -247,10 +250,9 @@ def test_cps_noise_level():
     ],
 )
 def test_rewards(change, field):
-    config = grpo()
-    config.rewards = [RewardSpec(**({"name": "a", "function": "m:f"} | change))]
+    recipe = asdict(grpo()) | {"rewards": [{"name": "a", "function": "m:f"} | change]}
     with pytest.raises(ConfigError) as error:
-        validate(config)
+        make(GRPOConfig, recipe)
     assert error.value.field == field
 
 
@@ -328,12 +330,10 @@ def test_figures_that_an_evaluation_has():
     ],
 )
 def test_servers(change, field):
-    servers = [ServerSpec("a", "m", port=8000, gpus=[1]), ServerSpec(**({"name": "b", "model": "m"} | change))]
-    training = grpo()
-    training.servers = servers
-    for config in (training, ServeConfig(servers)):
+    servers = [{"name": "a", "model": "m", "port": 8000, "gpus": [1]}, {"name": "b", "model": "m"} | change]
+    for config, recipe in ((GRPOConfig, asdict(grpo())), (ServeConfig, {})):
         with pytest.raises(ConfigError) as error:
-            validate(config)
+            make(config, recipe | {"servers": servers})
         assert error.value.field == field
 
 
@@ -349,11 +349,9 @@ def test_servers_may_share_a_gpu_and_be_up_elsewhere():
 
 
 def test_sample_needs_exactly_one_source_of_prompts():
-    sample = SampleConfig(output="out", model=ModelConfig(path="k2"))
     with pytest.raises(ConfigError, match="either prompt"):
-        validate(sample)
-    sample.prompt = "a red cube"
-    validate(sample)
+        SampleConfig(output="out", model=ModelConfig(path="k2"))
+    sample = SampleConfig(output="out", model=ModelConfig(path="k2"), prompt="a red cube")
     sample.prompts = "a.jsonl"
     with pytest.raises(ConfigError, match="either prompt"):
         validate(sample)

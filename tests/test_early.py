@@ -11,10 +11,10 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from posttrain import cli
-from posttrain.early import Base
+from posttrain import cli, commands
 from posttrain.errors import UserError
 from posttrain.model import files, machine
+from posttrain.model.files import Base
 from tests.helpers import pair_runs, runs, tiny
 
 
@@ -59,8 +59,8 @@ def reached(*_, **__):
 def refused(recipes, tmp_path, capsys, monkeypatch):
     """Runs a command that must be refused before its own code is imported, and returns its one line."""
     stand_in = dataclasses.replace
-    commands = {name: stand_in(held, function="tests.test_early:reached") for name, held in cli.COMMANDS.items()}
-    monkeypatch.setattr(cli, "COMMANDS", commands)
+    made = {name: stand_in(held, function="tests.test_early:reached") for name, held in commands.COMMANDS.items()}
+    monkeypatch.setattr(commands, "COMMANDS", made)
 
     def run(command: str, **changes) -> str:
         recipe = copy.deepcopy(recipes[command]) | {"output": str(tmp_path / "run")}
@@ -111,8 +111,14 @@ def test_a_file_that_is_not_there(refused, tmp_path, command, field):
         ("tests.helpers.runs:no_such", "no_such': check the name"),
         ("no_such.module:f", "cannot import no_such"),
         ("tests.helpers.runs:ROOT", "tests.helpers.runs:ROOT cannot be called"),
-        ("tests.helpers.runs:untimed", "tests.helpers.runs:untimed takes run; it is called with images and prompts, and the"),
-        ({"class_path": "tests.helpers.warm.Script", "init_args": {"steps": 3}}, "missing a required argument: 'values'"),
+        (
+            "tests.helpers.runs:untimed",
+            "tests.helpers.runs:untimed takes run; it is called with images and prompts, and the",
+        ),
+        (
+            {"class_path": "tests.helpers.warm.Script", "init_args": {"steps": 3}},
+            "missing a required argument: 'values'",
+        ),
         ({"class_path": "rewards.image.Aesthetic", "init_args": {"judge": {"model": "m", "base_urls": "server://j"}}},
          "no server 'j': the recipe's servers are: none"),
     ],

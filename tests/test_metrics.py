@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.config import metrics
-from posttrain.training import image_metrics
+from posttrain.config import metric_names, metrics
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,5 +42,5 @@ def test_what_has_no_definition():
 
 
 def test_all_metrics_of_images_and_pairs_are_defined():
-    for name in (*image_metrics.LOOK, *image_metrics.CHANGES, image_metrics.DIVERSITY, *image_metrics.PAIRS):
+    for name in (*metric_names.LOOK, *metric_names.CHANGES, metric_names.DIVERSITY, *metric_names.PAIRS):
         assert metrics.find(f"eval/{name}") not in (None, metrics.SCORE), name

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from posttrain import cli
-from posttrain.config.ranges import ConfigError
 from posttrain.config.sections import LoraConfig, ModelConfig, OptimConfig
+from posttrain.config.types import ConfigError
 from posttrain.errors import UserError
 from posttrain.grpo import train as grpo
 from posttrain.model import blocks, fp8
@@ -19,8 +19,8 @@ from posttrain.model.offload import Offloaded
 from posttrain.training import checkpoint
 from posttrain.training.policy import POLICY, add_policy, load_model
 from posttrain.training.stepper import Stepper
-from posttrain.validate import validate
 from tests.helpers import runs
+from tests.helpers.settings import validate
 
 
 @pytest.fixture(scope="module", autouse=True)

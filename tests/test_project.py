@@ -38,7 +38,8 @@ def test_each_command_of_a_projects_readme_parses(tmp_path, monkeypatch):
     lines = [line.split("#")[0].split() for line in project.README.splitlines() if line.startswith("    posttrain")]
     assert len(lines) == 4
     for words in lines:
-        name, config, _, _ = cli.parse(" ".join(words[1:]).replace('"two red stars"', "stars").split())
+        parsed = cli.parse(" ".join(words[1:]).replace('"two red stars"', "stars").split())
+        name, config = parsed.name, parsed.config
         assert name == words[1]
         if name == "grpo":
             assert [reward.name for reward in config.rewards] == ["warmth", "oracle"] and config.output == "runs/warm"
@@ -71,7 +72,8 @@ def test_the_demo_runs_the_nano_pipeline_by_torchrun_on_the_cpu(monkeypatch, cap
     monkeypatch.setattr(cli, "main", lambda words: called.append(words) or 5)
     assert run(["demo", "--output", "runs/d", "--processes", "4"]) == 5
     (words,) = called
-    _, config, resume, _ = cli.parse(words)
+    parsed = cli.parse(words)
+    config, resume = parsed.config, parsed.resume
     assert config.output == "runs/d" and resume and len(config.stages) == 9
     python = [sys.executable, "-m", "torch.distributed.run"]
     assert config.launch == [*python, "--nproc-per-node", "4", "-m", "posttrain.cli"]

@@ -13,16 +13,16 @@ import pytest
 import yaml
 
 from posttrain import cli
+from posttrain.annotate.config import AnnotateConfig
 from posttrain.errors import UserError
 from posttrain.grpo import train as grpo
-from posttrain.pairs.config import AnnotateConfig
 from posttrain.pipeline.report import write_index
 from posttrain.training import checkpoint
-from posttrain.validate import validate
 from rewards.base import RewardSpec
 from rewards.judge import Judge
 from rewards.serve import ServerSpec, command
 from tests.helpers import runs
+from tests.helpers.settings import validate
 
 SOURCES = [path for name in ("posttrain", "rewards", "prompts") for path in sorted((runs.ROOT / name).rglob("*.py"))]
 KEY = "sk-planted-5f0c"

@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.progress import track
 
 from posttrain.annotate import agreement, marked_images
+from posttrain.annotate.config import AnnotationsConfig
 from posttrain.annotate.store import read
 from posttrain.errors import UserError
 from posttrain.log import log
-from posttrain.pairs.config import AnnotationsConfig
 from posttrain.preferences.dataset import Preference, PreferenceWriter, Skipped, read_preferences
 
 

@@ -26,14 +26,13 @@ from typing import Any
 
 from PIL import Image
 
+from posttrain.annotate.config import AnnotateConfig, is_loopback
 from posttrain.annotate.export import Pairs
 from posttrain.annotate.marked_images import Images
 from posttrain.annotate.store import ANSWERS, Mode, Schedule, Showing, Side, Store, person, schedule
 from posttrain.errors import UserError
 from posttrain.log import log
-from posttrain.pairs.config import AnnotateConfig
 from posttrain.runs.stop import until_terminated
-from posttrain.validate_pairs import is_loopback
 
 MIN_CHARACTERS = 8  # of a password
 ANSWERS_TO_ESTIMATE = 5  # before the page estimates how long the rest takes

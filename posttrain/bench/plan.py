@@ -23,9 +23,9 @@ import torch
 
 from posttrain.bench.config import BenchConfig
 from posttrain.bench.tiers import BLOCK_BYTES, parts_of, tiers
-from posttrain.cli import load_config
-from posttrain.config.sections import GRPOConfig
+from posttrain.config.load import load_config
 from posttrain.errors import UserError
+from posttrain.grpo.config import GRPOConfig
 from posttrain.model import flops
 from posttrain.model.load import sizes_of
 from posttrain.stpo.config import STPOConfig

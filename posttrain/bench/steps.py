@@ -18,10 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from posttrain.bench.config import BenchConfig
-from posttrain.config.sections import GRPOConfig, LoraConfig, ModelConfig, PromptsConfig, RewardSpec
+from posttrain.config.sections import LoraConfig, ModelConfig, PromptsConfig
 from posttrain.distributed.processes import Processes
 from posttrain.expander.renderer import draw_in_batches
 from posttrain.grpo import train as grpo
+from posttrain.grpo.config import GRPOConfig
 from posttrain.grpo.rollout import Trajectory, Transition, rollout
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Encoding, Text, to_pil
@@ -36,6 +37,7 @@ from posttrain.training.prompt_source import PromptSource
 from posttrain.training.stepper import Clock, Stepper
 from prompts.records import PromptRecord
 from rewards.background import ScoreQueue
+from rewards.base import RewardSpec
 from rewards.load import load_rewards
 
 Lap = Callable[[str], None]

@@ -85,7 +85,7 @@ METRICS = (
     ),
     Metric("noise/*", "Repeatability of the judge that the reward of this name asks, in P(yes)", "[0, 1]", "lower"),
     Metric(
-        "injection/picture/*",
+        "injection/image/*",
         "How much text in an image that asks for a good score raises this reward",
         "P(yes)",
         "lower",

@@ -30,12 +30,11 @@ import torch
 from torch import Tensor
 
 from posttrain.distributed.processes import Processes
-from posttrain.expander.gdpo_config import ExpanderEvalConfig
+from posttrain.expander.config import DIVERSITY, ExpanderEvalConfig
 from posttrain.expander.score import Expansion, Scored, Scorer, merge
 from posttrain.expander.text_metrics import distinct, quoted, verbatim
 from posttrain.model import sampler
 from posttrain.training.judge_check import SHOWN
-from posttrain.validate_gdpo import DIVERSITY
 from prompts.records import PromptRecord
 
 BATCH = 64

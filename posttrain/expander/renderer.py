@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from posttrain.errors import UserError
-from posttrain.expander.gdpo_config import RendererConfig
+from posttrain.expander.config import RendererConfig
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.runs import startup

@@ -25,11 +25,10 @@ from PIL import Image
 from torch import Tensor
 
 from posttrain.errors import UserError
-from posttrain.expander.gdpo_config import ExpanderGDPOConfig
+from posttrain.expander.config import DIVERSITY, ExpanderGDPOConfig
 from posttrain.expander.renderer import Renderer
 from posttrain.expander.text_metrics import CAUSES, causes
 from posttrain.training import advantages
-from posttrain.validate_gdpo import DIVERSITY
 from prompts.records import PromptRecord, columns
 from rewards.base import Noise, Reward, RewardError, RewardSpec, Scores, score_all
 from rewards.diversity import Features, contributions

@@ -35,6 +35,7 @@ from posttrain.expander.config import ExpanderSFTConfig
 from posttrain.expander.model import load_chat_model, resolve, write_card
 from posttrain.expander.template import messages, template
 from posttrain.expander.trl_checkpoint import AtomicCheckpointCallback, PlainState, newest
+from posttrain.judge.config import JUDGE_TARGETS
 from posttrain.log import log
 from posttrain.model import clipping
 from posttrain.model.fingerprint import fingerprint
@@ -44,7 +45,6 @@ from posttrain.preferences.sources import open_source
 from posttrain.runs.guard import check_unchanged
 from posttrain.runs.run import Run, peak_memory
 from posttrain.runs.stop import StopSignals
-from posttrain.validate import JUDGE_TARGETS
 
 LOGGED = ("loss", "mean_token_accuracy", "entropy", "grad_norm", "learning_rate")
 """Values of the trainer's log that metrics.jsonl keeps; entropy is that of the next token, in nats."""

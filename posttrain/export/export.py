@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from posttrain.config.sections import ExportConfig
 from posttrain.errors import UserError
+from posttrain.export.config import ExportConfig
 from posttrain.export.hub import check_push, push
 from posttrain.export.model_card import LEAST_KEPT, Rounding, model_card
 from posttrain.export.verify import check_lora, check_pipeline, check_weights

@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from posttrain.config.sections import GRPOConfig
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.grpo import losses
+from posttrain.grpo.config import GRPOConfig
 from posttrain.grpo.rollout import Trajectory, Transition, rollout
 from posttrain.model import flops, parallelize, sampler
 from posttrain.model.k2 import K2, Text, to_pil

@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from posttrain.config.sections import ServeConfig
+from posttrain.judge.config import ServeConfig
 from posttrain.log import log
 from posttrain.runs.stop import until_terminated
 from rewards.serve import commands, running

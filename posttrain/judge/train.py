@@ -39,7 +39,7 @@ from posttrain.errors import UserError
 from posttrain.judge import losses
 from posttrain.judge.calibration import auroc, brier, expected_calibration_error, reliability
 from posttrain.judge.card import numbers, write_adapter
-from posttrain.judge.config import JudgeConfig
+from posttrain.judge.config import JUDGE_TARGETS, JudgeConfig
 from posttrain.judge.records import Record, check_prompts, read_records, split
 from posttrain.judge.records import fingerprint as fingerprint_of_records
 from posttrain.log import log
@@ -50,7 +50,6 @@ from posttrain.runs.run import Run, peak_memory
 from posttrain.training import checkpoint
 from posttrain.training.checkpoint import Checkpoint
 from posttrain.training.stepper import Loop, Stepper
-from posttrain.validate import JUDGE_TARGETS
 from prompts.templates import Template, load_template
 from rewards.vlm import VLM, Inputs
 

@@ -18,6 +18,24 @@ TYPES = {"float32": "F32", "bfloat16": "BF16"}
 """How safetensors names the values of `model.dtype`."""
 
 
+DISTILLED_REMEDY = (
+    "train the Raw checkpoint and distil it afterwards, or set model.allow_distilled: true if this is what you want"
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A K2 that a command loads."""
+
+    field: str
+    """Section of the recipe that names it."""
+    path: str
+    dtype: str
+    transformer_file: str | None = None
+    quantize: str | None = None
+    offload: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Weight:
     """A tensor in a file."""

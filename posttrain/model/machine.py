@@ -11,9 +11,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from posttrain.early import Base
 from posttrain.errors import UserError
-from posttrain.model.files import TYPES, Weight, weights
+from posttrain.model.files import TYPES, Base, Weight, weights
 
 BF16, FP8 = (8, 0), (8, 9)
 """Compute capability of the first NVIDIA GPUs with bfloat16 arithmetic (Ampere) and with fp8 (Ada)."""

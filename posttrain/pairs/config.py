@@ -1,34 +1,52 @@
-"""The recipes of `posttrain pairs`, `annotate` and `annotations` as data; see config.py. Never imports torch."""
+"""The recipe of `posttrain pairs` as data. Never imports torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import field, replace
+from typing import Annotated
 
-from posttrain.config.sections import ModelConfig, TrackConfig
-from rewards.base import RewardSpec
-from rewards.serve import ServerSpec
+from pydantic import model_validator
+
+from posttrain.config.sections import ModelConfig, Rewards, Servers, TrackConfig
+from posttrain.config.types import (
+    AtLeast0,
+    AtLeast1,
+    BelowOne,
+    Filled,
+    Float,
+    NonNegative,
+    Positive,
+    Range,
+    Share,
+    Sizes,
+    Text,
+    refusal,
+    settings,
+)
+
+BASE = "base"
+"""Names what the policy began as, its reference."""
 
 
-@dataclass
+@settings
 class DrawConfig:
     """A way to draw an image. Left as it is, it is how the policy draws: its images are on-policy."""
 
-    checkpoint: str = "policy"
+    checkpoint: Annotated[str, Filled("use policy, base or a run directory")] = "policy"
     """policy; base: what the policy began as, its reference; or another run directory or checkpoint that trained an
     adapter on that base."""
-    guidance: float = 0.0
-    """Guidance in K2's convention, v = c + s (c - u), >= 0, 0 is off."""
-    steps: int | None = None
-    """Steps from noise to image, >= 1; null: those of the recipe."""
-    drop: float = 0.0
-    """Share of the prompt left out, from 0 to below 1: of its clauses or, where there is one, of its words; drawn by
+    guidance: NonNegative = 0.0
+    """Guidance in K2's convention, v = c + s (c - u), 0 is off."""
+    steps: AtLeast1 | None = None
+    """Steps from noise to image; null: those of the recipe."""
+    drop: BelowOne = 0.0
+    """Share of the prompt left out: of its clauses or, where there is one, of its words; drawn by
     the pair's seed, at least one and never all. The pair keeps the whole prompt."""
-    noise: float = 0.0
-    """Time, from 0 to below 1, to which the finished latents are noised again before they are decoded."""
+    noise: BelowOne = 0.0
+    """Time, to which the finished latents are noised again before they are decoded."""
 
 
-@dataclass
+@settings
 class DeltaConfig:
     """Pairs ordered by how they were drawn (delta learning): both from one noise, so that little else differs."""
 
@@ -41,122 +59,128 @@ class DeltaConfig:
     stays."""
 
 
-@dataclass
+@settings
 class JudgedConfig:
     """Pairs ordered by the rewards: the best against the worst image of a group."""
 
     draw: DrawConfig = field(default_factory=DrawConfig)
     """How the group is drawn."""
-    group_size: int = 4
-    """Images in it, >= 2."""
+    group_size: Annotated[int, Range(2, why="but the best is paired with the worst")] = 4
+    """Images in it."""
 
 
-@dataclass
+@settings
 class PairSource:
     """Where some of the pairs come from; give either delta or judged."""
 
     name: str
     """Name in the report, unique in the recipe."""
-    share: float = 1.0
-    """Its part of the pairs, relative to the other sources, > 0."""
+    share: Positive = 1.0
+    """Its part of the pairs, relative to the other sources."""
     delta: DeltaConfig | None = None
     """Two ways to draw, of which one is known to be better."""
     judged: JudgedConfig | None = None
     """A group of images that the rewards rank."""
 
+    def draws(self) -> list[DrawConfig]:
+        """The settings that it draws with: stronger and weaker, or those of the group."""
+        if self.delta is not None:
+            return [self.delta.stronger, self.delta.weaker]
+        assert self.judged is not None
+        return [self.judged.draw]
 
-@dataclass
+
+@settings
 class PairsConfig:
     """Make preference pairs from prompts: drawn in two ways, or the best and the worst of a group by the rewards."""
 
-    output: str
+    output: Text
     """Directory of the pairs and of the report on them, created; one that holds pairs already needs --resume."""
     model: ModelConfig
-    prompts: str
+    prompts: Text
     """What the pairs show: a JSONL file, or hf:NAME[:SPLIT] for a dataset that `datasets` loads."""
-    sources: list[PairSource]
+    sources: Annotated[list[PairSource], Filled("name at least one")]
     """What makes the images of a pair differ; each source gets its share of the pairs."""
     policy: str | None = None
     """Run directory or checkpoint of the policy that will be trained; null: the model as it is."""
-    rewards: list[RewardSpec] = field(default_factory=list)
+    rewards: Rewards = field(default_factory=list)
     """Rewards that rank, veto and report; those with heldout_only only report. A winner below the threshold of a gate
     is dropped; gate: multiply also multiplies the others."""
-    servers: list[ServerSpec] = field(default_factory=list)
+    servers: Servers = field(default_factory=list)
     """Judges to serve while the pairs are made; rewards name one as server://NAME."""
-    pairs: int = 1000
-    """Pairs to make, >= 1."""
-    on_policy_share: float = 0.6
-    """Least share of the pairs that hold an image of the policy, 0 to 1. Sources that do are given more than their
+    pairs: AtLeast1 = 1000
+    """Pairs to make."""
+    on_policy_share: Share = 0.6
+    """Least share of the pairs that hold an image of the policy. Sources that do are given more than their
     share where that takes it; if too many of their pairs are dropped, the command fails."""
-    min_margin: float = 0.02
-    """Least weighted mean by which the rewards must put the chosen image above the other, >= 0."""
-    tolerance: float = 0.0
-    """A pair is dropped if a reward puts the rejected image higher by more than this, >= 0."""
-    min_distance: float = 0.03
-    """Near-duplicates: a pair is dropped if its images, made small, differ by less, in [0, 1] (root mean square; see
+    min_margin: NonNegative = 0.02
+    """Least weighted mean by which the rewards must put the chosen image above the other."""
+    tolerance: NonNegative = 0.0
+    """A pair is dropped if a reward puts the rejected image higher by more than this."""
+    min_distance: Share = 0.03
+    """Near-duplicates: a pair is dropped if its images, made small, differ by less (root mean square; see
     image/diversity)."""
-    tries: float = 5.0
-    """Candidates that a source draws at most for each of its pairs, >= 1."""
-    sizes: list[list[int]] = field(default_factory=lambda: [[512, 512]])
-    """[height, width] pairs in pixels, multiples of 16; a pair has one size, and blocks of pairs take turns."""
-    steps: int = 28
-    """Steps from noise to image, >= 1. Images drawn in fewer or more do not count as on-policy."""
-    max_tokens: int = 512
-    """Longest prompt in text tokens; what lies beyond is cut with a warning, >= 1."""
-    seed: int = 0
-    """Seed of everything drawn: order of the prompts, noise, what is left out; >= 0."""
-    block: int = 32
-    """Candidates that are drawn, judged and decided together, by one process, >= 1."""
-    micro_batch: int = 16
-    """Images in one forward of the model, >= 1; sets memory, and changes the images by no more than rounding."""
-    shard: int = 64
-    """Pairs in a file, >= 1. After a kill, --resume draws again what was in no file yet."""
+    tries: Annotated[Float, Range(1)] = 5.0
+    """Candidates that a source draws at most for each of its pairs."""
+    sizes: Sizes = field(default_factory=lambda: [[512, 512]])
+    """[height, width] pairs in pixels; a pair has one size, and blocks of pairs take turns."""
+    steps: AtLeast1 = 28
+    """Steps from noise to image. Images drawn in fewer or more do not count as on-policy."""
+    max_tokens: AtLeast1 = 512
+    """Longest prompt in text tokens; what lies beyond is cut with a warning."""
+    seed: AtLeast0 = 0
+    """Seed of everything drawn: order of the prompts, noise, what is left out."""
+    block: AtLeast1 = 32
+    """Candidates that are drawn, judged and decided together, by one process."""
+    micro_batch: AtLeast1 = 16
+    """Images in one forward of the model; sets memory, and changes the images by no more than rounding."""
+    shard: AtLeast1 = 64
+    """Pairs in a file. After a kill, --resume draws again what was in no file yet."""
     track: TrackConfig = field(default_factory=lambda: TrackConfig(tensorboard=False))
 
+    @model_validator(mode="after")
+    def _fits(self) -> PairsConfig:
+        self.model.refuse_quantize("pairs show what the exact weights draw")
+        for i, reward in enumerate(self.rewards):
+            if reward.group:
+                raise refusal(f"rewards[{i}].group", f"'{reward.name}' sees whole groups, and pairs are none; drop it")
+        names: set[str] = set()
+        for i, source in enumerate(self.sources):
+            if not source.name.strip() or source.name in names:
+                raise refusal(f"sources[{i}].name", f"is '{source.name}'; give each source a name of its own")
+            names.add(source.name)
+            self._check_source(f"sources[{i}]", source)
+        if self.on_policy_share and not any(self.on_policy(source) for source in self.sources):
+            raise refusal(
+                "on_policy_share",
+                f"is {self.on_policy_share:g}, and no source draws as the policy does (checkpoint: policy, all else"
+                " left out); add one or use 0",
+            )
+        return self
 
-@dataclass
-class AnnotateConfig:
-    """Serve a page where people choose between the two images of each pair, or mark single images that have faults,
-    until Ctrl-C or SIGTERM."""
+    def _check_source(self, path: str, source: PairSource) -> None:
+        if (source.delta is None) == (source.judged is None):
+            raise refusal(path, f"'{source.name}' needs either delta or judged")
+        if source.delta is not None:
+            if self.resolved(source.delta.stronger) == self.resolved(source.delta.weaker):
+                raise refusal(f"{path}.delta", "stronger and weaker draw alike; change one of them")
+            return
+        ranks = [r for r in self.rewards if r.gate == "none" and not r.heldout_only and r.weight > 0]
+        if not ranks:
+            raise refusal("rewards", f"hold none that ranks for source {source.name}: no gate, not heldout_only")
 
-    store: str
-    """JSONL file that each answer is appended to; made if it is not there, gone on with if it is."""
-    mode: Literal["preference", "artifact"] = "preference"
-    """preference: which image of a pair is better; needs pairs. artifact: whether an image has faults; needs images."""
-    pairs: str | None = None
-    """Preference set to choose from: a directory of pairs; or JSONL, parquet or hf:NAME[:SPLIT] with columns prompt,
-    chosen and rejected."""
-    images: str | None = None
-    """Images to mark: a run directory (its samples/), an output of `posttrain sample`, or a directory of images."""
-    host: str = "127.0.0.1"
-    """Address to listen at. Beyond this machine (such as 0.0.0.0) it needs password_env."""
-    port: int = 7860
-    """Port to listen at, 1 to 65535, or 0 for any free one."""
-    password_env: str | None = None
-    """Name of the environment variable with the password that everyone who chooses logs in with, under a name of
-    their own; 8 characters or more. null: none."""
-    repeats: float = 0.1
-    """Share of the pairs or images that each annotator sees a second time, pairs with sides swapped, to measure
-    consistency, 0 to 0.5."""
-    seed: int = 0
-    """Seed of the order and of the sides, >= 0; each annotator has an order of their own."""
-    max_bad: float = 0.01
-    """Share of the rows of pairs that may be bad (an image missing or cut off, ...), 0 to 1; they are left out and
-    named."""
+    # What settings of drawing mean.
 
+    def resolved(self, draw: DrawConfig) -> DrawConfig:
+        """The same settings with `policy` and defaults replaced by what they mean."""
+        checkpoint = (self.policy or BASE) if draw.checkpoint == "policy" else draw.checkpoint
+        return replace(draw, checkpoint=checkpoint, steps=draw.steps or self.steps)
 
-@dataclass
-class AnnotationsConfig:
-    """Say how far people agree with each other and with the judges; with an output, write what they answered."""
+    def is_policy(self, draw: DrawConfig) -> bool:
+        """Whether it draws as the policy does: the policy's checkpoint, no guidance, the recipe's steps, nothing
+        degraded."""
+        return self.resolved(draw) == self.resolved(DrawConfig())
 
-    store: str
-    """What annotate wrote; it may still be running."""
-    pairs: str | None = None
-    """Preference set that they chose from, as for annotate; give this or images."""
-    images: str | None = None
-    """Images that they marked, as for annotate; give this or pairs."""
-    output: str | None = None
-    """Directory to write; must not exist or be empty. Of pairs it is the preference record, source: human; of images
-    artifacts.jsonl with the images, for `posttrain judge --mode artifact`. null: only the report."""
-    max_bad: float = 0.01
-    """As for annotate."""
+    def on_policy(self, source: PairSource) -> bool:
+        """Whether each pair of the source holds an image of the policy."""
+        return any(self.is_policy(draw) for draw in source.draws())

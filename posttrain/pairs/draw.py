@@ -19,8 +19,7 @@ from posttrain.errors import UserError
 from posttrain.model import sampler
 from posttrain.model.blocks import compiles_by_default
 from posttrain.model.k2 import Text
-from posttrain.pairs import planning
-from posttrain.pairs.config import DrawConfig, PairsConfig
+from posttrain.pairs.config import BASE, DrawConfig, PairsConfig
 from posttrain.pairs.select import degrade
 from posttrain.training import checkpoint
 from posttrain.training.checkpoint import Checkpoint
@@ -70,10 +69,10 @@ class Drawer:
         self.config = config
         draws: list[DrawConfig] = []
         for source in config.sources:
-            draws += [planning.resolved(config, draw) for draw in planning.draws(source)]
-        used = {draw.checkpoint for draw in draws} | {config.policy or ""}
+            draws += [config.resolved(draw) for draw in source.draws()]
+        used = {draw.checkpoint for draw in draws} | {config.policy or BASE}
         # The policy first: it becomes the role POLICY, and its earlier stages become the model's stack.
-        names = sorted(used - {""}, key=lambda name: (name != config.policy, name))
+        names = sorted(used - {BASE}, key=lambda name: (name != config.policy, name))
         saved = {name: _saved(config, name) for name in names}
         self.k2 = load_model(config.model, device)
         if config.policy in saved and config.model.start is None:
@@ -85,9 +84,9 @@ class Drawer:
                 " every other checkpoint out"
             )
         base = [config.model.path, *(entry["path"] for entry in self.k2.origin["merged"])][-1]
-        self.names = {"": base} | {name: str(one.path) for name, one in saved.items()}
+        self.names = {BASE: base} | {name: str(one.path) for name, one in saved.items()}
         """The names in the written pairs, by `checkpoint` of a resolved DrawConfig."""
-        self.roles: dict[str, str | None] = {"": None}
+        self.roles: dict[str, str | None] = {BASE: None}
         for name, one in saved.items():
             self._add(name, one)
         self.null = self.k2.text([""]) if any(draw.guidance for draw in draws) else None
@@ -109,7 +108,7 @@ class Drawer:
 
     def describe(self, draw: DrawConfig) -> str:
         """The checkpoint, and the settings that differ from how the policy draws."""
-        own, policy = planning.resolved(self.config, draw), planning.resolved(self.config, DrawConfig())
+        own, policy = self.config.resolved(draw), self.config.resolved(DrawConfig())
         parts = [self.names[own.checkpoint]]
         for name in ("guidance", "steps", "drop", "noise"):
             if getattr(own, name) != getattr(policy, name):
@@ -155,7 +154,7 @@ class Drawer:
 
         Within a block, settings that differ only in `noise` share the latents before it.
         """
-        draw = planning.resolved(self.config, draw)
+        draw = self.config.resolved(draw)
         if draw.drop:
             prompts = [degrade(prompt, draw.drop, seed) for prompt, seed in zip(prompts, seeds)]
         last = self._now()

@@ -307,7 +307,7 @@ def _check_outcome(config: PairsConfig, plan: Plan, output: Output | None) -> No
                 f" {config.tries:g}); quality.json says why the others were dropped"
             )
     total = sum(plan.kept)
-    inside = sum(k for k, source in zip(plan.kept, config.sources) if planning.on_policy(config, source))
+    inside = sum(k for k, source in zip(plan.kept, config.sources) if config.on_policy(source))
     if total and inside >= config.on_policy_share * total - 1e-9:
         return
     if output is not None:
@@ -330,7 +330,7 @@ def begin_block(
     """Draws a block's candidates and has them scored as they come; what it returns waits for the scores and decides,
     and may be called in another thread. The same whoever calls it, and when."""
     source = config.sources[block.source]
-    draws, group = planning.draws(source), source.judged.group_size if source.judged else 1
+    draws, group = source.draws(), source.judged.group_size if source.judged else 1
     places = [in_turn(config.seed, plan.prompt(block, i), len(records)) for i in range(block.count)]
     seeds = [sampler.seed_for(config.seed, block.source, block.first + i) for i in range(block.count)]
     rows = [records[place] for place in places for _ in range(group)]
@@ -395,8 +395,8 @@ def _kept_pairs(
                 source="synthetic",
                 chosen_policy=drawer.describe(best),
                 rejected_policy=drawer.describe(other),
-                chosen_on_policy=planning.is_policy(config, best),
-                rejected_on_policy=planning.is_policy(config, other),
+                chosen_on_policy=config.is_policy(best),
+                rejected_on_policy=config.is_policy(other),
                 margin=margin,
                 seed=seeds[i],
             )
@@ -409,8 +409,8 @@ def block_cost(config: PairsConfig, k2: K2, block: Block) -> float:
     source = config.sources[block.source]
     images = block.count * (source.judged.group_size if source.judged else 1)
     forwards = 0
-    for draw in planning.draws(source):
-        settings = planning.resolved(config, draw)
+    for draw in source.draws():
+        settings = config.resolved(draw)
         forwards += (settings.steps or 0) * (2 if settings.guidance else 1)  # guidance takes the empty prompt too
     return images * forwards * flops.of_sizes(k2, [block.size])[0]
 

@@ -11,11 +11,11 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.pairs.config import DrawConfig, PairsConfig, PairSource
+from posttrain.pairs.config import PairsConfig
 from posttrain.runs.files import append_line, replace_text
 
 KEPT = "kept"
@@ -42,7 +42,7 @@ class Plan:
     def __init__(self, config: PairsConfig) -> None:
         self.config = config
         shares = [source.share for source in config.sources]
-        policy = [on_policy(config, source) for source in config.sources]
+        policy = [config.on_policy(source) for source in config.sources]
         self.quotas = quotas(config.pairs, shares, policy, config.on_policy_share)
         """Pairs of each source."""
         self.kept, self.made = [0] * len(shares), [0] * len(shares)
@@ -106,32 +106,6 @@ def kept(entry: dict[str, Any]) -> int:
 
 def _line(entry: dict[str, Any]) -> str:
     return json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def resolved(config: PairsConfig, draw: DrawConfig) -> DrawConfig:
-    """The same settings with `base`, `policy` and defaults replaced by what they mean; base is the empty name."""
-    names = {"policy": config.policy or "", "base": ""}
-    checkpoint = names.get(draw.checkpoint, draw.checkpoint)
-    return replace(draw, checkpoint=checkpoint, steps=draw.steps or config.steps)
-
-
-def is_policy(config: PairsConfig, draw: DrawConfig) -> bool:
-    """Whether it draws as the policy does: the policy's checkpoint, no guidance, the recipe's steps, nothing
-    degraded."""
-    return resolved(config, draw) == resolved(config, DrawConfig())
-
-
-def draws(source: PairSource) -> list[DrawConfig]:
-    """The settings that a source draws with: stronger and weaker, or those of the group."""
-    if source.delta is not None:
-        return [source.delta.stronger, source.delta.weaker]
-    assert source.judged is not None
-    return [source.judged.draw]
-
-
-def on_policy(config: PairsConfig, source: PairSource) -> bool:
-    """Whether each pair of the source holds an image of the policy."""
-    return any(is_policy(config, draw) for draw in draws(source))
 
 
 def quotas(pairs: int, shares: Sequence[float], on_policy: Sequence[bool], least: float) -> list[int]:

@@ -43,7 +43,7 @@ def quality(config: PairsConfig, entries: Sequence[dict[str, Any]]) -> dict[str,
     inside = 0
     for source in config.sources:
         own = [entry for entry in entries if entry["source"] == source.name]
-        sources[source.name] = _source(own, total) | {"on_policy": planning.on_policy(config, source)}
+        sources[source.name] = _source(own, total) | {"on_policy": config.on_policy(source)}
         if sources[source.name]["on_policy"]:
             inside += sources[source.name]["pairs"]
     pairs_of_prompt: Counter[int] = Counter()

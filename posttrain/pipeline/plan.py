@@ -13,44 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain import cli
-from posttrain.config.recipe import read_recipe, suggestion
-from posttrain.config.sections import ExportConfig
+from posttrain import commands
+from posttrain.commands import COMMANDS, HUB
+from posttrain.config.load import load_config
+from posttrain.config.recipe import read_recipe
+from posttrain.config.types import hints, suggestion
 from posttrain.errors import UserError
+from posttrain.export.config import ExportConfig
 from posttrain.pipeline.config import PipelineConfig, StageConfig
 from prompts.records import read_prompts
 from rewards.base import RewardSpec
 from rewards.load import check_addresses, check_rewards
 from rewards.urls import check_urls
 
-TRAINING = ("stpo", "grpo", "tdm")
-EXPANDER = ("expander data", "expander sft", "expander gdpo")
-COMMANDS = ("pairs", *TRAINING, "export", *EXPANDER)
-TAKES = {
-    "model.start": TRAINING,
-    "policy": TRAINING,
-    "source": TRAINING,
-    "pairs.train": ("pairs",),
-    "data": ("expander data",),
-    "model": (),
-    "model.path": ("expander sft",),
-    "renderer.path": ("export",),
-}
-"""Fields that name the output of another stage, and the commands whose output they accept."""
-INPUTS = {
-    "pairs": ["model.start", "policy"],
-    "stpo": ["model.start", "pairs.train"],
-    "grpo": ["model.start"],
-    "tdm": ["model.start"],
-    "export": ["source"],
-    "expander data": [],
-    "expander sft": ["data", "model"],
-    "expander gdpo": ["model.path", "renderer.path"],
-}
-HUB = ("model", "model.path", "renderer.path")
-"""Inputs that may be a hub id."""
-PROMPTS = {"pairs": ["prompts"], "stpo": ["heldout"], "export": [], "expander data": [], "expander sft": []}
-"""Fields of prompt files, where they are not prompts.train and prompts.heldout; also in posttrain/commands.py."""
+TRAINING = tuple(name for name, command in COMMANDS.items() if command.makes == "checkpoint")
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
 
 
@@ -88,15 +64,15 @@ def resolve(config: PipelineConfig) -> list[Stage]:
 
 
 def _resolve(stage: StageConfig, earlier: list[Stage], folder: Path, seed: int | None) -> Stage:
-    known = [name for name in COMMANDS if name in cli.COMMANDS]
-    if stage.command not in known:
+    command = commands.get(stage.command)
+    if command is None or not command.makes:
+        known = [name for name, other in commands.every().items() if other.makes]
         raise UserError(f"command: '{stage.command}' cannot be a stage{suggestion(stage.command, known)}")
     if "output" in stage.set:
         raise UserError(f"set.output: the pipeline sets it ({folder / stage.name}); leave it out")
     outputs = {one.name: str(one.output) for one in earlier}
     settings = dict(stage.set)
-    fields = [field.name for field in dataclasses.fields(cli.COMMANDS[stage.command].config)]
-    if seed is not None and "seed" in fields:
+    if seed is not None and "seed" in hints(command.settings()):
         settings = {"seed": seed} | settings  # a stage's own seed wins over the pipeline's
     settings = _substitute(settings, "set", outputs)
     output = folder / stage.name
@@ -112,7 +88,7 @@ def _resolve(stage: StageConfig, earlier: list[Stage], folder: Path, seed: int |
         arguments += ["--config", path]
     arguments.append(f"--output={output}")
     arguments += [f"--{key}={_as_text(value)}" for key, value in settings.items()]
-    config, _ = cli.load_config(stage.command, arguments)
+    config, _ = load_config(stage.command, arguments)
     resolved = Stage(stage.name, stage.command, config, arguments, output, {})
     _check_inputs(resolved, earlier)
     return resolved
@@ -144,13 +120,14 @@ def _as_text(value: Any) -> str:
 def _check_inputs(stage: Stage, earlier: list[Stage]) -> None:
     """Raises UserError for a missing input that no earlier stage makes. Fills `stage.reads`."""
     config, command = stage.config, stage.command
-    if command in ("pairs", *TRAINING):
+    row = commands.get(command)
+    assert row is not None
+    if row.model:
         _check_model("model.path", config.model.path, config.model.transformer_file)
     if command == "expander gdpo" and Path(config.renderer.path) not in [one.output for one in earlier]:
         _check_model("renderer.path", config.renderer.path, None)
     servers = [server.name for server in getattr(config, "servers", [])]
-    if command in ("pairs", *TRAINING, "expander gdpo"):
-        check_rewards(config.rewards, servers)
+    check_rewards(getattr(config, "rewards", []), servers)
     if command == "expander gdpo":
         safety = [RewardSpec(f"safety {check.name}", check.function) for check in config.safety]
         check_rewards(safety, servers)
@@ -158,17 +135,17 @@ def _check_inputs(stage: Stage, earlier: list[Stage]) -> None:
     for name in ("writer", "checker"):
         if (writer := getattr(config, name, None)) is not None:
             check_addresses({"base_urls": writer.base_urls}, servers, name)
-    for field in INPUTS[command]:
-        _check_input(stage, field, _at(config, field), earlier)
-    for field in PROMPTS.get(command, ["prompts.train", "prompts.heldout"]):
+    for field, kind in row.reads.items():
+        _check_input(stage, field, kind, _at(config, field), earlier)
+    for field in row.prompts:
         source = _at(config, field)
         if not source.startswith("hf:"):
             _check_enough(command, config, field, len(read_prompts(source)))
 
 
-def _check_input(stage: Stage, field: str, value: str | None, earlier: list[Stage]) -> None:
+def _check_input(stage: Stage, field: str, kind: str, value: str | None, earlier: list[Stage]) -> None:
     # what lies on the hub cannot be checked without a network
-    if value is None or value.startswith("hf:") or (field in HUB and _on_hub(value)):
+    if value is None or value.startswith("hf:") or (kind in HUB and _on_hub(value)):
         return
     maker = next((one for one in earlier if Path(value).is_relative_to(one.output)), None)
     if maker is None:
@@ -178,8 +155,9 @@ def _check_input(stage: Stage, field: str, value: str | None, earlier: list[Stag
                 " output"
             )
         return
-    if maker.command not in TAKES[field]:
-        kinds = f"the output of {' or '.join(TAKES[field])}" if TAKES[field] else "a chat model"
+    makers = [name for name, command in commands.every().items() if command.makes == kind]
+    if maker.command not in makers:
+        kinds = f"the output of {' or '.join(makers)}" if makers else f"a {kind}"
         raise UserError(f"{field}: {value} is the output of stage {maker.name} ({maker.command}); give {kinds}")
     if field == "model.start" and maker.command == "tdm" and not stage.config.model.allow_distilled:
         raise UserError(

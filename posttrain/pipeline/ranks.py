@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from posttrain import cli
+from posttrain.config.load import load_config
 from posttrain.errors import UserError
 from posttrain.pairs.make import BACKLOG
 from posttrain.pipeline import fit, plan
@@ -196,7 +196,7 @@ def _class_name(spec: RewardSpec) -> str:
 
 def table(path: str, sides: Sequence[int]) -> str:
     """A Markdown table with columns before and after for square images of each of `sides` pixels."""
-    config, _ = cli.load_config("run", ["--config", path])
+    config, _ = load_config("run", ["--config", path])
     ranks, on_node = fit.processes(config.launch)
     head = f"| {ranks} processes, {on_node} a node | |"
     rule = "|---|---|"

@@ -28,7 +28,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from posttrain import cli
+from posttrain import commands
 from posttrain.config.diff import changes, told
 from posttrain.errors import UserError
 from posttrain.log import log
@@ -228,7 +228,7 @@ class Runner:
     def _execute(self, stage: Stage) -> int:
         launch = self.config.launch if stage.command not in SINGLE_PROCESS else []
         words = [*(launch or [sys.executable, "-m", "posttrain.cli"]), *stage.command.split(), *stage.arguments]
-        if cli.COMMANDS[stage.command].resumable and stage.output.exists():
+        if commands.COMMANDS[stage.command].resumable and stage.output.exists():
             words.append("--resume")
         try:
             # In its own session, the stage gets Ctrl-C only once: from _stop, not from the terminal too.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
+from posttrain.config.types import settings
 
-@dataclass
+
+@settings
 class ColumnMap:
     """Which columns of a set of pairs hold what. The images: chosen and rejected; or first, second and label; or
     pair and label."""

@@ -18,14 +18,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from posttrain import commands
 from posttrain.distributed.processes import Processes
-from posttrain.early import METHODS
 from posttrain.preflight.checks import phase, show
 
 
 def preflight(config: Any) -> int:
     """Prints the table and returns the exit code. Raises UserError if nothing can be checked."""
-    procs, method = Processes(), METHODS[type(config).__name__].replace("expander ", "")
+    procs = Processes()
+    name, _ = commands.of(config)
+    method = name.removeprefix("expander ")
     if not procs.main and method != "grpo":
         return 0
     module = importlib.import_module(f"posttrain.preflight.{method}")

@@ -23,7 +23,7 @@ from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.expander import gdpo
 from posttrain.expander.callbacks import SharedRewards
-from posttrain.expander.gdpo_config import ExpanderGDPOConfig
+from posttrain.expander.config import ExpanderGDPOConfig
 from posttrain.expander.policy import Policy
 from posttrain.expander.renderer import make_renderer
 from posttrain.expander.score import Scorer

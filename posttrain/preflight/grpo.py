@@ -22,10 +22,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from posttrain.config.sections import GRPOConfig
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.grpo import train as grpo
+from posttrain.grpo.config import GRPOConfig
 from posttrain.model.k2 import K2
 from posttrain.preflight.checks import Row, Skip, phase
 from posttrain.preflight.common import Checks

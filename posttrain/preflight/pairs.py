@@ -74,7 +74,7 @@ class PairsChecks:
         prompts = [record.prompt for record in self.records[:CANDIDATES]]
         size = (self.few.sizes[0][0], self.few.sizes[0][1])
         self.drawer.begin()
-        draw = planning.draws(self.few.sources[0])[0]
+        draw = self.few.sources[0].draws()[0]
         self.drawer.draw(draw, prompts, range(len(prompts)), size, lambda _, drawn: images.extend(to_pil(drawn)))
         rewards = load_rewards(self.config.rewards, self.urls)
         yield from judge_rows(rewards, images, self.records, self.silent)
@@ -114,8 +114,8 @@ class PairsChecks:
             # A source stops at `tries` candidates for each pair, however few were kept.
             group = source.judged.group_size if source.judged else 1
             count = math.ceil(min(quota / max(rate, planning.LEAST_RATE), self.config.tries * quota)) * group
-            for draw in planning.draws(source):
-                steps = planning.resolved(self.config, draw).steps or 0
+            for draw in source.draws():
+                steps = self.config.resolved(draw).steps or 0
                 seconds += count * (steps * (2 if draw.guidance else 1) * unit["forward"] + unit["decode"])
                 images += count
         each = (

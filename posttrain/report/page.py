@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.config import metrics
-from posttrain.config.sections import ReportConfig
 from posttrain.report.before_after import run_images
 from posttrain.report.charts import Chart, Limit, Section, areas_chart, line_chart
 from posttrain.report.compare import comparison
+from posttrain.report.config import ReportConfig
 from posttrain.report.format import aligned, change, number
 from posttrain.report.groups import groups
 from posttrain.report.limits import limits, watched

@@ -12,16 +12,10 @@ from typing import Any
 
 import yaml
 
+from posttrain import commands
 from posttrain.config.diff import changes, told
 from posttrain.errors import UserError
 from posttrain.runs.lock import lock
-
-KEPT = (
-    "lora", "seed", "prompts.heldout", "heldout", "student.steps", "teacher",
-    "eval.prompts", "eval.steps", "eval.seed", "eval.groups", "eval.group_size",
-)  # fmt: skip
-"""What a resumed run cannot change: what is trained, all that is drawn, and what evaluations draw, which are compared
-over the whole run. Its base may lie elsewhere, if it is the same: load_model sees to that."""
 
 
 def check_new(output: Path, card: bool = False) -> None:
@@ -49,7 +43,8 @@ def check_run(config: Any, resume: bool | None = False) -> None:
         raise UserError(f"{run}: holds a run already; {way} or choose another --output")
     # Without a checkpoint the run starts again, and its recipe may be another one.
     if recipe.exists() and any((run / "checkpoints").glob("[!.]*-*")):
-        lost = [change for change in changes(*_recipes(recipe, config)) if _is_kept(*change)]
+        frozen = _frozen(config)
+        lost = [change for change in changes(*_recipes(recipe, config)) if _is_kept(frozen, *change)]
         if lost:
             raise UserError(
                 f"{run}: cannot be resumed with {told(lost)}: restore that (a link can stand in for a file that"
@@ -77,9 +72,17 @@ def _recipes(recipe: Path, config: Any) -> tuple[dict[str, Any], dict[str, Any]]
     return yaml.safe_load(recipe.read_text()), json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def _is_kept(path: str, old: Any, new: Any) -> bool:
+def _is_kept(frozen: tuple[str, ...], path: str, old: Any, new: Any) -> bool:
     if path == "optim.ema":  # its value may change, but an average cannot begin or end on the way
         return bool(old) != bool(new)
     if path in ("sampling.sizes", "sizes"):  # the first is the size of evaluations
         return old[:1] != new[:1]
-    return path.startswith(KEPT)
+    return path.startswith(frozen)
+
+
+def _frozen(config: Any) -> tuple[str, ...]:
+    """The settings that a resumed run cannot change."""
+    try:
+        return commands.of(config)[1].frozen
+    except LookupError:  # a method in a program, which is not a command
+        return ("lora", "seed", "prompts.heldout", "heldout", *commands.EVALUATED)

@@ -44,6 +44,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from posttrain.config import metric_names
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.model import parallelize, sampler
@@ -52,7 +53,7 @@ from posttrain.runs.progress import grid_image
 from posttrain.tdm import losses
 from posttrain.tdm.config import TDMConfig
 from posttrain.tdm.rollout import MU, Batch, Points, roll_out
-from posttrain.training import checkpoint, image_metrics
+from posttrain.training import checkpoint
 from posttrain.training.evaluate import Evaluation, Evaluator, SamplingSettings
 from posttrain.training.loop import SHOWN, Training, open_run, resuming, try_rewards
 from posttrain.training.oom_retry import MicroBatch
@@ -90,7 +91,7 @@ def train(config: TDMConfig, resume: bool = False) -> None:
         rewards = load_rewards(config.rewards, run.urls)
         settings = []
         for n in config.student.steps:
-            settings.append(SamplingSettings(n, 0.0, MU, image_metrics.steps_suffix(n, config.student.steps)))
+            settings.append(SamplingSettings(n, 0.0, MU, metric_names.steps_suffix(n, config.student.steps)))
         batch, size = 4 * micro_batch.size, _size(config, 0)  # without gradients four times as many images fit
         evaluator = Evaluator(k2, heldout, rewards, config.eval, size, batch, max_tokens, procs, settings)
         warn_of_cut_prompts(k2, [*records, *heldout], max_tokens)
@@ -285,7 +286,7 @@ def evaluate(training: Training, config: TDMConfig, texts: FusedTexts, micro_bat
     loss = heldout_loss(training.k2, config, texts, evaluator.records, training.procs, micro_batch)
     for settings in evaluator.settings:
         result.metrics |= compared(result, settings.suffix, teacher)
-    result.metrics[image_metrics.FAKE_LOSS] = loss
+    result.metrics[metric_names.FAKE_LOSS] = loss
     return result
 
 
@@ -335,7 +336,7 @@ def compared(result: Evaluation, suffix: str, teacher: dict[str, float | None]) 
     """Further metrics of the student as drawn with these settings, most of them ratios to the teacher's."""
     metrics = _detail(result, suffix)
     student = result.metrics | metrics
-    for name, compared_name in image_metrics.TO_TEACHER.items():
+    for name, compared_name in metric_names.TO_TEACHER.items():
         if compared_name in teacher:
             value, of_teacher = student[compared_name + suffix], teacher[compared_name]
             ratio = value / of_teacher if value is not None and of_teacher else None

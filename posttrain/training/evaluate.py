@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from posttrain.config import metric_names
 from posttrain.config.sections import EvalConfig
 from posttrain.distributed.processes import Processes
 from posttrain.model import sampler
@@ -80,7 +81,7 @@ class Evaluator:
         """Without `settings`: each guidance of `config`, in its steps. `shown`: how many images of each are kept."""
         self.shown = shown
         self.k2, self.config, self.size, self.batch, self.procs = k2, config, size, batch, procs
-        guidances = [SamplingSettings(config.steps, s, suffix=image_metrics.suffix(s)) for s in config.guidance]
+        guidances = [SamplingSettings(config.steps, s, suffix=metric_names.suffix(s)) for s in config.guidance]
         self.settings = settings or guidances
         self.rewards = [reward for reward in rewards if not reward.spec.group]
         self.group_rewards = [reward for reward in rewards if reward.spec.group]
@@ -108,7 +109,7 @@ class Evaluator:
             looks = [image_metrics.measure(*pair) for pair in zip(images, latents)]
             measured = image_metrics.means(self.procs.gather_in_order(looks))
             result.measured[chosen.suffix] = measured
-            values = means(scores) | {name: measured[name] for name in image_metrics.LOOK} | self._of_groups(chosen)
+            values = means(scores) | {name: measured[name] for name in metric_names.LOOK} | self._of_groups(chosen)
             for name, value in values.items():
                 result.metrics[name + chosen.suffix] = value
         return result
@@ -122,7 +123,7 @@ class Evaluator:
         # 768 numbers of each image travel, not the image.
         cells = [image_metrics.cells(image[None])[0] for image in images]
         all_cells = np.stack(self.procs.gather_in_order(cells))
-        values: dict[str, float | None] = {image_metrics.DIVERSITY: image_metrics.diversity_of_cells(all_cells, size)}
+        values: dict[str, float | None] = {metric_names.DIVERSITY: image_metrics.diversity_of_cells(all_cells, size)}
         if self.group_rewards:
             # Each group travels to one process, which alone scores it.
             parcels: dict[int, list[tuple[int, np.ndarray]]] = {}

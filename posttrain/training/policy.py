@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from posttrain.config.sections import LoraConfig, ModelConfig
-from posttrain.early import DISTILLED_REMEDY
 from posttrain.errors import UserError
 from posttrain.model.blocks import set_attention
+from posttrain.model.files import DISTILLED_REMEDY
 from posttrain.model.fingerprint import fingerprint
 from posttrain.model.fp8 import quantize
 from posttrain.model.k2 import K2

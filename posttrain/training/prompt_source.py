@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain.config.sections import GRPOConfig
+from posttrain.grpo.config import GRPOConfig
 from posttrain.log import log
 from posttrain.model import sampler
 from posttrain.model.k2 import K2

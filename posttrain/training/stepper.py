@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.config.sections import CheckpointConfig, LossConfig, OptimConfig
+from posttrain.config.sections import CheckpointConfig, OptimConfig
 from posttrain.distributed import shards
 from posttrain.errors import UserError
+from posttrain.grpo.config import LossConfig
 from posttrain.model import clipping
 from posttrain.runs.stop import StopSignals
 from posttrain.training import checkpoint

@@ -15,11 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from posttrain.config.sections import RewardSpec
 from posttrain.distributed.processes import Processes, deal
 from posttrain.model import flops
 from posttrain.pipeline import ranks as traffic
 from posttrain.training import checkpoint
+from rewards.base import RewardSpec
 from tests.helpers import runs
 from tests.helpers.counted import COUNTED
 

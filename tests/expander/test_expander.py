@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from posttrain import cli
+from posttrain.config.load import load_config
 from posttrain.config.sections import CheckpointConfig, LoraConfig, OptimConfig, TrackConfig
 from posttrain.errors import UserError
 from posttrain.expander.config import ExpanderDataConfig, ExpanderSFTConfig
@@ -38,7 +39,7 @@ PAIRS = [
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pairs") / "data"
-    make(ExpanderDataConfig(str(folder), "nano", count=120, heldout=0.2))
+    make(ExpanderDataConfig(str(folder), "posttrain.nano.world.expander_pairs:candidates", count=120, heldout=0.2))
     return folder
 
 
@@ -324,7 +325,7 @@ def test_a_command_of_two_words_names_the_second(capsys):
 
 def test_recipes_are_valid():
     for name in ("data", "sft"):
-        config, resume = cli.load_config(f"expander {name}", ["--config", f"recipes/nano/expander_{name}.yaml"])
+        config, resume = load_config(f"expander {name}", ["--config", f"recipes/nano/expander_{name}.yaml"])
         assert config.seed == 0 and not resume
 
 

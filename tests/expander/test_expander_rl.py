@@ -12,20 +12,20 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from posttrain import cli
-from posttrain.config.ranges import ConfigError
+from posttrain.config.types import ConfigError
 from posttrain.errors import UserError
 from posttrain.expander import callbacks, gdpo
-from posttrain.expander.gdpo_config import AblationConfig, ExpanderGDPOConfig
+from posttrain.expander.config import AblationConfig, ExpanderGDPOConfig
 from posttrain.expander.model import Expander
 from posttrain.expander.renderer import K2Renderer
 from posttrain.training import advantages
 from posttrain.training.stepper import MAX_SKIPPED
-from posttrain.validate import validate
 from rewards.base import RewardSpec
 from tests.helpers import chat, expander_runs, runs
 from tests.helpers.expander_runs import plain_files
 from tests.helpers.gullible import GULLED, RAISED
 from tests.helpers.images_server import ImagesServer
+from tests.helpers.settings import validate
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

@@ -29,7 +29,11 @@ def post(url: str, **body) -> dict:
 @pytest.mark.vllm
 @pytest.mark.skipif(not VLLM, reason="POSTTRAIN_VLLM names no vLLM executable")
 def test_vllm_serves_the_adapter_as_it_is(tmp_path: Path):
-    make(ExpanderDataConfig(str(tmp_path / "data"), "nano", count=120, heldout=0.2))
+    make(
+        ExpanderDataConfig(
+            str(tmp_path / "data"), "posttrain.nano.world.expander_pairs:candidates", count=120, heldout=0.2
+        )
+    )
     train(recipe(tmp_path, tmp_path / "data"))
     adapter = str(tmp_path / "run" / "adapter")
     spec = ServerSpec(

@@ -8,10 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from posttrain import validate_gdpo
-from posttrain.config.ranges import ConfigError
+from posttrain.config.types import ConfigError
 from posttrain.errors import UserError
-from posttrain.expander.gdpo_config import RendererConfig
+from posttrain.expander.config import RendererConfig
 from posttrain.expander.renderer import EndpointRenderer, K2Renderer, make_renderer
 from tests.helpers import tiny
 from tests.helpers.images_server import ImagesServer
@@ -188,5 +187,5 @@ def test_a_renderer_without_a_tokenizer_is_refused(config, tmp_path):
 )
 def test_ranges(config, field, value, message):
     with pytest.raises(ConfigError, match=message) as raised:
-        validate_gdpo._renderer(replace(config, **{field: value}))
-    assert raised.value.field.startswith(f"renderer.{field}")
+        replace(config, **{field: value})
+    assert raised.value.field == field

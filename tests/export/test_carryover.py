@@ -11,10 +11,10 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
 from posttrain import cli
-from posttrain.config.sections import ExportConfig, ModelConfig
+from posttrain.config.sections import ModelConfig
 from posttrain.errors import UserError
 from posttrain.export import lora_transfer
-from posttrain.export.config import CarryoverConfig
+from posttrain.export.config import CarryoverConfig, ExportConfig
 from posttrain.export.export import export, load_checkpoint
 from posttrain.grpo import train as grpo
 from posttrain.model import key_names, sampler

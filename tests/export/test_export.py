@@ -12,12 +12,14 @@ from peft.tuners.lora import LoraLayer
 from PIL import Image
 from safetensors.torch import load_file
 
-from posttrain.config.sections import ExportConfig, ModelConfig, SampleConfig
+from posttrain.config.sections import ModelConfig
 from posttrain.errors import UserError
+from posttrain.export.config import ExportConfig
 from posttrain.export.export import export, load_checkpoint
 from posttrain.grpo import train as grpo
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
+from posttrain.sample_config import SampleConfig
 from posttrain.sample_images import sample
 from posttrain.training import checkpoint
 from tests.helpers import runs, tiny

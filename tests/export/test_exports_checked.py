@@ -13,9 +13,9 @@ from diffusers.loaders.single_file_utils import convert_krea2_transformer_checkp
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from posttrain.config.sections import ExportConfig, SampleConfig
 from posttrain.errors import UserError
 from posttrain.export import export
+from posttrain.export.config import ExportConfig
 from posttrain.export.export import load_checkpoint
 from posttrain.export.verify import check_weights
 from posttrain.grpo import train as grpo
@@ -23,6 +23,7 @@ from posttrain.model import key_names
 from posttrain.model.k2 import K2
 from posttrain.model.load import keeps_fp32
 from posttrain.model.sampler import noise, schedule
+from posttrain.sample_config import SampleConfig
 from posttrain.sample_images import sample
 from posttrain.training import checkpoint
 from tests.helpers import runs, tiny

@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from posttrain.config.sections import RewardSpec
 from posttrain.errors import UserError
 from posttrain.export.export import load_checkpoint
 from posttrain.grpo import train as grpo
@@ -17,7 +16,7 @@ from posttrain.model import sampler
 from posttrain.model.k2 import K2
 from posttrain.training import image_metrics as figures_of
 from rewards import noise
-from rewards.base import Noise
+from rewards.base import Noise, RewardSpec
 from tests.helpers import runs, tiny
 from tests.helpers.gullible import GULLED, Gullible
 

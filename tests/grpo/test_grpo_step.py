@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from posttrain.config.sections import OptimConfig, RewardSpec
+from posttrain.config.sections import OptimConfig
 from posttrain.distributed.processes import Processes
 from posttrain.grpo import train as grpo
 from posttrain.model import sampler
@@ -16,7 +16,7 @@ from posttrain.training.prompt_source import PromptSource, in_turn
 from posttrain.training.stepper import Stepper
 from prompts.records import read_prompts
 from rewards.background import ScoreQueue
-from rewards.base import Scores
+from rewards.base import RewardSpec, Scores
 from rewards.load import load_rewards
 from tests.helpers import runs
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from posttrain import cli
-from posttrain.config.sections import CheckpointConfig, RewardSpec
+from posttrain.config.sections import CheckpointConfig
 from posttrain.errors import UserError
 from posttrain.export.export import load_checkpoint
 from posttrain.grpo import train as grpo
@@ -20,6 +20,7 @@ from posttrain.model import sampler
 from posttrain.model.k2 import K2
 from posttrain.training import checkpoint
 from posttrain.training.stepper import Loop
+from rewards.base import RewardSpec
 from tests.helpers import runs, tiny
 
 

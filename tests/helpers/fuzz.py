@@ -24,7 +24,9 @@ from typing import Any
 
 import yaml
 
-from posttrain import cli
+from posttrain import cli, commands, preconditions
+from posttrain.commands import CHECK
+from posttrain.config.types import field_types
 from posttrain.preferences.config import ColumnMap
 from posttrain.preferences.dataset import PreferenceWriter, read_preferences
 from prompts.records import read_prompts
@@ -62,7 +64,7 @@ OTHERS: list[tuple[str, dict]] = [
     ("expand", {"prompt": "a fox", "model": "m"}),
     ("bench", {"output": "o"}),
     ("preflight", {}),
-    (cli.CHECK, {"check": "runs/a", "turbo": "t"}),
+    (CHECK, {"check": "runs/a", "turbo": "t"}),
 ]
 YAML = [
     "steps: 5\nsteps: 6", "a: &a [*a]", "a: &a {b: *a}", "x: !!python/object/apply:os.system [id]", "!!set {a, b}",
@@ -123,7 +125,7 @@ def recipe(rng: random.Random, folder: Path) -> bool:
         file.write_bytes(text.encode() + (b"\n" + yaml.safe_dump(data).encode() if rng.random() < 0.3 else b""))
     elif how == 8:
         file.write_bytes(_text(data, rng))
-        field = rng.choice([*cli.field_types(cli.COMMANDS[command].config), "unknown", "", "steps.x", "rewards.0"])
+        field = rng.choice([*field_types(commands.COMMANDS[command].settings()), "unknown", "", "steps.x", "rewards.0"])
         value = rng.choice(JUNK)
         word = value if isinstance(value, str) else json.dumps(value)
         more = [f"--{field}={word}"] if rng.random() < 0.7 else [f"--{field}", word]
@@ -135,10 +137,10 @@ def recipe(rng: random.Random, folder: Path) -> bool:
 
 def _main(command: str, options: list[str]) -> bool:
     """Whether a command line is refused as it should be, by the command itself."""
-    words = ["export", "--check=x"] if command == cli.CHECK else command.split()
-    errors, held, check = io.StringIO(), cli.COMMANDS, cli.early.check
-    cli.early.check = lambda *_: None  # which asks for files that are not there
-    cli.COMMANDS = {n: dataclasses.replace(c, function="tests.helpers.fuzz:ACCEPTED") for n, c in held.items()}
+    words = ["export", "--check=x"] if command == CHECK else command.split()
+    errors, held, check = io.StringIO(), commands.COMMANDS, preconditions.check
+    preconditions.check = lambda *_: None  # which asks for files that are not there
+    commands.COMMANDS = {n: dataclasses.replace(c, function="tests.helpers.fuzz:ACCEPTED") for n, c in held.items()}
     try:
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
             try:
@@ -146,7 +148,7 @@ def _main(command: str, options: list[str]) -> bool:
             except SystemExit as exit:  # --help and --print_config, which a value may turn on
                 code = exit.code
     finally:
-        cli.COMMANDS, cli.early.check = held, check
+        commands.COMMANDS, preconditions.check = held, check
     if code == 2:
         check_line(errors.getvalue())
     elif code != 0:

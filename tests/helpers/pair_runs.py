@@ -4,8 +4,9 @@ import dataclasses
 import json
 from pathlib import Path
 
-from posttrain.config.sections import ModelConfig, RewardSpec
+from posttrain.config.sections import ModelConfig
 from posttrain.pairs.config import DeltaConfig, DrawConfig, JudgedConfig, PairsConfig, PairSource
+from rewards.base import RewardSpec
 from tests.helpers import tiny
 
 GUIDED = DeltaConfig(DrawConfig(guidance=2.0), DrawConfig())

@@ -14,10 +14,12 @@ import numpy as np
 from PIL import Image
 
 from posttrain.config import metrics
-from posttrain.config.sections import GRPOConfig, ModelConfig, PromptsConfig, RewardSpec
+from posttrain.config.sections import ModelConfig, PromptsConfig
+from posttrain.grpo.config import GRPOConfig
 from posttrain.stpo.config import PairSetConfig, STPOConfig
 from posttrain.tdm.config import TDMConfig
 from posttrain.training import checkpoint
+from rewards.base import RewardSpec
 from tests.helpers import tiny
 
 ROOT = Path(__file__).parents[2]

@@ -17,6 +17,7 @@ from PIL import Image
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from posttrain import cli
+from posttrain.config.load import load_config
 from posttrain.config.sections import LoraConfig, OptimConfig, TrackConfig
 from posttrain.errors import UserError
 from posttrain.judge import losses
@@ -376,5 +377,5 @@ def test_mistakes_are_user_errors(tmp_path, model, data, capsys):
 @pytest.mark.parametrize("name", ["judge_aesthetic", "judge_artifact"])
 def test_recipes_are_valid(name):
     path = Path(f"recipes/nano/{name}.yaml")
-    settings, _ = cli.load_config("judge", ["--config", str(path)])
+    settings, _ = load_config("judge", ["--config", str(path)])
     assert settings.model == yaml.safe_load(path.read_text())["model"]

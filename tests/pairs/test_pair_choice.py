@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from posttrain.config.sections import RewardSpec
 from posttrain.pairs import planning, quality
 from posttrain.pairs.config import DeltaConfig, DrawConfig, PairSource
 from posttrain.pairs.select import Judgement, Rules, best_and_worst, decide_groups, decide_pairs, degrade, verdict
-from rewards.base import Failure, Reward, score_all
+from rewards.base import Failure, Reward, RewardSpec, score_all
 from tests.helpers.pair_runs import recipe
 
 # ---- the plan -----------------------------------------------------------------------------------------------
@@ -49,12 +48,12 @@ def test_plan_draws_more_for_what_was_dropped(tmp_path):
 def test_on_policy_is_the_policys_own_way(tmp_path):
     config = recipe(tmp_path, Path("k2"))
     for draw in (DrawConfig(), DrawConfig("base"), DrawConfig(steps=2)):
-        assert planning.is_policy(config, draw)
+        assert config.is_policy(draw)
     for change in ({"guidance": 0.5}, {"steps": 3}, {"drop": 0.5}, {"noise": 0.5}, {"checkpoint": "runs/a"}):
-        assert not planning.is_policy(config, DrawConfig(**change))
+        assert not config.is_policy(DrawConfig(**change))
     config.policy = "runs/a"
-    assert not planning.is_policy(config, DrawConfig("base"))
-    assert planning.is_policy(config, DrawConfig("policy")) and planning.is_policy(config, DrawConfig("runs/a"))
+    assert not config.is_policy(DrawConfig("base"))
+    assert config.is_policy(DrawConfig("policy")) and config.is_policy(DrawConfig("runs/a"))
 
 
 # ---- the choice ---------------------------------------------------------------------------------------------

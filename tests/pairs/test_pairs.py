@@ -16,25 +16,26 @@ import numpy as np
 import pytest
 import torch
 
-from posttrain.cli import load_config
-from posttrain.config.ranges import ConfigError
-from posttrain.config.sections import ModelConfig, RewardSpec
+from posttrain.config.load import load_config
+from posttrain.config.sections import ModelConfig
+from posttrain.config.types import ConfigError
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
 from posttrain.pairs import make
-from posttrain.pairs.config import DeltaConfig, DrawConfig, JudgedConfig, PairsConfig, PairSource
+from posttrain.pairs.config import DeltaConfig, DrawConfig, PairsConfig, PairSource
 from posttrain.pairs.draw import Drawer
 from posttrain.pairs.select import degrade
 from posttrain.preferences.dataset import Preference, read_preferences
 from posttrain.report.page import write_report
 from posttrain.training import checkpoint
 from posttrain.training.policy import POLICY, described, load_model, saved_tensors
-from posttrain.validate import validate
+from rewards.base import RewardSpec
 from tests.helpers import runs, tiny
 from tests.helpers.gullible import GULLED, RAISED
 from tests.helpers.pair_runs import GUIDED, recipe
+from tests.helpers.settings import validate
 
 
 @pytest.fixture(scope="module")
@@ -366,18 +367,18 @@ def test_policy_that_goes_on_from_an_earlier_run(tmp_path, model):
     [
         ({"sources": []}, "sources: is empty"),
         ({"sources": [PairSource("a", delta=GUIDED), PairSource("a", delta=GUIDED)]}, r"sources\[1\].name: is 'a'"),
-        ({"sources": [PairSource("a")]}, r"sources\[0\]: 'a' needs either delta or judged"),
-        ({"sources": [PairSource("a", 1, GUIDED, JudgedConfig())]}, "needs either delta or judged"),
-        ({"sources": [PairSource("a", 0.0, GUIDED)]}, r"sources\[0\].share: is 0"),
-        ({"sources": [PairSource("a", judged=JudgedConfig(group_size=1))]}, "judged.group_size: is 1, but the best"),
+        ({"sources": [{"name": "a"}]}, r"sources\[0\]: 'a' needs either delta or judged"),
+        ({"sources": [{"name": "a", "delta": GUIDED, "judged": {}}]}, "needs either delta or judged"),
+        ({"sources": [{"name": "a", "share": 0.0, "delta": GUIDED}]}, r"sources\[0\].share: is 0"),
+        ({"sources": [{"name": "a", "judged": {"group_size": 1}}]}, "judged.group_size: is 1, but the best"),
         (
-            {"sources": [PairSource("a", delta=DeltaConfig(DrawConfig(), DrawConfig("base", steps=2)))]},
+            {"sources": [{"name": "a", "delta": {"stronger": {}, "weaker": {"checkpoint": "base", "steps": 2}}}]},
             r"sources\[0\].delta: stronger and weaker draw alike",
         ),
-        ({"sources": [PairSource("a", delta=DeltaConfig(DrawConfig(guidance=-1), DrawConfig()))]}, "guidance: is -1"),
-        ({"sources": [PairSource("a", delta=DeltaConfig(DrawConfig(), DrawConfig(drop=1.0)))]}, "weaker.drop: is 1"),
-        ({"sources": [PairSource("a", delta=DeltaConfig(DrawConfig(), DrawConfig(noise=1.0)))]}, "weaker.noise: is 1"),
-        ({"sources": [PairSource("a", delta=DeltaConfig(DrawConfig(), DrawConfig(steps=0)))]}, "weaker.steps: is 0"),
+        ({"sources": [{"name": "a", "delta": {"stronger": {"guidance": -1}, "weaker": {}}}]}, "guidance: is -1"),
+        ({"sources": [{"name": "a", "delta": {"stronger": {}, "weaker": {"drop": 1.0}}}]}, "weaker.drop: is 1"),
+        ({"sources": [{"name": "a", "delta": {"stronger": {}, "weaker": {"noise": 1.0}}}]}, "weaker.noise: is 1"),
+        ({"sources": [{"name": "a", "delta": {"stronger": {}, "weaker": {"steps": 0}}}]}, "weaker.steps: is 0"),
         (
             {"sources": [PairSource("a", delta=DeltaConfig(DrawConfig(guidance=1), DrawConfig(drop=0.5)))]},
             "on_policy_share: is 0.6, and no source draws as the policy does",

@@ -345,7 +345,7 @@ def test_a_resumed_pipeline_waits_for_what_was_left_behind(write, tmp_path):
 
 def test_one_seed_for_all_stages(write):
     """But those that name their own, and the commands that have none."""
-    _, config, _, _ = cli.parse(["run", str(write(stpo={"seed": 3})), "--seed", "7"])
+    config = cli.parse(["run", str(write(stpo={"seed": 3})), "--seed", "7"]).config
     assert [getattr(stage.config, "seed", None) for stage in resolve(config)] == [7, 3, 7, None]
     config.seed = None
     assert [getattr(stage.config, "seed", None) for stage in resolve(config)] == [0, 3, 0, None]

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from posttrain import cli
+from posttrain.config.load import load_config
 from posttrain.errors import UserError
 from posttrain.pipeline.fit import processes
 from prompts import make_k2
@@ -67,7 +68,7 @@ def test_each_k2_recipe_belongs_to_a_pipeline():
     others = {str(path.relative_to(runs.ROOT)) for path in K2 if path not in PIPELINES}
     assert others == {*used, *alone}
     for path, command in (used | alone).items():
-        config, _ = cli.load_config(command, ["--config", path])
+        config, _ = load_config(command, ["--config", path])
         if command in ("pairs", "stpo", "grpo", "tdm"):
             assert config.model.path == "krea/Krea-2-Raw"
 

@@ -8,7 +8,6 @@ import torch
 from accelerate import PartialState
 
 from posttrain import cli
-from posttrain.config.sections import RewardSpec, ServerSpec
 from posttrain.export import export
 from posttrain.grpo import losses
 from posttrain.grpo import train as grpo
@@ -17,7 +16,8 @@ from posttrain.model.k2 import K2
 from posttrain.preflight import grpo as preflight_grpo
 from posttrain.training import advantages
 from posttrain.training.stepper import Stepper
-from rewards.base import Failure
+from rewards.base import Failure, RewardSpec
+from rewards.serve import ServerSpec
 from tests.helpers import runs, tiny
 
 ROWS = [

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from posttrain import cli, early
+from posttrain import cli
+from posttrain.commands import COMMANDS
 from posttrain.model.k2 import K2
 from posttrain.preflight import common
 from posttrain.preflight import tdm as preflight_tdm
@@ -125,7 +126,7 @@ def test_expander_gdpo(check, tmp_path, model):
 
 
 def test_each_method_has_a_preflight():
-    for method in early.METHODS.values():
+    for method in ("grpo", *COMMANDS["preflight"].recipes_of):
         assert (Path(common.__file__).parent / f"{method.split()[-1]}.py").is_file()
 
 

@@ -11,8 +11,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from posttrain.config.sections import GRPOConfig, ModelConfig, PromptsConfig, RewardSpec
+from posttrain.config.sections import ModelConfig, PromptsConfig
 from posttrain.errors import UserError
+from posttrain.grpo.config import GRPOConfig
 from posttrain.report import charts
 from posttrain.report.charts import nice_ticks
 from posttrain.report.format import number
@@ -20,6 +21,7 @@ from posttrain.report.page import write_report
 from posttrain.report.render import macro
 from posttrain.runs.read import read_metrics
 from posttrain.runs.run import Run
+from rewards.base import RewardSpec
 
 EVIL = '<script>alert("1")</script> & <img src=x onerror=alert(1)>'
 

@@ -232,29 +232,29 @@ def test_group_reward_refuses_groups_of_one():
 @pytest.mark.parametrize(
     "bad, message",
     [
-        (RewardSpec("a", {"init_args": {}}), "write package.module:function"),
-        (RewardSpec("a", function="numpy"), "write package.module:name"),
-        (RewardSpec("a", function="nowhere:f"), "cannot import nowhere"),
-        (RewardSpec("a", function=f"{HERE}:nothing"), "has no attribute 'nothing'"),
+        ({"function": {"init_args": {}}}, "write package.module:function"),
+        ({"function": "numpy"}, "write package.module:name"),
+        ({"function": "nowhere:f"}, "cannot import nowhere"),
+        ({"function": f"{HERE}:nothing"}, "has no attribute 'nothing'"),
         (
-            RewardSpec("a", function={"class_path": f"{HERE}.Offset", "init_args": {"to": 1}}),
+            {"function": {"class_path": f"{HERE}.Offset", "init_args": {"to": 1}}},
             "init_args: .*it takes by",
         ),
-        (RewardSpec("a", function=f"{HERE}:constant", gate="mask"), "threshold: gate: mask needs one"),
-        (RewardSpec("a", function=f"{HERE}:constant", threshold=0.5), "threshold: it has no effect"),
+        ({"function": f"{HERE}:constant", "gate": "mask"}, "threshold: gate: mask needs one"),
+        ({"function": f"{HERE}:constant", "threshold": 0.5}, "threshold: it has no effect"),
         (
-            RewardSpec("a", function={"class_path": f"{HERE}.Offset", "init_args": {"by": "server://x"}}),
+            {"function": {"class_path": f"{HERE}.Offset", "init_args": {"by": "server://x"}}},
             "no server 'x'",
         ),
         (
-            RewardSpec("a", function={"class_path": "rewards.image.OCR", "init_args": {"judge": {"url": "x"}}}),
+            {"function": {"class_path": "rewards.image.OCR", "init_args": {"judge": {"url": "x"}}}},
             "reward a: function: init_args: judge: .*it takes model, base_urls",
         ),
     ],
 )
 def test_recipe_mistakes_are_user_errors(bad, message):
     with pytest.raises(UserError, match=message):
-        load_rewards([bad])
+        load_rewards([RewardSpec("a", **bad)])
 
 
 def test_readme_reward(tmp_path, monkeypatch):

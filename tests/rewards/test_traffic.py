@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from posttrain.bench import ranks
 from posttrain.errors import UserError
+from posttrain.pipeline import ranks
 from posttrain.training import image_metrics
 from posttrain.training.prompt_source import FusedTexts
 from prompts.templates import Template

@@ -12,11 +12,13 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
-from posttrain.cli import load_config
-from posttrain.config.sections import GRPOConfig, ModelConfig, PromptsConfig, RewardSpec
+from posttrain.config.load import load_config
+from posttrain.config.sections import ModelConfig, PromptsConfig
 from posttrain.errors import UserError
+from posttrain.grpo.config import GRPOConfig
 from posttrain.runs.progress import Progress, grid_image
 from posttrain.runs.run import Run, peak_memory
+from rewards.base import RewardSpec
 
 
 @pytest.fixture

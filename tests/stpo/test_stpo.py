@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from posttrain import cli
+from posttrain.config.load import load_config
 from posttrain.errors import UserError
 from posttrain.export.export import load_checkpoint
 from posttrain.stpo import train as stpo
@@ -223,6 +224,6 @@ def test_long_prompts_are_cut_with_a_warning(config, capsys):
 
 @pytest.mark.parametrize("name", ["stpo_synthetic", "stpo_human"])
 def test_recipes_are_valid(name):
-    config, _ = cli.load_config("stpo", ["--config", f"recipes/nano/{name}.yaml"])
+    config, _ = load_config("stpo", ["--config", f"recipes/nano/{name}.yaml"])
     assert config.output == f"runs/nano-{name.replace('_', '-')}" and config.loss.kind == "stpo"
     assert config.model.start == (None if name == "stpo_synthetic" else "runs/nano-stpo-synthetic")

@@ -10,17 +10,20 @@ import torch
 from PIL import Image
 
 from posttrain import cli
-from posttrain.config.sections import ModelConfig, PromptsConfig, SampleConfig
+from posttrain.config.load import load_config
+from posttrain.config.metric_names import distilled_names
+from posttrain.config.sections import ModelConfig, PromptsConfig
 from posttrain.export.export import load_checkpoint
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
 from posttrain.nano.bench import tdm as bench_tdm
+from posttrain.sample_config import SampleConfig
 from posttrain.sample_images import sample
 from posttrain.stpo import train as stpo
 from posttrain.tdm import train as tdm
 from posttrain.tdm.config import TDMConfig
 from posttrain.tdm.rollout import MU
-from posttrain.training import checkpoint, image_metrics
+from posttrain.training import checkpoint
 from posttrain.training.policy import load_base
 from tests.helpers import runs, tiny
 
@@ -55,7 +58,7 @@ def test_run_directory(config, monkeypatch):
     assert first["direction"] > 0 and first["generator_grad_norm"] > 0
 
     teacher, before, *_, after = [row for row in runs.rows(run) if "fake_updates" not in row]
-    named = set(image_metrics.distilled_names(["brightness"], [4, 2], 1))
+    named = set(distilled_names(["brightness"], [4, 2], 1))
     assert {name.removeprefix("eval/") for name in after} - {"step", "time"} == named
     assert {"image/contrast", "to_teacher/diversity@2steps", "brightness@2steps", "fake_loss"} < named
     for suffix in ("", "@2steps"):
@@ -221,9 +224,9 @@ def test_another_number_of_steps_cannot_be_resumed(config, tmp_path, capsys):
 
 
 def test_recipe_is_valid():
-    made, _ = cli.load_config("tdm", ["--config", "recipes/nano/tdm.yaml"])
+    made, _ = load_config("tdm", ["--config", "recipes/nano/tdm.yaml"])
     assert made.student.steps == [8] and made.teacher.guidance == 1.5 and made.optim.betas == (0.0, 0.95)
-    plain, _ = cli.load_config(
+    plain, _ = load_config(
         "tdm", ["--output", "a", "--model.path", "b", "--prompts.train", "c", "--prompts.heldout", "d"]
     )
     assert plain.optim.betas == (0.0, 0.95) and plain.optim.ema == 0.99 and plain.fake.warmup == 50

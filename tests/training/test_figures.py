@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from posttrain.config.metric_names import LOOK, names
 from posttrain.config.sections import EvalConfig, StopConfig
 from posttrain.training import early_stopping, image_metrics
 
@@ -92,9 +93,9 @@ def test_diversity_sees_composition_and_not_detail():
 
 
 def test_names():
-    assert image_metrics.names(["oracle"], [0.0], 0) == ["oracle", *image_metrics.LOOK]
-    with_groups = [*image_metrics.LOOK, "image/diversity"]
-    assert image_metrics.names(["a", "b"], [0.0, 1.5], 8) == [
+    assert names(["oracle"], [0.0], 0) == ["oracle", *LOOK]
+    with_groups = [*LOOK, "image/diversity"]
+    assert names(["a", "b"], [0.0, 1.5], 8) == [
         "a", "b", *with_groups, "a@1.5", "b@1.5", *(f"{name}@1.5" for name in with_groups),
     ]  # fmt: skip
 

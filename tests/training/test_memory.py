@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from posttrain.config.sections import PoolConfig
 from posttrain.errors import UserError
 from posttrain.grpo import train as grpo
 from posttrain.model.k2 import K2
 from posttrain.stpo import train as stpo
 from posttrain.tdm import train as tdm
+from prompts.pool import PoolConfig
 from rewards.background import ScoreQueue
 from tests.helpers import runs, tiny
 

@@ -10,8 +10,9 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from posttrain import cli
-from posttrain.config.sections import ExportConfig, ModelConfig
+from posttrain.config.sections import ModelConfig
 from posttrain.errors import UserError
+from posttrain.export.config import ExportConfig
 from posttrain.export.export import export, load_checkpoint
 from posttrain.grpo import train as grpo
 from posttrain.model import sampler

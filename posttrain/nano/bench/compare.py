@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from posttrain.cli import load_config
+from posttrain.config.load import load_config
+from posttrain.config.metric_names import DIVERSITY
 from posttrain.config.sections import EvalConfig
 from posttrain.distributed.processes import Processes
 from posttrain.export.export import load_checkpoint
@@ -94,7 +95,7 @@ def main() -> None:
         row = {"run": run, "wins": wins(ours, theirs), "wins/taste": wins(one["taste"], first["taste"])}
         row |= means(one["scores"]) | {"taste": float(np.nanmean(one["taste"]))}
         if args.groups:
-            row["diversity"] = one["figures"][image_metrics.DIVERSITY] / first["figures"][image_metrics.DIVERSITY]
+            row["diversity"] = one["figures"][DIVERSITY] / first["figures"][DIVERSITY]
         rows.append(row | {"high_energy": one["energy"] / first["energy"]})
     if args.output:
         args.output.write_text(json.dumps(rows, indent=1) + "\n")

@@ -33,7 +33,7 @@ def run(jobs: Jobs, recipe: str, seed: int, options: Sequence[str]) -> dict[str,
     words = [recipe, "--output", str(folder), "--seed", str(seed), *options]
     jobs(folder.name, "posttrain.cli", ["run", *words, "--resume"])
     rows: list[dict[str, Any]] = []
-    for stage in resolve(cli.parse(["run", *words])[1]):
+    for stage in resolve(cli.parse(["run", *words]).config):
         rows += [asdict(gain) | {"change": gain.change} for gain in gains(stage)]
     return {"seed": seed, "gains": rows, "seconds": {k: e["seconds"] for k, e in read_state(folder).items()}}
 

@@ -1,0 +1,114 @@
+"""What `posttrain COMMAND --help` prints: each setting with its type, range, default and unit."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import sys
+import textwrap
+from typing import Annotated, Any, get_args, get_origin
+
+from posttrain.commands import Command
+from posttrain.config.types import Check, describe, hints, section
+
+WIDTH = 110
+
+
+def help_text(name: str, command: Command, config: type) -> str:
+    about = inspect.getdoc(config) or ""
+    if command.recipes_of:
+        about = (
+            f"{command.help.capitalize()}. The recipe's keys say which of these commands it is for; the settings below"
+            f" are that command's. {about}"
+        )
+    lines = [
+        f"usage: posttrain {name} --config RECIPE [--section.field value ...]",
+        "",
+        textwrap.fill(f"{about} Options override recipes.", WIDTH),
+        "",
+        "  -h, --help            Show this text.",
+        "  --config RECIPE       Recipe: a YAML file with the keys below. Of several, later ones win.",
+        "  --print_config        Print the resolved settings as a recipe, and do nothing else.",
+    ]
+    if command.resumable:
+        lines.append(
+            "  --resume              Continue from the newest complete checkpoint of the run, if there is one."
+        )
+    if command.dry:
+        lines.append("  --dry-run             Check all settings and paths, and print the plan.")
+    return "\n".join([*lines, *_fields(config, "", None)])
+
+
+def _fields(config: type, prefix: str, instance: Any) -> list[str]:
+    """The settings of a section, and below them those of the sections in it."""
+    texts, kinds = docstrings(config), hints(config)
+    plain, sections = [""], []
+    for entry in dataclasses.fields(config):
+        path = f"{prefix}{entry.name}"
+        default = _default(entry, instance)
+        inner, text = section(kinds[entry.name]), texts.get(entry.name, "")
+        if inner is None:
+            note = f"{_kind(kinds[entry.name])}, {_shown(default)}"
+            plain.append(f"  --{path} ({note})")
+            plain.append(textwrap.indent(textwrap.fill(text, WIDTH - 6), " " * 6))
+            continue
+        about = " ".join((inspect.getdoc(inner) or "").split())
+        given = default if dataclasses.is_dataclass(default) else None
+        off = " (default: null)" if default is None else ""
+        sections += ["", textwrap.fill(f"{path}{off}: {about} {text}".strip(), WIDTH)]
+        sections += _fields(inner, f"{path}.", given)
+    return [line for line in plain if line.strip()] + sections
+
+
+def _default(entry: dataclasses.Field, instance: Any) -> Any:
+    """The value that a setting has in the section around it; MISSING if it must be given."""
+    if instance is not None:
+        return getattr(instance, entry.name)
+    if entry.default_factory is not dataclasses.MISSING:
+        return entry.default_factory()
+    return entry.default
+
+
+def _shown(default: Any) -> str:
+    if default is dataclasses.MISSING:
+        return "required"
+    if default is None:
+        return "default: null"
+    if isinstance(default, bool):
+        return f"default: {str(default).lower()}"
+    return f"default: {list(default) if isinstance(default, tuple) else default}"
+
+
+def _kind(kind: Any) -> str:
+    """The type in words, with its range."""
+    ranges = [word for word in _ranges(kind) if word]
+    return " ".join([describe(kind), *ranges[:1]])
+
+
+def _ranges(kind: Any) -> list[str]:
+    words = []
+    if get_origin(kind) is Annotated:
+        words += [mark.words for mark in kind.__metadata__ if isinstance(mark, Check)]
+    for part in get_args(kind):
+        if not isinstance(part, str | Check):
+            words += _ranges(part)
+    return words
+
+
+@functools.cache
+def docstrings(config: type) -> dict[str, str]:
+    """The text below each field, on one line; those of base classes too."""
+    texts: dict[str, str] = {}
+    for cls in reversed(config.__mro__):
+        if not dataclasses.is_dataclass(cls):
+            continue
+        tree = ast.parse(inspect.getsource(sys.modules[cls.__module__]))
+        body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
+        for node, following in zip(body, body[1:]):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                value = following.value if isinstance(following, ast.Expr) else None
+                if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                    texts[node.target.id] = " ".join(value.value.split())
+    return texts
