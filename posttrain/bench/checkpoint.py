@@ -85,10 +85,10 @@ def main() -> None:
             writer.save(args.output / "checkpoints", step, tensors, state, keep=1)
         procs.all_gather(None)  # training goes on only when the slowest process has its copy
         pause = time.perf_counter() - began
-        size = 0
+        copied = 0
         for group in tensors.values():
-            size += sum(tensor.nbytes for tensor in group.values())
-        checkpoints.append({"pause_s": pause, **until_done(began), "gb": size / 1e9})
+            copied += sum(tensor.nbytes for tensor in group.values())
+        checkpoints.append({"pause_s": pause, **until_done(began), "gb": copied / 1e9})
     if procs.main:
         if args.output:
             shutil.rmtree(args.output / "checkpoints")

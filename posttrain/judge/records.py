@@ -252,7 +252,8 @@ def _record(line: str, where: str, root: Path, mode: str) -> Record:
     for name in ("prompt", "source", "chosen_policy", "rejected_policy"):
         if not isinstance(row.get(name), str | None):
             raise UserError(f"{where}: {name}: is not text; put it in quotes")
-    sources = {row.get(name) for name in ("source", "chosen_policy", "rejected_policy")} - {None, UNKNOWN}
+    given = [row[name] for name in ("source", "chosen_policy", "rejected_policy") if row.get(name) is not None]
+    sources = set(given) - {UNKNOWN}
     chance = _unit(row, "chance", where)
     files = Files(tuple(paths), where)
     return Record(files, share, _key(paths, root), row.get("prompt"), tuple(sorted(sources)), chance)
