@@ -36,7 +36,7 @@ def traced():
     )
     # Of fixed sizes torch would build a backward graph when it is first walked, for as often as it is then.
     eager = functorch_config.patch(force_non_lazy_backward_lowering=True)
-    limit = torch._dynamo.config.patch(recompile_limit=blocks.WAYS)
+    limit = torch._dynamo.config.patch(recompile_limit=blocks.MAX_VARIANTS)
     with pytest.MonkeyPatch.context() as patch, limit, eager:
         patch.setattr(blocks, "_compiled", made)
         patch.setattr(torch._dynamo, "maybe_mark_dynamic", lambda *_: None)

@@ -27,7 +27,7 @@ from tests.helpers.settings import validate
 def traced():
     """torch's compiler takes minutes on a CPU: what it would compile runs as it is, or is only traced."""
     made = functools.cache(lambda device: torch.compile(blocks._run, backend="eager", fullgraph=True))
-    with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch(recompile_limit=blocks.WAYS):
+    with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch(recompile_limit=blocks.MAX_VARIANTS):
         patch.setattr(blocks, "_compiled", made)
         yield
 

@@ -1,6 +1,7 @@
 """No code comes out of a file, no key goes into one, nothing listens beyond this machine, and text stays text."""
 
 import ast
+import dataclasses
 import json
 import re
 import threading
@@ -14,15 +15,16 @@ import yaml
 
 from posttrain import cli
 from posttrain.annotate.config import AnnotateConfig
+from posttrain.config.load import make
 from posttrain.errors import UserError
 from posttrain.grpo import train as grpo
+from posttrain.grpo.config import GRPOConfig
 from posttrain.pipeline.report import write_index
 from posttrain.training import checkpoint
 from rewards.base import RewardSpec
 from rewards.judge import Judge
 from rewards.serve import ServerSpec, command
 from tests.helpers import runs
-from tests.helpers.settings import validate
 
 SOURCES = [path for name in ("posttrain", "rewards", "prompts") for path in sorted((runs.ROOT / name).rglob("*.py"))]
 KEY = "sk-planted-5f0c"
@@ -110,10 +112,9 @@ def test_a_key_in_a_url_is_refused_and_not_repeated(url):
      ({"extra_args": [f"--api-key={KEY}"]}, r"servers\[0\].extra_args: .*export VLLM_API_KEY")],
 )  # fmt: skip
 def test_a_key_in_a_recipe_is_refused_and_not_repeated(tmp_path, model, server, says):
-    made = runs.config(tmp_path, model)
-    made.servers = [ServerSpec("judge", "m", **server)]
+    recipe = dataclasses.asdict(runs.config(tmp_path, model)) | {"servers": [{"name": "judge", "model": "m"} | server]}
     with pytest.raises(UserError, match=says) as raised:
-        validate(made)
+        make(GRPOConfig, recipe)
     assert KEY not in str(raised.value)
 
 
