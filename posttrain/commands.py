@@ -28,6 +28,10 @@ class Command:
     config: str
     function: str
     help: str
+    about: str = ""
+    """What else it does, for its own --help, where the settings are another command's."""
+    title: str = ""
+    """What the method does, for the card of an exported checkpoint."""
     resumable: bool = False
     """Its function takes `resume`."""
     output: Literal["run", "new", ""] = ""
@@ -78,6 +82,7 @@ COMMANDS = {
         "posttrain.stpo.config:STPOConfig",
         "posttrain.stpo.train:train",
         "train with STPO on pairs and write a run directory",
+        title="preference optimisation on pairs of images (STPO)",
         resumable=True,
         output="run",
         gpu=True,
@@ -91,6 +96,7 @@ COMMANDS = {
         "posttrain.grpo.config:GRPOConfig",
         "posttrain.grpo.train:train",
         "train with GRPO and write a run directory",
+        title="reinforcement learning with groups of images (GRPO), without guidance",
         resumable=True,
         output="run",
         gpu=True,
@@ -104,6 +110,7 @@ COMMANDS = {
         "posttrain.tdm.config:TDMConfig",
         "posttrain.tdm.train:train",
         "distil with TDM into few steps and write a run directory",
+        title="trajectory distribution matching (TDM): steps and guidance distilled into a few-step student",
         resumable=True,
         output="run",
         gpu=True,
@@ -117,6 +124,9 @@ COMMANDS = {
         "posttrain.grpo.config:GRPOConfig",
         "posttrain.preflight.run:preflight",
         "check and time a recipe of grpo, stpo, tdm, pairs or expander gdpo before a run",
+        about="Runs a small step with the code of that command and discards it: no run directory is made or changed."
+        " Prints a table of what each check measured, with a remedy where one failed, and of the time and memory that"
+        " the run will take. Exit code 1 if a check failed.",
         recipes_of=("stpo", "tdm", "pairs", "expander gdpo"),
     ),
     "pairs": Command(

@@ -11,7 +11,7 @@ import textwrap
 from typing import Annotated, Any, get_args, get_origin
 
 from posttrain.commands import Command
-from posttrain.config.types import Check, describe, hints, section
+from posttrain.config.types import Check, alternatives, bare, describe, hints, section
 
 WIDTH = 110
 
@@ -20,8 +20,8 @@ def help_text(name: str, command: Command, config: type) -> str:
     about = inspect.getdoc(config) or ""
     if command.recipes_of:
         about = (
-            f"{command.help.capitalize()}. The recipe's keys say which of these commands it is for; the settings below"
-            f" are that command's. {about}"
+            f"{command.help.capitalize()}. {command.about} The keys of the recipe say which command it is for. The"
+            f" settings below are that command's: {about}"
         )
     lines = [
         f"usage: posttrain {name} --config RECIPE [--section.field value ...]",
@@ -41,7 +41,7 @@ def help_text(name: str, command: Command, config: type) -> str:
     return "\n".join([*lines, *_fields(config, "", None)])
 
 
-def _fields(config: type, prefix: str, instance: Any) -> list[str]:
+def _fields(config: type, prefix: str, instance: Any, options: bool = True) -> list[str]:
     """The settings of a section, and below them those of the sections in it."""
     texts, kinds = docstrings(config), hints(config)
     plain, sections = [""], []
@@ -49,17 +49,26 @@ def _fields(config: type, prefix: str, instance: Any) -> list[str]:
         path = f"{prefix}{entry.name}"
         default = _default(entry, instance)
         inner, text = section(kinds[entry.name]), texts.get(entry.name, "")
+        entries = _entries(kinds[entry.name])
         if inner is None:
             note = f"{_kind(kinds[entry.name])}, {_shown(default)}"
-            plain.append(f"  --{path} ({note})")
+            plain.append(f"  {'--' + path if options else path} ({note})")
             plain.append(textwrap.indent(textwrap.fill(text, WIDTH - 6), " " * 6))
+            if entries is not None:
+                sections += ["", f"Each entry of {path}:", *_fields(entries, "", None, options=False)]
             continue
         about = " ".join((inspect.getdoc(inner) or "").split())
         given = default if dataclasses.is_dataclass(default) else None
         off = " (default: null)" if default is None else ""
         sections += ["", textwrap.fill(f"{path}{off}: {about} {text}".strip(), WIDTH)]
-        sections += _fields(inner, f"{path}.", given)
+        sections += _fields(inner, f"{path}.", given, options)
     return [line for line in plain if line.strip()] + sections
+
+
+def _entries(kind: Any) -> type | None:
+    """The section that each entry of a list is."""
+    kind = bare(kind)
+    return section(get_args(kind)[0]) if get_origin(kind) is list else None
 
 
 def _default(entry: dataclasses.Field, instance: Any) -> Any:
@@ -83,8 +92,15 @@ def _shown(default: Any) -> str:
 
 def _kind(kind: Any) -> str:
     """The type in words, with its range."""
-    ranges = [word for word in _ranges(kind) if word]
-    return " ".join([describe(kind), *ranges[:1]])
+    entries = _entries(kind)
+    if entries is not None:
+        return "a list of sections"
+    members = alternatives(kind)
+    words = []
+    for member in members if len(members) > 1 else (kind,):
+        ranges = [word for word in _ranges(member) if word]
+        words.append(" ".join([describe(member), *ranges[:1]]))
+    return " or ".join(words)
 
 
 def _ranges(kind: Any) -> list[str]:

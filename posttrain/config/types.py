@@ -6,13 +6,14 @@ both raise ConfigError. Needs neither torch nor the rest of this project, so tha
 
 from __future__ import annotations
 
+import collections.abc
 import copy
 import dataclasses
 import difflib
 import functools
 import math
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
 from pydantic import BeforeValidator, ConfigDict, ValidationError
@@ -239,9 +240,11 @@ def bare(kind: Any) -> Any:
 
 
 def alternatives(kind: Any) -> tuple[Any, ...]:
-    """The members of a union; of another type, it alone."""
+    """The members of a union that a recipe can hold, so not a function; of another type, it alone."""
     kind = bare(kind)
-    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    if get_origin(kind) not in (Union, types.UnionType):
+        return (kind,)
+    return tuple(member for member in get_args(kind) if get_origin(member) is not collections.abc.Callable)
 
 
 def section(kind: Any) -> type | None:
@@ -277,8 +280,7 @@ def describe(kind: Any) -> str:
     if origin is Literal:
         return ("one of " if len(args) > 1 else "") + ", ".join(map(str, args))
     if origin in (Union, types.UnionType):
-        # What only a program can give, such as a function, is no choice for a recipe.
-        return " or ".join(describe(a) for a in args if get_origin(a) is not get_origin(Callable[..., Any]))
+        return " or ".join(map(describe, alternatives(kind)))
     if origin is list:
         return f"a list, each {describe(args[0])}"
     if origin is tuple:

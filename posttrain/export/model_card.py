@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from posttrain import commands
 from posttrain.report.cards import card
 from posttrain.training.checkpoint import Checkpoint
 from posttrain.training.policy import earlier_of, is_student
@@ -21,11 +22,6 @@ AS_BASE = "as-the-base-model"
 STEPS = 28  # of the base model
 LEAST_KEPT = 0.98
 """Of what was trained, by the change of the weights: an export that keeps less is refused unless told otherwise."""
-METHODS = {
-    "stpo": "preference optimisation on pairs of images (STPO)",
-    "grpo": "reinforcement learning with groups of images (GRPO), without guidance",
-    "tdm": "trajectory distribution matching (TDM): steps and guidance distilled into a few-step student",
-}
 LEFT_OUT = {"output", "servers", "track", "model", "prompts", "rewards", "checkpoint"}
 """Sections of a recipe that do not go into a card: addresses, environment variables, and what has its own section."""
 
@@ -107,8 +103,9 @@ def run_recipe(saved: Checkpoint) -> dict[str, Any]:
 
 def _stage(stage: Checkpoint) -> dict[str, Any]:
     method, lora = stage.state.get("method", "training"), stage.state["lora"]
+    row = commands.get(method)
     return {
-        "method": METHODS.get(method, method),
+        "method": row.title if row is not None and row.title else method,
         "steps": stage.step,
         "weights": f"an adapter of rank {lora['rank']}" if lora else "all weights",
         "path": f"{stage.path.parent.parent.name}/{stage.path.name}",

@@ -3,7 +3,7 @@
 | part | what it is |
 |---|---|
 | import | Python, the recipe, and the libraries |
-| check | what can be refused at once (early.py) |
+| check | what can be refused at once (preconditions.py) |
 | processes | finding each other, where there are several |
 | inputs | prompts, pairs, rewards |
 | read | weights, from disk to where they run |
