@@ -35,7 +35,7 @@ from posttrain.log import log
 from posttrain.model import flops, sampler
 from posttrain.model.k2 import K2, to_pil
 from posttrain.pairs import planning, quality
-from posttrain.pairs.config import DrawConfig, PairsConfig, PairSource
+from posttrain.pairs.config import BASE, DrawConfig, PairsConfig, PairSource
 from posttrain.pairs.draw import Cost, Drawer
 from posttrain.pairs.planning import Block, Journal, Plan
 from posttrain.pairs.select import KEPT, Decision, Rules, decide_groups, decide_pairs
@@ -139,7 +139,7 @@ def _make(
         queue = stack.enter_context(ScoreQueue(rewards)) if rewards else None
         output, done = None, None
         if procs.main:
-            card = {"policy": drawer.names[config.policy or ""]}
+            card = {"policy": drawer.names[config.policy or BASE]}
             writer = stack.enter_context(PreferenceWriter(run.path, resume=True, rows=config.shard, card=card))
             output = Output(writer, Journal(run.path, writer.written), writer.written)
             done = [planning.kept(entry) for entry in output.journal.entries]
