@@ -79,7 +79,7 @@ def test_the_demo_runs_the_nano_pipeline_by_torchrun_on_the_cpu(monkeypatch, cap
     assert config.launch == [*python, "--nproc-per-node", "4", "-m", "posttrain.cli"]
     assert (os.environ["OMP_NUM_THREADS"], os.environ["CUDA_VISIBLE_DEVICES"]) == ("1", "")
     assert run(["demo", "--processes", "3"]) == 2
-    told = "processes: is 3; use 1, 2 or 4, by which each batch of the demo divides"
+    told = "command line: processes: is '3', expected one of 1, 2, 4"
     assert capsys.readouterr().err == f"posttrain: error: {told}\n"
 
 

@@ -233,7 +233,7 @@ def test_group_reward_refuses_groups_of_one():
     "bad, message",
     [
         ({"function": {"init_args": {}}}, "write package.module:function"),
-        ({"function": "numpy"}, "write package.module:name"),
+        ({"function": "numpy"}, "function: 'numpy' is not written as package.module:function"),
         ({"function": "nowhere:f"}, "cannot import nowhere"),
         ({"function": f"{HERE}:nothing"}, "has no attribute 'nothing'"),
         (
@@ -241,7 +241,10 @@ def test_group_reward_refuses_groups_of_one():
             "init_args: .*it takes by",
         ),
         ({"function": f"{HERE}:constant", "gate": "mask"}, "threshold: gate: mask needs one"),
-        ({"function": f"{HERE}:constant", "threshold": 0.5}, "threshold: it has no effect"),
+        (
+            {"function": f"{HERE}:constant", "threshold": 0.5},
+            "threshold: has no effect without a gate; set gate or remove it",
+        ),
         (
             {"function": {"class_path": f"{HERE}.Offset", "init_args": {"by": "server://x"}}},
             "no server 'x'",
