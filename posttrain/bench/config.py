@@ -24,16 +24,16 @@ class BenchConfig:
     methods: Annotated[list[Method], Filled()] = field(
         default_factory=lambda: ["rollout", "step", "stpo", "grpo", "tdm", "expander"]
     )
-    """What to measure. rollout: drawing pictures, all steps, without guidance. step: forward and backward of one
+    """What to measure. rollout: drawing images, all steps, without guidance. step: forward and backward of one
     stochastic step of grpo, the optimiser apart. stpo, grpo, tdm: whole training steps, whose rewards and
-    prompts cost nothing here. expander: the pictures of a group's expansions, by the base without an adapter."""
+    prompts cost nothing here. expander: the images of a group's expansions, by the base without an adapter."""
     scale: Literal["tiny", "nano", "k2"] = "k2"
     """Size of the model: K2's, with random weights; nano: K2-nano as it is; tiny: random, for tests."""
     sizes: Sizes | None = None
     """[height, width] pairs in pixels, each measured; null: 512 x 512, and 64 x 64 of nano and
     tiny."""
     batch: AtLeast2 = 8
-    """Pictures in one forward; of stpo half as many pairs; of tdm all pictures of a training step."""
+    """Pictures in one forward; of stpo half as many pairs; of tdm all images of a training step."""
     group: AtLeast2 = 16
     """Pictures of a group of grpo and expander; a training step has one group a process."""
     text: Annotated[int, Range(8)] = 105

@@ -276,17 +276,17 @@ class RendererConfig:
     timeout: Positive = 120.0
     """Seconds for one attempt."""
     deadline: Positive = 300.0
-    """Seconds for a request with all its retries; a picture that takes longer is missing."""
+    """Seconds for a request with all its retries; an image that takes longer is missing."""
     retries: AtLeast0 = 5
     """Of a request that is refused with 408, 409, 429 or 5xx; lost connections are retried until the deadline."""
     max_failures: Share = 0.1
-    """Share of the last 256 pictures that may be missing before the run stops; all of a batch always stop
+    """Share of the last 256 images that may be missing before the run stops; all of a batch always stop
     it unless this is 1."""
 
 
 @settings
 class DiversityConfig:
-    """Group diversity: mean distance of a picture to the others of its prompt. On for the whole run."""
+    """Group diversity: mean distance of an image to the others of its prompt. On for the whole run."""
 
     weight: Annotated[Float | list[Float], _Constant()] = 0.3
     """Weight of the normalised reward, one number > 0. A list, which would be a schedule, is refused: where the weight
@@ -304,7 +304,7 @@ class SafetySpec:
     name: str
     """Name in metrics, unique."""
     sees: Literal["text", "image"]
-    """What it sees: the expansion, before it is drawn, or its picture."""
+    """What it sees: the expansion, before it is drawn, or its image."""
     function: str | dict[str, Any]
     """As in rewards: a function or a class, such as rewards.safety.Words, TextJudge, ImageJudge."""
     threshold: Annotated[Float, Range(above=0, most=1)] = 0.5
@@ -383,7 +383,7 @@ class ExpanderEvalConfig:
     group_size: AtLeast2 = 8
     """Expansions of each."""
     shown: AtLeast0 = 6
-    """Of these prompts, those whose pictures the report shows before and after."""
+    """Of these prompts, those whose images the report shows before and after."""
     seed: AtLeast0 = 1234
     """Seed of expansions and noise."""
 
@@ -400,7 +400,7 @@ class TrainerCheckpointConfig:
 
 @settings
 class ExpanderGDPOConfig:
-    """Reinforcement learning of the prompt expander by the pictures that its expansions make (GDPO, through TRL)."""
+    """Reinforcement learning of the prompt expander by the images that its expansions make (GDPO, through TRL)."""
 
     output: Text
     """Run directory, created; one that holds a run already needs --resume. The trained adapter is in adapter/."""
@@ -408,7 +408,7 @@ class ExpanderGDPOConfig:
     prompts: ExpanderPromptsConfig
     renderer: RendererConfig
     rewards: Rewards
-    """Rewards of a picture, which get the user's prompt and its columns, and the column `expansion`. Without gates:
+    """Rewards of an image, which get the user's prompt and its columns, and the column `expansion`. Without gates:
     those are `safety` and the format check."""
     safety: list[SafetySpec]
     """At least one check of the text and one of the image; they multiply every reward."""
@@ -458,7 +458,7 @@ class ExpanderGDPOConfig:
         names = {reward.name for reward in trained}
         for name, value in self.worst.items():
             if name not in names:
-                raise refusal("worst", f"'{name}' is no reward that is trained on")
+                raise refusal("worst", f"'{name}' is not a reward that is trained on")
             if value >= 0:
                 raise refusal("worst", f"{name} is {value}; leave out what cannot fall below 0")
 
