@@ -115,7 +115,7 @@ COMMANDS = {
     ),
     "preflight": Command(
         "posttrain.grpo.config:GRPOConfig",
-        "posttrain.preflight.command:preflight",
+        "posttrain.preflight.run:preflight",
         "check and time a recipe of grpo, stpo, tdm, pairs or expander gdpo before a run",
         recipes_of=("stpo", "tdm", "pairs", "expander gdpo"),
     ),

@@ -1,4 +1,4 @@
-"""Sampling: pictures of prompts from a model, with or without what a run has trained.
+"""Sampling: images of prompts from a model, with or without what a run has trained.
 
 posttrain sample --model.path posttrain/nano/weights/k2-nano --prompt "two red stars" --size [64,64] --output out
 """
@@ -41,7 +41,7 @@ def sample(config: SampleConfig) -> None:
         add_saved_policy(k2, saved)
         role = k2.role(POLICY)
     apply_runtime_options(k2, model, device)
-    k2.blocks.compiled = bool(model.compile)  # a few pictures are drawn sooner than blocks are compiled
+    k2.blocks.compiled = bool(model.compile)  # a few images are drawn sooner than blocks are compiled
     steps = sampler.STEPS[k2.is_distilled] if config.steps is None else config.steps
     guidance = sampler.GUIDANCE[k2.is_distilled] if config.guidance is None else config.guidance
     height, width = config.size
@@ -73,7 +73,7 @@ def sample(config: SampleConfig) -> None:
     if config.expand is not None:
         table = [{**row, "expansion": drawn[text]} for row, text in zip(table, texts)]
     (output / "prompts.json").write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
-    print(f"posttrain: wrote {len(jobs)} pictures to {output} ({steps} steps, guidance {guidance:g})")
+    print(f"posttrain: wrote {len(jobs)} images to {output} ({steps} steps, guidance {guidance:g})")
 
 
 def expansions(config: SampleConfig, prompts: list[str]) -> list[str]:

@@ -72,7 +72,7 @@ def fails(result: subprocess.CompletedProcess, *parts) -> None:
         ("pool: {quotas: {text: 0}}", "pool.quotas.text: is 0.0; use a number above 0"),
         ("groups: {group_size: 1}", "groups.group_size: is 1, but images are compared"),
         ("eval: {stop: {metrik: a}}", "eval.stop.metrik: unknown key; did you mean eval.stop.metric?"),
-        ("eval: {best: orcale}", "eval.best: 'orcale' is no figure of the evaluation; known here: oracle, image/"),
+        ("eval: {best: orcale}", "eval.best: 'orcale' is no metric of the evaluation; known here: oracle, image/"),
         ("sampling: {sizes: [[64, 100]]}", "sampling.sizes[0]: 100 pixels is not a multiple of 16; use 96"),
     ],
 )

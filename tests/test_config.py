@@ -285,7 +285,7 @@ def test_what_picks_a_step_or_ends_a_run_is_not_trained_on():
 def test_a_stop_rule_needs_a_best_step():
     config = grpo()
     config.eval.stop.metric = "image/diversity"
-    with pytest.raises(ConfigError, match=r"eval\.best: is null, and eval\.stop\.metric is set: .*; name the figure"):
+    with pytest.raises(ConfigError, match=r"eval\.best: is null, and eval\.stop\.metric is set: .*; name the metric"):
         validate(config)
     config.eval.best, config.eval.stop.better = "image/diversity", "lower"
     with pytest.raises(ConfigError, match=r"eval\.best: takes the highest .*, and eval\.stop\.better is lower"):
@@ -299,11 +299,11 @@ def test_figures_that_an_evaluation_has():
     config.eval.guidance, config.eval.best, config.eval.stop.metric = [1.5], "other@1.5", "image/diversity@1.5"
     validate(config)
     config.eval.groups = 0
-    with pytest.raises(ConfigError, match=r"eval\.stop\.metric: 'image/diversity@1\.5' is no figure"):
+    with pytest.raises(ConfigError, match=r"eval\.stop\.metric: 'image/diversity@1\.5' is no metric"):
         validate(config)
     config.rewards.append(RewardSpec("far", "m:f", group=True, heldout_only=True))
     config.eval.best, config.eval.stop.metric = "far@1.5", None
-    with pytest.raises(ConfigError, match=r"eval\.best: 'far@1\.5' is no figure"):
+    with pytest.raises(ConfigError, match=r"eval\.best: 'far@1\.5' is no metric"):
         validate(config)
     config.eval.groups = 8
     validate(config)

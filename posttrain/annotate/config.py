@@ -16,7 +16,7 @@ class AnnotateConfig:
     until Ctrl-C or SIGTERM."""
 
     store: str
-    """JSONL file that each answer is appended to; made if it is not there, gone on with if it is."""
+    """JSONL file that each answer is appended to; made if it is not there, continued if it is."""
     mode: Literal["preference", "artifact"] = "preference"
     """preference: which image of a pair is better; needs pairs. artifact: whether an image has faults; needs images."""
     pairs: str | None = None

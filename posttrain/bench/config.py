@@ -33,9 +33,9 @@ class BenchConfig:
     """[height, width] pairs in pixels, each measured; null: 512 x 512, and 64 x 64 of nano and
     tiny."""
     batch: AtLeast2 = 8
-    """Pictures in one forward; of stpo half as many pairs; of tdm all images of a training step."""
+    """Images in one forward; of stpo half as many pairs; of tdm all images of a training step."""
     group: AtLeast2 = 16
-    """Pictures of a group of grpo and expander; a training step has one group a process."""
+    """Images of a group of grpo and expander; a training step has one group a process."""
     text: Annotated[int, Range(8)] = 105
     """Text tokens of a prompt, about: lengths differ by up to two, as they do in training, and those of expansions by
     up to half."""

@@ -41,6 +41,7 @@ from posttrain.bench.steps import Steps
 from posttrain.bench.stock import Stock
 from posttrain.bench.table import table
 from posttrain.config.sections import ModelConfig
+from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.model import flops
@@ -151,7 +152,7 @@ def measured(
 ) -> dict[str, Any]:
     """A row of the table; `matmul` is the matmul rate in TFLOP/s. If it does not fit into memory, it says so."""
     if method == "expander":
-        config = replace(config, rank=0)  # expansions are drawn by the base model
+        config = changed(config, rank=0)  # expansions are drawn by the base model
     try:
         return _fresh_row(config, method, size, procs, matmul)
     except (torch.OutOfMemoryError, DoesNotFit) as error:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from posttrain.bench.config import BenchConfig
-from posttrain.config.sections import LoraConfig, ModelConfig, PromptsConfig
+from posttrain.config.sections import LoraConfig, ModelConfig, PromptsConfig, TrainingConfig
 from posttrain.distributed.processes import Processes
 from posttrain.expander.renderer import draw_in_batches
 from posttrain.grpo import train as grpo
@@ -42,6 +42,8 @@ from rewards.load import load_rewards
 
 Lap = Callable[[str], None]
 ETA = 0.7
+NOISE = RewardSpec("noise", "posttrain.bench.steps:noise")
+Config = TypeVar("Config", bound=TrainingConfig)
 
 
 def noise(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
@@ -281,21 +283,24 @@ class Steps:
     def _lora(self) -> LoraConfig:
         return LoraConfig(self.config.rank, float(self.config.rank))
 
+    def _empty(self, config: type[Config], **own: Any) -> Config:
+        """A recipe that names no files: nothing is read or written here."""
+        return config(output="none", model=ModelConfig(""), lora=self._lora, **own)
+
     @cached_property
     def _grpo_config(self) -> GRPOConfig:
-        config = GRPOConfig("", ModelConfig(""), PromptsConfig("", ""), [], lora=self._lora)
+        config = self._empty(GRPOConfig, prompts=PromptsConfig("", ""), rewards=[NOISE])
         config.optim.kind = self.config.optim
         config.sampling.sizes, config.sampling.steps = [list(self.size)], self.config.steps
         config.sampling.window, config.sampling.eta = self.config.window, ETA
         config.sampling.window_start, config.sampling.window_every = "sliding", 1  # starts at each place in turn
-        config.rewards = [RewardSpec("noise", "posttrain.bench.steps:noise")]
         config.groups.prompts_per_step, config.groups.group_size = self.procs.size, self.config.group
         config.groups.micro_batch = self.config.batch
         return config
 
     @cached_property
     def _step_config(self) -> GRPOConfig:
-        config = GRPOConfig("", ModelConfig(""), PromptsConfig("", ""), [], lora=self._lora)
+        config = self._empty(GRPOConfig, prompts=PromptsConfig("", ""), rewards=[NOISE])
         config.sampling.steps, config.sampling.window, config.loss.kl = self.config.steps, 1, 0.0
         config.groups.prompts_per_step, config.groups.group_size = self.procs.size, self.config.batch
         config.groups.micro_batch = self.config.batch
@@ -303,14 +308,14 @@ class Steps:
 
     @cached_property
     def _stpo_config(self) -> STPOConfig:
-        config = STPOConfig("", ModelConfig(""), PairSetConfig(""), "", lora=self._lora)
+        config = self._empty(STPOConfig, pairs=PairSetConfig("none"), heldout="none")
         config.optim.kind = self.config.optim
         config.batch, config.micro_batch = self.procs.size * (self.config.batch // 2), self.config.batch // 2
         return config
 
     @cached_property
     def _tdm_config(self) -> TDMConfig:
-        config = TDMConfig("", ModelConfig(""), PromptsConfig("", ""), lora=self._lora)
+        config = self._empty(TDMConfig, prompts=PromptsConfig("", ""))
         config.optim.kind = self.config.optim
         config.batch, config.micro_batch = self.procs.size * self.config.batch, self.config.batch
         config.sizes, config.student.steps = [list(self.size)], [self.config.steps]

@@ -36,6 +36,8 @@ from rewards.serve import ServerSpec, memory_share
 
 MOST_STEPS = 16
 """Of a few-step student."""
+JUDGE_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Layers of a Qwen3-VL's language model that vLLM takes adapters for."""
 
 
 @settings
@@ -47,7 +49,7 @@ class ModelConfig:
     transformer_file: str | None = None
     """Transformer as one safetensors file in the original key names; replaces the one in path."""
     start: str | None = None
-    """Run directory or checkpoint of an earlier method to go on from: what it trained, and what it started from
+    """Run directory or checkpoint of an earlier method to continue from: what it trained, and what it started from
     itself, is part of the model and of the reference. It must stay where it is. Adapters stay adapters, in float32, so
     that nothing of them is rounded; a run that trained all weights replaces the base's, in dtype."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -55,13 +57,13 @@ class ModelConfig:
     compile: bool | None = None
     """Compile the transformer's blocks, which takes up to a minute at first and is kept on disk for later runs; results
     agree within rounding, which `posttrain bench` measures. null: on a GPU in bfloat16, but not where it is sharded,
-    nor for the few pictures of `posttrain sample`."""
+    nor for the few images of `posttrain sample`."""
     recompute: AtLeast0 | None = None
     """Blocks whose activations are computed again in backward instead of kept (K2 has 28): each saves memory and
     costs a forward of it; results are the same. null: as many as do not fit into the GPU's free memory; on a CPU 0."""
     attention: Literal["native", "cudnn"] = "native"
     """Kernels of attention. native: those that torch chooses. cudnn: cuDNN's, on an NVIDIA GPU in bfloat16, which may
-    be faster with large pictures; results agree within rounding."""
+    be faster with large images; results agree within rounding."""
     quantize: Literal["fp8"] | None = None
     """fp8: hold and multiply the frozen weights of the transformer's blocks in 8 bits (K2: 12.6 GiB instead of 24), in
     bfloat16 and under an adapter only. It changes results, by what `posttrain bench` measures, and what is exported is

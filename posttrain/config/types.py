@@ -6,6 +6,7 @@ both raise ConfigError. Needs neither torch nor the rest of this project, so tha
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import functools
@@ -72,6 +73,14 @@ def settings(cls: type[T]) -> type[T]:
 def refusal(field: str, problem: str) -> PydanticCustomError:
     """What a validator of a whole section raises. `field` counts from that section; empty: the section itself."""
     return PydanticCustomError("setting", "{problem}", {"field": field, "problem": problem})
+
+
+def changed(config: T, **values: Any) -> T:
+    """A copy with other values, which are not checked: a command's own use of a part of what a recipe gave."""
+    copied = copy.copy(config)
+    for name, value in values.items():
+        setattr(copied, name, value)
+    return copied
 
 
 # ---- ranges ---------------------------------------------------------------------------------------------------

@@ -232,7 +232,7 @@ class ChatModelConfig:
     path: Text
     """Directory or hub id of a chat model, or the run directory of `posttrain expander sft`."""
     adapter: str | None = None
-    """LoRA adapter to go on training, which is then the same adapter in the end; null: a new one is begun."""
+    """LoRA adapter to continue training, which is then the same adapter in the end; null: a new one is begun."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the frozen weights and of the arithmetic; the adapter stays float32."""
 
@@ -390,7 +390,7 @@ class ExpanderEvalConfig:
 
 @settings
 class TrainerCheckpointConfig:
-    """TRL's checkpoints, from which --resume goes on."""
+    """TRL's checkpoints, that --resume continues from."""
 
     every: AtLeast0 = 25
     """Steps between checkpoints; 0: only at the end. Ctrl-C and SIGTERM save too."""

@@ -60,11 +60,11 @@ class CarryoverConfig:
     prompts: str | None = None
     """Prompts to draw: a JSONL file, or hf:NAME[:SPLIT]; null: those that the run held out."""
     rewards: Rewards = field(default_factory=list)
-    """Rewards to measure; none: all those of the run's recipe, that see one picture at a time."""
+    """Rewards to measure; none: all those of the run's recipe, that see one image at a time."""
     servers: Servers = field(default_factory=list)
     """Judges to serve meanwhile, if rewards are given; else those of the run's recipe."""
-    pictures: AtLeast2 = 128
-    """Pictures, each of another prompt from the top of the file."""
+    images: AtLeast2 = 128
+    """Images, each of another prompt from the top of the file."""
     steps: AtLeast1 = 28
     """Steps on Raw."""
     guidance: NonNegative = 0.0
@@ -76,7 +76,7 @@ class CarryoverConfig:
     max_tokens: AtLeast1 = 512
     """Longest prompt in text tokens."""
     micro_batch: AtLeast1 = 16
-    """Pictures in one forward of the model."""
+    """Images in one forward of the model."""
     seed: AtLeast0 = 1234
     """Seed of the noise, the same with and without the LoRA."""
     output: str | None = None

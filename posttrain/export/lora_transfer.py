@@ -58,7 +58,7 @@ def check(config: CarryoverConfig) -> int:
         raise UserError(f"check: {saved.path} is a student of posttrain tdm; it is a turbo, not a LoRA of Raw")
     config = _completed(config, saved)
     assert config.model is not None and config.prompts is not None
-    records = read_prompts(config.prompts)[: config.pictures]
+    records = read_prompts(config.prompts)[: config.images]
     load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})  # before the wait
     with tempfile.TemporaryDirectory(prefix="posttrain-check-") as logs, serve(config.servers, Path(logs)) as urls:
         rewards = [reward for reward in load_rewards(config.rewards, urls) if not reward.spec.group]

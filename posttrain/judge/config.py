@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import model_validator
 
 from posttrain.config.sections import (
+    JUDGE_TARGETS,
     CheckpointConfig,
     LoraConfig,
     OptimConfig,
@@ -17,9 +18,6 @@ from posttrain.config.sections import (
 )
 from posttrain.config.types import AtLeast0, AtLeast1, BelowOne, Filled, OpenShare, Text, refusal, settings
 from posttrain.preferences.config import ColumnMap
-
-JUDGE_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""Layers of a Qwen3-VL's language model that vLLM takes adapters for."""
 
 
 @settings

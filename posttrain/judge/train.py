@@ -35,11 +35,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from posttrain.config.sections import JUDGE_TARGETS
 from posttrain.errors import UserError
 from posttrain.judge import losses
 from posttrain.judge.calibration import auroc, brier, expected_calibration_error, reliability
 from posttrain.judge.card import numbers, write_adapter
-from posttrain.judge.config import JUDGE_TARGETS, JudgeConfig
+from posttrain.judge.config import JudgeConfig
 from posttrain.judge.records import Record, check_prompts, read_records, split
 from posttrain.judge.records import fingerprint as fingerprint_of_records
 from posttrain.log import log

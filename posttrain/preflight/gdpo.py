@@ -10,7 +10,6 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from datasets import Dataset
 from peft import get_peft_model_state_dict
 from transformers import PrinterCallback, TrainerCallback
 
+from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.expander import gdpo
@@ -56,9 +56,10 @@ def rows(config: ExpanderGDPOConfig, procs: Processes, folder: Path) -> list[Row
     expansions = few * config.groups.group_size
     # The largest micro-batch that divides the smaller step, as the recipe's own divides its step.
     micro = max(n for n in range(1, config.groups.micro_batch + 1) if expansions % n == 0)
-    groups = replace(config.groups, prompts_per_step=few, micro_batch=micro)
-    small = replace(config, groups=groups, output=str(folder / "run"), steps=1)
-    small = replace(small, optim=replace(config.optim, warmup_steps=0), checkpoint=replace(config.checkpoint, every=0))
+    groups = changed(config.groups, prompts_per_step=few, micro_batch=micro)
+    small = changed(config, groups=groups, output=str(folder / "run"), steps=1)
+    small.optim = changed(config.optim, warmup_steps=0)
+    small.checkpoint = changed(config.checkpoint, every=0)
     return GDPOChecks(config, small, procs, policy, renderer, features, records, folder).run()
 
 
@@ -119,7 +120,7 @@ class GDPOChecks:
         rewards = [spec for spec in self.small.rewards if spec.name not in self.silent]
         if not any(not spec.heldout_only for spec in rewards):
             raise Skip("no reward can be asked")
-        config = replace(self.small, rewards=rewards)
+        config = changed(self.small, rewards=rewards)
         scorer = Scorer(config, self.renderer, self.features, self.policy.template, self.urls)
         scorer.noise = self.noise  # as a run has it from its first evaluation
         self.shared = shared = SharedRewards(config, self.policy, scorer, self.records, self.procs)

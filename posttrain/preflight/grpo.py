@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.grpo import train as grpo
@@ -77,7 +78,7 @@ class GRPOChecks(Checks):
         super().__init__(config, procs, k2, heldout, folder, size, batch, max_tokens, "groups.micro_batch")
         self.whole = config.groups.prompts_per_step
         few = min(self.whole, GROUPS * procs.size)
-        self.config = replace(config, groups=replace(config.groups, prompts_per_step=few))
+        self.config = changed(config, groups=changed(config.groups, prompts_per_step=few))
         self.source = PromptSource(self.config, source.records)
         self.groups: list[grpo.Group] = []
         self.scores: Scores | None = None
@@ -89,7 +90,7 @@ class GRPOChecks(Checks):
             self.check("evaluation", self.evaluation)
             self.urls, self.silent, self.noise = self.procs.from_main((self.urls, self.silent, self.noise))
             asked = self.asked([spec for spec in self.config.rewards if not spec.heldout_only])
-            self.config = replace(self.config, rewards=asked)
+            self.config = changed(self.config, rewards=asked)
             with Kept(load_rewards(asked, self.urls), self.config.groups.group_size) as queue:
                 self.check("images differ", lambda: self.sample(queue), together=True)
                 self.check("missing scores", lambda: self.score(queue), together=True)
@@ -198,8 +199,8 @@ class GRPOChecks(Checks):
             stand_in = Reward(plain, lambda images, prompts, known=known: known, set(), False)
             blank = [Image.new("RGB", (1, 1))] * len(known)
             scores = asyncio.run(score_all([stand_in], blank, [""] * len(known), group_size=size))
-            loss = replace(self.config.loss, max_advantage=math.inf)
-            advantages_PG, _ = grpo.score(replace(self.config, rewards=[plain], loss=loss), scores)
+            loss = changed(self.config.loss, max_advantage=math.inf)
+            advantages_PG, _ = grpo.score(changed(self.config, rewards=[plain], loss=loss), scores)
             advantages_G = advantages_PG[lost // size]
             own, total = float(advantages_G[lost % size]), float(advantages_G.sum())
             if scores.valid_NK[lost, 0] or own != 0 or abs(total) > 1e-3:
@@ -237,7 +238,7 @@ class GRPOChecks(Checks):
             move, x=move.x[:few], x_next=move.x_next[:few], mean=move.mean[:few], log_prob=move.log_prob[:few]
         )
         group = replace(group, index=0, trajectory=replace(group.trajectory, transitions=[part]))
-        config = replace(self.config, loss=replace(self.config.loss, kl=kl))
+        config = changed(self.config, loss=changed(self.config.loss, kl=kl))
         grpo.gradient(self.k2, config, [group], advantages_G[None, :few], self.alone, few)
         norms = [p.grad.norm() for p in self.stepper.parameters if p.grad is not None]
         self.stepper.optimizer.zero_grad(set_to_none=True)  # the update after it starts from no gradient

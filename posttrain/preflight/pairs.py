@@ -7,12 +7,12 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
 from posttrain.model.k2 import to_pil
 from posttrain.pairs import make, planning
@@ -39,7 +39,7 @@ def rows(config: PairsConfig, procs: Processes, folder: Path) -> list[Row]:
     records = read_prompts(config.prompts)
     load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})
     phase("the model and its checkpoints are read")
-    few = replace(config, steps=min(config.steps, STEPS), block=min(config.block, CANDIDATES))
+    few = changed(config, steps=min(config.steps, STEPS), block=min(config.block, CANDIDATES))
     return PairsChecks(config, few, Drawer(few, procs.device), records, folder).run()
 
 
@@ -59,7 +59,7 @@ class PairsChecks:
         with contextlib.ExitStack() as servers:
             rows += run_check("judges", lambda: self.judges(servers))
             specs = [] if self.urls is None else [r for r in self.config.rewards if r.name not in self.silent]
-            self.few = replace(self.few, rewards=specs)
+            self.few = changed(self.few, rewards=specs)
             with contextlib.ExitStack() as stack:
                 queue = stack.enter_context(ScoreQueue(load_rewards(specs, self.urls))) if specs else None
                 for index, source in enumerate(self.few.sources):

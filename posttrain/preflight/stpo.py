@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
 from posttrain.model.k2 import K2
 from posttrain.preferences.dataset import Preference, Preferences, read_preferences
@@ -88,7 +89,7 @@ class STPOChecks(Checks):
         super().__init__(
             config, procs, k2, heldout, folder, size, 4 * config.micro_batch, config.pairs.max_tokens, "micro_batch"
         )
-        self.config = replace(config, batch=min(config.batch, BATCHES * config.micro_batch))
+        self.config = changed(config, batch=min(config.batch, BATCHES * config.micro_batch))
 
     def run(self) -> list[Row]:
         with contextlib.ExitStack() as servers:

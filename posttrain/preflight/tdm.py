@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
 from posttrain.model.k2 import K2
 from posttrain.preflight.checks import Row, phase
@@ -49,7 +49,7 @@ class TDMChecks(Checks):
         batch, max_tokens = 4 * config.micro_batch, config.prompts.max_tokens
         super().__init__(config, procs, k2, heldout, folder, config.sizes[0], batch, max_tokens, "micro_batch")
         self.whole, self.records = config.batch, records
-        self.config = replace(config, batch=min(config.batch, BATCHES * config.micro_batch))
+        self.config = changed(config, batch=min(config.batch, BATCHES * config.micro_batch))
         self.texts, self.null = FusedTexts(k2, max_tokens), k2.text([""])
         self.stepper, self.fake = tdm.steppers(k2, self.config)
 

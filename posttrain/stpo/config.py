@@ -30,23 +30,23 @@ from posttrain.preferences.config import ColumnMap
 
 @settings
 class PairSetConfig:
-    """Pairs of pictures of one prompt, of which one is preferred. Latents and text are encoded once, into a cache."""
+    """Pairs of images of one prompt, of which one is preferred. Latents and text are encoded once, into a cache."""
 
     train: Text
-    """Directory of `posttrain pairs` or `posttrain annotate`; JSONL with prompt, chosen, rejected, where pictures are
+    """Directory of `posttrain pairs` or `posttrain annotate`; JSONL with prompt, chosen, rejected, where images are
     paths from its directory; parquet; a dataset saved to disk; or hf:NAME[:SPLIT]."""
     columns: ColumnMap | None = None
     """Which columns hold what; null: those of posttrain/preferences/dataset.py. Required: prompt,
     chosen, rejected."""
     max_bad: BelowOne = 0.01
-    """Share of the rows that may be bad (a picture that is missing or cut off, two that are the same, no prompt)
+    """Share of the rows that may be bad (an image that is missing or cut off, two that are the same, no prompt)
     and are left out with a warning; more end the run."""
     size: Size | None = None
-    """[height, width] that all pictures are scaled and cropped to; null: as they are."""
+    """[height, width] that all images are scaled and cropped to; null: as they are."""
     max_tokens: AtLeast1 = 512
     """Longest prompt in text tokens; what lies beyond is cut with a warning."""
     drop_prompt: BelowOne = 0.0
-    """Share of the pairs that are trained with the empty prompt, both pictures."""
+    """Share of the pairs that are trained with the empty prompt, both images."""
     heldout: OpenShare = 0.05
     """Share of the prompts whose pairs are never trained on; at least one prompt."""
     measured: Annotated[int, Range(4)] = 128
@@ -66,18 +66,18 @@ class PreferenceLossConfig:
     """How far from the reference a preference may lead, the less the higher. Errors are means over latent elements
     here; where they are sums, divide by their number."""
     guard: Literal["output", "exact", "none"] = "output"
-    """How the rejected picture's gradient is kept from raising the chosen one's error. output: for each pair, by the
+    """How the rejected image's gradient is kept from raising the chosen one's error. output: for each pair, by the
     errors at the network's output. exact: for the whole batch, by the adapter's gradients; a step takes about
     twice as long, and not with lora: null."""
     guard_share: Share = 0.6
-    """Share of the unopposed decrease of the chosen picture's error that a step keeps at least."""
+    """Share of the unopposed decrease of the chosen image's error that a step keeps at least."""
     bound: Positive | None = None
-    """Most that the rejected picture may add to the margin, in nats, such as 8 to 12; null: any."""
+    """Most that the rejected image may add to the margin, in nats, such as 8 to 12; null: any."""
     anchor: NonNegative = 0.01
-    """Pull of both pictures' velocities to the reference's, relative to the preference's pull."""
+    """Pull of both images' velocities to the reference's, relative to the preference's pull."""
     hinge: NonNegative = 0.25
-    """Pull on the chosen pictures' error while its mean over the batch is above the reference's. Above 0, a step
-    of several micro-batches costs one more forward of the chosen pictures to learn that mean."""
+    """Pull on the chosen images' error while its mean over the batch is above the reference's. Above 0, a step
+    of several micro-batches costs one more forward of the chosen images to learn that mean."""
     time_mean: Number = 0.0
     """Mean of the logit of the training times, before the resolution's shift is added."""
     time_std: Positive = 1.0

@@ -69,7 +69,7 @@ class FakeConfig:
     """What it is taught. reference: the published code's target, importance weights included. ambient: one whose
     optimum is the exact score of the student's points, at more variance; posttrain/tdm/losses.py has both."""
     weight: Literal["uniform", "min_snr"] = "uniform"
-    """Weight of a noise level: of velocity errors, all alike; or min(SNR, 5) of errors of the clean picture."""
+    """Weight of a noise level: of velocity errors, all alike; or min(SNR, 5) of errors of the clean image."""
     clip: Annotated[tuple[Float, Float], Strict(False)] = (0.2, 5.0)
     """Least and greatest importance weight, 0 <= least <= 1 <= greatest; [1, 1] turns them off."""
 
@@ -88,17 +88,17 @@ class TDMConfig(TrainingConfig):
     """Distil K2 Raw into a few steps without guidance (TDM), from prompts alone."""
 
     model: ModelConfig
-    """The teacher. It must be a Raw checkpoint; start names a run of grpo or stpo to go on from."""
+    """The teacher. It must be a Raw checkpoint; start names a run of grpo or stpo to continue from."""
     prompts: PromptsConfig
     rewards: Rewards = field(default_factory=list)
     """Rewards to measure at evaluation; none is trained on, and weight, gate and heldout_only are not read."""
     steps: AtLeast1 = 1000
     """Training steps, those of fake.warmup included."""
     batch: AtLeast1 = 64
-    """Pictures in a training step, each of another prompt, over all processes together; need not divide by their
+    """Images in a training step, each of another prompt, over all processes together; need not divide by their
     number. There must be as many prompts."""
     micro_batch: AtLeast1 = 8
-    """Pictures in one forward of the model; sets memory, not the result."""
+    """Images in one forward of the model; sets memory, not the result."""
     sizes: Sizes = field(default_factory=lambda: [[512, 512]])
     """[height, width] pairs in pixels, which training steps take in turn; evaluation takes the
     first."""
@@ -114,7 +114,7 @@ class TDMConfig(TrainingConfig):
     """The student's, and, at fake.rate times its learning rate and without average, the fake score's; passes must be
     1. The average is evaluated and exported, and never trained with."""
     eval: EvalConfig = field(default_factory=EvalConfig)
-    """steps are the teacher's, whose pictures the student's are compared with; guidance must be [0.0], the student's.
+    """steps are the teacher's, whose images the student's are compared with; guidance must be [0.0], the student's.
     Figures are also those of posttrain/tdm/train.py (to_teacher/saturation, fake_loss, ...)."""
 
     def metric_names(self) -> list[str]:

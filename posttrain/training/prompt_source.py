@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain.grpo.config import GRPOConfig
 from posttrain.log import log
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
@@ -19,6 +18,9 @@ from posttrain.training.checkpoint import Checkpoint
 from prompts.pool import Kind, Pool
 from prompts.records import PromptRecord
 from rewards.gates import Gated
+
+if TYPE_CHECKING:  # methods stand above training
+    from posttrain.grpo.config import GRPOConfig
 
 FUSED_BYTES = 2**30
 """Fused text that a process keeps in RAM: of K2 about 800 prompts of 105 tokens, at 12 kB a token."""

@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,11 +15,13 @@ from torch import Tensor
 from posttrain.config.sections import CheckpointConfig, OptimConfig
 from posttrain.distributed import shards
 from posttrain.errors import UserError
-from posttrain.grpo.config import LossConfig
 from posttrain.model import clipping
 from posttrain.runs.stop import StopSignals
 from posttrain.training import checkpoint
 from posttrain.training.optim import make_optimizer, median_root, set_group
+
+if TYPE_CHECKING:  # methods stand above training
+    from posttrain.grpo.config import LossConfig
 
 MAX_SKIPPED = 10
 """Updates in a row whose gradient was not finite, after which a run ends."""

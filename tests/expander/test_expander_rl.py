@@ -131,7 +131,7 @@ def test_what_an_order_to_the_judge_is_worth_is_measured_before_the_first_step(c
     assert kept[0]["noise"] == {"noise/gulled": 0}  # from which a run that goes on has it
     (row,) = (row for row in runs.rows(config.output) if "loss" in row)
     assert row["noise_share"] == 0 and row["flat/gulled"] > 0
-    warning = "reward gulled: text that tells the judge what to answer raises it in a picture by 0.70"
+    warning = "reward gulled: text that tells the judge what to answer raises it in an image by 0.70"
     assert warning in capsys.readouterr().err
 
 

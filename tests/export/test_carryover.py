@@ -198,7 +198,7 @@ def test_a_lora_that_does_not_bind_is_refused(loras, model, tmp_path, edit, says
         ({"output": "{model}"}, "exists; choose another name"),
         ({"prompts": "none.jsonl"}, "none.jsonl: no such file"),
         ({"rewards": '[{{"name": "a", "function": "tests.helpers.runs:dark"}}]'}, "reward a: function"),
-        ({"pictures": "1"}, "pictures: is 1; use 2 or more"),
+        ({"images": "1"}, "images: is 1; use 2 or more"),
         ({"size": "[32, 40]"}, "size: 40 pixels is not a multiple of 16"),
         ({"steps": "0"}, "steps: is 0; use 1 or more"),
         ({"check": "{lora}"}, "model: {lora} has no recipe that states it; give it"),

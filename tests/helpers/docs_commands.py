@@ -24,7 +24,7 @@ SMALL = {
     ],
     "expand": ["--n", "2", "--max_tokens", "24", "--dtype", "float32"],
     "export": [],
-    "export --check": ["--pictures", "2", "--steps", "2", "--turbo_steps", "1"],
+    "export --check": ["--images", "2", "--steps", "2", "--turbo_steps", "1"],
     "annotations": [],
     "report": [],
     "bench": ["--methods", "[rollout,grpo]", "--repeats", "1", "--stock", "false", "--warmup", "2"],

@@ -17,7 +17,7 @@ from posttrain.config import metrics
 from posttrain.config.sections import ModelConfig, PromptsConfig
 from posttrain.grpo.config import GRPOConfig
 from posttrain.stpo.config import PairSetConfig, STPOConfig
-from posttrain.tdm.config import TDMConfig
+from posttrain.tdm.config import FakeConfig, TDMConfig
 from posttrain.training import checkpoint
 from rewards.base import RewardSpec
 from tests.helpers import tiny
@@ -126,10 +126,11 @@ def tdm_config(folder: Path, model: Path) -> TDMConfig:
         batch=6,
         micro_batch=4,
         sizes=[[32, 32]],
+        fake=FakeConfig(warmup=1),
     )
     assert made.lora is not None
     made.lora.rank, made.lora.alpha = 4, 8.0
-    made.student.steps, made.teacher.guidance, made.fake.warmup = [4], 1.5, 1
+    made.student.steps, made.teacher.guidance = [4], 1.5
     made.optim.lr, made.optim.ema = 3e-3, 0.0
     made.eval.every, made.eval.prompts, made.eval.steps, made.eval.groups, made.eval.group_size = 0, 2, 3, 1, 2
     made.checkpoint.every = 0
@@ -203,7 +204,7 @@ def watch_loading(method: Any, monkeypatch: Any) -> list:
 
 
 TRAINING = """
-import posttrain.export.export, posttrain.grpo.train, posttrain.preflight.command, posttrain.preflight.grpo
+import posttrain.export.export, posttrain.grpo.train, posttrain.preflight.run, posttrain.preflight.grpo
 import posttrain.report.page
 import posttrain.sample_images, posttrain.stpo.train
 import posttrain.tdm.train

@@ -172,7 +172,7 @@ def test_what_an_order_to_the_judge_is_worth_is_measured_once(tmp_path, model, c
     worth = {"injection/image/gulled": pytest.approx(RAISED), "injection/prompt/gulled": None}
     assert runs.rows(config.output)[0].items() >= {"step": 0, "repeatability/gullible": 0, **worth}.items()
     runs.assert_metrics_are_defined(config.output)
-    warning = "reward gulled: text that tells the judge what to answer raises it in a picture by 0.70"
+    warning = "reward gulled: text that tells the judge what to answer raises it in an image by 0.70"
     assert warning in capsys.readouterr().err
     assert "injection" in write_report(Path(config.output)).read_text()
     (tmp_path / "run/preferences.json").unlink()

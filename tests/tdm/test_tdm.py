@@ -258,7 +258,7 @@ def test_table_of_seeds():
 def test_steps_whose_memory_is_measured(model):
     for step in (bench_tdm.flow_matching_step, bench_tdm.tdm_step):
         k2 = K2.load(model)
-        config = TDMConfig("", ModelConfig(""), PromptsConfig("", ""), batch=2, micro_batch=2)
+        config = TDMConfig(output="none", model=ModelConfig(""), prompts=PromptsConfig("", ""), batch=2, micro_batch=2)
         fused, null = [k2.text([prompt]).tokens[0] for prompt in tiny.PROMPTS[:2]], k2.text([""])
         step(k2, config, fused, null, (32, 32))
         trained = {name for name in k2.roles if any(p.any() for k, p in k2.role_named_parameters(name).items()

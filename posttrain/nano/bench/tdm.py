@@ -203,7 +203,7 @@ def memory(args: argparse.Namespace) -> dict[str, float]:
             *features, null = encoding.features
         k2.blocks.recompute = len(blocks(k2.transformer)) if args.memory_checkpointing else 0
         fused = [k2.fuse(f) for f in features]
-        config = TDMConfig("", ModelConfig(""), PromptsConfig("", ""), batch=args.memory_batch)
+        config = TDMConfig(output="none", model=ModelConfig(""), prompts=PromptsConfig("", ""), batch=args.memory_batch)
         config.micro_batch, config.sizes, config.lora = args.memory_batch, [list(size)], LoraConfig(64, 64.0)
         torch.cuda.reset_peak_memory_stats()
         step(k2, config, fused, Text(k2.fuse(null)[None]), size)
