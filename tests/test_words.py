@@ -11,8 +11,8 @@ FOLDERS = ("posttrain", "rewards", "prompts", "docs", "recipes", "README.md", "C
 TRAINED_WITH = ("prompts/judges", "prompts/expander.md")
 """Questions and instructions that models were trained with: another word is another question."""
 NOT_YET = (
-    "posttrain/annotate", "posttrain/bench/config.py", "posttrain/cli.py", "posttrain/config",
-    "posttrain/expander/gdpo_config.py", "posttrain/export", "posttrain/nano", "posttrain/pairs",
+    "posttrain/annotate", "posttrain/cli.py", "posttrain/config",
+    "posttrain/export", "posttrain/nano", "posttrain/pairs",
     "posttrain/preferences", "posttrain/preflight",
     "posttrain/runs", "posttrain/sample_images.py", "posttrain/stpo", "posttrain/tdm",
     "posttrain/training", "posttrain/validate", "prompts", "rewards",

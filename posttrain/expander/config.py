@@ -458,7 +458,7 @@ class ExpanderGDPOConfig:
         names = {reward.name for reward in trained}
         for name, value in self.worst.items():
             if name not in names:
-                raise refusal("worst", f"'{name}' is no reward that is trained on")
+                raise refusal("worst", f"'{name}' is not a reward that is trained on")
             if value >= 0:
                 raise refusal("worst", f"{name} is {value}; leave out what cannot fall below 0")
 
