@@ -149,12 +149,12 @@ class GDPOChecks:
         good = math.isfinite(loss) and math.isfinite(norm) and (norm > 0 or flat)
         yield Row("loss and gradient", good, measured, "use model.dtype float32; if that does not help, report it")
         after = self._adapter()
-        changed = sum(not torch.equal(before[name], after[name]) for name in after)
-        self.moved = changed > 0
+        moved = sum(not torch.equal(before[name], after[name]) for name in after)
+        self.moved = moved > 0
         if flat and not self.moved:
             yield Row("policy moves", None, "no reward tells these expansions apart")
         else:
-            yield Row("policy moves", self.moved, f"{changed} of {len(after)} tensors changed", "raise optim.lr")
+            yield Row("policy moves", self.moved, f"{moved} of {len(after)} tensors changed", "raise optim.lr")
 
     def _scores(self, scored: Any, size: int) -> Iterator[Row]:
         """Checks expansions, images and scores. Each expansion that passes format and safety is drawn once."""
