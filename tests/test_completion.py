@@ -11,7 +11,7 @@ import pytest
 from posttrain import cli, commands
 from posttrain.completion import script
 from posttrain.config.sections import TrainingConfig
-from posttrain.config.types import AtLeast1, settings
+from posttrain.config.types import AtLeast1, keyword_settings
 from posttrain.errors import UserError
 
 
@@ -67,7 +67,7 @@ def test_an_unknown_shell_is_one_line(capsys):
 # ---- methods of other packages -------------------------------------------------------------------------------------
 
 
-@settings
+@keyword_settings
 class OtherConfig(TrainingConfig):
     """A method of another package."""
 
@@ -91,8 +91,8 @@ def other(monkeypatch):
     """The settings that the command of another package was called with."""
     calls = []
     module = types.ModuleType("other_method")
-    module.OtherConfig = OtherConfig
-    module.train = lambda config, resume: calls.append((config, resume))
+    vars(module)["OtherConfig"] = OtherConfig
+    vars(module)["train"] = lambda config, resume: calls.append((config, resume))
     monkeypatch.setitem(sys.modules, "other_method", module)
     monkeypatch.setattr(OtherConfig, "__module__", "other_method")
     monkeypatch.setattr(

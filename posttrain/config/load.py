@@ -167,7 +167,7 @@ def defaults(config: type) -> dict[str, Any]:
             made[entry.name] = entry.default
         elif entry.default_factory is not dataclasses.MISSING:
             value: Any = entry.default_factory()
-            made[entry.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+            made[entry.name] = dataclasses.asdict(value) if section(type(value)) else value
         elif (inner := section(kinds[entry.name])) is not None:
             made[entry.name] = defaults(inner)
     return made

@@ -28,6 +28,7 @@ from posttrain.config.types import (
     Range,
     Run,
     Unless,
+    keyword_settings,
     refusal,
     settings,
 )
@@ -271,11 +272,9 @@ Servers = Annotated[list[ServerSpec], _ServersTogether()]
 # ---- training ----------------------------------------------------------------------------------------------------
 
 
-@settings
+@keyword_settings
 class TrainingConfig:
     """What all methods that train K2 have. Each adds `rewards`, which mean different things to them."""
-
-    KEYWORDS_ONLY = True  # fields without a default follow in the methods' own classes
 
     output: Run
     """Run directory, created; one that holds a run already needs --resume."""

@@ -47,7 +47,16 @@ CONFIG = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
 @dataclass_transform(field_specifiers=(dataclasses.field,))
 def settings(cls: type[T]) -> type[T]:
     """Makes a section of a recipe: a dataclass that checks itself, from a recipe's data and from Python."""
+    return _checked(cls, False)
 
+
+@dataclass_transform(kw_only_default=True, field_specifiers=(dataclasses.field,))
+def keyword_settings(cls: type[T]) -> type[T]:
+    """The same, with arguments by name only: a class may then add required settings to those that it inherits."""
+    return _checked(cls, True)
+
+
+def _checked(cls: type[T], keywords: bool) -> type[T]:
     def schema(made: type, source: Any, handler: Any) -> Any:
         built = handler(source)
         inner = handler.resolve_ref_schema(built)
@@ -57,7 +66,7 @@ def settings(cls: type[T]) -> type[T]:
         return built
 
     cls.__get_pydantic_core_schema__ = classmethod(schema)  # type: ignore[attr-defined]
-    made: Any = pydantic_dataclasses.dataclass(config=CONFIG, kw_only=getattr(cls, "KEYWORDS_ONLY", False))(cls)
+    made: Any = pydantic_dataclasses.dataclass(config=CONFIG, kw_only=keywords)(cls)
     init = made.__init__
 
     @functools.wraps(init)

@@ -19,6 +19,7 @@ from posttrain.config.types import (
     Positive,
     Range,
     Sizes,
+    keyword_settings,
     refusal,
     settings,
 )
@@ -108,7 +109,7 @@ class LossConfig:
     """Advantages are clipped to plus or minus this."""
 
 
-@settings
+@keyword_settings
 class GRPOConfig(TrainingConfig):
     """Reinforcement learning of K2 with groups of images (GRPO), without guidance."""
 

@@ -190,7 +190,7 @@ def _prompt_means(path: str) -> tuple[float, float]:
 
 
 def _class_name(spec: RewardSpec) -> str:
-    path = spec.function if isinstance(spec.function, str) else spec.function["class_path"]
+    path = spec.function["class_path"] if isinstance(spec.function, dict) else str(spec.function)
     return path.replace(":", ".").rpartition(".")[2]
 
 

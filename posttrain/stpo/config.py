@@ -22,6 +22,7 @@ from posttrain.config.types import (
     Share,
     Size,
     Text,
+    keyword_settings,
     refusal,
     settings,
 )
@@ -87,7 +88,7 @@ class PreferenceLossConfig:
     twice as long; 0: none. With lora: null there are none."""
 
 
-@settings
+@keyword_settings
 class STPOConfig(TrainingConfig):
     """Preference optimisation of K2 on pairs (STPO), with plain Diffusion-DPO as an ablation."""
 

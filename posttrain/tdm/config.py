@@ -19,7 +19,18 @@ from posttrain.config.sections import (
     TrainingConfig,
     require_one_pass,
 )
-from posttrain.config.types import AtLeast0, AtLeast1, Float, NonNegative, Positive, Range, Sizes, refusal, settings
+from posttrain.config.types import (
+    AtLeast0,
+    AtLeast1,
+    Float,
+    NonNegative,
+    Positive,
+    Range,
+    Sizes,
+    keyword_settings,
+    refusal,
+    settings,
+)
 
 
 @settings
@@ -83,7 +94,7 @@ class FakeConfig:
         return self
 
 
-@settings
+@keyword_settings
 class TDMConfig(TrainingConfig):
     """Distil K2 Raw into a few steps without guidance (TDM), from prompts alone."""
 

@@ -51,7 +51,7 @@ SECONDS = 10
 
 COMMAND_OF = {
     "grpo": "grpo", "demo": "grpo", "stpo": "stpo", "tdm": "tdm", "pairs": "pairs", "pipeline": "run",
-    "judge": "judge", "expander_data": "expander data", "expander_sft": "expander sft",
+    "judge": "judge", "sample": "sample", "expander_data": "expander data", "expander_sft": "expander sft",
     "expander_gdpo": "expander gdpo",
 }  # fmt: skip
 OTHERS: list[tuple[str, dict]] = [

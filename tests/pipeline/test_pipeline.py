@@ -41,7 +41,7 @@ def recipes(tmp_path, model):
         made[name].steps = 1
         made[name].rewards[0].function = "tests.helpers.warm:brightness"
     made["pairs"] = PairsConfig(
-        output="", model=made["grpo"].model, prompts=made["grpo"].prompts.train,
+        output="none", model=made["grpo"].model, prompts=made["grpo"].prompts.train,
         sources=[PairSource("steps", delta=DeltaConfig(DrawConfig(), DrawConfig(steps=1)))],
         pairs=4, min_distance=0, steps=2, sizes=[[32, 32]], block=4, max_tokens=64,
     )  # fmt: skip

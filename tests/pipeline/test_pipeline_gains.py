@@ -46,7 +46,7 @@ def test_the_reward_of_grpo_is_the_weighted_mean_of_what_is_trained(tmp_path):
     })  # fmt: skip
     made.config.rewards = [
         RewardSpec("a", "a:b"), RewardSpec("b", "a:b", weight=3), RewardSpec("none", "a:b"),
-        RewardSpec("gate", "a:b", gate="mask"), RewardSpec("oracle", "a:b", heldout_only=True),
+        RewardSpec("gate", "a:b", gate="mask", threshold=0.5), RewardSpec("oracle", "a:b", heldout_only=True),
     ]  # fmt: skip
     (first, *_) = gains(made)
     assert (first.figure, first.before, first.after) == ("reward", pytest.approx(0.2), pytest.approx(0.4))
