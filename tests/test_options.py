@@ -198,7 +198,7 @@ def test_an_offloaded_part_is_a_copy_while_it_is_used(model):
     tensors = [*k2.vae.parameters(), *k2.vae.buffers()]
     before, places = [t.detach().clone() for t in tensors], [t.data_ptr() for t in tensors]
     part = Offloaded(k2.vae, torch.device("cpu"))
-    with pytest.raises(ZeroDivisionError), part.here():
+    with pytest.raises(ZeroDivisionError), part.on_device():
         assert all(t.data_ptr() != place and torch.equal(t, b) for t, place, b in zip(tensors, places, before))
         tensors[0].data.zero_()
         _ = 1 / 0
@@ -213,8 +213,8 @@ def test_offloading_is_what_encoding_and_decoding_go_through(model, monkeypatch)
     for name, part in (("text_encoder", k2.text_encoder), ("vae", k2.vae)):
         k2.offloaded[name] = Offloaded(part, torch.device("cpu"))
     seen = []
-    here = Offloaded.here
-    monkeypatch.setattr(Offloaded, "here", lambda part: seen.append(part) or here(part))
+    on_device = Offloaded.on_device
+    monkeypatch.setattr(Offloaded, "on_device", lambda part: seen.append(part) or on_device(part))
     found = k2.encode(["a red circle"]).features[0], k2.decode(latents, *square(k2))
     assert seen == [k2.offloaded["text_encoder"], k2.offloaded["vae"]]
     assert all(torch.equal(a, b) for a, b in zip(found, expected))

@@ -210,7 +210,7 @@ def test_a_step_that_does_not_fit_is_a_failed_row(settings, monkeypatch):
 def test_expansions_are_of_many_lengths_and_only_real_tokens_count(settings):
     """Of 8 tokens, a group of four has 4, 6, 9 and 12 of them, in two forwards of two; four steps; 64 image tokens."""
     fresh = K2.random("cpu", torch.float32, "tiny", text=False)
-    steps = Steps(fresh, dataclasses.replace(settings, batch=2, rank=0), (64, 64), Processes())
+    steps = Steps(fresh, dataclasses.replace(settings, batch=2, rank=0, methods=["expander"]), (64, 64), Processes())
     forwards = Forwards(fresh, 0)
     steps.run("expander", 0, lambda stage: None)
     found = forwards.take()
