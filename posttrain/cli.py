@@ -49,6 +49,7 @@ def _run(argv: list[str]) -> int:
     if argv[0] == "--version":
         print(f"posttrain {__version__}")
         return 0
+    # Only here, so that no command pays for it.
     if argv[0].partition("=")[0] == "--completion":
         from posttrain.completion import script
 
@@ -61,6 +62,7 @@ def _run(argv: list[str]) -> int:
     startup.lap("import")
     preconditions.check(parsed.name, parsed.config, parsed.resume)
     startup.lap("check")
+    # torch is imported with the command's code, which takes seconds.
     run = parsed.command.call()
     startup.lap("import")
     return run(parsed.config, **parsed.options()) or 0
@@ -94,6 +96,7 @@ def parse(argv: list[str]) -> Parsed:
     command = commands.get(name)
     assert command is not None
     words = _with_positional(command, [_packaged(word) for word in words])
+    # It is a command of its own, but one question to the user: what became of the LoRA.
     if name == "export" and any(word.partition("=")[0] == "--check" for word in words):
         name, command = CHECK, commands.COMMANDS[CHECK]
         words = ["--help"] if {"-h", "--help"} & {*words} else words
@@ -114,8 +117,10 @@ def parse(argv: list[str]) -> Parsed:
 
 def _name(argv: list[str]) -> tuple[str, list[str]]:
     """The command's name, of one or two words, and the words after it."""
+    # Installed packages are looked through for an unknown name only: that takes tens of milliseconds.
     every = commands.COMMANDS if argv[0] in commands.COMMANDS else commands.every()
     seconds = [name.split()[1] for name in every if name.startswith(f"{argv[0]} ") and name != CHECK]
+    # `expander sft` is one command of two words.
     count = 2 if seconds else 1
     name = " ".join(argv[:count])
     if name in every and name != CHECK:
@@ -132,6 +137,7 @@ def _with_positional(command: Command, words: list[str]) -> list[str]:
     kind = hints(command.settings()).get(command.positional)
     if get_origin(bare(kind)) is not list:
         return [f"--{command.positional}={words[0]}", *words[1:]]
+    # As one option, since a list is replaced whole.
     given = [*itertools.takewhile(lambda word: not word.startswith("-"), words)]
     return [f"--{command.positional}={json.dumps(given)}", *words[len(given) :]]
 

@@ -118,6 +118,7 @@ COMMANDS = {
         prompts=("prompts.train", "prompts.heldout"),
         reads={"model.start": "checkpoint"},
         makes="checkpoint",
+        # What it draws in, and what it is compared with.
         frozen=("lora", "seed", "prompts.heldout", "student.steps", "teacher", *EVALUATED),
     ),
     "preflight": Command(
@@ -127,6 +128,7 @@ COMMANDS = {
         about="Runs a small step with the code of that command and discards it: no run directory is made or changed."
         " Prints a table of what each check measured, with a remedy where one failed, and of the time and memory that"
         " the run will take. Exit code 1 if a check failed.",
+        # Also grpo's, whose settings these are.
         recipes_of=("stpo", "tdm", "pairs", "expander gdpo"),
     ),
     "pairs": Command(
@@ -140,6 +142,7 @@ COMMANDS = {
         prompts=("prompts",),
         reads={"model.start": "checkpoint", "policy": "checkpoint"},
         makes="pairs",
+        # Pairs that are written already follow from the seed.
         frozen=("seed",),
     ),
     "judge": Command(
@@ -192,6 +195,7 @@ COMMANDS = {
         gpu=True,
         prompts=("prompts.train", "prompts.heldout"),
         reads={"model.path": "expander", "renderer.path": "K2"},
+        # Another kind than that of sft: gdpo begins with the model of an sft, not with the adapter of a gdpo.
         makes="tuned expander",
         frozen=("lora", "seed", "prompts.heldout", *EVALUATED),
     ),
@@ -223,6 +227,7 @@ COMMANDS = {
         "posttrain.export.export:export",
         "write a checkpoint for other tools",
         output="new",
+        # A renderer can draw with what it writes.
         reads={"source": "checkpoint"},
         makes="K2",
     ),
@@ -256,6 +261,7 @@ COMMANDS = {
 def every() -> dict[str, Command]:
     """All commands by name, those of other packages last."""
     found = dict(COMMANDS)
+    # Ours win over another package's command of the same name.
     for point in importlib.metadata.entry_points(group=GROUP):
         found.setdefault(point.name, point.load())
     return found

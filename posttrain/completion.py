@@ -49,6 +49,7 @@ def script(shell: str) -> str:
     options = {name: _options(command) for name, command in commands.every().items() if name != commands.CHECK}
     if shell == "fish":
         return _fish(options)
+    # Bash completes one word at a time, so `expander sft` is offered as two.
     firsts = dict.fromkeys(name.split()[0] for name in options)
     seconds = [name.split()[1] for name in options if " " in name]
     cases = []
@@ -74,6 +75,7 @@ def _fish(options: dict[str, list[str]]) -> str:
         seen = f"__fish_seen_subcommand_from {first}"
         if second:
             lines.append(f"complete -c posttrain -n '{seen}' -a {second}")
+            # fish has no notion of a command of two words.
             seen += f"; and __fish_seen_subcommand_from {second}"
         for word in words:
             lines.append(f"complete -c posttrain -n '{seen}' -l {word.removeprefix('--')}")

@@ -41,6 +41,7 @@ def _check_output(command: Command, config: Any, resume: bool) -> None:
     launched = "TORCHELASTIC_RESTART_COUNT" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1"
     if command.output == "run" and not launched:  # a launcher may restart what it begins: `training.resuming`
         check_run(config, resume)
+    # `report` and the like replace what they wrote before.
     if command.output == "new" and config.output is not None:
         # A single file has its model card beside it.
         check_new(Path(config.output), card=getattr(config, "format", "diffusers") != "diffusers")
@@ -70,6 +71,7 @@ def _check_files(command: Command, config: Any) -> None:
         if source is not None and not source.startswith("hf:") and not Path(source).is_file():
             read_prompts(source)  # which says what is wrong
     for setting, kind in command.reads.items():
+        # Checkpoints come later, as they need torch; what may lie on the hub is found when it is loaded.
         if kind == "checkpoint" or kind in commands.HUB:
             continue
         source = value_at(config, setting)

@@ -43,6 +43,7 @@ def help_text(name: str, command: Command, config: type) -> str:
 
 def _fields(config: type, prefix: str, instance: Any, options: bool = True) -> list[str]:
     """The settings of a section, and below them those of the sections in it."""
+    # Settings of the section itself come first, so that its own list is not torn apart by the sections in it.
     texts, kinds = docstrings(config), hints(config)
     plain, sections = [""], []
     for entry in dataclasses.fields(config):
@@ -58,6 +59,7 @@ def _fields(config: type, prefix: str, instance: Any, options: bool = True) -> l
                 sections += ["", f"Each entry of {path}:", *_fields(entries, "", None, options=False)]
             continue
         about = " ".join((inspect.getdoc(inner) or "").split())
+        # A method may have other defaults than the section's class, such as tdm's optim.
         given = default if dataclasses.is_dataclass(default) else None
         off = " (default: null)" if default is None else ""
         sections += ["", textwrap.fill(f"{path}{off}: {about} {text}".strip(), WIDTH)]
@@ -92,6 +94,7 @@ def _shown(default: Any) -> str:
 
 def _kind(kind: Any) -> str:
     """The type in words, with its range."""
+    # Their settings are listed in a block of their own.
     entries = _entries(kind)
     if entries is not None:
         return "a list of sections"
@@ -120,6 +123,7 @@ def docstrings(config: type) -> dict[str, str]:
     for cls in reversed(config.__mro__):
         if not dataclasses.is_dataclass(cls):
             continue
+        # Python keeps no text below a field, so it is read from the source; only --help needs it.
         tree = ast.parse(inspect.getsource(sys.modules[cls.__module__]))
         body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
         for node, following in zip(body, body[1:]):

@@ -70,6 +70,7 @@ def split(command: Command, words: list[str]) -> tuple[type, Given]:
     at = 0
     while at < len(words):
         option, equals, value = words[at].partition("=")
+        # Recipes are read first, wherever they stand: what they hold decides which options there are.
         if option == "--config":
             if not equals:
                 value = _value_of(option, words, at)
@@ -92,6 +93,7 @@ def split(command: Command, words: list[str]) -> tuple[type, Given]:
 
 def _class_for(command: Command, recipes: dict[str, dict[str, Any]]) -> type:
     """The settings that know most keys of the recipes."""
+    # A recipe does not name its command, but its keys tell.
     keys = {key for data in recipes.values() for key in data}
     choices = [command.settings()]
     for name in command.recipes_of:
@@ -136,6 +138,7 @@ def _read_options(config: type, command: Command, words: list[str], given: Given
             raise UserError(f"{COMMAND_LINE}: {option}: unknown option{suggestion(path, known, '--')}")
         elif equals:
             given.options[path] = value
+        # A switch needs no value: `--json` alone is true.
         elif bare(types[path]) is bool and (at == len(words) or _is_option(words[at])):
             given.options[path] = "true"
         else:
@@ -146,6 +149,7 @@ def _read_options(config: type, command: Command, words: list[str], given: Given
 def _option_value(text: str, kind: Any) -> Any:
     """An option's value. Where text is expected it stays as it is, so that a prompt may look like a number."""
     members = [bare(member) for member in alternatives(kind)]
+    # As in a recipe, so that lists, numbers and null are written alike in both.
     value = read_value(text)
     if str in members and not (value is None and type(None) in members):
         others = [get_origin(member) for member in members]
@@ -163,6 +167,7 @@ def defaults(config: type) -> dict[str, Any]:
     made: dict[str, Any] = {}
     kinds = hints(config)
     for entry in dataclasses.fields(config):
+        # pydantic would take the class's own default, also where the section around it sets another.
         if entry.default is not dataclasses.MISSING:
             made[entry.name] = entry.default
         elif entry.default_factory is not dataclasses.MISSING:
@@ -180,6 +185,7 @@ def lay_over(base: dict[str, Any], data: dict[str, Any], config: type) -> dict[s
     for key, value in data.items():
         inner = section(kinds.get(key))
         if inner is not None and isinstance(value, dict):
+            # A section that was null until now begins at its own defaults.
             below = base.get(key)
             laid[key] = lay_over(below if isinstance(below, dict) else defaults(inner), value, inner)
         else:
@@ -207,10 +213,12 @@ def resolve(config: type, given: Given) -> Any:
 
 def _told(error: ConfigError, config: type, given: Given, types: dict[str, Any]) -> UserError:
     if error.kind == "missing":
+        # Nothing sets it, so the last recipe is the one to add it to.
         where = list(given.recipes)[-1] if given.recipes else COMMAND_LINE
         options = " and ".join(f"--{path}" for path in error.field.split(", "))
         return UserError(f"{where}: {error.field}: missing; add it to the recipe or pass {options}")
     problem = error.problem
+    # An option gives a list as a whole, so entries are looked for under its name.
     path = re.sub(r"\[.*", "", error.field)
     if error.kind == "type" and error.field in given.options:
         problem = f"is '{given.options[error.field]}', expected {describe(types[error.field])}"

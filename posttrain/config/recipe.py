@@ -72,6 +72,7 @@ def _check_plain(value: Any, around: set[int], seen: Iterator[int]) -> None:
         raise ValueError(f"its aliases come to more than {MOST_VALUES} values; write out what is meant")
     if not isinstance(value, dict | list):
         return
+    # YAML can tie a list to itself, and nothing that walks it would ever end.
     if id(value) in around:
         raise ValueError("an alias stands for what it is a part of; write out what is meant")
     for key in value if isinstance(value, dict) else ():
