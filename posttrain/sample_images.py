@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -46,14 +47,13 @@ def sample(config: SampleConfig) -> None:
     guidance = sampler.GUIDANCE[k2.is_distilled] if config.guidance is None else config.guidance
     height, width = config.size
     shape = (k2.image_tokens(height, width), k2.latent_channels)
-    jobs = [(record, i) for record in records for i in range(config.images)]
-    seeds = [sampler.seed_for(config.seed, n // config.images, i) for n, (_, i) in enumerate(jobs)]
-    drawn = [record.prompt for record in records]
-    texts = [n // config.images for n in range(len(jobs))]  # which of `drawn` a job draws
+    jobs = _jobs(config, records)
+    prompts = [record.prompt for record in records]
     if config.expand is not None:
-        drawn, texts = expansions(config, drawn), list(range(len(jobs)))
-    encoding = k2.encode(drawn)
-    if cuts := [cut for cut in encoding.cut if cut]:
+        prompts = expansions(config, prompts)  # one for each image
+    encoding = k2.encode(prompts)
+    cuts = list(filter(None, encoding.cut))
+    if cuts:
         log.warning(f"{len(cuts)} prompts are too long; up to {max(cuts)} tokens are cut")
     fused = [k2.fuse(features) for features in encoding.features]
     null = k2.text([""]) if guidance > 0 else None
@@ -61,26 +61,51 @@ def sample(config: SampleConfig) -> None:
         output.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"output: {output} cannot be made: {error.strerror}; choose another name") from error
+    # Without expansions the images of a prompt share its text.
+    text_of = range(len(jobs)) if config.expand is not None else [job.record for job in jobs]
     with role:
         for first in range(0, len(jobs), config.micro_batch):
             part = range(first, min(first + config.micro_batch, len(jobs)))
-            text = Text.of([fused[texts[n]] for n in part])
-            noise = sampler.noise([seeds[n] for n in part], shape)
+            text = Text.of([fused[text_of[n]] for n in part])
+            noise = sampler.noise([jobs[n].seed for n in part], shape)
             latents = k2.sample(text, noise, steps, height, width, guidance, null)
             for n, image in zip(part, to_pil(k2.decode(latents, height, width))):
                 image.save(output / f"{n:03d}.png")
-    table: list[dict] = [{"prompt": record.prompt, "seed": seed} for (record, _), seed in zip(jobs, seeds)]
-    if config.expand is not None:
-        table = [{**row, "expansion": drawn[text]} for row, text in zip(table, texts)]
+    table: list[dict] = []
+    for n, job in enumerate(jobs):
+        row = {"prompt": records[job.record].prompt, "seed": job.seed}
+        if config.expand is not None:
+            row["expansion"] = prompts[n]
+        table.append(row)
     (output / "prompts.json").write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
     print(f"posttrain: wrote {len(jobs)} images to {output} ({steps} steps, guidance {guidance:g})")
+
+
+class _Job(NamedTuple):
+    """An image to draw."""
+
+    record: int
+    """Index of its prompt."""
+    seed: int
+
+
+def _jobs(config: SampleConfig, records: list[PromptRecord]) -> list[_Job]:
+    """All images of the first prompt, then those of the second, ..."""
+    jobs = []
+    for index in range(len(records)):
+        for image in range(config.images):
+            # Its own stream, so that an image is the same whatever else is drawn.
+            jobs.append(_Job(index, sampler.seed_for(config.seed, index, image)))
+    return jobs
 
 
 def expansions(config: SampleConfig, prompts: list[str]) -> list[str]:
     """`config.images` expansions of each prompt, in order. Raises UserError if one is empty."""
     assert config.expand is not None
     expander = Expander.load(config.expand, None, getattr(torch, config.model.dtype), PartialState().device or "cpu")
-    texts = [e.text for group in expander.expand(prompts, config.images, config.seed) for e in group]
+    texts: list[str] = []
+    for group in expander.expand(prompts, config.images, config.seed):
+        texts += [expansion.text for expansion in group]
     if not all(texts):
         empty = prompts[texts.index("") // config.images]
         raise UserError(f"expand: {config.expand} answered '{empty}' with nothing; train it further, or change seed")

@@ -47,6 +47,7 @@ class AnnotateConfig:
             raise refusal(needed, f"missing; mode {self.mode} asks about {needed}")
         if getattr(self, other) is not None:
             raise refusal(other, f"is not read in mode {self.mode}; leave it out or change mode")
+        # Whoever reaches the page can answer under any name.
         if not is_loopback(self.host) and self.password_env is None:
             raise refusal("host", f"{self.host} is reached from beyond this machine; set password_env as well")
         return self

@@ -83,8 +83,10 @@ class BenchConfig:
     def _fits(self) -> BenchConfig:
         if self.rank == 0 and not set(self.methods) <= set(DRAWING):
             raise refusal("rank", "is 0, so there is nothing to train; use 1 or more, or methods [rollout]")
+        # Earlier stages are adapters too.
         if self.stages > 1 and self.rank == 0:
             raise refusal("stages", f"is {self.stages} and rank is 0; use a rank of 1 or more")
+        # A part that is not loaded cannot be moved.
         if "text_encoder" in self.offload and not self.encode:
             raise refusal("offload", "names text_encoder, which is loaded and used only with encode; set encode: true")
         if self.window >= self.steps:

@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-
-def changes(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """Path of each field that differs, with its old and its new value."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = [*new, *(name for name in old if name not in new)]
-        return [c for name in names for c in changes(old.get(name), new.get(name), f"{path}.{name}".lstrip("."))]
-    return [] if old == new else [(path, old, new)]
+Change = tuple[str, Any, Any]
+"""Path of a field, its old and its new value."""
 
 
-def told(found: Sequence[tuple[str, Any, Any]]) -> str:
+def changes(old: Any, new: Any, path: str = "") -> list[Change]:
+    """The fields that differ."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [(path, old, new)]
+    found: list[Change] = []
+    # New names first, in their own order; a name that is gone counts as null.
+    for name in dict.fromkeys([*new, *old]):
+        found += changes(old.get(name), new.get(name), f"{path}.{name}".lstrip("."))
+    return found
+
+
+def as_text(found: Sequence[Change]) -> str:
     return ", ".join(f"{path} {old} -> {new}" for path, old, new in found)

@@ -208,10 +208,10 @@ def resolve(config: type, given: Given) -> Any:
     try:
         return make(config, data)
     except ConfigError as error:
-        raise _told(error, config, given, types) from None
+        raise _with_source(error, config, given, types) from None
 
 
-def _told(error: ConfigError, config: type, given: Given, types: dict[str, Any]) -> UserError:
+def _with_source(error: ConfigError, config: type, given: Given, types: dict[str, Any]) -> UserError:
     if error.kind == "missing":
         # Nothing sets it, so the last recipe is the one to add it to.
         where = list(given.recipes)[-1] if given.recipes else COMMAND_LINE

@@ -79,6 +79,7 @@ class ModelConfig:
 
     @model_validator(mode="after")
     def _fits(self) -> ModelConfig:
+        # torch's fp8 products have bfloat16 inputs and outputs.
         if self.quantize is not None and self.dtype != "bfloat16":
             raise refusal("quantize", f"fp8 multiplies in bfloat16, and model.dtype is {self.dtype}; change it")
         return self
@@ -241,11 +242,13 @@ class _ServersTogether(Check):
         names: set[str] = set()
         ports: dict[int, str] = {}
         for i, server in enumerate(value):
+            # server://NAME must lead to one.
             if server.name in names:
                 raise refusal(f"[{i}].name", f"'{server.name}' is used twice; give each its own name")
             names.add(server.name)
             if server.urls:  # it is up elsewhere
                 continue
+            # 0 is any free port, and never the same.
             if server.port in ports:
                 raise refusal(f"[{i}].port", f"is {server.port}, as that of {ports[server.port]}; give each its own")
             if server.port:
@@ -287,6 +290,7 @@ class TrainingConfig:
     """Seed of everything drawn: adapters, order, prompts, times, noise."""
     lora: LoraConfig | None = field(default_factory=LoraConfig)
     """The adapter to train. null: all weights but the text fusion's."""
+    # Sections that most methods leave at these defaults; a method with others declares its own.
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -298,6 +302,7 @@ class TrainingConfig:
 
     @model_validator(mode="after")
     def _training_fits(self) -> TrainingConfig:
+        # Weights in 8 bits cannot take the small updates of training.
         if self.lora is None and self.model.quantize is not None:
             raise refusal(
                 "model.quantize", "fp8 holds weights that stay as they are, and lora is null; use one of the two"
@@ -312,6 +317,7 @@ def check_metrics(config: EvalConfig, known: Sequence[str]) -> None:
     for name, metric in (("eval.best", config.best), ("eval.stop.metric", config.stop.metric)):
         if metric is not None and metric not in known:
             raise refusal(name, f"'{metric}' is no metric of the evaluation; known here: {', '.join(known)}")
+    # What follows is about the stop rule.
     if config.stop.metric is None:
         return
     if config.best is None:

@@ -110,6 +110,7 @@ class ExpanderDataConfig:
 
     @model_validator(mode="after")
     def _fits(self) -> ExpanderDataConfig:
+        # A function draws prompts as well as captions, so nobody has to write them.
         if is_function(self.captions):
             if self.count is None:
                 raise refusal("count", "is null, and a function draws captions without end; say how many")
@@ -119,6 +120,7 @@ class ExpanderDataConfig:
         for name in ("lengths", "registers"):
             if not getattr(self, name):
                 raise refusal(name, "is empty; name at least one")
+        # Each prompt of a caption has a combination of its own.
         if self.per_caption > len(self.lengths) * len(self.registers):
             raise refusal("per_caption", f"is {self.per_caption}, more than there are lengths times registers")
         return self
@@ -170,6 +172,7 @@ class ExpanderSFTConfig:
         if self.batch % self.micro_batch:
             raise refusal("micro_batch", f"is {self.micro_batch}; use a divisor of batch ({self.batch})")
         require_one_pass(self.optim, "each update draws its own pairs; use 1")
+        # TRL's trainer makes the optimiser, with a schedule of its own.
         if self.optim.kind != "adamw":
             raise refusal("optim.kind", f"is {self.optim.kind}, and this command has adamw only; leave it out")
         for name in ("ema", "cooldown_steps"):
@@ -437,6 +440,7 @@ class ExpanderGDPOConfig:
         self._check_rewards()
         self._check_safety()
         expansions = self.groups.prompts_per_step * self.groups.group_size
+        # TRL wants whole micro-batches.
         if expansions % self.groups.micro_batch:
             raise refusal(
                 "groups.micro_batch",
@@ -459,11 +463,13 @@ class ExpanderGDPOConfig:
         for name, value in self.worst.items():
             if name not in names:
                 raise refusal("worst", f"'{name}' is not a reward that is trained on")
+            # A gated expansion gets the worst score: of a reward in [0, 1] that is 0 anyway.
             if value >= 0:
                 raise refusal("worst", f"{name} is {value}; leave out what cannot fall below 0")
 
     def _check_safety(self) -> None:
         seen = {check.sees for check in self.safety}
+        # A harmless text can make a harmful image, and the other way round.
         for kind in ("text", "image"):
             if kind not in seen:
                 raise refusal("safety", f"has no check with sees: {kind}; add one, such as those of rewards/safety.py")

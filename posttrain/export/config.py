@@ -41,6 +41,7 @@ class ExportConfig:
     def _fits(self) -> ExportConfig:
         if self.format != "diffusers" and not self.output.endswith(".safetensors"):
             raise refusal("output", f"format {self.format} writes one file; end it in .safetensors")
+        # Adapters are trained in float32 and stay so.
         if self.format.startswith("lora") and self.dtype is not None:
             raise refusal("dtype", f"a file of format {self.format} is in float32 anyway; leave it out")
         return self

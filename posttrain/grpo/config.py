@@ -60,6 +60,7 @@ class SamplingConfig:
                 f"is {self.window}, but {self.steps} steps leave 1 to {most} for noise (the last has none); shorten it"
                 " or raise sampling.steps",
             )
+        # Without a window every step but the last has noise.
         if self.window_start == "sliding" and self.window is None:
             raise refusal("window_start", "nothing can slide when sampling.window is null; set a window")
         if isinstance(self.window_start, str):
@@ -138,6 +139,7 @@ class GRPOConfig(TrainingConfig):
     @model_validator(mode="after")
     def _fits(self) -> GRPOConfig:
         trained = [reward for reward in self.rewards if not reward.heldout_only]
+        # A gate multiplies or masks what the others say, and says nothing itself.
         if sum(reward.weight for reward in trained if reward.gate == "none") <= 0:
             raise refusal(
                 "rewards", "the weights of the trained rewards, gates aside, sum to zero; give one a weight above 0"
@@ -151,6 +153,7 @@ class GRPOConfig(TrainingConfig):
         for reward in self.rewards:
             own = [reward.name + metric_names.suffix(scale) for scale in self.eval.guidance]
             field = next((field for field, name in chosen.items() if name in own), None)
+            # The same function under another name is trained on as well.
             alike = next((other.name for other in trained if other.function == reward.function), None)
             if field is None or alike is None:
                 continue

@@ -67,10 +67,12 @@ class JudgeConfig:
 
     @model_validator(mode="after")
     def _fits(self) -> JudgeConfig:
+        # The loss of an update is a mean over whole micro-batches.
         if self.batch % self.micro_batch:
             raise refusal("micro_batch", f"is {self.micro_batch}; use a divisor of batch ({self.batch})")
         if self.columns is not None and self.mode == "artifact":
             raise refusal("columns", "are of a set of pairs, which mode artifact does not read; leave them out")
+        # vLLM applies adapters to linears of the language model alone.
         wrong = [target for target in self.lora.targets or () if target not in JUDGE_TARGETS]
         if wrong:
             raise refusal(

@@ -136,10 +136,12 @@ class PairsConfig:
     """Images in one forward of the model; sets memory, and changes the images by no more than rounding."""
     shard: AtLeast1 = 64
     """Pairs in a file. After a kill, --resume draws again what was in no file yet."""
+    # Making pairs has no curve to watch.
     track: TrackConfig = field(default_factory=lambda: TrackConfig(tensorboard=False))
 
     @model_validator(mode="after")
     def _fits(self) -> PairsConfig:
+        # What is preferred must not be what rounding changed.
         self.model.refuse_quantize("pairs show what the exact weights draw")
         for i, reward in enumerate(self.rewards):
             if reward.group:
@@ -162,9 +164,11 @@ class PairsConfig:
         if (source.delta is None) == (source.judged is None):
             raise refusal(path, f"'{source.name}' needs either delta or judged")
         if source.delta is not None:
+            # Both come from one noise, so nothing would differ.
             if self.resolved(source.delta.stronger) == self.resolved(source.delta.weaker):
                 raise refusal(f"{path}.delta", "stronger and weaker draw alike; change one of them")
             return
+        # A held-out reward only measures, and a gate only drops.
         ranks = [r for r in self.rewards if r.gate == "none" and not r.heldout_only and r.weight > 0]
         if not ranks:
             raise refusal("rewards", f"hold none that ranks for source {source.name}: no gate, not heldout_only")

@@ -51,6 +51,7 @@ class PipelineConfig:
                 raise refusal(
                     f"stages[{i}].name", f"is '{stage.name}'; it names a directory: use letters, digits, _ and -"
                 )
+            # Both would have one directory.
             if stage.name in names:
                 raise refusal(f"stages[{i}].name", f"'{stage.name}' is used twice; give each its own name")
             names.add(stage.name)

@@ -29,7 +29,7 @@ from types import FrameType
 from typing import Any
 
 from posttrain import commands
-from posttrain.config.diff import changes, told
+from posttrain.config.diff import as_text, changes
 from posttrain.errors import UserError
 from posttrain.log import log
 from posttrain.pipeline.config import PipelineConfig
@@ -100,7 +100,7 @@ def check_finished(stages: list[Stage], state: dict[str, Any]) -> None:
             )
         if entry is not None and done and (found := changes(entry["settings"], stage.settings)):
             raise UserError(
-                f"stage {stage.name}: its settings have changed since it finished: {told(found)}; restore them or"
+                f"stage {stage.name}: its settings have changed since it finished: {as_text(found)}; restore them or"
                 " choose another output"
             )
         if done and not stage.output.exists():

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from posttrain import commands
-from posttrain.config.diff import changes, told
+from posttrain.config.diff import as_text, changes
 from posttrain.errors import UserError
 from posttrain.runs.lock import lock
 
@@ -47,7 +47,7 @@ def check_run(config: Any, resume: bool | None = False) -> None:
         lost = [change for change in changes(*_recipes(recipe, config)) if _is_kept(frozen, *change)]
         if lost:
             raise UserError(
-                f"{run}: cannot be resumed with {told(lost)}: restore that (a link can stand in for a file that"
+                f"{run}: cannot be resumed with {as_text(lost)}: restore that (a link can stand in for a file that"
                 " was moved), or choose another --output"
             )
 

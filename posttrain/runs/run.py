@@ -39,7 +39,7 @@ import yaml
 from PIL import Image
 from safetensors import SafetensorError
 
-from posttrain.config.diff import changes, told
+from posttrain.config.diff import as_text, changes
 from posttrain.config.sections import TrackConfig
 from posttrain.errors import UserError
 from posttrain.log import log
@@ -106,7 +106,7 @@ class Run:
             if recipe.exists():
                 changed = changes(yaml.safe_load(recipe.read_text()), new)
                 if changed:
-                    log.info(f"the recipe has changed since the run began: {told(changed)}")
+                    log.info(f"the recipe has changed since the run began: {as_text(changed)}")
             replace_text(recipe, yaml.safe_dump(new, sort_keys=False, allow_unicode=True))
             replace_text(run.path / "environment.json", _json(environment(), indent=1))
         except (FileExistsError, NotADirectoryError):

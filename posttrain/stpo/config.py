@@ -121,6 +121,7 @@ class STPOConfig(TrainingConfig):
     @model_validator(mode="after")
     def _fits(self) -> STPOConfig:
         require_one_pass(self.optim, "each update draws its own times and noise; use 1")
+        # The exact guard keeps the gradients of both images: of an adapter they are small.
         if self.loss.kind == "stpo" and self.loss.guard == "exact" and self.lora is None:
             raise refusal("loss.guard", "exact needs an adapter's gradients; set lora, or use output")
         return self

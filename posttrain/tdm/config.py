@@ -135,13 +135,16 @@ class TDMConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> TDMConfig:
+        # The other methods may train a distilled model; here it is the teacher.
         if self.model.allow_distilled:
             raise refusal("model.allow_distilled", "a teacher must be able to use many steps; give the Raw checkpoint")
+        # The student learns from the fake score, which needs a start.
         if self.fake.warmup >= self.steps:
             raise refusal(
                 "fake.warmup", f"is {self.fake.warmup} of {self.steps} steps, so no student is trained; lower it"
             )
         require_one_pass(self.optim, "each update draws its own times and noise; use 1")
+        # eval's guidance is for what is drawn, and a student is drawn without.
         if self.eval.guidance != [0.0]:
             raise refusal("eval.guidance", "is that of a student, which has none: leave it out; see teacher.guidance")
         return self
