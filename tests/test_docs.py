@@ -148,9 +148,7 @@ def test_a_command_runs(line, workspace, monkeypatch, capsys):
     assert match is not None, f"{line}: neither a command of posttrain nor a reason in docs_commands.NOT_RUN"
     words = shlex.split(match[1])
     if "--help" in words or "--print_config" in words:
-        with pytest.raises(SystemExit) as left:
-            cli.main(words)
-        assert left.value.code == 0 and len(capsys.readouterr().out) > 200
+        assert cli.main(words) == 0 and len(capsys.readouterr().out) > 200
         return
     kind = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else words[0]
     clear(words)
