@@ -135,7 +135,7 @@ def test_rewards(grpo, tmp_path):
     bright = {"name": "b", "function": "tests.helpers.runs:brightness"}
     fails(
         reward(bright, function="tests.helpers.runs:brightness", gate="mask"),
-        "reward a: threshold: gate: mask needs one",
+        "command line: rewards[0].threshold: gate: mask needs one",
     )
     fails(
         reward(function="tests.helpers.runs:brightness", gate="multiply"),
