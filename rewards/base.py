@@ -61,7 +61,7 @@ class _Path(Check):
 
     def problem(self, value: Any) -> str | None:
         if isinstance(value, str) and not all(value.partition(":")):
-            return f"'{value}' is not an import path: write package.module:name"
+            return f"'{value}' is not written as package.module:function"
         if isinstance(value, dict):
             named = isinstance(value.get("class_path"), str) and not set(value) - {"class_path", "init_args"}
             return None if named else "write package.module:function or {class_path: ..., init_args: ...}"
@@ -104,7 +104,7 @@ class RewardSpec:
         if self.gate == "mask" and self.threshold is None:
             raise refusal("threshold", "gate: mask needs one")
         if self.gate == "none" and self.threshold is not None:
-            raise refusal("threshold", "it has no effect without a gate: set gate or remove it")
+            raise refusal("threshold", "has no effect without a gate; set gate or remove it")
         return self
 
     def __post_init__(self) -> None:

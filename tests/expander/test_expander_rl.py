@@ -276,7 +276,7 @@ def test_processes_share_an_evaluation(config, command, tmp_path):
         (lambda c: setattr(c.rewards[0], "group", True), r"rewards\[0\].group", "diversity alone"),
         (lambda c: setattr(c.rewards[0], "name", "diversity"), r"rewards\[0\].name", "measured in every run"),
         (lambda c: c.worst.update(brightness=0.5), "worst", "cannot fall below 0"),
-        (lambda c: c.worst.update(nothing=-1.0), "worst", "no reward that is trained on"),
+        (lambda c: c.worst.update(nothing=-1.0), "worst", "is not a reward that is trained on"),
         (lambda c: setattr(c.groups, "micro_batch", 3), "groups.micro_batch", "divisor of the step's 8"),
         (lambda c: c.generation.vllm.update(mode="colocate"), "generation.vllm", "no effect"),
     ],
