@@ -2,7 +2,8 @@
 
 A user's mistake ends in one line on stderr (file, field, remedy) and exit code 2; a bug keeps its traceback.
 Below that line may follow what another program said, such as the end of a server's log.
-The code of a command, and torch with it, is imported only when the command runs.
+The code of a command, and torch with it, is imported only when the command runs; settings and pydantic with them only
+where there is a command.
 """
 
 from __future__ import annotations
@@ -13,13 +14,10 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any, get_origin
 
-from posttrain import __version__, commands, preconditions
+from posttrain import __version__, commands
 from posttrain.commands import CHECK, Command
-from posttrain.config.load import resolve, split
-from posttrain.config.types import bare, hints, suggestion
 from posttrain.errors import UserError
 from posttrain.resources import packaged
-from posttrain.runs import startup
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,6 +57,9 @@ def _run(argv: list[str]) -> int:
     if parsed.text:
         print(parsed.text, end="")
         return 0
+    from posttrain import preconditions
+    from posttrain.runs import startup
+
     startup.lap("import")
     preconditions.check(parsed.name, parsed.config, parsed.resume)
     startup.lap("check")
@@ -92,6 +93,8 @@ class Parsed:
 
 def parse(argv: list[str]) -> Parsed:
     """Raises UserError."""
+    from posttrain.config.load import resolve, split
+
     name, words = _name(argv)
     command = commands.get(name)
     assert command is not None
@@ -127,6 +130,8 @@ def _name(argv: list[str]) -> tuple[str, list[str]]:
         return name, argv[count:]
     if seconds:
         raise UserError(f"{argv[0]}: is followed by one of {', '.join(seconds)}, not by '{' '.join(argv[1:2])}'")
+    from posttrain.config.types import suggestion
+
     raise UserError(f"'{name}' is not a command{suggestion(name, list(every))}")
 
 
@@ -134,6 +139,8 @@ def _with_positional(command: Command, words: list[str]) -> list[str]:
     """The words with a first argument that has no -- as the option that it stands for."""
     if not command.positional or not words or words[0].startswith("-"):
         return words
+    from posttrain.config.types import bare, hints
+
     kind = hints(command.settings()).get(command.positional)
     if get_origin(bare(kind)) is not list:
         return [f"--{command.positional}={words[0]}", *words[1:]]

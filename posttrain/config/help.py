@@ -123,12 +123,17 @@ def docstrings(config: type) -> dict[str, str]:
     for cls in reversed(config.__mro__):
         if not dataclasses.is_dataclass(cls):
             continue
-        # Python keeps no text below a field, so it is read from the source; only --help needs it.
-        tree = ast.parse(inspect.getsource(sys.modules[cls.__module__]))
-        body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
+        body = _classes(cls.__module__)[cls.__name__].body
         for node, following in zip(body, body[1:]):
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 value = following.value if isinstance(following, ast.Expr) else None
                 if isinstance(value, ast.Constant) and isinstance(value.value, str):
                     texts[node.target.id] = " ".join(value.value.split())
     return texts
+
+
+@functools.cache
+def _classes(module: str) -> dict[str, ast.ClassDef]:
+    # Python keeps no text below a field, so it is read from the source; only --help needs it.
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
