@@ -286,17 +286,15 @@ class Kept:
     @staticmethod
     def of(weight: Tensor, change: Tensor, merged: Tensor, grid: torch.dtype) -> Kept:
         """For `merged` = weight + change, fp32, rounded to type `grid`."""
-        total = Kept(0.0, 0.0, 0.0)
+        rounded = wanted = squares = 0.0
         # In parts that a CPU's cache holds: on whole weights of K2 the time goes into memory.
-        flat = (tensor.detach().reshape(-1).split(PART) for tensor in (weight, change, merged))
-        for weight, change, merged in zip(*flat):
-            left = merged.to(grid).float() - weight.to(grid).float()
-            total += Kept(
-                rounded=float((left * change).sum()),
-                wanted=float(change.square().sum()),
-                weight=float(weight.float().square().sum()),
-            )
-        return total
+        flat = [tensor.detach().reshape(-1).split(PART) for tensor in (weight, change, merged)]
+        for own, added, both in zip(*flat):
+            left = both.to(grid).float() - own.to(grid).float()
+            rounded += float((left * added).sum())
+            wanted += float(added.square().sum())
+            squares += float(own.float().square().sum())
+        return Kept(rounded, wanted, squares)
 
     @property
     def share(self) -> float:

@@ -28,6 +28,9 @@ from torch.nn import functional as F
 SHARES = (0.05, 0.95)
 """Shares of votes are clipped to this, so that the margin they ask for is finite: logit .95 = 2.94 nats."""
 SATURATED = 0.05
+RISE = 1e-4
+"""Share of its error by which the chosen images' must rise before the hinge acts. At the start policy and reference are
+the same up to rounding, whose sign would otherwise decide whether the first step has a hinge."""
 
 
 def label(share: float, human: bool) -> float:
@@ -40,6 +43,11 @@ def error_change(v: Tensor, reference: Tensor, target: Tensor) -> Tensor:
     """(B,) |v - u|^2 - |v_ref - u|^2 of (B, N, C), as <v - v_ref, v + v_ref - 2u>: nothing cancels, 0 at v = v_ref."""
     v, reference, target = v.float(), reference.float(), target.float()
     return ((v - reference) * (v + reference - 2 * target)).flatten(1).mean(1)
+
+
+def has_risen(change: float, error: float) -> bool:
+    """Whether the hinge acts, given the chosen images' mean Dw and mean a0."""
+    return change > RISE * error
 
 
 def preference_terms(
@@ -60,8 +68,8 @@ def preference_terms(
     """The terms of the gradient (winner, loser, and those of anchor and hinge that are above 0) and what the pairs look
     like, both (B,) each.
 
-    The gradient of the mean of all terms is that of L; their values mean nothing. The caller leaves out the hinge where
-    the mean Dw of the whole batch is not above 0. `guard` is the share of the unopposed decrease of the chosen
+    The gradient of the mean of all terms is that of L; their values mean nothing. The caller leaves out the hinge unless
+    the mean Dw of the whole batch `has_risen`. `guard` is the share of the unopposed decrease of the chosen
     image's error that a step keeps, in [0, 1], with the gradients at the output in the place of the parameters';
     None lets the rejected image's gradient be. Labels are p, from `label`.
 

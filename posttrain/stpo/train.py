@@ -50,7 +50,7 @@ from posttrain.model.k2 import K2, Text
 from posttrain.preferences.dataset import read_preferences
 from posttrain.stpo.config import PreferenceLossConfig, STPOConfig
 from posttrain.stpo.latent_cache import Batch, EncodedPairs, Job, encode_pairs, noised
-from posttrain.stpo.losses import error_change, exact_guard, inner, norm, preference_terms
+from posttrain.stpo.losses import error_change, exact_guard, has_risen, inner, norm, preference_terms
 from posttrain.training import checkpoint
 from posttrain.training.evaluate import Evaluation, Evaluator
 from posttrain.training.loop import Training, open_run, resuming, try_rewards
@@ -163,7 +163,7 @@ def optimise(
     references = [_reference(k2, batch) for batch in batches]
     # The hinge asks for the mean over the whole batch before any of its gradient is known.
     first_pass = settings["hinge"] > 0 and not exact and (len(batches) > 1 or procs.size > 1)
-    regressed = first_pass and _mean_change(k2, config, batches, references, procs) > 0
+    regressed = first_pass and _regressed(k2, batches, references, procs)
     buffers: dict[str, list[Tensor]] = {}
     sums: dict[str, float] = {}
     for batch, reference in zip(batches, references):
@@ -173,7 +173,8 @@ def optimise(
             v_w, v_l = v_w.detach().requires_grad_(), v_l.detach().requires_grad_()
         terms, metrics = preference_terms(v_w, v_l, *reference, batch.target_w, batch.target_l, batch.label, **settings)
         if not first_pass:
-            regressed = bool(metrics["winner"].mean() > 0)  # this is the whole batch; if exact, that is settled below
+            # This is the whole batch; if exact, it is settled below.
+            regressed = has_risen(float(metrics["winner"].mean()), float(metrics["winner_error"].mean()))
         if exact:
             terms["hinge"] = error_change(v_w, reference[0], batch.target_w)  # its gradient is what the guard protects
         elif not regressed:
@@ -189,7 +190,8 @@ def optimise(
     means = procs.means_of_sums(sums, config.batch)
     gradients: dict[str, float] = {}
     if apart:
-        gradients = _combine(config.loss, settings, buffers, stepper.parameters, means["winner"] > 0, exact, procs)
+        regressed = has_risen(means["winner"], means["winner_error"])
+        gradients = _combine(config.loss, settings, buffers, stepper.parameters, regressed, exact, procs)
     else:
         procs.sum_gradients(stepper.parameters)
     gradients["grad_norm"] = stepper.step()
@@ -228,20 +230,16 @@ def _reference(k2: K2, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _mean_change(
-    k2: K2,
-    config: STPOConfig,
-    batches: Sequence[Batch],
-    references: Sequence[tuple[Tensor, Tensor]],
-    procs: Processes,
-) -> float:
-    """Mean change of the chosen images' error over the whole batch, without gradients."""
-    total = 0.0
+def _regressed(k2: K2, batches: Sequence[Batch], references: Sequence[tuple[Tensor, Tensor]], procs: Processes) -> bool:
+    """Whether the chosen images' error has risen over the whole batch, by a forward without gradients."""
+    change = error = 0.0
     for batch, (reference, _) in zip(batches, references):
         with k2.role(POLICY):
             v = _velocity(k2, batch, 0)
-        total += float(error_change(v, reference, batch.target_w).double().sum())
-    return sum(procs.all_gather(total)) / config.batch
+        change += float(error_change(v, reference, batch.target_w).double().sum())
+        error += float((reference.float() - batch.target_w).square().flatten(1).mean(1).double().sum())
+    changes, errors = zip(*procs.all_gather((change, error)))
+    return has_risen(sum(changes), sum(errors))
 
 
 def _add_gradients(
