@@ -68,8 +68,8 @@ def preference_terms(
     """The terms of the gradient (winner, loser, and those of anchor and hinge that are above 0) and what the pairs look
     like, both (B,) each.
 
-    The gradient of the mean of all terms is that of L; their values mean nothing. The caller leaves out the hinge unless
-    the mean Dw of the whole batch `has_risen`. `guard` is the share of the unopposed decrease of the chosen
+    The gradient of the mean of all terms is that of L; their values mean nothing. The caller leaves out the hinge
+    unless the mean Dw of the whole batch `has_risen`. `guard` is the share of the unopposed decrease of the chosen
     image's error that a step keeps, in [0, 1], with the gradients at the output in the place of the parameters';
     None lets the rejected image's gradient be. Labels are p, from `label`.
 
