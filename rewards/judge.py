@@ -26,8 +26,8 @@ from prompts.parse import parse_json
 from prompts.templates import Template, spelled
 from rewards.encode import EncodedImage, encode, encode_async
 from rewards.endpoints import Endpoints, JudgeError, share
+from rewards.load import refuse_keys
 from rewards.traffic import Sent, turns_of
-from rewards.urls import refuse_keys
 
 CACHED_ANSWERS = 1 << 16
 PLACE = "data:,"  # of the image's URL in a request

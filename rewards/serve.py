@@ -31,7 +31,7 @@ from pydantic import model_validator
 from posttrain.config.types import Each, Port, Positive, Range, refusal, settings
 from posttrain.errors import UserError
 from rewards import supervise
-from rewards.urls import check_urls
+from rewards.load import check_urls
 
 LOOPBACK = "127.0.0.1"
 LOG_TAIL_LINES = 30

@@ -21,8 +21,8 @@ import yaml
 from PIL import Image
 
 from posttrain import cli
+from posttrain.annotate.answers import Showing, Store
 from posttrain.annotate.marked_images import Images
-from posttrain.annotate.store import Showing, Store
 from posttrain.commands import COMMANDS
 from posttrain.config.load import Given, resolve
 from posttrain.errors import UserError

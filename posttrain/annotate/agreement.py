@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from posttrain.annotate.store import Choice
+from posttrain.annotate.answers import Choice
 
 MIN_PER_THIRD = 5  # pairs; a share of fewer is mostly chance
 

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.datastructures import URL, Headers, MutableHeaders
 from starlette.responses import PlainTextResponse, Response
 
-from posttrain.annotate.store import person
+from posttrain.annotate.answers import person
 from posttrain.errors import UserError
 from posttrain.log import log
 

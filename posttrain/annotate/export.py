@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import track
 
 from posttrain.annotate import agreement, marked_images
+from posttrain.annotate.answers import read
 from posttrain.annotate.config import AnnotationsConfig
-from posttrain.annotate.store import read
 from posttrain.errors import UserError
 from posttrain.log import log
 from posttrain.preferences.dataset import Preference, PreferenceWriter, Skipped, read_preferences

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 from posttrain.annotate import agreement
-from posttrain.annotate.store import Annotations
+from posttrain.annotate.answers import Annotations
 from posttrain.errors import UserError
 from posttrain.judge.records import IMAGES, MARKS
 from posttrain.runs.files import replace_text

@@ -26,10 +26,10 @@ from typing import Any
 
 from PIL import Image
 
+from posttrain.annotate.answers import ANSWERS, Mode, Schedule, Showing, Side, Store, person, schedule
 from posttrain.annotate.config import AnnotateConfig, is_loopback
 from posttrain.annotate.export import Pairs
 from posttrain.annotate.marked_images import Images
-from posttrain.annotate.store import ANSWERS, Mode, Schedule, Showing, Side, Store, person, schedule
 from posttrain.errors import UserError
 from posttrain.log import log
 from posttrain.runs.stop import until_terminated

@@ -92,15 +92,14 @@ def _memory(
     config: BenchConfig, result: dict[str, Any], row: dict[str, Any], method: str, recipe: Recipe, cost: _Cost
 ) -> list[str]:
     settings, sizes = result["settings"], _sizes(recipe)
-    adapters = 2 if method == "tdm" else 1  # student and fake score
     weights_a_rank = sum(a + b for a, b in cost.shape.linears().values())
-    parameters = adapters * cost.shape.blocks * cost.rank * weights_a_rank
+    parameters = recipe.adapters * cost.shape.blocks * cost.rank * weights_a_rank
     # with `encode` the measured weights include the text encoder
     encoder = 0.0 if settings.get("encode") else result["text_encoder_gib"] or 0.0
     base = row["weights_gib"] + encoder
     # fp32 weight, gradient and two moments
     changed = 16 * (parameters - row["adapter_parameters"]) / 2**30
-    tokens = _micro_batch(recipe) * max(map(cost.tokens, sizes))
+    tokens = recipe.images_at_once() * max(map(cost.tokens, sizes))
     measured_tokens = settings["batch"] * cost.tokens(row["size"])
     activations = (row["peak_gib"] - row["weights_gib"]) * tokens / measured_tokens
     need, room = base + changed + activations, config.gpu_gib or result["gpu_gib"]
@@ -192,20 +191,10 @@ def _evaluation(recipe: Recipe, cost: _Cost) -> tuple[int, float]:
 
 
 def _sizes(recipe: Recipe) -> list[list[int]]:
-    if isinstance(recipe, GRPOConfig):
-        return recipe.sampling.sizes
-    if isinstance(recipe, TDMConfig):
-        return recipe.sizes
-    if recipe.pairs.size is None:
+    sizes = recipe.image_sizes()
+    if not sizes:
         raise UserError("pairs.size: is null, so the size of the images is not known; set it in the recipe")
-    return [recipe.pairs.size]
-
-
-def _micro_batch(recipe: Recipe) -> int:
-    """Images in one forward."""
-    if isinstance(recipe, GRPOConfig):
-        return recipe.groups.micro_batch
-    return 2 * recipe.micro_batch if isinstance(recipe, STPOConfig) else recipe.micro_batch  # stpo counts pairs
+    return sizes
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Strict, model_validator
 
@@ -279,6 +279,9 @@ Servers = Annotated[list[ServerSpec], _ServersTogether()]
 class TrainingConfig:
     """What all methods that train K2 have. Each adds `rewards`, which mean different things to them."""
 
+    adapters: ClassVar[int] = 1
+    """Adapters that are trained, each with an optimiser of its own; estimates of memory count them."""
+
     output: Run
     """Run directory, created; one that holds a run already needs --resume."""
     model: ModelConfig
@@ -295,6 +298,14 @@ class TrainingConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
+
+    def image_sizes(self) -> list[list[int]]:
+        """[height, width] of the images in pixels; empty where they are not known, and then no need is estimated."""
+        return []
+
+    def images_at_once(self) -> int:
+        """Images in one forward with gradients."""
+        return 1
 
     def metric_names(self) -> list[str]:
         """What eval.best and eval.stop.metric may name."""

@@ -66,7 +66,7 @@ class Processes:
         engine = _fsdp() or _zero()
         if engine and not shardable:
             raise UserError(
-                f"accelerate: {engine} is for grpo, stpo and tdm: use recipes/launch/ddp.yaml for this command"
+                f"accelerate: {engine} is for commands that train K2: use recipes/launch/ddp.yaml for this one"
             )
         launched, limit, cuda = int(os.environ.get("WORLD_SIZE", "1")) > 1, _timeout(), torch.cuda.is_available()
         if launched and not dist.is_initialized():

@@ -36,13 +36,13 @@ from trl.trainer.utils import RepeatSampler
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.expander.callbacks import GDPOCallback, SharedRewards, diversity_weight
+from posttrain.expander.chat_template import messages, template
 from posttrain.expander.config import ExpanderGDPOConfig
 from posttrain.expander.evaluate import ExpanderEvaluator
 from posttrain.expander.model import CARD, write_card
 from posttrain.expander.policy import Policy
 from posttrain.expander.renderer import make_renderer
 from posttrain.expander.score import Scorer
-from posttrain.expander.template import messages, template
 from posttrain.expander.trl_checkpoint import AtomicCheckpointCallback, PlainState, newest
 from posttrain.log import log
 from posttrain.model import sampler

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.errors import UserError
-from posttrain.expander.template import messages, template
+from posttrain.expander.chat_template import messages, template
 from posttrain.model import sampler
 from posttrain.model.fingerprint import fingerprint
 from posttrain.model.load import quiet

@@ -16,10 +16,10 @@ from transformers import GenerationConfig
 
 from posttrain.config.sections import LoraConfig
 from posttrain.errors import UserError
+from posttrain.expander.chat_template import messages, template
 from posttrain.expander.config import ChatModelConfig
 from posttrain.expander.model import check_base, load_chat_model, resolve, write_card
 from posttrain.expander.score import Expansion
-from posttrain.expander.template import messages, template
 from posttrain.model.fingerprint import fingerprint
 from prompts.records import PromptRecord
 

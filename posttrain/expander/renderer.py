@@ -29,8 +29,8 @@ from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.runs import startup
 from rewards.base import WINDOW
 from rewards.endpoints import Endpoints, JudgeError, share
+from rewards.load import refuse_keys
 from rewards.traffic import Sent
-from rewards.urls import refuse_keys
 
 SUFFIX_TOKENS = 5
 """Tokens that K2's template puts after the prompt, within the text length."""

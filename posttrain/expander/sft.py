@@ -32,9 +32,9 @@ from trl import SFTConfig, SFTTrainer
 from posttrain.config.sections import JUDGE_TARGETS
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
+from posttrain.expander.chat_template import messages, template
 from posttrain.expander.config import ExpanderSFTConfig
 from posttrain.expander.model import load_chat_model, resolve, write_card
-from posttrain.expander.template import messages, template
 from posttrain.expander.trl_checkpoint import AtomicCheckpointCallback, PlainState, newest
 from posttrain.log import log
 from posttrain.model import clipping

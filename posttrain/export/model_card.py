@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from posttrain import commands
-from posttrain.report.cards import card
+from posttrain.report.front_matter import card
 from posttrain.training.checkpoint import Checkpoint
 from posttrain.training.policy import earlier_of, is_student
 

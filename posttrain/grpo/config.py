@@ -131,6 +131,12 @@ class GRPOConfig(TrainingConfig):
     pool: PoolConfig = field(default_factory=PoolConfig)
     loss: LossConfig = field(default_factory=LossConfig)
 
+    def image_sizes(self) -> list[list[int]]:
+        return self.sampling.sizes
+
+    def images_at_once(self) -> int:
+        return self.groups.micro_batch
+
     def metric_names(self) -> list[str]:
         # A reward of whole groups has a score only where evaluations draw groups.
         rewards = [reward.name for reward in self.rewards if self.eval.groups or not reward.group]

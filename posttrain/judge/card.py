@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.judge.config import JudgeConfig
-from posttrain.report.cards import card
+from posttrain.report.front_matter import card
 from posttrain.runs.files import replacing_directory
 from prompts.templates import Template
 from rewards.vlm import VLM

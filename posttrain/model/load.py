@@ -7,6 +7,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MethodType
 from typing import Any, Literal
 
 import diffusers
@@ -18,15 +19,16 @@ from diffusers import (
     Krea2Pipeline,
     Krea2Transformer2DModel,
 )
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import Qwen3VLConfig, Qwen3VLModel
 
 from posttrain.errors import UserError
 from posttrain.model import key_names
 from posttrain.model.files import check_directory, is_hub_id
-from posttrain.model.vae import flatten_time
 
 
 def load_pipeline(
@@ -234,3 +236,24 @@ def sizes_of(scale: str) -> tuple[dict, dict, dict, Sequence[int]]:
     vae = {"base_dim": 8, "dim_mult": [1, 2, 4], "num_res_blocks": 1, "temperal_downsample": [False, False]}
     configs = {"text_config": qwen, "vision_config": vision | {"out_hidden_size": 64}}
     return transformer, configs, vae, (1, 2, 3)
+
+
+def flatten_time(vae: AutoencoderKLQwenImage) -> AutoencoderKLQwenImage:
+    """Makes the convolutions of `vae` two-dimensional where there is one frame. Several frames run as before.
+
+    The VAE is a video model, and an image is a video of one frame. Its causal 3-D convolutions pad a single frame with
+    zeros in the past, so all but their last tap in time multiply zeros: two thirds of the work. A 2-D convolution with
+    that last tap gives the same image, up to rounding.
+    """
+    for module in vae.modules():
+        if isinstance(module, QwenImageCausalConv3d):
+            module.forward = MethodType(_forward, module)
+    return vae
+
+
+def _forward(self: QwenImageCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+    # x is (B, c, frames, height, width); a cache holds earlier frames, and a stride in time looks at several.
+    if cache_x is not None or x.shape[2] != 1 or self.stride[0] != 1:
+        return QwenImageCausalConv3d.forward(self, x, cache_x)
+    frame = F.pad(x[:, :, 0], list(self._padding[:4]))  # type: ignore[arg-type]
+    return F.conv2d(frame, self.weight[:, :, -1], self.bias, self.stride[1:])[:, :, None]  # type: ignore[arg-type]

@@ -170,7 +170,7 @@ def _estimate(
     if training and config.optim.kind == "adamw8bit":
         options.append("adamw8bit")
     rank = config.lora.rank if training else 0
-    adapters = 2 if stage.command == "tdm" else 1  # tdm trains a student and a fake score
+    adapters = config.adapters if training else 1
     height, width = max(sizes, key=lambda size: size[0] * size[1])
     tokens = images * ((height // 16) * (width // 16) + TEXT_TOKENS)  # one image token is 16 x 16 pixels
 
@@ -190,13 +190,12 @@ def _estimate(
 def _forward(stage: Stage, stages: Sequence[Stage]) -> tuple[list[list[int]], int]:
     """(sizes of the images, empty if not known; images in one forward)."""
     config: Any = stage.config
-    match stage.command:
-        case "grpo":
-            return config.sampling.sizes, config.groups.micro_batch
-        case "stpo":
-            maker = _stage_named(stage.reads.get("pairs.train"), stages)
-            sizes = maker.config.sizes if maker else []
-            return [config.pairs.size] if config.pairs.size else sizes, 2 * config.micro_batch
-        case "expander gdpo":
-            return [config.renderer.size], config.renderer.micro_batch
-    return config.sizes, config.micro_batch
+    if stage.command == "expander gdpo":
+        return [config.renderer.size], config.renderer.micro_batch
+    if stage.command not in TRAINING:
+        return config.sizes, config.micro_batch
+    sizes = config.image_sizes()
+    if not sizes:  # those of the images that an earlier stage draws
+        maker = _stage_named(stage.reads.get("pairs.train"), stages)
+        sizes = maker.config.sizes if maker else []
+    return sizes, config.images_at_once()

@@ -23,11 +23,11 @@ from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.expander import gdpo
 from posttrain.expander.callbacks import SharedRewards
+from posttrain.expander.chat_template import messages
 from posttrain.expander.config import ExpanderGDPOConfig
 from posttrain.expander.policy import Policy
 from posttrain.expander.renderer import make_renderer
 from posttrain.expander.score import Scorer
-from posttrain.expander.template import messages
 from posttrain.preflight.checks import Row, Skip, phase, run_check
 from posttrain.preflight.common import judge_rows, memory_row
 from posttrain.runs.progress import duration

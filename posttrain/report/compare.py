@@ -158,14 +158,17 @@ def _results(lines: Sequence[Line]) -> list[dict[str, Any]]:
 
 
 def _spread(line: Line, side: str, name: str) -> dict[str, str]:
-    all_values = [(run.summary.get(side) or {}).get(name) for run in line.runs]
-    values = [value for value in all_values if is_number(value)]
+    values: list[float] = []
+    for run in line.runs:
+        value = (run.summary.get(side) or {}).get(name)
+        if is_number(value):
+            values.append(value)
     if not values:
         return {"mean": "–", "note": ""}
     notes = []
     if min(values) < max(values):
         notes.append(f"{aligned(min(values))} to {aligned(max(values))}")
-    if len(values) < len(all_values):
+    if len(values) < len(line.runs):
         notes.append(f"of {len(values)} runs")
     return {"mean": aligned(sum(values) / len(values)), "note": ", ".join(notes)}
 

@@ -32,6 +32,6 @@ def groups(folder: Path) -> dict[str, Any] | None:
 
 
 def _expansion(directory: Path, entry: dict[str, Any]) -> dict[str, Any]:
-    drawn = entry["file"] is not None and (directory / entry["file"]).is_file()
-    found = image(directory / entry["file"], LARGEST) if drawn else None
+    file = directory / entry["file"] if entry["file"] is not None else None
+    found = image(file, LARGEST) if file is not None and file.is_file() else None
     return {"text": entry["text"], "faults": ", ".join(entry["faults"]), "image": found}

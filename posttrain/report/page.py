@@ -95,7 +95,7 @@ def _reward(series: Mapping[str, list[Point]]) -> dict[str, Chart] | None:
     if "reward" not in series:
         return None
     points, definition = series["reward"], metrics.describe("reward")
-    wide = line_chart("reward", points, **WIDE, definition=definition)
+    wide = line_chart("reward", points, WIDE["width"], WIDE["height"], definition=definition)
     return {"wide": wide, "narrow": line_chart("reward", points, definition=definition)}
 
 

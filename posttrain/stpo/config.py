@@ -113,6 +113,12 @@ class STPOConfig(TrainingConfig):
     """Its figures are also pairs/winner, pairs/loser, pairs/accuracy, ... of held-out pairs (posttrain/stpo/train.py)
     and image/contrast, image/high_energy and image/high_energy_ratio, to that before the first step."""
 
+    def image_sizes(self) -> list[list[int]]:
+        return [self.pairs.size] if self.pairs.size else []
+
+    def images_at_once(self) -> int:
+        return 2 * self.micro_batch
+
     def metric_names(self) -> list[str]:
         rewards = [reward.name for reward in self.rewards]
         names = metric_names.names(rewards, self.eval.guidance, self.eval.groups)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Strict, model_validator
 
@@ -98,6 +98,8 @@ class FakeConfig:
 class TDMConfig(TrainingConfig):
     """Distil K2 Raw into a few steps without guidance (TDM), from prompts alone."""
 
+    adapters: ClassVar[int] = 2  # student and fake score
+
     model: ModelConfig
     """The teacher. It must be a Raw checkpoint; start names a run of grpo or stpo to continue from."""
     prompts: PromptsConfig
@@ -127,6 +129,12 @@ class TDMConfig(TrainingConfig):
     eval: EvalConfig = field(default_factory=EvalConfig)
     """steps are the teacher's, whose images the student's are compared with; guidance must be [0.0], the student's.
     Figures are also those of posttrain/tdm/train.py (to_teacher/saturation, fake_loss, ...)."""
+
+    def image_sizes(self) -> list[list[int]]:
+        return self.sizes
+
+    def images_at_once(self) -> int:
+        return self.micro_batch
 
     def metric_names(self) -> list[str]:
         rewards = [reward.name for reward in self.rewards if self.eval.groups or not reward.group]

@@ -15,7 +15,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page
 
 from posttrain import cli
-from posttrain.annotate.store import read
+from posttrain.annotate.answers import read
 from posttrain.preferences.dataset import Preference, PreferenceWriter, read_preferences
 from tests.helpers import runs
 

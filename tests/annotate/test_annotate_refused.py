@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from posttrain import cli
-from posttrain.annotate.store import Schedule, Store
+from posttrain.annotate.answers import Schedule, Store
 from posttrain.preferences.dataset import Preference, PreferenceWriter
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from posttrain.annotate import agreement
-from posttrain.annotate import store as annotations
-from posttrain.annotate.store import Answer, Choice, Schedule, Showing, Store, person, read, schedule
+from posttrain.annotate import answers as annotations
+from posttrain.annotate.answers import Answer, Choice, Schedule, Showing, Store, person, read, schedule
 from posttrain.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from posttrain import cli
+from posttrain.annotate.answers import Showing, Store
 from posttrain.annotate.export import Pairs
-from posttrain.annotate.store import Showing, Store
 from posttrain.errors import UserError
 from posttrain.preferences.dataset import Preference, PreferenceWriter, read_preferences
 from tests.annotate.test_annotations import LETTERS, SETTINGS, store_of

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from posttrain import cli
+from posttrain.annotate.answers import Answer, Schedule, Showing, Store
 from posttrain.annotate.marked_images import Images, find
-from posttrain.annotate.store import Answer, Schedule, Showing, Store
 from posttrain.config.sections import TrackConfig
 from posttrain.errors import UserError
 from posttrain.judge.config import JudgeConfig

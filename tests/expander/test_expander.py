@@ -17,11 +17,11 @@ from posttrain import cli
 from posttrain.config.load import load_config
 from posttrain.config.sections import CheckpointConfig, LoraConfig, OptimConfig, TrackConfig
 from posttrain.errors import UserError
+from posttrain.expander.chat_template import FILE, messages, template
 from posttrain.expander.config import ExpanderDataConfig, ExpanderSFTConfig
 from posttrain.expander.data import make
 from posttrain.expander.model import Expander, load_chat_model
 from posttrain.expander.sft import Pair, RunningClip, check_tokens, fitting, make_trainer, read_pairs, tokens, train
-from posttrain.expander.template import FILE, messages, template
 from posttrain.nano.build import build, evaluate_expander
 from posttrain.nano.world.scenes import COLOURS, SHAPES
 from tests.chaos import methods

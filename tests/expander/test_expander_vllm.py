@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from posttrain.expander.chat_template import messages
 from posttrain.expander.config import ExpanderDataConfig
 from posttrain.expander.data import make
 from posttrain.expander.model import Expander
 from posttrain.expander.sft import Pair, tokens, train
-from posttrain.expander.template import messages
 from rewards.serve import ServerSpec, serve
 from tests.expander.test_expander import BASE, recipe
 

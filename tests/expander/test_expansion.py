@@ -2,8 +2,8 @@
 
 import pytest
 
+from posttrain.expander.chat_template import template
 from posttrain.expander.evaluate import spread
-from posttrain.expander.template import template
 from posttrain.expander.text_metrics import causes, distinct, quoted, same_script, verbatim
 
 SYSTEM = template().system

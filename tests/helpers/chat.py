@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from posttrain.expander.template import messages
+from posttrain.expander.chat_template import messages
 from tests.helpers import tiny
 
 # Of the system text only the beginning: it would take most of the time.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from posttrain.annotate import store as annotations
+from posttrain.annotate import answers as annotations
 from posttrain.expander.config import ExpanderSFTConfig
 from posttrain.expander.sft import read_pairs
 from posttrain.judge.config import JudgeConfig

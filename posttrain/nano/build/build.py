@@ -37,7 +37,7 @@ from transformers import Qwen3VLModel
 
 from posttrain.model import architecture
 from posttrain.model.k2 import pack
-from posttrain.model.vae import flatten_time
+from posttrain.model.load import flatten_time
 from posttrain.nano.build.parts import (
     PREFIX,
     SUFFIX,

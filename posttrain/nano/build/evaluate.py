@@ -22,7 +22,7 @@ from diffusers import Krea2Pipeline
 from PIL import Image
 
 from posttrain.model import sampler
-from posttrain.model.vae import flatten_time
+from posttrain.model.load import flatten_time
 from posttrain.nano.build import build
 from posttrain.nano.world import oracles, prompts, scenes
 

@@ -54,8 +54,8 @@ def on_scenes(vlm: VLM, n: int, images: Sequence[np.ndarray] | None = None) -> d
     drawn = heldout(n)
     rng = np.random.default_rng(SEED + 1)
     rows = [statements(scene, rng) for scene in drawn]
-    images = [Image.fromarray(p) for p in (images if images is not None else map(scenes.render, drawn))]
-    return _judge(vlm, images, rows, [scene.text for scene in drawn])
+    arrays = images if images is not None else list(map(scenes.render, drawn))
+    return _judge(vlm, list(map(Image.fromarray, arrays)), rows, [scene.text for scene in drawn])
 
 
 def on_generated(vlm: VLM, images: Sequence[np.ndarray], records: Sequence[dict]) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def main() -> None:
     if args.k2:
         from diffusers import Krea2Pipeline
 
-        from posttrain.model.vae import flatten_time
+        from posttrain.model.load import flatten_time
         from posttrain.nano.build import build, evaluate
 
         pipe = Krea2Pipeline.from_pretrained(args.k2, dtype=torch.float32).to(args.device)

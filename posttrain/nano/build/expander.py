@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import GenerationConfig, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from posttrain.expander.template import messages, template
+from posttrain.expander.chat_template import messages, template
 from posttrain.nano.build import build, evaluate_expander, parts
 from posttrain.nano.world import expander_pairs, scenes
 

@@ -1,4 +1,4 @@
-"""What the judge client itself costs for one question about an image: `python -m rewards.bench_client`.
+"""What the judge client itself costs for one question about an image: `python -m posttrain.bench.judge_client`.
 
 Encoding, sending and parsing against a local server that answers at once, the client pinned to one core.
 Images are all different, smooth with a little noise; the cost is the client's processor time, of the median
