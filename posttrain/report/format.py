@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, TypeGuard
 
 
 def number(value: float) -> str:
@@ -46,6 +46,6 @@ def cell(value: Any) -> str:
     return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     # A bool is an int to Python, but a setting rather than a number to a reader.
     return isinstance(value, int | float) and not isinstance(value, bool)
