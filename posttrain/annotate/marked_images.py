@@ -148,7 +148,7 @@ def _prompts(path: Path) -> dict[str, str]:
         rows = parse_json(path.read_bytes())
         return {f"{i:03d}": str(row["prompt"]) for i, row in enumerate(rows)}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: is no list of prompts ({error!r}); mend or remove it") from None
+        raise UserError(f"{path}: is not a list of prompts ({error!r}); repair or remove it") from None
 
 
 def _read(path: Path) -> Image.Image:
@@ -156,7 +156,7 @@ def _read(path: Path) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: is no image that can be read ({type(error).__name__}); mend or remove it") from None
+        raise UserError(f"{path}: cannot be read as an image ({type(error).__name__}); repair or remove it") from None
 
 
 def _id(found: Found, image: Image.Image) -> str:

@@ -200,7 +200,7 @@ def _write_atomically(
         if card is not None and output.is_file():
             os.rename(path.with_suffix(".md"), output.with_suffix(".md"))
     except (OSError, SafetensorError) as error:
-        # Only a full disk is the user's to mend; anything else is a bug or a broken disk.
+        # Only a full disk is the user's to fix; anything else is a bug or a broken disk.
         if not checkpoint.is_full(error):
             raise
         raise UserError(f"{output}: no space left; free some or choose another disk") from error

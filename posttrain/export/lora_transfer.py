@@ -98,7 +98,7 @@ def carry_over(
         del k2
     for values in scores.values():
         values["share"] = share(values["raw"], values["turbo"])
-    return {"pictures": len(records), "rewards": scores, "distance": distance}
+    return {"images": len(records), "rewards": scores, "distance": distance}
 
 
 def table(found: dict[str, Any]) -> str:

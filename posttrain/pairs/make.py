@@ -55,7 +55,7 @@ from rewards.serve import serve
 
 MEASURED = 7
 """Blocks for each one that measures what a forward and a decode cost, when its scores are there; the sizes take turns
-with the blocks, so it is no multiple of their usual number."""
+with the blocks, so it is not a multiple of their usual number."""
 BACKLOG = 2**30
 """Bytes of pairs that wait for the disk on the main process; with more, it waits for them to be written."""
 MAY_CHANGE = {"output", "servers", "track", "tries"}

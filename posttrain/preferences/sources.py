@@ -219,7 +219,7 @@ class Tally:
         if len(self.bad) > self.max_bad * self.rows:
             raise UserError(
                 f"{self.path}: more than {self.max_bad:g} of {self.rows} rows (max_bad) are bad: {self.first()};"
-                " mend them or raise max_bad"
+                " fix them or raise max_bad"
             )
         if len(self.bad) + self.ties == self.rows:
             reasons = f"; {self.first()}" if self.bad else ""
@@ -254,7 +254,7 @@ def read_image(name: str, value: Any, folder: Path) -> Image.Image:
     except FileNotFoundError:
         raise ValueError(f"{name}: {value} is missing") from None
     except UnidentifiedImageError:
-        raise ValueError(f"{name}: is no image ({len(value)} bytes)") from None
+        raise ValueError(f"{name}: is not an image ({len(value)} bytes)") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name}: cannot be read: {error}") from None
 

@@ -176,7 +176,7 @@ class GDPOChecks:
                 yield Row(f"scores of {name}", None, "it does not apply to these prompts")
                 continue
             reasons = "".join(f"; {reason}" for reason, _ in scored.failures.most_common(0 if valid else 1))
-            yield Row(f"scores of {name}", valid > 0, measured + reasons, "mend the reward: it gave no score")
+            yield Row(f"scores of {name}", valid > 0, measured + reasons, "fix the reward: it gave no score")
 
     def cost(self) -> Iterator[Row]:
         """Time of a step of the recipe and of the run."""

@@ -144,7 +144,7 @@ class GRPOChecks(Checks):
             mine = queue.gather() if self.groups else None
         except UserError as raised:
             error = str(raised)
-        remedy = "mend the reward: too many failures stop a run"
+        remedy = "fix the reward: too many failures stop a run"
         # All processes have to know of an error: the others would wait in the next exchange.
         if errors := [error for error in self.procs.all_gather(error) if error]:
             yield Row("missing scores", False, errors[0], remedy)

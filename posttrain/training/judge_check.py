@@ -29,7 +29,7 @@ def check_judges(
 ) -> dict[str, float | None]:
     """How far judges repeat themselves and obey text, said to the user and logged before the first step.
 
-    For the main process alone. Nothing is asked where no reward asks a judge, or there is no image.
+    For the main process alone. Nothing is asked where no reward asks a judge, or no image is given.
     """
     if not images:
         return {}
