@@ -26,7 +26,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -183,7 +183,7 @@ def _row(steps: Steps, method: str, matmul: float) -> dict[str, Any]:
     exact = errors.observed(steps) if inexact else {}
     initial_adapter = errors.adapter(steps) if inexact else []
     options = ModelConfig("", compile=compiled, recompute=config.recompute, attention=config.attention)
-    apply_runtime_options(k2, replace(options, quantize=config.quantize, offload=config.offload), procs.device)
+    apply_runtime_options(k2, changed(options, quantize=config.quantize, offload=config.offload), procs.device)
     gc.collect()
     adapter_parameters = sum(p.numel() for name in k2.roles for p in k2.role_parameters(name))
     weights = None

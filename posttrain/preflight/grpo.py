@@ -195,7 +195,7 @@ class GRPOChecks(Checks):
             known: list[Score] = [value if valid else None for value, valid in zip(values_N, valid_N)]
             known[lost] = Failure("planted by the preflight")
             # The scores are calibrated already, and one failure of a few images must not stop the check.
-            plain = replace(spec, scale=1.0, offset=0.0, weight=1.0, group=False, max_failures=1.0)
+            plain = changed(spec, scale=1.0, offset=0.0, weight=1.0, group=False, max_failures=1.0)
             stand_in = Reward(plain, lambda images, prompts, known=known: known, set(), False)
             blank = [Image.new("RGB", (1, 1))] * len(known)
             scores = asyncio.run(score_all([stand_in], blank, [""] * len(known), group_size=size))

@@ -38,13 +38,13 @@ Legend: B images of a micro-batch, N image tokens, C channels, K student steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from posttrain.config import metric_names
+from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.model import parallelize, sampler
@@ -197,7 +197,7 @@ def add_roles(k2: K2, config: TDMConfig) -> None:
 def steppers(k2: K2, config: TDMConfig) -> tuple[Stepper, Stepper]:
     """The student's and the fake score's."""
     # The fake score must follow the student of now, so it learns faster and keeps no average.
-    optim = replace(config.optim, lr=config.fake.rate * config.optim.lr, ema=0.0)
+    optim = changed(config.optim, lr=config.fake.rate * config.optim.lr, ema=0.0)
     return Stepper(k2.role_parameters(POLICY), config.optim), Stepper(k2.role_parameters(FAKE), optim)
 
 
