@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.config.sections import LoraConfig, ModelConfig
+from posttrain.config.sections import LoraConfig, ModelConfig, RuntimeConfig
 from posttrain.errors import UserError
 from posttrain.model.blocks import set_attention
 from posttrain.model.files import DISTILLED_REMEDY
@@ -126,7 +126,7 @@ def first_device(model: ModelConfig, device: str | torch.device) -> str | torch.
     return "cpu" if model.quantize or model.offload else device
 
 
-def apply_runtime_options(k2: K2, model: ModelConfig, device: str | torch.device) -> K2:
+def apply_runtime_options(k2: K2, model: RuntimeConfig, device: str | torch.device) -> K2:
     """Quantises, places and compiles the model as the recipe says. None of this is part of a checkpoint."""
     if model.quantize:
         quantize(k2, device)

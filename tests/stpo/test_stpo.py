@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from posttrain import cli
+from posttrain.config import metric_names
 from posttrain.config.load import load_config
 from posttrain.errors import UserError
 from posttrain.export.export import load_checkpoint
@@ -59,7 +60,7 @@ def test_run_directory(config, monkeypatch):
     assert after["eval/image/high_energy_ratio"] == pytest.approx(energies[1] / energies[0])
     assert after["eval/image/contrast"] == pytest.approx(figures_of.contrast(shown[1]))
     summary = json.loads((run / "summary.json").read_text())
-    named = {"brightness", *figures_of.LOOK, *figures_of.CHANGES, *figures_of.PAIRS}
+    named = {"brightness", *metric_names.LOOK, *metric_names.CHANGES, *metric_names.PAIRS}
     assert summary["before"].keys() == summary["after"].keys() == named
     assert summary["after"] == {name: after[f"eval/{name}"] for name in named}
     assert (summary["steps"], summary["pairs"]) == (2, 12)
