@@ -81,7 +81,7 @@ def test_run_directory(config, monkeypatch):
 def test_a_preference_is_learnt(config, kind):
     """Bright over dark, for a prompt that was not trained on. This model's errors would all fall if they were let, so
     the guard lets the whole of the rejected picture's gradient pass that does not raise the chosen one's."""
-    config.loss.kind, config.steps, config.optim.lr, config.eval.every = kind, 12, 1e-2, 6
+    config.loss.kind, config.steps, config.optim.lr, config.eval.every = kind, 18, 1e-2, 6
     config.loss.guard_share = 0.0
     stpo.train(config)
     before, *_, after = evaluations(config.output)
