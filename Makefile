@@ -18,15 +18,11 @@ test test-vllm coverage chaos mutations: export OMP_NUM_THREADS ?= 1
 .PHONY: demo test test-vllm browser check coverage chaos mutations gpu
 .DELETE_ON_ERROR:
 
-# Processes of one thread each: on two cores they take three quarters of the time of one process with two threads. A
-# demo that was stopped goes on, and one that is finished says where it is.
+# A demo that was stopped carries on, and one that is finished says where its report is.
 DEMO ?= runs/demo
 PROCESSES ?= 2
-demo: export OMP_NUM_THREADS := 1
-demo: export CUDA_VISIBLE_DEVICES :=
 demo: $(VENV)/installed
-	@$(BIN)/posttrain run recipes/nano/pipeline.yaml --output $(DEMO) --resume \
-		--launch '[$(BIN)/torchrun, --nproc-per-node, "$(PROCESSES)", -m, posttrain.cli]'
+	@$(BIN)/posttrain demo --output $(DEMO) --processes $(PROCESSES)
 
 # The real vLLM is among the tests where it has a build for the CPU.
 PLATFORM := $(shell uname -sm)
@@ -59,6 +55,7 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m tests.audit
 
 # Branch coverage of the formulas, pool, checkpoints and the judges' client, by their own tests: 95 % of each.

@@ -31,7 +31,7 @@ def write(path: Path, count: int) -> None:
     with path.open("w") as file:
         for i in range(count):
             drawn = [words[k] for k in rng.integers(500, size=14)]
-            row = {"prompt": " ".join([f"picture {i}:", *drawn]), "requirements": [drawn[0], drawn[1]]}
+            row = {"prompt": " ".join([f"image {i}:", *drawn]), "requirements": [drawn[0], drawn[1]]}
             file.write(json.dumps(row | {"texts": [], "tags": ["text" if i % 4 else "people"]}) + "\n")
 
 

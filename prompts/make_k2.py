@@ -60,7 +60,7 @@ TEXTS = [
 
 
 def main() -> None:
-    taken: set[str] = set()
+    taken: set[str] = set()  # across all files, so that no prompt is in two
     for name, count, seed, heldout in (("train", 1024, 0, False), ("heldout", 128, 1, True)):
         _write(name, _records(count, np.random.default_rng(seed), heldout, taken, short=False))
     for name, count, seed, heldout in (("short", 256, 2, False), ("open", 64, 3, True)):
@@ -81,36 +81,37 @@ def _record(rng: np.random.Generator, heldout: bool, short: bool) -> dict[str, A
     def one(words: Sequence[Any]) -> Any:
         return words[int(rng.integers(len(words)))]
 
-    def own(words: Sequence[Any]) -> Any:  # a quarter is held out
+    # Every fourth word is held out: training and held-out prompts share no subject and no text to draw.
+    def own(words: Sequence[Any]) -> Any:
         return one([word for i, word in enumerate(words) if (i % 4 == 0) is heldout])
 
     texts: list[str] = []
     tag = one(("living", "thing", "count", "relation", "text"))
     if tag == "living":
         who, does = own(LIVING)
-        said, required = f"{who} {does}", [f"there is {who}", f"the picture shows {who} {does}"]
+        subject, required = f"{who} {does}", [f"there is {who}", f"the picture shows {who} {does}"]
     elif tag == "thing":
-        said = own(THINGS)
-        required = [f"there is {said}"]
+        subject = own(THINGS)
+        required = [f"there is {subject}"]
     elif tag == "count":
-        said = f"{one(NUMBERS)} {own(COUNTED)}"
-        required = [f"there are exactly {said}"]
+        subject = f"{one(NUMBERS)} {own(COUNTED)}"
+        required = [f"there are exactly {subject}"]
     elif tag == "relation":
         first, second = own(THINGS), own(THINGS)
         while second == first:
             second = own(THINGS)
-        said = f"{first} {one(RELATIONS)} {second}"
-        required = [f"there is {first}", f"there is {second}", f"there is {said}"]
+        subject = f"{first} {one(RELATIONS)} {second}"
+        required = [f"there is {first}", f"there is {second}", f"there is {subject}"]
     else:
         texts = [own(TEXTS)]
         bearer = one(BEARERS)
-        said = f'{bearer} that reads "{texts[0]}"'
+        subject = f'{bearer} that reads "{texts[0]}"'
         required = [f"there is {bearer}", f'the text reads "{texts[0]}"']
     if not short:
         place, medium, light = one(PLACES), one(MEDIA), one(LIGHTS)
         required += [f"the scene is {place}", f"the picture looks like {medium}"]
-        said = f"{medium[0].upper()}{medium[1:]} of {said}, {place}, in {light}."
-    return {"prompt": said, "requirements": required, "texts": texts, "tags": [tag]}
+        subject = f"{medium[0].upper()}{medium[1:]} of {subject}, {place}, in {light}."
+    return {"prompt": subject, "requirements": required, "texts": texts, "tags": [tag]}
 
 
 def _write(name: str, records: list[dict[str, Any]]) -> None:

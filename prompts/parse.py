@@ -1,4 +1,4 @@
-"""JSON that someone else wrote: a value, or in a few words why it is none."""
+"""JSON from users and models: its value, or a short reason why it cannot be read."""
 
 import json
 from typing import Any
@@ -7,17 +7,17 @@ from typing import Any
 def parse_json(text: str | bytes) -> Any:
     """`json.loads`, which raises ValueError alone, with a reason that a message can end in.
 
-    Refused besides what is no JSON, or no UTF-8, is what is nested too deeply to be read, an integer of thousands of
-    digits, and text with half a character in it (a lone surrogate), which no file or server takes.
+    Besides text that is not JSON or not UTF-8, it refuses nesting too deep to read, integers of thousands of digits,
+    and text with half a character in it (a lone surrogate), which no file or server accepts.
     """
     if isinstance(text, bytes):
         try:
-            text = text.decode("utf-8-sig")
+            text = text.decode("utf-8-sig")  # editors on Windows put a byte order mark first
         except UnicodeDecodeError:
             raise ValueError("is not UTF-8 text") from None
     try:
         value = json.loads(text)
-        if "\\ud" in text or "\\uD" in text:
+        if "\\ud" in text or "\\uD" in text:  # an escape may be half of a surrogate pair; few texts have one
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""

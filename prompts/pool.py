@@ -20,13 +20,15 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import IntEnum
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import model_validator
 
-from prompts.errors import UserError
+from posttrain.config.types import AtLeast1, BelowOne, Float, NonNegative, Positive, Range, Share, refusal, settings
+from posttrain.errors import UserError
 from prompts.informativeness import ALIKE, group_moments, informativeness, weighted_mean
 from prompts.records import PromptRecord
 
@@ -36,38 +38,47 @@ PROPOSED = 512
 """Prompts proposed at once in a draw."""
 
 
-@dataclass
+@settings
 class PoolConfig:
     """Which prompts a step trains on. Everything but kind is for the adaptive pool."""
 
     kind: Literal["uniform", "adaptive"] = "uniform"
     """uniform: every prompt once in random order, then again. adaptive: more of those whose images still score
     differently; wants scores in [0, 1]."""
-    decay: float = 0.3
-    """Least share of a prompt's newest visit in its mean and variance, in [0.01, 1]."""
-    explore: float = 0.1
-    """Weight of a prompt that teaches nothing, where the best has 1; in [0.01, 1]."""
-    sharpness: float = 1.0
-    """Exponent of informativeness in the weight, >= 0; 0: whatever does not rest is drawn by age alone."""
-    staleness: int = 200
-    """Steps without a visit after which a prompt's weight is twice what it was, >= 1."""
-    low_variance: float = 0.2
-    """Informativeness below which a prompt teaches too little, in [0, 1]."""
-    easy: float = 0.9
-    """Mean score above which a prompt of low variance is too easy, in [0, 1], above hard."""
-    hard: float = 0.1
-    """Mean score below which a prompt of low variance is too hard, in [0, 1]."""
-    prune_after: int = 2
-    """Visits of low variance in a row after which a prompt rests, >= 1."""
-    cooldown: int = 300
-    """Steps that a too hard prompt rests, >= 1; a flat one rests twice and a too easy one four times as long."""
-    audit: float = 0.02
-    """Share of the draws that take a resting prompt at random, in [0, 1)."""
-    floor: float = 0.1
-    """Share of the prompts below which no more are sent to rest, in [0, 1]; at least those of one step stay."""
-    quotas: dict[str, float] = field(default_factory=dict)
+    decay: Annotated[Float, Range(0.01, 1)] = 0.3
+    """Least share of a prompt's newest visit in its mean and variance."""
+    explore: Annotated[Float, Range(0.01, 1)] = 0.1
+    """Weight of a prompt that teaches nothing, where the best has 1."""
+    sharpness: NonNegative = 1.0
+    """Exponent of informativeness in the weight; 0: whatever does not rest is drawn by age alone."""
+    staleness: AtLeast1 = 200
+    """Steps without a visit after which a prompt's weight is twice what it was."""
+    low_variance: Share = 0.2
+    """Informativeness below which a prompt teaches too little."""
+    easy: Share = 0.9
+    """Mean score above which a prompt of low variance is too easy, above hard."""
+    hard: Share = 0.1
+    """Mean score below which a prompt of low variance is too hard."""
+    prune_after: AtLeast1 = 2
+    """Visits of low variance in a row after which a prompt rests."""
+    cooldown: AtLeast1 = 300
+    """Steps that a too hard prompt rests; a flat one rests twice and a too easy one four times as long."""
+    audit: BelowOne = 0.02
+    """Share of the draws that take a resting prompt at random."""
+    floor: Share = 0.1
+    """Share of the prompts below which no more are sent to rest; at least those of one step stay."""
+    quotas: dict[str, Positive] = field(default_factory=dict)
     """Share of the draws for the prompts of a tag, such as {text: 0.25}, together at most 1; the rest goes to the
     others, as does what a tag cannot give while its prompts rest. A prompt counts for its first tag of these."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> PoolConfig:
+        if self.hard >= self.easy:
+            raise refusal("hard", f"is {self.hard}, not below pool.easy ({self.easy}); lower it")
+        total = sum(self.quotas.values())
+        if total > 1 + 1e-9:  # thirds add up to a little more than 1
+            raise refusal("quotas", f"add up to {total:g}; lower them to at most 1 together")
+        return self
 
 
 class Kind(IntEnum):
@@ -103,6 +114,7 @@ class Pool:
 
         keys = np.fromiter((_key(record.id) for record in records), np.int64, len(records))
         categories = np.fromiter((_category(record.tags, config.quotas) for record in records), int, len(records))
+        # By category first, so that a quota is a slice; then by key, so that the file's order changes nothing.
         self.places = np.lexsort((keys, categories))
         self.keys = keys[self.places]
         ends = np.bincount(categories, minlength=len(config.quotas) + 1).cumsum()
@@ -130,14 +142,15 @@ class Pool:
     def draw(self, step: int) -> np.ndarray:
         """(P,) rows of different prompts; the same for the same state, seed and step."""
         rng = np.random.default_rng((self.seed, step))
-        self._end_rests(step)
+        self._end_rests(step)  # first, so that prompts whose rest is over can be drawn in this step
         drawn = self._audited(rng)
-        self._readmit(drawn)
+        self._readmit(drawn)  # an audit ends the rest of a prompt, since it will be scored again
         free = self.returns == 0
         free[drawn] = False
         slots = self._slots(rng, self.prompts_per_step - len(drawn))
         for rows, count in [*zip(self._categories, slots), (slice(0, len(free)), None)]:
-            count = self.prompts_per_step - len(drawn) if count is None else count  # what a category could not give
+            if count is None:  # the last round, over all rows: what the categories could not give
+                count = self.prompts_per_step - len(drawn)
             if count:
                 taken = self._take(rng, step, rows.start + np.flatnonzero(free[rows]), count)
                 free[taken] = False
@@ -156,12 +169,14 @@ class Pool:
             proposed = candidates[rng.integers(len(candidates), size=PROPOSED)]
             accepted = proposed[2 * rng.random(PROPOSED) < self.weight(proposed, step)]
             taken = np.concatenate([taken, accepted])
+            # Each row once, in the order of its first acceptance: sorted rows would favour the low ones.
             taken = taken[np.sort(np.unique(taken, return_index=True)[1])][:count]
         return taken
 
     def _slots(self, rng: np.random.Generator, count: int) -> np.ndarray:
         """How many of `count` draws each category gets: its share of them, rounded up or down at random."""
         ends = np.cumsum(list(self.config.quotas.values()))
+        # Evenly spaced points with one random offset: each share is met to within one draw (systematic sampling).
         at = (np.arange(count) + rng.random()) / max(count, 1)
         return np.bincount(np.searchsorted(ends, at, side="right"), minlength=len(ends) + 1)
 
@@ -204,8 +219,10 @@ class Pool:
             self._check_calibration(values_PGK, valid_PGK)
         mean_PK, variance_PK = group_moments(values_PGK, valid_PGK, floor_K)
         self._update_spread(variance_PK)
+        # 1 / visits at first, which is a plain mean, until the decayed rate is larger.
         rate_P1 = np.maximum(self.config.decay, 1 / (self.visits[rows, None] + 1))
         for old_NK, new_PK in ((self.mean_NK, mean_PK), (self.variance_NK, variance_PK)):
+            # A first score stands for the past that is not there; a missing one changes nothing.
             old_PK = np.where(np.isnan(old_NK[rows]), new_PK, old_NK[rows])
             old_NK[rows] = np.where(np.isnan(new_PK), old_PK, old_PK + rate_P1 * (new_PK - old_PK))
         visited = rows[~np.isnan(weighted_mean(mean_PK, self.weights_K))]
@@ -223,9 +240,11 @@ class Pool:
 
     def _prune(self, step: int, rows: np.ndarray) -> None:
         """Sends prompts to rest, the least informative first, as long as the floor is not reached."""
+        # An empty pool would stop training, so the floor wins over what the scores say.
         allowed = np.count_nonzero(self.returns == 0) - self.floor
         rows = rows[np.argsort(self.informativeness(rows), kind="stable")[: max(allowed, 0)]]
         kinds = self.kinds(rows)
+        # A hard prompt comes back first, since the policy grows; an easy one has the least left to teach.
         times = np.select([kinds == Kind.EASY, kinds == Kind.FLAT], [4, 2], 1)
         self.returns[rows] = step + times * self.config.cooldown
 
@@ -284,13 +303,14 @@ class Pool:
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Everything that differs from a fresh pool, as arrays (by prompt drawn so far, with its key) and JSON."""
-        rows = np.flatnonzero(self.drawn)
+        rows = np.flatnonzero(self.drawn)  # of a million prompts a run draws few
         arrays = {name: getattr(self, name)[rows] for name in ARRAYS}
         spread = {"spread": self.spread_K.tolist(), "spread_steps": self.spread_steps_K.tolist()}
         return arrays, {"rewards": self.rewards, **spread}
 
     def load_state(self, arrays: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> None:
         """Puts back what `state` gave, by the prompts' ids and the rewards' names; others are as if never seen."""
+        # By key and not by row: the file may have been reordered, and prompts added or removed.
         _, rows, old = np.intersect1d(self.keys, arrays["keys"], return_indices=True)
         for name in ("visits", "drawn", "streak", "returns"):
             getattr(self, name)[rows] = arrays[name][old]

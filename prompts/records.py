@@ -1,6 +1,6 @@
 """Prompt records: a JSONL file with one object a line, or a dataset with the same fields as columns.
 
-`prompt` is the text. Optional: `requirements` (yes/no statements the picture should meet), `texts` (strings
+`prompt` is the text. Optional: `requirements` (yes/no statements the image should meet), `texts` (strings
 to render in it), `tags`, and `id`. Every other field is kept as a column and handed to the rewards.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 from prompts.parse import parse_json
 
 LISTS = ("requirements", "texts", "tags")
@@ -46,7 +46,8 @@ def read_prompts(source: str | Path) -> list[PromptRecord]:
     place = " row " if dataset else ":"
     records: list[PromptRecord] = []
     number_of_id: dict[str, int] = {}
-    for number, row in _dataset_rows(str(source)) if dataset else _jsonl_rows(Path(source)):
+    rows = _dataset_rows(str(source)) if dataset else _jsonl_rows(Path(source))
+    for number, row in rows:
         record = _record(row, f"{source}{place}{number}")
         if record.id in number_of_id:
             raise UserError(
@@ -64,7 +65,7 @@ def read_prompts(source: str | Path) -> list[PromptRecord]:
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
     """Line number and value of each line that is not blank."""
     try:
-        with path.open("rb") as file:
+        with path.open("rb") as file:  # bytes, so that a line that is not UTF-8 is named by its number
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield number, _parse(line, f"{path}:{number}")
@@ -110,7 +111,7 @@ def _record(row: Any, where: str) -> PromptRecord:
     if not isinstance(prompt, str):
         raise UserError(f"{where}: prompt: is {_kind(prompt)}, not text; put it in quotes")
     if not prompt.strip():
-        raise UserError(f"{where}: prompt: is empty; write what the picture should show or drop the line")
+        raise UserError(f"{where}: prompt: is empty; write what the image should show or drop the line")
 
     lists: dict[str, list[str] | None] = {}
     for name in LISTS:
@@ -127,6 +128,7 @@ def _record(row: Any, where: str) -> PromptRecord:
             value = tuple(map(sys.intern, value))  # they repeat, and a file may hold a million prompts
         lists[name] = list(value)  # a copy has no spare room, here and below
 
+    # What is left of the row after this is its own columns, for rewards.
     id = row.pop("id", None)
     if id is not None and not (isinstance(id, str) and id):
         raise UserError(f"{where}: id: is {_kind(id)}; use a non-empty text in quotes")
@@ -136,21 +138,18 @@ def _record(row: Any, where: str) -> PromptRecord:
 def _kind(value: object) -> str:
     if value is None:
         return "null"
-    names = {
-        str: "text",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        list: "a list",
-        dict: "an object",
-    }
+    names = {str: "text", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return "empty text" if value == "" else names.get(type(value), f"a {type(value).__name__}")
 
 
 def columns(records: Sequence[PromptRecord]) -> dict[str, Sequence[Any]]:
     """The records' fields as the columns that rewards take; a field that a record lacks is None there."""
-    extra = {name: None for record in records for name in record.columns}
-    table: dict[str, Sequence[Any]] = {name: [r.columns.get(name) for r in records] for name in extra}
+    extra: dict[str, None] = {}  # a set that keeps the order
+    for record in records:
+        extra |= dict.fromkeys(record.columns)
+    table: dict[str, Sequence[Any]] = {}
+    for name in extra:
+        table[name] = [record.columns.get(name) for record in records]
     for name in (*LISTS, "id"):
-        table[name] = [getattr(r, name) for r in records]
+        table[name] = [getattr(record, name) for record in records]
     return table

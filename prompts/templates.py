@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template as DollarTemplate
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 
 JUDGES = Path(__file__).parent / "judges"
 
@@ -33,6 +33,7 @@ class Template:
         if missing := self.fields - values.keys():
             field = sorted(missing)[0]
             raise UserError(f"template {self.name}: this reward has no value for ${field}: remove that field")
+        # As JSON strings: a value cannot close its quotation and go on as an instruction.
         quoted = {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
         return DollarTemplate(self.text).substitute(quoted)
 
@@ -43,7 +44,8 @@ def load_template(name: str) -> Template:
     try:
         text = path.read_text(encoding="utf-8").strip()
     except OSError as error:
-        known = ", ".join(sorted(file.stem for file in JUDGES.glob("*.txt")))
+        names = [file.stem for file in JUDGES.glob("*.txt")]
+        known = ", ".join(sorted(names))
         raise UserError(f"template {name}: cannot read {path}: use a .txt path or one of {known}") from error
     template = Template(name, text)
     if not DollarTemplate(text).is_valid():

@@ -1,4 +1,1 @@
-"""Rewards: callables `(images, prompts, **columns) -> list[float | None]`.
-
-Imports `prompts`, never `posttrain`.
-"""
+"""Rewards: callables `(images, prompts, **columns)` that return one score for each image."""

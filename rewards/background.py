@@ -30,7 +30,7 @@ class ScoreQueue:
     def submit(
         self, images: Sequence[Image.Image], prompts: Sequence[str], columns: dict[str, Any] | None = None
     ) -> None:
-        with self._lock:
+        with self._lock:  # `_finished` is called in the loop's thread
             if self._running == 0:
                 self._since = time.perf_counter()
             self._running += 1
@@ -59,7 +59,7 @@ class ScoreQueue:
         try:
             scores = Scores.concat([job.result() for job in jobs])
         finally:
-            for job in jobs:
+            for job in jobs:  # where one has failed, nobody waits for the others
                 job.cancel()
         scores.waited_seconds = time.perf_counter() - start
         with self._lock:
@@ -77,6 +77,7 @@ class ScoreQueue:
             tasks = asyncio.all_tasks() - {asyncio.current_task()}
             for task in tasks:
                 task.cancel()
+            # A loop that is closed over pending tasks complains about each.
             await asyncio.gather(*tasks, return_exceptions=True)
 
         asyncio.run_coroutine_threadsafe(cancel(), self._loop).result()

@@ -1,9 +1,10 @@
 """The reward contract, and the scoring of a batch by all rewards at once.
 
-A reward is a callable `(images, prompts, **columns) -> list`, sync or async, one entry for each image:
-a finite float, `None` where the reward does not apply, or a `Failure` where it could not be had. A float may
-be a `Scored`, which carries details for the report. Columns are the prompt's other fields. Nothing that went
-wrong becomes a number: a failed score is missing, and too many of them end the run with the reason.
+A reward is a callable `(images, prompts, **columns)`, sync or async, that returns one entry for each image: a finite
+float, `None` where the reward does not apply, or a `Failure` where it could not be computed. A float may be a `Scored`,
+which carries details for the report. It may return a list, a tuple, or a NumPy array or tensor of shape (N,) in which
+NaN stands for None. Columns are the prompt's other fields. Nothing that went wrong becomes a number: a failed score is
+missing, and too many of them end the run with the reason.
 
 Legend: N samples, K rewards. Rows of one group are neighbours.
 """
@@ -16,12 +17,14 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image
+from pydantic import model_validator
 
-from prompts.errors import UserError
+from posttrain.config.types import Check, Filled, NonNegative, Number, Positive, Share, refusal, settings
+from posttrain.errors import UserError
 
 WINDOW = 256  # samples over which a reward's share of failures is taken
 
@@ -50,37 +53,68 @@ class Scored(float):
 
 Score = float | None | Failure
 
+Function = str | dict[str, Any] | Callable[..., Any]
 
-@dataclass
+
+class _Path(Check):
+    """An import path of a function or of a class."""
+
+    def problem(self, value: Any) -> str | None:
+        if isinstance(value, str) and not all(value.partition(":")):
+            return f"'{value}' is not written as package.module:function"
+        if isinstance(value, dict):
+            named = isinstance(value.get("class_path"), str) and not set(value) - {"class_path", "init_args"}
+            return None if named else "write package.module:function or {class_path: ..., init_args: ...}"
+        return None
+
+
+@settings
 class RewardSpec:
-    """One reward of a recipe."""
+    """One reward of a recipe, or of a program, which may give the callable itself as its function."""
 
-    name: str
+    name: Annotated[str, Filled("give the reward a name")]
     """Name in metrics and reports, unique in the recipe."""
-    function: str | dict[str, Any]
+    function: Annotated[Function, _Path()]
     """What is called: `package.module:function`, or {class_path: package.module.Class, init_args: {...}} for an
     object made once. Takes (images, prompts, **columns), returns one float or null for each image."""
-    weight: float = 1.0
-    """Weight of the normalised reward in the advantage, >= 0; relative to the other rewards."""
+    weight: NonNegative = 1.0
+    """Weight of the normalised reward in the advantage; relative to the other rewards."""
     gate: Literal["none", "multiply", "mask"] = "none"
     """none: it is summed. multiply: the others are multiplied by it. mask: samples below threshold leave."""
-    threshold: float | None = None
+    threshold: Number | None = None
     """Score a gate must reach; null with multiply: the score itself, in [0, 1], is the factor."""
-    scale: float = 1.0
+    scale: Number = 1.0
     """Calibration, before anything else: score * scale + offset."""
-    offset: float = 0.0
+    offset: Number = 0.0
     """See scale."""
-    noise: float | None = None
-    """Largest difference between two scores of one image, before scale, >= 0; three times it is the floor below which
+    noise: NonNegative | None = None
+    """Largest difference between two scores of one image, before scale; three times it is the floor below which
     a group counts as flat. null: measured for a judge's P(yes), with a floor of at least 0.01; 0 for the others."""
-    timeout: float = 600.0
-    """Seconds for one batch, waiting for its turn included, > 0."""
-    max_failures: float = 0.1
-    """Share of the last 256 scores that may fail before the run stops, in [0, 1]; 1: never stop."""
+    timeout: Positive = 600.0
+    """Seconds for one batch, waiting for its turn included."""
+    max_failures: Share = 0.1
+    """Share of the last 256 scores that may fail before the run stops; 1: never stop."""
     heldout_only: bool = False
     """Measure at evaluation and never train on it."""
     group: bool = False
     """It sees one whole group a call, to compare its images with each other; evaluation shows it eval.groups."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "RewardSpec":
+        if self.gate == "mask" and self.threshold is None:
+            raise refusal("threshold", "gate: mask needs one")
+        if self.gate == "none" and self.threshold is not None:
+            raise refusal("threshold", "has no effect without a gate; set gate or remove it")
+        return self
+
+    def __post_init__(self) -> None:
+        """A callable is kept beside the fields: those go into recipe.yaml, which gets its import path."""
+        self.given: Callable[..., Any] | None = None
+        if callable(self.function):
+            self.given, named = self.function, self.function
+            if not hasattr(named, "__qualname__"):  # an object with __call__
+                named = type(named)
+            self.function = f"{named.__module__}:{named.__qualname__}"
 
 
 @dataclass(frozen=True)
@@ -106,8 +140,12 @@ class Reward:
 
     def count(self, scores: Sequence[Score]) -> None:
         """Raises when failures exceed their share of the window, or when nothing was scored at all."""
-        failures = [score.message for score in scores if isinstance(score, Failure)]
-        self.failed.extend(isinstance(score, Failure) for score in scores if score is not None)
+        failures = []
+        for score in scores:
+            if isinstance(score, Failure):
+                failures.append(score.message)
+            if score is not None:  # a reward that does not apply has neither failed nor succeeded
+                self.failed.append(isinstance(score, Failure))
         bad, limit = sum(self.failed), self.spec.max_failures
         if failures and limit < 1 and (bad > limit * WINDOW or bad == len(self.failed)):
             message = Counter(failures).most_common(1)[0][0]
@@ -119,7 +157,7 @@ class Reward:
 
 @dataclass
 class Scores:
-    """What all rewards said about N samples, calibrated; `values_NK` is 0 where `valid_NK` is False."""
+    """The scores of N samples by all rewards, calibrated; `values_NK` is 0 where `valid_NK` is False."""
 
     names: list[str]
     values_NK: np.ndarray
@@ -133,26 +171,33 @@ class Scores:
 
     @staticmethod
     def concat(parts: Sequence["Scores"]) -> "Scores":
-        first = parts[0]
-        return Scores(
-            first.names,
-            np.concatenate([part.values_NK for part in parts]),
-            np.concatenate([part.valid_NK for part in parts]),
-            np.concatenate([part.failed_NK for part in parts]),
-            {name: sum((part.failures[name] for part in parts), Counter()) for name in first.names},
-            {name: [entry for part in parts for entry in part.details[name]] for name in first.names},
-            {name: sum(part.seconds[name] for part in parts) for name in first.names},
-        )
+        """The samples of all parts, one part after the other; all have the same rewards."""
+        names = parts[0].names
+        failures: dict[str, Counter[str]] = {name: Counter() for name in names}
+        details: dict[str, list[dict[str, Any] | None]] = {name: [] for name in names}
+        seconds = dict.fromkeys(names, 0.0)
+        for part in parts:
+            for name in names:
+                failures[name] += part.failures[name]
+                details[name] += part.details[name]
+                seconds[name] += part.seconds[name]
+        arrays = {}
+        for field_name in ("values_NK", "valid_NK", "failed_NK"):
+            arrays[field_name] = np.concatenate([getattr(part, field_name) for part in parts])
+        return Scores(names, **arrays, failures=failures, details=details, seconds=seconds)
 
     def take(self, rows: Sequence[int]) -> "Scores":
         """The same scores of some samples, in another order."""
         rows = list(rows)
+        details = {}
+        for name, of_samples in self.details.items():
+            details[name] = [of_samples[row] for row in rows]
         return replace(
             self,
             values_NK=self.values_NK[rows],
             valid_NK=self.valid_NK[rows],
             failed_NK=self.failed_NK[rows],
-            details={name: [details[i] for i in rows] for name, details in self.details.items()},
+            details=details,
         )
 
 
@@ -170,13 +215,13 @@ async def score_all(
             raise ValueError(f"{len(images)} images but {len(column)} entries in {name}")
     if len(images) % group_size:
         raise ValueError(f"{len(images)} images are not whole groups of {group_size}")
-    tasks = [asyncio.create_task(_ask(r, images, prompts, columns, group_size)) for r in rewards]
+    tasks = [asyncio.create_task(_ask(reward, images, prompts, columns, group_size)) for reward in rewards]
     try:
-        asked = await asyncio.gather(*tasks)
+        answers = await asyncio.gather(*tasks)
     finally:
-        for task in tasks:
+        for task in tasks:  # where one reward has ended the run, the others need not answer any more
             task.cancel()
-    return _matrix(rewards, [scores for scores, _ in asked], [seconds for _, seconds in asked])
+    return _matrix(rewards, answers)
 
 
 async def _ask(
@@ -188,12 +233,18 @@ async def _ask(
 ) -> tuple[list[Score], float]:
     if reward.spec.group and group_size < 2:
         raise RewardError(f"reward {reward.spec.name}: group: it compares a group, which has one member here")
-    taken = {k: v for k, v in columns.items() if reward.parameters is None or k in reward.parameters}
+    names = [name for name in columns if reward.parameters is None or name in reward.parameters]
+    # A group reward gets a call for each group; any other one call for all images.
     size = group_size if reward.spec.group else max(len(images), 1)
-    rows = [slice(i, i + size) for i in range(0, len(images), size)]
     start = time.perf_counter()
-    calls = [_call(reward, images[r], prompts[r], {k: v[r] for k, v in taken.items()}) for r in rows]
-    scores = [score for part in await asyncio.gather(*calls) for score in part]
+    calls = []
+    for first in range(0, len(images), size):
+        rows = slice(first, first + size)
+        taken = {name: columns[name][rows] for name in names}
+        calls.append(_call(reward, images[rows], prompts[rows], taken))
+    scores: list[Score] = []
+    for part in await asyncio.gather(*calls):
+        scores += part
     reward.count(scores)
     return scores, time.perf_counter() - start
 
@@ -213,7 +264,7 @@ async def _call(
                 result = await _in_thread(reward, arguments, keywords)
     except UserError:
         raise
-    except Exception as error:
+    except Exception as error:  # whatever a user's code raises makes its scores missing, and is counted
         message = f"{type(error).__name__}: {error}"
         if isinstance(error, TimeoutError) and limit.expired():
             message = f"no result within {reward.spec.timeout:g} s"
@@ -227,7 +278,7 @@ async def _in_thread(reward: Reward, arguments: tuple[Any, ...], keywords: dict[
     future: asyncio.Future[Any] = loop.create_future()
 
     def settle(result: Any, error: Exception | None) -> None:
-        if not future.done():
+        if not future.done():  # a call that ran out of time has been cancelled
             if error is None:
                 future.set_result(result)
             else:
@@ -240,7 +291,7 @@ async def _in_thread(reward: Reward, arguments: tuple[Any, ...], keywords: dict[
                 result = reward.function(*arguments, **keywords)
         except Exception as raised:
             error = raised
-        if not loop.is_closed():
+        if not loop.is_closed():  # a call that hung may return after the run
             loop.call_soon_threadsafe(settle, result, error)
 
     threading.Thread(target=work, daemon=True, name=f"reward {reward.spec.name}").start()
@@ -248,31 +299,52 @@ async def _in_thread(reward: Reward, arguments: tuple[Any, ...], keywords: dict[
 
 
 def checked(name: str, result: Any, count: int) -> list[Score]:
-    """The result if it keeps the contract; a RewardError that names the reward if not."""
-    if not isinstance(result, list) or len(result) != count:
-        got = f"{len(result)} scores" if isinstance(result, list) else f"a {type(result).__name__}"
-        raise RewardError(f"reward {name}: returned {got} for {count} images: return a list of one float each")
-    for i, score in enumerate(result):
+    """The result as a list if it keeps the contract; a RewardError that names the reward if not."""
+    scores = _as_list(name, result, count)
+    if len(scores) != count:
+        raise RewardError(
+            f"reward {name}: returned {len(scores)} scores for {count} images: return a list of one float each"
+        )
+    for i, score in enumerate(scores):
         if score is None or isinstance(score, Failure):
             continue
         if not isinstance(score, Real):
             raise RewardError(f"reward {name}: score {i} is a {type(score).__name__}: return floats or None")
         if not math.isfinite(score):
             raise RewardError(f"reward {name}: score {i} is {score}: return None where there is no score")
-    return result
+    return scores
 
 
-def _matrix(rewards: Sequence[Reward], scores_K: list[list[Score]], seconds_K: list[float]) -> Scores:
-    shape = (len(scores_K[0]) if scores_K else 0, len(rewards))
+def _as_list(name: str, result: Any, count: int) -> list[Any]:
+    """Lists and tuples as they are; NumPy arrays and tensors of one dimension with None for NaN."""
+    if isinstance(result, list | tuple):
+        return list(result)
+    # Arrays and tensors of any library have both; importing torch here would slow down every command.
+    if not hasattr(result, "tolist") or not hasattr(result, "shape"):
+        got = type(result).__name__
+        raise RewardError(f"reward {name}: returned a {got} for {count} images: return a list of one float each")
+    if len(result.shape) != 1:
+        got = f"a {type(result).__name__} of shape {tuple(result.shape)}"
+        raise RewardError(f"reward {name}: returned {got} for {count} images: return one of shape ({count},)")
+    # An array cannot hold None, so NaN is how it says that a score is missing; in a list it is a bug.
+    return [None if isinstance(score, float) and math.isnan(score) else score for score in result.tolist()]
+
+
+def _matrix(rewards: Sequence[Reward], answers: Sequence[tuple[list[Score], float]]) -> Scores:
+    """The table of what each reward has answered: its scores and the seconds it took."""
+    shape = (len(answers[0][0]) if answers else 0, len(rewards))
     names = [reward.spec.name for reward in rewards]
-    seconds = dict(zip(names, seconds_K))
-    table = Scores(names, np.zeros(shape), np.zeros(shape, bool), np.zeros(shape, bool), {}, {}, seconds)
-    for k, (reward, scores) in enumerate(zip(rewards, scores_K)):
+    table = Scores(names, np.zeros(shape), np.zeros(shape, bool), np.zeros(shape, bool), {}, {}, {})
+    for k, (reward, (scores, seconds)) in enumerate(zip(rewards, answers)):
+        failures: Counter[str] = Counter()
         for n, score in enumerate(scores):
-            table.failed_NK[n, k] = isinstance(score, Failure)
-            if isinstance(score, Real):
+            if isinstance(score, Failure):
+                table.failed_NK[n, k] = True
+                failures[score.message] += 1
+            elif score is not None:
                 table.valid_NK[n, k] = True
                 table.values_NK[n, k] = float(score) * reward.spec.scale + reward.spec.offset
-        table.failures[names[k]] = Counter(score.message for score in scores if isinstance(score, Failure))
-        table.details[names[k]] = [score.details if isinstance(score, Scored) else None for score in scores]
+        name = names[k]
+        table.failures[name], table.seconds[name] = failures, seconds
+        table.details[name] = [score.details if isinstance(score, Scored) else None for score in scores]
     return table

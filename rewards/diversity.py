@@ -1,11 +1,11 @@
-"""Group diversity: how far a picture is from the others of its prompt, in the features of a frozen image model.
+"""Group diversity: how far an image is from the others of its prompt, in the features of a frozen image model.
 
     function: {class_path: rewards.diversity.Diversity, init_args: {path: facebook/dinov3-vits16-pretrain-lvd1689m}}
     group: true
 
-d_j = (1 / (n - 1)) sum over the others of (1 - e_j . e_l), of unit features e of the n pictures that are there. What a
-picture adds to the group's mean distance, leaving one out, is affine in d_j, so that after group normalisation both
-give the same advantages. Legend: N pictures, E features.
+d_j = (1 / (n - 1)) sum over the others of (1 - e_j . e_l), of unit features e of the n images that are there. What a
+image adds to the group's mean distance, leaving one out, is affine in d_j, so that after group normalisation both
+give the same advantages. Legend: N images, E features.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 from rewards.base import Score
 from rewards.vlm import VLM
 
@@ -35,22 +35,23 @@ def contributions(features_NE: Tensor, present_N: Sequence[bool], safe_N: Sequen
     """d_j of one group, in [0, 2].
 
     `features_NE` need not be of unit length. A member that is not safe gets 0 and the others are not compared with it;
-    one that is safe but not present (no picture) gets None; with fewer than two that are both, so do all safe ones.
+    one that is safe but not present (no image) gets None; with fewer than two that are both, so do all safe ones.
     """
-    members = [j for j, (present, safe) in enumerate(zip(present_N, safe_N, strict=True)) if present and safe]
-    found: list[float | None] = [None if safe else 0.0 for safe in safe_N]
+    members = np.flatnonzero(np.logical_and(present_N, safe_N)).tolist()
+    distances_N: list[float | None] = [None if safe else 0.0 for safe in safe_N]
     n = len(members)
     if n < 2:
-        return found
+        return distances_N
     unit = torch.nn.functional.normalize(features_NE[members].double(), dim=-1)
-    distances = (n - unit @ unit.sum(0)) / (n - 1)
-    for j, distance in zip(members, distances.clamp(0, 2).tolist()):
-        found[j] = distance
-    return found
+    # The sum over all n of (1 - e_j . e_l) has 0 for l = j, so only the divisor leaves one out.
+    pairwise = (n - unit @ unit.sum(0)) / (n - 1)
+    for j, distance in zip(members, pairwise.clamp(0, 2).tolist()):
+        distances_N[j] = distance
+    return distances_N
 
 
 class Features:
-    """Pictures to features: DINOv3 (any size of ViT or ConvNeXt) or the image tower of a Qwen3-VL."""
+    """Images to features: DINOv3 (any size of ViT or ConvNeXt) or the image tower of a Qwen3-VL."""
 
     def __init__(self, path: str = DINOV3, batch: int = 64, device: str | None = None):
         """`path` is a directory or hub id. Raises UserError if it cannot be loaded or is another kind of model."""
@@ -75,16 +76,19 @@ class Features:
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
         """(N, E) fp32 on the CPU, not of unit length."""
-        parts = [self._embed(images[i : i + self.batch]) for i in range(0, len(images), self.batch)]
+        parts = []
+        for first in range(0, len(images), self.batch):
+            parts.append(self._embed(images[first : first + self.batch]))
         return torch.cat(parts).float().cpu()
 
     def _embed(self, images: Sequence[Image.Image]) -> Tensor:
         if self._vlm is None:
             size = (self._size, self._size)
-            pixels = [image.convert("RGB").resize(size, Image.Resampling.BILINEAR) for image in images]
-            x = torch.from_numpy(np.stack([np.asarray(p, np.float32) for p in pixels])) / 255
+            resized = [image.convert("RGB").resize(size, Image.Resampling.BILINEAR) for image in images]
+            x = torch.from_numpy(np.stack(list(map(np.asarray, resized)))).float() / 255  # (N, H, W, 3)
             x = ((x - self._mean) / self._std).permute(0, 3, 1, 2).to(self._device)
             return self._model(pixel_values=x).pooler_output.flatten(1)
+        # Of a Qwen3-VL only the image tower runs; an image's features are the mean of its tokens.
         inputs = self._vlm.processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
         grids = inputs["image_grid_thw"]
         seen = self._vlm.model.model.visual(inputs["pixel_values"].to(self._device), grid_thw=grids.to(self._device))
@@ -93,7 +97,7 @@ class Features:
 
 
 class Diversity:
-    """The group reward: d_j of each picture. For a recipe of any method whose rewards see groups."""
+    """The group reward: d_j of each image. For a recipe of any method whose rewards see groups."""
 
     def __init__(self, path: str = DINOV3, batch: int = 64, device: str | None = None):
         self.features = Features(path, batch, device)
@@ -101,7 +105,7 @@ class Diversity:
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Score]:
         there = [True] * len(images)
-        with self._lock:
+        with self._lock:  # a GPU holds one batch of features at a time
             return list(contributions(self.features(images), there, there))
 
     def record(self) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class Endpoints:
             except APIStatusError as error:
                 errors.append(f"{endpoint.url}: {_status_text(error)}")
                 if how == "id" and image is not None and error.status_code not in BUSY:
-                    endpoint.state.missed(image)  # whatever else is wrong is said again to the bytes
+                    endpoint.state.missed(image)  # if anything else is wrong, the server repeats it for the bytes
                     continue
                 if error.status_code < 500 and error.status_code not in RETRIED:
                     raise JudgeError(errors[-1]) from error

@@ -33,8 +33,7 @@ def apply_gates(scores: Scores, specs: Sequence[RewardSpec], noise: Mapping[str,
 
     `noise` by reward. A gate whose score multiplies adds its own to that of every other, times the largest score.
     """
-    none = Noise(0.0, 0.0)
-    noise_of = [(noise or {}).get(spec.name, none) for spec in specs]
+    noise_of = [(noise or {}).get(spec.name, Noise(0.0, 0.0)) for spec in specs]
     summed = [k for k, spec in enumerate(specs) if spec.gate == "none" and not spec.heldout_only]
     values_NK, valid_NK = scores.values_NK[:, summed].copy(), scores.valid_NK[:, summed].copy()
     noise_K = np.array([noise_of[k].spread for k in summed])
@@ -43,22 +42,23 @@ def apply_gates(scores: Scores, specs: Sequence[RewardSpec], noise: Mapping[str,
         if spec.gate == "none":
             continue
         score_N, applies_N = scores.values_NK[:, k], scores.valid_NK[:, k]
-        valid_NK &= ~scores.failed_NK[:, k : k + 1]
+        valid_NK &= ~scores.failed_NK[:, k : k + 1]  # nobody knows whether the sample passes
         if spec.gate == "mask":
             valid_NK &= ~(applies_N & (score_N < spec.threshold))[:, None]
             continue
         factor_N = score_N if spec.threshold is None else (score_N >= spec.threshold).astype(float)
-        factor_N = np.where(applies_N, factor_N, 1.0)
+        factor_N = np.where(applies_N, factor_N, 1.0)  # a gate that does not apply lets the sample pass
         if factor_N.min(initial=0) < 0 or factor_N.max(initial=1) > 1:
             raise RewardError(f"reward {spec.name}: a multiplying gate must stay in [0, 1]: set threshold")
+        # A negative reward would rise where the gate closes.
         negative_K = ((values_NK < 0) & valid_NK).any(0)
         if negative_K.any():
             name = specs[summed[int(negative_K.argmax())]].name
             raise RewardError(f"reward {name}: negative under gate {spec.name}: set scale and offset")
         values_NK *= factor_N[:, None]
-        if spec.threshold is None:
+        if spec.threshold is None:  # d(g R) = R dg + g dR, bounded by the largest R
             largest_K = np.where(valid_NK, scores.values_NK[:, summed], 0.0).max(0, initial=0.0)
             noise_K, floor_K = noise_K + largest_K * noise_of[k].spread, floor_K + largest_K * noise_of[k].floor
-    values_NK[~valid_NK] = 0
+    values_NK[~valid_NK] = 0  # as in Scores, so that no leftover looks like a score
     names, weights_K = [specs[k].name for k in summed], np.array([specs[k].weight for k in summed])
     return Gated(names, weights_K, values_NK, valid_NK, noise_K, floor_K)

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 from prompts.templates import Template, load_template
 from rewards.base import Failure, Score, Scored
 from rewards.encode import encode_async
@@ -19,7 +19,7 @@ from rewards.requirements import Requirements
 
 
 class JudgeReward(ABC):
-    """One score a picture from one judge.
+    """One score an image from one judge.
 
     `judge` is a Judge or, as a recipe gives it, the arguments of one; those of a LocalJudge if `path` is among them.
     """
@@ -34,7 +34,9 @@ class JudgeReward(ABC):
     async def __call__(
         self, images: Sequence[Image.Image], prompts: Sequence[str], **columns: Sequence[Any]
     ) -> list[Score]:
-        rows = [{name: column[i] for name, column in columns.items()} for i in range(len(images))]
+        rows = []
+        for i in range(len(images)):
+            rows.append({name: column[i] for name, column in columns.items()})
         return await asyncio.gather(*map(self._score, images, prompts, rows))
 
     async def _score(self, image: Image.Image, prompt: str, row: dict[str, Any]) -> Score:
@@ -45,7 +47,7 @@ class JudgeReward(ABC):
 
     @abstractmethod
     async def score(self, image: Image.Image, prompt: str, row: dict[str, Any]) -> Score:
-        """One picture's score; a JudgeError becomes a Failure."""
+        """One image's score; a JudgeError becomes a Failure."""
 
     async def ask(self, image: Image.Image, prompt: str) -> float:
         """P(yes) for a template that may use $prompt."""
@@ -71,7 +73,7 @@ class Aesthetic(JudgeReward):
 
 
 class Artifact(JudgeReward):
-    """P(no) of the trained adapter to 'does the picture have faults?': a penalty, or a gate in the recipe."""
+    """P(no) of the trained adapter to 'does the image have faults?': a penalty, or a gate in the recipe."""
 
     def __init__(self, judge: Judge | Mapping[str, Any], template: str = "artifact"):
         super().__init__(judge, template)
@@ -99,11 +101,11 @@ class Rubric(JudgeReward):
 
     async def score(self, image: Image.Image, prompt: str, row: dict[str, Any]) -> Score:
         requirements = row.get("requirements")
-        if requirements is None:
+        if requirements is None:  # unknown; an empty list means that there are none
             requirements = await self.requirements.of(prompt)
         if not requirements:
             return None
-        encoded = await encode_async(image)
+        encoded = await encode_async(image)  # once for all questions about it
         questions = [self.judge.p_yes(encoded, self.template, requirement=r) for r in requirements]
         answers = await asyncio.gather(*questions)
         details = {"requirements": list(requirements), "answers": answers}
@@ -155,6 +157,7 @@ class OCR(JudgeReward):
         return Scored(max(0.0, 1 - self.unasked * extra), {"lines": lines, "extra": extra})
 
     def question(self, prompt: str) -> tuple[Template, dict[str, str]]:
+        # A transcription is no P(yes), so its judge's repeatability is measured by the rubric's question.
         return load_template("rubric"), {"requirement": prompt}
 
 

@@ -1,7 +1,7 @@
-"""A judge: a vision-language model behind an OpenAI-compatible server, asked about pictures.
+"""A judge: a vision-language model behind an OpenAI-compatible server, asked about images.
 
 A yes/no score is read from the log-probs of the first answer token at temperature 0, so it is continuous and
-repeatable. The image comes before the text: a server with prefix caching then reads each picture once,
+repeatable. The image comes before the text: a server with prefix caching then reads each image once,
 however many questions it is asked; traffic.py says how often its bytes travel. What cannot be had is a JudgeError,
 never a number.
 
@@ -21,16 +21,16 @@ from typing import Any
 from openai import APIResponseValidationError, AsyncOpenAI, RequestOptions
 from PIL import Image
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 from prompts.parse import parse_json
 from prompts.templates import Template, spelled
 from rewards.encode import EncodedImage, encode, encode_async
 from rewards.endpoints import Endpoints, JudgeError, share
+from rewards.load import refuse_keys
 from rewards.traffic import Sent, turns_of
-from rewards.urls import refuse_keys
 
 CACHED_ANSWERS = 1 << 16
-PLACE = "data:,"  # of the picture's URL in a request
+PLACE = "data:,"  # of the image's URL in a request
 
 
 @dataclass(eq=False)
@@ -67,11 +67,11 @@ class Judge:
         return await self._cached(ask, image, template, fields)
 
     async def p_yes_text(self, template: Template, **fields: str) -> float:
-        """The same of a question without a picture."""
+        """The same of a question without an image."""
         return await self._p_yes(None, template.render(**fields))
 
     async def transcribe(self, image: Image.Image | EncodedImage, template: Template) -> list[str]:
-        """The lines of text that the judge reads in the picture, in reading order."""
+        """The lines of text that the judge reads in the image, in reading order."""
 
         async def ask(encoded: EncodedImage | None) -> list[str]:
             return await self._list_of_strings("lines", template.render(), encoded)
@@ -92,11 +92,11 @@ class Judge:
         """The largest difference between n scores of one image, half asked alone, half among the others."""
         text = template.render(**fields)
         encoded = [encode(image) for image in images]
-        scores: list[list[float]] = [[] for _ in images]
-        for i, image in enumerate(encoded):
-            for _ in range(n // 2):
-                scores[i].append(await self._p_yes(image, text))
-        order = [i for i in range(len(images)) for _ in range(n - n // 2)]
+        scores: list[list[float]] = []
+        for image in encoded:  # one request at a time, past the cache
+            scores.append([await self._p_yes(image, text) for _ in range(n // 2)])
+        # Shuffled, so that a server's batches differ in what they hold.
+        order = list(range(len(images))) * (n - n // 2)
         random.Random(self.seed).shuffle(order)
         together = [self._p_yes(encoded[i], text) for i in order]
         for i, score in zip(order, await asyncio.gather(*together)):
@@ -108,7 +108,7 @@ class Judge:
         try:
             candidates = response["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
             pairs = [(str(candidate["token"]), float(candidate["logprob"])) for candidate in candidates]
-        except (KeyError, IndexError, TypeError, ValueError):
+        except (KeyError, IndexError, TypeError, ValueError):  # another server's shape of an answer
             raise JudgeError("the answer has no log-probs: does the server give top_logprobs?") from None
         return yes_share(pairs, self.min_mass)
 
@@ -130,7 +130,7 @@ class Judge:
         )
         try:
             choice = response["choices"][0]
-            if choice["finish_reason"] == "length":
+            if choice["finish_reason"] == "length":  # cut JSON would be malformed, for a reason that it does not tell
                 raise JudgeError(f"the answer is longer than {self.max_text_tokens} tokens")
             content = choice["message"]["content"]
             answer = parse_json(content)
@@ -153,7 +153,7 @@ class Judge:
             self._cache.move_to_end(key)
             return self._cache[key]
         answer = self._cache[key] = await ask(encoded)
-        while len(self._cache) > CACHED_ANSWERS:
+        while len(self._cache) > CACHED_ANSWERS:  # the answer that was not asked for longest goes first
             self._cache.popitem(last=False)
         return answer
 
@@ -185,7 +185,7 @@ class Judge:
         body = json.dumps({"messages": messages, "model": self.model, "temperature": 0, "seed": self.seed, **options})
         if encoded is not None and how != "id":
             # The URL, which needs no escaping, is put in afterwards: json.dumps would read all of it, for each
-            # question. The first place is the picture's, whatever the text and the model's name say.
+            # question. The first place is the image's, whatever the text and the model's name say.
             body = body.replace(PLACE, encoded.url, 1)
         return body.encode()
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 from rewards.encode import EncodedImage
 from rewards.endpoints import JudgeError
 from rewards.judge import Judge
@@ -52,7 +52,7 @@ class LocalJudge(Judge):
 
     async def _chat(self, text: str, encoded: EncodedImage | None, **options: Any) -> Any:
         if encoded is None:
-            raise JudgeError("a judge in this process is asked about pictures only; give the prompt its requirements")
+            raise JudgeError("a judge in this process is asked about images only; give the prompt its requirements")
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting.append((encoded, text, options, answer))
         if self._draining is None or self._draining.done():
@@ -70,8 +70,9 @@ class LocalJudge(Judge):
             try:
                 answers = await asyncio.to_thread(self._answer, rows)
             except Exception as error:  # it belongs to those who asked
-                for future in (row[3] for row in rows if not row[3].cancelled()):
-                    future.set_exception(error)
+                for *_, future in rows:
+                    if not future.cancelled():
+                        future.set_exception(error)
                 continue
             for (*_, future), answer in zip(rows, answers, strict=True):
                 if not future.cancelled():
@@ -80,27 +81,29 @@ class LocalJudge(Judge):
     def _answer(self, rows: list[tuple[EncodedImage, str, dict[str, Any], Any]]) -> list[dict[str, Any]]:
         """What a server would answer to each, as far as `Judge` reads it."""
         decoded = {row[0].hash: _decode(row[0]) for row in rows}
-        images, texts = [decoded[row[0].hash] for row in rows], [row[1] for row in rows]
+        # One object an image, so that the vision tower sees it once however many questions are about it.
+        images = [decoded[row[0].hash] for row in rows]
+        texts = [row[1] for row in rows]
         with self._lock, torch.no_grad():
             if "logprobs" in rows[0][2]:
                 with self._vlm.seeing_once(images):
                     margins, mass = self._vlm.answers(self._vlm.inputs(images, texts))
+                # log P(yes) = log(P(yes) + P(no)) + log sigmoid(logit(yes) - logit(no)), and the same for no.
                 yes = (mass + torch.nn.functional.logsigmoid(margins)).tolist()
                 no = (mass + torch.nn.functional.logsigmoid(-margins)).tolist()
-                return [_choice(logprobs={"content": [{"top_logprobs": [_token("yes", y), _token("no", n)]}]})
-                        for y, n in zip(yes, no)]  # fmt: skip
-            said = self._vlm.complete(images, texts, self.max_text_tokens, self.batch)
-            lengths = [len(self._vlm.tokenizer(s, add_special_tokens=False).input_ids) for s in said]
-            ends = ["length" if n >= self.max_text_tokens else "stop" for n in lengths]
-            return [_choice(message={"content": s}, finish_reason=end) for s, end in zip(said, ends)]
+                return list(map(_yes_no_response, yes, no))
+            completions = self._vlm.complete(images, texts, self.max_text_tokens, self.batch)
+            return list(map(self._text_response, completions))
+
+    def _text_response(self, text: str) -> dict[str, Any]:
+        tokens = len(self._vlm.tokenizer(text, add_special_tokens=False).input_ids)
+        end = "length" if tokens >= self.max_text_tokens else "stop"
+        return {"choices": [{"message": {"content": text}, "finish_reason": end}]}
 
 
-def _choice(**fields: Any) -> dict[str, Any]:
-    return {"choices": [fields]}
-
-
-def _token(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": logprob}
+def _yes_no_response(yes: float, no: float) -> dict[str, Any]:
+    candidates = [{"token": "yes", "logprob": yes}, {"token": "no", "logprob": no}]
+    return {"choices": [{"logprobs": {"content": [{"top_logprobs": candidates}]}}]}
 
 
 def _decode(encoded: EncodedImage) -> Image.Image:

@@ -29,14 +29,15 @@ def noise_of(rewards: Sequence[Reward], metrics: Mapping[str, float | None]) -> 
 
     What could not be measured is unknown and not 0: it is taken to be what the least floor allows for.
     """
-    found = {}
+    by_name = {}
     for reward in rewards:
         spec, function = reward.spec, reward.function
         spread, least = spec.noise, 0.0
+        # A P(yes) varies with what else is in a server's batch; a stated noise is taken at its word.
         if spread is None and isinstance(function, JudgeReward) and function.is_probability:
             measured = metrics.get(PREFIX + spec.name)
             spread, least = LEAST / FACTOR if measured is None else measured, LEAST
         spread = spread or 0.0
-        unit = abs(spec.scale)
-        found[spec.name] = Noise(unit * spread, unit * max(FACTOR * spread, least))
-    return found
+        unit = abs(spec.scale)  # of a P(yes), in the calibrated reward
+        by_name[spec.name] = Noise(unit * spread, unit * max(FACTOR * spread, least))
+    return by_name

@@ -14,6 +14,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -42,18 +43,18 @@ def words(text: str) -> list[str]:
     text = unicodedata.normalize("NFKC", text).casefold()
     # casefolding can leave a compatibility form behind, so normalise again
     text = unicodedata.normalize("NFKC", text)
-    text = "".join(c for c in text if not unicodedata.category(c).startswith("P"))
+    text = "".join(c for c in text if not unicodedata.category(c).startswith("P"))  # punctuation
     return UNSPACED.sub(lambda match: f" {match.group()} ", text).split()
 
 
 def edit_distances(word: str, others: Sequence[str]) -> np.ndarray:
     """(len(others),) int64: the edit distance of `word` to each of them."""
-    lengths = np.array([len(other) for other in others], np.int64)
+    lengths = np.array(list(map(len, others)), np.int64)
     # All rows of the usual dynamic programme lie one behind the other: len + 1 entries for each other word.
     ends = np.cumsum(lengths + 1) - 1
     starts = ends - lengths
     place = np.arange(ends[-1] + 1) - np.repeat(starts, lengths + 1)
-    letters = np.array([ord(c) for other in others for c in "\0" + other])
+    letters = np.array(list(map(ord, "\0" + "\0".join(others))))  # entry 0 of a row stands before its first letter
     # A running minimum over all of them must not pass from one word to the next, so each lies far below the last.
     below = np.repeat(np.arange(len(others)), lengths + 1) * -4 * (len(word) + int(lengths.max()) + 1)
     row = place.copy()
@@ -71,10 +72,15 @@ def substitutions(target: Sequence[str], found: Sequence[str]) -> np.ndarray:
     """(T, O) float64: what each target word costs where each found word stands instead, in [0, 1]."""
     if not found:
         return np.zeros((len(target), 0))
-    distinct = {word: i for i, word in enumerate(dict.fromkeys(found))}
-    lengths = np.array([len(word) for word in distinct])
-    rows = {word: edit_distances(word, list(distinct)) / np.maximum(len(word), lengths) for word in {*target}}
-    columns = [distinct[word] for word in found]
+    # A page repeats its words, so each pair of different words is compared once.
+    distinct = list(dict.fromkeys(found))
+    lengths = np.array(list(map(len, distinct)))
+    place_of = dict(zip(distinct, range(len(distinct))))
+    columns = [place_of[word] for word in found]
+    rows: dict[str, np.ndarray] = {}
+    for word in target:
+        if word not in rows:
+            rows[word] = edit_distances(word, distinct) / np.maximum(len(word), lengths)
     return np.stack([rows[word][columns] for word in target])
 
 
@@ -91,10 +97,10 @@ def assign(
     """
     total, read = sum(map(len, targets)), sum(map(len, lines))
     if costs is None:
-        costs = substitutions([w for target in targets for w in target], [w for line in lines for w in line])
+        costs = substitutions(list(chain(*targets)), list(chain(*lines)))
     missing_bits = total.bit_length()
     unit = 1 << (60 - missing_bits - (total + read).bit_length())  # a cost of 1
-    never = np.int64(1) << 61
+    never = np.int64(1) << 61  # above every cost, and far enough below 2^63 that costs can be added to it
     missing, extra = (int(MISSING * unit) << missing_bits) + 1, int(EXTRA * unit) << missing_bits
 
     n, subsets = len(targets), np.arange(1 << len(targets))
@@ -103,7 +109,7 @@ def assign(
     skipped = np.arange(substituted.shape[1] + 1)[:, None] * missing
 
     placed = np.full(1 << n, never)
-    placed[0] = 0
+    placed[0] = 0  # before the first line no target has been found
     running = np.full((n, len(skipped), 1 << n), never)
     column = 0
     for line in lines:
@@ -113,12 +119,14 @@ def assign(
         for _ in line:
             running = _with_word(running, substituted[:, :, column, None], missing, extra, skipped)
             column += 1
-        placed = placed + extra * len(line)
+        placed = placed + extra * len(line)  # a line that no target takes is extra text
         for i, target in enumerate(targets):  # and end after any
             ends = without[i] | 1 << i
             placed[ends] = np.minimum(placed[ends], running[i, len(target), without[i]])
 
-    absent = np.array([sum(len(t) for i, t in enumerate(targets) if not s >> i & 1) for s in subsets.tolist()])
+    absent = np.zeros(1 << n, np.int64)  # words of the targets that a subset leaves out
+    for i, target in enumerate(targets):
+        absent[without[i]] += len(target)
     best = int((placed + absent * missing).min())
     missed = best & ((1 << missing_bits) - 1)
     return (best >> missing_bits) / unit, missed, read - (total - missed)
@@ -153,14 +161,14 @@ def order_free_cost(costs: np.ndarray) -> float:
 
 def score_text(texts: Sequence[str], lines: Sequence[str]) -> TextScore | None:
     """The score of the recognised `lines` against the target `texts`; None if the targets hold no word."""
-    targets = [target for text in texts if (target := words(text))]
+    targets = list(filter(None, map(words, texts)))  # texts without a word, such as '...', ask for nothing
     if not targets:
         return None
     if len(targets) > MAX_TEXTS:
         raise ValueError(f"{len(targets)} texts in one image, at most {MAX_TEXTS} can be scored")
-    found = [line for text in lines if (line := words(text))]
-    flat = [word for target in targets for word in target]
-    costs = substitutions(flat, [word for line in found for word in line])
+    found = list(filter(None, map(words, lines)))
+    flat = list(chain(*targets))
+    costs = substitutions(flat, list(chain(*found)))
     cost, missing, extra = assign(targets, found, costs)
     free = order_free_cost(costs)
     return TextScore(max(0.0, 1 - cost / len(flat)), max(0.0, 1 - free / len(flat)), missing, extra)

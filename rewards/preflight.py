@@ -1,4 +1,4 @@
-"""What a run asks of its judges before it relies on them: does a picture get the same score whenever it is asked?"""
+"""What a run asks of its judges before it relies on them: does an image get the same score whenever it is asked?"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,8 +45,8 @@ async def repeatability(
         if isinstance(function := reward.function, JudgeReward):
             key = (function.judge.model, str(function.judge.base_urls))
             judges.setdefault(key, []).append((reward.spec.name, function))
-    models = [model for model, _ in judges]
-    found = []
+    models = [model for model, _ in judges]  # two servers may serve a model of the same name
+    results = []
     for (model, urls), asking in judges.items():
         name = model if models.count(model) == 1 else f"{model} at {urls}"
         function = asking[0][1]
@@ -61,5 +61,5 @@ async def repeatability(
         except JudgeError as error:
             spread, measured = None, f"its repeatability is unknown, since a question failed: {error}"
             remedy = "see that its server runs and serves this model"
-        found.append(Repeated(name, [reward for reward, _ in asking], spread, measured, remedy))
-    return found
+        results.append(Repeated(name, [reward for reward, _ in asking], spread, measured, remedy))
+    return results

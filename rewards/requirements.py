@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 from prompts.parse import parse_json
 from prompts.templates import Template
 from rewards.endpoints import JudgeError
@@ -23,24 +23,25 @@ class Requirements:
         self._asking: dict[str, asyncio.Task[list[str]]] = {}
 
     async def of(self, prompt: str) -> list[str]:
-        """The pictures of a group ask for the same prompt at the same time: one request serves them all."""
+        """The images of a group ask for the same prompt at the same time: one request serves them all."""
         if prompt in self._known:
             return self._known[prompt]
         task = self._asking.get(prompt)
         if task is None:
             task = self._asking[prompt] = asyncio.create_task(self._ask(prompt))
             task.add_done_callback(lambda _: self._asking.pop(prompt))
+        # One asker that gives up, by its time-out, must not cancel the request of the others.
         return await asyncio.shield(task)
 
     async def _ask(self, prompt: str) -> list[str]:
-        found = [text.strip() for text in await self.judge.decompose(self.template, prompt)]
-        if not found or not all(found):
+        requirements = list(map(str.strip, await self.judge.decompose(self.template, prompt)))
+        if not requirements or not all(requirements):  # an empty list would mean that there is nothing to ask
             raise JudgeError(f"no requirements found in the prompt {prompt!r}")
-        self._known[prompt] = found
+        self._known[prompt] = requirements
         if self.path is not None:
             asked = {"model": self.judge.model, "template": self.template.hash}
-            _append(self.path, {"prompt": prompt, "requirements": found, **asked})
-        return found
+            _append(self.path, {"prompt": prompt, "requirements": requirements, **asked})
+        return requirements
 
 
 def _read(path: Path) -> dict[str, list[str]]:
@@ -52,14 +53,14 @@ def _read(path: Path) -> dict[str, list[str]]:
     for number, line in enumerate(lines, 1):
         try:
             entry = parse_json(line)
-            prompt, found = entry["prompt"], entry["requirements"]
-            if not (isinstance(prompt, str) and isinstance(found, list) and found):
+            prompt, requirements = entry["prompt"], entry["requirements"]
+            if not (isinstance(prompt, str) and isinstance(requirements, list) and requirements):
                 raise TypeError
-            if not all(isinstance(text, str) and text.strip() for text in found):
+            if not all(isinstance(text, str) and text.strip() for text in requirements):
                 raise TypeError
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path}: line {number}: not a requirements record: remove that line") from None
-        known[prompt] = found
+        known[prompt] = requirements
     return known
 
 

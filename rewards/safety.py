@@ -1,4 +1,4 @@
-"""Safety checks of expansions and of pictures: a score in [0, 1] for each, 1 is safe. None may be missing.
+"""Safety checks of expansions and of images: a score in [0, 1] for each, 1 is safe. None may be missing.
 
 A check is a reward by its signature, `(images, prompts, **columns)`, sync or async; one of texts gets the expansions in
 the place of the images. These here ask a judge or look for words; any other is named by its import path.
@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 from prompts.templates import load_template
 from rewards.image import made_judge
 from rewards.judge import Judge
@@ -26,9 +26,11 @@ class Words:
     def __init__(self, words: Sequence[str] = (), file: str | None = None):
         """`file` has one word or phrase a line."""
         listed = Path(file).read_text(encoding="utf-8").splitlines() if file is not None else []
-        self.words = [word.strip() for word in [*words, *listed] if word.strip()]
+        stripped = [word.strip() for word in [*words, *listed]]
+        self.words = list(filter(None, stripped))
         if not self.words:
             raise UserError("words: no word is given; list some, or name a file with one a line")
+        # Word characters on neither side, where \b would find nothing beside a phrase that ends in punctuation.
         self._pattern = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, self.words))})(?!\w)", re.IGNORECASE)
 
     def __call__(self, expansions: Sequence[str], prompts: Sequence[str]) -> list[float]:
@@ -48,9 +50,9 @@ class TextJudge:
 
 
 class ImageJudge:
-    """P(no) of a judge, behind a server or in this process, to a question about a picture.
+    """P(no) of a judge, behind a server or in this process, to a question about an image.
 
-    With `requirement` it is asked the rubric's question about that statement, which a picture must not meet.
+    With `requirement` it is asked the rubric's question about that statement, which an image must not meet.
     """
 
     def __init__(

@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -23,9 +24,14 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-from prompts.errors import UserError
+from pydantic import model_validator
+
+from posttrain.config.types import Each, Port, Positive, Range, refusal, settings
+from posttrain.errors import UserError
 from rewards import supervise
+from rewards.load import check_urls
 
 LOOPBACK = "127.0.0.1"
 LOG_TAIL_LINES = 30
@@ -33,12 +39,15 @@ DEFAULT_SHARE = 0.9  # of a GPU's memory, vLLM's own default
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 
+SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+"""In the names of variables whose values no file may hold."""
+
 
 class ServerError(UserError):
     """A server that did not come up or did not stay up. `detail` is the end of its log."""
 
 
-@dataclass
+@settings
 class ServerSpec:
     """A vLLM server to start with the run."""
 
@@ -48,9 +57,9 @@ class ServerSpec:
     """Directory or hub id of the base model."""
     adapters: dict[str, str] = field(default_factory=dict)
     """LoRA adapters, served as further models: model name to adapter directory."""
-    port: int = 0
-    """TCP port on the loopback interface, 0 to 65535; 0: any free one."""
-    gpus: list[int] = field(default_factory=list)
+    port: Port = 0
+    """TCP port on the loopback interface; 0: any free one."""
+    gpus: Annotated[list[int], Each(Range(0))] = field(default_factory=list)
     """GPUs it may use, by number; several: tensor parallel; none: vLLM decides."""
     executable: str = "vllm"
     """The vllm command of its own environment; rewards/make_vllm_env.sh makes one."""
@@ -58,11 +67,32 @@ class ServerSpec:
     """More arguments for `vllm serve`."""
     env: dict[str, str] = field(default_factory=dict)
     """More environment variables for it."""
-    ready_timeout: float = 900.0
-    """Seconds until every model must answer, > 0."""
+    ready_timeout: Positive = 900.0
+    """Seconds until every model must answer."""
     urls: list[str] = field(default_factory=list)
     """Where it is up already, such as http://10.0.0.2:8000/v1; several equal ones are balanced. Nothing is started
     then, and all else but the name is not read. Empty: it is started here."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ServerSpec":
+        if not self.name.strip() or "/" in self.name:
+            raise refusal("name", f"is '{self.name}'; give a name without a slash")
+        if len({*self.gpus}) < len(self.gpus):
+            raise refusal("gpus", f"is {self.gpus}, with one of them twice; name each once")
+        self._refuse_keys()
+        try:
+            check_urls(self.urls, "urls")
+        except UserError as error:
+            raise refusal("urls", str(error).partition(": ")[2]) from error
+        return self
+
+    def _refuse_keys(self) -> None:
+        """A run keeps its recipe, so keys come from the environment, which servers inherit."""
+        for name, value in self.env.items():
+            if SECRET.search(name) and value:
+                raise refusal(f"env.{name}", "a run keeps its recipe: export the variable, servers inherit it")
+        if any(word.partition("=")[0] == "--api-key" for word in self.extra_args):
+            raise refusal("extra_args", "a run keeps its recipe: export VLLM_API_KEY and leave out --api-key")
 
 
 @dataclass
@@ -107,12 +137,13 @@ def running(specs: Sequence[ServerSpec], log_dir: Path) -> Iterator[list[Server]
     They also stop when this process dies, however it dies.
     """
     specs = [spec for spec in specs if not spec.urls]
-    for problem in (problem for spec in specs for problem in missing(spec)):
-        raise UserError(problem)
+    for spec in specs:
+        for problem in missing(spec):
+            raise UserError(problem)
     with contextlib.ExitStack() as stack:
         servers = []
         if specs:
-            _make(log_dir)
+            _make_log_dir(log_dir)
         for spec in specs:
             for other in servers:  # vLLM takes what another one allocates while it starts for its own
                 if {*spec.gpus} & {*other.spec.gpus}:
@@ -128,7 +159,8 @@ def running(specs: Sequence[ServerSpec], log_dir: Path) -> Iterator[list[Server]
 def commands(specs: Sequence[ServerSpec], host: str = LOOPBACK) -> list[str]:
     """The same servers as shell commands for another machine, each below a comment with its URL and models."""
     lines = []
-    for i, spec in enumerate(spec for spec in specs if not spec.urls):
+    to_start = [spec for spec in specs if not spec.urls]
+    for i, spec in enumerate(to_start):
         port = spec.port or 8000 + i
         variables = [f"{name}={shlex.quote(value)}" for name, value in _variables(spec).items()]
         lines.append(f"# {_description(spec, host, port)}")
@@ -148,6 +180,7 @@ def command(spec: ServerSpec, host: str, port: int) -> list[str]:
         words += ["--tensor-parallel-size", str(len(spec.gpus))]
     if spec.adapters:
         rank = max(_rank(spec, path) for path in spec.adapters.values())
+        # As many adapters at once as there are, so that none waits until another has left the GPU.
         words += ["--enable-lora", "--max-loras", str(len(spec.adapters)), "--max-lora-rank", str(rank)]
         words += ["--lora-modules", *(f"{name}={path}" for name, path in spec.adapters.items())]
     return words + spec.extra_args
@@ -160,15 +193,17 @@ def _rank(spec: ServerSpec, path: str) -> int:
         needed = max([config["r"], *config.get("rank_pattern", {}).values()])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"server {spec.name}: adapters: no LoRA adapter in {path}: {error}") from error
-    fitting = [rank for rank in LORA_RANKS if rank >= needed]
-    if not fitting:
-        raise UserError(f"server {spec.name}: adapters: {path} has rank {needed}, vLLM takes at most 512")
-    return fitting[0]
+    for rank in LORA_RANKS:
+        if rank >= needed:
+            return rank
+    raise UserError(f"server {spec.name}: adapters: {path} has rank {needed}, vLLM takes at most 512")
 
 
 def memory_share(spec: ServerSpec) -> float:
-    """The share of each of its GPUs that vLLM takes. Raises UserError for one that is no number."""
-    words = [part for word in spec.extra_args for part in word.split("=", 1)]
+    """The share of each of its GPUs that vLLM takes. Raises UserError for a value that is not a number."""
+    words: list[str] = []
+    for word in spec.extra_args:
+        words += word.split("=", 1)  # both `--option value` and `--option=value` are allowed
     for option, value in itertools.pairwise(words):
         if option == "--gpu-memory-utilization":
             try:
@@ -191,23 +226,23 @@ def _environment(spec: ServerSpec) -> dict[str, str]:
 
 def missing(spec: ServerSpec) -> list[str]:
     """What is not on this machine: the command, a model's directory, an adapter."""
-    found = []
+    problems = []
     if shutil.which(os.path.expanduser(spec.executable)) is None:
-        found.append(
+        problems.append(
             f"server {spec.name}: executable: no '{spec.executable}': make an environment with "
             "rewards/make_vllm_env.sh and name its bin/vllm"
         )
     if spec.model.startswith((".", "/")) and not Path(spec.model).is_dir():
-        found.append(f"server {spec.name}: model: {spec.model} is no directory: correct the path")
+        problems.append(f"server {spec.name}: model: {spec.model} is not a directory: correct the path")
     for path in spec.adapters.values():
         try:
             _rank(spec, path)
         except UserError as error:
-            found.append(str(error))
-    return found
+            problems.append(str(error))
+    return problems
 
 
-def _make(log_dir: Path) -> None:
+def _make_log_dir(log_dir: Path) -> None:
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -216,7 +251,7 @@ def _make(log_dir: Path) -> None:
 
 def _start(spec: ServerSpec, log: Path) -> Server:
     port = spec.port
-    if port == 0:
+    if port == 0:  # the kernel names a free one; between here and vLLM's bind another process could take it
         with socket.socket() as probe:
             probe.bind((LOOPBACK, 0))
             port = probe.getsockname()[1]
@@ -228,13 +263,13 @@ def _start(spec: ServerSpec, log: Path) -> Server:
             stdout=output,
             stderr=subprocess.STDOUT,
             env=_environment(spec),
-            start_new_session=True,
+            start_new_session=True,  # supervise.py kills its whole session, with all of vLLM's processes
         )
     return Server(spec, port, log, process)
 
 
 def _stop(server: Server) -> None:
-    server.process.terminate()
+    server.process.terminate()  # SIGTERM to supervise.py, which ends vLLM's whole process group
     server.process.wait()
     assert server.process.stdin is not None
     server.process.stdin.close()

@@ -1,7 +1,7 @@
 """A Qwen3-VL in this process, asked as a server would be: image, then text, in one user turn of its chat template.
 
     vlm = VLM.load("posttrain/nano/weights/judge-nano")
-    vlm.p_yes([picture], [load_template("rubric").render(requirement="there is a red circle")])
+    vlm.p_yes([image], [load_template("rubric").render(requirement="there is a red circle")])
 
 Judges are trained with it, and it gives the scores that vLLM gives. B is a batch of (image, text) questions.
 """
@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoTokenizer, Qwen3VLForConditionalGenerat
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging
 
-from prompts.errors import UserError
+from posttrain.errors import UserError
 from prompts.templates import spelled
 
 Inputs = dict[str, Tensor]
@@ -41,9 +41,9 @@ class VLM:
 
     @classmethod
     def load(cls, path: str, dtype: torch.dtype = torch.float32, device: Any = "cpu") -> VLM:
-        """From a directory or a hub id. Raises UserError if it is none, or no Qwen3-VL."""
+        """From a directory or a hub id. Raises UserError for anything but a Qwen3-VL."""
         if path.startswith((".", "/")) and not Path(path).is_dir():
-            raise UserError(f"model: {path} is no directory: correct the path")
+            raise UserError(f"model: {path} is not a directory: correct the path")
         try:
             kind = AutoConfig.from_pretrained(path).model_type
         except (OSError, ValueError) as error:
@@ -55,11 +55,14 @@ class VLM:
         tokenizer = AutoTokenizer.from_pretrained(path)
         if tokenizer.chat_template is None:
             raise UserError(f"model: {path}: its tokenizer has no chat template: add chat_template.jinja")
-        words = [spelled(text) for text in tokenizer.batch_decode([[i] for i in range(len(tokenizer))])]
-        yes, no = ([i for i, word in enumerate(words) if word == wanted] for wanted in ("yes", "no"))
+        texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])  # one token each
+        spellings: dict[str, list[int]] = {"yes": [], "no": []}
+        for token, text in enumerate(texts):
+            if (word := spelled(text)) in spellings:
+                spellings[word].append(token)
         processor = Qwen2VLImageProcessorPil.from_pretrained(path)
         _positions_on_cpu(model.model)
-        return cls(model.to(device).eval(), tokenizer, processor, yes, no)
+        return cls(model.to(device).eval(), tokenizer, processor, spellings["yes"], spellings["no"])
 
     @property
     def device(self) -> torch.device:
@@ -69,7 +72,7 @@ class VLM:
         """One question for each image as model inputs, padded on the left: the answer comes after the last token."""
         first, row = distinct(images)
         pixels = self.processor(images=[images[i].convert("RGB") for i in first], return_tensors="pt")
-        grids = pixels["image_grid_thw"]
+        grids = pixels["image_grid_thw"]  # (distinct images, 3): frames, rows and columns of patches
         patches = pixels["pixel_values"].split(grids.prod(-1).tolist())
         turns = []
         for text, grid in zip(texts, grids[row], strict=True):
@@ -77,12 +80,13 @@ class VLM:
             turn = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
             )
+            # The vision tower merges merge_size x merge_size patches into one token.
             tokens = int(grid.prod()) // self.processor.merge_size**2
             turns.append(turn.replace("<|image_pad|>", "<|image_pad|>" * tokens, 1))
-        said = list(dict.fromkeys(turns))  # a group's images are asked the same
+        different = list(dict.fromkeys(turns))  # a group's images are asked the same
         self.tokenizer.padding_side = "left"
-        tokens = self.tokenizer(said, padding=True, return_tensors="pt", add_special_tokens=False)
-        which = [said.index(turn) for turn in turns]
+        tokens = self.tokenizer(different, padding=True, return_tensors="pt", add_special_tokens=False)
+        which = [different.index(turn) for turn in turns]
         ids = tokens.input_ids[which]
         return {
             "input_ids": ids,
@@ -94,10 +98,13 @@ class VLM:
 
     def answers(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """(B,) fp32 each: logit(yes) - logit(no), summed over spellings; log of the probability both have together."""
-        inputs = {name: value.to(self.device) for name, value in inputs.items()}
+        inputs = self._on_device(inputs)
         logits = self.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float()
         yes, no = logits[:, self.yes].logsumexp(-1), logits[:, self.no].logsumexp(-1)
         return yes - no, torch.logaddexp(yes, no) - logits.logsumexp(-1)
+
+    def _on_device(self, inputs: Inputs) -> Inputs:
+        return {name: value.to(self.device) for name, value in inputs.items()}
 
     @torch.no_grad()
     def margins(self, images: Sequence[Image.Image], texts: Sequence[str], batch: int = 32) -> Tensor:
@@ -119,11 +126,10 @@ class VLM:
         """The most probable answers, token by token."""
         answers: list[str] = []
         for i in range(0, len(images), batch):
-            inputs = self.inputs(images[i : i + batch], texts[i : i + batch])
-            inputs = {name: value.to(self.device) for name, value in inputs.items()}
+            inputs = self._on_device(self.inputs(images[i : i + batch], texts[i : i + batch]))
             with self.seeing_once(images[i : i + batch]):
                 out = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
-            new = out[:, inputs["input_ids"].shape[1] :]
+            new = out[:, inputs["input_ids"].shape[1] :]  # generate gives the question back before the answer
             answers += self.tokenizer.batch_decode(new, skip_special_tokens=True)
         return answers
 
@@ -131,7 +137,8 @@ class VLM:
     def seeing_once(self, images: Sequence[Image.Image]) -> Iterator[None]:
         """Inside the block an image object that is in a batch several times goes through the vision tower once."""
         first, row = distinct(images)
-        visual = next(m for m in self.model.modules() if isinstance(m, Qwen3VLVisionModel))
+        # PEFT and the training's own wrappers put the tower at different depths, so it is found by its class.
+        visual = next(module for module in self.model.modules() if isinstance(module, Qwen3VLVisionModel))
         whole, merged = visual.forward, self.processor.merge_size**2
 
         def forward(hidden_states: Tensor, grid_thw: Tensor, **options: Any) -> Any:
@@ -139,8 +146,10 @@ class VLM:
             patches = hidden_states.split(sizes)
             seen: Any = whole(torch.cat([patches[i] for i in first]), grid_thw=grid_thw[first], **options)
 
+            lengths = [sizes[i] // merged for i in first]
+
             def spread(features: Tensor) -> Tensor:
-                parts = features.split([sizes[i] // merged for i in first])
+                parts = features.split(lengths)
                 return torch.cat([parts[r] for r in row])
 
             seen.pooler_output = spread(seen.pooler_output)
@@ -151,7 +160,7 @@ class VLM:
         try:
             yield
         finally:
-            del visual.forward
+            del visual.forward  # the instance's own; the class's is there again
 
 
 @contextlib.contextmanager
@@ -168,9 +177,15 @@ def _quiet() -> Iterator[None]:
 
 def distinct(images: Sequence[Image.Image]) -> tuple[list[int], list[int]]:
     """Where each image object stands first, and for every place which of these it is."""
-    order = {key: n for n, key in enumerate(dict.fromkeys(map(id, images)))}
-    row = [order[id(image)] for image in images]
-    return [row.index(n) for n in range(len(order))], row
+    first: list[int] = []
+    row: list[int] = []
+    order: dict[int, int] = {}  # by identity: comparing pixels would cost more than it saves
+    for place, image in enumerate(images):
+        if id(image) not in order:
+            order[id(image)] = len(first)
+            first.append(place)
+        row.append(order[id(image)])
+    return first, row
 
 
 def _positions_on_cpu(model: Any) -> None:
@@ -184,10 +199,11 @@ def _positions_on_cpu(model: Any) -> None:
               attention_mask: Tensor | None = None, **_: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
         assert attention_mask is not None and len(image_grid_thw) == len(input_ids)
         rows = [input_ids.cpu(), mm_token_type_ids.cpu(), image_grid_thw.cpu(), attention_mask.cpu()]
-        layouts = torch.cat(rows[1:], 1).tolist()
-        keys = [tuple(layout) for layout in layouts]
-        order = list(dict.fromkeys(keys))
-        first, which = [keys.index(key) for key in order], [order.index(key) for key in keys]
+        # Positions depend on where image tokens and padding stand and on the image's size, not on which tokens.
+        layouts = torch.cat(rows[1:], 1)
+        _, which = torch.unique(layouts, dim=0, return_inverse=True)
+        which_list = which.tolist()
+        first = [which_list.index(n) for n in range(max(which_list) + 1)]
         ids, kinds, grids, mask = (part[first] for part in rows)
         positions, deltas = whole(ids, kinds, image_grid_thw=grids, attention_mask=mask)
         return positions[:, which].to(input_ids.device), deltas[which].to(input_ids.device)

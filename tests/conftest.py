@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from tests import runs
+from tests.helpers import runs
 
 LONGEST = "sharding elastic pipeline processes pairs docs tdm bench expander_rl judge_client".split()
 """Files that take longest, for which the others need not wait in the end."""
@@ -26,7 +26,7 @@ def command(tmp_path_factory):
 def model(tmp_path_factory):
     from accelerate import PartialState
 
-    from tests import tiny
+    from tests.helpers import tiny
 
     PartialState(cpu=True)  # runs must be the same bit for bit, also on a machine with a GPU
     return tiny.save(tmp_path_factory.mktemp("tiny") / "raw")

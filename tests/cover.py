@@ -16,17 +16,21 @@ ROOT = Path(__file__).parents[1]
 LEAST = 95.0
 """Percent, of lines and branches together and of branches alone."""
 FILES = {
-    "posttrain/losses.py": ["test_losses.py"],
-    "posttrain/preference_loss.py": ["test_preference_loss.py"],
-    "posttrain/tdm_loss.py": ["test_tdm_loss.py"],
-    "posttrain/advantages.py": ["test_advantages.py"],
-    "posttrain/sampler.py": ["test_sampler.py"],
-    "prompts/pool.py": ["test_pool.py"],
-    "prompts/informativeness.py": ["test_pool.py"],
-    "posttrain/checkpoint.py": ["test_checkpoint.py", "test_options.py::test_8_bit_moments_resume_bit_for_bit"],
-    "rewards/judge.py": ["test_judge_client.py", "test_judge_answers.py"],
-    "rewards/endpoints.py": ["test_judge_client.py", "test_judge_answers.py"],
-    "rewards/encode.py": ["test_judge_client.py", "test_judge_answers.py"],
+    "posttrain/grpo/losses.py": ["grpo/test_losses.py"],
+    "posttrain/judge/losses.py": ["judge/test_losses.py"],
+    "posttrain/stpo/losses.py": ["stpo/test_preference_loss.py"],
+    "posttrain/tdm/losses.py": ["tdm/test_tdm_loss.py"],
+    "posttrain/training/advantages.py": ["training/test_advantages.py"],
+    "posttrain/model/sampler.py": ["model/test_sampler.py"],
+    "prompts/pool.py": ["prompts/test_pool.py"],
+    "prompts/informativeness.py": ["prompts/test_pool.py"],
+    "posttrain/training/checkpoint.py": [
+        "training/test_checkpoint.py",
+        "test_options.py::test_8_bit_moments_resume_bit_for_bit",
+    ],
+    "rewards/judge.py": ["rewards/test_judge_client.py", "rewards/test_judge_answers.py"],
+    "rewards/endpoints.py": ["rewards/test_judge_client.py", "rewards/test_judge_answers.py"],
+    "rewards/encode.py": ["rewards/test_judge_client.py", "rewards/test_judge_answers.py"],
 }
 
 

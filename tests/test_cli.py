@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from posttrain import cli
+from posttrain.config.load import load_config
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """\
@@ -71,7 +72,7 @@ def fails(result: subprocess.CompletedProcess, *parts) -> None:
         ("pool: {quotas: {text: 0}}", "pool.quotas.text: is 0.0; use a number above 0"),
         ("groups: {group_size: 1}", "groups.group_size: is 1, but images are compared"),
         ("eval: {stop: {metrik: a}}", "eval.stop.metrik: unknown key; did you mean eval.stop.metric?"),
-        ("eval: {best: orcale}", "eval.best: 'orcale' is no figure of the evaluation; known here: oracle, image/"),
+        ("eval: {best: orcale}", "eval.best: 'orcale' is no metric of the evaluation; known here: oracle, image/"),
         ("sampling: {sizes: [[64, 100]]}", "sampling.sizes[0]: 100 pixels is not a multiple of 16; use 96"),
     ],
 )
@@ -179,14 +180,15 @@ def test_yaml_anchors_may_be_overridden(recipe):
 
 
 MAIN = """
-import sys, types, posttrain.cli as cli
+import dataclasses, sys, types
+from posttrain import cli, commands, preconditions
 module = types.ModuleType("fake")
 def train(config, resume):
     {body}
 module.train = train
 sys.modules["fake"] = module
-cli.COMMANDS["grpo"] = cli.Command(cli.GRPOConfig, "fake:train", "", True)
-cli.early.check = lambda *_: None  # the recipe names files that are not there
+commands.COMMANDS["grpo"] = dataclasses.replace(commands.COMMANDS["grpo"], function="fake:train")
+preconditions.check = lambda *_: None  # the recipe names files that are not there
 sys.exit(cli.main(["grpo", "--config", {path!r}, *{args}]))
 """
 
@@ -212,7 +214,7 @@ def test_exit_codes(recipe):
 
 
 def test_a_list_takes_nothing_from_the_list_that_it_replaces(tmp_path):
-    """jsonargparse fills the entries of a list from those of an earlier one that is as long."""
+    """Lists are replaced whole, however long they are."""
     first = [{"name": "a", "function": "m:a", "heldout_only": True}, {"name": "b", "function": "m:b", "weight": 0.5}]
     second = [{"name": "c", "function": "m:c"}, {"name": "d", "function": "m:d", "gate": "multiply"}]
     base = {"output": "1e5", "model": {"path": "m"}, "prompts": {"train": "t", "heldout": "h"}, "rewards": first}
@@ -220,7 +222,7 @@ def test_a_list_takes_nothing_from_the_list_that_it_replaces(tmp_path):
         (tmp_path / f"{name}.yaml").write_text(json.dumps(data))
     recipes = ["--config", str(tmp_path / "base.yaml"), "--config", str(tmp_path / "over.yaml")]
     for given in (recipes, [*recipes[:2], "--rewards", json.dumps(second)], [*recipes[:2], f"--rewards={second}"]):
-        config, _ = cli.load_config("grpo", given)
+        config, _ = load_config("grpo", given)
         assert [(r.name, r.heldout_only, r.weight, r.gate) for r in config.rewards] == [
             ("c", False, 1.0, "none"),
             ("d", False, 1.0, "multiply"),
@@ -250,6 +252,6 @@ def test_nor_do_sections_of_its_entries(tmp_path):
         (tmp_path / f"{name}.yaml").write_text(json.dumps(data))
     recipes = ["--config", str(tmp_path / "base.yaml"), "--config", str(tmp_path / "over.yaml")]
     for given in (recipes, [*recipes[:2], "--sources", json.dumps(second)]):
-        c, d = cli.load_config("pairs", given)[0].sources
+        c, d = load_config("pairs", given)[0].sources
         assert (c.delta.weaker.guidance, c.delta.weaker.drop, c.judged) == (0.0, 0.25, None)
         assert (d.judged.group_size, d.delta) == (4, None)

@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from posttrain import checkpoint, original
-from tests import runs
+from posttrain.model import key_names
+from posttrain.training import checkpoint
+from tests.helpers import runs
 from tests.test_cli import fails
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -24,7 +25,7 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture
 def grpo(command, tmp_path, model):
-    """Runs the recipe of tests/runs.py with more options."""
+    """Runs the recipe of tests/helpers/runs.py with more options."""
     path = runs.recipe(runs.config(tmp_path, model), tmp_path / "recipe.yaml")
     return lambda *options, **limits: command("grpo", "--config", path, *options, **limits)
 
@@ -90,7 +91,7 @@ def test_pool_that_cannot_give_a_step(grpo):
 
 
 def test_single_file(grpo, tmp_path, model):
-    state = original.to_original(load_file(model / WEIGHTS))
+    state = key_names.to_original(load_file(model / WEIGHTS))
     option = "--model.transformer_file"
     fails(grpo(option, tmp_path / "none.safetensors"), "none.safetensors: no such file; give the transformer")
     short = {key: value for key, value in state.items() if not key.startswith("blocks.1.attn.")}
@@ -130,16 +131,23 @@ def test_rewards(grpo, tmp_path):
         return grpo("--rewards", json.dumps([{"name": "a", **fields}, *others]))
 
     fails(reward(function="nomodule:f"), "reward a: function: cannot import nomodule")
-    fails(reward(function="tests.runs:dark"), "reward a: function", "'dark'", "check the name")
-    bright = {"name": "b", "function": "tests.runs:brightness"}
-    fails(reward(bright, function="tests.runs:brightness", gate="mask"), "reward a: threshold: gate: mask needs one")
-    fails(reward(function="tests.runs:brightness", gate="multiply"), "rewards: the weights", "sum to zero; give one")
+    fails(reward(function="tests.helpers.runs:dark"), "reward a: function", "'dark'", "check the name")
+    bright = {"name": "b", "function": "tests.helpers.runs:brightness"}
+    fails(
+        reward(bright, function="tests.helpers.runs:brightness", gate="mask"),
+        "command line: rewards[0].threshold: gate: mask needs one",
+    )
+    fails(
+        reward(function="tests.helpers.runs:brightness", gate="multiply"),
+        "rewards: the weights",
+        "sum to zero; give one",
+    )
     assert not (tmp_path / "run").exists()
-    result = reward(function="tests.runs:nothing")
+    result = reward(function="tests.helpers.runs:nothing")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1] == (
         "posttrain: error: rewards: not one image of this step could be scored: all None, so none applies to these"
-        " prompts; mend or add a reward"
+        " prompts; fix or add a reward"
     )
 
 

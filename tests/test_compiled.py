@@ -13,12 +13,18 @@ import pytest
 import torch
 from torch._functorch import config as functorch_config
 
-from posttrain import blocks, grpo, pairs, sample, stpo, tdm
-from posttrain.config import ModelConfig, SampleConfig
-from posttrain.expander_rl_config import RendererConfig
-from posttrain.k2 import K2
-from posttrain.render import K2Renderer
-from tests import pair_runs, runs, tiny
+from posttrain import sample_images
+from posttrain.config.sections import ModelConfig
+from posttrain.expander.config import RendererConfig
+from posttrain.expander.renderer import K2Renderer
+from posttrain.grpo import train as grpo
+from posttrain.model import blocks
+from posttrain.model.k2 import K2
+from posttrain.pairs import make
+from posttrain.sample_config import SampleConfig
+from posttrain.stpo import train as stpo
+from posttrain.tdm import train as tdm
+from tests.helpers import pair_runs, runs, tiny
 
 PROMPTS = ["a red circle", "a circle red", "a red red", "a circle circle"]
 
@@ -30,7 +36,7 @@ def traced():
     )
     # Of fixed sizes torch would build a backward graph when it is first walked, for as often as it is then.
     eager = functorch_config.patch(force_non_lazy_backward_lowering=True)
-    limit = torch._dynamo.config.patch(recompile_limit=blocks.WAYS)
+    limit = torch._dynamo.config.patch(recompile_limit=blocks.MAX_VARIANTS)
     with pytest.MonkeyPatch.context() as patch, limit, eager:
         patch.setattr(blocks, "_compiled", made)
         patch.setattr(torch._dynamo, "maybe_mark_dynamic", lambda *_: None)
@@ -103,11 +109,13 @@ def rows(config):
 def test_drawing(tmp_path, model, monkeypatch):
     """Pairs, samples, and the images of the expander's prompts."""
     chosen = ModelConfig(str(model), dtype="bfloat16", compile=True, recompute=1)
-    sample.sample(SampleConfig(str(tmp_path / "sample"), chosen, prompt=PROMPTS[0], images=2, size=[32, 32], steps=2))
+    sample_images.sample(
+        SampleConfig(str(tmp_path / "sample"), chosen, prompt=PROMPTS[0], images=2, size=[32, 32], steps=2)
+    )
     assert len(list((tmp_path / "sample").glob("*.png"))) == 2
     config = pair_runs.recipe(tmp_path, model, pairs=4, sizes=[[32, 32]], micro_batch=2)
     config.model = chosen
-    pairs.make(config)
-    monkeypatch.setattr(blocks, "by_default", lambda device, dtype: dtype == torch.bfloat16)  # as on a GPU
+    make.make(config)
+    monkeypatch.setattr(blocks, "compiles_by_default", lambda device, dtype: dtype == torch.bfloat16)  # as on a GPU
     drawn = K2Renderer(RendererConfig(str(model), size=[32, 32], steps=2, micro_batch=2), torch.device("cpu"))
     assert all(drawn(PROMPTS, [1, 2, 3, 4]).images)

@@ -2,25 +2,23 @@
 
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
-from posttrain.config import (
-    ExportConfig,
-    GRPOConfig,
-    ModelConfig,
-    PromptsConfig,
-    RewardSpec,
-    SampleConfig,
-    ServeConfig,
-    ServerSpec,
-)
-from posttrain.pairs_config import ColumnMap
-from posttrain.ranges import ConfigError
-from posttrain.stpo_config import PairSetConfig, STPOConfig
-from posttrain.validate import validate
-from prompts.errors import UserError
+from posttrain.config.load import make
+from posttrain.config.sections import ModelConfig, PromptsConfig
+from posttrain.config.types import ConfigError
+from posttrain.errors import UserError
+from posttrain.export.config import ExportConfig
+from posttrain.grpo.config import GRPOConfig
+from posttrain.judge.config import ServeConfig
+from posttrain.preferences.config import ColumnMap
+from posttrain.sample_config import SampleConfig
+from posttrain.stpo.config import PairSetConfig, STPOConfig
+from rewards.base import RewardSpec
+from rewards.serve import ServerSpec
+from tests.helpers.settings import validate
 
 
 def grpo() -> GRPOConfig:
@@ -126,7 +124,12 @@ def test_out_of_range_names_the_field(path, value, says):
 
 
 def stpo() -> STPOConfig:
-    return STPOConfig("runs/a", ModelConfig(path="k2"), PairSetConfig(train="runs/pairs"), "heldout.jsonl")
+    return STPOConfig(
+        output="runs/a",
+        model=ModelConfig(path="k2"),
+        pairs=PairSetConfig(train="runs/pairs"),
+        heldout="heldout.jsonl",
+    )
 
 
 def test_stpo_needs_no_reward():
@@ -247,10 +250,9 @@ def test_cps_noise_level():
     ],
 )
 def test_rewards(change, field):
-    config = grpo()
-    config.rewards = [RewardSpec(**({"name": "a", "function": "m:f"} | change))]
+    recipe = asdict(grpo()) | {"rewards": [{"name": "a", "function": "m:f"} | change]}
     with pytest.raises(ConfigError) as error:
-        validate(config)
+        make(GRPOConfig, recipe)
     assert error.value.field == field
 
 
@@ -283,7 +285,7 @@ def test_what_picks_a_step_or_ends_a_run_is_not_trained_on():
 def test_a_stop_rule_needs_a_best_step():
     config = grpo()
     config.eval.stop.metric = "image/diversity"
-    with pytest.raises(ConfigError, match=r"eval\.best: is null, and eval\.stop\.metric is set: .*; name the figure"):
+    with pytest.raises(ConfigError, match=r"eval\.best: is null, and eval\.stop\.metric is set: .*; name the metric"):
         validate(config)
     config.eval.best, config.eval.stop.better = "image/diversity", "lower"
     with pytest.raises(ConfigError, match=r"eval\.best: takes the highest .*, and eval\.stop\.better is lower"):
@@ -297,11 +299,11 @@ def test_figures_that_an_evaluation_has():
     config.eval.guidance, config.eval.best, config.eval.stop.metric = [1.5], "other@1.5", "image/diversity@1.5"
     validate(config)
     config.eval.groups = 0
-    with pytest.raises(ConfigError, match=r"eval\.stop\.metric: 'image/diversity@1\.5' is no figure"):
+    with pytest.raises(ConfigError, match=r"eval\.stop\.metric: 'image/diversity@1\.5' is no metric"):
         validate(config)
     config.rewards.append(RewardSpec("far", "m:f", group=True, heldout_only=True))
     config.eval.best, config.eval.stop.metric = "far@1.5", None
-    with pytest.raises(ConfigError, match=r"eval\.best: 'far@1\.5' is no figure"):
+    with pytest.raises(ConfigError, match=r"eval\.best: 'far@1\.5' is no metric"):
         validate(config)
     config.eval.groups = 8
     validate(config)
@@ -328,12 +330,10 @@ def test_figures_that_an_evaluation_has():
     ],
 )
 def test_servers(change, field):
-    servers = [ServerSpec("a", "m", port=8000, gpus=[1]), ServerSpec(**({"name": "b", "model": "m"} | change))]
-    training = grpo()
-    training.servers = servers
-    for config in (training, ServeConfig(servers)):
+    servers = [{"name": "a", "model": "m", "port": 8000, "gpus": [1]}, {"name": "b", "model": "m"} | change]
+    for config, recipe in ((GRPOConfig, asdict(grpo())), (ServeConfig, {})):
         with pytest.raises(ConfigError) as error:
-            validate(config)
+            make(config, recipe | {"servers": servers})
         assert error.value.field == field
 
 
@@ -349,11 +349,9 @@ def test_servers_may_share_a_gpu_and_be_up_elsewhere():
 
 
 def test_sample_needs_exactly_one_source_of_prompts():
-    sample = SampleConfig(output="out", model=ModelConfig(path="k2"))
     with pytest.raises(ConfigError, match="either prompt"):
-        validate(sample)
-    sample.prompt = "a red cube"
-    validate(sample)
+        SampleConfig(output="out", model=ModelConfig(path="k2"))
+    sample = SampleConfig(output="out", model=ModelConfig(path="k2"), prompt="a red cube")
     sample.prompts = "a.jsonl"
     with pytest.raises(ConfigError, match="either prompt"):
         validate(sample)
@@ -370,6 +368,6 @@ def test_export_file_name():
 
 
 def test_config_and_command_line_import_no_torch():
-    code = "import sys, posttrain.config, posttrain.cli; print('torch' in sys.modules)"
+    code = "import sys, posttrain.config.sections, posttrain.cli; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"

@@ -11,10 +11,11 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from posttrain import cli, machine, model_files
-from posttrain.early import Base
-from prompts.errors import UserError
-from tests import pair_runs, runs, tiny
+from posttrain import cli, commands
+from posttrain.errors import UserError
+from posttrain.model import files, machine
+from posttrain.model.files import Base
+from tests.helpers import pair_runs, runs, tiny
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,10 @@ def recipes(raw, tmp_path_factory):
         "tdm": runs.tdm_config(folder, raw), "pairs": pair_runs.recipe(folder, raw),
     }  # fmt: skip
     made = {name: json.loads(json.dumps(dataclasses.asdict(config))) for name, config in configs.items()}
-    model, reward = {"path": str(raw), "dtype": "float32"}, {"name": "brightness", "function": "tests.runs:brightness"}
+    model, reward = (
+        {"path": str(raw), "dtype": "float32"},
+        {"name": "brightness", "function": "tests.helpers.runs:brightness"},
+    )
     chat = {"model": "m", "data": str(folder / "train.jsonl")}
     return made | {
         "judge": chat | {"mode": "preference"},
@@ -55,8 +59,8 @@ def reached(*_, **__):
 def refused(recipes, tmp_path, capsys, monkeypatch):
     """Runs a command that must be refused before its own code is imported, and returns its one line."""
     stand_in = dataclasses.replace
-    commands = {name: stand_in(held, function="tests.test_early:reached") for name, held in cli.COMMANDS.items()}
-    monkeypatch.setattr(cli, "COMMANDS", commands)
+    made = {name: stand_in(held, function="tests.test_early:reached") for name, held in commands.COMMANDS.items()}
+    monkeypatch.setattr(commands, "COMMANDS", made)
 
     def run(command: str, **changes) -> str:
         recipe = copy.deepcopy(recipes[command]) | {"output": str(tmp_path / "run")}
@@ -104,11 +108,17 @@ def test_a_file_that_is_not_there(refused, tmp_path, command, field):
 @pytest.mark.parametrize(
     ("function", "says"),
     [
-        ("tests.runs:no_such", "no_such': check the name"),
+        ("tests.helpers.runs:no_such", "no_such': check the name"),
         ("no_such.module:f", "cannot import no_such"),
-        ("tests.runs:ROOT", "tests.runs:ROOT cannot be called"),
-        ("tests.runs:untimed", "tests.runs:untimed takes run; it is called with images and prompts, and the"),
-        ({"class_path": "tests.warm.Script", "init_args": {"steps": 3}}, "missing a required argument: 'values'"),
+        ("tests.helpers.runs:ROOT", "tests.helpers.runs:ROOT cannot be called"),
+        (
+            "tests.helpers.runs:untimed",
+            "tests.helpers.runs:untimed takes run; it is called with images and prompts, and the",
+        ),
+        (
+            {"class_path": "tests.helpers.warm.Script", "init_args": {"steps": 3}},
+            "missing a required argument: 'values'",
+        ),
         ({"class_path": "rewards.image.Aesthetic", "init_args": {"judge": {"model": "m", "base_urls": "server://j"}}},
          "no server 'j': the recipe's servers are: none"),
     ],
@@ -172,7 +182,7 @@ def gpu(monkeypatch):
 def k2_files(folder: Path, monkeypatch) -> Base:
     """A K2's files as headers tell of them: 24 GiB in bfloat16, 20 of them in blocks, and 8 of text encoder."""
     (folder / "transformer").mkdir(parents=True)
-    weight = model_files.Weight
+    weight = files.Weight
     held = [weight("transformer", "transformer_blocks.0.ff.up.weight", (10 * 2**15, 2**15), "BF16"),
             weight("transformer", "img_in.weight", (2 * 2**15, 2**15), "BF16"),
             weight("text_encoder", "w", (4 * 2**15, 2**15), "BF16")]  # fmt: skip
@@ -247,8 +257,8 @@ def test_a_gpu_that_torch_cannot_use(gpu, monkeypatch):
 
 
 def test_weights_are_counted_from_headers(tmp_path, raw):
-    counted = sum(weight.count for weight in model_files.weights(str(raw)) if weight.part == "transformer")
+    counted = sum(weight.count for weight in files.weights(str(raw)) if weight.part == "transformer")
     assert counted == sum(p.numel() for p in tiny.pipeline().transformer.parameters())
     save_file({"blocks.0.w": torch.zeros(3, 5)}, tmp_path / "one.safetensors")
-    held = [w for w in model_files.weights(str(raw), str(tmp_path / "one.safetensors")) if w.part == "transformer"]
-    assert held == [model_files.Weight("transformer", "blocks.0.w", (3, 5), "F32")]
+    held = [w for w in files.weights(str(raw), str(tmp_path / "one.safetensors")) if w.part == "transformer"]
+    assert held == [files.Weight("transformer", "blocks.0.w", (3, 5), "F32")]

@@ -7,24 +7,27 @@ import sys
 import pytest
 import torch
 
-from posttrain import blocks, checkpoint, cli, fp8, grpo
-from posttrain.config import LoraConfig, ModelConfig, OptimConfig
-from posttrain.k2 import K2, Text
-from posttrain.linears import Adapted
-from posttrain.loop import Stepper
-from posttrain.offload import Offloaded
-from posttrain.policy import POLICY, add_policy, load_model
-from posttrain.ranges import ConfigError
-from posttrain.validate import validate
-from prompts.errors import UserError
-from tests import runs
+from posttrain import cli
+from posttrain.config.sections import LoraConfig, ModelConfig, OptimConfig
+from posttrain.config.types import ConfigError
+from posttrain.errors import UserError
+from posttrain.grpo import train as grpo
+from posttrain.model import blocks, fp8
+from posttrain.model.k2 import K2, Text
+from posttrain.model.linears import LoraLinear
+from posttrain.model.offload import Offloaded
+from posttrain.training import checkpoint
+from posttrain.training.policy import POLICY, add_policy, load_model
+from posttrain.training.stepper import Stepper
+from tests.helpers import runs
+from tests.helpers.settings import validate
 
 
 @pytest.fixture(scope="module", autouse=True)
 def traced():
     """torch's compiler takes minutes on a CPU: what it would compile runs as it is, or is only traced."""
     made = functools.cache(lambda device: torch.compile(blocks._run, backend="eager", fullgraph=True))
-    with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch(recompile_limit=blocks.WAYS):
+    with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch(recompile_limit=blocks.MAX_VARIANTS):
         patch.setattr(blocks, "_compiled", made)
         yield
 
@@ -79,7 +82,7 @@ def test_fp8_is_near_the_exact_base_under_every_role():
 def test_fp8_weights_take_a_byte():
     """Of each block's linears 128 x (128 + 64 + 64 + 128 + 128) + 3 x 128 x 384 weights; scales are fp32, one a row."""
     made = tiny(quantize_first=True)
-    weights = [m.weight for m in made.transformer.modules() if isinstance(m, Adapted) and m.eight]
+    weights = [m.weight for m in made.transformer.modules() if isinstance(m, LoraLinear) and m.is_float8]
     assert len(weights) == 16
     assert sum(w.qdata.nbytes for w in weights) == 2 * (128 * 512 + 3 * 128 * 384)
     assert sum(w.scale.nbytes for w in weights) == 2 * 4 * (128 + 64 + 64 + 128 + 128 + 384 + 384 + 128)
@@ -87,7 +90,7 @@ def test_fp8_weights_take_a_byte():
 
 def test_fp8_backward_is_that_of_the_weight_it_holds():
     linear = torch.nn.Linear(32, 16, bias=False, dtype=torch.bfloat16)
-    held = fp8.Frozen8(linear, fp8._quantizer(torch.device("cpu"))(linear.weight.detach()))
+    held = fp8.Float8Linear(linear, fp8._quantizer(torch.device("cpu"))(linear.weight.detach()))
     x = torch.randn(2, 3, 32, dtype=torch.bfloat16, requires_grad=True)
     given = torch.randn(2, 3, 16, dtype=torch.bfloat16)
     (found,) = torch.autograd.grad(held(x), x, given)
@@ -195,7 +198,7 @@ def test_an_offloaded_part_is_a_copy_while_it_is_used(model):
     tensors = [*k2.vae.parameters(), *k2.vae.buffers()]
     before, places = [t.detach().clone() for t in tensors], [t.data_ptr() for t in tensors]
     part = Offloaded(k2.vae, torch.device("cpu"))
-    with pytest.raises(ZeroDivisionError), part.here():
+    with pytest.raises(ZeroDivisionError), part.on_device():
         assert all(t.data_ptr() != place and torch.equal(t, b) for t, place, b in zip(tensors, places, before))
         tensors[0].data.zero_()
         _ = 1 / 0
@@ -210,8 +213,8 @@ def test_offloading_is_what_encoding_and_decoding_go_through(model, monkeypatch)
     for name, part in (("text_encoder", k2.text_encoder), ("vae", k2.vae)):
         k2.offloaded[name] = Offloaded(part, torch.device("cpu"))
     seen = []
-    here = Offloaded.here
-    monkeypatch.setattr(Offloaded, "here", lambda part: seen.append(part) or here(part))
+    on_device = Offloaded.on_device
+    monkeypatch.setattr(Offloaded, "on_device", lambda part: seen.append(part) or on_device(part))
     found = k2.encode(["a red circle"]).features[0], k2.decode(latents, *square(k2))
     assert seen == [k2.offloaded["text_encoder"], k2.offloaded["vae"]]
     assert all(torch.equal(a, b) for a, b in zip(found, expected))

@@ -1,6 +1,7 @@
 """No code comes out of a file, no key goes into one, nothing listens beyond this machine, and text stays text."""
 
 import ast
+import dataclasses
 import json
 import re
 import threading
@@ -12,15 +13,18 @@ from typing import Any
 import pytest
 import yaml
 
-from posttrain import checkpoint, cli, grpo
-from posttrain.pairs_config import AnnotateConfig
-from posttrain.pipeline_report import write_index
-from posttrain.validate import validate
-from prompts.errors import UserError
+from posttrain import cli
+from posttrain.annotate.config import AnnotateConfig
+from posttrain.config.load import make
+from posttrain.errors import UserError
+from posttrain.grpo import train as grpo
+from posttrain.grpo.config import GRPOConfig
+from posttrain.pipeline.report import write_index
+from posttrain.training import checkpoint
 from rewards.base import RewardSpec
 from rewards.judge import Judge
 from rewards.serve import ServerSpec, command
-from tests import runs
+from tests.helpers import runs
 
 SOURCES = [path for name in ("posttrain", "rewards", "prompts") for path in sorted((runs.ROOT / name).rglob("*.py"))]
 KEY = "sk-planted-5f0c"
@@ -108,10 +112,9 @@ def test_a_key_in_a_url_is_refused_and_not_repeated(url):
      ({"extra_args": [f"--api-key={KEY}"]}, r"servers\[0\].extra_args: .*export VLLM_API_KEY")],
 )  # fmt: skip
 def test_a_key_in_a_recipe_is_refused_and_not_repeated(tmp_path, model, server, says):
-    made = runs.config(tmp_path, model)
-    made.servers = [ServerSpec("judge", "m", **server)]
+    recipe = dataclasses.asdict(runs.config(tmp_path, model)) | {"servers": [{"name": "judge", "model": "m"} | server]}
     with pytest.raises(UserError, match=says) as raised:
-        validate(made)
+        make(GRPOConfig, recipe)
     assert KEY not in str(raised.value)
 
 
@@ -143,12 +146,12 @@ def test_prompts_stay_text_in_a_runs_report(tmp_path, model):
     made.pool.kind, made.rewards[0].name = "adaptive", "<i>reward</i>"
     grpo.train(made)
     page = (Path(made.output) / "report.html").read_text()
-    assert "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;" in page and "&lt;i&gt;reward" in page
+    assert "&lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt;" in page and "&lt;i&gt;reward" in page
     assert_inert(page)
 
 
 def assert_inert(page: str) -> None:
-    ours = f"<script>{(runs.ROOT / 'posttrain/page/report.js').read_text()}</script>"
+    ours = f"<script>{(runs.ROOT / 'posttrain/report/report.js').read_text()}</script>"
     assert page.count(ours) == 1 and not re.search(
         r"<script|<img src=x|<i>|onerror=alert\(1\)>", page.replace(ours, "")
     )
@@ -156,7 +159,7 @@ def assert_inert(page: str) -> None:
 
 
 def test_figures_stay_text_in_a_pipelines_report(tmp_path):
-    from posttrain.pipeline_plan import Stage
+    from posttrain.pipeline.plan import Stage
 
     run = tmp_path / "grpo"
     run.mkdir()

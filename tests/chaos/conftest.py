@@ -3,9 +3,9 @@ import time
 import pytest
 import torch
 
-from posttrain.nano import judge_model
-from tests import expander_runs, runs
+from posttrain.nano.build import judge_model
 from tests.chaos import methods
+from tests.helpers import expander_runs, runs
 
 
 @pytest.fixture(scope="module")

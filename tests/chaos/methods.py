@@ -7,16 +7,17 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from posttrain.config import CheckpointConfig, LoraConfig, OptimConfig, TrackConfig
-from posttrain.expander_config import ExpanderSFTConfig
-from posttrain.judge_config import JudgeConfig
-from posttrain.pairs_config import DeltaConfig, DrawConfig, JudgedConfig, PairsConfig, PairSource
-from posttrain.preferences import read_preferences
-from tests import chat, expander_runs, runs, tiny
+from posttrain.config.sections import CheckpointConfig, LoraConfig, OptimConfig, TrackConfig
+from posttrain.expander.config import ExpanderSFTConfig
+from posttrain.judge.config import JudgeConfig
+from posttrain.pairs.config import DeltaConfig, DrawConfig, JudgedConfig, PairsConfig, PairSource
+from posttrain.preferences.dataset import read_preferences
+from tests.helpers import chat, expander_runs, runs, tiny
 
 PREPARE = (
     runs.TRAINING
-    + "import posttrain.pairs, posttrain.expander_rl, posttrain.expander_sft, posttrain.judge, tests.expander_runs\n"
+    + "import posttrain.pairs.make, posttrain.expander.gdpo, posttrain.expander.sft, posttrain.judge.train\n"
+    + "import tests.helpers.expander_runs\n"
 )
 
 

@@ -21,10 +21,10 @@ ROOT = Path(__file__).parents[2]
 SECONDS = 120
 
 MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
-    ("posttrain/advantages.py", "tests/test_advantages.py"): [
+    ("posttrain/training/advantages.py", "tests/training/test_advantages.py"): [
         ("/ (count - 1).clamp_min(1)).sqrt()", "/ count.clamp_min(1)).sqrt()"),
-        ("return centred / (_std(centred, valid_PGK) + floor)", "return centred"),
-        ("EPSILON if floor_K is None else floor_K.double()[..., None, :].clamp_min(EPSILON)", "EPSILON"),
+        ("return centred / _divisor(_std(centred, valid_PGK), floor_K)", "return centred"),
+        ("std_P1K if floor_K is None else torch.maximum(std_P1K, floor_K.double()[..., None, :])", "std_P1K"),
         ("FLAT if floor_K is None else floor_K.double().clamp_min(FLAT)", "FLAT"),
         ("torch.minimum(noise_PK[:, None] / 4, std_P1K)", "noise_PK[:, None] / 4"),
         ("noise_K * ~flat_PK", "noise_K"),
@@ -37,15 +37,17 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("values_PG / (scorable.std() + EPSILON)", "(values_PG - 1e-3) / (scorable.std() + EPSILON)"),
         ("(weights_K.double() * _centre(rewards_PGK", "(_centre(rewards_PGK"),
     ],
-    ("posttrain/losses.py", "tests/test_losses.py"): [
+    ("posttrain/grpo/losses.py", "tests/grpo/test_losses.py"): [
         ("-torch.minimum(ratio", "-torch.maximum(ratio"),
         ("ratio.clamp(1 - clip_low, 1 + clip_high)", "ratio.clamp(1 - clip_high, 1 + clip_low)"),
         ("(v.float() - v_reference.float()).square()", "(v.float() - v_reference.float()).abs()"),
-        (".square().flatten(1).mean(1)\n\n\ndef bradley", ".square().flatten(1).sum(1)\n\n\ndef bradley"),
-        ("pair_B + 0.01 * (rho_w_B.float() + rho_l_B", "pair_B + 0.01 * (rho_w_B.float() - rho_l_B"),
+        (".square().flatten(1).mean(1)", ".square().flatten(1).sum(1)"),
         ("log_ratio_B.float().exp()", "log_ratio_B.float() + 1"),
     ],
-    ("posttrain/preference_loss.py", "tests/test_preference_loss.py"): [
+    ("posttrain/judge/losses.py", "tests/judge/test_losses.py"): [
+        ("pair_B + 0.01 * (rho_w_B.float() + rho_l_B", "pair_B + 0.01 * (rho_w_B.float() - rho_l_B"),
+    ],
+    ("posttrain/stpo/losses.py", "tests/stpo/test_preference_loss.py"): [
         ("(v + reference - 2 * target)", "(v + reference - target)"),
         ("z = beta / 2 * (phi - dw)", "z = beta * (phi - dw)"),
         ("pull = (-z).sigmoid() - (1 - label_B)", "pull = (-z).sigmoid()"),
@@ -61,7 +63,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("(1 - guard) * max(0.0, winner_n) / loser_n)", "guard * max(0.0, winner_n) / loser_n)"),
         ("share if share == 1 and not human else", "share if share == 1 else"),
     ],
-    ("posttrain/tdm_loss.py", "tests/test_tdm_loss.py"): [
+    ("posttrain/tdm/losses.py", "tests/tdm/test_tdm_loss.py"): [
         ("a = (1 - tau) / (1 - m)", "a = (1 - m) / (1 - tau)"),
         ("(tau.square() - (a * m).square())", "(tau.square() + (a * m).square())"),
         ("(_column(a * m, e) * e + _column(b, e) * z)", "(_column(b, e) * e + _column(a * m, e) * z)"),
@@ -77,7 +79,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("most = (s - BELOW).clamp(max=LAST) if separate", "most = (s + BELOW).clamp(max=LAST) if separate"),
         ("u_m * (s - GAP - s_next)", "u_m * (s - s_next)"),
     ],
-    ("posttrain/sampler.py", "tests/test_sampler.py"): [
+    ("posttrain/model/sampler.py", "tests/model/test_sampler.py"): [
         ("(math.exp(mu) + (1 / s - 1))", "(math.exp(-mu) + (1 / s - 1))"),
         ("max_tokens: int = 6400", "max_tokens: int = 4096"),
         ("return cond + scale * (cond - uncond)", "return uncond + scale * (cond - uncond)"),
@@ -95,7 +97,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("dynamics, eta) * (1 - t) / (2 * t))", "dynamics, eta) / (2 * t))"),
         ("torch.sigmoid(mean + std * n.float() + mu)", "torch.sigmoid(mean + std * n.float() - mu)"),
     ],
-    ("prompts/informativeness.py", "tests/test_pool.py"): [
+    ("prompts/informativeness.py", "tests/prompts/test_pool.py"): [
         ("np.maximum(count_PK - 1, 1)", "np.maximum(count_PK, 1)"),
         ("std = np.sqrt(variance_RK)", "std = variance_RK"),
         ("np.minimum(ratio, 1.0)", "ratio"),
@@ -103,7 +105,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("weights_K), nan=1.0)", "weights_K), nan=0.0)"),
         ("missing = count_PK < 2", "missing = count_PK < 1"),
     ],
-    ("prompts/pool.py", "tests/test_pool.py"): [
+    ("prompts/pool.py", "tests/prompts/test_pool.py"): [
         ("np.maximum(self.config.decay, 1 / (self.visits[rows, None] + 1))",
          "np.full((len(rows), 1), self.config.decay)"),
         ("explore + (1 - explore) * self.informativeness(rows) ** self.config.sharpness",
@@ -112,13 +114,13 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("self.streak[visited] >= self.config.prune_after", "self.streak[visited] > self.config.prune_after"),
         ("step + times * self.config.cooldown", "step + self.config.cooldown"),
     ],
-    ("rewards/ocr.py", "tests/test_ocr.py"): [
+    ("rewards/ocr.py", "tests/rewards/test_ocr.py"): [
         ("/ np.maximum(len(word), lengths)", "/ len(word)"),
         ("longer = running + extra", "longer = running + missing"),
         ("ends = without[i] | 1 << i", "ends = without[i]"),
         ("np.minimum.accumulate(longer - skipped, axis=1) + skipped", "longer"),
     ],
-    ("rewards/diversity.py", "tests/test_diversity.py"): [
+    ("rewards/diversity.py", "tests/rewards/test_diversity.py"): [
         ("(n - unit @ unit.sum(0)) / (n - 1)", "(n - unit @ unit.sum(0)) / n"),
         ("None if safe else 0.0 for safe", "None for safe"),
     ],

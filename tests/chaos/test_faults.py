@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests import runs
 from tests.chaos import methods
+from tests.helpers import runs
 
 TRAINING = ["stpo", "grpo", "tdm"]
 ALL = list(methods.METHODS)
@@ -220,7 +220,7 @@ def test_one_of_two_processes_has_no_room(recipe, tmp_path, method):
         path = recipe(method, steps=2, **({"micro_batch": 2} if method == "stpo" else {}))
         result = commands(method, "--config", path, processes=2)
         assert result.returncode == 0, result.stderr
-        assert result.stderr.count("it is begun again with") == 1
+        assert result.stderr.count("it is retried with") == 1
         assert runs.latest(tmp_path / "run").step == 2
     finally:
         commands.close()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import fuzz, runs
+from tests.helpers import fuzz, runs
 
 COUNT = 2000
 
@@ -14,7 +14,7 @@ COUNT = 2000
 def test_malformed_inputs_end_in_one_line(kind, share, tmp_path):
     found = dict(fuzz.inputs(kind, round(COUNT * share), tmp_path))
     wrong = {number: error for number, error in found.items() if isinstance(error, BaseException)}
-    assert not wrong, f"python -m tests.fuzz {kind} {next(iter(wrong))}: {next(iter(wrong.values()))!r}"
+    assert not wrong, f"python -m tests.helpers.fuzz {kind} {next(iter(wrong))}: {next(iter(wrong.values()))!r}"
     assert sum(outcome is True for outcome in found.values()) == round(COUNT * share)
 
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from tests import runs
 from tests.chaos import methods
 from tests.chaos.test_faults import fails
-from tests.test_judge_client import serving
+from tests.helpers import runs
+from tests.rewards.test_judge_client import serving
 
 
 def scored(tmp_path, parts, method: str, url: str, max_failures: float):

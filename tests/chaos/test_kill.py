@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import runs, warm
 from tests.chaos import methods
+from tests.helpers import runs, warm
 
 KILLS = {"stpo": 6, "grpo": 6, "tdm": 5, "pairs": 5, "expander gdpo": 4, "expander sft": 4, "judge": 4, "run": 4}
 
@@ -65,7 +65,7 @@ def pipeline(folder: Path, parts: Path, server: warm.Warm) -> Path:
         place.mkdir()
         made = dataclasses.asdict((methods.pairs if command == "pairs" else methods.training)(place, parts, command))
         del made["output"]
-        made["rewards"] = [{"name": "brightness", "function": "tests.warm:brightness"}]
+        made["rewards"] = [{"name": "brightness", "function": "tests.helpers.warm:brightness"}]
         if command == "stpo":
             made |= {"batch": 2, "steps": 3}
             made["pairs"] |= {"heldout": 0.4}

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from posttrain.preferences import CARD, Preference, PreferenceWriter
+from posttrain.preferences.dataset import CARD, Preference, PreferenceWriter
 
 PAIRS = 40
 

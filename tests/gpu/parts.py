@@ -33,7 +33,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from posttrain.load import random_pipeline
+from posttrain.model.load import random_pipeline
 
 NANO = Path("posttrain/nano/weights")
 DONE = "whole.json"

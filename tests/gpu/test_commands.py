@@ -20,10 +20,10 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from posttrain import checkpoint
-from tests import fake_writer
+from posttrain.training import checkpoint
 from tests.gpu.measure import metrics
 from tests.gpu.recipes import EVALUATION, ROOT, SCALE, cut, local
+from tests.helpers import fake_writer
 
 SIZE = (512, 512) if SCALE == "k2" else (64, 64)
 SHORT = {"every": 1, "minutes": 0}

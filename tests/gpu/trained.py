@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from posttrain import checkpoint
-from posttrain.config import LoraConfig, ModelConfig
-from posttrain.load import empty_transformer
-from posttrain.roles import TARGETS
+from posttrain.config.sections import LoraConfig, ModelConfig
+from posttrain.model.load import empty_transformer
+from posttrain.model.roles import TARGETS
+from posttrain.training import checkpoint
 
 CHANGE = 5e-4
 """|dW| as a share of |W|: that of a short stage of preferences."""

@@ -1,0 +1,228 @@
+"""How far people agree: with themselves, with each other and with the judges that made the pairs.
+
+Answers about a pair are numbers: 1 where its `chosen` image was preferred, 0 where the other was, 0.5 for a tie.
+Answers about a single image are 1 for faulty, 0 for fine, 0.5 for unsure. With p_o the share of equal answers, and
+p_a(v) and p_b(v) the shares of each answer, Cohen's kappa (Cohen 1960, A coefficient of agreement for nominal scales)
+is
+
+    kappa = (p_o - p_e) / (1 - p_e),        p_e = sum over v of p_a(v) p_b(v).
+
+Which of a pair's two images is called `chosen` says nothing about them that a coefficient of agreement may use, so
+each pair is counted once in each order of its images. With shares of ties t_a and t_b that comes to
+p_e = t_a t_b + (1 - t_a) (1 - t_b) / 2, and without ties kappa is 2 p_o - 1.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from posttrain.annotate.answers import Choice
+
+MIN_PER_THIRD = 5  # pairs; a share of fewer is mostly chance
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Of two raters, or of two times of one."""
+
+    pairs: int
+    """Pairs or images that both answered."""
+    equal: float | None
+    """Share of equal answers; None without pairs."""
+    kappa: float | None
+    """Above chance, 1 at most; None without pairs, or where both gave one and the same answer to all."""
+
+
+def agreement(answers: Iterable[tuple[float, float]], of_images: bool = False) -> Agreement:
+    """Of two raters' answers about the same pairs, or single images, each 0, 0.5 or 1."""
+    answers = list(answers)
+    n = len(answers)
+    if not n:
+        return Agreement(0, None, None)
+    equal = sum(a == b for a, b in answers) / n
+    counted = list(answers)
+    if not of_images:
+        # Each pair in the other order of its images too, so that kappa does not depend on which is called chosen.
+        counted += [(1 - a, 1 - b) for a, b in answers]
+    counts_a, counts_b = Counter(a for a, _ in counted), Counter(b for _, b in counted)
+    chance = sum(counts_a[value] * counts_b[value] for value in counts_a) / len(counted) ** 2
+    return Agreement(n, equal, None if chance == 1 else (equal - chance) / (1 - chance))
+
+
+def votes(choices: Mapping[str, Sequence[Choice]]) -> dict[str, float]:
+    """Share of people who preferred `chosen`, by pair, or called an image faulty, in [0, 1]; what all skipped is not in
+    it.
+
+    A person has one vote: who answered twice gives the mean of both answers.
+    """
+    by_pair: dict[str, list[float]] = defaultdict(list)
+    for made in choices.values():
+        own: dict[str, list[float]] = defaultdict(list)
+        for choice in made:
+            if choice.share is not None:
+                own[choice.pair].append(choice.share)
+        for pair, answers in own.items():
+            by_pair[pair].append(statistics.fmean(answers))
+    return {pair: statistics.fmean(shares) for pair, shares in by_pair.items()}
+
+
+def report(choices: Mapping[str, Sequence[Choice]], margins: Mapping[str, float | None]) -> dict[str, Any]:
+    """All figures, JSON-able. `margins` has every pair of the set: the judges' margin, or None where there is none.
+
+    Where people are compared only their first answer to a pair counts; the second measures self-consistency. The
+    majority, which is compared with the judges and exported, is of `votes`.
+    """
+    first = {name: _answers(made, again=False) for name, made in choices.items() if made}
+    people = []
+    for name, answers in first.items():
+        own, second = choices[name], _answers(choices[name], again=True)
+        sided = [choice.choice for choice in own if choice.choice in ("left", "right")]
+        people.append(
+            {
+                "name": name,
+                "answers": len(own),
+                "ties": sum(choice.choice == "tie" for choice in own),
+                "skips": sum(choice.choice == "skip" for choice in own),
+                "left": sided.count("left") / len(sided) if sided else None,
+                "median_seconds": statistics.median(choice.seconds for choice in own),
+                "repeats": asdict(agreement((answers[pair], second[pair]) for pair in answers.keys() & second.keys())),
+                "judges": asdict(_judges(answers.values())),
+            }
+        )
+    # The majority counts both answers of a person, as their mean.
+    shares = votes(choices)
+    return {
+        "people": people,
+        **_between(first, of_images=False),
+        "judges": asdict(_judges(shares.values())),
+        "judges_by_margin": _by_margin(shares, margins),
+        "pairs": len(margins),
+        "answered": len(shares),
+        "undecided": sum(share == 0.5 for share in shares.values()),
+        "against_judges": sum(share < 0.5 for share in shares.values()),
+    }
+
+
+def report_marks(choices: Mapping[str, Sequence[Choice]], images: int) -> dict[str, Any]:
+    """All figures of marks of single images, JSON-able; `images` is how many there are. As in `report`, people are
+    compared by their first answers, and the second ones measure self-consistency."""
+    first = {name: _answers(made, again=False) for name, made in choices.items() if made}
+    people = []
+    for name, answers in first.items():
+        own, second = choices[name], _answers(choices[name], again=True)
+        counts = Counter(choice.choice for choice in own)
+        # Shares are of decided answers: "unsure" says nothing about how strict a person is.
+        decided = counts["faulty"] + counts["fine"]
+        both = [(answers[image], second[image]) for image in answers.keys() & second.keys()]
+        people.append(
+            {
+                "name": name,
+                "answers": len(own),
+                "unsure": counts["unsure"],
+                "skips": counts["skip"],
+                "faulty": counts["faulty"] / decided if decided else None,
+                "median_seconds": statistics.median(choice.seconds for choice in own),
+                "repeats": asdict(agreement(both, of_images=True)),
+            }
+        )
+    shares = votes(choices)
+    return {
+        "people": people,
+        **_between(first, of_images=True),
+        "images": images,
+        "answered": len(shares),
+        "undecided": sum(share == 0.5 for share in shares.values()),
+        "faulty": sum(share > 0.5 for share in shares.values()),
+    }
+
+
+def mark_lines(figures: Mapping[str, Any]) -> list[str]:
+    """The report of marks as text."""
+    lines = [
+        f"{figures['answered']} of {figures['images']} images marked: {figures['faulty']} faulty,"
+        f" {figures['undecided']} undecided"
+    ]
+    for p in figures["people"]:
+        lines.append(
+            f"  {p['name']}: {p['answers']} answers ({p['unsure']} unsure, {p['skips']} skips), median"
+            f" {p['median_seconds']:.1f} s, faulty in {_percent(p['faulty'])}; with self {_text(p['repeats'])}"
+        )
+    return lines + _lines_between(figures)
+
+
+def report_lines(figures: Mapping[str, Any]) -> list[str]:
+    """The report as text."""
+    lines = [f"{figures['answered']} of {figures['pairs']} pairs answered, {figures['undecided']} of them undecided"]
+    for p in figures["people"]:
+        lines.append(
+            f"  {p['name']}: {p['answers']} answers ({p['ties']} ties, {p['skips']} skips), median"
+            f" {p['median_seconds']:.1f} s, left in {_percent(p['left'])}; with self {_text(p['repeats'])};"
+            f" with judges {_text(p['judges'])}"
+        )
+    lines += _lines_between(figures)
+    lines.append(f"  majority with judges: {_text(figures['judges'])}")
+    for third in figures["judges_by_margin"]:
+        lines.append(f"    margin {third['from']:.3g} to {third['to']:.3g}: {_text(third)}")
+    return lines
+
+
+def _between(first: Mapping[str, Mapping[str, float]], of_images: bool) -> dict[str, Any]:
+    """Agreement of every two people, and of all of them pooled."""
+    between, pooled = [], []
+    for a, b in itertools.combinations(first, 2):
+        both = [(first[a][pair], first[b][pair]) for pair in first[a].keys() & first[b].keys()]
+        between.append({"people": [a, b], **asdict(agreement(both, of_images))})
+        # Both orders: which of two people is named first means nothing.
+        pooled += both + [(y, x) for x, y in both]
+    together = agreement(pooled, of_images)
+    return {"between": between, "together": {**asdict(together), "pairs": together.pairs // 2}}
+
+
+def _lines_between(figures: Mapping[str, Any]) -> list[str]:
+    lines = [f"  {' and '.join(b['people'])}: {_text(b)}" for b in figures["between"]]
+    if len(figures["between"]) > 1:
+        lines.append(f"  between people, together: {_text(figures['together'])}")
+    return lines
+
+
+def _answers(made: Iterable[Choice], again: bool) -> dict[str, float]:
+    return {c.pair: c.share for c in made if c.again == again and c.share is not None}
+
+
+def _judges(shares: Iterable[float]) -> Agreement:
+    """With judges who prefer `chosen` always: they never tie, so ties are left out."""
+    return agreement((float(share > 0.5), 1.0) for share in shares if share != 0.5)
+
+
+def _by_margin(shares: Mapping[str, float], margins: Mapping[str, float | None]) -> list[dict[str, Any]]:
+    """Agreement with the judges in each third of the decided pairs by margin, smallest first; none if too few."""
+    decided = []
+    for pair, margin in margins.items():
+        if margin is not None and shares.get(pair, 0.5) != 0.5:
+            decided.append((margin, shares[pair]))
+    n = len(decided)
+    if n < 3 * MIN_PER_THIRD:
+        return []
+    decided.sort()
+    rows = []
+    for k in range(3):
+        third = decided[n * k // 3 : n * (k + 1) // 3]
+        found = _judges(share for _, share in third)
+        rows.append({"from": third[0][0], "to": third[-1][0], **asdict(found)})
+    return rows
+
+
+def _text(agreed: Mapping[str, Any]) -> str:
+    if agreed["equal"] is None:
+        return "- (no pairs)"
+    kappa = "-" if agreed["kappa"] is None else f"{agreed['kappa']:.2f}"
+    return f"{_percent(agreed['equal'])} of {agreed['pairs']} (kappa {kappa})"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"

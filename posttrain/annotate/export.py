@@ -1,0 +1,107 @@
+"""What people answered, as data to train on and as a report of how far they agree.
+
+posttrain annotations --pairs pairs/a --store choices.jsonl --output pairs/human
+posttrain annotations --images runs/a --store marks.jsonl --output faults/human
+
+A pair's `chosen` is what the majority preferred and `share` how large that majority is: one vote a person, a tie half a
+vote for each image. Pairs that they leave undecided are left out.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from posttrain.annotate import agreement, marked_images
+from posttrain.annotate.answers import read
+from posttrain.annotate.config import AnnotationsConfig
+from posttrain.errors import UserError
+from posttrain.log import log
+from posttrain.preferences.dataset import Preference, PreferenceWriter, Skipped, read_preferences
+
+
+def write(config: AnnotationsConfig) -> None:
+    """The command `posttrain annotations`: print the report and, with an output, write what people answered."""
+    stored = read(Path(config.store))
+    if (config.images is None) != (stored.schedule.mode == "preference"):
+        right = "--pairs" if stored.schedule.mode == "preference" else "--images"
+        raise UserError(f"{config.store}: holds answers of mode {stored.schedule.mode}; give {right}")
+    if config.images is not None:
+        marked_images.write(stored, config.images, config.store, config.output)
+        return
+    assert config.pairs is not None
+    pairs = Pairs(config.pairs, config.max_bad)
+    pairs.require({choice.pair for choices in stored.choices.values() for choice in choices}, config.store)
+    figures = agreement.report(stored.choices, pairs.margins)
+    print("\n".join(agreement.report_lines(figures)))
+    if config.output is None:
+        return
+    votes = {pair: share for pair, share in agreement.votes(stored.choices).items() if share != 0.5}
+    if not votes:
+        raise UserError(f"{config.store}: decides no pair, so there is nothing to write; choose first")
+    with PreferenceWriter(config.output, card={"agreement": figures}) as writer:
+        for pair in pairs.margins:  # in the set's order, whoever answered first
+            if pair in votes:
+                writer.add(preferred(pairs[pair], votes[pair]))
+    print(f"posttrain: wrote {config.output} ({len(votes)} pairs, {figures['undecided']} undecided left out)")
+
+
+def preferred(pair: Preference, share: float) -> Preference:
+    """The pair as people see it: `share` of them, not 0.5, preferred its `chosen`. It has no margin: no judge's."""
+    names = ("chosen", "rejected")
+    first, second = names if share > 0.5 else names[::-1]
+    values = {
+        f"{to}{suffix}": getattr(pair, f"{side}{suffix}")
+        for to, side in zip(names, (first, second))
+        for suffix in ("", "_policy", "_on_policy")
+    }
+    return Preference(pair.prompt, **values, source="human", share=max(share, 1 - share), seed=pair.seed)
+
+
+class Pairs:
+    """A preference set by id. Reads every image once at the start, so that a bad one is named before anyone waits."""
+
+    def __init__(self, path: str, max_bad: float):
+        """Raises UserError, with the rows, if more than a share of max_bad is bad; else warns of those left out."""
+        self._set = read_preferences(path, max_bad=max_bad)
+        self._mutex = threading.Lock()
+        self._rows: dict[str, int] = {}
+        self.path = path
+        self.prompts: dict[str, str] = {}
+        self.margins: dict[str, float | None] = {}
+        tally = self._set.tally()
+        # 1024-pixel images take a tenth of a second a pair.
+        shown = Console(stderr=True)
+        for i in track(
+            range(len(self._set)), "reading pairs", console=shown, transient=True, disable=not shown.is_terminal
+        ):
+            pair = self._set[i]
+            if isinstance(pair, Skipped):
+                tally.add(pair)
+            elif pair.id not in self._rows:
+                self._rows[pair.id], self.prompts[pair.id], self.margins[pair.id] = i, pair.prompt, pair.margin
+        if tally.bad or tally.ties:
+            told = f"{len(tally.bad)} bad rows and {tally.ties} ties are left out"
+            reasons = f": {tally.first()}" if tally.bad else ""
+            log.warning(f"{path}: {told}{reasons}")
+
+    def __getitem__(self, pair: str) -> Preference:
+        """Raises UserError if it cannot be read any more."""
+        with self._mutex:
+            found = self._set[self._rows[pair]]
+        if isinstance(found, Skipped):
+            raise UserError(f"{found.where}: {found.reason}; restore {self.path} as it was at the start")
+        if found.id != pair:
+            raise UserError(f"{self.path}: row {self._rows[pair]} has changed; restore it as it was at the start")
+        return found
+
+    def require(self, ids: set[str], store: str) -> None:
+        """Raise UserError if the store knows pairs that this set does not have."""
+        if missing := sorted(ids - self._rows.keys()):
+            raise UserError(
+                f"{store}: {len(missing)} of the {len(ids)} pairs in it are not in {self.path} (such as {missing[0]});"
+                " give the pairs that it was started with"
+            )

@@ -1,0 +1,165 @@
+"""Single images that people mark as faulty or fine, and their marks as data for `posttrain judge --mode artifact`.
+
+An image's `fault` is the share of people who called it faulty: one vote a person, unsure half a vote. Images that they
+leave undecided are left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from posttrain.annotate import agreement
+from posttrain.annotate.answers import Annotations
+from posttrain.errors import UserError
+from posttrain.judge.records import IMAGES, MARKS
+from posttrain.runs.files import replace_text
+from prompts.parse import parse_json
+
+PROMPTS = "prompts.json"
+
+
+@dataclass(frozen=True)
+class Found:
+    """An image file."""
+
+    path: Path
+    prompt: str | None
+    source: str | None
+    """Of a run: which of its samples it is, such as step-000100."""
+
+
+class Images:
+    """Images by id. Reads every image once at the start, so that a bad one is named before anyone waits."""
+
+    def __init__(self, path: str):
+        """`path`: a run directory, an output of `posttrain sample`, or a directory of images. Raises UserError if it
+        is none of them, or an image cannot be read."""
+        self.path = path
+        self.prompts: dict[str, str] = {}
+        """By id, in order; the empty string where no prompt is known."""
+        self._files: dict[str, Found] = {}
+        shown = Console(stderr=True)
+        for found in track(
+            find(Path(path)), "reading images", console=shown, transient=True, disable=not shown.is_terminal
+        ):
+            name = _id(found, _read(found.path))
+            self._files.setdefault(name, found)  # an image that is there twice is asked about once
+            self.prompts.setdefault(name, found.prompt or "")
+
+    def __getitem__(self, name: str) -> Image.Image:
+        """In RGB. Raises UserError if it cannot be read any more."""
+        found = self._files[name]
+        image = _read(found.path)
+        if _id(found, image) != name:
+            raise UserError(f"{found.path}: has changed; restore it as it was at the start")
+        return image
+
+    def file(self, name: str) -> Found:
+        return self._files[name]
+
+    def require(self, names: set[str], store: str) -> None:
+        """Raise UserError if the store knows images that are not here."""
+        if missing := sorted(names - self._files.keys()):
+            raise UserError(
+                f"{store}: {len(missing)} of the {len(names)} images in it are not in {self.path} (such as"
+                f" {missing[0]}); give the images that it was started with"
+            )
+
+
+def find(root: Path) -> list[Found]:
+    """The image files of a directory or a run, sorted by name, with prompts where prompts.json has them."""
+    if not root.is_dir():
+        raise UserError(
+            f"images: {root} is no directory; give a run, an output of posttrain sample or a directory of images"
+        )
+    is_run = (root / "samples").is_dir()
+    folders = sorted(p for p in (root / "samples").iterdir() if p.is_dir()) if is_run else [root]
+    found = []
+    for folder in folders:
+        within_run = folder.parent.name == "samples"
+        prompts = _prompts((folder.parent if within_run else folder) / PROMPTS)
+        for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGES):
+            found.append(Found(path, prompts.get(path.stem), folder.name if within_run else None))
+    if not found:
+        raise UserError(f"images: {root} holds no image ({', '.join(IMAGES)}) and no run with samples; give another")
+    return found
+
+
+def write(stored: Annotations, images_path: str, store: str, output: str | None) -> None:
+    """Print the report and, with an output, write artifacts.jsonl, the images it names and agreement.json there."""
+    images = Images(images_path)
+    images.require({choice.pair for choices in stored.choices.values() for choice in choices}, store)
+    figures = agreement.report_marks(stored.choices, len(images.prompts))
+    print("\n".join(agreement.mark_lines(figures)))
+    if output is None:
+        return
+    votes = {name: share for name, share in agreement.votes(stored.choices).items() if share != 0.5}
+    if not votes:
+        raise UserError(f"{store}: decides about no image, so there is nothing to write; mark some first")
+    target = Path(output)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target}: is not empty; choose another directory")
+    try:
+        _write(images, votes, figures, target)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written: {error.strerror}; choose another directory") from None
+    print(f"posttrain: wrote {target} ({len(votes)} images, {figures['undecided']} undecided left out)")
+
+
+def _write(images: Images, votes: dict[str, float], figures: dict[str, Any], target: Path) -> None:
+    """All or nothing: written beside and renamed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        temporary.chmod(0o755)
+        (temporary / "images").mkdir()
+        rows = []
+        for name in images.prompts:  # in the order of the files, whoever answered first
+            if name not in votes:
+                continue
+            found, file = images.file(name), f"images/{name}.png"
+            images[name].save(temporary / file)
+            row = {"image": file, "fault": votes[name], "prompt": found.prompt, "source": found.source}
+            known = {key: value for key, value in row.items() if value is not None}
+            rows.append(json.dumps(known, ensure_ascii=False) + "\n")
+        replace_text(temporary / "agreement.json", json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+        replace_text(temporary / MARKS, "".join(rows))
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _prompts(path: Path) -> dict[str, str]:
+    """Prompts by the stem of the image's file, 000, 001, ...; none if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        rows = parse_json(path.read_bytes())
+        return {f"{i:03d}": str(row["prompt"]) for i, row in enumerate(rows)}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: is not a list of prompts ({error!r}); repair or remove it") from None
+
+
+def _read(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: cannot be read as an image ({type(error).__name__}); repair or remove it") from None
+
+
+def _id(found: Found, image: Image.Image) -> str:
+    digest = hashlib.blake2b((found.prompt or "").encode(), digest_size=16)
+    digest.update(repr(image.size).encode() + image.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,322 @@
+"""The steps that `posttrain bench` times: each method's own code on random features, latents and rewards.
+
+Steps of grpo, stpo and tdm come from a run's own loop, from its first step on, with everything that is due in them.
+Prompts cost no time unless `encode` is set; rewards cost none, because judges are assumed to run on other GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import count
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from posttrain.bench.config import BenchConfig
+from posttrain.config.sections import LoraConfig, ModelConfig, PromptsConfig, TrainingConfig
+from posttrain.distributed.processes import Processes
+from posttrain.expander.renderer import draw_in_batches
+from posttrain.grpo import train as grpo
+from posttrain.grpo.config import GRPOConfig
+from posttrain.grpo.rollout import Trajectory, Transition, rollout
+from posttrain.model import sampler
+from posttrain.model.k2 import K2, Encoding, Text, to_pil
+from posttrain.stpo import train as stpo
+from posttrain.stpo.config import PairSetConfig, STPOConfig
+from posttrain.stpo.latent_cache import EncodedPair, EncodedPairs
+from posttrain.tdm import train as tdm
+from posttrain.tdm.config import TDMConfig
+from posttrain.training.oom_retry import MicroBatch
+from posttrain.training.policy import POLICY, add_policy
+from posttrain.training.prompt_source import PromptSource
+from posttrain.training.stepper import Clock, Stepper
+from prompts.records import PromptRecord
+from rewards.background import ScoreQueue
+from rewards.base import RewardSpec
+from rewards.load import load_rewards
+
+Lap = Callable[[str], None]
+ETA = 0.7
+NOISE = RewardSpec("noise", "posttrain.bench.steps:noise")
+Config = TypeVar("Config", bound=TrainingConfig)
+
+
+def noise(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    """A reward that takes no time: random numbers in [0, 1) from a fixed seed."""
+    return np.random.default_rng(len(images)).random(len(images)).tolist()
+
+
+class RandomPairs(EncodedPairs):
+    """Pairs of random latents without a cache; each read takes the next of the bench's texts."""
+
+    def __init__(self, steps: Steps, pairs: int):
+        self._steps = steps
+        self.train, self.size = np.arange(pairs), np.array([steps.size] * pairs)
+
+    def __getitem__(self, i: int) -> EncodedPair:
+        chosen, rejected = self._steps.latents(2, i).cpu()
+        return EncodedPair(chosen, rejected, self._steps.next_text(), 1.0, self._steps.size)
+
+
+class BenchClock(Clock):
+    """A loop's clock that passes its laps on to the bench."""
+
+    def __init__(self, steps: Steps):
+        super().__init__()
+        self._steps = steps
+
+    def lap(self, name: str) -> None:
+        self._steps.lap(name)
+
+
+@dataclass
+class Steps:
+    """Runs steps of a method on a fresh model, for images of one size, in one process of `procs`."""
+
+    k2: K2
+    config: BenchConfig
+    size: tuple[int, int]
+    procs: Processes
+
+    ratio_error: float | None = None
+    """grpo: the largest distance of a ratio from 1 before an update; see loop.check_ratio."""
+    lap: Lap = field(default=lambda stage: None, init=False)
+    """Ends a stage of the step that is being timed."""
+    _loops: dict[str, Iterator[tuple[int, dict[str, Any]]]] = field(default_factory=dict, init=False)
+    _read: Iterator[int] = field(default_factory=count, init=False)
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator(self.k2.device).manual_seed(0)
+        for stage in range(self.config.stages if self.config.rank else 0):
+            if stage:
+                self.k2.stack_role(POLICY)
+            add_policy(self.k2, self._lora, stage, reference=False)
+            for name, parameter in self.k2.role_named_parameters(POLICY).items():
+                if name.endswith("lora_B.weight"):  # not zero as at the start of training, or errors would not show
+                    torch.nn.init.normal_(parameter, std=0.01, generator=generator)
+
+    @property
+    def role(self) -> str | None:
+        return POLICY if self.config.rank else None
+
+    def images(self, method: str) -> int:
+        """Images of one step, over all processes."""
+        return self.procs.size * (self.config.group if method in ("grpo", "expander") else self.config.batch)
+
+    def count(self, method: str) -> int:
+        """Number of steps to time."""
+        repeats = self.config.repeats
+        # grpo's window must start at each place equally often, since the place decides how much work a step is
+        return -(-repeats // self.starts) * self.starts if method == "grpo" else repeats
+
+    @property
+    def starts(self) -> int:
+        """Number of places where a random window may begin; see grpo.window_of."""
+        return min((self.config.steps + 1) // 2, self.config.steps - self.config.window)
+
+    def run(self, method: str, index: int, lap: Lap) -> None:
+        """Runs step `index`, counted from 0, which calls `lap` with the name of each stage when the stage ends.
+
+        Steps of grpo, stpo and tdm must be run in order, as in a run.
+        """
+        self.lap = lap
+        loops = {"grpo": self._grpo, "stpo": self._stpo, "tdm": self._tdm}
+        if method in loops:
+            if method not in self._loops:
+                self._loops[method] = loops[method]()
+            _, metrics = next(self._loops[method])
+            if method == "grpo":
+                self.ratio_error = max(self.ratio_error or 0.0, metrics["ratio_error"])
+            return
+        if method != "step":
+            self._encode_one()
+        {"rollout": self._rollout, "expander": self._expander, "step": self._step}[method](index, lap)
+
+    def close(self) -> None:
+        """Ends the loops that have started."""
+        for loop in self._loops.values():
+            loop.close()  # type: ignore[attr-defined]
+
+    # ---- methods ----------------------------------------------------------------------------------------------
+
+    def _rollout(self, index: int, lap: Lap) -> None:
+        trajectory = self._draw(index, 0, self.config.batch, shared=False)
+        lap("sample")
+        self.k2.decode(trajectory.latents, *self.size)
+        lap("decode")
+
+    def _expander(self, index: int, lap: Lap) -> None:
+        # lengths differ from step to step, so that a graph compiled for one length alone would show
+        fused = [tokens[: len(tokens) - index % 3] for tokens in self._expansions]
+        seeds = [index] * len(fused)  # one noise for all expansions of a prompt
+        for _, latents in draw_in_batches(self.k2, fused, seeds, self.size, self.config.steps, self.config.batch):
+            lap("sample")
+            to_pil(self.k2.decode(latents, *self.size))
+            lap("decode")
+
+    def _step(self, index: int, lap: Lap) -> None:
+        times = sampler.schedule(self.config.steps, self.k2.mu(*self.size))
+        batch = self.config.batch
+        x, mean, noise = self.latents(batch, index, 0), self.latents(batch, index, 1), self.latents(batch, index, 2)
+        std = torch.tensor(0.1)
+        move = Transition(1, times[1], times[2], x, mean + std * noise, mean, std, torch.zeros(len(x)))
+        group = self._group(Trajectory(x, [move]), index)
+        advantages_PG = torch.ones(self.procs.size, batch, device=self.k2.device)
+        optimizer = self._stepper.optimizer
+        lap("prepare")
+        grpo.gradient(self.k2, self._step_config, [group], advantages_PG, self.procs, self.config.batch)
+        lap("step")
+        optimizer.zero_grad(set_to_none=True)
+
+    # ---- loops of runs ----------------------------------------------------------------------------------------
+
+    def _grpo(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        config, k2, decode = self._grpo_config, self.k2, self.k2.decode
+
+        def decoded(latents: Tensor, height: int, width: int, batch: int | None = None) -> Tensor:
+            self.lap("sample")
+            images = decode(latents, height, width, batch)
+            self.lap("decode")
+            return images
+
+        k2.encode, k2.decode = self._encode, decoded
+        source = PromptSource(config, [PromptRecord(str(i)) for i in range(self.procs.size)])
+        with ScoreQueue(load_rewards(config.rewards), self.config.group) as queue:
+            micro_batch = self._micro_batch(config.groups.micro_batch)
+            yield from grpo.updates(
+                k2, config, source, queue, self._stepper, count(1), self.procs, {}, micro_batch, BenchClock(self)
+            )
+
+    def _stpo(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        config = self._stpo_config
+        pairs, micro_batch = RandomPairs(self, config.batch), self._micro_batch(config.micro_batch)
+        return stpo.updates(self.k2, config, pairs, self._stepper, count(1), self.procs, micro_batch, BenchClock(self))
+
+    def _tdm(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        config, null = self._tdm_config, Text(self._fused(0)[None, :6])
+        records = [PromptRecord(str(i)) for i in range(config.batch)]
+
+        def texts(prompts: Sequence[str]) -> list[Tensor]:
+            return [self.next_text() for _ in prompts]
+
+        student, fake = self._tdm_steppers
+        micro_batch = self._micro_batch(config.micro_batch)
+        return tdm.updates(
+            self.k2, config, texts, null, records, student, fake, count(1), self.procs, micro_batch, BenchClock(self)
+        )
+
+    def _micro_batch(self, size: int) -> MicroBatch:
+        """Never halved: that would not be the step that is to be timed."""
+        return MicroBatch(size, "batch", self.procs, halve=False)
+
+    # ---- what they take ---------------------------------------------------------------------------------------
+
+    def _draw(self, index: int, start: int, count: int, shared: bool) -> Trajectory:
+        window = range(start, start + self.config.window)
+        seeds = []
+        for image in range(count):
+            # one for the first noise and one for each stochastic step
+            seeds.append([sampler.seed_for(index, self.procs.rank, image, i) for i in range(len(window) + 1)])
+        times = sampler.schedule(self.config.steps, self.k2.mu(*self.size))
+        text = Text(self._fused(index)[None])
+        with self.k2.role(self.role):
+            return rollout(
+                self.k2, text, seeds, times, window, "flow", ETA, *self.size, self.config.batch, shared=shared
+            )
+
+    def _group(self, trajectory: Trajectory, index: int) -> grpo.Group:
+        text, record = Text(self._fused(index)[None]), PromptRecord("")
+        return grpo.Group(self.procs.rank, record, text, self.size, trajectory)
+
+    def latents(self, count: int, *index: int) -> Tensor:
+        """(count, N, C) noise; the seeds follow from `index` and the process."""
+        shape = (self.k2.image_tokens(*self.size), self.k2.latent_channels)
+        seeds = [sampler.seed_for(self.procs.rank, *index, i) for i in range(count)]
+        return sampler.noise(seeds, shape).to(self.k2.device)
+
+    def _fused(self, index: int) -> Tensor:
+        """(L, C) fused text of a prompt; L differs from step to step and from prompt to prompt."""
+        return self._texts[index % len(self._texts)]
+
+    def next_text(self) -> Tensor:
+        """The next fused text at each call."""
+        return self._fused(next(self._read))
+
+    def _encode(self, prompts: Sequence[str], max_tokens: int = 512, batch: int = 16) -> Encoding:
+        """Replaces K2.encode by random features. With `encode`, a prompt is encoded too, so that its time counts."""
+        self._encode_one()
+        lengths = [self.config.text + next(self._read) % 5 - 2 for _ in prompts]
+        return Encoding([self.k2.random_features(length) for length in lengths], [0] * len(prompts))
+
+    def _encode_one(self) -> None:
+        if self.config.encode:
+            template = self.k2.pipe.prompt_template_encode_start_idx
+            self.k2.encode_tokens([list(range(template + self.config.text))])
+            self.lap("encode")
+
+    @cached_property
+    def _texts(self) -> list[Tensor]:
+        return [self.k2.fuse(self.k2.random_features(self.config.text + i % 5 - 2, i)) for i in range(5)]
+
+    @cached_property
+    def _expansions(self) -> list[Tensor]:
+        """Fused texts (L, C), with L from half to one and a half of the text length."""
+        text, group = self.config.text, self.config.group
+        lengths = [text // 2 + text * i // (group - 1) for i in range(group)]
+        return [self.k2.fuse(self.k2.random_features(length, i)) for i, length in enumerate(lengths)]
+
+    @cached_property
+    def _stepper(self) -> Stepper:
+        return Stepper(self.k2.train_role(POLICY), self._grpo_config.optim)
+
+    @cached_property
+    def _tdm_steppers(self) -> tuple[Stepper, Stepper]:
+        self.k2.add_role(tdm.FAKE, self.config.rank, float(self.config.rank), seed=1)
+        return tdm.steppers(self.k2, self._tdm_config)
+
+    @property
+    def _lora(self) -> LoraConfig:
+        return LoraConfig(self.config.rank, float(self.config.rank))
+
+    def _empty(self, config: type[Config], **own: Any) -> Config:
+        """A recipe that names no files: nothing is read or written here."""
+        if self.config.optim is not None:
+            own["optim"] = self.config.optim
+        return config(output="none", model=ModelConfig(""), lora=self._lora, **own)
+
+    @cached_property
+    def _grpo_config(self) -> GRPOConfig:
+        config = self._empty(GRPOConfig, prompts=PromptsConfig("", ""), rewards=[NOISE])
+        config.sampling.sizes, config.sampling.steps = [list(self.size)], self.config.steps
+        config.sampling.window, config.sampling.eta = self.config.window, ETA
+        config.sampling.window_start, config.sampling.window_every = "sliding", 1  # starts at each place in turn
+        config.groups.prompts_per_step, config.groups.group_size = self.procs.size, self.config.group
+        config.groups.micro_batch = self.config.batch
+        return config
+
+    @cached_property
+    def _step_config(self) -> GRPOConfig:
+        config = self._empty(GRPOConfig, prompts=PromptsConfig("", ""), rewards=[NOISE])
+        config.sampling.steps, config.sampling.window, config.loss.kl = self.config.steps, 1, 0.0
+        config.groups.prompts_per_step, config.groups.group_size = self.procs.size, self.config.batch
+        config.groups.micro_batch = self.config.batch
+        return config
+
+    @cached_property
+    def _stpo_config(self) -> STPOConfig:
+        config = self._empty(STPOConfig, pairs=PairSetConfig("none"), heldout="none")
+        config.batch, config.micro_batch = self.procs.size * (self.config.batch // 2), self.config.batch // 2
+        return config
+
+    @cached_property
+    def _tdm_config(self) -> TDMConfig:
+        config = self._empty(TDMConfig, prompts=PromptsConfig("", ""))
+        config.batch, config.micro_batch = self.procs.size * self.config.batch, self.config.batch
+        config.sizes, config.student.steps = [list(self.size)], [self.config.steps]
+        config.fake.warmup = 0  # warm-up steps update only the fake score
+        return config

@@ -1,0 +1,357 @@
+"""The sections that several commands share. Never imports torch.
+
+The docstring below a field is its help: what it is and its unit. Its range is its type's (types.py), and what must fit
+together is checked by the section that holds both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import field
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Strict, model_validator
+
+from posttrain.config import metric_names
+from posttrain.config.types import (
+    AtLeast0,
+    AtLeast1,
+    AtLeast2,
+    BelowOne,
+    Check,
+    Each,
+    Filled,
+    Finite,
+    Float,
+    NonNegative,
+    Positive,
+    Range,
+    Run,
+    Unless,
+    keyword_settings,
+    refusal,
+    settings,
+)
+from rewards.base import RewardSpec
+from rewards.serve import ServerSpec, memory_share
+
+MOST_STEPS = 16
+"""Of a few-step student."""
+JUDGE_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Layers of a Qwen3-VL's language model that vLLM takes adapters for."""
+
+
+@keyword_settings
+class RuntimeConfig:
+    """How K2 is run. None of this is part of a checkpoint."""
+
+    compile: bool | None = None
+    """Compile the transformer's blocks, which takes up to a minute at first and is kept on disk for later runs; results
+    agree within rounding, which `posttrain bench` measures. null: on a GPU in bfloat16, but not where it is sharded,
+    nor for the few images of `posttrain sample`."""
+    recompute: AtLeast0 | None = None
+    """Blocks whose activations are computed again in backward instead of kept (K2 has 28): each saves memory and
+    costs a forward of it; results are the same. null: as many as do not fit into the GPU's free memory; on a CPU 0."""
+    attention: Literal["native", "cudnn"] = "native"
+    """Kernels of attention. native: those that torch chooses. cudnn: cuDNN's, on an NVIDIA GPU in bfloat16, which may
+    be faster with large images; results agree within rounding."""
+    quantize: Literal["fp8"] | None = None
+    """fp8: hold and multiply the frozen weights of the transformer's blocks in 8 bits (K2: 12.6 GiB instead of 24), in
+    bfloat16 and under an adapter only. It changes results, by what `posttrain bench` measures, and what is exported is
+    the adapter for the exact base. Needs an NVIDIA GPU of compute capability 8.9 or more (a CPU is slow), and
+    pip install 'posttrain[fp8]'. null: exact."""
+    offload: list[Literal["text_encoder", "vae"]] = field(default_factory=list)
+    """Parts that wait in the CPU's memory while they are not used: each use copies them to the GPU (K2: 8.3 and 0.25
+    GB); results are the same."""
+
+
+@settings
+class ModelConfig(RuntimeConfig):
+    """The K2 checkpoint to start from, and how it is run."""
+
+    path: str
+    """Diffusers directory or hub id of a Krea2Pipeline (with transformer_file: for the other parts)."""
+    transformer_file: str | None = None
+    """Transformer as one safetensors file in the original key names; replaces the one in path."""
+    start: str | None = None
+    """Run directory or checkpoint of an earlier method to continue from: what it trained, and what it started from
+    itself, is part of the model and of the reference. It must stay where it is. Adapters stay adapters, in float32, so
+    that nothing of them is rounded; a run that trained all weights replaces the base's, in dtype."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of the frozen weights, and of the arithmetic. What is trained, latents and log-probs stay float32."""
+    allow_distilled: bool = False
+    """Train a distilled checkpoint (Turbo, or a run of posttrain tdm as start) as if it were Raw. Losses over all noise
+    levels blur what few steps draw: the order that works is to train Raw and to distil it last."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> ModelConfig:
+        # torch's fp8 products have bfloat16 inputs and outputs.
+        if self.quantize is not None and self.dtype != "bfloat16":
+            raise refusal("quantize", f"fp8 multiplies in bfloat16, and model.dtype is {self.dtype}; change it")
+        return self
+
+    def refuse_quantize(self, why: str) -> None:
+        """For commands that need exact weights, in their own check."""
+        if self.quantize is not None:
+            raise refusal("model.quantize", f"{why}; leave it out")
+
+
+@settings
+class LoraConfig:
+    """The adapter that is trained; the base stays frozen and is the reference."""
+
+    rank: AtLeast1 = 32
+    """Rank of each update."""
+    alpha: Positive = 32.0
+    """Scale: the update is multiplied by alpha / rank."""
+    targets: Annotated[list[str], Filled("name layers or use null", "so nothing would be trained")] | None = None
+    """Names of the layers that get an adapter, matched at the end of the module path; null: the attention
+    and feed-forward projections of the main blocks."""
+
+
+@settings
+class PromptsConfig:
+    """Prompts: JSONL, one object a line, or rows of a dataset, with `prompt` and optional requirements, texts,
+    tags, id."""
+
+    train: str
+    """What training draws from: a JSONL file, or hf:NAME[:SPLIT] for a dataset that `datasets` loads, such as
+    hf:owner/name:train[:5000]; SPLIT is train if not given."""
+    heldout: str
+    """What evaluation draws; written as train is, and never trained on."""
+    max_tokens: AtLeast1 = 512
+    """Longest prompt in text tokens; what lies beyond is cut with a warning."""
+
+
+Betas = Annotated[tuple[Float, Float], Strict(False), Each(Range(0, below=1))]  # a list in YAML
+
+
+@settings
+class OptimConfig:
+    """AdamW."""
+
+    lr: Positive = 1e-4
+    """Learning rate after warm-up."""
+    betas: Betas = (0.9, 0.99)
+    """Decay of the two moments."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay."""
+    eps: Positive = 1e-15
+    """Added to the root of the second moment. Gradients are means over all latent elements: for K2 that root is
+    1e-8 and less, so the usual 1e-8 would set the rate, differently at each resolution and number of images. The
+    metric eps_share is what eps takes of the rate."""
+    clip_factor: Annotated[Float, Unless(0, 1)] = 3.0
+    """Gradients whose global norm is above this many times the median of the last 64 norms are scaled down to that;
+    0: never. The first 16 updates are not clipped. The metric clipped_updates counts them."""
+    passes: AtLeast1 = 1
+    """Optimiser updates on each batch of images; more than two leaves the policy that drew them."""
+    warmup_steps: AtLeast0 = 0
+    """Updates over which the rate rises linearly from 0."""
+    cooldown_steps: AtLeast0 = 0
+    """Last training steps over which the rate falls linearly to 0; 0: it stays."""
+    ema: BelowOne = 0.0
+    """Decay of the moving average of the weights that evaluation and export use; 0: the weights."""
+    kind: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit: keep the two moments in 8 bits, 2 bytes a trained weight instead of 8. It changes results, by what
+    `posttrain bench` measures; needs pip install 'posttrain[fp8]'. A run keeps to its kind."""
+
+
+@settings
+class StopConfig:
+    """Ends the run, saved and with exit code 0, when a figure of the evaluation has got worse and stays so. Such a run
+    hands on its best step, by eval.best."""
+
+    metric: str | None = None
+    """Figure to watch, named as in eval.best and like that one not trained on; null: never stop. Needs eval.best."""
+    better: Literal["higher", "lower"] = "higher"
+    """Which is better. lower suits pairs/winner and to_teacher/saturation."""
+    drop: Positive = 0.1
+    """How far from its best so far the figure may get, as a share of that best: 0.1 lets 0.8 fall to 0.72.
+    Made for figures above 0."""
+    limit: Annotated[Float, Finite("use a number or null")] | None = None
+    """Instead of drop: the worst that the figure may be, whatever its best was; null: drop decides."""
+    patience: AtLeast1 = 2
+    """Evaluations in a row that must be worse than that."""
+
+
+@settings
+class EvalConfig:
+    """Held-out prompts with fixed seeds, sampled by ODE. Always before the first step and after the last."""
+
+    every: AtLeast0 = 25
+    """Training steps between evaluations; 0: only before and after."""
+    prompts: AtLeast1 = 64
+    """Held-out prompts used, from the top of the file."""
+    steps: AtLeast1 = 28
+    """Steps from noise to image."""
+    guidance: Annotated[list[NonNegative], Filled("use [0.0] to evaluate without guidance")] = field(
+        default_factory=lambda: [0.0]
+    )
+    """Guidance settings to evaluate, in K2's convention: v = c + s (c - u), 0 is off."""
+    seed: AtLeast0 = 1234
+    """Seed of the evaluation noise; fixed, so that images can be compared over the run."""
+    groups: AtLeast0 = 8
+    """Of these prompts, those that each guidance setting draws a group of images of, to measure diversity;
+    0: none."""
+    group_size: AtLeast2 = 8
+    """Images in such a group."""
+    best: str | None = None
+    """Figure, the higher the better, whose best step is kept as checkpoints/best, and handed on by a run that eval.stop
+    ended: a reward that is not trained on (oracle; with guidance 1.5, oracle@1.5) or image/diversity, image/brightness,
+    ...; null: none is kept."""
+    stop: StopConfig = field(default_factory=StopConfig)
+    """Guard against reward hacking."""
+
+
+@settings
+class CheckpointConfig:
+    """When to save, and how many checkpoints to keep."""
+
+    every: AtLeast0 = 25
+    """Training steps between checkpoints; 0: only at the end. Ctrl-C and SIGTERM save too."""
+    minutes: NonNegative = 30.0
+    """Save also when this many minutes have passed since the last checkpoint; 0: never by time."""
+    keep: AtLeast1 = 2
+    """Newest checkpoints to keep; the best one is kept besides."""
+
+
+@settings
+class TrackConfig:
+    """Where metrics go, besides metrics.jsonl."""
+
+    tensorboard: bool = True
+    """Write tensorboard event files into the run directory."""
+    trackers: list[Literal["wandb", "trackio"]] = field(default_factory=list)
+    """Further trackers, through accelerate; each must be installed and logged in."""
+
+
+# ---- rewards and servers -----------------------------------------------------------------------------------------
+
+
+class _RewardNames(Check):
+    """Names are keys of metrics, so each is there once and is none of an evaluation's own."""
+
+    def problem(self, value: Any) -> None:
+        seen: set[str] = set()
+        for i, reward in enumerate(value):
+            if reward.name in seen:
+                raise refusal(f"[{i}].name", f"'{reward.name}' is used twice; give each its own name")
+            if reward.name in (*metric_names.LOOK, metric_names.DIVERSITY):
+                raise refusal(f"[{i}].name", f"'{reward.name}' is a metric of every evaluation; choose another")
+            seen.add(reward.name)
+
+
+class _ServersTogether(Check):
+    """Servers that are started on one machine share its ports and the memory of its GPUs."""
+
+    def problem(self, value: Any) -> None:
+        names: set[str] = set()
+        ports: dict[int, str] = {}
+        for i, server in enumerate(value):
+            # server://NAME must lead to one.
+            if server.name in names:
+                raise refusal(f"[{i}].name", f"'{server.name}' is used twice; give each its own name")
+            names.add(server.name)
+            if server.urls:  # it is up elsewhere
+                continue
+            # 0 is any free port, and never the same.
+            if server.port in ports:
+                raise refusal(f"[{i}].port", f"is {server.port}, as that of {ports[server.port]}; give each its own")
+            if server.port:
+                ports[server.port] = server.name
+        self._check_gpus([server for server in value if not server.urls])
+
+    def _check_gpus(self, servers: Sequence[ServerSpec]) -> None:
+        # vLLM takes nine tenths of each GPU unless an argument says otherwise.
+        for i, server in enumerate(servers):
+            for other in servers[:i]:
+                shared = {*server.gpus} & {*other.gpus}
+                if shared and (memory_share(server) + memory_share(other)) > 1:
+                    raise refusal(
+                        "",
+                        f"{other.name} and {server.name} want more than all memory of GPU {min(shared)}; name others in"
+                        " gpus, or give each its part: extra_args: [--gpu-memory-utilization, '0.4']",
+                    )
+
+
+Rewards = Annotated[list[RewardSpec], _RewardNames()]
+Servers = Annotated[list[ServerSpec], _ServersTogether()]
+
+
+# ---- training ----------------------------------------------------------------------------------------------------
+
+
+@keyword_settings
+class TrainingConfig:
+    """What all methods that train K2 have. Each adds `rewards`, which mean different things to them."""
+
+    adapters: ClassVar[int] = 1
+    """Adapters that are trained, each with an optimiser of its own; estimates of memory count them."""
+
+    output: Run
+    """Run directory, created; one that holds a run already needs --resume."""
+    model: ModelConfig
+    servers: Servers = field(default_factory=list)
+    """Judges to serve while the run lasts; rewards name one as server://NAME."""
+    steps: AtLeast1 = 500
+    """Training steps."""
+    seed: AtLeast0 = 0
+    """Seed of everything drawn: adapters, order, prompts, times, noise."""
+    lora: LoraConfig | None = field(default_factory=LoraConfig)
+    """The adapter to train. null: all weights but the text fusion's."""
+    # Sections that most methods leave at these defaults; a method with others declares its own.
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+    def image_sizes(self) -> list[list[int]]:
+        """[height, width] of the images in pixels; empty where they are not known, and then no need is estimated."""
+        return []
+
+    def images_at_once(self) -> int:
+        """Images in one forward with gradients."""
+        return 1
+
+    def metric_names(self) -> list[str]:
+        """What eval.best and eval.stop.metric may name."""
+        return metric_names.names([], self.eval.guidance, self.eval.groups)
+
+    @model_validator(mode="after")
+    def _training_fits(self) -> TrainingConfig:
+        # Weights in 8 bits cannot take the small updates of training.
+        if self.lora is None and self.model.quantize is not None:
+            raise refusal(
+                "model.quantize", "fp8 holds weights that stay as they are, and lora is null; use one of the two"
+            )
+        check_metrics(self.eval, self.metric_names())
+        return self
+
+
+def check_metrics(config: EvalConfig, known: Sequence[str]) -> None:
+    """Refuses metrics that an evaluation does not have, and a stop rule that cannot work."""
+    known = list(dict.fromkeys(known))
+    for name, metric in (("eval.best", config.best), ("eval.stop.metric", config.stop.metric)):
+        if metric is not None and metric not in known:
+            raise refusal(name, f"'{metric}' is no metric of the evaluation; known here: {', '.join(known)}")
+    # What follows is about the stop rule.
+    if config.stop.metric is None:
+        return
+    if config.best is None:
+        raise refusal(
+            "eval.best",
+            "is null, and eval.stop.metric is set: a run that its stop rule ends hands on its best step; name the"
+            " metric that picks it, such as a held-out judge",
+        )
+    if config.stop.better == "lower" and config.best == config.stop.metric:
+        raise refusal(
+            "eval.best", f"takes the highest {config.best}, and eval.stop.better is lower: name another metric"
+        )
+    if config.every == 0:
+        raise refusal("eval.stop.metric", "has no meaning when eval.every is 0; evaluate during the run")
+
+
+def require_one_pass(optim: OptimConfig, why: str) -> None:
+    """For methods that make one update on each batch, in their own check."""
+    if optim.passes != 1:
+        raise refusal("optim.passes", f"is {optim.passes}; {why}")

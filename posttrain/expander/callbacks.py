@@ -1,0 +1,244 @@
+"""What `posttrain expander gdpo` adds to TRL's trainer: reward functions that share one evaluation, and a callback that
+checks the diversity weight, times, logs, evaluates and stops.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from trl import GRPOTrainer
+
+from posttrain.distributed.processes import Processes
+from posttrain.errors import UserError
+from posttrain.expander.config import ExpanderGDPOConfig
+from posttrain.expander.evaluate import ExpanderEvaluation, ExpanderEvaluator
+from posttrain.expander.policy import Policy
+from posttrain.expander.score import Scored, Scorer
+from posttrain.log import log
+from posttrain.model import sampler
+from posttrain.runs.files import replace_text
+from posttrain.runs.run import Run, peak_memory
+from posttrain.runs.stop import StopSignals
+from posttrain.training.judge_check import check_judges
+from posttrain.training.stepper import MAX_SKIPPED
+from prompts.records import PromptRecord
+from rewards.noise import PREFIX, noise_of
+
+SHOWN_FAULTS = 20  # in the report
+
+
+def diversity_weight(config: ExpanderGDPOConfig, step: int) -> float:
+    """The weight after `step` finished steps: constant, unless the recipe is an ablation of it."""
+    weight = config.diversity.weight
+    assert not isinstance(weight, list)
+    match config.ablation.diversity:
+        case "kept":
+            return weight
+        case "removed":
+            return 0.0
+        case "annealed":
+            return weight * max(0.0, 1 - 2 * step / config.steps)
+
+
+class SharedRewards:
+    """TRL's reward functions, which share one evaluation of a batch of expansions."""
+
+    def __init__(
+        self,
+        config: ExpanderGDPOConfig,
+        policy: Policy,
+        scorer: Scorer,
+        records: Sequence[PromptRecord],
+        procs: Processes,
+    ):
+        self.config, self.policy, self.scorer, self.records, self.procs = config, policy, scorer, records, procs
+        self.called = self.returned = 0.0
+        """Times at which the first reward function of the latest batch was called, and at which it had its scores."""
+        self.scored: Scored | None = None
+        self.faults: deque[dict[str, Any]] = deque(maxlen=SHOWN_FAULTS)
+        """The latest expansions that failed a check, with the reasons."""
+        self._key: Any = None
+
+    def functions(self) -> list[Callable[..., list[float | None]]]:
+        return [self._function(name) for name in self.scorer.trained]
+
+    def _function(self, name: str) -> Callable[..., list[float | None]]:
+        size = self.config.groups.group_size
+
+        def reward(
+            completion_ids: list[list[int]], row: list[int], trainer_state: Any, log_metric: Any, **_: Any
+        ) -> list[float | None]:
+            scored = self._evaluated(completion_ids, row, trainer_state.global_step, log_metric)
+            return scored.rewards_for_trl(name, size)
+
+        reward.__name__ = name  # TRL names its metrics after the function
+        return reward
+
+    def _evaluated(self, ids: list[list[int]], rows: list[int], step: int, log_metric: Any) -> Scored:
+        """The evaluation of this batch, made by the reward function that is called first."""
+        # TRL calls each reward function with the same batch; images are drawn for the first call only
+        key = (step, rows, ids)
+        if self.scored is not None and self._key == key:
+            return self.scored
+        self.called = time.perf_counter()
+        size = self.config.groups.group_size
+        # TRL's sampler puts the n completions of a prompt side by side; diversity compares them, so they must be whole
+        if list(rows) != [row for row in rows[::size] for _ in range(size)]:
+            raise RuntimeError(f"{len(rows)} expansions on this process are not whole groups of {size}")
+        expansions = [self.policy.expansion(self.records[row], tokens) for row, tokens in zip(rows, ids)]
+        groups = len(rows) // size
+        first = self.procs.rank * groups
+        seeds: list[int] = []
+        for g in range(first, first + groups):
+            seeds += [sampler.seed_for(self.config.seed, step, g)] * size  # one noise for a group
+        self.scored, self._key = self.scorer(expansions, seeds, size), key
+        for e, causes, unsafe in zip(expansions, self.scored.causes_N, self.scored.unsafe_N):
+            if faults := causes + unsafe:
+                row = {"step": step + 1, "prompt": e.record.prompt, "expansion": e.text, "fails": ", ".join(faults)}
+                self.faults.append(row)
+        weights = [r.weight for r in self.config.rewards if not r.heldout_only]
+        weights.append(diversity_weight(self.config, step))  # last, as in Scored.names
+        metrics = self.scored.figures(size) | {"noise_share": self.scored.noise_share(weights, size)}
+        for name, value in metrics.items():
+            if value is not None:
+                log_metric(name, value)
+        self.returned = time.perf_counter()
+        return self.scored
+
+
+class GDPOCallback(TrainerCallback):
+    """Runs around TRL's steps: diversity weight, times, metrics, evaluations, stopping."""
+
+    def __init__(
+        self,
+        config: ExpanderGDPOConfig,
+        run: Run,
+        procs: Processes,
+        trainer: GRPOTrainer,
+        shared: SharedRewards,
+        evaluator: ExpanderEvaluator,
+        saved: Path | None,
+    ):
+        self.config, self.run, self.procs, self.trainer = config, run, procs, trainer
+        self.shared, self.evaluator = shared, evaluator
+        state = json.loads((saved / "trainer_state.json").read_text()) if saved is not None else {"global_step": 0}
+        self.first: int = state["global_step"]
+        self.evaluations: list[dict[str, Any]] = []
+        file = run.path / "evaluations.json"
+        if saved is not None and file.is_file():
+            self.evaluations = [row for row in json.loads(file.read_text()) if row["step"] <= self.first]
+        self.done = self.first
+        self.signals = StopSignals()
+        self.skipped = self.skipped_in_a_row = 0
+        self._seconds: dict[str, float] = {}
+        self._began = self._started = time.perf_counter()
+
+    # ---- around the run
+
+    def begin(self) -> None:
+        """Evaluates what is there before the first step, and measures the noise of judges; not if it is resumed."""
+        scorer = self.shared.scorer
+        if not self.evaluations:
+            evaluation = self._evaluate(0)
+            noise = self.procs.from_main(self._check_judges(evaluation) if self.procs.main else None)
+            self.evaluations[0]["noise"] = noise
+            self._write_evaluations()
+        scorer.noise = noise_of(scorer.rewards, self.evaluations[0].get("noise", {}))
+
+    def _check_judges(self, evaluation: ExpanderEvaluation) -> dict[str, float | None]:
+        """Checks the judges on the images of an evaluation; returns their measured noise."""
+        scorer, size = self.shared.scorer, self.config.eval.group_size
+        images, expansions = [], []
+        # the first image of each prompt, then the second ones: judges try only a few images
+        for i in sorted(range(len(evaluation.expansions)), key=lambda i: i % size):
+            if (image := evaluation.scored.images_N[i]) is not None:
+                images.append(image)
+                expansions.append(evaluation.expansions[i])
+        prompts = [e.record.prompt for e in expansions]
+        metrics = check_judges(self.run, scorer.rewards, images, prompts, scorer.columns(expansions))
+        return {name: value for name, value in metrics.items() if name.startswith(PREFIX)}
+
+    def finish(self) -> None:
+        """Writes the summary."""
+        self.run.stopped = self.signals.received
+        before, after = self.evaluations[0]["figures"], self.evaluations[-1]["figures"]
+        ablation = {} if self.config.ablation.diversity == "kept" else {"ablation": self.config.ablation.diversity}
+        self.run.summary(
+            {
+                "before": before, "after": after, "steps": self.done, "skipped": self.skipped, **ablation,
+                "seconds": round(time.perf_counter() - self._started, 1), **peak_memory(),
+            }
+        )  # fmt: skip
+
+    # ---- around a step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        weight = diversity_weight(self.config, state.global_step)
+        weights = self.trainer.reward_weights
+        if self.config.ablation.diversity == "annealed":
+            weights[-1] = weight
+        # The weight is what keeps the expander from giving every prompt one look; nothing may lower it unnoticed.
+        if abs(float(weights[-1]) - weight) > 1e-6 * weight:  # TRL keeps it in fp32
+            raise RuntimeError(
+                f"the weight of diversity is {float(weights[-1])}, not {weight}: it must not change in a run"
+            )
+        self._began = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Skips and counts a gradient that is not finite; ten in a row end the run."""
+        # TRL would take the step, and one NaN would then be in every weight.
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+            self.skipped_in_a_row = 0
+            return
+        model.zero_grad(set_to_none=True)  # AdamW leaves parameters without a gradient alone
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= MAX_SKIPPED:
+            raise UserError(
+                f"optim.lr: {MAX_SKIPPED} gradients in a row were not finite; lower it (it is {self.config.optim.lr:g})"
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        now, shared, scored = time.perf_counter(), self.shared, self.shared.scored
+        assert scored is not None
+        times = {"generate": shared.called - self._began, **scored.seconds, "train": now - shared.returned}
+        self._seconds = times
+        for message, count in scored.failures.most_common(1):
+            log.info(f"{count} images or scores are missing, such as: {message}")
+        self.run.prompts({"The latest expansions that failed a check": list(shared.faults)} if shared.faults else None)
+        step = self.done = state.global_step
+        log.info(f"step {step}: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items()))
+        every = self.config.eval.every
+        if (every and step % every == 0) or step == self.config.steps:
+            self._evaluate(step)
+        if self.procs.any(self.signals.received is not None):
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if "loss" not in logs:
+            return  # TRL's closing line
+        metrics = {name: value for name, value in logs.items() if name not in ("epoch", "step_time")}
+        metrics["diversity_weight"] = float(self.trainer.reward_weights[-1])
+        metrics["skipped"] = self.skipped
+        metrics |= {f"seconds/{name}": value for name, value in self._seconds.items()}
+        self.run.log(state.global_step, metrics)
+
+    def _evaluate(self, step: int) -> ExpanderEvaluation:
+        evaluation = self.evaluator()
+        self.run.log(step, {f"eval/{name}": value for name, value in evaluation.figures.items()})
+        self.evaluations.append({"step": step, "figures": evaluation.figures})
+        if self.procs.main:
+            self.evaluator.save(self.run.path / "groups", step, evaluation)
+        self._write_evaluations()
+        return evaluation
+
+    def _write_evaluations(self) -> None:
+        if self.procs.main:
+            replace_text(self.run.path / "evaluations.json", json.dumps(self.evaluations, indent=1) + "\n")

@@ -1,0 +1,175 @@
+"""The prompt expander: a chat model, with or without an adapter, that answers a prompt with richer captions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from posttrain.errors import UserError
+from posttrain.expander.chat_template import messages, template
+from posttrain.model import sampler
+from posttrain.model.fingerprint import fingerprint
+from posttrain.model.load import quiet
+from posttrain.runs import startup
+
+CARD = "expander.json"
+"""File beside an adapter with its base, the base's fingerprint and the template's hash."""
+
+
+@dataclass(frozen=True)
+class Expansion:
+    text: str
+    """Without special tokens and surrounding white space; may be empty."""
+    whole: bool
+    """Whether the model ended it; if not, it was cut at the token limit."""
+
+
+@dataclass
+class Expander:
+    model: Any
+    """A causal LM, or a PeftModel of one."""
+    tokenizer: Any
+
+    @classmethod
+    def load(
+        cls, path: str, adapter: str | None = None, dtype: torch.dtype = torch.bfloat16, device: Any = "cpu"
+    ) -> Expander:
+        """Loads a chat model, a run directory or an adapter's directory.
+
+        Raises UserError if `path` is none of these, if the model has no chat template, or if the adapter belongs to
+        another base.
+        """
+        base, adapter = resolve(path, adapter)
+        model, tokenizer = load_chat_model(base, dtype)
+        tokenizer.padding_side = "left"  # generation continues after the last token, which must not be padding
+        if adapter is not None:
+            check_base(adapter, base, model)
+            try:
+                with quiet():
+                    model = PeftModel.from_pretrained(model, adapter)
+            except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+                raise UserError(f"{adapter}: cannot be loaded as an adapter of {base}: {_first_line(error)}") from error
+        return cls(model.to(device).eval(), tokenizer)
+
+    @torch.no_grad()
+    def expand(
+        self,
+        prompts: Sequence[str],
+        n: int,
+        seed: int = 0,
+        temperature: float = 1.0,
+        max_tokens: int = 512,
+        batch: int = 64,
+    ) -> list[list[Expansion]]:
+        """n expansions of each prompt, sampled from the full distribution (no top-k, no top-p).
+
+        The same prompts, n, seed and batch (rows in one forward) give the same expansions.
+        """
+        device = self.model.device
+        settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        expansions: list[list[Expansion]] = []
+        size = max(1, batch // n)  # prompts in one forward
+        for first in range(0, len(prompts), size):
+            part = [messages(prompt) for prompt in prompts[first : first + size]]
+            inputs = self.tokenizer.apply_chat_template(
+                part, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+            ).to(device)
+            with torch.random.fork_rng():  # generate() takes no generator, only the global one
+                torch.manual_seed(sampler.seed_for(seed, first))
+                ids = self.model.generate(
+                    input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], num_return_sequences=n,
+                    max_new_tokens=max_tokens, pad_token_id=self.tokenizer.pad_token_id, **settings,
+                )  # fmt: skip
+            new_tokens = ids[:, inputs["input_ids"].shape[1] :].tolist()
+            answers = list(map(self._expansion, new_tokens))
+            expansions += [answers[i * n : (i + 1) * n] for i in range(len(part))]
+        return expansions
+
+    def _expansion(self, ids: list[int]) -> Expansion:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return Expansion(text, not self._ends.isdisjoint(ids))
+
+    @property
+    def _ends(self) -> set[int]:
+        # one id, a list of ids or None
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        return {self.tokenizer.eos_token_id, *ends}
+
+
+def resolve(path: str, adapter: str | None = None) -> tuple[str, str | None]:
+    """(base, adapter) for a chat model, for the run directory of an expander command, or for an adapter."""
+    root = Path(path)
+    if adapter is not None:
+        if not (Path(adapter) / "adapter_config.json").exists():
+            raise UserError(f"adapter: {adapter} contains no adapter_config.json; give the directory of an adapter")
+        return path, adapter
+    for folder in (root / "adapter", root):  # a run directory, or the adapter's own
+        if (folder / "adapter_config.json").exists():
+            return _named_base(folder), str(folder)
+    if (root / "model" / "config.json").exists():
+        return str(root / "model"), None
+    if (root / "recipe.yaml").exists():
+        raise UserError(f"{path}: this run has no adapter/ or model/ yet; let it finish, or give a model")
+    return path, None
+
+
+def load_chat_model(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """(model, tokenizer); the tokenizer has a chat template and a padding token. No code from the checkpoint runs."""
+    startup.lap("inputs")
+    # without a local directory, transformers asks the hub
+    what = "" if Path(path).exists() else "no such directory, and as a hub id it "
+    try:
+        with quiet():
+            tokenizer: Any = AutoTokenizer.from_pretrained(path)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"{path}: {what}cannot be loaded as a language model: {_first_line(error)}") from error
+    if tokenizer.chat_template is None:
+        raise UserError(f"{path}: its tokenizer has no chat template; use an instruct model")
+    if tokenizer.pad_token is None:  # batches need one; masked, so it does not matter which
+        tokenizer.pad_token = tokenizer.eos_token
+    startup.lap("read")
+    return model, tokenizer
+
+
+def write_card(folder: Path, base: str, base_fingerprint: str) -> None:
+    """Writes which base an adapter belongs to."""
+    card = {"base": base, "base_fingerprint": base_fingerprint, "template": template().hash}
+    (folder / CARD).write_text(json.dumps(card, indent=1) + "\n")
+
+
+def check_base(adapter: str, base: str, model: torch.nn.Module) -> None:
+    """Raises UserError if an adapter was trained on another model.
+
+    The fingerprint decides; an adapter of another project has none, so there the name decides.
+    """
+    file = Path(adapter) / CARD
+    if file.exists():
+        card = json.loads(file.read_text())
+        if card["base_fingerprint"] != fingerprint(dict(model.named_parameters())):
+            raise UserError(f"adapter: {adapter} was trained on other weights ({card['base']}) than {base}; use those")
+        return
+    trained_on = _named_base(Path(adapter))
+    if trained_on != base and Path(trained_on).resolve() != Path(base).resolve():
+        raise UserError(f"adapter: {adapter} was trained on {trained_on}, not on {base}; use that as the model")
+
+
+def _named_base(adapter: Path) -> str:
+    config = adapter / "adapter_config.json"
+    try:
+        return str(json.loads(config.read_text())["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{config}: has no base_model_name_or_path; give model and adapter separately") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,379 @@
+"""Supervised training of the prompt expander: a chat model learns to answer a prompt with its long caption.
+
+    posttrain expander sft --config recipes/nano/expander_sft.yaml
+
+TRL's SFTTrainer trains on the messages of prompts/expander.md, with the loss on the completion's tokens only. A pair
+longer than max_length is left out and counted, never truncated: TRL gets no limit, and before the first step its tokens
+are compared with those of the tokenizer's chat template. The run directory has recipe, metrics.jsonl and summary.json
+like other runs; --resume continues from the trainer's own checkpoints in checkpoints/. The result is an ordinary PEFT
+adapter in adapter/ (with lora: null, a model in model/), which vLLM serves unchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import signal
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
+from transformers import PrinterCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from posttrain.config.sections import JUDGE_TARGETS
+from posttrain.distributed.processes import Processes
+from posttrain.errors import UserError
+from posttrain.expander.chat_template import messages, template
+from posttrain.expander.config import ExpanderSFTConfig
+from posttrain.expander.model import load_chat_model, resolve, write_card
+from posttrain.expander.trl_checkpoint import AtomicCheckpointCallback, PlainState, newest
+from posttrain.log import log
+from posttrain.model import clipping
+from posttrain.model.fingerprint import fingerprint
+from posttrain.model.load import quiet
+from posttrain.preferences.heldout import in_share
+from posttrain.preferences.sources import open_source
+from posttrain.runs.guard import check_unchanged
+from posttrain.runs.run import Run, peak_memory
+from posttrain.runs.stop import StopSignals
+
+LOGGED = ("loss", "mean_token_accuracy", "entropy", "grad_norm", "learning_rate")
+"""Values of the trainer's log that metrics.jsonl keeps; entropy is that of the next token, in nats."""
+KEPT = ("model", "data", "heldout", "max_length", "steps", "batch", "micro_batch", "seed", "dtype", "lora")
+"""Fields that must not change on resume."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    prompt: str
+    completion: str
+
+
+def train(config: ExpanderSFTConfig, resume: bool = False) -> None:
+    """Runs a recipe into its run directory. Raises UserError for a mistake that the user can fix."""
+    procs = Processes()
+    if resume and newest(Path(config.output) / "checkpoints") is not None:
+        check_unchanged(config, "; restore it", kept=KEPT)
+    training, heldout = read_pairs(config)
+    base, adapter = resolve(config.model)
+    if adapter is not None:
+        raise UserError(f"model: {config.model} is an adapter or a run that trained one; name its base, {base}")
+    torch.manual_seed(config.seed)  # peft draws the adapter from the global generator
+    model, tokenizer = load_chat_model(base, getattr(torch, config.dtype))
+    training, heldout = fitting(training, tokenizer, config), fitting(heldout, tokenizer, config)
+    base_print = fingerprint(dict(model.named_parameters()))
+    if config.lora is not None:
+        model = with_adapter(model, config)
+    with Run.create(config, resume, procs.main) as run:
+        checkpoint = newest(run.path / "checkpoints") if resume else None
+        run.start(config.steps, checkpoint[0] if checkpoint else 0)
+        logger = _RunCallback(run, procs)
+        with _quiet():
+            trainer = make_trainer(model, tokenizer, training, heldout[: config.measured], config, logger)
+            check_tokens(trainer, tokenizer, training)
+            # Not `evaluate` before `train`, which would then take the model as it is: each process would train its own.
+            trainer.args.eval_on_start = checkpoint is None
+            with logger.signals:
+                trainer.train(resume_from_checkpoint=str(checkpoint[1]) if checkpoint else None)
+        if procs.main:
+            before, after = _evaluations(run)
+            folder = run.path / ("adapter" if config.lora is not None else "model")
+            trained: Any = trainer.accelerator.unwrap_model(trainer.model)
+            trained.save_pretrained(str(folder))  # as PEFT writes it, which vLLM reads
+            if config.lora is None:
+                tokenizer.save_pretrained(str(folder))
+            write_card(folder, base, base_print)
+            figures = {"before": before, "after": after, "steps": trainer.state.global_step}
+            (folder / "README.md").write_text(model_card(config, figures, len(training), len(heldout)))
+            run.summary({**figures, "pairs": len(training), "heldout": len(heldout), **peak_memory()})
+    if logger.signals.received is signal.SIGINT:
+        raise KeyboardInterrupt
+
+
+class Trainer(PlainState, SFTTrainer):
+    """TRL's trainer, with checkpoints of safetensors and JSON."""
+
+
+class RunningClip(TrainerCallback):
+    """Sets the norm to which TRL clips the next gradient, from the median of recent norms.
+
+    The norms come from the trainer's log, which is in every checkpoint, so a resumed run clips like an uninterrupted
+    one.
+    """
+
+    def __init__(self, factor: float):
+        self.factor = factor
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # TRL logs each step (logging_steps=1), so this has them all.
+        norms = [row["grad_norm"] for row in state.log_history if "grad_norm" in row]
+        args.max_grad_norm = clipping.limit([norm for norm in norms if 0 < norm < math.inf], self.factor)
+
+
+def make_trainer(
+    model: Any, tokenizer: Any, training: list[Pair], heldout: list[Pair], config: ExpanderSFTConfig, logger: Any = None
+) -> SFTTrainer:
+    """TRL's trainer for these pairs, which must all fit: nothing is truncated."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    accumulation, rest = divmod(config.batch, config.micro_batch * processes)
+    if rest or not accumulation:
+        raise UserError(
+            f"batch: {config.batch} is not a multiple of micro_batch times {processes} processes; change one"
+        )
+    callbacks: list[TrainerCallback] = [AtomicCheckpointCallback(), RunningClip(config.optim.clip_factor)]
+    if logger is not None:
+        callbacks.append(logger)
+    trainer = Trainer(
+        model=model,
+        args=settings(config, accumulation),
+        train_dataset=conversations(training),
+        eval_dataset=conversations(heldout),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)  # prints every log as a dict
+    return trainer
+
+
+def settings(config: ExpanderSFTConfig, accumulation: int) -> SFTConfig:
+    """TRL's settings for a recipe; an update takes `accumulation` micro-batches of each process."""
+    optim = config.optim
+    on_gpu = torch.cuda.is_available()
+    return SFTConfig(
+        output_dir=str(Path(config.output) / "checkpoints"),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.micro_batch,
+        per_device_eval_batch_size=config.micro_batch,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=optim.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=optim.warmup_steps,
+        adam_beta1=optim.betas[0],
+        adam_beta2=optim.betas[1],
+        weight_decay=optim.weight_decay,
+        adam_epsilon=optim.eps,
+        max_grad_norm=math.inf,  # see RunningClip
+        max_length=None,  # pairs that are too long have been left out already
+        packing=False,
+        completion_only_loss=True,
+        bf16=config.dtype == "bfloat16" and on_gpu,
+        gradient_checkpointing=on_gpu,
+        use_cpu=not on_gpu,
+        eval_strategy="steps" if config.eval_every else "no",
+        eval_steps=config.eval_every or None,
+        save_strategy="steps" if config.checkpoint.every else "no",
+        save_steps=config.checkpoint.every or 1,
+        save_total_limit=config.checkpoint.keep,
+        logging_steps=1,
+        disable_tqdm=True,
+        report_to=[],
+        seed=config.seed,
+        data_seed=config.seed,
+        dataloader_pin_memory=on_gpu,
+        ddp_find_unused_parameters=False,
+    )
+
+
+def with_adapter(model: Any, config: ExpanderSFTConfig) -> Any:
+    """A PEFT model whose adapter is trained in float32."""
+    assert config.lora is not None
+    names = "|".join(map(re.escape, config.lora.targets or JUDGE_TARGETS))
+    # a regular expression, so that PEFT matches whole layer names
+    lora = PeftLoraConfig(
+        r=config.lora.rank, lora_alpha=config.lora.alpha,  # type: ignore[arg-type]
+        target_modules=rf".*\.({names})", task_type="CAUSAL_LM",
+    )  # fmt: skip
+    try:
+        with _quiet():
+            return get_peft_model(model, lora)
+    except ValueError as error:
+        raise UserError(f"lora.targets: {' '.join(str(error).split())}") from error
+
+
+# ---- data -------------------------------------------------------------------------------------------------
+
+
+def read_pairs(config: ExpanderSFTConfig) -> tuple[list[Pair], list[Pair]]:
+    """(training, held out) pairs: the two files of `posttrain expander data`, or a split by the hash of the prompt."""
+    root = Path(config.data)
+    # the files keep all prompts of a caption on one side, which a split by prompt would not
+    if (root / "train.parquet").exists() and (root / "heldout.parquet").exists():
+        return _read(str(root / "train.parquet")), _read(str(root / "heldout.parquet"))
+    training, heldout = [], []
+    for pair in _read(config.data):
+        held = in_share(f"{config.seed}:{pair.prompt}", config.heldout)
+        (heldout if held else training).append(pair)
+    if not training or not heldout:
+        raise UserError(
+            f"data: {config.data}: {len(training)} pairs to train on and {len(heldout)} held out; give more prompts or"
+            " change heldout"
+        )
+    return training, heldout
+
+
+def _read(path: str) -> list[Pair]:
+    source = open_source(path)
+    if not len(source):
+        raise UserError(f"data: {path} has no rows; give pairs of prompt and completion")
+    for column in ("prompt", "completion"):
+        if column not in source.columns:
+            raise UserError(f"data: {path} has no column {column}; it has {', '.join(source.columns)}")
+    pairs = []
+    for i in range(len(source)):
+        try:
+            values = [source[i][column] for column in ("prompt", "completion")]
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{source.name(i)}: cannot be read: {error}") from None
+        for column, value in zip(("prompt", "completion"), values):
+            if not isinstance(value, str) or not value.strip():
+                raise UserError(f"{source.name(i)}: {column}: is empty or not text; fix or remove the row")
+        pairs.append(Pair(*map(str.strip, values)))
+    return pairs
+
+
+def conversations(pairs: list[Pair]) -> datasets.Dataset:
+    """The pairs in TRL's conversational format."""
+    return datasets.Dataset.from_dict(
+        {
+            "prompt": [messages(pair.prompt) for pair in pairs],
+            "completion": [[{"role": "assistant", "content": pair.completion}] for pair in pairs],
+        }
+    )
+
+
+def tokens(pair: Pair, tokenizer: Any) -> tuple[list[int], int]:
+    """(tokens of a pair in the chat template, number of tokens before the answer).
+
+    The number is -1 if the template writes the prompt differently once it is answered.
+    """
+    question = messages(pair.prompt)
+    before = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+    answered = [*question, {"role": "assistant", "content": pair.completion}]
+    whole = tokenizer.apply_chat_template(answered, return_dict=False)
+    return whole, len(before) if whole[: len(before)] == before else -1
+
+
+def fitting(pairs: list[Pair], tokenizer: Any, config: ExpanderSFTConfig) -> list[Pair]:
+    """The pairs of at most max_length tokens.
+
+    Raises UserError if too many are longer, and for a chat template that changes a prompt or an answer: then training
+    would not see the tokens of a chat server.
+    """
+    kept, longest = [], 0
+    for pair in pairs:
+        ids, prompt_length = tokens(pair, tokenizer)
+        if prompt_length <= 0:
+            raise UserError(
+                f"model: {config.model}: its chat template writes a prompt differently once it is answered, so training"
+                " would not see what a server sends; use another model"
+            )
+        answer = tokenizer.decode(ids[prompt_length:], skip_special_tokens=True).strip()
+        if answer != pair.completion:
+            raise UserError(
+                f"model: {config.model}: its chat template changes an answer to {answer!r}, so a server would return"
+                " that; use a model that answers without thinking aloud, such as an Instruct model"
+            )
+        longest = max(longest, len(ids))
+        if len(ids) <= config.max_length:
+            kept.append(pair)
+    lost = len(pairs) - len(kept)  # a few are expected; many mean that max_length is wrong
+    if not kept or lost > config.max_dropped * len(pairs):
+        raise UserError(
+            f"max_length: {lost} of {len(pairs)} pairs are longer than {config.max_length} tokens (up to {longest}),"
+            " more than max_dropped; raise one of them"
+        )
+    if lost:
+        log.warning(
+            f"{lost} of {len(pairs)} pairs are longer than max_length ({config.max_length}) and are left out; the"
+            f" longest has {longest} tokens"
+        )
+    return kept
+
+
+def check_tokens(trainer: SFTTrainer, tokenizer: Any, pairs: list[Pair]) -> None:
+    """Raises RuntimeError if TRL's tokens, labels or number of rows differ from those of the chat template."""
+    rows: Any = trainer.train_dataset
+    if len(rows) != len(pairs):
+        raise RuntimeError(f"TRL made {len(rows)} rows of {len(pairs)} pairs")
+    for row, pair in zip(rows, pairs):
+        ids, prompt_length = tokens(pair, tokenizer)
+        labels = [-100] * prompt_length + ids[prompt_length:]  # -100: no loss on the prompt
+        if row["input_ids"] != ids or row["labels"] != labels:
+            raise RuntimeError(f"TRL's tokens or labels of {pair} differ from those of the chat template")
+
+
+# ---- the run directory ------------------------------------------------------------------------------------
+
+
+class _RunCallback(TrainerCallback):
+    """Writes what the trainer logs as metrics of the run; Ctrl-C and SIGTERM save and end it."""
+
+    def __init__(self, run: Run, procs: Processes):
+        self.run, self.procs = run, procs
+        self.signals = StopSignals()
+
+    def on_step_end(self, args, state, control, **_):
+        if self.procs.any(self.signals.received is not None):
+            control.should_save = control.should_training_stop = True
+        if state.global_step == state.max_steps:  # whatever eval_every and checkpoint.every say
+            control.should_evaluate = control.should_save = True
+        return control
+
+    def on_log(self, args, state, control, logs=None, **_):
+        values = {name: value for name, value in (logs or {}).items() if name.removeprefix("eval_") in LOGGED}
+        if values:
+            self.run.log(state.global_step, {name.replace("eval_", "eval/"): v for name, v in values.items()})
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """`quiet`, and without the progress bars of `datasets`."""
+    datasets.disable_progress_bars()
+    try:
+        with quiet():
+            yield
+    finally:
+        datasets.enable_progress_bars()
+
+
+def _evaluations(run: Run) -> tuple[dict[str, float], dict[str, float]]:
+    """The first and the last held-out metrics."""
+    evaluations = []
+    for line in (run.path / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if "eval/loss" in row:
+            names = [name for name in ("loss", "mean_token_accuracy") if f"eval/{name}" in row]
+            evaluations.append({name: row[f"eval/{name}"] for name in names})
+    return evaluations[0], evaluations[-1]
+
+
+def model_card(config: ExpanderSFTConfig, figures: dict[str, Any], training: int, heldout: int) -> str:
+    instruction = template()
+    table = "| held out | before | after |\n| --- | --- | --- |"
+    for name, after in figures["after"].items():
+        if (before := figures["before"].get(name)) is not None:
+            table += f"\n| {name} | {before:.4f} | {after:.4f} |"
+    kind = "adapter" if config.lora is not None else "model"
+    settings = json.dumps({k: asdict(config)[k] for k in ("lora", "optim", "batch", "dtype", "seed")})
+    head = f"---\nbase_model: {config.model}\nlibrary_name: {'peft' if kind == 'adapter' else 'transformers'}\n"
+    return "\n\n".join([
+        head + "tags: [prompt-expander, sft, vllm]\n---",
+        "# A prompt expander",
+        f"{'A LoRA adapter for' if kind == 'adapter' else 'Trained from'} {config.model}. It answers a short prompt for"
+        " an image model with one richer caption of the same image. Any chat server gives it the messages it was"
+        f" trained on (template {instruction.hash}):",
+        f"- system: {instruction.system}\n- user: the prompt",
+        f"{figures['steps']} updates of {config.batch} pairs from {training}; {heldout} pairs are held out. Sample it"
+        " at temperature 1: each answer chooses anew what the prompt leaves open.",
+        table,
+        f"Settings: `{settings}`",
+    ]) + "\n"  # fmt: skip

@@ -1,0 +1,239 @@
+"""What a LoRA that was trained on Raw does on Turbo: the share of its reward gain that carries over.
+
+    posttrain export --check runs/nano-grpo --turbo runs/nano-tdm
+
+The same prompts and seeds are drawn four times: on Raw and on Turbo, each with and without the LoRA. A gain is the mean
+over images of the difference that the LoRA makes to a reward. The share is the gain on Turbo over that on Raw; where
+Raw's is not above two of its standard errors there is nothing to carry over, and the share is missing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from posttrain.config.sections import EvalConfig, ModelConfig
+from posttrain.distributed.processes import Processes
+from posttrain.errors import UserError
+from posttrain.export.config import CarryoverConfig
+from posttrain.export.export import scaled_factors
+from posttrain.export.model_card import run_recipe
+from posttrain.model.k2 import K2, to_pil
+from posttrain.model.lora_file import add_lora, linear_shapes, read_lora
+from posttrain.runs.guard import check_new
+from posttrain.training import checkpoint, image_metrics, policy
+from posttrain.training.checkpoint import Checkpoint
+from posttrain.training.evaluate import Evaluator
+from prompts.records import PromptRecord, columns, read_prompts
+from rewards.base import Reward, RewardSpec, Scores, score_all
+from rewards.load import load_rewards
+from rewards.serve import ServerSpec, serve
+
+LORA = "lora"
+FIGURES = ("off", "on", "gain", "error")
+"""Of a reward on a model: mean without and with the LoRA, mean difference, and the standard error of that."""
+CLEAR = 2.0
+"""Standard errors that a gain on Raw must be above 0 to be one."""
+
+
+def check(config: CarryoverConfig) -> int:
+    """Prints the table and returns the exit code: 1 if the LoRA changes no image on Turbo."""
+    output = None if config.output is None else Path(config.output)
+    if output is not None:
+        check_new(output)
+    file = config.check.endswith(".safetensors")
+    if file and not Path(config.check).is_file():
+        raise UserError(f"check: {config.check}: no such file; give a run, one of its checkpoints or a LoRA")
+    saved = None if file else checkpoint.load(checkpoint.find(config.check))
+    if saved is not None and policy.is_student(saved):
+        raise UserError(f"check: {saved.path} is a student of posttrain tdm; it is a turbo, not a LoRA of Raw")
+    config = _completed(config, saved)
+    assert config.model is not None and config.prompts is not None
+    records = read_prompts(config.prompts)[: config.images]
+    load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})  # before the wait
+    with tempfile.TemporaryDirectory(prefix="posttrain-check-") as logs, serve(config.servers, Path(logs)) as urls:
+        rewards = [reward for reward in load_rewards(config.rewards, urls) if not reward.spec.group]
+        found = carry_over(config, saved, records, rewards)
+    print(table(found))
+    if output is not None:
+        settings = {name: value for name, value in asdict(config).items() if name != "servers"}
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps({"settings": settings, **found}, indent=1) + "\n")
+    if found["distance"]["turbo"] == 0:
+        print("posttrain: the LoRA changes no image on Turbo")
+    return int(found["distance"]["turbo"] == 0)
+
+
+def carry_over(
+    config: CarryoverConfig, saved: Checkpoint | None, records: Sequence[PromptRecord], rewards: Sequence[Reward]
+) -> dict[str, Any]:
+    """By reward `raw` and `turbo` (each FIGURES) and `share`; and `distance`, the mean
+    distance of an image with the LoRA to the one without, as image/diversity has it."""
+    assert config.model is not None
+    scores: dict[str, dict[str, Any]] = {}
+    distance: dict[str, float] = {}
+    fingerprint = ""
+    for where, load, steps, guidance in (
+        ("raw", _load_raw, config.steps, config.guidance),
+        ("turbo", _load_turbo, config.turbo_steps, 0.0),
+    ):
+        k2 = load(config, saved)
+        if fingerprint and k2.config_fingerprint() != fingerprint:
+            raise UserError(f"turbo: {config.turbo} has another architecture than the model that the LoRA is of")
+        fingerprint = k2.config_fingerprint()
+        add_lora(k2, LORA, _factors(config, saved, k2), config.check)
+        off, on = _draw(k2, config, records, steps, guidance)
+        distance[where] = float(image_metrics.distances(image_metrics.cells(off), image_metrics.cells(on)).mean())
+        for name, values in _gains(rewards, off, on, records).items():
+            scores.setdefault(name, {})[where] = values
+        del k2
+    for values in scores.values():
+        values["share"] = share(values["raw"], values["turbo"])
+    return {"images": len(records), "rewards": scores, "distance": distance}
+
+
+def table(found: dict[str, Any]) -> str:
+    """The results as aligned text."""
+    rows: list[tuple[str, ...]] = [("", "Raw", "with LoRA", "gain", "Turbo", "with LoRA", "gain", "carried over")]
+    for name, values in found["rewards"].items():
+        cells: list[str] = []
+        for where in ("raw", "turbo"):
+            v = values[where]
+            gain = "-" if v["gain"] is None else f"{v['gain']:+.4f} ± {v['error']:.4f}"
+            cells += [*("-" if v[k] is None else f"{v[k]:.4f}" for k in ("off", "on")), gain]
+        share = "no clear gain on Raw" if values["share"] is None else f"{100 * values['share']:.0f} %"
+        rows.append((name, *cells, share))
+    d = found["distance"]
+    change = f"{100 * d['turbo'] / d['raw']:.0f} %" if d["raw"] else "-"
+    rows.append(("image distance", "", "", f"{d['raw']:.4f}", "", "", f"{d['turbo']:.4f}", change))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
+
+
+# ---- settings and models ---------------------------------------------------------------------------------------
+
+
+def _completed(config: CarryoverConfig, saved: Checkpoint | None) -> CarryoverConfig:
+    """With missing settings taken from the run's recipe. Raises UserError for a setting that neither has."""
+    recipe = {} if saved is None else run_recipe(saved)
+    model = config.model if saved is None or config.model is not None else ModelConfig(**saved.state["model"])
+    prompts = config.prompts or (recipe["prompts"]["heldout"] if "prompts" in recipe else recipe.get("heldout"))
+    rewards, servers = config.rewards, config.servers
+    if not rewards:
+        rewards = [RewardSpec(**spec) for spec in recipe.get("rewards", [])]
+        servers = [ServerSpec(**spec) for spec in recipe.get("servers", [])]
+    sizes = recipe.get("sampling", recipe).get("sizes") or [recipe.get("pairs", {}).get("size")]
+    size = config.size or sizes[0]
+    for field, value in (("model", model), ("prompts", prompts), ("rewards", rewards), ("size", size)):
+        if not value:
+            raise UserError(f"{field}: {config.check} has no recipe that states it; give it")
+    return replace(config, model=model, prompts=prompts, rewards=rewards, servers=servers, size=size)
+
+
+def _factors(config: CarryoverConfig, saved: Checkpoint | None, k2: K2) -> Mapping[str, Tensor]:
+    if saved is not None:
+        return scaled_factors(saved)
+    return read_lora(config.check, linear_shapes(k2.base_state_dict()))
+
+
+def _load_raw(config: CarryoverConfig, saved: Checkpoint | None) -> K2:
+    """The base alone: the adapters of the runs that this run started from are part of the factors."""
+    assert config.model is not None
+    k2 = _load(config.model.path, config.model)
+    if k2.is_distilled:
+        raise UserError(
+            f"model: {config.model.path} is distilled; give the Raw checkpoint that the LoRA was trained on"
+        )
+    return k2
+
+
+def _load_turbo(config: CarryoverConfig, saved: Checkpoint | None) -> K2:
+    assert config.model is not None
+    path = Path(config.turbo)
+    if (path / "manifest.json").is_file() or (path / "checkpoints").is_dir():
+        student = checkpoint.load(checkpoint.find(path))
+        if not policy.is_student(student):
+            raise UserError(f"turbo: {student.path} is no student of posttrain tdm; give a distilled model")
+        if saved is not None and saved.path in [one.path for one in policy.earlier_of(student)]:
+            raise UserError(
+                f"turbo: {student.path} was distilled from {saved.path} already; give a Turbo that was distilled from"
+                " the model below it"
+            )
+        k2 = policy.load_base(student, _device())
+        policy.add_saved_policy(k2, student)
+        k2.stack_role(policy.POLICY)
+        return k2
+    k2 = _load(config.turbo, replace(config.model, transformer_file=None))
+    if not k2.is_distilled:
+        raise UserError(f"turbo: {config.turbo}: model_index.json: is_distilled is not true; give a Turbo checkpoint")
+    return k2
+
+
+def _load(path: str, model: ModelConfig) -> K2:
+    return K2.load(path, model.transformer_file, getattr(torch, model.dtype), _device())
+
+
+def _device() -> torch.device:
+    return Processes().device
+
+
+# ---- measurement -----------------------------------------------------------------------------------------
+
+
+def _draw(
+    k2: K2, config: CarryoverConfig, records: Sequence[PromptRecord], steps: int, guidance: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images without and with the LoRA, uint8 (N, H, W, 3)."""
+    assert config.size is not None
+    settings = EvalConfig(prompts=len(records), steps=steps, guidance=[guidance], seed=config.seed, groups=0)
+    height, width = config.size
+    procs = Processes().alone()
+    draw = Evaluator(
+        k2, records, [], settings, (height, width), config.micro_batch, config.max_tokens, procs, shown=len(records)
+    )
+    off = draw().images
+    with k2.role(LORA):
+        return off, draw().images
+
+
+def _gains(
+    rewards: Sequence[Reward], off: np.ndarray, on: np.ndarray, records: Sequence[PromptRecord]
+) -> dict[str, dict[str, float | None]]:
+    """Over the images that a reward could score both with and without the LoRA; None where there are too few."""
+    prompts, reward_columns = [record.prompt for record in records], columns(list(records))
+
+    def score(images: np.ndarray) -> Scores:
+        return asyncio.run(score_all(rewards, to_pil(torch.from_numpy(images)), prompts, reward_columns))
+
+    without, with_lora = score(off), score(on)
+    found = {}
+    for k, name in enumerate(without.names):
+        valid = without.valid_NK[:, k] & with_lora.valid_NK[:, k]
+        before, after = without.values_NK[valid, k], with_lora.values_NK[valid, k]
+        found[name] = summary(before, after) if len(before) > 1 else dict.fromkeys(FIGURES)
+    return found
+
+
+def share(raw: Mapping[str, float | None], turbo: Mapping[str, float | None]) -> float | None:
+    """The gain on Turbo over that on Raw; None where either is missing or Raw's is no clear one."""
+    gain, error, other = raw["gain"], raw["error"], turbo["gain"]
+    if gain is None or error is None or other is None or gain <= CLEAR * error:
+        return None
+    return other / gain
+
+
+def summary(before: np.ndarray, after: np.ndarray) -> dict[str, float | None]:
+    difference = after - before
+    # The same prompts and noise on both sides, so the error is that of paired differences.
+    error = difference.std(ddof=1) / np.sqrt(len(difference))
+    means = (before.mean(), after.mean(), difference.mean(), error)
+    return dict(zip(FIGURES, map(float, means)))

@@ -1,0 +1,174 @@
+"""The model card of an export: what it was made from and how, how to run it, what was measured, under which licence.
+
+All of it is taken from the checkpoint, its run's recipe and the base's own card. What none of them says is left out; a
+licence is never invented. The text is in posttrain/report/templates/export_card.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from posttrain import commands
+from posttrain.report.front_matter import card
+from posttrain.training.checkpoint import Checkpoint
+from posttrain.training.policy import earlier_of, is_student
+
+AS_BASE = "as-the-base-model"
+STEPS = 28  # of the base model
+LEAST_KEPT = 0.98
+"""Of what was trained, by the change of the weights: an export that keeps less is refused unless told otherwise."""
+LEFT_OUT = {"output", "servers", "track", "model", "prompts", "rewards", "checkpoint"}
+"""Sections of a recipe that do not go into a card: addresses, environment variables, and what has its own section."""
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What is left of a change of weights, once it is merged into weights of a type."""
+
+    dtype: str
+    """float32 or bfloat16"""
+    share: float
+    """<rounded change, change> / <change, change> over all adapted weights: 1 where nothing is lost."""
+    layer: str
+    """The layer that keeps least."""
+    least: float
+    """Its share."""
+    size: float
+    """The change as a share of the weights, by norm."""
+    bfloat16: float
+    """The share for whoever loads the weights in bfloat16."""
+
+    def __str__(self) -> str:
+        text = f"merged in {self.dtype}: {self.share:.3f} of what was trained is kept ({self.least:.3f} in"
+        text += f" {self.layer}; the change is {100 * self.size:.2g} % of the weights)"
+        return text if self.dtype == "bfloat16" else f"{text}; loaded in bfloat16 it is {self.bfloat16:.3f}"
+
+
+def model_card(
+    saved: Checkpoint, output: Path, format: str, license: str | None, rounding: Rounding | None = None
+) -> str:
+    """The card as Markdown, with the front matter that the hub reads. `license` overrides the base's; `rounding` says
+    how much a merge kept."""
+    model, recipe = saved.state["model"], run_recipe(saved)
+    front = _front(saved, format, license)
+    student = saved.state["student"] if is_student(saved) else None
+    guidance = saved.state.get("guidance")
+    settings = {name: value for name, value in recipe.items() if name not in LEFT_OUT}
+    # Loaded in bfloat16, weights of which too much is rounded away would not do what was measured.
+    needs_float32 = rounding is not None and rounding.bfloat16 < LEAST_KEPT
+    return card(
+        "export_card.md", front,
+        title=output.name if format == "diffusers" else output.stem,
+        name=output.name,
+        base=model["path"],
+        source=f"{model['transformer_file']} ({model['path']})" if model["transformer_file"] else model["path"],
+        format=format,
+        stages=[_stage(stage) for stage in [*earlier_of(saved), saved]],
+        student=student and {**student, "shift": math.exp(student["mu"])},
+        guidance=guidance and _guidance(guidance),
+        eval_steps=recipe.get("eval", {}).get("steps"),
+        steps=student["steps"][0] if student else STEPS,
+        scale=guidance["evaluation"][0] if guidance and not student else 0.0,
+        dtype="torch.float32" if needs_float32 else "torch.bfloat16",
+        rounding=rounding,
+        step=saved.step,
+        results=_results(saved),
+        rewards=[_reward(reward, saved.state.get("method")) for reward in recipe.get("rewards", [])],
+        recipe_text=yaml.safe_dump(settings, sort_keys=False) if settings else "",
+        license=_license_text(front, model["path"], license),
+    )  # fmt: skip
+
+
+def _front(saved: Checkpoint, format: str, license: str | None) -> dict[str, Any]:
+    base = saved.state["model"]["path"]
+    tags = ["krea-2", "posttrain"]
+    if format.startswith("lora"):
+        tags.append("lora")
+    if is_student(saved):
+        tags.append("distilled")
+    front = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags, **_license(base, license)}
+    return {"base_model": base, **front} if _is_hub_id(base) else front
+
+
+def run_recipe(saved: Checkpoint) -> dict[str, Any]:
+    """The resolved recipe of the run that a checkpoint lies in; empty if it was moved out of it."""
+    file = saved.path.parent.parent / "recipe.yaml"
+    return (yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
+
+
+def _stage(stage: Checkpoint) -> dict[str, Any]:
+    method, lora = stage.state.get("method", "training"), stage.state["lora"]
+    row = commands.get(method)
+    return {
+        "method": row.title if row is not None and row.title else method,
+        "steps": stage.step,
+        "weights": f"an adapter of rank {lora['rank']}" if lora else "all weights",
+        "path": f"{stage.path.parent.parent.name}/{stage.path.name}",
+    }
+
+
+def _guidance(guidance: dict[str, Any]) -> dict[str, str]:
+    evaluation = [f"{value:g}" for value in guidance["evaluation"]]
+    return {"training": f"{guidance['training']:g}", "evaluation": ", ".join(evaluation)}
+
+
+def _results(saved: Checkpoint) -> dict[str, Any] | None:
+    """Before the first step, and of the last evaluation up to this checkpoint; for a student, its teacher's too."""
+    evaluations = [(step, metrics) for step, metrics in saved.state.get("evaluations", []) if step <= saved.step]
+    history = saved.state.get("history", {})
+    before, teacher = history.get("before"), history.get("teacher")
+    if not evaluations or before is None:
+        return None
+    step, after = evaluations[-1]
+    columns = {"before": before, f"step {step}": after}
+    if teacher:
+        columns["teacher"] = teacher
+    rows = []
+    for name in after:
+        rows.append([name, *(column.get(name) for column in columns.values())])
+    return {"step": step, "head": ["", *columns], "rows": rows}
+
+
+def _reward(reward: dict[str, Any], method: str | None) -> dict[str, str]:
+    function = reward["function"]
+    if not isinstance(function, str):
+        function = function.get("class_path")
+    # Only GRPO trains on rewards; the other methods measure all of them.
+    is_trained = method == "grpo" and not reward.get("heldout_only")
+    weight = f"weight {reward['weight']:g}" if is_trained else "measured only"
+    return {"name": reward["name"], "function": function, "weight": weight}
+
+
+def _license(base: str, given: str | None) -> dict[str, str]:
+    """The fields of the front matter: those given, those of the base's card, or the name that says as much."""
+    if given is not None:
+        return {"license": given}
+    card = Path(base) / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") and text.count("---") > 1 else {}
+    fields = {name: str(front[name]) for name in ("license", "license_name", "license_link") if front.get(name)}
+    if "license" in fields:
+        return fields
+    unknown = {"license": "other", "license_name": AS_BASE}
+    return unknown | ({"license_link": f"https://huggingface.co/{base}"} if _is_hub_id(base) else {})
+
+
+def _is_hub_id(path: str) -> bool:
+    """A hub refuses cards that name a directory as their base."""
+    return path.count("/") == 1 and not Path(path).parent.exists()
+
+
+def _license_text(front: dict[str, Any], base: str, given: str | None) -> str:
+    if given is not None:
+        return f"{given}, as whoever exported it says; the base model's own terms hold besides."
+    if front.get("license_name") == AS_BASE:
+        link = f" ({front['license_link']})" if "license_link" in front else ""
+        return f"As the base model, `{base}`{link}: its terms hold for what is made from it."
+    name = front.get("license_name", front["license"])
+    link = f" ({front['license_link']})" if "license_link" in front else ""
+    return f"As the base model, `{base}`: {name}{link}."

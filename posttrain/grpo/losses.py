@@ -1,0 +1,38 @@
+"""Losses: pure functions of tensors that return (loss, metrics). No config, no printing, no collectives.
+
+Legend: B samples of one SDE step. Everything is fp32, whatever the network runs in.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def clipped_policy(
+    log_ratio_B: Tensor, advantages_B: Tensor, clip_low: float, clip_high: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(B,) loss of each sample, -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), with r = exp(log_ratio).
+
+    Zero gradient where the ratio has already left the band in the direction of its advantage. Metrics are sums
+    over the samples, to be divided by their number.
+    """
+    ratio = log_ratio_B.float().exp()  # in bf16 a ratio near 1 would have two decimals
+    advantages_B = advantages_B.to(ratio)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    # The pessimistic bound of PPO (arXiv:1707.06347, eq. 7), with a band of its own on each side as in DAPO.
+    loss_B = -torch.minimum(ratio * advantages_B, clipped * advantages_B)
+    with torch.no_grad():
+        metrics = {
+            "ratio": ratio.sum(),
+            "log_ratio": log_ratio_B.float().sum(),
+            "log_ratio_square": log_ratio_B.float().square().sum(),
+            "clip_low": ((ratio < 1 - clip_low) & (advantages_B < 0)).float().sum(),
+            "clip_high": ((ratio > 1 + clip_high) & (advantages_B > 0)).float().sum(),
+        }
+    return loss_B, metrics
+
+
+def velocity_kl(v: Tensor, v_reference: Tensor) -> Tensor:
+    """(B,) mean squared distance of velocities (B, N, C): the KL of a step less its step-dependent factor."""
+    return (v.float() - v_reference.float()).square().flatten(1).mean(1)

@@ -1,0 +1,83 @@
+"""Rollouts: one prompt's group of images, sampled without guidance, with the steps that training will revisit.
+
+Legend: G images of a group, N image tokens, C channels, T steps, W of them stochastic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from posttrain.model import sampler
+from posttrain.model.k2 import K2, Text
+
+
+@dataclass
+class Transition:
+    """One stochastic step of a group, as it was taken: all fp32, on the model's device."""
+
+    index: int
+    t: Tensor
+    t_next: Tensor
+    x: Tensor
+    """(G, N, C) before the step."""
+    x_next: Tensor
+    """(G, N, C) after it; its likelihood is what training changes."""
+    mean: Tensor
+    """(G, N, C) mean of the policy that took it."""
+    std: Tensor
+    log_prob: Tensor
+    """(G,) mean over elements, under the policy that took it."""
+
+
+@dataclass
+class Trajectory:
+    latents: Tensor
+    """(G, N, C) at t = 0."""
+    transitions: list[Transition]
+
+
+@torch.no_grad()
+def rollout(
+    k2: K2,
+    text: Text,
+    seeds: Sequence[Sequence[int]],
+    times: Tensor,
+    window: range,
+    dynamics: sampler.Dynamics,
+    eta: float,
+    height: int,
+    width: int,
+    micro_batch: int,
+    shared: bool,
+) -> Trajectory:
+    """Samples a group: SDE steps inside `window`, ODE steps elsewhere, under the active role.
+
+    `text` is one prompt. `seeds[g]` holds one seed for the noise of image g and one for each step of the window.
+    Shared means that all start from the first image's noise, so the steps before the window are taken once.
+    """
+    if not 0 <= window.start < window.stop <= len(times) - 2:
+        raise ValueError(f"window {window} must lie in the first {len(times) - 2} of {len(times) - 1} steps")
+    shape = (k2.image_tokens(height, width), k2.latent_channels)
+    first = seeds[:1] if shared else seeds
+    x = sampler.noise([s[0] for s in first], shape).to(k2.device)
+    transitions = []
+    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
+        if i == window.start:  # from here on each image has noise of its own
+            x = x.expand(len(seeds), *shape)
+        # Micro-batches set memory; the result is the same within rounding.
+        v = torch.cat([k2.velocity(part, t, text, height, width) for part in x.split(micro_batch)])
+        if i not in window:
+            x = sampler.ode_step(x, v, t, t_next)
+            continue
+        mean, std = sampler.sde_moments(x, v, t, t_next, dynamics, eta, times[1])
+        # Seed 0 is that of the first noise, 1 that of the window's first step, and so on.
+        noise = sampler.noise([s[1 + i - window.start] for s in seeds], shape).to(k2.device)
+        x_next = mean + std * noise
+        log_prob = sampler.log_prob(x_next, mean, std)
+        transitions.append(Transition(i, t, t_next, x, x_next, mean, std, log_prob))
+        x = x_next
+    return Trajectory(x, transitions)

@@ -1,0 +1,350 @@
+"""GRPO: reinforcement learning of K2 from groups of images, without guidance in rollout or training.
+
+Each step draws a group of images for some prompts, partly with stochastic (SDE) steps; scores them; and makes the
+steps that led to better-than-average images of a prompt more likely. It is Flow-GRPO (arXiv:2505.05470) with the
+windows of MixGRPO (arXiv:2507.21802), the ratio of GRPO-Guard (arXiv:2510.22319) and GDPO advantages.
+
+    posttrain grpo --config recipes/nano/grpo.yaml
+
+Any number of processes (`accelerate launch`) share a step's groups; each group has one prompt and one size, so its
+text has one length and needs no mask. All noise comes from seeds of global indices (run, step, group, image, SDE
+step), so nothing depends on processes, batching or history: a resumed run draws what the uninterrupted one would have.
+
+Legend: P groups, G images of a group, K rewards, W stochastic steps, B images of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from posttrain.distributed.processes import Processes
+from posttrain.errors import UserError
+from posttrain.grpo import losses
+from posttrain.grpo.config import GRPOConfig
+from posttrain.grpo.rollout import Trajectory, Transition, rollout
+from posttrain.model import flops, parallelize, sampler
+from posttrain.model.k2 import K2, Text, to_pil
+from posttrain.runs.run import Run
+from posttrain.training import advantages, checkpoint
+from posttrain.training.evaluate import Evaluation, Evaluator, gather_scores, means
+from posttrain.training.judge_check import SHOWN, check_judges
+from posttrain.training.loop import Training, open_run, resuming, try_rewards
+from posttrain.training.oom_retry import MicroBatch
+from posttrain.training.policy import POLICY, add_policy, load_model
+from posttrain.training.prompt_source import PromptSource, warn_of_cut_prompts
+from posttrain.training.stepper import Clock, Stepper, check_ratio
+from prompts.records import PromptRecord, columns, read_prompts
+from rewards.background import ScoreQueue
+from rewards.base import Noise, Reward, Scores
+from rewards.gates import apply_gates
+from rewards.load import load_rewards, record
+from rewards.noise import noise_of
+
+
+@dataclass
+class Group:
+    """One prompt's images of one step."""
+
+    index: int
+    """Among all groups of the step, whichever process drew them."""
+    record: PromptRecord
+    text: Text
+    size: tuple[int, int]
+    trajectory: Trajectory
+
+
+def train(config: GRPOConfig, resume: bool = False) -> None:
+    """Runs a recipe into its run directory. Raises UserError for mistakes that the user can correct."""
+    procs = Processes(shardable=True)
+    resume = resuming(config, resume, procs)
+    source, heldout = PromptSource(config, read_prompts(config.prompts.train)), read_prompts(config.prompts.heldout)
+    try_rewards(config)
+    saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
+    k2 = load_model(config.model, procs.device, saved)
+    with parallelize.sharding(k2, procs):
+        add_policy(k2, config.lora, config.seed, reference=config.loss.kl > 0)
+    stepper = Stepper(k2.train_role(POLICY), config.optim)
+    micro_batch = MicroBatch(config.groups.micro_batch, "groups.micro_batch", procs)
+    max_tokens = config.prompts.max_tokens
+
+    with open_run(config, resume, procs) as run:
+        rewards = load_rewards([r for r in config.rewards if not r.heldout_only], run.urls)
+        # Judges keep to one event loop, so evaluation has its own.
+        measured = load_rewards(config.rewards, run.urls)
+        size, batch = _size(config, 0), 4 * micro_batch.size  # without gradients four times as many images fit
+        evaluator = Evaluator(k2, heldout, measured, config.eval, size, batch, max_tokens, procs)
+        warn_of_cut_prompts(k2, [*source.records, *heldout], max_tokens)
+        facts = {"rewards": record(rewards), "guidance": {"training": 0.0, "evaluation": config.eval.guidance}}
+        training = Training("grpo", config, run, procs, k2, {POLICY: stepper}, evaluator, saved, facts)
+        if saved is not None:
+            source.restore(saved)
+        history = training.history
+        history.setdefault("images", 0)
+        if training.begin():
+            with training.policy():
+                before = evaluator()
+            training.record(0, before)
+            history |= judge_noise(run, procs, evaluator, measured, before)
+        noise = noise_of(rewards, history)
+
+        with ScoreQueue(rewards, config.groups.group_size) as queue:
+            steps = training.steps()
+            for step, metrics in updates(k2, config, source, queue, stepper, steps, procs, noise, micro_batch, Clock()):
+                history["images"] += config.groups.prompts_per_step * config.groups.group_size
+                run.log(step, {**metrics, **training.health(), "images": history["images"]})
+                if training.evaluation_due(step):
+                    with training.policy():
+                        evaluation = evaluator()
+                    training.record(step, evaluation)
+                if training.save_due(step):
+                    run.prompts(source.ends())
+                    training.save(step, *source.state())
+            training.finish()
+
+
+def updates(
+    k2: K2,
+    config: GRPOConfig,
+    source: PromptSource,
+    queue: ScoreQueue,
+    stepper: Stepper,
+    steps: Iterable[int],
+    procs: Processes,
+    noise: Mapping[str, Noise],
+    micro_batch: MicroBatch,
+    clock: Clock,
+) -> Iterator[tuple[int, dict[str, float | None]]]:
+    """Trains one step at a time, and yields its number and metrics: a run's loop, and what `posttrain bench` times.
+
+    `noise` is how far two scores of one image differ, by reward; see rewards.noise.
+    """
+    checked = False
+    for step in steps:
+        clock.start()
+        scores: Scores | None = None
+        metrics: dict[str, float | None] = {}
+        for attempt in micro_batch.attempts(stepper):
+            groups: list[Group] = []  # lets go of the images of an attempt that did not fit into memory
+            queue.drop()
+            with attempt:
+                groups = sample(k2, config, step, source, queue, procs, micro_batch.size)
+                clock.lap("sample")
+                own_scores = queue.gather() if groups else None
+                places = [group.index for group in groups]
+                scores = gather_scores(procs, own_scores, config.groups.group_size, places)
+                advantages_PG, metrics = score(config, scores, noise)
+                clock.lap("score")
+                metrics |= optimise(k2, config, groups, advantages_PG, stepper, procs, micro_batch.size)
+                clock.lap("optimise")
+        assert scores is not None
+        metrics |= source.update(step, apply_gates(scores, [r.spec for r in queue.rewards], noise))
+        if not checked:
+            check_ratio(metrics["ratio_error"] or 0.0, config.loss)
+            checked = True  # later ratios differ from 1 only where a step has several updates
+        metrics |= clock.seconds
+        yield step, metrics
+
+
+def judge_noise(
+    run: Run, procs: Processes, evaluator: Evaluator, rewards: list[Reward], before: Evaluation
+) -> dict[str, float | None]:
+    """How far judges repeat themselves, measured once on the first images; a resumed run finds it in its history."""
+    found: dict[str, float | None] = {}
+    if procs.main:
+        shown = evaluator.records
+        images = to_pil(torch.from_numpy(before.images[:SHOWN]))
+        found = check_judges(run, rewards, images, [r.prompt for r in shown], columns(shown))
+    return procs.from_main(found)
+
+
+# ---- sample -----------------------------------------------------------------------------------------------
+
+
+def sample(
+    k2: K2,
+    config: GRPOConfig,
+    step: int,
+    source: PromptSource,
+    queue: ScoreQueue,
+    procs: Processes,
+    micro_batch: int,
+) -> list[Group]:
+    """This process's groups of a step. Their images are submitted for scoring as soon as they are decoded."""
+    s, n = config.sampling, config.groups.prompts_per_step
+    window, chosen = window_of(config, step), source.draw(step)
+    sizes = [_size(config, (step - 1) * n + g) for g in range(n)]
+    groups = []
+    for g in procs.local_indices_by_cost(flops.of_sizes(k2, sizes)):
+        row = chosen[g]
+        height, width = size = sizes[g]
+        # One prompt at a time: in a batch its features would depend, within rounding, on the prompts beside it.
+        text = Text.of([k2.fuse(k2.encode([row.prompt], config.prompts.max_tokens).features[0])])
+        seeds = []
+        for j in range(config.groups.group_size):
+            # The first is that of the noise that the image begins with, the others those of its stochastic steps.
+            seeds.append([sampler.seed_for(config.seed, step, g, j, i) for i in range(len(window) + 1)])
+        times = sampler.schedule(s.steps, k2.mu(height, width))
+        shared = s.window is not None
+        with k2.role(POLICY):
+            trajectory = rollout(k2, text, seeds, times, window, s.dynamics, s.eta, height, width, micro_batch, shared)
+        images = to_pil(k2.decode(trajectory.latents, height, width))
+        rows = [row] * len(images)
+        queue.submit(images, [r.prompt for r in rows], columns(rows))
+        groups.append(Group(g, row, text, size, trajectory))
+    return groups
+
+
+def window_of(config: GRPOConfig, step: int) -> range:
+    """The stochastic steps of a training step: the same for all its groups."""
+    s = config.sampling
+    if s.window is None:
+        return range(s.steps - 1)
+    # A window begins in the first half of the steps, and never holds the last one, which is without noise.
+    start, starts = s.window_start, min((s.steps + 1) // 2, s.steps - s.window)
+    if start == "random":
+        start = sampler.seed_for(config.seed, step, -1) % starts
+    elif start == "sliding":
+        start = (step - 1) // s.window_every % starts
+    return range(start, start + s.window)
+
+
+def _size(config: GRPOConfig, index: int) -> tuple[int, int]:
+    height, width = config.sampling.sizes[index % len(config.sampling.sizes)]
+    return height, width
+
+
+# ---- score ------------------------------------------------------------------------------------------------
+
+
+def score(
+    config: GRPOConfig, scores: Scores, noise: Mapping[str, Noise] | None = None
+) -> tuple[Tensor, dict[str, float | None]]:
+    """(P, G) advantages of all groups, and what the step's rewards look like.
+
+    `noise` of the rewards by name; None: every difference counts.
+    """
+    gated = apply_gates(scores, [r for r in config.rewards if not r.heldout_only], noise)
+    shape = (config.groups.prompts_per_step, config.groups.group_size, -1)
+    rewards_PGK = torch.from_numpy(gated.values_NK).view(*shape)
+    valid_PGK = torch.from_numpy(gated.valid_NK).view(*shape)
+    weights_K, floor_K = torch.from_numpy(gated.weights_K), torch.from_numpy(gated.floor_K)
+    if not valid_PGK.any():  # a step that teaches nothing would waste hours unnoticed
+        reasons = [f"{name}: {next(iter(f))}" for name, f in scores.failures.items() if f]
+        why = "; ".join(reasons or ["all None, so none applies to these prompts"])
+        raise UserError(f"rewards: not one image of this step could be scored: {why}; fix or add a reward")
+    normalise = advantages.gdpo if config.advantages == "gdpo" else advantages.sum_then_normalise
+    limit = config.loss.max_advantage
+    advantages_PG = normalise(rewards_PGK, valid_PGK, weights_K, floor_K=floor_K).clamp(-limit, limit)
+    flat_PK = advantages.flat(rewards_PGK, valid_PGK, floor_K)
+    noise_K, summed = torch.from_numpy(gated.noise_K), config.advantages == "sum"
+    waited, scoring = scores.waited_seconds, scores.scoring_seconds
+    by_reward = means(scores)
+    metrics: dict[str, float | None] = {f"reward/{name}": value for name, value in by_reward.items()}
+    metrics["reward"] = _weighted_mean(by_reward, dict(zip(gated.names, gated.weights_K.tolist())))
+    metrics["missing"] = 1 - float(valid_PGK.any(-1).double().mean())
+    metrics["failed"] = float(scores.failed_NK.mean())
+    metrics["flat_groups"] = float(flat_PK.all(-1).double().mean())
+    metrics["noise_share"] = advantages.noise_share(rewards_PGK, valid_PGK, weights_K, floor_K, noise_K, summed)
+    metrics["advantage"] = float(advantages_PG.abs().mean())
+    metrics["score_hidden"] = 1 - waited / scoring if scoring > 0 else None
+    return advantages_PG.float(), metrics
+
+
+def _weighted_mean(by_reward: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
+    """Of the rewards that have a score."""
+    total, weight = 0.0, 0.0
+    for name, share in weights.items():
+        mean = by_reward[name]
+        if mean is not None:
+            total, weight = total + share * mean, weight + share
+    return total / weight if weight else None
+
+
+# ---- optimise ---------------------------------------------------------------------------------------------
+
+
+def optimise(
+    k2: K2,
+    config: GRPOConfig,
+    groups: list[Group],
+    advantages_PG: Tensor,
+    stepper: Stepper,
+    procs: Processes,
+    micro_batch: int,
+) -> dict[str, float]:
+    """One or more updates on the groups of all processes; the reference is the weights that training began with."""
+    metrics: dict[str, float] = {}
+    first_error = 0.0
+    for i in range(config.optim.passes):
+        metrics = gradient(k2, config, groups, advantages_PG, procs, micro_batch)
+        if i == 0:  # before the first update the policy is the one that drew the images, so every ratio is 1
+            first_error = metrics["ratio_error"]
+        procs.sum_gradients(stepper.parameters)
+        metrics["grad_norm"] = stepper.step()
+        metrics |= stepper.metrics()
+    return {**metrics, "ratio_error": first_error, "skipped_updates": stepper.skipped}
+
+
+def gradient(
+    k2: K2, config: GRPOConfig, groups: list[Group], advantages_PG: Tensor, procs: Processes, micro_batch: int
+) -> dict[str, float]:
+    """Adds the loss's gradient over these groups to the policy's, and returns metrics over the groups of all processes.
+
+    The loss is a mean over the groups, images and stochastic steps of a whole step, whatever is in `groups`.
+    """
+    s, loss = config.sampling, config.loss
+    stochastic = s.steps - 1 if s.window is None else s.window
+    count = config.groups.prompts_per_step * stochastic * config.groups.group_size
+    totals: dict[str, Tensor] = {}
+    for group in groups:
+        times = sampler.schedule(s.steps, k2.mu(*group.size))
+        guard = sampler.guard_weights(times, s.dynamics, s.eta) if loss.ratio == "guard" else None
+        advantages_G = advantages_PG[group.index]
+        for move in group.trajectory.transitions:  # the stochastic steps alone have a likelihood
+            weight = 1.0 if guard is None else float(guard[move.index])
+            for rows in torch.arange(len(move.x)).split(micro_batch):
+                with k2.role(POLICY):
+                    v = k2.velocity(move.x[rows], move.t, group.text, *group.size)
+                log_ratio = _log_ratio(config, move, rows, v, times)
+                loss_B, parts = losses.clipped_policy(log_ratio, advantages_G[rows], loss.clip_low, loss.clip_high)
+                if loss.kl > 0:
+                    with torch.no_grad(), k2.role(None):
+                        reference = k2.velocity(move.x[rows], move.t, group.text, *group.size)
+                    kl_B = losses.velocity_kl(v, reference)
+                    loss_B = loss_B + loss.kl * kl_B
+                    parts["kl"] = kl_B.detach().sum()
+                loss_B = weight * loss_B  # the KL's term too, so that loss.kl means the same at every step
+                parts["loss"] = loss_B.detach().sum()
+                with k2.role(POLICY):
+                    (loss_B.sum() / count).backward()
+                for name, value in parts.items():
+                    totals[name] = totals.get(name, 0.0) + value.double()
+                error = log_ratio.detach().exp().sub(1).abs().max().double()
+                totals["worst"] = torch.maximum(totals.get("worst", error), error)
+    return _over_processes(totals, count, procs)
+
+
+def _log_ratio(config: GRPOConfig, move: Transition, rows: Tensor, v: Tensor, times: Tensor) -> Tensor:
+    """(B,) of the policy that gives these velocities to the one that took the step, GRPO-Guard's or the plain one."""
+    s = config.sampling
+    mean, std = sampler.sde_moments(move.x[rows], v, move.t, move.t_next, s.dynamics, s.eta, times[1])
+    if config.loss.ratio == "guard":
+        return sampler.guard_log_ratio(move.x_next[rows], move.mean[rows], mean, std)
+    return sampler.log_prob(move.x_next[rows], mean, std) - move.log_prob[rows]
+
+
+def _over_processes(totals: Mapping[str, Tensor], count: int, procs: Processes) -> dict[str, float]:
+    """Metrics from the sums that each process has of its groups; one that has no group has none."""
+    gathered = procs.all_gather({name: float(value) for name, value in totals.items()})
+    parts = [part for part in gathered if part]
+    worst = max(part.pop("worst") for part in parts)
+    average = {name: sum(part[name] for part in parts) / count for name in parts[0]}
+    # Log-ratios lie around 0, so the difference of their moments is accurate; that of ratios around 1 would not be.
+    mean, square = average.pop("log_ratio"), average.pop("log_ratio_square")
+    average["log_ratio_std"] = max(0.0, square - mean**2) ** 0.5
+    return {**average, "ratio_error": worst}

@@ -1,0 +1,211 @@
+"""How the transformer's blocks run: compiled or not, with activations kept or recomputed in backward.
+
+All blocks share one compiled function. It is compiled once for each combination of role, gradient and mask. Batch and
+text length are dynamic, so another size does not recompile it. torch compiles a batch of one separately; after a larger
+batch, a single sample (a shared start, a remainder) is therefore repeated to a batch of two. Compilation happens at the
+first call, and torch caches the result on disk (TORCHINDUCTOR_CACHE_DIR), so later runs start sooner.
+
+Backward through a compiled block overwrites the activations that the block kept. A graph can be walked only once: torch
+raises with retain_graph=True. Several gradients of one batch need a forward each (stpo/train.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import Krea2Transformer2DModel
+from torch import Tensor, nn
+from torch._functorch import config as functorch_config
+from torch.utils.checkpoint import checkpoint
+
+from posttrain.errors import UserError
+from posttrain.model.roles import STAGES, switched
+
+MAX_VARIANTS = 64
+"""Most variants of a block that are compiled. torch runs any further one uncompiled, with a warning."""
+ACTIVATION_BUDGET = 0.9
+"""Activations that a compiled block may keep for backward on a GPU, as a share of what torch would keep. Below 1 torch
+recomputes what is cheapest: casts and sums, not matrix products."""
+RESERVE = 0.1
+"""Share of a GPU's memory that kept activations leave free."""
+
+
+class Blocks:
+    """Runs blocks in order under the active role, and recomputes them under the same role."""
+
+    def __init__(self, active: list[str]) -> None:
+        self.active = active
+        self.compiled: bool | None = False
+        """None: compiled on a GPU in bfloat16, not elsewhere."""
+        self.recompute: int | None = None
+        """How many of the last blocks are recomputed in backward instead of keeping their activations. None: as many as
+        do not fit into the free memory of the GPU, measured at the first backward of each size; on the CPU none."""
+        self.memory: Memory | None = None
+        """The memory that is measured. None: that of the GPU that holds the inputs."""
+        self.bytes_a_token: float | None = None
+        """Bytes per token that a block last kept for backward, where that was measured."""
+        self._kept: dict[tuple[int, ...], int] = {}
+        """How many blocks keep their activations, by shape of the hidden states."""
+        self._has_seen_batch = False
+        self.recomputed = 0
+        """How many blocks of the last forward will be recomputed in backward."""
+
+    def __call__(
+        self,
+        blocks: Sequence[nn.Module],
+        hidden: Tensor,
+        modulation: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+    ) -> Tensor:
+        """(B, T, C) through the blocks; modulation (B, 1, 6 C), rope of (T, head) each, mask (B, 1, 1, T) or None."""
+        compiled = compiles_by_default(hidden.device, hidden.dtype) if self.compiled is None else self.compiled
+        if not compiled:
+            return self._run_all(_run, blocks, hidden, modulation, rope, mask)
+        samples = len(hidden)
+        # A batch of one would be compiled separately: two are faster than minutes of compiling.
+        if samples == 1 and self._has_seen_batch:
+            hidden, modulation = hidden.repeat(2, 1, 1), modulation.repeat(2, 1, 1)
+            mask = None if mask is None else mask.repeat(2, 1, 1, 1)
+        self._has_seen_batch |= samples > 1
+        # torch compiles again for each kind of view that it is given, so inputs are copied out of their views.
+        modulation, rope = modulation.clone(), (rope[0].clone(), rope[1].clone())
+        mask = None if mask is None else mask.clone()
+        return self._run_all(_run_compiled, blocks, hidden, modulation, rope, mask)[:samples]
+
+    def _run_all(self, run: Callable[..., Tensor], blocks: Sequence[nn.Module], hidden: Tensor, *others: Any) -> Tensor:
+        shape, count = tuple(hidden.shape), len(blocks)
+        memory = self.memory or (Memory(hidden.device) if hidden.is_cuda else None)
+        kept = self._blocks_to_keep(shape, count, memory)
+        before = recomputed = 0
+        for i, block in enumerate(blocks):
+            if kept is None and i == 1 and not hidden.requires_grad:
+                kept = count  # nothing is trained, so no activations are kept anyway
+            # A new size is measured on block 2 of 0, 1, 2, ...: block 0 may have less to keep, and block 1 may be
+            # compiled now, which allocates memory of its own.
+            if kept is None and memory is not None and i == 2:
+                before = memory.allocated()
+            if kept is None and memory is not None and i == 3:
+                each = memory.allocated() - before
+                self.bytes_a_token = each / (shape[0] * shape[1])
+                # Blocks 1 and 2 keep their activations already, block 0 its input.
+                room = memory.free(blocks) + 2 * each + hidden.nbytes
+                kept = self._kept[shape] = kept_blocks(room, each, count, hidden.nbytes)
+            if i < kept if kept is not None else i > 0:
+                hidden = run(block, hidden, *others)
+            else:
+                recomputed += 1
+                # A block has no dropout, so there is no random state to restore.
+                hidden = checkpoint(
+                    self._run_again, run, list(self.active), block, hidden, *others,
+                    use_reentrant=False, preserve_rng_state=False,
+                )  # fmt: skip
+        self.recomputed = recomputed if hidden.requires_grad else 0
+        return hidden
+
+    def _blocks_to_keep(self, shape: tuple[int, ...], blocks: int, memory: Memory | None) -> int | None:
+        """How many blocks keep their activations; None: this forward has to measure it."""
+        if not torch.is_grad_enabled():
+            return blocks
+        if self.recompute is not None:
+            return max(0, blocks - self.recompute)
+        return blocks if memory is None else self._kept.get(shape)
+
+    def _run_again(self, run: Callable[..., Tensor], active: list[str], *inputs: Any) -> Tensor:
+        # Recomputation happens in backward, when another role may be active.
+        with switched(self.active, active):
+            return run(*inputs)
+
+
+def _run(block: nn.Module, *inputs: Any) -> Tensor:
+    return block(*inputs)
+
+
+def _run_compiled(
+    block: nn.Module, hidden: Tensor, modulation: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None
+) -> Tensor:
+    """Equals `_run` within rounding: fused operations do not round intermediate results to the type of the inputs."""
+    for tensor, sizes in ((hidden, (0, 1)), (modulation, (0,)), (rope[0], (0,)), (rope[1], (0,)), (mask, (0, 3))):
+        for size in sizes if tensor is not None else ():
+            torch._dynamo.maybe_mark_dynamic(tensor, size)
+    return _compiled(hidden.device.type)(block, hidden, modulation, rope, mask)
+
+
+@functools.cache
+def _compiled(device: str) -> Callable[..., Tensor]:
+    """Raises UserError where there is no compiler of C, or of C++ on a CPU, to build what torch writes."""
+    # inductor writes C++ for a CPU; for a GPU, Triton builds its launcher with a C compiler.
+    names = [os.environ.get("CXX", "g++")] if device == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
+    if not any(map(shutil.which, names)):
+        raise UserError(f"model.compile: needs {names[0]}, which is not in the PATH; install it, or set it to false")
+    dynamo: Any = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, MAX_VARIANTS)
+    functorch: Any = functorch_config
+    functorch.activation_memory_budget = 1.0 if device == "cpu" else ACTIVATION_BUDGET
+    return torch.compile(_run)
+
+
+def compiles_by_default(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether blocks are compiled when no setting says so: a CPU's compiler takes minutes, and fp32 models are
+    small."""
+    return device.type == "cuda" and dtype == torch.bfloat16
+
+
+def set_attention(transformer: Krea2Transformer2DModel, kernels: str) -> None:
+    """`kernels` is native or cudnn; see model.attention of a recipe."""
+    transformer.set_attention_backend({"native": "native", "cudnn": "_native_cudnn"}[kernels])
+
+
+def graphs() -> int:
+    """How many graphs torch has compiled in this process so far."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def kept_blocks(free: float, each: float, blocks: int, carried: float = 0.0) -> int:
+    """How many of `blocks` can keep their activations in `free` bytes, where one takes `each` bytes. The others keep
+    only their input, of `carried` bytes.
+    """
+    if each <= carried:
+        return blocks
+    # A block that is recomputed needs `each` bytes while it runs, and about as much again for its gradients.
+    room = free - 2 * each - blocks * carried
+    return max(0, min(blocks, int(room / (each - carried))))
+
+
+class Memory:
+    """The memory of a GPU, in bytes."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def allocated(self) -> int:
+        return torch.cuda.memory_allocated(self.device)
+
+    def free(self, blocks: Sequence[nn.Module]) -> float:
+        """Bytes that activations may take: all but a reserve, and the gradients and moments that may still come."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        # torch holds memory that it does not use, which the driver counts as taken.
+        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return free + unused - RESERVE * total - pending_bytes(blocks)
+
+
+def pending_bytes(blocks: Sequence[nn.Module]) -> int:
+    """Bytes of gradients that do not exist yet, and of AdamW's moments, of these blocks' trained parameters."""
+    pending = 0
+    for block in blocks:
+        for name, parameter in block.named_parameters():
+            # Earlier stages are adapters too, and never trained.
+            if name.endswith(f"_{STAGES}"):
+                continue
+            if parameter.requires_grad and parameter.grad is None:
+                pending += 4 * parameter.numel()
+            # Two moments in fp32. Adapters of other roles are trained later, and whether a parameter has its moments
+            # already cannot be seen from here.
+            if parameter.requires_grad or "lora_" in name:
+                pending += 8 * parameter.numel()
+    return pending

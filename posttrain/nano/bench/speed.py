@@ -1,0 +1,80 @@
+"""Seconds a step of GRPO takes here and took at an earlier revision: the same recipe on the same machine, in turns.
+
+    python -m posttrain.nano.bench.speed --revision 596fa5e --output runs/bench-speed   # on two cores: twelve minutes
+
+The recipe is that revision's; 596fa5e is where GRPO first landed, for one process, which gets all cores. Here it is
+one process a core, with blocks as they are and compiled. A step's seconds are those of sampling, scoring and
+optimising; the first two steps of a run, which compile, are left out. The table gives medians, and ratios of those.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+RECIPE = "recipes/nano/grpo.yaml"
+WARM = 2
+"""Steps of a run that are not counted."""
+
+
+def run(tree: Path, recipe: Path, output: Path, processes: int, cores: int, options: list[str]) -> list[float]:
+    """Seconds of each step but the first ones. Exits with the log's name if it failed."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    command = [sys.executable, *launcher, "-m", "posttrain.cli", "grpo", "--config", str(recipe), *options]
+    command += ["--output", str(output), "--eval.every", "0", "--eval.prompts", "8", "--checkpoint.every", "0"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(cores // processes), "PYTHONPATH": str(tree)}
+    log = output.with_suffix(".log")
+    with log.open("w") as file:
+        if subprocess.run(command, cwd=tree, env=environment, stdout=file, stderr=file).returncode:
+            raise SystemExit(f"{output.name}: failed; see {log}")
+    steps: list[float] = []
+    for line in (output / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if "seconds/sample" in row:  # not an evaluation
+            steps.append(sum((value for key, value in row.items() if key.startswith("seconds/")), 0.0))
+    return steps[WARM:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--revision", required=True, help="of this repository, as git names it")
+    parser.add_argument("--cores", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each")
+    parser.add_argument("--steps", type=int, default=6, help="of a run")
+    parser.add_argument("--output", type=Path, required=True, help="a new directory")
+    args = parser.parse_args()
+    here, output = Path.cwd(), args.output.resolve()
+    output.mkdir(parents=True)
+    there = output / "tree"
+    subprocess.run(["git", "worktree", "add", "--detach", str(there), args.revision], check=True)
+    try:
+        ways = {
+            args.revision: (there, 1, []),
+            "here": (here, args.cores, []),
+            "here, compiled": (here, args.cores, ["--model.compile", "true"]),
+        }
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(args.rounds):
+            for i, (name, (tree, processes, options)) in enumerate(ways.items()):
+                options = [*options, "--steps", str(args.steps)]
+                times[name] += run(tree, there / RECIPE, output / f"run-{i}-{turn}", processes, args.cores, options)
+    finally:
+        subprocess.run(["git", "worktree", "remove", "--force", str(there)], check=True)
+    medians = {name: float(np.median(seconds)) for name, seconds in times.items()}
+    lines = ["| tree | seconds a step | least to most | steps a second, in those of the first |", "|---|---|---|---|"]
+    for name, seconds in times.items():
+        ratio = medians[args.revision] / medians[name]
+        lines.append(f"| {name} | {medians[name]:.2f} | {min(seconds):.2f} to {max(seconds):.2f} | {ratio:.2f} |")
+    (output / "speed.json").write_text(json.dumps(times, indent=1))
+    (output / "table.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

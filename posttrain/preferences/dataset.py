@@ -1,0 +1,388 @@
+"""Preference sets: two images of one prompt, of which one is preferred. Written in shards, read row by row.
+
+A set is a directory of parquet files, with the images in them as PNG, and of preferences.json, which is written last.
+`datasets.load_dataset(directory)` reads it. Its columns:
+
+| column | type | what it is |
+|---|---|---|
+| prompt | text | |
+| chosen, rejected | image | the preferred one and the other, of one size |
+| source | text | synthetic or human |
+| chosen_policy, rejected_policy | text | the checkpoint or setting that drew it |
+| chosen_on_policy, rejected_on_policy | boolean | whether the policy that will be trained drew it |
+| margin | number or null | how much better the chosen one is, in the unit of the judge |
+| share | number | share of votes for the chosen one, 0.5 to 1 |
+| seed | integer or null | seed of the noise |
+| id | text | a hash of prompt and pixels, the same wherever they are stored |
+
+    with PreferenceWriter("pairs/a", resume=True) as writer:      for pair in read_preferences("pairs/a"):
+        for pair in made[writer.written :]:                           pair.prompt, pair.chosen, pair.rejected
+            writer.add(pair)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from posttrain.errors import UserError
+from posttrain.preferences.config import ColumnMap
+from posttrain.preferences.sources import Parquet, Skipped, Tally, Tie, number, open_source, preferred, read_image
+from posttrain.runs.files import replacing
+from posttrain.training.checkpoint import is_full
+from prompts.parse import parse_json
+
+VERSION = 1
+CARD, README = "preferences.json", "README.md"
+ROW_GROUP = 16
+"""Rows that are read at once."""
+SHARD_BYTES = 2**27
+"""A shard is also full when its images take this many bytes."""
+SOURCES = ("synthetic", "human")
+FEATURES = datasets.Features(
+    {
+        "prompt": datasets.Value("string"),
+        "chosen": datasets.Image(),
+        "rejected": datasets.Image(),
+        "source": datasets.Value("string"),
+        "chosen_policy": datasets.Value("string"),
+        "rejected_policy": datasets.Value("string"),
+        "chosen_on_policy": datasets.Value("bool"),
+        "rejected_on_policy": datasets.Value("bool"),
+        "margin": datasets.Value("float64"),
+        "share": datasets.Value("float64"),
+        "seed": datasets.Value("int64"),
+        "id": datasets.Value("string"),
+    }
+)
+OWN = ColumnMap(chosen="chosen", rejected="rejected", share="share", margin="margin")
+OPTIONAL = {"share": 1.0, "margin": None, "source": "human", "chosen_policy": "unknown", "rejected_policy": "unknown",
+            "chosen_on_policy": False, "rejected_on_policy": False, "seed": None}  # fmt: skip
+"""Columns that a set may leave out, and their defaults."""
+
+
+@dataclass
+class Preference:
+    """One pair, both images in RGB; see the table above."""
+
+    prompt: str
+    chosen: Image.Image
+    rejected: Image.Image
+    source: Literal["synthetic", "human"]
+    chosen_policy: str = "unknown"
+    rejected_policy: str = "unknown"
+    chosen_on_policy: bool = False
+    rejected_on_policy: bool = False
+    margin: float | None = None
+    share: float = 1.0
+    seed: int | None = None
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        self.chosen, self.rejected = self.chosen.convert("RGB"), self.rejected.convert("RGB")
+        # Of pixels, not of files: another compression is the same pair.
+        digest = hashlib.blake2b(self.prompt.encode(), digest_size=16)
+        for image in (self.chosen, self.rejected):
+            digest.update(repr(image.size).encode() + image.tobytes())
+        self.id = digest.hexdigest()
+
+
+# ---- write ------------------------------------------------------------------------------------------------
+
+
+def row_of(pair: Preference) -> dict[str, Any]:
+    """A pair as a row of a set, with its images as PNG. Raises ValueError for an invalid pair."""
+    if problem := _problem(pair):
+        raise ValueError(f"{pair.prompt!r}: {problem}")
+    row = {name: getattr(pair, name) for name in FEATURES}
+    for name in ("chosen", "rejected"):
+        row[name] = {"bytes": _png(row[name]), "path": None}
+    return row
+
+
+class PreferenceWriter:
+    """Writes a set in whole shards, so that a writer that was killed can resume after `written` pairs.
+
+    `card` is added to preferences.json: anything that JSON can hold. It may grow until the end of the `with` block,
+    which writes it. After an exception, pairs that are in no shard yet are lost, and the set stays unfinished.
+    """
+
+    def __init__(
+        self, path: str | Path, resume: bool = False, rows: int = 256, card: Mapping[str, Any] | None = None
+    ) -> None:
+        """`rows` is the most of a shard. Raises UserError for a finished set, and without `resume` for any other."""
+        self.path, self.rows, self.card = Path(path), rows, dict(card or {})
+        if (self.path / CARD).exists():
+            raise UserError(f"{self.path}: holds a finished set of pairs; choose another directory")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be made: {error.strerror}; choose another directory") from None
+        for left_over in self.path.glob(".shard-*"):  # of a writer that was killed
+            left_over.unlink()
+        # Other files than shards count too: a wrong directory must not be written into.
+        if any(self.path.iterdir()) and not resume:
+            raise UserError(f"{self.path}: is not empty; go on with what is there, or choose another directory")
+        self._pending: list[dict[str, Any]] = []
+        self._bytes = 0
+        self._shards = _shards(self.path)
+
+    @property
+    def written(self) -> int:
+        """Pairs in whole shards."""
+        return sum(self._shards.values())
+
+    def add(self, pair: Preference) -> None:
+        self.add_row(row_of(pair))
+
+    def add_row(self, row: dict[str, Any]) -> None:
+        """Adds a row of `row_of`, which may come from another process."""
+        self._bytes += len(row["chosen"]["bytes"]) + len(row["rejected"]["bytes"])
+        self._pending.append(row)
+        if len(self._pending) >= self.rows or self._bytes >= SHARD_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the pending rows as a shard."""
+        if not self._pending:
+            return
+        name = f"shard-{len(self._shards):05d}.parquet"
+        table = pa.Table.from_pylist(self._pending, schema=FEATURES.arrow_schema)
+        _replace(self.path / name, lambda file: pq.write_table(table, file, row_group_size=ROW_GROUP))
+        self._shards[name] = len(self._pending)
+        self._pending, self._bytes = [], 0
+
+    def __enter__(self) -> PreferenceWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        if kind is not None:
+            return
+        self.flush()
+        # Counted from the files, since an earlier writer may have written some of them.
+        digest, sources, on_policy = hashlib.sha256(), Counter(), 0
+        names = ["id", "share", "source", "chosen_on_policy", "rejected_on_policy"]
+        for shard in self._shards:
+            for row in pq.read_table(self.path / shard, columns=names).to_pylist():
+                digest.update(f"{row['id']} {row['share']!r}\n".encode())
+                sources[row["source"]] += 1
+                on_policy += row["chosen_on_policy"] or row["rejected_on_policy"]
+        counts = {"rows": self.written, "sources": dict(sources), "on_policy": on_policy}
+        files = {"shards": self._shards, "fingerprint": digest.hexdigest()}
+        card = json.dumps({**self.card, "version": VERSION, **counts, **files}, indent=1, ensure_ascii=False)
+        readme = '---\nconfigs:\n- config_name: default\n  data_files: "*.parquet"\n---\n'
+        _replace(self.path / README, lambda file: file.write(f"{readme}{self.written} preference pairs.\n".encode()))
+        # Last: a set with a card is finished.
+        _replace(self.path / CARD, lambda file: file.write(f"{card}\n".encode()))
+
+
+# ---- read -------------------------------------------------------------------------------------------------
+
+
+class Preferences:
+    """The rows of a set, read one at a time."""
+
+    def __init__(self, path: str, columns: ColumnMap | None, max_bad: float) -> None:
+        self.path, self.max_bad = path, max_bad
+        self.card: dict[str, Any] = {}
+        """preferences.json, if the set was written by PreferenceWriter."""
+        self._columns = columns or OWN
+        self._own = columns is None
+        if os.path.isfile(Path(path) / CARD):
+            # The card's fingerprint stands for the content, so that a moved set is still the same set.
+            self.card = _read_card(Path(path))
+            files = [Path(path) / name for name in self.card["shards"]]
+            self._source = Parquet(Path(path), files, self.card["fingerprint"])
+        elif os.path.isdir(path) and _shards(Path(path)):
+            raise UserError(f"{path}: is unfinished: it has shards and no {CARD}; go on with what was writing it")
+        else:
+            self._source = open_source(path)
+        if not len(self):
+            raise UserError(f"{path}: holds no pair")
+        self._check_columns()
+
+    def __len__(self) -> int:
+        """Number of rows, bad ones included."""
+        return len(self._source)
+
+    def __getitem__(self, i: int) -> Preference | Skipped:
+        """Row i of 0 .. len - 1: a pair, or why it is skipped."""
+        try:
+            return self._pair(self._source[i])
+        except Tie:
+            return Skipped(self._source.name(i), "neither image is preferred", tie=True)
+        except ValueError as error:
+            return Skipped(self._source.name(i), str(error))
+
+    def name(self, i: int) -> str:
+        """The place of row i, for messages."""
+        return self._source.name(i)
+
+    def __iter__(self) -> Iterator[Preference]:
+        """All pairs in order. Raises UserError if more than the share max_bad of all rows are bad."""
+        tally = self.tally()
+        for i in range(len(self)):
+            row = self[i]
+            if isinstance(row, Preference):
+                yield row
+            else:
+                tally.add(row)
+
+    def tally(self) -> Tally:
+        return Tally(self.path, len(self), self.max_bad)
+
+    def fingerprint(self) -> str:
+        """Changes when the set or the column map does."""
+        c = self._columns
+        images = [name for name in (c.chosen, c.rejected, c.first, c.second, c.pair) if name is not None]
+        return hashlib.sha256(f"{self._source.fingerprint(images)} {c!r} {self._own}".encode()).hexdigest()
+
+    def _check_columns(self) -> None:
+        c = self._columns
+        # The three ways to name the images; exactly one must be used, and completely.
+        kinds = [
+            ((c.chosen, c.rejected), c.chosen and c.rejected),
+            ((c.first, c.second), c.first and c.second and c.label),
+            ((c.pair,), c.pair and c.label),
+        ]
+        used = [complete for names, complete in kinds if any(name is not None for name in names)]
+        if len(used) != 1 or not used[0]:
+            raise UserError("columns: name chosen and rejected; or first, second and label; or pair and label")
+        known = self._source.columns
+        for key, name in asdict(c).items():
+            if key != "source" and name not in (None, *known) and not (self._own and key in OPTIONAL):
+                raise UserError(f"columns.{key}: '{name}' is no column of {self.path}; it has: {', '.join(known)}")
+
+    def _pair(self, row: Mapping[str, Any]) -> Preference:
+        """The pair of a row. Raises ValueError with the reason for a bad row, and Tie if neither image is preferred."""
+        c = self._columns
+        prompt = row.get(c.prompt)
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"{c.prompt}: is {'empty' if isinstance(prompt, str) else 'no text'}")
+        other: dict[str, Any] = {"source": c.source, "margin": number(row, c.margin), "share": 1.0}
+        if c.chosen and c.rejected:
+            names, values = (c.chosen, c.rejected), (row.get(c.chosen), row.get(c.rejected))
+            if (share := number(row, c.share)) is not None:
+                other["share"] = share
+        else:
+            share = preferred(row, c)
+            if c.pair:
+                both = row.get(c.pair)
+                if not isinstance(both, list) or len(both) != 2:
+                    raise ValueError(f"{c.pair}: is not a list of two images")
+                names, values = (f"{c.pair}[0]", f"{c.pair}[1]"), (both[0], both[1])
+            else:
+                assert c.first and c.second
+                names, values = (c.first, c.second), (row.get(c.first), row.get(c.second))
+            if share < 0.5:  # most prefer the second
+                names, values = names[::-1], values[::-1]
+            other["share"] = max(share, 1 - share)
+        if other["share"] == 0.5:
+            raise Tie
+        if self._own:
+            for name in OPTIONAL:
+                if row.get(name) is not None:
+                    other.setdefault(name, row[name])
+            other["source"] = row.get("source") or OPTIONAL["source"]
+        # Images last: decoding them takes longer than all other checks.
+        chosen = read_image(names[0], values[0], self._source.folder)
+        rejected = read_image(names[1], values[1], self._source.folder)
+        pair = Preference(prompt, chosen, rejected, **other)
+        if problem := _problem(pair):
+            raise ValueError(problem)
+        return pair
+
+
+def read_preferences(path: str | Path, columns: ColumnMap | None = None, max_bad: float = 0.01) -> Preferences:
+    """Opens a set of pairs: a directory of PreferenceWriter, JSONL with paths of images (relative to its directory), a
+    parquet file or a directory of them, a directory of `save_to_disk`, or hf:NAME[:SPLIT].
+
+    Without `columns`, the columns are those of the table above; prompt, chosen and rejected are required. A row is bad
+    if an image is missing, cut off or empty, if the images are the same or differ in size, if the prompt is empty, or
+    if a field has an invalid value. A row in which neither image is preferred is a tie. Both are skipped; if more than
+    the share `max_bad` of all rows are bad, UserError names the first ones and their reasons.
+
+    Raises UserError for a missing or unfinished set, and for a missing column.
+    """
+    return Preferences(str(path), columns, max_bad)
+
+
+def _problem(pair: Preference) -> str | None:
+    """What is wrong with a pair whose images could be read; None: nothing."""
+    if not pair.prompt.strip():
+        return "prompt: is empty"
+    if pair.source not in SOURCES:
+        return f"source: is {pair.source!r}, neither synthetic nor human"
+    if not 0.5 <= pair.share <= 1:
+        return f"share: is {pair.share}, and not of 0.5 to 1: chosen is what most preferred"
+    if pair.margin is not None and not math.isfinite(pair.margin):
+        return f"margin: is {pair.margin}"
+    # Sets of other writers may have any type in these columns.
+    types = {"chosen_policy": str, "rejected_policy": str, "chosen_on_policy": bool, "rejected_on_policy": bool}
+    for name, kind in types.items():
+        if not isinstance(value := getattr(pair, name), kind):
+            return f"{name}: is {value!r}, and not {'text' if kind is str else 'true or false'}"
+    if not (pair.seed is None or isinstance(pair.seed, int)):
+        return f"seed: is {pair.seed!r}, no integer"
+    a, b = pair.chosen.size, pair.rejected.size
+    if a != b:
+        return f"the images differ in size: {a[0]}x{a[1]} and {b[0]}x{b[1]}"
+    if pair.chosen.tobytes() == pair.rejected.tobytes():
+        return "the images are the same"
+    return None
+
+
+def _read_card(path: Path) -> dict[str, Any]:
+    try:
+        card = parse_json((path / CARD).read_bytes())
+        version, shards, _ = card["version"], dict(card["shards"]), card["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / CARD}: is damaged ({error!r}); make the pairs again") from None
+    if version != VERSION:
+        raise UserError(f"{path / CARD}: version {version}; this posttrain reads {VERSION}")
+    for name, rows in shards.items():
+        if not os.path.isfile(path / name):
+            raise UserError(f"{path / name}: is missing; copy the whole directory")
+        if (found := _rows(path / name)) != rows:
+            raise UserError(f"{path / name}: has {found} rows, not {rows} as {CARD} says; copy the directory again")
+    return card
+
+
+def _shards(path: Path) -> dict[str, int]:
+    return {file.name: _rows(file) for file in sorted(path.glob("shard-*.parquet"))}
+
+
+def _rows(file: Path) -> int:
+    try:
+        return pq.read_metadata(file).num_rows
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: is not a whole parquet file ({error}); copy or make it again") from None
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    return buffer.getvalue()
+
+
+def _replace(path: Path, write: Any) -> None:
+    try:
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            write(file)
+    except OSError as error:
+        reason = "no space left; free some, then go on" if is_full(error) else f"cannot be written: {error.strerror}"
+        raise UserError(f"{path}: {reason}") from error

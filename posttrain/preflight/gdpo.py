@@ -1,0 +1,242 @@
+"""The preflight of expander gdpo: a step of TRL's trainer on a few prompts, with the code of expander/gdpo.py."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import get_peft_model_state_dict
+from transformers import PrinterCallback, TrainerCallback
+
+from posttrain.config.types import changed
+from posttrain.distributed.processes import Processes
+from posttrain.errors import UserError
+from posttrain.expander import gdpo
+from posttrain.expander.callbacks import SharedRewards
+from posttrain.expander.chat_template import messages
+from posttrain.expander.config import ExpanderGDPOConfig
+from posttrain.expander.policy import Policy
+from posttrain.expander.renderer import make_renderer
+from posttrain.expander.score import Scorer
+from posttrain.preflight.checks import Row, Skip, phase, run_check
+from posttrain.preflight.common import judge_rows, memory_row
+from posttrain.runs.progress import duration
+from prompts.records import PromptRecord, read_prompts
+from rewards.base import Noise
+from rewards.diversity import Features
+from rewards.load import load_rewards
+from rewards.serve import serve
+
+PROMPTS = 2
+"""Most prompts of the tested step."""
+
+
+def rows(config: ExpanderGDPOConfig, procs: Processes, folder: Path) -> list[Row]:
+    """Raises UserError if nothing can be checked."""
+    if procs.size > 1:
+        raise UserError("posttrain preflight: checks expander gdpo in one process; start it without a launcher")
+    records = read_prompts(config.prompts.train)
+    load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})
+    phase("the chat model is read")
+    policy = Policy(config.model, config.lora, config.seed, procs.device)
+    phase("the renderer is read")
+    renderer = make_renderer(config.renderer, procs.device)
+    features = Features(config.diversity.path, config.diversity.batch, str(procs.device))
+    few = min(config.groups.prompts_per_step, PROMPTS)
+    expansions = few * config.groups.group_size
+    # The largest micro-batch that divides the smaller step, as the recipe's own divides its step.
+    micro = max(n for n in range(1, config.groups.micro_batch + 1) if expansions % n == 0)
+    groups = changed(config.groups, prompts_per_step=few, micro_batch=micro)
+    small = changed(config, groups=groups, output=str(folder / "run"), steps=1)
+    small.optim = changed(config.optim, warmup_steps=0)
+    small.checkpoint = changed(config.checkpoint, every=0)
+    return GDPOChecks(config, small, procs, policy, renderer, features, records, folder).run()
+
+
+class _StepTimer(TrainerCallback):
+    """Records TRL's metrics of a step, and how long it takes."""
+
+    def __init__(self) -> None:
+        self.logs: dict[str, float] = {}
+        self.began = self.ended = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.ended = time.perf_counter()
+        control.should_save = False
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if "loss" in logs:
+            self.logs = dict(logs)
+
+
+class GDPOChecks:
+    def __init__(
+        self, config: ExpanderGDPOConfig, small: ExpanderGDPOConfig, procs: Processes, policy: Policy, renderer: Any,
+        features: Features, records: list[PromptRecord], folder: Path,
+    ):  # fmt: skip
+        self.config, self.small, self.procs, self.policy, self.renderer = config, small, procs, policy, renderer
+        self.features, self.records, self.folder = features, records, folder
+        self.urls: dict[str, list[str]] = {}
+        self.silent: set[str] = set()
+        self.noise: dict[str, Noise] = {}
+        self.moved, self.timer = False, _StepTimer()
+        self.shared: SharedRewards | None = None
+
+    def run(self) -> list[Row]:
+        rows: list[Row] = []
+        with contextlib.ExitStack() as servers:
+            rows += run_check("judges", lambda: self.judges(servers))
+            rows += run_check("step", self.step)
+        # Without the servers: they may share the GPU.
+        rows += run_check("cost", self.cost)
+        rows += run_check("export", self.export)
+        return rows
+
+    def judges(self, servers: contextlib.ExitStack) -> Iterator[Row]:
+        """Draws the unexpanded prompts, and checks that each judge answers and scores one image the same every time."""
+        self.urls = servers.enter_context(serve(self.config.servers, self.folder / "servers"))
+        prompts = [record.prompt for record in self.records[:4]]
+        images = [image for image in self.renderer(prompts, range(len(prompts))).images if image is not None]
+        measured = f"{len(images)} of {len(prompts)} images were drawn"
+        yield Row("renderer", len(images) == len(prompts), measured, "see what the renderer's server says")
+        rewards = load_rewards(self.config.rewards, self.urls)
+        yield from judge_rows(rewards, images, self.records, self.silent, self.noise)
+
+    def step(self) -> Iterator[Row]:
+        """Runs a step: expansions are generated, drawn, scored, and trained on."""
+        rewards = [spec for spec in self.small.rewards if spec.name not in self.silent]
+        if not any(not spec.heldout_only for spec in rewards):
+            raise Skip("no reward can be asked")
+        config = changed(self.small, rewards=rewards)
+        scorer = Scorer(config, self.renderer, self.features, self.policy.template, self.urls)
+        scorer.noise = self.noise  # as a run has it from its first evaluation
+        self.shared = shared = SharedRewards(config, self.policy, scorer, self.records, self.procs)
+        data = [{"prompt": messages(record.prompt), "row": i} for i, record in enumerate(self.records)]
+        trainer = gdpo.Trainer(
+            model=self.policy.model,
+            reward_funcs=shared.functions(),  # type: ignore[arg-type]
+            args=gdpo.settings(config, self.procs),
+            train_dataset=Dataset.from_list(data),
+            processing_class=self.policy.tokenizer,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(self.timer)
+        before = self._adapter()
+        with warnings.catch_warnings():  # the libraries call each other by old names
+            warnings.filterwarnings("ignore", r".*gradient_checkpointing. is deprecated", FutureWarning)
+            trainer.train()
+        scored, size = shared.scored, config.groups.group_size
+        assert scored is not None
+        yield from self._scores(scored, size)
+        loss, norm = self.timer.logs.get("loss", math.nan), self.timer.logs.get("grad_norm", math.nan)
+        # Without a difference in scores every advantage is 0, and so is the gradient: no fault of the code.
+        flat = all(scored.figures(size)[f"flat/{name}"] == 1.0 for name in scorer.trained)
+        measured = f"loss {loss:.4g}, gradient norm {norm:.3g}"
+        measured += "; no reward tells these expansions apart, so there is nothing to learn from" if flat else ""
+        good = math.isfinite(loss) and math.isfinite(norm) and (norm > 0 or flat)
+        yield Row("loss and gradient", good, measured, "use model.dtype float32; if that does not help, report it")
+        after = self._adapter()
+        moved = sum(not torch.equal(before[name], after[name]) for name in after)
+        self.moved = moved > 0
+        if flat and not self.moved:
+            yield Row("policy moves", None, "no reward tells these expansions apart")
+        else:
+            yield Row("policy moves", self.moved, f"{moved} of {len(after)} tensors changed", "raise optim.lr")
+
+    def _scores(self, scored: Any, size: int) -> Iterator[Row]:
+        """Checks expansions, images and scores. Each expansion that passes format and safety is drawn once."""
+        figures = scored.figures(size)
+        passed, count = int(scored.gate_N.sum()), len(scored.gate_N)
+        measured = f"{passed} of {count} expansions pass format and safety"
+        causes = Counter(itertools.chain(*scored.causes_N, *scored.unsafe_N))
+        measured += "".join(f"; {times} fail {cause}" for cause, times in causes.most_common())
+        yield Row("expansions", passed > 0, measured, "train with expander sft first, or raise generation.max_tokens")
+        images = [image for image, gate in zip(scored.images_N, scored.gate_N) if gate]
+        missing = sum(image is None for image in images)
+        # Equal expansions share an image, so there may be fewer renders than expansions.
+        measured = f"{scored.renders} images drawn for {len(images)} expansions, {missing} are missing"
+        yield Row("one render each", missing == 0 and scored.renders <= count, measured, "see the renderer's server")
+        for k, name in enumerate(scored.names):
+            valid, flat = int(scored.valid_NK[:, k].sum()), figures[f"flat/{name}"]
+            measured = f"{valid} of {count} scores are there; {flat:.0%} of the groups are flat"
+            if not valid and not scored.failures:
+                yield Row(f"scores of {name}", None, "it does not apply to these prompts")
+                continue
+            reasons = "".join(f"; {reason}" for reason, _ in scored.failures.most_common(0 if valid else 1))
+            yield Row(f"scores of {name}", valid > 0, measured + reasons, "fix the reward: it gave no score")
+
+    def cost(self) -> Iterator[Row]:
+        """Time of a step of the recipe and of the run."""
+        yield memory_row("groups.micro_batch or renderer.micro_batch")
+        if self.shared is None or not self.timer.ended:
+            yield Row("run", None, "how long a step takes is not known")
+            return
+        assert self.shared.scored is not None
+        scale = self.config.groups.prompts_per_step / self.small.groups.prompts_per_step
+        parts = {
+            "generate": self.shared.called - self.timer.began, **self.shared.scored.seconds,
+            "train": self.timer.ended - self.shared.returned,
+        }  # fmt: skip
+        step = scale * sum(parts.values())
+        split = ", ".join(f"{name} {scale * seconds:.1f}" for name, seconds in parts.items())
+        images = self.config.groups.prompts_per_step * self.config.groups.group_size
+        yield Row("step", True, f"{step:.1f} s for {images} expansions in one process ({split})")
+        heldout = self.config.eval.prompts * self.config.eval.group_size
+        every = self.config.eval.every
+        evaluations = 1 + (math.ceil(self.config.steps / every) if every else 1)
+        # An evaluation is a step without training.
+        evaluation = (step - scale * parts["train"]) * heldout / images
+        total = duration(self.config.steps * step + evaluations * evaluation)
+        split = f"{self.config.steps} steps and {evaluations} evaluations of {evaluation:.1f} s"
+        yield Row("run", True, f"about {total} in one process: {split}")
+
+    def export(self) -> Iterator[Row]:
+        """Checks that the saved adapter, loaded beside the trained one, gives the same logits."""
+        if not self.moved:
+            raise Skip("the policy has not moved")
+        # Beside the trained adapter, so that the chat model is not loaded a second time.
+        with tempfile.TemporaryDirectory(dir=self.folder) as saved:
+            self.policy.save(Path(saved), "")
+            model: Any = self.policy.model
+            own = self._logits()
+            model.load_adapter(saved, "again")
+            model.set_adapter("again")
+            again = self._logits()
+            with model.disable_adapter():
+                base = self._logits()
+            model.set_adapter("default")
+            model.delete_adapter("again")
+        moved, missed = float((own - base).norm() / base.norm()), float((again - own).norm() / base.norm())
+        measured = f"logits move by {moved:.2g} of themselves; the loaded adapter misses {missed:.1g}"
+        remedy = "what is saved is not what was trained: report it"
+        yield Row("export", missed <= 0.2 * moved or missed == 0, measured, remedy)
+
+    @torch.no_grad()
+    def _logits(self) -> torch.Tensor:
+        model, tokenizer = self.policy.model, self.policy.tokenizer
+        training = model.training
+        model.eval()  # dropout would make the logits differ
+        text = tokenizer.apply_chat_template(
+            messages(self.records[0].prompt), add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(self.policy.device)
+        logits = model(input_ids=text["input_ids"], attention_mask=text["attention_mask"]).logits[0, -1].float().cpu()
+        model.train(training)
+        return logits
+
+    def _adapter(self) -> dict[str, torch.Tensor]:
+        """Copies of the B factors. The A factors have no gradient while B is 0."""
+        state = get_peft_model_state_dict(self.policy.model)
+        return {name: value.detach().cpu().clone() for name, value in state.items() if ".lora_B." in name}

@@ -1,0 +1,155 @@
+"""Images before and after training, of the same prompts and seeds, with what the rewards said of each.
+
+One slider of the page uncovers all images of a grid from the one to the other; without script both stand side by side.
+The rewards' answers appear when the pointer is over a card or it has the keyboard's focus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.report.format import is_number
+from posttrain.report.render import image
+from posttrain.runs.read import read_rows
+
+RUBRIC = ("requirements", "answers")
+MOST_PAIRS = 24  # images shown of each side
+MOST_OF_TEACHER = 8
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image that a run left in its samples."""
+
+    file: Path
+    prompt: str
+    seed: Any
+    scores: dict[str, Any]
+    """By reward: `score`, and the details that it returned."""
+
+    @property
+    def key(self) -> tuple[str, Any]:
+        """Samples of different steps are compared if this is the same."""
+        return self.prompt, self.seed
+
+
+def read_samples(directory: Path) -> list[Sample]:
+    """The samples of one step, in order; empty if the step has none."""
+    if not directory.is_dir():
+        return []
+    rows, scores = read_rows(directory.parent / "prompts.json"), read_rows(directory / "scores.json")
+    samples = []
+    for i, file in enumerate(sorted(directory.glob("*.png"))):
+        row = rows[i] if i < len(rows) else {}
+        by_reward = scores[i] if i < len(scores) else {}
+        # Anyone may have edited the file; what is not an object is left out.
+        details = {name: value for name, value in by_reward.items() if isinstance(value, dict)}
+        samples.append(Sample(file, row.get("prompt", file.name), row.get("seed", "?"), details))
+    return samples
+
+
+def step_directories(samples: Path) -> list[Path]:
+    """The directories of the steps that have samples, first to last."""
+    return sorted(samples.glob("step-*")) if samples.is_dir() else []
+
+
+def step_of(directory: Path) -> int:
+    return int(directory.name.removeprefix("step-"))
+
+
+def step_name(directory: Path) -> str:
+    return f"step {step_of(directory)}"
+
+
+def matched(before: Sequence[Sample], after: Sequence[Sample]) -> list[tuple[Sample, Sample]]:
+    """The samples of the same prompt and seed."""
+    by_key = {sample.key: sample for sample in after}
+    return [(sample, by_key[sample.key]) for sample in before if sample.key in by_key]
+
+
+def run_images(samples: Path) -> dict[str, Any] | None:
+    """Images of a run at its first and its last step, and its teacher's; None if it has none."""
+    directories = step_directories(samples)
+    if not directories:
+        return None
+    first, last = directories[0], directories[-1]
+    pairs = matched(read_samples(first), read_samples(last))
+    teacher = matched(read_samples(samples / "teacher"), read_samples(last))
+    # Pages grow with each image inside them, so only the first ones are shown.
+    return {
+        "more": f", {MOST_PAIRS} of {len(pairs)} shown" if len(pairs) > MOST_PAIRS else "",
+        "only_step": step_name(first) if first == last else None,
+        "grid": grid(pairs[:MOST_PAIRS], step_name(first), step_name(last)),
+        "teacher": grid(teacher[:MOST_OF_TEACHER], "teacher", step_name(last)),
+    }
+
+
+def grid(pairs: Sequence[tuple[Sample, Sample]], before: str, after: str, largest: int = 512) -> dict[str, Any] | None:
+    """Cards of two images each. Both may be the same image: then there is nothing to compare, and no slider."""
+    if not pairs:
+        return None
+    cards = [_card(old, new, before, after, largest) for old, new in pairs]
+    # A run of one evaluation has the same files on both sides.
+    has_slider = any(old.file != new.file for old, new in pairs)
+    return {"before": before, "after": after, "has_slider": has_slider, "cards": cards}
+
+
+def _card(old: Sample, new: Sample, before: str, after: str, largest: int) -> dict[str, Any]:
+    sides = {before: old} if old.file == new.file else {before: old, after: new}
+    names = list(dict.fromkeys([*old.scores, *new.scores]))
+    scores = []
+    for name in names:
+        # A reward that failed on one side alone still has a row.
+        values = [side.scores.get(name, {}).get("score") for side in sides.values()]
+        scores.append({"name": name, "values": [f"{v:.2f}" if is_number(v) else "–" for v in values]})
+    return {
+        "images": [{"alt": name, **image(side.file, largest)} for name, side in sides.items()],
+        "prompt": new.prompt,
+        "seed": new.seed,
+        "scores": scores,
+        "titles": list(sides) if len(sides) > 1 else [],
+        "answers": _answers(list(sides.values()), names),
+    }
+
+
+def _answers(sides: Sequence[Sample], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of a table: what each reward said of the images, requirement by requirement where it asked about some."""
+    rows = []
+    for name in names:
+        details = [side.scores.get(name, {}) for side in sides]
+        rows.append({"reward": name, "cells": [_cell(one.get("score")) for one in details]})
+        rubrics = [_rubric(one) for one in details]
+        for question in _keys(rubrics):
+            cells = [_cell(answers.get(question), is_answer=True) for answers in rubrics]
+            rows.append({"question": question, "cells": cells})
+        for key in _keys(details):
+            # The rubric's two lists have been shown, question by question.
+            if key == "score" or (key in RUBRIC and any(rubrics)):
+                continue
+            rows.append({"question": key, "cells": [_cell(one.get(key)) for one in details]})
+    return rows
+
+
+def _keys(dicts: Sequence[dict[str, Any]]) -> list[str]:
+    """The keys of all, once each, in the order of their first appearance."""
+    return list(dict.fromkeys(key for one in dicts for key in one))
+
+
+def _rubric(details: dict[str, Any]) -> dict[str, Any]:
+    """The answer to each requirement, if the reward returned some."""
+    requirements, answers = (details.get(key) for key in RUBRIC)
+    if not (isinstance(requirements, list) and isinstance(answers, list)):
+        return {}
+    return {str(question): answer for question, answer in zip(requirements, answers)}
+
+
+def _cell(value: Any, is_answer: bool = False) -> dict[str, str]:
+    """An answer that is more likely no than yes stands out."""
+    if is_number(value):
+        return {"css": "n no" if is_answer and value < 0.5 else "n", "text": f"{value:.2f}"}
+    if isinstance(value, list):
+        value = ", ".join(map(str, value))
+    return {"css": "", "text": "–" if value in (None, "") else str(value)}

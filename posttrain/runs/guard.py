@@ -1,0 +1,88 @@
+"""What a command refuses to overwrite, and which changes of a recipe a resumed run refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from posttrain import commands
+from posttrain.config.diff import as_text, changes
+from posttrain.errors import UserError
+from posttrain.runs.lock import lock
+
+
+def check_new(output: Path, card: bool = False) -> None:
+    """Raises UserError if it exists, or, with `card`, if the model card beside it does."""
+    for path in (output, *([output.with_suffix(".md")] if card else [])):
+        if path.exists():
+            raise UserError(f"output: {path} exists; choose another name")
+
+
+def check_run(config: Any, resume: bool | None = False) -> None:
+    """Raise UserError before anything is made or changed: for a directory that holds a run, a tracker that is not
+    installed, and, where the run has a checkpoint, for changes of the recipe that resuming cannot honour. `resume` is
+    None where the command cannot do that.
+    """
+    for name in config.track.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"track.trackers: {name} is not installed; pip install {name} or leave it out")
+    run = Path(config.output)
+    recipe = run / "recipe.yaml"
+    # Taken and let go of: whether another command writes here is known before anything is loaded.
+    if (run / ".lock").is_file() and os.access(run / ".lock", os.W_OK):
+        lock(run).close()
+    if recipe.exists() and not resume:
+        way = "remove the directory" if resume is None else "add --resume"
+        raise UserError(f"{run}: holds a run already; {way} or choose another --output")
+    # Without a checkpoint the run starts again, and its recipe may be another one.
+    if recipe.exists() and any((run / "checkpoints").glob("[!.]*-*")):
+        frozen = _frozen(config)
+        lost = [change for change in changes(*_recipes(recipe, config)) if _is_kept(frozen, *change)]
+        if lost:
+            raise UserError(
+                f"{run}: cannot be resumed with {as_text(lost)}: restore that (a link can stand in for a file that"
+                " was moved), or choose another --output"
+            )
+
+
+def check_unchanged(config: Any, remedy: str, kept: Collection[str] | None = None, free: Collection[str] = ()) -> None:
+    """Raises UserError for the first top-level setting that a run cannot go on with, as it began with another.
+
+    Those of `kept` count, or, if None, all but those of `free`. `remedy` ends the message.
+    """
+    recipe = Path(config.output) / "recipe.yaml"
+    if not recipe.exists():
+        return
+    before, now = _recipes(recipe, config)
+    for name in now:
+        counts = name not in free if kept is None else name in kept
+        if counts and before.get(name) != now[name]:
+            raise UserError(f"{name}: differs from {recipe}, with which {config.output} began{remedy}")
+
+
+def _recipes(recipe: Path, config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The recipe that a run began with, and the one that it would go on with, both as YAML has them."""
+    return yaml.safe_load(recipe.read_text()), json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _is_kept(frozen: tuple[str, ...], path: str, old: Any, new: Any) -> bool:
+    if path == "optim.ema":  # its value may change, but an average cannot begin or end on the way
+        return bool(old) != bool(new)
+    if path in ("sampling.sizes", "sizes"):  # the first is the size of evaluations
+        return old[:1] != new[:1]
+    return path.startswith(frozen)
+
+
+def _frozen(config: Any) -> tuple[str, ...]:
+    """The settings that a resumed run cannot change."""
+    try:
+        return commands.of(config)[1].frozen
+    except LookupError:  # a method in a program, which is not a command
+        return ("lora", "seed", "prompts.heldout", "heldout", *commands.EVALUATED)

@@ -1,0 +1,112 @@
+"""Sampling: images of prompts from a model, with or without what a run has trained.
+
+posttrain sample --model.path posttrain/nano/weights/k2-nano --prompt "two red stars" --size [64,64] --output out
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import PartialState
+
+from posttrain.errors import UserError
+from posttrain.expander.model import Expander, resolve
+from posttrain.log import log
+from posttrain.model import sampler
+from posttrain.model.k2 import K2, Text, to_pil
+from posttrain.runs.guard import check_new
+from posttrain.sample_config import SampleConfig
+from posttrain.training import checkpoint
+from posttrain.training.policy import POLICY, add_saved_policy, apply_runtime_options, first_device, stack_earlier
+from prompts.records import PromptRecord, read_prompts
+
+
+def sample(config: SampleConfig) -> None:
+    """Writes 000.png, 001.png, ... and prompts.json into `config.output`."""
+    output = Path(config.output)
+    check_new(output)
+    records = [PromptRecord(config.prompt)] if config.prompt is not None else read_prompts(config.prompts or "")
+    if config.expand is not None:
+        resolve(config.expand)  # refused before the model is read
+    model = config.model
+    device = PartialState().device or "cpu"
+    k2 = K2.load(model.path, model.transformer_file, getattr(torch, model.dtype), first_device(model, device))
+    role = contextlib.nullcontext()
+    if config.adapter is not None:
+        saved = checkpoint.load(checkpoint.find(config.adapter))
+        stack_earlier(k2, saved)
+        add_saved_policy(k2, saved)
+        role = k2.role(POLICY)
+    apply_runtime_options(k2, model, device)
+    k2.blocks.compiled = bool(model.compile)  # a few images are drawn sooner than blocks are compiled
+    steps = sampler.STEPS[k2.is_distilled] if config.steps is None else config.steps
+    guidance = sampler.GUIDANCE[k2.is_distilled] if config.guidance is None else config.guidance
+    height, width = config.size
+    shape = (k2.image_tokens(height, width), k2.latent_channels)
+    jobs = _jobs(config, records)
+    prompts = [record.prompt for record in records]
+    if config.expand is not None:
+        prompts = expansions(config, prompts)  # one for each image
+    encoding = k2.encode(prompts)
+    cuts = list(filter(None, encoding.cut))
+    if cuts:
+        log.warning(f"{len(cuts)} prompts are too long; up to {max(cuts)} tokens are cut")
+    fused = [k2.fuse(features) for features in encoding.features]
+    null = k2.text([""]) if guidance > 0 else None
+    try:
+        output.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"output: {output} cannot be made: {error.strerror}; choose another name") from error
+    # Without expansions the images of a prompt share its text.
+    text_of = range(len(jobs)) if config.expand is not None else [job.record for job in jobs]
+    with role:
+        for first in range(0, len(jobs), config.micro_batch):
+            part = range(first, min(first + config.micro_batch, len(jobs)))
+            text = Text.of([fused[text_of[n]] for n in part])
+            noise = sampler.noise([jobs[n].seed for n in part], shape)
+            latents = k2.sample(text, noise, steps, height, width, guidance, null)
+            for n, image in zip(part, to_pil(k2.decode(latents, height, width))):
+                image.save(output / f"{n:03d}.png")
+    table: list[dict] = []
+    for n, job in enumerate(jobs):
+        row = {"prompt": records[job.record].prompt, "seed": job.seed}
+        if config.expand is not None:
+            row["expansion"] = prompts[n]
+        table.append(row)
+    (output / "prompts.json").write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+    print(f"posttrain: wrote {len(jobs)} images to {output} ({steps} steps, guidance {guidance:g})")
+
+
+class _Job(NamedTuple):
+    """An image to draw."""
+
+    record: int
+    """Index of its prompt."""
+    seed: int
+
+
+def _jobs(config: SampleConfig, records: list[PromptRecord]) -> list[_Job]:
+    """All images of the first prompt, then those of the second, ..."""
+    jobs = []
+    for index in range(len(records)):
+        for image in range(config.images):
+            # Its own stream, so that an image is the same whatever else is drawn.
+            jobs.append(_Job(index, sampler.seed_for(config.seed, index, image)))
+    return jobs
+
+
+def expansions(config: SampleConfig, prompts: list[str]) -> list[str]:
+    """`config.images` expansions of each prompt, in order. Raises UserError if one is empty."""
+    assert config.expand is not None
+    expander = Expander.load(config.expand, None, getattr(torch, config.model.dtype), PartialState().device or "cpu")
+    texts: list[str] = []
+    for group in expander.expand(prompts, config.images, config.seed):
+        texts += [expansion.text for expansion in group]
+    if not all(texts):
+        empty = prompts[texts.index("") // config.images]
+        raise UserError(f"expand: {config.expand} answered '{empty}' with nothing; train it further, or change seed")
+    return texts

@@ -1,0 +1,224 @@
+"""The policy, which is the role that a run trains, its checkpoints, and the model that it starts from.
+
+The policy is a LoRA adapter or all weights (`lora: null`). The reference of an adapter is the model without it; of all
+weights, a frozen copy made when training begins. A run that starts from an earlier one (`model.start`) has that one's
+policy as its reference. An earlier adapter stays an adapter, in fp32, active under every role (see model/roles.py), so
+that nothing of it is rounded away. Earlier weights replace the base's, in the base's types. Every checkpoint names the
+earlier runs that it was trained on top of (`origin.merged`), and loading it loads these again.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain.config.sections import LoraConfig, ModelConfig, RuntimeConfig
+from posttrain.errors import UserError
+from posttrain.model.blocks import set_attention
+from posttrain.model.files import DISTILLED_REMEDY
+from posttrain.model.fingerprint import fingerprint
+from posttrain.model.fp8 import quantize
+from posttrain.model.k2 import K2
+from posttrain.model.offload import place
+from posttrain.model.roles import TARGETS
+from posttrain.runs import startup
+from posttrain.training import checkpoint
+from posttrain.training.checkpoint import Checkpoint
+
+POLICY = "policy"
+
+
+# ---- the base -------------------------------------------------------------------------------------------------
+
+
+def load_model(model: ModelConfig, device: str | torch.device, saved: Checkpoint | None = None) -> K2:
+    """The base to train and what `model.start` trained; or, to resume, base and earlier runs of `saved`.
+
+    Raises UserError for a distilled checkpoint that the recipe does not ask for by name, for one that another base was
+    trained to, and for a run to start from that is gone or has changed.
+    """
+    if saved is not None:  # the reference must stay the one that the run began with
+        if (before := saved.state["model"].get("start")) != model.start:
+            raise UserError(f"model.start: was {before} when the run began; restore it, or start another run")
+        return apply_runtime_options(_load_for(saved, asdict(model), first_device(model, device)), model, device)
+    k2 = _load(asdict(model), first_device(model, device))
+    if k2.is_distilled and not model.allow_distilled:
+        raise UserError(f"{model.path}: model_index.json: is_distilled is true: {DISTILLED_REMEDY}")
+    if model.start is not None:
+        found = checkpoint.find(model.start)
+        first = checkpoint.load(found)
+        stages = [*earlier_of(first), first]
+        # Distillation comes last, so training starts from a student only if the recipe asks for it.
+        if any(map(is_student, stages)) and not model.allow_distilled:
+            raise UserError(f"model.start: {found} is distilled (method tdm): {DISTILLED_REMEDY}")
+        base = _origin(first)["base"]
+        if base not in (None, k2.origin["base"]):
+            raise UserError(f"model.start: {found} was trained on another model than model.path ({model.path})")
+        for earlier in stages:
+            _stack(k2, earlier)
+    return apply_runtime_options(k2, model, device)
+
+
+def load_base(saved: Checkpoint, device: str | torch.device = "cpu") -> K2:
+    """The model that a checkpoint's run began with. Raises UserError if it is gone or another one."""
+    return _load_for(saved, saved.state["model"], device)
+
+
+def _load_for(saved: Checkpoint, model: dict[str, Any], device: str | torch.device) -> K2:
+    k2 = _load(model, device)
+    if _origin(saved)["base"] not in (None, k2.origin["base"]):
+        raise UserError(
+            f"{model['path']}: is not the model that {saved.path} was trained on: its weights differ; restore it"
+        )
+    stack_earlier(k2, saved)
+    return k2
+
+
+def stack_earlier(k2: K2, saved: Checkpoint) -> None:
+    """Add to the base what the earlier runs of a checkpoint's own trained."""
+    for earlier in earlier_of(saved):
+        _stack(k2, earlier)
+
+
+def stands_on(saved: Checkpoint, k2: K2) -> bool:
+    """Whether a checkpoint was trained on the model as it is now: the same base and the same earlier runs."""
+    origin = _origin(saved)
+    return origin["base"] in (None, k2.origin["base"]) and origin["merged"] == k2.origin["merged"]
+
+
+def earlier_of(saved: Checkpoint) -> list[Checkpoint]:
+    """The checkpoints that this one stands on, in their order. Raises UserError if one is gone or changed."""
+    found = []
+    for entry in _origin(saved)["merged"]:
+        path = Path(entry["path"])
+        if not path.is_dir():
+            raise UserError(f"{path}: is gone, and {saved.path} was trained on top of it; put it back")
+        found.append(checkpoint.load(path))  # which compares all checksums with its manifest
+        if _sum(found[-1]) != entry["sha256"]:
+            raise UserError(f"{path}: has changed since {saved.path} was trained on top of it; restore it")
+    return found
+
+
+def _load(model: dict[str, Any], device: str | torch.device) -> K2:
+    startup.lap("inputs")
+    k2 = K2.load(model["path"], model["transformer_file"], getattr(torch, model["dtype"]), device)
+    startup.lap("read")
+    state = k2.base_state_dict()
+    # Minimum and maximum are many times faster than isfinite on each number, and are not finite if any number is not.
+    ends = {name: torch.stack(torch.aminmax(value)).float() for name, value in state.items()}
+    if not torch.stack(list(ends.values())).isfinite().all():
+        name = next(name for name, pair in ends.items() if not pair.isfinite().all())
+        where = model["transformer_file"] or model["path"]
+        raise UserError(f"{where}: {name} holds numbers that are not finite; copy or download it again")
+    k2.origin = {"base": fingerprint(state), "merged": []}
+    startup.lap("verify")
+    return k2
+
+
+def first_device(model: ModelConfig, device: str | torch.device) -> str | torch.device:
+    """Where the model is read to."""
+    # What does not fit into a GPU as it is goes there only when it is quantised, or in part.
+    return "cpu" if model.quantize or model.offload else device
+
+
+def apply_runtime_options(k2: K2, model: RuntimeConfig, device: str | torch.device) -> K2:
+    """Quantises, places and compiles the model as the recipe says. None of this is part of a checkpoint."""
+    if model.quantize:
+        quantize(k2, device)
+    net: Any = k2.transformer
+    net.to(device)
+    place(k2, model.offload, torch.device(device))
+    k2.blocks.compiled, k2.blocks.recompute = model.compile, model.recompute
+    if model.attention == "cudnn":
+        if k2.device.type != "cuda" or k2.dtype != torch.bfloat16:
+            raise UserError("model.attention: cudnn wants an NVIDIA GPU and model.dtype bfloat16; use native")
+        set_attention(k2.transformer, "cudnn")
+    return k2
+
+
+def is_student(saved: Checkpoint) -> bool:
+    """Whether a checkpoint's policy is a distilled student: few steps, no guidance, Turbo's shift."""
+    return saved.state.get("method") == "tdm"
+
+
+def _stack(k2: K2, earlier: Checkpoint) -> None:
+    add_saved_policy(k2, earlier)
+    k2.stack_role(POLICY)  # from now on it is part of the base, under every role
+    k2.origin["merged"].append({"path": _relative(earlier.path), "sha256": _sum(earlier)})
+
+
+def _origin(saved: Checkpoint) -> dict[str, Any]:
+    """Older checkpoints do not say what they were trained on, and had no earlier runs."""
+    return saved.state.get("origin", {"base": None, "merged": []})
+
+
+def _relative(path: Path) -> str:
+    """From the working directory, as paths in recipes are, so that a project can be moved."""
+    here = Path.cwd()  # paths outside of it stay absolute
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def _sum(saved: Checkpoint) -> str:
+    manifest = json.loads((saved.path / "manifest.json").read_text())
+    return manifest[f"{file_of(saved.state['lora'])}.safetensors"]["sha256"]
+
+
+# ---- the policy -----------------------------------------------------------------------------------------------
+
+
+def add_policy(k2: K2, lora: LoraConfig | None, seed: int, reference: bool) -> None:
+    """The role as a run begins with it. With `reference`, the role None stays what the model is now."""
+    if lora is None:
+        k2.add_full_role(POLICY, reference)
+    else:
+        k2.add_role(POLICY, lora.rank, lora.alpha, TARGETS if lora.targets is None else lora.targets, seed)
+
+
+def add_saved_policy(k2: K2, saved: Checkpoint) -> None:
+    """The role as a checkpoint has it. With a student the model counts as distilled: its shift is Turbo's."""
+    lora = saved.state["lora"]
+    if lora is None:
+        k2.add_full_role(POLICY)
+    else:
+        k2.add_role(POLICY, **lora)
+    load_policy(k2, saved)
+    if is_student(saved):
+        k2.pipe.register_to_config(is_distilled=True)  # which chooses the shift of the schedule
+
+
+def load_policy(k2: K2, saved: Checkpoint) -> None:
+    """Put a checkpoint's values into the role. Raises UserError if it holds another kind of role."""
+    own, other = described(k2), saved.state["lora"]
+    if (own is None) != (other is None):
+        kinds = {True: "all weights", False: "an adapter"}
+        raise UserError(
+            f"lora: {saved.path} has trained {kinds[other is None]} and this recipe trains {kinds[own is None]};"
+            " restore lora, or start another run"
+        )
+    k2.load_role_state_dict(POLICY, saved.tensors[file_of(own)])
+
+
+def described(k2: K2) -> dict[str, Any] | None:
+    """What a checkpoint's `lora` says: rank, alpha and targets; None for all weights."""
+    role = k2.roles[POLICY]
+    return None if role is None else asdict(role)
+
+
+def file_of(lora: dict[str, Any] | None) -> str:
+    """The stem of the file that holds the role in a checkpoint."""
+    return "weights" if lora is None else "adapter"
+
+
+def policy_state(k2: K2) -> dict[str, Tensor]:
+    """Copies of the role's values on the CPU."""
+    return checkpoint.on_host(k2.role_state_dict(POLICY))
+
+
+def saved_tensors(k2: K2) -> dict[str, dict[str, Tensor]]:
+    """The role as a file of a checkpoint."""
+    return {file_of(described(k2)): policy_state(k2)}

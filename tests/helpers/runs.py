@@ -1,0 +1,292 @@
+"""GRPO runs of a few seconds on the tiny pipeline, and the command line without a minute of imports."""
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from posttrain.config import metrics
+from posttrain.config.sections import ModelConfig, PromptsConfig
+from posttrain.grpo.config import GRPOConfig
+from posttrain.stpo.config import PairSetConfig, STPOConfig
+from posttrain.tdm.config import FakeConfig, TDMConfig
+from posttrain.training import checkpoint
+from rewards.base import RewardSpec
+from tests.helpers import tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+def brightness(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    """Mean of all pixels, in [0, 1]."""
+    return [float(np.asarray(image).mean()) / 255 for image in images]
+
+
+def contrast(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    """A group reward: how far each is from the group's mean picture; needs two of one prompt."""
+    assert len(images) > 1 and len(set(prompts)) == 1
+    pixels = np.stack([np.asarray(image, float) for image in images]) / 255
+    return np.abs(pixels - pixels.mean(0)).mean((1, 2, 3)).tolist()
+
+
+def constant(images, prompts):
+    return [0.5] * len(images)
+
+
+def nothing(images, prompts):
+    return [None] * len(images)
+
+
+def script(name: str, values: list[float]) -> RewardSpec:
+    function = {"class_path": "tests.helpers.warm.Script", "init_args": {"values": values}}
+    return RewardSpec(name, function, heldout_only=True)
+
+
+def config(folder: Path, model: Path, reward: str = "brightness") -> GRPOConfig:
+    """A recipe whose run goes into folder/run: two groups of four pictures of 32 x 32, two SDE steps of four."""
+    for name, prompts in (("train", tiny.PROMPTS[:3]), ("heldout", tiny.PROMPTS[2:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    made = GRPOConfig(
+        output=str(folder / "run"),
+        model=ModelConfig(path=str(model), dtype="float32"),
+        prompts=PromptsConfig(str(folder / "train.jsonl"), str(folder / "heldout.jsonl"), max_tokens=64),
+        rewards=[RewardSpec(name=reward, function=f"tests.helpers.runs:{reward}")],
+        steps=2,
+    )
+    made.lora.rank, made.lora.alpha = 4, 8.0
+    made.sampling.sizes, made.sampling.steps = [[32, 32]], 4
+    made.groups.prompts_per_step, made.groups.group_size, made.groups.micro_batch = 2, 4, 4
+    made.optim.lr = 3e-3
+    made.eval.every, made.eval.prompts, made.eval.steps = 0, 2, 2
+    made.eval.groups = 0
+    made.checkpoint.every = 0
+    made.track.tensorboard = False
+    return made
+
+
+def pairs(folder: Path, count: int = 20, *sizes: tuple[int, int]) -> Path:
+    """JSONL: of each pair the brighter picture is preferred; four prompts of four lengths. Sizes, (32, 32) if there are
+    none, take turns."""
+    rng, rows = np.random.default_rng(0), []
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        size = sizes[i % len(sizes)] if sizes else (32, 32)
+        for name, base in (("chosen", 160), ("rejected", 40)):
+            pixels = base + rng.integers(0, 60, (size[0] // 8, size[1] // 8, 3), dtype=np.uint8)
+            image = Image.fromarray(pixels).resize(size[::-1], Image.Resampling.NEAREST)
+            image.save(folder / f"images/{i}-{name}.png")
+        row = {name: f"images/{i}-{name}.png" for name in ("chosen", "rejected")}
+        rows.append({"prompt": tiny.PROMPTS[i % 4], **row, "source": "synthetic"})
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def stpo_config(folder: Path, model: Path) -> STPOConfig:
+    """A recipe whose run goes into folder/run: six pairs an update, of twenty, a quarter of them held out."""
+    (folder / "heldout.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in tiny.PROMPTS[2:]))
+    made = STPOConfig(
+        output=str(folder / "run"),
+        model=ModelConfig(path=str(model), dtype="float32"),
+        pairs=PairSetConfig(str(pairs(folder)), max_tokens=64, heldout=0.25, cache=str(folder / "cache"), measured=5),
+        heldout=str(folder / "heldout.jsonl"),
+        rewards=[RewardSpec(name="brightness", function="tests.helpers.runs:brightness")],
+        steps=2,
+        batch=6,
+        micro_batch=4,
+    )
+    assert made.lora is not None
+    made.lora.rank, made.lora.alpha = 4, 8.0
+    made.optim.lr = 3e-3
+    made.eval.every, made.eval.prompts, made.eval.steps, made.eval.groups = 0, 2, 2, 0
+    made.checkpoint.every = 0
+    made.track.tensorboard = False
+    return made
+
+
+def tdm_config(folder: Path, model: Path) -> TDMConfig:
+    """A recipe whose run goes into folder/run: six pictures of 32 x 32 a step, of prompts of four lengths."""
+    more = [f"{prompt}, again" for prompt in tiny.PROMPTS]
+    for name, prompts in (("train", [*tiny.PROMPTS, *more]), ("heldout", tiny.PROMPTS[1:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    made = TDMConfig(
+        output=str(folder / "run"),
+        model=ModelConfig(path=str(model), dtype="float32"),
+        prompts=PromptsConfig(str(folder / "train.jsonl"), str(folder / "heldout.jsonl"), max_tokens=64),
+        rewards=[RewardSpec(name="brightness", function="tests.helpers.runs:brightness")],
+        steps=3,
+        batch=6,
+        micro_batch=4,
+        sizes=[[32, 32]],
+        fake=FakeConfig(warmup=1),
+    )
+    assert made.lora is not None
+    made.lora.rank, made.lora.alpha = 4, 8.0
+    made.student.steps, made.teacher.guidance = [4], 1.5
+    made.optim.lr, made.optim.ema = 3e-3, 0.0
+    made.eval.every, made.eval.prompts, made.eval.steps, made.eval.groups, made.eval.group_size = 0, 2, 3, 1, 2
+    made.checkpoint.every = 0
+    made.track.tensorboard = False
+    return made
+
+
+def trained(folder: Path, model: Path) -> Path:
+    """The directory of a GRPO run of one step."""
+    from posttrain.grpo import train as grpo
+
+    made = config(folder, model)
+    made.steps, made.optim.lr = 1, 0.02
+    grpo.train(made)
+    return Path(made.output)
+
+
+def recipe(made: Any, path: Path) -> Path:
+    path.write_text(json.dumps(dataclasses.asdict(made)))  # JSON is YAML
+    return path
+
+
+def rows(run: str | Path) -> list[dict]:
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(run: str | Path) -> list[dict]:
+    """The metrics without what a clock said."""
+    clock = ("time", "score_hidden")
+    return [{k: v for k, v in row.items() if k not in clock and not k.startswith("seconds/")} for row in rows(run)]
+
+
+def training_rows(run: str | Path) -> list[dict]:
+    return [row for row in rows(run) if "loss" in row]
+
+
+def latest(run: str | Path) -> checkpoint.Checkpoint:
+    """The newest checkpoint, which need not be what the run hands on."""
+    found = checkpoint.load_latest(Path(run) / "checkpoints")
+    assert found is not None
+    return found
+
+
+def assert_equal(a: dict, b: dict) -> None:
+    """The same tensors, bit for bit."""
+    assert a.keys() == b.keys()
+    for key in a:
+        assert a[key].equal(b[key]), key
+
+
+def assert_metrics_are_defined(run: str | Path, *rewards: str) -> None:
+    """All that a run logged has a definition; any other metric of an evaluation is the score of one of `rewards`."""
+    names = {name for row in rows(run) for name in row} - {"step", "time"}
+    for name in sorted(names):
+        metric = metrics.find(name)
+        assert metric is not None, name
+        assert metric is not metrics.SCORE or name.partition("/")[2].partition("@")[0] in rewards, name
+
+
+def watch_loading(method: Any, monkeypatch: Any) -> list:
+    """Gets each K2 that a method loads, with a copy of its weights as they were."""
+    seen, load = [], method.load_model
+
+    def load_model(*arguments):
+        k2 = load(*arguments)
+        seen.append((k2, {key: value.clone() for key, value in k2.base_state_dict().items()}))
+        return k2
+
+    monkeypatch.setattr(method, "load_model", load_model)
+    return seen
+
+
+TRAINING = """
+import posttrain.export.export, posttrain.grpo.train, posttrain.preflight.run, posttrain.preflight.grpo
+import posttrain.report.page
+import posttrain.sample_images, posttrain.stpo.train
+import posttrain.tdm.train
+import tests.helpers.runs
+"""
+SERVE = """
+import json, os, resource, signal, sys, traceback
+from posttrain import cli
+for line in sys.stdin:
+    call = json.loads(line)
+    files = [os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for file in call["files"]]
+    children = []
+    for environment in call["environments"]:
+        child = os.fork()
+        if child == 0:
+            os.environ |= environment
+            signal.alarm(240)  # processes that wait for each other for ever end as a failure
+            for number in (1, 2):
+                os.dup2(files[number - 1], number)
+            if call["limit"]:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (call["limit"], call["limit"]))
+            try:
+                code = cli.main(call["args"])
+            except BaseException:
+                traceback.print_exc()
+                code = 1
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        children.append(child)
+    print(json.dumps(children), flush=True)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
+    for file in files:
+        os.close(file)
+"""
+
+
+class Commands:
+    """`posttrain ...` in processes of its own each time, forked from one that has run `prepare`, mostly imports."""
+
+    def __init__(self, folder: Path, prepare: str = TRAINING):
+        self.files = [str(folder / name) for name in ("stdout", "stderr")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", prepare + SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+            env=environment,
+        )  # fmt: skip
+
+    def __call__(self, *args, limit: int = 0, processes: int = 1, **environment: str) -> subprocess.CompletedProcess:
+        """Runs a command line; files it writes may be `limit` bytes long, which stands in for a full disk."""
+        self.start(*args, limit=limit, processes=processes, **environment)
+        return self.wait()
+
+    def start(self, *args, limit: int = 0, processes: int = 1, **environment: str) -> list[int]:
+        """Begins a command and returns its process ids, by rank; `wait` must follow before the next one.
+
+        Several processes have the environment that a launcher such as torchrun gives them.
+        """
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), **environment}
+        world["WORLD_SIZE"] = world["LOCAL_WORLD_SIZE"] = str(processes)
+        ranks = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+        call = {"args": [str(arg) for arg in args], "files": self.files, "limit": limit}
+        assert self.server.stdin is not None
+        self.server.stdin.write(json.dumps(call | {"environments": ranks if processes > 1 else [{}]}) + "\n")
+        self.server.stdin.flush()
+        return self._answer()
+
+    def wait(self) -> subprocess.CompletedProcess:
+        """Output of all processes; the exit code is the first that is not 0, and `args` are those of all."""
+        codes = self._answer()
+        code = next(filter(None, codes), 0)
+        return subprocess.CompletedProcess(
+            [str(code) for code in codes], code, *(Path(file).read_text() for file in self.files)
+        )
+
+    def _answer(self) -> list[int]:
+        assert self.server.stdout is not None
+        return json.loads(self.server.stdout.readline())
+
+    def close(self) -> None:
+        assert self.server.stdin is not None
+        self.server.stdin.close()
+        self.server.wait(60)
