@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from posttrain.nano.bench.compare import ensemble, wins
-from posttrain.nano.bench.stpo import figure, spread, table
+from posttrain.nano.bench.stpo import figure, table
 from posttrain.nano.world import judge_data, scenes
 from posttrain.nano.world.choices import tasteful
 from posttrain.report.charts import panels_svg
@@ -51,7 +51,6 @@ def test_the_taste_is_the_hidden_one_and_sees_nothing_in_an_empty_picture():
 def test_table_names_the_least_and_the_greatest():
     rows = {"a": [{"x": 0.5, "y": None}, {"x": 0.25, "y": None}], "b": [{"x": 1.0, "y": 2.0}]}
     assert table(rows, ["x", "y"]).splitlines()[2:] == ["| a | 0.250 to 0.500 | - |", "| b | 1.000 | 2.000 |"]
-    assert spread([0.1], "+") == "+0.100"
 
 
 def test_a_figure_has_a_line_for_each_run_in_its_variants_colour():

@@ -25,6 +25,7 @@ from posttrain.config.sections import EvalConfig
 from posttrain.distributed.processes import Processes
 from posttrain.export.export import load_checkpoint
 from posttrain.model.k2 import K2, to_pil
+from posttrain.nano.bench import common
 from posttrain.nano.world.choices import tasteful
 from posttrain.training import checkpoint, image_metrics
 from posttrain.training.evaluate import Evaluator, means
@@ -101,9 +102,11 @@ def main() -> None:
         args.output.write_text(json.dumps(rows, indent=1) + "\n")
         np.savez_compressed(args.output.with_suffix(".npz"), images=np.stack([one["images"] for one in results]))
     names = list(rows[0])[1:]
-    print("| " + " | ".join(["run", *names]) + " |\n|---" * 1 + "|---" * len(names) + "|")
+    lines = []
     for row in rows:
-        print(f"| {row['run']} | " + " | ".join("-" if row[n] is None else f"{row[n]:.3f}" for n in names) + " |")
+        cells = ["-" if row[name] is None else f"{row[name]:.3f}" for name in names]
+        lines.append([row["run"], *cells])
+    print(common.markdown(["run", *names], lines))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ import json
 import multiprocessing
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +47,7 @@ from posttrain.export.export import load_checkpoint
 from posttrain.model import sampler
 from posttrain.model.architecture import blocks
 from posttrain.model.k2 import K2, Text, to_pil
-from posttrain.nano.bench.jobs import Jobs
+from posttrain.nano.bench import common
 from posttrain.nano.build import evaluate
 from posttrain.nano.world import prompts
 from posttrain.runs.progress import grid_image
@@ -142,7 +141,7 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 
 def train(args: argparse.Namespace) -> list[Path]:
     """Run directories of the students that --train and --seeds name, trained."""
-    jobs = Jobs(args.output, args.jobs)
+    jobs = common.Jobs(args.output, args.jobs)
 
     def run(steps: str, seed: int) -> Path:
         folder = args.output / f"{steps.replace(',', '-')}-{seed}"
@@ -151,9 +150,7 @@ def train(args: argparse.Namespace) -> list[Path]:
             jobs(folder.name, "posttrain.cli", ["tdm", "--config", RECIPE, *args.options, *own])
         return folder
 
-    todo = list(itertools.product(args.train, args.seeds))
-    with ThreadPoolExecutor(len(todo)) as pool:
-        return list(pool.map(lambda one: run(*one), todo))
+    return common.side_by_side(run, itertools.product(args.train, args.seeds))
 
 
 def load(path: Path, device: str) -> tuple[K2, str | None, str]:
@@ -174,15 +171,14 @@ def teacher(args: argparse.Namespace) -> K2:
 
 def table(rows: dict[str, tuple[int, list[dict[str, float]]]], teacher: dict[str, float]) -> str:
     """Markdown; `rows` are by name forwards and the figures of each seed."""
-    lines = [f"| | forwards | {' | '.join(FIGURES)} |", "|---|" + "---|" * (len(FIGURES) + 1)]
+    lines = []
     for name, (forwards, seeds) in rows.items():
         cells = []
         for figure in FIGURES:
-            values = np.array([row[figure] for row in seeds]) / (teacher["diversity"] if figure == "diversity" else 1)
-            spread = f" ({values.min():.3f} to {values.max():.3f})" if len(values) > 1 else ""
-            cells.append(f"{values.mean():.3f}{spread}")
-        lines.append(f"| {name} | {forwards} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            one = teacher["diversity"] if figure == "diversity" else 1
+            cells.append(common.mean_and_extent([row[figure] / one for row in seeds]))
+        lines.append([name, forwards, *cells])
+    return common.markdown(["", "forwards", *FIGURES], lines)
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------
