@@ -81,8 +81,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        rows = (prompts.FOLDER / "heldout.jsonl").read_text().splitlines()[: args.prompts]
-        self.records = [json.loads(row) for row in rows]
+        self.records = prompts.read("heldout")[: args.prompts]
         self.judge = VLM.load(JUDGE, device=args.device)
         self.pool = multiprocessing.get_context("spawn").Pool(os.cpu_count(), torch.set_num_threads, (1,))
 

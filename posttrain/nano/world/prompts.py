@@ -9,6 +9,7 @@ and is measured on `short_heldout.jsonl`, which leaves open what `open.jsonl` do
 """
 
 import json
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,11 @@ from posttrain.resources import ROOT
 FOLDER = ROOT / "prompts/nano"
 HELDOUT_WORDS = sorted(WORDS)[::5]
 TRAIN_WORDS = sorted(set(WORDS) - set(HELDOUT_WORDS))
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    """The rows of a set."""
+    return [json.loads(line) for line in (FOLDER / f"{name}.jsonl").read_text().splitlines()]
 
 
 def make(n: int, seed: int, words: list[str], details: tuple[float, ...], taken: set[str]) -> list[dict]:
