@@ -65,6 +65,10 @@ class Text:
             return Text(tokens)
         return Text(tokens, torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None])
 
+    def first(self, count: int) -> "Text":
+        """The first prompts of the batch."""
+        return Text(self.tokens[:count], None if self.mask is None else self.mask[:count])
+
     def repeat(self, times: int) -> "Text":
         """Each prompt `times` times in a row, for groups of one prompt."""
         mask = None if self.mask is None else self.mask.repeat_interleave(times, 0)

@@ -29,7 +29,7 @@ from posttrain.grpo import train as grpo
 from posttrain.grpo.config import GRPOConfig
 from posttrain.model.k2 import K2
 from posttrain.preflight.checks import Row, Skip, phase
-from posttrain.preflight.common import Checks
+from posttrain.preflight.common import K2Checks, load_unasked
 from posttrain.training import advantages
 from posttrain.training.evaluate import gather_scores
 from posttrain.training.policy import add_policy, load_model
@@ -48,7 +48,7 @@ GROUPS = 2
 def rows(config: GRPOConfig, procs: Processes, folder: Path) -> list[Row]:
     """Raises UserError if nothing can be checked."""
     source, heldout = PromptSource(config, read_prompts(config.prompts.train)), read_prompts(config.prompts.heldout)
-    load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})
+    load_unasked(config)
     phase("the model is read")
     k2 = load_model(config.model, procs.device)
     add_policy(k2, config.lora, config.seed, reference=config.loss.kl > 0)
@@ -69,7 +69,7 @@ class Kept(ScoreQueue):
         super().submit(images, prompts, columns)
 
 
-class GRPOChecks(Checks):
+class GRPOChecks(K2Checks):
     def __init__(
         self, config: GRPOConfig, procs: Processes, k2: K2, source: PromptSource, heldout: list[PromptRecord],
         folder: Path,
