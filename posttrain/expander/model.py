@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from posttrain.errors import UserError
+from posttrain.errors import UserError, first_line
 from posttrain.expander.chat_template import messages, template
 from posttrain.model import sampler
 from posttrain.model.fingerprint import fingerprint
@@ -56,7 +56,7 @@ class Expander:
                 with quiet():
                     model = PeftModel.from_pretrained(model, adapter)
             except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-                raise UserError(f"{adapter}: cannot be loaded as an adapter of {base}: {_first_line(error)}") from error
+                raise UserError(f"{adapter}: cannot be loaded as an adapter of {base}: {first_line(error)}") from error
         return cls(model.to(device).eval(), tokenizer)
 
     @torch.no_grad()
@@ -132,7 +132,7 @@ def load_chat_model(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
             tokenizer: Any = AutoTokenizer.from_pretrained(path)
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"{path}: {what}cannot be loaded as a language model: {_first_line(error)}") from error
+        raise UserError(f"{path}: {what}cannot be loaded as a language model: {first_line(error)}") from error
     if tokenizer.chat_template is None:
         raise UserError(f"{path}: its tokenizer has no chat template; use an instruct model")
     if tokenizer.pad_token is None:  # batches need one; masked, so it does not matter which
@@ -169,7 +169,3 @@ def _named_base(adapter: Path) -> str:
         return str(json.loads(config.read_text())["base_model_name_or_path"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{config}: has no base_model_name_or_path; give model and adapter separately") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

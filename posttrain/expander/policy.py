@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from posttrain.config.sections import LoraConfig
-from posttrain.errors import UserError
+from posttrain.errors import UserError, first_line
 from posttrain.expander.chat_template import messages, template
 from posttrain.expander.config import ChatModelConfig
 from posttrain.expander.model import check_base, load_chat_model, resolve, write_card
@@ -48,7 +48,7 @@ class Policy:
                 self.model = get_peft_model(base, options)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             what = "lora.targets" if adapter is None else f"model: {adapter} as an adapter of {path}"
-            raise UserError(f"{what}: {str(error).strip().splitlines()[0]}") from error
+            raise UserError(f"{what}: {first_line(error)}") from error
         ends = base.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         self.ends = list(dict.fromkeys([self.tokenizer.eos_token_id, *ends]))

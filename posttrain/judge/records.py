@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
 from posttrain.errors import UserError
@@ -24,6 +22,7 @@ from posttrain.log import log
 from posttrain.preferences.dataset import Preference, Preferences, read_preferences
 from posttrain.preferences.heldout import in_share
 from posttrain.preferences.sources import Skipped
+from posttrain.runs.progress import reading
 from prompts.parse import parse_json
 from prompts.templates import Template
 
@@ -297,10 +296,7 @@ class _Read(Dataset):
 def _read_once(parts: Sequence[Any], workers: int) -> Any:
     """What `_Read` returns, in the order of `parts`; `workers` processes share the reading."""
     loader = DataLoader(_Read(parts), batch_size=None, num_workers=workers, collate_fn=_unchanged)
-    shown = Console(stderr=True)
-    return track(
-        loader, "reading images", total=len(parts), console=shown, transient=True, disable=not shown.is_terminal
-    )
+    return reading(loader, "images", len(parts))
 
 
 def _unchanged(row: Any) -> Any:

@@ -217,4 +217,6 @@ def _clauses(prompt: str) -> list[str]:
         if not any(a < cut.start() < b for a, b in quoted):
             clauses.append(prompt[start : cut.start()])
             start = cut.end()
-    return [clause for clause in [*clauses, prompt[start:]] if clause.strip()]
+    clauses.append(prompt[start:])
+    # A prompt that begins or ends with a separator has an empty clause there.
+    return [clause for clause in clauses if clause.strip()]

@@ -257,11 +257,6 @@ class K2Checks(Checks):
         yield Row("export", missed <= MISSED, measured, "what is exported is not what was trained: report it")
 
 
-def load_unasked(config: Any) -> None:
-    """Raises UserError for a reward that cannot be made. No server runs yet, and none is asked."""
-    load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})
-
-
 def memory_row(field: str) -> Row:
     """The peak memory of this process so far. `field` is the setting to lower."""
     peak = peak_memory()

@@ -29,7 +29,8 @@ from posttrain.expander.policy import Policy
 from posttrain.expander.renderer import make_renderer
 from posttrain.expander.score import Scorer
 from posttrain.preflight.checks import Row, Skip, phase
-from posttrain.preflight.common import SHOWN, Checks, load_unasked
+from posttrain.preflight.common import SHOWN, Checks
+from posttrain.training.loop import try_rewards
 from prompts.records import PromptRecord, read_prompts
 from rewards.diversity import Features
 
@@ -42,7 +43,7 @@ def rows(config: ExpanderGDPOConfig, procs: Processes, folder: Path) -> list[Row
     if procs.size > 1:
         raise UserError("posttrain preflight: checks expander gdpo in one process; start it without a launcher")
     records = read_prompts(config.prompts.train)
-    load_unasked(config)
+    try_rewards(config)
     phase("the chat model is read")
     policy = Policy(config.model, config.lora, config.seed, procs.device)
     phase("the renderer is read")

@@ -29,9 +29,10 @@ from posttrain.grpo import train as grpo
 from posttrain.grpo.config import GRPOConfig
 from posttrain.model.k2 import K2
 from posttrain.preflight.checks import Row, Skip, phase
-from posttrain.preflight.common import K2Checks, load_unasked
+from posttrain.preflight.common import K2Checks
 from posttrain.training import advantages
 from posttrain.training.evaluate import gather_scores
+from posttrain.training.loop import try_rewards
 from posttrain.training.policy import add_policy, load_model
 from posttrain.training.prompt_source import PromptSource
 from posttrain.training.stepper import RATIO_REMEDY
@@ -48,7 +49,7 @@ GROUPS = 2
 def rows(config: GRPOConfig, procs: Processes, folder: Path) -> list[Row]:
     """Raises UserError if nothing can be checked."""
     source, heldout = PromptSource(config, read_prompts(config.prompts.train)), read_prompts(config.prompts.heldout)
-    load_unasked(config)
+    try_rewards(config)
     phase("the model is read")
     k2 = load_model(config.model, procs.device)
     add_policy(k2, config.lora, config.seed, reference=config.loss.kl > 0)

@@ -22,8 +22,9 @@ from posttrain.pairs.draw import Cost, Drawer
 from posttrain.pairs.planning import Block, Plan
 from posttrain.pairs.select import KEPT
 from posttrain.preflight.checks import Row, phase
-from posttrain.preflight.common import Checks, load_unasked, memory_row
+from posttrain.preflight.common import Checks, memory_row
 from posttrain.runs.progress import duration
+from posttrain.training.loop import try_rewards
 from prompts.records import PromptRecord, read_prompts
 from rewards.background import ScoreQueue
 from rewards.load import load_rewards
@@ -37,7 +38,7 @@ STEPS = 8
 def rows(config: PairsConfig, procs: Processes, folder: Path) -> list[Row]:
     """Raises UserError if nothing can be checked."""
     records = read_prompts(config.prompts)
-    load_unasked(config)
+    try_rewards(config)
     phase("the model and its checkpoints are read")
     few = changed(config, steps=min(config.steps, STEPS), block=min(config.block, CANDIDATES))
     return PairsChecks(config, few, procs, Drawer(few, procs.device), records, folder).run()
@@ -110,11 +111,10 @@ class PairsChecks(Checks):
         seconds, images, plan = 0.0, 0, Plan(self.config)
         for source, quota, rate in zip(self.config.sources, plan.quotas, self.rates):
             # A source stops at `tries` candidates for each pair, however few were kept.
-            group = source.judged.group_size if source.judged else 1
-            count = math.ceil(min(quota / max(rate, planning.LEAST_RATE), self.config.tries * quota)) * group
+            candidates = math.ceil(min(quota / max(rate, planning.LEAST_RATE), self.config.tries * quota))
+            count = candidates * source.group_size
             for draw in source.draws():
-                steps = self.config.resolved(draw).steps or 0
-                seconds += count * (steps * (2 if draw.guidance else 1) * unit["forward"] + unit["decode"])
+                seconds += count * (self.config.forwards(draw) * unit["forward"] + unit["decode"])
                 images += count
         device = "GPU" if torch.cuda.is_available() else "CPU"
         measured = f"about {duration(seconds)} on one {device}: {images} images for {self.config.pairs} pairs; a"

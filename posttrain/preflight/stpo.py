@@ -22,11 +22,12 @@ from posttrain.model.k2 import K2
 from posttrain.preferences.dataset import Preference, Preferences, read_preferences
 from posttrain.preferences.sources import Skipped
 from posttrain.preflight.checks import Row, phase
-from posttrain.preflight.common import K2Checks, finite, load_unasked
+from posttrain.preflight.common import K2Checks, finite
 from posttrain.runs.progress import duration
 from posttrain.stpo import train as stpo
 from posttrain.stpo.config import STPOConfig
 from posttrain.stpo.latent_cache import Batch, encode_pairs
+from posttrain.training.loop import try_rewards
 from posttrain.training.policy import add_policy, load_model
 from prompts.records import PromptRecord, read_prompts
 
@@ -65,7 +66,7 @@ def rows(config: STPOConfig, procs: Processes, folder: Path) -> list[Row]:
     """Raises UserError if nothing can be checked."""
     preferences = read_preferences(config.pairs.train, config.pairs.columns, config.pairs.max_bad)
     heldout = read_prompts(config.heldout)
-    load_unasked(config)
+    try_rewards(config)
     phase("the model is read")
     k2 = load_model(config.model, procs.device)
     return STPOChecks(config, procs, k2, preferences, heldout, folder).run()

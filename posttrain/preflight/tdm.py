@@ -16,12 +16,13 @@ from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
 from posttrain.model.k2 import K2
 from posttrain.preflight.checks import Row, phase
-from posttrain.preflight.common import K2Checks, finite, load_unasked
+from posttrain.preflight.common import K2Checks, finite
 from posttrain.tdm import train as tdm
 from posttrain.tdm.config import TDMConfig
 from posttrain.tdm.rollout import MU, Batch, roll_out
 from posttrain.training import checkpoint
 from posttrain.training.evaluate import SamplingSettings
+from posttrain.training.loop import try_rewards
 from posttrain.training.policy import POLICY, load_model
 from posttrain.training.prompt_source import FusedTexts, in_turn
 from prompts.records import PromptRecord, read_prompts
@@ -33,7 +34,7 @@ BATCHES = 2
 def rows(config: TDMConfig, procs: Processes, folder: Path) -> list[Row]:
     """Raises UserError if nothing can be checked."""
     records, heldout = read_prompts(config.prompts.train), read_prompts(config.prompts.heldout)
-    load_unasked(config)
+    try_rewards(config)
     phase("the model is read")
     k2 = load_model(config.model, procs.device)
     tdm.add_roles(k2, config)

@@ -46,11 +46,15 @@ SHOWN = 16
 """Images of an evaluation that go into the run directory."""
 
 
-class ServedConfig(RunConfig, Protocol):
-    """The settings of any run that may need servers."""
+class RewardsConfig(Protocol):
+    """The settings of any command that has rewards."""
 
     rewards: list[RewardSpec]
     servers: list[ServerSpec]
+
+
+class ServedConfig(RunConfig, RewardsConfig, Protocol):
+    """The settings of any run that may need servers."""
 
 
 class TrainingConfig(ServedConfig, Protocol):
@@ -74,7 +78,7 @@ def resuming(config: RunConfig, resume: bool, procs: Processes) -> bool:
     return procs.from_main(resume)
 
 
-def try_rewards(config: ServedConfig) -> list[Reward]:
+def try_rewards(config: RewardsConfig) -> list[Reward]:
     """Makes the rewards of a recipe before anything large is loaded, so that a mistake in them is known at once.
 
     Servers do not run yet, so each has an address at which nothing is asked.
