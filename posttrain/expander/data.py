@@ -34,7 +34,7 @@ from posttrain.errors import UserError
 from posttrain.expander.config import ExpanderDataConfig, WriterConfig, is_function
 from posttrain.log import log
 from posttrain.preferences.heldout import in_share
-from posttrain.preferences.sources import open_source
+from posttrain.preferences.sources import open_source, row_texts
 from posttrain.runs.guard import check_unchanged
 from prompts.templates import load_template
 from rewards.endpoints import JudgeError
@@ -100,13 +100,8 @@ def read_captions(config: ExpanderDataConfig) -> list[str]:
         raise UserError(f"column: {config.captions} has no column {config.column}; it has {known}")
     texts: dict[str, None] = {}  # an ordered set
     for i in range(len(source)):
-        try:
-            value = source[i][config.column]
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{source.name(i)}: {config.column}: cannot be read: {error}") from None
-        if not isinstance(value, str) or not value.strip():
-            raise UserError(f"{source.name(i)}: {config.column}: is empty or not text; fix or remove the row")
-        texts[value.strip()] = None
+        (text,) = row_texts(source, i, config.column)
+        texts[text] = None
         if len(texts) == config.count:
             break
     if not texts:

@@ -41,7 +41,8 @@ from posttrain.model import clipping
 from posttrain.model.fingerprint import fingerprint
 from posttrain.model.load import quiet
 from posttrain.preferences.heldout import in_share
-from posttrain.preferences.sources import open_source
+from posttrain.preferences.sources import open_source, row_texts
+from posttrain.report.front_matter import card
 from posttrain.runs.guard import check_unchanged
 from posttrain.runs.run import Run, peak_memory
 from posttrain.runs.stop import StopSignals
@@ -227,17 +228,7 @@ def _read(path: str) -> list[Pair]:
     for column in ("prompt", "completion"):
         if column not in source.columns:
             raise UserError(f"data: {path} has no column {column}; it has {', '.join(source.columns)}")
-    pairs = []
-    for i in range(len(source)):
-        try:
-            values = [source[i][column] for column in ("prompt", "completion")]
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{source.name(i)}: cannot be read: {error}") from None
-        for column, value in zip(("prompt", "completion"), values):
-            if not isinstance(value, str) or not value.strip():
-                raise UserError(f"{source.name(i)}: {column}: is empty or not text; fix or remove the row")
-        pairs.append(Pair(*map(str.strip, values)))
-    return pairs
+    return [Pair(*row_texts(source, i, "prompt", "completion")) for i in range(len(source))]
 
 
 def conversations(pairs: list[Pair]) -> datasets.Dataset:
@@ -357,23 +348,22 @@ def _evaluations(run: Run) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def model_card(config: ExpanderSFTConfig, figures: dict[str, Any], training: int, heldout: int) -> str:
-    instruction = template()
-    table = "| held out | before | after |\n| --- | --- | --- |"
-    for name, after in figures["after"].items():
-        if (before := figures["before"].get(name)) is not None:
-            table += f"\n| {name} | {before:.4f} | {after:.4f} |"
-    kind = "adapter" if config.lora is not None else "model"
-    settings = json.dumps({k: asdict(config)[k] for k in ("lora", "optim", "batch", "dtype", "seed")})
-    head = f"---\nbase_model: {config.model}\nlibrary_name: {'peft' if kind == 'adapter' else 'transformers'}\n"
-    return "\n\n".join([
-        head + "tags: [prompt-expander, sft, vllm]\n---",
-        "# A prompt expander",
-        f"{'A LoRA adapter for' if kind == 'adapter' else 'Trained from'} {config.model}. It answers a short prompt for"
-        " an image model with one richer caption of the same image. Any chat server gives it the messages it was"
-        f" trained on (template {instruction.hash}):",
-        f"- system: {instruction.system}\n- user: the prompt",
-        f"{figures['steps']} updates of {config.batch} pairs from {training}; {heldout} pairs are held out. Sample it"
-        " at temperature 1: each answer chooses anew what the prompt leaves open.",
-        table,
-        f"Settings: `{settings}`",
-    ]) + "\n"  # fmt: skip
+    before, settings = figures["before"], asdict(config)
+    is_adapter = config.lora is not None
+    front = {
+        "base_model": config.model,
+        "library_name": "peft" if is_adapter else "transformers",
+        "tags": ["prompt-expander", "sft", "vllm"],
+    }
+    return card(
+        "sft_card.md",
+        front,
+        config=config,
+        adapter=is_adapter,
+        template=template(),
+        steps=figures["steps"],
+        training=training,
+        heldout=heldout,
+        rows=[[name, before[name], after] for name, after in figures["after"].items() if name in before],
+        settings=json.dumps({name: settings[name] for name in ("lora", "optim", "batch", "dtype", "seed")}),
+    )

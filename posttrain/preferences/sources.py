@@ -154,6 +154,20 @@ class HubDataset:
 Source = JsonLines | Parquet | HubDataset
 
 
+def row_texts(source: Source, i: int, *names: str) -> list[str]:
+    """The texts of a row in these columns. Raises UserError with the row for one that is missing, empty or not text."""
+    texts = []
+    for name in names:
+        try:
+            value = source[i][name]
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{source.name(i)}: {name}: cannot be read: {error}") from None
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(f"{source.name(i)}: {name}: is empty or not text; fix or remove the row")
+        texts.append(value.strip())
+    return texts
+
+
 def open_source(path: str) -> Source:
     """JSONL, a parquet file or a directory of them, a directory of `save_to_disk`, or hf:NAME[:SPLIT]."""
     if path.startswith("hf:"):
