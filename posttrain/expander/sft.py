@@ -46,6 +46,7 @@ from posttrain.report.front_matter import card
 from posttrain.runs.guard import check_unchanged
 from posttrain.runs.run import Run, peak_memory
 from posttrain.runs.stop import StopSignals
+from prompts.parse import read_lines
 
 LOGGED = ("loss", "mean_token_accuracy", "entropy", "grad_norm", "learning_rate")
 """Values of the trainer's log that metrics.jsonl keeps; entropy is that of the next token, in nats."""
@@ -339,8 +340,7 @@ def _quiet() -> Iterator[None]:
 def _evaluations(run: Run) -> tuple[dict[str, float], dict[str, float]]:
     """The first and the last held-out metrics."""
     evaluations = []
-    for line in (run.path / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in read_lines(run.path / "metrics.jsonl"):
         if "eval/loss" in row:
             names = [name for name in ("loss", "mean_token_accuracy") if f"eval/{name}" in row]
             evaluations.append({name: row[f"eval/{name}"] for name in names})

@@ -69,11 +69,6 @@ def side_by_side(function: Callable[..., T], calls: Iterable[Sequence[Any]]) -> 
         return [future.result() for future in futures]
 
 
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file."""
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
 def evaluations(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of the rows of a metrics.jsonl those of evaluations: their step, and their figures without `eval/`."""
     found = []

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from posttrain.nano.bench import common
+from prompts.parse import read_lines
 
 
 def run(jobs: common.Jobs, name: str, recipes: Sequence[str], seed: int, options: Sequence[str]) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def run(jobs: common.Jobs, name: str, recipes: Sequence[str], seed: int, options
         arguments += ["--config", recipe]
     seconds = jobs(folder.name, "posttrain.cli", [*arguments, "--output", str(folder), "--seed", str(seed), *options])
     summary = json.loads((folder / "summary.json").read_text())
-    rows = common.read_lines(folder / "metrics.jsonl")
+    rows = read_lines(folder / "metrics.jsonl")
     # An evaluation has a line of its own; the number of images is in that of the step.
     images = {0: 0} | {row["step"]: row["images"] for row in rows if "images" in row}
     curve = common.evaluations(rows)
@@ -44,9 +45,11 @@ def run(jobs: common.Jobs, name: str, recipes: Sequence[str], seed: int, options
 
 def table(rows: Sequence[dict[str, Any]], figures: Sequence[str]) -> str:
     """Markdown: a line a variant, each figure's mean before and after, and the seeds' least and greatest after."""
+    variants: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        variants.setdefault(row["variant"], []).append(row)
     lines = []
-    for name in dict.fromkeys(row["variant"] for row in rows):
-        own = [row for row in rows if row["variant"] == name]
+    for name, own in variants.items():
         cells = [_cell(own, figure) for figure in figures]
         seconds = np.mean([row["seconds"] for row in own])
         error = max(row["ratio_error"] for row in own)

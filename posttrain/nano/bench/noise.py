@@ -19,6 +19,7 @@ import numpy as np
 import yaml
 
 from posttrain.nano.bench import common, grpo
+from prompts.parse import read_lines
 
 RECIPE = "recipes/nano/grpo.yaml"
 ARMS = ("none", "floor")
@@ -51,7 +52,7 @@ def recipes(folder: Path) -> dict[str, str]:
 def run(jobs: common.Jobs, arm: str, recipe: str, seed: int, options: Sequence[str]) -> dict[str, Any]:
     """A row of nano/bench/grpo.py, with the means over steps of what the floor changes."""
     row = grpo.run(jobs, arm, [recipe], seed, options)
-    steps = common.read_lines(jobs.folder / f"{arm}-{seed}" / "metrics.jsonl")
+    steps = read_lines(jobs.folder / f"{arm}-{seed}" / "metrics.jsonl")
     for name in ("flat_groups", "noise_share", "advantage"):
         values = [step[name] for step in steps if step.get(name) is not None]
         row[name] = float(np.mean(values)) if values else None
@@ -60,10 +61,10 @@ def run(jobs: common.Jobs, arm: str, recipe: str, seed: int, options: Sequence[s
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: a line a figure of held-out prompts, its gain in both arms, and how they differ by seed."""
-    arms = {}
-    for arm in ARMS:
-        # In the order of the seeds, which pairs the arms: both start from the same images.
-        arms[arm] = sorted((row for row in rows if row["variant"] == arm), key=lambda row: row["seed"])
+    arms: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
+    # In the order of the seeds, which pairs the arms: both start from the same images.
+    for row in sorted(rows, key=lambda row: row["seed"]):
+        arms[row["variant"]].append(row)
     lines = []
     for name in rows[0]["before"]:
         none, floor = (grpo.before_and_after(own, name) for own in arms.values())

@@ -10,6 +10,7 @@ Spread is the standard deviation of the gain over seeds (n - 1). posttrain/pipel
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -31,13 +32,17 @@ def run(jobs: common.Jobs, recipe: str, seed: int, options: Sequence[str]) -> di
     rows = []
     for stage in resolve(cli.parse(["run", *words]).config):
         rows += [asdict(gain) | {"change": gain.change} for gain in gains(stage)]
-    return {"seed": seed, "gains": rows, "seconds": {k: e["seconds"] for k, e in read_state(folder).items()}}
+    seconds = {name: entry["seconds"] for name, entry in read_state(folder).items()}
+    return {"seed": seed, "gains": rows, "seconds": seconds}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: a line a figure of a stage, means over seeds; the seconds beside a stage's first."""
     head = ["stage", "figure", "", "before", "after", "gain", "spread", "least to most", "gain / spread", "seconds"]
-    seconds = {name: float(np.mean([row["seconds"][name] for row in rows])) for name in rows[0]["seconds"]}
+    seconds: dict[str, float] = defaultdict(float)
+    for row in rows:
+        for name, took in row["seconds"].items():
+            seconds[name] += took / len(rows)
     by_figure: dict[tuple[str, str, bool], list[dict[str, Any]]] = {}
     for row in rows:
         for gain in row["gains"]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from posttrain.nano.bench import common
+from prompts.parse import read_lines
 
 RECIPE = "recipes/nano/grpo.yaml"
 LAUNCHER = "torch.distributed.run"
@@ -37,7 +38,7 @@ def run(
     environment = {"OMP_NUM_THREADS": str(cores // processes), "PYTHONPATH": str(tree), "CUDA_VISIBLE_DEVICES": ""}
     jobs(name, module, arguments, tree, **environment)
     steps: list[float] = []
-    for row in common.read_lines(output / "metrics.jsonl"):
+    for row in read_lines(output / "metrics.jsonl"):
         if "seconds/sample" in row:  # not an evaluation
             steps.append(sum((value for key, value in row.items() if key.startswith("seconds/")), 0.0))
     return steps[WARM:]

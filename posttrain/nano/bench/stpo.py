@@ -23,12 +23,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from posttrain.nano.bench import common
 from posttrain.preferences.dataset import CARD
 from posttrain.report.charts import panels_svg
 from posttrain.runs.read import Point
+from prompts.parse import read_lines
 
 STPO = "stpo"
 VARIANTS = {
@@ -145,14 +144,15 @@ def main() -> None:
         for variant in args.variants:
             futures[variant] = [pool.submit(bench.long, variant, seed) for seed in args.seeds]
         staged = [pool.submit(bench.taste, seed) for seed in args.seeds]
-        runs = {variant: [future.result() for future in of_seeds] for variant, of_seeds in futures.items()}
-        curves = {}
-        for variant, of_seeds in runs.items():
-            curves[variant] = [common.evaluations(common.read_lines(run / "metrics.jsonl")) for run in of_seeds]
+        runs: dict[str, list[Path]] = {}
+        curves: dict[str, list[list[dict[str, Any]]]] = {}
+        for variant, of_seeds in futures.items():
+            runs[variant] = [future.result() for future in of_seeds]
+            curves[variant] = [common.evaluations(read_lines(run / "metrics.jsonl")) for run in runs[variant]]
         (args.output / "drift.svg").write_text(figure(curves))
         against = _against_base(bench, runs, curves)
         stages = [future.result() for future in staged]
-    ends = {variant: [_end(curve) for curve in of_seeds] for variant, of_seeds in curves.items()}
+    ends = {variant: list(map(_end, of_seeds)) for variant, of_seeds in curves.items()}
     against = {"K2-nano": _first(next(iter(against.values())))[:1]} | against
     names = ("wins", "oracle", "text", "artifact_free", "diversity", "high_energy")
     text = f"Long training\n\n{table(ends, CURVES)}\nAgainst K2-nano\n\n{table(against, names)}\n"
@@ -168,7 +168,7 @@ def _against_base(
     """The best DPO's end and best step, and STPO's end, each seed compared with K2-nano."""
     ablations = [variant for variant in runs if variant.startswith("dpo")]
     # DPO with the beta that suits it best: a comparison with a bad one would say nothing.
-    best = max(ablations, key=lambda variant: np.mean([_best_oracle(curve) for curve in curves[variant]]))
+    best = max(ablations, key=lambda variant: sum(map(_best_oracle, curves[variant])))
     calls = []
     for variant, place in ((best, "end"), (best, "early"), (STPO, "end")):
         for seed, run in zip(bench.args.seeds, runs[variant]):
@@ -185,7 +185,8 @@ def _against_base(
 
 def _end(curve: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The figures at the end of a run: means over its last evaluations, of which one alone is noisy."""
-    return {name: float(np.mean([row[name] for row in curve[-LAST:]])) for name in CURVES}
+    last = curve[-LAST:]
+    return {name: sum(row[name] for row in last) / len(last) for name in CURVES}
 
 
 def _first(rows: list[Row]) -> list[Row]:

@@ -91,15 +91,15 @@ class Bench:
         features = k2.encode([r["prompt"] for r in self.records], 64, batch=64).features
         fused, null = [k2.fuse(f) for f in features], k2.text([""])
         count, size = min(self.args.groups, len(fused)), self.args.group_size
-        # (prompt, seed): one image of each prompt, then groups of the first prompts.
-        jobs = [(i, seed + i) for i in range(len(fused))]
-        for i in range(count):
-            jobs += [(i, seed + OTHER // 2 + size * i + j) for j in range(size)]
+        # One image of each prompt, then groups of the first prompts, whose seeds are far from those.
+        groups = range(seed + OTHER // 2, seed + OTHER // 2 + size * count)
+        seeds = [*range(seed, seed + len(fused)), *groups]
+        rows = [*range(len(fused)), *np.repeat(range(count), size).tolist()]
         parts = []
-        for first in range(0, len(jobs), self.args.batch):
-            part = jobs[first : first + self.args.batch]
-            noise = sampler.noise([s for _, s in part], (k2.image_tokens(*SIZE), k2.latent_channels))
-            text = Text.of([fused[i] for i, _ in part])
+        for first in range(0, len(rows), self.args.batch):
+            part = slice(first, first + self.args.batch)
+            noise = sampler.noise(seeds[part], (k2.image_tokens(*SIZE), k2.latent_channels))
+            text = Text.of([fused[row] for row in rows[part]])
             latents = k2.sample(text, noise, way.steps, *SIZE, way.guidance, null, way.mu)
             parts.append(k2.decode(latents, *SIZE, batch=self.args.batch).cpu().numpy())
         images = np.concatenate(parts)
@@ -122,8 +122,8 @@ class Bench:
         features = []
         for part in np.array_split(images, max(1, len(images) // 250)):
             inputs = self.judge.inputs(to_pil(torch.from_numpy(part)), ["?"] * len(part))
-            pixels, grids = (inputs[name].to(self.judge.device) for name in ("pixel_values", "image_grid_thw"))
-            tokens = visual(pixels, grid_thw=grids).pooler_output
+            pixels, grids = inputs["pixel_values"], inputs["image_grid_thw"]
+            tokens = visual(pixels.to(self.judge.device), grid_thw=grids.to(self.judge.device)).pooler_output
             features.append(tokens.unflatten(0, (len(part), -1)).mean(1).double().cpu().numpy())
         return np.concatenate(features)
 
@@ -157,7 +157,7 @@ def load(path: Path, device: str) -> tuple[K2, str | None, str]:
     if (path / "model_index.json").exists():
         return K2.load(path, device=device), None, "student"
     saved = checkpoint.load(checkpoint.find(path))
-    trained_for = " and ".join(str(steps) for steps in saved.state["student"]["steps"])
+    trained_for = " and ".join(map(str, saved.state["student"]["steps"]))
     return load_checkpoint(saved, device), POLICY, f"student for {trained_for}"
 
 

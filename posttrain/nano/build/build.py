@@ -72,13 +72,16 @@ def _make_chunk(job: tuple[int, int]) -> tuple[np.ndarray, list[list[str]]]:
     return images, captions
 
 
+def chunks(total: int, size: int, seed: int) -> list[tuple[int, int]]:
+    """(seed, count) of each part. A seed for each, so that the result does not depend on who makes which."""
+    counts = [size] * (total // size) + [total % size] * (total % size > 0)
+    return [(seed * 100_003 + i, count) for i, count in enumerate(counts)]
+
+
 def make_data(n: int, seed: int, workers: int) -> tuple[np.ndarray, list[list[str]]]:
     """n images (n,64,64,3) uint8 and VARIANTS captions for each, the same for any number of workers."""
-    # A seed for each chunk, so that the result does not depend on who makes which.
-    chunk = 500
-    jobs = [(seed * 100_003 + i, min(chunk, n - i * chunk)) for i in range((n + chunk - 1) // chunk)]
     with multiprocessing.get_context("fork").Pool(workers) as pool:
-        images, captions = zip(*pool.map(_make_chunk, jobs))
+        images, captions = zip(*pool.map(_make_chunk, chunks(n, 500, seed)))
     return np.concatenate(images), list(itertools.chain(*captions))
 
 
@@ -346,7 +349,9 @@ def main() -> None:
     if not start:
         mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
         vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
-    mean, std = (torch.tensor(vae.config[k], device=device)[:, None, None] for k in ("latents_mean", "latents_std"))
+    # By channel, (16, 1, 1), as the pipeline takes it back when it decodes.
+    mean = torch.tensor(vae.config["latents_mean"], device=device)[:, None, None]
+    std = torch.tensor(vae.config["latents_std"], device=device)[:, None, None]
     latents = pack((latents - mean) / std).bfloat16()
 
     if start:
@@ -356,7 +361,7 @@ def main() -> None:
         architecture.randomise_output(transformer, std=0.02)
         pipe = make_pipeline(tokenizer, vae, make_text_encoder(len(tokenizer), tokenizer), transformer)
     parts = ("vae", "text_encoder", "transformer")
-    log(stage="shapes", **{n: sum(p.numel() for p in getattr(pipe, n).parameters()) for n in parts})
+    log(stage="shapes", **{name: getattr(pipe, name).num_parameters() for name in parts})
     for p in [*pipe.transformer.parameters(), *pipe.text_encoder.parameters()]:
         p.requires_grad_(True)
     graphs = device.type == "cuda" and not args.no_graphs

@@ -61,12 +61,14 @@ def on_scenes(vlm: VLM, n: int, images: Sequence[np.ndarray] | None = None) -> d
 def on_generated(vlm: VLM, images: Sequence[np.ndarray], records: Sequence[dict]) -> dict[str, Any]:
     """Figures on generated images: whether the prompt's requirements are met, says the oracle."""
     rows: list[list[tuple[str, bool]]] = []
+    truth: list[list[bool]] = []
     words: list[str] = []
     for percept, record in zip(oracles.perceive(images), records):
-        rows.append([(requirement, oracles.meets(percept, requirement)) for requirement in record["requirements"]])
+        met = [oracles.meets(percept, requirement) for requirement in record["requirements"]]
+        rows.append(list(zip(record["requirements"], met)))
+        truth.append(met)
         words.append(percept.scene.text if record["texts"] else "")
     figures = _judge(vlm, list(map(Image.fromarray, images)), rows, words)
-    truth = [[met for _, met in row] for row in rows]
     figures["oracle_says_true"] = _mean(np.concatenate(truth))
     figures["oracle_met"] = _mean(list(map(np.mean, truth)))
     return figures

@@ -137,8 +137,7 @@ def _make_chunk(tokenizer: Qwen2Tokenizer, job: tuple[int, int]) -> Data:
 
 def make_data(m: int, seed: int, workers: int, tokenizer: Qwen2Tokenizer) -> Data:
     """m images and their tasks."""
-    chunk = min(2000, -(-m // workers))
-    jobs = [(seed * 100_003 + i, min(chunk, m - i * chunk)) for i in range((m + chunk - 1) // chunk)]
+    jobs = build.chunks(m, min(2000, -(-m // workers)), seed)
     with multiprocessing.get_context("fork").Pool(workers) as pool:
         parts = pool.map(partial(_make_chunk, tokenizer), jobs, chunksize=1)
     data = parts[0].map(lambda _: None)
@@ -311,8 +310,7 @@ def main() -> None:
         lambda array: torch.from_numpy(array).to(device)
     )
     shapes = {name: list(value.shape) for name, value in vars(data).items()}
-    size = sum(p.numel() for p in model.parameters())
-    log(stage="data", vocabulary=len(tokenizer), parameters=size, **shapes)
+    log(stage="data", vocabulary=len(tokenizer), parameters=model.num_parameters(), **shapes)
     train(model, tokenizer, data, args.minutes, args.batch, args.questions, args.lr, log, not args.no_compile)
     save(model, tokenizer, args.out / "judge-nano")
     vlm = VLM.load(str(args.out / "judge-nano"), device=device)

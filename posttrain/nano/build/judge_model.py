@@ -70,7 +70,7 @@ def rubric(statement: str) -> str:
 
 
 def make_model(tokenizer: Qwen2Tokenizer) -> Qwen3VLForConditionalGeneration:
-    end, pad = (tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>"))
+    end, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])  # type: ignore[misc]
     config = Qwen3VLConfig(
         text_config={
             **parts.LANGUAGE,
@@ -189,8 +189,9 @@ Span = tuple[int, int, int, int]
 
 def attend(q: Tensor, k: Tensor, v: Tensor, shared: int, spans: tuple[Span, ...]) -> Tensor:
     """Causal attention (B,heads,L,d) in which tasks do not see each other; the first `shared` tokens are one text."""
-    first = [x[:, :, :shared] for x in (q, k, v)]
-    parts = [F.scaled_dot_product_attention(first[0], first[1], first[2], is_causal=True)]
+    beginning = slice(None, shared)
+    first = F.scaled_dot_product_attention(q[:, :, beginning], k[:, :, beginning], v[:, :, beginning], is_causal=True)
+    parts = [first]
     for start, n, length, seen in spans:
 
         def own(x: Tensor, at: int = start, n: int = n, size: int = length) -> Tensor:
@@ -295,6 +296,7 @@ class Layout:
             "describe": token_ids(tokenizer, DESCRIBE + SUFFIX),
         }
         opinions = {name: token_ids(tokenizer, load_template(name).render() + SUFFIX) for name in OPINIONS}
+        # The last token of an answer is only said, never read.
         length = {name: len(ids) + room[name] - 1 for name, ids in after.items()}
         length["opinion"] = max(map(len, opinions.values()))
         length["rubric"] = room["rubric"]
