@@ -64,6 +64,7 @@ class Jobs:
 def side_by_side(function: Callable[..., T], calls: Iterable[Sequence[Any]]) -> list[T]:
     """function(*arguments) of each call, in their order; Jobs limits how many processes there are at a time."""
     calls = list(calls)
+    # A thread for each, which waits for its turn in Jobs. What one raises, SystemExit too, is raised here again.
     with ThreadPoolExecutor(len(calls)) as pool:
         futures = [pool.submit(function, *arguments) for arguments in calls]
         return [future.result() for future in futures]

@@ -79,6 +79,7 @@ def main() -> None:
     if len(args.runs) < 2 or args.runs[1:].count("base"):
         parser.error("give one to hold against and at least one other, which is not 'base'")
     recipe, _ = load_config("grpo", ["--config", args.recipe])
+    # A reward of groups has no score of a single image to compare.
     specs = [spec for spec in recipe.rewards if not spec.group]
     judges = [spec.name for spec in specs if not spec.heldout_only]
     rewards = load_rewards(specs, {})
@@ -87,6 +88,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results = []
     for run in args.runs:
+        # The base is what the second one began with, so its checkpoint says which.
         saved = checkpoint.load(checkpoint.find(args.runs[1] if run == "base" else run))
         k2 = load_base(saved, device) if run == "base" else load_checkpoint(saved, device)
         results.append(drawn(k2, None if run == "base" else POLICY, records, rewards, config))

@@ -64,6 +64,7 @@ def main() -> None:
             "here, compiled": (here, args.cores, ["--model.compile", "true"]),
         }
         times: dict[str, list[float]] = {name: [] for name in ways}
+        # In turns, so that a machine that slows down does so for all of them.
         for turn in range(args.rounds):
             for i, (name, (tree, processes, options)) in enumerate(ways.items()):
                 options = [*options, "--steps", str(args.steps)]

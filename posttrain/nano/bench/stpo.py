@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=500, help="held-out prompts of comparisons")
     args = parser.parse_args()
     bench = Bench(args)
+    # Alone: the runs after them would otherwise make and encode the same pairs at once.
     bench.make_pairs()
     bench.encode()
     with ThreadPoolExecutor(64) as pool:

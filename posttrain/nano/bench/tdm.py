@@ -133,6 +133,8 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
     (mean_a, mean_b), (cov_a, cov_b) = (a.mean(0), b.mean(0)), (np.cov(a.T), np.cov(b.T))
     values, vectors = np.linalg.eigh(cov_a)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    # The trace of the root of cov_a cov_b, as that of a symmetric matrix with the same eigenvalues. Rounding makes some
+    # of them a little negative.
     cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
     distance = np.square(mean_a - mean_b).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross
     return float(distance / np.trace(cov_b))
@@ -203,6 +205,7 @@ def memory(args: argparse.Namespace) -> dict[str, float]:
         torch.cuda.reset_peak_memory_stats()
         step(k2, config, fused, Text(k2.fuse(null)[None]), size)
         peaks[name] = torch.cuda.max_memory_allocated() / 2**30
+        # The next model must not be measured beside this one.
         del k2, fused, features, null
     return peaks | {"ratio": peaks["TDM"] / peaks["flow matching"]}
 
@@ -248,6 +251,7 @@ def compare(args: argparse.Namespace) -> str:
     def add(name: str, k2: K2, way: SamplingSettings, seed: str = "") -> None:
         drawn = bench.draw(k2, way)
         grid_image(drawn.images[:40], 5, 8).save(args.output / f"{name.replace(', ', '-').replace(' ', '_')}{seed}.png")
+        # Guidance takes a second forward, of the empty prompt, in each step.
         _, found = rows.setdefault(name, (way.steps * (2 if way.guidance else 1), []))
         found.append(bench.measure(drawn, reference))
 

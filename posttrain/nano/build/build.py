@@ -118,6 +118,7 @@ def train_vae(vae: AutoencoderKLQwenImage, images: torch.Tensor, minutes: float,
             group["lr"] = rate(elapsed, 3e-3)
         x = to_pixels(images[torch.randint(len(images), (batch,), device=device)])
         with torch.autocast(device.type, torch.bfloat16):
+            # Clamped as diffusers does it, so that the exponential below stays finite.
             mean, log_variance = vae.quant_conv(vae.encoder(x)).float().clamp(-30, 20).chunk(2, dim=1)
             z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
             y = vae.decoder(vae.post_quant_conv(z))
@@ -281,6 +282,7 @@ def train_transformer(pipe: Krea2Pipeline, latents, ids, minutes: float, batch: 
         loss, norm = order.choices(updates, sizes)[0]()
         step += 1
         if step % 10 == 0:
+            # The mean of all steps at first, later of about the last 500.
             torch._foreach_lerp_(averages, [p.detach() for p in params], max(0.02, 10 / (step + 10)))
         if step % 100 == 0:
             log(stage="transformer", step=step, seconds=time.time() - start, loss=loss.item(), norm=norm.item())

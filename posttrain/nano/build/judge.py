@@ -278,6 +278,7 @@ def train(
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
+        # The mean of all steps at first, later of about the last 300.
         torch._foreach_lerp_(averages, [p.detach() for p in learnt], max(0.003, 1 / (step + 1)))
         if step % 200 == 0:
             values = {name: round(value.item(), 4) for name, value in parts.items()}

@@ -62,9 +62,11 @@ def _subject(body: str) -> set[str] | None:
         parts, relation = re.split(r", | and ", body), None
         if len(parts) == 2:
             return None  # two shapes always stand in a relation
-    objects = [_OBJECT.fullmatch(part) for part in parts]
-    found = set()
-    for part, o in zip(parts, objects):
+    found: set[str] = set()
+    names: list[str] = []
+    for part in parts:
+        o = _OBJECT.fullmatch(part)
+        # "a" or "an" by the word that follows, as `describe` writes it.
         if o is None or not part.startswith(scenes.article(o["size"] or o["name"])):
             return None
         found.add(f"there is {scenes.article(o['name'])}")
@@ -72,9 +74,9 @@ def _subject(body: str) -> set[str] | None:
             found.add(f"the {o['name']} is {o['size']}")
         if o["place"]:
             found.add(f"the {o['name']} is at the {o['place']}")
-    names = [o["name"] for o in objects if o is not None]
+        names.append(o["name"])
     if len(set(names)) < len(names):
-        return None
+        return None  # no two shapes of a scene are alike
     if relation:
         found.add(f"the {names[0]} is {relation} the {names[1]}")
     n = len(names)
