@@ -63,7 +63,7 @@ def train(config: GRPOConfig, resume: bool = False) -> None:
     procs = Processes(shardable=True)
     resume = resuming(config, resume, procs)
     source, heldout = PromptSource(config, read_prompts(config.prompts.train)), read_prompts(config.prompts.heldout)
-    try_rewards(config)
+    try_rewards(config, heldout, source.records)
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     k2 = load_model(config.model, procs.device, saved)
     with parallelize.sharding(k2, procs):
