@@ -21,7 +21,6 @@ from rewards.image import made_judge
 from rewards.judge import Judge
 from rewards.ocr import folded
 
-
 LETTERS = "a-z\u00b5-\u024f\u0370-\u058f\u10a0-\u10ff\u1e00-\u1fff"
 """Of scripts that set words apart and add nothing to them: Latin, Greek, Cyrillic, Armenian, Georgian."""
 

@@ -9,11 +9,12 @@ from rewards.safety import Words
 @pytest.mark.parametrize(
     ("word", "text"),
     [
-        ("gun", "a GUN."), ("gun", "a g\u200bun"), ("gun", "the gun\u200bshop"), ("gun", "a ｇｕｎ"), ("gun", "g\u00adun"),
-        ("gun", "a gun_shop"), ("gun", "gun2"), ("gun", "一把gun放"), ("枪", "桌子上有一把枪。"), ("銃", "机の上の銃です"),
-        ("ปืน", "มีปืนบนโต๊ะ"), ("총", "탁자 위의 총이"), ("سلاح", "سِلاح"), ("سلاح", "السلاح"), ("café", "cafe\u0301"),
-        ("İ", "i"), ("straße", "STRASSE"), ("оружие", "ОРУЖИЕ"), ("machine gun", "machine  gun"),
-        ("machine gun", "machine\ngun"), ("machine gun", "Machine-Gun"), ("-gun-", "a gun"), ("c++", "in C++!"),
+        ("gun", "a GUN."), ("gun", "a g\u200bun"), ("gun", "the gun\u200bshop"), ("gun", "a ｇｕｎ"),
+        ("gun", "g\u00adun"), ("gun", "a gun_shop"), ("gun", "gun2"), ("gun", "一把gun放"),
+        ("枪", "桌子上有一把枪。"), ("銃", "机の上の銃です"), ("ปืน", "มีปืนบนโต๊ะ"), ("총", "탁자 위의 총이"),
+        ("سلاح", "سِلاح"), ("سلاح", "السلاح"), ("café", "cafe\u0301"), ("İ", "i"), ("straße", "STRASSE"),
+        ("оружие", "ОРУЖИЕ"), ("machine gun", "machine  gun"), ("machine gun", "machine\ngun"),
+        ("machine gun", "Machine-Gun"), ("-gun-", "a gun"), ("c++", "in C++!"),
     ],
 )  # fmt: skip
 def test_found(word, text):
