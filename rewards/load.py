@@ -14,6 +14,7 @@ from posttrain.errors import UserError
 from posttrain.resources import see_user_modules
 from rewards.base import Reward, RewardSpec, no_column
 from rewards.isolation import described, untouched
+from rewards.serve import ServerURL
 from rewards.urls import check_urls
 
 SERVER = "server://"
@@ -231,7 +232,7 @@ def with_servers(value: Any, servers: Mapping[str, Sequence[str]], where: str) -
         if name not in servers:
             known = ", ".join(servers) or "none"
             raise UserError(f"{where}: no server '{name}': the recipe's servers are: {known}")
-        return list(servers[name])
+        return list(map(ServerURL, servers[name]))
     if isinstance(value, list):
         resolved: list[Any] = []  # a server in a list adds all its URLs to it
         for entry in value:
