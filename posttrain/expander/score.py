@@ -350,7 +350,7 @@ def _image_keys(expansions: Sequence[Expansion], seeds: Sequence[int], rows: Seq
 
 
 def for_trl(values_N: np.ndarray, valid_N: np.ndarray, group_size: int, floor: float) -> np.ndarray:
-    """Values of one reward from which TRL computes the advantages A that `advantages.standardise` gives, with its floor.
+    """Values of one reward from which TRL computes its advantages A by `advantages.standardise`, noise floor included.
 
     TRL computes (R - mean) / (std + 1e-4), for which a spread of 3e-5 is none, and has no floor. With R = mean + t A it
     is t A / (t std_A + 1e-4), which is A where t = 1e-4 / (1 - std_A); std_A is below 1, since A has an epsilon of its

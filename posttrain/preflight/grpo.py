@@ -162,7 +162,9 @@ class GRPOChecks(Checks):
         reasons = "".join(f"; {spec.name}: {scores.failures[spec.name].most_common(1)[0][0]}" for spec in over)
         unscored = int((~scores.valid_NK.any(1)).sum())
         measured = f"{scores.failed_NK.sum()} of {scores.failed_NK.size} scores failed, {unscored} images have none"
-        yield Row("missing scores", not over, measured + reasons, remedy)
+        if unscored == len(scores.valid_NK):
+            remedy = "fix or add a reward: none applies to these prompts, and a step without a score is skipped"
+        yield Row("missing scores", not over and unscored < len(scores.valid_NK), measured + reasons, remedy)
 
     def spread(self) -> Iterator[Row]:
         """Checks that each reward, after the gates, distinguishes the images of at least one group."""
