@@ -15,6 +15,7 @@ Legend: N samples, K rewards. Rows of one group are neighbours.
 import asyncio
 import copy
 import inspect
+import logging
 import math
 import threading
 import time
@@ -33,6 +34,10 @@ from posttrain.errors import UserError
 from rewards.isolation import described, untouched
 
 WINDOW = 256  # samples over which a reward's share of failures is taken
+ASKED = 16  # scores from which on a share of failures is worth a warning
+MOST_UNTOLD = 0.5  # share of failures that is warned of even where it may not end a run
+
+log = logging.getLogger("posttrain")
 
 
 class RewardError(UserError):
@@ -145,6 +150,7 @@ class Reward:
     required: set[str] = field(default_factory=set)  # columns without which it cannot be called
     by_name: bool = False  # its parameters are named images and prompts, in whatever order
     failed: deque[bool] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    warned: bool = False  # of its failures
     lock: threading.Lock = field(default_factory=threading.Lock)  # a sync reward runs one call at a time
 
     def count(self, scores: Sequence[Score]) -> None:
@@ -156,6 +162,18 @@ class Reward:
             if score is not None:  # a reward that does not apply has neither failed nor succeeded
                 self.failed.append(isinstance(score, Failure))
         bad, limit = sum(self.failed), self.spec.max_failures
+        if (
+            failures
+            and not self.warned
+            and len(self.failed) >= ASKED
+            and bad > min(limit, MOST_UNTOLD) * len(self.failed)
+        ):
+            self.warned = True
+            ends = f"more than {limit * WINDOW:.0f} of {WINDOW} end the run" if limit < 1 else "no share ends the run"
+            log.warning(
+                f"reward {self.spec.name}: {bad} of the {len(self.failed)} scores asked for failed, and {ends}"
+                f" (max_failures): {Counter(failures).most_common(1)[0][0]}"
+            )
         if failures and limit < 1 and (bad > limit * WINDOW or bad == len(self.failed)):
             message = Counter(failures).most_common(1)[0][0]
             raise RewardError(
