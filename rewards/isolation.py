@@ -35,7 +35,7 @@ class _Kept:
     def __init__(self, read: Callable[[], Callable[[], None]]):
         """`read` returns what puts the state back."""
         self._read, self._calls, self._lock = read, 0, threading.Lock()
-        self._put_back: Callable[[], None] = read
+        self._put_back: Callable[[], object] = read
 
     def __enter__(self) -> None:
         with self._lock:

@@ -193,15 +193,15 @@ def import_object(path: str, where: str) -> Any:
         named = ".".join(Path(os.path.relpath(module.removesuffix(".py"))).parts)
         raise UserError(f"{where}: '{path}' names a file: write its module, {named}:{name}")
     see_user_modules()
+    imported = None
     try:
         with untouched():
             imported = importlib.import_module(module)
+            return operator.attrgetter(name)(imported)  # which may read the user's file of the same name as a package
     except (Exception, SystemExit) as error:  # whatever a user's file does when it is read
+        if isinstance(error, AttributeError) and imported is not None:
+            raise UserError(f"{where}: {error}: check the name") from error
         raise UserError(f"{where}: cannot import {module}: {described(error)}") from error
-    try:
-        return operator.attrgetter(name)(imported)
-    except AttributeError as error:
-        raise UserError(f"{where}: {error}: check the name") from error
 
 
 def construct(cls: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> Any:
