@@ -70,7 +70,7 @@ def test_the_users_module_may_be_imported_before_and_after(tmp_path):
 def test_an_error_in_the_users_module_is_shown(tmp_path):
     lay(tmp_path, {"rewards.py": "import no_such_module"})
     done = python(tmp_path, TRY, "rewards:warm")
-    assert "UserError: reward mine: function: cannot import rewards: No module named 'no_such_module'" in done.stderr
+    assert "UserError: reward mine: function: cannot import rewards: ModuleNotFoundError: No module named 'no_such_module' (rewards.py:1)" in done.stderr
 
 
 def test_the_package_has_what_is_not_here(tmp_path, monkeypatch, capsys):
