@@ -123,7 +123,7 @@ def _arguments(spec: RewardSpec, path: str, function: Any) -> dict[str, Any]:
         raise UserError(f"{where} does not say what it takes; write a function around it") from None
     if called is not function:
         parameters = parameters[1:]  # self
-    takes = ", ".join(map(str, parameters)) or "nothing"
+    takes = ", ".join(str(p.replace(annotation=p.empty, default=p.empty)) for p in parameters) or "nothing"
     if parameters and all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         raise UserError(f"{where} takes {takes}, so its columns are not known; if it is decorated, use functools.wraps")
     names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}

@@ -18,17 +18,19 @@ def not_at_first(images, prompts):
     """None for the two groups of the first step."""
     CALLS.append(len(images))
     begun = len(CALLS) - 1  # the first call is the evaluation before training
-    return [None if begun <= 2 else float(image.getpixel((0, 0))[0]) for image in images]
+    return [None if begun <= 2 else image.getpixel((0, 0))[0] / 255 for image in images]
 
 
 def broken(images, prompts):
     raise RuntimeError("no weights")
 
 
-def test_a_step_without_any_score_is_skipped_and_counted(tmp_path, model, monkeypatch):
-    """It leaves weights and optimiser as they are, and the run goes on."""
+@pytest.mark.parametrize("kind", ["uniform", "adaptive"])
+def test_a_step_without_any_score_is_skipped_and_counted(kind, tmp_path, model, monkeypatch):
+    """It makes no update, also of the pool, and the run goes on."""
     CALLS.clear()
     config = runs.config(tmp_path, model)
+    config.pool.kind = kind
     config.rewards = [RewardSpec("late", "tests.grpo.test_idle:not_at_first")]
     config.steps, config.checkpoint.every, config.checkpoint.keep = 2, 1, 5
     updates: list[int] = []
