@@ -57,9 +57,21 @@ def read_prompts(source: str | Path) -> list[PromptRecord]:
             )
         number_of_id[record.id] = number
         records.append(record)
+    _fill_columns(records)
     if not records:
         raise UserError(f'{source}: holds no prompt; write one object a line, such as {{"prompt": "a red cube"}}')
     return records
+
+
+def _fill_columns(records: Sequence[PromptRecord]) -> None:
+    """Gives every record every column, None where its line lacks the field: rewards see some of the records at once."""
+    names: dict[str, None] = {}  # a set that keeps the order
+    for record in records:
+        if record.columns.keys() != names.keys():
+            names |= dict.fromkeys(record.columns)
+    for record in records:
+        if len(record.columns) < len(names):
+            record.columns = {name: record.columns.get(name) for name in names}
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -128,6 +140,9 @@ def _record(row: Any, where: str) -> PromptRecord:
             value = tuple(map(sys.intern, value))  # they repeat, and a file may hold a million prompts
         lists[name] = list(value)  # a copy has no spare room, here and below
 
+    for name in ("images", "prompts"):
+        if name in row:
+            raise UserError(f"{where}: {name}: rewards get images and prompts under these names; rename the field")
     # What is left of the row after this is its own columns, for rewards.
     id = row.pop("id", None)
     if id is not None and not (isinstance(id, str) and id):

@@ -67,7 +67,7 @@ def train(config: ExpanderGDPOConfig, resume: bool = False) -> None:
         )
     resume = resuming(config, resume, procs)
     records, heldout = read_prompts(config.prompts.train), read_prompts(config.prompts.heldout)
-    try_rewards(config)
+    try_rewards(config, heldout, records, ["expansion"])
     # All that may be missing or too large is loaded before the run directory is made.
     policy = Policy(config.model, config.lora, config.seed, procs.device)
     renderer = make_renderer(config.renderer, procs.device)

@@ -10,7 +10,6 @@ import asyncio
 import base64
 import binascii
 import io
-import os
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.runs import startup
 from rewards.base import WINDOW
 from rewards.endpoints import Endpoints, JudgeError, share
-from rewards.load import refuse_keys
+from rewards.serve import read_key, refuse_keys
 from rewards.traffic import Sent
 
 SUFFIX_TOKENS = 5
@@ -126,9 +125,10 @@ class EndpointRenderer:
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"renderer.path: {config.path} has no tokenizer that can be loaded: {reason}") from error
-        if config.api_key_env is not None and not os.environ.get(config.api_key_env):
+        key = read_key(config.api_key_env, "renderer.api_key_env") if config.api_key_env is not None else "none"
+        if key is None:
             raise UserError(f"renderer.api_key_env: {config.api_key_env} is not set: export it")
-        self._key = os.environ[config.api_key_env] if config.api_key_env else "none"
+        self._key = key
         self._failed: deque[bool] = deque(maxlen=WINDOW)
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Rendering:

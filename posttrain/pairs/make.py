@@ -109,7 +109,7 @@ def make(config: PairsConfig, resume: bool = False) -> None:
             config, ", so the pairs would not fit together; restore it or choose another output", free=MAY_CHANGE
         )
     records = read_prompts(config.prompts)
-    try_rewards(config)
+    try_rewards(config, records)
     # A finished set needs no model: only its report is written again.
     finished = procs.from_main((folder / CARD).exists())
     drawer = None if finished else Drawer(config, procs.device)

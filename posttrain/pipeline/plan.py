@@ -23,7 +23,8 @@ from posttrain.export.config import ExportConfig
 from posttrain.pipeline.config import PipelineConfig, StageConfig
 from prompts.records import read_prompts
 from rewards.base import RewardSpec
-from rewards.load import check_addresses, check_rewards, check_urls
+from rewards.load import check_addresses, check_rewards
+from rewards.serve import check_urls
 
 TRAINING = tuple(name for name, command in COMMANDS.items() if command.makes == "checkpoint")
 REFERENCE = re.compile(r"\$\{([^}]*)\}")

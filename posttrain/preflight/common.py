@@ -30,8 +30,7 @@ from posttrain.training.stepper import Stepper
 from prompts.records import PromptRecord
 from rewards.base import Noise, Reward, RewardSpec
 from rewards.load import load_rewards
-from rewards.noise import noise_metrics, noise_of
-from rewards.preflight import repeatability
+from rewards.noise import noise_metrics, noise_of, repeatability
 from rewards.serve import serve
 
 FULL = 0.95

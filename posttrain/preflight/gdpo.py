@@ -31,6 +31,7 @@ from posttrain.expander.score import Scorer
 from posttrain.preflight.checks import Row, Skip, phase, run_check
 from posttrain.preflight.common import judge_rows, memory_row
 from posttrain.runs.progress import duration
+from posttrain.training.loop import try_rewards
 from prompts.records import PromptRecord, read_prompts
 from rewards.base import Noise
 from rewards.diversity import Features
@@ -46,7 +47,7 @@ def rows(config: ExpanderGDPOConfig, procs: Processes, folder: Path) -> list[Row
     if procs.size > 1:
         raise UserError("posttrain preflight: checks expander gdpo in one process; start it without a launcher")
     records = read_prompts(config.prompts.train)
-    load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})
+    try_rewards(config, records, records, ["expansion"])
     phase("the chat model is read")
     policy = Policy(config.model, config.lora, config.seed, procs.device)
     phase("the renderer is read")

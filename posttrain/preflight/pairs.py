@@ -23,6 +23,7 @@ from posttrain.pairs.select import KEPT
 from posttrain.preflight.checks import Row, phase, run_check
 from posttrain.preflight.common import judge_rows, memory_row
 from posttrain.runs.progress import duration
+from posttrain.training.loop import try_rewards
 from prompts.records import read_prompts
 from rewards.background import ScoreQueue
 from rewards.load import load_rewards
@@ -37,7 +38,7 @@ STEPS = 8
 def rows(config: PairsConfig, procs: Processes, folder: Path) -> list[Row]:
     """Raises UserError if nothing can be checked."""
     records = read_prompts(config.prompts)
-    load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})
+    try_rewards(config, records)
     phase("the model and its checkpoints are read")
     few = changed(config, steps=min(config.steps, STEPS), block=min(config.block, CANDIDATES))
     return PairsChecks(config, few, Drawer(few, procs.device), records, folder).run()

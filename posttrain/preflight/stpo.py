@@ -27,9 +27,9 @@ from posttrain.runs.progress import duration
 from posttrain.stpo import train as stpo
 from posttrain.stpo.config import STPOConfig
 from posttrain.stpo.latent_cache import Batch, encode_pairs
+from posttrain.training.loop import try_rewards
 from posttrain.training.policy import add_policy, load_model
 from prompts.records import PromptRecord, read_prompts
-from rewards.load import load_rewards
 
 PAIRS = 32
 """Most pairs that are encoded, spread over the set."""
@@ -66,7 +66,7 @@ def rows(config: STPOConfig, procs: Processes, folder: Path) -> list[Row]:
     """Raises UserError if nothing can be checked."""
     preferences = read_preferences(config.pairs.train, config.pairs.columns, config.pairs.max_bad)
     heldout = read_prompts(config.heldout)
-    load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})
+    try_rewards(config, heldout)
     phase("the model is read")
     k2 = load_model(config.model, procs.device)
     return STPOChecks(config, procs, k2, preferences, heldout, folder).run()

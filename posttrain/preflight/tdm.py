@@ -22,10 +22,10 @@ from posttrain.tdm.config import TDMConfig
 from posttrain.tdm.rollout import MU, Batch, roll_out
 from posttrain.training import checkpoint
 from posttrain.training.evaluate import SamplingSettings
+from posttrain.training.loop import try_rewards
 from posttrain.training.policy import POLICY, load_model
 from posttrain.training.prompt_source import FusedTexts, in_turn
 from prompts.records import PromptRecord, read_prompts
-from rewards.load import load_rewards
 
 BATCHES = 2
 """Most micro-batches of a step."""
@@ -34,7 +34,7 @@ BATCHES = 2
 def rows(config: TDMConfig, procs: Processes, folder: Path) -> list[Row]:
     """Raises UserError if nothing can be checked."""
     records, heldout = read_prompts(config.prompts.train), read_prompts(config.prompts.heldout)
-    load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})
+    try_rewards(config, heldout, records)
     phase("the model is read")
     k2 = load_model(config.model, procs.device)
     tdm.add_roles(k2, config)

@@ -28,7 +28,7 @@ def test_fields_columns_and_ids(jsonl):
     assert (first.prompt, first.requirements, first.texts) == ("a red cube", ["there is a cube"], ["HI"])
     assert (first.tags, first.id, first.columns) == (["easy"], "p1", {"graph": {"n": 1}})
     assert second.id == hashlib.sha1("ein grüner Würfel".encode()).hexdigest()
-    assert (second.requirements, second.texts, second.columns) == (None, [], {})
+    assert (second.requirements, second.texts, second.columns) == (None, [], {"graph": None})
 
 
 def test_line_separators_inside_a_prompt_do_not_split_the_line(jsonl):
