@@ -19,6 +19,7 @@ from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
 from posttrain.errors import UserError
+from posttrain.images import SUFFIXES, read_image
 from posttrain.judge.config import JudgeConfig
 from posttrain.log import log
 from posttrain.preferences.dataset import Preference, Preferences, read_preferences
@@ -27,7 +28,6 @@ from posttrain.preferences.sources import Skipped
 from prompts.parse import parse_json
 from prompts.templates import Template
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 MARKS = "artifacts.jsonl"
 """File name of the records for mode artifact in a directory."""
 UNKNOWN = "unknown"
@@ -47,11 +47,11 @@ class Files:
         images = []
         for path in self.paths:
             try:
-                with Image.open(path) as image:
-                    images.append(image.convert("RGB"))
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                name = type(error).__name__
-                raise UserError(f"{self.where}: {path} cannot be read as an image ({name}); fix or remove it") from None
+                images.append(read_image(path))
+            except OSError as error:
+                raise UserError(f"{self.where}: {path}: cannot be read: {error.strerror}; fix or remove it") from None
+            except ValueError as error:
+                raise UserError(f"{self.where}: {path}: {error}; fix or remove it") from None
         return images
 
 
@@ -202,9 +202,9 @@ class _Facts:
 
 
 def _good_images(folder: Path) -> list[Record]:
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGES)
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
     if not files:
-        raise UserError(f"data: {folder} contains no {MARKS} and no image ({', '.join(IMAGES)})")
+        raise UserError(f"data: {folder} contains no {MARKS} and no image ({', '.join(SUFFIXES)})")
     records = []
     for file in files:
         key = _key([file], folder)

@@ -40,6 +40,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from posttrain.errors import UserError
+from posttrain.images import to_rgb
 from posttrain.preferences.config import ColumnMap
 from posttrain.preferences.sources import Parquet, Skipped, Tally, Tie, number, open_source, preferred, read_image
 from posttrain.runs.files import replacing
@@ -93,7 +94,7 @@ class Preference:
     id: str = ""
 
     def __post_init__(self) -> None:
-        self.chosen, self.rejected = self.chosen.convert("RGB"), self.rejected.convert("RGB")
+        self.chosen, self.rejected = to_rgb(self.chosen), to_rgb(self.rejected)
         # Of pixels, not of files: another compression is the same pair.
         digest = hashlib.blake2b(self.prompt.encode(), digest_size=16)
         for image in (self.chosen, self.rejected):

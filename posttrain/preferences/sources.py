@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import io
 import math
 import os
 from array import array
@@ -22,8 +21,9 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from posttrain import images
 from posttrain.errors import UserError
 from posttrain.preferences.config import ColumnMap
 from prompts.parse import parse_json
@@ -239,7 +239,7 @@ class Tie(Exception):
 
 
 def read_image(name: str, value: Any, folder: Path) -> Image.Image:
-    """The image in RGB, from a path, the bytes of a file, or {bytes, path} as `datasets` stores it."""
+    """The image, as posttrain/images.py reads it, from a path, the bytes of a file, or {bytes, path} of `datasets`."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if value is None or value == "":
@@ -247,16 +247,13 @@ def read_image(name: str, value: Any, folder: Path) -> Image.Image:
     if not isinstance(value, str | bytes):
         raise ValueError(f"{name}: is a {type(value).__name__}, neither a path nor an image")
     try:
-        if isinstance(value, str):
-            value = (folder / value).read_bytes()
-        with Image.open(io.BytesIO(value)) as image:
-            return image.convert("RGB")
+        return images.read_image(folder / value if isinstance(value, str) else value)
     except FileNotFoundError:
         raise ValueError(f"{name}: {value} is missing") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{name}: is no image ({len(value)} bytes)") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name}: cannot be read: {error}") from None
+    except OSError as error:
+        raise ValueError(f"{name}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def preferred(row: Mapping[str, Any], c: ColumnMap) -> float:
