@@ -197,8 +197,8 @@ class PreferenceWriter:
 class Preferences:
     """The rows of a set, read one at a time."""
 
-    def __init__(self, path: str, columns: ColumnMap | None, max_bad: float) -> None:
-        self.path, self.max_bad = path, max_bad
+    def __init__(self, path: str, columns: ColumnMap | None, max_bad: float, resized: bool) -> None:
+        self.path, self.max_bad, self._resized = path, max_bad, resized
         self.card: dict[str, Any] = {}
         """preferences.json, if the set was written by PreferenceWriter."""
         self._columns = columns or OWN
@@ -303,27 +303,30 @@ class Preferences:
         chosen = read_image(names[0], values[0], self._source.folder)
         rejected = read_image(names[1], values[1], self._source.folder)
         pair = Preference(prompt, chosen, rejected, **other)
-        if problem := _problem(pair):
+        if problem := _problem(pair, self._resized):
             raise ValueError(problem)
         return pair
 
 
-def read_preferences(path: str | Path, columns: ColumnMap | None = None, max_bad: float = 0.01) -> Preferences:
+def read_preferences(
+    path: str | Path, columns: ColumnMap | None = None, max_bad: float = 0.01, resized: bool = False
+) -> Preferences:
     """Opens a set of pairs: a directory of PreferenceWriter, JSONL with paths of images (relative to its directory), a
     parquet file or a directory of them, a directory of `save_to_disk`, or hf:NAME[:SPLIT].
 
     Without `columns`, the columns are those of the table above; prompt, chosen and rejected are required. A row is bad
-    if an image is missing, cut off or empty, if the images are the same or differ in size, if the prompt is empty, or
-    if a field has an invalid value. A row in which neither image is preferred is a tie. Both are skipped; if more than
-    the share `max_bad` of all rows are bad, UserError names the first ones and their reasons.
+    if an image is missing, cut off or empty, if the images are the same or differ in size (unless `resized`: the caller
+    resizes them), if the prompt is empty, or if a field has an invalid value. A row in which neither image is preferred
+    is a tie. Both are skipped; if more than the share `max_bad` of all rows are bad, UserError names the first ones and
+    their reasons.
 
     Raises UserError for a missing or unfinished set, and for a missing column.
     """
-    return Preferences(str(path), columns, max_bad)
+    return Preferences(str(path), columns, max_bad, resized)
 
 
-def _problem(pair: Preference) -> str | None:
-    """What is wrong with a pair whose images could be read; None: nothing."""
+def _problem(pair: Preference, resized: bool = False) -> str | None:
+    """What is wrong with a pair whose images could be read; None: nothing. `resized`: sizes may differ."""
     if not pair.prompt.strip():
         return "prompt: is empty"
     if pair.source not in SOURCES:
@@ -340,8 +343,8 @@ def _problem(pair: Preference) -> str | None:
     if not (pair.seed is None or isinstance(pair.seed, int)):
         return f"seed: is {pair.seed!r}, no integer"
     a, b = pair.chosen.size, pair.rejected.size
-    if a != b:
-        return f"the images differ in size: {a[0]}x{a[1]} and {b[0]}x{b[1]}"
+    if a != b and not resized:
+        return f"the images differ in size: {a[0]}x{a[1]} and {b[0]}x{b[1]} (posttrain stpo resizes them to pairs.size)"
     if pair.chosen.tobytes() == pair.rejected.tobytes():
         return "the images are the same"
     return None

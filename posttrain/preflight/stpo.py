@@ -64,7 +64,8 @@ class Few:
 
 def rows(config: STPOConfig, procs: Processes, folder: Path) -> list[Row]:
     """Raises UserError if nothing can be checked."""
-    preferences = read_preferences(config.pairs.train, config.pairs.columns, config.pairs.max_bad)
+    resized = config.pairs.size is not None
+    preferences = read_preferences(config.pairs.train, config.pairs.columns, config.pairs.max_bad, resized)
     heldout = read_prompts(config.heldout)
     load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})
     phase("the model is read")
