@@ -26,6 +26,7 @@ from posttrain.preferences.dataset import Preference, Preferences, read_preferen
 from posttrain.preferences.heldout import in_share
 from posttrain.preferences.sources import Skipped
 from prompts.parse import parse_json
+from prompts.tables import is_lines
 from prompts.templates import Template
 
 MARKS = "artifacts.jsonl"
@@ -103,7 +104,7 @@ def read_records(config: JudgeConfig) -> list[Record]:
         records = _good_images(path)
     elif config.mode == "artifact":
         records = _lines(path / MARKS if path.is_dir() else path, config.mode)
-    elif config.columns is None and path.is_file() and path.suffix != ".parquet":
+    elif config.columns is None and path.is_file() and is_lines(path):
         records = _lines(path, config.mode)
     else:
         return _pairs(read_preferences(config.data, config.columns, config.max_bad), config.workers)

@@ -42,10 +42,11 @@ from PIL import Image
 from posttrain.errors import UserError
 from posttrain.images import to_rgb
 from posttrain.preferences.config import ColumnMap
-from posttrain.preferences.sources import Parquet, Skipped, Tally, Tie, number, open_source, preferred, read_image
+from posttrain.preferences.sources import Skipped, Tally, Tie, number, preferred, read_image, typed
 from posttrain.runs.files import replacing
 from posttrain.training.checkpoint import is_full
 from prompts.parse import parse_json
+from prompts.tables import Parquet, open_table
 
 VERSION = 1
 CARD, README = "preferences.json", "README.md"
@@ -211,7 +212,7 @@ class Preferences:
         elif os.path.isdir(path) and _shards(Path(path)):
             raise UserError(f"{path}: is unfinished: it has shards and no {CARD}; go on with what was writing it")
         else:
-            self._source = open_source(path)
+            self._source = open_table(path)
         if not len(self):
             raise UserError(f"{path}: holds no pair")
         self._check_columns()
@@ -297,7 +298,7 @@ class Preferences:
         if self._own:
             for name in OPTIONAL:
                 if row.get(name) is not None:
-                    other.setdefault(name, row[name])
+                    other.setdefault(name, typed(name, row[name]))
             other["source"] = row.get("source") or OPTIONAL["source"]
         # Images last: decoding them takes longer than all other checks.
         chosen = read_image(names[0], values[0], self._source.folder)
@@ -311,8 +312,9 @@ class Preferences:
 def read_preferences(
     path: str | Path, columns: ColumnMap | None = None, max_bad: float = 0.01, resized: bool = False
 ) -> Preferences:
-    """Opens a set of pairs: a directory of PreferenceWriter, JSONL with paths of images (relative to its directory), a
-    parquet file or a directory of them, a directory of `save_to_disk`, or hf:NAME[:SPLIT].
+    """Opens a set of pairs: a directory of PreferenceWriter, or whatever `prompts.tables.open_table` opens, such as
+    JSONL or CSV with paths of images (relative to its directory), parquet, a directory of `save_to_disk`, or
+    hf:NAME[:SPLIT].
 
     Without `columns`, the columns are those of the table above; prompt, chosen and rejected are required. A row is bad
     if an image is missing, cut off or empty, if the images are the same or differ in size (unless `resized`: the caller

@@ -346,10 +346,10 @@ def test_mistakes_in_data_name_the_line(tmp_path, line, problem):
 
 def test_mistakes_are_user_errors(tmp_path, model, data, capsys):
     for path, mode, problem in [
-        (tmp_path, "preference", "holds no parquet file and no dataset; give a directory of pairs"),
+        (tmp_path, "preference", "is a directory without a parquet file or a saved dataset"),
         (tmp_path, "artifact", "contains no artifacts.jsonl and no image"),
         (tmp_path / "nothing.jsonl", "artifact", "cannot be read as a JSONL file"),
-        (tmp_path / "nothing", "preference", "no such file or directory; give pairs as a directory"),
+        (tmp_path / "nothing", "preference", "no such file or directory; give a file, a directory or"),
     ]:
         with pytest.raises(UserError, match=problem):
             read_records(JudgeConfig("o", "m", str(path), mode))  # type: ignore[arg-type]

@@ -308,16 +308,16 @@ def test_sets_that_are_not_there(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "cut.parquet").write_bytes(b"PAR1")
     for path, says in (
-        ("none", "none: no such file or directory; give pairs"),
+        ("none", "none: no such file or directory; give a file, a directory"),
         ("empty.jsonl", "holds no pair"),
-        ("folder", "holds no parquet file and no dataset"),
+        ("folder", "is a directory without a parquet file or a saved dataset"),
         ("cut.parquet", "is not a whole parquet file"),
     ):
         with pytest.raises(UserError, match=says):
             read_preferences(tmp_path / path)
     with pytest.raises(UserError, match="'chosen' is no column"):
         read_preferences(jsonl(tmp_path, [{"prompt": "a"}]))
-    with pytest.raises(UserError, match=r"hf:.*cannot be loaded: .*write it as hf:NAME"):
+    with pytest.raises(UserError, match=r"hf:.*cannot be loaded: .*write it as hf:NAME, "):
         read_preferences("hf:" + str(tmp_path / "none"))
 
 
