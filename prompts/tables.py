@@ -164,7 +164,10 @@ class Parquet:
 
             file, group = self._groups[g]
             try:
-                self._cached = g, pq.ParquetFile(self.files[file]).read_row_group(group)
+                self._cached = (
+                    g,
+                    pq.ParquetFile(self.files[file], page_checksum_verification=True).read_row_group(group),
+                )
             except (OSError, ValueError) as error:
                 raise ValueError(f"cannot be read: {error}") from None
         return self._cached[1].slice(i - self._starts[g], 1).to_pylist()[0]

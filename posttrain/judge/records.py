@@ -31,6 +31,8 @@ from prompts.templates import Template
 
 MARKS = "artifacts.jsonl"
 """File name of the records for mode artifact in a directory."""
+SMALLEST, MOST_UNLIKE = 4, 200
+"""Pixels of a side, and the largest ratio of sides, which is Qwen3-VL's."""
 UNKNOWN = "unknown"
 """Policy of an image whose origin is not recorded."""
 
@@ -49,11 +51,22 @@ class Files:
         for path in self.paths:
             try:
                 images.append(read_image(path))
+                _check_shape(images[-1])
             except OSError as error:
                 raise UserError(f"{self.where}: {path}: cannot be read: {error.strerror}; fix or remove it") from None
             except ValueError as error:
                 raise UserError(f"{self.where}: {path}: {error}; fix or remove it") from None
         return images
+
+
+def _check_shape(image: Image.Image) -> None:
+    """Raises ValueError for an image on which the processor or a corruption would fail in the middle of a run."""
+    if min(image.size) < SMALLEST or max(image.size) > MOST_UNLIKE * min(image.size):
+        width, height = image.size
+        raise ValueError(
+            f"is {height}x{width} pixels, and a judge needs {SMALLEST} or more and no side over {MOST_UNLIKE} times"
+            " the other"
+        )
 
 
 @dataclass(frozen=True)
@@ -195,6 +208,10 @@ class _Facts:
         pair = self.preferences[self.row]
         if not isinstance(pair, Preference):
             return pair
+        try:
+            _check_shape(pair.chosen)
+        except ValueError as error:
+            return Skipped(self.preferences.name(self.row), f"an image {error}")
         drawn_by = {pair.chosen_policy, pair.rejected_policy} - {UNKNOWN}
         return pair.id, pair.prompt, pair.share, tuple(sorted({pair.source, *drawn_by}))
 

@@ -164,7 +164,8 @@ class PreferenceWriter:
             return
         name = f"shard-{len(self._shards):05d}.parquet"
         table = pa.Table.from_pylist(self._pending, schema=FEATURES.arrow_schema)
-        _replace(self.path / name, lambda file: pq.write_table(table, file, row_group_size=ROW_GROUP))
+        options = {"row_group_size": ROW_GROUP, "write_page_checksum": True}  # damage is noticed when it is read
+        _replace(self.path / name, lambda file: pq.write_table(table, file, **options))
         self._shards[name] = len(self._pending)
         self._pending, self._bytes = [], 0
 
