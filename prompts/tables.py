@@ -200,6 +200,9 @@ class HubDataset:
         return len(self._rows)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
+        # A damaged Arrow file has offsets that lead anywhere, and reading there ends the process.
+        if self._rows._indices is None:
+            self._rows.data.slice(i, 1).validate(full=True)
         return self._rows[i]
 
     def name(self, i: int) -> str:
@@ -298,7 +301,7 @@ def _saved(source: str, path: str, split: str | None) -> Table:
 
     try:
         loaded = datasets.load_from_disk(path)
-    except (OSError, ValueError, KeyError, TypeError, DatasetsError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, DatasetsError) as error:
         raise UserError(f"{source}: cannot be loaded: {' '.join(str(error).split())}; save it again") from None
     if isinstance(loaded, datasets.Dataset):
         if split not in (None, str(loaded.split)):

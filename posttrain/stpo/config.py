@@ -34,8 +34,8 @@ class PairSetConfig:
     """Pairs of images of one prompt, of which one is preferred. Latents and text are encoded once, into a cache."""
 
     train: Text
-    """Directory of `posttrain pairs` or `posttrain annotate`; JSONL with prompt, chosen, rejected, where images are
-    paths from its directory; parquet; a dataset saved to disk; or hf:NAME[:SPLIT]."""
+    """Directory of `posttrain pairs` or `posttrain annotate`; JSONL or CSV with prompt, chosen, rejected,
+    where images are paths from its directory; parquet; a dataset saved to disk; or hf:NAME[:SPLIT]."""
     columns: ColumnMap | None = None
     """Which columns hold what; null: those of posttrain/preferences/dataset.py. Required: prompt,
     chosen, rejected."""
