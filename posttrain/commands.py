@@ -42,6 +42,8 @@ class Command:
     """Its section `model` is a K2: one to train, which must be Raw, or any."""
     prompts: tuple[str, ...] = ()
     """Settings that name files of prompts."""
+    kept_prompts: tuple[str, ...] = ()
+    """Those of them that must hold the same prompts when a run is resumed."""
     reads: dict[str, str] = field(default_factory=dict)
     """Settings that name what another command makes, and the kind of that; see `makes`."""
     makes: str = ""
@@ -88,6 +90,7 @@ COMMANDS = {
         gpu=True,
         model="raw",
         prompts=("heldout",),
+        kept_prompts=("heldout",),
         reads={"model.start": "checkpoint", "pairs.train": "pairs"},
         makes="checkpoint",
         frozen=("lora", "seed", "heldout", *EVALUATED),
@@ -102,6 +105,7 @@ COMMANDS = {
         gpu=True,
         model="raw",
         prompts=("prompts.train", "prompts.heldout"),
+        kept_prompts=("prompts.heldout",),
         reads={"model.start": "checkpoint"},
         makes="checkpoint",
         frozen=("lora", "seed", "prompts.heldout", *EVALUATED),
@@ -116,6 +120,7 @@ COMMANDS = {
         gpu=True,
         model="raw",
         prompts=("prompts.train", "prompts.heldout"),
+        kept_prompts=("prompts.heldout",),
         reads={"model.start": "checkpoint"},
         makes="checkpoint",
         # What it draws in, and what it is compared with.
@@ -140,6 +145,7 @@ COMMANDS = {
         gpu=True,
         model="raw",
         prompts=("prompts",),
+        kept_prompts=("prompts",),
         reads={"model.start": "checkpoint", "policy": "checkpoint"},
         makes="pairs",
         # Pairs that are written already follow from the seed.
@@ -194,6 +200,7 @@ COMMANDS = {
         output="run",
         gpu=True,
         prompts=("prompts.train", "prompts.heldout"),
+        kept_prompts=("prompts.heldout",),
         reads={"model.path": "expander", "renderer.path": "K2"},
         # Another kind than that of sft: gdpo begins with the model of an sft, not with the adapter of a gdpo.
         makes="tuned expander",

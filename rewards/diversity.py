@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from posttrain.errors import UserError
+from posttrain.images import to_rgb
 from rewards.base import Score
 from rewards.vlm import VLM
 
@@ -84,12 +85,12 @@ class Features:
     def _embed(self, images: Sequence[Image.Image]) -> Tensor:
         if self._vlm is None:
             size = (self._size, self._size)
-            resized = [image.convert("RGB").resize(size, Image.Resampling.BILINEAR) for image in images]
+            resized = [to_rgb(image).resize(size, Image.Resampling.BILINEAR) for image in images]
             x = torch.from_numpy(np.stack(list(map(np.asarray, resized)))).float() / 255  # (N, H, W, 3)
             x = ((x - self._mean) / self._std).permute(0, 3, 1, 2).to(self._device)
             return self._model(pixel_values=x).pooler_output.flatten(1)
         # Of a Qwen3-VL only the image tower runs; an image's features are the mean of its tokens.
-        inputs = self._vlm.processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+        inputs = self._vlm.processor(images=list(map(to_rgb, images)), return_tensors="pt")
         grids = inputs["image_grid_thw"]
         seen = self._vlm.model.model.visual(inputs["pixel_values"].to(self._device), grid_thw=grids.to(self._device))
         counts = (grids.prod(-1) // self._vlm.processor.merge_size**2).tolist()

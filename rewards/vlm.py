@@ -24,6 +24,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.utils import logging
 
 from posttrain.errors import UserError
+from posttrain.images import to_rgb
 from prompts.templates import spelled
 
 Inputs = dict[str, Tensor]
@@ -71,7 +72,7 @@ class VLM:
     def inputs(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Inputs:
         """One question for each image as model inputs, padded on the left: the answer comes after the last token."""
         first, row = distinct(images)
-        pixels = self.processor(images=[images[i].convert("RGB") for i in first], return_tensors="pt")
+        pixels = self.processor(images=[to_rgb(images[i]) for i in first], return_tensors="pt")
         grids = pixels["image_grid_thw"]  # (distinct images, 3): frames, rows and columns of patches
         patches = pixels["pixel_values"].split(grids.prod(-1).tolist())
         turns = []

@@ -114,7 +114,7 @@ def test_single_file(grpo, tmp_path, model):
         ("", ": holds no prompt; write one object a line"),
         ('{"prompt": "a fox"}\na red cube\n', ":2: not JSON (Expecting value at column 1); write one object a line"),
         ('{"prompt": ""}\n', ":1: prompt: is empty; write what"),
-        (None, ": no such file; give the path of a JSONL prompt file"),
+        (None, ": no such file; give the path of a file of prompts"),
     ],
 )
 @pytest.mark.parametrize("which", ["train", "heldout"])

@@ -21,7 +21,8 @@ from rich.progress import track
 from posttrain.annotate import agreement
 from posttrain.annotate.answers import Annotations
 from posttrain.errors import UserError
-from posttrain.judge.records import IMAGES, MARKS
+from posttrain.images import SUFFIXES, read_image
+from posttrain.judge.records import MARKS
 from posttrain.runs.files import replace_text
 from prompts.parse import parse_json
 
@@ -88,10 +89,10 @@ def find(root: Path) -> list[Found]:
     for folder in folders:
         within_run = folder.parent.name == "samples"
         prompts = _prompts((folder.parent if within_run else folder) / PROMPTS)
-        for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGES):
+        for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES):
             found.append(Found(path, prompts.get(path.stem), folder.name if within_run else None))
     if not found:
-        raise UserError(f"images: {root} holds no image ({', '.join(IMAGES)}) and no run with samples; give another")
+        raise UserError(f"images: {root} holds no image ({', '.join(SUFFIXES)}) and no run with samples; give another")
     return found
 
 
@@ -153,10 +154,11 @@ def _prompts(path: Path) -> dict[str, str]:
 
 def _read(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as an image ({type(error).__name__}); repair or remove it") from None
+        return read_image(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; repair or remove it") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; repair or remove it") from None
 
 
 def _id(found: Found, image: Image.Image) -> str:

@@ -115,8 +115,8 @@ class PromptsConfig:
     tags, id."""
 
     train: str
-    """What training draws from: a JSONL file, or hf:NAME[:SPLIT] for a dataset that `datasets` loads, such as
-    hf:owner/name:train[:5000]; SPLIT is train if not given."""
+    """What training draws from: JSONL, CSV, parquet, a directory of `save_to_disk`, or hf:NAME[:SPLIT] for a dataset
+    that `datasets` loads, such as hf:owner/name:train[:5000]; SPLIT is train if not given and NAME is of the hub."""
     heldout: str
     """What evaluation draws; written as train is, and never trained on."""
     max_tokens: AtLeast1 = 512

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import io
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,12 +16,13 @@ from typing import Any, Protocol
 
 import torch
 from openai import APIResponseValidationError, AsyncOpenAI
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from posttrain.errors import UserError
 from posttrain.expander.config import RendererConfig
+from posttrain.images import read_image
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.runs import startup
@@ -180,11 +180,10 @@ class EndpointRenderer:
         try:
             answer = await endpoints.request(send)
             data = base64.b64decode(answer["data"][0]["b64_json"], validate=True)
-            image = Image.open(io.BytesIO(data)).convert("RGB")
+            image = read_image(data)
         except JudgeError as error:
             return str(error)
-        except (APIResponseValidationError, KeyError, IndexError, TypeError, binascii.Error, ValueError,
-                UnidentifiedImageError, OSError) as error:  # fmt: skip
+        except (APIResponseValidationError, KeyError, IndexError, TypeError, binascii.Error, ValueError) as error:
             return f"the server's answer is not an image: {type(error).__name__}: {error}"
         if image.size != (width, height):
             return f"the server drew {image.width} x {image.height} pixels, not {width} x {height}"

@@ -41,10 +41,10 @@ from posttrain.model import clipping
 from posttrain.model.fingerprint import fingerprint
 from posttrain.model.load import quiet
 from posttrain.preferences.heldout import in_share
-from posttrain.preferences.sources import open_source
 from posttrain.runs.guard import check_unchanged
 from posttrain.runs.run import Run, peak_memory
 from posttrain.runs.stop import StopSignals
+from prompts.tables import open_table
 
 LOGGED = ("loss", "mean_token_accuracy", "entropy", "grad_norm", "learning_rate")
 """Values of the trainer's log that metrics.jsonl keeps; entropy is that of the next token, in nats."""
@@ -221,7 +221,7 @@ def read_pairs(config: ExpanderSFTConfig) -> tuple[list[Pair], list[Pair]]:
 
 
 def _read(path: str) -> list[Pair]:
-    source = open_source(path)
+    source = open_table(path)
     if not len(source):
         raise UserError(f"data: {path} has no rows; give pairs of prompt and completion")
     for column in ("prompt", "completion"):

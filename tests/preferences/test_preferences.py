@@ -221,7 +221,7 @@ def test_bad_rows_are_named_and_skipped(tmp_path):
         row("images/2.png", "images/3.png"),
     ]
     expected = [
-        None, "rejected: images/none.png is missing", "chosen: cannot be read: .*truncated",
+        None, "rejected: images/none.png is missing", "chosen: cannot be read: .*[Tt]runcated",
         r"chosen: is not an image \(0 bytes\)", r"chosen: is not an image \(5 bytes\)", "the images are the same",
         "differ in size: 24x16 and 8x8", "prompt: is empty", "prompt: is no text", "chosen: no image",
         r"share: is 0\.4", "share: is 'most', no number", "not JSON", "is not an object", "neither image", None,
@@ -308,16 +308,16 @@ def test_sets_that_are_not_there(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "cut.parquet").write_bytes(b"PAR1")
     for path, says in (
-        ("none", "none: no such file or directory; give pairs"),
+        ("none", "none: no such file or directory; give a file, a directory"),
         ("empty.jsonl", "holds no pair"),
-        ("folder", "holds no parquet file and no dataset"),
+        ("folder", "is a directory without a parquet file or a saved dataset"),
         ("cut.parquet", "is not a whole parquet file"),
     ):
         with pytest.raises(UserError, match=says):
             read_preferences(tmp_path / path)
     with pytest.raises(UserError, match="'chosen' is no column"):
         read_preferences(jsonl(tmp_path, [{"prompt": "a"}]))
-    with pytest.raises(UserError, match=r"hf:.*cannot be loaded: .*write it as hf:NAME"):
+    with pytest.raises(UserError, match=r"hf:.*cannot be loaded: .*write it as hf:NAME, "):
         read_preferences("hf:" + str(tmp_path / "none"))
 
 
