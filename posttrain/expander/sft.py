@@ -36,10 +36,10 @@ from posttrain.expander.config import ExpanderSFTConfig
 from posttrain.expander.model import load_chat_model, resolve, write_card
 from posttrain.expander.template import messages, template
 from posttrain.expander.trl_checkpoint import AtomicCheckpointCallback, PlainState, newest
+from posttrain.loading import quiet
 from posttrain.log import log
 from posttrain.model import clipping
 from posttrain.model.fingerprint import fingerprint
-from posttrain.model.load import quiet
 from posttrain.preferences.heldout import in_share
 from posttrain.preferences.sources import open_source
 from posttrain.runs.guard import check_unchanged
