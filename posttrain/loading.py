@@ -35,6 +35,8 @@ MODEL = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 """Files of a diffusers pipeline and of a transformers model that are downloaded."""
 TYPES = ("F32", "F16", "BF16")
 """Types of numbers, as safetensors names them, that mean what they say without a scale."""
+SCALARS = (*TYPES, "F64", "I64", "I32")
+"""Types of a tensor of a single number, such as a LoRA's alpha or a count of batches."""
 SECONDS = 10
 """The hub has this long to say whether it knows a repository."""
 PROBE = "Two red stars, café: 3 × 7 = 21 (ready?)"
@@ -151,10 +153,10 @@ def check_file(file: Path, where: str | Path = "") -> int:
         with safe_open(file, framework="np") as opened:
             parts = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
             types = {key: str(part.get_dtype()) for key, part in parts.items()}
-            count = sum(math.prod(part.get_shape()) for part in parts.values())
+            sizes = {key: math.prod(part.get_shape()) for key, part in parts.items()}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{where}: not a whole safetensors file ({error}); copy or download it again") from error
-    wrong = [key for key, name in types.items() if name not in TYPES]
+    wrong = [key for key, name in types.items() if name not in (SCALARS if sizes[key] == 1 else TYPES)]
     if wrong:
         kind = types[wrong[0]]
         bits = " (8 bits)" if "8" in kind else ""
@@ -162,7 +164,7 @@ def check_file(file: Path, where: str | Path = "") -> int:
             f"{where}: {wrong[0]} is stored as {kind}{bits}, with {len(wrong) - 1} more: quantised weights are not"
             " read, as they mean nothing without their scales; give float32, float16 or bfloat16"
         )
-    return count
+    return sum(sizes.values())
 
 
 def check_json(folder: Path) -> None:
