@@ -233,6 +233,15 @@ def load_model(kind: Any, folder: Path, where: str, device: Any, **options: Any)
     return model
 
 
+def model_type(folder: Path, where: str) -> str:
+    """What transformers calls the architecture in a directory, such as qwen3_vl."""
+    from transformers import AutoConfig
+
+    check_json(folder)
+    with quiet(), reading(where, "a model"):
+        return str(AutoConfig.from_pretrained(str(folder)).model_type)
+
+
 def empty_model(kind: Any, folder: Path) -> Any:
     """A model of diffusers or transformers on the meta device: names and shapes without values."""
     import torch

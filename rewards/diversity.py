@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 
 from posttrain.errors import UserError
-from posttrain.loading import load_model, local, reading
+from posttrain.loading import load_model, local, model_type, reading
 from rewards.base import Score
 from rewards.vlm import VLM
 
@@ -61,8 +61,7 @@ class Features:
         self.path, self.batch = path, batch
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         folder = local(path)
-        with reading(path, "a model"):
-            kind = AutoConfig.from_pretrained(str(folder)).model_type
+        kind = model_type(folder, path)
         if not kind.startswith(("dinov3", "qwen3_vl")):
             raise UserError(f"path: {path} is a {kind}: features come from DINOv3 or a Qwen3-VL")
         self._vlm = VLM.load(path, device=device) if kind == "qwen3_vl" else None

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, Qwen3VLForConditionalGeneration, Qwen3VLVisionModel
+from transformers import Qwen3VLForConditionalGeneration, Qwen3VLVisionModel
 
 # The one that needs no torchvision; AutoImageProcessor may pick another.
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from posttrain.errors import UserError
-from posttrain.loading import load_model, load_tokenizer, local, reading
+from posttrain.loading import load_model, load_tokenizer, local, model_type, reading
 from prompts.templates import spelled
 
 Inputs = dict[str, Tensor]
@@ -42,8 +42,7 @@ class VLM:
     def load(cls, path: str, dtype: torch.dtype = torch.float32, device: Any = "cpu") -> VLM:
         """From a directory or a hub id. Raises UserError for anything but a Qwen3-VL."""
         folder = local(path)
-        with reading(path, "a model"):
-            kind = AutoConfig.from_pretrained(str(folder)).model_type
+        kind = model_type(folder, path)
         if kind != "qwen3_vl":
             raise UserError(f"model: {path} is a {kind}: judges are Qwen3-VL models (qwen3_vl)")
         model = load_model(Qwen3VLForConditionalGeneration, folder, path, device, dtype=dtype)
