@@ -58,6 +58,11 @@ def hub_name(path: str) -> tuple[str, str | None]:
     return match[1], match[2]
 
 
+def without_revision(path: str) -> str:
+    """A hub id as other tools write it; any other path as it is."""
+    return hub_name(path)[0] if is_hub_id(path) else path
+
+
 def check_source(path: str) -> None:
     """Raises UserError, within seconds, unless the path exists here or the hub knows it."""
     if is_hub_id(path):

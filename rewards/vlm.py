@@ -22,7 +22,7 @@ from transformers import Qwen3VLForConditionalGeneration, Qwen3VLVisionModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from posttrain.errors import UserError
-from posttrain.loading import load_model, load_tokenizer, local, model_type, reading
+from posttrain.loading import load_model, load_tokenizer, local, model_type, reading, without_revision
 from prompts.templates import spelled
 
 Inputs = dict[str, Tensor]
@@ -46,6 +46,7 @@ class VLM:
         if kind != "qwen3_vl":
             raise UserError(f"model: {path} is a {kind}: judges are Qwen3-VL models (qwen3_vl)")
         model = load_model(Qwen3VLForConditionalGeneration, folder, path, device, dtype=dtype)
+        model.name_or_path = model.config.name_or_path = without_revision(path)  # what adapters are said to be of
         tokenizer = load_tokenizer(folder, path, model.get_input_embeddings().num_embeddings)
         if tokenizer.chat_template is None:
             raise UserError(f"model: {path}: its tokenizer has no chat template: add chat_template.jinja")

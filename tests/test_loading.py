@@ -327,9 +327,10 @@ def test_a_revision_is_pinned(hub, model):
     assert set(hub.asked) == {("owner/name", "v1")} and hub.downloads == [("owner/name", "c0ffee", False)]
     hub.folder = CHAT
     Expander.load("owner/name@v1")
+    assert Expander.load("owner/name@v1").model.name_or_path == "owner/name"  # as PEFT and the hub write it
     hub.folder = JUDGE
     VLM.load("owner/name@v1")
-    assert hub.asked == [("owner/name", "v1")] * 3
+    assert hub.asked == [("owner/name", "v1")] * 4
     with pytest.raises(UserError, match="owner/name@v2: no such directory here, and the hub has no such rep"):
         check_directory("owner/name@v2")
 

@@ -46,7 +46,8 @@ class ModelConfig:
     """The K2 checkpoint to start from."""
 
     path: str
-    """Diffusers directory or hub id of a Krea2Pipeline (with transformer_file: for the other parts)."""
+    """Diffusers directory or hub id of a Krea2Pipeline (with transformer_file: for the other parts). A hub id
+    may have a branch, tag or commit behind an @: OWNER/NAME@REVISION."""
     transformer_file: str | None = None
     """Transformer as one safetensors file in the original key names; replaces the one in path."""
     start: str | None = None

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from posttrain.errors import UserError
 from posttrain.expander.template import messages, template
-from posttrain.loading import load_adapter, load_model, load_tokenizer, local
+from posttrain.loading import load_adapter, load_model, load_tokenizer, local, without_revision
 from posttrain.model import sampler
 from posttrain.model.fingerprint import fingerprint
 from posttrain.runs import startup
@@ -121,6 +121,7 @@ def load_chat_model(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
     startup.lap("inputs")
     folder = local(path)
     model = load_model(AutoModelForCausalLM, folder, path, "cpu", dtype=dtype)
+    model.name_or_path = model.config.name_or_path = without_revision(path)  # what adapters are said to be of
     tokenizer = load_tokenizer(folder, path, model.get_input_embeddings().num_embeddings)
     if tokenizer.chat_template is None:
         raise UserError(f"{path}: its tokenizer has no chat template; use an instruct model")
@@ -153,8 +154,11 @@ def check_base(adapter: str, base: str, model: torch.nn.Module) -> None:
 
 
 def _named_base(adapter: Path) -> str:
-    config = adapter / "adapter_config.json"
+    config, card = adapter / "adapter_config.json", adapter / CARD
     try:
-        return str(json.loads(config.read_text())["base_model_name_or_path"])
+        name = str(json.loads(config.read_text())["base_model_name_or_path"])
+        own = str(json.loads(card.read_text())["base"]) if card.is_file() else name
+        # The card has the revision too, for which PEFT's settings have no place.
+        return own if without_revision(own) == name else name
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{config}: has no base_model_name_or_path; give model and adapter separately") from None
