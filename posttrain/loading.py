@@ -17,7 +17,7 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -206,22 +206,28 @@ def check_finite(where: str | Path, tensors: Mapping[str, Tensor]) -> None:
 # ---- models, adapters, tokenizers -------------------------------------------------------------------------------
 
 
-def load_model(kind: Any, folder: Path, where: str, device: Any, **options: Any) -> Any:
+def load_model(
+    kind: Any, folder: Path, where: str, device: Any, trial: Callable[[Any], object] | None = None, **options: Any
+) -> Any:
     """`kind.from_pretrained(folder, **options)` of diffusers or transformers on `device`, with every check.
 
-    Raises UserError, which begins with `where`, for damaged or quantised files, keys that are missing, unexpected or of
-    another shape, and numbers that are not finite.
+    `trial` runs the model once on the meta device, before weights are read: settings that do not fit together fail
+    there. Raises UserError, which begins with `where`, for damaged or quantised files, keys that are missing,
+    unexpected or of another shape, and numbers that are not finite.
     """
     check_json(folder)
     numbers = sum(check_file(file) for file in weight_files(folder, where))
     with quiet(), reading(where, f"a {kind.__name__}"):
         # Settings of another size would fill the memory with random numbers for all that is not in the files.
-        described = sum(parameter.numel() for parameter in empty_model(kind, folder).parameters())
+        empty = empty_model(kind, folder)
+        described = sum(parameter.numel() for parameter in empty.parameters())
         if described > 2 * numbers:
             raise UserError(
                 f"{where}: config.json describes a model of {described:,} numbers, and its files have {numbers:,}; copy"
                 " or download it again"
             )
+        if trial is not None:
+            trial(empty)
         model, info = kind.from_pretrained(
             str(folder), use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )

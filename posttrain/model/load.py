@@ -47,10 +47,10 @@ def load_pipeline(
         transformer = _read_original(Path(transformer_file), folder, where, dtype, device)
     else:
         transformer = load_model(
-            Krea2Transformer2DModel, folder / "transformer", f"{where}/transformer", device, dtype=dtype
+            Krea2Transformer2DModel, folder / "transformer", f"{where}/transformer", device, _try_network, dtype=dtype
         )
-    encoder = load_model(Qwen3VLModel, folder / "text_encoder", f"{where}/text_encoder", device, dtype=dtype)
-    vae = load_model(AutoencoderKLQwenImage, folder / "vae", f"{where}/vae", device, dtype=dtype)
+    encoder = load_model(Qwen3VLModel, folder / "text_encoder", f"{where}/text_encoder", device, _try_text, dtype=dtype)
+    vae = load_model(AutoencoderKLQwenImage, folder / "vae", f"{where}/vae", device, _try_vae, dtype=dtype)
     for part in ("", "scheduler", "tokenizer"):
         check_json(folder / part)
     with quiet(), reading(where, "a K2 pipeline"):
@@ -62,6 +62,34 @@ def load_pipeline(
         raise UserError(f"{where}: {problem}")
     flatten_time(pipe.vae)
     return pipe
+
+
+@torch.no_grad()
+def _try_network(network: Any) -> None:
+    """One forward of the transformer on the meta device, with four tokens of each kind."""
+    config = network.config
+    with torch.device("meta"):
+        image, time, positions = torch.zeros(1, 4, config["in_channels"]), torch.zeros(1), torch.zeros(8, 3)
+        text = torch.zeros(1, 4, config["num_text_layers"], config["text_hidden_dim"])
+        network(hidden_states=image, encoder_hidden_states=text, timestep=time, position_ids=positions)
+
+
+@torch.no_grad()
+def _try_text(encoder: Any) -> None:
+    with torch.device("meta"):
+        ids, positions = torch.zeros(1, 4, dtype=torch.long), torch.zeros(3, 1, 4, dtype=torch.long)
+        encoder(input_ids=ids, position_ids=positions, output_hidden_states=True, use_cache=False)
+
+
+@torch.no_grad()
+def _try_vae(vae: Any) -> None:
+    """To latents and back."""
+    side = 2 ** len(vae.temperal_downsample)  # pixels of a latent
+    with torch.device("meta"):
+        mode = vae.encode(torch.zeros(1, 3, 1, side, side)).latent_dist.mode()
+        pixels = vae.decode(mode).sample
+    if tuple(mode.shape) != (1, vae.config["z_dim"], 1, 1, 1) or tuple(pixels.shape) != (1, 3, 1, side, side):
+        raise ValueError(f"an image of {side} pixels becomes {list(mode.shape)} and {list(pixels.shape)}")
 
 
 def _wrong_with(pipe: Any) -> str:

@@ -17,10 +17,12 @@ def fuzz(tmp_path_factory):
 @pytest.mark.timeout(60 + 3 * COUNT)
 @pytest.mark.parametrize("kind", list(fuzz_loading.KINDS))
 def test_damaged_files_are_read_right_or_refused(fuzz, kind, tmp_path):
+    before = fuzz.compared
     outcomes = fuzz_loading.inputs(fuzz, kind, COUNT, tmp_path)
     wrong = {seed: found for seed, found in outcomes.items() if isinstance(found, Exception)}
     first = next(iter(wrong), None)
     assert not wrong, f"{len(wrong)} of {COUNT}: python -m tests.helpers.fuzz_loading {kind} {first}: {wrong[first]!r}"
     # Some of each, or the damage is none, or all of it.
     kinds = list(outcomes.values())
+    assert COUNT < 20 or fuzz.compared > before
     assert COUNT < 20 or 0.05 * COUNT < kinds.count(fuzz_loading.READ) < 0.7 * COUNT

@@ -46,6 +46,8 @@ class Fuzz:
         self.shapes = linear_shapes(self.stock.transformer.state_dict())
         self.adapted = [name for name in self.shapes if name.startswith("transformer_blocks.")]
         self.image = self._draw(self.stock)
+        self.compared = 0
+        """Results that stock diffusers had too."""
 
     # ---- LoRA files
 
@@ -65,7 +67,8 @@ class Fuzz:
                 assert close(ours[layer], scale * b @ a), f"{layer}: not what its trainer means"
         stock = self._stock_updates(file)
         # It knows nothing of kohya's header and of PEFT's settings beside a file.
-        if stock is not None and not (folder / "adapter_config.json").exists() and not _kohya(file):
+        if stock and not (folder / "adapter_config.json").exists() and not _kohya(file):
+            self.compared += 1
             assert stock.keys() == ours.keys(), "stock reads other layers"
             for layer, update in stock.items():
                 assert close(ours[layer], update), f"{layer}: not what stock diffusers reads"
@@ -93,6 +96,7 @@ class Fuzz:
             if form in ("alpha", "kohya"):
                 state[f"{name}.alpha"] = torch.tensor(alpha)
         settings = {"r": rank, "lora_alpha": alpha, "use_rslora": form == "rslora", "peft_type": "LORA"}
+        settings["target_modules"] = list(factors)
         header = {"format": "pt"}
         if form in ("header", "rslora"):
             stated = {f"transformer.{key}": value for key, value in settings.items()}
@@ -111,7 +115,7 @@ class Fuzz:
         with safe_open(file, framework="pt") as opened:
             header = dict(opened.metadata() or {})
         state, config = load_file(file), file.parent / "adapter_config.json"
-        key = rng.choice(list(state))
+        key = rng.choice([name for name, value in state.items() if value.ndim == 2])
         how = rng.choice(["nothing", "torn", "config", "header", "drop", "rename", "type", "shape", "number", "alpha",
                           "more", "prefix"])  # fmt: skip
         if how == "nothing":
@@ -153,14 +157,14 @@ class Fuzz:
         save_file({name: value.clone() for name, value in state.items()}, file, metadata=header)
         return False
 
-    def _stock_updates(self, file: Path) -> dict[str, Tensor] | None:
-        """Scale B A by layer, as the stock pipeline loads it; None if it does not."""
+    def _stock_updates(self, file: Path) -> dict[str, Tensor]:
+        """Scale B A by layer, as the stock pipeline loads it; empty if it does not."""
         updates: dict[str, Tensor] = {}
         try:
             with quiet():
                 self.stock.load_lora_weights(str(file), adapter_name="fuzz")
         except Exception:  # whatever it raises, it does not load it
-            return None
+            return {}
         for name, module in self.stock.transformer.named_modules():
             if hasattr(module, "lora_A"):
                 update = module.lora_B["fuzz"].weight @ module.lora_A["fuzz"].weight * module.scaling["fuzz"]
@@ -189,6 +193,7 @@ class Fuzz:
         try:
             with quiet():
                 expected = self._draw(self._stock_pipeline(damaged))
+            self.compared += 1
         except Exception:  # stock cannot read it: then only the undamaged image is right
             expected = self.image
         difference = np.abs(np.asarray(Image.open(out / "000.png"), float) - expected).mean()
@@ -227,12 +232,12 @@ class Fuzz:
 
     def _draw(self, pipe: Any) -> np.ndarray:
         """The image that `posttrain sample` should draw, (H, W, 3)."""
-        (height, width), patch = SIZE, 16
+        (height, width), patch = SIZE, pipe.vae_scale_factor * pipe.patch_size
         shape = (height // patch * (width // patch), 64)
         noise = sampler.noise([sampler.seed_for(0, 0, 0)], shape)
         made = pipe(
             PROMPT, height=height, width=width, num_inference_steps=STEPS, guidance_scale=GUIDANCE, latents=noise,
-            negative_prompt="", output_type="np",
+            negative_prompt="", output_type="np", max_sequence_length=64,
         )  # fmt: skip
         return np.asarray(made.images[0], float) * 255
 
