@@ -19,6 +19,7 @@ from posttrain.expander.config import ChatModelConfig, RendererConfig
 from posttrain.expander.model import Expander
 from posttrain.expander.policy import Policy
 from posttrain.expander.renderer import EndpointRenderer, K2Renderer
+from posttrain.model import key_names
 from posttrain.model.files import check_directory
 from posttrain.model.k2 import K2
 from posttrain.resources import WEIGHTS
@@ -302,6 +303,7 @@ def hub(monkeypatch):
         if local_files_only and found.folder is None:
             raise FileNotFoundError("not cached")
         found.downloads.append((name, revision, local_files_only))
+        found.patterns = patterns["allow_patterns"] if patterns else []
         return str(found.folder)
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
@@ -319,6 +321,16 @@ def test_a_folder_of_the_owners_name_hides_nothing(hub, model, tmp_path, monkeyp
     (tmp_path / "owner/name").mkdir()
     with pytest.raises(UserError, match=r"owner/name: has no model_index\.json"):  # what is here comes first
         K2.load("owner/name")
+
+
+def test_a_single_file_leaves_the_other_transformer_on_the_hub(hub, model, tmp_path):
+    """Which has 26 GB."""
+    save_file(key_names.to_original(load_file(model / NETWORK)), tmp_path / "one.safetensors")
+    hub.folder = model
+    K2.load("owner/name", tmp_path / "one.safetensors")
+    assert "transformer/*.json" in hub.patterns and "transformer/*" not in hub.patterns
+    K2.load("owner/name")
+    assert "transformer/*" in hub.patterns
 
 
 def test_a_revision_is_pinned(hub, model):

@@ -41,7 +41,10 @@ def load_pipeline(
     path: str | Path, transformer_file: str | Path | None, dtype: torch.dtype, device: str | torch.device
 ) -> Krea2Pipeline:
     """See `K2.load`."""
-    where, folder = str(path), local(str(path), PIPELINE)
+    patterns = PIPELINE
+    if transformer_file is not None:  # of the other one only the settings are read
+        patterns = [pattern.replace("transformer/*", "transformer/*.json") for pattern in PIPELINE]
+    where, folder = str(path), local(str(path), patterns)
     check_directory(str(folder), transformer_file)
     if transformer_file is not None:
         transformer = _read_original(Path(transformer_file), folder, where, dtype, device)
