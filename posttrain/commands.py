@@ -158,7 +158,7 @@ COMMANDS = {
         resumable=True,
         output="run",
         gpu=True,
-        reads={"data": "records"},
+        reads={"data": "records", "model": "chat model"},
         frozen=("lora", "seed", "heldout", "heldout_sources"),
     ),
     "serve": Command(

@@ -32,6 +32,7 @@ from pydantic import model_validator
 
 from posttrain.config.types import Each, Port, Positive, Range, refusal, settings
 from posttrain.errors import UserError
+from posttrain.loading import hub_name, is_hub_id, without_revision
 from rewards import supervise
 
 LOOPBACK = "127.0.0.1"
@@ -96,7 +97,7 @@ class ServerSpec:
     name: str
     """Rewards reach it as server://NAME; its base model is served under this name."""
     model: str
-    """Directory or hub id of the base model."""
+    """Directory or hub id (OWNER/NAME, or OWNER/NAME@REVISION) of the base model."""
     adapters: dict[str, str] = field(default_factory=dict)
     """LoRA adapters, served as further models: model name to adapter directory."""
     port: Port = 0
@@ -232,7 +233,15 @@ def _description(spec: ServerSpec, host: str, port: int) -> str:
 
 
 def command(spec: ServerSpec, host: str, port: int) -> list[str]:
-    words = [os.path.expanduser(spec.executable), "serve", spec.model, "--served-model-name", spec.name]
+    words = [
+        os.path.expanduser(spec.executable),
+        "serve",
+        without_revision(spec.model),
+        "--served-model-name",
+        spec.name,
+    ]
+    if is_hub_id(spec.model) and (revision := hub_name(spec.model)[1]):
+        words += ["--revision", revision, "--tokenizer-revision", revision]
     words += ["--host", host, "--port", str(port)]
     words += ["--enable-prefix-caching", "--limit-mm-per-prompt", '{"image": 1, "video": 0}']
     if len(spec.gpus) > 1:

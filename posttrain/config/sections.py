@@ -70,7 +70,8 @@ class ModelConfig(RuntimeConfig):
     """The K2 checkpoint to start from, and how it is run."""
 
     path: str
-    """Diffusers directory or hub id of a Krea2Pipeline (with transformer_file: for the other parts)."""
+    """Diffusers directory or hub id of a Krea2Pipeline (with transformer_file: for the other parts). A hub id
+    may have a branch, tag or commit behind an @: OWNER/NAME@REVISION."""
     transformer_file: str | None = None
     """Transformer as one safetensors file in the original key names; replaces the one in path."""
     start: str | None = None

@@ -44,6 +44,7 @@ from posttrain.expander.policy import Policy
 from posttrain.expander.renderer import make_renderer
 from posttrain.expander.score import Scorer
 from posttrain.expander.trl_checkpoint import AtomicCheckpointCallback, PlainState, newest
+from posttrain.loading import without_revision
 from posttrain.log import log
 from posttrain.model import sampler
 from posttrain.runs.run import Run
@@ -209,7 +210,7 @@ def card(config: ExpanderGDPOConfig, policy: Policy, figures: dict[str, float | 
     ablation = "" if config.ablation.diversity == "kept" else f" An ablation: {ABLATED[config.ablation.diversity]}."
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in figures.items() if value is not None)
     return (
-        f"---\nbase_model: {base}\nlibrary_name: peft\ntags: [lora, vllm, prompt-expansion]\n---\n\n"
+        f"---\nbase_model: {without_revision(base)}\nlibrary_name: peft\ntags: [lora, vllm, prompt-expansion]\n---\n\n"
         "# A prompt expander\n\n"
         f"A LoRA adapter for {base}, trained with GDPO on the images that {config.renderer.path} draws from its"
         f" expansions. {config.steps} steps of {config.groups.prompts_per_step} prompts by {config.groups.group_size}"

@@ -18,11 +18,11 @@ import torch
 from openai import APIResponseValidationError, AsyncOpenAI
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from posttrain.errors import UserError
 from posttrain.expander.config import RendererConfig
 from posttrain.images import read_image
+from posttrain.loading import load_tokenizer, local
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.runs import startup
@@ -120,11 +120,8 @@ class EndpointRenderer:
     def __init__(self, config: RendererConfig):
         self.config = config
         refuse_keys(config.urls, "renderer.urls")
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(config.path, subfolder="tokenizer")
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"renderer.path: {config.path} has no tokenizer that can be loaded: {reason}") from error
+        folder = local(config.path, ("tokenizer/*",)) / "tokenizer"
+        self._tokenizer: Any = load_tokenizer(folder, f"renderer.path: {config.path}/tokenizer", None)
         key = read_key(config.api_key_env, "renderer.api_key_env") if config.api_key_env is not None else "none"
         if key is None:
             raise UserError(f"renderer.api_key_env: {config.api_key_env} is not set: export it")

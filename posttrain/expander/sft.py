@@ -36,10 +36,10 @@ from posttrain.expander.chat_template import messages, template
 from posttrain.expander.config import ExpanderSFTConfig
 from posttrain.expander.model import load_chat_model, resolve, write_card
 from posttrain.expander.trl_checkpoint import AtomicCheckpointCallback, PlainState, newest
+from posttrain.loading import quiet, without_revision
 from posttrain.log import log
 from posttrain.model import clipping
 from posttrain.model.fingerprint import fingerprint
-from posttrain.model.load import quiet
 from posttrain.preferences.heldout import in_share
 from posttrain.runs.guard import check_unchanged
 from posttrain.runs.run import Run, peak_memory
@@ -364,7 +364,8 @@ def model_card(config: ExpanderSFTConfig, figures: dict[str, Any], training: int
             table += f"\n| {name} | {before:.4f} | {after:.4f} |"
     kind = "adapter" if config.lora is not None else "model"
     settings = json.dumps({k: asdict(config)[k] for k in ("lora", "optim", "batch", "dtype", "seed")})
-    head = f"---\nbase_model: {config.model}\nlibrary_name: {'peft' if kind == 'adapter' else 'transformers'}\n"
+    base = without_revision(config.model)
+    head = f"---\nbase_model: {base}\nlibrary_name: {'peft' if kind == 'adapter' else 'transformers'}\n"
     return "\n\n".join([
         head + "tags: [prompt-expander, sft, vllm]\n---",
         "# A prompt expander",

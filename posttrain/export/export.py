@@ -27,9 +27,10 @@ from posttrain.export.config import ExportConfig
 from posttrain.export.hub import check_push, push
 from posttrain.export.model_card import LEAST_KEPT, Rounding, model_card
 from posttrain.export.verify import check_lora, check_pipeline, check_weights
+from posttrain.loading import quiet
 from posttrain.model import key_names
 from posttrain.model.k2 import K2
-from posttrain.model.load import empty_transformer, keeps_fp32, quiet
+from posttrain.model.load import empty_transformer, keeps_fp32
 from posttrain.model.roles import Kept
 from posttrain.runs.guard import check_new
 from posttrain.training import checkpoint

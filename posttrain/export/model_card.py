@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from posttrain import commands
+from posttrain.loading import is_hub_id, without_revision
 from posttrain.report.front_matter import card
 from posttrain.training.checkpoint import Checkpoint
 from posttrain.training.policy import earlier_of, is_student
@@ -92,7 +93,8 @@ def _front(saved: Checkpoint, format: str, license: str | None) -> dict[str, Any
     if is_student(saved):
         tags.append("distilled")
     front = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags, **_license(base, license)}
-    return {"base_model": base, **front} if _is_hub_id(base) else front
+    # A hub refuses cards that name a directory as their base.
+    return {"base_model": without_revision(base), **front} if is_hub_id(base) else front
 
 
 def run_recipe(saved: Checkpoint) -> dict[str, Any]:
@@ -155,12 +157,7 @@ def _license(base: str, given: str | None) -> dict[str, str]:
     if "license" in fields:
         return fields
     unknown = {"license": "other", "license_name": AS_BASE}
-    return unknown | ({"license_link": f"https://huggingface.co/{base}"} if _is_hub_id(base) else {})
-
-
-def _is_hub_id(path: str) -> bool:
-    """A hub refuses cards that name a directory as their base."""
-    return path.count("/") == 1 and not Path(path).parent.exists()
+    return unknown | ({"license_link": f"https://huggingface.co/{without_revision(base)}"} if is_hub_id(base) else {})
 
 
 def _license_text(front: dict[str, Any], base: str, given: str | None) -> str:

@@ -86,7 +86,7 @@ def test_a_fault_reaches_those_who_asked(drawn, monkeypatch):
 @pytest.mark.parametrize(
     ("judge", "message"),
     [
-        ({"path": "./none"}, "is not a directory: correct the path"),
+        ({"path": "./none"}, "./none: no such directory; give a directory, or a hub id"),
         ({"path": PATH, "adapter": PATH}, "LoRA directory"),
         ({"path": PATH, "model": "x"}, "it takes path"),
         ({"path": PATH, "batch": 0}, "use 1 or more"),
