@@ -146,7 +146,7 @@ def test_rewards(grpo, tmp_path):
     result = reward(function="tests.helpers.runs:nothing")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1] == (
-        "posttrain: error: rewards: not one image of this step could be scored: all None, so none applies to these"
+        "posttrain: error: rewards: not one image of 2 steps could be scored: all None, so none applies to these"
         " prompts; fix or add a reward"
     )
 
