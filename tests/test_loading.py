@@ -171,6 +171,15 @@ def test_a_pipeline_that_is_not_whole(copied, capfd, damage, says):
     assert capfd.readouterr().err == ""  # one line, and no report of a library before it
 
 
+def test_an_image_that_is_no_image_is_not_written(copied, tmp_path, capsys):
+    """Settings of the right type and shape under which numbers are not finite."""
+    settings("transformer/config.json", norm_eps=-1e9)(copied)
+    out = tmp_path / "out"
+    words = ["sample", f"--model.path={copied}", "--model.dtype=float32", "--prompt=a", f"--output={out}"]
+    assert cli.main([*words, "--size=[32, 32]", "--steps=2"]) == 2
+    assert "draws numbers that are not finite" in capsys.readouterr().err and not list(out.glob("*.png"))
+
+
 def test_what_is_not_needed_may_be_gone(copied, model):
     """The tokenizer's settings only name what its file says too."""
     without("tokenizer/tokenizer_config.json")(copied)
