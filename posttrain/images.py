@@ -51,8 +51,8 @@ class Refused(ValueError):
 def read_image(source: bytes | str | Path) -> Image.Image:
     """The image of a file, or of a file's bytes, in 8-bit RGB.
 
-    Raises ValueError with the reason for bytes that are no image or one that is refused (see above), and OSError for a
-    file that cannot be read.
+    Raises ValueError with the reason for bytes that are not an image or one that is refused (see above), and OSError
+    for a file that cannot be read.
     """
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
     try:
@@ -62,7 +62,7 @@ def read_image(source: bytes | str | Path) -> Image.Image:
     except Refused:
         raise
     except UnidentifiedImageError:
-        raise Refused(f"is no image ({len(data)} bytes)") from None
+        raise Refused(f"is not an image ({len(data)} bytes)") from None
     except Exception as error:  # Pillow raises all kinds of exceptions for damaged files, struct.error among them
         raise Refused(f"cannot be read: {str(error) or type(error).__name__}") from None
 

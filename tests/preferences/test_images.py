@@ -112,8 +112,8 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (128, 128, 3),
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (b"", "is no image (0 bytes)"),
-        (b"hello", "is no image (5 bytes)"),
+        (b"", "is not an image (0 bytes)"),
+        (b"hello", "is not an image (5 bytes)"),
         *[(frames(kind), "has 2 frames or pages; give one image a file") for kind in ("GIF", "WEBP", "PNG", "TIFF")],
         (saved(Image.fromarray(RAMP.astype(np.float32)), "TIFF"), "has floats outside 0 (black) to 1 (white)"),
         (saved(Image.fromarray(np.full((4, 4), np.nan, np.float32)), "TIFF"), "has floats outside 0"),

@@ -222,7 +222,7 @@ def test_bad_rows_are_named_and_skipped(tmp_path):
     ]
     expected = [
         None, "rejected: images/none.png is missing", "chosen: cannot be read: .*[Tt]runcated",
-        r"chosen: is no image \(0 bytes\)", r"chosen: is no image \(5 bytes\)", "the images are the same",
+        r"chosen: is not an image \(0 bytes\)", r"chosen: is not an image \(5 bytes\)", "the images are the same",
         "differ in size: 24x16 and 8x8", "prompt: is empty", "prompt: is no text", "chosen: no image",
         r"share: is 0\.4", "share: is 'most', no number", "not JSON", "is not an object", "neither image", None,
     ]  # fmt: skip
