@@ -307,7 +307,7 @@ def _saved(source: str, path: str, split: str | None) -> Table:
         if split not in (None, str(loaded.split)):
             raise UserError(f"{source}: is saved without splits; write it as hf:{path}")
         return HubDataset(source, loaded)
-    known = list(loaded)
+    known = list(map(str, loaded))
     split = _chosen(source, path, known) if split is None else split
     if split not in loaded:
         raise UserError(f"{source}: has no split {split}; it has {', '.join(known)}")
