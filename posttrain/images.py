@@ -51,8 +51,8 @@ class Refused(ValueError):
 def read_image(source: bytes | str | Path) -> Image.Image:
     """The image of a file, or of a file's bytes, in 8-bit RGB.
 
-    Raises ValueError with the reason for bytes that are no image or one that is refused (see above), and OSError for a
-    file that cannot be read.
+    Raises ValueError with the reason for bytes that are not an image or one that is refused (see above), and OSError
+    for a file that cannot be read.
     """
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
     try:

@@ -164,7 +164,7 @@ class PreferenceWriter:
             return
         name = f"shard-{len(self._shards):05d}.parquet"
         table = pa.Table.from_pylist(self._pending, schema=FEATURES.arrow_schema)
-        options = {"row_group_size": ROW_GROUP, "write_page_checksum": True}  # damage is noticed when it is read
+        options = {"row_group_size": ROW_GROUP, "write_page_checksum": True}
         _replace(self.path / name, lambda file: pq.write_table(table, file, **options))
         self._shards[name] = len(self._pending)
         self._pending, self._bytes = [], 0
@@ -366,6 +366,9 @@ def _read_card(path: Path) -> dict[str, Any]:
             raise UserError(f"{path / name}: is missing; copy the whole directory")
         if (found := _rows(path / name)) != rows:
             raise UserError(f"{path / name}: has {found} rows, not {rows} as {CARD} says; copy the directory again")
+        # The names in a parquet file have no checksum, and a column that is not found would take its default.
+        if pq.read_schema(path / name).names != list(FEATURES):
+            raise UserError(f"{path / name}: has other columns than it was written with; copy the directory again")
     return card
 
 

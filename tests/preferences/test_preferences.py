@@ -154,9 +154,34 @@ def damage_swap(folder):
     pq.write_table(damage, folder / "shard-00000.parquet")
 
 
+def damage_column(folder):
+    """Its default would be read in its place."""
+    table = pq.read_table(folder / "shard-00001.parquet")
+    pq.write_table(table.rename_columns([name.replace("share", "shbre") for name in table.column_names]),
+                   folder / "shard-00001.parquet")  # fmt: skip
+
+
+def damage_page(folder):
+    """A byte of the first prompt, of which only the checksum of its page tells."""
+    data = (folder / "shard-00000.parquet").read_bytes()
+    assert b"prompt 0" in data
+    (folder / "shard-00000.parquet").write_bytes(data.replace(b"prompt 0", b"prompt 9"))
+
+
+def test_pages_have_checksums(tmp_path):
+    with PreferenceWriter(tmp_path / "a", rows=1) as writer:
+        writer.add(pair(0))
+        writer.add(pair(1))
+    damage_page(tmp_path / "a")
+    first, second = (read_preferences(tmp_path / "a")[i] for i in range(2))
+    assert isinstance(first, Skipped) and "CRC checksum" in first.reason
+    assert_same(second, pair(1))
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
+        (damage_column, "shard-00001.parquet: has other columns than it was written with; copy"),
         (damage_version, "preferences.json: version 2; this posttrain reads 1"),
         (damage_remove, "shard-00001.parquet: is missing; copy the whole directory"),
         (damage_swap, "shard-00000.parquet: has 3 rows, not 1 as preferences.json says"),
