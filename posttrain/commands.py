@@ -43,6 +43,8 @@ class Command:
     """Its section `model` is a K2: one to train, which must be Raw, or any."""
     prompts: tuple[str, ...] = ()
     """Settings that name files of prompts."""
+    kept_prompts: tuple[str, ...] = ()
+    """Those of them that must hold the same prompts when a run is resumed."""
     reads: dict[str, str] = field(default_factory=dict)
     """Settings that name what another command makes, and the kind of that; see `makes`."""
     makes: str = ""
@@ -87,6 +89,7 @@ COMMANDS: dict[str, Command] = {
         "train with STPO on pairs and write a run directory",
         title="preference optimisation on pairs of images (STPO)",
         prompts=("heldout",),
+        kept_prompts=("heldout",),
         reads={"model.start": "checkpoint", "pairs.train": "pairs"},
         frozen=("lora", "seed", "heldout", *EVALUATED),
     ),
@@ -96,6 +99,7 @@ COMMANDS: dict[str, Command] = {
         "train with GRPO and write a run directory",
         title="reinforcement learning with groups of images (GRPO), without guidance",
         prompts=("prompts.train", "prompts.heldout"),
+        kept_prompts=("prompts.heldout",),
         reads={"model.start": "checkpoint"},
         frozen=("lora", "seed", "prompts.heldout", *EVALUATED),
     ),
@@ -105,6 +109,7 @@ COMMANDS: dict[str, Command] = {
         "distil with TDM into few steps and write a run directory",
         title="trajectory distribution matching (TDM): steps and guidance distilled into a few-step student",
         prompts=("prompts.train", "prompts.heldout"),
+        kept_prompts=("prompts.heldout",),
         reads={"model.start": "checkpoint"},
         # What it draws in, and what it is compared with.
         frozen=("lora", "seed", "prompts.heldout", "student.steps", "teacher", *EVALUATED),
@@ -128,6 +133,7 @@ COMMANDS: dict[str, Command] = {
         gpu=True,
         model="raw",
         prompts=("prompts",),
+        kept_prompts=("prompts",),
         reads={"model.start": "checkpoint", "policy": "checkpoint"},
         makes="pairs",
         # Pairs that are written already follow from the seed.
@@ -140,7 +146,7 @@ COMMANDS: dict[str, Command] = {
         resumable=True,
         output="run",
         gpu=True,
-        reads={"data": "records"},
+        reads={"data": "records", "model": "chat model"},
         frozen=("lora", "seed", "heldout", "heldout_sources"),
     ),
     "serve": Command(
@@ -182,6 +188,7 @@ COMMANDS: dict[str, Command] = {
         output="run",
         gpu=True,
         prompts=("prompts.train", "prompts.heldout"),
+        kept_prompts=("prompts.heldout",),
         reads={"model.path": "expander", "renderer.path": "K2"},
         # Another kind than that of sft: gdpo begins with the model of an sft, not with the adapter of a gdpo.
         makes="tuned expander",

@@ -114,7 +114,7 @@ def test_single_file(grpo, tmp_path, model):
         ("", ": holds no prompt; write one object a line"),
         ('{"prompt": "a fox"}\na red cube\n', ":2: not JSON (Expecting value at column 1); write one object a line"),
         ('{"prompt": ""}\n', ":1: prompt: is empty; write what"),
-        (None, ": no such file; give the path of a JSONL prompt file"),
+        (None, ": no such file; give the path of a file of prompts"),
     ],
 )
 @pytest.mark.parametrize("which", ["train", "heldout"])
@@ -146,7 +146,7 @@ def test_rewards(grpo, tmp_path):
     result = reward(function="tests.helpers.runs:nothing")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1] == (
-        "posttrain: error: rewards: not one image of this step could be scored: all None, so none applies to these"
+        "posttrain: error: rewards: not one image of 2 steps could be scored: all None, so none applies to these"
         " prompts; fix or add a reward"
     )
 

@@ -116,6 +116,6 @@ def test_drawing(tmp_path, model, monkeypatch):
     config = pair_runs.recipe(tmp_path, model, pairs=4, sizes=[[32, 32]], micro_batch=2)
     config.model = chosen
     make.make(config)
-    monkeypatch.setattr(blocks, "by_default", lambda device, dtype: dtype == torch.bfloat16)  # as on a GPU
+    monkeypatch.setattr(blocks, "compiles_by_default", lambda device, dtype: dtype == torch.bfloat16)  # as on a GPU
     drawn = K2Renderer(RendererConfig(str(model), size=[32, 32], steps=2, micro_batch=2), torch.device("cpu"))
     assert all(drawn(PROMPTS, [1, 2, 3, 4]).images)

@@ -67,10 +67,20 @@ def test_the_users_module_may_be_imported_before_and_after(tmp_path):
     assert "AttributeError: module 'rewards' has no attribute 'cold'" in done.stderr
 
 
+def test_names_of_our_modules_are_ours(tmp_path):
+    """Even before they are imported."""
+    lay(tmp_path, {"rewards.py": "supervise = judge = 1", "prompts.py": "records = templates = 1"})
+    text = "import posttrain\nfrom rewards import judge, supervise\nfrom prompts import records, templates\n"
+    text += "print(*(m.__name__ for m in (judge, supervise, records, templates)))"
+    names = python(tmp_path, text).stdout.split()
+    assert names == ["rewards.judge", "rewards.supervise", "prompts.records", "prompts.templates"]
+
+
 def test_an_error_in_the_users_module_is_shown(tmp_path):
     lay(tmp_path, {"rewards.py": "import no_such_module"})
     done = python(tmp_path, TRY, "rewards:warm")
-    assert "UserError: reward mine: function: cannot import rewards: No module named 'no_such_module'" in done.stderr
+    message = "reward mine: function: cannot import rewards: ModuleNotFoundError: No module named 'no_such_module' ("
+    assert f"UserError: {message}" in done.stderr
 
 
 def test_the_package_has_what_is_not_here(tmp_path, monkeypatch, capsys):

@@ -17,7 +17,8 @@ from PIL import Image
 from posttrain.annotate import agreement
 from posttrain.annotate.answers import Annotations
 from posttrain.errors import UserError
-from posttrain.judge.records import IMAGES, MARKS
+from posttrain.images import SUFFIXES, read_image
+from posttrain.judge.records import MARKS
 from posttrain.runs.files import replace_text, replacing_directory
 from posttrain.runs.progress import reading
 from prompts.parse import parse_json
@@ -82,10 +83,10 @@ def find(root: Path) -> list[Found]:
     for folder in folders:
         within_run = folder.parent.name == "samples"
         prompts = _prompts((folder.parent if within_run else folder) / PROMPTS)
-        for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGES):
+        for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES):
             found.append(Found(path, prompts.get(path.stem), folder.name if within_run else None))
     if not found:
-        raise UserError(f"images: {root} holds no image ({', '.join(IMAGES)}) and no run with samples; give another")
+        raise UserError(f"images: {root} holds no image ({', '.join(SUFFIXES)}) and no run with samples; give another")
     return found
 
 
@@ -134,15 +135,16 @@ def _prompts(path: Path) -> dict[str, str]:
         rows = parse_json(path.read_bytes())
         return {f"{i:03d}": str(row["prompt"]) for i, row in enumerate(rows)}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: is no list of prompts ({error!r}); mend or remove it") from None
+        raise UserError(f"{path}: is not a list of prompts ({error!r}); repair or remove it") from None
 
 
 def _read(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: is no image that can be read ({type(error).__name__}); mend or remove it") from None
+        return read_image(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; repair or remove it") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; repair or remove it") from None
 
 
 def _id(found: Found, image: Image.Image) -> str:

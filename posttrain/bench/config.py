@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import model_validator
 
-from posttrain.config.sections import MOST_STEPS
+from posttrain.config.sections import MOST_STEPS, OptimConfig, RuntimeConfig
 from posttrain.config.types import AtLeast0, AtLeast1, AtLeast2, Filled, Positive, Range, Sizes, refusal, settings
 
 Method = Literal["rollout", "step", "stpo", "grpo", "tdm", "expander"]
@@ -48,18 +48,10 @@ class BenchConfig:
     """Steps from noise to image."""
     window: AtLeast1 = 2
     """Stochastic steps of grpo, 1 to steps - 1; they begin at each place of the first half in turn."""
-    compile: bool | None = None
-    """As model.compile of a recipe; null: on a GPU."""
-    recompute: AtLeast0 | None = None
-    """As model.recompute of a recipe."""
-    attention: Literal["native", "cudnn"] = "native"
-    """As model.attention of a recipe; stock keeps its own."""
-    quantize: Literal["fp8"] | None = None
-    """As model.quantize of a recipe; stock keeps the exact weights."""
-    optim: Literal["adamw", "adamw8bit"] = "adamw"
-    """As optim.kind of a recipe."""
-    offload: list[Literal["text_encoder", "vae"]] = field(default_factory=list)
-    """As model.offload of a recipe."""
+    model: RuntimeConfig = field(default_factory=RuntimeConfig)
+    """As in a recipe; stock keeps torch's attention and the exact weights."""
+    optim: OptimConfig | None = None
+    """As in a recipe of the method; null: the method's own."""
     encode: bool = False
     """Load the text encoder too, and have a step of rollout, grpo and expander encode a prompt."""
     warmup: AtLeast2 = 2
@@ -87,8 +79,8 @@ class BenchConfig:
         if self.stages > 1 and self.rank == 0:
             raise refusal("stages", f"is {self.stages} and rank is 0; use a rank of 1 or more")
         # A part that is not loaded cannot be moved.
-        if "text_encoder" in self.offload and not self.encode:
-            raise refusal("offload", "names text_encoder, which is loaded and used only with encode; set encode: true")
+        if "text_encoder" in self.model.offload and not self.encode:
+            raise refusal("model.offload", "names text_encoder, which is loaded only with encode; set encode: true")
         if self.window >= self.steps:
             raise refusal("window", f"is {self.window}; use 1 to steps - 1 ({self.steps - 1})")
         return self

@@ -36,11 +36,11 @@ def observed(steps: Steps) -> dict[str, Tensor]:
         outputs["gradient"] = torch.cat(gradients)
         for parameter in parameters:
             parameter.requires_grad_(False).grad = None
-    if "text_encoder" in config.offload:
+    if "text_encoder" in config.model.offload:
         # the template's tokens come before the prompt's and are dropped after encoding
         tokens = list(range(k2.pipe.prompt_template_encode_start_idx + config.text))
         outputs["features"] = k2.encode_tokens([tokens])[0]
-    if "vae" in config.offload:
+    if "vae" in config.model.offload:
         outputs["pixels"] = k2.decode(x, *steps.size)
     return {name: tensor.float().cpu() for name, tensor in outputs.items()}
 
@@ -72,10 +72,11 @@ def _distance(value: Tensor, exact: Tensor) -> float:
 
 def of_updates(steps: Steps) -> dict[str, float]:
     """Relative L2 distance of an optimiser's updates from AdamW's, with random gradients; {} for AdamW itself."""
-    if steps.role is None or steps.config.optim == "adamw":
+    optim = steps.config.optim
+    if steps.role is None or optim is None or optim.kind == "adamw":
         return {}
     changes = []
-    for kind in ("adamw", steps.config.optim):
+    for kind in ("adamw", optim.kind):
         before = [p.detach() for p in steps.k2.role_parameters(POLICY)[:FACTORS]]
         stepper = Stepper([p.clone().requires_grad_() for p in before], OptimConfig(kind=kind))
         generator = torch.Generator(before[0].device).manual_seed(0)

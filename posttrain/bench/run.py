@@ -26,7 +26,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -40,7 +40,6 @@ from posttrain.bench.plan import plan, text_encoder_gib
 from posttrain.bench.steps import Steps
 from posttrain.bench.stock import Stock
 from posttrain.bench.table import table
-from posttrain.config.sections import ModelConfig
 from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
@@ -158,7 +157,7 @@ def measured(
     except (torch.OutOfMemoryError, DoesNotFit) as error:
         # alone among several processes, one that ran out of memory could not tell the others to go on
         if procs.size > 1:
-            raise UserError(f"batch: {method} does not fit into memory; lower it, or raise recompute") from error
+            raise UserError(f"batch: {method} does not fit into memory; lower it, or raise model.recompute") from error
         return {"failed": "out of memory"}
     finally:
         gc.collect()  # the model's references are gone: they were local to _fresh_row
@@ -177,13 +176,13 @@ def _row(steps: Steps, method: str, matmul: float) -> dict[str, Any]:
     k2, config, procs = steps.k2, steps.config, steps.procs
     cuda = procs.device.type == "cuda"
     stock = _stock(steps, method in DRAWING) if config.stock else None
-    compiled = cuda if config.compile is None else config.compile
-    inexact = compiled or config.attention != "native" or config.quantize is not None or bool(config.offload)
+    options = config.model
+    compiled = cuda if options.compile is None else options.compile
+    inexact = compiled or options.attention != "native" or options.quantize is not None or bool(options.offload)
     # the exact path must be observed before any option is applied
     exact = errors.observed(steps) if inexact else {}
     initial_adapter = errors.adapter(steps) if inexact else []
-    options = ModelConfig("", compile=compiled, recompute=config.recompute, attention=config.attention)
-    apply_runtime_options(k2, replace(options, quantize=config.quantize, offload=config.offload), procs.device)
+    apply_runtime_options(k2, changed(options, compile=compiled), procs.device)
     gc.collect()
     adapter_parameters = sum(p.numel() for name in k2.roles for p in k2.role_parameters(name))
     weights = None
@@ -272,7 +271,7 @@ def _speed(runs: list[Run], images: int, matmul: float, mean: bool) -> tuple[dic
 
 def _model(config: BenchConfig, device: torch.device) -> K2:
     """The model of the exact path: no option is applied."""
-    dtype = torch.bfloat16 if device.type == "cuda" or config.quantize else torch.float32
+    dtype = torch.bfloat16 if device.type == "cuda" or config.model.quantize else torch.float32
     if config.scale == "nano":
         return K2.load(NANO, dtype=dtype, device=device)
     return K2.random(device, dtype, config.scale, text=config.encode)

@@ -188,9 +188,11 @@ class Steps:
         source = PromptSource(config, [PromptRecord(str(i)) for i in range(self.procs.size)])
         with ScoreQueue(load_rewards(config.rewards), self.config.group) as queue:
             micro_batch = self._micro_batch(config.groups.micro_batch)
-            yield from grpo.updates(
+            steps = grpo.updates(
                 k2, config, source, queue, self._stepper, count(1), self.procs, {}, micro_batch, BenchClock(self)
             )
+            for step, metrics, _ in steps:
+                yield step, metrics
 
     def _stpo(self) -> Iterator[tuple[int, dict[str, Any]]]:
         config = self._stpo_config
@@ -285,12 +287,13 @@ class Steps:
 
     def _empty(self, config: type[Config], **own: Any) -> Config:
         """A recipe that names no files: nothing is read or written here."""
+        if self.config.optim is not None:
+            own["optim"] = self.config.optim
         return config(output="none", model=ModelConfig(""), lora=self._lora, **own)
 
     @cached_property
     def _grpo_config(self) -> GRPOConfig:
         config = self._empty(GRPOConfig, prompts=PromptsConfig("", ""), rewards=[NOISE])
-        config.optim.kind = self.config.optim
         config.sampling.sizes, config.sampling.steps = [list(self.size)], self.config.steps
         config.sampling.window, config.sampling.eta = self.config.window, ETA
         config.sampling.window_start, config.sampling.window_every = "sliding", 1  # starts at each place in turn
@@ -309,14 +312,12 @@ class Steps:
     @cached_property
     def _stpo_config(self) -> STPOConfig:
         config = self._empty(STPOConfig, pairs=PairSetConfig("none"), heldout="none")
-        config.optim.kind = self.config.optim
         config.batch, config.micro_batch = self.procs.size * (self.config.batch // 2), self.config.batch // 2
         return config
 
     @cached_property
     def _tdm_config(self) -> TDMConfig:
         config = self._empty(TDMConfig, prompts=PromptsConfig("", ""))
-        config.optim.kind = self.config.optim
         config.batch, config.micro_batch = self.procs.size * self.config.batch, self.config.batch
         config.sizes, config.student.steps = [list(self.size)], [self.config.steps]
         config.fake.warmup = 0  # warm-up steps update only the fake score

@@ -8,6 +8,7 @@ from typing import Any
 def table(result: dict[str, Any]) -> str:
     """`-` marks what was not measured."""
     settings, rate = result["settings"], result["matmul"]
+    model, optim = settings["model"], settings["optim"] or {"kind": "each method's own"}
     memory = "" if result["gpu_gib"] is None else f" ({result['gpu_gib']:.0f} GiB)"
     heads = (
         "method", "size", "images/s", "ms a stage", "useful TFLOP/s", "share", "with recomputed", "blocks recomputed",
@@ -19,9 +20,9 @@ def table(result: dict[str, Any]) -> str:
         f" matmul {rate['width']} cubed in {rate['dtype']}: {rate['tflops']:.4g} TFLOP/s; shares are of this rate.",
         f"Scale {settings['scale']}, batch {settings['batch']}, group {settings['group']}, text {settings['text']},"
         f" rank {settings['rank']}, {settings['steps']} steps, window {settings['window']}, recompute"
-        f" {'auto' if settings['recompute'] is None else settings['recompute']}, attention {settings['attention']},"
-        f" quantize {settings['quantize']}, optim {settings['optim']}, encode {settings['encode']}, offload"
-        f" {' and '.join(settings['offload']) or 'nothing'}.",
+        f" {'auto' if model['recompute'] is None else model['recompute']}, attention {model['attention']},"
+        f" quantize {model['quantize']}, optim {optim['kind']}, encode {settings['encode']}, offload"
+        f" {' and '.join(model['offload']) or 'nothing'}.",
         "",
         f"| {' | '.join(heads)} |",
         "|---" * len(heads) + "|",

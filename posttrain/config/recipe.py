@@ -67,7 +67,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
 
 def _check_plain(value: Any, around: set[int], seen: Iterator[int]) -> None:
-    """Raises ValueError for a key that is no text, and for aliases by which a few lines stand for endlessly many."""
+    """Raises ValueError for a key that is not text, and for aliases by which a few lines stand for endlessly many."""
     if next(seen) > MOST_VALUES:
         raise ValueError(f"its aliases come to more than {MOST_VALUES} values; write out what is meant")
     if not isinstance(value, dict | list):

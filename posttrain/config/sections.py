@@ -41,20 +41,10 @@ JUDGE_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 """Layers of a Qwen3-VL's language model that vLLM takes adapters for."""
 
 
-@settings
-class ModelConfig:
-    """The K2 checkpoint to start from."""
+@keyword_settings
+class RuntimeConfig:
+    """How K2 is run. None of this is part of a checkpoint."""
 
-    path: str
-    """Diffusers directory or hub id of a Krea2Pipeline (with transformer_file: for the other parts)."""
-    transformer_file: str | None = None
-    """Transformer as one safetensors file in the original key names; replaces the one in path."""
-    start: str | None = None
-    """Run directory or checkpoint of an earlier method to continue from: what it trained, and what it started from
-    itself, is part of the model and of the reference. It must stay where it is. Adapters stay adapters, in float32, so
-    that nothing of them is rounded; a run that trained all weights replaces the base's, in dtype."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of the frozen weights, and of the arithmetic. What is trained, latents and log-probs stay float32."""
     compile: bool | None = None
     """Compile the transformer's blocks, which takes up to a minute at first and is kept on disk for later runs; results
     agree within rounding, which `posttrain bench` measures. null: on a GPU in bfloat16, but not where it is sharded,
@@ -73,6 +63,23 @@ class ModelConfig:
     offload: list[Literal["text_encoder", "vae"]] = field(default_factory=list)
     """Parts that wait in the CPU's memory while they are not used: each use copies them to the GPU (K2: 8.3 and 0.25
     GB); results are the same."""
+
+
+@settings
+class ModelConfig(RuntimeConfig):
+    """The K2 checkpoint to start from, and how it is run."""
+
+    path: str
+    """Diffusers directory or hub id of a Krea2Pipeline (with transformer_file: for the other parts). A hub id
+    may have a branch, tag or commit behind an @: OWNER/NAME@REVISION."""
+    transformer_file: str | None = None
+    """Transformer as one safetensors file in the original key names; replaces the one in path."""
+    start: str | None = None
+    """Run directory or checkpoint of an earlier method to continue from: what it trained, and what it started from
+    itself, is part of the model and of the reference. It must stay where it is. Adapters stay adapters, in float32, so
+    that nothing of them is rounded; a run that trained all weights replaces the base's, in dtype."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of the frozen weights, and of the arithmetic. What is trained, latents and log-probs stay float32."""
     allow_distilled: bool = False
     """Train a distilled checkpoint (Turbo, or a run of posttrain tdm as start) as if it were Raw. Losses over all noise
     levels blur what few steps draw: the order that works is to train Raw and to distil it last."""
@@ -109,8 +116,8 @@ class PromptsConfig:
     tags, id."""
 
     train: str
-    """What training draws from: a JSONL file, or hf:NAME[:SPLIT] for a dataset that `datasets` loads, such as
-    hf:owner/name:train[:5000]; SPLIT is train if not given."""
+    """What training draws from: JSONL, CSV, parquet, a directory of `save_to_disk`, or hf:NAME[:SPLIT] for a dataset
+    that `datasets` loads, such as hf:owner/name:train[:5000]; SPLIT is train if not given and NAME is of the hub."""
     heldout: str
     """What evaluation draws; written as train is, and never trained on."""
     max_tokens: AtLeast1 = 512

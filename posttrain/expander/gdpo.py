@@ -44,6 +44,7 @@ from posttrain.expander.policy import Policy
 from posttrain.expander.renderer import make_renderer
 from posttrain.expander.score import Scorer
 from posttrain.expander.trl_checkpoint import AtomicCheckpointCallback, PlainState, newest
+from posttrain.loading import without_revision
 from posttrain.log import log
 from posttrain.model import sampler
 from posttrain.report.front_matter import card
@@ -68,7 +69,7 @@ def train(config: ExpanderGDPOConfig, resume: bool = False) -> None:
         )
     resume = resuming(config, resume, procs)
     records, heldout = read_prompts(config.prompts.train), read_prompts(config.prompts.heldout)
-    try_rewards(config)
+    try_rewards(config, heldout, records, ["expansion"])
     # All that may be missing or too large is loaded before the run directory is made.
     policy = Policy(config.model, config.lora, config.seed, procs.device)
     renderer = make_renderer(config.renderer, procs.device)
@@ -206,7 +207,11 @@ def weights(config: ExpanderGDPOConfig) -> list[float]:
 
 def model_card(config: ExpanderGDPOConfig, policy: Policy, figures: dict[str, float | None]) -> str:
     """Of the adapter."""
-    front = {"base_model": policy.base, "library_name": "peft", "tags": ["lora", "vllm", "prompt-expansion"]}
+    front = {
+        "base_model": without_revision(policy.base),
+        "library_name": "peft",
+        "tags": ["lora", "vllm", "prompt-expansion"],
+    }
     ablation = config.ablation.diversity
     return card(
         "gdpo_card.md",

@@ -36,17 +36,17 @@ from posttrain.expander.chat_template import messages, template
 from posttrain.expander.config import ExpanderSFTConfig
 from posttrain.expander.model import load_chat_model, resolve, write_card
 from posttrain.expander.trl_checkpoint import AtomicCheckpointCallback, PlainState, newest
+from posttrain.loading import quiet, without_revision
 from posttrain.log import log
 from posttrain.model import clipping
 from posttrain.model.fingerprint import fingerprint
-from posttrain.model.load import quiet
 from posttrain.preferences.heldout import in_share
-from posttrain.preferences.sources import open_source, row_texts
 from posttrain.report.front_matter import card
 from posttrain.runs.guard import check_unchanged
 from posttrain.runs.run import Run, peak_memory
 from posttrain.runs.stop import StopSignals
 from prompts.parse import read_lines
+from prompts.tables import open_table, row_texts
 
 LOGGED = ("loss", "mean_token_accuracy", "entropy", "grad_norm", "learning_rate")
 """Values of the trainer's log that metrics.jsonl keeps; entropy is that of the next token, in nats."""
@@ -223,7 +223,7 @@ def read_pairs(config: ExpanderSFTConfig) -> tuple[list[Pair], list[Pair]]:
 
 
 def _read(path: str) -> list[Pair]:
-    source = open_source(path)
+    source = open_table(path)
     if not len(source):
         raise UserError(f"data: {path} has no rows; give pairs of prompt and completion")
     for column in ("prompt", "completion"):
@@ -351,7 +351,7 @@ def model_card(config: ExpanderSFTConfig, figures: dict[str, Any], training: int
     before, settings = figures["before"], asdict(config)
     is_adapter = config.lora is not None
     front = {
-        "base_model": config.model,
+        "base_model": without_revision(config.model),
         "library_name": "peft" if is_adapter else "transformers",
         "tags": ["prompt-expander", "sft", "vllm"],
     }

@@ -27,9 +27,10 @@ from posttrain.export.config import ExportConfig
 from posttrain.export.hub import check_push, push
 from posttrain.export.model_card import LEAST_KEPT, Rounding, model_card
 from posttrain.export.verify import check_lora, check_pipeline, check_weights
+from posttrain.loading import quiet
 from posttrain.model import key_names
 from posttrain.model.k2 import K2
-from posttrain.model.load import empty_transformer, keeps_fp32, quiet
+from posttrain.model.load import empty_transformer, keeps_fp32
 from posttrain.model.roles import Kept
 from posttrain.runs.guard import check_new
 from posttrain.training import checkpoint
@@ -200,7 +201,7 @@ def _write_atomically(
         if card is not None and output.is_file():
             os.rename(path.with_suffix(".md"), output.with_suffix(".md"))
     except (OSError, SafetensorError) as error:
-        # Only a full disk is the user's to mend; anything else is a bug or a broken disk.
+        # Only a full disk is the user's to fix; anything else is a bug or a broken disk.
         if not checkpoint.is_full(error):
             raise
         raise UserError(f"{output}: no space left; free some or choose another disk") from error

@@ -61,7 +61,7 @@ def check(config: CarryoverConfig) -> int:
     config = _completed(config, saved)
     assert config.model is not None and config.prompts is not None
     records = read_prompts(config.prompts)[: config.images]
-    try_rewards(config)
+    try_rewards(config, records)
     with tempfile.TemporaryDirectory(prefix="posttrain-check-") as logs, serve(config.servers, Path(logs)) as urls:
         rewards = [reward for reward in load_rewards(config.rewards, urls) if not reward.spec.group]
         found = carry_over(config, saved, records, rewards)
@@ -100,7 +100,7 @@ def carry_over(
         del k2
     for values in scores.values():
         values["share"] = share(values["raw"], values["turbo"])
-    return {"pictures": len(records), "rewards": scores, "distance": distance}
+    return {"images": len(records), "rewards": scores, "distance": distance}
 
 
 def table(found: dict[str, Any]) -> str:

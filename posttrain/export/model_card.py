@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from posttrain import commands
-from posttrain.model.files import is_hub_id
+from posttrain.loading import is_hub_id, without_revision
 from posttrain.report.front_matter import card
 from posttrain.training.checkpoint import Checkpoint
 from posttrain.training.policy import earlier_of, is_student
@@ -94,7 +94,7 @@ def _front(saved: Checkpoint, format: str, license: str | None) -> dict[str, Any
         tags.append("distilled")
     front = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags, **_license(base, license)}
     # A hub refuses cards that name a directory as their base.
-    return {"base_model": base, **front} if is_hub_id(base) else front
+    return {"base_model": without_revision(base), **front} if is_hub_id(base) else front
 
 
 def run_recipe(saved: Checkpoint) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def _license(base: str, given: str | None) -> dict[str, str]:
     if "license" in fields:
         return fields
     unknown = {"license": "other", "license_name": AS_BASE}
-    return unknown | ({"license_link": f"https://huggingface.co/{base}"} if is_hub_id(base) else {})
+    return unknown | ({"license_link": f"https://huggingface.co/{without_revision(base)}"} if is_hub_id(base) else {})
 
 
 def _license_text(front: dict[str, Any], base: str, given: str | None) -> str:

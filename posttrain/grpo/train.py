@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from posttrain.distributed.processes import Processes
-from posttrain.errors import UserError
 from posttrain.grpo import losses
 from posttrain.grpo.config import GRPOConfig
 from posttrain.grpo.rollout import Trajectory, Transition, rollout
@@ -32,6 +31,7 @@ from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.runs.run import Run
 from posttrain.training import advantages, checkpoint
 from posttrain.training.evaluate import Evaluation, Evaluator, gather_scores, means
+from posttrain.training.idle import check_idle, count_idle, idle_reason, refuse_unscored
 from posttrain.training.judge_check import SHOWN, check_judges
 from posttrain.training.loop import Training, open_run, resuming, try_rewards
 from posttrain.training.oom_retry import MicroBatch
@@ -63,7 +63,7 @@ def train(config: GRPOConfig, resume: bool = False) -> None:
     procs = Processes(shardable=True)
     resume = resuming(config, resume, procs)
     source, heldout = PromptSource(config, read_prompts(config.prompts.train)), read_prompts(config.prompts.heldout)
-    try_rewards(config)
+    try_rewards(config, heldout, source.records)
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     k2 = load_model(config.model, procs.device, saved)
     with parallelize.sharding(k2, procs):
@@ -84,7 +84,8 @@ def train(config: GRPOConfig, resume: bool = False) -> None:
         if saved is not None:
             source.restore(saved)
         history = training.history
-        history.setdefault("images", 0)
+        for counter in ("images", "skipped_steps", "idle_steps"):
+            history.setdefault(counter, 0)
         if training.begin():
             with training.policy():
                 before = evaluator()
@@ -92,11 +93,17 @@ def train(config: GRPOConfig, resume: bool = False) -> None:
             history |= judge_noise(run, procs, evaluator, measured, before)
         noise = noise_of(rewards, history)
 
+        idle: str | None = None
         with ScoreQueue(rewards, config.groups.group_size) as queue:
             steps = training.steps()
-            for step, metrics in updates(k2, config, source, queue, stepper, steps, procs, noise, micro_batch, Clock()):
+            for step, metrics, idle in updates(
+                k2, config, source, queue, stepper, steps, procs, noise, micro_batch, Clock()
+            ):
                 history["images"] += config.groups.prompts_per_step * config.groups.group_size
-                run.log(step, {**metrics, **training.health(), "images": history["images"]})
+                count_idle(history, idle, metrics["missing"] == 1)
+                counted = {name: history[name] for name in ("images", "skipped_steps")}
+                run.log(step, {**metrics, **training.health(), **counted})
+                check_idle(history, idle, config.idle_steps)
                 if training.evaluation_due(step):
                     with training.policy():
                         evaluation = evaluator()
@@ -104,6 +111,8 @@ def train(config: GRPOConfig, resume: bool = False) -> None:
                 if training.save_due(step):
                     run.prompts(source.ends())
                     training.save(step, *source.state())
+            if run.stopped is None:
+                refuse_unscored(history, history["steps"], idle)
             training.finish()
 
 
@@ -118,8 +127,9 @@ def updates(
     noise: Mapping[str, Noise],
     micro_batch: MicroBatch,
     clock: Clock,
-) -> Iterator[tuple[int, dict[str, float | None]]]:
-    """Trains one step at a time, and yields its number and metrics: a run's loop, and what `posttrain bench` times.
+) -> Iterator[tuple[int, dict[str, float | None], str | None]]:
+    """Trains one step at a time: a run's loop, and what `posttrain bench` times. Yields its number, its metrics, and
+    why it taught nothing, if so. A step of which no image could be scored makes no update.
 
     `noise` is how far two scores of one image differ, by reward; see rewards.noise.
     """
@@ -139,15 +149,16 @@ def updates(
                 scores = gather_scores(procs, own_scores, config.groups.group_size, places)
                 advantages_PG, metrics = score(config, scores, noise)
                 clock.lap("score")
-                metrics |= optimise(k2, config, groups, advantages_PG, stepper, procs, micro_batch.size)
+                if metrics["missing"] != 1:
+                    metrics |= optimise(k2, config, groups, advantages_PG, stepper, procs, micro_batch.size)
                 clock.lap("optimise")
         assert scores is not None
         metrics |= source.update(step, apply_gates(scores, [r.spec for r in queue.rewards], noise))
-        if not checked:
+        if not checked and "ratio_error" in metrics:
             check_ratio(metrics["ratio_error"] or 0.0, config.loss)
             checked = True  # later ratios differ from 1 only where a step has several updates
         metrics |= clock.seconds
-        yield step, metrics
+        yield step, metrics, idle_reason(metrics, scores)
 
 
 def judge_noise(
@@ -233,10 +244,6 @@ def score(
     rewards_PGK = torch.from_numpy(gated.values_NK).view(*shape)
     valid_PGK = torch.from_numpy(gated.valid_NK).view(*shape)
     weights_K, floor_K = torch.from_numpy(gated.weights_K), torch.from_numpy(gated.floor_K)
-    if not valid_PGK.any():  # a step that teaches nothing would waste hours unnoticed
-        reasons = [f"{name}: {next(iter(f))}" for name, f in scores.failures.items() if f]
-        why = "; ".join(reasons or ["all None, so none applies to these prompts"])
-        raise UserError(f"rewards: not one image of this step could be scored: {why}; fix or add a reward")
     normalise = advantages.gdpo if config.advantages == "gdpo" else advantages.sum_then_normalise
     limit = config.loss.max_advantage
     advantages_PG = normalise(rewards_PGK, valid_PGK, weights_K, floor_K=floor_K).clamp(-limit, limit)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.judge.config import JudgeConfig
+from posttrain.loading import without_revision
 from posttrain.report.front_matter import card
 from posttrain.runs.files import replacing_directory
 from prompts.templates import Template
@@ -45,7 +46,7 @@ def model_card(config: JudgeConfig, template: Template, step: int, results: dict
     settings = asdict(config)
     return card(
         "judge_card.md",
-        {"base_model": config.model, "library_name": "peft", "tags": ["lora", "vllm", "judge"]},
+        {"base_model": without_revision(config.model), "library_name": "peft", "tags": ["lora", "vllm", "judge"]},
         config=config,
         template=template,
         step=step,

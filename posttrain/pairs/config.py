@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import field, replace
+from dataclasses import field
 from typing import Annotated
 
 from pydantic import model_validator
@@ -20,6 +20,7 @@ from posttrain.config.types import (
     Share,
     Sizes,
     Text,
+    changed,
     refusal,
     settings,
 )
@@ -182,7 +183,7 @@ class PairsConfig:
     def resolved(self, draw: DrawConfig) -> DrawConfig:
         """The same settings with `policy` and defaults replaced by what they mean."""
         checkpoint = (self.policy or BASE) if draw.checkpoint == "policy" else draw.checkpoint
-        return replace(draw, checkpoint=checkpoint, steps=draw.steps or self.steps)
+        return changed(draw, checkpoint=checkpoint, steps=draw.steps or self.steps)
 
     def forwards(self, draw: DrawConfig) -> int:
         """Forwards of the model for one image; guidance takes the empty prompt too."""

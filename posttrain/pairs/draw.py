@@ -9,12 +9,13 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from posttrain.config.types import changed
 from posttrain.errors import UserError
 from posttrain.model import sampler
 from posttrain.model.blocks import compiles_by_default
@@ -176,7 +177,7 @@ class Drawer:
             for first in range(0, len(rows), self.config.micro_batch):
                 part = rows[first : first + self.config.micro_batch]
                 text = Text.of([fused[i] for i in part])
-                key = (*astuple(replace(draw, noise=0.0)), first)
+                key = (*astuple(changed(draw, noise=0.0)), first)
                 if (latents := self._drawn.get(key)) is None:
                     latents = self._drawn[key] = self._sample(draw, text, [seeds[i] for i in part], size)
                 if draw.noise:

@@ -41,7 +41,7 @@ from posttrain.pairs.planning import Block, Journal, Plan
 from posttrain.pairs.select import KEPT, Decision, Rules, decide_groups, decide_pairs
 from posttrain.preferences.dataset import CARD, Preference, PreferenceWriter, row_of
 from posttrain.runs import startup
-from posttrain.runs.guard import check_unchanged
+from posttrain.runs.guard import check_prompts, check_unchanged
 from posttrain.runs.run import Run, peak_memory
 from posttrain.training.judge_check import SHOWN, check_judges
 from posttrain.training.loop import resuming, try_rewards
@@ -55,7 +55,7 @@ from rewards.serve import serve
 
 MEASURED = 7
 """Blocks for each one that measures what a forward and a decode cost, when its scores are there; the sizes take turns
-with the blocks, so it is no multiple of their usual number."""
+with the blocks, so it is not a multiple of their usual number."""
 BACKLOG = 2**30
 """Bytes of pairs that wait for the disk on the main process; with more, it waits for them to be written."""
 MAY_CHANGE = {"output", "servers", "track", "tries"}
@@ -108,8 +108,9 @@ def make(config: PairsConfig, resume: bool = False) -> None:
         check_unchanged(
             config, ", so the pairs would not fit together; restore it or choose another output", free=MAY_CHANGE
         )
+        check_prompts(config)
     records = read_prompts(config.prompts)
-    try_rewards(config)
+    try_rewards(config, records)
     # A finished set needs no model: only its report is written again.
     finished = procs.from_main((folder / CARD).exists())
     drawer = None if finished else Drawer(config, procs.device)

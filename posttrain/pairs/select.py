@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from posttrain.config.types import changed
 from posttrain.pairs.planning import KEPT
 from posttrain.training import image_metrics
 from posttrain.training.advantages import standardise
@@ -36,7 +37,7 @@ class Judgement:
     def of(scores: Scores, specs: Sequence[RewardSpec]) -> Judgement:
         """From calibrated scores. Multiplying gates multiply; masking gates only flag, since a loser may be bad."""
         # As a held-out reward, a masking gate neither decides nor removes an image.
-        plain = [replace(s, gate="none", heldout_only=True) if s.gate == "mask" else s for s in specs]
+        plain = [changed(s, gate="none", heldout_only=True) if s.gate == "mask" else s for s in specs]
         gated = apply_gates(scores, plain)
         flagged_N, unsure_N = np.zeros((2, len(scores.values_NK)), bool)
         for k, spec in enumerate(specs):

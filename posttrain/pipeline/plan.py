@@ -20,11 +20,12 @@ from posttrain.config.recipe import read_recipe
 from posttrain.config.types import hints, suggestion
 from posttrain.errors import UserError
 from posttrain.export.config import ExportConfig
-from posttrain.model.files import is_hub_id
+from posttrain.loading import is_hub_id
 from posttrain.pipeline.config import PipelineConfig, StageConfig
 from prompts.records import read_prompts
 from rewards.base import RewardSpec
-from rewards.load import check_addresses, check_rewards, check_urls
+from rewards.load import check_addresses, check_rewards
+from rewards.serve import check_urls
 
 TRAINING = tuple(name for name, command in COMMANDS.items() if command.makes == "checkpoint")
 REFERENCE = re.compile(r"\$\{([^}]*)\}")

@@ -10,13 +10,13 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
 from posttrain.model import architecture, sampler
 from posttrain.model.k2 import K2, Text, to_pil
@@ -30,8 +30,7 @@ from posttrain.training.stepper import Stepper
 from prompts.records import PromptRecord
 from rewards.base import Noise, Reward, RewardSpec
 from rewards.load import load_rewards
-from rewards.noise import noise_metrics, noise_of
-from rewards.preflight import repeatability
+from rewards.noise import noise_metrics, noise_of, repeatability
 from rewards.serve import serve
 
 FULL = 0.95
@@ -175,7 +174,7 @@ class K2Checks(Checks):
     ) -> Callable[[], Evaluation]:
         """A function that draws and scores so many prompts and groups under the policy."""
         steps, size = min(steps, self.config.eval.steps), min(GROUP, self.config.eval.group_size)
-        few = replace(self.config.eval, prompts=prompts, groups=groups, group_size=size, guidance=guidance, steps=steps)
+        few = changed(self.config.eval, prompts=prompts, groups=groups, group_size=size, guidance=guidance, steps=steps)
         ways = self.ways(few.steps)
         evaluator = Evaluator(
             self.k2, self.heldout, rewards, few, self.size, self.batch, self.max_tokens, self.alone, ways

@@ -43,7 +43,7 @@ def rows(config: ExpanderGDPOConfig, procs: Processes, folder: Path) -> list[Row
     if procs.size > 1:
         raise UserError("posttrain preflight: checks expander gdpo in one process; start it without a launcher")
     records = read_prompts(config.prompts.train)
-    try_rewards(config)
+    try_rewards(config, records, records, ["expansion"])
     phase("the chat model is read")
     policy = Policy(config.model, config.lora, config.seed, procs.device)
     phase("the renderer is read")
@@ -170,7 +170,7 @@ class GDPOChecks(Checks):
                 yield Row(f"scores of {name}", None, "it does not apply to these prompts")
                 continue
             reasons = "".join(f"; {reason}" for reason, _ in scored.failures.most_common(0 if valid else 1))
-            yield Row(f"scores of {name}", valid > 0, measured + reasons, "mend the reward: it gave no score")
+            yield Row(f"scores of {name}", valid > 0, measured + reasons, "fix the reward: it gave no score")
 
     def _time(self, shared: SharedRewards, scoring: Mapping[str, float]) -> None:
         """The seconds of a step of the recipe and of an evaluation, from those of the smaller step."""

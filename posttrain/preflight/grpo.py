@@ -49,7 +49,7 @@ GROUPS = 2
 def rows(config: GRPOConfig, procs: Processes, folder: Path) -> list[Row]:
     """Raises UserError if nothing can be checked."""
     source, heldout = PromptSource(config, read_prompts(config.prompts.train)), read_prompts(config.prompts.heldout)
-    try_rewards(config)
+    try_rewards(config, heldout, source.records)
     phase("the model is read")
     k2 = load_model(config.model, procs.device)
     add_policy(k2, config.lora, config.seed, reference=config.loss.kl > 0)
@@ -145,7 +145,7 @@ class GRPOChecks(K2Checks):
             mine = queue.gather() if self.groups else None
         except UserError as raised:
             error = str(raised)
-        remedy = "mend the reward: too many failures stop a run"
+        remedy = "fix the reward: too many failures stop a run"
         # All processes have to know of an error: the others would wait in the next exchange.
         if errors := [error for error in self.procs.all_gather(error) if error]:
             yield Row("missing scores", False, errors[0], remedy)
@@ -162,7 +162,9 @@ class GRPOChecks(K2Checks):
         reasons = "".join(f"; {spec.name}: {scores.failures[spec.name].most_common(1)[0][0]}" for spec in over)
         unscored = int((~scores.valid_NK.any(1)).sum())
         measured = f"{scores.failed_NK.sum()} of {scores.failed_NK.size} scores failed, {unscored} images have none"
-        yield Row("missing scores", not over, measured + reasons, remedy)
+        if unscored == len(scores.valid_NK):
+            remedy = "fix or add a reward: none applies to these prompts, and a step without a score is skipped"
+        yield Row("missing scores", not over and unscored < len(scores.valid_NK), measured + reasons, remedy)
 
     def spread(self) -> Iterator[Row]:
         """Checks that each reward, after the gates, distinguishes the images of at least one group."""
@@ -196,7 +198,7 @@ class GRPOChecks(K2Checks):
             known: list[Score] = [value if valid else None for value, valid in zip(values_N, valid_N)]
             known[lost] = Failure("planted by the preflight")
             # The scores are calibrated already, and one failure of a few images must not stop the check.
-            plain = replace(spec, scale=1.0, offset=0.0, weight=1.0, group=False, max_failures=1.0)
+            plain = changed(spec, scale=1.0, offset=0.0, weight=1.0, group=False, max_failures=1.0)
             stand_in = Reward(plain, lambda images, prompts, known=known: known, set(), False)
             blank = [Image.new("RGB", (1, 1))] * len(known)
             scores = asyncio.run(score_all([stand_in], blank, [""] * len(known), group_size=size))

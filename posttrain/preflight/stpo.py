@@ -64,9 +64,10 @@ class Few:
 
 def rows(config: STPOConfig, procs: Processes, folder: Path) -> list[Row]:
     """Raises UserError if nothing can be checked."""
-    preferences = read_preferences(config.pairs.train, config.pairs.columns, config.pairs.max_bad)
+    resized = config.pairs.size is not None
+    preferences = read_preferences(config.pairs.train, config.pairs.columns, config.pairs.max_bad, resized)
     heldout = read_prompts(config.heldout)
-    try_rewards(config)
+    try_rewards(config, heldout)
     phase("the model is read")
     k2 = load_model(config.model, procs.device)
     return STPOChecks(config, procs, k2, preferences, heldout, folder).run()

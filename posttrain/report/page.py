@@ -233,5 +233,5 @@ def _judges(files: RunFiles) -> list[list[str]]:
 
 def _environment(environment: dict[str, Any]) -> list[list[Any]]:
     flat = {**environment, **(environment.get("packages") or {})}
-    flat.pop("packages", None)
-    return [list(item) for item in flat.items()]
+    # Hashes of prompts are for resuming.
+    return [[name, value] for name, value in flat.items() if name not in ("packages", "prompts")]

@@ -109,7 +109,7 @@ def read_tables(path: Path) -> dict[str, list[dict[str, Any]]]:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     rows = _parsed(path) if path.is_file() else []
     if not _are_rows(rows):
-        raise _damaged(path, "is no list of objects")
+        raise _damaged(path, "is not a list of objects")
     return rows
 
 

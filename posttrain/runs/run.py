@@ -45,7 +45,7 @@ from posttrain.errors import UserError
 from posttrain.log import log
 from posttrain.runs import startup
 from posttrain.runs.files import append_line, replace_text
-from posttrain.runs.guard import check_run
+from posttrain.runs.guard import PROMPTS, check_run, prompt_digests
 from posttrain.runs.lock import lock
 from posttrain.runs.progress import Progress, grid_image
 
@@ -108,7 +108,8 @@ class Run:
                 if changed:
                     log.info(f"the recipe has changed since the run began: {as_text(changed)}")
             replace_text(recipe, yaml.safe_dump(new, sort_keys=False, allow_unicode=True))
-            replace_text(run.path / "environment.json", _json(environment(), indent=1))
+            facts = environment() | {PROMPTS: prompt_digests(config)}
+            replace_text(run.path / "environment.json", _json(facts, indent=1))
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"{run.path}: a file is in the way; choose another --output") from None
         except OSError as error:

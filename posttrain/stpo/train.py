@@ -74,9 +74,10 @@ def train(config: STPOConfig, resume: bool = False) -> None:
             f"loss: {procs.engine} cannot tell terms apart: set terms_every to 0, and guard to output if it is exact"
         )
     resume = resuming(config, resume, procs)
-    preferences = read_preferences(config.pairs.train, config.pairs.columns, config.pairs.max_bad)
+    resized = config.pairs.size is not None
+    preferences = read_preferences(config.pairs.train, config.pairs.columns, config.pairs.max_bad, resized)
     heldout = read_prompts(config.heldout)
-    try_rewards(config)
+    try_rewards(config, heldout)
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     k2 = load_model(config.model, procs.device, saved)
     pairs = encode_pairs(k2, preferences, config.pairs, procs)

@@ -38,13 +38,13 @@ Legend: B images of a micro-batch, N image tokens, C channels, K student steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from posttrain.config import metric_names
+from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.model import parallelize, sampler
@@ -77,7 +77,7 @@ def train(config: TDMConfig, resume: bool = False) -> None:
             f"prompts.train: {config.prompts.train} holds {len(records)} prompts and a step takes {config.batch}; add"
             " prompts or lower batch"
         )
-    try_rewards(config)
+    try_rewards(config, heldout, records)
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     _refuse_distilled(config)
     k2 = load_model(config.model, procs.device, saved)
@@ -197,7 +197,7 @@ def add_roles(k2: K2, config: TDMConfig) -> None:
 def steppers(k2: K2, config: TDMConfig) -> tuple[Stepper, Stepper]:
     """The student's and the fake score's."""
     # The fake score must follow the student of now, so it learns faster and keeps no average.
-    optim = replace(config.optim, lr=config.fake.rate * config.optim.lr, ema=0.0)
+    optim = changed(config.optim, lr=config.fake.rate * config.optim.lr, ema=0.0)
     return Stepper(k2.role_parameters(POLICY), config.optim), Stepper(k2.role_parameters(FAKE), optim)
 
 

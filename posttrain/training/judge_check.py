@@ -13,8 +13,7 @@ from posttrain.log import log
 from posttrain.runs.run import Run
 from rewards.base import Reward
 from rewards.injection import injection
-from rewards.noise import noise_metrics
-from rewards.preflight import repeatability
+from rewards.noise import noise_metrics, repeatability
 
 SHOWN = 8
 """Images that a judge is tried on; its answers are asked again for half of them."""
@@ -29,7 +28,7 @@ def check_judges(
 ) -> dict[str, float | None]:
     """How far judges repeat themselves and obey text, said to the user and logged before the first step.
 
-    For the main process alone. Nothing is asked where no reward asks a judge, or there is no image.
+    For the main process alone. Nothing is asked where no reward asks a judge, or no image is given.
     """
     if not images:
         return {}

@@ -69,9 +69,9 @@ def test_pairs_with_bad_pictures_are_named(annotate, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:40])
     path = tmp_path / "rows.jsonl"
-    for name, reason in (("none.png", "none.png is missing"), ("cut.png", "is no image (40 bytes)")):
+    for name, reason in (("none.png", "none.png is missing"), ("cut.png", "is not an image (40 bytes)")):
         path.write_text(json.dumps({"prompt": "a", "chosen": "good.png", "rejected": name}) + "\n")
         line = annotate(pairs=path)
         assert line.startswith(f"{path}: more than 0.01 of 1 rows (max_bad) are bad: {path}:1: rejected: {reason}")
-        assert line.endswith("mend them or raise max_bad")
+        assert line.endswith("fix them or raise max_bad")
     assert annotate(pairs=tmp_path / "nowhere").startswith(f"{tmp_path}/nowhere: no such file or directory")

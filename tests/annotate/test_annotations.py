@@ -129,7 +129,7 @@ def test_person():
 CHOOSE_FOR_EVER = """
 import sys
 from pathlib import Path
-from posttrain.annotations import Schedule, Showing, Store
+from posttrain.annotate.answers import Schedule, Showing, Store
 store = Store(Path(sys.argv[1]), Schedule(3, 0.2))
 for i in range(1_000_000):
     store.add("ann", Showing(f"pair{i}", False, "chosen"), "left", 1.0)
@@ -216,8 +216,8 @@ def test_store_that_is_none(tmp_path):
 FULL = """
 import resource, sys
 from pathlib import Path
-from posttrain.annotations import Schedule, Showing, Store
-from prompts.errors import UserError
+from posttrain.annotate.answers import Schedule, Showing, Store
+from posttrain.errors import UserError
 path = Path(sys.argv[1])
 store = Store(path, Schedule(3, 0.2))
 store.add("ann", Showing("a", False, "chosen"), "left", 1.0)

@@ -16,6 +16,7 @@ from posttrain.bench.config import BenchConfig
 from posttrain.bench.run import Forwards, bench, measured
 from posttrain.bench.steps import Steps
 from posttrain.bench.tiers import Parts, fit, need, parts_of
+from posttrain.config.sections import OptimConfig
 from posttrain.distributed.processes import Processes
 from posttrain.model import blocks, flops
 from posttrain.model.k2 import K2, Text
@@ -86,12 +87,12 @@ def settings():
 @pytest.mark.parametrize("method", ["step", "stpo", "tdm"])
 def test_counts_what_a_step_does(method, settings):
     """Texts are of one length here: torch counts padding too. In stpo's first step the shares of its terms are due:
-    velocities without gradient first, then chosen images three times (the hinge pulls) and rejected ones twice."""
+    velocities without gradient first, then chosen and rejected images twice each (the hinge has nothing to pull)."""
     fresh = K2.random("cpu", torch.float32, "tiny", text=False)
     steps = Steps(fresh, settings, (64, 64), Processes())
     steps._texts = [fresh.fuse(fresh.random_features(8))]
     forwards = Forwards(fresh, RANK)
-    expected, found = {"step": [(0, 4), (0, 4)], "stpo": [(8, 10), (4, 4)]}, {}
+    expected, found = {"step": [(0, 4), (0, 4)], "stpo": [(8, 8), (4, 4)]}, {}
     for index in range(2):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             steps.run(method, index, lambda stage: None)
@@ -177,7 +178,7 @@ def test_compiled(settings, monkeypatch):
     """With torch's tracing alone, which is exact, and takes seconds where its compiler takes minutes."""
     traced = functools.cache(lambda device: torch.compile(blocks._run, backend="eager", fullgraph=True))
     monkeypatch.setattr(blocks, "_compiled", traced)
-    settings.compile, settings.stock, settings.repeats = True, True, 2
+    settings.model.compile, settings.stock, settings.repeats = True, True, 2
     row = measured(settings, "step", (64, 64), Processes(), 1.0)
     assert row["graphs"] == 2 and row["recompilations"] == 0  # the first block's input has no gradient
     assert row["error"] == {"velocity": 0.0, "gradient": 0.0} and row["stock"]["ratio"] > 0
@@ -220,9 +221,10 @@ def test_expansions_are_of_many_lengths_and_only_real_tokens_count(settings):
 
 def test_options_are_measured_against_the_exact_path(settings, eager):
     """Rank 32: factors of 32 x 128, which are large enough for 8-bit moments."""
-    for name, value in {"rank": 32, "quantize": "fp8", "optim": "adamw8bit", "encode": True, "group": 2}.items():
+    for name, value in {"rank": 32, "encode": True, "group": 2}.items():
         setattr(settings, name, value)
-    settings.compile, settings.stock, settings.offload = False, True, ["text_encoder", "vae"]
+    settings.model.quantize, settings.optim = "fp8", OptimConfig(kind="adamw8bit")
+    settings.model.compile, settings.stock, settings.model.offload = False, True, ["text_encoder", "vae"]
     row = measured(settings, "grpo", (64, 64), Processes(), 1.0)
     error = row["error"]
     assert error.keys() == {"ratio", "velocity", "gradient", "features", "pixels", "update"}

@@ -281,7 +281,7 @@ def without_template(tmp_path: Path) -> Path:
     ("changes", "says"),
     [
         ({"model": "{dir}/plain"}, "plain: its tokenizer has no chat template; use an instruct model"),
-        ({"model": "{dir}/none"}, "none: no such directory, and as a hub id it cannot be loaded"),
+        ({"model": "{dir}/none"}, "none: no such directory; give a directory, or a hub id"),
         ({"data": "{dir}/empty.jsonl"}, "empty.jsonl has no rows"),
         ({"data": "{dir}/other.jsonl"}, "has no column completion; it has prompt, text"),
         ({"data": "{dir}/blank.jsonl"}, "blank.jsonl:1: completion: is empty or not text"),

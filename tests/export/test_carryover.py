@@ -80,7 +80,7 @@ def check(tmp_path):
 
 def test_figures_of_a_run(run, student, check, capsys):
     found = check(run, student)
-    assert found["pictures"] == 3 and found["settings"]["size"] == [32, 32]
+    assert found["images"] == 3 and found["settings"]["size"] == [32, 32]
     values = found["rewards"]["brightness"]
     # On Raw: what the policy and its base draw of the same prompts and seeds.
     k2 = load_checkpoint(runs.latest(run))

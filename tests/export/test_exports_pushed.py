@@ -73,7 +73,7 @@ def test_the_licence_is_the_bases(run, model, tmp_path):
     front = yaml.safe_load(text.split("---")[1])
     assert (front["license_name"], front["license_link"]) == ("krea-2", "LICENSE.md")
     assert f"As the base model, `{base}`: krea-2 (LICENSE.md)." in text and "## Results" not in text
-    state["model"]["path"] = "krea/Krea-2-Raw"
+    state["model"]["path"] = "krea/Krea-2-Raw@v1"
     text = model_card(checkpoint.Checkpoint(saved.path, 1, {}, state), Path("a.safetensors"), "lora", None)
     front = yaml.safe_load(text.split("---")[1])
     assert front["base_model"] == "krea/Krea-2-Raw"

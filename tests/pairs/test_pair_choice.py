@@ -62,7 +62,7 @@ def test_on_policy_is_the_policys_own_way(tmp_path):
 def judged(columns: dict[str, list], *specs: RewardSpec):
     """Scores and the specs: a reward of weight 1 for each column that no spec names."""
     named = {spec.name: spec for spec in specs}
-    full = [named.get(name, RewardSpec(name, "f")) for name in columns]
+    full = [named.get(name, RewardSpec(name, "m:f")) for name in columns]
     asked = [
         Reward(dataclasses.replace(spec, max_failures=1), lambda *_, column=column: column, set(), False)
         for spec, column in zip(full, columns.values())
@@ -86,7 +86,7 @@ def test_missing_scores_are_no_numbers():
 
 
 def test_gates_flag_winners_and_never_losers():
-    gate = RewardSpec("clean", "f", gate="mask", threshold=0.5)
+    gate = RewardSpec("clean", "m:f", gate="mask", threshold=0.5)
     columns = {"a": [0.9, 0.5, 0.1], "clean": [0.4, 0.6, 0.0]}
     scores, specs = judged(columns, gate)
     judgement = Judgement.of(scores, specs)
@@ -94,7 +94,7 @@ def test_gates_flag_winners_and_never_losers():
     assert best_and_worst(judgement, 3) == [(1, 2)]  # the best of those that may win; the flagged one may lose
     unsure = Judgement.of(*judged({"a": [0.9, 0.1], "clean": [Failure("x"), None]}, gate))
     assert unsure.unsure_N.tolist() == [True, False] and not unsure.flagged_N.any()
-    factor = RewardSpec("clean", "f", gate="multiply")
+    factor = RewardSpec("clean", "m:f", gate="multiply")
     assert Judgement.of(*judged(columns, factor)).values_NK[:, 0].tolist() == pytest.approx([0.36, 0.3, 0.0])
 
 
@@ -121,7 +121,7 @@ RULES = Rules(min_margin=0.1, tolerance=0.02, min_distance=0.05)
     ],
 )
 def test_verdict(columns, distance, ranked, fate, margin):
-    judgement = Judgement.of(*judged(columns, RewardSpec("gate", "f", gate="mask", threshold=0.5)))
+    judgement = Judgement.of(*judged(columns, RewardSpec("gate", "m:f", gate="mask", threshold=0.5)))
     said = verdict(judgement, 0, 1, distance, RULES, ranked, screen=True)
     assert said == (fate, margin if margin is None else pytest.approx(margin))
 

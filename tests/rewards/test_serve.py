@@ -284,6 +284,8 @@ def test_commands_for_another_machine(tmp_path):
     assert line.startswith("CUDA_VISIBLE_DEVICES=2,3 vllm serve org/base --served-model-name vlm --host 10.0.0.2")
     assert "--tensor-parallel-size 2" in line and "--max-lora-rank 32" in line
     assert f"--lora-modules nice={tmp_path} --seed 1" in line
+    pinned = commands([ServerSpec("vlm", "org/base@v1")], host="10.0.0.2")[1]
+    assert "vllm serve org/base --served-model-name vlm --revision v1 --tokenizer-revision v1 --host" in pinned
 
 
 def test_servers_on_one_gpu_are_started_one_after_another(tmp_path, monkeypatch):

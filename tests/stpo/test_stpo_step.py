@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from posttrain.config import metric_names
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.model.k2 import K2
@@ -17,7 +18,6 @@ from posttrain.stpo import latent_cache
 from posttrain.stpo import train as stpo
 from posttrain.stpo.latent_cache import encode_pairs
 from posttrain.stpo.losses import has_risen, inner
-from posttrain.training import image_metrics as figures_of
 from posttrain.training.stepper import Stepper
 from tests.helpers import runs, tiny
 
@@ -248,8 +248,8 @@ def test_measuring_held_out_pairs(config):
     with one.k2.role("policy"):
         figures, parts = stpo.measure_pairs(one.k2, config, one.pairs, one.procs, config.micro_batch)
         again = stpo.measure_pairs(one.k2, config, one.pairs, one.procs, config.micro_batch)
-    assert again == (figures, parts) and figures.keys() == set(figures_of.PAIRS)
-    assert parts.keys() == {f"{n}_t{i}" for n in figures_of.PAIRS if n[6:] not in ("z10", "z50", "z90")
+    assert again == (figures, parts) and figures.keys() == set(metric_names.PAIRS)
+    assert parts.keys() == {f"{n}_t{i}" for n in metric_names.PAIRS if n[6:] not in ("z10", "z50", "z90")
                             for i in range(1, 5)}  # fmt: skip
     assert figures["pairs/winner"] != 0 and figures["pairs/drift_winner"] > 0
     # parts of 2, 1, 1 and 1 of the five pairs
@@ -339,3 +339,18 @@ def test_pictures_are_scaled_and_cropped(config, tmp_path):
     config.pairs.size = [16, 32]
     pair = OneStep(config).pairs[0]
     assert pair.size == (16, 32) and pair.chosen.shape == (8, 64)
+
+
+def test_images_of_unlike_sizes_are_resized_where_a_size_is_set(config, tmp_path, capsys):
+    """Each as it would be alone; without pairs.size the pair is a bad row."""
+    image = Image.open(tmp_path / "images/0-chosen.png")
+    image.resize((48, 48)).save(tmp_path / "images/0-chosen.png")
+    with pytest.raises(UserError, match=r"pairs\.jsonl:1: the images differ in size: 48x48 and 32x32 .*pairs\.size"):
+        stpo.train(config)
+    config.pairs.size = [16, 16]
+    stpo.train(config)
+    assert "bad" not in capsys.readouterr().err
+    k2 = K2.load(config.model.path)
+    pairs = encode_pairs(k2, read_preferences(config.pairs.train, resized=True), config.pairs, Processes())
+    expected = k2.encode_images([image.resize((48, 48)).resize((16, 16), Image.Resampling.LANCZOS)])[0]
+    torch.testing.assert_close(pairs[0].chosen, expected)

@@ -197,7 +197,7 @@ def fails(capsys, config, tmp_path, *args):
         ),
         (["--teacher.guidance", "-1"], "teacher.guidance: is -1"),
         (["--eval.guidance", "[1.5]"], "eval.guidance: is that of a student, which has none: leave it out"),
-        (["--eval.best", "oracle"], "eval.best: 'oracle' is no figure of the evaluation; known here: "),
+        (["--eval.best", "oracle"], "eval.best: 'oracle' is no metric of the evaluation; known here: "),
         (["--batch", "9"], "train.jsonl holds 8 prompts and a step takes 9; add prompts or lower batch"),
     ],
 )

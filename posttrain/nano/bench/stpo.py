@@ -7,7 +7,7 @@
    once more at four times the learning rate, where DPO's images change most.
    drift.svg shows what becomes of them; drift.md has the end (mean of the last three evaluations).
 3. Holds the end of STPO, DPO's best step (by the oracle, of all evaluations) and its end against K2-nano.
-4. Goes on from that recipe's own number of steps with 500 choices by a hidden taste (choices.py), by
+4. Continues from that recipe's own number of steps with 500 choices by a hidden taste (choices.py), by
    recipes/nano/stpo_human.yaml, and holds the outcome against what it began with.
 
 All of it for each seed; a line names the least and the greatest. Two GPUs take eight minutes with --jobs 24, two CPU
