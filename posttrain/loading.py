@@ -291,6 +291,8 @@ def load_tokenizer(folder: Path, where: str, rows: int | None) -> Any:
     """The tokenizer in a directory, if `check_tokenizer` finds nothing."""
     from transformers import AutoTokenizer
 
+    if not folder.is_dir():
+        raise UserError(f"{where}: no such directory, so it has no tokenizer; copy or download it again")
     check_json(folder)
     with quiet(), reading(where, "a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
