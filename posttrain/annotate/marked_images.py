@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from posttrain.annotate import agreement
 from posttrain.annotate.store import Annotations
 from posttrain.errors import UserError
 from posttrain.judge.records import IMAGES, MARKS
-from posttrain.runs.files import replace_text
+from posttrain.runs.files import replace_text, replacing_directory
 from prompts.parse import parse_json
 
 PROMPTS = "prompts.json"
@@ -118,10 +116,7 @@ def write(stored: Annotations, images_path: str, store: str, output: str | None)
 
 def _write(images: Images, votes: dict[str, float], figures: dict[str, Any], target: Path) -> None:
     """All or nothing: written beside and renamed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        temporary.chmod(0o755)
+    with replacing_directory(target) as temporary:
         (temporary / "images").mkdir()
         rows = []
         for name in images.prompts:  # in the order of the files, whoever answered first
@@ -134,10 +129,6 @@ def _write(images: Images, votes: dict[str, float], figures: dict[str, Any], tar
             rows.append(json.dumps(known, ensure_ascii=False) + "\n")
         replace_text(temporary / "agreement.json", json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
         replace_text(temporary / MARKS, "".join(rows))
-        temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _prompts(path: Path) -> dict[str, str]:

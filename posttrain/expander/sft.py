@@ -42,6 +42,7 @@ from posttrain.model.fingerprint import fingerprint
 from posttrain.model.load import quiet
 from posttrain.preferences.heldout import in_share
 from posttrain.preferences.sources import open_source
+from posttrain.runs.files import apply_umask
 from posttrain.runs.guard import check_unchanged
 from posttrain.runs.run import Run, peak_memory
 from posttrain.runs.stop import StopSignals
@@ -91,6 +92,7 @@ def train(config: ExpanderSFTConfig, resume: bool = False) -> None:
             trained.save_pretrained(str(folder))  # as PEFT writes it, which vLLM reads
             if config.lora is None:
                 tokenizer.save_pretrained(str(folder))
+            apply_umask(folder)
             write_card(folder, base, base_print)
             figures = {"before": before, "after": after, "steps": trainer.state.global_step}
             (folder / "README.md").write_text(model_card(config, figures, len(training), len(heldout)))

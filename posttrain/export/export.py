@@ -31,6 +31,7 @@ from posttrain.model import key_names
 from posttrain.model.k2 import K2
 from posttrain.model.load import empty_transformer, keeps_fp32, quiet
 from posttrain.model.roles import Kept
+from posttrain.runs.files import apply_umask
 from posttrain.runs.guard import check_new
 from posttrain.training import checkpoint
 from posttrain.training.checkpoint import Checkpoint
@@ -191,6 +192,7 @@ def _write_atomically(
     try:
         path = folder / output.name
         write(path)
+        apply_umask(path)
         check(path)
         if card is not None:
             # A directory holds its card; a file has it beside itself.
