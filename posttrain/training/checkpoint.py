@@ -1,7 +1,7 @@
 """Atomic checkpoints with checksums, of safetensors and JSON only.
 
     checkpoints/step-000123/   <name>.safetensors ..., state.json, manifest.json (sizes and sha256 sums)
-    checkpoints/best           a link to the best step, where one was marked; a file with its name where there are no links
+    checkpoints/best           a link to the best step, if one was marked; where there are no links, a file
 
 The manifest is written last, so a directory whose files do not match its manifest is incomplete and is skipped.
 """
