@@ -99,7 +99,7 @@ def preference_terms(
             "winner_error": norm_w - dw,
             "loser_error": norm_l - dl,
             "margin": dl - dw,
-            "accuracy": (dl > dw).float(),
+            "accuracy": (1 + (dl - dw).sign()) / 2,
             "z": z,
             "sigma": (-z).sigmoid(),
             "saturated": ((-z).sigmoid() < SATURATED).float(),

@@ -27,8 +27,9 @@ Metrics of held-out pairs at each evaluation, with fixed times and noise; those 
 | cosine* | of the two errors |
 | drift_winner*, drift_loser* | squared distance of the velocities to the reference's |
 
-Accuracy and margin do not see divergence; winner does. `pairs/winner_t1` ... `_t4` and so on are of four equal parts of
-the training times, the least noisy first.
+In the accuracy a pair whose margin is 0, as all are before the first step, counts half. Accuracy and margin do not see
+divergence; winner does. `pairs/winner_t1` ... `_t4` and so on are of four equal parts of the training times, the least
+noisy first.
 
 Legend: B pairs of a micro-batch, N image tokens, C channels.
 """

@@ -80,10 +80,8 @@ def figure(curves: dict[str, list[list[dict[str, float]]]]) -> str:
 
     series: dict[str, dict[str, list[list[Point]]]] = {name: {} for name in CURVES}
     for name, by_variant in series.items():
-        # Before the first step all margins are 0, so there is no accuracy yet.
-        first = 1 if name == "pairs/accuracy" else 0
         for variant, runs in curves.items():
-            by_variant[variant] = [[(int(row["step"]), row.get(name)) for row in run[first:]] for run in runs]
+            by_variant[variant] = [[(int(row["step"]), row.get(name)) for row in run] for run in runs]
     return panels_svg(series, columns=3)
 
 
