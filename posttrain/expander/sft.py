@@ -42,6 +42,7 @@ from posttrain.model.fingerprint import fingerprint
 from posttrain.model.load import quiet
 from posttrain.preferences.heldout import in_share
 from posttrain.preferences.sources import open_source
+from posttrain.report.page import write_report
 from posttrain.runs.files import apply_umask
 from posttrain.runs.guard import check_unchanged
 from posttrain.runs.run import Run, peak_memory
@@ -96,7 +97,9 @@ def train(config: ExpanderSFTConfig, resume: bool = False) -> None:
             write_card(folder, base, base_print)
             figures = {"before": before, "after": after, "steps": trainer.state.global_step}
             (folder / "README.md").write_text(model_card(config, figures, len(training), len(heldout)))
+            run.stopped = logger.signals.received
             run.summary({**figures, "pairs": len(training), "heldout": len(heldout), **peak_memory()})
+            write_report(run.path)
     if logger.signals.received is signal.SIGINT:
         raise KeyboardInterrupt
 

@@ -8,6 +8,7 @@
     samples/           prompts.json and step-000000/000.png, ...: the same prompts and seeds over the run; scores.json
                        beside the images has each reward's score of each
     prompts.json       with an adaptive pool: the prompts at its ends
+    changes.json       settings that were changed when the run was resumed, with the step that was saved then
     summary.json       metrics before and after, seconds, memory
 
 Only the main process writes; on the others every method returns at once.
@@ -39,15 +40,17 @@ import yaml
 from PIL import Image
 from safetensors import SafetensorError
 
-from posttrain.config.diff import as_text, changes
+from posttrain.config.diff import Change, as_text, changes
 from posttrain.config.sections import TrackConfig
 from posttrain.errors import UserError
 from posttrain.log import log
 from posttrain.runs import startup
+from posttrain.runs.ending import end_line, newest_checkpoint, stopped_line
 from posttrain.runs.files import append_line, replace_text
 from posttrain.runs.guard import check_run
 from posttrain.runs.lock import lock
 from posttrain.runs.progress import Progress, grid_image
+from posttrain.runs.read import read_changes
 
 UNWRITABLE = {getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ENOTDIR EISDIR EEXIST".split()}
 TORCH_UNWRITABLE = ("inline_container", "iostream error", "cannot be opened")
@@ -74,6 +77,9 @@ class Run:
         """Where each server of the recipe answers."""
         self.stopped: signal.Signals | None = None
         """What ended the training before its last step."""
+        self._total: int | None = None
+        self._figures: Mapping[str, Any] | None = None
+        """Of the summary, once it is written."""
         self.non_finite = 0
         self._track = track
         self._trackers: list[Any] = []
@@ -103,17 +109,39 @@ class Run:
             run.path.mkdir(parents=True, exist_ok=True)
             run._lock = lock(run.path)
             new = _plain(dataclasses.asdict(config))  # type: ignore[call-overload]
+            comments = ""
             if recipe.exists():
                 changed = changes(yaml.safe_load(recipe.read_text()), new)
                 if changed:
                     log.info(f"the recipe has changed since the run began: {as_text(changed)}")
-            replace_text(recipe, yaml.safe_dump(new, sort_keys=False, allow_unicode=True))
+                comments = run._record_changes(changed)
+            replace_text(recipe, comments + yaml.safe_dump(new, sort_keys=False, allow_unicode=True))
             replace_text(run.path / "environment.json", _json(environment(), indent=1))
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"{run.path}: a file is in the way; choose another --output") from None
         except OSError as error:
             raise UserError(f"{run.path}: cannot be written: {error.strerror}; choose another --output") from None
         return run
+
+    def _record_changes(self, changed: Sequence[Change]) -> str:
+        """Adds to changes.json, and returns all of it as comments of the recipe.
+
+        A run that has no checkpoint begins anew, with this recipe alone.
+        """
+        file, newest = self.path / "changes.json", newest_checkpoint(self.path)
+        if newest is None:
+            file.unlink(missing_ok=True)
+            return ""
+        table = read_changes(self.path)
+        for setting, old, new in changed:
+            table.append({"after_step": newest[0], "setting": setting, "before": old, "now": new})
+        if changed:
+            replace_text(file, _json(_plain(table), indent=1))
+        lines = []
+        for row in table:
+            values = f"{_json(row['before'])} -> {_json(row['now'])}"
+            lines.append(f"# resumed after step {row['after_step']} with another {row['setting']}: {values}\n")
+        return "".join(lines)
 
     @staticmethod
     def restarted(config: RunConfig) -> bool:
@@ -129,7 +157,11 @@ class Run:
         """
         if not self.main:
             return
-        self._begun = step
+        self._begun, self._total = step, total
+        if step >= total:
+            log.info(
+                f"{self.path}: is finished: step {total} of {total} is done, and nothing is left; raise steps to go on"
+            )
         startup.lap("prepare")
         metrics = self.path / "metrics.jsonl"
         # A process that was killed may have logged steps after its last checkpoint; they come again.
@@ -223,6 +255,7 @@ class Run:
         The report shows `before` and `after` (both name -> number) side by side, other numbers as they are.
         """
         if self.main:
+            self._figures = figures
             took = self._startup or startup.CLOCK.taken(None)
             replace_text(self.path / "summary.json", _json(_plain({**figures, "startup": took}), indent=1))
 
@@ -255,6 +288,7 @@ class Run:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.close()
+        self._say_end(error)
         # Errors that a user can do something about, and that may come from anywhere in the run.
         if isinstance(error, torch.OutOfMemoryError):
             raise UserError(
@@ -271,6 +305,16 @@ class Run:
             ) from error
         if isinstance(error, SafetensorError):
             raise UserError(f"{self.path}: cannot be written or read: {error}; fix that, then {self.again}") from error
+
+    def _say_end(self, error: BaseException | None) -> None:
+        if not self.main:
+            return
+        done = (self._figures or {}).get("steps")
+        is_whole = done is None or self._total is None or done >= self._total
+        if isinstance(error, KeyboardInterrupt) or (self.stopped is not None and not is_whole):
+            log.info(stopped_line(self.path, self._total, self.again))
+        elif error is None and self._figures is not None:
+            log.info(end_line(self.path, self._figures))
 
 
 def peak_memory() -> dict[str, float]:

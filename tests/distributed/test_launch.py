@@ -25,7 +25,7 @@ def test_worlds_that_are_whole_or_of_one(monkeypatch, values):
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE: is 2, and RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set: start it with"),
+        ({"WORLD_SIZE": "2"}, "is 2, and RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set: start it with"),
         (WHOLE | {"LOCAL_RANK": ""}, "WORLD_SIZE: is 2, and LOCAL_RANK not set"),
         (WHOLE | {"WORLD_SIZE": "two"}, "WORLD_SIZE: is 'two', not a number"),
         (WHOLE | {"RANK": "2"}, "RANK: is 2 of WORLD_SIZE=2: ranks count from 0"),

@@ -5,11 +5,9 @@ is moved by `cpu()`.
 An operation that makes a float64 tensor of such a tensor raises what torch raises there.
 """
 
-
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
 
 
 class NoFloat64(TorchDispatchMode):
@@ -72,5 +70,3 @@ def emulated(monkeypatch) -> NoFloat64:
     marking(Policy, "model")
     marking(VLM, "model")
     return device
-
-

@@ -322,9 +322,9 @@ def test_gpus_count_within_the_mask(monkeypatch, mask, gpus, seen):
 
 def test_a_gpu_beyond_the_mask_is_refused_before_anything_starts(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    problem = "server a: gpus: is [0, 2], and CUDA_VISIBLE_DEVICES=4,5 leaves 2, which count from 0: name those of 0 to 1"
+    problem = "server a: gpus: is [0, 2], and CUDA_VISIBLE_DEVICES=4,5 leaves 2, which count from 0: name those of 0 to"
     spec = ServerSpec("a", "m", gpus=[0, 2], executable=fake_executable(tmp_path))
-    assert serve_module.missing(spec) == [problem]
+    assert serve_module.missing(spec) == [f"{problem} 1"]
     mine = ServerSpec("a", "m", gpus=[0, 2], env={"CUDA_VISIBLE_DEVICES": "1"}, executable=spec.executable)
     assert commands([mine])[1].startswith("CUDA_VISIBLE_DEVICES=1 ")  # of another machine, whose mask is not known
 

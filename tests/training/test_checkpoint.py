@@ -133,7 +133,8 @@ def test_without_links_the_best_step_is_named_in_a_file(tmp_path, monkeypatch):
         if step == 2:
             checkpoint.mark_best(tmp_path / "checkpoints", 2)
     best = tmp_path / "checkpoints/best"
-    assert best.read_text() == "step-000002\n" and names(tmp_path / "checkpoints") == ["best", "step-000002", "step-000004"]
+    assert best.read_text() == "step-000002\n"
+    assert names(tmp_path / "checkpoints") == ["best", "step-000002", "step-000004"]
     assert checkpoint.load(best).step == 2 and checkpoint.find(best).name == "step-000002"
     assert checkpoint.load_latest(tmp_path / "checkpoints").step == 4
 

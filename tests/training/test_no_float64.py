@@ -3,15 +3,16 @@
 import pytest
 import torch
 
+from posttrain.config.sections import LoraConfig, TrackConfig
 from posttrain.expander import gdpo
 from posttrain.grpo import train as grpo
 from posttrain.judge import train as judge
+from posttrain.judge.config import JudgeConfig
+from posttrain.nano.build import judge_model
+from posttrain.nano.world import judge_data
 from posttrain.stpo import train as stpo
 from posttrain.tdm import train as tdm
 from tests.helpers import expander_runs, no_float64, runs
-from tests.judge.test_judge import config as judge_config
-from tests.judge.test_judge import data as data  # fixtures
-from tests.judge.test_judge import model as judge_model
 
 
 @pytest.fixture
@@ -61,6 +62,14 @@ def test_gdpo(tmp_path, model, device):
         gdpo.train(config)
 
 
-def test_judge(tmp_path, judge_model, data, device):
+def test_judge(tmp_path, device):
+    tokenizer = judge_model.make_tokenizer()
+    judge_model.save(judge_model.make_model(tokenizer), tokenizer, tmp_path / "model")
+    judge_data.write(tmp_path / "data", pairs=8, faults=8, seed=0, workers=1)
+    config = JudgeConfig(
+        output=str(tmp_path / "run"), model=str(tmp_path / "model"), data=str(tmp_path / "data/preferences.jsonl"),
+        mode="preference", heldout=0.3, steps=1, batch=2, micro_batch=2, dtype="float32",
+        lora=LoraConfig(rank=4, alpha=8), track=TrackConfig(tensorboard=False),
+    )  # fmt: skip
     with device:
-        judge.train(judge_config(judge_model, data, tmp_path, "preference", steps=1))
+        judge.train(config)
