@@ -46,6 +46,7 @@ from posttrain.expander.template import messages, template
 from posttrain.expander.trl_checkpoint import AtomicCheckpointCallback, PlainState, newest
 from posttrain.log import log
 from posttrain.model import sampler
+from posttrain.report.public import public
 from posttrain.runs.run import Run
 from posttrain.training.loop import open_run, resuming, try_rewards
 from prompts.records import read_prompts
@@ -205,15 +206,15 @@ def weights(config: ExpanderGDPOConfig) -> list[float]:
 
 def card(config: ExpanderGDPOConfig, policy: Policy, figures: dict[str, float | None]) -> str:
     """The adapter's model card."""
-    base = policy.base
+    base = public(policy.base)
     ablation = "" if config.ablation.diversity == "kept" else f" An ablation: {ABLATED[config.ablation.diversity]}."
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in figures.items() if value is not None)
     return (
         f"---\nbase_model: {base}\nlibrary_name: peft\ntags: [lora, vllm, prompt-expansion]\n---\n\n"
         "# A prompt expander\n\n"
-        f"A LoRA adapter for {base}, trained with GDPO on the images that {config.renderer.path} draws from its"
+        f"A LoRA adapter for {base}, trained with GDPO on the images that {public(config.renderer.path)} draws from its"
         f" expansions. {config.steps} steps of {config.groups.prompts_per_step} prompts by {config.groups.group_size}"
-        f" expansions; prompts from {config.prompts.train}, seed {config.seed}.{ablation} The chat messages are"
+        f" expansions; prompts from {public(config.prompts.train)}, seed {config.seed}.{ablation} The chat messages are"
         f" those of prompts/expander.md, hash {template().hash}: the system text, then the user's prompt by itself.\n\n"
         f"## Held-out prompts\n\n| figure | |\n|---|---|\n{rows}\n"
     )

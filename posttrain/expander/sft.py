@@ -43,6 +43,7 @@ from posttrain.model.load import quiet
 from posttrain.preferences.heldout import in_share
 from posttrain.preferences.sources import open_source
 from posttrain.report.page import write_report
+from posttrain.report.public import public
 from posttrain.runs.files import apply_umask
 from posttrain.runs.guard import check_unchanged
 from posttrain.runs.run import Run, peak_memory
@@ -362,18 +363,18 @@ def _evaluations(run: Run) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def model_card(config: ExpanderSFTConfig, figures: dict[str, Any], training: int, heldout: int) -> str:
-    instruction = template()
+    instruction, base = template(), public(config.model)
     table = "| held out | before | after |\n| --- | --- | --- |"
     for name, after in figures["after"].items():
         if (before := figures["before"].get(name)) is not None:
             table += f"\n| {name} | {before:.4f} | {after:.4f} |"
     kind = "adapter" if config.lora is not None else "model"
     settings = json.dumps({k: asdict(config)[k] for k in ("lora", "optim", "batch", "dtype", "seed")})
-    head = f"---\nbase_model: {config.model}\nlibrary_name: {'peft' if kind == 'adapter' else 'transformers'}\n"
+    head = f"---\nbase_model: {base}\nlibrary_name: {'peft' if kind == 'adapter' else 'transformers'}\n"
     return "\n\n".join([
         head + "tags: [prompt-expander, sft, vllm]\n---",
         "# A prompt expander",
-        f"{'A LoRA adapter for' if kind == 'adapter' else 'Trained from'} {config.model}. It answers a short prompt for"
+        f"{'A LoRA adapter for' if kind == 'adapter' else 'Trained from'} {base}. It answers a short prompt for"
         " an image model with one richer caption of the same image. Any chat server gives it the messages it was"
         f" trained on (template {instruction.hash}):",
         f"- system: {instruction.system}\n- user: the prompt",

@@ -52,7 +52,7 @@ def export(config: ExportConfig) -> None:
     saved = checkpoint.load(checkpoint.find(config.source))
 
     def card_of(rounding: Rounding | None) -> str:
-        return model_card(saved, output, config.format, config.license, rounding)
+        return model_card(saved, output, config.format, config.license, rounding, config.push)
 
     rounding = write(saved, output, config.format, card_of, config.dtype, config.allow_rounding)
     if rounding is not None:
