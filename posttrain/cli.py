@@ -8,6 +8,7 @@ where there is a command.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import sys
@@ -66,7 +67,23 @@ def _run(argv: list[str]) -> int:
     # torch is imported with the command's code, which takes seconds.
     run = parsed.command.call()
     startup.lap("import")
-    return run(parsed.config, **parsed.options()) or 0
+    try:
+        return run(parsed.config, **parsed.options()) or 0
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        # A library that writes a file need not say which.
+        where = error.filename or getattr(parsed.config, "output", None) or "a file"
+        raise UserError(f"{where}: cannot be written: {error.strerror}; {UNWRITABLE[error.errno]}") from error
+
+
+UNWRITABLE = {
+    errno.ENOSPC: "free some space, remove what was written, and run it again",
+    errno.EDQUOT: "free some of your quota, remove what was written, and run it again",
+    errno.EFBIG: "write to another disk, or raise the limit (ulimit -f)",
+    errno.EROFS: "choose another place",
+}
+"""What a user can do where a disk does not take a file, whichever command writes it."""
 
 
 @dataclass
