@@ -8,6 +8,7 @@ where there is a command.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import itertools
 import json
@@ -42,6 +43,8 @@ def _printable(text: str) -> str:
 
 
 def _run(argv: list[str]) -> int:
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:], "--help"]
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
         return 0 if argv else 2
@@ -154,6 +157,9 @@ def _name(argv: list[str]) -> tuple[str, list[str]]:
 
 def _with_positional(command: Command, words: list[str]) -> list[str]:
     """The words with a first argument that has no -- as the option that it stands for."""
+    if command.positional and not words and _is_required(command, command.positional):
+        name = next(name for name, row in commands.every().items() if row is command)
+        raise UserError(f"{command.positional}: missing; give it: posttrain {name} {command.positional.upper()}")
     if not command.positional or not words or words[0].startswith("-"):
         return words
     from posttrain.config.types import bare, hints
@@ -164,6 +170,13 @@ def _with_positional(command: Command, words: list[str]) -> list[str]:
     # As one option, since a list is replaced whole.
     given = [*itertools.takewhile(lambda word: not word.startswith("-"), words)]
     return [f"--{command.positional}={json.dumps(given)}", *words[len(given) :]]
+
+
+def _is_required(command: Command, setting: str) -> bool:
+    for entry in dataclasses.fields(command.settings()):
+        if entry.name == setting:
+            return entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+    return False
 
 
 def _packaged(word: str) -> str:

@@ -18,6 +18,7 @@ from posttrain.expander.model import Expander, resolve
 from posttrain.log import log
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
+from posttrain.report.format import counted
 from posttrain.runs.guard import check_new
 from posttrain.sample_config import SampleConfig
 from posttrain.training import checkpoint
@@ -78,7 +79,8 @@ def sample(config: SampleConfig) -> None:
             row["expansion"] = prompts[n]
         table.append(row)
     (output / "prompts.json").write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
-    print(f"posttrain: wrote {len(jobs)} images to {output} ({steps} steps, guidance {guidance:g})")
+    settings = f"{counted(steps, 'step')}, guidance {guidance:g}"
+    print(f"posttrain: wrote {counted(len(jobs), 'image')} to {output} ({settings})")
 
 
 class _Job(NamedTuple):

@@ -15,6 +15,7 @@ import yaml
 
 from posttrain import commands
 from posttrain.report.cards import card
+from posttrain.report.format import counted
 from posttrain.report.public import public
 from posttrain.runs.read import read_changes
 from posttrain.training.checkpoint import Checkpoint
@@ -137,7 +138,7 @@ def _stage(stage: Checkpoint) -> dict[str, Any]:
     row = commands.get(method)
     return {
         "method": row.title if row is not None and row.title else method,
-        "steps": stage.step,
+        "steps": counted(stage.step, "step"),
         "weights": f"an adapter of rank {lora['rank']}" if lora else "all weights",
         "path": f"{stage.path.parent.parent.name}/{stage.path.name}",
     }

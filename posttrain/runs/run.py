@@ -9,6 +9,7 @@
                        beside the images has each reward's score of each
     prompts.json       with an adaptive pool: the prompts at its ends
     changes.json       settings that were changed when the run was resumed, with the step that was saved then
+    wandb_id           with wandb: its id of the run
     summary.json       metrics before and after, seconds, memory
 
 Only the main process writes; on the others every method returns at once.
@@ -25,6 +26,7 @@ import math
 import os
 import platform
 import resource
+import secrets
 import signal
 import subprocess
 import sys
@@ -177,10 +179,20 @@ class Run:
 
             PartialState()  # the trackers ask it which process is the main one
             for name in self._track.trackers:
-                tracker = LOGGER_TYPE_TO_CLASS[name]("posttrain", name=self.path.name)
+                settings = {"name": self.path.name}
+                if name == "wandb":
+                    settings |= {"id": self._wandb_id(step), "resume": "allow"}
+                tracker = LOGGER_TYPE_TO_CLASS[name]("posttrain", **settings)
                 tracker.start()
                 self._trackers.append(tracker)
         self._progress = Progress(total, step)
+
+    def _wandb_id(self, step: int) -> str:
+        """That of the run as it began, so that a resumed one goes on in the same curves."""
+        file = self.path / "wandb_id"
+        if step == 0 or not file.exists():
+            replace_text(file, secrets.token_hex(8))
+        return file.read_text()
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append the metrics of a step: numbers, 0-d tensors, or None for missing.

@@ -45,7 +45,7 @@ def test_the_card_says_what_it_is(run, model, tmp_path):
     assert (front["license"], front["license_name"]) == ("other", "as-the-base-model")
     assert f"As the base model, `{model.name}`: its terms hold" in text and str(tmp_path) not in text
     one, two = (line for line in text.splitlines() if line.startswith(("1. ", "2. ")))
-    assert "GRPO" in one and "1 steps of an adapter of rank 4 (`run/step-000001`)" in two
+    assert "GRPO" in one and "1 step of an adapter of rank 4 (`run/step-000001`)" in two
     before, after = (runs.latest(out).state["history"][name]["brightness"] for name in ("before", "after"))
     assert f"| brightness | {before:.4f} | {after:.4f} |" in text and "| | before | step 1 |" in text
     assert "- `brightness` (tests.helpers.runs:brightness): weight 0.5" in text
@@ -73,7 +73,9 @@ def test_the_cards_code_runs_as_it_stands(run, model, tmp_path, monkeypatch, for
     (tmp_path / model.name).symlink_to(model)  # where the card says that the base is
     card = out / "README.md" if out.is_dir() else out.with_suffix(".md")
     text = card.read_text()
-    assert str(model.parent) not in text and f"with the base model at `{model.name}`:" in text or format == "diffusers"
+    assert (
+        str(model.parent) not in text and f"with the base model at `{model.name}`:" in text
+    ) or format == "diffusers"
     code = text.split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "card", "exec"), {})
@@ -112,7 +114,7 @@ def test_the_licence_is_the_bases(run, model, tmp_path):
     text = write(tmp_path / "old", tmp_path / "a.safetensors", "lora").with_suffix(".md").read_text()
     front = yaml.safe_load(text.split("---")[1])
     assert (front["license_name"], front["license_link"]) == ("krea-2", "LICENSE.md")
-    assert f"As the base model, `base`: krea-2 (LICENSE.md)." in text and "## Results" not in text
+    assert "As the base model, `base`: krea-2 (LICENSE.md)." in text and "## Results" not in text
     state["model"]["path"] = "krea/Krea-2-Raw"
     text = model_card(checkpoint.Checkpoint(saved.path, 1, {}, state), Path("a.safetensors"), "lora", None)
     front = yaml.safe_load(text.split("---")[1])

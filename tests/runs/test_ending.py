@@ -5,7 +5,11 @@ import signal
 
 import pytest
 import yaml
+from accelerate import tracking
 
+from posttrain.errors import UserError
+from posttrain.runs import guard
+from posttrain.runs import run as run_module
 from posttrain.runs.ending import end_line, newest_checkpoint, stopped_line
 from posttrain.runs.run import Run
 from tests.runs.test_track import config as config  # a fixture
@@ -91,3 +95,38 @@ def test_a_run_without_a_checkpoint_begins_anew_with_its_recipe(config):
     run = Run.create(config, resume=True)
     run.close()
     assert not (run.path / "changes.json").exists() and "#" not in (run.path / "recipe.yaml").read_text()
+
+
+def test_a_resumed_run_continues_its_wandb_run(config, monkeypatch):
+    made = []
+
+    class Tracker:
+        def __init__(self, project, **settings):
+            made.append(settings)
+
+        start = finish = lambda self: None
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Tracker)
+    monkeypatch.setattr(guard, "check_run", lambda *_: None)
+    monkeypatch.setattr(run_module, "check_run", lambda *_: None)
+    config.track.trackers = ["wandb"]
+    for step in (0, 4, 0):
+        with Run.create(config, resume=True) as run:
+            run.start(9, step)
+    first, resumed, again = (settings["id"] for settings in made)
+    assert first == resumed != again and {settings["resume"] for settings in made} == {"allow"}
+
+
+def test_wandb_without_a_key_is_refused_before_anything_is_loaded(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(guard.importlib.util, "find_spec", lambda name: name)
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    config.track.trackers = ["wandb"]
+    with pytest.raises(UserError, match="wandb is not logged in; run `wandb login`, set WANDB_API_KEY"):
+        guard.check_run(config)
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
+    guard.check_run(config)
+    (tmp_path / "netrc").unlink()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    guard.check_run(config)
