@@ -42,17 +42,17 @@ import yaml
 from PIL import Image
 from safetensors import SafetensorError
 
-from posttrain.config.diff import Change, as_text, changes
+from posttrain.config.diff import as_text, changes
 from posttrain.config.sections import TrackConfig
 from posttrain.errors import UserError
 from posttrain.log import log
 from posttrain.runs import startup
-from posttrain.runs.ending import end_line, newest_checkpoint, stopped_line
+from posttrain.runs.changes import record_changes
+from posttrain.runs.ending import end_line, stopped_line
 from posttrain.runs.files import append_line, replace_text
 from posttrain.runs.guard import check_run
 from posttrain.runs.lock import lock
 from posttrain.runs.progress import Progress, grid_image
-from posttrain.runs.read import read_changes
 
 UNWRITABLE = {getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ENOTDIR EISDIR EEXIST".split()}
 TORCH_UNWRITABLE = ("inline_container", "iostream error", "cannot be opened")
@@ -116,7 +116,7 @@ class Run:
                 changed = changes(yaml.safe_load(recipe.read_text()), new)
                 if changed:
                     log.info(f"the recipe has changed since the run began: {as_text(changed)}")
-                comments = run._record_changes(changed)
+                comments = record_changes(run.path, changed)
             replace_text(recipe, comments + yaml.safe_dump(new, sort_keys=False, allow_unicode=True))
             replace_text(run.path / "environment.json", _json(environment(), indent=1))
         except (FileExistsError, NotADirectoryError):
@@ -124,26 +124,6 @@ class Run:
         except OSError as error:
             raise UserError(f"{run.path}: cannot be written: {error.strerror}; choose another --output") from None
         return run
-
-    def _record_changes(self, changed: Sequence[Change]) -> str:
-        """Adds to changes.json, and returns all of it as comments of the recipe.
-
-        A run that has no checkpoint begins anew, with this recipe alone.
-        """
-        file, newest = self.path / "changes.json", newest_checkpoint(self.path)
-        if newest is None:
-            file.unlink(missing_ok=True)
-            return ""
-        table = read_changes(self.path)
-        for setting, old, new in changed:
-            table.append({"after_step": newest[0], "setting": setting, "before": old, "now": new})
-        if changed:
-            replace_text(file, _json(_plain(table), indent=1))
-        lines = []
-        for row in table:
-            values = f"{_json(row['before'])} -> {_json(row['now'])}"
-            lines.append(f"# resumed after step {row['after_step']} with another {row['setting']}: {values}\n")
-        return "".join(lines)
 
     @staticmethod
     def restarted(config: RunConfig) -> bool:
