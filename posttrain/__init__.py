@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
 from typing import TYPE_CHECKING, Any
 
+from posttrain import supported
 from posttrain.resources import NANO, bind_packages
 
 if TYPE_CHECKING:
@@ -101,6 +103,11 @@ __all__ = [
     "total",
     "velocity_kl",
 ]  # fmt: skip
+
+_problem = supported.problem(sys.version_info[:2], sys.platform)
+if _problem is not None:  # said here, since what is imported next needs what is missing
+    sys.stderr.write(f"posttrain: error: {_problem}\n")
+    sys.exit(2)
 
 bind_packages()
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from posttrain import commands
 from posttrain.commands import Command
+from posttrain.distributed import launch
 from posttrain.errors import UserError
 from posttrain.loading import check_source
 from posttrain.model import files
@@ -29,6 +30,8 @@ def check(name: str, config: Any, resume: bool) -> None:
     """Raises UserError for the first thing that is wrong. `name` is the command that the user gave."""
     command = commands.get(name)
     assert command is not None
+    if command.output == "run":
+        launch.check()
     try:
         _check_output(command, config, resume)
         if command.recipes_of:  # preflight: whose recipe it is

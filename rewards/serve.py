@@ -103,7 +103,8 @@ class ServerSpec:
     port: Port = 0
     """TCP port on the loopback interface; 0: any free one."""
     gpus: Annotated[list[int], Each(Range(0))] = field(default_factory=list)
-    """GPUs it may use, by number; several: tensor parallel; none: vLLM decides."""
+    """GPUs it may use, counted among those that CUDA_VISIBLE_DEVICES leaves; several: tensor parallel; none: vLLM
+    decides."""
     executable: str = "vllm"
     """The vllm command of its own environment; rewards/make_vllm_env.sh makes one."""
     extra_args: list[str] = field(default_factory=list)
@@ -289,11 +290,26 @@ def _variables(spec: ServerSpec) -> dict[str, str]:
 def _environment(spec: ServerSpec) -> dict[str, str]:
     """Ours, without what a distributed launcher put there for training: vLLM would join that world."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES)}
-    return inherited | _variables(spec)
+    visible = {"CUDA_VISIBLE_DEVICES": ",".join(_visible(spec))} if spec.gpus else {}
+    return inherited | visible | spec.env
+
+
+def _visible(spec: ServerSpec) -> list[str]:
+    """Its GPUs by the numbers or UUIDs that a scheduler's mask has for them. Raises UserError for one beyond it."""
+    mask = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()
+    if mask in ("", "-1"):  # no mask, or one that keeps the training on the CPU
+        return [str(gpu) for gpu in spec.gpus]
+    names = [name.strip() for name in mask.split(",")]
+    if max(spec.gpus, default=0) >= len(names):
+        raise UserError(
+            f"server {spec.name}: gpus: is {spec.gpus}, and CUDA_VISIBLE_DEVICES={mask} leaves {len(names)}, which"
+            f" count from 0: name those of 0 to {len(names) - 1}"
+        )
+    return [names[gpu] for gpu in spec.gpus]
 
 
 def missing(spec: ServerSpec) -> list[str]:
-    """What is not on this machine: the command, a model's directory, an adapter."""
+    """What is not on this machine: the command, a model's directory, an adapter, a GPU."""
     problems = []
     if shutil.which(os.path.expanduser(spec.executable)) is None:
         problems.append(
@@ -307,6 +323,10 @@ def missing(spec: ServerSpec) -> list[str]:
             _rank(spec, path)
         except UserError as error:
             problems.append(str(error))
+    try:
+        _visible(spec)
+    except UserError as error:
+        problems.append(str(error))
     return problems
 
 

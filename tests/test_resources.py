@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain import resources
+from posttrain import resources, supported
 from posttrain.resources import packaged, packaged_all
 from tests.helpers import runs
 
@@ -111,6 +111,22 @@ def test_a_file_that_is_here_comes_first(tmp_path, monkeypatch):
 def test_importing_the_package_takes_no_torch():
     done = python(runs.ROOT, "import sys, posttrain; print('torch' in sys.modules, len(dir(posttrain)) > 40)")
     assert done.stdout.split() == ["False", "True"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "platform", "says"),
+    [((3, 10), "linux", "Python: is 3.10, and 3.11 or later is needed"), ((3, 13), "win32", "Windows: is not")],
+)
+def test_where_it_does_not_run(version, platform, says):
+    assert supported.problem(version, platform).startswith(says)
+    assert supported.problem((3, 11), "linux") is supported.problem((3, 14), "darwin") is None
+
+
+def test_a_platform_that_is_not_supported_is_one_line(tmp_path):
+    code = "import sys; sys.platform = 'win32'; import posttrain.cli"
+    done = subprocess.run([sys.executable, "-c", code], cwd=runs.ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("posttrain: error: Windows: ") and done.stderr.count("\n") == 1
 
 
 def test_each_public_name_is_there_once():

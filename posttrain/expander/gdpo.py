@@ -48,6 +48,7 @@ from posttrain.loading import without_revision
 from posttrain.log import log
 from posttrain.model import sampler
 from posttrain.report.front_matter import card
+from posttrain.report.public import public
 from posttrain.runs.run import Run
 from posttrain.training.loop import open_run, resuming, try_rewards
 from prompts.records import read_prompts
@@ -208,7 +209,7 @@ def weights(config: ExpanderGDPOConfig) -> list[float]:
 def model_card(config: ExpanderGDPOConfig, policy: Policy, figures: dict[str, float | None]) -> str:
     """Of the adapter."""
     front = {
-        "base_model": without_revision(policy.base),
+        "base_model": without_revision(public(policy.base)),
         "library_name": "peft",
         "tags": ["lora", "vllm", "prompt-expansion"],
     }
@@ -217,7 +218,9 @@ def model_card(config: ExpanderGDPOConfig, policy: Policy, figures: dict[str, fl
         "gdpo_card.md",
         front,
         config=config,
-        base=policy.base,
+        renderer=public(config.renderer.path),
+        prompts=public(config.prompts.train),
+        base=public(policy.base),
         ablation="" if ablation == "kept" else ABLATED[ablation],
         template=template(),
         rows=[[name, value] for name, value in figures.items() if value is not None],

@@ -21,6 +21,7 @@ from posttrain.expander.model import check_base, load_chat_model, resolve, write
 from posttrain.expander.score import Expansion
 from posttrain.loading import load_adapter
 from posttrain.model.fingerprint import fingerprint
+from posttrain.runs.files import apply_umask
 from prompts.records import PromptRecord
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -126,6 +127,7 @@ class Policy:
     def save(self, directory: Path, card: str) -> None:
         """Saves the adapter for PEFT, vLLM and `posttrain expand`, with a model card."""
         self.model.save_pretrained(str(directory), selected_adapters=["default"])
+        apply_umask(directory)
         (directory / "README.md").write_text(card, encoding="utf-8")
         write_card(directory, self.base, self.base_fingerprint)
 

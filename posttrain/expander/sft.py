@@ -42,6 +42,9 @@ from posttrain.model import clipping
 from posttrain.model.fingerprint import fingerprint
 from posttrain.preferences.heldout import in_share
 from posttrain.report.front_matter import card
+from posttrain.report.page import write_report
+from posttrain.report.public import public
+from posttrain.runs.files import apply_umask
 from posttrain.runs.guard import check_unchanged
 from posttrain.runs.run import Run, peak_memory
 from posttrain.runs.stop import StopSignals
@@ -93,10 +96,13 @@ def train(config: ExpanderSFTConfig, resume: bool = False) -> None:
             trained.save_pretrained(str(folder))  # as PEFT writes it, which vLLM reads
             if config.lora is None:
                 tokenizer.save_pretrained(str(folder))
+            apply_umask(folder)
             write_card(folder, base, base_print)
             figures = {"before": before, "after": after, "steps": trainer.state.global_step}
             (folder / "README.md").write_text(model_card(config, figures, len(training), len(heldout)))
+            run.stopped = logger.signals.received
             run.summary({**figures, "pairs": len(training), "heldout": len(heldout), **peak_memory()})
+            write_report(run.path)
     if logger.signals.received is signal.SIGINT:
         raise KeyboardInterrupt
 
@@ -351,7 +357,7 @@ def model_card(config: ExpanderSFTConfig, figures: dict[str, Any], training: int
     before, settings = figures["before"], asdict(config)
     is_adapter = config.lora is not None
     front = {
-        "base_model": without_revision(config.model),
+        "base_model": without_revision(public(config.model)),
         "library_name": "peft" if is_adapter else "transformers",
         "tags": ["prompt-expander", "sft", "vllm"],
     }
@@ -359,6 +365,7 @@ def model_card(config: ExpanderSFTConfig, figures: dict[str, Any], training: int
         "sft_card.md",
         front,
         config=config,
+        base=public(config.model),
         adapter=is_adapter,
         template=template(),
         steps=figures["steps"],

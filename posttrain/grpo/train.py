@@ -38,6 +38,7 @@ from posttrain.training.oom_retry import MicroBatch
 from posttrain.training.policy import POLICY, add_policy, load_model
 from posttrain.training.prompt_source import PromptSource, warn_of_cut_prompts
 from posttrain.training.stepper import Clock, Stepper, check_ratio
+from posttrain.training.sums import total_of
 from prompts.records import PromptRecord, columns, read_prompts
 from rewards.background import ScoreQueue
 from rewards.base import Noise, Reward, Scores
@@ -307,7 +308,7 @@ def gradient(
     s, loss = config.sampling, config.loss
     stochastic = s.steps - 1 if s.window is None else s.window
     count = config.groups.prompts_per_step * stochastic * config.groups.group_size
-    totals: dict[str, Tensor] = {}
+    collected: dict[str, list[Tensor]] = {}
     for group in groups:
         times = sampler.schedule(s.steps, k2.mu(*group.size))
         guard = sampler.guard_weights(times, s.dynamics, s.eta) if loss.ratio == "guard" else None
@@ -329,10 +330,13 @@ def gradient(
                 parts["loss"] = loss_B.detach().sum()
                 with k2.role(POLICY):
                     (loss_B.sum() / count).backward()
-                for name, value in parts.items():
-                    totals[name] = totals.get(name, 0.0) + value.double()
-                error = log_ratio.detach().exp().sub(1).abs().max().double()
-                totals["worst"] = torch.maximum(totals.get("worst", error), error)
+                parts["worst"] = log_ratio.detach().exp().sub(1).abs().max()
+                for name, value in parts.items():  # not added up here, which would wait for the device each time
+                    collected.setdefault(name, []).append(value)
+    worst = collected.pop("worst", [])
+    totals = {name: total_of(values) for name, values in collected.items()}
+    if worst:
+        totals["worst"] = float(torch.stack(worst).max())
     return _over_processes(totals, count, procs)
 
 
@@ -345,9 +349,9 @@ def _log_ratio(config: GRPOConfig, move: Transition, rows: Tensor, v: Tensor, ti
     return sampler.log_prob(move.x_next[rows], mean, std) - move.log_prob[rows]
 
 
-def _over_processes(totals: Mapping[str, Tensor], count: int, procs: Processes) -> dict[str, float]:
+def _over_processes(totals: Mapping[str, float], count: int, procs: Processes) -> dict[str, float]:
     """Metrics from the sums that each process has of its groups; one that has no group has none."""
-    gathered = procs.all_gather({name: float(value) for name, value in totals.items()})
+    gathered = procs.all_gather(dict(totals))
     parts = [part for part in gathered if part]
     worst = max(part.pop("worst") for part in parts)
     average = {name: sum(part[name] for part in parts) / count for name in parts[0]}

@@ -113,6 +113,8 @@ def make(config: PairsConfig, resume: bool = False) -> None:
     try_rewards(config, records)
     # A finished set needs no model: only its report is written again.
     finished = procs.from_main((folder / CARD).exists())
+    if finished:
+        log.info(f"{folder}: is finished: all pairs are there, and nothing is left to draw")
     drawer = None if finished else Drawer(config, procs.device)
     with Run.create(config, resume, procs.main) as run:
         if drawer is not None:

@@ -6,7 +6,9 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import netrc
 import os
+import urllib.parse
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,11 @@ def check_run(config: Any, resume: bool | None = False) -> None:
     for name in config.track.trackers:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"track.trackers: {name} is not installed; pip install {name} or leave it out")
+        if name == "wandb" and not _is_logged_in():
+            raise UserError(
+                "track.trackers: wandb is not logged in; run `wandb login`, set WANDB_API_KEY, or keep it on this"
+                " machine with WANDB_MODE=offline"
+            )
     run = Path(config.output)
     recipe = run / "recipe.yaml"
     # Taken and let go of: whether another command writes here is known before anything is loaded.
@@ -94,6 +101,17 @@ def prompt_digests(config: Any) -> dict[str, str]:
             digest.update(json.dumps(dataclasses.asdict(record), sort_keys=True, default=str).encode() + b"\n")
         digests[setting] = digest.hexdigest()
     return digests
+
+
+def _is_logged_in() -> bool:
+    """Whether wandb will find a key, or needs none, instead of asking for one in the middle of a run."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return True
+    host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
+    except (OSError, netrc.NetrcParseError):  # there is none, or none that wandb could read
+        return False
 
 
 def check_unchanged(config: Any, remedy: str, kept: Collection[str] | None = None, free: Collection[str] = ()) -> None:

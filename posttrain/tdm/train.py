@@ -60,6 +60,7 @@ from posttrain.training.oom_retry import MicroBatch
 from posttrain.training.policy import POLICY, add_policy, earlier_of, load_model
 from posttrain.training.prompt_source import FusedTexts, in_turn, warn_of_cut_prompts
 from posttrain.training.stepper import Clock, Stepper
+from posttrain.training.sums import total
 from prompts.records import PromptRecord, read_prompts
 from rewards.load import load_rewards
 
@@ -271,7 +272,7 @@ def update_student(
 
 def _add(sums: dict[str, float], metrics: dict[str, Tensor]) -> None:
     for name, value in metrics.items():
-        sums[name] = sums.get(name, 0.0) + float(value.double().sum())
+        sums[name] = sums.get(name, 0.0) + total(value)
 
 
 # ---- evaluate -------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def resuming(config: RunConfig, resume: bool, procs: Processes) -> bool:
 
 
 def try_rewards(
-    config: ServedConfig,
+    config: RewardsConfig,
     heldout: Sequence[PromptRecord],
     train: Sequence[PromptRecord] = (),
     more: Sequence[str] = (),
@@ -195,7 +195,7 @@ class Training:
     def begin(self) -> bool:
         """Whether the model has to be evaluated before the first step; a resumed run has done that."""
         self.run.start(self.config.steps, self.first)
-        if self.first:
+        if 0 < self.first < self.config.steps:
             log.info(f"continues after step {self.first}")
         if warning := early_stopping.warning(self.config.eval.stop):
             log.warning(warning)

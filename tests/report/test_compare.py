@@ -71,9 +71,8 @@ def test_a_figure_has_a_line_for_each_run_in_its_variants_colour():
     assert titles == ["loss <w>", "accuracy"]
 
 
-def test_accuracy_has_no_point_before_the_first_step():
-    """All margins are 0 there, so no pair is told apart, rightly or wrongly."""
-    run = [{"step": 0.0, "pairs/accuracy": 0.0, "oracle": 0.5}, {"step": 5.0, "pairs/accuracy": 0.8, "oracle": 0.6}]
+def test_curves_begin_before_the_first_step():
+    run = [{"step": 0.0, "pairs/accuracy": 0.5, "oracle": 0.5}, {"step": 5.0, "pairs/accuracy": 0.8, "oracle": 0.6}]
     run.append({"step": 10.0, "pairs/accuracy": 0.9, "oracle": 0.7})
     drawn = [path.get("d", "").count("L") for path in ET.fromstring(figure({"stpo": [run]})).iter() if path.get("d")]
-    assert drawn == [1, 2]  # pairs/accuracy has two points, oracle three
+    assert drawn == [2, 2]  # pairs/accuracy and oracle, three points each

@@ -69,10 +69,8 @@ def figure(curves: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> str:
     """One SVG of all CURVES, each run a line, each variant a colour."""
     series: dict[str, dict[str, list[list[Point]]]] = {name: {} for name in CURVES}
     for name, by_variant in series.items():
-        # Before the first step all margins are 0, so there is no accuracy yet.
-        first = 1 if name == "pairs/accuracy" else 0
         for variant, runs in curves.items():
-            by_variant[variant] = [[(row["step"], row.get(name)) for row in run[first:]] for run in runs]
+            by_variant[variant] = [[(row["step"], row.get(name)) for row in run] for run in runs]
     return panels_svg(series, columns=3)
 
 
