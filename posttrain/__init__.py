@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from posttrain.grpo.config import GroupsConfig
     from posttrain.grpo.losses import clipped_policy, velocity_kl
     from posttrain.grpo.rollout import Trajectory, Transition, rollout
-    from posttrain.images import read_image
+    from posttrain.image_reader import read_image
     from posttrain.library import MethodConfig, MethodRun, draw, load_model, open_method, score, total
     from posttrain.model import sampler
     from posttrain.model.k2 import K2, Encoding, Text, to_pil
@@ -50,7 +50,7 @@ _MODULES = {
     "posttrain.grpo.config": ("GroupsConfig",),
     "posttrain.grpo.losses": ("clipped_policy", "velocity_kl"),
     "posttrain.grpo.rollout": ("Trajectory", "Transition", "rollout"),
-    "posttrain.images": ("read_image",),
+    "posttrain.image_reader": ("read_image",),
     "posttrain.library": ("MethodConfig", "MethodRun", "draw", "load_model", "open_method", "score", "total"),
     "posttrain.model.k2": ("K2", "Encoding", "Text", "to_pil"),
     "posttrain.training.advantages": ("gdpo", "sum_then_normalise"),

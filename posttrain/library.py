@@ -33,7 +33,7 @@ from posttrain.config.sections import (
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.grpo.config import GroupsConfig
-from posttrain.images import to_rgb
+from posttrain.image_reader import to_rgb
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.resources import NANO, packaged
@@ -115,7 +115,7 @@ def score(
 ) -> Scores:
     """What all rewards say about N images: `values_NK`, `valid_NK` (False where a score is missing), `failures`.
 
-    Rewards see the images in 8-bit RGB, as posttrain/images.py converts them; UserError for one that cannot be.
+    Rewards see the images in 8-bit RGB, as posttrain/image_reader.py converts them; UserError for one that cannot be.
     `columns` are the prompts' other fields, one entry an image; `posttrain.columns(records)` makes them of records.
     Every `group_size` neighbouring images are one group. Raises RewardError for a reward that breaks its contract or
     fails too often. Works in a notebook, whose event loop is running already.

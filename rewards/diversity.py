@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from posttrain.errors import UserError
-from posttrain.images import to_rgb
+from posttrain.image_reader import to_rgb
 from posttrain.loading import load_model, local, model_type, reading
 from rewards.base import Score
 from rewards.vlm import VLM

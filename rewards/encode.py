@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from posttrain.images import to_rgb
+from posttrain.image_reader import to_rgb
 
 CACHED_BYTES = 1 << 30
 """Of encoded images that are kept: some 400 of 1024 x 1024 pixels."""

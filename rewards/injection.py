@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from posttrain.images import to_rgb
+from posttrain.image_reader import to_rgb
 from rewards.base import Reward, score_all
 from rewards.image import JudgeReward
 

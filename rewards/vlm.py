@@ -22,7 +22,7 @@ from transformers import Qwen3VLForConditionalGeneration, Qwen3VLVisionModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from posttrain.errors import UserError
-from posttrain.images import to_rgb
+from posttrain.image_reader import to_rgb
 from posttrain.loading import load_model, load_tokenizer, local, model_type, reading, without_revision
 from prompts.templates import spelled
 

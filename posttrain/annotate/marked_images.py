@@ -17,7 +17,7 @@ from PIL import Image
 from posttrain.annotate import agreement
 from posttrain.annotate.answers import Annotations
 from posttrain.errors import UserError
-from posttrain.images import SUFFIXES, read_image
+from posttrain.image_reader import SUFFIXES, read_image
 from posttrain.judge.records import MARKS
 from posttrain.runs.files import replace_text, replacing_directory
 from posttrain.runs.progress import reading

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from posttrain.errors import UserError
 from posttrain.expander.config import RendererConfig
-from posttrain.images import read_image
+from posttrain.image_reader import read_image
 from posttrain.loading import load_tokenizer, local
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil

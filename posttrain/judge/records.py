@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from posttrain.errors import UserError
-from posttrain.images import SUFFIXES, read_image
+from posttrain.image_reader import SUFFIXES, read_image
 from posttrain.judge.config import JudgeConfig
 from posttrain.log import log
 from posttrain.preferences.dataset import Preference, Preferences, read_preferences

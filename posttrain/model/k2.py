@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.errors import UserError
-from posttrain.images import to_rgb
+from posttrain.image_reader import to_rgb
 from posttrain.model import architecture, sampler
 from posttrain.model.blocks import Blocks
 from posttrain.model.linears import LoraLinear

@@ -40,7 +40,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from posttrain.errors import UserError
-from posttrain.images import to_rgb
+from posttrain.image_reader import to_rgb
 from posttrain.preferences.config import ColumnMap
 from posttrain.preferences.sources import Skipped, Tally, Tie, number, preferred, read_image, typed
 from posttrain.runs.files import replacing

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from posttrain import images
+from posttrain import image_reader
 from posttrain.errors import UserError
 from posttrain.preferences.config import ColumnMap
 from prompts.parse import parse_json
@@ -69,7 +69,7 @@ class Tie(Exception):
 
 
 def read_image(name: str, value: Any, folder: Path) -> Image.Image:
-    """The image, as posttrain/images.py reads it, from a path, the bytes of a file, or {bytes, path} of `datasets`."""
+    """The image, as image_reader.py reads it, from a path, the bytes of a file, or {bytes, path} of `datasets`."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if value is None or value == "":
@@ -79,7 +79,7 @@ def read_image(name: str, value: Any, folder: Path) -> Image.Image:
     if isinstance(value, str) and value.startswith(("data:", "http://", "https://")):
         raise ValueError(f"{name}: is a URL, which is not fetched; write the images into files")
     try:
-        return images.read_image(folder / value if isinstance(value, str) else value)
+        return image_reader.read_image(folder / value if isinstance(value, str) else value)
     except FileNotFoundError:
         raise ValueError(f"{name}: {value} is missing") from None
     except OSError as error:

@@ -19,7 +19,7 @@ import datasets
 import numpy as np
 from PIL import Image, ImageOps
 
-from posttrain.images import read_image
+from posttrain.image_reader import read_image
 from posttrain.preferences.dataset import Preference, PreferenceWriter, Skipped, read_preferences
 from prompts.records import read_prompts
 from tests.helpers.malformed import pictures, refused, torn

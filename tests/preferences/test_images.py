@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 
 import posttrain
 from posttrain.errors import UserError
-from posttrain.images import read_image, to_rgb
+from posttrain.image_reader import read_image, to_rgb
 from rewards.encode import encode
 
 SIDE = 64
