@@ -151,7 +151,7 @@ def test_reward_that_fails_often(config, check):
     config.rewards = [RewardSpec("a", "tests.preflight.test_preflight:unsteady")]
     rows = check(1)
     assert failed(rows) == ["missing scores"]
-    assert "4 of 8 scores failed, 4 images have none; a: the lights went out | mend the" in rows["missing scores"][1]
+    assert "4 of 8 scores failed, 4 images have none; a: the lights went out | fix the" in rows["missing scores"][1]
     config.rewards[0].max_failures = 0.5
     assert failed(check(0)) == []
 
