@@ -43,7 +43,9 @@ def test_sound_recipe_runs_quietly(grpo, tmp_path):
     """What the failures below differ from. A quiet run prints its progress and nothing of the libraries'."""
     result = grpo("--steps", 1)
     assert result.returncode == 0 and result.stdout == ""
-    assert all(line.startswith("step ") for line in result.stderr.splitlines()), result.stderr
+    *steps, last = result.stderr.splitlines()
+    assert all(line.startswith("step ") for line in steps), result.stderr
+    assert ": done; brightness 0." in last and last.endswith("/run/report.html")
     fails(grpo("--steps", 1), tmp_path / "run", "holds a run already; add --resume or choose another --output")
     assert grpo("--steps", 2, "--resume").returncode == 0
     assert [row["step"] for row in runs.rows(tmp_path / "run") if "loss" in row] == [1, 2]
