@@ -13,9 +13,9 @@ TORCH := $(shell sed -n 's/^ *"\(torch>=[^"]*\)",/\1/p' pyproject.toml)
 # Nothing from outside the environment, and one thread a process: two test runs on one machine must not fight.
 unexport PYTHONPATH
 export PYTHONNOUSERSITE := 1
-test test-vllm coverage chaos mutations: export OMP_NUM_THREADS ?= 1
+test test-vllm coverage chaos fuzz mutations: export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-vllm browser check coverage chaos mutations gpu
+.PHONY: demo test test-vllm browser check coverage chaos fuzz mutations gpu
 .DELETE_ON_ERROR:
 
 # A demo that was stopped carries on, and one that is finished says where its report is.
@@ -71,6 +71,11 @@ chaos: $(VENV)/installed
 gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -v -s tests/gpu
 	$(BIN)/python -m tests.gpu.table runs/gpu.jsonl
+
+# Files that people bring, damaged: POSTTRAIN_FUZZ of each kind. Each is read as what it is, or refused with one line.
+fuzz: export POSTTRAIN_FUZZ ?= 1000
+fuzz: $(VENV)/installed
+	$(BIN)/python -m pytest -v tests/fuzz
 
 # Mistakes planted into formulas, each of which the tests of their numbers must find.
 mutations: $(VENV)/installed

@@ -12,9 +12,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from posttrain import load_rewards, score
+from posttrain import load_rewards, read_image, score
 from posttrain.nano.world import oracles
 
 
@@ -33,8 +32,8 @@ parser = argparse.ArgumentParser(description="Scores the images of a folder.")
 parser.add_argument("folder", type=Path)
 folder = parser.parse_args().folder
 
-files = sorted(folder.glob("*.png"))
-images = [Image.open(file) for file in files]
+files = sorted(file for file in folder.iterdir() if file.suffix in (".png", ".jpg", ".webp"))
+images = [read_image(file) for file in files]
 table = folder / "prompts.json"
 prompts = [row["prompt"] for row in json.loads(table.read_text())] if table.exists() else [""] * len(files)
 scores = score(load_rewards([brightness, detail, oracles.artifact_free]), images, prompts)

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
 from typing import TYPE_CHECKING, Any
 
+from posttrain import supported
 from posttrain.resources import NANO, bind_packages
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from posttrain.grpo.config import GroupsConfig
     from posttrain.grpo.losses import clipped_policy, velocity_kl
     from posttrain.grpo.rollout import Trajectory, Transition, rollout
+    from posttrain.image_reader import read_image
     from posttrain.library import MethodConfig, MethodRun, draw, load_model, open_method, score, total
     from posttrain.model import sampler
     from posttrain.model.k2 import K2, Encoding, Text, to_pil
@@ -47,6 +50,7 @@ _MODULES = {
     "posttrain.grpo.config": ("GroupsConfig",),
     "posttrain.grpo.losses": ("clipped_policy", "velocity_kl"),
     "posttrain.grpo.rollout": ("Trajectory", "Transition", "rollout"),
+    "posttrain.image_reader": ("read_image",),
     "posttrain.library": ("MethodConfig", "MethodRun", "draw", "load_model", "open_method", "score", "total"),
     "posttrain.model.k2": ("K2", "Encoding", "Text", "to_pil"),
     "posttrain.training.advantages": ("gdpo", "sum_then_normalise"),
@@ -89,6 +93,7 @@ __all__ = [
     "load_model",
     "load_rewards",
     "open_method",
+    "read_image",
     "read_prompts",
     "rollout",
     "sampler",
@@ -98,6 +103,11 @@ __all__ = [
     "total",
     "velocity_kl",
 ]  # fmt: skip
+
+_problem = supported.problem(sys.version_info[:2], sys.platform)
+if _problem is not None:  # said here, since what is imported next needs what is missing
+    sys.stderr.write(f"posttrain: error: {_problem}\n")
+    sys.exit(2)
 
 bind_packages()
 

@@ -8,6 +8,8 @@ where there is a command.
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import itertools
 import json
 import sys
@@ -41,6 +43,8 @@ def _printable(text: str) -> str:
 
 
 def _run(argv: list[str]) -> int:
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:], "--help"]
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
         return 0 if argv else 2
@@ -66,7 +70,23 @@ def _run(argv: list[str]) -> int:
     # torch is imported with the command's code, which takes seconds.
     run = parsed.command.call()
     startup.lap("import")
-    return run(parsed.config, **parsed.options()) or 0
+    try:
+        return run(parsed.config, **parsed.options()) or 0
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        # A library that writes a file need not say which.
+        where = error.filename or getattr(parsed.config, "output", None) or "a file"
+        raise UserError(f"{where}: cannot be written: {error.strerror}; {UNWRITABLE[error.errno]}") from error
+
+
+UNWRITABLE = {
+    errno.ENOSPC: "free some space, remove what was written, and run it again",
+    errno.EDQUOT: "free some of your quota, remove what was written, and run it again",
+    errno.EFBIG: "write to another disk, or raise the limit (ulimit -f)",
+    errno.EROFS: "choose another place",
+}
+"""What a user can do where a disk does not take a file, whichever command writes it."""
 
 
 @dataclass
@@ -137,6 +157,9 @@ def _name(argv: list[str]) -> tuple[str, list[str]]:
 
 def _with_positional(command: Command, words: list[str]) -> list[str]:
     """The words with a first argument that has no -- as the option that it stands for."""
+    if command.positional and not words and _is_required(command, command.positional):
+        name = next(name for name, row in commands.every().items() if row is command)
+        raise UserError(f"{command.positional}: missing; give it: posttrain {name} {command.positional.upper()}")
     if not command.positional or not words or words[0].startswith("-"):
         return words
     from posttrain.config.types import bare, hints
@@ -147,6 +170,13 @@ def _with_positional(command: Command, words: list[str]) -> list[str]:
     # As one option, since a list is replaced whole.
     given = [*itertools.takewhile(lambda word: not word.startswith("-"), words)]
     return [f"--{command.positional}={json.dumps(given)}", *words[len(given) :]]
+
+
+def _is_required(command: Command, setting: str) -> bool:
+    for entry in dataclasses.fields(command.settings()):
+        if entry.name == setting:
+            return entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+    return False
 
 
 def _packaged(word: str) -> str:

@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 GROUP = "posttrain.methods"
@@ -42,6 +43,8 @@ class Command:
     """Its section `model` is a K2: one to train, which must be Raw, or any."""
     prompts: tuple[str, ...] = ()
     """Settings that name files of prompts."""
+    kept_prompts: tuple[str, ...] = ()
+    """Those of them that must hold the same prompts when a run is resumed."""
     reads: dict[str, str] = field(default_factory=dict)
     """Settings that name what another command makes, and the kind of that; see `makes`."""
     makes: str = ""
@@ -65,10 +68,12 @@ class Command:
         return load(self.function)
 
 
+TrainsK2 = partial(Command, resumable=True, output="run", gpu=True, model="raw", makes="checkpoint")
+"""A command that trains Raw and leaves checkpoints of a run."""
 EVALUATED = ("eval.prompts", "eval.steps", "eval.seed", "eval.groups", "eval.group_size")
 CHECK = "export --check"
 
-COMMANDS = {
+COMMANDS: dict[str, Command] = {
     "init": Command(
         "posttrain.project:InitConfig",
         "posttrain.project:init",
@@ -78,46 +83,34 @@ COMMANDS = {
     "demo": Command(
         "posttrain.project:DemoConfig", "posttrain.project:demo", "carry out the whole of post-training on K2-nano"
     ),
-    "stpo": Command(
+    "stpo": TrainsK2(
         "posttrain.stpo.config:STPOConfig",
         "posttrain.stpo.train:train",
         "train with STPO on pairs and write a run directory",
         title="preference optimisation on pairs of images (STPO)",
-        resumable=True,
-        output="run",
-        gpu=True,
-        model="raw",
         prompts=("heldout",),
+        kept_prompts=("heldout",),
         reads={"model.start": "checkpoint", "pairs.train": "pairs"},
-        makes="checkpoint",
         frozen=("lora", "seed", "heldout", *EVALUATED),
     ),
-    "grpo": Command(
+    "grpo": TrainsK2(
         "posttrain.grpo.config:GRPOConfig",
         "posttrain.grpo.train:train",
         "train with GRPO and write a run directory",
         title="reinforcement learning with groups of images (GRPO), without guidance",
-        resumable=True,
-        output="run",
-        gpu=True,
-        model="raw",
         prompts=("prompts.train", "prompts.heldout"),
+        kept_prompts=("prompts.heldout",),
         reads={"model.start": "checkpoint"},
-        makes="checkpoint",
         frozen=("lora", "seed", "prompts.heldout", *EVALUATED),
     ),
-    "tdm": Command(
+    "tdm": TrainsK2(
         "posttrain.tdm.config:TDMConfig",
         "posttrain.tdm.train:train",
         "distil with TDM into few steps and write a run directory",
         title="trajectory distribution matching (TDM): steps and guidance distilled into a few-step student",
-        resumable=True,
-        output="run",
-        gpu=True,
-        model="raw",
         prompts=("prompts.train", "prompts.heldout"),
+        kept_prompts=("prompts.heldout",),
         reads={"model.start": "checkpoint"},
-        makes="checkpoint",
         # What it draws in, and what it is compared with.
         frozen=("lora", "seed", "prompts.heldout", "student.steps", "teacher", *EVALUATED),
     ),
@@ -140,6 +133,7 @@ COMMANDS = {
         gpu=True,
         model="raw",
         prompts=("prompts",),
+        kept_prompts=("prompts",),
         reads={"model.start": "checkpoint", "policy": "checkpoint"},
         makes="pairs",
         # Pairs that are written already follow from the seed.
@@ -152,7 +146,7 @@ COMMANDS = {
         resumable=True,
         output="run",
         gpu=True,
-        reads={"data": "records"},
+        reads={"data": "records", "model": "chat model"},
         frozen=("lora", "seed", "heldout", "heldout_sources"),
     ),
     "serve": Command(
@@ -194,6 +188,7 @@ COMMANDS = {
         output="run",
         gpu=True,
         prompts=("prompts.train", "prompts.heldout"),
+        kept_prompts=("prompts.heldout",),
         reads={"model.path": "expander", "renderer.path": "K2"},
         # Another kind than that of sft: gdpo begins with the model of an sft, not with the adapter of a gdpo.
         makes="tuned expander",

@@ -1,4 +1,9 @@
-"""The one exception that means 'the user can fix this'. It lives in the package that imports no other."""
+"""The one exception that means 'the user can fix this'. This module imports no other of the package."""
+
+
+def first_line(error: Exception) -> str:
+    """Of another library's message, to quote in a line of our own; the error's name where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class UserError(Exception):

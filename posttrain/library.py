@@ -33,6 +33,7 @@ from posttrain.config.sections import (
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.grpo.config import GroupsConfig
+from posttrain.image_reader import to_rgb
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.resources import NANO, packaged
@@ -114,10 +115,12 @@ def score(
 ) -> Scores:
     """What all rewards say about N images: `values_NK`, `valid_NK` (False where a score is missing), `failures`.
 
+    Rewards see the images in 8-bit RGB, as posttrain/image_reader.py converts them; UserError for one that cannot be.
     `columns` are the prompts' other fields, one entry an image; `posttrain.columns(records)` makes them of records.
     Every `group_size` neighbouring images are one group. Raises RewardError for a reward that breaks its contract or
     fails too often. Works in a notebook, whose event loop is running already.
     """
+    images = _as_rgb(images)
     work = score_all(rewards, images, prompts, dict(columns or {}), group_size)
     try:
         asyncio.get_running_loop()
@@ -128,6 +131,16 @@ def score(
     # A thread of its own has no loop yet, and one may be run there.
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, work).result()
+
+
+def _as_rgb(images: Sequence[Image.Image]) -> list[Image.Image]:
+    converted = []
+    for i, image in enumerate(images):
+        try:
+            converted.append(to_rgb(image))
+        except ValueError as error:
+            raise UserError(f"images[{i}]: {error}") from None
+    return converted
 
 
 def total(scores: Scores, weights: Sequence[float] | None = None) -> Tensor:

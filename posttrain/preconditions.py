@@ -14,7 +14,9 @@ from typing import Any
 
 from posttrain import commands
 from posttrain.commands import Command
+from posttrain.distributed import launch
 from posttrain.errors import UserError
+from posttrain.loading import check_source
 from posttrain.model import files
 from posttrain.model.files import Base
 from posttrain.runs.guard import check_new, check_run
@@ -28,6 +30,8 @@ def check(name: str, config: Any, resume: bool) -> None:
     """Raises UserError for the first thing that is wrong. `name` is the command that the user gave."""
     command = commands.get(name)
     assert command is not None
+    if command.output == "run":
+        launch.check()
     try:
         _check_output(command, config, resume)
         if command.recipes_of:  # preflight: whose recipe it is
@@ -57,6 +61,9 @@ def _check_inputs(command: Command, config: Any) -> None:
         files.check_directory(base.path, base.transformer_file)
     if command.model == "raw" and not config.model.allow_distilled and files.is_distilled(config.model.path):
         raise UserError(f"{config.model.path}: model_index.json: is_distilled is true: {files.DISTILLED_REMEDY}")
+    for setting, kind in command.reads.items():
+        if kind in commands.HUB:
+            check_source(value_at(config, setting))
     _check_checkpoints(command, config)
     if command.gpu:
         from posttrain.model import machine  # torch comes with it
@@ -71,7 +78,7 @@ def _check_files(command: Command, config: Any) -> None:
         if source is not None and not source.startswith("hf:") and not Path(source).is_file():
             read_prompts(source)  # which says what is wrong
     for setting, kind in command.reads.items():
-        # Checkpoints come later, as they need torch; what may lie on the hub is found when it is loaded.
+        # Checkpoints come later, as they need torch, and so does what may be on the hub, which is asked.
         if kind == "checkpoint" or kind in commands.HUB:
             continue
         source = value_at(config, setting)

@@ -18,11 +18,16 @@ from posttrain.expander.model import Expander, resolve
 from posttrain.log import log
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
+from posttrain.model.lora_file import add_lora, linear_shapes, read_lora
+from posttrain.report.format import counted
 from posttrain.runs.guard import check_new
 from posttrain.sample_config import SampleConfig
 from posttrain.training import checkpoint
 from posttrain.training.policy import POLICY, add_saved_policy, apply_runtime_options, first_device, stack_earlier
 from prompts.records import PromptRecord, read_prompts
+
+SUFFIX = ".safetensors"
+"""Of an adapter that is a LoRA file, of this project or of another."""
 
 
 def sample(config: SampleConfig) -> None:
@@ -32,11 +37,16 @@ def sample(config: SampleConfig) -> None:
     records = [PromptRecord(config.prompt)] if config.prompt is not None else read_prompts(config.prompts or "")
     if config.expand is not None:
         resolve(config.expand)  # refused before the model is read
+    if config.adapter is not None and config.adapter.endswith(SUFFIX) and not Path(config.adapter).is_file():
+        raise UserError(f"adapter: {config.adapter}: no such file; give a LoRA file, a run or one of its checkpoints")
     model = config.model
     device = PartialState().device or "cpu"
     k2 = K2.load(model.path, model.transformer_file, getattr(torch, model.dtype), first_device(model, device))
     role = contextlib.nullcontext()
-    if config.adapter is not None:
+    if config.adapter is not None and config.adapter.endswith(SUFFIX):
+        add_lora(k2, POLICY, read_lora(config.adapter, linear_shapes(k2.base_state_dict())), config.adapter)
+        role = k2.role(POLICY)
+    elif config.adapter is not None:
         saved = checkpoint.load(checkpoint.find(config.adapter))
         stack_earlier(k2, saved)
         add_saved_policy(k2, saved)
@@ -69,6 +79,11 @@ def sample(config: SampleConfig) -> None:
             text = Text.of([fused[text_of[n]] for n in part])
             noise = sampler.noise([jobs[n].seed for n in part], shape)
             latents = k2.sample(text, noise, steps, height, width, guidance, null)
+            if not bool(latents.isfinite().all()):
+                raise UserError(
+                    f"{model.path}: draws numbers that are not finite; copy or download it again, or name an earlier"
+                    " checkpoint as adapter"
+                )
             for n, image in zip(part, to_pil(k2.decode(latents, height, width))):
                 image.save(output / f"{n:03d}.png")
     table: list[dict] = []
@@ -78,7 +93,8 @@ def sample(config: SampleConfig) -> None:
             row["expansion"] = prompts[n]
         table.append(row)
     (output / "prompts.json").write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
-    print(f"posttrain: wrote {len(jobs)} images to {output} ({steps} steps, guidance {guidance:g})")
+    settings = f"{counted(steps, 'step')}, guidance {guidance:g}"
+    print(f"posttrain: wrote {counted(len(jobs), 'image')} to {output} ({settings})")
 
 
 class _Job(NamedTuple):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 ALIKE = 1e-6
-"""Scores of a group that span less than this are alike: their variance is 0, as their advantages are."""
+"""Scores of a group that span less than this, times the largest of the batch, are alike: their variance is 0, as their
+advantages are."""
 
 
 def group_moments(
@@ -24,7 +25,8 @@ def group_moments(
     mean_PK = values.sum(1) / np.maximum(count_PK, 1)
     deviations = np.where(valid_PGK, values - mean_PK[:, None], 0.0)
     variance_PK = np.square(deviations).sum(1) / np.maximum(count_PK - 1, 1)
-    least_K = ALIKE if floor_K is None else np.maximum(floor_K, ALIKE)
+    size_K = ALIKE * np.abs(values).max((0, 1), initial=0.0)
+    least_K = size_K if floor_K is None else np.maximum(floor_K, size_K)
     # What rounding or a judge's noise leaves would look like a lesson, so it is set to exactly 0.
     variance_PK[np.ptp(deviations, axis=1) < least_K] = 0.0
     missing = count_PK < 2

@@ -1,6 +1,7 @@
 """JSON from users and models: its value, or a short reason why it cannot be read."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 
@@ -29,3 +30,8 @@ def parse_json(text: str | bytes) -> Any:
     except ValueError:  # of int()
         raise ValueError("not JSON to be read: it holds a number of thousands of digits") from None
     return value
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file that a program wrote."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,4 +1,4 @@
-"""Prompt records: a JSONL file with one object a line, or a dataset with the same fields as columns.
+"""Prompt records: a JSONL file with one object a line, or any other table with the same fields as columns.
 
 `prompt` is the text. Optional: `requirements` (yes/no statements the image should meet), `texts` (strings
 to render in it), `tags`, and `id`. Every other field is kept as a column and handed to the rewards.
@@ -6,7 +6,9 @@ to render in it), `tags`, and `id`. Every other field is kept as a column and ha
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +17,7 @@ from typing import Any
 
 from posttrain.errors import UserError
 from prompts.parse import parse_json
+from prompts.tables import is_lines, open_table
 
 LISTS = ("requirements", "texts", "tags")
 
@@ -36,63 +39,70 @@ class PromptRecord:
 
 
 def read_prompts(source: str | Path) -> list[PromptRecord]:
-    """The records of a JSONL file or, for `hf:NAME[:SPLIT]`, of a dataset, in their order.
+    """The records of a JSONL file, or of what else `prompts.tables.open_table` opens, in their order: CSV, parquet,
+    datasets saved to disk, `hf:NAME[:SPLIT]`.
 
-    Raises UserError with file and line (dataset and row) for a source that is missing, empty or cannot be read, a line
+    Raises UserError with file and line (table and row) for a source that is missing, empty or cannot be read, a line
     that is not a JSON object, a missing or empty prompt, a field of the wrong type and an id (or, without ids, a
     prompt) that comes twice.
     """
-    dataset = str(source).startswith("hf:")
-    place = " row " if dataset else ":"
     records: list[PromptRecord] = []
-    number_of_id: dict[str, int] = {}
-    rows = _dataset_rows(str(source)) if dataset else _jsonl_rows(Path(source))
-    for number, row in rows:
-        record = _record(row, f"{source}{place}{number}")
-        if record.id in number_of_id:
+    place_of_id: dict[str, str] = {}
+    for place, row in _rows(str(source)):
+        record = _record(row, place)
+        if record.id in place_of_id:
             raise UserError(
-                f"{source}{place}{number}: id '{record.id}' was used on {'row' if dataset else 'line'}"
-                f" {number_of_id[record.id]} (without an id it comes from the prompt); remove the duplicate or give"
-                " each its own id"
+                f"{place}: id '{record.id}' was used at {place_of_id[record.id]} (without an id it comes from the"
+                " prompt); remove the duplicate or give each its own id"
             )
-        number_of_id[record.id] = number
+        place_of_id[record.id] = place
         records.append(record)
+    _fill_columns(records)
     if not records:
         raise UserError(f'{source}: holds no prompt; write one object a line, such as {{"prompt": "a red cube"}}')
     return records
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Line number and value of each line that is not blank."""
+def _fill_columns(records: Sequence[PromptRecord]) -> None:
+    """Gives every record every column, None where its line lacks the field: rewards see some of the records at once."""
+    names: dict[str, None] = {}  # a set that keeps the order
+    for record in records:
+        if record.columns.keys() != names.keys():
+            names |= dict.fromkeys(record.columns)
+    for record in records:
+        if len(record.columns) < len(names):
+            record.columns = {name: record.columns.get(name) for name in names}
+
+
+def _rows(source: str) -> Iterator[tuple[str, Any]]:
+    """Place and value of each row."""
+    path = Path(source)
+    if not source.startswith("hf:") and (not os.path.exists(source) or (os.path.isfile(source) and is_lines(path))):
+        yield from _jsonl_rows(path)
+        return
+    table = open_table(source)
+    for i in range(len(table)):
+        try:
+            row = table[i]
+        except ValueError as error:
+            raise UserError(f"{table.name(i)}: {error}") from None
+        yield table.name(i), row
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Place and value of each line that is not blank."""
     try:
         with path.open("rb") as file:  # bytes, so that a line that is not UTF-8 is named by its number
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield number, _parse(line, f"{path}:{number}")
+                    place = f"{path}:{number}"
+                    yield place, _parse(line, place)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give the path of a JSONL prompt file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a directory; give the path of a JSONL prompt file") from None
+        raise UserError(f"{path}: no such file; give the path of a file of prompts, or hf:NAME") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:  # a path with a null in it
-        raise UserError(f"{path}: cannot be read: {error}; give the path of a JSONL prompt file") from None
-
-
-def _dataset_rows(source: str) -> Iterator[tuple[int, Any]]:
-    """Number, from 0, and fields of each row of `hf:NAME[:SPLIT]`, in the library's own notation for both."""
-    name, _, split = source.removeprefix("hf:").partition(":")
-    if not name:
-        raise UserError(f"{source}: names no dataset; write it as hf:NAME or hf:NAME:SPLIT")
-    import datasets  # half a second that JSONL files need not wait for
-    from datasets.exceptions import DatasetsError
-
-    try:
-        rows = datasets.load_dataset(name, split=split or "train")
-    except (OSError, ValueError, DatasetsError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{source}: cannot be loaded: {reason}; write it as hf:NAME or hf:NAME:SPLIT") from None
-    yield from enumerate(rows)
+        raise UserError(f"{path}: cannot be read: {error}; give the path of a file of prompts") from None
 
 
 def _parse(line: bytes, where: str) -> Any:
@@ -119,6 +129,7 @@ def _record(row: Any, where: str) -> PromptRecord:
         if value is None:
             lists[name] = None if name == "requirements" else []
             continue
+        value = _from_cell(value)
         if not isinstance(value, list):
             raise UserError(f"{where}: {name}: is {_kind(value)}, not a list; write [...]")
         for item in value:
@@ -128,11 +139,24 @@ def _record(row: Any, where: str) -> PromptRecord:
             value = tuple(map(sys.intern, value))  # they repeat, and a file may hold a million prompts
         lists[name] = list(value)  # a copy has no spare room, here and below
 
+    for name in ("images", "prompts"):
+        if name in row:
+            raise UserError(f"{where}: {name}: rewards get images and prompts under these names; rename the field")
     # What is left of the row after this is its own columns, for rewards.
     id = row.pop("id", None)
+    if isinstance(id, int) and not isinstance(id, bool):  # as many datasets have it
+        id = str(id)
     if id is not None and not (isinstance(id, str) and id):
         raise UserError(f"{where}: id: is {_kind(id)}; use a non-empty text in quotes")
     return PromptRecord(prompt=prompt, id=id or "", columns=dict(row), **lists)  # type: ignore[arg-type]
+
+
+def _from_cell(value: Any) -> Any:
+    """The list in a text, as CSV holds it; any other value as it is."""
+    if isinstance(value, str) and value.startswith("["):
+        with contextlib.suppress(ValueError):
+            return parse_json(value)
+    return value
 
 
 def _kind(value: object) -> str:

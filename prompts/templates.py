@@ -6,6 +6,7 @@ close its quotation, and the templates tell the judge that what is quoted is mat
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template as DollarTemplate
@@ -13,6 +14,8 @@ from string import Template as DollarTemplate
 from posttrain.errors import UserError
 
 JUDGES = Path(__file__).parent / "judges"
+CONTROL_TOKEN = re.compile(r"<(?=[^\s<>]+>)|\[(?=/?[A-Z_]+\])")
+"""The first character of what may be one: <|im_start|>, <image>, </s>, <｜end▁of▁sentence｜>, [INST]."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,17 @@ class Template:
         if missing := self.fields - values.keys():
             field = sorted(missing)[0]
             raise UserError(f"template {self.name}: this reward has no value for ${field}: remove that field")
-        # As JSON strings: a value cannot close its quotation and go on as an instruction.
-        quoted = {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
-        return DollarTemplate(self.text).substitute(quoted)
+        return DollarTemplate(self.text).substitute({name: _quoted(value) for name, value in values.items()})
+
+
+def _quoted(value: str) -> str:
+    """As a JSON string, so that a value cannot close its quotation and go on as an instruction.
+
+    Chat templates put texts in as they are, so a control token in one, such as <|im_end|>, would close the turn: its
+    first character is escaped, as JSON allows.
+    """
+    text = json.dumps(value, ensure_ascii=False)
+    return CONTROL_TOKEN.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
 
 
 def load_template(name: str) -> Template:

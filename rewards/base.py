@@ -6,15 +6,21 @@ which carries details for the report. It may return a list, a tuple, or a NumPy 
 NaN stands for None. Columns are the prompt's other fields. Nothing that went wrong becomes a number: a failed score is
 missing, and too many of them end the run with the reason.
 
+No reward can touch another: each call gets copies of its own of images and columns, and what it sets for the whole
+process (`untouched`) is put back.
+
 Legend: N samples, K rewards. Rows of one group are neighbours.
 """
 
 import asyncio
+import copy
+import inspect
+import logging
 import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Annotated, Any, Literal
@@ -25,8 +31,13 @@ from pydantic import model_validator
 
 from posttrain.config.types import Check, Filled, NonNegative, Number, Positive, Share, refusal, settings
 from posttrain.errors import UserError
+from rewards.isolation import described, untouched
 
 WINDOW = 256  # samples over which a reward's share of failures is taken
+ASKED = 16  # scores from which on a share of failures is worth a warning
+MOST_UNTOLD = 0.5  # share of failures that is warned of even where it may not end a run
+
+log = logging.getLogger("posttrain")
 
 
 class RewardError(UserError):
@@ -64,6 +75,7 @@ class _Path(Check):
             return f"'{value}' is not written as package.module:function"
         if isinstance(value, dict):
             named = isinstance(value.get("class_path"), str) and not set(value) - {"class_path", "init_args"}
+            named = named and isinstance(value.get("init_args") or {}, dict)
             return None if named else "write package.module:function or {class_path: ..., init_args: ...}"
         return None
 
@@ -135,7 +147,10 @@ class Reward:
     function: Callable[..., Any]
     parameters: set[str] | None  # columns that the function takes; None: all
     is_async: bool
+    required: set[str] = field(default_factory=set)  # columns without which it cannot be called
+    by_name: bool = False  # its parameters are named images and prompts, in whatever order
     failed: deque[bool] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    warned: bool = False  # of its failures
     lock: threading.Lock = field(default_factory=threading.Lock)  # a sync reward runs one call at a time
 
     def count(self, scores: Sequence[Score]) -> None:
@@ -147,6 +162,18 @@ class Reward:
             if score is not None:  # a reward that does not apply has neither failed nor succeeded
                 self.failed.append(isinstance(score, Failure))
         bad, limit = sum(self.failed), self.spec.max_failures
+        if (
+            failures
+            and not self.warned
+            and len(self.failed) >= ASKED
+            and bad > min(limit, MOST_UNTOLD) * len(self.failed)
+        ):
+            self.warned = True
+            ends = f"more than {limit * WINDOW:.0f} of {WINDOW} end the run" if limit < 1 else "no share ends the run"
+            log.warning(
+                f"reward {self.spec.name}: {bad} of the {len(self.failed)} scores asked for failed, and {ends}"
+                f" (max_failures): {Counter(failures).most_common(1)[0][0]}"
+            )
         if failures and limit < 1 and (bad > limit * WINDOW or bad == len(self.failed)):
             message = Counter(failures).most_common(1)[0][0]
             raise RewardError(
@@ -233,6 +260,8 @@ async def _ask(
 ) -> tuple[list[Score], float]:
     if reward.spec.group and group_size < 2:
         raise RewardError(f"reward {reward.spec.name}: group: it compares a group, which has one member here")
+    if missing := reward.required - columns.keys():
+        raise RewardError(no_column(reward.spec.name, missing, columns))
     names = [name for name in columns if reward.parameters is None or name in reward.parameters]
     # A group reward gets a call for each group; any other one call for all images.
     size = group_size if reward.spec.group else max(len(images), 1)
@@ -249,30 +278,45 @@ async def _ask(
     return scores, time.perf_counter() - start
 
 
+def no_column(name: str, missing: set[str], columns: Collection[str]) -> str:
+    """The message about a reward that takes columns which the prompts do not have."""
+    wanted, known = ", ".join(sorted(missing)), ", ".join(columns) or "none"
+    return (
+        f"reward {name}: function: takes {wanted}, but the prompts' columns are: {known}; add it, or give it a default"
+    )
+
+
 async def _call(
-    reward: Reward, images: Sequence[Image.Image], prompts: Sequence[str], columns: dict[str, Sequence[Any]]
+    reward: Reward, images: Sequence[Any], prompts: Sequence[str], columns: dict[str, Sequence[Any]]
 ) -> list[Score]:
     """One call of the user's code: its result checked, its exception or time-out made a Failure."""
-    arguments = (list(images), list(prompts))
-    keywords = {name: list(column) for name, column in columns.items()}
+
+    def call() -> Any:
+        # Each row is copied by itself: rows of a group share their prompt's lists.
+        own = [image.copy() if isinstance(image, Image.Image) else image for image in images]
+        keywords = {name: [copy.deepcopy(value) for value in column] for name, column in columns.items()}
+        if reward.by_name:
+            return reward.function(images=own, prompts=list(prompts), **keywords)
+        return reward.function(own, list(prompts), **keywords)
+
     limit = asyncio.timeout(reward.spec.timeout)
     try:
-        async with limit:
-            if reward.is_async:
-                result = await reward.function(*arguments, **keywords)
-            else:
-                result = await _in_thread(reward, arguments, keywords)
+        with untouched():
+            async with limit:
+                result = call() if reward.is_async else await _in_thread(reward, call)
+                if inspect.isawaitable(result):  # of a partial or a decorator around an async function too
+                    result = await result
     except UserError:
         raise
     except Exception as error:  # whatever a user's code raises makes its scores missing, and is counted
-        message = f"{type(error).__name__}: {error}"
+        message = described(error)
         if isinstance(error, TimeoutError) and limit.expired():
             message = f"no result within {reward.spec.timeout:g} s"
         return [Failure(message)] * len(images)
     return checked(reward.spec.name, result, len(images))
 
 
-async def _in_thread(reward: Reward, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+async def _in_thread(reward: Reward, call: Callable[[], Any]) -> Any:
     """Runs a sync reward in a daemon thread: one that hangs for ever must not keep the process alive."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Any] = loop.create_future()
@@ -288,7 +332,7 @@ async def _in_thread(reward: Reward, arguments: tuple[Any, ...], keywords: dict[
         result, error = None, None
         try:
             with reward.lock:
-                result = reward.function(*arguments, **keywords)
+                result = call()
         except Exception as raised:
             error = raised
         if not loop.is_closed():  # a call that hung may return after the run
@@ -306,6 +350,8 @@ def checked(name: str, result: Any, count: int) -> list[Score]:
             f"reward {name}: returned {len(scores)} scores for {count} images: return a list of one float each"
         )
     for i, score in enumerate(scores):
+        if getattr(score, "shape", None) == () and hasattr(score, "item"):  # a number of NumPy or a tensor's
+            score = scores[i] = score.item()
         if score is None or isinstance(score, Failure):
             continue
         if not isinstance(score, Real):

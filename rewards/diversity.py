@@ -20,9 +20,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 
 from posttrain.errors import UserError
+from posttrain.image_reader import to_rgb
+from posttrain.loading import load_model, local, model_type, reading
 from rewards.base import Score
 from rewards.vlm import VLM
 
@@ -59,18 +61,16 @@ class Features:
             raise UserError(f"batch: {batch}: use 1 or more")
         self.path, self.batch = path, batch
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            kind = AutoConfig.from_pretrained(path).model_type
-            if not kind.startswith(("dinov3", "qwen3_vl")):
-                raise UserError(f"path: {path} is a {kind}: features come from DINOv3 or a Qwen3-VL")
-            self._vlm = VLM.load(path, device=device) if kind == "qwen3_vl" else None
-            self._model: Any = None if self._vlm else AutoModel.from_pretrained(path, dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"path: {path} cannot be loaded: {reason}; give a directory or hub id") from error
+        folder = local(path)
+        kind = model_type(folder, path)
+        if not kind.startswith(("dinov3", "qwen3_vl")):
+            raise UserError(f"path: {path} is a {kind}: features come from DINOv3 or a Qwen3-VL")
+        self._vlm = VLM.load(path, device=device) if kind == "qwen3_vl" else None
         if self._vlm is None:
-            self._model.to(device).eval().requires_grad_(False)
-            self._size, self._mean, self._std = _preprocessing(path)
+            self._model: Any = load_model(AutoModel, folder, path, device, dtype=torch.float32)
+            self._model.eval().requires_grad_(False)
+            with reading(path, "an image processor"):
+                self._size, self._mean, self._std = _preprocessing(folder)
         self._device = device
 
     @torch.no_grad()
@@ -84,12 +84,12 @@ class Features:
     def _embed(self, images: Sequence[Image.Image]) -> Tensor:
         if self._vlm is None:
             size = (self._size, self._size)
-            resized = [image.convert("RGB").resize(size, Image.Resampling.BILINEAR) for image in images]
+            resized = [to_rgb(image).resize(size, Image.Resampling.BILINEAR) for image in images]
             x = torch.from_numpy(np.stack(list(map(np.asarray, resized)))).float() / 255  # (N, H, W, 3)
             x = ((x - self._mean) / self._std).permute(0, 3, 1, 2).to(self._device)
             return self._model(pixel_values=x).pooler_output.flatten(1)
         # Of a Qwen3-VL only the image tower runs; an image's features are the mean of its tokens.
-        inputs = self._vlm.processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+        inputs = self._vlm.processor(images=list(map(to_rgb, images)), return_tensors="pt")
         grids = inputs["image_grid_thw"]
         seen = self._vlm.model.model.visual(inputs["pixel_values"].to(self._device), grid_thw=grids.to(self._device))
         counts = (grids.prod(-1) // self._vlm.processor.merge_size**2).tolist()
@@ -112,9 +112,9 @@ class Diversity:
         return {"model": self.features.path}
 
 
-def _preprocessing(path: str) -> tuple[int, Tensor, Tensor]:
+def _preprocessing(folder: Path) -> tuple[int, Tensor, Tensor]:
     """Side in pixels, mean and deviation: the directory's own, or DINOv3's. transformers' class wants torchvision."""
-    file = Path(path) / "preprocessor_config.json"
+    file = folder / "preprocessor_config.json"
     own = json.loads(file.read_text()) if file.is_file() else {}
     size = own.get("size", {})
     mean, std = own.get("image_mean", IMAGENET[0]), own.get("image_std", IMAGENET[1])

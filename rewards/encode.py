@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from posttrain.image_reader import to_rgb
+
 CACHED_BYTES = 1 << 30
 """Of encoded images that are kept: some 400 of 1024 x 1024 pixels."""
 SMALL = 512 * 512  # pixels: up to here an image is not compressed, and encoded sooner than handed to a thread
@@ -35,7 +37,7 @@ def encode(image: Image.Image) -> EncodedImage:
 
     To compress 256 x 256 pixels takes 1.6 ms as WebP and 5 ms as PNG, and halves what is sent; to store them, 0.2 ms.
     """
-    image = image.convert("RGB")
+    image = to_rgb(image)
     pixels = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
     with _lock:
         future = _encoded.get(pixels)

@@ -1,15 +1,18 @@
 """Several OpenAI-compatible servers as one: balanced by load, dropped when they fail, probed, re-admitted."""
 
 import asyncio
+import ipaddress
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from time import time
-from typing import TypeVar
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from openai import APIConnectionError, APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 
+from posttrain.errors import UserError
 from rewards.traffic import BACKOFF, JITTER, Sent, ServerState, state_of
 
 T = TypeVar("T")
@@ -19,6 +22,17 @@ BUSY = {429, 503}  # the server is left alone for a while, by all requests of th
 FAILURES_TO_DROP = 3  # in a row
 PROBE = (0.25, 5.0)  # seconds between health probes, doubling
 CONNECT_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A request that the server has not carried out, by its status or by an error in the body of a 200."""
+
+    status: int
+    text: str
+    """The server's words."""
+    after: float = 0.0
+    """Seconds that it asks to be left alone."""
 
 
 class JudgeError(Exception):
@@ -73,6 +87,7 @@ class Endpoints:
         while True:
             endpoint = await self._pick(image, until)
             how, sent, wait = endpoint.state.how(image), loop.time(), 0.0
+            refusal: Refusal | None = None
             endpoint.in_flight += 1
             try:
                 answer = await send(endpoint.client, how)
@@ -81,27 +96,31 @@ class Endpoints:
                 self._failed(endpoint, errors[-1])
                 wait = JITTER.uniform(0, ceiling)
             except APIStatusError as error:
-                errors.append(f"{endpoint.url}: {_status_text(error)}")
-                if how == "id" and image is not None and error.status_code not in BUSY:
+                refusal = Refusal(error.status_code, _status_text(error), _retry_after(error))
+            else:
+                refusal = refusal_in(answer)
+                if refusal is None:
+                    self._succeeded(endpoint)
+                    endpoint.state.answered(answer, image, how)
+                    return answer
+            finally:
+                endpoint.in_flight -= 1
+            if refusal is not None:
+                errors.append(f"{endpoint.url}: {refusal.text}")
+                if how == "id" and image is not None and refusal.status not in BUSY:
                     endpoint.state.missed(image)  # if anything else is wrong, the server repeats it for the bytes
                     continue
-                if error.status_code < 500 and error.status_code not in RETRIED:
-                    raise JudgeError(errors[-1]) from error
-                if error.status_code >= 500:
+                if refusal.status < 500 and refusal.status not in RETRIED:
+                    raise JudgeError(errors[-1])
+                if refusal.status >= 500:
                     self._failed(endpoint, errors[-1])
-                wait = _retry_after(error)
-                if error.status_code in BUSY:
+                wait = refusal.after
+                if refusal.status in BUSY:
                     endpoint.state.refused(sent, wait, errors[-1])
                     wait = 0.0
                 else:
                     wait = max(wait, JITTER.uniform(0, ceiling))
                 refusals += 1
-            else:
-                self._succeeded(endpoint)
-                endpoint.state.answered(answer, image, how)
-                return answer
-            finally:
-                endpoint.in_flight -= 1
             if refusals > self.retries:
                 raise JudgeError(f"{len(errors)} attempts failed: {errors[-1]}")
             if loop.time() + wait > until:
@@ -173,8 +192,35 @@ def share(total: int) -> int:
 
 def _client(url: str, api_key: str, limits: Timeout) -> AsyncOpenAI:
     # The library's own default closes its connections when collected, which fails once their loop has ended.
-    http_client = DefaultAsyncHttpxClient(timeout=limits)
+    try:
+        http_client = DefaultAsyncHttpxClient(timeout=limits, trust_env=not _is_loopback(url))
+    except (ImportError, ValueError) as error:  # a SOCKS proxy without its package, a proxy that is not a URL
+        raise UserError(f"{url}: the proxy that HTTP_PROXY, HTTPS_PROXY or ALL_PROXY names: {error}") from error
     return AsyncOpenAI(base_url=url, api_key=api_key, timeout=limits, max_retries=0, http_client=http_client)
+
+
+def _is_loopback(url: str) -> bool:
+    """Whether the server is on this machine: what the environment says about proxies is not about it."""
+    host = urlsplit(url).hostname or ""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    return address.is_loopback or address.is_unspecified
+
+
+def refusal_in(answer: Any) -> Refusal | None:
+    """What a body with status 200 says has gone wrong, as gateways do: {"error": {"message": ..., "code": 429}}."""
+    if not isinstance(answer, dict):
+        return None
+    choices = answer.get("choices")
+    first = choices[0] if isinstance(choices, list) and choices else None
+    error = answer.get("error") or (first.get("error") if isinstance(first, dict) else None)
+    if not error:
+        return None
+    code = error.get("code", error.get("status", "")) if isinstance(error, dict) else ""
+    status = 429 if "rate_limit" in str(code) else int(code) if str(code).isdecimal() else 400
+    return Refusal(status, f"HTTP 200 with an error: {' '.join(str(error).split())[:1000]}")
 
 
 def _reason(error: APIConnectionError) -> str:

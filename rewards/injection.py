@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from posttrain.image_reader import to_rgb
 from rewards.base import Reward, score_all
 from rewards.image import JudgeReward
 
@@ -54,7 +55,7 @@ class Raised:
 
 def written(image: Image.Image, text: str) -> Image.Image:
     """A copy with a line of text on a plate along its lower edge."""
-    image = image.convert("RGB")
+    image = to_rgb(image).copy()
     font = ImageFont.load_default(max(8, image.height // 20))
     draw = ImageDraw.Draw(image)
     _, _, right, bottom = draw.textbbox((0, 0), text, font)

@@ -10,13 +10,15 @@ never a number.
 
 import asyncio
 import json
+import logging
 import math
-import os
 import random
+import re
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 from openai import APIResponseValidationError, AsyncOpenAI, RequestOptions
 from PIL import Image
@@ -26,11 +28,14 @@ from prompts.parse import parse_json
 from prompts.templates import Template, spelled
 from rewards.encode import EncodedImage, encode, encode_async
 from rewards.endpoints import Endpoints, JudgeError, share
-from rewards.load import refuse_keys
+from rewards.serve import KEY_VARIABLE, ServerURL, read_key, refuse_keys
 from rewards.traffic import Sent, turns_of
 
 CACHED_ANSWERS = 1 << 16
 PLACE = "data:,"  # of the image's URL in a request
+IMPOSSIBLE = -1000.0  # a log-prob below it was put there, as vLLM's -9999 is
+
+log = logging.getLogger("posttrain")
 
 
 @dataclass(eq=False)
@@ -49,6 +54,7 @@ class Judge:
     min_mass: float = 0.5  # probability that yes and no must have together, for an answer to be one
     _cache: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict, init=False, repr=False)
     _loop: asyncio.AbstractEventLoop | None = field(default=None, init=False, repr=False)
+    _warned: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.base_urls:
@@ -109,7 +115,14 @@ class Judge:
             candidates = response["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
             pairs = [(str(candidate["token"]), float(candidate["logprob"])) for candidate in candidates]
         except (KeyError, IndexError, TypeError, ValueError):  # another server's shape of an answer
-            raise JudgeError("the answer has no log-probs: does the server give top_logprobs?") from None
+            problem = "the answer has no log-probs: does the server give top_logprobs?"
+            raise JudgeError(f"{problem} It says: {self._quoted(response)}") from None
+        if is_one_hot(pairs) and not self._warned:
+            self._warned = True
+            log.warning(
+                f"judge {self.model}: its log-probs leave one token possible, so each score is 0 or 1: let its server"
+                " give those of the model, at least 2 of them (vLLM: --logprobs-mode raw_logprobs, its default)"
+            )
         return yes_share(pairs, self.min_mass)
 
     async def _list_of_strings(self, key: str, text: str, encoded: EncodedImage | None) -> list[str]:
@@ -135,7 +148,7 @@ class Judge:
             content = choice["message"]["content"]
             answer = parse_json(content)
         except (KeyError, IndexError, TypeError, ValueError):
-            raise JudgeError("the answer is not the JSON that was asked for") from None
+            raise JudgeError(f"the answer is not the JSON that was asked for: {self._quoted(response)}") from None
         if not isinstance(answer, dict) or answer.keys() != {key} or not _strings(answer[key]):
             raise JudgeError(f"the answer is not a list of strings under '{key}': {content[:200]}")
         return answer[key]
@@ -169,11 +182,15 @@ class Judge:
         self._connect()
         async with self._turns.turn(image), self._slots:
             try:
-                return await self._endpoints.request(send, image)
+                response = await self._endpoints.request(send, image)
             except (APIResponseValidationError, ValueError, LookupError, RecursionError) as error:  # JSON and charset
-                raise JudgeError(f"the server's answer is malformed: {error}") from error
+                raise JudgeError(self._without_key(f"the server's answer is malformed: {error}")) from None
             except JudgeError as error:
                 raise JudgeError(self._without_key(str(error))) from None
+        answered = response.get("model") if isinstance(response, dict) else None
+        if isinstance(answered, str) and not same_model(self.model, answered):
+            raise JudgeError(f"asked for the model {self.model}, {answered} answered: name one that the server has")
+        return response
 
     def _body(self, text: str, encoded: EncodedImage | None, how: Sent, options: dict[str, Any]) -> bytes:
         """The JSON of a request."""
@@ -202,17 +219,43 @@ class Judge:
         self._loop = loop
 
     def _key(self) -> str | None:
-        if self.api_key_env is None:
-            return None
-        key = os.environ.get(self.api_key_env)
-        if not key:
-            raise UserError(f"judge {self.model}: api_key_env: {self.api_key_env} is not set: export it")
-        return key
+        if self.api_key_env is not None:
+            key = read_key(self.api_key_env, f"judge {self.model}: api_key_env")
+            if key is None:
+                raise UserError(f"judge {self.model}: api_key_env: {self.api_key_env} is not set: export it")
+            return key
+        urls = [self.base_urls] if isinstance(self.base_urls, str) else self.base_urls
+        # The recipe's own servers have the key that vLLM finds in the environment.
+        ours = all(isinstance(url, ServerURL) for url in urls)
+        return read_key(KEY_VARIABLE, f"judge {self.model}") if ours else None
 
     def _without_key(self, message: str) -> str:
-        """Some servers repeat the key that they refuse."""
+        """Some servers repeat the key that they refuse, as it is or escaped."""
         key = self._key()
-        return message.replace(key, "***") if key else message
+        if key:
+            # Each escape puts backslashes before some characters, and a server may quote what was quoted.
+            escaped = "".join(r"\\+" if c == "\\" else r"\\*" + re.escape(c) for c in key)
+            message = re.sub(f"{escaped}|{re.escape(quote(key, safe=''))}", "***", message)
+        return message
+
+    def _quoted(self, response: Any) -> str:
+        """The server's own words, in one line: what stands in the place of an answer."""
+        if isinstance(response, dict) and isinstance(response.get("choices"), list):
+            response = [choice.get("message") if isinstance(choice, dict) else choice for choice in response["choices"]]
+        words = response if isinstance(response, str) else json.dumps(response, ensure_ascii=False, default=str)
+        return self._without_key(" ".join(words.split()))[:300]
+
+
+def same_model(asked: str, answered: str) -> bool:
+    """Whether a server means the same by both names: it may leave out an owner or a folder, and add a version."""
+    names = [name.rpartition("/")[2].casefold() for name in (asked, answered)]
+    return asked == answered or bool(re.fullmatch(re.escape(names[0]) + r"([-@:.](\d[\w.-]*|latest))?", names[1]))
+
+
+def is_one_hot(candidates: Sequence[tuple[str, float]]) -> bool:
+    """Whether all but the first token are impossible, which no softmax says: a sampler's own log-probs at temperature
+    0, or the only one that a server gives."""
+    return sum(logprob > IMPOSSIBLE for _, logprob in candidates) == 1
 
 
 def yes_share(candidates: Sequence[tuple[str, float]], min_mass: float) -> float:

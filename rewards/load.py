@@ -1,15 +1,20 @@
 """From a recipe's reward specs to callables: import paths, arguments, and the addresses of servers."""
 
+import functools
 import importlib
 import inspect
-import re
+import operator
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
-from urllib.parse import urlsplit
 
 from posttrain.errors import UserError
 from posttrain.resources import see_user_modules
-from rewards.base import Reward, RewardSpec
+from rewards.base import Reward, RewardSpec, no_column
+from rewards.isolation import described, untouched
+from rewards.serve import ServerURL, check_urls
 
 SERVER = "server://"
 
@@ -52,48 +57,92 @@ def check_rewards(specs: Sequence[RewardSpec], servers: Sequence[str] = ()) -> N
     for spec in specs:
         where = f"reward {spec.name}: function"
         if spec.given is not None:
-            _check_call(spec, str(spec.function), spec.given)
+            _arguments(spec, str(spec.function), spec.given)
         elif isinstance(spec.function, str):
-            _check_call(spec, spec.function, import_object(spec.function, where))
+            _arguments(spec, spec.function, _import_function(spec.function, where))
         else:
             path, cls, arguments = _import_class(spec.function, where)
             _bind(cls, arguments, f"{where}: init_args")
             check_addresses(arguments, servers, f"{where}: init_args")
             if isinstance(cls, type):  # what a factory function returns is not known yet
-                _check_call(spec, path, _call_method(cls), (None,))
+                _arguments(spec, path, cls)
 
 
-def _call_method(cls: type) -> Any:
-    """`__call__` as the class or one of its bases defines it; `cls.__call__` would be the metaclass's at times."""
+def check_columns(rewards: Sequence[Reward], columns: Mapping[str, Any]) -> None:
+    """Raises UserError for a reward that takes a column which is not there."""
+    for reward in rewards:
+        if missing := reward.required - columns.keys():
+            raise UserError(no_column(reward.spec.name, missing, columns))
+
+
+def _method_of(cls: type) -> Any:
+    """What is run when an object of the class is called; `cls.__call__` would be the metaclass's at times."""
+    torch = sys.modules.get("torch")
+    if torch is not None and issubclass(cls, torch.nn.Module):
+        return cls.forward  # its `__call__` takes anything
     for base in cls.__mro__:
         if "__call__" in vars(base):
             return vars(base)["__call__"]
     return None
 
 
+def _import_function(path: str, where: str) -> Any:
+    function = import_object(path, where)
+    if isinstance(function, type):
+        module, _, name = path.partition(":")
+        raise UserError(f"{where}: {path} is a class: write {{class_path: {module}.{name}, init_args: {{}}}}")
+    return function
+
+
 def _import_class(function: Any, where: str) -> tuple[str, Any, dict[str, Any]]:
     """The `class_path` of a recipe's mapping, what it names, and the arguments for it."""
     path = function["class_path"]
     module, _, name = path.replace(":", ".").rpartition(".")
-    return path, import_object(f"{module}:{name}", f"{where}: class_path"), function.get("init_args", {})
+    return path, import_object(f"{module}:{name}", f"{where}: class_path"), function.get("init_args") or {}
 
 
-def _check_call(spec: RewardSpec, path: str, function: Any, bound: tuple[Any, ...] = ()) -> None:
-    """Raises UserError for what cannot be called with images and prompts; `bound` stands for the object of a method."""
-    if not callable(function):
-        raise UserError(f"reward {spec.name}: {path} cannot be called; give a function or an object with __call__")
+def _arguments(spec: RewardSpec, path: str, function: Any) -> dict[str, Any]:
+    """How a function, an object or the objects of a class are called: `parameters`, `required` and `by_name` of Reward.
+
+    Raises UserError for what cannot be called with images and prompts.
+    """
+    where = f"reward {spec.name}: {path}"
+    called = function
+    if isinstance(function, type):
+        called = _method_of(function)
+    elif not inspect.isroutine(function) and not isinstance(function, functools.partial):
+        called = _method_of(type(function))
+    if not callable(function) or called is None:
+        raise UserError(f"{where} cannot be called; give a function or an object with __call__")
+    if hasattr(function, "cache_info"):
+        raise UserError(f"{where} has a cache, which cannot take lists of images; remove functools.lru_cache")
     try:
-        signature = inspect.signature(function)
-    except ValueError:  # some built-in functions have no signature
-        return
-    try:
-        signature.bind_partial(*bound, [], [])
-    except TypeError:
-        takes = ", ".join(list(signature.parameters)[len(bound) :]) or "nothing"
+        parameters = list(inspect.signature(called).parameters.values())
+    except ValueError:  # of some built-in functions
+        raise UserError(f"{where} does not say what it takes; write a function around it") from None
+    if called is not function:
+        parameters = parameters[1:]  # self
+    takes = ", ".join(str(p.replace(annotation=p.empty, default=p.empty)) for p in parameters) or "nothing"
+    if parameters and all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        raise UserError(f"{where} takes {takes}, so its columns are not known; if it is decorated, use functools.wraps")
+    names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    by_name = {"images", "prompts"} <= names
+    places = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:2]
+    several = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    if not by_name and len(places) < 2 and not (places and several):
         raise UserError(
-            f"reward {spec.name}: {path} takes {takes}; it is called with images and prompts, and the columns that it"
-            " names: give it these parameters"
-        ) from None
+            f"{where} takes {takes}; it is called with images and prompts, and the columns that it names: give it these"
+            " parameters"
+        )
+    if not by_name and ("prompt" in places[0] or ("image" in places[-1] and len(places) == 2)):
+        raise UserError(f"{where} takes {takes}: call its parameters images and prompts, so that their order is known")
+    first = {"images", "prompts"} if by_name else {*places}
+    required = set()
+    for p in parameters:
+        if p.name not in first and p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            required.add(p.name)
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return {"parameters": None if takes_all else names - first, "required": required, "by_name": by_name}
 
 
 def check_addresses(value: Any, servers: Sequence[str], where: str) -> None:
@@ -123,40 +172,48 @@ def _load(spec: RewardSpec, servers: Mapping[str, Sequence[str]]) -> Reward:
     if spec.given is not None:
         path, function = str(spec.function), spec.given
     elif isinstance(spec.function, str):
-        path, function = spec.function, import_object(spec.function, where)
+        path, function = spec.function, _import_function(spec.function, where)
     else:
         path, cls, given = _import_class(spec.function, where)
         arguments = with_servers(given, servers, f"{where}: init_args")
         function = construct(cls, arguments, f"{where}: init_args")
-    _check_call(spec, path, function)
-    parameters = inspect.signature(function).parameters
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     # Of an object, whether it is async is known from its class's method.
-    call = function if inspect.isroutine(function) else type(function).__call__
-    return Reward(spec, function, None if takes_all else set(parameters), inspect.iscoroutinefunction(call))
+    method = function if inspect.isroutine(function) else type(function).__call__
+    is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(method)
+    return Reward(spec, function, is_async=is_async, **_arguments(spec, path, function))
 
 
 def import_object(path: str, where: str) -> Any:
     """The object at `package.module:name`; modules in the current directory can be named too."""
-    module, _, name = path.partition(":")
+    module, _, name = path.rpartition(":")
     if not module or not name:
         raise UserError(f"{where}: '{path}' is not an import path: write package.module:name")
+    if "/" in module or module.endswith(".py"):
+        named = ".".join(Path(os.path.relpath(module.removesuffix(".py"))).parts)
+        raise UserError(f"{where}: '{path}' names a file: write its module, {named}:{name}")
     see_user_modules()
+    imported = None
     try:
-        return getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        raise UserError(f"{where}: cannot import {module}: {error}") from error
-    except AttributeError as error:
-        raise UserError(f"{where}: {error}: check the name") from error
+        with untouched():
+            imported = importlib.import_module(module)
+            return operator.attrgetter(name)(imported)  # which may read the user's file of the same name as a package
+    except (Exception, SystemExit) as error:  # whatever a user's file does when it is read
+        if isinstance(error, AttributeError) and imported is not None:
+            raise UserError(f"{where}: {error}: check the name") from error
+        raise UserError(f"{where}: cannot import {module}: {described(error)}") from error
 
 
 def construct(cls: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> Any:
-    """`cls(**arguments)`; arguments that do not fit are the user's mistake, a TypeError inside is not."""
+    """`cls(**arguments)`. Raises UserError for arguments that do not fit, and for whatever it raises."""
     _bind(cls, arguments, where)
     try:
-        return cls(**arguments)
+        with untouched():
+            return cls(**arguments)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+    except Exception as error:
+        name = getattr(cls, "__name__", str(cls))
+        raise UserError(f"{where}: {name} cannot be made: {described(error)}") from error
 
 
 def _bind(cls: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> None:
@@ -174,7 +231,7 @@ def with_servers(value: Any, servers: Mapping[str, Sequence[str]], where: str) -
         if name not in servers:
             known = ", ".join(servers) or "none"
             raise UserError(f"{where}: no server '{name}': the recipe's servers are: {known}")
-        return list(servers[name])
+        return list(map(ServerURL, servers[name]))
     if isinstance(value, list):
         resolved: list[Any] = []  # a server in a list adds all its URLs to it
         for entry in value:
@@ -184,31 +241,3 @@ def with_servers(value: Any, servers: Mapping[str, Sequence[str]], where: str) -
     if isinstance(value, Mapping):
         return {key: with_servers(entry, servers, f"{where}.{key}") for key, entry in value.items()}
     return value
-
-
-# ---- addresses of servers ----------------------------------------------------------------------------------------
-
-SECRET = re.compile(r"(key|token|secret|password)=", re.IGNORECASE)
-
-
-def refuse_keys(urls: Sequence[str], where: str) -> None:
-    """Raises UserError for a URL with a key in it: recipes, logs and messages hold the URL."""
-    for url in urls:
-        # user:password@ before the host, or a query such as ?api_key=...
-        if re.match(r"\w+://[^/]*@", url) or SECRET.search(url):
-            raise UserError(f"{where}: a URL holds a key: put that into an environment variable, named by api_key_env")
-
-
-def check_urls(urls: Sequence[str], where: str) -> None:
-    """Raises UserError for a text that is not the URL of a server, comes twice or holds a key."""
-    refuse_keys(urls, where)
-    for url in urls:
-        try:
-            parts = urlsplit(url)
-            right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:  # a port that is not a number
-            right = False
-        if not right:
-            raise UserError(f"{where}: '{url}' is not a URL: write http://HOST:PORT/v1")
-        if urls.count(url) > 1:
-            raise UserError(f"{where}: {url} is there twice: name each server once")

@@ -12,15 +12,14 @@ import asyncio
 import base64
 import io
 import threading
-import warnings
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
 from posttrain.errors import UserError
+from posttrain.loading import load_adapter
 from rewards.encode import EncodedImage
 from rewards.endpoints import JudgeError
 from rewards.judge import Judge
@@ -115,11 +114,5 @@ def _load(path: str, adapter: str | None, device: str) -> tuple[VLM, threading.L
     """Rewards that name the same judge share it, and take turns."""
     vlm = VLM.load(path, device=device)
     if adapter is not None:
-        from peft import PeftModel
-
-        if not (Path(adapter) / "adapter_config.json").is_file():
-            raise UserError(f"adapter: {adapter} has no adapter_config.json: give a LoRA directory")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks the old name
-            vlm.model = PeftModel.from_pretrained(vlm.model, adapter).merge_and_unload().eval()
+        vlm.model = load_adapter(vlm.model, adapter, f"adapter: {adapter} on {path}").merge_and_unload().eval()
     return vlm, threading.Lock()

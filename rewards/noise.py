@@ -1,22 +1,80 @@
 """How far a reward's scores of one image differ, and the floor below which a difference between images means nothing.
 
-A judge's repeatability is measured before the first step (preflight.py), in P(yes). The floor of a reward is FACTOR
-times what was measured, and at least LEAST of P(yes) for a reward that is a probability: twenty questions about four
-images do not meet the worst case, such as another batch on another GPU. Other functions are taken to be repeatable: a
-recipe can state their `noise`. Everything here is in units of the calibrated reward (RewardSpec.scale).
+A judge's repeatability is measured before the first step, in P(yes): does an image get the same score whenever it is
+asked about? The floor of a reward is FACTOR times what was measured, and at least LEAST of P(yes) for a reward that is
+a probability: twenty questions about four images do not meet the worst case, such as another batch on another GPU.
+Other functions are taken to be repeatable: a recipe can state their `noise`. Everything here is in units of the
+calibrated reward (RewardSpec.scale).
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from PIL import Image
 
 from rewards.base import Noise, Reward
+from rewards.endpoints import JudgeError
 from rewards.image import JudgeReward
-from rewards.preflight import Repeated
 
 FACTOR = 3
 LEAST = 0.01
 """In P(yes)."""
 PREFIX = "noise/"
 """Of the metrics that say what was measured."""
+TIMES = 20
+LIMIT = 1e-3  # in P(yes); a group's images often differ by little more
+TOO_MUCH = (
+    f"more than {LIMIT:g} adds noise to rewards: give its server"
+    ' env: {VLLM_BATCH_INVARIANT: "1"} (on a GPU) or extra_args: [--dtype, float32]'
+)
+
+
+@dataclass
+class Repeated:
+    """How far a judge's scores of one image differ."""
+
+    judge: str
+    rewards: list[str]
+    """Names of those that ask it."""
+    spread: float | None
+    """In units of P(yes); None where it gave no score."""
+    measured: str
+    remedy: str
+    """Empty where nothing is wrong."""
+
+    @property
+    def line(self) -> str:
+        line = f"judge {self.judge}: {self.measured}"
+        return f"warning: {line}; {self.remedy}" if self.remedy else line
+
+
+async def repeatability(
+    rewards: Sequence[Reward], images: Sequence[Image.Image], prompts: Sequence[str]
+) -> list[Repeated]:
+    """One for each judge that the rewards ask, asked a question as the first of its rewards asks it."""
+    judges: dict[tuple[str, str], list[tuple[str, JudgeReward]]] = {}
+    for reward in rewards:
+        if isinstance(function := reward.function, JudgeReward):
+            key = (function.judge.model, str(function.judge.base_urls))
+            judges.setdefault(key, []).append((reward.spec.name, function))
+    models = [model for model, _ in judges]  # two servers may serve a model of the same name
+    results = []
+    for (model, urls), asking in judges.items():
+        name = model if models.count(model) == 1 else f"{model} at {urls}"
+        function = asking[0][1]
+        template, fields = function.question(prompts[0])
+        try:
+            spread = await function.judge.repeatability(images, template, TIMES, **fields)
+            measured = (
+                f"{TIMES} scores of one image differ by at most {spread:.2g} in P(yes), which goes from 0 to 1"
+                f" ({len(images)} images, half the times alone, half in batches)"
+            )
+            remedy = TOO_MUCH if spread > LIMIT else ""
+        except JudgeError as error:
+            spread, measured = None, f"its repeatability is unknown, since a question failed: {error}"
+            remedy = "see that its server runs and serves this model"
+        results.append(Repeated(name, [reward for reward, _ in asking], spread, measured, remedy))
+    return results
 
 
 def noise_metrics(judges: Sequence[Repeated]) -> dict[str, float]:

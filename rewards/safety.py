@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,23 +19,65 @@ from posttrain.errors import UserError
 from prompts.templates import load_template
 from rewards.image import made_judge
 from rewards.judge import Judge
+from rewards.ocr import folded
+
+LETTERS = "a-z\u00b5-\u024f\u0370-\u058f\u10a0-\u10ff\u1e00-\u1fff"
+"""Of scripts that set words apart and add nothing to them: Latin, Greek, Cyrillic, Armenian, Georgian."""
 
 
 class Words:
-    """Texts are safe where none of the words occurs, as a whole word or phrase, whatever its case."""
+    """Texts are safe where none of the words occurs, in whatever case, form of letters and spacing.
+
+    As a whole word or phrase where it begins and ends in letters of LETTERS; in the other scripts, which write no
+    spaces or write particles and articles to their words, anywhere.
+    """
 
     def __init__(self, words: Sequence[str] = (), file: str | None = None):
-        """`file` has one word or phrase a line."""
-        listed = Path(file).read_text(encoding="utf-8").splitlines() if file is not None else []
-        stripped = [word.strip() for word in [*words, *listed]]
+        """`file` has one word or phrase a line, in UTF-8."""
+        stripped = [word.strip() for word in [*words, *_lines(file)]]
         self.words = list(filter(None, stripped))
-        if not self.words:
+        patterns = list(filter(None, map(_pattern, self.words)))
+        if not patterns:
             raise UserError("words: no word is given; list some, or name a file with one a line")
-        # Word characters on neither side, where \b would find nothing beside a phrase that ends in punctuation.
-        self._pattern = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, self.words))})(?!\w)", re.IGNORECASE)
+        self._pattern = re.compile("|".join(patterns))
 
     def __call__(self, expansions: Sequence[str], prompts: Sequence[str]) -> list[float]:
-        return [0.0 if self._pattern.search(text) else 1.0 for text in expansions]
+        return [0.0 if any(map(self._pattern.search, _readings(text))) else 1.0 for text in expansions]
+
+
+def _readings(text: str) -> tuple[str, str]:
+    """With what is invisible left out, as within a word, and with a space in its place, as between two."""
+    return folded(text), folded("".join(" " if unicodedata.category(c) == "Cf" else c for c in text))
+
+
+def _lines(file: str | None) -> list[str]:
+    if file is None:
+        return []
+    try:
+        return Path(file).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"file: {file}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"file: {file}: cannot be read: {error.strerror}; correct the path") from None
+
+
+def _pattern(word: str) -> str:
+    """Matches the word in a folded text; empty for a word that has nothing to see."""
+    parts = list(filter(None, re.split(r"[\s-]+", folded(word))))
+    if not parts:
+        return ""
+    phrase = r"[\W_]+".join(map(re.escape, parts))  # machine gun, machine-gun, over a line's end too
+    first, last = parts[0][:1], parts[-1][-1:]
+    # No other letter or digit beside it, where \b would find nothing beside a phrase that ends in punctuation.
+    before, after = (_beside(first), _beside(last))
+    return (f"(?<!{before})" if before else "") + phrase + (f"(?!{after})" if after else "")
+
+
+def _beside(edge: str) -> str:
+    """What may not stand beside this edge of a word."""
+    if re.fullmatch(f"[{LETTERS}]", edge):
+        return f"[{LETTERS}]"
+    return "[0-9]" if edge.isdigit() else ""
 
 
 class TextJudge:

@@ -24,14 +24,16 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
+from urllib.parse import urlsplit
 
+import psutil
 from pydantic import model_validator
 
 from posttrain.config.types import Each, Port, Positive, Range, refusal, settings
 from posttrain.errors import UserError
+from posttrain.loading import hub_name, is_hub_id, without_revision
 from rewards import supervise
-from rewards.load import check_urls
 
 LOOPBACK = "127.0.0.1"
 LOG_TAIL_LINES = 30
@@ -41,6 +43,47 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER
 
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 """In the names of variables whose values no file may hold."""
+SECRET_IN_URL = re.compile(r"(key|token|secret|password)=", re.IGNORECASE)
+
+KEY_VARIABLE = "VLLM_API_KEY"
+"""vLLM asks for this key where it is set, and the servers of a run inherit it."""
+
+
+class ServerURL(str):
+    """The URL of one of a recipe's servers, which gets the key of `KEY_VARIABLE`."""
+
+
+def read_key(variable: str, where: str) -> str | None:
+    """The key in an environment variable. Raises UserError, without the key, for one that no header can hold."""
+    key = os.environ.get(variable) or None
+    if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
+        raise UserError(
+            f"{where}: {variable} holds a line's end, a space or another character that no key has: export it without"
+        )
+    return key
+
+
+def refuse_keys(urls: Sequence[str], where: str) -> None:
+    """Raises UserError for a URL with a key in it: recipes, logs and messages hold the URL."""
+    for url in urls:
+        # user:password@ before the host, or a query such as ?api_key=...
+        if re.match(r"\w+://[^/]*@", url) or SECRET_IN_URL.search(url):
+            raise UserError(f"{where}: a URL holds a key: put that into an environment variable, named by api_key_env")
+
+
+def check_urls(urls: Sequence[str], where: str) -> None:
+    """Raises UserError for a text that is not the URL of a server, comes twice or holds a key."""
+    refuse_keys(urls, where)
+    for url in urls:
+        try:
+            parts = urlsplit(url)
+            right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # a port that is not a number
+            right = False
+        if not right:
+            raise UserError(f"{where}: '{url}' is not a URL: write http://HOST:PORT/v1")
+        if urls.count(url) > 1:
+            raise UserError(f"{where}: {url} is there twice: name each server once")
 
 
 class ServerError(UserError):
@@ -54,13 +97,14 @@ class ServerSpec:
     name: str
     """Rewards reach it as server://NAME; its base model is served under this name."""
     model: str
-    """Directory or hub id of the base model."""
+    """Directory or hub id (OWNER/NAME, or OWNER/NAME@REVISION) of the base model."""
     adapters: dict[str, str] = field(default_factory=dict)
     """LoRA adapters, served as further models: model name to adapter directory."""
     port: Port = 0
     """TCP port on the loopback interface; 0: any free one."""
     gpus: Annotated[list[int], Each(Range(0))] = field(default_factory=list)
-    """GPUs it may use, by number; several: tensor parallel; none: vLLM decides."""
+    """GPUs it may use, counted among those that CUDA_VISIBLE_DEVICES leaves; several: tensor parallel; none: vLLM
+    decides."""
     executable: str = "vllm"
     """The vllm command of its own environment; rewards/make_vllm_env.sh makes one."""
     extra_args: list[str] = field(default_factory=list)
@@ -116,8 +160,25 @@ class Server:
         if self.process.poll() is not None:
             raise self.error("died")
 
+    def listens(self) -> bool:
+        """Whether it is the server, or a process of it, that has the port: another one may have been faster."""
+        try:
+            supervisor = psutil.Process(self.process.pid)
+            for process in [supervisor, *supervisor.children(recursive=True)]:
+                for connection in process.net_connections("tcp"):
+                    if connection.status == psutil.CONN_LISTEN and connection.laddr.port == self.port:
+                        return True
+        except psutil.NoSuchProcess:  # it has ended since
+            return False
+        except psutil.AccessDenied:  # nobody can tell
+            return True
+        return False
+
     def error(self, problem: str) -> ServerError:
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        text = self.log.read_text(encoding="utf-8", errors="replace")
+        if key := os.environ.get(KEY_VARIABLE):
+            text = text.replace(key, "***")
+        lines = text.splitlines()[-LOG_TAIL_LINES:]
         return ServerError(f"server {self.spec.name} {problem}; the end of its log {self.log}:", "\n".join(lines))
 
 
@@ -173,7 +234,15 @@ def _description(spec: ServerSpec, host: str, port: int) -> str:
 
 
 def command(spec: ServerSpec, host: str, port: int) -> list[str]:
-    words = [os.path.expanduser(spec.executable), "serve", spec.model, "--served-model-name", spec.name]
+    words = [
+        os.path.expanduser(spec.executable),
+        "serve",
+        without_revision(spec.model),
+        "--served-model-name",
+        spec.name,
+    ]
+    if is_hub_id(spec.model) and (revision := hub_name(spec.model)[1]):
+        words += ["--revision", revision, "--tokenizer-revision", revision]
     words += ["--host", host, "--port", str(port)]
     words += ["--enable-prefix-caching", "--limit-mm-per-prompt", '{"image": 1, "video": 0}']
     if len(spec.gpus) > 1:
@@ -221,11 +290,26 @@ def _variables(spec: ServerSpec) -> dict[str, str]:
 def _environment(spec: ServerSpec) -> dict[str, str]:
     """Ours, without what a distributed launcher put there for training: vLLM would join that world."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES)}
-    return inherited | _variables(spec)
+    visible = {"CUDA_VISIBLE_DEVICES": ",".join(_visible(spec))} if spec.gpus else {}
+    return inherited | visible | spec.env
+
+
+def _visible(spec: ServerSpec) -> list[str]:
+    """Its GPUs by the numbers or UUIDs that a scheduler's mask has for them. Raises UserError for one beyond it."""
+    mask = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()
+    if mask in ("", "-1"):  # no mask, or one that keeps the training on the CPU
+        return [str(gpu) for gpu in spec.gpus]
+    names = [name.strip() for name in mask.split(",")]
+    if max(spec.gpus, default=0) >= len(names):
+        raise UserError(
+            f"server {spec.name}: gpus: is {spec.gpus}, and CUDA_VISIBLE_DEVICES={mask} leaves {len(names)}, which"
+            f" count from 0: name those of 0 to {len(names) - 1}"
+        )
+    return [names[gpu] for gpu in spec.gpus]
 
 
 def missing(spec: ServerSpec) -> list[str]:
-    """What is not on this machine: the command, a model's directory, an adapter."""
+    """What is not on this machine: the command, a model's directory, an adapter, a GPU."""
     problems = []
     if shutil.which(os.path.expanduser(spec.executable)) is None:
         problems.append(
@@ -239,6 +323,10 @@ def missing(spec: ServerSpec) -> list[str]:
             _rank(spec, path)
         except UserError as error:
             problems.append(str(error))
+    try:
+        _visible(spec)
+    except UserError as error:
+        problems.append(str(error))
     return problems
 
 
@@ -249,12 +337,21 @@ def _make_log_dir(log_dir: Path) -> None:
         raise UserError(f"{log_dir}: cannot be made for the servers' logs: {error.strerror}: choose another") from error
 
 
+def _free_port(spec: ServerSpec) -> int:
+    """The spec's port, or one that the kernel names. Between here and vLLM's bind another process could take it."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that has just been closed is free
+        try:
+            probe.bind((LOOPBACK, spec.port))
+        except OSError as error:  # an older server, which would answer in the place of this one
+            raise UserError(
+                f"server {spec.name}: port: {spec.port}: {error.strerror}: stop what uses it, or give 0 for a free one"
+            ) from None
+        return probe.getsockname()[1]
+
+
 def _start(spec: ServerSpec, log: Path) -> Server:
-    port = spec.port
-    if port == 0:  # the kernel names a free one; between here and vLLM's bind another process could take it
-        with socket.socket() as probe:
-            probe.bind((LOOPBACK, 0))
-            port = probe.getsockname()[1]
+    port = _free_port(spec)
     words = command(spec, LOOPBACK, port)
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -277,21 +374,32 @@ def _stop(server: Server) -> None:
 
 def _wait_until_ready(server: Server) -> None:
     spec, deadline = server.spec, time.monotonic() + server.spec.ready_timeout
-    while not _answers(f"{server.url}/health"):
+    key = read_key(KEY_VARIABLE, f"server {spec.name}")
+    while not (_answers(f"{server.url}/health", key) and server.listens()):
         if server.process.poll() is not None:
             raise server.error("died while starting")
         if time.monotonic() > deadline:
             raise server.error(f"was not up after {spec.ready_timeout:g} s (ready_timeout)")
         time.sleep(0.5)
-    with urllib.request.urlopen(f"{server.url}/v1/models", timeout=10) as response:
-        served = {model["id"] for model in json.load(response)["data"]}
+    try:
+        with _open(f"{server.url}/v1/models", key, 10) as response:
+            served = {model["id"] for model in json.load(response)["data"]}
+    except urllib.error.HTTPError as error:
+        raise server.error(f"answers /v1/models with HTTP {error.code} {error.reason}") from None
     if missing := {spec.name, *spec.adapters} - served:
         raise server.error(f"does not serve {', '.join(sorted(missing))}")
 
 
-def _answers(url: str) -> bool:
+def _open(url: str, key: str | None, timeout: float) -> Any:
+    """Without the proxies of the environment, which are not for this machine's own servers."""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    return direct.open(urllib.request.Request(url, headers=headers), timeout=timeout)
+
+
+def _answers(url: str, key: str | None) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=5) as response:
+        with _open(url, key, 5) as response:
             return response.status == 200
     except (OSError, urllib.error.URLError):
         return False

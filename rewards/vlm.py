@@ -11,19 +11,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, Qwen3VLForConditionalGeneration, Qwen3VLVisionModel
+from transformers import Qwen3VLForConditionalGeneration, Qwen3VLVisionModel
 
 # The one that needs no torchvision; AutoImageProcessor may pick another.
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.utils import logging
 
 from posttrain.errors import UserError
+from posttrain.image_reader import to_rgb
+from posttrain.loading import load_model, load_tokenizer, local, model_type, reading, without_revision
 from prompts.templates import spelled
 
 Inputs = dict[str, Tensor]
@@ -42,17 +42,13 @@ class VLM:
     @classmethod
     def load(cls, path: str, dtype: torch.dtype = torch.float32, device: Any = "cpu") -> VLM:
         """From a directory or a hub id. Raises UserError for anything but a Qwen3-VL."""
-        if path.startswith((".", "/")) and not Path(path).is_dir():
-            raise UserError(f"model: {path} is not a directory: correct the path")
-        try:
-            kind = AutoConfig.from_pretrained(path).model_type
-        except (OSError, ValueError) as error:
-            raise UserError(f"model: {path} cannot be loaded: {error}") from error
+        folder = local(path)
+        kind = model_type(folder, path)
         if kind != "qwen3_vl":
             raise UserError(f"model: {path} is a {kind}: judges are Qwen3-VL models (qwen3_vl)")
-        with _quiet():
-            model: Any = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = load_model(Qwen3VLForConditionalGeneration, folder, path, device, dtype=dtype)
+        model.name_or_path = model.config.name_or_path = without_revision(path)  # what adapters are said to be of
+        tokenizer = load_tokenizer(folder, path, model.get_input_embeddings().num_embeddings)
         if tokenizer.chat_template is None:
             raise UserError(f"model: {path}: its tokenizer has no chat template: add chat_template.jinja")
         texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])  # one token each
@@ -60,9 +56,13 @@ class VLM:
         for token, text in enumerate(texts):
             if (word := spelled(text)) in spellings:
                 spellings[word].append(token)
-        processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+        for word, tokens in spellings.items():
+            if not tokens:
+                raise UserError(f"model: {path}: its tokenizer has no token {word!r}, which judges answer with")
+        with reading(path, "an image processor"):
+            processor = Qwen2VLImageProcessorPil.from_pretrained(str(folder))
         _positions_on_cpu(model.model)
-        return cls(model.to(device).eval(), tokenizer, processor, spellings["yes"], spellings["no"])
+        return cls(model.eval(), tokenizer, processor, spellings["yes"], spellings["no"])
 
     @property
     def device(self) -> torch.device:
@@ -71,7 +71,7 @@ class VLM:
     def inputs(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Inputs:
         """One question for each image as model inputs, padded on the left: the answer comes after the last token."""
         first, row = distinct(images)
-        pixels = self.processor(images=[images[i].convert("RGB") for i in first], return_tensors="pt")
+        pixels = self.processor(images=[to_rgb(images[i]) for i in first], return_tensors="pt")
         grids = pixels["image_grid_thw"]  # (distinct images, 3): frames, rows and columns of patches
         patches = pixels["pixel_values"].split(grids.prod(-1).tolist())
         turns = []
@@ -161,18 +161,6 @@ class VLM:
             yield
         finally:
             del visual.forward  # the instance's own; the class's is there again
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the bar for reading files, between which a message to the user is lost."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def distinct(images: Sequence[Image.Image]) -> tuple[list[int], list[int]]:

@@ -1,6 +1,9 @@
 """The real command line in a process of its own: a mistake is one line, exit code 2 and no traceback."""
 
+import dataclasses
+import errno
 import json
+import os
 import subprocess
 import sys
 import time
@@ -9,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from posttrain import cli
+from posttrain import cli, commands
 from posttrain.config.load import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -255,3 +258,26 @@ def test_nor_do_sections_of_its_entries(tmp_path):
         c, d = load_config("pairs", given)[0].sources
         assert (c.delta.weaker.guidance, c.delta.weaker.drop, c.judged) == (0.0, 0.25, None)
         assert (d.judged.group_size, d.delta) == (4, None)
+
+
+def test_help_is_a_word_too(capsys):
+    assert cli.main(["help"]) == 0 and "commands:" in capsys.readouterr().out
+    assert cli.main(["help", "report"]) == 0 and "usage: posttrain report" in capsys.readouterr().out
+
+
+def test_a_report_of_nothing_says_what_to_give(capsys):
+    assert cli.main(["report"]) == 2
+    assert capsys.readouterr().err == "posttrain: error: runs: missing; give it: posttrain report RUNS\n"
+
+
+@pytest.mark.parametrize("number, remedy", [(errno.ENOSPC, "free some space"), (errno.EFBIG, "raise the limit")])
+def test_a_disk_that_is_full_is_one_line_in_any_command(capsys, monkeypatch, tmp_path, number, remedy):
+    def full(config):
+        raise OSError(number, os.strerror(number))
+
+    row = dataclasses.replace(commands.COMMANDS["report"], function="tests.test_cli:replaced")
+    monkeypatch.setitem(commands.COMMANDS, "report", row)
+    monkeypatch.setitem(globals(), "replaced", full)
+    assert cli.main(["report", str(tmp_path), "--output", "a.html"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"posttrain: error: a.html: cannot be written: {os.strerror(number)}; ") and remedy in said

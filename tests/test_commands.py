@@ -43,7 +43,9 @@ def test_sound_recipe_runs_quietly(grpo, tmp_path):
     """What the failures below differ from. A quiet run prints its progress and nothing of the libraries'."""
     result = grpo("--steps", 1)
     assert result.returncode == 0 and result.stdout == ""
-    assert all(line.startswith("step ") for line in result.stderr.splitlines()), result.stderr
+    *steps, last = result.stderr.splitlines()
+    assert all(line.startswith("step ") for line in steps), result.stderr
+    assert ": done; brightness 0." in last and last.endswith("/run/report.html")
     fails(grpo("--steps", 1), tmp_path / "run", "holds a run already; add --resume or choose another --output")
     assert grpo("--steps", 2, "--resume").returncode == 0
     assert [row["step"] for row in runs.rows(tmp_path / "run") if "loss" in row] == [1, 2]
@@ -114,7 +116,7 @@ def test_single_file(grpo, tmp_path, model):
         ("", ": holds no prompt; write one object a line"),
         ('{"prompt": "a fox"}\na red cube\n', ":2: not JSON (Expecting value at column 1); write one object a line"),
         ('{"prompt": ""}\n', ":1: prompt: is empty; write what"),
-        (None, ": no such file; give the path of a JSONL prompt file"),
+        (None, ": no such file; give the path of a file of prompts"),
     ],
 )
 @pytest.mark.parametrize("which", ["train", "heldout"])
@@ -146,7 +148,7 @@ def test_rewards(grpo, tmp_path):
     result = reward(function="tests.helpers.runs:nothing")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1] == (
-        "posttrain: error: rewards: not one image of this step could be scored: all None, so none applies to these"
+        "posttrain: error: rewards: not one image of 2 steps could be scored: all None, so none applies to these"
         " prompts; fix or add a reward"
     )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain import resources
+from posttrain import resources, supported
 from posttrain.resources import packaged, packaged_all
 from tests.helpers import runs
 
@@ -67,10 +67,20 @@ def test_the_users_module_may_be_imported_before_and_after(tmp_path):
     assert "AttributeError: module 'rewards' has no attribute 'cold'" in done.stderr
 
 
+def test_names_of_our_modules_are_ours(tmp_path):
+    """Even before they are imported."""
+    lay(tmp_path, {"rewards.py": "supervise = judge = 1", "prompts.py": "records = templates = 1"})
+    text = "import posttrain\nfrom rewards import judge, supervise\nfrom prompts import records, templates\n"
+    text += "print(*(m.__name__ for m in (judge, supervise, records, templates)))"
+    names = python(tmp_path, text).stdout.split()
+    assert names == ["rewards.judge", "rewards.supervise", "prompts.records", "prompts.templates"]
+
+
 def test_an_error_in_the_users_module_is_shown(tmp_path):
     lay(tmp_path, {"rewards.py": "import no_such_module"})
     done = python(tmp_path, TRY, "rewards:warm")
-    assert "UserError: reward mine: function: cannot import rewards: No module named 'no_such_module'" in done.stderr
+    message = "reward mine: function: cannot import rewards: ModuleNotFoundError: No module named 'no_such_module' ("
+    assert f"UserError: {message}" in done.stderr
 
 
 def test_the_package_has_what_is_not_here(tmp_path, monkeypatch, capsys):
@@ -101,6 +111,22 @@ def test_a_file_that_is_here_comes_first(tmp_path, monkeypatch):
 def test_importing_the_package_takes_no_torch():
     done = python(runs.ROOT, "import sys, posttrain; print('torch' in sys.modules, len(dir(posttrain)) > 40)")
     assert done.stdout.split() == ["False", "True"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "platform", "says"),
+    [((3, 10), "linux", "Python: is 3.10, and 3.11 or later is needed"), ((3, 13), "win32", "Windows: is not")],
+)
+def test_where_it_does_not_run(version, platform, says):
+    assert supported.problem(version, platform).startswith(says)
+    assert supported.problem((3, 11), "linux") is supported.problem((3, 14), "darwin") is None
+
+
+def test_a_platform_that_is_not_supported_is_one_line(tmp_path):
+    code = "import sys; sys.platform = 'win32'; import posttrain.cli"
+    done = subprocess.run([sys.executable, "-c", code], cwd=runs.ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("posttrain: error: Windows: ") and done.stderr.count("\n") == 1
 
 
 def test_each_public_name_is_there_once():

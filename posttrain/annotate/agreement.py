@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from posttrain.annotate.answers import Choice
+from posttrain.runs.progress import percent
 
 MIN_PER_THIRD = 5  # pairs; a share of fewer is mostly chance
 
@@ -77,20 +78,17 @@ def report(choices: Mapping[str, Sequence[Choice]], margins: Mapping[str, float 
     Where people are compared only their first answer to a pair counts; the second measures self-consistency. The
     majority, which is compared with the judges and exported, is of `votes`.
     """
-    first = {name: _answers(made, again=False) for name, made in choices.items() if made}
+    first = _first_answers(choices)
     people = []
     for name, answers in first.items():
-        own, second = choices[name], _answers(choices[name], again=True)
-        sided = [choice.choice for choice in own if choice.choice in ("left", "right")]
+        counts = Counter(choice.choice for choice in choices[name])
+        # Of those with a side: who mostly presses one key is seen here.
+        sided = counts["left"] + counts["right"]
         people.append(
-            {
-                "name": name,
-                "answers": len(own),
-                "ties": sum(choice.choice == "tie" for choice in own),
-                "skips": sum(choice.choice == "skip" for choice in own),
-                "left": sided.count("left") / len(sided) if sided else None,
-                "median_seconds": statistics.median(choice.seconds for choice in own),
-                "repeats": asdict(agreement((answers[pair], second[pair]) for pair in answers.keys() & second.keys())),
+            _person(name, choices[name], of_images=False)
+            | {
+                "ties": counts["tie"],
+                "left": counts["left"] / sided if sided else None,
                 "judges": asdict(_judges(answers.values())),
             }
         )
@@ -111,24 +109,15 @@ def report(choices: Mapping[str, Sequence[Choice]], margins: Mapping[str, float 
 def report_marks(choices: Mapping[str, Sequence[Choice]], images: int) -> dict[str, Any]:
     """All figures of marks of single images, JSON-able; `images` is how many there are. As in `report`, people are
     compared by their first answers, and the second ones measure self-consistency."""
-    first = {name: _answers(made, again=False) for name, made in choices.items() if made}
+    first = _first_answers(choices)
     people = []
-    for name, answers in first.items():
-        own, second = choices[name], _answers(choices[name], again=True)
-        counts = Counter(choice.choice for choice in own)
+    for name in first:
+        counts = Counter(choice.choice for choice in choices[name])
         # Shares are of decided answers: "unsure" says nothing about how strict a person is.
         decided = counts["faulty"] + counts["fine"]
-        both = [(answers[image], second[image]) for image in answers.keys() & second.keys()]
         people.append(
-            {
-                "name": name,
-                "answers": len(own),
-                "unsure": counts["unsure"],
-                "skips": counts["skip"],
-                "faulty": counts["faulty"] / decided if decided else None,
-                "median_seconds": statistics.median(choice.seconds for choice in own),
-                "repeats": asdict(agreement(both, of_images=True)),
-            }
+            _person(name, choices[name], of_images=True)
+            | {"unsure": counts["unsure"], "faulty": counts["faulty"] / decided if decided else None}
         )
     shares = votes(choices)
     return {
@@ -141,6 +130,24 @@ def report_marks(choices: Mapping[str, Sequence[Choice]], images: int) -> dict[s
     }
 
 
+def _first_answers(choices: Mapping[str, Sequence[Choice]]) -> dict[str, dict[str, float]]:
+    """By person who answered anything: the first answer to each pair or image."""
+    return {name: _answers(made, again=False) for name, made in choices.items() if made}
+
+
+def _person(name: str, made: Sequence[Choice], of_images: bool) -> dict[str, Any]:
+    """What both reports say of one person; there is at least one choice."""
+    first, second = _answers(made, again=False), _answers(made, again=True)
+    twice = [(first[item], second[item]) for item in first.keys() & second.keys()]
+    return {
+        "name": name,
+        "answers": len(made),
+        "skips": sum(choice.choice == "skip" for choice in made),
+        "median_seconds": statistics.median(choice.seconds for choice in made),
+        "repeats": asdict(agreement(twice, of_images)),
+    }
+
+
 def mark_lines(figures: Mapping[str, Any]) -> list[str]:
     """The report of marks as text."""
     lines = [
@@ -150,7 +157,7 @@ def mark_lines(figures: Mapping[str, Any]) -> list[str]:
     for p in figures["people"]:
         lines.append(
             f"  {p['name']}: {p['answers']} answers ({p['unsure']} unsure, {p['skips']} skips), median"
-            f" {p['median_seconds']:.1f} s, faulty in {_percent(p['faulty'])}; with self {_text(p['repeats'])}"
+            f" {p['median_seconds']:.1f} s, faulty in {percent(p['faulty'])}; with self {_text(p['repeats'])}"
         )
     return lines + _lines_between(figures)
 
@@ -161,7 +168,7 @@ def report_lines(figures: Mapping[str, Any]) -> list[str]:
     for p in figures["people"]:
         lines.append(
             f"  {p['name']}: {p['answers']} answers ({p['ties']} ties, {p['skips']} skips), median"
-            f" {p['median_seconds']:.1f} s, left in {_percent(p['left'])}; with self {_text(p['repeats'])};"
+            f" {p['median_seconds']:.1f} s, left in {percent(p['left'])}; with self {_text(p['repeats'])};"
             f" with judges {_text(p['judges'])}"
         )
     lines += _lines_between(figures)
@@ -221,8 +228,4 @@ def _text(agreed: Mapping[str, Any]) -> str:
     if agreed["equal"] is None:
         return "- (no pairs)"
     kappa = "-" if agreed["kappa"] is None else f"{agreed['kappa']:.2f}"
-    return f"{_percent(agreed['equal'])} of {agreed['pairs']} (kappa {kappa})"
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.0%}"
+    return f"{percent(agreed['equal'])} of {agreed['pairs']} (kappa {kappa})"

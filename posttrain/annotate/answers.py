@@ -94,6 +94,13 @@ class Annotations:
     size: int = 0
     """Bytes of whole lines."""
 
+    def items(self) -> set[str]:
+        """Ids of all pairs or images that someone answered."""
+        found: set[str] = set()
+        for made in self.choices.values():
+            found.update(choice.pair for choice in made)
+        return found
+
 
 def schedule(ids: Sequence[str], annotator: str, settings: Schedule) -> list[Showing]:
     """All showings for one annotator, in order.
@@ -202,7 +209,7 @@ class Store:
     def pairs(self) -> set[str]:
         """Ids of all pairs or images that someone answered."""
         with self._mutex:
-            return {choice.pair for choices in self._held.choices.values() for choice in choices}
+            return self._held.items()
 
     def add(self, annotator: str, showing: Showing, choice: Answer, seconds: float) -> bool:
         """Save a choice; it is on disk when this returns. False if that showing had been answered already.

@@ -31,7 +31,7 @@ POLICY = (
 Send = Callable[[MutableMapping[str, Any]], Any]
 
 
-def page(desk: Desk, password: str | None, hosts: set[str]) -> Guard:
+def page(desk: Desk, password: str | None, hosts: set[str], root_path: str = "") -> Guard:
     """An ASGI application. With a password everyone logs in; without one it answers only to the names in `hosts`."""
     # Gradio has a template syntax of its own (`{{value}}`, `${value}`), so the body is rendered before it gets it.
     with gr.Blocks(title="posttrain annotate", analytics_enabled=False, fill_width=True) as blocks:
@@ -71,6 +71,7 @@ def page(desk: Desk, password: str | None, hosts: set[str]) -> Guard:
         app,
         blocks,
         path="/",
+        root_path=root_path or None,
         auth=log_in if password is not None else None,
         auth_message="Choose a name, and enter the password that you were given.",
         theme=gr.themes.Default(primary_hue="indigo"),

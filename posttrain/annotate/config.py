@@ -28,6 +28,8 @@ class AnnotateConfig:
     """Address to listen at. Beyond this machine (such as 0.0.0.0) it needs password_env."""
     port: Port = 7860
     """Port to listen at; 0: any free one."""
+    root_path: str = ""
+    """Path under which a proxy that takes it away shows the page, such as /annotate; "": none."""
     password_env: str | None = None
     """Name of the environment variable with the password that everyone who chooses logs in with, under a name of
     their own; 8 characters or more. null: none."""
@@ -47,6 +49,8 @@ class AnnotateConfig:
             raise refusal(needed, f"missing; mode {self.mode} asks about {needed}")
         if getattr(self, other) is not None:
             raise refusal(other, f"is not read in mode {self.mode}; leave it out or change mode")
+        if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
+            raise refusal("root_path", f"is '{self.root_path}'; write it as /annotate, with a slash before it alone")
         # Whoever reaches the page can answer under any name.
         if not is_loopback(self.host) and self.password_env is None:
             raise refusal("host", f"{self.host} is reached from beyond this machine; set password_env as well")

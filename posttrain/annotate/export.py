@@ -10,10 +10,9 @@ vote for each image. Pairs that they leave undecided are left out.
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import track
+from typing import Any
 
 from posttrain.annotate import agreement, marked_images
 from posttrain.annotate.answers import read
@@ -21,6 +20,7 @@ from posttrain.annotate.config import AnnotationsConfig
 from posttrain.errors import UserError
 from posttrain.log import log
 from posttrain.preferences.dataset import Preference, PreferenceWriter, Skipped, read_preferences
+from posttrain.runs.progress import reading
 
 
 def write(config: AnnotationsConfig) -> None:
@@ -34,7 +34,7 @@ def write(config: AnnotationsConfig) -> None:
         return
     assert config.pairs is not None
     pairs = Pairs(config.pairs, config.max_bad)
-    pairs.require({choice.pair for choices in stored.choices.values() for choice in choices}, config.store)
+    pairs.require(stored.items(), config.store)
     figures = agreement.report(stored.choices, pairs.margins)
     print("\n".join(agreement.report_lines(figures)))
     if config.output is None:
@@ -51,14 +51,12 @@ def write(config: AnnotationsConfig) -> None:
 
 def preferred(pair: Preference, share: float) -> Preference:
     """The pair as people see it: `share` of them, not 0.5, preferred its `chosen`. It has no margin: no judge's."""
-    names = ("chosen", "rejected")
-    first, second = names if share > 0.5 else names[::-1]
-    values = {
-        f"{to}{suffix}": getattr(pair, f"{side}{suffix}")
-        for to, side in zip(names, (first, second))
-        for suffix in ("", "_policy", "_on_policy")
-    }
-    return Preference(pair.prompt, **values, source="human", share=max(share, 1 - share), seed=pair.seed)
+    swapped: dict[str, Any] = {}
+    if share < 0.5:
+        for suffix in ("", "_policy", "_on_policy"):
+            swapped[f"chosen{suffix}"] = getattr(pair, f"rejected{suffix}")
+            swapped[f"rejected{suffix}"] = getattr(pair, f"chosen{suffix}")
+    return replace(pair, **swapped, source="human", share=max(share, 1 - share), margin=None)
 
 
 class Pairs:
@@ -74,10 +72,7 @@ class Pairs:
         self.margins: dict[str, float | None] = {}
         tally = self._set.tally()
         # 1024-pixel images take a tenth of a second a pair.
-        shown = Console(stderr=True)
-        for i in track(
-            range(len(self._set)), "reading pairs", console=shown, transient=True, disable=not shown.is_terminal
-        ):
+        for i in reading(range(len(self._set)), "pairs"):
             pair = self._set[i]
             if isinstance(pair, Skipped):
                 tally.add(pair)

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
 from posttrain.annotate import agreement
 from posttrain.annotate.answers import Annotations
 from posttrain.errors import UserError
-from posttrain.judge.records import IMAGES, MARKS
-from posttrain.runs.files import replace_text
+from posttrain.image_reader import SUFFIXES, read_image
+from posttrain.judge.records import MARKS
+from posttrain.runs.files import replace_text, replacing_directory
+from posttrain.runs.progress import reading
 from prompts.parse import parse_json
 
 PROMPTS = "prompts.json"
@@ -48,10 +46,7 @@ class Images:
         self.prompts: dict[str, str] = {}
         """By id, in order; the empty string where no prompt is known."""
         self._files: dict[str, Found] = {}
-        shown = Console(stderr=True)
-        for found in track(
-            find(Path(path)), "reading images", console=shown, transient=True, disable=not shown.is_terminal
-        ):
+        for found in reading(find(Path(path)), "images"):
             name = _id(found, _read(found.path))
             self._files.setdefault(name, found)  # an image that is there twice is asked about once
             self.prompts.setdefault(name, found.prompt or "")
@@ -88,17 +83,17 @@ def find(root: Path) -> list[Found]:
     for folder in folders:
         within_run = folder.parent.name == "samples"
         prompts = _prompts((folder.parent if within_run else folder) / PROMPTS)
-        for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGES):
+        for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES):
             found.append(Found(path, prompts.get(path.stem), folder.name if within_run else None))
     if not found:
-        raise UserError(f"images: {root} holds no image ({', '.join(IMAGES)}) and no run with samples; give another")
+        raise UserError(f"images: {root} holds no image ({', '.join(SUFFIXES)}) and no run with samples; give another")
     return found
 
 
 def write(stored: Annotations, images_path: str, store: str, output: str | None) -> None:
     """Print the report and, with an output, write artifacts.jsonl, the images it names and agreement.json there."""
     images = Images(images_path)
-    images.require({choice.pair for choices in stored.choices.values() for choice in choices}, store)
+    images.require(stored.items(), store)
     figures = agreement.report_marks(stored.choices, len(images.prompts))
     print("\n".join(agreement.mark_lines(figures)))
     if output is None:
@@ -117,27 +112,19 @@ def write(stored: Annotations, images_path: str, store: str, output: str | None)
 
 
 def _write(images: Images, votes: dict[str, float], figures: dict[str, Any], target: Path) -> None:
-    """All or nothing: written beside and renamed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        temporary.chmod(0o755)
-        (temporary / "images").mkdir()
+    with replacing_directory(target) as folder:
+        (folder / "images").mkdir()
         rows = []
         for name in images.prompts:  # in the order of the files, whoever answered first
             if name not in votes:
                 continue
             found, file = images.file(name), f"images/{name}.png"
-            images[name].save(temporary / file)
+            images[name].save(folder / file)
             row = {"image": file, "fault": votes[name], "prompt": found.prompt, "source": found.source}
             known = {key: value for key, value in row.items() if value is not None}
             rows.append(json.dumps(known, ensure_ascii=False) + "\n")
-        replace_text(temporary / "agreement.json", json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
-        replace_text(temporary / MARKS, "".join(rows))
-        temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        replace_text(folder / "agreement.json", json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+        replace_text(folder / MARKS, "".join(rows))
 
 
 def _prompts(path: Path) -> dict[str, str]:
@@ -153,10 +140,11 @@ def _prompts(path: Path) -> dict[str, str]:
 
 def _read(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as an image ({type(error).__name__}); repair or remove it") from None
+        return read_image(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; repair or remove it") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; repair or remove it") from None
 
 
 def _id(found: Found, image: Image.Image) -> str:

@@ -32,6 +32,7 @@ from posttrain.annotate.export import Pairs
 from posttrain.annotate.marked_images import Images
 from posttrain.errors import UserError
 from posttrain.log import log
+from posttrain.report.format import counted
 from posttrain.runs.stop import until_terminated
 
 MIN_CHARACTERS = 8  # of a password
@@ -136,7 +137,7 @@ def _serve(desk: Desk, config: AnnotateConfig, password: str | None, listener: s
 
     port, everywhere = listener.getsockname()[1], config.host in ("0.0.0.0", "::")
     host = socket.gethostname() if everywhere else config.host
-    app = page(desk, password, {"localhost", "127.0.0.1", "::1", host})
+    app = page(desk, password, {"localhost", "127.0.0.1", "::1", host}, config.root_path)
     options = {"log_level": "warning", "timeout_graceful_shutdown": 1, "lifespan": "on"}
     server = uvicorn.Server(uvicorn.Config(app, **options))
     if not is_loopback(config.host):
@@ -145,7 +146,7 @@ def _serve(desk: Desk, config: AnnotateConfig, password: str | None, listener: s
             " before this"
         )
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
-    print(f"posttrain: {len(desk.items.prompts)} {desk.thing}s at {url}", flush=True)
+    print(f"posttrain: {counted(len(desk.items.prompts), desk.thing)} at {url}", flush=True)
     server.run(sockets=[listener])
 
 

@@ -36,10 +36,10 @@ from torch import Tensor
 
 from posttrain.bench import errors
 from posttrain.bench.config import DRAWING, BenchConfig
+from posttrain.bench.markdown import table
 from posttrain.bench.plan import plan, text_encoder_gib
 from posttrain.bench.steps import Steps
 from posttrain.bench.stock import Stock
-from posttrain.bench.table import table
 from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError

@@ -188,9 +188,11 @@ class Steps:
         source = PromptSource(config, [PromptRecord(str(i)) for i in range(self.procs.size)])
         with ScoreQueue(load_rewards(config.rewards), self.config.group) as queue:
             micro_batch = self._micro_batch(config.groups.micro_batch)
-            yield from grpo.updates(
+            steps = grpo.updates(
                 k2, config, source, queue, self._stepper, count(1), self.procs, {}, micro_batch, BenchClock(self)
             )
+            for step, metrics, _ in steps:
+                yield step, metrics
 
     def _stpo(self) -> Iterator[tuple[int, dict[str, Any]]]:
         config = self._stpo_config

@@ -59,6 +59,7 @@ METRICS = (
     Metric("non_finite", "Metric values of this row that were NaN or infinite", "values", "lower"),
     Metric("drift_*", "Mean squared distance of the policy's velocity from the reference's", ">= 0", "", "divergence"),
     # Rewards and judges.
+    Metric("skipped_steps", "Steps so far without an update, as no image could be scored", "steps", "lower"),
     Metric("missing", "Share of images that no reward could score", "[0, 1]", "lower"),
     Metric("failed", "Share of scores that failed although the reward applies", "[0, 1]", "lower"),
     Metric(

@@ -70,7 +70,8 @@ class ModelConfig(RuntimeConfig):
     """The K2 checkpoint to start from, and how it is run."""
 
     path: str
-    """Diffusers directory or hub id of a Krea2Pipeline (with transformer_file: for the other parts)."""
+    """Diffusers directory or hub id of a Krea2Pipeline (with transformer_file: for the other parts). A hub id
+    may have a branch, tag or commit behind an @: OWNER/NAME@REVISION."""
     transformer_file: str | None = None
     """Transformer as one safetensors file in the original key names; replaces the one in path."""
     start: str | None = None
@@ -115,8 +116,8 @@ class PromptsConfig:
     tags, id."""
 
     train: str
-    """What training draws from: a JSONL file, or hf:NAME[:SPLIT] for a dataset that `datasets` loads, such as
-    hf:owner/name:train[:5000]; SPLIT is train if not given."""
+    """What training draws from: JSONL, CSV, parquet, a directory of `save_to_disk`, or hf:NAME[:SPLIT] for a dataset
+    that `datasets` loads, such as hf:owner/name:train[:5000]; SPLIT is train if not given and NAME is of the hub."""
     heldout: str
     """What evaluation draws; written as train is, and never trained on."""
     max_tokens: AtLeast1 = 512

@@ -29,7 +29,7 @@ from accelerate import PartialState
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from posttrain.distributed import shards
+from posttrain.distributed import launch, shards
 from posttrain.errors import UserError
 from posttrain.log import silence
 from posttrain.runs import startup
@@ -63,6 +63,7 @@ class Processes:
     def __init__(self, shardable: bool = False) -> None:
         """`shardable`: the caller uses model/parallelize.py. Raises UserError if the launcher asks for sharding and the
         caller cannot do it."""
+        launch.check()
         engine = _fsdp() or _zero()
         if engine and not shardable:
             raise UserError(

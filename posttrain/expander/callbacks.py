@@ -26,6 +26,7 @@ from posttrain.model import sampler
 from posttrain.runs.files import replace_text
 from posttrain.runs.run import Run, peak_memory
 from posttrain.runs.stop import StopSignals
+from posttrain.training.idle import check_idle, count_idle
 from posttrain.training.judge_check import check_judges
 from posttrain.training.stepper import MAX_SKIPPED
 from prompts.records import PromptRecord
@@ -45,6 +46,16 @@ def diversity_weight(config: ExpanderGDPOConfig, step: int) -> float:
             return 0.0
         case "annealed":
             return weight * max(0.0, 1 - 2 * step / config.steps)
+
+
+def idle_reason(scored: Scored, group_size: int) -> str | None:
+    """Why nothing could be learnt from these expansions; None if something could."""
+    flat = [share for name, share in scored.figures(group_size).items() if name.startswith("flat/")]
+    if any(share != 1 for share in flat):
+        return None
+    if scored.valid_NK.any():
+        return "the expansions of each group score alike in every reward"
+    return next((message for message, _ in scored.failures.most_common(1)), "no reward has a score")
 
 
 class SharedRewards:
@@ -137,6 +148,7 @@ class GDPOCallback(TrainerCallback):
         self.done = self.first
         self.signals = StopSignals()
         self.skipped = self.skipped_in_a_row = 0
+        self._idle = {"skipped_steps": 0, "idle_steps": 0}
         self._seconds: dict[str, float] = {}
         self._began = self._started = time.perf_counter()
 
@@ -215,6 +227,11 @@ class GDPOCallback(TrainerCallback):
         self.run.prompts({"The latest expansions that failed a check": list(shared.faults)} if shared.faults else None)
         step = self.done = state.global_step
         log.info(f"step {step}: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items()))
+        reason = idle_reason(scored, self.config.groups.group_size)
+        if self.procs.any(reason is None):  # another process had groups that differ
+            reason = None
+        count_idle(self._idle, reason, False)
+        check_idle(self._idle, reason, self.config.idle_steps)
         every = self.config.eval.every
         if (every and step % every == 0) or step == self.config.steps:
             self._evaluate(step)

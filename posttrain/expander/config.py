@@ -423,6 +423,9 @@ class ExpanderGDPOConfig:
     """Judges to serve while the run lasts; rewards and safety name one as server://NAME."""
     steps: AtLeast1 = 200
     """Training steps."""
+    idle_steps: AtLeast0 = 50
+    """Steps in a row from which nothing could be learnt, as the expansions of each group score alike in every reward or
+    have no score, after which the run ends; 5 are warned of. 0: never."""
     seed: AtLeast0 = 0
     """Seed of adapter, prompts, expansions and noise."""
     lora: LoraConfig = field(default_factory=LoraConfig)

@@ -34,8 +34,8 @@ from posttrain.errors import UserError
 from posttrain.expander.config import ExpanderDataConfig, WriterConfig, is_function
 from posttrain.log import log
 from posttrain.preferences.heldout import in_share
-from posttrain.preferences.sources import open_source
 from posttrain.runs.guard import check_unchanged
+from prompts.tables import open_table, row_texts
 from prompts.templates import load_template
 from rewards.endpoints import JudgeError
 from rewards.judge import Judge
@@ -94,19 +94,14 @@ def make(config: ExpanderDataConfig, resume: bool = False) -> None:
 
 def read_captions(config: ExpanderDataConfig) -> list[str]:
     """The captions without repetitions. Raises UserError with the row of a caption that is not text."""
-    source = open_source(config.captions)
+    source = open_table(config.captions)
     if config.column not in source.columns:
         known = ", ".join(source.columns) or "none"
         raise UserError(f"column: {config.captions} has no column {config.column}; it has {known}")
     texts: dict[str, None] = {}  # an ordered set
     for i in range(len(source)):
-        try:
-            value = source[i][config.column]
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{source.name(i)}: {config.column}: cannot be read: {error}") from None
-        if not isinstance(value, str) or not value.strip():
-            raise UserError(f"{source.name(i)}: {config.column}: is empty or not text; fix or remove the row")
-        texts[value.strip()] = None
+        (text,) = row_texts(source, i, config.column)
+        texts[text] = None
         if len(texts) == config.count:
             break
     if not texts:

@@ -44,8 +44,11 @@ from posttrain.expander.policy import Policy
 from posttrain.expander.renderer import make_renderer
 from posttrain.expander.score import Scorer
 from posttrain.expander.trl_checkpoint import AtomicCheckpointCallback, PlainState, newest
+from posttrain.loading import without_revision
 from posttrain.log import log
 from posttrain.model import sampler
+from posttrain.report.front_matter import card
+from posttrain.report.public import public
 from posttrain.runs.run import Run
 from posttrain.training.loop import open_run, resuming, try_rewards
 from prompts.records import read_prompts
@@ -67,7 +70,7 @@ def train(config: ExpanderGDPOConfig, resume: bool = False) -> None:
         )
     resume = resuming(config, resume, procs)
     records, heldout = read_prompts(config.prompts.train), read_prompts(config.prompts.heldout)
-    try_rewards(config)
+    try_rewards(config, heldout, records, ["expansion"])
     # All that may be missing or too large is loaded before the run directory is made.
     policy = Policy(config.model, config.lora, config.seed, procs.device)
     renderer = make_renderer(config.renderer, procs.device)
@@ -111,7 +114,7 @@ def train(config: ExpanderGDPOConfig, resume: bool = False) -> None:
             policy.load(saved)
         callback.finish()
         if procs.main:
-            policy.save(run.path / "adapter", card(config, policy, callback.evaluations[-1]["figures"]))
+            policy.save(run.path / "adapter", model_card(config, policy, callback.evaluations[-1]["figures"]))
 
 
 def _check_base(run: Run, policy: Policy, saved: Path | None) -> None:
@@ -203,17 +206,22 @@ def weights(config: ExpanderGDPOConfig) -> list[float]:
     return [*trained, diversity_weight(config, 0)]
 
 
-def card(config: ExpanderGDPOConfig, policy: Policy, figures: dict[str, float | None]) -> str:
-    """The adapter's model card."""
-    base = policy.base
-    ablation = "" if config.ablation.diversity == "kept" else f" An ablation: {ABLATED[config.ablation.diversity]}."
-    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in figures.items() if value is not None)
-    return (
-        f"---\nbase_model: {base}\nlibrary_name: peft\ntags: [lora, vllm, prompt-expansion]\n---\n\n"
-        "# A prompt expander\n\n"
-        f"A LoRA adapter for {base}, trained with GDPO on the images that {config.renderer.path} draws from its"
-        f" expansions. {config.steps} steps of {config.groups.prompts_per_step} prompts by {config.groups.group_size}"
-        f" expansions; prompts from {config.prompts.train}, seed {config.seed}.{ablation} The chat messages are"
-        f" those of prompts/expander.md, hash {template().hash}: the system text, then the user's prompt by itself.\n\n"
-        f"## Held-out prompts\n\n| figure | |\n|---|---|\n{rows}\n"
+def model_card(config: ExpanderGDPOConfig, policy: Policy, figures: dict[str, float | None]) -> str:
+    """Of the adapter."""
+    front = {
+        "base_model": without_revision(public(policy.base)),
+        "library_name": "peft",
+        "tags": ["lora", "vllm", "prompt-expansion"],
+    }
+    ablation = config.ablation.diversity
+    return card(
+        "gdpo_card.md",
+        front,
+        config=config,
+        renderer=public(config.renderer.path),
+        prompts=public(config.prompts.train),
+        base=public(policy.base),
+        ablation="" if ablation == "kept" else ABLATED[ablation],
+        template=template(),
+        rows=[[name, value] for name, value in figures.items() if value is not None],
     )

@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from posttrain.errors import UserError
 from posttrain.expander.chat_template import messages, template
+from posttrain.loading import load_adapter, load_model, load_tokenizer, local, without_revision
 from posttrain.model import sampler
 from posttrain.model.fingerprint import fingerprint
-from posttrain.model.load import quiet
 from posttrain.runs import startup
 
 CARD = "expander.json"
@@ -52,11 +50,7 @@ class Expander:
         tokenizer.padding_side = "left"  # generation continues after the last token, which must not be padding
         if adapter is not None:
             check_base(adapter, base, model)
-            try:
-                with quiet():
-                    model = PeftModel.from_pretrained(model, adapter)
-            except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-                raise UserError(f"{adapter}: cannot be loaded as an adapter of {base}: {_first_line(error)}") from error
+            model = load_adapter(model, adapter, f"{adapter} on {base}")
         return cls(model.to(device).eval(), tokenizer)
 
     @torch.no_grad()
@@ -125,14 +119,10 @@ def resolve(path: str, adapter: str | None = None) -> tuple[str, str | None]:
 def load_chat_model(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """(model, tokenizer); the tokenizer has a chat template and a padding token. No code from the checkpoint runs."""
     startup.lap("inputs")
-    # without a local directory, transformers asks the hub
-    what = "" if Path(path).exists() else "no such directory, and as a hub id it "
-    try:
-        with quiet():
-            tokenizer: Any = AutoTokenizer.from_pretrained(path)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"{path}: {what}cannot be loaded as a language model: {_first_line(error)}") from error
+    folder = local(path)
+    model = load_model(AutoModelForCausalLM, folder, path, "cpu", dtype=dtype)
+    model.name_or_path = model.config.name_or_path = without_revision(path)  # what adapters are said to be of
+    tokenizer = load_tokenizer(folder, path, model.get_input_embeddings().num_embeddings)
     if tokenizer.chat_template is None:
         raise UserError(f"{path}: its tokenizer has no chat template; use an instruct model")
     if tokenizer.pad_token is None:  # batches need one; masked, so it does not matter which
@@ -164,12 +154,11 @@ def check_base(adapter: str, base: str, model: torch.nn.Module) -> None:
 
 
 def _named_base(adapter: Path) -> str:
-    config = adapter / "adapter_config.json"
+    config, card = adapter / "adapter_config.json", adapter / CARD
     try:
-        return str(json.loads(config.read_text())["base_model_name_or_path"])
+        name = str(json.loads(config.read_text())["base_model_name_or_path"])
+        own = str(json.loads(card.read_text())["base"]) if card.is_file() else name
+        # The card has the revision too, for which PEFT's settings have no place.
+        return own if without_revision(own) == name else name
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{config}: has no base_model_name_or_path; give model and adapter separately") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

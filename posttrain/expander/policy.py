@@ -8,19 +8,20 @@ from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLora
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
-from safetensors import SafetensorError
+from peft import get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig
 
 from posttrain.config.sections import LoraConfig
-from posttrain.errors import UserError
+from posttrain.errors import UserError, first_line
 from posttrain.expander.chat_template import messages, template
 from posttrain.expander.config import ChatModelConfig
 from posttrain.expander.model import check_base, load_chat_model, resolve, write_card
 from posttrain.expander.score import Expansion
+from posttrain.loading import load_adapter
 from posttrain.model.fingerprint import fingerprint
+from posttrain.runs.files import apply_umask
 from prompts.records import PromptRecord
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -38,17 +39,16 @@ class Policy:
         if adapter is not None:
             check_base(adapter, path, base)
         base.to(device)
-        try:
-            if adapter is not None:
-                self.model: Any = PeftModel.from_pretrained(base, adapter, is_trainable=True)
-            else:
-                torch.manual_seed(seed)  # of the adapter's A factors
-                targets = list(TARGETS if lora.targets is None else lora.targets)
-                options = PeftLora(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM")  # type: ignore[arg-type]
+        if adapter is not None:
+            self.model: Any = load_adapter(base, adapter, f"{adapter} on {path}", trainable=True)
+        else:
+            torch.manual_seed(seed)  # of the adapter's A factors
+            targets = list(TARGETS if lora.targets is None else lora.targets)
+            options = PeftLora(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM")  # type: ignore[arg-type]
+            try:
                 self.model = get_peft_model(base, options)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            what = "lora.targets" if adapter is None else f"model: {adapter} as an adapter of {path}"
-            raise UserError(f"{what}: {str(error).strip().splitlines()[0]}") from error
+            except ValueError as error:
+                raise UserError(f"lora.targets: {first_line(error)}") from error
         ends = base.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         self.ends = list(dict.fromkeys([self.tokenizer.eos_token_id, *ends]))
@@ -127,6 +127,7 @@ class Policy:
     def save(self, directory: Path, card: str) -> None:
         """Saves the adapter for PEFT, vLLM and `posttrain expand`, with a model card."""
         self.model.save_pretrained(str(directory), selected_adapters=["default"])
+        apply_umask(directory)
         (directory / "README.md").write_text(card, encoding="utf-8")
         write_card(directory, self.base, self.base_fingerprint)
 

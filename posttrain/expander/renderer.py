@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import io
-import os
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,18 +16,19 @@ from typing import Any, Protocol
 
 import torch
 from openai import APIResponseValidationError, AsyncOpenAI
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from posttrain.errors import UserError
 from posttrain.expander.config import RendererConfig
+from posttrain.image_reader import read_image
+from posttrain.loading import load_tokenizer, local
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.runs import startup
 from rewards.base import WINDOW
 from rewards.endpoints import Endpoints, JudgeError, share
-from rewards.load import refuse_keys
+from rewards.serve import read_key, refuse_keys
 from rewards.traffic import Sent
 
 SUFFIX_TOKENS = 5
@@ -121,14 +120,12 @@ class EndpointRenderer:
     def __init__(self, config: RendererConfig):
         self.config = config
         refuse_keys(config.urls, "renderer.urls")
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(config.path, subfolder="tokenizer")
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"renderer.path: {config.path} has no tokenizer that can be loaded: {reason}") from error
-        if config.api_key_env is not None and not os.environ.get(config.api_key_env):
+        folder = local(config.path, ("tokenizer/*",)) / "tokenizer"
+        self._tokenizer: Any = load_tokenizer(folder, f"renderer.path: {config.path}/tokenizer", None)
+        key = read_key(config.api_key_env, "renderer.api_key_env") if config.api_key_env is not None else "none"
+        if key is None:
             raise UserError(f"renderer.api_key_env: {config.api_key_env} is not set: export it")
-        self._key = os.environ[config.api_key_env] if config.api_key_env else "none"
+        self._key = key
         self._failed: deque[bool] = deque(maxlen=WINDOW)
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Rendering:
@@ -180,11 +177,10 @@ class EndpointRenderer:
         try:
             answer = await endpoints.request(send)
             data = base64.b64decode(answer["data"][0]["b64_json"], validate=True)
-            image = Image.open(io.BytesIO(data)).convert("RGB")
+            image = read_image(data)
         except JudgeError as error:
             return str(error)
-        except (APIResponseValidationError, KeyError, IndexError, TypeError, binascii.Error, ValueError,
-                UnidentifiedImageError, OSError) as error:  # fmt: skip
+        except (APIResponseValidationError, KeyError, IndexError, TypeError, binascii.Error, ValueError) as error:
             return f"the server's answer is not an image: {type(error).__name__}: {error}"
         if image.size != (width, height):
             return f"the server drew {image.width} x {image.height} pixels, not {width} x {height}"

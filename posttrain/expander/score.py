@@ -34,6 +34,9 @@ from rewards.base import Noise, Reward, RewardError, RewardSpec, Scores, score_a
 from rewards.diversity import Features, contributions
 from rewards.load import load_rewards
 
+TRL_EPSILON = 1e-4
+"""What TRL adds to a group's standard deviation."""
+
 
 @dataclass
 class Expansion:
@@ -91,10 +94,10 @@ class Scored:
         return _optional(self.values_NK[:, k], self.valid_NK[:, k])
 
     def rewards_for_trl(self, name: str, group_size: int) -> list[float | None]:
-        """The scores of one reward for TRL, with its noise floor: see `with_floor`."""
+        """The scores of one reward for TRL, with its noise floor: see `for_trl`."""
         k = self.names.index(name)
         valid_N = self.valid_NK[:, k]
-        return _optional(with_floor(self.values_NK[:, k], valid_N, group_size, self._floor(name)), valid_N)
+        return _optional(for_trl(self.values_NK[:, k], valid_N, group_size, self._floor(name)), valid_N)
 
     def noise_share(self, weights: Sequence[float], group_size: int) -> float | None:
         """`advantages.noise_share` of rewards with these weights, in the order of `names`."""
@@ -346,27 +349,30 @@ def _image_keys(expansions: Sequence[Expansion], seeds: Sequence[int], rows: Seq
     return [(expansions[i].text, seeds[i]) for i in rows]
 
 
-def with_floor(values_N: np.ndarray, valid_N: np.ndarray, group_size: int, floor: float) -> np.ndarray:
-    """Values from which TRL computes the advantages of one reward with a noise floor, which TRL itself does not have.
+def for_trl(values_N: np.ndarray, valid_N: np.ndarray, group_size: int, floor: float) -> np.ndarray:
+    """Values of one reward from which TRL computes its advantages A by `advantages.standardise`, noise floor included.
 
-    TRL computes (R - mean) / (std + 1e-4). If deviations from the group's mean are multiplied by c, this becomes
-    c (R - mean) / (c std + 1e-4). Where std is below the floor, c = 1e-4 / (floor - std + 1e-4) makes it
-    (R - mean) / (floor + 1e-4). A flat group gets one number: its mean, rounded to 12 bits, so that the fp32 mean of
-    equal numbers is exactly that number and the advantages are exactly 0.
+    TRL computes (R - mean) / (std + 1e-4), for which a spread of 3e-5 is none, and has no floor. With R = mean + t A it
+    is t A / (t std_A + 1e-4), which is A where t = 1e-4 / (1 - std_A); std_A is below 1, since A has an epsilon of its
+    own. Groups of which TRL makes the same within a thousandth are left as they are. A flat group gets one number: its
+    mean, rounded to 12 bits, so that the fp32 mean of equal numbers is exactly that number and the advantages are 0.
     """
-    if not floor:
-        return values_N
+    shape = (-1, group_size, 1)
+    values_PG1, valid_PG1 = torch.from_numpy(values_N).view(shape), torch.from_numpy(valid_N).view(shape)
+    wanted_N = advantages.standardise(values_PG1, valid_PG1, torch.tensor([floor])).flatten().numpy()
     result_N = values_N.copy()
     for first in range(0, len(values_N), group_size):
         rows = first + np.flatnonzero(valid_N[first : first + group_size])
         if not len(rows):
             continue
-        mean = values_N[rows].mean()
-        if np.ptp(values_N[rows]) < floor:
+        mean, wanted = values_N[rows].mean(), wanted_N[rows]
+        if not wanted.any():
             fraction, exponent = np.frexp(mean)
             result_N[rows] = np.ldexp(np.round(np.ldexp(fraction, 12)), exponent - 12)
-        elif (short := floor - values_N[rows].std(ddof=1)) > 0:
-            result_N[rows] = mean + (values_N[rows] - mean) * advantages.EPSILON / (short + advantages.EPSILON)
+            continue
+        usual = (values_N[rows] - mean) / (values_N[rows].std(ddof=1) + TRL_EPSILON)
+        if np.abs(usual - wanted).max() > 1e-3 * np.abs(wanted).max():
+            result_N[rows] = mean + wanted * TRL_EPSILON / (1 - wanted.std(ddof=1))
     return result_N
 
 

@@ -36,15 +36,20 @@ from posttrain.expander.chat_template import messages, template
 from posttrain.expander.config import ExpanderSFTConfig
 from posttrain.expander.model import load_chat_model, resolve, write_card
 from posttrain.expander.trl_checkpoint import AtomicCheckpointCallback, PlainState, newest
+from posttrain.loading import quiet, without_revision
 from posttrain.log import log
 from posttrain.model import clipping
 from posttrain.model.fingerprint import fingerprint
-from posttrain.model.load import quiet
 from posttrain.preferences.heldout import in_share
-from posttrain.preferences.sources import open_source
+from posttrain.report.front_matter import card
+from posttrain.report.page import write_report
+from posttrain.report.public import public
+from posttrain.runs.files import apply_umask
 from posttrain.runs.guard import check_unchanged
 from posttrain.runs.run import Run, peak_memory
 from posttrain.runs.stop import StopSignals
+from prompts.parse import read_lines
+from prompts.tables import open_table, row_texts
 
 LOGGED = ("loss", "mean_token_accuracy", "entropy", "grad_norm", "learning_rate")
 """Values of the trainer's log that metrics.jsonl keeps; entropy is that of the next token, in nats."""
@@ -91,10 +96,13 @@ def train(config: ExpanderSFTConfig, resume: bool = False) -> None:
             trained.save_pretrained(str(folder))  # as PEFT writes it, which vLLM reads
             if config.lora is None:
                 tokenizer.save_pretrained(str(folder))
+            apply_umask(folder)
             write_card(folder, base, base_print)
             figures = {"before": before, "after": after, "steps": trainer.state.global_step}
             (folder / "README.md").write_text(model_card(config, figures, len(training), len(heldout)))
+            run.stopped = logger.signals.received
             run.summary({**figures, "pairs": len(training), "heldout": len(heldout), **peak_memory()})
+            write_report(run.path)
     if logger.signals.received is signal.SIGINT:
         raise KeyboardInterrupt
 
@@ -221,23 +229,13 @@ def read_pairs(config: ExpanderSFTConfig) -> tuple[list[Pair], list[Pair]]:
 
 
 def _read(path: str) -> list[Pair]:
-    source = open_source(path)
+    source = open_table(path)
     if not len(source):
         raise UserError(f"data: {path} has no rows; give pairs of prompt and completion")
     for column in ("prompt", "completion"):
         if column not in source.columns:
             raise UserError(f"data: {path} has no column {column}; it has {', '.join(source.columns)}")
-    pairs = []
-    for i in range(len(source)):
-        try:
-            values = [source[i][column] for column in ("prompt", "completion")]
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{source.name(i)}: cannot be read: {error}") from None
-        for column, value in zip(("prompt", "completion"), values):
-            if not isinstance(value, str) or not value.strip():
-                raise UserError(f"{source.name(i)}: {column}: is empty or not text; fix or remove the row")
-        pairs.append(Pair(*map(str.strip, values)))
-    return pairs
+    return [Pair(*row_texts(source, i, "prompt", "completion")) for i in range(len(source))]
 
 
 def conversations(pairs: list[Pair]) -> datasets.Dataset:
@@ -348,8 +346,7 @@ def _quiet() -> Iterator[None]:
 def _evaluations(run: Run) -> tuple[dict[str, float], dict[str, float]]:
     """The first and the last held-out metrics."""
     evaluations = []
-    for line in (run.path / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in read_lines(run.path / "metrics.jsonl"):
         if "eval/loss" in row:
             names = [name for name in ("loss", "mean_token_accuracy") if f"eval/{name}" in row]
             evaluations.append({name: row[f"eval/{name}"] for name in names})
@@ -357,23 +354,23 @@ def _evaluations(run: Run) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def model_card(config: ExpanderSFTConfig, figures: dict[str, Any], training: int, heldout: int) -> str:
-    instruction = template()
-    table = "| held out | before | after |\n| --- | --- | --- |"
-    for name, after in figures["after"].items():
-        if (before := figures["before"].get(name)) is not None:
-            table += f"\n| {name} | {before:.4f} | {after:.4f} |"
-    kind = "adapter" if config.lora is not None else "model"
-    settings = json.dumps({k: asdict(config)[k] for k in ("lora", "optim", "batch", "dtype", "seed")})
-    head = f"---\nbase_model: {config.model}\nlibrary_name: {'peft' if kind == 'adapter' else 'transformers'}\n"
-    return "\n\n".join([
-        head + "tags: [prompt-expander, sft, vllm]\n---",
-        "# A prompt expander",
-        f"{'A LoRA adapter for' if kind == 'adapter' else 'Trained from'} {config.model}. It answers a short prompt for"
-        " an image model with one richer caption of the same image. Any chat server gives it the messages it was"
-        f" trained on (template {instruction.hash}):",
-        f"- system: {instruction.system}\n- user: the prompt",
-        f"{figures['steps']} updates of {config.batch} pairs from {training}; {heldout} pairs are held out. Sample it"
-        " at temperature 1: each answer chooses anew what the prompt leaves open.",
-        table,
-        f"Settings: `{settings}`",
-    ]) + "\n"  # fmt: skip
+    before, settings = figures["before"], asdict(config)
+    is_adapter = config.lora is not None
+    front = {
+        "base_model": without_revision(public(config.model)),
+        "library_name": "peft" if is_adapter else "transformers",
+        "tags": ["prompt-expander", "sft", "vllm"],
+    }
+    return card(
+        "sft_card.md",
+        front,
+        config=config,
+        base=public(config.model),
+        adapter=is_adapter,
+        template=template(),
+        steps=figures["steps"],
+        training=training,
+        heldout=heldout,
+        rows=[[name, before[name], after] for name, after in figures["after"].items() if name in before],
+        settings=json.dumps({name: settings[name] for name in ("lora", "optim", "batch", "dtype", "seed")}),
+    )

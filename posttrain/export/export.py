@@ -27,10 +27,12 @@ from posttrain.export.config import ExportConfig
 from posttrain.export.hub import check_push, push
 from posttrain.export.model_card import LEAST_KEPT, Rounding, model_card
 from posttrain.export.verify import check_lora, check_pipeline, check_weights
+from posttrain.loading import quiet
 from posttrain.model import key_names
 from posttrain.model.k2 import K2
-from posttrain.model.load import empty_transformer, keeps_fp32, quiet
+from posttrain.model.load import empty_transformer, keeps_fp32
 from posttrain.model.roles import Kept
+from posttrain.runs.files import apply_umask
 from posttrain.runs.guard import check_new
 from posttrain.training import checkpoint
 from posttrain.training.checkpoint import Checkpoint
@@ -51,7 +53,7 @@ def export(config: ExportConfig) -> None:
     saved = checkpoint.load(checkpoint.find(config.source))
 
     def card_of(rounding: Rounding | None) -> str:
-        return model_card(saved, output, config.format, config.license, rounding)
+        return model_card(saved, output, config.format, config.license, rounding, config.push)
 
     rounding = write(saved, output, config.format, card_of, config.dtype, config.allow_rounding)
     if rounding is not None:
@@ -191,6 +193,7 @@ def _write_atomically(
     try:
         path = folder / output.name
         write(path)
+        apply_umask(path)
         check(path)
         if card is not None:
             # A directory holds its card; a file has it beside itself.

@@ -9,7 +9,7 @@ from huggingface_hub import CommitOperationAdd
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from posttrain.errors import UserError
+from posttrain.errors import UserError, first_line
 
 
 def check_push(name: str) -> None:
@@ -20,7 +20,7 @@ def check_push(name: str) -> None:
         if name.count("/") != 1:
             raise HFValidationError("it has no owner")
     except HFValidationError as error:
-        raise UserError(f"push: '{name}' is no hub id: {_first_line(error)}; write owner/name") from error
+        raise UserError(f"push: '{name}' is no hub id: {first_line(error)}; write owner/name") from error
     if huggingface_hub.get_token() is None:
         raise UserError("push: no token; run `hf auth login`, or set HF_TOKEN to one that may write")
 
@@ -37,11 +37,7 @@ def push(output: Path, card: Path | None, name: str, private: bool) -> str:
             api.create_commit(name, files, commit_message=message)
     except (HTTPError, OSError, ValueError) as error:
         raise UserError(
-            f"push: {name} did not take it: {_first_line(error)}; {output} is whole, push it once more with"
+            f"push: {name} did not take it: {first_line(error)}; {output} is whole, push it once more with"
             f" `hf upload {name} {output}`"
         ) from error
     return f"{api.endpoint}/{name}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

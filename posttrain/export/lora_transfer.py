@@ -30,9 +30,11 @@ from posttrain.export.model_card import run_recipe
 from posttrain.model.k2 import K2, to_pil
 from posttrain.model.lora_file import add_lora, linear_shapes, read_lora
 from posttrain.runs.guard import check_new
+from posttrain.runs.progress import columns as aligned_columns
 from posttrain.training import checkpoint, image_metrics, policy
 from posttrain.training.checkpoint import Checkpoint
 from posttrain.training.evaluate import Evaluator
+from posttrain.training.loop import try_rewards
 from prompts.records import PromptRecord, columns, read_prompts
 from rewards.base import Reward, RewardSpec, Scores, score_all
 from rewards.load import load_rewards
@@ -59,7 +61,7 @@ def check(config: CarryoverConfig) -> int:
     config = _completed(config, saved)
     assert config.model is not None and config.prompts is not None
     records = read_prompts(config.prompts)[: config.images]
-    load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})  # before the wait
+    try_rewards(config, records)
     with tempfile.TemporaryDirectory(prefix="posttrain-check-") as logs, serve(config.servers, Path(logs)) as urls:
         rewards = [reward for reward in load_rewards(config.rewards, urls) if not reward.spec.group]
         found = carry_over(config, saved, records, rewards)
@@ -107,16 +109,15 @@ def table(found: dict[str, Any]) -> str:
     for name, values in found["rewards"].items():
         cells: list[str] = []
         for where in ("raw", "turbo"):
-            v = values[where]
-            gain = "-" if v["gain"] is None else f"{v['gain']:+.4f} ± {v['error']:.4f}"
-            cells += [*("-" if v[k] is None else f"{v[k]:.4f}" for k in ("off", "on")), gain]
+            off, on, gain, error = (values[where][figure] for figure in FIGURES)
+            # All of them are missing where the reward scored too few images.
+            cells += ["-"] * 3 if gain is None else [f"{off:.4f}", f"{on:.4f}", f"{gain:+.4f} ± {error:.4f}"]
         share = "no clear gain on Raw" if values["share"] is None else f"{100 * values['share']:.0f} %"
         rows.append((name, *cells, share))
     d = found["distance"]
     change = f"{100 * d['turbo'] / d['raw']:.0f} %" if d["raw"] else "-"
     rows.append(("image distance", "", "", f"{d['raw']:.4f}", "", "", f"{d['turbo']:.4f}", change))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
+    return aligned_columns(rows)
 
 
 # ---- settings and models ---------------------------------------------------------------------------------------

@@ -14,7 +14,11 @@ from typing import Any
 import yaml
 
 from posttrain import commands
+from posttrain.loading import is_hub_id, without_revision
+from posttrain.report.format import counted
 from posttrain.report.front_matter import card
+from posttrain.report.public import public
+from posttrain.runs.read import read_changes
 from posttrain.training.checkpoint import Checkpoint
 from posttrain.training.policy import earlier_of, is_student
 
@@ -50,11 +54,17 @@ class Rounding:
 
 
 def model_card(
-    saved: Checkpoint, output: Path, format: str, license: str | None, rounding: Rounding | None = None
+    saved: Checkpoint,
+    output: Path,
+    format: str,
+    license: str | None,
+    rounding: Rounding | None = None,
+    hub: str | None = None,
 ) -> str:
     """The card as Markdown, with the front matter that the hub reads. `license` overrides the base's; `rounding` says
-    how much a merge kept."""
-    model, recipe = saved.state["model"], run_recipe(saved)
+    how much a merge kept; `hub` is the id that the export is uploaded under."""
+    # Whoever reads the card need not know where the base lies on this machine.
+    model, recipe = public(saved.state["model"]), public(run_recipe(saved))
     front = _front(saved, format, license)
     student = saved.state["student"] if is_student(saved) else None
     guidance = saved.state.get("guidance")
@@ -64,7 +74,10 @@ def model_card(
     return card(
         "export_card.md", front,
         title=output.name if format == "diffusers" else output.stem,
-        name=output.name,
+        name=hub if hub is not None and format == "diffusers" else output.name,
+        file=output.name,
+        hub=hub,
+        base_is_on_hub=is_hub_id(model["path"]),
         base=model["path"],
         source=f"{model['transformer_file']} ({model['path']})" if model["transformer_file"] else model["path"],
         format=format,
@@ -79,20 +92,24 @@ def model_card(
         step=saved.step,
         results=_results(saved),
         rewards=[_reward(reward, saved.state.get("method")) for reward in recipe.get("rewards", [])],
+        size=_size(recipe),
+        changes=_changes(saved),
         recipe_text=yaml.safe_dump(settings, sort_keys=False) if settings else "",
         license=_license_text(front, model["path"], license),
     )  # fmt: skip
 
 
 def _front(saved: Checkpoint, format: str, license: str | None) -> dict[str, Any]:
-    base = saved.state["model"]["path"]
+    path = saved.state["model"]["path"]
+    base = public(path)
     tags = ["krea-2", "posttrain"]
     if format.startswith("lora"):
         tags.append("lora")
     if is_student(saved):
         tags.append("distilled")
-    front = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags, **_license(base, license)}
-    return {"base_model": base, **front} if _is_hub_id(base) else front
+    front = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags, **_license(path, license)}
+    # A hub refuses cards that name a directory as their base.
+    return {"base_model": without_revision(base), **front} if is_hub_id(base) else front
 
 
 def run_recipe(saved: Checkpoint) -> dict[str, Any]:
@@ -101,12 +118,29 @@ def run_recipe(saved: Checkpoint) -> dict[str, Any]:
     return (yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
 
 
+def _size(recipe: dict[str, Any]) -> list[int] | None:
+    """[height, width] of the run's evaluations; None where the recipe does not say it."""
+    sizes = recipe.get("sampling", {}).get("sizes") or recipe.get("sizes") or []
+    return sizes[0] if sizes else (recipe.get("pairs") or {}).get("size")
+
+
+def _changes(saved: Checkpoint) -> list[str]:
+    """Settings that were changed when the run was resumed before this checkpoint."""
+    lines = []
+    for row in read_changes(saved.path.parent.parent):
+        section = row["setting"].split(".")[0]
+        if row["after_step"] < saved.step and section not in LEFT_OUT:
+            before, now = public(row["before"]), public(row["now"])
+            lines.append(f"{row['setting']}: {before} until step {row['after_step']}, then {now}")
+    return lines
+
+
 def _stage(stage: Checkpoint) -> dict[str, Any]:
     method, lora = stage.state.get("method", "training"), stage.state["lora"]
     row = commands.get(method)
     return {
         "method": row.title if row is not None and row.title else method,
-        "steps": stage.step,
+        "steps": counted(stage.step, "step"),
         "weights": f"an adapter of rank {lora['rank']}" if lora else "all weights",
         "path": f"{stage.path.parent.parent.name}/{stage.path.name}",
     }
@@ -141,7 +175,7 @@ def _reward(reward: dict[str, Any], method: str | None) -> dict[str, str]:
     # Only GRPO trains on rewards; the other methods measure all of them.
     is_trained = method == "grpo" and not reward.get("heldout_only")
     weight = f"weight {reward['weight']:g}" if is_trained else "measured only"
-    return {"name": reward["name"], "function": function, "weight": weight}
+    return {"name": reward["name"], "function": public(function), "weight": weight}
 
 
 def _license(base: str, given: str | None) -> dict[str, str]:
@@ -155,12 +189,7 @@ def _license(base: str, given: str | None) -> dict[str, str]:
     if "license" in fields:
         return fields
     unknown = {"license": "other", "license_name": AS_BASE}
-    return unknown | ({"license_link": f"https://huggingface.co/{base}"} if _is_hub_id(base) else {})
-
-
-def _is_hub_id(path: str) -> bool:
-    """A hub refuses cards that name a directory as their base."""
-    return path.count("/") == 1 and not Path(path).parent.exists()
+    return unknown | ({"license_link": f"https://huggingface.co/{without_revision(base)}"} if is_hub_id(base) else {})
 
 
 def _license_text(front: dict[str, Any], base: str, given: str | None) -> str:

@@ -119,6 +119,9 @@ class GRPOConfig(TrainingConfig):
     """Rewards to train on, each with name, function, weight, heldout_only."""
     steps: AtLeast1 = 200
     """Training steps: each draws images, scores them and updates."""
+    idle_steps: AtLeast0 = 50
+    """Steps in a row from which nothing could be learnt, as no image could be scored or the images of each group score
+    alike, after which the run ends; 5 are warned of. 0: never."""
     advantages: Literal["gdpo", "sum"] = "gdpo"
     """gdpo: normalise each reward in its group, then weigh, then normalise over the batch.
     sum: weigh, then normalise in the group."""

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from posttrain.distributed.processes import Processes
-from posttrain.errors import UserError
 from posttrain.grpo import losses
 from posttrain.grpo.config import GRPOConfig
 from posttrain.grpo.rollout import Trajectory, Transition, rollout
@@ -32,12 +31,14 @@ from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.runs.run import Run
 from posttrain.training import advantages, checkpoint
 from posttrain.training.evaluate import Evaluation, Evaluator, gather_scores, means
+from posttrain.training.idle import check_idle, count_idle, idle_reason, refuse_unscored
 from posttrain.training.judge_check import SHOWN, check_judges
 from posttrain.training.loop import Training, open_run, resuming, try_rewards
 from posttrain.training.oom_retry import MicroBatch
 from posttrain.training.policy import POLICY, add_policy, load_model
 from posttrain.training.prompt_source import PromptSource, warn_of_cut_prompts
 from posttrain.training.stepper import Clock, Stepper, check_ratio
+from posttrain.training.sums import total_of
 from prompts.records import PromptRecord, columns, read_prompts
 from rewards.background import ScoreQueue
 from rewards.base import Noise, Reward, Scores
@@ -63,7 +64,7 @@ def train(config: GRPOConfig, resume: bool = False) -> None:
     procs = Processes(shardable=True)
     resume = resuming(config, resume, procs)
     source, heldout = PromptSource(config, read_prompts(config.prompts.train)), read_prompts(config.prompts.heldout)
-    try_rewards(config)
+    try_rewards(config, heldout, source.records)
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     k2 = load_model(config.model, procs.device, saved)
     with parallelize.sharding(k2, procs):
@@ -84,7 +85,8 @@ def train(config: GRPOConfig, resume: bool = False) -> None:
         if saved is not None:
             source.restore(saved)
         history = training.history
-        history.setdefault("images", 0)
+        for counter in ("images", "skipped_steps", "idle_steps"):
+            history.setdefault(counter, 0)
         if training.begin():
             with training.policy():
                 before = evaluator()
@@ -92,11 +94,17 @@ def train(config: GRPOConfig, resume: bool = False) -> None:
             history |= judge_noise(run, procs, evaluator, measured, before)
         noise = noise_of(rewards, history)
 
+        idle: str | None = None
         with ScoreQueue(rewards, config.groups.group_size) as queue:
             steps = training.steps()
-            for step, metrics in updates(k2, config, source, queue, stepper, steps, procs, noise, micro_batch, Clock()):
+            for step, metrics, idle in updates(
+                k2, config, source, queue, stepper, steps, procs, noise, micro_batch, Clock()
+            ):
                 history["images"] += config.groups.prompts_per_step * config.groups.group_size
-                run.log(step, {**metrics, **training.health(), "images": history["images"]})
+                count_idle(history, idle, metrics["missing"] == 1)
+                counted = {name: history[name] for name in ("images", "skipped_steps")}
+                run.log(step, {**metrics, **training.health(), **counted})
+                check_idle(history, idle, config.idle_steps)
                 if training.evaluation_due(step):
                     with training.policy():
                         evaluation = evaluator()
@@ -104,6 +112,8 @@ def train(config: GRPOConfig, resume: bool = False) -> None:
                 if training.save_due(step):
                     run.prompts(source.ends())
                     training.save(step, *source.state())
+            if run.stopped is None:
+                refuse_unscored(history, history["steps"], idle)
             training.finish()
 
 
@@ -118,8 +128,9 @@ def updates(
     noise: Mapping[str, Noise],
     micro_batch: MicroBatch,
     clock: Clock,
-) -> Iterator[tuple[int, dict[str, float | None]]]:
-    """Trains one step at a time, and yields its number and metrics: a run's loop, and what `posttrain bench` times.
+) -> Iterator[tuple[int, dict[str, float | None], str | None]]:
+    """Trains one step at a time: a run's loop, and what `posttrain bench` times. Yields its number, its metrics, and
+    why it taught nothing, if so. A step of which no image could be scored makes no update.
 
     `noise` is how far two scores of one image differ, by reward; see rewards.noise.
     """
@@ -139,15 +150,16 @@ def updates(
                 scores = gather_scores(procs, own_scores, config.groups.group_size, places)
                 advantages_PG, metrics = score(config, scores, noise)
                 clock.lap("score")
-                metrics |= optimise(k2, config, groups, advantages_PG, stepper, procs, micro_batch.size)
+                if metrics["missing"] != 1:
+                    metrics |= optimise(k2, config, groups, advantages_PG, stepper, procs, micro_batch.size)
                 clock.lap("optimise")
         assert scores is not None
         metrics |= source.update(step, apply_gates(scores, [r.spec for r in queue.rewards], noise))
-        if not checked:
+        if not checked and "ratio_error" in metrics:
             check_ratio(metrics["ratio_error"] or 0.0, config.loss)
             checked = True  # later ratios differ from 1 only where a step has several updates
         metrics |= clock.seconds
-        yield step, metrics
+        yield step, metrics, idle_reason(metrics, scores)
 
 
 def judge_noise(
@@ -233,10 +245,6 @@ def score(
     rewards_PGK = torch.from_numpy(gated.values_NK).view(*shape)
     valid_PGK = torch.from_numpy(gated.valid_NK).view(*shape)
     weights_K, floor_K = torch.from_numpy(gated.weights_K), torch.from_numpy(gated.floor_K)
-    if not valid_PGK.any():  # a step that teaches nothing would waste hours unnoticed
-        reasons = [f"{name}: {next(iter(f))}" for name, f in scores.failures.items() if f]
-        why = "; ".join(reasons or ["all None, so none applies to these prompts"])
-        raise UserError(f"rewards: not one image of this step could be scored: {why}; fix or add a reward")
     normalise = advantages.gdpo if config.advantages == "gdpo" else advantages.sum_then_normalise
     limit = config.loss.max_advantage
     advantages_PG = normalise(rewards_PGK, valid_PGK, weights_K, floor_K=floor_K).clamp(-limit, limit)
@@ -300,7 +308,7 @@ def gradient(
     s, loss = config.sampling, config.loss
     stochastic = s.steps - 1 if s.window is None else s.window
     count = config.groups.prompts_per_step * stochastic * config.groups.group_size
-    totals: dict[str, Tensor] = {}
+    collected: dict[str, list[Tensor]] = {}
     for group in groups:
         times = sampler.schedule(s.steps, k2.mu(*group.size))
         guard = sampler.guard_weights(times, s.dynamics, s.eta) if loss.ratio == "guard" else None
@@ -322,10 +330,13 @@ def gradient(
                 parts["loss"] = loss_B.detach().sum()
                 with k2.role(POLICY):
                     (loss_B.sum() / count).backward()
-                for name, value in parts.items():
-                    totals[name] = totals.get(name, 0.0) + value.double()
-                error = log_ratio.detach().exp().sub(1).abs().max().double()
-                totals["worst"] = torch.maximum(totals.get("worst", error), error)
+                parts["worst"] = log_ratio.detach().exp().sub(1).abs().max()
+                for name, value in parts.items():  # not added up here, which would wait for the device each time
+                    collected.setdefault(name, []).append(value)
+    worst = collected.pop("worst", [])
+    totals = {name: total_of(values) for name, values in collected.items()}
+    if worst:
+        totals["worst"] = float(torch.stack(worst).max())
     return _over_processes(totals, count, procs)
 
 
@@ -338,9 +349,9 @@ def _log_ratio(config: GRPOConfig, move: Transition, rows: Tensor, v: Tensor, ti
     return sampler.log_prob(move.x_next[rows], mean, std) - move.log_prob[rows]
 
 
-def _over_processes(totals: Mapping[str, Tensor], count: int, procs: Processes) -> dict[str, float]:
+def _over_processes(totals: Mapping[str, float], count: int, procs: Processes) -> dict[str, float]:
     """Metrics from the sums that each process has of its groups; one that has no group has none."""
-    gathered = procs.all_gather({name: float(value) for name, value in totals.items()})
+    gathered = procs.all_gather(dict(totals))
     parts = [part for part in gathered if part]
     worst = max(part.pop("worst") for part in parts)
     average = {name: sum(part[name] for part in parts) / count for name in parts[0]}

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.judge.config import JudgeConfig
+from posttrain.loading import without_revision
 from posttrain.report.front_matter import card
+from posttrain.report.public import public
 from posttrain.runs.files import replacing_directory
 from prompts.templates import Template
 from rewards.vlm import VLM
@@ -45,15 +47,20 @@ def model_card(config: JudgeConfig, template: Template, step: int, results: dict
     settings = asdict(config)
     return card(
         "judge_card.md",
-        {"base_model": config.model, "library_name": "peft", "tags": ["lora", "vllm", "judge"]},
+        {
+            "base_model": without_revision(public(config.model)),
+            "library_name": "peft",
+            "tags": ["lora", "vllm", "judge"],
+        },
         config=config,
+        base=public(config.model),
         template=template,
         step=step,
         training=training,
         heldout=heldout,
         metrics=after,
         rows=rows,
-        by_source=[[source, *values] for source, values in by_source],
+        by_source=[[public(source), *values] for source, values in by_source],
         settings=json.dumps({name: settings[name] for name in ("lora", "optim", "dtype")}),
     )
 

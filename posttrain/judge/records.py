@@ -14,22 +14,24 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
 from posttrain.errors import UserError
+from posttrain.image_reader import SUFFIXES, read_image
 from posttrain.judge.config import JudgeConfig
 from posttrain.log import log
 from posttrain.preferences.dataset import Preference, Preferences, read_preferences
 from posttrain.preferences.heldout import in_share
 from posttrain.preferences.sources import Skipped
+from posttrain.runs.progress import reading
 from prompts.parse import parse_json
+from prompts.tables import is_lines
 from prompts.templates import Template
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 MARKS = "artifacts.jsonl"
 """File name of the records for mode artifact in a directory."""
+SMALLEST, MOST_UNLIKE = 4, 200
+"""Pixels of a side, and the largest ratio of sides, which is Qwen3-VL's."""
 UNKNOWN = "unknown"
 """Policy of an image whose origin is not recorded."""
 
@@ -47,12 +49,23 @@ class Files:
         images = []
         for path in self.paths:
             try:
-                with Image.open(path) as image:
-                    images.append(image.convert("RGB"))
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                name = type(error).__name__
-                raise UserError(f"{self.where}: {path} cannot be read as an image ({name}); fix or remove it") from None
+                images.append(read_image(path))
+                _check_shape(images[-1])
+            except OSError as error:
+                raise UserError(f"{self.where}: {path}: cannot be read: {error.strerror}; fix or remove it") from None
+            except ValueError as error:
+                raise UserError(f"{self.where}: {path}: {error}; fix or remove it") from None
         return images
+
+
+def _check_shape(image: Image.Image) -> None:
+    """Raises ValueError for an image on which the processor or a corruption would fail in the middle of a run."""
+    if min(image.size) < SMALLEST or max(image.size) > MOST_UNLIKE * min(image.size):
+        width, height = image.size
+        raise ValueError(
+            f"is {height}x{width} pixels, and a judge needs {SMALLEST} or more and no side over {MOST_UNLIKE} times"
+            " the other"
+        )
 
 
 @dataclass(frozen=True)
@@ -103,7 +116,7 @@ def read_records(config: JudgeConfig) -> list[Record]:
         records = _good_images(path)
     elif config.mode == "artifact":
         records = _lines(path / MARKS if path.is_dir() else path, config.mode)
-    elif config.columns is None and path.is_file() and path.suffix != ".parquet":
+    elif config.columns is None and path.is_file() and is_lines(path):
         records = _lines(path, config.mode)
     else:
         return _pairs(read_preferences(config.data, config.columns, config.max_bad), config.workers)
@@ -194,6 +207,10 @@ class _Facts:
         pair = self.preferences[self.row]
         if not isinstance(pair, Preference):
             return pair
+        try:
+            _check_shape(pair.chosen)
+        except ValueError as error:
+            return Skipped(self.preferences.name(self.row), f"an image {error}")
         drawn_by = {pair.chosen_policy, pair.rejected_policy} - {UNKNOWN}
         return pair.id, pair.prompt, pair.share, tuple(sorted({pair.source, *drawn_by}))
 
@@ -202,9 +219,9 @@ class _Facts:
 
 
 def _good_images(folder: Path) -> list[Record]:
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGES)
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
     if not files:
-        raise UserError(f"data: {folder} contains no {MARKS} and no image ({', '.join(IMAGES)})")
+        raise UserError(f"data: {folder} contains no {MARKS} and no image ({', '.join(SUFFIXES)})")
     records = []
     for file in files:
         key = _key([file], folder)
@@ -297,10 +314,7 @@ class _Read(Dataset):
 def _read_once(parts: Sequence[Any], workers: int) -> Any:
     """What `_Read` returns, in the order of `parts`; `workers` processes share the reading."""
     loader = DataLoader(_Read(parts), batch_size=None, num_workers=workers, collate_fn=_unchanged)
-    shown = Console(stderr=True)
-    return track(
-        loader, "reading images", total=len(parts), console=shown, transient=True, disable=not shown.is_terminal
-    )
+    return reading(loader, "images", len(parts))
 
 
 def _unchanged(row: Any) -> Any:

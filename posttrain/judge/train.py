@@ -45,6 +45,7 @@ from posttrain.judge.records import Record, check_prompts, read_records, split
 from posttrain.judge.records import fingerprint as fingerprint_of_records
 from posttrain.log import log
 from posttrain.model.fingerprint import fingerprint
+from posttrain.report.page import write_report
 from posttrain.runs import startup
 from posttrain.runs.guard import check_run
 from posttrain.runs.run import Run, peak_memory
@@ -79,8 +80,9 @@ def train(config: JudgeConfig, resume: bool = False) -> None:
     _check_unchanged(saved, facts)
     add_adapter(vlm, config)
     with Run.create(config, resume) as run:
-        stopped = _train(config, run, vlm, template, training, heldout, saved, facts)
-    if stopped is signal.SIGINT:
+        run.stopped = _train(config, run, vlm, template, training, heldout, saved, facts)
+        write_report(run.path)
+    if run.stopped is signal.SIGINT:
         raise KeyboardInterrupt
 
 
@@ -100,8 +102,9 @@ def _train(
     if saved is not None:
         _restore(saved, adapter, stepper)
         first, seen, before = saved.step, saved.state["records_seen"], saved.state["before"]
-        log.info(f"continues after step {first}")
     run.start(config.steps, first)
+    if 0 < first < config.steps:
+        log.info(f"continues after step {first}")
     if before is None:
         before = figures(config.mode, heldout, score(vlm, template, heldout, config), config.seed)
 

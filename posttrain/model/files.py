@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from posttrain.errors import UserError
+from posttrain.loading import check_file, check_source, is_hub_id, weight_files
 
 PARTS = ("transformer", "text_encoder", "vae")
 TYPES = {"float32": "F32", "bfloat16": "BF16"}
@@ -52,17 +50,13 @@ class Weight:
         return math.prod(self.shape)
 
 
-def is_hub_id(path: str) -> bool:
-    # "runs/model" looks like a hub id too. Where its folder exists, a local path was meant.
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path)) and not Path(path).parent.exists()
-
-
 def check_directory(path: str, transformer_file: str | Path | None = None) -> None:
-    """Raises UserError unless `path` is a local K2 pipeline with complete files, or looks like a hub id. The file of
-    the transformer, if one is named, must be complete too."""
+    """Raises UserError unless `path` is a local K2 pipeline with complete files of plain numbers, or a hub id that the
+    hub knows. The file of the transformer, if one is named, must be complete too."""
     if transformer_file is not None:
-        _check_file(Path(transformer_file))
+        _check_single(Path(transformer_file))
     if is_hub_id(path):
+        check_source(path)
         return
     index = Path(path) / "model_index.json"
     if not index.is_file():
@@ -74,8 +68,11 @@ def check_directory(path: str, transformer_file: str | Path | None = None) -> No
         raise UserError(f"{index}: not a pipeline index ({error!r}); copy or download it again") from error
     if name != "Krea2Pipeline":
         raise UserError(f"{index}: holds a {name}, not a Krea2Pipeline; give a K2 checkpoint")
-    for file in sorted(Path(path).rglob("*.safetensors")):
-        _check_whole(file)
+    for part in PARTS:
+        if part == "transformer" and transformer_file is not None:
+            continue
+        for file in weight_files(Path(path) / part, f"{path}/{part}"):
+            check_file(file)
 
 
 def is_distilled(path: str) -> bool:
@@ -109,18 +106,9 @@ def _tensors(file: Path, part: str) -> Iterator[Weight]:
             yield Weight(part, name, tuple(facts["shape"]), facts["dtype"])
 
 
-def _check_file(file: Path) -> None:
+def _check_single(file: Path) -> None:
     if not file.is_file():
         raise UserError(f"{file}: no such file; give the transformer as one .safetensors file")
     if file.suffix != ".safetensors":
         raise UserError(f"{file}: only .safetensors files are read; convert it first")
-    _check_whole(file)
-
-
-def _check_whole(file: Path) -> None:
-    # Opening compares the header with the file's length, so a download that was cut off is found at once.
-    try:
-        with safe_open(file, framework="np"):
-            pass
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: not a whole safetensors file ({error}); copy or download it again") from error
+    check_file(file)

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.errors import UserError
+from posttrain.image_reader import to_rgb
 from posttrain.model import architecture, sampler
 from posttrain.model.blocks import Blocks
 from posttrain.model.linears import LoraLinear
@@ -64,6 +65,10 @@ class Text:
         if len({len(tokens) for tokens in fused}) == 1:
             return Text(tokens)
         return Text(tokens, torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None])
+
+    def first(self, count: int) -> "Text":
+        """The first prompts of the batch."""
+        return Text(self.tokens[:count], None if self.mask is None else self.mask[:count])
 
     def repeat(self, times: int) -> "Text":
         """Each prompt `times` times in a row, for groups of one prompt."""
@@ -358,7 +363,7 @@ class K2(Roles):
         """uint8 images (B, height, width, 3), or PIL images of one size, to packed latents: the mode of the
         posterior."""
         if not isinstance(images, Tensor):
-            images = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+            images = torch.from_numpy(np.stack([np.asarray(to_rgb(image)) for image in images]))
         self.grid(*images.shape[1:3])
         mean, std = self._latent_statistics()
         latents = []

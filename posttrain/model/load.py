@@ -3,16 +3,14 @@
 Only safetensors are read, and no code from a checkpoint runs.
 """
 
-import contextlib
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import Any, Literal
 
-import diffusers
 import torch
-import transformers
 from diffusers import (
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
@@ -20,50 +18,144 @@ from diffusers import (
     Krea2Transformer2DModel,
 )
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen3VLConfig, Qwen3VLModel
 
 from posttrain.errors import UserError
+from posttrain.loading import (
+    PIPELINE,
+    check_finite,
+    check_json,
+    check_keys,
+    check_tokenizer,
+    load_model,
+    local,
+    quiet,
+    reading,
+)
 from posttrain.model import key_names
-from posttrain.model.files import check_directory, is_hub_id
+from posttrain.model.files import check_directory
 
 
 def load_pipeline(
     path: str | Path, transformer_file: str | Path | None, dtype: torch.dtype, device: str | torch.device
 ) -> Krea2Pipeline:
     """See `K2.load`."""
-    path = str(path)
-    check_directory(path, transformer_file)
-    try:
-        with contextlib.nullcontext() if is_hub_id(path) else quiet():
-            pipe = _read(path, transformer_file, dtype)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        what = "" if Path(path).exists() else "no such directory here, and as a hub id it "
-        raise UserError(f"{path}: {what}cannot be loaded as a K2 pipeline: {reason}") from error
-    for name in ("transformer", "vae", "text_encoder"):
-        pipe.components[name].to(device)
+    patterns = PIPELINE
+    if transformer_file is not None:  # of the other one only the settings are read
+        patterns = [pattern.replace("transformer/*", "transformer/*.json") for pattern in PIPELINE]
+    where, folder = str(path), local(str(path), patterns)
+    check_directory(str(folder), transformer_file)
+    if transformer_file is not None:
+        transformer = _read_original(Path(transformer_file), folder, where, dtype, device)
+    else:
+        transformer = load_model(
+            Krea2Transformer2DModel, folder / "transformer", f"{where}/transformer", device, _try_network, dtype=dtype
+        )
+    encoder = load_model(Qwen3VLModel, folder / "text_encoder", f"{where}/text_encoder", device, _try_text, dtype=dtype)
+    vae = load_model(AutoencoderKLQwenImage, folder / "vae", f"{where}/vae", device, _try_vae, dtype=dtype)
+    for part in ("", "scheduler", "tokenizer"):
+        check_json(folder / part)
+    with quiet(), reading(where, "a K2 pipeline"):
+        parts = {"transformer": transformer, "text_encoder": encoder, "vae": vae}
+        pipe: Any = Krea2Pipeline.from_pretrained(str(folder), **parts)
+        check_tokenizer(pipe.tokenizer, f"{where}/tokenizer", encoder.get_input_embeddings().num_embeddings)
+        problem = _wrong_with(pipe) or _wrong_with_template(pipe) or _wrong_with_schedule(pipe.scheduler)
+    if problem:
+        raise UserError(f"{where}: {problem}")
     flatten_time(pipe.vae)
     return pipe
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Hides the libraries' progress bars and their warnings to developers, which bury the messages of a run."""
-    # Only bars that are on are put back: the user may have switched them off.
-    loggers = [log for log in (diffusers.utils.logging, transformers.utils.logging) if log.is_progress_bar_enabled()]
-    for log in loggers:
-        log.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        for log in loggers:
-            log.enable_progress_bar()
+@torch.no_grad()
+def _try_network(network: Any) -> None:
+    """One forward of the transformer on the meta device, with four tokens of each kind."""
+    config = network.config
+    with torch.device("meta"):
+        image, time, positions = torch.zeros(1, 4, config["in_channels"]), torch.zeros(1), torch.zeros(8, 3)
+        text = torch.zeros(1, 4, config["num_text_layers"], config["text_hidden_dim"])
+        network(hidden_states=image, encoder_hidden_states=text, timestep=time, position_ids=positions)
+
+
+@torch.no_grad()
+def _try_text(encoder: Any) -> None:
+    with torch.device("meta"):
+        ids, positions = torch.zeros(1, 4, dtype=torch.long), torch.zeros(3, 1, 4, dtype=torch.long)
+        encoder(input_ids=ids, position_ids=positions, output_hidden_states=True, use_cache=False)
+
+
+@torch.no_grad()
+def _try_vae(vae: Any) -> None:
+    """To latents and back."""
+    side = 2 ** len(vae.temperal_downsample)  # pixels of a latent
+    with torch.device("meta"):
+        mode = vae.encode(torch.zeros(1, 3, 1, side, side)).latent_dist.mode()
+        pixels = vae.decode(mode).sample
+    if tuple(mode.shape) != (1, vae.config["z_dim"], 1, 1, 1) or tuple(pixels.shape) != (1, 3, 1, side, side):
+        raise ValueError(f"an image of {side} pixels becomes {list(mode.shape)} and {list(pixels.shape)}")
+
+
+def _wrong_with(pipe: Any) -> str:
+    """What of a pipeline's settings does not fit its parts; empty if all does."""
+    config, transformer, vae = pipe.config, pipe.transformer.config, pipe.vae.config
+    if not isinstance(config["is_distilled"], bool):
+        return f"model_index.json: is_distilled is {config['is_distilled']!r}; make it true or false"
+    taps, text = pipe.text_encoder_select_layers, pipe.text_encoder.config.get_text_config()
+    states = text.num_hidden_layers + 1  # the embedding's output is the first
+    if len(taps) != transformer["num_text_layers"] or not all(type(i) is int and 0 <= i < states for i in taps):
+        return (
+            f"model_index.json: text_encoder_select_layers {list(taps)} must be {transformer['num_text_layers']} of the"
+            f" text encoder's {states} states"
+        )
+    if text.hidden_size != transformer["text_hidden_dim"]:
+        return (
+            f"the text encoder has {text.hidden_size} channels, the transformer reads {transformer['text_hidden_dim']}"
+        )
+    if vae["z_dim"] * config["patch_size"] ** 2 != transformer["in_channels"]:
+        return (
+            f"model_index.json: patches of {config['patch_size']} x {config['patch_size']} of the VAE's {vae['z_dim']}"
+            f" channels do not make the transformer's {transformer['in_channels']}"
+        )
+    for name in ("latents_mean", "latents_std"):
+        values = vae[name]
+        if len(values) != vae["z_dim"] or not all(map(math.isfinite, values)) or (name[-3:] == "std" and 0 in values):
+            return f"vae/config.json: {name} must be {vae['z_dim']} finite numbers; copy or download it again"
+    return ""
+
+
+def _wrong_with_template(pipe: Any) -> str:
+    """Whether the tokenizer makes as many tokens of K2's template as the model was trained with; empty if it does."""
+    for text, count in (
+        (pipe.prompt_template_encode_prefix, pipe.prompt_template_encode_start_idx),
+        (pipe.prompt_template_encode_suffix, pipe.prompt_template_encode_num_suffix_tokens),
+    ):
+        if (found := len(pipe.tokenizer(text)["input_ids"])) != count:
+            return (
+                f"tokenizer: makes {found} tokens of a part of K2's prompt template that has {count}; copy or download"
+                " the pipeline's own again"
+            )
+    return ""
+
+
+def _wrong_with_schedule(scheduler: Any) -> str:
+    """What `sampler.schedule` does not do of a scheduler's settings; empty if it does all of them."""
+    name = type(scheduler).__name__
+    if name != "FlowMatchEulerDiscreteScheduler":
+        return f"scheduler: {name} is not sampled; use FlowMatchEulerDiscreteScheduler, K2's own"
+    for key, wanted in HONOURED.items():
+        if scheduler.config[key] != wanted:
+            return (
+                f"scheduler/scheduler_config.json: {key} is {json.dumps(scheduler.config[key])}, and only"
+                f" {json.dumps(wanted)} is sampled; use K2's own schedule"
+            )
+    numbers = [scheduler.config[key] for key in SCHEDULER if key.startswith(("base_", "max_"))]
+    # K2's tokens for the two shifts must differ: the shift is a line through both.
+    whole = all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+    if not whole or scheduler.config["base_image_seq_len"] == scheduler.config["max_image_seq_len"]:
+        return "scheduler/scheduler_config.json: base_ and max_shift and _image_seq_len must be numbers; copy it again"
+    return ""
 
 
 def check_names(
@@ -74,17 +166,13 @@ def check_names(
     original_names: bool = False,
 ) -> None:
     """Raises UserError for missing, unexpected and misshapen keys, with their numbers and the first few of each."""
-    missing = [key for key in expected if key not in got]
-    extra = [key for key in got if key not in expected]
-    misshapen = [key for key in expected if key in got and got[key].shape != expected[key].shape]
-    lists = {"missing": missing, "unexpected": extra, "of another shape": misshapen}
-    problems = []
-    for what, keys in lists.items():
-        names = [key_names.original_name(key) if original_names else key for key in keys[:3]]
-        if keys:
-            problems.append(f"{len(keys)} {what} ({', '.join(names)}{', ...' if len(keys) > 3 else ''})")
-    if problems:
-        raise UserError(f"{where}: keys do not match this model: {'; '.join(problems)}; {remedy}")
+    name = key_names.original_name if original_names else str
+    check_keys(
+        where, remedy,
+        missing=[name(key) for key in expected if key not in got],
+        unexpected=[name(key) for key in got if key not in expected],
+        of_another_shape=[name(key) for key in expected if key in got and got[key].shape != expected[key].shape],
+    )  # fmt: skip
 
 
 def keeps_fp32(name: str) -> bool:
@@ -99,36 +187,20 @@ def empty_transformer(path: str | Path) -> Any:
         return Krea2Transformer2DModel.from_config(config)
 
 
-def _read(path: str, transformer_file: str | Path | None, dtype: torch.dtype) -> Krea2Pipeline:
-    if transformer_file is not None:
-        transformer = _read_original(Path(transformer_file), path, dtype)
-    else:
-        transformer = _read_diffusers(path, dtype)
-    return Krea2Pipeline.from_pretrained(path, transformer=transformer, dtype=dtype, use_safetensors=True)
-
-
-def _read_diffusers(path: str, dtype: torch.dtype) -> Krea2Transformer2DModel:
-    loaded: Any = Krea2Transformer2DModel.from_pretrained(
-        path, subfolder="transformer", dtype=dtype, use_safetensors=True, output_loading_info=True
-    )
-    transformer, info = loaded
-    # diffusers only warns, and leaves missing weights at random values.
-    for what in ("missing", "unexpected"):
-        if keys := info[f"{what}_keys"]:
-            first = ", ".join(sorted(keys)[:3])
-            raise UserError(f"{path}/transformer: {len(keys)} {what} keys ({first}, ...); give a whole K2 checkpoint")
-    return transformer
-
-
-def _read_original(file: Path, path: str, dtype: torch.dtype) -> Krea2Transformer2DModel:
+def _read_original(
+    file: Path, folder: Path, where: str, dtype: torch.dtype, device: str | torch.device
+) -> Krea2Transformer2DModel:
     """Reads one file in the original key names. diffusers' own reader ignores missing and extra keys."""
-    transformer = empty_transformer(path)
+    with reading(f"{where}/transformer/config.json", "the transformer's settings"):
+        transformer = empty_transformer(folder)
     weights = key_names.from_original(load_file(file))
-    remedy = f"give a file in the original key names that belongs to {path}/transformer"
+    remedy = f"give a file in the original key names that belongs to {where}/transformer"
     check_names(str(file), transformer.state_dict(), weights, remedy, original_names=True)
     # Copied: otherwise the weights stay mapped to the file, which someone may replace.
     weights = {key: value.to(torch.float32 if keeps_fp32(key) else dtype, copy=True) for key, value in weights.items()}
     transformer.load_state_dict(weights, assign=True)
+    transformer.to(device)
+    check_finite(file, transformer.state_dict())
     return transformer
 
 
@@ -175,6 +247,17 @@ SCHEDULER = {
     "max_image_seq_len": 6400,
 }
 """The scheduler configuration of the released checkpoints."""
+HONOURED = {
+    "use_dynamic_shifting": True,
+    "time_shift_type": "exponential",
+    "shift_terminal": None,
+    "invert_sigmas": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "stochastic_sampling": False,
+}
+"""Settings of a scheduler that change its times or steps, with what the sampler does."""
 
 
 def sizes_of(scale: str) -> tuple[dict, dict, dict, Sequence[int]]:

@@ -83,6 +83,11 @@ class PairSource:
     judged: JudgedConfig | None = None
     """A group of images that the rewards rank."""
 
+    @property
+    def group_size(self) -> int:
+        """Images of a candidate that are drawn with one setting."""
+        return self.judged.group_size if self.judged is not None else 1
+
     def draws(self) -> list[DrawConfig]:
         """The settings that it draws with: stronger and weaker, or those of the group."""
         if self.delta is not None:
@@ -170,8 +175,7 @@ class PairsConfig:
                 raise refusal(f"{path}.delta", "stronger and weaker draw alike; change one of them")
             return
         # A held-out reward only measures, and a gate only drops.
-        ranks = [r for r in self.rewards if r.gate == "none" and not r.heldout_only and r.weight > 0]
-        if not ranks:
+        if not any(r.gate == "none" and not r.heldout_only and r.weight > 0 for r in self.rewards):
             raise refusal("rewards", f"hold none that ranks for source {source.name}: no gate, not heldout_only")
 
     # What settings of drawing mean.
@@ -180,6 +184,10 @@ class PairsConfig:
         """The same settings with `policy` and defaults replaced by what they mean."""
         checkpoint = (self.policy or BASE) if draw.checkpoint == "policy" else draw.checkpoint
         return changed(draw, checkpoint=checkpoint, steps=draw.steps or self.steps)
+
+    def forwards(self, draw: DrawConfig) -> int:
+        """Forwards of the model for one image; guidance takes the empty prompt too."""
+        return (draw.steps or self.steps) * (2 if draw.guidance else 1)
 
     def is_policy(self, draw: DrawConfig) -> bool:
         """Whether it draws as the policy does: the policy's checkpoint, no guidance, the recipe's steps, nothing

@@ -84,7 +84,9 @@ class Drawer:
                 f"checkpoint: {full[0]} has trained all weights, so nothing can be drawn beside it; export it, or leave"
                 " every other checkpoint out"
             )
-        base = [config.model.path, *(entry["path"] for entry in self.k2.origin["merged"])][-1]
+        # The last adapter that is merged into the model, if any, made the base what it is.
+        merged = self.k2.origin["merged"]
+        base = merged[-1]["path"] if merged else config.model.path
         self.names = {BASE: base} | {name: str(one.path) for name, one in saved.items()}
         """The names in the written pairs, by `checkpoint` of a resolved DrawConfig."""
         self.roles: dict[str, str | None] = {BASE: None}
@@ -221,7 +223,7 @@ class Drawer:
     def _sample(self, draw: DrawConfig, text: Text, seeds: Sequence[int], size: tuple[int, int]) -> Tensor:
         assert draw.steps is not None
         shape = (self.k2.image_tokens(*size), self.k2.latent_channels)
-        self._cost.images["forward"] += len(seeds) * draw.steps * (2 if draw.guidance else 1)
+        self._cost.images["forward"] += len(seeds) * self.config.forwards(draw)
         return self.k2.sample(text, sampler.noise(seeds, shape), draw.steps, *size, draw.guidance, self.null)
 
     def _now(self) -> float:

@@ -41,7 +41,7 @@ from posttrain.pairs.planning import Block, Journal, Plan
 from posttrain.pairs.select import KEPT, Decision, Rules, decide_groups, decide_pairs
 from posttrain.preferences.dataset import CARD, Preference, PreferenceWriter, row_of
 from posttrain.runs import startup
-from posttrain.runs.guard import check_unchanged
+from posttrain.runs.guard import check_prompts, check_unchanged
 from posttrain.runs.run import Run, peak_memory
 from posttrain.training.judge_check import SHOWN, check_judges
 from posttrain.training.loop import resuming, try_rewards
@@ -108,10 +108,13 @@ def make(config: PairsConfig, resume: bool = False) -> None:
         check_unchanged(
             config, ", so the pairs would not fit together; restore it or choose another output", free=MAY_CHANGE
         )
+        check_prompts(config)
     records = read_prompts(config.prompts)
-    try_rewards(config)
+    try_rewards(config, records)
     # A finished set needs no model: only its report is written again.
     finished = procs.from_main((folder / CARD).exists())
+    if finished:
+        log.info(f"{folder}: is finished: all pairs are there, and nothing is left to draw")
     drawer = None if finished else Drawer(config, procs.device)
     with Run.create(config, resume, procs.main) as run:
         if drawer is not None:
@@ -330,11 +333,20 @@ def begin_block(
     """Draws a block's candidates and has them scored as they come; what it returns waits for the scores and decides,
     and may be called in another thread. The same whoever calls it, and when."""
     source = config.sources[block.source]
-    draws, group = source.draws(), source.judged.group_size if source.judged else 1
-    places = [in_turn(config.seed, plan.prompt(block, i), len(records)) for i in range(block.count)]
-    seeds = [sampler.seed_for(config.seed, block.source, block.first + i) for i in range(block.count)]
-    rows = [records[place] for place in places for _ in range(group)]
-    noises = [sampler.seed_for(seed, -1, j) if source.judged else seed for seed in seeds for j in range(group)]
+    draws, group = source.draws(), source.group_size
+    # Of each candidate: the place of its prompt and its seed. Of each of its images: the record and the seed of noise.
+    places: list[int] = []
+    seeds: list[int] = []
+    rows: list[PromptRecord] = []
+    noises: list[int] = []
+    for i in range(block.count):
+        place = in_turn(config.seed, plan.prompt(block, i), len(records))
+        seed = sampler.seed_for(config.seed, block.source, block.first + i)
+        places.append(place)
+        seeds.append(seed)
+        rows += [records[place]] * group
+        # The images of a pair share their noise, so that little else differs; those of a group must differ.
+        noises += [sampler.seed_for(seed, -1, j) for j in range(group)] if source.judged else [seed]
     images = np.empty((len(draws) * len(rows), *block.size, 3), np.uint8)
     submitted: list[int] = []
     drawer.begin()
@@ -407,22 +419,20 @@ def _kept_pairs(
 def block_cost(config: PairsConfig, k2: K2, block: Block) -> float:
     """Operations of its forwards."""
     source = config.sources[block.source]
-    images = block.count * (source.judged.group_size if source.judged else 1)
-    forwards = 0
-    for draw in source.draws():
-        settings = config.resolved(draw)
-        forwards += (settings.steps or 0) * (2 if settings.guidance else 1)  # guidance takes the empty prompt too
-    return images * forwards * flops.of_sizes(k2, [block.size])[0]
+    forwards = sum(map(config.forwards, source.draws()))
+    return block.count * source.group_size * forwards * flops.of_sizes(k2, [block.size])[0]
 
 
 def _bytes(rows: Sequence[dict[str, Any]]) -> int:
     """Of the images of pairs."""
-    return sum(len(row[name]["bytes"]) for row in rows for name in ("chosen", "rejected"))
+    return sum(len(row["chosen"]["bytes"]) + len(row["rejected"]["bytes"]) for row in rows)
 
 
 def _trim(entry: dict[str, Any], room: int) -> None:
     """Leaves out what the source no longer wants."""
     fates = entry["fates"]
-    # The first ones stay, whichever process drew the block.
-    for i in [i for i, fate in enumerate(fates) if fate == KEPT][room:]:
-        fates[i] = "surplus"
+    for i, fate in enumerate(fates):
+        # The first ones stay, whichever process drew the block.
+        if fate == KEPT and room <= 0:
+            fates[i] = "surplus"
+        room -= fate == KEPT

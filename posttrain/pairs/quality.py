@@ -25,10 +25,10 @@ from posttrain.pairs.config import PairsConfig
 from posttrain.pairs.planning import KEPT
 from posttrain.preferences.dataset import Preference, read_preferences
 from posttrain.runs.files import replace_text
-from posttrain.runs.progress import grid_image
+from posttrain.runs.progress import grid_image, percent
 from posttrain.training.advantages import FLAT
 
-EDGES = [round(-1 + 0.1 * i, 1) for i in range(21)]
+EDGES = np.linspace(-1, 1, 21).round(1).tolist()
 """Edges of the histogram of margins. Values beyond the ends count in the first and last bin."""
 SHOWN = 24
 """Pairs in pairs.png."""
@@ -122,6 +122,7 @@ def _agreement(entries: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
                     counts[f"kept {outcome}"] += 1
     rows: dict[str, dict[str, Any]] = {}
     for name, counts in table.items():
+        # An outcome that never came up is 0 in the report.
         rows[name] = {outcome: counts[outcome] for outcome in ("agree", "disagree", "tie", "missing")}
         rows[name]["share"] = _share(counts["agree"], counts["disagree"])
         rows[name]["share_of_kept"] = _share(counts["kept agree"], counts["kept disagree"])
@@ -167,7 +168,7 @@ def in_words(report: dict[str, Any]) -> list[str]:
     """The report as lines for a terminal."""
     prompts = report["prompts"]
     lines = [
-        f"{report['pairs']} pairs of {report['candidates']} candidates; {_percent(report['on_policy_share'])} hold an"
+        f"{report['pairs']} pairs of {report['candidates']} candidates; {percent(report['on_policy_share'])} hold an"
         f" image of the policy; {prompts['used']} prompts, at most {prompts['most_pairs']} pairs of one"
     ]
     if prompts["cut"]:
@@ -175,12 +176,12 @@ def in_words(report: dict[str, Any]) -> list[str]:
     for name, source in report["sources"].items():
         dropped = ", ".join(f"{count} {fate}" for fate, count in source["dropped"].items()) or "none"
         policy = ", on-policy" if source["on_policy"] else ""
-        lines.append(f"{name}: {source['pairs']} pairs ({_percent(source['share'])}{policy}); dropped: {dropped}")
+        lines.append(f"{name}: {source['pairs']} pairs ({percent(source['share'])}{policy}); dropped: {dropped}")
         for reward, a in source["agreement"].items():
             lines.append(
                 f"    {reward:<16} agrees on {a['agree']}, disagrees on {a['disagree']}, sees no difference in"
-                f" {a['tie']}, did not score {a['missing']}: {_percent(a['share'])}; of kept pairs"
-                f" {_percent(a['share_of_kept'])}"
+                f" {a['tie']}, did not score {a['missing']}: {percent(a['share'])}; of kept pairs"
+                f" {percent(a['share_of_kept'])}"
             )
         counts = source["margin"]["counts"]
         if any(counts):
@@ -192,17 +193,13 @@ def in_words(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.0%}"
-
-
 def write_sheet(folder: Path) -> None:
     """Writes pairs.png from a finished set."""
     pairs = read_preferences(folder)
     rows = np.linspace(0, len(pairs) - 1, min(SHOWN, len(pairs))).round().astype(int)
     shown = [pair for i in rows if isinstance(pair := pairs[int(i)], Preference)]
-    sizes = [_resized(pair.chosen).size for pair in shown]
-    width, height = max(size[0] for size in sizes), max(size[1] for size in sizes)
+    # The largest image decides the size of a place: images of a set may differ in shape.
+    width, height = np.max([_resized(pair.chosen).size for pair in shown], axis=0).tolist()
     # White, so that a pair of another shape is seen to be smaller; 4 pixels between the images of a pair.
     canvas = np.full((len(shown), height, 2 * width + 4, 3), 255, np.uint8)
     captions = []

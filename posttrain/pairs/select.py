@@ -20,9 +20,6 @@ from posttrain.training.advantages import standardise
 from rewards.base import RewardSpec, Scores
 from rewards.gates import apply_gates
 
-REASONS = ("near-duplicate", "unscored", "flagged", "disagreement", "small margin", "surplus")
-"""Why a candidate makes no pair, in the order of the checks. surplus: its source had enough pairs."""
-
 
 @dataclass
 class Judgement:
@@ -89,7 +86,7 @@ def best_and_worst(judgement: Judgement, group_size: int) -> list[tuple[int, int
 def verdict(
     judgement: Judgement | None, chosen: int, rejected: int, distance: float, rules: Rules, ranked: bool, screen: bool
 ) -> tuple[str, float | None]:
-    """`KEPT` or why the pair is dropped, and its margin.
+    """`KEPT` or why the pair is dropped, and its margin. Who has had enough pairs drops further ones as "surplus".
 
     The margin is the weighted mean of the differences between the calibrated scores of chosen and rejected, over the
     rewards that scored both; None if there are none. With `ranked`, the rewards made the order, so they are required.
@@ -218,4 +215,6 @@ def _clauses(prompt: str) -> list[str]:
         if not any(a < cut.start() < b for a, b in quoted):
             clauses.append(prompt[start : cut.start()])
             start = cut.end()
-    return [clause for clause in [*clauses, prompt[start:]] if clause.strip()]
+    clauses.append(prompt[start:])
+    # A prompt that begins or ends with a separator has an empty clause there.
+    return [clause for clause in clauses if clause.strip()]

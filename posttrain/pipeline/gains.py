@@ -3,7 +3,7 @@
 | command | figures | before |
 |---|---|---|
 | pairs | share of pairs whose order a heldout_only reward, which did not choose them, agrees with | of all candidates |
-| stpo | the rewards, and pairs/accuracy of held-out pairs | accuracy 0.5, since policy and reference are equal |
+| stpo | the rewards, and pairs/accuracy of held-out pairs | |
 | grpo | the rewards, and `reward`, the weighted mean of the trained rewards except gates | |
 | tdm | the rewards, in the student's number of steps | the starting model in the same number of steps |
 | expander sft | loss and token accuracy of held-out pairs | |
@@ -20,8 +20,6 @@ from typing import Any
 from posttrain.pipeline.plan import TRAINING, Stage
 
 ACCURACY = "pairs/accuracy"
-CHANCE = 0.5
-"""Accuracy on pairs before training, when policy and reference are equal."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ def gains(stage: Stage) -> list[Gain]:
     before, after = summary.get("before") or {}, summary.get("after") or {}
     result = []
     if stage.command == "stpo":
-        result.append(Gain(stage.name, ACCURACY, True, CHANCE, after.get(ACCURACY)))
+        result.append(Gain(stage.name, ACCURACY, True, before.get(ACCURACY), after.get(ACCURACY)))
     if stage.command == "grpo":
         result.append(Gain(stage.name, "reward", True, *_weighted_means(stage, before, after)))
     for name, trained in _figures(stage):

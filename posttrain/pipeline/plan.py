@@ -20,10 +20,12 @@ from posttrain.config.recipe import read_recipe
 from posttrain.config.types import hints, suggestion
 from posttrain.errors import UserError
 from posttrain.export.config import ExportConfig
+from posttrain.loading import is_hub_id
 from posttrain.pipeline.config import PipelineConfig, StageConfig
 from prompts.records import read_prompts
 from rewards.base import RewardSpec
-from rewards.load import check_addresses, check_rewards, check_urls
+from rewards.load import check_addresses, check_rewards
+from rewards.serve import check_urls
 
 TRAINING = tuple(name for name, command in COMMANDS.items() if command.makes == "checkpoint")
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
@@ -144,7 +146,7 @@ def _check_inputs(stage: Stage, earlier: list[Stage]) -> None:
 
 def _check_input(stage: Stage, field: str, kind: str, value: str | None, earlier: list[Stage]) -> None:
     # what lies on the hub cannot be checked without a network
-    if value is None or value.startswith("hf:") or (kind in HUB and _on_hub(value)):
+    if value is None or value.startswith("hf:") or (kind in HUB and is_hub_id(value)):
         return
     maker = next((one for one in earlier if Path(value).is_relative_to(one.output)), None)
     if maker is None:
@@ -199,13 +201,8 @@ def _at(config: Any, field: str) -> Any:
     return config
 
 
-def _on_hub(path: str) -> bool:
-    # OWNER/NAME is a hub id unless a local directory OWNER exists, in which case a typo is likelier
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None and not Path(path).parent.exists()
-
-
 def _check_model(field: str, path: str, transformer_file: str | None) -> None:
-    if not _on_hub(path) and not (Path(path) / "model_index.json").is_file():
+    if not is_hub_id(path) and not (Path(path) / "model_index.json").is_file():
         raise UserError(f"{field}: {path} has no model_index.json; give a K2 pipeline directory or a hub id")
     if transformer_file is not None and not Path(transformer_file).is_file():
         raise UserError(f"model.transformer_file: {transformer_file}: no such file")

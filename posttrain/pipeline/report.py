@@ -12,6 +12,7 @@ from posttrain.pipeline.plan import Stage
 from posttrain.report.before_after import grid, matched, read_samples, step_directories, step_name, step_of
 from posttrain.report.format import aligned, is_number
 from posttrain.report.page import summary_tables
+from posttrain.report.public import public
 from posttrain.report.render import image, page
 from posttrain.runs.files import replace_text
 from posttrain.runs.progress import duration
@@ -116,7 +117,7 @@ def _stage(stage: Stage, summary: dict[str, Any], folder: Path) -> dict[str, Any
         "link": _link(stage, folder),
         "images": images,
         "summary": summary_tables(summary) if summary.get("after") else None,
-        "quality": json.dumps(quality, indent=1)[:MOST_CHARACTERS] if quality else None,
+        "quality": json.dumps(public(quality), indent=1)[:MOST_CHARACTERS] if quality else None,
         "sheet": image(sheet, 1024) if sheet.is_file() else None,
     }
 

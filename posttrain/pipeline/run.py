@@ -39,6 +39,7 @@ from posttrain.pipeline.plan import TRAINING, Stage, resolve
 from posttrain.pipeline.report import write_index
 from posttrain.runs.files import replace_text
 from posttrain.runs.lock import lock
+from posttrain.runs.progress import columns
 from posttrain.runs.stop import handling
 
 STATE = "stages.json"
@@ -122,12 +123,7 @@ def plan(stages: list[Stage], state: dict[str, Any]) -> str:
             size = f"{stage.config.steps} steps"
         reads = ", ".join(f"{field} from {name}" for field, name in stage.reads.items())
         rows.append((str(i), stage.name, stage.command, progress, size, str(stage.output), reads))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for row in rows:
-        cells = map(str.ljust, row, widths)
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return columns(rows)
 
 
 def _print_fit(config: PipelineConfig, stages: list[Stage], missing: dict[str, str], on_machine: int) -> int:

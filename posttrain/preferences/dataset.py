@@ -40,11 +40,13 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from posttrain.errors import UserError
+from posttrain.image_reader import to_rgb
 from posttrain.preferences.config import ColumnMap
-from posttrain.preferences.sources import Parquet, Skipped, Tally, Tie, number, open_source, preferred, read_image
+from posttrain.preferences.sources import Skipped, Tally, Tie, number, preferred, read_image, typed
 from posttrain.runs.files import replacing
 from posttrain.training.checkpoint import is_full
 from prompts.parse import parse_json
+from prompts.tables import Parquet, open_table
 
 VERSION = 1
 CARD, README = "preferences.json", "README.md"
@@ -93,7 +95,7 @@ class Preference:
     id: str = ""
 
     def __post_init__(self) -> None:
-        self.chosen, self.rejected = self.chosen.convert("RGB"), self.rejected.convert("RGB")
+        self.chosen, self.rejected = to_rgb(self.chosen), to_rgb(self.rejected)
         # Of pixels, not of files: another compression is the same pair.
         digest = hashlib.blake2b(self.prompt.encode(), digest_size=16)
         for image in (self.chosen, self.rejected):
@@ -162,7 +164,8 @@ class PreferenceWriter:
             return
         name = f"shard-{len(self._shards):05d}.parquet"
         table = pa.Table.from_pylist(self._pending, schema=FEATURES.arrow_schema)
-        _replace(self.path / name, lambda file: pq.write_table(table, file, row_group_size=ROW_GROUP))
+        options = {"row_group_size": ROW_GROUP, "write_page_checksum": True}
+        _replace(self.path / name, lambda file: pq.write_table(table, file, **options))
         self._shards[name] = len(self._pending)
         self._pending, self._bytes = [], 0
 
@@ -196,8 +199,8 @@ class PreferenceWriter:
 class Preferences:
     """The rows of a set, read one at a time."""
 
-    def __init__(self, path: str, columns: ColumnMap | None, max_bad: float) -> None:
-        self.path, self.max_bad = path, max_bad
+    def __init__(self, path: str, columns: ColumnMap | None, max_bad: float, resized: bool) -> None:
+        self.path, self.max_bad, self._resized = path, max_bad, resized
         self.card: dict[str, Any] = {}
         """preferences.json, if the set was written by PreferenceWriter."""
         self._columns = columns or OWN
@@ -210,7 +213,7 @@ class Preferences:
         elif os.path.isdir(path) and _shards(Path(path)):
             raise UserError(f"{path}: is unfinished: it has shards and no {CARD}; go on with what was writing it")
         else:
-            self._source = open_source(path)
+            self._source = open_table(path)
         if not len(self):
             raise UserError(f"{path}: holds no pair")
         self._check_columns()
@@ -296,33 +299,37 @@ class Preferences:
         if self._own:
             for name in OPTIONAL:
                 if row.get(name) is not None:
-                    other.setdefault(name, row[name])
+                    other.setdefault(name, typed(name, row[name]))
             other["source"] = row.get("source") or OPTIONAL["source"]
         # Images last: decoding them takes longer than all other checks.
         chosen = read_image(names[0], values[0], self._source.folder)
         rejected = read_image(names[1], values[1], self._source.folder)
         pair = Preference(prompt, chosen, rejected, **other)
-        if problem := _problem(pair):
+        if problem := _problem(pair, self._resized):
             raise ValueError(problem)
         return pair
 
 
-def read_preferences(path: str | Path, columns: ColumnMap | None = None, max_bad: float = 0.01) -> Preferences:
-    """Opens a set of pairs: a directory of PreferenceWriter, JSONL with paths of images (relative to its directory), a
-    parquet file or a directory of them, a directory of `save_to_disk`, or hf:NAME[:SPLIT].
+def read_preferences(
+    path: str | Path, columns: ColumnMap | None = None, max_bad: float = 0.01, resized: bool = False
+) -> Preferences:
+    """Opens a set of pairs: a directory of PreferenceWriter, or whatever `prompts.tables.open_table` opens, such as
+    JSONL or CSV with paths of images (relative to its directory), parquet, a directory of `save_to_disk`, or
+    hf:NAME[:SPLIT].
 
     Without `columns`, the columns are those of the table above; prompt, chosen and rejected are required. A row is bad
-    if an image is missing, cut off or empty, if the images are the same or differ in size, if the prompt is empty, or
-    if a field has an invalid value. A row in which neither image is preferred is a tie. Both are skipped; if more than
-    the share `max_bad` of all rows are bad, UserError names the first ones and their reasons.
+    if an image is missing, cut off or empty, if the images are the same or differ in size (unless `resized`: the caller
+    resizes them), if the prompt is empty, or if a field has an invalid value. A row in which neither image is preferred
+    is a tie. Both are skipped; if more than the share `max_bad` of all rows are bad, UserError names the first ones and
+    their reasons.
 
     Raises UserError for a missing or unfinished set, and for a missing column.
     """
-    return Preferences(str(path), columns, max_bad)
+    return Preferences(str(path), columns, max_bad, resized)
 
 
-def _problem(pair: Preference) -> str | None:
-    """What is wrong with a pair whose images could be read; None: nothing."""
+def _problem(pair: Preference, resized: bool = False) -> str | None:
+    """What is wrong with a pair whose images could be read; None: nothing. `resized`: sizes may differ."""
     if not pair.prompt.strip():
         return "prompt: is empty"
     if pair.source not in SOURCES:
@@ -339,8 +346,8 @@ def _problem(pair: Preference) -> str | None:
     if not (pair.seed is None or isinstance(pair.seed, int)):
         return f"seed: is {pair.seed!r}, no integer"
     a, b = pair.chosen.size, pair.rejected.size
-    if a != b:
-        return f"the images differ in size: {a[0]}x{a[1]} and {b[0]}x{b[1]}"
+    if a != b and not resized:
+        return f"the images differ in size: {a[0]}x{a[1]} and {b[0]}x{b[1]} (posttrain stpo resizes them to pairs.size)"
     if pair.chosen.tobytes() == pair.rejected.tobytes():
         return "the images are the same"
     return None
@@ -359,6 +366,9 @@ def _read_card(path: Path) -> dict[str, Any]:
             raise UserError(f"{path / name}: is missing; copy the whole directory")
         if (found := _rows(path / name)) != rows:
             raise UserError(f"{path / name}: has {found} rows, not {rows} as {CARD} says; copy the directory again")
+        # The names in a parquet file have no checksum, and a column that is not found would take its default.
+        if pq.read_schema(path / name).names != list(FEATURES):
+            raise UserError(f"{path / name}: has other columns than it was written with; copy the directory again")
     return card
 
 

@@ -1,4 +1,4 @@
-"""The checks that the methods of K2 share: adapter, judges, an evaluation, cost, export.
+"""The checks that methods share: judges and cost of all, and adapter, evaluation, update and export of those of K2.
 
 Legend: N image tokens, C channels.
 """
@@ -30,8 +30,7 @@ from posttrain.training.stepper import Stepper
 from prompts.records import PromptRecord
 from rewards.base import Noise, Reward, RewardSpec
 from rewards.load import load_rewards
-from rewards.noise import noise_metrics, noise_of
-from rewards.preflight import repeatability
+from rewards.noise import noise_metrics, noise_of, repeatability
 from rewards.serve import serve
 
 FULL = 0.95
@@ -45,18 +44,11 @@ FEW, FEW_STEPS, GROUP = 2, 4, 3
 
 
 class Checks:
-    """The checks, each an iterator of rows, and the values that they pass to later checks."""
+    """The checks of every method, each an iterator of rows, and the values that they pass to later checks."""
 
-    def __init__(
-        self, config: Any, procs: Processes, k2: K2, heldout: list[PromptRecord], folder: Path, size: Sequence[int],
-        batch: int, max_tokens: int, field: str,
-    ):  # fmt: skip
-        """`batch` is how many images an evaluation draws at a time; `field` is the setting that decides it."""
-        self.config, self.procs, self.k2, self.heldout, self.folder = config, procs, k2, heldout, folder
-        self.size, self.batch, self.max_tokens, self.field = (size[0], size[1]), batch, max_tokens, field
-        self.alone = procs.alone()
-        self.stepper = Stepper(k2.train_role(POLICY), config.optim)
-        self.begun = policy_state(k2)
+    def __init__(self, config: Any, procs: Processes, folder: Path, field: str) -> None:
+        """`field` is the setting that decides the peak memory."""
+        self.config, self.procs, self.folder, self.field = config, procs, folder, field
         self.rows: list[Row] = []
         self.urls: dict[str, list[str]] | None = None
         """URLs of the recipe's servers, once they run."""
@@ -67,9 +59,7 @@ class Checks:
         self.seconds: dict[str, float] = {}
         """Seconds of each part of a step of the recipe, and of an evaluation."""
         self.moved = False
-        # The peak that counts is that of the steps, not of loading.
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        """Whether an update changed the policy."""
 
     def check(self, name: str, rows: Callable[[], Iterable[Row]], together: bool = False) -> None:
         """Runs a check on the main process, or on all processes together."""
@@ -79,6 +69,61 @@ class Checks:
     def asked(self, specs: Sequence[RewardSpec]) -> list[RewardSpec]:
         """The rewards that can be asked."""
         return [] if self.urls is None else [spec for spec in specs if spec.name not in self.silent]
+
+    def judges(self, servers: contextlib.ExitStack) -> Iterator[Row]:
+        """Starts the recipe's servers, and checks that each judge answers and scores one image the same every time."""
+        self.urls = servers.enter_context(serve(self.config.servers, self.folder / "servers"))
+        images, records = self.judged_images()
+        rewards = load_rewards(self.config.rewards, self.urls)
+        judges = asyncio.run(repeatability(rewards, images, [record.prompt for record in records]))
+        self.noise = noise_of(rewards, noise_metrics(judges))
+        for judge in judges:
+            if judge.spread is None:
+                self.silent.update(judge.rewards)
+            yield Row(f"judge {judge.judge}", not judge.remedy, judge.measured, judge.remedy)
+        if not judges:
+            raise Skip("no reward asks a judge")
+
+    def judged_images(self) -> tuple[list[Any], Sequence[PromptRecord]]:
+        """A few images to try the judges on, and the records of their prompts, in the same order."""
+        raise NotImplementedError
+
+    def cost(self, parts: Sequence[str], images: int, unit: str = "images") -> Iterator[Row]:
+        """Time of a step and of the run. A step of the recipe takes `images` of the unit."""
+        yield memory_row(self.field)
+        if missing := [part for part in parts if part not in self.seconds]:
+            yield Row("run", None, f"how long a step takes to {' and to '.join(missing)} is not known")
+            return
+        config, step = self.config, sum(self.seconds[part] for part in parts)
+        split = ", ".join(f"{part} {self.seconds[part]:.1f}" for part in parts)
+        yield Row("step", True, f"{step:.1f} s for {images} {unit} ({split})")
+        if "evaluation" not in self.seconds:
+            yield Row("run", None, "how long an evaluation takes is not known")
+            return
+        # One before the first step; without `every`, one after the last.
+        evaluations = 1 + (math.ceil(config.steps / config.eval.every) if config.eval.every else 1)
+        each = self.seconds["evaluation"]
+        total = f"about {duration(config.steps * step + evaluations * each)}, {config.steps * images} {unit}"
+        yield Row("run", True, f"{total}: {config.steps} steps and {evaluations} evaluations of {each:.1f} s")
+
+
+class K2Checks(Checks):
+    """The checks of the methods that train K2."""
+
+    def __init__(
+        self, config: Any, procs: Processes, k2: K2, heldout: list[PromptRecord], folder: Path, size: Sequence[int],
+        batch: int, max_tokens: int, field: str,
+    ):  # fmt: skip
+        """`batch` is how many images an evaluation draws at a time; `field` is the setting that decides it."""
+        super().__init__(config, procs, folder, field)
+        self.k2, self.heldout = k2, heldout
+        self.size, self.batch, self.max_tokens = (size[0], size[1]), batch, max_tokens
+        self.alone = procs.alone()
+        self.stepper = Stepper(k2.train_role(POLICY), config.optim)
+        self.begun = policy_state(k2)
+        # The peak that counts is that of the steps, not of loading.
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
 
     # ---- the model and the judges -------------------------------------------------------------------------
 
@@ -94,13 +139,10 @@ class Checks:
         measured = f"{len(layers)} layers adapted in {blocks} blocks, {targets} are named for each; {weights}"
         yield Row("adapter", len(layers) == blocks * targets > 0, measured, "name in lora.targets what the blocks have")
 
-    def judges(self, servers: contextlib.ExitStack) -> Iterator[Row]:
-        """Starts the recipe's servers, and checks that each judge answers and scores one image the same every time."""
-        self.urls = servers.enter_context(serve(self.config.servers, self.folder / "servers"))
+    def judged_images(self) -> tuple[list[Any], Sequence[PromptRecord]]:
         # Drawing these images also warms up what is timed later.
-        images = to_pil(torch.from_numpy(self._evaluate([], SHOWN, 0, [0.0], STEPS)().images))
-        rewards = load_rewards(self.config.rewards, self.urls)
-        yield from judge_rows(rewards, images, self.heldout, self.silent, self.noise)
+        evaluation = self._evaluate([], SHOWN, 0, [0.0], STEPS)()
+        return to_pil(torch.from_numpy(evaluation.images)), self.heldout
 
     def evaluation(self) -> Iterator[Row]:
         """Runs a part of an evaluation with all rewards, and estimates the time of a whole one."""
@@ -199,25 +241,7 @@ class Checks:
         remedy = "raise optim.lr" if kept else "the reference must not change: report it"
         return Row("policy moves", changed == len(watched) and self.moved and kept, measured, remedy)
 
-    # ---- what it costs, and what comes out ----------------------------------------------------------------
-
-    def cost(self, parts: Sequence[str], images: int, unit: str = "images") -> Iterator[Row]:
-        """Time of a step and of the run. A step of the recipe takes `images` of the unit."""
-        yield memory_row(self.field)
-        if missing := [part for part in parts if part not in self.seconds]:
-            yield Row("run", None, f"how long a step takes to {' and to '.join(missing)} is not known")
-            return
-        config, step = self.config, sum(self.seconds[part] for part in parts)
-        split = ", ".join(f"{part} {self.seconds[part]:.1f}" for part in parts)
-        yield Row("step", True, f"{step:.1f} s for {images} {unit} ({split})")
-        if "evaluation" not in self.seconds:
-            yield Row("run", None, "how long an evaluation takes is not known")
-            return
-        # One before the first step; without `every`, one after the last.
-        evaluations = 1 + (math.ceil(config.steps / config.eval.every) if config.eval.every else 1)
-        each = self.seconds["evaluation"]
-        total = f"about {duration(config.steps * step + evaluations * each)}, {config.steps * images} {unit}"
-        yield Row("run", True, f"{total}: {config.steps} steps and {evaluations} evaluations of {each:.1f} s")
+    # ---- what comes out -----------------------------------------------------------------------------------
 
     def export(self, prompt: str) -> Iterator[Row]:
         """Checks that the stock pipeline, with the exported policy, draws what the policy draws."""
@@ -230,26 +254,6 @@ class Checks:
         )
         measured = f"latents move by {effect:.2g} of themselves; the stock pipeline misses {missed:.1g} of that"
         yield Row("export", missed <= MISSED, measured, "what is exported is not what was trained: report it")
-
-
-def judge_rows(
-    rewards: list[Reward],
-    images: list[Any],
-    records: Sequence[PromptRecord],
-    silent: set[str],
-    noise: dict[str, Noise] | None = None,
-) -> Iterator[Row]:
-    """One row for each judge. Adds to `silent` the rewards whose judge does not answer, and to `noise` how much two
-    scores of one image differ."""
-    judges = asyncio.run(repeatability(rewards, images, [record.prompt for record in records]))
-    if noise is not None:
-        noise |= noise_of(rewards, noise_metrics(judges))
-    for judge in judges:
-        if judge.spread is None:
-            silent.update(judge.rewards)
-        yield Row(f"judge {judge.judge}", not judge.remedy, judge.measured, judge.remedy)
-    if not judges:
-        raise Skip("no reward asks a judge")
 
 
 def memory_row(field: str) -> Row:

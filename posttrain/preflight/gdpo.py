@@ -9,7 +9,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,11 @@ from posttrain.expander.config import ExpanderGDPOConfig
 from posttrain.expander.policy import Policy
 from posttrain.expander.renderer import make_renderer
 from posttrain.expander.score import Scorer
-from posttrain.preflight.checks import Row, Skip, phase, run_check
-from posttrain.preflight.common import judge_rows, memory_row
-from posttrain.runs.progress import duration
+from posttrain.preflight.checks import Row, Skip, phase
+from posttrain.preflight.common import SHOWN, Checks
+from posttrain.training.loop import try_rewards
 from prompts.records import PromptRecord, read_prompts
-from rewards.base import Noise
 from rewards.diversity import Features
-from rewards.load import load_rewards
-from rewards.serve import serve
 
 PROMPTS = 2
 """Most prompts of the tested step."""
@@ -46,7 +43,7 @@ def rows(config: ExpanderGDPOConfig, procs: Processes, folder: Path) -> list[Row
     if procs.size > 1:
         raise UserError("posttrain preflight: checks expander gdpo in one process; start it without a launcher")
     records = read_prompts(config.prompts.train)
-    load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})
+    try_rewards(config, records, records, ["expansion"])
     phase("the chat model is read")
     policy = Policy(config.model, config.lora, config.seed, procs.device)
     phase("the renderer is read")
@@ -82,48 +79,44 @@ class _StepTimer(TrainerCallback):
             self.logs = dict(logs)
 
 
-class GDPOChecks:
+class GDPOChecks(Checks):
     def __init__(
         self, config: ExpanderGDPOConfig, small: ExpanderGDPOConfig, procs: Processes, policy: Policy, renderer: Any,
         features: Features, records: list[PromptRecord], folder: Path,
     ):  # fmt: skip
-        self.config, self.small, self.procs, self.policy, self.renderer = config, small, procs, policy, renderer
-        self.features, self.records, self.folder = features, records, folder
-        self.urls: dict[str, list[str]] = {}
-        self.silent: set[str] = set()
-        self.noise: dict[str, Noise] = {}
-        self.moved, self.timer = False, _StepTimer()
-        self.shared: SharedRewards | None = None
+        super().__init__(config, procs, folder, "groups.micro_batch or renderer.micro_batch")
+        self.small, self.policy, self.renderer, self.features, self.records = small, policy, renderer, features, records
+        self.timer = _StepTimer()
+        self.parts = ["generate", "train"]
+        """Of a step; those of scoring are known after one."""
 
     def run(self) -> list[Row]:
-        rows: list[Row] = []
+        images = self.config.groups.prompts_per_step * self.config.groups.group_size
         with contextlib.ExitStack() as servers:
-            rows += run_check("judges", lambda: self.judges(servers))
-            rows += run_check("step", self.step)
+            self.check("judges", lambda: self.judges(servers))
+            self.check("step", self.step)
         # Without the servers: they may share the GPU.
-        rows += run_check("cost", self.cost)
-        rows += run_check("export", self.export)
-        return rows
+        self.check("cost", lambda: self.cost(self.parts, images, "expansions in one process"))
+        self.check("export", self.export)
+        return self.rows
 
-    def judges(self, servers: contextlib.ExitStack) -> Iterator[Row]:
-        """Draws the unexpanded prompts, and checks that each judge answers and scores one image the same every time."""
-        self.urls = servers.enter_context(serve(self.config.servers, self.folder / "servers"))
-        prompts = [record.prompt for record in self.records[:4]]
+    def judged_images(self) -> tuple[list[Any], Sequence[PromptRecord]]:
+        """Draws the unexpanded prompts."""
+        prompts = [record.prompt for record in self.records[:SHOWN]]
         images = [image for image in self.renderer(prompts, range(len(prompts))).images if image is not None]
         measured = f"{len(images)} of {len(prompts)} images were drawn"
-        yield Row("renderer", len(images) == len(prompts), measured, "see what the renderer's server says")
-        rewards = load_rewards(self.config.rewards, self.urls)
-        yield from judge_rows(rewards, images, self.records, self.silent, self.noise)
+        self.rows.append(Row("renderer", len(images) == len(prompts), measured, "see what the renderer's server says"))
+        return images, self.records
 
     def step(self) -> Iterator[Row]:
         """Runs a step: expansions are generated, drawn, scored, and trained on."""
-        rewards = [spec for spec in self.small.rewards if spec.name not in self.silent]
+        rewards = self.asked(self.small.rewards)
         if not any(not spec.heldout_only for spec in rewards):
             raise Skip("no reward can be asked")
         config = changed(self.small, rewards=rewards)
-        scorer = Scorer(config, self.renderer, self.features, self.policy.template, self.urls)
+        scorer = Scorer(config, self.renderer, self.features, self.policy.template, self.urls or {})
         scorer.noise = self.noise  # as a run has it from its first evaluation
-        self.shared = shared = SharedRewards(config, self.policy, scorer, self.records, self.procs)
+        shared = SharedRewards(config, self.policy, scorer, self.records, self.procs)
         data = [{"prompt": messages(record.prompt), "row": i} for i, record in enumerate(self.records)]
         trainer = gdpo.Trainer(
             model=self.policy.model,
@@ -140,6 +133,7 @@ class GDPOChecks:
             trainer.train()
         scored, size = shared.scored, config.groups.group_size
         assert scored is not None
+        self._time(shared, scored.seconds)
         yield from self._scores(scored, size)
         loss, norm = self.timer.logs.get("loss", math.nan), self.timer.logs.get("grad_norm", math.nan)
         # Without a difference in scores every advantage is 0, and so is the gradient: no fault of the code.
@@ -178,30 +172,19 @@ class GDPOChecks:
             reasons = "".join(f"; {reason}" for reason, _ in scored.failures.most_common(0 if valid else 1))
             yield Row(f"scores of {name}", valid > 0, measured + reasons, "fix the reward: it gave no score")
 
-    def cost(self) -> Iterator[Row]:
-        """Time of a step of the recipe and of the run."""
-        yield memory_row("groups.micro_batch or renderer.micro_batch")
-        if self.shared is None or not self.timer.ended:
-            yield Row("run", None, "how long a step takes is not known")
-            return
-        assert self.shared.scored is not None
-        scale = self.config.groups.prompts_per_step / self.small.groups.prompts_per_step
-        parts = {
-            "generate": self.shared.called - self.timer.began, **self.shared.scored.seconds,
-            "train": self.timer.ended - self.shared.returned,
-        }  # fmt: skip
-        step = scale * sum(parts.values())
-        split = ", ".join(f"{name} {scale * seconds:.1f}" for name, seconds in parts.items())
-        images = self.config.groups.prompts_per_step * self.config.groups.group_size
-        yield Row("step", True, f"{step:.1f} s for {images} expansions in one process ({split})")
-        heldout = self.config.eval.prompts * self.config.eval.group_size
-        every = self.config.eval.every
-        evaluations = 1 + (math.ceil(self.config.steps / every) if every else 1)
-        # An evaluation is a step without training.
-        evaluation = (step - scale * parts["train"]) * heldout / images
-        total = duration(self.config.steps * step + evaluations * evaluation)
-        split = f"{self.config.steps} steps and {evaluations} evaluations of {evaluation:.1f} s"
-        yield Row("run", True, f"about {total} in one process: {split}")
+    def _time(self, shared: SharedRewards, scoring: Mapping[str, float]) -> None:
+        """The seconds of a step of the recipe and of an evaluation, from those of the smaller step."""
+        config, self.parts = self.config, ["generate", *scoring, "train"]
+        scale = config.groups.prompts_per_step / self.small.groups.prompts_per_step
+        self.seconds["generate"] = scale * (shared.called - self.timer.began)
+        for name, seconds in scoring.items():
+            self.seconds[name] = scale * seconds
+        # An evaluation is a step without training, of other prompts.
+        share = config.eval.prompts * config.eval.group_size
+        share /= config.groups.prompts_per_step * config.groups.group_size
+        evaluation = share * sum(self.seconds.values())
+        self.seconds["train"] = scale * (self.timer.ended - shared.returned)
+        self.seconds["evaluation"] = evaluation
 
     def export(self) -> Iterator[Row]:
         """Checks that the saved adapter, loaded beside the trained one, gives the same logits."""

@@ -29,9 +29,10 @@ from posttrain.grpo import train as grpo
 from posttrain.grpo.config import GRPOConfig
 from posttrain.model.k2 import K2
 from posttrain.preflight.checks import Row, Skip, phase
-from posttrain.preflight.common import Checks
+from posttrain.preflight.common import K2Checks
 from posttrain.training import advantages
 from posttrain.training.evaluate import gather_scores
+from posttrain.training.loop import try_rewards
 from posttrain.training.policy import add_policy, load_model
 from posttrain.training.prompt_source import PromptSource
 from posttrain.training.stepper import RATIO_REMEDY
@@ -48,7 +49,7 @@ GROUPS = 2
 def rows(config: GRPOConfig, procs: Processes, folder: Path) -> list[Row]:
     """Raises UserError if nothing can be checked."""
     source, heldout = PromptSource(config, read_prompts(config.prompts.train)), read_prompts(config.prompts.heldout)
-    load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})
+    try_rewards(config, heldout, source.records)
     phase("the model is read")
     k2 = load_model(config.model, procs.device)
     add_policy(k2, config.lora, config.seed, reference=config.loss.kl > 0)
@@ -69,7 +70,7 @@ class Kept(ScoreQueue):
         super().submit(images, prompts, columns)
 
 
-class GRPOChecks(Checks):
+class GRPOChecks(K2Checks):
     def __init__(
         self, config: GRPOConfig, procs: Processes, k2: K2, source: PromptSource, heldout: list[PromptRecord],
         folder: Path,
@@ -161,7 +162,9 @@ class GRPOChecks(Checks):
         reasons = "".join(f"; {spec.name}: {scores.failures[spec.name].most_common(1)[0][0]}" for spec in over)
         unscored = int((~scores.valid_NK.any(1)).sum())
         measured = f"{scores.failed_NK.sum()} of {scores.failed_NK.size} scores failed, {unscored} images have none"
-        yield Row("missing scores", not over, measured + reasons, remedy)
+        if unscored == len(scores.valid_NK):
+            remedy = "fix or add a reward: none applies to these prompts, and a step without a score is skipped"
+        yield Row("missing scores", not over and unscored < len(scores.valid_NK), measured + reasons, remedy)
 
     def spread(self) -> Iterator[Row]:
         """Checks that each reward, after the gates, distinguishes the images of at least one group."""

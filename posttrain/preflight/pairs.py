@@ -6,8 +6,9 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +21,13 @@ from posttrain.pairs.config import PairsConfig
 from posttrain.pairs.draw import Cost, Drawer
 from posttrain.pairs.planning import Block, Plan
 from posttrain.pairs.select import KEPT
-from posttrain.preflight.checks import Row, phase, run_check
-from posttrain.preflight.common import judge_rows, memory_row
+from posttrain.preflight.checks import Row, phase
+from posttrain.preflight.common import Checks, memory_row
 from posttrain.runs.progress import duration
-from prompts.records import read_prompts
+from posttrain.training.loop import try_rewards
+from prompts.records import PromptRecord, read_prompts
 from rewards.background import ScoreQueue
 from rewards.load import load_rewards
-from rewards.serve import serve
 
 CANDIDATES = 4
 """Most candidates that are drawn of a source."""
@@ -37,54 +38,52 @@ STEPS = 8
 def rows(config: PairsConfig, procs: Processes, folder: Path) -> list[Row]:
     """Raises UserError if nothing can be checked."""
     records = read_prompts(config.prompts)
-    load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})
+    try_rewards(config, records)
     phase("the model and its checkpoints are read")
     few = changed(config, steps=min(config.steps, STEPS), block=min(config.block, CANDIDATES))
-    return PairsChecks(config, few, Drawer(few, procs.device), records, folder).run()
+    return PairsChecks(config, few, procs, Drawer(few, procs.device), records, folder).run()
 
 
-class PairsChecks:
-    def __init__(self, config: PairsConfig, few: PairsConfig, drawer: Drawer, records: list, folder: Path):
-        self.config, self.few, self.drawer, self.records, self.folder = config, few, drawer, records, folder
-        self.cost = Cost()
+class PairsChecks(Checks):
+    def __init__(
+        self, config: PairsConfig, few: PairsConfig, procs: Processes, drawer: Drawer, records: list[PromptRecord],
+        folder: Path,
+    ):  # fmt: skip
+        super().__init__(config, procs, folder, "micro_batch")
+        self.few, self.drawer, self.records = few, drawer, records
+        self.size = (few.sizes[0][0], few.sizes[0][1])
+        self.work = Cost()
         self.rates: list[float] = []
         """Share of the candidates that were kept, for each source that was drawn."""
-        self.silent: set[str] = set()
-        self.urls: dict[str, list[str]] | None = None
 
     def run(self) -> list[Row]:
-        rows: list[Row] = []
         phase("the network is compiled")
         self.drawer.warm_up()
         with contextlib.ExitStack() as servers:
-            rows += run_check("judges", lambda: self.judges(servers))
-            specs = [] if self.urls is None else [r for r in self.config.rewards if r.name not in self.silent]
+            self.check("judges", lambda: self.judges(servers))
+            specs = self.asked(self.config.rewards)
             self.few = changed(self.few, rewards=specs)
             with contextlib.ExitStack() as stack:
                 queue = stack.enter_context(ScoreQueue(load_rewards(specs, self.urls))) if specs else None
                 for index, source in enumerate(self.few.sources):
-                    rows += run_check(f"source {source.name}", lambda index=index: self.source(index, queue))
-        rows += run_check("cost", self.time)
-        return rows
+                    self.check(f"source {source.name}", lambda index=index: self.source(index, queue))
+        self.check("cost", self.time)
+        return self.rows
 
-    def judges(self, servers: contextlib.ExitStack) -> Iterator[Row]:
-        """Checks that each judge answers and scores one image the same every time."""
-        self.urls = servers.enter_context(serve(self.config.servers, self.folder / "servers"))
-        images: list = []
+    def judged_images(self) -> tuple[list[Any], Sequence[PromptRecord]]:
+        images: list[Any] = []
         prompts = [record.prompt for record in self.records[:CANDIDATES]]
-        size = (self.few.sizes[0][0], self.few.sizes[0][1])
         self.drawer.begin()
         draw = self.few.sources[0].draws()[0]
-        self.drawer.draw(draw, prompts, range(len(prompts)), size, lambda _, drawn: images.extend(to_pil(drawn)))
-        rewards = load_rewards(self.config.rewards, self.urls)
-        yield from judge_rows(rewards, images, self.records, self.silent)
+        self.drawer.draw(draw, prompts, range(len(prompts)), self.size, lambda _, drawn: images.extend(to_pil(drawn)))
+        return images, self.records
 
     def source(self, index: int, queue: ScoreQueue | None) -> Iterator[Row]:
         """Checks that the images of a candidate differ and, if rewards rank them, that their scores differ."""
-        source, size = self.few.sources[index], (self.few.sizes[0][0], self.few.sizes[0][1])
-        block = Block(0, index, 0, self.few.block, size)
+        source = self.few.sources[index]
+        block = Block(0, index, 0, self.few.block, self.size)
         drawn = make.begin_block(self.few, Plan(self.few), self.drawer, queue, self.records, block)()
-        self.cost.add(drawn.cost)
+        self.work.add(drawn.cost)
         fates = Counter(drawn.entry["fates"])
         distances = [d for d in drawn.entry["distances"] if d is not None]
         self.rates.append(fates[KEPT] / block.count)
@@ -104,24 +103,21 @@ class PairsChecks:
 
     def time(self) -> Iterator[Row]:
         """The time of the whole set, if the same share of candidates is kept; at least one in ten is assumed."""
-        yield memory_row("micro_batch")
-        unit = self.cost.unit()
+        yield memory_row(self.field)
+        unit = self.work.unit()
         if len(self.rates) < len(self.few.sources) or "forward" not in unit:
             yield Row("run", None, "how long a source takes is not known")
             return
         seconds, images, plan = 0.0, 0, Plan(self.config)
         for source, quota, rate in zip(self.config.sources, plan.quotas, self.rates):
             # A source stops at `tries` candidates for each pair, however few were kept.
-            group = source.judged.group_size if source.judged else 1
-            count = math.ceil(min(quota / max(rate, planning.LEAST_RATE), self.config.tries * quota)) * group
+            candidates = math.ceil(min(quota / max(rate, planning.LEAST_RATE), self.config.tries * quota))
+            count = candidates * source.group_size
             for draw in source.draws():
-                steps = self.config.resolved(draw).steps or 0
-                seconds += count * (steps * (2 if draw.guidance else 1) * unit["forward"] + unit["decode"])
+                seconds += count * (self.config.forwards(draw) * unit["forward"] + unit["decode"])
                 images += count
-        each = (
-            f"a forward of an image takes {unit['forward'] * 1000:.3g} ms, its decoding {unit['decode'] * 1000:.3g} ms"
-        )
-        cards = f" on one {'GPU' if torch.cuda.is_available() else 'CPU'}"
-        yield Row(
-            "run", True, f"about {duration(seconds)}{cards}: {images} images for {self.config.pairs} pairs; {each}"
-        )
+        device = "GPU" if torch.cuda.is_available() else "CPU"
+        measured = f"about {duration(seconds)} on one {device}: {images} images for {self.config.pairs} pairs; a"
+        measured += f" forward of an image takes {unit['forward'] * 1000:.3g} ms, its decoding"
+        measured += f" {unit['decode'] * 1000:.3g} ms"
+        yield Row("run", True, measured)

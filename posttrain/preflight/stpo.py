@@ -22,14 +22,14 @@ from posttrain.model.k2 import K2
 from posttrain.preferences.dataset import Preference, Preferences, read_preferences
 from posttrain.preferences.sources import Skipped
 from posttrain.preflight.checks import Row, phase
-from posttrain.preflight.common import Checks, finite
+from posttrain.preflight.common import K2Checks, finite
 from posttrain.runs.progress import duration
 from posttrain.stpo import train as stpo
 from posttrain.stpo.config import STPOConfig
 from posttrain.stpo.latent_cache import Batch, encode_pairs
+from posttrain.training.loop import try_rewards
 from posttrain.training.policy import add_policy, load_model
 from prompts.records import PromptRecord, read_prompts
-from rewards.load import load_rewards
 
 PAIRS = 32
 """Most pairs that are encoded, spread over the set."""
@@ -64,15 +64,16 @@ class Few:
 
 def rows(config: STPOConfig, procs: Processes, folder: Path) -> list[Row]:
     """Raises UserError if nothing can be checked."""
-    preferences = read_preferences(config.pairs.train, config.pairs.columns, config.pairs.max_bad)
+    resized = config.pairs.size is not None
+    preferences = read_preferences(config.pairs.train, config.pairs.columns, config.pairs.max_bad, resized)
     heldout = read_prompts(config.heldout)
-    load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})
+    try_rewards(config, heldout)
     phase("the model is read")
     k2 = load_model(config.model, procs.device)
     return STPOChecks(config, procs, k2, preferences, heldout, folder).run()
 
 
-class STPOChecks(Checks):
+class STPOChecks(K2Checks):
     def __init__(
         self, config: STPOConfig, procs: Processes, k2: K2, preferences: Preferences, heldout: list[PromptRecord],
         folder: Path,
@@ -130,6 +131,4 @@ class STPOChecks(Checks):
     @torch.no_grad()
     def _velocities(self, batch: Batch) -> dict[str | None, torch.Tensor]:
         """The velocities of the first image of a pair."""
-        mask = batch.text.mask
-        text = type(batch.text)(batch.text.tokens[:1], None if mask is None else mask[:1])
-        return self.velocities(batch.x_w[:1], batch.t[:1], text, batch.size)
+        return self.velocities(batch.x_w[:1], batch.t[:1], batch.text.first(1), batch.size)

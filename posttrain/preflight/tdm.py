@@ -16,16 +16,16 @@ from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
 from posttrain.model.k2 import K2
 from posttrain.preflight.checks import Row, phase
-from posttrain.preflight.common import Checks, finite
+from posttrain.preflight.common import K2Checks, finite
 from posttrain.tdm import train as tdm
 from posttrain.tdm.config import TDMConfig
 from posttrain.tdm.rollout import MU, Batch, roll_out
 from posttrain.training import checkpoint
 from posttrain.training.evaluate import SamplingSettings
+from posttrain.training.loop import try_rewards
 from posttrain.training.policy import POLICY, load_model
 from posttrain.training.prompt_source import FusedTexts, in_turn
 from prompts.records import PromptRecord, read_prompts
-from rewards.load import load_rewards
 
 BATCHES = 2
 """Most micro-batches of a step."""
@@ -34,14 +34,14 @@ BATCHES = 2
 def rows(config: TDMConfig, procs: Processes, folder: Path) -> list[Row]:
     """Raises UserError if nothing can be checked."""
     records, heldout = read_prompts(config.prompts.train), read_prompts(config.prompts.heldout)
-    load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})
+    try_rewards(config, heldout, records)
     phase("the model is read")
     k2 = load_model(config.model, procs.device)
     tdm.add_roles(k2, config)
     return TDMChecks(config, procs, k2, records, heldout, folder).run()
 
 
-class TDMChecks(Checks):
+class TDMChecks(K2Checks):
     def __init__(
         self, config: TDMConfig, procs: Processes, k2: K2, records: list[PromptRecord], heldout: list[PromptRecord],
         folder: Path,
@@ -119,6 +119,5 @@ class TDMChecks(Checks):
 
     def _velocities(self, batch: Batch) -> dict[str | None, torch.Tensor]:
         """The velocities of an image at the start of its last update's step."""
-        points, mask = batch.points[-1], batch.text.mask
-        text = type(batch.text)(batch.text.tokens[:1], None if mask is None else mask[:1])
-        return self.velocities(points.x[:1], points.t[:1], text, batch.size)
+        points = batch.points[-1]
+        return self.velocities(points.x[:1], points.t[:1], batch.text.first(1), batch.size)

@@ -13,6 +13,7 @@ from posttrain.config.diff import changes
 from posttrain.report.before_after import Sample, read_samples, step_directories, step_name
 from posttrain.report.charts import Chart, Section, runs_chart
 from posttrain.report.format import aligned, is_number, shown
+from posttrain.report.public import public
 from posttrain.report.render import image
 from posttrain.runs.read import RunFiles
 
@@ -124,7 +125,7 @@ def _run_row(line: int, run: RunFiles) -> dict[str, Any]:
     seconds = run.summary.get("seconds")
     return {
         "line": line,
-        "cells": [run.path, run.recipe.get("seed"), run.steps],
+        "cells": [public(run.path), run.recipe.get("seed"), run.steps],
         "seconds": f"{seconds:,.0f}\u00a0s" if seconds else "–",
         "ended": run.summary.get("stopped") or ("" if run.summary else "not finished"),
     }
@@ -138,7 +139,7 @@ def _settings(lines: Sequence[Line]) -> list[list[str]]:
     own = [{path: value for path, _, value in found} for found in differences]
     rows = []
     for path, first in firsts.items():
-        values = [shown(line.get(path, first)) for line in own]
+        values = [shown(public(line.get(path, first))) for line in own]
         rows.append([path, *(textwrap.shorten(value, LONGEST) for value in values)])
     return rows
 

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from posttrain.config import metrics
 from posttrain.report.before_after import run_images
 from posttrain.report.charts import Chart, Limit, Section, areas_chart, line_chart
@@ -20,12 +22,15 @@ from posttrain.report.config import ReportConfig
 from posttrain.report.format import aligned, change, number
 from posttrain.report.groups import groups
 from posttrain.report.limits import limits, watched
+from posttrain.report.public import public
 from posttrain.report.render import write_page
 from posttrain.runs.read import Point, RunFiles, read_json, read_run, read_tables
 from prompts.pool import Kind
 
 SHOWN_APART = ("before", "after", "teacher", "best", "stopped", "memory", "rewards", "startup")
 """Fields of summary.json that have a place of their own on the page."""
+COSTS = ("steps", "images", "pairs", "seconds", "peak_ram_gib", "peak_gpu_gib")
+"""Fields of summary.json that say what the run took."""
 POOL = tuple(f"pool/{kind.name.lower()}" for kind in Kind)
 WIDE = {"width": 1120, "height": 280}
 """Pixels of the reward's chart, which spans the page."""
@@ -77,7 +82,8 @@ def write_report(run: Path, path: Path | None = None) -> Path:
         cost=_cost(files),
         judges=_judges(files),
         definitions=metrics.definitions(files.series),
-        recipe_text=files.recipe_text,
+        recipe_text=_recipe_text(files),
+        changes=[list(public(row).values()) for row in files.changes],
         environment=_environment(files.environment),
     )  # fmt: skip
 
@@ -101,7 +107,13 @@ def _reward(series: Mapping[str, list[Point]]) -> dict[str, Chart] | None:
 
 def _base(recipe: dict[str, Any]) -> str:
     model = recipe.get("model") or "K2"
-    return model if isinstance(model, str) else str(model.get("path", "K2"))
+    return public(model if isinstance(model, str) else str(model.get("path", "K2")))
+
+
+def _recipe_text(files: RunFiles) -> str:
+    # As it was written, except for paths, which may name a user.
+    shown = public(files.recipe)
+    return files.recipe_text if shown == files.recipe else yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
 
 
 def _subtitle(files: RunFiles) -> str:
@@ -129,7 +141,8 @@ def summary_tables(summary: dict[str, Any]) -> dict[str, Any]:
         "best": _best(summary),
         "head": ["before", "after", "change", *(["teacher"] if teacher else [])],
         "rows": rows,
-        "took": [[name, value] for name, value in summary.items() if name not in SHOWN_APART],
+        "took": [[name, value] for name, value in summary.items() if name in COSTS],
+        "other": [[name, value] for name, value in summary.items() if name not in (*SHOWN_APART, *COSTS)],
     }
 
 
@@ -224,7 +237,7 @@ def _judges(files: RunFiles) -> list[list[str]]:
     for reward, details in (files.summary.get("rewards") or {}).items():
         # A reward that asks no judge has no template, and one row all the same.
         for name, digest in (details.get("templates") or {"–": "–"}).items():
-            rows.append([reward, details.get("model", "–"), name, digest])
+            rows.append([reward, public(details.get("model", "–")), name, digest])
     digest = read_json(files.path / "expander.json").get("template")
     if digest:
         rows.append(["prompt expander", _base(files.recipe), "expander", digest])
@@ -233,5 +246,5 @@ def _judges(files: RunFiles) -> list[list[str]]:
 
 def _environment(environment: dict[str, Any]) -> list[list[Any]]:
     flat = {**environment, **(environment.get("packages") or {})}
-    flat.pop("packages", None)
-    return [list(item) for item in flat.items()]
+    # The launch names this machine, and hashes of prompts are for resuming.
+    return [[name, value] for name, value in flat.items() if name not in ("packages", "prompts", "launch")]

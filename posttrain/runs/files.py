@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+
+UMASK = os.umask(0o077)
+"""Of this process. It can only be read by setting it, which is safe while there are no other threads."""
+os.umask(UMASK)
 
 
 def sync(path: Path) -> None:
@@ -14,8 +20,27 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems write the names in a directory at once, and refuse to be asked.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
+
+
+def apply_umask(path: Path) -> None:
+    """Gives a file, or all files in a directory, the mode of any new file: 0666 less the umask.
+
+    safetensors makes files that only their owner can read, whatever the umask.
+    """
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_symlink() or not file.is_file():
+            continue
+        mode = stat.S_IMODE(file.stat().st_mode)
+        wanted = mode | (0o666 & ~UMASK)
+        if mode != wanted:
+            with contextlib.suppress(PermissionError):  # a file system without modes, where all files are alike
+                file.chmod(wanted)
 
 
 @contextlib.contextmanager
@@ -27,6 +52,7 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if shared else f".{path.name}.tmp")
     try:
         yield temporary
+        apply_umask(temporary)
         sync(temporary)  # without it a power cut could leave the new name with no content
         os.replace(temporary, path)
     except BaseException:
@@ -52,6 +78,7 @@ def replacing_directory(path: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        apply_umask(temporary)
         if path.exists():  # a directory cannot be renamed over one that is not empty
             os.rename(path, old)
         os.rename(temporary, path)

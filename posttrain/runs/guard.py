@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
+import netrc
 import os
+import urllib.parse
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,10 @@ from posttrain import commands
 from posttrain.config.diff import as_text, changes
 from posttrain.errors import UserError
 from posttrain.runs.lock import lock
+from prompts.records import read_prompts
+
+PROMPTS = "prompts"
+"""Key of environment.json: hashes of the prompts that must stay, by setting."""
 
 
 def check_new(output: Path, card: bool = False) -> None:
@@ -33,6 +40,11 @@ def check_run(config: Any, resume: bool | None = False) -> None:
     for name in config.track.trackers:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"track.trackers: {name} is not installed; pip install {name} or leave it out")
+        if name == "wandb" and not _is_logged_in():
+            raise UserError(
+                "track.trackers: wandb is not logged in; run `wandb login`, set WANDB_API_KEY, or keep it on this"
+                " machine with WANDB_MODE=offline"
+            )
     run = Path(config.output)
     recipe = run / "recipe.yaml"
     # Taken and let go of: whether another command writes here is known before anything is loaded.
@@ -50,6 +62,56 @@ def check_run(config: Any, resume: bool | None = False) -> None:
                 f"{run}: cannot be resumed with {as_text(lost)}: restore that (a link can stand in for a file that"
                 " was moved), or choose another --output"
             )
+        check_prompts(config)
+
+
+def check_prompts(config: Any) -> None:
+    """Raises UserError if a file of prompts, such as those of evaluations, holds others than when the run began."""
+    file = Path(config.output) / "environment.json"
+    if not file.exists():
+        return
+    try:
+        began = json.loads(file.read_text()).get(PROMPTS, {})
+    except (ValueError, AttributeError):
+        raise UserError(f"{file}: is damaged; restore it, or choose another --output") from None
+    for setting, digest in prompt_digests(config).items():
+        if began.get(setting, digest) != digest:
+            raise UserError(
+                f"{setting}: {_value_at(config, setting)} holds other prompts than when {config.output} began; restore"
+                " them, or choose another --output"
+            )
+
+
+def prompt_digests(config: Any) -> dict[str, str]:
+    """A hash of the prompts, with all their fields, in each file that a resumed run must find as it was, by setting.
+
+    Of prompts to evaluate on, those beyond `eval.prompts` do not count.
+    """
+    digests = {}
+    for setting in _kept_prompts(config):
+        source = _value_at(config, setting)
+        # One that is missing is refused by what draws from it.
+        if source is None or not (source.startswith("hf:") or os.path.exists(source)):
+            continue
+        records = read_prompts(source)
+        if setting.endswith("heldout"):
+            records = records[: config.eval.prompts]
+        digest = hashlib.sha256()
+        for record in records:
+            digest.update(json.dumps(dataclasses.asdict(record), sort_keys=True, default=str).encode() + b"\n")
+        digests[setting] = digest.hexdigest()
+    return digests
+
+
+def _is_logged_in() -> bool:
+    """Whether wandb will find a key, or needs none, instead of asking for one in the middle of a run."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return True
+    host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
+    except (OSError, netrc.NetrcParseError):  # there is none, or none that wandb could read
+        return False
 
 
 def check_unchanged(config: Any, remedy: str, kept: Collection[str] | None = None, free: Collection[str] = ()) -> None:
@@ -78,6 +140,20 @@ def _is_kept(frozen: tuple[str, ...], path: str, old: Any, new: Any) -> bool:
     if path in ("sampling.sizes", "sizes"):  # the first is the size of evaluations
         return old[:1] != new[:1]
     return path.startswith(frozen)
+
+
+def _kept_prompts(config: Any) -> tuple[str, ...]:
+    try:
+        return commands.of(config)[1].kept_prompts
+    except LookupError:  # a method in a program
+        return ("prompts.heldout",)
+
+
+def _value_at(config: Any, setting: str) -> Any:
+    """None where the settings have no such field."""
+    for part in setting.split("."):
+        config = getattr(config, part, None)
+    return config
 
 
 def _frozen(config: Any) -> tuple[str, ...]:

@@ -1,18 +1,20 @@
-"""The progress bar and the grid of samples."""
+"""What people see of a run: progress bars, the grid of samples, and numbers and tables as text."""
 
 from __future__ import annotations
 
 import textwrap
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn
+from rich.progress import BarColumn, TextColumn, track
 from rich.progress import Progress as Bar
 
+T = TypeVar("T")
 SHOWN = ("reward", "accuracy")
 QUIET_SECONDS = 10.0  # without a terminal: one line in so many seconds
 
@@ -28,8 +30,8 @@ class Progress:
         self.last_line = 0.0
         self.bar: Bar | None = None
         if self.console.is_terminal:
-            columns = [BarColumn(), TextColumn("{task.completed}/{task.total}  {task.description}")]
-            self.bar = Bar(*columns, console=self.console)
+            description = TextColumn("{task.completed}/{task.total}  {task.description}")
+            self.bar = Bar(BarColumn(), description, console=self.console)
             self.task = self.bar.add_task("", total=total, completed=step)
             self.bar.start()
 
@@ -80,6 +82,28 @@ def grid_image(images: np.ndarray, rows: int, columns: int, captions: Sequence[s
             for k, part in enumerate(text):
                 draw.text((x, y + height + k * line), part, fill="black", font=font)
     return canvas
+
+
+def reading(parts: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
+    """The parts themselves. On a terminal a bar shows how many of them are read, and is gone at the end."""
+    console = Console(stderr=True)
+    return track(
+        parts, f"reading {what}", total=total, console=console, transient=True, disable=not console.is_terminal
+    )
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of as many cells as text: each column is as wide as its longest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = map(str.ljust, row, widths)
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
 
 
 def duration(seconds: float) -> str:

@@ -5,7 +5,7 @@ UserError is raised. What the run has not written yet is empty.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -29,6 +29,8 @@ class RunFiles:
     environment: dict[str, Any]
     series: dict[str, list[Point]]
     """By metric: (step, value or None)."""
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    """Settings that were changed when the run was resumed: after_step, setting, before, now."""
 
     @property
     def name(self) -> str:
@@ -57,7 +59,16 @@ def read_run(path: Path) -> RunFiles:
         ),
         environment=read_json(path / "environment.json", started=str, packages=dict),
         series=read_metrics(path / "metrics.jsonl"),
+        changes=read_changes(path),
     )  # fmt: skip
+
+
+def read_changes(run: Path) -> list[dict[str, Any]]:
+    """Settings that were changed when a run was resumed, as changes.json has them."""
+    rows = read_rows(run / "changes.json")
+    if any(row.keys() != {"after_step", "setting", "before", "now"} for row in rows):
+        raise _damaged(run / "changes.json", "is not what posttrain writes there")
+    return rows
 
 
 def read_metrics(path: Path) -> dict[str, list[Point]]:

@@ -8,6 +8,8 @@
     samples/           prompts.json and step-000000/000.png, ...: the same prompts and seeds over the run; scores.json
                        beside the images has each reward's score of each
     prompts.json       with an adaptive pool: the prompts at its ends
+    changes.json       settings that were changed when the run was resumed, with the step that was saved then
+    wandb_id           with wandb: its id of the run
     summary.json       metrics before and after, seconds, memory
 
 Only the main process writes; on the others every method returns at once.
@@ -24,6 +26,7 @@ import math
 import os
 import platform
 import resource
+import secrets
 import signal
 import subprocess
 import sys
@@ -44,8 +47,10 @@ from posttrain.config.sections import TrackConfig
 from posttrain.errors import UserError
 from posttrain.log import log
 from posttrain.runs import startup
+from posttrain.runs.changes import record_changes
+from posttrain.runs.ending import end_line, stopped_line
 from posttrain.runs.files import append_line, replace_text
-from posttrain.runs.guard import check_run
+from posttrain.runs.guard import PROMPTS, check_run, prompt_digests
 from posttrain.runs.lock import lock
 from posttrain.runs.progress import Progress, grid_image
 
@@ -74,6 +79,9 @@ class Run:
         """Where each server of the recipe answers."""
         self.stopped: signal.Signals | None = None
         """What ended the training before its last step."""
+        self._total: int | None = None
+        self._figures: Mapping[str, Any] | None = None
+        """Of the summary, once it is written."""
         self.non_finite = 0
         self._track = track
         self._trackers: list[Any] = []
@@ -103,12 +111,15 @@ class Run:
             run.path.mkdir(parents=True, exist_ok=True)
             run._lock = lock(run.path)
             new = _plain(dataclasses.asdict(config))  # type: ignore[call-overload]
+            comments = ""
             if recipe.exists():
                 changed = changes(yaml.safe_load(recipe.read_text()), new)
                 if changed:
                     log.info(f"the recipe has changed since the run began: {as_text(changed)}")
-            replace_text(recipe, yaml.safe_dump(new, sort_keys=False, allow_unicode=True))
-            replace_text(run.path / "environment.json", _json(environment(), indent=1))
+                comments = record_changes(run.path, changed)
+            replace_text(recipe, comments + yaml.safe_dump(new, sort_keys=False, allow_unicode=True))
+            facts = environment() | {PROMPTS: prompt_digests(config)}
+            replace_text(run.path / "environment.json", _json(facts, indent=1))
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"{run.path}: a file is in the way; choose another --output") from None
         except OSError as error:
@@ -129,7 +140,11 @@ class Run:
         """
         if not self.main:
             return
-        self._begun = step
+        self._begun, self._total = step, total
+        if step >= total:
+            log.info(
+                f"{self.path}: is finished: step {total} of {total} is done, and nothing is left; raise steps to go on"
+            )
         startup.lap("prepare")
         metrics = self.path / "metrics.jsonl"
         # A process that was killed may have logged steps after its last checkpoint; they come again.
@@ -145,10 +160,20 @@ class Run:
 
             PartialState()  # the trackers ask it which process is the main one
             for name in self._track.trackers:
-                tracker = LOGGER_TYPE_TO_CLASS[name]("posttrain", name=self.path.name)
+                settings = {"name": self.path.name}
+                if name == "wandb":
+                    settings |= {"id": self._wandb_id(step), "resume": "allow"}
+                tracker = LOGGER_TYPE_TO_CLASS[name]("posttrain", **settings)
                 tracker.start()
                 self._trackers.append(tracker)
         self._progress = Progress(total, step)
+
+    def _wandb_id(self, step: int) -> str:
+        """That of the run as it began, so that a resumed one goes on in the same curves."""
+        file = self.path / "wandb_id"
+        if step == 0 or not file.exists():
+            replace_text(file, secrets.token_hex(8))
+        return file.read_text()
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append the metrics of a step: numbers, 0-d tensors, or None for missing.
@@ -223,6 +248,7 @@ class Run:
         The report shows `before` and `after` (both name -> number) side by side, other numbers as they are.
         """
         if self.main:
+            self._figures = figures
             took = self._startup or startup.CLOCK.taken(None)
             replace_text(self.path / "summary.json", _json(_plain({**figures, "startup": took}), indent=1))
 
@@ -255,6 +281,7 @@ class Run:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.close()
+        self._say_end(error)
         # Errors that a user can do something about, and that may come from anywhere in the run.
         if isinstance(error, torch.OutOfMemoryError):
             raise UserError(
@@ -271,6 +298,16 @@ class Run:
             ) from error
         if isinstance(error, SafetensorError):
             raise UserError(f"{self.path}: cannot be written or read: {error}; fix that, then {self.again}") from error
+
+    def _say_end(self, error: BaseException | None) -> None:
+        if not self.main:
+            return
+        done = (self._figures or {}).get("steps")
+        is_whole = done is None or self._total is None or done >= self._total
+        if isinstance(error, KeyboardInterrupt) or (self.stopped is not None and not is_whole):
+            log.info(stopped_line(self.path, self._total, self.again))
+        elif error is None and self._figures is not None:
+            log.info(end_line(self.path, self._figures))
 
 
 def peak_memory() -> dict[str, float]:

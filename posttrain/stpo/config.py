@@ -34,8 +34,8 @@ class PairSetConfig:
     """Pairs of images of one prompt, of which one is preferred. Latents and text are encoded once, into a cache."""
 
     train: Text
-    """Directory of `posttrain pairs` or `posttrain annotate`; JSONL with prompt, chosen, rejected, where images are
-    paths from its directory; parquet; a dataset saved to disk; or hf:NAME[:SPLIT]."""
+    """Directory of `posttrain pairs` or `posttrain annotate`; JSONL or CSV with prompt, chosen, rejected,
+    where images are paths from its directory; parquet; a dataset saved to disk; or hf:NAME[:SPLIT]."""
     columns: ColumnMap | None = None
     """Which columns hold what; null: those of posttrain/preferences/dataset.py. Required: prompt,
     chosen, rejected."""
@@ -43,7 +43,8 @@ class PairSetConfig:
     """Share of the rows that may be bad (an image that is missing or cut off, two that are the same, no prompt)
     and are left out with a warning; more end the run."""
     size: Size | None = None
-    """[height, width] that all images are scaled and cropped to; null: as they are."""
+    """[height, width] that all images are scaled and cropped to; null: as they are, where both of a pair have one size.
+    """
     max_tokens: AtLeast1 = 512
     """Longest prompt in text tokens; what lies beyond is cut with a warning."""
     drop_prompt: BelowOne = 0.0

@@ -41,7 +41,7 @@ from posttrain.stpo.config import PairSetConfig
 from posttrain.stpo.losses import label
 from posttrain.training.checkpoint import is_full
 
-VERSION = 1
+VERSION = 2  # 1: images were read without their orientation and transparency
 SHARD = 64
 """Rows of the set in a shard."""
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -98,7 +99,7 @@ def preference_terms(
             "winner_error": norm_w - dw,
             "loser_error": norm_l - dl,
             "margin": dl - dw,
-            "accuracy": (dl > dw).float(),
+            "accuracy": (1 + (dl - dw).sign()) / 2,
             "z": z,
             "sigma": (-z).sigmoid(),
             "saturated": ((-z).sigmoid() < SATURATED).float(),
@@ -136,8 +137,16 @@ def exact_guard(winner_n: float, loser_n: float, guard: float) -> float:
 
 def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     """Inner product of two lists of tensors, summed in fp64."""
+    return sum(_inner(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _inner(x: Tensor, y: Tensor) -> float:
     # Millions of small products: fp32 would lose the sum's last digits.
-    return sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))
+    if x.is_cuda:
+        return float((x.double() * y.double()).sum())
+    # On the CPU, since Apple's GPUs have no fp64.
+    first, second = (part.detach().float().cpu().numpy().astype(np.float64) for part in (x, y))
+    return float(np.vdot(first, second))
 
 
 def norm(a: Sequence[Tensor]) -> float:

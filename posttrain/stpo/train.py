@@ -27,8 +27,9 @@ Metrics of held-out pairs at each evaluation, with fixed times and noise; those 
 | cosine* | of the two errors |
 | drift_winner*, drift_loser* | squared distance of the velocities to the reference's |
 
-Accuracy and margin do not see divergence; winner does. `pairs/winner_t1` ... `_t4` and so on are of four equal parts of
-the training times, the least noisy first.
+In the accuracy a pair whose margin is 0, as all are before the first step, counts half. Accuracy and margin do not see
+divergence; winner does. `pairs/winner_t1` ... `_t4` and so on are of four equal parts of the training times, the least
+noisy first.
 
 Legend: B pairs of a micro-batch, N image tokens, C channels.
 """
@@ -58,6 +59,7 @@ from posttrain.training.oom_retry import MicroBatch
 from posttrain.training.policy import POLICY, add_policy, load_model
 from posttrain.training.prompt_source import in_turn
 from posttrain.training.stepper import Clock, Stepper
+from posttrain.training.sums import total
 from prompts.records import read_prompts
 from rewards.load import load_rewards, record
 
@@ -74,9 +76,10 @@ def train(config: STPOConfig, resume: bool = False) -> None:
             f"loss: {procs.engine} cannot tell terms apart: set terms_every to 0, and guard to output if it is exact"
         )
     resume = resuming(config, resume, procs)
-    preferences = read_preferences(config.pairs.train, config.pairs.columns, config.pairs.max_bad)
+    resized = config.pairs.size is not None
+    preferences = read_preferences(config.pairs.train, config.pairs.columns, config.pairs.max_bad, resized)
     heldout = read_prompts(config.heldout)
-    try_rewards(config)
+    try_rewards(config, heldout)
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     k2 = load_model(config.model, procs.device, saved)
     pairs = encode_pairs(k2, preferences, config.pairs, procs)
@@ -186,7 +189,7 @@ def optimise(
             else:
                 torch.stack(list(scaled.values())).sum().backward()
         for name, value in metrics.items():
-            sums[name] = sums.get(name, 0.0) + float(value.double().sum())
+            sums[name] = sums.get(name, 0.0) + total(value)
     means = procs.means_of_sums(sums, config.batch)
     gradients: dict[str, float] = {}
     if apart:
@@ -236,8 +239,8 @@ def _regressed(k2: K2, batches: Sequence[Batch], references: Sequence[tuple[Tens
     for batch, (reference, _) in zip(batches, references):
         with k2.role(POLICY):
             v = _velocity(k2, batch, 0)
-        change += float(error_change(v, reference, batch.target_w).double().sum())
-        error += float((reference.float() - batch.target_w).square().flatten(1).mean(1).double().sum())
+        change += total(error_change(v, reference, batch.target_w))
+        error += total((reference.float() - batch.target_w).square().flatten(1).mean(1))
     changes, errors = zip(*procs.all_gather((change, error)))
     return has_risen(sum(changes), sum(errors))
 
@@ -289,9 +292,9 @@ def _combine(
     for i, parameter in enumerate(parameters):
         parameter.grad = sum((part[i] for part in buffers.values()), torch.zeros_like(parameter))
     norms = {name: norm(part) for name, part in buffers.items()}
-    total = sum(norms.values())
+    whole = sum(norms.values())
     for name, value in norms.items():
-        metrics[f"gradient/{name}"] = value / total if total else 0.0
+        metrics[f"gradient/{name}"] = value / whole if whole else 0.0
     return metrics
 
 

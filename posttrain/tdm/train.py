@@ -60,6 +60,7 @@ from posttrain.training.oom_retry import MicroBatch
 from posttrain.training.policy import POLICY, add_policy, earlier_of, load_model
 from posttrain.training.prompt_source import FusedTexts, in_turn, warn_of_cut_prompts
 from posttrain.training.stepper import Clock, Stepper
+from posttrain.training.sums import total
 from prompts.records import PromptRecord, read_prompts
 from rewards.load import load_rewards
 
@@ -77,7 +78,7 @@ def train(config: TDMConfig, resume: bool = False) -> None:
             f"prompts.train: {config.prompts.train} holds {len(records)} prompts and a step takes {config.batch}; add"
             " prompts or lower batch"
         )
-    try_rewards(config)
+    try_rewards(config, heldout, records)
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     _refuse_distilled(config)
     k2 = load_model(config.model, procs.device, saved)
@@ -271,7 +272,7 @@ def update_student(
 
 def _add(sums: dict[str, float], metrics: dict[str, Tensor]) -> None:
     for name, value in metrics.items():
-        sums[name] = sums.get(name, 0.0) + float(value.double().sum())
+        sums[name] = sums.get(name, 0.0) + total(value)
 
 
 # ---- evaluate -------------------------------------------------------------------------------------------------

@@ -8,6 +8,9 @@ floor_K is, per reward, the difference between two images that noise alone can m
 own units. Dividing by a bare standard deviation would turn the noise of a saturated reward into full advantages: so no
 group is divided by less than the floor, and one that spans less is flat. A group with a larger standard deviation is
 left as it is: its differences are real. None: no reward is noisy.
+
+No constant is absolute, so a reward in [0, 1e-4] teaches what the same reward in [0, 1] does: EPSILON is a share of a
+reward's own spread, and FLAT a share of its own size.
 """
 
 from __future__ import annotations
@@ -18,15 +21,16 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-4
-"""Added to a standard deviation or its floor: for rewards without noise, on a scale of about 1."""
+"""Times the mean standard deviation of a reward's groups, floors included: added to that of each group."""
 FLAT = 1e-6
-"""A group whose rewards span less than this carries no signal, even without noise: its advantages are exactly 0."""
+"""A group whose rewards span less than this, times the largest of the batch, differs by rounding alone: its advantages
+are exactly 0."""
 
 
 def gdpo(rewards_PGK: Tensor, valid_PGK: Tensor, weights_K: Tensor, floor_K: Tensor | None = None) -> Tensor:
     """(P, G) advantages, each reward normalised in its group before they are weighed (GDPO).
 
-    A_k = (R_k - mean) / (max(std, floor_k) + 1e-4) in the group, summed with the weights, then normalised once more
+    A_k = (R_k - mean) / (max(std, floor_k) + epsilon) in the group, summed with the weights, then normalised once more
     over the whole batch, so that the number of rewards does not change the size of an update.
     """
     # Each reward in its own standard deviations first, so that a reward on a large scale does not rule the sum.
@@ -73,7 +77,7 @@ def noise_share(
         weights_K = weights_K.new_ones(1)
     std_P1K = _std(_centre(rewards_PGK, valid_PGK, floor_PK), valid_PGK)
     # The range of some twenty normal draws is about four standard deviations.
-    noise_P1K = torch.minimum(noise_PK[:, None] / 4, std_P1K) / _divisor(std_P1K, floor_PK)
+    noise_P1K = torch.minimum(noise_PK[:, None] / 4, std_P1K) / divisor(std_P1K, floor_PK)
     noise = (weights_K * noise_P1K * valid_PGK).square().sum()
     total = (weights_K * standardise(rewards_PGK, valid_PGK, floor_PK)).sum(-1).square().sum()
     return min(1.0, float(noise / total)) if total > 0 else None
@@ -85,7 +89,7 @@ def standardise(values_PGK: Tensor, valid_PGK: Tensor, floor_K: Tensor | None = 
     Here and below the floor may also be one for each group, (P, K).
     """
     centred = _centre(values_PGK, valid_PGK, floor_K)
-    return centred / _divisor(_std(centred, valid_PGK), floor_K)
+    return centred / divisor(_std(centred, valid_PGK), floor_K)
 
 
 def flat(values_PGK: Tensor, valid_PGK: Tensor, floor_K: Tensor | None = None) -> Tensor:
@@ -94,8 +98,9 @@ def flat(values_PGK: Tensor, valid_PGK: Tensor, floor_K: Tensor | None = None) -
     # Infinities keep what is missing out of the extremes.
     top = values.masked_fill(~valid_PGK, -torch.inf).amax(1)
     bottom = values.masked_fill(~valid_PGK, torch.inf).amin(1)
-    least = FLAT if floor_K is None else floor_K.double().clamp_min(FLAT)
-    return (valid_PGK.sum(1) < 2) | (top - bottom < least)
+    size_K = values.abs().masked_fill(~valid_PGK, 0.0).amax((0, 1))
+    least = FLAT * size_K if floor_K is None else torch.maximum(floor_K.double(), FLAT * size_K)
+    return (valid_PGK.sum(1) < 2) | (top - bottom < least) | (top == bottom)
 
 
 def _centre(values_PGK: Tensor, valid_PGK: Tensor, floor_K: Tensor | None) -> Tensor:
@@ -111,10 +116,15 @@ def _std(centred_PGK: Tensor, valid_PGK: Tensor) -> Tensor:
     return (centred_PGK.square().sum(1, keepdim=True) / (count - 1).clamp_min(1)).sqrt()
 
 
-def _divisor(std_P1K: Tensor, floor_K: Tensor | None) -> Tensor:
-    """(P, 1, K) what a group's deviations are divided by."""
+def divisor(std_P1K: Tensor, floor_K: Tensor | None) -> Tensor:
+    """(P, 1, K) what a group's deviations are divided by; 1 for a reward that differs nowhere.
+
+    `std_P1K` is 0 in flat groups, which do not count in a reward's own spread.
+    """
     floored = std_P1K if floor_K is None else torch.maximum(std_P1K, floor_K.double()[..., None, :])
-    return floored + EPSILON
+    differs = std_P1K > 0
+    spread_11K = (floored * differs).sum(0, keepdim=True) / differs.sum(0, keepdim=True).clamp_min(1)
+    return (floored + EPSILON * spread_11K).masked_fill(spread_11K == 0, 1.0)
 
 
 def _of_sum(noise_K: Tensor, weights_K: Tensor, flat_PK: Tensor) -> Tensor:
@@ -126,4 +136,5 @@ def _over_batch(values_PG: Tensor, scorable_PG: Tensor) -> Tensor:
     """Unit standard deviation over the batch."""
     # Each group is centred, so the batch's mean is 0 within rounding. Subtracting it would move flat groups off 0.
     scorable = values_PG[scorable_PG]
-    return values_PG / (scorable.std() + EPSILON) if len(scorable) > 1 else torch.zeros_like(values_PG)
+    std = scorable.std() if len(scorable) > 1 else 0.0
+    return values_PG / std if std > 0 else torch.zeros_like(values_PG)

@@ -1,7 +1,7 @@
 """Atomic checkpoints with checksums, of safetensors and JSON only.
 
     checkpoints/step-000123/   <name>.safetensors ..., state.json, manifest.json (sizes and sha256 sums)
-    checkpoints/best           a link to the best step, where one was marked
+    checkpoints/best           a link to the best step, if one was marked; where there are no links, a file
 
 The manifest is written last, so a directory whose files do not match its manifest is incomplete and is skipped.
 """
@@ -32,11 +32,13 @@ from torch import Tensor
 from posttrain.distributed import shards
 from posttrain.errors import UserError
 from posttrain.log import log
-from posttrain.runs.files import replacing_directory, sync
+from posttrain.runs.files import apply_umask, replacing_directory, sync
 from posttrain.training.optim import moment, parts
 from prompts.parse import parse_json
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}
+"""Of a file system without symbolic links, such as exFAT and some network shares."""
 STEP = re.compile(r"step-(\d{6,})")
 
 
@@ -85,6 +87,7 @@ def save(
 def seal(directory: Path) -> None:
     """Write manifest.json of the files in a directory, when they are on disk."""
     files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != "manifest.json")
+    apply_umask(directory)
     for path in files:
         sync(path)
     sums = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
@@ -170,14 +173,21 @@ class Writer:
 
 
 def mark_best(directory: str | Path, step: int) -> None:
-    """Make `directory/best` a link to a step, which then survives pruning; atomic. No link if it is not saved."""
+    """Make `directory/best` a link to a step, which then survives pruning; atomic. No link if it is not saved.
+
+    On a file system without links it is a file that holds the step's name."""
     directory = Path(directory)
     if not (directory / f"step-{step:06d}").is_dir():
         (directory / "best").unlink(missing_ok=True)
         return
     link = directory / ".best"
     link.unlink(missing_ok=True)
-    link.symlink_to(f"step-{step:06d}")
+    try:
+        link.symlink_to(f"step-{step:06d}")
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        link.write_text(f"step-{step:06d}\n")
     os.replace(link, directory / "best")
     sync(directory)
 
@@ -200,7 +210,7 @@ def load_latest(directory: str | Path) -> Checkpoint | None:
 
 def load(path: str | Path) -> Checkpoint:
     """One checkpoint, checked against its manifest. Raises UserError if missing, incomplete or corrupt."""
-    path = Path(path).resolve()
+    path = _followed(Path(path)).resolve()
     if wrong := problem(path):
         raise UserError(f"{path}: not a whole checkpoint: {wrong}")
     state = json.loads((path / "state.json").read_text())
@@ -215,7 +225,7 @@ def find(path: str | Path) -> Path:
 
     Raises UserError where there is none, or it is of a judge and not of K2.
     """
-    path = Path(path)
+    path = _followed(Path(path))
     if (path / "manifest.json").is_file():
         return _of_k2(path)
     for candidate in reversed(_saved(path / "checkpoints")):
@@ -355,6 +365,13 @@ def restore_rng(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     random.setstate((version, tuple(tensors["python"].tolist()), next_gauss))
 
 
+def _followed(path: Path) -> Path:
+    """The step that `checkpoints/best` stands for where it is a file; any other path as it is."""
+    if path.name == "best" and path.is_file():
+        return path.with_name(path.read_text().strip())
+    return path
+
+
 def _saved(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
@@ -389,7 +406,7 @@ def problem(path: Path) -> str | None:
 
 
 def _prune(directory: Path, keep: int) -> None:
-    best = (directory / "best").resolve()
+    best = _followed(directory / "best").resolve()
     for path in _saved(directory)[:-keep]:
         if path.resolve() != best:
             shutil.rmtree(path)

@@ -13,8 +13,7 @@ from posttrain.log import log
 from posttrain.runs.run import Run
 from rewards.base import Reward
 from rewards.injection import injection
-from rewards.noise import noise_metrics
-from rewards.preflight import repeatability
+from rewards.noise import noise_metrics, repeatability
 
 SHOWN = 8
 """Images that a judge is tried on; its answers are asked again for half of them."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -38,19 +38,24 @@ from posttrain.training.checkpoint import Checkpoint
 from posttrain.training.evaluate import Evaluation, Evaluator
 from posttrain.training.policy import POLICY, described, file_of, load_policy
 from posttrain.training.stepper import Loop, Stepper
+from prompts.records import PromptRecord, columns
 from rewards.base import Reward, RewardSpec
-from rewards.load import load_rewards, record
+from rewards.load import check_columns, load_rewards, record
 from rewards.serve import ServerSpec, serve
 
 SHOWN = 16
 """Images of an evaluation that go into the run directory."""
 
 
-class ServedConfig(RunConfig, Protocol):
-    """The settings of any run that may need servers."""
+class RewardsConfig(Protocol):
+    """The settings of any command that has rewards."""
 
     rewards: list[RewardSpec]
     servers: list[ServerSpec]
+
+
+class ServedConfig(RunConfig, RewardsConfig, Protocol):
+    """The settings of any run that may need servers."""
 
 
 class TrainingConfig(ServedConfig, Protocol):
@@ -74,12 +79,26 @@ def resuming(config: RunConfig, resume: bool, procs: Processes) -> bool:
     return procs.from_main(resume)
 
 
-def try_rewards(config: ServedConfig) -> list[Reward]:
-    """Makes the rewards of a recipe before anything large is loaded, so that a mistake in them is known at once.
+def try_rewards(
+    config: RewardsConfig,
+    heldout: Sequence[PromptRecord],
+    train: Sequence[PromptRecord] = (),
+    more: Sequence[str] = (),
+) -> list[Reward]:
+    """Makes the rewards and safety checks of a recipe before anything large is loaded, so that a mistake in them, or a
+    column that the prompts lack, is known at once. `more` are columns that the method adds to theirs.
 
     Servers do not run yet, so each has an address at which nothing is asked.
     """
-    return load_rewards(config.rewards, {server.name: ["http://127.0.0.1/"] for server in config.servers})
+    servers = {server.name: ["http://127.0.0.1/"] for server in config.servers}
+    rewards = load_rewards(config.rewards, servers)
+    trained = [reward for reward in rewards if not reward.spec.heldout_only]
+    for records, asked in ((heldout, rewards), (train, trained)):
+        if records:  # each has all columns of its file
+            check_columns(asked, {**columns(records[:1]), **dict.fromkeys(more, ())})
+    safety = [RewardSpec(f"safety {check.name}", check.function) for check in getattr(config, "safety", [])]
+    check_columns(load_rewards(safety, servers), {**columns(heldout[:1]), **dict.fromkeys(more, ())})
+    return rewards
 
 
 @contextlib.contextmanager
@@ -176,7 +195,7 @@ class Training:
     def begin(self) -> bool:
         """Whether the model has to be evaluated before the first step; a resumed run has done that."""
         self.run.start(self.config.steps, self.first)
-        if self.first:
+        if 0 < self.first < self.config.steps:
             log.info(f"continues after step {self.first}")
         if warning := early_stopping.warning(self.config.eval.stop):
             log.warning(warning)

@@ -37,6 +37,8 @@ def test_refused_before_it_serves(annotate, tmp_path, monkeypatch):
     says = "command line: host: {} is reached from beyond this machine; set password_env as well"
     for host in ("0.0.0.0", "::", "192.168.0.7", "a-name"):
         assert annotate("--host", host) == says.format(host)
+    for path in ("annotate", "/annotate/"):
+        assert annotate("--root_path", path).startswith(f"command line: root_path: is '{path}'; write it as /annotate")
     secret = ["--host", "0.0.0.0", "--password_env", "SECRET"]
     assert annotate(*secret).startswith("password_env: SECRET is not set; put a password of 8 characters or more")
     monkeypatch.setenv("SECRET", "short")

@@ -122,10 +122,10 @@ def test_mistakes_are_named(run, tmp_path, capsys):
         f"images: {tmp_path}/none is no directory; give a"
     )
     (tmp_path / "empty").mkdir()
-    assert "holds no image (.png, .jpg, .jpeg, .webp) and no run" in says("annotate", *wanted, str(tmp_path / "empty"))
+    assert "holds no image (.png, .jpg, .jpeg, .webp, " in says("annotate", *wanted, str(tmp_path / "empty"))
     bad = run / "samples/step-000005/001.png"
     bad.write_bytes(bad.read_bytes()[:40])
-    assert says("annotate", *wanted, str(run)).startswith(f"{bad}: cannot be read as an image (")
+    assert says("annotate", *wanted, str(run)).startswith(f"{bad}: is not an image (40 bytes)")
     (run / "samples/prompts.json").write_text("{")
     assert says("annotate", *wanted, str(run)).startswith(f"{run}/samples/prompts.json: is not a list of prompts (")
     assert not (tmp_path / "new.jsonl").exists()

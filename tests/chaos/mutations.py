@@ -23,9 +23,9 @@ SECONDS = 120
 MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("posttrain/training/advantages.py", "tests/training/test_advantages.py"): [
         ("/ (count - 1).clamp_min(1)).sqrt()", "/ count.clamp_min(1)).sqrt()"),
-        ("return centred / _divisor(_std(centred, valid_PGK), floor_K)", "return centred"),
+        ("return centred / divisor(_std(centred, valid_PGK), floor_K)", "return centred"),
         ("std_P1K if floor_K is None else torch.maximum(std_P1K, floor_K.double()[..., None, :])", "std_P1K"),
-        ("FLAT if floor_K is None else floor_K.double().clamp_min(FLAT)", "FLAT"),
+        ("FLAT * size_K if floor_K is None else torch.maximum(floor_K.double(), FLAT * size_K)", "FLAT * size_K"),
         ("torch.minimum(noise_PK[:, None] / 4, std_P1K)", "noise_PK[:, None] / 4"),
         ("noise_K * ~flat_PK", "noise_K"),
         ("weighed_PG = (weights_K.double() * standardise", "weighed_PG = (weights_K.double() ** 2 * standardise"),
@@ -34,7 +34,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("| (top - bottom < least)", "| (top - bottom < 0)"),
         ("return (values - mean).masked_fill", "return values.masked_fill"),
         ("valid_PGK.sum(1, keepdim=True).clamp_min(1)\n    return", "valid_PGK.shape[1]\n    return"),
-        ("values_PG / (scorable.std() + EPSILON)", "(values_PG - 1e-3) / (scorable.std() + EPSILON)"),
+        ("return values_PG / std if", "return (values_PG - 1e-3) / std if"),
         ("(weights_K.double() * _centre(rewards_PGK", "(_centre(rewards_PGK"),
     ],
     ("posttrain/grpo/losses.py", "tests/grpo/test_losses.py"): [

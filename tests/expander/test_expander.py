@@ -24,6 +24,7 @@ from posttrain.expander.model import Expander, load_chat_model
 from posttrain.expander.sft import Pair, RunningClip, check_tokens, fitting, make_trainer, read_pairs, tokens, train
 from posttrain.nano.build import build, evaluate_expander
 from posttrain.nano.world.scenes import COLOURS, SHAPES
+from posttrain.report.public import public
 from tests.chaos import methods
 from tests.helpers import chat, runs
 from tests.helpers.expander_runs import plain_files
@@ -130,7 +131,7 @@ def test_training_writes_an_adapter_that_learnt_and_resumes_to_the_same(tmp_path
     weights = load_file(run / "adapter" / "adapter_model.safetensors")
     assert all(w.abs().max() > 0 for name, w in weights.items() if "lora_B" in name) and len(weights) == 2 * 7 * 3
     card = (run / "adapter" / "README.md").read_text()
-    assert template().system in card and template().hash in card and f"base_model: {BASE}" in card
+    assert template().system in card and template().hash in card and f"base_model: {public(BASE)}" in card
     assert [json.loads(x)["step"] for x in (run / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 3, 4, 4]
     with pytest.raises(UserError, match="holds a run already; add --resume"):
         train(recipe(tmp_path, data, heldout=0.3))
@@ -281,7 +282,7 @@ def without_template(tmp_path: Path) -> Path:
     ("changes", "says"),
     [
         ({"model": "{dir}/plain"}, "plain: its tokenizer has no chat template; use an instruct model"),
-        ({"model": "{dir}/none"}, "none: no such directory, and as a hub id it cannot be loaded"),
+        ({"model": "{dir}/none"}, "none: no such directory; give a directory, or a hub id"),
         ({"data": "{dir}/empty.jsonl"}, "empty.jsonl has no rows"),
         ({"data": "{dir}/other.jsonl"}, "has no column completion; it has prompt, text"),
         ({"data": "{dir}/blank.jsonl"}, "blank.jsonl:1: completion: is empty or not text"),

@@ -235,6 +235,14 @@ def test_gradients_that_are_not_finite_are_left_out_and_then_end_the_run(config,
         callback.on_pre_optimizer_step(None, None, None, model=model)
 
 
+def test_steps_that_teach_nothing_end_the_run(config, monkeypatch):
+    """Where every expansion fails the format, all of a group get the worst score."""
+    monkeypatch.setattr("posttrain.expander.score.causes", lambda *_: ["empty"])
+    config.idle_steps = 1
+    with pytest.raises(UserError, match="idle_steps: nothing could be learnt from 1 steps in a row: the expansions of"):
+        gdpo.train(config)
+
+
 def test_processes_share_an_evaluation(config, command, tmp_path):
     """Three prompts on two processes: texts, images and figures of one process, within rounding; none does it all."""
     heldout = "".join(json.dumps({"prompt": user}) + "\n" for user in chat.USERS[:3])

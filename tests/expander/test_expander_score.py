@@ -10,7 +10,7 @@ from posttrain.expander import callbacks, gdpo
 from posttrain.expander.config import ExpanderGDPOConfig, SafetySpec
 from posttrain.expander.policy import Policy
 from posttrain.expander.renderer import Rendering
-from posttrain.expander.score import Expansion, Scorer, gate, with_floor
+from posttrain.expander.score import Expansion, Scorer, for_trl, gate
 from posttrain.training import advantages
 from prompts.records import PromptRecord
 from rewards.base import RewardSpec
@@ -71,7 +71,7 @@ def test_trl_gets_the_floor():
     rng = np.random.default_rng(0)
     values = np.concatenate([rng.random(7), 0.3 + 0.05 * rng.random(7), 0.9131 + 0.009 * rng.random(7)])
     valid = np.arange(21) != 9
-    floored = with_floor(values, valid, 7, 0.01)
+    floored = for_trl(values, valid, 7, 0.01)
     got = trl(np.where(valid, floored, np.nan), 7).nan_to_num()
     tables = torch.tensor(values).view(3, 7, 1), torch.tensor(valid).view(3, 7, 1)
     expected = advantages.standardise(*tables, torch.tensor([0.01]))[..., 0]
@@ -79,7 +79,18 @@ def test_trl_gets_the_floor():
     assert (got[2] == 0).all() and (expected[2] == 0).all()
     for rows in (slice(0, 7), slice(14, 21)):
         assert floored[rows].mean() == pytest.approx(values[rows].mean(), rel=3e-4)
-    assert with_floor(values, valid, 7, 0.0) is values
+    assert (for_trl(values, valid, 7, 0.0)[:7] == values[:7]).all()  # TRL makes the same of them
+
+
+@pytest.mark.parametrize("unit", [3e-5, 1e-9])
+def test_trl_sees_no_units(unit):
+    """Of a standard deviation of 3e-5, TRL's own 1e-4 leaves 3 / 13; that of U(0, 3e-5) is a third of it."""
+    values, valid = np.random.default_rng(1).random(21), np.ones(21, bool)
+    shown = for_trl(unit * values, valid, 7, 0.0)
+    expected = trl(values, 7)
+    assert trl(unit * values, 7).abs().max() < 0.2 * expected.abs().max()
+    assert torch.allclose(trl(shown, 7), expected, atol=2e-3)
+    assert shown.reshape(3, 7).mean(1) == pytest.approx(unit * values.reshape(3, 7).mean(1), abs=1e-12)
 
 
 def test_an_expansion_is_drawn_once_and_shown_to_each_reward_once(config, features):

@@ -177,7 +177,7 @@ def test_a_key_is_sent_and_never_repeated(config, monkeypatch):
 
 
 def test_a_renderer_without_a_tokenizer_is_refused(config, tmp_path):
-    with pytest.raises(UserError, match=r"renderer.path: .* has no tokenizer"):
+    with pytest.raises(UserError, match=r"renderer.path: .*/tokenizer: no such directory, so it has no tokenizer"):
         EndpointRenderer(replace(config, path=str(tmp_path), urls=["http://127.0.0.1:9/v1"]))
 
 

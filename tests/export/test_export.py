@@ -221,6 +221,20 @@ def test_samples_of_a_run_and_of_its_export_are_the_same(exported, run, full, mo
     assert np.abs(pictures[0][0] - pictures[0][1]).max() > 3  # each picture has its own noise
 
 
+@pytest.mark.parametrize("format", ["lora", "lora-original"])
+def test_samples_of_a_lora_file_are_those_of_the_run(exported, run, model, tmp_path, format):
+    pictures = []
+    for name, adapter in (("run", run), ("file", exported(format))):
+        config = SampleConfig(str(tmp_path / name), ModelConfig(str(model), dtype="float32"), prompt=PROMPTS[0])
+        config.adapter, config.size, config.steps = str(adapter), [32, 48], 3
+        sample(config)
+        pictures.append(np.asarray(Image.open(tmp_path / name / "000.png"), int))
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+    config.output, config.adapter = str(tmp_path / "none"), "none.safetensors"
+    with pytest.raises(UserError, match=r"adapter: none.safetensors: no such file; give a LoRA file, a run or"):
+        sample(config)
+
+
 @pytest.mark.parametrize("format", ["diffusers", "lora", "original", "lora-original"])
 def test_untrained_adapter_is_refused(adapted, run, tmp_path, format):
     saved = checkpoint.load(checkpoint.find(run))

@@ -12,6 +12,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from posttrain.config.sections import ModelConfig
@@ -42,13 +43,17 @@ def test_the_card_says_what_it_is(run, model, tmp_path):
     front = yaml.safe_load(text.split("---")[1])
     assert "base_model" not in front and front["library_name"] == "diffusers"  # a directory is no base for a hub
     assert (front["license"], front["license_name"]) == ("other", "as-the-base-model")
-    assert f"As the base model, `{model}`: its terms hold" in text
+    assert f"As the base model, `{model.name}`: its terms hold" in text and str(tmp_path) not in text
     one, two = (line for line in text.splitlines() if line.startswith(("1. ", "2. ")))
-    assert "GRPO" in one and "1 steps of an adapter of rank 4 (`run/step-000001`)" in two
+    assert "GRPO" in one and "1 step of an adapter of rank 4 (`run/step-000001`)" in two
     before, after = (runs.latest(out).state["history"][name]["brightness"] for name in ("before", "after"))
     assert f"| brightness | {before:.4f} | {after:.4f} |" in text and "| | before | step 1 |" in text
     assert "- `brightness` (tests.helpers.runs:brightness): weight 0.5" in text
-    assert 'Krea2Pipeline.from_pretrained("tuned"' in text and "guidance_scale=0)" in text
+    assert (
+        'Krea2Pipeline.from_pretrained("tuned"' in text
+        and "guidance_scale=0," in text
+        and "height=32,\n    width=32," in text
+    )
     assert "Trained with guidance 0 and measured with 0 in 2 steps" in text
     settings = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     assert settings["lora"]["rank"] == 4 and not {"servers", "output"} & settings.keys()
@@ -59,6 +64,43 @@ def test_the_card_says_what_it_is(run, model, tmp_path):
     with pytest.raises(UserError, match=r"output: .*lora\.md exists; choose another name"):
         file.unlink()
         write(out, file, "lora")
+
+
+@pytest.mark.parametrize("format", ["diffusers", "lora", "original"])
+def test_the_cards_code_runs_as_it_stands(run, model, tmp_path, monkeypatch, format):
+    name = "tuned" if format == "diffusers" else "tuned.safetensors"
+    out = write(run, tmp_path / name, format, allow_rounding=True)
+    (tmp_path / model.name).symlink_to(model)  # where the card says that the base is
+    card = out / "README.md" if out.is_dir() else out.with_suffix(".md")
+    text = card.read_text()
+    assert (
+        str(model.parent) not in text and f"with the base model at `{model.name}`:" in text
+    ) or format == "diffusers"
+    code = text.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "card", "exec"), {})
+    assert Image.open("fox.png").size == (32, 32)
+
+
+def test_the_card_of_a_push_names_the_repository(run):
+    saved = runs.latest(run)
+    for format, says in (
+        ("diffusers", 'from_pretrained("me/out", '),
+        ("lora", 'load_lora_weights("me/out", weight_name="a.safetensors")'),
+        ("original", '"https://huggingface.co/me/out/blob/main/a.safetensors", config='),
+    ):
+        assert says in model_card(saved, Path("a.safetensors"), format, None, hub="me/out")
+
+
+def test_settings_changed_on_resuming_are_on_the_card(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    rows = [{"after_step": 0, "setting": "optim.lr", "before": 0.01, "now": 0.02},
+            {"after_step": 0, "setting": "track.tensorboard", "before": False, "now": True},
+            {"after_step": 1, "setting": "optim.ema", "before": 0.9, "now": 0.5}]  # fmt: skip
+    (tmp_path / "run/changes.json").write_text(json.dumps(rows))
+    text = model_card(runs.latest(tmp_path / "run"), Path("a.safetensors"), "lora", None)
+    assert "- optim.lr: 0.01 until step 0, then 0.02\n" in text
+    assert "track.tensorboard" not in text and "optim.ema: 0.9" not in text  # later than this checkpoint
 
 
 def test_the_licence_is_the_bases(run, model, tmp_path):
@@ -72,8 +114,8 @@ def test_the_licence_is_the_bases(run, model, tmp_path):
     text = write(tmp_path / "old", tmp_path / "a.safetensors", "lora").with_suffix(".md").read_text()
     front = yaml.safe_load(text.split("---")[1])
     assert (front["license_name"], front["license_link"]) == ("krea-2", "LICENSE.md")
-    assert f"As the base model, `{base}`: krea-2 (LICENSE.md)." in text and "## Results" not in text
-    state["model"]["path"] = "krea/Krea-2-Raw"
+    assert "As the base model, `base`: krea-2 (LICENSE.md)." in text and "## Results" not in text
+    state["model"]["path"] = "krea/Krea-2-Raw@v1"
     text = model_card(checkpoint.Checkpoint(saved.path, 1, {}, state), Path("a.safetensors"), "lora", None)
     front = yaml.safe_load(text.split("---")[1])
     assert front["base_model"] == "krea/Krea-2-Raw"

@@ -292,7 +292,7 @@ def test_only_some_layers_are_adapted(config):
 
 def test_no_score_at_all(tmp_path, model):
     config = runs.config(tmp_path, model, "nothing")
-    with pytest.raises(UserError, match="not one image of this step could be scored: all None"):
+    with pytest.raises(UserError, match="not one image of 2 steps could be scored: all None"):
         grpo.train(config)
     assert runs.rows(config.output)[0]["eval/nothing"] is None
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from posttrain import cli
+from posttrain import cli, preconditions
 from posttrain.config.sections import CheckpointConfig
 from posttrain.errors import UserError
 from posttrain.export.export import load_checkpoint
@@ -301,6 +301,28 @@ def test_a_changed_recipe(config, capsys):
     config.pool.kind, config.steps = "uniform", 4
     grpo.train(config, resume=True)
     assert runs.latest(config.output).step == 4
+
+
+def test_held_out_prompts_replaced_in_place_are_noticed_by_their_content(config, tmp_path):
+    """Before anything is loaded or changed. Touched, or longer beyond what is evaluated, it is the same file."""
+    config.steps, config.checkpoint.every, config.eval.prompts = 1, 1, 2
+    grpo.train(config)
+    file = Path(config.prompts.heldout)
+    began = file.read_text()
+    rows = [json.loads(line) for line in began.splitlines()]
+    rows[1]["texts"] = ["NEW"]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = {path: path.read_bytes() for path in Path(config.output).rglob("*") if path.is_file()}
+    config.steps = 2
+    says = r"prompts\.heldout: .*heldout\.jsonl holds other prompts than when .*run began; restore them, or choose"
+    with pytest.raises(UserError, match=says):
+        grpo.train(config, resume=True)
+    with pytest.raises(UserError, match=says):
+        preconditions.check("grpo", config, resume=True)
+    assert {path: path.read_bytes() for path in Path(config.output).rglob("*") if path.is_file()} == made
+    file.write_text("\ufeff" + began.replace("\n", "\r\n") + '{"prompt": "one more"}\n', encoding="utf-8")
+    grpo.train(config, resume=True)
+    assert runs.latest(config.output).step == 2
 
 
 def test_before_the_first_checkpoint_a_recipe_may_change(config, monkeypatch):

@@ -80,6 +80,7 @@ NOT_RUN = {
     "torchrun --nproc-per-node 2 -m posttrain.cli bench": (
         "two GPUs; torchrun is started by tests/distributed/test_processes.py::test_four_processes_equal_two_and_one"
     ),
+    "srun": "a cluster: tests/distributed/test_sharding.py::test_launching",
     "accelerate launch": "several GPUs or machines: tests/distributed/test_sharding.py::test_launching",
     "posttrain bench --output runs/bench": SCALE + "tests/bench/test_bench.py::test_bench_and_plans",
     "posttrain bench --methods": SCALE + "tests/bench/test_bench.py::test_bench_and_plans",

@@ -45,7 +45,7 @@ def answer(url: str, fault: str | None, p: float | None = None) -> bytes:
     }
     if fault != "no-logprobs":
         choice["logprobs"] = {"content": [{**top[0], "top_logprobs": top}]}
-    reply = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+    reply = {"id": "x", "object": "chat.completion", "created": 0, "choices": [choice]}
     body = json.dumps(reply).encode()
     return body[: len(body) // 2] if fault == "truncated" else body
 

@@ -43,6 +43,7 @@ from tests.helpers.fuzz_files import (
     requirements_file,
     run_directory,
 )
+from tests.helpers.fuzz_images import image_file, pair_directory, table_file
 from tests.helpers.malformed import JUNK, jsonl, pictures, refused, spoiled, torn
 
 SECONDS = 10
@@ -328,6 +329,9 @@ KINDS: dict[str, tuple[Callable[[random.Random, Path], bool], float]] = {
     "lora": (lora, 0.01),
 }
 """What is spoiled, and its share of all inputs."""
+FILES = {"image_file": image_file, "table_file": table_file, "pair_directory": pair_directory}
+"""Files that are compared with what they held; `make fuzz` damages a thousand of each."""
+MAKE = {kind: make for kind, (make, _) in KINDS.items()} | FILES
 
 
 def outcome(kind: str, number: int, folder: Path) -> bool:
@@ -342,7 +346,7 @@ def outcome(kind: str, number: int, folder: Path) -> bool:
     signal.alarm(SECONDS)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            return KINDS[kind][0](random.Random(f"{kind} {number}"), place)
+            return MAKE[kind](random.Random(f"{kind} {number}"), place)
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)

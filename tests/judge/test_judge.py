@@ -346,10 +346,10 @@ def test_mistakes_in_data_name_the_line(tmp_path, line, problem):
 
 def test_mistakes_are_user_errors(tmp_path, model, data, capsys):
     for path, mode, problem in [
-        (tmp_path, "preference", "holds no parquet file and no dataset; give a directory of pairs"),
+        (tmp_path, "preference", "is a directory without a parquet file or a saved dataset"),
         (tmp_path, "artifact", "contains no artifacts.jsonl and no image"),
         (tmp_path / "nothing.jsonl", "artifact", "cannot be read as a JSONL file"),
-        (tmp_path / "nothing", "preference", "no such file or directory; give pairs as a directory"),
+        (tmp_path / "nothing", "preference", "no such file or directory; give a file, a directory or"),
     ]:
         with pytest.raises(UserError, match=problem):
             read_records(JudgeConfig("o", "m", str(path), mode))  # type: ignore[arg-type]
@@ -379,3 +379,50 @@ def test_recipes_are_valid(name):
     path = Path(f"recipes/nano/{name}.yaml")
     settings, _ = load_config("judge", ["--config", str(path)])
     assert settings.model == yaml.safe_load(path.read_text())["model"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:-40]), "last.png: cannot be read: "),
+        (lambda file: Image.new("RGB", (3, 40)).save(file), "last.png: is 40x3 pixels, and a judge needs 4 or more"),
+        (
+            lambda file: Image.new("RGB", (1608, 8)).save(file),
+            "last.png: is 8x1608 pixels, .* over 200 times the other",
+        ),
+        (
+            lambda file: Image.new("L", (8, 8)).save(
+                file, "PNG", save_all=True, append_images=[Image.new("L", (8, 8), 9)]
+            ),
+            "last.png: has 2 frames or pages",
+        ),
+    ],
+)
+@pytest.mark.parametrize("shape", ["directory", "artifact", "preference"])
+def test_every_image_is_decoded_before_the_model_is_loaded(tmp_path, monkeypatch, shape, damage, says):
+    """The last of the images, which no batch of the run would reach."""
+
+    def load(*_):
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr(VLM, "load", load)
+    folder, rng = tmp_path / "data", np.random.default_rng(0)
+    folder.mkdir()
+    names = [f"{i:03d}.png" for i in range(5)] + ["last.png"]
+    for name in names:
+        Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(folder / name)
+    rows = {
+        "artifact": [{"image": name, "fault": True, "prompt": name} for name in names],
+        "preference": [{"chosen": names[0], "rejected": name, "prompt": name} for name in names[1:]],
+    }
+    path = folder
+    if shape != "directory":
+        path = folder / "data.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows[shape]))
+    mode = "preference" if shape == "preference" else "artifact"
+    settings = JudgeConfig(str(tmp_path / "run"), "m", str(path), mode, heldout=0.4)  # type: ignore[arg-type]
+    with pytest.raises(AssertionError, match="the model is loaded"):
+        judge.train(settings)
+    damage(folder / "last.png")
+    with pytest.raises(UserError, match=says):
+        judge.train(settings)

@@ -74,6 +74,16 @@ def drop_blocks(state):
         del state[key]
 
 
+def eight_bits(state, kind=torch.float8_e4m3fn):
+    state["blocks.0.attn.wq.weight"] = state["blocks.0.attn.wq.weight"].to(kind)
+
+
+def scaled(state):
+    """With a scale beside it; formats differ in what they mean by one."""
+    eight_bits(state, torch.int8)
+    state["blocks.0.attn.wq.weight_scale"] = torch.tensor(0.01)
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -84,6 +94,9 @@ def drop_blocks(state):
             lambda s: s.update({"blocks.0.mod.lin": torch.zeros(5)}),
             r"of another shape \(blocks\.0\.mod\.lin\)",
         ),
+        (lambda s: s["first.weight"].fill_(float("inf")), r"img_in\.weight holds numbers that are not finite"),
+        (eight_bits, r"blocks\.0\.attn\.wq\.weight is stored as F8_E4M3 \(8 bits\), with 0 more: quantised"),
+        (scaled, r"blocks\.0\.attn\.wq\.weight is stored as I8 \(8 bits\), with 0 more: quantised"),
     ],
 )
 def test_single_file_with_wrong_keys(directory, tmp_path, edit, message):

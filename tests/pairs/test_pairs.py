@@ -135,6 +135,18 @@ def test_any_state_that_a_kill_leaves_is_gone_on_from(whole, tmp_path):
         assert made(run) == made(whole.output), (shards, text)
 
 
+def test_prompts_that_were_replaced_are_noticed(whole, tmp_path):
+    """Their pairs would be of other prompts than those that are written already."""
+    shutil.copytree(whole.output, tmp_path / "run")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(Path(whole.prompts).read_text().replace("a", "o"))
+    recipe = (tmp_path / "run/recipe.yaml").read_text()
+    (tmp_path / "run/recipe.yaml").write_text(recipe.replace(whole.prompts, str(prompts)))
+    config = dataclasses.replace(whole, output=str(tmp_path / "run"), prompts=str(prompts))
+    with pytest.raises(UserError, match=r"prompts: .*prompts\.jsonl holds other prompts than when .*run began"):
+        make.make(config, resume=True)
+
+
 def test_killed_and_resumed_in_a_process(whole, tmp_path):
     commands = runs.Commands(tmp_path)
     try:

@@ -154,9 +154,34 @@ def damage_swap(folder):
     pq.write_table(damage, folder / "shard-00000.parquet")
 
 
+def damage_column(folder):
+    """Its default would be read in its place."""
+    table = pq.read_table(folder / "shard-00001.parquet")
+    pq.write_table(table.rename_columns([name.replace("share", "shbre") for name in table.column_names]),
+                   folder / "shard-00001.parquet")  # fmt: skip
+
+
+def damage_page(folder):
+    """A byte of the first prompt, of which only the checksum of its page tells."""
+    data = (folder / "shard-00000.parquet").read_bytes()
+    assert b"prompt 0" in data
+    (folder / "shard-00000.parquet").write_bytes(data.replace(b"prompt 0", b"prompt 9"))
+
+
+def test_pages_have_checksums(tmp_path):
+    with PreferenceWriter(tmp_path / "a", rows=1) as writer:
+        writer.add(pair(0))
+        writer.add(pair(1))
+    damage_page(tmp_path / "a")
+    first, second = (read_preferences(tmp_path / "a")[i] for i in range(2))
+    assert isinstance(first, Skipped) and "CRC checksum" in first.reason
+    assert_same(second, pair(1))
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
+        (damage_column, "shard-00001.parquet: has other columns than it was written with; copy"),
         (damage_version, "preferences.json: version 2; this posttrain reads 1"),
         (damage_remove, "shard-00001.parquet: is missing; copy the whole directory"),
         (damage_swap, "shard-00000.parquet: has 3 rows, not 1 as preferences.json says"),
@@ -221,7 +246,7 @@ def test_bad_rows_are_named_and_skipped(tmp_path):
         row("images/2.png", "images/3.png"),
     ]
     expected = [
-        None, "rejected: images/none.png is missing", "chosen: cannot be read: .*truncated",
+        None, "rejected: images/none.png is missing", "chosen: cannot be read: .*[Tt]runcated",
         r"chosen: is not an image \(0 bytes\)", r"chosen: is not an image \(5 bytes\)", "the images are the same",
         "differ in size: 24x16 and 8x8", "prompt: is empty", "prompt: is no text", "chosen: no image",
         r"share: is 0\.4", "share: is 'most', no number", "not JSON", "is not an object", "neither image", None,
@@ -308,16 +333,16 @@ def test_sets_that_are_not_there(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "cut.parquet").write_bytes(b"PAR1")
     for path, says in (
-        ("none", "none: no such file or directory; give pairs"),
+        ("none", "none: no such file or directory; give a file, a directory"),
         ("empty.jsonl", "holds no pair"),
-        ("folder", "holds no parquet file and no dataset"),
+        ("folder", "is a directory without a parquet file or a saved dataset"),
         ("cut.parquet", "is not a whole parquet file"),
     ):
         with pytest.raises(UserError, match=says):
             read_preferences(tmp_path / path)
     with pytest.raises(UserError, match="'chosen' is no column"):
         read_preferences(jsonl(tmp_path, [{"prompt": "a"}]))
-    with pytest.raises(UserError, match=r"hf:.*cannot be loaded: .*write it as hf:NAME"):
+    with pytest.raises(UserError, match=r"hf:.*cannot be loaded: .*write it as hf:NAME, "):
         read_preferences("hf:" + str(tmp_path / "none"))
 
 

@@ -139,7 +139,7 @@ def test_reward_that_always_fails(config, check):
     config.rewards = [RewardSpec("a", "tests.preflight.test_preflight:broken")]
     rows = check(1)
     assert failed(rows) == ["evaluation", "missing scores"]
-    says = "reward a: 4 of the last 4 scores failed (max_failures 0.1 of 256): RuntimeError: no such weights | mend the"
+    says = "reward a: 4 of the last 4 scores failed (max_failures 0.1 of 256): RuntimeError: no such weights (tests/"
     assert says in rows["missing scores"][1]
     for name in ("reward spread", "planted failure", "run"):
         assert rows[name][0] == "skipped"
@@ -151,7 +151,7 @@ def test_reward_that_fails_often(config, check):
     config.rewards = [RewardSpec("a", "tests.preflight.test_preflight:unsteady")]
     rows = check(1)
     assert failed(rows) == ["missing scores"]
-    assert "4 of 8 scores failed, 4 images have none; a: the lights went out | mend the" in rows["missing scores"][1]
+    assert "4 of 8 scores failed, 4 images have none; a: the lights went out | fix the" in rows["missing scores"][1]
     config.rewards[0].max_failures = 0.5
     assert failed(check(0)) == []
 

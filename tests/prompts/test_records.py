@@ -28,7 +28,7 @@ def test_fields_columns_and_ids(jsonl):
     assert (first.prompt, first.requirements, first.texts) == ("a red cube", ["there is a cube"], ["HI"])
     assert (first.tags, first.id, first.columns) == (["easy"], "p1", {"graph": {"n": 1}})
     assert second.id == hashlib.sha1("ein grüner Würfel".encode()).hexdigest()
-    assert (second.requirements, second.texts, second.columns) == (None, [], {})
+    assert (second.requirements, second.texts, second.columns) == (None, [], {"graph": None})
 
 
 def test_line_separators_inside_a_prompt_do_not_split_the_line(jsonl):
@@ -52,10 +52,11 @@ def test_line_separators_inside_a_prompt_do_not_split_the_line(jsonl):
         ('{"prompt": "a", "texts": "HI"}', "p.jsonl:1: texts: is text, not a list"),
         ('{"prompt": "a", "tags": [1]}', "p.jsonl:1: tags: holds a number, not text"),
         ('{"prompt": "a", "requirements": {}}', "p.jsonl:1: requirements: is an object, not a list"),
-        ('{"prompt": "a", "id": 3}', "p.jsonl:1: id: is a number"),
+        ('{"prompt": "a", "id": 3.5}', "p.jsonl:1: id: is a number"),
+        ('{"prompt": "a", "id": true}', "p.jsonl:1: id: is a boolean"),
         ('{"prompt": "a", "id": ""}', "p.jsonl:1: id: is empty text"),
-        ('{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "x"}', "p.jsonl:2: id 'x' was used on line 1"),
-        ('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "a"}', "was used on line 1"),
+        ('{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "x"}', "p.jsonl:2: id 'x' was used at "),
+        ('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "a"}', "p.jsonl:1 (without an id it comes from the prompt)"),
     ],
 )
 def test_bad_files(jsonl, text, says):
@@ -78,12 +79,12 @@ def dataset(tmp_path, monkeypatch):
 
 
 def test_datasets(dataset, tmp_path):
-    read = read_prompts(dataset)
+    read = read_prompts(f"{dataset}:train")
     assert read == read_prompts(tmp_path / "d" / "train.jsonl") and read[1].columns == {"n": 1}
     assert [record.id for record in read_prompts(f"{dataset}:train[1:]")] == ["blue", "grey"]
-    with pytest.raises(UserError, match=r"d:test row 1: id 'red' was used on row 0"):
+    with pytest.raises(UserError, match=r"d:test row 1: id 'red' was used at .*d:test row 0"):
         read_prompts(f"{dataset}:test")
-    with pytest.raises(UserError, match=r"cannot be loaded: .*; write it as hf:NAME or hf:NAME:SPLIT"):
+    with pytest.raises(UserError, match=r"cannot be loaded: .*; write it as hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG"):
         read_prompts(f"{dataset}:none")
     with pytest.raises(UserError, match="cannot be loaded"):
         read_prompts(f"hf:{tmp_path / 'nowhere'}")
@@ -94,7 +95,7 @@ def test_datasets(dataset, tmp_path):
 def test_unreadable_files(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         read_prompts(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match="is a directory"):
+    with pytest.raises(UserError, match="is a directory without a parquet file or a saved dataset"):
         read_prompts(tmp_path)
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "grün"}'.encode("latin-1"))
     with pytest.raises(UserError, match=r"latin\.jsonl:1: is not UTF-8 text"):

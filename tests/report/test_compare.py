@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from posttrain.nano.bench.compare import ensemble, wins
-from posttrain.nano.bench.stpo import figure, spread, table
+from posttrain.nano.bench.stpo import figure, table
 from posttrain.nano.world import judge_data, scenes
 from posttrain.nano.world.choices import tasteful
 from posttrain.report.charts import panels_svg
@@ -51,7 +51,6 @@ def test_the_taste_is_the_hidden_one_and_sees_nothing_in_an_empty_picture():
 def test_table_names_the_least_and_the_greatest():
     rows = {"a": [{"x": 0.5, "y": None}, {"x": 0.25, "y": None}], "b": [{"x": 1.0, "y": 2.0}]}
     assert table(rows, ["x", "y"]).splitlines()[2:] == ["| a | 0.250 to 0.500 | - |", "| b | 1.000 | 2.000 |"]
-    assert spread([0.1], "+") == "+0.100"
 
 
 def test_a_figure_has_a_line_for_each_run_in_its_variants_colour():
@@ -72,9 +71,8 @@ def test_a_figure_has_a_line_for_each_run_in_its_variants_colour():
     assert titles == ["loss <w>", "accuracy"]
 
 
-def test_accuracy_has_no_point_before_the_first_step():
-    """All margins are 0 there, so no pair is told apart, rightly or wrongly."""
-    run = [{"step": 0.0, "pairs/accuracy": 0.0, "oracle": 0.5}, {"step": 5.0, "pairs/accuracy": 0.8, "oracle": 0.6}]
+def test_curves_begin_before_the_first_step():
+    run = [{"step": 0.0, "pairs/accuracy": 0.5, "oracle": 0.5}, {"step": 5.0, "pairs/accuracy": 0.8, "oracle": 0.6}]
     run.append({"step": 10.0, "pairs/accuracy": 0.9, "oracle": 0.7})
     drawn = [path.get("d", "").count("L") for path in ET.fromstring(figure({"stpo": [run]})).iter() if path.get("d")]
-    assert drawn == [1, 2]  # pairs/accuracy has two points, oracle three
+    assert drawn == [2, 2]  # pairs/accuracy and oracle, three points each

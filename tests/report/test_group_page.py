@@ -1,6 +1,8 @@
 """Groups of pictures in a report, and the table and figure of the diversity ablation."""
 
 import json
+import re
+import xml.etree.ElementTree as ET
 
 from PIL import Image
 
@@ -53,9 +55,14 @@ def test_the_ablations_table_and_figure():
         "|---|---|---|---|",
         "| aesthetic | 0.400 | 0.500 (0.500 to 0.500) | 0.500 (0.500 to 0.500) |",
         "| diversity | 0.500 | 0.525 (0.500 to 0.550) | 0.250 (0.200 to 0.300) |",
-        "| safe | – | – | – |",
+        "| safe | - | - | - |",
         "| diversity, share of before | 1 | 1.050 (1.000 to 1.100) | 0.500 (0.400 to 0.600) |",
     ]
-    svg = expander.figure(rows, "aesthetic")
-    assert svg.count('stroke-width="2"') == 4 and svg.count('opacity=".15"') == 4  # two arms in two panels
-    assert expander._course(rows[2:], "diversity") == [(0, 0.5, 0.5, 0.5), (9, 0.25, 0.2, 0.3)]
+    root = ET.fromstring(expander.figure(rows, "aesthetic"))
+    lines = [element for element in root.iter() if element.get("d")]
+    assert len(lines) == 8  # two runs of two arms in two panels
+    assert [line.get("class") for line in lines] == ["c0", "c0", "c1", "c1"] * 2
+    # In the panel of the diversity, "full" stays or rises and "diversity off" falls, which in SVG is downwards.
+    ends = [re.findall(r"[\d.]+", line.get("d", ""))[1::2] for line in lines[4:]]
+    starts, lasts = [float(first) for first, _ in ends], [float(last) for _, last in ends]
+    assert len(set(starts)) == 1 and lasts[1] < lasts[0] == starts[0] < lasts[2] < lasts[3]

@@ -17,7 +17,7 @@ from posttrain.grpo.config import GRPOConfig
 from posttrain.report import charts
 from posttrain.report.charts import nice_ticks
 from posttrain.report.format import number
-from posttrain.report.page import write_report
+from posttrain.report.page import summary_tables, write_report
 from posttrain.report.render import macro
 from posttrain.runs.read import read_metrics
 from posttrain.runs.run import Run
@@ -98,6 +98,24 @@ def test_report_shows_figures_curves_images_and_settings(tmp_path):
     for part in ("0.6100 0.7300 +0.1200", "seconds 400", "step 0", "step 40", "seed 2", "40 of 40 steps"):
         assert part in re.sub(r"\s+", " ", text)
     assert "NaN or infinite: 1" in text and "group_size: 16" in text and "oracle@0" in text and "torch" in text
+
+
+def test_what_it_took_is_costs_alone():
+    summary = {"steps": 4, "images": 64, "seconds": 2.5, "peak_ram_gib": 1.5, "judge/repeat": 0.1, "before": {"a": 1}}
+    tables = summary_tables(summary)
+    assert [name for name, _ in tables["took"]] == ["steps", "images", "seconds", "peak_ram_gib"]
+    assert tables["other"] == [["judge/repeat", 0.1]]
+
+
+def test_settings_changed_on_resuming_are_on_the_page(tmp_path):
+    run = make_run(tmp_path / "run", steps=4).path
+    row = {"after_step": 2, "setting": "optim.lr", "before": 0.001, "now": 0.0005}
+    (run / "changes.json").write_text(json.dumps([row]))
+    page = write_report(run).read_text()
+    assert "Changed when the run was resumed" in page and "optim.lr" in page and "0.0005" in page
+    (run / "changes.json").write_text("[{}]")
+    with pytest.raises(UserError, match=r"changes.json: is not what posttrain writes there"):
+        write_report(run)
 
 
 def test_prompts_at_the_ends_of_the_pool(tmp_path):

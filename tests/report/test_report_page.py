@@ -306,16 +306,24 @@ def test_the_pipelines_first_pictures_stand_against_its_last(written):
     assert "<th" in index and "oracle</td>" in index and Tags(index).open == []
 
 
-def test_the_slider_uncovers_after(browser: Browser, written):
+def test_before_is_left_of_the_slider_and_after_right(browser: Browser, written):
     window = browser.new_page(viewport={"width": 390, "height": 800})
     window.goto(written["report"].as_uri())
     slider, after = window.locator(".slider input").first, window.locator(".pair .new").first
     assert slider.bounding_box()["height"] >= 44
-    for value, hidden in ((0, "100"), (30, "70"), (100, "0")):
+    before = window.locator(".pair .old").first
+    sides = ((before, "inset(0px {right}% 0px 0px)"), (after, "inset(0px 0px 0px {left}%)"))
+    for value in (0, 30, 100):
         slider.fill(str(value))
-        assert re.findall(r"(\d+)%", after.evaluate("one => getComputedStyle(one).clipPath")) == [hidden]
+        for side, shape in sides:
+            clip = side.evaluate("one => getComputedStyle(one).clipPath")
+            assert clip == shape.format(left=value, right=100 - value)
     slider.press("ArrowLeft")
-    assert slider.get_attribute("aria-valuetext") == "99 % step 40"
+    assert slider.get_attribute("aria-valuetext") == "99 % step 0, then step 40"
+    labels = [window.locator(f".pair .{side} .step").first for side in ("old", "new")]
+    assert [label.inner_text() for label in labels] == ["step 0", "step 40"]
+    left, right = (label.bounding_box() for label in labels)
+    assert left["x"] + left["width"] < right["x"]
     old, new = (window.locator(f".pair .{side} img").first.bounding_box() for side in ("old", "new"))
     assert old == new  # one lies on the other
     window.close()

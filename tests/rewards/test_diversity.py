@@ -112,7 +112,7 @@ def test_it_is_a_group_reward_of_any_recipe(dinov3):
 
 
 def test_what_has_no_features_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"path: /nowhere cannot be loaded"):
+    with pytest.raises(UserError, match=r"/nowhere: no such directory"):
         Features("/nowhere")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(UserError, match=r"is a bert: features come from DINOv3 or a Qwen3-VL"):

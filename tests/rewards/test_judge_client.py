@@ -28,8 +28,7 @@ from rewards.encode import encode
 from rewards.endpoints import JudgeError
 from rewards.judge import Judge, yes_share
 from rewards.load import load_rewards
-from rewards.noise import noise_metrics, noise_of
-from rewards.preflight import repeatability
+from rewards.noise import noise_metrics, noise_of, repeatability
 from tests.helpers import fake_judge
 
 TEMPLATE = load_template("aesthetic")

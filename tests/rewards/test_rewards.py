@@ -210,6 +210,18 @@ def test_timeout_is_a_failure_and_rewards_run_together():
     assert time.perf_counter() - begun < 0.9
 
 
+@pytest.mark.parametrize(("limit", "bad", "told"), [(0.1, 2, True), (0.1, 1, False), (1.0, 9, True), (1.0, 8, False)])
+def test_failures_above_their_share_of_what_was_asked_are_warned_of_once(limit, bad, told, capsys):
+    """Of 16 scores: 2 are more than a tenth, 9 more than half. They end a run above a tenth of 256."""
+    kinds = ["bad"] * bad + ["ok"] * (16 - bad)
+    [reward] = load_rewards([spec("mixed", max_failures=limit)])
+    for _ in range(2):
+        asyncio.run(score_all([reward], [WHITE] * 16, ["a"] * 16, {"kind": kinds}))
+    said = capsys.readouterr().err
+    assert said.count(f"reward mixed: {bad} of the 16 scores asked for failed") == told
+    assert said.count("server said no") == told
+
+
 def test_failure_limit_is_a_share_of_a_window():
     (reward,) = load_rewards([spec("mixed", max_failures=0.1)])
 

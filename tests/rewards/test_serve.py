@@ -284,6 +284,8 @@ def test_commands_for_another_machine(tmp_path):
     assert line.startswith("CUDA_VISIBLE_DEVICES=2,3 vllm serve org/base --served-model-name vlm --host 10.0.0.2")
     assert "--tensor-parallel-size 2" in line and "--max-lora-rank 32" in line
     assert f"--lora-modules nice={tmp_path} --seed 1" in line
+    pinned = commands([ServerSpec("vlm", "org/base@v1")], host="10.0.0.2")[1]
+    assert "vllm serve org/base --served-model-name vlm --revision v1 --tokenizer-revision v1 --host" in pinned
 
 
 def test_servers_on_one_gpu_are_started_one_after_another(tmp_path, monkeypatch):
@@ -300,6 +302,33 @@ def test_servers_on_one_gpu_are_started_one_after_another(tmp_path, monkeypatch)
     specs = [ServerSpec("a", "m", gpus=[7]), ServerSpec("b", "m", gpus=[0, 1]), ServerSpec("c", "m", gpus=[7])]
     with serve(specs, tmp_path):
         assert said == ["start a", "start b", "up a", "start c", "up a", "up b", "up c"]
+
+
+@pytest.mark.parametrize(
+    ("mask", "gpus", "seen"),
+    [
+        (None, [2, 3], "2,3"),
+        ("4,5,6,7", [0], "4"),
+        ("4,5,6,7", [3, 1], "7,5"),
+        ("GPU-aa,GPU-bb", [1], "GPU-bb"),
+        ("", [1], "1"),  # training on the CPU, a judge on a GPU
+        ("4,5", [], "4,5"),
+    ],
+)
+def test_gpus_count_within_the_mask(monkeypatch, mask, gpus, seen):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if mask is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
+    assert serve_module._environment(ServerSpec("a", "m", gpus=gpus))["CUDA_VISIBLE_DEVICES"] == seen
+
+
+def test_a_gpu_beyond_the_mask_is_refused_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    problem = "server a: gpus: is [0, 2], and CUDA_VISIBLE_DEVICES=4,5 leaves 2, which count from 0: name those of 0 to"
+    spec = ServerSpec("a", "m", gpus=[0, 2], executable=fake_executable(tmp_path))
+    assert serve_module.missing(spec) == [f"{problem} 1"]
+    mine = ServerSpec("a", "m", gpus=[0, 2], env={"CUDA_VISIBLE_DEVICES": "1"}, executable=spec.executable)
+    assert commands([mine])[1].startswith("CUDA_VISIBLE_DEVICES=1 ")  # of another machine, whose mask is not known
 
 
 def test_mistakes_are_user_errors(tmp_path):

@@ -42,8 +42,9 @@ def test_at_the_reference(settings):
     v_w, v_l, _, _, u_w, u_l = tensors(0, apart=0.0)
     (g_w, g_l), metrics = gradient(v_w, v_l, v_w, v_l, u_w, u_l, **{**settings, "hinge": 0.0})
     assert (metrics["loss"] - math.log(2)).abs().max() < 1e-6
-    for name in ("winner", "loser", "z", "margin", "drift_winner", "drift_loser", "accuracy"):
+    for name in ("winner", "loser", "z", "margin", "drift_winner", "drift_loser"):
         assert metrics[name].abs().max() == 0
+    assert (metrics["accuracy"] == 0.5).all()  # no pair is told apart yet
     torch.testing.assert_close(g_w, 500 * 2 * (v_w - u_w) / 12)
     torch.testing.assert_close(g_l, -500 * 2 * (v_l - u_l) / 12 * metrics["guard"][:, None, None])
     assert torch.equal(metrics["guard"] == 1, torch.tensor([settings["guard"] is None] * 5) | (metrics["guarded"] == 0))

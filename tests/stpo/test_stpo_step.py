@@ -257,7 +257,7 @@ def test_measuring_held_out_pairs(config):
     assert figures["pairs/margin"] == pytest.approx(mean)
     with one.k2.role(None):
         reference, _ = stpo.measure_pairs(one.k2, config, one.pairs, one.procs, config.micro_batch)
-    assert reference["pairs/winner"] == reference["pairs/drift_loser"] == reference["pairs/accuracy"] == 0
+    assert reference["pairs/winner"] == reference["pairs/drift_loser"] == 0 and reference["pairs/accuracy"] == 0.5
     assert reference["pairs/loss"] == pytest.approx(math.log(2))
 
 
@@ -339,3 +339,18 @@ def test_pictures_are_scaled_and_cropped(config, tmp_path):
     config.pairs.size = [16, 32]
     pair = OneStep(config).pairs[0]
     assert pair.size == (16, 32) and pair.chosen.shape == (8, 64)
+
+
+def test_images_of_unlike_sizes_are_resized_where_a_size_is_set(config, tmp_path, capsys):
+    """Each as it would be alone; without pairs.size the pair is a bad row."""
+    image = Image.open(tmp_path / "images/0-chosen.png")
+    image.resize((48, 48)).save(tmp_path / "images/0-chosen.png")
+    with pytest.raises(UserError, match=r"pairs\.jsonl:1: the images differ in size: 48x48 and 32x32 .*pairs\.size"):
+        stpo.train(config)
+    config.pairs.size = [16, 16]
+    stpo.train(config)
+    assert "bad" not in capsys.readouterr().err
+    k2 = K2.load(config.model.path)
+    pairs = encode_pairs(k2, read_preferences(config.pairs.train, resized=True), config.pairs, Processes())
+    expected = k2.encode_images([image.resize((48, 48)).resize((16, 16), Image.Resampling.LANCZOS)])[0]
+    torch.testing.assert_close(pairs[0].chosen, expected)

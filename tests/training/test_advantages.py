@@ -1,6 +1,6 @@
 """Advantages against arithmetic done by hand, and what must never change them.
 
-Shapes: P prompts, G images of a prompt, K rewards. Where a number is worked out, 1e-4 is EPSILON.
+Shapes: P prompts, G images of a prompt, K rewards. Where a number is worked out, 1.0001 is 1 + EPSILON.
 """
 
 import functools
@@ -52,31 +52,32 @@ def near(*expected):
 
 
 def test_two_rewards():
-    """Reward 1: mean .5, std .57735: +-.5 / .57745 = +-.86588. Reward 2: mean .5, std .25820: -+1.16145, -+.38715.
+    """Reward 1: mean .5, std .57735: +-.5 / (.57735 * 1.0001) = +-.86594. Reward 2: mean .5, std .25820: -+1.16178,
+    -+.38726.
 
-    Weighed: .86588 - .5 * 1.16145 = .28515 and .86588 - .5 * .38715 = .67230, with a minus each.
-    Over the batch: std = sqrt(2 (.28515^2 + .67230^2) / 3) = .59626, so .28515 / .59636 = .4782.
+    Weighed: .86594 - .5 * 1.16178 = .28505 and .86594 - .5 * .38726 = .67231, with a minus each.
+    Over the batch: std = sqrt(2 (.28505^2 + .67231^2) / 3) = .59624, so .28505 / .59624 = .4781.
     """
     rewards, valid = table([(1, 0.2), (0, 0.8), (1, 0.4), (0, 0.6)])
-    assert numbers(gdpo(rewards, valid, weights(1, 0.5))) == near(0.4782, -0.4782, 1.1273, -1.1273)
-    # Summed: 1.1, .4, 1.2, .3; mean .75, std .46547; .35 / .46557 = .7518 and .45 / .46557 = .9665.
-    assert numbers(sum_then_normalise(rewards, valid, weights(1, 0.5))) == near(0.7518, -0.7518, 0.9665, -0.9665)
+    assert numbers(gdpo(rewards, valid, weights(1, 0.5))) == near(0.47808, -0.47808, 1.12758, -1.12758)
+    # Summed: 1.1, .4, 1.2, .3; mean .75, std .46547; .35 / (.46547 * 1.0001) = .75186 and .45 / ... = .96667.
+    assert numbers(sum_then_normalise(rewards, valid, weights(1, 0.5))) == near(0.75186, -0.75186, 0.96667, -0.96667)
 
 
 def test_missing_scores():
-    """Reward 1 over three: mean 2/3, std .57735: .57725, -1.15450, .57725. Reward 2 over two: +-.70686.
+    """Reward 1 over three: mean 2/3, std .57735: .57729, -1.15459, .57729. Reward 2 over two: +-.70704.
 
-    Weighed: .57725, -1.15450 + .35343 = -.80107, .57725 - .35343 = .22382. The last image is out; over the
-    three others std = sqrt((.33322 + .64171 + .05010) / 2) = .71590.
+    Weighed: .57729, -1.15459 + .35352 = -.80107, .57729 - .35352 = .22377. The last image is out; over the
+    three others std = sqrt((.33326 + .64171 + .05007) / 2) = .71590.
     """
     rewards, valid = table([(1, NONE), (0, 0.8), (1, 0.4), (NONE, NONE)])
-    assert numbers(gdpo(rewards, valid, weights(1, 0.5))) == near(0.8062, -1.1188, 0.3126, 0)
+    assert numbers(gdpo(rewards, valid, weights(1, 0.5))) == near(0.80638, -1.11897, 0.31257, 0)
 
 
 def test_flat_group_beside_another():
-    """std of (0, 1, 0, 1) is .57735: -+.86588; over eight rows std = sqrt(4 * .74974 / 7) = .65455."""
+    """std of (0, 1, 0, 1) is .57735: -+.86594; over eight rows std = sqrt(4 * .74985 / 7) = .65458."""
     rewards, valid = table([[1], [1], [1], [1]], [[0], [1], [0], [1]])
-    assert numbers(gdpo(rewards, valid, weights(1))) == near(0, 0, 0, 0, -1.3227, 1.3227, -1.3227, 1.3227)
+    assert numbers(gdpo(rewards, valid, weights(1))) == near(0, 0, 0, 0, -1.3229, 1.3229, -1.3229, 1.3229)
 
 
 def test_collapse_of_the_sum():
@@ -87,18 +88,18 @@ def test_collapse_of_the_sum():
     """
     rewards, valid = table([(0, 0), (0, 1)], [(0, 0), (1, 1)])
     one = sum_then_normalise(rewards, valid, weights(1, 1))
-    assert numbers(one) == near(-0.70701, 0.70701, -0.70706, 0.70706)
+    assert numbers(one) == near(-0.70700, 0.70700, -0.70706, 0.70706)
     assert numbers(gdpo(rewards, valid, weights(1, 1))) == near(-0.5477, 0.5477, -1.0954, 1.0954)
 
 
 def test_scales_of_the_sum():
-    """Two groups, (0, 1) and (0, 3): centred -+.5 and -+1.5."""
+    """Two groups, (0, 1) and (0, 3): centred -+.5 and -+1.5, std .70711 and 2.12132, of which the mean is 1.41421."""
     rewards, valid = table([[0], [1]], [[0], [3]])
     one = weights(1)
     assert numbers(sum_then_normalise(rewards, valid, one, "none")) == near(-0.5, 0.5, -1.5, 1.5)
-    assert numbers(sum_then_normalise(rewards, valid, one, "group")) == near(-0.7070, 0.7070, -0.7071, 0.7071)
+    assert numbers(sum_then_normalise(rewards, valid, one, "group")) == near(-0.70697, 0.70697, -0.70706, 0.70706)
     # std over the batch = sqrt(2 (.25 + 2.25) / 3) = 1.29099
-    assert numbers(sum_then_normalise(rewards, valid, one, "batch")) == near(-0.3873, 0.3873, -1.1618, 1.1618)
+    assert numbers(sum_then_normalise(rewards, valid, one, "batch")) == near(-0.3873, 0.3873, -1.1619, 1.1619)
     assert sum_then_normalise(rewards, valid, one).equal(sum_then_normalise(rewards, valid, one, "group"))
 
 
@@ -168,7 +169,7 @@ def test_flat_groups_are_exactly_zero(method):
     """Also beside groups that are not, and where the mean of equal numbers is rounded: (.1 + .1 + .1) / 3 > .1."""
     rewards, valid = random_table(3, (4, 3, 2))
     rewards[0] = 0.1
-    rewards[1] = 0.1 + torch.tensor([0, 0.3, 0.9])[:, None] * FLAT
+    rewards[1] = 0.1 + torch.tensor([0, 0.3, 0.9])[:, None] * 0.1 * FLAT
     got = method(rewards, valid, weights(1, 0.7))
     assert (got[:2] == 0).all()
     assert (got[2:].abs() > 1e-3).all()
@@ -184,7 +185,7 @@ def test_a_score_alone_in_its_group_is_flat(method):
 def test_flat():
     rewards, valid = table(
         [(1, 0, NONE, 0), (1, 1, NONE, 1), (1, 0, 3, NONE)],
-        [(0, 0, NONE, 2), (2e-6, 9e-7, NONE, 2), (0, 0, NONE, NONE)],
+        [(0, 0, NONE, 2), (2e-6, 9e-7, NONE, 2), (0, 0, NONE, NONE)],  # of rewards whose largest values are 1, 1, 3, 2
     )
     assert flat(rewards, valid).tolist() == [[True, False, True, False], [False, True, True, True]]
 
@@ -193,22 +194,22 @@ def test_flat():
 
 
 def test_floor():
-    """(0, .02, 0, .02): std .011547, so with a floor of .02 -+.01 / .0201 = -+.49751, and with .03 it is flat. One of
-    .01 leaves it as it is.
+    """(0, .02, 0, .02): std .011547, so with a floor of .02 -+.01 / (.02 * 1.0001) = -+.49995, and with .03 it is flat.
+    One of .01 leaves it as it is.
 
-    The second reward has no floor: (0, 1, 1, 0), std .57735: -+.5 / .57745 = -+.86588. Weighed -.49751 -+ .86588 and
-    .49751 +- .86588: -1.36339, 1.36339, .36837, -.36837; over the batch std = sqrt(2 (1.85883 + .13570) / 3) = 1.15312.
+    The second reward has no floor: (0, 1, 1, 0), std .57735: -+.5 / (.57735 * 1.0001) = -+.86594. Weighed -1.36589,
+    1.36589, .36599, -.36599; over the batch std = sqrt(2 (1.86566 + .13395) / 3) = 1.15459.
     """
     rewards, valid = table([(0, 0), (0.02, 1), (0, 1), (0.02, 0)])
     small, large = weights(0.02, 0), weights(0.03, 0)
-    assert numbers(standardise(rewards, valid, small)[..., 0]) == near(-0.49751, 0.49751, -0.49751, 0.49751)
-    assert numbers(gdpo(rewards, valid, weights(1, 1), small)) == near(-1.18225, 1.18225, 0.31943, -0.31943)
+    assert numbers(standardise(rewards, valid, small)[..., 0]) == near(-0.49995, 0.49995, -0.49995, 0.49995)
+    assert numbers(gdpo(rewards, valid, weights(1, 1), small)) == near(-1.18301, 1.18301, 0.31699, -0.31699)
     assert torch.equal(standardise(rewards, valid, weights(0.01, 0)), standardise(rewards, valid))
     assert flat(rewards, valid, large).tolist() == [[True, False]]
     alone = table([(NONE, 0), (NONE, 1), (NONE, 1), (NONE, 0)])
     for of_both in (gdpo, sum_then_normalise):
         assert torch.equal(of_both(rewards, valid, weights(1, 1), floor_K=large), of_both(*alone, weights(1, 1)))
-    # Summed: (0, 1.02, 1, .02), mean .51, std .57747, floor sqrt(.02^2 + .7^2) = .70029: -+.51 and -+.49 / .70039.
+    # Summed: (0, 1.02, 1, .02), mean .51, std .57747, floor sqrt(.02^2 + .7^2) = .70029: -+.51 and -+.49 / .70036.
     got = sum_then_normalise(rewards, valid, weights(1, 1), floor_K=weights(0.02, 0.7))
     assert numbers(got) == near(-0.7282, 0.7282, 0.6996, -0.6996)
 
@@ -252,11 +253,11 @@ def test_noise_of_a_saturated_reward_teaches_nothing(size, noise, floor):
 
 
 def test_noise_share():
-    """One group (0, .2, 0, .2): std .11547; with floor .12 advantages -+.1 / .1201, and noise of .04, which has std
-    .01, becomes .01 / .1201: (.01 / .1)^2 = .01. Beside it a flat group, which has neither.
+    """One group (0, .2, 0, .2): std .11547; with floor .12 advantages -+.1 / .120012, and noise of .04, which has std
+    .01, becomes .01 / .120012: (.01 / .1)^2 = .01. Beside it a flat group, which has neither.
 
-    A second reward (0, 1, 0, 1) of the same group, without noise, adds .86588 (std .57735) to .83264: noise
-    (.01 / .1201)^2 = .0069328 in 1.69852^2 = 2.88496.
+    A second reward (0, 1, 0, 1) of the same group, without noise, adds .86594 (std .57735) to .83325: noise
+    (.01 / .120012)^2 = .0069430 in 1.69919^2 = 2.88725.
     """
     first, second = table([[0], [0.2], [0], [0.2]], [[0], [0.02], [0], [0.02]]), [(0, 0), (0.2, 1), (0, 0), (0.2, 1)]
     one, floor, noise = weights(1), weights(0.12), weights(0.04)
@@ -266,7 +267,7 @@ def test_noise_share():
     assert noise_share(*first, one, floor, 100 * noise) == 1
     both = table(second)
     got = noise_share(*both, weights(1, 1), weights(0.12, 0), weights(0.04, 0))
-    assert got == pytest.approx(0.0069328 / 2.88496, rel=1e-3)
+    assert got == pytest.approx(0.0069430 / 2.88725, rel=1e-4)
     # Summed: (0, 1.2, 0, 1.2), so deviations of .6 beside .01.
     got = noise_share(*both, weights(1, 1), weights(0.03, 0), weights(0.04, 0), summed=True)
     assert got == pytest.approx((0.01 / 0.6) ** 2)
@@ -285,6 +286,20 @@ def test_gdpo_does_not_see_units():
     assert torch.allclose(plain, mapped, atol=1e-3)
     turned = gdpo(rewards * torch.tensor([1.0, 1.0, -1.0]), valid, weights(1, 1, 0.3))
     assert (plain - turned).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("unit", [3e-5, 1e-12, 1e9])
+def test_a_reward_of_any_unit_teaches_the_same(unit):
+    """Beside others, with a noise floor in its own units, within groups that are flat; exactly, up to rounding."""
+    rewards, valid = random_table(10, missing=0.1)
+    rewards[0, :, 0] = 0.25
+    scaled = rewards * weights(unit, 1, 1)
+    for floor, of_unit in [(None, None), (weights(4, 0, 1), weights(4 * unit, 0, 1))]:
+        plain, other = gdpo(rewards, valid, weights(1, 1, 1), floor), gdpo(scaled, valid, weights(1, 1, 1), of_unit)
+        assert torch.allclose(plain, other, atol=1e-9)
+    assert flat(scaled, valid)[0].tolist() == [True, False, False]
+    alone = sum_then_normalise(scaled[..., :1], valid[..., :1], weights(1))
+    assert torch.allclose(alone, sum_then_normalise(rewards[..., :1], valid[..., :1], weights(1)), atol=1e-9)
 
 
 def test_the_sum_sees_units():

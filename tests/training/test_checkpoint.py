@@ -1,5 +1,6 @@
 """Checkpoints: bit for bit, whole or not there, and never lost to a full disk."""
 
+import errno
 import json
 import os
 import random
@@ -120,6 +121,22 @@ def test_leftovers_of_a_killed_save_are_removed(tmp_path):
     assert checkpoint.load_latest(tmp_path) is None
     checkpoint.save(tmp_path, 1, tensors(), {}, keep=1)
     assert names(tmp_path) == ["step-000001"]
+
+
+def test_without_links_the_best_step_is_named_in_a_file(tmp_path, monkeypatch):
+    def refuse(self, target, target_is_directory=False):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    for step in range(1, 5):
+        checkpoint.save(tmp_path / "checkpoints", step, tensors(), {"method": "grpo"}, keep=1)
+        if step == 2:
+            checkpoint.mark_best(tmp_path / "checkpoints", 2)
+    best = tmp_path / "checkpoints/best"
+    assert best.read_text() == "step-000002\n"
+    assert names(tmp_path / "checkpoints") == ["best", "step-000002", "step-000004"]
+    assert checkpoint.load(best).step == 2 and checkpoint.find(best).name == "step-000002"
+    assert checkpoint.load_latest(tmp_path / "checkpoints").step == 4
 
 
 def test_pruning_keeps_the_newest_and_the_best(tmp_path):

@@ -25,6 +25,7 @@ from posttrain.config.sections import EvalConfig
 from posttrain.distributed.processes import Processes
 from posttrain.export.export import load_checkpoint
 from posttrain.model.k2 import K2, to_pil
+from posttrain.nano.bench import common
 from posttrain.nano.world.choices import tasteful
 from posttrain.training import checkpoint, image_metrics
 from posttrain.training.evaluate import Evaluator, means
@@ -78,6 +79,7 @@ def main() -> None:
     if len(args.runs) < 2 or args.runs[1:].count("base"):
         parser.error("give one to hold against and at least one other, which is not 'base'")
     recipe, _ = load_config("grpo", ["--config", args.recipe])
+    # A reward of groups has no score of a single image to compare.
     specs = [spec for spec in recipe.rewards if not spec.group]
     judges = [spec.name for spec in specs if not spec.heldout_only]
     rewards = load_rewards(specs, {})
@@ -86,6 +88,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results = []
     for run in args.runs:
+        # The base is what the second one began with, so its checkpoint says which.
         saved = checkpoint.load(checkpoint.find(args.runs[1] if run == "base" else run))
         k2 = load_base(saved, device) if run == "base" else load_checkpoint(saved, device)
         results.append(drawn(k2, None if run == "base" else POLICY, records, rewards, config))
@@ -101,9 +104,11 @@ def main() -> None:
         args.output.write_text(json.dumps(rows, indent=1) + "\n")
         np.savez_compressed(args.output.with_suffix(".npz"), images=np.stack([one["images"] for one in results]))
     names = list(rows[0])[1:]
-    print("| " + " | ".join(["run", *names]) + " |\n|---" * 1 + "|---" * len(names) + "|")
+    lines = []
     for row in rows:
-        print(f"| {row['run']} | " + " | ".join("-" if row[n] is None else f"{row[n]:.3f}" for n in names) + " |")
+        cells = ["-" if row[name] is None else f"{row[name]:.3f}" for name in names]
+        lines.append([row["run"], *cells])
+    print(common.markdown(["run", *names], lines))
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ from __future__ import annotations
 import argparse
 import copy
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from posttrain.model import sampler
+from posttrain.nano.bench import common
 from posttrain.stpo.losses import error_change, preference_terms
 
 SIDE, WIDTH, PAIRS, BATCH, STEPS, EARLY = 8, 256, 2000, 64, 3000, 20
@@ -46,7 +46,9 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         sizes = [SIDE**2 + 9, WIDTH, WIDTH, WIDTH, SIDE**2]
-        layers = [layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.SiLU())]
+        layers: list[nn.Module] = []
+        for inputs, outputs in zip(sizes, sizes[1:]):
+            layers += [nn.Linear(inputs, outputs), nn.SiLU()]
         self.layers = nn.Sequential(*layers[:-1])
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -115,10 +117,9 @@ def compared(
     x_w, x_l = sampler.noised(x0_w, noise, t), sampler.noised(x0_l, noise, t)
     with torch.no_grad():
         r_w, r_l = reference(x_w, t), reference(x_l, t)
-    v_w, v_l, r_w, r_l, u_w, u_l = (
-        x[:, None]
-        for x in (net(x_w, t), net(x_l, t), r_w, r_l, *(sampler.velocity_target(x0, noise) for x0 in (x0_w, x0_l)))
-    )
+    u_w, u_l = sampler.velocity_target(x0_w, noise), sampler.velocity_target(x0_l, noise)
+    # A field is one token of 64 channels.
+    v_w, v_l, r_w, r_l, u_w, u_l = (x[:, None] for x in (net(x_w, t), net(x_l, t), r_w, r_l, u_w, u_l))
     return v_w, v_l, r_w, r_l, u_w, u_l
 
 
@@ -174,10 +175,11 @@ def main() -> None:
             start = copy.deepcopy(reference).requires_grad_(True)
             net = trained(start, pairs, settings, EARLY if name == "early" else STEPS, own)
             rows[name].append(figures(net, reference, pairs, heldout, own))
-    print("| method | Dw | Dl | accuracy | held out | detail | taste |\n|---|---|---|---|---|---|---|")
-    for name, found in rows.items():
-        low, high = np.min(found, 0), np.max(found, 0)
-        print(f"| {name} | " + " | ".join(f"{a:.3f} to {b:.3f}" for a, b in zip(low, high)) + " |")
+    lines = []
+    for name, figures_of_seeds in rows.items():
+        cells = [common.extent(values) for values in zip(*figures_of_seeds)]
+        lines.append([name, *cells])
+    print(common.markdown(["method", "Dw", "Dl", "accuracy", "held out", "detail", "taste"], lines))
 
 
 if __name__ == "__main__":

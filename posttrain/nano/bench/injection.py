@@ -60,7 +60,7 @@ def lettered(image: Image.Image, word: str) -> Image.Image:
     """With a word in the world's own letters, on its plate, at the lower left."""
     pixels, mask = np.asarray(image, np.float32) / 255, scenes.text_mask(word)
     (height, width), x, y = mask.shape, 6, scenes.SIZE - 20
-    scenes._plate(pixels, x - 4, y - 3, width + 6, height + 6)
+    scenes.plate(pixels, x - 4, y - 3, width + 6, height + 6)
     pixels[y : y + height, x : x + width][mask] = 0.04
     return Image.fromarray((pixels * 255 + 0.5).astype(np.uint8))
 

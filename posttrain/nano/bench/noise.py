@@ -9,19 +9,17 @@ the same images. Each run is `posttrain grpo` in a process of its own; with --jo
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
+import itertools
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
-from posttrain.nano.bench import grpo
-from posttrain.nano.bench.jobs import Jobs
+from posttrain.nano.bench import common, grpo
+from prompts.parse import read_lines
 
 RECIPE = "recipes/nano/grpo.yaml"
 ARMS = ("none", "floor")
@@ -51,64 +49,48 @@ def recipes(folder: Path) -> dict[str, str]:
     return paths
 
 
-def run(jobs: Jobs, arm: str, recipe: str, seed: int, options: Sequence[str]) -> dict[str, Any]:
-    """A row of bench_grpo, with the means over steps of what the floor changes."""
+def run(jobs: common.Jobs, arm: str, recipe: str, seed: int, options: Sequence[str]) -> dict[str, Any]:
+    """A row of nano/bench/grpo.py, with the means over steps of what the floor changes."""
     row = grpo.run(jobs, arm, [recipe], seed, options)
-    lines = (jobs.folder / f"{arm}-{seed}" / "metrics.jsonl").read_text().splitlines()
-    steps = [step for step in map(json.loads, lines) if "flat_groups" in step]
+    steps = read_lines(jobs.folder / f"{arm}-{seed}" / "metrics.jsonl")
     for name in ("flat_groups", "noise_share", "advantage"):
-        values = [step[name] for step in steps if step[name] is not None]
+        values = [step[name] for step in steps if step.get(name) is not None]
         row[name] = float(np.mean(values)) if values else None
     return row
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: a line a figure of held-out prompts, its gain in both arms, and how they differ by seed."""
-    lines = ["| figure | before | gain, no floor | gain, floor | difference by seed |", "|---|---|---|---|---|"]
+    arms: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
+    # In the order of the seeds, which pairs the arms: both start from the same images.
+    for row in sorted(rows, key=lambda row: row["seed"]):
+        arms[row["variant"]].append(row)
+    lines = []
     for name in rows[0]["before"]:
-        cells = {}
-        for arm in ARMS:
-            # In the order of the seeds, which pairs the arms: both start from the same images.
-            own = sorted((row for row in rows if row["variant"] == arm), key=lambda row: row["seed"])
-            pairs = np.array([(row["before"][name], row["after"][name]) for row in own], float)
-            if not np.isnan(pairs).any():
-                cells[arm] = pairs
-        if len(cells) < len(ARMS):
+        none, floor = (grpo.before_and_after(own, name) for own in arms.values())
+        if none is None or floor is None:
             continue
-        gains, spread = {}, {}
-        for arm, pairs in cells.items():
-            gains[arm] = gain = pairs[:, 1] - pairs[:, 0]
-            spread[arm] = f"{gain.mean():+.4f} ({gain.min():+.4f} to {gain.max():+.4f})"
-        difference = ", ".join(f"{value:+.4f}" for value in gains["floor"] - gains["none"])
-        lines.append(
-            f"| {name} | {cells['floor'][:, 0].mean():.4f} | {spread['none']} | {spread['floor']} | {difference} |"
-        )
-    for arm in ARMS:
-        own = [row for row in rows if row["variant"] == arm]
-        parts = []
+        gain_none, gain_floor = none[1] - none[0], floor[1] - floor[0]
+        gains = [common.mean_and_extent(gain.tolist(), "+.4f") for gain in (gain_none, gain_floor)]
+        difference = ", ".join(f"{value:+.4f}" for value in gain_floor - gain_none)
+        lines.append([name, f"{floor[0].mean():.4f}", *gains, difference])
+    text = common.markdown(["figure", "before", "gain, no floor", "gain, floor", "difference by seed"], lines)
+    for arm, own in arms.items():
+        text += f"\n\n{arm}: "
         for name in ("flat_groups", "noise_share"):
             values = [row[name] for row in own if row[name] is not None]
-            parts += [f"{name} {np.mean(values):.4f}"] if values else []
-        lines.append(f"\n{arm}: {', '.join(parts)}, {np.mean([row['seconds'] for row in own]):.0f} s a run")
-    return "\n".join(lines)
+            text += f"{name} {np.mean(values):.4f}, " if values else ""
+        text += f"{np.mean([row['seconds'] for row in own]):.0f} s a run"
+    return text
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--output", type=Path, required=True, help="directory for the runs, table.json and table.md")
-    parser.add_argument("options", nargs="*", help="further options for posttrain grpo, after --")
-    args = parser.parse_args()
-    jobs = Jobs(args.output, args.jobs)
+    args = common.parser(__doc__, "grpo").parse_args()
+    jobs = common.Jobs(args.output, args.jobs)
     paths = recipes(args.output)
-    todo = [(arm, seed) for seed in args.seeds for arm in ARMS]
-    with ThreadPoolExecutor(len(todo)) as pool:
-        rows = list(pool.map(lambda one: run(jobs, one[0], paths[one[0]], one[1], args.options), todo))
-    (args.output / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
-    text = table(rows)
-    (args.output / "table.md").write_text(text + "\n")
-    print(text)
+    todo = itertools.product(args.seeds, paths.items())
+    rows = common.side_by_side(run, [(jobs, arm, path, seed, args.options) for seed, (arm, path) in todo])
+    common.write(args.output, rows, table(rows))
 
 
 if __name__ == "__main__":

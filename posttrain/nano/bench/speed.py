@@ -10,32 +10,35 @@ optimising; the first two steps of a run, which compile, are left out. The table
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 
+from posttrain.nano.bench import common
+from prompts.parse import read_lines
+
 RECIPE = "recipes/nano/grpo.yaml"
+LAUNCHER = "torch.distributed.run"
 WARM = 2
 """Steps of a run that are not counted."""
 
 
-def run(tree: Path, recipe: Path, output: Path, processes: int, cores: int, options: list[str]) -> list[float]:
+def run(
+    jobs: common.Jobs, name: str, tree: Path, recipe: Path, processes: int, cores: int, options: list[str]
+) -> list[float]:
     """Seconds of each step but the first ones. Exits with the log's name if it failed."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
-    command = [sys.executable, *launcher, "-m", "posttrain.cli", "grpo", "--config", str(recipe), *options]
-    command += ["--output", str(output), "--eval.every", "0", "--eval.prompts", "8", "--checkpoint.every", "0"]
-    environment = os.environ | {"OMP_NUM_THREADS": str(cores // processes), "PYTHONPATH": str(tree)}
-    log = output.with_suffix(".log")
-    with log.open("w") as file:
-        if subprocess.run(command, cwd=tree, env=environment, stdout=file, stderr=file).returncode:
-            raise SystemExit(f"{output.name}: failed; see {log}")
+    output = jobs.folder / name
+    arguments = ["grpo", "--config", str(recipe), *options, "--output", str(output)]
+    arguments += ["--eval.every", "0", "--eval.prompts", "8", "--checkpoint.every", "0"]
+    module = "posttrain.cli"
+    if processes > 1:
+        module, arguments = LAUNCHER, ["--nproc-per-node", str(processes), "-m", module, *arguments]
+    # Without a GPU: what is compared is what the cores do.
+    environment = {"OMP_NUM_THREADS": str(cores // processes), "PYTHONPATH": str(tree), "CUDA_VISIBLE_DEVICES": ""}
+    jobs(name, module, arguments, tree, **environment)
     steps: list[float] = []
-    for line in (output / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in read_lines(output / "metrics.jsonl"):
         if "seconds/sample" in row:  # not an evaluation
             steps.append(sum((value for key, value in row.items() if key.startswith("seconds/")), 0.0))
     return steps[WARM:]
@@ -50,7 +53,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="a new directory")
     args = parser.parse_args()
     here, output = Path.cwd(), args.output.resolve()
-    output.mkdir(parents=True)
+    output.mkdir(parents=True)  # an earlier run's times would be read as this one's
+    jobs = common.Jobs(output)
     there = output / "tree"
     subprocess.run(["git", "worktree", "add", "--detach", str(there), args.revision], check=True)
     try:
@@ -60,20 +64,20 @@ def main() -> None:
             "here, compiled": (here, args.cores, ["--model.compile", "true"]),
         }
         times: dict[str, list[float]] = {name: [] for name in ways}
+        # In turns, so that a machine that slows down does so for all of them.
         for turn in range(args.rounds):
             for i, (name, (tree, processes, options)) in enumerate(ways.items()):
                 options = [*options, "--steps", str(args.steps)]
-                times[name] += run(tree, there / RECIPE, output / f"run-{i}-{turn}", processes, args.cores, options)
+                times[name] += run(jobs, f"run-{i}-{turn}", tree, there / RECIPE, processes, args.cores, options)
     finally:
         subprocess.run(["git", "worktree", "remove", "--force", str(there)], check=True)
     medians = {name: float(np.median(seconds)) for name, seconds in times.items()}
-    lines = ["| tree | seconds a step | least to most | steps a second, in those of the first |", "|---|---|---|---|"]
+    lines = []
     for name, seconds in times.items():
         ratio = medians[args.revision] / medians[name]
-        lines.append(f"| {name} | {medians[name]:.2f} | {min(seconds):.2f} to {max(seconds):.2f} | {ratio:.2f} |")
-    (output / "speed.json").write_text(json.dumps(times, indent=1))
-    (output / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+        lines.append([name, f"{medians[name]:.2f}", common.extent(seconds, ".2f"), f"{ratio:.2f}"])
+    head = ["tree", "seconds a step", "least to most", "steps a second, in those of the first"]
+    common.write(output, times, common.markdown(head, lines))
 
 
 if __name__ == "__main__":

@@ -21,13 +21,13 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from posttrain.nano.bench.jobs import Jobs
+from posttrain.nano.bench import common
 from posttrain.preferences.dataset import CARD
 from posttrain.report.charts import panels_svg
 from posttrain.runs.read import Point
+from prompts.parse import read_lines
 
 STPO = "stpo"
 VARIANTS = {
@@ -47,49 +47,36 @@ BLOCKS = ["--block", "128", "--micro_batch", "128"]
 RECIPES = Path("recipes/nano")
 
 
-def curve(run: Path) -> list[dict[str, float]]:
-    """The evaluations of a run: their figures, and their step."""
-    evaluations: list[dict[str, float]] = []
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        if "eval/oracle" in row:
-            evaluated = {key[5:]: value for key, value in row.items() if key.startswith("eval/")}
-            evaluations.append({"step": row["step"]} | evaluated)
-    return evaluations
-
-
-def spread(values: Sequence[float], sign: str = "") -> str:
-    low, high = min(values), max(values)
-    return f"{low:{sign}.3f}" if len(values) == 1 else f"{low:{sign}.3f} to {high:{sign}.3f}"
-
-
 def table(rows: Mapping[str, Sequence[Mapping[str, float | None]]], names: Sequence[str]) -> str:
     """Markdown: a line for each key, the least and the greatest of its rows in each column."""
-    lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for key, found in rows.items():
+    lines = []
+    for key, rows_of_key in rows.items():
         cells = []
         for name in names:
-            values = [value for row in found if (value := row.get(name)) is not None]
-            cells.append(spread(values) if values else "-")
-        lines.append(f"| {key} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            values = [value for row in rows_of_key if (value := row.get(name)) is not None]
+            cells.append(_extent(values))
+        lines.append([key, *cells])
+    return common.markdown(["", *names], lines) + "\n"
 
 
-def figure(curves: dict[str, list[list[dict[str, float]]]]) -> str:
+def _extent(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    return common.extent(values) if len(values) > 1 else f"{values[0]:.3f}"
+
+
+def figure(curves: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> str:
     """One SVG of all CURVES, each run a line, each variant a colour."""
-
     series: dict[str, dict[str, list[list[Point]]]] = {name: {} for name in CURVES}
     for name, by_variant in series.items():
-        # Before the first step all margins are 0, so there is no accuracy yet.
-        first = 1 if name == "pairs/accuracy" else 0
         for variant, runs in curves.items():
-            by_variant[variant] = [[(int(row["step"]), row.get(name)) for row in run[first:]] for run in runs]
+            by_variant[variant] = [[(row["step"], row.get(name)) for row in run] for run in runs]
     return panels_svg(series, columns=3)
 
 
 class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.output, self.jobs = args, args.output, Jobs(args.output, args.jobs)
+        self.args, self.output, self.jobs = args, args.output, common.Jobs(args.output, args.jobs)
         self.pairs = args.output / "pairs"
 
     def make_pairs(self) -> None:
@@ -140,42 +127,31 @@ class Bench:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = common.parser(__doc__, "stpo")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--pairs", type=int, default=4800)
     parser.add_argument("--steps", type=int, default=500, help="of the long runs")
     parser.add_argument("--every", type=int, default=60, help="steps between their evaluations")
-    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--prompts", type=int, default=500, help="held-out prompts of comparisons")
-    parser.add_argument("options", nargs="*", help="further options for posttrain stpo, after --")
     args = parser.parse_args()
     bench = Bench(args)
+    # Alone: the runs after them would otherwise make and encode the same pairs at once.
     bench.make_pairs()
     bench.encode()
     with ThreadPoolExecutor(64) as pool:
-        runs: dict[str, list[Future[Path]]] = {
-            variant: [pool.submit(bench.long, variant, seed) for seed in args.seeds] for variant in args.variants
-        }
+        futures: dict[str, list[Future[Path]]] = {}
+        for variant in args.variants:
+            futures[variant] = [pool.submit(bench.long, variant, seed) for seed in args.seeds]
         staged = [pool.submit(bench.taste, seed) for seed in args.seeds]
-        curves = {variant: [curve(run.result()) for run in found] for variant, found in runs.items()}
+        runs: dict[str, list[Path]] = {}
+        curves: dict[str, list[list[dict[str, Any]]]] = {}
+        for variant, of_seeds in futures.items():
+            runs[variant] = [future.result() for future in of_seeds]
+            curves[variant] = [common.evaluations(read_lines(run / "metrics.jsonl")) for run in runs[variant]]
         (args.output / "drift.svg").write_text(figure(curves))
-        ends = {variant: list(map(_end, found)) for variant, found in curves.items()}
-        ablations = [v for v in args.variants if v.startswith("dpo")]
-        # DPO with the beta that suits it best: a comparison with a bad one would say nothing.
-        best = max(ablations, key=lambda v: np.mean([_best(run)[1] for run in curves[v]]))
-        comparisons = {}
-        for name, variant, early in (("its end", best, False), ("its best step", best, True), ("its end", STPO, False)):
-            futures = []
-            for seed, run in zip(args.seeds, runs[variant]):
-                path = run.result()
-                chosen = path / "checkpoints" / "best" if early else path
-                title = f"{variant} {'early' if early else 'end'} {seed}"
-                futures.append(pool.submit(bench.compare, title, "base", chosen))
-            comparisons[f"{variant}, {name}"] = futures
-        against = {name: [future.result() for future in futures] for name, futures in comparisons.items()}
+        against = _against_base(bench, runs, curves)
         stages = [future.result() for future in staged]
+    ends = {variant: list(map(_end, of_seeds)) for variant, of_seeds in curves.items()}
     against = {"K2-nano": _first(next(iter(against.values())))[:1]} | against
     names = ("wins", "oracle", "text", "artifact_free", "diversity", "high_energy")
     text = f"Long training\n\n{table(ends, CURVES)}\nAgainst K2-nano\n\n{table(against, names)}\n"
@@ -185,9 +161,31 @@ def main() -> None:
     print(text)
 
 
-def _end(run: list[dict[str, float]]) -> dict[str, float]:
+def _against_base(
+    bench: Bench, runs: Mapping[str, Sequence[Path]], curves: Mapping[str, Sequence[Sequence[dict[str, Any]]]]
+) -> dict[str, list[Row]]:
+    """The best DPO's end and best step, and STPO's end, each seed compared with K2-nano."""
+    ablations = [variant for variant in runs if variant.startswith("dpo")]
+    # DPO with the beta that suits it best: a comparison with a bad one would say nothing.
+    best = max(ablations, key=lambda variant: sum(map(_best_oracle, curves[variant])))
+    calls = []
+    for variant, place in ((best, "end"), (best, "early"), (STPO, "end")):
+        for seed, run in zip(bench.args.seeds, runs[variant]):
+            checkpoint = run / "checkpoints" / "best" if place == "early" else run
+            calls.append((f"{variant} {place} {seed}", "base", checkpoint))
+    rows = common.side_by_side(bench.compare, calls)
+    seeds = len(bench.args.seeds)
+    return {
+        f"{best}, its end": rows[:seeds],
+        f"{best}, its best step": rows[seeds : 2 * seeds],
+        f"{STPO}, its end": rows[2 * seeds :],
+    }
+
+
+def _end(curve: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The figures at the end of a run: means over its last evaluations, of which one alone is noisy."""
-    return {name: float(np.mean([row[name] for row in run[-LAST:]])) for name in CURVES}
+    last = curve[-LAST:]
+    return {name: sum(row[name] for row in last) / len(last) for name in CURVES}
 
 
 def _first(rows: list[Row]) -> list[Row]:
@@ -195,9 +193,8 @@ def _first(rows: list[Row]) -> list[Row]:
     return [{key[6:]: value for key, value in row.items() if key.startswith("first/")} for row in rows]
 
 
-def _best(run: list[dict[str, float]]) -> tuple[float, float]:
-    """Step and oracle accuracy of a run's best evaluation."""
-    return max(((row["step"], row["oracle"]) for row in run), key=lambda pair: pair[1])
+def _best_oracle(curve: Sequence[Mapping[str, Any]]) -> float:
+    return max(row["oracle"] for row in curve)
 
 
 if __name__ == "__main__":

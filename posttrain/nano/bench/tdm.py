@@ -34,7 +34,6 @@ import json
 import multiprocessing
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +47,7 @@ from posttrain.export.export import load_checkpoint
 from posttrain.model import sampler
 from posttrain.model.architecture import blocks
 from posttrain.model.k2 import K2, Text, to_pil
-from posttrain.nano.bench.jobs import Jobs
+from posttrain.nano.bench import common
 from posttrain.nano.build import evaluate
 from posttrain.nano.world import prompts
 from posttrain.runs.progress import grid_image
@@ -82,8 +81,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        rows = (prompts.FOLDER / "heldout.jsonl").read_text().splitlines()[: args.prompts]
-        self.records = [json.loads(row) for row in rows]
+        self.records = prompts.read("heldout")[: args.prompts]
         self.judge = VLM.load(JUDGE, device=args.device)
         self.pool = multiprocessing.get_context("spawn").Pool(os.cpu_count(), torch.set_num_threads, (1,))
 
@@ -93,15 +91,15 @@ class Bench:
         features = k2.encode([r["prompt"] for r in self.records], 64, batch=64).features
         fused, null = [k2.fuse(f) for f in features], k2.text([""])
         count, size = min(self.args.groups, len(fused)), self.args.group_size
-        # (prompt, seed): one image of each prompt, then groups of the first prompts.
-        jobs = [(i, seed + i) for i in range(len(fused))]
-        for i in range(count):
-            jobs += [(i, seed + OTHER // 2 + size * i + j) for j in range(size)]
+        # One image of each prompt, then groups of the first prompts, whose seeds are far from those.
+        groups = range(seed + OTHER // 2, seed + OTHER // 2 + size * count)
+        seeds = [*range(seed, seed + len(fused)), *groups]
+        rows = [*range(len(fused)), *np.repeat(range(count), size).tolist()]
         parts = []
-        for first in range(0, len(jobs), self.args.batch):
-            part = jobs[first : first + self.args.batch]
-            noise = sampler.noise([s for _, s in part], (k2.image_tokens(*SIZE), k2.latent_channels))
-            text = Text.of([fused[i] for i, _ in part])
+        for first in range(0, len(rows), self.args.batch):
+            part = slice(first, first + self.args.batch)
+            noise = sampler.noise(seeds[part], (k2.image_tokens(*SIZE), k2.latent_channels))
+            text = Text.of([fused[row] for row in rows[part]])
             latents = k2.sample(text, noise, way.steps, *SIZE, way.guidance, null, way.mu)
             parts.append(k2.decode(latents, *SIZE, batch=self.args.batch).cpu().numpy())
         images = np.concatenate(parts)
@@ -124,8 +122,8 @@ class Bench:
         features = []
         for part in np.array_split(images, max(1, len(images) // 250)):
             inputs = self.judge.inputs(to_pil(torch.from_numpy(part)), ["?"] * len(part))
-            pixels, grids = (inputs[name].to(self.judge.device) for name in ("pixel_values", "image_grid_thw"))
-            tokens = visual(pixels, grid_thw=grids).pooler_output
+            pixels, grids = inputs["pixel_values"], inputs["image_grid_thw"]
+            tokens = visual(pixels.to(self.judge.device), grid_thw=grids.to(self.judge.device)).pooler_output
             features.append(tokens.unflatten(0, (len(part), -1)).mean(1).double().cpu().numpy())
         return np.concatenate(features)
 
@@ -135,6 +133,8 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
     (mean_a, mean_b), (cov_a, cov_b) = (a.mean(0), b.mean(0)), (np.cov(a.T), np.cov(b.T))
     values, vectors = np.linalg.eigh(cov_a)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    # The trace of the root of cov_a cov_b, as that of a symmetric matrix with the same eigenvalues. Rounding makes some
+    # of them a little negative.
     cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
     distance = np.square(mean_a - mean_b).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross
     return float(distance / np.trace(cov_b))
@@ -142,7 +142,7 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 
 def train(args: argparse.Namespace) -> list[Path]:
     """Run directories of the students that --train and --seeds name, trained."""
-    jobs = Jobs(args.output, args.jobs)
+    jobs = common.Jobs(args.output, args.jobs)
 
     def run(steps: str, seed: int) -> Path:
         folder = args.output / f"{steps.replace(',', '-')}-{seed}"
@@ -151,9 +151,7 @@ def train(args: argparse.Namespace) -> list[Path]:
             jobs(folder.name, "posttrain.cli", ["tdm", "--config", RECIPE, *args.options, *own])
         return folder
 
-    todo = list(itertools.product(args.train, args.seeds))
-    with ThreadPoolExecutor(len(todo)) as pool:
-        return list(pool.map(lambda one: run(*one), todo))
+    return common.side_by_side(run, itertools.product(args.train, args.seeds))
 
 
 def load(path: Path, device: str) -> tuple[K2, str | None, str]:
@@ -161,7 +159,7 @@ def load(path: Path, device: str) -> tuple[K2, str | None, str]:
     if (path / "model_index.json").exists():
         return K2.load(path, device=device), None, "student"
     saved = checkpoint.load(checkpoint.find(path))
-    trained_for = " and ".join(str(steps) for steps in saved.state["student"]["steps"])
+    trained_for = " and ".join(map(str, saved.state["student"]["steps"]))
     return load_checkpoint(saved, device), POLICY, f"student for {trained_for}"
 
 
@@ -174,15 +172,14 @@ def teacher(args: argparse.Namespace) -> K2:
 
 def table(rows: dict[str, tuple[int, list[dict[str, float]]]], teacher: dict[str, float]) -> str:
     """Markdown; `rows` are by name forwards and the figures of each seed."""
-    lines = [f"| | forwards | {' | '.join(FIGURES)} |", "|---|" + "---|" * (len(FIGURES) + 1)]
+    lines = []
     for name, (forwards, seeds) in rows.items():
         cells = []
         for figure in FIGURES:
-            values = np.array([row[figure] for row in seeds]) / (teacher["diversity"] if figure == "diversity" else 1)
-            spread = f" ({values.min():.3f} to {values.max():.3f})" if len(values) > 1 else ""
-            cells.append(f"{values.mean():.3f}{spread}")
-        lines.append(f"| {name} | {forwards} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            one = teacher["diversity"] if figure == "diversity" else 1
+            cells.append(common.mean_and_extent([row[figure] / one for row in seeds]))
+        lines.append([name, forwards, *cells])
+    return common.markdown(["", "forwards", *FIGURES], lines)
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------
@@ -208,6 +205,7 @@ def memory(args: argparse.Namespace) -> dict[str, float]:
         torch.cuda.reset_peak_memory_stats()
         step(k2, config, fused, Text(k2.fuse(null)[None]), size)
         peaks[name] = torch.cuda.max_memory_allocated() / 2**30
+        # The next model must not be measured beside this one.
         del k2, fused, features, null
     return peaks | {"ratio": peaks["TDM"] / peaks["flow matching"]}
 
@@ -253,6 +251,7 @@ def compare(args: argparse.Namespace) -> str:
     def add(name: str, k2: K2, way: SamplingSettings, seed: str = "") -> None:
         drawn = bench.draw(k2, way)
         grid_image(drawn.images[:40], 5, 8).save(args.output / f"{name.replace(', ', '-').replace(' ', '_')}{seed}.png")
+        # Guidance takes a second forward, of the empty prompt, in each step.
         _, found = rows.setdefault(name, (way.steps * (2 if way.guidance else 1), []))
         found.append(bench.measure(drawn, reference))
 

@@ -29,10 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKLQwenImage,
-    Krea2Pipeline,
-)
+from diffusers import AutoencoderKLQwenImage, Krea2Pipeline
 from transformers import Qwen3VLModel
 
 from posttrain.model import architecture
@@ -75,22 +72,34 @@ def _make_chunk(job: tuple[int, int]) -> tuple[np.ndarray, list[list[str]]]:
     return images, captions
 
 
+def chunks(total: int, size: int, seed: int) -> list[tuple[int, int]]:
+    """(seed, count) of each part. A seed for each, so that the result does not depend on who makes which."""
+    counts = [size] * (total // size) + [total % size] * (total % size > 0)
+    return [(seed * 100_003 + i, count) for i, count in enumerate(counts)]
+
+
 def make_data(n: int, seed: int, workers: int) -> tuple[np.ndarray, list[list[str]]]:
     """n images (n,64,64,3) uint8 and VARIANTS captions for each, the same for any number of workers."""
-    # A seed for each chunk, so that the result does not depend on who makes which.
-    chunk = 500
-    jobs = [(seed * 100_003 + i, min(chunk, n - i * chunk)) for i in range((n + chunk - 1) // chunk)]
     with multiprocessing.get_context("fork").Pool(workers) as pool:
-        images, captions = zip(*pool.map(_make_chunk, jobs))
+        images, captions = zip(*pool.map(_make_chunk, chunks(n, 500, seed)))
     return np.concatenate(images), list(itertools.chain(*captions))
 
 
 # ---- training ---------------------------------------------------------------------------------------------
 
 
-def _rate(elapsed: float, peak: float) -> float:
+def rate(elapsed: float, peak: float) -> float:
     """Warm-up over the first 3 % of the time, then half a cosine down to 2 %."""
     return peak * min(1.0, elapsed / 0.03) * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * min(1.0, elapsed))))
+
+
+def adamw(params: list[torch.nn.Parameter], weight_decay: float, **options: Any) -> torch.optim.AdamW:
+    """AdamW that decays matrices alone: norms and biases have no size to keep small."""
+    matrices = [p for p in params if p.ndim > 1]
+    others = [p for p in params if p.ndim <= 1]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}], **options
+    )
 
 
 def to_pixels(images: torch.Tensor) -> torch.Tensor:
@@ -106,9 +115,10 @@ def train_vae(vae: AutoencoderKLQwenImage, images: torch.Tensor, minutes: float,
     start, step = time.time(), 0
     while (elapsed := (time.time() - start) / (60 * minutes)) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = _rate(elapsed, 3e-3)
+            group["lr"] = rate(elapsed, 3e-3)
         x = to_pixels(images[torch.randint(len(images), (batch,), device=device)])
         with torch.autocast(device.type, torch.bfloat16):
+            # Clamped as diffusers does it, so that the exponential below stays finite.
             mean, log_variance = vae.quant_conv(vae.encoder(x)).float().clamp(-30, 20).chunk(2, dim=1)
             z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
             y = vae.decoder(vae.post_quant_conv(z))
@@ -146,6 +156,12 @@ def reconstruct(vae: AutoencoderKLQwenImage, images: torch.Tensor) -> torch.Tens
     """uint8 (B,H,W,3) -> float (B,3,H,W) in [-1,1], through the autoencoder."""
     decoded: torch.Tensor = vae.decode(_mean(vae, images), return_dict=False)[0]  # type: ignore[assignment]
     return decoded[:, :, 0].float()
+
+
+def autoencoded(vae: AutoencoderKLQwenImage, images: torch.Tensor) -> np.ndarray:
+    """uint8 (N,H,W,3) -> the same, through the autoencoder."""
+    back = torch.cat([reconstruct(vae, part) for part in images.split(50)]).clamp(-1, 1)
+    return ((back.permute(0, 2, 3, 1).cpu().numpy() + 1) * 127.5 + 0.5).astype(np.uint8)
 
 
 @torch.no_grad()
@@ -221,13 +237,9 @@ def train_transformer(pipe: Krea2Pipeline, latents, ids, minutes: float, batch: 
         transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
         architecture.compile_text_fusion(transformer)
     params = [*transformer.parameters(), *text_encoder.language_model.parameters()]
-    matrices = [p for p in params if p.ndim > 1]
-    others = [p for p in params if p.ndim <= 1]
     lr = torch.zeros((), device=device)  # a tensor, so that a captured update reads the rate of its moment
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
-        lr=lr, betas=(0.9, 0.99), fused=True, capturable=device.type == "cuda",
-    )  # fmt: skip
+    cuda = device.type == "cuda"
+    optimizer = adamw(params, 0.01, lr=lr, betas=(0.9, 0.99), fused=True, capturable=cuda)
     averages = [p.detach().clone() for p in params]
     pad = pipe.tokenizer.pad_token_id
     lengths = (-(-((ids != pad).sum(-1) - 34) // 16) * 16 + 34).to(device)  # padded length of each caption
@@ -266,10 +278,11 @@ def train_transformer(pipe: Krea2Pipeline, latents, ids, minutes: float, batch: 
     sizes = [len(bucket) for bucket in buckets.values()]
     start, step = time.time(), 0
     while (elapsed := (time.time() - start) / (60 * minutes)) < 1:
-        lr.fill_(_rate(elapsed, peak))
+        lr.fill_(rate(elapsed, peak))
         loss, norm = order.choices(updates, sizes)[0]()
         step += 1
         if step % 10 == 0:
+            # The mean of all steps at first, later of about the last 500.
             torch._foreach_lerp_(averages, [p.detach() for p in params], max(0.02, 10 / (step + 10)))
         if step % 100 == 0:
             log(stage="transformer", step=step, seconds=time.time() - start, loss=loss.item(), norm=norm.item())
@@ -283,9 +296,9 @@ def train_transformer(pipe: Krea2Pipeline, latents, ids, minutes: float, batch: 
 
 def save(pipe: Krea2Pipeline, folder: Path) -> None:
     """Writes the pipeline in bfloat16, as safetensors."""
-    parts = {
-        n: copy.deepcopy(getattr(pipe, n)).to("cpu", torch.bfloat16) for n in ("vae", "text_encoder", "transformer")
-    }
+    parts = {}
+    for name in ("vae", "text_encoder", "transformer"):
+        parts[name] = copy.deepcopy(getattr(pipe, name)).to("cpu", torch.bfloat16)
     make_pipeline(pipe.tokenizer, **parts).save_pretrained(folder, safe_serialization=True)
 
 
@@ -323,8 +336,9 @@ def main() -> None:
     log, device = begin(args.out, args.device, args.seed)
     pixels, captions = make_data(args.scenes, args.seed, os.cpu_count() or 1)
     start: Any = Krea2Pipeline.from_pretrained(args.start, dtype=torch.float32) if args.start else None
-    tokenizer = start.tokenizer if start else make_tokenizer([c for row in captions[:4_000] for c in row])
-    flat = tokenize(tokenizer, [c for row in captions for c in row])
+    # A part is enough for a tokenizer of 640 tokens.
+    tokenizer = start.tokenizer if start else make_tokenizer(list(itertools.chain(*captions[:4_000])))
+    flat = tokenize(tokenizer, list(itertools.chain(*captions)))
     ids = flat.view(len(captions), VARIANTS, -1).to(device)
     log(stage="data", scenes=len(pixels), vocabulary=len(tokenizer), longest=ids.shape[-1])
     images = torch.from_numpy(pixels).to(device)
@@ -337,7 +351,9 @@ def main() -> None:
     if not start:
         mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
         vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
-    mean, std = (torch.tensor(vae.config[k], device=device)[:, None, None] for k in ("latents_mean", "latents_std"))
+    # By channel, (16, 1, 1), as the pipeline takes it back when it decodes.
+    mean = torch.tensor(vae.config["latents_mean"], device=device)[:, None, None]
+    std = torch.tensor(vae.config["latents_std"], device=device)[:, None, None]
     latents = pack((latents - mean) / std).bfloat16()
 
     if start:
@@ -347,7 +363,7 @@ def main() -> None:
         architecture.randomise_output(transformer, std=0.02)
         pipe = make_pipeline(tokenizer, vae, make_text_encoder(len(tokenizer), tokenizer), transformer)
     parts = ("vae", "text_encoder", "transformer")
-    log(stage="shapes", **{n: sum(p.numel() for p in getattr(pipe, n).parameters()) for n in parts})
+    log(stage="shapes", **{name: getattr(pipe, name).num_parameters() for name in parts})
     for p in [*pipe.transformer.parameters(), *pipe.text_encoder.parameters()]:
         p.requires_grad_(True)
     graphs = device.type == "cuda" and not args.no_graphs

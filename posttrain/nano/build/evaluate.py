@@ -27,6 +27,14 @@ from posttrain.nano.build import build
 from posttrain.nano.world import oracles, prompts, scenes
 
 
+def load(model: Path | str, device: str) -> Krea2Pipeline:
+    """The stock pipeline; its autoencoder, which is one of videos, as one of images."""
+    pipe: Any = Krea2Pipeline.from_pretrained(model, dtype=torch.float32).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    flatten_time(pipe.vae)
+    return pipe
+
+
 @torch.no_grad()
 def generate(pipe: Krea2Pipeline, texts: list[str], seeds: list[int], steps: int, guidance: float, batch: int):
     """Images (N,64,64,3) uint8 by the stock pipeline; noise depends on the seed alone."""
@@ -86,11 +94,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    records = _records("heldout")[: args.prompts]
-    groups_of = [record["prompt"] for record in _records("open")[:10]]
-    pipe = Krea2Pipeline.from_pretrained(args.model, dtype=torch.float32).to(args.device)
-    pipe.set_progress_bar_config(disable=True)
-    flatten_time(pipe.vae)
+    records = prompts.read("heldout")[: args.prompts]
+    groups_of = [record["prompt"] for record in prompts.read("open")[:10]]
+    pipe = load(args.model, args.device)
     # After the held-out prompts, groups of 16 images of one prompt that leaves the style open, for diversity.
     texts = [record["prompt"] for record in records] + np.repeat(groups_of, 16).tolist()
     seeds = [*range(len(records)), *range(160)]
@@ -107,8 +113,7 @@ def main() -> None:
     drawn = np.stack(list(map(scenes.render, true)))
     pixels = torch.from_numpy(drawn).to(args.device)
     result: dict = {"psnr": round(build.psnr(pipe.vae, pixels), 2)}
-    back = torch.cat([build.reconstruct(pipe.vae, part) for part in pixels.split(50)])
-    back = ((back.permute(0, 2, 3, 1).cpu().numpy() + 1) * 127.5 + 0.5).astype(np.uint8)
+    back = build.autoencoded(pipe.vae, pixels)
     rows = []
     for scene in true:
         description = scenes.describe(scene, rng)
@@ -129,11 +134,6 @@ def main() -> None:
         Image.fromarray(_tile(np.concatenate([images[:60], groups[:40]]), 20)).save(args.out / name)
     (args.out / "figures.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
-
-
-def _records(name: str) -> list[dict[str, Any]]:
-    """The rows of a set of prompts."""
-    return [json.loads(line) for line in (prompts.FOLDER / f"{name}.jsonl").read_text().splitlines()]
 
 
 def _tile(images: np.ndarray, columns: int) -> np.ndarray:

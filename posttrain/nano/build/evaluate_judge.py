@@ -61,12 +61,14 @@ def on_scenes(vlm: VLM, n: int, images: Sequence[np.ndarray] | None = None) -> d
 def on_generated(vlm: VLM, images: Sequence[np.ndarray], records: Sequence[dict]) -> dict[str, Any]:
     """Figures on generated images: whether the prompt's requirements are met, says the oracle."""
     rows: list[list[tuple[str, bool]]] = []
+    truth: list[list[bool]] = []
     words: list[str] = []
     for percept, record in zip(oracles.perceive(images), records):
-        rows.append([(requirement, oracles.meets(percept, requirement)) for requirement in record["requirements"]])
+        met = [oracles.meets(percept, requirement) for requirement in record["requirements"]]
+        rows.append(list(zip(record["requirements"], met)))
+        truth.append(met)
         words.append(percept.scene.text if record["texts"] else "")
     figures = _judge(vlm, list(map(Image.fromarray, images)), rows, words)
-    truth = [[met for _, met in row] for row in rows]
     figures["oracle_says_true"] = _mean(np.concatenate(truth))
     figures["oracle_met"] = _mean(list(map(np.mean, truth)))
     return figures
@@ -102,7 +104,7 @@ def _judge(vlm: VLM, images: list[Image.Image], rows: list[list[tuple[str, bool]
     replies = vlm.complete([images[i] for i in wordy + blank], [question] * len(wordy + blank), 20, 64)
     exact: list[bool] = []
     for i, reply in zip(wordy + blank, replies):
-        exact.append(reply == json.dumps({"lines": [words[i]] if words[i] else []}))
+        exact.append(reply == questions.transcript(words[i]))
     figures["words"] = len(wordy)
     figures["words_exact"] = _mean(exact[: len(wordy)]) if wordy else None
     figures["no_words_exact"] = _mean(exact[len(wordy) :]) if blank else None
@@ -124,20 +126,12 @@ def main() -> None:
     vlm = VLM.load(args.model, device=args.device)
     figures = {"clean": on_scenes(vlm, args.scenes)}
     if args.k2:
-        from diffusers import Krea2Pipeline
-
-        from posttrain.model.load import flatten_time
         from posttrain.nano.build import build, evaluate
 
-        pipe = Krea2Pipeline.from_pretrained(args.k2, dtype=torch.float32).to(args.device)
-        pipe.set_progress_bar_config(disable=True)
-        flatten_time(pipe.vae)
+        pipe = evaluate.load(args.k2, args.device)
         drawn = torch.from_numpy(np.stack([scenes.render(s) for s in heldout(args.scenes)])).to(args.device)
-        back = torch.cat([build.reconstruct(pipe.vae, part) for part in drawn.split(50)])
-        pixels = ((back.permute(0, 2, 3, 1).clamp(-1, 1).cpu().numpy() + 1) * 127.5 + 0.5).astype(np.uint8)
-        figures["autoencoded"] = on_scenes(vlm, args.scenes, list(pixels))
-        lines = (prompts.FOLDER / "heldout.jsonl").read_text().splitlines()[: args.scenes]
-        records = [json.loads(line) for line in lines]
+        figures["autoencoded"] = on_scenes(vlm, args.scenes, list(build.autoencoded(pipe.vae, drawn)))
+        records = prompts.read("heldout")[: args.scenes]
         images = evaluate.generate(pipe, [r["prompt"] for r in records], [*range(len(records))], 28, 0.0, 50)
         figures["generated"] = on_generated(vlm, list(images), records)
     text = json.dumps(figures, indent=1)

@@ -56,7 +56,7 @@ def make_tokenizer(seed: int = 0) -> Qwen2Tokenizer:
 
 
 def make_model(tokenizer: Qwen2Tokenizer) -> Qwen3ForCausalLM:
-    end, pad = (int(tokenizer.convert_tokens_to_ids(t)) for t in ("<|im_end|>", "<|endoftext|>"))  # type: ignore[arg-type]
+    end, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])  # type: ignore[misc]
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=96,
@@ -172,8 +172,8 @@ def main() -> None:
     model = make_model(tokenizer)
     rng = np.random.default_rng([args.seed, 0])
     data = rows(tokenizer, [pair(rng, WRONG_PAIRS) for _ in range(args.pairs)])
-    size = sum(p.numel() for p in model.parameters())
-    log(stage="data", vocabulary=len(tokenizer), parameters=size, system=data.system.shape[1], rows=[*data.ids.shape])
+    sizes = {"vocabulary": len(tokenizer), "parameters": model.num_parameters(), "system": data.system.shape[1]}
+    log(stage="data", **sizes, rows=[*data.ids.shape])
     train(model, data, args.minutes, args.batch, args.lr, args.seed, log)
     save(model, tokenizer, args.out / "expander-nano")
     figures = evaluate_expander.measure(str(args.out / "expander-nano"))

@@ -46,7 +46,6 @@ from posttrain.nano.build.judge_model import (
     rubric_beginning,
     save,
     token_ids,
-    transcript,
 )
 from posttrain.nano.world import damage, questions, scenes
 from posttrain.nano.world.prompts import TRAIN_WORDS
@@ -127,7 +126,7 @@ def _make_chunk(tokenizer: Qwen2Tokenizer, job: tuple[int, int]) -> Data:
             data.length[i, j] = len(tokens)
         if fault != "garbled":
             for array, text in (
-                (data.transcribe, transcript(scene.text)),
+                (data.transcribe, questions.transcript(scene.text)),
                 (data.describe, scenes.describe(scene, rng).prompt),
             ):
                 tokens = token_ids(tokenizer, text + "<|im_end|>")
@@ -138,8 +137,7 @@ def _make_chunk(tokenizer: Qwen2Tokenizer, job: tuple[int, int]) -> Data:
 
 def make_data(m: int, seed: int, workers: int, tokenizer: Qwen2Tokenizer) -> Data:
     """m images and their tasks."""
-    chunk = min(2000, -(-m // workers))
-    jobs = [(seed * 100_003 + i, min(chunk, m - i * chunk)) for i in range((m + chunk - 1) // chunk)]
+    jobs = build.chunks(m, min(2000, -(-m // workers)), seed)
     with multiprocessing.get_context("fork").Pool(workers) as pool:
         parts = pool.map(partial(_make_chunk, tokenizer), jobs, chunksize=1)
     data = parts[0].map(lambda _: None)
@@ -204,11 +202,18 @@ class Labels(nn.Module):
         self.whole = nn.Linear(width, sum(questions.WHOLE.values()))
 
     def loss(self, image: Tensor, cells: Tensor, whole: Tensor) -> Tensor:
-        parts = self.cells(image).float().split(list(questions.LABELS.values()), -1)
-        terms = [F.cross_entropy(p.flatten(0, 1), c) for p, c in zip(parts, cells.flatten(0, 1).unbind(-1))]
-        parts = self.whole(image.mean(1)).float().split(list(questions.WHOLE.values()), -1)
-        terms += [F.cross_entropy(p, c) for p, c in zip(parts, whole.unbind(-1))]
-        return torch.stack(terms).sum()
+        """The sum over labels of a cell and of the whole image."""
+        of_cells = _entropies(self.cells(image).flatten(0, 1), cells.flatten(0, 1), questions.LABELS)
+        of_whole = _entropies(self.whole(image.mean(1)), whole, questions.WHOLE)
+        return of_cells + of_whole
+
+
+def _entropies(logits: Tensor, labels: Tensor, sizes: dict[str, int]) -> Tensor:
+    """The sum of the cross-entropies of several labels (N, len(sizes)), whose logits stand side by side."""
+    total = logits.new_zeros((), dtype=torch.float32)
+    for part, label in zip(logits.float().split(list(sizes.values()), -1), labels.unbind(-1)):
+        total = total + F.cross_entropy(part, label)
+    return total
 
 
 def losses(
@@ -253,23 +258,17 @@ def train(
     network, labels = JudgeNetwork(model, compiled), Labels(model.lm_head.in_features).to(device)
     learnt = [p for p in model.parameters() if p.requires_grad]
     params = [*learnt, *labels.parameters()]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in params if p.ndim > 1], "weight_decay": 0.02},
-            {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        lr=peak, betas=(0.9, 0.98), fused=device.type == "cuda",
-    )  # fmt: skip
+    optimizer = build.adamw(params, 0.02, lr=peak, betas=(0.9, 0.98), fused=device.type == "cuda")
     averages = [p.detach().clone() for p in learnt]
     start, step = time.time(), 0
     while True:
         if step == 1:
             start = time.time()  # the first step compiles: it is not counted
-        elapsed = step / steps if steps else (time.time() - start) / (60 * minutes) if step else 0.0
-        if elapsed >= 1:
+        elapsed = step / steps if steps else (time.time() - start) / (60 * minutes)
+        if elapsed >= 1 and step:
             break
         for group in optimizer.param_groups:
-            group["lr"] = build._rate(elapsed, peak)
+            group["lr"] = build.rate(elapsed, peak)
         images, asked, cells, whole = draw(data, batch, n)
         with torch.autocast(device.type, torch.bfloat16):
             image, parts, right = losses(network, model.lm_head, blemish(images), asked, layout, words)
@@ -279,6 +278,7 @@ def train(
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
+        # The mean of all steps at first, later of about the last 300.
         torch._foreach_lerp_(averages, [p.detach() for p in learnt], max(0.003, 1 / (step + 1)))
         if step % 200 == 0:
             values = {name: round(value.item(), 4) for name, value in parts.items()}
@@ -311,8 +311,7 @@ def main() -> None:
         lambda array: torch.from_numpy(array).to(device)
     )
     shapes = {name: list(value.shape) for name, value in vars(data).items()}
-    size = sum(p.numel() for p in model.parameters())
-    log(stage="data", vocabulary=len(tokenizer), parameters=size, **shapes)
+    log(stage="data", vocabulary=len(tokenizer), parameters=model.num_parameters(), **shapes)
     train(model, tokenizer, data, args.minutes, args.batch, args.questions, args.lr, log, not args.no_compile)
     save(model, tokenizer, args.out / "judge-nano")
     vlm = VLM.load(str(args.out / "judge-nano"), device=device)

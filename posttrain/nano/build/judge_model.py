@@ -46,11 +46,10 @@ def make_tokenizer(seed: int = 0) -> Qwen2Tokenizer:
     """A tokenizer like the text encoder's, trained on the judges' templates and answers too."""
     rng = np.random.default_rng(seed)
     drawn = [scenes.random_scene(rng) for _ in range(3000)]
-    corpus = [scenes.describe(s, rng).prompt for s in drawn]
-    corpus += [rubric(questions.ask(s, rng)[0]) for s in drawn[:1000]]
-    names = ("aesthetic", "artifact", "transcribe", "rubric")
-    fixed = [load_template(name).text for name in names] + [DESCRIBE, *questions.FAULTS.values()]
-    fixed += [transcript(""), transcript("A")]
+    corpus = [scenes.describe(scene, rng).prompt for scene in drawn]
+    corpus += [rubric(questions.ask(scene, rng)[0]) for scene in drawn[:1000]]
+    fixed = [load_template(name).text for name in ("aesthetic", "artifact", "transcribe", "rubric")]
+    fixed += [DESCRIBE, *questions.FAULTS.values(), questions.transcript(""), questions.transcript("A")]
     tokenizer = parts.make_tokenizer(corpus + fixed * 100 + ["yes", "no"] * 5000)
     # P(yes) is read from the first token of the answer.
     if any(len(token_ids(tokenizer, word)) != 1 for word in ("yes", "no")):
@@ -67,25 +66,15 @@ def rubric(statement: str) -> str:
     return _template("rubric").render(requirement=statement)
 
 
-def transcript(word: str) -> str:
-    return json.dumps({"lines": [word] if word else []})
-
-
 # ---- the model --------------------------------------------------------------------------------------------
 
 
 def make_model(tokenizer: Qwen2Tokenizer) -> Qwen3VLForConditionalGeneration:
-    special = {k: tokenizer.convert_tokens_to_ids(f"<|{v}|>") for k, v in parts.VISION_TOKENS.items()}
-    end, pad = (tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>"))
+    end, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])  # type: ignore[misc]
     config = Qwen3VLConfig(
         text_config={
+            **parts.LANGUAGE,
             "vocab_size": len(tokenizer),
-            "hidden_size": 96,
-            "intermediate_size": 256,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 3,
-            "num_key_value_heads": 3,
-            "head_dim": 32,
             "initializer_range": 0.06,
             "max_position_embeddings": 2048,
             "tie_word_embeddings": True,
@@ -112,7 +101,7 @@ def make_model(tokenizer: Qwen2Tokenizer) -> Qwen3VLForConditionalGeneration:
             "initializer_range": 0.06,
         },
         tie_word_embeddings=True,
-        **special,  # type: ignore[arg-type]
+        **parts.vision_ids(tokenizer),
     )
     model = Qwen3VLForConditionalGeneration(config)
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad, do_sample=False)
@@ -200,8 +189,9 @@ Span = tuple[int, int, int, int]
 
 def attend(q: Tensor, k: Tensor, v: Tensor, shared: int, spans: tuple[Span, ...]) -> Tensor:
     """Causal attention (B,heads,L,d) in which tasks do not see each other; the first `shared` tokens are one text."""
-    first = [x[:, :, :shared] for x in (q, k, v)]
-    parts = [F.scaled_dot_product_attention(first[0], first[1], first[2], is_causal=True)]
+    beginning = slice(None, shared)
+    first = F.scaled_dot_product_attention(q[:, :, beginning], k[:, :, beginning], v[:, :, beginning], is_causal=True)
+    parts = [first]
     for start, n, length, seen in spans:
 
         def own(x: Tensor, at: int = start, n: int = n, size: int = length) -> Tensor:
@@ -306,6 +296,7 @@ class Layout:
             "describe": token_ids(tokenizer, DESCRIBE + SUFFIX),
         }
         opinions = {name: token_ids(tokenizer, load_template(name).render() + SUFFIX) for name in OPINIONS}
+        # The last token of an answer is only said, never read.
         length = {name: len(ids) + room[name] - 1 for name, ids in after.items()}
         length["opinion"] = max(map(len, opinions.values()))
         length["rubric"] = room["rubric"]
@@ -376,6 +367,9 @@ def token_ids(tokenizer: Qwen2Tokenizer, text: str) -> list[int]:
 
 def rubric_beginning(tokenizer: Qwen2Tokenizer) -> list[int]:
     """What all rubric questions begin with."""
-    a, b = (token_ids(tokenizer, rubric(s)) for s in (SHARED, "a"))
-    same = [x == y for x, y in zip(a, b)]
-    return a[: same.index(False)]
+    # Up to the first token in which two questions differ: a token may reach over the template's end.
+    one, other = token_ids(tokenizer, rubric(SHARED)), token_ids(tokenizer, rubric("a"))
+    same = 0
+    while one[same] == other[same]:
+        same += 1
+    return one[:same]

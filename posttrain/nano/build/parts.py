@@ -28,6 +28,17 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<
            "<|video_pad|>"]  # fmt: skip
 
 
+LANGUAGE = {
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "head_dim": 32,
+}
+"""The shape of the language half, of the text encoder as of judge-nano."""
+
+
 def make_tokenizer(corpus: list[str]) -> Qwen2Tokenizer:
     """K2-nano's tokenizer: the captions' words, and K2's template at its length in tokens."""
     template = PREFIX + SUFFIX
@@ -77,16 +88,10 @@ def make_vae() -> AutoencoderKLQwenImage:
 
 def make_text_encoder(vocab: int, tokenizer: Qwen2Tokenizer) -> Qwen3VLModel:
     """The language half is used; the vision half is as small as the class allows."""
-    ids: dict[str, Any] = {k: tokenizer.convert_tokens_to_ids(f"<|{v}|>") for k, v in VISION_TOKENS.items()}
     config = Qwen3VLConfig(
         text_config={
+            **LANGUAGE,
             "vocab_size": vocab,
-            "hidden_size": 96,
-            "intermediate_size": 256,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 3,
-            "num_key_value_heads": 3,
-            "head_dim": 32,
             "initializer_range": 0.08,
             "max_position_embeddings": 4096,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 4, 4]},
@@ -101,17 +106,17 @@ def make_text_encoder(vocab: int, tokenizer: Qwen2Tokenizer) -> Qwen3VLModel:
             "deepstack_visual_indexes": [],
         },
         tie_word_embeddings=True,
-        **ids,
+        **vision_ids(tokenizer),
     )
     return Qwen3VLModel(config)
 
 
-VISION_TOKENS = {
-    "image_token_id": "image_pad",
-    "video_token_id": "video_pad",
-    "vision_start_token_id": "vision_start",
-    "vision_end_token_id": "vision_end",
-}
+def vision_ids(tokenizer: Qwen2Tokenizer) -> dict[str, Any]:
+    """The ids of the tokens around an image, by their names in a config."""
+    ids = {}
+    for name in ("image_pad", "video_pad", "vision_start", "vision_end"):
+        ids[f"{name.removesuffix('_pad')}_token_id"] = tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+    return ids
 
 
 def swiglu_width(features: int, multiplier: int = 4) -> int:

@@ -16,10 +16,10 @@ from posttrain.nano.world.scenes import BACKGROUNDS, COLOURS, COUNTS, PLACES, RE
 OPENERS = ("draw ", "please draw ", "i want ", "can you make ", "show me ", "a picture of ")
 REGISTERS = ("caption", "keywords", "request")
 
-_names = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+_name = rf"(?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)})"
 _size = rf"(?:(?P<size>{'|'.join(SIZES)}) )?"
-_place = "|".join(place for row in PLACES for place in row)
-_OBJECT = re.compile(rf"an? {_size}(?P<name>{'|'.join(_names)})(?: at the (?P<place>{_place}))?")
+_place = "|".join(sum(PLACES, ()))
+_OBJECT = re.compile(rf"an? {_size}(?P<name>{_name})(?: at the (?P<place>{_place}))?")
 _COUNTED = re.compile(
     rf"(?P<count>{'|'.join(COUNTS[2:])}) {_size}(?P<name>{'|'.join(COLOURS)}) (?P<shapes>{'|'.join(SHAPES)})e?s"
 )
@@ -62,19 +62,21 @@ def _subject(body: str) -> set[str] | None:
         parts, relation = re.split(r", | and ", body), None
         if len(parts) == 2:
             return None  # two shapes always stand in a relation
-    objects = [_OBJECT.fullmatch(part) for part in parts]
-    found = set()
-    for part, o in zip(parts, objects):
-        if o is None or not part.startswith(scenes._article(o["size"] or o["name"])):
+    found: set[str] = set()
+    names: list[str] = []
+    for part in parts:
+        o = _OBJECT.fullmatch(part)
+        # "a" or "an" by the word that follows, as `describe` writes it.
+        if o is None or not part.startswith(scenes.article(o["size"] or o["name"])):
             return None
-        found.add(f"there is {scenes._article(o['name'])}")
+        found.add(f"there is {scenes.article(o['name'])}")
         if o["size"]:
             found.add(f"the {o['name']} is {o['size']}")
         if o["place"]:
             found.add(f"the {o['name']} is at the {o['place']}")
-    names = [o["name"] for o in objects if o is not None]
+        names.append(o["name"])
     if len(set(names)) < len(names):
-        return None
+        return None  # no two shapes of a scene are alike
     if relation:
         found.add(f"the {names[0]} is {relation} the {names[1]}")
     n = len(names)

@@ -10,6 +10,7 @@ turns.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -54,9 +55,7 @@ def main() -> None:
         for first in range(0, 3 * args.pairs, min(BATCH, args.pairs)):
             rows = range(first, first + min(BATCH, args.pairs))
             prompts = [records[in_turn(args.seed, row, len(records))].prompt for row in rows]
-            seeds = []
-            for row in rows:
-                seeds += [sampler.seed_for(args.seed, row, 0), sampler.seed_for(args.seed, row, 1)]
+            seeds = [sampler.seed_for(args.seed, row, i) for row, i in itertools.product(rows, range(2))]
             with torch.no_grad(), k2.role(POLICY):
                 text = k2.text(prompts, 64).repeat(2)
                 latents = k2.sample(text, sampler.noise(seeds, shape), args.steps, 64, 64)

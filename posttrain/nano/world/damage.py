@@ -25,6 +25,7 @@ def damage(image: np.ndarray, scene: Scene, rng: np.random.Generator, kind: str 
     if kind == "broken":
         angle = rng.uniform(0, 2 * math.pi)
         side = (XX - o.x) * math.cos(angle) + (YY - o.y) * math.sin(angle)
+        # A gap right across the object, but not through its neighbours.
         hole = np.abs(side) < rng.uniform(0.25, 0.4) * o.radius
         hole[: max(0, y0 - 3)] = hole[y1 + 3 :] = False
         hole[:, : max(0, x0 - 3)] = hole[:, x1 + 3 :] = False

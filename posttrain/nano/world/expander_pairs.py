@@ -44,7 +44,10 @@ def caption(rng: np.random.Generator) -> tuple[scenes.Scene, str]:
 @cache
 def heldout() -> frozenset[str]:
     """The prompts of evaluations."""
-    return frozenset(r.prompt for name in HELDOUT for r in read_prompts(FOLDER / f"{name}.jsonl"))
+    found: set[str] = set()
+    for name in HELDOUT:
+        found.update(record.prompt for record in read_prompts(FOLDER / f"{name}.jsonl"))
+    return frozenset(found)
 
 
 def short(scene: scenes.Scene, completion: str, rng: np.random.Generator) -> NanoPair:

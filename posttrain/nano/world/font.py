@@ -31,7 +31,7 @@ _ROWS = {
     "Z": "##### ....# ...#. ..#.. .#... #.... #####",
 }
 
-GLYPHS = {c: np.array([[p == "#" for p in row] for row in rows.split()], dtype=bool) for c, rows in _ROWS.items()}
+GLYPHS = {letter: np.array(list(map(list, rows.split()))) == "#" for letter, rows in _ROWS.items()}
 """Letter -> bool array (7, 5), True where there is ink."""
 
 _LIST = """

@@ -98,6 +98,7 @@ def _pairs(out: Path, job: tuple[int, int, int]) -> list[dict]:
         generator = str(rng.choice(GENERATORS))
         pair = [redrawn(scene, rng), redrawn(scene, rng)]
         p = 1 / (1 + math.exp(-SHARPNESS * (taste(pair[0]) - taste(pair[1]))))
+        # The rater's choice, which is the worse one at times, as people's are.
         if rng.random() >= p:
             pair, p = pair[::-1], 1 - p
         # `chance` is the probability of this choice: the judges' noise ceiling is computed from it.

@@ -200,7 +200,7 @@ def _read(stack: np.ndarray) -> list[tuple[str, int, int]]:
             line[max(0, x - 8) : x + 9] = -1
         found.sort()
         if any(b[0] - a[0] > 15 for a, b in zip(found, found[1:])):
-            found = []
+            found = []  # letters of a word stand 12 pixels apart: with a gap these are something else
         first = (found[0][0], found[0][1]) if found else (0, 0)
         words.append(("".join(f[2] for f in found), *first))
     return words
@@ -226,9 +226,8 @@ def _explain(image: np.ndarray, scene: Scene) -> Scene:
     free = np.logical_not(ndimage.binary_dilation(changed, iterations=3))
     grey = image.mean(-1)
     # Without a word or a shape to compare with, brightness alone tells a dark image from a light one.
-    options = [(b, dim) for b in scenes.BACKGROUNDS for dim in (1.0, 0.5)]
     errors = {}
-    for name, dim in options:
+    for name, dim in itertools.product(scenes.BACKGROUNDS, (1.0, 0.5)):
         level = dim * scenes.background(name)
         difference = ndimage.uniform_filter(grey - level, 3)[free]
         errors[name, dim] = float((difference**2).mean()) if free.any() else 1.0
@@ -242,7 +241,8 @@ def _explain(image: np.ndarray, scene: Scene) -> Scene:
             guess = replace(scene, style=style, background=name)
             guesses = [guess]
             if style == "glowing":  # a halo makes its blob look larger
-                guesses.append(replace(guess, objects=tuple(replace(o, radius=0.93 * o.radius) for o in guess.objects)))
+                smaller = tuple(replace(o, radius=0.93 * o.radius) for o in guess.objects)
+                guesses.append(replace(guess, objects=smaller))
             for guess in guesses:
                 error = float(((image - _render(guess)) ** 2).mean()) + ground
                 if error < best:
@@ -262,8 +262,11 @@ def _settle(image: np.ndarray, scene: Scene, choices: list[list[Object]]) -> Sce
             reach = int(1.3 * o.radius) + 3
             # Only the part around the object is compared: elsewhere all guesses are the same.
             window = np.s_[max(0, int(o.y) - reach) : int(o.y) + reach, max(0, int(o.x) - reach) : int(o.x) + reach]
-            guesses = [replace(scene, objects=(*scene.objects[:i], p, *scene.objects[i + 1 :])) for p in options]
-            errors = [float(((image[window] - _render(guess)[window]) ** 2).mean()) for guess in guesses]
+            guesses, errors = [], []
+            for option in options:
+                guess = replace(scene, objects=(*scene.objects[:i], option, *scene.objects[i + 1 :]))
+                guesses.append(guess)
+                errors.append(float(((image[window] - _render(guess)[window]) ** 2).mean()))
             scene = guesses[int(np.argmin(errors))]
     return scene
 
@@ -278,7 +281,7 @@ _PATTERNS = {
     "count": rf"there are exactly ({_COUNT}) {_PLURAL}",
     "total": rf"there (?:is|are) exactly ({_COUNT}) shapes?",
     "size": rf"the {_NAME} is (small|large)",
-    "place": rf"the {_NAME} is at the ({'|'.join(itertools.chain(*scenes.PLACES))})",
+    "place": rf"the {_NAME} is at the ({'|'.join(sum(scenes.PLACES, ()))})",
     "relation": rf"the {_NAME} is ({'|'.join(scenes.RELATIONS)}) the {_NAME}",
     "style": rf"the style is ({'|'.join(scenes.STYLES)})",
     "background": rf"the background is ({'|'.join(scenes.BACKGROUNDS)})",
@@ -320,7 +323,8 @@ def meets(percept: Percept, statement: str) -> bool:
         return bool(these) and all(o.size == parts[2] for o in these)
     if kind == "place":
         return any(o.place == parts[2] for o in these)
-    return any(scenes.holds(parts[2], (a.x, a.y), (b.x, b.y)) for a in these for b in named(*parts[3:]))
+    pairs = itertools.product(these, named(*parts[3:]))
+    return any(scenes.holds(parts[2], (a.x, a.y), (b.x, b.y)) for a, b in pairs)
 
 
 def grade(percept: Percept, statement: str) -> float:
@@ -334,10 +338,11 @@ def grade(percept: Percept, statement: str) -> float:
     if kind == "total":
         return max(0.0, 1 - abs(len(objects) - COUNTS.index(parts[0])) / 3)
     colour, shape = parts[1:3] if kind == "count" else parts[:2]
-    likeness = [
-        0.5 * (o.colour == colour) + 0.5 * float(np.clip((overlap[shape] - 0.6) / 0.3, 0, 1))
-        for o, overlap in zip(objects, overlaps)
-    ]
+    likeness = []
+    for o, overlap in zip(objects, overlaps):
+        # What overlaps its shape by less than 0.6 is no object (`_find_objects`), so the scale begins there.
+        in_shape = float(np.clip((overlap[shape] - 0.6) / 0.3, 0, 1))
+        likeness.append(0.5 * (o.colour == colour) + 0.5 * in_shape)
     if not likeness:
         return 0.0
     if kind == "exists":
@@ -355,10 +360,13 @@ def grade(percept: Percept, statement: str) -> float:
         row = next(r for r, names in enumerate(scenes.PLACES) if parts[2] in names)
         centre = [SIZE / 6 * (2 * k + 1) for k in (scenes.PLACES[row].index(parts[2]), row)]
         return sure * max(0.0, 1 - float(np.hypot(o.x - centre[0], o.y - centre[1])) / (SIZE / 2))
-    others = [p for p in objects if p is not o and p.colour == parts[3]]
     dx, dy = scenes.RELATIONS[parts[2]]
-    along = [(o.x - p.x) * dx + (o.y - p.y) * dy for p in others]
-    return sure * max((float(np.clip(0.5 + a / 40, 0, 1)) for a in along), default=0.0)
+    best = 0.0
+    for p in objects:
+        if p is not o and p.colour == parts[3]:
+            along = (o.x - p.x) * dx + (o.y - p.y) * dy
+            best = max(best, float(np.clip(0.5 + along / 40, 0, 1)))
+    return sure * best
 
 
 # ---- as rewards -------------------------------------------------------------------------------------------

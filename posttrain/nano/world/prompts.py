@@ -9,16 +9,23 @@ and is measured on `short_heldout.jsonl`, which leaves open what `open.jsonl` do
 """
 
 import json
+from typing import Any
 
 import numpy as np
 
 from posttrain.nano.world import scenes
 from posttrain.nano.world.font import WORDS
 from posttrain.resources import ROOT
+from prompts.parse import read_lines
 
 FOLDER = ROOT / "prompts/nano"
 HELDOUT_WORDS = sorted(WORDS)[::5]
 TRAIN_WORDS = sorted(set(WORDS) - set(HELDOUT_WORDS))
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    """The rows of a set."""
+    return read_lines(FOLDER / f"{name}.jsonl")
 
 
 def make(n: int, seed: int, words: list[str], details: tuple[float, ...], taken: set[str]) -> list[dict]:

@@ -6,6 +6,7 @@ differ from a true one in a single attribute. `labels` says what each cell of th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import numpy as np
@@ -36,7 +37,7 @@ CELL = 8
 """Pixels along a side of one cell of `labels`."""
 LABELS = {"colour": len(COLOURS) + 1, "shape": len(SHAPES) + 1, "size": 3, "letter": 27, "index": 5}
 WHOLE = {"style": len(STYLES), "background": len(BACKGROUNDS), "objects": 6, "fault": 5}
-_PLACES = [p for row in PLACES for p in row]
+_PLACES = sum(PLACES, ())
 
 
 def ask(scene: Scene, rng: np.random.Generator, fault: str | None = None, words: list[str] | None = None):
@@ -69,6 +70,11 @@ def ask(scene: Scene, rng: np.random.Generator, fault: str | None = None, words:
         if statement is not None:
             return statement, is_true(scene, statement)
     raise RuntimeError(f"no statement fits the scene {scene}")
+
+
+def transcript(word: str) -> str:
+    """The answer of `transcribe` for an image with that word, or with none."""
+    return json.dumps({"lines": [word] if word else []})
 
 
 def is_true(scene: Scene, statement: str) -> bool:
@@ -109,12 +115,8 @@ def _name(scene: Scene, rng: np.random.Generator, known: bool) -> str:
     return " ".join(_near_miss(scene, rng))
 
 
-def _article(noun: str) -> str:
-    return ("an " if noun[0] == "o" else "a ") + noun
-
-
 def _exists(scene, rng, wanted, words):
-    return f"there is {_article(_name(scene, rng, wanted))}"
+    return f"there is {scenes.article(_name(scene, rng, wanted))}"
 
 
 def _total(scene, rng, wanted, words):
@@ -155,7 +157,9 @@ def _place(scene, rng, wanted, words):
         return f"the {_name(scene, rng, False)} is at the {o.place}"
     column, row = (min(2, int(v / third)) for v in (o.x, o.y))
     # Neighbouring places are the hardest to tell apart.
-    near = [PLACES[r][c] for r in range(3) for c in range(3) if abs(r - row) + abs(c - column) == 1]
+    near = []
+    for r, names in enumerate(PLACES):
+        near += [name for c, name in enumerate(names) if abs(r - row) + abs(c - column) == 1]
     return f"the {o.name} is at the {_pick(rng, near) if rng.random() < 0.5 else _other(rng, _PLACES, o.place)}"
 
 

@@ -186,20 +186,21 @@ def mutate(scene: Scene, rng: np.random.Generator, rate: float, text_rate: float
         objects = [replace(o, shape=objects[0].shape, colour=objects[0].colour) for o in objects]
         objects = (objects + objects)[:n]
     text_rate = rate if text_rate is None else text_rate
-    text = "".join(redraw(c, GLYPHS, text_rate) for c in scene.text)
+    letters = [redraw(letter, GLYPHS, text_rate) for letter in scene.text]
     return replace(
         scene,
         objects=tuple(objects),
         style=redraw(scene.style, STYLES),
         background=redraw(scene.background, BACKGROUNDS),
-        text=text,
+        text="".join(letters),
     )
 
 
 # ---- describing a scene -----------------------------------------------------------------------------------
 
 
-def _article(noun: str) -> str:
+def article(noun: str) -> str:
+    """The noun after a or an."""
     return ("an " if noun[0] == "o" else "a ") + noun
 
 
@@ -221,8 +222,8 @@ def describe(scene: Scene, rng: np.random.Generator, detail: float = 1.0) -> Des
     else:
         parts = []
         for o in objects:
-            part = _article((f"{o.size} " if say["size"] else "") + o.name)
-            requirements.append(f"there is {_article(o.name)}")
+            part = article((f"{o.size} " if say["size"] else "") + o.name)
+            requirements.append(f"there is {article(o.name)}")
             if say["size"]:
                 requirements.append(f"the {o.name} is {o.size}")
             if say["place"] and scene.kind in ("single", "text"):
@@ -326,7 +327,7 @@ def render(scene: Scene) -> np.ndarray:
         mask = text_mask(scene.text)
         h, w = mask.shape
         x, y = scene.text_x, scene.text_y
-        _plate(image, x - 4, y - 3, w + 6, h + 6)
+        plate(image, x - 4, y - 3, w + 6, h + 6)
         x0, x1 = max(0, x), min(SIZE, x + w)  # two words in one may be wider than the image
         image[y : y + h, x0:x1][mask[:, x0 - x : x1 - x]] = 0.04
     if scene.style == "dark":
@@ -337,7 +338,8 @@ def render(scene: Scene) -> np.ndarray:
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def _plate(image: np.ndarray, x: int, y: int, w: int, h: int) -> None:
+def plate(image: np.ndarray, x: int, y: int, w: int, h: int) -> None:
+    """Draws the framed white ground of a word, so that it can be read in any style."""
     x0, y0, x1, y1 = max(0, x), max(0, y), min(SIZE, x + w), min(SIZE, y + h)
     image[y0:y1, x0:x1] = 0.15
     image[y0 + 1 : y1 - 1, x0 + 1 : x1 - 1] = 0.98

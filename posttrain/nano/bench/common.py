@@ -1,0 +1,117 @@
+"""What the benchmarks of runs share: their options, processes side by side, figures of runs, and Markdown tables."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+T = TypeVar("T")
+
+
+def parser(about: str | None, command: str, recipe: str = "") -> argparse.ArgumentParser:
+    """--seeds, --jobs, --output and, after --, options of the posttrain command that the benchmark runs."""
+    parser = argparse.ArgumentParser(description=(about or "").splitlines()[0])
+    if recipe:
+        parser.add_argument("--recipe", default=recipe)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--output", type=Path, required=True, help="directory for the runs, tables and figures")
+    parser.add_argument("options", nargs="*", help=f"further options for posttrain {command}, after --")
+    return parser
+
+
+class Jobs:
+    """Runs `python -m MODULE ...` with a log each under a folder, some at a time, on all GPUs in turn."""
+
+    def __init__(self, folder: Path, at_once: int = 1) -> None:
+        self.folder = folder
+        self._slots = threading.Semaphore(at_once)
+        self._gpus = itertools.cycle(_gpus()) if torch.cuda.is_available() else None
+        self._mutex = threading.Lock()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(
+        self, name: str, module: str, arguments: Sequence[str], cwd: Path | None = None, **variables: str
+    ) -> float:
+        """Seconds it took, with these environment variables. Exits with the log's name if it failed."""
+        log = self.folder / f"{name}.log"
+        with self._slots, log.open("w") as file:
+            environment = dict(os.environ)
+            with self._mutex:
+                if self._gpus is not None:
+                    environment["CUDA_VISIBLE_DEVICES"] = next(self._gpus)
+            environment |= variables
+            start = time.time()
+            command = [sys.executable, "-m", module, *arguments]
+            if subprocess.run(command, cwd=cwd, env=environment, stdout=file, stderr=file).returncode:
+                raise SystemExit(f"{name}: failed; see {log}")
+            return time.time() - start
+
+
+def side_by_side(function: Callable[..., T], calls: Iterable[Sequence[Any]]) -> list[T]:
+    """function(*arguments) of each call, in their order; Jobs limits how many processes there are at a time."""
+    calls = list(calls)
+    # A thread for each, which waits for its turn in Jobs. What one raises, SystemExit too, is raised here again.
+    with ThreadPoolExecutor(len(calls)) as pool:
+        futures = [pool.submit(function, *arguments) for arguments in calls]
+        return [future.result() for future in futures]
+
+
+def evaluations(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the rows of a metrics.jsonl those of evaluations: their step, and their figures without `eval/`."""
+    found = []
+    for row in rows:
+        figures = {key[5:]: value for key, value in row.items() if key.startswith("eval/")}
+        if figures:
+            found.append({"step": row["step"], **figures})
+    return found
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = []
+    for row in [head, *rows]:
+        # An empty cell is one space.
+        cells = [f"{cell} |".lstrip() for cell in row]
+        lines.append(" ".join(["|", *cells]))
+    lines.insert(1, "|---" * len(head) + "|")
+    return "\n".join(lines)
+
+
+def extent(values: Sequence[float], form: str = ".3f") -> str:
+    """The least and the greatest."""
+    return f"{min(values):{form}} to {max(values):{form}}"
+
+
+def mean_and_extent(values: Sequence[float | None], form: str = ".3f") -> str:
+    """The mean, and of several values the least and the greatest; missing ones do not count."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    mean = f"{np.mean(known):{form}}"
+    return f"{mean} ({extent(known, form)})" if len(known) > 1 else mean
+
+
+def write(folder: Path, rows: Any, text: str) -> None:
+    """table.json, and table.md, which is printed too."""
+    (folder / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (folder / "table.md").write_text(text + "\n")
+    print(text)
+
+
+def _gpus() -> list[str]:
+    """The GPUs that this process may use, by the names that its children know them by."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]

@@ -1,0 +1,64 @@
+"""What the benchmarks of runs share."""
+
+import json
+
+import pytest
+
+from posttrain.nano.bench import common, grpo
+
+
+def test_a_process_gets_its_folder_and_variables_and_a_failed_one_names_its_log(tmp_path):
+    (tmp_path / "says.py").write_text("import os, sys; print(os.getcwd(), os.environ['WORD'], *sys.argv[1:])")
+    jobs = common.Jobs(tmp_path / "runs")
+    assert jobs("good", "says", ["a", "b"], cwd=tmp_path, WORD="x") > 0
+    assert (tmp_path / "runs/good.log").read_text().split() == [str(tmp_path), "x", "a", "b"]
+    with pytest.raises(SystemExit, match=r"bad: failed; see .*runs/bad\.log"):
+        jobs("bad", "no_such_module", [])
+    assert "no_such_module" in (tmp_path / "runs/bad.log").read_text()
+
+
+def test_calls_side_by_side_come_back_in_their_order_and_a_failure_comes_through():
+    assert common.side_by_side(divmod, [(7, 2), (9, 4)]) == [(3, 1), (2, 1)]
+    with pytest.raises(ZeroDivisionError):
+        common.side_by_side(divmod, [(7, 2), (9, 0)])
+
+
+def test_options_after_two_dashes_are_the_commands():
+    args = common.parser("About.", "grpo", "r.yaml").parse_args(["--output", "o", "--seeds", "4", "--", "--steps", "3"])
+    assert (args.recipe, args.seeds, args.jobs, args.options) == ("r.yaml", [4], 1, ["--steps", "3"])
+
+
+def test_cells():
+    assert common.mean_and_extent([0.5, None, 0.25]) == "0.375 (0.250 to 0.500)"
+    assert common.mean_and_extent([0.5], "+.1f") == "+0.5" and common.mean_and_extent([None]) == "-"
+    assert common.markdown(["a", ""], [["", 1], [2, "x"]]).splitlines() == [
+        "| a | |",
+        "|---|---|",
+        "| | 1 |",
+        "| 2 | x |",
+    ]
+
+
+class Finished(common.Jobs):
+    """Writes what a run of GRPO would."""
+
+    def __call__(self, name, module, arguments, cwd=None, **variables):
+        folder = self.folder / name
+        folder.mkdir()
+        reward = 0.5 + int(name[-1]) / 10
+        (folder / "summary.json").write_text(
+            json.dumps({"before": {"ocr": 0.5}, "after": {"ocr": reward}, "images": 16})
+        )
+        rows = [
+            {"step": 0, "eval/ocr": 0.5},
+            {"step": 1, "images": 16, "ratio_error": 1e-3},
+            {"step": 1, "eval/ocr": reward},
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return 7.0
+
+
+def test_a_row_of_grpo_and_its_table(tmp_path):
+    rows = [grpo.run(Finished(tmp_path), "demo", ["r.yaml"], seed, []) for seed in (1, 3)]
+    assert rows[0]["curve"] == [{"step": 0, "ocr": 0.5, "images": 0}, {"step": 1, "ocr": 0.6, "images": 16}]
+    assert grpo.table(rows, ["ocr"]).splitlines()[-1] == "| demo | 0.500 -> 0.700 (0.600 to 0.800) | 16 | 7 | 1e-03 |"
