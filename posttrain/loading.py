@@ -265,14 +265,26 @@ def empty_model(kind: Any, folder: Path) -> Any:
         return kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
 
 
+def adapter_folder(path: str | Path) -> Path:
+    """Where the LoRA lies that a path names: the directory itself, or `adapter` in that of a run of posttrain judge."""
+    path = Path(path)
+    inner = path / "adapter"
+    is_run = not (path / "adapter_config.json").is_file() and (inner / "adapter_config.json").is_file()
+    return inner if is_run else path
+
+
 def load_adapter(model: Any, folder: str | Path, where: str, trainable: bool = False) -> Any:
     """`PeftModel.from_pretrained(model, folder)` with the checks of `load_model`."""
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import load_file
 
-    file = Path(folder) / "adapter_model.safetensors"
-    if not (Path(folder) / "adapter_config.json").is_file() or not file.is_file():
-        raise UserError(f"{where}: has no adapter_config.json or no adapter_model.safetensors; give a LoRA directory")
+    folder = adapter_folder(folder)
+    file = folder / "adapter_model.safetensors"
+    if not (folder / "adapter_config.json").is_file() or not file.is_file():
+        raise UserError(
+            f"{where}: has no adapter_config.json or no adapter_model.safetensors; give a LoRA directory,"
+            " or a run of posttrain judge that has ended"
+        )
     check_file(file)
     with quiet(), reading(where, "an adapter of this model"):
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)

@@ -30,7 +30,8 @@ GATHER = 0.002
 
 
 class LocalJudge(Judge):
-    """`Judge` without a server: `path` is a Qwen3-VL directory or hub id, `adapter` a LoRA directory on it."""
+    """`Judge` without a server: `path` is a Qwen3-VL directory or hub id, `adapter` a LoRA directory on it,
+    or a run of posttrain judge."""
 
     def __init__(
         self,

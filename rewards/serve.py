@@ -32,7 +32,7 @@ from pydantic import model_validator
 
 from posttrain.config.types import Each, Port, Positive, Range, refusal, settings
 from posttrain.errors import UserError
-from posttrain.loading import hub_name, is_hub_id, without_revision
+from posttrain.loading import adapter_folder, hub_name, is_hub_id, without_revision
 from rewards import supervise
 
 LOOPBACK = "127.0.0.1"
@@ -99,7 +99,7 @@ class ServerSpec:
     model: str
     """Directory or hub id (OWNER/NAME, or OWNER/NAME@REVISION) of the base model."""
     adapters: dict[str, str] = field(default_factory=dict)
-    """LoRA adapters, served as further models: model name to adapter directory."""
+    """LoRA adapters, served as further models: model name to adapter directory, or to a run of posttrain judge."""
     port: Port = 0
     """TCP port on the loopback interface; 0: any free one."""
     gpus: Annotated[list[int], Each(Range(0))] = field(default_factory=list)
@@ -251,14 +251,14 @@ def command(spec: ServerSpec, host: str, port: int) -> list[str]:
         rank = max(_rank(spec, path) for path in spec.adapters.values())
         # As many adapters at once as there are, so that none waits until another has left the GPU.
         words += ["--enable-lora", "--max-loras", str(len(spec.adapters)), "--max-lora-rank", str(rank)]
-        words += ["--lora-modules", *(f"{name}={path}" for name, path in spec.adapters.items())]
+        words += ["--lora-modules", *(f"{name}={adapter_folder(path)}" for name, path in spec.adapters.items())]
     return words + spec.extra_args
 
 
 def _rank(spec: ServerSpec, path: str) -> int:
     """The smallest rank that vLLM offers and the adapter fits."""
     try:
-        config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
+        config = json.loads((adapter_folder(path) / "adapter_config.json").read_text(encoding="utf-8"))
         needed = max([config["r"], *config.get("rank_pattern", {}).values()])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"server {spec.name}: adapters: no LoRA adapter in {path}: {error}") from error

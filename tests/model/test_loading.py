@@ -1,5 +1,6 @@
 """What is loaded is whole, of plain numbers and the one that was asked for; else one line, whoever loads it."""
 
+import asyncio
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from huggingface_hub.errors import RepositoryNotFoundError
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from posttrain import cli, loading
@@ -24,7 +26,9 @@ from posttrain.model.files import check_directory
 from posttrain.model.k2 import K2
 from posttrain.resources import WEIGHTS
 from posttrain.training.policy import load_model
+from prompts.templates import load_template
 from rewards.local_judge import LocalJudge
+from rewards.serve import ServerSpec, command
 from rewards.vlm import VLM
 
 TEXT, VAE = "text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"
@@ -287,6 +291,21 @@ def test_adapters_of_judges(tmp_path, edit, says):
     weights("adapter_model.safetensors", edit)(folder)
     with pytest.raises(UserError, match=says):
         LocalJudge(str(JUDGE), str(folder), device="cpu")
+
+
+def test_a_run_of_a_judge_is_its_adapter(tmp_path):
+    """In process, and for vLLM, which is given the directory within."""
+    folder = Path(shutil.copytree(WEIGHTS / "judge-aesthetic", tmp_path / "run/adapter"))
+    image, template = Image.new("RGB", (64, 64), "red"), load_template("aesthetic")
+    scores = [
+        asyncio.run(LocalJudge(str(JUDGE), str(path), device="cpu").p_yes(image, template))
+        for path in (folder, folder.parent)
+    ]
+    assert scores[0] == scores[1]
+    words = command(ServerSpec("vlm", str(JUDGE), adapters={"taste": str(folder.parent)}), "127.0.0.1", 1)
+    assert f"taste={folder}" in words
+    with pytest.raises(UserError, match="a run of posttrain judge that has ended"):
+        LocalJudge(str(JUDGE), str(tmp_path), device="cpu")
 
 
 # ---- the hub -------------------------------------------------------------------------------------------------
