@@ -39,6 +39,10 @@ SCALARS = (*TYPES, "F64", "I64", "I32")
 """Types of a tensor of a single number, such as a LoRA's alpha or a count of batches."""
 SECONDS = 10
 """The hub has this long to say whether it knows a repository."""
+HEAD = "lm_head.weight"
+"""The output layer of a language model, which an encoder's files may hold and nothing of it asks for."""
+WHOLE = 0.99
+"""Least share of a vocabulary's numbers that have a token."""
 PROBE = "Two red stars, café: 3 × 7 = 21 (ready?)"
 
 
@@ -107,7 +111,7 @@ def _commit(path: str) -> str | None:
         return HfApi().model_info(name, revision=revision, timeout=SECONDS).sha
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
-        if status in (401, 403, 404):
+        if status == 404 or (status in (401, 403) and not _is_cached(name, revision)):
             raise UserError(
                 f"{path}: no such directory here, and the hub has no such repository or revision, or does not show it"
                 f" (status {status}); correct it, or log in with `hf auth login`"
@@ -123,6 +127,16 @@ def _commit(path: str) -> str | None:
             " download it where there is a connection"
         ) from error
     return None
+
+
+def _is_cached(name: str, revision: str | None) -> bool:
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot_download(name, revision=revision, local_files_only=True)
+    except Exception:  # its HTTP client has errors of its own
+        return False
+    return True
 
 
 # ---- files of weights -----------------------------------------------------------------------------------------------
@@ -236,6 +250,7 @@ def load_model(
     # A misshapen key counts as missing too in transformers.
     named = {entry if isinstance(entry, str) else entry[0] for entry in misshapen}
     missing = [key for key in missing if key not in named]
+    extra = [key for key in extra if key != HEAD]
     check_keys(where, remedy, missing=sorted(missing), unexpected=sorted(extra), of_another_shape=sorted(misshapen))
     if errors := info.get("error_msgs"):
         raise UserError(f"{where}: cannot be loaded: {str(errors[0]).splitlines()[0]}; {remedy}")
@@ -324,7 +339,7 @@ def check_tokenizer(tokenizer: Any, where: str, rows: int | None) -> None:
 def _wrong_with(tokenizer: Any, rows: int | None) -> str:
     ids = set(tokenizer.get_vocab().values())
     last = max(ids, default=-1)
-    if len(ids) <= last:
+    if len(ids) < WHOLE * (last + 1):  # some vocabularies leave a few numbers out
         return f"the tokenizer has {len(ids)} tokens, and its last one is number {last}"
     # Embeddings are often padded to a round number of rows.
     if rows is not None and not 0.9 * rows <= len(ids) <= rows:

@@ -247,9 +247,13 @@ class Judge:
 
 
 def same_model(asked: str, answered: str) -> bool:
-    """Whether a server means the same by both names: it may leave out an owner or a folder, and add a version."""
+    """Whether a server means the same by both names: it may leave out an owner or a folder, add a version, leave out a
+    variant that a router was asked for (`:free`), and say which one is the latest."""
     names = [name.rpartition("/")[2].casefold() for name in (asked, answered)]
-    return asked == answered or bool(re.fullmatch(re.escape(names[0]) + r"([-@:.](\d[\w.-]*|latest))?", names[1]))
+    if asked == answered or names[0].endswith("-latest"):
+        return True
+    version = r"([-@:.](\d[\w.-]*|latest))?"
+    return any(re.fullmatch(re.escape(name) + version, names[1]) for name in (names[0], names[0].partition(":")[0]))
 
 
 def is_one_hot(candidates: Sequence[tuple[str, float]]) -> bool:

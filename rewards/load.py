@@ -118,9 +118,9 @@ def _arguments(spec: RewardSpec, path: str, function: Any) -> dict[str, Any]:
         raise UserError(f"{where} has a cache, which cannot take lists of images; remove functools.lru_cache")
     try:
         parameters = list(inspect.signature(called).parameters.values())
-    except ValueError:  # of some built-in functions
+    except (ValueError, TypeError):  # of some built-in functions, and of functools.partialmethod
         raise UserError(f"{where} does not say what it takes; write a function around it") from None
-    if called is not function:
+    if called is not function and not isinstance(called, staticmethod):
         parameters = parameters[1:]  # self
     takes = ", ".join(str(p.replace(annotation=p.empty, default=p.empty)) for p in parameters) or "nothing"
     if parameters and all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):

@@ -9,6 +9,7 @@ command `posttrain serve` does either.
 """
 
 import contextlib
+import http.client
 import itertools
 import json
 import os
@@ -31,7 +32,7 @@ import psutil
 from pydantic import model_validator
 
 from posttrain.config.types import Each, Port, Positive, Range, refusal, settings
-from posttrain.errors import UserError
+from posttrain.errors import UserError, first_line
 from posttrain.loading import adapter_folder, hub_name, is_hub_id, without_revision
 from rewards import supervise
 
@@ -386,6 +387,8 @@ def _wait_until_ready(server: Server) -> None:
             served = {model["id"] for model in json.load(response)["data"]}
     except urllib.error.HTTPError as error:
         raise server.error(f"answers /v1/models with HTTP {error.code} {error.reason}") from None
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+        raise server.error(f"does not answer /v1/models: {first_line(error)}") from None
     if missing := {spec.name, *spec.adapters} - served:
         raise server.error(f"does not serve {', '.join(sorted(missing))}")
 
@@ -401,5 +404,5 @@ def _answers(url: str, key: str | None) -> bool:
     try:
         with _open(url, key, 5) as response:
             return response.status == 200
-    except (OSError, urllib.error.URLError):
+    except (OSError, http.client.HTTPException):
         return False

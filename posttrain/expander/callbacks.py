@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from trl import GRPOTrainer
 
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
-from posttrain.expander.config import ExpanderGDPOConfig
+from posttrain.expander.config import DIVERSITY, ExpanderGDPOConfig
 from posttrain.expander.evaluate import ExpanderEvaluation, ExpanderEvaluator
 from posttrain.expander.policy import Policy
 from posttrain.expander.score import Scored, Scorer
@@ -48,10 +48,11 @@ def diversity_weight(config: ExpanderGDPOConfig, step: int) -> float:
             return weight * max(0.0, 1 - 2 * step / config.steps)
 
 
-def idle_reason(scored: Scored, group_size: int) -> str | None:
-    """Why nothing could be learnt from these expansions; None if something could."""
-    flat = [share for name, share in scored.figures(group_size).items() if name.startswith("flat/")]
-    if any(share != 1 for share in flat):
+def idle_reason(scored: Scored, group_size: int, weighted: Container[str]) -> str | None:
+    """Why nothing could be learnt from these expansions; None if something could. `weighted` are the rewards that have
+    a weight at this step."""
+    figures = scored.figures(group_size)
+    if any(figures[name] != 1 for name in figures if name.startswith("flat/") and name[5:] in weighted):
         return None
     if scored.valid_NK.any():
         return "the expansions of each group score alike in every reward"
@@ -227,7 +228,9 @@ class GDPOCallback(TrainerCallback):
         self.run.prompts({"The latest expansions that failed a check": list(shared.faults)} if shared.faults else None)
         step = self.done = state.global_step
         log.info(f"step {step}: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items()))
-        reason = idle_reason(scored, self.config.groups.group_size)
+        # An ablation takes the weight of diversity away, whose images differ nearly always.
+        weighted = [name for name in scored.names if name != DIVERSITY or diversity_weight(self.config, step - 1)]
+        reason = idle_reason(scored, self.config.groups.group_size, weighted)
         if self.procs.any(reason is None):  # another process had groups that differ
             reason = None
         count_idle(self._idle, reason, False)

@@ -182,7 +182,8 @@ def keeps_fp32(name: str) -> bool:
 
 def empty_transformer(path: str | Path) -> Any:
     """The transformer of a pipeline on the meta device: names and shapes without values."""
-    config: Any = Krea2Transformer2DModel.load_config(str(path), subfolder="transformer")
+    folder = local(str(path), ("transformer/*.json",))
+    config: Any = Krea2Transformer2DModel.load_config(str(folder), subfolder="transformer")
     with torch.device("meta"):
         return Krea2Transformer2DModel.from_config(config)
 

@@ -34,7 +34,7 @@ BATCHES = 2
 def rows(config: TDMConfig, procs: Processes, folder: Path) -> list[Row]:
     """Raises UserError if nothing can be checked."""
     records, heldout = read_prompts(config.prompts.train), read_prompts(config.prompts.heldout)
-    try_rewards(config, heldout, records)
+    try_rewards(config, heldout)
     phase("the model is read")
     k2 = load_model(config.model, procs.device)
     tdm.add_roles(k2, config)

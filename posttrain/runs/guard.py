@@ -98,7 +98,8 @@ def prompt_digests(config: Any) -> dict[str, str]:
             records = records[: config.eval.prompts]
         digest = hashlib.sha256()
         for record in records:
-            digest.update(json.dumps(dataclasses.asdict(record), sort_keys=True, default=str).encode() + b"\n")
+            fields = {name: getattr(record, name) for name in record.__slots__}
+            digest.update(json.dumps(fields, sort_keys=True, default=str).encode() + b"\n")
         digests[setting] = digest.hexdigest()
     return digests
 

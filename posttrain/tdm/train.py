@@ -78,7 +78,7 @@ def train(config: TDMConfig, resume: bool = False) -> None:
             f"prompts.train: {config.prompts.train} holds {len(records)} prompts and a step takes {config.batch}; add"
             " prompts or lower batch"
         )
-    try_rewards(config, heldout, records)
+    try_rewards(config, heldout)
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     _refuse_distilled(config)
     k2 = load_model(config.model, procs.device, saved)

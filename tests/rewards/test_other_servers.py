@@ -81,6 +81,8 @@ def test_another_model_is_not_the_judge():
         ("aesthetic", "aesthetic", True),
         ("openai/gpt-4o", "gpt-4o-2024-08-06", True),
         ("Qwen/Qwen3-VL-8B", "qwen3-vl-8b:latest", True),
+        ("qwen/qwen-vl:free", "qwen/qwen-vl", True),
+        ("gemini-flash-latest", "gemini-2.5-flash", True),
         ("gpt-4o", "gpt-4o-mini", False),
         ("aesthetic", "vlm", False),
         ("judge", "judge-aesthetic", False),
