@@ -63,7 +63,20 @@ def _device() -> str:
 def _k2(place: Path, scale: str) -> None:
     pipe = random_pipeline(_device(), torch.bfloat16, "k2" if scale == "k2" else "tiny", True, 0)
     pipe.register_modules(tokenizer=AutoTokenizer.from_pretrained(NANO / "k2-nano/tokenizer"))
+    rows = pipe.text_encoder.get_input_embeddings().num_embeddings
     pipe.save_pretrained(place, max_shard_size="5GB", safe_serialization=True)
+    _fill_vocabulary(place / "tokenizer/tokenizer.json", rows)
+
+
+def _fill_vocabulary(file: Path, rows: int) -> None:
+    """Gives each row of the embedding a token: a tokenizer that lacks most of them is refused."""
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    taken = {*vocabulary.values(), *(token["id"] for token in tokenizer["added_tokens"])}
+    for row in range(rows):
+        if row not in taken:
+            vocabulary[f"unused {row}"] = row
+    file.write_text(json.dumps(tokenizer))
 
 
 def _turbo(raw: Path, place: Path) -> None:
