@@ -13,6 +13,7 @@ import difflib
 import functools
 import math
 import types
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
@@ -96,14 +97,14 @@ def changed(config: T, **values: Any) -> T:
 # ---- ranges ---------------------------------------------------------------------------------------------------
 
 
-class Check:
+class Check(ABC):
     """Marks a type in `Annotated`: `problem` says what is wrong with a value, None if nothing is."""
 
     words = ""
     """The range, for --help."""
 
-    def problem(self, value: Any) -> str | None:
-        raise NotImplementedError
+    @abstractmethod
+    def problem(self, value: Any) -> str | None: ...
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         return core_schema.no_info_after_validator_function(self._checked, handler(source))

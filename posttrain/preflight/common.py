@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ FEW, FEW_STEPS, GROUP = 2, 4, 3
 """Most prompts of the tested evaluation, most steps, and most images of a group."""
 
 
-class Checks:
+class Checks(ABC):
     """The checks of every method, each an iterator of rows, and the values that they pass to later checks."""
 
     def __init__(self, config: Any, procs: Processes, folder: Path, field: str) -> None:
@@ -84,9 +85,9 @@ class Checks:
         if not judges:
             raise Skip("no reward asks a judge")
 
+    @abstractmethod
     def judged_images(self) -> tuple[list[Any], Sequence[PromptRecord]]:
         """A few images to try the judges on, and the records of their prompts, in the same order."""
-        raise NotImplementedError
 
     def cost(self, parts: Sequence[str], images: int, unit: str = "images") -> Iterator[Row]:
         """Time of a step and of the run. A step of the recipe takes `images` of the unit."""

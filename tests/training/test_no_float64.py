@@ -1,5 +1,9 @@
 """Every method's step runs on a device that has no float64."""
 
+import json
+import math
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -20,6 +24,14 @@ def device(monkeypatch):
     return no_float64.emulated(monkeypatch)
 
 
+def trained(config):
+    """The last step in the metrics of a run, all of whose training losses are numbers."""
+    rows = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()]
+    losses = [value for row in rows for name, value in row.items() if name.endswith("loss") and value is not None]
+    assert all(math.isfinite(value) for value in losses)
+    return max(row["step"] for row in rows)
+
+
 def test_the_emulated_device_has_no_float64(device):
     layer = torch.nn.Linear(2, 2)
     device.mark_all(layer)
@@ -38,6 +50,7 @@ def test_grpo(tmp_path, model, device, ratio, kl):
     config.steps, config.loss.ratio, config.loss.kl = 1, ratio, kl
     with device:
         grpo.train(config)
+    assert trained(config) == 1
 
 
 @pytest.mark.parametrize("guard", ["output", "exact"])
@@ -46,6 +59,7 @@ def test_stpo(tmp_path, model, device, guard):
     config.steps, config.loss.guard = 1, guard
     with device:
         stpo.train(config)
+    assert trained(config) == 1
 
 
 def test_tdm(tmp_path, model, device):
@@ -53,6 +67,7 @@ def test_tdm(tmp_path, model, device):
     config.steps = 1
     with device:
         tdm.train(config)
+    assert trained(config) == 1
 
 
 def test_gdpo(tmp_path, model, device):
@@ -60,6 +75,7 @@ def test_gdpo(tmp_path, model, device):
     config.steps = 1
     with device:
         gdpo.train(config)
+    assert trained(config) == 1
 
 
 def test_judge(tmp_path, device):
@@ -73,3 +89,4 @@ def test_judge(tmp_path, device):
     )  # fmt: skip
     with device:
         judge.train(config)
+    assert trained(config) == 1
