@@ -208,28 +208,28 @@ def test_samples_of_a_run_and_of_its_export_are_the_same(exported, run, full, mo
         export(ExportConfig(str(run), str(directory)))
     else:
         directory = exported("diffusers")
-    pictures = []
+    drawn = []
     for name, path, adapter in (("a", model, str(run)), ("b", directory, None), ("c", model, None)):
         config = SampleConfig(str(tmp_path / name), ModelConfig(str(path), dtype="float32"), prompt=PROMPTS[0])
         config.adapter, config.size, config.steps, config.images, config.micro_batch = adapter, [32, 48], 3, 3, 2
         sample(config)
         files = [tmp_path / name / f"{i:03d}.png" for i in range(3)]
-        pictures.append(np.stack([np.asarray(Image.open(file), int) for file in files]))
-    assert pictures[0].shape == (3, 32, 48, 3)
-    assert np.abs(pictures[0] - pictures[1]).max() <= 1
-    assert np.abs(pictures[0] - pictures[2]).max() > 3
-    assert np.abs(pictures[0][0] - pictures[0][1]).max() > 3  # each picture has its own noise
+        drawn.append(np.stack([np.asarray(Image.open(file), int) for file in files]))
+    assert drawn[0].shape == (3, 32, 48, 3)
+    assert np.abs(drawn[0] - drawn[1]).max() <= 1
+    assert np.abs(drawn[0] - drawn[2]).max() > 3
+    assert np.abs(drawn[0][0] - drawn[0][1]).max() > 3  # each picture has its own noise
 
 
 @pytest.mark.parametrize("format", ["lora", "lora-original"])
 def test_samples_of_a_lora_file_are_those_of_the_run(exported, run, model, tmp_path, format):
-    pictures = []
+    drawn = []
     for name, adapter in (("run", run), ("file", exported(format))):
         config = SampleConfig(str(tmp_path / name), ModelConfig(str(model), dtype="float32"), prompt=PROMPTS[0])
         config.adapter, config.size, config.steps = str(adapter), [32, 48], 3
         sample(config)
-        pictures.append(np.asarray(Image.open(tmp_path / name / "000.png"), int))
-    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+        drawn.append(np.asarray(Image.open(tmp_path / name / "000.png"), int))
+    assert np.abs(drawn[0] - drawn[1]).max() <= 1
     config.output, config.adapter = str(tmp_path / "none"), "none.safetensors"
     with pytest.raises(UserError, match=r"adapter: none.safetensors: no such file; give a LoRA file, a run or"):
         sample(config)
