@@ -153,16 +153,18 @@ def _step(recipe: Recipe, cost: _Cost) -> tuple[int, float]:
 
 
 def _grpo(recipe: GRPOConfig, size: list[int], cost: _Cost) -> float:
-    """Operations of a step: a group shares the steps before its window; each image takes the others by itself."""
+    """Operations of a step: a group shares the forwards up to its window's first step, and the backward of that one."""
     s, groups = recipe.sampling, recipe.groups
-    shared, stochastic = 0.0, s.window or s.steps - 1
+    shared, stochastic = 0.0, s.window or s.steps - 1  # forwards of the group, and steps that each image trains
     if s.window is not None:
         places = min((s.steps + 1) // 2, s.steps - s.window)
         # a window that slides or is random begins at each place equally often
-        shared = s.window_start if isinstance(s.window_start, int) else (places - 1) / 2
+        before = s.window_start if isinstance(s.window_start, int) else (places - 1) / 2
+        shared, stochastic = before + 1, s.window - 1
     drawn = (shared + groups.group_size * (s.steps - shared)) * cost.forward(size)
     reference = cost.forward(size, 0) if recipe.loss.kl > 0 else 0.0
-    trained = groups.group_size * stochastic * recipe.optim.passes * (cost.train(size) + reference)
+    together = 0 if s.window is None else 1
+    trained = (together + groups.group_size * stochastic) * recipe.optim.passes * (cost.train(size) + reference)
     return groups.prompts_per_step * (drawn + trained)
 
 

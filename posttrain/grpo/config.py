@@ -86,6 +86,9 @@ class GroupsConfig:
     """Images of one prompt that are compared with each other."""
     micro_batch: AtLeast1 = 8
     """Images in one forward of the model; sets memory, not the result."""
+    flat: Literal["skip", "kl"] = "skip"
+    """Groups whose images score alike, so that they have no advantages. skip: they are not trained on. kl: on the
+    distance to the reference alone."""
 
 
 @settings

@@ -1,12 +1,16 @@
 """Rollouts: one prompt's group of images, sampled without guidance, with the steps that training will revisit.
 
-Legend: G images of a group, N image tokens, C channels, T steps, W of them stochastic.
+Images that share their first noise differ from the window's first step on, by the noise of that step. Until then, and
+in that step too, one image stands for all: its velocity is theirs.
+
+Legend: G images of a group; S states that they begin a step from, 1 where they share it, else G; N image tokens of C
+channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,14 +27,32 @@ class Transition:
     t: Tensor
     t_next: Tensor
     x: Tensor
-    """(G, N, C) before the step."""
+    """(S, N, C) before the step."""
     x_next: Tensor
     """(G, N, C) after it; its likelihood is what training changes."""
     mean: Tensor
-    """(G, N, C) mean of the policy that took it."""
+    """(S, N, C) mean of the policy that took it."""
     std: Tensor
     log_prob: Tensor
     """(G,) mean over elements, under the policy that took it."""
+
+    def parts(self, micro_batch: int) -> Iterator[tuple[slice, Transition]]:
+        """The step in parts that each take one forward of at most `micro_batch` images, and which images they are.
+
+        Images that share x need the same forward, so they are one part, however many they are.
+        """
+        images = len(self.x_next)
+        if len(self.x) < images:
+            yield slice(0, images), self
+            return
+        for start in range(0, images, micro_batch):
+            rows = slice(start, min(start + micro_batch, images))
+            yield (
+                rows,
+                replace(
+                    self, x=self.x[rows], x_next=self.x_next[rows], mean=self.mean[rows], log_prob=self.log_prob[rows]
+                ),
+            )
 
 
 @dataclass
@@ -57,7 +79,8 @@ def rollout(
     """Samples a group: SDE steps inside `window`, ODE steps elsewhere, under the active role.
 
     `text` is one prompt. `seeds[g]` holds one seed for the noise of image g and one for each step of the window.
-    Shared means that all start from the first image's noise, so the steps before the window are taken once.
+    Shared means that all start from the first image's noise, so one forward is made in each step up to the window's
+    first one.
     """
     if not 0 <= window.start < window.stop <= len(times) - 2:
         raise ValueError(f"window {window} must lie in the first {len(times) - 2} of {len(times) - 1} steps")
@@ -66,8 +89,6 @@ def rollout(
     x = sampler.noise([s[0] for s in first], shape).to(k2.device)
     transitions = []
     for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
-        if i == window.start:  # from here on each image has noise of its own
-            x = x.expand(len(seeds), *shape)
         # Micro-batches set memory; the result is the same within rounding.
         v = torch.cat([k2.velocity(part, t, text, height, width) for part in x.split(micro_batch)])
         if i not in window:
@@ -76,7 +97,7 @@ def rollout(
         mean, std = sampler.sde_moments(x, v, t, t_next, dynamics, eta, times[1])
         # Seed 0 is that of the first noise, 1 that of the window's first step, and so on.
         noise = sampler.noise([s[1 + i - window.start] for s in seeds], shape).to(k2.device)
-        x_next = mean + std * noise
+        x_next = mean + std * noise  # G images, from one mean if they shared x until here
         log_prob = sampler.log_prob(x_next, mean, std)
         transitions.append(Transition(i, t, t_next, x, x_next, mean, std, log_prob))
         x = x_next

@@ -150,7 +150,9 @@ def updates(
                 scores = gather_scores(procs, own_scores, config.groups.group_size, places)
                 advantages_PG, metrics = score(config, scores, noise)
                 clock.lap("score")
-                if metrics["missing"] != 1:
+                taught_P = taught(config, advantages_PG)
+                if metrics["missing"] != 1 and bool(taught_P.any()):
+                    groups = [group for group in groups if taught_P[group.index]]
                     metrics |= optimise(k2, config, groups, advantages_PG, stepper, procs, micro_batch.size)
                 clock.lap("optimise")
         assert scores is not None
@@ -273,6 +275,13 @@ def _weighted_mean(by_reward: Mapping[str, float | None], weights: Mapping[str, 
     return total / weight if weight else None
 
 
+def taught(config: GRPOConfig, advantages_PG: Tensor) -> Tensor:
+    """(P,) bool: groups that are trained on. One without advantages has nothing but its KL to follow, if asked to."""
+    if config.groups.flat == "kl" and config.loss.kl > 0:
+        return torch.ones(len(advantages_PG), dtype=torch.bool)
+    return (advantages_PG != 0).any(1)
+
+
 # ---- optimise ---------------------------------------------------------------------------------------------
 
 
@@ -303,7 +312,8 @@ def gradient(
 ) -> dict[str, float]:
     """Adds the loss's gradient over these groups to the policy's, and returns metrics over the groups of all processes.
 
-    The loss is a mean over the groups, images and stochastic steps of a whole step, whatever is in `groups`.
+    The loss is a mean over the groups, images and stochastic steps of a whole step, whatever is in `groups`; the other
+    metrics are means over what is.
     """
     s, loss = config.sampling, config.loss
     stochastic = s.steps - 1 if s.window is None else s.window
@@ -315,21 +325,23 @@ def gradient(
         advantages_G = advantages_PG[group.index]
         for move in group.trajectory.transitions:  # the stochastic steps alone have a likelihood
             weight = 1.0 if guard is None else float(guard[move.index])
-            for rows in torch.arange(len(move.x)).split(micro_batch):
+            for rows, part in move.parts(micro_batch):
                 with k2.role(POLICY):
-                    v = k2.velocity(move.x[rows], move.t, group.text, *group.size)
-                log_ratio = _log_ratio(config, move, rows, v, times)
+                    v = k2.velocity(part.x, part.t, group.text, *group.size)
+                log_ratio = _log_ratio(config, part, v, times)
                 loss_B, parts = losses.clipped_policy(log_ratio, advantages_G[rows], loss.clip_low, loss.clip_high)
                 if loss.kl > 0:
                     with torch.no_grad(), k2.role(None):
-                        reference = k2.velocity(move.x[rows], move.t, group.text, *group.size)
-                    kl_B = losses.velocity_kl(v, reference)
+                        reference = k2.velocity(part.x, part.t, group.text, *group.size)
+                    kl_B = losses.velocity_kl(v, reference).expand_as(loss_B)
                     loss_B = loss_B + loss.kl * kl_B
                     parts["kl"] = kl_B.detach().sum()
                 loss_B = weight * loss_B  # the KL's term too, so that loss.kl means the same at every step
                 parts["loss"] = loss_B.detach().sum()
                 with k2.role(POLICY):
+                    # Of images that share x this is one backward, with the sum of their weights.
                     (loss_B.sum() / count).backward()
+                parts["images"] = torch.tensor(float(len(loss_B)))
                 parts["worst"] = log_ratio.detach().exp().sub(1).abs().max()
                 for name, value in parts.items():  # not added up here, which would wait for the device each time
                     collected.setdefault(name, []).append(value)
@@ -340,13 +352,13 @@ def gradient(
     return _over_processes(totals, count, procs)
 
 
-def _log_ratio(config: GRPOConfig, move: Transition, rows: Tensor, v: Tensor, times: Tensor) -> Tensor:
+def _log_ratio(config: GRPOConfig, move: Transition, v: Tensor, times: Tensor) -> Tensor:
     """(B,) of the policy that gives these velocities to the one that took the step, GRPO-Guard's or the plain one."""
     s = config.sampling
-    mean, std = sampler.sde_moments(move.x[rows], v, move.t, move.t_next, s.dynamics, s.eta, times[1])
+    mean, std = sampler.sde_moments(move.x, v, move.t, move.t_next, s.dynamics, s.eta, times[1])
     if config.loss.ratio == "guard":
-        return sampler.guard_log_ratio(move.x_next[rows], move.mean[rows], mean, std)
-    return sampler.log_prob(move.x_next[rows], mean, std) - move.log_prob[rows]
+        return sampler.guard_log_ratio(move.x_next, move.mean, mean, std)
+    return sampler.log_prob(move.x_next, mean, std) - move.log_prob
 
 
 def _over_processes(totals: Mapping[str, float], count: int, procs: Processes) -> dict[str, float]:
@@ -354,8 +366,10 @@ def _over_processes(totals: Mapping[str, float], count: int, procs: Processes) -
     gathered = procs.all_gather(dict(totals))
     parts = [part for part in gathered if part]
     worst = max(part.pop("worst") for part in parts)
-    average = {name: sum(part[name] for part in parts) / count for name in parts[0]}
+    total = {name: sum(part[name] for part in parts) for name in parts[0]}
+    images, loss = total.pop("images"), total.pop("loss")
+    average = {name: value / images for name, value in total.items()}
     # Log-ratios lie around 0, so the difference of their moments is accurate; that of ratios around 1 would not be.
     mean, square = average.pop("log_ratio"), average.pop("log_ratio_square")
     average["log_ratio_std"] = max(0.0, square - mean**2) ** 0.5
-    return {**average, "ratio_error": worst}
+    return {**average, "loss": loss / count, "ratio_error": worst}

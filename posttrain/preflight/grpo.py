@@ -237,17 +237,15 @@ class GRPOChecks(K2Checks):
         group = self._sampled()[0]
         # A micro-batch of one step is enough to see whether the term has a gradient.
         few, move = self.config.groups.micro_batch, group.trajectory.transitions[0]
-        part = replace(
-            move, x=move.x[:few], x_next=move.x_next[:few], mean=move.mean[:few], log_prob=move.log_prob[:few]
-        )
+        rows, part = next(move.parts(few))
         group = replace(group, index=0, trajectory=replace(group.trajectory, transitions=[part]))
         config = changed(self.config, loss=changed(self.config.loss, kl=kl))
-        grpo.gradient(self.k2, config, [group], advantages_G[None, :few], self.alone, few)
+        grpo.gradient(self.k2, config, [group], advantages_G[None, rows], self.alone, few)
         norms = [p.grad.norm() for p in self.stepper.parameters if p.grad is not None]
         self.stepper.optimizer.zero_grad(set_to_none=True)  # the update after it starts from no gradient
         norm = float(torch.stack(norms).norm()) if norms else 0.0
         remedy = "raise sampling.eta, or use model.dtype float32" if norm else "this term teaches nothing: report it"
-        return Row(name, 0 < norm < math.inf, f"norm {norm:.3g} over {len(part.x)} images", remedy)
+        return Row(name, 0 < norm < math.inf, f"norm {norm:.3g} over {len(part.x_next)} images", remedy)
 
     def update(self) -> Iterator[Row]:
         """Checks that the training policy equals the sampling policy, and that an update changes only the policy."""

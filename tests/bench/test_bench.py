@@ -145,9 +145,10 @@ def test_bench_and_plans(tmp_path, capsys, model):
         assert row["peak_gib"] is None and row["recompilations"] == 0
         stock = row["stock"]["forward_ms"] * row["forwards"] + (row["stock"]["step_ms"] or 0) * row["backwards"]
         assert row["stock"]["ratio"] == pytest.approx(stock / network)
-    # Twelve of the 16 forwards of a group of four come after a window that begins at the second step; half begin there.
-    assert rows["rollout"]["forwards"] == 16 and rows["grpo"]["backwards"] == 8
-    assert rows["grpo"]["forwards"] == (16 + 13) / 2 + 8
+    # A group of four takes one forward in each step up to the window's first, four in each later one. Half of the
+    # windows begin at the first step, half at the second. The window's first step is trained by one forward too.
+    assert rows["rollout"]["forwards"] == 16 and rows["grpo"]["backwards"] == 5
+    assert rows["grpo"]["forwards"] == (13 + 10) / 2 + 5
     assert rows["expander"]["forwards"] == 16 and rows["expander"]["images"] == 4
     assert rows["expander"]["adapter_parameters"] == 0 and rows["expander"]["error"] == {}
 

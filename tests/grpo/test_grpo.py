@@ -176,7 +176,7 @@ def test_all_weights_are_trained(config, trained):
     config.lora, config.optim.lr, config.loss.kl = None, 3e-4, 0.1
     grpo.train(config)
     first, second = runs.training_rows(config.output)
-    assert first["kl"] == 0 < second["kl"]
+    assert first["kl"] < 1e-12 < second["kl"]  # at first they differ by rounding alone
     assert all(row["ratio_error"] <= 1e-5 and row["grad_norm"] > 0 for row in (first, second))
     ((k2, base),) = trained
     saved = runs.latest(config.output)
@@ -252,7 +252,9 @@ def test_adaptive_pool_in_a_run(tmp_path, model):
     config = runs.config(tmp_path, model, "constant")
     config.pool.kind, config.pool.prune_after, config.steps = "adaptive", 1, 5
     grpo.train(config)
-    counts = [{k: v for k, v in row.items() if k.startswith("pool/")} for row in runs.training_rows(config.output)]
+    counts = [
+        {k: v for k, v in row.items() if k.startswith("pool/")} for row in runs.rows(config.output) if "missing" in row
+    ]
     classes = [sum(row[f"pool/{name}"] for name in ("new", "informative", "easy", "hard", "flat")) for row in counts]
     assert classes == [3] * 5 and (counts[0]["pool/new"], counts[0]["pool/resting"]) == (3, 0)
     assert (counts[-1]["pool/flat"], counts[-1]["pool/resting"], counts[-1]["pool/unscored"]) == (3, 1, 0)

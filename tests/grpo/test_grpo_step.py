@@ -1,6 +1,7 @@
 """Single steps of GRPO on a tiny real K2 against autograd, what they are drawn from, and averages of the weights."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -74,20 +75,44 @@ def test_gradient_of_a_step(config, one_step, ratio, window):
     for group in groups:
         moves = group.trajectory.transitions
         assert len(moves) == (window or 3)
-        start = moves[0].x  # shared by the group up to a window, each image's own where all steps are stochastic
-        assert all(torch.equal(start[0], x) == (window is not None) for x in start[1:])
+        # Shared by the group up to a window, each image's own where all steps are stochastic.
+        assert [len(move.x) for move in moves] == ([1, 4] if window else [4, 4, 4])
         times = sampler.schedule(4, k2.mu(*group.size))
         inverse = 1 / (times[:3] - times[1:4])
         for move in moves:
             weight = inverse[move.index] / inverse.mean()
             with k2.role("policy"):
-                v = k2.velocity(move.x, move.t, group.text, *group.size)
-                mean, std = sde_moments(move.x, v, move.t, move.t_next, "flow", config.sampling.eta, times[1])
+                x = move.x.expand_as(move.x_next)  # a forward of each image, also where one stands for all
+                v = k2.velocity(x, move.t, group.text, *group.size)
+                mean, std = sde_moments(x, v, move.t, move.t_next, "flow", config.sampling.eta, times[1])
             factor = weight * std if ratio == "guard" else 1.0
             terms.append(factor * advantages_PG[group.index] * sampler.log_prob(move.x_next, mean, std))
     loss = -torch.cat(terms).mean()
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
     assert (got - expected).norm() < 1e-4 * expected.norm() and expected.norm() > 0
+
+
+@pytest.mark.parametrize("ratio", ["plain", "guard"])
+def test_a_shared_step_has_the_gradient_of_its_images(config, one_step, ratio):
+    """One backward with the sum of the weights is that of each image, also where the policy has moved and some are
+    clipped, and with the KL."""
+    _, parameters, draw, gradient = one_step
+    config.loss.ratio, config.loss.kl = ratio, 0.1
+    groups, advantages_PG = draw()
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=1e-2)
+    once, metrics = gradient(groups, advantages_PG)
+    for group in groups:
+        group.trajectory.transitions = [
+            replace(move, x=move.x.expand_as(move.x_next), mean=move.mean.expand_as(move.x_next))
+            for move in group.trajectory.transitions
+        ]
+    each, expected = gradient(groups, advantages_PG)
+    assert (once - each).norm() < 1e-5 * each.norm() and each.norm() > 0
+    assert metrics["clip_low"] + metrics["clip_high"] > 0
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
 
 
 def test_gradient_does_not_depend_on_the_micro_batch(config, one_step):
@@ -114,10 +139,11 @@ def test_kl_pulls_towards_the_base(config, one_step, ratio):
         guard = sampler.guard_weights(sampler.schedule(4, k2.mu(*group.size)), "flow", config.sampling.eta)
         for move in group.trajectory.transitions:
             weights += 4 * [guard[move.index] if ratio == "guard" else torch.tensor(1.0)]
+            x = move.x.expand_as(move.x_next)
             with k2.role("policy"):
-                v = k2.velocity(move.x, move.t, group.text, *group.size)
+                v = k2.velocity(x, move.t, group.text, *group.size)
             with torch.no_grad(), k2.role(None):
-                reference = k2.velocity(move.x, move.t, group.text, *group.size)
+                reference = k2.velocity(x, move.t, group.text, *group.size)
             terms.append((v - reference).square().flatten(1).mean(1))
     kl, weighted = torch.cat(terms).mean(), (torch.stack(weights) * torch.cat(terms)).mean()
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(0.5 * weighted, parameters)])

@@ -9,7 +9,7 @@ from posttrain.errors import UserError
 from posttrain.grpo import train as grpo
 from posttrain.training.idle import WARN_AFTER, check_idle, count_idle, idle_reason
 from rewards.base import RewardSpec, Scores
-from tests.helpers import runs
+from tests.helpers import runs, tiny
 
 CALLS: list[int] = []
 
@@ -59,6 +59,35 @@ def test_too_many_in_a_row_end_the_run(function, reason, tmp_path, model):
     with pytest.raises(UserError, match=f"idle_steps: nothing could be learnt from 2 steps in a row: {reason}"):
         grpo.train(config)
     assert [row["step"] for row in runs.rows(config.output) if "missing" in row] == [1, 2]
+
+
+def alike_for_one(images, prompts):
+    """Of one size for the first prompt of the recipe, different for the others."""
+    if prompts[0] == tiny.PROMPTS[0]:
+        return [0.5] * len(images)
+    return [image.getpixel((0, 0))[0] / 255 for image in images]
+
+
+@pytest.mark.parametrize(("flat", "kl", "left_out"), [("skip", 0.1, True), ("kl", 0.1, False), ("kl", 0.0, True)])
+def test_a_group_without_signal_is_left_out(flat, kl, left_out, tmp_path, model, monkeypatch):
+    """Unless its distance to the reference is asked for. The loss is a mean over all groups of the step either way."""
+    config = runs.config(tmp_path, model)
+    config.rewards = [RewardSpec("some", "tests.grpo.test_idle:alike_for_one")]
+    config.groups.prompts_per_step, config.groups.flat, config.loss.kl = 3, flat, kl
+    config.steps = 1
+    trained: list[list[str]] = []
+    gradient = grpo.gradient
+
+    def noted(k2, config, groups, *rest):
+        trained.append([group.record.prompt for group in groups])
+        return gradient(k2, config, groups, *rest)
+
+    monkeypatch.setattr(grpo, "gradient", noted)
+    grpo.train(config)
+    (row,) = [row for row in runs.rows(config.output) if "missing" in row]
+    assert row["flat_groups"] == pytest.approx(1 / 3)
+    assert (tiny.PROMPTS[0] in trained[0], len(trained[0])) == (not left_out, 2 + (not left_out))
+    assert row["ratio"] == pytest.approx(1, abs=1e-4)
 
 
 def test_counting(capsys):

@@ -76,11 +76,11 @@ def test_ratio_is_one_before_the_first_update(k2, text, times, draw, dynamics, w
         assert move.std > 0
         assert all(value.dtype == torch.float32 for value in (move.x, move.x_next, move.mean, move.log_prob))
         for micro_batch, tolerance in ((2, 0.0), (3, 1e-5)):
-            for rows in torch.arange(4).split(micro_batch):
-                v = k2.velocity(move.x[rows], move.t, text, HEIGHT, WIDTH)
-                mean, std = sampler.sde_moments(move.x[rows], v, move.t, move.t_next, dynamics, eta, times[1])
-                plain = sampler.log_prob(move.x_next[rows], mean, std) - move.log_prob[rows]
-                guard = sampler.guard_log_ratio(move.x_next[rows], move.mean[rows], mean, std)
+            for _, part in move.parts(micro_batch):
+                v = k2.velocity(part.x, part.t, text, HEIGHT, WIDTH)
+                mean, std = sampler.sde_moments(part.x, v, part.t, part.t_next, dynamics, eta, times[1])
+                plain = sampler.log_prob(part.x_next, mean, std) - part.log_prob
+                guard = sampler.guard_log_ratio(part.x_next, part.mean, mean, std)
                 assert (plain.exp() - 1).abs().max() <= tolerance
                 assert (guard.exp() - 1).abs().max() <= tolerance
                 assert torch.equal(std, move.std)
@@ -140,16 +140,40 @@ def test_shared_prefix_equals_unshared_steps_from_the_same_noise(draw):
     shared, unshared = (draw(window, seeds=seeds, shared=s) for s in (True, False))
     assert distance(shared.latents, unshared.latents) < 1e-4
     for a, b in zip(shared.transitions, unshared.transitions, strict=True):
-        assert a.x.shape == b.x.shape == (4, 12, 64)
-        assert distance(a.x, b.x) < 1e-4 and distance(a.log_prob, b.log_prob) < 1e-4
-    start = shared.transitions[0].x
-    assert torch.equal(start, start[:1].expand_as(start))
+        assert a.x_next.shape == b.x.shape == b.x_next.shape == (4, 12, 64)
+        assert distance(a.x, b.x) < 1e-4 and distance(a.x_next, b.x_next) < 1e-4
+        assert distance(a.log_prob, b.log_prob) < 1e-4
+    assert [len(move.x) for move in shared.transitions] == [1, 4]  # the first begins where all of them are
     assert distance(shared.latents[0], shared.latents[1]) > 0.1  # apart from the window on
 
     # Only the first image's noise counts when it is shared.
     others = [[7, *seeds[0][1:]], *[[8 + g, *rest] for g, (_, *rest) in enumerate(seeds[1:])]]
     assert torch.equal(draw(window, seeds=others, shared=True).latents, shared.latents)
     assert distance(draw(window, seeds=others, shared=False).latents[1:], shared.latents[1:]) > 0.1
+
+
+@pytest.mark.parametrize("window", [range(1, 3), range(STEPS - 1)])
+def test_parts_are_the_whole_step(draw, window):
+    """Each image once, whatever fits into a forward; images that share x are one part."""
+    for i, move in enumerate(draw(window).transitions):
+        parts = list(move.parts(3))
+        assert torch.cat([torch.arange(4)[rows] for rows, _ in parts]).tolist() == [0, 1, 2, 3]
+        assert [len(part.x) for _, part in parts] == ([1] if i == 0 else [3, 1])
+        assert torch.equal(torch.cat([part.x_next for _, part in parts]), move.x_next)
+        assert torch.equal(torch.cat([part.log_prob for _, part in parts]), move.log_prob)
+
+
+def test_forwards_of_a_group(k2, draw, monkeypatch):
+    """One up to and in the window's first step, then one of each image."""
+    made, velocity = [], k2.velocity
+
+    def counted(x, *rest):
+        made.append(len(x))
+        return velocity(x, *rest)
+
+    monkeypatch.setattr(k2, "velocity", counted)
+    draw(range(1, 3), micro_batch=3)
+    assert made == [1, 1, 3, 1, 3, 1, 3, 1]
 
 
 def test_the_same_seeds_give_the_same_trajectory(draw):
