@@ -92,7 +92,7 @@ class Kind(IntEnum):
 
 
 class Pool:
-    """`draw` a step's prompts and `update` them with their scores, in turn. All state is in arrays by row."""
+    """`draw` a step's prompts and later `update` them with their scores. All state is in arrays by row."""
 
     def __init__(
         self,

@@ -22,31 +22,22 @@ class ScoreQueue:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="scores")
         self._thread.start()
         self._jobs: list[Future[Scores]] = []
-        self._lock = threading.Lock()
-        self._running = 0
-        self._since = 0.0
-        self._busy = 0.0
+        self._spans: dict[Future[Scores], list[float]] = {}
+        """When each job that was not gathered yet was submitted and, if it is done, when it ended."""
 
     def submit(
         self, images: Sequence[Image.Image], prompts: Sequence[str], columns: dict[str, Any] | None = None
     ) -> None:
-        with self._lock:  # `_finished` is called in the loop's thread
-            if self._running == 0:
-                self._since = time.perf_counter()
-            self._running += 1
+        began = time.perf_counter()
         work = score_all(self.rewards, images, prompts, columns, self.group_size)
         job = asyncio.run_coroutine_threadsafe(work, self._loop)
-        job.add_done_callback(self._finished)
+        span = self._spans[job] = [began]
+        job.add_done_callback(lambda _: span.append(time.perf_counter()))  # called in the loop's thread
         self._jobs.append(job)
 
-    def _finished(self, _: Future[Scores]) -> None:
-        with self._lock:
-            self._running -= 1
-            if self._running == 0:
-                self._busy += time.perf_counter() - self._since
-
     def hand_over(self) -> list[Future[Scores]]:
-        """What was submitted since the last gather, for `gather` in another thread, while more is submitted."""
+        """What was submitted since the last gather, for a later `gather` or one in another thread, while more is
+        submitted. `drop` does not forget it."""
         jobs, self._jobs = self._jobs, []
         return jobs
 
@@ -61,9 +52,11 @@ class ScoreQueue:
         finally:
             for job in jobs:  # where one has failed, nobody waits for the others
                 job.cancel()
-        scores.waited_seconds = time.perf_counter() - start
-        with self._lock:
-            scores.scoring_seconds, self._busy = self._busy, 0.0
+            spans = [self._spans.pop(job) for job in jobs]
+        now = time.perf_counter()
+        scores.waited_seconds = now - start
+        # A job that ended just now may not have said so yet.
+        scores.scoring_seconds = _covered([(span[0], span[1] if len(span) > 1 else now) for span in spans])
         return scores
 
     def drop(self) -> None:
@@ -71,6 +64,7 @@ class ScoreQueue:
         jobs, self._jobs = self._jobs, []
         for job in jobs:
             job.cancel()
+            del self._spans[job]
 
     def close(self) -> None:
         async def cancel() -> None:
@@ -90,3 +84,12 @@ class ScoreQueue:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _covered(spans: Sequence[tuple[float, float]]) -> float:
+    """The length of the union of some (start, end)."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total

@@ -45,6 +45,8 @@ METRICS = (
     Metric("clip_low", "Share of ratios below the lower clip with a negative advantage", "[0, 1]"),
     Metric("clip_high", "Share of ratios above the upper clip with a positive advantage", "[0, 1]"),
     Metric("clip_ratio/*", "Share of tokens whose ratio TRL clipped, by side", "[0, 1]"),
+    Metric("truncated", "Share of ratios above loss.max_weight, which weigh no more than that", "[0, 1]"),
+    Metric("policy_age", "Updates of the policy since it drew the images of this step", "updates"),
     Metric("advantage", "Mean absolute advantage of the images of a step", ">= 0"),
     Metric("*grad_norm", "Norm of the gradient before clipping: of the policy, the fake score or the student", ">= 0"),
     Metric("*clipped_updates", "Updates so far whose gradient was scaled down", "updates"),
@@ -76,7 +78,8 @@ METRICS = (
         "lower",
         "divergence",
     ),
-    Metric("score_hidden", "Share of the scoring time that sampling hid", "[0, 1]", "higher"),
+    Metric("score_hidden", "Share of the scoring time that sampling and training hid", "[0, 1]", "higher"),
+    Metric("score_wait", "Time that the step waited for scores", "s", "lower"),
     Metric(
         "repeatability/*",
         "How far a judge's answers to the same question differ, in P(yes)",

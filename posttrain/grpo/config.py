@@ -92,17 +92,32 @@ class GroupsConfig:
 
 
 @settings
+class RolloutConfig:
+    """When a step's images are drawn."""
+
+    ahead: Literal[0, 1] = 0
+    """0: each step waits for its scores. 1: the images of the next step are drawn before this one's update, so that
+    judges score them while the policy trains; they are then one update old, and the ratio is to the policy that drew
+    them. Takes another copy of what is trained, 4 bytes a weight. Use 1 where `score_wait` is a good part of a step."""
+
+
+@settings
 class LossConfig:
     """The clipped objective. Log-probs are means over latent elements, hence the small clips.
 
-    With optim.passes 1 the policy that trains is the one that sampled, so all ratios are 1 and nothing is clipped: the
-    smaller clip is then only how far from 1 a ratio may be before the run is ended.
+    With optim.passes 1 and rollout.ahead 0 the policy that trains is the one that sampled, so all ratios are 1 and
+    nothing is clipped: the smaller clip is then only how far from 1 a ratio may be before the run is ended.
     """
 
     clip_low: OpenShare = 1e-4
-    """The ratio is clipped below at 1 - clip_low. It acts from the second of optim.passes on."""
+    """The ratio is clipped below at 1 - clip_low. It acts from the second of optim.passes on, and with
+    rollout.ahead."""
     clip_high: Positive = 1e-4
-    """The ratio is clipped above at 1 + clip_high. It acts from the second of optim.passes on."""
+    """The ratio is clipped above at 1 + clip_high. It acts from the second of optim.passes on, and with
+    rollout.ahead."""
+    max_weight: Annotated[float, Range(1, why="which is the ratio of a policy to itself")] | None = None
+    """Truncated importance weights in place of the clips: each sample's gradient is weighted by its ratio, at most by
+    this. null: ratios are clipped."""
     kl: NonNegative = 0.01
     """Weight of the squared velocity distance to the reference (the weights at the start: adapter off); 0
     turns it off. With ratio guard each step's distance is weighted as its objective is."""
@@ -134,6 +149,7 @@ class GRPOConfig(TrainingConfig):
     bytes more (K2: 51 GB)."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     groups: GroupsConfig = field(default_factory=GroupsConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     pool: PoolConfig = field(default_factory=PoolConfig)
     loss: LossConfig = field(default_factory=LossConfig)
 
@@ -157,6 +173,11 @@ class GRPOConfig(TrainingConfig):
                 "rewards", "the weights of the trained rewards, gates aside, sum to zero; give one a weight above 0"
             )
         self._refuse_trained_metrics(trained)
+        if self.loss.max_weight is not None and self.optim.passes == 1 and not self.rollout.ahead:
+            raise refusal(
+                "loss.max_weight",
+                "has no effect where all ratios are 1; set rollout.ahead: 1 or optim.passes: 2, or remove it",
+            )
         return self
 
     def _refuse_trained_metrics(self, trained: list[RewardSpec]) -> None:

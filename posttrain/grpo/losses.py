@@ -24,13 +24,34 @@ def clipped_policy(
     loss_B = -torch.minimum(ratio * advantages_B, clipped * advantages_B)
     with torch.no_grad():
         metrics = {
-            "ratio": ratio.sum(),
-            "log_ratio": log_ratio_B.float().sum(),
-            "log_ratio_square": log_ratio_B.float().square().sum(),
+            **_moments(log_ratio_B),
             "clip_low": ((ratio < 1 - clip_low) & (advantages_B < 0)).float().sum(),
             "clip_high": ((ratio > 1 + clip_high) & (advantages_B > 0)).float().sum(),
         }
     return loss_B, metrics
+
+
+def weighted_policy(log_ratio_B: Tensor, advantages_B: Tensor, max_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """(B,) loss of each sample, -min(r, max_weight) A log_ratio with the weight held constant: truncated importance
+    weights (IMPALA, arXiv:1802.01561) in place of clips.
+
+    No sample's gradient is zero; one that has become likelier since it was drawn counts for at most max_weight. Metrics
+    are sums over the samples, to be divided by their number.
+    """
+    log_ratio = log_ratio_B.float()
+    ratio = log_ratio.detach().exp()
+    loss_B = -ratio.clamp(max=max_weight) * advantages_B.to(log_ratio) * log_ratio
+    return loss_B, {**_moments(log_ratio_B), "truncated": (ratio > max_weight).float().sum()}
+
+
+@torch.no_grad()
+def _moments(log_ratio_B: Tensor) -> dict[str, Tensor]:
+    log_ratio = log_ratio_B.float()
+    return {
+        "ratio": log_ratio.exp().sum(),
+        "log_ratio": log_ratio.sum(),
+        "log_ratio_square": log_ratio.square().sum(),
+    }
 
 
 def velocity_kl(v: Tensor, v_reference: Tensor) -> Tensor:

@@ -10,6 +10,10 @@ Any number of processes (`accelerate launch`) share a step's groups; each group 
 text has one length and needs no mask. All noise comes from seeds of global indices (run, step, group, image, SDE
 step), so nothing depends on processes, batching or history: a resumed run draws what the uninterrupted one would have.
 
+With `rollout.ahead: 1` the images of step n + 1 are drawn before update n, and judged while it is made. They are then
+off-policy by that update, and the ratio is to the policy that drew them. A checkpoint holds that policy (`previous`),
+so that a resumed run draws the same images again.
+
 Legend: P groups, G images of a group, K rewards, W stochastic steps, B images of a micro-batch.
 """
 
@@ -24,7 +28,8 @@ from torch import Tensor
 
 from posttrain.distributed.processes import Processes
 from posttrain.grpo import losses
-from posttrain.grpo.config import GRPOConfig
+from posttrain.grpo.ahead import Drawn, Rollouts
+from posttrain.grpo.config import GRPOConfig, LossConfig
 from posttrain.grpo.rollout import Trajectory, Transition, rollout
 from posttrain.model import flops, parallelize, sampler
 from posttrain.model.k2 import K2, Text, to_pil
@@ -69,7 +74,7 @@ def train(config: GRPOConfig, resume: bool = False) -> None:
     k2 = load_model(config.model, procs.device, saved)
     with parallelize.sharding(k2, procs):
         add_policy(k2, config.lora, config.seed, reference=config.loss.kl > 0)
-    stepper = Stepper(k2.train_role(POLICY), config.optim)
+    stepper = Stepper(k2.train_role(POLICY), config.optim, previous=bool(config.rollout.ahead))
     micro_batch = MicroBatch(config.groups.micro_batch, "groups.micro_batch", procs)
     max_tokens = config.prompts.max_tokens
 
@@ -135,29 +140,37 @@ def updates(
     `noise` is how far two scores of one image differ, by reward; see rewards.noise.
     """
     checked = False
+
+    def draw(step: int) -> list[Group]:
+        return sample(k2, config, step, source, queue, procs, micro_batch.size)
+
+    rollouts = Rollouts(draw, queue, stepper, config)
     for step in steps:
         clock.start()
         scores: Scores | None = None
         metrics: dict[str, float | None] = {}
         for attempt in micro_batch.attempts(stepper):
-            groups: list[Group] = []  # lets go of the images of an attempt that did not fit into memory
-            queue.drop()
+            drawn: Drawn | None = None  # lets go of the images of another step, or of an attempt that did not fit
+            rollouts.retry()
             with attempt:
-                groups = sample(k2, config, step, source, queue, procs, micro_batch.size)
+                drawn = rollouts.of(step)
                 clock.lap("sample")
-                own_scores = queue.gather() if groups else None
-                places = [group.index for group in groups]
+                own_scores = drawn.gather(queue)
+                places = [group.index for group in drawn.groups]
                 scores = gather_scores(procs, own_scores, config.groups.group_size, places)
                 advantages_PG, metrics = score(config, scores, noise)
+                metrics["policy_age"] = stepper.updates - drawn.updates
                 clock.lap("score")
+                stepper.remember()
                 taught_P = taught(config, advantages_PG)
                 if metrics["missing"] != 1 and bool(taught_P.any()):
-                    groups = [group for group in groups if taught_P[group.index]]
+                    groups = [group for group in drawn.groups if taught_P[group.index]]
                     metrics |= optimise(k2, config, groups, advantages_PG, stepper, procs, micro_batch.size)
                 clock.lap("optimise")
         assert scores is not None
+        rollouts.forget(step)
         metrics |= source.update(step, apply_gates(scores, [r.spec for r in queue.rewards], noise))
-        if not checked and "ratio_error" in metrics:
+        if not checked and "ratio_error" in metrics and metrics["policy_age"] == 0:
             check_ratio(metrics["ratio_error"] or 0.0, config.loss)
             checked = True  # later ratios differ from 1 only where a step has several updates
         metrics |= clock.seconds
@@ -262,6 +275,7 @@ def score(
     metrics["noise_share"] = advantages.noise_share(rewards_PGK, valid_PGK, weights_K, floor_K, noise_K, summed)
     metrics["advantage"] = float(advantages_PG.abs().mean())
     metrics["score_hidden"] = 1 - waited / scoring if scoring > 0 else None
+    metrics["score_wait"] = waited
     return advantages_PG.float(), metrics
 
 
@@ -329,7 +343,7 @@ def gradient(
                 with k2.role(POLICY):
                     v = k2.velocity(part.x, part.t, group.text, *group.size)
                 log_ratio = _log_ratio(config, part, v, times)
-                loss_B, parts = losses.clipped_policy(log_ratio, advantages_G[rows], loss.clip_low, loss.clip_high)
+                loss_B, parts = _policy_loss(loss, log_ratio, advantages_G[rows])
                 if loss.kl > 0:
                     with torch.no_grad(), k2.role(None):
                         reference = k2.velocity(part.x, part.t, group.text, *group.size)
@@ -350,6 +364,12 @@ def gradient(
     if worst:
         totals["worst"] = float(torch.stack(worst).max())
     return _over_processes(totals, count, procs)
+
+
+def _policy_loss(loss: LossConfig, log_ratio_B: Tensor, advantages_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    if loss.max_weight is None:
+        return losses.clipped_policy(log_ratio_B, advantages_B, loss.clip_low, loss.clip_high)
+    return losses.weighted_policy(log_ratio_B, advantages_B, loss.max_weight)
 
 
 def _log_ratio(config: GRPOConfig, move: Transition, v: Tensor, times: Tensor) -> Tensor:

@@ -128,7 +128,8 @@ def content(k2: K2, steppers: Mapping[str, Stepper]) -> tuple[Tensors, dict[str,
     """What a checkpoint holds of the roles that are trained, where it is now, and the optimisers' state as JSON.
 
     The policy's files are `adapter` or `weights` (its average, if one is kept, else what is trained), `live` (what is
-    trained, beside an average) and `optimizer`; those of another role are `NAME` and `NAME_optimizer`.
+    trained, beside an average), `previous` (see Stepper) and `optimizer`; those of another role are `NAME` and
+    `NAME_optimizer`.
     """
     tensors: Tensors = {}
     states: dict[str, Any] = {}
@@ -140,17 +141,24 @@ def content(k2: K2, steppers: Mapping[str, Stepper]) -> tuple[Tensors, dict[str,
             tensors |= {f"{role}_optimizer": optimizer, role: k2.role_state_dict(role)}
     if steppers[POLICY].config.ema:
         tensors["live"] = k2.role_state_dict(POLICY)
+    if steppers[POLICY].remembers:
+        tensors["previous"] = k2.role_state_dict(POLICY)
     return tensors, states
 
 
 def snapshot(k2: K2, steppers: Mapping[str, Stepper], keep: bool, over: Tensors) -> tuple[Tensors, dict[str, Any]]:
-    """Copies on the CPU of `content`, with the policy's average; for `keep` and `over` see `checkpoint.on_host`."""
+    """Copies on the CPU of `content`, with the policy's average and its previous parameters; for `keep` and `over` see
+    `checkpoint.on_host`."""
     tensors, states = content(k2, steppers)
-    policy = file_of(described(k2))
-    average = tensors.pop(policy)  # copied apart, while the parameters hold the average
+    policy, stepper = file_of(described(k2)), steppers[POLICY]
+    # Copied apart, while the parameters hold them.
+    average, previous = tensors.pop(policy), tensors.pop("previous", None)
     copies = {name: checkpoint.on_host(group, keep, over.get(name)) for name, group in tensors.items()}
-    with steppers[POLICY].averaged():
+    with stepper.averaged():
         copies[policy] = checkpoint.on_host(average, keep, over.get(policy))
+    if previous is not None:
+        with stepper.previous():
+            copies["previous"] = checkpoint.on_host(previous, keep, over.get("previous"))
     return copies, states
 
 
@@ -296,6 +304,10 @@ class Training:
             load_policy(self.k2, saved)
         if self.config.optim.ema:
             self.k2.load_role_state_dict(POLICY, saved.tensors["live"])
+        self.stepper.remember()  # for a checkpoint that holds no other
+        if self.stepper.remembers and "previous" in saved.tensors:
+            with self.stepper.previous():
+                self.k2.load_role_state_dict(POLICY, saved.tensors["previous"])
         self.stepper.restore(saved.tensors["optimizer"], saved.state["optimizer"])
         self.stepper.restore_counters(saved.state["counters"])
         for role, stepper in self.steppers.items():

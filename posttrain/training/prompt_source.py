@@ -34,8 +34,8 @@ class PromptSource:
     def __init__(self, config: GRPOConfig, records: list[PromptRecord]):
         self.config, self.records = config, records
         self.pool: Pool | None = None
-        self._step, self._rows = 0, np.empty(0, np.int64)
-        """What was drawn last, and in which step; 0: nothing yet."""
+        self._drawn: dict[int, np.ndarray] = {}
+        """By step: the pool's rows that were drawn and not updated yet."""
         if config.pool.kind == "adaptive":
             # Gates and held-out rewards make no advantage, so they do not say what a prompt teaches.
             weights = {r.name: r.weight for r in config.rewards if r.gate == "none" and not r.heldout_only}
@@ -45,21 +45,22 @@ class PromptSource:
         """The same prompts if the step is drawn again: an attempt that ran out of memory was this step too."""
         n = self.config.groups.prompts_per_step
         if self.pool is not None:
-            if step != self._step:  # a draw marks what it takes, so that a second one would be another
-                self._step, self._rows = step, self.pool.draw(step)
-            places = self.pool.places[self._rows]
+            if step not in self._drawn:  # a draw marks what it takes, so that a second one would be another
+                self._drawn[step] = self.pool.draw(step)
+            places = self.pool.places[self._drawn[step]]
         else:
             groups = range((step - 1) * n, step * n)  # counted over the whole run
             places = [in_turn(self.config.seed, i, len(self.records)) for i in groups]
         return [self.records[i] for i in places]
 
     def update(self, step: int, gated: Gated) -> dict[str, float]:
-        """Takes in the scores of the groups just drawn, in their order; returns how many prompts are in each class."""
+        """Takes in the scores of a step's groups, in their order; returns how many prompts are in each class."""
         if self.pool is None:
             return {}
-        shape = (len(self._rows), -1, len(gated.names))
+        rows = self._drawn.pop(step)
+        shape = (len(rows), -1, len(gated.names))
         values, valid = gated.values_NK.reshape(shape), gated.valid_NK.reshape(shape)
-        self.pool.update(step, self._rows, values, valid, gated.floor_K)
+        self.pool.update(step, rows, values, valid, gated.floor_K)
         return {f"pool/{name}": count for name, count in self.pool.counts().items()}
 
     def ends(self) -> dict[str, list[dict[str, Any]]] | None:
@@ -89,13 +90,20 @@ class PromptSource:
         if self.pool is None:
             return {}, {}
         arrays, state = self.pool.state()
-        return {"pool": {name: torch.from_numpy(array) for name, array in arrays.items()}}, {"pool": state}
+        # What a later step has drawn already. By key and not by row, as the file may be reordered.
+        ahead = {str(step): self.pool.keys[rows].tolist() for step, rows in self._drawn.items()}
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return {"pool": tensors}, {"pool": state, **({"drawn": ahead} if ahead else {})}
 
     def restore(self, saved: Checkpoint) -> None:
         """Puts back what `state` gave; a run that had no pool until now begins with a fresh one."""
         if self.pool is not None and "pool" in saved.state:
             arrays = {name: tensor.numpy() for name, tensor in saved.tensors["pool"].items()}
             self.pool.load_state(arrays, saved.state["pool"])
+            row_of = {int(key): row for row, key in enumerate(self.pool.keys)}
+            for step, keys in saved.state.get("drawn", {}).items():
+                if all(key in row_of for key in keys):  # else it is drawn again, from the prompts that are left
+                    self._drawn[int(step)] = np.array([row_of[key] for key in keys], np.int64)
 
 
 class FusedTexts:

@@ -113,10 +113,10 @@ class Stepper:
 
     With `ema` it keeps an exponential moving average of the parameters, which is evaluated and exported in their
     place and never sampled from. Its decay after n updates is at most (1 + n) / (10 + n), so that it soon forgets the
-    start.
+    start. With `previous` it also keeps the parameters as they were when `remember` was called last.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], config: OptimConfig):
+    def __init__(self, parameters: Sequence[Tensor], config: OptimConfig, previous: bool = False):
         self.parameters = list(parameters)
         self.config = config
         self._own = [shards.own(p) for p in self.parameters]
@@ -132,6 +132,9 @@ class Stepper:
         self.norms: list[float] = []
         """The newest norms of gradients before clipping, with which the next one is compared."""
         self._average = [p.detach().clone() for p in self._own] if config.ema else None
+        self._previous = [p.detach().clone() for p in self._own] if previous else None
+        self.previous_updates = 0
+        """Updates that the remembered parameters had seen."""
 
     def step(self) -> float:
         """One update with the accumulated gradients, which are then cleared; returns their norm before clipping.
@@ -191,24 +194,45 @@ class Stepper:
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside the block the parameters hold their average, if one is kept."""
-        self._swap()
+        self._swap(self._average)
         try:
             yield
         finally:
-            self._swap()
+            self._swap(self._average)
+
+    @property
+    def remembers(self) -> bool:
+        return self._previous is not None
 
     @torch.no_grad()
-    def _swap(self) -> None:
-        for parameter, average in zip(self._own, self._average or []):
+    def remember(self) -> None:
+        """Keeps the parameters as they are now, if any are kept."""
+        if self._previous is not None:
+            torch._foreach_copy_(self._previous, self._own)
+            self.previous_updates = self.updates
+
+    @contextlib.contextmanager
+    def previous(self) -> Iterator[None]:
+        """Inside the block the parameters are the remembered ones, if any are kept."""
+        self._swap(self._previous)
+        try:
+            yield
+        finally:
+            self._swap(self._previous)
+
+    @torch.no_grad()
+    def _swap(self, others: list[Tensor] | None) -> None:
+        if others is None:
+            return
+        for parameter, other in zip(self._own, others):
             held = parameter.clone()
-            parameter.copy_(average)
-            average.copy_(held)
-        if self._average is not None:
-            shards.spread(self.parameters)
+            parameter.copy_(other)
+            other.copy_(held)
+        shards.spread(self.parameters)
 
     def kept(self) -> list[Tensor]:
-        """Its memory besides the parameters: the optimiser's moments, and the average if there is one."""
-        kept = list(self._average or [])
+        """Its memory besides the parameters: the optimiser's moments, and copies of the parameters if there are any."""
+        kept = [*(self._average or []), *(self._previous or [])]
         for state in self.optimizer.state.values():
             kept += [value for value in state.values() if isinstance(value, Tensor)]
         return kept
@@ -231,9 +255,12 @@ class Stepper:
         return self.parameters[int(index)] if index.isdigit() else torch.empty(0)
 
     def counters(self) -> dict[str, Any]:
-        return {k: getattr(self, k) for k in ("updates", "skipped", "skipped_in_a_row", "clipped", "norms")}
+        names = ["updates", "skipped", "skipped_in_a_row", "clipped", "norms"]
+        names += ["previous_updates"] if self.remembers else []
+        return {name: getattr(self, name) for name in names}
 
     def restore_counters(self, counters: dict[str, Any]) -> None:
         self.updates, self.skipped = counters["updates"], counters["skipped"]
         self.skipped_in_a_row = counters["skipped_in_a_row"]
         self.clipped, self.norms = counters.get("clipped", 0), counters.get("norms", [])  # older checkpoints have none
+        self.previous_updates = counters.get("previous_updates", self.updates)
