@@ -48,10 +48,10 @@ def tiny(quantize_first: bool | None = None) -> K2:
     return made
 
 
-def velocity(k2, role):
+def velocity(k2, role, **precision):
     x = torch.randn(3, 6, k2.latent_channels, generator=torch.Generator().manual_seed(0))
     text = Text(k2.fuse(k2.random_features(7))[None])
-    with k2.role(role):
+    with k2.role(role, **precision):
         return k2.velocity(x, 0.5, text, 2 * k2.pixel_multiple, 3 * k2.pixel_multiple)
 
 
@@ -254,3 +254,52 @@ def test_a_run_with_all_of_them_resumes_and_exports(tmp_path, model, eager):
     exact.merge_stack()
     state = merged.base_state_dict()
     assert all(torch.equal(value, state[key]) for key, value in exact.base_state_dict().items())
+
+
+# rollouts in fp8
+
+
+@torch.no_grad()
+def test_copies_in_fp8_are_used_where_asked_for():
+    """There they give what a base in fp8 gives; elsewhere nothing has changed, and no weights are added."""
+    exact, both, quantized = tiny(), tiny(), tiny(quantize_first=False)
+    fp8.add_copies(both, "cpu")
+    assert both.transformer.state_dict().keys() == exact.transformer.state_dict().keys()
+    for role in (POLICY, "fake", None):
+        expected = velocity(exact, role)
+        assert torch.equal(velocity(both, role), expected)
+        found = velocity(both, role, fp8=True)
+        assert torch.equal(found, velocity(quantized, role)) and 1e-3 < off(found, expected) < 0.1
+        with both.role(role, fp8=True):
+            assert both.active == role
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_grpo_with_rollouts_in_fp8(tmp_path, model, passes):
+    """The ratio is exactly 1 in the first pass, though the drawn velocities were others; a second one clips as usual."""
+    recipe = runs.config(tmp_path, model)
+    recipe.model.dtype, recipe.rollout.quantize, recipe.optim.passes = "bfloat16", "fp8", passes
+    grpo.train(recipe)
+    for row in runs.training_rows(recipe.output):
+        assert row["ratio_error"] == 0
+        if passes == 1:
+            assert row["ratio"] == 1 and 1e-4 < row["rollout_gap"] < 0.2
+        else:
+            assert row["ratio"] != 1
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "words"),
+    [
+        ("model", "dtype", "float32", "multiplies in bfloat16, and model.dtype is float32"),
+        ("model", "quantize", "fp8", "is what model.quantize does for training as well"),
+        ("rollout", "ahead", 1, "needs the policy that draws to be the one that trains; set rollout.ahead: 0"),
+        (None, "lora", None, "keeps a copy of weights that stay as they are"),
+    ],
+)
+def test_what_fp8_rollouts_cannot_do_is_said(tmp_path, model, section, field, value, words):
+    recipe = runs.config(tmp_path, model)
+    recipe.model.dtype, recipe.rollout.quantize = "bfloat16", "fp8"
+    setattr(getattr(recipe, section) if section else recipe, field, value)
+    with pytest.raises(ConfigError, match=rf"rollout\.quantize: fp8 {words}"):
+        validate(recipe)

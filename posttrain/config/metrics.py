@@ -46,6 +46,7 @@ METRICS = (
     Metric("clip_high", "Share of ratios above the upper clip with a positive advantage", "[0, 1]"),
     Metric("clip_ratio/*", "Share of tokens whose ratio TRL clipped, by side", "[0, 1]"),
     Metric("truncated", "Share of ratios above loss.max_weight, which weigh no more than that", "[0, 1]"),
+    Metric("rollout_gap", "Relative distance of the velocities of fp8 rollouts from the policy's own", ">= 0", "lower"),
     Metric("policy_age", "Updates of the policy since it drew the images of this step", "updates"),
     Metric("advantage", "Mean absolute advantage of the images of a step", ">= 0"),
     Metric("*grad_norm", "Norm of the gradient before clipping: of the policy, the fake score or the student", ">= 0"),

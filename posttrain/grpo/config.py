@@ -93,12 +93,17 @@ class GroupsConfig:
 
 @settings
 class RolloutConfig:
-    """When a step's images are drawn."""
+    """When and in which precision a step's images are drawn."""
 
     ahead: Literal[0, 1] = 0
     """0: each step waits for its scores. 1: the images of the next step are drawn before this one's update, so that
     judges score them while the policy trains; they are then one update old, and the ratio is to the policy that drew
     them. Takes another copy of what is trained, 4 bytes a weight. Use 1 where `score_wait` is a good part of a step."""
+
+    quantize: Literal["fp8"] | None = None
+    """fp8: images are drawn with a copy of the base in fp8, through torchao: more images a second, half of the base's
+    memory more. Log-probs are those of the exact policy, computed as it trains, so ratios are exact. `rollout_gap` says
+    how far the drawn velocities are from its own."""
 
 
 @settings
@@ -173,12 +178,29 @@ class GRPOConfig(TrainingConfig):
                 "rewards", "the weights of the trained rewards, gates aside, sum to zero; give one a weight above 0"
             )
         self._refuse_trained_metrics(trained)
+        self._check_rollout()
         if self.loss.max_weight is not None and self.optim.passes == 1 and not self.rollout.ahead:
             raise refusal(
                 "loss.max_weight",
                 "has no effect where all ratios are 1; set rollout.ahead: 1 or optim.passes: 2, or remove it",
             )
         return self
+
+    def _check_rollout(self) -> None:
+        if self.rollout.quantize is None:
+            return
+        why = None
+        if self.model.dtype != "bfloat16":
+            why = f"multiplies in bfloat16, and model.dtype is {self.model.dtype}; change it"
+        elif self.model.quantize is not None:
+            why = "is what model.quantize does for training as well; leave one of them out"
+        elif self.lora is None:
+            why = "keeps a copy of weights that stay as they are, and lora is null; use one of the two"
+        elif self.rollout.ahead:
+            # The policy that drew is gone when its exact log-probs could be computed.
+            why = "needs the policy that draws to be the one that trains; set rollout.ahead: 0"
+        if why is not None:
+            raise refusal("rollout.quantize", f"fp8 {why}")
 
     def _refuse_trained_metrics(self, trained: list[RewardSpec]) -> None:
         """What is trained on rises while it is being cheated, so it can neither pick a step nor end a run."""

@@ -54,6 +54,17 @@ class Transition:
                 ),
             )
 
+    @torch.no_grad()
+    def restate(self, mean: Tensor, std: Tensor) -> Tensor:
+        """Takes `mean` for that of the policy that took the step; returns (S,) root mean squares of the difference.
+
+        In place, so the whole step has what its parts are given.
+        """
+        gap = root_mean_square(mean - self.mean)
+        self.mean.copy_(mean)
+        self.log_prob.copy_(sampler.log_prob(self.x_next, self.mean, std))
+        return gap
+
 
 @dataclass
 class Trajectory:
@@ -102,3 +113,8 @@ def rollout(
         transitions.append(Transition(i, t, t_next, x, x_next, mean, std, log_prob))
         x = x_next
     return Trajectory(x, transitions)
+
+
+def root_mean_square(x: Tensor) -> Tensor:
+    """(B,) over all but the first dimension."""
+    return x.float().square().flatten(1).mean(1).sqrt()

@@ -29,9 +29,10 @@ from torch import Tensor
 from posttrain.distributed.processes import Processes
 from posttrain.grpo import losses
 from posttrain.grpo.ahead import Drawn, Rollouts
-from posttrain.grpo.config import GRPOConfig, LossConfig
-from posttrain.grpo.rollout import Trajectory, Transition, rollout
+from posttrain.grpo.config import GRPOConfig
+from posttrain.grpo.rollout import Trajectory, Transition, rollout, root_mean_square
 from posttrain.model import flops, parallelize, sampler
+from posttrain.model.fp8 import add_copies
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.runs.run import Run
 from posttrain.training import advantages, checkpoint
@@ -74,6 +75,8 @@ def train(config: GRPOConfig, resume: bool = False) -> None:
     k2 = load_model(config.model, procs.device, saved)
     with parallelize.sharding(k2, procs):
         add_policy(k2, config.lora, config.seed, reference=config.loss.kl > 0)
+    if config.rollout.quantize:
+        add_copies(k2, procs.device)
     stepper = Stepper(k2.train_role(POLICY), config.optim, previous=bool(config.rollout.ahead))
     micro_batch = MicroBatch(config.groups.micro_batch, "groups.micro_batch", procs)
     max_tokens = config.prompts.max_tokens
@@ -217,7 +220,7 @@ def sample(
             seeds.append([sampler.seed_for(config.seed, step, g, j, i) for i in range(len(window) + 1)])
         times = sampler.schedule(s.steps, k2.mu(height, width))
         shared = s.window is not None
-        with k2.role(POLICY):
+        with k2.role(POLICY, fp8=config.rollout.quantize == "fp8"):
             trajectory = rollout(k2, text, seeds, times, window, s.dynamics, s.eta, height, width, micro_batch, shared)
         images = to_pil(k2.decode(trajectory.latents, height, width))
         rows = [row] * len(images)
@@ -312,7 +315,7 @@ def optimise(
     metrics: dict[str, float] = {}
     first_error = 0.0
     for i in range(config.optim.passes):
-        metrics = gradient(k2, config, groups, advantages_PG, procs, micro_batch)
+        metrics = gradient(k2, config, groups, advantages_PG, procs, micro_batch, first=i == 0)
         if i == 0:  # before the first update the policy is the one that drew the images, so every ratio is 1
             first_error = metrics["ratio_error"]
         procs.sum_gradients(stepper.parameters)
@@ -322,41 +325,39 @@ def optimise(
 
 
 def gradient(
-    k2: K2, config: GRPOConfig, groups: list[Group], advantages_PG: Tensor, procs: Processes, micro_batch: int
+    k2: K2,
+    config: GRPOConfig,
+    groups: list[Group],
+    advantages_PG: Tensor,
+    procs: Processes,
+    micro_batch: int,
+    first: bool = True,
 ) -> dict[str, float]:
     """Adds the loss's gradient over these groups to the policy's, and returns metrics over the groups of all processes.
+
+    `first`: the policy has not been updated since it drew the groups.
 
     The loss is a mean over the groups, images and stochastic steps of a whole step, whatever is in `groups`; the other
     metrics are means over what is.
     """
-    s, loss = config.sampling, config.loss
+    s = config.sampling
     stochastic = s.steps - 1 if s.window is None else s.window
     count = config.groups.prompts_per_step * stochastic * config.groups.group_size
     collected: dict[str, list[Tensor]] = {}
     for group in groups:
         times = sampler.schedule(s.steps, k2.mu(*group.size))
-        guard = sampler.guard_weights(times, s.dynamics, s.eta) if loss.ratio == "guard" else None
+        guard = sampler.guard_weights(times, s.dynamics, s.eta) if config.loss.ratio == "guard" else None
         advantages_G = advantages_PG[group.index]
         for move in group.trajectory.transitions:  # the stochastic steps alone have a likelihood
             weight = 1.0 if guard is None else float(guard[move.index])
             for rows, part in move.parts(micro_batch):
-                with k2.role(POLICY):
-                    v = k2.velocity(part.x, part.t, group.text, *group.size)
-                log_ratio = _log_ratio(config, part, v, times)
-                loss_B, parts = _policy_loss(loss, log_ratio, advantages_G[rows])
-                if loss.kl > 0:
-                    with torch.no_grad(), k2.role(None):
-                        reference = k2.velocity(part.x, part.t, group.text, *group.size)
-                    kl_B = losses.velocity_kl(v, reference).expand_as(loss_B)
-                    loss_B = loss_B + loss.kl * kl_B
-                    parts["kl"] = kl_B.detach().sum()
+                loss_B, parts = _part_loss(k2, config, group, part, advantages_G[rows], times, first)
                 loss_B = weight * loss_B  # the KL's term too, so that loss.kl means the same at every step
                 parts["loss"] = loss_B.detach().sum()
+                parts["images"] = torch.tensor(float(len(loss_B)))
                 with k2.role(POLICY):
                     # Of images that share x this is one backward, with the sum of their weights.
                     (loss_B.sum() / count).backward()
-                parts["images"] = torch.tensor(float(len(loss_B)))
-                parts["worst"] = log_ratio.detach().exp().sub(1).abs().max()
                 for name, value in parts.items():  # not added up here, which would wait for the device each time
                     collected.setdefault(name, []).append(value)
     worst = collected.pop("worst", [])
@@ -366,16 +367,35 @@ def gradient(
     return _over_processes(totals, count, procs)
 
 
-def _policy_loss(loss: LossConfig, log_ratio_B: Tensor, advantages_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _part_loss(
+    k2: K2, config: GRPOConfig, group: Group, part: Transition, advantages_B: Tensor, times: Tensor, first: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(B,) loss of these images at this step, and metrics as sums over them."""
+    s, loss = config.sampling, config.loss
+    with k2.role(POLICY):
+        v = k2.velocity(part.x, part.t, group.text, *group.size)
+    mean, std = sampler.sde_moments(part.x, v, part.t, part.t_next, s.dynamics, s.eta, times[1])
+    gap = part.restate(mean, std) if first and config.rollout.quantize else None
+    log_ratio = _log_ratio(config, part, mean, std)
     if loss.max_weight is None:
-        return losses.clipped_policy(log_ratio_B, advantages_B, loss.clip_low, loss.clip_high)
-    return losses.weighted_policy(log_ratio_B, advantages_B, loss.max_weight)
+        loss_B, metrics = losses.clipped_policy(log_ratio, advantages_B, loss.clip_low, loss.clip_high)
+    else:
+        loss_B, metrics = losses.weighted_policy(log_ratio, advantages_B, loss.max_weight)
+    if gap is not None:
+        of_mean = sampler.kl_coefficient(part.t, part.t_next, s.dynamics, s.eta, times[1]).abs().to(gap)
+        metrics["rollout_gap"] = (gap / of_mean / root_mean_square(v.detach())).expand_as(loss_B).sum()
+    if loss.kl > 0:
+        with torch.no_grad(), k2.role(None):
+            reference = k2.velocity(part.x, part.t, group.text, *group.size)
+        kl_B = losses.velocity_kl(v, reference).expand_as(loss_B)
+        loss_B = loss_B + loss.kl * kl_B
+        metrics["kl"] = kl_B.detach().sum()
+    metrics["worst"] = log_ratio.detach().exp().sub(1).abs().max()
+    return loss_B, metrics
 
 
-def _log_ratio(config: GRPOConfig, move: Transition, v: Tensor, times: Tensor) -> Tensor:
-    """(B,) of the policy that gives these velocities to the one that took the step, GRPO-Guard's or the plain one."""
-    s = config.sampling
-    mean, std = sampler.sde_moments(move.x, v, move.t, move.t_next, s.dynamics, s.eta, times[1])
+def _log_ratio(config: GRPOConfig, move: Transition, mean: Tensor, std: Tensor) -> Tensor:
+    """(B,) of the policy with these moments to the one that took the step, GRPO-Guard's or the plain one."""
     if config.loss.ratio == "guard":
         return sampler.guard_log_ratio(move.x_next, move.mean, mean, std)
     return sampler.log_prob(move.x_next, mean, std) - move.log_prob

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+FP8 = "fp8"
+"""Beside the adapters in a list of active ones: linears multiply by their copies in fp8, where they have them."""
+
 
 class Float8Linear(nn.Linear):
     """A frozen linear whose weight is torchao's Float8Tensor; (..., in) to (..., out) in bf16."""
@@ -55,6 +58,9 @@ class LoraLinear(nn.Linear):
         """Whether the weight is in fp8. Its product is rounded to bf16 before adapters are added."""
         self.scales: dict[str, float] = {}
         """By name of the adapters that this linear has."""
+        self.copy: Tensor | None
+        """The weight once more in fp8, used where FP8 is active; see fp8.add_copies. It is in no checkpoint."""
+        self.register_buffer("copy", None, persistent=False)
 
     def add(self, name: str, a: Tensor, b: Tensor, scale: float) -> None:
         """Adds factors (r, in) and (out, r) as frozen fp32 parameters beside the weight."""
@@ -89,13 +95,20 @@ class LoraLinear(nn.Linear):
             return self._base(input)
         a, b = (factor.to(input.dtype) for factor in factors)
         added = F.linear(F.linear(input, a), b)
-        if self.is_float8:
+        if self._float8() is not None:
             return self._base(input) + added
         # addmm adds before it rounds; it takes matrices only, so the leading dimensions are flattened.
         return torch.addmm(added.flatten(0, -2), input.flatten(0, -2), self.weight.t()).view(added.shape)
 
     def _base(self, input: Tensor) -> Tensor:
-        return Float8Matmul.apply(input, self.weight) if self.is_float8 else F.linear(input, self.weight)
+        weight = self._float8()
+        return F.linear(input, self.weight) if weight is None else Float8Matmul.apply(input, weight)
+
+    def _float8(self) -> Tensor | None:
+        """The weight to multiply by, if that is one in fp8."""
+        if self.is_float8:
+            return self.weight
+        return self.copy if FP8 in self.active else None
 
     def plain(self) -> nn.Linear:
         """The linear without adapters, with the same weight."""

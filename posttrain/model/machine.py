@@ -65,11 +65,11 @@ def check_cuda() -> None:
         )
 
 
-def check_fp8(device: torch.device) -> None:
+def check_fp8(device: torch.device, field: str) -> None:
     """Raises UserError for an NVIDIA GPU without fp8."""
     if torch.cuda.get_device_capability(device) < FP8:
         name = torch.cuda.get_device_name(device)
-        raise UserError(f"model.quantize: fp8: {name} has none; use a GPU of compute capability 8.9 or more, or null")
+        raise UserError(f"{field}: fp8: {name} has none; use a GPU of compute capability 8.9 or more, or null")
 
 
 def check_memory(base: Base, tensors: Sequence[Weight], device: torch.device | None) -> None:

@@ -27,7 +27,7 @@ from posttrain.distributed import shards
 from posttrain.errors import UserError
 from posttrain.model import sampler
 from posttrain.model.architecture import fuses_text
-from posttrain.model.linears import LoraLinear
+from posttrain.model.linears import FP8, LoraLinear
 from posttrain.model.load import check_names
 
 TARGETS = ("to_q", "to_k", "to_v", "to_gate", "to_out.0", "ff.gate", "ff.up", "ff.down")
@@ -70,7 +70,7 @@ class Roles:
 
         It is not active or trainable yet. The text fusion is never adapted: its output is cached.
         """
-        if name in self.roles or name == STAGES or self._stored or not re.fullmatch(r"\w+", name):
+        if name in self.roles or name in (STAGES, FP8) or self._stored or not re.fullmatch(r"\w+", name):
             raise ValueError(f"role {name!r} exists already, stands beside one of all weights, or is not a word")
         if unknown := [target for target in targets if target not in TARGETS]:
             known = ", ".join(TARGETS)
@@ -121,18 +121,22 @@ class Roles:
         self.roles[name] = None
 
     @contextlib.contextmanager
-    def role(self, name: str | None) -> Iterator[None]:
-        """Runs as this role, then restores the previous one. None is base and stack, which are the reference."""
+    def role(self, name: str | None, fp8: bool = False) -> Iterator[None]:
+        """Runs as this role, then restores the previous one. None is base and stack, which are the reference.
+
+        With `fp8`, linears multiply by their copies in fp8, where they have them (fp8.add_copies).
+        """
         if name is not None and name not in self.roles:
             raise ValueError(f"no role {name!r}; there are {sorted(self.roles)}")
         stack = [STAGES] if self.has_stack else []
-        with switched(self._active, stack if name is None else [*stack, name]):
+        names = stack if name is None else [*stack, name]
+        with switched(self._active, [*names, FP8] if fp8 else names):
             yield
 
     @property
     def active(self) -> str | None:
         """The role that the network runs as now; None: base and stack."""
-        return next((name for name in self._active if name != STAGES), None)
+        return next((name for name in self._active if name not in (STAGES, FP8)), None)
 
     @property
     def has_stack(self) -> bool:
