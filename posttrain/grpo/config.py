@@ -90,12 +90,21 @@ class GroupsConfig:
 
 @settings
 class RolloutConfig:
-    """When a step's images are drawn."""
+    """When and where a step's images are drawn."""
 
     ahead: Literal[0, 1] = 0
     """0: each step waits for its scores. 1: the images of the next step are drawn before this one's update, so that
     judges score them while the policy trains; they are then one update old, and the ratio is to the policy that drew
     them. Takes another copy of what is trained, 4 bytes a weight. Use 1 where `score_wait` is a good part of a step."""
+    gpus: AtLeast0 = 0
+    """Processes, one a GPU, that only draw, of those that the launcher starts; the others only train on what they drew.
+    0: each does both, which uses all GPUs evenly. Wants rollout.ahead 1, and neither FSDP2 nor ZeRO."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> RolloutConfig:
+        if self.gpus and not self.ahead:
+            raise refusal("gpus", "GPUs that only draw would wait for each update; set rollout.ahead: 1")
+        return self
 
 
 @settings

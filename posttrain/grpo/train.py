@@ -28,7 +28,7 @@ from torch import Tensor
 
 from posttrain.distributed.processes import Processes
 from posttrain.grpo import losses
-from posttrain.grpo.ahead import Drawn, Rollouts
+from posttrain.grpo.ahead import Drawn, Rollouts, roles
 from posttrain.grpo.config import GRPOConfig
 from posttrain.grpo.rollout import Trajectory, Transition, rollout
 from posttrain.model import flops, parallelize, sampler
@@ -67,6 +67,7 @@ class Group:
 def train(config: GRPOConfig, resume: bool = False) -> None:
     """Runs a recipe into its run directory. Raises UserError for mistakes that the user can correct."""
     procs = Processes(shardable=True)
+    roles(config, procs)  # refuses numbers that do not go together before anything is loaded
     resume = resuming(config, resume, procs)
     source, heldout = PromptSource(config, read_prompts(config.prompts.train)), read_prompts(config.prompts.heldout)
     try_rewards(config, heldout, source.records)
@@ -144,13 +145,15 @@ def updates(
     def draw(step: int) -> list[Group]:
         return sample(k2, config, step, source, queue, procs, micro_batch.size)
 
-    rollouts = Rollouts(draw, queue, stepper, config)
+    rollouts = Rollouts(draw, queue, stepper, config, procs)
     for step in steps:
         clock.start()
         scores: Scores | None = None
         metrics: dict[str, float | None] = {}
         for attempt in micro_batch.attempts(stepper):
-            drawn: Drawn | None = None  # lets go of the images of another step, or of an attempt that did not fit
+            # Lets go of the images of another step, or of an attempt that did not fit into memory.
+            drawn: Drawn | None = None
+            groups: list[Group] = []
             rollouts.retry()
             with attempt:
                 drawn = rollouts.of(step)
@@ -160,10 +163,11 @@ def updates(
                 scores = gather_scores(procs, own_scores, config.groups.group_size, places)
                 advantages_PG, metrics = score(config, scores, noise)
                 metrics["policy_age"] = stepper.updates - drawn.updates
+                groups = rollouts.to_train(drawn, costs_of(k2, config, step))
                 clock.lap("score")
-                stepper.remember()
+                rollouts.follow(step)
                 if metrics["missing"] != 1:
-                    metrics |= optimise(k2, config, drawn.groups, advantages_PG, stepper, procs, micro_batch.size)
+                    metrics |= optimise(k2, config, groups, advantages_PG, stepper, procs, micro_batch.size)
                 clock.lap("optimise")
         assert scores is not None
         rollouts.forget(step)
@@ -202,11 +206,11 @@ def sample(
     """This process's groups of a step. Their images are submitted for scoring as soon as they are decoded."""
     s, n = config.sampling, config.groups.prompts_per_step
     window, chosen = window_of(config, step), source.draw(step)
-    sizes = [_size(config, (step - 1) * n + g) for g in range(n)]
+    drawing, _ = roles(config, procs)
     groups = []
-    for g in procs.local_indices_by_cost(flops.of_sizes(k2, sizes)):
+    for g in procs.local_indices_by_cost(costs_of(k2, config, step), drawing):
         row = chosen[g]
-        height, width = size = sizes[g]
+        height, width = size = _size(config, (step - 1) * n + g)
         # One prompt at a time: in a batch its features would depend, within rounding, on the prompts beside it.
         text = Text.of([k2.fuse(k2.encode([row.prompt], config.prompts.max_tokens).features[0])])
         seeds = []
@@ -236,6 +240,12 @@ def window_of(config: GRPOConfig, step: int) -> range:
     elif start == "sliding":
         start = (step - 1) // s.window_every % starts
     return range(start, start + s.window)
+
+
+def costs_of(k2: K2, config: GRPOConfig, step: int) -> list[float]:
+    """What an image of each group of a step costs, relative to the others."""
+    first, n = (step - 1) * config.groups.prompts_per_step, config.groups.prompts_per_step
+    return flops.of_sizes(k2, [_size(config, first + g) for g in range(n)])
 
 
 def _size(config: GRPOConfig, index: int) -> tuple[int, int]:
