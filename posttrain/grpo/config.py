@@ -165,6 +165,9 @@ class GRPOConfig(TrainingConfig):
     def images_at_once(self) -> int:
         return self.groups.micro_batch
 
+    def copies(self) -> int:
+        return self.rollout.ahead  # the policy that has drawn the images at hand
+
     def metric_names(self) -> list[str]:
         # A reward of whole groups has a score only where evaluations draw groups.
         rewards = [reward.name for reward in self.rewards if self.eval.groups or not reward.group]

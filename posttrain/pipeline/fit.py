@@ -171,6 +171,7 @@ def _estimate(
         options.append("adamw8bit")
     rank = config.lora.rank if training else 0
     adapters = config.adapters if training else 1
+    stack += config.copies() * rank if training else 0  # a copy takes as much as an earlier stage's adapter
     height, width = max(sizes, key=lambda size: size[0] * size[1])
     tokens = images * ((height // 16) * (width // 16) + TEXT_TOKENS)  # one image token is 16 x 16 pixels
 

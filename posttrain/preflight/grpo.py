@@ -26,7 +26,8 @@ from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.grpo import train as grpo
-from posttrain.grpo.config import GRPOConfig
+from posttrain.grpo.ahead import roles
+from posttrain.grpo.config import GRPOConfig, RolloutConfig
 from posttrain.model.k2 import K2
 from posttrain.preflight.checks import Row, Skip, phase
 from posttrain.preflight.common import K2Checks
@@ -48,6 +49,7 @@ GROUPS = 2
 
 def rows(config: GRPOConfig, procs: Processes, folder: Path) -> list[Row]:
     """Raises UserError if nothing can be checked."""
+    roles(config, procs)  # refuses numbers that do not go together before anything is loaded
     source, heldout = PromptSource(config, read_prompts(config.prompts.train)), read_prompts(config.prompts.heldout)
     try_rewards(config, heldout, source.records)
     phase("the model is read")
@@ -79,7 +81,12 @@ class GRPOChecks(K2Checks):
         super().__init__(config, procs, k2, heldout, folder, size, batch, max_tokens, "groups.micro_batch")
         self.whole = config.groups.prompts_per_step
         few = min(self.whole, GROUPS * procs.size)
-        self.config = changed(config, groups=changed(config.groups, prompts_per_step=few))
+        self.rollout = config.rollout
+        # All processes draw and train here, one after the other, so that each part can be timed.
+        groups = changed(config.groups, prompts_per_step=few)
+        self.config = changed(
+            config, groups=groups, rollout=RolloutConfig(), loss=changed(config.loss, max_weight=None)
+        )
         self.source = PromptSource(self.config, source.records)
         self.groups: list[grpo.Group] = []
         self.scores: Scores | None = None
@@ -101,13 +108,28 @@ class GRPOChecks(K2Checks):
         self.check("update", self.update, together=True)
         self.check("KL gradient", self.kl_gradient)
         images = self.whole * self.config.groups.group_size
-        self.check("cost", lambda: self.cost(("sample", "score", "optimise"), images))
+        self.check("cost", lambda: self.cost(self._overlapped(), images))
         self.check("export", lambda: self.export(self._sampled()[0].record.prompt))
         return self.rows
 
     def _scaled(self, seconds: float) -> float:
         """Seconds of a part of the recipe's step, from those of the groups drawn here."""
         return seconds * self.whole / self.config.groups.prompts_per_step
+
+    def _overlapped(self) -> tuple[str, ...]:
+        """The parts of a step, with what `rollout` hides taken off their seconds."""
+        parts, gpus, size = ("sample", "score", "optimise"), self.rollout.gpus, self.procs.size
+        if not self.rollout.ahead or not {*parts} <= {*self.seconds}:
+            return parts
+        sample, score, optimise = (self.seconds[part] for part in parts)
+        if gpus:  # fewer processes for each, at the same time; judges are waited for after the longer one
+            sample, optimise = sample * size / gpus, optimise * size / (size - gpus)
+            score = max(0.0, score - max(0.0, optimise - sample))
+            sample = max(0.0, sample - optimise)
+        else:
+            score = max(0.0, score - sample - optimise)
+        self.seconds |= dict(zip(parts, (sample, score, optimise)))
+        return parts
 
     # ---- a step's images and scores -----------------------------------------------------------------------
 
