@@ -72,6 +72,8 @@ def test_all_weights_need_no_adapter():
         ("groups.prompts_per_step", 0, "use 1 or more"),
         ("groups.group_size", 1, "use 2 or more"),
         ("groups.micro_batch", 0, "use 1 or more"),
+        ("rollout.gpus", -1, "use 0 or more"),
+        ("loss.max_weight", 0.9, "use 1 or more"),
         ("pool.decay", 0.0, "use 0.01 to 1"),
         ("pool.explore", 0.0, "use 0.01 to 1"),
         ("pool.low_variance", 1.1, "use 0 to 1"),
@@ -218,6 +220,20 @@ def test_window_that_just_fits():
     config.sampling.window_start = 1
     with pytest.raises(ConfigError, match=r"sampling\.window_start"):
         validate(config)
+
+
+def test_drawing_ahead():
+    config = grpo()
+    config.loss.max_weight = 1.001
+    with pytest.raises(
+        ConfigError, match=r"loss\.max_weight: has no effect where all ratios are 1; set rollout\.ahead"
+    ):
+        validate(config)
+    config.rollout.gpus = 1
+    with pytest.raises(ConfigError, match=r"rollout\.gpus: .* would wait for each update; set rollout\.ahead: 1"):
+        validate(config)
+    config.rollout.ahead = 1
+    validate(config)
 
 
 def test_sliding_needs_a_window():

@@ -276,7 +276,7 @@ def test_copies_in_fp8_are_used_where_asked_for():
 
 @pytest.mark.parametrize("passes", [1, 2])
 def test_grpo_with_rollouts_in_fp8(tmp_path, model, passes):
-    """The ratio is exactly 1 in the first pass, though the drawn velocities were others; a second one clips as usual."""
+    """The ratio is exactly 1 in the first pass, though the drawn velocities were others; in a second it is not."""
     recipe = runs.config(tmp_path, model)
     recipe.model.dtype, recipe.rollout.quantize, recipe.optim.passes = "bfloat16", "fp8", passes
     grpo.train(recipe)

@@ -6,10 +6,10 @@ times the number of GPUs and, where gpu_tflops describes another GPU, the ratio 
 at the measured time a pixel. Not measured and left out: rewards, encoding of text and pairs, loading, checkpoints, and
 the loss between GPUs. Prompts are assumed to be as long as those of the measurement.
 
-Memory: the measured weights and the text encoder; 16 bytes for each adapter parameter more or less than measured; and
-the rest of the measured peak in proportion to image tokens in one forward. This assumes that the recipe recomputes as
-many blocks as the measurement did. Fused text lies in RAM: for an evaluation all of its prompts, for tdm as much as
-the limit of training/prompt_source.py allows.
+Memory: the measured weights and the text encoder; 16 bytes for each adapter parameter more or less than measured, and
+4 for each in a copy that the recipe keeps; and the rest of the measured peak in proportion to image tokens in one
+forward. This assumes that the recipe recomputes as many blocks as the measurement did. Fused text lies in RAM: for an
+evaluation all of its prompts, for tdm as much as the limit of training/prompt_source.py allows.
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ def plan(config: BenchConfig) -> str:
         f"Evaluation: {evaluation / 1e12:.4g} TFLOP, {evaluation_seconds:.3g} s, {evaluations} times",
         f"Run: {recipe.steps} steps, {total / 3600:.3g} hours, {total * config.gpus / 3600:.3g} GPU hours",
     ]
+    if isinstance(recipe, GRPOConfig) and recipe.rollout.gpus:
+        lines.append("rollout.gpus: not counted; the estimate assumes that all GPUs both draw and train")
     lines.append(_ram(recipe, shape, cost.text))
     if row["peak_gib"] is None:
         lines.append("Memory: not known, because it was measured on a CPU")
@@ -98,7 +100,7 @@ def _memory(
     encoder = 0.0 if settings.get("encode") else result["text_encoder_gib"] or 0.0
     base = row["weights_gib"] + encoder
     # fp32 weight, gradient and two moments
-    changed = 16 * (parameters - row["adapter_parameters"]) / 2**30
+    changed = (16 * (parameters - row["adapter_parameters"]) + 4 * recipe.copies() * parameters) / 2**30
     tokens = recipe.images_at_once() * max(map(cost.tokens, sizes))
     measured_tokens = settings["batch"] * cost.tokens(row["size"])
     activations = (row["peak_gib"] - row["weights_gib"]) * tokens / measured_tokens

@@ -22,6 +22,7 @@ from posttrain.config.sections import LoraConfig, ModelConfig, PromptsConfig, Tr
 from posttrain.distributed.processes import Processes
 from posttrain.expander.renderer import draw_in_batches
 from posttrain.grpo import train as grpo
+from posttrain.grpo import update
 from posttrain.grpo.config import GRPOConfig
 from posttrain.grpo.rollout import Trajectory, Transition, rollout
 from posttrain.model import sampler
@@ -169,7 +170,7 @@ class Steps:
         advantages_PG = torch.ones(self.procs.size, batch, device=self.k2.device)
         optimizer = self._stepper.optimizer
         lap("prepare")
-        grpo.gradient(self.k2, self._step_config, [group], advantages_PG, self.procs, self.config.batch)
+        update.gradient(self.k2, self._step_config, [group], advantages_PG, self.procs, self.config.batch)
         lap("step")
         optimizer.zero_grad(set_to_none=True)
 
@@ -231,9 +232,9 @@ class Steps:
                 self.k2, text, seeds, times, window, "flow", ETA, *self.size, self.config.batch, shared=shared
             )
 
-    def _group(self, trajectory: Trajectory, index: int) -> grpo.Group:
+    def _group(self, trajectory: Trajectory, index: int) -> update.Group:
         text, record = Text(self._fused(index)[None]), PromptRecord("")
-        return grpo.Group(self.procs.rank, record, text, self.size, trajectory)
+        return update.Group(self.procs.rank, record, text, self.size, trajectory)
 
     def latents(self, count: int, *index: int) -> Tensor:
         """(count, N, C) noise; the seeds follow from `index` and the process."""

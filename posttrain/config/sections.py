@@ -314,6 +314,10 @@ class TrainingConfig:
         """Images in one forward with gradients."""
         return 1
 
+    def copies(self) -> int:
+        """Copies of what is trained that a run keeps on the device, besides the average of optim.ema."""
+        return 0
+
     def metric_names(self) -> list[str]:
         """What eval.best and eval.stop.metric may name."""
         return metric_names.names([], self.eval.guidance, self.eval.groups)

@@ -108,13 +108,19 @@ class Processes:
         """Which of `count` items of equal cost are this process's."""
         return range(self.rank, count, self.size)
 
-    def local_indices_by_cost(self, costs: Sequence[float]) -> list[int]:
-        """Which of these items are this process's, the most expensive first; with equal costs as `local_indices`."""
+    def local_indices_by_cost(self, costs: Sequence[float], ranks: Sequence[int] | None = None) -> list[int]:
+        """Which of these items are this process's, the most expensive first; with equal costs as `local_indices`.
+
+        They are shared by these `ranks`; None: by all. Others have none.
+        """
+        ranks = range(self.size) if ranks is None else ranks
+        if self.rank not in ranks:
+            return []
         if self.sharded:
             # All processes go through the model together, and each pass lasts as long as its most expensive input:
             # similar costs in one pass are then worth more than equal sums.
             return by_cost(costs)[self.rank :: self.size]
-        return deal(costs, self.size)[self.rank]
+        return deal(costs, len(ranks))[ranks.index(self.rank)]
 
     def gather_in_order(self, own: Sequence[Any], places: Sequence[int] | None = None) -> list[Any]:
         """All processes' items in global order. `places`: the indices of this process's; None: `local_indices`."""

@@ -93,17 +93,25 @@ class GroupsConfig:
 
 @settings
 class RolloutConfig:
-    """When and in which precision a step's images are drawn."""
+    """When, where and in which precision a step's images are drawn."""
 
     ahead: Literal[0, 1] = 0
     """0: each step waits for its scores. 1: the images of the next step are drawn before this one's update, so that
     judges score them while the policy trains; they are then one update old, and the ratio is to the policy that drew
     them. Takes another copy of what is trained, 4 bytes a weight. Use 1 where `score_wait` is a good part of a step."""
-
+    gpus: AtLeast0 = 0
+    """Processes, one a GPU, that only draw, of those that the launcher starts; the others only train on what they drew.
+    0: each does both, which uses all GPUs evenly. Wants rollout.ahead 1, and neither FSDP2 nor ZeRO."""
     quantize: Literal["fp8"] | None = None
     """fp8: images are drawn with a copy of the base in fp8, through torchao: more images a second, half of the base's
     memory more. Log-probs are those of the exact policy, computed as it trains, so ratios are exact. `rollout_gap` says
     how far the drawn velocities are from its own."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> RolloutConfig:
+        if self.gpus and not self.ahead:
+            raise refusal("gpus", "GPUs that only draw would wait for each update; set rollout.ahead: 1")
+        return self
 
 
 @settings
@@ -163,6 +171,9 @@ class GRPOConfig(TrainingConfig):
 
     def images_at_once(self) -> int:
         return self.groups.micro_batch
+
+    def copies(self) -> int:
+        return self.rollout.ahead  # the policy that has drawn the images at hand
 
     def metric_names(self) -> list[str]:
         # A reward of whole groups has a score only where evaluations draw groups.

@@ -5,8 +5,21 @@ Legend: B samples of one SDE step. Everything is fp32, whatever the network runs
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
+
+Objective = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+"""(B,) log-ratios and (B,) advantages to a loss of each sample, and metrics."""
+
+
+def objective(clip_low: float, clip_high: float, max_weight: float | None) -> Objective:
+    """`clipped_policy`, or `weighted_policy` if there is a largest weight."""
+    if max_weight is not None:
+        return partial(weighted_policy, max_weight=max_weight)
+    return partial(clipped_policy, clip_low=clip_low, clip_high=clip_high)
 
 
 def clipped_policy(

@@ -20,17 +20,16 @@ Legend: P groups, G images of a group, K rewards, W stochastic steps, B images o
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from posttrain.distributed.processes import Processes
-from posttrain.grpo import losses
-from posttrain.grpo.ahead import Drawn, Rollouts
+from posttrain.grpo.ahead import Drawn, Rollouts, roles
 from posttrain.grpo.config import GRPOConfig
-from posttrain.grpo.rollout import Trajectory, Transition, rollout, root_mean_square
+from posttrain.grpo.rollout import rollout
+from posttrain.grpo.update import Group, optimise
 from posttrain.model import flops, parallelize, sampler
 from posttrain.model.fp8 import add_copies
 from posttrain.model.k2 import K2, Text, to_pil
@@ -44,8 +43,7 @@ from posttrain.training.oom_retry import MicroBatch
 from posttrain.training.policy import POLICY, add_policy, load_model
 from posttrain.training.prompt_source import PromptSource, warn_of_cut_prompts
 from posttrain.training.stepper import Clock, Stepper, check_ratio
-from posttrain.training.sums import total_of
-from prompts.records import PromptRecord, columns, read_prompts
+from prompts.records import columns, read_prompts
 from rewards.background import ScoreQueue
 from rewards.base import Noise, Reward, Scores
 from rewards.gates import apply_gates
@@ -53,21 +51,10 @@ from rewards.load import load_rewards, record
 from rewards.noise import noise_of
 
 
-@dataclass
-class Group:
-    """One prompt's images of one step."""
-
-    index: int
-    """Among all groups of the step, whichever process drew them."""
-    record: PromptRecord
-    text: Text
-    size: tuple[int, int]
-    trajectory: Trajectory
-
-
 def train(config: GRPOConfig, resume: bool = False) -> None:
     """Runs a recipe into its run directory. Raises UserError for mistakes that the user can correct."""
     procs = Processes(shardable=True)
+    roles(config, procs)  # refuses numbers that do not go together before anything is loaded
     resume = resuming(config, resume, procs)
     source, heldout = PromptSource(config, read_prompts(config.prompts.train)), read_prompts(config.prompts.heldout)
     try_rewards(config, heldout, source.records)
@@ -147,13 +134,15 @@ def updates(
     def draw(step: int) -> list[Group]:
         return sample(k2, config, step, source, queue, procs, micro_batch.size)
 
-    rollouts = Rollouts(draw, queue, stepper, config)
+    rollouts = Rollouts(draw, queue, stepper, config, procs)
     for step in steps:
         clock.start()
         scores: Scores | None = None
         metrics: dict[str, float | None] = {}
         for attempt in micro_batch.attempts(stepper):
-            drawn: Drawn | None = None  # lets go of the images of another step, or of an attempt that did not fit
+            # Lets go of the images of another step, or of an attempt that did not fit into memory.
+            drawn: Drawn | None = None
+            groups: list[Group] = []
             rollouts.retry()
             with attempt:
                 drawn = rollouts.of(step)
@@ -163,11 +152,12 @@ def updates(
                 scores = gather_scores(procs, own_scores, config.groups.group_size, places)
                 advantages_PG, metrics = score(config, scores, noise)
                 metrics["policy_age"] = stepper.updates - drawn.updates
+                groups = rollouts.to_train(drawn, costs_of(k2, config, step))
                 clock.lap("score")
-                stepper.remember()
+                rollouts.follow(step)
                 taught_P = taught(config, advantages_PG)
                 if metrics["missing"] != 1 and bool(taught_P.any()):
-                    groups = [group for group in drawn.groups if taught_P[group.index]]
+                    groups = [group for group in groups if taught_P[group.index]]
                     metrics |= optimise(k2, config, groups, advantages_PG, stepper, procs, micro_batch.size)
                 clock.lap("optimise")
         assert scores is not None
@@ -207,11 +197,11 @@ def sample(
     """This process's groups of a step. Their images are submitted for scoring as soon as they are decoded."""
     s, n = config.sampling, config.groups.prompts_per_step
     window, chosen = window_of(config, step), source.draw(step)
-    sizes = [_size(config, (step - 1) * n + g) for g in range(n)]
+    drawing, _ = roles(config, procs)
     groups = []
-    for g in procs.local_indices_by_cost(flops.of_sizes(k2, sizes)):
+    for g in procs.local_indices_by_cost(costs_of(k2, config, step), drawing):
         row = chosen[g]
-        height, width = size = sizes[g]
+        height, width = size = _size(config, (step - 1) * n + g)
         # One prompt at a time: in a batch its features would depend, within rounding, on the prompts beside it.
         text = Text.of([k2.fuse(k2.encode([row.prompt], config.prompts.max_tokens).features[0])])
         seeds = []
@@ -241,6 +231,12 @@ def window_of(config: GRPOConfig, step: int) -> range:
     elif start == "sliding":
         start = (step - 1) // s.window_every % starts
     return range(start, start + s.window)
+
+
+def costs_of(k2: K2, config: GRPOConfig, step: int) -> list[float]:
+    """What an image of each group of a step costs, relative to the others."""
+    first, n = (step - 1) * config.groups.prompts_per_step, config.groups.prompts_per_step
+    return flops.of_sizes(k2, [_size(config, first + g) for g in range(n)])
 
 
 def _size(config: GRPOConfig, index: int) -> tuple[int, int]:
@@ -297,119 +293,3 @@ def taught(config: GRPOConfig, advantages_PG: Tensor) -> Tensor:
     if config.groups.flat == "kl" and config.loss.kl > 0:
         return torch.ones(len(advantages_PG), dtype=torch.bool)
     return (advantages_PG != 0).any(1)
-
-
-# ---- optimise ---------------------------------------------------------------------------------------------
-
-
-def optimise(
-    k2: K2,
-    config: GRPOConfig,
-    groups: list[Group],
-    advantages_PG: Tensor,
-    stepper: Stepper,
-    procs: Processes,
-    micro_batch: int,
-) -> dict[str, float]:
-    """One or more updates on the groups of all processes; the reference is the weights that training began with."""
-    metrics: dict[str, float] = {}
-    first_error = 0.0
-    for i in range(config.optim.passes):
-        metrics = gradient(k2, config, groups, advantages_PG, procs, micro_batch, first=i == 0)
-        if i == 0:  # before the first update the policy is the one that drew the images, so every ratio is 1
-            first_error = metrics["ratio_error"]
-        procs.sum_gradients(stepper.parameters)
-        metrics["grad_norm"] = stepper.step()
-        metrics |= stepper.metrics()
-    return {**metrics, "ratio_error": first_error, "skipped_updates": stepper.skipped}
-
-
-def gradient(
-    k2: K2,
-    config: GRPOConfig,
-    groups: list[Group],
-    advantages_PG: Tensor,
-    procs: Processes,
-    micro_batch: int,
-    first: bool = True,
-) -> dict[str, float]:
-    """Adds the loss's gradient over these groups to the policy's, and returns metrics over the groups of all processes.
-
-    `first`: the policy has not been updated since it drew the groups.
-
-    The loss is a mean over the groups, images and stochastic steps of a whole step, whatever is in `groups`; the other
-    metrics are means over what is.
-    """
-    s = config.sampling
-    stochastic = s.steps - 1 if s.window is None else s.window
-    count = config.groups.prompts_per_step * stochastic * config.groups.group_size
-    collected: dict[str, list[Tensor]] = {}
-    for group in groups:
-        times = sampler.schedule(s.steps, k2.mu(*group.size))
-        guard = sampler.guard_weights(times, s.dynamics, s.eta) if config.loss.ratio == "guard" else None
-        advantages_G = advantages_PG[group.index]
-        for move in group.trajectory.transitions:  # the stochastic steps alone have a likelihood
-            weight = 1.0 if guard is None else float(guard[move.index])
-            for rows, part in move.parts(micro_batch):
-                loss_B, parts = _part_loss(k2, config, group, part, advantages_G[rows], times, first)
-                loss_B = weight * loss_B  # the KL's term too, so that loss.kl means the same at every step
-                parts["loss"] = loss_B.detach().sum()
-                parts["images"] = torch.tensor(float(len(loss_B)))
-                with k2.role(POLICY):
-                    # Of images that share x this is one backward, with the sum of their weights.
-                    (loss_B.sum() / count).backward()
-                for name, value in parts.items():  # not added up here, which would wait for the device each time
-                    collected.setdefault(name, []).append(value)
-    worst = collected.pop("worst", [])
-    totals = {name: total_of(values) for name, values in collected.items()}
-    if worst:
-        totals["worst"] = float(torch.stack(worst).max())
-    return _over_processes(totals, count, procs)
-
-
-def _part_loss(
-    k2: K2, config: GRPOConfig, group: Group, part: Transition, advantages_B: Tensor, times: Tensor, first: bool
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """(B,) loss of these images at this step, and metrics as sums over them."""
-    s, loss = config.sampling, config.loss
-    with k2.role(POLICY):
-        v = k2.velocity(part.x, part.t, group.text, *group.size)
-    mean, std = sampler.sde_moments(part.x, v, part.t, part.t_next, s.dynamics, s.eta, times[1])
-    gap = part.restate(mean, std) if first and config.rollout.quantize else None
-    log_ratio = _log_ratio(config, part, mean, std)
-    if loss.max_weight is None:
-        loss_B, metrics = losses.clipped_policy(log_ratio, advantages_B, loss.clip_low, loss.clip_high)
-    else:
-        loss_B, metrics = losses.weighted_policy(log_ratio, advantages_B, loss.max_weight)
-    if gap is not None:
-        of_mean = sampler.kl_coefficient(part.t, part.t_next, s.dynamics, s.eta, times[1]).abs().to(gap)
-        metrics["rollout_gap"] = (gap / of_mean / root_mean_square(v.detach())).expand_as(loss_B).sum()
-    if loss.kl > 0:
-        with torch.no_grad(), k2.role(None):
-            reference = k2.velocity(part.x, part.t, group.text, *group.size)
-        kl_B = losses.velocity_kl(v, reference).expand_as(loss_B)
-        loss_B = loss_B + loss.kl * kl_B
-        metrics["kl"] = kl_B.detach().sum()
-    metrics["worst"] = log_ratio.detach().exp().sub(1).abs().max()
-    return loss_B, metrics
-
-
-def _log_ratio(config: GRPOConfig, move: Transition, mean: Tensor, std: Tensor) -> Tensor:
-    """(B,) of the policy with these moments to the one that took the step, GRPO-Guard's or the plain one."""
-    if config.loss.ratio == "guard":
-        return sampler.guard_log_ratio(move.x_next, move.mean, mean, std)
-    return sampler.log_prob(move.x_next, mean, std) - move.log_prob
-
-
-def _over_processes(totals: Mapping[str, float], count: int, procs: Processes) -> dict[str, float]:
-    """Metrics from the sums that each process has of its groups; one that has no group has none."""
-    gathered = procs.all_gather(dict(totals))
-    parts = [part for part in gathered if part]
-    worst = max(part.pop("worst") for part in parts)
-    total = {name: sum(part[name] for part in parts) for name in parts[0]}
-    images, loss = total.pop("images"), total.pop("loss")
-    average = {name: value / images for name, value in total.items()}
-    # Log-ratios lie around 0, so the difference of their moments is accurate; that of ratios around 1 would not be.
-    mean, square = average.pop("log_ratio"), average.pop("log_ratio_square")
-    average["log_ratio_std"] = max(0.0, square - mean**2) ** 0.5
-    return {**average, "loss": loss / count, "ratio_error": worst}

@@ -40,6 +40,9 @@ def processes(launch: Sequence[str]) -> tuple[int, int]:
 def check_processes(stage: Stage, count: int) -> None:
     """Raises UserError if the work does not divide by `count` processes; the stage itself would fail only later."""
     config = stage.config
+    if stage.command == "grpo" and config.rollout.gpus >= count:
+        gpus = config.rollout.gpus
+        raise UserError(f"stage {stage.name}: rollout.gpus: is {gpus} of {count} processes, which leaves none to train")
     if stage.command == "expander sft" and config.batch % (config.micro_batch * count):
         raise UserError(
             f"stage {stage.name}: batch: {config.batch} is not a multiple of micro_batch times {count} processes"
@@ -171,6 +174,7 @@ def _estimate(
         options.append("adamw8bit")
     rank = config.lora.rank if training else 0
     adapters = config.adapters if training else 1
+    stack += config.copies() * rank if training else 0  # a copy takes as much as an earlier stage's adapter
     height, width = max(sizes, key=lambda size: size[0] * size[1])
     tokens = images * ((height // 16) * (width // 16) + TEXT_TOKENS)  # one image token is 16 x 16 pixels
 

@@ -26,7 +26,9 @@ from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.grpo import train as grpo
-from posttrain.grpo.config import GRPOConfig
+from posttrain.grpo import update
+from posttrain.grpo.ahead import roles
+from posttrain.grpo.config import GRPOConfig, RolloutConfig
 from posttrain.model.k2 import K2
 from posttrain.preflight.checks import Row, Skip, phase
 from posttrain.preflight.common import K2Checks
@@ -48,6 +50,7 @@ GROUPS = 2
 
 def rows(config: GRPOConfig, procs: Processes, folder: Path) -> list[Row]:
     """Raises UserError if nothing can be checked."""
+    roles(config, procs)  # refuses numbers that do not go together before anything is loaded
     source, heldout = PromptSource(config, read_prompts(config.prompts.train)), read_prompts(config.prompts.heldout)
     try_rewards(config, heldout, source.records)
     phase("the model is read")
@@ -79,9 +82,14 @@ class GRPOChecks(K2Checks):
         super().__init__(config, procs, k2, heldout, folder, size, batch, max_tokens, "groups.micro_batch")
         self.whole = config.groups.prompts_per_step
         few = min(self.whole, GROUPS * procs.size)
-        self.config = changed(config, groups=changed(config.groups, prompts_per_step=few))
+        self.rollout = config.rollout
+        # All processes draw and train here, one after the other, so that each part can be timed.
+        groups = changed(config.groups, prompts_per_step=few)
+        self.config = changed(
+            config, groups=groups, rollout=RolloutConfig(), loss=changed(config.loss, max_weight=None)
+        )
         self.source = PromptSource(self.config, source.records)
-        self.groups: list[grpo.Group] = []
+        self.groups: list[update.Group] = []
         self.scores: Scores | None = None
 
     def run(self) -> list[Row]:
@@ -101,13 +109,28 @@ class GRPOChecks(K2Checks):
         self.check("update", self.update, together=True)
         self.check("KL gradient", self.kl_gradient)
         images = self.whole * self.config.groups.group_size
-        self.check("cost", lambda: self.cost(("sample", "score", "optimise"), images))
+        self.check("cost", lambda: self.cost(self._overlapped(), images))
         self.check("export", lambda: self.export(self._sampled()[0].record.prompt))
         return self.rows
 
     def _scaled(self, seconds: float) -> float:
         """Seconds of a part of the recipe's step, from those of the groups drawn here."""
         return seconds * self.whole / self.config.groups.prompts_per_step
+
+    def _overlapped(self) -> tuple[str, ...]:
+        """The parts of a step, with what `rollout` hides taken off their seconds."""
+        parts, gpus, size = ("sample", "score", "optimise"), self.rollout.gpus, self.procs.size
+        if not self.rollout.ahead or not {*parts} <= {*self.seconds}:
+            return parts
+        sample, score, optimise = (self.seconds[part] for part in parts)
+        if gpus:  # fewer processes for each, at the same time; judges are waited for after the longer one
+            sample, optimise = sample * size / gpus, optimise * size / (size - gpus)
+            score = max(0.0, score - max(0.0, optimise - sample))
+            sample = max(0.0, sample - optimise)
+        else:
+            score = max(0.0, score - sample - optimise)
+        self.seconds |= dict(zip(parts, (sample, score, optimise)))
+        return parts
 
     # ---- a step's images and scores -----------------------------------------------------------------------
 
@@ -240,7 +263,7 @@ class GRPOChecks(K2Checks):
         rows, part = next(move.parts(few))
         group = replace(group, index=0, trajectory=replace(group.trajectory, transitions=[part]))
         config = changed(self.config, loss=changed(self.config.loss, kl=kl))
-        grpo.gradient(self.k2, config, [group], advantages_G[None, rows], self.alone, few)
+        update.gradient(self.k2, config, [group], advantages_G[None, rows], self.alone, few)
         norms = [p.grad.norm() for p in self.stepper.parameters if p.grad is not None]
         self.stepper.optimizer.zero_grad(set_to_none=True)  # the update after it starts from no gradient
         norm = float(torch.stack(norms).norm()) if norms else 0.0
@@ -273,7 +296,7 @@ class GRPOChecks(K2Checks):
         move = group.trajectory.transitions[0]
         return self.velocities(move.x[:1], move.t, group.text, group.size)
 
-    def _sampled(self) -> list[grpo.Group]:
+    def _sampled(self) -> list[update.Group]:
         if self.procs.main and not self.groups:
             raise Skip("there are no images")
         return self.groups

@@ -169,6 +169,10 @@ def test_bench_and_plans(tmp_path, capsys, model):
     assert "| estimated, rank 4 | 24 GB | 48 GB | 80 GB | 141 GB |" in told
     assert "| grpo, 32 x 32 | 8; 0 again; no option;" in told
 
+    recipe.rollout.ahead, recipe.rollout.gpus = 1, 1
+    (tmp_path / "grpo.yaml").write_text(yaml.safe_dump(dataclasses.asdict(recipe)))
+    assert "rollout.gpus: not counted" in _plan(tmp_path, capsys, 2)
+
     result["rows"] = [row for row in result["rows"] if row["method"] != "grpo"]
     (tmp_path / "bench/bench.json").write_text(json.dumps(result))
     argv = ["bench", "--plan", str(tmp_path / "grpo.yaml"), "--measured", str(tmp_path / "bench/bench.json")]

@@ -1,6 +1,7 @@
 """Images that are drawn a step ahead, against loops written out, over kills, lack of memory and processes."""
 
 import json
+import os
 import threading
 from concurrent.futures import Future
 from pathlib import Path
@@ -23,6 +24,11 @@ from rewards.background import ScoreQueue
 from rewards.base import RewardSpec
 from rewards.load import load_rewards
 from tests.helpers import runs
+
+
+def rank(images, prompts):
+    """The process that has drawn them."""
+    return [float(os.environ["RANK"])] * len(images)
 
 
 @pytest.fixture
@@ -220,6 +226,43 @@ def test_two_processes_equal_one(command, config, tmp_path):
             assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
         a, b = (flat(runs.latest(run).tensors["adapter"]) for run in (one, other))
         assert (a - b).norm() < 1e-3 * a.norm()
+
+
+@pytest.mark.parametrize(("gpus", "processes"), [(1, 2), (2, 3), (1, 3)])
+def test_processes_that_only_draw_equal_one_that_does_both(command, config, tmp_path, gpus, processes):
+    """What is drawn and by which policy is the same within rounding. The second half of the run goes on with one process
+    alone."""
+    config.groups.prompts_per_step, config.pool.kind, config.optim.passes = 3, "adaptive", 2
+    config.sampling.sizes, config.checkpoint.every = [[32, 32], [16, 48]], 2
+    outputs = []
+    for name, first in (("one", (0, 1)), ("apart", (gpus, processes))):
+        config.output = str(tmp_path / name)
+        for steps, (drawing, count), resume in ((2, first, []), (4, (0, 1), ["--resume"])):
+            config.steps, config.rollout.gpus = steps, drawing
+            path = runs.recipe(config, tmp_path / "recipe.yaml")
+            result = command("grpo", "--config", path, *resume, processes=count)
+            assert result.returncode == 0, result.stderr[-3000:]
+        outputs.append(Path(config.output))
+    one, apart = outputs
+    for a, b in zip(runs.untimed(one), runs.untimed(apart), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
+    expected, got = (flat(runs.latest(run).tensors["adapter"]) for run in outputs)
+    assert (expected - got).norm() < 1e-3 * expected.norm()
+
+
+def test_who_draws_draws_all_and_trains_nothing(command, config, tmp_path):
+    config.rewards = [RewardSpec("by", "tests.grpo.test_ahead:rank")]
+    config.rollout.gpus, config.steps = 1, 2
+    result = command("grpo", "--config", runs.recipe(config, tmp_path / "recipe.yaml"), processes=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert [row["reward/by"] for row in runs.rows(config.output) if "missing" in row] == [1, 1]
+
+
+def test_too_many_that_only_draw(command, config, tmp_path):
+    config.rollout.gpus = 2
+    result = command("grpo", "--config", runs.recipe(config, tmp_path / "recipe.yaml"), processes=2)
+    assert result.returncode == 2 and "rollout.gpus: is 2 of 2 processes, which leaves none to train" in result.stderr
+    assert "Traceback" not in result.stderr and not Path(config.output).exists()
 
 
 def test_importance_weights(config):

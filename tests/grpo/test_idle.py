@@ -7,6 +7,7 @@ import pytest
 
 from posttrain.errors import UserError
 from posttrain.grpo import train as grpo
+from posttrain.grpo import update
 from posttrain.training.idle import WARN_AFTER, check_idle, count_idle, idle_reason
 from rewards.base import RewardSpec, Scores
 from tests.helpers import runs, tiny
@@ -76,13 +77,13 @@ def test_a_group_without_signal_is_left_out(flat, kl, left_out, tmp_path, model,
     config.groups.prompts_per_step, config.groups.flat, config.loss.kl = 3, flat, kl
     config.steps = 1
     trained: list[list[str]] = []
-    gradient = grpo.gradient
+    gradient = update.gradient
 
     def noted(k2, config, groups, *rest):
         trained.append([group.record.prompt for group in groups])
         return gradient(k2, config, groups, *rest)
 
-    monkeypatch.setattr(grpo, "gradient", noted)
+    monkeypatch.setattr(update, "gradient", noted)
     grpo.train(config)
     (row,) = [row for row in runs.rows(config.output) if "missing" in row]
     assert row["flat_groups"] == pytest.approx(1 / 3)

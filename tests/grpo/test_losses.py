@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from posttrain.grpo.losses import clipped_policy, velocity_kl
+from posttrain.grpo.losses import clipped_policy, velocity_kl, weighted_policy
 from posttrain.model import sampler
 
 
@@ -32,6 +32,27 @@ def test_clips_of_two_widths():
     log_ratio = torch.tensor([0.85, 1.25]).log()
     loss, _ = clipped_policy(log_ratio, torch.tensor([-1.0, 1.0]), 0.1, 0.3)
     assert loss.tolist() == pytest.approx([0.9, -1.25])  # -min(-.85, -.9) and -min(1.25, 1.25)
+
+
+def test_truncated_importance_weights():
+    """-w A log r, with w = min(r, 1.2) held constant: the gradient by log r is -w A, and in no direction 0."""
+    ratio, advantages = torch.tensor([1.3, 1.3, 0.7, 1.0]), torch.tensor([1.0, -1.0, 1.0, 2.0])
+    log_ratio = ratio.log().requires_grad_()
+    loss, metrics = weighted_policy(log_ratio, advantages, 1.2)
+    (gradient,) = torch.autograd.grad(loss.sum(), log_ratio)
+    assert gradient.tolist() == pytest.approx([-1.2, 1.2, -0.7, -2.0])
+    logs = [math.log(1.3), math.log(1.3), math.log(0.7), 0.0]
+    assert loss.tolist() == pytest.approx([-1.2 * logs[0], 1.2 * logs[1], -0.7 * logs[2], 0.0])
+    assert metrics["truncated"] == 2 and metrics["ratio"].item() == pytest.approx(4.3)
+    assert metrics["log_ratio"].item() == pytest.approx(sum(logs)) and not metrics["ratio"].requires_grad
+
+
+def test_where_all_ratios_are_one_weights_and_clips_have_one_gradient():
+    advantages, gradients = torch.tensor([1.0, -2.0]), []
+    for loss in (lambda r: clipped_policy(r, advantages, 0.1, 0.1), lambda r: weighted_policy(r, advantages, 1.0)):
+        log_ratio = torch.zeros(2, requires_grad=True)
+        gradients.append(torch.autograd.grad(loss(log_ratio)[0].sum(), log_ratio)[0])
+    assert torch.equal(*gradients)
 
 
 def test_metrics_are_sums():

@@ -83,6 +83,18 @@ def test_the_estimate_is_that_of_the_table_of_what_fits(capsys):
         assert memory[stage].endswith("with 2 blocks recomputed")
 
 
+def test_a_policy_that_is_kept_takes_memory(tmp_path, capsys):
+    """The copy of an adapter of rank 64 is as large as the adapter: 0.8 GiB."""
+    needs = []
+    for ahead in (0, 1):
+        settings = {"rollout.ahead": ahead, "model.recompute": 4, "lora": {"rank": 640}}  # ten times as much shows
+        stage = {"name": "grpo", "command": "grpo", "recipes": ["recipes/k2/grpo.yaml"], "set": settings}
+        (tmp_path / "p.yaml").write_text(json.dumps({"output": str(tmp_path / "out"), "stages": [stage]}))
+        dry(tmp_path / "p.yaml", "--gpu_gib", "200")
+        needs.append(int(re.search(r"about (\d+) GiB", capsys.readouterr().out)[1]))  # type: ignore[index]
+    assert needs[1] - needs[0] == 8
+
+
 def test_what_does_not_fit_is_a_failed_check(capsys):
     assert dry("recipes/k2/pipeline.yaml", "--gpu_gib", "40") == 1
     memory = capsys.readouterr().out.split("\n\n")[1].splitlines()
@@ -125,6 +137,7 @@ def test_a_run_begins_only_where_its_servers_can(tmp_path, capsys):
         ("grpo", {"servers": [{"name": "vlm", "model": "m", "urls": ["judges"]}]},
          "'judges' is not a URL: write http://HOST:PORT/v1"),
         ("grpo", {"groups.prompts_per_step": 2000}, "prompts.train: has 1024 prompts, but a step takes 2000"),
+        ("grpo", {"rollout.ahead": 1, "rollout.gpus": 7}, "rollout.gpus: is 7 of 7 processes, which leaves none to"),
         ("tdm", {"batch": 2000, "model.start": None}, "prompts.train: has 1024 prompts, but a step takes 2000"),
         ("expander_gdpo", {"groups.prompts_per_step": 8}, "8 is not divisible by 7 processes; use a multiple"),
         ("expander_gdpo", {"groups.micro_batch": 7}, "micro_batch: 7 does not divide the 32 expansions of a process"),

@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from posttrain import cli
 from posttrain.export import export
 from posttrain.grpo import losses
 from posttrain.grpo import train as grpo
+from posttrain.grpo.config import RolloutConfig
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
 from posttrain.preflight import grpo as preflight_grpo
+from posttrain.preflight.grpo import GRPOChecks
 from posttrain.training import advantages
 from posttrain.training.stepper import Stepper
 from rewards.base import Failure, RewardSpec
@@ -104,6 +107,31 @@ def test_sound_recipe(config, check):
     }.items():
         assert says in rows[name][1]
     assert "bit-identical" in rows["policy moves"][1]
+
+
+def test_a_recipe_that_draws_ahead(config, check):
+    """Each part is timed by itself, and what is hidden is not part of a step."""
+    config.rollout.ahead, config.loss.max_weight = 1, 1.001
+    rows = check(0)
+    assert list(rows) == ROWS and "max |ratio - 1| is" in rows["ratio is 1"][1]
+    assert "score 0.0, optimise" in rows["step"][1]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "seconds", "expected"),
+    [
+        (0, (3.0, 4.0, 2.0), (3.0, 0.0, 2.0)),  # 4 s of judging are hidden by 2 of training and 3 of drawing
+        (0, (3.0, 7.0, 2.0), (3.0, 2.0, 2.0)),
+        (1, (3.0, 4.0, 2.0), (2.0, 4.0, 4.0)),  # one draws for 6 s while one trains for 4, then the judges are awaited
+        (1, (1.0, 4.0, 2.0), (0.0, 2.0, 4.0)),  # one draws for 2 s, then 2 of judging are hidden
+    ],
+)
+def test_seconds_that_are_hidden(gpus, seconds, expected):
+    parts = ("sample", "score", "optimise")
+    checks = GRPOChecks.__new__(GRPOChecks)
+    checks.rollout, checks.seconds = RolloutConfig(ahead=1, gpus=gpus), dict(zip(parts, seconds))
+    checks.procs = SimpleNamespace(size=2)  # type: ignore[assignment]
+    assert checks._overlapped() == parts and tuple(checks.seconds.values()) == expected
 
 
 @pytest.mark.parametrize(("lora", "lr"), [(True, 1e-5), (False, 1e-6)])

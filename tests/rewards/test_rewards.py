@@ -303,6 +303,19 @@ def test_queue_keeps_order_and_hides_scoring():
         assert scores.waited_seconds == pytest.approx(0.4, abs=0.2)
 
 
+def test_queue_of_two_batches_at_once():
+    """Each is as long as its own scoring, though the second begins before the first is gathered."""
+    with ScoreQueue(load_rewards([spec("slow")])) as queue:
+        queue.submit([WHITE], ["a"])
+        first = queue.hand_over()
+        queue.submit([WHITE], ["b"])
+        second = queue.hand_over()
+        queue.drop()  # forgets nothing that was handed over
+        scores = [queue.gather(first), queue.gather(second)]
+    assert [s.scoring_seconds for s in scores] == pytest.approx([0.5, 1.0], abs=0.2)  # one call at a time
+    assert [s.waited_seconds for s in scores] == pytest.approx([0.5, 0.5], abs=0.2)
+
+
 def gate_scores(values: Any, valid: Any = True, failed: Any = False) -> Scores:
     values_NK = np.array(values, float)
     valid_NK = np.broadcast_to(valid, values_NK.shape) & np.ones_like(values_NK, bool)

@@ -1,0 +1,113 @@
+"""Seconds a step of GRPO on K2-nano with a slow judge: waited for, hidden by drawing ahead, and with one process that
+only draws, in turns.
+
+    python -m posttrain.nano.bench.ahead --output runs/bench-ahead       # on two cores: six minutes
+
+The judge takes `--seconds` an image and answers `--concurrency` images at a time, as a server elsewhere would: it
+sleeps, and takes nothing from the cores. A step's seconds are those of drawing, waiting and training; the first two
+steps of a run are left out. The table gives medians, and ratios of those.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from posttrain.nano.bench import common
+from posttrain.nano.world import oracles
+from prompts.parse import read_lines
+
+RECIPE = "recipes/nano/demo.yaml"
+LAUNCHER = "torch.distributed.run"
+WARM = 2
+"""Steps of a run that are not counted."""
+
+
+class SlowJudge:
+    """The demo's reward from a judge that takes its time."""
+
+    def __init__(self, seconds: float, concurrency: int):
+        self.seconds = seconds
+        self._places = asyncio.Semaphore(concurrency)
+
+    async def __call__(
+        self, images: Sequence[Any], prompts: Sequence[str], requirements: Sequence[list[str]]
+    ) -> list[float | None]:
+        await asyncio.gather(*[self._take() for _ in images])
+        return oracles.graded(images, prompts, requirements)
+
+    async def _take(self) -> None:
+        async with self._places:
+            await asyncio.sleep(self.seconds)
+
+
+def run(
+    jobs: common.Jobs, name: str, processes: int, cores: int, judge: dict[str, Any], options: Sequence[str]
+) -> list[dict[str, float]]:
+    """The metrics of each step but the first ones. Exits with the log's name if it failed."""
+    output = jobs.folder / name
+    reward = {"name": "graded", "function": {"class_path": "posttrain.nano.bench.ahead.SlowJudge", "init_args": judge}}
+    arguments = ["grpo", "--config", RECIPE, "--rewards", f"[{json.dumps(reward)}]", *options]
+    arguments += ["--output", str(output), "--eval.every", "0", "--eval.prompts", "8", "--eval.groups", "0"]
+    module = "posttrain.cli"
+    if processes > 1:
+        module, arguments = LAUNCHER, ["--nproc-per-node", str(processes), "-m", module, *arguments]
+    jobs(name, module, arguments, OMP_NUM_THREADS=str(max(1, cores // processes)), CUDA_VISIBLE_DEVICES="")
+    rows = [row for row in read_lines(output / "metrics.jsonl") if "seconds/sample" in row]
+    return rows[WARM:]
+
+
+def seconds_of(row: dict[str, float]) -> float:
+    return sum(value for name, value in row.items() if name.startswith("seconds/"))
+
+
+def table(rows: dict[str, list[dict[str, float]]]) -> str:
+    """Markdown: a line for each way, and how many times as fast as the first it is."""
+    seconds = {name: [seconds_of(row) for row in own] for name, own in rows.items()}
+    first = float(np.median(next(iter(seconds.values()))))
+    lines = []
+    for name, own in rows.items():
+        median = float(np.median(seconds[name]))
+        wait, spread = (float(np.median([row[key] for row in own])) for key in ("score_wait", "log_ratio_std"))
+        figures = [f"{median:.2f}", common.extent(seconds[name], ".2f"), f"{first / median:.2f}"]
+        lines.append([name, *figures, f"{wait:.2f}", f"{spread:.1e}"])
+    head = ["", "seconds a step", "least to most", "times as fast", "waits, s", "standard deviation of log-ratios"]
+    return common.markdown(head, lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=0.5, help="of the judge, for an image")
+    parser.add_argument("--concurrency", type=int, default=8, help="images that it judges at a time")
+    parser.add_argument("--cores", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each")
+    parser.add_argument("--steps", type=int, default=8, help="of a run")
+    parser.add_argument("--output", type=Path, required=True, help="a new directory")
+    args = parser.parse_args()
+    args.output.mkdir(parents=True)  # an earlier run's times would be read as this one's
+    jobs = common.Jobs(args.output.resolve())
+    judge = {"seconds": args.seconds, "concurrency": args.concurrency}
+    ways = {
+        "one process, waits": (1, []),
+        "one process, ahead": (1, ["--rollout.ahead", "1"]),
+        "two processes, wait": (2, []),
+        "two processes, ahead": (2, ["--rollout.ahead", "1"]),
+        "two processes, one only draws": (2, ["--rollout.ahead", "1", "--rollout.gpus", "1"]),
+    }
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    # In turns, so that a machine that slows down does so for all of them.
+    for turn in range(args.rounds):
+        for i, (name, (processes, options)) in enumerate(ways.items()):
+            options = [*options, "--steps", str(args.steps)]
+            rows[name] += run(jobs, f"run-{i}-{turn}", processes, args.cores, judge, options)
+    common.write(args.output, rows, table(rows))
+
+
+if __name__ == "__main__":
+    main()
