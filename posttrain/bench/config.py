@@ -63,7 +63,8 @@ class BenchConfig:
     plan: str | None = None
     """A recipe of stpo, grpo or tdm: measure nothing, and estimate its time and memory from measured."""
     measured: str | None = None
-    """The bench.json to plan from; null: the one in output."""
+    """What to plan from: a bench.json, or the name of a card whose measurements ship with the package (h200); null: the
+    bench.json in output, or h200 where there is none."""
     gpus: AtLeast1 = 1
     """Number of GPUs to plan for."""
     gpu_gib: Positive | None = None

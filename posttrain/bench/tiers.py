@@ -45,6 +45,8 @@ OPTIONS: tuple[tuple[str, ...], ...] = (
 )  # fmt: skip
 """In order of cost: first those that change no result, last those that change most."""
 MICRO_BATCHES = (8, 4, 2, 1)
+MULTIPLE = 16
+"""Pixels along one side of an image token of K2."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,42 @@ def need(
     return (used + max(training, decoding, encoding)) / GIB
 
 
+def options_of(config: Any) -> list[str]:
+    """Which of OPTIONS' parts a recipe has set."""
+    options = []
+    model, optim = getattr(config, "renderer", None) or config.model, getattr(config, "optim", None)
+    if "text_encoder" in getattr(model, "offload", []):
+        options.append("offload")
+    if getattr(model, "quantize", None):
+        options.append("fp8")
+    if getattr(optim, "kind", "adamw") == "adamw8bit":
+        options.append("adamw8bit")
+    return options
+
+
+def training_need(
+    parts: Parts, recipe: Any, size: Sequence[int], text: int, room: float, stack: int = 0,
+    block_bytes: float = BLOCK_BYTES,
+) -> tuple[float, int]:  # fmt: skip
+    """(GiB, blocks that must recompute their activations to need no more than `room` GiB) of a recipe that trains an
+    adapter, with images of (height, width) pixels. With `model.recompute` set, as many as it says."""
+    tokens = recipe.images_at_once() * ((size[0] // MULTIPLE) * (size[1] // MULTIPLE) + text)
+    if recipe.model.compile is False:
+        block_bytes *= UNCOMPILED
+    gib, fixed = 0.0, recipe.model.recompute
+    candidates = range(parts.blocks + 1) if fixed is None else [min(fixed, parts.blocks)]
+    for recomputed in candidates:
+        gib = need(
+            parts, options_of(recipe), recipe.adapters, recipe.lora.rank, tokens, size[0] * size[1], recomputed,
+            block_bytes, stack,
+        )  # fmt: skip
+        if gib <= room:
+            return gib, recomputed
+    return gib, candidates[-1]
+
+
 def fit(
-    parts: Parts, gpu_gib: float, adapters: int, rank: int, size: Sequence[int], text: int, multiple: int = 16,
+    parts: Parts, gpu_gib: float, adapters: int, rank: int, size: Sequence[int], text: int, multiple: int = MULTIPLE,
     block_bytes: float = BLOCK_BYTES,
 ) -> Fit | None:  # fmt: skip
     """The first of OPTIONS that fits, with the largest micro-batch and the fewest recomputed blocks; or None."""

@@ -155,36 +155,17 @@ def _estimate(
     """(GiB, number of blocks that must recompute their activations to need no more)."""
     from posttrain.bench import tiers
 
-    config, training = stage.config, stage.command in TRAINING
-    model = config.renderer if stage.command == "expander gdpo" else config.model
+    config = stage.config
     parts = tiers.parts_in(path) if Path(path).is_dir() else tiers.parts_of("k2")
-    # BLOCK_BYTES was measured on compiled blocks of K2; activations grow in proportion to the width
-    block_bytes = tiers.BLOCK_BYTES * parts.width / tiers.parts_of("k2").width
-    if getattr(model, "compile", None) is False:
-        block_bytes *= tiers.UNCOMPILED
-    options = []
-    if "text_encoder" in getattr(model, "offload", []):
-        options.append("offload")
-    if getattr(model, "quantize", None):
-        options.append("fp8")
-    if training and config.optim.kind == "adamw8bit":
-        options.append("adamw8bit")
-    rank = config.lora.rank if training else 0
-    adapters = config.adapters if training else 1
-    height, width = max(sizes, key=lambda size: size[0] * size[1])
-    tokens = images * ((height // 16) * (width // 16) + TEXT_TOKENS)  # one image token is 16 x 16 pixels
-
-    def need(recomputed: int) -> float:
-        return tiers.need(parts, options, adapters, rank, tokens, height * width, recomputed, block_bytes, stack)
-
-    if not training:  # without backward no block keeps activations
-        return need(parts.blocks), 0
-    fixed = getattr(model, "recompute", None)
-    candidates = range(parts.blocks + 1) if fixed is None else [fixed]
-    for recomputed in candidates:
-        if need(recomputed) <= room:
-            return need(recomputed), recomputed
-    return need(candidates[-1]), candidates[-1]
+    largest = max(sizes, key=lambda size: size[0] * size[1])
+    if stage.command in TRAINING:
+        # BLOCK_BYTES was measured on compiled blocks of K2; activations grow in proportion to the width
+        block_bytes = tiers.BLOCK_BYTES * parts.width / tiers.parts_of("k2").width
+        return tiers.training_need(parts, config, largest, TEXT_TOKENS, room, stack, block_bytes)
+    height, width = largest
+    tokens = images * ((height // tiers.MULTIPLE) * (width // tiers.MULTIPLE) + TEXT_TOKENS)
+    # without backward no block keeps activations
+    return tiers.need(parts, tiers.options_of(config), 1, 0, tokens, height * width, parts.blocks, stack=stack), 0
 
 
 def _forward(stage: Stage, stages: Sequence[Stage]) -> tuple[list[list[int]], int]:
