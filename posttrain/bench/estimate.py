@@ -123,9 +123,9 @@ def of_command(name: str, samples: float, steps: int, measurement: Measurement) 
     if not measured:
         return None
     seconds, own = measured["step_seconds"], math.ceil(samples)
-    note = f"scaled from whole steps of {measured['samples']} samples, its judge on the same GPU"
+    note = f"scaled from whole steps of {measured['samples']} samples, its judge on the same GPU; evaluations are not in it"
     if name == "expander sft":
-        note = f"scaled from whole steps of {measured['samples']} samples of a model of 3.6 B"
+        note = f"scaled from whole steps of {measured['samples']} samples of a model of 3.6 B; evaluations are not in it"
     start = measured["first_step_seconds"] - seconds
     return Estimate(start=start, step=seconds * own / measured["samples"], steps=steps, notes=[note])
 
@@ -144,7 +144,8 @@ def recomputed_blocks(recipe: Recipe, measurement: Measurement, gpus: GPUs, stac
     if gib is None:
         return lambda size: 0
     parts, room = parts_of(result["settings"]["scale"]), (1 - RESERVE) * gib
-    return lambda size: training_need(parts, recipe, size, result["settings"]["text"], room, stack)[1]
+    text = result["settings"]["text"]
+    return lambda size: training_need(parts, recipe, size, text, room, stack)[1]
 
 
 def _row(measurement: Measurement, method: str, size: Size | None = None) -> dict[str, Any]:

@@ -79,8 +79,8 @@ def memory(stage: Stage, stages: Sequence[Stage], gpu_gib: float, on_machine: in
     """
     if stage.command in SINGLE_PROCESS or stage.command == "expander sft":
         return None
-    taken = _taken_by_servers(stage, on_machine)
-    reserve = _reserve()
+    taken = taken_by_servers(stage, on_machine)
+    reserve = reserve_share()
     if taken + reserve >= 1:
         return f"no room: its servers take {taken:g} of a GPU that it trains on; set their gpus to others", False
     room = (1 - taken - reserve) * gpu_gib
@@ -95,7 +95,7 @@ def memory(stage: Stage, stages: Sequence[Stage], gpu_gib: float, on_machine: in
     sizes, images = _forward(stage, stages)
     if not sizes:
         return "not estimated because the size of its images is not known; set pairs.size", True
-    gib, recomputed = _estimate(stage, _base(stage, stages), sizes, images, room, _stacked_ranks(stage, stages))
+    gib, recomputed = _estimate(stage, base_of(stage, stages), sizes, images, room, stacked_ranks(stage, stages))
     text = "" if training else "at most "
     text += f"about {gib:.0f} GiB {available}"
     if recomputed:
@@ -107,7 +107,7 @@ def memory(stage: Stage, stages: Sequence[Stage], gpu_gib: float, on_machine: in
     return text, gib <= room
 
 
-def _taken_by_servers(stage: Stage, on_machine: int) -> float:
+def taken_by_servers(stage: Stage, on_machine: int) -> float:
     """The largest share of a training GPU's memory, in [0, 1], that the stage's own servers take."""
     shares = []
     for gpu in range(on_machine):
@@ -117,13 +117,13 @@ def _taken_by_servers(stage: Stage, on_machine: int) -> float:
     return max(shares)
 
 
-def _reserve() -> float:
+def reserve_share() -> float:
     from posttrain.model.blocks import RESERVE  # here, because it imports torch and dry runs should start fast
 
     return RESERVE
 
 
-def _base(stage: Stage, stages: Sequence[Stage]) -> str:
+def base_of(stage: Stage, stages: Sequence[Stage]) -> str:
     """The directory or hub id of the stage's K2. An export that does not exist yet has the sizes of its base model."""
     if stage.command != "expander gdpo":
         return stage.config.model.path
@@ -135,18 +135,18 @@ def _base(stage: Stage, stages: Sequence[Stage]) -> str:
     return ""
 
 
-def _stage_named(name: str | None, stages: Sequence[Stage]) -> Stage | None:
+def stage_named(name: str | None, stages: Sequence[Stage]) -> Stage | None:
     return next((stage for stage in stages if stage.name == name), None)
 
 
-def _stacked_ranks(stage: Stage, stages: Sequence[Stage]) -> int:
+def stacked_ranks(stage: Stage, stages: Sequence[Stage]) -> int:
     """The sum of the ranks of earlier stages' adapters that this stage keeps in memory."""
-    maker = _stage_named(stage.reads.get("model.start"), stages)
+    maker = stage_named(stage.reads.get("model.start"), stages)
     # training all weights merges earlier adapters, so none stays in memory
     trains_all = stage.command in TRAINING and stage.config.lora is None
     if maker is None or maker.config.lora is None or trains_all:
         return 0
-    return maker.config.lora.rank + _stacked_ranks(maker, stages)
+    return maker.config.lora.rank + stacked_ranks(maker, stages)
 
 
 def _estimate(
@@ -177,6 +177,6 @@ def _forward(stage: Stage, stages: Sequence[Stage]) -> tuple[list[list[int]], in
         return config.sizes, config.micro_batch
     sizes = config.image_sizes()
     if not sizes:  # those of the images that an earlier stage draws
-        maker = _stage_named(stage.reads.get("pairs.train"), stages)
+        maker = stage_named(stage.reads.get("pairs.train"), stages)
         sizes = maker.config.sizes if maker else []
     return sizes, config.images_at_once()
