@@ -76,6 +76,8 @@ def of_training(recipe: Recipe, measurement: Measurement, gpus: GPUs, stack: int
     """`stack` is the sum of the ranks of earlier stages' adapters. Raises UserError for what cannot be planned."""
     if recipe.lora is None:
         raise UserError("lora: is null, but adapters were measured; plan with an adapter")
+    if recipe.model.sequence_parallel > 1:
+        raise UserError("model.sequence_parallel: was not measured; plan with 1")
     method = method_of(recipe)
     clock = _Clock(measurement, gpus)
     cost = cost_of(measurement, method, recipe.lora.rank, stack, recomputed_blocks(recipe, measurement, gpus, stack))

@@ -16,6 +16,7 @@ and the largest of the others must leave a tenth of the GPU free, as in model/bl
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -161,6 +162,7 @@ def training_need(
     """(GiB, blocks that must recompute their activations to need no more than `room` GiB) of a recipe that trains an
     adapter, with images of (height, width) pixels. With `model.recompute` set, as many as it says."""
     tokens = recipe.images_at_once() * ((size[0] // MULTIPLE) * (size[1] // MULTIPLE) + text)
+    tokens = math.ceil(tokens / recipe.model.sequence_parallel)
     if recipe.model.compile is False:
         block_bytes *= UNCOMPILED
     gib, fixed = 0.0, recipe.model.recompute

@@ -118,7 +118,7 @@ def test_groups_are_divided_whole(h200):
 def test_a_smaller_gpu_recomputes_and_takes_longer(h200):
     config = recipe("tdm", "--sizes", "[[1024, 1024]]", "--fake.warmup", "0")
     large, small = (of_training(config, h200, GPUs(gib=gib)) for gib in (1000, 80))
-    assert 1.15 < small.step / large.step < 1.4
+    assert 1.1 < small.step / large.step < 1.3  # 25 of 28 blocks, in two of some eleven forwards
     half = of_training(config, h200, GPUs(gib=1000, tflops=h200.row("tdm")["tflops"] / h200.row("tdm")["share"] / 2))
     assert half.step == pytest.approx(2 * large.step)
 
