@@ -125,9 +125,11 @@ def of_command(name: str, samples: float, steps: int, measurement: Measurement) 
     if not measured:
         return None
     seconds, own = measured["step_seconds"], math.ceil(samples)
-    note = f"scaled from whole steps of {measured['samples']} samples, its judge on the same GPU; evaluations are not in it"
+    note = f"scaled from whole steps of {measured['samples']} samples, judge on the same GPU; evaluations are not in it"
     if name == "expander sft":
-        note = f"scaled from whole steps of {measured['samples']} samples of a model of 3.6 B; evaluations are not in it"
+        note = (
+            f"scaled from whole steps of {measured['samples']} samples of a model of 3.6 B; evaluations are not in it"
+        )
     start = measured["first_step_seconds"] - seconds
     return Estimate(start=start, step=seconds * own / measured["samples"], steps=steps, notes=[note])
 
@@ -176,7 +178,9 @@ class _Clock:
         row = _row(self.measurement, method, size)
         pixels = size[0] * size[1]
         if work.flop and abs(row["size"][0] * row["size"][1] / pixels - 1) > 0.1:  # not sides that differ alone
-            self.note(f"{method} at {size[0]} x {size[1]} scaled from {row['size'][0]} x {row['size'][1]} by operations")
+            self.note(
+                f"{method} at {size[0]} x {size[1]} scaled from {row['size'][0]} x {row['size'][1]} by operations"
+            )
         seconds = work.flop / rate(row, self.gpus)
         drawn = _row(self.measurement, "rollout", size)
         decode = drawn["ms"]["decode"] / 1e3 / drawn["images"] / (drawn["size"][0] * drawn["size"][1])

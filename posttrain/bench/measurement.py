@@ -44,8 +44,7 @@ class Measurement:
         return self.result["environment"]["started"][:10]
 
     def row(self, method: str, size: Sequence[int] | None = None) -> dict[str, Any] | None:
-        """The row of a method at the size nearest to `size` in pixels (None: the first); None if it was not measured.
-        """
+        """The row of a method at the size nearest to `size` in pixels (None: the first); None without one."""
         rows = [row for row in self.result["rows"] if row["method"] == method and "failed" not in row]
         if size is None:
             return rows[0] if rows else None

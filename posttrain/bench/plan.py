@@ -76,7 +76,9 @@ def _memory(found: Measurement, recipe: Recipe, cost: Cost, gpus: GPUs) -> list[
     gib, recomputed = training_need(parts, recipe, largest, cost.text, (1 - RESERVE) * room)
     verdict = "fits" if gib <= (1 - RESERVE) * room else "does not fit: lower micro_batch, or use another option below"
     row = found.row(method_of(recipe)) or {}
-    table = tiers(parts, [method_of(recipe)], [largest], cost.rank, cost.text, row.get("block_bytes_a_token") or BLOCK_BYTES)
+    table = tiers(
+        parts, [method_of(recipe)], [largest], cost.rank, cost.text, row.get("block_bytes_a_token") or BLOCK_BYTES
+    )
     return [
         f"Memory: {gib:.3g} GiB of {room:.3g} on each GPU, a tenth of which stays free, with {recomputed} of"
         f" {parts.blocks} blocks recomputed; {verdict}",

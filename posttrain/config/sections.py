@@ -81,9 +81,9 @@ class ModelConfig(RuntimeConfig):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the frozen weights, and of the arithmetic. What is trained, latents and log-probs stay float32."""
     sequence_parallel: AtLeast1 = 1
-    """Processes (GPUs) that share the tokens of each sample in training, where images are too large for one; must divide
-    the number of processes and the model's heads. Blocks are not compiled then, and all are recomputed in backward
-    unless recompute says otherwise. Not where the model is sharded."""
+    """Processes (GPUs) that share the tokens of each sample in training, where images are too large for one. It must
+    divide the number of processes and the model's heads. Blocks are not compiled then, and all are recomputed in
+    backward unless recompute says otherwise. Not where the model is sharded."""
     allow_distilled: bool = False
     """Train a distilled checkpoint (Turbo, or a run of posttrain tdm as start) as if it were Raw. Losses over all noise
     levels blur what few steps draw: the order that works is to train Raw and to distil it last."""

@@ -108,9 +108,7 @@ class Processes:
 
     def share(self, size: int) -> None:
         """From now on, each `size` neighbouring processes do the same work, as one, whose messages are the first one's.
-
-        Gradients are summed over all: each process of a group has a part of the group's.
-        """
+        Gradients are summed over all: each process of a group has a part of the group's."""
         self.shared = size
 
     @property

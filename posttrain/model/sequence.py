@@ -41,7 +41,9 @@ def enable(k2: K2, procs: Processes) -> None:
     training's work as one process. Raises UserError for what does not go with it."""
     size = k2.sequence_parallel
     if procs.sharded:
-        raise UserError(f"model.sequence_parallel: {procs.engine} does not go with it; use 1, or recipes/launch/ddp.yaml")
+        raise UserError(
+            f"model.sequence_parallel: {procs.engine} does not go with it; use 1, or recipes/launch/ddp.yaml"
+        )
     if k2.blocks.compiled:
         raise UserError("model.compile: model.sequence_parallel does not go with it; leave it out")
     heads = k2.transformer.config["num_attention_heads"]
@@ -51,7 +53,9 @@ def enable(k2: K2, procs: Processes) -> None:
     # Processes must recompute the same blocks, as these exchange tokens, and each measures its own free memory.
     if k2.blocks.recompute is None:
         k2.blocks.recompute = len(architecture.blocks(k2.transformer))
-    mesh = init_device_mesh(procs.device.type, (procs.size // size, 1, size), mesh_dim_names=("data", "ring", "ulysses"))
+    mesh = init_device_mesh(
+        procs.device.type, (procs.size // size, 1, size), mesh_dim_names=("data", "ring", "ulysses")
+    )
     config = ParallelConfig(context_parallel_config=ContextParallelConfig(ulysses_degree=size))
     config.setup(procs.rank, procs.size, procs.device, mesh=mesh["ring", "ulysses"])
     tokens = SequenceParallel(mesh["ulysses"].get_group(), procs.rank % size, size)

@@ -39,8 +39,8 @@ class PipelineConfig:
     """Words that start a command of posttrain, such as [torchrun, --nproc-per-node, "8", -m, posttrain.cli], for all
     stages but export and expander data; none: this Python, one process."""
     gpu_gib: Positive | None = None
-    """Memory in GiB of each GPU, for the dry run, which estimates what each stage needs of it; null: none is, and time is
-    that of the measured GPU."""
+    """Memory in GiB of each GPU, for the dry run, which estimates what each stage needs of it. null: no need is
+    estimated, and time is that of the measured GPU."""
     price: Positive | None = None
     """Price of a GPU hour in any currency, for the dry run, which then prints each stage's cost; null: it does not."""
     measured: str | None = None

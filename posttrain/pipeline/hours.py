@@ -54,8 +54,8 @@ def describe(config: PipelineConfig, stages: Sequence[Stage]) -> str:
             )
     needs = {stage.name: need_of(config, stage, stages, found) for stage in stages}
     lines = [
-        f"Time{' and cost' if config.price else ''}, estimated from {found.card} measured on {found.date}; disk, counted."
-        " Without judges and the start of their servers:",
+        f"Time{' and cost' if config.price else ''}, estimated from {found.card} measured on {found.date}, without judges"
+        " and the start of their servers; disk, counted:",
         columns(_rows(config, needs)),
     ]
     for name, one in needs.items():

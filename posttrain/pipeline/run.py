@@ -1,6 +1,6 @@
 """Runs the stages of a pipeline in order, each in its own process, so that its memory is free for the next stage.
 
-    posttrain run recipes/nano/pipeline.yaml --dry-run    # checks settings, paths and memory, and prints the plan, hours and disk
+    posttrain run recipes/nano/pipeline.yaml --dry-run    # checks settings, paths and memory; prints the plan and hours
     posttrain run recipes/nano/pipeline.yaml
     posttrain run recipes/nano/pipeline.yaml --resume     # continues where it stopped, even inside a stage
 

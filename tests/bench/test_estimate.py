@@ -78,7 +78,12 @@ def test_tdm_counts_the_expected_trajectory():
     ("method", "words", "images", "within"),
     [
         ("grpo", ("--groups.prompts_per_step", "1"), 16, 0.01),
-        ("stpo", ("--batch", "4", "--loss.terms_every", "0", "--pairs.size", "[512, 512]"), 8, 0.02),  # making noise is no network work
+        (
+            "stpo",
+            ("--batch", "4", "--loss.terms_every", "0", "--pairs.size", "[512, 512]"),
+            8,
+            0.02,
+        ),  # making noise is no network work
         # The bench drew a few trajectories, a plan takes the expected ones.
         ("tdm", ("--batch", "8", "--sizes", "[[512, 512]]", "--fake.warmup", "0"), 8, 0.1),
     ],
