@@ -48,6 +48,8 @@ class BenchConfig:
     """Steps from noise to image."""
     window: AtLeast1 = 2
     """Stochastic steps of grpo, 1 to steps - 1; they begin at each place of the first half in turn."""
+    rollout_quantize: Literal["fp8"] | None = None
+    """rollout.quantize of grpo."""
     model: RuntimeConfig = field(default_factory=RuntimeConfig)
     """As in a recipe; stock keeps torch's attention and the exact weights."""
     optim: OptimConfig | None = None
@@ -63,7 +65,8 @@ class BenchConfig:
     plan: str | None = None
     """A recipe of stpo, grpo or tdm: measure nothing, and estimate its time and memory from measured."""
     measured: str | None = None
-    """The bench.json to plan from; null: the one in output."""
+    """What to plan from: a bench.json, or the name of a card whose measurements ship with the package (h200); null: the
+    bench.json in output, or h200 where there is none."""
     gpus: AtLeast1 = 1
     """Number of GPUs to plan for."""
     gpu_gib: Positive | None = None

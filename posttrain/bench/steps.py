@@ -26,6 +26,7 @@ from posttrain.grpo import update
 from posttrain.grpo.config import GRPOConfig
 from posttrain.grpo.rollout import Trajectory, Transition, rollout
 from posttrain.model import sampler
+from posttrain.model.fp8 import add_copies
 from posttrain.model.k2 import K2, Encoding, Text, to_pil
 from posttrain.stpo import train as stpo
 from posttrain.stpo.config import PairSetConfig, STPOConfig
@@ -300,6 +301,9 @@ class Steps:
         config.sampling.window_start, config.sampling.window_every = "sliding", 1  # starts at each place in turn
         config.groups.prompts_per_step, config.groups.group_size = self.procs.size, self.config.group
         config.groups.micro_batch = self.config.batch
+        if self.config.rollout_quantize is not None:
+            config.rollout.quantize = self.config.rollout_quantize
+            add_copies(self.k2, self.k2.device)
         return config
 
     @cached_property

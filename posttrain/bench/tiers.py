@@ -16,6 +16,7 @@ and the largest of the others must leave a tenth of the GPU free, as in model/bl
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -45,6 +46,8 @@ OPTIONS: tuple[tuple[str, ...], ...] = (
 )  # fmt: skip
 """In order of cost: first those that change no result, last those that change most."""
 MICRO_BATCHES = (8, 4, 2, 1)
+MULTIPLE = 16
+"""Pixels along one side of an image token of K2."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ def need(
     """GiB, by the formulas at the top: `tokens` of all samples of a forward, `pixels` of one image, `stack` the sum of
     the ranks of all earlier stages."""
     weights = 2 * parts.other_weights + (1 if "fp8" in options else 2) * parts.block_weights
+    weights += parts.block_weights if "fp8 rollouts" in options else 0
     aside = 2 * (parts.text_encoder + parts.vae)
     used = weights + (0 if "offload" in options else aside)
     moments = 2 if "adamw8bit" in options else 8
@@ -139,8 +143,46 @@ def need(
     return (used + max(training, decoding, encoding)) / GIB
 
 
+def options_of(config: Any) -> list[str]:
+    """Which of OPTIONS' parts a recipe has set, and "fp8 rollouts"."""
+    options = []
+    model, optim = getattr(config, "renderer", None) or config.model, getattr(config, "optim", None)
+    if "text_encoder" in getattr(model, "offload", []):
+        options.append("offload")
+    if getattr(model, "quantize", None):
+        options.append("fp8")
+    if getattr(getattr(config, "rollout", None), "quantize", None):
+        options.append("fp8 rollouts")
+    if getattr(optim, "kind", "adamw") == "adamw8bit":
+        options.append("adamw8bit")
+    return options
+
+
+def training_need(
+    parts: Parts, recipe: Any, size: Sequence[int], text: int, room: float, stack: int = 0,
+    block_bytes: float = BLOCK_BYTES,
+) -> tuple[float, int]:  # fmt: skip
+    """(GiB, blocks that must recompute their activations to need no more than `room` GiB) of a recipe that trains an
+    adapter, with images of (height, width) pixels. With `model.recompute` set, as many as it says."""
+    tokens = recipe.images_at_once() * ((size[0] // MULTIPLE) * (size[1] // MULTIPLE) + text)
+    tokens = math.ceil(tokens / recipe.model.sequence_parallel)
+    stack += recipe.copies() * recipe.lora.rank  # a copy takes as much as an earlier stage's adapter
+    if recipe.model.compile is False:
+        block_bytes *= UNCOMPILED
+    gib, fixed = 0.0, recipe.model.recompute
+    candidates = range(parts.blocks + 1) if fixed is None else [min(fixed, parts.blocks)]
+    for recomputed in candidates:
+        gib = need(
+            parts, options_of(recipe), recipe.adapters, recipe.lora.rank, tokens, size[0] * size[1], recomputed,
+            block_bytes, stack,
+        )  # fmt: skip
+        if gib <= room:
+            return gib, recomputed
+    return gib, candidates[-1]
+
+
 def fit(
-    parts: Parts, gpu_gib: float, adapters: int, rank: int, size: Sequence[int], text: int, multiple: int = 16,
+    parts: Parts, gpu_gib: float, adapters: int, rank: int, size: Sequence[int], text: int, multiple: int = MULTIPLE,
     block_bytes: float = BLOCK_BYTES,
 ) -> Fit | None:  # fmt: skip
     """The first of OPTIONS that fits, with the largest micro-batch and the fewest recomputed blocks; or None."""

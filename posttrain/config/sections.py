@@ -80,6 +80,10 @@ class ModelConfig(RuntimeConfig):
     that nothing of them is rounded; a run that trained all weights replaces the base's, in dtype."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the frozen weights, and of the arithmetic. What is trained, latents and log-probs stay float32."""
+    sequence_parallel: AtLeast1 = 1
+    """Processes (GPUs) that share the tokens of each sample in training, where images are too large for one. It must
+    divide the number of processes and the model's heads. Blocks are not compiled then, and all are recomputed in
+    backward unless recompute says otherwise. Not where the model is sharded."""
     allow_distilled: bool = False
     """Train a distilled checkpoint (Turbo, or a run of posttrain tdm as start) as if it were Raw. Losses over all noise
     levels blur what few steps draw: the order that works is to train Raw and to distil it last."""
@@ -90,6 +94,11 @@ class ModelConfig(RuntimeConfig):
         if self.quantize is not None and self.dtype != "bfloat16":
             raise refusal("quantize", f"fp8 multiplies in bfloat16, and model.dtype is {self.dtype}; change it")
         return self
+
+    def refuse_sequence_parallel(self, why: str) -> None:
+        """For commands that do not train, in their own check."""
+        if self.sequence_parallel > 1:
+            raise refusal("model.sequence_parallel", f"{why}; leave it out")
 
     def refuse_quantize(self, why: str) -> None:
         """For commands that need exact weights, in their own check."""

@@ -81,6 +81,8 @@ class Processes:
         self.main = self.rank == 0
         if not self.main:
             silence()
+        self.shared = 1
+        """How many neighbouring processes do the same work together; see `share`."""
         self.summed = False
         """Set when tensors are summed over processes."""
         self.engine = engine if self.size > 1 else None
@@ -101,26 +103,42 @@ class Processes:
     def alone(self) -> Processes:
         """This process as if it were the only one, for work that the others take no part in."""
         other = copy.copy(self)
-        other.rank, other.size, other.main = 0, 1, True
+        other.rank, other.size, other.shared, other.main = 0, 1, 1, True
         return other
+
+    def share(self, size: int) -> None:
+        """From now on, each `size` neighbouring processes do the same work, as one, whose messages are the first one's.
+        Gradients are summed over all: each process of a group has a part of the group's."""
+        self.shared = size
+
+    @property
+    def workers(self) -> int:
+        """Among how many work is divided."""
+        return self.size // self.shared
+
+    @property
+    def worker(self) -> int:
+        """Which of the workers this process belongs to."""
+        return self.rank // self.shared
 
     def local_indices(self, count: int) -> range:
         """Which of `count` items of equal cost are this process's."""
-        return range(self.rank, count, self.size)
+        return range(self.worker, count, self.workers)
 
     def local_indices_by_cost(self, costs: Sequence[float], ranks: Sequence[int] | None = None) -> list[int]:
         """Which of these items are this process's, the most expensive first; with equal costs as `local_indices`.
 
         They are shared by these `ranks`; None: by all. Others have none.
         """
-        ranks = range(self.size) if ranks is None else ranks
-        if self.rank not in ranks:
+        if ranks is not None and self.rank not in ranks:
             return []
         if self.sharded:
             # All processes go through the model together, and each pass lasts as long as its most expensive input:
             # similar costs in one pass are then worth more than equal sums.
             return by_cost(costs)[self.rank :: self.size]
-        return deal(costs, len(ranks))[ranks.index(self.rank)]
+        if ranks is not None:
+            return deal(costs, len(ranks))[ranks.index(self.rank)]
+        return deal(costs, self.workers)[self.worker]
 
     def gather_in_order(self, own: Sequence[Any], places: Sequence[int] | None = None) -> list[Any]:
         """All processes' items in global order. `places`: the indices of this process's; None: `local_indices`."""
@@ -129,14 +147,19 @@ class Processes:
         return [by_place[place] for place in sorted(by_place)]
 
     def places_of(self, places: Sequence[int] | None, count: int) -> Sequence[int]:
-        return [self.rank + i * self.size for i in range(count)] if places is None else places
+        return [self.worker + i * self.workers for i in range(count)] if places is None else places
 
     def owner(self, i: int) -> int:
-        """The process that has item `i` by `local_indices`."""
-        return i % self.size
+        """The process that has item `i` by `local_indices`; of a group that shares its work, the first."""
+        return i % self.workers * self.shared
 
     def all_gather(self, value: Any) -> list[Any]:
-        """All values, by rank. Raises OutOfMemoryElsewhere if a process has called `tell_out_of_memory`."""
+        """All values, by rank; of processes that share their work, the first one's. Raises OutOfMemoryElsewhere if a
+        process has called `tell_out_of_memory`."""
+        return self.by_rank(value)[:: self.shared]
+
+    def by_rank(self, value: Any) -> list[Any]:
+        """The values of all processes, otherwise as `all_gather`."""
         if self.size == 1 or self._messages is None:
             return [value]
         self.attend()
@@ -160,7 +183,7 @@ class Processes:
         received = {rank: value for rank, value in parcels.items() if rank == self.rank}
         if self.size == 1 or self._messages is None:
             return received
-        receivers = self.all_gather([rank for rank in sorted(parcels) if rank != self.rank])
+        receivers = self.by_rank([rank for rank in sorted(parcels) if rank != self.rank])
         with self._messages.exchange() as group:
             # All go through the deliveries in one order, so that no two processes wait for each other.
             for sender, receivers_of_sender in enumerate(receivers):
@@ -191,7 +214,7 @@ class Processes:
         return int(greatest)
 
     def any(self, flag: bool) -> bool:
-        return any(self.all_gather(flag))
+        return any(self.by_rank(flag))
 
     def means_of_sums(self, own: Mapping[str, float], count: int) -> dict[str, float]:
         """Means over `count` things from each process's sums; all must ask at once, and some may have no sums."""

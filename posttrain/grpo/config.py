@@ -198,6 +198,8 @@ class GRPOConfig(TrainingConfig):
         return self
 
     def _check_rollout(self) -> None:
+        if self.rollout.gpus and self.model.sequence_parallel > 1:
+            raise refusal("rollout.gpus", "does not go with model.sequence_parallel; leave one of them out")
         if self.rollout.quantize is None:
             return
         why = None

@@ -103,6 +103,7 @@ class K2(Roles):
         """The networks of the roles of `add_full_copy`, by name."""
         self.offloaded: dict[str, Offloaded] = {}
         """Parts that are on the device only while they are used, by name; see `offload.place`."""
+        self.sequence_parallel = 1  # processes that share a sample's tokens in training; see sequence.py
         self.origin: dict[str, Any] = {"base": None, "merged": []}
         """Fingerprint of the base, and the checkpoints that are stacked on it; see training/policy.py."""
         # Nothing is trained until a role is: a forgotten call cannot train the base.

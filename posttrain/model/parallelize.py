@@ -21,20 +21,22 @@ from posttrain.distributed import shards
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.log import log
-from posttrain.model import architecture, fsdp, zero
+from posttrain.model import architecture, fsdp, sequence, zero
 from posttrain.model.k2 import K2
 from posttrain.model.velocity import VelocityModel
 
 
 @contextlib.contextmanager
 def sharding(k2: K2, procs: Processes) -> Iterator[None]:
-    """Shards the networks of the roles that are added inside it, if the launcher asks for that. No role can be added
-    later.
+    """Shards the networks of the roles that are added inside it, if the launcher asks for that, or divides their tokens
+    over processes (`sequence_parallel`). No role can be added later.
     """
     # A role of all weights becomes fp32 while it is divided, block by block: one GPU could not hold all of it.
     k2.deferred = procs.sharded
     yield
-    if procs.sharded:
+    if k2.sequence_parallel > 1:
+        sequence.enable(k2, procs)
+    elif procs.sharded:
         _shard_all(k2, procs)
 
 

@@ -1,6 +1,9 @@
 """The network as a module: from fused text, latents and time to a velocity. Shapes as in k2.py."""
 
+from __future__ import annotations
+
 import contextlib
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import Krea2Pipeline, Krea2Transformer2DModel
@@ -8,6 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posttrain.model.blocks import Blocks
+
+if TYPE_CHECKING:
+    from posttrain.model.sequence import SequenceParallel
 
 
 class VelocityModel(nn.Module):
@@ -17,6 +23,8 @@ class VelocityModel(nn.Module):
         super().__init__()
         self.transformer = transformer
         self.blocks = blocks
+        self.sequence: SequenceParallel | None = None
+        """Divides tokens over processes; see sequence.py."""
         self._rope: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def forward(self, x: Tensor, t: Tensor, tokens: Tensor, mask: Tensor | None, grid: tuple[int, int]) -> Tensor:
@@ -31,8 +39,13 @@ class VelocityModel(nn.Module):
                 mask = torch.cat([mask, mask.new_ones(x.shape[:2])], dim=1)[:, None, None, :]
             rope = self._rotary(length, *grid, x.device)
             hidden = torch.cat([tokens, net.img_in(x)], dim=1)
+            total = hidden.shape[1]
+            if self.sequence is not None:
+                hidden, rope, mask = self.sequence.split(hidden, rope, mask)
             hidden = self.blocks(list(net.transformer_blocks), hidden, modulation, rope, mask)
-            return net.final_layer(hidden[:, length:], temb)
+            if self.sequence is None:
+                return net.final_layer(hidden[:, length:], temb)
+            return self.sequence.gather(net.final_layer(hidden, temb))[:, length:total]
 
     def _rotary(self, length: int, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
         # All text tokens have position 0: a table for a long text serves every shorter one by slicing.

@@ -39,7 +39,13 @@ class PipelineConfig:
     """Words that start a command of posttrain, such as [torchrun, --nproc-per-node, "8", -m, posttrain.cli], for all
     stages but export and expander data; none: this Python, one process."""
     gpu_gib: Positive | None = None
-    """Memory in GiB of each GPU, for the dry run, which estimates what each stage needs of it; null: none is."""
+    """Memory in GiB of each GPU, for the dry run, which estimates what each stage needs of it. null: no need is
+    estimated, and time is that of the measured GPU."""
+    price: Positive | None = None
+    """Price of a GPU hour in any currency, for the dry run, which then prints each stage's cost; null: it does not."""
+    measured: str | None = None
+    """Measurement that the dry run estimates hours from: a bench.json of posttrain bench, or the name of a card whose
+    measurements ship with the package; null: h200."""
     seed: AtLeast0 | None = None
     """Seed of every stage that has one, unless its `set` names another; null: as their recipes say."""
 

@@ -40,9 +40,6 @@ def processes(launch: Sequence[str]) -> tuple[int, int]:
 def check_processes(stage: Stage, count: int) -> None:
     """Raises UserError if the work does not divide by `count` processes; the stage itself would fail only later."""
     config = stage.config
-    if stage.command == "grpo" and config.rollout.gpus >= count:
-        gpus = config.rollout.gpus
-        raise UserError(f"stage {stage.name}: rollout.gpus: is {gpus} of {count} processes, which leaves none to train")
     if stage.command == "expander sft" and config.batch % (config.micro_batch * count):
         raise UserError(
             f"stage {stage.name}: batch: {config.batch} is not a multiple of micro_batch times {count} processes"
@@ -82,8 +79,8 @@ def memory(stage: Stage, stages: Sequence[Stage], gpu_gib: float, on_machine: in
     """
     if stage.command in SINGLE_PROCESS or stage.command == "expander sft":
         return None
-    taken = _taken_by_servers(stage, on_machine)
-    reserve = _reserve()
+    taken = taken_by_servers(stage, on_machine)
+    reserve = reserve_share()
     if taken + reserve >= 1:
         return f"no room: its servers take {taken:g} of a GPU that it trains on; set their gpus to others", False
     room = (1 - taken - reserve) * gpu_gib
@@ -98,7 +95,7 @@ def memory(stage: Stage, stages: Sequence[Stage], gpu_gib: float, on_machine: in
     sizes, images = _forward(stage, stages)
     if not sizes:
         return "not estimated because the size of its images is not known; set pairs.size", True
-    gib, recomputed = _estimate(stage, _base(stage, stages), sizes, images, room, _stacked_ranks(stage, stages))
+    gib, recomputed = _estimate(stage, base_of(stage, stages), sizes, images, room, stacked_ranks(stage, stages))
     text = "" if training else "at most "
     text += f"about {gib:.0f} GiB {available}"
     if recomputed:
@@ -110,7 +107,7 @@ def memory(stage: Stage, stages: Sequence[Stage], gpu_gib: float, on_machine: in
     return text, gib <= room
 
 
-def _taken_by_servers(stage: Stage, on_machine: int) -> float:
+def taken_by_servers(stage: Stage, on_machine: int) -> float:
     """The largest share of a training GPU's memory, in [0, 1], that the stage's own servers take."""
     shares = []
     for gpu in range(on_machine):
@@ -120,13 +117,13 @@ def _taken_by_servers(stage: Stage, on_machine: int) -> float:
     return max(shares)
 
 
-def _reserve() -> float:
+def reserve_share() -> float:
     from posttrain.model.blocks import RESERVE  # here, because it imports torch and dry runs should start fast
 
     return RESERVE
 
 
-def _base(stage: Stage, stages: Sequence[Stage]) -> str:
+def base_of(stage: Stage, stages: Sequence[Stage]) -> str:
     """The directory or hub id of the stage's K2. An export that does not exist yet has the sizes of its base model."""
     if stage.command != "expander gdpo":
         return stage.config.model.path
@@ -138,18 +135,18 @@ def _base(stage: Stage, stages: Sequence[Stage]) -> str:
     return ""
 
 
-def _stage_named(name: str | None, stages: Sequence[Stage]) -> Stage | None:
+def stage_named(name: str | None, stages: Sequence[Stage]) -> Stage | None:
     return next((stage for stage in stages if stage.name == name), None)
 
 
-def _stacked_ranks(stage: Stage, stages: Sequence[Stage]) -> int:
+def stacked_ranks(stage: Stage, stages: Sequence[Stage]) -> int:
     """The sum of the ranks of earlier stages' adapters that this stage keeps in memory."""
-    maker = _stage_named(stage.reads.get("model.start"), stages)
+    maker = stage_named(stage.reads.get("model.start"), stages)
     # training all weights merges earlier adapters, so none stays in memory
     trains_all = stage.command in TRAINING and stage.config.lora is None
     if maker is None or maker.config.lora is None or trains_all:
         return 0
-    return maker.config.lora.rank + _stacked_ranks(maker, stages)
+    return maker.config.lora.rank + stacked_ranks(maker, stages)
 
 
 def _estimate(
@@ -158,37 +155,17 @@ def _estimate(
     """(GiB, number of blocks that must recompute their activations to need no more)."""
     from posttrain.bench import tiers
 
-    config, training = stage.config, stage.command in TRAINING
-    model = config.renderer if stage.command == "expander gdpo" else config.model
+    config = stage.config
     parts = tiers.parts_in(path) if Path(path).is_dir() else tiers.parts_of("k2")
-    # BLOCK_BYTES was measured on compiled blocks of K2; activations grow in proportion to the width
-    block_bytes = tiers.BLOCK_BYTES * parts.width / tiers.parts_of("k2").width
-    if getattr(model, "compile", None) is False:
-        block_bytes *= tiers.UNCOMPILED
-    options = []
-    if "text_encoder" in getattr(model, "offload", []):
-        options.append("offload")
-    if getattr(model, "quantize", None):
-        options.append("fp8")
-    if training and config.optim.kind == "adamw8bit":
-        options.append("adamw8bit")
-    rank = config.lora.rank if training else 0
-    adapters = config.adapters if training else 1
-    stack += config.copies() * rank if training else 0  # a copy takes as much as an earlier stage's adapter
-    height, width = max(sizes, key=lambda size: size[0] * size[1])
-    tokens = images * ((height // 16) * (width // 16) + TEXT_TOKENS)  # one image token is 16 x 16 pixels
-
-    def need(recomputed: int) -> float:
-        return tiers.need(parts, options, adapters, rank, tokens, height * width, recomputed, block_bytes, stack)
-
-    if not training:  # without backward no block keeps activations
-        return need(parts.blocks), 0
-    fixed = getattr(model, "recompute", None)
-    candidates = range(parts.blocks + 1) if fixed is None else [fixed]
-    for recomputed in candidates:
-        if need(recomputed) <= room:
-            return need(recomputed), recomputed
-    return need(candidates[-1]), candidates[-1]
+    largest = max(sizes, key=lambda size: size[0] * size[1])
+    if stage.command in TRAINING:
+        # BLOCK_BYTES was measured on compiled blocks of K2; activations grow in proportion to the width
+        block_bytes = tiers.BLOCK_BYTES * parts.width / tiers.parts_of("k2").width
+        return tiers.training_need(parts, config, largest, TEXT_TOKENS, room, stack, block_bytes)
+    height, width = largest
+    tokens = images * ((height // tiers.MULTIPLE) * (width // tiers.MULTIPLE) + TEXT_TOKENS)
+    # without backward no block keeps activations
+    return tiers.need(parts, tiers.options_of(config), 1, 0, tokens, height * width, parts.blocks, stack=stack), 0
 
 
 def _forward(stage: Stage, stages: Sequence[Stage]) -> tuple[list[list[int]], int]:
@@ -200,6 +177,6 @@ def _forward(stage: Stage, stages: Sequence[Stage]) -> tuple[list[list[int]], in
         return config.sizes, config.micro_batch
     sizes = config.image_sizes()
     if not sizes:  # those of the images that an earlier stage draws
-        maker = _stage_named(stage.reads.get("pairs.train"), stages)
+        maker = stage_named(stage.reads.get("pairs.train"), stages)
         sizes = maker.config.sizes if maker else []
     return sizes, config.images_at_once()

@@ -1,6 +1,6 @@
 """Runs the stages of a pipeline in order, each in its own process, so that its memory is free for the next stage.
 
-    posttrain run recipes/nano/pipeline.yaml --dry-run    # checks settings, paths and memory, and prints the plan
+    posttrain run recipes/nano/pipeline.yaml --dry-run    # checks settings, paths and memory; prints the plan and hours
     posttrain run recipes/nano/pipeline.yaml
     posttrain run recipes/nano/pipeline.yaml --resume     # continues where it stopped, even inside a stage
 
@@ -35,6 +35,7 @@ from posttrain.log import log
 from posttrain.pipeline.config import PipelineConfig
 from posttrain.pipeline.fit import SINGLE_PROCESS, check_processes, memory, missing_requirements, processes
 from posttrain.pipeline.gains import read_json
+from posttrain.pipeline.hours import describe
 from posttrain.pipeline.plan import TRAINING, Stage, resolve
 from posttrain.pipeline.report import write_index
 from posttrain.runs.files import replace_text
@@ -69,6 +70,7 @@ def carry_out(config: PipelineConfig, resume: bool = False, dry_run: bool = Fals
     if dry_run:
         # a plan may be checked on a laptop, so what this machine lacks is only reported
         print(plan(stages, state))
+        print(f"\n{describe(config, stages)}")
         return _print_fit(config, stages, missing, on_machine)
     for text, name in missing.items():
         raise UserError(f"stage {name}: {text}")

@@ -170,7 +170,7 @@ class GRPOChecks(K2Checks):
             error = str(raised)
         remedy = "fix the reward: too many failures stop a run"
         # All processes have to know of an error: the others would wait in the next exchange.
-        if errors := [error for error in self.procs.all_gather(error) if error]:
+        if errors := [error for error in self.procs.by_rank(error) if error]:
             yield Row("missing scores", False, errors[0], remedy)
             return
         places = [group.index for group in self.groups]

@@ -20,12 +20,15 @@ from typing import Any
 
 from posttrain import commands
 from posttrain.distributed.processes import Processes
+from posttrain.errors import UserError
 from posttrain.preflight.checks import phase, show
 
 
 def preflight(config: Any) -> int:
     """Prints the table and returns the exit code. Raises UserError if nothing can be checked."""
     procs = Processes()
+    if getattr(config.model, "sequence_parallel", 1) > 1:
+        raise UserError("model.sequence_parallel: preflight takes whole samples; check with 1, at a size that fits")
     name, _ = commands.of(config)
     method = name.removeprefix("expander ")
     if not procs.main and method != "grpo":

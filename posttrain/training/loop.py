@@ -229,7 +229,7 @@ class Training:
 
     def health(self) -> dict[str, float | None]:
         """Metrics of the GPUs of all processes; see gpu_health.py. Nothing where there is none."""
-        return gpu_health.worst(self.procs.all_gather(self._health.read() if self._health else {}))
+        return gpu_health.worst(self.procs.by_rank(self._health.read() if self._health else {}))
 
     # ---- evaluations ------------------------------------------------------------------------------------------
 

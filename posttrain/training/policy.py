@@ -19,6 +19,7 @@ from torch import Tensor
 
 from posttrain.config.sections import LoraConfig, ModelConfig, RuntimeConfig
 from posttrain.errors import UserError
+from posttrain.model import sequence
 from posttrain.model.blocks import set_attention
 from posttrain.model.files import DISTILLED_REMEDY
 from posttrain.model.fingerprint import fingerprint
@@ -42,10 +43,17 @@ def load_model(model: ModelConfig, device: str | torch.device, saved: Checkpoint
     Raises UserError for a distilled checkpoint that the recipe does not ask for by name, for one that another base was
     trained to, and for a run to start from that is gone or has changed.
     """
+    sequence.check(model.sequence_parallel)
+    k2 = _load_base_or_saved(model, device, saved)
+    k2.sequence_parallel = model.sequence_parallel
+    return apply_runtime_options(k2, model, device)
+
+
+def _load_base_or_saved(model: ModelConfig, device: str | torch.device, saved: Checkpoint | None) -> K2:
     if saved is not None:  # the reference must stay the one that the run began with
         if (before := saved.state["model"].get("start")) != model.start:
             raise UserError(f"model.start: was {before} when the run began; restore it, or start another run")
-        return apply_runtime_options(_load_for(saved, asdict(model), first_device(model, device)), model, device)
+        return _load_for(saved, asdict(model), first_device(model, device))
     k2 = _load(asdict(model), first_device(model, device))
     if k2.is_distilled and not model.allow_distilled:
         raise UserError(f"{model.path}: model_index.json: is_distilled is true: {DISTILLED_REMEDY}")
@@ -61,7 +69,7 @@ def load_model(model: ModelConfig, device: str | torch.device, saved: Checkpoint
             raise UserError(f"model.start: {found} was trained on another model than model.path ({model.path})")
         for earlier in stages:
             _stack(k2, earlier)
-    return apply_runtime_options(k2, model, device)
+    return k2
 
 
 def load_base(saved: Checkpoint, device: str | torch.device = "cpu") -> K2:

@@ -230,8 +230,7 @@ def test_two_processes_equal_one(command, config, tmp_path):
 
 @pytest.mark.parametrize(("gpus", "processes"), [(1, 2), (2, 3), (1, 3)])
 def test_processes_that_only_draw_equal_one_that_does_both(command, config, tmp_path, gpus, processes):
-    """What is drawn and by which policy is the same within rounding. The second half of the run goes on with one process
-    alone."""
+    """What is drawn, and by which policy, is the same within rounding. The second half goes on with one process."""
     config.groups.prompts_per_step, config.pool.kind, config.optim.passes = 3, "adaptive", 2
     config.sampling.sizes, config.checkpoint.every = [[32, 32], [16, 48]], 2
     outputs = []

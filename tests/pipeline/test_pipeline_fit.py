@@ -33,13 +33,14 @@ def dry(path, *options: str) -> int:
 def test_a_pipeline_of_k2_resolves_without_weights(path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert dry(path) == 0
-    plan, memory, missing = capsys.readouterr().out.split("\n\n")
+    plan, time, memory, missing = capsys.readouterr().out.split("\n\n")
     data = yaml.safe_load(path.read_text())
     assert [stage["command"] for stage in data["stages"]] == ORDER
     assert [line.split()[1] for line in plan.splitlines()] == [stage["name"] for stage in data["stages"]]
     for wired in ("pairs.train from pairs", "model.start from stpo", "model.start from grpo", "source from tdm"):
         assert wired in plan
     assert plan.splitlines()[-1].endswith("model.path from expander_sft, renderer.path from turbo")
+    assert time.startswith("Time, estimated from NVIDIA H200 measured on ")
     lines = memory.splitlines()
     assert lines[0].startswith("Memory of each GPU, estimated and not measured")
     assert [line.split()[0] for line in lines[1:]] == ["pairs", "stpo", "grpo", "tdm", "expander"]
@@ -77,7 +78,7 @@ def test_the_estimate_is_that_of_the_table_of_what_fits(capsys):
     """docs/performance.md, rank 64 on 80 GB at 512 x 512: grpo and stpo "8; 2 again; no option; 71 GiB"; grpo stands on
     an adapter, of 0.8 GiB."""
     dry(PIPELINES[0])
-    memory = {line.split()[0]: line for line in capsys.readouterr().out.split("\n\n")[1].splitlines()}
+    memory = {line.split()[0]: line for line in capsys.readouterr().out.split("\n\n")[2].splitlines()}
     for stage, gib in (("stpo", 71), ("grpo", 72)):
         assert memory[stage].split(maxsplit=1)[1].startswith(f"about {gib} GiB of 80,")
         assert memory[stage].endswith("with 2 blocks recomputed")
@@ -97,7 +98,7 @@ def test_a_policy_that_is_kept_takes_memory(tmp_path, capsys):
 
 def test_what_does_not_fit_is_a_failed_check(capsys):
     assert dry("recipes/k2/pipeline.yaml", "--gpu_gib", "40") == 1
-    memory = capsys.readouterr().out.split("\n\n")[1].splitlines()
+    memory = capsys.readouterr().out.split("\n\n")[2].splitlines()
     assert "grpo" in memory[3] and "does not fit; lower micro_batch or sizes" in memory[3]
     assert "28 blocks recomputed" in memory[3]
 
