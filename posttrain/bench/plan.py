@@ -19,9 +19,9 @@ from posttrain.bench.measurement import Measurement
 from posttrain.bench.tiers import BLOCK_BYTES, parts_of, tiers, training_need
 from posttrain.config.load import load_config
 from posttrain.errors import UserError
+from posttrain.grpo.config import GRPOConfig
 from posttrain.model.blocks import RESERVE
 from posttrain.model.load import sizes_of
-from posttrain.grpo.config import GRPOConfig
 from posttrain.tdm.config import TDMConfig
 from posttrain.training.prompt_source import FUSED_BYTES
 

@@ -64,7 +64,8 @@ def describe(config: PipelineConfig, stages: Sequence[Stage]) -> str:
 
 
 def _rows(config: PipelineConfig, needs: dict[str, Need]) -> list[tuple[str, ...]]:
-    rows = [("stage", "hours", "GPUs", "GPU hours", "disk GB", *(["cost"] if config.price else []))]
+    head = ["stage", "hours", "GPUs", "GPU hours", "disk GB"]
+    rows: list[tuple[str, ...]] = [tuple([*head, "cost"] if config.price else head)]
     hours = gpu_hours = disk = 0.0
     for name, one in needs.items():
         own = None if one.seconds is None else one.seconds / 3600
