@@ -59,9 +59,11 @@ def enable(k2: K2, procs: Processes) -> None:
     config = ParallelConfig(context_parallel_config=ContextParallelConfig(ulysses_degree=size))
     config.setup(procs.rank, procs.size, procs.device, mesh=mesh["ring", "ulysses"])
     tokens = SequenceParallel(mesh["ulysses"].get_group(), procs.rank % size, size)
-    for network in filter(None, [k2.velocity_model, k2.reference, *k2.copies.values()]):
+    networks: list[Any] = [k2.velocity_model, *filter(None, [k2.reference]), *k2.copies.values()]
+    for network in networks:
         network.sequence = tokens
-        for block in architecture.blocks(network.transformer):
+        blocks: list[Any] = architecture.blocks(network.transformer)
+        for block in blocks:
             block.attn.processor._parallel_config = config
     procs.share(size)
 

@@ -53,9 +53,10 @@ def describe(config: PipelineConfig, stages: Sequence[Stage]) -> str:
                 " measure with posttrain bench, and give its bench.json as --measured"
             )
     needs = {stage.name: need_of(config, stage, stages, found) for stage in stages}
+    what = "Time and cost" if config.price else "Time"
     lines = [
-        f"Time{' and cost' if config.price else ''}, estimated from {found.card} measured on {found.date}, without"
-        " judges and the start of their servers; disk, counted:",
+        f"{what}, estimated from {found.card} measured on {found.date}, without judges and the start of their servers;"
+        " disk, counted:",
         columns(_rows(config, needs)),
     ]
     for name, one in needs.items():
@@ -64,8 +65,9 @@ def describe(config: PipelineConfig, stages: Sequence[Stage]) -> str:
 
 
 def _rows(config: PipelineConfig, needs: dict[str, Need]) -> list[tuple[str, ...]]:
-    head = ["stage", "hours", "GPUs", "GPU hours", "disk GB"]
-    rows: list[tuple[str, ...]] = [tuple([*head, "cost"] if config.price else head)]
+    rows: list[tuple[str, ...]] = [
+        ("stage", "hours", "GPUs", "GPU hours", "disk GB", *(["cost"] if config.price else []))
+    ]
     hours = gpu_hours = disk = 0.0
     for name, one in needs.items():
         own = None if one.seconds is None else one.seconds / 3600

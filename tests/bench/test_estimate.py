@@ -107,10 +107,10 @@ def test_images_of_pairs_take_as_long_as_the_measured_rollout(h200):
 
 def test_what_is_scaled_says_so(h200):
     small = of_training(recipe("grpo"), h200, GPUs())
-    large = of_training(recipe("grpo", "--sampling.sizes", "[[1024, 1024]]"), h200, GPUs())
+    large = of_training(recipe("grpo", "--sampling.sizes", "[[1536, 1536]]"), h200, GPUs())
     assert small.notes == []
-    assert large.notes == ["grpo at 1024 x 1024 scaled from 512 x 512 by operations"]
-    assert 4 < large.step / small.step < 4.6  # four times the tokens, and attention
+    assert large.notes == ["grpo at 1536 x 1536 scaled from 1024 x 1024 by operations"]
+    assert 10 < large.step / small.step < 12.5  # nine times the tokens, and attention
 
 
 def test_groups_are_divided_whole(h200):
