@@ -15,6 +15,7 @@ from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.grpo import train as grpo
 from posttrain.model.k2 import K2
+from posttrain.training.checkpoint import Checkpoint
 from posttrain.training.oom_retry import MicroBatch
 from posttrain.training.policy import POLICY, add_policy
 from posttrain.training.prompt_source import PromptSource
@@ -310,18 +311,14 @@ def test_prompts_drawn_ahead_are_kept_by_their_ids(config):
     tensors, state = source.state()
     assert state["drawn"].keys() == {"1", "2"}
 
-    class Saved:
-        pass
-
-    saved = Saved()
-    saved.tensors, saved.state = tensors, json.loads(json.dumps(state))
+    saved = Checkpoint(path, 1, tensors, json.loads(json.dumps(state)))
     path.write_text("\n".join(rows[::-1]))
     again = PromptSource(config, read_prompts(path))
-    again.restore(saved)  # type: ignore[arg-type]
+    again.restore(saved)
     assert [record.prompt for record in again.draw(2)] == expected
     path.write_text("\n".join(row for row in rows if expected[0] not in row))
     fewer = PromptSource(config, read_prompts(path))
-    fewer.restore(saved)  # type: ignore[arg-type]
+    fewer.restore(saved)
     assert expected[0] not in [record.prompt for record in fewer.draw(2)]
 
 
