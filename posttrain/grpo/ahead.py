@@ -103,6 +103,8 @@ class Rollouts:
             # A run that goes on has lost what was drawn ahead for its first step: the same policy draws it again.
             with self.stepper.previous():
                 groups = self.draw(step)
+                if self.stepper.remembers:
+                    self.procs.all_gather(None)  # where parameters are sharded all must be here to put them back
             updates = self.stepper.previous_updates if self.stepper.remembers else self.stepper.updates
             self._drawn[step] = Drawn(groups, self.queue.hand_over(), updates)
         if not self.config.rollout.gpus:

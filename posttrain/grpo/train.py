@@ -165,7 +165,7 @@ def updates(
         metrics |= source.update(step, apply_gates(scores, [r.spec for r in queue.rewards], noise))
         if not checked and "ratio_error" in metrics and metrics["policy_age"] == 0:
             check_ratio(metrics["ratio_error"] or 0.0, config.loss)
-            checked = True  # later ratios differ from 1 only where a step has several updates
+            checked = True  # later ratios differ from 1 where a step has several updates or was drawn ahead
         metrics |= clock.seconds
         yield step, metrics, idle_reason(metrics, scores)
 

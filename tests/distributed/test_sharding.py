@@ -63,6 +63,7 @@ def train(command, config, method: str, path, *args, engine: str, processes: int
 WHOLE = [("one",), ("fsdp2",)]
 CUT = {
     "grpo": [("zero3",), ("fsdp2", "one"), ("one", "zero3"), ("zero3", "fsdp2")],
+    "grpo ahead": [("zero3", "fsdp2"), ("fsdp2", "one")],
     "stpo": [("zero2",), ("one", "fsdp2"), ("fsdp2", "zero2"), ("zero2", "one")],
 }
 
@@ -70,16 +71,19 @@ CUT = {
 @pytest.mark.parametrize("method", CUT)
 def test_two_sharded_processes_equal_one(command, model, tmp_path, method):
     """What is dealt out does not divide by two. A run is cut in half and carried on under another engine."""
+    halved = CUT[method]
+    method, *ahead = method.split()
     config: Any = runs.config(tmp_path, model) if method == "grpo" else runs.stpo_config(tmp_path, model)
     config.lora, config.optim.lr, config.optim.ema = None, 1e-4, 0.5
     config.eval.prompts, config.eval.every = 1, 1
     if method == "grpo":
+        config.rollout.ahead = len(ahead)
         config.groups.prompts_per_step, config.groups.group_size = 3, 2
         config.sampling.sizes = [[32, 32], [16, 48]]
     else:
         config.batch, config.micro_batch = 5, 2
     outputs = []
-    for halves in [*WHOLE, *CUT[method]]:
+    for halves in [*WHOLE, *halved]:
         outputs.append(tmp_path / "-".join(halves))
         config.output = str(outputs[-1])
         for i, engine in enumerate(halves):

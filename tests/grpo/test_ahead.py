@@ -15,6 +15,7 @@ from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.grpo import train as grpo
 from posttrain.model.k2 import K2
+from posttrain.training.checkpoint import Checkpoint
 from posttrain.training.oom_retry import MicroBatch
 from posttrain.training.policy import POLICY, add_policy
 from posttrain.training.prompt_source import PromptSource
@@ -64,7 +65,8 @@ def test_equals_a_loop_written_out(config, ahead, model):
         for step in range(1, config.steps + 1):
             if step + ahead <= config.steps:
                 draw(step + ahead)
-            metrics = grpo.optimise(k2, config, *drawn[step], stepper, procs, 4)
+            groups, advantages_PG = drawn[step]
+            metrics = grpo.optimise(k2, config, groups, advantages_PG, stepper, procs, 4)
             errors.append(metrics["ratio_error"])
     runs.assert_equal(k2.role_state_dict(POLICY), runs.latest(config.output).tensors["adapter"])
     rows = runs.training_rows(config.output)
@@ -117,7 +119,7 @@ def test_a_step_is_judged_while_the_one_before_trains(config, monkeypatch, model
     micro_batch = MicroBatch(4, "groups.micro_batch", procs)
     with ScoreQueue(load_rewards([RewardSpec("brightness", waiting)]), config.groups.group_size) as queue:
         steps = grpo.updates(k2, config, source, queue, stepper, range(1, 5), procs, {}, micro_batch, Clock())
-        waits = [metrics["score_wait"] for _, metrics, _ in steps]
+        waits = [metrics["score_wait"] or 0.0 for _, metrics, _ in steps]
     assert asked == ([2, 3, 4, 4] if ahead else [1, 2, 3, 4])
     assert all(0 <= wait < 20 for wait in waits)
 
@@ -307,18 +309,14 @@ def test_prompts_drawn_ahead_are_kept_by_their_ids(config):
     tensors, state = source.state()
     assert state["drawn"].keys() == {"1", "2"}
 
-    class Saved:
-        pass
-
-    saved = Saved()
-    saved.tensors, saved.state = tensors, json.loads(json.dumps(state))
+    saved = Checkpoint(path, 1, tensors, json.loads(json.dumps(state)))
     path.write_text("\n".join(rows[::-1]))
     again = PromptSource(config, read_prompts(path))
-    again.restore(saved)  # type: ignore[arg-type]
+    again.restore(saved)
     assert [record.prompt for record in again.draw(2)] == expected
     path.write_text("\n".join(row for row in rows if expected[0] not in row))
     fewer = PromptSource(config, read_prompts(path))
-    fewer.restore(saved)  # type: ignore[arg-type]
+    fewer.restore(saved)
     assert expected[0] not in [record.prompt for record in fewer.draw(2)]
 
 

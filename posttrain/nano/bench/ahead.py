@@ -1,11 +1,12 @@
 """Seconds a step of GRPO on K2-nano with a slow judge: waited for, hidden by drawing ahead, and with one process that
 only draws, in turns.
 
-    python -m posttrain.nano.bench.ahead --output runs/bench-ahead       # on two cores: six minutes
+    python -m posttrain.nano.bench.ahead --output runs/bench-ahead       # on two cores: twenty minutes
 
 The judge takes `--seconds` an image and answers `--concurrency` images at a time, as a server elsewhere would: it
-sleeps, and takes nothing from the cores. A step's seconds are those of drawing, waiting and training; the first two
-steps of a run are left out. The table gives medians, and ratios of those.
+sleeps, and takes nothing from the cores. A step's seconds are those of drawing, waiting and training. The first two
+steps of a run are left out, and the last, which has no step to draw ahead. The table gives medians, and ratios of
+those.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class SlowJudge:
 def run(
     jobs: common.Jobs, name: str, processes: int, cores: int, judge: dict[str, Any], options: Sequence[str]
 ) -> list[dict[str, float]]:
-    """The metrics of each step but the first ones. Exits with the log's name if it failed."""
+    """The metrics of the steps that count. Exits with the log's name if it failed."""
     output = jobs.folder / name
     reward = {"name": "graded", "function": {"class_path": "posttrain.nano.bench.ahead.SlowJudge", "init_args": judge}}
     arguments = ["grpo", "--config", RECIPE, "--rewards", f"[{json.dumps(reward)}]", *options]
@@ -60,7 +61,7 @@ def run(
         module, arguments = LAUNCHER, ["--nproc-per-node", str(processes), "-m", module, *arguments]
     jobs(name, module, arguments, OMP_NUM_THREADS=str(max(1, cores // processes)), CUDA_VISIBLE_DEVICES="")
     rows = [row for row in read_lines(output / "metrics.jsonl") if "seconds/sample" in row]
-    return rows[WARM:]
+    return rows[WARM:-1]
 
 
 def seconds_of(row: dict[str, float]) -> float:
@@ -84,7 +85,8 @@ def table(rows: dict[str, list[dict[str, float]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=0.5, help="of the judge, for an image")
-    parser.add_argument("--concurrency", type=int, default=8, help="images that it judges at a time")
+    parser.add_argument("--concurrency", type=int, default=4, help="images that it judges at a time")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], choices=[1, 2])
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2, help="runs of each")
     parser.add_argument("--steps", type=int, default=8, help="of a run")
@@ -92,18 +94,21 @@ def main() -> None:
     args = parser.parse_args()
     args.output.mkdir(parents=True)  # an earlier run's times would be read as this one's
     jobs = common.Jobs(args.output.resolve())
-    judge = {"seconds": args.seconds, "concurrency": args.concurrency}
+    ahead, apart = ["--rollout.ahead", "1"], ["--rollout.gpus", "1"]
+    # Processes, those of them that ask the judge, and options.
     ways = {
-        "one process, waits": (1, []),
-        "one process, ahead": (1, ["--rollout.ahead", "1"]),
-        "two processes, wait": (2, []),
-        "two processes, ahead": (2, ["--rollout.ahead", "1"]),
-        "two processes, one only draws": (2, ["--rollout.ahead", "1", "--rollout.gpus", "1"]),
+        "one process, waits": (1, 1, []),
+        "one process, ahead": (1, 1, ahead),
+        "two processes, wait": (2, 2, []),
+        "two processes, ahead": (2, 2, ahead),
+        "two processes, one only draws": (2, 1, [*ahead, *apart]),
     }
+    ways = {name: way for name, way in ways.items() if way[0] in args.processes}
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     # In turns, so that a machine that slows down does so for all of them.
     for turn in range(args.rounds):
-        for i, (name, (processes, options)) in enumerate(ways.items()):
+        for i, (name, (processes, asking, options)) in enumerate(ways.items()):
+            judge = {"seconds": args.seconds, "concurrency": args.concurrency // asking}
             options = [*options, "--steps", str(args.steps)]
             rows[name] += run(jobs, f"run-{i}-{turn}", processes, args.cores, judge, options)
     common.write(args.output, rows, table(rows))
