@@ -41,7 +41,8 @@ def sample(config: SampleConfig) -> None:
         raise UserError(f"adapter: {config.adapter}: no such file; give a LoRA file, a run or one of its checkpoints")
     model = config.model
     device = PartialState().device or "cpu"
-    k2 = K2.load(model.path, model.transformer_file, getattr(torch, model.dtype), first_device(model, device))
+    dtype, place = getattr(torch, model.dtype), first_device(model, device)
+    k2 = K2.load(model.path, model.transformer_file, dtype, place, model.transformer_format)
     role = contextlib.nullcontext()
     if config.adapter is not None and config.adapter.endswith(SUFFIX):
         add_lora(k2, POLICY, read_lora(config.adapter, linear_shapes(k2.base_state_dict())), config.adapter)

@@ -7,6 +7,7 @@ licence is never invented. The text is in posttrain/report/templates/export_card
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def model_card(
         hub=hub,
         base_is_on_hub=is_hub_id(model["path"]),
         base=model["path"],
-        source=f"{model['transformer_file']} ({model['path']})" if model["transformer_file"] else model["path"],
+        source=_source(model),
         format=format,
         stages=[_stage(stage) for stage in [*earlier_of(saved), saved]],
         student=student and {**student, "shift": math.exp(student["mu"])},
@@ -97,6 +98,14 @@ def model_card(
         recipe_text=yaml.safe_dump(settings, sort_keys=False) if settings else "",
         license=_license_text(front, model["path"], license),
     )  # fmt: skip
+
+
+def _source(model: Mapping[str, Any]) -> str:
+    """Where the base comes from, with the file and the 8-bit format of its transformer."""
+    if not model["transformer_file"]:
+        return model["path"]
+    format = model.get("transformer_format")
+    return f"{model['transformer_file']}{f' in {format}' if format else ''} ({model['path']})"
 
 
 def _front(saved: Checkpoint, format: str, license: str | None) -> dict[str, Any]:

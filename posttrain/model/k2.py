@@ -117,13 +117,14 @@ class K2(Roles):
         transformer_file: str | Path | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        transformer_format: str | None = None,
     ) -> "K2":
         """Loads a diffusers directory or a hub id; raises UserError for anything else.
 
-        With `transformer_file`, the transformer's weights come from that safetensors file, in the original key names.
-        Everything else, its configuration too, comes from `path`.
+        With `transformer_file`, the transformer's weights come from that safetensors file, in the original key names,
+        in `transformer_format` (see ModelConfig). Everything else, its configuration too, comes from `path`.
         """
-        return cls(load_pipeline(path, transformer_file, dtype, device))
+        return cls(load_pipeline(path, transformer_file, dtype, device, transformer_format))
 
     @classmethod
     def random(

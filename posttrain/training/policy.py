@@ -106,7 +106,9 @@ def earlier_of(saved: Checkpoint) -> list[Checkpoint]:
 
 def _load(model: dict[str, Any], device: str | torch.device) -> K2:
     startup.lap("inputs")
-    k2 = K2.load(model["path"], model["transformer_file"], getattr(torch, model["dtype"]), device)
+    # Checkpoints of earlier versions name no format.
+    file, format = model["transformer_file"], model.get("transformer_format")
+    k2 = K2.load(model["path"], file, getattr(torch, model["dtype"]), device, format)
     startup.lap("read")
     k2.origin = {"base": fingerprint(k2.base_state_dict()), "merged": []}
     startup.lap("verify")
