@@ -185,6 +185,22 @@ def test_an_image_that_is_no_image_is_not_written(copied, tmp_path, capsys):
     assert "draws numbers that are not finite" in capsys.readouterr().err and not list(out.glob("*.png"))
 
 
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf])
+def test_what_is_drawn_is_finite_everywhere(model, odd, monkeypatch):
+    """Rollouts, evaluations, pairs and the expander's renderer all decode: one image of a batch is enough."""
+    k2 = K2.load(model)
+    latents = torch.zeros(3, k2.image_tokens(32, 32), k2.latent_channels)
+    assert len(k2.decode(latents, 32, 32, batch=1)) == 3
+    latents[1, 0, 0] = odd
+    for batch in (1, None):
+        with pytest.raises(UserError, match=r"^model: draws numbers that are not finite; copy"):
+            k2.decode(latents, 32, 32, batch)
+    renderer = K2Renderer(RendererConfig(path=str(model), dtype="float32", size=[32, 32]), torch.device("cpu"))
+    monkeypatch.setattr(renderer.k2, "velocity", lambda x, *a, **k: torch.full_like(x, odd))
+    with pytest.raises(UserError, match="draws numbers that are not finite"):
+        renderer(["a"], [0])
+
+
 def test_what_is_not_needed_may_be_gone(copied, model):
     """The tokenizer's settings only name what its file says too."""
     without("tokenizer/tokenizer_config.json")(copied)
