@@ -79,7 +79,8 @@ class ModelConfig(RuntimeConfig):
     with a scale beside each 8-bit weight; each becomes weight times scale, in dtype, when it is read."""
     start: str | None = None
     """Run directory or checkpoint of an earlier method to continue from: what it trained, and what it started from
-    itself, is part of the model and of the reference. It must stay where it is. Adapters stay adapters, in float32, so
+    itself, is part of the model and of the reference. To branch off a run, name one of its checkpoints, as in
+    RUN/checkpoints/step-000010. It must stay where it is. Adapters stay adapters, in float32, so
     that nothing of them is rounded; a run that trained all weights replaces the base's, in dtype."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the frozen weights, and of the arithmetic. What is trained, latents and log-probs stay float32."""
