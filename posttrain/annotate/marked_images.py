@@ -144,7 +144,7 @@ def _read(path: Path) -> Image.Image:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; repair or remove it") from None
     except ValueError as error:
-        raise UserError(f"{path}: {error}; repair or remove it") from None
+        raise UserError(f"{error}; repair or remove it") from None
 
 
 def _id(found: Found, image: Image.Image) -> str:
