@@ -65,7 +65,7 @@ def sample(config: SampleConfig) -> None:
     encoding = k2.encode(prompts)
     cuts = list(filter(None, encoding.cut))
     if cuts:
-        log.warning(f"{len(cuts)} prompts are too long; up to {max(cuts)} tokens are cut")
+        log.warning(f"too long: {counted(len(cuts), 'prompt')}, of which up to {counted(max(cuts), 'token')} are cut")
     fused = [k2.fuse(features) for features in encoding.features]
     null = k2.text([""]) if guidance > 0 else None
     try:
