@@ -123,6 +123,8 @@ def parse(argv: list[str]) -> Parsed:
     if name == "export" and any(word.partition("=")[0] == "--check" for word in words):
         name, command = CHECK, commands.COMMANDS[CHECK]
         words = ["--help"] if {"-h", "--help"} & {*words} else words
+        if any(word.partition("=")[0] == "--source" for word in words):
+            raise UserError("command line: --source: does not go with --check, which names the run itself: --check RUN")
     config, given = split(command, words)
     parsed = Parsed(name, command, flags=given.flags)
     if "help" in given.flags:

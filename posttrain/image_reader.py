@@ -51,10 +51,18 @@ class Refused(ValueError):
 def read_image(source: bytes | str | Path) -> Image.Image:
     """The image of a file, or of a file's bytes, in 8-bit RGB.
 
-    Raises ValueError with the reason for bytes that are not an image or one that is refused (see above), and OSError
-    for a file that cannot be read.
+    Raises ValueError with the reason for bytes that are not an image or one that is refused (see above), after the
+    file's path if one is given; and OSError for a file that cannot be read.
     """
-    data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    if isinstance(source, bytes):
+        return _read(source)
+    try:
+        return _read(Path(source).read_bytes())
+    except Refused as error:
+        raise Refused(f"{source}: {error}") from None
+
+
+def _read(data: bytes) -> Image.Image:
     try:
         image = _opened(data)
         image.load()

@@ -163,9 +163,9 @@ def weight_files(folder: Path, where: str) -> list[Path]:
     return files
 
 
-def check_file(file: Path, where: str | Path = "") -> int:
+def check_file(file: Path, where: str | Path = "", also: Sequence[str] = ()) -> int:
     """Returns how many numbers a safetensors file has, from its header. Raises UserError, beginning with `where`,
-    unless it is whole and all of them are float32, float16 or bfloat16."""
+    unless it is whole and all of them are float32, float16, bfloat16 or of the types in `also`."""
     where = where or file
     # Opening compares the header with the file's length, so a download that was cut off is found at once.
     try:
@@ -175,7 +175,7 @@ def check_file(file: Path, where: str | Path = "") -> int:
             sizes = {key: math.prod(part.get_shape()) for key, part in parts.items()}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{where}: not a whole safetensors file ({error}); copy or download it again") from error
-    wrong = [key for key, name in types.items() if name not in (SCALARS if sizes[key] == 1 else TYPES)]
+    wrong = [key for key, name in types.items() if name not in (*also, *(SCALARS if sizes[key] == 1 else TYPES))]
     if wrong:
         kind = types[wrong[0]]
         bits = " (8 bits)" if "8" in kind else ""

@@ -58,7 +58,7 @@ def _check_inputs(command: Command, config: Any) -> None:
     _check_rewards(config)
     bases = list(_bases(command, config))
     for base in bases:
-        files.check_directory(base.path, base.transformer_file)
+        files.check_directory(base.path, base.transformer_file, base.transformer_format)
     if command.model == "raw" and not config.model.allow_distilled and files.is_distilled(config.model.path):
         raise UserError(f"{config.model.path}: model_index.json: is_distilled is true: {files.DISTILLED_REMEDY}")
     for setting, kind in command.reads.items():
@@ -133,7 +133,7 @@ def _bases(command: Command, config: Any) -> Iterator[Base]:
     """Each K2 that is loaded onto the device from a path that the recipe names."""
     if command.model and config.model is not None:
         m = config.model
-        yield Base("model", m.path, m.dtype, m.transformer_file, m.quantize, tuple(m.offload))
+        yield Base("model", m.path, m.dtype, m.transformer_file, m.transformer_format, m.quantize, tuple(m.offload))
     renderer = getattr(config, "renderer", None)
     if renderer is not None and not renderer.urls:
         yield Base("renderer", renderer.path, renderer.dtype)

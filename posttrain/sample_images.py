@@ -41,7 +41,8 @@ def sample(config: SampleConfig) -> None:
         raise UserError(f"adapter: {config.adapter}: no such file; give a LoRA file, a run or one of its checkpoints")
     model = config.model
     device = PartialState().device or "cpu"
-    k2 = K2.load(model.path, model.transformer_file, getattr(torch, model.dtype), first_device(model, device))
+    dtype, place = getattr(torch, model.dtype), first_device(model, device)
+    k2 = K2.load(model.path, model.transformer_file, dtype, place, model.transformer_format)
     role = contextlib.nullcontext()
     if config.adapter is not None and config.adapter.endswith(SUFFIX):
         add_lora(k2, POLICY, read_lora(config.adapter, linear_shapes(k2.base_state_dict())), config.adapter)
@@ -64,7 +65,7 @@ def sample(config: SampleConfig) -> None:
     encoding = k2.encode(prompts)
     cuts = list(filter(None, encoding.cut))
     if cuts:
-        log.warning(f"{len(cuts)} prompts are too long; up to {max(cuts)} tokens are cut")
+        log.warning(f"too long: {counted(len(cuts), 'prompt')}, of which up to {counted(max(cuts), 'token')} are cut")
     fused = [k2.fuse(features) for features in encoding.features]
     null = k2.text([""]) if guidance > 0 else None
     try:
@@ -79,11 +80,6 @@ def sample(config: SampleConfig) -> None:
             text = Text.of([fused[text_of[n]] for n in part])
             noise = sampler.noise([jobs[n].seed for n in part], shape)
             latents = k2.sample(text, noise, steps, height, width, guidance, null)
-            if not bool(latents.isfinite().all()):
-                raise UserError(
-                    f"{model.path}: draws numbers that are not finite; copy or download it again, or name an earlier"
-                    " checkpoint as adapter"
-                )
             for n, image in zip(part, to_pil(k2.decode(latents, height, width))):
                 image.save(output / f"{n:03d}.png")
     table: list[dict] = []

@@ -58,7 +58,7 @@ class _KeptByThread(threading.local):
 @contextlib.contextmanager
 def untouched() -> Iterator[None]:
     """Puts back at its end what a user's code may have set for all: the working directory, the seeds of `random`,
-    NumPy and torch, and torch's grad mode, default type, default device and determinism.
+    NumPy and torch, and torch's grad mode, default type, default device, determinism and number of threads.
 
     Rewards draw from random numbers of their own, which go on from call to call.
     """
@@ -79,6 +79,7 @@ def _read_process() -> Callable[[], None]:
             generators.append((torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all))
         settings.append((torch.get_default_dtype, torch.set_default_dtype))
         settings.append((torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms))
+        settings.append((torch.get_num_threads, torch.set_num_threads))
     before = [get() for get, _ in generators]
     values = [get() for get, _ in settings]
     for get, put in generators:

@@ -52,6 +52,7 @@ class Judge:
     seed: int = 0
     max_text_tokens: int = 512  # of a transcription or of a prompt's requirements
     min_mass: float = 0.5  # probability that yes and no must have together, for an answer to be one
+    answers_as: str | None = None  # name of the model in answers, where `model` is an alias, as Azure's deployments are
     _cache: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict, init=False, repr=False)
     _loop: asyncio.AbstractEventLoop | None = field(default=None, init=False, repr=False)
     _warned: bool = field(default=False, init=False, repr=False)
@@ -188,8 +189,12 @@ class Judge:
             except JudgeError as error:
                 raise JudgeError(self._without_key(str(error))) from None
         answered = response.get("model") if isinstance(response, dict) else None
-        if isinstance(answered, str) and not same_model(self.model, answered):
-            raise JudgeError(f"asked for the model {self.model}, {answered} answered: name one that the server has")
+        if isinstance(answered, str) and not same_model(self.answers_as or self.model, answered):
+            asked = self.model if self.answers_as is None else f"{self.model}, which answers as {self.answers_as}"
+            raise JudgeError(
+                f"asked for the model {asked}, {answered} answered: name one that the server has, or, if it is an alias"
+                f" there, set answers_as: {answered}"
+            )
         return response
 
     def _body(self, text: str, encoded: EncodedImage | None, how: Sent, options: dict[str, Any]) -> bytes:

@@ -104,6 +104,32 @@ def test_broken_recipe(recipe, text, says):
     fails(posttrain("grpo", "--config", path), path, says)
 
 
+def test_all_mistakes_are_told_at_once(recipe):
+    """A misspelt key also makes a setting missing, which is not one of them."""
+    path = recipe(text="outptu: a\nmodel: {path: k2, dtyp: float32}\noptim: {lr: fast}\nsteps: 0\n")
+    fails(
+        posttrain("grpo", "--config", path), "model.dtyp: unknown key; did you mean model.dtype?",
+        "outptu: unknown key; did you mean output?", f"; also {path}: ", "optim.lr: is 'fast', expected a number",
+    )  # fmt: skip
+    assert "missing" not in posttrain("grpo", "--config", path).stderr
+    fails(
+        posttrain("grpo", "--config", path, "--batch", "3", "--optim.lr", "1e-3"), "--batch: unknown option",
+    )  # fmt: skip
+
+
+def test_an_option_that_breaks_a_recipes_limit_is_named(tmp_path):
+    """The recipe's value is right until --steps is less; without that option it is the recipe's own mistake."""
+    words = ["tdm", "--config", "recipes/nano/tdm.yaml", "--output", tmp_path / "run"]
+    fails(posttrain(*words, "--steps", "5"), "command line: with --steps 5: fake.warmup: is 50 of 5 steps")
+    (wrong := tmp_path / "wrong.yaml").write_text("fake: {warmup: 400}\n")
+    fails(posttrain(*words, "--config", wrong, "--optim.lr", "1e-4"), f"{wrong}: fake.warmup: is 400 of 400 steps")
+
+
+def test_export_says_what_check_takes():
+    assert "With --check LORA it measures" in posttrain("export", "--help").stdout
+    fails(posttrain("export", "--check", "a", "--source", "b"), "--source: does not go with --check", "--check RUN")
+
+
 def test_missing_recipe(tmp_path):
     fails(posttrain("grpo", "--config", tmp_path / "none.yaml"), "none.yaml: no such file")
     fails(posttrain("grpo", f"--config={tmp_path}"), "is a directory")

@@ -204,7 +204,7 @@ def test_sample(command, tmp_path, model):
     assert not (tmp_path / "b").exists()
     result = sample(tmp_path / "b", "--prompt", "🦊" * 150)
     assert result.returncode == 0
-    assert result.stderr == "posttrain: warning: 1 prompts are too long; up to 93 tokens are cut\n"
+    assert result.stderr == "posttrain: warning: too long: 1 prompt, of which up to 93 tokens are cut\n"
 
 
 def test_report(command, tmp_path):

@@ -20,6 +20,7 @@ from posttrain.annotate.config import AnnotationsConfig
 from posttrain.errors import UserError
 from posttrain.log import log
 from posttrain.preferences.dataset import Preference, PreferenceWriter, Skipped, read_preferences
+from posttrain.report.format import counted
 from posttrain.runs.progress import reading
 
 
@@ -46,7 +47,9 @@ def write(config: AnnotationsConfig) -> None:
         for pair in pairs.margins:  # in the set's order, whoever answered first
             if pair in votes:
                 writer.add(preferred(pairs[pair], votes[pair]))
-    print(f"posttrain: wrote {config.output} ({len(votes)} pairs, {figures['undecided']} undecided left out)")
+    print(
+        f"posttrain: wrote {config.output} ({counted(len(votes), 'pair')}, {figures['undecided']} undecided left out)"
+    )
 
 
 def preferred(pair: Preference, share: float) -> Preference:

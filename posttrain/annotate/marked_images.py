@@ -19,6 +19,7 @@ from posttrain.annotate.answers import Annotations
 from posttrain.errors import UserError
 from posttrain.image_reader import SUFFIXES, read_image
 from posttrain.judge.records import MARKS
+from posttrain.report.format import counted
 from posttrain.runs.files import replace_text, replacing_directory
 from posttrain.runs.progress import reading
 from prompts.parse import parse_json
@@ -108,7 +109,7 @@ def write(stored: Annotations, images_path: str, store: str, output: str | None)
         _write(images, votes, figures, target)
     except OSError as error:
         raise UserError(f"{target}: cannot be written: {error.strerror}; choose another directory") from None
-    print(f"posttrain: wrote {target} ({len(votes)} images, {figures['undecided']} undecided left out)")
+    print(f"posttrain: wrote {target} ({counted(len(votes), 'image')}, {figures['undecided']} undecided left out)")
 
 
 def _write(images: Images, votes: dict[str, float], figures: dict[str, Any], target: Path) -> None:
@@ -144,7 +145,7 @@ def _read(path: Path) -> Image.Image:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; repair or remove it") from None
     except ValueError as error:
-        raise UserError(f"{path}: {error}; repair or remove it") from None
+        raise UserError(f"{error}; repair or remove it") from None
 
 
 def _id(found: Found, image: Image.Image) -> str:

@@ -195,34 +195,60 @@ def lay_over(base: dict[str, Any], data: dict[str, Any], config: type) -> dict[s
 
 def resolve(config: type, given: Given) -> Any:
     """The checked settings. Raises UserError that says where the wrong value came from."""
+    types = field_types(config)
+    data = _laid(config, given, types)
+    try:
+        return make(config, data)
+    except ConfigError as error:
+        first, *others = [_with_source(problem, config, given, types) for problem in (error, *error.others)]
+        raise UserError("; also ".join([first, *others])) from None
+
+
+def _laid(config: type, given: Given, types: dict[str, Any]) -> dict[str, Any]:
+    """Defaults, recipes and options over one another."""
     data = defaults(config)
     for recipe in given.recipes.values():
         # Each recipe is laid over what came before, so what it spoils is spoiled for all: it is checked at the end.
         data = lay_over(data, recipe, config)
-    types = field_types(config)
     for path, text in given.options.items():
         value = _option_value(text, types[path])
         for part in reversed(path.split(".")):
             value = {part: value}
         data = lay_over(data, value, config)
-    try:
-        return make(config, data)
-    except ConfigError as error:
-        raise _with_source(error, config, given, types) from None
+    return data
 
 
-def _with_source(error: ConfigError, config: type, given: Given, types: dict[str, Any]) -> UserError:
+def _with_source(error: ConfigError, config: type, given: Given, types: dict[str, Any]) -> str:
+    """The message of a problem, which begins with the place that it came from."""
     if error.kind == "missing":
         # Nothing sets it, so the last recipe is the one to add it to.
         where = list(given.recipes)[-1] if given.recipes else COMMAND_LINE
         options = " and ".join(f"--{path}" for path in error.field.split(", "))
-        return UserError(f"{where}: {error.field}: missing; add it to the recipe or pass {options}")
+        return f"{where}: {error.field}: missing; add it to the recipe or pass {options}"
     problem = error.problem
     # An option gives a list as a whole, so entries are looked for under its name.
     path = re.sub(r"\[.*", "", error.field)
     if error.kind == "type" and error.field in given.options:
         problem = f"is '{given.options[error.field]}', expected {describe(types[error.field])}"
-    return UserError(f"{_source(path, given)}: {error.field}: {problem}")
+    source = _source(path, given)
+    if source != COMMAND_LINE and (option := _culprit(error, config, given, types)) is not None:
+        source = f"{COMMAND_LINE}: with --{option} {given.options[option]}"
+    return f"{source}: {error.field}: {problem}"
+
+
+def _culprit(error: ConfigError, config: type, given: Given, types: dict[str, Any]) -> str | None:
+    """The option without which a recipe's value would fit: limits may depend on other settings."""
+    for option in given.options if error.kind == "range" else ():
+        options = {path: text for path, text in given.options.items() if path != option}
+        without = Given(given.recipes, options, given.flags)
+        try:
+            make(config, _laid(config, without, types))
+        except ConfigError as other:
+            # Where something is missing, limits are not looked at.
+            if other.kind == "missing" or error.field in (other.field, *(one.field for one in other.others)):
+                continue
+        return option
+    return None
 
 
 def _source(path: str, given: Given) -> str:

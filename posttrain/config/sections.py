@@ -74,9 +74,13 @@ class ModelConfig(RuntimeConfig):
     may have a branch, tag or commit behind an @: OWNER/NAME@REVISION."""
     transformer_file: str | None = None
     """Transformer as one safetensors file in the original key names; replaces the one in path."""
+    transformer_format: Literal["fp8_scaled"] | None = None
+    """How that file holds its weights. null: float32, float16 or bfloat16. fp8_scaled: as ComfyUI's scaled fp8 files,
+    with a scale beside each 8-bit weight; each becomes weight times scale, in dtype, when it is read."""
     start: str | None = None
     """Run directory or checkpoint of an earlier method to continue from: what it trained, and what it started from
-    itself, is part of the model and of the reference. It must stay where it is. Adapters stay adapters, in float32, so
+    itself, is part of the model and of the reference. To branch off a run, name one of its checkpoints, as in
+    RUN/checkpoints/step-000010. It must stay where it is. Adapters stay adapters, in float32, so
     that nothing of them is rounded; a run that trained all weights replaces the base's, in dtype."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the frozen weights, and of the arithmetic. What is trained, latents and log-probs stay float32."""
@@ -93,6 +97,10 @@ class ModelConfig(RuntimeConfig):
         # torch's fp8 products have bfloat16 inputs and outputs.
         if self.quantize is not None and self.dtype != "bfloat16":
             raise refusal("quantize", f"fp8 multiplies in bfloat16, and model.dtype is {self.dtype}; change it")
+        if self.transformer_format is not None and self.transformer_file is None:
+            raise refusal(
+                "transformer_format", "is about transformer_file, which is null; name that file, or leave it out"
+            )
         return self
 
     def refuse_sequence_parallel(self, why: str) -> None:

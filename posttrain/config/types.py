@@ -37,6 +37,8 @@ class ConfigError(UserError):
         """unknown, type, missing or range."""
         self.expected = expected
         """Of kind type: the right type in words."""
+        self.others: list[ConfigError] = []
+        """Further problems of the same settings, to be told with this one."""
 
 
 # ---- the decorator --------------------------------------------------------------------------------------------
@@ -335,7 +337,8 @@ ORDER = ("unknown", "type", "range", "missing")
 
 
 def explain(config: type, error: ValidationError) -> ConfigError:
-    """The problem to tell first. Several settings that are missing are told together."""
+    """The problem to tell first, with the others. Settings that are missing are told together, where nothing else is
+    wrong: a misspelt key makes one missing too."""
     problems: dict[str, ConfigError] = {}
     for entry in error.errors(include_url=False):
         problem = _problem(config, entry)
@@ -343,8 +346,9 @@ def explain(config: type, error: ValidationError) -> ConfigError:
         # Each member of a union says no in its own way. A range is nearer to what was meant than another type.
         if known is None or (known.kind == "type" and problem.kind == "range"):
             problems[problem.field] = problem
-    first = min(problems.values(), key=lambda problem: ORDER.index(problem.kind))
+    first, *rest = sorted(problems.values(), key=lambda problem: ORDER.index(problem.kind))
     if first.kind != "missing":
+        first.others = [problem for problem in rest if problem.kind != "missing"]
         return first
     fields = ", ".join(problems)
     return ConfigError(fields, "missing", "missing")

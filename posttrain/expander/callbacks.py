@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from posttrain.distributed.processes import Processes
@@ -33,6 +34,8 @@ from prompts.records import PromptRecord
 from rewards.noise import PREFIX, noise_of
 
 SHOWN_FAULTS = 20  # in the report
+HISTORY = "history.json"
+"""A checkpoint's file of the counts of GDPOCallback."""
 
 
 def diversity_weight(config: ExpanderGDPOConfig, step: int) -> float:
@@ -148,8 +151,10 @@ class GDPOCallback(TrainerCallback):
             self.evaluations = [row for row in json.loads(file.read_text()) if row["step"] <= self.first]
         self.done = self.first
         self.signals = StopSignals()
-        self.skipped = self.skipped_in_a_row = 0
-        self._idle = {"skipped_steps": 0, "idle_steps": 0}
+        self.history = {"skipped": 0, "skipped_in_a_row": 0, "skipped_steps": 0, "idle_steps": 0}
+        """Counts that each checkpoint holds, so that a resumed run ends where an uninterrupted one does."""
+        if saved is not None and (saved / HISTORY).is_file():
+            self.history |= json.loads((saved / HISTORY).read_text())
         self._seconds: dict[str, float] = {}
         self._began = self._started = time.perf_counter()
 
@@ -185,7 +190,7 @@ class GDPOCallback(TrainerCallback):
         ablation = {} if self.config.ablation.diversity == "kept" else {"ablation": self.config.ablation.diversity}
         self.run.summary(
             {
-                "before": before, "after": after, "steps": self.done, "skipped": self.skipped, **ablation,
+                "before": before, "after": after, "steps": self.done, "skipped": self.history["skipped"], **ablation,
                 "seconds": round(time.perf_counter() - self._started, 1), **peak_memory(),
             }
         )  # fmt: skip
@@ -209,11 +214,12 @@ class GDPOCallback(TrainerCallback):
         # TRL would take the step, and one NaN would then be in every weight.
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         if all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
-            self.skipped_in_a_row = 0
+            self.history["skipped_in_a_row"] = 0
             return
         model.zero_grad(set_to_none=True)  # AdamW leaves parameters without a gradient alone
-        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
-        if self.skipped_in_a_row >= MAX_SKIPPED:
+        self.history["skipped"] += 1
+        self.history["skipped_in_a_row"] += 1
+        if self.history["skipped_in_a_row"] >= MAX_SKIPPED:
             raise UserError(
                 f"optim.lr: {MAX_SKIPPED} gradients in a row were not finite; lower it (it is {self.config.optim.lr:g})"
             )
@@ -233,20 +239,26 @@ class GDPOCallback(TrainerCallback):
         reason = idle_reason(scored, self.config.groups.group_size, weighted)
         if self.procs.any(reason is None):  # another process had groups that differ
             reason = None
-        count_idle(self._idle, reason, False)
-        check_idle(self._idle, reason, self.config.idle_steps)
+        count_idle(self.history, reason, False)
+        check_idle(self.history, reason, self.config.idle_steps)
         every = self.config.eval.every
         if (every and step % every == 0) or step == self.config.steps:
             self._evaluate(step)
         if self.procs.any(self.signals.received is not None):
             control.should_save = control.should_training_stop = True
 
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Adds the counts to a checkpoint, before AtomicCheckpointCallback seals it."""
+        if self.procs.main:
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            (folder / HISTORY).write_text(json.dumps(self.history) + "\n")
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if "loss" not in logs:
             return  # TRL's closing line
         metrics = {name: value for name, value in logs.items() if name not in ("epoch", "step_time")}
         metrics["diversity_weight"] = float(self.trainer.reward_weights[-1])
-        metrics["skipped"] = self.skipped
+        metrics["skipped"] = self.history["skipped"]
         metrics |= {f"seconds/{name}": value for name, value in self._seconds.items()}
         self.run.log(state.global_step, metrics)
 

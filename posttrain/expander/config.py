@@ -61,6 +61,8 @@ class WriterConfig:
     """Requests under way at once; the command runs in one process."""
     timeout: Positive = 60.0
     """Seconds for one attempt."""
+    answers_as: str | None = None
+    """Name of the model in the answers, where model is an alias for it, as Azure's deployments are; null: model."""
 
 
 @settings

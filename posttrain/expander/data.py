@@ -197,7 +197,9 @@ def problem(candidate: Candidate, others: list[Candidate]) -> str | None:
 def _judge(path: str, spec: WriterConfig, urls: dict[str, list[str]], seed: int) -> Judge:
     bases = [spec.base_urls] if isinstance(spec.base_urls, str) else spec.base_urls
     resolved = with_servers(bases, urls, f"{path}.base_urls")
-    return Judge(spec.model, resolved, spec.api_key_env, spec.concurrency, spec.timeout, seed=seed)
+    return Judge(
+        spec.model, resolved, spec.api_key_env, spec.concurrency, spec.timeout, seed=seed, answers_as=spec.answers_as
+    )
 
 
 # ---- the directory ----------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from posttrain.config.types import AtLeast0, AtLeast1, AtLeast2, NonNegative, Si
 
 @settings
 class ExportConfig:
-    """Turn a checkpoint into files that other tools load."""
+    """Turn a checkpoint into files that other tools load. With --check LORA it measures instead what a LoRA that was
+    trained on Raw does on Turbo: see posttrain export --check --help."""
 
     source: str
     """Run directory (its newest checkpoint; its best step if eval.stop ended it) or one checkpoint, such as

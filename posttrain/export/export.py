@@ -36,7 +36,7 @@ from posttrain.runs.files import apply_umask
 from posttrain.runs.guard import check_new
 from posttrain.training import checkpoint
 from posttrain.training.checkpoint import Checkpoint
-from posttrain.training.policy import POLICY, add_saved_policy, earlier_of, load_base
+from posttrain.training.policy import POLICY, add_saved_policy, check_base, earlier_of, load_base
 
 B = "lora_B.weight"
 DIFFUSERS_PREFIX, ORIGINAL_PREFIX = "transformer.", "diffusion_model."
@@ -77,6 +77,7 @@ def write(
     adapter = saved.tensors.get("adapter")
     if adapter is not None and not any(v.any() for k, v in adapter.items() if k.endswith(B)):
         raise UserError(f"{saved.path}: the adapter is untrained (every B factor is 0) and would do nothing")
+    check_base(saved)
     if format.startswith("lora"):
         factors = scaled_factors(saved)
         named = {DIFFUSERS_PREFIX + k: v for k, v in factors.items()}

@@ -173,14 +173,15 @@ def _load_turbo(config: CarryoverConfig, saved: Checkpoint | None) -> K2:
         policy.add_saved_policy(k2, student)
         k2.stack_role(policy.POLICY)
         return k2
-    k2 = _load(config.turbo, replace(config.model, transformer_file=None))
+    k2 = _load(config.turbo, replace(config.model, transformer_file=None, transformer_format=None))
     if not k2.is_distilled:
         raise UserError(f"turbo: {config.turbo}: model_index.json: is_distilled is not true; give a Turbo checkpoint")
     return k2
 
 
 def _load(path: str, model: ModelConfig) -> K2:
-    return K2.load(path, model.transformer_file, getattr(torch, model.dtype), _device())
+    dtype = getattr(torch, model.dtype)
+    return K2.load(path, model.transformer_file, dtype, _device(), model.transformer_format)
 
 
 def _device() -> torch.device:

@@ -7,6 +7,7 @@ licence is never invented. The text is in posttrain/report/templates/export_card
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from posttrain.report.front_matter import card
 from posttrain.report.public import public
 from posttrain.runs.read import read_changes
 from posttrain.training.checkpoint import Checkpoint
-from posttrain.training.policy import earlier_of, is_student
+from posttrain.training.policy import earlier_of, is_directory, is_student
 
 AS_BASE = "as-the-base-model"
 STEPS = 28  # of the base model
@@ -77,9 +78,9 @@ def model_card(
         name=hub if hub is not None and format == "diffusers" else output.name,
         file=output.name,
         hub=hub,
-        base_is_on_hub=is_hub_id(model["path"]),
+        base_is_on_hub=_on_hub(saved),
         base=model["path"],
-        source=f"{model['transformer_file']} ({model['path']})" if model["transformer_file"] else model["path"],
+        source=_source(model),
         format=format,
         stages=[_stage(stage) for stage in [*earlier_of(saved), saved]],
         student=student and {**student, "shift": math.exp(student["mu"])},
@@ -99,6 +100,14 @@ def model_card(
     )  # fmt: skip
 
 
+def _source(model: Mapping[str, Any]) -> str:
+    """Where the base comes from, with the file and the 8-bit format of its transformer."""
+    if not model["transformer_file"]:
+        return model["path"]
+    format = model.get("transformer_format")
+    return f"{model['transformer_file']}{f' in {format}' if format else ''} ({model['path']})"
+
+
 def _front(saved: Checkpoint, format: str, license: str | None) -> dict[str, Any]:
     path = saved.state["model"]["path"]
     base = public(path)
@@ -107,9 +116,20 @@ def _front(saved: Checkpoint, format: str, license: str | None) -> dict[str, Any
         tags.append("lora")
     if is_student(saved):
         tags.append("distilled")
-    front = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags, **_license(path, license)}
+    on_hub = _on_hub(saved)
+    front = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
+    front |= _license(path, license, on_hub)
     # A hub refuses cards that name a directory as their base.
-    return {"base_model": without_revision(base), **front} if is_hub_id(base) else front
+    return {"base_model": without_revision(base), **front} if on_hub else front
+
+
+def _on_hub(saved: Checkpoint) -> bool:
+    """Whether others find the base on the hub: by its id, or as a download of it that the path names."""
+    path = saved.state["model"]["path"]
+    # A relative path has the form of an id, also when its directory has been moved since.
+    if is_directory(saved) and not Path(path).is_absolute():
+        return False
+    return is_hub_id(public(path))
 
 
 def run_recipe(saved: Checkpoint) -> dict[str, Any]:
@@ -178,7 +198,7 @@ def _reward(reward: dict[str, Any], method: str | None) -> dict[str, str]:
     return {"name": reward["name"], "function": public(function), "weight": weight}
 
 
-def _license(base: str, given: str | None) -> dict[str, str]:
+def _license(base: str, given: str | None, on_hub: bool) -> dict[str, str]:
     """The fields of the front matter: those given, those of the base's card, or the name that says as much."""
     if given is not None:
         return {"license": given}
@@ -189,7 +209,7 @@ def _license(base: str, given: str | None) -> dict[str, str]:
     if "license" in fields:
         return fields
     unknown = {"license": "other", "license_name": AS_BASE}
-    return unknown | ({"license_link": f"https://huggingface.co/{without_revision(base)}"} if is_hub_id(base) else {})
+    return unknown | ({"license_link": f"https://huggingface.co/{without_revision(base)}"} if on_hub else {})
 
 
 def _license_text(front: dict[str, Any], base: str, given: str | None) -> str:

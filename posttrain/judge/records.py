@@ -49,7 +49,7 @@ class Files:
         images = []
         for path in self.paths:
             try:
-                images.append(read_image(path))
+                images.append(read_image(path.read_bytes()))  # the path is added below
                 _check_shape(images[-1])
             except OSError as error:
                 raise UserError(f"{self.where}: {path}: cannot be read: {error.strerror}; fix or remove it") from None

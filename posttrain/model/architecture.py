@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import Krea2Transformer2DModel
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 TEXT = ("text_fusion", "txt_in")
 """What fuses a prompt's text. It sees no time and no image, so its output is cached and it is never trained."""
@@ -47,3 +48,13 @@ def compile_text_fusion(transformer: Krea2Transformer2DModel) -> None:
 def randomise_output(transformer: Any, std: float) -> None:
     """Diffusers begins with an output of zero, which teaches the blocks nothing in the first steps."""
     torch.nn.init.normal_(transformer.final_layer.linear.weight, std=std)
+
+
+def pack(latents: Tensor, patch: int = 2) -> Tensor:
+    """(B, c, rows*patch, columns*patch) to (B, rows*columns, c*patch*patch), channel order (c, ph, pw)."""
+    return F.pixel_unshuffle(latents, patch).flatten(2).transpose(1, 2)
+
+
+def unpack(tokens: Tensor, rows: int, columns: int, patch: int = 2) -> Tensor:
+    """The inverse of `pack`."""
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (rows, columns)), patch)

@@ -21,12 +21,12 @@ import torch
 from diffusers import AutoencoderKLQwenImage, Krea2Pipeline
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.errors import UserError
 from posttrain.image_reader import to_rgb
 from posttrain.model import architecture, sampler
+from posttrain.model.architecture import pack, unpack
 from posttrain.model.blocks import Blocks
 from posttrain.model.linears import LoraLinear
 from posttrain.model.load import load_pipeline, random_pipeline
@@ -118,13 +118,14 @@ class K2(Roles):
         transformer_file: str | Path | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        transformer_format: str | None = None,
     ) -> "K2":
         """Loads a diffusers directory or a hub id; raises UserError for anything else.
 
-        With `transformer_file`, the transformer's weights come from that safetensors file, in the original key names.
-        Everything else, its configuration too, comes from `path`.
+        With `transformer_file`, the transformer's weights come from that safetensors file, in the original key names,
+        in `transformer_format` (see ModelConfig). Everything else, its configuration too, comes from `path`.
         """
-        return cls(load_pipeline(path, transformer_file, dtype, device))
+        return cls(load_pipeline(path, transformer_file, dtype, device, transformer_format))
 
     @classmethod
     def random(
@@ -346,16 +347,26 @@ class K2(Roles):
     @torch.no_grad()
     @uses("vae")
     def decode(self, latents: Tensor, height: int, width: int, batch: int | None = None) -> Tensor:
-        """Packed latents (B, N, C) to uint8 images (B, height, width, 3), `batch` at a time; None: see DECODED."""
+        """Packed latents (B, N, C) to uint8 images (B, height, width, 3), `batch` at a time; None: see DECODED.
+
+        Raises UserError if a pixel is not finite. All that is drawn passes here, and NaN would become black.
+        """
         mean, std = self._latent_statistics()
-        images = []
+        images, finite = [], []
         for part in latents.split(batch or max(1, min(16, DECODED // (height * width)))):
             part = part.to(self.vae.device, torch.float32)
             z = unpack(part, *self.grid(height, width), self.pipe.patch_size) * std + mean
             # The VAE is one of videos: an image is a video of one frame.
             pixels = self.vae.decode(z[:, :, None].to(self.vae.dtype), return_dict=False)[0][:, :, 0]
+            finite.append(pixels.isfinite().all())
             pixels = (pixels.float() / 2 + 0.5).clamp(0, 1) * 255
             images.append(pixels.round().to(torch.uint8).permute(0, 2, 3, 1))
+        # One question for all: a GPU is waited for where images are fetched from it anyway.
+        if not bool(torch.stack(finite).all()):
+            raise UserError(
+                "model: draws numbers that are not finite; copy or download it again, or go on from an earlier"
+                " checkpoint with a lower optim.lr"
+            )
         return torch.cat(images)
 
     @torch.no_grad()
@@ -380,19 +391,6 @@ class K2(Roles):
         mean = torch.tensor(self.vae.config["latents_mean"], device=self.vae.device)
         std = torch.tensor(self.vae.config["latents_std"], device=self.vae.device)
         return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
-
-
-# latents and images
-
-
-def pack(latents: Tensor, patch: int = 2) -> Tensor:
-    """(B, c, rows*patch, columns*patch) to (B, rows*columns, c*patch*patch), channel order (c, ph, pw)."""
-    return F.pixel_unshuffle(latents, patch).flatten(2).transpose(1, 2)
-
-
-def unpack(tokens: Tensor, rows: int, columns: int, patch: int = 2) -> Tensor:
-    """The inverse of `pack`."""
-    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (rows, columns)), patch)
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:

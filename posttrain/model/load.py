@@ -36,18 +36,22 @@ from posttrain.loading import (
     reading,
 )
 from posttrain.model import key_names
-from posttrain.model.files import check_directory
+from posttrain.model.files import UNUSED, check_directory, scale_of
 
 
 def load_pipeline(
-    path: str | Path, transformer_file: str | Path | None, dtype: torch.dtype, device: str | torch.device
+    path: str | Path,
+    transformer_file: str | Path | None,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    transformer_format: str | None = None,
 ) -> Krea2Pipeline:
     """See `K2.load`."""
     patterns = PIPELINE
     if transformer_file is not None:  # of the other one only the settings are read
         patterns = [pattern.replace("transformer/*", "transformer/*.json") for pattern in PIPELINE]
     where, folder = str(path), local(str(path), patterns)
-    check_directory(str(folder), transformer_file)
+    check_directory(str(folder), transformer_file, transformer_format)
     if transformer_file is not None:
         transformer = _read_original(Path(transformer_file), folder, where, dtype, device)
     else:
@@ -194,7 +198,12 @@ def _read_original(
     """Reads one file in the original key names. diffusers' own reader ignores missing and extra keys."""
     with reading(f"{where}/transformer/config.json", "the transformer's settings"):
         transformer = empty_transformer(folder)
-    weights = key_names.from_original(load_file(file))
+    tensors = load_file(file)
+    for name, value in tensors.items():
+        # ComfyUI's name of a weight's format, as JSON: some other formats have 8 bits and a scale too.
+        if name.endswith(".comfy_quant") and b'"float8_e' not in (text := bytes(value.flatten().byte().tolist())):
+            raise UserError(f"{file}: {name} is {text!r}, which is not fp8_scaled; give such a file, or bfloat16")
+    weights = key_names.from_original(dequantized(tensors, dtype))
     remedy = f"give a file in the original key names that belongs to {where}/transformer"
     check_names(str(file), transformer.state_dict(), weights, remedy, original_names=True)
     # Copied: otherwise the weights stay mapped to the file, which someone may replace.
@@ -203,6 +212,27 @@ def _read_original(
     transformer.to(device)
     check_finite(file, transformer.state_dict())
     return transformer
+
+
+def dequantized(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a file that `check_directory` has passed: weights in 8 bits times their scales, the product in
+    float32 and rounded to `dtype` once. A file without such weights stays as it is."""
+    scales: dict[str, str] = {}
+    for name, value in tensors.items():
+        if value.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) and (scale := scale_of(name, tensors)):
+            scales[name] = scale
+    if not scales:
+        return dict(tensors)
+    plain: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if name in scales:
+            scale = tensors[scales[name]].float()
+            # A scale for each output stands for its row.
+            scale = scale.reshape([-1] + [1] * (value.ndim - 1))
+            plain[name] = (value.float() * scale).to(dtype)
+        elif name not in scales.values() and not name.endswith(UNUSED):
+            plain[name] = value
+    return plain
 
 
 # random weights

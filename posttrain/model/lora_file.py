@@ -5,8 +5,8 @@ as they are or joined by underscores (`lora_unet_blocks_0_attn_wq`), with lora_A
 
 How strongly a layer acts is read in this order: an `alpha` tensor beside the factors; the file's header, as diffusers
 (`lora_adapter_metadata`) or kohya's trainers (`ss_network_alpha`) write it; PEFT's adapter_config.json beside the file.
-Two that disagree are an error, since one of them is wrong and nothing says which. Where none says anything the scale
-is 1.
+Two that disagree are an error, since one of them is wrong and nothing says which. kohya's header has one number for all
+layers, which says nothing of them beside alphas where their ranks are others. Where none says anything the scale is 1.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,8 @@ def read_lora(path: str | Path, shapes: Mapping[str, tuple[int, int]], where: st
         )
     if alone := [names[layer] for layer, parts in layers.items() if not {"A", "B"} <= parts.keys()]:
         raise UserError(f"{where}: a factor is missing for {some(alone)}; give a whole LoRA")
-    stated = stated_scales(path, where)
+    ranks = {parts["A"].shape[0] for parts in layers.values() if parts["A"].ndim == 2}
+    stated = stated_scales(path, where, ranks, all("alpha" in parts for parts in layers.values()))
     factors: dict[str, Tensor] = {}
     for layer, parts in layers.items():
         a, b, alpha = parts["A"], parts["B"], parts.get("alpha")
@@ -176,8 +177,9 @@ def _joined(shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
 # ---- how strongly a layer acts -------------------------------------------------------------------------------
 
 
-def stated_scales(path: Path, where: str | Path) -> dict[str, Scale]:
-    """What header and adapter_config.json say, by the place that says it. Raises UserError if they cannot be read."""
+def stated_scales(path: Path, where: str | Path, ranks: Set[int], alphas: bool) -> dict[str, Scale]:
+    """What header and adapter_config.json say, by the place that says it. `ranks` are those of the layers, `alphas`
+    whether each has an alpha tensor. Raises UserError if they cannot be read."""
     with safe_open(path, framework="np") as opened:
         header = opened.metadata() or {}
     scales: dict[str, Scale] = {}
@@ -189,7 +191,7 @@ def stated_scales(path: Path, where: str | Path) -> dict[str, Scale]:
         if own or "r" in settings:
             scales[place] = _of_peft(own or settings, where, place)
     if "ss_network_alpha" in header:
-        scales["ss_network_alpha in its header"] = _of_kohya(header, where)
+        scales["ss_network_alpha in its header"] = _of_kohya(header, where, ranks, alphas)
     config = path.parent / "adapter_config.json"
     # PEFT's own file name, or the only file that it can be about.
     if config.is_file() and (
@@ -272,7 +274,7 @@ def _of_peft(config: Mapping[str, Any], where: str | Path, place: str) -> Scale:
     return scale
 
 
-def _of_kohya(header: Mapping[str, str], where: str | Path) -> Scale:
+def _of_kohya(header: Mapping[str, str], where: str | Path, ranks: Set[int], alphas: bool) -> Scale:
     """Of kohya's header, whose values are texts; "None" and "Dynamic" say nothing."""
     place = "ss_network_alpha in its header"
     numbers: dict[str, float] = {}
@@ -285,8 +287,11 @@ def _of_kohya(header: Mapping[str, str], where: str | Path) -> Scale:
         except ValueError as error:
             raise UserError(f"{where}: {key} in its header is {text!r}, not a number; copy it again") from error
 
+    # With ranks of their own, layers have alphas of their own too: the header's is then only the trainer's default.
+    own = alphas and ranks != {numbers.get("ss_network_dim", min(ranks, default=0))}
+
     def scale(layer: str, rank: int) -> float | None:
-        if "ss_network_alpha" not in numbers:
+        if own or "ss_network_alpha" not in numbers:
             return None
         if numbers.get("ss_network_dim", rank) != rank:
             raise UserError(

@@ -38,6 +38,7 @@ from posttrain.pipeline.gains import read_json
 from posttrain.pipeline.hours import describe
 from posttrain.pipeline.plan import TRAINING, Stage, resolve
 from posttrain.pipeline.report import write_index
+from posttrain.report.format import counted
 from posttrain.runs.files import replace_text
 from posttrain.runs.lock import lock
 from posttrain.runs.progress import columns
@@ -120,9 +121,9 @@ def plan(stages: list[Stage], state: dict[str, Any]) -> str:
         progress = "to do" if entry is None else "finished" if entry["finished"] else "begun"
         size = ""
         if stage.command == "pairs":
-            size = f"{stage.config.pairs} pairs"
+            size = counted(stage.config.pairs, "pair")
         elif "steps" in stage.settings:
-            size = f"{stage.config.steps} steps"
+            size = counted(stage.config.steps, "step")
         reads = ", ".join(f"{field} from {name}" for field, name in stage.reads.items())
         rows.append((str(i), stage.name, stage.command, progress, size, str(stage.output), reads))
     return columns(rows)

@@ -79,7 +79,8 @@ def read_image(name: str, value: Any, folder: Path) -> Image.Image:
     if isinstance(value, str) and value.startswith(("data:", "http://", "https://")):
         raise ValueError(f"{name}: is a URL, which is not fetched; write the images into files")
     try:
-        return image_reader.read_image(folder / value if isinstance(value, str) else value)
+        # As bytes: a message about a row names its file and line, and the column.
+        return image_reader.read_image((folder / value).read_bytes() if isinstance(value, str) else value)
     except FileNotFoundError:
         raise ValueError(f"{name}: {value} is missing") from None
     except OSError as error:

@@ -23,6 +23,7 @@ from posttrain.model import architecture, sampler
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.preflight.checks import Row, Skip, run_check
 from posttrain.preflight.round_trip import round_trip
+from posttrain.report.format import counted
 from posttrain.runs.progress import duration
 from posttrain.runs.run import peak_memory
 from posttrain.training.evaluate import Evaluation, Evaluator, SamplingSettings
@@ -105,7 +106,11 @@ class Checks(ABC):
         evaluations = 1 + (math.ceil(config.steps / config.eval.every) if config.eval.every else 1)
         each = self.seconds["evaluation"]
         total = f"about {duration(config.steps * step + evaluations * each)}, {config.steps * images} {unit}"
-        yield Row("run", True, f"{total}: {config.steps} steps and {evaluations} evaluations of {each:.1f} s")
+        yield Row(
+            "run",
+            True,
+            f"{total}: {counted(config.steps, 'step')} and {counted(evaluations, 'evaluation')} of {each:.1f} s",
+        )
 
 
 class K2Checks(Checks):
@@ -162,7 +167,7 @@ class K2Checks(Checks):
         as_configured = sum(seconds + each_step * (n - steps) for n in self.full_steps())
         self.seconds["evaluation"] = as_configured * all_images / images / self.procs.size
         missing = [name for name, value in result.metrics.items() if value is None]
-        measured = f"{images * len(config.guidance)} images of {steps} steps in {seconds:.1f} s"
+        measured = f"{counted(images * len(config.guidance), 'image')} of {counted(steps, 'step')} in {seconds:.1f} s"
         measured += f"; no score from {', '.join(missing)}" if missing else ""
         relied_on = {config.best, config.stop.metric} & set(missing)
         remedy = "eval.best and eval.stop need a figure that these prompts have: watch another"

@@ -65,7 +65,10 @@ def round_trip(
         k2.transformer.cpu()
 
     def read(path: str | Path, file: str | None) -> Any:
-        return k2.pipe if in_memory else load_pipeline(path, file, getattr(torch, model.dtype), device)
+        if in_memory:
+            return k2.pipe
+        format = model.transformer_format if file is not None else None
+        return load_pipeline(path, file, getattr(torch, model.dtype), device, format)
 
     def exported_by(one: Checkpoint, name: str) -> Tensor:
         """What the stock pipeline draws with an export of it."""

@@ -19,7 +19,7 @@ from posttrain.report.before_after import run_images
 from posttrain.report.charts import Chart, Limit, Section, areas_chart, line_chart
 from posttrain.report.compare import comparison
 from posttrain.report.config import ReportConfig
-from posttrain.report.format import aligned, change, number
+from posttrain.report.format import aligned, change, counted, number
 from posttrain.report.groups import groups
 from posttrain.report.limits import limits, watched
 from posttrain.report.public import public
@@ -119,7 +119,8 @@ def _recipe_text(files: RunFiles) -> str:
 def _subtitle(files: RunFiles) -> str:
     # A run of `posttrain pairs` counts pairs, all others steps.
     pairs = files.recipe.get("pairs")
-    total = f"{pairs} pairs" if isinstance(pairs, int) else f"{files.recipe.get('steps', '?')} steps"
+    count, noun = (pairs, "pair") if isinstance(pairs, int) else (files.recipe.get("steps", "?"), "step")
+    total = counted(count, noun) if isinstance(count, int) else f"{count} {noun}s"
     parts = [f"from {_base(files.recipe)}", f"{files.steps} of {total}"]
     if files.environment.get("started"):
         parts.append(f"started {files.environment['started'][:16].replace('T', ' ')}")

@@ -27,7 +27,7 @@ class Progress:
         self.console = console or Console(stderr=True)
         # 21 times are the ends of the last 20 steps.
         self.times = deque([(time.monotonic(), step)], maxlen=21)
-        self.last_line = 0.0
+        self.last_line, self.last_step = 0.0, -1
         self.bar: Bar | None = None
         if self.console.is_terminal:
             description = TextColumn("{task.completed}/{task.total}  {task.description}")
@@ -44,8 +44,9 @@ class Progress:
         text = f"{shown}{seconds:.2f} s/step  {duration(seconds * (self.total - step))} left"
         if self.bar is not None:
             self.bar.update(self.task, completed=step, description=text)
-        elif step >= self.total or now - self.last_line >= QUIET_SECONDS:
-            self.last_line = now
+        # What is logged later of the same step, such as its evaluation, is no progress.
+        elif step != self.last_step and (step >= self.total or now - self.last_line >= QUIET_SECONDS):
+            self.last_line, self.last_step = now, step
             self.console.print(f"step {step}/{self.total}  {text}", highlight=False, soft_wrap=True)
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from posttrain.config.sections import LoraConfig, ModelConfig, RuntimeConfig
 from posttrain.errors import UserError
+from posttrain.loading import is_hub_id
 from posttrain.model import sequence
 from posttrain.model.blocks import set_attention
 from posttrain.model.files import DISTILLED_REMEDY
@@ -74,7 +75,20 @@ def _load_base_or_saved(model: ModelConfig, device: str | torch.device, saved: C
 
 def load_base(saved: Checkpoint, device: str | torch.device = "cpu") -> K2:
     """The model that a checkpoint's run began with. Raises UserError if it is gone or another one."""
+    check_base(saved)
     return _load_for(saved, saved.state["model"], device)
+
+
+def check_base(saved: Checkpoint) -> None:
+    """Raises UserError if the model that a checkpoint's run began with was a directory here and is gone."""
+    path = saved.state["model"]["path"]
+    if is_directory(saved) and not Path(path).exists():
+        raise UserError(f"{path}: is gone, and {saved.path} was trained on it; put it back")
+
+
+def is_directory(saved: Checkpoint) -> bool:
+    """Whether the base was a directory when the run began. Older checkpoints do not say it, which is False here."""
+    return _origin(saved).get("hub") is False
 
 
 def _load_for(saved: Checkpoint, model: dict[str, Any], device: str | torch.device) -> K2:
@@ -114,9 +128,12 @@ def earlier_of(saved: Checkpoint) -> list[Checkpoint]:
 
 def _load(model: dict[str, Any], device: str | torch.device) -> K2:
     startup.lap("inputs")
-    k2 = K2.load(model["path"], model["transformer_file"], getattr(torch, model["dtype"]), device)
+    # Checkpoints of earlier versions name no format.
+    file, format = model["transformer_file"], model.get("transformer_format")
+    k2 = K2.load(model["path"], file, getattr(torch, model["dtype"]), device, format)
     startup.lap("read")
-    k2.origin = {"base": fingerprint(k2.base_state_dict()), "merged": []}
+    # A relative path looks like a hub id once its directory is gone.
+    k2.origin = {"base": fingerprint(k2.base_state_dict()), "merged": [], "hub": is_hub_id(model["path"])}
     startup.lap("verify")
     return k2
 

@@ -18,7 +18,7 @@ from posttrain.expander import callbacks, gdpo
 from posttrain.expander.config import AblationConfig, ExpanderGDPOConfig
 from posttrain.expander.model import Expander
 from posttrain.expander.renderer import K2Renderer
-from posttrain.training import advantages
+from posttrain.training import advantages, checkpoint
 from posttrain.training.stepper import MAX_SKIPPED
 from rewards.base import RewardSpec
 from tests.helpers import chat, expander_runs, runs
@@ -220,16 +220,16 @@ def test_the_weight_may_not_change_in_a_run(config, monkeypatch):
 
 def test_gradients_that_are_not_finite_are_left_out_and_then_end_the_run(config, tmp_path):
     callback = callbacks.GDPOCallback.__new__(callbacks.GDPOCallback)
-    callback.config, callback.skipped, callback.skipped_in_a_row = config, 0, 0
+    callback.config, callback.history = config, {"skipped": 0, "skipped_in_a_row": 0}
     model = torch.nn.Linear(2, 1)
     for i in range(MAX_SKIPPED - 1):
         model(torch.full((1, 2), torch.inf)).sum().backward()
         callback.on_pre_optimizer_step(None, None, None, model=model)
-        assert model.weight.grad is None and callback.skipped == i + 1
+        assert model.weight.grad is None and callback.history["skipped"] == i + 1
     model(torch.ones(1, 2)).sum().backward()
     callback.on_pre_optimizer_step(None, None, None, model=model)
-    assert model.weight.grad is not None and callback.skipped_in_a_row == 0
-    callback.skipped_in_a_row = MAX_SKIPPED - 1
+    assert model.weight.grad is not None and callback.history["skipped_in_a_row"] == 0
+    callback.history["skipped_in_a_row"] = MAX_SKIPPED - 1
     model.weight.grad.fill_(torch.nan)
     with pytest.raises(UserError, match=r"optim\.lr: 10 gradients in a row"):
         callback.on_pre_optimizer_step(None, None, None, model=model)
@@ -241,6 +241,24 @@ def test_steps_that_teach_nothing_end_the_run(config, monkeypatch):
     config.idle_steps = 1
     with pytest.raises(UserError, match="idle_steps: nothing could be learnt from 1 steps in a row: the expansions of"):
         gdpo.train(config)
+
+
+def test_a_resumed_run_counts_on(config, monkeypatch):
+    """Idle steps and skipped gradients before the checkpoint count as in a run that was not interrupted."""
+    monkeypatch.setattr("posttrain.expander.score.causes", lambda *_: ["empty"])
+    config.steps = 2
+    gdpo.train(config)
+    last = runs.Path(config.output) / "checkpoints/checkpoint-2"
+    history = json.loads((last / callbacks.HISTORY).read_text())
+    assert history["idle_steps"] == 2 and history["skipped"] == 0
+    (last / callbacks.HISTORY).write_text(json.dumps(history | {"skipped": 1}))
+    checkpoint.seal(last)
+    config.steps, config.idle_steps = 5, 3
+    with pytest.raises(UserError, match="idle_steps: nothing could be learnt from 3 steps in a row: the expansions of"):
+        gdpo.train(config, resume=True)
+    config.idle_steps = 0
+    gdpo.train(config, resume=True)
+    assert [row["skipped"] for row in runs.rows(config.output) if "loss" in row] == [0, 0, 1, 1, 1]
 
 
 def test_processes_share_an_evaluation(config, command, tmp_path):

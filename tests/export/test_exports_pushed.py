@@ -125,6 +125,25 @@ def test_the_licence_is_the_bases(run, model, tmp_path):
     )
 
 
+def test_a_base_that_has_moved_is_no_hub_id(model, tmp_path, monkeypatch):
+    """A relative path has the form OWNER/NAME. Nothing is asked of a hub, and the card names no base there."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model, "models/k2")
+    runs.trained(tmp_path, Path("models/k2"))
+    shutil.move("models", "elsewhere")
+    monkeypatch.setattr(huggingface_hub, "HfApi", None)
+    saved = runs.latest(tmp_path / "run")
+    card = model_card(saved, Path("a.safetensors"), "lora", None)
+    assert (
+        "base_model" not in card
+        and "huggingface.co/models" not in card
+        and "with the base model at `models/k2`" in card
+    )
+    for format in ("lora", "original", "diffusers"):
+        with pytest.raises(UserError, match=r"^models/k2: is gone, and .*step-\d+ was trained on it; put it back$"):
+            write(tmp_path / "run", tmp_path / "out.safetensors", format)
+
+
 # ---- to a hub -----------------------------------------------------------------------------------------------
 
 

@@ -135,6 +135,24 @@ def test_scales_that_are_stated(tmp_path, tensors, header, config, scales):
     assert scale_in(written(tmp_path, tensors, header, config)) == scales
 
 
+def test_ranks_of_layers_beside_one_of_the_header(tmp_path):
+    """kohya's header has one rank and alpha for all layers: alpha tensors decide where ranks differ from it."""
+    tensors = named("lora_unet_", underscored, **DOWN_UP, alpha=torch.tensor(2.0))
+    name = f"lora_unet_{underscored(SECOND)}"
+    tensors |= {f"{name}.lora_down.weight": torch.ones(2, 5), f"{name}.lora_up.weight": torch.ones(7, 2)}
+    file = written(tmp_path, tensors, KOHYA)
+    read = read_lora(file, SHAPES)
+    (a, b), first = factors()[FIRST], read[f"{FIRST}.{B}"] @ read[f"{FIRST}.{A}"]
+    assert torch.allclose(first, 2 / 4 * b @ a)
+    assert torch.allclose(read[f"{SECOND}.{B}"] @ read[f"{SECOND}.{A}"], 2 / 2 * 2 * torch.ones(7, 5))
+    # One rank for all that is not the header's, as after a resize: the tensors again.
+    assert scale_in(written(tmp_path, named(alpha=torch.tensor(2.0)), KOHYA | {"ss_network_dim": "8"})) == (0.5, 0.5)
+    # Without alpha tensors there is only the header, and it is about another LoRA.
+    bare = {key: value for key, value in tensors.items() if not key.endswith("alpha")}
+    with pytest.raises(UserError, match="has rank 2, and its header says 4 beside ss_network_alpha"):
+        read_lora(written(tmp_path, bare, KOHYA), SHAPES)
+
+
 def test_an_adapter_config_is_about_its_own_file(tmp_path):
     """PEFT's file, or the only one; one LoRA of several in a folder is not about any config there."""
     file = written(tmp_path, named(), None, peft(), name="mine.safetensors")
@@ -154,6 +172,7 @@ TO_Q = "transformer.transformer_blocks.0.attn.to_q"
          r"its alpha tensor gives a scale \(alpha / rank\) of 0\.5, and lora_adapter_metadata in its header of 2"),
         (named(), diffusers_header(), peft(lora_alpha=4), r"header gives .* of 2, and adapter_config\.json of 1"),
         (named(), KOHYA, peft(), r"ss_network_alpha in its header gives .* of 0\.5, and adapter_config\.json of 2"),
+        (named(alpha=torch.tensor(4.0)), KOHYA, None, r"of 1, and ss_network_alpha in its header of 0\.5"),
         (named(), diffusers_header(use_rslora=True), peft(), r"of 4, and adapter_config\.json of 2"),
         (named(), diffusers_header(r=8), None, "to_q has rank 4, and lora_adapter_metadata in its header says 8"),
         (named(), diffusers_header(rank_pattern={"up": 2}), None, r"up has rank 4, and .* says 2"),

@@ -1,6 +1,7 @@
 """The reader of images: each kind of file is read as what it shows, or refused with a reason."""
 
 import io
+import re
 
 import numpy as np
 import pytest
@@ -130,9 +131,12 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (128, 128, 3),
         (zero_tail(saved(NOISE, "PNG")), "cannot be read: "),
     ],
 )
-def test_refused(data, says):
+def test_refused(data, says, tmp_path):
     with pytest.raises(ValueError) as raised:
         read_image(data)
+    (file := tmp_path / "odd.png").write_bytes(data)
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{file}: {raised.value}')}$"):
+        read_image(file)
     assert str(raised.value).startswith(says) and "\n" not in str(raised.value)
 
 

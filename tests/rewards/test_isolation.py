@@ -56,6 +56,7 @@ def sets_everything(folder):
     torch.set_default_dtype(torch.float16)
     torch.use_deterministic_algorithms(True)
     torch.set_default_device("meta")
+    torch.set_num_threads(torch.get_num_threads() + 1)
 
 
 class Setter:
@@ -79,7 +80,7 @@ def state():
     return (
         os.getcwd(), random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(),
         torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device(),
-        torch.are_deterministic_algorithms_enabled(),
+        torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(),
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -73,6 +74,20 @@ def test_another_model_is_not_the_judge():
     for name in ("m", None):
         score, _ = run(lambda head, body, name=name: answered(model=name), ask)
         assert score == pytest.approx(fake_judge.score_of("a"))
+
+
+def test_an_alias_is_named():
+    """As Azure's deployments, which answer with the name of the model behind them."""
+
+    def aliased(answers_as):
+        return lambda judge: ask(replace(judge, answers_as=answers_as))
+
+    score, _ = run(lambda head, body: answered(model="gpt-4o-2024-08-06"), aliased("gpt-4o"))
+    assert score == pytest.approx(fake_judge.score_of("a"))
+    with pytest.raises(JudgeError, match=r"model m, llama answered: name one .*, set answers_as: llama"):
+        run(lambda head, body: answered(model="llama"), aliased(None))
+    with pytest.raises(JudgeError, match="model m, which answers as gpt-4o, llama answered"):
+        run(lambda head, body: answered(model="llama"), aliased("gpt-4o"))
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,17 @@ def test_quiet_progress_prints_a_line_and_then_waits(monkeypatch):
     ]
 
 
+def test_a_step_is_told_once(monkeypatch):
+    """Its evaluation is logged after it, also of the last one."""
+    clock = iter([0.0, 11.0, 22.0, 33.0, 44.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    out = io.StringIO()
+    progress = Progress(2, console=Console(file=out))
+    for step in (1, 1, 2, 2):
+        progress.update(step, {"reward": 0.5})
+    assert [line[:8] for line in out.getvalue().splitlines()] == ["step 1/2", "step 2/2"]
+
+
 def test_progress_bar_on_a_terminal():
     out = io.StringIO()
     progress = Progress(10, step=4, console=Console(file=out, force_terminal=True, width=100))

@@ -23,6 +23,7 @@ from posttrain.sample_config import SampleConfig
 from posttrain.sample_images import sample
 from posttrain.stpo import train as stpo
 from posttrain.training import checkpoint
+from posttrain.training.policy import load_model
 from tests.export.test_export import distance, ours, stock_latents
 from tests.helpers import runs, tiny
 
@@ -72,6 +73,31 @@ def test_the_reference_is_the_policy_before(stages, policies):
     merged = [[Path(entry["path"]).parts[-4] for entry in load(run).state["origin"]["merged"]] for run in stages]
     assert merged == [[], ["a"], ["a", "b"]]
     assert len({load(run).state["origin"]["base"] for run in stages}) == 1
+
+
+def test_a_branch_starts_from_the_checkpoint_that_it_names(model, tmp_path):
+    """Its weights exactly, not those of the run's end: what it draws before its first step, and its reference."""
+    for name in ("first", "branch"):
+        (tmp_path / name).mkdir()
+    first = runs.config(tmp_path / "first", model)
+    first.steps, first.optim.lr, first.eval.every = 2, 0.02, 1
+    first.checkpoint.every, first.checkpoint.keep = 1, 3
+    grpo.train(first)
+    at = Path(first.output) / "checkpoints/step-000001"
+    branch = runs.config(tmp_path / "branch", model)
+    branch.model.start, branch.steps = str(at), 1
+    grpo.train(branch)
+    evaluated = [
+        {row["step"]: row["eval/brightness"] for row in runs.rows(config.output) if "eval/brightness" in row}
+        for config in (first, branch)
+    ]
+    assert evaluated[1][0] == pytest.approx(evaluated[0][1], abs=1e-6)
+    assert abs(evaluated[0][2] - evaluated[0][1]) > 1e-5
+    saved = checkpoint.load(at)
+    factors = load_model(branch.model, "cpu").active_factors(None)
+    scale = saved.state["lora"]["alpha"] / saved.state["lora"]["rank"]
+    for key, value in saved.tensors["adapter"].items():
+        assert torch.equal(factors[key], value * scale if "lora_B" in key else value), key
 
 
 @pytest.mark.parametrize("format", ["diffusers", "lora", "original", "lora-original"])

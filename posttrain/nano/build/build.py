@@ -33,7 +33,7 @@ from diffusers import AutoencoderKLQwenImage, Krea2Pipeline
 from transformers import Qwen3VLModel
 
 from posttrain.model import architecture
-from posttrain.model.k2 import pack
+from posttrain.model.architecture import pack
 from posttrain.model.load import flatten_time
 from posttrain.nano.build.parts import (
     PREFIX,
