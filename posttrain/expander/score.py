@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from posttrain.errors import UserError
-from posttrain.expander.config import DIVERSITY, ExpanderGDPOConfig
+from posttrain.expander.gdpo_config import DIVERSITY, ExpanderGDPOConfig
 from posttrain.expander.renderer import Renderer
 from posttrain.expander.text_metrics import CAUSES, causes
 from posttrain.training import advantages

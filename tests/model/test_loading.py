@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from posttrain import cli, loading
 from posttrain.errors import UserError
-from posttrain.expander.config import ChatModelConfig, RendererConfig
+from posttrain.expander.gdpo_config import ChatModelConfig, RendererConfig
 from posttrain.expander.model import Expander
 from posttrain.expander.policy import Policy
 from posttrain.expander.renderer import EndpointRenderer, K2Renderer
