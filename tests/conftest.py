@@ -15,15 +15,16 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def command(tmp_path_factory):
     commands = runs.Commands(tmp_path_factory.mktemp("commands"))
     yield commands
     commands.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def model(tmp_path_factory):
+    """The tiny pipeline, which no test may write to: all share it."""
     from accelerate import PartialState
 
     from tests.helpers import tiny

@@ -7,7 +7,7 @@ from PIL import Image
 
 from posttrain.errors import UserError
 from posttrain.nano.build import evaluate_judge, judge, judge_model
-from posttrain.nano.world import oracles, questions, scenes, statements
+from posttrain.nano.world import questions, scenes, statements
 from prompts.templates import load_template
 from rewards.vlm import VLM
 

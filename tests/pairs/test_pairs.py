@@ -147,31 +147,27 @@ def test_prompts_that_were_replaced_are_noticed(whole, tmp_path):
         make.make(config, resume=True)
 
 
-def test_killed_and_resumed_in_a_process(whole, tmp_path):
-    commands = runs.Commands(tmp_path)
-    try:
-        config = dataclasses.replace(whole, output=str(tmp_path / "run"))
-        path, run = runs.recipe(config, tmp_path / "recipe.yaml"), tmp_path / "run"  # type: ignore[arg-type]
-        (process,), began = commands.start("pairs", "--config", path), time.monotonic()
-        while not (run / "candidates.jsonl").exists() or not (run / "candidates.jsonl").read_bytes():
-            assert time.monotonic() - began < 120
-            time.sleep(0.005)
-        os.kill(process, signal.SIGKILL)
-        assert commands.wait().returncode == -signal.SIGKILL and not (run / "preferences.json").exists()
-        refused = commands("pairs", "--config", path, "--resume", "--min_margin", 0.5)
-        differs = f"min_margin: differs from {run}/recipe.yaml, with which {run} began, so the pairs would not fit"
-        remedy = "together; restore it or choose another output"
-        assert refused.returncode == 2 and f"{differs} {remedy}" in refused.stderr
-        again = commands("pairs", "--config", path)
-        assert again.returncode == 2 and "add --resume or choose another" in again.stderr
-        result = commands("pairs", "--config", path, "--resume")
-        assert result.returncode == 0 and "12 pairs of" in result.stdout, result.stderr
-        assert made(run) == made(whole.output)
-        (run / "quality.json").unlink()
-        assert commands("pairs", "--config", path, "--resume").returncode == 0  # finished: the report alone
-        assert made(run) == made(whole.output)
-    finally:
-        commands.close()
+def test_killed_and_resumed_in_a_process(command, whole, tmp_path):
+    config = dataclasses.replace(whole, output=str(tmp_path / "run"))
+    path, run = runs.recipe(config, tmp_path / "recipe.yaml"), tmp_path / "run"  # type: ignore[arg-type]
+    (process,), began = command.start("pairs", "--config", path), time.monotonic()
+    while not (run / "candidates.jsonl").exists() or not (run / "candidates.jsonl").read_bytes():
+        assert time.monotonic() - began < 120
+        time.sleep(0.005)
+    os.kill(process, signal.SIGKILL)
+    assert command.wait().returncode == -signal.SIGKILL and not (run / "preferences.json").exists()
+    refused = command("pairs", "--config", path, "--resume", "--min_margin", 0.5)
+    differs = f"min_margin: differs from {run}/recipe.yaml, with which {run} began, so the pairs would not fit"
+    remedy = "together; restore it or choose another output"
+    assert refused.returncode == 2 and f"{differs} {remedy}" in refused.stderr
+    again = command("pairs", "--config", path)
+    assert again.returncode == 2 and "add --resume or choose another" in again.stderr
+    result = command("pairs", "--config", path, "--resume")
+    assert result.returncode == 0 and "12 pairs of" in result.stdout, result.stderr
+    assert made(run) == made(whole.output)
+    (run / "quality.json").unlink()
+    assert command("pairs", "--config", path, "--resume").returncode == 0  # finished: the report alone
+    assert made(run) == made(whole.output)
 
 
 def test_what_an_order_to_the_judge_is_worth_is_measured_once(tmp_path, model, capsys):
