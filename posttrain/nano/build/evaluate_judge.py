@@ -41,7 +41,8 @@ def true_and_false(scene: Scene, rng: np.random.Generator) -> list[tuple[str, bo
             if not questions.is_true(scene, statement) and statement not in false:
                 false.append(statement)
     rng.shuffle(false)
-    return [(s, questions.is_true(scene, s)) for s in true] + [(s, False) for s in false[: len(true)]]
+    answers = [(statement, questions.is_true(scene, statement)) for statement in true]
+    return answers + [(statement, False) for statement in false[: len(true)]]
 
 
 def heldout(n: int, seed: int = SEED) -> list[Scene]:
