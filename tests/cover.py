@@ -22,7 +22,7 @@ FILES = {
     "posttrain/tdm/losses.py": ["tdm/test_tdm_loss.py", "tdm/test_tdm_gaussians.py"],
     "posttrain/training/advantages.py": ["training/test_advantages.py"],
     "posttrain/model/sampler.py": ["model/test_sampler.py"],
-    "prompts/pool.py": ["prompts/test_pool.py"],
+    "prompts/pool.py": ["prompts/test_pool.py", "prompts/test_pool_state.py"],
     "prompts/informativeness.py": ["prompts/test_pool.py"],
     "posttrain/training/checkpoint.py": [
         "training/test_checkpoint.py",

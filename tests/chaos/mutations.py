@@ -105,7 +105,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("weights_K), nan=1.0)", "weights_K), nan=0.0)"),
         ("missing = count_PK < 2", "missing = count_PK < 1"),
     ],
-    ("prompts/pool.py", "tests/prompts/test_pool.py"): [
+    ("prompts/pool.py", "tests/prompts/test_pool.py tests/prompts/test_pool_state.py"): [
         ("np.maximum(self.config.decay, 1 / (self.visits[rows, None] + 1))",
          "np.full((len(rows), 1), self.config.decay)"),
         ("explore + (1 - explore) * self.informativeness(rows) ** self.config.sharpness",
