@@ -4,7 +4,7 @@ import numpy as np
 
 from prompts.pool import Pool
 from prompts.records import PromptRecord
-from tests.prompts.test_pool import make, records
+from tests.prompts.test_pool import NAN, make, records
 
 
 def play(pool: Pool, steps) -> list[list[int]]:
