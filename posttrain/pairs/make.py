@@ -30,7 +30,7 @@ from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.log import log
 from posttrain.pairs import planning, quality
-from posttrain.pairs.block import Drawn, begin_block, block_cost
+from posttrain.pairs.candidates import Drawn, begin_block, block_cost
 from posttrain.pairs.config import BASE, PairsConfig
 from posttrain.pairs.draw import Cost, Drawer
 from posttrain.pairs.planning import Block, Journal, Plan

@@ -1,5 +1,5 @@
 """The preflight of pairs: a few candidates of each source, drawn, scored and selected with the code of
-pairs/block.py."""
+pairs/candidates.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
 from posttrain.model.k2 import to_pil
 from posttrain.pairs import planning
-from posttrain.pairs.block import begin_block
+from posttrain.pairs.candidates import begin_block
 from posttrain.pairs.config import PairsConfig
 from posttrain.pairs.draw import Cost, Drawer
 from posttrain.pairs.planning import Block, Plan
