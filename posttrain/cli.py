@@ -152,7 +152,7 @@ def _name(argv: list[str]) -> tuple[str, list[str]]:
         return name, argv[count:]
     if seconds:
         raise UserError(f"{argv[0]}: is followed by one of {', '.join(seconds)}, not by '{' '.join(argv[1:2])}'")
-    from posttrain.config.types import suggestion
+    from posttrain.config.fields import suggestion
 
     raise UserError(f"'{name}' is not a command{suggestion(name, list(every))}")
 
@@ -164,7 +164,7 @@ def _with_positional(command: Command, words: list[str]) -> list[str]:
         raise UserError(f"{command.positional}: missing; give it: posttrain {name} {command.positional.upper()}")
     if not command.positional or not words or words[0].startswith("-"):
         return words
-    from posttrain.config.types import bare, hints
+    from posttrain.config.fields import bare, hints
 
     kind = hints(command.settings()).get(command.positional)
     if get_origin(bare(kind)) is not list:

@@ -181,7 +181,7 @@ COMMANDS: dict[str, Command] = {
         frozen=("lora", "seed", "heldout"),
     ),
     "expander gdpo": Command(
-        "posttrain.expander.config:ExpanderGDPOConfig",
+        "posttrain.expander.gdpo_config:ExpanderGDPOConfig",
         "posttrain.expander.gdpo:train",
         "train an expander by the images it makes",
         resumable=True,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import shlex
 
 from posttrain import commands
-from posttrain.config.types import field_types
+from posttrain.config.fields import field_types
 from posttrain.errors import UserError
 
 SHELLS = ("bash", "zsh", "fish")

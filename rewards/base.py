@@ -294,7 +294,7 @@ async def _call(
     def call() -> Any:
         # Each row is copied by itself: rows of a group share their prompt's lists.
         own = [image.copy() if isinstance(image, Image.Image) else image for image in images]
-        keywords = {name: [copy.deepcopy(value) for value in column] for name, column in columns.items()}
+        keywords = {name: list(map(copy.deepcopy, column)) for name, column in columns.items()}
         if reward.by_name:
             return reward.function(images=own, prompts=list(prompts), **keywords)
         return reward.function(own, list(prompts), **keywords)

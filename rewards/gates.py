@@ -60,5 +60,6 @@ def apply_gates(scores: Scores, specs: Sequence[RewardSpec], noise: Mapping[str,
             largest_K = np.where(valid_NK, scores.values_NK[:, summed], 0.0).max(0, initial=0.0)
             noise_K, floor_K = noise_K + largest_K * noise_of[k].spread, floor_K + largest_K * noise_of[k].floor
     values_NK[~valid_NK] = 0  # as in Scores, so that no leftover looks like a score
-    names, weights_K = [specs[k].name for k in summed], np.array([specs[k].weight for k in summed])
+    names = [specs[k].name for k in summed]
+    weights_K = np.array([specs[k].weight for k in summed])
     return Gated(names, weights_K, values_NK, valid_NK, noise_K, floor_K)

@@ -202,10 +202,13 @@ def running(specs: Sequence[ServerSpec], log_dir: Path) -> Iterator[list[Server]
     for spec in specs:
         for problem in missing(spec):
             raise UserError(problem)
+    try:
+        if specs:
+            log_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{log_dir}: cannot be made for the servers' logs: {error.strerror}: choose another") from error
     with contextlib.ExitStack() as stack:
         servers = []
-        if specs:
-            _make_log_dir(log_dir)
         for spec in specs:
             for other in servers:  # vLLM takes what another one allocates while it starts for its own
                 if {*spec.gpus} & {*other.spec.gpus}:
@@ -235,13 +238,8 @@ def _description(spec: ServerSpec, host: str, port: int) -> str:
 
 
 def command(spec: ServerSpec, host: str, port: int) -> list[str]:
-    words = [
-        os.path.expanduser(spec.executable),
-        "serve",
-        without_revision(spec.model),
-        "--served-model-name",
-        spec.name,
-    ]
+    words = [os.path.expanduser(spec.executable), "serve", without_revision(spec.model)]
+    words += ["--served-model-name", spec.name]
     if is_hub_id(spec.model) and (revision := hub_name(spec.model)[1]):
         words += ["--revision", revision, "--tokenizer-revision", revision]
     words += ["--host", host, "--port", str(port)]
@@ -329,13 +327,6 @@ def missing(spec: ServerSpec) -> list[str]:
     except UserError as error:
         problems.append(str(error))
     return problems
-
-
-def _make_log_dir(log_dir: Path) -> None:
-    try:
-        log_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{log_dir}: cannot be made for the servers' logs: {error.strerror}: choose another") from error
 
 
 def _free_port(spec: ServerSpec) -> int:

@@ -6,8 +6,11 @@ import pytest
 
 from tests.helpers import runs
 
-LONGEST = "sharding elastic pipeline processes pairs docs tdm bench expander_rl judge_client".split()
-"""Files that take longest, for which the others need not wait in the end."""
+LONGEST = (
+    "sharding pipeline processes docs expander_rl elastic bench grpo_stops tdm pairs blocks grpo commands preflight"
+    " expander judge_client stpo exports_checked policy stpo_step project examples stages"
+).split()
+"""Files that take longest, the longest first: begun at the end, one of them would keep one process busy alone."""
 
 
 def pytest_collection_modifyitems(items):
@@ -15,15 +18,16 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def command(tmp_path_factory):
     commands = runs.Commands(tmp_path_factory.mktemp("commands"))
     yield commands
     commands.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def model(tmp_path_factory):
+    """The tiny pipeline, which no test may write to: all share it."""
     from accelerate import PartialState
 
     from tests.helpers import tiny

@@ -19,10 +19,10 @@ FILES = {
     "posttrain/grpo/losses.py": ["grpo/test_losses.py"],
     "posttrain/judge/losses.py": ["judge/test_losses.py"],
     "posttrain/stpo/losses.py": ["stpo/test_preference_loss.py"],
-    "posttrain/tdm/losses.py": ["tdm/test_tdm_loss.py"],
+    "posttrain/tdm/losses.py": ["tdm/test_tdm_loss.py", "tdm/test_tdm_gaussians.py"],
     "posttrain/training/advantages.py": ["training/test_advantages.py"],
     "posttrain/model/sampler.py": ["model/test_sampler.py"],
-    "prompts/pool.py": ["prompts/test_pool.py"],
+    "prompts/pool.py": ["prompts/test_pool.py", "prompts/test_pool_state.py"],
     "prompts/informativeness.py": ["prompts/test_pool.py"],
     "posttrain/training/checkpoint.py": [
         "training/test_checkpoint.py",

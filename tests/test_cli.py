@@ -14,6 +14,7 @@ import yaml
 
 from posttrain import cli, commands
 from posttrain.config.load import load_config
+from tests.helpers import runs
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """\
@@ -25,7 +26,16 @@ rewards:
 """
 
 
-def posttrain(*args) -> subprocess.CompletedProcess:
+@pytest.fixture(scope="module")
+def posttrain(tmp_path_factory):
+    """The command line in processes that are forked from one that has started Python and imported `posttrain.cli`."""
+    commands = runs.Commands(tmp_path_factory.mktemp("commands"), prepare="")
+    yield commands
+    commands.close()
+
+
+def start(*args) -> subprocess.CompletedProcess:
+    """`posttrain ...` as a shell starts it."""
     command = [sys.executable, "-m", "posttrain.cli", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
 
@@ -79,7 +89,7 @@ def fails(result: subprocess.CompletedProcess, *parts) -> None:
         ("sampling: {sizes: [[64, 100]]}", "sampling.sizes[0]: 100 pixels is not a multiple of 16; use 96"),
     ],
 )
-def test_wrong_recipe(recipe, extra, says):
+def test_wrong_recipe(posttrain, recipe, extra, says):
     path = recipe(extra)
     fails(posttrain("grpo", "--config", path), path, says)
 
@@ -99,7 +109,7 @@ def test_wrong_recipe(recipe, extra, says):
         ("servers: [{name: a, model: m, env: {N: 1}}]", "servers[0].env.N: is 1, expected text"),
     ],
 )
-def test_broken_recipe(recipe, text, says):
+def test_broken_recipe(posttrain, recipe, text, says):
     path = recipe(text=text)
     fails(posttrain("grpo", "--config", path), path, says)
 
@@ -131,8 +141,8 @@ def test_export_says_what_check_takes():
 
 
 def test_missing_recipe(tmp_path):
-    fails(posttrain("grpo", "--config", tmp_path / "none.yaml"), "none.yaml: no such file")
-    fails(posttrain("grpo", f"--config={tmp_path}"), "is a directory")
+    fails(start("grpo", "--config", tmp_path / "none.yaml"), "none.yaml: no such file")
+    fails(start("grpo", f"--config={tmp_path}"), "is a directory")
 
 
 @pytest.mark.parametrize(
@@ -150,26 +160,26 @@ def test_missing_recipe(tmp_path):
         (["stray.yaml"], "'stray.yaml' is not an option; a recipe is given as --config stray.yaml"),
     ],
 )
-def test_wrong_option_is_not_blamed_on_the_file(recipe, args, says):
+def test_wrong_option_is_not_blamed_on_the_file(posttrain, recipe, args, says):
     fails(posttrain("grpo", "--config", recipe(), *args), "command line", says)
 
 
 def test_unknown_command():
-    fails(posttrain("gprp"), "'gprp' is not a command; did you mean grpo?")
-    assert posttrain().returncode == 2
+    fails(start("gprp"), "'gprp' is not a command; did you mean grpo?")
+    assert start().returncode == 2
 
 
 @pytest.mark.parametrize("command", ["grpo", "stpo", "tdm", "preflight", "serve", "sample", "export", "report"])
 def test_help_is_quick_and_tells_defaults(command):
     began = time.perf_counter()
-    result = posttrain(command, "--help")
+    result = start(command, "--help")
     assert result.returncode == 0 and result.stderr == ""
     assert time.perf_counter() - began < 3  # a third of a second when nothing else runs
     assert "default:" in result.stdout or "required" in result.stdout
-    assert command in posttrain("--help").stdout
+    assert command in start("--help").stdout
 
 
-def test_overrides_and_the_printed_recipe_can_be_run_again(recipe):
+def test_overrides_and_the_printed_recipe_can_be_run_again(posttrain, recipe):
     path = recipe("optim: {lr: 1e-5}")
     printed = posttrain("grpo", "--config", path, "--optim.passes", "2", "--print_config").stdout
     values = yaml.safe_load(printed)
@@ -180,7 +190,7 @@ def test_overrides_and_the_printed_recipe_can_be_run_again(recipe):
     assert posttrain("grpo", "--config", again, "--print_config").stdout == printed
 
 
-def test_an_option_wins_over_a_recipe_wherever_it_stands(recipe):
+def test_an_option_wins_over_a_recipe_wherever_it_stands(posttrain, recipe):
     path = recipe("optim: {lr: 1e-5}")
     for words in (["--optim.lr", "2e-5", "--config", path], ["--optim.lr=2e-5", f"--config={path}"]):
         assert yaml.safe_load(posttrain("grpo", *words, "--print_config").stdout)["optim"]["lr"] == 2e-5
@@ -195,12 +205,12 @@ def test_an_option_wins_over_a_recipe_wherever_it_stands(recipe):
         ("lora: {alpha: 8}", ["--lora.rank", "4"], {"rank": 4, "alpha": 8.0, "targets": None}),
     ],
 )
-def test_an_adapter_or_none(recipe, extra, args, lora):
+def test_an_adapter_or_none(posttrain, recipe, extra, args, lora):
     printed = posttrain("grpo", "--config", recipe(extra), *args, "--print_config").stdout
     assert yaml.safe_load(printed)["lora"] == lora
 
 
-def test_yaml_anchors_may_be_overridden(recipe):
+def test_yaml_anchors_may_be_overridden(posttrain, recipe):
     path = recipe("groups: &g {group_size: 4}\nlora: {rank: 4}\n")
     assert "group_size: 4" in posttrain("grpo", "--config", path, "--print_config").stdout
     path.write_text(path.read_text() + "eval: {<<: {every: 5, seed: 1}, seed: 2}\n")

@@ -15,7 +15,7 @@ from torch._functorch import config as functorch_config
 
 from posttrain import sample_images
 from posttrain.config.sections import ModelConfig
-from posttrain.expander.config import RendererConfig
+from posttrain.expander.gdpo_config import RendererConfig
 from posttrain.expander.renderer import K2Renderer
 from posttrain.grpo import train as grpo
 from posttrain.model import blocks

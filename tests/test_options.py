@@ -16,7 +16,7 @@ from posttrain.model import blocks, fp8
 from posttrain.model.k2 import K2, Text
 from posttrain.model.linears import LoraLinear
 from posttrain.model.offload import Offloaded
-from posttrain.training import checkpoint
+from posttrain.training import checkpoint, optim
 from posttrain.training.policy import POLICY, add_policy, load_model
 from posttrain.training.stepper import Stepper
 from tests.helpers import runs
@@ -158,7 +158,7 @@ def test_8_bit_moments_resume_bit_for_bit(tmp_path, eager):
     config = OptimConfig(kind="adamw8bit", lr=1e-2, warmup_steps=4, weight_decay=0.01)
     stepper = Stepper(factors(), config)
     update(stepper, 3)
-    tensors, state = checkpoint.flatten_optimizer(stepper.optimizer)
+    tensors, state = optim.flatten_optimizer(stepper.optimizer)
     assert tensors["0.exp_avg.codes"].dtype == torch.uint8 and "1.exp_avg.codes" not in tensors
     held = {"optimizer": tensors, "weights": {str(i): p.detach() for i, p in enumerate(stepper.parameters)}}
     checkpoint.save(tmp_path, 3, held, {"optimizer": state}, keep=1)
@@ -167,17 +167,17 @@ def test_8_bit_moments_resume_bit_for_bit(tmp_path, eager):
 
     assert saved is not None
     resumed = Stepper([saved.tensors["weights"][str(i)].requires_grad_() for i in range(2)], config)
-    checkpoint.restore_optimizer(resumed.optimizer, saved.tensors["optimizer"], saved.state["optimizer"])
+    optim.restore_optimizer(resumed.optimizer, saved.tensors["optimizer"], saved.state["optimizer"])
     resumed.updates = 3
     update(resumed, 3)
     assert all(torch.equal(a, b) for a, b in zip(stepper.parameters, resumed.parameters))
-    again, _ = checkpoint.flatten_optimizer(resumed.optimizer)
-    expected, _ = checkpoint.flatten_optimizer(stepper.optimizer)
+    again, _ = optim.flatten_optimizer(resumed.optimizer)
+    expected, _ = optim.flatten_optimizer(stepper.optimizer)
     assert again.keys() == expected.keys() and all(torch.equal(again[key], expected[key]) for key in again)
 
     with pytest.raises(UserError, match=r"optim\.kind: the checkpoint's is AdamW8bit and the recipe's AdamW;"):
         plain = Stepper(factors(), dataclasses.replace(config, kind="adamw"))
-        checkpoint.restore_optimizer(plain.optimizer, saved.tensors["optimizer"], saved.state["optimizer"])
+        optim.restore_optimizer(plain.optimizer, saved.tensors["optimizer"], saved.state["optimizer"])
 
 
 def test_8_bit_moments_update_as_adamw_nearly_does(eager):

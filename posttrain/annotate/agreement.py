@@ -50,7 +50,7 @@ def agreement(answers: Iterable[tuple[float, float]], of_images: bool = False) -
     if not of_images:
         # Each pair in the other order of its images too, so that kappa does not depend on which is called chosen.
         counted += [(1 - a, 1 - b) for a, b in answers]
-    counts_a, counts_b = Counter(a for a, _ in counted), Counter(b for _, b in counted)
+    counts_a, counts_b = map(Counter, zip(*counted))
     chance = sum(counts_a[value] * counts_b[value] for value in counts_a) / len(counted) ** 2
     return Agreement(n, equal, None if chance == 1 else (equal - chance) / (1 - chance))
 

@@ -11,7 +11,8 @@ import textwrap
 from typing import Annotated, Any, get_args, get_origin
 
 from posttrain.commands import Command
-from posttrain.config.types import Check, alternatives, bare, describe, hints, section
+from posttrain.config.fields import alternatives, bare, describe, hints, section
+from posttrain.config.types import Check
 
 WIDTH = 110
 

@@ -17,18 +17,9 @@ from pydantic import ValidationError
 
 from posttrain import commands
 from posttrain.commands import Command
+from posttrain.config.fields import alternatives, bare, describe, field_types, hints, section, suggestion
 from posttrain.config.recipe import read_recipe, read_value
-from posttrain.config.types import (
-    ConfigError,
-    alternatives,
-    bare,
-    describe,
-    explain,
-    field_types,
-    hints,
-    section,
-    suggestion,
-)
+from posttrain.config.types import ConfigError, explain
 from posttrain.errors import UserError
 
 COMMAND_LINE = "command line"

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from posttrain.config.types import show
+from posttrain.config.fields import show
 from posttrain.errors import UserError
 from posttrain.resources import packaged, packaged_all
 

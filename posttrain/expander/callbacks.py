@@ -18,8 +18,8 @@ from trl import GRPOTrainer
 
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
-from posttrain.expander.config import DIVERSITY, ExpanderGDPOConfig
 from posttrain.expander.evaluate import ExpanderEvaluation, ExpanderEvaluator
+from posttrain.expander.gdpo_config import DIVERSITY, ExpanderGDPOConfig
 from posttrain.expander.policy import Policy
 from posttrain.expander.score import Scored, Scorer
 from posttrain.log import log

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from posttrain.distributed.processes import Processes
-from posttrain.expander.config import DIVERSITY, ExpanderEvalConfig
+from posttrain.expander.gdpo_config import DIVERSITY, ExpanderEvalConfig
 from posttrain.expander.score import Expansion, Scored, Scorer, merge
 from posttrain.expander.text_metrics import distinct, quoted, verbatim
 from posttrain.model import sampler

@@ -37,8 +37,8 @@ from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.expander.callbacks import GDPOCallback, SharedRewards, diversity_weight
 from posttrain.expander.chat_template import messages, template
-from posttrain.expander.config import ExpanderGDPOConfig
 from posttrain.expander.evaluate import ExpanderEvaluator
+from posttrain.expander.gdpo_config import ExpanderGDPOConfig
 from posttrain.expander.model import CARD, write_card
 from posttrain.expander.policy import Policy
 from posttrain.expander.renderer import make_renderer

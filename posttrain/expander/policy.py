@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from posttrain.config.sections import LoraConfig
 from posttrain.errors import UserError, first_line
 from posttrain.expander.chat_template import messages, template
-from posttrain.expander.config import ChatModelConfig
+from posttrain.expander.gdpo_config import ChatModelConfig
 from posttrain.expander.model import check_base, load_chat_model, resolve, write_card
 from posttrain.expander.score import Expansion
 from posttrain.loading import load_adapter

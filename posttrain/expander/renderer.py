@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from posttrain.errors import UserError
-from posttrain.expander.config import RendererConfig
+from posttrain.expander.gdpo_config import RendererConfig
 from posttrain.image_reader import read_image
 from posttrain.loading import load_tokenizer, local
 from posttrain.model import sampler

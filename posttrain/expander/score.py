@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from posttrain.errors import UserError
-from posttrain.expander.config import DIVERSITY, ExpanderGDPOConfig
+from posttrain.expander.gdpo_config import DIVERSITY, ExpanderGDPOConfig
 from posttrain.expander.renderer import Renderer
 from posttrain.expander.text_metrics import CAUSES, causes
 from posttrain.training import advantages
@@ -261,7 +261,8 @@ class Scorer:
         """(images, cut tokens, number of images drawn, failures): the first two for all expansions."""
         keys = _image_keys(expansions, seeds, rows)
         jobs = list(dict.fromkeys(keys))  # the same text and noise give the same image, which is drawn once
-        rendering = self.renderer([text for text, _ in jobs], [seed for _, seed in jobs])
+        texts = [text for text, _ in jobs]
+        rendering = self.renderer(texts, [seed for _, seed in jobs])
         images: list[Image.Image | None] = [None] * len(expansions)
         cut = [0] * len(expansions)
         for i, key in zip(rows, keys):

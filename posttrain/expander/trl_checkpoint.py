@@ -22,7 +22,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from posttrain.log import log
-from posttrain.training.checkpoint import flatten_optimizer, problem, restore_optimizer, restore_rng, rng_state, seal
+from posttrain.training.checkpoint import problem, restore_rng, rng_state, seal
+from posttrain.training.optim import flatten_optimizer, restore_optimizer
 
 ARGUMENTS = "training_args.bin"
 

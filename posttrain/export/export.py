@@ -134,7 +134,9 @@ def _merged(
     if not any(not torch.equal(before[k].to(v.dtype), v) for k, v in after.items()):
         what = "what was trained" if full else "the adapter"
         raise UserError(f"{saved.path}: merged in {written}, {what} changes no weight; train longer or in float32")
-    whole, whole_bf16 = (sum((each[i] for each in kept.values()), Kept(0.0, 0.0, 0.0)) for i in range(2))
+    whole = whole_bf16 = Kept(0.0, 0.0, 0.0)
+    for of_layer, of_layer_bf16 in kept.values():
+        whole, whole_bf16 = whole + of_layer, whole_bf16 + of_layer_bf16
     # The layer that loses most is named, since the mean may hide it.
     least = min(kept, key=lambda layer: kept[layer][0].share)
     name = str(written).removeprefix("torch.")

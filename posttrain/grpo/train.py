@@ -30,8 +30,7 @@ from posttrain.grpo.ahead import Drawn, Rollouts, roles
 from posttrain.grpo.config import GRPOConfig
 from posttrain.grpo.rollout import rollout
 from posttrain.grpo.update import Group, optimise
-from posttrain.model import flops, parallelize, sampler
-from posttrain.model.fp8 import add_copies
+from posttrain.model import flops, fp8, parallelize, sampler
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.runs.run import Run
 from posttrain.training import advantages, checkpoint
@@ -59,11 +58,13 @@ def train(config: GRPOConfig, resume: bool = False) -> None:
     source, heldout = PromptSource(config, read_prompts(config.prompts.train)), read_prompts(config.prompts.heldout)
     try_rewards(config, heldout, source.records)
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
+    if config.rollout.quantize:
+        fp8.check(procs.device, "rollout.quantize")
     k2 = load_model(config.model, procs.device, saved)
     with parallelize.sharding(k2, procs):
         add_policy(k2, config.lora, config.seed, reference=config.loss.kl > 0)
     if config.rollout.quantize:
-        add_copies(k2, procs.device)
+        fp8.add_copies(k2, procs.device)
     stepper = Stepper(k2.train_role(POLICY), config.optim, previous=bool(config.rollout.ahead))
     micro_batch = MicroBatch(config.groups.micro_batch, "groups.micro_batch", procs)
     max_tokens = config.prompts.max_tokens

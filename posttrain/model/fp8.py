@@ -39,6 +39,11 @@ def quantize(k2: K2, device: str | torch.device) -> None:
                 block.set_submodule(name, Float8Linear(module, weight), strict=True)
 
 
+def check(device: str | torch.device, field: str) -> None:
+    """Raises UserError, which begins with `field`, if the GPU or torchao does not support fp8."""
+    _quantizer(torch.device(device), field)
+
+
 def add_copies(k2: K2, device: str | torch.device) -> None:
     """Keeps, beside each adapted linear's weight, the same weight in fp8: half as much memory again. They are used
     inside `k2.role(name, fp8=True)`.

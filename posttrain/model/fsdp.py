@@ -18,8 +18,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from posttrain.distributed.processes import Processes
 from posttrain.model import architecture
+from posttrain.model.blocks import VelocityModel
 from posttrain.model.k2 import K2
-from posttrain.model.velocity import VelocityModel
 
 
 def shard(k2: K2, networks: list[VelocityModel], procs: Processes) -> list[nn.Module]:

@@ -27,12 +27,11 @@ from posttrain.errors import UserError
 from posttrain.image_reader import to_rgb
 from posttrain.model import architecture, sampler
 from posttrain.model.architecture import pack, unpack
-from posttrain.model.blocks import Blocks
+from posttrain.model.blocks import Blocks, VelocityModel
 from posttrain.model.linears import LoraLinear
 from posttrain.model.load import load_pipeline, random_pipeline
 from posttrain.model.offload import Offloaded, uses
 from posttrain.model.roles import Roles
-from posttrain.model.velocity import VelocityModel
 
 DECODED = 2**20
 """Pixels that are decoded at a time, in 1 to 16 images. Each takes about 3 kB of memory in K2."""

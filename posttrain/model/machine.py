@@ -29,7 +29,7 @@ def check(bases: Sequence[Base], types: dict[str, str]) -> None:
     if device is not None:
         _check_bf16(device, types)
         if any(base.quantize for base in bases):
-            check_fp8(device)
+            check_fp8(device, "model.quantize")
     for base in bases:
         tensors = weights(base.path, base.transformer_file)
         if tensors:

@@ -22,8 +22,8 @@ from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.log import log
 from posttrain.model import architecture, fsdp, sequence, zero
+from posttrain.model.blocks import VelocityModel
 from posttrain.model.k2 import K2
-from posttrain.model.velocity import VelocityModel
 
 
 @contextlib.contextmanager

@@ -24,8 +24,8 @@ from torch import nn
 from posttrain.distributed import shards
 from posttrain.distributed.processes import Processes
 from posttrain.model.architecture import TEXT
+from posttrain.model.blocks import VelocityModel
 from posttrain.model.k2 import K2
-from posttrain.model.velocity import VelocityModel
 
 BUCKET = 200_000_000
 """Elements that are reduced, gathered ahead, or updated, at a time."""

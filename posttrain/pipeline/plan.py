@@ -15,9 +15,9 @@ from typing import Any
 
 from posttrain import commands
 from posttrain.commands import COMMANDS, HUB
+from posttrain.config.fields import hints, suggestion
 from posttrain.config.load import load_config
 from posttrain.config.recipe import read_recipe
-from posttrain.config.types import hints, suggestion
 from posttrain.errors import UserError
 from posttrain.export.config import ExportConfig
 from posttrain.loading import is_hub_id

@@ -3,7 +3,9 @@ stage what it changed and a link to its own report. templates/pipeline.html show
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +80,12 @@ def _gains(stages: list[Stage]) -> list[list[str]]:
 def _along(stages: list[Stage], summaries: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
     """Metrics that at least two stages measured: before the first of them, and after each."""
     after = {stage.name: summaries[stage.name]["after"] for stage in stages if summaries[stage.name].get("after")}
-    names = dict.fromkeys(name for metrics in after.values() for name in metrics)
-    shared = [name for name in names if sum(name in metrics for metrics in after.values()) > 1]
+    stages_of = Counter(itertools.chain.from_iterable(after.values()))
+    shared = [name for name, count in stages_of.items() if count > 1]
     if not shared:
         return None
     # A stage that measured none of them gets no column.
-    after = {stage: metrics for stage, metrics in after.items() if any(name in metrics for name in shared)}
+    after = {stage: metrics for stage, metrics in after.items() if not metrics.keys().isdisjoint(shared)}
     start = summaries[next(iter(after))].get("before") or {}
     columns = [start, *after.values()]
     rows = []

@@ -262,7 +262,7 @@ class Preferences:
             ((c.first, c.second), c.first and c.second and c.label),
             ((c.pair,), c.pair and c.label),
         ]
-        used = [complete for names, complete in kinds if any(name is not None for name in names)]
+        used = [complete for names, complete in kinds if {*names} != {None}]
         if len(used) != 1 or not used[0]:
             raise UserError("columns: name chosen and rejected; or first, second and label; or pair and label")
         known = self._source.columns

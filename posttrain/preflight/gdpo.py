@@ -24,7 +24,7 @@ from posttrain.errors import UserError
 from posttrain.expander import gdpo
 from posttrain.expander.callbacks import SharedRewards
 from posttrain.expander.chat_template import messages
-from posttrain.expander.config import ExpanderGDPOConfig
+from posttrain.expander.gdpo_config import ExpanderGDPOConfig
 from posttrain.expander.policy import Policy
 from posttrain.expander.renderer import make_renderer
 from posttrain.expander.score import Scorer

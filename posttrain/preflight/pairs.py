@@ -1,5 +1,5 @@
 """The preflight of pairs: a few candidates of each source, drawn, scored and selected with the code of
-pairs/make.py."""
+pairs/candidates.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import torch
 from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
 from posttrain.model.k2 import to_pil
-from posttrain.pairs import make, planning
+from posttrain.pairs import planning
+from posttrain.pairs.candidates import begin_block
 from posttrain.pairs.config import PairsConfig
 from posttrain.pairs.draw import Cost, Drawer
 from posttrain.pairs.planning import Block, Plan
@@ -82,7 +83,7 @@ class PairsChecks(Checks):
         """Checks that the images of a candidate differ and, if rewards rank them, that their scores differ."""
         source = self.few.sources[index]
         block = Block(0, index, 0, self.few.block, self.size)
-        drawn = make.begin_block(self.few, Plan(self.few), self.drawer, queue, self.records, block)()
+        drawn = begin_block(self.few, Plan(self.few), self.drawer, queue, self.records, block)()
         self.work.add(drawn.cost)
         fates = Counter(drawn.entry["fates"])
         distances = [d for d in drawn.entry["distances"] if d is not None]

@@ -359,8 +359,8 @@ def _at_shared_steps(runs: Sequence[list[Point]]) -> list[list[Point]]:
     """The points of steps that all of the runs have; a mean would jump where one run ends."""
     if not runs:
         return []
-    steps_of_runs = [{step for step, _ in points} for points in runs]
-    shared = set.intersection(*steps_of_runs)
+    by_step = [dict(points) for points in runs]
+    shared = set(by_step[0]).intersection(*by_step)
     return [[point for point in points if point[0] in shared] for points in runs]
 
 

@@ -36,7 +36,11 @@ def comparison(runs: Sequence[RunFiles]) -> dict[str, Any]:
     """What templates/comparison.html shows."""
     lines = grouped(runs)
     names = list(dict.fromkeys(name for run in runs for name in run.series))
-    curves = [name for name in names if name != "non_finite" and any(len(run.series.get(name, ())) > 1 for run in runs)]
+    curves = []
+    for name in names:
+        # One point is no curve.
+        if name != "non_finite" and max(len(run.series.get(name, ())) for run in runs) > 1:
+            curves.append(name)
     sections = metrics.by_section(name for name in curves if name != "reward")
     # Evaluations first: they are what runs are compared by.
     sections.sort(key=lambda section: section[0] != "eval")
@@ -134,9 +138,14 @@ def _run_row(line: int, run: RunFiles) -> dict[str, Any]:
 def _settings(lines: Sequence[Line]) -> list[list[str]]:
     """The settings in which the lines differ: path, and the value of each line."""
     differences = [different(lines[0].runs[0].recipe, line.runs[0].recipe) for line in lines]
-    firsts = {path: value for found in differences for path, value, _ in found}
-    # A line without an entry has the first line's value.
-    own = [{path: value for path, _, value in found} for found in differences]
+    firsts: dict[str, Any] = {}
+    own: list[dict[str, Any]] = []
+    """Of each line; one without an entry has the first line's value."""
+    for found in differences:
+        own.append({})
+        for path, first, value in found:
+            firsts[path] = first
+            own[-1][path] = value
     rows = []
     for path, first in firsts.items():
         values = [shown(public(line.get(path, first))) for line in own]
@@ -205,7 +214,9 @@ def _strips(lines: Sequence[Line]) -> list[dict[str, Any]]:
             columns.append((f"{run.name}, {step_name(directory)}", by_key))
     if len(columns) < 2:
         return []
-    shared = [key for key in columns[0][1] if all(key in by_key for _, by_key in columns)]
+    shared = list(columns[0][1])
+    for _, by_key in columns[1:]:
+        shared = [key for key in shared if key in by_key]
     strips = []
     for prompt, seed in shared[:MOST_STRIPS]:
         images = [{"alt": name, **image(by_key[prompt, seed].file, 256)} for name, by_key in columns]

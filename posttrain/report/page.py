@@ -194,8 +194,10 @@ def _tables(file: Path) -> list[dict[str, Any]]:
     for title, rows in read_tables(file).items():
         # An adaptive pool may have no prompt at one of its ends yet.
         if rows:
-            numeric = [all(isinstance(row[name], int | float | None) for row in rows) for name in rows[0]]
             body = [list(row.values()) for row in rows]
+            numeric = []
+            for values in zip(*body):
+                numeric.append(all(isinstance(value, int | float | None) for value in values))
             tables.append({"title": title, "head": list(rows[0]), "rows": body, "numeric": numeric})
     return tables
 

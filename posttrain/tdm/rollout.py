@@ -96,7 +96,10 @@ def _draw_point(
     shape: tuple[int, int],
 ) -> Draw:
     """Which point of each trajectory an update takes, and how it is judged: uniform in step, time and noise level."""
-    u_k, u_m, u_tau = torch.tensor([[_uniform(key, update, c) for c in range(3)] for key in keys]).unbind(1)
+    uniform = []
+    for choice in range(3):  # of the step, the time and the noise level
+        uniform.append(torch.tensor([_uniform(key, update, choice) for key in keys]))
+    u_k, u_m, u_tau = uniform
     k = (u_k * steps).long()
     m, tau = losses.point_times(k, steps, u_m, u_tau, MU, student.midpoints, student.levels == "separate")
     z = sampler.noise([sampler.seed_for(*key, update, 3) for key in keys], shape)

@@ -33,7 +33,6 @@ from posttrain.distributed import shards
 from posttrain.errors import UserError
 from posttrain.log import log
 from posttrain.runs.files import apply_umask, replacing_directory, sync
-from posttrain.training.optim import moment, parts
 from prompts.parse import parse_json
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -273,71 +272,6 @@ def _say_once(text: str) -> None:
     # A command may look for the same run several times, and each of its processes does.
     if os.environ.get("RANK", "0") == "0":  # the logger is not silenced before the processes have met
         log.info(text)
-
-
-def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimiser's state as tensors (`<parameter index>.<name>`, of an 8-bit moment `....<part>`) and the rest as
-    JSON."""
-    full = optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
-    state: dict[str, Any] = {"kind": type(optimizer).__name__, "groups": []}
-    for index, values in full["state"].items():
-        for name, value in values.items():
-            if (inner := parts(value)) is not None:
-                tensors |= {f"{index}.{name}.{part}": tensor for part, tensor in inner.items()}
-            else:
-                tensors[f"{index}.{name}"] = value
-    for i, group in enumerate(full["param_groups"]):
-        for name, value in group.items():  # a capturable optimiser holds its rate as a tensor
-            if isinstance(value, Tensor):
-                tensors[f"group{i}.{name}"] = value
-        state["groups"].append({k: v for k, v in group.items() if not isinstance(v, Tensor)})
-    return tensors, state
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Put back what `flatten_optimizer` gave, bit for bit.
-
-    Raises UserError if the parameters differ in number or shape, as after a change of model or LoRA rank, or the kind
-    of the optimiser does.
-    """
-    own, kind = type(optimizer).__name__, state.get("kind", "AdamW")
-    if own != kind:
-        raise UserError(
-            f"optim.kind: the checkpoint's is {kind} and the recipe's {own}; restore it, or start another run"
-        )
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    saved = sum(len(group["params"]) for group in state["groups"])
-    if saved != len(parameters):
-        raise UserError(
-            f"the checkpoint has {saved} trained tensors and the model {len(parameters)}: the recipe"
-            " has changed; restore model and lora, or start another run"
-        )
-    groups = [{**group} for group in state["groups"]]
-    values: dict[int, dict[str, Tensor]] = {}
-    eight: dict[tuple[int, str], dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        owner, _, name = key.partition(".")
-        if owner.startswith("group"):
-            groups[int(owner.removeprefix("group"))][name] = value
-            continue
-        name, _, part = name.partition(".")
-        if part:  # of an 8-bit moment, of which the codes have the parameter's shape
-            eight.setdefault((int(owner), name), {})[part] = value.clone()
-            if part != "codes":
-                continue
-        shape = parameters[int(owner)].shape
-        if value.ndim and value.shape != shape:
-            raise UserError(
-                f"the checkpoint's tensor {key} has shape {list(value.shape)} and the model's {list(shape)}:"
-                " the recipe has changed; restore model and lora, or start another run"
-            )
-        values.setdefault(int(owner), {})[name] = value.clone()
-    for (owner, name), inner in eight.items():
-        values[owner][name] = moment(inner)
-    for group in groups:  # JSON has made lists of tuples
-        group["betas"] = tuple(group["betas"])
-    optimizer.load_state_dict({"state": values, "param_groups": groups})
 
 
 def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -17,8 +17,7 @@ from posttrain.distributed import shards
 from posttrain.errors import UserError
 from posttrain.model import clipping
 from posttrain.runs.stop import StopSignals
-from posttrain.training import checkpoint
-from posttrain.training.optim import make_optimizer, median_root, set_group
+from posttrain.training.optim import flatten_optimizer, make_optimizer, median_root, restore_optimizer, set_group
 
 if TYPE_CHECKING:  # methods stand above training
     from posttrain.grpo.config import LossConfig
@@ -238,15 +237,15 @@ class Stepper:
         return kept
 
     def flattened(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The optimiser's state for a checkpoint, whichever processes hold it; see `checkpoint.flatten_optimizer`."""
-        tensors, state = checkpoint.flatten_optimizer(self.optimizer)
+        """The optimiser's state for a checkpoint, whichever processes hold it; see `flatten_optimizer`."""
+        tensors, state = flatten_optimizer(self.optimizer)
         return {key: shards.joined(value, self._of(key)) for key, value in tensors.items()}, state
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Put back what `flattened` gave. Raises UserError; see `checkpoint.restore_optimizer`."""
+        """Put back what `flattened` gave. Raises UserError; see `restore_optimizer`."""
         parts = {key: shards.part(value, self._of(key)) for key, value in tensors.items()}
         own = {key: value for key, value in self.optimizer.param_groups[0].items() if key == "foreach"}
-        checkpoint.restore_optimizer(self.optimizer, parts, state)
+        restore_optimizer(self.optimizer, parts, state)
         self.optimizer.param_groups[0] |= own  # however it was where it was saved
 
     def _of(self, key: str) -> Tensor:

@@ -63,7 +63,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("(1 - guard) * max(0.0, winner_n) / loser_n)", "guard * max(0.0, winner_n) / loser_n)"),
         ("share if share == 1 and not human else", "share if share == 1 else"),
     ],
-    ("posttrain/tdm/losses.py", "tests/tdm/test_tdm_loss.py"): [
+    ("posttrain/tdm/losses.py", "tests/tdm/test_tdm_loss.py tests/tdm/test_tdm_gaussians.py"): [
         ("a = (1 - tau) / (1 - m)", "a = (1 - m) / (1 - tau)"),
         ("(tau.square() - (a * m).square())", "(tau.square() + (a * m).square())"),
         ("(_column(a * m, e) * e + _column(b, e) * z)", "(_column(b, e) * e + _column(a * m, e) * z)"),
@@ -105,7 +105,7 @@ MUTATIONS: dict[tuple[str, str], list[tuple[str, str]]] = {
         ("weights_K), nan=1.0)", "weights_K), nan=0.0)"),
         ("missing = count_PK < 2", "missing = count_PK < 1"),
     ],
-    ("prompts/pool.py", "tests/prompts/test_pool.py"): [
+    ("prompts/pool.py", "tests/prompts/test_pool.py tests/prompts/test_pool_state.py"): [
         ("np.maximum(self.config.decay, 1 / (self.visits[rows, None] + 1))",
          "np.full((len(rows), 1), self.config.decay)"),
         ("explore + (1 - explore) * self.informativeness(rows) ** self.config.sharpness",
@@ -139,7 +139,7 @@ def fail(tree: Path, tests: str) -> bool:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             import pytest
 
-            code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(tree), tests])
+            code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(tree), *tests.split()])
         os._exit(int(code))
     began = time.monotonic()
     while time.monotonic() - began < SECONDS:

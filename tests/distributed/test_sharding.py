@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -82,13 +83,17 @@ def test_two_sharded_processes_equal_one(command, model, tmp_path, method):
         config.sampling.sizes = [[32, 32], [16, 48]]
     else:
         config.batch, config.micro_batch = 5, 2
+    config.steps, config.checkpoint.every = 2, 1
     outputs = []
     for halves in [*WHOLE, *halved]:
         outputs.append(tmp_path / "-".join(halves))
         config.output = str(outputs[-1])
-        for i, engine in enumerate(halves):
-            args = "--steps", 3 - len(halves) + i, "--resume"
-            train(command, config, method, tmp_path / "r.yaml", *args, engine=engine, processes=1 + (engine != "one"))
+        if halves[1:]:  # the first half is that of the run under that engine alone, as a kill after it leaves it
+            shutil.copytree(tmp_path / halves[0], outputs[-1], symlinks=True)
+            shutil.rmtree(outputs[-1] / "checkpoints/step-000002")
+        engine = halves[-1]
+        args = ["--resume"] if halves[1:] else []
+        train(command, config, method, tmp_path / "r.yaml", *args, engine=engine, processes=1 + (engine != "one"))
     begun = K2.load(model).base_state_dict()
     one, *others = outputs
     for other in others:

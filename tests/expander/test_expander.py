@@ -155,13 +155,6 @@ def test_training_writes_an_adapter_that_learnt_and_resumes_to_the_same(tmp_path
         assert not torch.allclose(before.model(asked).logits, after.model(asked).logits, atol=1e-3)
 
 
-@pytest.fixture
-def sft(tmp_path):
-    commands = runs.Commands(tmp_path, "import posttrain.expander.sft\n")
-    yield commands
-    commands.close()
-
-
 def test_a_gradient_is_clipped_by_the_norms_in_the_log():
     """TRL's limit before each step: three times the median, 1, of what was logged, from the sixteenth norm on."""
     args, log = SimpleNamespace(max_grad_norm=None), [{"grad_norm": 1.0}, {"eval_loss": 2.0}, {"grad_norm": math.nan}]
@@ -171,14 +164,14 @@ def test_a_gradient_is_clipped_by_the_norms_in_the_log():
         assert args.max_grad_norm == expected
 
 
-def test_two_processes_train_as_one(sft, tmp_path):
+def test_two_processes_train_as_one(command, tmp_path):
     made = []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         chat.save(folder / "chat", steps=1)
         config = methods.sft(folder, folder, "")
         config.steps = 3
-        result = sft("expander", "sft", "--config", runs.recipe(config, folder / "r.yaml"), processes=processes)
+        result = command("expander", "sft", "--config", runs.recipe(config, folder / "r.yaml"), processes=processes)
         assert result.returncode == 0, result.stderr
         made.append(load_file(folder / "run/adapter/adapter_model.safetensors"))
     for name, value in made[0].items():

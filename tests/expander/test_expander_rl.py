@@ -15,7 +15,7 @@ from posttrain import cli
 from posttrain.config.types import ConfigError
 from posttrain.errors import UserError
 from posttrain.expander import callbacks, gdpo
-from posttrain.expander.config import AblationConfig, ExpanderGDPOConfig
+from posttrain.expander.gdpo_config import AblationConfig, ExpanderGDPOConfig
 from posttrain.expander.model import Expander
 from posttrain.expander.renderer import K2Renderer
 from posttrain.training import advantages, checkpoint

@@ -7,7 +7,7 @@ from PIL import Image
 
 from posttrain.errors import UserError
 from posttrain.expander import callbacks, gdpo
-from posttrain.expander.config import ExpanderGDPOConfig, SafetySpec
+from posttrain.expander.gdpo_config import ExpanderGDPOConfig, SafetySpec
 from posttrain.expander.policy import Policy
 from posttrain.expander.renderer import Rendering
 from posttrain.expander.score import Expansion, Scorer, for_trl, gate

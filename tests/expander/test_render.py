@@ -10,7 +10,7 @@ from PIL import Image
 
 from posttrain.config.types import ConfigError
 from posttrain.errors import UserError
-from posttrain.expander.config import RendererConfig
+from posttrain.expander.gdpo_config import RendererConfig
 from posttrain.expander.renderer import EndpointRenderer, K2Renderer, make_renderer
 from tests.helpers import tiny
 from tests.helpers.images_server import ImagesServer

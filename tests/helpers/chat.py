@@ -60,7 +60,7 @@ if __name__ == "__main__":
     import time
 
     from posttrain.config.sections import LoraConfig
-    from posttrain.expander.config import ChatModelConfig
+    from posttrain.expander.gdpo_config import ChatModelConfig
     from posttrain.expander.policy import Policy
     from prompts.records import PromptRecord
 

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from posttrain.config.sections import LoraConfig, TrackConfig
-from posttrain.expander.config import (
+from posttrain.expander.gdpo_config import (
     ChatModelConfig,
     DiversityConfig,
     ExpanderGDPOConfig,

@@ -26,7 +26,7 @@ import yaml
 
 from posttrain import cli, commands, preconditions
 from posttrain.commands import CHECK
-from posttrain.config.types import field_types
+from posttrain.config.fields import field_types
 from posttrain.preferences.config import ColumnMap
 from posttrain.preferences.dataset import PreferenceWriter, read_preferences
 from prompts.records import read_prompts

@@ -17,8 +17,8 @@ from posttrain.model import lora_file
 from posttrain.report.page import write_report
 from posttrain.training import checkpoint
 from prompts.templates import load_template
+from rewards.image import Requirements
 from rewards.judge import Judge
-from rewards.requirements import Requirements
 from tests.helpers.malformed import jsonl, pictures, refused, spoiled, spoiled_rows, torn
 
 

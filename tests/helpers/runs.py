@@ -204,15 +204,22 @@ def watch_loading(method: Any, monkeypatch: Any) -> list:
 
 
 TRAINING = """
-import posttrain.export.export, posttrain.grpo.train, posttrain.preflight.run, posttrain.preflight.grpo
+import posttrain.expander.gdpo, posttrain.expander.sft, posttrain.export.export, posttrain.grpo.train
+import posttrain.pairs.make, posttrain.preflight.run, posttrain.preflight.grpo
 import posttrain.report.page
 import posttrain.sample_images, posttrain.stpo.train
 import posttrain.tdm.train
 import tests.helpers.runs
+import os
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for one when it is imported
+import deepspeed.runtime.zero.parameter_offload, deepspeed.runtime.zero.stage3
 """
+"""What the commands would import one after another: once, before they are forked."""
 SERVE = """
-import json, os, resource, signal, sys, traceback
+import gc, json, os, resource, signal, sys, traceback
 from posttrain import cli
+gc.collect()
+gc.freeze()  # a collection in a child would copy all pages of what was imported
 for line in sys.stdin:
     call = json.loads(line)
     files = [os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for file in call["files"]]

@@ -18,12 +18,8 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLModel
 
 from posttrain.model.load import SCHEDULER
+from posttrain.nano.build.parts import PREFIX, SUFFIX, swiglu_width
 
-PREFIX = (
-    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
-    "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
-)
-SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # Qwen2's own pre-tokenizer, so that training sees the pieces that encoding will.
 PIECES = (
@@ -36,11 +32,6 @@ PROMPTS = [
     "the word HELLO",
     "a fox in the snow at night with a lantern, pastel, soft light, seen from far away",
 ]
-
-
-def swiglu_width(features: int, multiplier: int = 4) -> int:
-    """The original repository's rule: int(2 f / 3) * multiplier, rounded up to a multiple of 128."""
-    return -(-int(2 * features / 3) * multiplier // 128) * 128
 
 
 def rotary_axes(head: int) -> tuple[int, int, int]:

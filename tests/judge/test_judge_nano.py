@@ -7,7 +7,7 @@ from PIL import Image
 
 from posttrain.errors import UserError
 from posttrain.nano.build import evaluate_judge, judge, judge_model
-from posttrain.nano.world import oracles, questions, scenes
+from posttrain.nano.world import questions, scenes, statements
 from prompts.templates import load_template
 from rewards.vlm import VLM
 
@@ -81,10 +81,10 @@ def test_statements_are_balanced_and_true_as_said():
                 assert not truth
                 continue
             assert truth == questions.is_true(scene, statement)
-            marks.setdefault(oracles.parse(statement)[0], []).append(truth)
-    assert set(marks) == set(oracles._PATTERNS)
+            marks.setdefault(statements.parse(statement)[0], []).append(truth)
+    assert set(marks) == set(statements._PATTERNS)
     assert all(0.3 < np.mean(m) < 0.7 for m in marks.values()), {k: np.mean(m) for k, m in marks.items()}
-    rows = evaluate_judge.statements(scenes.random_scene(rng, ["CAT"], "text"), rng)
+    rows = evaluate_judge.true_and_false(scenes.random_scene(rng, ["CAT"], "text"), rng)
     assert sum(truth for _, truth in rows) * 2 == len(rows)
 
 

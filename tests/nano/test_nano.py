@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from posttrain.nano.world import damage, oracles, scenes
+from posttrain.nano.world import damage, oracles, scenes, statements
 from posttrain.nano.world.scenes import SIZE, Object, Scene
 
 KINDS = ("exists", "count", "total", "size", "place", "relation", "style", "background", "text")
@@ -54,7 +54,7 @@ def marks(true):
     rng, found = np.random.default_rng(1), {kind: [] for kind in KINDS}
     for scene, percept in zip(*true):
         for statement in scenes.describe(scene, rng).requirements:
-            found[oracles.parse(statement)[0]].append(oracles.meets(percept, statement))
+            found[statements.parse(statement)[0]].append(statements.meets(percept, statement))
     return found
 
 
@@ -169,11 +169,11 @@ def test_corruptions_are_caught(scene_kind, statement_kind, change, where):
     """The statement about the true graph fails on a picture of the changed one."""
     rng = np.random.default_rng(2)
     drawn = draw(40, 3, scene_kind, where)
-    statements = [
-        next(s for s in scenes.describe(scene, rng).requirements if oracles.parse(s)[0] == statement_kind)
+    wanted = [
+        next(s for s in scenes.describe(scene, rng).requirements if statements.parse(s)[0] == statement_kind)
         for scene in drawn
     ]
-    caught = [not oracles.meets(p, s) for p, s in zip(read([change(scene, rng) for scene in drawn]), statements)]
+    caught = [not statements.meets(p, s) for p, s in zip(read([change(scene, rng) for scene in drawn]), wanted)]
     assert np.mean(caught) >= 0.97
 
 
@@ -236,14 +236,14 @@ BLUE = Object("star", "blue", "large", 50.0, 12.0, 12.0)
     ],
 )
 def test_meaning_of_statements(statement, true):
-    assert oracles.meets(seen(RED, BLUE, text="HI"), statement) is true
+    assert statements.meets(seen(RED, BLUE, text="HI"), statement) is true
 
 
 def test_all_shapes_of_a_name_must_have_the_size_and_one_the_place():
     two = seen(RED, replace(RED, size="large", x=50.0))
-    assert not oracles.meets(two, "the red circle is small") and not oracles.meets(two, "the red circle is large")
-    assert oracles.meets(two, "the red circle is at the top left")
-    assert oracles.meets(two, "the red circle is at the top right")
+    assert not statements.meets(two, "the red circle is small") and not statements.meets(two, "the red circle is large")
+    assert statements.meets(two, "the red circle is at the top left")
+    assert statements.meets(two, "the red circle is at the top right")
 
 
 def test_relations_and_places():
@@ -267,7 +267,7 @@ def test_relations_and_places():
 )
 def test_unknown_statements_are_refused(statement):
     with pytest.raises(ValueError, match="cannot read the statement"):
-        oracles.parse(statement)
+        statements.parse(statement)
 
 
 def test_every_statement_that_is_written_can_be_read():
@@ -277,7 +277,7 @@ def test_every_statement_that_is_written_can_be_read():
         for graph in (scene, scenes.mutate(scene, rng, 0.5)):
             for detail in (0.0, 0.5, 1.0):
                 said = scenes.describe(graph, rng, detail)
-                kinds.update(oracles.parse(statement)[0] for statement in said.requirements)
+                kinds.update(statements.parse(statement)[0] for statement in said.requirements)
                 assert said.requirements and said.texts == ([graph.text] if graph.text else [])
     assert set(kinds) == set(KINDS)
 

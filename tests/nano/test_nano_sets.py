@@ -12,7 +12,7 @@ from diffusers import Krea2Pipeline
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
 from posttrain.nano.build import build
-from posttrain.nano.world import oracles, prompts, scenes
+from posttrain.nano.world import oracles, prompts, scenes, statements
 from posttrain.nano.world.font import WORDS
 from prompts.records import columns, read_prompts
 from tests.helpers.tiny import rotary_axes, swiglu_width
@@ -28,11 +28,11 @@ def test_detail_decides_what_a_caption_leaves_open():
     optional = {*scenes.STYLES, *scenes.BACKGROUNDS, *scenes.SIZES, "style", "background", "at"}
     for scene in draw(100, 12):
         short, long = (scenes.describe(scene, rng, detail) for detail in (0.0, 1.0))
-        kinds = {oracles.parse(statement)[0] for statement in short.requirements}
+        kinds = {statements.parse(statement)[0] for statement in short.requirements}
         assert not kinds & {"style", "background", "size", "place"}
         assert not outside_quotes(short.prompt) & optional
         assert f"{scene.style} style" in long.prompt and f"{scene.background} background" in long.prompt
-        assert {"style", "background", "size"} <= {oracles.parse(s)[0] for s in long.requirements}
+        assert {"style", "background", "size"} <= {statements.parse(s)[0] for s in long.requirements}
         assert set(short.requirements) < set(long.requirements)
         for said in (short, long):
             assert all(o.colour in said.prompt and o.shape in said.prompt for o in scene.objects)
@@ -120,11 +120,11 @@ def test_prompt_sets_can_be_scored(sets):
     for records in sets.values():
         for record in records:
             assert record.requirements and record.tags[0] in scenes.KINDS
-            assert all(oracles.parse(statement) for statement in record.requirements)
+            assert all(statements.parse(statement) for statement in record.requirements)
             assert bool(record.texts) == (record.tags == ["text"])
             assert all(f'"{word}"' in record.prompt for word in record.texts)
     for name in ("open", "short_heldout"):
-        kinds = {oracles.parse(s)[0] for record in sets[name] for s in record.requirements}
+        kinds = {statements.parse(s)[0] for record in sets[name] for s in record.requirements}
         assert not kinds & {"style", "background", "size", "place"}
     assert columns(sets["open"])["texts"] == [record.texts for record in sets["open"]]
 
@@ -143,13 +143,13 @@ def test_grades_give_partial_credit():
     images = [scenes.render(s) for s in drawn]
     needs = [scenes.describe(s, rng).requirements for s in drawn]
     percepts = oracles.perceive(images)
-    grades = [[oracles.grade(p, r) for r in need] for p, need in zip(percepts, needs)]
+    grades = [[statements.grade(p, r) for r in need] for p, need in zip(percepts, needs)]
     assert all(0 <= g <= 1 for row in grades for g in row)
     assert np.mean([g for row in grades for g in row]) > 0.93
     # Another scene's requirements are met less, and nearly met more often than met.
     others = [needs[i - 1] for i in range(len(needs))]
-    wrong = np.mean([oracles.grade(p, r) for p, need in zip(percepts, others) for r in need])
-    met = np.mean([oracles.meets(p, r) for p, need in zip(percepts, others) for r in need])
+    wrong = np.mean([statements.grade(p, r) for p, need in zip(percepts, others) for r in need])
+    met = np.mean([statements.meets(p, r) for p, need in zip(percepts, others) for r in need])
     assert met < wrong < 0.5
     scores = oracles.graded(images, [""] * 60, requirements=needs)
     assert scores == pytest.approx([np.mean(row) for row in grades])

@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,10 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from posttrain.config.load import load_config
-from posttrain.config.sections import ModelConfig
 from posttrain.config.types import ConfigError
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
@@ -25,12 +21,8 @@ from posttrain.model import sampler
 from posttrain.model.k2 import K2
 from posttrain.pairs import make
 from posttrain.pairs.config import DeltaConfig, DrawConfig, PairsConfig, PairSource
-from posttrain.pairs.draw import Drawer
-from posttrain.pairs.select import degrade
 from posttrain.preferences.dataset import Preference, read_preferences
 from posttrain.report.page import write_report
-from posttrain.training import checkpoint
-from posttrain.training.policy import POLICY, described, load_model, saved_tensors
 from rewards.base import RewardSpec
 from tests.helpers import runs, tiny
 from tests.helpers.gullible import GULLED, RAISED
@@ -147,31 +139,27 @@ def test_prompts_that_were_replaced_are_noticed(whole, tmp_path):
         make.make(config, resume=True)
 
 
-def test_killed_and_resumed_in_a_process(whole, tmp_path):
-    commands = runs.Commands(tmp_path)
-    try:
-        config = dataclasses.replace(whole, output=str(tmp_path / "run"))
-        path, run = runs.recipe(config, tmp_path / "recipe.yaml"), tmp_path / "run"  # type: ignore[arg-type]
-        (process,), began = commands.start("pairs", "--config", path), time.monotonic()
-        while not (run / "candidates.jsonl").exists() or not (run / "candidates.jsonl").read_bytes():
-            assert time.monotonic() - began < 120
-            time.sleep(0.005)
-        os.kill(process, signal.SIGKILL)
-        assert commands.wait().returncode == -signal.SIGKILL and not (run / "preferences.json").exists()
-        refused = commands("pairs", "--config", path, "--resume", "--min_margin", 0.5)
-        differs = f"min_margin: differs from {run}/recipe.yaml, with which {run} began, so the pairs would not fit"
-        remedy = "together; restore it or choose another output"
-        assert refused.returncode == 2 and f"{differs} {remedy}" in refused.stderr
-        again = commands("pairs", "--config", path)
-        assert again.returncode == 2 and "add --resume or choose another" in again.stderr
-        result = commands("pairs", "--config", path, "--resume")
-        assert result.returncode == 0 and "12 pairs of" in result.stdout, result.stderr
-        assert made(run) == made(whole.output)
-        (run / "quality.json").unlink()
-        assert commands("pairs", "--config", path, "--resume").returncode == 0  # finished: the report alone
-        assert made(run) == made(whole.output)
-    finally:
-        commands.close()
+def test_killed_and_resumed_in_a_process(command, whole, tmp_path):
+    config = dataclasses.replace(whole, output=str(tmp_path / "run"))
+    path, run = runs.recipe(config, tmp_path / "recipe.yaml"), tmp_path / "run"  # type: ignore[arg-type]
+    (process,), began = command.start("pairs", "--config", path), time.monotonic()
+    while not (run / "candidates.jsonl").exists() or not (run / "candidates.jsonl").read_bytes():
+        assert time.monotonic() - began < 120
+        time.sleep(0.005)
+    os.kill(process, signal.SIGKILL)
+    assert command.wait().returncode == -signal.SIGKILL and not (run / "preferences.json").exists()
+    refused = command("pairs", "--config", path, "--resume", "--min_margin", 0.5)
+    differs = f"min_margin: differs from {run}/recipe.yaml, with which {run} began, so the pairs would not fit"
+    remedy = "together; restore it or choose another output"
+    assert refused.returncode == 2 and f"{differs} {remedy}" in refused.stderr
+    again = command("pairs", "--config", path)
+    assert again.returncode == 2 and "add --resume or choose another" in again.stderr
+    result = command("pairs", "--config", path, "--resume")
+    assert result.returncode == 0 and "12 pairs of" in result.stdout, result.stderr
+    assert made(run) == made(whole.output)
+    (run / "quality.json").unlink()
+    assert command("pairs", "--config", path, "--resume").returncode == 0  # finished: the report alone
+    assert made(run) == made(whole.output)
 
 
 def test_what_an_order_to_the_judge_is_worth_is_measured_once(tmp_path, model, capsys):
@@ -242,13 +230,10 @@ def test_the_main_process_holds_little_that_waits_for_the_disk(whole, tmp_path, 
     assert sum(received) == 12 and made(config.output) == made(whole.output)
 
 
-def test_two_processes_make_the_same_set(whole, tmp_path):
+def test_two_processes_make_the_same_set(command, whole, tmp_path):
     config = dataclasses.replace(whole, output=str(tmp_path / "run"))
     path = runs.recipe(config, tmp_path / "recipe.yaml")  # type: ignore[arg-type]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "posttrain.cli", "pairs", "--config", str(path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, cwd=runs.ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    result = command("pairs", "--config", path, processes=2)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("12 pairs of") == 1
     assert made(config.output) == made(whole.output)
@@ -268,107 +253,6 @@ def test_too_many_drops_end_it_with_the_reasons(tmp_path, model, capsys):
     config.sources, config.output = config.sources[1:], str(tmp_path / "none")
     with pytest.raises(UserError, match="pairs: not one candidate was kept"):
         make.make(config)
-
-
-# ---- ways to draw -----------------------------------------------------------------------------------------
-
-
-def trained(model: Path, run: Path, seed: int, lora: bool = True, **state) -> Path:
-    """A run directory with an adapter (or weights) that changes what is drawn."""
-    k2 = K2.load(model)
-    if lora:
-        k2.add_role(POLICY, 4, 8.0, seed=seed)
-    else:
-        k2.add_full_role(POLICY)
-    torch.manual_seed(seed)
-    for parameter in k2.role_parameters(POLICY):
-        parameter.data.add_(0.1 * torch.randn_like(parameter))
-    return checkpoint.save(run / "checkpoints", 1, saved_tensors(k2), {"lora": described(k2), **state}, 1)
-
-
-def drawn(config: PairsConfig, *draws: DrawConfig) -> tuple[list[torch.Tensor], dict[str, int]]:
-    """One picture of the longest prompt in each way, by the same noise; and the model's work."""
-    drawer, found = Drawer(config, torch.device("cpu")), []
-    drawer.begin()
-    for draw in draws:
-        drawer.draw(draw, [tiny.PROMPTS[3]], [7], (32, 32), lambda rows, pictures: found.append(pictures[0]))
-    return found, dict(drawer.end(measure=False)[0].images)
-
-
-def test_checkpoints_and_the_base_draw_differently(tmp_path, model):
-    policy, earlier = (trained(model, tmp_path / name, seed) for seed, name in enumerate(("policy", "earlier")))
-    config = recipe(tmp_path, model, policy=str(tmp_path / "policy"))
-    ways = [DrawConfig(), DrawConfig("base"), DrawConfig(str(tmp_path / "earlier")), DrawConfig(str(policy))]
-    config.sources = [PairSource("x", delta=DeltaConfig(ways[0], way)) for way in ways[1:3]]
-    config.sources[1].delta = DeltaConfig(ways[3], ways[2])
-    (own, base, other, same), _ = drawn(config, *ways)
-    assert torch.equal(own, same)
-    k2 = K2.load(model)
-    noise = sampler.noise([7], (k2.image_tokens(32, 32), k2.latent_channels))
-    for role, picture in ((None, base), ("policy", own), ("earlier", other)):
-        if role is not None:
-            k2.add_role(role, 4, 8.0)
-            k2.load_role_state_dict(role, checkpoint.load(policy if role == "policy" else earlier).tensors["adapter"])
-        with k2.role(role):
-            expected = k2.decode(k2.sample(k2.text([tiny.PROMPTS[3]]), noise, 2, 32, 32), 32, 32)[0]
-        assert torch.equal(picture, expected)
-    assert not torch.equal(own, base) and not torch.equal(own, other)
-    drawer = Drawer(config, torch.device("cpu"))
-    assert drawer.describe(ways[0]) == str(policy) and drawer.describe(ways[1]) == str(model)
-    assert drawer.describe(DrawConfig("base", 1.5, 3, 0.5)) == f"{model}, guidance 1.5, steps 3, drop 0.5"
-
-
-def test_noised_and_degraded(tmp_path, model):
-    """Noised latents are (1 - t) x0 + t eps, and what comes before is drawn once for both."""
-    config = recipe(tmp_path, model)
-    (plain, noisy, degraded), work = drawn(config, DrawConfig(), DrawConfig(noise=0.4), DrawConfig(drop=0.5))
-    assert work == {"forward": 2 + 0 + 2, "decode": 3}
-    k2 = K2.load(model)
-    shape, text = (k2.image_tokens(32, 32), k2.latent_channels), k2.text([tiny.PROMPTS[3]])
-    x0 = k2.sample(text, sampler.noise([7], shape), 2, 32, 32)
-    x = 0.6 * x0 + 0.4 * sampler.noise([sampler.seed_for(7, -1)], shape)
-    short = k2.sample(k2.text([degrade(tiny.PROMPTS[3], 0.5, 7)]), sampler.noise([7], shape), 2, 32, 32)
-    for picture, latents in ((plain, x0), (noisy, x), (degraded, short)):
-        assert torch.equal(picture, k2.decode(latents, 32, 32)[0])
-    assert len({picture.numpy().tobytes() for picture in (plain, noisy, degraded)}) == 3
-
-
-def test_checkpoints_that_cannot_be_used(tmp_path, model):
-    config = recipe(tmp_path, model, policy=str(tmp_path / "none"))
-    with pytest.raises(UserError, match=r"^policy: .*none: holds no whole checkpoint; give a run directory"):
-        Drawer(config, torch.device("cpu"))
-    trained(model, tmp_path / "full", 0, lora=False)
-    config = recipe(tmp_path, model)
-    full, adapter = tmp_path / "full", trained(model, tmp_path / "adapter", 1)
-    config.sources[0].delta = DeltaConfig(DrawConfig(), DrawConfig(str(full)))
-    with pytest.raises(UserError, match=r"^checkpoint: .*full has trained all weights, so nothing can be drawn beside"):
-        Drawer(config, torch.device("cpu"))
-    config.policy, config.sources = str(full), config.sources[1:]
-    assert Drawer(config, torch.device("cpu")).names[config.policy].endswith("full/checkpoints/step-000001")
-
-    saved = checkpoint.load(adapter)
-    checkpoint.save(tmp_path / "turbo/checkpoints", 1, saved.tensors, saved.state | {"method": "tdm"}, keep=1)
-    config.policy = str(tmp_path / "turbo")
-    with pytest.raises(UserError, match=r"^policy: .*turbo: is a distilled student; pairs are for training Raw"):
-        Drawer(config, torch.device("cpu"))
-
-    config.policy, config.model.start = None, str(adapter)
-    config.sources = [PairSource("x", delta=DeltaConfig(DrawConfig(), DrawConfig(str(adapter))))]
-    with pytest.raises(UserError, match=r"^checkpoint: .* was trained on another base than what is drawn here"):
-        Drawer(config, torch.device("cpu"))
-
-
-def test_policy_that_goes_on_from_an_earlier_run(tmp_path, model):
-    """Base is then what it began as: the model with the earlier run's adapter beside its weights."""
-    first = trained(model, tmp_path / "first", 0)
-    k2 = load_model(ModelConfig(str(model), start=str(first), dtype="float32"), "cpu")
-    second = trained(model, tmp_path / "second", 1, origin=k2.origin)
-    config = recipe(tmp_path, model, policy=str(second))
-    config.sources = [PairSource("x", delta=DeltaConfig(DrawConfig(), DrawConfig("base")))]
-    (_, base), _ = drawn(config, DrawConfig(), DrawConfig("base"))
-    config = recipe(tmp_path, model, policy=str(first))
-    (first_policy,), _ = drawn(config, DrawConfig())
-    assert (base.int() - first_policy.int()).abs().max() <= 1  # stacked or the policy itself: only rounding differs
 
 
 # ---- recipes ----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import yaml
 from playwright.sync_api import Browser
 
 from posttrain.config.sections import StopConfig
-from posttrain.nano.world import oracles, scenes
+from posttrain.nano.world import oracles, scenes, statements
 from posttrain.pipeline.plan import Stage
 from posttrain.pipeline.report import write_index
 from posttrain.report import charts
@@ -104,7 +104,7 @@ def test_the_oracle_says_which_requirements_are_met():
     assert isinstance(score, Scored) and score.details["requirements"] == asked
     answers = score.details["answers"]
     assert score == pytest.approx(sum(answers) / len(asked)) and 0 < score < 1
-    assert answers == [float(oracles.meets(oracles.perceive([scenes.render(scene)])[0], one)) for one in asked]
+    assert answers == [float(statements.meets(oracles.perceive([scenes.render(scene)])[0], one)) for one in asked]
 
 
 def test_answers_stand_beside_their_pictures(tmp_path):

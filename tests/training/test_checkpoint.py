@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from posttrain.errors import UserError
-from posttrain.training import checkpoint
+from posttrain.training import checkpoint, optim
 
 ROOT = Path(__file__).parents[2]
 
@@ -170,7 +170,7 @@ def make(seed: int):
 def test_resumed_adamw_equals_uninterrupted_bit_for_bit(tmp_path):
     model, optimizer = make(0)
     train(model, optimizer, 5)
-    optimizer_tensors, optimizer_state = checkpoint.flatten_optimizer(optimizer)
+    optimizer_tensors, optimizer_state = optim.flatten_optimizer(optimizer)
     rng_tensors, rng_state = checkpoint.rng_state()
     given = {"model": dict(model.state_dict()), "optimizer": optimizer_tensors, "rng": rng_tensors}
     checkpoint.save(tmp_path, 5, given, {"optimizer": optimizer_state, "rng": rng_state}, keep=1)
@@ -182,7 +182,7 @@ def test_resumed_adamw_equals_uninterrupted_bit_for_bit(tmp_path):
     loaded = checkpoint.load_latest(tmp_path)
     assert loaded is not None
     resumed.load_state_dict(loaded.tensors["model"])
-    checkpoint.restore_optimizer(resumed_optimizer, loaded.tensors["optimizer"], loaded.state["optimizer"])
+    optim.restore_optimizer(resumed_optimizer, loaded.tensors["optimizer"], loaded.state["optimizer"])
     checkpoint.restore_rng(loaded.tensors["rng"], loaded.state["rng"])
     assert resumed_optimizer.param_groups[0]["betas"] == (0.8, 0.97)
     train(resumed, resumed_optimizer, 5)
@@ -199,12 +199,12 @@ def test_a_rate_that_is_a_tensor_is_kept(tmp_path):
     optimizer = torch.optim.AdamW([weights], lr=torch.tensor(0.25))
     weights.sum().backward()
     optimizer.step()
-    saved, state = checkpoint.flatten_optimizer(optimizer)
+    saved, state = optim.flatten_optimizer(optimizer)
     assert saved["group0.lr"].item() == 0.25 and "lr" not in state["groups"][0]
     checkpoint.save(tmp_path, 1, {"optimizer": saved}, {"optimizer": state}, keep=1)
     loaded = checkpoint.load(tmp_path / "step-000001")
     resumed = torch.optim.AdamW([weights], lr=torch.tensor(0.5))
-    checkpoint.restore_optimizer(resumed, loaded.tensors["optimizer"], loaded.state["optimizer"])
+    optim.restore_optimizer(resumed, loaded.tensors["optimizer"], loaded.state["optimizer"])
     assert resumed.param_groups[0]["lr"].item() == 0.25
 
 
@@ -221,15 +221,15 @@ def test_rng_keeps_the_second_half_of_a_gaussian_pair():
 def test_another_model_is_refused():
     model, optimizer = make(0)
     train(model, optimizer, 1)
-    saved = checkpoint.flatten_optimizer(optimizer)
+    saved = optim.flatten_optimizer(optimizer)
     wider = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 3))
     other = torch.optim.AdamW([{"params": wider[0].parameters()}, {"params": wider[1].parameters()}])
     with pytest.raises(UserError, match=r"shape \[5, 4\] and the model's \[6, 4\]"):
-        checkpoint.restore_optimizer(other, *saved)
+        optim.restore_optimizer(other, *saved)
     with pytest.raises(UserError, match="4 trained tensors and the model 2"):
-        checkpoint.restore_optimizer(torch.optim.AdamW(wider[0].parameters()), *saved)
+        optim.restore_optimizer(torch.optim.AdamW(wider[0].parameters()), *saved)
     with pytest.raises(UserError, match=r"optim\.kind: the checkpoint's is AdamW and the recipe's SGD"):
-        checkpoint.restore_optimizer(torch.optim.SGD(model.parameters()), *saved)
+        optim.restore_optimizer(torch.optim.SGD(model.parameters()), *saved)
 
 
 FILL = """

@@ -45,7 +45,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         for own in arms.values():
             cells.append(common.mean_and_extent([row["after"].get(name) for row in own]))
         lines.append(cells)
-    shares = [common.mean_and_extent([_share(row) for row in own]) for own in arms.values()]
+    shares = [common.mean_and_extent(list(map(_share, own))) for own in arms.values()]
     lines.append(["diversity, share of before", "1", *shares])
     return common.markdown(["figure", "before", *arms], lines)
 

@@ -50,7 +50,7 @@ def planted(count: int) -> tuple[list[Image.Image], list[str], dict[str, list[An
     rng = np.random.default_rng(evaluate_judge.SEED)
     requirements = []
     for scene in wordless:
-        requirements.append([statement for statement, _ in evaluate_judge.statements(scene, rng)])
+        requirements.append([statement for statement, _ in evaluate_judge.true_and_false(scene, rng)])
     prompts = [scenes.describe(scene, rng, 0.0).prompt for scene in wordless]
     images = [Image.fromarray(scenes.render(scene)) for scene in wordless]
     return images, prompts, {"requirements": requirements}

@@ -24,7 +24,7 @@ from PIL import Image
 from posttrain.model import sampler
 from posttrain.model.load import flatten_time
 from posttrain.nano.build import build
-from posttrain.nano.world import oracles, prompts, scenes
+from posttrain.nano.world import oracles, prompts, scenes, statements
 
 
 def load(model: Path | str, device: str) -> Krea2Pipeline:
@@ -70,8 +70,8 @@ def figures(pool, images: np.ndarray, records: list[dict]) -> dict[str, float]:
     for percept, record in zip(seen, records):
         marks = []
         for requirement in record["requirements"]:
-            marks.append(oracles.meets(percept, requirement))
-            met.setdefault(f"statement/{oracles.parse(requirement)[0]}", []).append(marks[-1])
+            marks.append(statements.meets(percept, requirement))
+            met.setdefault(f"statement/{statements.parse(requirement)[0]}", []).append(marks[-1])
         # An image counts once, however much its prompt requires.
         accuracy = float(np.mean(marks))
         met.setdefault("accuracy", []).append(accuracy)

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from posttrain.judge.calibration import brier, expected_calibration_error
-from posttrain.nano.world import oracles, prompts, questions, scenes
+from posttrain.nano.world import oracles, prompts, questions, scenes, statements
 from posttrain.nano.world.scenes import Scene
 from prompts.templates import load_template
 from rewards.vlm import VLM
@@ -28,7 +28,7 @@ from rewards.vlm import VLM
 SEED = 4242
 
 
-def statements(scene: Scene, rng: np.random.Generator) -> list[tuple[str, bool]]:
+def true_and_false(scene: Scene, rng: np.random.Generator) -> list[tuple[str, bool]]:
     """Equally many true requirements of a scene and false ones, from the same scene with some attributes changed."""
     true = list(scenes.describe(scene, rng).requirements)
     false: list[str] = []
@@ -41,7 +41,8 @@ def statements(scene: Scene, rng: np.random.Generator) -> list[tuple[str, bool]]
             if not questions.is_true(scene, statement) and statement not in false:
                 false.append(statement)
     rng.shuffle(false)
-    return [(s, questions.is_true(scene, s)) for s in true] + [(s, False) for s in false[: len(true)]]
+    answers = [(statement, questions.is_true(scene, statement)) for statement in true]
+    return answers + [(statement, False) for statement in false[: len(true)]]
 
 
 def heldout(n: int, seed: int = SEED) -> list[Scene]:
@@ -53,7 +54,7 @@ def on_scenes(vlm: VLM, n: int, images: Sequence[np.ndarray] | None = None) -> d
     """Figures on n held-out scenes, drawn cleanly or given as images."""
     drawn = heldout(n)
     rng = np.random.default_rng(SEED + 1)
-    rows = [statements(scene, rng) for scene in drawn]
+    rows = [true_and_false(scene, rng) for scene in drawn]
     arrays = images if images is not None else list(map(scenes.render, drawn))
     return _judge(vlm, list(map(Image.fromarray, arrays)), rows, [scene.text for scene in drawn])
 
@@ -64,7 +65,7 @@ def on_generated(vlm: VLM, images: Sequence[np.ndarray], records: Sequence[dict]
     truth: list[list[bool]] = []
     words: list[str] = []
     for percept, record in zip(oracles.perceive(images), records):
-        met = [oracles.meets(percept, requirement) for requirement in record["requirements"]]
+        met = [statements.meets(percept, requirement) for requirement in record["requirements"]]
         rows.append(list(zip(record["requirements"], met)))
         truth.append(met)
         words.append(percept.scene.text if record["texts"] else "")
@@ -85,7 +86,7 @@ def _judge(vlm: VLM, images: list[Image.Image], rows: list[list[tuple[str, bool]
             asked.append(image)
             texts.append(template.render(requirement=statement))
             answers.append(met)
-            kinds.append(oracles.parse(statement)[0])
+            kinds.append(statements.parse(statement)[0])
     p, truth = np.array(vlm.p_yes(asked, texts, 64)), np.array(answers)
     right = (p > 0.5) == truth
     figures: dict[str, Any] = {"questions": len(asked), "accuracy": _mean(right)}

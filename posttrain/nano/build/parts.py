@@ -6,6 +6,7 @@ The classes are those of the released checkpoint, at sizes that its original for
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from diffusers import (
@@ -17,17 +18,15 @@ from diffusers import (
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLModel
 
+from posttrain.model.load import SCHEDULER
+
 PREFIX = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
     "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
 )
-
-
 SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
            "<|video_pad|>"]  # fmt: skip
-
-
 LANGUAGE = {
     "hidden_size": 96,
     "intermediate_size": 256,
@@ -57,7 +56,7 @@ def train_tokenizer(corpus: list[str], whole: list[str], size: int, special: lis
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = Qwen2Tokenizer()._tokenizer.pre_tokenizer
     raw.decoder = decoders.ByteLevel()
-    lower = ["".join(" " if c.isupper() else c for c in text) for text in corpus]
+    lower = [re.sub("[A-Z]", " ", text) for text in corpus]
     trainer = trainers.BpeTrainer(
         vocab_size=size,
         min_frequency=2,
@@ -146,16 +145,8 @@ def make_transformer(layers: int = 7) -> Krea2Transformer2DModel:
 
 
 def make_pipeline(tokenizer, vae, text_encoder, transformer) -> Krea2Pipeline:
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True,
-        base_shift=0.5,
-        max_shift=1.15,
-        base_image_seq_len=256,
-        max_image_seq_len=6400,
-        time_shift_type="exponential",
-    )
     return Krea2Pipeline(
-        scheduler,
+        FlowMatchEulerDiscreteScheduler(**SCHEDULER),
         vae,
         text_encoder,
         tokenizer,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from posttrain.nano.world import oracles, scenes
+from posttrain.nano.world import oracles, scenes, statements
 from posttrain.nano.world.font import GLYPHS
 from posttrain.nano.world.scenes import (
     BACKGROUNDS,
@@ -78,7 +78,7 @@ def transcript(word: str) -> str:
 
 
 def is_true(scene: Scene, statement: str) -> bool:
-    return oracles.meets(oracles.Percept(scene, 0.0, 0), statement)
+    return statements.meets(oracles.Percept(scene, 0.0, 0), statement)
 
 
 def _pick(rng: np.random.Generator, options):
