@@ -83,6 +83,15 @@ NOT_RUN = {
     "srun": "a cluster: tests/distributed/test_sharding.py::test_launching",
     "accelerate launch": "several GPUs or machines: tests/distributed/test_sharding.py::test_launching",
     "posttrain bench --output runs/bench": SCALE + "tests/bench/test_bench.py::test_bench_and_plans",
+    "posttrain bench --sizes": SCALE
+    + "tests/bench/test_estimate.py::test_the_shipped_form_of_a_bench_gives_the_same_plan",
+    "python -m posttrain.bench.measurement": "tests/bench/test_estimate.py, which writes to no file of the package",
+    "posttrain grpo --config recipes/k2/grpo.yaml --sampling.sizes": SCALE
+    + "tests/bench/test_estimate.py::test_what_is_scaled_says_so",
+    "posttrain stpo --config recipes/k2/stpo_synthetic.yaml --micro_batch": SCALE
+    + "tests/bench/test_estimate.py::test_what_is_scaled_says_so",
+    "posttrain tdm --config recipes/k2/tdm.yaml --sizes": SCALE
+    + "tests/bench/test_estimate.py::test_what_is_scaled_says_so",
     "posttrain bench --methods": SCALE + "tests/bench/test_bench.py::test_bench_and_plans",
     "python -m posttrain.bench.checkpoint": SCALE + "tests/training/test_checkpoint.py checks its parts",
     "python -m posttrain.nano.bench.grpo": "dozens of runs of posttrain grpo, whose recipes run here",
