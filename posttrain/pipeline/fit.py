@@ -40,6 +40,9 @@ def processes(launch: Sequence[str]) -> tuple[int, int]:
 def check_processes(stage: Stage, count: int) -> None:
     """Raises UserError if the work does not divide by `count` processes; the stage itself would fail only later."""
     config = stage.config
+    if stage.command == "grpo" and config.rollout.gpus >= count:
+        gpus = config.rollout.gpus
+        raise UserError(f"stage {stage.name}: rollout.gpus: is {gpus} of {count} processes, which leaves none to train")
     if stage.command == "expander sft" and config.batch % (config.micro_batch * count):
         raise UserError(
             f"stage {stage.name}: batch: {config.batch} is not a multiple of micro_batch times {count} processes"

@@ -109,7 +109,8 @@ def test_what_is_scaled_says_so(h200):
     small = of_training(recipe("grpo"), h200, GPUs())
     large = of_training(recipe("grpo", "--sampling.sizes", "[[1536, 1536]]"), h200, GPUs())
     assert small.notes == []
-    assert large.notes == ["grpo at 1536 x 1536 scaled from 1024 x 1024 by operations"]
+    scaled = "at 1536 x 1536 scaled from 1024 x 1024 by operations"
+    assert large.notes == [f"grpo {scaled}", f"rollout {scaled}"]
     assert 10 < large.step / small.step < 12.5  # nine times the tokens, and attention
 
 

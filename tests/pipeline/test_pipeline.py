@@ -105,7 +105,7 @@ def test_stages_follow_each_other_and_are_done_once(write, tmp_path):
     folder, path = tmp_path / "p", write()
     planned = run(path, "--dry-run")
     assert (planned.returncode, planned.stderr) == (0, "") and not folder.exists()
-    lines = [line.split() for line in planned.stdout.splitlines()]
+    lines = [line.split() for line in planned.stdout.split("\n\n")[0].splitlines()]
     assert [line[:5] for line in lines] == [
         ["1", "pairs", "pairs", "to", "do"],
         ["2", "stpo", "stpo", "to", "do"],
@@ -356,7 +356,7 @@ def test_launch_that_is_no_program(write, tmp_path, capsys):
 def test_the_nano_recipe_holds_together(monkeypatch, capsys):
     monkeypatch.chdir(runs.ROOT)
     assert cli.main(["run", "recipes/nano/pipeline.yaml", "--dry-run"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.split("\n\n")[0].splitlines()
     words = ["pairs", "stpo", "grpo", "tdm", "export", "export", "expander", "expander", "expander"]
     assert [line.split()[2] for line in lines] == words
     assert lines[3].endswith("model.start from grpo")
