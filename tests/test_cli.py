@@ -28,8 +28,10 @@ rewards:
 
 @pytest.fixture(scope="module")
 def posttrain(tmp_path_factory):
-    """The command line in processes that are forked from one that has started Python and imported `posttrain.cli`."""
-    commands = runs.Commands(tmp_path_factory.mktemp("commands"), prepare="")
+    """The command line in processes that are forked from one that has imported grpo's settings."""
+    commands = runs.Commands(
+        tmp_path_factory.mktemp("commands"), prepare="import posttrain.config.help, posttrain.grpo.config\n"
+    )
     yield commands
     commands.close()
 
