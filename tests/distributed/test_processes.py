@@ -88,7 +88,7 @@ def test_four_processes_equal_two_and_one(command, config, tmp_path):
     for other in others:
         assert len(runs.rows(other)) == len(first)
         for a, b in zip(first, runs.untimed(other)):
-            assert a == pytest.approx(b, rel=1e-4, abs=1e-7)
+            assert a == pytest.approx(b, rel=5e-4, abs=1e-7)  # rewards see 8 bits: a pixel may be one more or less
         for path in one.glob("samples/step-*/*.png"):
             same = [np.asarray(Image.open(run / path.relative_to(one)), int) for run in (one, other)]
             assert np.abs(same[0] - same[1]).max() <= 1

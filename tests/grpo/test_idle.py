@@ -79,9 +79,9 @@ def test_a_group_without_signal_is_left_out(flat, kl, left_out, tmp_path, model,
     trained: list[list[str]] = []
     gradient = update.gradient
 
-    def noted(k2, config, groups, *rest):
+    def noted(k2, config, groups, *rest, **options):
         trained.append([group.record.prompt for group in groups])
-        return gradient(k2, config, groups, *rest)
+        return gradient(k2, config, groups, *rest, **options)
 
     monkeypatch.setattr(update, "gradient", noted)
     grpo.train(config)

@@ -269,7 +269,12 @@ def test_kl_without_a_gradient(check, monkeypatch):
 
 def test_gradient_that_is_not_finite(check, monkeypatch):
     true = losses.clipped_policy
-    monkeypatch.setattr(losses, "clipped_policy", lambda *args: (true(*args)[0] * float("nan"), true(*args)[1]))
+
+    def broken(*args, **clips):
+        loss_B, metrics = true(*args, **clips)
+        return loss_B * float("nan"), metrics
+
+    monkeypatch.setattr(losses, "clipped_policy", broken)
     rows = check(1)
     assert failed(rows) == ["policy gradient", "policy moves"] and rows["policy gradient"][1].startswith("norm nan")
 
