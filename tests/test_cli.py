@@ -116,7 +116,7 @@ def test_broken_recipe(posttrain, recipe, text, says):
     fails(posttrain("grpo", "--config", path), path, says)
 
 
-def test_all_mistakes_are_told_at_once(recipe):
+def test_all_mistakes_are_told_at_once(posttrain, recipe):
     """A misspelt key also makes a setting missing, which is not one of them."""
     path = recipe(text="outptu: a\nmodel: {path: k2, dtyp: float32}\noptim: {lr: fast}\nsteps: 0\n")
     fails(
@@ -129,7 +129,7 @@ def test_all_mistakes_are_told_at_once(recipe):
     )  # fmt: skip
 
 
-def test_an_option_that_breaks_a_recipes_limit_is_named(tmp_path):
+def test_an_option_that_breaks_a_recipes_limit_is_named(posttrain, tmp_path):
     """The recipe's value is right until --steps is less; without that option it is the recipe's own mistake."""
     words = ["tdm", "--config", "recipes/nano/tdm.yaml", "--output", tmp_path / "run"]
     fails(posttrain(*words, "--steps", "5"), "command line: with --steps 5: fake.warmup: is 50 of 5 steps")
@@ -137,7 +137,7 @@ def test_an_option_that_breaks_a_recipes_limit_is_named(tmp_path):
     fails(posttrain(*words, "--config", wrong, "--optim.lr", "1e-4"), f"{wrong}: fake.warmup: is 400 of 400 steps")
 
 
-def test_export_says_what_check_takes():
+def test_export_says_what_check_takes(posttrain):
     assert "With --check LORA it measures" in posttrain("export", "--help").stdout
     fails(posttrain("export", "--check", "a", "--source", "b"), "--source: does not go with --check", "--check RUN")
 

@@ -136,9 +136,9 @@ class Processes:
             # All processes go through the model together, and each pass lasts as long as its most expensive input:
             # similar costs in one pass are then worth more than equal sums.
             return by_cost(costs)[self.rank :: self.size]
-        if ranks is not None:
-            return deal(costs, len(ranks))[ranks.index(self.rank)]
-        return deal(costs, self.workers)[self.worker]
+        if ranks is None or len(ranks) == self.size:
+            return deal(costs, self.workers)[self.worker]
+        return deal(costs, len(ranks))[ranks.index(self.rank)]
 
     def gather_in_order(self, own: Sequence[Any], places: Sequence[int] | None = None) -> list[Any]:
         """All processes' items in global order. `places`: the indices of this process's; None: `local_indices`."""

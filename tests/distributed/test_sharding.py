@@ -64,7 +64,7 @@ def train(command, config, method: str, path, *args, engine: str, processes: int
 WHOLE = [("one",), ("fsdp2",)]
 CUT = {
     "grpo": [("zero3",), ("fsdp2", "one"), ("one", "zero3"), ("zero3", "fsdp2")],
-    "grpo ahead": [("zero3", "fsdp2"), ("fsdp2", "one")],
+    "grpo ahead": [("zero3",), ("zero3", "fsdp2"), ("fsdp2", "one")],
     "stpo": [("zero2",), ("one", "fsdp2"), ("fsdp2", "zero2"), ("zero2", "one")],
 }
 
@@ -78,7 +78,7 @@ def test_two_sharded_processes_equal_one(command, model, tmp_path, method):
     config.lora, config.optim.lr, config.optim.ema = None, 1e-4, 0.5
     config.eval.prompts, config.eval.every = 1, 1
     if method == "grpo":
-        config.rollout.ahead = len(ahead)
+        config.rollout.ahead, config.optim.eps = len(ahead), 1e-5  # rounding would make whole steps of AdamW
         config.groups.prompts_per_step, config.groups.group_size = 3, 2
         config.sampling.sizes = [[32, 32], [16, 48]]
     else:
