@@ -5,8 +5,8 @@ diffusers' Ulysses exchange (ContextParallelConfig) moves them. The velocities a
 group compute the same loss. A parameter's gradient on one process is that of its own tokens; the sum over all processes
 (Processes.sum_gradients) is the whole.
 
-diffusers splits the inputs of its own transformer's forward by hooks, which VelocityModel does not call, and its Ulysses
-without equal parts has no backward. So tokens are split here, and padded to equal parts behind a mask if need be.
+diffusers splits the inputs of its own transformer's forward by hooks, which VelocityModel does not call, and its
+Ulysses without equal parts has no backward. So tokens are split here, and padded to equal parts behind a mask if need be.
 """
 
 from __future__ import annotations
