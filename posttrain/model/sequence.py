@@ -6,7 +6,8 @@ group compute the same loss. A parameter's gradient on one process is that of it
 (Processes.sum_gradients) is the whole.
 
 diffusers splits the inputs of its own transformer's forward by hooks, which VelocityModel does not call, and its
-Ulysses without equal parts has no backward. So tokens are split here, and padded to equal parts behind a mask if need be.
+Ulysses without equal parts has no backward. So tokens are split here, and padded to equal parts behind a mask if need
+be.
 """
 
 from __future__ import annotations
