@@ -12,7 +12,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import copy
-import importlib.util
 import itertools
 import os
 import socket
@@ -41,13 +40,6 @@ HEARTBEAT = 0.5
 """Seconds between a process's signs of life, which are looked at twice, four of them apart."""
 
 
-ZERO_OPTIONS = (
-    "deepspeed_offload_optimizer_device", "deepspeed_offload_param_device", "deepspeed_config_file",
-    "gradient_clipping", "deepspeed_moe_layer_cls_names",
-)  # fmt: skip
-"""Settings of accelerate's for DeepSpeed that are not supported, or are the recipe's."""
-
-
 class OutOfMemoryElsewhere(torch.OutOfMemoryError):
     """Another process has run out of memory."""
 
@@ -64,7 +56,7 @@ class Processes:
         """`shardable`: the caller uses model/parallelize.py. Raises UserError if the launcher asks for sharding and the
         caller cannot do it."""
         launch.check()
-        engine = _fsdp() or _zero()
+        engine = launch.engine()
         if engine and not shardable:
             raise UserError(
                 f"accelerate: {engine} is for commands that train K2: use recipes/launch/ddp.yaml for this one"
@@ -98,7 +90,9 @@ class Processes:
 
     @property
     def device(self) -> torch.device:
-        return self.state.device or torch.device("cpu")
+        device = self.state.device or torch.device("cpu")
+        # accelerate numbers a CPU by rank, and a model that was read to `cpu` would be copied to `cpu:0`.
+        return device if device.type != "cpu" else torch.device("cpu")
 
     def alone(self) -> Processes:
         """This process as if it were the only one, for work that the others take no part in."""
@@ -359,40 +353,6 @@ def _in_background(target: Callable[[], None]) -> threading.Thread:
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     return thread
-
-
-def _env_flag(name: str) -> bool:
-    return os.environ.get(name, "false").lower() == "true"
-
-
-def _fsdp() -> str | None:
-    """FSDP2, if accelerate is configured to use it. Raises UserError for what is not supported."""
-    if not _env_flag("ACCELERATE_USE_FSDP"):
-        return None
-    if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise UserError("accelerate: fsdp_version: FSDP's first is not supported; set it to 2")
-    for option in ("offload_params", "activation_checkpointing"):
-        if _env_flag(f"FSDP_{option.upper()}"):
-            raise UserError(f"accelerate: fsdp_{option}: is not supported; leave it out (model.recompute saves memory)")
-    # accelerate's default is that transformers loads weights in one process only, for accelerate to send them on.
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    return "FSDP2"
-
-
-def _zero() -> str | None:
-    """ZeRO-2 or ZeRO-3, if accelerate is configured to use DeepSpeed. Raises UserError for what is not supported."""
-    if not _env_flag("ACCELERATE_USE_DEEPSPEED"):
-        return None
-    given = {name: os.environ.get(f"ACCELERATE_{name.upper()}", "none").lower() for name in ZERO_OPTIONS}
-    for name, value in given.items():
-        if value not in ("none", "false"):
-            raise UserError(f"accelerate: {name.removeprefix('deepspeed_')}: is not supported; leave it out")
-    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-    if stage not in ("2", "3"):
-        raise UserError(f"accelerate: zero_stage: is {stage}; take 2 or 3, or recipes/launch/ddp.yaml instead")
-    if importlib.util.find_spec("deepspeed") is None:
-        raise UserError("accelerate: DeepSpeed is not installed: pip install 'posttrain[deepspeed]'")
-    return f"ZeRO-{stage}"
 
 
 def _timeout() -> float:

@@ -38,7 +38,6 @@ from posttrain.expander.model import load_chat_model, resolve, write_card
 from posttrain.expander.trl_checkpoint import AtomicCheckpointCallback, PlainState, newest
 from posttrain.loading import quiet, without_revision
 from posttrain.log import log
-from posttrain.model import clipping
 from posttrain.model.fingerprint import fingerprint
 from posttrain.preferences.heldout import in_share
 from posttrain.report.front_matter import card
@@ -48,6 +47,7 @@ from posttrain.runs.files import apply_umask
 from posttrain.runs.guard import check_unchanged
 from posttrain.runs.run import Run, peak_memory
 from posttrain.runs.stop import StopSignals
+from posttrain.training import clipping
 from prompts.parse import read_lines
 from prompts.tables import open_table, row_texts
 

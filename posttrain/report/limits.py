@@ -17,9 +17,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from posttrain.config import metrics
-from posttrain.model import clipping
 from posttrain.report.charts import Limit, thin
 from posttrain.runs.read import Point
+from posttrain.training import clipping
 
 TITLES = {"divergence": "divergence", "hacking": "hacking: what drifts while a reward is hacked"}
 

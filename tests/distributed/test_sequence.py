@@ -70,7 +70,8 @@ def test_two_processes_give_the_velocity_and_gradient_of_one(tmp_path):
     mp.spawn(_process, (2, port, str(tmp_path / "part")), nprocs=2)
     one = outcomes(1)
     for rank in range(2):
-        for (v, gradient), (whole_v, whole_gradient) in zip(torch.load(tmp_path / f"part.{rank}"), one, strict=True):
+        part = torch.load(tmp_path / f"part.{rank}", weights_only=True)
+        for (v, gradient), (whole_v, whole_gradient) in zip(part, one, strict=True):
             assert whole_gradient.norm() > 0
             assert (v - whole_v).norm() < 1e-5 * whole_v.norm()
             assert (gradient - whole_gradient).norm() < 1e-5 * whole_gradient.norm()
@@ -81,7 +82,6 @@ def test_grpo_in_groups_of_two_is_that_of_one_process(command, model, tmp_path, 
     """Three groups: with four processes, two work on each. An evaluation of one prompt and one group; a KL."""
     config, outputs = runs.config(tmp_path, model), []
     config.groups.prompts_per_step, config.eval.prompts, config.eval.groups, config.eval.group_size = 3, 1, 1, 3
-    config.optim.eps = 1e-5  # AdamW would make whole steps of gradients that are rounding alone
     for count, together in ((1, 1), (processes, 2)):
         config.output, config.model.sequence_parallel = str(tmp_path / f"run-{count}"), together
         result = command("grpo", "--config", runs.recipe(config, tmp_path / "recipe.yaml"), processes=count)

@@ -232,7 +232,8 @@ def test_two_processes_equal_one(command, config, tmp_path):
 
 @pytest.mark.parametrize(("gpus", "processes"), [(1, 2), (2, 3), (1, 3)])
 def test_processes_that_only_draw_equal_one_that_does_both(command, config, tmp_path, gpus, processes):
-    """What is drawn, and by which policy, is the same within rounding. The second half goes on with one process."""
+    """What is drawn and by which policy is the same; where one process trains, so is the order of its sums, and the
+    weights are equal bit for bit. The second half of the run goes on with one process alone."""
     config.groups.prompts_per_step, config.pool.kind, config.optim.passes = 3, "adaptive", 2
     config.sampling.sizes, config.checkpoint.every = [[32, 32], [16, 48]], 2
     outputs = []
@@ -249,6 +250,8 @@ def test_processes_that_only_draw_equal_one_that_does_both(command, config, tmp_
         assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
     expected, got = (flat(runs.latest(run).tensors["adapter"]) for run in outputs)
     assert (expected - got).norm() < 1e-3 * expected.norm()
+    if processes == gpus + 1:
+        assert torch.equal(expected, got)
 
 
 def test_who_draws_draws_all_and_trains_nothing(command, config, tmp_path):

@@ -13,9 +13,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from posttrain.config.sections import OptimConfig
 from posttrain.distributed import shards
-from posttrain.model import clipping
 from posttrain.report.limits import limits
-from posttrain.training import checkpoint, optim
+from posttrain.training import checkpoint, clipping, optim
 from posttrain.training.stepper import Stepper
 
 SMALL = 3e-9
