@@ -139,7 +139,10 @@ def _over_processes(totals: Mapping[str, float], count: int, procs: Processes) -
     gathered = procs.all_gather(dict(totals))
     parts = [part for part in gathered if part]
     worst = max(part.pop("worst") for part in parts)
-    total = {name: sum(part[name] for part in parts) for name in parts[0]}
+    total = dict.fromkeys(parts[0], 0.0)
+    for part in parts:
+        for name in total:
+            total[name] += part[name]
     images, loss = total.pop("images"), total.pop("loss")
     average = {name: value / images for name, value in total.items()}
     # Log-ratios lie around 0, so the difference of their moments is accurate; that of ratios around 1 would not be.

@@ -97,8 +97,10 @@ def _number(value: float | None) -> str:
 def need_of(config: PipelineConfig, stage: Stage, stages: Sequence[Stage], found: Measurement) -> Need:
     """What one stage takes."""
     count, on_machine = processes(config.launch) if stage.command not in SINGLE_PROCESS else (1, 1)
-    serving = {gpu for server in started_servers(stage) for gpu in server.gpus if gpu >= on_machine}
-    result = Need(gpus=count + len(serving))
+    result, serving = Need(gpus=count), set[int]()
+    for server in started_servers(stage):
+        serving |= {gpu for gpu in server.gpus if gpu >= on_machine}
+    result.gpus += len(serving)
     try:
         result.seconds, result.notes = _seconds(config, stage, stages, found, count)
     except UserError as error:

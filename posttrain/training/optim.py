@@ -135,7 +135,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
         raise UserError(
             f"optim.kind: the checkpoint's is {kind} and the recipe's {own}; restore it, or start another run"
         )
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters: list[torch.Tensor] = []
+    for group in optimizer.param_groups:
+        parameters += group["params"]
     saved = sum(len(group["params"]) for group in state["groups"])
     if saved != len(parameters):
         raise UserError(

@@ -1,6 +1,7 @@
 """Plans from measurements: they count what steps do, and give back the speeds that they were made from."""
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -156,9 +157,8 @@ def test_the_shipped_form_of_a_bench_gives_the_same_plan(tmp_path, monkeypatch, 
     assert bench(config) == 0
     source, target = tmp_path / "bench.json", tmp_path / "card.json"
     rows = json.loads(source.read_text())["rows"]
-    assert [(row["method"], row["size"]) for row in rows] == [
-        (method, size) for method in config.methods for size in config.sizes or []
-    ]
+    measured = [(row["method"], row["size"]) for row in rows]
+    assert measured == list(itertools.product(config.methods, config.sizes or []))
     for small, large in zip(rows[::2], rows[1::2]):
         assert large["useful_tflop"] > 1.5 * small["useful_tflop"], small["method"]
     target.write_text(json.dumps({"commands": {"grpo": {"startup": {"import": 7.0}}}}))

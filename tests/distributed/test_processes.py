@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from posttrain.distributed.processes import Processes, deal
@@ -96,7 +95,7 @@ def test_four_processes_equal_two_and_one(command, config, tmp_path):
         a, b = (checkpoint.load_latest(run / "checkpoints") for run in (one, other))
         assert a is not None and b is not None and a.step == b.step == 2
         for name in ("adapter", "live"):
-            trained, again = (torch.cat([v.flatten() for v in saved.tensors[name].values()]) for saved in (a, b))
+            trained, again = (runs.flat(saved.tensors[name]) for saved in (a, b))
             assert (trained - again).norm() < 1e-3 * trained.norm()
         summary = json.loads((other / "summary.json").read_text())
         assert summary["images"] == 2 * 5 * 4 and (other / "report.html").is_file()
@@ -185,7 +184,7 @@ def test_two_processes_train_on_pairs_as_one(command, model, tmp_path):
     a, b = (checkpoint.load_latest(run / "checkpoints") for run in made)
     assert a is not None and b is not None and a.step == b.step == 2
     for name in ("adapter", "live"):
-        trained, again = (torch.cat([v.flatten() for v in saved.tensors[name].values()]) for saved in (a, b))
+        trained, again = (runs.flat(saved.tensors[name]) for saved in (a, b))
         assert (trained - again).norm() < 1e-3 * trained.norm()
     caches = [tmp_path / "cache-1", tmp_path / "cache-2"]
     names = [sorted(file.relative_to(cache) for file in cache.rglob("*.*")) for cache in caches]

@@ -39,10 +39,6 @@ def config(tmp_path, model):
     return made
 
 
-def flat(tensors):
-    return torch.cat([value.flatten() for value in tensors.values()])
-
-
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_equals_a_loop_written_out(config, ahead, model):
     """Bit for bit: of 0 each step is drawn, scored and trained on; of 1 the next one is drawn before the update."""
@@ -205,7 +201,7 @@ def test_without_memory_for_an_update_what_was_drawn_is_kept(config, monkeypatch
     grpo.train(config)
     assert steps == [1, 2, 3, 4] and sizes == [4, 4, 4, 2, 2]
     assert capsys.readouterr().err.count("is retried with 2") == 1
-    a, b = (flat(runs.latest(run).tensors["adapter"]) for run in (whole, config.output))
+    a, b = (runs.flat(runs.latest(run).tensors["adapter"]) for run in (whole, config.output))
     assert (a - b).norm() < 1e-3 * a.norm()
 
 
@@ -226,7 +222,7 @@ def test_two_processes_equal_one(command, config, tmp_path):
     for other in others:
         for a, b in zip(runs.untimed(one), runs.untimed(other), strict=True):
             assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
-        a, b = (flat(runs.latest(run).tensors["adapter"]) for run in (one, other))
+        a, b = (runs.flat(runs.latest(run).tensors["adapter"]) for run in (one, other))
         assert (a - b).norm() < 1e-3 * a.norm()
 
 
@@ -248,7 +244,7 @@ def test_processes_that_only_draw_equal_one_that_does_both(command, config, tmp_
     one, apart = outputs
     for a, b in zip(runs.untimed(one), runs.untimed(apart), strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
-    expected, got = (flat(runs.latest(run).tensors["adapter"]) for run in outputs)
+    expected, got = (runs.flat(runs.latest(run).tensors["adapter"]) for run in outputs)
     assert (expected - got).norm() < 1e-3 * expected.norm()
     if processes == gpus + 1:
         assert torch.equal(expected, got)

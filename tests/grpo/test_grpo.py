@@ -252,9 +252,8 @@ def test_adaptive_pool_in_a_run(tmp_path, model):
     config = runs.config(tmp_path, model, "constant")
     config.pool.kind, config.pool.prune_after, config.steps = "adaptive", 1, 5
     grpo.train(config)
-    counts = [
-        {k: v for k, v in row.items() if k.startswith("pool/")} for row in runs.rows(config.output) if "missing" in row
-    ]
+    steps = [row for row in runs.rows(config.output) if "missing" in row]
+    counts = [{k: v for k, v in row.items() if k.startswith("pool/")} for row in steps]
     classes = [sum(row[f"pool/{name}"] for name in ("new", "informative", "easy", "hard", "flat")) for row in counts]
     assert classes == [3] * 5 and (counts[0]["pool/new"], counts[0]["pool/resting"]) == (3, 0)
     assert (counts[-1]["pool/flat"], counts[-1]["pool/resting"], counts[-1]["pool/unscored"]) == (3, 1, 0)

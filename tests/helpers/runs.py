@@ -6,11 +6,12 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from posttrain.config import metrics
@@ -165,6 +166,11 @@ def untimed(run: str | Path) -> list[dict]:
 
 def training_rows(run: str | Path) -> list[dict]:
     return [row for row in rows(run) if "loss" in row]
+
+
+def flat(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """All values of a file of a checkpoint, one after another."""
+    return torch.cat([value.flatten() for value in tensors.values()])
 
 
 def latest(run: str | Path) -> checkpoint.Checkpoint:

@@ -32,11 +32,11 @@ def trained(model: Path, run: Path, seed: int, lora: bool = True, **state) -> Pa
 
 
 def drawn(config: PairsConfig, *draws: DrawConfig) -> tuple[list[torch.Tensor], dict[str, int]]:
-    """One picture of the longest prompt in each way, by the same noise; and the model's work."""
+    """One image of the longest prompt in each way, by the same noise; and the model's work."""
     drawer, found = Drawer(config, torch.device("cpu")), []
     drawer.begin()
     for draw in draws:
-        drawer.draw(draw, [tiny.PROMPTS[3]], [7], (32, 32), lambda rows, pictures: found.append(pictures[0]))
+        drawer.draw(draw, [tiny.PROMPTS[3]], [7], (32, 32), lambda rows, images: found.append(images[0]))
     return found, dict(drawer.end(measure=False)[0].images)
 
 
@@ -50,13 +50,13 @@ def test_checkpoints_and_the_base_draw_differently(tmp_path, model):
     assert torch.equal(own, same)
     k2 = K2.load(model)
     noise = sampler.noise([7], (k2.image_tokens(32, 32), k2.latent_channels))
-    for role, picture in ((None, base), ("policy", own), ("earlier", other)):
+    for role, image in ((None, base), ("policy", own), ("earlier", other)):
         if role is not None:
             k2.add_role(role, 4, 8.0)
             k2.load_role_state_dict(role, checkpoint.load(policy if role == "policy" else earlier).tensors["adapter"])
         with k2.role(role):
             expected = k2.decode(k2.sample(k2.text([tiny.PROMPTS[3]]), noise, 2, 32, 32), 32, 32)[0]
-        assert torch.equal(picture, expected)
+        assert torch.equal(image, expected)
     assert not torch.equal(own, base) and not torch.equal(own, other)
     drawer = Drawer(config, torch.device("cpu"))
     assert drawer.describe(ways[0]) == str(policy) and drawer.describe(ways[1]) == str(model)
@@ -73,9 +73,9 @@ def test_noised_and_degraded(tmp_path, model):
     x0 = k2.sample(text, sampler.noise([7], shape), 2, 32, 32)
     x = 0.6 * x0 + 0.4 * sampler.noise([sampler.seed_for(7, -1)], shape)
     short = k2.sample(k2.text([degrade(tiny.PROMPTS[3], 0.5, 7)]), sampler.noise([7], shape), 2, 32, 32)
-    for picture, latents in ((plain, x0), (noisy, x), (degraded, short)):
-        assert torch.equal(picture, k2.decode(latents, 32, 32)[0])
-    assert len({picture.numpy().tobytes() for picture in (plain, noisy, degraded)}) == 3
+    for image, latents in ((plain, x0), (noisy, x), (degraded, short)):
+        assert torch.equal(image, k2.decode(latents, 32, 32)[0])
+    assert len({image.numpy().tobytes() for image in (plain, noisy, degraded)}) == 3
 
 
 def test_checkpoints_that_cannot_be_used(tmp_path, model):

@@ -70,12 +70,13 @@ def seconds_of(row: dict[str, float]) -> float:
 
 def table(rows: dict[str, list[dict[str, float]]]) -> str:
     """Markdown: a line for each way, and how many times as fast as the first it is."""
-    seconds = {name: [seconds_of(row) for row in own] for name, own in rows.items()}
+    seconds = {name: list(map(seconds_of, own)) for name, own in rows.items()}
     first = float(np.median(next(iter(seconds.values()))))
     lines = []
     for name, own in rows.items():
         median = float(np.median(seconds[name]))
-        wait, spread = (float(np.median([row[key] for row in own])) for key in ("score_wait", "log_ratio_std"))
+        wait = np.median([row["score_wait"] for row in own])
+        spread = np.median([row["log_ratio_std"] for row in own])
         figures = [f"{median:.2f}", common.extent(seconds[name], ".2f"), f"{first / median:.2f}"]
         lines.append([name, *figures, f"{wait:.2f}", f"{spread:.1e}"])
     head = ["", "seconds a step", "least to most", "times as fast", "waits, s", "standard deviation of log-ratios"]
