@@ -281,6 +281,7 @@ class Run:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.close()
+        startup.CLOCK.forget()
         self._say_end(error)
         # Errors that a user can do something about, and that may come from anywhere in the run.
         if isinstance(error, torch.OutOfMemoryError):

@@ -50,8 +50,12 @@ class Startup:
         found["total"] = round(sum(self._seconds.values()), 2)
         if second_step is not None and "first_step" in found and "warm_up" not in found:
             found["compile"] = round(max(0.0, self._seconds["first_step"] - second_step), 2)
-        self._last = None
+        self.forget()
         return found
+
+    def forget(self) -> None:
+        """The next part begins anew: a run that ended leaves nothing to a later one in the same process."""
+        self._last = None
 
 
 CLOCK = Startup()

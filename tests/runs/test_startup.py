@@ -3,8 +3,12 @@
 import hashlib
 import time
 
+import pytest
+
 from posttrain.runs import startup
+from posttrain.runs.run import Run
 from posttrain.training import checkpoint
+from tests.helpers import runs
 
 
 def test_parts_and_their_total(monkeypatch):
@@ -26,6 +30,16 @@ def test_pairs_have_compiled_before_their_first_block():
     for part in ("warm_up", "first_step"):
         clock.lap(part)
     assert set(clock.taken(0.001)) == {"warm_up", "first_step", "total"}
+
+
+def test_a_run_that_failed_leaves_nothing_to_the_next(tmp_path, monkeypatch, model):
+    monkeypatch.setattr(startup.CLOCK, "_seconds", {})
+    config = runs.config(tmp_path, model)
+    with pytest.raises(RuntimeError), Run.create(config, False):
+        startup.lap("warm_up")
+        raise RuntimeError("anything")
+    startup.lap("first_step")
+    assert set(startup.CLOCK.taken(0.0)) == {"total"}
 
 
 def test_a_process_knows_when_it_began():
