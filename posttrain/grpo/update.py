@@ -126,8 +126,11 @@ def _likelihood(
     """The policy's velocity of these images at this step, their (B,) log-ratios to the policy that drew them, and
     metrics as sums over them."""
     s, metrics = config.sampling, {}
-    with k2.role(POLICY):
-        v = k2.velocity(part.x, part.t, group.text, *group.size)
+    if first and part.velocities:  # the same forward was made as the step was drawn
+        (v,) = part.velocities
+    else:
+        with k2.role(POLICY):
+            v = k2.velocity(part.x, part.t, group.text, *group.size)
     mean, std = sampler.sde_moments(part.x, v, part.t, part.t_next, s.dynamics, s.eta, times[1])
     if first and config.rollout.quantize:
         of_mean = sampler.kl_coefficient(part.t, part.t_next, s.dynamics, s.eta, times[1]).abs().to(v.device)
