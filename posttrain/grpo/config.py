@@ -120,9 +120,7 @@ class RolloutConfig:
         if self.keep_graphs and self.ahead:
             raise refusal("keep_graphs", "is for images of the policy that trains; set it to false, or ahead: 0")
         if self.keep_graphs and self.quantize:
-            raise refusal(
-                "keep_graphs", "trains on steps as they were drawn, and quantize draws in fp8; set it to false"
-            )
+            raise refusal("keep_graphs", "trains on steps as they are drawn, but not in fp8; set it to false")
         if self.gpus and not self.ahead:
             raise refusal("gpus", "GPUs that only draw would wait for each update; set rollout.ahead: 1")
         return self
