@@ -89,6 +89,10 @@ class GroupsConfig:
     flat: Literal["skip", "kl"] = "skip"
     """Groups whose images score alike, so that they have no advantages. skip: they are not trained on. kl: on the
     distance to the reference alone."""
+    refill: AtLeast0 = 0
+    """Most groups that a step draws in addition, in place of those whose images score alike, from other prompts of the
+    pool; 0: none. A step then takes as long as its flat groups make it, and its batch teaches more. Wants pool.kind
+    adaptive and rollout.ahead 0."""
 
 
 @settings
@@ -106,9 +110,17 @@ class RolloutConfig:
     """fp8: images are drawn with a copy of the base in fp8, through torchao: more images a second, half of the base's
     memory more. Log-probs are those of the exact policy, computed as it trains, so ratios are exact. `rollout_gap` says
     how far the drawn velocities are from its own."""
+    keep_graphs: bool = False
+    """Keeps what backward needs of the stochastic steps from drawing until the update, whose first pass then makes no
+    forward. Changes no number. Takes the activations of all images and stochastic steps that a process draws in a
+    step, so it is for small models. After a lack of memory a run goes on without it."""
 
     @model_validator(mode="after")
     def _fits(self) -> RolloutConfig:
+        if self.keep_graphs and self.ahead:
+            raise refusal("keep_graphs", "is for images of the policy that trains; set it to false, or ahead: 0")
+        if self.keep_graphs and self.quantize:
+            raise refusal("keep_graphs", "trains on steps as they are drawn, but not in fp8; set it to false")
         if self.gpus and not self.ahead:
             raise refusal("gpus", "GPUs that only draw would wait for each update; set rollout.ahead: 1")
         return self
@@ -189,6 +201,7 @@ class GRPOConfig(TrainingConfig):
                 "rewards", "the weights of the trained rewards, gates aside, sum to zero; give one a weight above 0"
             )
         self._refuse_trained_metrics(trained)
+        self._check_refill()
         self._check_rollout()
         if self.loss.max_weight is not None and self.optim.passes == 1 and not self.rollout.ahead:
             raise refusal(
@@ -197,9 +210,20 @@ class GRPOConfig(TrainingConfig):
             )
         return self
 
+    def _check_refill(self) -> None:
+        if not self.groups.refill:
+            return
+        if self.pool.kind != "adaptive":
+            raise refusal("groups.refill", "draws from the prompt pool; set pool.kind: adaptive, or groups.refill: 0")
+        if self.rollout.ahead:
+            # A step's scores are known after the next step is drawn, by a policy that may be gone by then.
+            raise refusal("groups.refill", "needs a step's scores before its update begins; set rollout.ahead: 0")
+
     def _check_rollout(self) -> None:
-        if self.rollout.gpus and self.model.sequence_parallel > 1:
-            raise refusal("rollout.gpus", "does not go with model.sequence_parallel; leave one of them out")
+        if self.model.sequence_parallel > 1:
+            for name in ("gpus", "keep_graphs"):
+                if getattr(self.rollout, name):
+                    raise refusal(f"rollout.{name}", "does not go with model.sequence_parallel; leave one of them out")
         if self.rollout.quantize is None:
             return
         why = None
