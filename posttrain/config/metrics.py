@@ -224,6 +224,13 @@ EVALUATION = (
         "higher",
         "hacking",
     ),
+    Metric("average_checkpoints", "Checkpoints that the evaluated policy is the mean of", "checkpoints"),
+    Metric(
+        "average_error",
+        "What the rank leaves out of the mean of adapters, relative to its size",
+        "[0, 1]",
+        "lower",
+    ),
     Metric("pairs/*_t[1-4]", "The same over one of four equal parts of the noise levels, lowest first"),
 )
 """What evaluations log besides: `eval/NAME`, and `teacher/NAME` for the teacher of a distillation."""

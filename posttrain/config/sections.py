@@ -10,24 +10,23 @@ from collections.abc import Sequence
 from dataclasses import field
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Strict, model_validator
+from pydantic import model_validator
 
 from posttrain.config import metric_names
+from posttrain.config.optimizer import OptimConfig as OptimConfig
+from posttrain.config.optimizer import refuse_muon
+from posttrain.config.optimizer import require_one_pass as require_one_pass
 from posttrain.config.types import (
     AtLeast0,
     AtLeast1,
     AtLeast2,
-    BelowOne,
     Check,
-    Each,
     Filled,
     Finite,
     Float,
     NonNegative,
     Positive,
-    Range,
     Run,
-    Unless,
     keyword_settings,
     refusal,
     settings,
@@ -139,39 +138,6 @@ class PromptsConfig:
     """What evaluation draws; written as train is, and never trained on."""
     max_tokens: AtLeast1 = 512
     """Longest prompt in text tokens; what lies beyond is cut with a warning."""
-
-
-Betas = Annotated[tuple[Float, Float], Strict(False), Each(Range(0, below=1))]  # a list in YAML
-
-
-@settings
-class OptimConfig:
-    """AdamW."""
-
-    lr: Positive = 1e-4
-    """Learning rate after warm-up."""
-    betas: Betas = (0.9, 0.99)
-    """Decay of the two moments."""
-    weight_decay: NonNegative = 0.0
-    """Decoupled weight decay."""
-    eps: Positive = 1e-15
-    """Added to the root of the second moment. Gradients are means over all latent elements: for K2 that root is
-    1e-8 and less, so the usual 1e-8 would set the rate, differently at each resolution and number of images. The
-    metric eps_share is what eps takes of the rate."""
-    clip_factor: Annotated[Float, Unless(0, 1)] = 3.0
-    """Gradients whose global norm is above this many times the median of the last 64 norms are scaled down to that;
-    0: never. The first 16 updates are not clipped. The metric clipped_updates counts them."""
-    passes: AtLeast1 = 1
-    """Optimiser updates on each batch of images; more than two leaves the policy that drew them."""
-    warmup_steps: AtLeast0 = 0
-    """Updates over which the rate rises linearly from 0."""
-    cooldown_steps: AtLeast0 = 0
-    """Last training steps over which the rate falls linearly to 0; 0: it stays."""
-    ema: BelowOne = 0.0
-    """Decay of the moving average of the weights that evaluation and export use; 0: the weights."""
-    kind: Literal["adamw", "adamw8bit"] = "adamw"
-    """adamw8bit: keep the two moments in 8 bits, 2 bytes a trained weight instead of 8. It changes results, by what
-    `posttrain bench` measures; needs pip install 'posttrain[fp8]'. A run keeps to its kind."""
 
 
 @settings
@@ -346,6 +312,8 @@ class TrainingConfig:
             raise refusal(
                 "model.quantize", "fp8 holds weights that stay as they are, and lora is null; use one of the two"
             )
+        if self.lora is not None:
+            refuse_muon(self.optim, "lora trains factors of their change; use adamw, or lora: null")
         check_metrics(self.eval, self.metric_names())
         return self
 
@@ -371,9 +339,3 @@ def check_metrics(config: EvalConfig, known: Sequence[str]) -> None:
         )
     if config.every == 0:
         raise refusal("eval.stop.metric", "has no meaning when eval.every is 0; evaluate during the run")
-
-
-def require_one_pass(optim: OptimConfig, why: str) -> None:
-    """For methods that make one update on each batch, in their own check."""
-    if optim.passes != 1:
-        raise refusal("optim.passes", f"is {optim.passes}; {why}")

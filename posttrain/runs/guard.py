@@ -138,6 +138,8 @@ def _recipes(recipe: Path, config: Any) -> tuple[dict[str, Any], dict[str, Any]]
 def _is_kept(frozen: tuple[str, ...], path: str, old: Any, new: Any) -> bool:
     if path == "optim.ema":  # its value may change, but an average cannot begin or end on the way
         return bool(old) != bool(new)
+    if path == "optim.average":  # a path without more is that of a section that begins or ends
+        return True
     if path in ("sampling.sizes", "sizes"):  # the first is the size of evaluations
         return old[:1] != new[:1]
     return path.startswith(frozen)

@@ -21,6 +21,7 @@ from posttrain.training.optim import flatten_optimizer, make_optimizer, median_r
 
 if TYPE_CHECKING:  # methods stand above training
     from posttrain.grpo.config import LossConfig
+    from posttrain.training.pma import CheckpointAverage
 
 MAX_SKIPPED = 10
 """Updates in a row whose gradient was not finite, after which a run ends."""
@@ -108,11 +109,12 @@ class Clock:
 
 
 class Stepper:
-    """AdamW over some parameters: warm-up, clipping, and gradients that are not finite left out and counted.
+    """An optimiser over some parameters: warm-up, clipping, and gradients that are not finite left out and counted.
 
     With `ema` it keeps an exponential moving average of the parameters, which is evaluated and exported in their
     place and never sampled from. Its decay after n updates is at most (1 + n) / (10 + n), so that it soon forgets the
-    start. With `previous` it also keeps the parameters as they were when `remember` was called last.
+    start. With `average` a mean of the run's files takes that place (pma.py). With `previous` it also keeps the
+    parameters as they were when `remember` was called last.
     """
 
     def __init__(self, parameters: Sequence[Tensor], config: OptimConfig, previous: bool = False):
@@ -131,6 +133,8 @@ class Stepper:
         self.norms: list[float] = []
         """The newest norms of gradients before clipping, with which the next one is compared."""
         self._average = [p.detach().clone() for p in self._own] if config.ema else None
+        self.from_disk: CheckpointAverage | None = None
+        """The mean of config.average, which `Training` sets."""
         self._previous = [p.detach().clone() for p in self._own] if previous else None
         self.previous_updates = 0
         """Updates that the remembered parameters had seen."""
@@ -190,9 +194,18 @@ class Stepper:
             metrics[f"{prefix}eps_share"] = self.config.eps / (root + self.config.eps)
         return metrics
 
+    @property
+    def averages(self) -> bool:
+        """Whether evaluations and exports take an average of some kind."""
+        return bool(self.config.ema) or self.config.average is not None
+
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside the block the parameters hold their average, if one is kept."""
+    def averaged(self, alone: bool = False) -> Iterator[None]:
+        """Inside the block the parameters hold their average, if one is kept. For `alone` see pma.py."""
+        if self.from_disk is not None:
+            with self.from_disk.averaged(alone):
+                yield
+            return
         self._swap(self._average)
         try:
             yield
