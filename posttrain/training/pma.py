@@ -2,7 +2,7 @@
 
     checkpoints/average/step-000120.safetensors     the adapter in fp32, or all weights in the types they run in
 
-These files are the only copies. Training goes on from the live weights; evaluations and checkpoints take the mean,
+These files are the only copies. Training continues with the live weights; evaluations and checkpoints take the mean,
 which is read one tensor at a time, in fp32. Of adapters it is the mean of their updates and not of their factors, whose
 product is another update: the factors are concatenated with weights 1 / K and brought back to the rank of the role.
 

@@ -180,7 +180,7 @@ def test_what_is_exported_is_what_was_evaluated(config, lora):
 
 @pytest.mark.parametrize("lora", [True, False])
 def test_killed_and_resumed_equals_uninterrupted(config, monkeypatch, tmp_path, lora):
-    """Killed in step 6, after step 5 was kept, and gone on with from step 4."""
+    """Killed in step 6, after step 5 was kept, and continued from step 4."""
     if not lora:
         full(config)
     stpo.train(config)
@@ -256,7 +256,7 @@ def test_a_full_disk_ends_the_run_with_a_line(config, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pma, "save_file", full_disk)
-    with pytest.raises(UserError, match=r"step-000001\.safetensors: cannot be saved: no space left; free some or lower"):
+    with pytest.raises(UserError, match=r"step-000001\.safetensors: cannot be saved: no space left; free some"):
         stpo.train(config)
 
 
