@@ -271,6 +271,7 @@ def open_method(name: str, config: MethodConfig, resume: bool = False) -> Iterat
             k2, heldout, measured, config.eval, (height, width), config.groups.micro_batch,
             config.prompts.max_tokens, procs,
         )  # fmt: skip
-        steppers = {POLICY: Stepper(k2.train_role(POLICY), config.optim)}
+        k2.train_role(POLICY)
+        steppers = {POLICY: Stepper(k2.role_named_parameters(POLICY), config.optim)}
         training = Training(name, config, directory, procs, k2, steppers, evaluator, saved, facts={})
         yield MethodRun(config, k2, directory, training, source, trained)

@@ -35,6 +35,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=("tiny", "k2"), default="k2")
     parser.add_argument("--rank", type=int, default=64, help="of the adapter; 0: all weights")
+    parser.add_argument("--kind", choices=("adamw", "muon"), default="adamw", help="of the optimiser; muon: --rank 0")
     parser.add_argument("--batch", type=int, default=8, help="images of a process in an update")
     parser.add_argument("--pixels", type=int, default=512, help="side of an image")
     parser.add_argument("--updates", type=int, default=5)
@@ -49,7 +50,8 @@ def main() -> None:
     k2 = K2.random(procs.device, torch.bfloat16 if cuda else torch.float32, args.scale, text=False)
     with parallelize.sharding(k2, procs):
         add_policy(k2, LoraConfig(args.rank, float(args.rank)) if args.rank else None, 0, reference=False)
-    stepper = Stepper(k2.train_role(POLICY), OptimConfig(lr=1e-6))
+    k2.train_role(POLICY)
+    stepper = Stepper(k2.role_named_parameters(POLICY), OptimConfig(lr=1e-6, kind=args.kind))
     text, size = Text(k2.fuse(k2.random_features(105))[None]), (args.pixels, args.pixels)
     x = sampler.noise(range(args.batch), (k2.image_tokens(*size), k2.latent_channels)).to(procs.device)
 

@@ -65,7 +65,8 @@ def train(config: GRPOConfig, resume: bool = False) -> None:
         add_policy(k2, config.lora, config.seed, reference=config.loss.kl > 0)
     if config.rollout.quantize:
         fp8.add_copies(k2, procs.device)
-    stepper = Stepper(k2.train_role(POLICY), config.optim, previous=bool(config.rollout.ahead))
+    k2.train_role(POLICY)
+    stepper = Stepper(k2.role_named_parameters(POLICY), config.optim, previous=bool(config.rollout.ahead))
     micro_batch = MicroBatch(config.groups.micro_batch, "groups.micro_batch", procs)
     max_tokens = config.prompts.max_tokens
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from torch.nn import functional as F
 TEXT = ("text_fusion", "txt_in")
 """What fuses a prompt's text. It sees no time and no image, so its output is cached and it is never trained."""
 
+ATTENTION, FEED_FORWARD = r"attn\.(to_q|to_k|to_v|to_gate|to_out\.0)", r"ff\.(gate|up|down)"
+BLOCK_MATRIX = re.compile(rf"transformer_blocks\.\d+\.({ATTENTION}|{FEED_FORWARD})\.weight")
+
 
 def blocks(transformer: Krea2Transformer2DModel) -> list[nn.Module]:
     """Those that image and text tokens pass through, in order; most of the weights are theirs."""
@@ -20,6 +24,11 @@ def blocks(transformer: Krea2Transformer2DModel) -> list[nn.Module]:
 
 def block_linears(transformer: Krea2Transformer2DModel) -> list[nn.Linear]:
     return [module for module in transformer.transformer_blocks.modules() if isinstance(module, nn.Linear)]
+
+
+def is_block_matrix(key: str) -> bool:
+    """Whether the parameter of that name is the weight of a linear in a block: attention's or the feed-forward's."""
+    return BLOCK_MATRIX.fullmatch(key) is not None
 
 
 def fuses_text(key: str) -> bool:

@@ -125,7 +125,8 @@ class K2Checks(Checks):
         self.k2, self.heldout = k2, heldout
         self.size, self.batch, self.max_tokens = (size[0], size[1]), batch, max_tokens
         self.alone = procs.alone()
-        self.stepper = Stepper(k2.train_role(POLICY), config.optim)
+        k2.train_role(POLICY)
+        self.stepper = Stepper(k2.role_named_parameters(POLICY), config.optim)
         self.begun = policy_state(k2)
         # The peak that counts is that of the steps, not of loading.
         if torch.cuda.is_available():

@@ -87,7 +87,8 @@ def train(config: STPOConfig, resume: bool = False) -> None:
         raise UserError(f"pairs: not those that {saved.path} was trained on, or encoded differently; restore them")
     with parallelize.sharding(k2, procs):
         add_policy(k2, config.lora, config.seed, reference=True)
-    stepper = Stepper(k2.train_role(POLICY), config.optim)
+    k2.train_role(POLICY)
+    stepper = Stepper(k2.role_named_parameters(POLICY), config.optim)
     micro_batch = MicroBatch(config.micro_batch, "micro_batch", procs)
 
     with open_run(config, resume, procs) as run:

@@ -198,8 +198,8 @@ def add_roles(k2: K2, config: TDMConfig) -> None:
 def steppers(k2: K2, config: TDMConfig) -> tuple[Stepper, Stepper]:
     """The student's and the fake score's."""
     # The fake score must follow the student of now, so it learns faster and keeps no average.
-    optim = changed(config.optim, lr=config.fake.rate * config.optim.lr, ema=0.0)
-    return Stepper(k2.role_parameters(POLICY), config.optim), Stepper(k2.role_parameters(FAKE), optim)
+    optim = changed(config.optim, lr=config.fake.rate * config.optim.lr, ema=0.0, average=None)
+    return Stepper(k2.role_named_parameters(POLICY), config.optim), Stepper(k2.role_named_parameters(FAKE), optim)
 
 
 def _size(config: TDMConfig, index: int) -> tuple[int, int]:
