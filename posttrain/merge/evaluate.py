@@ -20,18 +20,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from posttrain import commands
-from posttrain.config.load import make
+from posttrain.config.sections import EvalConfig
 from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.export.export import load_checkpoint
 from posttrain.export.lora_transfer import summary
-from posttrain.export.model_card import run_recipe
+from posttrain.export.model_card import heldout_of, run_recipe, size_of
 from posttrain.log import log
 from posttrain.merge import weights
 from posttrain.merge.config import MergeConfig
 from posttrain.merge.parents import Family, Parent
+from posttrain.model import machine
+from posttrain.model.files import Base
 from posttrain.model.k2 import K2
 from posttrain.runs.progress import columns
 from posttrain.training import checkpoint
@@ -40,8 +41,9 @@ from posttrain.training.evaluate import Evaluator
 from posttrain.training.loop import try_rewards
 from posttrain.training.policy import POLICY, load_base
 from prompts.records import PromptRecord, read_prompts
+from rewards.base import RewardSpec
 from rewards.load import load_rewards
-from rewards.serve import serve
+from rewards.serve import ServerSpec, serve
 
 CLEAR = 3.0
 """Standard errors that a run's gain must be above 0, to ask what is left of it."""
@@ -51,58 +53,55 @@ RESAMPLED = 2000
 
 @dataclass
 class HeldOut:
-    """The held-out set of a run among the parents."""
+    """What a run among the parents is measured by, from its recipe."""
 
     parent: Parent
-    config: Any
-    """The settings of its recipe."""
     records: list[PromptRecord]
-    size: tuple[int, int]
+    rewards: list[RewardSpec]
+    """Those that see one image at a time."""
+    servers: list[ServerSpec]
+    eval: EvalConfig
+    size: list[int]
+    """[height, width]"""
     max_tokens: int
 
 
 def heldout(family: Family, config: MergeConfig) -> list[HeldOut]:
-    """Those of the runs among the parents; says which parents have none. Raises UserError for prompts or rewards of a
-    recipe that cannot be had."""
+    """Of the runs among the parents; says which parents have none. Raises UserError for prompts or rewards of a recipe
+    that cannot be had, and where the model does not fit into memory."""
     found = []
     for parent in family.parents:
         recipe = {} if parent.saved is None else run_recipe(parent.saved)
-        if not recipe:
+        if recipe:
+            found.append(_of_recipe(parent, recipe, config))
+        else:
             log.info(f"{parent.name} has no recipe of a run, so what is kept of its gain is not measured")
-            continue
-        found.append(_of_recipe(parent, recipe, config))
+    if found:
+        model = family.model
+        machine.check([Base("model", model.path, model.dtype, model.transformer_file, model.transformer_format)], {})
     return found
 
 
 def _of_recipe(parent: Parent, recipe: Mapping[str, Any], config: MergeConfig) -> HeldOut:
-    assert parent.saved is not None
-    command = commands.get(parent.saved.state.get("method", ""))
-    if command is None or not command.kept_prompts:
-        raise UserError(
-            f"parents: {parent.name}: its method {parent.saved.state.get('method')} names no held-out prompts; set"
-            " --evaluate false"
-        )
-    settings = make(command.settings(), dict(recipe))
-    rewards = [reward for reward in settings.rewards if not reward.group]
-    if not rewards:
-        raise UserError(f"parents: {parent.name}: its recipe names no reward to measure; set --evaluate false")
-    sizes = [config.size] if config.size is not None else settings.image_sizes()
-    if not sizes:
-        raise UserError(f"size: the recipe of {parent.name} names no size of images; give it as --size")
-    own = changed(settings, rewards=rewards)
-    path = _at(own, command.kept_prompts[0])
-    records = read_prompts(path)[: config.images or own.eval.prompts]
-    try_rewards(own, records)
+    rewards = [RewardSpec(**spec) for spec in recipe.get("rewards", [])]
+    rewards = [reward for reward in rewards if not reward.group]
+    size, path = config.size or size_of(recipe), heldout_of(recipe)
+    for what, value in (("held-out prompts", path), ("reward that sees one image at a time", rewards)):
+        if not value:
+            raise UserError(f"parents: {parent.name}: its recipe names no {what}; set --evaluate false")
+    if size is None:
+        raise UserError(f"size: the recipe of {parent.name} does not say the size of its images; give it")
+    assert path is not None
+    settings = EvalConfig(**recipe.get("eval", {}))
+    records = read_prompts(path)[: config.images or settings.prompts]
+    # Only the first guidance, since what is compared are images of one setting.
+    settings = changed(settings, prompts=len(records), groups=0, guidance=settings.guidance[:1])
     # Of stpo the section of the prompts is that of the pairs.
-    section = getattr(own, "prompts", None) or getattr(own, "pairs", None)
-    height, width = sizes[0]
-    return HeldOut(parent, own, records, (height, width), getattr(section, "max_tokens", 512))
-
-
-def _at(config: Any, setting: str) -> Any:
-    for part in setting.split("."):
-        config = getattr(config, part)
-    return config
+    section = recipe.get("prompts") or recipe.get("pairs") or {}
+    servers = [ServerSpec(**spec) for spec in recipe.get("servers", [])]
+    own = HeldOut(parent, records, rewards, servers, settings, size, section.get("max_tokens", 512))
+    try_rewards(own, records)
+    return own
 
 
 # ---- measurement ----------------------------------------------------------------------------------------------
@@ -138,10 +137,10 @@ def retention(
 
         scores = {}
         prefix = "posttrain-merge-"
-        with tempfile.TemporaryDirectory(prefix=prefix) as logs, serve(own.config.servers, Path(logs)) as urls:
+        with tempfile.TemporaryDirectory(prefix=prefix) as logs, serve(own.servers, Path(logs)) as urls:
             for name, load in (("base", base), ("run", run), ("merge", merged)):
                 scores[name] = _scores(own, load, urls, config.micro_batch)
-        for reward in own.config.rewards:
+        for reward in own.rewards:
             row = kept(*(scores[name][reward.name] for name in ("base", "run", "merge")))
             row |= {"loses": row["kept"] is not None and row["kept"] < config.keep}
             rows.append({"parent": own.parent.name, "reward": reward.name, "images": len(own.records), **row})
@@ -153,11 +152,9 @@ def _scores(
 ) -> dict[str, np.ndarray]:
     """Of each reward the score of each image, NaN where it has none."""
     k2, role = load()
-    # Only the first guidance, since what is compared are images of one setting.
-    settings = changed(own.config.eval, prompts=len(own.records), groups=0, guidance=own.config.eval.guidance[:1])
-    rewards = load_rewards(own.config.rewards, urls)
-    procs = Processes().alone()
-    evaluator = Evaluator(k2, own.records, rewards, settings, own.size, batch, own.max_tokens, procs)
+    rewards, procs = load_rewards(own.rewards, urls), Processes().alone()
+    height, width = own.size
+    evaluator = Evaluator(k2, own.records, rewards, own.eval, (height, width), batch, own.max_tokens, procs)
     with k2.role(role), torch.no_grad():
         images = evaluator().per_image_scores
     found = {}
