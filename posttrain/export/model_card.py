@@ -163,10 +163,15 @@ def _changes(saved: Checkpoint) -> list[str]:
 
 def _stage(stage: Checkpoint) -> dict[str, Any]:
     method, lora = stage.state.get("method", "training"), stage.state["lora"]
-    row = commands.get(method)
+    row, merge = commands.get(method), stage.state.get("merge")
+    title = row.title if row is not None and row.title else method
+    if merge is not None:
+        parents = [f"{parent['weight']:g} x {public(str(parent['name']))}" for parent in merge["parents"]]
+        title = f"{title} ({merge['method']}) of {' and '.join(parents)}"
     return {
-        "method": row.title if row is not None and row.title else method,
-        "steps": counted(stage.step, "step"),
+        "method": title,
+        # A merge was not trained.
+        "steps": None if merge is not None else counted(stage.step, "step"),
         "weights": f"an adapter of rank {lora['rank']}" if lora else "all weights",
         "path": f"{stage.path.parent.parent.name}/{stage.path.name}",
     }

@@ -117,9 +117,11 @@ def train(config: DomainConfig) -> None:
 def settings(folder: Path, name: str, seed: int, steps: int, rehearse: float, images: int) -> DomainConfig:
     """A run into folder/NAME-SEED, whose held-out prompts are the same for all seeds."""
     heldout = folder / f"{name}.jsonl"
-    rng = np.random.default_rng(99)
-    lines = [json.dumps(DOMAINS[name].draw(rng, HELDOUT_WORDS)[1]) for _ in range(images)]
-    heldout.write_text("\n".join(lines) + "\n")
+    rng, rows = np.random.default_rng(99), dict[str, str]()
+    while len(rows) < images:
+        _, row = DOMAINS[name].draw(rng, HELDOUT_WORDS)
+        rows[row["prompt"]] = json.dumps(row)
+    heldout.write_text("\n".join(rows.values()) + "\n")
     oracle = "posttrain.nano.world.oracles:rubric"
     return DomainConfig(
         output=str(folder / f"{name}-{seed}"),
