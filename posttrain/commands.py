@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 GROUP = "posttrain.methods"
@@ -46,12 +48,15 @@ class Command:
     kept_prompts: tuple[str, ...] = ()
     """Those of them that must hold the same prompts when a run is resumed."""
     reads: dict[str, str] = field(default_factory=dict)
-    """Settings that name what another command makes, and the kind of that; see `makes`."""
+    """Settings that name what another command makes, and the kind of that; see `makes`. Of a list, each entry may have
+    `:WEIGHT` behind its path."""
     makes: str = ""
     """The kind of thing that the output is, for commands that can be a stage of a pipeline."""
     frozen: tuple[str, ...] = ()
     """Settings that a resumed run cannot change: what is trained, all that is drawn, and what evaluations draw, which
     are compared over the whole run. The base may lie elsewhere, if it is the same: load_model sees to that."""
+    aliases: dict[str, str] = field(default_factory=dict)
+    """Further names of options, such as `from`, which no setting can be called in Python, with the setting's own."""
     positional: str = ""
     """The option that takes a first argument without --; if it is a list, all such arguments."""
     dry: bool = False
@@ -236,6 +241,27 @@ COMMANDS: dict[str, Command] = {
         prompts=("prompts",),
         reads={"check": "checkpoint"},
     ),
+    "merge": Command(
+        "posttrain.merge.config:MergeConfig",
+        "posttrain.merge.merge:merge",
+        "merge runs, adapters or whole models of one base",
+        title="merge",
+        output="new",
+        gpu=True,
+        reads={"parents": "checkpoint"},
+        makes="checkpoint",
+        positional="parents",
+    ),
+    "extract": Command(
+        "posttrain.merge.config:ExtractConfig",
+        "posttrain.merge.extract:extract",
+        "write the difference of two models as a LoRA",
+        output="new",
+        gpu=True,
+        reads={"base": "K2"},
+        aliases={"from": "base"},
+        positional="target",
+    ),
     "run": Command(
         "posttrain.pipeline.config:PipelineConfig",
         "posttrain.pipeline.run:carry_out",
@@ -265,6 +291,14 @@ def every() -> dict[str, Command]:
 def get(name: str) -> Command | None:
     """None if there is no such command. Other packages are looked through only for names that are not ours."""
     return COMMANDS.get(name) or every().get(name)
+
+
+def paths(value: Any) -> list[str]:
+    """The paths that a setting of `reads` names: none, one, or those of a list."""
+    if isinstance(value, list):
+        # A path may have a colon of its own.
+        return [entry if Path(entry).exists() else re.sub(r":[^:/]*$", "", entry) for entry in value]
+    return [] if value is None else [value]
 
 
 def of(config: Any) -> tuple[str, Command]:

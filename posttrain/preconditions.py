@@ -105,12 +105,12 @@ def _check_servers(config: Any) -> None:
 
 def _check_checkpoints(command: Command, config: Any) -> None:
     """Runs and checkpoints to go on from, draw with or export, of which none is complete."""
-    named = dict(_named_checkpoints(command, config))
+    named = list(_named_checkpoints(command, config))
     if not named:
         return
     from posttrain.training import checkpoint  # torch comes with it
 
-    for setting, path in named.items():
+    for setting, path in named:
         try:
             checkpoint.find(path)
         except UserError as error:
@@ -120,9 +120,10 @@ def _check_checkpoints(command: Command, config: Any) -> None:
 def _named_checkpoints(command: Command, config: Any) -> Iterator[tuple[str, str]]:
     """Setting and path of each."""
     for setting, kind in command.reads.items():
-        path = value_at(config, setting) if kind == "checkpoint" else None
-        if path and not path.endswith(".safetensors"):  # a LoRA file is not a checkpoint of a run
-            yield setting, path
+        for path in commands.paths(value_at(config, setting)) if kind == "checkpoint" else ():
+            # A LoRA file is not a checkpoint of a run, nor is a whole model.
+            if path and not path.endswith(".safetensors") and not (Path(path) / "model_index.json").is_file():
+                yield setting, path
     for source in getattr(config, "sources", []):  # of pairs: each may draw with checkpoints of its own
         for draw in source.draws():
             if draw.checkpoint not in ("policy", "base"):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -84,7 +84,7 @@ def write(
         if format == "lora-original":
             named = {ORIGINAL_PREFIX + key_names.original_name(k): v for k, v in factors.items()}
         model = empty_transformer(saved.state["model"]["path"]).state_dict()
-        _write_atomically(
+        write_atomically(
             output, lambda path: save_file(named, path), lambda path: check_lora(output, path, model, factors),
             card and card(None),
         )  # fmt: skip
@@ -103,13 +103,13 @@ def write(
     if format == "original":
         model, state, base = (key_names.to_original(part) for part in (model, after, before))
         state = {k: v.contiguous() for k, v in state.items()}
-        _write_atomically(
+        write_atomically(
             output, lambda path: save_file(state, path, metadata={"format": "pt"}),
             lambda path: check_weights(output, [path], model, state, base), card and card(rounding),
         )  # fmt: skip
     else:
         with quiet():
-            _write_atomically(
+            write_atomically(
                 output, lambda path: k2.pipe.save_pretrained(path, safe_serialization=True),
                 lambda path: check_pipeline(output, path, model, after, before, k2.is_distilled),
                 card and card(rounding),
@@ -163,7 +163,12 @@ def scaled_factors(saved: Checkpoint) -> dict[str, Tensor]:
 
     Raises UserError if one of them trained all weights.
     """
-    stages = [*earlier_of(saved), saved]
+    return factors_of([*earlier_of(saved), saved])
+
+
+def factors_of(stages: Sequence[Checkpoint]) -> dict[str, Tensor]:
+    """The factors of several adapters that stand on each other, with their scales in B, as one. For errors see
+    `scaled_factors`."""
     for stage in stages:
         if stage.state["lora"] is None:
             raise UserError(f"format: {stage.path} has no adapter, all weights were trained; use diffusers or original")
@@ -184,7 +189,7 @@ def load_checkpoint(saved: Checkpoint, device: str | torch.device = "cpu") -> K2
     return k2
 
 
-def _write_atomically(
+def write_atomically(
     output: Path, write: Callable[[Path], object], check: Callable[[Path], None], card: str | None
 ) -> None:
     """Atomic: writes to a temporary folder beside the target, checks, and renames."""

@@ -26,7 +26,7 @@ from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.export.config import CarryoverConfig
 from posttrain.export.export import scaled_factors
-from posttrain.export.model_card import run_recipe
+from posttrain.export.model_card import heldout_of, run_recipe, size_of
 from posttrain.model.k2 import K2, to_pil
 from posttrain.model.lora_file import add_lora, linear_shapes, read_lora
 from posttrain.runs.guard import check_new
@@ -127,13 +127,12 @@ def _completed(config: CarryoverConfig, saved: Checkpoint | None) -> CarryoverCo
     """With missing settings taken from the run's recipe. Raises UserError for a setting that neither has."""
     recipe = {} if saved is None else run_recipe(saved)
     model = config.model if saved is None or config.model is not None else ModelConfig(**saved.state["model"])
-    prompts = config.prompts or (recipe["prompts"]["heldout"] if "prompts" in recipe else recipe.get("heldout"))
+    prompts = config.prompts or heldout_of(recipe)
     rewards, servers = config.rewards, config.servers
     if not rewards:
         rewards = [RewardSpec(**spec) for spec in recipe.get("rewards", [])]
         servers = [ServerSpec(**spec) for spec in recipe.get("servers", [])]
-    sizes = recipe.get("sampling", recipe).get("sizes") or [recipe.get("pairs", {}).get("size")]
-    size = config.size or sizes[0]
+    size = config.size or size_of(recipe)
     for field, value in (("model", model), ("prompts", prompts), ("rewards", rewards), ("size", size)):
         if not value:
             raise UserError(f"{field}: {config.check} has no recipe that states it; give it")

@@ -93,7 +93,7 @@ def model_card(
         step=saved.step,
         results=_results(saved),
         rewards=[_reward(reward, saved.state.get("method")) for reward in recipe.get("rewards", [])],
-        size=_size(recipe),
+        size=size_of(recipe),
         changes=_changes(saved),
         recipe_text=yaml.safe_dump(settings, sort_keys=False) if settings else "",
         license=_license_text(front, model["path"], license),
@@ -138,10 +138,16 @@ def run_recipe(saved: Checkpoint) -> dict[str, Any]:
     return (yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
 
 
-def _size(recipe: dict[str, Any]) -> list[int] | None:
+def heldout_of(recipe: Mapping[str, Any]) -> str | None:
+    """The prompts that a run held out; None where the recipe names none."""
+    return recipe["prompts"]["heldout"] if "prompts" in recipe else recipe.get("heldout")
+
+
+def size_of(recipe: Mapping[str, Any]) -> list[int] | None:
     """[height, width] of the run's evaluations; None where the recipe does not say it."""
     sizes = recipe.get("sampling", {}).get("sizes") or recipe.get("sizes") or []
-    return sizes[0] if sizes else (recipe.get("pairs") or {}).get("size")
+    # A method of one's own has one size.
+    return sizes[0] if sizes else recipe.get("size") or (recipe.get("pairs") or {}).get("size")
 
 
 def _changes(saved: Checkpoint) -> list[str]:
@@ -157,10 +163,15 @@ def _changes(saved: Checkpoint) -> list[str]:
 
 def _stage(stage: Checkpoint) -> dict[str, Any]:
     method, lora = stage.state.get("method", "training"), stage.state["lora"]
-    row = commands.get(method)
+    row, merge = commands.get(method), stage.state.get("merge")
+    title = row.title if row is not None and row.title else method
+    if merge is not None:
+        parents = [f"{parent['weight']:g} x {public(str(parent['name']))}" for parent in merge["parents"]]
+        title = f"{title} ({merge['method']}) of {' and '.join(parents)}"
     return {
-        "method": row.title if row is not None and row.title else method,
-        "steps": counted(stage.step, "step"),
+        "method": title,
+        # A merge was not trained.
+        "steps": None if merge is not None else counted(stage.step, "step"),
         "weights": f"an adapter of rank {lora['rank']}" if lora else "all weights",
         "path": f"{stage.path.parent.parent.name}/{stage.path.name}",
     }

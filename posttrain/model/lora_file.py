@@ -27,7 +27,7 @@ from posttrain.errors import UserError
 from posttrain.loading import check_file, check_finite, some
 from posttrain.model import key_names
 from posttrain.model.k2 import K2
-from posttrain.model.roles import TARGETS
+from posttrain.model.roles import TARGETS, Role
 
 A, B = "lora_A.weight", "lora_B.weight"
 PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.", "model.diffusion_model.", "pipe.dit.",
@@ -119,11 +119,21 @@ def read_lora(path: str | Path, shapes: Mapping[str, tuple[int, int]], where: st
 def add_lora(k2: K2, name: str, factors: Mapping[str, Tensor], where: str | Path) -> None:
     """Adds a role with the factors of `read_lora`. Factors of different ranks are padded with zeros to the largest.
 
+    For errors see `role_for`.
+    """
+    role = role_for(factors, where)
+    k2.add_role(name, role.rank, role.alpha, role.targets)
+    k2.load_role_state_dict(name, padded(factors, k2.role_named_parameters(name)))
+
+
+def role_for(factors: Mapping[str, Tensor], where: str | Path) -> Role:
+    """The settings of a role that holds the factors of `read_lora`; its scale is 1, as the files' scales are in B.
+
     Raises UserError for a LoRA on layers outside the blocks, which roles cannot adapt, or one that has no effect.
     """
     linears: dict[str, str | None] = {}
     for key in factors:
-        layer = key.rpartition(".lora_")[0]
+        layer = layer_of(key)
         match = _BLOCK.fullmatch(layer)
         linears[layer] = match[1] if match else None
     if outside := [layer for layer, linear in linears.items() if linear not in TARGETS]:
@@ -135,15 +145,29 @@ def add_lora(k2: K2, name: str, factors: Mapping[str, Tensor], where: str | Path
     if not any(value.any() for key, value in factors.items() if key.endswith(B)):
         raise UserError(f"{where}: every B factor is 0, so it does nothing; give a trained LoRA")
     rank = max(len(value) for key, value in factors.items() if key.endswith(A))
-    # alpha = rank is a scale of 1: the files' scales are in B already.
-    k2.add_role(name, rank, float(rank), [target for target in TARGETS if target in linears.values()])
+    return Role(rank, float(rank), tuple(target for target in TARGETS if target in linears.values()))
+
+
+def padded(factors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The factors in the names and shapes of a role's parameters `own`, which may lie on the meta device."""
     state = {}
-    for key, own in k2.role_named_parameters(name).items():
-        # Some LoRAs leave out a target in some blocks: its factors there are 0.
-        state[key] = torch.zeros_like(own)
+    for key, parameter in own.items():
+        # Some LoRAs leave out a target in some blocks, or have smaller ranks there: the rest is 0.
+        state[key] = torch.zeros(parameter.shape)
         if (value := factors.get(key)) is not None:
             state[key][: value.shape[0], : value.shape[1]] = value
-    k2.load_role_state_dict(name, state)
+    return state
+
+
+def layer_of(key: str) -> str:
+    """The layer of a factor of that name."""
+    return key.rpartition(".lora_")[0]
+
+
+def adaptable(layer: str) -> bool:
+    """Whether a role can adapt the linear of that name in diffusers."""
+    match = _BLOCK.fullmatch(layer)
+    return match is not None and match[1] in TARGETS
 
 
 def _bare(name: str) -> str:

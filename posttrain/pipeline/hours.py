@@ -19,6 +19,7 @@ from posttrain.pipeline.config import PipelineConfig
 from posttrain.pipeline.fit import (
     SINGLE_PROCESS,
     base_of,
+    own_ranks,
     processes,
     stacked_ranks,
     stage_named,
@@ -208,10 +209,11 @@ def _export(stage: Stage, stages: Sequence[Stage]) -> tuple[float | None, str]:
     maker = stage_named(stage.reads.get("source"), stages)
     if maker is None:
         return None, "disk of an export is counted only where an earlier stage makes its source"
+    if maker.command not in TRAINING:
+        return None, "disk of an export of a merge is not counted"
     parts = _parts(maker, stages)
     if stage.config.format.startswith("lora"):
-        own = maker.config.lora.rank if maker.config.lora is not None else 0
-        return 4.0 * parts.adapter * (own + stacked_ranks(maker, stages)), ""
+        return 4.0 * parts.adapter * own_ranks(maker, stages), ""
     bytes_a_weight = 4 if "float32" in (stage.config.dtype, maker.config.model.dtype) else 2
     weights = bytes_a_weight * (parts.block_weights + parts.other_weights)
     # diffusers' directory has the other parts too, in the model's type

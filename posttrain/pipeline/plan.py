@@ -27,7 +27,8 @@ from rewards.base import RewardSpec
 from rewards.load import check_addresses, check_rewards
 from rewards.serve import check_urls
 
-TRAINING = tuple(name for name, command in COMMANDS.items() if command.makes == "checkpoint")
+TRAINING = tuple(name for name, command in COMMANDS.items() if command.makes == "checkpoint" and command.resumable)
+"""A merge makes a checkpoint too, and trains nothing."""
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
 
 
@@ -137,16 +138,18 @@ def _check_inputs(stage: Stage, earlier: list[Stage]) -> None:
         if (writer := getattr(config, name, None)) is not None:
             check_addresses({"base_urls": writer.base_urls}, servers, name)
     for field, kind in row.reads.items():
-        _check_input(stage, field, kind, _at(config, field), earlier)
+        paths = commands.paths(_at(config, field))
+        for i, path in enumerate(paths):
+            _check_input(stage, field if len(paths) == 1 else f"{field}[{i}]", kind, path, earlier)
     for field in row.prompts:
         source = _at(config, field)
         if not source.startswith("hf:"):
             _check_enough(command, config, field, len(read_prompts(source)))
 
 
-def _check_input(stage: Stage, field: str, kind: str, value: str | None, earlier: list[Stage]) -> None:
+def _check_input(stage: Stage, field: str, kind: str, value: str, earlier: list[Stage]) -> None:
     # what lies on the hub cannot be checked without a network
-    if value is None or value.startswith("hf:") or (kind in HUB and is_hub_id(value)):
+    if value.startswith("hf:") or (kind in HUB and is_hub_id(value)):
         return
     maker = next((one for one in earlier if Path(value).is_relative_to(one.output)), None)
     if maker is None:
@@ -165,7 +168,7 @@ def _check_input(stage: Stage, field: str, kind: str, value: str | None, earlier
             f"model.start: stage {maker.name} makes a distilled model; distil last, or set model.allow_distilled: true"
         )
     stage.reads[field] = maker.name
-    if stage.command == "export":
+    if stage.command == "export" and maker.command in TRAINING:
         _check_rounding(stage.config, maker)
 
 

@@ -197,8 +197,9 @@ class Runner:
         """Runs a stage to its end and records it. Returns 0, or the exit code of a failure that it has reported."""
         log.info(f"stage {stage.name}: {stage.command} into {stage.output}")
         entry = self.state.setdefault(stage.name, {"seconds": 0.0})
-        # An export is renamed into place when complete. If it exists, the pipeline was killed before it recorded that.
-        made = stage.command == "export" and stage.output.exists() and entry.get("settings") == stage.settings
+        # Both are renamed into place when complete. If one exists, the pipeline was killed before it recorded that.
+        is_renamed = stage.command in ("export", "merge")
+        made = is_renamed and stage.output.exists() and entry.get("settings") == stage.settings
         entry |= {"command": stage.command, "settings": stage.settings, "finished": None}
         self._save()
         began = time.monotonic()  # not time.time: the clock may be set while a stage runs

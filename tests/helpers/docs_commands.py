@@ -24,6 +24,8 @@ SMALL = {
     ],
     "expand": ["--n", "2", "--max_tokens", "24", "--dtype", "float32"],
     "export": [],
+    "merge": ["--images", "2"],
+    "extract": [],
     "export --check": ["--images", "2", "--steps", "2", "--turbo_steps", "1"],
     "annotations": [],
     "report": [],
