@@ -71,10 +71,11 @@ METRICS = (
     Metric("failed", "Share of scores that failed although the reward applies", "[0, 1]", "lower"),
     Metric(
         "flat_groups",
-        "Share of groups whose images all rewards score alike, so that nothing is learned",
+        "Share of the groups drawn whose images all rewards score alike, so that nothing is learned",
         "[0, 1]",
         "lower",
     ),
+    Metric("refilled_groups", "Groups drawn in addition in this step, in place of flat ones (groups.refill)", "groups"),
     Metric("flat/*", "Share of groups that the reward of this name scores alike", "[0, 1]", "lower"),
     Metric(
         "noise_share",

@@ -89,6 +89,10 @@ class GroupsConfig:
     flat: Literal["skip", "kl"] = "skip"
     """Groups whose images score alike, so that they have no advantages. skip: they are not trained on. kl: on the
     distance to the reference alone."""
+    refill: AtLeast0 = 0
+    """Most groups that a step draws in addition, in place of those whose images score alike, from other prompts of the
+    pool; 0: none. A step then takes as long as its flat groups make it, and its batch teaches more. Wants pool.kind
+    adaptive and rollout.ahead 0."""
 
 
 @settings
@@ -189,6 +193,7 @@ class GRPOConfig(TrainingConfig):
                 "rewards", "the weights of the trained rewards, gates aside, sum to zero; give one a weight above 0"
             )
         self._refuse_trained_metrics(trained)
+        self._check_refill()
         self._check_rollout()
         if self.loss.max_weight is not None and self.optim.passes == 1 and not self.rollout.ahead:
             raise refusal(
@@ -196,6 +201,15 @@ class GRPOConfig(TrainingConfig):
                 "has no effect where all ratios are 1; set rollout.ahead: 1 or optim.passes: 2, or remove it",
             )
         return self
+
+    def _check_refill(self) -> None:
+        if not self.groups.refill:
+            return
+        if self.pool.kind != "adaptive":
+            raise refusal("groups.refill", "draws from the prompt pool; set pool.kind: adaptive, or groups.refill: 0")
+        if self.rollout.ahead:
+            # A step's scores are known after the next step is drawn, by a policy that may be gone by then.
+            raise refusal("groups.refill", "needs a step's scores before its update begins; set rollout.ahead: 0")
 
     def _check_rollout(self) -> None:
         if self.rollout.gpus and self.model.sequence_parallel > 1:

@@ -19,7 +19,7 @@ Legend: P groups, G images of a group, K rewards, W stochastic steps, B images o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor
 from posttrain.distributed.processes import Processes
 from posttrain.grpo.ahead import Drawn, Rollouts, roles
 from posttrain.grpo.config import GRPOConfig
+from posttrain.grpo.refill import Refill
 from posttrain.grpo.rollout import rollout
 from posttrain.grpo.update import Group, optimise
 from posttrain.model import flops, fp8, parallelize, sampler
@@ -42,7 +43,7 @@ from posttrain.training.oom_retry import MicroBatch
 from posttrain.training.policy import POLICY, add_policy, load_model
 from posttrain.training.prompt_source import PromptSource, warn_of_cut_prompts
 from posttrain.training.stepper import Clock, Stepper, check_ratio
-from prompts.records import columns, read_prompts
+from prompts.records import PromptRecord, columns, read_prompts
 from rewards.background import ScoreQueue
 from rewards.base import Noise, Reward, Scores
 from rewards.gates import apply_gates
@@ -97,7 +98,8 @@ def train(config: GRPOConfig, resume: bool = False) -> None:
             for step, metrics, idle in updates(
                 k2, config, source, queue, stepper, steps, procs, noise, micro_batch, Clock()
             ):
-                history["images"] += config.groups.prompts_per_step * config.groups.group_size
+                drawn = config.groups.prompts_per_step + int(metrics.get("refilled_groups") or 0)
+                history["images"] += drawn * config.groups.group_size
                 count_idle(history, idle, metrics["missing"] == 1)
                 counted = {name: history[name] for name in ("images", "skipped_steps")}
                 run.log(step, {**metrics, **training.health(), **counted})
@@ -133,10 +135,14 @@ def updates(
     """
     checked = False
 
-    def draw(step: int) -> list[Group]:
-        return sample(k2, config, step, source, queue, procs, micro_batch.size)
+    def draw(step: int, records: Mapping[int, PromptRecord] | None = None) -> list[Group]:
+        return sample(k2, config, step, source, queue, procs, micro_batch.size, records)
+
+    def teaching(scores: Scores) -> Tensor:
+        return (score(config, scores, noise)[0] != 0).any(1)
 
     rollouts = Rollouts(draw, queue, stepper, config, procs)
+    refill = Refill(config.groups, source, draw, teaching, queue, procs, clock)
     for step in steps:
         clock.start()
         scores: Scores | None = None
@@ -152,7 +158,10 @@ def updates(
                 own_scores = drawn.gather(queue)
                 places = [group.index for group in drawn.groups]
                 scores = gather_scores(procs, own_scores, config.groups.group_size, places)
-                advantages_PG, metrics = score(config, scores, noise)
+                batch: list[int] | None = None
+                if config.groups.refill:
+                    drawn.groups, scores, batch = refill(step, drawn.groups, scores)
+                advantages_PG, metrics = score(config, scores, noise, batch)
                 metrics["policy_age"] = stepper.updates - drawn.updates
                 groups = rollouts.to_train(drawn, costs_of(k2, config, step))
                 clock.lap("score")
@@ -195,15 +204,22 @@ def sample(
     queue: ScoreQueue,
     procs: Processes,
     micro_batch: int,
+    records: Mapping[int, PromptRecord] | None = None,
 ) -> list[Group]:
-    """This process's groups of a step. Their images are submitted for scoring as soon as they are decoded."""
+    """This process's groups of a step. Their images are submitted for scoring as soon as they are decoded.
+
+    `records` by index of the group: further ones of this step (see refill.py); None: those that the step begins with.
+    """
     s, n = config.sampling, config.groups.prompts_per_step
-    window, chosen = window_of(config, step), source.draw(step)
+    window = window_of(config, step)
+    records = dict(enumerate(source.draw(step))) if records is None else records
+    indices, costs = list(records), costs_of(k2, config, step)
     drawing, _ = roles(config, procs)
     groups = []
-    for g in procs.local_indices_by_cost(costs_of(k2, config, step), drawing):
-        row = chosen[g]
-        height, width = size = _size(config, (step - 1) * n + g)
+    for i in procs.local_indices_by_cost([costs[g % n] for g in indices], drawing):
+        g = indices[i]
+        row = records[g]
+        height, width = size = _size(config, (step - 1) * n + g % n)
         # One prompt at a time: in a batch its features would depend, within rounding, on the prompts beside it.
         text = Text.of([k2.fuse(k2.encode([row.prompt], config.prompts.max_tokens).features[0])])
         seeds = []
@@ -250,31 +266,36 @@ def _size(config: GRPOConfig, index: int) -> tuple[int, int]:
 
 
 def score(
-    config: GRPOConfig, scores: Scores, noise: Mapping[str, Noise] | None = None
+    config: GRPOConfig, scores: Scores, noise: Mapping[str, Noise] | None = None, batch: Sequence[int] | None = None
 ) -> tuple[Tensor, dict[str, float | None]]:
-    """(P, G) advantages of all groups, and what the step's rewards look like.
+    """(P, G) advantages of the groups of a batch, and what the step's rewards look like in all groups.
 
-    `noise` of the rewards by name; None: every difference counts.
+    `noise` of the rewards by name; None: every difference counts. `batch`: which of the groups that have scores it
+    holds; None: all.
     """
     gated = apply_gates(scores, [r for r in config.rewards if not r.heldout_only], noise)
-    shape = (config.groups.prompts_per_step, config.groups.group_size, -1)
+    shape = (-1, config.groups.group_size, len(gated.names))
     rewards_PGK = torch.from_numpy(gated.values_NK).view(*shape)
     valid_PGK = torch.from_numpy(gated.valid_NK).view(*shape)
     weights_K, floor_K = torch.from_numpy(gated.weights_K), torch.from_numpy(gated.floor_K)
     normalise = advantages.gdpo if config.advantages == "gdpo" else advantages.sum_then_normalise
     limit = config.loss.max_advantage
+    flat_PK, missing = advantages.flat(rewards_PGK, valid_PGK, floor_K), 1 - valid_PGK.any(-1).double().mean()
+    if batch is not None:
+        rewards_PGK, valid_PGK = rewards_PGK[list(batch)], valid_PGK[list(batch)]
     advantages_PG = normalise(rewards_PGK, valid_PGK, weights_K, floor_K=floor_K).clamp(-limit, limit)
-    flat_PK = advantages.flat(rewards_PGK, valid_PGK, floor_K)
     noise_K, summed = torch.from_numpy(gated.noise_K), config.advantages == "sum"
     waited, scoring = scores.waited_seconds, scores.scoring_seconds
     by_reward = means(scores)
     metrics: dict[str, float | None] = {f"reward/{name}": value for name, value in by_reward.items()}
     metrics["reward"] = _weighted_mean(by_reward, dict(zip(gated.names, gated.weights_K.tolist())))
-    metrics["missing"] = 1 - float(valid_PGK.any(-1).double().mean())
+    metrics["missing"] = float(missing)
     metrics["failed"] = float(scores.failed_NK.mean())
     metrics["flat_groups"] = float(flat_PK.all(-1).double().mean())
     metrics["noise_share"] = advantages.noise_share(rewards_PGK, valid_PGK, weights_K, floor_K, noise_K, summed)
     metrics["advantage"] = float(advantages_PG.abs().mean())
+    if batch is not None:
+        metrics["refilled_groups"] = len(flat_PK) - len(advantages_PG)
     metrics["score_hidden"] = 1 - waited / scoring if scoring > 0 else None
     metrics["score_wait"] = waited
     return advantages_PG.float(), metrics

@@ -192,7 +192,7 @@ def _check_enough(command: str, config: Any, field: str, prompts: int) -> None:
     if field == "prompts.train" and command == "tdm":
         least = config.batch
     if field == "prompts.train" and command == "grpo" and config.pool.kind == "adaptive":
-        least = config.groups.prompts_per_step
+        least = config.groups.prompts_per_step + bool(config.groups.refill)
     if prompts < least:
         raise UserError(f"{field}: has {prompts} prompts, but a step takes {least} different ones; add more")
 

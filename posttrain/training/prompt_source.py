@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from posttrain.errors import UserError
 from posttrain.log import log
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
@@ -29,22 +30,31 @@ ENDS = 8
 
 
 class PromptSource:
-    """`draw` a step's prompts, then `update` with their scores. All but `draw` do nothing without a pool."""
+    """`draw` a step's prompts, perhaps `redraw` some, then `update` with the scores of all. Only `draw` works without a
+    pool."""
 
     def __init__(self, config: GRPOConfig, records: list[PromptRecord]):
         self.config, self.records = config, records
         self.pool: Pool | None = None
         self._drawn: dict[int, np.ndarray] = {}
         """By step: the pool's rows that were drawn and not updated yet."""
+        self._redrawn: list[np.ndarray] = []
+        """The pool's rows that the step in progress drew in place of others, by attempt."""
         if config.pool.kind == "adaptive":
             # Gates and held-out rewards make no advantage, so they do not say what a prompt teaches.
             weights = {r.name: r.weight for r in config.rewards if r.gate == "none" and not r.heldout_only}
             self.pool = Pool(records, weights, config.pool, config.groups.prompts_per_step, config.seed)
+            if config.groups.refill and len(records) == config.groups.prompts_per_step:
+                raise UserError(
+                    f"groups.refill: is {config.groups.refill}, but each step draws all {len(records)} prompts of"
+                    " prompts.train; add prompts or set it to 0"
+                )
 
     def draw(self, step: int) -> list[PromptRecord]:
         """The same prompts if the step is drawn again: an attempt that ran out of memory was this step too."""
         n = self.config.groups.prompts_per_step
         if self.pool is not None:
+            self._redrawn = []  # of an attempt that ran out of memory
             if step not in self._drawn:  # a draw marks what it takes, so that a second one would be another
                 self._drawn[step] = self.pool.draw(step)
             places = self.pool.places[self._drawn[step]]
@@ -53,11 +63,21 @@ class PromptSource:
             places = [in_turn(self.config.seed, i, len(self.records)) for i in groups]
         return [self.records[i] for i in places]
 
+    def redraw(self, step: int, count: int) -> list[PromptRecord]:
+        """Up to `count` prompts of the pool that the step has not drawn yet; fewer where no more are awake."""
+        assert self.pool is not None
+        drawn = np.concatenate([self._drawn[step], *self._redrawn])
+        rows = self.pool.redraw(step, len(self._redrawn) + 1, drawn, count)
+        self._redrawn.append(rows)
+        return [self.records[i] for i in self.pool.places[rows]]
+
     def update(self, step: int, gated: Gated) -> dict[str, float]:
-        """Takes in the scores of a step's groups, in their order; returns how many prompts are in each class."""
+        """Takes in the scores of all of a step's groups, in the order of `draw` and then of `redraw`; returns how many
+        prompts are in each class."""
         if self.pool is None:
             return {}
-        rows = self._drawn.pop(step)
+        rows = np.concatenate([self._drawn.pop(step), *self._redrawn])
+        self._redrawn = []
         shape = (len(rows), -1, len(gated.names))
         values, valid = gated.values_NK.reshape(shape), gated.valid_NK.reshape(shape)
         self.pool.update(step, rows, values, valid, gated.floor_K)

@@ -103,9 +103,9 @@ class Clock:
         self.seconds, self._last = {}, time.perf_counter()
 
     def lap(self, name: str) -> None:
-        """What went by since the lap before was this part of the step."""
-        now = time.perf_counter()
-        self.seconds[f"seconds/{name}"], self._last = now - self._last, now
+        """What went by since the lap before was this part of the step, which may have several."""
+        now, part = time.perf_counter(), f"seconds/{name}"
+        self.seconds[part], self._last = self.seconds.get(part, 0.0) + now - self._last, now
 
 
 class Stepper:
