@@ -310,7 +310,7 @@ class VelocityModel(nn.Module):
         streams = [net.img_in(latents.to(hidden.device, hidden.dtype)) for latents in shown.latents]
         hidden = torch.cat([hidden, *(stream.expand(batch, -1, -1) for stream in streams)], 1)
         clean = references.clean_modulation(net, hidden.dtype, hidden.device).expand(batch, -1, -1)
-        ropes = [rope, *references.rotary(net, shown.grids, hidden.device)]
+        ropes = [rope, *references.rotary(net, shown, hidden.device)]
         joined = torch.cat([cos for cos, _ in ropes]), torch.cat([sin for _, sin in ropes])
         modulation = torch.cat([modulation.expand(batch, -1, -1), clean], 1)
         lengths = (tokens, *shown.lengths)

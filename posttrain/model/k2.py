@@ -281,7 +281,7 @@ class K2(Roles):
     # the network
 
     def velocity(
-        self, x: Tensor, t: sampler.Time, text: Text, height: int, width: int, shown: References | None = None
+        self, x: Tensor, t: sampler.Time, text: Text, height: int, width: int, *, shown: References | None = None
     ) -> Tensor:
         """The velocity (B, N, C), fp32, at latents x and time t, under the active role; `shown` are references."""
         grid, batch = self.grid(height, width), x.shape[0]

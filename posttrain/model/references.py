@@ -12,7 +12,6 @@ Legend: B samples, N_i tokens of reference i, M of all references, T = L + N of 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +22,8 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_krea2 import Krea2AttnProcessor
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from posttrain.model import architecture
 
 Rope = tuple[Tensor, Tensor]
 KeysValues = tuple[Tensor, Tensor]
@@ -39,13 +40,17 @@ class References:
     """(B or 1, N_i, C) each, packed as the target's."""
     grids: tuple[tuple[int, int], ...]
     """(rows, columns) of tokens of each."""
+    places: tuple[int, ...] = ()
+    """The place i of each in the order that the user gave; () for 1, 2, ... It stays where others are left out."""
     strength: Tensor | None = None
     """(B or 1, R), >= 0: the odds of each token of reference i are multiplied by it. 0 masks it. None: 1 for all."""
     cached: tuple[KeysValues, ...] | None = None
     """Of each block; void when the adapter changes, or the place i of a reference. See `cache`."""
 
     def __post_init__(self) -> None:
-        if not 0 < len(self.latents) <= MOST or len(self.grids) != len(self.latents):
+        if not self.places:
+            object.__setattr__(self, "places", tuple(range(1, len(self.latents) + 1)))
+        if not 0 < len(self.latents) <= MOST or not len(self.grids) == len(self.latents) == len(self.places):
             raise ValueError(f"{len(self.latents)} references with {len(self.grids)} grids: 1 to {MOST} are taken")
         for latents, (rows, columns) in zip(self.latents, self.grids):
             if latents.shape[1] != rows * columns:
@@ -85,13 +90,11 @@ def position_ids(index: int, rows: int, columns: int) -> Tensor:
     return ids
 
 
-def rotary(transformer: Krea2Transformer2DModel, grids: Sequence[tuple[int, int]], device: torch.device) -> list[Rope]:
+def rotary(transformer: Krea2Transformer2DModel, shown: References, device: torch.device) -> list[Rope]:
     """The rotary table of each reference."""
+    ids = [position_ids(place, *grid).to(device) for place, grid in zip(shown.places, shown.grids)]
     with torch.autocast(device.type, enabled=False):
-        return [
-            transformer.rotary_emb(position_ids(i, rows, columns).to(device))
-            for i, (rows, columns) in enumerate(grids, start=1)
-        ]
+        return list(map(transformer.rotary_emb, ids))
 
 
 def clean_modulation(transformer: Krea2Transformer2DModel, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -126,8 +129,8 @@ class ReferenceProcessor(Krea2AttnProcessor):
         query = attn.norm_q(attn.to_q(hidden_states).unflatten(-1, (attn.num_heads, attn.head_dim)))
         key = attn.norm_k(attn.to_k(hidden_states).unflatten(-1, (attn.num_kv_heads, attn.head_dim)))
         value = attn.to_v(hidden_states).unflatten(-1, (attn.num_kv_heads, attn.head_dim))
-        query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
-        key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+        rotate: Any = apply_rotary_emb  # whose annotations say that it may return pairs
+        query, key = rotate(query, image_rotary_emb, sequence_dim=1), rotate(key, image_rotary_emb, sequence_dim=1)
         attention_mask.own.append((key, value))
         if attention_mask.others is not None:
             keys, values = attention_mask.others
@@ -144,7 +147,8 @@ class ReferenceProcessor(Krea2AttnProcessor):
 
 def install(transformer: Krea2Transformer2DModel) -> None:
     """Has the blocks attend to references. Without references they compute what they did."""
-    for block in transformer.transformer_blocks:
+    blocks: list[Any] = architecture.blocks(transformer)
+    for block in blocks:
         before = block.attn.processor
         if not isinstance(before, ReferenceProcessor):
             processor = ReferenceProcessor()
@@ -191,9 +195,9 @@ def cache(transformer: Krea2Transformer2DModel, references: References, dtype: t
         # One batch for all, so that keys can be joined along the tokens.
         batch = max(len(stream) for stream in streams)
         streams = [stream.expand(batch, -1, -1) for stream in streams]
-        ropes = rotary(transformer, references.grids, device)
+        ropes = rotary(transformer, references, device)
         found: list[KeysValues] = []
-        for block in transformer.transformer_blocks:
+        for block in architecture.blocks(transformer):
             seen = Seen()
             for i, stream in enumerate(streams):
                 streams[i] = block(stream, clean, ropes[i], seen)

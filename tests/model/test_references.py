@@ -29,13 +29,13 @@ def inputs(k2, batch=2, lengths=(5, 7), count=2, strength=None):
     grids = ((2, 2), (1, 3))[:count]
     latents = tuple(torch.randn(batch, r * c, k2.latent_channels, generator=generator) for r, c in grids)
     given = None if strength is None else torch.tensor(strength)
-    return x, text, References(latents, grids, given)
+    return x, text, References(latents, grids, strength=given)
 
 
 def velocity(k2, x, text, shown=None, role="policy"):
     side = k2.pixel_multiple
     with k2.role(role):
-        return k2.velocity(x, torch.tensor([0.3, 0.9])[: len(x)], text, 2 * side, 3 * side, shown)
+        return k2.velocity(x, torch.tensor([0.3, 0.9])[: len(x)], text, 2 * side, 3 * side, shown=shown)
 
 
 def cached(k2, shown):
@@ -58,12 +58,14 @@ def test_strength_multiplies_the_odds():
     keys = torch.tensor([[0.0], [0.0], [1.0]])
     shares = {}
     for s in (0.0, 0.25, 0.5, 1.0, 2.0):
-        bias = References((torch.zeros(1, 1, 1),), ((1, 1),), torch.tensor([[s]])).bias(None, 2, 1, torch.float32)
+        bias = References((torch.zeros(1, 1, 1),), ((1, 1),), strength=torch.tensor([[s]])).bias(
+            None, 2, 1, torch.float32
+        )
         shares[s] = float((keys[:, 0] + bias[0, 0, 0]).softmax(0)[2])
     assert list(shares.values()) == pytest.approx([0, 0.25361, 0.40461, 0.57612, 0.73106], abs=1e-5)
     odds = {s: share / (1 - share) for s, share in shares.items()}
     assert odds[0.5] / odds[1.0] == pytest.approx(0.5)
-    two = References((torch.zeros(1, 1, 1),) * 2, ((1, 1),) * 2, torch.tensor([[0.5, 0.5]]))
+    two = References((torch.zeros(1, 1, 1),) * 2, ((1, 1),) * 2, strength=torch.tensor([[0.5, 0.5]]))
     both = (torch.tensor([0.0, 0, 1, 1]) + two.bias(None, 2, 1, torch.float32)[0, 0, 0]).softmax(0)
     assert both[2:].tolist() == pytest.approx([0.28806] * 2, abs=1e-5)
 
@@ -123,7 +125,7 @@ def test_strengths(k2, keep):
     assert (small - none).abs().max() < 1e-2 < (whole - none).abs().max()
     if keep:  # at the same place, so that only the strengths differ
         twice = tuple((torch.cat([k, k], 1), torch.cat([v, v], 1)) for k, v in one.cached)
-        halves = References(shown.latents * 2, shown.grids * 2, torch.full((1, 2), 0.5), twice)
+        halves = References(shown.latents * 2, shown.grids * 2, strength=torch.full((1, 2), 0.5), cached=twice)
         assert (velocity(k2, x, text, halves) - whole).abs().max() < 6e-6
 
 
@@ -199,4 +201,4 @@ def test_bad_inputs():
         References((latents,), ((2, 3),))
     for strength in ([[1.0, 1.0]], [[-0.5]]):
         with pytest.raises(ValueError, match="strengths"):
-            References((latents,), ((2, 2),), torch.tensor(strength))
+            References((latents,), ((2, 2),), strength=torch.tensor(strength))
