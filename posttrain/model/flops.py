@@ -69,6 +69,19 @@ def forward(shape: Shape, image: int, text: int, rank: int = 0) -> int:
     return shape.blocks * block(shape, image + text, rank) + around
 
 
+def forward_with_references(
+    shape: Shape, image: int, text: int, references: Sequence[int], cached: bool = True, rank: int = 0
+) -> int:
+    """As `forward`, with references of so many tokens each: read from a cache, or carried along in this forward."""
+    others = sum(references)
+    # Text and target see the references' keys too.
+    operations = forward(shape, image, text, rank) + shape.blocks * 4 * (image + text) * others * shape.width
+    if not cached:
+        for tokens in references:  # one pass at time 0, without an output
+            operations += shape.blocks * block(shape, tokens, rank) + 2 * tokens * shape.channels * shape.width
+    return operations
+
+
 def of_sizes(k2: K2, sizes: Iterable[Sequence[int]]) -> list[float]:
     """Operations of an image's forward at each (height, width) in pixels, without text: the relative cost of sizes."""
     shape = Shape.of(k2)

@@ -31,6 +31,7 @@ from posttrain.model.blocks import Blocks, VelocityModel
 from posttrain.model.linears import LoraLinear
 from posttrain.model.load import load_pipeline, random_pipeline
 from posttrain.model.offload import Offloaded, uses
+from posttrain.model.references import References
 from posttrain.model.roles import Roles
 
 DECODED = 2**20
@@ -279,15 +280,17 @@ class K2(Roles):
 
     # the network
 
-    def velocity(self, x: Tensor, t: sampler.Time, text: Text, height: int, width: int) -> Tensor:
-        """The velocity (B, N, C), fp32, at latents x and time t, under the active role."""
+    def velocity(
+        self, x: Tensor, t: sampler.Time, text: Text, height: int, width: int, *, shown: References | None = None
+    ) -> Tensor:
+        """The velocity (B, N, C), fp32, at latents x and time t, under the active role; `shown` are references."""
         grid, batch = self.grid(height, width), x.shape[0]
         if x.shape[1:] != (grid[0] * grid[1], self.latent_channels) or len(text) not in (1, batch):
             raise ValueError(f"latents {tuple(x.shape)}, {len(text)} texts: not for {height}x{width} pixels")
         t = sampler.model_time(t, self.time_dtype).to(x.device).expand(batch)
         tokens = text.tokens.expand(batch, -1, -1)
         mask = None if text.mask is None else text.mask.expand(batch, -1)
-        return self._network()(x.to(self.dtype), t, tokens, mask, grid).float()
+        return self._network()(x.to(self.dtype), t, tokens, mask, grid, shown).float()
 
     def _network(self) -> nn.Module:
         role = self.active
