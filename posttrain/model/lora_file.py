@@ -26,8 +26,8 @@ from torch import Tensor
 from posttrain.errors import UserError
 from posttrain.loading import check_file, check_finite, some
 from posttrain.model import key_names
+from posttrain.model.adapters.targets import target_of
 from posttrain.model.k2 import K2
-from posttrain.model.roles import TARGETS
 
 A, B = "lora_A.weight", "lora_B.weight"
 PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.", "model.diffusion_model.", "pipe.dit.",
@@ -36,7 +36,6 @@ PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.", "model.diff
 JOINED = ("lora_unet_", "lora_transformer_")
 """Prefixes of trainers that join the parts of a layer's name by underscores."""
 _KEY = re.compile(r"(.+)\.(?:(lora_A|lora_down)(?:\.default)?\.weight|(lora_B|lora_up)(?:\.default)?\.weight|(alpha))")
-_BLOCK = re.compile(r"transformer_blocks\.\d+\.(?:attn\.)?(.+)")
 Scale = Callable[[str, int], float | None]
 """Of a layer's name and rank; None where nothing is said of it."""
 AGREE = 0.01
@@ -119,24 +118,15 @@ def read_lora(path: str | Path, shapes: Mapping[str, tuple[int, int]], where: st
 def add_lora(k2: K2, name: str, factors: Mapping[str, Tensor], where: str | Path) -> None:
     """Adds a role with the factors of `read_lora`. Factors of different ranks are padded with zeros to the largest.
 
-    Raises UserError for a LoRA on layers outside the blocks, which roles cannot adapt, or one that has no effect.
+    Raises UserError for a LoRA that has no effect.
     """
-    linears: dict[str, str | None] = {}
-    for key in factors:
-        layer = key.rpartition(".lora_")[0]
-        match = _BLOCK.fullmatch(layer)
-        linears[layer] = match[1] if match else None
-    if outside := [layer for layer, linear in linears.items() if linear not in TARGETS]:
-        raise UserError(
-            f"{where}: adapts {some(outside)} outside the transformer blocks' linear layers, which roles do not"
-            " reach; give a LoRA of the blocks"
-        )
+    targets = [target_of(key.rpartition(".lora_")[0]) for key in factors]
     # B is 0 in an adapter that was never trained, and a run from it would only seem to have an earlier stage.
     if not any(value.any() for key, value in factors.items() if key.endswith(B)):
         raise UserError(f"{where}: every B factor is 0, so it does nothing; give a trained LoRA")
     rank = max(len(value) for key, value in factors.items() if key.endswith(A))
     # alpha = rank is a scale of 1: the files' scales are in B already.
-    k2.add_role(name, rank, float(rank), [target for target in TARGETS if target in linears.values()])
+    k2.add_role(name, rank, float(rank), list(dict.fromkeys(targets)))
     state = {}
     for key, own in k2.role_named_parameters(name).items():
         # Some LoRAs leave out a target in some blocks: its factors there are 0.
