@@ -93,7 +93,7 @@ def draw(
     steps = sampler.STEPS[k2.is_distilled] if steps is None else steps
     guidance = sampler.GUIDANCE[k2.is_distilled] if guidance is None else guidance
     features = k2.encode(prompts, max_tokens).features
-    fused = [k2.fuse(feature) for feature in features]
+    fused = [k2.text_tokens(feature) for feature in features]
     null = k2.text([""]) if guidance > 0 else None
     images: list[Image.Image] = []
     for first in range(0, len(prompts), micro_batch):
@@ -225,7 +225,7 @@ class MethodRun:
     def text(self, record: PromptRecord) -> Text:
         """A prompt's fused text, a batch of one, which serves any number of images."""
         features = self.k2.encode([record.prompt], self.config.prompts.max_tokens).features
-        return Text.of([self.k2.fuse(features[0])])
+        return Text.of([self.k2.text_tokens(features[0])])
 
     def noise(self, step: int, *place: int, count: int) -> Tensor:
         """(count, N tokens, C channels) standard normal on the CPU, from the run's seed, step and place alone.

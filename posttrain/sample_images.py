@@ -66,7 +66,7 @@ def sample(config: SampleConfig) -> None:
     cuts = list(filter(None, encoding.cut))
     if cuts:
         log.warning(f"too long: {counted(len(cuts), 'prompt')}, of which up to {counted(max(cuts), 'token')} are cut")
-    fused = [k2.fuse(features) for features in encoding.features]
+    fused = [k2.text_tokens(features) for features in encoding.features]
     null = k2.text([""]) if guidance > 0 else None
     try:
         output.mkdir(parents=True)

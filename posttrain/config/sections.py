@@ -31,6 +31,7 @@ from posttrain.config.types import (
     refusal,
     settings,
 )
+from posttrain.model.adapters import targets
 from rewards.base import RewardSpec
 from rewards.serve import ServerSpec, memory_share
 
@@ -122,8 +123,10 @@ class LoraConfig:
     alpha: Positive = 32.0
     """Scale: the update is multiplied by alpha / rank."""
     targets: Annotated[list[str], Filled("name layers or use null", "so nothing would be trained")] | None = None
-    """Names of the layers that get an adapter, matched at the end of the module path; null: the attention
-    and feed-forward projections of the main blocks."""
+    """Layers that get an adapter, by diffusers' names. null: the attention and feed-forward projections of the model's
+    main blocks. Of K2 also the word blocks for these, the word all for every linear, and the parts before and behind
+    the blocks, whole or a linear of them (docs/runs.md, What an adapter reaches); where they fuse the text, it is
+    fused in every forward instead of once a prompt."""
 
 
 @settings
@@ -314,6 +317,9 @@ class TrainingConfig:
             )
         if self.lora is not None:
             refuse_muon(self.optim, "lora trains factors of their change; use adamw, or lora: null")
+        for target in (self.lora.targets if self.lora is not None else None) or ():
+            if not targets.is_known(target):
+                raise refusal("lora.targets", f"names {target}, which K2 does not have; choose from {targets.choices()}")
         check_metrics(self.eval, self.metric_names())
         return self
 

@@ -76,7 +76,7 @@ class K2Renderer:
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Rendering:
         encoding = self.k2.encode(prompts, self.config.max_tokens)
-        fused = [self.k2.fuse(features) for features in encoding.features]
+        fused = [self.k2.text_tokens(features) for features in encoding.features]
         height, width = self.config.size
         images: list[Image.Image | None] = [None] * len(prompts)
         batches = draw_in_batches(

@@ -221,7 +221,7 @@ def sample(
         row = records[g]
         height, width = size = _size(config, (step - 1) * n + g % n)
         # One prompt at a time: in a batch its features would depend, within rounding, on the prompts beside it.
-        text = Text.of([k2.fuse(k2.encode([row.prompt], config.prompts.max_tokens).features[0])])
+        text = Text.of([k2.text_tokens(k2.encode([row.prompt], config.prompts.max_tokens).features[0])])
         seeds = []
         for j in range(config.groups.group_size):
             # The first is that of the noise that the image begins with, the others those of its stochastic steps.

@@ -26,8 +26,9 @@ from torch import Tensor
 from posttrain.errors import UserError
 from posttrain.loading import check_file, check_finite, some
 from posttrain.model import key_names
+from posttrain.model.adapters.targets import BLOCKS, reaches, target_of
 from posttrain.model.k2 import K2
-from posttrain.model.roles import TARGETS, Role
+from posttrain.model.roles import Role
 
 A, B = "lora_A.weight", "lora_B.weight"
 PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.", "model.diffusion_model.", "pipe.dit.",
@@ -36,7 +37,6 @@ PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.", "model.diff
 JOINED = ("lora_unet_", "lora_transformer_")
 """Prefixes of trainers that join the parts of a layer's name by underscores."""
 _KEY = re.compile(r"(.+)\.(?:(lora_A|lora_down)(?:\.default)?\.weight|(lora_B|lora_up)(?:\.default)?\.weight|(alpha))")
-_BLOCK = re.compile(r"transformer_blocks\.\d+\.(?:attn\.)?(.+)")
 Scale = Callable[[str, int], float | None]
 """Of a layer's name and rank; None where nothing is said of it."""
 AGREE = 0.01
@@ -129,23 +129,14 @@ def add_lora(k2: K2, name: str, factors: Mapping[str, Tensor], where: str | Path
 def role_for(factors: Mapping[str, Tensor], where: str | Path) -> Role:
     """The settings of a role that holds the factors of `read_lora`; its scale is 1, as the files' scales are in B.
 
-    Raises UserError for a LoRA on layers outside the blocks, which roles cannot adapt, or one that has no effect.
+    Raises UserError for a LoRA that has no effect.
     """
-    linears: dict[str, str | None] = {}
-    for key in factors:
-        layer = layer_of(key)
-        match = _BLOCK.fullmatch(layer)
-        linears[layer] = match[1] if match else None
-    if outside := [layer for layer, linear in linears.items() if linear not in TARGETS]:
-        raise UserError(
-            f"{where}: adapts {some(outside)} outside the transformer blocks' linear layers, which roles do not"
-            " reach; give a LoRA of the blocks"
-        )
+    targets = [target_of(layer_of(key)) for key in factors]
     # B is 0 in an adapter that was never trained, and a run from it would only seem to have an earlier stage.
     if not any(value.any() for key, value in factors.items() if key.endswith(B)):
         raise UserError(f"{where}: every B factor is 0, so it does nothing; give a trained LoRA")
     rank = max(len(value) for key, value in factors.items() if key.endswith(A))
-    return Role(rank, float(rank), tuple(target for target in TARGETS if target in linears.values()))
+    return Role(rank, float(rank), tuple(dict.fromkeys(targets)))
 
 
 def padded(factors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -165,9 +156,8 @@ def layer_of(key: str) -> str:
 
 
 def adaptable(layer: str) -> bool:
-    """Whether a role can adapt the linear of that name in diffusers."""
-    match = _BLOCK.fullmatch(layer)
-    return match is not None and match[1] in TARGETS
+    """Whether the layer of that name in diffusers is a linear of a block, which a role adapts by default."""
+    return reaches((BLOCKS,), layer)
 
 
 def _bare(name: str) -> str:

@@ -20,7 +20,9 @@ from torch import Tensor
 from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
 from posttrain.model import architecture, sampler
+from posttrain.model.adapters.targets import reaches, target_of
 from posttrain.model.k2 import K2, Text, to_pil
+from posttrain.model.lora_file import linear_shapes
 from posttrain.preflight.checks import Row, Skip, run_check
 from posttrain.preflight.round_trip import round_trip
 from posttrain.report.format import counted
@@ -142,9 +144,16 @@ class K2Checks(Checks):
             yield Row("adapter", True, f"none: {weights} in {len(trained)} tensors are trained themselves")
             return
         layers = {name.partition(".lora_")[0] for name in trained}
-        blocks, targets = len(architecture.blocks(self.k2.transformer)), len(set(role.targets))
-        measured = f"{len(layers)} layers adapted in {blocks} blocks, {targets} are named for each; {weights}"
-        yield Row("adapter", len(layers) == blocks * targets > 0, measured, "name in lora.targets what the blocks have")
+        named = {layer for layer in linear_shapes(self.k2.base_state_dict()) if reaches(role.targets, layer)}
+        outside = {layer for layer in layers if target_of(layer) == layer}
+        blocks, targets = len(architecture.blocks(self.k2.transformer)), {target_of(layer) for layer in named - outside}
+        measured = f"{len(layers - outside)} layers adapted in {blocks} blocks, {len(targets)} are named for each"
+        if outside:
+            measured += f", and {len(outside)} outside them"
+        if self.k2.adapts_text:
+            measured += ", which fuse text in every forward"
+        ok = layers == named and len(layers) == blocks * len(targets) + len(outside) > 0
+        yield Row("adapter", ok, f"{measured}; {weights}", "name in lora.targets what the model has")
 
     def judged_images(self) -> tuple[list[Any], Sequence[PromptRecord]]:
         # Drawing these images also warms up what is timed later.

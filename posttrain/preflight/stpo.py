@@ -81,12 +81,13 @@ class STPOChecks(K2Checks):
         phase("pairs are encoded")
         few, began = Few(preferences), time.perf_counter()
         cached = replace(config.pairs, cache=str(folder / "cache"))
+        # Before the pairs: it decides whether their text can be kept fused.
+        add_policy(k2, config.lora, config.seed, reference=True)
         self.pairs = encode_pairs(k2, few, cached, procs.alone())  # type: ignore[arg-type]
         self.encoding = (time.perf_counter() - began) / len(few)
         self.whole, self.total = config.batch, len(preferences)
         # Without a setting pairs keep their own sizes, and evaluations take that of the first.
         size = config.pairs.size or self.pairs.size[0].tolist()
-        add_policy(k2, config.lora, config.seed, reference=True)
         super().__init__(
             config, procs, k2, heldout, folder, size, 4 * config.micro_batch, config.pairs.max_tokens, "micro_batch"
         )

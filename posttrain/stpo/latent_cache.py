@@ -30,7 +30,6 @@ from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.log import log
 from posttrain.model import sampler
-from posttrain.model.architecture import text_weights
 from posttrain.model.fingerprint import fingerprint
 from posttrain.model.k2 import K2, Text
 from posttrain.preferences.dataset import Preference, Preferences
@@ -52,7 +51,7 @@ class EncodedPair:
     """(N, C) latents in fp32."""
     rejected: Tensor
     text: Tensor
-    """(L, C) fused text, in the network's type."""
+    """What `K2.text_tokens` gives, in the network's type."""
     label: float
     size: tuple[int, int]
 
@@ -208,7 +207,7 @@ def _facts(k2: K2, preferences: Preferences, config: PairSetConfig) -> dict[str,
         "max_tokens": config.max_tokens,
         "vae": fingerprint(k2.vae.state_dict()) + _hash(vae),
         "text_encoder": fingerprint(k2.text_encoder.state_dict()) + _hash(list(pipe.text_encoder_select_layers)),
-        "fusion": fingerprint(text_weights(k2.transformer)),
+        "fusion": k2.text_fingerprint(),
         "tokenizer": _hash(words),
         "dtype": str(k2.dtype),
     }
@@ -271,7 +270,7 @@ def _encode(k2: K2, preferences: Preferences, config: PairSetConfig, folder: Pat
     prompts = list(dict.fromkeys(pair.prompt for pair in pairs.values()))
     encoding = k2.encode(prompts, config.max_tokens)
     for j, features in enumerate(encoding.features):
-        tensors[f"text.{j}"] = k2.fuse(features).cpu()
+        tensors[f"text.{j}"] = k2.text_tokens(features).cpu()
     encoded = []
     for i, pair in pairs.items():
         p = label(pair.share, pair.source == "human")

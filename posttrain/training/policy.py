@@ -20,14 +20,15 @@ from torch import Tensor
 from posttrain.config.sections import LoraConfig, ModelConfig, RuntimeConfig
 from posttrain.errors import UserError
 from posttrain.loading import is_hub_id
+from posttrain.log import log
 from posttrain.model import sequence
+from posttrain.model.adapters.targets import TARGETS, text_targets
 from posttrain.model.blocks import set_attention
 from posttrain.model.files import DISTILLED_REMEDY
 from posttrain.model.fingerprint import fingerprint
 from posttrain.model.fp8 import quantize
 from posttrain.model.k2 import K2
 from posttrain.model.offload import place
-from posttrain.model.roles import TARGETS
 from posttrain.runs import startup
 from posttrain.training import checkpoint
 from posttrain.training.checkpoint import Checkpoint
@@ -195,6 +196,11 @@ def add_policy(k2: K2, lora: LoraConfig | None, seed: int, reference: bool) -> N
         k2.add_full_role(POLICY, reference)
     else:
         k2.add_role(POLICY, lora.rank, lora.alpha, TARGETS if lora.targets is None else lora.targets, seed)
+        if k2.adapts_text:
+            log.info(
+                f"lora.targets: {', '.join(text_targets(lora.targets or []))} adapt how a prompt's text is fused, so it"
+                " is fused in every forward and not once a prompt (docs/runs.md, What an adapter reaches)"
+            )
 
 
 def add_saved_policy(k2: K2, saved: Checkpoint) -> None:

@@ -144,7 +144,7 @@ class FusedTexts:
         # One by one: in a batch it would depend, within rounding, on the prompts beside it, and so on what is kept.
         features = self.k2.encode(new, self.max_tokens, batch=1).features
         for prompt, encoded in zip(new, features):
-            self._texts[prompt] = self.k2.fuse(encoded).cpu()
+            self._texts[prompt] = self.k2.text_tokens(encoded).cpu()
             self.bytes += self._texts[prompt].nbytes
         texts = []
         for prompt in prompts:

@@ -57,6 +57,34 @@ def test_backward_is_what_torch_counts(k2):
     assert counted(k2, POLICY, True) == B * (flops.forward(shape, N, L, RANK) + flops.backward(shape, N, L, RANK))
 
 
+def test_text_that_is_fused_in_every_forward_is_what_torch_counts():
+    """One text for all samples, adapters on all linears of the blocks and of the text's layers."""
+    made = K2.random("cpu", torch.float32, "tiny", text=False)
+    made.add_role(POLICY, RANK, 4.0, ["blocks", "text_fusion", "txt_in"])
+    made.train_role(POLICY)
+    text = Text.of([made.text_tokens(made.random_features(L))])
+    shape, of_text = flops.Shape.of(made), flops.TextShape.of(made)
+    for role, rank, backward in ((None, 0, False), (POLICY, RANK, False), (POLICY, RANK, True)):
+        x = torch.randn(B, N, made.latent_channels)
+        with FlopCounterMode(display=False) as counter, made.role(role), sdpa_kernel(SDPBackend.MATH):
+            with torch.set_grad_enabled(backward):
+                v = made.velocity(x, 0.5, text, 3 * made.pixel_multiple, 4 * made.pixel_multiple)
+            if backward:
+                v.square().mean().backward()
+        expected = B * flops.forward(shape, N, L, rank) + flops.fuse(of_text, L, rank)
+        if backward:
+            expected += B * flops.backward(shape, N, L, rank, before=True) + flops.fuse_backward(of_text, L, rank)
+        assert counter.get_total_flops() == expected
+
+
+def test_text_at_true_size():
+    """Of 105 tokens: the released model's own sizes; 0.48 TFLOP, 1.7 % of the forward of an image of 512 x 512."""
+    text, shape = flops.TextShape(), flops.Shape(28, 6144, 1536, 16384, 64, 256)
+    blocks = 2 * 105 * 26 * (5 * 2560**2 + 3 * 2560 * 6912) + 4 * (2 * 144 * 105 + 2 * 105**2) * 2560
+    assert flops.fuse(text, 105) == blocks + 2 * 105 * (12 * 2560 + 2560 * 6144 + 6144**2)
+    assert flops.fuse(text, 105) / flops.forward(shape, 1024, 105) == pytest.approx(0.017, abs=0.0005)
+
+
 def test_earlier_stages_and_the_trained_one_are_one_product():
     """Of all their ranks; the reference's is of the earlier ones."""
     made = K2.random("cpu", torch.float32, "tiny", text=False)

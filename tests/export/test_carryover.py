@@ -168,8 +168,9 @@ FIRST = "diffusion_model.blocks.0.attn.wq.lora_"
         (lambda s: {k: v for k, v in s.items() if k != f"{FIRST}B.weight"}, r"a factor is missing for .*0\.attn\.wq"),
         (lambda s: s | {f"{FIRST}A.weight": torch.zeros(4, 64)}, r"wq: factors of \[4, 64\] and \[128, 4\] do not fit"),
         (lambda s: {k: v * ("lora_A" in k) for k, v in s.items()}, "every B factor is 0, so it does nothing"),
-        (lambda s: s | {"diffusion_model.first.lora_A.weight": torch.ones(4, 64),
-                        "diffusion_model.first.lora_B.weight": torch.ones(128, 4)}, r"adapts img_in outside the trans"),
+        (lambda s: s | {"diffusion_model.last.norm.lora_A.weight": torch.ones(4, 128),
+                        "diffusion_model.last.norm.lora_B.weight": torch.ones(128, 4)},
+         r"2 of its 50 keys bind to no layer of this model \(diffusion_model\.last\.norm"),
         (lambda s: {}, "none of its 0 keys"),
     ],
 )  # fmt: skip
