@@ -13,9 +13,9 @@ from posttrain.commands import COMMANDS
 from posttrain.model.k2 import K2
 from posttrain.preflight import common
 from posttrain.preflight import tdm as preflight_tdm
-from posttrain.stpo import latent_cache
 from posttrain.stpo import train as stpo
 from posttrain.tdm import train as tdm
+from posttrain.training import encoded
 from tests.helpers import expander_runs, pair_runs, runs
 from tests.preflight.test_preflight import failed, table
 
@@ -136,5 +136,5 @@ def test_few_pairs_stand_for_the_set(tmp_path, model):
     from posttrain.preflight.stpo import Few
 
     few = Few(read_preferences(runs.pairs(tmp_path, 100)))
-    assert len(few) == 32 and few.places[0] == 0 and few.places[-1] == 99 and latent_cache.SHARD >= 32
+    assert len(few) == 32 and few.places[0] == 0 and few.places[-1] == 99 and encoded.SHARD >= 32
     assert few.name(31) == few.whole.name(99)
