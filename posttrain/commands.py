@@ -83,6 +83,16 @@ COMMANDS: dict[str, Command] = {
     "demo": Command(
         "posttrain.project:DemoConfig", "posttrain.project:demo", "carry out the whole of post-training on K2-nano"
     ),
+    "sft": TrainsK2(
+        "posttrain.sft.config:SFTConfig",
+        "posttrain.sft.train:train",
+        "finetune on images with captions and write a run directory",
+        title="supervised finetuning on images with captions",
+        prompts=("heldout",),
+        kept_prompts=("heldout",),
+        reads={"model.start": "checkpoint", "images.train": "set of images", "turbo": "checkpoint"},
+        frozen=("lora", "seed", "heldout", "turbo", "turbo_steps", *EVALUATED),
+    ),
     "stpo": TrainsK2(
         "posttrain.stpo.config:STPOConfig",
         "posttrain.stpo.train:train",
