@@ -22,6 +22,7 @@ from posttrain.errors import UserError
 from posttrain.log import log
 from posttrain.model.k2 import DECODED, K2
 from posttrain.preferences.sources import Skipped, Tally
+from posttrain.report.format import counted
 from posttrain.runs import startup
 from posttrain.sft import buckets
 from posttrain.sft.buckets import Box, Size
@@ -223,6 +224,6 @@ def _say(images: ImageSet, encoded: EncodedImages, max_tokens: int) -> None:
     cropped = sum(encoded.cut(entry) > CROPPED for entry in range(len(encoded.entries)))
     sizes = {tuple(size) for size in encoded.size.tolist()}
     log.info(
-        f"{where} {len(encoded.images)} images in {len(sizes)} buckets, {cropped} of {len(encoded.entries)} crops cut"
-        " something off"
+        f"{where} {counted(len(encoded.images), 'image')} in {counted(len(sizes), 'bucket')}; {cropped} of"
+        f" {len(encoded.entries)} crops cut something off"
     )

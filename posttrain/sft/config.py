@@ -104,9 +104,9 @@ class SFTConfig(TrainingConfig):
     """Images in one forward of the model; sets memory, not the result."""
     lora: LoraConfig | None = field(default_factory=LoraConfig)
     """The adapter to train, with rank, alpha and targets. null: train all weights but the text fusion's, with an
-    optim.lr of about 1e-5; no copy of the weights is kept beside them."""
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4))
-    """passes must be 1. Of all weights, a rate of 1e-5."""
+    optim.lr of about 1e-5; no copy of them is kept as reference."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """passes must be 1."""
     shift: Number = 0.0
     """Added to the shift of the training times, which is that of the bucket's image tokens; above 0 they are noisier.
     Sampling keeps its own. Try -0.5, 0 and 0.5."""
@@ -114,7 +114,7 @@ class SFTConfig(TrainingConfig):
     """Mean of the logit of the training times, before the shift is added."""
     time_std: Positive = 1.0
     """Standard deviation of that logit."""
-    eval: EvalConfig = field(default_factory=lambda: EvalConfig(guidance=[4.5]))
+    eval: EvalConfig = field(default_factory=EvalConfig)
     """Its figures are also heldout/loss, heldout/gain and heldout/drift of held-out images, which are defined in
     posttrain/sft/heldout.py."""
     turbo: Text | None = None

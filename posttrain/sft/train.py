@@ -13,7 +13,7 @@ and one in more processes make the same updates.
 | each step | what it is |
 |---|---|
 | loss | mean squared error of the velocity, over the batch |
-| cropped, cut | share of its images that a crop cut something off; mean share of the area that it cut off |
+| cropped, cropped_area | share of its images that a crop cut something off; mean share of the area that it cut |
 | dropped | share of its images that had the empty caption |
 | image_tokens | image tokens of the step's bucket |
 | seconds/image | time of the step by its images |
@@ -36,6 +36,7 @@ from posttrain.errors import UserError
 from posttrain.log import log
 from posttrain.model import parallelize, sampler
 from posttrain.model.k2 import K2
+from posttrain.report.format import counted
 from posttrain.runs.files import replacing
 from posttrain.runs.run import Run
 from posttrain.sft.batches import Batch, Job, noised
@@ -187,7 +188,7 @@ def of_batch(k2: K2, images: EncodedImages, entries: Sequence[int]) -> dict[str,
     cuts = [images.cut(entry) for entry in entries]
     return {
         "cropped": sum(cut > CROPPED for cut in cuts) / len(cuts),
-        "cut": sum(cuts) / len(cuts),
+        "cropped_area": sum(cuts) / len(cuts),
         "image_tokens": k2.image_tokens(*images.size[entries[0]].tolist()),
     }
 
@@ -275,6 +276,6 @@ def say_small(order: Order) -> None:
     if small:
         (height, width), fewest = min(small.items(), key=lambda item: item[1])
         log.warning(
-            f"{len(small)} buckets have fewer images than batch ({order.batch}), so they fill a batch over several"
-            f" epochs, in which an image comes several times; the smallest, {height}x{width}, has {fewest}"
+            f"{counted(len(small), 'bucket')} cannot fill a batch ({order.batch}) in one epoch; over several, an image"
+            f" comes into it more than once; the smallest, {height}x{width}, has {counted(fewest, 'image')}"
         )
