@@ -3,8 +3,8 @@
     python -m posttrain.config.metrics      # prints docs/metrics.md
 
 A metric of an evaluation is logged as `eval/NAME`; a recipe and summary.json call it NAME. A suffix tells how the
-images were drawn: `@2.5` with this guidance, `@8steps` in this number of steps, `@turbo` on a Turbo. `pairs/NAME` is the
-training metric NAME on held-out pairs.
+images were drawn: `@2.5` with this guidance, `@8steps` in this number of steps, `@turbo` on a Turbo. `pairs/NAME` is
+the training metric NAME on held-out pairs.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python -m posttrain.nano.world.styled runs/nano-styled
 
-Beside each of OUT/images/*.png is a .json with a dense `caption` and a `short` one, which name the style. OUT/heldout.jsonl
-has prompts for that style, tagged `styled`, and as many of prompts/nano/heldout.jsonl that ask for another style or none:
-`style` and `elsewhere` are rewards that measure the one and the other.
+Beside each of OUT/images/*.png is a .json with a dense `caption` and a `short` one, which name the style.
+OUT/heldout.jsonl has prompts for that style, tagged `styled`, and as many of prompts/nano/heldout.jsonl that ask for
+another style or none: `style` and `elsewhere` are rewards that measure the one and the other.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -62,6 +63,11 @@ def described(
         yield scene, captions
 
 
+def others(wanted: str) -> list[dict[str, Any]]:
+    """The held-out prompts that do not ask for a style."""
+    return [row for row in prompts.read("heldout") if f"the style is {wanted}" not in row["requirements"]]
+
+
 def write(out: Path, wanted: str, images: int, heldout: int, seed: int) -> None:
     folder = out / "images"
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,9 +85,8 @@ def write(out: Path, wanted: str, images: int, heldout: int, seed: int) -> None:
         if dense.prompt not in taken:
             taken.add(dense.prompt)
             records.append({**vars(dense), "tags": [STYLED]})
-    others = [row for row in prompts.read("heldout") if f"the style is {wanted}" not in row["requirements"]]
     # In turn, so that the first prompts of the file have both.
-    mixed = [row for pair in zip(records, others) for row in pair]
+    mixed = [row for pair in zip(records, others(wanted)) for row in pair]
     (out / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mixed))
 
 
