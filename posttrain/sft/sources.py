@@ -56,7 +56,7 @@ class Folder:
     def __getitem__(self, i: int) -> dict[str, Any]:
         row = self._rows[i]
         texts = {suffix: _bytes_of(row[suffix]) for suffix in TEXTS if suffix in row}
-        return _columns_of(texts) | {"image": str(row[""])}
+        return _columns_of(texts) | {"image": str(row[""].relative_to(self.folder))}
 
     def name(self, i: int) -> str:
         return str(self._rows[i][""])

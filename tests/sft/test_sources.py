@@ -115,6 +115,14 @@ def test_all_forms_give_the_same_examples(tmp_path, make):
     assert images.fingerprint() != image_set(images.path).fingerprint()
 
 
+@pytest.mark.parametrize("make", [folder, tars, jsonl], ids=lambda make: make.__name__)
+def test_a_path_from_the_working_directory(tmp_path, make, monkeypatch):
+    place = make(tmp_path / "set")
+    monkeypatch.chdir(tmp_path)
+    images = image_set(place.relative_to(tmp_path))
+    assert images[2].image.getpixel((0, 0)) == (100, 100, 100) and images[2].captions[0].text == LONG[2]
+
+
 def test_rows_are_named_by_their_files(tmp_path):
     assert image_set(folder(tmp_path / "a")).name(2) == str(tmp_path / "a/deeper/c.png")
     assert image_set(tars(tmp_path / "b")).name(2) == f"{tmp_path / 'b/shard-1.tar'}: train/002"
