@@ -1,4 +1,4 @@
-"""Latents and fused text of a set of images, encoded once and kept on disk (training/encoded.py).
+"""Latents and fused text of a set of images, encoded once and kept on disk (training/shard_cache.py).
 
 Each row is read once: its image is scaled and cropped to a bucket of each resolution that it is large enough for, and
 encoded. A shard also says what was cropped, and why a row is left out. Reading opens the file of a row, and holds no
@@ -28,7 +28,7 @@ from posttrain.sft import buckets
 from posttrain.sft.buckets import Box, Size
 from posttrain.sft.config import ImageSetConfig
 from posttrain.sft.dataset import Example, ImageSet
-from posttrain.training.encoded import Shards, facts_of, warn_of_cut
+from posttrain.training.shard_cache import Shards, facts_of, warn_of_cut
 
 VERSION = 1
 SMALL, CUT, TWICE = "too small", "cut too much", "there twice"

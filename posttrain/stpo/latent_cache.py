@@ -1,4 +1,4 @@
-"""Latents and fused text of a set of pairs, encoded once and kept on disk (training/encoded.py).
+"""Latents and fused text of a set of pairs, encoded once and kept on disk (training/shard_cache.py).
 
 A shard also says why some of its rows are no pairs. Reading opens the file of a row, and holds no latents in memory.
 
@@ -26,7 +26,7 @@ from posttrain.preferences.sources import Skipped, Tally
 from posttrain.runs import startup
 from posttrain.stpo.config import PairSetConfig
 from posttrain.stpo.losses import label
-from posttrain.training.encoded import Shards, facts_of, warn_of_cut
+from posttrain.training.shard_cache import Shards, facts_of, warn_of_cut
 
 VERSION = 2  # 1: images were read without their orientation and transparency
 

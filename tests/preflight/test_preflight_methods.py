@@ -16,7 +16,7 @@ from posttrain.preflight import tdm as preflight_tdm
 from posttrain.sft import train as sft
 from posttrain.stpo import train as stpo
 from posttrain.tdm import train as tdm
-from posttrain.training import encoded
+from posttrain.training import shard_cache
 from tests.helpers import expander_runs, pair_runs, runs
 from tests.preflight.test_preflight import failed, table
 
@@ -156,5 +156,5 @@ def test_few_pairs_stand_for_the_set(tmp_path, model):
     from posttrain.preflight.stpo import Few
 
     few = Few(read_preferences(runs.pairs(tmp_path, 100)))
-    assert len(few) == 32 and few.places[0] == 0 and few.places[-1] == 99 and encoded.SHARD >= 32
+    assert len(few) == 32 and few.places[0] == 0 and few.places[-1] == 99 and shard_cache.SHARD >= 32
     assert few.name(31) == few.whole.name(99)
