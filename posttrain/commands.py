@@ -88,6 +88,16 @@ COMMANDS: dict[str, Command] = {
     "demo": Command(
         "posttrain.project:DemoConfig", "posttrain.project:demo", "carry out the whole of post-training on K2-nano"
     ),
+    "sft": TrainsK2(
+        "posttrain.sft.config:SFTConfig",
+        "posttrain.sft.train:train",
+        "finetune on images with captions and write a run directory",
+        title="supervised finetuning on images with captions",
+        prompts=("heldout",),
+        kept_prompts=("heldout",),
+        reads={"model.start": "checkpoint", "images.train": "set of images", "turbo": "checkpoint"},
+        frozen=("lora", "seed", "heldout", "turbo", "turbo_steps", *EVALUATED),
+    ),
     "stpo": TrainsK2(
         "posttrain.stpo.config:STPOConfig",
         "posttrain.stpo.train:train",
@@ -122,12 +132,12 @@ COMMANDS: dict[str, Command] = {
     "preflight": Command(
         "posttrain.grpo.config:GRPOConfig",
         "posttrain.preflight.run:preflight",
-        "check and time a recipe of grpo, stpo, tdm, pairs or expander gdpo before a run",
+        "check and time a recipe of grpo, sft, stpo, tdm, pairs or expander gdpo before a run",
         about="Runs a small step with the code of that command and discards it: no run directory is made or changed."
         " Prints a table of what each check measured, with a remedy where one failed, and of the time and memory that"
         " the run will take. Exit code 1 if a check failed.",
         # Also grpo's, whose settings these are.
-        recipes_of=("stpo", "tdm", "pairs", "expander gdpo"),
+        recipes_of=("sft", "stpo", "tdm", "pairs", "expander gdpo"),
     ),
     "pairs": Command(
         "posttrain.pairs.config:PairsConfig",

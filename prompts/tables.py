@@ -177,7 +177,7 @@ class Parquet:
         return f"{self.files[file]} row {i - self._firsts[file]}"
 
     def fingerprint(self, images: Sequence[str]) -> str:
-        return self._fingerprint or _stamp(self.files)
+        return self._fingerprint or stamp(self.files)
 
 
 class HubDataset:
@@ -348,7 +348,7 @@ def _chosen(source: str, path: str, splits: Sequence[str]) -> str:
 
 def _fingerprint(table: JsonLines | Rows, images: Sequence[str]) -> str:
     """Of a table's file and of the files that its columns `images` name."""
-    digest = hashlib.sha256(_stamp([table.path]).encode())
+    digest = hashlib.sha256(stamp([table.path]).encode())
     for i in range(len(table)):
         try:
             row = table[i]
@@ -359,11 +359,11 @@ def _fingerprint(table: JsonLines | Rows, images: Sequence[str]) -> str:
             value = row.get(name)
             paths = value if isinstance(value, list) else [value]
             files += [table.folder / path for path in paths if isinstance(path, str)]
-        digest.update(_stamp([file for file in files if os.path.isfile(file)]).encode())
+        digest.update(stamp([file for file in files if os.path.isfile(file)]).encode())
     return digest.hexdigest()
 
 
-def _stamp(files: Sequence[Path]) -> str:
+def stamp(files: Sequence[Path]) -> str:
     """A hash of names, sizes and modification times: hashing the images of a large set would take hours."""
     facts = []
     for file in files:

@@ -15,11 +15,12 @@ from statistics import fmean
 
 from posttrain.errors import UserError
 from posttrain.grpo.config import GRPOConfig
-from posttrain.model import flops
+from posttrain.model import flops, sampler
+from posttrain.sft.config import SFTConfig
 from posttrain.stpo.config import STPOConfig
 from posttrain.tdm.config import TDMConfig
 
-Recipe = GRPOConfig | STPOConfig | TDMConfig
+Recipe = GRPOConfig | SFTConfig | STPOConfig | TDMConfig
 Size = Sequence[int]
 
 
@@ -69,6 +70,8 @@ def step(recipe: Recipe, cost: Cost, gpus: int, size: Size) -> Work:
     if isinstance(recipe, GRPOConfig):
         return _grpo(recipe, cost, gpus, size)
     own = math.ceil(recipe.batch / gpus)
+    if isinstance(recipe, SFTConfig):
+        return Work(own * cost.train(size))
     if isinstance(recipe, STPOConfig):
         return Work(own * _stpo(recipe, cost, own, gpus, size))
     return Work(own * _tdm(recipe, cost, size))
@@ -129,7 +132,11 @@ def evaluation(recipe: Recipe, cost: Cost, gpus: int) -> Work:
     images, forwards = _images(recipe, gpus), [e.steps * (2 if scale else 1) for scale in e.guidance]
     if isinstance(recipe, TDMConfig):
         forwards = list(recipe.student.steps)
+    if isinstance(recipe, SFTConfig) and recipe.turbo is not None:
+        forwards.append(recipe.turbo_steps or sampler.STEPS[True])
     flop = images * sum(forwards) * cost.forward(size)
+    if isinstance(recipe, SFTConfig):  # the policy on held-out images
+        flop += math.ceil(recipe.images.measured / gpus) * cost.forward(size)
     if isinstance(recipe, STPOConfig):  # both images of held-out pairs, by the policy and the reference
         flop += math.ceil(recipe.pairs.measured / gpus) * 2 * (cost.forward(size) + cost.reference(size))
     if isinstance(recipe, TDMConfig):  # the fake score's loss on held-out prompts

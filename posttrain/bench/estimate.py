@@ -28,6 +28,7 @@ from posttrain.model import flops
 from posttrain.model.blocks import RESERVE
 from posttrain.pairs.config import PairsConfig
 from posttrain.pairs.planning import quotas
+from posttrain.sft.config import SFTConfig
 from posttrain.stpo.config import STPOConfig
 
 
@@ -69,6 +70,8 @@ class Estimate:
 def method_of(recipe: Recipe) -> str:
     if isinstance(recipe, GRPOConfig):
         return "grpo"
+    if isinstance(recipe, SFTConfig):
+        return "sft"
     return "stpo" if isinstance(recipe, STPOConfig) else "tdm"
 
 

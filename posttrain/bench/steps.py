@@ -1,6 +1,6 @@
 """The steps that `posttrain bench` times: each method's own code on random features, latents and rewards.
 
-Steps of grpo, stpo and tdm come from a run's own loop, from its first step on, with everything that is due in them.
+Steps of grpo, sft, stpo and tdm come from a run's own loop, from its first step on, with all that is due in them.
 Prompts cost no time unless `encode` is set; rewards cost none, because judges are assumed to run on other GPUs.
 """
 
@@ -28,6 +28,10 @@ from posttrain.grpo.rollout import Trajectory, Transition, rollout
 from posttrain.model import sampler
 from posttrain.model.fp8 import add_copies
 from posttrain.model.k2 import K2, Encoding, Text, to_pil
+from posttrain.sft import train as sft
+from posttrain.sft.cache import Crop, EncodedImages, Kept
+from posttrain.sft.config import ImageSetConfig, SFTConfig
+from posttrain.sft.order import Order
 from posttrain.stpo import train as stpo
 from posttrain.stpo.config import PairSetConfig, STPOConfig
 from posttrain.stpo.latent_cache import EncodedPair, EncodedPairs
@@ -63,6 +67,21 @@ class RandomPairs(EncodedPairs):
     def __getitem__(self, i: int) -> EncodedPair:
         chosen, rejected = self._steps.latents(2, i).cpu()
         return EncodedPair(chosen, rejected, self._steps.next_text(), 1.0, self._steps.size)
+
+
+class RandomImages(EncodedImages):
+    """Images of random latents without a cache, none of them cropped; each read takes the next of the bench's texts."""
+
+    def __init__(self, steps: Steps, images: int):
+        self._steps = steps
+        height, width = steps.size
+        whole = Crop(steps.size, (0.0, 0.0, float(width), float(height)))
+        self.images = [Kept(i, i, steps.size, [], [whole]) for i in range(images)]
+        self.entries = [(i, 0) for i in range(images)]
+        self.size = np.array([steps.size] * images)
+
+    def read(self, entry: int, choice: float) -> tuple[Tensor, Tensor]:
+        return self._steps.latents(1, entry)[0].cpu(), self._steps.next_text()
 
 
 class BenchClock(Clock):
@@ -124,10 +143,10 @@ class Steps:
     def run(self, method: str, index: int, lap: Lap) -> None:
         """Runs step `index`, counted from 0, which calls `lap` with the name of each stage when the stage ends.
 
-        Steps of grpo, stpo and tdm must be run in order, as in a run.
+        Steps of grpo, sft, stpo and tdm must be run in order, as in a run.
         """
         self.lap = lap
-        loops = {"grpo": self._grpo, "stpo": self._stpo, "tdm": self._tdm}
+        loops = {"grpo": self._grpo, "sft": self._sft, "stpo": self._stpo, "tdm": self._tdm}
         if method in loops:
             if method not in self._loops:
                 self._loops[method] = loops[method]()
@@ -195,6 +214,14 @@ class Steps:
             )
             for step, metrics, _ in steps:
                 yield step, metrics
+
+    def _sft(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        config = self._sft_config
+        images, micro_batch = RandomImages(self, config.batch), self._micro_batch(config.micro_batch)
+        order = Order(dict.fromkeys(range(config.batch), self.size), config.batch, config.seed)
+        return sft.updates(
+            self.k2, config, images, order, self._stepper, count(1), self.procs, micro_batch, BenchClock(self)
+        )
 
     def _stpo(self) -> Iterator[tuple[int, dict[str, Any]]]:
         config = self._stpo_config
@@ -312,6 +339,12 @@ class Steps:
         config.sampling.steps, config.sampling.window, config.loss.kl = self.config.steps, 1, 0.0
         config.groups.prompts_per_step, config.groups.group_size = self.procs.size, self.config.batch
         config.groups.micro_batch = self.config.batch
+        return config
+
+    @cached_property
+    def _sft_config(self) -> SFTConfig:
+        config = self._empty(SFTConfig, images=ImageSetConfig("none", drop_caption=0.0))
+        config.batch, config.micro_batch = self.procs.size * self.config.batch, self.config.batch
         return config
 
     @cached_property

@@ -3,8 +3,8 @@
     python -m posttrain.config.metrics      # prints docs/metrics.md
 
 A metric of an evaluation is logged as `eval/NAME`; a recipe and summary.json call it NAME. A suffix tells how the
-images were drawn: `@2.5` with this guidance, `@8steps` in this number of steps. `pairs/NAME` is the training metric
-NAME on held-out pairs.
+images were drawn: `@2.5` with this guidance, `@8steps` in this number of steps, `@turbo` on a Turbo. `pairs/NAME` is
+the training metric NAME on held-out pairs.
 """
 
 from __future__ import annotations
@@ -131,6 +131,11 @@ METRICS = (
     Metric("conflict", "1 if the gradients of both images oppose each other in this update", "0 or 1"),
     Metric("cosine", "Cosine of the velocity errors of the chosen and the rejected image", "[-1, 1]"),
     Metric("gradient/*", "Share of this term in the sum of the terms' gradient norms", "[0, 1]"),
+    # Supervised finetuning.
+    Metric("cropped", "Share of the step's images that the crop to their bucket cut something off", "[0, 1]"),
+    Metric("cropped_area", "Mean share of an image's area that the crop cut off", "[0, 1]"),
+    Metric("dropped", "Share of the step's images that were trained with the empty caption", "[0, 1]"),
+    Metric("image_tokens", "Image tokens of the step's bucket", "tokens"),
     # Distillation.
     Metric("fake_updates", "Updates of the fake score in this step", "updates"),
     Metric("fake_loss", "Flow-matching loss of the fake score on the student's images", ">= 0", "lower"),
@@ -236,6 +241,21 @@ EVALUATION = (
         "[0, 1]",
         "lower",
     ),
+    Metric(
+        "heldout/loss",
+        "Mean squared error of the velocity on images that are not trained on, at fixed times and noise",
+        ">= 0",
+        "lower",
+    ),
+    Metric("heldout/gain", "By what share that error is below the base's", "<= 1", "higher", None, ("the base", 0.0)),
+    Metric(
+        "heldout/drift",
+        "Mean squared distance of the policy's velocity from the base's there",
+        ">= 0",
+        "",
+        "divergence",
+    ),
+    Metric("heldout/*_t[1-4]", "The same over one of four equal parts of the noise levels, lowest first"),
     Metric("pairs/*_t[1-4]", "The same over one of four equal parts of the noise levels, lowest first"),
 )
 """What evaluations log besides: `eval/NAME`, and `teacher/NAME` for the teacher of a distillation."""
@@ -252,7 +272,7 @@ def find(name: str) -> Metric | None:
     figure = name.removeprefix(prefix).partition("@")[0]
     found = _first(EVALUATION, figure) or _first(METRICS, figure.removeprefix("pairs/"))
     # Rewards have names of the user's choice, but none of them is in a group.
-    return found or (None if figure.startswith("pairs/") else SCORE)
+    return found or (None if figure.startswith(("pairs/", "heldout/")) else SCORE)
 
 
 def _first(metrics: Iterable[Metric], name: str) -> Metric | None:

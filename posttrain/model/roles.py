@@ -139,15 +139,17 @@ class Roles:
         return any(fuses_text(name) and set(layer.scales) - {STAGES} for name, layer in self._layers)
 
     @contextlib.contextmanager
-    def role(self, name: str | None, fp8: bool = False) -> Iterator[None]:
-        """Runs as this role, then restores the previous one. None is base and stack, which are the reference.
+    def role(self, name: str | None, fp8: bool = False, beside: Sequence[str] = ()) -> Iterator[None]:
+        """Runs as this role, then restores the previous one. None is base and stack, which are the reference. `beside`
+        are adapters whose changes are added to it.
 
         With `fp8`, linears multiply by their copies in fp8, where they have them (fp8.add_copies).
         """
-        if name is not None and name not in self.roles:
-            raise ValueError(f"no role {name!r}; there are {sorted(self.roles)}")
+        for asked in (name, *beside):
+            if asked is not None and asked not in self.roles:
+                raise ValueError(f"no role {asked!r}; there are {sorted(self.roles)}")
         stack = [STAGES] if self.has_stack else []
-        names = stack if name is None else [*stack, name]
+        names = [*stack, *([] if name is None else [name]), *beside]
         with switched(self._active, [*names, FP8] if fp8 else names):
             yield
 

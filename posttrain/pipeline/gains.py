@@ -3,6 +3,7 @@
 | command | figures | before |
 |---|---|---|
 | pairs | share of pairs whose order a heldout_only reward, which did not choose them, agrees with | of all candidates |
+| sft | heldout/loss and heldout/gain of held-out images, and the rewards | |
 | stpo | the rewards, and pairs/accuracy of held-out pairs | |
 | grpo | the rewards, and `reward`, the weighted mean of the trained rewards except gates | |
 | tdm | the rewards, in the student's number of steps | the starting model in the same number of steps |
@@ -45,6 +46,9 @@ def gains(stage: Stage) -> list[Gain]:
     summary = read_json(stage.output / "summary.json")
     before, after = summary.get("before") or {}, summary.get("after") or {}
     result = []
+    if stage.command == "sft":
+        for name in ("heldout/loss", "heldout/gain"):
+            result.append(Gain(stage.name, name, True, before.get(name), after.get(name)))
     if stage.command == "stpo":
         result.append(Gain(stage.name, ACCURACY, True, before.get(ACCURACY), after.get(ACCURACY)))
     if stage.command == "grpo":
@@ -77,7 +81,7 @@ def _figures(stage: Stage) -> list[tuple[str, bool]]:
         return [("loss", True), ("mean_token_accuracy", False)]
     if stage.command not in (*TRAINING, "expander gdpo"):
         return []
-    # stpo and tdm only measure rewards
+    # the others only measure rewards
     learns = stage.command in ("grpo", "expander gdpo")
     rewards = [(spec.name, learns and not spec.heldout_only) for spec in stage.config.rewards]
     if stage.command == "expander gdpo":

@@ -143,7 +143,7 @@ def _check_inputs(stage: Stage, earlier: list[Stage]) -> None:
             _check_input(stage, field if len(paths) == 1 else f"{field}[{i}]", kind, path, earlier)
     for field in row.prompts:
         source = _at(config, field)
-        if not source.startswith("hf:"):
+        if source is not None and not source.startswith("hf:"):
             _check_enough(command, config, field, len(read_prompts(source)))
 
 

@@ -30,7 +30,7 @@ class Skipped:
 
 @dataclass
 class Tally:
-    """Counts the rows of a set that are left out."""
+    """Counts the rows of a set of pairs or of images that are left out."""
 
     path: str
     rows: int
@@ -38,6 +38,8 @@ class Tally:
     max_bad: float
     bad: list[Skipped] = field(default_factory=list)
     ties: int = 0
+    noun: str = "pair"
+    """What a row is."""
 
     def add(self, row: Skipped) -> None:
         """Raises UserError, with the first reasons, if there are too many bad rows, or if no pair is left."""
@@ -53,7 +55,8 @@ class Tally:
             )
         if len(self.bad) + self.ties == self.rows:
             reasons = f"; {self.first()}" if self.bad else ""
-            raise UserError(f"{self.path}: no pair to learn from: all {self.rows} rows are ties or bad{reasons}")
+            what = "ties or bad" if self.noun == "pair" else "bad"
+            raise UserError(f"{self.path}: no {self.noun} to learn from: all {self.rows} rows are {what}{reasons}")
 
     def first(self) -> str:
         """The first bad rows with their reasons."""

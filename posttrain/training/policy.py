@@ -10,6 +10,7 @@ earlier runs that it was trained on top of (`origin.merged`), and loading it loa
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from posttrain.training import checkpoint
 from posttrain.training.checkpoint import Checkpoint
 
 POLICY = "policy"
+B = "lora_B.weight"
 
 
 # ---- the base -------------------------------------------------------------------------------------------------
@@ -122,7 +124,7 @@ def earlier_of(saved: Checkpoint) -> list[Checkpoint]:
         if not path.is_dir():
             raise UserError(f"{path}: is gone, and {saved.path} was trained on top of it; put it back")
         found.append(checkpoint.load(path))  # which compares all checksums with its manifest
-        if _sum(found[-1]) != entry["sha256"]:
+        if digest_of(found[-1]) != entry["sha256"]:
             raise UserError(f"{path}: has changed since {saved.path} was trained on top of it; restore it")
     return found
 
@@ -168,7 +170,12 @@ def is_student(saved: Checkpoint) -> bool:
 def _stack(k2: K2, earlier: Checkpoint) -> None:
     add_saved_policy(k2, earlier)
     k2.stack_role(POLICY)  # from now on it is part of the base, under every role
-    k2.origin["merged"].append({"path": _relative(earlier.path), "sha256": _sum(earlier)})
+    k2.origin["merged"].append({"path": _relative(earlier.path), "sha256": digest_of(earlier)})
+
+
+def base_of(saved: Checkpoint) -> str | None:
+    """Fingerprint of the base that a checkpoint was trained on; None where an older one does not say it."""
+    return _origin(saved)["base"]
 
 
 def _origin(saved: Checkpoint) -> dict[str, Any]:
@@ -182,7 +189,8 @@ def _relative(path: Path) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def _sum(saved: Checkpoint) -> str:
+def digest_of(saved: Checkpoint) -> str:
+    """A hash of what a checkpoint's run trained."""
     manifest = json.loads((saved.path / "manifest.json").read_text())
     return manifest[f"{file_of(saved.state['lora'])}.safetensors"]["sha256"]
 
@@ -225,6 +233,24 @@ def load_policy(k2: K2, saved: Checkpoint) -> None:
             " restore lora, or start another run"
         )
     k2.load_role_state_dict(POLICY, saved.tensors[file_of(own)])
+
+
+def scaled_factors(stages: Sequence[Checkpoint]) -> dict[str, Tensor]:
+    """The factors of the adapters of some checkpoints as those of one, with the scales in B: their ranks side by side.
+
+    Raises UserError if one of them trained all weights.
+    """
+    for stage in stages:
+        if stage.state["lora"] is None:
+            raise UserError(f"{stage.path} has no adapter, all weights were trained")
+    factors: dict[str, list[Tensor]] = {}
+    for stage in stages:
+        # LoRA's effect is alpha / rank times B A.
+        scale = stage.state["lora"]["alpha"] / stage.state["lora"]["rank"]
+        for key, value in stage.tensors["adapter"].items():
+            factors.setdefault(key, []).append(value * scale if key.endswith(B) else value)
+    # Ranks side by side add up: [B1 B2] [A1; A2] = B1 A1 + B2 A2.
+    return {key: torch.cat(parts, dim=1 if key.endswith(B) else 0) for key, parts in factors.items()}
 
 
 def described(k2: K2) -> dict[str, Any] | None:

@@ -112,7 +112,7 @@ def settings():
     return made
 
 
-@pytest.mark.parametrize("method", ["step", "stpo", "tdm"])
+@pytest.mark.parametrize("method", ["step", "sft", "stpo", "tdm"])
 def test_counts_what_a_step_does(method, settings):
     """Texts are of one length here: torch counts padding too. In stpo's first step the shares of its terms are due:
     velocities without gradient first, then chosen and rejected images twice each (the hinge has nothing to pull)."""
@@ -120,7 +120,7 @@ def test_counts_what_a_step_does(method, settings):
     steps = Steps(fresh, settings, (64, 64), Processes())
     steps._texts = [fresh.fuse(fresh.random_features(8))]
     forwards = Forwards(fresh, RANK)
-    expected, found = {"step": [(0, 4), (0, 4)], "stpo": [(8, 8), (4, 4)]}, {}
+    expected, found = {"step": [(0, 4), (0, 4)], "sft": [(0, 4), (0, 4)], "stpo": [(8, 8), (4, 4)]}, {}
     for index in range(2):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             steps.run(method, index, lambda stage: None)
@@ -165,7 +165,7 @@ def test_bench_and_plans(tmp_path, capsys, model):
     assert (tmp_path / "bench/bench.md").read_text() in printed + "\n"
     result = json.loads((tmp_path / "bench/bench.json").read_text())
     rows = {row["method"]: row for row in result["rows"]}
-    assert list(rows) == ["rollout", "step", "stpo", "grpo", "tdm", "expander"]
+    assert list(rows) == ["rollout", "step", "sft", "stpo", "grpo", "tdm", "expander"]
     for row in rows.values():
         network = sum(ms for stage, ms in row["ms"].items() if stage not in ("decode", "prepare"))
         assert row["share"] == pytest.approx(row["tflops"] / result["matmul"]["tflops"])

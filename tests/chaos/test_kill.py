@@ -21,7 +21,17 @@ import pytest
 from tests.chaos import methods
 from tests.helpers import runs, warm
 
-KILLS = {"stpo": 6, "grpo": 6, "tdm": 5, "pairs": 5, "expander gdpo": 4, "expander sft": 4, "judge": 4, "run": 4}
+KILLS = {
+    "sft": 5,
+    "stpo": 6,
+    "grpo": 6,
+    "tdm": 5,
+    "pairs": 5,
+    "expander gdpo": 4,
+    "expander sft": 4,
+    "judge": 4,
+    "run": 4,
+}
 
 
 @pytest.mark.parametrize(("method", "number"), [(m, n) for m in methods.METHODS for n in range(KILLS[m])])

@@ -13,6 +13,7 @@ SMALL = {
     "stpo": [
         *EVAL, "--steps", "1", "--batch", "2", "--micro_batch", "2", "--pairs.heldout", "0.5", "--pairs.measured", "4",
     ],
+    "sft": [*EVAL, "--steps", "1", "--batch", "2", "--micro_batch", "2", "--images.measured", "4"],
     "tdm": [*EVAL, "--steps", "2", "--batch", "2", "--micro_batch", "2", "--fake.warmup", "1"],
     "sample": ["--steps", "1"],
     "judge": ["--steps", "1", "--batch", "4", "--micro_batch", "4", "--workers", "0"],
@@ -31,6 +32,7 @@ SMALL = {
     "report": [],
     "bench": ["--methods", "[rollout,grpo]", "--repeats", "1", "--stock", "false", "--warmup", "2"],
     "posttrain.pipeline.ranks": [],
+    "posttrain.nano.world.styled": ["--images", "24", "--heldout", "4"],
     "posttrain.nano.world.judge_data": ["--pairs", "24", "--faults", "24"],
 }  # fmt: skip
 MORE = {
@@ -98,6 +100,7 @@ NOT_RUN = {
     "python -m posttrain.bench.checkpoint": SCALE + "tests/training/test_checkpoint.py checks its parts",
     "python -m posttrain.nano.bench.grpo": "dozens of runs of posttrain grpo, whose recipes run here",
     "python -m posttrain.nano.bench.noise": "six runs of posttrain grpo, whose recipe runs here",
+    "python -m posttrain.nano.bench.sft": "three runs of posttrain sft, whose recipe runs here",
     "python -m posttrain.nano.bench.stpo": "dozens of runs of posttrain pairs and stpo, whose recipes run here",
     "python -m posttrain.nano.bench.expander": "runs of posttrain expander sft and gdpo, whose recipes run here",
     "python -m posttrain.nano.bench.pipeline": "runs of the nano pipeline, whose recipes run here",

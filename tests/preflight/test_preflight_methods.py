@@ -13,9 +13,10 @@ from posttrain.commands import COMMANDS
 from posttrain.model.k2 import K2
 from posttrain.preflight import common
 from posttrain.preflight import tdm as preflight_tdm
-from posttrain.stpo import latent_cache
+from posttrain.sft import train as sft
 from posttrain.stpo import train as stpo
 from posttrain.tdm import train as tdm
+from posttrain.training import shard_cache
 from tests.helpers import expander_runs, pair_runs, runs
 from tests.preflight.test_preflight import failed, table
 
@@ -71,6 +72,25 @@ def test_stpo_whose_gradient_is_none(check, tmp_path, model, monkeypatch):
 
     monkeypatch.setattr(stpo, "preference_terms", broken)
     rows, _ = check(runs.stpo_config(tmp_path, model), 1)
+    assert {"loss and gradient", "policy moves"} <= set(failed(rows)) and rows["export"][0] == "skipped"
+
+
+def test_sft(check, tmp_path, model, monkeypatch):
+    config = runs.sft_config(tmp_path, model)
+    config.batch, config.heldout = 20, None
+    (tmp_path / "captioned/000.txt").write_text("")
+    rows, err = check(config, 0)
+    assert list(rows) == [
+        "adapter", "images", "judges", "evaluation", "loss and gradient", "policy moves", "further updates", "memory",
+        "step", "run", "export",
+    ]  # fmt: skip
+    assert {result for result, _ in rows.values()} == {"pass", "skipped"} and rows["judges"][0] == "skipped"
+    assert "19 encoded, 1 left out, 0 captions cut" in rows["images"][1] and "for all 20" in rows["images"][1]
+    assert "bit-identical" in rows["policy moves"][1] and "s for 20 images (update" in rows["step"][1]
+    for phase in ("the model is read", "images are encoded", "update", "export", "done"):
+        assert f" s: {phase}\n" in err
+    monkeypatch.setattr(sft, "flow_loss", lambda v, target: (v - target).sum((1, 2)) * float("nan"))
+    rows, _ = check(config, 1)
     assert {"loss and gradient", "policy moves"} <= set(failed(rows)) and rows["export"][0] == "skipped"
 
 
@@ -136,5 +156,5 @@ def test_few_pairs_stand_for_the_set(tmp_path, model):
     from posttrain.preflight.stpo import Few
 
     few = Few(read_preferences(runs.pairs(tmp_path, 100)))
-    assert len(few) == 32 and few.places[0] == 0 and few.places[-1] == 99 and latent_cache.SHARD >= 32
+    assert len(few) == 32 and few.places[0] == 0 and few.places[-1] == 99 and shard_cache.SHARD >= 32
     assert few.name(31) == few.whole.name(99)
