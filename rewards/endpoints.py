@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from openai import APIConnectionError, APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from rewards.traffic import BACKOFF, JITTER, Sent, ServerState, state_of
 
 T = TypeVar("T")
@@ -122,7 +122,7 @@ class Endpoints:
                     wait = max(wait, JITTER.uniform(0, ceiling))
                 refusals += 1
             if refusals > self.retries:
-                raise JudgeError(f"{len(errors)} attempts failed: {errors[-1]}")
+                raise JudgeError(f"{counted(len(errors), 'attempt')} failed: {errors[-1]}")
             if loop.time() + wait > until:
                 raise JudgeError(f"no answer within {self.deadline:g} s: {errors[-1]}")
             await asyncio.sleep(wait)

@@ -23,7 +23,7 @@ from urllib.parse import quote
 from openai import APIResponseValidationError, AsyncOpenAI, RequestOptions
 from PIL import Image
 
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from prompts.parse import parse_json
 from prompts.templates import Template, spelled
 from rewards.encode import EncodedImage, encode, encode_async
@@ -145,7 +145,7 @@ class Judge:
         try:
             choice = response["choices"][0]
             if choice["finish_reason"] == "length":  # cut JSON would be malformed, for a reason that it does not tell
-                raise JudgeError(f"the answer is longer than {self.max_text_tokens} tokens")
+                raise JudgeError(f"the answer is longer than {counted(self.max_text_tokens, 'token')}")
             content = choice["message"]["content"]
             answer = parse_json(content)
         except (KeyError, IndexError, TypeError, ValueError):

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
+from posttrain.errors import counted
 from posttrain.model import architecture, sampler
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.preflight.checks import Row, Skip, run_check
 from posttrain.preflight.round_trip import round_trip
-from posttrain.report.format import counted
 from posttrain.runs.progress import duration
 from posttrain.runs.run import peak_memory
 from posttrain.training.evaluate import Evaluation, Evaluator, SamplingSettings
@@ -138,11 +138,12 @@ class K2Checks(Checks):
         trained, role = self.k2.role_named_parameters(POLICY), self.k2.roles[POLICY]
         weights = f"{sum(parameter.numel() for parameter in trained.values()) / 1e6:.3g} M weights"
         if role is None:
-            yield Row("adapter", True, f"none: {weights} in {len(trained)} tensors are trained themselves")
+            yield Row("adapter", True, f"none: {weights} in {counted(len(trained), 'tensor')} are trained themselves")
             return
         layers = {name.partition(".lora_")[0] for name in trained}
         blocks, targets = len(architecture.blocks(self.k2.transformer)), len(set(role.targets))
-        measured = f"{len(layers)} layers adapted in {blocks} blocks, {targets} are named for each; {weights}"
+        places = f"{counted(len(layers), 'layer')} adapted in {counted(blocks, 'block')}"
+        measured = f"{places}, {targets} are named for each; {weights}"
         yield Row("adapter", len(layers) == blocks * targets > 0, measured, "name in lora.targets what the blocks have")
 
     def judged_images(self) -> tuple[list[Any], Sequence[PromptRecord]]:

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from posttrain.distributed.processes import Processes
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.log import log
 from posttrain.model import sampler
 from posttrain.model.architecture import text_weights
@@ -145,7 +145,7 @@ def encode_pairs(k2: K2, preferences: Preferences, config: PairSetConfig, procs:
             tally.add(row)
         if procs.main and time.monotonic() - last > 10:  # seconds
             done = min(len(preferences), SHARD * (shards - len(due) + turn + 1))
-            log.info(f"encoded {done} of {len(preferences)} pairs into {folder}")
+            log.info(f"encoded {done} of {counted(len(preferences), 'pair')} into {folder}")
             last = time.monotonic()
     procs.all_gather(None)
     pairs = EncodedPairs(folder, shards, config.heldout, preferences.tally())
@@ -296,13 +296,13 @@ def _say(preferences: Preferences, pairs: EncodedPairs, max_tokens: int) -> None
     """Which rows are left out, and which prompts are cut."""
     tally, where = pairs.tally, f"{preferences.path}:"
     if tally.ties:
-        log.info(f"{where} {tally.ties} of {tally.rows} rows are ties and left out")
+        log.info(f"{where} {tally.ties} of {counted(tally.rows, 'row')} left out as ties")
     if tally.bad:
-        log.warning(f"{where} {len(tally.bad)} of {tally.rows} rows are bad and left out: {tally.first()}")
+        log.warning(f"{where} {len(tally.bad)} of {counted(tally.rows, 'row')} left out as bad: {tally.first()}")
     if pairs.cuts:
         log.warning(
-            f"{len(pairs.cuts)} prompts are longer than pairs.max_tokens ({max_tokens}); up to {max(pairs.cuts)} tokens"
-            " are cut"
+            f"longer than pairs.max_tokens ({max_tokens}): {counted(len(pairs.cuts), 'prompt')}, of which up to"
+            f" {counted(max(pairs.cuts), 'token')} are cut"
         )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from posttrain.errors import counted
 from posttrain.log import log
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
@@ -143,7 +144,8 @@ def warn_of_cut_prompts(k2: K2, records: Sequence[PromptRecord], max_tokens: int
     cuts = [cut for cut in cuts_of_all if cut]
     if cuts:
         log.warning(
-            f"{len(cuts)} prompts are longer than prompts.max_tokens ({max_tokens}); up to {max(cuts)} tokens are cut"
+            f"longer than prompts.max_tokens ({max_tokens}): {counted(len(cuts), 'prompt')}, of which up to"
+            f" {counted(max(cuts), 'token')} are cut"
         )
 
 

@@ -163,7 +163,7 @@ FIRST = "diffusion_model.blocks.0.attn.wq.lora_"
         (lambda s: {f"unet.{k}": v for k, v in s.items()}, r"none of its 48 keys binds to .*\(unet\.diffusion_m"),
         (lambda s: {k.replace("blocks.", "blocks.7"): v for k, v in s.items()}, r"none of its 48 keys .*blocks\.70"),
         (lambda s: s | {"diffusion_model.blocks.9.attn.wq.lora_A.weight": torch.zeros(4, 128)},
-         r"1 of its 49 keys bind to no layer of this model \(diffusion_model\.blocks\.9\.attn\.wq\.lora_A\.weight\)"),
+         r"1 of its 49 keys would bind to no layer .* \(diffusion_model\.blocks\.9\.attn\.wq\.lora_A\.weight\)"),
         (lambda s: s | {"text_encoder.a.lora_A.weight": torch.zeros(1)}, r"1 of its 49 keys .*text_encoder\.a"),
         (lambda s: {k: v for k, v in s.items() if k != f"{FIRST}B.weight"}, r"a factor is missing for .*0\.attn\.wq"),
         (lambda s: s | {f"{FIRST}A.weight": torch.zeros(4, 64)}, r"wq: factors of \[4, 64\] and \[128, 4\] do not fit"),
