@@ -10,7 +10,7 @@ from time import time
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from openai import APIConnectionError, APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
+from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 
 from posttrain.errors import UserError, counted
 from rewards.traffic import BACKOFF, JITTER, Sent, ServerState, state_of
@@ -47,6 +47,16 @@ class Endpoint:
     in_flight: int = 0
     failures: int = 0  # in a row
     probe: asyncio.Task[None] | None = None  # set while the endpoint is dropped
+
+    async def silence(self) -> str:
+        """Why it takes no connection now; empty if it does, since even a refusal is an answer."""
+        try:
+            await self.client.models.list(timeout=CONNECT_SECONDS)
+        except APIConnectionError as error:
+            return f"{self.url}: {_reason(error)}"
+        except (APIError, ValueError):  # what it says to a question is another matter
+            pass
+        return ""
 
 
 class Endpoints:

@@ -65,6 +65,17 @@ class Judge:
         if self.concurrency < 1:
             raise UserError(f"judge {self.model}: concurrency: {self.concurrency}: use 1 or more")
 
+    async def silent(self) -> list[str]:
+        """URL and reason of each server that takes no connection now, except a recipe's own, which start later.
+
+        Raises UserError for a key or a proxy that no request can be made with.
+        """
+        self._connect()
+        # The address of a recipe's own server is known when it has started.
+        others = [endpoint for endpoint in self._endpoints.endpoints if not isinstance(endpoint.url, ServerURL)]
+        reasons = await asyncio.gather(*(endpoint.silence() for endpoint in others))
+        return [self._without_key(reason) for reason in reasons if reason]
+
     async def p_yes(self, image: Image.Image | EncodedImage | None, template: Template, **fields: str) -> float:
         """P(yes) / (P(yes) + P(no)) at the first answer token; None asks about text alone."""
 
