@@ -13,13 +13,12 @@ from typing import NamedTuple
 import torch
 from accelerate import PartialState
 
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.expander.model import Expander, resolve
 from posttrain.log import log
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.model.lora_file import add_lora, linear_shapes, read_lora
-from posttrain.report.format import counted
 from posttrain.runs.guard import check_new
 from posttrain.sample_config import SampleConfig
 from posttrain.training import checkpoint

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from posttrain.errors import counted
+
 
 def table(result: dict[str, Any]) -> str:
     """`-` marks what was not measured."""
@@ -19,7 +21,7 @@ def table(result: dict[str, Any]) -> str:
         f"{result['processes']} x {result['device']}{memory}, torch {result['environment']['packages']['torch']};"
         f" matmul {rate['width']} cubed in {rate['dtype']}: {rate['tflops']:.4g} TFLOP/s; shares are of this rate.",
         f"Scale {settings['scale']}, batch {settings['batch']}, group {settings['group']}, text {settings['text']},"
-        f" rank {settings['rank']}, {settings['steps']} steps, window {settings['window']}, recompute"
+        f" rank {settings['rank']}, {counted(settings['steps'], 'step')}, window {settings['window']}, recompute"
         f" {'auto' if model['recompute'] is None else model['recompute']}, attention {model['attention']},"
         f" quantize {model['quantize']}, optim {optim['kind']}, encode {settings['encode']}, offload"
         f" {' and '.join(model['offload']) or 'nothing'}.",

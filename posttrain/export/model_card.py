@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 
 from posttrain import commands
+from posttrain.errors import counted
 from posttrain.loading import is_hub_id, without_revision
-from posttrain.report.format import counted
 from posttrain.report.front_matter import card
 from posttrain.report.public import public
 from posttrain.runs.read import read_changes

@@ -23,6 +23,7 @@ from posttrain.config.types import (
     refusal,
     settings,
 )
+from posttrain.errors import counted
 from prompts.pool import PoolConfig
 from rewards.base import RewardSpec
 
@@ -57,8 +58,8 @@ class SamplingConfig:
         if self.window is not None and not 1 <= self.window <= most:
             raise refusal(
                 "window",
-                f"is {self.window}, but {self.steps} steps leave 1 to {most} for noise (the last has none); shorten it"
-                " or raise sampling.steps",
+                f"is {self.window}, but of {counted(self.steps, 'step')} 1 to {most} can have noise (the last has"
+                " none); shorten it or raise sampling.steps",
             )
         # Without a window every step but the last has noise.
         if self.window_start == "sliding" and self.window is None:

@@ -28,7 +28,7 @@ from posttrain.model.lora_file import A, B, layer_of, linear_shapes, read_lora
 from posttrain.model.low_rank import Factors, concatenate
 from posttrain.training import checkpoint
 from posttrain.training.checkpoint import Checkpoint
-from posttrain.training.policy import earlier_of, is_student
+from posttrain.training.policy import earlier_of, is_student, scaled_factors
 
 WHOLE = "weights.safetensors"
 """File of a checkpoint that trained all weights."""

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.loading import check_file, check_finite, some
 from posttrain.model import key_names
 from posttrain.model.adapters.targets import BLOCKS, reaches, target_of
@@ -85,13 +85,14 @@ def read_lora(path: str | Path, shapes: Mapping[str, tuple[int, int]], where: st
         names[layer], parts[kind] = match[1], value.float()
     if not layers:
         raise UserError(
-            f"{where}: none of its {len(tensors)} keys binds to a layer of this model ({some(unbound)}), so it would"
-            " do nothing; give a LoRA for K2 in diffusers' or the original names"
+            f"{where}: none of its {counted(len(tensors), 'key')} binds to a layer of this model ({some(unbound)}),"
+            " so it would do nothing; give a LoRA for K2 in diffusers' or the original names"
         )
     if unbound:
         raise UserError(
-            f"{where}: {len(unbound)} of its {len(tensors)} keys bind to no layer of this model ({some(unbound)}), so"
-            " a part of it would be lost; give a LoRA for this model, or leave those layers out when you train it"
+            f"{where}: {len(unbound)} of its {counted(len(tensors), 'key')} would bind to no layer of this model"
+            f" ({some(unbound)}), so a part of it would be lost; give a LoRA for this model, or leave those layers out"
+            " when you train it"
         )
     if alone := [names[layer] for layer, parts in layers.items() if not {"A", "B"} <= parts.keys()]:
         raise UserError(f"{where}: a factor is missing for {some(alone)}; give a whole LoRA")
@@ -108,7 +109,9 @@ def read_lora(path: str | Path, shapes: Mapping[str, tuple[int, int]], where: st
                 f" {[outputs, inputs]}; give a LoRA of this model"
             )
         if alpha is not None and alpha.numel() != 1:
-            raise UserError(f"{where}: {names[layer]}.alpha has {alpha.numel()} numbers; give a LoRA with one a layer")
+            raise UserError(
+                f"{where}: {names[layer]}.alpha has {counted(alpha.numel(), 'number')}; give a LoRA with one a layer"
+            )
         name = _bare(names[layer])
         scale = scale_of(name, rank, None if alpha is None else float(alpha), stated, where)
         # The scale goes into B, so that factors of several files can be concatenated.

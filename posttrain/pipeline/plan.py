@@ -18,7 +18,7 @@ from posttrain.commands import COMMANDS, HUB
 from posttrain.config.fields import hints, suggestion
 from posttrain.config.load import load_config
 from posttrain.config.recipe import read_recipe
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.export.config import ExportConfig
 from posttrain.loading import is_hub_id
 from posttrain.pipeline.config import PipelineConfig, StageConfig
@@ -194,7 +194,7 @@ def _check_enough(command: str, config: Any, field: str, prompts: int) -> None:
     if field == "prompts.train" and command == "grpo" and config.pool.kind == "adaptive":
         least = config.groups.prompts_per_step + bool(config.groups.refill)
     if prompts < least:
-        raise UserError(f"{field}: has {prompts} prompts, but a step takes {least} different ones; add more")
+        raise UserError(f"{field}: has {counted(prompts, 'prompt')}, but a step takes {least} different ones; add more")
 
 
 def _at(config: Any, field: str) -> Any:

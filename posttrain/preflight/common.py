@@ -19,13 +19,13 @@ from torch import Tensor
 
 from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
+from posttrain.errors import counted
 from posttrain.model import architecture, sampler
 from posttrain.model.adapters.targets import reaches, target_of
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.model.lora_file import linear_shapes
 from posttrain.preflight.checks import Row, Skip, run_check
 from posttrain.preflight.round_trip import round_trip
-from posttrain.report.format import counted
 from posttrain.runs.progress import duration
 from posttrain.runs.run import peak_memory
 from posttrain.training.evaluate import Evaluation, Evaluator, SamplingSettings
@@ -141,13 +141,14 @@ class K2Checks(Checks):
         trained, role = self.k2.role_named_parameters(POLICY), self.k2.roles[POLICY]
         weights = f"{sum(parameter.numel() for parameter in trained.values()) / 1e6:.3g} M weights"
         if role is None:
-            yield Row("adapter", True, f"none: {weights} in {len(trained)} tensors are trained themselves")
+            yield Row("adapter", True, f"none: {weights} in {counted(len(trained), 'tensor')} are trained themselves")
             return
         layers = {name.partition(".lora_")[0] for name in trained}
         named = {layer for layer in linear_shapes(self.k2.base_state_dict()) if reaches(role.targets, layer)}
         outside = {layer for layer in layers if target_of(layer) == layer}
         blocks, targets = len(architecture.blocks(self.k2.transformer)), {target_of(layer) for layer in named - outside}
-        measured = f"{len(layers - outside)} layers adapted in {blocks} blocks, {len(targets)} are named for each"
+        measured = f"{counted(len(layers - outside), 'layer')} adapted in {counted(blocks, 'block')}"
+        measured += f", {len(targets)} are named for each"
         if outside:
             measured += f", and {len(outside)} outside them"
         if self.k2.adapts_text:

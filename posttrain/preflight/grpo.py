@@ -24,7 +24,7 @@ from torch import Tensor
 
 from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.grpo import train as grpo
 from posttrain.grpo import update
 from posttrain.grpo.ahead import roles
@@ -152,7 +152,7 @@ class GRPOChecks(K2Checks):
         for hashed, place in itertools.chain(*self.procs.all_gather(list(zip(hashes, places, strict=True)))):
             if seen.setdefault(hashed, place) != place:
                 doubles.append(f"; {place} is {seen[hashed]}")
-        measured = f"{len(seen)} of {len(seen) + len(doubles)} images are different" + "".join(doubles[:1])
+        measured = f"{len(seen)} of {counted(len(seen) + len(doubles), 'image')} different" + "".join(doubles[:1])
         measured += f" ({self.procs.size} processes)" if self.procs.size > 1 else ""
         remedy = "raise sampling.eta if it is tiny; if not, the seeds are alike: report it"
         yield Row("images differ", not doubles, measured, remedy)
@@ -184,7 +184,8 @@ class GRPOChecks(K2Checks):
         over = [spec for spec, share in zip(self.config.rewards, failed_K) if share > spec.max_failures]
         reasons = "".join(f"; {spec.name}: {scores.failures[spec.name].most_common(1)[0][0]}" for spec in over)
         unscored = int((~scores.valid_NK.any(1)).sum())
-        measured = f"{scores.failed_NK.sum()} of {scores.failed_NK.size} scores failed, {unscored} images have none"
+        measured = f"{scores.failed_NK.sum()} of {counted(scores.failed_NK.size, 'score')} failed"
+        measured += f", {counted(unscored, 'image')} without any"
         if unscored == len(scores.valid_NK):
             remedy = "fix or add a reward: none applies to these prompts, and a step without a score is skipped"
         yield Row("missing scores", not over and unscored < len(scores.valid_NK), measured + reasons, remedy)
@@ -205,7 +206,9 @@ class GRPOChecks(K2Checks):
                 yield Row(f"spread of {name}", None, "it has two scores in no group of this step")
                 continue
             flat = int(flat_PK[rows, k].sum())
-            measured = f"mean within-group std {torch.stack(stds).mean():.3g}; {flat} of {len(stds)} groups are flat"
+            measured = (
+                f"mean within-group std {torch.stack(stds).mean():.3g}; {flat} of {counted(len(stds), 'group')} flat"
+            )
             yield Row(f"spread of {name}", flat < len(stds), measured, remedy)
 
     def planted(self) -> Iterator[Row]:
@@ -268,7 +271,7 @@ class GRPOChecks(K2Checks):
         self.stepper.optimizer.zero_grad(set_to_none=True)  # the update after it starts from no gradient
         norm = float(torch.stack(norms).norm()) if norms else 0.0
         remedy = "raise sampling.eta, or use model.dtype float32" if norm else "this term teaches nothing: report it"
-        return Row(name, 0 < norm < math.inf, f"norm {norm:.3g} over {len(part.x_next)} images", remedy)
+        return Row(name, 0 < norm < math.inf, f"norm {norm:.3g} over {counted(len(part.x_next), 'image')}", remedy)
 
     def update(self) -> Iterator[Row]:
         """Checks that the training policy equals the sampling policy, and that an update changes only the policy."""

@@ -18,6 +18,7 @@ import torch
 
 from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
+from posttrain.errors import counted
 from posttrain.model.k2 import K2
 from posttrain.preferences.dataset import Preference, Preferences, read_preferences
 from posttrain.preferences.sources import Skipped
@@ -109,7 +110,7 @@ class STPOChecks(K2Checks):
         bad, cut = len(self.pairs.tally.bad), len(self.pairs.cuts)
         count = len(self.pairs.train) + len(self.pairs.heldout)
         each = f"{self.encoding:.2g} s a row, about {duration(self.encoding * self.total)} for all {self.total}"
-        measured = f"{count} encoded, {bad} bad, {cut} prompts cut at pairs.max_tokens; {each}"
+        measured = f"{count} encoded, {bad} bad, {counted(cut, 'prompt')} cut at pairs.max_tokens; {each}"
         yield Row("pairs", count > 0, measured, "look at pairs.columns and at the rows that are named on stderr")
 
     def update(self) -> Iterator[Row]:

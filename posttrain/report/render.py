@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from markupsafe import Markup, escape
 from PIL import Image
 
+from posttrain.errors import counted
 from posttrain.report.format import aligned, cell, change, number, shown
 
 FOLDER = Path(__file__).parent
@@ -55,7 +56,7 @@ ENVIRONMENT = Environment(
     lstrip_blocks=True,
 )
 ENVIRONMENT.filters |= {"aligned": aligned, "breakable": breakable, "cell": cell, "number": number, "shown": shown}
-ENVIRONMENT.globals |= {"change": change, "colour": colour}
+ENVIRONMENT.globals |= {"change": change, "colour": colour, "counted": counted}
 
 
 def page(template: str, title: str, **data: Any) -> str:

@@ -32,11 +32,10 @@ from pathlib import Path
 
 from posttrain.distributed import shards
 from posttrain.distributed.processes import Processes
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.log import log
 from posttrain.model import parallelize, sampler
 from posttrain.model.k2 import K2
-from posttrain.report.format import counted
 from posttrain.runs.files import replacing
 from posttrain.runs.run import Run
 from posttrain.sft.batches import Batch, Job, noised

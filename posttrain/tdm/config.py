@@ -31,6 +31,7 @@ from posttrain.config.types import (
     refusal,
     settings,
 )
+from posttrain.errors import counted
 
 
 @settings
@@ -149,7 +150,8 @@ class TDMConfig(TrainingConfig):
         # The student learns from the fake score, which needs a start.
         if self.fake.warmup >= self.steps:
             raise refusal(
-                "fake.warmup", f"is {self.fake.warmup} of {self.steps} steps, so no student is trained; lower it"
+                "fake.warmup",
+                f"is {self.fake.warmup} of {counted(self.steps, 'step')}, so no student is trained; lower it",
             )
         require_one_pass(self.optim, "each update draws its own times and noise; use 1")
         # eval's guidance is for what is drawn, and a student is drawn without.

@@ -36,6 +36,7 @@ from posttrain.runs.run import Run, RunConfig, peak_memory
 from posttrain.training import checkpoint, early_stopping, gpu_health
 from posttrain.training.checkpoint import Checkpoint
 from posttrain.training.evaluate import Evaluation, Evaluator
+from posttrain.training.judge_check import warn_of_silent_judges
 from posttrain.training.pma import CheckpointAverage
 from posttrain.training.policy import POLICY, described, file_of, load_policy
 from posttrain.training.stepper import Loop, Stepper
@@ -98,7 +99,9 @@ def try_rewards(
         if records:  # each has all columns of its file
             check_columns(asked, {**columns(records[:1]), **dict.fromkeys(more, ())})
     safety = [RewardSpec(f"safety {check.name}", check.function) for check in getattr(config, "safety", [])]
-    check_columns(load_rewards(safety, servers), {**columns(heldout[:1]), **dict.fromkeys(more, ())})
+    checks = load_rewards(safety, servers)
+    check_columns(checks, {**columns(heldout[:1]), **dict.fromkeys(more, ())})
+    warn_of_silent_judges([*rewards, *checks])
     return rewards
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from posttrain.config.sections import OptimConfig
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 
 FLOOR = 1e-12
 """torchao's lower bound for the greatest moment of each block of 256."""
@@ -143,7 +143,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
     saved = sum(len(group["params"]) for group in state["groups"])
     if saved != len(parameters):
         raise UserError(
-            f"the checkpoint has {saved} trained tensors and the model {len(parameters)}: the recipe"
+            f"the checkpoint has {counted(saved, 'trained tensor')} and the model {len(parameters)}: the recipe"
             " has changed; restore model and lora, or start another run"
         )
     groups = [{**group} for group in state["groups"]]

@@ -58,7 +58,7 @@ def _load_base_or_saved(model: ModelConfig, device: str | torch.device, saved: C
         if (before := saved.state["model"].get("start")) != model.start:
             raise UserError(f"model.start: was {before} when the run began; restore it, or start another run")
         return _load_for(saved, asdict(model), first_device(model, device))
-    k2 = _load(asdict(model), first_device(model, device))
+    k2 = read_base(asdict(model), first_device(model, device))
     if k2.is_distilled and not model.allow_distilled:
         raise UserError(f"{model.path}: model_index.json: is_distilled is true: {DISTILLED_REMEDY}")
     if model.start is not None:
@@ -95,13 +95,17 @@ def is_directory(saved: Checkpoint) -> bool:
 
 
 def _load_for(saved: Checkpoint, model: dict[str, Any], device: str | torch.device) -> K2:
-    k2 = _load(model, device)
-    if _origin(saved)["base"] not in (None, k2.origin["base"]):
-        raise UserError(
-            f"{model['path']}: is not the model that {saved.path} was trained on: its weights differ; restore it"
-        )
+    k2 = read_base(model, device)
+    check_origin(saved, k2, model["path"])
     stack_earlier(k2, saved)
     return k2
+
+
+def check_origin(saved: Checkpoint, k2: K2, path: str) -> None:
+    """Raises UserError unless the model, which was loaded from this path, is the one that a checkpoint was trained
+    on."""
+    if _origin(saved)["base"] not in (None, k2.origin["base"]):
+        raise UserError(f"{path}: is not the model that {saved.path} was trained on: its weights differ; restore it")
 
 
 def stack_earlier(k2: K2, saved: Checkpoint) -> None:
@@ -129,7 +133,8 @@ def earlier_of(saved: Checkpoint) -> list[Checkpoint]:
     return found
 
 
-def _load(model: dict[str, Any], device: str | torch.device) -> K2:
+def read_base(model: dict[str, Any], device: str | torch.device) -> K2:
+    """The model that these settings name, with nothing on it and the fingerprint of its weights in `origin`."""
     startup.lap("inputs")
     # Checkpoints of earlier versions name no format.
     file, format = model["transformer_file"], model.get("transformer_format")

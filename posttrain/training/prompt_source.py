@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from posttrain.errors import UserError
-from posttrain.log import log
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
 from posttrain.training.checkpoint import Checkpoint
+from posttrain.training.shard_cache import warn_of_cut
 from prompts.pool import Kind, Pool
 from prompts.records import PromptRecord
 from rewards.gates import Gated
@@ -160,11 +160,7 @@ def warn_of_cut_prompts(k2: K2, records: Sequence[PromptRecord], max_tokens: int
     # A token is at least one byte, so most prompts need no tokenizer to be known as short enough.
     long = [record.prompt for record in records if len(record.prompt.encode()) > max_tokens // 2]
     _, cuts_of_all = k2.tokenize(long, max_tokens)
-    cuts = [cut for cut in cuts_of_all if cut]
-    if cuts:
-        log.warning(
-            f"{len(cuts)} prompts are longer than prompts.max_tokens ({max_tokens}); up to {max(cuts)} tokens are cut"
-        )
+    warn_of_cut([cut for cut in cuts_of_all if cut], "prompt", "prompts.max_tokens", max_tokens)
 
 
 def in_turn(seed: int, index: int, n: int) -> int:

@@ -139,7 +139,7 @@ def test_expander_gdpo(check, tmp_path, model):
     assert {"renderer", "expansions", "one render each", "loss and gradient", "policy moves", "step", "run"} <= set(
         rows
     )
-    assert "6 images drawn for 8 expansions, 0 are missing" in rows["one render each"][1]
+    assert "6 images drawn for 8 expansions, 0 missing" in rows["one render each"][1]
     assert "100% of the groups are flat" in rows["scores of brightness"][1]
     assert rows["scores of redness"] == ("skipped", "it does not apply to these prompts")
     assert rows["export"][0] == "pass" and "in one process: " in rows["run"][1]
