@@ -342,7 +342,7 @@ def test_too_large_an_image_is_named(config, monkeypatch):
 
 def test_images_that_are_all_too_small(config):
     config.images.resolutions, config.images.multiple = [64, 128], 64
-    says = r"captioned: 0 of 20 images are left \(20 too small for images\.resolutions\), and one at least is held out; add"
+    says = r"captioned: 0 of 20 images are left \(20 too small for images\.resolutions\), and one at least is held"
     with pytest.raises(UserError, match=says):
         sft.train(config)
     config.images.max_enlarge = 2.0
