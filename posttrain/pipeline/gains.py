@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from posttrain.config import metric_names
 from posttrain.pipeline.plan import TRAINING, Stage
 
 ACCURACY = "pairs/accuracy"
@@ -83,7 +84,9 @@ def _figures(stage: Stage) -> list[tuple[str, bool]]:
         return []
     # the others only measure rewards
     learns = stage.command in ("grpo", "expander gdpo")
-    rewards = [(spec.name, learns and not spec.heldout_only) for spec in stage.config.rewards]
+    # Raw is finetuned to be drawn with guidance, and perhaps only so.
+    suffix = metric_names.suffix(stage.config.eval.guidance[0]) if stage.command == "sft" else ""
+    rewards = [(spec.name + suffix, learns and not spec.heldout_only) for spec in stage.config.rewards]
     if stage.command == "expander gdpo":
         rewards.append(("diversity", True))
     return sorted(rewards, key=lambda item: not item[1])

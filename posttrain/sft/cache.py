@@ -30,7 +30,7 @@ from posttrain.sft.dataset import Example, ImageSet
 from posttrain.training.shard_cache import Shards, facts_of, warn_of_cut
 
 VERSION = 1
-SMALL, CUT, TWICE = "too small", "cut too much", "there twice"
+SMALL, CUT, TWICE = "too small for images.resolutions", "cut by more than images.max_cut", "there twice"
 """Why a sound image is left out."""
 CROPPED = 1e-3
 """Share of an image from which on it counts as cropped; less is rounding."""

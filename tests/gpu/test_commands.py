@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from posttrain.training import checkpoint
 from tests.gpu.measure import metrics
+from tests.gpu.pairs import write_captioned
 from tests.gpu.recipes import EVALUATION, ROOT, SCALE, cut, local
 from tests.helpers import fake_writer
 
@@ -65,6 +66,22 @@ def test_pairs(command, parts, tmp_path, judge):
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     facts = {key: value for key, value in summary.items() if key.endswith(("seconds", "overhead"))}
     command.row(f"pairs, {judge}", "k2/pairs", result, **facts)
+
+
+@pytest.mark.parametrize("side", [512, 1024])
+def test_sft(command, parts, tmp_path, side):
+    """Three buckets, of which a batch takes one. Encoding is a part of the start."""
+    run = tmp_path / "run"
+    set_of = {"train": str(write_captioned(tmp_path / "images", side if SCALE == "k2" else 64)), "measured": 4,
+              "cache": str(tmp_path / "cache"), "heldout": 0.2}  # fmt: skip
+    recipe = cut("k2/sft", parts, tmp_path, output=str(run), steps=4, batch=4, eval=EVALUATION, checkpoint=SHORT,
+                 images=set_of)  # fmt: skip
+    words = ["--images.resolutions", [side]] if SCALE == "k2" else []
+    result = command.ok("sft", "--config", recipe, *words, "--optim.warmup_steps", 0)
+    trained(run, 4)
+    rows = metrics(run)
+    assert len({row["image_tokens"] for row in rows}) > 1 and max(row["cropped"] for row in rows) == 1
+    command.row(f"sft, {side} px", "k2/sft", result, run, images=4, **{"seconds/image": rows[-1]["seconds/image"]})
 
 
 @pytest.mark.parametrize("guard", ["output", "exact"])
