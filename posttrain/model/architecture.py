@@ -6,7 +6,6 @@ Shapes: B samples, L text tokens, C channels.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,10 +15,7 @@ from diffusers import Krea2Transformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posttrain.model.adapters.targets import TEXT, fuses_text
-
-ATTENTION, FEED_FORWARD = r"attn\.(to_q|to_k|to_v|to_gate|to_out\.0)", r"ff\.(gate|up|down)"
-BLOCK_MATRIX = re.compile(rf"transformer_blocks\.\d+\.({ATTENTION}|{FEED_FORWARD})\.weight")
+from posttrain.model.adapters.targets import TEXT, fuses_text, is_block_linear
 
 
 def blocks(transformer: Krea2Transformer2DModel) -> list[nn.Module]:
@@ -33,7 +29,7 @@ def block_linears(transformer: Krea2Transformer2DModel) -> list[nn.Linear]:
 
 def is_block_matrix(key: str) -> bool:
     """Whether the parameter of that name is the weight of a linear in a block: attention's or the feed-forward's."""
-    return BLOCK_MATRIX.fullmatch(key) is not None
+    return key.endswith(".weight") and is_block_linear(key.removesuffix(".weight"))
 
 
 def text_modules(transformer: Krea2Transformer2DModel) -> list[nn.Module]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from posttrain.errors import UserError, counted
 from posttrain.loading import check_file, check_finite, some
 from posttrain.model import key_names
-from posttrain.model.adapters.targets import BLOCKS, reaches, target_of
+from posttrain.model.adapters.targets import target_of
 from posttrain.model.k2 import K2
 from posttrain.model.roles import Role
 
@@ -156,11 +156,6 @@ def padded(factors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str
 def layer_of(key: str) -> str:
     """The layer of a factor of that name."""
     return key.rpartition(".lora_")[0]
-
-
-def adaptable(layer: str) -> bool:
-    """Whether the layer of that name in diffusers is a linear of a block, which a role adapts by default."""
-    return reaches((BLOCKS,), layer)
 
 
 def _bare(name: str) -> str:

@@ -427,7 +427,7 @@ def test_a_multiple_that_the_model_cannot_have(config):
 def test_long_captions_are_cut_with_a_warning(config, capsys):
     config.images.max_tokens = 16
     sft.train(config)
-    assert "captions are longer than images.max_tokens (16); up to" in capsys.readouterr().err
+    assert "longer than images.max_tokens (16): 1 caption, of which up to" in capsys.readouterr().err
 
 
 def test_prompts_are_held_out_captions_where_none_are_named(config):

@@ -40,6 +40,12 @@ def target_of(layer: str) -> str:
     return layer if match is None else match[1]
 
 
+def is_block_linear(layer: str) -> bool:
+    """Whether it is a linear of a block: attention's or the feed-forward's."""
+    own = target_of(layer)
+    return own in TARGETS and own != layer
+
+
 def reaches(targets: Iterable[str], layer: str) -> bool:
     """Whether one of the targets names this layer of the network."""
     own = target_of(layer)
