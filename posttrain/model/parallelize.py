@@ -21,7 +21,7 @@ from posttrain.distributed import shards
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.log import log
-from posttrain.model import architecture, fsdp, sequence, zero
+from posttrain.model import architecture, fp8, fsdp, sequence, zero
 from posttrain.model.blocks import VelocityModel
 from posttrain.model.k2 import K2
 
@@ -34,6 +34,9 @@ def sharding(k2: K2, procs: Processes) -> Iterator[None]:
     # A role of all weights becomes fp32 while it is divided, block by block: one GPU could not hold all of it.
     k2.deferred = procs.sharded
     yield
+    if k2.blocks.float8 and procs.sharded and procs.engine != "FSDP2":
+        raise UserError(f"model.float8: {procs.engine} does not go with it; use FSDP2, or leave it out")
+    fp8.train_in_float8(k2)
     if k2.sequence_parallel > 1:
         sequence.enable(k2, procs)
     elif procs.sharded:
