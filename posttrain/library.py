@@ -34,7 +34,7 @@ from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.grpo.config import GroupsConfig
 from posttrain.image_reader import to_rgb
-from posttrain.model import sampler
+from posttrain.model import fp8, sampler
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.resources import NANO, packaged
 from posttrain.runs.run import Run
@@ -262,6 +262,7 @@ def open_method(name: str, config: MethodConfig, resume: bool = False) -> Iterat
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     k2 = policy.load_model(config.model, procs.device, saved)
     policy.add_policy(k2, config.lora, config.seed, reference=False)
+    fp8.train_in_float8(k2)
     with open_run(config, resume, procs) as directory:
         trained = load_rewards([spec for spec in config.rewards if not spec.heldout_only], directory.urls)
         # A judge's client keeps to one event loop, so evaluation has rewards of its own.

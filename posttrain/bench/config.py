@@ -39,8 +39,9 @@ class BenchConfig:
     text: Annotated[int, Range(8)] = 105
     """Text tokens of a prompt, about: lengths differ by up to two, as they do in training, and those of expansions by
     up to half."""
-    rank: AtLeast0 = 64
-    """Rank of the adapters, on all linears; 0: drawing with the base, and nothing can be trained."""
+    rank: AtLeast0 | None = 64
+    """Rank of the adapters, on all linears; 0: drawing with the base, and nothing can be trained. null: the method step
+    of all weights, without the optimiser (K2: 103 GB of weights and gradients), also with model.float8."""
     stages: AtLeast1 = 1
     """Stages whose adapters are active, each of rank: the one that is trained and those that it stands on. What
     the earlier ones compute is no useful operation of the table."""
@@ -76,11 +77,17 @@ class BenchConfig:
 
     @model_validator(mode="after")
     def _fits(self) -> BenchConfig:
+        if self.rank is None and self.methods != ["step"]:
+            raise refusal("rank", "is null, and all weights are measured by methods [step] alone; set methods or rank")
+        if self.rank is not None and (self.model.float8 or (self.optim and self.optim.kind == "muon")):
+            raise refusal("rank", f"is {self.rank}, and model.float8 and muon are for all weights; set rank: null")
+        if self.model.float8 == "auto":
+            raise refusal("model.float8", "is auto; write tensorwise or rowwise, which is to be measured")
         if self.rank == 0 and not set(self.methods) <= set(DRAWING):
             raise refusal("rank", "is 0, so there is nothing to train; use 1 or more, or methods [rollout]")
         # Earlier stages are adapters too.
-        if self.stages > 1 and self.rank == 0:
-            raise refusal("stages", f"is {self.stages} and rank is 0; use a rank of 1 or more")
+        if self.stages > 1 and not self.rank:
+            raise refusal("stages", f"is {self.stages} and rank is {self.rank}; use a rank of 1 or more")
         # A part that is not loaded cannot be moved.
         if "text_encoder" in self.model.offload and not self.encode:
             raise refusal("model.offload", "names text_encoder, which is loaded only with encode; set encode: true")

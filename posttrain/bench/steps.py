@@ -113,7 +113,7 @@ class Steps:
 
     def __post_init__(self) -> None:
         generator = torch.Generator(self.k2.device).manual_seed(0)
-        for stage in range(self.config.stages if self.config.rank else 0):
+        for stage in range(self.config.stages if self.role else 0):
             if stage:
                 self.k2.stack_role(POLICY)
             add_policy(self.k2, self._lora, stage, reference=False)
@@ -123,7 +123,7 @@ class Steps:
 
     @property
     def role(self) -> str | None:
-        return POLICY if self.config.rank else None
+        return None if self.config.rank == 0 else POLICY
 
     def images(self, method: str) -> int:
         """Images of one step, over all processes."""
@@ -303,16 +303,19 @@ class Steps:
 
     @cached_property
     def _stepper(self) -> Stepper:
-        return Stepper(self.k2.train_role(POLICY), self._grpo_config.optim)
+        self.k2.train_role(POLICY)
+        return Stepper(self.k2.role_named_parameters(POLICY), self._grpo_config.optim)
 
     @cached_property
     def _tdm_steppers(self) -> tuple[Stepper, Stepper]:
-        self.k2.add_role(tdm.FAKE, self.config.rank, float(self.config.rank), seed=1)
+        assert self._lora is not None
+        self.k2.add_role(tdm.FAKE, self._lora.rank, self._lora.alpha, seed=1)
         return tdm.steppers(self.k2, self._tdm_config)
 
     @property
-    def _lora(self) -> LoraConfig:
-        return LoraConfig(self.config.rank, float(self.config.rank))
+    def _lora(self) -> LoraConfig | None:
+        rank = self.config.rank
+        return None if rank is None else LoraConfig(rank, float(rank))
 
     def _empty(self, config: type[Config], **own: Any) -> Config:
         """A recipe that names no files: nothing is read or written here."""

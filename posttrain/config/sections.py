@@ -27,6 +27,7 @@ from posttrain.config.types import (
     NonNegative,
     Positive,
     Run,
+    changed,
     keyword_settings,
     refusal,
     settings,
@@ -60,6 +61,12 @@ class RuntimeConfig:
     bfloat16 and under an adapter only. It changes results, by what `posttrain bench` measures, and what is exported is
     the adapter for the exact base. Needs an NVIDIA GPU of compute capability 8.9 or more (a CPU is slow), and
     pip install 'posttrain[fp8]'. null: exact."""
+    float8: Literal["tensorwise", "rowwise", "auto"] | None = None
+    """Multiply in 8 bits in the blocks while all weights are trained (lora: null), forward and backward, in bfloat16;
+    weights, moments and what is evaluated and exported stay exact. tensorwise: one scale for a whole factor, the
+    fastest. rowwise: one for each row, nearer to exact. auto: tensorwise up to 256 x 256 pixels, rowwise below
+    1024 x 1024, and off from there on, by the largest of the images. It changes results. Needs an NVIDIA GPU of compute
+    capability 8.9 or more (a CPU emulates it), and pip install 'posttrain[fp8]'. Not for grpo. null: exact."""
     offload: list[Literal["text_encoder", "vae"]] = field(default_factory=list)
     """Parts that wait in the CPU's memory while they are not used: each use copies them to the GPU (K2: 8.3 and 0.25
     GB); results are the same."""
@@ -97,6 +104,10 @@ class ModelConfig(RuntimeConfig):
         # torch's fp8 products have bfloat16 inputs and outputs.
         if self.quantize is not None and self.dtype != "bfloat16":
             raise refusal("quantize", f"fp8 multiplies in bfloat16, and model.dtype is {self.dtype}; change it")
+        if self.float8 is not None and self.dtype != "bfloat16":
+            raise refusal("float8", f"fp8 multiplies in bfloat16, and model.dtype is {self.dtype}; change it")
+        if self.float8 is not None and self.sequence_parallel > 1:
+            raise refusal("float8", "scales would be those of a part of the tokens; set model.sequence_parallel: 1")
         if self.transformer_format is not None and self.transformer_file is None:
             raise refusal(
                 "transformer_format", "is about transformer_file, which is null; name that file, or leave it out"
@@ -107,6 +118,11 @@ class ModelConfig(RuntimeConfig):
         """For commands that do not train, in their own check."""
         if self.sequence_parallel > 1:
             raise refusal("model.sequence_parallel", f"{why}; leave it out")
+
+    def refuse_float8(self) -> None:
+        """For commands that do not train, in their own check."""
+        if self.float8 is not None:
+            raise refusal("model.float8", "is for training, and this command does not train; leave it out")
 
     def refuse_quantize(self, why: str) -> None:
         """For commands that need exact weights, in their own check."""
@@ -315,6 +331,7 @@ class TrainingConfig:
             raise refusal(
                 "model.quantize", "fp8 holds weights that stay as they are, and lora is null; use one of the two"
             )
+        self._check_float8()
         if self.lora is not None:
             refuse_muon(self.optim, "lora trains factors of their change; use adamw, or lora: null")
         for target in (self.lora.targets if self.lora is not None else None) or ():
@@ -322,6 +339,30 @@ class TrainingConfig:
                 raise refusal("lora.targets", f"names {target}, which K2 does not have; choose from {targets.choices()}")
         check_metrics(self.eval, self.metric_names())
         return self
+
+    def _check_float8(self) -> None:
+        """Decides what auto means here."""
+        if self.model.float8 is None:
+            return
+        if self.lora is not None:
+            raise refusal(
+                "model.float8",
+                "is for training all weights, and lora is set; use model.quantize: fp8 for its base, or lora: null",
+            )
+        if self.model.float8 == "auto":
+            sizes = self.image_sizes()
+            if not sizes:
+                raise refusal(
+                    "model.float8", "auto goes by image sizes, which are not set; use tensorwise, rowwise or null"
+                )
+            self.model = changed(self.model, float8=float8_for(max(height * width for height, width in sizes)))
+
+
+def float8_for(pixels: int) -> Literal["tensorwise", "rowwise"] | None:
+    """What model.float8: auto means for images of so many pixels: K2's own choices at 256, 512 and 1024."""
+    if pixels <= 256**2:
+        return "tensorwise"
+    return "rowwise" if pixels < 1024**2 else None
 
 
 def check_metrics(config: EvalConfig, known: Sequence[str]) -> None:

@@ -187,6 +187,8 @@ class GRPOConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> GRPOConfig:
+        if self.model.float8 is not None:
+            raise refusal("model.float8", "would make ratios of the noise of 8 bits; leave it out for grpo")
         trained = [reward for reward in self.rewards if not reward.heldout_only]
         # A gate multiplies or masks what the others say, and says nothing itself.
         if sum(reward.weight for reward in trained if reward.gate == "none") <= 0:

@@ -52,6 +52,10 @@ class Blocks:
         self.recompute: int | None = None
         """How many of the last blocks are recomputed in backward instead of keeping their activations. None: as many as
         do not fit into the free memory of the GPU, measured at the first backward of each size; on the CPU none."""
+        self.float8: str | None = None
+        """How all weights are trained in fp8, tensorwise or rowwise; None: they are not. See fp8.py."""
+        self.exact = False
+        """Whether to leave fp8 out for now."""
         self.memory: Memory | None = None
         """The memory that is measured. None: that of the GPU that holds the inputs."""
         self.bytes_a_token: float | None = None

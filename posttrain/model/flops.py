@@ -12,7 +12,8 @@ feed-forward width, r rank of adapters. A block's forward costs
 Around the blocks, the tokens cost 4 N C d and a sample's time embedding, e wide, 2 (e d + d^2 + 6 d^2). Backward with
 frozen weights costs the linears once, attention twice (both of its factors have gradients) and the adapters twice (for
 inputs and factors). The input of the first block has no gradient. Its q, k, v and gate therefore cost nothing in the
-base, and one product of three less in the adapters; unless a layer before the blocks is adapted (`before`).
+base, and one product of three less in the adapters; unless a layer before the blocks is adapted (`before`). Backward of
+all weights costs twice the forward, less the gradients of the latents and of the time.
 
 Where adapters reach the layers that fuse text, `fuse` and `fuse_backward` are added for each forward and backward of a
 text: c wide, of n tapped states, g feed-forward width. Blocks across the states have n tokens for each of the L, those
@@ -94,10 +95,12 @@ def of_sizes(k2: K2, sizes: Iterable[Sequence[int]]) -> list[float]:
     return [float(forward(shape, k2.image_tokens(height, width), 0)) for height, width in sizes]
 
 
-def backward(shape: Shape, image: int, text: int, rank: int, before: bool = False) -> int:
+def backward(shape: Shape, image: int, text: int, rank: int | None, before: bool = False) -> int:
     """Operations of one sample's backward, where only adapters of this rank on all linears of the blocks are trained,
-    or with `before` layers before the blocks too."""
+    or with `before` layers before the blocks too; rank None: all weights but the text fusion's."""
     d, tokens = shape.width, image + text
+    if rank is None:
+        return 2 * forward(shape, image, text) - 2 * (image * shape.channels + shape.time) * d
     each_block = 8 * tokens * tokens * d
     saved = 0
     for name, (a, b) in shape.linears().items():

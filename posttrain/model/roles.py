@@ -54,8 +54,8 @@ class Roles:
         self._stored: dict[str, torch.dtype] = {}
         """The names of the weights in a role of all weights, with the types that they have outside it."""
         self.deferred = False
-        """Whether a role of all weights keeps their types for now; fsdp.py and zero.py make it fp32 when they divide
-        it."""
+        """Whether a role of all weights keeps their types for now; what shards it (parallelize.py, zero.py) makes it
+        fp32."""
         self._copies: dict[str, Krea2Transformer2DModel] = {}
         """The transformers of the other roles of all weights."""
         # All adapted layers read their active adapters from this one list, so a switch is one assignment.

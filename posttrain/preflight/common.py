@@ -20,7 +20,7 @@ from torch import Tensor
 from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
 from posttrain.errors import counted
-from posttrain.model import architecture, sampler
+from posttrain.model import architecture, fp8, sampler
 from posttrain.model.adapters.targets import reaches, target_of
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.model.lora_file import linear_shapes
@@ -127,6 +127,7 @@ class K2Checks(Checks):
         self.k2, self.heldout = k2, heldout
         self.size, self.batch, self.max_tokens = (size[0], size[1]), batch, max_tokens
         self.alone = procs.alone()
+        fp8.train_in_float8(k2)
         k2.train_role(POLICY)
         self.stepper = Stepper(k2.role_named_parameters(POLICY), config.optim)
         self.begun = policy_state(k2)
@@ -198,7 +199,7 @@ class K2Checks(Checks):
         )
 
         def run() -> Evaluation:
-            with self.k2.role(POLICY):
+            with self.k2.role(POLICY), fp8.exact(self.k2):
                 return evaluator()
 
         return run

@@ -28,6 +28,7 @@ from posttrain.config.sections import CheckpointConfig, EvalConfig, ModelConfig,
 from posttrain.distributed import shards
 from posttrain.distributed.processes import Processes
 from posttrain.log import log
+from posttrain.model import fp8
 from posttrain.model.k2 import K2
 from posttrain.report.page import write_report
 from posttrain.runs import startup
@@ -251,10 +252,10 @@ class Training:
 
     @contextlib.contextmanager
     def policy(self) -> Iterator[None]:
-        """Inside the block the model is the policy, with the average of its weights if one is kept. Within a step, to
-        be asked for after its updates."""
+        """Inside the block the model is the policy as it is exported: with the average of its weights if there is one,
+        and computing exactly. Within a step, to be asked for after its updates."""
         self._keep()
-        with self.k2.role(POLICY), self.stepper.averaged():
+        with self.k2.role(POLICY), self.stepper.averaged(), fp8.exact(self.k2):
             yield
 
     def record(self, step: int, evaluation: Evaluation) -> None:

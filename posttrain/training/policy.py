@@ -27,7 +27,7 @@ from posttrain.model.adapters.targets import TARGETS, text_targets
 from posttrain.model.blocks import set_attention
 from posttrain.model.files import DISTILLED_REMEDY
 from posttrain.model.fingerprint import fingerprint
-from posttrain.model.fp8 import quantize
+from posttrain.model.fp8 import check_training, quantize
 from posttrain.model.k2 import K2
 from posttrain.model.offload import place
 from posttrain.runs import startup
@@ -48,6 +48,8 @@ def load_model(model: ModelConfig, device: str | torch.device, saved: Checkpoint
     trained to, and for a run to start from that is gone or has changed.
     """
     sequence.check(model.sequence_parallel)
+    if model.float8:
+        check_training(device)
     k2 = _load_base_or_saved(model, device, saved)
     k2.sequence_parallel = model.sequence_parallel
     return apply_runtime_options(k2, model, device)
@@ -159,7 +161,7 @@ def apply_runtime_options(k2: K2, model: RuntimeConfig, device: str | torch.devi
     net: Any = k2.transformer
     net.to(device)
     place(k2, model.offload, torch.device(device))
-    k2.blocks.compiled, k2.blocks.recompute = model.compile, model.recompute
+    k2.blocks.compiled, k2.blocks.recompute, k2.blocks.float8 = model.compile, model.recompute, model.float8
     if model.attention == "cudnn":
         if k2.device.type != "cuda" or k2.dtype != torch.bfloat16:
             raise UserError("model.attention: cudnn wants an NVIDIA GPU and model.dtype bfloat16; use native")

@@ -16,7 +16,9 @@ from posttrain.bench.config import BenchConfig
 from posttrain.bench.run import Forwards, bench, measured
 from posttrain.bench.steps import Steps
 from posttrain.bench.tiers import Parts, fit, need, parts_of
+from posttrain.config.load import make
 from posttrain.config.sections import OptimConfig
+from posttrain.config.types import ConfigError
 from posttrain.distributed.processes import Processes
 from posttrain.model import blocks, flops
 from posttrain.model.k2 import K2, Text
@@ -83,6 +85,17 @@ def test_text_at_true_size():
     blocks = 2 * 105 * 26 * (5 * 2560**2 + 3 * 2560 * 6912) + 4 * (2 * 144 * 105 + 2 * 105**2) * 2560
     assert flops.fuse(text, 105) == blocks + 2 * 105 * (12 * 2560 + 2560 * 6144 + 6144**2)
     assert flops.fuse(text, 105) / flops.forward(shape, 1024, 105) == pytest.approx(0.017, abs=0.0005)
+
+
+def test_backward_of_all_weights_is_what_torch_counts():
+    made = K2.random("cpu", torch.float32, "tiny", text=False)
+    made.add_full_role(POLICY)
+    shape = flops.Shape.of(made)
+    x, text = torch.randn(1, N, made.latent_channels), Text(made.fuse(made.random_features(L))[None])
+    made.train_role(POLICY)
+    with FlopCounterMode(display=False) as counter, made.role(POLICY), sdpa_kernel(SDPBackend.MATH):
+        made.velocity(x, 0.5, text, 3 * made.pixel_multiple, 4 * made.pixel_multiple).square().mean().backward()
+    assert counter.get_total_flops() == flops.forward(shape, N, L) + flops.backward(shape, N, L, None)
 
 
 def test_earlier_stages_and_the_trained_one_are_one_product():
@@ -262,6 +275,41 @@ def test_options_are_measured_against_the_exact_path(settings, eager):
     assert error["features"] == error["pixels"] == 0.0
     assert 1e-3 < error["velocity"] < 0.1 and 1e-3 < error["gradient"] < 0.3 and 1e-4 < error["update"] < 0.05
     assert "encode" in row["ms"] and row["stock"]["ratio"] > 0
+
+
+@pytest.mark.parametrize("recipe", [None, "tensorwise", "rowwise"])
+def test_a_step_of_all_weights(settings, recipe):
+    """Forward and backward without an optimiser; in fp8 the row has its distance from the exact step."""
+    settings.rank, settings.methods, settings.model.float8, settings.model.compile = None, ["step"], recipe, False
+    row = measured(settings, "step", (64, 64), Processes(), 1.0)
+    # A time for the whole batch is one row, for which its embedding is counted as often as there are samples.
+    shape = flops.Shape(**row["shape"])
+    each = flops.forward(shape, 64, 8) + flops.backward(shape, 64, 8, None)
+    assert row["useful_tflop"] == pytest.approx(4 * each / 1e12, rel=0.1) and row["backwards"] == 4
+    assert row["adapter_parameters"] == 0 and row["images_per_second"] > 0
+    if recipe is None:
+        assert row["error"] == {}
+    else:
+        assert row["error"].keys() == {"velocity", "gradient"}
+        assert all(1e-4 < value < 0.1 for value in row["error"].values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rank": None}, "rank: is null, and all weights are measured by methods [step] alone"),
+        ({"model": {"float8": "rowwise"}}, "rank: is 64, and model.float8 and muon are for all weights"),
+        ({"optim": {"kind": "muon"}}, "rank: is 64, and model.float8 and muon are for all weights"),
+        (
+            {"rank": None, "methods": ["step"], "model": {"float8": "auto"}},
+            "model.float8: is auto; write tensorwise or rowwise",
+        ),
+    ],
+)
+def test_what_the_bench_cannot_measure(changes, words):
+    with pytest.raises(ConfigError) as error:
+        make(BenchConfig, changes)
+    assert words in str(error.value)
 
 
 # what fits

@@ -83,7 +83,7 @@ def config(tmp_path, model):
 
 @pytest.mark.parametrize(("engine", "processes"), [("ddp", 2), ("fsdp2", 2), ("fsdp2", 3)])
 def test_processes_equal_one(command, model, tmp_path, engine, processes):
-    """Weights, moments and losses to 1e-3. Gradients differ by the order of sums, and bfloat16 makes of that some 3e-3 of
+    """Weights, moments and losses to 1e-3. Gradients differ by the order of sums, of which bfloat16 makes some 3e-3 of
     an update, also where nothing is dealt out (ddp). Rows do not divide, nor does a batch."""
     made = config(tmp_path, model)
     saved = []

@@ -112,8 +112,9 @@ def test_it_is_torchs_muon_and_torchs_adamw_bit_for_bit():
 def test_root_mean_square_of_updates(shape, full, low):
     """Check 80, in units of the rate: within [.16, .21] for gradients of full rank; .047 to .075 for rank 8."""
     generator = torch.Generator().manual_seed(0)
-    gradients = torch.randn(shape, generator=generator), (
-        torch.randn(shape[0], 8, generator=generator) @ torch.randn(8, shape[1], generator=generator)
+    gradients = (
+        torch.randn(shape, generator=generator),
+        (torch.randn(shape[0], 8, generator=generator) @ torch.randn(8, shape[1], generator=generator)),
     )
     found = []
     for gradient in gradients:
