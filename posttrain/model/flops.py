@@ -26,8 +26,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from posttrain.model.k2 import K2
 from posttrain.model.adapters.targets import TARGETS
+from posttrain.model.k2 import K2
 
 INPUTS = TARGETS[:4]
 """The linears that read a block's input: q, k, v and gate."""
