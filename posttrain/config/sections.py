@@ -336,7 +336,9 @@ class TrainingConfig:
             refuse_muon(self.optim, "lora trains factors of their change; use adamw, or lora: null")
         for target in (self.lora.targets if self.lora is not None else None) or ():
             if not targets.is_known(target):
-                raise refusal("lora.targets", f"names {target}, which K2 does not have; choose from {targets.choices()}")
+                raise refusal(
+                    "lora.targets", f"names {target}, which K2 does not have; choose from {targets.choices()}"
+                )
         check_metrics(self.eval, self.metric_names())
         return self
 

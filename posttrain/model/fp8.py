@@ -57,8 +57,8 @@ def check(device: str | torch.device, field: str) -> None:
 
 
 def add_copies(k2: K2, device: str | torch.device) -> None:
-    """Keeps, beside the weight of each adapted linear of the blocks, the same weight in fp8: half as much memory again. They are used
-    inside `k2.role(name, fp8=True)`.
+    """Keeps, beside the weight of each adapted linear of the blocks, the same weight in fp8: half as much memory again.
+    They are used inside `k2.role(name, fp8=True)`.
 
     Raises UserError as `quantize` does.
     """

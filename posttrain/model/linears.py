@@ -3,8 +3,8 @@
     y = W x + B A x (+ b)      A (r, in) and B (out, r): all active adapters concatenated, fp32, with their scales in B
 
 The sum of the products is rounded once. If W x were rounded to bf16 first, changes of less than half a unit in the last
-place would be lost: 88 % of the change by an adapter with |BA| = 0.0002 |W|. A bias, which only layers outside the blocks
-have, is added last, with and without adapters: so an adapter without effect changes nothing to the last bit.
+place would be lost: 88 % of the change by an adapter with |BA| = 0.0002 |W|. A bias, which only layers outside the
+blocks have, is added last, with and without adapters, so that an adapter without effect changes not a bit.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Float8Matmul(torch.autograd.Function):
 
 
 class LoraLinear(nn.Linear):
-    """A linear with adapters by name. It takes over weight and bias of a plain linear, or the weight of a Float8Linear."""
+    """A linear with adapters by name. It takes over the weight of a plain linear or of a Float8Linear, and its bias."""
 
     def __init__(self, linear: nn.Linear, active: list[str]):
         """`active` names the adapters to add. All linears of a model share this list, which changes in place."""

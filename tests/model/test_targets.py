@@ -53,7 +53,10 @@ def test_targets_of_the_released_size():
     }  # fmt: skip
     assert k2.layers_of(["txt_in.linear_2", "text_fusion.projector"]) == ["text_fusion.projector", "txt_in.linear_2"]
     assert all(len(layers[target]) == 28 for target in TARGETS)  # not those of the text fusion
-    assert not is_known("transformer_blocks.0.attn.to_q") and text_targets(["to_q", "txt_in", "all"]) == ["txt_in", "all"]
+    assert not is_known("transformer_blocks.0.attn.to_q") and text_targets(["to_q", "txt_in", "all"]) == [
+        "txt_in",
+        "all",
+    ]
 
 
 @pytest.mark.parametrize("target", ["img_in.weight", "txt_in.norm", "txt_in.linear_3", "rotary_emb", "text"])

@@ -128,7 +128,9 @@ def test_what_it_costs_is_said_once(model, tmp_path, capsys):
     config.steps, config.eval.every = 1, 0
     stpo.train(config)
     said = capsys.readouterr().err
-    assert said.count("lora.targets: txt_in, text_fusion.projector, text_fusion.refiner_blocks adapt how a prompt's") == 1
+    assert (
+        said.count("lora.targets: txt_in, text_fusion.projector, text_fusion.refiner_blocks adapt how a prompt's") == 1
+    )
 
 
 def test_a_cache_of_features_is_not_one_of_fused_text(model, tmp_path):
@@ -150,7 +152,7 @@ def test_a_name_that_is_no_layer_is_refused_before_the_model_is_read(model, tmp_
     assert "lora.targets: names txt, which K2 does not have; choose from blocks, all, to_q" in result.stderr
     config = runs.config(tmp_path, model)
     config.lora.targets = ["txt_in.linear_9"]
-    with pytest.raises(UserError, match="'txt_in.linear_9' is no linear of a K2 block"):
+    with pytest.raises(UserError, match=r"'txt_in\.linear_9' is no linear of a K2 block"):
         grpo.train(config)
     assert not (Path(config.output) / "checkpoints").exists()
 
