@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from posttrain.model.low_rank import Factors, Truncated, inner
+from posttrain.model.roles import PART
 
 EXACT = 1024
 """Least side of a matrix above which its SVD is randomised."""
@@ -29,31 +30,41 @@ ROWS = 2048
 # ---- TIES -----------------------------------------------------------------------------------------------------
 
 
-def trimmed(change: Tensor, density: float) -> Tensor:
-    """The entries whose absolute value is among the greatest `density`, a share in (0, 1]; the others are 0."""
+def threshold(change: Tensor, density: float) -> float:
+    """The absolute value that an entry needs to be among the greatest `density`, a share in (0, 1]."""
     count = max(1, round(density * change.numel()))
     if count >= change.numel():
-        return change
-    size = change.abs()
-    least = size.flatten().kthvalue(change.numel() - count + 1).values
-    return torch.where(size >= least, change, 0.0)
+        return 0.0
+    return float(change.abs().flatten().kthvalue(change.numel() - count + 1).values)
 
 
 def ties(changes: Sequence[Tensor], weights: Sequence[float], density: float, scale: float = 1.0) -> Tensor:
-    """TIES (arXiv:2306.01708) of one layer: trim each change, elect the sign of the weighted sum, and take the weighted
-    mean of the entries that agree with it, times `scale`. Weights are positive, and only their ratios count."""
-    kept = [trimmed(change, density) for change in changes]
-    total = torch.zeros_like(kept[0])
-    for change, weight in zip(kept, weights, strict=True):
+    """TIES (arXiv:2306.01708) of one layer: trim each change to its greatest entries, elect the sign of the weighted
+    sum, and take the weighted mean of the entries that agree with it, times `scale`. Weights are positive, and only
+    their ratios count."""
+    least = [threshold(change, density) for change in changes]
+    merged = torch.empty_like(changes[0])
+    flat = [change.reshape(-1).split(PART) for change in (*changes, merged)]
+    # In parts, so that what is computed on the way takes no memory of the layer's size.
+    for *parts, result in zip(*flat):
+        kept = [torch.where(part.abs() >= value, part, 0.0) for part, value in zip(parts, least)]
+        result.copy_(scale * _agreed(kept, weights))
+    return merged
+
+
+def _agreed(changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The weighted mean of the entries that agree with the sign of the weighted sum; 0 where that has none."""
+    total = torch.zeros_like(changes[0])
+    for change, weight in zip(changes, weights, strict=True):
         total += weight * change
     elected = total.sign()
     summed, divisor = torch.zeros_like(total), torch.zeros_like(total)
-    for change, weight in zip(kept, weights):
+    for change, weight in zip(changes, weights):
         # Entries that were trimmed have no sign, so they agree with nothing.
         agrees = (change.sign() == elected) & (change != 0)
         summed += weight * change * agrees
         divisor += weight * agrees
-    return scale * summed / torch.where(divisor > 0, divisor, 1.0)
+    return summed / torch.where(divisor > 0, divisor, 1.0)
 
 
 # ---- how far changes agree --------------------------------------------------------------------------------------
@@ -94,10 +105,15 @@ class Overlap:
 
 def overlap(changes: Sequence[Tensor], weights: Sequence[float]) -> Overlap:
     """Of the changes of one layer."""
-    products = []
-    for first in changes:
-        products.append(tuple(float((first * second).sum(dtype=torch.float64)) for second in changes))
-    return Overlap(tuple(products), *_opposed(changes, weights))
+    count = len(changes)
+    summed = Overlap(((0.0,) * count,) * count)
+    # In parts, so that what is computed on the way takes no memory of the layer's size.
+    for parts in zip(*(change.reshape(-1).split(PART) for change in changes)):
+        products = []
+        for first in parts:
+            products.append(tuple(float((first * second).sum(dtype=torch.float64)) for second in parts))
+        summed += Overlap(tuple(products), *_opposed(parts, weights))
+    return summed
 
 
 def overlap_of_factors(factors: Sequence[Factors | None], weights: Sequence[float]) -> Overlap:

@@ -56,10 +56,10 @@ def write(family: Family, config: MergeConfig, folder: Path, device: torch.devic
             entries[name] = (torch.float32 if config.dtype else place.dtype, place.shape)
         with Writer(folder / PART / file, entries) as writer:
             for name in names:
-                value, dtype = base[name], entries[name][0]
-                merged, overlap = _merged(name, value.to(device), family, config)
+                value, dtype = base[name].to(device), entries[name][0]
+                merged, overlap = _merged(name, value, family, config)
                 if overlap is not None:
-                    result.kept[name] = Kept.of(value.to(device), merged - value.to(device), merged, dtype)
+                    result.kept[name] = Kept.of(value, merged - value, merged, dtype)
                     if name.removesuffix(".weight") in linears:
                         result.layers[name.removesuffix(".weight")] = Layer(overlap)
                     else:
@@ -103,6 +103,7 @@ def _merged(name: str, value: Tensor, family: Family, config: MergeConfig) -> tu
     overlap = algebra.overlap(changes, family.weights)
     if config.method == "ties":
         return start + algebra.ties(changes, family.weights, config.density, config.scale), overlap
+    merged = start.clone()
     for change, weight in zip(changes, family.weights):
-        start = start + weight * change
-    return start, overlap
+        merged.add_(change, alpha=weight)
+    return merged, overlap

@@ -25,13 +25,17 @@ def test_ties_of_four_entries():
     assert algebra.ties([A, -A], [1, 1], 1.0).tolist() == [0, 0, 0, 0]
 
 
-def test_density_keeps_that_share():
+@pytest.mark.parametrize("part", [2**18, 500])
+def test_density_keeps_that_share(part, monkeypatch):
+    """Of one change; also in parts, over which the share is counted as a whole."""
+    monkeypatch.setattr(algebra, "PART", part)
     change = torch.randn(64, 48, generator=torch.Generator().manual_seed(0))
-    for density in (0.01, 0.3, 0.999):
-        kept = algebra.trimmed(change, density)
-        assert int((kept != 0).sum()) == round(density * change.numel())
+    for density in (1e-9, 0.01, 0.3, 0.999):
+        kept = algebra.ties([change], [0.5], density)
+        assert int((kept != 0).sum()) == max(1, round(density * change.numel()))
+        assert torch.equal(kept[kept != 0], change[kept != 0])
         assert kept[kept != 0].abs().min() >= change[kept == 0].abs().max()
-    assert algebra.trimmed(change, 1.0) is change and int((algebra.trimmed(change, 1e-9) != 0).sum()) == 1
+    assert torch.equal(algebra.ties([change], [0.5], 1.0), change)
 
 
 def test_sign_conflict():

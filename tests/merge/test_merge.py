@@ -114,12 +114,12 @@ def test_lora_files_merge_with_runs(parents, tmp_path, model):
 
 
 def test_stages_that_all_share_are_there_once(parents, tmp_path, model):
-    """Of two runs on `a`: base + a + .5 b + .5 c. The merge stands on a, as its parents do."""
+    """Of two runs on `a`: base + a + .5 b + .7 c. The merge stands on a, as its parents do."""
     a = parents[0]
     b, c = (stage(tmp_path / name, config(model, a), 0.2, seed) for seed, name in enumerate("bc", 3))
-    assert merge(f"{b}:0.5", f"{c}:0.5", "--output", tmp_path / "m") == 0
+    assert merge(f"{b}:0.5", f"{c}:0.7", "--output", tmp_path / "m") == 0
     own, first, second = updates(a), updates(b), updates(c)  # b's and c's hold a
-    expected = {key: own[key] + 0.5 * (first[key] - own[key]) + 0.5 * (second[key] - own[key]) for key in own}
+    expected = {key: own[key] + 0.5 * (first[key] - own[key]) + 0.7 * (second[key] - own[key]) for key in own}
     assert_close(updates(tmp_path / "m"), expected)
     state = checkpoint.load(checkpoint.find(tmp_path / "m")).state
     assert [entry["path"] for entry in state["origin"]["merged"]] == [str(a)] and state["lora"]["rank"] == 8

@@ -9,8 +9,8 @@ prompts are silent about the style.
     words    scenes with a word, dark         counts   scenes that count, bordered
     dim      one shape, dark on black         bright   one shape, pastel on white
 
-A share of each batch is scenes of every kind with a full prompt (--rehearse), so that a run changes its own domain more
-than all else. Then `posttrain merge` merges two runs by each rule of RULES and measures, with the runs' own held-out
+A share of each batch is scenes of other kinds in all styles (--rehearse), so that a run changes its own domain more than
+all else. Then `posttrain merge` merges two runs by each rule of RULES and measures, with the runs' own held-out
 prompts and rewards, what is kept of the gains. dim and bright have the same prompts: that conflict must be told.
 """
 
@@ -91,9 +91,11 @@ def train(config: DomainConfig) -> None:
     rng = np.random.default_rng(config.seed)
     own = [DOMAINS[config.domain].draw(rng, TRAIN_WORDS) for _ in range(config.scenes)]
     others = []
+    # Of other kinds in all styles, also silent about them: so the style is learnt for this domain alone.
+    kinds = [kind for kind in scenes.KINDS if kind != DOMAINS[config.domain].kind]
     for _ in range(config.scenes):
-        scene = scenes.random_scene(rng, TRAIN_WORDS)
-        others.append((scene, record(scene, rng, 1.0)))
+        scene = scenes.random_scene(rng, TRAIN_WORDS, str(rng.choice(kinds)))
+        others.append((scene, record(scene, rng, float(rng.choice((0.0, 0.5, 1.0))))))
     rows = own + others
     with pt.open_method("domain", config) as run:
         k2 = run.k2
@@ -174,7 +176,7 @@ def main() -> None:
     parser = common.parser(__doc__, "merge")
     parser.add_argument("--parents", nargs=2, help="two run directories to merge, in place of the nano domains")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--rehearse", type=float, default=0.25)
+    parser.add_argument("--rehearse", type=float, default=0.5)
     parser.add_argument("--images", type=int, default=64)
     args = parser.parse_args()
     jobs = common.Jobs(args.output, args.jobs)
