@@ -24,6 +24,7 @@ from posttrain.sft.cache import EncodedImages
 from posttrain.sft.losses import flow_loss
 
 BINS = 4
+LOSS = "heldout/loss"
 Figures = dict[str, float | None]
 
 
@@ -49,7 +50,7 @@ class HeldOut:
                 self._base[j] = v.clone()
 
     def __call__(self) -> tuple[Figures, Figures]:
-        """Figures of the active role; and the same of four parts of the times."""
+        """Figures of the active role, with the loss of four parts of the times; and gain and drift of these parts."""
         by_job: dict[int, dict[str, float]] = {}
         for batch in self._batches():
             v, base = self._velocity(batch), torch.stack([self._base[j] for j in batch.jobs]).to(self.k2.device)
@@ -61,11 +62,14 @@ class HeldOut:
             for place, j in enumerate(batch.jobs):
                 by_job[j] = {name: float(values[place]) for name, values in columns.items()}
         rows = self.procs.gather_in_order([by_job[j] for j in range(len(self._jobs))], self._own)
-        parts: Figures = {}
-        for part in range(min(BINS, len(rows))):
-            for name, value in _figures(rows[part::BINS]).items():
-                parts[f"{name}_t{part + 1}"] = value
-        return _figures(rows), parts
+        whole = _figures(rows)
+        overall, details = dict(whole), {}
+        for part in range(BINS):
+            own = rows[part::BINS]  # the i-th entry's time is in part i mod 4
+            of_part = _figures(own) if own else dict.fromkeys(whole)
+            overall[f"{LOSS}_t{part + 1}"] = of_part.pop(LOSS)
+            details |= {f"{name}_t{part + 1}": value for name, value in of_part.items()}
+        return overall, details
 
     def _batches(self) -> list[Batch]:
         return noised(self.k2, self.images, self._jobs, self.micro_batch, 0.0, 1.0, 0.0)
@@ -78,4 +82,4 @@ class HeldOut:
 def _figures(rows: list[dict[str, float]]) -> Figures:
     means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
     gain = 1 - means["loss"] / means["base"]
-    return {"heldout/loss": means["loss"], "heldout/gain": gain, "heldout/drift": means["drift"]}
+    return {LOSS: means["loss"], "heldout/gain": gain, "heldout/drift": means["drift"]}
