@@ -111,9 +111,17 @@ class RolloutConfig:
     """fp8: images are drawn with a copy of the base in fp8, through torchao: more images a second, half of the base's
     memory more. Log-probs are those of the exact policy, computed as it trains, so ratios are exact. `rollout_gap` says
     how far the drawn velocities are from its own."""
+    keep_graphs: bool = False
+    """Keeps what backward needs of the stochastic steps from drawing until the update, whose first pass then makes no
+    forward. Changes no number. Takes the activations of all images and stochastic steps that a process draws in a
+    step, so it is for small models. After a lack of memory a run goes on without it."""
 
     @model_validator(mode="after")
     def _fits(self) -> RolloutConfig:
+        if self.keep_graphs and self.ahead:
+            raise refusal("keep_graphs", "is for images of the policy that trains; set it to false, or ahead: 0")
+        if self.keep_graphs and self.quantize:
+            raise refusal("keep_graphs", "trains on steps as they are drawn, but not in fp8; set it to false")
         if self.gpus and not self.ahead:
             raise refusal("gpus", "GPUs that only draw would wait for each update; set rollout.ahead: 1")
         return self
@@ -215,8 +223,10 @@ class GRPOConfig(TrainingConfig):
             raise refusal("groups.refill", "needs a step's scores before its update begins; set rollout.ahead: 0")
 
     def _check_rollout(self) -> None:
-        if self.rollout.gpus and self.model.sequence_parallel > 1:
-            raise refusal("rollout.gpus", "does not go with model.sequence_parallel; leave one of them out")
+        if self.model.sequence_parallel > 1:
+            for name in ("gpus", "keep_graphs"):
+                if getattr(self.rollout, name):
+                    raise refusal(f"rollout.{name}", "does not go with model.sequence_parallel; leave one of them out")
         if self.rollout.quantize is None:
             return
         why = None

@@ -215,6 +215,8 @@ def sample(
     records = dict(enumerate(source.draw(step))) if records is None else records
     indices, costs = list(records), costs_of(k2, config, step)
     drawing, _ = roles(config, procs)
+    # A step that did not fit into memory is repeated in smaller micro-batches, and without it.
+    keep = config.rollout.keep_graphs and micro_batch == config.groups.micro_batch
     groups = []
     for i in procs.local_indices_by_cost([costs[g % n] for g in indices], drawing):
         g = indices[i]
@@ -229,7 +231,9 @@ def sample(
         times = sampler.schedule(s.steps, k2.mu(height, width))
         shared = s.window is not None
         with k2.role(POLICY, fp8=config.rollout.quantize == "fp8"):
-            trajectory = rollout(k2, text, seeds, times, window, s.dynamics, s.eta, height, width, micro_batch, shared)
+            trajectory = rollout(
+                k2, text, seeds, times, window, s.dynamics, s.eta, height, width, micro_batch, shared, keep
+            )
         images = to_pil(k2.decode(trajectory.latents, height, width))
         rows = [row] * len(images)
         queue.submit(images, [r.prompt for r in rows], columns(rows))
