@@ -31,7 +31,7 @@ from pydantic import model_validator
 
 from posttrain.config.types import Check, Filled, NonNegative, Number, Positive, Share, refusal, settings
 from posttrain.errors import UserError, counted
-from rewards.isolation import described, untouched
+from rewards.isolation import described, own_directory, untouched
 
 WINDOW = 256  # samples over which a reward's share of failures is taken
 ASKED = 16  # scores from which on a share of failures is worth a warning
@@ -302,7 +302,7 @@ async def _call(
 
     limit = asyncio.timeout(reward.spec.timeout)
     try:
-        with untouched():
+        with untouched(reward.spec.name):
             async with limit:
                 result = call() if reward.is_async else await _in_thread(reward, call)
                 if inspect.isawaitable(result):  # of a partial or a decorator around an async function too
@@ -331,6 +331,7 @@ async def _in_thread(reward: Reward, call: Callable[[], Any]) -> Any:
 
     def work() -> None:
         result, error = None, None
+        own_directory()
         try:
             with reward.lock:
                 result = call()

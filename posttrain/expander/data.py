@@ -34,6 +34,7 @@ from posttrain.errors import UserError, counted
 from posttrain.expander.config import ExpanderDataConfig, WriterConfig, is_function
 from posttrain.log import log
 from posttrain.preferences.heldout import in_share
+from posttrain.runs.files import replace_text
 from posttrain.runs.guard import check_unchanged
 from prompts.tables import open_table, row_texts
 from prompts.templates import load_template
@@ -283,7 +284,7 @@ def _finish(config: ExpanderDataConfig, output: Path, rows: list[dict[str, Any]]
         "Short prompts and the captions that they should be expanded to.\n\n"
         f"```json\n{json.dumps(counts, indent=1)}\n```\n"
     )
-    (output / CARD).write_text(json.dumps(counts, indent=1) + "\n")
+    replace_text(output / CARD, json.dumps(counts, indent=1) + "\n")  # last: what has it is finished
     print(
         f"posttrain: wrote {counted(counts['train'], 'pair')} and {counts['heldout']} held out to {output}"
         f" ({_listed(kinds)}); dropped: {_listed(dropped) or 'none'}; failed: {counts['failed']}"

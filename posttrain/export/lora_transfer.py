@@ -30,8 +30,8 @@ from posttrain.export.model_card import heldout_of, run_recipe, size_of
 from posttrain.loading import is_hub_id, local, reading
 from posttrain.model import files
 from posttrain.model.k2 import K2, to_pil
-from posttrain.model.load import empty_transformer
-from posttrain.model.lora_file import add_lora, linear_shapes, read_lora
+from posttrain.model.lora_file import add_lora, linear_shapes, read_lora, shapes_at
+from posttrain.runs.files import replace_text
 from posttrain.runs.guard import check_new
 from posttrain.runs.progress import columns as aligned_columns
 from posttrain.training import checkpoint, image_metrics, policy
@@ -78,7 +78,7 @@ def check(config: CarryoverConfig) -> int:
     if output is not None:
         settings = {name: value for name, value in asdict(config).items() if name != "servers"}
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps({"settings": settings, **found}, indent=1) + "\n")
+        replace_text(output, json.dumps({"settings": settings, **found}, indent=1) + "\n")
     if found["distance"]["turbo"] == 0:
         print("posttrain: the LoRA changes no image on Turbo")
     return int(found["distance"]["turbo"] == 0)
@@ -175,9 +175,7 @@ def _check_models(config: CarryoverConfig, saved: Checkpoint | None) -> Checkpoi
         raise UserError(UNDISTILLED.format(base))
     if _architecture(base) != _architecture(raw.path):
         raise UserError(UNLIKE.format(config.turbo))
-    with reading(f"{raw.path}/transformer/config.json", "the transformer's settings"):
-        shapes = linear_shapes(empty_transformer(raw.path).state_dict())
-    _factors(config, saved, shapes)
+    _factors(config, saved, shapes_at(raw.path))
     return student
 
 

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from posttrain.model.adapters.targets import TEXT, fuses_text, is_block_linear
 
 
-
 def blocks(transformer: Krea2Transformer2DModel) -> list[nn.Module]:
     """Those that image and text tokens pass through, in order; most of the weights are theirs."""
     return list(transformer.transformer_blocks)

@@ -20,13 +20,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from posttrain.errors import UserError, counted
-from posttrain.loading import check_file, check_finite, some
+from posttrain.loading import check_file, check_finite, reading, some
 from posttrain.model import key_names
 from posttrain.model.adapters import kinds
 from posttrain.model.adapters.kinds import ALPHA, BIAS, MAGNITUDE, Change
 from posttrain.model.adapters.scales import scale_of, stated_scales
 from posttrain.model.adapters.targets import target_of
 from posttrain.model.k2 import K2
+from posttrain.model.load import empty_transformer
 from posttrain.model.roles import Kept, Role
 
 A, B = "lora_A.weight", "lora_B.weight"
@@ -68,6 +69,12 @@ def linear_shapes(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, int]
         if key.endswith(".weight") and value.ndim == 2:
             shapes[key.removesuffix(".weight")] = (value.shape[0], value.shape[1])
     return shapes
+
+
+def shapes_at(path: str) -> dict[str, tuple[int, int]]:
+    """The same of a pipeline whose weights are not read."""
+    with reading(f"{path}/transformer/config.json", "the transformer's settings"):
+        return linear_shapes(empty_transformer(path).state_dict())
 
 
 def read_lora(path: str | Path, shapes: Mapping[str, tuple[int, int]], where: str | Path = "") -> dict[str, Tensor]:

@@ -323,7 +323,7 @@ class Commands:
         ranks = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
         call = {"args": [str(arg) for arg in args], "files": self.files, "limit": limit}
         assert self.server.stdin is not None
-        self.server.stdin.write(json.dumps(call | {"environments": ranks if processes > 1 else [{}]}) + "\n")
+        self.server.stdin.write(json.dumps(call | {"environments": ranks if processes > 1 else [environment]}) + "\n")
         self.server.stdin.flush()
         return self._answer()
 
