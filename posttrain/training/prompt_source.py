@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from posttrain.config.groups import GroupTrainingConfig
 from posttrain.log import log
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
@@ -18,9 +19,6 @@ from posttrain.training.checkpoint import Checkpoint
 from prompts.pool import Kind, Pool
 from prompts.records import PromptRecord
 from rewards.gates import Gated
-
-if TYPE_CHECKING:  # methods stand above training
-    from posttrain.grpo.config import GRPOConfig
 
 FUSED_BYTES = 2**30
 """Fused text that a process keeps in RAM: of K2 about 800 prompts of 105 tokens, at 12 kB a token."""
@@ -31,7 +29,7 @@ ENDS = 8
 class PromptSource:
     """`draw` a step's prompts, then `update` with their scores. All but `draw` do nothing without a pool."""
 
-    def __init__(self, config: GRPOConfig, records: list[PromptRecord]):
+    def __init__(self, config: GroupTrainingConfig, records: list[PromptRecord]):
         self.config, self.records = config, records
         self.pool: Pool | None = None
         self._drawn: dict[int, np.ndarray] = {}

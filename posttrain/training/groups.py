@@ -1,0 +1,159 @@
+"""A training step's groups of images: their prompts, their scores and advantages, and what a run counts of them.
+
+What the methods have in common that learn from rewards of groups. Each draws its images in its own way:
+
+    for prompted in prompted_groups(k2, config, step, source, places):
+        latents = ...
+        submit(k2, queue, prompted, latents)
+    ...                                                  # the scores of all processes
+    advantages_PG, metrics = score(config, scores, noise)
+
+Legend: P groups, G images of a group, K rewards, N image tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from posttrain.config.groups import GroupTrainingConfig
+from posttrain.distributed.processes import Processes
+from posttrain.model import flops
+from posttrain.model.k2 import K2, Text, to_pil
+from posttrain.runs.run import Run
+from posttrain.training import advantages
+from posttrain.training.evaluate import Evaluation, Evaluator, means
+from posttrain.training.idle import check_idle, count_idle
+from posttrain.training.judge_check import SHOWN, check_judges
+from posttrain.training.loop import Training
+from posttrain.training.prompt_source import PromptSource
+from prompts.records import PromptRecord, columns
+from rewards.background import ScoreQueue
+from rewards.base import Noise, Reward, Scores
+from rewards.gates import apply_gates
+
+# ---- sample -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Prompted:
+    """What a group of images is drawn from."""
+
+    index: int
+    """Among all groups of the step, whichever process draws them."""
+    record: PromptRecord
+    text: Text
+    size: tuple[int, int]
+
+
+def prompted_groups(
+    k2: K2, config: GroupTrainingConfig, step: int, source: PromptSource, places: Iterable[int]
+) -> Iterator[Prompted]:
+    """The groups of a step with these indices, one after the other, their text encoded when they are asked for."""
+    chosen = source.draw(step)
+    for g in places:
+        row, size = chosen[g], size_of(config, (step - 1) * config.groups.prompts_per_step + g)
+        # One prompt at a time: in a batch its features would depend, within rounding, on the prompts beside it.
+        text = Text.of([k2.fuse(k2.encode([row.prompt], config.prompts.max_tokens).features[0])])
+        yield Prompted(g, row, text, size)
+
+
+def submit(k2: K2, queue: ScoreQueue, prompted: Prompted, latents_GNC: Tensor) -> None:
+    """Decodes a group's images and submits them for scoring."""
+    images = to_pil(k2.decode(latents_GNC, *prompted.size))
+    rows = [prompted.record] * len(images)
+    queue.submit(images, [r.prompt for r in rows], columns(rows))
+
+
+def costs_of(k2: K2, config: GroupTrainingConfig, step: int) -> list[float]:
+    """What an image of each group of a step costs, relative to the others."""
+    first, n = (step - 1) * config.groups.prompts_per_step, config.groups.prompts_per_step
+    return flops.of_sizes(k2, [size_of(config, first + g) for g in range(n)])
+
+
+def size_of(config: GroupTrainingConfig, index: int) -> tuple[int, int]:
+    """(height, width) of the images of a group, counted over the whole run."""
+    sizes = config.image_sizes()
+    height, width = sizes[index % len(sizes)]
+    return height, width
+
+
+# ---- score ------------------------------------------------------------------------------------------------
+
+
+def score(
+    config: GroupTrainingConfig, scores: Scores, noise: Mapping[str, Noise] | None = None
+) -> tuple[Tensor, dict[str, float | None]]:
+    """(P, G) advantages of all groups, and what the step's rewards look like.
+
+    `noise` of the rewards by name; None: every difference counts.
+    """
+    gated = apply_gates(scores, [r for r in config.rewards if not r.heldout_only], noise)
+    shape = (config.groups.prompts_per_step, config.groups.group_size, -1)
+    rewards_PGK = torch.from_numpy(gated.values_NK).view(*shape)
+    valid_PGK = torch.from_numpy(gated.valid_NK).view(*shape)
+    weights_K, floor_K = torch.from_numpy(gated.weights_K), torch.from_numpy(gated.floor_K)
+    normalise = advantages.gdpo if config.advantages == "gdpo" else advantages.sum_then_normalise
+    limit = config.max_advantage()
+    advantages_PG = normalise(rewards_PGK, valid_PGK, weights_K, floor_K=floor_K).clamp(-limit, limit)
+    flat_PK = advantages.flat(rewards_PGK, valid_PGK, floor_K)
+    noise_K, summed = torch.from_numpy(gated.noise_K), config.advantages == "sum"
+    waited, scoring = scores.waited_seconds, scores.scoring_seconds
+    by_reward = means(scores)
+    metrics: dict[str, float | None] = {f"reward/{name}": value for name, value in by_reward.items()}
+    metrics["reward"] = weighted_mean(by_reward, dict(zip(gated.names, gated.weights_K.tolist())))
+    metrics["missing"] = 1 - float(valid_PGK.any(-1).double().mean())
+    metrics["failed"] = float(scores.failed_NK.mean())
+    metrics["flat_groups"] = float(flat_PK.all(-1).double().mean())
+    metrics["noise_share"] = advantages.noise_share(rewards_PGK, valid_PGK, weights_K, floor_K, noise_K, summed)
+    metrics["advantage"] = float(advantages_PG.abs().mean())
+    metrics["score_hidden"] = 1 - waited / scoring if scoring > 0 else None
+    metrics["score_wait"] = waited
+    return advantages_PG.float(), metrics
+
+
+def weighted_mean(by_reward: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
+    """Of the rewards that have a score."""
+    total, weight = 0.0, 0.0
+    for name, share in weights.items():
+        mean = by_reward[name]
+        if mean is not None:
+            total, weight = total + share * mean, weight + share
+    return total / weight if weight else None
+
+
+# ---- a run ------------------------------------------------------------------------------------------------
+
+
+def judge_noise(
+    run: Run, procs: Processes, evaluator: Evaluator, rewards: list[Reward], before: Evaluation
+) -> dict[str, float | None]:
+    """How far judges repeat themselves, measured once on the first images; a resumed run finds it in its history."""
+    found: dict[str, float | None] = {}
+    if procs.main:
+        shown = evaluator.records
+        images = to_pil(torch.from_numpy(before.images[:SHOWN]))
+        found = check_judges(run, rewards, images, [r.prompt for r in shown], columns(shown))
+    return procs.from_main(found)
+
+
+def log_step(
+    training: Training, config: GroupTrainingConfig, step: int, metrics: Mapping[str, float | None], idle: str | None
+) -> None:
+    """Counts a step in the run's history and logs it. `idle` is why it taught nothing; raises UserError if too many
+    have."""
+    history = training.history
+    history["images"] += config.groups.prompts_per_step * config.groups.group_size
+    count_idle(history, idle, metrics["missing"] == 1)
+    counted = {name: history[name] for name in ("images", "skipped_steps")}
+    training.run.log(step, {**metrics, **training.health(), **counted})
+    check_idle(history, idle, config.idle_steps)
+
+
+def start_counting(training: Training) -> None:
+    """Puts the counters of `log_step` into the history of a run that has none yet."""
+    for counter in ("images", "skipped_steps", "idle_steps"):
+        training.history.setdefault(counter, 0)
