@@ -106,6 +106,9 @@ class NFTConfig(GroupTrainingConfig):
         steps = self.sampling.steps
         return steps if self.loss.levels == "all" else (steps + 1) // 2
 
+    def eval_draws(self) -> list[tuple[int, float]]:
+        return [*super().eval_draws(), (self.sampling.steps, 0.0)]
+
     def rollout_suffix(self) -> str:
         """Of the metrics of images that are drawn as in training."""
         return metric_names.steps_suffix(self.sampling.steps, [self.eval.steps])

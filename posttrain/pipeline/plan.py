@@ -28,6 +28,8 @@ from rewards.load import check_addresses, check_rewards
 from rewards.serve import check_urls
 
 TRAINING = tuple(name for name, command in COMMANDS.items() if command.makes == "checkpoint")
+GROUPS = ("grpo", "nft")
+"""Commands whose recipes have groups of images and a pool of prompts (config/groups.py)."""
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
 
 
@@ -188,7 +190,7 @@ def _check_enough(command: str, config: Any, field: str, prompts: int) -> None:
     # tdm and the adaptive pool draw without replacement within a step
     if field == "prompts.train" and command == "tdm":
         least = config.batch
-    if field == "prompts.train" and command == "grpo" and config.pool.kind == "adaptive":
+    if field == "prompts.train" and command in GROUPS and config.pool.kind == "adaptive":
         least = config.groups.prompts_per_step
     if prompts < least:
         raise UserError(f"{field}: has {prompts} prompts, but a step takes {least} different ones; add more")

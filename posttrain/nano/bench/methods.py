@@ -13,10 +13,8 @@ A method with the same sections in its recipe is another line of ARMS.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
