@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from posttrain.config.groups import GroupsConfig
 from posttrain.config.sections import (
     CheckpointConfig,
     EvalConfig,
@@ -32,7 +33,6 @@ from posttrain.config.sections import (
 )
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
-from posttrain.grpo.config import GroupsConfig
 from posttrain.image_reader import to_rgb
 from posttrain.model import fp8, sampler
 from posttrain.model.k2 import K2, Text, to_pil

@@ -26,6 +26,7 @@ from posttrain.errors import UserError
 from posttrain.grpo.config import GRPOConfig
 from posttrain.model import flops
 from posttrain.model.blocks import RESERVE
+from posttrain.nft.config import NFTConfig
 from posttrain.pairs.config import PairsConfig
 from posttrain.pairs.planning import quotas
 from posttrain.sft.config import SFTConfig
@@ -72,6 +73,8 @@ def method_of(recipe: Recipe) -> str:
         return "grpo"
     if isinstance(recipe, SFTConfig):
         return "sft"
+    if isinstance(recipe, NFTConfig):
+        return "nft"
     return "stpo" if isinstance(recipe, STPOConfig) else "tdm"
 
 

@@ -136,6 +136,37 @@ METRICS = (
     Metric("cropped_area", "Mean share of an image's area that the crop cut off", "[0, 1]"),
     Metric("dropped", "Share of the step's images that were trained with the empty caption", "[0, 1]"),
     Metric("image_tokens", "Image tokens of the step's bucket", "tokens"),
+    # Negative-aware finetuning.
+    Metric("clipped_advantages", "Share of images whose advantage is the largest or the least possible", "[0, 1]"),
+    Metric(
+        "velocity_error_t[1-4]",
+        "Mean squared error of the policy's velocity at noised images, over one of four equal parts of the noise"
+        " levels, lowest first",
+        ">= 0",
+    ),
+    Metric(
+        "old_error",
+        "Relative distance of the old policy's velocity from the policy's at the first step, where both are the same",
+        ">= 0",
+        "lower",
+    ),
+    Metric(
+        "old_distance", "Mean squared distance of the policy's velocity from the old policy's", ">= 0", "", "divergence"
+    ),
+    Metric(
+        "toward_better",
+        "Mean product of the old policy's velocity error and the policy's distance from it, of images with a positive"
+        " advantage, others counting 0; below 0 the error of these images falls",
+        "",
+        "lower",
+    ),
+    Metric(
+        "toward_worse",
+        "The same of images with a negative advantage; above 0 the error of these images rises",
+        "",
+        "higher",
+    ),
+    Metric("latent_norm", "Root mean square of the latents that the step drew", ">= 0, about 1", "", "hacking"),
     # Distillation.
     Metric("fake_updates", "Updates of the fake score in this step", "updates"),
     Metric("fake_loss", "Flow-matching loss of the fake score on the student's images", ">= 0", "lower"),

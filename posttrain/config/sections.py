@@ -320,6 +320,10 @@ class TrainingConfig:
         """Copies of what is trained that a run keeps on the device, besides the average of optim.ema."""
         return 0
 
+    def eval_draws(self) -> list[tuple[int, float]]:
+        """(steps, guidance) of each way in which an evaluation draws all its images."""
+        return [(self.eval.steps, scale) for scale in self.eval.guidance]
+
     def metric_names(self) -> list[str]:
         """What eval.best and eval.stop.metric may name."""
         return metric_names.names([], self.eval.guidance, self.eval.groups)

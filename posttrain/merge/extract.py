@@ -237,8 +237,8 @@ def _load_target(config: ExtractConfig, device: torch.device) -> tuple[K2, str |
 
 
 def _apply(k2: K2, found: Found, config: ExtractConfig) -> str | None:
-    """The role that has the LoRA. One that may reach the text fusion is merged into the base, and rounded with that: the
-    text of all roles would have to be fused anew."""
+    """The role that has the LoRA. One that may reach the text fusion is merged into the base, and rounded with that:
+    otherwise the text of all roles would have to be fused anew."""
     if config.layers == "blocks":
         add_lora(k2, POLICY, found.factors, config.output)
         return POLICY

@@ -29,6 +29,8 @@ from rewards.serve import check_urls
 
 TRAINING = tuple(name for name, command in COMMANDS.items() if command.makes == "checkpoint" and command.resumable)
 """A merge makes a checkpoint too, and trains nothing."""
+GROUPS = ("grpo", "nft")
+"""Commands whose recipes have groups of images and a pool of prompts (config/groups.py)."""
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
 
 
@@ -191,8 +193,8 @@ def _check_enough(command: str, config: Any, field: str, prompts: int) -> None:
     # tdm and the adaptive pool draw without replacement within a step
     if field == "prompts.train" and command == "tdm":
         least = config.batch
-    if field == "prompts.train" and command == "grpo" and config.pool.kind == "adaptive":
-        least = config.groups.prompts_per_step + bool(config.groups.refill)
+    if field == "prompts.train" and command in GROUPS and config.pool.kind == "adaptive":
+        least = config.groups.prompts_per_step + bool(getattr(config.groups, "refill", 0))
     if prompts < least:
         raise UserError(f"{field}: has {counted(prompts, 'prompt')}, but a step takes {least} different ones; add more")
 

@@ -137,6 +137,9 @@ class TDMConfig(TrainingConfig):
     def images_at_once(self) -> int:
         return self.micro_batch
 
+    def eval_draws(self) -> list[tuple[int, float]]:
+        return [(steps, 0.0) for steps in self.student.steps]
+
     def metric_names(self) -> list[str]:
         rewards = [reward.name for reward in self.rewards if self.eval.groups or not reward.group]
         distilled = metric_names.distilled_names(rewards, self.student.steps, self.eval.groups)

@@ -17,6 +17,7 @@ from PIL import Image
 from posttrain.config import metrics
 from posttrain.config.sections import ModelConfig, PromptsConfig
 from posttrain.grpo.config import GRPOConfig
+from posttrain.nft.config import NFTConfig
 from posttrain.sft.config import ImageSetConfig, SFTConfig
 from posttrain.stpo.config import PairSetConfig, STPOConfig
 from posttrain.tdm.config import FakeConfig, TDMConfig
@@ -71,6 +72,19 @@ def config(folder: Path, model: Path, reward: str = "brightness") -> GRPOConfig:
     made.eval.groups = 0
     made.checkpoint.every = 0
     made.track.tensorboard = False
+    return made
+
+
+def nft_config(folder: Path, model: Path, reward: str = "brightness") -> NFTConfig:
+    """A recipe whose run goes into folder/run: two groups of four images of 32 x 32 in four steps, at two noise
+    levels; the old policy lags from the first update on."""
+    base = config(folder, model, reward)
+    made = NFTConfig(
+        output=base.output, model=base.model, prompts=base.prompts, rewards=base.rewards, steps=2, groups=base.groups,
+        lora=base.lora, optim=base.optim, eval=base.eval, checkpoint=base.checkpoint, track=base.track,
+    )  # fmt: skip
+    made.sampling.sizes, made.sampling.steps, made.loss.times = [[32, 32]], 4, 2
+    made.old.ramp = 0.2
     return made
 
 
@@ -251,7 +265,7 @@ def watch_loading(method: Any, monkeypatch: Any) -> list:
 
 TRAINING = """
 import posttrain.expander.gdpo, posttrain.expander.sft, posttrain.export.export, posttrain.grpo.train
-import posttrain.pairs.make, posttrain.preflight.run, posttrain.preflight.grpo
+import posttrain.nft.train, posttrain.pairs.make, posttrain.preflight.run, posttrain.preflight.grpo
 import posttrain.report.page
 import posttrain.sample_images, posttrain.sft.train, posttrain.stpo.train
 import posttrain.tdm.train
