@@ -29,6 +29,7 @@ from peft import get_peft_model
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from posttrain.config import clipping
 from posttrain.config.sections import JUDGE_TARGETS
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError, counted
@@ -47,7 +48,6 @@ from posttrain.runs.files import apply_umask
 from posttrain.runs.guard import check_unchanged
 from posttrain.runs.run import Run, peak_memory
 from posttrain.runs.stop import StopSignals
-from posttrain.training import clipping
 from prompts.parse import read_lines
 from prompts.tables import open_table, row_texts
 

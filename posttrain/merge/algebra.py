@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from posttrain.model.low_rank import Factors, Truncated, inner
+from posttrain.model.adapters.low_rank import Factors, Truncated, inner
 from posttrain.model.roles import PART
 
 EXACT = 1024

@@ -33,10 +33,10 @@ from posttrain.merge.parents import WHOLE
 from posttrain.merge.report import WORST
 from posttrain.merge.weights import Weights
 from posttrain.model import sampler
+from posttrain.model.adapters.low_rank import Truncated, error_of
 from posttrain.model.adapters.targets import is_block_linear
 from posttrain.model.k2 import K2
 from posttrain.model.lora_file import A, B, add_lora, linear_shapes
-from posttrain.model.low_rank import Truncated, error_of
 from posttrain.runs.files import replace_text, replacing
 from posttrain.runs.guard import check_new
 from posttrain.training import checkpoint

@@ -23,9 +23,9 @@ from posttrain.merge import weights
 from posttrain.merge.config import SUFFIX, MergeConfig
 from posttrain.merge.weights import Weights
 from posttrain.model import files
+from posttrain.model.adapters.low_rank import Factors, concatenate
 from posttrain.model.fingerprint import fingerprint
 from posttrain.model.lora_file import A, B, layer_of, linear_shapes, read_lora
-from posttrain.model.low_rank import Factors, concatenate
 from posttrain.training import checkpoint
 from posttrain.training.checkpoint import Checkpoint
 from posttrain.training.policy import earlier_of, is_student, scaled_factors

@@ -16,11 +16,10 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from posttrain.config import metrics
+from posttrain.config import clipping, metrics
 from posttrain.errors import counted
 from posttrain.report.charts import Limit, thin
 from posttrain.runs.read import Point
-from posttrain.training import clipping
 
 TITLES = {"divergence": "divergence", "hacking": "hacking: what drifts while a reward is hacked"}
 

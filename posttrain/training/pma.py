@@ -26,7 +26,7 @@ from posttrain.config.optimizer import AverageConfig
 from posttrain.distributed import shards
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
-from posttrain.model import low_rank
+from posttrain.model.adapters import low_rank
 from posttrain.model.k2 import K2
 from posttrain.model.load import keeps_fp32
 from posttrain.runs.files import replacing

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from posttrain.config import clipping
 from posttrain.config.sections import CheckpointConfig, OptimConfig
 from posttrain.distributed import shards
 from posttrain.errors import UserError
 from posttrain.runs.stop import StopSignals
-from posttrain.training import clipping, muon
+from posttrain.training import muon
 from posttrain.training.optim import flatten_optimizer, make_optimizer, median_root, restore_optimizer, set_group
 
 if TYPE_CHECKING:  # methods stand above training

@@ -33,13 +33,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from posttrain.config import clipping
 from posttrain.config.optimizer import OptimConfig
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text
 from posttrain.nano.bench import common
 from posttrain.nano.world import scenes
 from posttrain.resources import ROOT
-from posttrain.training import clipping, pma
+from posttrain.training import pma
 from posttrain.training.policy import POLICY
 from posttrain.training.stepper import Stepper
 
