@@ -143,9 +143,7 @@ def test_a_writer_under_an_alias(tmp_path):
     """Whoever answers is named by `answers_as`; without it the request has failed, with what to set."""
     with fake_writer.serving("gpt-4o-2024-08-06") as url:
         config = written(tmp_path, url, CAPTIONS)
-        with pytest.raises(
-            UserError, match=r"the model m, gpt-4o-2024-08-06 answered: .* set answers_as: gpt"
-        ):
+        with pytest.raises(UserError, match=r"the model m, gpt-4o-2024-08-06 answered: .* set answers_as: gpt"):
             make(config)
         assert config.writer is not None
         config.writer.answers_as, config.output = "gpt-4o", str(tmp_path / "again")
