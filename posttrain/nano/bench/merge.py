@@ -9,8 +9,8 @@ prompts are silent about the style.
     words    scenes with a word, dark         counts   scenes that count, bordered
     dim      one shape, dark on black         bright   one shape, pastel on white
 
-A share of each batch is scenes of other kinds in all styles (--rehearse), so that a run changes its own domain more than
-all else. Then `posttrain merge` merges two runs by each rule of RULES and measures, with the runs' own held-out
+A share of each batch is scenes of other kinds in all styles (--rehearse), so that a run changes its own domain more
+than all else. Then `posttrain merge` merges two runs by each rule of RULES and measures, with the runs' own held-out
 prompts and rewards, what is kept of the gains. dim and bright have the same prompts: that conflict must be told.
 """
 
