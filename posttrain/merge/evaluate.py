@@ -72,25 +72,37 @@ def heldout(family: Family, config: MergeConfig) -> list[HeldOut]:
     found = []
     for parent in family.parents:
         recipe = {} if parent.saved is None else run_recipe(parent.saved)
-        if recipe:
+        if missing := _missing(recipe):
+            log.info(f"{parent.name} {missing}, so what is kept of its gain is not measured")
+            continue
+        try:
             found.append(_of_recipe(parent, recipe, config))
-        else:
-            log.info(f"{parent.name} has no recipe of a run, so what is kept of its gain is not measured")
+        except UserError as error:
+            raise UserError(f"parents: the recipe of {parent.name}: {error}") from error
     if found:
         model = family.model
         machine.check([Base("model", model.path, model.dtype, model.transformer_file, model.transformer_format)], {})
     return found
 
 
+def _missing(recipe: Mapping[str, Any]) -> str:
+    """Why there is nothing to measure; empty if there is."""
+    if not recipe:
+        return "has no recipe of a run"
+    if heldout_of(recipe) is None:
+        return "names no held-out prompts in its recipe"
+    # Groups are not drawn.
+    if all(spec.get("group") for spec in recipe.get("rewards", [])):
+        return "names no reward that sees one image at a time"
+    return ""
+
+
 def _of_recipe(parent: Parent, recipe: Mapping[str, Any], config: MergeConfig) -> HeldOut:
-    rewards = [RewardSpec(**spec) for spec in recipe.get("rewards", [])]
-    rewards = [reward for reward in rewards if not reward.group]
+    specs = [spec for spec in recipe["rewards"] if not spec.get("group")]
+    rewards = [RewardSpec(**spec) for spec in specs]
     size, path = config.size or size_of(recipe), heldout_of(recipe)
-    for what, value in (("held-out prompts", path), ("reward that sees one image at a time", rewards)):
-        if not value:
-            raise UserError(f"parents: {parent.name}: its recipe names no {what}; set --evaluate false")
     if size is None:
-        raise UserError(f"size: the recipe of {parent.name} does not say the size of its images; give it")
+        raise UserError("it does not say the size of its images; give it as --size")
     assert path is not None
     settings = EvalConfig(**recipe.get("eval", {}))
     records = read_prompts(path)[: config.images or settings.prompts]

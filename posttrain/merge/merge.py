@@ -55,6 +55,10 @@ def merge(config: MergeConfig) -> None:
     }
     if config.method == "ties":
         facts |= {"density": config.density, "scale": config.scale}
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output: {output.parent} cannot be made: {error.strerror}; choose another name") from error
     layers = (_adapter if makes_adapter else _whole)(family, config, output, facts)
     _print(family, config, layers)
     if heldout:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,10 @@ class Parent:
     """Beyond those that all parents share."""
     saved: Checkpoint | None = None
     """Of a run."""
-    is_adapter: bool = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.is_adapter = all(isinstance(stage, Adapter) for stage in self.stages)
+    @property
+    def is_adapter(self) -> bool:
+        return all(isinstance(stage, Adapter) for stage in self.stages)
 
     def factors(self) -> dict[str, Factors]:
         """Of a parent that is an adapter: all its stages as one, by layer."""

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from posttrain.errors import UserError
-from posttrain.loading import PIPELINE, check_file, local, weight_files
+from posttrain.loading import PIPELINE, check_file, local, reading, weight_files
 from posttrain.model import files, key_names
 from posttrain.model.k2 import K2
 from posttrain.model.load import check_names, empty_transformer
@@ -86,7 +86,8 @@ class Weights(Mapping[str, Tensor]):
 
 def expected(path: str) -> dict[str, Tensor]:
     """The state dict of a pipeline's transformer, on the meta device."""
-    return empty_transformer(path).state_dict()
+    with reading(f"{path}/{PART}/config.json", "the transformer's settings"):
+        return empty_transformer(path).state_dict()
 
 
 def of_pipeline(path: str, like: Mapping[str, Tensor], transformer_file: str | None = None) -> Weights:

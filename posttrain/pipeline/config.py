@@ -37,7 +37,7 @@ class PipelineConfig:
     """What to do, first to last."""
     launch: list[str] = field(default_factory=list)
     """Words that start a command of posttrain, such as [torchrun, --nproc-per-node, "8", -m, posttrain.cli], for all
-    stages but export and expander data; none: this Python, one process."""
+    stages but export, merge and expander data; none: this Python, one process."""
     gpu_gib: Positive | None = None
     """Memory in GiB of each GPU, for the dry run, which estimates what each stage needs of it. null: no need is
     estimated, and time is that of the measured GPU."""

@@ -129,9 +129,13 @@ def test_whole_models_are_measured_too(recipes, tmp_path):
         assert abs(row["merge"] - row["run"]) < 0.1 * abs(row["gain"])
 
 
-def test_a_parent_without_a_recipe_is_left_out(recipes, tmp_path, model, capsys):
+def test_parents_without_a_recipe_or_rewards_are_left_out(recipes, tmp_path, model, capsys):
     bare = stage(tmp_path / "bare", ModelConfig(str(model), dtype="float32"), 0.1, 7)
-    assert merge(recipes[0], bare, "--output", tmp_path / "m") == 0
-    assert f"{bare} has no recipe of a run" in capsys.readouterr().err
+    silent = stage(tmp_path / "silent", ModelConfig(str(model), dtype="float32"), 0.1, 8)
+    recipe = yaml.safe_load((recipes[0] / "recipe.yaml").read_text())
+    (tmp_path / "silent/recipe.yaml").write_text(yaml.safe_dump(recipe | {"rewards": recipe["rewards"][2:]}))
+    assert merge(recipes[0], bare, silent, "--output", tmp_path / "m") == 0
+    told = capsys.readouterr().err
+    assert f"{bare} has no recipe of a run" in told and f"{silent} names no reward that sees one image" in told
     rows = json.loads((tmp_path / "m/merge.json").read_text())["kept"]
     assert {row["parent"] for row in rows} == {str(recipes[0])}

@@ -78,6 +78,7 @@ CASES = [
     ("{f}/a {f}/b --keep 2", "keep: is 2.0; use 0 to 1"),
     ("{f}/a --model.path {f}/none", "{f}/none: no such directory; give a K2 pipeline directory"),
     ("{f}/a --output {f}/b", "output: {f}/b exists; choose another name"),
+    ("{f}/a --output {f}/fits.safetensors/m", "output: {f}/fits.safetensors cannot be made: "),
     ("", "parents: missing; give it: posttrain merge PARENTS"),
 ]
 
@@ -135,9 +136,8 @@ def test_a_damaged_tensor_is_named(folder, model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"rewards": []}, "its recipe names no reward that sees one image at a time; set --evaluate false"),
-        ({"prompts": {"train": "x", "heldout": "none.jsonl"}}, "none.jsonl"),
-        ({"sampling": {}}, "does not say the size of its images; give it"),
+        ({"prompts": {"train": "x", "heldout": "none.jsonl"}}, "run: none.jsonl"),
+        ({"sampling": {}}, "run: it does not say the size of its images; give it as --size"),
         ({"rewards": [{"name": "r", "function": "tests.helpers.runs:nowhere"}]}, "reward r: function"),
     ],
 )
