@@ -3,6 +3,7 @@
 On a CPU torchao emulates the products, with the numbers of a GPU."""
 
 import dataclasses
+import functools
 import json
 import sys
 
@@ -17,7 +18,7 @@ from posttrain.config.types import ConfigError
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.export.export import load_checkpoint
-from posttrain.model import architecture, fp8
+from posttrain.model import architecture, blocks, fp8
 from posttrain.model.k2 import K2, Text
 from posttrain.sample_config import SampleConfig
 from posttrain.tdm import train as tdm
@@ -80,6 +81,26 @@ def test_the_blocks_linears_are_near_the_exact_ones(recipe):
     with fp8.exact(found):
         assert torch.equal(velocity(found, POLICY), expected)
     assert torch.equal(velocity(found, POLICY), v)
+
+
+def test_compiled_it_is_the_same(monkeypatch):
+    """Traced whole, with and without gradient, in fp8 and exactly; a second time nothing is compiled again."""
+    traced = functools.cache(lambda device: torch.compile(blocks._run, backend="eager", fullgraph=True))
+    monkeypatch.setattr(blocks, "_compiled", traced)
+    with torch._dynamo.config.patch(recompile_limit=blocks.MAX_VARIANTS):
+        k2 = made("rowwise")
+        expected, given = velocity(k2, POLICY), gradients(k2)
+        with fp8.exact(k2):
+            wanted = velocity(k2, POLICY)
+        k2.blocks.compiled = True
+        for again in (False, True):
+            before = blocks.graphs()
+            assert torch.equal(velocity(k2, POLICY), expected)
+            found = gradients(k2)
+            assert all(torch.equal(found[name], value) for name, value in given.items())
+            with fp8.exact(k2):
+                assert torch.equal(velocity(k2, POLICY), wanted)
+            assert (blocks.graphs() == before) is again
 
 
 def test_rowwise_scales_save_rows_that_tensorwise_scales_round_away():
