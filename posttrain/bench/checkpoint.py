@@ -3,12 +3,11 @@
     python -m posttrain.bench.checkpoint --rank 64 --output /disk
     accelerate launch --config_file recipes/launch/fsdp2.yaml -m posttrain.bench.checkpoint --rank 0 --output /disk
 
-Prints one line of JSON. An update is forward and backward of a batch, the sum over processes, and AdamW or Muon. Of all
-weights it may be in 8 bits (--float8), which `update_s` with and without it compares. `pause_s` is
-the time that training waits for a checkpoint, `total_s` the time until it is on disk, `beside_s` the slowest update
-meanwhile. `reserved` has the same times for reserving memory before the first checkpoint. The checkpoints are removed
-afterwards. Without --output nothing is written, and only `pause_s` is meaningful. All weights of K2 take 154 GB of
-memory and twice that of disk.
+Prints one line of JSON. An update (`update_s`) is forward and backward of a batch, the sum over processes, and AdamW
+or Muon; of all weights its products may be in 8 bits. `pause_s` is the time that training waits for a checkpoint,
+`total_s` the time until it is on disk, `beside_s` the slowest update meanwhile. `reserved` has the same times for
+reserving memory before the first checkpoint. The checkpoints are removed afterwards. Without --output nothing is
+written, and only `pause_s` is meaningful. All weights of K2 take 154 GB of memory and twice that of disk.
 """
 
 from __future__ import annotations
