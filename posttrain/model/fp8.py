@@ -103,12 +103,12 @@ def train_in_float8(k2: K2) -> None:
     recipe = k2.blocks.float8
     if recipe is None:
         return
-    config_class, convert, kind = _training("model.float8")
-    config = config_class.from_recipe_name(recipe)
-    if k2.device.type == "cuda":
+    config_class, convert, kind = _training()
+    cuda = k2.device.type == "cuda"
+    if cuda:
         check_fp8(k2.device, "model.float8")
-    else:
-        config = dataclasses.replace(config, emulate=True)
+    # The kernels sum over multiples of 16, and a weight's gradient is a sum over tokens, of which there is any number.
+    config = dataclasses.replace(config_class.from_recipe_name(recipe), pad_inner_dim=True, emulate=not cuda)
     count, networks = 0, [net for net in (k2.velocity_model, k2.reference, *k2.copies.values()) if net is not None]
     for network in networks:
         convert(network, module_filter_fn=_is_block_linear, config=config)
@@ -135,26 +135,26 @@ def exact(k2: K2) -> Iterator[None]:
 
 def check_training(device: str | torch.device) -> None:
     """Raises UserError if the GPU or torchao does not support training in fp8."""
-    _training("model.float8")
+    _training()
     if torch.device(device).type == "cuda":
         check_fp8(torch.device(device), "model.float8")
 
 
 def _is_block_linear(module: Any, name: str) -> bool:
     # The names of a network begin with `transformer.`; fp8 products take multiples of 16.
-    fits = module.in_features % 16 == module.out_features % 16 == 0
+    fits = module.in_features % 16 == 0 and module.out_features % 16 == 0
     return fits and architecture.is_block_matrix(f"{name.removeprefix('transformer.')}.weight")
 
 
 @functools.cache
-def _training(field: str) -> tuple[Any, Any, Any]:
+def _training() -> tuple[Any, Any, Any]:
     """torchao's class of settings, its conversion of linears, and our class of linears."""
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # type: ignore
         from torchao.float8.float8_linear import Float8Linear as Stock  # type: ignore
         from torchao.float8.float8_linear import matmul_with_hp_or_float8_args  # type: ignore
     except ImportError as error:
-        raise UserError(f"{field}: fp8 needs torchao ({error}): pip install 'posttrain[fp8]'") from error
+        raise UserError(f"model.float8: fp8 needs torchao ({error}): pip install 'posttrain[fp8]'") from error
 
     class Float8TrainedLinear(Stock):
         """torchao's, which can be told to compute exactly."""

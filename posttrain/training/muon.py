@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -96,7 +96,7 @@ class Muon(torch.optim.Optimizer):
         self._adamw.step()
         rate, decay, momentum = float(group["lr"]), group["weight_decay"], group["momentum"]
         self._square, self._elements, self._began = 0.0, 0.0, self._now(group["params"][0])
-        gradients: dict[int, Tensor] = {}
+        moved: list[int] = []
         for index, parameter in enumerate(group["params"]):
             if parameter.grad is None:
                 continue
@@ -104,9 +104,9 @@ class Muon(torch.optim.Optimizer):
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter.grad)
             state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
-            gradients[index] = parameter
-        orthogonal = self._dealt if isinstance(self.wholes[0], DTensor) else self._own
-        for index, update in orthogonal(list(gradients), self._nesterov):
+            moved.append(index)
+        updates = self._dealt if isinstance(self.wholes[0], DTensor) else self._whole
+        for index, update in updates(moved):
             parameter = group["params"][index]
             parameter.mul_(1 - rate * decay)
             parameter.add_(update, alpha=-rate * scale(self.wholes[index].shape))
@@ -127,18 +127,18 @@ class Muon(torch.optim.Optimizer):
         parameter = self.param_groups[0]["params"][index]
         return parameter.grad.lerp(self.state[parameter]["momentum_buffer"], self.param_groups[0]["momentum"])
 
-    def _own(self, indices: Sequence[int], nesterov: Callable[[int], Tensor]) -> Iterator[tuple[int, Tensor]]:
+    def _whole(self, indices: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """Orthogonalised updates by index, where this process holds all matrices whole."""
         for index in indices:
-            yield index, self._orthogonalised(nesterov(index))
+            yield index, self._orthogonalised(self._nesterov(index))
 
-    def _dealt(self, indices: Sequence[int], nesterov: Callable[[int], Tensor]) -> Iterator[tuple[int, Tensor]]:
+    def _dealt(self, indices: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """The rows of these updates that this process holds. In each round every process owns one matrix, or none."""
         rank, size = dist.get_rank(), dist.get_world_size()
         hands = deal([cost(self.wholes[index].shape) for index in indices], size)
         for turn in range(max(map(len, hands))):
             owned = [indices[hand[turn]] if turn < len(hand) else None for hand in hands]
-            parts = [None if index is None else nesterov(index).bfloat16() for index in owned]
+            parts = [None if index is None else self._nesterov(index).bfloat16() for index in owned]
             sent = [0 if part is None else part.numel() for part in parts]
             mine, received = owned[rank], [0] * size
             if mine is not None:

@@ -166,11 +166,13 @@ class Stepper:
         if math.isfinite(norm):
             self.skipped_in_a_row = 0
             spike = norm > clipping.limit(self.norms, muon.SPIKE if self.config.kind == "muon" else 0.0)
-            self._clip(norm)
             if spike:
                 self.spiked += 1
             else:
+                self._clip(norm)
                 self._update()
+            if norm > 0:  # a batch without any gradient says nothing about the usual norm
+                self.norms = [*self.norms, norm][-clipping.WINDOW :]
         else:
             self.skipped += 1
             self.skipped_in_a_row += 1
@@ -201,8 +203,6 @@ class Stepper:
                 if own.grad is not None:
                     own.grad.mul_(limit / norm)
             self.clipped += 1
-        if norm > 0:  # a batch without any gradient says nothing about the usual norm
-            self.norms = [*self.norms, norm][-clipping.WINDOW :]
 
     def metrics(self, prefix: str = "") -> dict[str, float]:
         """How many updates were clipped so far; `sqrt_v`, the median root of AdamW's second moment over a sample of the

@@ -104,6 +104,9 @@ NOT_RUN = {
     "python -m posttrain.nano.bench.stpo": "dozens of runs of posttrain pairs and stpo, whose recipes run here",
     "python -m posttrain.nano.bench.expander": "runs of posttrain expander sft and gdpo, whose recipes run here",
     "python -m posttrain.nano.bench.pipeline": "runs of the nano pipeline, whose recipes run here",
+    "python -m posttrain.nano.bench.optimizers": (
+        "an hour of a core: tests/nano/test_bench_optimizers.py::test_a_short_comparison"
+    ),
     "python -m posttrain.nano.bench.tdm": "the teacher's 56 forwards an image, minutes of a GPU",
     "python -m posttrain.nano.bench.speed": "twelve minutes of two quiet cores, and the history of the repository",
     "python -m posttrain.nano.build.evaluate": "500 images by the stock pipeline, minutes of a GPU",

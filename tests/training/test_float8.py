@@ -3,8 +3,10 @@
 On a CPU torchao emulates the products, with the numbers of a GPU."""
 
 import dataclasses
+import functools
 import json
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from posttrain.config.types import ConfigError
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.export.export import load_checkpoint
-from posttrain.model import architecture, fp8
+from posttrain.model import architecture, blocks, fp8
 from posttrain.model.k2 import K2, Text
 from posttrain.sample_config import SampleConfig
 from posttrain.tdm import train as tdm
@@ -65,6 +67,8 @@ def test_the_blocks_linears_are_near_the_exact_ones(recipe):
     of_blocks = {name for name in linears if architecture.is_block_matrix(f"{name}.weight")}
     assert of_blocks == linears & changed and len(of_blocks) == 16
     assert {"img_in", "final_layer.linear", "time_embed.linear_1", "time_mod_proj"} <= linears - of_blocks
+    changed_linear: Any = found.transformer.get_submodule("transformer_blocks.0.ff.gate")
+    assert changed_linear.config.pad_inner_dim  # numbers of tokens are seldom multiples of 16
     assert found.role_named_parameters(POLICY).keys() == exact.role_named_parameters(POLICY).keys()
     assert all(p.dtype == torch.float32 for p in found.role_parameters(POLICY))
     expected, v = velocity(exact, POLICY), velocity(found, POLICY)
@@ -82,6 +86,26 @@ def test_the_blocks_linears_are_near_the_exact_ones(recipe):
     assert torch.equal(velocity(found, POLICY), v)
 
 
+def test_compiled_it_is_the_same(monkeypatch):
+    """Traced whole, with and without gradient, in fp8 and exactly; a second time nothing is compiled again."""
+    traced = functools.cache(lambda device: torch.compile(blocks._run, backend="eager", fullgraph=True))
+    monkeypatch.setattr(blocks, "_compiled", traced)
+    with torch._dynamo.config.patch(recompile_limit=blocks.MAX_VARIANTS):
+        k2 = made("rowwise")
+        expected, given = velocity(k2, POLICY), gradients(k2)
+        with fp8.exact(k2):
+            wanted = velocity(k2, POLICY)
+        k2.blocks.compiled = True
+        for again in (False, True):
+            before = blocks.graphs()
+            assert torch.equal(velocity(k2, POLICY), expected)
+            found = gradients(k2)
+            assert all(torch.equal(found[name], value) for name, value in given.items())
+            with fp8.exact(k2):
+                assert torch.equal(velocity(k2, POLICY), wanted)
+            assert (blocks.graphs() == before) is again
+
+
 def test_rowwise_scales_save_rows_that_tensorwise_scales_round_away():
     """Rows of a weight that are 2^-20 of the others: below e4m3's least number with one scale for all."""
     linear = torch.nn.Linear(32, 32, bias=False)
@@ -91,7 +115,7 @@ def test_rowwise_scales_save_rows_that_tensorwise_scales_round_away():
     exact = x.float() @ linear.weight.detach().T
     errors = {}
     for recipe in ("tensorwise", "rowwise"):
-        config_class, convert, kind = fp8._training("model.float8")
+        config_class, convert, kind = fp8._training()
         config = config_class.from_recipe_name(recipe)
         net = torch.nn.ModuleDict({"l": torch.nn.Linear(32, 32, bias=False)})
         net["l"].weight = linear.weight

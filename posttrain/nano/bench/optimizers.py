@@ -196,7 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--every", type=int, default=10, help="steps between held-out losses")
     parser.add_argument("--scratch", action="store_true", help="begin with random weights")
     parser.add_argument("--kinds", nargs="+", choices=tuple(RATES), default=list(RATES), help="for a part of the runs")
