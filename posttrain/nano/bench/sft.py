@@ -3,7 +3,7 @@
     python -m posttrain.nano.bench.sft --output runs/bench-sft
 
 For each seed another set of images (world/styled.py) and another run of recipes/nano/sft.yaml. Then base and runs draw
-the same held-out prompts with the same noise, without and with guidance. OUTPUT/table.md and table.json have:
+the same held-out prompts with the same noise in 14 steps, without and with guidance. OUTPUT/table.md and table.json:
 
 | column | what it is |
 |---|---|
@@ -12,7 +12,8 @@ the same held-out prompts with the same noise, without and with guidance. OUTPUT
 | change | of `elsewhere` from the base, with the standard error of the mean over prompts |
 | free | share of all images that are free of artifacts |
 
-and of each run its seconds, and CPU seconds with one thread. --shift gives the runs other training times.
+and of each run its seconds, and CPU seconds with one thread. --shift gives the runs other training times. What is in
+OUTPUT already is taken as it is, so the command may be given again, also with more seeds.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import argparse
 import json
 import resource
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +39,7 @@ from posttrain.training.policy import POLICY
 from prompts.parse import read_lines
 
 RECIPE, MODEL = "recipes/nano/sft.yaml", "posttrain/nano/weights/k2-nano"
-SIDE, TOKENS, BATCH, STEPS = 64, 64, 50, 28
+SIDE, TOKENS, BATCH, STEPS = 64, 64, 50, 14
 GUIDANCE = (0.0, 1.5)
 NOISE = 3000
 """Added to a prompt's number, as the seed of its noise."""
@@ -45,15 +47,18 @@ NOISE = 3000
 
 def train(args: argparse.Namespace, jobs: common.Jobs, seed: int) -> dict[str, float]:
     """Makes a set and finetunes on it; returns the seconds of the run."""
-    data, run = args.output / f"set-{seed}", args.output / f"run-{seed}"
+    data, run, took = args.output / f"set-{seed}", args.output / f"run-{seed}", args.output / f"run-{seed}.json"
+    if took.exists():
+        return json.loads(took.read_text())
     styled.write(data, styled.STYLE, args.images, max(args.styled, 1), seed)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    words = ["sft", "--config", args.recipe, "--output", str(run), "--images.train", str(data / "images")]
+    words = ["sft", "--config", args.recipe, "--resume", "--output", str(run), "--images.train", str(data / "images")]
     words += ["--images.cache", str(args.output / "cache"), "--heldout", str(data / "heldout.jsonl")]
     words += ["--seed", str(seed), "--shift", str(args.shift), *args.options]
     seconds = jobs(f"run-{seed}", "posttrain.cli", words, OMP_NUM_THREADS="1")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    took.write_text(json.dumps({"seconds": seconds, "cpu": cpu}))
     return {"seconds": seconds, "cpu": cpu}
 
 
@@ -69,6 +74,10 @@ def draw(k2: K2, role: str | None, prompts: Sequence[str], guidance: float) -> n
             latents = k2.sample(k2.text(part, TOKENS), noise, STEPS, SIDE, SIDE, guidance, null)
             images.append(k2.decode(latents, SIDE, SIDE).numpy())
     return np.concatenate(images)
+
+
+def load(run: Path) -> K2:
+    return load_checkpoint(checkpoint.load(checkpoint.find(run)))
 
 
 def measure(images: np.ndarray, records: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
@@ -117,13 +126,16 @@ def main() -> None:
     bases: dict[float, dict[str, list[float]]] = {}
     changes: dict[float, list[np.ndarray]] = {guidance: [] for guidance in GUIDANCE}
     for seed in [None, *args.seeds]:
-        if seed is None:
-            k2, role, name = K2.load(MODEL), None, "K2-nano"
-        else:
-            k2 = load_checkpoint(checkpoint.load(checkpoint.find(args.output / f"run-{seed}")))
-            role, name = POLICY, f"seed {seed}"
+        name = "K2-nano" if seed is None else f"seed {seed}"
         for guidance in GUIDANCE:
-            figures = measure(draw(k2, role, prompts, guidance), records)
+            known = args.output / f"{name.replace(' ', '-')}-{guidance:g}.json"
+            if not known.exists():
+                k2 = K2.load(MODEL) if seed is None else load(args.output / f"run-{seed}")
+                images = draw(k2, None if seed is None else POLICY, prompts, guidance)
+                known.write_text(json.dumps(measure(images, records)))
+            figures = json.loads(known.read_text())
+            if len(figures["free"]) != len(records):
+                raise SystemExit(f"{known}: is of other prompts; remove it, or choose another --output")
             row: dict[str, Any] = {"model": name, "guidance": guidance, "change": None}
             row |= {figure: float(np.mean(values)) for figure, values in figures.items()}
             if seed is None:
