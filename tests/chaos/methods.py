@@ -22,9 +22,10 @@ PREPARE = (
 
 
 def training(folder: Path, parts: Path, method: str) -> Any:
-    made = {"stpo": runs.stpo_config, "grpo": runs.config, "tdm": runs.tdm_config}[method](folder, parts / "k2")
+    make = {"stpo": runs.stpo_config, "grpo": runs.config, "nft": runs.nft_config, "tdm": runs.tdm_config}[method]
+    made = make(folder, parts / "k2")
     made.steps, made.checkpoint.every, made.checkpoint.keep, made.eval.every, made.optim.ema = 5, 1, 3, 2, 0.7
-    if method == "grpo":
+    if method in ("grpo", "nft"):
         made.pool.kind = "adaptive"
     return made
 
@@ -92,6 +93,7 @@ def of_judge(run: Path) -> tuple:
 METHODS: dict[str, tuple[Callable[[Path, Path, str], Any], Callable[[Path], tuple]]] = {
     "stpo": (training, of_training),
     "grpo": (training, of_training),
+    "nft": (training, of_training),
     "tdm": (training, of_training),
     "pairs": (pairs, of_pairs),
     "expander gdpo": (expander, of_expander),

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.chaos import methods
 from tests.helpers import runs
 
-TRAINING = ["stpo", "grpo", "tdm"]
+TRAINING = ["stpo", "grpo", "nft", "tdm"]
 ALL = list(methods.METHODS)
 
 
