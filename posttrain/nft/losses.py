@@ -21,6 +21,9 @@ Legend: B samples, N image tokens, C channels. Norms, products and means are mea
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -28,14 +31,27 @@ LEAST = 1e-5
 """Least mean absolute error to divide by."""
 
 
+Objective = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Of v, v_old, u, t and advantages to (B,) losses."""
+
+
+def objective(form: str, max_advantage: float, beta: float, anchor: float) -> Objective:
+    """`nft_loss`, or `awm_loss` for the form `awm`."""
+    if form == "awm":
+        return partial(awm_loss, anchor=anchor)
+    return partial(nft_loss, max_advantage=max_advantage, beta=beta)
+
+
 def optimality(advantages: Tensor, most: float) -> Tensor:
     """r in [0, 1] from advantages, which are clipped to plus or minus `most`; 1/2 is the group's average."""
     return 0.5 + advantages.clamp(-most, most) / (2 * most)
 
 
-def nft_loss(v: Tensor, v_old: Tensor, u: Tensor, t: Tensor, r_B: Tensor, max_advantage: float, beta: float) -> Tensor:
+def nft_loss(
+    v: Tensor, v_old: Tensor, u: Tensor, t: Tensor, advantages_B: Tensor, max_advantage: float, beta: float
+) -> Tensor:
     """(B,) L above; only v carries a gradient."""
-    d = v - v_old
+    d, r_B = v - v_old, optimality(advantages_B, max_advantage)
     positive, negative = (_clean_error(v_old + sign * beta * d, u, t) for sign in (1, -1))
     return max_advantage / beta * (r_B * positive + (1 - r_B) * negative)
 

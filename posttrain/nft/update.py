@@ -149,7 +149,8 @@ def gradient(
     """
     collected: dict[str, list[Tensor]] = {}
     errors: list[float] = []
-    count = advantages_PG.numel() * config.loss.times
+    loss, count = config.loss, advantages_PG.numel() * config.loss.times
+    objective = losses.objective(loss.form, loss.max_advantage, loss.beta, loss.anchor)
     for group in groups:
         advantages_G, scored_G = (rows[group.index].to(k2.device) for rows in (advantages_PG, scored_PG))
         times = sampler.schedule(config.sampling.steps, k2.mu(*group.size))[:-1]
@@ -161,12 +162,12 @@ def gradient(
             if check and not errors:
                 again, own = _velocity(k2, OLD if OLD in k2.roles else POLICY, group, x, t), v.detach()
                 errors.append(float((again - own).norm() / own.norm()))
-            loss_B = _loss(config, v, v_old, u, t.to(k2.device), advantages_G[rows])
+            loss_B = objective(v, v_old, u, t.to(k2.device), advantages_G[rows])
             metrics = losses.measured(v, v_old if lagging else None, u, advantages_G[rows])
             metrics["latent_norm"] = losses.mean_square(x0)
-            if config.loss.kl > 0:
+            if loss.kl > 0:
                 kl_B = losses.mean_square(v - _velocity(k2, None, group, x, t))
-                loss_B = loss_B + config.loss.kl * kl_B
+                loss_B = loss_B + loss.kl * kl_B
                 metrics["kl"] = kl_B.detach()
             loss_B = loss_B * scored_G[rows]
             with k2.role(POLICY):
@@ -175,14 +176,6 @@ def gradient(
                 collected.setdefault(name, []).append(value)  # not added up, which would wait for the device each time
     sums = {name: total_of(values) for name, values in collected.items()}
     return _over_processes(sums, errors, count, procs)
-
-
-def _loss(config: NFTConfig, v: Tensor, v_old: Tensor, u: Tensor, t: Tensor, advantages_B: Tensor) -> Tensor:
-    loss = config.loss
-    if loss.form == "awm":
-        return losses.awm_loss(v, v_old, u, t, advantages_B, loss.anchor)
-    r_B = losses.optimality(advantages_B, loss.max_advantage)
-    return losses.nft_loss(v, v_old, u, t, r_B, loss.max_advantage, loss.beta)
 
 
 def _velocity(k2: K2, role: str | None, group: Group, x: Tensor, t: Tensor, trained: bool = False) -> Tensor:

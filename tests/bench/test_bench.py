@@ -178,7 +178,7 @@ def test_bench_and_plans(tmp_path, capsys, model):
     assert (tmp_path / "bench/bench.md").read_text() in printed + "\n"
     result = json.loads((tmp_path / "bench/bench.json").read_text())
     rows = {row["method"]: row for row in result["rows"]}
-    assert list(rows) == ["rollout", "step", "sft", "stpo", "grpo", "tdm", "expander"]
+    assert list(rows) == ["rollout", "step", "sft", "stpo", "grpo", "nft", "tdm", "expander"]
     for row in rows.values():
         network = sum(ms for stage, ms in row["ms"].items() if stage not in ("decode", "prepare"))
         assert row["share"] == pytest.approx(row["tflops"] / result["matmul"]["tflops"])
@@ -186,6 +186,8 @@ def test_bench_and_plans(tmp_path, capsys, model):
         assert row["peak_gib"] is None and row["recompilations"] == 0
         stock = row["stock"]["forward_ms"] * row["forwards"] + (row["stock"]["step_ms"] or 0) * row["backwards"]
         assert row["stock"]["ratio"] == pytest.approx(stock / network)
+    # Each of four images of nft takes four forwards to draw and four with gradient.
+    assert (rows["nft"]["forwards"], rows["nft"]["backwards"]) == (16, 16)
     # A group of four takes one forward in each step up to the window's first, four in each later one. Half of the
     # windows begin at the first step, half at the second. The window's first step is trained by one forward too.
     assert rows["rollout"]["forwards"] == 16 and rows["grpo"]["backwards"] == 5

@@ -29,7 +29,7 @@ def test_faults_are_missing_scores(command, parts, tmp_path, method):
     text = (tmp_path / "run/metrics.jsonl").read_text()
     assert "NaN" not in text and "Infinity" not in text and "Traceback" not in result.stderr
     rows = runs.rows(tmp_path / "run")
-    if method == "grpo":
+    if method in ("grpo", "nft"):
         assert any(0 < row["failed"] < 0.5 for row in rows if "failed" in row)
     if method == "pairs":
         quality = json.loads((tmp_path / "run/quality.json").read_text())

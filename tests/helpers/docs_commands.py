@@ -8,6 +8,9 @@ EVAL = ["--eval.prompts", "1", "--eval.steps", "2", "--eval.groups", "0"]
 GROUPS = ["--groups.prompts_per_step", "1", "--groups.group_size", "3"]
 SMALL = {
     "grpo": [*EVAL, *GROUPS, "--steps", "1", "--sampling.steps", "4"],
+    "nft": [
+        *EVAL, *GROUPS, "--steps", "1", "--sampling.steps", "4", "--loss.levels", "all", "--loss.times", "2",
+    ],
     "preflight": [*EVAL, *GROUPS, "--sampling.steps", "4"],
     "pairs": ["--pairs", "5", "--steps", "2", "--block", "5", "--min_distance", "0", "--rewards", "[]"],
     "stpo": [

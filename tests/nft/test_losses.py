@@ -30,7 +30,7 @@ def row(value: float) -> torch.Tensor:
 def gradient(v: torch.Tensor, v_old: torch.Tensor, u, t, advantage, most, beta=1.0):
     """The loss of one sample and its gradient to the velocity."""
     v = v.clone().requires_grad_()
-    loss = losses.nft_loss(v, v_old, u, row(t), losses.optimality(row(advantage), most), most, beta)
+    loss = losses.nft_loss(v, v_old, u, row(t), row(advantage), most, beta)
     loss.sum().backward()
     assert v.grad is not None
     return loss.item(), v.grad.flatten().tolist()
@@ -141,7 +141,7 @@ def test_without_lag_a_second_forward_says_nothing_new():
             theta = torch.tensor(0.7, requires_grad=True)
             v = velocity(theta)
             v_old = velocity(theta.detach()) if again else v.detach()
-            losses.nft_loss(v, v_old, u, torch.tensor([0.4]), torch.tensor([0.8]), 5.0, beta).sum().backward()
+            losses.nft_loss(v, v_old, u, torch.tensor([0.4]), torch.tensor([3.0]), 5.0, beta).sum().backward()
             assert theta.grad is not None
             found[beta, again] = theta.grad.item()
     assert found[1.0, False] == found[1.0, True] and found[0.1, False] == found[0.1, True]
@@ -168,8 +168,7 @@ def test_the_bias_of_few_steps_cancels_in_a_group():
     for bias in (0.0, 0.2):
         v = torch.zeros(6, dtype=torch.float64, requires_grad=True)
         both, u = v.expand(4, 1, 6), -(signs + bias).view(4, 1, 6)
-        r = losses.optimality(advantages, 5.0)
-        losses.nft_loss(both, both.detach(), u, torch.full((4,), 0.5), r, 5.0, 1.0).sum().backward()
+        losses.nft_loss(both, both.detach(), u, torch.full((4,), 0.5), advantages, 5.0, 1.0).sum().backward()
         assert v.grad is not None
         found.append(v.grad)
     assert found[0].abs().max() > 0.1

@@ -17,6 +17,7 @@ from posttrain.nft import train as nft
 from posttrain.nft.update import decay
 from posttrain.training import checkpoint
 from rewards.base import RewardSpec
+from tests.distributed.test_sharding import ENGINES
 from tests.helpers import runs
 from tests.helpers.settings import validate
 
@@ -136,6 +137,26 @@ def test_two_processes_equal_one(command, config, tmp_path):
         for name in ("adapter", "old"):
             a, b = (runs.flat(runs.latest(run).tensors[name]) for run in (one, other))
             assert (a - b).norm() < 1e-3 * a.norm()
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_two_sharded_processes_equal_one(command, config, tmp_path, engine):
+    """All weights, and the old policy as a copy of them, divided between two processes."""
+    config.lora, config.optim.lr, config.eval.prompts = None, 1e-4, 1
+    config.groups.prompts_per_step, config.groups.group_size, config.steps = 3, 2, 3
+    begun, found = K2.load(config.model.path).base_state_dict(), []
+    for processes, variables in ((1, {}), (2, ENGINES[engine])):
+        config.output = str(tmp_path / f"run-{processes}")
+        path = runs.recipe(config, tmp_path / "recipe.yaml")
+        result = command("nft", "--config", path, processes=processes, **variables)
+        assert result.returncode == 0, result.stderr[-3000:]
+        found.append(runs.latest(config.output))
+    a, b = found
+    assert a.tensors.keys() == b.tensors.keys() >= {"weights", "old"}
+    for name in ("weights", "old"):
+        one, two = a.tensors[name], b.tensors[name]
+        first, second = (torch.cat([(state[key] - begun[key]).flatten() for key in one]) for state in (one, two))
+        assert first.norm() > 0 and (first - second).norm() < 1e-2 * first.norm(), name
 
 
 def test_all_weights_are_trained(config, monkeypatch):
