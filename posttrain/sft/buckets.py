@@ -19,7 +19,7 @@ def buckets(side: int, multiple: int, max_ratio: float) -> list[Size]:
     """Of each height the greatest width, both multiples of `multiple`, that has no more pixels than side * side; those
     whose longer side is at most `max_ratio` times the shorter, by their height.
 
-    (1024, 64, 2) gives 11 buckets of 3840 to 4096 tokens of 16 x 16 pixels, whatever else is between them.
+    (1024, 64, 2) gives 11 buckets of 3840 to 4096 tokens of 16 x 16 pixels.
     """
     found = []
     for height in range(multiple, int(side * max_ratio) + 1, multiple):

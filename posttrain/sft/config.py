@@ -84,7 +84,8 @@ class ImageSetConfig:
     def _fits(self) -> ImageSetConfig:
         for side in self.resolutions:
             if not buckets(side, self.multiple, self.max_ratio):
-                raise refusal("resolutions", f"{side} is smaller than multiple ({self.multiple}); raise it")
+                sides = f"sides that are multiples of {self.multiple}, within max_ratio ({self.max_ratio:g})"
+                raise refusal("resolutions", f"{side} has no bucket with {sides}; raise it, or lower multiple")
         if len(set(self.resolutions)) < len(self.resolutions):
             raise refusal("resolutions", f"is {self.resolutions}; name each once")
         return self

@@ -281,9 +281,14 @@ def test_previews_on_turbo(config, student, tmp_path, kind, monkeypatch):
 
 def test_what_is_no_turbo(config, student, tmp_path, model):
     other = tiny.save(tmp_path / "other", seed=5)
+    made = runs.tdm_config(tmp_path, model)
+    made.output, made.lora, made.optim.lr, made.steps = str(tmp_path / "full"), None, 1e-5, 2
+    tdm.train(made)
+    full = made.output
     for turbo, says in (
         (runs.trained(tmp_path, model), r"turbo: .* is no student of posttrain tdm; give one, or a LoRA"),
         (model, "turbo: .* is a whole pipeline, which would take the memory of a second model; give a run of"),
+        (full, r"turbo: .* has no adapter, all weights were trained, and previews need an adapter; give another"),
         (tmp_path / "none", "none: holds no whole checkpoint"),
         (tmp_path / "none.safetensors", r"none\.safetensors: no such file"),
     ):
@@ -400,7 +405,7 @@ def test_a_layer_that_stays_without_effect_is_an_error(config, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"images__resolutions": [4]}, "images.resolutions: 4 is smaller than multiple (8); raise it"),
+        ({"images__resolutions": [4]}, "images.resolutions: 4 has no bucket with sides that are multiples of 8, "),
         ({"images__resolutions": [32, 32]}, "images.resolutions: is [32, 32]; name each once"),
         ({"images__columns__captions": {}}, "images.columns.captions: is empty; name a column, such as {caption: 1}"),
         ({"images__columns__captions": {"a": 0}}, "images.columns.captions"),
