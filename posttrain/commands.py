@@ -61,6 +61,8 @@ class Command:
     """The option that takes a first argument without --; if it is a list, all such arguments."""
     dry: bool = False
     """It has --dry-run."""
+    learns: bool = False
+    """It trains on its rewards that are not held out; others only measure rewards."""
     any_recipe: bool = False
     """It takes another command's recipe and reads only the keys that it knows."""
     recipes_of: tuple[str, ...] = ()
@@ -88,6 +90,16 @@ COMMANDS: dict[str, Command] = {
     "demo": Command(
         "posttrain.project:DemoConfig", "posttrain.project:demo", "carry out the whole of post-training on K2-nano"
     ),
+    "sft": TrainsK2(
+        "posttrain.sft.config:SFTConfig",
+        "posttrain.sft.train:train",
+        "finetune on images with captions and write a run directory",
+        title="supervised finetuning on images with captions",
+        prompts=("heldout",),
+        kept_prompts=("heldout",),
+        reads={"model.start": "checkpoint", "images.train": "set of images", "turbo": "checkpoint"},
+        frozen=("lora", "seed", "heldout", "turbo", "turbo_steps", *EVALUATED),
+    ),
     "stpo": TrainsK2(
         "posttrain.stpo.config:STPOConfig",
         "posttrain.stpo.train:train",
@@ -106,7 +118,20 @@ COMMANDS: dict[str, Command] = {
         prompts=("prompts.train", "prompts.heldout"),
         kept_prompts=("prompts.heldout",),
         reads={"model.start": "checkpoint"},
+        learns=True,
         frozen=("lora", "seed", "prompts.heldout", *EVALUATED),
+    ),
+    "nft": TrainsK2(
+        "posttrain.nft.config:NFTConfig",
+        "posttrain.nft.train:train",
+        "train with NFT on the forward process and write a run directory",
+        title="negative-aware finetuning with groups of images (NFT), without guidance",
+        prompts=("prompts.train", "prompts.heldout"),
+        kept_prompts=("prompts.heldout",),
+        reads={"model.start": "checkpoint"},
+        learns=True,
+        # Evaluations draw in the steps of training too.
+        frozen=("lora", "seed", "prompts.heldout", "sampling.steps", *EVALUATED),
     ),
     "tdm": TrainsK2(
         "posttrain.tdm.config:TDMConfig",
@@ -122,12 +147,12 @@ COMMANDS: dict[str, Command] = {
     "preflight": Command(
         "posttrain.grpo.config:GRPOConfig",
         "posttrain.preflight.run:preflight",
-        "check and time a recipe of grpo, stpo, tdm, pairs or expander gdpo before a run",
+        "check and time a recipe of grpo, nft, sft, stpo, tdm, pairs or expander gdpo before a run",
         about="Runs a small step with the code of that command and discards it: no run directory is made or changed."
         " Prints a table of what each check measured, with a remedy where one failed, and of the time and memory that"
         " the run will take. Exit code 1 if a check failed.",
         # Also grpo's, whose settings these are.
-        recipes_of=("stpo", "tdm", "pairs", "expander gdpo"),
+        recipes_of=("nft", "sft", "stpo", "tdm", "pairs", "expander gdpo"),
     ),
     "pairs": Command(
         "posttrain.pairs.config:PairsConfig",
@@ -197,6 +222,7 @@ COMMANDS: dict[str, Command] = {
         reads={"model.path": "expander", "renderer.path": "K2"},
         # Another kind than that of sft: gdpo begins with the model of an sft, not with the adapter of a gdpo.
         makes="tuned expander",
+        learns=True,
         frozen=("lora", "seed", "prompts.heldout", *EVALUATED),
     ),
     "expand": Command(

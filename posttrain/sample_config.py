@@ -44,6 +44,7 @@ class SampleConfig:
     @model_validator(mode="after")
     def _fits(self) -> SampleConfig:
         self.model.refuse_sequence_parallel("one process draws")
+        self.model.refuse_float8()
         if (self.prompt is None) == (self.prompts is None):
             raise refusal("prompt", "give either prompt (a text) or prompts (a JSONL file)")
         if self.model.start is not None:

@@ -26,8 +26,10 @@ from posttrain.errors import UserError
 from posttrain.grpo.config import GRPOConfig
 from posttrain.model import flops
 from posttrain.model.blocks import RESERVE
+from posttrain.nft.config import NFTConfig
 from posttrain.pairs.config import PairsConfig
 from posttrain.pairs.planning import quotas
+from posttrain.sft.config import SFTConfig
 from posttrain.stpo.config import STPOConfig
 
 
@@ -69,6 +71,10 @@ class Estimate:
 def method_of(recipe: Recipe) -> str:
     if isinstance(recipe, GRPOConfig):
         return "grpo"
+    if isinstance(recipe, SFTConfig):
+        return "sft"
+    if isinstance(recipe, NFTConfig):
+        return "nft"
     return "stpo" if isinstance(recipe, STPOConfig) else "tdm"
 
 

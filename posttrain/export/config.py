@@ -90,5 +90,6 @@ class CarryoverConfig:
             if self.model.start is not None:
                 raise refusal("model.start", "has no meaning here: what a run stands on is part of its LoRA")
             self.model.refuse_sequence_parallel("one process draws")
+            self.model.refuse_float8()
             self.model.refuse_quantize("what a LoRA does is measured on exact weights")
         return self

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -34,11 +34,10 @@ from posttrain.model.load import empty_transformer, keeps_fp32
 from posttrain.model.roles import Kept
 from posttrain.runs.files import apply_umask
 from posttrain.runs.guard import check_new
-from posttrain.training import checkpoint
+from posttrain.training import checkpoint, policy
 from posttrain.training.checkpoint import Checkpoint
-from posttrain.training.policy import POLICY, add_saved_policy, check_base, earlier_of, load_base
+from posttrain.training.policy import POLICY, B, add_saved_policy, check_base, earlier_of, load_base
 
-B = "lora_B.weight"
 DIFFUSERS_PREFIX, ORIGINAL_PREFIX = "transformer.", "diffusion_model."
 """What LoRA files put before a module's name in the two key conventions."""
 
@@ -163,23 +162,10 @@ def scaled_factors(saved: Checkpoint) -> dict[str, Tensor]:
 
     Raises UserError if one of them trained all weights.
     """
-    return factors_of([*earlier_of(saved), saved])
-
-
-def factors_of(stages: Sequence[Checkpoint]) -> dict[str, Tensor]:
-    """The factors of several adapters that stand on each other, with their scales in B, as one. For errors see
-    `scaled_factors`."""
-    for stage in stages:
-        if stage.state["lora"] is None:
-            raise UserError(f"format: {stage.path} has no adapter, all weights were trained; use diffusers or original")
-    factors: dict[str, list[Tensor]] = {}
-    for stage in stages:
-        # LoRA's effect is alpha / rank times B A.
-        scale = stage.state["lora"]["alpha"] / stage.state["lora"]["rank"]
-        for key, value in stage.tensors["adapter"].items():
-            factors.setdefault(key, []).append(value * scale if key.endswith(B) else value)
-    # Ranks side by side add up: [B1 B2] [A1; A2] = B1 A1 + B2 A2.
-    return {key: torch.cat(parts, dim=1 if key.endswith(B) else 0) for key, parts in factors.items()}
+    try:
+        return policy.scaled_factors([*earlier_of(saved), saved])
+    except UserError as error:
+        raise UserError(f"format: {error}; use diffusers or original") from None
 
 
 def load_checkpoint(saved: Checkpoint, device: str | torch.device = "cpu") -> K2:

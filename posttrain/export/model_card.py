@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 
 from posttrain import commands
+from posttrain.errors import counted
 from posttrain.loading import is_hub_id, without_revision
-from posttrain.report.format import counted
 from posttrain.report.front_matter import card
 from posttrain.report.public import public
 from posttrain.runs.read import read_changes
@@ -203,8 +203,9 @@ def _reward(reward: dict[str, Any], method: str | None) -> dict[str, str]:
     function = reward["function"]
     if not isinstance(function, str):
         function = function.get("class_path")
-    # Only GRPO trains on rewards; the other methods measure all of them.
-    is_trained = method == "grpo" and not reward.get("heldout_only")
+    # Some methods train on rewards; the others measure all of them.
+    command = commands.get(method) if method else None
+    is_trained = command is not None and command.learns and not reward.get("heldout_only")
     weight = f"weight {reward['weight']:g}" if is_trained else "measured only"
     return {"name": reward["name"], "function": public(function), "weight": weight}
 

@@ -21,9 +21,9 @@ from posttrain.merge import algebra
 from posttrain.merge.config import MergeConfig
 from posttrain.merge.parents import Family
 from posttrain.merge.report import Layer
+from posttrain.model.adapters.low_rank import Factors, Truncated, concatenate, inner, truncate
 from posttrain.model.load import empty_transformer
 from posttrain.model.lora_file import A, B, padded, role_for
-from posttrain.model.low_rank import Factors, Truncated, concatenate, inner, truncate
 from posttrain.model.roles import Roles
 from posttrain.training import checkpoint
 from posttrain.training.policy import POLICY

@@ -1,7 +1,7 @@
 """Arithmetic of changes of weights: TIES, how far changes agree, and the low-rank part of a matrix.
 
 Tensors and plain numbers in and out. Changes of one layer have one shape, (d_out, d_in) or any other, in fp32. Products
-of factors, which never make a matrix of the layer's size, are in posttrain/model/low_rank.py.
+of factors, which never make a matrix of the layer's size, are in posttrain/model/adapters/low_rank.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from posttrain.model.low_rank import Factors, Truncated, inner
+from posttrain.model.adapters.low_rank import Factors, Truncated, inner
 from posttrain.model.roles import PART
 
 EXACT = 1024

@@ -132,8 +132,8 @@ class ExtractConfig:
     """Rank of each layer; give this or error."""
     error: OpenShare | None = None
     """Instead of rank: each layer gets the least rank, up to 512, whose relative error is at most this."""
-    layers: Literal["adaptable", "all"] = "adaptable"
-    """adaptable: the linears that sample --adapter and training can adapt. all: every linear, for other tools."""
+    layers: Literal["blocks", "all"] = "blocks"
+    """blocks: the linears of the blocks. all: every linear; text is then fused in every forward."""
     rest: str | None = None
     """File for the target's own values of all tensors that differ and are not in the LoRA, in diffusers' names; null:
     their share of the difference is printed, and no more."""

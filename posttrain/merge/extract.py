@@ -33,9 +33,10 @@ from posttrain.merge.parents import WHOLE
 from posttrain.merge.report import WORST
 from posttrain.merge.weights import Weights
 from posttrain.model import sampler
+from posttrain.model.adapters.low_rank import Truncated, error_of
+from posttrain.model.adapters.targets import is_block_linear
 from posttrain.model.k2 import K2
-from posttrain.model.lora_file import A, B, adaptable, add_lora, linear_shapes
-from posttrain.model.low_rank import Truncated, error_of
+from posttrain.model.lora_file import A, B, add_lora, linear_shapes
 from posttrain.runs.files import replace_text, replacing
 from posttrain.runs.guard import check_new
 from posttrain.training import checkpoint
@@ -146,7 +147,7 @@ def difference(
         if not bool(change.any()):
             continue
         layer = name.removesuffix(".weight")
-        wanted = layer in linears and (config.layers == "all" or adaptable(layer))
+        wanted = layer in linears and (config.layers == "all" or is_block_linear(layer))
         if not wanted or name == layer:
             found.outside += float(change.square().sum(dtype=torch.float64))
             found.rest[name] = value.clone()
@@ -236,8 +237,9 @@ def _load_target(config: ExtractConfig, device: torch.device) -> tuple[K2, str |
 
 
 def _apply(k2: K2, found: Found, config: ExtractConfig) -> str | None:
-    """The role that has the LoRA. Where a role cannot hold it, it is merged into the base, and rounded with that."""
-    if config.layers == "adaptable":
+    """The role that has the LoRA. One that may reach the text fusion is merged into the base, and rounded with that:
+    otherwise the text of all roles would have to be fused anew."""
+    if config.layers == "blocks":
         add_lora(k2, POLICY, found.factors, config.output)
         return POLICY
     own = k2.base_state_dict()

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.distributed.processes import Processes
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.export.model_card import LEAST_KEPT
 from posttrain.log import log
 from posttrain.merge import adapters, evaluate, report, whole
 from posttrain.merge.config import MergeConfig
 from posttrain.merge.parents import Family, read
 from posttrain.merge.report import Layer
-from posttrain.report.format import counted
 from posttrain.runs.files import replace_text, replacing_directory
 from posttrain.runs.guard import check_new
 from posttrain.runs.run import peak_memory

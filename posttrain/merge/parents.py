@@ -18,18 +18,17 @@ from torch import Tensor
 from posttrain.config.sections import ModelConfig
 from posttrain.config.types import changed
 from posttrain.errors import UserError
-from posttrain.export.export import factors_of
 from posttrain.loading import check_keys, is_hub_id
 from posttrain.merge import weights
 from posttrain.merge.config import SUFFIX, MergeConfig
 from posttrain.merge.weights import Weights
 from posttrain.model import files
+from posttrain.model.adapters.low_rank import Factors, concatenate
 from posttrain.model.fingerprint import fingerprint
 from posttrain.model.lora_file import A, B, layer_of, linear_shapes, read_lora
-from posttrain.model.low_rank import Factors, concatenate
 from posttrain.training import checkpoint
 from posttrain.training.checkpoint import Checkpoint
-from posttrain.training.policy import earlier_of, is_student
+from posttrain.training.policy import earlier_of, is_student, scaled_factors
 
 WHOLE = "weights.safetensors"
 """File of a checkpoint that trained all weights."""
@@ -249,7 +248,7 @@ def _stage(saved: Checkpoint, like: Mapping[str, Tensor]) -> Stage:
         misshapen = [key for key, place in values.places.items() if key in like and like[key].shape != place.shape]
         check_keys(saved.path, "give runs of one base", unexpected=[*strange], of_another_shape=misshapen)
         return Whole(values)
-    return _adapter(factors_of([saved]), saved.path, like)
+    return _adapter(scaled_factors([saved]), saved.path, like)
 
 
 def _of_file(name: str, model: ModelConfig, like: Mapping[str, Tensor]) -> Stage:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.pipeline.plan import TRAINING, Stage
 from rewards.serve import ServerSpec, memory_share, missing
 
@@ -42,7 +42,9 @@ def check_processes(stage: Stage, count: int) -> None:
     config = stage.config
     if stage.command == "grpo" and config.rollout.gpus >= count:
         gpus = config.rollout.gpus
-        raise UserError(f"stage {stage.name}: rollout.gpus: is {gpus} of {count} processes, which leaves none to train")
+        raise UserError(
+            f"stage {stage.name}: rollout.gpus: is {gpus} of {counted(count, 'process')}, which leaves none to train"
+        )
     if stage.command == "expander sft" and config.batch % (config.micro_batch * count):
         raise UserError(
             f"stage {stage.name}: batch: {config.batch} is not a multiple of micro_batch times {count} processes"
@@ -102,7 +104,7 @@ def memory(stage: Stage, stages: Sequence[Stage], gpu_gib: float, on_machine: in
     text = "" if training else "at most "
     text += f"about {gib:.0f} GiB {available}"
     if recomputed:
-        text += f", with {recomputed} blocks recomputed"
+        text += f", with {counted(recomputed, 'block')} recomputed"
     if stage.command == "expander gdpo":
         text += ", plus its chat model"
     if gib > room:

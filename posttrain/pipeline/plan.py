@@ -18,7 +18,7 @@ from posttrain.commands import COMMANDS, HUB
 from posttrain.config.fields import hints, suggestion
 from posttrain.config.load import load_config
 from posttrain.config.recipe import read_recipe
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.export.config import ExportConfig
 from posttrain.loading import is_hub_id
 from posttrain.pipeline.config import PipelineConfig, StageConfig
@@ -29,6 +29,8 @@ from rewards.serve import check_urls
 
 TRAINING = tuple(name for name, command in COMMANDS.items() if command.makes == "checkpoint" and command.resumable)
 """A merge makes a checkpoint too, and trains nothing."""
+GROUPS = ("grpo", "nft")
+"""Commands whose recipes have groups of images and a pool of prompts (config/groups.py)."""
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
 
 
@@ -143,7 +145,7 @@ def _check_inputs(stage: Stage, earlier: list[Stage]) -> None:
             _check_input(stage, field if len(paths) == 1 else f"{field}[{i}]", kind, path, earlier)
     for field in row.prompts:
         source = _at(config, field)
-        if not source.startswith("hf:"):
+        if source is not None and not source.startswith("hf:"):
             _check_enough(command, config, field, len(read_prompts(source)))
 
 
@@ -191,10 +193,10 @@ def _check_enough(command: str, config: Any, field: str, prompts: int) -> None:
     # tdm and the adaptive pool draw without replacement within a step
     if field == "prompts.train" and command == "tdm":
         least = config.batch
-    if field == "prompts.train" and command == "grpo" and config.pool.kind == "adaptive":
-        least = config.groups.prompts_per_step
+    if field == "prompts.train" and command in GROUPS and config.pool.kind == "adaptive":
+        least = config.groups.prompts_per_step + bool(getattr(config.groups, "refill", 0))
     if prompts < least:
-        raise UserError(f"{field}: has {prompts} prompts, but a step takes {least} different ones; add more")
+        raise UserError(f"{field}: has {counted(prompts, 'prompt')}, but a step takes {least} different ones; add more")
 
 
 def _at(config: Any, field: str) -> Any:

@@ -10,6 +10,7 @@ earlier runs that it was trained on top of (`origin.merged`), and loading it loa
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,21 @@ from torch import Tensor
 from posttrain.config.sections import LoraConfig, ModelConfig, RuntimeConfig
 from posttrain.errors import UserError
 from posttrain.loading import is_hub_id
+from posttrain.log import log
 from posttrain.model import sequence
+from posttrain.model.adapters.targets import TARGETS, text_targets
 from posttrain.model.blocks import set_attention
 from posttrain.model.files import DISTILLED_REMEDY
 from posttrain.model.fingerprint import fingerprint
-from posttrain.model.fp8 import quantize
+from posttrain.model.fp8 import check_training, quantize
 from posttrain.model.k2 import K2
 from posttrain.model.offload import place
-from posttrain.model.roles import TARGETS
 from posttrain.runs import startup
 from posttrain.training import checkpoint
 from posttrain.training.checkpoint import Checkpoint
 
 POLICY = "policy"
+B = "lora_B.weight"
 
 
 # ---- the base -------------------------------------------------------------------------------------------------
@@ -45,6 +48,8 @@ def load_model(model: ModelConfig, device: str | torch.device, saved: Checkpoint
     trained to, and for a run to start from that is gone or has changed.
     """
     sequence.check(model.sequence_parallel)
+    if model.float8:
+        check_training(device)
     k2 = _load_base_or_saved(model, device, saved)
     k2.sequence_parallel = model.sequence_parallel
     return apply_runtime_options(k2, model, device)
@@ -55,7 +60,7 @@ def _load_base_or_saved(model: ModelConfig, device: str | torch.device, saved: C
         if (before := saved.state["model"].get("start")) != model.start:
             raise UserError(f"model.start: was {before} when the run began; restore it, or start another run")
         return _load_for(saved, asdict(model), first_device(model, device))
-    k2 = _load(asdict(model), first_device(model, device))
+    k2 = read_base(asdict(model), first_device(model, device))
     if k2.is_distilled and not model.allow_distilled:
         raise UserError(f"{model.path}: model_index.json: is_distilled is true: {DISTILLED_REMEDY}")
     if model.start is not None:
@@ -92,13 +97,17 @@ def is_directory(saved: Checkpoint) -> bool:
 
 
 def _load_for(saved: Checkpoint, model: dict[str, Any], device: str | torch.device) -> K2:
-    k2 = _load(model, device)
-    if _origin(saved)["base"] not in (None, k2.origin["base"]):
-        raise UserError(
-            f"{model['path']}: is not the model that {saved.path} was trained on: its weights differ; restore it"
-        )
+    k2 = read_base(model, device)
+    check_origin(saved, k2, model["path"])
     stack_earlier(k2, saved)
     return k2
+
+
+def check_origin(saved: Checkpoint, k2: K2, path: str) -> None:
+    """Raises UserError unless the model, which was loaded from this path, is the one that a checkpoint was trained
+    on."""
+    if _origin(saved)["base"] not in (None, k2.origin["base"]):
+        raise UserError(f"{path}: is not the model that {saved.path} was trained on: its weights differ; restore it")
 
 
 def stack_earlier(k2: K2, saved: Checkpoint) -> None:
@@ -121,12 +130,13 @@ def earlier_of(saved: Checkpoint) -> list[Checkpoint]:
         if not path.is_dir():
             raise UserError(f"{path}: is gone, and {saved.path} was trained on top of it; put it back")
         found.append(checkpoint.load(path))  # which compares all checksums with its manifest
-        if _sum(found[-1]) != entry["sha256"]:
+        if digest_of(found[-1]) != entry["sha256"]:
             raise UserError(f"{path}: has changed since {saved.path} was trained on top of it; restore it")
     return found
 
 
-def _load(model: dict[str, Any], device: str | torch.device) -> K2:
+def read_base(model: dict[str, Any], device: str | torch.device) -> K2:
+    """The model that these settings name, with nothing on it and the fingerprint of its weights in `origin`."""
     startup.lap("inputs")
     # Checkpoints of earlier versions name no format.
     file, format = model["transformer_file"], model.get("transformer_format")
@@ -151,7 +161,7 @@ def apply_runtime_options(k2: K2, model: RuntimeConfig, device: str | torch.devi
     net: Any = k2.transformer
     net.to(device)
     place(k2, model.offload, torch.device(device))
-    k2.blocks.compiled, k2.blocks.recompute = model.compile, model.recompute
+    k2.blocks.compiled, k2.blocks.recompute, k2.blocks.float8 = model.compile, model.recompute, model.float8
     if model.attention == "cudnn":
         if k2.device.type != "cuda" or k2.dtype != torch.bfloat16:
             raise UserError("model.attention: cudnn wants an NVIDIA GPU and model.dtype bfloat16; use native")
@@ -167,7 +177,12 @@ def is_student(saved: Checkpoint) -> bool:
 def _stack(k2: K2, earlier: Checkpoint) -> None:
     add_saved_policy(k2, earlier)
     k2.stack_role(POLICY)  # from now on it is part of the base, under every role
-    k2.origin["merged"].append({"path": _relative(earlier.path), "sha256": _sum(earlier)})
+    k2.origin["merged"].append({"path": _relative(earlier.path), "sha256": digest_of(earlier)})
+
+
+def base_of(saved: Checkpoint) -> str | None:
+    """Fingerprint of the base that a checkpoint was trained on; None where an older one does not say it."""
+    return _origin(saved)["base"]
 
 
 def _origin(saved: Checkpoint) -> dict[str, Any]:
@@ -181,7 +196,8 @@ def _relative(path: Path) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def _sum(saved: Checkpoint) -> str:
+def digest_of(saved: Checkpoint) -> str:
+    """A hash of what a checkpoint's run trained."""
     manifest = json.loads((saved.path / "manifest.json").read_text())
     return manifest[f"{file_of(saved.state['lora'])}.safetensors"]["sha256"]
 
@@ -195,6 +211,11 @@ def add_policy(k2: K2, lora: LoraConfig | None, seed: int, reference: bool) -> N
         k2.add_full_role(POLICY, reference)
     else:
         k2.add_role(POLICY, lora.rank, lora.alpha, TARGETS if lora.targets is None else lora.targets, seed)
+        if k2.adapts_text:
+            log.info(
+                f"lora.targets: {', '.join(text_targets(lora.targets or []))} adapt how a prompt's text is fused, so it"
+                " is fused in every forward and not once a prompt (docs/runs.md, What an adapter reaches)"
+            )
 
 
 def add_saved_policy(k2: K2, saved: Checkpoint) -> None:
@@ -219,6 +240,24 @@ def load_policy(k2: K2, saved: Checkpoint) -> None:
             " restore lora, or start another run"
         )
     k2.load_role_state_dict(POLICY, saved.tensors[file_of(own)])
+
+
+def scaled_factors(stages: Sequence[Checkpoint]) -> dict[str, Tensor]:
+    """The factors of the adapters of some checkpoints as those of one, with the scales in B: their ranks side by side.
+
+    Raises UserError if one of them trained all weights.
+    """
+    for stage in stages:
+        if stage.state["lora"] is None:
+            raise UserError(f"{stage.path} has no adapter, all weights were trained")
+    factors: dict[str, list[Tensor]] = {}
+    for stage in stages:
+        # LoRA's effect is alpha / rank times B A.
+        scale = stage.state["lora"]["alpha"] / stage.state["lora"]["rank"]
+        for key, value in stage.tensors["adapter"].items():
+            factors.setdefault(key, []).append(value * scale if key.endswith(B) else value)
+    # Ranks side by side add up: [B1 B2] [A1; A2] = B1 A1 + B2 A2.
+    return {key: torch.cat(parts, dim=1 if key.endswith(B) else 0) for key, parts in factors.items()}
 
 
 def described(k2: K2) -> dict[str, Any] | None:

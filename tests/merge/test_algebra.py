@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from posttrain.merge import algebra
-from posttrain.model import low_rank
+from posttrain.model.adapters import low_rank
 
 A, B = torch.tensor([3.0, -2.0, 0.5, 0.1]), torch.tensor([-1.0, -4.0, 0.4, 2.0])
 

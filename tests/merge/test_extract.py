@@ -13,8 +13,9 @@ from posttrain.config.sections import ModelConfig
 from posttrain.export.config import ExportConfig
 from posttrain.export.export import export
 from posttrain.model import sampler
+from posttrain.model.adapters.targets import is_block_linear
 from posttrain.model.k2 import K2
-from posttrain.model.lora_file import adaptable, add_lora, linear_shapes, read_lora
+from posttrain.model.lora_file import add_lora, linear_shapes, read_lora
 from posttrain.training import checkpoint
 from posttrain.training.policy import POLICY, load_model, saved_tensors
 from tests.helpers import tiny
@@ -66,7 +67,7 @@ def test_errors_and_what_lies_outside(model, turbo, tmp_path, capsys):
     output = tmp_path / "lora.safetensors"
     found = extract(turbo, model, output, "--rank", 4)
     factors, changes = load_file(output), differences(model, turbo)
-    layers = [key.removesuffix(".weight") for key in changes if adaptable(key.removesuffix(".weight"))]
+    layers = [key.removesuffix(".weight") for key in changes if is_block_linear(key.removesuffix(".weight"))]
     assert {*found["layers"]} == {*layers} and len(factors) == 2 * len(layers)
     inside = 0.0
     for layer in layers:

@@ -34,8 +34,8 @@ def folder(model, tmp_path_factory):
         factors = {f"{name}.lora_A.weight": torch.ones(2, width), f"{name}.lora_B.weight": torch.ones(128, 2)}
         save_file(factors, folder / f"{file}.safetensors")
     factors = {
-        "transformer.img_in.lora_A.weight": torch.ones(2, 64),
-        "transformer.img_in.lora_B.weight": torch.ones(128, 2),
+        "transformer.img_out.lora_A.weight": torch.ones(2, 64),
+        "transformer.img_out.lora_B.weight": torch.ones(128, 2),
     }
     save_file(factors, folder / "outside.safetensors")
     zero = checkpoint.load(checkpoint.find(folder / "a"))
@@ -66,7 +66,7 @@ CASES = [
     ("{f}/a {f}/zero", "every B factor is 0, so it does nothing; give a trained adapter"),
     ("{f}/fits.safetensors", "model: no parent is a run, which would say what its base is; give it as --model.path"),
     ("{f}/a {f}/wide.safetensors", "factors of [2, 160] and [128, 2] do not fit a layer of [128, 128]"),
-    ("{f}/a {f}/outside.safetensors", "parents: {f}/outside.safetensors: adapts img_in outside"),
+    ("{f}/a {f}/outside.safetensors", "2 of its 2 keys bind to no layer of this model"),
     ("{f}/a {f}/b --rank 9", "rank: is 9, and the ranks of all parents together are 8; leave it out to keep all"),
     ("{f}/a {f}/b --rank 0", "rank: is 0; use 1 or more"),
     ("{f}/a {f}/b --density 0", "density: is 0.0; use a number above 0, up to 1"),

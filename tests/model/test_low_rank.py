@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from posttrain.model import low_rank
+from posttrain.model.adapters import low_rank
 
 
 def factors(seed: int, rank: int, out: int = 40, into: int = 24):
