@@ -18,6 +18,7 @@ from typing import Any
 
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError, counted
+from posttrain.export.model_card import LEAST_KEPT
 from posttrain.log import log
 from posttrain.merge import adapters, evaluate, report, whole
 from posttrain.merge.config import MergeConfig
@@ -28,8 +29,6 @@ from posttrain.runs.guard import check_new
 from posttrain.runs.run import peak_memory
 
 CARD = "merge.json"
-LEAST_KEPT = 0.98
-"""Share of a change that rounding should leave, as in an export."""
 
 
 def merge(config: MergeConfig) -> None:
@@ -62,7 +61,10 @@ def merge(config: MergeConfig) -> None:
     layers = (_adapter if makes_adapter else _whole)(family, config, output, facts)
     _print(family, config, layers)
     if heldout:
-        rows = evaluate.retention(family, config, heldout, output, makes_adapter)
+        try:
+            rows = evaluate.retention(family, config, heldout, output, makes_adapter)
+        except UserError as error:
+            raise UserError(f"{output} is written, but what it keeps cannot be measured: {error}") from error
         _write(output, facts | {"kept": rows}, layers)
         print(evaluate.table(rows))
         _warn_of_losses(rows, config.keep)

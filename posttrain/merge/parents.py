@@ -23,12 +23,13 @@ from posttrain.merge import weights
 from posttrain.merge.config import SUFFIX, MergeConfig
 from posttrain.merge.weights import Weights
 from posttrain.model import files
+from posttrain.model.adapters.kinds import BIAS, Change
 from posttrain.model.adapters.low_rank import Factors, concatenate
 from posttrain.model.fingerprint import fingerprint
-from posttrain.model.lora_file import A, B, layer_of, linear_shapes, read_lora
+from posttrain.model.lora_file import A, B, layer_of, linear_shapes, read_adapter
 from posttrain.training import checkpoint
 from posttrain.training.checkpoint import Checkpoint
-from posttrain.training.policy import earlier_of, is_student, scaled_factors
+from posttrain.training.policy import base_of, earlier_of, is_student, scaled_factors
 
 WHOLE = "weights.safetensors"
 """File of a checkpoint that trained all weights."""
@@ -66,7 +67,25 @@ class Whole:
         return self.values[name].to(value.device).float() if name in self.values else value
 
 
-Stage = Adapter | Whole
+@dataclass(frozen=True)
+class Converted:
+    """A stage of an adapter's file that is no LoRA, or not in all layers: DoRA, LoKr, LoHa, whole differences."""
+
+    adapter: Adapter
+    """Its layers that are a LoRA."""
+    changes: Mapping[str, Change]
+    """By weight or bias."""
+
+    def applied(self, name: str, value: Tensor) -> Tensor:
+        value, layer = self.adapter.applied(name, value), name.removesuffix(".weight")
+        if name.endswith(".bias"):
+            change = self.changes.get(f"{name.removesuffix('.bias')}.{BIAS}")
+            return value if change is None else value + change.parts[BIAS].to(value)
+        change = self.changes.get(layer) if layer != name else None
+        return value if change is None else change.of(value)
+
+
+Stage = Adapter | Whole | Converted
 
 
 @dataclass
@@ -200,7 +219,7 @@ def _refuse_ancestors(runs: Sequence[tuple[str, Checkpoint]]) -> None:
 
 def _same_base(runs: Sequence[tuple[str, Checkpoint]]) -> str | None:
     """The fingerprint of the runs' base; None if no run knows it."""
-    known = [(name, base) for name, saved in runs if (base := saved.state.get("origin", {}).get("base")) is not None]
+    known = [(name, base) for name, saved in runs if (base := base_of(saved)) is not None]
     for name, base in known[1:]:
         if base != known[0][1]:
             raise UserError(
@@ -242,6 +261,8 @@ def _of_run(saved: Checkpoint, like: Mapping[str, Tensor]) -> list[Stage]:
 
 
 def _stage(saved: Checkpoint, like: Mapping[str, Tensor]) -> Stage:
+    if saved.path.is_file():  # a run may start from an adapter's file
+        return _of_adapter(str(saved.path), like)
     if saved.state["lora"] is None:
         values = Weights([saved.path / WHOLE], str(saved.path))
         strange = {key: value for key, value in values.empty().items() if key not in like}
@@ -262,7 +283,15 @@ def _of_file(name: str, model: ModelConfig, like: Mapping[str, Tensor]) -> Stage
         return Whole(weights.of_pipeline(name, like))
     if weights.is_transformer(name, like):
         return Whole(weights.of_file(name, like))
-    return _adapter(read_lora(name, linear_shapes(like)), name, like)
+    return _of_adapter(name, like)
+
+
+def _of_adapter(name: str, like: Mapping[str, Tensor]) -> Stage:
+    """Of an adapter's file."""
+    read = read_adapter(name, linear_shapes(like))
+    if read.changes:
+        return Converted(Adapter.of(read.factors), read.changes)
+    return _adapter(read.factors, name, like)
 
 
 def _adapter(factors: Mapping[str, Tensor], where: str | Path, like: Mapping[str, Tensor]) -> Adapter:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,21 @@ def test_whole_models_are_measured_too(recipes, tmp_path):
     for row in json.loads((tmp_path / "m/merge.json").read_text())["kept"]:
         assert row["merge"] == pytest.approx(row["run"], abs=2e-3)
         assert abs(row["merge"] - row["run"]) < 0.1 * abs(row["gain"])
+
+
+def fails(images, prompts):
+    raise ValueError("no connection")
+
+
+def test_a_reward_that_fails_leaves_the_merge(recipes, tmp_path, capsys):
+    run, recipe = tmp_path / "run", yaml.safe_load((recipes[0] / "recipe.yaml").read_text())
+    shutil.copytree(recipes[0], run)
+    rewards = [{"name": "r", "function": "tests.merge.test_kept:fails"}]
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"rewards": rewards}))
+    assert merge(run, "--output", tmp_path / "m") == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert f"{tmp_path}/m is written, but what it keeps cannot be measured: " in line and "no connection" in line
+    assert "kept" not in json.loads((tmp_path / "m/merge.json").read_text())
 
 
 def test_parents_without_a_recipe_or_rewards_are_left_out(recipes, tmp_path, model, capsys):

@@ -113,6 +113,25 @@ def test_lora_files_merge_with_runs(parents, tmp_path, model):
     assert_close(found, {"transformer_blocks.1.attn.to_q": factors[1].double() @ factors[0].double()})
 
 
+def test_a_file_that_is_no_lora_goes_into_a_whole_model(parents, tmp_path, model):
+    """DoRA, as .5 of what it makes of the weight: m (W + B A) / |W + B A| of each output. A LoRA goes beside it."""
+    name, base = "transformer_blocks.1.attn.to_q", K2.load(model).base_state_dict()
+    weight, generator = base[f"{name}.weight"], torch.Generator().manual_seed(5)
+    a, b = torch.randn(3, weight.shape[1], generator=generator), torch.randn(weight.shape[0], 3, generator=generator)
+    magnitude = torch.rand(weight.shape[0], generator=generator)
+    file = tmp_path / "dora.safetensors"
+    start = f"transformer.{name}.lora"
+    save_file({f"{start}_A.weight": a, f"{start}_B.weight": b, f"{start}_magnitude_vector": magnitude}, file)
+    assert merge(f"{file}:0.5", parents[0], "--output", tmp_path / "m") == 0
+    changed = weight + b @ a
+    dora = magnitude[:, None] * changed / changed.norm(dim=1, keepdim=True) - weight
+    found, own = K2.load(tmp_path / "m").base_state_dict(), updates(parents[0])
+    for key, value in base.items():
+        expected = value + own.get(key.removesuffix(".weight"), torch.zeros(())).float()
+        expected = expected + 0.5 * dora if key == f"{name}.weight" else expected
+        assert (found[key] - expected).abs().max() < 1e-5, key
+
+
 def test_stages_that_all_share_are_there_once(parents, tmp_path, model):
     """Of two runs on `a`: base + a + .5 b + .7 c. The merge stands on a, as its parents do."""
     a = parents[0]

@@ -60,7 +60,10 @@ DOMAINS = {
     "dim": Domain("single", "dark", "black"),
     "bright": Domain("single", "pastel", "white"),
 }
-PAIRS = {"two domains": ("words", "counts"), "conflict": ("dim", "bright")}
+PAIRS = {"two domains": ("words", "counts", tuple(RULES)), "conflict": ("dim", "bright", ("1 : 1",))}
+"""Two domains, and the rules to merge them by."""
+WATCHED = 8
+"""Prompts of a run's own evaluations; a merge measures it by more."""
 
 
 def record(scene: scenes.Scene, rng: np.random.Generator, detail: float) -> dict[str, Any]:
@@ -138,7 +141,7 @@ def settings(folder: Path, name: str, seed: int, steps: int, rehearse: float, im
         size=[64, 64],
         lora=pt.LoraConfig(rank=16, alpha=16.0),
         optim=pt.OptimConfig(lr=2e-3, warmup_steps=5),
-        eval=pt.EvalConfig(every=0, prompts=images, steps=12, groups=0),
+        eval=pt.EvalConfig(every=0, prompts=WATCHED, steps=12, groups=0),
         checkpoint=pt.CheckpointConfig(every=0),
         track=pt.TrackConfig(tensorboard=False),
         domain=name,
@@ -163,7 +166,7 @@ def row(title: str, rule: str, found: Sequence[dict[str, Any]]) -> list[str]:
     cosines = [one["overall"]["cosines"]["1-2"] for one in found]
     conflicts = [one["overall"]["conflict"] for one in found]
     cells = [title, rule, common.mean_and_extent(cosines, ".2f"), common.mean_and_extent(conflicts, ".2f")]
-    for place, gain in enumerate(found[0]["kept"]):
+    for place, gain in enumerate(found[0].get("kept", [])):
         values = [one["kept"][place] for one in found]
         kept = common.mean_and_extent([value["kept"] for value in values], ".2f")
         gains = common.mean_and_extent([value["gain"] for value in values], "+.2f")
@@ -180,25 +183,34 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64)
     args = parser.parse_args()
     jobs = common.Jobs(args.output, args.jobs)
-    sets: dict[str, list[list[str]]] = {"parents": [args.parents]} if args.parents else {}
-    for title, names in PAIRS.items() if not args.parents else ():
-        for seed in args.seeds:
-            configs = [settings(args.output, name, seed, args.steps, args.rehearse, args.images) for name in names]
-            for config in configs:
-                if not (Path(config.output) / "summary.json").exists():
-                    train(config)
-            sets.setdefault(title, []).append([config.output for config in configs])
     rows, found = [], {}
-    for title, pairs in sets.items():
-        for place, (rule, (weight, options)) in enumerate(RULES.items()):
-            names = [f"{title.replace(' ', '-')}-{place}-{seed}" for seed in range(len(pairs))]
-            every = [merged(jobs, name, runs, weight, [*options, *args.options]) for name, runs in zip(names, pairs)]
-            found[f"{title}, {rule}"] = [one["kept"] for one in every]
+    for title, (first, second, rules) in PAIRS.items() if not args.parents else ():
+        pairs = []
+        for seed in args.seeds:
+            configs = []
+            for name in (first, second):
+                configs.append(settings(args.output, name, seed, args.steps, args.rehearse, args.images))
+                if not (Path(configs[-1].output) / "summary.json").exists():
+                    train(configs[-1])
+            pairs.append([config.output for config in configs])
+        found[title] = (pairs, rules)
+    if args.parents:
+        found["parents"] = ([args.parents], tuple(RULES))
+    written = {}
+    for title, (pairs, rules) in found.items():
+        for rule in rules:
+            weight, options = RULES[rule]
+            every = []
+            for seed, runs in enumerate(pairs):
+                name = f"{title}-{list(RULES).index(rule)}-{seed}".replace(" ", "-")
+                words = [*options, "--images", str(args.images), *args.options]
+                every.append(merged(jobs, name, runs, weight, words))
+            written[f"{title}, {rule}"] = [one.get("kept", []) for one in every]
             rows.append(row(title, rule, every))
     widest = max(map(len, rows))
     padded = [line + [""] * (widest - len(line)) for line in rows]
     head = ["runs", "rule", "cosine", "sign conflict", *["kept of the gain"] * (widest - 4)]
-    common.write(args.output, found, common.markdown(head, padded))
+    common.write(args.output, written, common.markdown(head, padded))
 
 
 if __name__ == "__main__":
