@@ -22,7 +22,7 @@ from posttrain.bench import counts
 from posttrain.bench.counts import Cost, Recipe, Size, Work
 from posttrain.bench.measurement import Measurement
 from posttrain.bench.tiers import parts_of, training_need
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.grpo.config import GRPOConfig
 from posttrain.model import flops
 from posttrain.model.blocks import RESERVE
@@ -131,11 +131,10 @@ def of_command(name: str, samples: float, steps: int, measurement: Measurement) 
     if not measured:
         return None
     seconds, own = measured["step_seconds"], math.ceil(samples)
-    note = f"scaled from whole steps of {measured['samples']} samples, judge on the same GPU; evaluations are not in it"
+    whole = f"scaled from whole steps of {counted(measured['samples'], 'sample')}"
+    note = f"{whole}, judge on the same GPU; evaluations are not in it"
     if name == "expander sft":
-        note = (
-            f"scaled from whole steps of {measured['samples']} samples of a model of 3.6 B; evaluations are not in it"
-        )
+        note = f"{whole} of a model of 3.6 B; evaluations are not in it"
     start = measured["first_step_seconds"] - seconds
     return Estimate(start=start, step=seconds * own / measured["samples"], steps=steps, notes=[note])
 

@@ -366,7 +366,7 @@ def _read_card(path: Path) -> dict[str, Any]:
         if not os.path.isfile(path / name):
             raise UserError(f"{path / name}: is missing; copy the whole directory")
         if (found := _rows(path / name)) != rows:
-            raise UserError(f"{path / name}: has {found} rows, not {rows} as {CARD} says; copy the directory again")
+            raise UserError(f"{path / name}: has {counted(found, 'row')}, not {rows} as {CARD} says; copy it again")
         # The names in a parquet file have no checksum, and a column that is not found would take its default.
         if pq.read_schema(path / name).names != list(FEATURES):
             raise UserError(f"{path / name}: has other columns than it was written with; copy the directory again")
