@@ -190,8 +190,9 @@ def sample(
     s, window = config.sampling, window_of(config, step)
     drawing, _ = roles(config, procs)
     groups = []
-    places = procs.local_indices_by_cost(costs_of(k2, config, step), drawing)
-    for prompted in prompted_groups(k2, config, step, source, places):
+    chosen = source.draw(step)
+    records = {g: chosen[g] for g in procs.local_indices_by_cost(costs_of(k2, config, step), drawing)}
+    for prompted in prompted_groups(k2, config, step, records):
         g, (height, width) = prompted.index, prompted.size
         seeds = []
         for j in range(config.groups.group_size):

@@ -200,8 +200,9 @@ def sample(
     """This process's groups of a step, each image from its own noise, since nothing else makes them differ. They are
     submitted for scoring as soon as they are decoded."""
     role = OLD if lags(config, stepper) else POLICY
-    groups = []
-    for prompted in prompted_groups(k2, config, step, source, procs.local_indices_by_cost(costs_of(k2, config, step))):
+    groups, chosen = [], source.draw(step)
+    records = {g: chosen[g] for g in procs.local_indices_by_cost(costs_of(k2, config, step))}
+    for prompted in prompted_groups(k2, config, step, records):
         images = range(config.groups.group_size)
         seeds = [sampler.seed_for(config.seed, step, prompted.index, j, 0) for j in images]
         noise = sampler.noise(seeds, (k2.image_tokens(*prompted.size), k2.latent_channels))

@@ -2,7 +2,7 @@
 
 What the methods have in common that learn from rewards of groups. Each draws its images in its own way:
 
-    for prompted in prompted_groups(k2, config, step, source, places):
+    for prompted in prompted_groups(k2, config, step, records):
         latents = ...
         submit(k2, queue, prompted, latents)
     ...                                                  # the scores of all processes
@@ -13,7 +13,7 @@ Legend: P groups, G images of a group, K rewards, N image tokens, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,6 @@ from posttrain.training.evaluate import Evaluation, Evaluator, means
 from posttrain.training.idle import check_idle, count_idle
 from posttrain.training.judge_check import SHOWN, check_judges
 from posttrain.training.loop import Training
-from posttrain.training.prompt_source import PromptSource
 from prompts.records import PromptRecord, columns
 from rewards.background import ScoreQueue
 from rewards.base import Noise, Reward, Scores
@@ -50,12 +49,11 @@ class Prompted:
 
 
 def prompted_groups(
-    k2: K2, config: GroupTrainingConfig, step: int, source: PromptSource, places: Iterable[int]
+    k2: K2, config: GroupTrainingConfig, step: int, records: Mapping[int, PromptRecord]
 ) -> Iterator[Prompted]:
-    """The groups of a step with these indices, one after the other, their text encoded when they are asked for."""
-    chosen = source.draw(step)
-    for g in places:
-        row, size = chosen[g], size_of(config, (step - 1) * config.groups.prompts_per_step + g)
+    """The groups of a step with these indices and prompts, each encoded when it is asked for."""
+    for g, row in records.items():
+        size = size_of(config, (step - 1) * config.groups.prompts_per_step + g)
         # One prompt at a time: in a batch its features would depend, within rounding, on the prompts beside it.
         text = Text.of([k2.fuse(k2.encode([row.prompt], config.prompts.max_tokens).features[0])])
         yield Prompted(g, row, text, size)
