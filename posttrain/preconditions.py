@@ -14,6 +14,7 @@ from typing import Any
 
 from posttrain import commands
 from posttrain.commands import Command
+from posttrain.config.fields import value_at
 from posttrain.distributed import launch
 from posttrain.errors import UserError
 from posttrain.loading import check_source
@@ -105,12 +106,12 @@ def _check_servers(config: Any) -> None:
 
 def _check_checkpoints(command: Command, config: Any) -> None:
     """Runs and checkpoints to go on from, draw with or export, of which none is complete."""
-    named = dict(_named_checkpoints(command, config))
+    named = list(_named_checkpoints(command, config))
     if not named:
         return
     from posttrain.training import checkpoint  # torch comes with it
 
-    for setting, path in named.items():
+    for setting, path in named:
         try:
             checkpoint.find(path)
         except UserError as error:
@@ -120,9 +121,10 @@ def _check_checkpoints(command: Command, config: Any) -> None:
 def _named_checkpoints(command: Command, config: Any) -> Iterator[tuple[str, str]]:
     """Setting and path of each."""
     for setting, kind in command.reads.items():
-        path = value_at(config, setting) if kind == "checkpoint" else None
-        if path and not path.endswith(".safetensors"):  # a LoRA file is not a checkpoint of a run
-            yield setting, path
+        found = value_at(config, setting) if kind == "checkpoint" else None
+        for path in found if isinstance(found, list) else [found]:
+            if path and not path.endswith(".safetensors"):  # a LoRA file is not a checkpoint of a run
+                yield setting, path
     for source in getattr(config, "sources", []):  # of pairs: each may draw with checkpoints of its own
         for draw in source.draws():
             if draw.checkpoint not in ("policy", "base"):
@@ -147,10 +149,3 @@ def _types(config: Any) -> Iterator[tuple[str, str]]:
             yield f"{section}.dtype", dtype
     if getattr(config, "dtype", None) is not None:
         yield "dtype", config.dtype
-
-
-def value_at(config: Any, setting: str) -> Any:
-    """The value of a setting by its path; None if a section on the way is null."""
-    for part in setting.split("."):
-        config = getattr(config, part) if config is not None else None
-    return config

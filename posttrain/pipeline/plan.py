@@ -15,7 +15,7 @@ from typing import Any
 
 from posttrain import commands
 from posttrain.commands import COMMANDS, HUB
-from posttrain.config.fields import hints, suggestion
+from posttrain.config.fields import hints, suggestion, value_at
 from posttrain.config.load import load_config
 from posttrain.config.recipe import read_recipe
 from posttrain.errors import UserError
@@ -139,9 +139,11 @@ def _check_inputs(stage: Stage, earlier: list[Stage]) -> None:
         if (writer := getattr(config, name, None)) is not None:
             check_addresses({"base_urls": writer.base_urls}, servers, name)
     for field, kind in row.reads.items():
-        _check_input(stage, field, kind, _at(config, field), earlier)
+        value = value_at(config, field)
+        for i, path in enumerate(value if isinstance(value, list) else [value]):
+            _check_input(stage, f"{field}[{i}]" if isinstance(value, list) else field, kind, path, earlier)
     for field in row.prompts:
-        source = _at(config, field)
+        source = value_at(config, field)
         if not source.startswith("hf:"):
             _check_enough(command, config, field, len(read_prompts(source)))
 
@@ -194,13 +196,6 @@ def _check_enough(command: str, config: Any, field: str, prompts: int) -> None:
         least = config.groups.prompts_per_step
     if prompts < least:
         raise UserError(f"{field}: has {prompts} prompts, but a step takes {least} different ones; add more")
-
-
-def _at(config: Any, field: str) -> Any:
-    """The value of a field by its path."""
-    for part in field.split("."):
-        config = getattr(config, part)
-    return config
 
 
 def _check_model(field: str, path: str, transformer_file: str | None) -> None:
