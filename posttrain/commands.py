@@ -49,7 +49,7 @@ class Command:
     """Those of them that must hold the same prompts when a run is resumed."""
     reads: dict[str, str] = field(default_factory=dict)
     """Settings that name what another command makes, and the kind of that; see `makes`. Of a list, each entry may have
-    `:WEIGHT` behind its path."""
+    `:WEIGHT` behind its path; `*` is each key of a mapping."""
     makes: str = ""
     """The kind of thing that the output is, for commands that can be a stage of a pipeline."""
     frozen: tuple[str, ...] = ()
@@ -143,6 +143,17 @@ COMMANDS: dict[str, Command] = {
         reads={"model.start": "checkpoint"},
         # What it draws in, and what it is compared with.
         frozen=("lora", "seed", "prompts.heldout", "student.steps", "teacher", *EVALUATED),
+    ),
+    "mopd": TrainsK2(
+        "posttrain.mopd.config:MOPDConfig",
+        "posttrain.mopd.train:train",
+        "distil several teachers into one adapter with MOPD and write a run directory",
+        title="on-policy distillation of several teachers into one adapter (MOPD)",
+        prompts=("prompts.train", "prompts.heldout"),
+        kept_prompts=("prompts.heldout",),
+        reads={"model.start": "checkpoint", "start": "checkpoint", "teachers.*.run": "checkpoint"},
+        # What it learns from, and what its retention is measured against.
+        frozen=("lora", "seed", "prompts.heldout", "teachers", *EVALUATED),
     ),
     "preflight": Command(
         "posttrain.grpo.config:GRPOConfig",

@@ -14,6 +14,7 @@ from typing import Any
 
 from posttrain import commands
 from posttrain.commands import Command
+from posttrain.config.fields import value_at
 from posttrain.distributed import launch
 from posttrain.errors import UserError
 from posttrain.loading import check_source
@@ -148,10 +149,3 @@ def _types(config: Any) -> Iterator[tuple[str, str]]:
             yield f"{section}.dtype", dtype
     if getattr(config, "dtype", None) is not None:
         yield "dtype", config.dtype
-
-
-def value_at(config: Any, setting: str) -> Any:
-    """The value of a setting by its path; None if a section on the way is null."""
-    for part in setting.split("."):
-        config = getattr(config, part) if config is not None else None
-    return config

@@ -167,6 +167,22 @@ METRICS = (
         "higher",
     ),
     Metric("latent_norm", "Root mean square of the latents that the step drew", ">= 0, about 1", "", "hacking"),
+    # Distillation of teachers.
+    Metric(
+        "distance/*",
+        "Mean squared distance of the student's velocity from this teacher's guided one, at the student's own states",
+        ">= 0",
+        "lower",
+    ),
+    Metric("relative/*", "The same over its value in the first step", ">= 0", "lower", None, ("the start", 1.0)),
+    Metric(
+        "distance_t[1-4]",
+        "Mean squared distance of the student's velocity from its teachers', over one of four equal parts of the noise"
+        " levels, lowest first",
+        ">= 0",
+        "lower",
+    ),
+    Metric("cosine/*", "Cosine of the gradients of these two teachers; below 0 they pull apart", "[-1, 1]", "higher"),
     # Distillation.
     Metric("fake_updates", "Updates of the fake score in this step", "updates"),
     Metric("fake_loss", "Flow-matching loss of the fake score on the student's images", ">= 0", "lower"),
@@ -287,6 +303,15 @@ EVALUATION = (
         "divergence",
     ),
     Metric("heldout/*_t[1-4]", "The same over one of four equal parts of the noise levels, lowest first"),
+    Metric(
+        "retention/*",
+        "Share of this teacher's gain that the student keeps on the teacher's prompts, or an end of its 95 % interval",
+        "1: all of it",
+        "higher",
+        None,
+        ("the teacher", 1.0),
+    ),
+    Metric("anchor/*", "Mean score of this reward on held-out prompts of no teacher", "", "higher", "hacking"),
     Metric("pairs/*_t[1-4]", "The same over one of four equal parts of the noise levels, lowest first"),
 )
 """What evaluations log besides: `eval/NAME`, and `teacher/NAME` for the teacher of a distillation."""

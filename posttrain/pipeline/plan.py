@@ -15,7 +15,7 @@ from typing import Any
 
 from posttrain import commands
 from posttrain.commands import COMMANDS, HUB
-from posttrain.config.fields import hints, suggestion
+from posttrain.config.fields import hints, suggestion, value_at
 from posttrain.config.load import load_config
 from posttrain.config.recipe import read_recipe
 from posttrain.errors import UserError, counted
@@ -140,11 +140,11 @@ def _check_inputs(stage: Stage, earlier: list[Stage]) -> None:
         if (writer := getattr(config, name, None)) is not None:
             check_addresses({"base_urls": writer.base_urls}, servers, name)
     for field, kind in row.reads.items():
-        paths = commands.paths(_at(config, field))
+        paths = commands.paths(value_at(config, field))
         for i, path in enumerate(paths):
             _check_input(stage, field if len(paths) == 1 else f"{field}[{i}]", kind, path, earlier)
     for field in row.prompts:
-        source = _at(config, field)
+        source = value_at(config, field)
         if source is not None and not source.startswith("hf:"):
             _check_enough(command, config, field, len(read_prompts(source)))
 
@@ -197,13 +197,6 @@ def _check_enough(command: str, config: Any, field: str, prompts: int) -> None:
         least = config.groups.prompts_per_step + bool(getattr(config.groups, "refill", 0))
     if prompts < least:
         raise UserError(f"{field}: has {counted(prompts, 'prompt')}, but a step takes {least} different ones; add more")
-
-
-def _at(config: Any, field: str) -> Any:
-    """The value of a field by its path."""
-    for part in field.split("."):
-        config = getattr(config, part)
-    return config
 
 
 def _check_model(field: str, path: str, transformer_file: str | None) -> None:
