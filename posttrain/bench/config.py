@@ -10,7 +10,7 @@ from pydantic import model_validator
 from posttrain.config.sections import MOST_STEPS, OptimConfig, RuntimeConfig
 from posttrain.config.types import AtLeast0, AtLeast1, AtLeast2, Filled, Positive, Range, Sizes, refusal, settings
 
-Method = Literal["rollout", "step", "sft", "stpo", "grpo", "nft", "tdm", "expander"]
+Method = Literal["rollout", "step", "sft", "stpo", "grpo", "nft", "tdm", "mopd", "expander"]
 DRAWING = ("rollout", "expander")
 """Methods that train nothing."""
 
@@ -22,18 +22,20 @@ class BenchConfig:
     output: str = "runs/bench"
     """Directory for bench.json and bench.md, created; what is in it already is replaced."""
     methods: Annotated[list[Method], Filled()] = field(
-        default_factory=lambda: ["rollout", "step", "sft", "stpo", "grpo", "nft", "tdm", "expander"]
+        default_factory=lambda: ["rollout", "step", "sft", "stpo", "grpo", "nft", "tdm", "mopd", "expander"]
     )
     """What to measure. rollout: drawing images, all steps, without guidance. step: forward and backward of one
-    stochastic step of grpo, the optimiser apart. sft, stpo, grpo, nft, tdm: whole training steps, whose rewards and
-    prompts cost nothing here. expander: the images of a group's expansions, by the base without an adapter."""
+    stochastic step of grpo, the optimiser apart. sft, stpo, grpo, nft, tdm, mopd: whole training steps, whose
+    rewards and prompts cost nothing here. expander: the images of a group's expansions, by the base without an
+    adapter."""
     scale: Literal["tiny", "nano", "k2"] = "k2"
     """Size of the model: K2's, with random weights; nano: K2-nano as it is; tiny: random, for tests."""
     sizes: Sizes | None = None
     """[height, width] pairs in pixels, each measured; null: 512 x 512, and 64 x 64 of nano and
     tiny."""
     batch: AtLeast2 = 8
-    """Images in one forward; of stpo half as many pairs; of sft and tdm all images of a training step."""
+    """Images in one forward; of stpo half as many pairs; of sft, tdm and mopd (of two teachers) all images of a
+    training step."""
     group: AtLeast2 = 16
     """Images of a group of grpo, nft and expander; a training step has one group a process."""
     text: Annotated[int, Range(8)] = 105
@@ -66,7 +68,8 @@ class BenchConfig:
     stock: bool = True
     """Measure diffusers' own transformer beside it: text padded to 512 tokens and masked, gradient checkpointing."""
     plan: str | None = None
-    """A recipe of sft, stpo, grpo, nft or tdm: measure nothing, and estimate its time and memory from measured."""
+    """A recipe of sft, stpo, grpo, nft, tdm or mopd: measure nothing, and estimate its time and memory from
+    measured."""
     measured: str | None = None
     """What to plan from: a bench.json, or the name of a card whose measurements ship with the package (h200); null: the
     bench.json in output, or h200 where there is none."""

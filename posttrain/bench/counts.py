@@ -16,12 +16,13 @@ from statistics import fmean
 from posttrain.errors import UserError
 from posttrain.grpo.config import GRPOConfig
 from posttrain.model import flops
+from posttrain.mopd.config import ANCHOR, MOPDConfig
 from posttrain.nft.config import NFTConfig
 from posttrain.sft.config import SFTConfig
 from posttrain.stpo.config import STPOConfig
 from posttrain.tdm.config import TDMConfig
 
-Recipe = GRPOConfig | NFTConfig | SFTConfig | STPOConfig | TDMConfig
+Recipe = GRPOConfig | NFTConfig | MOPDConfig | SFTConfig | STPOConfig | TDMConfig
 Size = Sequence[int]
 
 
@@ -72,6 +73,8 @@ def step(recipe: Recipe, cost: Cost, gpus: int, size: Size) -> Work:
         return _grpo(recipe, cost, gpus, size)
     if isinstance(recipe, NFTConfig):
         return _nft(recipe, cost, gpus, size)
+    if isinstance(recipe, MOPDConfig):
+        return _mopd(recipe, cost, gpus, size)
     own = math.ceil(recipe.batch / gpus)
     if isinstance(recipe, SFTConfig):
         return Work(own * cost.train(size))
@@ -103,6 +106,21 @@ def _nft(recipe: NFTConfig, cost: Cost, gpus: int, size: Size) -> Work:
     level += cost.forward(size) if recipe.old.max > 0 else 0.0  # of the old policy, which lags for most of a run
     images = math.ceil(groups.prompts_per_step / gpus) * groups.group_size
     return Work(images * (recipe.sampling.steps * cost.forward(size) + loss.times * level), images)
+
+
+def _mopd(recipe: MOPDConfig, cost: Cost, gpus: int, size: Size) -> Work:
+    """The student's forward at a compared state is the one that has the gradient; behind the last state there is none.
+    A teacher's adapter counts as the student's. Whether there are prompts of the anchor is not known: they count."""
+    steps, states = recipe.sampling.steps, recipe.sampling.states
+    walked = states * (steps + 1) / (states + 1)  # expected: the last of some of the steps, drawn without replacement
+    flop = 0.0
+    for name in (*recipe.teachers, ANCHOR):
+        guided = name != ANCHOR and recipe.teachers[name].guidance > 0
+        teacher = cost.reference(size) if name == ANCHOR else (2 if guided else 1) * cost.forward(size)
+        reference = cost.reference(size) if recipe.loss.reference > 0 and name != ANCHOR else 0.0
+        image = (walked - states) * cost.forward(size) + states * (cost.train(size) + teacher + reference)
+        flop += math.ceil(recipe.images_of(name) / gpus) * image
+    return Work(flop)
 
 
 def _stpo(recipe: STPOConfig, cost: Cost, own: int, gpus: int, size: Size) -> float:
@@ -153,7 +171,11 @@ def evaluation(recipe: Recipe, cost: Cost, gpus: int) -> Work:
 
 
 def teacher_images(recipe: Recipe, cost: Cost, gpus: int) -> Work:
-    """What tdm draws once, before its first step; nothing in other methods."""
+    """What tdm and mopd draw once, before their first step; nothing in other methods."""
+    if isinstance(recipe, MOPDConfig):  # the base and each teacher
+        images, scales = _images(recipe, gpus), [0.0, *(teacher.guidance for teacher in recipe.teachers.values())]
+        forwards = recipe.eval.steps * sum(2 if scale else 1 for scale in scales)
+        return Work(images * forwards * cost.forward(sizes(recipe)[0]), images * len(scales))
     if not isinstance(recipe, TDMConfig):
         return Work(0.0)
     images = _images(recipe, gpus)

@@ -26,6 +26,7 @@ from posttrain.errors import UserError, counted
 from posttrain.grpo.config import GRPOConfig
 from posttrain.model import flops
 from posttrain.model.blocks import RESERVE
+from posttrain.mopd.config import MOPDConfig
 from posttrain.nft.config import NFTConfig
 from posttrain.pairs.config import PairsConfig
 from posttrain.pairs.planning import quotas
@@ -75,6 +76,8 @@ def method_of(recipe: Recipe) -> str:
         return "sft"
     if isinstance(recipe, NFTConfig):
         return "nft"
+    if isinstance(recipe, MOPDConfig):
+        return "mopd"
     return "stpo" if isinstance(recipe, STPOConfig) else "tdm"
 
 

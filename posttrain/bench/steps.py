@@ -1,6 +1,6 @@
 """The steps that `posttrain bench` times: each method's own code on random features, latents and rewards.
 
-Steps of grpo, nft, sft, stpo and tdm come from a run's own loop, from its first step on, with all that is due in them.
+Steps of grpo, nft, sft, stpo, tdm and mopd come from a run's own loop, from its first step on, with all that is due.
 Prompts cost no time unless `encode` is set; rewards cost none, because judges are assumed to run on other GPUs.
 """
 
@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from posttrain.bench import mopd
 from posttrain.bench.config import BenchConfig
 from posttrain.config.sections import LoraConfig, ModelConfig, PromptsConfig, TrainingConfig
 from posttrain.distributed.processes import Processes
@@ -118,7 +119,7 @@ class Steps:
         for stage in range(self.config.stages if self.role else 0):
             if stage:
                 self.k2.stack_role(POLICY)
-            add_policy(self.k2, self._lora, stage, reference=False)
+            add_policy(self.k2, self.lora, stage, reference=False)
             for name, parameter in self.k2.role_named_parameters(POLICY).items():
                 if name.endswith("lora_B.weight"):  # not zero as at the start of training, or errors would not show
                     torch.nn.init.normal_(parameter, std=0.01, generator=generator)
@@ -145,11 +146,12 @@ class Steps:
     def run(self, method: str, index: int, lap: Lap) -> None:
         """Runs step `index`, counted from 0, which calls `lap` with the name of each stage when the stage ends.
 
-        Steps of grpo, nft, sft, stpo and tdm must be run in order, as in a run.
+        Steps of grpo, nft, sft, stpo, tdm and mopd must be run in order, as in a run.
         """
         self.lap = lap
         loops = {
             "grpo": self._grpo, "nft": self._nft, "sft": self._sft, "stpo": self._stpo, "tdm": self._tdm,
+            "mopd": lambda: mopd.loop(self),
         }  # fmt: skip
         if method in loops:
             if method not in self._loops:
@@ -192,7 +194,7 @@ class Steps:
         move = Transition(1, times[1], times[2], x, mean + std * noise, mean, std, torch.zeros(len(x)))
         group = self._group(Trajectory(x, [move]), index)
         advantages_PG = torch.ones(self.procs.size, batch, device=self.k2.device)
-        optimizer = self._stepper.optimizer
+        optimizer = self.stepper.optimizer
         lap("prepare")
         update.gradient(self.k2, self._step_config, [group], advantages_PG, self.procs, self.config.batch)
         lap("step")
@@ -218,25 +220,25 @@ class Steps:
         k2.encode, k2.decode = self._encode, decoded
         source = PromptSource(config, [PromptRecord(str(i)) for i in range(self.procs.size)])
         with ScoreQueue(load_rewards(config.rewards), self.config.group) as queue:
-            micro_batch = self._micro_batch(config.groups.micro_batch)
+            micro_batch = self.micro_batch(config.groups.micro_batch)
             steps = updates(
-                k2, config, source, queue, self._stepper, count(1), self.procs, {}, micro_batch, BenchClock(self)
+                k2, config, source, queue, self.stepper, count(1), self.procs, {}, micro_batch, self.clock()
             )
             for step, metrics, _ in steps:
                 yield step, metrics
 
     def _sft(self) -> Iterator[tuple[int, dict[str, Any]]]:
         config = self._sft_config
-        images, micro_batch = RandomImages(self, config.batch), self._micro_batch(config.micro_batch)
+        images, micro_batch = RandomImages(self, config.batch), self.micro_batch(config.micro_batch)
         order = Order(dict.fromkeys(range(config.batch), self.size), config.batch, config.seed)
         return sft.updates(
-            self.k2, config, images, order, self._stepper, count(1), self.procs, micro_batch, BenchClock(self)
+            self.k2, config, images, order, self.stepper, count(1), self.procs, micro_batch, self.clock()
         )
 
     def _stpo(self) -> Iterator[tuple[int, dict[str, Any]]]:
         config = self._stpo_config
-        pairs, micro_batch = RandomPairs(self, config.batch), self._micro_batch(config.micro_batch)
-        return stpo.updates(self.k2, config, pairs, self._stepper, count(1), self.procs, micro_batch, BenchClock(self))
+        pairs, micro_batch = RandomPairs(self, config.batch), self.micro_batch(config.micro_batch)
+        return stpo.updates(self.k2, config, pairs, self.stepper, count(1), self.procs, micro_batch, self.clock())
 
     def _tdm(self) -> Iterator[tuple[int, dict[str, Any]]]:
         config, null = self._tdm_config, Text(self._fused(0)[None, :6])
@@ -246,12 +248,15 @@ class Steps:
             return [self.next_text() for _ in prompts]
 
         student, fake = self._tdm_steppers
-        micro_batch = self._micro_batch(config.micro_batch)
+        micro_batch = self.micro_batch(config.micro_batch)
         return tdm.updates(
-            self.k2, config, texts, null, records, student, fake, count(1), self.procs, micro_batch, BenchClock(self)
+            self.k2, config, texts, null, records, student, fake, count(1), self.procs, micro_batch, self.clock()
         )
 
-    def _micro_batch(self, size: int) -> MicroBatch:
+    def clock(self) -> BenchClock:
+        return BenchClock(self)
+
+    def micro_batch(self, size: int) -> MicroBatch:
         """Never halved: that would not be the step that is to be timed."""
         return MicroBatch(size, "batch", self.procs, halve=False)
 
@@ -312,30 +317,30 @@ class Steps:
         return [self.k2.fuse(self.k2.random_features(length, i)) for i, length in enumerate(lengths)]
 
     @cached_property
-    def _stepper(self) -> Stepper:
+    def stepper(self) -> Stepper:
         self.k2.train_role(POLICY)
         return Stepper(self.k2.role_named_parameters(POLICY), self._grpo_config.optim)
 
     @cached_property
     def _tdm_steppers(self) -> tuple[Stepper, Stepper]:
-        assert self._lora is not None
-        self.k2.add_role(tdm.FAKE, self._lora.rank, self._lora.alpha, seed=1)
+        assert self.lora is not None
+        self.k2.add_role(tdm.FAKE, self.lora.rank, self.lora.alpha, seed=1)
         return tdm.steppers(self.k2, self._tdm_config)
 
     @property
-    def _lora(self) -> LoraConfig | None:
+    def lora(self) -> LoraConfig | None:
         rank = self.config.rank
         return None if rank is None else LoraConfig(rank, float(rank))
 
-    def _empty(self, config: type[Config], **own: Any) -> Config:
+    def empty(self, config: type[Config], **own: Any) -> Config:
         """A recipe that names no files: nothing is read or written here."""
         if self.config.optim is not None:
             own["optim"] = self.config.optim
-        return config(output="none", model=ModelConfig(""), lora=self._lora, **own)
+        return config(output="none", model=ModelConfig(""), lora=self.lora, **own)
 
     @cached_property
     def _grpo_config(self) -> GRPOConfig:
-        config = self._empty(GRPOConfig, prompts=PromptsConfig("", ""), rewards=[NOISE])
+        config = self.empty(GRPOConfig, prompts=PromptsConfig("", ""), rewards=[NOISE])
         config.sampling.sizes, config.sampling.steps = [list(self.size)], self.config.steps
         config.sampling.window, config.sampling.eta = self.config.window, ETA
         config.sampling.window_start, config.sampling.window_every = "sliding", 1  # starts at each place in turn
@@ -348,7 +353,7 @@ class Steps:
 
     @cached_property
     def _nft_config(self) -> NFTConfig:
-        config = self._empty(NFTConfig, prompts=PromptsConfig("", ""), rewards=[NOISE])
+        config = self.empty(NFTConfig, prompts=PromptsConfig("", ""), rewards=[NOISE])
         config.sampling.sizes, config.sampling.steps = [list(self.size)], self.config.steps
         config.loss.times, config.loss.kl, config.old.max = self.config.times, 0.0, 0.0
         config.groups.prompts_per_step, config.groups.group_size = self.procs.size, self.config.group
@@ -357,7 +362,7 @@ class Steps:
 
     @cached_property
     def _step_config(self) -> GRPOConfig:
-        config = self._empty(GRPOConfig, prompts=PromptsConfig("", ""), rewards=[NOISE])
+        config = self.empty(GRPOConfig, prompts=PromptsConfig("", ""), rewards=[NOISE])
         config.sampling.steps, config.sampling.window, config.loss.kl = self.config.steps, 1, 0.0
         config.groups.prompts_per_step, config.groups.group_size = self.procs.size, self.config.batch
         config.groups.micro_batch = self.config.batch
@@ -365,19 +370,19 @@ class Steps:
 
     @cached_property
     def _sft_config(self) -> SFTConfig:
-        config = self._empty(SFTConfig, images=ImageSetConfig("none", drop_caption=0.0))
+        config = self.empty(SFTConfig, images=ImageSetConfig("none", drop_caption=0.0))
         config.batch, config.micro_batch = self.procs.size * self.config.batch, self.config.batch
         return config
 
     @cached_property
     def _stpo_config(self) -> STPOConfig:
-        config = self._empty(STPOConfig, pairs=PairSetConfig("none"), heldout="none")
+        config = self.empty(STPOConfig, pairs=PairSetConfig("none"), heldout="none")
         config.batch, config.micro_batch = self.procs.size * (self.config.batch // 2), self.config.batch // 2
         return config
 
     @cached_property
     def _tdm_config(self) -> TDMConfig:
-        config = self._empty(TDMConfig, prompts=PromptsConfig("", ""))
+        config = self.empty(TDMConfig, prompts=PromptsConfig("", ""))
         config.batch, config.micro_batch = self.procs.size * self.config.batch, self.config.batch
         config.sizes, config.student.steps = [list(self.size)], [self.config.steps]
         config.fake.warmup = 0  # warm-up steps update only the fake score

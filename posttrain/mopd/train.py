@@ -68,7 +68,8 @@ def train(config: MOPDConfig, resume: bool = False) -> None:
         add_roles(k2, config, fresh=saved is None)
     prints = {name: fingerprint(k2.role_state_dict(role_of(name))) for name in config.teachers}
     refuse_changed(prints, saved)
-    stepper = Stepper(k2.train_role(POLICY), config.optim)
+    k2.train_role(POLICY)
+    stepper = Stepper(k2.role_named_parameters(POLICY), config.optim)
     micro_batch = MicroBatch(config.micro_batch, "micro_batch", procs)
     max_tokens = config.prompts.max_tokens
 

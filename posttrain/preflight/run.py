@@ -2,10 +2,10 @@
 
     posttrain preflight --config recipes/nano/grpo.yaml
 
-It takes the recipe of grpo, nft, sft, stpo, tdm, pairs or expander gdpo, runs a small step of it with the code of that
-command, and discards it: no run directory is created or changed. The table on stdout shows what each check measured
-and, if it failed, a remedy. All checks run, even if one fails; the exit code is 1 if any failed. stderr shows the
-progress, with the seconds since the start.
+It takes the recipe of grpo, nft, mopd, sft, stpo, tdm, pairs or expander gdpo, runs a small step of it with the code of
+that command, and discards it: no run directory is created or changed. The table on stdout shows what each check
+measured and, if it failed, a remedy. All checks run, even if one fails; the exit code is 1 if any failed. stderr shows
+the progress, with the seconds since the start.
 
 A step uses as few images as the checks need, and its time is scaled to the size of the recipe. Under `torchrun` the
 processes share the step of grpo and nft; the other methods are checked by the main process alone.

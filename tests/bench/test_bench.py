@@ -178,7 +178,7 @@ def test_bench_and_plans(tmp_path, capsys, model):
     assert (tmp_path / "bench/bench.md").read_text() in printed + "\n"
     result = json.loads((tmp_path / "bench/bench.json").read_text())
     rows = {row["method"]: row for row in result["rows"]}
-    assert list(rows) == ["rollout", "step", "sft", "stpo", "grpo", "nft", "tdm", "expander"]
+    assert list(rows) == ["rollout", "step", "sft", "stpo", "grpo", "nft", "tdm", "mopd", "expander"]
     for row in rows.values():
         network = sum(ms for stage, ms in row["ms"].items() if stage not in ("decode", "prepare"))
         assert row["share"] == pytest.approx(row["tflops"] / result["matmul"]["tflops"])

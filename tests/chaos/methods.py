@@ -24,7 +24,7 @@ PREPARE = (
 def training(folder: Path, parts: Path, method: str) -> Any:
     makers = {
         "sft": runs.sft_config, "stpo": runs.stpo_config, "grpo": runs.config, "nft": runs.nft_config,
-        "tdm": runs.tdm_config,
+        "mopd": runs.mopd_config, "tdm": runs.tdm_config,
     }  # fmt: skip
     made = makers[method](folder, parts / "k2")
     made.steps, made.checkpoint.every, made.checkpoint.keep, made.eval.every, made.optim.ema = 5, 1, 3, 2, 0.7
@@ -98,6 +98,7 @@ METHODS: dict[str, tuple[Callable[[Path, Path, str], Any], Callable[[Path], tupl
     "stpo": (training, of_training),
     "grpo": (training, of_training),
     "nft": (training, of_training),
+    "mopd": (training, of_training),
     "tdm": (training, of_training),
     "pairs": (pairs, of_pairs),
     "expander gdpo": (expander, of_expander),

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.chaos import methods
 from tests.helpers import runs
 
-TRAINING = ["sft", "stpo", "grpo", "nft", "tdm"]
+TRAINING = ["sft", "stpo", "grpo", "nft", "mopd", "tdm"]
 ALL = list(methods.METHODS)
 
 

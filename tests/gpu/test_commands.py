@@ -151,6 +151,25 @@ def test_nft(command, parts, tmp_path, side, times):
     command.row(f"nft, {side} px, {times} levels", "k2/nft", result, run, images=8, **seconds)
 
 
+@pytest.mark.parametrize(("side", "teachers"), [(512, 1), (512, 2), (1024, 2)])
+def test_mopd(command, parts, tmp_path, side, teachers):
+    """recipes/k2/mopd.yaml with one teacher twice: peak memory grows by an adapter alone."""
+    run, size = tmp_path / "run", [side, side] if SCALE == "k2" else [side // 8, side // 8]
+    own = {"text": {"run": str(parts / "trained"), "guidance": 3.5, "tags": ["text"]},
+           "relation": {"run": str(parts / "trained"), "tags": ["relation"]}}  # fmt: skip
+    recipe = cut("k2/mopd", parts, tmp_path, output=str(run), steps=3, images=4, eval=EVALUATION, checkpoint=SHORT)
+    data = json.loads(recipe.read_text())
+    data["teachers"] = dict(list(own.items())[:teachers])
+    data["eval"] |= {"steps": 4, "best": None, "stop": {}}
+    recipe.write_text(json.dumps(data))
+    words = ["--sampling.sizes", [size], "--optim.warmup_steps", 0, "--cosines_every", 2]
+    result = command.ok("mopd", "--config", recipe, *words)
+    saved = trained(run, 3)
+    assert saved.state["method"] == "mopd" and len(saved.state["teachers"]) == teachers
+    assert all(row["distance/text"] > 0 for row in metrics(run))
+    command.row(f"mopd, {side} px, {teachers} teachers", "k2/mopd", result, run, images=4 * (teachers + 1))
+
+
 def test_tdm(command, parts, tmp_path):
     run = tmp_path / "run"
     recipe = cut("k2/tdm", parts, tmp_path, output=str(run), steps=4, batch=8, micro_batch=4, eval=EVALUATION,

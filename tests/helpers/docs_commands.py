@@ -11,6 +11,9 @@ SMALL = {
     "nft": [
         *EVAL, *GROUPS, "--steps", "1", "--sampling.steps", "4", "--loss.levels", "all", "--loss.times", "2",
     ],
+    "mopd": [
+        *EVAL, "--steps", "1", "--images", "2", "--sampling.steps", "3", "--sampling.states", "2",
+    ],
     "preflight": [*EVAL, *GROUPS, "--sampling.steps", "4"],
     "pairs": ["--pairs", "5", "--steps", "2", "--block", "5", "--min_distance", "0", "--rewards", "[]"],
     "stpo": [

@@ -12,6 +12,7 @@ from posttrain.expander import gdpo
 from posttrain.grpo import train as grpo
 from posttrain.judge import train as judge
 from posttrain.judge.config import JudgeConfig
+from posttrain.mopd import train as mopd
 from posttrain.nano.build import judge_model
 from posttrain.nano.world import judge_data
 from posttrain.nft import train as nft
@@ -52,6 +53,14 @@ def test_grpo(tmp_path, model, device, ratio, kl):
     with device:
         grpo.train(config)
     assert trained(config) == 1
+
+
+def test_mopd(tmp_path, model, device):
+    config = runs.mopd_config(tmp_path, model)
+    config.cosines_every = 2
+    with device:
+        mopd.train(config)
+    assert trained(config) == 2
 
 
 @pytest.mark.parametrize("most", [0.0, 0.5])

@@ -8,6 +8,7 @@ import pytest
 import posttrain
 from posttrain import cli
 from posttrain.grpo import losses as grpo_losses
+from posttrain.mopd import losses as mopd_losses
 from posttrain.nft import losses as nft_losses
 from posttrain.sft import train as sft
 from posttrain.stpo import train as stpo
@@ -21,6 +22,7 @@ METHODS = {
     "sft": (runs.sft_config, sft, "flow_loss"),
     "stpo": (runs.stpo_config, stpo, "preference_terms"),
     "nft": (runs.nft_config, nft_losses, "nft_loss"),
+    "mopd": (runs.mopd_config, mopd_losses, "distance"),
     "tdm": (runs.tdm_config, tdm_losses, "fake_loss"),
 }
 
