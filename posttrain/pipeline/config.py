@@ -18,7 +18,7 @@ class StageConfig:
     name: str
     """Name of the stage, and of its directory in the pipeline's output: letters, digits, _ and -."""
     command: str
-    """What it runs: sft, pairs, stpo, grpo, nft, tdm, merge, export, expander data, expander sft or expander gdpo."""
+    """What it runs: sft, pairs, stpo, grpo, nft, mopd, tdm, merge, export, expander data, expander sft or gdpo."""
     recipes: list[str] = field(default_factory=list)
     """Its recipes, as after --config; of several, later ones win."""
     set: dict[str, Any] = field(default_factory=dict)
