@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,16 +19,12 @@ from posttrain.expander.model import Expander, resolve
 from posttrain.log import log
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
-from posttrain.model.lora_file import add_lora, linear_shapes, read_lora
+from posttrain.model.lora_file import SUFFIX
 from posttrain.report.format import counted
 from posttrain.runs.guard import check_new
 from posttrain.sample_config import SampleConfig
-from posttrain.training import checkpoint
-from posttrain.training.policy import POLICY, add_saved_policy, apply_runtime_options, first_device, stack_earlier
+from posttrain.training.policy import add_adapter_of, apply_runtime_options, first_device
 from prompts.records import PromptRecord, read_prompts
-
-SUFFIX = ".safetensors"
-"""Of an adapter that is a LoRA file, of this project or of another."""
 
 
 def sample(config: SampleConfig) -> None:
@@ -44,14 +41,8 @@ def sample(config: SampleConfig) -> None:
     dtype, place = getattr(torch, model.dtype), first_device(model, device)
     k2 = K2.load(model.path, model.transformer_file, dtype, place, model.transformer_format)
     role = contextlib.nullcontext()
-    if config.adapter is not None and config.adapter.endswith(SUFFIX):
-        add_lora(k2, POLICY, read_lora(config.adapter, linear_shapes(k2.base_state_dict())), config.adapter)
-        role = k2.role(POLICY)
-    elif config.adapter is not None:
-        saved = checkpoint.load(checkpoint.find(config.adapter))
-        stack_earlier(k2, saved)
-        add_saved_policy(k2, saved)
-        role = k2.role(POLICY)
+    if config.adapter is not None:
+        role = k2.role(add_adapter_of(k2, config.adapter, asdict(model)))
     apply_runtime_options(k2, model, device)
     k2.blocks.compiled = bool(model.compile)  # a few images are drawn sooner than blocks are compiled
     steps = sampler.STEPS[k2.is_distilled] if config.steps is None else config.steps

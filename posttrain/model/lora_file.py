@@ -27,7 +27,7 @@ from posttrain.model.adapters.kinds import ALPHA, BIAS, MAGNITUDE, Change
 from posttrain.model.adapters.scales import scale_of, stated_scales
 from posttrain.model.adapters.targets import target_of
 from posttrain.model.k2 import K2
-from posttrain.model.roles import Kept
+from posttrain.model.roles import Kept, Role
 
 A, B = "lora_A.weight", "lora_B.weight"
 SUFFIX = ".safetensors"
@@ -248,21 +248,58 @@ def _weight(k2: K2, layer: str) -> torch.nn.Parameter | None:
 def add_lora(k2: K2, name: str, factors: Mapping[str, Tensor], where: str | Path) -> None:
     """Adds a role with the factors of `read_lora`. Factors of different ranks are padded with zeros to the largest.
 
+    For errors see `role_for`.
+    """
+    role = role_for(factors, where)
+    k2.add_role(name, role.rank, role.alpha, role.targets)
+    k2.load_role_state_dict(name, padded(factors, k2.role_named_parameters(name)))
+
+
+def role_for(factors: Mapping[str, Tensor], where: str | Path) -> Role:
+    """The settings of a role that holds the factors of `read_lora`; its scale is 1, as the files' scales are in B.
+
     Raises UserError for a LoRA that has no effect.
     """
-    targets = [target_of(key.rpartition(".lora_")[0]) for key in factors]
     # B is 0 in an adapter that was never trained, and a run from it would only seem to have an earlier stage.
     if not any(value.any() for key, value in factors.items() if key.endswith(B)):
         raise UserError(f"{where}: every B factor is 0, so it does nothing; give a trained LoRA")
     rank = max(len(value) for key, value in factors.items() if key.endswith(A))
-    # alpha = rank is a scale of 1: the files' scales are in B already.
-    k2.add_role(name, rank, float(rank), list(dict.fromkeys(targets)))
+    return Role(rank, float(rank), tuple(dict.fromkeys(target_of(layer_of(key)) for key in factors)))
+
+
+def padded(factors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The factors in the names and shapes of a role's parameters `own`, which may lie on the meta device."""
     state = {}
-    for key, own in k2.role_named_parameters(name).items():
-        # Some LoRAs leave out a target in some blocks: its factors there are 0.
-        state[key] = torch.zeros_like(own)
+    for key, parameter in own.items():
+        # Some LoRAs leave out a target in some blocks, or have smaller ranks there: the rest is 0.
+        state[key] = torch.zeros(parameter.shape)
         if (value := factors.get(key)) is not None:
             state[key][: value.shape[0], : value.shape[1]] = value
+    return state
+
+
+def layer_of(key: str) -> str:
+    """The layer of a factor of that name."""
+    return key.rpartition(".lora_")[0]
+
+
+def begin_role(k2: K2, name: str, factors: Mapping[str, Tensor]) -> None:
+    """Puts factors, with scales in B, into a role that has no effect yet. Ranks beyond theirs stay as they are drawn,
+    without effect.
+
+    Raises UserError if the role does not hold them all.
+    """
+    role, state = k2.roles[name], k2.role_state_dict(name)
+    assert role is not None
+    if lacking := [key for key in factors if key not in state and key.endswith(B)]:
+        layers = [layer_of(key) for key in lacking]
+        targets = ", ".join(dict.fromkeys(map(target_of, layers)))
+        raise UserError(f"lora.targets: model.start adapts {some(layers)} too; name also {targets}")
+    if (rank := max(len(value) for key, value in factors.items() if key.endswith(A))) > role.rank:
+        raise UserError(f"lora.rank: is {role.rank}, and model.start has rank {rank}; use at least that")
+    for key, value in factors.items():
+        # The role's own scale is applied on top.
+        state[key][: value.shape[0], : value.shape[1]] = value * role.rank / role.alpha if key.endswith(B) else value
     k2.load_role_state_dict(name, state)
 
 
