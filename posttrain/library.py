@@ -60,16 +60,15 @@ def load_model(
 ) -> K2:
     """A K2 from a diffusers directory or hub id, frozen; K2-nano if there is no path.
 
-    With `adapter`, a run directory or a checkpoint, what that trained is the role POLICY: draw in `with
-    k2.role(POLICY)`. bfloat16 suits the released model on a GPU, where it takes 34 GB. `device` None: the GPU if there
-    is one. Raises UserError for what cannot be read.
+    With `adapter`, a run directory, a checkpoint or a LoRA file, what that trained is the role POLICY: draw in `with
+    k2.role(POLICY)`. What of a file is no LoRA (DoRA, LoKr, ...) is merged into the weights, and needs no role.
+    bfloat16 suits the released model on a GPU, where it takes 34 GB. `device` None: the GPU if there is one. Raises
+    UserError for what cannot be read.
     """
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     k2 = K2.load(packaged(str(path)), None, dtype, place)
     if adapter is not None:
-        saved = checkpoint.load(checkpoint.find(str(adapter)))
-        policy.stack_earlier(k2, saved)
-        policy.add_saved_policy(k2, saved)
+        policy.add_stage(k2, policy.load_stage(str(adapter), {"path": packaged(str(path))}))
     return k2
 
 

@@ -17,7 +17,7 @@ from posttrain.commands import Command
 from posttrain.config.fields import value_at
 from posttrain.distributed import launch
 from posttrain.errors import UserError
-from posttrain.loading import check_source
+from posttrain.loading import check_file, check_source
 from posttrain.model import files
 from posttrain.model.files import Base
 from posttrain.runs.guard import check_new, check_run
@@ -25,6 +25,9 @@ from prompts.records import read_prompts
 from rewards.base import RewardSpec
 from rewards.load import check_addresses, check_rewards
 from rewards.serve import missing
+
+ADAPTER = ".safetensors"
+"""How the name of an adapter's file ends; runs and checkpoints are directories."""
 
 
 def check(name: str, config: Any, resume: bool) -> None:
@@ -106,7 +109,12 @@ def _check_servers(config: Any) -> None:
 
 def _check_checkpoints(command: Command, config: Any) -> None:
     """Runs and checkpoints to go on from, draw with or export, of which none is complete."""
-    named = list(_named_checkpoints(command, config))
+    named = []
+    for setting, path in _named_checkpoints(command, config):
+        if path.endswith(ADAPTER):
+            _check_adapter(setting, path)
+        else:
+            named.append((setting, path))
     if not named:
         return
     from posttrain.training import checkpoint  # torch comes with it
@@ -118,12 +126,19 @@ def _check_checkpoints(command: Command, config: Any) -> None:
             raise UserError(f"{setting}: {error}") from error
 
 
+def _check_adapter(setting: str, path: str) -> None:
+    """An adapter of any tool. What it holds is checked against the model when that is read."""
+    if not Path(path).is_file():
+        raise UserError(f"{setting}: {path}: no such file; give a LoRA file, a run or one of its checkpoints")
+    check_file(Path(path), f"{setting}: {path}")
+
+
 def _named_checkpoints(command: Command, config: Any) -> Iterator[tuple[str, str]]:
     """Setting and path of each."""
     for setting, kind in command.reads.items():
         for path in commands.paths(value_at(config, setting)) if kind == "checkpoint" else ():
-            # A LoRA file is not a checkpoint of a run, nor is a whole model.
-            if path and not path.endswith(".safetensors") and not (Path(path) / "model_index.json").is_file():
+            # A whole model is not a checkpoint of a run.
+            if path and not (Path(path) / "model_index.json").is_file():
                 yield setting, path
     for source in getattr(config, "sources", []):  # of pairs: each may draw with checkpoints of its own
         for draw in source.draws():

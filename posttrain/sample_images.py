@@ -7,35 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
-from torch import Tensor
 
 from posttrain.errors import UserError, counted
 from posttrain.expander.model import Expander, resolve
 from posttrain.log import log
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
-from posttrain.model.lora_file import add_lora, read_lora, shapes_at
 from posttrain.runs.guard import check_new
 from posttrain.sample_config import SampleConfig
-from posttrain.training import checkpoint
-from posttrain.training.checkpoint import Checkpoint
-from posttrain.training.policy import (
-    POLICY,
-    add_saved_policy,
-    apply_runtime_options,
-    earlier_of,
-    first_device,
-    stack_earlier,
-)
+from posttrain.training.policy import add_stage, apply_runtime_options, earlier_of, first_device, is_file, load_stage
 from prompts.records import PromptRecord, read_prompts
-
-SUFFIX = ".safetensors"
-"""Of an adapter that is a LoRA file, of this project or of another."""
 
 
 def sample(config: SampleConfig) -> None:
@@ -46,16 +33,14 @@ def sample(config: SampleConfig) -> None:
     if config.expand is not None:
         resolve(config.expand)  # refused before the model is read
     model = config.model
-    lora, saved = _adapter(config)
+    # Refused for what the model cannot take, before its weights are read.
+    saved = None if config.adapter is None else load_stage(config.adapter, asdict(model))
+    if saved is not None and not is_file(saved):
+        earlier_of(saved)  # each is there, and as it was
     device = PartialState().device or "cpu"
     dtype, place = getattr(torch, model.dtype), first_device(model, device)
     k2 = K2.load(model.path, model.transformer_file, dtype, place, model.transformer_format)
-    if lora is not None:
-        add_lora(k2, POLICY, lora, config.adapter or "")
-    if saved is not None:
-        stack_earlier(k2, saved)
-        add_saved_policy(k2, saved)
-    role = contextlib.nullcontext() if config.adapter is None else k2.role(POLICY)
+    role = contextlib.nullcontext() if saved is None else k2.role(add_stage(k2, saved))
     apply_runtime_options(k2, model, device)
     k2.blocks.compiled = bool(model.compile)  # a few images are drawn sooner than blocks are compiled
     steps = sampler.STEPS[k2.is_distilled] if config.steps is None else config.steps
@@ -95,21 +80,6 @@ def sample(config: SampleConfig) -> None:
     (output / "prompts.json").write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
     settings = f"{counted(steps, 'step')}, guidance {guidance:g}"
     print(f"posttrain: wrote {counted(len(jobs), 'image')} to {output} ({settings})")
-
-
-def _adapter(config: SampleConfig) -> tuple[dict[str, Tensor] | None, Checkpoint | None]:
-    """The factors of a LoRA file, or a checkpoint, or neither. Raises UserError for what the model cannot take, before
-    its weights are read."""
-    path = config.adapter
-    if path is None:
-        return None, None
-    if path.endswith(SUFFIX):
-        if not Path(path).is_file():
-            raise UserError(f"adapter: {path}: no such file; give a LoRA file, a run or one of its checkpoints")
-        return read_lora(path, shapes_at(config.model.path)), None
-    saved = checkpoint.load(checkpoint.find(path))
-    earlier_of(saved)  # each is there, and as it was
-    return None, saved
 
 
 class _Job(NamedTuple):

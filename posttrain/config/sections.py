@@ -87,8 +87,13 @@ class ModelConfig(RuntimeConfig):
     start: str | None = None
     """Run directory or checkpoint of an earlier method to continue from: what it trained, and what it started from
     itself, is part of the model and of the reference. To branch off a run, name one of its checkpoints, as in
-    RUN/checkpoints/step-000010. It must stay where it is. Adapters stay adapters, in float32, so
-    that nothing of them is rounded; a run that trained all weights replaces the base's, in dtype."""
+    RUN/checkpoints/step-000010. Or an adapter of any tool, as one .safetensors file. It must stay where it is. Adapters
+    stay adapters, in float32, so that nothing of them is rounded; a run that trained all weights replaces the base's,
+    in dtype, and what of a file is no LoRA (DoRA, LoKr, LoHa, whole differences) is merged into them."""
+    start_as: Literal["merge", "continue"] = "merge"
+    """merge: start becomes part of the model and of the reference, and training begins without a difference to it.
+    continue: training continues the adapter of start itself, and the reference is the model below it; lora must name
+    its layers and have at least its rank."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the frozen weights, and of the arithmetic. What is trained, latents and log-probs stay float32."""
     sequence_parallel: AtLeast1 = 1
@@ -108,6 +113,8 @@ class ModelConfig(RuntimeConfig):
             raise refusal("float8", f"fp8 multiplies in bfloat16, and model.dtype is {self.dtype}; change it")
         if self.float8 is not None and self.sequence_parallel > 1:
             raise refusal("float8", "scales would be those of a part of the tokens; set model.sequence_parallel: 1")
+        if self.start_as == "continue" and self.start is None:
+            raise refusal("start_as", "has nothing to continue: name a run or a LoRA file as start")
         if self.transformer_format is not None and self.transformer_file is None:
             raise refusal(
                 "transformer_format", "is about transformer_file, which is null; name that file, or leave it out"

@@ -21,7 +21,7 @@ from posttrain.report.front_matter import card
 from posttrain.report.public import public
 from posttrain.runs.read import read_changes
 from posttrain.training.checkpoint import Checkpoint
-from posttrain.training.policy import earlier_of, is_directory, is_student
+from posttrain.training.policy import earlier_of, is_directory, is_file, is_student
 
 AS_BASE = "as-the-base-model"
 STEPS = 28  # of the base model
@@ -133,7 +133,9 @@ def _on_hub(saved: Checkpoint) -> bool:
 
 
 def run_recipe(saved: Checkpoint) -> dict[str, Any]:
-    """The resolved recipe of the run that a checkpoint lies in; empty if it was moved out of it."""
+    """The resolved recipe of the run that a checkpoint lies in; empty if it was moved out of it, or is none."""
+    if is_file(saved):
+        return {}
     file = saved.path.parent.parent / "recipe.yaml"
     return (yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
 
@@ -153,7 +155,7 @@ def size_of(recipe: Mapping[str, Any]) -> list[int] | None:
 def _changes(saved: Checkpoint) -> list[str]:
     """Settings that were changed when the run was resumed before this checkpoint."""
     lines = []
-    for row in read_changes(saved.path.parent.parent):
+    for row in read_changes(saved.path.parent.parent) if not is_file(saved) else ():
         section = row["setting"].split(".")[0]
         if row["after_step"] < saved.step and section not in LEFT_OUT:
             before, now = public(row["before"]), public(row["now"])
@@ -163,6 +165,9 @@ def _changes(saved: Checkpoint) -> list[str]:
 
 def _stage(stage: Checkpoint) -> dict[str, Any]:
     method, lora = stage.state.get("method", "training"), stage.state["lora"]
+    if is_file(stage):
+        kind = f"an adapter of rank {lora['rank']}" if lora else stage.state["kinds"]
+        return {"method": "an adapter's file", "steps": "", "weights": kind, "path": stage.path.name}
     row, merge = commands.get(method), stage.state.get("merge")
     title = row.title if row is not None and row.title else method
     if merge is not None:

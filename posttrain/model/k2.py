@@ -66,6 +66,8 @@ class K2(Roles):
         self.offloaded: dict[str, Offloaded] = {}
         """Parts that are on the device only while they are used, by name; see `offload.place`."""
         self.sequence_parallel = 1  # processes that share a sample's tokens in training; see sequence.py
+        self.begins_with: dict[str, Tensor] = {}
+        """Factors, with scales in B, that the policy begins with when it is added; see training/policy.py."""
         self.origin: dict[str, Any] = {"base": None, "merged": []}
         """Fingerprint of the base, and the checkpoints that are stacked on it; see training/policy.py."""
         # Nothing is trained until a role is: a forgotten call cannot train the base.

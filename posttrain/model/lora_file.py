@@ -268,12 +268,11 @@ def role_for(factors: Mapping[str, Tensor], where: str | Path) -> Role:
 
     Raises UserError for a LoRA that has no effect.
     """
-    targets = [target_of(layer_of(key)) for key in factors]
     # B is 0 in an adapter that was never trained, and a run from it would only seem to have an earlier stage.
     if not any(value.any() for key, value in factors.items() if key.endswith(B)):
         raise UserError(f"{where}: every B factor is 0, so it does nothing; give a trained LoRA")
     rank = max(len(value) for key, value in factors.items() if key.endswith(A))
-    return Role(rank, float(rank), tuple(dict.fromkeys(targets)))
+    return Role(rank, float(rank), tuple(dict.fromkeys(target_of(layer_of(key)) for key in factors)))
 
 
 def padded(factors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -290,6 +289,26 @@ def padded(factors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str
 def layer_of(key: str) -> str:
     """The layer of a factor of that name."""
     return key.rpartition(".lora_")[0]
+
+
+def begin_role(k2: K2, name: str, factors: Mapping[str, Tensor]) -> None:
+    """Puts factors, with scales in B, into a role that has no effect yet. Ranks beyond theirs stay as they are drawn,
+    without effect.
+
+    Raises UserError if the role does not hold them all.
+    """
+    role, state = k2.roles[name], k2.role_state_dict(name)
+    assert role is not None
+    if lacking := [key for key in factors if key not in state and key.endswith(B)]:
+        layers = [layer_of(key) for key in lacking]
+        targets = ", ".join(dict.fromkeys(map(target_of, layers)))
+        raise UserError(f"lora.targets: model.start adapts {some(layers)} too; name also {targets}")
+    if (rank := max(len(value) for key, value in factors.items() if key.endswith(A))) > role.rank:
+        raise UserError(f"lora.rank: is {role.rank}, and model.start has rank {rank}; use at least that")
+    for key, value in factors.items():
+        # The role's own scale is applied on top.
+        state[key][: value.shape[0], : value.shape[1]] = value * role.rank / role.alpha if key.endswith(B) else value
+    k2.load_role_state_dict(name, state)
 
 
 def _bare(name: str) -> str:

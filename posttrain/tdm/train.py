@@ -38,6 +38,7 @@ Legend: B images of a micro-batch, N image tokens, C channels, K student steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -57,7 +58,7 @@ from posttrain.training import checkpoint
 from posttrain.training.evaluate import Evaluation, Evaluator, SamplingSettings
 from posttrain.training.loop import SHOWN, Training, open_run, resuming, try_rewards
 from posttrain.training.oom_retry import MicroBatch
-from posttrain.training.policy import POLICY, add_policy, earlier_of, load_model
+from posttrain.training.policy import POLICY, add_policy, earlier_of, load_model, load_stage
 from posttrain.training.prompt_source import FusedTexts, in_turn, warn_of_cut_prompts
 from posttrain.training.stepper import Clock, Stepper
 from posttrain.training.sums import total
@@ -210,7 +211,7 @@ def _size(config: TDMConfig, index: int) -> tuple[int, int]:
 def _refuse_distilled(config: TDMConfig) -> None:
     if config.model.start is None:
         return
-    first = checkpoint.load(checkpoint.find(config.model.start))
+    first = load_stage(config.model.start, asdict(config.model))
     for stage in [first, *earlier_of(first)]:
         if stage.state["method"] == "tdm":
             raise UserError(f"model.start: {stage.path} is distilled already; go on from the run before it")

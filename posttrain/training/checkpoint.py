@@ -233,7 +233,9 @@ def find(path: str | Path) -> Path:
     for candidate in reversed(_saved(path / "checkpoints")):
         if not problem(candidate):
             return _handed_on(path, _of_k2(candidate))
-    raise UserError(f"{path}: holds no whole checkpoint; give a run directory or one of its checkpoints")
+    files = sorted(path.glob("*.safetensors"))
+    remedy = f"if you mean the adapter in it, name its file, {files[0]}" if files else ""
+    raise UserError(f"{path}: holds no whole checkpoint; {remedy or 'give a run directory or one of its checkpoints'}")
 
 
 def _of_k2(path: Path) -> Path:
