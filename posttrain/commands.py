@@ -151,7 +151,7 @@ COMMANDS: dict[str, Command] = {
         title="on-policy distillation of several teachers into one adapter (MOPD)",
         prompts=("prompts.train", "prompts.heldout"),
         kept_prompts=("prompts.heldout",),
-        reads={"model.start": "checkpoint", "start": "checkpoint", "teachers.*.run": "checkpoint"},
+        reads={"model.start": "checkpoint", "teachers.*.run": "checkpoint"},
         # What it learns from, and what its retention is measured against.
         frozen=("lora", "seed", "prompts.heldout", "teachers", *EVALUATED),
     ),

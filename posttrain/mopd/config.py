@@ -91,9 +91,6 @@ class MOPDConfig(TrainingConfig):
     anchor: NonNegative = 1.0
     """Images a step, in units of `images`, of prompts of no teacher, whose teacher is the reference; 0: such prompts
     are not used."""
-    start: str | None = None
-    """LoRA file, run or checkpoint whose adapter the student begins with, such as a merge of the teachers; its rank may
-    be at most lora.rank. null: the student begins as the reference."""
     steps: AtLeast1 = 200
     """Training steps: each draws trajectories for all teachers."""
     images: AtLeast1 = 32

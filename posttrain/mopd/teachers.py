@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 
-import torch
 from torch import Tensor
 
 from posttrain.errors import UserError
 from posttrain.log import log
 from posttrain.model.k2 import K2
-from posttrain.model.lora_file import add_lora, linear_shapes, read_lora
+from posttrain.model.lora_file import add_lora
 from posttrain.mopd.config import ANCHOR, MOPDConfig
-from posttrain.training import checkpoint
-from posttrain.training.checkpoint import Checkpoint
-from posttrain.training.policy import POLICY, add_policy, earlier_of, is_student
+from posttrain.training.policy import (
+    add_policy,
+    base_of,
+    digest_of,
+    earlier_of,
+    is_file,
+    is_student,
+    load_stage,
+    scaled_factors,
+)
 from prompts.records import PromptRecord, read_prompts
-
-B = "lora_B.weight"
 
 
 @dataclass
@@ -75,72 +79,37 @@ def role_of(name: str) -> str:
     return f"teacher_{name}"
 
 
-def add_roles(k2: K2, config: MOPDConfig, fresh: bool = True) -> None:
-    """The student and a frozen role for each teacher. A `fresh` student begins as the reference or from `start`;
-    another one has a checkpoint.
+def add_roles(k2: K2, config: MOPDConfig) -> None:
+    """The student and a frozen role for each teacher.
 
     Raises UserError for a teacher that was trained on another base or on earlier runs that the student does not have,
     that trained all weights, or that is distilled.
     """
-    assert config.lora is not None  # MOPDConfig
     add_policy(k2, config.lora, config.seed, reference=True)
     for name, teacher in config.teachers.items():
         field = f"teachers.{name}.run"
-        add_lora(k2, role_of(name), factors_of(k2, teacher.run, field), f"{field}: {teacher.run}")
-    if fresh and config.start is not None:
-        begin_from(k2, factors_of(k2, config.start, "start"), config.start)
+        add_lora(k2, role_of(name), factors_of(k2, config, teacher.run, field), f"{field}: {teacher.run}")
 
 
-def factors_of(k2: K2, path: str, setting: str) -> dict[str, Tensor]:
-    """Factors for the student's model as it is (base and earlier runs), with the scale in B."""
-    if path.endswith(".safetensors"):
-        log.info(f"{setting}: {path} does not say which base it is for; that it fits is all that is known")
-        return read_lora(path, linear_shapes(k2.base_state_dict()))
-    saved = checkpoint.load(checkpoint.find(path))
-    stages = [*earlier_of(saved), saved]
+def factors_of(k2: K2, config: MOPDConfig, path: str, setting: str) -> dict[str, Tensor]:
+    """A teacher's factors on the student's model as it is (base and earlier runs), with the scale in B."""
+    stage = load_stage(path, asdict(config.model))
+    stages = [*earlier_of(stage), stage]
     if any(map(is_student, stages)):
-        raise UserError(f"{setting}: {saved.path} is distilled, on another schedule; give the run before it")
-    origin = saved.state.get("origin", {"base": None, "merged": []})
-    if origin["base"] not in (None, k2.origin["base"]):
-        raise UserError(f"{setting}: {saved.path} was trained on another base than model.path; give a run on this one")
+        raise UserError(f"{setting}: {stage.path} is distilled, on another schedule; give the run before it")
+    if base_of(stage) not in (None, k2.origin["base"]):
+        raise UserError(f"{setting}: {stage.path} was trained on another base than model.path; give a run on this one")
     # What the student starts from is under the teacher too, so only what the teacher has beyond it is its own.
     shared = [entry["sha256"] for entry in k2.origin["merged"]]
-    if [entry["sha256"] for entry in origin["merged"]][: len(shared)] != shared:
+    if is_file(stage):
+        log.info(f"{setting}: {path} does not say which base it is for; that it fits is all that is known")
+        shared = []
+    elif [digest_of(one) for one in stages[:-1]][: len(shared)] != shared:
         raise UserError(
-            f"{setting}: {saved.path} was not trained on top of model.start; leave model.start out, or give a run that"
+            f"{setting}: {stage.path} was not trained on top of model.start; leave model.start out, or give a run that"
             " began from it"
         )
-    return _concatenated(stages[len(shared) :], setting)
-
-
-def _concatenated(stages: Sequence[Checkpoint], setting: str) -> dict[str, Tensor]:
-    """Adapters of runs on top of each other as one: ranks side by side add up, [B1 B2] [A1; A2] = B1 A1 + B2 A2."""
-    factors: dict[str, list[Tensor]] = {}
-    for stage in stages:
-        lora = stage.state["lora"]
-        if lora is None:
-            raise UserError(
-                f"{setting}: {stage.path} trained all weights; give a run with an adapter, or a LoRA extracted from it"
-            )
-        for key, value in stage.tensors["adapter"].items():
-            factors.setdefault(key, []).append(value * (lora["alpha"] / lora["rank"]) if key.endswith(B) else value)
-    return {key: torch.cat(parts, dim=1 if key.endswith(B) else 0) for key, parts in factors.items()}
-
-
-@torch.no_grad()
-def begin_from(k2: K2, factors: Mapping[str, Tensor], where: str) -> None:
-    """The student's adapter becomes these factors exactly. What is left of its rank keeps its own A and a B of 0, so
-    that it can learn. Raises UserError if they need more rank or other layers."""
-    role, own = k2.roles[POLICY], k2.role_named_parameters(POLICY)
-    assert role is not None
-    if outside := [key for key in factors if key not in own]:
-        raise UserError(f"start: {where} adapts {outside[0].rpartition('.lora')[0]}, which lora.targets leaves out")
-    rank = max(len(value) for key, value in factors.items() if not key.endswith(B))
-    if rank > role.rank:
-        raise UserError(f"start: {where} has rank {rank}, and lora.rank is {role.rank}; raise it to {rank}")
-    state = k2.role_state_dict(POLICY)
-    for key, value in factors.items():
-        new = state[key].clone()
-        new[: value.shape[0], : value.shape[1]] = value * (role.rank / role.alpha) if key.endswith(B) else value
-        state[key] = new
-    k2.load_role_state_dict(POLICY, state)
+    try:
+        return scaled_factors(stages[len(shared) :])
+    except UserError as error:
+        raise UserError(f"{setting}: {error}; give a run with an adapter, or a LoRA extracted from it") from error

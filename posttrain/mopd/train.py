@@ -65,7 +65,7 @@ def train(config: MOPDConfig, resume: bool = False) -> None:
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     k2 = load_model(config.model, procs.device, saved)
     with parallelize.sharding(k2, procs):
-        add_roles(k2, config, fresh=saved is None)
+        add_roles(k2, config)
     prints = {name: fingerprint(k2.role_state_dict(role_of(name))) for name in config.teachers}
     refuse_changed(prints, saved)
     k2.train_role(POLICY)
@@ -213,7 +213,12 @@ def refuse_changed(prints: dict[str, str], saved: checkpoint.Checkpoint | None) 
 def refuse_no_teacher(config: MOPDConfig, step: int, metrics: dict[str, Any]) -> None:
     """Raises UserError if, before any update, a teacher says what the student says."""
     for name, teacher in config.teachers.items():
-        if step == 1 and config.start is None and teacher.guidance == 0 and metrics[f"distance/{name}"] < NOTHING:
+        if (
+            step == 1
+            and config.model.start_as == "merge"
+            and teacher.guidance == 0
+            and metrics[f"distance/{name}"] < NOTHING
+        ):
             raise UserError(
                 f"teachers.{name}.run: {teacher.run} says what the untrained student says (distance"
                 f" {metrics[f'distance/{name}']:.2g}), so it teaches nothing; give a trained run"

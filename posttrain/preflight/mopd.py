@@ -82,7 +82,7 @@ class MOPDChecks(K2Checks):
                 continue
             apart = float((start[teacher.role] - own).norm() / own.norm())
             measured = f"its velocity is {apart:.2g} of the student's away from it before the first update"
-            good = apart > 1e-4 or teacher.guidance > 0 or self.config.start is not None
+            good = apart > 1e-4 or teacher.guidance > 0 or self.config.model.start_as == "continue"
             yield Row(f"teacher {teacher.name}", good, measured, "give a run that was trained")
         metrics = self._update(1)
         yield finite("loss and gradient", metrics, "loss", "grad_norm")

@@ -21,7 +21,7 @@ from posttrain.model.roles import Role
 from posttrain.mopd import losses, teachers, update
 from posttrain.mopd import train as mopd
 from posttrain.mopd.config import ANCHOR
-from posttrain.training.policy import load_model
+from posttrain.training.policy import load_model, scaled_factors
 from posttrain.training.prompt_source import FusedTexts
 from prompts.records import PromptRecord, read_prompts
 from tests.helpers import runs, tiny
@@ -80,7 +80,8 @@ def test_a_student_that_is_its_teacher_has_no_loss_and_no_gradient(config, model
 @pytest.mark.parametrize("weight", ["velocity", "kl", "mean"])
 def test_gradient_of_a_teacher(config, weight):
     """As written out: trajectories of the student, the teacher's guided velocity at some states, and the reference."""
-    config.loss.weight, config.loss.reference, config.start = weight, 0.2, str(Path(config.output).parent / "dark")
+    config.loss.weight, config.loss.reference = weight, 0.2
+    config.model.start, config.model.start_as = str(Path(config.output).parent / "dark"), "continue"
     config.lora.targets = ["to_q", "to_k", "to_v"]
     step = Step(config)
     k2, teacher, key = step.k2, step.teachers["light"], (0, 1, sampler.seed_for(*b"light"))
@@ -193,11 +194,8 @@ def test_a_teacher_that_stands_on_earlier_runs_is_one_role(config, tmp_path, mod
 
 
 def test_a_student_that_begins_with_a_merge(config, tmp_path):
-    """The factors exactly, at another alpha, and further ranks that can learn; too many are refused."""
-    step = Step(config)
-    factors = teachers.factors_of(step.k2, str(tmp_path / "dark"), "start")
-    save_file({f"transformer.{key}": value for key, value in factors.items()}, tmp_path / "merge.safetensors")
-    config.start = str(tmp_path / "merge.safetensors")
+    """The factors exactly, at another alpha, and further ranks that can learn; the reference stays the base."""
+    config.model.start, config.model.start_as = str(tmp_path / "dark"), "continue"
     begun = Step(config)
     x, text = torch.randn(1, 16, 64), begun.k2.text([tiny.PROMPTS[0]])
     with torch.no_grad():
@@ -210,11 +208,19 @@ def test_a_student_that_begins_with_a_merge(config, tmp_path):
     own = begun.k2.role_state_dict("policy")
     assert own["transformer_blocks.0.attn.to_q.lora_A.weight"][2:].abs().min() > 0
     config.lora.rank = 1
-    with pytest.raises(UserError, match=r"start: .* has rank 2, and lora\.rank is 1; raise it to 2"):
+    with pytest.raises(UserError, match=r"lora\.rank: is 1, and model\.start has rank 2"):
         Step(config)
-    config.lora.rank, config.lora.targets = 4, ["to_q"]
-    with pytest.raises(UserError, match=r"start: .* adapts transformer_blocks\.0\.attn\.to_v, which lora\.targets"):
-        Step(config)
+
+
+def test_a_teacher_may_be_a_lora_file(config, tmp_path):
+    """The same velocity as that of the run it was written from, and the log says what is not known of it."""
+    run = Step(config)
+    factors = scaled_factors([runs.latest(tmp_path / "dark")])
+    save_file({f"transformer.{key}": value for key, value in factors.items()}, tmp_path / "dark.safetensors")
+    config.teachers["dark"].run = str(tmp_path / "dark.safetensors")
+    file = Step(config)
+    for key, value in run.k2.role_state_dict("teacher_dark").items():
+        torch.testing.assert_close(file.k2.role_state_dict("teacher_dark")[key], value)
 
 
 def test_teachers_that_are_refused(config, tmp_path, capsys):
@@ -238,7 +244,7 @@ def test_teachers_that_are_refused(config, tmp_path, capsys):
 
     grpo.train(full)
     capsys.readouterr()
-    says(Path(full.output), "trained all weights; give a run with an adapter")
+    says(Path(full.output), "all weights were trained; give a run with an adapter")
     distilled = runs.tdm_config(tmp_path / "t", Path(config.model.path))
     distilled.output = str(tmp_path / "student")
     from posttrain.tdm import train as tdm
