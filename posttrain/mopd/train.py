@@ -212,13 +212,9 @@ def refuse_changed(prints: dict[str, str], saved: checkpoint.Checkpoint | None) 
 
 def refuse_no_teacher(config: MOPDConfig, step: int, metrics: dict[str, Any]) -> None:
     """Raises UserError if, before any update, a teacher says what the student says."""
+    untrained = step == 1 and config.model.start_as == "merge"
     for name, teacher in config.teachers.items():
-        if (
-            step == 1
-            and config.model.start_as == "merge"
-            and teacher.guidance == 0
-            and metrics[f"distance/{name}"] < NOTHING
-        ):
+        if untrained and teacher.guidance == 0 and metrics[f"distance/{name}"] < NOTHING:
             raise UserError(
                 f"teachers.{name}.run: {teacher.run} says what the untrained student says (distance"
                 f" {metrics[f'distance/{name}']:.2g}), so it teaches nothing; give a trained run"

@@ -53,7 +53,8 @@ def add_roles(k2: K2, config: NFTConfig) -> None:
     if role is None:  # all weights
         k2.add_full_copy(OLD)
     else:
-        k2.add_role(OLD, role.rank, role.alpha, role.targets, config.seed)  # the policy's seed: the same factors
+        k2.add_role(OLD, role.rank, role.alpha, role.targets, config.seed)
+        k2.load_role_state_dict(OLD, k2.role_state_dict(POLICY))  # which may continue from an earlier adapter
 
 
 def decay(config: OldConfig, updates: int) -> float:

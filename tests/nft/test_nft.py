@@ -281,6 +281,15 @@ def test_starts_from_an_earlier_run_and_is_exported(config, tmp_path, model):
     assert cli.main(words) == 0 and "NFT" in (tmp_path / "out/README.md").read_text()
 
 
+def test_continues_from_an_adapter(config, tmp_path, model):
+    """The old policy begins with it too, and the reference is the base below it."""
+    (tmp_path / "first").mkdir()
+    config.model.start, config.model.start_as = str(runs.trained(tmp_path / "first", model)), "continue"
+    nft.train(config)
+    first, second = runs.training_rows(config.output)
+    assert first["old_error"] == 0 and first["kl"] > 1e-9 and second["old_distance"] > 0
+
+
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
