@@ -103,7 +103,7 @@ NOT_RUN = {
     "python -m posttrain.bench.checkpoint": SCALE + "tests/training/test_checkpoint.py checks its parts",
     "python -m posttrain.nano.bench.methods": "six runs of posttrain grpo and nft, whose recipes run here",
     "posttrain mopd --config recipes/nano/mopd.yaml": (
-        "wants two teachers: tests/mopd/test_mopd.py::test_the_student_comes_nearer_to_both_teachers"
+        "wants two teachers: tests/mopd/test_mopd.py::test_the_student_comes_nearer_to_its_teachers"
     ),
     "python -m posttrain.nano.bench.grpo": "dozens of runs of posttrain grpo, whose recipes run here",
     "python -m posttrain.nano.bench.noise": "six runs of posttrain grpo, whose recipe runs here",
