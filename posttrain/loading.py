@@ -281,8 +281,16 @@ def empty_model(kind: Any, folder: Path) -> Any:
 
 
 def adapter_folder(path: str | Path) -> Path:
-    """Where the LoRA lies that a path names: the directory itself, or `adapter` in that of a run of posttrain judge."""
+    """Where the LoRA lies that a path names: the directory itself, `adapter` in that of a run of posttrain judge, or
+    the directory of PEFT's file, whose settings lie beside it. Raises UserError for a judge's checkpoint."""
     path = Path(path)
+    if path.name == "adapter_model.safetensors":
+        return path.parent
+    if path.parent.name == "checkpoints" and (path / "manifest.json").is_file():
+        raise UserError(
+            f"{path}: is a checkpoint to resume from, not an adapter to load; name its run, whose adapter/ is"
+            " what it trained"
+        )
     inner = path / "adapter"
     is_run = not (path / "adapter_config.json").is_file() and (inner / "adapter_config.json").is_file()
     return inner if is_run else path

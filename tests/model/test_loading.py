@@ -18,6 +18,7 @@ from posttrain.expander.gdpo_config import ChatModelConfig, RendererConfig
 from posttrain.expander.model import Expander
 from posttrain.expander.policy import Policy
 from posttrain.expander.renderer import EndpointRenderer, K2Renderer
+from posttrain.loading import adapter_folder
 from posttrain.model.k2 import K2
 from posttrain.resources import WEIGHTS
 from posttrain.training.policy import load_model
@@ -317,3 +318,17 @@ def test_a_run_of_a_judge_is_its_adapter(tmp_path):
     assert f"taste={folder}" in words
     with pytest.raises(UserError, match="a run of posttrain judge that has ended"):
         LocalJudge(str(JUDGE), str(tmp_path), device="cpu")
+
+
+def test_what_a_judge_s_adapter_may_name(tmp_path):
+    """A directory of PEFT's, a run of posttrain judge, or PEFT's file itself; not a checkpoint to resume from."""
+    run = tmp_path / "run"
+    (run / "adapter").mkdir(parents=True)
+    (run / "adapter/adapter_config.json").write_text("{}")
+    for named in (run, run / "adapter", run / "adapter/adapter_model.safetensors"):
+        assert adapter_folder(named) == run / "adapter"
+    saved = run / "checkpoints/step-000010"
+    saved.mkdir(parents=True)
+    (saved / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="is a checkpoint to resume from, not an adapter to load; name its run"):
+        adapter_folder(saved)
