@@ -46,7 +46,7 @@ from posttrain.training.stepper import Stepper
 
 NANO = ROOT / "posttrain/nano/weights/k2-nano"
 Kind = Literal["adamw", "muon"]
-RATES: dict[Kind, list[float]] = {"adamw": [5e-4, 1e-3, 2e-3], "muon": [1e-3, 2e-3, 4e-3]}
+RATES: dict[Kind, list[float]] = {"adamw": [2.5e-4, 5e-4, 1e-3], "muon": [5e-4, 1e-3, 2e-3]}
 IMAGES, HELDOUT, SIZE = 480, 96, (scenes.SIZE, scenes.SIZE)
 WARMUP, MEAN, STD = 10, 0.0, 1.0
 LAST, EVERY = 5, 6
