@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from posttrain.errors import UserError, first_line
+from posttrain.errors import UserError, counted, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -340,10 +340,10 @@ def _wrong_with(tokenizer: Any, rows: int | None) -> str:
     ids = set(tokenizer.get_vocab().values())
     last = max(ids, default=-1)
     if len(ids) < WHOLE * (last + 1):  # some vocabularies leave a few numbers out
-        return f"the tokenizer has {len(ids)} tokens, and its last one is number {last}"
+        return f"the tokenizer has {counted(len(ids), 'token')}, and its last one is number {last}"
     # Embeddings are often padded to a round number of rows.
     if rows is not None and not 0.9 * rows <= len(ids) <= rows:
-        return f"the tokenizer has {len(ids)} tokens, and its model's embedding {rows} rows"
+        return f"the tokenizer has {counted(len(ids), 'token')}, and its model's embedding {counted(rows, 'row')}"
     encoded = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
     back = tokenizer.decode(encoded, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
     if back != PROBE:

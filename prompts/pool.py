@@ -145,18 +145,30 @@ class Pool:
         self._end_rests(step)  # first, so that prompts whose rest is over can be drawn in this step
         drawn = self._audited(rng)
         self._readmit(drawn)  # an audit ends the rest of a prompt, since it will be scored again
-        free = self.returns == 0
-        free[drawn] = False
-        slots = self._slots(rng, self.prompts_per_step - len(drawn))
-        for rows, count in [*zip(self._categories, slots), (slice(0, len(free)), None)]:
-            if count is None:  # the last round, over all rows: what the categories could not give
-                count = self.prompts_per_step - len(drawn)
-            if count:
-                taken = self._take(rng, step, rows.start + np.flatnonzero(free[rows]), count)
-                free[taken] = False
-                drawn = np.concatenate([drawn, taken])
+        drawn = np.concatenate([drawn, self._others(rng, step, drawn, self.prompts_per_step - len(drawn))])
         self.drawn[drawn] = step
         return rng.permutation(drawn)
+
+    def redraw(self, step: int, attempt: int, drawn: np.ndarray, count: int) -> np.ndarray:
+        """`count` further rows that do not rest; fewer where no more are left. `drawn` are those of the step so far.
+
+        The same for the same state, seed, step and attempt (1, 2, ...). It marks nothing: `update` does.
+        """
+        return self._others(np.random.default_rng((self.seed, step, attempt)), step, drawn, count)
+
+    def _others(self, rng: np.random.Generator, step: int, drawn: np.ndarray, count: int) -> np.ndarray:
+        """`count` rows that do not rest and are not among `drawn`, by quota and weight."""
+        free = self.returns == 0
+        free[drawn] = False
+        others = np.empty(0, np.int64)
+        for rows, share in [*zip(self._categories, self._slots(rng, count)), (slice(0, len(free)), None)]:
+            if share is None:  # the last round, over all rows: what the categories could not give
+                share = count - len(others)
+            if share:
+                taken = self._take(rng, step, rows.start + np.flatnonzero(free[rows]), share)
+                free[taken] = False
+                others = np.concatenate([others, taken])
+        return others
 
     def _take(self, rng: np.random.Generator, step: int, candidates: np.ndarray, count: int) -> np.ndarray:
         """`count` different candidates, each drawn by weight from those left, or all if there are no more.
@@ -209,7 +221,7 @@ class Pool:
         valid_PGK: np.ndarray,
         floor_K: np.ndarray | None = None,
     ) -> None:
-        """Takes in the scores of the prompts drawn in `step`; a missing one leaves that reward's statistics alone.
+        """Takes in the scores of all prompts drawn in `step`; a missing one leaves that reward's statistics alone.
 
         Scores of a group that differ by less than `floor_K` are noise, and count as alike. A prompt without two scores
         of any reward has not been visited. Raises UserError if the first scores ever are outside [0, 1], where too easy
@@ -217,6 +229,7 @@ class Pool:
         """
         if not self.visits.any():
             self._check_calibration(values_PGK, valid_PGK)
+        self.drawn[rows] = np.maximum(self.drawn[rows], step)  # a later step may have drawn one of them already
         mean_PK, variance_PK = group_moments(values_PGK, valid_PGK, floor_K)
         self._update_spread(variance_PK)
         # 1 / visits at first, which is a plain mean, until the decayed rate is larger.

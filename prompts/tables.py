@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from prompts.parse import parse_json
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class Rows:
         if self.path.suffix.lower() not in SEPARATORS:
             raise ValueError("is not an object")
         if len(row) != len(self.columns):
-            raise ValueError(f"has {len(row)} cells, and the header {len(self.columns)}")
+            raise ValueError(f"has {counted(len(row), 'cell')}, and the header {len(self.columns)}")
         return {name: cell or None for name, cell in zip(self.columns, row)}
 
     def name(self, i: int) -> str:

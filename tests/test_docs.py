@@ -169,6 +169,15 @@ def test_the_snippet_for_a_turbo_draws(workspace, monkeypatch):
     assert scope["image"].size == (64, 64)
 
 
+def test_the_snippet_for_an_extracted_lora_draws(workspace, monkeypatch):
+    """docs/merge.md, whose command above it has made the file."""
+    monkeypatch.chdir(workspace)
+    (text,) = blocks(runs.ROOT / "docs/merge.md", "python")
+    scope: dict = {}
+    exec(text, scope)
+    assert scope["image"].size == (64, 64)
+
+
 def test_the_notebook_of_the_readme_runs(workspace, monkeypatch):
     monkeypatch.chdir(workspace)
     monkeypatch.setattr(sys, "path", [str(workspace), *sys.path])

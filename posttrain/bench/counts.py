@@ -1,9 +1,9 @@
 """Operations of a recipe's training steps and evaluations, by the formulas of model/flops.py; those of
 recomputed blocks are included.
 
-Counted are those of the GPU that has the most: grpo's groups are divided whole, pairs and images one by one. Text is as
-long as in the measurement. A step that differs from the others (stpo's shares of terms, tdm's warm-up) counts with
-its share of the steps.
+Counted are those of the GPU that has the most: grpo's and nft's groups are divided whole, pairs and images one by one.
+Text is as long as in the measurement. A step that differs from the others (stpo's shares of terms, tdm's warm-up)
+counts with its share of the steps.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from statistics import fmean
 
 from posttrain.errors import UserError
 from posttrain.grpo.config import GRPOConfig
-from posttrain.model import flops, sampler
+from posttrain.model import flops
+from posttrain.nft.config import NFTConfig
 from posttrain.sft.config import SFTConfig
 from posttrain.stpo.config import STPOConfig
 from posttrain.tdm.config import TDMConfig
 
-Recipe = GRPOConfig | SFTConfig | STPOConfig | TDMConfig
+Recipe = GRPOConfig | NFTConfig | SFTConfig | STPOConfig | TDMConfig
 Size = Sequence[int]
 
 
@@ -69,6 +70,8 @@ def step(recipe: Recipe, cost: Cost, gpus: int, size: Size) -> Work:
     """One training step with images of this size; a mean over all steps."""
     if isinstance(recipe, GRPOConfig):
         return _grpo(recipe, cost, gpus, size)
+    if isinstance(recipe, NFTConfig):
+        return _nft(recipe, cost, gpus, size)
     own = math.ceil(recipe.batch / gpus)
     if isinstance(recipe, SFTConfig):
         return Work(own * cost.train(size))
@@ -91,6 +94,15 @@ def _grpo(recipe: GRPOConfig, cost: Cost, gpus: int, size: Size) -> Work:
     trained = (together + groups.group_size * apart) * recipe.optim.passes * (cost.train(size) + reference)
     own = math.ceil(groups.prompts_per_step / gpus)
     return Work(own * (drawn + trained), own * groups.group_size)
+
+
+def _nft(recipe: NFTConfig, cost: Cost, gpus: int, size: Size) -> Work:
+    """Each image is drawn on its own and trained at each of its noise levels."""
+    groups, loss = recipe.groups, recipe.loss
+    level = cost.train(size) + (cost.reference(size) if loss.kl > 0 else 0.0)
+    level += cost.forward(size) if recipe.old.max > 0 else 0.0  # of the old policy, which lags for most of a run
+    images = math.ceil(groups.prompts_per_step / gpus) * groups.group_size
+    return Work(images * (recipe.sampling.steps * cost.forward(size) + loss.times * level), images)
 
 
 def _stpo(recipe: STPOConfig, cost: Cost, own: int, gpus: int, size: Size) -> float:
@@ -129,11 +141,7 @@ def walked(recipe: TDMConfig, points: int) -> float:
 def evaluation(recipe: Recipe, cost: Cost, gpus: int) -> Work:
     """One evaluation."""
     e, size = recipe.eval, sizes(recipe)[0]
-    images, forwards = _images(recipe, gpus), [e.steps * (2 if scale else 1) for scale in e.guidance]
-    if isinstance(recipe, TDMConfig):
-        forwards = list(recipe.student.steps)
-    if isinstance(recipe, SFTConfig) and recipe.turbo is not None:
-        forwards.append(recipe.turbo_steps or sampler.STEPS[True])
+    images, forwards = _images(recipe, gpus), [steps * (2 if scale else 1) for steps, scale in recipe.eval_draws()]
     flop = images * sum(forwards) * cost.forward(size)
     if isinstance(recipe, SFTConfig):  # the policy on held-out images
         flop += math.ceil(recipe.images.measured / gpus) * cost.forward(size)

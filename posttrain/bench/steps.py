@@ -1,6 +1,6 @@
 """The steps that `posttrain bench` times: each method's own code on random features, latents and rewards.
 
-Steps of grpo, sft, stpo and tdm come from a run's own loop, from its first step on, with all that is due in them.
+Steps of grpo, nft, sft, stpo and tdm come from a run's own loop, from its first step on, with all that is due in them.
 Prompts cost no time unless `encode` is set; rewards cost none, because judges are assumed to run on other GPUs.
 """
 
@@ -28,6 +28,8 @@ from posttrain.grpo.rollout import Trajectory, Transition, rollout
 from posttrain.model import sampler
 from posttrain.model.fp8 import add_copies
 from posttrain.model.k2 import K2, Encoding, Text, to_pil
+from posttrain.nft import train as nft
+from posttrain.nft.config import NFTConfig
 from posttrain.sft import train as sft
 from posttrain.sft.cache import Crop, EncodedImages, Kept
 from posttrain.sft.config import ImageSetConfig, SFTConfig
@@ -113,7 +115,7 @@ class Steps:
 
     def __post_init__(self) -> None:
         generator = torch.Generator(self.k2.device).manual_seed(0)
-        for stage in range(self.config.stages if self.config.rank else 0):
+        for stage in range(self.config.stages if self.role else 0):
             if stage:
                 self.k2.stack_role(POLICY)
             add_policy(self.k2, self._lora, stage, reference=False)
@@ -123,11 +125,11 @@ class Steps:
 
     @property
     def role(self) -> str | None:
-        return POLICY if self.config.rank else None
+        return None if self.config.rank == 0 else POLICY
 
     def images(self, method: str) -> int:
         """Images of one step, over all processes."""
-        return self.procs.size * (self.config.group if method in ("grpo", "expander") else self.config.batch)
+        return self.procs.size * (self.config.group if method in ("grpo", "nft", "expander") else self.config.batch)
 
     def count(self, method: str) -> int:
         """Number of steps to time."""
@@ -143,10 +145,12 @@ class Steps:
     def run(self, method: str, index: int, lap: Lap) -> None:
         """Runs step `index`, counted from 0, which calls `lap` with the name of each stage when the stage ends.
 
-        Steps of grpo, sft, stpo and tdm must be run in order, as in a run.
+        Steps of grpo, nft, sft, stpo and tdm must be run in order, as in a run.
         """
         self.lap = lap
-        loops = {"grpo": self._grpo, "sft": self._sft, "stpo": self._stpo, "tdm": self._tdm}
+        loops = {
+            "grpo": self._grpo, "nft": self._nft, "sft": self._sft, "stpo": self._stpo, "tdm": self._tdm,
+        }  # fmt: skip
         if method in loops:
             if method not in self._loops:
                 self._loops[method] = loops[method]()
@@ -197,7 +201,13 @@ class Steps:
     # ---- loops of runs ----------------------------------------------------------------------------------------
 
     def _grpo(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        config, k2, decode = self._grpo_config, self.k2, self.k2.decode
+        return self._of_groups(self._grpo_config, grpo.updates)
+
+    def _nft(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        return self._of_groups(self._nft_config, nft.updates)
+
+    def _of_groups(self, config: Any, updates: Callable[..., Iterator[Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+        k2, decode = self.k2, self.k2.decode
 
         def decoded(latents: Tensor, height: int, width: int, batch: int | None = None) -> Tensor:
             self.lap("sample")
@@ -209,7 +219,7 @@ class Steps:
         source = PromptSource(config, [PromptRecord(str(i)) for i in range(self.procs.size)])
         with ScoreQueue(load_rewards(config.rewards), self.config.group) as queue:
             micro_batch = self._micro_batch(config.groups.micro_batch)
-            steps = grpo.updates(
+            steps = updates(
                 k2, config, source, queue, self._stepper, count(1), self.procs, {}, micro_batch, BenchClock(self)
             )
             for step, metrics, _ in steps:
@@ -303,16 +313,19 @@ class Steps:
 
     @cached_property
     def _stepper(self) -> Stepper:
-        return Stepper(self.k2.train_role(POLICY), self._grpo_config.optim)
+        self.k2.train_role(POLICY)
+        return Stepper(self.k2.role_named_parameters(POLICY), self._grpo_config.optim)
 
     @cached_property
     def _tdm_steppers(self) -> tuple[Stepper, Stepper]:
-        self.k2.add_role(tdm.FAKE, self.config.rank, float(self.config.rank), seed=1)
+        assert self._lora is not None
+        self.k2.add_role(tdm.FAKE, self._lora.rank, self._lora.alpha, seed=1)
         return tdm.steppers(self.k2, self._tdm_config)
 
     @property
-    def _lora(self) -> LoraConfig:
-        return LoraConfig(self.config.rank, float(self.config.rank))
+    def _lora(self) -> LoraConfig | None:
+        rank = self.config.rank
+        return None if rank is None else LoraConfig(rank, float(rank))
 
     def _empty(self, config: type[Config], **own: Any) -> Config:
         """A recipe that names no files: nothing is read or written here."""
@@ -331,6 +344,15 @@ class Steps:
         if self.config.rollout_quantize is not None:
             config.rollout.quantize = self.config.rollout_quantize
             add_copies(self.k2, self.k2.device)
+        return config
+
+    @cached_property
+    def _nft_config(self) -> NFTConfig:
+        config = self._empty(NFTConfig, prompts=PromptsConfig("", ""), rewards=[NOISE])
+        config.sampling.sizes, config.sampling.steps = [list(self.size)], self.config.steps
+        config.loss.times, config.loss.kl, config.old.max = self.config.times, 0.0, 0.0
+        config.groups.prompts_per_step, config.groups.group_size = self.procs.size, self.config.group
+        config.groups.micro_batch = self.config.batch
         return config
 
     @cached_property

@@ -42,9 +42,11 @@ if TYPE_CHECKING:  # the loop stands above this
 def roles(config: GRPOConfig, procs: Processes) -> tuple[range, range]:
     """The ranks that draw and those that train: all, or the last ones and the others.
 
-    Raises UserError if rollout.gpus leaves none to train, or the model is sharded.
+    Raises UserError if rollout.gpus leaves none to train, or the model is sharded and rollout does not go with that.
     """
     gpus = config.rollout.gpus
+    if config.rollout.keep_graphs and procs.sharded:
+        raise UserError(f"rollout.keep_graphs: does not go with {procs.engine}; set it to false")
     if gpus == 0:
         return range(procs.size), range(procs.size)
     if procs.sharded:

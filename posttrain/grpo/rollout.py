@@ -10,7 +10,7 @@ channels.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ class Transition:
     std: Tensor
     log_prob: Tensor
     """(G,) mean over elements, under the policy that took it."""
+    velocities: list[Tensor] = field(default_factory=list)
+    """The policy's, of each part, with what their backward needs; empty if that was not kept."""
 
     def parts(self, micro_batch: int) -> Iterator[tuple[slice, Transition]]:
         """The step in parts that each take one forward of at most `micro_batch` images, and which images they are.
@@ -45,14 +47,11 @@ class Transition:
         if len(self.x) < images:
             yield slice(0, images), self
             return
-        for start in range(0, images, micro_batch):
+        for i, start in enumerate(range(0, images, micro_batch)):
             rows = slice(start, min(start + micro_batch, images))
-            yield (
-                rows,
-                replace(
-                    self, x=self.x[rows], x_next=self.x_next[rows], mean=self.mean[rows], log_prob=self.log_prob[rows]
-                ),
-            )
+            x, x_next, mean, log_prob = self.x[rows], self.x_next[rows], self.mean[rows], self.log_prob[rows]
+            own = self.velocities[i : i + 1]
+            yield rows, replace(self, x=x, x_next=x_next, mean=mean, log_prob=log_prob, velocities=own)
 
     @torch.no_grad()
     def restate(self, mean: Tensor, std: Tensor) -> Tensor:
@@ -86,22 +85,25 @@ def rollout(
     width: int,
     micro_batch: int,
     shared: bool,
+    keep: bool = False,
 ) -> Trajectory:
     """Samples a group: SDE steps inside `window`, ODE steps elsewhere, under the active role.
 
     `text` is one prompt. `seeds[g]` holds one seed for the noise of image g and one for each step of the window.
     Shared means that all start from the first image's noise, so one forward is made in each step up to the window's
-    first one.
+    first one. `keep` keeps what backward needs of the window's steps.
     """
     if not 0 <= window.start < window.stop <= len(times) - 2:
         raise ValueError(f"window {window} must lie in the first {len(times) - 2} of {len(times) - 1} steps")
     shape = (k2.image_tokens(height, width), k2.latent_channels)
     first = seeds[:1] if shared else seeds
-    x = sampler.noise([s[0] for s in first], shape).to(k2.device)
+    x, text = sampler.noise([s[0] for s in first], shape).to(k2.device), k2.fused(text)
     transitions = []
     for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
         # Micro-batches set memory; the result is the same within rounding.
-        v = torch.cat([k2.velocity(part, t, text, height, width) for part in x.split(micro_batch)])
+        with torch.set_grad_enabled(keep and i in window):
+            parts = [k2.velocity(part, t, text, height, width) for part in x.split(micro_batch)]
+        v = torch.cat(parts)
         if i not in window:
             x = sampler.ode_step(x, v, t, t_next)
             continue
@@ -110,7 +112,7 @@ def rollout(
         noise = sampler.noise([s[1 + i - window.start] for s in seeds], shape).to(k2.device)
         x_next = mean + std * noise  # G images, from one mean if they shared x until here
         log_prob = sampler.log_prob(x_next, mean, std)
-        transitions.append(Transition(i, t, t_next, x, x_next, mean, std, log_prob))
+        transitions.append(Transition(i, t, t_next, x, x_next, mean, std, log_prob, parts if keep else []))
         x = x_next
     return Trajectory(x, transitions)
 

@@ -16,22 +16,20 @@ from posttrain.grpo import losses
 from posttrain.grpo.config import GRPOConfig
 from posttrain.grpo.rollout import Trajectory, Transition, root_mean_square
 from posttrain.model import sampler
-from posttrain.model.k2 import K2, Text
+from posttrain.model.k2 import K2
+from posttrain.training.groups import Prompted
 from posttrain.training.policy import POLICY
 from posttrain.training.stepper import Stepper
 from posttrain.training.sums import total_of
-from prompts.records import PromptRecord
+
+References = dict[tuple[int, int, int], Tensor]
+"""Velocities of the reference, by group, step of the schedule and first image of a part."""
 
 
 @dataclass
-class Group:
+class Group(Prompted):
     """One prompt's images of one step."""
 
-    index: int
-    """Among all groups of the step, whichever process drew them."""
-    record: PromptRecord
-    text: Text
-    size: tuple[int, int]
     trajectory: Trajectory
 
 
@@ -47,8 +45,9 @@ def optimise(
     """One or more updates on the groups of all processes; the reference is the weights that training began with."""
     metrics: dict[str, float] = {}
     first_error = 0.0
+    references: References = {}
     for i in range(config.optim.passes):
-        metrics = gradient(k2, config, groups, advantages_PG, procs, micro_batch, first=i == 0)
+        metrics = gradient(k2, config, groups, advantages_PG, procs, micro_batch, i == 0, references)
         if i == 0:  # before the first update the policy is the one that drew the images, so every ratio is 1
             first_error = metrics["ratio_error"]
         procs.sum_gradients(stepper.parameters)
@@ -65,10 +64,12 @@ def gradient(
     procs: Processes,
     micro_batch: int,
     first: bool = True,
+    references: References | None = None,
 ) -> dict[str, float]:
     """Adds the loss's gradient over these groups to the policy's, and returns metrics over the groups of all processes.
 
-    `first`: the policy has not been updated since it drew the groups.
+    `first`: the policy has not been updated since it drew the groups. `references` has the reference's velocities after
+    the first pass, since they stay the same.
 
     The loss is a mean over the groups, images and stochastic steps of a whole step, whatever is in `groups`; the other
     metrics are means over what is.
@@ -89,8 +90,13 @@ def gradient(
                 loss_B, ratios = objective(log_ratio, advantages_G[rows])
                 parts |= ratios
                 if config.loss.kl > 0:
-                    with torch.no_grad(), k2.role(None):
-                        reference = k2.velocity(part.x, part.t, group.text, *group.size)
+                    place = group.index, move.index, rows.start
+                    reference = references.get(place) if references is not None else None
+                    if reference is None:
+                        with torch.no_grad(), k2.role(None):  # one forward where images share x, as above
+                            reference = k2.velocity(part.x, part.t, group.text, *group.size)
+                    if references is not None and config.optim.passes > 1:
+                        references[place] = reference
                     kl_B = losses.velocity_kl(v, reference).expand_as(loss_B)
                     loss_B = loss_B + config.loss.kl * kl_B
                     parts["kl"] = kl_B.detach().sum()
@@ -115,8 +121,11 @@ def _likelihood(
     """The policy's velocity of these images at this step, their (B,) log-ratios to the policy that drew them, and
     metrics as sums over them."""
     s, metrics = config.sampling, {}
-    with k2.role(POLICY):
-        v = k2.velocity(part.x, part.t, group.text, *group.size)
+    if first and part.velocities:  # the same forward was made as the step was drawn
+        (v,) = part.velocities
+    else:
+        with k2.role(POLICY):
+            v = k2.velocity(part.x, part.t, group.text, *group.size)
     mean, std = sampler.sde_moments(part.x, v, part.t, part.t_next, s.dynamics, s.eta, times[1])
     if first and config.rollout.quantize:
         of_mean = sampler.kl_coefficient(part.t, part.t_next, s.dynamics, s.eta, times[1]).abs().to(v.device)

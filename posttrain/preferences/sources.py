@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from posttrain import image_reader
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.preferences.config import ColumnMap
 from prompts.parse import parse_json
 
@@ -50,13 +50,15 @@ class Tally:
         # Checked at each row, so that a set with wrong columns fails at once and not after hours of encoding.
         if len(self.bad) > self.max_bad * self.rows:
             raise UserError(
-                f"{self.path}: more than {self.max_bad:g} of {self.rows} rows (max_bad) are bad: {self.first()};"
-                " fix them or raise max_bad"
+                f"{self.path}: bad are more than {self.max_bad:g} of {counted(self.rows, 'row')} (max_bad):"
+                f" {self.first()}; fix them or raise max_bad"
             )
         if len(self.bad) + self.ties == self.rows:
             reasons = f"; {self.first()}" if self.bad else ""
             what = "ties or bad" if self.noun == "pair" else "bad"
-            raise UserError(f"{self.path}: no {self.noun} to learn from: all {self.rows} rows are {what}{reasons}")
+            raise UserError(
+                f"{self.path}: no {self.noun} to learn from: {counted(self.rows, 'row')}, all {what}{reasons}"
+            )
 
     def first(self) -> str:
         """The first bad rows with their reasons."""

@@ -18,11 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from posttrain.distributed.processes import Processes
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.log import log
 from posttrain.model.k2 import DECODED, K2
 from posttrain.preferences.sources import Skipped, Tally
-from posttrain.report.format import counted
 from posttrain.runs import startup
 from posttrain.sft import buckets
 from posttrain.sft.buckets import Box, Size
@@ -182,7 +181,7 @@ def _encode(k2: K2, images: ImageSet, config: ImageSetConfig, shards: Shards, nu
             tensors[name] = own.clone()  # a view would be saved with the whole batch behind it
     encoding = k2.encode(list(texts), config.max_tokens)
     for place, features in enumerate(encoding.features):
-        tensors[f"text.{place}"] = k2.fuse(features).cpu()
+        tensors[f"text.{place}"] = k2.text_tokens(features).cpu()
     made = {
         "images": kept,
         "left_out": left_out,
@@ -220,7 +219,7 @@ def _say(images: ImageSet, encoded: EncodedImages, max_tokens: int) -> None:
         log.warning(f"{where} {len(tally.bad)} of {tally.rows} rows are bad and left out: {tally.first()}")
     for reason, count in Counter(encoded.left_out.values()).items():
         log.warning(f"{where} {count} of {tally.rows} images are {reason} and left out")
-    warn_of_cut(encoded.cuts, "captions", "images.max_tokens", max_tokens)
+    warn_of_cut(encoded.cuts, "caption", "images.max_tokens", max_tokens)
     cropped = sum(encoded.cut(entry) > CROPPED for entry in range(len(encoded.entries)))
     sizes = {tuple(size) for size in encoded.size.tolist()}
     log.info(

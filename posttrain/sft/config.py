@@ -26,6 +26,9 @@ from posttrain.config.types import (
 )
 from posttrain.sft.buckets import buckets
 
+TURBO_STEPS = 8
+"""Steps of a Turbo that does not say how many it was trained for; sampler.STEPS has the same."""
+
 
 @settings
 class ImageColumns:
@@ -134,6 +137,10 @@ class SFTConfig(TrainingConfig):
 
     def images_at_once(self) -> int:
         return self.micro_batch
+
+    def eval_draws(self) -> list[tuple[int, float]]:
+        more = [] if self.turbo is None else [(self.turbo_steps or TURBO_STEPS, 0.0)]
+        return [*super().eval_draws(), *more]
 
     def metric_names(self) -> list[str]:
         rewards = [reward.name for reward in self.rewards]

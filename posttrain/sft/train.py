@@ -32,11 +32,10 @@ from pathlib import Path
 
 from posttrain.distributed import shards
 from posttrain.distributed.processes import Processes
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.log import log
 from posttrain.model import parallelize, sampler
 from posttrain.model.k2 import K2
-from posttrain.report.format import counted
 from posttrain.runs.files import replacing
 from posttrain.runs.run import Run
 from posttrain.sft.batches import Batch, Job, noised
@@ -72,13 +71,15 @@ def train(config: SFTConfig, resume: bool = False) -> None:
     try_rewards(config, heldout)
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     k2 = load_model(config.model, procs.device, saved)
-    images = encode_images(k2, source, config.images, procs)
-    if saved is not None and saved.state["images"] != images.fingerprint:
-        raise UserError(f"images: not those that {saved.path} was trained on, or encoded differently; restore them")
     with parallelize.sharding(k2, procs):
         add_policy(k2, config.lora, config.seed, reference=False)
         turbo = add_turbo(k2, config.turbo, config.turbo_steps) if config.turbo is not None else None
-    stepper = Stepper(k2.train_role(POLICY), config.optim)
+    # After the roles, which decide whether text can be kept fused.
+    images = encode_images(k2, source, config.images, procs)
+    if saved is not None and saved.state["images"] != images.fingerprint:
+        raise UserError(f"images: not those that {saved.path} was trained on, or encoded differently; restore them")
+    k2.train_role(POLICY)
+    stepper = Stepper(k2.role_named_parameters(POLICY), config.optim)
     micro_batch = MicroBatch(config.micro_batch, "micro_batch", procs)
 
     with open_run(config, resume, procs) as run:

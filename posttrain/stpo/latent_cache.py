@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from posttrain.distributed.processes import Processes
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.log import log
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text
@@ -37,7 +37,7 @@ class EncodedPair:
     """(N, C) latents in fp32."""
     rejected: Tensor
     text: Tensor
-    """(L, C) fused text, in the network's type."""
+    """What `K2.text_tokens` gives, in the network's type."""
     label: float
     size: tuple[int, int]
 
@@ -210,7 +210,7 @@ def _encode(k2: K2, preferences: Preferences, config: PairSetConfig, shards: Sha
     prompts = list(dict.fromkeys(pair.prompt for pair in pairs.values()))
     encoding = k2.encode(prompts, config.max_tokens)
     for j, features in enumerate(encoding.features):
-        tensors[f"text.{j}"] = k2.fuse(features).cpu()
+        tensors[f"text.{j}"] = k2.text_tokens(features).cpu()
     encoded = []
     for i, pair in pairs.items():
         p = label(pair.share, pair.source == "human")
@@ -228,10 +228,10 @@ def _say(preferences: Preferences, pairs: EncodedPairs, max_tokens: int) -> None
     """Which rows are left out, and which prompts are cut."""
     tally, where = pairs.tally, f"{preferences.path}:"
     if tally.ties:
-        log.info(f"{where} {tally.ties} of {tally.rows} rows are ties and left out")
+        log.info(f"{where} {tally.ties} of {counted(tally.rows, 'row')} left out as ties")
     if tally.bad:
-        log.warning(f"{where} {len(tally.bad)} of {tally.rows} rows are bad and left out: {tally.first()}")
-    warn_of_cut(pairs.cuts, "prompts", "pairs.max_tokens", max_tokens)
+        log.warning(f"{where} {len(tally.bad)} of {counted(tally.rows, 'row')} left out as bad: {tally.first()}")
+    warn_of_cut(pairs.cuts, "prompt", "pairs.max_tokens", max_tokens)
 
 
 def _digest(prompt: str) -> int:

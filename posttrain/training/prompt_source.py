@@ -5,22 +5,20 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain.log import log
+from posttrain.config.groups import GroupTrainingConfig
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
 from posttrain.training.checkpoint import Checkpoint
+from posttrain.training.shard_cache import warn_of_cut
 from prompts.pool import Kind, Pool
 from prompts.records import PromptRecord
 from rewards.gates import Gated
-
-if TYPE_CHECKING:  # methods stand above training
-    from posttrain.grpo.config import GRPOConfig
 
 FUSED_BYTES = 2**30
 """Fused text that a process keeps in RAM: of K2 about 800 prompts of 105 tokens, at 12 kB a token."""
@@ -29,13 +27,16 @@ ENDS = 8
 
 
 class PromptSource:
-    """`draw` a step's prompts, then `update` with their scores. All but `draw` do nothing without a pool."""
+    """`draw` a step's prompts, perhaps `redraw` some, then `update` with the scores of all. Only `draw` works without a
+    pool."""
 
-    def __init__(self, config: GRPOConfig, records: list[PromptRecord]):
+    def __init__(self, config: GroupTrainingConfig, records: list[PromptRecord]):
         self.config, self.records = config, records
         self.pool: Pool | None = None
         self._drawn: dict[int, np.ndarray] = {}
         """By step: the pool's rows that were drawn and not updated yet."""
+        self._redrawn: list[np.ndarray] = []
+        """The pool's rows that the step in progress drew in place of others, by attempt."""
         if config.pool.kind == "adaptive":
             # Gates and held-out rewards make no advantage, so they do not say what a prompt teaches.
             weights = {r.name: r.weight for r in config.rewards if r.gate == "none" and not r.heldout_only}
@@ -45,6 +46,7 @@ class PromptSource:
         """The same prompts if the step is drawn again: an attempt that ran out of memory was this step too."""
         n = self.config.groups.prompts_per_step
         if self.pool is not None:
+            self._redrawn = []  # of an attempt that ran out of memory
             if step not in self._drawn:  # a draw marks what it takes, so that a second one would be another
                 self._drawn[step] = self.pool.draw(step)
             places = self.pool.places[self._drawn[step]]
@@ -53,11 +55,21 @@ class PromptSource:
             places = [in_turn(self.config.seed, i, len(self.records)) for i in groups]
         return [self.records[i] for i in places]
 
+    def redraw(self, step: int, count: int) -> list[PromptRecord]:
+        """Up to `count` prompts of the pool that the step has not drawn yet; fewer where no more are awake."""
+        assert self.pool is not None
+        drawn = np.concatenate([self._drawn[step], *self._redrawn])
+        rows = self.pool.redraw(step, len(self._redrawn) + 1, drawn, count)
+        self._redrawn.append(rows)
+        return [self.records[i] for i in self.pool.places[rows]]
+
     def update(self, step: int, gated: Gated) -> dict[str, float]:
-        """Takes in the scores of a step's groups, in their order; returns how many prompts are in each class."""
+        """Takes in the scores of all of a step's groups, in the order of `draw` and then of `redraw`; returns how many
+        prompts are in each class."""
         if self.pool is None:
             return {}
-        rows = self._drawn.pop(step)
+        rows = np.concatenate([self._drawn.pop(step), *self._redrawn])
+        self._redrawn = []
         shape = (len(rows), -1, len(gated.names))
         values, valid = gated.values_NK.reshape(shape), gated.valid_NK.reshape(shape)
         self.pool.update(step, rows, values, valid, gated.floor_K)
@@ -124,7 +136,7 @@ class FusedTexts:
         # One by one: in a batch it would depend, within rounding, on the prompts beside it, and so on what is kept.
         features = self.k2.encode(new, self.max_tokens, batch=1).features
         for prompt, encoded in zip(new, features):
-            self._texts[prompt] = self.k2.fuse(encoded).cpu()
+            self._texts[prompt] = self.k2.text_tokens(encoded).cpu()
             self.bytes += self._texts[prompt].nbytes
         texts = []
         for prompt in prompts:
@@ -140,11 +152,7 @@ def warn_of_cut_prompts(k2: K2, records: Sequence[PromptRecord], max_tokens: int
     # A token is at least one byte, so most prompts need no tokenizer to be known as short enough.
     long = [record.prompt for record in records if len(record.prompt.encode()) > max_tokens // 2]
     _, cuts_of_all = k2.tokenize(long, max_tokens)
-    cuts = [cut for cut in cuts_of_all if cut]
-    if cuts:
-        log.warning(
-            f"{len(cuts)} prompts are longer than prompts.max_tokens ({max_tokens}); up to {max(cuts)} tokens are cut"
-        )
+    warn_of_cut([cut for cut in cuts_of_all if cut], "prompt", "prompts.max_tokens", max_tokens)
 
 
 def in_turn(seed: int, index: int, n: int) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from posttrain.distributed.processes import Processes
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.log import log
-from posttrain.model.architecture import text_weights
 from posttrain.model.fingerprint import fingerprint
 from posttrain.model.k2 import K2
 from posttrain.runs.files import replacing
@@ -43,7 +42,7 @@ def facts_of(k2: K2) -> dict[str, str]:
     return {
         "vae": fingerprint(k2.vae.state_dict()) + _hash(vae),
         "text_encoder": fingerprint(k2.text_encoder.state_dict()) + _hash(list(pipe.text_encoder_select_layers)),
-        "fusion": fingerprint(text_weights(k2.transformer)),
+        "fusion": k2.text_fingerprint(),
         "tokenizer": _hash(words),
         "dtype": str(k2.dtype),
     }
@@ -130,10 +129,13 @@ class Shards:
         return _opened(self.path(row // SHARD))
 
 
-def warn_of_cut(cuts: list[int], nouns: str, setting: str, max_tokens: int) -> None:
+def warn_of_cut(cuts: Sequence[int], noun: str, setting: str, max_tokens: int) -> None:
     """Says how many texts were longer than that. `cuts` are the tokens that did not fit, of each that was."""
     if cuts:
-        log.warning(f"{len(cuts)} {nouns} are longer than {setting} ({max_tokens}); up to {max(cuts)} tokens are cut")
+        log.warning(
+            f"longer than {setting} ({max_tokens}): {counted(len(cuts), noun)}, of which up to"
+            f" {counted(max(cuts), 'token')} are cut"
+        )
 
 
 def _hash(value: Any) -> str:

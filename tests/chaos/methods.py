@@ -22,10 +22,13 @@ PREPARE = (
 
 
 def training(folder: Path, parts: Path, method: str) -> Any:
-    makers = {"sft": runs.sft_config, "stpo": runs.stpo_config, "grpo": runs.config, "tdm": runs.tdm_config}
+    makers = {
+        "sft": runs.sft_config, "stpo": runs.stpo_config, "grpo": runs.config, "nft": runs.nft_config,
+        "tdm": runs.tdm_config,
+    }  # fmt: skip
     made = makers[method](folder, parts / "k2")
     made.steps, made.checkpoint.every, made.checkpoint.keep, made.eval.every, made.optim.ema = 5, 1, 3, 2, 0.7
-    if method == "grpo":
+    if method in ("grpo", "nft"):
         made.pool.kind = "adaptive"
     return made
 
@@ -94,6 +97,7 @@ METHODS: dict[str, tuple[Callable[[Path, Path, str], Any], Callable[[Path], tupl
     "sft": (training, of_training),
     "stpo": (training, of_training),
     "grpo": (training, of_training),
+    "nft": (training, of_training),
     "tdm": (training, of_training),
     "pairs": (pairs, of_pairs),
     "expander gdpo": (expander, of_expander),

@@ -10,6 +10,7 @@ import torch
 from posttrain.config.sections import OptimConfig
 from posttrain.distributed.processes import Processes
 from posttrain.grpo import train as grpo
+from posttrain.grpo import update
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
 from posttrain.model.sampler import sde_moments
@@ -113,6 +114,35 @@ def test_a_shared_step_has_the_gradient_of_its_images(config, one_step, ratio):
     assert metrics["clip_low"] + metrics["clip_high"] > 0
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+
+
+def test_forwards_of_an_update(config, one_step, monkeypatch):
+    """A step that images share has one forward of the policy and one of the reference. The reference stays the same, so
+    later passes do not ask it again; their gradient is what it would be if they did."""
+    k2, parameters, draw, _ = one_step
+    config.loss.kl, config.optim.passes = 0.1, 2
+    groups, advantages_PG = draw()
+    asked: list[tuple[str | None, int]] = []
+    velocity = K2.velocity
+
+    def noted(self, x, *rest):
+        asked.append((self.active, len(x)))
+        return velocity(self, x, *rest)
+
+    def gradient(references):
+        update.gradient(k2, config, groups, advantages_PG, Processes(), 3, True, references)
+        found = torch.cat([p.grad.flatten() for p in parameters])
+        for parameter in parameters:
+            parameter.grad = None
+        return found
+
+    monkeypatch.setattr(K2, "velocity", noted)
+    references: update.References = {}
+    first, second, alone = gradient(references), gradient(references), gradient(None)
+    policy, reference = [("policy", 1), ("policy", 3), ("policy", 1)], [(None, 1), (None, 3), (None, 1)]
+    both = [call for pair in zip(policy, reference) for call in pair]
+    assert asked == 2 * both + 2 * policy + 2 * both  # of two groups
+    assert torch.equal(first, second) and torch.equal(first, alone) and first.norm() > 0
 
 
 def test_gradient_does_not_depend_on_the_micro_batch(config, one_step):

@@ -8,6 +8,9 @@ EVAL = ["--eval.prompts", "1", "--eval.steps", "2", "--eval.groups", "0"]
 GROUPS = ["--groups.prompts_per_step", "1", "--groups.group_size", "3"]
 SMALL = {
     "grpo": [*EVAL, *GROUPS, "--steps", "1", "--sampling.steps", "4"],
+    "nft": [
+        *EVAL, *GROUPS, "--steps", "1", "--sampling.steps", "4", "--loss.levels", "all", "--loss.times", "2",
+    ],
     "preflight": [*EVAL, *GROUPS, "--sampling.steps", "4"],
     "pairs": ["--pairs", "5", "--steps", "2", "--block", "5", "--min_distance", "0", "--rewards", "[]"],
     "stpo": [
@@ -25,6 +28,8 @@ SMALL = {
     ],
     "expand": ["--n", "2", "--max_tokens", "24", "--dtype", "float32"],
     "export": [],
+    "merge": ["--images", "2"],
+    "extract": [],
     "export --check": ["--images", "2", "--steps", "2", "--turbo_steps", "1"],
     "annotations": [],
     "report": [],
@@ -102,6 +107,9 @@ NOT_RUN = {
     "python -m posttrain.nano.bench.stpo": "dozens of runs of posttrain pairs and stpo, whose recipes run here",
     "python -m posttrain.nano.bench.expander": "runs of posttrain expander sft and gdpo, whose recipes run here",
     "python -m posttrain.nano.bench.pipeline": "runs of the nano pipeline, whose recipes run here",
+    "python -m posttrain.nano.bench.optimizers": (
+        "an hour of a core: tests/nano/test_bench_optimizers.py::test_a_short_comparison"
+    ),
     "python -m posttrain.nano.bench.tdm": "the teacher's 56 forwards an image, minutes of a GPU",
     "python -m posttrain.nano.bench.speed": "twelve minutes of two quiet cores, and the history of the repository",
     "python -m posttrain.nano.build.evaluate": "500 images by the stock pipeline, minutes of a GPU",

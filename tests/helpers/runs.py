@@ -17,10 +17,15 @@ from PIL import Image
 from posttrain.config import metrics
 from posttrain.config.sections import ModelConfig, PromptsConfig
 from posttrain.grpo.config import GRPOConfig
+from posttrain.model.fingerprint import fingerprint
+from posttrain.model.k2 import K2
+from posttrain.mopd.config import MOPDConfig, TeacherConfig
+from posttrain.nft.config import NFTConfig
 from posttrain.sft.config import ImageSetConfig, SFTConfig
 from posttrain.stpo.config import PairSetConfig, STPOConfig
 from posttrain.tdm.config import FakeConfig, TDMConfig
 from posttrain.training import checkpoint
+from posttrain.training.policy import POLICY, described, saved_tensors
 from rewards.base import RewardSpec
 from tests.helpers import tiny
 
@@ -71,6 +76,19 @@ def config(folder: Path, model: Path, reward: str = "brightness") -> GRPOConfig:
     made.eval.groups = 0
     made.checkpoint.every = 0
     made.track.tensorboard = False
+    return made
+
+
+def nft_config(folder: Path, model: Path, reward: str = "brightness") -> NFTConfig:
+    """A recipe whose run goes into folder/run: two groups of four images of 32 x 32 in four steps, at two noise
+    levels; the old policy lags from the first update on."""
+    base = config(folder, model, reward)
+    made = NFTConfig(
+        output=base.output, model=base.model, prompts=base.prompts, rewards=base.rewards, steps=2, groups=base.groups,
+        lora=base.lora, optim=base.optim, eval=base.eval, checkpoint=base.checkpoint, track=base.track,
+    )  # fmt: skip
+    made.sampling.sizes, made.sampling.steps, made.loss.times = [[32, 32]], 4, 2
+    made.old.ramp = 0.2
     return made
 
 
@@ -179,6 +197,53 @@ def tdm_config(folder: Path, model: Path) -> TDMConfig:
     return made
 
 
+def mopd_config(folder: Path, model: Path) -> MOPDConfig:
+    """A recipe whose run goes into folder/run: two teachers with random adapters in folder/light and folder/dark, the
+    first with guidance, of two prompts each; one prompt is the anchor's."""
+    tags = [["light"], ["light"], ["dark"], ["dark"], []]
+    rows = [{"prompt": f"{tiny.PROMPTS[i % 4]} {i}", "tags": own} for i, own in enumerate(tags)]
+    for name in ("train", "heldout"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for seed, name in enumerate(("light", "dark")):
+        teacher(folder / name, model, seed)
+    made = MOPDConfig(
+        output=str(folder / "run"),
+        model=ModelConfig(path=str(model), dtype="float32"),
+        prompts=PromptsConfig(str(folder / "train.jsonl"), str(folder / "heldout.jsonl"), max_tokens=64),
+        rewards=[RewardSpec(name="brightness", function="tests.helpers.runs:brightness")],
+        teachers={
+            "light": TeacherConfig(run=str(folder / "light"), guidance=1.5, tags=["light"]),
+            "dark": TeacherConfig(run=str(folder / "dark"), tags=["dark"], share=0.5),
+        },
+        steps=2,
+        images=4,
+        micro_batch=4,
+    )
+    assert made.lora is not None
+    made.lora.rank, made.lora.alpha = 4, 8.0
+    made.sampling.sizes, made.sampling.steps, made.sampling.states = [[32, 32]], 4, 2
+    made.optim.lr = 3e-3
+    made.eval.every, made.eval.prompts, made.eval.steps, made.eval.groups = 0, 5, 2, 0
+    made.checkpoint.every = 0
+    made.track.tensorboard = False
+    return made
+
+
+def teacher(folder: Path, model: Path, seed: int, size: float = 0.1) -> Path:
+    """A run directory with one checkpoint, whose adapter of rank 2 on the attention is random."""
+    k2 = K2.load(model)
+    k2.origin["base"] = fingerprint(k2.base_state_dict())
+    k2.add_role(POLICY, 2, 4.0, ("to_q", "to_v"), seed)
+    for i, (key, parameter) in enumerate(k2.role_named_parameters(POLICY).items()):
+        if "lora_B" in key:
+            noise = torch.Generator().manual_seed(100 * seed + i)
+            torch.nn.init.normal_(parameter, std=size, generator=noise)
+    state = {"method": "grpo", "model": dataclasses.asdict(ModelConfig(path=str(model), dtype="float32"))}
+    state |= {"origin": k2.origin, "lora": described(k2)}
+    checkpoint.save(folder / "checkpoints", 1, saved_tensors(k2), state, keep=1)
+    return folder
+
+
 def trained(folder: Path, model: Path) -> Path:
     """The directory of a GRPO run of one step."""
     from posttrain.grpo import train as grpo
@@ -200,7 +265,7 @@ def rows(run: str | Path) -> list[dict]:
 
 def untimed(run: str | Path) -> list[dict]:
     """The metrics without what a clock said."""
-    clock = ("time", "score_hidden", "score_wait")
+    clock = ("time", "score_hidden", "score_wait", "muon_seconds")
     return [{k: v for k, v in row.items() if k not in clock and not k.startswith("seconds/")} for row in rows(run)]
 
 
@@ -251,7 +316,8 @@ def watch_loading(method: Any, monkeypatch: Any) -> list:
 
 TRAINING = """
 import posttrain.expander.gdpo, posttrain.expander.sft, posttrain.export.export, posttrain.grpo.train
-import posttrain.pairs.make, posttrain.preflight.run, posttrain.preflight.grpo
+import posttrain.mopd.train, posttrain.nft.train, posttrain.pairs.make
+import posttrain.preflight.run, posttrain.preflight.grpo
 import posttrain.report.page
 import posttrain.sample_images, posttrain.sft.train, posttrain.stpo.train
 import posttrain.tdm.train
@@ -323,7 +389,7 @@ class Commands:
         ranks = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
         call = {"args": [str(arg) for arg in args], "files": self.files, "limit": limit}
         assert self.server.stdin is not None
-        self.server.stdin.write(json.dumps(call | {"environments": ranks if processes > 1 else [{}]}) + "\n")
+        self.server.stdin.write(json.dumps(call | {"environments": ranks if processes > 1 else [environment]}) + "\n")
         self.server.stdin.flush()
         return self._answer()
 

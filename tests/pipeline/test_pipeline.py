@@ -131,7 +131,7 @@ def test_stages_follow_each_other_and_are_done_once(write, tmp_path):
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
     again = run(path, "--resume")
     assert again.returncode == 0 and again.stderr.splitlines() == [
-        f"posttrain: all 4 stages are finished; report: {folder}/index.html; exported: {folder}/export.safetensors"
+        f"posttrain: finished: 4 stages; report: {folder}/index.html; exported: {folder}/export.safetensors"
     ]
     assert before == {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
     assert "finished" in run(path, "--dry-run").stdout

@@ -1,4 +1,4 @@
-"""The preflight of stpo, tdm, pairs and expander gdpo on tiny models: sound recipes pass, and a planted fault fails."""
+"""The preflight of nft, stpo, tdm, pairs and expander gdpo on tiny models: sound recipes pass, planted faults fail."""
 
 import json
 import tempfile
@@ -11,12 +11,14 @@ import torch
 from posttrain import cli
 from posttrain.commands import COMMANDS
 from posttrain.model.k2 import K2
+from posttrain.nft import update as nft_update
 from posttrain.preflight import common
 from posttrain.preflight import tdm as preflight_tdm
 from posttrain.sft import train as sft
 from posttrain.stpo import train as stpo
 from posttrain.tdm import train as tdm
 from posttrain.training import shard_cache
+from posttrain.training.stepper import Stepper
 from tests.helpers import expander_runs, pair_runs, runs
 from tests.preflight.test_preflight import failed, table
 
@@ -121,6 +123,42 @@ def test_tdm(check, tmp_path, model, monkeypatch):
     assert failed(rows) == ["updates keep apart"]
 
 
+def test_nft(check, tmp_path, model, monkeypatch):
+    """Images, scores and advantages are checked as grpo's; the update is nft's own."""
+    config = runs.nft_config(tmp_path, model)
+    rows, _ = check(config, 0)
+    assert list(rows) == [
+        "adapter", "judges", "evaluation", "images differ", "missing scores", "spread of brightness",
+        "planted failure", "old policy is the policy", "loss and gradient", "policy moves", "old policy waits",
+        "memory", "step", "run", "export",
+    ]  # fmt: skip
+    assert "8 of 8 images are different" in rows["images differ"][1]
+    assert "differ by 0 of themselves" in rows["old policy is the policy"][1]
+    assert "s for 8 images (sample" in rows["step"][1]
+    config.old.max = 0.0
+    rows, _ = check(config, 0)
+    assert "old policy is the policy" in rows and "old policy waits" not in rows
+
+    true = K2.velocity
+    with monkeypatch.context() as patch:
+        patch.setattr(K2, "velocity", lambda *args: true(*args) * (1 + 0.3 * torch.is_grad_enabled()))
+        rows, _ = check(config, 1)
+    assert failed(rows) == ["old policy is the policy"]
+
+    def leaking(self):
+        norm = step(self)
+        with torch.no_grad():
+            seen[-1].role_parameters(nft_update.OLD)[1].add_(1e-3)
+        return norm
+
+    seen, add_roles, step = [], nft_update.add_roles, Stepper.step
+    monkeypatch.setattr(nft_update, "add_roles", lambda k2, config: seen.append(k2) or add_roles(k2, config))
+    monkeypatch.setattr(Stepper, "step", leaking)
+    config.old.max = 0.5
+    rows, _ = check(config, 1)
+    assert failed(rows) == ["old policy waits"]
+
+
 def test_pairs(check, tmp_path, model):
     config = pair_runs.recipe(tmp_path, model)
     rows, _ = check(config, 0)
@@ -139,7 +177,7 @@ def test_expander_gdpo(check, tmp_path, model):
     assert {"renderer", "expansions", "one render each", "loss and gradient", "policy moves", "step", "run"} <= set(
         rows
     )
-    assert "6 images drawn for 8 expansions, 0 are missing" in rows["one render each"][1]
+    assert "6 images drawn for 8 expansions, 0 missing" in rows["one render each"][1]
     assert "100% of the groups are flat" in rows["scores of brightness"][1]
     assert rows["scores of redness"] == ("skipped", "it does not apply to these prompts")
     assert rows["export"][0] == "pass" and "in one process: " in rows["run"][1]

@@ -8,6 +8,7 @@ import pytest
 import posttrain
 from posttrain import cli
 from posttrain.grpo import losses as grpo_losses
+from posttrain.nft import losses as nft_losses
 from posttrain.sft import train as sft
 from posttrain.stpo import train as stpo
 from posttrain.tdm import losses as tdm_losses
@@ -19,6 +20,7 @@ METHODS = {
     "grpo": (runs.config, grpo_losses, "clipped_policy"),
     "sft": (runs.sft_config, sft, "flow_loss"),
     "stpo": (runs.stpo_config, stpo, "preference_terms"),
+    "nft": (runs.nft_config, nft_losses, "nft_loss"),
     "tdm": (runs.tdm_config, tdm_losses, "fake_loss"),
 }
 

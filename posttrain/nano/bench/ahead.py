@@ -95,7 +95,7 @@ def main() -> None:
     args = parser.parse_args()
     args.output.mkdir(parents=True)  # an earlier run's times would be read as this one's
     jobs = common.Jobs(args.output.resolve())
-    ahead, apart = ["--rollout.ahead", "1"], ["--rollout.gpus", "1"]
+    ahead, apart = ["--rollout.ahead", "1", "--rollout.keep_graphs", "false"], ["--rollout.gpus", "1"]
     # Processes, those of them that ask the judge, and options.
     ways = {
         "one process, waits": (1, 1, []),

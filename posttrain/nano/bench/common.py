@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -16,9 +17,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import psutil
 import torch
 
 T = TypeVar("T")
+POLL = 0.05
+"""Seconds between two looks at a run."""
 
 
 def parser(about: str | None, command: str, recipe: str = "") -> argparse.ArgumentParser:
@@ -44,7 +48,13 @@ class Jobs:
         folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(
-        self, name: str, module: str, arguments: Sequence[str], cwd: Path | None = None, **variables: str
+        self,
+        name: str,
+        module: str,
+        arguments: Sequence[str],
+        cwd: Path | None = None,
+        meter: Meter | None = None,
+        **variables: str,
     ) -> float:
         """Seconds it took, with these environment variables. Exits with the log's name if it failed."""
         log = self.folder / f"{name}.log"
@@ -56,9 +66,44 @@ class Jobs:
             environment |= variables
             start = time.time()
             command = [sys.executable, "-m", module, *arguments]
-            if subprocess.run(command, cwd=cwd, env=environment, stdout=file, stderr=file).returncode:
+            with subprocess.Popen(command, cwd=cwd, env=environment, stdout=file, stderr=file) as process:
+                while meter is not None and process.poll() is None:
+                    meter.read(process.pid)
+                    time.sleep(POLL)
+            if process.returncode:
                 raise SystemExit(f"{name}: failed; see {log}")
             return time.time() - start
+
+
+class Meter:
+    """CPU seconds that a run's processes, with its servers, had used when each line of its metrics was written."""
+
+    def __init__(self, metrics: Path) -> None:
+        self.metrics = metrics
+        self.seconds: list[float] = []
+        """By line."""
+        self._bytes = 0
+
+    def read(self, pid: int) -> None:
+        """Looks for new lines. `pid` is the run's process, which may have others."""
+        size = self.metrics.stat().st_size if self.metrics.exists() else 0
+        if size == self._bytes:
+            return
+        self._bytes = size
+        lines = self.metrics.read_text().count("\n")
+        self.seconds += [_cpu_seconds(pid)] * (lines - len(self.seconds))
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Of a process, and of all that it and its descendants started; those that ended count with who waited for them."""
+    total = 0.0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(pid)
+        for process in [root, *root.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                total += times.user + times.system + times.children_user + times.children_system
+    return total
 
 
 def side_by_side(function: Callable[..., T], calls: Iterable[Sequence[Any]]) -> list[T]:

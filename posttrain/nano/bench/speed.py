@@ -1,15 +1,18 @@
 """Seconds a step of GRPO takes here and took at an earlier revision: the same recipe on the same machine, in turns.
 
-    python -m posttrain.nano.bench.speed --revision 596fa5e --output runs/bench-speed   # on two cores: twelve minutes
+    python -m posttrain.nano.bench.speed --revision 7d01825 --output runs/bench-speed   # on two cores: ten minutes
+    python -m posttrain.nano.bench.speed --revision 596fa5e --before 1 --compiled --output runs/bench-first
 
-The recipe is that revision's; 596fa5e is where GRPO first landed, for one process, which gets all cores. Here it is
-one process a core, with blocks as they are and compiled. A step's seconds are those of sampling, scoring and
-optimising; the first two steps of a run, which compile, are left out. The table gives medians, and ratios of those.
+The recipe is that revision's; 596fa5e is where GRPO first landed, for one process, which gets all cores. A step's
+seconds are those of sampling, scoring and optimising. Its CPU seconds are those of all processes of the run, with its
+judges' servers, and hardly change where other work shares the machine. The first two steps of a run are left out. The
+table gives medians, and ratios of those.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 from pathlib import Path
 
@@ -18,16 +21,20 @@ import numpy as np
 from posttrain.nano.bench import common
 from prompts.parse import read_lines
 
-RECIPE = "recipes/nano/grpo.yaml"
 LAUNCHER = "torch.distributed.run"
+MOVED = {"posttrain.nano.oracles": "posttrain.nano.world.oracles"}
+"""Modules that earlier revisions' recipes name, by what they are now."""
 WARM = 2
 """Steps of a run that are not counted."""
 
 
 def run(
-    jobs: common.Jobs, name: str, tree: Path, recipe: Path, processes: int, cores: int, options: list[str]
-) -> list[float]:
-    """Seconds of each step but the first ones. Exits with the log's name if it failed."""
+    jobs: common.Jobs, name: str, path: str, recipe: Path, processes: int, cores: int, options: list[str]
+) -> list[dict[str, float]]:
+    """Seconds of each part of each step but the first ones, and `cpu`. Exits with the log's name if it failed.
+
+    `path` is where Python looks for packages, the tree to measure first.
+    """
     output = jobs.folder / name
     arguments = ["grpo", "--config", str(recipe), *options, "--output", str(output)]
     arguments += ["--eval.every", "0", "--eval.prompts", "8", "--checkpoint.every", "0"]
@@ -35,49 +42,82 @@ def run(
     if processes > 1:
         module, arguments = LAUNCHER, ["--nproc-per-node", str(processes), "-m", module, *arguments]
     # Without a GPU: what is compared is what the cores do.
-    environment = {"OMP_NUM_THREADS": str(cores // processes), "PYTHONPATH": str(tree), "CUDA_VISIBLE_DEVICES": ""}
-    jobs(name, module, arguments, tree, **environment)
-    steps: list[float] = []
-    for row in read_lines(output / "metrics.jsonl"):
+    environment = {"OMP_NUM_THREADS": str(cores // processes), "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    meter = common.Meter(output / "metrics.jsonl")
+    jobs(name, module, arguments, Path(path.split(os.pathsep)[0]), meter, **environment)
+    steps: list[dict[str, float]] = []
+    for i, row in enumerate(read_lines(output / "metrics.jsonl")):
         if "seconds/sample" in row:  # not an evaluation
-            steps.append(sum((value for key, value in row.items() if key.startswith("seconds/")), 0.0))
+            parts = {key[8:]: value for key, value in row.items() if key.startswith("seconds/")}
+            # What went by since the line before, so not of a first step, which the first evaluation is before.
+            steps.append({**parts, "cpu": meter.seconds[i] - meter.seconds[i - 1] if i else np.nan})
     return steps[WARM:]
+
+
+def table(steps: dict[str, list[dict[str, float]]]) -> str:
+    """Markdown: a line for each way, and its medians in those of the first way."""
+    lines, first = [], None
+    for name, own in steps.items():
+        wall = [sum(value for part, value in step.items() if part != "cpu") for step in own]
+        cpu = [step["cpu"] for step in own]
+        parts = ", ".join(f"{part} {np.median([step[part] for step in own]):.2f}" for part in own[0] if part != "cpu")
+        medians = float(np.median(wall)), float(np.median(cpu))
+        first = first or medians
+        ratios = [f"{own / of_first:.2f}" for own, of_first in zip(medians, first)]
+        cells = [f"{medians[0]:.2f} ({common.extent(wall, '.2f')})", f"{medians[1]:.2f} ({common.extent(cpu, '.2f')})"]
+        lines.append([name, *cells, parts, *ratios])
+    head = ["tree", "seconds a step (least to most)", "CPU seconds (least to most)", "parts", "x seconds", "x CPU"]
+    return common.markdown(head, lines)
+
+
+def _written(recipe: Path, path: Path) -> Path:
+    """The recipe with today's names of modules."""
+    text = recipe.read_text()
+    for old, new in MOVED.items():
+        text = text.replace(old, new)
+    path.write_text(text)
+    return path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--revision", required=True, help="of this repository, as git names it")
+    parser.add_argument("--recipe", default="recipes/nano/grpo.yaml", help="of the revision")
+    parser.add_argument("--site", help="directory of packages that the revision needs and this one does not")
     parser.add_argument("--cores", type=int, default=2)
+    parser.add_argument("--processes", type=int, help="that share the cores; default: one a core")
+    parser.add_argument("--before", type=int, help="processes of the revision; default: as many as here")
+    parser.add_argument("--compiled", action="store_true", help="measure this tree with compiled blocks too")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each")
     parser.add_argument("--steps", type=int, default=6, help="of a run")
     parser.add_argument("--output", type=Path, required=True, help="a new directory")
+    parser.add_argument("options", nargs="*", help="further options for posttrain grpo, after --")
     args = parser.parse_args()
     here, output = Path.cwd(), args.output.resolve()
     output.mkdir(parents=True)  # an earlier run's times would be read as this one's
     jobs = common.Jobs(output)
-    there = output / "tree"
+    there, processes = output / "tree", args.processes or args.cores
     subprocess.run(["git", "worktree", "add", "--detach", str(there), args.revision], check=True)
     try:
+        recipe = _written(there / args.recipe, output / "recipe.yaml")
+        if (here / ".venv-vllm").exists():  # servers of judges are the same ones
+            (there / ".venv-vllm").symlink_to((here / ".venv-vllm").resolve())
+        earlier = os.pathsep.join([str(there), *([args.site] if args.site else [])])
         ways = {
-            args.revision: (there, 1, []),
-            "here": (here, args.cores, []),
-            "here, compiled": (here, args.cores, ["--model.compile", "true"]),
+            args.revision: (earlier, there / args.recipe, args.before or processes, []),
+            "here": (str(here), recipe, processes, []),
         }
-        times: dict[str, list[float]] = {name: [] for name in ways}
+        if args.compiled:
+            ways["here, compiled"] = (str(here), recipe, processes, ["--model.compile", "true"])
+        steps: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
         # In turns, so that a machine that slows down does so for all of them.
         for turn in range(args.rounds):
-            for i, (name, (tree, processes, options)) in enumerate(ways.items()):
-                options = [*options, "--steps", str(args.steps)]
-                times[name] += run(jobs, f"run-{i}-{turn}", tree, there / RECIPE, processes, args.cores, options)
+            for i, (name, (path, own, count, options)) in enumerate(ways.items()):
+                options = [*options, *args.options, "--steps", str(args.steps)]
+                steps[name] += run(jobs, f"run-{i}-{turn}", path, own, count, args.cores, options)
     finally:
         subprocess.run(["git", "worktree", "remove", "--force", str(there)], check=True)
-    medians = {name: float(np.median(seconds)) for name, seconds in times.items()}
-    lines = []
-    for name, seconds in times.items():
-        ratio = medians[args.revision] / medians[name]
-        lines.append([name, f"{medians[name]:.2f}", common.extent(seconds, ".2f"), f"{ratio:.2f}"])
-    head = ["tree", "seconds a step", "least to most", "steps a second, in those of the first"]
-    common.write(output, times, common.markdown(head, lines))
+    common.write(output, steps, table(steps))
 
 
 if __name__ == "__main__":

@@ -279,20 +279,26 @@ def _polygon(shape: str) -> np.ndarray:
     return np.stack([radii * np.cos(angles), radii * np.sin(angles)], 1).astype(np.float32)
 
 
+@cache
+def _edges(shape: str) -> np.ndarray:
+    """x and y of the first end of each edge and of its second end, (4, E, 1, 1), of a polygon of radius 1."""
+    corners = _polygon(shape)
+    ends = np.concatenate([corners, np.roll(corners, -1, axis=0)], axis=1)
+    return np.ascontiguousarray(ends.T)[..., None, None]
+
+
 def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Pixels from the edge of a shape at the origin, negative inside; x, y and the result have one shape."""
+    """Pixels from the edge of a shape at the origin, negative inside; x, y and the result are (H, W)."""
     if shape == "circle":
         return np.hypot(x, y) - radius
-    corners = _polygon(shape) * radius
-    best = np.full(x.shape, 1e9, np.float32)
-    inside = np.zeros(x.shape, bool)
-    for (x0, y0), (x1, y1) in zip(corners, np.roll(corners, -1, axis=0)):
-        ex, ey, px, py = x1 - x0, y1 - y0, x - x0, y - y0
-        along = np.clip((px * ex + py * ey) / (ex * ex + ey * ey), 0, 1)
-        best = np.minimum(best, (px - along * ex) ** 2 + (py - along * ey) ** 2)
-        if ey != 0:  # even-odd rule: a point is inside if a ray to the right crosses an odd number of edges
-            inside ^= ((y0 <= y) != (y1 <= y)) & (px < py * (ex / ey))
-    return np.where(inside, -1, 1) * np.sqrt(best)
+    # All edges at once, (E, 1, 1): the arrays are small, so calls are what takes time.
+    x0, y0, x1, y1 = _edges(shape) * radius
+    ex, ey, px, py = x1 - x0, y1 - y0, x - x0, y - y0
+    along = ((px * ex + py * ey) / (ex * ex + ey * ey)).clip(0, 1)
+    best = ((px - along * ex) ** 2 + (py - along * ey) ** 2).min(0)
+    # Even-odd rule: a point is inside if a ray to the right crosses an odd number of edges. Level ones are not crossed.
+    crossed = ((y0 <= y) != (y1 <= y)) & (px < py * (ex / np.where(ey == 0, 1, ey)))
+    return np.where(np.logical_xor.reduce(crossed), -1, 1) * np.sqrt(best)
 
 
 @cache
@@ -308,12 +314,14 @@ def background(name: str) -> np.ndarray:
     return grey
 
 
+@lru_cache(1024)  # the oracles draw a word in every style
 def text_mask(text: str) -> np.ndarray:
-    """Ink of a word, bool (14, 12 * letters)."""
+    """Ink of a word, bool (14, 12 * letters), read-only."""
     mask = np.zeros((GLYPH_H, GLYPH_W * len(text)), bool)
     for i, letter in enumerate(text):
         # A cell of the font is 2 x 2 pixels, so that letters survive the VAE.
         mask[:, i * GLYPH_W : i * GLYPH_W + 10] = np.kron(GLYPHS[letter], np.ones((2, 2), bool))
+    mask.flags.writeable = False
     return mask
 
 
