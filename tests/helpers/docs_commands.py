@@ -101,10 +101,7 @@ NOT_RUN = {
     + "tests/bench/test_estimate.py::test_what_is_scaled_says_so",
     "posttrain bench --methods": SCALE + "tests/bench/test_bench.py::test_bench_and_plans",
     "python -m posttrain.bench.checkpoint": SCALE + "tests/training/test_checkpoint.py checks its parts",
-    "python -m posttrain.nano.bench.methods": "six runs of posttrain grpo and nft, whose recipes run here",
-    "posttrain mopd --config recipes/nano/mopd.yaml": (
-        "wants two teachers: tests/mopd/test_mopd.py::test_the_student_comes_nearer_to_its_teachers"
-    ),
+    "python -m posttrain.nano.bench.merge": "dozens of runs and merges, which tests/merge/test_merge.py makes too",
     "python -m posttrain.nano.bench.grpo": "dozens of runs of posttrain grpo, whose recipes run here",
     "python -m posttrain.nano.bench.noise": "six runs of posttrain grpo, whose recipe runs here",
     "python -m posttrain.nano.bench.sft": "three runs of posttrain sft, whose recipe runs here",
