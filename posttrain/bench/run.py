@@ -94,7 +94,7 @@ class Forwards:
         k2.net.register_forward_hook(self._record)
 
     def _record(self, module: Any, inputs: tuple[Any, ...], v: Tensor) -> None:
-        x, _, tokens, mask, _ = inputs
+        x, _, tokens, mask, *_ = inputs
         rank, gradient = self.rank if self.blocks.active else 0, torch.is_grad_enabled()
         self._seen.append((len(x), x.shape[1], tokens.shape[1], mask, rank, gradient, self.blocks.recomputed))
 
