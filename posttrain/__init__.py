@@ -17,6 +17,7 @@ from posttrain import supported
 from posttrain.resources import NANO, bind_packages
 
 if TYPE_CHECKING:
+    from posttrain.config.groups import GroupsConfig
     from posttrain.config.sections import (
         CheckpointConfig,
         EvalConfig,
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
         TrackConfig,
     )
     from posttrain.errors import UserError
-    from posttrain.grpo.config import GroupsConfig
     from posttrain.grpo.losses import clipped_policy, velocity_kl
     from posttrain.grpo.rollout import Trajectory, Transition, rollout
     from posttrain.image_reader import read_image
@@ -43,11 +43,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "posttrain.config.groups": ("GroupsConfig",),
     "posttrain.config.sections": (
         "CheckpointConfig", "EvalConfig", "LoraConfig", "ModelConfig", "OptimConfig", "PromptsConfig", "TrackConfig",
     ),
     "posttrain.errors": ("UserError",),
-    "posttrain.grpo.config": ("GroupsConfig",),
     "posttrain.grpo.losses": ("clipped_policy", "velocity_kl"),
     "posttrain.grpo.rollout": ("Trajectory", "Transition", "rollout"),
     "posttrain.image_reader": ("read_image",),

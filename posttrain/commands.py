@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 GROUP = "posttrain.methods"
@@ -46,16 +48,21 @@ class Command:
     kept_prompts: tuple[str, ...] = ()
     """Those of them that must hold the same prompts when a run is resumed."""
     reads: dict[str, str] = field(default_factory=dict)
-    """Settings that name what another command makes, and the kind of that; see `makes`."""
+    """Settings that name what another command makes, and the kind of that; see `makes`. Of a list, each entry may have
+    `:WEIGHT` behind its path; `*` is each key of a mapping."""
     makes: str = ""
     """The kind of thing that the output is, for commands that can be a stage of a pipeline."""
     frozen: tuple[str, ...] = ()
     """Settings that a resumed run cannot change: what is trained, all that is drawn, and what evaluations draw, which
     are compared over the whole run. The base may lie elsewhere, if it is the same: load_model sees to that."""
+    aliases: dict[str, str] = field(default_factory=dict)
+    """Further names of options, such as `from`, which no setting can be called in Python, with the setting's own."""
     positional: str = ""
     """The option that takes a first argument without --; if it is a list, all such arguments."""
     dry: bool = False
     """It has --dry-run."""
+    learns: bool = False
+    """It trains on its rewards that are not held out; others only measure rewards."""
     any_recipe: bool = False
     """It takes another command's recipe and reads only the keys that it knows."""
     recipes_of: tuple[str, ...] = ()
@@ -83,6 +90,16 @@ COMMANDS: dict[str, Command] = {
     "demo": Command(
         "posttrain.project:DemoConfig", "posttrain.project:demo", "carry out the whole of post-training on K2-nano"
     ),
+    "sft": TrainsK2(
+        "posttrain.sft.config:SFTConfig",
+        "posttrain.sft.train:train",
+        "finetune on images with captions and write a run directory",
+        title="supervised finetuning on images with captions",
+        prompts=("heldout",),
+        kept_prompts=("heldout",),
+        reads={"model.start": "checkpoint", "images.train": "set of images", "turbo": "checkpoint"},
+        frozen=("lora", "seed", "heldout", "turbo", "turbo_steps", *EVALUATED),
+    ),
     "stpo": TrainsK2(
         "posttrain.stpo.config:STPOConfig",
         "posttrain.stpo.train:train",
@@ -101,7 +118,20 @@ COMMANDS: dict[str, Command] = {
         prompts=("prompts.train", "prompts.heldout"),
         kept_prompts=("prompts.heldout",),
         reads={"model.start": "checkpoint"},
+        learns=True,
         frozen=("lora", "seed", "prompts.heldout", *EVALUATED),
+    ),
+    "nft": TrainsK2(
+        "posttrain.nft.config:NFTConfig",
+        "posttrain.nft.train:train",
+        "train with NFT on the forward process and write a run directory",
+        title="negative-aware finetuning with groups of images (NFT), without guidance",
+        prompts=("prompts.train", "prompts.heldout"),
+        kept_prompts=("prompts.heldout",),
+        reads={"model.start": "checkpoint"},
+        learns=True,
+        # Evaluations draw in the steps of training too.
+        frozen=("lora", "seed", "prompts.heldout", "sampling.steps", *EVALUATED),
     ),
     "tdm": TrainsK2(
         "posttrain.tdm.config:TDMConfig",
@@ -114,15 +144,26 @@ COMMANDS: dict[str, Command] = {
         # What it draws in, and what it is compared with.
         frozen=("lora", "seed", "prompts.heldout", "student.steps", "teacher", *EVALUATED),
     ),
+    "mopd": TrainsK2(
+        "posttrain.mopd.config:MOPDConfig",
+        "posttrain.mopd.train:train",
+        "distil several teachers into one adapter with MOPD and write a run directory",
+        title="on-policy distillation of several teachers into one adapter (MOPD)",
+        prompts=("prompts.train", "prompts.heldout"),
+        kept_prompts=("prompts.heldout",),
+        reads={"model.start": "checkpoint", "teachers.*.run": "checkpoint"},
+        # What it learns from, and what its retention is measured against.
+        frozen=("lora", "seed", "prompts.heldout", "teachers", *EVALUATED),
+    ),
     "preflight": Command(
         "posttrain.grpo.config:GRPOConfig",
         "posttrain.preflight.run:preflight",
-        "check and time a recipe of grpo, stpo, tdm, pairs or expander gdpo before a run",
+        "check and time a recipe of grpo, nft, mopd, sft, stpo, tdm, pairs or expander gdpo before a run",
         about="Runs a small step with the code of that command and discards it: no run directory is made or changed."
         " Prints a table of what each check measured, with a remedy where one failed, and of the time and memory that"
         " the run will take. Exit code 1 if a check failed.",
         # Also grpo's, whose settings these are.
-        recipes_of=("stpo", "tdm", "pairs", "expander gdpo"),
+        recipes_of=("nft", "mopd", "sft", "stpo", "tdm", "pairs", "expander gdpo"),
     ),
     "pairs": Command(
         "posttrain.pairs.config:PairsConfig",
@@ -192,6 +233,7 @@ COMMANDS: dict[str, Command] = {
         reads={"model.path": "expander", "renderer.path": "K2"},
         # Another kind than that of sft: gdpo begins with the model of an sft, not with the adapter of a gdpo.
         makes="tuned expander",
+        learns=True,
         frozen=("lora", "seed", "prompts.heldout", *EVALUATED),
     ),
     "expand": Command(
@@ -236,6 +278,27 @@ COMMANDS: dict[str, Command] = {
         prompts=("prompts",),
         reads={"check": "checkpoint"},
     ),
+    "merge": Command(
+        "posttrain.merge.config:MergeConfig",
+        "posttrain.merge.merge:merge",
+        "merge runs, adapters or whole models of one base",
+        title="merge",
+        output="new",
+        gpu=True,
+        reads={"parents": "checkpoint"},
+        makes="checkpoint",
+        positional="parents",
+    ),
+    "extract": Command(
+        "posttrain.merge.config:ExtractConfig",
+        "posttrain.merge.extract:extract",
+        "write the difference of two models as a LoRA",
+        output="new",
+        gpu=True,
+        reads={"base": "K2"},
+        aliases={"from": "base"},
+        positional="target",
+    ),
     "run": Command(
         "posttrain.pipeline.config:PipelineConfig",
         "posttrain.pipeline.run:carry_out",
@@ -265,6 +328,14 @@ def every() -> dict[str, Command]:
 def get(name: str) -> Command | None:
     """None if there is no such command. Other packages are looked through only for names that are not ours."""
     return COMMANDS.get(name) or every().get(name)
+
+
+def paths(value: Any) -> list[str]:
+    """The paths that a setting of `reads` names: none, one, or those of a list."""
+    if isinstance(value, list):
+        # A path may have a colon of its own.
+        return [entry if Path(entry).exists() else re.sub(r":[^:/]*$", "", entry) for entry in value]
+    return [] if value is None else [value]
 
 
 def of(config: Any) -> tuple[str, Command]:

@@ -1,9 +1,15 @@
-"""The one exception that means 'the user can fix this'. This module imports no other of the package."""
+"""The one exception that means 'the user can fix this', and the words of messages. Imports no other module of ours."""
 
 
 def first_line(error: Exception) -> str:
     """Of another library's message, to quote in a line of our own; the error's name where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 image`, `2 images`, `1,000 processes`; for nouns that take an s."""
+    ending = "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}{ending}"
 
 
 class UserError(Exception):

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from posttrain.config.groups import GroupsConfig
 from posttrain.config.sections import (
     CheckpointConfig,
     EvalConfig,
@@ -32,9 +33,8 @@ from posttrain.config.sections import (
 )
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
-from posttrain.grpo.config import GroupsConfig
 from posttrain.image_reader import to_rgb
-from posttrain.model import sampler
+from posttrain.model import fp8, sampler
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.resources import NANO, packaged
 from posttrain.runs.run import Run
@@ -60,16 +60,15 @@ def load_model(
 ) -> K2:
     """A K2 from a diffusers directory or hub id, frozen; K2-nano if there is no path.
 
-    With `adapter`, a run directory or a checkpoint, what that trained is the role POLICY: draw in `with
-    k2.role(POLICY)`. bfloat16 suits the released model on a GPU, where it takes 34 GB. `device` None: the GPU if there
-    is one. Raises UserError for what cannot be read.
+    With `adapter`, a run directory, a checkpoint or a LoRA file, what that trained is the role POLICY: draw in `with
+    k2.role(POLICY)`. What of a file is no LoRA (DoRA, LoKr, ...) is merged into the weights, and needs no role.
+    bfloat16 suits the released model on a GPU, where it takes 34 GB. `device` None: the GPU if there is one. Raises
+    UserError for what cannot be read.
     """
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     k2 = K2.load(packaged(str(path)), None, dtype, place)
     if adapter is not None:
-        saved = checkpoint.load(checkpoint.find(str(adapter)))
-        policy.stack_earlier(k2, saved)
-        policy.add_saved_policy(k2, saved)
+        policy.add_stage(k2, policy.load_stage(str(adapter), {"path": packaged(str(path))}))
     return k2
 
 
@@ -93,7 +92,7 @@ def draw(
     steps = sampler.STEPS[k2.is_distilled] if steps is None else steps
     guidance = sampler.GUIDANCE[k2.is_distilled] if guidance is None else guidance
     features = k2.encode(prompts, max_tokens).features
-    fused = [k2.fuse(feature) for feature in features]
+    fused = [k2.text_tokens(feature) for feature in features]
     null = k2.text([""]) if guidance > 0 else None
     images: list[Image.Image] = []
     for first in range(0, len(prompts), micro_batch):
@@ -225,7 +224,7 @@ class MethodRun:
     def text(self, record: PromptRecord) -> Text:
         """A prompt's fused text, a batch of one, which serves any number of images."""
         features = self.k2.encode([record.prompt], self.config.prompts.max_tokens).features
-        return Text.of([self.k2.fuse(features[0])])
+        return Text.of([self.k2.text_tokens(features[0])])
 
     def noise(self, step: int, *place: int, count: int) -> Tensor:
         """(count, N tokens, C channels) standard normal on the CPU, from the run's seed, step and place alone.
@@ -262,6 +261,7 @@ def open_method(name: str, config: MethodConfig, resume: bool = False) -> Iterat
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     k2 = policy.load_model(config.model, procs.device, saved)
     policy.add_policy(k2, config.lora, config.seed, reference=False)
+    fp8.train_in_float8(k2)
     with open_run(config, resume, procs) as directory:
         trained = load_rewards([spec for spec in config.rewards if not spec.heldout_only], directory.urls)
         # A judge's client keeps to one event loop, so evaluation has rewards of its own.
@@ -271,6 +271,7 @@ def open_method(name: str, config: MethodConfig, resume: bool = False) -> Iterat
             k2, heldout, measured, config.eval, (height, width), config.groups.micro_batch,
             config.prompts.max_tokens, procs,
         )  # fmt: skip
-        steppers = {POLICY: Stepper(k2.train_role(POLICY), config.optim)}
+        k2.train_role(POLICY)
+        steppers = {POLICY: Stepper(k2.role_named_parameters(POLICY), config.optim)}
         training = Training(name, config, directory, procs, k2, steppers, evaluator, saved, facts={})
         yield MethodRun(config, k2, directory, training, source, trained)

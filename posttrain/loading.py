@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from posttrain.errors import UserError, first_line
+from posttrain.errors import UserError, counted, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -281,8 +281,16 @@ def empty_model(kind: Any, folder: Path) -> Any:
 
 
 def adapter_folder(path: str | Path) -> Path:
-    """Where the LoRA lies that a path names: the directory itself, or `adapter` in that of a run of posttrain judge."""
+    """Where the LoRA lies that a path names: the directory itself, `adapter` in that of a run of posttrain judge, or
+    the directory of PEFT's file, whose settings lie beside it. Raises UserError for a judge's checkpoint."""
     path = Path(path)
+    if path.name == "adapter_model.safetensors":
+        return path.parent
+    if path.parent.name == "checkpoints" and (path / "manifest.json").is_file():
+        raise UserError(
+            f"{path}: is a checkpoint to resume from, not an adapter to load; name its run, whose adapter/ is"
+            " what it trained"
+        )
     inner = path / "adapter"
     is_run = not (path / "adapter_config.json").is_file() and (inner / "adapter_config.json").is_file()
     return inner if is_run else path
@@ -340,10 +348,10 @@ def _wrong_with(tokenizer: Any, rows: int | None) -> str:
     ids = set(tokenizer.get_vocab().values())
     last = max(ids, default=-1)
     if len(ids) < WHOLE * (last + 1):  # some vocabularies leave a few numbers out
-        return f"the tokenizer has {len(ids)} tokens, and its last one is number {last}"
+        return f"the tokenizer has {counted(len(ids), 'token')}, and its last one is number {last}"
     # Embeddings are often padded to a round number of rows.
     if rows is not None and not 0.9 * rows <= len(ids) <= rows:
-        return f"the tokenizer has {len(ids)} tokens, and its model's embedding {rows} rows"
+        return f"the tokenizer has {counted(len(ids), 'token')}, and its model's embedding {counted(rows, 'row')}"
     encoded = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
     back = tokenizer.decode(encoded, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
     if back != PROBE:

@@ -14,9 +14,10 @@ from typing import Any
 
 from posttrain import commands
 from posttrain.commands import Command
+from posttrain.config.fields import value_at
 from posttrain.distributed import launch
 from posttrain.errors import UserError
-from posttrain.loading import check_source
+from posttrain.loading import check_file, check_source
 from posttrain.model import files
 from posttrain.model.files import Base
 from posttrain.runs.guard import check_new, check_run
@@ -24,6 +25,9 @@ from prompts.records import read_prompts
 from rewards.base import RewardSpec
 from rewards.load import check_addresses, check_rewards
 from rewards.serve import missing
+
+ADAPTER = ".safetensors"
+"""How the name of an adapter's file ends; runs and checkpoints are directories."""
 
 
 def check(name: str, config: Any, resume: bool) -> None:
@@ -105,24 +109,37 @@ def _check_servers(config: Any) -> None:
 
 def _check_checkpoints(command: Command, config: Any) -> None:
     """Runs and checkpoints to go on from, draw with or export, of which none is complete."""
-    named = dict(_named_checkpoints(command, config))
+    named = []
+    for setting, path in _named_checkpoints(command, config):
+        if path.endswith(ADAPTER):
+            _check_adapter(setting, path)
+        else:
+            named.append((setting, path))
     if not named:
         return
     from posttrain.training import checkpoint  # torch comes with it
 
-    for setting, path in named.items():
+    for setting, path in named:
         try:
             checkpoint.find(path)
         except UserError as error:
             raise UserError(f"{setting}: {error}") from error
 
 
+def _check_adapter(setting: str, path: str) -> None:
+    """An adapter of any tool. What it holds is checked against the model when that is read."""
+    if not Path(path).is_file():
+        raise UserError(f"{setting}: {path}: no such file; give a LoRA file, a run or one of its checkpoints")
+    check_file(Path(path), f"{setting}: {path}")
+
+
 def _named_checkpoints(command: Command, config: Any) -> Iterator[tuple[str, str]]:
     """Setting and path of each."""
     for setting, kind in command.reads.items():
-        path = value_at(config, setting) if kind == "checkpoint" else None
-        if path and not path.endswith(".safetensors"):  # a LoRA file is not a checkpoint of a run
-            yield setting, path
+        for path in commands.paths(value_at(config, setting)) if kind == "checkpoint" else ():
+            # A whole model is not a checkpoint of a run.
+            if path and not (Path(path) / "model_index.json").is_file():
+                yield setting, path
     for source in getattr(config, "sources", []):  # of pairs: each may draw with checkpoints of its own
         for draw in source.draws():
             if draw.checkpoint not in ("policy", "base"):
@@ -147,10 +164,3 @@ def _types(config: Any) -> Iterator[tuple[str, str]]:
             yield f"{section}.dtype", dtype
     if getattr(config, "dtype", None) is not None:
         yield "dtype", config.dtype
-
-
-def value_at(config: Any, setting: str) -> Any:
-    """The value of a setting by its path; None if a section on the way is null."""
-    for part in setting.split("."):
-        config = getattr(config, part) if config is not None else None
-    return config

@@ -23,8 +23,8 @@ class SampleConfig:
     prompts: str | None = None
     """JSONL file of prompts; give this or prompt."""
     adapter: str | None = None
-    """Run directory or checkpoint whose adapter (or weights, if it trained all) is applied, or a LoRA as one
-    .safetensors file; null: the model as it is."""
+    """Run directory or checkpoint whose adapter (or weights, if it trained all) is applied, or an adapter of any tool
+    as one .safetensors file (LoRA; DoRA, LoKr, LoHa, whole differences are merged); null: the model as it is."""
     size: Size = field(default_factory=lambda: [512, 512])
     """[height, width] in pixels."""
     steps: AtLeast1 | None = None
@@ -44,6 +44,7 @@ class SampleConfig:
     @model_validator(mode="after")
     def _fits(self) -> SampleConfig:
         self.model.refuse_sequence_parallel("one process draws")
+        self.model.refuse_float8()
         if (self.prompt is None) == (self.prompts is None):
             raise refusal("prompt", "give either prompt (a text) or prompts (a JSONL file)")
         if self.model.start is not None:

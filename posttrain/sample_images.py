@@ -7,27 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
 
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.expander.model import Expander, resolve
 from posttrain.log import log
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
-from posttrain.model.lora_file import add_lora, linear_shapes, read_lora
-from posttrain.report.format import counted
 from posttrain.runs.guard import check_new
 from posttrain.sample_config import SampleConfig
-from posttrain.training import checkpoint
-from posttrain.training.policy import POLICY, add_saved_policy, apply_runtime_options, first_device, stack_earlier
+from posttrain.training.policy import add_stage, apply_runtime_options, earlier_of, first_device, is_file, load_stage
 from prompts.records import PromptRecord, read_prompts
-
-SUFFIX = ".safetensors"
-"""Of an adapter that is a LoRA file, of this project or of another."""
 
 
 def sample(config: SampleConfig) -> None:
@@ -37,21 +32,15 @@ def sample(config: SampleConfig) -> None:
     records = [PromptRecord(config.prompt)] if config.prompt is not None else read_prompts(config.prompts or "")
     if config.expand is not None:
         resolve(config.expand)  # refused before the model is read
-    if config.adapter is not None and config.adapter.endswith(SUFFIX) and not Path(config.adapter).is_file():
-        raise UserError(f"adapter: {config.adapter}: no such file; give a LoRA file, a run or one of its checkpoints")
     model = config.model
+    # Refused for what the model cannot take, before its weights are read.
+    saved = None if config.adapter is None else load_stage(config.adapter, asdict(model))
+    if saved is not None and not is_file(saved):
+        earlier_of(saved)  # each is there, and as it was
     device = PartialState().device or "cpu"
     dtype, place = getattr(torch, model.dtype), first_device(model, device)
     k2 = K2.load(model.path, model.transformer_file, dtype, place, model.transformer_format)
-    role = contextlib.nullcontext()
-    if config.adapter is not None and config.adapter.endswith(SUFFIX):
-        add_lora(k2, POLICY, read_lora(config.adapter, linear_shapes(k2.base_state_dict())), config.adapter)
-        role = k2.role(POLICY)
-    elif config.adapter is not None:
-        saved = checkpoint.load(checkpoint.find(config.adapter))
-        stack_earlier(k2, saved)
-        add_saved_policy(k2, saved)
-        role = k2.role(POLICY)
+    role = contextlib.nullcontext() if saved is None else k2.role(add_stage(k2, saved))
     apply_runtime_options(k2, model, device)
     k2.blocks.compiled = bool(model.compile)  # a few images are drawn sooner than blocks are compiled
     steps = sampler.STEPS[k2.is_distilled] if config.steps is None else config.steps
@@ -66,7 +55,7 @@ def sample(config: SampleConfig) -> None:
     cuts = list(filter(None, encoding.cut))
     if cuts:
         log.warning(f"too long: {counted(len(cuts), 'prompt')}, of which up to {counted(max(cuts), 'token')} are cut")
-    fused = [k2.fuse(features) for features in encoding.features]
+    fused = [k2.text_tokens(features) for features in encoding.features]
     null = k2.text([""]) if guidance > 0 else None
     try:
         output.mkdir(parents=True)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from prompts.parse import parse_json
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class Rows:
         if self.path.suffix.lower() not in SEPARATORS:
             raise ValueError("is not an object")
         if len(row) != len(self.columns):
-            raise ValueError(f"has {len(row)} cells, and the header {len(self.columns)}")
+            raise ValueError(f"has {counted(len(row), 'cell')}, and the header {len(self.columns)}")
         return {name: cell or None for name, cell in zip(self.columns, row)}
 
     def name(self, i: int) -> str:
@@ -177,7 +177,7 @@ class Parquet:
         return f"{self.files[file]} row {i - self._firsts[file]}"
 
     def fingerprint(self, images: Sequence[str]) -> str:
-        return self._fingerprint or _stamp(self.files)
+        return self._fingerprint or stamp(self.files)
 
 
 class HubDataset:
@@ -348,7 +348,7 @@ def _chosen(source: str, path: str, splits: Sequence[str]) -> str:
 
 def _fingerprint(table: JsonLines | Rows, images: Sequence[str]) -> str:
     """Of a table's file and of the files that its columns `images` name."""
-    digest = hashlib.sha256(_stamp([table.path]).encode())
+    digest = hashlib.sha256(stamp([table.path]).encode())
     for i in range(len(table)):
         try:
             row = table[i]
@@ -359,11 +359,11 @@ def _fingerprint(table: JsonLines | Rows, images: Sequence[str]) -> str:
             value = row.get(name)
             paths = value if isinstance(value, list) else [value]
             files += [table.folder / path for path in paths if isinstance(path, str)]
-        digest.update(_stamp([file for file in files if os.path.isfile(file)]).encode())
+        digest.update(stamp([file for file in files if os.path.isfile(file)]).encode())
     return digest.hexdigest()
 
 
-def _stamp(files: Sequence[Path]) -> str:
+def stamp(files: Sequence[Path]) -> str:
     """A hash of names, sizes and modification times: hashing the images of a large set would take hours."""
     facts = []
     for file in files:

@@ -10,6 +10,7 @@ from typing import Any, Self
 from PIL import Image
 
 from rewards.base import Reward, Scores, score_all
+from rewards.isolation import own_directory
 
 
 class ScoreQueue:
@@ -19,11 +20,15 @@ class ScoreQueue:
         self.rewards = rewards
         self.group_size = group_size
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="scores")
+        self._thread = threading.Thread(target=self._work, daemon=True, name="scores")
         self._thread.start()
         self._jobs: list[Future[Scores]] = []
         self._spans: dict[Future[Scores], list[float]] = {}
         """When each job that was not gathered yet was submitted and, if it is done, when it ended."""
+
+    def _work(self) -> None:
+        own_directory()  # an async reward runs here
+        self._loop.run_forever()
 
     def submit(
         self, images: Sequence[Image.Image], prompts: Sequence[str], columns: dict[str, Any] | None = None

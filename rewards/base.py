@@ -30,12 +30,13 @@ from PIL import Image
 from pydantic import model_validator
 
 from posttrain.config.types import Check, Filled, NonNegative, Number, Positive, Share, refusal, settings
-from posttrain.errors import UserError
-from rewards.isolation import described, untouched
+from posttrain.errors import UserError, counted
+from rewards.isolation import described, own_directory, untouched
 
 WINDOW = 256  # samples over which a reward's share of failures is taken
 ASKED = 16  # scores from which on a share of failures is worth a warning
 MOST_UNTOLD = 0.5  # share of failures that is warned of even where it may not end a run
+ONE_EACH = "return a list of one float each"
 
 log = logging.getLogger("posttrain")
 
@@ -171,13 +172,13 @@ class Reward:
             self.warned = True
             ends = f"more than {limit * WINDOW:.0f} of {WINDOW} end the run" if limit < 1 else "no share ends the run"
             log.warning(
-                f"reward {self.spec.name}: {bad} of the {len(self.failed)} scores asked for failed, and {ends}"
-                f" (max_failures): {Counter(failures).most_common(1)[0][0]}"
+                f"reward {self.spec.name}: {bad} of the {counted(len(self.failed), 'score')} asked for failed, and"
+                f" {ends} (max_failures): {Counter(failures).most_common(1)[0][0]}"
             )
         if failures and limit < 1 and (bad > limit * WINDOW or bad == len(self.failed)):
             message = Counter(failures).most_common(1)[0][0]
             raise RewardError(
-                f"reward {self.spec.name}: {bad} of the last {len(self.failed)} scores failed "
+                f"reward {self.spec.name}: {bad} of the last {counted(len(self.failed), 'score')} failed "
                 f"(max_failures {limit:g} of {WINDOW}): {message}"
             )
 
@@ -301,7 +302,7 @@ async def _call(
 
     limit = asyncio.timeout(reward.spec.timeout)
     try:
-        with untouched():
+        with untouched(reward.spec.name):
             async with limit:
                 result = call() if reward.is_async else await _in_thread(reward, call)
                 if inspect.isawaitable(result):  # of a partial or a decorator around an async function too
@@ -330,6 +331,7 @@ async def _in_thread(reward: Reward, call: Callable[[], Any]) -> Any:
 
     def work() -> None:
         result, error = None, None
+        own_directory()
         try:
             with reward.lock:
                 result = call()
@@ -347,7 +349,7 @@ def checked(name: str, result: Any, count: int) -> list[Score]:
     scores = _as_list(name, result, count)
     if len(scores) != count:
         raise RewardError(
-            f"reward {name}: returned {len(scores)} scores for {count} images: return a list of one float each"
+            f"reward {name}: returned {counted(len(scores), 'score')} for {counted(count, 'image')}: {ONE_EACH}"
         )
     for i, score in enumerate(scores):
         if getattr(score, "shape", None) == () and hasattr(score, "item"):  # a number of NumPy or a tensor's
@@ -368,10 +370,12 @@ def _as_list(name: str, result: Any, count: int) -> list[Any]:
     # Arrays and tensors of any library have both; importing torch here would slow down every command.
     if not hasattr(result, "tolist") or not hasattr(result, "shape"):
         got = type(result).__name__
-        raise RewardError(f"reward {name}: returned a {got} for {count} images: return a list of one float each")
+        raise RewardError(f"reward {name}: returned a {got} for {counted(count, 'image')}: {ONE_EACH}")
     if len(result.shape) != 1:
         got = f"a {type(result).__name__} of shape {tuple(result.shape)}"
-        raise RewardError(f"reward {name}: returned {got} for {count} images: return one of shape ({count},)")
+        raise RewardError(
+            f"reward {name}: returned {got} for {counted(count, 'image')}: return one of shape ({count},)"
+        )
     # An array cannot hold None, so NaN is how it says that a score is missing; in a list it is a bug.
     return [None if isinstance(score, float) and math.isnan(score) else score for score in result.tolist()]
 

@@ -10,9 +10,9 @@ from time import time
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from openai import APIConnectionError, APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
+from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from rewards.traffic import BACKOFF, JITTER, Sent, ServerState, state_of
 
 T = TypeVar("T")
@@ -47,6 +47,16 @@ class Endpoint:
     in_flight: int = 0
     failures: int = 0  # in a row
     probe: asyncio.Task[None] | None = None  # set while the endpoint is dropped
+
+    async def silence(self) -> str:
+        """Why it takes no connection now; empty if it does, since even a refusal is an answer."""
+        try:
+            await self.client.models.list(timeout=CONNECT_SECONDS)
+        except APIConnectionError as error:
+            return f"{self.url}: {_reason(error)}"
+        except (APIError, ValueError):  # what it says to a question is another matter
+            pass
+        return ""
 
 
 class Endpoints:
@@ -122,7 +132,7 @@ class Endpoints:
                     wait = max(wait, JITTER.uniform(0, ceiling))
                 refusals += 1
             if refusals > self.retries:
-                raise JudgeError(f"{len(errors)} attempts failed: {errors[-1]}")
+                raise JudgeError(f"{counted(len(errors), 'attempt')} failed: {errors[-1]}")
             if loop.time() + wait > until:
                 raise JudgeError(f"no answer within {self.deadline:g} s: {errors[-1]}")
             await asyncio.sleep(wait)

@@ -3,6 +3,8 @@ described in one line.
 """
 
 import contextlib
+import ctypes
+import logging
 import os
 import random
 import sys
@@ -15,6 +17,9 @@ from typing import Any
 
 import numpy as np
 
+CLONE_FS = 0x200
+"""Of unshare(2): the working directory, the root and the umask."""
+log = logging.getLogger("posttrain")
 OURS = tuple(str(Path(__file__).with_name(name)) for name in ("base.py", "load.py", "isolation.py"))
 
 
@@ -55,15 +60,37 @@ class _KeptByThread(threading.local):
         self.kept = _Kept(_read_thread)
 
 
+def own_directory() -> None:
+    """Gives this thread a working directory and a umask of its own, which it may change while others write files.
+
+    Only Linux can, and some containers forbid it: then they are put back, as all else, after the call.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).unshare(CLONE_FS)
+
+
 @contextlib.contextmanager
-def untouched() -> Iterator[None]:
+def untouched(reward: str = "") -> Iterator[None]:
     """Puts back at its end what a user's code may have set for all: the working directory, the seeds of `random`,
     NumPy and torch, and torch's grad mode, default type, default device, determinism and number of threads.
 
-    Rewards draw from random numbers of their own, which go on from call to call.
+    Rewards draw from random numbers of their own, which go on from call to call. Warns, once, of a `reward` that set
+    torch's default type, since other threads may have computed with it meanwhile.
     """
     with _process, _thread.kept:
+        before = _default_type()
         yield
+        if reward and reward not in _warned and _default_type() != before:
+            _warned.add(reward)
+            log.warning(
+                f"reward {reward}: during a call torch's default type became {_default_type()}, and images that are"
+                " drawn at the same time may come out otherwise; give its own tensors their type instead"
+            )
+
+
+def _default_type() -> Any:
+    torch = sys.modules.get("torch")
+    return None if torch is None else torch.get_default_dtype()
 
 
 def _read_process() -> Callable[[], None]:
@@ -112,6 +139,8 @@ def _read_thread() -> Callable[[], None]:
     return put_back
 
 
+_warned: set[str] = set()
+"""Rewards that a warning has named."""
 _random_states: dict[Any, Any] = {}
 """Of the rewards, by the function that reads them."""
 _process, _thread = _Kept(_read_process), _KeptByThread()

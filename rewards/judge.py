@@ -23,7 +23,7 @@ from urllib.parse import quote
 from openai import APIResponseValidationError, AsyncOpenAI, RequestOptions
 from PIL import Image
 
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from prompts.parse import parse_json
 from prompts.templates import Template, spelled
 from rewards.encode import EncodedImage, encode, encode_async
@@ -64,6 +64,17 @@ class Judge:
         refuse_keys(urls, f"judge {self.model}: base_urls")
         if self.concurrency < 1:
             raise UserError(f"judge {self.model}: concurrency: {self.concurrency}: use 1 or more")
+
+    async def silent(self) -> list[str]:
+        """URL and reason of each server that takes no connection now, except a recipe's own, which start later.
+
+        Raises UserError for a key or a proxy that no request can be made with.
+        """
+        self._connect()
+        # The address of a recipe's own server is known when it has started.
+        others = [endpoint for endpoint in self._endpoints.endpoints if not isinstance(endpoint.url, ServerURL)]
+        reasons = await asyncio.gather(*(endpoint.silence() for endpoint in others))
+        return [self._without_key(reason) for reason in reasons if reason]
 
     async def p_yes(self, image: Image.Image | EncodedImage | None, template: Template, **fields: str) -> float:
         """P(yes) / (P(yes) + P(no)) at the first answer token; None asks about text alone."""
@@ -145,7 +156,7 @@ class Judge:
         try:
             choice = response["choices"][0]
             if choice["finish_reason"] == "length":  # cut JSON would be malformed, for a reason that it does not tell
-                raise JudgeError(f"the answer is longer than {self.max_text_tokens} tokens")
+                raise JudgeError(f"the answer is longer than {counted(self.max_text_tokens, 'token')}")
             content = choice["message"]["content"]
             answer = parse_json(content)
         except (KeyError, IndexError, TypeError, ValueError):

@@ -50,6 +50,9 @@ class LocalJudge(Judge):
         self._waiting: list[tuple[EncodedImage, str, dict[str, Any], asyncio.Future[Any]]] = []
         self._draining: asyncio.Task[None] | None = None
 
+    async def silent(self) -> list[str]:
+        return []
+
     async def _chat(self, text: str, encoded: EncodedImage | None, **options: Any) -> Any:
         if encoded is None:
             raise JudgeError("a judge in this process is asked about images only; give the prompt its requirements")

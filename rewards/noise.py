@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from posttrain.errors import counted
 from rewards.base import Noise, Reward
 from rewards.endpoints import JudgeError
 from rewards.image import JudgeReward
@@ -67,7 +68,7 @@ async def repeatability(
             spread = await function.judge.repeatability(images, template, TIMES, **fields)
             measured = (
                 f"{TIMES} scores of one image differ by at most {spread:.2g} in P(yes), which goes from 0 to 1"
-                f" ({len(images)} images, half the times alone, half in batches)"
+                f" ({counted(len(images), 'image')}, half the times alone, half in batches)"
             )
             remedy = TOO_MUCH if spread > LIMIT else ""
         except JudgeError as error:

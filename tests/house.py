@@ -47,6 +47,7 @@ GOALS = {
     "largest folder, modules": "<= 20",
     "largest folder of tests, modules": "",
     "calls from command to loss, grpo": "<= 6",
+    "calls from command to loss, sft": "<= 6",
     "calls from command to loss, stpo": "<= 6",
     "calls from command to loss, tdm": "<= 6",
     "calls from command to loss, gdpo": "<= 6, TRL's aside",
@@ -171,7 +172,7 @@ def measure(root: Path, trace: bool) -> dict[str, str]:
         "definitions with a docstring": f"{100 * total.documented / total.definitions:.0f} %",
         "modules named almost alike": ", ".join(similar) or "none",
     }
-    for method in (*METHODS, "gdpo") if trace else ():
+    for method in LOSSES if trace else ():
         found[f"calls from command to loss, {method}"] = calls_to_loss(root, method)
     return found
 
@@ -185,12 +186,22 @@ def _to_touch(shared: Sequence[Path]) -> str:
 
 # ---- calls ------------------------------------------------------------------------------------------------
 
-LOSSES = {"grpo": "clipped_policy", "stpo": "preference_terms", "tdm": "fake_loss", "gdpo": "compute_loss"}
+LOSSES = {
+    "grpo": "clipped_policy",
+    "sft": "flow_loss",
+    "stpo": "preference_terms",
+    "tdm": "fake_loss",
+    "gdpo": "compute_loss",
+}
 """The function that computes a method's loss; for gdpo that of TRL's trainer, which calls none of ours."""
 RUNS = {
     "grpo": ["--config", "recipes/nano/demo.yaml", "--sampling.steps", "3", "--sampling.window", "1",
              "--groups.prompts_per_step", "1", "--groups.group_size", "2", "--groups.micro_batch", "2",
              "--eval.prompts", "1", "--eval.groups", "0", "--eval.steps", "1"],
+    "sft": ["--config", "recipes/nano/sft.yaml", "--images.train", "{images}", "--images.cache", "{images}-cache",
+            "--images.columns.captions", "{{caption: 1}}", "--images.heldout", "0.5", "--heldout", "null",
+            "--rewards", "[]", "--batch", "2", "--micro_batch", "2", "--eval.prompts", "1", "--eval.groups", "0",
+            "--eval.steps", "1"],
     "tdm": ["--config", "recipes/nano/tdm.yaml", "--student.steps", "[2]", "--batch", "2", "--micro_batch", "2",
             "--eval.prompts", "1", "--eval.groups", "0", "--fake.warmup", "1"],
     "stpo": ["--config", "recipes/nano/stpo_synthetic.yaml", "--pairs.train", "{pairs}", "--batch", "2",
@@ -234,9 +245,11 @@ def calls_to_loss(root: Path, method: str) -> str:
     """Runs the command in that tree until its loss is computed for the first time."""
     command = ["expander", "gdpo"] if method == "gdpo" else [method]
     with tempfile.TemporaryDirectory() as folder:
-        options = [word.format(pairs=f"{folder}/pairs.jsonl") for word in RUNS[method]]
+        options = [word.format(pairs=f"{folder}/pairs.jsonl", images=f"{folder}/images") for word in RUNS[method]]
         if method == "stpo":
             _write_pairs(Path(folder))
+        if method == "sft":
+            _write_images(Path(folder) / "images")
         options += ["--output", f"{folder}/run"]
         done = subprocess.run(
             [sys.executable, "-c", TRACER, LOSSES[method], *command, *options],
@@ -263,6 +276,14 @@ def _write_pairs(folder: Path) -> None:
         rows.append({"prompt": f"a red square {i}", "chosen": f"chosen{i}.png", "rejected": f"rejected{i}.png"})
     lines = [json.dumps(row) for row in rows]
     (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def _write_images(folder: Path) -> None:
+    """A few plain images with captions beside them."""
+    folder.mkdir()
+    for i in range(8):
+        Image.new("RGB", (64, 64), (30 * i, 60, 90)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a red square {i}")
 
 
 # ---- the command ------------------------------------------------------------------------------------------

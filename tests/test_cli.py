@@ -171,7 +171,7 @@ def test_unknown_command():
     assert start().returncode == 2
 
 
-@pytest.mark.parametrize("command", ["grpo", "stpo", "tdm", "preflight", "serve", "sample", "export", "report"])
+@pytest.mark.parametrize("command", ["grpo", "sft", "stpo", "tdm", "preflight", "serve", "sample", "export", "report"])
 def test_help_is_quick_and_tells_defaults(command):
     began = time.perf_counter()
     result = start(command, "--help")

@@ -175,7 +175,10 @@ def test_export(command, grpo, tmp_path, model):
     assert grpo("--steps", 1).returncode == 0
     fails(export(model), f"output: {model} exists; choose another name")
     fails(export(tmp_path / "a.bin", "--format", "lora"), "command line: output: ", "end it in .safetensors")
-    fails(export(tmp_path / "recipe.yaml/out"), f"output: {tmp_path}/recipe.yaml cannot be written")
+    fails(
+        export(tmp_path / "recipe.yaml/out"),
+        f"output: {tmp_path}/recipe.yaml/out: {tmp_path}/recipe.yaml takes no file",
+    )
     for options in ([], ["--format", "original"]):
         full = export(tmp_path / "out.safetensors", *options, limit=200_000)
         fails(full, tmp_path / "out.safetensors", "no space left; free some or choose another disk")
@@ -200,7 +203,9 @@ def test_sample(command, tmp_path, model):
     fails(sample(tmp_path / "b", *prompt, "--adapter", tmp_path), tmp_path, "holds no whole checkpoint")
     fails(sample(tmp_path / "b"), "command line: prompt: give either prompt (a text) or prompts")
     fails(sample(tmp_path / "b", *prompt, "--size", "[40, 32]"), "size: 40 pixels is not a multiple of 16; use 32")
-    fails(sample(tmp_path / "a/000.png/b", *prompt), "output: ", "cannot be made", "choose another name")
+    fails(
+        sample(tmp_path / "a/000.png/b", *prompt), "output: ", "takes no file (Not a directory)", "choose another place"
+    )
     assert not (tmp_path / "b").exists()
     result = sample(tmp_path / "b", "--prompt", "🦊" * 150)
     assert result.returncode == 0

@@ -110,6 +110,8 @@ def before(line: str) -> None:
             best.symlink_to(newest.name)
     if "runs/best-of" in line and not Path("runs/best-of").exists():  # its page makes it, in another test
         shutil.copytree("runs/mine", "runs/best-of", symlinks=True)
+    if "theirs.safetensors" in line and not Path("theirs.safetensors").exists():
+        Path("theirs.safetensors").symlink_to("out/lora.safetensors")
     if "lora.safetensors --turbo out/turbo" in line:
         Path("lora.safetensors").symlink_to("out/lora.safetensors")
         assert cli.main(["export", "--source", "runs/nano-tdm", "--output", "out/turbo"]) == 0
@@ -166,6 +168,15 @@ def test_the_snippet_for_a_turbo_draws(workspace, monkeypatch):
     (text,) = blocks(runs.ROOT / "docs/exports.md", "python")
     scope: dict = {}
     exec(text.replace("guidance_scale=0", "guidance_scale=0, height=64, width=64"), scope)
+    assert scope["image"].size == (64, 64)
+
+
+def test_the_snippet_for_an_extracted_lora_draws(workspace, monkeypatch):
+    """docs/merge.md, whose command above it has made the file."""
+    monkeypatch.chdir(workspace)
+    (text,) = blocks(runs.ROOT / "docs/merge.md", "python")
+    scope: dict = {}
+    exec(text, scope)
     assert scope["image"].size == (64, 64)
 
 

@@ -29,6 +29,7 @@ def recipes(raw, tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipes")
     configs = {
         "grpo": runs.config(folder, raw), "stpo": runs.stpo_config(folder, raw),
+        "sft": runs.sft_config(folder, raw),
         "tdm": runs.tdm_config(folder, raw), "pairs": pair_runs.recipe(folder, raw),
     }  # fmt: skip
     made = {name: json.loads(json.dumps(dataclasses.asdict(config))) for name, config in configs.items()}
@@ -79,7 +80,7 @@ def refused(recipes, tmp_path, capsys, monkeypatch):
     return run
 
 
-K2 = ["grpo", "stpo", "tdm", "pairs"]
+K2 = ["grpo", "sft", "stpo", "tdm", "pairs"]
 
 
 @pytest.mark.parametrize("command", [*K2, "judge", "expander sft", "expander gdpo"])
@@ -98,6 +99,7 @@ def test_an_output_that_exists(refused, tmp_path, command):
 @pytest.mark.parametrize(
     ("command", "field"),
     [("grpo", "prompts__train"), ("tdm", "prompts__heldout"), ("stpo", "heldout"), ("stpo", "pairs__train"),
+     ("sft", "images__train"),
      ("pairs", "prompts"), ("expander gdpo", "prompts__train"), ("judge", "data"), ("expander sft", "data")],
 )  # fmt: skip
 def test_a_file_that_is_not_there(refused, tmp_path, command, field):

@@ -1,6 +1,8 @@
 """Plain words: phrases that no page, message, comment or recipe of this project should use."""
 
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,41 @@ def test_a_word_is_not_used(pattern):
             if re.search(pattern, line, re.IGNORECASE):
                 found.append(f"{file.relative_to(ROOT)}:{number}: {line.strip()}")
     assert not found, f"say: {BANNED[pattern]}\n" + "\n".join(found)
+
+
+PLURALS = re.compile(
+    r" (?:[a-z-]+ )?(images|prompts|pairs|rows|tokens|steps|scores|groups|records|captions|candidates|expansions|"
+    r"tensors|keys|layers|checks|attempts|processes|stages|runs|points|answers|samples|entries|cells)\b"
+)
+NEVER_ONE = (
+    "procs.size", "processes", "count", "launched", "ranks", "per_process", "expansions", "len(runs)", "row",
+    "config.max_length",
+)  # fmt: skip
+"""What stands before such a word and is never 1: processes that do not divide something, and the like."""
+
+
+def messages(tree: ast.Module) -> Iterator[ast.JoinedStr]:
+    """The f-strings of a module that a user may read: not those of errors in our own calls."""
+    ours: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            if getattr(node.exc.func, "id", "") in ("ValueError", "RuntimeError"):
+                ours |= set(ast.walk(node))
+        elif isinstance(node, ast.JoinedStr) and node not in ours:
+            yield node
+
+
+def test_what_is_counted_may_be_one():
+    """`counted` says 1 image and 2 images."""
+    found = []
+    for file in texts():
+        if file.suffix != ".py" or "nano" in file.parts or file.parent.name == "prompts":
+            continue
+        for message in messages(ast.parse(file.read_text(encoding="utf-8"))):
+            for value, text in zip(message.values, message.values[1:]):
+                if not isinstance(value, ast.FormattedValue) or not isinstance(text, ast.Constant):
+                    continue
+                said = ast.unparse(value.value)
+                if PLURALS.match(str(text.value)) and not said.isupper() and not said.endswith(NEVER_ONE):
+                    found.append(f"{file.relative_to(ROOT)}:{message.lineno}: {said}{text.value}")
+    assert not found, "use posttrain.errors.counted:\n" + "\n".join(found)

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from posttrain.annotate.answers import Choice
+from posttrain.errors import counted
 from posttrain.runs.progress import percent
 
 MIN_PER_THIRD = 5  # pairs; a share of fewer is mostly chance
@@ -151,12 +152,13 @@ def _person(name: str, made: Sequence[Choice], of_images: bool) -> dict[str, Any
 def mark_lines(figures: Mapping[str, Any]) -> list[str]:
     """The report of marks as text."""
     lines = [
-        f"{figures['answered']} of {figures['images']} images marked: {figures['faulty']} faulty,"
+        f"{figures['answered']} of {counted(figures['images'], 'image')} marked: {figures['faulty']} faulty,"
         f" {figures['undecided']} undecided"
     ]
     for p in figures["people"]:
+        answers, skips = counted(p["answers"], "answer"), counted(p["skips"], "skip")
         lines.append(
-            f"  {p['name']}: {p['answers']} answers ({p['unsure']} unsure, {p['skips']} skips), median"
+            f"  {p['name']}: {answers} ({p['unsure']} unsure, {skips}), median"
             f" {p['median_seconds']:.1f} s, faulty in {percent(p['faulty'])}; with self {_text(p['repeats'])}"
         )
     return lines + _lines_between(figures)
@@ -164,10 +166,12 @@ def mark_lines(figures: Mapping[str, Any]) -> list[str]:
 
 def report_lines(figures: Mapping[str, Any]) -> list[str]:
     """The report as text."""
-    lines = [f"{figures['answered']} of {figures['pairs']} pairs answered, {figures['undecided']} of them undecided"]
+    answered = f"{figures['answered']} of {counted(figures['pairs'], 'pair')} answered"
+    lines = [f"{answered}, {figures['undecided']} of them undecided"]
     for p in figures["people"]:
+        answers, skips = counted(p["answers"], "answer"), counted(p["skips"], "skip")
         lines.append(
-            f"  {p['name']}: {p['answers']} answers ({p['ties']} ties, {p['skips']} skips), median"
+            f"  {p['name']}: {answers} ({counted(p['ties'], 'tie')}, {skips}), median"
             f" {p['median_seconds']:.1f} s, left in {percent(p['left'])}; with self {_text(p['repeats'])};"
             f" with judges {_text(p['judges'])}"
         )

@@ -11,7 +11,7 @@ import fastapi
 import gradio as gr
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.datastructures import URL, Headers, MutableHeaders
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 from posttrain.annotate.answers import person
 from posttrain.errors import UserError
@@ -84,17 +84,24 @@ def page(desk: Desk, password: str | None, hosts: set[str], root_path: str = "")
         enable_monitoring=False,
         pwa=False,
     )
-    return Guard(app, hosts if password is None else None)
+    return Guard(app, hosts if password is None else None, root_path)
 
 
 class Guard:
-    """Sets POLICY on every response; without a password it also refuses requests from other sites' pages."""
+    """Sets POLICY on every response; without a password it also refuses requests from other sites' pages. Takes the
+    path that a proxy shows the page under away, where the proxy has not."""
 
-    def __init__(self, app: Any, hosts: set[str] | None):
+    def __init__(self, app: Any, hosts: set[str] | None, root_path: str = ""):
         """`hosts`: the names of this server, so that no other name can be pointed at it; None: any name."""
-        self._app, self._hosts = app, hosts
+        self._app, self._hosts, self._root = app, hosts, root_path
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Send) -> None:
+        if self._root and scope.get("path") == self._root:  # addresses of images are relative to the slash at its end
+            await RedirectResponse(f"{self._root}/")(scope, receive, send)
+            return
+        if self._root and scope.get("path", "").startswith(f"{self._root}/"):
+            path = scope["path"].removeprefix(self._root)
+            scope = {**scope, "path": path, "raw_path": scope["raw_path"].removeprefix(self._root.encode())}
         if scope["type"] == "http" and self._hosts is not None:
             headers = Headers(scope=scope)
             host, origin = headers.get("host", ""), headers.get("origin")
@@ -104,10 +111,20 @@ class Guard:
 
         async def send_with_policy(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["Content-Security-Policy"] = POLICY
+                headers = MutableHeaders(scope=message)
+                headers["Content-Security-Policy"] = POLICY
+                if "location" in headers:
+                    headers["location"] = self._here(headers["location"])
             await send(message)
 
         await self._app(scope, receive, send_with_policy)
+
+    def _here(self, location: str) -> str:
+        """An address of this server without scheme and host, which a proxy need not pass on as the browser knows them;
+        that of the page with a slash at its end."""
+        url = URL(location)
+        path = f"{self._root}/" if url.path in ("", self._root) else url.path
+        return path + (f"?{url.query}" if url.query else "")
 
 
 def _answer(function: Callable[[dict], dict]) -> Callable[[dict], dict]:

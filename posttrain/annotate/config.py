@@ -29,7 +29,7 @@ class AnnotateConfig:
     port: Port = 7860
     """Port to listen at; 0: any free one."""
     root_path: str = ""
-    """Path under which a proxy that takes it away shows the page, such as /annotate; "": none."""
+    """Path under which a proxy shows the page, such as /annotate, whether it takes that away or not; "": none."""
     password_env: str | None = None
     """Name of the environment variable with the password that everyone who chooses logs in with, under a name of
     their own; 8 characters or more. null: none."""

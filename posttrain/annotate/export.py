@@ -17,10 +17,9 @@ from typing import Any
 from posttrain.annotate import agreement, marked_images
 from posttrain.annotate.answers import read
 from posttrain.annotate.config import AnnotationsConfig
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.log import log
 from posttrain.preferences.dataset import Preference, PreferenceWriter, Skipped, read_preferences
-from posttrain.report.format import counted
 from posttrain.runs.progress import reading
 
 
@@ -82,7 +81,7 @@ class Pairs:
             elif pair.id not in self._rows:
                 self._rows[pair.id], self.prompts[pair.id], self.margins[pair.id] = i, pair.prompt, pair.margin
         if tally.bad or tally.ties:
-            told = f"{len(tally.bad)} bad rows and {tally.ties} ties are left out"
+            told = f"left out are {counted(len(tally.bad), 'bad row')} and {counted(tally.ties, 'tie')}"
             reasons = f": {tally.first()}" if tally.bad else ""
             log.warning(f"{path}: {told}{reasons}")
 
@@ -100,6 +99,6 @@ class Pairs:
         """Raise UserError if the store knows pairs that this set does not have."""
         if missing := sorted(ids - self._rows.keys()):
             raise UserError(
-                f"{store}: {len(missing)} of the {len(ids)} pairs in it are not in {self.path} (such as {missing[0]});"
-                " give the pairs that it was started with"
+                f"{store}: {len(missing)} of the {counted(len(ids), 'pair')} in it cannot be found in {self.path}"
+                f" (such as {missing[0]}); give the pairs that it was started with"
             )

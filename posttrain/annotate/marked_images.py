@@ -16,10 +16,9 @@ from PIL import Image
 
 from posttrain.annotate import agreement
 from posttrain.annotate.answers import Annotations
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.image_reader import SUFFIXES, read_image
 from posttrain.judge.records import MARKS
-from posttrain.report.format import counted
 from posttrain.runs.files import replace_text, replacing_directory
 from posttrain.runs.progress import reading
 from prompts.parse import parse_json
@@ -67,8 +66,8 @@ class Images:
         """Raise UserError if the store knows images that are not here."""
         if missing := sorted(names - self._files.keys()):
             raise UserError(
-                f"{store}: {len(missing)} of the {len(names)} images in it are not in {self.path} (such as"
-                f" {missing[0]}); give the images that it was started with"
+                f"{store}: {len(missing)} of the {counted(len(names), 'image')} in it cannot be found in {self.path}"
+                f" (such as {missing[0]}); give the images that it was started with"
             )
 
 

@@ -30,9 +30,8 @@ from posttrain.annotate.answers import ANSWERS, Mode, Schedule, Showing, Side, S
 from posttrain.annotate.config import AnnotateConfig, is_loopback
 from posttrain.annotate.export import Pairs
 from posttrain.annotate.marked_images import Images
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.log import log
-from posttrain.report.format import counted
 from posttrain.runs.stop import until_terminated
 
 MIN_CHARACTERS = 8  # of a password

@@ -3,11 +3,11 @@
     python -m posttrain.bench.checkpoint --rank 64 --output /disk
     accelerate launch --config_file recipes/launch/fsdp2.yaml -m posttrain.bench.checkpoint --rank 0 --output /disk
 
-Prints one line of JSON. An update is forward and backward of a batch, the sum over processes, and AdamW. `pause_s` is
-the time that training waits for a checkpoint, `total_s` the time until it is on disk, `beside_s` the slowest update
-meanwhile. `reserved` has the same times for reserving memory before the first checkpoint. The checkpoints are removed
-afterwards. Without --output nothing is written, and only `pause_s` is meaningful. All weights of K2 take 154 GB of
-memory and twice that of disk.
+Prints one line of JSON. An update (`update_s`) is forward and backward of a batch, the sum over processes, and AdamW
+or Muon; of all weights its products may be in 8 bits. `pause_s` is the time that training waits for a checkpoint,
+`total_s` the time until it is on disk, `beside_s` the slowest update meanwhile. `reserved` has the same times for
+reserving memory before the first checkpoint. The checkpoints are removed afterwards. Without --output nothing is
+written, and only `pause_s` is meaningful. All weights of K2 take 154 GB of memory and twice that of disk.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=("tiny", "k2"), default="k2")
     parser.add_argument("--rank", type=int, default=64, help="of the adapter; 0: all weights")
+    parser.add_argument("--kind", choices=("adamw", "muon"), default="adamw", help="of the optimiser; muon: --rank 0")
+    parser.add_argument("--float8", choices=("tensorwise", "rowwise"), help="model.float8, with --rank 0")
     parser.add_argument("--batch", type=int, default=8, help="images of a process in an update")
     parser.add_argument("--pixels", type=int, default=512, help="side of an image")
     parser.add_argument("--updates", type=int, default=5)
@@ -46,10 +48,12 @@ def main() -> None:
     args = arguments()
     procs = Processes(shardable=True)
     cuda = procs.device.type == "cuda"
-    k2 = K2.random(procs.device, torch.bfloat16 if cuda else torch.float32, args.scale, text=False)
+    k2 = K2.random(procs.device, torch.bfloat16 if cuda or args.float8 else torch.float32, args.scale, text=False)
+    k2.blocks.float8 = args.float8
     with parallelize.sharding(k2, procs):
         add_policy(k2, LoraConfig(args.rank, float(args.rank)) if args.rank else None, 0, reference=False)
-    stepper = Stepper(k2.train_role(POLICY), OptimConfig(lr=1e-6))
+    k2.train_role(POLICY)
+    stepper = Stepper(k2.role_named_parameters(POLICY), OptimConfig(lr=1e-6, kind=args.kind))
     text, size = Text(k2.fuse(k2.random_features(105))[None]), (args.pixels, args.pixels)
     x = sampler.noise(range(args.batch), (k2.image_tokens(*size), k2.latent_channels)).to(procs.device)
 

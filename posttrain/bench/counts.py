@@ -1,9 +1,9 @@
 """Operations of a recipe's training steps and evaluations, by the formulas of model/flops.py; those of
 recomputed blocks are included.
 
-Counted are those of the GPU that has the most: grpo's groups are divided whole, pairs and images one by one. Text is as
-long as in the measurement. A step that differs from the others (stpo's shares of terms, tdm's warm-up) counts with
-its share of the steps.
+Counted are those of the GPU that has the most: grpo's and nft's groups are divided whole, pairs and images one by one.
+Text is as long as in the measurement. A step that differs from the others (stpo's shares of terms, tdm's warm-up)
+counts with its share of the steps.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from statistics import fmean
 from posttrain.errors import UserError
 from posttrain.grpo.config import GRPOConfig
 from posttrain.model import flops
+from posttrain.mopd.config import ANCHOR, MOPDConfig
+from posttrain.nft.config import NFTConfig
+from posttrain.sft.config import SFTConfig
 from posttrain.stpo.config import STPOConfig
 from posttrain.tdm.config import TDMConfig
 
-Recipe = GRPOConfig | STPOConfig | TDMConfig
+Recipe = GRPOConfig | NFTConfig | MOPDConfig | SFTConfig | STPOConfig | TDMConfig
 Size = Sequence[int]
 
 
@@ -68,7 +71,13 @@ def step(recipe: Recipe, cost: Cost, gpus: int, size: Size) -> Work:
     """One training step with images of this size; a mean over all steps."""
     if isinstance(recipe, GRPOConfig):
         return _grpo(recipe, cost, gpus, size)
+    if isinstance(recipe, NFTConfig):
+        return _nft(recipe, cost, gpus, size)
+    if isinstance(recipe, MOPDConfig):
+        return _mopd(recipe, cost, gpus, size)
     own = math.ceil(recipe.batch / gpus)
+    if isinstance(recipe, SFTConfig):
+        return Work(own * cost.train(size))
     if isinstance(recipe, STPOConfig):
         return Work(own * _stpo(recipe, cost, own, gpus, size))
     return Work(own * _tdm(recipe, cost, size))
@@ -88,6 +97,30 @@ def _grpo(recipe: GRPOConfig, cost: Cost, gpus: int, size: Size) -> Work:
     trained = (together + groups.group_size * apart) * recipe.optim.passes * (cost.train(size) + reference)
     own = math.ceil(groups.prompts_per_step / gpus)
     return Work(own * (drawn + trained), own * groups.group_size)
+
+
+def _nft(recipe: NFTConfig, cost: Cost, gpus: int, size: Size) -> Work:
+    """Each image is drawn on its own and trained at each of its noise levels."""
+    groups, loss = recipe.groups, recipe.loss
+    level = cost.train(size) + (cost.reference(size) if loss.kl > 0 else 0.0)
+    level += cost.forward(size) if recipe.old.max > 0 else 0.0  # of the old policy, which lags for most of a run
+    images = math.ceil(groups.prompts_per_step / gpus) * groups.group_size
+    return Work(images * (recipe.sampling.steps * cost.forward(size) + loss.times * level), images)
+
+
+def _mopd(recipe: MOPDConfig, cost: Cost, gpus: int, size: Size) -> Work:
+    """The student's forward at a compared state is the one that has the gradient; behind the last state there is none.
+    A teacher's adapter counts as the student's. Whether there are prompts of the anchor is not known: they count."""
+    steps, states = recipe.sampling.steps, recipe.sampling.states
+    walked = states * (steps + 1) / (states + 1)  # expected: the last of some of the steps, drawn without replacement
+    flop = 0.0
+    for name in (*recipe.teachers, ANCHOR):
+        guided = name != ANCHOR and recipe.teachers[name].guidance > 0
+        teacher = cost.reference(size) if name == ANCHOR else (2 if guided else 1) * cost.forward(size)
+        reference = cost.reference(size) if recipe.loss.reference > 0 and name != ANCHOR else 0.0
+        image = (walked - states) * cost.forward(size) + states * (cost.train(size) + teacher + reference)
+        flop += math.ceil(recipe.images_of(name) / gpus) * image
+    return Work(flop)
 
 
 def _stpo(recipe: STPOConfig, cost: Cost, own: int, gpus: int, size: Size) -> float:
@@ -126,10 +159,10 @@ def walked(recipe: TDMConfig, points: int) -> float:
 def evaluation(recipe: Recipe, cost: Cost, gpus: int) -> Work:
     """One evaluation."""
     e, size = recipe.eval, sizes(recipe)[0]
-    images, forwards = _images(recipe, gpus), [e.steps * (2 if scale else 1) for scale in e.guidance]
-    if isinstance(recipe, TDMConfig):
-        forwards = list(recipe.student.steps)
+    images, forwards = _images(recipe, gpus), [steps * (2 if scale else 1) for steps, scale in recipe.eval_draws()]
     flop = images * sum(forwards) * cost.forward(size)
+    if isinstance(recipe, SFTConfig):  # the policy on held-out images
+        flop += math.ceil(recipe.images.measured / gpus) * cost.forward(size)
     if isinstance(recipe, STPOConfig):  # both images of held-out pairs, by the policy and the reference
         flop += math.ceil(recipe.pairs.measured / gpus) * 2 * (cost.forward(size) + cost.reference(size))
     if isinstance(recipe, TDMConfig):  # the fake score's loss on held-out prompts
@@ -138,7 +171,11 @@ def evaluation(recipe: Recipe, cost: Cost, gpus: int) -> Work:
 
 
 def teacher_images(recipe: Recipe, cost: Cost, gpus: int) -> Work:
-    """What tdm draws once, before its first step; nothing in other methods."""
+    """What tdm and mopd draw once, before their first step; nothing in other methods."""
+    if isinstance(recipe, MOPDConfig):  # the base and each teacher
+        images, scales = _images(recipe, gpus), [0.0, *(teacher.guidance for teacher in recipe.teachers.values())]
+        forwards = recipe.eval.steps * sum(2 if scale else 1 for scale in scales)
+        return Work(images * forwards * cost.forward(sizes(recipe)[0]), images * len(scales))
     if not isinstance(recipe, TDMConfig):
         return Work(0.0)
     images = _images(recipe, gpus)

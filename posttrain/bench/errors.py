@@ -15,7 +15,7 @@ from posttrain.training.stepper import Stepper
 
 UPDATES = 5
 FACTORS = 16
-"""LoRA factors of the first block; they are enough to see the error of 8-bit moments."""
+"""LoRA factors of the first block, enough to see the error of 8-bit moments; of all weights so many tensors."""
 
 
 def observed(steps: Steps) -> dict[str, Tensor]:
@@ -32,7 +32,8 @@ def observed(steps: Steps) -> dict[str, Tensor]:
         # any scalar of the velocity has a gradient through all layers
         with k2.role(POLICY):
             k2.velocity(x, 0.5, text, *steps.size).square().mean().backward()
-        gradients = [p.grad.flatten() for p in parameters if p.grad is not None]
+        few = parameters if steps.config.rank is not None else parameters[:FACTORS]  # all of K2's are 51 GB
+        gradients = [p.grad.flatten() for p in few if p.grad is not None]
         outputs["gradient"] = torch.cat(gradients)
         for parameter in parameters:
             parameter.requires_grad_(False).grad = None
@@ -58,7 +59,8 @@ def set_adapter(steps: Steps, values: list[Tensor]) -> None:
 
 
 def _parameters(steps: Steps) -> list[nn.Parameter]:
-    return [] if steps.role is None else steps.k2.role_parameters(POLICY)
+    # All weights are measured without an optimiser, so there is nothing to restore.
+    return [] if not steps.config.rank else steps.k2.role_parameters(POLICY)
 
 
 def distances(outputs: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
@@ -73,7 +75,7 @@ def _distance(value: Tensor, exact: Tensor) -> float:
 def of_updates(steps: Steps) -> dict[str, float]:
     """Relative L2 distance of an optimiser's updates from AdamW's, with random gradients; {} for AdamW itself."""
     optim = steps.config.optim
-    if steps.role is None or optim is None or optim.kind == "adamw":
+    if not steps.config.rank or optim is None or optim.kind == "adamw":
         return {}
     changes = []
     for kind in ("adamw", optim.kind):

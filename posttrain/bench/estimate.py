@@ -22,12 +22,15 @@ from posttrain.bench import counts
 from posttrain.bench.counts import Cost, Recipe, Size, Work
 from posttrain.bench.measurement import Measurement
 from posttrain.bench.tiers import parts_of, training_need
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.grpo.config import GRPOConfig
 from posttrain.model import flops
 from posttrain.model.blocks import RESERVE
+from posttrain.mopd.config import MOPDConfig
+from posttrain.nft.config import NFTConfig
 from posttrain.pairs.config import PairsConfig
 from posttrain.pairs.planning import quotas
+from posttrain.sft.config import SFTConfig
 from posttrain.stpo.config import STPOConfig
 
 
@@ -69,6 +72,12 @@ class Estimate:
 def method_of(recipe: Recipe) -> str:
     if isinstance(recipe, GRPOConfig):
         return "grpo"
+    if isinstance(recipe, SFTConfig):
+        return "sft"
+    if isinstance(recipe, NFTConfig):
+        return "nft"
+    if isinstance(recipe, MOPDConfig):
+        return "mopd"
     return "stpo" if isinstance(recipe, STPOConfig) else "tdm"
 
 
@@ -125,11 +134,10 @@ def of_command(name: str, samples: float, steps: int, measurement: Measurement) 
     if not measured:
         return None
     seconds, own = measured["step_seconds"], math.ceil(samples)
-    note = f"scaled from whole steps of {measured['samples']} samples, judge on the same GPU; evaluations are not in it"
+    whole = f"scaled from whole steps of {counted(measured['samples'], 'sample')}"
+    note = f"{whole}, judge on the same GPU; evaluations are not in it"
     if name == "expander sft":
-        note = (
-            f"scaled from whole steps of {measured['samples']} samples of a model of 3.6 B; evaluations are not in it"
-        )
+        note = f"{whole} of a model of 3.6 B; evaluations are not in it"
     start = measured["first_step_seconds"] - seconds
     return Estimate(start=start, step=seconds * own / measured["samples"], steps=steps, notes=[note])
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from posttrain.errors import counted
+
 
 def table(result: dict[str, Any]) -> str:
     """`-` marks what was not measured."""
@@ -19,16 +21,20 @@ def table(result: dict[str, Any]) -> str:
         f"{result['processes']} x {result['device']}{memory}, torch {result['environment']['packages']['torch']};"
         f" matmul {rate['width']} cubed in {rate['dtype']}: {rate['tflops']:.4g} TFLOP/s; shares are of this rate.",
         f"Scale {settings['scale']}, batch {settings['batch']}, group {settings['group']}, text {settings['text']},"
-        f" rank {settings['rank']}, {settings['steps']} steps, window {settings['window']}, recompute"
+        f" {_rank(settings['rank'])}, {counted(settings['steps'], 'step')}, window {settings['window']}, recompute"
         f" {'auto' if model['recompute'] is None else model['recompute']}, attention {model['attention']},"
-        f" quantize {model['quantize']}, optim {optim['kind']}, encode {settings['encode']}, offload"
-        f" {' and '.join(model['offload']) or 'nothing'}.",
+        f" quantize {model['quantize']}, float8 {model.get('float8')}, optim {optim['kind']},"
+        f" encode {settings['encode']}, offload {' and '.join(model['offload']) or 'nothing'}.",
         "",
         f"| {' | '.join(heads)} |",
         "|---" * len(heads) + "|",
     ]
     lines += [f"| {' | '.join(_cells(row))} |" for row in result["rows"]]
     return "\n".join(lines)
+
+
+def _rank(rank: int | None) -> str:
+    return "all weights" if rank is None else f"rank {rank}"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

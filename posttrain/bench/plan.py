@@ -18,14 +18,14 @@ from posttrain.bench.estimate import GPUs, cost_of, method_of, of_training
 from posttrain.bench.measurement import Measurement
 from posttrain.bench.tiers import BLOCK_BYTES, parts_of, tiers, training_need
 from posttrain.config.load import load_config
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.grpo.config import GRPOConfig
 from posttrain.model.blocks import RESERVE
 from posttrain.model.load import sizes_of
 from posttrain.tdm.config import TDMConfig
 from posttrain.training.prompt_source import FUSED_BYTES
 
-METHODS = ("grpo", "stpo", "tdm")
+METHODS = ("grpo", "nft", "mopd", "sft", "stpo", "tdm")
 
 
 def text_encoder_gib(scale: str) -> float | None:
@@ -58,8 +58,8 @@ def plan(config: BenchConfig) -> str:
         f"Start: {time.start:.3g} s, with compiling",
         f"Training step: {time.step_flop / 1e12:.4g} TFLOP on each GPU, {time.step:.3g} s",
         f"Evaluation: {time.evaluation_flop / 1e12:.4g} TFLOP on each GPU, {time.evaluation:.3g} s,"
-        f" {time.evaluations} times",
-        f"Run: {recipe.steps} steps, {hours:.3g} hours, {hours * config.gpus:.3g} GPU hours",
+        f" {counted(time.evaluations, 'time')}",
+        f"Run: {counted(recipe.steps, 'step')}, {hours:.3g} hours, {hours * config.gpus:.3g} GPU hours",
         "Not in it: judges and the start of their servers",
     ]
     if isinstance(recipe, GRPOConfig) and recipe.rollout.gpus:

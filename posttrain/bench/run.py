@@ -43,7 +43,7 @@ from posttrain.bench.stock import Stock
 from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
-from posttrain.model import flops
+from posttrain.model import flops, fp8
 from posttrain.model.blocks import graphs
 from posttrain.model.k2 import K2
 from posttrain.runs.run import environment
@@ -87,13 +87,14 @@ class StageTimer:
 class Forwards:
     """Records the forwards of the network, so that operations can be counted after the clock has stopped."""
 
-    def __init__(self, k2: K2, rank: int):
+    def __init__(self, k2: K2, rank: int | None):
+        """`rank` of the adapters; None: all weights are trained."""
         self.shape, self.rank, self.blocks = flops.Shape.of(k2), rank, k2.blocks
-        self._seen: list[tuple[int, int, int, Tensor | None, int, bool, int]] = []
+        self._seen: list[tuple[int, int, int, Tensor | None, int | None, bool, int]] = []
         k2.net.register_forward_hook(self._record)
 
     def _record(self, module: Any, inputs: tuple[Any, ...], v: Tensor) -> None:
-        x, _, tokens, mask, _ = inputs
+        x, _, tokens, mask, *_ = inputs
         rank, gradient = self.rank if self.blocks.active else 0, torch.is_grad_enabled()
         self._seen.append((len(x), x.shape[1], tokens.shape[1], mask, rank, gradient, self.blocks.recomputed))
 
@@ -105,10 +106,10 @@ class Forwards:
             # padding and masked tokens are not useful, so each sample counts with its own length
             lengths = [length] * count if mask is None else mask.sum(1).tolist()
             for text in lengths:
-                work["flop"] += flops.forward(self.shape, image, text, rank)
+                work["flop"] += flops.forward(self.shape, image, text, rank or 0)
                 if gradient:
                     work["flop"] += flops.backward(self.shape, image, text, rank)
-                    work["again"] += recomputed * flops.block(self.shape, image + text, rank)
+                    work["again"] += recomputed * flops.block(self.shape, image + text, rank or 0)
             work["backwards" if gradient else "forwards"] += count
             work["recomputed"] = max(work["recomputed"], recomputed)
         self._seen.clear()
@@ -178,13 +179,14 @@ def _row(steps: Steps, method: str, matmul: float) -> dict[str, Any]:
     stock = _stock(steps, method in DRAWING) if config.stock else None
     options = config.model
     compiled = cuda if options.compile is None else options.compile
-    inexact = compiled or options.attention != "native" or options.quantize is not None or bool(options.offload)
+    inexact = compiled or options.attention != "native" or bool(options.quantize or options.float8 or options.offload)
     # the exact path must be observed before any option is applied
     exact = errors.observed(steps) if inexact else {}
     initial_adapter = errors.adapter(steps) if inexact else []
     apply_runtime_options(k2, changed(options, compile=compiled), procs.device)
+    fp8.train_in_float8(k2)
     gc.collect()
-    adapter_parameters = sum(p.numel() for name in k2.roles for p in k2.role_parameters(name))
+    adapter_parameters = _adapter_parameters(k2)
     weights = None
     if cuda:
         weights = (torch.cuda.memory_allocated(procs.device) - 4 * adapter_parameters) / 2**30  # adapters are fp32
@@ -202,7 +204,7 @@ def _row(steps: Steps, method: str, matmul: float) -> dict[str, Any]:
         "peak_gib": torch.cuda.max_memory_allocated(procs.device) / 2**30 if cuda else None,
         "weights_gib": weights,
         # again, because a loop may have added adapters
-        "adapter_parameters": sum(p.numel() for name in k2.roles for p in k2.role_parameters(name)),
+        "adapter_parameters": _adapter_parameters(k2),
         "block_bytes_a_token": k2.blocks.bytes_a_token,
         "compiled": compiled,
         "graphs": graphs_ready - graphs_before,
@@ -219,6 +221,13 @@ def _row(steps: Steps, method: str, matmul: float) -> dict[str, Any]:
     if stock is not None:
         row["stock"] = _compare_stock(stock, work, network)
     return row
+
+
+def _adapter_parameters(k2: K2) -> int:
+    found = 0
+    for name, role in k2.roles.items():
+        found += sum(p.numel() for p in k2.role_parameters(name)) if role is not None else 0
+    return found
 
 
 Run = tuple[dict[str, float], dict[str, int]]
@@ -271,7 +280,8 @@ def _speed(runs: list[Run], images: int, matmul: float, mean: bool) -> tuple[dic
 
 def _model(config: BenchConfig, device: torch.device) -> K2:
     """The model of the exact path: no option is applied."""
-    dtype = torch.bfloat16 if device.type == "cuda" or config.model.quantize else torch.float32
+    low = device.type == "cuda" or config.model.quantize or config.model.float8
+    dtype = torch.bfloat16 if low else torch.float32
     if config.scale == "nano":
         return K2.load(NANO, dtype=dtype, device=device)
     return K2.random(device, dtype, config.scale, text=config.encode)

@@ -1,6 +1,6 @@
 """The steps that `posttrain bench` times: each method's own code on random features, latents and rewards.
 
-Steps of grpo, stpo and tdm come from a run's own loop, from its first step on, with everything that is due in them.
+Steps of grpo, nft, sft, stpo, tdm and mopd come from a run's own loop, from its first step on, with all that is due.
 Prompts cost no time unless `encode` is set; rewards cost none, because judges are assumed to run on other GPUs.
 """
 
@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from posttrain.bench import mopd
 from posttrain.bench.config import BenchConfig
 from posttrain.config.sections import LoraConfig, ModelConfig, PromptsConfig, TrainingConfig
 from posttrain.distributed.processes import Processes
@@ -28,6 +29,12 @@ from posttrain.grpo.rollout import Trajectory, Transition, rollout
 from posttrain.model import sampler
 from posttrain.model.fp8 import add_copies
 from posttrain.model.k2 import K2, Encoding, Text, to_pil
+from posttrain.nft import train as nft
+from posttrain.nft.config import NFTConfig
+from posttrain.sft import train as sft
+from posttrain.sft.cache import Crop, EncodedImages, Kept
+from posttrain.sft.config import ImageSetConfig, SFTConfig
+from posttrain.sft.order import Order
 from posttrain.stpo import train as stpo
 from posttrain.stpo.config import PairSetConfig, STPOConfig
 from posttrain.stpo.latent_cache import EncodedPair, EncodedPairs
@@ -65,6 +72,21 @@ class RandomPairs(EncodedPairs):
         return EncodedPair(chosen, rejected, self._steps.next_text(), 1.0, self._steps.size)
 
 
+class RandomImages(EncodedImages):
+    """Images of random latents without a cache, none of them cropped; each read takes the next of the bench's texts."""
+
+    def __init__(self, steps: Steps, images: int):
+        self._steps = steps
+        height, width = steps.size
+        whole = Crop(steps.size, (0.0, 0.0, float(width), float(height)))
+        self.images = [Kept(i, i, steps.size, [], [whole]) for i in range(images)]
+        self.entries = [(i, 0) for i in range(images)]
+        self.size = np.array([steps.size] * images)
+
+    def read(self, entry: int, choice: float) -> tuple[Tensor, Tensor]:
+        return self._steps.latents(1, entry)[0].cpu(), self._steps.next_text()
+
+
 class BenchClock(Clock):
     """A loop's clock that passes its laps on to the bench."""
 
@@ -94,21 +116,21 @@ class Steps:
 
     def __post_init__(self) -> None:
         generator = torch.Generator(self.k2.device).manual_seed(0)
-        for stage in range(self.config.stages if self.config.rank else 0):
+        for stage in range(self.config.stages if self.role else 0):
             if stage:
                 self.k2.stack_role(POLICY)
-            add_policy(self.k2, self._lora, stage, reference=False)
+            add_policy(self.k2, self.lora, stage, reference=False)
             for name, parameter in self.k2.role_named_parameters(POLICY).items():
                 if name.endswith("lora_B.weight"):  # not zero as at the start of training, or errors would not show
                     torch.nn.init.normal_(parameter, std=0.01, generator=generator)
 
     @property
     def role(self) -> str | None:
-        return POLICY if self.config.rank else None
+        return None if self.config.rank == 0 else POLICY
 
     def images(self, method: str) -> int:
         """Images of one step, over all processes."""
-        return self.procs.size * (self.config.group if method in ("grpo", "expander") else self.config.batch)
+        return self.procs.size * (self.config.group if method in ("grpo", "nft", "expander") else self.config.batch)
 
     def count(self, method: str) -> int:
         """Number of steps to time."""
@@ -124,10 +146,13 @@ class Steps:
     def run(self, method: str, index: int, lap: Lap) -> None:
         """Runs step `index`, counted from 0, which calls `lap` with the name of each stage when the stage ends.
 
-        Steps of grpo, stpo and tdm must be run in order, as in a run.
+        Steps of grpo, nft, sft, stpo, tdm and mopd must be run in order, as in a run.
         """
         self.lap = lap
-        loops = {"grpo": self._grpo, "stpo": self._stpo, "tdm": self._tdm}
+        loops = {
+            "grpo": self._grpo, "nft": self._nft, "sft": self._sft, "stpo": self._stpo, "tdm": self._tdm,
+            "mopd": lambda: mopd.loop(self),
+        }  # fmt: skip
         if method in loops:
             if method not in self._loops:
                 self._loops[method] = loops[method]()
@@ -169,7 +194,7 @@ class Steps:
         move = Transition(1, times[1], times[2], x, mean + std * noise, mean, std, torch.zeros(len(x)))
         group = self._group(Trajectory(x, [move]), index)
         advantages_PG = torch.ones(self.procs.size, batch, device=self.k2.device)
-        optimizer = self._stepper.optimizer
+        optimizer = self.stepper.optimizer
         lap("prepare")
         update.gradient(self.k2, self._step_config, [group], advantages_PG, self.procs, self.config.batch)
         lap("step")
@@ -178,7 +203,13 @@ class Steps:
     # ---- loops of runs ----------------------------------------------------------------------------------------
 
     def _grpo(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        config, k2, decode = self._grpo_config, self.k2, self.k2.decode
+        return self._of_groups(self._grpo_config, grpo.updates)
+
+    def _nft(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        return self._of_groups(self._nft_config, nft.updates)
+
+    def _of_groups(self, config: Any, updates: Callable[..., Iterator[Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+        k2, decode = self.k2, self.k2.decode
 
         def decoded(latents: Tensor, height: int, width: int, batch: int | None = None) -> Tensor:
             self.lap("sample")
@@ -189,17 +220,25 @@ class Steps:
         k2.encode, k2.decode = self._encode, decoded
         source = PromptSource(config, [PromptRecord(str(i)) for i in range(self.procs.size)])
         with ScoreQueue(load_rewards(config.rewards), self.config.group) as queue:
-            micro_batch = self._micro_batch(config.groups.micro_batch)
-            steps = grpo.updates(
-                k2, config, source, queue, self._stepper, count(1), self.procs, {}, micro_batch, BenchClock(self)
+            micro_batch = self.micro_batch(config.groups.micro_batch)
+            steps = updates(
+                k2, config, source, queue, self.stepper, count(1), self.procs, {}, micro_batch, self.clock()
             )
             for step, metrics, _ in steps:
                 yield step, metrics
 
+    def _sft(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        config = self._sft_config
+        images, micro_batch = RandomImages(self, config.batch), self.micro_batch(config.micro_batch)
+        order = Order(dict.fromkeys(range(config.batch), self.size), config.batch, config.seed)
+        return sft.updates(
+            self.k2, config, images, order, self.stepper, count(1), self.procs, micro_batch, self.clock()
+        )
+
     def _stpo(self) -> Iterator[tuple[int, dict[str, Any]]]:
         config = self._stpo_config
-        pairs, micro_batch = RandomPairs(self, config.batch), self._micro_batch(config.micro_batch)
-        return stpo.updates(self.k2, config, pairs, self._stepper, count(1), self.procs, micro_batch, BenchClock(self))
+        pairs, micro_batch = RandomPairs(self, config.batch), self.micro_batch(config.micro_batch)
+        return stpo.updates(self.k2, config, pairs, self.stepper, count(1), self.procs, micro_batch, self.clock())
 
     def _tdm(self) -> Iterator[tuple[int, dict[str, Any]]]:
         config, null = self._tdm_config, Text(self._fused(0)[None, :6])
@@ -209,12 +248,15 @@ class Steps:
             return [self.next_text() for _ in prompts]
 
         student, fake = self._tdm_steppers
-        micro_batch = self._micro_batch(config.micro_batch)
+        micro_batch = self.micro_batch(config.micro_batch)
         return tdm.updates(
-            self.k2, config, texts, null, records, student, fake, count(1), self.procs, micro_batch, BenchClock(self)
+            self.k2, config, texts, null, records, student, fake, count(1), self.procs, micro_batch, self.clock()
         )
 
-    def _micro_batch(self, size: int) -> MicroBatch:
+    def clock(self) -> BenchClock:
+        return BenchClock(self)
+
+    def micro_batch(self, size: int) -> MicroBatch:
         """Never halved: that would not be the step that is to be timed."""
         return MicroBatch(size, "batch", self.procs, halve=False)
 
@@ -275,27 +317,30 @@ class Steps:
         return [self.k2.fuse(self.k2.random_features(length, i)) for i, length in enumerate(lengths)]
 
     @cached_property
-    def _stepper(self) -> Stepper:
-        return Stepper(self.k2.train_role(POLICY), self._grpo_config.optim)
+    def stepper(self) -> Stepper:
+        self.k2.train_role(POLICY)
+        return Stepper(self.k2.role_named_parameters(POLICY), self._grpo_config.optim)
 
     @cached_property
     def _tdm_steppers(self) -> tuple[Stepper, Stepper]:
-        self.k2.add_role(tdm.FAKE, self.config.rank, float(self.config.rank), seed=1)
+        assert self.lora is not None
+        self.k2.add_role(tdm.FAKE, self.lora.rank, self.lora.alpha, seed=1)
         return tdm.steppers(self.k2, self._tdm_config)
 
     @property
-    def _lora(self) -> LoraConfig:
-        return LoraConfig(self.config.rank, float(self.config.rank))
+    def lora(self) -> LoraConfig | None:
+        rank = self.config.rank
+        return None if rank is None else LoraConfig(rank, float(rank))
 
-    def _empty(self, config: type[Config], **own: Any) -> Config:
+    def empty(self, config: type[Config], **own: Any) -> Config:
         """A recipe that names no files: nothing is read or written here."""
         if self.config.optim is not None:
             own["optim"] = self.config.optim
-        return config(output="none", model=ModelConfig(""), lora=self._lora, **own)
+        return config(output="none", model=ModelConfig(""), lora=self.lora, **own)
 
     @cached_property
     def _grpo_config(self) -> GRPOConfig:
-        config = self._empty(GRPOConfig, prompts=PromptsConfig("", ""), rewards=[NOISE])
+        config = self.empty(GRPOConfig, prompts=PromptsConfig("", ""), rewards=[NOISE])
         config.sampling.sizes, config.sampling.steps = [list(self.size)], self.config.steps
         config.sampling.window, config.sampling.eta = self.config.window, ETA
         config.sampling.window_start, config.sampling.window_every = "sliding", 1  # starts at each place in turn
@@ -307,22 +352,37 @@ class Steps:
         return config
 
     @cached_property
+    def _nft_config(self) -> NFTConfig:
+        config = self.empty(NFTConfig, prompts=PromptsConfig("", ""), rewards=[NOISE])
+        config.sampling.sizes, config.sampling.steps = [list(self.size)], self.config.steps
+        config.loss.times, config.loss.kl, config.old.max = self.config.times, 0.0, 0.0
+        config.groups.prompts_per_step, config.groups.group_size = self.procs.size, self.config.group
+        config.groups.micro_batch = self.config.batch
+        return config
+
+    @cached_property
     def _step_config(self) -> GRPOConfig:
-        config = self._empty(GRPOConfig, prompts=PromptsConfig("", ""), rewards=[NOISE])
+        config = self.empty(GRPOConfig, prompts=PromptsConfig("", ""), rewards=[NOISE])
         config.sampling.steps, config.sampling.window, config.loss.kl = self.config.steps, 1, 0.0
         config.groups.prompts_per_step, config.groups.group_size = self.procs.size, self.config.batch
         config.groups.micro_batch = self.config.batch
         return config
 
     @cached_property
+    def _sft_config(self) -> SFTConfig:
+        config = self.empty(SFTConfig, images=ImageSetConfig("none", drop_caption=0.0))
+        config.batch, config.micro_batch = self.procs.size * self.config.batch, self.config.batch
+        return config
+
+    @cached_property
     def _stpo_config(self) -> STPOConfig:
-        config = self._empty(STPOConfig, pairs=PairSetConfig("none"), heldout="none")
+        config = self.empty(STPOConfig, pairs=PairSetConfig("none"), heldout="none")
         config.batch, config.micro_batch = self.procs.size * (self.config.batch // 2), self.config.batch // 2
         return config
 
     @cached_property
     def _tdm_config(self) -> TDMConfig:
-        config = self._empty(TDMConfig, prompts=PromptsConfig("", ""))
+        config = self.empty(TDMConfig, prompts=PromptsConfig("", ""))
         config.batch, config.micro_batch = self.procs.size * self.config.batch, self.config.batch
         config.sizes, config.student.steps = [list(self.size)], [self.config.steps]
         config.fake.warmup = 0  # warm-up steps update only the fake score

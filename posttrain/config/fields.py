@@ -52,6 +52,17 @@ def field_types(config: type, prefix: str = "") -> dict[str, Any]:
     return paths
 
 
+def value_at(config: Any, path: str) -> Any:
+    """The value of a setting by its path; None if a section on the way is null. `*` is each key of a mapping, whose
+    values come as a list."""
+    part, _, rest = path.partition(".")
+    if config is None or not part:
+        return config
+    if part == "*":
+        return [value_at(value, rest) for value in config.values()]
+    return value_at(getattr(config, part), rest)
+
+
 def describe(kind: Any) -> str:
     """A type in words for a message."""
     kind = bare(kind)

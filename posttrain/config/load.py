@@ -121,6 +121,7 @@ def _read_options(config: type, command: Command, words: list[str], given: Given
             raise UserError(f"{COMMAND_LINE}: '{word}' is not an option; a recipe is given as --config {word}")
         option, equals, value = word.partition("=")
         path = option.removeprefix("--")
+        path = command.aliases.get(path, path)
         at += 1
         if path in flags and not equals:
             given.flags.add(path)

@@ -14,6 +14,10 @@ PAIRS = tuple(
                  "guarded", "cosine", "drift_winner", "drift_loser", "loss")
 )  # fmt: skip
 """What it measures of held-out pairs; stpo/train.py defines them."""
+HELDOUT = ("heldout/loss", "heldout/gain", "heldout/drift", *(f"heldout/loss_t{part}" for part in range(1, 5)))
+"""What finetuning measures of held-out images; sft/heldout.py defines them."""
+TURBO = "@turbo"
+"""What is put behind a metric's name where finetuning drew its images on Turbo."""
 TO_TEACHER = {
     "saturation": "image/saturation", "contrast": "image/contrast", "high_energy": "image/high_energy",
     "diversity": DIVERSITY,

@@ -3,8 +3,8 @@
     python -m posttrain.config.metrics      # prints docs/metrics.md
 
 A metric of an evaluation is logged as `eval/NAME`; a recipe and summary.json call it NAME. A suffix tells how the
-images were drawn: `@2.5` with this guidance, `@8steps` in this number of steps. `pairs/NAME` is the training metric
-NAME on held-out pairs.
+images were drawn: `@2.5` with this guidance, `@8steps` in this number of steps, `@turbo` on a Turbo. `pairs/NAME` is
+the training metric NAME on held-out pairs.
 """
 
 from __future__ import annotations
@@ -57,6 +57,10 @@ METRICS = (
     Metric("skipped", "Updates so far left out because a gradient was not finite", "updates", "lower", "divergence"),
     Metric("*sqrt_v", "Median root of AdamW's second moment, the usual size of a gradient's entry", ">= 0"),
     Metric("*eps_share", "Share of the learning rate that AdamW's eps takes from the median weight", "[0, 1]", "lower"),
+    Metric("*spiked_updates", "Updates so far that Muon left out, as the norm was above 5 times the usual", "updates"),
+    Metric("*grad_norm_ratio", "Norm of the gradient over the median of those before", "> 0, about 1"),
+    Metric("*update_rms", "Root mean square of Muon's update in units of the rate", "about 0.17"),
+    Metric("*muon_seconds", "Time of Muon's part of the update, exchanges between processes included", "s", "lower"),
     Metric("images", "Images that the run has sampled so far", "images"),
     Metric("learning_rate", "Learning rate of the update", ">= 0"),
     Metric("non_finite", "Metric values of this row that were NaN or infinite", "values", "lower"),
@@ -127,6 +131,58 @@ METRICS = (
     Metric("conflict", "1 if the gradients of both images oppose each other in this update", "0 or 1"),
     Metric("cosine", "Cosine of the velocity errors of the chosen and the rejected image", "[-1, 1]"),
     Metric("gradient/*", "Share of this term in the sum of the terms' gradient norms", "[0, 1]"),
+    # Supervised finetuning.
+    Metric("cropped", "Share of the step's images that the crop to their bucket cut something off", "[0, 1]"),
+    Metric("cropped_area", "Mean share of an image's area that the crop cut off", "[0, 1]"),
+    Metric("dropped", "Share of the step's images that were trained with the empty caption", "[0, 1]"),
+    Metric("image_tokens", "Image tokens of the step's bucket", "tokens"),
+    # Negative-aware finetuning.
+    Metric("clipped_advantages", "Share of images whose advantage is the largest or the least possible", "[0, 1]"),
+    Metric(
+        "velocity_error_t[1-4]",
+        "Mean squared error of the policy's velocity at noised images, over one of four equal parts of the noise"
+        " levels, lowest first",
+        ">= 0",
+    ),
+    Metric(
+        "old_error",
+        "Relative distance of the old policy's velocity from the policy's at the first step, where both are the same",
+        ">= 0",
+        "lower",
+    ),
+    Metric(
+        "old_distance", "Mean squared distance of the policy's velocity from the old policy's", ">= 0", "", "divergence"
+    ),
+    Metric(
+        "toward_better",
+        "Mean product of the old policy's velocity error and the policy's distance from it, of images with a positive"
+        " advantage, others counting 0; below 0 the error of these images falls",
+        "",
+        "lower",
+    ),
+    Metric(
+        "toward_worse",
+        "The same of images with a negative advantage; above 0 the error of these images rises",
+        "",
+        "higher",
+    ),
+    Metric("latent_norm", "Root mean square of the latents that the step drew", ">= 0, about 1", "", "hacking"),
+    # Distillation of teachers.
+    Metric(
+        "distance/*",
+        "Mean squared distance of the student's velocity from this teacher's guided one, at the student's own states",
+        ">= 0",
+        "lower",
+    ),
+    Metric("relative/*", "The same over its value in the first step", ">= 0", "lower", None, ("the start", 1.0)),
+    Metric(
+        "distance_t[1-4]",
+        "Mean squared distance of the student's velocity from its teachers', over one of four equal parts of the noise"
+        " levels, lowest first",
+        ">= 0",
+        "lower",
+    ),
+    Metric("cosine/*", "Cosine of the gradients of these two teachers; below 0 they pull apart", "[-1, 1]", "higher"),
     # Distillation.
     Metric("fake_updates", "Updates of the fake score in this step", "updates"),
     Metric("fake_loss", "Flow-matching loss of the fake score on the student's images", ">= 0", "lower"),
@@ -225,6 +281,37 @@ EVALUATION = (
         "higher",
         "hacking",
     ),
+    Metric("average_checkpoints", "Checkpoints that the evaluated policy is the mean of", "checkpoints"),
+    Metric(
+        "average_error",
+        "What the rank leaves out of the mean of adapters, relative to its size",
+        "[0, 1]",
+        "lower",
+    ),
+    Metric(
+        "heldout/loss",
+        "Mean squared error of the velocity on images that are not trained on, at fixed times and noise",
+        ">= 0",
+        "lower",
+    ),
+    Metric("heldout/gain", "By what share that error is below the base's", "<= 1", "higher", None, ("the base", 0.0)),
+    Metric(
+        "heldout/drift",
+        "Mean squared distance of the policy's velocity from the base's there",
+        ">= 0",
+        "",
+        "divergence",
+    ),
+    Metric("heldout/*_t[1-4]", "The same over one of four equal parts of the noise levels, lowest first"),
+    Metric(
+        "retention/*",
+        "Share of this teacher's gain that the student keeps on the teacher's prompts, or an end of its 95 % interval",
+        "1: all of it",
+        "higher",
+        None,
+        ("the teacher", 1.0),
+    ),
+    Metric("anchor/*", "Mean score of this reward on held-out prompts of no teacher", "", "higher", "hacking"),
     Metric("pairs/*_t[1-4]", "The same over one of four equal parts of the noise levels, lowest first"),
 )
 """What evaluations log besides: `eval/NAME`, and `teacher/NAME` for the teacher of a distillation."""
@@ -241,7 +328,7 @@ def find(name: str) -> Metric | None:
     figure = name.removeprefix(prefix).partition("@")[0]
     found = _first(EVALUATION, figure) or _first(METRICS, figure.removeprefix("pairs/"))
     # Rewards have names of the user's choice, but none of them is in a group.
-    return found or (None if figure.startswith("pairs/") else SCORE)
+    return found or (None if figure.startswith(("pairs/", "heldout/")) else SCORE)
 
 
 def _first(metrics: Iterable[Metric], name: str) -> Metric | None:

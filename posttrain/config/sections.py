@@ -10,28 +10,29 @@ from collections.abc import Sequence
 from dataclasses import field
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Strict, model_validator
+from pydantic import model_validator
 
 from posttrain.config import metric_names
+from posttrain.config.optimizer import OptimConfig as OptimConfig
+from posttrain.config.optimizer import refuse_muon
+from posttrain.config.optimizer import require_one_pass as require_one_pass
 from posttrain.config.types import (
     AtLeast0,
     AtLeast1,
     AtLeast2,
-    BelowOne,
     Check,
-    Each,
     Filled,
     Finite,
     Float,
     NonNegative,
     Positive,
-    Range,
     Run,
-    Unless,
+    changed,
     keyword_settings,
     refusal,
     settings,
 )
+from posttrain.model.adapters import targets
 from rewards.base import RewardSpec
 from rewards.serve import ServerSpec, memory_share
 
@@ -60,6 +61,12 @@ class RuntimeConfig:
     bfloat16 and under an adapter only. It changes results, by what `posttrain bench` measures, and what is exported is
     the adapter for the exact base. Needs an NVIDIA GPU of compute capability 8.9 or more (a CPU is slow), and
     pip install 'posttrain[fp8]'. null: exact."""
+    float8: Literal["tensorwise", "rowwise", "auto"] | None = None
+    """Multiply in 8 bits in the blocks while all weights are trained (lora: null), forward and backward, in bfloat16;
+    weights, moments and what is evaluated and exported stay exact. tensorwise: one scale for a whole factor, the
+    fastest. rowwise: one for each row, nearer to exact. auto: tensorwise up to 256 x 256 pixels, rowwise below
+    1024 x 1024, and off from there on, by the largest of the images. It changes results. Needs an NVIDIA GPU of compute
+    capability 8.9 or more (a CPU emulates it), and pip install 'posttrain[fp8]'. Not for grpo. null: exact."""
     offload: list[Literal["text_encoder", "vae"]] = field(default_factory=list)
     """Parts that wait in the CPU's memory while they are not used: each use copies them to the GPU (K2: 8.3 and 0.25
     GB); results are the same."""
@@ -80,8 +87,13 @@ class ModelConfig(RuntimeConfig):
     start: str | None = None
     """Run directory or checkpoint of an earlier method to continue from: what it trained, and what it started from
     itself, is part of the model and of the reference. To branch off a run, name one of its checkpoints, as in
-    RUN/checkpoints/step-000010. It must stay where it is. Adapters stay adapters, in float32, so
-    that nothing of them is rounded; a run that trained all weights replaces the base's, in dtype."""
+    RUN/checkpoints/step-000010. Or an adapter of any tool, as one .safetensors file. It must stay where it is. Adapters
+    stay adapters, in float32, so that nothing of them is rounded; a run that trained all weights replaces the base's,
+    in dtype, and what of a file is no LoRA (DoRA, LoKr, LoHa, whole differences) is merged into them."""
+    start_as: Literal["merge", "continue"] = "merge"
+    """merge: start becomes part of the model and of the reference, and training begins without a difference to it.
+    continue: training continues the adapter of start itself, and the reference is the model below it; lora must name
+    its layers and have at least its rank."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the frozen weights, and of the arithmetic. What is trained, latents and log-probs stay float32."""
     sequence_parallel: AtLeast1 = 1
@@ -97,6 +109,12 @@ class ModelConfig(RuntimeConfig):
         # torch's fp8 products have bfloat16 inputs and outputs.
         if self.quantize is not None and self.dtype != "bfloat16":
             raise refusal("quantize", f"fp8 multiplies in bfloat16, and model.dtype is {self.dtype}; change it")
+        if self.float8 is not None and self.dtype != "bfloat16":
+            raise refusal("float8", f"fp8 multiplies in bfloat16, and model.dtype is {self.dtype}; change it")
+        if self.float8 is not None and self.sequence_parallel > 1:
+            raise refusal("float8", "scales would be those of a part of the tokens; set model.sequence_parallel: 1")
+        if self.start_as == "continue" and self.start is None:
+            raise refusal("start_as", "has nothing to continue: name a run or a LoRA file as start")
         if self.transformer_format is not None and self.transformer_file is None:
             raise refusal(
                 "transformer_format", "is about transformer_file, which is null; name that file, or leave it out"
@@ -107,6 +125,11 @@ class ModelConfig(RuntimeConfig):
         """For commands that do not train, in their own check."""
         if self.sequence_parallel > 1:
             raise refusal("model.sequence_parallel", f"{why}; leave it out")
+
+    def refuse_float8(self) -> None:
+        """For commands that do not train, in their own check."""
+        if self.float8 is not None:
+            raise refusal("model.float8", "is for training, and this command does not train; leave it out")
 
     def refuse_quantize(self, why: str) -> None:
         """For commands that need exact weights, in their own check."""
@@ -123,8 +146,10 @@ class LoraConfig:
     alpha: Positive = 32.0
     """Scale: the update is multiplied by alpha / rank."""
     targets: Annotated[list[str], Filled("name layers or use null", "so nothing would be trained")] | None = None
-    """Names of the layers that get an adapter, matched at the end of the module path; null: the attention
-    and feed-forward projections of the main blocks."""
+    """Layers that get an adapter, by diffusers' names. null: the attention and feed-forward projections of the model's
+    main blocks. Of K2 also the word blocks for these, the word all for every linear, and the parts before and behind
+    the blocks, whole or a linear of them (docs/runs.md, What an adapter reaches); where they fuse the text, it is
+    fused in every forward instead of once a prompt."""
 
 
 @settings
@@ -139,39 +164,6 @@ class PromptsConfig:
     """What evaluation draws; written as train is, and never trained on."""
     max_tokens: AtLeast1 = 512
     """Longest prompt in text tokens; what lies beyond is cut with a warning."""
-
-
-Betas = Annotated[tuple[Float, Float], Strict(False), Each(Range(0, below=1))]  # a list in YAML
-
-
-@settings
-class OptimConfig:
-    """AdamW."""
-
-    lr: Positive = 1e-4
-    """Learning rate after warm-up."""
-    betas: Betas = (0.9, 0.99)
-    """Decay of the two moments."""
-    weight_decay: NonNegative = 0.0
-    """Decoupled weight decay."""
-    eps: Positive = 1e-15
-    """Added to the root of the second moment. Gradients are means over all latent elements: for K2 that root is
-    1e-8 and less, so the usual 1e-8 would set the rate, differently at each resolution and number of images. The
-    metric eps_share is what eps takes of the rate."""
-    clip_factor: Annotated[Float, Unless(0, 1)] = 3.0
-    """Gradients whose global norm is above this many times the median of the last 64 norms are scaled down to that;
-    0: never. The first 16 updates are not clipped. The metric clipped_updates counts them."""
-    passes: AtLeast1 = 1
-    """Optimiser updates on each batch of images; more than two leaves the policy that drew them."""
-    warmup_steps: AtLeast0 = 0
-    """Updates over which the rate rises linearly from 0."""
-    cooldown_steps: AtLeast0 = 0
-    """Last training steps over which the rate falls linearly to 0; 0: it stays."""
-    ema: BelowOne = 0.0
-    """Decay of the moving average of the weights that evaluation and export use; 0: the weights."""
-    kind: Literal["adamw", "adamw8bit"] = "adamw"
-    """adamw8bit: keep the two moments in 8 bits, 2 bytes a trained weight instead of 8. It changes results, by what
-    `posttrain bench` measures; needs pip install 'posttrain[fp8]'. A run keeps to its kind."""
 
 
 @settings
@@ -335,6 +327,10 @@ class TrainingConfig:
         """Copies of what is trained that a run keeps on the device, besides the average of optim.ema."""
         return 0
 
+    def eval_draws(self) -> list[tuple[int, float]]:
+        """(steps, guidance) of each way in which an evaluation draws all its images."""
+        return [(self.eval.steps, scale) for scale in self.eval.guidance]
+
     def metric_names(self) -> list[str]:
         """What eval.best and eval.stop.metric may name."""
         return metric_names.names([], self.eval.guidance, self.eval.groups)
@@ -346,8 +342,40 @@ class TrainingConfig:
             raise refusal(
                 "model.quantize", "fp8 holds weights that stay as they are, and lora is null; use one of the two"
             )
+        self._check_float8()
+        if self.lora is not None:
+            refuse_muon(self.optim, "lora trains factors of their change; use adamw, or lora: null")
+        for target in (self.lora.targets if self.lora is not None else None) or ():
+            if not targets.is_known(target):
+                raise refusal(
+                    "lora.targets", f"names {target}, which K2 does not have; choose from {targets.choices()}"
+                )
         check_metrics(self.eval, self.metric_names())
         return self
+
+    def _check_float8(self) -> None:
+        """Decides what auto means here."""
+        if self.model.float8 is None:
+            return
+        if self.lora is not None:
+            raise refusal(
+                "model.float8",
+                "is for training all weights, and lora is set; use model.quantize: fp8 for its base, or lora: null",
+            )
+        if self.model.float8 == "auto":
+            sizes = self.image_sizes()
+            if not sizes:
+                raise refusal(
+                    "model.float8", "auto goes by image sizes, which are not set; use tensorwise, rowwise or null"
+                )
+            self.model = changed(self.model, float8=float8_for(max(height * width for height, width in sizes)))
+
+
+def float8_for(pixels: int) -> Literal["tensorwise", "rowwise"] | None:
+    """What model.float8: auto means for images of so many pixels: K2's own choices at 256, 512 and 1024."""
+    if pixels <= 256**2:
+        return "tensorwise"
+    return "rowwise" if pixels < 1024**2 else None
 
 
 def check_metrics(config: EvalConfig, known: Sequence[str]) -> None:
@@ -371,9 +399,3 @@ def check_metrics(config: EvalConfig, known: Sequence[str]) -> None:
         )
     if config.every == 0:
         raise refusal("eval.stop.metric", "has no meaning when eval.every is 0; evaluate during the run")
-
-
-def require_one_pass(optim: OptimConfig, why: str) -> None:
-    """For methods that make one update on each batch, in their own check."""
-    if optim.passes != 1:
-        raise refusal("optim.passes", f"is {optim.passes}; {why}")

@@ -230,7 +230,7 @@ class GDPOCallback(TrainerCallback):
         times = {"generate": shared.called - self._began, **scored.seconds, "train": now - shared.returned}
         self._seconds = times
         for message, count in scored.failures.most_common(1):
-            log.info(f"{count} images or scores are missing, such as: {message}")
+            log.info(f"missing images or scores: {count}, such as: {message}")
         self.run.prompts({"The latest expansions that failed a check": list(shared.faults)} if shared.faults else None)
         step = self.done = state.global_step
         log.info(f"step {step}: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items()))

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import model_validator
 
+from posttrain.config.optimizer import refuse_average
 from posttrain.config.sections import CheckpointConfig, LoraConfig, OptimConfig, Servers, TrackConfig, require_one_pass
 from posttrain.config.types import (
     AtLeast0,
@@ -158,6 +159,7 @@ class ExpanderSFTConfig:
         # TRL's trainer makes the optimiser, with a schedule of its own.
         if self.optim.kind != "adamw":
             raise refusal("optim.kind", f"is {self.optim.kind}, and this command has adamw only; leave it out")
+        refuse_average(self.optim, "is not for this command, whose rate falls along a cosine; leave it out")
         for name in ("ema", "cooldown_steps"):
             if getattr(self.optim, name):
                 raise refusal(f"optim.{name}", "is not for this command, whose rate falls along a cosine; leave it 0")

@@ -30,10 +30,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.expander.config import ExpanderDataConfig, WriterConfig, is_function
 from posttrain.log import log
 from posttrain.preferences.heldout import in_share
+from posttrain.runs.files import replace_text
 from posttrain.runs.guard import check_unchanged
 from prompts.tables import open_table, row_texts
 from prompts.templates import load_template
@@ -126,7 +127,7 @@ async def _ask_all(config: ExpanderDataConfig, texts: list[str], urls: dict[str,
                 keep(index, str(error))
                 if len(failures) > config.max_failures * len(texts):
                     raise UserError(
-                        f"writer: {len(failures)} of {len(texts)} captions failed, more than max_failures"
+                        f"writer: {len(failures)} of {counted(len(texts), 'caption')} failed, more than max_failures"
                         f" ({config.max_failures:g}); the last error: {error}; fix the server and add --resume"
                     ) from None
 
@@ -264,8 +265,8 @@ def _finish(config: ExpanderDataConfig, output: Path, rows: list[dict[str, Any]]
     for name, pairs in kept.items():
         if not pairs:
             raise UserError(
-                f"captions: no pair for {name}: {sum(kinds.values())} of {len(candidates)} candidates were kept; see"
-                f" {output / CANDIDATES} for the reasons, and give more captions"
+                f"captions: no pair for {name}: {sum(kinds.values())} of {counted(len(candidates), 'candidate')} kept;"
+                f" see {output / CANDIDATES} for the reasons, and give more captions"
             )
         pq.write_table(pa.Table.from_pylist(pairs), output / f"{name}.parquet")
     counts = {
@@ -283,9 +284,9 @@ def _finish(config: ExpanderDataConfig, output: Path, rows: list[dict[str, Any]]
         "Short prompts and the captions that they should be expanded to.\n\n"
         f"```json\n{json.dumps(counts, indent=1)}\n```\n"
     )
-    (output / CARD).write_text(json.dumps(counts, indent=1) + "\n")
+    replace_text(output / CARD, json.dumps(counts, indent=1) + "\n")  # last: what has it is finished
     print(
-        f"posttrain: wrote {counts['train']} pairs and {counts['heldout']} held out to {output}"
+        f"posttrain: wrote {counted(counts['train'], 'pair')} and {counts['heldout']} held out to {output}"
         f" ({_listed(kinds)}); dropped: {_listed(dropped) or 'none'}; failed: {counts['failed']}"
     )
     if not kinds["quoted"]:

@@ -19,7 +19,7 @@ from openai import APIResponseValidationError, AsyncOpenAI
 from PIL import Image
 from torch import Tensor
 
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.expander.gdpo_config import RendererConfig
 from posttrain.image_reader import read_image
 from posttrain.loading import load_tokenizer, local
@@ -76,7 +76,7 @@ class K2Renderer:
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Rendering:
         encoding = self.k2.encode(prompts, self.config.max_tokens)
-        fused = [self.k2.fuse(features) for features in encoding.features]
+        fused = [self.k2.text_tokens(features) for features in encoding.features]
         height, width = self.config.size
         images: list[Image.Image | None] = [None] * len(prompts)
         batches = draw_in_batches(
@@ -192,6 +192,6 @@ class EndpointRenderer:
         # over a window of calls, except that a call without any image ends the run at once
         if failures and limit < 1 and (bad > limit * WINDOW or all(failed)):
             raise UserError(
-                f"renderer: {bad} of the last {len(self._failed)} images are missing (renderer.max_failures {limit:g}"
-                f" of {WINDOW}): {failures.most_common(1)[0][0]}"
+                f"renderer: {bad} of the last {counted(len(self._failed), 'image')} missing (renderer.max_failures"
+                f" {limit:g} of {WINDOW}): {failures.most_common(1)[0][0]}"
             )

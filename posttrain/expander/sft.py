@@ -32,7 +32,7 @@ from trl import SFTConfig, SFTTrainer
 from posttrain.config import clipping
 from posttrain.config.sections import JUDGE_TARGETS
 from posttrain.distributed.processes import Processes
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.expander.chat_template import messages, template
 from posttrain.expander.config import ExpanderSFTConfig
 from posttrain.expander.model import load_chat_model, resolve, write_card
@@ -222,8 +222,8 @@ def read_pairs(config: ExpanderSFTConfig) -> tuple[list[Pair], list[Pair]]:
         (heldout if held else training).append(pair)
     if not training or not heldout:
         raise UserError(
-            f"data: {config.data}: {len(training)} pairs to train on and {len(heldout)} held out; give more prompts or"
-            " change heldout"
+            f"data: {config.data}: {counted(len(training), 'pair')} to train on and {len(heldout)} held out; give more"
+            " prompts or change heldout"
         )
     return training, heldout
 
@@ -286,13 +286,13 @@ def fitting(pairs: list[Pair], tokenizer: Any, config: ExpanderSFTConfig) -> lis
     lost = len(pairs) - len(kept)  # a few are expected; many mean that max_length is wrong
     if not kept or lost > config.max_dropped * len(pairs):
         raise UserError(
-            f"max_length: {lost} of {len(pairs)} pairs are longer than {config.max_length} tokens (up to {longest}),"
-            " more than max_dropped; raise one of them"
+            f"max_length: {lost} of {counted(len(pairs), 'pair')} would not fit {config.max_length} tokens (up to"
+            f" {longest}), more than max_dropped; raise one of them"
         )
     if lost:
         log.warning(
-            f"{lost} of {len(pairs)} pairs are longer than max_length ({config.max_length}) and are left out; the"
-            f" longest has {longest} tokens"
+            f"{lost} of {counted(len(pairs), 'pair')} left out, longer than max_length ({config.max_length}); the"
+            f" longest has {counted(longest, 'token')}"
         )
     return kept
 

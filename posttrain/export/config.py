@@ -18,7 +18,7 @@ class ExportConfig:
 
     source: str
     """Run directory (its newest checkpoint; its best step if eval.stop ended it) or one checkpoint, such as
-    runs/a/checkpoints/best."""
+    runs/a/checkpoints/best; or an adapter of any tool, as one .safetensors file, with the model that it is for."""
     output: str
     """Directory (diffusers) or .safetensors file (the other formats) to write; must not exist. Its model card is
     README.md in the directory, or NAME.md beside NAME.safetensors."""
@@ -26,6 +26,8 @@ class ExportConfig:
     """diffusers: a Krea2Pipeline directory with what was trained. lora: the adapter for load_lora_weights.
     original, lora-original: the same in the key names of the official repository and ComfyUI. A run that trained
     all weights has no adapter: diffusers or original."""
+    model: ModelConfig | None = None
+    """The model that an adapter's file is for; null for runs and checkpoints, whose model is known."""
     dtype: Literal["float32"] | None = None
     """float32: write the transformer of diffusers or original in float32, which keeps all of what was trained (K2: 51
     GB). null: in the type that the run's model had."""
@@ -42,6 +44,14 @@ class ExportConfig:
     def _fits(self) -> ExportConfig:
         if self.format != "diffusers" and not self.output.endswith(".safetensors"):
             raise refusal("output", f"format {self.format} writes one file; end it in .safetensors")
+        if self.source.endswith(".safetensors") != (self.model is not None):
+            why = "is null, and a file does not say which model it is for; give its path"
+            raise refusal("model", why if self.model is None else "has no meaning here: that of a run is known")
+        if self.model is not None:
+            if self.model.start is not None:
+                raise refusal("model.start", "has no meaning here: the file is exported for the model alone")
+            self.model.refuse_sequence_parallel("one process exports")
+            self.model.refuse_quantize("exports are of exact weights")
         # Adapters are trained in float32 and stay so.
         if self.format.startswith("lora") and self.dtype is not None:
             raise refusal("dtype", f"a file of format {self.format} is in float32 anyway; leave it out")
@@ -90,5 +100,6 @@ class CarryoverConfig:
             if self.model.start is not None:
                 raise refusal("model.start", "has no meaning here: what a run stands on is part of its LoRA")
             self.model.refuse_sequence_parallel("one process draws")
+            self.model.refuse_float8()
             self.model.refuse_quantize("what a LoRA does is measured on exact weights")
         return self

@@ -2,6 +2,7 @@
 
     posttrain export --source runs/demo --output out/k2-tuned
     posttrain export --source runs/demo --output out/lora.safetensors --format lora
+    posttrain export --source theirs.safetensors --model.path krea/Krea-2-Raw --output out/merged
 
 The adapter's scale (alpha / rank) is baked into its B factors, so every loader applies it at strength 1. A pipeline or
 a single file has no adapters: all stages are merged at once, in fp32, and what is left of their change in the type
@@ -15,6 +16,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -34,11 +36,19 @@ from posttrain.model.load import empty_transformer, keeps_fp32
 from posttrain.model.roles import Kept
 from posttrain.runs.files import apply_umask
 from posttrain.runs.guard import check_new
-from posttrain.training import checkpoint
+from posttrain.training import checkpoint, policy
 from posttrain.training.checkpoint import Checkpoint
-from posttrain.training.policy import POLICY, add_saved_policy, check_base, earlier_of, load_base
+from posttrain.training.policy import (
+    POLICY,
+    B,
+    add_saved_policy,
+    check_base,
+    earlier_of,
+    is_file,
+    load_base,
+    load_stage,
+)
 
-B = "lora_B.weight"
 DIFFUSERS_PREFIX, ORIGINAL_PREFIX = "transformer.", "diffusion_model."
 """What LoRA files put before a module's name in the two key conventions."""
 
@@ -50,7 +60,7 @@ def export(config: ExportConfig) -> None:
     check_new(output, card is not None)
     if config.push is not None:
         check_push(config.push)
-    saved = checkpoint.load(checkpoint.find(config.source))
+    saved = load_stage(config.source, {} if config.model is None else asdict(config.model))
 
     def card_of(rounding: Rounding | None) -> str:
         return model_card(saved, output, config.format, config.license, rounding, config.push)
@@ -84,7 +94,7 @@ def write(
         if format == "lora-original":
             named = {ORIGINAL_PREFIX + key_names.original_name(k): v for k, v in factors.items()}
         model = empty_transformer(saved.state["model"]["path"]).state_dict()
-        _write_atomically(
+        write_atomically(
             output, lambda path: save_file(named, path), lambda path: check_lora(output, path, model, factors),
             card and card(None),
         )  # fmt: skip
@@ -103,13 +113,13 @@ def write(
     if format == "original":
         model, state, base = (key_names.to_original(part) for part in (model, after, before))
         state = {k: v.contiguous() for k, v in state.items()}
-        _write_atomically(
+        write_atomically(
             output, lambda path: save_file(state, path, metadata={"format": "pt"}),
             lambda path: check_weights(output, [path], model, state, base), card and card(rounding),
         )  # fmt: skip
     else:
         with quiet():
-            _write_atomically(
+            write_atomically(
                 output, lambda path: k2.pipe.save_pretrained(path, safe_serialization=True),
                 lambda path: check_pipeline(output, path, model, after, before, k2.is_distilled),
                 card and card(rounding),
@@ -124,11 +134,13 @@ def _merged(
     the change. `before` are its weights without. Raises UserError if none of them changes."""
     if dtype is not None:
         k2.transformer.to(getattr(torch, dtype))
-    add_saved_policy(k2, saved)
     written = torch.float32 if dtype is not None else k2.dtype
-    full = saved.state["lora"] is None
-    kept = _kept_of_full(k2, before, written) if full else {}
-    k2.stack_role(POLICY)
+    kept = add_saved_policy(k2, saved, written, torch.bfloat16)
+    full = saved.state["lora"] is None and not is_file(saved)
+    if full:
+        kept |= _kept_of_full(k2, before, written)
+    if POLICY in k2.roles:
+        k2.stack_role(POLICY)
     kept |= k2.merge_stack(written, torch.bfloat16)
     after = k2.base_state_dict()
     if not any(not torch.equal(before[k].to(v.dtype), v) for k, v in after.items()):
@@ -163,18 +175,10 @@ def scaled_factors(saved: Checkpoint) -> dict[str, Tensor]:
 
     Raises UserError if one of them trained all weights.
     """
-    stages = [*earlier_of(saved), saved]
-    for stage in stages:
-        if stage.state["lora"] is None:
-            raise UserError(f"format: {stage.path} has no adapter, all weights were trained; use diffusers or original")
-    factors: dict[str, list[Tensor]] = {}
-    for stage in stages:
-        # LoRA's effect is alpha / rank times B A.
-        scale = stage.state["lora"]["alpha"] / stage.state["lora"]["rank"]
-        for key, value in stage.tensors["adapter"].items():
-            factors.setdefault(key, []).append(value * scale if key.endswith(B) else value)
-    # Ranks side by side add up: [B1 B2] [A1; A2] = B1 A1 + B2 A2.
-    return {key: torch.cat(parts, dim=1 if key.endswith(B) else 0) for key, parts in factors.items()}
+    try:
+        return policy.scaled_factors([*earlier_of(saved), saved])
+    except UserError as error:
+        raise UserError(f"format: {error}; use diffusers or original") from None
 
 
 def load_checkpoint(saved: Checkpoint, device: str | torch.device = "cpu") -> K2:
@@ -184,7 +188,7 @@ def load_checkpoint(saved: Checkpoint, device: str | torch.device = "cpu") -> K2
     return k2
 
 
-def _write_atomically(
+def write_atomically(
     output: Path, write: Callable[[Path], object], check: Callable[[Path], None], card: str | None
 ) -> None:
     """Atomic: writes to a temporary folder beside the target, checks, and renames."""

@@ -23,12 +23,15 @@ from torch import Tensor
 
 from posttrain.config.sections import EvalConfig, ModelConfig
 from posttrain.distributed.processes import Processes
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.export.config import CarryoverConfig
 from posttrain.export.export import scaled_factors
-from posttrain.export.model_card import run_recipe
+from posttrain.export.model_card import heldout_of, run_recipe, size_of
+from posttrain.loading import is_hub_id, local, reading
+from posttrain.model import files
 from posttrain.model.k2 import K2, to_pil
-from posttrain.model.lora_file import add_lora, linear_shapes, read_lora
+from posttrain.model.lora_file import add_lora, linear_shapes, read_lora, shapes_at
+from posttrain.runs.files import replace_text
 from posttrain.runs.guard import check_new
 from posttrain.runs.progress import columns as aligned_columns
 from posttrain.training import checkpoint, image_metrics, policy
@@ -45,6 +48,9 @@ FIGURES = ("off", "on", "gain", "error")
 """Of a reward on a model: mean without and with the LoRA, mean difference, and the standard error of that."""
 CLEAR = 2.0
 """Standard errors that a gain on Raw must be above 0 to be one."""
+DISTILLED = "model: {} is distilled; give the Raw checkpoint that the LoRA was trained on"
+UNDISTILLED = "turbo: {}: model_index.json: is_distilled is not true; give a Turbo checkpoint"
+UNLIKE = "turbo: {} has another architecture than the model that the LoRA is of"
 
 
 def check(config: CarryoverConfig) -> int:
@@ -61,43 +67,50 @@ def check(config: CarryoverConfig) -> int:
     config = _completed(config, saved)
     assert config.model is not None and config.prompts is not None
     records = read_prompts(config.prompts)[: config.images]
+    if len(records) < 2:  # an error of the mean needs two
+        raise UserError(f"prompts: {config.prompts} holds {counted(len(records), 'prompt')}; give at least 2")
     try_rewards(config, records)
+    student = _check_models(config, saved)
     with tempfile.TemporaryDirectory(prefix="posttrain-check-") as logs, serve(config.servers, Path(logs)) as urls:
         rewards = [reward for reward in load_rewards(config.rewards, urls) if not reward.spec.group]
-        found = carry_over(config, saved, records, rewards)
+        found = carry_over(config, saved, student, records, rewards)
     print(table(found))
     if output is not None:
         settings = {name: value for name, value in asdict(config).items() if name != "servers"}
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps({"settings": settings, **found}, indent=1) + "\n")
+        replace_text(output, json.dumps({"settings": settings, **found}, indent=1) + "\n")
     if found["distance"]["turbo"] == 0:
         print("posttrain: the LoRA changes no image on Turbo")
     return int(found["distance"]["turbo"] == 0)
 
 
 def carry_over(
-    config: CarryoverConfig, saved: Checkpoint | None, records: Sequence[PromptRecord], rewards: Sequence[Reward]
+    config: CarryoverConfig,
+    saved: Checkpoint | None,
+    student: Checkpoint | None,
+    records: Sequence[PromptRecord],
+    rewards: Sequence[Reward],
 ) -> dict[str, Any]:
     """By reward `raw` and `turbo` (each FIGURES) and `share`; and `distance`, the mean
     distance of an image with the LoRA to the one without, as image/diversity has it."""
     assert config.model is not None
-    scores: dict[str, dict[str, Any]] = {}
+    figures: dict[str, dict[str, dict[str, float | None]]] = {}
     distance: dict[str, float] = {}
-    fingerprint = ""
-    for where, load, steps, guidance in (
-        ("raw", _load_raw, config.steps, config.guidance),
-        ("turbo", _load_turbo, config.turbo_steps, 0.0),
-    ):
-        k2 = load(config, saved)
-        if fingerprint and k2.config_fingerprint() != fingerprint:
-            raise UserError(f"turbo: {config.turbo} has another architecture than the model that the LoRA is of")
-        fingerprint = k2.config_fingerprint()
-        add_lora(k2, LORA, _factors(config, saved, k2), config.check)
+    architecture = ""
+    # Turbo first, whose few steps cost little: what is wrong with it is known before the many steps on Raw.
+    for where, steps, guidance in (("turbo", config.turbo_steps, 0.0), ("raw", config.steps, config.guidance)):
+        k2 = _load_turbo(config, student) if where == "turbo" else _load_raw(config, saved)
+        if architecture and k2.config_fingerprint() != architecture:
+            raise UserError(UNLIKE.format(config.turbo))
+        architecture = k2.config_fingerprint()
+        add_lora(k2, LORA, _factors(config, saved, linear_shapes(k2.base_state_dict())), config.check)
         off, on = _draw(k2, config, records, steps, guidance)
         distance[where] = float(image_metrics.distances(image_metrics.cells(off), image_metrics.cells(on)).mean())
-        for name, values in _gains(rewards, off, on, records).items():
-            scores.setdefault(name, {})[where] = values
+        figures[where] = _gains(rewards, off, on, records)
         del k2
+    scores: dict[str, dict[str, Any]] = {}
+    for name in figures["raw"]:
+        scores[name] = {"raw": figures["raw"][name], "turbo": figures["turbo"][name]}
     for values in scores.values():
         values["share"] = share(values["raw"], values["turbo"])
     return {"images": len(records), "rewards": scores, "distance": distance}
@@ -127,61 +140,107 @@ def _completed(config: CarryoverConfig, saved: Checkpoint | None) -> CarryoverCo
     """With missing settings taken from the run's recipe. Raises UserError for a setting that neither has."""
     recipe = {} if saved is None else run_recipe(saved)
     model = config.model if saved is None or config.model is not None else ModelConfig(**saved.state["model"])
-    prompts = config.prompts or (recipe["prompts"]["heldout"] if "prompts" in recipe else recipe.get("heldout"))
+    prompts = config.prompts or heldout_of(recipe)
     rewards, servers = config.rewards, config.servers
     if not rewards:
         rewards = [RewardSpec(**spec) for spec in recipe.get("rewards", [])]
         servers = [ServerSpec(**spec) for spec in recipe.get("servers", [])]
-    sizes = recipe.get("sampling", recipe).get("sizes") or [recipe.get("pairs", {}).get("size")]
-    size = config.size or sizes[0]
+    size = config.size or size_of(recipe)
     for field, value in (("model", model), ("prompts", prompts), ("rewards", rewards), ("size", size)):
         if not value:
             raise UserError(f"{field}: {config.check} has no recipe that states it; give it")
     return replace(config, model=model, prompts=prompts, rewards=rewards, servers=servers, size=size)
 
 
-def _factors(config: CarryoverConfig, saved: Checkpoint | None, k2: K2) -> Mapping[str, Tensor]:
+def _check_models(config: CarryoverConfig, saved: Checkpoint | None) -> Checkpoint | None:
+    """Raises UserError for whatever of the LoRA, Raw and Turbo can be refused by their settings and headers, before
+    weights are read. Returns Turbo's checkpoint where it is a run."""
+    assert config.model is not None
+    raw, path = config.model, Path(config.turbo)
     if saved is not None:
-        return scaled_factors(saved)
-    return read_lora(config.check, linear_shapes(k2.base_state_dict()))
+        policy.check_base(saved)
+    files.check_directory(raw.path, raw.transformer_file, raw.transformer_format)
+    if files.is_distilled(raw.path):
+        raise UserError(DISTILLED.format(raw.path))
+    base, student = config.turbo, None
+    if (path / "manifest.json").is_file() or (path / "checkpoints").is_dir():
+        student = _student(config, saved)
+        base = student.state["model"]["path"]
+        policy.check_base(student)
+    try:
+        files.check_directory(base)
+    except UserError as error:
+        raise UserError(f"turbo: {error}") from error
+    if student is None and not is_hub_id(base) and not files.is_distilled(base):
+        raise UserError(UNDISTILLED.format(base))
+    if _architecture(base) != _architecture(raw.path):
+        raise UserError(UNLIKE.format(config.turbo))
+    _factors(config, saved, shapes_at(raw.path))
+    return student
+
+
+def _student(config: CarryoverConfig, saved: Checkpoint | None) -> Checkpoint:
+    """The distilled model of a run."""
+    try:
+        student = checkpoint.load(checkpoint.find(config.turbo))
+    except UserError as error:
+        raise UserError(f"turbo: {error}") from error
+    if not policy.is_student(student):
+        raise UserError(f"turbo: {student.path} is no student of posttrain tdm; give a distilled model")
+    if saved is not None and saved.path in [one.path for one in policy.earlier_of(student)]:
+        raise UserError(
+            f"turbo: {student.path} was distilled from {saved.path} already; give a Turbo that was distilled from"
+            " the model below it"
+        )
+    return student
+
+
+def _architecture(path: str) -> str:
+    """The transformer's settings and the states of the text encoder that it reads, as the files say them."""
+    folder = local(path, ("model_index.json", "transformer/config.json"))
+    described: dict[str, Any] = {}
+    for name in ("model_index.json", "transformer/config.json"):
+        with reading(f"{path}/{name}", "settings"):
+            held = json.loads((folder / name).read_text())
+            # Names with an underscore say by which version they were written; the index also names the parts.
+            wanted = {"text_encoder_select_layers"} if name == "model_index.json" else held.keys()
+            described |= {key: held[key] for key in wanted if key in held and not key.startswith("_")}
+    return json.dumps(described, sort_keys=True)
+
+
+def _factors(config: CarryoverConfig, saved: Checkpoint | None, shapes: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """Of the LoRA, for a model whose layers have these shapes."""
+    if saved is None:
+        return read_lora(config.check, shapes)
+    for stage in (*policy.earlier_of(saved), saved):
+        if stage.state["lora"] is None:
+            raise UserError(f"check: {stage.path} trained all weights, so it is no LoRA; give a run of an adapter")
+    return scaled_factors(saved)
 
 
 def _load_raw(config: CarryoverConfig, saved: Checkpoint | None) -> K2:
     """The base alone: the adapters of the runs that this run started from are part of the factors."""
     assert config.model is not None
-    k2 = _load(config.model.path, config.model)
+    k2 = policy.read_base(asdict(config.model), _device())
     if k2.is_distilled:
-        raise UserError(
-            f"model: {config.model.path} is distilled; give the Raw checkpoint that the LoRA was trained on"
-        )
+        raise UserError(DISTILLED.format(config.model.path))
+    if saved is not None:
+        policy.check_origin(saved, k2, config.model.path)
     return k2
 
 
-def _load_turbo(config: CarryoverConfig, saved: Checkpoint | None) -> K2:
+def _load_turbo(config: CarryoverConfig, student: Checkpoint | None) -> K2:
     assert config.model is not None
-    path = Path(config.turbo)
-    if (path / "manifest.json").is_file() or (path / "checkpoints").is_dir():
-        student = checkpoint.load(checkpoint.find(path))
-        if not policy.is_student(student):
-            raise UserError(f"turbo: {student.path} is no student of posttrain tdm; give a distilled model")
-        if saved is not None and saved.path in [one.path for one in policy.earlier_of(student)]:
-            raise UserError(
-                f"turbo: {student.path} was distilled from {saved.path} already; give a Turbo that was distilled from"
-                " the model below it"
-            )
+    if student is not None:
         k2 = policy.load_base(student, _device())
         policy.add_saved_policy(k2, student)
         k2.stack_role(policy.POLICY)
         return k2
-    k2 = _load(config.turbo, replace(config.model, transformer_file=None, transformer_format=None))
+    turbo = replace(config.model, path=config.turbo, transformer_file=None, transformer_format=None)
+    k2 = policy.read_base(asdict(turbo), _device())
     if not k2.is_distilled:
-        raise UserError(f"turbo: {config.turbo}: model_index.json: is_distilled is not true; give a Turbo checkpoint")
+        raise UserError(UNDISTILLED.format(config.turbo))
     return k2
-
-
-def _load(path: str, model: ModelConfig) -> K2:
-    dtype = getattr(torch, model.dtype)
-    return K2.load(path, model.transformer_file, dtype, _device(), model.transformer_format)
 
 
 def _device() -> torch.device:

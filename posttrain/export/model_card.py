@@ -15,13 +15,13 @@ from typing import Any
 import yaml
 
 from posttrain import commands
+from posttrain.errors import counted
 from posttrain.loading import is_hub_id, without_revision
-from posttrain.report.format import counted
 from posttrain.report.front_matter import card
 from posttrain.report.public import public
 from posttrain.runs.read import read_changes
 from posttrain.training.checkpoint import Checkpoint
-from posttrain.training.policy import earlier_of, is_directory, is_student
+from posttrain.training.policy import earlier_of, is_directory, is_file, is_student
 
 AS_BASE = "as-the-base-model"
 STEPS = 28  # of the base model
@@ -93,7 +93,7 @@ def model_card(
         step=saved.step,
         results=_results(saved),
         rewards=[_reward(reward, saved.state.get("method")) for reward in recipe.get("rewards", [])],
-        size=_size(recipe),
+        size=size_of(recipe),
         changes=_changes(saved),
         recipe_text=yaml.safe_dump(settings, sort_keys=False) if settings else "",
         license=_license_text(front, model["path"], license),
@@ -133,21 +133,29 @@ def _on_hub(saved: Checkpoint) -> bool:
 
 
 def run_recipe(saved: Checkpoint) -> dict[str, Any]:
-    """The resolved recipe of the run that a checkpoint lies in; empty if it was moved out of it."""
+    """The resolved recipe of the run that a checkpoint lies in; empty if it was moved out of it, or is none."""
+    if is_file(saved):
+        return {}
     file = saved.path.parent.parent / "recipe.yaml"
     return (yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
 
 
-def _size(recipe: dict[str, Any]) -> list[int] | None:
+def heldout_of(recipe: Mapping[str, Any]) -> str | None:
+    """The prompts that a run held out; None where the recipe names none."""
+    return recipe["prompts"]["heldout"] if "prompts" in recipe else recipe.get("heldout")
+
+
+def size_of(recipe: Mapping[str, Any]) -> list[int] | None:
     """[height, width] of the run's evaluations; None where the recipe does not say it."""
     sizes = recipe.get("sampling", {}).get("sizes") or recipe.get("sizes") or []
-    return sizes[0] if sizes else (recipe.get("pairs") or {}).get("size")
+    # A method of one's own has one size.
+    return sizes[0] if sizes else recipe.get("size") or (recipe.get("pairs") or {}).get("size")
 
 
 def _changes(saved: Checkpoint) -> list[str]:
     """Settings that were changed when the run was resumed before this checkpoint."""
     lines = []
-    for row in read_changes(saved.path.parent.parent):
+    for row in read_changes(saved.path.parent.parent) if not is_file(saved) else ():
         section = row["setting"].split(".")[0]
         if row["after_step"] < saved.step and section not in LEFT_OUT:
             before, now = public(row["before"]), public(row["now"])
@@ -157,10 +165,18 @@ def _changes(saved: Checkpoint) -> list[str]:
 
 def _stage(stage: Checkpoint) -> dict[str, Any]:
     method, lora = stage.state.get("method", "training"), stage.state["lora"]
-    row = commands.get(method)
+    if is_file(stage):
+        kind = f"an adapter of rank {lora['rank']}" if lora else stage.state["kinds"]
+        return {"method": "an adapter's file", "steps": "", "weights": kind, "path": stage.path.name}
+    row, merge = commands.get(method), stage.state.get("merge")
+    title = row.title if row is not None and row.title else method
+    if merge is not None:
+        parents = [f"{parent['weight']:g} x {public(str(parent['name']))}" for parent in merge["parents"]]
+        title = f"{title} ({merge['method']}) of {' and '.join(parents)}"
     return {
-        "method": row.title if row is not None and row.title else method,
-        "steps": counted(stage.step, "step"),
+        "method": title,
+        # A merge was not trained.
+        "steps": None if merge is not None else counted(stage.step, "step"),
         "weights": f"an adapter of rank {lora['rank']}" if lora else "all weights",
         "path": f"{stage.path.parent.parent.name}/{stage.path.name}",
     }
@@ -192,8 +208,9 @@ def _reward(reward: dict[str, Any], method: str | None) -> dict[str, str]:
     function = reward["function"]
     if not isinstance(function, str):
         function = function.get("class_path")
-    # Only GRPO trains on rewards; the other methods measure all of them.
-    is_trained = method == "grpo" and not reward.get("heldout_only")
+    # Some methods train on rewards; the others measure all of them.
+    command = commands.get(method) if method else None
+    is_trained = command is not None and command.learns and not reward.get("heldout_only")
     weight = f"weight {reward['weight']:g}" if is_trained else "measured only"
     return {"name": reward["name"], "function": public(function), "weight": weight}
 

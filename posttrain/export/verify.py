@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.model.files import check_directory
 from posttrain.model.load import check_names
 from posttrain.model.lora_file import B, linear_shapes, read_lora
@@ -49,7 +49,7 @@ def check_weights(
                 moved += key in base and not _same(value, base[key])
     check_names(f"{where} as it was written", shapes, read, AGAIN)
     if changed:
-        raise UserError(f"{where}: {changed} tensors were not written as they were ({wrong}); {AGAIN}")
+        raise UserError(f"{where}: {counted(changed, 'tensor')} differed when read again ({wrong}); {AGAIN}")
     if not moved:
         raise UserError(f"{where}: every weight is still the base's: what was trained is not in it; {AGAIN}")
 
@@ -60,7 +60,7 @@ def check_lora(where: Path, file: Path, model: Mapping[str, Tensor], factors: Ma
     read = read_lora(file, linear_shapes(model), where)
     check_names(f"{where} as it was written", factors, read, AGAIN)
     if wrong := [key for key, value in factors.items() if not torch.equal(value.float(), read[key])]:
-        raise UserError(f"{where}: {len(wrong)} factors were not written as they were ({wrong[0]}); {AGAIN}")
+        raise UserError(f"{where}: {counted(len(wrong), 'factor')} differed when read again ({wrong[0]}); {AGAIN}")
     if not any(value.any() for key, value in read.items() if key.endswith(B)):
         raise UserError(f"{where}: every B factor is 0, so it would do nothing; {AGAIN}")
 

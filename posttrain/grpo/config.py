@@ -7,13 +7,13 @@ from typing import Annotated, Literal
 
 from pydantic import model_validator
 
-from posttrain.config import metric_names
-from posttrain.config.sections import LoraConfig, PromptsConfig, Rewards, TrainingConfig
+from posttrain.config.groups import GroupsConfig as SharedGroups
+from posttrain.config.groups import GroupTrainingConfig
+from posttrain.config.sections import LoraConfig
 from posttrain.config.types import (
     AtLeast0,
     AtLeast1,
     AtLeast2,
-    Filled,
     NonNegative,
     OpenShare,
     Positive,
@@ -23,8 +23,7 @@ from posttrain.config.types import (
     refusal,
     settings,
 )
-from prompts.pool import PoolConfig
-from rewards.base import RewardSpec
+from posttrain.errors import counted
 
 
 @settings
@@ -57,8 +56,8 @@ class SamplingConfig:
         if self.window is not None and not 1 <= self.window <= most:
             raise refusal(
                 "window",
-                f"is {self.window}, but {self.steps} steps leave 1 to {most} for noise (the last has none); shorten it"
-                " or raise sampling.steps",
+                f"is {self.window}, but of {counted(self.steps, 'step')} 1 to {most} can have noise (the last has"
+                " none); shorten it or raise sampling.steps",
             )
         # Without a window every step but the last has noise.
         if self.window_start == "sliding" and self.window is None:
@@ -77,18 +76,9 @@ class SamplingConfig:
 
 
 @settings
-class GroupsConfig:
+class GroupsConfig(SharedGroups):
     """How many images a training step draws, over all processes together."""
 
-    prompts_per_step: AtLeast1 = 8
-    """Prompts (groups) in a training step; need not divide by the number of processes."""
-    group_size: Annotated[int, Range(2, why="but images are compared within a group")] = 16
-    """Images of one prompt that are compared with each other."""
-    micro_batch: AtLeast1 = 8
-    """Images in one forward of the model; sets memory, not the result."""
-    flat: Literal["skip", "kl"] = "skip"
-    """Groups whose images score alike, so that they have no advantages. skip: they are not trained on. kl: on the
-    distance to the reference alone."""
     refill: AtLeast0 = 0
     """Most groups that a step draws in addition, in place of those whose images score alike, from other prompts of the
     pool; 0: none. A step then takes as long as its flat groups make it, and its batch teaches more. Wants pool.kind
@@ -154,53 +144,31 @@ class LossConfig:
 
 
 @keyword_settings
-class GRPOConfig(TrainingConfig):
+class GRPOConfig(GroupTrainingConfig):
     """Reinforcement learning of K2 with groups of images (GRPO), without guidance."""
 
-    prompts: PromptsConfig
-    rewards: Annotated[Rewards, Filled("name at least one reward to train on")]
-    """Rewards to train on, each with name, function, weight, heldout_only."""
-    steps: AtLeast1 = 200
-    """Training steps: each draws images, scores them and updates."""
-    idle_steps: AtLeast0 = 50
-    """Steps in a row from which nothing could be learnt, as no image could be scored or the images of each group score
-    alike, after which the run ends; 5 are warned of. 0: never."""
-    advantages: Literal["gdpo", "sum"] = "gdpo"
-    """gdpo: normalise each reward in its group, then weigh, then normalise over the batch.
-    sum: weigh, then normalise in the group."""
     lora: LoraConfig | None = field(default_factory=LoraConfig)
     """The adapter to train. null: train all weights but the text fusion's; wants an optim.lr of 1e-6 to 1e-5, and 16
     bytes a weight (K2: 205 GB), with loss.kl > 0 another copy in model.dtype (K2, bfloat16: 26 GB), with optim.ema 4
     bytes more (K2: 51 GB)."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     groups: GroupsConfig = field(default_factory=GroupsConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    pool: PoolConfig = field(default_factory=PoolConfig)
     loss: LossConfig = field(default_factory=LossConfig)
 
     def image_sizes(self) -> list[list[int]]:
         return self.sampling.sizes
 
-    def images_at_once(self) -> int:
-        return self.groups.micro_batch
-
     def copies(self) -> int:
         return self.rollout.ahead  # the policy that has drawn the images at hand
 
-    def metric_names(self) -> list[str]:
-        # A reward of whole groups has a score only where evaluations draw groups.
-        rewards = [reward.name for reward in self.rewards if self.eval.groups or not reward.group]
-        return metric_names.names(rewards, self.eval.guidance, self.eval.groups)
+    def max_advantage(self) -> float:
+        return self.loss.max_advantage
 
     @model_validator(mode="after")
     def _fits(self) -> GRPOConfig:
-        trained = [reward for reward in self.rewards if not reward.heldout_only]
-        # A gate multiplies or masks what the others say, and says nothing itself.
-        if sum(reward.weight for reward in trained if reward.gate == "none") <= 0:
-            raise refusal(
-                "rewards", "the weights of the trained rewards, gates aside, sum to zero; give one a weight above 0"
-            )
-        self._refuse_trained_metrics(trained)
+        if self.model.float8 is not None:
+            raise refusal("model.float8", "would make ratios of the noise of 8 bits; leave it out for grpo")
         self._check_refill()
         self._check_rollout()
         if self.loss.max_weight is not None and self.optim.passes == 1 and not self.rollout.ahead:
@@ -238,20 +206,3 @@ class GRPOConfig(TrainingConfig):
             why = "needs the policy that draws to be the one that trains; set rollout.ahead: 0"
         if why is not None:
             raise refusal("rollout.quantize", f"fp8 {why}")
-
-    def _refuse_trained_metrics(self, trained: list[RewardSpec]) -> None:
-        """What is trained on rises while it is being cheated, so it can neither pick a step nor end a run."""
-        chosen = {"eval.best": self.eval.best, "eval.stop.metric": self.eval.stop.metric}
-        for reward in self.rewards:
-            own = [reward.name + metric_names.suffix(scale) for scale in self.eval.guidance]
-            field = next((field for field, name in chosen.items() if name in own), None)
-            # The same function under another name is trained on as well.
-            alike = next((other.name for other in trained if other.function == reward.function), None)
-            if field is None or alike is None:
-                continue
-            how = "is trained on" if reward in trained else f"is the same function as '{alike}', which is trained on"
-            raise refusal(
-                field,
-                f"'{chosen[field]}' {how}, so it rises while it is being cheated; name a reward with heldout_only:"
-                " true, best a judge of another model family, or a metric such as image/diversity",
-            )

@@ -97,7 +97,7 @@ def rollout(
         raise ValueError(f"window {window} must lie in the first {len(times) - 2} of {len(times) - 1} steps")
     shape = (k2.image_tokens(height, width), k2.latent_channels)
     first = seeds[:1] if shared else seeds
-    x = sampler.noise([s[0] for s in first], shape).to(k2.device)
+    x, text = sampler.noise([s[0] for s in first], shape).to(k2.device), k2.fused(text)
     transitions = []
     for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
         # Micro-batches set memory; the result is the same within rounding.

@@ -16,25 +16,20 @@ from posttrain.grpo import losses
 from posttrain.grpo.config import GRPOConfig
 from posttrain.grpo.rollout import Trajectory, Transition, root_mean_square
 from posttrain.model import sampler
-from posttrain.model.k2 import K2, Text
+from posttrain.model.k2 import K2
+from posttrain.training.groups import Prompted
 from posttrain.training.policy import POLICY
 from posttrain.training.stepper import Stepper
 from posttrain.training.sums import total_of
-from prompts.records import PromptRecord
 
 References = dict[tuple[int, int, int], Tensor]
 """Velocities of the reference, by group, step of the schedule and first image of a part."""
 
 
 @dataclass
-class Group:
+class Group(Prompted):
     """One prompt's images of one step."""
 
-    index: int
-    """Among all groups of the step, whichever process drew them."""
-    record: PromptRecord
-    text: Text
-    size: tuple[int, int]
     trajectory: Trajectory
 
 

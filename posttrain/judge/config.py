@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import model_validator
 
+from posttrain.config.optimizer import refuse_average, refuse_muon
 from posttrain.config.sections import (
     JUDGE_TARGETS,
     CheckpointConfig,
@@ -81,6 +82,8 @@ class JudgeConfig:
         require_one_pass(self.optim, "a judge makes one update on each batch")
         if self.optim.cooldown_steps:
             raise refusal("optim.cooldown_steps", "a judge's rate falls along half a cosine from the start; leave it 0")
+        refuse_muon(self.optim, "a judge trains the factors of an adapter; use adamw")
+        refuse_average(self.optim, "is of runs that train K2; use optim.ema")
         return self
 
 

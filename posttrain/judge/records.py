@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.image_reader import SUFFIXES, read_image
 from posttrain.judge.config import JudgeConfig
 from posttrain.log import log
@@ -165,7 +165,7 @@ def split(records: Sequence[Record], config: JudgeConfig) -> tuple[list[Record],
         )
     if not training or not heldout:
         raise UserError(
-            f"data: {config.data}: {len(training)} records to train on and {len(heldout)} held out; "
+            f"data: {config.data}: {counted(len(training), 'record')} to train on and {len(heldout)} held out; "
             "give more prompts or change heldout"
         )
     return training, heldout

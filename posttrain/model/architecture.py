@@ -1,7 +1,13 @@
-"""The parts of Krea2Transformer2DModel by what they do. What diffusers calls them is known in posttrain/model alone."""
+"""The parts of Krea2Transformer2DModel by what they do, and the text that goes into it. What diffusers calls its parts
+is known in posttrain/model alone.
+
+Shapes: B samples, L text tokens, C channels.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,8 +15,7 @@ from diffusers import Krea2Transformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-TEXT = ("text_fusion", "txt_in")
-"""What fuses a prompt's text. It sees no time and no image, so its output is cached and it is never trained."""
+from posttrain.model.adapters.targets import TEXT, fuses_text, is_block_linear
 
 
 def blocks(transformer: Krea2Transformer2DModel) -> list[nn.Module]:
@@ -22,9 +27,9 @@ def block_linears(transformer: Krea2Transformer2DModel) -> list[nn.Linear]:
     return [module for module in transformer.transformer_blocks.modules() if isinstance(module, nn.Linear)]
 
 
-def fuses_text(key: str) -> bool:
-    """Whether the parameter of that name belongs to TEXT."""
-    return key.partition(".")[0] in TEXT
+def is_block_matrix(key: str) -> bool:
+    """Whether the parameter of that name is the weight of a linear in a block: attention's or the feed-forward's."""
+    return key.endswith(".weight") and is_block_linear(key.removesuffix(".weight"))
 
 
 def text_modules(transformer: Krea2Transformer2DModel) -> list[nn.Module]:
@@ -39,6 +44,66 @@ def text_weights(transformer: Krea2Transformer2DModel) -> dict[str, Tensor]:
 def text_width(transformer: Krea2Transformer2DModel) -> int:
     """Channels of a fused text token, which are the network's own."""
     return transformer.txt_in.linear_2.out_features
+
+
+def fuse(transformer: Krea2Transformer2DModel, features: Tensor, mask: Tensor | None) -> Tensor:
+    """Features (B, L, taps, text_dim) to fused tokens (B, L, C), under the adapters that are active. `mask` (B, L) is
+    True for real tokens; None where all are."""
+    attended = None if mask is None else mask[:, None, None, :]
+    return transformer.txt_in(transformer.text_fusion(features, attended))
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Prompts after the text encoder: real tokens only, [prompt | suffix]."""
+
+    features: list[Tensor]
+    """(L_i, taps, text_dim) a prompt."""
+    cut: list[int]
+    """How many tokens of each prompt did not fit into max_tokens."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """The text of a batch, as `K2.velocity` takes it. A batch of one serves any number of samples."""
+
+    tokens: Tensor
+    """Fused, (B, L, C). Where a role adapts the layers that fuse text: features (B, L, taps, text_dim), which each
+    forward fuses under its own role."""
+    mask: Tensor | None = None
+    """(B, L) bool, True for real tokens; None where all prompts have the same length."""
+    under: tuple[str, ...] | None = None
+    """The adapters that fused it, where roles adapt those layers; None: any role may read it."""
+
+    @staticmethod
+    def of(prompts: Sequence[Tensor]) -> Text:
+        """From what `K2.text_tokens` gives of each prompt. Padded to the longest, and masked, only if the lengths
+        differ."""
+        lengths = torch.tensor([len(tokens) for tokens in prompts], device=prompts[0].device)
+        tokens = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
+        if len({len(tokens) for tokens in prompts}) == 1:
+            return Text(tokens)
+        return Text(tokens, torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None])
+
+    @property
+    def is_fused(self) -> bool:
+        return self.tokens.ndim == 3
+
+    def first(self, count: int) -> Text:
+        """The first prompts of the batch."""
+        return self.rows(slice(count))
+
+    def rows(self, rows: Tensor | slice) -> Text:
+        """These prompts of the batch."""
+        return replace(self, tokens=self.tokens[rows], mask=None if self.mask is None else self.mask[rows])
+
+    def repeat(self, times: int) -> Text:
+        """Each prompt `times` times in a row, for groups of one prompt."""
+        mask = None if self.mask is None else self.mask.repeat_interleave(times, 0)
+        return replace(self, tokens=self.tokens.repeat_interleave(times, 0), mask=mask)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
 
 def compile_text_fusion(transformer: Krea2Transformer2DModel) -> None:

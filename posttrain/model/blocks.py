@@ -26,6 +26,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from posttrain.errors import UserError
+from posttrain.model import references
+from posttrain.model.references import KeysValues, References, cached_block, joint_block
 from posttrain.model.roles import STAGES, switched
 
 if TYPE_CHECKING:
@@ -50,6 +52,10 @@ class Blocks:
         self.recompute: int | None = None
         """How many of the last blocks are recomputed in backward instead of keeping their activations. None: as many as
         do not fit into the free memory of the GPU, measured at the first backward of each size; on the CPU none."""
+        self.float8: str | None = None
+        """How all weights are trained in fp8, tensorwise or rowwise; None: they are not. See fp8.py."""
+        self.exact = False
+        """Whether to leave fp8 out for now."""
         self.memory: Memory | None = None
         """The memory that is measured. None: that of the GPU that holds the inputs."""
         self.bytes_a_token: float | None = None
@@ -67,11 +73,18 @@ class Blocks:
         modulation: Tensor,
         rope: tuple[Tensor, Tensor],
         mask: Tensor | None,
+        lengths: tuple[int, ...] = (),
+        cached: Sequence[KeysValues] | None = None,
     ) -> Tensor:
-        """(B, T, C) through the blocks; modulation (B, 1, 6 C), rope of (T, head) each, mask (B, 1, 1, T) or None."""
+        """(B, T, C) through the blocks; modulation (B, 1, 6 C), rope of (T, head) each, mask (B, 1, 1, T) or None.
+
+        With references (references.py), mask is their bias. Those without a cache stand behind text and target in
+        `hidden`; `lengths` are the tokens of each part, and modulation is (B, 2, 6 C). `cached` has those of each block
+        that have one.
+        """
         compiled = compiles_by_default(hidden.device, hidden.dtype) if self.compiled is None else self.compiled
         if not compiled:
-            return self._run_all(_run, blocks, hidden, modulation, rope, mask)
+            return self._run_all(_run, blocks, cached, hidden, modulation, rope, mask, lengths)
         samples = len(hidden)
         # A batch of one would be compiled separately: two are faster than minutes of compiling.
         if samples == 1 and self._has_seen_batch:
@@ -81,9 +94,16 @@ class Blocks:
         # torch compiles again for each kind of view that it is given, so inputs are copied out of their views.
         modulation, rope = modulation.clone(), (rope[0].clone(), rope[1].clone())
         mask = None if mask is None else mask.clone()
-        return self._run_all(_run_compiled, blocks, hidden, modulation, rope, mask)[:samples]
+        return self._run_all(_run_compiled, blocks, cached, hidden, modulation, rope, mask, lengths)[:samples]
 
-    def _run_all(self, run: Callable[..., Tensor], blocks: Sequence[nn.Module], hidden: Tensor, *others: Any) -> Tensor:
+    def _run_all(
+        self,
+        run: Callable[..., Tensor],
+        blocks: Sequence[nn.Module],
+        cached: Sequence[KeysValues] | None,
+        hidden: Tensor,
+        *same: Any,
+    ) -> Tensor:
         shape, count = tuple(hidden.shape), len(blocks)
         memory = self.memory or (Memory(hidden.device) if hidden.is_cuda else None)
         kept = self._blocks_to_keep(shape, count, memory)
@@ -101,6 +121,7 @@ class Blocks:
                 # Blocks 1 and 2 keep their activations already, block 0 its input.
                 room = memory.free(blocks) + 2 * each + hidden.nbytes
                 kept = self._kept[shape] = kept_blocks(room, each, count, hidden.nbytes)
+            others = same if cached is None else (*same, *cached[i])
             if i < kept if kept is not None else i > 0:
                 hidden = run(block, hidden, *others)
             else:
@@ -127,18 +148,35 @@ class Blocks:
             return run(*inputs)
 
 
-def _run(block: nn.Module, *inputs: Any) -> Tensor:
-    return block(*inputs)
+def _run(
+    block: nn.Module,
+    hidden: Tensor,
+    modulation: Tensor,
+    rope: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    lengths: tuple[int, ...] = (),
+    *cached: Tensor,
+) -> Tensor:
+    if cached:
+        return cached_block(block, hidden, modulation, rope, mask, *cached)
+    if lengths:
+        return joint_block(block, hidden, modulation, rope, mask, lengths)
+    return block(hidden, modulation, rope, mask)
 
 
 def _run_compiled(
-    block: nn.Module, hidden: Tensor, modulation: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None
+    block: nn.Module,
+    hidden: Tensor,
+    modulation: Tensor,
+    rope: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    *references: Any,
 ) -> Tensor:
     """Equals `_run` within rounding: fused operations do not round intermediate results to the type of the inputs."""
     for tensor, sizes in ((hidden, (0, 1)), (modulation, (0,)), (rope[0], (0,)), (rope[1], (0,)), (mask, (0, 3))):
         for size in sizes if tensor is not None else ():
             torch._dynamo.maybe_mark_dynamic(tensor, size)
-    return _compiled(hidden.device.type)(block, hidden, modulation, rope, mask)
+    return _compiled(hidden.device.type)(block, hidden, modulation, rope, mask, *references)
 
 
 @functools.cache
@@ -230,8 +268,17 @@ class VelocityModel(nn.Module):
         """Divides tokens over processes; see sequence.py."""
         self._rope: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
 
-    def forward(self, x: Tensor, t: Tensor, tokens: Tensor, mask: Tensor | None, grid: tuple[int, int]) -> Tensor:
-        """x (B, N, C) and tokens (B, L, C) in the network's dtype, t (B,) in fp32, mask (B, L) or None."""
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        tokens: Tensor,
+        mask: Tensor | None,
+        grid: tuple[int, int],
+        shown: References | None = None,
+    ) -> Tensor:
+        """x (B, N, C) and tokens (B, L, C) in the network's dtype, t (B,) in fp32, mask (B, L) or None; `shown` are
+        references."""
         net, length = self.transformer, tokens.shape[1]
         low_precision = x.dtype != torch.float32
         # Trained weights are fp32: autocast computes in the base's dtype with them. Everything else has it already.
@@ -239,16 +286,39 @@ class VelocityModel(nn.Module):
             temb = net.time_embed(t, dtype=x.dtype)
             modulation = net.time_mod_proj(F.gelu(temb, approximate="tanh"))
             if mask is not None:
-                mask = torch.cat([mask, mask.new_ones(x.shape[:2])], dim=1)[:, None, None, :]
+                mask = torch.cat([mask, mask.new_ones(x.shape[:2])], dim=1)
             rope = self._rotary(length, *grid, x.device)
             hidden = torch.cat([tokens, net.img_in(x)], dim=1)
             total = hidden.shape[1]
+            if shown is not None:
+                return net.final_layer(self._with_references(hidden, modulation, rope, mask, shown)[:, length:], temb)
+            mask = None if mask is None else mask[:, None, None, :]
             if self.sequence is not None:
                 hidden, rope, mask = self.sequence.split(hidden, rope, mask)
             hidden = self.blocks(list(net.transformer_blocks), hidden, modulation, rope, mask)
             if self.sequence is None:
                 return net.final_layer(hidden[:, length:], temb)
             return self.sequence.gather(net.final_layer(hidden, temb))[:, length:total]
+
+    def _with_references(
+        self, hidden: Tensor, modulation: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, shown: References
+    ) -> Tensor:
+        """Text and target (B, T, C) through the blocks, beside the references or with what is cached of them."""
+        net, (batch, tokens) = self.transformer, hidden.shape[:2]
+        if self.sequence is not None:
+            raise UserError("model.sequence_parallel: does not go with references; set it to 1")
+        references.install(net)
+        blocks, bias = list(net.transformer_blocks), shown.bias(mask, tokens, batch, hidden.dtype)
+        if shown.cached is not None:
+            return self.blocks(blocks, hidden, modulation, rope, bias, cached=shown.cached)
+        streams = [net.img_in(latents.to(hidden.device, hidden.dtype)) for latents in shown.latents]
+        hidden = torch.cat([hidden, *(stream.expand(batch, -1, -1) for stream in streams)], 1)
+        clean = references.clean_modulation(net, hidden.dtype, hidden.device).expand(batch, -1, -1)
+        ropes = [rope, *references.rotary(net, shown, hidden.device)]
+        joined = torch.cat([cos for cos, _ in ropes]), torch.cat([sin for _, sin in ropes])
+        modulation = torch.cat([modulation.expand(batch, -1, -1), clean], 1)
+        lengths = (tokens, *shown.lengths)
+        return self.blocks(blocks, hidden, modulation, joined, bias, lengths)[:, :tokens]
 
     def _rotary(self, length: int, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
         # All text tokens have position 0: a table for a long text serves every shorter one by slicing.

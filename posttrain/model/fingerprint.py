@@ -17,7 +17,9 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """A hash of names, shapes and values. Values are rounded to bf16, so the type a model is loaded in does not
     matter."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
+    # One at a time: a mapping may read each from its file.
+    for name in sorted(tensors):
+        tensor = tensors[name]
         flat = tensor.detach().flatten()
         stride = -(-len(flat) // SAMPLES) or 1
         # numpy has no bfloat16, so the bits go through int16.

@@ -2,7 +2,8 @@
 
 diffusers owns the network; this file calls its parts in an order that saves work. Two savings are exact. Padding is
 dropped: every text token has rotary position 0, and nothing reads a masked token. The fused text, which sees no t and
-no image, is computed once a prompt for all steps and roles.
+no image, is computed once a prompt for all steps and roles; unless a role adapts the layers that fuse it: then each
+forward fuses it under its own role.
 
 Shapes: B samples, L text tokens, N image tokens, C channels. Latents x are packed and fp32, (B, N, C); the
 released checkpoint has N = H W / 256 and C = 64. Velocities are fp32 too, whatever dtype the network runs in.
@@ -12,7 +13,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,56 +27,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from posttrain.errors import UserError
 from posttrain.image_reader import to_rgb
 from posttrain.model import architecture, sampler
-from posttrain.model.architecture import pack, unpack
+from posttrain.model.adapters.targets import fuses_text
+from posttrain.model.architecture import Encoding, Text, pack, unpack
 from posttrain.model.blocks import Blocks, VelocityModel
-from posttrain.model.linears import LoraLinear
+from posttrain.model.fingerprint import fingerprint
+from posttrain.model.linears import FP8
 from posttrain.model.load import load_pipeline, random_pipeline
 from posttrain.model.offload import Offloaded, uses
+from posttrain.model.references import References
 from posttrain.model.roles import Roles
 
 DECODED = 2**20
 """Pixels that are decoded at a time, in 1 to 16 images. Each takes about 3 kB of memory in K2."""
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """Prompts after the text encoder: real tokens only, [prompt | suffix]."""
-
-    features: list[Tensor]
-    """(L_i, taps, text_dim) a prompt."""
-    cut: list[int]
-    """How many tokens of each prompt did not fit into max_tokens."""
-
-
-@dataclass(frozen=True)
-class Text:
-    """Fused text of a batch, as `K2.velocity` takes it. A batch of one serves any number of samples."""
-
-    tokens: Tensor
-    """(B, L, C)"""
-    mask: Tensor | None = None
-    """(B, L) bool, True for real tokens; None where all prompts have the same length."""
-
-    @staticmethod
-    def of(fused: Sequence[Tensor]) -> "Text":
-        """From (L_i, C) of each prompt. Padded to the longest, and masked, only if the lengths differ."""
-        lengths = torch.tensor([len(tokens) for tokens in fused], device=fused[0].device)
-        tokens = nn.utils.rnn.pad_sequence(list(fused), batch_first=True)
-        if len({len(tokens) for tokens in fused}) == 1:
-            return Text(tokens)
-        return Text(tokens, torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None])
-
-    def first(self, count: int) -> "Text":
-        """The first prompts of the batch."""
-        return Text(self.tokens[:count], None if self.mask is None else self.mask[:count])
-
-    def repeat(self, times: int) -> "Text":
-        """Each prompt `times` times in a row, for groups of one prompt."""
-        mask = None if self.mask is None else self.mask.repeat_interleave(times, 0)
-        return Text(self.tokens.repeat_interleave(times, 0), mask)
-
-    def __len__(self) -> int:
-        return len(self.tokens)
 
 
 class K2(Roles):
@@ -103,6 +66,8 @@ class K2(Roles):
         self.offloaded: dict[str, Offloaded] = {}
         """Parts that are on the device only while they are used, by name; see `offload.place`."""
         self.sequence_parallel = 1  # processes that share a sample's tokens in training; see sequence.py
+        self.begins_with: dict[str, Tensor] = {}
+        """Factors, with scales in B, that the policy begins with when it is added; see training/policy.py."""
         self.origin: dict[str, Any] = {"base": None, "merged": []}
         """Fingerprint of the base, and the checkpoints that are stacked on it; see training/policy.py."""
         # Nothing is trained until a role is: a forgotten call cannot train the base.
@@ -257,37 +222,62 @@ class K2(Roles):
 
     @torch.no_grad()
     def fuse(self, features: Tensor) -> Tensor:
-        """One prompt's (L, taps, text_dim) to (L, C), through the part of the network that sees no t and no image."""
+        """One prompt's (L, taps, text_dim) to (L, C), through the part of the network that sees no t and no image.
+
+        For `Text` use `text_tokens`: a role that adapts that part makes this wrong, and an error.
+        """
         if not self.fused_text_is_constant():
             raise RuntimeError("text_fusion or txt_in is trained or adapted: fused text cannot be cached")
-        tokens = features[None].to(self.device, self.dtype)
-        fused = self.transformer.text_fusion(tokens)
-        return self.transformer.txt_in(fused)[0]
+        with self.role(None):
+            return architecture.fuse(self.transformer, features[None].to(self.device, self.dtype), None)[0]
 
     def fused_text_is_constant(self) -> bool:
-        """Whether `fuse` depends on no trainable parameter and no adapter."""
-        for part in architecture.text_modules(self.transformer):
-            trained = any(parameter.requires_grad for parameter in part.parameters())
-            adapted = any(isinstance(module, LoraLinear) for module in part.modules())
-            if trained or adapted:
-                return False
-        return True
+        """Whether `fuse` depends on no trainable parameter and no role."""
+        trained = any(p.requires_grad for key, p in self.transformer.named_parameters() if fuses_text(key))
+        return not (trained or self.adapts_text)
+
+    def text_tokens(self, features: Tensor) -> Tensor:
+        """What a `Text` holds of one prompt's features (L, taps, text_dim): fused tokens (L, C); or the features, in
+        the network's type, where a role adapts the layers that fuse them.
+
+        All roles must be there already: text that was fused before is refused by `velocity`.
+        """
+        return features.to(self.device, self.dtype) if self.adapts_text else self.fuse(features)
+
+    def fused(self, text: Text) -> Text:
+        """The text as the active role reads it. `velocity` does this too; call it once before several forwards of one
+        role without gradient."""
+        if not self.adapts_text:
+            return text
+        under = tuple(name for name in self._active if name != FP8)
+        if text.is_fused:
+            if text.under != under:
+                raise RuntimeError(f"text was fused under {text.under} and is read under {under}: fuse it later")
+            return text
+        return replace(text, tokens=architecture.fuse(self.transformer, text.tokens, text.mask), under=under)
+
+    def text_fingerprint(self) -> str:
+        """Of all that `text_tokens` adds to features; for caches."""
+        return "features" if self.adapts_text else fingerprint(architecture.text_weights(self.transformer))
 
     def text(self, prompts: Sequence[str], max_tokens: int = 512) -> Text:
-        """Prompts encoded, fused and batched."""
-        return Text.of([self.fuse(features) for features in self.encode(prompts, max_tokens).features])
+        """Prompts encoded, fused where no role adapts that, and batched."""
+        return Text.of([self.text_tokens(features) for features in self.encode(prompts, max_tokens).features])
 
     # the network
 
-    def velocity(self, x: Tensor, t: sampler.Time, text: Text, height: int, width: int) -> Tensor:
-        """The velocity (B, N, C), fp32, at latents x and time t, under the active role."""
+    def velocity(
+        self, x: Tensor, t: sampler.Time, text: Text, height: int, width: int, *, shown: References | None = None
+    ) -> Tensor:
+        """The velocity (B, N, C), fp32, at latents x and time t, under the active role; `shown` are references."""
         grid, batch = self.grid(height, width), x.shape[0]
         if x.shape[1:] != (grid[0] * grid[1], self.latent_channels) or len(text) not in (1, batch):
             raise ValueError(f"latents {tuple(x.shape)}, {len(text)} texts: not for {height}x{width} pixels")
+        text = self.fused(text)
         t = sampler.model_time(t, self.time_dtype).to(x.device).expand(batch)
         tokens = text.tokens.expand(batch, -1, -1)
         mask = None if text.mask is None else text.mask.expand(batch, -1)
-        return self._network()(x.to(self.dtype), t, tokens, mask, grid).float()
+        return self._network()(x.to(self.dtype), t, tokens, mask, grid, shown).float()
 
     def _network(self) -> nn.Module:
         role = self.active
@@ -335,6 +325,7 @@ class K2(Roles):
         `mu` is the schedule's shift; None: the model's own.
         """
         x = noise.to(self.device, torch.float32)
+        text, null_text = self.fused(text), None if null_text is None else self.fused(null_text)
         times = sampler.schedule(steps, self.mu(height, width) if mu is None else mu)
         for t, t_next in itertools.pairwise(times):
             v = self.guided_velocity(x, t, text, null_text, guidance, height, width)

@@ -1,9 +1,10 @@
 """Linears with LoRA adapters, and linears with a frozen weight in fp8.
 
-    y = W x + B A x        A (r, in) and B (out, r): all active adapters concatenated, fp32, with their scales in B
+    y = W x + B A x (+ b)      A (r, in) and B (out, r): all active adapters concatenated, fp32, with their scales in B
 
-The sum is rounded once. If W x were rounded to bf16 first, changes of less than half a unit in the last place would be
-lost: 88 % of the change by an adapter with |BA| = 0.0002 |W|.
+The sum of the products is rounded once. If W x were rounded to bf16 first, changes of less than half a unit in the last
+place would be lost: 88 % of the change by an adapter with |BA| = 0.0002 |W|. A bias, which only layers outside the
+blocks have, is added last, with and without adapters, so that an adapter without effect changes not a bit.
 """
 
 from __future__ import annotations
@@ -45,14 +46,13 @@ class Float8Matmul(torch.autograd.Function):
 
 
 class LoraLinear(nn.Linear):
-    """A linear with adapters by name. It takes over the weight of a plain linear or of a Float8Linear."""
+    """A linear with adapters by name. It takes over the weight of a plain linear or of a Float8Linear, and its bias."""
 
     def __init__(self, linear: nn.Linear, active: list[str]):
         """`active` names the adapters to add. All linears of a model share this list, which changes in place."""
         nn.Module.__init__(self)  # nn.Linear's own would allocate a weight
-        assert linear.bias is None
-        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, None
-        self.weight = linear.weight
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
         self.active = active
         self.is_float8 = isinstance(linear, Float8Linear)
         """Whether the weight is in fp8. Its product is rounded to bf16 before adapters are added."""
@@ -89,7 +89,10 @@ class LoraLinear(nn.Linear):
         return (a[0], b[0]) if len(own) == 1 else (torch.cat(a), torch.cat(b, dim=1))
 
     def forward(self, input: Tensor) -> Tensor:
-        input = input.to(self.weight.dtype)
+        output = self._without_bias(input.to(self.weight.dtype))
+        return output if self.bias is None else output + self.bias
+
+    def _without_bias(self, input: Tensor) -> Tensor:
         factors = self.factors(self.active)
         if factors is None:
             return self._base(input)
@@ -115,6 +118,6 @@ class LoraLinear(nn.Linear):
         if self.is_float8:
             return Float8Linear(self, self.weight.data)
         # On the meta device, so that no second weight is allocated for a moment.
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = self.weight
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight, linear.bias = self.weight, self.bias
         return linear

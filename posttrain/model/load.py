@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen3VLConfig, Qwen3VLModel
 
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.loading import (
     PIPELINE,
     check_finite,
@@ -137,8 +137,8 @@ def _wrong_with_template(pipe: Any) -> str:
     ):
         if (found := len(pipe.tokenizer(text)["input_ids"])) != count:
             return (
-                f"tokenizer: makes {found} tokens of a part of K2's prompt template that has {count}; copy or download"
-                " the pipeline's own again"
+                f"tokenizer: makes {counted(found, 'token')} of a part of K2's prompt template that has {count}; copy"
+                " or download the pipeline's own again"
             )
     return ""
 

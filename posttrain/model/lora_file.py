@@ -1,50 +1,65 @@
-"""Reads LoRA files, of this project and of others. A key that fits no layer of the transformer is an error.
+"""Reads adapters' files, of this project and of others. A key that fits no layer of the transformer is an error.
 
 Accepted are diffusers' names (`transformer.`...) and the original ones (`diffusion_model.`..., `base_model.model.`...),
-as they are or joined by underscores (`lora_unet_blocks_0_attn_wq`), with lora_A and lora_B or lora_down and lora_up.
+as they are or joined by underscores (`lora_unet_blocks_0_attn_wq`, `lycoris_`...), with lora_A and lora_B or lora_down
+and lora_up. DoRA, LoKr, LoHa and whole differences are read too, as changes of weights (adapters/kinds.py).
 
-How strongly a layer acts is read in this order: an `alpha` tensor beside the factors; the file's header, as diffusers
-(`lora_adapter_metadata`) or kohya's trainers (`ss_network_alpha`) write it; PEFT's adapter_config.json beside the file.
-Two that disagree are an error, since one of them is wrong and nothing says which. kohya's header has one number for all
-layers, which says nothing of them beside alphas where their ranks are others. Where none says anything the scale is 1.
+How strongly a layer acts is read by adapters/scales.py.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from posttrain.errors import UserError
-from posttrain.loading import check_file, check_finite, some
+from posttrain.errors import UserError, counted
+from posttrain.loading import check_file, check_finite, reading, some
 from posttrain.model import key_names
+from posttrain.model.adapters import kinds
+from posttrain.model.adapters.kinds import ALPHA, BIAS, MAGNITUDE, Change
+from posttrain.model.adapters.scales import scale_of, stated_scales
+from posttrain.model.adapters.targets import target_of
 from posttrain.model.k2 import K2
-from posttrain.model.roles import TARGETS
+from posttrain.model.load import empty_transformer
+from posttrain.model.roles import Kept, Role
 
 A, B = "lora_A.weight", "lora_B.weight"
+SUFFIX = ".safetensors"
+"""Of an adapter that is a file, of this project or of another, and no run or checkpoint."""
 PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.", "model.diffusion_model.", "pipe.dit.",
             "_orig_mod.", "module.")  # fmt: skip
 """What stands before a layer's name: of pipelines, trainers and wrappers, also one inside the other."""
-JOINED = ("lora_unet_", "lora_transformer_")
+JOINED = ("lora_unet_", "lora_transformer_", "lycoris_")
 """Prefixes of trainers that join the parts of a layer's name by underscores."""
-_KEY = re.compile(r"(.+)\.(?:(lora_A|lora_down)(?:\.default)?\.weight|(lora_B|lora_up)(?:\.default)?\.weight|(alpha))")
-_BLOCK = re.compile(r"transformer_blocks\.\d+\.(?:attn\.)?(.+)")
-Scale = Callable[[str, int], float | None]
-"""Of a layer's name and rank; None where nothing is said of it."""
-AGREE = 0.01
-"""Relative difference of two scales that is rounding: an alpha may be stored in bf16."""
-KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
-"""Values of init_lora_weights under which the base's weights stay as they are."""
-OTHER_LAYERS = ("use_dora", "use_qalora", "layer_replication", "alora_invocation_tokens")
-"""Settings of PEFT whose layers compute something else than W + scale B A."""
+_KEY = re.compile(
+    r"(.+)\.(?:(?P<A>lora_A|lora_down)(?:\.default)?\.weight|(?P<B>lora_B|lora_up)(?:\.default)?\.weight|(?P<alpha>alpha)"
+    r"|(?P<magnitude>lora_magnitude_vector|magnitude|dora_scale)(?:\.default)?(?:\.weight)?|(?P<diff_b>diff_b)"
+    r"|(?P<part>lokr_w[12](?:_[ab])?|hada_w[12]_[ab]|diff)(?:\.default)?(?:\.weight)?)"
+)
+MUSUBI = "lokr_factor"
+"""A key of a whole file by musubi-tuner's own LoKr, which divides alpha by the larger side of a w2 without factors."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a file means."""
+
+    factors: dict[str, Tensor] = field(default_factory=dict)
+    """Of its LoRA layers: by diffusers' names, such as `transformer_blocks.0.attn.to_q.lora_A.weight`, fp32, with the
+    scale in B."""
+    changes: dict[str, Change] = field(default_factory=dict)
+    """Of all other layers, by their names in diffusers."""
+
+    def others(self) -> str:
+        """What the layers are that are no LoRA, for messages: `DoRA`, or `LoKr and whole differences`."""
+        return " and ".join(sorted({change.kind for change in self.changes.values()}))
 
 
 def linear_shapes(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
@@ -56,11 +71,28 @@ def linear_shapes(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, int]
     return shapes
 
 
-def read_lora(path: str | Path, shapes: Mapping[str, tuple[int, int]], where: str | Path = "") -> dict[str, Tensor]:
-    """Factors by diffusers' names, such as `transformer_blocks.0.attn.to_q.lora_A.weight`, fp32, with the scale in B.
+def shapes_at(path: str) -> dict[str, tuple[int, int]]:
+    """The same of a pipeline whose weights are not read."""
+    with reading(f"{path}/transformer/config.json", "the transformer's settings"):
+        return linear_shapes(empty_transformer(path).state_dict())
 
-    `shapes` are those of the model; messages call the file `where`. Raises UserError, with the keys, if one of them
-    fits no layer, has no partner, a wrong shape or type, or a number that is not finite; or for scales that disagree.
+
+def read_lora(path: str | Path, shapes: Mapping[str, tuple[int, int]], where: str | Path = "") -> dict[str, Tensor]:
+    """The factors of a file that holds nothing but a LoRA; see `read_adapter`. Raises UserError for any other."""
+    adapter = read_adapter(path, shapes, where)
+    if adapter.changes:
+        raise UserError(
+            f"{where or path}: holds {adapter.others()} ({some(list(adapter.changes))}), which is no LoRA and can only"
+            " be merged into the weights: by model.start, posttrain sample --adapter or posttrain export --source"
+        )
+    return adapter.factors
+
+
+def read_adapter(path: str | Path, shapes: Mapping[str, tuple[int, int]], where: str | Path = "") -> Adapter:
+    """What a file means for a model whose linears have these shapes; messages call the file `where`.
+
+    Raises UserError, with the keys, if one of them fits no layer, has no partner, a wrong shape or type, or a number
+    that is not finite; or for scales that disagree.
     """
     path, where = Path(path), where or path
     if not path.is_file():
@@ -68,6 +100,46 @@ def read_lora(path: str | Path, shapes: Mapping[str, tuple[int, int]], where: st
     check_file(path, where)
     tensors = load_file(path)
     check_finite(where, tensors)
+    is_musubi = tensors.pop(MUSUBI, None) is not None
+    layers, names = _layers(tensors, shapes, where)
+    found: dict[str, str] = {}
+    for layer, parts in layers.items():
+        found[layer] = _kind(names[layer], parts, where)
+    ranks: dict[str, int | None] = {}
+    for layer, parts in layers.items():
+        ranks[layer] = kinds.rank_of(found[layer], parts)
+        if is_musubi and found[layer] == "LoKr" and ranks[layer] is None:
+            ranks[layer] = max(parts["lokr_w2"].shape)
+    of_layers = {rank for rank in ranks.values() if rank is not None}
+    has_magnitude = any(MAGNITUDE in parts for parts in layers.values())
+    stated = stated_scales(
+        path, where, of_layers, all(ALPHA in parts for parts in layers.values()), {*found.values()}, has_magnitude
+    )
+    adapter = Adapter()
+    for layer, parts in layers.items():
+        rank, name = ranks[layer], names[layer]
+        alpha = parts.pop(ALPHA, None)
+        _check_shapes(name, parts, found[layer], rank, shapes[layer], where)
+        if alpha is not None and alpha.numel() != 1:
+            raise UserError(f"{where}: {name}.alpha has {alpha.numel()} numbers; give a LoRA with one a layer")
+        if alpha is not None and found[layer] == "full":
+            raise UserError(f"{where}: {name}: has an alpha beside a whole difference, which has no rank; remove it")
+        # Where a kind has no rank, trainers write an alpha and do not use it.
+        scale = scale_of(_bare(name), rank, None if alpha is None or rank is None else float(alpha), stated, where)
+        if bias := {key: parts.pop(key) for key in (BIAS,) if key in parts}:
+            adapter.changes[f"{layer}.{BIAS}"] = Change("a bias", bias)
+        if found[layer] == "LoRA" and MAGNITUDE not in parts:
+            # The scale goes into B, so that factors of several files can be concatenated.
+            adapter.factors.update({f"{layer}.{A}": parts["A"], f"{layer}.{B}": parts["B"] * scale})
+        elif parts:
+            adapter.changes[layer] = Change(_called(found[layer], parts), parts, scale)
+    return adapter
+
+
+def _layers(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], where: str | Path
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    """By layer its tensors, fp32, by what they are; and its name in the file."""
     layers: dict[str, dict[str, Tensor]] = {}
     names: dict[str, str] = {}
     unbound = []
@@ -78,71 +150,164 @@ def read_lora(path: str | Path, shapes: Mapping[str, tuple[int, int]], where: st
         if match is None or layer not in shapes:
             unbound.append(key)
             continue
-        kind = "A" if match[2] else "B" if match[3] else "alpha"
+        is_part = match.lastgroup == "part"
+        kind = match["part"] if is_part else str(match.lastgroup)
         parts = layers.setdefault(layer, {})
         if kind in parts:
             raise UserError(f"{where}: {key} is there twice, under two names; give a file with one LoRA")
         names[layer], parts[kind] = match[1], value.float()
     if not layers:
         raise UserError(
-            f"{where}: none of its {len(tensors)} keys binds to a layer of this model ({some(unbound)}), so it would"
-            " do nothing; give a LoRA for K2 in diffusers' or the original names"
+            f"{where}: none of its {counted(len(tensors), 'key')} binds to a layer of this model ({some(unbound)}),"
+            " so it would do nothing; give a LoRA for K2 in diffusers' or the original names"
         )
     if unbound:
         raise UserError(
-            f"{where}: {len(unbound)} of its {len(tensors)} keys bind to no layer of this model ({some(unbound)}), so"
-            " a part of it would be lost; give a LoRA for this model, or leave those layers out when you train it"
+            f"{where}: {len(unbound)} of its {counted(len(tensors), 'key')} would bind to no layer of this model"
+            f" ({some(unbound)}), so a part of it would be lost; give a LoRA for this model, or leave those layers out"
+            " when you train it"
         )
-    if alone := [names[layer] for layer, parts in layers.items() if not {"A", "B"} <= parts.keys()]:
-        raise UserError(f"{where}: a factor is missing for {some(alone)}; give a whole LoRA")
-    ranks = {parts["A"].shape[0] for parts in layers.values() if parts["A"].ndim == 2}
-    stated = stated_scales(path, where, ranks, all("alpha" in parts for parts in layers.values()))
-    factors: dict[str, Tensor] = {}
-    for layer, parts in layers.items():
-        a, b, alpha = parts["A"], parts["B"], parts.get("alpha")
-        rank = a.shape[0] if a.ndim == 2 else 0
-        outputs, inputs = shapes[layer]
+    return layers, names
+
+
+def _kind(name: str, parts: Mapping[str, Tensor], where: str | Path) -> str:
+    """Raises UserError where a layer's tensors are of no kind or of several, or not all that its kind has."""
+    kind = kinds.kind_of(parts)
+    if kind is None and parts.keys() == {BIAS}:
+        return "full"
+    several = sum(not parts.keys().isdisjoint(own) for own in kinds.PARTS.values()) > 1
+    if several:
+        raise UserError(f"{where}: {name} is adapted in two ways ({', '.join(parts)}); give a file with one of them")
+    lacking = ["lora_A and lora_B"] if kind is None else kinds.missing(kind, parts)
+    if lacking:
+        lacking = [{"A": "lora_A", "B": "lora_B"}.get(part, part) for part in lacking]
+        raise UserError(f"{where}: a factor is missing for {name} ({', '.join(lacking)}); give a whole LoRA")
+    assert kind is not None
+    return kind
+
+
+def _check_shapes(
+    name: str, parts: Mapping[str, Tensor], kind: str, rank: int | None, shape: tuple[int, int], where: str | Path
+) -> None:
+    outputs, inputs = shape
+    if kind == "LoRA":
+        a, b = parts["A"], parts["B"]
         if not rank or a.shape != (rank, inputs) or b.shape != (outputs, rank):
             raise UserError(
-                f"{where}: {names[layer]}: factors of {list(a.shape)} and {list(b.shape)} do not fit a layer of"
+                f"{where}: {name}: factors of {list(a.shape)} and {list(b.shape)} do not fit a layer of"
                 f" {[outputs, inputs]}; give a LoRA of this model"
             )
-        if alpha is not None and alpha.numel() != 1:
-            raise UserError(f"{where}: {names[layer]}.alpha has {alpha.numel()} numbers; give a LoRA with one a layer")
-        name = _bare(names[layer])
-        scale = scale_of(name, rank, None if alpha is None else float(alpha), stated, where)
-        # The scale goes into B, so that factors of several files can be concatenated.
-        factors |= {f"{layer}.{A}": a, f"{layer}.{B}": b * scale}
-    return factors
+    elif parts.keys() - {MAGNITUDE, BIAS} and (rank == 0 or kinds.shape_of(parts) != (outputs, inputs)):
+        sizes = ", ".join(f"{part} {list(value.shape)}" for part, value in parts.items())
+        raise UserError(
+            f"{where}: {name}: {sizes} do not make a change of a layer of {[outputs, inputs]}; give a file of this"
+            " model"
+        )
+    # A magnitude for each output, or with LyCORIS' wd_on_output off for each input.
+    expected = {MAGNITUDE: ((outputs,), (outputs, 1), (1, inputs)), BIAS: ((outputs,),)}
+    for part, allowed in expected.items():
+        if part in parts and tuple(parts[part].shape) not in allowed:
+            raise UserError(
+                f"{where}: {name}: its {part} of {list(parts[part].shape)} does not fit a layer of {[outputs, inputs]};"
+                " give a file of this model"
+            )
+
+
+def _called(kind: str, parts: Mapping[str, Tensor]) -> str:
+    """What trainers call it: with a magnitude LoRA is DoRA."""
+    if MAGNITUDE not in parts:
+        return "whole differences" if kind == "full" else kind
+    return "DoRA" if kind == "LoRA" else f"DoRA on {kind}"
+
+
+def add_adapter(k2: K2, name: str, adapter: Adapter, where: str | Path, *grids: torch.dtype) -> dict[str, list[Kept]]:
+    """Merges what is no LoRA into the base's weights, in fp32 with one rounding to their type, and adds the LoRA, if
+    there is one, as a role.
+
+    Returns, by weight that was merged, how much of the change rounding to each type of `grids` keeps. Raises UserError
+    for an adapter that has no effect, or that changes a bias which is not there.
+    """
+    for layer in adapter.changes:
+        if layer.endswith(BIAS) and _weight(k2, layer) is None:
+            raise UserError(f"{where}: changes the bias of {layer.removesuffix(f'.{BIAS}')}, which has none")
+    if adapter.factors:
+        add_lora(k2, name, adapter.factors, where)
+    kept: dict[str, list[Kept]] = {}
+    moved = bool(adapter.factors)
+    for layer, change in adapter.changes.items():
+        weight = _weight(k2, layer)
+        assert weight is not None
+        with torch.no_grad():
+            merged = change.of(weight) if not layer.endswith(BIAS) else weight.float() + change.parts[BIAS].to(weight)
+            moved = moved or not torch.equal(merged, weight.float())
+            kept[layer] = [Kept.of(weight, merged - weight.float(), merged, grid) for grid in grids]
+            weight.data = merged.to(weight.dtype)
+    if not moved:
+        raise UserError(f"{where}: changes no weight, so it does nothing; give a trained adapter")
+    return kept
+
+
+def _weight(k2: K2, layer: str) -> torch.nn.Parameter | None:
+    """What a change of that name changes: the layer's weight, or its bias."""
+    linear: Any = k2.transformer.get_submodule(layer.removesuffix(f".{BIAS}"))
+    return linear.bias if layer.endswith(f".{BIAS}") else linear.weight
 
 
 def add_lora(k2: K2, name: str, factors: Mapping[str, Tensor], where: str | Path) -> None:
     """Adds a role with the factors of `read_lora`. Factors of different ranks are padded with zeros to the largest.
 
-    Raises UserError for a LoRA on layers outside the blocks, which roles cannot adapt, or one that has no effect.
+    For errors see `role_for`.
     """
-    linears: dict[str, str | None] = {}
-    for key in factors:
-        layer = key.rpartition(".lora_")[0]
-        match = _BLOCK.fullmatch(layer)
-        linears[layer] = match[1] if match else None
-    if outside := [layer for layer, linear in linears.items() if linear not in TARGETS]:
-        raise UserError(
-            f"{where}: adapts {some(outside)} outside the transformer blocks' linear layers, which roles do not"
-            " reach; give a LoRA of the blocks"
-        )
+    role = role_for(factors, where)
+    k2.add_role(name, role.rank, role.alpha, role.targets)
+    k2.load_role_state_dict(name, padded(factors, k2.role_named_parameters(name)))
+
+
+def role_for(factors: Mapping[str, Tensor], where: str | Path) -> Role:
+    """The settings of a role that holds the factors of `read_lora`; its scale is 1, as the files' scales are in B.
+
+    Raises UserError for a LoRA that has no effect.
+    """
     # B is 0 in an adapter that was never trained, and a run from it would only seem to have an earlier stage.
     if not any(value.any() for key, value in factors.items() if key.endswith(B)):
         raise UserError(f"{where}: every B factor is 0, so it does nothing; give a trained LoRA")
     rank = max(len(value) for key, value in factors.items() if key.endswith(A))
-    # alpha = rank is a scale of 1: the files' scales are in B already.
-    k2.add_role(name, rank, float(rank), [target for target in TARGETS if target in linears.values()])
+    return Role(rank, float(rank), tuple(dict.fromkeys(target_of(layer_of(key)) for key in factors)))
+
+
+def padded(factors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The factors in the names and shapes of a role's parameters `own`, which may lie on the meta device."""
     state = {}
-    for key, own in k2.role_named_parameters(name).items():
-        # Some LoRAs leave out a target in some blocks: its factors there are 0.
-        state[key] = torch.zeros_like(own)
+    for key, parameter in own.items():
+        # Some LoRAs leave out a target in some blocks, or have smaller ranks there: the rest is 0.
+        state[key] = torch.zeros(parameter.shape)
         if (value := factors.get(key)) is not None:
             state[key][: value.shape[0], : value.shape[1]] = value
+    return state
+
+
+def layer_of(key: str) -> str:
+    """The layer of a factor of that name."""
+    return key.rpartition(".lora_")[0]
+
+
+def begin_role(k2: K2, name: str, factors: Mapping[str, Tensor]) -> None:
+    """Puts factors, with scales in B, into a role that has no effect yet. Ranks beyond theirs stay as they are drawn,
+    without effect.
+
+    Raises UserError if the role does not hold them all.
+    """
+    role, state = k2.roles[name], k2.role_state_dict(name)
+    assert role is not None
+    if lacking := [key for key in factors if key not in state and key.endswith(B)]:
+        layers = [layer_of(key) for key in lacking]
+        targets = ", ".join(dict.fromkeys(map(target_of, layers)))
+        raise UserError(f"lora.targets: model.start adapts {some(layers)} too; name also {targets}")
+    if (rank := max(len(value) for key, value in factors.items() if key.endswith(A))) > role.rank:
+        raise UserError(f"lora.rank: is {role.rank}, and model.start has rank {rank}; use at least that")
+    for key, value in factors.items():
+        # The role's own scale is applied on top.
+        state[key][: value.shape[0], : value.shape[1]] = value * role.rank / role.alpha if key.endswith(B) else value
     k2.load_role_state_dict(name, state)
 
 
@@ -172,132 +337,3 @@ def _joined(shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
         for name in (layer, original):
             names[name.replace(".", "_")] = layer
     return names
-
-
-# ---- how strongly a layer acts -------------------------------------------------------------------------------
-
-
-def stated_scales(path: Path, where: str | Path, ranks: Set[int], alphas: bool) -> dict[str, Scale]:
-    """What header and adapter_config.json say, by the place that says it. `ranks` are those of the layers, `alphas`
-    whether each has an alpha tensor. Raises UserError if they cannot be read."""
-    with safe_open(path, framework="np") as opened:
-        header = opened.metadata() or {}
-    scales: dict[str, Scale] = {}
-    if "lora_adapter_metadata" in header:
-        place = "lora_adapter_metadata in its header"
-        settings = _mapping(header["lora_adapter_metadata"], where, place)
-        start = "transformer."  # what a pipeline writes; a transformer alone writes none
-        own = {key.removeprefix(start): value for key, value in settings.items() if key.startswith(start)}
-        if own or "r" in settings:
-            scales[place] = _of_peft(own or settings, where, place)
-    if "ss_network_alpha" in header:
-        scales["ss_network_alpha in its header"] = _of_kohya(header, where, ranks, alphas)
-    config = path.parent / "adapter_config.json"
-    # PEFT's own file name, or the only file that it can be about.
-    if config.is_file() and (
-        path.name == "adapter_model.safetensors" or len(list(path.parent.glob("*.safetensors"))) == 1
-    ):
-        text = config.read_text(encoding="utf-8", errors="replace")
-        scales[config.name] = _of_peft(_mapping(text, where, str(config)), where, config.name)
-    return scales
-
-
-def scale_of(layer: str, rank: int, alpha: float | None, stated: Mapping[str, Scale], where: str | Path) -> float:
-    """The scale of a layer, as the file names it, of that rank. Raises UserError if two places disagree."""
-    found = {} if alpha is None else {"its alpha tensor": alpha / rank}
-    for place, scale in stated.items():
-        if (value := scale(layer, rank)) is not None:
-            found[place] = value
-    for place, value in found.items():
-        if not math.isfinite(value):
-            raise UserError(f"{where}: {layer}: {place} gives a scale of {value}; copy or download it again")
-        first = next(iter(found))
-        if not math.isclose(value, found[first], rel_tol=AGREE, abs_tol=1e-12):
-            raise UserError(
-                f"{where}: {layer}: {first} gives a scale (alpha / rank) of {found[first]:g}, and {place} of {value:g};"
-                " remove the one that is wrong"
-            )
-    return next(iter(found.values()), 1.0)
-
-
-def _mapping(text: str, where: str | Path, place: str) -> dict[str, Any]:
-    try:
-        held = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{where}: {place} is not JSON ({error}); copy or download it again") from error
-    if not isinstance(held, dict):
-        raise UserError(f"{where}: {place} is not an object of settings; copy or download it again")
-    return held
-
-
-def _of_peft(config: Mapping[str, Any], where: str | Path, place: str) -> Scale:
-    """Of the settings of a peft.LoraConfig."""
-
-    def refuse(key: str, why: str) -> UserError:
-        return UserError(f"{where}: {place}: {key} is {json.dumps(config.get(key))}: {why}")
-
-    if config.get("peft_type", "LORA") != "LORA":
-        raise refuse("peft_type", "only LORA is read")
-    for key in OTHER_LAYERS:
-        if config.get(key):
-            raise refuse(key, "such layers are not read; give a plain LoRA")
-    if config.get("init_lora_weights") not in KEEPS_BASE:
-        raise refuse("init_lora_weights", "it is for changed base weights; convert it to a plain LoRA")
-
-    for key in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(key) or {}, dict):
-            raise refuse(key, "it must map layers to numbers; copy or download it again")
-
-    def number(key: str, patterns: str, layer: str, default: float) -> float:
-        value = config.get(key, default)
-        for pattern, chosen in (config.get(patterns) or {}).items():
-            try:
-                matches = re.fullmatch(rf"(.*\.)?({pattern})", layer)
-            except re.error as error:
-                raise refuse(patterns, f"{error}; copy or download it again") from error
-            if matches:  # the first, as in PEFT
-                value = chosen
-                break
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise refuse(key, "it must be a number; copy or download it again")
-        return value
-
-    def scale(layer: str, rank: int) -> float:
-        # PEFT's defaults are 8 for both.
-        said, alpha = number("r", "rank_pattern", layer, 8), number("lora_alpha", "alpha_pattern", layer, 8)
-        if said != rank:
-            raise UserError(
-                f"{where}: {layer} has rank {rank}, and {place} says {said:g}; they belong to different LoRAs"
-            )
-        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-    return scale
-
-
-def _of_kohya(header: Mapping[str, str], where: str | Path, ranks: Set[int], alphas: bool) -> Scale:
-    """Of kohya's header, whose values are texts; "None" and "Dynamic" say nothing."""
-    place = "ss_network_alpha in its header"
-    numbers: dict[str, float] = {}
-    for key in ("ss_network_alpha", "ss_network_dim"):
-        text = header.get(key, "None")
-        if text in ("None", "Dynamic", ""):
-            continue
-        try:
-            numbers[key] = float(text)
-        except ValueError as error:
-            raise UserError(f"{where}: {key} in its header is {text!r}, not a number; copy it again") from error
-
-    # With ranks of their own, layers have alphas of their own too: the header's is then only the trainer's default.
-    own = alphas and ranks != {numbers.get("ss_network_dim", min(ranks, default=0))}
-
-    def scale(layer: str, rank: int) -> float | None:
-        if own or "ss_network_alpha" not in numbers:
-            return None
-        if numbers.get("ss_network_dim", rank) != rank:
-            raise UserError(
-                f"{where}: {layer} has rank {rank}, and its header says {numbers['ss_network_dim']:g} beside {place};"
-                " they belong to different LoRAs"
-            )
-        return numbers["ss_network_alpha"] / rank
-
-    return scale

@@ -1,27 +1,34 @@
-"""Networks that are sharded over processes: FSDP2 (fsdp.py) or ZeRO (zero.py) divides, gathers and reduces.
+"""Networks that are sharded over processes: FSDP2 or ZeRO (zero.py) divides, gathers and reduces.
 
     accelerate launch --config_file recipes/launch/fsdp2.yaml -m posttrain.cli grpo --config ...
 
 Gathering needs all processes at once, but some have more groups or images than others. Before each pass through a
 network, forward or backward, the processes therefore agree on which pass is next. A process that has nothing to do in
 it (it waits in an exchange of messages) takes part with a single token and adds no gradient. Methods do not notice.
+
+Under FSDP2 each process holds a part of the weight of every linear, its gradient and its moments, and gathers a block
+while it runs, in the type that the forward computes in. Everything else is small: it stays whole in fp32, and its
+gradient is summed like an adapter's. Results therefore equal those of one process.
 """
 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from posttrain.distributed import shards
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.log import log
-from posttrain.model import architecture, fsdp, sequence, zero
+from posttrain.model import architecture, fp8, sequence, zero
 from posttrain.model.blocks import VelocityModel
 from posttrain.model.k2 import K2
 
@@ -34,6 +41,9 @@ def sharding(k2: K2, procs: Processes) -> Iterator[None]:
     # A role of all weights becomes fp32 while it is divided, block by block: one GPU could not hold all of it.
     k2.deferred = procs.sharded
     yield
+    if k2.blocks.float8 and procs.sharded and procs.engine != "FSDP2":
+        raise UserError(f"model.float8: {procs.engine} does not go with it; use FSDP2, or leave it out")
+    fp8.train_in_float8(k2)
     if k2.sequence_parallel > 1:
         sequence.enable(k2, procs)
     elif procs.sharded:
@@ -56,7 +66,7 @@ def _shard_all(k2: K2, procs: Processes) -> None:
             parameter.requires_grad_(True)
     networks = [k2.velocity_model, *filter(None, [k2.reference]), *k2.copies.values()]
     if engine == "FSDP2":
-        sharded, settle = fsdp.shard(k2, networks, procs), _nothing
+        sharded, settle = _fsdp2(k2, networks, procs), _nothing
     else:
         sharded, settle = zero.shard(k2, networks, procs)
     coordinator = ForwardCoordinator(k2, procs, sharded, settle)
@@ -73,6 +83,43 @@ def _shard_all(k2: K2, procs: Processes) -> None:
     if k2.reference is not None:
         k2.reference = modules[1]
     procs.attend, procs.settle = coordinator.attend, coordinator.settle
+
+
+def _fsdp2(k2: K2, networks: list[VelocityModel], procs: Processes) -> list[nn.Module]:
+    """Shards the networks in place. The first one holds the trained parameters."""
+    # The warning is about writing into an output that is a view; nothing writes into a velocity.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    mesh = init_device_mesh(procs.device.type, (procs.size,))
+    for network in networks:
+        _fully_shard(network, k2, mesh, trained=network is not k2.reference and None in k2.roles.values())
+    return list(networks)
+
+
+def _fully_shard(network: VelocityModel, k2: K2, mesh: Any, trained: bool) -> None:
+    """With `trained`, the weights are a role, except those that fuse the text, which do not change."""
+    net = network.transformer
+    text: set[int] = set()
+    for part in architecture.text_modules(net):
+        text.update(map(id, part.parameters()))
+    sharded: set[int] = set()
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            # Adapters are small: they stay whole, and their gradients are summed like those of one process.
+            base = [p for key, p in module.named_parameters() if not key.startswith("lora_")]
+            sharded.update(id(p) for p in base if id(p) not in text)
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "reshard_after_forward": True,
+        "mp_policy": MixedPrecisionPolicy(k2.dtype, torch.float32, cast_forward_inputs=False),
+        "ignored_params": {p for p in network.parameters() if id(p) not in sharded},
+    }
+    # Blocks first, so that the outer call takes only what they left. A trained block becomes fp32 just before it is
+    # divided: all of K2 in fp32 would not fit into one GPU.
+    for module in (*architecture.blocks(net), network):
+        for parameter in module.parameters():
+            if trained and id(parameter) not in text:
+                parameter.data = k2.master(parameter)
+        fully_shard(module, **options)
 
 
 def _nothing() -> None:

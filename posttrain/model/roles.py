@@ -26,12 +26,11 @@ from torch import Tensor, nn
 from posttrain.distributed import shards
 from posttrain.errors import UserError
 from posttrain.model import sampler
-from posttrain.model.architecture import fuses_text
+from posttrain.model.adapters import targets as names_of
+from posttrain.model.adapters.targets import TARGETS, fuses_text
 from posttrain.model.linears import FP8, LoraLinear
 from posttrain.model.load import check_names
 
-TARGETS = ("to_q", "to_k", "to_v", "to_gate", "to_out.0", "ff.gate", "ff.up", "ff.down")
-"""The linears of a transformer block that a role adapts by default: all of them."""
 STAGES = "stages"
 """The adapter that holds the stack."""
 
@@ -55,8 +54,8 @@ class Roles:
         self._stored: dict[str, torch.dtype] = {}
         """The names of the weights in a role of all weights, with the types that they have outside it."""
         self.deferred = False
-        """Whether a role of all weights keeps their types for now; fsdp.py and zero.py make it fp32 when they divide
-        it."""
+        """Whether a role of all weights keeps their types for now; what shards it (parallelize.py, zero.py) makes it
+        fp32."""
         self._copies: dict[str, Krea2Transformer2DModel] = {}
         """The transformers of the other roles of all weights."""
         # All adapted layers read their active adapters from this one list, so a switch is one assignment.
@@ -66,17 +65,22 @@ class Roles:
         """Factors that are still to be added to a weight of the role of all weights, by its id; see `master`."""
 
     def add_role(self, name: str, rank: int, alpha: float, targets: Sequence[str] = TARGETS, seed: int = 0) -> None:
-        """Adds an adapter on the transformer blocks: fp32 on any base, without effect until it is trained (B = 0).
+        """Adds an adapter on the layers that `targets` name (adapters/targets.py): fp32 on any base, without effect
+        until it is trained (B = 0).
 
-        It is not active or trainable yet. The text fusion is never adapted: its output is cached.
+        It is not active or trainable yet. One that reaches layers which fuse the text must be there before any text
+        is prepared: see `K2.text_tokens`.
         """
         if name in self.roles or name in (STAGES, FP8) or self._stored or not re.fullmatch(r"\w+", name):
             raise ValueError(f"role {name!r} exists already, stands beside one of all weights, or is not a word")
-        if unknown := [target for target in targets if target not in TARGETS]:
-            known = ", ".join(TARGETS)
-            raise UserError(f"LoRA targets: {unknown[0]!r} is no linear of a K2 block; choose from {known}")
+        for target in targets:
+            if not (names_of.is_known(target) and self.layers_of([target])):
+                raise UserError(
+                    f"LoRA targets: {target!r} is no linear of a K2 block, nor a layer outside them; choose from"
+                    f" {names_of.choices()}"
+                )
         self.roles[name] = Role(rank, alpha, tuple(targets))
-        for index, layer in enumerate(self._adapted(targets)):
+        for index, layer in enumerate(self._adapted(self.layers_of(targets))):
             # nn.Linear's own range, drawn on the CPU by index, so that every device and process gets the same.
             generator = torch.Generator().manual_seed(sampler.seed_for(seed, 2 * index))
             uniform = torch.rand(rank, layer.in_features, generator=generator) * 2 - 1
@@ -88,12 +92,12 @@ class Roles:
         """Makes the weights themselves a role, in fp32 whatever type the network computes in.
 
         The weights that fuse the text are left out: their output is cached. There can be no adapter beside this role.
-        It begins as the sum of base and stack in fp32, and the stack is gone. With `reference`, a frozen copy is
-        returned.
+        It begins as the sum of base and stack in fp32, and the stack is gone but for what of it fuses the text. With
+        `reference`, a frozen copy is returned.
         """
         if self.roles:
             raise ValueError(f"role {name!r} of all weights cannot stand beside {sorted(self.roles)}")
-        self._stack_of_full = self._unstack()
+        self._stack_of_full = self._unstack(keep_text=True)
         copied = frozen_copy(self.transformer) if reference else None
         for weight, own in zip(self.transformer.parameters(), copied.parameters() if copied is not None else ()):
             if factors := self._stack_of_full.get(id(weight)):
@@ -120,16 +124,32 @@ class Roles:
                 self._stack_of_full[id(own)] = factors
         self.roles[name] = None
 
+    def layers_of(self, targets: Sequence[str]) -> list[str]:
+        """The names of the linears that these targets reach, in the order of the model."""
+        found: list[str] = []
+        for name, module in self.transformer.named_modules():
+            if isinstance(module, nn.Linear) and names_of.reaches(targets, name):
+                found.append(name)
+        return found
+
+    @property
+    def adapts_text(self) -> bool:
+        """Whether a role adapts layers that fuse the text, so that fused text differs between roles. Earlier stages
+        are no role: they are active under each."""
+        return any(fuses_text(name) and set(layer.scales) - {STAGES} for name, layer in self._layers)
+
     @contextlib.contextmanager
-    def role(self, name: str | None, fp8: bool = False) -> Iterator[None]:
-        """Runs as this role, then restores the previous one. None is base and stack, which are the reference.
+    def role(self, name: str | None, fp8: bool = False, beside: Sequence[str] = ()) -> Iterator[None]:
+        """Runs as this role, then restores the previous one. None is base and stack, which are the reference. `beside`
+        are adapters whose changes are added to it.
 
         With `fp8`, linears multiply by their copies in fp8, where they have them (fp8.add_copies).
         """
-        if name is not None and name not in self.roles:
-            raise ValueError(f"no role {name!r}; there are {sorted(self.roles)}")
+        for asked in (name, *beside):
+            if asked is not None and asked not in self.roles:
+                raise ValueError(f"no role {asked!r}; there are {sorted(self.roles)}")
         stack = [STAGES] if self.has_stack else []
-        names = stack if name is None else [*stack, name]
+        names = [*stack, *([] if name is None else [name]), *beside]
         with switched(self._active, [*names, FP8] if fp8 else names):
             yield
 
@@ -246,11 +266,8 @@ class Roles:
         """The transformer's own weights in diffusers' names, without adapters."""
         return {key: value for key, value in self.transformer.state_dict().items() if ".lora_" not in key}
 
-    def _adapted(self, targets: Sequence[str]) -> list[LoraLinear]:
-        """These linears of all blocks, as LoraLinear, in the order of the model."""
-        names = "|".join(map(re.escape, targets))
-        pattern = rf"transformer_blocks\.\d+\.(attn\.)?({names})"
-        wanted = [name for name, _ in self.transformer.named_modules() if re.fullmatch(pattern, name)]
+    def _adapted(self, wanted: Sequence[str]) -> list[LoraLinear]:
+        """These linears, as LoraLinear, in the order of the model."""
         for name in wanted:
             linear = self.transformer.get_submodule(name)
             if isinstance(linear, nn.Linear) and not isinstance(linear, LoraLinear):
@@ -259,16 +276,20 @@ class Roles:
         self._layers = [(name, layer) for name, layer in modules if isinstance(layer, LoraLinear)]
         return [layer for name, layer in self._layers if name in wanted]
 
-    def _unstack(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Removes the stack and puts plain linears back. Returns A and B of all its stages by id of a linear's
-        weight."""
+    def _unstack(self, keep_text: bool = False) -> dict[int, tuple[Tensor, Tensor]]:
+        """Removes the stack and puts plain linears back, with `keep_text` not where they fuse the text. Returns A and B
+        of all its stages by id of a linear's weight."""
         stack: dict[int, tuple[Tensor, Tensor]] = {}
+        kept: list[tuple[str, LoraLinear]] = []
         for name, layer in self._layers:
+            if keep_text and fuses_text(name):
+                kept.append((name, layer))
+                continue
             if factors := layer.factors([STAGES]):
                 stack[id(layer.weight)] = factors
             self.transformer.set_submodule(name, layer.plain(), strict=True)
         # In place: blocks and layers share the list of active adapters.
-        self._layers, self._active[:] = [], []
+        self._layers, self._active[:] = kept, [STAGES] if kept else []
         return stack
 
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from posttrain.distributed import shards
 from posttrain.distributed.processes import Processes
-from posttrain.model.architecture import TEXT
+from posttrain.model.adapters.targets import TEXT
 from posttrain.model.blocks import VelocityModel
 from posttrain.model.k2 import K2
 

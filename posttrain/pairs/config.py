@@ -149,6 +149,7 @@ class PairsConfig:
     def _fits(self) -> PairsConfig:
         # What is preferred must not be what rounding changed.
         self.model.refuse_sequence_parallel("each process draws pairs of its own")
+        self.model.refuse_float8()
         self.model.refuse_quantize("pairs show what the exact weights draw")
         for i, reward in enumerate(self.rewards):
             if reward.group:

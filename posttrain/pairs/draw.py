@@ -217,7 +217,7 @@ class Drawer:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._fused]
         encoding = self.k2.encode(new, self.config.max_tokens)
         for prompt, features, cut in zip(new, encoding.features, encoding.cut):
-            self._fused[prompt] = self.k2.fuse(features)
+            self._fused[prompt] = self.k2.text_tokens(features)
             self._cut += cut > 0
 
     def _sample(self, draw: DrawConfig, text: Text, seeds: Sequence[int], size: tuple[int, int]) -> Tensor:

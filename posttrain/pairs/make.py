@@ -27,7 +27,7 @@ from typing import Any
 from PIL import Image
 
 from posttrain.distributed.processes import Processes
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.log import log
 from posttrain.pairs import planning, quality
 from posttrain.pairs.candidates import Drawn, begin_block, block_cost
@@ -287,7 +287,7 @@ def _check_outcome(config: PairsConfig, plan: Plan, output: Output | None) -> No
     for source, wanted, kept, made in zip(config.sources, plan.quotas, plan.kept, plan.made):
         if kept < wanted:
             log.warning(
-                f"source {source.name}: {kept} of {wanted} pairs after {made} candidates (tries"
+                f"source {source.name}: {kept} of {counted(wanted, 'pair')} after {counted(made, 'candidate')} (tries"
                 f" {config.tries:g}); quality.json says why the others were dropped"
             )
     total = sum(plan.kept)
@@ -298,8 +298,9 @@ def _check_outcome(config: PairsConfig, plan: Plan, output: Output | None) -> No
         output.writer.flush()
         quality.write_report(config, output.journal.entries)
     raise UserError(
-        f"on_policy_share: {inside} of {total} pairs hold an image of the policy, and {config.on_policy_share:g} of"
-        f" them should: see {config.output}/quality.json for what was dropped, raise tries and go on with --resume"
+        f"on_policy_share: {inside} of {counted(total, 'pair')} with an image of the policy, and"
+        f" {config.on_policy_share:g} of them should have one: see {config.output}/quality.json for what was dropped,"
+        " raise tries and go on with --resume"
         if total
         else f"pairs: not one candidate was kept: see {config.output}/quality.json for what was dropped"
     )

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from posttrain.errors import counted
 from posttrain.pairs import planning
 from posttrain.pairs.config import PairsConfig
 from posttrain.pairs.planning import KEPT
@@ -168,15 +169,17 @@ def in_words(report: dict[str, Any]) -> list[str]:
     """The report as lines for a terminal."""
     prompts = report["prompts"]
     lines = [
-        f"{report['pairs']} pairs of {report['candidates']} candidates; {percent(report['on_policy_share'])} hold an"
-        f" image of the policy; {prompts['used']} prompts, at most {prompts['most_pairs']} pairs of one"
+        f"{counted(report['pairs'], 'pair')} of {counted(report['candidates'], 'candidate')};"
+        f" {percent(report['on_policy_share'])} hold an image of the policy; {counted(prompts['used'], 'prompt')},"
+        f" at most {counted(prompts['most_pairs'], 'pair')} of one"
     ]
     if prompts["cut"]:
-        lines.append(f"warning: {prompts['cut']} prompts were longer than max_tokens and are cut")
+        lines.append(f"warning: longer than max_tokens and cut: {counted(prompts['cut'], 'prompt')}")
     for name, source in report["sources"].items():
         dropped = ", ".join(f"{count} {fate}" for fate, count in source["dropped"].items()) or "none"
         policy = ", on-policy" if source["on_policy"] else ""
-        lines.append(f"{name}: {source['pairs']} pairs ({percent(source['share'])}{policy}); dropped: {dropped}")
+        kept = f"{counted(source['pairs'], 'pair')} ({percent(source['share'])}{policy})"
+        lines.append(f"{name}: {kept}; dropped: {dropped}")
         for reward, a in source["agreement"].items():
             lines.append(
                 f"    {reward:<16} agrees on {a['agree']}, disagrees on {a['disagree']}, sees no difference in"
@@ -189,7 +192,8 @@ def in_words(report: dict[str, Any]) -> list[str]:
             lines.append(f"    margin from      {'  '.join(bins)}")
     for name, s in report["scores"].items():
         if s["missing"]:
-            lines.append(f"{name}: {s['missing']} of {s['images']} images without a score, {s['failed']} failed")
+            images = counted(s["images"], "image")
+            lines.append(f"{name}: {s['missing']} of {images} without a score, {s['failed']} failed")
     return lines
 
 

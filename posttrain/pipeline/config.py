@@ -18,7 +18,7 @@ class StageConfig:
     name: str
     """Name of the stage, and of its directory in the pipeline's output: letters, digits, _ and -."""
     command: str
-    """What it runs: pairs, stpo, grpo, tdm, export, expander data, expander sft or expander gdpo."""
+    """What it runs: sft, pairs, stpo, grpo, nft, mopd, tdm, merge, export, expander data, expander sft or gdpo."""
     recipes: list[str] = field(default_factory=list)
     """Its recipes, as after --config; of several, later ones win."""
     set: dict[str, Any] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class PipelineConfig:
     """What to do, first to last."""
     launch: list[str] = field(default_factory=list)
     """Words that start a command of posttrain, such as [torchrun, --nproc-per-node, "8", -m, posttrain.cli], for all
-    stages but export and expander data; none: this Python, one process."""
+    stages but export, merge and expander data; none: this Python, one process."""
     gpu_gib: Positive | None = None
     """Memory in GiB of each GPU, for the dry run, which estimates what each stage needs of it. null: no need is
     estimated, and time is that of the measured GPU."""

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.pipeline.plan import TRAINING, Stage
 from rewards.serve import ServerSpec, memory_share, missing
 
 TEXT_TOKENS = 105
 """Text tokens of a prompt, the length that docs/performance.md measures with."""
-SINGLE_PROCESS = ("export", "expander data")
+SINGLE_PROCESS = ("export", "expander data", "merge")
 """Commands that always run in one process, whatever launches the others."""
 
 
@@ -42,7 +42,9 @@ def check_processes(stage: Stage, count: int) -> None:
     config = stage.config
     if stage.command == "grpo" and config.rollout.gpus >= count:
         gpus = config.rollout.gpus
-        raise UserError(f"stage {stage.name}: rollout.gpus: is {gpus} of {count} processes, which leaves none to train")
+        raise UserError(
+            f"stage {stage.name}: rollout.gpus: is {gpus} of {counted(count, 'process')}, which leaves none to train"
+        )
     if stage.command == "expander sft" and config.batch % (config.micro_batch * count):
         raise UserError(
             f"stage {stage.name}: batch: {config.batch} is not a multiple of micro_batch times {count} processes"
@@ -102,7 +104,7 @@ def memory(stage: Stage, stages: Sequence[Stage], gpu_gib: float, on_machine: in
     text = "" if training else "at most "
     text += f"about {gib:.0f} GiB {available}"
     if recomputed:
-        text += f", with {recomputed} blocks recomputed"
+        text += f", with {counted(recomputed, 'block')} recomputed"
     if stage.command == "expander gdpo":
         text += ", plus its chat model"
     if gib > room:
@@ -147,9 +149,18 @@ def stacked_ranks(stage: Stage, stages: Sequence[Stage]) -> int:
     maker = stage_named(stage.reads.get("model.start"), stages)
     # training all weights merges earlier adapters, so none stays in memory
     trains_all = stage.command in TRAINING and stage.config.lora is None
-    if maker is None or maker.config.lora is None or trains_all:
+    if maker is None or trains_all:
         return 0
-    return maker.config.lora.rank + stacked_ranks(maker, stages)
+    return own_ranks(maker, stages)
+
+
+def own_ranks(stage: Stage, stages: Sequence[Stage]) -> int:
+    """The ranks of a stage's adapter and of those that it stands on; 0 where all weights are trained."""
+    if stage.command in TRAINING:
+        return 0 if stage.config.lora is None else stage.config.lora.rank + stacked_ranks(stage, stages)
+    # A merge: what its parents share is counted more than once, and parents from elsewhere not at all.
+    parents = [stage_named(name, stages) for name in stage.reads.values()]
+    return stage.config.rank or sum(own_ranks(parent, stages) for parent in parents if parent is not None)
 
 
 def _estimate(

@@ -3,8 +3,9 @@
 | command | figures | before |
 |---|---|---|
 | pairs | share of pairs whose order a heldout_only reward, which did not choose them, agrees with | of all candidates |
+| sft | heldout/loss and heldout/gain of held-out images, and the rewards | |
 | stpo | the rewards, and pairs/accuracy of held-out pairs | |
-| grpo | the rewards, and `reward`, the weighted mean of the trained rewards except gates | |
+| grpo, nft | the rewards, and `reward`, the weighted mean of the trained rewards except gates | |
 | tdm | the rewards, in the student's number of steps | the starting model in the same number of steps |
 | expander sft | loss and token accuracy of held-out pairs | |
 | expander gdpo | the rewards, and diversity | |
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from posttrain import commands
+from posttrain.config import metric_names
 from posttrain.pipeline.plan import TRAINING, Stage
 
 ACCURACY = "pairs/accuracy"
@@ -45,9 +48,12 @@ def gains(stage: Stage) -> list[Gain]:
     summary = read_json(stage.output / "summary.json")
     before, after = summary.get("before") or {}, summary.get("after") or {}
     result = []
+    if stage.command == "sft":
+        for name in ("heldout/loss", "heldout/gain"):
+            result.append(Gain(stage.name, name, True, before.get(name), after.get(name)))
     if stage.command == "stpo":
         result.append(Gain(stage.name, ACCURACY, True, before.get(ACCURACY), after.get(ACCURACY)))
-    if stage.command == "grpo":
+    if stage.command in TRAINING and _learns(stage):
         result.append(Gain(stage.name, "reward", True, *_weighted_means(stage, before, after)))
     for name, trained in _figures(stage):
         result.append(Gain(stage.name, name, trained, before.get(name), after.get(name)))
@@ -77,12 +83,19 @@ def _figures(stage: Stage) -> list[tuple[str, bool]]:
         return [("loss", True), ("mean_token_accuracy", False)]
     if stage.command not in (*TRAINING, "expander gdpo"):
         return []
-    # stpo and tdm only measure rewards
-    learns = stage.command in ("grpo", "expander gdpo")
-    rewards = [(spec.name, learns and not spec.heldout_only) for spec in stage.config.rewards]
+    learns = _learns(stage)  # the others only measure rewards
+    # Raw is finetuned to be drawn with guidance, and perhaps only so.
+    suffix = metric_names.suffix(stage.config.eval.guidance[0]) if stage.command == "sft" else ""
+    rewards = [(spec.name + suffix, learns and not spec.heldout_only) for spec in stage.config.rewards]
     if stage.command == "expander gdpo":
         rewards.append(("diversity", True))
     return sorted(rewards, key=lambda item: not item[1])
+
+
+def _learns(stage: Stage) -> bool:
+    """Whether the stage trains on its rewards."""
+    command = commands.get(stage.command)
+    return command is not None and command.learns
 
 
 def _of_pairs(stage: Stage) -> list[Gain]:

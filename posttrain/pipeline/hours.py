@@ -19,6 +19,7 @@ from posttrain.pipeline.config import PipelineConfig
 from posttrain.pipeline.fit import (
     SINGLE_PROCESS,
     base_of,
+    own_ranks,
     processes,
     stacked_ranks,
     stage_named,
@@ -185,11 +186,14 @@ def _checkpoints(stage: Stage, stages: Sequence[Stage]) -> tuple[float | None, s
         return None, "disk is not counted because all weights are trained; see docs/scaling.md"
     weights = config.lora.rank * _parts(stage, stages).adapter
     moments = 2 if config.optim.kind == "adamw8bit" else 8
-    # The average is a copy of the policy alone.
-    each = weights * (config.adapters * (4 + moments) + (4 if config.optim.ema else 0))
+    average = config.optim.average
+    # An average is a copy of the policy alone.
+    each = weights * (config.adapters * (4 + moments) + (4 if config.optim.ema or average else 0))
     kept = min(config.checkpoint.keep, 1 + (config.steps // config.checkpoint.every if config.checkpoint.every else 0))
     kept += 1 if config.eval.best else 0
     total, maker = float(kept * each), stage_named(stage.reads.get("pairs.train"), stages)
+    if average:  # each checkpoint needs its own files, at most as many as there are steps for
+        total += 4 * weights * min(kept * average.last, config.steps // average.every)
     if maker is not None:  # the cache of latents, two images in float32 a pair
         sizes = maker.config.sizes
         tokens = sum((height // tiers.MULTIPLE) * (width // tiers.MULTIPLE) for height, width in sizes) / len(sizes)
@@ -205,10 +209,11 @@ def _export(stage: Stage, stages: Sequence[Stage]) -> tuple[float | None, str]:
     maker = stage_named(stage.reads.get("source"), stages)
     if maker is None:
         return None, "disk of an export is counted only where an earlier stage makes its source"
+    if maker.command not in TRAINING:
+        return None, "disk of an export of a merge is not counted"
     parts = _parts(maker, stages)
     if stage.config.format.startswith("lora"):
-        own = maker.config.lora.rank if maker.config.lora is not None else 0
-        return 4.0 * parts.adapter * (own + stacked_ranks(maker, stages)), ""
+        return 4.0 * parts.adapter * own_ranks(maker, stages), ""
     bytes_a_weight = 4 if "float32" in (stage.config.dtype, maker.config.model.dtype) else 2
     weights = bytes_a_weight * (parts.block_weights + parts.other_weights)
     # diffusers' directory has the other parts too, in the model's type

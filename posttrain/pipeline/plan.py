@@ -15,10 +15,10 @@ from typing import Any
 
 from posttrain import commands
 from posttrain.commands import COMMANDS, HUB
-from posttrain.config.fields import hints, suggestion
+from posttrain.config.fields import hints, suggestion, value_at
 from posttrain.config.load import load_config
 from posttrain.config.recipe import read_recipe
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.export.config import ExportConfig
 from posttrain.loading import is_hub_id
 from posttrain.pipeline.config import PipelineConfig, StageConfig
@@ -27,7 +27,10 @@ from rewards.base import RewardSpec
 from rewards.load import check_addresses, check_rewards
 from rewards.serve import check_urls
 
-TRAINING = tuple(name for name, command in COMMANDS.items() if command.makes == "checkpoint")
+TRAINING = tuple(name for name, command in COMMANDS.items() if command.makes == "checkpoint" and command.resumable)
+"""A merge makes a checkpoint too, and trains nothing."""
+GROUPS = ("grpo", "nft")
+"""Commands whose recipes have groups of images and a pool of prompts (config/groups.py)."""
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
 
 
@@ -137,16 +140,18 @@ def _check_inputs(stage: Stage, earlier: list[Stage]) -> None:
         if (writer := getattr(config, name, None)) is not None:
             check_addresses({"base_urls": writer.base_urls}, servers, name)
     for field, kind in row.reads.items():
-        _check_input(stage, field, kind, _at(config, field), earlier)
+        paths = commands.paths(value_at(config, field))
+        for i, path in enumerate(paths):
+            _check_input(stage, field if len(paths) == 1 else f"{field}[{i}]", kind, path, earlier)
     for field in row.prompts:
-        source = _at(config, field)
-        if not source.startswith("hf:"):
+        source = value_at(config, field)
+        if source is not None and not source.startswith("hf:"):
             _check_enough(command, config, field, len(read_prompts(source)))
 
 
-def _check_input(stage: Stage, field: str, kind: str, value: str | None, earlier: list[Stage]) -> None:
+def _check_input(stage: Stage, field: str, kind: str, value: str, earlier: list[Stage]) -> None:
     # what lies on the hub cannot be checked without a network
-    if value is None or value.startswith("hf:") or (kind in HUB and is_hub_id(value)):
+    if value.startswith("hf:") or (kind in HUB and is_hub_id(value)):
         return
     maker = next((one for one in earlier if Path(value).is_relative_to(one.output)), None)
     if maker is None:
@@ -165,7 +170,7 @@ def _check_input(stage: Stage, field: str, kind: str, value: str | None, earlier
             f"model.start: stage {maker.name} makes a distilled model; distil last, or set model.allow_distilled: true"
         )
     stage.reads[field] = maker.name
-    if stage.command == "export":
+    if stage.command == "export" and maker.command in TRAINING:
         _check_rounding(stage.config, maker)
 
 
@@ -188,17 +193,10 @@ def _check_enough(command: str, config: Any, field: str, prompts: int) -> None:
     # tdm and the adaptive pool draw without replacement within a step
     if field == "prompts.train" and command == "tdm":
         least = config.batch
-    if field == "prompts.train" and command == "grpo" and config.pool.kind == "adaptive":
-        least = config.groups.prompts_per_step + bool(config.groups.refill)
+    if field == "prompts.train" and command in GROUPS and config.pool.kind == "adaptive":
+        least = config.groups.prompts_per_step + bool(getattr(config.groups, "refill", 0))
     if prompts < least:
-        raise UserError(f"{field}: has {prompts} prompts, but a step takes {least} different ones; add more")
-
-
-def _at(config: Any, field: str) -> Any:
-    """The value of a field by its path."""
-    for part in field.split("."):
-        config = getattr(config, part)
-    return config
+        raise UserError(f"{field}: has {counted(prompts, 'prompt')}, but a step takes {least} different ones; add more")
 
 
 def _check_model(field: str, path: str, transformer_file: str | None) -> None:

@@ -111,8 +111,8 @@ def rows(stage: plan.Stage, ranks: int, on_node: int, image: Images) -> Iterator
     if stage.command == "pairs":
         yield from _pairs(config, name, ranks, on_node, image)
     if stage.command in plan.TRAINING:
-        yield from _evaluation(config, name, ranks, on_node, image, stage.command)
-    if stage.command == "grpo":
+        yield from _evaluation(config, name, ranks, on_node, image)
+    if stage.command in plan.GROUPS:
         count = config.groups.prompts_per_step * config.groups.group_size
         specs = [spec for spec in config.rewards if not spec.heldout_only]
         yield from _judges(specs, config.prompts.train, count, name, ranks, image)
@@ -148,10 +148,10 @@ def _pairs(config: Any, name: str, ranks: int, on_node: int, image: Images) -> I
     yield from _judges(config.rewards, config.prompts, ranks * config.block * mean, name, ranks, image, "a turn")
 
 
-def _evaluation(config: Any, name: str, ranks: int, on_node: int, image: Images, command: str) -> Iterator[Row]:
+def _evaluation(config: Any, name: str, ranks: int, on_node: int, image: Images) -> Iterator[Row]:
     e = config.eval
     # an evaluation is repeated for each number of steps or each guidance
-    passes = len(config.student.steps) if command == "tdm" else len(e.guidance)
+    passes = len(config.eval_draws())
     groups = min(e.groups, e.prompts)
     count = passes * (e.prompts + groups * e.group_size)
     compares = any(reward.group for reward in config.rewards)

@@ -30,7 +30,7 @@ from typing import Any
 
 from posttrain import commands
 from posttrain.config.diff import as_text, changes
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.log import log
 from posttrain.pipeline.config import PipelineConfig
 from posttrain.pipeline.fit import SINGLE_PROCESS, check_processes, memory, missing_requirements, processes
@@ -38,7 +38,6 @@ from posttrain.pipeline.gains import read_json
 from posttrain.pipeline.hours import describe
 from posttrain.pipeline.plan import TRAINING, Stage, resolve
 from posttrain.pipeline.report import write_index
-from posttrain.report.format import counted
 from posttrain.runs.files import replace_text
 from posttrain.runs.lock import lock
 from posttrain.runs.progress import columns
@@ -189,7 +188,7 @@ class Runner:
                 if code:
                     return code
         exported = [str(stage.output) for stage in self.stages if stage.command == "export"]
-        message = f"all {len(self.stages)} stages are finished; report: {self.folder / 'index.html'}"
+        message = f"finished: {counted(len(self.stages), 'stage')}; report: {self.folder / 'index.html'}"
         log.info(f"{message}; exported: {', '.join(exported)}" if exported else message)
         return 0
 
@@ -197,8 +196,9 @@ class Runner:
         """Runs a stage to its end and records it. Returns 0, or the exit code of a failure that it has reported."""
         log.info(f"stage {stage.name}: {stage.command} into {stage.output}")
         entry = self.state.setdefault(stage.name, {"seconds": 0.0})
-        # An export is renamed into place when complete. If it exists, the pipeline was killed before it recorded that.
-        made = stage.command == "export" and stage.output.exists() and entry.get("settings") == stage.settings
+        # Both are renamed into place when complete. If one exists, the pipeline was killed before it recorded that.
+        is_renamed = stage.command in ("export", "merge")
+        made = is_renamed and stage.output.exists() and entry.get("settings") == stage.settings
         entry |= {"command": stage.command, "settings": stage.settings, "finished": None}
         self._save()
         began = time.monotonic()  # not time.time: the clock may be set while a stage runs

@@ -39,7 +39,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.image_reader import to_rgb
 from posttrain.preferences.config import ColumnMap
 from posttrain.preferences.sources import Skipped, Tally, Tie, number, preferred, read_image, typed
@@ -188,7 +188,8 @@ class PreferenceWriter:
         files = {"shards": self._shards, "fingerprint": digest.hexdigest()}
         card = json.dumps({**self.card, "version": VERSION, **counts, **files}, indent=1, ensure_ascii=False)
         readme = '---\nconfigs:\n- config_name: default\n  data_files: "*.parquet"\n---\n'
-        _replace(self.path / README, lambda file: file.write(f"{readme}{self.written} preference pairs.\n".encode()))
+        readme += f"{counted(self.written, 'preference pair')}.\n"
+        _replace(self.path / README, lambda file: file.write(readme.encode()))
         # Last: a set with a card is finished.
         _replace(self.path / CARD, lambda file: file.write(f"{card}\n".encode()))
 
@@ -365,7 +366,7 @@ def _read_card(path: Path) -> dict[str, Any]:
         if not os.path.isfile(path / name):
             raise UserError(f"{path / name}: is missing; copy the whole directory")
         if (found := _rows(path / name)) != rows:
-            raise UserError(f"{path / name}: has {found} rows, not {rows} as {CARD} says; copy the directory again")
+            raise UserError(f"{path / name}: has {counted(found, 'row')}, not {rows} as {CARD} says; copy it again")
         # The names in a parquet file have no checksum, and a column that is not found would take its default.
         if pq.read_schema(path / name).names != list(FEATURES):
             raise UserError(f"{path / name}: has other columns than it was written with; copy the directory again")

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from posttrain import image_reader
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.preferences.config import ColumnMap
 from prompts.parse import parse_json
 
@@ -30,7 +30,7 @@ class Skipped:
 
 @dataclass
 class Tally:
-    """Counts the rows of a set that are left out."""
+    """Counts the rows of a set of pairs or of images that are left out."""
 
     path: str
     rows: int
@@ -38,6 +38,8 @@ class Tally:
     max_bad: float
     bad: list[Skipped] = field(default_factory=list)
     ties: int = 0
+    noun: str = "pair"
+    """What a row is."""
 
     def add(self, row: Skipped) -> None:
         """Raises UserError, with the first reasons, if there are too many bad rows, or if no pair is left."""
@@ -48,12 +50,15 @@ class Tally:
         # Checked at each row, so that a set with wrong columns fails at once and not after hours of encoding.
         if len(self.bad) > self.max_bad * self.rows:
             raise UserError(
-                f"{self.path}: more than {self.max_bad:g} of {self.rows} rows (max_bad) are bad: {self.first()};"
-                " fix them or raise max_bad"
+                f"{self.path}: bad are more than {self.max_bad:g} of {counted(self.rows, 'row')} (max_bad):"
+                f" {self.first()}; fix them or raise max_bad"
             )
         if len(self.bad) + self.ties == self.rows:
             reasons = f"; {self.first()}" if self.bad else ""
-            raise UserError(f"{self.path}: no pair to learn from: all {self.rows} rows are ties or bad{reasons}")
+            what = "ties or bad" if self.noun == "pair" else "bad"
+            raise UserError(
+                f"{self.path}: no {self.noun} to learn from: {counted(self.rows, 'row')}, all {what}{reasons}"
+            )
 
     def first(self) -> str:
         """The first bad rows with their reasons."""

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.log import log
 
 WIDTH = 120
@@ -77,7 +77,7 @@ def show(rows: Sequence[Row]) -> None:
     failed = sum(row.ok is False for row in rows)
     # Without a failure there is no remedy to show.
     columns = ["check", "", "measured", *(["remedy"] if failed else [])]
-    title = f"{failed or 'none'} of {len(rows)} checks failed"
+    title = f"{failed or 'none'} of {counted(len(rows), 'check')} failed"
     table = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for row in rows:
         result, style = {True: ("pass", "green"), False: ("FAIL", "bold red"), None: ("skipped", "dim")}[row.ok]

@@ -19,11 +19,13 @@ from torch import Tensor
 
 from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
-from posttrain.model import architecture, sampler
+from posttrain.errors import counted
+from posttrain.model import architecture, fp8, sampler
+from posttrain.model.adapters.targets import reaches, target_of
 from posttrain.model.k2 import K2, Text, to_pil
+from posttrain.model.lora_file import linear_shapes
 from posttrain.preflight.checks import Row, Skip, run_check
 from posttrain.preflight.round_trip import round_trip
-from posttrain.report.format import counted
 from posttrain.runs.progress import duration
 from posttrain.runs.run import peak_memory
 from posttrain.training.evaluate import Evaluation, Evaluator, SamplingSettings
@@ -125,7 +127,9 @@ class K2Checks(Checks):
         self.k2, self.heldout = k2, heldout
         self.size, self.batch, self.max_tokens = (size[0], size[1]), batch, max_tokens
         self.alone = procs.alone()
-        self.stepper = Stepper(k2.train_role(POLICY), config.optim)
+        fp8.train_in_float8(k2)
+        k2.train_role(POLICY)
+        self.stepper = Stepper(k2.role_named_parameters(POLICY), config.optim)
         self.begun = policy_state(k2)
         # The peak that counts is that of the steps, not of loading.
         if torch.cuda.is_available():
@@ -138,12 +142,20 @@ class K2Checks(Checks):
         trained, role = self.k2.role_named_parameters(POLICY), self.k2.roles[POLICY]
         weights = f"{sum(parameter.numel() for parameter in trained.values()) / 1e6:.3g} M weights"
         if role is None:
-            yield Row("adapter", True, f"none: {weights} in {len(trained)} tensors are trained themselves")
+            yield Row("adapter", True, f"none: {weights} in {counted(len(trained), 'tensor')} are trained themselves")
             return
         layers = {name.partition(".lora_")[0] for name in trained}
-        blocks, targets = len(architecture.blocks(self.k2.transformer)), len(set(role.targets))
-        measured = f"{len(layers)} layers adapted in {blocks} blocks, {targets} are named for each; {weights}"
-        yield Row("adapter", len(layers) == blocks * targets > 0, measured, "name in lora.targets what the blocks have")
+        named = {layer for layer in linear_shapes(self.k2.base_state_dict()) if reaches(role.targets, layer)}
+        outside = {layer for layer in layers if target_of(layer) == layer}
+        blocks, targets = len(architecture.blocks(self.k2.transformer)), {target_of(layer) for layer in named - outside}
+        measured = f"{counted(len(layers - outside), 'layer')} adapted in {counted(blocks, 'block')}"
+        measured += f", {len(targets)} are named for each"
+        if outside:
+            measured += f", and {len(outside)} outside them"
+        if self.k2.adapts_text:
+            measured += ", which fuse text in every forward"
+        ok = layers == named and len(layers) == blocks * len(targets) + len(outside) > 0
+        yield Row("adapter", ok, f"{measured}; {weights}", "name in lora.targets what the model has")
 
     def judged_images(self) -> tuple[list[Any], Sequence[PromptRecord]]:
         # Drawing these images also warms up what is timed later.
@@ -187,7 +199,7 @@ class K2Checks(Checks):
         )
 
         def run() -> Evaluation:
-            with self.k2.role(POLICY):
+            with self.k2.role(POLICY), fp8.exact(self.k2):
                 return evaluator()
 
         return run

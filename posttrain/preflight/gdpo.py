@@ -20,7 +20,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.expander import gdpo
 from posttrain.expander.callbacks import SharedRewards
 from posttrain.expander.chat_template import messages
@@ -104,7 +104,7 @@ class GDPOChecks(Checks):
         """Draws the unexpanded prompts."""
         prompts = [record.prompt for record in self.records[:SHOWN]]
         images = [image for image in self.renderer(prompts, range(len(prompts))).images if image is not None]
-        measured = f"{len(images)} of {len(prompts)} images were drawn"
+        measured = f"{len(images)} of {counted(len(prompts), 'image')} drawn"
         self.rows.append(Row("renderer", len(images) == len(prompts), measured, "see what the renderer's server says"))
         return images, self.records
 
@@ -148,24 +148,28 @@ class GDPOChecks(Checks):
         if flat and not self.moved:
             yield Row("policy moves", None, "no reward tells these expansions apart")
         else:
-            yield Row("policy moves", self.moved, f"{moved} of {len(after)} tensors changed", "raise optim.lr")
+            yield Row(
+                "policy moves", self.moved, f"{moved} of {counted(len(after), 'tensor')} changed", "raise optim.lr"
+            )
 
     def _scores(self, scored: Any, size: int) -> Iterator[Row]:
         """Checks expansions, images and scores. Each expansion that passes format and safety is drawn once."""
         figures = scored.figures(size)
         passed, count = int(scored.gate_N.sum()), len(scored.gate_N)
-        measured = f"{passed} of {count} expansions pass format and safety"
+        measured = f"{passed} of {counted(count, 'expansion')} passed format and safety"
         causes = Counter(itertools.chain(*scored.causes_N, *scored.unsafe_N))
         measured += "".join(f"; {times} fail {cause}" for cause, times in causes.most_common())
         yield Row("expansions", passed > 0, measured, "train with expander sft first, or raise generation.max_tokens")
         images = [image for image, gate in zip(scored.images_N, scored.gate_N) if gate]
         missing = sum(image is None for image in images)
         # Equal expansions share an image, so there may be fewer renders than expansions.
-        measured = f"{scored.renders} images drawn for {len(images)} expansions, {missing} are missing"
+        measured = (
+            f"{counted(scored.renders, 'image')} drawn for {counted(len(images), 'expansion')}, {missing} missing"
+        )
         yield Row("one render each", missing == 0 and scored.renders <= count, measured, "see the renderer's server")
         for k, name in enumerate(scored.names):
             valid, flat = int(scored.valid_NK[:, k].sum()), figures[f"flat/{name}"]
-            measured = f"{valid} of {count} scores are there; {flat:.0%} of the groups are flat"
+            measured = f"{valid} of {counted(count, 'score')} given; {flat:.0%} of the groups are flat"
             if not valid and not scored.failures:
                 yield Row(f"scores of {name}", None, "it does not apply to these prompts")
                 continue

@@ -15,6 +15,7 @@ import torch
 
 from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
+from posttrain.errors import counted
 from posttrain.model.k2 import to_pil
 from posttrain.pairs import planning
 from posttrain.pairs.candidates import begin_block
@@ -89,7 +90,7 @@ class PairsChecks(Checks):
         distances = [d for d in drawn.entry["distances"] if d is not None]
         self.rates.append(fates[KEPT] / block.count)
         counts = ", ".join(f"{count} {fate}" for fate, count in fates.most_common())
-        measured = f"of {block.count} candidates: {counts}"
+        measured = f"of {counted(block.count, 'candidate')}: {counts}"
         if distances:
             measured += f"; distance of the two images {np.mean(distances):.3f} on average"
         margins = [margin for margin in drawn.entry["margins"] if margin is not None]
@@ -118,7 +119,8 @@ class PairsChecks(Checks):
                 seconds += count * (self.config.forwards(draw) * unit["forward"] + unit["decode"])
                 images += count
         device = "GPU" if torch.cuda.is_available() else "CPU"
-        measured = f"about {duration(seconds)} on one {device}: {images} images for {self.config.pairs} pairs; a"
-        measured += f" forward of an image takes {unit['forward'] * 1000:.3g} ms, its decoding"
+        measured = f"about {duration(seconds)} on one {device}: {counted(images, 'image')} for"
+        measured += f" {counted(self.config.pairs, 'pair')}; a forward of an image takes"
+        measured += f" {unit['forward'] * 1000:.3g} ms, its decoding"
         measured += f" {unit['decode'] * 1000:.3g} ms"
         yield Row("run", True, measured)

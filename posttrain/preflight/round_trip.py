@@ -13,6 +13,7 @@ from torch import Tensor
 from posttrain.config.sections import ModelConfig
 from posttrain.export.export import write
 from posttrain.model.blocks import set_attention
+from posttrain.model.fp8 import exact
 from posttrain.model.k2 import K2
 from posttrain.model.load import load_pipeline
 from posttrain.training import checkpoint
@@ -39,7 +40,7 @@ def round_trip(
     text, (height, width), device = k2.text([prompt], max_tokens), size, k2.device
 
     def draw() -> Tensor:
-        with k2.role(POLICY):
+        with k2.role(POLICY), exact(k2):
             return k2.sample(text, noise, STEPS, height, width)
 
     base, policy = _amplified(k2, begun, draw)

@@ -18,6 +18,7 @@ import torch
 
 from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
+from posttrain.errors import counted
 from posttrain.model.k2 import K2
 from posttrain.preferences.dataset import Preference, Preferences, read_preferences
 from posttrain.preferences.sources import Skipped
@@ -81,12 +82,13 @@ class STPOChecks(K2Checks):
         phase("pairs are encoded")
         few, began = Few(preferences), time.perf_counter()
         cached = replace(config.pairs, cache=str(folder / "cache"))
+        # Before the pairs: it decides whether their text can be kept fused.
+        add_policy(k2, config.lora, config.seed, reference=True)
         self.pairs = encode_pairs(k2, few, cached, procs.alone())  # type: ignore[arg-type]
         self.encoding = (time.perf_counter() - began) / len(few)
         self.whole, self.total = config.batch, len(preferences)
         # Without a setting pairs keep their own sizes, and evaluations take that of the first.
         size = config.pairs.size or self.pairs.size[0].tolist()
-        add_policy(k2, config.lora, config.seed, reference=True)
         super().__init__(
             config, procs, k2, heldout, folder, size, 4 * config.micro_batch, config.pairs.max_tokens, "micro_batch"
         )
@@ -108,7 +110,7 @@ class STPOChecks(K2Checks):
         bad, cut = len(self.pairs.tally.bad), len(self.pairs.cuts)
         count = len(self.pairs.train) + len(self.pairs.heldout)
         each = f"{self.encoding:.2g} s a row, about {duration(self.encoding * self.total)} for all {self.total}"
-        measured = f"{count} encoded, {bad} bad, {cut} prompts cut at pairs.max_tokens; {each}"
+        measured = f"{count} encoded, {bad} bad, {counted(cut, 'prompt')} cut at pairs.max_tokens; {each}"
         yield Row("pairs", count > 0, measured, "look at pairs.columns and at the rows that are named on stderr")
 
     def update(self) -> Iterator[Row]:

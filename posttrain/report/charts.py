@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from posttrain.errors import counted
 from posttrain.report.format import number
 from posttrain.report.render import ENVIRONMENT, colour
 from posttrain.runs.read import Point
@@ -295,7 +296,7 @@ def _note(limit: Limit, drawn: bool, points: Sequence[Point]) -> Note:
     steps = limit.crossed(points)
     crossed = ""
     if steps:
-        crossed = f"{limit.bad} it at {len(steps)} of {len(points)} points, first at step {steps[0]}"
+        crossed = f"{limit.bad} it at {len(steps)} of {counted(len(points), 'point')}, first at step {steps[0]}"
     return Note(label, drawn, crossed)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from posttrain.config import metrics
 from posttrain.config.diff import changes
+from posttrain.errors import counted
 from posttrain.report.before_after import Sample, read_samples, step_directories, step_name
 from posttrain.report.charts import Chart, Section, runs_chart
 from posttrain.report.format import aligned, is_number, shown
@@ -179,7 +180,7 @@ def _spread(line: Line, side: str, name: str) -> dict[str, str]:
     if min(values) < max(values):
         notes.append(f"{aligned(min(values))} to {aligned(max(values))}")
     if len(values) < len(line.runs):
-        notes.append(f"of {len(values)} runs")
+        notes.append(f"of {counted(len(values), 'run')}")
     return {"mean": aligned(sum(values) / len(values)), "note": ", ".join(notes)}
 
 

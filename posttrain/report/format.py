@@ -46,11 +46,6 @@ def cell(value: Any) -> str:
     return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def counted(count: int, noun: str) -> str:
-    """`1 image`, `2 images`; for nouns that take an s."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
 def is_number(value: Any) -> TypeGuard[float]:
     # A bool is an int to Python, but a setting rather than a number to a reader.
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from posttrain.config import clipping, metrics
+from posttrain.errors import counted
 from posttrain.report.charts import Limit, thin
 from posttrain.runs.read import Point
 
@@ -78,7 +79,7 @@ def watched(names: Iterable[str], of_limits: dict[str, list[Limit]]) -> dict[str
 def _stop(stop: dict[str, Any], points: list[Point]) -> Limit:
     """The rule of early_stopping.regression as a line."""
     lower = stop.get("better") == "lower"
-    bad, label = "above" if lower else "below", f"eval.stop, {stop.get('patience', 1)} times in a row, at"
+    bad, label = "above" if lower else "below", f"eval.stop, {counted(stop.get('patience', 1), 'time')} in a row, at"
     if stop.get("limit") is not None:
         return Limit(label, [(0, stop["limit"])], bad)
     sign, better = (1, min) if lower else (-1, max)

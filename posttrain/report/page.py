@@ -15,11 +15,12 @@ from typing import Any
 import yaml
 
 from posttrain.config import metrics
+from posttrain.errors import counted
 from posttrain.report.before_after import run_images
 from posttrain.report.charts import Chart, Limit, Section, areas_chart, line_chart
 from posttrain.report.compare import comparison
 from posttrain.report.config import ReportConfig
-from posttrain.report.format import aligned, change, counted, number
+from posttrain.report.format import aligned, change, number
 from posttrain.report.groups import groups
 from posttrain.report.limits import limits, watched
 from posttrain.report.public import public
@@ -164,7 +165,7 @@ def _alarms(files: RunFiles, of_limits: Mapping[str, Sequence[Limit]]) -> list[s
         for limit in those:
             steps = limit.crossed(points)
             if steps:
-                count = f"{len(steps)} of {len(points)} points"
+                count = f"{len(steps)} of {counted(len(points), 'point')}"
                 alarms.append(f"{name} was {limit.bad} its limit at {count}, first at step {steps[0]}")
     return alarms
 

@@ -17,7 +17,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from markupsafe import Markup, escape
 from PIL import Image
 
+from posttrain.errors import counted
 from posttrain.report.format import aligned, cell, change, number, shown
+from posttrain.runs.files import replacing
 
 FOLDER = Path(__file__).parent
 LARGEST = 512  # pixels of the longer side; larger images are reduced
@@ -55,7 +57,7 @@ ENVIRONMENT = Environment(
     lstrip_blocks=True,
 )
 ENVIRONMENT.filters |= {"aligned": aligned, "breakable": breakable, "cell": cell, "number": number, "shown": shown}
-ENVIRONMENT.globals |= {"change": change, "colour": colour}
+ENVIRONMENT.globals |= {"change": change, "colour": colour, "counted": counted}
 
 
 def page(template: str, title: str, **data: Any) -> str:
@@ -70,7 +72,9 @@ def page(template: str, title: str, **data: Any) -> str:
 def write_page(path: Path, template: str, title: str, **data: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     # A recipe's text may contain an unpaired surrogate, which UTF-8 cannot encode.
-    path.write_text(page(template, title, **data), encoding="utf-8", errors="backslashreplace")
+    text = page(template, title, **data).encode("utf-8", errors="backslashreplace")
+    with replacing(path, shared=True) as temporary:  # a run may write it while someone asks for it
+        temporary.write_bytes(text)
     return path
 
 

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import netrc
 import os
+import tempfile
 import urllib.parse
 from collections.abc import Collection
 from pathlib import Path
@@ -26,10 +27,15 @@ PROMPTS = "prompts"
 
 
 def check_new(output: Path, card: bool = False) -> None:
-    """Raises UserError if it exists, or, with `card`, if the model card beside it does."""
+    """Raises UserError if it exists, if, with `card`, the model card beside it does, or if it cannot be written."""
     for path in (output, *([output.with_suffix(".md")] if card else [])):
         if path.exists():
             raise UserError(f"output: {path} exists; choose another name")
+    folder = next(parent for parent in output.absolute().parents if parent.exists())
+    try:
+        tempfile.TemporaryFile(dir=folder).close()  # permissions alone do not tell of every file system
+    except OSError as error:
+        raise UserError(f"output: {output}: {folder} takes no file ({error.strerror}); choose another place") from error
 
 
 def check_run(config: Any, resume: bool | None = False) -> None:
@@ -138,6 +144,8 @@ def _recipes(recipe: Path, config: Any) -> tuple[dict[str, Any], dict[str, Any]]
 def _is_kept(frozen: tuple[str, ...], path: str, old: Any, new: Any) -> bool:
     if path == "optim.ema":  # its value may change, but an average cannot begin or end on the way
         return bool(old) != bool(new)
+    if path == "optim.average":  # a path without more is that of a section that begins or ends
+        return True
     if path in ("sampling.sizes", "sizes"):  # the first is the size of evaluations
         return old[:1] != new[:1]
     return path.startswith(frozen)

@@ -204,11 +204,14 @@ class Run:
         if self._progress is not None:
             self._progress.update(step, finite)
 
-    def grid(self, step: int, images: np.ndarray, rows: int, columns: int, captions: Sequence[str] = ()) -> Path | None:
-        """Write `grids/step-000025.png`: images uint8 (N, H, W, 3), N <= rows * columns, row by row."""
+    def grid(
+        self, step: int, images: np.ndarray, rows: int, columns: int, captions: Sequence[str] = (), prefix: str = ""
+    ) -> Path | None:
+        """Write `grids/step-000025.png`: images uint8 (N, H, W, 3), N <= rows * columns, row by row. `prefix` stands
+        before that name."""
         if not self.main:
             return None
-        path = self.path / "grids" / f"step-{step:06d}.png"
+        path = self.path / "grids" / f"{prefix}step-{step:06d}.png"
         path.parent.mkdir(exist_ok=True)
         grid_image(images, rows, columns, captions).save(path)
         return path

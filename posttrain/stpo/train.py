@@ -82,12 +82,14 @@ def train(config: STPOConfig, resume: bool = False) -> None:
     try_rewards(config, heldout)
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     k2 = load_model(config.model, procs.device, saved)
+    with parallelize.sharding(k2, procs):
+        add_policy(k2, config.lora, config.seed, reference=True)
+    # After the policy, which decides whether text can be kept fused.
     pairs = encode_pairs(k2, preferences, config.pairs, procs)
     if saved is not None and saved.state["pairs"] != pairs.fingerprint:
         raise UserError(f"pairs: not those that {saved.path} was trained on, or encoded differently; restore them")
-    with parallelize.sharding(k2, procs):
-        add_policy(k2, config.lora, config.seed, reference=True)
-    stepper = Stepper(k2.train_role(POLICY), config.optim)
+    k2.train_role(POLICY)
+    stepper = Stepper(k2.role_named_parameters(POLICY), config.optim)
     micro_batch = MicroBatch(config.micro_batch, "micro_batch", procs)
 
     with open_run(config, resume, procs) as run:

@@ -31,6 +31,7 @@ from posttrain.config.types import (
     refusal,
     settings,
 )
+from posttrain.errors import counted
 
 
 @settings
@@ -136,6 +137,9 @@ class TDMConfig(TrainingConfig):
     def images_at_once(self) -> int:
         return self.micro_batch
 
+    def eval_draws(self) -> list[tuple[int, float]]:
+        return [(steps, 0.0) for steps in self.student.steps]
+
     def metric_names(self) -> list[str]:
         rewards = [reward.name for reward in self.rewards if self.eval.groups or not reward.group]
         distilled = metric_names.distilled_names(rewards, self.student.steps, self.eval.groups)
@@ -149,7 +153,8 @@ class TDMConfig(TrainingConfig):
         # The student learns from the fake score, which needs a start.
         if self.fake.warmup >= self.steps:
             raise refusal(
-                "fake.warmup", f"is {self.fake.warmup} of {self.steps} steps, so no student is trained; lower it"
+                "fake.warmup",
+                f"is {self.fake.warmup} of {counted(self.steps, 'step')}, so no student is trained; lower it",
             )
         require_one_pass(self.optim, "each update draws its own times and noise; use 1")
         # eval's guidance is for what is drawn, and a student is drawn without.

@@ -80,7 +80,7 @@ def roll_out(
         draws = [_draw_point(k2, student, part, update, steps, times, shape) for update in range(updates)]
         noise = sampler.noise([sampler.seed_for(*key, 0) for key in part], shape).to(k2.device)
         with k2.role(POLICY):
-            visited = _walk(k2, noise, times, text, size, [draw.k for draw in draws])
+            visited = _walk(k2, noise, times, k2.fused(text), size, [draw.k for draw in draws])
         points = [Points(**vars(draw), x=x, v=v) for draw, (x, v) in zip(draws, visited)]
         batches.append(Batch(text, size, points))
     return batches
@@ -120,9 +120,8 @@ def _walk(
         chosen = (last >= i).nonzero()[:, 0]  # the others have no point further on
         t, t_next = times[chosen, i : i + 2].to(x.device).unbind(1)
         rows = chosen.to(x.device)
-        mask = None if text.mask is None else text.mask[rows]
         v, after = torch.zeros_like(x), xs[-1].clone()
-        v[rows] = k2.velocity(xs[-1][rows], t, Text(text.tokens[rows], mask), *size)
+        v[rows] = k2.velocity(xs[-1][rows], t, text.rows(rows), *size)
         after[rows] = sampler.ode_step(xs[-1][rows], v[rows], t, t_next)
         xs.append(after)
         vs.append(v)

@@ -38,6 +38,7 @@ Legend: B images of a micro-batch, N image tokens, C channels, K student steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -46,7 +47,7 @@ from torch import Tensor
 from posttrain.config import metric_names
 from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.model import parallelize, sampler
 from posttrain.model.k2 import K2, Text
 from posttrain.runs.progress import grid_image
@@ -57,7 +58,7 @@ from posttrain.training import checkpoint
 from posttrain.training.evaluate import Evaluation, Evaluator, SamplingSettings
 from posttrain.training.loop import SHOWN, Training, open_run, resuming, try_rewards
 from posttrain.training.oom_retry import MicroBatch
-from posttrain.training.policy import POLICY, add_policy, earlier_of, load_model
+from posttrain.training.policy import POLICY, add_policy, earlier_of, load_model, load_stage
 from posttrain.training.prompt_source import FusedTexts, in_turn, warn_of_cut_prompts
 from posttrain.training.stepper import Clock, Stepper
 from posttrain.training.sums import total
@@ -75,8 +76,8 @@ def train(config: TDMConfig, resume: bool = False) -> None:
     records, heldout = read_prompts(config.prompts.train), read_prompts(config.prompts.heldout)
     if len(records) < config.batch:
         raise UserError(
-            f"prompts.train: {config.prompts.train} holds {len(records)} prompts and a step takes {config.batch}; add"
-            " prompts or lower batch"
+            f"prompts.train: {config.prompts.train} holds {counted(len(records), 'prompt')} and a step takes"
+            f" {config.batch}; add prompts or lower batch"
         )
     try_rewards(config, heldout)
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
@@ -198,8 +199,8 @@ def add_roles(k2: K2, config: TDMConfig) -> None:
 def steppers(k2: K2, config: TDMConfig) -> tuple[Stepper, Stepper]:
     """The student's and the fake score's."""
     # The fake score must follow the student of now, so it learns faster and keeps no average.
-    optim = changed(config.optim, lr=config.fake.rate * config.optim.lr, ema=0.0)
-    return Stepper(k2.role_parameters(POLICY), config.optim), Stepper(k2.role_parameters(FAKE), optim)
+    optim = changed(config.optim, lr=config.fake.rate * config.optim.lr, ema=0.0, average=None)
+    return Stepper(k2.role_named_parameters(POLICY), config.optim), Stepper(k2.role_named_parameters(FAKE), optim)
 
 
 def _size(config: TDMConfig, index: int) -> tuple[int, int]:
@@ -210,7 +211,7 @@ def _size(config: TDMConfig, index: int) -> tuple[int, int]:
 def _refuse_distilled(config: TDMConfig) -> None:
     if config.model.start is None:
         return
-    first = checkpoint.load(checkpoint.find(config.model.start))
+    first = load_stage(config.model.start, asdict(config.model))
     for stage in [first, *earlier_of(first)]:
         if stage.state["method"] == "tdm":
             raise UserError(f"model.start: {stage.path} is distilled already; go on from the run before it")

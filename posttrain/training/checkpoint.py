@@ -17,7 +17,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +89,7 @@ def seal(directory: Path) -> None:
     apply_umask(directory)
     for path in files:
         sync(path)
-    sums = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+    sums = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
     _write_json(directory / "manifest.json", sums)
     sync(directory / "manifest.json")
     sync(directory)
@@ -121,7 +121,6 @@ class Writer:
 
     def reserve(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Allocates memory for copies of these in the thread; a later `check` raises UserError if it is too little."""
-        self.check(wait=True)
         # Shapes and types only, as the tensors themselves may be freed before the thread comes to them.
         shapes: dict[str, dict[str, tuple[torch.Size, torch.dtype]]] = {}
         for name, group in tensors.items():
@@ -135,7 +134,7 @@ class Writer:
             except RuntimeError as error:  # torch raises no other where memory is short
                 raise UserError(f"checkpoint: no memory for a copy of what it holds: {error}") from error
 
-        self._pending = self._thread.submit(allocate)
+        self.submit(allocate)
 
     def save(
         self,
@@ -148,16 +147,20 @@ class Writer:
     ) -> None:
         """See `save` and, for `best`, `mark_best`. Waits for the save before. The tensors must not change until this is
         done; then the next ones are copied over them."""
-        self.check(wait=True)
+        state = copy.deepcopy(state)  # training goes on and changes its history while this is written
 
-        def write(state: dict[str, Any]) -> None:
+        def write() -> None:
             save(directory, step, tensors, state, keep)
             if best is not None:
                 mark_best(directory, best)
 
+        self.submit(write)
         self.copies = tensors
-        # Training goes on and changes its history while this is written.
-        self._pending = self._thread.submit(write, copy.deepcopy(state))
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Runs something in the thread, after what runs there now; a later `check` raises its error."""
+        self.check(wait=True)
+        self._pending = self._thread.submit(job)
 
     @property
     def done(self) -> bool:
@@ -230,7 +233,9 @@ def find(path: str | Path) -> Path:
     for candidate in reversed(_saved(path / "checkpoints")):
         if not problem(candidate):
             return _handed_on(path, _of_k2(candidate))
-    raise UserError(f"{path}: holds no whole checkpoint; give a run directory or one of its checkpoints")
+    files = sorted(path.glob("*.safetensors"))
+    remedy = f"if you mean the adapter in it, name its file, {files[0]}" if files else ""
+    raise UserError(f"{path}: holds no whole checkpoint; {remedy or 'give a run directory or one of its checkpoints'}")
 
 
 def _of_k2(path: Path) -> Path:
@@ -306,6 +311,11 @@ def _followed(path: Path) -> Path:
     return path
 
 
+def steps_in(directory: Path) -> list[int]:
+    """The steps of the checkpoints in a directory, whole or not, in order."""
+    return [int(path.name.removeprefix("step-")) for path in _saved(directory)]
+
+
 def _saved(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
@@ -334,7 +344,7 @@ def problem(path: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes, not {size}"
-        if _sha256(file) != digest:
+        if sha256(file) != digest:
             return f"{name} does not match its checksum"
     return None
 
@@ -350,7 +360,8 @@ def _write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal; remembered while the file stays as it is."""
     facts = path.stat()
     return _digest(path, facts.st_ino, facts.st_size, facts.st_mtime_ns)
 

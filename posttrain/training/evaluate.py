@@ -93,7 +93,7 @@ class Evaluator:
             self._groups += [(i, sampler.seed_for(config.seed, i, j)) for j in range(config.group_size)]
         encoding = k2.encode([record.prompt for record in self.records], max_tokens)
         # Fused text waits in RAM: on the GPU it would take the place of training's activations.
-        self._fused = [k2.fuse(features).cpu() for features in encoding.features]
+        self._fused = [k2.text_tokens(features).cpu() for features in encoding.features]
         self._columns = columns(self.records)
         self._null: Text | None = None
 

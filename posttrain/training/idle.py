@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.log import log
 from rewards.base import Scores
 
@@ -33,7 +33,8 @@ def check_idle(history: Mapping[str, Any], reason: str | None, limit: int) -> No
     row = history["idle_steps"]
     if limit and row >= limit:
         raise UserError(
-            f"idle_steps: nothing could be learnt from {row} steps in a row: {reason}; fix or add a reward, or raise it"
+            f"idle_steps: nothing could be learnt from {counted(row, 'step')} in a row: {reason}; fix or add a reward,"
+            " or raise it"
         )
     if row == WARN_AFTER:
         ends = f"; after {limit} the run ends (idle_steps)" if limit else ""
@@ -44,5 +45,6 @@ def refuse_unscored(history: Mapping[str, Any], steps: int, reason: str | None) 
     """Raises UserError for a run of which no step had any score."""
     if steps and history["skipped_steps"] >= steps:
         raise UserError(
-            f"rewards: not one image of {steps} steps could be scored: {reason or 'see metrics'}; fix or add a reward"
+            f"rewards: not one image of {counted(steps, 'step')} could be scored: {reason or 'see metrics'}; fix or add"
+            " a reward"
         )

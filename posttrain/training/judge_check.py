@@ -1,4 +1,5 @@
-"""Checks of a run's judges on its own first images, before it trusts their scores."""
+"""Checks of a run's judges: whether they answer, before anything is loaded, and on its own first images whether their
+scores can be trusted."""
 
 from __future__ import annotations
 
@@ -13,10 +14,29 @@ from posttrain.log import log
 from posttrain.runs.run import Run
 from rewards.base import Reward
 from rewards.injection import injection
+from rewards.judge import Judge
 from rewards.noise import noise_metrics, repeatability
 
 SHOWN = 8
 """Images that a judge is tried on; its answers are asked again for half of them."""
+
+
+def warn_of_silent_judges(rewards: Sequence[Reward]) -> None:
+    """Warns of judges that take no connection: one may still be starting, or its address is wrong.
+
+    Raises UserError for a key or a proxy that no request can be made with.
+    """
+    told: set[str] = set()  # several rewards often ask one judge
+    for reward in rewards:
+        judge = getattr(reward.function, "judge", None)
+        if not isinstance(judge, Judge) or str(judge.base_urls) in told:
+            continue
+        told.add(str(judge.base_urls))
+        for reason in asyncio.run(judge.silent()):
+            log.warning(
+                f"reward {reward.spec.name}: {reason}: a question waits up to {judge.deadline:g} s for it; start it, or"
+                " correct base_urls"
+            )
 
 
 def check_judges(

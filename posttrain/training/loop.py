@@ -28,6 +28,7 @@ from posttrain.config.sections import CheckpointConfig, EvalConfig, ModelConfig,
 from posttrain.distributed import shards
 from posttrain.distributed.processes import Processes
 from posttrain.log import log
+from posttrain.model import fp8
 from posttrain.model.k2 import K2
 from posttrain.report.page import write_report
 from posttrain.runs import startup
@@ -36,6 +37,8 @@ from posttrain.runs.run import Run, RunConfig, peak_memory
 from posttrain.training import checkpoint, early_stopping, gpu_health
 from posttrain.training.checkpoint import Checkpoint
 from posttrain.training.evaluate import Evaluation, Evaluator
+from posttrain.training.judge_check import warn_of_silent_judges
+from posttrain.training.pma import CheckpointAverage
 from posttrain.training.policy import POLICY, described, file_of, load_policy
 from posttrain.training.stepper import Loop, Stepper
 from prompts.records import PromptRecord, columns
@@ -97,7 +100,9 @@ def try_rewards(
         if records:  # each has all columns of its file
             check_columns(asked, {**columns(records[:1]), **dict.fromkeys(more, ())})
     safety = [RewardSpec(f"safety {check.name}", check.function) for check in getattr(config, "safety", [])]
-    check_columns(load_rewards(safety, servers), {**columns(heldout[:1]), **dict.fromkeys(more, ())})
+    checks = load_rewards(safety, servers)
+    check_columns(checks, {**columns(heldout[:1]), **dict.fromkeys(more, ())})
+    warn_of_silent_judges([*rewards, *checks])
     return rewards
 
 
@@ -127,7 +132,7 @@ Tensors = dict[str, dict[str, Tensor]]
 def content(k2: K2, steppers: Mapping[str, Stepper]) -> tuple[Tensors, dict[str, Any]]:
     """What a checkpoint holds of the roles that are trained, where it is now, and the optimisers' state as JSON.
 
-    The policy's files are `adapter` or `weights` (its average, if one is kept, else what is trained), `live` (what is
+    The policy's files are `adapter` or `weights` (its average, if there is one, else what is trained), `live` (what is
     trained, beside an average), `previous` (see Stepper) and `optimizer`; those of another role are `NAME` and
     `NAME_optimizer`.
     """
@@ -139,22 +144,24 @@ def content(k2: K2, steppers: Mapping[str, Stepper]) -> tuple[Tensors, dict[str,
             tensors |= {"optimizer": optimizer, file_of(described(k2)): k2.role_state_dict(POLICY)}
         else:
             tensors |= {f"{role}_optimizer": optimizer, role: k2.role_state_dict(role)}
-    if steppers[POLICY].config.ema:
+    if steppers[POLICY].averages:
         tensors["live"] = k2.role_state_dict(POLICY)
     if steppers[POLICY].remembers:
         tensors["previous"] = k2.role_state_dict(POLICY)
     return tensors, states
 
 
-def snapshot(k2: K2, steppers: Mapping[str, Stepper], keep: bool, over: Tensors) -> tuple[Tensors, dict[str, Any]]:
+def snapshot(
+    k2: K2, steppers: Mapping[str, Stepper], keep: bool, over: Tensors, alone: bool = False
+) -> tuple[Tensors, dict[str, Any]]:
     """Copies on the CPU of `content`, with the policy's average and its previous parameters; for `keep` and `over` see
-    `checkpoint.on_host`."""
+    `checkpoint.on_host`. `alone`: the main process calls it without the others, of which it needs nothing."""
     tensors, states = content(k2, steppers)
     policy, stepper = file_of(described(k2)), steppers[POLICY]
     # Copied apart, while the parameters hold them.
     average, previous = tensors.pop(policy), tensors.pop("previous", None)
     copies = {name: checkpoint.on_host(group, keep, over.get(name)) for name, group in tensors.items()}
-    with stepper.averaged():
+    with stepper.averaged(alone):
         copies[policy] = checkpoint.on_host(average, keep, over.get(policy))
     if previous is not None:
         with stepper.previous():
@@ -195,6 +202,10 @@ class Training:
         self._saved = False
         """A checkpoint was written since the run began or went on."""
         self._writer = checkpoint.Writer()
+        self._step = 0
+        if config.optim.average is not None:
+            folder = run.path / "checkpoints"
+            self.stepper.from_disk = CheckpointAverage(k2, config.optim.average, folder, procs, self._writer)
         self._health = gpu_health.watch(procs.device, log.info)
         self._started = time.monotonic()
         if saved is not None:
@@ -219,7 +230,9 @@ class Training:
             for step in loop:
                 self._writer.check()  # a save that failed ends the run now, not at the next save
                 self.stepper.rate = min(1.0, (total - step + 1) / (config.optim.cooldown_steps + 1))
+                self._step = step
                 yield step
+                self._keep()
                 # After the first update, with which the optimiser has its moments.
                 if step == self.first + 1 and not self._saved:
                     self._reserve()
@@ -239,8 +252,10 @@ class Training:
 
     @contextlib.contextmanager
     def policy(self) -> Iterator[None]:
-        """Inside the block the model is the policy, with the average of its weights if one is kept."""
-        with self.k2.role(POLICY), self.stepper.averaged():
+        """Inside the block the model is the policy as it is exported: with the average of its weights if there is one,
+        and computing exactly. Within a step, to be asked for after its updates."""
+        self._keep()
+        with self.k2.role(POLICY), self.stepper.averaged(), fp8.exact(self.k2):
             yield
 
     def record(self, step: int, evaluation: Evaluation) -> None:
@@ -250,7 +265,8 @@ class Training:
         self.history["after"] = metrics
         if self.history["before"] is None:  # the first of the run, also of one that was resumed before it
             self.history["before"] = metrics
-        logged = metrics | evaluation.details
+        average = self.stepper.from_disk.metrics() if self.stepper.from_disk is not None else {}
+        logged = metrics | evaluation.details | average
         run.log(step, {f"eval/{name}": value for name, value in logged.items()})
         prompts = [record.prompt for record in self.evaluator.records[:SHOWN]]
         images, seeds = evaluation.images[:SHOWN], self.evaluator.seeds[:SHOWN]
@@ -272,12 +288,14 @@ class Training:
     def save(self, step: int, tensors: Tensors | None = None, state: Mapping[str, Any] | None = None) -> None:
         """Copies what a resumed run needs, the method's own `tensors` and `state` too, and writes in the background."""
         self._saved = True
+        self._keep()
         if not self.procs.main and not self.procs.sharded:
             return
         self._writer.check(wait=True)  # before there is another copy
         if self.procs.sharded:
             self.procs.all_gather(None)  # who gathers waits no longer for the disk
-        copies, optimizers = snapshot(self.k2, self.steppers, self.procs.main, self._writer.copies)
+        alone = not self.procs.sharded  # otherwise all are here
+        copies, optimizers = snapshot(self.k2, self.steppers, self.procs.main, self._writer.copies, alone)
         if not self.procs.main:
             return
         saved_state = {
@@ -293,6 +311,8 @@ class Training:
             **self.facts,
             **(state or {}),
         }
+        if self.stepper.from_disk is not None:
+            saved_state["average"] = self.stepper.from_disk.state()
         for role, optimizer in optimizers.items():
             saved_state[role] = {"optimizer": optimizer, "counters": self.steppers[role].counters()}
         top = early_stopping.best(self.evaluations, self.config.eval.best)
@@ -302,7 +322,7 @@ class Training:
     def _restore(self, saved: Checkpoint) -> None:
         with self.stepper.averaged():  # the checkpoint's policy is the average
             load_policy(self.k2, saved)
-        if self.config.optim.ema:
+        if self.stepper.averages:
             self.k2.load_role_state_dict(POLICY, saved.tensors["live"])
         self.stepper.remember()  # for a checkpoint that holds no other
         if self.stepper.remembers and "previous" in saved.tensors:
@@ -316,7 +336,15 @@ class Training:
                 stepper.restore(saved.tensors[f"{role}_optimizer"], saved.state[role]["optimizer"])
                 stepper.restore_counters(saved.state[role]["counters"])
         self.history, self.evaluations = saved.state["history"], saved.state["evaluations"]
-        self.first = saved.step
+        self.first = self._step = saved.step
+        if self.stepper.from_disk is not None:
+            self.stepper.from_disk.restore(saved.state["average"], saved.step)
+
+    def _keep(self) -> None:
+        """Keeps the policy for its mean where one is due. Evaluations and checkpoints of a step need it, so whichever
+        comes first asks, and the end of the step."""
+        if self.stepper.from_disk is not None:
+            self.stepper.from_disk.keep(self._step)
 
     def _reserve(self) -> None:
         """Allocates memory for the first checkpoint, which then waits less."""

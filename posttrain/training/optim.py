@@ -1,4 +1,4 @@
-"""AdamW, plain or with its moments in 8 bits (torchao's), and what its state is as plain tensors."""
+"""AdamW, plain or with its moments in 8 bits (torchao's), and the state of any optimiser as plain tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from posttrain.config.sections import OptimConfig
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 
 FLOOR = 1e-12
 """torchao's lower bound for the greatest moment of each block of 256."""
@@ -58,7 +58,9 @@ def set_group(group: dict[str, Any], config: OptimConfig, rate: float) -> None:
         eps = config.eps * SCALE
     else:
         group["lr"], eps = rate, config.eps
-    group |= {"betas": config.betas, "weight_decay": config.weight_decay, "eps": eps}
+    group["weight_decay"] = config.weight_decay
+    if "betas" in group:  # Muon's matrices have none
+        group |= {"betas": config.betas, "eps": eps}
 
 
 @torch.no_grad()
@@ -67,8 +69,8 @@ def median_root(optimizer: torch.optim.Optimizer) -> float | None:
 
     Over a sample of them; where they are sharded, of the parts that this process holds. None while there are none.
     """
-    states = [state for state in optimizer.state.values() if state["exp_avg_sq"].numel()]
-    beta = optimizer.param_groups[0]["betas"][1]
+    states = [state for state in optimizer.state.values() if "exp_avg_sq" in state and state["exp_avg_sq"].numel()]
+    beta = optimizer.param_groups[-1]["betas"][1]  # of Muon, which has no second moment, the group that is AdamW's
     found = []
     for state in states[:: len(states) // TENSORS | 1]:  # odd, as the two factors of an adapter take turns
         value = state["exp_avg_sq"]
@@ -141,7 +143,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
     saved = sum(len(group["params"]) for group in state["groups"])
     if saved != len(parameters):
         raise UserError(
-            f"the checkpoint has {saved} trained tensors and the model {len(parameters)}: the recipe"
+            f"the checkpoint has {counted(saved, 'trained tensor')} and the model {len(parameters)}: the recipe"
             " has changed; restore model and lora, or start another run"
         )
     groups = [{**group} for group in state["groups"]]
@@ -167,5 +169,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
     for (owner, name), inner in eight.items():
         values[owner][name] = moment(inner)
     for group in groups:  # JSON has made lists of tuples
-        group["betas"] = tuple(group["betas"])
+        if "betas" in group:
+            group["betas"] = tuple(group["betas"])
     optimizer.load_state_dict({"state": values, "param_groups": groups})

@@ -5,23 +5,20 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain.errors import UserError
-from posttrain.log import log
+from posttrain.config.groups import GroupTrainingConfig
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
 from posttrain.training.checkpoint import Checkpoint
+from posttrain.training.shard_cache import warn_of_cut
 from prompts.pool import Kind, Pool
 from prompts.records import PromptRecord
 from rewards.gates import Gated
-
-if TYPE_CHECKING:  # methods stand above training
-    from posttrain.grpo.config import GRPOConfig
 
 FUSED_BYTES = 2**30
 """Fused text that a process keeps in RAM: of K2 about 800 prompts of 105 tokens, at 12 kB a token."""
@@ -33,7 +30,7 @@ class PromptSource:
     """`draw` a step's prompts, perhaps `redraw` some, then `update` with the scores of all. Only `draw` works without a
     pool."""
 
-    def __init__(self, config: GRPOConfig, records: list[PromptRecord]):
+    def __init__(self, config: GroupTrainingConfig, records: list[PromptRecord]):
         self.config, self.records = config, records
         self.pool: Pool | None = None
         self._drawn: dict[int, np.ndarray] = {}
@@ -44,11 +41,6 @@ class PromptSource:
             # Gates and held-out rewards make no advantage, so they do not say what a prompt teaches.
             weights = {r.name: r.weight for r in config.rewards if r.gate == "none" and not r.heldout_only}
             self.pool = Pool(records, weights, config.pool, config.groups.prompts_per_step, config.seed)
-            if config.groups.refill and len(records) == config.groups.prompts_per_step:
-                raise UserError(
-                    f"groups.refill: is {config.groups.refill}, but each step draws all {len(records)} prompts of"
-                    " prompts.train; add prompts or set it to 0"
-                )
 
     def draw(self, step: int) -> list[PromptRecord]:
         """The same prompts if the step is drawn again: an attempt that ran out of memory was this step too."""
@@ -144,7 +136,7 @@ class FusedTexts:
         # One by one: in a batch it would depend, within rounding, on the prompts beside it, and so on what is kept.
         features = self.k2.encode(new, self.max_tokens, batch=1).features
         for prompt, encoded in zip(new, features):
-            self._texts[prompt] = self.k2.fuse(encoded).cpu()
+            self._texts[prompt] = self.k2.text_tokens(encoded).cpu()
             self.bytes += self._texts[prompt].nbytes
         texts = []
         for prompt in prompts:
@@ -160,11 +152,7 @@ def warn_of_cut_prompts(k2: K2, records: Sequence[PromptRecord], max_tokens: int
     # A token is at least one byte, so most prompts need no tokenizer to be known as short enough.
     long = [record.prompt for record in records if len(record.prompt.encode()) > max_tokens // 2]
     _, cuts_of_all = k2.tokenize(long, max_tokens)
-    cuts = [cut for cut in cuts_of_all if cut]
-    if cuts:
-        log.warning(
-            f"{len(cuts)} prompts are longer than prompts.max_tokens ({max_tokens}); up to {max(cuts)} tokens are cut"
-        )
+    warn_of_cut([cut for cut in cuts_of_all if cut], "prompt", "prompts.max_tokens", max_tokens)
 
 
 def in_turn(seed: int, index: int, n: int) -> int:

@@ -6,7 +6,7 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,10 +17,12 @@ from posttrain.config.sections import CheckpointConfig, OptimConfig
 from posttrain.distributed import shards
 from posttrain.errors import UserError
 from posttrain.runs.stop import StopSignals
+from posttrain.training import muon
 from posttrain.training.optim import flatten_optimizer, make_optimizer, median_root, restore_optimizer, set_group
 
 if TYPE_CHECKING:  # methods stand above training
     from posttrain.grpo.config import LossConfig
+    from posttrain.training.pma import CheckpointAverage
 
 MAX_SKIPPED = 10
 """Updates in a row whose gradient was not finite, after which a run ends."""
@@ -108,29 +110,44 @@ class Clock:
 
 
 class Stepper:
-    """AdamW over some parameters: warm-up, clipping, and gradients that are not finite left out and counted.
+    """An optimiser over some parameters: warm-up, clipping, and gradients that are not finite left out and counted.
 
     With `ema` it keeps an exponential moving average of the parameters, which is evaluated and exported in their
     place and never sampled from. Its decay after n updates is at most (1 + n) / (10 + n), so that it soon forgets the
-    start. With `previous` it also keeps the parameters as they were when `remember` was called last.
+    start. With `average` a mean of the run's files takes that place (pma.py). With `previous` it also keeps the
+    parameters as they were when `remember` was called last.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], config: OptimConfig, previous: bool = False):
-        self.parameters = list(parameters)
+    def __init__(
+        self, parameters: Sequence[Tensor] | Mapping[str, Tensor], config: OptimConfig, previous: bool = False
+    ):
+        """Muon needs the parameters by name."""
         self.config = config
+        self.parameters = list(parameters.values() if isinstance(parameters, Mapping) else parameters)
+        matrices: list[Tensor] = []
+        if config.kind == "muon":
+            matrices, others = muon.split(parameters if isinstance(parameters, Mapping) else {})
+            self.parameters = [*matrices, *others]  # in the order of the optimiser's groups
         self._own = [shards.own(p) for p in self.parameters]
-        self.optimizer = make_optimizer(self._own, config)
+        self.optimizer: torch.optim.Optimizer
+        if matrices:
+            own, count = self._own, len(matrices)
+            self.optimizer = muon.Muon(own[:count], own[count:], matrices, config)
+        else:
+            self.optimizer = make_optimizer(self._own, config)
         if any(shards.is_parted(p) for p in self.parameters):
-            if config.kind != "adamw":
+            if config.kind == "adamw8bit":
                 raise UserError(f"optim.kind: sharding does not go with {config.kind}; use adamw")
             # foreach would take another copy of all parameters.
-            self.optimizer.param_groups[0]["foreach"] = False
+            self.optimizer.param_groups[-1]["foreach"] = False
         self.rate = 1.0
         """Share of the learning rate to take, for a method that lowers it."""
-        self.updates = self.skipped = self.skipped_in_a_row = self.clipped = 0
+        self.updates = self.skipped = self.skipped_in_a_row = self.clipped = self.spiked = 0
         self.norms: list[float] = []
         """The newest norms of gradients before clipping, with which the next one is compared."""
         self._average = [p.detach().clone() for p in self._own] if config.ema else None
+        self.from_disk: CheckpointAverage | None = None
+        """The mean of config.average, which `Training` sets."""
         self._previous = [p.detach().clone() for p in self._own] if previous else None
         self.previous_updates = 0
         """Updates that the remembered parameters had seen."""
@@ -148,16 +165,14 @@ class Stepper:
         self.updates += 1
         if math.isfinite(norm):
             self.skipped_in_a_row = 0
-            self._clip(norm)
-            warm = min(1.0, self.updates / max(1, self.config.warmup_steps))
-            rate = self.config.lr * warm * self.rate
-            for group in self.optimizer.param_groups:
-                set_group(group, self.config, rate)
-            self.optimizer.step()
-            if self._average is not None:
-                decay = min(self.config.ema, (1 + self.updates) / (10 + self.updates))
-                torch._foreach_lerp_(self._average, [p.detach() for p in self._own], 1 - decay)
-            shards.spread(self.parameters)
+            spike = norm > clipping.limit(self.norms, muon.SPIKE if self.config.kind == "muon" else 0.0)
+            if spike:
+                self.spiked += 1
+            else:
+                self._clip(norm)
+                self._update()
+            if norm > 0:  # a batch without any gradient says nothing about the usual norm
+                self.norms = [*self.norms, norm][-clipping.WINDOW :]
         else:
             self.skipped += 1
             self.skipped_in_a_row += 1
@@ -169,6 +184,17 @@ class Stepper:
             )
         return norm
 
+    def _update(self) -> None:
+        warm = min(1.0, self.updates / max(1, self.config.warmup_steps))
+        rate = self.config.lr * warm * self.rate
+        for group in self.optimizer.param_groups:
+            set_group(group, self.config, rate)
+        self.optimizer.step()
+        if self._average is not None:
+            decay = min(self.config.ema, (1 + self.updates) / (10 + self.updates))
+            torch._foreach_lerp_(self._average, [p.detach() for p in self._own], 1 - decay)
+        shards.spread(self.parameters)
+
     def _clip(self, norm: float) -> None:
         """Scales the gradients down where their norm is far above those before it."""
         limit = clipping.limit(self.norms, self.config.clip_factor)
@@ -177,22 +203,35 @@ class Stepper:
                 if own.grad is not None:
                     own.grad.mul_(limit / norm)
             self.clipped += 1
-        if norm > 0:  # a batch without any gradient says nothing about the usual norm
-            self.norms = [*self.norms, norm][-clipping.WINDOW :]
 
     def metrics(self, prefix: str = "") -> dict[str, float]:
         """How many updates were clipped so far; `sqrt_v`, the median root of AdamW's second moment over a sample of the
         weights that this process updates; and `eps_share`, the share by which optim.eps lowers the step of that median
-        weight. The last two are missing before there is a gradient."""
+        weight. The last two are missing before there is a gradient. Of Muon also how many updates were left out for
+        their norm, the newest norm over the median of those before, and what the optimiser says."""
         metrics: dict[str, float] = {f"{prefix}clipped_updates": self.clipped}
+        if isinstance(self.optimizer, muon.Muon):
+            metrics[f"{prefix}spiked_updates"] = self.spiked
+            if math.isfinite(usual := clipping.limit(self.norms[:-1], 1.0)):
+                metrics[f"{prefix}grad_norm_ratio"] = self.norms[-1] / usual
+            metrics |= {f"{prefix}{name}": value for name, value in self.optimizer.metrics().items()}
         if (root := median_root(self.optimizer)) is not None:
             metrics[f"{prefix}sqrt_v"] = root
             metrics[f"{prefix}eps_share"] = self.config.eps / (root + self.config.eps)
         return metrics
 
+    @property
+    def averages(self) -> bool:
+        """Whether evaluations and exports take an average of some kind."""
+        return bool(self.config.ema) or self.config.average is not None
+
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside the block the parameters hold their average, if one is kept."""
+    def averaged(self, alone: bool = False) -> Iterator[None]:
+        """Inside the block the parameters hold their average, if one is kept. For `alone` see pma.py."""
+        if self.from_disk is not None:
+            with self.from_disk.averaged(alone):
+                yield
+            return
         self._swap(self._average)
         try:
             yield
@@ -244,9 +283,9 @@ class Stepper:
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Put back what `flattened` gave. Raises UserError; see `restore_optimizer`."""
         parts = {key: shards.part(value, self._of(key)) for key, value in tensors.items()}
-        own = {key: value for key, value in self.optimizer.param_groups[0].items() if key == "foreach"}
+        own = {key: value for key, value in self.optimizer.param_groups[-1].items() if key == "foreach"}
         restore_optimizer(self.optimizer, parts, state)
-        self.optimizer.param_groups[0] |= own  # however it was where it was saved
+        self.optimizer.param_groups[-1] |= own  # however it was where it was saved
 
     def _of(self, key: str) -> Tensor:
         """The parameter that an entry of the optimiser's state belongs to."""
@@ -256,10 +295,12 @@ class Stepper:
     def counters(self) -> dict[str, Any]:
         names = ["updates", "skipped", "skipped_in_a_row", "clipped", "norms"]
         names += ["previous_updates"] if self.remembers else []
+        names += ["spiked"] if self.config.kind == "muon" else []
         return {name: getattr(self, name) for name in names}
 
     def restore_counters(self, counters: dict[str, Any]) -> None:
         self.updates, self.skipped = counters["updates"], counters["skipped"]
         self.skipped_in_a_row = counters["skipped_in_a_row"]
         self.clipped, self.norms = counters.get("clipped", 0), counters.get("norms", [])  # older checkpoints have none
+        self.spiked = counters.get("spiked", 0)
         self.previous_updates = counters.get("previous_updates", self.updates)

@@ -363,7 +363,7 @@ def test_report():
     assert [found[name] for name in counts] == [5, 4, 1, 1]
     assert found["judges_by_margin"] == []
     text = "\n".join(agreement.report_lines(found))
-    assert "ann and bob: 67% of 3 (kappa 0.33)" in text and "bob: 4 answers (0 ties, 1 skips), median 2.5 s" in text
+    assert "ann and bob: 67% of 3 (kappa 0.33)" in text and "bob: 4 answers (0 ties, 1 skip), median 2.5 s" in text
     json.dumps(found, allow_nan=False)
 
 

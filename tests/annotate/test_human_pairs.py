@@ -70,7 +70,7 @@ def test_store_of_other_pairs_or_of_none(tmp_path, capsys):
     pairs_in(tmp_path / "pairs")
     store_of(tmp_path / "other.jsonl", "lr")
     assert annotations("--pairs", tmp_path / "pairs", "--store", tmp_path / "other.jsonl") == 2
-    says = f"{tmp_path}/other.jsonl: 2 of the 2 pairs in it are not in {tmp_path}/pairs (such as pair000); give the"
+    says = f"{tmp_path}/other.jsonl: 2 of the 2 pairs in it cannot be found in {tmp_path}/pairs (such as pair000); give"
     assert says in capsys.readouterr().err
     store = Store(tmp_path / "skips.jsonl", SETTINGS)
     store.add("ann", Showing(next(iter(read_preferences(tmp_path / "pairs"))).id, False, "chosen"), "skip", 0.0)

@@ -112,7 +112,7 @@ def test_mistakes_are_named(run, tmp_path, capsys):
     )
     assert "pairs: give either pairs or images" in says("annotations", *given)
     line = says("annotations", *given, "--images", str(run / "samples/step-000005"))
-    assert line.startswith(f"{store}: 2 of the 2 images in it are not in {run}/samples/step-000005 (such as ")
+    assert line.startswith(f"{store}: 2 of the 2 images in it cannot be found in {run}/samples/step-000005 (such as ")
     assert "images: missing; mode artifact asks about images" in says("annotate", *given, "--mode", "artifact")
     line = says("annotate", *given, "--mode", "artifact", "--images", str(run), "--pairs", "p")
     assert "pairs: is not read in mode artifact; leave it out or change mode" in line

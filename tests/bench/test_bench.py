@@ -16,7 +16,9 @@ from posttrain.bench.config import BenchConfig
 from posttrain.bench.run import Forwards, bench, measured
 from posttrain.bench.steps import Steps
 from posttrain.bench.tiers import Parts, fit, need, parts_of
+from posttrain.config.load import make
 from posttrain.config.sections import OptimConfig
+from posttrain.config.types import ConfigError
 from posttrain.distributed.processes import Processes
 from posttrain.model import blocks, flops
 from posttrain.model.k2 import K2, Text
@@ -57,6 +59,45 @@ def test_backward_is_what_torch_counts(k2):
     assert counted(k2, POLICY, True) == B * (flops.forward(shape, N, L, RANK) + flops.backward(shape, N, L, RANK))
 
 
+def test_text_that_is_fused_in_every_forward_is_what_torch_counts():
+    """One text for all samples, adapters on all linears of the blocks and of the text's layers."""
+    made = K2.random("cpu", torch.float32, "tiny", text=False)
+    made.add_role(POLICY, RANK, 4.0, ["blocks", "text_fusion", "txt_in"])
+    made.train_role(POLICY)
+    text = Text.of([made.text_tokens(made.random_features(L))])
+    shape, of_text = flops.Shape.of(made), flops.TextShape.of(made)
+    for role, rank, backward in ((None, 0, False), (POLICY, RANK, False), (POLICY, RANK, True)):
+        x = torch.randn(B, N, made.latent_channels)
+        with FlopCounterMode(display=False) as counter, made.role(role), sdpa_kernel(SDPBackend.MATH):
+            with torch.set_grad_enabled(backward):
+                v = made.velocity(x, 0.5, text, 3 * made.pixel_multiple, 4 * made.pixel_multiple)
+            if backward:
+                v.square().mean().backward()
+        expected = B * flops.forward(shape, N, L, rank) + flops.fuse(of_text, L, rank)
+        if backward:
+            expected += B * flops.backward(shape, N, L, rank, before=True) + flops.fuse_backward(of_text, L, rank)
+        assert counter.get_total_flops() == expected
+
+
+def test_text_at_true_size():
+    """Of 105 tokens: the released model's own sizes; 0.48 TFLOP, 1.7 % of the forward of an image of 512 x 512."""
+    text, shape = flops.TextShape(), flops.Shape(28, 6144, 1536, 16384, 64, 256)
+    blocks = 2 * 105 * 26 * (5 * 2560**2 + 3 * 2560 * 6912) + 4 * (2 * 144 * 105 + 2 * 105**2) * 2560
+    assert flops.fuse(text, 105) == blocks + 2 * 105 * (12 * 2560 + 2560 * 6144 + 6144**2)
+    assert flops.fuse(text, 105) / flops.forward(shape, 1024, 105) == pytest.approx(0.017, abs=0.0005)
+
+
+def test_backward_of_all_weights_is_what_torch_counts():
+    made = K2.random("cpu", torch.float32, "tiny", text=False)
+    made.add_full_role(POLICY)
+    shape = flops.Shape.of(made)
+    x, text = torch.randn(1, N, made.latent_channels), Text(made.fuse(made.random_features(L))[None])
+    made.train_role(POLICY)
+    with FlopCounterMode(display=False) as counter, made.role(POLICY), sdpa_kernel(SDPBackend.MATH):
+        made.velocity(x, 0.5, text, 3 * made.pixel_multiple, 4 * made.pixel_multiple).square().mean().backward()
+    assert counter.get_total_flops() == flops.forward(shape, N, L) + flops.backward(shape, N, L, None)
+
+
 def test_earlier_stages_and_the_trained_one_are_one_product():
     """Of all their ranks; the reference's is of the earlier ones."""
     made = K2.random("cpu", torch.float32, "tiny", text=False)
@@ -84,7 +125,7 @@ def settings():
     return made
 
 
-@pytest.mark.parametrize("method", ["step", "stpo", "tdm"])
+@pytest.mark.parametrize("method", ["step", "sft", "stpo", "tdm"])
 def test_counts_what_a_step_does(method, settings):
     """Texts are of one length here: torch counts padding too. In stpo's first step the shares of its terms are due:
     velocities without gradient first, then chosen and rejected images twice each (the hinge has nothing to pull)."""
@@ -92,7 +133,7 @@ def test_counts_what_a_step_does(method, settings):
     steps = Steps(fresh, settings, (64, 64), Processes())
     steps._texts = [fresh.fuse(fresh.random_features(8))]
     forwards = Forwards(fresh, RANK)
-    expected, found = {"step": [(0, 4), (0, 4)], "stpo": [(8, 8), (4, 4)]}, {}
+    expected, found = {"step": [(0, 4), (0, 4)], "sft": [(0, 4), (0, 4)], "stpo": [(8, 8), (4, 4)]}, {}
     for index in range(2):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             steps.run(method, index, lambda stage: None)
@@ -137,7 +178,7 @@ def test_bench_and_plans(tmp_path, capsys, model):
     assert (tmp_path / "bench/bench.md").read_text() in printed + "\n"
     result = json.loads((tmp_path / "bench/bench.json").read_text())
     rows = {row["method"]: row for row in result["rows"]}
-    assert list(rows) == ["rollout", "step", "stpo", "grpo", "tdm", "expander"]
+    assert list(rows) == ["rollout", "step", "sft", "stpo", "grpo", "nft", "tdm", "mopd", "expander"]
     for row in rows.values():
         network = sum(ms for stage, ms in row["ms"].items() if stage not in ("decode", "prepare"))
         assert row["share"] == pytest.approx(row["tflops"] / result["matmul"]["tflops"])
@@ -145,6 +186,8 @@ def test_bench_and_plans(tmp_path, capsys, model):
         assert row["peak_gib"] is None and row["recompilations"] == 0
         stock = row["stock"]["forward_ms"] * row["forwards"] + (row["stock"]["step_ms"] or 0) * row["backwards"]
         assert row["stock"]["ratio"] == pytest.approx(stock / network)
+    # Each of four images of nft takes four forwards to draw and four with gradient.
+    assert (rows["nft"]["forwards"], rows["nft"]["backwards"]) == (16, 16)
     # A group of four takes one forward in each step up to the window's first, four in each later one. Half of the
     # windows begin at the first step, half at the second. The window's first step is trained by one forward too.
     assert rows["rollout"]["forwards"] == 16 and rows["grpo"]["backwards"] == 5
@@ -234,6 +277,41 @@ def test_options_are_measured_against_the_exact_path(settings, eager):
     assert error["features"] == error["pixels"] == 0.0
     assert 1e-3 < error["velocity"] < 0.1 and 1e-3 < error["gradient"] < 0.3 and 1e-4 < error["update"] < 0.05
     assert "encode" in row["ms"] and row["stock"]["ratio"] > 0
+
+
+@pytest.mark.parametrize("recipe", [None, "tensorwise", "rowwise"])
+def test_a_step_of_all_weights(settings, recipe):
+    """Forward and backward without an optimiser; in fp8 the row has its distance from the exact step."""
+    settings.rank, settings.methods, settings.model.float8, settings.model.compile = None, ["step"], recipe, False
+    row = measured(settings, "step", (64, 64), Processes(), 1.0)
+    # A time for the whole batch is one row, for which its embedding is counted as often as there are samples.
+    shape = flops.Shape(**row["shape"])
+    each = flops.forward(shape, 64, 8) + flops.backward(shape, 64, 8, None)
+    assert row["useful_tflop"] == pytest.approx(4 * each / 1e12, rel=0.1) and row["backwards"] == 4
+    assert row["adapter_parameters"] == 0 and row["images_per_second"] > 0
+    if recipe is None:
+        assert row["error"] == {}
+    else:
+        assert row["error"].keys() == {"velocity", "gradient"}
+        assert all(1e-4 < value < 0.1 for value in row["error"].values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rank": None}, "rank: is null, and all weights are measured by methods [step] alone"),
+        ({"model": {"float8": "rowwise"}}, "rank: is 64, and model.float8 and muon are for all weights"),
+        ({"optim": {"kind": "muon"}}, "rank: is 64, and model.float8 and muon are for all weights"),
+        (
+            {"rank": None, "methods": ["step"], "model": {"float8": "auto"}},
+            "model.float8: is auto; write tensorwise or rowwise",
+        ),
+    ],
+)
+def test_what_the_bench_cannot_measure(changes, words):
+    with pytest.raises(ConfigError) as error:
+        make(BenchConfig, changes)
+    assert words in str(error.value)
 
 
 # what fits

@@ -54,7 +54,7 @@ def test_a_plan_counts_what_steps_do(method):
     config.model.compile = False
     if method == "stpo":
         config.steps, config.loss.terms_every, config.micro_batch = 2, 25, 1
-        steps._micro_batch = lambda size, make=steps._micro_batch: make(1)
+        steps.micro_batch = lambda size, make=steps.micro_batch: make(1)
     forwards, number = Forwards(steps.k2, RANK), steps.starts if method == "grpo" else 2
     for index in range(number):
         steps.run(method, index, lambda stage: None)

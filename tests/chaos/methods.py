@@ -22,9 +22,13 @@ PREPARE = (
 
 
 def training(folder: Path, parts: Path, method: str) -> Any:
-    made = {"stpo": runs.stpo_config, "grpo": runs.config, "tdm": runs.tdm_config}[method](folder, parts / "k2")
+    makers = {
+        "sft": runs.sft_config, "stpo": runs.stpo_config, "grpo": runs.config, "nft": runs.nft_config,
+        "mopd": runs.mopd_config, "tdm": runs.tdm_config,
+    }  # fmt: skip
+    made = makers[method](folder, parts / "k2")
     made.steps, made.checkpoint.every, made.checkpoint.keep, made.eval.every, made.optim.ema = 5, 1, 3, 2, 0.7
-    if method == "grpo":
+    if method in ("grpo", "nft"):
         made.pool.kind = "adaptive"
     return made
 
@@ -59,7 +63,7 @@ def sft(folder: Path, parts: Path, _: str) -> ExpanderSFTConfig:
 def of_training(run: Path) -> tuple:
     last = runs.latest(run)
     tensors = {f"{file}/{name}": value for file, group in last.tensors.items() for name, value in group.items()}
-    kept = {k: v for k, v in last.state.items() if k not in ("history", "model", "pairs")}
+    kept = {k: v for k, v in last.state.items() if k not in ("history", "model", "pairs", "images")}
     summary = json.loads((run / "summary.json").read_text())
     return tensors, (last.step, kept, runs.untimed(run), summary["before"], summary["after"])
 
@@ -90,8 +94,11 @@ def of_judge(run: Path) -> tuple:
 
 
 METHODS: dict[str, tuple[Callable[[Path, Path, str], Any], Callable[[Path], tuple]]] = {
+    "sft": (training, of_training),
     "stpo": (training, of_training),
     "grpo": (training, of_training),
+    "nft": (training, of_training),
+    "mopd": (training, of_training),
     "tdm": (training, of_training),
     "pairs": (pairs, of_pairs),
     "expander gdpo": (expander, of_expander),

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.chaos import methods
 from tests.helpers import runs
 
-TRAINING = ["stpo", "grpo", "tdm"]
+TRAINING = ["sft", "stpo", "grpo", "nft", "mopd", "tdm"]
 ALL = list(methods.METHODS)
 
 
@@ -202,7 +202,7 @@ def test_scores_that_are_not_finite(command, recipe, method):
 
 WANTING = """
 import os, torch
-from posttrain.k2 import K2
+from posttrain.model.k2 import K2
 velocity = K2.velocity
 def wanting(self, x, *arguments, **options):
     if os.environ.get("RANK") == "1" and torch.is_grad_enabled() and len(x) > 2:

@@ -30,9 +30,10 @@ def spoiled_file(file: Path, number: int) -> None:
 
 
 @pytest.mark.parametrize("number", range(12))
-@pytest.mark.parametrize("method", ["grpo", "stpo", "tdm"])
+@pytest.mark.parametrize("method", ["grpo", "nft", "stpo", "tdm"])
 def test_a_command_writes_nothing(command, model, tmp_path, method, number):
-    made = {"grpo": runs.config, "stpo": runs.stpo_config, "tdm": runs.tdm_config}[method](tmp_path, model)
+    make = {"grpo": runs.config, "nft": runs.nft_config, "stpo": runs.stpo_config, "tdm": runs.tdm_config}[method]
+    made = make(tmp_path, model)
     recipe = runs.recipe(made, tmp_path / "recipe.yaml")
     name = random.Random(number).choice(["pairs", "heldout"] if method == "stpo" else ["train", "heldout"])
     spoiled_file(tmp_path / f"{name}.jsonl", number)

@@ -29,17 +29,37 @@ def test_faults_are_missing_scores(command, parts, tmp_path, method):
     text = (tmp_path / "run/metrics.jsonl").read_text()
     assert "NaN" not in text and "Infinity" not in text and "Traceback" not in result.stderr
     rows = runs.rows(tmp_path / "run")
-    if method == "grpo":
+    if method in ("grpo", "nft"):
         assert any(0 < row["failed"] < 0.5 for row in rows if "failed" in row)
     if method == "pairs":
         quality = json.loads((tmp_path / "run/quality.json").read_text())
         assert 0 < quality["scores"]["judged"]["failed"] < quality["scores"]["judged"]["images"]
 
 
-@pytest.mark.parametrize("how", ["--broken", "--die-after"])
+FAILURES = {
+    "broken": (["--broken"], "illegal memory access"),
+    "dead": (["--die-after", "5"], "http://127.0.0.1:"),
+    "an error in the body of a 200": (["--says", "error"], "out of credits"),
+    "another model": (["--says", "llama"], "asked for the model m, llama answered"),
+}
+"""What is wrong with a judge, and what the user is told."""
+
+
+@pytest.mark.parametrize("failure", FAILURES)
 @pytest.mark.parametrize("method", methods.SCORING)
-def test_a_judge_that_fails_for_good_ends_the_run(command, parts, tmp_path, method, how):
+def test_a_judge_that_fails_for_good_ends_the_run(command, parts, tmp_path, method, failure):
     """With the server's own words, or that it does not answer."""
-    with serving(how, *(["5"] if how == "--die-after" else [])) as url:
+    arguments, says = FAILURES[failure]
+    with serving(*arguments) as url:
         result = command(*method.split(), "--config", scored(tmp_path, parts, method, url, 0.0))
-    fails(result, "judged", "illegal memory access" if how == "--broken" else url.removesuffix("/v1"))
+    fails(result, "judged", says)
+
+
+PROXIES = {"http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9", "ALL_PROXY": "socks5://127.0.0.1:9"}
+
+
+@pytest.mark.parametrize("method", methods.SCORING)
+def test_no_proxy_stands_before_a_judge_on_this_machine(command, parts, tmp_path, method):
+    with serving() as url:
+        result = command(*method.split(), "--config", scored(tmp_path, parts, method, url, 0.0), **PROXIES)
+    assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""SIGKILL at 38 random moments: what is resumed ends as what was left alone, bit for bit.
+"""SIGKILL at 53 random moments: what is resumed ends as what was left alone, bit for bit.
 
 The moments are shares of an uninterrupted run's time, from fixed seeds. Where in its work a moment finds a process
 depends on the machine, so each time this runs it tries other places.
@@ -21,7 +21,10 @@ import pytest
 from tests.chaos import methods
 from tests.helpers import runs, warm
 
-KILLS = {"stpo": 6, "grpo": 6, "tdm": 5, "pairs": 5, "expander gdpo": 4, "expander sft": 4, "judge": 4, "run": 4}
+KILLS = {
+    "sft": 5, "stpo": 6, "grpo": 6, "nft": 5, "mopd": 5, "tdm": 5, "pairs": 5, "expander gdpo": 4, "expander sft": 4,
+    "judge": 4, "run": 4,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("method", "number"), [(m, n) for m in methods.METHODS for n in range(KILLS[m])])

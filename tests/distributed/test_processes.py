@@ -155,11 +155,11 @@ def test_preflight(command, config, tmp_path):
     path = runs.recipe(config, tmp_path / "recipe.yaml")
     sound = command("preflight", "--config", path, "--groups.prompts_per_step", 1, processes=2)
     assert sound.returncode == 0 and sound.stdout.count("none of 15 checks failed") == 1, sound
-    assert "4 of 4 images are different (2 processes)" in sound.stdout
+    assert "4 of 4 images different (2 processes)" in sound.stdout
     rewards = '[{name: a, function: "tests.distributed.test_processes:unlucky"}]'
     result = command("preflight", "--config", path, "--rewards", rewards, processes=2)
     assert result.returncode == 1 and result.stdout.count("1 of 14 checks failed") == 1, result
-    assert "8 of 8 images are different" in result.stdout and "reward a: 4 of the last 4 scores" in result.stdout
+    assert "8 of 8 images different" in result.stdout and "reward a: 4 of the last 4 scores" in result.stdout
 
 
 def test_two_processes_train_on_pairs_as_one(command, model, tmp_path):

@@ -104,7 +104,7 @@ def test_long_pairs_are_left_out_and_counted_never_cut(tmp_path, data, capsys):
     lengths = [len(tokens(pair, tokenizer)[0]) for pair in PAIRS]
     config = recipe(tmp_path, data, max_length=lengths[0], max_dropped=0.5)
     assert lengths[1] > lengths[0] and fitting(PAIRS, tokenizer, config) == PAIRS[:1]
-    assert f"1 of 2 pairs are longer than max_length ({lengths[0]})" in capsys.readouterr().err
+    assert f"1 of 2 pairs left out, longer than max_length ({lengths[0]})" in capsys.readouterr().err
     config.max_dropped = 0.4
     with pytest.raises(UserError, match=rf"max_length: 1 of 2 pairs .* \(up to {lengths[1]}\), more than max_dropped"):
         fitting(PAIRS, tokenizer, config)

@@ -139,6 +139,18 @@ def test_a_writer_that_invents_is_caught(tmp_path, capsys):
     assert "dropped: 2 not in the caption, 2 longer" in capsys.readouterr().out
 
 
+def test_a_writer_under_an_alias(tmp_path):
+    """Whoever answers is named by `answers_as`; without it the request has failed, with what to set."""
+    with fake_writer.serving("gpt-4o-2024-08-06") as url:
+        config = written(tmp_path, url, CAPTIONS)
+        with pytest.raises(UserError, match=r"the model m, gpt-4o-2024-08-06 answered: .* set answers_as: gpt"):
+            make(config)
+        assert config.writer is not None
+        config.writer.answers_as, config.output = "gpt-4o", str(tmp_path / "again")
+        make(config)
+    assert len(both(tmp_path / "again")) == len(CAPTIONS)
+
+
 def test_a_caption_whose_request_fails_is_missing_and_counted(tmp_path):
     with fake_writer.serving() as url:
         make(written(tmp_path, url, [*CAPTIONS, "a broken cup, on the floor"], max_failures=0.2))

@@ -142,7 +142,7 @@ def test_a_picture_of_another_size_is_missing(config):
 def test_a_slow_server_leaves_pictures_missing_and_then_ends_the_run(config):
     with ImagesServer(flat, seconds=1.0) as server:
         slow = endpoint(config, server, timeout=0.1, deadline=0.3)
-        with pytest.raises(UserError, match=r"renderer: 2 of the last 2 images are missing .*timed out"):
+        with pytest.raises(UserError, match=r"renderer: 2 of the last 2 images missing .*timed out"):
             slow(PROMPTS[:2], [1, 2])
         patient = endpoint(config, server, timeout=0.1, deadline=0.3, max_failures=1.0)
         assert patient(PROMPTS[:2], [1, 2]).images == [None, None]
@@ -161,7 +161,7 @@ def test_the_servers_own_message_ends_the_run_when_too_much_is_missing(config):
 
 def test_a_server_that_is_down_ends_the_run(config):
     down = EndpointRenderer(replace(config, urls=["http://127.0.0.1:9/v1"], deadline=0.5, timeout=0.5))
-    with pytest.raises(UserError, match=r"renderer: 1 of the last 1 images are missing .*127\.0\.0\.1:9"):
+    with pytest.raises(UserError, match=r"renderer: 1 of the last 1 image missing .*127\.0\.0\.1:9"):
         down(PROMPTS[:1], [1])
 
 

@@ -1,6 +1,7 @@
 """What a LoRA of Raw does on Turbo: the figures, both key namings, and every LoRA that is refused."""
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -163,13 +164,14 @@ FIRST = "diffusion_model.blocks.0.attn.wq.lora_"
         (lambda s: {f"unet.{k}": v for k, v in s.items()}, r"none of its 48 keys binds to .*\(unet\.diffusion_m"),
         (lambda s: {k.replace("blocks.", "blocks.7"): v for k, v in s.items()}, r"none of its 48 keys .*blocks\.70"),
         (lambda s: s | {"diffusion_model.blocks.9.attn.wq.lora_A.weight": torch.zeros(4, 128)},
-         r"1 of its 49 keys bind to no layer of this model \(diffusion_model\.blocks\.9\.attn\.wq\.lora_A\.weight\)"),
+         r"1 of its 49 keys would bind to no layer .* \(diffusion_model\.blocks\.9\.attn\.wq\.lora_A\.weight\)"),
         (lambda s: s | {"text_encoder.a.lora_A.weight": torch.zeros(1)}, r"1 of its 49 keys .*text_encoder\.a"),
         (lambda s: {k: v for k, v in s.items() if k != f"{FIRST}B.weight"}, r"a factor is missing for .*0\.attn\.wq"),
         (lambda s: s | {f"{FIRST}A.weight": torch.zeros(4, 64)}, r"wq: factors of \[4, 64\] and \[128, 4\] do not fit"),
         (lambda s: {k: v * ("lora_A" in k) for k, v in s.items()}, "every B factor is 0, so it does nothing"),
-        (lambda s: s | {"diffusion_model.first.lora_A.weight": torch.ones(4, 64),
-                        "diffusion_model.first.lora_B.weight": torch.ones(128, 4)}, r"adapts img_in outside the trans"),
+        (lambda s: s | {"diffusion_model.last.norm.lora_A.weight": torch.ones(4, 128),
+                        "diffusion_model.last.norm.lora_B.weight": torch.ones(128, 4)},
+         r"2 of its 50 keys bind to no layer of this model \(diffusion_model\.last\.norm"),
         (lambda s: {}, "none of its 0 keys"),
     ],
 )  # fmt: skip
@@ -191,7 +193,15 @@ def test_a_lora_that_does_not_bind_is_refused(loras, model, tmp_path, edit, says
         ({"check": "{student}"}, "is a student of posttrain tdm; it is a turbo, not a LoRA of Raw"),
         ({"turbo": "{model}"}, "model_index.json: is_distilled is not true; give a Turbo checkpoint"),
         ({"turbo": "{run}"}, "is no student of posttrain tdm; give a distilled model"),
-        ({"turbo": "nowhere/at/all"}, "nowhere/at/all: no such directory"),
+        ({"turbo": "nowhere/at/all"}, "turbo: nowhere/at/all: no such directory"),
+        ({"turbo": "{lora}"}, "turbo: {lora}: no such directory"),
+        ({"turbo": "{empty}"}, "turbo: {empty}: has no model_index.json"),
+        ({"turbo": "{headless}"}, "turbo: {headless}/text_encoder: has no weights"),
+        ({"check": "{full}"}, "check: {full}/checkpoints/step-000001 trained all weights, so it is no LoRA"),
+        ({"check": "{unbound}"}, "unbound.safetensors: none of its 48 keys binds to a layer of this model"),
+        ({"prompts": "{one}"}, "prompts: {one} holds 1 prompt; give at least 2"),
+        ({"output": "{lora}/x.json"}, "output: {lora}/x.json: {lora} takes no file (Not a directory)"),
+        ({"output": "/proc/x.json"}, "output: /proc/x.json: /proc takes no file"),
         ({"turbo": "{other}"}, "has another architecture"),
         ({"turbo": "{over}"}, "was distilled from"),
         ({"model.path": "{turbo}"}, "is distilled; give the Raw"),
@@ -205,7 +215,9 @@ def test_a_lora_that_does_not_bind_is_refused(loras, model, tmp_path, edit, says
         ({"check": "{lora}", "model.path": "{model}"}, "prompts: {lora} has no recipe that states it; give it"),
     ],
 )
-def test_bad_input(run, student, turbo, loras, model, tmp_path, capsys, options, says):
+def test_bad_input(run, student, turbo, loras, model, tmp_path, capsys, monkeypatch, options, says):
+    """Each before weights are read: of Raw and Turbo together they may be 60 GB."""
+    monkeypatch.setattr(K2, "load", lambda *_: pytest.fail("a model is loaded"))
     places = {
         "run": run,
         "student": student,
@@ -216,6 +228,18 @@ def test_bad_input(run, student, turbo, loras, model, tmp_path, capsys, options,
     }
     places["cut"].write_bytes(loras["lora"].read_bytes()[:500])
     places["other"], places["over"] = tmp_path / "other", tmp_path / "over"
+    places["empty"], places["headless"] = tmp_path, tmp_path / "headless"
+    places["full"], places["one"] = tmp_path / "full", tmp_path / "one.jsonl"
+    places["unbound"] = tmp_path / "unbound.safetensors"
+    places["one"].write_text('{"prompt": "a fox"}\n')
+    save_file({f"unet.{key}": value for key, value in load_file(loras["lora"]).items()}, places["unbound"])
+    if "{headless}" in options.values():
+        shutil.copytree(turbo, places["headless"])
+        next((places["headless"] / "text_encoder").glob("*.safetensors")).unlink()
+    if "{full}" in options.values():
+        state = runs.latest(run).state | {"lora": None}
+        checkpoint.save(places["full"] / "checkpoints", 1, {"weights": {"x": torch.zeros(1)}}, state, keep=1)
+        shutil.copy(run / "recipe.yaml", places["full"])
     if "{other}" in options.values():
         other = tiny.pipeline(distilled=True)
         other.register_to_config(text_encoder_select_layers=(0, 1, 2))
@@ -228,13 +252,23 @@ def test_bad_input(run, student, turbo, loras, model, tmp_path, capsys, options,
         state = runs.latest(student).state | {"origin": origin}
         checkpoint.save(tmp_path / "over/checkpoints", 1, {"adapter": saved.tensors["adapter"]}, state, keep=1)
     given = {"check": "{run}", "turbo": "{turbo}", "steps": "1", "turbo_steps": "1"} | options
-    if "{cut}" in options.values():
+    if options.get("check") in ("{cut}", "{unbound}"):
         given |= {"model.path": "{model}", "prompts": str(run.parent / "train.jsonl"), "size": "[32, 32]",
                   "rewards": json.dumps(BRIGHT).replace("{", "{{").replace("}", "}}")}  # fmt: skip
     words = [f"--{name}={value.format(**places)}" for name, value in given.items()]
     assert cli.main(["export", *words]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert says.format(**places) in error and error.startswith("posttrain: error: ")
+
+
+def test_a_base_whose_weights_were_replaced_is_refused(run, turbo, model, tmp_path, capsys):
+    """The LoRA of a run belongs to the weights that the run read, which their fingerprint says when they are read."""
+    other = shutil.copytree(model, tmp_path / "other")
+    file = next((other / "transformer").glob("*.safetensors"))
+    save_file({key: value * 1.5 for key, value in load_file(file).items()}, file, {"format": "pt"})
+    words = ["export", f"--check={run}", f"--turbo={turbo}", f"--model.path={other}", "--model.dtype=float32"]
+    assert cli.main([*words, "--steps=1", "--turbo_steps=1"]) == 2
+    assert f"{other}: is not the model that {run}/checkpoints/step-000002 was" in capsys.readouterr().err
 
 
 def test_help_and_settings(capsys):

@@ -1,4 +1,5 @@
-"""A small preference set, so that the test of `posttrain stpo` needs no run of `posttrain pairs`."""
+"""A small preference set, so that the test of `posttrain stpo` needs no run of `posttrain pairs`; and images with
+captions, as people have them."""
 
 from pathlib import Path
 
@@ -25,4 +26,16 @@ def write_pairs(folder: Path, side: int = 512) -> Path:
         for i in range(PAIRS):
             chosen, rejected = image(generator, 2, side), image(generator, 40, side)
             writer.add(Preference(f"a field of colours, number {i}", chosen, rejected, "synthetic", margin=0.5, seed=i))
+    return folder
+
+
+def write_captioned(folder: Path, side: int, count: int = 24) -> Path:
+    """Images somewhat larger than side x side, of three ratios, with a caption beside each."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(1)
+    for i in range(count):
+        large = image(generator, 2, 2 * side)
+        width, height = ((side, side), (side * 3 // 2, side), (side, side * 3 // 2))[i % 3]
+        large.crop((0, 0, width, height)).save(folder / f"{i:03d}.jpg", quality=95)
+        (folder / f"{i:03d}.txt").write_text(f"a field of colours, number {i}, painted")
     return folder

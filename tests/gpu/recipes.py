@@ -17,7 +17,7 @@ SCALE = os.environ.get("POSTTRAIN_GPU_SCALE", "k2")
 EVALUATION = {"every": 100, "prompts": 2, "groups": 1, "group_size": 2}
 WORDS = {"class_path": "rewards.safety.Words", "init_args": {"words": ["gore"]}}
 
-REHEARSAL = {"sizes": [[64, 64]], "size": [64, 64]}
+REHEARSAL = {"sizes": [[64, 64]], "size": [64, 64], "resolutions": [64], "multiple": 16}
 WARMTH = {"name": "warmth", "function": "tests.gpu.recipes:warmth"}
 """A reward that tells images apart, beside judges that may not: they are untrained."""
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from posttrain.training import checkpoint
 from tests.gpu.measure import metrics
+from tests.gpu.pairs import write_captioned
 from tests.gpu.recipes import EVALUATION, ROOT, SCALE, cut, local
 from tests.helpers import fake_writer
 
@@ -67,6 +68,22 @@ def test_pairs(command, parts, tmp_path, judge):
     command.row(f"pairs, {judge}", "k2/pairs", result, **facts)
 
 
+@pytest.mark.parametrize("side", [512, 1024])
+def test_sft(command, parts, tmp_path, side):
+    """Three buckets, of which a batch takes one. Encoding is a part of the start."""
+    run = tmp_path / "run"
+    set_of = {"train": str(write_captioned(tmp_path / "images", side if SCALE == "k2" else 64)), "measured": 4,
+              "cache": str(tmp_path / "cache"), "heldout": 0.2}  # fmt: skip
+    recipe = cut("k2/sft", parts, tmp_path, output=str(run), steps=4, batch=4, eval=EVALUATION, checkpoint=SHORT,
+                 images=set_of)  # fmt: skip
+    words = ["--images.resolutions", [side]] if SCALE == "k2" else []
+    result = command.ok("sft", "--config", recipe, *words, "--optim.warmup_steps", 0)
+    trained(run, 4)
+    rows = metrics(run)
+    assert len({row["image_tokens"] for row in rows}) > 1 and max(row["cropped"] for row in rows) == 1
+    command.row(f"sft, {side} px", "k2/sft", result, run, images=4, **{"seconds/image": rows[-1]["seconds/image"]})
+
+
 @pytest.mark.parametrize("guard", ["output", "exact"])
 @pytest.mark.parametrize("name", ["stpo_synthetic", "stpo_human"])
 def test_stpo(command, parts, tmp_path, name, guard):
@@ -108,6 +125,49 @@ def test_grpo(command, parts, tmp_path, killed):
         key: value for key, value in rows[-1].items() if key in ("grad_norm", "sqrt_v", "eps_share", "noise_share")
     }
     command.row("grpo, killed and resumed" if killed else "grpo", "k2/grpo", result, run, images=16, **seconds, **facts)
+
+
+@pytest.mark.parametrize(("side", "times"), [(512, 9), (1024, 9), (1024, 4)])
+def test_nft(command, parts, tmp_path, side, times):
+    """recipes/k2/nft.yaml: its old policy lags from the second step on. Four levels as it is cheapest: no old policy
+    and no reference."""
+    run = tmp_path / "run"
+    size = [side, side] if SCALE == "k2" else [side // 8, side // 8]
+    recipe = cut("k2/nft", parts, tmp_path, output=str(run), steps=3, eval={**EVALUATION, "steps": 4}, checkpoint=SHORT,
+                 groups={"prompts_per_step": 1}, pool={"kind": "uniform"})  # fmt: skip
+    words = ["--sampling.sizes", [size], "--optim.warmup_steps", 0, "--loss.times", times]
+    cheap = ["--loss.levels", "noisier", "--loss.kl", 0, "--old.max", 0] if times == 4 else []
+    result = command.ok("nft", "--config", recipe, *words, *cheap)
+    saved = trained(run, 3)
+    assert saved.state["method"] == "nft" and ("old" in saved.tensors) == (times == 9)
+    rows = metrics(run)
+    assert rows[0]["old_error"] < 1e-2
+    # The first updates may be below what a velocity in bf16 can show, but not below what an adapter holds.
+    assert ["old_distance" in row for row in rows] == [False, times == 9, times == 9]
+    if times == 9:
+        key = "transformer_blocks.0.attn.to_q.lora_B.weight"
+        assert (saved.tensors["old"][key] != saved.tensors["adapter"][key]).any()
+    seconds = {key.replace("seconds/", ""): rows[-1][key] for key in rows[-1] if key.startswith("seconds/")}
+    command.row(f"nft, {side} px, {times} levels", "k2/nft", result, run, images=8, **seconds)
+
+
+@pytest.mark.parametrize(("side", "teachers"), [(512, 1), (512, 2), (1024, 2)])
+def test_mopd(command, parts, tmp_path, side, teachers):
+    """recipes/k2/mopd.yaml with one teacher twice: peak memory grows by an adapter alone."""
+    run, size = tmp_path / "run", [side, side] if SCALE == "k2" else [side // 8, side // 8]
+    own = {"text": {"run": str(parts / "trained"), "guidance": 3.5, "tags": ["text"]},
+           "relation": {"run": str(parts / "trained"), "tags": ["relation"]}}  # fmt: skip
+    recipe = cut("k2/mopd", parts, tmp_path, output=str(run), steps=3, images=4, eval=EVALUATION, checkpoint=SHORT)
+    data = json.loads(recipe.read_text())
+    data["teachers"] = dict(list(own.items())[:teachers])
+    data["eval"] |= {"steps": 4, "best": None, "stop": {}}
+    recipe.write_text(json.dumps(data))
+    words = ["--sampling.sizes", [size], "--optim.warmup_steps", 0, "--cosines_every", 2]
+    result = command.ok("mopd", "--config", recipe, *words)
+    saved = trained(run, 3)
+    assert saved.state["method"] == "mopd" and len(saved.state["teachers"]) == teachers
+    assert all(row["distance/text"] > 0 for row in metrics(run))
+    command.row(f"mopd, {side} px, {teachers} teachers", "k2/mopd", result, run, images=4 * (teachers + 1))
 
 
 def test_tdm(command, parts, tmp_path):

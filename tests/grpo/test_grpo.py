@@ -307,7 +307,7 @@ def test_long_prompts_are_cut_with_a_warning(config, capsys, prompt, model):
     grpo.train(config)
     cut = len(tiny.tokenizer()(prompt)["input_ids"]) - (16 - 5)
     assert cut > 3
-    message = f"warning: 1 prompts are longer than prompts.max_tokens (16); up to {cut} tokens are cut"
+    message = f"warning: longer than prompts.max_tokens (16): 1 prompt, of which up to {cut} tokens are cut"
     assert message in capsys.readouterr().err
     Path(config.prompts.train).write_text('{"prompt": "a fox"}\n')
     grpo.train(config, resume=True)

@@ -8,11 +8,15 @@ EVAL = ["--eval.prompts", "1", "--eval.steps", "2", "--eval.groups", "0"]
 GROUPS = ["--groups.prompts_per_step", "1", "--groups.group_size", "3"]
 SMALL = {
     "grpo": [*EVAL, *GROUPS, "--steps", "1", "--sampling.steps", "4"],
+    "nft": [
+        *EVAL, *GROUPS, "--steps", "1", "--sampling.steps", "4", "--loss.levels", "all", "--loss.times", "2",
+    ],
     "preflight": [*EVAL, *GROUPS, "--sampling.steps", "4"],
     "pairs": ["--pairs", "5", "--steps", "2", "--block", "5", "--min_distance", "0", "--rewards", "[]"],
     "stpo": [
         *EVAL, "--steps", "1", "--batch", "2", "--micro_batch", "2", "--pairs.heldout", "0.5", "--pairs.measured", "4",
     ],
+    "sft": [*EVAL, "--steps", "1", "--batch", "2", "--micro_batch", "2", "--images.measured", "4"],
     "tdm": [*EVAL, "--steps", "2", "--batch", "2", "--micro_batch", "2", "--fake.warmup", "1"],
     "sample": ["--steps", "1"],
     "judge": ["--steps", "1", "--batch", "4", "--micro_batch", "4", "--workers", "0"],
@@ -24,11 +28,14 @@ SMALL = {
     ],
     "expand": ["--n", "2", "--max_tokens", "24", "--dtype", "float32"],
     "export": [],
+    "merge": ["--images", "2"],
+    "extract": [],
     "export --check": ["--images", "2", "--steps", "2", "--turbo_steps", "1"],
     "annotations": [],
     "report": [],
     "bench": ["--methods", "[rollout,grpo]", "--repeats", "1", "--stock", "false", "--warmup", "2"],
     "posttrain.pipeline.ranks": [],
+    "posttrain.nano.world.styled": ["--images", "24", "--heldout", "4"],
     "posttrain.nano.world.judge_data": ["--pairs", "24", "--faults", "24"],
 }  # fmt: skip
 MORE = {
@@ -94,11 +101,16 @@ NOT_RUN = {
     + "tests/bench/test_estimate.py::test_what_is_scaled_says_so",
     "posttrain bench --methods": SCALE + "tests/bench/test_bench.py::test_bench_and_plans",
     "python -m posttrain.bench.checkpoint": SCALE + "tests/training/test_checkpoint.py checks its parts",
+    "python -m posttrain.nano.bench.merge": "dozens of runs and merges, which tests/merge/test_merge.py makes too",
     "python -m posttrain.nano.bench.grpo": "dozens of runs of posttrain grpo, whose recipes run here",
     "python -m posttrain.nano.bench.noise": "six runs of posttrain grpo, whose recipe runs here",
+    "python -m posttrain.nano.bench.sft": "three runs of posttrain sft, whose recipe runs here",
     "python -m posttrain.nano.bench.stpo": "dozens of runs of posttrain pairs and stpo, whose recipes run here",
     "python -m posttrain.nano.bench.expander": "runs of posttrain expander sft and gdpo, whose recipes run here",
     "python -m posttrain.nano.bench.pipeline": "runs of the nano pipeline, whose recipes run here",
+    "python -m posttrain.nano.bench.optimizers": (
+        "an hour of a core: tests/nano/test_bench_optimizers.py::test_a_short_comparison"
+    ),
     "python -m posttrain.nano.bench.tdm": "the teacher's 56 forwards an image, minutes of a GPU",
     "python -m posttrain.nano.bench.speed": "twelve minutes of two quiet cores, and the history of the repository",
     "python -m posttrain.nano.build.evaluate": "500 images by the stock pipeline, minutes of a GPU",

@@ -1,9 +1,10 @@
 """A server that speaks just enough of the OpenAI protocol to go wrong: it only injects faults into tests.
 
-Run as `python fake_judge.py PORT [--faults SHARE] [--die-after N] [--broken] [--wandering]`. Its score is a function of
-the picture, so a client can tell a right score from a wrong one. A picture's fault is one too: the passing
-ones (500, 429, hang, closed, cut) are shown once for each picture, the lasting ones (truncated JSON, no
-log-probs, maybe) always. A broken server answers 500 to everything; a wandering one's scores are 0.5 and 0.504 in turn.
+Run as `python fake_judge.py PORT [--faults SHARE] [--die-after N] [--broken] [--wandering] [--says error|MODEL]`. Its
+score is a function of the picture, so a client can tell a right score from a wrong one. A picture's fault is one too:
+the passing ones (500, 429, hang, closed, cut) are shown once for each picture, the lasting ones (truncated JSON, no
+log-probs, maybe) always. A broken server answers 500 to everything; a wandering one's scores are 0.5 and 0.504 in turn;
+one that says error puts it into the body of a 200, and one that says anything else names that model in its answers.
 """
 
 import argparse
@@ -32,7 +33,7 @@ def fault_of(url: str, share: float) -> str | None:
     return faults[number // 1000 % len(faults)]
 
 
-def answer(url: str, fault: str | None, p: float | None = None) -> bytes:
+def answer(url: str, fault: str | None, p: float | None = None, model: str | None = None) -> bytes:
     p = score_of(url) if p is None else p
     likely = [("Yes", p * 0.7), (" yes", p * 0.3), ("no", 1 - p)]
     if fault == "maybe":
@@ -45,7 +46,7 @@ def answer(url: str, fault: str | None, p: float | None = None) -> bytes:
     }
     if fault != "no-logprobs":
         choice["logprobs"] = {"content": [{**top[0], "top_logprobs": top}]}
-    reply = {"id": "x", "object": "chat.completion", "created": 0, "choices": [choice]}
+    reply = {"id": "x", "object": "chat.completion", "created": 0, "choices": [choice], "model": model}
     body = json.dumps(reply).encode()
     return body[: len(body) // 2] if fault == "truncated" else body
 
@@ -69,8 +70,11 @@ async def served(respond: Callable[[str, bytes], bytes], ask: Callable[[str], Aw
 
 
 class Server:
-    def __init__(self, faults: float, die_after: int | None, broken: bool = False, wandering: bool = False):
+    def __init__(
+        self, faults: float, die_after: int | None, broken: bool = False, wandering: bool = False, says: str = ""
+    ):
         self.broken = broken
+        self.says = says
         self.wandering = wandering
         self.faults = faults
         self.die_after = die_after
@@ -104,6 +108,8 @@ class Server:
         if fault == "500" or self.broken:
             text = {"error": {"message": "CUDA error: an illegal memory access was encountered"}}
             writer.write(reply("500 Internal Server Error", json.dumps(text).encode()))
+        elif self.says == "error":
+            writer.write(reply("200 OK", b'{"error": {"message": "out of credits", "code": 402}}'))
         elif fault == "429":
             writer.write(reply("429 Too Many Requests", b'{"error": "slow down"}', "Retry-After: 1"))
         elif fault == "hang":
@@ -115,7 +121,7 @@ class Server:
             return False
         else:
             p = 0.5 + 0.004 * (self.requests % 2) if self.wandering else None
-            writer.write(reply("200 OK", answer(url, fault, p)))
+            writer.write(reply("200 OK", answer(url, fault, p, self.says or None)))
         return True
 
 
@@ -126,8 +132,9 @@ async def main() -> None:
     parser.add_argument("--die-after", type=int)
     parser.add_argument("--broken", action="store_true")
     parser.add_argument("--wandering", action="store_true")
+    parser.add_argument("--says", default="")
     args = parser.parse_args()
-    server = Server(args.faults, args.die_after, args.broken, args.wandering)
+    server = Server(args.faults, args.die_after, args.broken, args.wandering, args.says)
     async with await asyncio.start_server(server.handle, "127.0.0.1", args.port, limit=1 << 22) as listening:
         await listening.serve_forever()
 

@@ -43,7 +43,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         choice = {"index": 0, "finish_reason": "stop", **reply(body["messages"][0]["content"][0]["text"])}
         choice["message"]["role"] = "assistant"
-        answer = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+        model = getattr(self.server, "model")  # noqa: B009
+        answer = {"id": "x", "object": "chat.completion", "created": 0, "model": model, "choices": [choice]}
         data = json.dumps(answer).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -57,11 +58,14 @@ class _Handler(BaseHTTPRequestHandler):
 
 class _Http(ThreadingHTTPServer):
     request_queue_size = 128  # five, the default, has connections reset when as many come at once
+    model = "m"
+    """Its name in the answers."""
 
 
 @contextlib.contextmanager
-def serving() -> Iterator[str]:
+def serving(model: str = "m") -> Iterator[str]:
     server = _Http(("127.0.0.1", 0), _Handler)
+    server.model = model
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

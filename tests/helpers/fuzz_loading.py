@@ -203,7 +203,7 @@ class Fuzz:
     def _damage_pipeline(self, rng: random.Random, folder: Path) -> bool:
         """Damages one file, or none. Returns whether the pipeline still means the same."""
         how = rng.choice(
-            ["nothing", "gone", "torn", "json", "json", "json", "tensors", "tensors", "tensors", "swapped"]
+            ["nothing", "gone", "torn", "json", "json", "json", "tensors", "tensors", "tensors", "swapped", "tokenizer"]
         )
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         if how == "nothing":
@@ -216,6 +216,14 @@ class Fuzz:
         elif how == "json":
             victim = rng.choice([path for path in files if path.suffix == ".json" and path.name != "tokenizer.json"])
             victim.write_text(json.dumps(spoiled(json.loads(victim.read_text()), rng)))
+        elif how == "tokenizer":  # what stands beside its long lists, one of which `spoiled` would nearly always take
+            victim = folder / "tokenizer/tokenizer.json"
+            held = json.loads(victim.read_text())
+            long = {name: held["model"].pop(name) for name in ("vocab", "merges")}
+            held = spoiled(held, rng)
+            if isinstance(held, dict) and isinstance(held.get("model"), dict):
+                held["model"] = long | held["model"]
+            victim.write_text(json.dumps(held))
         elif how == "swapped":
             kind = rng.choice([".json", ".safetensors"])
             victim, other = rng.sample([path for path in files if path.suffix == kind], 2)

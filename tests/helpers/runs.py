@@ -17,9 +17,15 @@ from PIL import Image
 from posttrain.config import metrics
 from posttrain.config.sections import ModelConfig, PromptsConfig
 from posttrain.grpo.config import GRPOConfig
+from posttrain.model.fingerprint import fingerprint
+from posttrain.model.k2 import K2
+from posttrain.mopd.config import MOPDConfig, TeacherConfig
+from posttrain.nft.config import NFTConfig
+from posttrain.sft.config import ImageSetConfig, SFTConfig
 from posttrain.stpo.config import PairSetConfig, STPOConfig
 from posttrain.tdm.config import FakeConfig, TDMConfig
 from posttrain.training import checkpoint
+from posttrain.training.policy import POLICY, described, saved_tensors
 from rewards.base import RewardSpec
 from tests.helpers import tiny
 
@@ -73,6 +79,19 @@ def config(folder: Path, model: Path, reward: str = "brightness") -> GRPOConfig:
     return made
 
 
+def nft_config(folder: Path, model: Path, reward: str = "brightness") -> NFTConfig:
+    """A recipe whose run goes into folder/run: two groups of four images of 32 x 32 in four steps, at two noise
+    levels; the old policy lags from the first update on."""
+    base = config(folder, model, reward)
+    made = NFTConfig(
+        output=base.output, model=base.model, prompts=base.prompts, rewards=base.rewards, steps=2, groups=base.groups,
+        lora=base.lora, optim=base.optim, eval=base.eval, checkpoint=base.checkpoint, track=base.track,
+    )  # fmt: skip
+    made.sampling.sizes, made.sampling.steps, made.loss.times = [[32, 32]], 4, 2
+    made.old.ramp = 0.2
+    return made
+
+
 def pairs(folder: Path, count: int = 20, *sizes: tuple[int, int]) -> Path:
     """JSONL: of each pair the brighter picture is preferred; four prompts of four lengths. Sizes, (32, 32) if there are
     none, take turns."""
@@ -113,6 +132,45 @@ def stpo_config(folder: Path, model: Path) -> STPOConfig:
     return made
 
 
+def captioned(folder: Path, count: int = 20, *sizes: tuple[int, int]) -> Path:
+    """A folder of bright images with a caption beside each, four of four lengths. Sizes, (32, 32) if there are none,
+    take turns."""
+    rng, place = np.random.default_rng(1), folder / "captioned"
+    place.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        height, width = sizes[i % len(sizes)] if sizes else (32, 32)
+        pixels = 160 + rng.integers(0, 60, (max(1, height // 8), max(1, width // 8), 3), dtype=np.uint8)
+        image = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
+        image.save(place / f"{i:03d}.png")
+        (place / f"{i:03d}.txt").write_text(tiny.PROMPTS[i % 4])
+    return place
+
+
+def sft_config(folder: Path, model: Path) -> SFTConfig:
+    """A recipe whose run goes into folder/run: six images an update, of twenty, a quarter of them held out."""
+    (folder / "heldout.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in tiny.PROMPTS[2:]))
+    made = SFTConfig(
+        output=str(folder / "run"),
+        model=ModelConfig(path=str(model), dtype="float32"),
+        images=ImageSetConfig(
+            str(captioned(folder)), resolutions=[32], multiple=8, max_tokens=64, heldout=0.25, measured=5,
+            cache=str(folder / "cache"), max_bad=0.1,
+        ),
+        heldout=str(folder / "heldout.jsonl"),
+        rewards=[RewardSpec(name="brightness", function="tests.helpers.runs:brightness")],
+        steps=2,
+        batch=6,
+        micro_batch=4,
+    )  # fmt: skip
+    assert made.lora is not None
+    made.lora.rank, made.lora.alpha = 4, 8.0
+    made.optim.lr = 3e-3
+    made.eval.every, made.eval.prompts, made.eval.steps, made.eval.groups, made.eval.guidance = 0, 2, 2, 0, [0.0]
+    made.checkpoint.every = 0
+    made.track.tensorboard = False
+    return made
+
+
 def tdm_config(folder: Path, model: Path) -> TDMConfig:
     """A recipe whose run goes into folder/run: six pictures of 32 x 32 a step, of prompts of four lengths."""
     more = [f"{prompt}, again" for prompt in tiny.PROMPTS]
@@ -139,6 +197,53 @@ def tdm_config(folder: Path, model: Path) -> TDMConfig:
     return made
 
 
+def mopd_config(folder: Path, model: Path) -> MOPDConfig:
+    """A recipe whose run goes into folder/run: two teachers with random adapters in folder/light and folder/dark, the
+    first with guidance, of two prompts each; one prompt is the anchor's."""
+    tags = [["light"], ["light"], ["dark"], ["dark"], []]
+    rows = [{"prompt": f"{tiny.PROMPTS[i % 4]} {i}", "tags": own} for i, own in enumerate(tags)]
+    for name in ("train", "heldout"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for seed, name in enumerate(("light", "dark")):
+        teacher(folder / name, model, seed)
+    made = MOPDConfig(
+        output=str(folder / "run"),
+        model=ModelConfig(path=str(model), dtype="float32"),
+        prompts=PromptsConfig(str(folder / "train.jsonl"), str(folder / "heldout.jsonl"), max_tokens=64),
+        rewards=[RewardSpec(name="brightness", function="tests.helpers.runs:brightness")],
+        teachers={
+            "light": TeacherConfig(run=str(folder / "light"), guidance=1.5, tags=["light"]),
+            "dark": TeacherConfig(run=str(folder / "dark"), tags=["dark"], share=0.5),
+        },
+        steps=2,
+        images=4,
+        micro_batch=4,
+    )
+    assert made.lora is not None
+    made.lora.rank, made.lora.alpha = 4, 8.0
+    made.sampling.sizes, made.sampling.steps, made.sampling.states = [[32, 32]], 4, 2
+    made.optim.lr = 3e-3
+    made.eval.every, made.eval.prompts, made.eval.steps, made.eval.groups = 0, 5, 2, 0
+    made.checkpoint.every = 0
+    made.track.tensorboard = False
+    return made
+
+
+def teacher(folder: Path, model: Path, seed: int, size: float = 0.1) -> Path:
+    """A run directory with one checkpoint, whose adapter of rank 2 on the attention is random."""
+    k2 = K2.load(model)
+    k2.origin["base"] = fingerprint(k2.base_state_dict())
+    k2.add_role(POLICY, 2, 4.0, ("to_q", "to_v"), seed)
+    for i, (key, parameter) in enumerate(k2.role_named_parameters(POLICY).items()):
+        if "lora_B" in key:
+            noise = torch.Generator().manual_seed(100 * seed + i)
+            torch.nn.init.normal_(parameter, std=size, generator=noise)
+    state = {"method": "grpo", "model": dataclasses.asdict(ModelConfig(path=str(model), dtype="float32"))}
+    state |= {"origin": k2.origin, "lora": described(k2)}
+    checkpoint.save(folder / "checkpoints", 1, saved_tensors(k2), state, keep=1)
+    return folder
+
+
 def trained(folder: Path, model: Path) -> Path:
     """The directory of a GRPO run of one step."""
     from posttrain.grpo import train as grpo
@@ -160,7 +265,7 @@ def rows(run: str | Path) -> list[dict]:
 
 def untimed(run: str | Path) -> list[dict]:
     """The metrics without what a clock said."""
-    clock = ("time", "score_hidden", "score_wait")
+    clock = ("time", "score_hidden", "score_wait", "muon_seconds")
     return [{k: v for k, v in row.items() if k not in clock and not k.startswith("seconds/")} for row in rows(run)]
 
 
@@ -211,9 +316,10 @@ def watch_loading(method: Any, monkeypatch: Any) -> list:
 
 TRAINING = """
 import posttrain.expander.gdpo, posttrain.expander.sft, posttrain.export.export, posttrain.grpo.train
-import posttrain.pairs.make, posttrain.preflight.run, posttrain.preflight.grpo
+import posttrain.mopd.train, posttrain.nft.train, posttrain.pairs.make
+import posttrain.preflight.run, posttrain.preflight.grpo
 import posttrain.report.page
-import posttrain.sample_images, posttrain.stpo.train
+import posttrain.sample_images, posttrain.sft.train, posttrain.stpo.train
 import posttrain.tdm.train
 import tests.helpers.runs
 import os
@@ -283,7 +389,7 @@ class Commands:
         ranks = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
         call = {"args": [str(arg) for arg in args], "files": self.files, "limit": limit}
         assert self.server.stdin is not None
-        self.server.stdin.write(json.dumps(call | {"environments": ranks if processes > 1 else [{}]}) + "\n")
+        self.server.stdin.write(json.dumps(call | {"environments": ranks if processes > 1 else [environment]}) + "\n")
         self.server.stdin.flush()
         return self._answer()
 

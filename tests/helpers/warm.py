@@ -58,6 +58,7 @@ def serve(path: str) -> None:
     import posttrain.export.export
     import posttrain.grpo.train
     import posttrain.pairs.make
+    import posttrain.sft.train
     import posttrain.stpo.train  # noqa: F401
     from posttrain import cli
 

@@ -311,7 +311,7 @@ def test_all_weights_take_the_stack_in(directory, dtype, deferred):
     model.deferred = deferred
     model.add_full_role("policy", reference=True)
     model.add_full_copy("fake")
-    for name in ("policy", "fake") if deferred else ():  # as fsdp.py and zero.py do
+    for name in ("policy", "fake") if deferred else ():  # as parallelize.py and zero.py do
         for parameter in model.role_parameters(name):
             parameter.data = model.master(parameter)
     assert not model.has_stack and not any(".lora_" in key for key in model.transformer.state_dict())

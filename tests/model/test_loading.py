@@ -18,6 +18,7 @@ from posttrain.expander.gdpo_config import ChatModelConfig, RendererConfig
 from posttrain.expander.model import Expander
 from posttrain.expander.policy import Policy
 from posttrain.expander.renderer import EndpointRenderer, K2Renderer
+from posttrain.loading import adapter_folder
 from posttrain.model.k2 import K2
 from posttrain.resources import WEIGHTS
 from posttrain.training.policy import load_model
@@ -143,7 +144,7 @@ SCHEDULE = "scheduler/scheduler_config.json"
         (pointer(TEXT), r"model\.safetensors: not a whole safetensors file"),
         (pointer("tokenizer/tokenizer.json"), r"tokenizer\.json: not JSON"),
         (without("tokenizer/tokenizer.json"), r"tokenizer: the tokenizer has \d tokens, and its model's embedding \d"),
-        (without("tokenizer"), "tokenizer: the tokenizer has 1 tokens"),
+        (without("tokenizer"), "tokenizer: the tokenizer has 1 token,"),
         (tokens(vocab=first_half, merges=lambda held: []), r"tokenizer: the tokenizer has \d+ tokens, and its"),
         (tokens(merges=lambda held: []), "tokenizer: the tokenizer joins no letters to tokens: its merges are lost"),
         (tokens(merges=lambda held: held["merges"][:20]), r"tokenizer: makes \d+ tokens of a part of .* that has 34"),
@@ -204,6 +205,8 @@ def test_what_is_not_needed_may_be_gone(copied, model):
 def test_every_way_in_loads_alike(copied, tmp_path, capsys):
     """Sampling, the expander's renderer, training and --check: the same line, before a prompt is drawn."""
     weights(VAE, drop("decoder.conv_out"))(copied)
+    turbo = Path(shutil.copytree(copied, tmp_path / "turbo"))
+    settings("model_index.json", is_distilled=True)(turbo)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     says = "vae: keys do not match this model: 2 missing (decoder.conv_out"
@@ -212,7 +215,7 @@ def test_every_way_in_loads_alike(copied, tmp_path, capsys):
     save_file({f"diffusion_model.{key}": value for key, value in lora.items()}, tmp_path / "a.safetensors")
     for words in (
         ["sample", "--model.path", copied, "--model.dtype", "float32", "--prompt", "a", "--output", tmp_path / "out"],
-        ["export", "--check", tmp_path / "a.safetensors", "--turbo", copied, "--model.path", copied, "--model.dtype",
+        ["export", "--check", tmp_path / "a.safetensors", "--turbo", turbo, "--model.path", copied, "--model.dtype",
          "float32", "--prompts", prompts, "--rewards", rewards, "--size", "[32, 32]"],
     ):  # fmt: skip
         assert cli.main(list(map(str, words))) == 2
@@ -315,3 +318,17 @@ def test_a_run_of_a_judge_is_its_adapter(tmp_path):
     assert f"taste={folder}" in words
     with pytest.raises(UserError, match="a run of posttrain judge that has ended"):
         LocalJudge(str(JUDGE), str(tmp_path), device="cpu")
+
+
+def test_what_a_judge_s_adapter_may_name(tmp_path):
+    """A directory of PEFT's, a run of posttrain judge, or PEFT's file itself; not a checkpoint to resume from."""
+    run = tmp_path / "run"
+    (run / "adapter").mkdir(parents=True)
+    (run / "adapter/adapter_config.json").write_text("{}")
+    for named in (run, run / "adapter", run / "adapter/adapter_model.safetensors"):
+        assert adapter_folder(named) == run / "adapter"
+    saved = run / "checkpoints/step-000010"
+    saved.mkdir(parents=True)
+    (saved / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="is a checkpoint to resume from, not an adapter to load; name its run"):
+        adapter_folder(saved)

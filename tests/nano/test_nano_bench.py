@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from posttrain.nano.bench import common, grpo
+from posttrain.nano.bench import common, grpo, methods
 
 
 def test_a_process_gets_its_folder_and_variables_and_a_failed_one_names_its_log(tmp_path):
@@ -62,3 +62,29 @@ def test_a_row_of_grpo_and_its_table(tmp_path):
     rows = [grpo.run(Finished(tmp_path), "demo", ["r.yaml"], seed, []) for seed in (1, 3)]
     assert rows[0]["curve"] == [{"step": 0, "ocr": 0.5, "images": 0}, {"step": 1, "ocr": 0.6, "images": 16}]
     assert grpo.table(rows, ["ocr"]).splitlines()[-1] == "| demo | 0.500 -> 0.700 (0.600 to 0.800) | 16 | 7 | 1e-03 |"
+
+
+def test_methods_at_equal_images_and_at_equal_seconds(tmp_path):
+    """grpo takes 2 s a step and nft 4: after grpo's 4 s nft has made one of its two steps. Runs that are there are
+    read, so the command makes none of its own."""
+    for name, seconds, gain in (("grpo", 2.0, 0.1), ("nft", 4.0, 0.2)):
+        for seed in (0, 1):
+            folder = tmp_path / f"{name}-{seed}"
+            folder.mkdir()
+            rows = [{"step": 0, "eval/graded": 0.5}]
+            for step in (1, 2):
+                rows.append({"step": step, "images": 32 * step, "reward": 0.5, "seconds/sample": seconds / 2,
+                             "seconds/optimise": seconds / 2})  # fmt: skip
+                rows.append({"step": step, "eval/graded": 0.5 + gain * step + 0.1 * seed})
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (folder / "summary.json").write_text("{}")
+    jobs = common.Jobs(tmp_path)
+    found = [methods.run(jobs, name, seed, []) for name in ("grpo", "nft") for seed in (0, 1)]
+    assert [point["seconds"] for point in found[2]["curve"]] == [0, 4, 8]
+    assert methods.table(found).splitlines()[2:] == [
+        "| base | 0 | | 0.500 (0.500 to 0.500) |",
+        "| grpo | 64 | 4 (4 to 4) | 0.750 (0.700 to 0.800) |",
+        "| nft | 64 | 8 (8 to 8) | 0.950 (0.900 to 1.000) |",
+        "| grpo, equal seconds | 64 | 4 | 0.750 (0.700 to 0.800) |",
+        "| nft, equal seconds | 32 | 4 | 0.750 (0.700 to 0.800) |",
+    ]

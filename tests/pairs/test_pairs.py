@@ -243,7 +243,7 @@ def test_too_many_drops_end_it_with_the_reasons(tmp_path, model, capsys):
     """Of the on-policy source nothing is kept, so what is left holds too little of the policy; nothing is lost."""
     config = recipe(tmp_path, model, tries=2.0, pairs=5, min_margin=2.0)
     config.sources[0].delta = DeltaConfig(DrawConfig(guidance=2.0), DrawConfig(guidance=0.5), screen=False)
-    with pytest.raises(UserError, match=r"on_policy_share: 0 of 2 pairs hold an image of the policy, and 0.6 of"):
+    with pytest.raises(UserError, match=r"on_policy_share: 0 of 2 pairs with an image of the policy, and 0.6 of"):
         make.make(config)
     assert "source judged: 0 of 3 pairs after 6 candidates (tries 2)" in capsys.readouterr().err
     quality = json.loads((tmp_path / "run" / "quality.json").read_text())

@@ -47,6 +47,14 @@ def test_checkpoints_and_exports_on_disk(capsys):
     assert [rows[name][3] for name in ("grpo", "tdm", "turbo_lora", "turbo")] == ["10.3", "18", "2.58", "59.6"]
 
 
+def test_files_of_an_average_on_disk(capsys, tmp_path):
+    """As much as a moving average's copies in three checkpoints, 10.3 GB, and five adapters for each: 15 x 0.859."""
+    stage = {"name": "grpo", "command": "grpo", "recipes": ["recipes/k2/grpo.yaml"]}
+    stage["set"] = {"optim.ema": 0.0, "optim.average": {"every": 5, "last": 5}}
+    (tmp_path / "p.yaml").write_text(json.dumps({"output": "runs/x", "stages": [stage]}))
+    assert float(table(capsys, tmp_path / "p.yaml")[0]["grpo"][3]) == pytest.approx(10.3 + 15 * 0.859, rel=0.01)
+
+
 def test_more_gpus_take_less_time(capsys, tmp_path):
     data = {"output": "runs/x", "stages": [{"name": "grpo", "command": "grpo", "recipes": ["recipes/k2/grpo.yaml"]}]}
     hours = []

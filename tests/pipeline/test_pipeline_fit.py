@@ -65,12 +65,16 @@ def test_an_export_that_could_be_refused_in_the_end_is_refused_at_once(tmp_path,
 def test_each_k2_recipe_belongs_to_a_pipeline():
     used = {recipe: stage["command"] for path in PIPELINES for stage in yaml.safe_load(path.read_text())["stages"]
             for recipe in stage.get("recipes", [])}  # fmt: skip
-    alone = {"recipes/k2/stpo_human.yaml": "stpo", "recipes/k2/judges.yaml": "serve"}
+    alone = {
+        "recipes/k2/mopd.yaml": "mopd", "recipes/k2/nft.yaml": "nft", "recipes/k2/nft_published.yaml": "nft",
+        "recipes/k2/sft.yaml": "sft", "recipes/k2/sft_full.yaml": "sft", "recipes/k2/stpo_human.yaml": "stpo",
+        "recipes/k2/judges.yaml": "serve",
+    }  # fmt: skip
     others = {str(path.relative_to(runs.ROOT)) for path in K2 if path not in PIPELINES}
     assert others == {*used, *alone}
     for path, command in (used | alone).items():
         config, _ = load_config(command, ["--config", path])
-        if command in ("pairs", "stpo", "grpo", "tdm"):
+        if command in ("sft", "pairs", "stpo", "grpo", "nft", "mopd", "tdm"):
             assert config.model.path == "krea/Krea-2-Raw"
 
 

@@ -58,6 +58,18 @@ def test_accuracy_of_pairs_is_that_of_the_summary(tmp_path):
     assert found == [Gain("s", "pairs/accuracy", True, 0.5, 0.875), Gain("s", "oracle", False, 0.25, 0.5)]
 
 
+def test_finetuning_gains_on_images_that_it_was_not_trained_on(tmp_path):
+    """Rewards are those of the first guidance."""
+    said = {"before": {"heldout/loss": 0.5, "heldout/gain": 0.0, "oracle@4.5": 0.25},
+            "after": {"heldout/loss": 0.4, "heldout/gain": 0.2, "oracle@4.5": 0.5, "oracle": 0.1}}  # fmt: skip
+    made = stage(tmp_path, "sft", "summary.json", said)
+    made.config.eval = SimpleNamespace(guidance=[4.5, 0.0])
+    assert gains(made) == [
+        Gain("s", "heldout/loss", True, 0.5, 0.4), Gain("s", "heldout/gain", True, 0.0, 0.2),
+        Gain("s", "oracle@4.5", False, 0.25, 0.5),
+    ]  # fmt: skip
+
+
 def test_pairs_are_measured_by_rewards_without_a_say(tmp_path):
     agreement = {name: {"share": 0.75, "share_of_kept": 1.0} for name in ("oracle", "judge")}
     said = {"sources": {"guidance": {"agreement": agreement}}}

@@ -97,9 +97,9 @@ def test_sound_recipe(config, check):
     for name, says in {
         "adapter": "24 layers adapted in 3 blocks, 8 are named for each; 0.0323 M weights",
         "evaluation": "10 images of 2 steps in",  # two prompts and a group of three, with and without guidance
-        "images differ": "8 of 8 images are different",
-        "missing scores": "0 of 8 scores failed, 0 images have none",
-        "spread of brightness": "0 of 2 groups are flat",
+        "images differ": "8 of 8 images different",
+        "missing scores": "0 of 8 scores failed, 0 images without any",
+        "spread of brightness": "0 of 2 groups flat",
         "policy moves": "24 of 24 B factors changed",
         "step": "s for 8 images (sample",
         "run": "56 images: 7 steps and 4 evaluations of",  # before the first step, after 3, 6 and 7
@@ -149,7 +149,7 @@ def test_reward_that_sees_nothing(config, check):
     rows = check(1)
     assert list(rows) == [*ROWS[:6], "spread of same", *ROWS[6:]]
     assert failed(rows) == ["spread of same"]
-    assert "std 0; 2 of 2 groups are flat | it teaches nothing: see that it looks" in rows["spread of same"][1]
+    assert "std 0; 2 of 2 groups flat | it teaches nothing: see that it looks" in rows["spread of same"][1]
 
 
 def test_reward_that_does_not_apply(config, check):
@@ -179,7 +179,7 @@ def test_reward_that_fails_often(config, check):
     config.rewards = [RewardSpec("a", "tests.preflight.test_preflight:unsteady")]
     rows = check(1)
     assert failed(rows) == ["missing scores"]
-    assert "4 of 8 scores failed, 4 images have none; a: the lights went out | fix the" in rows["missing scores"][1]
+    assert "4 of 8 scores failed, 4 images without any; a: the lights went out | fix the" in rows["missing scores"][1]
     config.rewards[0].max_failures = 0.5
     assert failed(check(0)) == []
 
@@ -218,7 +218,7 @@ def test_seeds_that_are_alike(check, monkeypatch):
     rows = check(1)
     # Equal images of one start have gradients that cancel.
     assert failed(rows) == ["images differ", "spread of brightness", "policy gradient"]
-    assert "2 of 8 images are different; image 1 of group 0 is image 0 of group 0" in rows["images differ"][1]
+    assert "2 of 8 images different; image 1 of group 0 is image 0 of group 0" in rows["images differ"][1]
 
 
 def test_policy_that_is_not_the_one_that_sampled(check, monkeypatch):

@@ -1,4 +1,4 @@
-"""The preflight of stpo, tdm, pairs and expander gdpo on tiny models: sound recipes pass, and a planted fault fails."""
+"""The preflight of nft, stpo, tdm, pairs and expander gdpo on tiny models: sound recipes pass, planted faults fail."""
 
 import json
 import tempfile
@@ -11,11 +11,14 @@ import torch
 from posttrain import cli
 from posttrain.commands import COMMANDS
 from posttrain.model.k2 import K2
+from posttrain.nft import update as nft_update
 from posttrain.preflight import common
 from posttrain.preflight import tdm as preflight_tdm
-from posttrain.stpo import latent_cache
+from posttrain.sft import train as sft
 from posttrain.stpo import train as stpo
 from posttrain.tdm import train as tdm
+from posttrain.training import shard_cache
+from posttrain.training.stepper import Stepper
 from tests.helpers import expander_runs, pair_runs, runs
 from tests.preflight.test_preflight import failed, table
 
@@ -74,6 +77,25 @@ def test_stpo_whose_gradient_is_none(check, tmp_path, model, monkeypatch):
     assert {"loss and gradient", "policy moves"} <= set(failed(rows)) and rows["export"][0] == "skipped"
 
 
+def test_sft(check, tmp_path, model, monkeypatch):
+    config = runs.sft_config(tmp_path, model)
+    config.batch, config.heldout = 20, None
+    (tmp_path / "captioned/000.txt").write_text("")
+    rows, err = check(config, 0)
+    assert list(rows) == [
+        "adapter", "images", "judges", "evaluation", "loss and gradient", "policy moves", "further updates", "memory",
+        "step", "run", "export",
+    ]  # fmt: skip
+    assert {result for result, _ in rows.values()} == {"pass", "skipped"} and rows["judges"][0] == "skipped"
+    assert "19 encoded, 1 left out, 0 captions cut" in rows["images"][1] and "for all 20" in rows["images"][1]
+    assert "bit-identical" in rows["policy moves"][1] and "s for 20 images (update" in rows["step"][1]
+    for phase in ("the model is read", "images are encoded", "update", "export", "done"):
+        assert f" s: {phase}\n" in err
+    monkeypatch.setattr(sft, "flow_loss", lambda v, target: (v - target).sum((1, 2)) * float("nan"))
+    rows, _ = check(config, 1)
+    assert {"loss and gradient", "policy moves"} <= set(failed(rows)) and rows["export"][0] == "skipped"
+
+
 def test_tdm(check, tmp_path, model, monkeypatch):
     config = runs.tdm_config(tmp_path, model)
     rows, _ = check(config, 0)
@@ -101,6 +123,42 @@ def test_tdm(check, tmp_path, model, monkeypatch):
     assert failed(rows) == ["updates keep apart"]
 
 
+def test_nft(check, tmp_path, model, monkeypatch):
+    """Images, scores and advantages are checked as grpo's; the update is nft's own."""
+    config = runs.nft_config(tmp_path, model)
+    rows, _ = check(config, 0)
+    assert list(rows) == [
+        "adapter", "judges", "evaluation", "images differ", "missing scores", "spread of brightness",
+        "planted failure", "old policy is the policy", "loss and gradient", "policy moves", "old policy waits",
+        "memory", "step", "run", "export",
+    ]  # fmt: skip
+    assert "8 of 8 images are different" in rows["images differ"][1]
+    assert "differ by 0 of themselves" in rows["old policy is the policy"][1]
+    assert "s for 8 images (sample" in rows["step"][1]
+    config.old.max = 0.0
+    rows, _ = check(config, 0)
+    assert "old policy is the policy" in rows and "old policy waits" not in rows
+
+    true = K2.velocity
+    with monkeypatch.context() as patch:
+        patch.setattr(K2, "velocity", lambda *args: true(*args) * (1 + 0.3 * torch.is_grad_enabled()))
+        rows, _ = check(config, 1)
+    assert failed(rows) == ["old policy is the policy"]
+
+    def leaking(self):
+        norm = step(self)
+        with torch.no_grad():
+            seen[-1].role_parameters(nft_update.OLD)[1].add_(1e-3)
+        return norm
+
+    seen, add_roles, step = [], nft_update.add_roles, Stepper.step
+    monkeypatch.setattr(nft_update, "add_roles", lambda k2, config: seen.append(k2) or add_roles(k2, config))
+    monkeypatch.setattr(Stepper, "step", leaking)
+    config.old.max = 0.5
+    rows, _ = check(config, 1)
+    assert failed(rows) == ["old policy waits"]
+
+
 def test_pairs(check, tmp_path, model):
     config = pair_runs.recipe(tmp_path, model)
     rows, _ = check(config, 0)
@@ -119,7 +177,7 @@ def test_expander_gdpo(check, tmp_path, model):
     assert {"renderer", "expansions", "one render each", "loss and gradient", "policy moves", "step", "run"} <= set(
         rows
     )
-    assert "6 images drawn for 8 expansions, 0 are missing" in rows["one render each"][1]
+    assert "6 images drawn for 8 expansions, 0 missing" in rows["one render each"][1]
     assert "100% of the groups are flat" in rows["scores of brightness"][1]
     assert rows["scores of redness"] == ("skipped", "it does not apply to these prompts")
     assert rows["export"][0] == "pass" and "in one process: " in rows["run"][1]
@@ -136,5 +194,5 @@ def test_few_pairs_stand_for_the_set(tmp_path, model):
     from posttrain.preflight.stpo import Few
 
     few = Few(read_preferences(runs.pairs(tmp_path, 100)))
-    assert len(few) == 32 and few.places[0] == 0 and few.places[-1] == 99 and latent_cache.SHARD >= 32
+    assert len(few) == 32 and few.places[0] == 0 and few.places[-1] == 99 and shard_cache.SHARD >= 32
     assert few.name(31) == few.whole.name(99)

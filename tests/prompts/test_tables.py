@@ -105,7 +105,7 @@ def test_several_configs_are_asked_for(tmp_path):
 @pytest.mark.parametrize(
     ("name", "data", "says"),
     [
-        ("p.csv", b"prompt,id\na cat\n", "p.csv:2: has 1 cells, and the header 2"),
+        ("p.csv", b"prompt,id\na cat\n", "p.csv:2: has 1 cell, and the header 2"),
         ("p.csv", b'prompt\n"a cat\na dog\n', "p.csv:2: is not CSV: unexpected end of data; put double quotes"),
         ("p.csv", b"prompt,prompt\na,b\n", "p.csv:1: needs a header that names each column once"),
         ("p.csv", b"prompt,\na,b\n", "p.csv:1: needs a header"),

@@ -1,15 +1,19 @@
 """One reward cannot touch another, nor the run: what it gets is its own, and what it sets is put back."""
 
 import asyncio
+import ctypes
 import os
 import random
+import threading
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from rewards.background import ScoreQueue
 from rewards.base import RewardSpec, score_all
+from rewards.isolation import CLONE_FS
 from rewards.load import load_rewards
 
 
@@ -109,3 +113,41 @@ def test_rewards_draw_numbers_of_their_own():
     for _ in range(2):
         asyncio.run(score_all([reward], [Image.new("RGB", (8, 8))], ["a"]))
     assert drawn[0] != drawn[1] and random.getstate() == before
+
+
+def test_the_working_directory_of_others_stays_while_a_reward_changes_its_own(tmp_path):
+    """Files of a run may have relative paths, and are written while its rewards are asked."""
+    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_FS) != 0:
+        pytest.skip("this container forbids unshare")
+    inside, seen = threading.Event(), threading.Event()
+    before = os.getcwd()
+
+    def moves(images, prompts):
+        os.chdir(tmp_path)
+        inside.set()
+        assert seen.wait(20)
+        return [float(os.getcwd() == str(tmp_path))]
+
+    async def moves_async(images, prompts):
+        return moves(images, prompts)
+
+    for function in (moves, moves_async):
+        inside.clear()
+        seen.clear()
+        with ScoreQueue(load_rewards([function])) as queue:
+            queue.submit([Image.new("RGB", (8, 8))], ["a"])
+            assert inside.wait(20) and os.getcwd() == before
+            seen.set()
+            assert queue.gather().values_NK.tolist() == [[1.0]]
+
+
+def test_a_default_type_that_others_may_compute_with_is_told_once(capsys):
+    def sets(images, prompts):
+        torch.set_default_dtype(torch.float16)
+        return [0.5]
+
+    rewards = load_rewards([sets])
+    for _ in range(2):
+        asyncio.run(score_all(rewards, [Image.new("RGB", (8, 8))], ["a"]))
+    assert capsys.readouterr().err.count("reward sets: during a call torch's default type became torch.float16") == 1
+    assert torch.get_default_dtype() == torch.float32

@@ -4,14 +4,18 @@ import asyncio
 import json
 import math
 import re
+import socket
 from dataclasses import replace
 
 import pytest
 
 from posttrain.errors import UserError
+from posttrain.training.judge_check import warn_of_silent_judges
 from prompts.templates import load_template
+from rewards.base import RewardSpec, score_all
 from rewards.endpoints import JudgeError
 from rewards.judge import Judge, is_one_hot, same_model
+from rewards.load import load_rewards
 from rewards.serve import ServerURL
 from tests.helpers import fake_judge
 from tests.rewards.test_judge_answers import PICTURE, QUESTION, good, ok, run
@@ -88,6 +92,53 @@ def test_an_alias_is_named():
         run(lambda head, body: answered(model="llama"), aliased(None))
     with pytest.raises(JudgeError, match="model m, which answers as gpt-4o, llama answered"):
         run(lambda head, body: answered(model="llama"), aliased("gpt-4o"))
+
+
+def test_an_alias_in_a_recipe():
+    def scored(**more):
+        async def ask(judge: Judge):
+            settings = {"model": "my-deployment", "base_urls": judge.base_urls, "retries": 0, **more}
+            function = {"class_path": "rewards.image.Aesthetic", "init_args": {"judge": settings}}
+            rewards = load_rewards([RewardSpec("taste", function, max_failures=1.0)])
+            return await score_all(rewards, [PICTURE], ["a fox"])
+
+        scores, _ = run(lambda head, body: answered(model="gpt-4o"), ask)
+        return scores
+
+    assert scored(answers_as="gpt-4o").valid_NK.all()
+    (reason,) = scored().failures["taste"]
+    assert "asked for the model my-deployment, gpt-4o answered" in reason and "answers_as: gpt-4o" in reason
+
+
+def test_silence_is_told_before_anything_is_asked(capsys):
+    """Of an address that takes no connection, once for the rewards that share it; a refusal is an answer, and a
+    recipe's own servers start later."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound, and listening to nobody
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
+        rewards = load_rewards([taste("a", url), taste("b", url), taste("c", "server://own")], {"own": [url]})
+        warn_of_silent_judges(rewards)
+    said = capsys.readouterr().err
+    assert said.count("posttrain: warning: ") == 1
+    assert f"reward a: {url}: Connection error" in said and "start it, or correct base_urls" in said
+
+    async def silent(address: str):
+        return await Judge("m", [address]).silent()
+
+    refusal = fake_judge.reply("401 Unauthorized", b"{}", "Connection: close")
+    assert asyncio.run(fake_judge.served(lambda head, body: refusal, silent)) == []
+
+
+def test_a_key_that_is_not_set_is_told_before_anything_is_asked(monkeypatch):
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    rewards = load_rewards([taste("a", "http://127.0.0.1:9/v1", api_key_env="NO_SUCH_KEY")])
+    with pytest.raises(UserError, match="api_key_env: NO_SUCH_KEY is not set"):
+        warn_of_silent_judges(rewards)
+
+
+def taste(name: str, urls: str, **judge) -> RewardSpec:
+    settings = {"model": "m", "base_urls": urls, **judge}
+    return RewardSpec(name, {"class_path": "rewards.image.Aesthetic", "init_args": {"judge": settings}})
 
 
 @pytest.mark.parametrize(

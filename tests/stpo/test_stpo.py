@@ -191,13 +191,13 @@ def test_bad_rows_are_counted_and_left_out(config, capsys, tmp_path):
     config.pairs.max_bad = 0.1
     stpo.train(config)
     said = capsys.readouterr().err
-    assert "pairs.jsonl: 1 of 23 rows are ties and left out" in said
-    assert "pairs.jsonl: 2 of 23 rows are bad and left out: " in said
+    assert "pairs.jsonl: 1 of 23 rows left out as ties" in said
+    assert "pairs.jsonl: 2 of 23 rows left out as bad: " in said
     assert "pairs.jsonl:1: chosen: images/none.png is missing; " in said
     assert "pairs.jsonl:2: is 32x20 pixels, no multiples of 8; set pairs.size" in said
     assert json.loads((Path(config.output) / "summary.json").read_text())["steps"] == 2
     config.pairs.max_bad, config.output = 0.05, str(tmp_path / "other")
-    with pytest.raises(UserError, match=r"more than 0\.05 of 23 rows \(max_bad\) are bad: .*pairs\.jsonl:2: is 32x20"):
+    with pytest.raises(UserError, match=r"bad are more than 0\.05 of 23 rows \(max_bad\): .*pairs\.jsonl:2: is 32x20"):
         stpo.train(config)
     assert not Path(config.output).exists()
 

@@ -14,10 +14,10 @@ from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.model.k2 import K2
 from posttrain.preferences.dataset import read_preferences
-from posttrain.stpo import latent_cache
 from posttrain.stpo import train as stpo
 from posttrain.stpo.latent_cache import encode_pairs
 from posttrain.stpo.losses import has_risen, inner
+from posttrain.training import shard_cache
 from posttrain.training.stepper import Stepper
 from tests.helpers import runs, tiny
 
@@ -303,7 +303,7 @@ def test_another_vae_makes_another_cache(config, tmp_path):
 
 
 def test_encoding_that_was_killed_goes_on(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(latent_cache, "SHARD", 6)
+    monkeypatch.setattr(shard_cache, "SHARD", 6)
     whole = OneStep(config).pairs
     (tmp_path / "cache").rename(tmp_path / "whole")
     calls = []

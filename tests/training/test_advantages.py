@@ -212,6 +212,9 @@ def test_floor():
     # Summed: (0, 1.02, 1, .02), mean .51, std .57747, floor sqrt(.02^2 + .7^2) = .70029: -+.51 and -+.49 / .70036.
     got = sum_then_normalise(rewards, valid, weights(1, 1), floor_K=weights(0.02, 0.7))
     assert numbers(got) == near(-0.7282, 0.7282, 0.6996, -0.6996)
+    # A flat reward brings no floor of its own into the sum: not -+.5 / .70007, but as the second alone.
+    got = sum_then_normalise(rewards, valid, weights(1, 1), floor_K=weights(0.7, 0))
+    assert numbers(got) == near(-0.86594, 0.86594, 0.86594, -0.86594)
 
 
 def test_a_floor_of_zero_is_none(method):

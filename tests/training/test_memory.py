@@ -9,19 +9,27 @@ import torch
 from posttrain.errors import UserError
 from posttrain.grpo import train as grpo
 from posttrain.model.k2 import K2
+from posttrain.mopd import train as mopd
+from posttrain.nft import train as nft
+from posttrain.sft import train as sft
 from posttrain.stpo import train as stpo
 from posttrain.tdm import train as tdm
 from prompts.pool import PoolConfig
 from rewards.background import ScoreQueue
 from tests.helpers import runs, tiny
 
-METHODS = {"grpo": (grpo, runs.config), "stpo": (stpo, runs.stpo_config), "tdm": (tdm, runs.tdm_config)}
+METHODS = {
+    "grpo": (grpo, runs.config), "nft": (nft, runs.nft_config), "mopd": (mopd, runs.mopd_config),
+    "sft": (sft, runs.sft_config),
+    "stpo": (stpo, runs.stpo_config),
+    "tdm": (tdm, runs.tdm_config),
+}  # fmt: skip
 
 
 def recipe(method, folder, model):
     folder.mkdir(exist_ok=True)
     made = METHODS[method][1](folder, model)
-    if method == "grpo":
+    if method in ("grpo", "nft"):
         made.pool = PoolConfig(kind="adaptive")
         made.groups.micro_batch = 4
     return made
@@ -41,7 +49,10 @@ def fail_above(monkeypatch, pictures, nth):
     monkeypatch.setattr(K2, "velocity", wanting)
 
 
-@pytest.mark.parametrize(("method", "nth"), [("grpo", 1), ("grpo", 6), ("stpo", 2), ("tdm", 2), ("tdm", 5)])
+@pytest.mark.parametrize(
+    ("method", "nth"),
+    [("grpo", 1), ("grpo", 6), ("nft", 1), ("nft", 7), ("mopd", 2), ("sft", 2), ("stpo", 2), ("tdm", 2), ("tdm", 5)],
+)
 def test_the_step_is_retried_with_half_the_micro_batch(method, nth, model, tmp_path, monkeypatch, capsys):
     whole = recipe(method, tmp_path / "whole", model)
     METHODS[method][0].train(whole)
@@ -94,7 +105,7 @@ def test_the_second_attempt_is_the_same_step(model, tmp_path, monkeypatch):
     runs.assert_equal(a.tensors["pool"], b.tensors["pool"])
 
 
-@pytest.mark.parametrize("method", ["grpo", "stpo", "tdm"])
+@pytest.mark.parametrize("method", ["grpo", "nft", "mopd", "sft", "stpo", "tdm"])
 def test_the_second_time_is_the_last(method, model, tmp_path, monkeypatch):
     made = recipe(method, tmp_path, model)
     fail_above(monkeypatch, 0, 1)

@@ -12,8 +12,10 @@ from posttrain.expander import gdpo
 from posttrain.grpo import train as grpo
 from posttrain.judge import train as judge
 from posttrain.judge.config import JudgeConfig
+from posttrain.mopd import train as mopd
 from posttrain.nano.build import judge_model
 from posttrain.nano.world import judge_data
+from posttrain.nft import train as nft
 from posttrain.stpo import train as stpo
 from posttrain.tdm import train as tdm
 from tests.helpers import expander_runs, no_float64, runs
@@ -51,6 +53,23 @@ def test_grpo(tmp_path, model, device, ratio, kl):
     with device:
         grpo.train(config)
     assert trained(config) == 1
+
+
+def test_mopd(tmp_path, model, device):
+    config = runs.mopd_config(tmp_path, model)
+    config.cosines_every = 2
+    with device:
+        mopd.train(config)
+    assert trained(config) == 2
+
+
+@pytest.mark.parametrize("most", [0.0, 0.5])
+def test_nft(tmp_path, model, device, most):
+    config = runs.nft_config(tmp_path, model)
+    config.old.max = most
+    with device:
+        nft.train(config)
+    assert trained(config) == 2
 
 
 @pytest.mark.parametrize("guard", ["output", "exact"])

@@ -89,7 +89,7 @@ class Bench:
     def draw(self, k2: K2, way: SamplingSettings, seed: int = 0) -> Drawn:
         """Under the role that is active."""
         features = k2.encode([r["prompt"] for r in self.records], 64, batch=64).features
-        fused, null = [k2.fuse(f) for f in features], k2.text([""])
+        fused, null = [k2.text_tokens(f) for f in features], k2.text([""])
         count, size = min(self.args.groups, len(fused)), self.args.group_size
         # One image of each prompt, then groups of the first prompts, whose seeds are far from those.
         groups = range(seed + OTHER // 2, seed + OTHER // 2 + size * count)

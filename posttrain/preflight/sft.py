@@ -1,0 +1,132 @@
+"""The preflight of sft: a few encoded images, and two updates with the code of sft/train.py."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from posttrain.config.types import changed
+from posttrain.distributed.processes import Processes
+from posttrain.model.k2 import K2
+from posttrain.preflight.checks import Row, phase
+from posttrain.preflight.common import K2Checks, finite
+from posttrain.runs.progress import duration
+from posttrain.sft import train as sft
+from posttrain.sft.batches import Batch
+from posttrain.sft.cache import encode_images
+from posttrain.sft.config import SFTConfig
+from posttrain.sft.dataset import Caption, Example, ImageSet
+from posttrain.sft.turbo import add_turbo
+from posttrain.training.loop import try_rewards
+from posttrain.training.policy import add_policy, load_model
+from prompts.records import PromptRecord, read_prompts
+
+IMAGES = 32
+"""Most images that are encoded, spread over the set."""
+BATCHES = 2
+"""Most micro-batches of an update."""
+
+
+class Few:
+    """A few rows of a set of images, with the interface of the whole set."""
+
+    def __init__(self, whole: ImageSet) -> None:
+        self.whole, self.path = whole, whole.path
+        self.places = np.unique(np.linspace(0, len(whole) - 1, IMAGES).astype(int)).tolist()
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i: int) -> Example:
+        return self.whole[self.places[i]]
+
+    def captions(self, i: int) -> list[Caption]:
+        return self.whole.captions(self.places[i])
+
+    def name(self, i: int) -> str:
+        return self.whole.name(self.places[i])
+
+    def tally(self) -> Any:
+        return self.whole.tally()
+
+    def fingerprint(self) -> str:
+        return f"{self.whole.fingerprint()} {self.places}"
+
+
+def rows(config: SFTConfig, procs: Processes, folder: Path) -> list[Row]:
+    """Raises UserError if nothing can be checked."""
+    source = ImageSet(config.images)
+    heldout = [] if config.heldout is None else read_prompts(config.heldout)
+    try_rewards(config, heldout)
+    phase("the model is read")
+    k2 = load_model(config.model, procs.device)
+    return SFTChecks(config, procs, k2, source, heldout, folder).run()
+
+
+class SFTChecks(K2Checks):
+    def __init__(
+        self, config: SFTConfig, procs: Processes, k2: K2, source: ImageSet, heldout: list[PromptRecord], folder: Path
+    ):
+        phase("images are encoded")
+        few, began = Few(source), time.perf_counter()
+        cached = replace(config.images, cache=str(folder / "cache"))
+        self.images = encode_images(k2, few, cached, procs.alone())  # type: ignore[arg-type]
+        self.encoding = (time.perf_counter() - began) / len(few)
+        self.whole, self.total = config.batch, len(source)
+        add_policy(k2, config.lora, config.seed, reference=False)
+        if config.turbo is not None:  # which raises what is wrong with it
+            add_turbo(k2, config.turbo, config.turbo_steps)
+        heldout = heldout or sft.captions_of(few, self.images, config.eval.prompts)  # type: ignore[arg-type]
+        size = sft.preview_size(config)
+        super().__init__(
+            config, procs, k2, heldout, folder, size, 4 * config.micro_batch, config.images.max_tokens, "micro_batch"
+        )
+        self.config = changed(config, batch=min(config.batch, BATCHES * config.micro_batch))
+
+    def run(self) -> list[Row]:
+        with contextlib.ExitStack() as servers:
+            self.check("adapter", self.adapter)
+            self.check("images", self.encoded)
+            self.check("judges", lambda: self.judges(servers))
+            self.check("evaluation", self.evaluation)
+        self.check("update", self.update)
+        self.check("cost", lambda: self.cost(("update",), self.whole))
+        self.check("export", lambda: self.export(self.heldout[0].prompt))
+        return self.rows
+
+    def encoded(self) -> Iterator[Row]:
+        """Checks that images can be read and encoded, and estimates the time for all of them."""
+        images = self.images
+        left_out, cut = len(images.left_out) + len(images.tally.bad), len(images.cuts)
+        each = f"{self.encoding:.2g} s a row, about {duration(self.encoding * self.total)} for all {self.total}"
+        measured = f"{len(images.images)} encoded, {left_out} left out, {cut} captions cut at images.max_tokens; {each}"
+        yield Row("images", True, measured, "look at images.columns and at the rows that are named on stderr")
+
+    def update(self) -> Iterator[Row]:
+        """Checks that the loss is finite, and that an update changes only the policy."""
+        batches = self._draw(1)
+        # The same latents, times and noise before and after, so that only weights can make a difference.
+        before = self._velocities(batches[0])
+        first = sft.optimise(self.k2, self.config, batches, self.stepper, self.alone)
+        yield finite("loss and gradient", {**first}, "loss", "grad_norm")
+        yield self.policy_moves(before, self._velocities(batches[0]))
+        batches = self._draw(2)
+        second, seconds = self.timed(lambda: sft.optimise(self.k2, self.config, batches, self.stepper, self.alone))
+        self.seconds["update"] = seconds * self.whole / self.config.batch / self.procs.size
+        yield finite("further updates", {**second}, "loss", "grad_norm")
+
+    def _draw(self, step: int) -> list[Batch]:
+        order = sft.order_of(self.images, self.config)
+        return sft.draw(self.k2, self.config, self.images, order(step), step, self.alone, self.config.micro_batch)
+
+    @torch.no_grad()
+    def _velocities(self, batch: Batch) -> dict[str | None, torch.Tensor]:
+        """The velocities of an image, under every role."""
+        return self.velocities(batch.x[:1], batch.t[:1], batch.text.first(1), batch.size)

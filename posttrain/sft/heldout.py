@@ -1,0 +1,85 @@
+"""The loss on images that are never trained on, with fixed times, noise and captions, beside that of the base.
+
+| heldout/... | what it is |
+|---|---|
+| loss | mean squared error of the policy's velocity |
+| gain | by what share that is below the base's: higher is better, 0 before the first step |
+| drift | mean squared distance of the policy's velocity from the base's |
+
+Those that end in _t1 ... _t4 are of four equal parts of the times, the least noisy first. The times are those of
+sampling's own shift, whatever `shift` the run trains with, so that runs with different shifts can be compared.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from posttrain.distributed.processes import Processes
+from posttrain.model import flops, sampler
+from posttrain.model.k2 import K2
+from posttrain.sft.batches import Batch, Job, noised
+from posttrain.sft.cache import EncodedImages
+from posttrain.sft.losses import flow_loss
+
+BINS = 4
+LOSS = "heldout/loss"
+Figures = dict[str, float | None]
+
+
+class HeldOut:
+    """Held-out entries, each with one time and one noise, and the base's velocities there."""
+
+    def __init__(self, k2: K2, images: EncodedImages, measured: int, seed: int, procs: Processes, micro_batch: int):
+        """The active role must be the base: before a run that resumes has restored what it trained. So no copy of the
+        base has to stay in memory where all weights are trained. The velocities wait in RAM, 1 MB each at 1024 x 1024.
+        """
+        self.k2, self.images, self.procs, self.micro_batch = k2, images, procs, micro_batch
+        entries = np.random.default_rng(seed).permutation(images.heldout)[:measured]
+        self._own = procs.local_indices_by_cost(flops.of_sizes(k2, images.size[entries].tolist()))
+        self._jobs: list[Job] = []
+        for i in self._own:
+            uniform = (i % BINS + sampler.seed_for(seed, i, 0) / 2**63) / BINS  # seeds have 63 bits
+            n = float(torch.special.ndtri(torch.tensor(uniform, dtype=torch.float64)))  # standard normal
+            # The first caption, since a choice among several would be noise.
+            self._jobs.append(Job(int(entries[i]), n, sampler.seed_for(seed, i, 1), 0.0, False))
+        self._base: dict[int, Tensor] = {}
+        for batch in self._batches():
+            for j, v in zip(batch.jobs, self._velocity(batch).cpu()):
+                self._base[j] = v.clone()
+
+    def __call__(self) -> tuple[Figures, Figures]:
+        """Figures of the active role, with the loss of four parts of the times; and gain and drift of these parts."""
+        by_job: dict[int, dict[str, float]] = {}
+        for batch in self._batches():
+            v, base = self._velocity(batch), torch.stack([self._base[j] for j in batch.jobs]).to(self.k2.device)
+            columns = {
+                "loss": flow_loss(v, batch.target),
+                "base": flow_loss(base, batch.target),
+                "drift": flow_loss(v, base),
+            }
+            for place, j in enumerate(batch.jobs):
+                by_job[j] = {name: float(values[place]) for name, values in columns.items()}
+        rows = self.procs.gather_in_order([by_job[j] for j in range(len(self._jobs))], self._own)
+        whole = _figures(rows)
+        overall, details = dict(whole), {}
+        for part in range(BINS):
+            own = rows[part::BINS]  # the i-th entry's time is in part i mod 4
+            of_part = _figures(own) if own else dict.fromkeys(whole)
+            overall[f"{LOSS}_t{part + 1}"] = of_part.pop(LOSS)
+            details |= {f"{name}_t{part + 1}": value for name, value in of_part.items()}
+        return overall, details
+
+    def _batches(self) -> list[Batch]:
+        return noised(self.k2, self.images, self._jobs, self.micro_batch, 0.0, 1.0, 0.0)
+
+    @torch.no_grad()
+    def _velocity(self, batch: Batch) -> Tensor:
+        return self.k2.velocity(batch.x, batch.t, batch.text, *batch.size)
+
+
+def _figures(rows: list[dict[str, float]]) -> Figures:
+    means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    gain = 1 - means["loss"] / means["base"]
+    return {LOSS: means["loss"], "heldout/gain": gain, "heldout/drift": means["drift"]}

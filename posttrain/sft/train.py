@@ -1,0 +1,282 @@
+"""Supervised finetuning of K2 on images with captions: the loss that it was pretrained with, on a set of your own.
+
+    posttrain sft --config recipes/nano/sft.yaml
+
+Images are scaled and cropped to buckets (buckets.py), and encoded once with their captions (cache.py). A batch has
+images of one bucket (order.py). Each image draws a time, a noise and one of its captions, and sometimes the empty one,
+which guidance needs. The times are logit-normal with the shift of the bucket's image tokens, plus `shift`, which is for
+training alone: sampling keeps the model's own. images.csv in the run directory says what became of every image.
+
+All draws come from seeds of global indices (run, step, image), and processes share a batch's images, so a resumed run
+and one in more processes make the same updates.
+
+| each step | what it is |
+|---|---|
+| loss | mean squared error of the velocity, over the batch |
+| cropped, cropped_area | share of its images that a crop cut something off; mean share of the area that it cut |
+| dropped | share of its images that had the empty caption |
+| image_tokens | image tokens of the step's bucket |
+| seconds/image | time of the step by its images |
+
+Evaluation draws held-out prompts with guidance and, where `turbo` names one, on Turbo (turbo.py), and measures the loss
+on held-out images (heldout.py).
+
+Legend: B images of a micro-batch, N image tokens, C channels.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from posttrain.distributed import shards
+from posttrain.distributed.processes import Processes
+from posttrain.errors import UserError, counted
+from posttrain.log import log
+from posttrain.model import parallelize, sampler
+from posttrain.model.k2 import K2
+from posttrain.runs.files import replacing
+from posttrain.runs.run import Run
+from posttrain.sft.batches import Batch, Job, noised
+from posttrain.sft.cache import CROPPED, EncodedImages, encode_images
+from posttrain.sft.config import SFTConfig
+from posttrain.sft.dataset import ImageSet
+from posttrain.sft.heldout import HeldOut
+from posttrain.sft.losses import flow_loss
+from posttrain.sft.order import Order
+from posttrain.sft.turbo import TURBO, add_turbo
+from posttrain.training import checkpoint
+from posttrain.training.evaluate import Evaluation, Evaluator, SamplingSettings
+from posttrain.training.loop import SHOWN, Training, open_run, resuming, try_rewards
+from posttrain.training.oom_retry import MicroBatch
+from posttrain.training.policy import POLICY, B, add_policy, load_model
+from posttrain.training.stepper import Clock, Stepper
+from posttrain.training.sums import total
+from prompts.records import PromptRecord, read_prompts
+from rewards.load import load_rewards, record
+
+TABLE = ("image", "use", "height", "width", "bucket_height", "bucket_width", "left", "top", "right", "bottom", "cut")
+"""Columns of images.csv: pixels, but for use (trained, held out, or why neither) and cut, a share of the image."""
+
+
+def train(config: SFTConfig, resume: bool = False) -> None:
+    """Runs a recipe into its run directory. Raises UserError for mistakes that the user can correct."""
+    procs = Processes(shardable=True)
+    if procs.sharded and config.turbo is not None:
+        raise UserError(f"turbo: {procs.engine} does not go with it; leave it out")
+    resume = resuming(config, resume, procs)
+    source = ImageSet(config.images)
+    heldout = [] if config.heldout is None else read_prompts(config.heldout)
+    try_rewards(config, heldout)
+    saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
+    k2 = load_model(config.model, procs.device, saved)
+    with parallelize.sharding(k2, procs):
+        add_policy(k2, config.lora, config.seed, reference=False)
+        turbo = add_turbo(k2, config.turbo, config.turbo_steps) if config.turbo is not None else None
+    # After the roles, which decide whether text can be kept fused.
+    images = encode_images(k2, source, config.images, procs)
+    if saved is not None and saved.state["images"] != images.fingerprint:
+        raise UserError(f"images: not those that {saved.path} was trained on, or encoded differently; restore them")
+    k2.train_role(POLICY)
+    stepper = Stepper(k2.role_named_parameters(POLICY), config.optim)
+    micro_batch = MicroBatch(config.micro_batch, "micro_batch", procs)
+
+    with open_run(config, resume, procs) as run:
+        rewards = load_rewards(config.rewards, run.urls)
+        records = heldout or captions_of(source, images, config.eval.prompts)
+        batch = 4 * micro_batch.size  # without gradients four times as many images fit
+        max_tokens = config.images.max_tokens
+        evaluator = Evaluator(k2, records, rewards, config.eval, preview_size(config), batch, max_tokens, procs)
+        # Before what was trained is restored: until then the policy is the base.
+        with k2.role(POLICY):
+            measure = HeldOut(k2, images, config.images.measured, config.eval.seed, procs, micro_batch.size)
+        guidance = {"training": 0.0, "evaluation": config.eval.guidance}
+        facts = {"images": images.fingerprint, "rewards": record(rewards), "guidance": guidance}
+        training = Training("sft", config, run, procs, k2, {POLICY: stepper}, evaluator, saved, facts)
+        training.history.setdefault("images", 0)
+        order = order_of(images, config)
+        if training.begin():
+            write_table(run, source, images)
+            say_small(order)
+            training.record(0, evaluate(training, measure, turbo, 0))
+
+        steps = training.steps()
+        for step, metrics in updates(k2, config, images, order, stepper, steps, procs, micro_batch, Clock()):
+            training.history["images"] += config.batch
+            run.log(step, metrics | training.health())
+            if training.evaluation_due(step):
+                training.record(step, evaluate(training, measure, turbo, step))
+            if training.save_due(step):
+                check_moved(k2, stepper)
+                training.save(step)
+        training.finish()
+
+
+def updates(
+    k2: K2,
+    config: SFTConfig,
+    images: EncodedImages,
+    order: Order,
+    stepper: Stepper,
+    steps: Iterable[int],
+    procs: Processes,
+    micro_batch: MicroBatch,
+    clock: Clock,
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Trains one step at a time, and yields its number and metrics: a run's loop, and what `posttrain bench` times."""
+    for step in steps:
+        clock.start()
+        metrics: dict[str, float] = {}
+        for attempt in micro_batch.attempts(stepper):
+            batches: list[Batch] = []  # lets go of the latents of an attempt that did not fit into memory
+            with attempt:
+                batches = draw(k2, config, images, order(step), step, procs, micro_batch.size)
+                clock.lap("prepare")
+                metrics = optimise(k2, config, batches, stepper, procs)
+                clock.lap("update")
+        clock.seconds["seconds/image"] = sum(clock.seconds.values()) / config.batch
+        yield step, metrics | of_batch(k2, images, order(step)) | clock.seconds
+
+
+# ---- draw -----------------------------------------------------------------------------------------------------
+
+
+def order_of(images: EncodedImages, config: SFTConfig) -> Order:
+    """The order of the entries that are trained on."""
+    sizes = {entry: tuple(images.size[entry].tolist()) for entry in images.train.tolist()}
+    return Order(sizes, config.batch, config.seed)
+
+
+def draw(
+    k2: K2, config: SFTConfig, images: EncodedImages, entries: Sequence[int], step: int, procs: Processes,
+    micro_batch: int,
+) -> list[Batch]:  # fmt: skip
+    """This process's part of a step's entries."""
+    jobs = []
+    # Seeds belong to the place in the batch, so it does not matter which process has the image.
+    for i in procs.local_indices(len(entries)):
+        seeds = [sampler.seed_for(config.seed, step, i, j) for j in range(4)]
+        choice, dropped = (seed / 2**63 for seed in seeds[2:])  # seeds have 63 bits, so these are uniform numbers
+        n = float(sampler.noise(seeds[:1], (1,)))
+        jobs.append(Job(entries[i], n, seeds[1], choice, dropped < config.images.drop_caption))
+    return noised(k2, images, jobs, micro_batch, config.time_mean, config.time_std, config.shift)
+
+
+# ---- optimise -------------------------------------------------------------------------------------------------
+
+
+def optimise(
+    k2: K2, config: SFTConfig, batches: Sequence[Batch], stepper: Stepper, procs: Processes
+) -> dict[str, float]:
+    """One update with the images of all processes."""
+    sums = {"loss": 0.0, "dropped": 0.0}
+    for batch in batches:
+        with k2.role(POLICY):
+            v = k2.velocity(batch.x, batch.t, batch.text, *batch.size)
+        loss_B = flow_loss(v, batch.target)
+        # A mean over the step's batch, whatever its micro-batches and processes.
+        (loss_B.sum() / config.batch).backward()
+        sums["loss"] += total(loss_B)
+        sums["dropped"] += batch.dropped
+    means = procs.means_of_sums(sums, config.batch)
+    procs.sum_gradients(stepper.parameters)
+    return means | {"grad_norm": stepper.step()} | stepper.metrics() | {"skipped_updates": stepper.skipped}
+
+
+def of_batch(k2: K2, images: EncodedImages, entries: Sequence[int]) -> dict[str, float]:
+    """What the crops of a step's images are like."""
+    cuts = [images.cut(entry) for entry in entries]
+    return {
+        "cropped": sum(cut > CROPPED for cut in cuts) / len(cuts),
+        "cropped_area": sum(cuts) / len(cuts),
+        "image_tokens": k2.image_tokens(*images.size[entries[0]].tolist()),
+    }
+
+
+def check_moved(k2: K2, stepper: Stepper) -> None:
+    """Raises UserError if a layer of the adapter is still without effect after updates: it has no gradient."""
+    if stepper.updates == stepper.skipped:
+        return
+    still = []
+    for name, factor in k2.role_named_parameters(POLICY).items():
+        own = shards.own(factor).detach()  # of a sharded model, this process's part, which may be empty
+        if name.endswith(B) and own.numel() and not own.any():
+            still.append(name.removesuffix(f".{B}"))
+    if still:
+        raise UserError(
+            f"lora.targets: {len(still)} layers have not moved in {stepper.updates} updates, such as {still[0]}; leave"
+            " them out, or raise optim.lr"
+        )
+
+
+# ---- evaluate -------------------------------------------------------------------------------------------------
+
+
+def evaluate(training: Training, measure: HeldOut, turbo: SamplingSettings | None, step: int) -> Evaluation:
+    """The policy on held-out prompts and images, and on Turbo."""
+    with training.policy():
+        result = training.evaluator()
+        overall, parts = measure()
+        if turbo is not None:
+            with training.k2.role(POLICY, beside=[TURBO]):
+                previews = training.evaluator([turbo])
+            training.run.grid(step, previews.images[:SHOWN], 4, 4, prefix="turbo-")
+            result.metrics |= previews.metrics
+    result.metrics |= overall
+    result.details |= parts
+    return result
+
+
+def preview_size(config: SFTConfig) -> tuple[int, int]:
+    """Of the images that evaluations draw: squares of the first resolution, as image/diversity wants."""
+    side = max(16, config.images.resolutions[0] // 16 * 16)
+    return side, side
+
+
+def captions_of(source: ImageSet, images: EncodedImages, count: int) -> list[PromptRecord]:
+    """The first captions of held-out images, each once."""
+    records: dict[str, PromptRecord] = {}
+    for entry in images.heldout.tolist():
+        text = source.captions(images.images[images.entries[entry][0]].row)[0].text
+        records.setdefault(text, PromptRecord(text))
+        if len(records) == count:
+            break
+    return list(records.values())
+
+
+# ---- what became of the images ----------------------------------------------------------------------------------
+
+
+def write_table(run: Run, source: ImageSet, images: EncodedImages) -> None:
+    """Writes images.csv: a row for each crop of each image, and for each image that is left out."""
+    if not run.main:
+        return
+    rows: list[tuple[int, list[object]]] = []
+    heldout = set(images.heldout.tolist())
+    for entry, (i, j) in enumerate(images.entries):
+        image = images.images[i]
+        crop = image.crops[j]
+        box = [round(value, 2) for value in crop.box]
+        use = "held out" if entry in heldout else "trained"
+        row = [use, *image.size, *crop.size, *box, round(images.cut(entry), 4)]
+        rows.append((image.row, [source.name(image.row), *row]))
+    for left_out, reason in images.left_out.items():
+        rows.append((left_out, [source.name(left_out), reason]))
+    rows.sort(key=lambda row: row[0])
+    with replacing(run.path / "images.csv") as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(TABLE)
+        writer.writerows([row for _, row in rows])
+        writer.writerows([row.where, row.reason] for row in images.tally.bad)
+
+
+def say_small(order: Order) -> None:
+    """Says which buckets take several epochs to fill a batch."""
+    small = order.small()
+    if small:
+        (height, width), fewest = min(small.items(), key=lambda item: item[1])
+        log.warning(
+            f"{counted(len(small), 'bucket')} cannot fill a batch ({order.batch}) in one epoch; over several, an image"
+            f" comes into it more than once; the smallest, {height}x{width}, has {counted(fewest, 'image')}"
+        )

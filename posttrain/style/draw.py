@@ -1,0 +1,116 @@
+"""Drawing with references: their strengths, in the attention or on the velocity, and guidance.
+
+STYLE_REFERENCE.md section 4. A user's strength k of a reference becomes s = k^KAPPA for `attention`, where it
+saturates: half a strength then gives about half of the effect (section 13). `velocity` is linear, takes R more
+forwards, and also goes below 0 and above 1.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from posttrain.errors import UserError
+from posttrain.model import references, sampler
+from posttrain.model.k2 import K2, Text
+from posttrain.model.references import References
+
+KAPPA = 2.0
+How = Literal["attention", "velocity"]
+MOST_VELOCITY = 4.0
+"""Largest |strength| of `velocity`."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """References and how strongly each acts, for all images of a batch."""
+
+    references: References
+    strengths: tuple[float, ...]
+    how: How = "attention"
+    null: Literal["none", "same"] = "none"
+    """Whether guidance's empty prompt sees the references. none: guidance pulls to their style too."""
+
+    def __post_init__(self) -> None:
+        check_strengths(self.strengths, self.how, len(self.references.latents))
+
+
+def check_strengths(strengths: Sequence[float], how: How, count: int) -> None:
+    """Raises UserError unless there is one for each reference, in its range."""
+    if len(strengths) != count:
+        raise UserError(f"references: {count} images and {len(strengths)} strengths; give one for each")
+    for value in strengths:
+        if how == "attention" and not 0 <= value <= 1:
+            raise UserError(
+                f"references: a strength of {value:g} by attention must lie in 0 to 1; use --strength velocity, which"
+                " takes others"
+            )
+        if not abs(value) <= MOST_VELOCITY:  # NaN too
+            raise UserError(f"references: a strength of {value:g}: use at most {MOST_VELOCITY:g} either way")
+
+
+def prepare(k2: K2, shown: Shown) -> list[tuple[References, float]]:
+    """What each forward needs, cached under the role that is active: all references at once for `attention`, each
+    alone, with its factor, for `velocity`. A reference of strength 0 is left out."""
+    kept = [i for i, strength in enumerate(shown.strengths) if strength != 0]
+    if not kept:
+        return []
+    own, strengths = shown.references, [shown.strengths[i] for i in kept]
+    if shown.how == "velocity":
+        alone = [References((own.latents[i],), (own.grids[i],), (own.places[i],)) for i in kept]
+        return [(_cached(k2, one), strength) for one, strength in zip(alone, strengths)]
+    chosen = References(_at(own.latents, kept), _at(own.grids, kept), _at(own.places, kept))
+    if any(strength != 1 for strength in strengths):
+        chosen = replace(chosen, strength=torch.tensor([[strength**KAPPA for strength in strengths]]))
+    return [(_cached(k2, chosen), 1.0)]
+
+
+def _at(values: Sequence[Any], places: Sequence[int]) -> tuple[Any, ...]:
+    return tuple(values[i] for i in places)
+
+
+def _cached(k2: K2, shown: References) -> References:
+    return references.cache(k2.transformer, shown, k2.dtype)
+
+
+@torch.no_grad()
+def draw(
+    k2: K2,
+    text: Text,
+    noise: Tensor,
+    steps: int,
+    height: int,
+    width: int,
+    shown: Shown,
+    guidance: float = 0.0,
+    null_text: Text | None = None,
+    mu: float | None = None,
+) -> Tensor:
+    """As `K2.sample`, in the style of references: latents (B, N, C) from noise of that shape."""
+    parts = prepare(k2, shown)
+
+    def velocity(x: Tensor, t: Tensor, words: Text, styled: bool) -> Tensor:
+        if not (parts and styled):
+            return k2.velocity(x, t, words, height, width)
+        if shown.how == "attention":
+            return k2.velocity(x, t, words, height, width, shown=parts[0][0])
+        plain = k2.velocity(x, t, words, height, width)
+        v = plain
+        for one, strength in parts:
+            v = v + strength * (k2.velocity(x, t, words, height, width, shown=one) - plain)
+        return v
+
+    x = noise.to(k2.device, torch.float32)
+    for t, t_next in itertools.pairwise(sampler.schedule(steps, k2.mu(height, width) if mu is None else mu)):
+        v = velocity(x, t, text, True)
+        if guidance > 0:
+            if null_text is None:
+                raise ValueError(f"guidance {guidance} needs null_text, the fused empty prompt")
+            v = sampler.guide(v, velocity(x, t, null_text, shown.null == "same"), guidance)
+        x = sampler.ode_step(x, v, t, t_next)
+    return x
