@@ -30,6 +30,7 @@ from posttrain.export.model_card import heldout_of, run_recipe, size_of
 from posttrain.loading import is_hub_id, local, reading
 from posttrain.model import files
 from posttrain.model.k2 import K2, to_pil
+from posttrain.model.load import empty_transformer
 from posttrain.model.lora_file import add_lora, linear_shapes, read_lora, shapes_at
 from posttrain.runs.files import replace_text
 from posttrain.runs.guard import check_new
@@ -157,23 +158,25 @@ def _check_models(config: CarryoverConfig, saved: Checkpoint | None) -> Checkpoi
     weights are read. Returns Turbo's checkpoint where it is a run."""
     assert config.model is not None
     raw, path = config.model, Path(config.turbo)
-    if saved is not None:
+    if saved is not None and raw.path == saved.state["model"]["path"]:
         policy.check_base(saved)
     files.check_directory(raw.path, raw.transformer_file, raw.transformer_format)
     if files.is_distilled(raw.path):
         raise UserError(DISTILLED.format(raw.path))
-    base, student = config.turbo, None
+    base, student, file = config.turbo, None, (None, None)
     if (path / "manifest.json").is_file() or (path / "checkpoints").is_dir():
         student = _student(config, saved)
-        base = student.state["model"]["path"]
+        held = student.state["model"]
+        base, file = held["path"], (held["transformer_file"], held.get("transformer_format"))
         policy.check_base(student)
     try:
-        files.check_directory(base)
+        files.check_directory(base, *file)
     except UserError as error:
         raise UserError(f"turbo: {error}") from error
     if student is None and not is_hub_id(base) and not files.is_distilled(base):
         raise UserError(UNDISTILLED.format(base))
-    if _architecture(base) != _architecture(raw.path):
+    ours, theirs = _architecture(raw.path), _architecture(base)
+    if any(name in theirs and theirs[name] != value for name, value in ours.items()):
         raise UserError(UNLIKE.format(config.turbo))
     _factors(config, saved, shapes_at(raw.path))
     return student
@@ -195,17 +198,17 @@ def _student(config: CarryoverConfig, saved: Checkpoint | None) -> Checkpoint:
     return student
 
 
-def _architecture(path: str) -> str:
-    """The transformer's settings and the states of the text encoder that it reads, as the files say them."""
-    folder = local(path, ("model_index.json", "transformer/config.json"))
-    described: dict[str, Any] = {}
-    for name in ("model_index.json", "transformer/config.json"):
-        with reading(f"{path}/{name}", "settings"):
-            held = json.loads((folder / name).read_text())
-            # Names with an underscore say by which version they were written; the index also names the parts.
-            wanted = {"text_encoder_select_layers"} if name == "model_index.json" else held.keys()
-            described |= {key: held[key] for key in wanted if key in held and not key.startswith("_")}
-    return json.dumps(described, sort_keys=True)
+def _architecture(path: str) -> dict[str, Any]:
+    """The transformer's settings, defaults included, and, if its index says so, which states of the text encoder it
+    reads."""
+    with reading(f"{path}/transformer/config.json", "the transformer's settings"):
+        config = dict(empty_transformer(path).config)
+    with reading(f"{path}/model_index.json", "settings"):
+        index = json.loads((local(path, ("model_index.json",)) / "model_index.json").read_text())
+    # Names with an underscore say where it lies and by which version it was written.
+    described = {key: value for key, value in config.items() if not key.startswith("_")}
+    taps = index.get("text_encoder_select_layers")
+    return described | ({} if taps is None else {"taps": list(taps)})
 
 
 def _factors(config: CarryoverConfig, saved: Checkpoint | None, shapes: Mapping[str, Any]) -> Mapping[str, Tensor]:
