@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, help="that share the cores; default: one a core")
     parser.add_argument("--before", type=int, help="processes of the revision; default: as many as here")
     parser.add_argument("--compiled", action="store_true", help="measure this tree with compiled blocks too")
+    parser.add_argument("--kept", action="store_true", help="measure this tree with rollout.keep_graphs too")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each")
     parser.add_argument("--steps", type=int, default=6, help="of a run")
     parser.add_argument("--output", type=Path, required=True, help="a new directory")
@@ -107,6 +108,8 @@ def main() -> None:
             args.revision: (earlier, there / args.recipe, args.before or processes, []),
             "here": (str(here), recipe, processes, []),
         }
+        if args.kept:
+            ways["here, graphs kept"] = (str(here), recipe, processes, ["--rollout.keep_graphs", "true"])
         if args.compiled:
             ways["here, compiled"] = (str(here), recipe, processes, ["--model.compile", "true"])
         steps: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
