@@ -9,6 +9,7 @@ import torch
 from diffusers import Krea2Transformer2DModel
 
 from posttrain import cli
+from posttrain.config import clipping
 from posttrain.config.sections import OptimConfig
 from posttrain.config.types import ConfigError
 from posttrain.errors import UserError
@@ -16,7 +17,7 @@ from posttrain.model import architecture
 from posttrain.model.load import sizes_of
 from posttrain.model.roles import Roles
 from posttrain.stpo import train as stpo
-from posttrain.training import checkpoint, clipping, muon
+from posttrain.training import checkpoint, muon
 from posttrain.training.policy import POLICY
 from posttrain.training.stepper import Stepper
 from tests.helpers import runs

@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from posttrain.config import clipping
 from posttrain.config.sections import OptimConfig
 from posttrain.distributed import shards
 from posttrain.report.limits import limits
-from posttrain.training import checkpoint, clipping, optim
+from posttrain.training import checkpoint, optim
 from posttrain.training.stepper import Stepper
 
 SMALL = 3e-9
