@@ -153,7 +153,7 @@ def test_missing_recipe(tmp_path):
         (["--optim.lrr", "1"], "--optim.lrr: unknown option; did you mean --optim.lr?"),
         (["--optim.lr", "fast"], "optim.lr: is 'fast', expected a number"),
         (["--optim.lr", "-1"], "optim.lr: is -1.0; use a number above 0"),
-        (["--sampling.window=9"], "sampling.window: is 9, but 8 steps"),
+        (["--sampling.window=9"], "sampling.window: is 9, but of 8 steps 1 to 7 can have noise"),
         (["--optim", "3"], "optim: is '3', expected a section"),
         (["--lora.rnk", "3"], "--lora.rnk: unknown option; did you mean --lora.rank?"),
         (["--lora.rank", "big"], "lora.rank: is 'big', expected a whole number"),

@@ -101,8 +101,10 @@ def before(line: str) -> None:
             store.add("ann", Showing(image, False, None), "faulty", 1.0)
         store.close()
     alike = {"runs/a": "runs/mine", "runs/a-0": "runs/mine", "runs/a-1": "runs/warm", "runs/b-0": "runs/mine",
-             "runs/nano-grpo": "runs/mine"}  # fmt: skip
+             "runs/nano-grpo": "runs/mine", "runs/nano-text": "runs/mine", "runs/nano-count": "runs/mine"}  # fmt: skip
     words = {word.removesuffix("/checkpoints/best") for word in line.split()}
+    if line.startswith("posttrain mopd"):
+        words |= {"runs/nano-text", "runs/nano-count"}  # the teachers of its recipe
     for name in words & {*alike} - {path for path in alike if Path(path).exists()}:
         shutil.copytree(alike[name], name, symlinks=True)
         newest = sorted(Path(name, "checkpoints").glob("step-*"))[-1]

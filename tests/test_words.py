@@ -61,7 +61,7 @@ PLURALS = re.compile(
 )
 NEVER_ONE = (
     "procs.size", "processes", "count", "launched", "ranks", "per_process", "expansions", "len(runs)", "row",
-    "config.max_length",
+    "config.max_length", "sampling.steps",
 )  # fmt: skip
 """What stands before such a word and is never 1: processes that do not divide something, and the like."""
 

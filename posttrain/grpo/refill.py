@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from posttrain.distributed.processes import Processes
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.grpo.config import GroupsConfig
 from posttrain.grpo.update import Group
 from posttrain.training.evaluate import gather_scores
@@ -32,8 +32,8 @@ def check_prompts(groups: GroupsConfig, source: PromptSource) -> None:
     """Raises UserError where every step draws all prompts, so that there is none to refill it from."""
     if groups.refill and len(source.records) == groups.prompts_per_step:
         raise UserError(
-            f"groups.refill: is {groups.refill}, but each step draws all {len(source.records)} prompts of"
-            " prompts.train; add prompts or set it to 0"
+            f"groups.refill: is {groups.refill}, but each step draws all of prompts.train"
+            f" ({counted(len(source.records), 'prompt')}); add prompts or set it to 0"
         )
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from posttrain.distributed.processes import Processes
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.export.export import DIFFUSERS_PREFIX, load_checkpoint, write_atomically
 from posttrain.export.verify import check_lora
 from posttrain.log import log
@@ -109,7 +109,7 @@ def _prompts(config: ExtractConfig) -> list[str]:
         return list(PROMPTS)
     records = read_prompts(config.prompts)[: len(PROMPTS)]
     if len(records) < len(PROMPTS):
-        raise UserError(f"prompts: {config.prompts} has {len(records)} prompts; give {len(PROMPTS)} or more")
+        raise UserError(f"prompts: {config.prompts} has {counted(len(records), 'prompt')}; give {len(PROMPTS)} or more")
     return [record.prompt for record in records]
 
 
@@ -181,14 +181,18 @@ def _print(config: ExtractConfig, found: Found) -> None:
     rows = _rows(found)
     ranks = [row["rank"] for row in rows.values()]
     spread = f"rank {max(ranks)}" if min(ranks) == max(ranks) else f"ranks {min(ranks)} to {max(ranks)}"
-    print(f"posttrain: wrote {config.output}: {len(rows)} layers, {spread}")
+    print(f"posttrain: wrote {config.output}: {counted(len(rows), 'layer')}, {spread}")
     worst = ", ".join(f"{rows[name]['error']:.3f} in {name}" for name in list(rows)[:WORST])
     print(f"error: {low_rank_error(found):.3f} of the difference in these layers; worst: {worst}")
     share = found.share_outside()
     kept = f"written to {config.rest}" if config.rest else "not in the LoRA; --rest FILE writes it"
-    print(f"outside them: {100 * share:.2g} % of the difference's energy, in {len(found.rest)} tensors: {kept}")
+    print(
+        f"outside them: {100 * share:.2g} % of the difference's energy, in {counted(len(found.rest), 'tensor')}: {kept}"
+    )
     if config.error is not None and (over := [name for name, row in rows.items() if row["error"] > config.error]):
-        log.warning(f"{len(over)} layers have an error above {config.error:g} at rank {algebra.CAP}, such as {over[0]}")
+        log.warning(
+            f"an error above {config.error:g} at rank {algebra.CAP}: {counted(len(over), 'layer')}, such as {over[0]}"
+        )
 
 
 # ---- the figure that counts -----------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def routed(config: MOPDConfig, records: Sequence[PromptRecord]) -> list[Teacher]
         own = by_owner[name] + (read_prompts(settings.prompts) if settings.prompts is not None else [])
         if not own:
             raise UserError(
-                f"teachers.{name}.tags: none of the {len(records)} prompts of prompts.train has {settings.tags}; add"
+                f"teachers.{name}.tags: no prompt of prompts.train has {settings.tags}; add"
                 " prompts with these tags, or name a file in prompts"
             )
         teachers.append(Teacher(name, role_of(name), settings.guidance, config.images_of(name), own))

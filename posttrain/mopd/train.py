@@ -30,7 +30,7 @@ from typing import Any
 from torch import Tensor
 
 from posttrain.distributed.processes import Processes
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.log import log
 from posttrain.model import parallelize
 from posttrain.model.fingerprint import fingerprint
@@ -175,7 +175,8 @@ def measure_teachers(training: Training, config: MOPDConfig, owners: Sequence[st
                 f"teachers.{name}: no held-out prompt of its own has a {reward}, so retention/{name} is unknown"
             )
         else:
-            log.info(f"teacher {name}: {reward} {means['base']:.3f} -> {means['teacher']:.3f} on {len(rows)} prompts")
+            rise = f"{means['base']:.3f} -> {means['teacher']:.3f}"
+            log.info(f"teacher {name}: {reward} {rise} on {counted(len(rows), 'prompt')}")
 
 
 def evaluate(training: Training, config: MOPDConfig, owners: Sequence[str]) -> Evaluation:

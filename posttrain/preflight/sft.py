@@ -14,6 +14,7 @@ import torch
 
 from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
+from posttrain.errors import counted
 from posttrain.model.k2 import K2
 from posttrain.preflight.checks import Row, phase
 from posttrain.preflight.common import K2Checks, finite
@@ -77,10 +78,11 @@ class SFTChecks(K2Checks):
         phase("images are encoded")
         few, began = Few(source), time.perf_counter()
         cached = replace(config.images, cache=str(folder / "cache"))
+        # Before the images: it decides whether their captions can be kept fused.
+        add_policy(k2, config.lora, config.seed, reference=False)
         self.images = encode_images(k2, few, cached, procs.alone())  # type: ignore[arg-type]
         self.encoding = (time.perf_counter() - began) / len(few)
         self.whole, self.total = config.batch, len(source)
-        add_policy(k2, config.lora, config.seed, reference=False)
         if config.turbo is not None:  # which raises what is wrong with it
             add_turbo(k2, config.turbo, config.turbo_steps)
         heldout = heldout or sft.captions_of(few, self.images, config.eval.prompts)  # type: ignore[arg-type]
@@ -106,7 +108,8 @@ class SFTChecks(K2Checks):
         images = self.images
         left_out, cut = len(images.left_out) + len(images.tally.bad), len(images.cuts)
         each = f"{self.encoding:.2g} s a row, about {duration(self.encoding * self.total)} for all {self.total}"
-        measured = f"{len(images.images)} encoded, {left_out} left out, {cut} captions cut at images.max_tokens; {each}"
+        cuts = f"{counted(cut, 'caption')} cut at images.max_tokens"
+        measured = f"{len(images.images)} encoded, {left_out} left out, {cuts}; {each}"
         yield Row("images", True, measured, "look at images.columns and at the rows that are named on stderr")
 
     def update(self) -> Iterator[Row]:

@@ -28,8 +28,11 @@ from posttrain.report.render import write_page
 from posttrain.runs.read import Point, RunFiles, read_json, read_run, read_tables
 from prompts.pool import Kind
 
-SHOWN_APART = ("before", "after", "teacher", "best", "stopped", "memory", "rewards", "startup")
-"""Fields of summary.json that have a place of their own on the page."""
+SHOWN_APART = (
+    "before", "after", "teacher", "best", "stopped", "memory", "rewards", "startup",
+    "gains", "teachers", "retention", "first_distance",
+)  # fmt: skip
+"""Fields of summary.json that have a place of their own on the page, or (the last four) are shown as metrics."""
 COSTS = ("steps", "images", "pairs", "seconds", "peak_ram_gib", "peak_gpu_gib")
 """Fields of summary.json that say what the run took."""
 POOL = tuple(f"pool/{kind.name.lower()}" for kind in Kind)

@@ -143,7 +143,7 @@ def encode_images(k2: K2, images: ImageSet, config: ImageSetConfig, procs: Proce
     if not len(encoded.train):
         reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(encoded.left_out.values()).items())
         raise UserError(
-            f"{images.path}: {len(encoded.images)} of {len(images)} images are left"
+            f"{images.path}: of {counted(len(images), 'image')} {len(encoded.images)} can be trained on"
             f"{f' ({reasons})' if reasons else ''}, and one at least is held out; add images, or lower"
             " images.resolutions"
         )
@@ -216,9 +216,9 @@ def _say(images: ImageSet, encoded: EncodedImages, max_tokens: int) -> None:
     """Which rows are left out, which captions are cut, and how many buckets there are."""
     tally, where = encoded.tally, f"{images.path}:"
     if tally.bad:
-        log.warning(f"{where} {len(tally.bad)} of {tally.rows} rows are bad and left out: {tally.first()}")
+        log.warning(f"{where} bad and left out: {len(tally.bad)} of {counted(tally.rows, 'row')}: {tally.first()}")
     for reason, count in Counter(encoded.left_out.values()).items():
-        log.warning(f"{where} {count} of {tally.rows} images are {reason} and left out")
+        log.warning(f"{where} {reason} and left out: {count} of {counted(tally.rows, 'image')}")
     warn_of_cut(encoded.cuts, "caption", "images.max_tokens", max_tokens)
     cropped = sum(encoded.cut(entry) > CROPPED for entry in range(len(encoded.entries)))
     sizes = {tuple(size) for size in encoded.size.tolist()}

@@ -205,8 +205,8 @@ def check_moved(k2: K2, stepper: Stepper) -> None:
             still.append(name.removesuffix(f".{B}"))
     if still:
         raise UserError(
-            f"lora.targets: {len(still)} layers have not moved in {stepper.updates} updates, such as {still[0]}; leave"
-            " them out, or raise optim.lr"
+            f"lora.targets: not moved in {counted(stepper.updates, 'update')}: {counted(len(still), 'layer')}, such as"
+            f" {still[0]}; leave what does not move out, or raise optim.lr"
         )
 
 

@@ -282,7 +282,7 @@ def without_template(tmp_path: Path) -> Path:
         ({"batch": 12}, "micro_batch: is 8; use a divisor of batch (12)"),
         ({"optim": {"ema": 0.9}}, "optim.ema: is not for this command"),
         ({"lora": {"targets": ["nothing"]}}, "lora.targets: Target modules"),
-        ({"max_length": 50}, "are longer than 50 tokens"),
+        ({"max_length": 50}, "would not fit 50 tokens"),
     ],
 )
 def test_mistakes(tmp_path, data, capsys, changes, says):

@@ -239,7 +239,7 @@ def test_steps_that_teach_nothing_end_the_run(config, monkeypatch):
     """Where every expansion fails the format, all of a group get the worst score."""
     monkeypatch.setattr("posttrain.expander.score.causes", lambda *_: ["empty"])
     config.idle_steps = 1
-    with pytest.raises(UserError, match="idle_steps: nothing could be learnt from 1 steps in a row: the expansions of"):
+    with pytest.raises(UserError, match="idle_steps: nothing could be learnt from 1 step in a row: the expansions of"):
         gdpo.train(config)
 
 

@@ -171,7 +171,7 @@ FIRST = "diffusion_model.blocks.0.attn.wq.lora_"
         (lambda s: {k: v * ("lora_A" in k) for k, v in s.items()}, "every B factor is 0, so it does nothing"),
         (lambda s: s | {"diffusion_model.last.norm.lora_A.weight": torch.ones(4, 128),
                         "diffusion_model.last.norm.lora_B.weight": torch.ones(128, 4)},
-         r"2 of its 50 keys bind to no layer of this model \(diffusion_model\.last\.norm"),
+         r"2 of its 50 keys would bind to no layer of this model \(diffusion_model\.last\.norm"),
         (lambda s: {}, "none of its 0 keys"),
     ],
 )  # fmt: skip

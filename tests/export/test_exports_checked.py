@@ -306,7 +306,7 @@ def test_weights_that_are_not_finite_are_not_exported(run, model, tmp_path):
     [
         (lambda folder: shutil.rmtree(folder / "vae"), "vae: has no weights as safetensors"),
         (lambda folder: _edit(folder / "model_index.json", is_distilled=True), "is_distilled is not false"),
-        (lambda folder: _zero(folder / "transformer/diffusion_pytorch_model.safetensors"), "not written as they were"),
+        (lambda folder: _zero(folder / "transformer/diffusion_pytorch_model.safetensors"), "differed when read again"),
         (lambda folder: _cut(folder / "text_encoder/model.safetensors"), "not a whole safetensors file"),
     ],
 )

@@ -19,6 +19,9 @@ class Gullible(Judge):
         super().__init__("gullible", "nowhere")
         self.reads, self.listens = reads, listens
 
+    async def silent(self):
+        return []
+
     async def _p_yes(self, encoded, text):
         assert encoded is not None
         pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded.url.partition(",")[2]))))

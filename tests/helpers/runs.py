@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from posttrain.config import metrics
+from posttrain.config.groups import GroupsConfig
 from posttrain.config.sections import ModelConfig, PromptsConfig
 from posttrain.grpo.config import GRPOConfig
 from posttrain.model.fingerprint import fingerprint
@@ -84,8 +85,9 @@ def nft_config(folder: Path, model: Path, reward: str = "brightness") -> NFTConf
     levels; the old policy lags from the first update on."""
     base = config(folder, model, reward)
     made = NFTConfig(
-        output=base.output, model=base.model, prompts=base.prompts, rewards=base.rewards, steps=2, groups=base.groups,
-        lora=base.lora, optim=base.optim, eval=base.eval, checkpoint=base.checkpoint, track=base.track,
+        output=base.output, model=base.model, prompts=base.prompts, rewards=base.rewards, steps=2,
+        groups=GroupsConfig(2, 4, 4), lora=base.lora, optim=base.optim, eval=base.eval, checkpoint=base.checkpoint,
+        track=base.track,
     )  # fmt: skip
     made.sampling.sizes, made.sampling.steps, made.loss.times = [[32, 32]], 4, 2
     made.old.ramp = 0.2

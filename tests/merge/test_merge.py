@@ -311,7 +311,9 @@ def test_a_base_in_several_files_and_bfloat16(tuned, tmp_path, capsys):
                 wanted = torch.float32 if name == "n" or keeps_fp32(key) else torch.bfloat16
                 expected = base[key].float() + 0.01 * (other[key] - base[key].float())
                 assert index["weight_map"][key] == file.name and value.dtype == wanted
-                assert torch.equal(value, expected.to(wanted))
+                # The sum is fused on some processors, which may round the other way.
+                near = 2**-8 if wanted == torch.bfloat16 else 1e-6
+                torch.testing.assert_close(value.float(), expected, rtol=near, atol=1e-8)
                 size += value.nbytes
         assert index["metadata"]["total_size"] == size
 

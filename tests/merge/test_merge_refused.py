@@ -66,7 +66,7 @@ CASES = [
     ("{f}/a {f}/zero", "every B factor is 0, so it does nothing; give a trained adapter"),
     ("{f}/fits.safetensors", "model: no parent is a run, which would say what its base is; give it as --model.path"),
     ("{f}/a {f}/wide.safetensors", "factors of [2, 160] and [128, 2] do not fit a layer of [128, 128]"),
-    ("{f}/a {f}/outside.safetensors", "2 of its 2 keys bind to no layer of this model"),
+    ("{f}/a {f}/outside.safetensors", "none of its 2 keys binds to a layer of this model"),
     ("{f}/a {f}/b --rank 9", "rank: is 9, and the ranks of all parents together are 8; leave it out to keep all"),
     ("{f}/a {f}/b --rank 0", "rank: is 0; use 1 or more"),
     ("{f}/a {f}/b --density 0", "density: is 0.0; use a number above 0, up to 1"),
@@ -78,7 +78,7 @@ CASES = [
     ("{f}/a {f}/b --keep 2", "keep: is 2.0; use 0 to 1"),
     ("{f}/a --model.path {f}/none", "{f}/none: no such directory; give a K2 pipeline directory"),
     ("{f}/a --output {f}/b", "output: {f}/b exists; choose another name"),
-    ("{f}/a --output {f}/fits.safetensors/m", "output: {f}/fits.safetensors cannot be made: "),
+    ("{f}/a --output {f}/fits.safetensors/m", "output: {f}/fits.safetensors/m: {f}/fits.safetensors takes no file"),
     ("", "parents: missing; give it: posttrain merge PARENTS"),
 ]
 
@@ -164,7 +164,7 @@ EXTRACTS = [
     ("{f}/fits.safetensors --from {m} --rank 4", "keys do not match this model"),
     ("{f}/turbo --from {m} --rank 4 --output x", "output: is x; it is one file: end it in .safetensors"),
     ("{f}/turbo --from {m} --rank 4 --output {f}/fits.safetensors", "fits.safetensors exists; choose another name"),
-    ("{f}/turbo --from {m} --rank 4 --prompts {f}/few.jsonl", "few.jsonl has 1 prompts; give 8 or more"),
+    ("{f}/turbo --from {m} --rank 4 --prompts {f}/few.jsonl", "few.jsonl has 1 prompt; give 8 or more"),
     ("{f}/turbo --rank 4", "base: missing"),
 ]
 

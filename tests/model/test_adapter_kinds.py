@@ -337,8 +337,8 @@ PLAIN = {f"{TO_Q}.lora_A.weight": torch.ones(2, 128), f"{TO_Q}.lora_B.weight": t
     ({f"{TO_Q}.diff_b": torch.ones(128)}, None, r"changes the bias of transformer_.*to_q, which has none"),
     ({"diffusion_model.first.diff_b": torch.ones(64)}, None, r"its diff_b of \[64\] does not fit a layer of \[128"),
     (KRON, {"peft_type": "LORA", "r": 4}, 'peft_type is "LORA": the file holds LoKr'),
-    ({f"{TO_Q}.oft_blocks": torch.ones(4, 2, 2)}, None, r"none of its 1 keys binds to a layer .*oft_blocks"),
-    (PLAIN | {f"{TO_Q}.lokr_t2": torch.ones(2, 2, 3, 3)}, None, r"1 of its 3 keys bind to no layer .*lokr_t2"),
+    ({f"{TO_Q}.oft_blocks": torch.ones(4, 2, 2)}, None, r"none of its 1 key binds to a layer .*oft_blocks"),
+    (PLAIN | {f"{TO_Q}.lokr_t2": torch.ones(2, 2, 3, 3)}, None, r"1 of its 3 keys would bind to no layer .*lokr_t2"),
 ])  # fmt: skip
 def test_what_is_refused(k2, tmp_path, tensors, config, says):
     before = {key: value.clone() for key, value in k2.base_state_dict().items()}

@@ -196,5 +196,5 @@ def test_quality_by_hand(tmp_path):
     assert found["prompts"] == {"used": 2, "most_pairs": 3, "cut": 3}
     lines = "\n".join(quality.in_words(found))
     assert "4 pairs of 6 candidates; 75% hold an image of the policy" in lines
-    assert "warning: 3 prompts were longer than max_tokens" in lines
+    assert "warning: longer than max_tokens and cut: 3 prompts" in lines
     assert "guidance: 3 pairs (75%, on-policy); dropped: 1 disagreement, 1 surplus" in lines

@@ -131,7 +131,7 @@ def test_seconds_that_are_hidden(gpus, seconds, expected):
     checks = GRPOChecks.__new__(GRPOChecks)
     checks.rollout, checks.seconds = RolloutConfig(ahead=1, gpus=gpus), dict(zip(parts, seconds))
     checks.procs = SimpleNamespace(size=2)  # type: ignore[assignment]
-    assert checks._overlapped() == parts and tuple(checks.seconds.values()) == expected
+    assert checks.parts() == parts and tuple(checks.seconds.values()) == expected
 
 
 @pytest.mark.parametrize(("lora", "lr"), [(True, 1e-5), (False, 1e-6)])

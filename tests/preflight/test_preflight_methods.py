@@ -132,7 +132,7 @@ def test_nft(check, tmp_path, model, monkeypatch):
         "planted failure", "old policy is the policy", "loss and gradient", "policy moves", "old policy waits",
         "memory", "step", "run", "export",
     ]  # fmt: skip
-    assert "8 of 8 images are different" in rows["images differ"][1]
+    assert "8 of 8 images different" in rows["images differ"][1]
     assert "differ by 0 of themselves" in rows["old policy is the policy"][1]
     assert "s for 8 images (sample" in rows["step"][1]
     config.old.max = 0.0

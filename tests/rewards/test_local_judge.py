@@ -67,7 +67,7 @@ def test_an_answer_that_is_cut_off_is_missing(drawn):
     rewards[0].spec.max_failures = 1.0
     scores = asyncio.run(score_all(rewards, images, prompts, texts))
     assert scores.failed_NK.all() and not scores.valid_NK.any()
-    assert "longer than 1 tokens" in next(iter(scores.failures["ocr"]))
+    assert "longer than 1 token" in next(iter(scores.failures["ocr"]))
 
 
 def test_a_fault_reaches_those_who_asked(drawn, monkeypatch):

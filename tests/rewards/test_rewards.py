@@ -127,7 +127,7 @@ def test_missing_is_not_zero():
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("wrong_length", "returned 1 scores for 4 images"),
+        ("wrong_length", "returned 1 score for 4 images"),
         ("as_array", r"returned a ndarray of shape \(4, 1\) for 4 images: return one of shape \(4,\)"),
         ("as_short_array", "returned 3 scores for 4 images: return a list of one float each"),
         ("as_number", "returned a float for 4 images: return a list of one float each"),

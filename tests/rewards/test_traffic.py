@@ -190,7 +190,7 @@ def test_fused_text_is_kept_up_to_a_number_of_bytes():
             self.encoded += prompts
             return type("Encoding", (), {"features": [torch.full((4, 2), float(p)) for p in prompts]})()
 
-        def fuse(self, features):
+        def text_tokens(self, features):
             return features + 1
 
     k2 = Stub()

@@ -39,11 +39,11 @@ def test_every_image_has_its_fate(config, tmp_path, capsys):
     )
     sft.train(config)
     said = capsys.readouterr().err
-    assert "captioned: 2 of 20 rows are bad and left out: " in said
+    assert "captioned: bad and left out: 2 of 20 rows: " in said
     assert "000.png: image: cannot be read: " in said and "001.png: caption: is missing" in said
-    assert "1 of 20 images are too small for images.resolutions and left out" in said
-    assert "1 of 20 images are cut by more than images.max_cut and left out" in said
-    assert "1 of 20 images are there twice and left out" in said
+    assert "too small for images.resolutions and left out: 1 of 20 images" in said
+    assert "cut by more than images.max_cut and left out: 1 of 20 images" in said
+    assert "there twice and left out: 1 of 20 images" in said
     assert "captioned: 15 images in 2 buckets; 1 of 15 crops cut something off" in said
     assert "1 bucket cannot fill a batch (6) in one epoch; " in said and "the smallest, 40x24, has 1 image" in said
     uses = {Path(row["image"]).name: row for row in table(config.output)}
@@ -70,13 +70,13 @@ def test_too_large_an_image_is_named(config, capsys):
         data += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
     (Path(config.images.train) / "000.png").write_bytes(data)
     sft.train(config)
-    says = "1 of 20 rows are bad and left out: .*000.png: image: cannot be read: Image size .400000000 pixels. exceeds"
+    says = "bad and left out: 1 of 20 rows: .*000.png: image: cannot be read: Image size .400000000 pixels. exceeds"
     assert re.search(says, capsys.readouterr().err)
 
 
 def test_images_that_are_all_too_small(config):
     config.images.resolutions, config.images.multiple = [64, 128], 64
-    says = r"captioned: 0 of 20 images are left \(20 too small for images\.resolutions\), and one at least is held"
+    says = r"of 20 images 0 can be trained on \(20 too small for images\.resolutions\), and one at least is held"
     with pytest.raises(UserError, match=says):
         sft.train(config)
     config.images.max_enlarge = 2.0
@@ -87,7 +87,7 @@ def test_images_that_are_all_too_small(config):
 def test_one_image_is_too_few(config):
     for file in sorted(Path(config.images.train).iterdir())[2:]:
         file.unlink()
-    with pytest.raises(UserError, match="captioned: 1 of 1 images are left, and one at least is held out; add images"):
+    with pytest.raises(UserError, match="captioned: of 1 image 1 can be trained on, and one at least is held out; add"):
         sft.train(config)
 
 
@@ -118,7 +118,7 @@ def test_a_layer_that_stays_without_effect_is_an_error(config, monkeypatch):
         return norm
 
     monkeypatch.setattr(sft.Stepper, "step", lossy)
-    with pytest.raises(UserError, match=r"lora\.targets: 1 layers have not moved in 2 updates, such as transformer_bl"):
+    with pytest.raises(UserError, match=r"lora\.targets: not moved in 2 updates: 1 layer, such as transformer_bl"):
         sft.train(config)
 
 

@@ -219,7 +219,7 @@ def test_one_prompt_is_too_few(config):
 def test_long_prompts_are_cut_with_a_warning(config, capsys):
     config.pairs.max_tokens = 16
     stpo.train(config)
-    assert "warning: 1 prompts are longer than pairs.max_tokens (16); up to" in capsys.readouterr().err
+    assert "warning: longer than pairs.max_tokens (16): 1 prompt, of which up to" in capsys.readouterr().err
     assert load_checkpoint(runs.latest(config.output)).roles.keys() == {"policy"}
 
 
