@@ -174,8 +174,10 @@ def test_the_snippet_for_a_turbo_draws(workspace, monkeypatch):
 
 
 def test_the_snippet_for_an_extracted_lora_draws(workspace, monkeypatch):
-    """docs/merge.md, whose command above it has made the file."""
+    """docs/merge.md, after the command above it: others clear the folder that it writes to."""
     monkeypatch.chdir(workspace)
+    (line,) = (line for line in commands(runs.ROOT / "docs/merge.md") if line.startswith("posttrain extract"))
+    assert cli.main(shlex.split(line)[1:]) == 0
     (text,) = blocks(runs.ROOT / "docs/merge.md", "python")
     scope: dict = {}
     exec(text, scope)

@@ -231,7 +231,7 @@ def test_samples_of_a_lora_file_are_those_of_the_run(exported, run, model, tmp_p
         drawn.append(np.asarray(Image.open(tmp_path / name / "000.png"), int))
     assert np.abs(drawn[0] - drawn[1]).max() <= 1
     config.output, config.adapter = str(tmp_path / "none"), "none.safetensors"
-    with pytest.raises(UserError, match=r"adapter: none.safetensors: no such file; give a LoRA file, a run or"):
+    with pytest.raises(UserError, match=r"none.safetensors: no such file; give a run, one of its checkpoints or"):
         sample(config)
 
 
