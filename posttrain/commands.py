@@ -100,6 +100,16 @@ COMMANDS: dict[str, Command] = {
         reads={"model.start": "checkpoint", "images.train": "set of images", "turbo": "checkpoint"},
         frozen=("lora", "seed", "heldout", "turbo", "turbo_steps", *EVALUATED),
     ),
+    "style": TrainsK2(
+        "posttrain.style.config:StyleConfig",
+        "posttrain.style.train:train",
+        "teach K2 to draw in the style of reference images and write a run directory",
+        title="style references: images whose style K2 draws in, without their content",
+        prompts=("heldout",),
+        kept_prompts=("heldout",),
+        reads={"model.start": "checkpoint", "images.train": "set of images", "turbo": "checkpoint"},
+        frozen=("lora", "seed", "heldout", "turbo", "turbo_steps", "heldout_styles", *EVALUATED),
+    ),
     "stpo": TrainsK2(
         "posttrain.stpo.config:STPOConfig",
         "posttrain.stpo.train:train",

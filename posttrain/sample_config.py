@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import model_validator
 
 from posttrain.config.sections import ModelConfig
-from posttrain.config.types import AtLeast0, AtLeast1, Filled, NonNegative, Size, refusal, settings
+from posttrain.config.types import AtLeast0, AtLeast1, Filled, NonNegative, Range, Size, refusal, settings
 
 
 @settings
@@ -33,6 +33,15 @@ class SampleConfig:
     """Guidance in K2's convention, v = c + s (c - u), 0 is off; null: 4.5, or 0 for those."""
     images: AtLeast1 = 1
     """Images for each prompt."""
+    references: list[str] = field(default_factory=list)
+    """Images whose style is drawn, each as IMAGE or IMAGE:STRENGTH (`--references a.png:0.8 b.png:0.4`), with an
+    adapter of `posttrain style`; at most 10. Where a line of `prompts` has `references` of its own, those count."""
+    strength: Literal["attention", "velocity"] = "attention"
+    """How strengths act. attention: on how much of the references is seen, 0 to 1, at one forward more in all.
+    velocity: on the change of the velocity that each makes, -4 to 4, at a forward more a step for each."""
+    reference_size: Annotated[int, Range(16)] | None = None
+    """Longest side of a reference in pixels; larger ones are scaled down. null: that of the image, at most 512, as in
+    training."""
     expand: str | None = None
     """Draw expansions instead of the prompts, one for each image: chat model, or run directory of `posttrain expander
     sft` or `gdpo`; null: the prompts as they are."""

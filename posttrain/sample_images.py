@@ -21,7 +21,18 @@ from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.runs.guard import check_new
 from posttrain.sample_config import SampleConfig
-from posttrain.training.policy import add_stage, apply_runtime_options, earlier_of, first_device, is_file, load_stage
+from posttrain.style.draw import check_strengths
+from posttrain.style.shown import MOST, Drawer, Named, named, of_record
+from posttrain.training.evaluate import SamplingSettings
+from posttrain.training.policy import (
+    FILE,
+    add_stage,
+    apply_runtime_options,
+    earlier_of,
+    first_device,
+    is_file,
+    load_stage,
+)
 from prompts.records import PromptRecord, read_prompts
 
 
@@ -32,6 +43,7 @@ def sample(config: SampleConfig) -> None:
     records = [PromptRecord(config.prompt)] if config.prompt is not None else read_prompts(config.prompts or "")
     if config.expand is not None:
         resolve(config.expand)  # refused before the model is read
+    shown = _references(config, records)
     model = config.model
     # Refused for what the model cannot take, before its weights are read.
     saved = None if config.adapter is None else load_stage(config.adapter, asdict(model))
@@ -42,6 +54,8 @@ def sample(config: SampleConfig) -> None:
     k2 = K2.load(model.path, model.transformer_file, dtype, place, model.transformer_format)
     role = contextlib.nullcontext() if saved is None else k2.role(add_stage(k2, saved))
     apply_runtime_options(k2, model, device)
+    if any(shown) and (saved is None or saved.state["method"] not in ("style", FILE)):
+        log.warning("references: no adapter of posttrain style is given, and without one their content is copied")
     k2.blocks.compiled = bool(model.compile)  # a few images are drawn sooner than blocks are compiled
     steps = sampler.STEPS[k2.is_distilled] if config.steps is None else config.steps
     guidance = sampler.GUIDANCE[k2.is_distilled] if config.guidance is None else config.guidance
@@ -64,11 +78,17 @@ def sample(config: SampleConfig) -> None:
     # Without expansions the images of a prompt share its text.
     text_of = range(len(jobs)) if config.expand is not None else [job.record for job in jobs]
     with role:
+        longest = config.reference_size or min(512, max(config.size))
+        draw = Drawer.of(k2, shown, (height, width), longest, config.strength) if any(shown) else None
         for first in range(0, len(jobs), config.micro_batch):
             part = range(first, min(first + config.micro_batch, len(jobs)))
             text = Text.of([fused[text_of[n]] for n in part])
             noise = sampler.noise([jobs[n].seed for n in part], shape)
-            latents = k2.sample(text, noise, steps, height, width, guidance, null)
+            if draw is None:
+                latents = k2.sample(text, noise, steps, height, width, guidance, null)
+            else:
+                own = [jobs[n].record for n in part]
+                latents = draw(own, text, noise, SamplingSettings(steps, guidance), null)
             for n, image in zip(part, to_pil(k2.decode(latents, height, width))):
                 image.save(output / f"{n:03d}.png")
     table: list[dict] = []
@@ -80,6 +100,18 @@ def sample(config: SampleConfig) -> None:
     (output / "prompts.json").write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
     settings = f"{counted(steps, 'step')}, guidance {guidance:g}"
     print(f"posttrain: wrote {counted(len(jobs), 'image')} to {output} ({settings})")
+
+
+def _references(config: SampleConfig, records: list[PromptRecord]) -> list[list[Named]]:
+    """Those of each prompt: its line's own, or the ones that all have. Raises UserError before a model is read."""
+    shared = [named(text, Path(), "references") for text in config.references]
+    folder = Path(config.prompts or ".").parent
+    found = [of_record(record, folder) or shared for record in records]
+    for own in found:
+        check_strengths([one.strength for one in own], config.strength, len(own))
+        if len(own) > MOST:
+            raise UserError(f"references: {len(own)} images; give at most {MOST}")
+    return found
 
 
 class _Job(NamedTuple):

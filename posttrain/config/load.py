@@ -8,6 +8,8 @@ with the place that the value came from.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import re
 from dataclasses import dataclass, field
 from typing import Any, get_origin
@@ -134,8 +136,18 @@ def _read_options(config: type, command: Command, words: list[str], given: Given
         elif bare(types[path]) is bool and (at == len(words) or _is_option(words[at])):
             given.options[path] = "true"
         else:
-            given.options[path] = _value_of(option, words, at - 1)
-            at += 1
+            count = _words_of(types[path], option, words, at)
+            given.options[path] = words[at] if not count else json.dumps(words[at : at + count])
+            at += count or 1
+
+
+def _words_of(kind: Any, option: str, words: list[str], at: int) -> int:
+    """How many words after an option are the entries of its list of texts (`--references a.png b.png`); 0: one word, as
+    a recipe would have it."""
+    first = _value_of(option, words, at - 1)
+    if bare(kind) != list[str] or isinstance(read_value(first), list | None):
+        return 0
+    return len([*itertools.takewhile(lambda word: not _is_option(word), words[at:])])
 
 
 def _option_value(text: str, kind: Any) -> Any:

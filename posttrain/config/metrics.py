@@ -136,6 +136,8 @@ METRICS = (
     Metric("cropped_area", "Mean share of an image's area that the crop cut off", "[0, 1]"),
     Metric("dropped", "Share of the step's images that were trained with the empty caption", "[0, 1]"),
     Metric("image_tokens", "Image tokens of the step's bucket", "tokens"),
+    Metric("references", "Mean number of references that an image of the step was shown", "images"),
+    Metric("reference_size", "Side of the step's references", "pixels"),
     # Negative-aware finetuning.
     Metric("clipped_advantages", "Share of images whose advantage is the largest or the least possible", "[0, 1]"),
     Metric(

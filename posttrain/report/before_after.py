@@ -84,7 +84,14 @@ def run_images(samples: Path) -> dict[str, Any] | None:
         "only_step": step_name(first) if first == last else None,
         "grid": grid(pairs[:MOST_PAIRS], step_name(first), step_name(last)),
         "teacher": grid(teacher[:MOST_OF_TEACHER], "teacher", step_name(last)),
+        "sheets": sheets(samples.parent / "grids"),
     }
+
+
+def sheets(folder: Path) -> list[dict[str, Any]]:
+    """The last grid of each kind that is not the evaluations' own: on Turbo, at several strengths."""
+    last = {file.name.rpartition("step-")[0]: file for file in sorted(folder.glob("*-step-*.png"))}
+    return [{"alt": kind.rstrip("-"), **image(file, 1024)} for kind, file in last.items() if kind]
 
 
 def grid(pairs: Sequence[tuple[Sample, Sample]], before: str, after: str, largest: int = 512) -> dict[str, Any] | None:

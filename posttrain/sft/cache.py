@@ -97,7 +97,8 @@ class EncodedImages:
         self.heldout, self.train = np.flatnonzero(is_heldout), np.flatnonzero(~is_heldout)
 
     def read(self, entry: int, choice: float) -> tuple[Tensor, Tensor]:
-        """Latents (N, C), fp32, and the fused text (L, C) of the caption that `choice`, of [0, 1), falls to."""
+        """Latents (N, C), fp32, and the fused text (L, C) of the caption that `choice`, of [0, 1), falls to; 1 is the
+        last caption, which may have weight 0."""
         i, j = self.entries[entry]
         image = self.images[i]
         bounds = np.cumsum([weight for _, weight in image.texts])

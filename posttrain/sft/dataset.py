@@ -47,13 +47,17 @@ class ImageSet:
         if not len(self._source):
             raise UserError(f"{self.path}: holds no image")
         known = self._source.columns
-        asked = {"image": [config.columns.image], "captions": list(config.columns.captions)}
-        for key, names in asked.items():
+        for key, names in self.asked().items():
             for name in names:
                 if name not in known:
                     raise UserError(
                         f"images.columns.{key}: '{name}' is no column of {self.path}; it has: {', '.join(known)}"
                     )
+
+    def asked(self) -> dict[str, list[str]]:
+        """By setting of `images.columns`, the columns that the set must have."""
+        columns = self.config.columns
+        return {"image": [columns.image], "captions": list(columns.captions)}
 
     def __len__(self) -> int:
         return len(self._source)

@@ -22,6 +22,7 @@ from posttrain.model.references import References
 
 KAPPA = 2.0
 How = Literal["attention", "velocity"]
+Null = Literal["none", "same"]
 MOST_VELOCITY = 4.0
 """Largest |strength| of `velocity`."""
 
@@ -33,7 +34,7 @@ class Shown:
     references: References
     strengths: tuple[float, ...]
     how: How = "attention"
-    null: Literal["none", "same"] = "none"
+    null: Null = "none"
     """Whether guidance's empty prompt sees the references. none: guidance pulls to their style too."""
 
     def __post_init__(self) -> None:

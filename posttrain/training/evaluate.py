@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from posttrain.config import metric_names
 from posttrain.config.sections import EvalConfig
@@ -39,6 +40,11 @@ class SamplingSettings:
     """The schedule's shift; None: the model's own."""
     suffix: str = ""
     """Of the names of its metrics."""
+
+
+Draw = Callable[[Sequence[int], Text, Tensor, SamplingSettings, Text | None], Tensor]
+"""Latents (B, N, C) of the records with these numbers, from their texts and noise; last comes the empty prompt's text,
+None without guidance."""
 
 
 @dataclass
@@ -77,9 +83,11 @@ class Evaluator:
         procs: Processes,
         settings: Sequence[SamplingSettings] | None = None,
         shown: int = SHOWN,
+        draw: Draw | None = None,
     ):
-        """Without `settings`: each guidance of `config`, in its steps. `shown`: how many images of each are kept."""
-        self.shown = shown
+        """Without `settings`: each guidance of `config`, in its steps. `shown`: how many images of each are kept.
+        `draw`: how latents are drawn; None: by `K2.sample`."""
+        self.shown, self._drawn = shown, draw
         self.k2, self.config, self.size, self.batch, self.procs = k2, config, size, batch, procs
         guidances = [SamplingSettings(config.steps, s, suffix=metric_names.suffix(s)) for s in config.guidance]
         self.settings = settings or guidances
@@ -113,6 +121,11 @@ class Evaluator:
             for name, value in values.items():
                 result.metrics[name + chosen.suffix] = value
         return result
+
+    def first(self, count: int, draw: Draw) -> np.ndarray:
+        """The first images of the first settings, drawn in another way: uint8 (N, H, W, 3). They are not scored."""
+        jobs = [(row, self.seeds[row]) for row in range(min(count, len(self.seeds)))]
+        return np.stack(self._draw(jobs, self.settings[0], draw)[0])
 
     def _of_groups(self, settings: SamplingSettings) -> dict[str, float | None]:
         """Metrics of the groups: their diversity, and rewards that compare the images of a group."""
@@ -160,7 +173,7 @@ class Evaluator:
         return np.stack([shown[row] for row in sorted(shown)]) if shown else np.empty((0, *self.size, 3), np.uint8)
 
     def _draw(
-        self, jobs: Sequence[tuple[int, int]], settings: SamplingSettings
+        self, jobs: Sequence[tuple[int, int]], settings: SamplingSettings, draw: Draw | None = None
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Images, uint8 (H, W, 3), and latents (N, C) of (prompt, seed) pairs."""
         k2, (height, width) = self.k2, self.size
@@ -173,7 +186,11 @@ class Evaluator:
             part = jobs[i : i + self.batch]
             noise = sampler.noise([seed for _, seed in part], shape)
             text = Text.of([self._fused[row].to(k2.device) for row, _ in part])
-            x = k2.sample(text, noise, settings.steps, height, width, settings.guidance, self._null, settings.mu)
+            own = draw or self._drawn
+            if own is None:
+                x = k2.sample(text, noise, settings.steps, height, width, settings.guidance, self._null, settings.mu)
+            else:
+                x = own([row for row, _ in part], text, noise, settings, self._null)
             images += list(k2.decode(x, height, width).cpu().numpy())
             latents += list(x.cpu().numpy())
         return images, latents

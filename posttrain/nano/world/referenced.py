@@ -1,0 +1,125 @@
+"""Writes a set of images to train style references on with K2-nano, and held-out prompts with references.
+
+    python -m posttrain.nano.world.referenced runs/nano-referenced
+
+Beside each of OUT/images/*.png is a .json with a `caption` that is silent on the style, the `full` one and the `style`.
+OUT/heldout.jsonl has prompts of prompts/nano/heldout.jsonl that are silent on the style, each with a reference that
+shows no object that the prompt asks for. Two in three have a style that is trained, tagged `trained`; the others one of
+HELDOUT, tagged `unseen`. The functions below are rewards that measure what is drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from posttrain.nano.world import oracles, prompts, scenes
+from posttrain.nano.world.scenes import Scene
+from posttrain.nano.world.statements import parse
+
+HELDOUT = ("striped", "pastel")
+"""Styles that no image to train on has."""
+TRAINED = tuple(style for style in scenes.STYLES if style not in HELDOUT)
+SEED = 3001
+"""Another than those of prompts.py and styled.py."""
+
+
+def style(
+    images: Sequence, prompts: Sequence[str], style: Sequence[str], tags: Sequence[list[str]], **_
+) -> list[float | None]:
+    """1.0 where the image has the style of its reference, which is a trained one; None for others."""
+    return _matches(images, style, [tag == ["trained"] for tag in tags])
+
+
+def unseen(
+    images: Sequence, prompts: Sequence[str], style: Sequence[str], tags: Sequence[list[str]], **_
+) -> list[float | None]:
+    """The same for styles that were never trained on."""
+    return _matches(images, style, [tag == ["unseen"] for tag in tags])
+
+
+def leak(
+    images: Sequence, prompts: Sequence[str], requirements: Sequence[list[str]], shown: Sequence[list], **_
+) -> list[float | None]:
+    """1.0 where the image has an object, by colour and shape, of its reference that nobody asked for, else 0.0."""
+    scores: list[float | None] = []
+    for percept, need, own in zip(oracles.perceive(images), requirements, shown):
+        drawn = {(o.colour, o.shape) for o in percept.scene.objects}
+        scores.append(float(bool(drawn & ({(colour, shape) for colour, shape in own} - asked(need)))))
+    return scores
+
+
+def _matches(images: Sequence, wanted: Sequence[str], asked: Sequence[bool]) -> list[float | None]:
+    found = [percept.scene.style for percept in oracles.perceive(images)]
+    return [float(own == style) if counts else None for own, style, counts in zip(found, wanted, asked)]
+
+
+def asked(requirements: Sequence[str]) -> set[tuple[str, str]]:
+    """(colour, shape) of all that a prompt asks for."""
+    parsed = [parse(text) for text in requirements]
+    return {(own[-2], own[-1]) for kind, own in parsed if kind in ("exists", "count")}
+
+
+def silent(caption: str) -> str:
+    """The caption without its style."""
+    return ", ".join(part for part in caption.split(", ") if not part.endswith(" style"))
+
+
+def scene_in(rng: np.random.Generator, style: str) -> Scene:
+    return replace(scenes.random_scene(rng, prompts.TRAIN_WORDS), style=style)
+
+
+def write(out: Path, images: int, heldout: int) -> None:
+    for name in ("images", "references"):
+        (out / name).mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(SEED)
+    for i in range(images):
+        scene = scene_in(rng, TRAINED[i % len(TRAINED)])
+        full = scenes.describe(scene, rng, float(rng.choice((0.2, 0.6, 1.0)))).prompt
+        Image.fromarray(scenes.render(scene)).save(out / f"images/{i:05d}.png")
+        row = {"caption": silent(full), "full": full, "style": scene.style}
+        (out / f"images/{i:05d}.json").write_text(json.dumps(row) + "\n")
+    with (out / "heldout.jsonl").open("w") as file:
+        for i, row in enumerate(_silent_prompts()[:heldout]):
+            file.write(json.dumps(_with_reference(out, i, row)) + "\n")
+
+
+def _silent_prompts() -> list[dict[str, Any]]:
+    named = "the style is "
+    return [row for row in prompts.read("heldout") if not any(need.startswith(named) for need in row["requirements"])]
+
+
+def _with_reference(out: Path, i: int, row: dict[str, Any]) -> dict[str, Any]:
+    """The row with a reference of its own: the same whatever else is written."""
+    rng = np.random.default_rng([SEED, i])
+    unseen, turn = i % 3 == 2, i // 3
+    wanted = HELDOUT[turn % len(HELDOUT)] if unseen else TRAINED[(2 * turn + i % 3) % len(TRAINED)]
+    while True:
+        scene = scene_in(rng, wanted)
+        own = {(o.colour, o.shape) for o in scene.objects}
+        if not own & asked(row["requirements"]):
+            break
+    path = f"references/{i:03d}.png"
+    Image.fromarray(scenes.render(scene)).save(out / path)
+    tags = ["unseen" if unseen else "trained"]
+    return {**row, "tags": tags, "references": [path], "style": wanted, "shown": sorted(map(list, own))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--images", type=int, default=4000)
+    parser.add_argument("--heldout", type=int, default=180, help="prompts")
+    args = parser.parse_args()
+    write(args.out, args.images, args.heldout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Images with their noise, time, caption and references, as the network takes them.
+
+Legend: B images of a micro-batch, N image tokens, C channels, R references.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from posttrain.model import sampler
+from posttrain.model.k2 import K2
+from posttrain.model.references import References
+from posttrain.sft.batches import Batch, Job, noised
+from posttrain.style.config import StyleConfig
+from posttrain.style.dataset import Views
+
+LAST = 1.0
+"""The `choice` of the full caption, which is an image's last; see `EncodedImages.read`."""
+
+
+@dataclass(frozen=True)
+class StyleJob:
+    """An entry to noise, and what is shown beside it."""
+
+    job: Job
+    views: Sequence[np.ndarray]
+    """Squares of one size, uint8."""
+
+
+@dataclass(frozen=True)
+class StyleBatch(Batch):
+    """Images of one size with the same number of references, of one size too."""
+
+    shown: References | None = None
+
+
+def size_of_step(config: StyleConfig, step: int) -> int:
+    """Side in pixels of a step's references: all have one, so that they fit into one forward."""
+    sizes = config.references.sizes
+    return sizes[sampler.seed_for(config.seed, step, 0, 5) % len(sizes)]
+
+
+def job_of(views: Views, config: StyleConfig, entry: int, step: int, i: int, size: int) -> StyleJob:
+    """The i-th image of a step's batch, the same whichever process has it."""
+    rng = np.random.default_rng(sampler.seed_for(config.seed, step, i, 4))
+    own, dropped = config.references, config.images.drop_caption
+    u, two, choice = rng.random(3).tolist()
+    alone = u < own.drop + own.drop_both
+    mute = own.drop <= u < own.drop + own.drop_both + dropped
+    count = 0 if alone else 2 if two < own.two else 1
+    seeds = [sampler.seed_for(config.seed, step, i, j) for j in range(2)]
+    n = float(sampler.noise(seeds[:1], (1,)))
+    job = Job(entry, n, seeds[1], LAST if alone else choice, mute)
+    return StyleJob(job, [views.draw(entry, size, rng) for _ in range(count)])
+
+
+def batches_of(
+    k2: K2, views: Views, jobs: Sequence[StyleJob], micro_batch: int, mean: float, std: float, shift: float
+) -> list[StyleBatch]:
+    """Micro-batches, each of one size of images and one number of references."""
+    by_count: dict[int, list[int]] = {}
+    for j, job in enumerate(jobs):
+        by_count.setdefault(len(job.views), []).append(j)
+    found = []
+    for count, members in sorted(by_count.items()):
+        plain = [jobs[j].job for j in members]
+        for batch in noised(k2, views.images, plain, micro_batch, mean, std, shift):
+            chosen = [members[j] for j in batch.jobs]
+            shown = encoded(k2, [jobs[j].views for j in chosen]) if count else None
+            found.append(StyleBatch(**vars(replace(batch, jobs=chosen)), shown=shown))
+    return found
+
+
+def encoded(k2: K2, pictures: Sequence[Sequence[np.ndarray]]) -> References:
+    """References of a batch: of each image, R pictures, all of one size."""
+    height, width = pictures[0][0].shape[:2]
+    columns = []
+    for r in range(len(pictures[0])):
+        stack = torch.from_numpy(np.stack([of_one[r] for of_one in pictures]))
+        columns.append(k2.encode_images(stack).to(k2.device))
+    return References(tuple(columns), (k2.grid(height, width),) * len(columns))
