@@ -168,12 +168,12 @@ COMMANDS: dict[str, Command] = {
     "preflight": Command(
         "posttrain.grpo.config:GRPOConfig",
         "posttrain.preflight.run:preflight",
-        "check and time a recipe of grpo, nft, mopd, sft, stpo, tdm, pairs or expander gdpo before a run",
+        "check and time a recipe of grpo, nft, mopd, sft, style, stpo, tdm, pairs or expander gdpo before a run",
         about="Runs a small step with the code of that command and discards it: no run directory is made or changed."
         " Prints a table of what each check measured, with a remedy where one failed, and of the time and memory that"
         " the run will take. Exit code 1 if a check failed.",
         # Also grpo's, whose settings these are.
-        recipes_of=("nft", "mopd", "sft", "stpo", "tdm", "pairs", "expander gdpo"),
+        recipes_of=("nft", "mopd", "sft", "style", "stpo", "tdm", "pairs", "expander gdpo"),
     ),
     "pairs": Command(
         "posttrain.pairs.config:PairsConfig",

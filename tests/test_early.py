@@ -15,7 +15,7 @@ from posttrain import cli, commands
 from posttrain.errors import UserError
 from posttrain.model import files, machine
 from posttrain.model.files import Base
-from tests.helpers import pair_runs, runs, tiny
+from tests.helpers import pair_runs, runs, style_runs, tiny
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def recipes(raw, tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipes")
     configs = {
         "grpo": runs.config(folder, raw), "stpo": runs.stpo_config(folder, raw),
-        "sft": runs.sft_config(folder, raw),
+        "sft": runs.sft_config(folder, raw), "style": style_runs.config(folder, raw),
         "tdm": runs.tdm_config(folder, raw), "pairs": pair_runs.recipe(folder, raw),
     }  # fmt: skip
     made = {name: json.loads(json.dumps(dataclasses.asdict(config))) for name, config in configs.items()}
@@ -80,7 +80,7 @@ def refused(recipes, tmp_path, capsys, monkeypatch):
     return run
 
 
-K2 = ["grpo", "sft", "stpo", "tdm", "pairs"]
+K2 = ["grpo", "sft", "style", "stpo", "tdm", "pairs"]
 
 
 @pytest.mark.parametrize("command", [*K2, "judge", "expander sft", "expander gdpo"])

@@ -17,6 +17,7 @@ import yaml
 from posttrain import commands
 from posttrain.errors import counted
 from posttrain.loading import is_hub_id, without_revision
+from posttrain.model.references import KAPPA
 from posttrain.report.front_matter import card
 from posttrain.report.public import public
 from posttrain.runs.read import read_changes
@@ -52,6 +53,10 @@ class Rounding:
         text = f"merged in {self.dtype}: {self.share:.3f} of what was trained is kept ({self.least:.3f} in"
         text += f" {self.layer}; the change is {100 * self.size:.2g} % of the weights)"
         return text if self.dtype == "bfloat16" else f"{text}; loaded in bfloat16 it is {self.bfloat16:.3f}"
+
+
+STYLE = "style"
+"""The method that references belong to."""
 
 
 def model_card(
@@ -91,6 +96,7 @@ def model_card(
         dtype="torch.float32" if needs_float32 else "torch.bfloat16",
         rounding=rounding,
         step=saved.step,
+        kappa=KAPPA if STYLE in [stage.state.get("method") for stage in [*earlier_of(saved), saved]] else None,
         results=_results(saved),
         rewards=[_reward(reward, saved.state.get("method")) for reward in recipe.get("rewards", [])],
         size=size_of(recipe),

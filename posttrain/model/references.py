@@ -1,4 +1,4 @@
-"""Reference images in the network: others are drawn in their style, as STYLE_REFERENCE.md sections 2 to 4 specify.
+"""Reference images in the network: others are drawn in their style.
 
 One sequence, [text | noisy target | reference 1 | reference 2 | ...]. References are clean latents that go through the
 target's own input layer, at time 0, with rotary positions (i, y, x) for reference i = 1, 2, ...; those of text and
@@ -29,7 +29,9 @@ Rope = tuple[Tensor, Tensor]
 KeysValues = tuple[Tensor, Tensor]
 """(B, M, heads, head) each, after norm and rotary positions."""
 MOST = 10
-"""References of one image [K2]."""
+"""References of one image, as in K2's report."""
+KAPPA = 2.0
+"""A user's strength k multiplies the odds of a reference's tokens by k to this power."""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
     posttrain preflight --config recipes/nano/grpo.yaml
 
-It takes the recipe of grpo, nft, mopd, sft, stpo, tdm, pairs or expander gdpo, runs a small step of it with the code of
-that command, and discards it: no run directory is created or changed. The table on stdout shows what each check
+It takes the recipe of grpo, nft, mopd, sft, style, stpo, tdm, pairs or expander gdpo, runs a small step of it with the
+code of that command, and discards it: no run directory is created or changed. The table on stdout shows what each check
 measured and, if it failed, a remedy. All checks run, even if one fails; the exit code is 1 if any failed. stderr shows
 the progress, with the seconds since the start.
 

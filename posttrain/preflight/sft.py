@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,15 +117,18 @@ class SFTChecks(K2Checks):
         batches = self._draw(1)
         # The same latents, times and noise before and after, so that only weights can make a difference.
         before = self._velocities(batches[0])
-        first = sft.optimise(self.k2, self.config, batches, self.stepper, self.alone)
+        first = self._optimise(batches)
         yield finite("loss and gradient", {**first}, "loss", "grad_norm")
         yield self.policy_moves(before, self._velocities(batches[0]))
         batches = self._draw(2)
-        second, seconds = self.timed(lambda: sft.optimise(self.k2, self.config, batches, self.stepper, self.alone))
+        second, seconds = self.timed(lambda: self._optimise(batches))
         self.seconds["update"] = seconds * self.whole / self.config.batch / self.procs.size
         yield finite("further updates", {**second}, "loss", "grad_norm")
 
-    def _draw(self, step: int) -> list[Batch]:
+    def _optimise(self, batches: Sequence[Any]) -> dict[str, float]:
+        return sft.optimise(self.k2, self.config, batches, self.stepper, self.alone)
+
+    def _draw(self, step: int) -> Sequence[Batch]:
         order = sft.order_of(self.images, self.config)
         return sft.draw(self.k2, self.config, self.images, order(step), step, self.alone, self.config.micro_batch)
 

@@ -1,8 +1,7 @@
 """Drawing with references: their strengths, in the attention or on the velocity, and guidance.
 
-STYLE_REFERENCE.md section 4. A user's strength k of a reference becomes s = k^KAPPA for `attention`, where it
-saturates: half a strength then gives about half of the effect (section 13). `velocity` is linear, takes R more
-forwards, and also goes below 0 and above 1.
+A user's strength k of a reference becomes s = k^KAPPA for `attention`, where it saturates: half a strength then gives
+about half of the effect. `velocity` is linear, takes R more forwards, and also goes below 0 and above 1.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from posttrain.model import references, sampler
 from posttrain.model.k2 import K2, Text
 from posttrain.model.references import References
 
-KAPPA = 2.0
 How = Literal["attention", "velocity"]
 Null = Literal["none", "same"]
 MOST_VELOCITY = 4.0
@@ -67,7 +65,7 @@ def prepare(k2: K2, shown: Shown) -> list[tuple[References, float]]:
         return [(_cached(k2, one), strength) for one, strength in zip(alone, strengths)]
     chosen = References(_at(own.latents, kept), _at(own.grids, kept), _at(own.places, kept))
     if any(strength != 1 for strength in strengths):
-        chosen = replace(chosen, strength=torch.tensor([[strength**KAPPA for strength in strengths]]))
+        chosen = replace(chosen, strength=torch.tensor([[strength**references.KAPPA for strength in strengths]]))
     return [(_cached(k2, chosen), 1.0)]
 
 

@@ -4,8 +4,8 @@
 
 It is finetuning on images with captions (posttrain/sft), where each image has references beside it: parts of the same
 image in another order, or another image of the same style, with a caption that does not name the style. What the
-caption says is drawn from the text, and what it leaves out from the references: the style. STYLE_REFERENCE.md has the
-design, model/references.py the network, draw.py strengths and guidance.
+caption says is drawn from the text, and what it leaves out from the references: the style.
+model/references.py is the network, draw.py has strengths and guidance.
 
 All draws come from seeds of global indices (run, step, image), as those of sft do.
 

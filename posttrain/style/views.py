@@ -1,6 +1,6 @@
 """Views of an image for training on itself: what keeps its style and gives away little of its content.
 
-STYLE_REFERENCE.md section 5. `tiles`: squares in random order, each mirrored half the time, never rotated, because
+`tiles`: squares in random order, each mirrored half the time, never rotated, because
 light has a direction. `crop`: a square of something coloured. `other` is no view but another image of the same style;
 see dataset.py.
 

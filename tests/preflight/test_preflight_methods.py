@@ -19,7 +19,7 @@ from posttrain.stpo import train as stpo
 from posttrain.tdm import train as tdm
 from posttrain.training import shard_cache
 from posttrain.training.stepper import Stepper
-from tests.helpers import expander_runs, pair_runs, runs
+from tests.helpers import expander_runs, pair_runs, runs, style_runs
 from tests.preflight.test_preflight import failed, table
 
 
@@ -94,6 +94,14 @@ def test_sft(check, tmp_path, model, monkeypatch):
     monkeypatch.setattr(sft, "flow_loss", lambda v, target: (v - target).sum((1, 2)) * float("nan"))
     rows, _ = check(config, 1)
     assert {"loss and gradient", "policy moves"} <= set(failed(rows)) and rows["export"][0] == "skipped"
+
+
+def test_style(check, tmp_path, model):
+    config = style_runs.config(tmp_path, model)
+    rows, _ = check(config, 0)
+    assert {"images", "loss and gradient", "policy moves", "further updates", "step", "export"} <= rows.keys()
+    assert {result for result, _ in rows.values()} == {"pass", "skipped"}
+    assert "18 encoded" in rows["images"][1] and "s for 6 images (update" in rows["step"][1]
 
 
 def test_tdm(check, tmp_path, model, monkeypatch):

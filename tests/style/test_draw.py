@@ -8,8 +8,8 @@ import torch
 from posttrain.errors import UserError
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text
-from posttrain.model.references import References
-from posttrain.style.draw import KAPPA, Shown, draw
+from posttrain.model.references import KAPPA, References
+from posttrain.style.draw import Shown, draw
 
 
 @pytest.fixture(scope="module")

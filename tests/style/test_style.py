@@ -25,7 +25,7 @@ from posttrain.style.shown import Drawer, Named, named, scaled
 from posttrain.training.evaluate import SamplingSettings
 from tests.helpers import runs, tiny
 from tests.helpers.settings import validate
-from tests.style.conftest import picture
+from tests.helpers.style_runs import picture
 
 # ---- whole runs -------------------------------------------------------------------------------------------------
 

@@ -13,14 +13,15 @@ from posttrain.mopd import train as mopd
 from posttrain.nft import train as nft
 from posttrain.sft import train as sft
 from posttrain.stpo import train as stpo
+from posttrain.style import train as style
 from posttrain.tdm import train as tdm
 from prompts.pool import PoolConfig
 from rewards.background import ScoreQueue
-from tests.helpers import runs, tiny
+from tests.helpers import runs, style_runs, tiny
 
 METHODS = {
     "grpo": (grpo, runs.config), "nft": (nft, runs.nft_config), "mopd": (mopd, runs.mopd_config),
-    "sft": (sft, runs.sft_config),
+    "sft": (sft, runs.sft_config), "style": (style, style_runs.config),
     "stpo": (stpo, runs.stpo_config),
     "tdm": (tdm, runs.tdm_config),
 }  # fmt: skip
@@ -51,7 +52,18 @@ def fail_above(monkeypatch, pictures, nth):
 
 @pytest.mark.parametrize(
     ("method", "nth"),
-    [("grpo", 1), ("grpo", 6), ("nft", 1), ("nft", 7), ("mopd", 2), ("sft", 2), ("stpo", 2), ("tdm", 2), ("tdm", 5)],
+    [
+        ("grpo", 1),
+        ("grpo", 6),
+        ("nft", 1),
+        ("nft", 7),
+        ("mopd", 2),
+        ("sft", 2),
+        ("style", 3),
+        ("stpo", 2),
+        ("tdm", 2),
+        ("tdm", 5),
+    ],
 )
 def test_the_step_is_retried_with_half_the_micro_batch(method, nth, model, tmp_path, monkeypatch, capsys):
     whole = recipe(method, tmp_path / "whole", model)
@@ -105,7 +117,7 @@ def test_the_second_attempt_is_the_same_step(model, tmp_path, monkeypatch):
     runs.assert_equal(a.tensors["pool"], b.tensors["pool"])
 
 
-@pytest.mark.parametrize("method", ["grpo", "nft", "mopd", "sft", "stpo", "tdm"])
+@pytest.mark.parametrize("method", ["grpo", "nft", "mopd", "sft", "style", "stpo", "tdm"])
 def test_the_second_time_is_the_last(method, model, tmp_path, monkeypatch):
     made = recipe(method, tmp_path, model)
     fail_above(monkeypatch, 0, 1)

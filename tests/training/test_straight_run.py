@@ -12,14 +12,16 @@ from posttrain.mopd import losses as mopd_losses
 from posttrain.nft import losses as nft_losses
 from posttrain.sft import train as sft
 from posttrain.stpo import train as stpo
+from posttrain.style import train as style
 from posttrain.tdm import losses as tdm_losses
-from tests.helpers import runs
+from tests.helpers import runs, style_runs
 
 OURS = Path(posttrain.__file__).parent
 MOST_CALLS = 6
 METHODS = {
     "grpo": (runs.config, grpo_losses, "clipped_policy"),
     "sft": (runs.sft_config, sft, "flow_loss"),
+    "style": (style_runs.config, style, "flow_loss"),
     "stpo": (runs.stpo_config, stpo, "preference_terms"),
     "nft": (runs.nft_config, nft_losses, "nft_loss"),
     "mopd": (runs.mopd_config, mopd_losses, "distance"),

@@ -1,0 +1,67 @@
+"""The preflight of style: a few encoded images, and two updates with references by the code of style/train.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain.config.types import changed
+from posttrain.distributed.processes import Processes
+from posttrain.model.k2 import K2
+from posttrain.preflight.checks import Row, phase
+from posttrain.preflight.sft import Few, SFTChecks
+from posttrain.style import train as style
+from posttrain.style.batches import StyleBatch, batches_of, job_of, size_of_step
+from posttrain.style.config import StyleConfig
+from posttrain.style.dataset import StyleSet, Views
+from posttrain.style.shown import of_record
+from posttrain.style.views import Box
+from posttrain.training.loop import try_rewards
+from posttrain.training.policy import load_model
+from prompts.records import PromptRecord, read_prompts
+
+
+class FewStyled(Few):
+    """A few rows of a set with styles."""
+
+    whole: StyleSet
+
+    def style_of(self, row: int) -> str | None:
+        return self.whole.style_of(self.places[row])
+
+    def subject(self, row: int) -> Box | None:
+        return self.whole.subject(self.places[row])
+
+
+def rows(config: StyleConfig, procs: Processes, folder: Path) -> list[Row]:
+    """Raises UserError if nothing can be checked."""
+    source = StyleSet(config.images)
+    heldout = [] if config.heldout is None else read_prompts(config.heldout)
+    for record in heldout:
+        of_record(record, Path(config.heldout or ".").parent)
+    try_rewards(config, heldout)
+    phase("the model is read")
+    k2 = load_model(config.model, procs.device)
+    return StyleChecks(config, procs, k2, source, heldout, folder).run()
+
+
+class StyleChecks(SFTChecks):
+    def __init__(
+        self, config: StyleConfig, procs: Processes, k2: K2, source: StyleSet, heldout: list[PromptRecord], folder: Path
+    ):
+        super().__init__(config, procs, k2, source, heldout, folder)
+        # Of a few images some styles are not there.
+        few: Any = FewStyled(source)
+        self.views = Views(few, self.images, changed(config, heldout_styles=[]))
+
+    def _optimise(self, batches: Sequence[Any]) -> dict[str, float]:
+        return style.optimise(self.k2, self.config, batches, self.stepper, self.alone)
+
+    def _draw(self, step: int) -> Sequence[StyleBatch]:
+        config, entries = self.config, style.order_of(self.views, self.config)(step)
+        side = size_of_step(config, step)
+        jobs = [job_of(self.views, config, entry, step, i, side) for i, entry in enumerate(entries)]
+        return batches_of(
+            self.k2, self.views, jobs, config.micro_batch, config.time_mean, config.time_std, config.shift
+        )
