@@ -110,7 +110,7 @@ def _references(config: SampleConfig, records: list[PromptRecord]) -> list[list[
     for own in found:
         check_strengths([one.strength for one in own], config.strength, len(own))
         if len(own) > MOST:
-            raise UserError(f"references: {len(own)} images; give at most {MOST}")
+            raise UserError(f"references: {counted(len(own), 'image')}; give at most {MOST}")
     return found
 
 

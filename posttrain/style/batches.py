@@ -75,11 +75,11 @@ def batches_of(
     return found
 
 
-def encoded(k2: K2, pictures: Sequence[Sequence[np.ndarray]]) -> References:
-    """References of a batch: of each image, R pictures, all of one size."""
-    height, width = pictures[0][0].shape[:2]
+def encoded(k2: K2, images: Sequence[Sequence[np.ndarray]]) -> References:
+    """References of a batch: of each image, R images, all of one size."""
+    height, width = images[0][0].shape[:2]
     columns = []
-    for r in range(len(pictures[0])):
-        stack = torch.from_numpy(np.stack([of_one[r] for of_one in pictures]))
+    for r in range(len(images[0])):
+        stack = torch.from_numpy(np.stack([of_one[r] for of_one in images]))
         columns.append(k2.encode_images(stack).to(k2.device))
     return References(tuple(columns), (k2.grid(height, width),) * len(columns))

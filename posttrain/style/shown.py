@@ -42,7 +42,7 @@ class Named:
 
 
 def named(value: Any, folder: Path, where: str) -> Named:
-    """Raises UserError for what names no image, or has a strength that is no number."""
+    """Raises UserError for what does not name an image, and for a strength that it cannot read as a number."""
     if isinstance(value, Mapping):
         text, strength = value.get("image"), value.get("strength", 1.0)
         if not isinstance(text, str) or not isinstance(strength, int | float) or isinstance(strength, bool):
@@ -91,30 +91,30 @@ def scaled(image: Image.Image, longest: int, multiple: int, where: str) -> np.nd
 class Encoded:
     """References of one image as they were read, and as the network takes them."""
 
-    pictures: list[np.ndarray]
+    images: list[np.ndarray]
     """uint8 (H, W, 3) each."""
     references: References
     """(1, N_i, C) latents of each."""
 
 
-def encoded(k2: K2, pictures: Sequence[np.ndarray]) -> Encoded:
-    latents = [k2.encode_images(torch.from_numpy(picture.copy())[None]).to(k2.device) for picture in pictures]
-    grids = tuple(k2.grid(*picture.shape[:2]) for picture in pictures)
-    return Encoded([*pictures], References(tuple(latents), grids))
+def encoded(k2: K2, images: Sequence[np.ndarray]) -> Encoded:
+    latents = [k2.encode_images(torch.from_numpy(image.copy())[None]).to(k2.device) for image in images]
+    grids = tuple(k2.grid(*image.shape[:2]) for image in images)
+    return Encoded([*images], References(tuple(latents), grids))
 
 
 def read(k2: K2, own: Sequence[Named], longest: int) -> Encoded:
     """Raises UserError for an image that is refused."""
     if not 0 < len(own) <= MOST:
         raise UserError(f"references: {counted(len(own), 'image')}; give 1 to {MOST}")
-    pictures = []
+    images = []
     for one in own:
         try:
             image = read_image(one.path)
         except (ValueError, OSError) as error:
             raise UserError(f"references: {error}") from None
-        pictures.append(scaled(image, longest, k2.pixel_multiple, f"references: {one.path}"))
-    return encoded(k2, pictures)
+        images.append(scaled(image, longest, k2.pixel_multiple, f"references: {one.path}"))
+    return encoded(k2, images)
 
 
 class Drawer:
@@ -133,7 +133,7 @@ class Drawer:
         self.k2, self.own, self.strengths = k2, own, strengths
         self.size, self.how, self.null = size, how, null
         for one, values in zip(own, strengths, strict=True):
-            check_strengths(values, how, 0 if one is None else len(one.pictures))
+            check_strengths(values, how, 0 if one is None else len(one.images))
 
     @staticmethod
     def of(k2: K2, named: Sequence[Sequence[Named]], size: tuple[int, int], longest: int, how: How = "attention",
@@ -142,12 +142,12 @@ class Drawer:
         own = [read(k2, part, longest) if part else None for part in named]
         return Drawer(k2, own, [tuple(one.strength for one in part) for part in named], size, how, null)
 
-    def picture(self, row: int, height: int, width: int) -> np.ndarray:
+    def preview(self, row: int, height: int, width: int) -> np.ndarray:
         """The first reference of a prompt at that size; grey where it has none."""
         one = self.own[row]
         if one is None:
             return np.full((height, width, 3), 128, np.uint8)
-        return np.asarray(Image.fromarray(one.pictures[0]).resize((width, height)))
+        return np.asarray(Image.fromarray(one.images[0]).resize((width, height)))
 
     def at(self, strength: float) -> Drawer:
         """The same with all references at one strength: by attention within 0 to 1, on the velocity beyond."""

@@ -219,9 +219,9 @@ def of_heldout_images(
     """Captions of held-out images, each with the next held-out image as its reference."""
     records = captions_of(source, images, config.eval.prompts)
     rows = [images.images[images.entries[entry][0]].row for entry in images.heldout.tolist()]
-    pictures = [square(source[rows[(i + 1) % len(rows)]].image, min(size)) for i in range(len(records))]
+    others = [square(source[rows[(i + 1) % len(rows)]].image, min(size)) for i in range(len(records))]
     log.info("heldout is null: evaluations draw captions of held-out images, each in the style of another one")
-    return records, Drawer(k2, [shown.encoded(k2, [picture]) for picture in pictures], [(1.0,)] * len(records), size)
+    return records, Drawer(k2, [shown.encoded(k2, [other]) for other in others], [(1.0,)] * len(records), size)
 
 
 def sweep(training: Training, config: StyleConfig, draw: Drawer) -> None:
@@ -229,7 +229,7 @@ def sweep(training: Training, config: StyleConfig, draw: Drawer) -> None:
     each strength."""
     evaluator, (height, width) = training.evaluator, preview_size(config)
     count = min(SWEPT, len(evaluator.records))
-    rows = [np.stack([draw.picture(row, height, width) for row in range(count)])]
+    rows = [np.stack([draw.preview(row, height, width) for row in range(count)])]
     with training.policy():
         rows += [evaluator.first(count, draw.at(strength)) for strength in config.sweep]
     captions = ["" for _ in range(count)] + [f"{strength:g}" for strength in config.sweep for _ in range(count)]

@@ -18,6 +18,9 @@ SMALL = {
     ],
     "sft": [*EVAL, "--steps", "1", "--batch", "2", "--micro_batch", "2", "--images.measured", "4"],
     "mopd": [*EVAL, "--steps", "1", "--images", "2", "--micro_batch", "2", "--sampling.steps", "4"],
+    "style": [
+        *EVAL, "--steps", "1", "--batch", "2", "--micro_batch", "2", "--images.measured", "4", "--sweep", "[1]",
+    ],
     "tdm": [*EVAL, "--steps", "2", "--batch", "2", "--micro_batch", "2", "--fake.warmup", "1"],
     "sample": ["--steps", "1"],
     "judge": ["--steps", "1", "--batch", "4", "--micro_batch", "4", "--workers", "0"],
@@ -36,6 +39,7 @@ SMALL = {
     "report": [],
     "bench": ["--methods", "[rollout,grpo]", "--repeats", "1", "--stock", "false", "--warmup", "2"],
     "posttrain.pipeline.ranks": [],
+    "posttrain.nano.world.referenced": ["--images", "24", "--heldout", "4"],
     "posttrain.nano.world.styled": ["--images", "24", "--heldout", "4"],
     "posttrain.nano.world.judge_data": ["--pairs", "24", "--faults", "24"],
 }  # fmt: skip
