@@ -19,10 +19,10 @@ from posttrain.expander.model import Expander, resolve
 from posttrain.log import log
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
+from posttrain.references.draw import check_strengths
+from posttrain.references.shown import MOST, Drawer, Named, named, of_record
 from posttrain.runs.guard import check_new
 from posttrain.sample_config import SampleConfig
-from posttrain.style.draw import check_strengths
-from posttrain.style.shown import MOST, Drawer, Named, named, of_record
 from posttrain.training.evaluate import SamplingSettings
 from posttrain.training.policy import (
     FILE,
@@ -78,8 +78,8 @@ def sample(config: SampleConfig) -> None:
     # Without expansions the images of a prompt share its text.
     text_of = range(len(jobs)) if config.expand is not None else [job.record for job in jobs]
     with role:
-        longest = config.reference_size or min(512, max(config.size))
-        draw = Drawer.of(k2, shown, (height, width), longest, config.strength) if any(shown) else None
+        size = (height, width)
+        draw = Drawer.of(k2, shown, size, config.reference_size, config.strength) if any(shown) else None
         for first in range(0, len(jobs), config.micro_batch):
             part = range(first, min(first + config.micro_batch, len(jobs)))
             text = Text.of([fused[text_of[n]] for n in part])

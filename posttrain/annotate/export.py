@@ -19,7 +19,8 @@ from posttrain.annotate.answers import read
 from posttrain.annotate.config import AnnotationsConfig
 from posttrain.errors import UserError, counted
 from posttrain.log import log
-from posttrain.preferences.dataset import Preference, PreferenceWriter, Skipped, read_preferences
+from posttrain.preferences.dataset import Preference, Skipped, read_preferences
+from posttrain.preferences.writer import PreferenceWriter
 from posttrain.runs.progress import reading
 
 

@@ -66,10 +66,11 @@ class RandomPairs(EncodedPairs):
     def __init__(self, steps: Steps, pairs: int):
         self._steps = steps
         self.train, self.size = np.arange(pairs), np.array([steps.size] * pairs)
+        self.shown = [((), ())] * pairs
 
     def __getitem__(self, i: int) -> EncodedPair:
         chosen, rejected = self._steps.latents(2, i).cpu()
-        return EncodedPair(chosen, rejected, self._steps.next_text(), 1.0, self._steps.size)
+        return EncodedPair(chosen, rejected, self._steps.next_text(), 1.0, self._steps.size, [])
 
 
 class RandomImages(EncodedImages):

@@ -12,13 +12,16 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from posttrain.image_reader import read_image
 from posttrain.model import flops, sampler
 from posttrain.model.k2 import K2, to_pil
 from posttrain.pairs.config import DrawConfig, PairsConfig, PairSource
 from posttrain.pairs.draw import Cost, Drawer
 from posttrain.pairs.planning import Block, Plan
 from posttrain.pairs.select import KEPT, Decision, Rules, decide_groups, decide_pairs
-from posttrain.preferences.dataset import Preference, row_of
+from posttrain.preferences.dataset import Preference, Reference
+from posttrain.preferences.writer import row_of
+from posttrain.references.shown import of_records
 from posttrain.training.prompt_source import in_turn
 from prompts.records import PromptRecord, columns
 from rewards.background import ScoreQueue
@@ -60,6 +63,7 @@ def begin_block(
         rows += [records[place]] * group
         # The images of a pair share their noise, so that little else differs; those of a group must differ.
         noises += [sampler.seed_for(seed, -1, j) for j in range(group)] if source.judged else [seed]
+    named = of_records(rows, config.prompts)
     images = np.empty((len(draws) * len(rows), *block.size, 3), np.uint8)
     submitted: list[int] = []
     drawer.begin()
@@ -73,7 +77,7 @@ def begin_block(
                 shown = [rows[i] for i in part]
                 queue.submit(to_pil(decoded), [r.prompt for r in shown], columns(shown))
 
-        drawer.draw(draw, [r.prompt for r in rows], noises, block.size, show)
+        drawer.draw(draw, [r.prompt for r in rows], noises, block.size, show, named)
     jobs, measure = queue.hand_over() if queue is not None else [], block.index % MEASURED == 0
     began = time.perf_counter()
     if measure:  # when nothing else runs: judges may share the device
@@ -86,7 +90,7 @@ def begin_block(
         # Images were submitted as they were decoded; their scores go back into the order of `images`.
         scores = queue.gather(jobs).take(np.argsort(submitted).tolist()) if queue is not None else None
         decision = _decide(config, source, images, scores, group)
-        pairs = _kept_pairs(config, drawer, draws, [records[place].prompt for place in places], seeds, images, decision)
+        pairs = _kept_pairs(config, drawer, draws, [records[place] for place in places], seeds, images, decision)
         entry = {"block": block.index, "source": source.name, "prompts": places, "cut": cut, **decision.entry()}
         return Drawn(entry, [row_of(pair) for pair in pairs], cost)
 
@@ -103,7 +107,7 @@ def _decide(config: PairsConfig, source: PairSource, images: np.ndarray, scores:
 
 
 def _kept_pairs(
-    config: PairsConfig, drawer: Drawer, draws: Sequence[DrawConfig], prompts: list[str], seeds: list[int],
+    config: PairsConfig, drawer: Drawer, draws: Sequence[DrawConfig], records: list[PromptRecord], seeds: list[int],
     images: np.ndarray, decision: Decision,
 ) -> list[Preference]:  # fmt: skip
     best, other = draws[0], draws[-1]  # the same where a group is drawn in one way
@@ -112,9 +116,10 @@ def _kept_pairs(
         if fate != KEPT or pair is None:
             continue
         chosen, rejected = pair
+        (named,) = of_records(records[i : i + 1], config.prompts)
         kept.append(
             Preference(
-                prompts[i],
+                records[i].prompt,
                 Image.fromarray(images[chosen]),
                 Image.fromarray(images[rejected]),
                 source="synthetic",
@@ -124,6 +129,7 @@ def _kept_pairs(
                 rejected_on_policy=config.is_policy(other),
                 margin=margin,
                 seed=seeds[i],
+                references=[Reference(read_image(one.path), one.strength) for one in named],
             )
         )
     return kept

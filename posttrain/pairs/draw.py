@@ -22,8 +22,11 @@ from posttrain.model.blocks import compiles_by_default
 from posttrain.model.k2 import Text
 from posttrain.pairs.config import BASE, DrawConfig, PairsConfig
 from posttrain.pairs.select import degrade
+from posttrain.references import shown as references
+from posttrain.references.shown import Named
 from posttrain.training import checkpoint
 from posttrain.training.checkpoint import Checkpoint
+from posttrain.training.evaluate import SamplingSettings
 from posttrain.training.policy import POLICY, add_saved_policy, is_student, load_model, stack_earlier, stands_on
 
 
@@ -151,9 +154,11 @@ class Drawer:
 
     @torch.no_grad()
     def draw(
-        self, draw: DrawConfig, prompts: Sequence[str], seeds: Sequence[int], size: tuple[int, int], show: Show
-    ) -> None:
+        self, draw: DrawConfig, prompts: Sequence[str], seeds: Sequence[int], size: tuple[int, int], show: Show,
+        named: Sequence[Sequence[Named]] = (),
+    ) -> None:  # fmt: skip
         """Draws one image of each prompt. `show` gets the rows of each micro-batch and its images, uint8 (B, H, W, 3).
+        `named` are the references of each prompt, if any has one.
 
         Within a block, settings that differ only in `noise` share the latents before it.
         """
@@ -179,7 +184,8 @@ class Drawer:
                 text = Text.of([fused[i] for i in part])
                 key = (*astuple(changed(draw, noise=0.0)), first)
                 if (latents := self._drawn.get(key)) is None:
-                    latents = self._drawn[key] = self._sample(draw, text, [seeds[i] for i in part], size)
+                    own = [named[i] for i in part] if any(named) else []
+                    latents = self._drawn[key] = self._sample(draw, text, [seeds[i] for i in part], size, own)
                 if draw.noise:
                     # Another seed than the one the image was drawn from: -1 is no index of anything else.
                     noise = sampler.noise([sampler.seed_for(seeds[i], -1) for i in part], latents.shape[1:])
@@ -220,10 +226,21 @@ class Drawer:
             self._fused[prompt] = self.k2.text_tokens(features)
             self._cut += cut > 0
 
-    def _sample(self, draw: DrawConfig, text: Text, seeds: Sequence[int], size: tuple[int, int]) -> Tensor:
+    def _sample(
+        self,
+        draw: DrawConfig,
+        text: Text,
+        seeds: Sequence[int],
+        size: tuple[int, int],
+        named: Sequence[Sequence[Named]],
+    ) -> Tensor:
         assert draw.steps is not None
         shape = (self.k2.image_tokens(*size), self.k2.latent_channels)
         self._cost.images["forward"] += len(seeds) * self.config.forwards(draw)
+        if named:
+            own = references.Drawer.of(self.k2, named, size)
+            settings = SamplingSettings(draw.steps, draw.guidance)
+            return own(range(len(seeds)), text, sampler.noise(seeds, shape), settings, self.null)
         return self.k2.sample(text, sampler.noise(seeds, shape), draw.steps, *size, draw.guidance, self.null)
 
     def _now(self) -> float:

@@ -35,7 +35,9 @@ from posttrain.pairs.config import BASE, PairsConfig
 from posttrain.pairs.draw import Cost, Drawer
 from posttrain.pairs.planning import Block, Journal, Plan
 from posttrain.pairs.select import KEPT
-from posttrain.preferences.dataset import CARD, PreferenceWriter
+from posttrain.preferences.dataset import CARD
+from posttrain.preferences.writer import PreferenceWriter
+from posttrain.references.shown import of_records
 from posttrain.runs import startup
 from posttrain.runs.guard import check_prompts, check_unchanged
 from posttrain.runs.run import Run, peak_memory
@@ -91,6 +93,7 @@ def make(config: PairsConfig, resume: bool = False) -> None:
         )
         check_prompts(config)
     records = read_prompts(config.prompts)
+    of_records(records, config.prompts)  # references that are not there are refused before a model is read
     try_rewards(config, records)
     # A finished set needs no model: only its report is written again.
     finished = procs.from_main((folder / CARD).exists())

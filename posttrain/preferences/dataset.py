@@ -13,6 +13,7 @@ A set is a directory of parquet files, with the images in them as PNG, and of pr
 | margin | number or null | how much better the chosen one is, in the unit of the judge |
 | share | number | share of votes for the chosen one, 0.5 to 1 |
 | seed | integer or null | seed of the noise |
+| references | list | images that both were drawn in the style of, as `image` and `strength`; empty for none |
 | id | text | a hash of prompt and pixels, the same wherever they are stored |
 
     with PreferenceWriter("pairs/a", resume=True) as writer:      for pair in read_preferences("pairs/a"):
@@ -23,19 +24,14 @@ A set is a directory of parquet files, with the images in them as PNG, and of pr
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import math
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import datasets
-import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -43,17 +39,11 @@ from posttrain.errors import UserError, counted
 from posttrain.image_reader import to_rgb
 from posttrain.preferences.config import ColumnMap
 from posttrain.preferences.sources import Skipped, Tally, Tie, number, preferred, read_image, typed
-from posttrain.runs.files import replacing
-from posttrain.training.checkpoint import is_full
 from prompts.parse import parse_json
 from prompts.tables import Parquet, open_table
 
 VERSION = 1
-CARD, README = "preferences.json", "README.md"
-ROW_GROUP = 16
-"""Rows that are read at once."""
-SHARD_BYTES = 2**27
-"""A shard is also full when its images take this many bytes."""
+CARD = "preferences.json"
 SOURCES = ("synthetic", "human")
 FEATURES = datasets.Features(
     {
@@ -69,12 +59,24 @@ FEATURES = datasets.Features(
         "share": datasets.Value("float64"),
         "seed": datasets.Value("int64"),
         "id": datasets.Value("string"),
+        "references": datasets.List({"image": datasets.Image(), "strength": datasets.Value("float64")}),
     }
 )
 OWN = ColumnMap(chosen="chosen", rejected="rejected", share="share", margin="margin")
 OPTIONAL = {"share": 1.0, "margin": None, "source": "human", "chosen_policy": "unknown", "rejected_policy": "unknown",
             "chosen_on_policy": False, "rejected_on_policy": False, "seed": None}  # fmt: skip
 """Columns that a set may leave out, and their defaults."""
+
+
+@dataclass
+class Reference:
+    """An image that others are drawn in the style of; see posttrain/references."""
+
+    image: Image.Image
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.image = to_rgb(self.image)
 
 
 @dataclass
@@ -93,6 +95,7 @@ class Preference:
     share: float = 1.0
     seed: int | None = None
     id: str = ""
+    references: list[Reference] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.chosen, self.rejected = to_rgb(self.chosen), to_rgb(self.rejected)
@@ -100,101 +103,9 @@ class Preference:
         digest = hashlib.blake2b(self.prompt.encode(), digest_size=16)
         for image in (self.chosen, self.rejected):
             digest.update(repr(image.size).encode() + image.tobytes())
+        for shown in self.references:
+            digest.update(repr((shown.image.size, shown.strength)).encode() + shown.image.tobytes())
         self.id = digest.hexdigest()
-
-
-# ---- write ------------------------------------------------------------------------------------------------
-
-
-def row_of(pair: Preference) -> dict[str, Any]:
-    """A pair as a row of a set, with its images as PNG. Raises ValueError for an invalid pair."""
-    if problem := _problem(pair):
-        raise ValueError(f"{pair.prompt!r}: {problem}")
-    row = {name: getattr(pair, name) for name in FEATURES}
-    for name in ("chosen", "rejected"):
-        row[name] = {"bytes": _png(row[name]), "path": None}
-    return row
-
-
-class PreferenceWriter:
-    """Writes a set in whole shards, so that a writer that was killed can resume after `written` pairs.
-
-    `card` is added to preferences.json: anything that JSON can hold. It may grow until the end of the `with` block,
-    which writes it. After an exception, pairs that are in no shard yet are lost, and the set stays unfinished.
-    """
-
-    def __init__(
-        self, path: str | Path, resume: bool = False, rows: int = 256, card: Mapping[str, Any] | None = None
-    ) -> None:
-        """`rows` is the most of a shard. Raises UserError for a finished set, and without `resume` for any other."""
-        self.path, self.rows, self.card = Path(path), rows, dict(card or {})
-        if (self.path / CARD).exists():
-            raise UserError(f"{self.path}: holds a finished set of pairs; choose another directory")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be made: {error.strerror}; choose another directory") from None
-        for left_over in self.path.glob(".shard-*"):  # of a writer that was killed
-            left_over.unlink()
-        # Other files than shards count too: a wrong directory must not be written into.
-        if any(self.path.iterdir()) and not resume:
-            raise UserError(f"{self.path}: is not empty; go on with what is there, or choose another directory")
-        self._pending: list[dict[str, Any]] = []
-        self._bytes = 0
-        self._shards = _shards(self.path)
-
-    @property
-    def written(self) -> int:
-        """Pairs in whole shards."""
-        return sum(self._shards.values())
-
-    def add(self, pair: Preference) -> None:
-        self.add_row(row_of(pair))
-
-    def add_row(self, row: dict[str, Any]) -> None:
-        """Adds a row of `row_of`, which may come from another process."""
-        self._bytes += len(row["chosen"]["bytes"]) + len(row["rejected"]["bytes"])
-        self._pending.append(row)
-        if len(self._pending) >= self.rows or self._bytes >= SHARD_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        """Writes the pending rows as a shard."""
-        if not self._pending:
-            return
-        name = f"shard-{len(self._shards):05d}.parquet"
-        table = pa.Table.from_pylist(self._pending, schema=FEATURES.arrow_schema)
-        options = {"row_group_size": ROW_GROUP, "write_page_checksum": True}
-        _replace(self.path / name, lambda file: pq.write_table(table, file, **options))
-        self._shards[name] = len(self._pending)
-        self._pending, self._bytes = [], 0
-
-    def __enter__(self) -> PreferenceWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        if kind is not None:
-            return
-        self.flush()
-        # Counted from the files, since an earlier writer may have written some of them.
-        digest, sources, on_policy = hashlib.sha256(), Counter(), 0
-        names = ["id", "share", "source", "chosen_on_policy", "rejected_on_policy"]
-        for shard in self._shards:
-            for row in pq.read_table(self.path / shard, columns=names).to_pylist():
-                digest.update(f"{row['id']} {row['share']!r}\n".encode())
-                sources[row["source"]] += 1
-                on_policy += row["chosen_on_policy"] or row["rejected_on_policy"]
-        counts = {"rows": self.written, "sources": dict(sources), "on_policy": on_policy}
-        files = {"shards": self._shards, "fingerprint": digest.hexdigest()}
-        card = json.dumps({**self.card, "version": VERSION, **counts, **files}, indent=1, ensure_ascii=False)
-        readme = '---\nconfigs:\n- config_name: default\n  data_files: "*.parquet"\n---\n'
-        readme += f"{counted(self.written, 'preference pair')}.\n"
-        _replace(self.path / README, lambda file: file.write(readme.encode()))
-        # Last: a set with a card is finished.
-        _replace(self.path / CARD, lambda file: file.write(f"{card}\n".encode()))
-
-
-# ---- read -------------------------------------------------------------------------------------------------
 
 
 class Preferences:
@@ -211,7 +122,7 @@ class Preferences:
             self.card = _read_card(Path(path))
             files = [Path(path) / name for name in self.card["shards"]]
             self._source = Parquet(Path(path), files, self.card["fingerprint"])
-        elif os.path.isdir(path) and _shards(Path(path)):
+        elif os.path.isdir(path) and shards_of(Path(path)):
             raise UserError(f"{path}: is unfinished: it has shards and no {CARD}; go on with what was writing it")
         else:
             self._source = open_table(path)
@@ -305,10 +216,24 @@ class Preferences:
         # Images last: decoding them takes longer than all other checks.
         chosen = read_image(names[0], values[0], self._source.folder)
         rejected = read_image(names[1], values[1], self._source.folder)
+        other["references"] = self._references(row.get("references")) if self._own else []
         pair = Preference(prompt, chosen, rejected, **other)
-        if problem := _problem(pair, self._resized):
+        if problem := problem_of(pair, self._resized):
             raise ValueError(problem)
         return pair
+
+    def _references(self, values: Any) -> list[Reference]:
+        """Raises ValueError with the reason for a list that is none."""
+        if not isinstance(values, list | None):
+            raise ValueError("references: is not a list")
+        found = []
+        for i, value in enumerate(values or []):
+            name = f"references[{i}]"
+            if not isinstance(value, Mapping) or "image" not in value:
+                raise ValueError(f"{name}: holds no image")
+            strength = 1.0 if (given := number(value, "strength")) is None else given
+            found.append(Reference(read_image(name, value["image"], self._source.folder), strength))
+        return found
 
 
 def read_preferences(
@@ -329,7 +254,7 @@ def read_preferences(
     return Preferences(str(path), columns, max_bad, resized)
 
 
-def _problem(pair: Preference, resized: bool = False) -> str | None:
+def problem_of(pair: Preference, resized: bool = False) -> str | None:
     """What is wrong with a pair whose images could be read; None: nothing. `resized`: sizes may differ."""
     if not pair.prompt.strip():
         return "prompt: is empty"
@@ -368,12 +293,13 @@ def _read_card(path: Path) -> dict[str, Any]:
         if (found := _rows(path / name)) != rows:
             raise UserError(f"{path / name}: has {counted(found, 'row')}, not {rows} as {CARD} says; copy it again")
         # The names in a parquet file have no checksum, and a column that is not found would take its default.
-        if pq.read_schema(path / name).names != list(FEATURES):
+        columns = pq.read_schema(path / name).names
+        if columns not in (list(FEATURES), [column for column in FEATURES if column != "references"]):
             raise UserError(f"{path / name}: has other columns than it was written with; copy the directory again")
     return card
 
 
-def _shards(path: Path) -> dict[str, int]:
+def shards_of(path: Path) -> dict[str, int]:
     return {file.name: _rows(file) for file in sorted(path.glob("shard-*.parquet"))}
 
 
@@ -382,18 +308,3 @@ def _rows(file: Path) -> int:
         return pq.read_metadata(file).num_rows
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: is not a whole parquet file ({error}); copy or make it again") from None
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "png")
-    return buffer.getvalue()
-
-
-def _replace(path: Path, write: Any) -> None:
-    try:
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            write(file)
-    except OSError as error:
-        reason = "no space left; free some, then go on" if is_full(error) else f"cannot be written: {error.strerror}"
-        raise UserError(f"{path}: {reason}") from error

@@ -11,11 +11,11 @@ from posttrain.distributed.processes import Processes
 from posttrain.model.k2 import K2
 from posttrain.preflight.checks import Row, phase
 from posttrain.preflight.sft import Few, SFTChecks
+from posttrain.references.shown import of_records
 from posttrain.style import train as style
 from posttrain.style.batches import StyleBatch, batches_of, job_of, size_of_step
 from posttrain.style.config import StyleConfig
 from posttrain.style.dataset import StyleSet, Views
-from posttrain.style.shown import of_record
 from posttrain.style.views import Box
 from posttrain.training.loop import try_rewards
 from posttrain.training.policy import load_model
@@ -38,8 +38,7 @@ def rows(config: StyleConfig, procs: Processes, folder: Path) -> list[Row]:
     """Raises UserError if nothing can be checked."""
     source = StyleSet(config.images)
     heldout = [] if config.heldout is None else read_prompts(config.heldout)
-    for record in heldout:
-        of_record(record, Path(config.heldout or ".").parent)
+    of_records(heldout, config.heldout)
     try_rewards(config, heldout)
     phase("the model is read")
     k2 = load_model(config.model, procs.device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,14 +22,20 @@ from posttrain.errors import UserError, counted
 from posttrain.log import log
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text
+from posttrain.model.references import KAPPA, MOST, References
 from posttrain.preferences.dataset import Preference, Preferences
 from posttrain.preferences.sources import Skipped, Tally
+from posttrain.references.draw import check_strengths
+from posttrain.references.shown import LONGEST, scaled
 from posttrain.runs import startup
 from posttrain.stpo.config import PairSetConfig
 from posttrain.stpo.losses import label
 from posttrain.training.shard_cache import Shards, facts_of, warn_of_cut
 
-VERSION = 2  # 1: images were read without their orientation and transparency
+VERSION = 3  # 1: images were read without their orientation and transparency; 2: without references
+
+Grids = tuple[tuple[int, int], ...]
+"""(rows, columns) of tokens of each reference."""
 
 
 @dataclass
@@ -40,6 +47,8 @@ class EncodedPair:
     """What `K2.text_tokens` gives, in the network's type."""
     label: float
     size: tuple[int, int]
+    references: list[Tensor]
+    """(N_i, C) latents of each, in fp32."""
 
 
 @dataclass
@@ -61,6 +70,8 @@ class Batch:
     size: tuple[int, int]
     jobs: list[int]
     """Which of the pairs that were asked for, in their order."""
+    shown: References | None
+    """The references of both images."""
 
 
 @dataclass
@@ -84,13 +95,17 @@ class EncodedPairs:
         self.tally, self._shards = tally, shards
         self.cuts: list[int] = []
         """Tokens that did not fit, of each prompt of which some did not."""
+        self.shown: list[tuple[Grids, tuple[float, ...]]] = []
+        """Of each pair the grids of its references, and their strengths."""
         places, labels, prompts = [], [], []
         for made in shards.made():
-            # Rows are (row of the set, text, height, width, label, hash of the prompt); a shard may have no pair.
-            columns = list(zip(*made["pairs"])) or [()] * 6
+            # Rows are (row of the set, text, height, width, label, hash of the prompt, grids and strengths of the
+            # references); a shard may have no pair.
+            columns = list(zip(*made["pairs"])) or [()] * 8
             places.append(np.array(columns[:4], np.int32))
             labels.append(np.array(columns[4], np.float32))
             prompts.append(np.array(columns[5], np.int64))
+            self.shown += [(_grids(grids), tuple(strengths)) for grids, strengths in zip(columns[6], columns[7])]
             self.cuts += made["cuts"]
             for values in made["skipped"]:
                 tally.add(Skipped(*values))
@@ -107,7 +122,8 @@ class EncodedPairs:
         with self._shards.opened(row) as file:
             chosen, rejected = file.get_tensor(f"{row}.chosen"), file.get_tensor(f"{row}.rejected")
             text = file.get_tensor(f"text.{self._text[i]}")
-        return EncodedPair(chosen, rejected, text, float(self.label[i]), (height, width))
+            references = [file.get_tensor(f"{row}.reference.{j}") for j in range(len(self.shown[i][0]))]
+        return EncodedPair(chosen, rejected, text, float(self.label[i]), (height, width), references)
 
 
 def encode_pairs(k2: K2, preferences: Preferences, config: PairSetConfig, procs: Processes) -> EncodedPairs:
@@ -143,13 +159,14 @@ def encode_pairs(k2: K2, preferences: Preferences, config: PairSetConfig, procs:
 def noised(
     k2: K2, pairs: EncodedPairs, jobs: Sequence[Job], micro_batch: int, time_mean: float, time_std: float
 ) -> list[Batch]:
-    """Micro-batches, each of one size, of pairs with one time and one noise for both images."""
+    """Micro-batches, each of one size and with references of the same sizes, of pairs with one time and one noise for
+    both images."""
     null = k2.text([""]).tokens[0] if any(job.dropped for job in jobs) else torch.empty(0)
-    by_size: dict[tuple[int, ...], list[int]] = {}
+    alike: dict[Any, list[int]] = {}
     for j, job in enumerate(jobs):
-        by_size.setdefault(tuple(pairs.size[job.pair].tolist()), []).append(j)
+        alike.setdefault((*pairs.size[job.pair].tolist(), pairs.shown[job.pair][0]), []).append(j)
     batches = []
-    for (height, width), members in by_size.items():
+    for (height, width, grids), members in alike.items():
         for first in range(0, len(members), micro_batch):
             chosen = members[first : first + micro_batch]
             part = [jobs[j] for j in chosen]
@@ -172,9 +189,35 @@ def noised(
                     torch.tensor([pair.label for pair in read], device=k2.device),
                     (height, width),
                     chosen,
+                    _shown(k2, read, grids, [pairs.shown[job.pair][1] for job in part]) if grids else None,
                 )
             )
     return batches
+
+
+def _shown(k2: K2, read: Sequence[EncodedPair], grids: Grids, strengths: Sequence[tuple[float, ...]]) -> References:
+    """The references of pairs that have as many, of the same sizes."""
+    columns = zip(*[pair.references for pair in read])
+    latents = tuple(torch.stack(column).to(k2.device) for column in columns)
+    same = all(strength == 1 for own in strengths for strength in own)
+    powers = None if same else torch.tensor(strengths, device=k2.device) ** KAPPA
+    return References(latents, grids, strength=powers)
+
+
+def _unfit(k2: K2, pair: Preference) -> str | None:
+    """Why the references of a pair cannot be shown; None: they can."""
+    try:
+        check_strengths([shown.strength for shown in pair.references], "attention", len(pair.references))
+        for i, shown in enumerate(pair.references):
+            scaled(shown.image, LONGEST, k2.pixel_multiple, f"references[{i}]")
+    except UserError as error:
+        return str(error)
+    count = len(pair.references)
+    return f"references: {counted(count, 'image')}; at most {MOST} are taken" if count > MOST else None
+
+
+def _grids(value: Any) -> Grids:
+    return tuple((rows, columns) for rows, columns in value)
 
 
 def _encode(k2: K2, preferences: Preferences, config: PairSetConfig, shards: Shards, number: int) -> list[Skipped]:
@@ -188,6 +231,8 @@ def _encode(k2: K2, preferences: Preferences, config: PairSetConfig, shards: Sha
         elif config.size is None and any(side % k2.pixel_multiple for side in row.chosen.size):
             width, height = row.chosen.size
             reason = f"is {height}x{width} pixels, no multiples of {k2.pixel_multiple}; set pairs.size"
+            skipped.append(Skipped(preferences.name(i), reason))
+        elif reason := _unfit(k2, row):
             skipped.append(Skipped(preferences.name(i), reason))
         else:
             pairs[i] = row
@@ -207,6 +252,13 @@ def _encode(k2: K2, preferences: Preferences, config: PairSetConfig, shards: Sha
                 names.append(f"{i}.{name}")
         for name, latents in zip(names, k2.encode_images(images).cpu()):
             tensors[name] = latents.clone()  # a view would be saved with the whole batch behind it
+    grids: dict[int, Grids] = {}
+    for i, pair in pairs.items():
+        longest = min(LONGEST, max(size_of[i]))
+        own = [scaled(shown.image, longest, k2.pixel_multiple, f"{i}") for shown in pair.references]
+        latents_of = [k2.encode_images(torch.from_numpy(image.copy())[None])[0] for image in own]
+        tensors |= {f"{i}.reference.{j}": latents.cpu().clone() for j, latents in enumerate(latents_of)}
+        grids[i] = tuple(k2.grid(*image.shape[:2]) for image in own)
     prompts = list(dict.fromkeys(pair.prompt for pair in pairs.values()))
     encoding = k2.encode(prompts, config.max_tokens)
     for j, features in enumerate(encoding.features):
@@ -214,7 +266,8 @@ def _encode(k2: K2, preferences: Preferences, config: PairSetConfig, shards: Sha
     encoded = []
     for i, pair in pairs.items():
         p = label(pair.share, pair.source == "human")
-        encoded.append([i, prompts.index(pair.prompt), *size_of[i], p, _digest(pair.prompt)])
+        strengths = [shown.strength for shown in pair.references]
+        encoded.append([i, prompts.index(pair.prompt), *size_of[i], p, _digest(pair.prompt), grids[i], strengths])
     made = {
         "pairs": encoded,
         "cuts": [cut for cut in encoding.cut if cut],

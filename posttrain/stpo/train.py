@@ -37,6 +37,7 @@ Legend: B pairs of a micro-batch, N image tokens, C channels.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,9 @@ from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.model import flops, parallelize, sampler
 from posttrain.model.k2 import K2, Text
+from posttrain.model.references import References
 from posttrain.preferences.dataset import read_preferences
+from posttrain.references.shown import Drawer, of_records
 from posttrain.stpo.config import PreferenceLossConfig, STPOConfig
 from posttrain.stpo.latent_cache import Batch, EncodedPairs, Job, encode_pairs, noised
 from posttrain.stpo.losses import error_change, exact_guard, has_risen, inner, norm, preference_terms
@@ -79,6 +82,7 @@ def train(config: STPOConfig, resume: bool = False) -> None:
     resized = config.pairs.size is not None
     preferences = read_preferences(config.pairs.train, config.pairs.columns, config.pairs.max_bad, resized)
     heldout = read_prompts(config.heldout)
+    named = of_records(heldout[: config.eval.prompts], config.heldout)
     try_rewards(config, heldout)
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     k2 = load_model(config.model, procs.device, saved)
@@ -96,7 +100,10 @@ def train(config: STPOConfig, resume: bool = False) -> None:
         rewards = load_rewards(config.rewards, run.urls)
         height, width = config.pairs.size or pairs.size[0].tolist()
         batch = 4 * micro_batch.size  # without gradients four times as many images fit
-        evaluator = Evaluator(k2, heldout, rewards, config.eval, (height, width), batch, config.pairs.max_tokens, procs)
+        draw = Drawer.of(k2, named, (height, width)) if any(named) else None
+        evaluator = Evaluator(
+            k2, heldout, rewards, config.eval, (height, width), batch, config.pairs.max_tokens, procs, draw=draw
+        )
         guidance = {"training": 0.0, "evaluation": config.eval.guidance}
         facts = {"pairs": pairs.fingerprint, "rewards": record(rewards), "guidance": guidance}
         training = Training("stpo", config, run, procs, k2, {POLICY: stepper}, evaluator, saved, facts)
@@ -217,7 +224,7 @@ def _settings(loss: PreferenceLossConfig) -> dict[str, Any]:
 def _velocities(k2: K2, batch: Batch) -> tuple[Tensor, Tensor]:
     # Both halves in one forward: the text and the time are the same for both.
     x, t = torch.cat([batch.x_w, batch.x_l]), batch.t.repeat(2)
-    v_w, v_l = k2.velocity(x, t, batch.text, *batch.size).chunk(2)
+    v_w, v_l = k2.velocity(x, t, batch.text, *batch.size, shown=_of_both(batch)).chunk(2)
     return v_w, v_l
 
 
@@ -225,7 +232,16 @@ def _velocity(k2: K2, batch: Batch, half: int) -> Tensor:
     """Of the chosen images (0) or of the rejected ones (1)."""
     tokens, mask = batch.text.tokens.chunk(2)[half], batch.text.mask
     text = Text(tokens, None if mask is None else mask.chunk(2)[half])
-    return k2.velocity((batch.x_w, batch.x_l)[half], batch.t, text, *batch.size)
+    return k2.velocity((batch.x_w, batch.x_l)[half], batch.t, text, *batch.size, shown=batch.shown)
+
+
+def _of_both(batch: Batch) -> References | None:
+    """The references of the chosen images and of the rejected ones, which are the same."""
+    own = batch.shown
+    if own is None:
+        return None
+    strength = None if own.strength is None else own.strength.repeat(2, 1)
+    return replace(own, latents=tuple(latents.repeat(2, 1, 1) for latents in own.latents), strength=strength)
 
 
 @torch.no_grad()

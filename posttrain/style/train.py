@@ -38,6 +38,8 @@ from posttrain.errors import UserError
 from posttrain.log import log
 from posttrain.model import parallelize
 from posttrain.model.k2 import K2
+from posttrain.references import shown
+from posttrain.references.shown import Drawer
 from posttrain.sft.batches import Batch
 from posttrain.sft.cache import EncodedImages, encode_images
 from posttrain.sft.heldout import HeldOut
@@ -45,11 +47,9 @@ from posttrain.sft.losses import flow_loss
 from posttrain.sft.order import Order
 from posttrain.sft.train import captions_of, check_moved, evaluate, preview_size, say_small, write_table
 from posttrain.sft.turbo import add_turbo
-from posttrain.style import shown
 from posttrain.style.batches import StyleBatch, StyleJob, batches_of, job_of, size_of_step
 from posttrain.style.config import StyleConfig
 from posttrain.style.dataset import StyleSet, Views, square, whole
-from posttrain.style.shown import Drawer
 from posttrain.style.views import tiles
 from posttrain.training import checkpoint
 from posttrain.training.evaluate import Evaluator
@@ -73,7 +73,7 @@ def train(config: StyleConfig, resume: bool = False) -> None:
     resume = resuming(config, resume, procs)
     source = StyleSet(config.images)
     heldout = [] if config.heldout is None else read_prompts(config.heldout)
-    named = [shown.of_record(row, Path(config.heldout or ".").parent) for row in heldout[: config.eval.prompts]]
+    named = shown.of_records(heldout[: config.eval.prompts], config.heldout)
     if heldout and not any(named):
         raise UserError(f"heldout: {config.heldout} names no references; add references: [IMAGE] to its lines")
     try_rewards(config, heldout)

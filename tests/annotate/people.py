@@ -9,7 +9,8 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Browser, Page
 
-from posttrain.preferences.dataset import Preference, PreferenceWriter
+from posttrain.preferences.dataset import Preference
+from posttrain.preferences.writer import PreferenceWriter
 from tests.helpers import runs
 
 PAIRS = 10

@@ -11,7 +11,8 @@ from PIL import Image
 
 from posttrain import cli
 from posttrain.annotate.answers import Schedule, Store
-from posttrain.preferences.dataset import Preference, PreferenceWriter
+from posttrain.preferences.dataset import Preference
+from posttrain.preferences.writer import PreferenceWriter
 
 
 @pytest.fixture

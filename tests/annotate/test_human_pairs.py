@@ -10,7 +10,8 @@ from posttrain import cli
 from posttrain.annotate.answers import Showing, Store
 from posttrain.annotate.export import Pairs
 from posttrain.errors import UserError
-from posttrain.preferences.dataset import Preference, PreferenceWriter, read_preferences
+from posttrain.preferences.dataset import Preference, read_preferences
+from posttrain.preferences.writer import PreferenceWriter
 from tests.annotate.test_annotations import LETTERS, SETTINGS, store_of
 
 

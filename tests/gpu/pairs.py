@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from posttrain.preferences.dataset import CARD, Preference, PreferenceWriter
+from posttrain.preferences.dataset import CARD, Preference
+from posttrain.preferences.writer import PreferenceWriter
 
 PAIRS = 40
 

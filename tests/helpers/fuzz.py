@@ -28,7 +28,8 @@ from posttrain import cli, commands, preconditions
 from posttrain.commands import CHECK
 from posttrain.config.fields import field_types
 from posttrain.preferences.config import ColumnMap
-from posttrain.preferences.dataset import PreferenceWriter, read_preferences
+from posttrain.preferences.dataset import read_preferences
+from posttrain.preferences.writer import PreferenceWriter
 from prompts.records import read_prompts
 from prompts.templates import load_template
 from rewards.endpoints import JudgeError

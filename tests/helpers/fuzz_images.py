@@ -20,7 +20,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from posttrain.image_reader import read_image
-from posttrain.preferences.dataset import Preference, PreferenceWriter, Skipped, read_preferences
+from posttrain.preferences.dataset import Preference, Skipped, read_preferences
+from posttrain.preferences.writer import PreferenceWriter
 from prompts.records import read_prompts
 from tests.helpers.malformed import pictures, refused, torn
 

@@ -16,7 +16,7 @@ from tests.helpers import tiny
 STYLES = ("oil", "ink", "chalk")
 
 
-def picture(seed: int, side: int = 32) -> Image.Image:
+def image(seed: int, side: int = 32) -> Image.Image:
     pixels = 100 + np.random.default_rng(seed).integers(0, 120, (side // 8, side // 8, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
 
@@ -27,12 +27,12 @@ def config(folder: Path, model: Path) -> StyleConfig:
     place = folder / "styled"
     place.mkdir(parents=True, exist_ok=True)
     for i in range(18):
-        picture(i).save(place / f"{i:02d}.png")
+        image(i).save(place / f"{i:02d}.png")
         caption = tiny.PROMPTS[i % 3]
         row = {"caption": caption, "full": f"{caption}, {STYLES[i % 3]}", "style": STYLES[i % 3], "box": [4, 4, 20, 20]}
         (place / f"{i:02d}.json").write_text(json.dumps(row))
     for name in ("a", "b"):
-        picture(ord(name)).save(folder / f"{name}.png")
+        image(ord(name)).save(folder / f"{name}.png")
     rows = [
         {"prompt": tiny.PROMPTS[0], "references": ["a.png"]},
         {"prompt": tiny.PROMPTS[1], "references": [{"image": "a.png", "strength": 0.5}, "b.png:0.8"]},

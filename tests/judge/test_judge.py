@@ -26,7 +26,8 @@ from posttrain.judge.records import read_records
 from posttrain.nano.build import judge_model
 from posttrain.nano.world import judge_data
 from posttrain.preferences.config import ColumnMap
-from posttrain.preferences.dataset import Preference, PreferenceWriter
+from posttrain.preferences.dataset import Preference
+from posttrain.preferences.writer import PreferenceWriter
 from posttrain.training import checkpoint
 from prompts.templates import load_template
 from rewards.vlm import VLM

@@ -17,7 +17,8 @@ from PIL import Image
 
 from posttrain.errors import UserError
 from posttrain.preferences.config import ColumnMap
-from posttrain.preferences.dataset import Preference, PreferenceWriter, Skipped, read_preferences
+from posttrain.preferences.dataset import Preference, Skipped, read_preferences
+from posttrain.preferences.writer import PreferenceWriter
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,7 +89,7 @@ def test_id_is_of_prompt_and_pictures():
 
 WRITE = """
 import os, sys
-from posttrain.preferences.dataset import PreferenceWriter
+from posttrain.preferences.writer import PreferenceWriter
 from tests.preferences.test_preferences import pair
 with PreferenceWriter(sys.argv[1], resume=True, rows=2) as writer:
     for i in range(writer.written, 7):

@@ -15,17 +15,17 @@ from posttrain.config.types import ConfigError
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.model.k2 import K2
+from posttrain.references.shown import Drawer, Named, named, scaled
 from posttrain.sample_config import SampleConfig
 from posttrain.sample_images import sample
 from posttrain.sft.cache import encode_images
 from posttrain.style import train as style
 from posttrain.style.batches import LAST, batches_of, job_of
 from posttrain.style.dataset import StyleSet, Views
-from posttrain.style.shown import Drawer, Named, named, scaled
 from posttrain.training.evaluate import SamplingSettings
 from tests.helpers import runs, tiny
 from tests.helpers.settings import validate
-from tests.helpers.style_runs import picture
+from tests.helpers.style_runs import image
 
 # ---- whole runs -------------------------------------------------------------------------------------------------
 
@@ -256,7 +256,7 @@ def test_without_an_adapter_of_style_it_is_warned(config, capsys):
     ],
 )
 def test_references_that_cannot_be_shown(config, tmp_path, capsys, words, says):
-    picture(3, 64).resize((16, 64)).save(tmp_path / "small.png")
+    image(3, 64).resize((16, 64)).save(tmp_path / "small.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
     at = {"a": tmp_path / "a.png", "f": tmp_path}
     own = ["--references", *(word.format(**at) for word in words)]
@@ -314,7 +314,7 @@ def test_captions_of_held_out_images(config, capsys):
 
 
 def test_names(tmp_path):
-    picture(0).save(tmp_path / "a:1.png")
+    image(0).save(tmp_path / "a:1.png")
     assert named("a:1.png", tmp_path, "x").strength == 1.0
     assert named({"image": "a:1.png", "strength": 0.25}, tmp_path, "x").strength == 0.25
     with pytest.raises(UserError, match="x: is None; name an image"):

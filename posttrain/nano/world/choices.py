@@ -21,7 +21,8 @@ from posttrain.export.export import load_checkpoint
 from posttrain.model import sampler
 from posttrain.model.k2 import to_pil
 from posttrain.nano.world import judge_data, oracles
-from posttrain.preferences.dataset import Preference, PreferenceWriter
+from posttrain.preferences.dataset import Preference
+from posttrain.preferences.writer import PreferenceWriter
 from posttrain.training import checkpoint
 from posttrain.training.policy import POLICY
 from posttrain.training.prompt_source import in_turn

@@ -9,7 +9,7 @@ from posttrain.errors import UserError
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text
 from posttrain.model.references import KAPPA, References
-from posttrain.style.draw import Shown, draw
+from posttrain.references.draw import Shown, draw
 
 
 @pytest.fixture(scope="module")

@@ -23,12 +23,12 @@ from posttrain.errors import UserError, counted
 from posttrain.image_reader import read_image
 from posttrain.model.k2 import K2, Text
 from posttrain.model.references import MOST, References
-from posttrain.style.draw import MOST_VELOCITY, How, Null, Shown, check_strengths, draw
+from posttrain.references.draw import MOST_VELOCITY, How, Null, Shown, check_strengths, draw
 from posttrain.training.evaluate import SamplingSettings
 from prompts.records import PromptRecord
 
-SIDE = 512
-"""Longest side in pixels that a reference is scaled to, unless it is told otherwise: the longest of training."""
+LONGEST = 512
+"""Longest side in pixels that a reference is scaled to, unless it is told otherwise; never longer than the image."""
 LEAST = 4
 """Shortest side that a reference may have, in tokens."""
 
@@ -72,6 +72,11 @@ def of_record(record: PromptRecord, folder: Path) -> list[Named]:
     if not isinstance(values, list) or len(values) > MOST:
         raise UserError(f"{where}: give a list of at most {MOST} images")
     return [named(value, folder, where) for value in values]
+
+
+def of_records(records: Sequence[PromptRecord], path: str | None) -> list[list[Named]]:
+    """Those of each prompt of a file. Raises UserError, before a model is read."""
+    return [of_record(record, Path(path or ".").parent) for record in records]
 
 
 def scaled(image: Image.Image, longest: int, multiple: int, where: str) -> np.ndarray:
@@ -136,9 +141,10 @@ class Drawer:
             check_strengths(values, how, 0 if one is None else len(one.images))
 
     @staticmethod
-    def of(k2: K2, named: Sequence[Sequence[Named]], size: tuple[int, int], longest: int, how: How = "attention",
-           null: Null = "none") -> Drawer:  # fmt: skip
-        """Reads the images that are named, at most `longest` pixels a side."""
+    def of(k2: K2, named: Sequence[Sequence[Named]], size: tuple[int, int], longest: int | None = None,
+           how: How = "attention", null: Null = "none") -> Drawer:  # fmt: skip
+        """Reads the images that are named, at most `longest` pixels a side; None: those of the image, up to LONGEST."""
+        longest = longest or min(LONGEST, max(size))
         own = [read(k2, part, longest) if part else None for part in named]
         return Drawer(k2, own, [tuple(one.strength for one in part) for part in named], size, how, null)
 

@@ -1,0 +1,1 @@
+"""Drawing with reference images: strengths, mixing, and the references that users name."""
