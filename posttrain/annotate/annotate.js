@@ -36,6 +36,7 @@ function show(next) {
   find("#work").hidden = false;
   find("#done").hidden = !over;
   pair.hidden = find("#question").hidden = find("#prompt").hidden = over;
+  if (over) find("#references").hidden = true;
   text("#note", next.note);
   text("#person", next.name);
   text("#count", `${next.done} of ${next.total}${next.rest ? `, ${next.rest}` : ""}`);
@@ -51,6 +52,13 @@ function show(next) {
     return;
   }
   text("#prompt", next.prompt);
+  const shown = find("#references");
+  shown.hidden = !next.references.length;
+  shown.replaceChildren(
+    ...next.references.map((url, i) => Object.assign(new Image(), { src: url, alt: `reference ${i + 1}`, draggable: false })),
+  );
+  const { question, styled } = find("#question").dataset;
+  text("#question", next.references.length ? styled : question);
   pair.classList.add("loading");
   images.forEach((image, i) => (image.src = next.images[i]));
   Promise.all(images.map((image) => image.decode())).then(

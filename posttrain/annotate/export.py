@@ -73,6 +73,8 @@ class Pairs:
         self.path = path
         self.prompts: dict[str, str] = {}
         self.margins: dict[str, float | None] = {}
+        self.references: dict[str, int] = {}
+        """How many each has, for those that have any."""
         tally = self._set.tally()
         # 1024-pixel images take a tenth of a second a pair.
         for i in reading(range(len(self._set)), "pairs"):
@@ -81,6 +83,8 @@ class Pairs:
                 tally.add(pair)
             elif pair.id not in self._rows:
                 self._rows[pair.id], self.prompts[pair.id], self.margins[pair.id] = i, pair.prompt, pair.margin
+                if pair.references:
+                    self.references[pair.id] = len(pair.references)
         if tally.bad or tally.ties:
             told = f"left out are {counted(len(tally.bad), 'bad row')} and {counted(tally.ties, 'tie')}"
             reasons = f": {tally.first()}" if tally.bad else ""

@@ -19,7 +19,7 @@ import os
 import secrets
 import socket
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,10 @@ def annotate(config: AnnotateConfig) -> None:
         store.close()
 
 
+Part = Side | int | None
+"""What of an item an image is: a side of a pair, the number of a reference, or None for a single image."""
+
+
 class Desk:
     """The functions that the page calls. Each returns what to show next, or `error`, one line for the annotator."""
 
@@ -64,8 +68,8 @@ class Desk:
         self.items, self.store = items, store
         self.mode: Mode = store.schedule.mode
         self.thing = "pair" if self.mode == "preference" else "image"
-        self._names: dict[tuple[str, Side | None], str] = {}
-        self._images: dict[str, tuple[str, Side | None]] = {}
+        self._names: dict[tuple[str, Part], str] = {}
+        self._images: dict[str, tuple[str, Part]] = {}
         self._schedule = lru_cache(maxsize=None)(lambda name: schedule(list(items.prompts), name, store.schedule))
         self._item = lru_cache(maxsize=8)(items.__getitem__)  # of a pair two images; one is shown, one read ahead
 
@@ -92,9 +96,12 @@ class Desk:
 
     def png(self, name: str) -> bytes:
         """An image by the name that a view gave it. Raises KeyError for another, UserError if it cannot be read."""
-        key, side = self._images[name]
+        key, part = self._images[name]
         item = self._item(key)
-        shown = item if isinstance(item, Image.Image) else getattr(item, side or "")
+        if isinstance(item, Image.Image):
+            shown = item
+        else:
+            shown = item.references[part].image if isinstance(part, int) else getattr(item, part or "")
         buffer = io.BytesIO()
         shown.save(buffer, "png", compress_level=1)
         return buffer.getvalue()
@@ -111,17 +118,25 @@ class Desk:
         if left:
             now, ahead = left[0], left[1:2]
             view |= {"pair": now.pair, "again": now.again, "prompt": self.items.prompts[now.pair]}
-            view["images"] = self._urls(now)
+            view["images"], view["references"] = self._urls(now), self._references(now)
             view["ahead"] = [url for showing in ahead for url in self._urls(showing)]
         return view
 
     def _urls(self, showing: Showing) -> list[str]:
-        sides: tuple[Side | None, ...] = (None,)
+        sides: tuple[Part, ...] = (None,)
         if showing.left is not None:
             sides = ("chosen", "rejected") if showing.left == "chosen" else ("rejected", "chosen")
+        return self._named(showing.pair, sides)
+
+    def _references(self, showing: Showing) -> list[str]:
+        """Of the images that both of a pair were drawn in the style of."""
+        count = self.items.references.get(showing.pair, 0) if isinstance(self.items, Pairs) else 0
+        return self._named(showing.pair, range(count))
+
+    def _named(self, item: str, parts: Iterable[Part]) -> list[str]:
         urls = []
-        for side in sides:
-            key = (showing.pair, side)
+        for part in parts:
+            key = (item, part)
             # A random name does not tell which side of the record it is.
             name = self._names.setdefault(key, secrets.token_urlsafe(16))
             self._images[name] = key
