@@ -209,6 +209,14 @@ def test_other_pairs_cannot_be_resumed(config):
         stpo.train(config, resume=True)
 
 
+def test_what_is_held_out_stays_so(config, tmp_path, capsys):
+    """A pair that was trained on must not be held out later."""
+    stpo.train(config)
+    recipe = runs.recipe(config, tmp_path / "recipe.yaml")
+    assert cli.main(["stpo", "--config", str(recipe), "--resume", "--steps", "3", "--pairs.heldout", "0.5"]) == 2
+    assert "cannot be resumed with pairs.heldout 0.25 -> 0.5: " in capsys.readouterr().err
+
+
 def test_one_prompt_is_too_few(config):
     path = Path(config.pairs.train)
     path.write_text("".join(json.dumps(json.loads(x) | {"prompt": "a"}) + "\n" for x in path.read_text().splitlines()))
