@@ -56,7 +56,7 @@ def test_every_image_has_its_fate(config, tmp_path, capsys):
     assert (row["height"], row["width"], row["left"], row["right"], row["cut"]) == ("160", "100", "2.0", "98.0", "0.04")
     config.images.max_bad, config.output = 0.05, str(tmp_path / "other")
     with pytest.raises(
-        UserError, match=r"captioned: bad are more than 0\.05 of 20 rows \(max_bad\): .*000\.png: image"
+        UserError, match=r"captioned: more than 0\.05 of 20 rows are bad \(max_bad\): .*000\.png: image"
     ):
         sft.train(config)
     assert not Path(config.output).exists()

@@ -197,7 +197,7 @@ def test_bad_rows_are_counted_and_left_out(config, capsys, tmp_path):
     assert "pairs.jsonl:2: is 32x20 pixels, no multiples of 8; set pairs.size" in said
     assert json.loads((Path(config.output) / "summary.json").read_text())["steps"] == 2
     config.pairs.max_bad, config.output = 0.05, str(tmp_path / "other")
-    with pytest.raises(UserError, match=r"bad are more than 0\.05 of 23 rows \(max_bad\): .*pairs\.jsonl:2: is 32x20"):
+    with pytest.raises(UserError, match=r"more than 0\.05 of 23 rows are bad \(max_bad\): .*pairs\.jsonl:2: is 32x20"):
         stpo.train(config)
     assert not Path(config.output).exists()
 
