@@ -218,6 +218,12 @@ def test_a_teacher_may_be_a_lora_file(config, tmp_path):
         torch.testing.assert_close(file.k2.role_state_dict("teacher_dark")[key], value)
 
 
+def test_a_student_of_a_smaller_rank_than_a_teacher_is_warned_of(config, capsys):
+    config.lora.rank = 1
+    Step(config)
+    assert "lora.rank: is 1, and teacher light has rank 2; use at least that" in capsys.readouterr().err
+
+
 def test_teachers_that_are_refused(config, tmp_path, capsys):
     """One line, before a run directory is made."""
 
@@ -225,7 +231,7 @@ def test_teachers_that_are_refused(config, tmp_path, capsys):
         config.teachers["dark"].run = str(run)
         assert cli.main(["mopd", "--config", str(runs.recipe(config, tmp_path / "recipe.yaml"))]) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-        assert text in line and "teachers" in line, line
+        assert text in line and "teachers.dark.run: " in line, line
         assert not Path(config.output).exists()
 
     other = tiny.save(tmp_path / "other", seed=3)
