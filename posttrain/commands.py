@@ -98,7 +98,17 @@ COMMANDS: dict[str, Command] = {
         prompts=("heldout",),
         kept_prompts=("heldout",),
         reads={"model.start": "checkpoint", "images.train": "set of images", "turbo": "checkpoint"},
-        frozen=("lora", "seed", "heldout", "turbo", "turbo_steps", *EVALUATED),
+        # An image must not be held out now and trained on then.
+        frozen=(
+            "lora",
+            "seed",
+            "heldout",
+            "images.heldout",
+            "images.measured",
+            "turbo",
+            "turbo_steps",
+            *EVALUATED,
+        ),
     ),
     "style": TrainsK2(
         "posttrain.style.config:StyleConfig",
@@ -118,7 +128,7 @@ COMMANDS: dict[str, Command] = {
         prompts=("heldout",),
         kept_prompts=("heldout",),
         reads={"model.start": "checkpoint", "pairs.train": "pairs"},
-        frozen=("lora", "seed", "heldout", *EVALUATED),
+        frozen=("lora", "seed", "heldout", "pairs.heldout", "pairs.measured", *EVALUATED),
     ),
     "grpo": TrainsK2(
         "posttrain.grpo.config:GRPOConfig",

@@ -1,4 +1,4 @@
-"""What every model, tokenizer and adapter is loaded through: hub ids become directories, and what is read is checked.
+"""What every model and adapter is loaded through: hub ids become directories, and what is read is checked.
 
 The libraries only warn about what is missing, rename nothing they do not know, and take 8-bit numbers without their
 scales for values. Here each is a UserError, whoever loads: training, sampling, judges, the expander, its renderer.
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from posttrain.errors import UserError, counted, first_line
+from posttrain.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,9 +41,6 @@ SECONDS = 10
 """The hub has this long to say whether it knows a repository."""
 HEAD = "lm_head.weight"
 """The output layer of a language model, which an encoder's files may hold and nothing of it asks for."""
-WHOLE = 0.99
-"""Least share of a vocabulary's numbers that have a token."""
-PROBE = "Two red stars, café: 3 × 7 = 21 (ready?)"
 
 
 # ---- where it is ----------------------------------------------------------------------------------------------------
@@ -217,7 +214,7 @@ def check_finite(where: str | Path, tensors: Mapping[str, Tensor]) -> None:
             raise UserError(f"{where}: {name} holds numbers that are not finite; copy or download it again")
 
 
-# ---- models, adapters, tokenizers -------------------------------------------------------------------------------
+# ---- models and adapters ------------------------------------------------------------------------------------------
 
 
 def load_model(
@@ -320,48 +317,6 @@ def load_adapter(model: Any, folder: str | Path, where: str, trainable: bool = F
     )  # fmt: skip
     check_finite(where, got)
     return adapted
-
-
-def load_tokenizer(folder: Path, where: str, rows: int | None) -> Any:
-    """The tokenizer in a directory, if `check_tokenizer` finds nothing."""
-    from transformers import AutoTokenizer
-
-    if not folder.is_dir():
-        raise UserError(f"{where}: no such directory, so it has no tokenizer; copy or download it again")
-    check_json(folder)
-    with quiet(), reading(where, "a tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        check_tokenizer(tokenizer, where, rows)
-    return tokenizer
-
-
-def check_tokenizer(tokenizer: Any, where: str, rows: int | None) -> None:
-    """Raises UserError unless a tokenizer has its whole vocabulary and gives a text back as it was.
-
-    `rows` are those of the embedding of its model; None: there is no model here.
-    """
-    if problem := _wrong_with(tokenizer, rows):
-        raise UserError(f"{where}: {problem}; copy or download all of its files again")
-
-
-def _wrong_with(tokenizer: Any, rows: int | None) -> str:
-    ids = set(tokenizer.get_vocab().values())
-    last = max(ids, default=-1)
-    if len(ids) < WHOLE * (last + 1):  # some vocabularies leave a few numbers out
-        return f"the tokenizer has {counted(len(ids), 'token')}, and its last one is number {last}"
-    # Embeddings are often padded to a round number of rows.
-    if rows is not None and not 0.9 * rows <= len(ids) <= rows:
-        return f"the tokenizer has {counted(len(ids), 'token')}, and its model's embedding {counted(rows, 'row')}"
-    encoded = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
-    back = tokenizer.decode(encoded, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
-    if back != PROBE:
-        return f"the tokenizer gives {PROBE!r} back as {back!r}"
-    if len(encoded) >= len(PROBE.encode()):
-        return "the tokenizer joins no letters to tokens: its merges are lost"
-    for token in tokenizer.all_special_tokens:
-        if len(tokenizer(token, add_special_tokens=False)["input_ids"]) != 1:
-            return f"the tokenizer takes {token!r} for more than one token"
-    return ""
 
 
 # ---- libraries ------------------------------------------------------------------------------------------------------

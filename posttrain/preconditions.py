@@ -14,7 +14,7 @@ from typing import Any
 
 from posttrain import commands
 from posttrain.commands import Command
-from posttrain.config.fields import value_at
+from posttrain.config.fields import settings_at, value_at
 from posttrain.distributed import launch
 from posttrain.errors import UserError
 from posttrain.loading import check_file, check_source
@@ -135,11 +135,12 @@ def _check_adapter(setting: str, path: str) -> None:
 
 def _named_checkpoints(command: Command, config: Any) -> Iterator[tuple[str, str]]:
     """Setting and path of each."""
-    for setting, kind in command.reads.items():
-        for path in commands.paths(value_at(config, setting)) if kind == "checkpoint" else ():
-            # A whole model is not a checkpoint of a run.
-            if path and not (Path(path) / "model_index.json").is_file():
-                yield setting, path
+    for pattern, kind in command.reads.items():
+        for setting in settings_at(config, pattern) if kind == "checkpoint" else ():
+            for path in commands.paths(value_at(config, setting)):
+                # A whole model is not a checkpoint of a run.
+                if path and not (Path(path) / "model_index.json").is_file():
+                    yield setting, path
     for source in getattr(config, "sources", []):  # of pairs: each may draw with checkpoints of its own
         for draw in source.draws():
             if draw.checkpoint not in ("policy", "base"):

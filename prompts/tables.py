@@ -367,6 +367,10 @@ def stamp(files: Sequence[Path]) -> str:
     """A hash of names, sizes and modification times: hashing the images of a large set would take hours."""
     facts = []
     for file in files:
-        status = file.stat()
+        try:
+            status = file.stat()
+        except OSError:  # a link to nothing, which is a bad row when it is read
+            facts.append(f"{file.name} missing")
+            continue
         facts.append(f"{file.name} {status.st_size} {status.st_mtime_ns}")
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()

@@ -23,7 +23,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from posttrain.errors import UserError
 from posttrain.image_reader import to_rgb
-from posttrain.loading import load_model, load_tokenizer, local, model_type, reading, without_revision
+from posttrain.loading import load_model, local, model_type, reading, without_revision
+from posttrain.tokenizer import load_tokenizer
 from prompts.templates import spelled
 
 Inputs = dict[str, Tensor]

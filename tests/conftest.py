@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from tests.helpers import runs
+from tests.helpers.commands import Commands
 
 LONGEST = (
     "sharding pipeline processes docs expander_rl elastic bench grpo_stops tdm pairs blocks grpo commands preflight"
@@ -20,7 +20,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def command(tmp_path_factory):
-    commands = runs.Commands(tmp_path_factory.mktemp("commands"))
+    commands = Commands(tmp_path_factory.mktemp("commands"))
     yield commands
     commands.close()
 

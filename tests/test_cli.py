@@ -14,7 +14,7 @@ import yaml
 
 from posttrain import cli, commands
 from posttrain.config.load import load_config
-from tests.helpers import runs
+from tests.helpers.commands import Commands
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """\
@@ -29,7 +29,7 @@ rewards:
 @pytest.fixture(scope="module")
 def posttrain(tmp_path_factory):
     """The command line in processes that are forked from one that has imported grpo's settings."""
-    commands = runs.Commands(
+    commands = Commands(
         tmp_path_factory.mktemp("commands"), prepare="import posttrain.config.help, posttrain.grpo.config\n"
     )
     yield commands

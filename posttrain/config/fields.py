@@ -60,7 +60,13 @@ def value_at(config: Any, path: str) -> Any:
         return config
     if part == "*":
         return [value_at(value, rest) for value in config.values()]
-    return value_at(getattr(config, part), rest)
+    return value_at(config[part] if isinstance(config, dict) else getattr(config, part), rest)
+
+
+def settings_at(config: Any, path: str) -> list[str]:
+    """The paths that one with a `*` stands for, one for each key of the mapping there; any other path as it is."""
+    before, star, after = path.partition(".*")
+    return [f"{before}.{key}{after}" for key in value_at(config, before)] if star else [path]
 
 
 def describe(kind: Any) -> str:

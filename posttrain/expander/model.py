@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from posttrain.errors import UserError
 from posttrain.expander.chat_template import messages, template
-from posttrain.loading import load_adapter, load_model, load_tokenizer, local, without_revision
+from posttrain.loading import load_adapter, load_model, local, without_revision
 from posttrain.model import sampler
 from posttrain.model.fingerprint import fingerprint
 from posttrain.runs import startup
+from posttrain.tokenizer import load_tokenizer
 
 CARD = "expander.json"
 """File beside an adapter with its base, the base's fingerprint and the template's hash."""

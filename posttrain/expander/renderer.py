@@ -22,10 +22,11 @@ from torch import Tensor
 from posttrain.errors import UserError, counted
 from posttrain.expander.gdpo_config import RendererConfig
 from posttrain.image_reader import read_image
-from posttrain.loading import load_tokenizer, local
+from posttrain.loading import local
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text, to_pil
 from posttrain.runs import startup
+from posttrain.tokenizer import load_tokenizer
 from rewards.base import WINDOW
 from rewards.endpoints import Endpoints, JudgeError, share
 from rewards.serve import read_key, refuse_keys

@@ -97,6 +97,11 @@ class MergeConfig:
 
     @model_validator(mode="after")
     def _fits(self) -> MergeConfig:
+        if self.method == "linear":
+            # Left at their defaults they say nothing; a scale that is not used would be a merge of another size.
+            for name, default in (("density", 0.5), ("scale", 1.0)):
+                if getattr(self, name) != default:
+                    raise refusal(name, "is of ties, and method is linear; use method ties, or weights (NAME:WEIGHT)")
         paths: list[str] = []
         for i, text in enumerate(self.parents):
             try:

@@ -122,6 +122,10 @@ def _print(family: Family, config: MergeConfig, layers: Mapping[str, Layer]) -> 
     if family.shared:
         stages = ", ".join(stage["path"] for stage in family.shared)
         print(f"{counted(len(family.shared), 'earlier stage')} that all share, once and in full: {stages}")
-    conflict = report.overall(layers)["conflict"]
+    overall = report.overall(layers)
+    for name, norm in zip(names, overall["norms"]):
+        if norm == 0:
+            log.warning(f"parents: {name} changes no weight of the base, so it adds nothing")
+    conflict = overall["conflict"]
     if len(names) > 1 and config.method == "linear" and conflict is not None and conflict > report.HIGH_CONFLICT:
         log.warning(f"the parents pull against each other (sign conflict {conflict:.2f}); try --method ties")

@@ -29,7 +29,6 @@ from posttrain.loading import (
     check_finite,
     check_json,
     check_keys,
-    check_tokenizer,
     load_model,
     local,
     quiet,
@@ -37,6 +36,7 @@ from posttrain.loading import (
 )
 from posttrain.model import key_names
 from posttrain.model.files import UNUSED, check_directory, scale_of
+from posttrain.tokenizer import check_tokenizer
 
 
 def load_pipeline(

@@ -13,6 +13,7 @@ from posttrain.model.k2 import K2
 from posttrain.model.lora_file import add_lora
 from posttrain.mopd.config import ANCHOR, MOPDConfig
 from posttrain.training.policy import (
+    POLICY,
     add_policy,
     base_of,
     digest_of,
@@ -86,14 +87,22 @@ def add_roles(k2: K2, config: MOPDConfig) -> None:
     that trained all weights, or that is distilled.
     """
     add_policy(k2, config.lora, config.seed, reference=True)
+    student = k2.roles[POLICY]
     for name, teacher in config.teachers.items():
         field = f"teachers.{name}.run"
         add_lora(k2, role_of(name), factors_of(k2, config, teacher.run, field), f"{field}: {teacher.run}")
+        role = k2.roles[role_of(name)]
+        assert role is not None and student is not None
+        if role.rank > student.rank:
+            log.warning(f"lora.rank: is {student.rank}, and teacher {name} has rank {role.rank}; use at least that")
 
 
 def factors_of(k2: K2, config: MOPDConfig, path: str, setting: str) -> dict[str, Tensor]:
     """A teacher's factors on the student's model as it is (base and earlier runs), with the scale in B."""
-    stage = load_stage(path, asdict(config.model))
+    try:
+        stage = load_stage(path, asdict(config.model))
+    except UserError as error:
+        raise UserError(f"{setting}: {error}") from error
     stages = [*earlier_of(stage), stage]
     if any(map(is_student, stages)):
         raise UserError(f"{setting}: {stage.path} is distilled, on another schedule; give the run before it")

@@ -172,7 +172,8 @@ def measure_teachers(training: Training, config: MOPDConfig, owners: Sequence[st
         means = {who: mean(values) for who, values in scores.items()}
         if means["base"] is None or means["teacher"] is None:
             log.warning(
-                f"teachers.{name}: no held-out prompt of its own has a {reward}, so retention/{name} is unknown"
+                f"teachers.{name}: no held-out prompt of its own has a score of {reward}, so retention/{name} is"
+                " unknown"
             )
         else:
             rise = f"{means['base']:.3f} -> {means['teacher']:.3f}"

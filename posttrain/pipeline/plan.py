@@ -15,7 +15,7 @@ from typing import Any
 
 from posttrain import commands
 from posttrain.commands import COMMANDS, HUB
-from posttrain.config.fields import hints, suggestion, value_at
+from posttrain.config.fields import hints, settings_at, suggestion, value_at
 from posttrain.config.load import load_config
 from posttrain.config.recipe import read_recipe
 from posttrain.errors import UserError, counted
@@ -139,10 +139,11 @@ def _check_inputs(stage: Stage, earlier: list[Stage]) -> None:
     for name in ("writer", "checker"):
         if (writer := getattr(config, name, None)) is not None:
             check_addresses({"base_urls": writer.base_urls}, servers, name)
-    for field, kind in row.reads.items():
-        paths = commands.paths(value_at(config, field))
-        for i, path in enumerate(paths):
-            _check_input(stage, field if len(paths) == 1 else f"{field}[{i}]", kind, path, earlier)
+    for pattern, kind in row.reads.items():
+        for field in settings_at(config, pattern):
+            paths = commands.paths(value_at(config, field))
+            for i, path in enumerate(paths):
+                _check_input(stage, field if len(paths) == 1 else f"{field}[{i}]", kind, path, earlier)
     for field in row.prompts:
         source = value_at(config, field)
         if source is not None and not source.startswith("hf:"):

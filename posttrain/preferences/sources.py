@@ -50,7 +50,7 @@ class Tally:
         # Checked at each row, so that a set with wrong columns fails at once and not after hours of encoding.
         if len(self.bad) > self.max_bad * self.rows:
             raise UserError(
-                f"{self.path}: bad are more than {self.max_bad:g} of {counted(self.rows, 'row')} (max_bad):"
+                f"{self.path}: more than {self.max_bad:g} of {counted(self.rows, 'row')} are bad (max_bad):"
                 f" {self.first()}; fix them or raise max_bad"
             )
         if len(self.bad) + self.ties == self.rows:

@@ -3,8 +3,11 @@
 | heldout/... | what it is |
 |---|---|
 | loss | mean squared error of the policy's velocity |
-| gain | by what share that is below the base's: higher is better, 0 before the first step |
+| gain | by what share that is below the base's: higher is better |
 | drift | mean squared distance of the policy's velocity from the base's |
+
+The base is what model.start has made of model.path, so gain and drift are 0 before the first step; with model.start_as:
+continue it is the model below the adapter that is continued, whose own gain counts too.
 
 Those that end in _t1 ... _t4 are of four equal parts of the times, the least noisy first. The times are those of
 sampling's own shift, whatever `shift` the run trains with, so that runs with different shifts can be compared.
@@ -32,8 +35,9 @@ class HeldOut:
     """Held-out entries, each with one time and one noise, and the base's velocities there."""
 
     def __init__(self, k2: K2, images: EncodedImages, measured: int, seed: int, procs: Processes, micro_batch: int):
-        """The active role must be the base: before a run that resumes has restored what it trained. So no copy of the
-        base has to stay in memory where all weights are trained. The velocities wait in RAM, 1 MB each at 1024 x 1024.
+        """The active role must be the base: where all weights are trained, the policy before a run that resumes has
+        restored it, so that no copy of the base has to stay in memory. The velocities wait in RAM, 1 MB each at
+        1024 x 1024.
         """
         self.k2, self.images, self.procs, self.micro_batch = k2, images, procs, micro_batch
         entries = np.random.default_rng(seed).permutation(images.heldout)[:measured]

@@ -88,8 +88,8 @@ def train(config: SFTConfig, resume: bool = False) -> None:
         batch = 4 * micro_batch.size  # without gradients four times as many images fit
         max_tokens = config.images.max_tokens
         evaluator = Evaluator(k2, records, rewards, config.eval, preview_size(config), batch, max_tokens, procs)
-        # Before what was trained is restored: until then the policy is the base.
-        with k2.role(POLICY):
+        # The base of an adapter is the model without it; of all weights, the policy until what was trained is restored.
+        with k2.role(None if config.lora is not None else POLICY):
             measure = HeldOut(k2, images, config.images.measured, config.eval.seed, procs, micro_batch.size)
         guidance = {"training": 0.0, "evaluation": config.eval.guidance}
         facts = {"images": images.fingerprint, "rewards": record(rewards), "guidance": guidance}

@@ -11,7 +11,7 @@ from playwright.sync_api import Browser, Page
 
 from posttrain.preferences.dataset import Preference
 from posttrain.preferences.writer import PreferenceWriter
-from tests.helpers import runs
+from tests.helpers.commands import Commands
 
 PAIRS = 10
 # Says on stderr when the server looks up or calls any other machine.
@@ -35,7 +35,7 @@ sys.addaudithook(watch)
 class Server:
     """`posttrain annotate` on a free port, which it keeps over a restart."""
 
-    def __init__(self, command: runs.Commands, folder: Path, *options: str):
+    def __init__(self, command: Commands, folder: Path, *options: str):
         self.command, self.options, self.port = command, options, 0
         self.pairs, self.store = folder / "pairs", folder / "choices.jsonl"
         self.about, self.things = ["--pairs", self.pairs], f"{PAIRS} pairs"

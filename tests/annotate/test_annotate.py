@@ -14,16 +14,16 @@ from posttrain import cli
 from posttrain.annotate.answers import read
 from posttrain.preferences.dataset import read_preferences
 from tests.annotate.people import KEYS, PAIRS, PREPARE, ImageServer, Person, Server
-from tests.helpers import runs
+from tests.helpers.commands import Commands
 
 PASSWORD = "correct horse"
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory) -> Iterator[runs.Commands]:
+def command(tmp_path_factory) -> Iterator[Commands]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SECRET", PASSWORD)
-        commands = runs.Commands(tmp_path_factory.mktemp("commands"), PREPARE)
+        commands = Commands(tmp_path_factory.mktemp("commands"), PREPARE)
     yield commands
     commands.close()
 

@@ -75,6 +75,6 @@ def test_pairs_with_bad_pictures_are_named(annotate, tmp_path):
     for name, reason in (("none.png", "none.png is missing"), ("cut.png", "is not an image (40 bytes)")):
         path.write_text(json.dumps({"prompt": "a", "chosen": "good.png", "rejected": name}) + "\n")
         line = annotate(pairs=path)
-        assert line.startswith(f"{path}: bad are more than 0.01 of 1 row (max_bad): {path}:1: rejected: {reason}")
+        assert line.startswith(f"{path}: more than 0.01 of 1 row are bad (max_bad): {path}:1: rejected: {reason}")
         assert line.endswith("fix them or raise max_bad")
     assert annotate(pairs=tmp_path / "nowhere").startswith(f"{tmp_path}/nowhere: no such file or directory")

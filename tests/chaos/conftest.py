@@ -6,11 +6,12 @@ import torch
 from posttrain.nano.build import judge_model
 from tests.chaos import methods
 from tests.helpers import expander_runs, runs
+from tests.helpers.commands import Commands
 
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
-    commands = runs.Commands(tmp_path_factory.mktemp("commands"), methods.PREPARE)
+    commands = Commands(tmp_path_factory.mktemp("commands"), methods.PREPARE)
     commands("--version")  # when that is done, so are the imports
     yield commands
     commands.close()

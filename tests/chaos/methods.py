@@ -13,9 +13,10 @@ from posttrain.judge.config import JudgeConfig
 from posttrain.pairs.config import DeltaConfig, DrawConfig, JudgedConfig, PairsConfig, PairSource
 from posttrain.preferences.dataset import read_preferences
 from tests.helpers import chat, expander_runs, runs, tiny
+from tests.helpers.commands import TRAINING
 
 PREPARE = (
-    runs.TRAINING
+    TRAINING
     + "import posttrain.pairs.make, posttrain.expander.gdpo, posttrain.expander.sft, posttrain.judge.train\n"
     + "import tests.helpers.expander_runs\n"
 )

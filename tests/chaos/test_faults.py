@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.chaos import methods
 from tests.helpers import runs
+from tests.helpers.commands import Commands
 
 TRAINING = ["sft", "stpo", "grpo", "nft", "mopd", "tdm"]
 ALL = list(methods.METHODS)
@@ -104,7 +105,7 @@ time.time = lambda: real() + next(jumps)
 
 def test_a_clock_that_jumps(parts, whole, tmp_path):
     """At every look at it, by up to a year."""
-    commands = runs.Commands(tmp_path, methods.PREPARE + JUMPING)
+    commands = Commands(tmp_path, methods.PREPARE + JUMPING)
     try:
         for method in ALL:
             folder = tmp_path / method
@@ -153,7 +154,7 @@ def test_damaged_checkpoint(command, recipe, whole, tmp_path, method, damage):
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
-    commands = runs.Commands(tmp_path_factory.mktemp("others"), methods.PREPARE)
+    commands = Commands(tmp_path_factory.mktemp("others"), methods.PREPARE)
     commands("--version")
     yield commands
     commands.close()
@@ -215,7 +216,7 @@ K2.velocity = wanting
 @pytest.mark.parametrize("method", TRAINING)
 def test_one_of_two_processes_has_no_room(recipe, tmp_path, method):
     """Both begin the step again, with half of micro_batch."""
-    commands = runs.Commands(tmp_path, methods.PREPARE + WANTING)
+    commands = Commands(tmp_path, methods.PREPARE + WANTING)
     try:
         path = recipe(method, steps=2, **({"micro_batch": 2} if method == "stpo" else {}))
         result = commands(method, "--config", path, processes=2)

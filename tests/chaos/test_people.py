@@ -17,6 +17,7 @@ from tests.chaos import methods
 from tests.chaos.test_faults import ALL, fails
 from tests.chaos.test_faults import recipe as recipe  # a fixture
 from tests.helpers import runs
+from tests.helpers.commands import Commands
 
 DRAWING = ["stpo", "grpo", "tdm", "pairs", "expander gdpo"]
 """Those that load a K2."""
@@ -141,7 +142,7 @@ MASKED = "import os\nos.umask(0o027)\n"
 
 @pytest.fixture(scope="module")
 def masked(tmp_path_factory):
-    commands = runs.Commands(tmp_path_factory.mktemp("masked"), MASKED + methods.PREPARE)
+    commands = Commands(tmp_path_factory.mktemp("masked"), MASKED + methods.PREPARE)
     yield commands
     commands.close()
 
@@ -217,7 +218,7 @@ HEARS = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(scope="module")
 def hearing(tmp_path_factory):
-    commands = runs.Commands(tmp_path_factory.mktemp("hearing"), HEARS + methods.PREPARE)
+    commands = Commands(tmp_path_factory.mktemp("hearing"), HEARS + methods.PREPARE)
     commands("--version")
     yield commands
     commands.close()

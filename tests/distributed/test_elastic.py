@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from tests.helpers import runs
+from tests.helpers.commands import TRAINING
 
 TORCHRUN = """
 import sys
@@ -37,7 +38,7 @@ def test_a_process_that_is_killed_costs_the_steps_since_the_last_checkpoint(comm
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with (tmp_path / "stderr").open("w+") as stderr:
         agent = subprocess.Popen(
-            [sys.executable, "-c", runs.TRAINING + TORCHRUN, *args], stderr=stderr, cwd=runs.ROOT, env=environment
+            [sys.executable, "-c", TRAINING + TORCHRUN, *args], stderr=stderr, cwd=runs.ROOT, env=environment
         )
         try:
             began = time.monotonic()

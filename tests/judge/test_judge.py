@@ -182,7 +182,7 @@ def test_ties_bad_rows_and_columns_are_as_the_reader_says(model, data, tmp_path,
     assert [r.images.read()[0].getpixel((0, 0)) for r in records] == [(255, 0, 0), (0, 0, 255)]
     said = capsys.readouterr().err
     assert f"warning: {path}: rows left out: 1 bad, 1 ties: {path}:4: y: gone.png is missing" in said
-    with pytest.raises(UserError, match=r"bad are more than 0.01 of 4 rows \(max_bad\): .*:4: y: gone.png is missing"):
+    with pytest.raises(UserError, match=r"more than 0.01 of 4 rows are bad \(max_bad\): .*:4: y: gone.png is missing"):
         read_records(dataclasses.replace(settings, max_bad=0.01))
 
 

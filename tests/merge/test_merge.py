@@ -284,6 +284,12 @@ def test_whole_models_merge_tensor_by_tensor(model, tuned, parents, tmp_path, ca
     assert cli.main(drawn) == 0
 
 
+def test_the_base_among_the_parents_adds_nothing(model, parents, tmp_path, capsys):
+    words = ["merge", str(parents[0]), f"{model}:0.5", "--output", str(tmp_path / "m"), "--evaluate", "false"]
+    assert cli.main(words) == 0
+    assert f"parents: {model} changes no weight of the base, so it adds nothing" in capsys.readouterr().err
+
+
 def test_a_base_in_several_files_and_bfloat16(tuned, tmp_path, capsys):
     """Types stay those of the base's files, with an index; rounding is told, and float32 keeps all."""
     half = tmp_path / "half"

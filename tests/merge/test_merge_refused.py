@@ -71,6 +71,8 @@ CASES = [
     ("{f}/a {f}/b --rank 0", "rank: is 0; use 1 or more"),
     ("{f}/a {f}/b --density 0", "density: is 0.0; use a number above 0, up to 1"),
     ("{f}/a {f}/b --density 1.5", "density: is 1.5; use a number above 0, up to 1"),
+    ("{f}/a {f}/b --density 0.2", "density: is of ties, and method is linear; use method ties, or weights"),
+    ("{f}/a {f}/b --scale 0.5", "scale: is of ties, and method is linear; use method ties, or weights (NAME:WEIGHT)"),
     ("{f}/a:-1 {f}/b --method ties", "ties takes a mean, so weights are above 0; use linear"),
     ("{f}/a {f}/turbo", "parents: {f}/turbo: is_distilled differs from that of the base"),
     ("{f}/a {f}/other --rank 4", "rank: is for adapters, and there is a whole model among the parents"),

@@ -269,7 +269,7 @@ def test_too_many_bad_rows_stop(tmp_path):
     preferences = read_preferences(jsonl(tmp_path, [*rows[:-1], row("images/empty.png")]), max_bad=0.1)
     with pytest.raises(UserError) as error:
         list(preferences)
-    assert "bad are more than 0.1 of 20 rows (max_bad): " in str(error.value)
+    assert "more than 0.1 of 20 rows are bad (max_bad): " in str(error.value)
     assert "pairs.jsonl:1: chosen: cannot" in str(error.value) and "pairs.jsonl:2: prompt: is empty" in str(error.value)
     with pytest.raises(UserError, match="no pair to learn from: 2 rows, all ties or bad"):
         list(read_preferences(jsonl(tmp_path, [row(share=0.5)] * 2)))

@@ -13,6 +13,7 @@ from posttrain.commands import COMMANDS
 from posttrain.model.k2 import K2
 from posttrain.nft import update as nft_update
 from posttrain.preflight import common
+from posttrain.preflight import sft as preflight_sft
 from posttrain.preflight import tdm as preflight_tdm
 from posttrain.sft import train as sft
 from posttrain.stpo import train as stpo
@@ -87,7 +88,7 @@ def test_sft(check, tmp_path, model, monkeypatch):
         "step", "run", "export",
     ]  # fmt: skip
     assert {result for result, _ in rows.values()} == {"pass", "skipped"} and rows["judges"][0] == "skipped"
-    assert "19 encoded, 1 left out, 0 captions cut" in rows["images"][1] and "for all 20" in rows["images"][1]
+    assert "19 encoded, 1 bad, 0 left out, 0 captions cut" in rows["images"][1] and "for all 20" in rows["images"][1]
     assert "bit-identical" in rows["policy moves"][1] and "s for 20 images (update" in rows["step"][1]
     for phase in ("the model is read", "images are encoded", "update", "export", "done"):
         assert f" s: {phase}\n" in err
@@ -102,6 +103,17 @@ def test_style(check, tmp_path, model):
     assert {"images", "loss and gradient", "policy moves", "further updates", "step", "export"} <= rows.keys()
     assert {result for result, _ in rows.values()} == {"pass", "skipped"}
     assert "18 encoded" in rows["images"][1] and "s for 6 images (update" in rows["step"][1]
+
+
+def test_a_set_with_many_bad_images(check, tmp_path, model, monkeypatch):
+    """A third of 60, of which 12 are looked at: four are bad, and images.max_bad is a tenth."""
+    config = runs.sft_config(tmp_path, model)
+    monkeypatch.setattr(preflight_sft, "IMAGES", 12)
+    folder = runs.captioned(tmp_path, 60)
+    for i in range(0, 60, 3):
+        (folder / f"{i:03d}.txt").unlink()
+    rows, err = check(config, 1)
+    assert failed(rows) == ["images"] and "000.png: caption: is missing" in err
 
 
 def test_tdm(check, tmp_path, model, monkeypatch):

@@ -211,6 +211,20 @@ def test_from_an_earlier_run(config, tmp_path, model):
     assert len(runs.latest(config.output).state["origin"]["merged"]) == 1
 
 
+def test_an_adapter_that_is_continued_is_compared_with_the_model_below_it(config, tmp_path, model):
+    """In a resumed run too: its base is not what the run began with."""
+    config.model.start, config.model.start_as = str(runs.trained(tmp_path, model)), "continue"
+    config.eval.every, config.checkpoint.every, made = 1, 1, []
+    for name, steps in (("whole", [2]), ("parts", [1, 2])):
+        config.output = str(tmp_path / name)
+        for i, config.steps in enumerate(steps):
+            sft.train(config, resume=i > 0)
+        rows = evaluations(config.output)
+        assert rows[0]["eval/heldout/drift"] > 0
+        made.append({row["step"]: row["eval/heldout/drift"] for row in rows})
+    assert made[0] == made[1] and made[0].keys() == {0, 1, 2}
+
+
 def test_sigterm_saves_and_ends(config, monkeypatch):
     def optimise(*arguments):
         signal.raise_signal(signal.SIGTERM)

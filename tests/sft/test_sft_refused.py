@@ -24,11 +24,12 @@ def config(tmp_path, model):
 
 
 def test_every_image_has_its_fate(config, tmp_path, capsys):
-    """Of 20 images: one cut off, one without caption, one of 1 pixel, one too narrow, one there twice, one turned by
-    EXIF, which is cropped. max_bad counts the first two alone."""
+    """Of 20 images: one cut off, one whose caption is a link to nothing, one of 1 pixel, one too narrow, one there
+    twice, one turned by EXIF, which is cropped. max_bad counts the first two alone."""
     place = Path(config.images.train)
     (place / "000.png").write_bytes((place / "000.png").read_bytes()[:-30])
     (place / "001.txt").unlink()
+    (place / "001.txt").symlink_to("gone.txt")
     Image.new("RGB", (1, 1)).save(place / "002.png")
     Image.new("RGB", (2000, 100)).save(place / "003.png")
     Image.open(place / "004.png").save(place / "005.png", compress_level=0)
@@ -40,7 +41,7 @@ def test_every_image_has_its_fate(config, tmp_path, capsys):
     sft.train(config)
     said = capsys.readouterr().err
     assert "captioned: bad and left out: 2 of 20 rows: " in said
-    assert "000.png: image: cannot be read: " in said and "001.png: caption: is missing" in said
+    assert "000.png: image: cannot be read: " in said and "001.png: 001.txt: cannot be read: No such" in said
     assert "too small for images.resolutions and left out: 1 of 20 images" in said
     assert "cut by more than images.max_cut and left out: 1 of 20 images" in said
     assert "there twice and left out: 1 of 20 images" in said
@@ -55,7 +56,7 @@ def test_every_image_has_its_fate(config, tmp_path, capsys):
     assert (row["height"], row["width"], row["left"], row["right"], row["cut"]) == ("160", "100", "2.0", "98.0", "0.04")
     config.images.max_bad, config.output = 0.05, str(tmp_path / "other")
     with pytest.raises(
-        UserError, match=r"captioned: bad are more than 0\.05 of 20 rows \(max_bad\): .*000\.png: image"
+        UserError, match=r"captioned: more than 0\.05 of 20 rows are bad \(max_bad\): .*000\.png: image"
     ):
         sft.train(config)
     assert not Path(config.output).exists()
@@ -96,6 +97,15 @@ def test_other_images_cannot_be_resumed(config):
     (Path(config.images.train) / "000.txt").write_text("another caption")
     with pytest.raises(UserError, match=r"images: not those that .*step-000002 was trained on"):
         sft.train(config, resume=True)
+
+
+@pytest.mark.parametrize(("setting", "now"), [("images.heldout", 0.5), ("images.measured", 4)])
+def test_what_is_held_out_stays_so(config, tmp_path, capsys, setting, now):
+    """An image that was trained on must not be held out later, nor the other way round."""
+    sft.train(config)
+    recipe = runs.recipe(config, tmp_path / "recipe.yaml")
+    assert cli.main(["sft", "--config", str(recipe), "--resume", "--steps", "3", f"--{setting}", str(now)]) == 2
+    assert f"cannot be resumed with {setting} " in capsys.readouterr().err
 
 
 def test_a_distilled_base_is_refused(config, tmp_path, capsys):

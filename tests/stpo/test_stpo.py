@@ -197,7 +197,7 @@ def test_bad_rows_are_counted_and_left_out(config, capsys, tmp_path):
     assert "pairs.jsonl:2: is 32x20 pixels, no multiples of 8; set pairs.size" in said
     assert json.loads((Path(config.output) / "summary.json").read_text())["steps"] == 2
     config.pairs.max_bad, config.output = 0.05, str(tmp_path / "other")
-    with pytest.raises(UserError, match=r"bad are more than 0\.05 of 23 rows \(max_bad\): .*pairs\.jsonl:2: is 32x20"):
+    with pytest.raises(UserError, match=r"more than 0\.05 of 23 rows are bad \(max_bad\): .*pairs\.jsonl:2: is 32x20"):
         stpo.train(config)
     assert not Path(config.output).exists()
 
@@ -207,6 +207,14 @@ def test_other_pairs_cannot_be_resumed(config):
     spoil(config, {"prompt": "another"})
     with pytest.raises(UserError, match=r"pairs: not those that .*step-000002 was trained on"):
         stpo.train(config, resume=True)
+
+
+def test_what_is_held_out_stays_so(config, tmp_path, capsys):
+    """A pair that was trained on must not be held out later."""
+    stpo.train(config)
+    recipe = runs.recipe(config, tmp_path / "recipe.yaml")
+    assert cli.main(["stpo", "--config", str(recipe), "--resume", "--steps", "3", "--pairs.heldout", "0.5"]) == 2
+    assert "cannot be resumed with pairs.heldout 0.25 -> 0.5: " in capsys.readouterr().err
 
 
 def test_one_prompt_is_too_few(config):
