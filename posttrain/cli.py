@@ -145,8 +145,8 @@ def _name(argv: list[str]) -> tuple[str, list[str]]:
     # Installed packages are looked through for an unknown name only: that takes tens of milliseconds.
     every = commands.COMMANDS if argv[0] in commands.COMMANDS else commands.every()
     seconds = [name.split()[1] for name in every if name.startswith(f"{argv[0]} ") and name != CHECK]
-    # `expander sft` is one command of two words.
-    count = 2 if seconds else 1
+    # `expander sft` is one command of two words; `style` is one, and `style play` another.
+    count = 2 if seconds and (argv[0] not in every or argv[1:2] in [[second] for second in seconds]) else 1
     name = " ".join(argv[:count])
     if name in every and name != CHECK:
         return name, argv[count:]

@@ -120,6 +120,14 @@ COMMANDS: dict[str, Command] = {
         reads={"model.start": "checkpoint", "images.train": "set of images", "turbo": "checkpoint"},
         frozen=("lora", "seed", "heldout", "turbo", "turbo_steps", "heldout_styles", *EVALUATED),
     ),
+    "style play": Command(
+        "posttrain.play_config:PlayConfig",
+        "posttrain.play:play",
+        "serve a page where strengths of references are dragged",
+        gpu=True,
+        model="any",
+        reads={"adapter": "checkpoint"},
+    ),
     "stpo": TrainsK2(
         "posttrain.stpo.config:STPOConfig",
         "posttrain.stpo.train:train",

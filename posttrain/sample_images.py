@@ -5,7 +5,6 @@ posttrain sample --model.path posttrain/nano/weights/k2-nano --prompt "two red s
 
 from __future__ import annotations
 
-import contextlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import NamedTuple
 import torch
 from accelerate import PartialState
 
+from posttrain.config.sections import ModelConfig
 from posttrain.errors import UserError, counted
 from posttrain.expander.model import Expander, resolve
 from posttrain.log import log
@@ -36,6 +36,23 @@ from posttrain.training.policy import (
 from prompts.records import PromptRecord, read_prompts
 
 
+def loaded(model: ModelConfig, adapter: str | None, shows: bool) -> tuple[K2, str | None]:
+    """The model, and the role to draw under. `shows`: references are drawn with. Raises UserError for what the model
+    cannot take, before its weights are read."""
+    saved = None if adapter is None else load_stage(adapter, asdict(model))
+    if saved is not None and not is_file(saved):
+        earlier_of(saved)  # each is there, and as it was
+    device = PartialState().device or "cpu"
+    dtype, place = getattr(torch, model.dtype), first_device(model, device)
+    k2 = K2.load(model.path, model.transformer_file, dtype, place, model.transformer_format)
+    role = None if saved is None else add_stage(k2, saved)
+    apply_runtime_options(k2, model, device)
+    if shows and (saved is None or saved.state["method"] not in ("style", FILE)):
+        log.warning("references: no adapter of posttrain style is given, and without one their content is copied")
+    k2.blocks.compiled = bool(model.compile)  # a few images are drawn sooner than blocks are compiled
+    return k2, role
+
+
 def sample(config: SampleConfig) -> None:
     """Writes 000.png, 001.png, ... and prompts.json into `config.output`."""
     output = Path(config.output)
@@ -44,19 +61,7 @@ def sample(config: SampleConfig) -> None:
     if config.expand is not None:
         resolve(config.expand)  # refused before the model is read
     shown = _references(config, records)
-    model = config.model
-    # Refused for what the model cannot take, before its weights are read.
-    saved = None if config.adapter is None else load_stage(config.adapter, asdict(model))
-    if saved is not None and not is_file(saved):
-        earlier_of(saved)  # each is there, and as it was
-    device = PartialState().device or "cpu"
-    dtype, place = getattr(torch, model.dtype), first_device(model, device)
-    k2 = K2.load(model.path, model.transformer_file, dtype, place, model.transformer_format)
-    role = contextlib.nullcontext() if saved is None else k2.role(add_stage(k2, saved))
-    apply_runtime_options(k2, model, device)
-    if any(shown) and (saved is None or saved.state["method"] not in ("style", FILE)):
-        log.warning("references: no adapter of posttrain style is given, and without one their content is copied")
-    k2.blocks.compiled = bool(model.compile)  # a few images are drawn sooner than blocks are compiled
+    k2, role = loaded(config.model, config.adapter, any(shown))
     steps = sampler.STEPS[k2.is_distilled] if config.steps is None else config.steps
     guidance = sampler.GUIDANCE[k2.is_distilled] if config.guidance is None else config.guidance
     height, width = config.size
@@ -77,7 +82,7 @@ def sample(config: SampleConfig) -> None:
         raise UserError(f"output: {output} cannot be made: {error.strerror}; choose another name") from error
     # Without expansions the images of a prompt share its text.
     text_of = range(len(jobs)) if config.expand is not None else [job.record for job in jobs]
-    with role:
+    with k2.role(role):
         size = (height, width)
         draw = Drawer.of(k2, shown, size, config.reference_size, config.strength) if any(shown) else None
         for first in range(0, len(jobs), config.micro_batch):

@@ -26,7 +26,7 @@ BODY = {"preference": "annotate_pair.html", "artifact": "annotate_image.html"}
 # The browser may load from no other server, whatever the page or a library asks for.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline';"
-    " img-src 'self' data:; font-src 'self' data:; frame-ancestors 'none'"
+    " img-src 'self' data: blob:; font-src 'self' data:; frame-ancestors 'none'"
 )
 Send = Callable[[MutableMapping[str, Any]], Any]
 

@@ -89,6 +89,7 @@ NOT_RUN = {
         " tests/annotate/test_marked_images.py::test_marks_become_what_the_judge_reads"
     ),
     "posttrain annotate ": "serves until it is stopped: tests/annotate/test_annotate.py::test_whole_session",
+    "posttrain style play": "serves until it is stopped: tests/style/test_play.py::test_strengths_are_dragged",
     "torchrun --nproc-per-node 2 -m posttrain.cli bench": (
         "two GPUs; torchrun is started by tests/distributed/test_processes.py::test_four_processes_equal_two_and_one"
     ),
