@@ -276,8 +276,6 @@ def add_policy(k2: K2, lora: LoraConfig | None, seed: int, reference: bool) -> N
                 " is fused in every forward and not once a prompt (docs/runs.md, What an adapter reaches)"
             )
     if k2.begins_with:
-        if lora is None:
-            raise UserError("model.start_as: continue needs an adapter to train, and lora is null; use merge or a lora")
         begin_role(k2, POLICY, k2.begins_with)
         k2.begins_with = {}
 
