@@ -288,6 +288,8 @@ class TrainingConfig:
             raise refusal(
                 "model.quantize", "fp8 holds weights that stay as they are, and lora is null; use one of the two"
             )
+        if self.lora is None and self.model.start_as == "continue":
+            raise refusal("model.start_as", "continue needs an adapter to train, and lora is null; use merge or a lora")
         self._check_float8()
         if self.lora is not None:
             refuse_muon(self.optim, "lora trains factors of their change; use adamw, or lora: null")

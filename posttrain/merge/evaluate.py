@@ -5,8 +5,8 @@ run's evaluations, and the run's rewards score them. Of a reward, base, run and 
 
     kept = mean(merge - base) / mean(run - base)
 
-over the images that all three have a score of. It is missing where the run's own gain is not above CLEAR standard
-errors, since a ratio to noise says nothing. What is drawn is what was written: the files of the merge are read back.
+over the images that all three have a score of, as mopd measures its students (mopd/retention.py). It is missing where
+the run's own gain is not clear. What is drawn is what was written: the files of the merge are read back.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from posttrain.merge.parents import Family, Parent
 from posttrain.model import machine
 from posttrain.model.files import Base
 from posttrain.model.k2 import K2
+from posttrain.mopd.retention import retention as of_gain
 from posttrain.runs.progress import columns
 from posttrain.training import checkpoint
 from posttrain.training.checkpoint import Checkpoint
@@ -44,11 +45,6 @@ from prompts.records import PromptRecord, read_prompts
 from rewards.base import RewardSpec
 from rewards.load import load_rewards
 from rewards.serve import ServerSpec, serve
-
-CLEAR = 3.0
-"""Standard errors that a run's gain must be above 0, to ask what is left of it."""
-RESAMPLED = 2000
-"""Draws of a bootstrap interval."""
 
 
 @dataclass
@@ -188,15 +184,9 @@ def kept(base: np.ndarray, run: np.ndarray, merge: np.ndarray) -> dict[str, Any]
     own = summary(base, run)
     row |= {"base": own["off"], "run": own["on"], "merge": float(merge.mean())}
     row |= {"gain": own["gain"], "error": own["error"]}
-    gain, error = own["gain"], own["error"]
-    assert gain is not None and error is not None
-    if gain <= CLEAR * error or gain <= 0:
-        return row
-    row["kept"] = float((merge - base).mean()) / gain
-    drawn = np.random.default_rng(0).integers(len(base), size=(RESAMPLED, len(base)))
-    gains, others = (run - base)[drawn].mean(1), (merge - base)[drawn].mean(1)
-    ratios = others[gains > 0] / gains[gains > 0]
-    row["interval"] = [float(value) for value in np.quantile(ratios, (0.025, 0.975))]
+    found = of_gain(base, run, merge, seed=0)
+    if found is not None:
+        row |= {"kept": found.value, "interval": [found.low, found.high]}
     return row
 
 

@@ -215,6 +215,9 @@ def _refuse_ancestors(runs: Sequence[tuple[str, Checkpoint]]) -> None:
                 f"parents: {other} was trained on top of {name} and holds it already; leave {name} out, and give"
                 f" {other} a weight below 1 to lie between the two"
             )
+        continued = other_saved.state.get("origin", {}).get("continued")
+        if continued is not None and saved.path == Path(continued["path"]).resolve():
+            raise UserError(f"parents: {other} has continued {name} and holds it already; leave {name} out")
 
 
 def _same_base(runs: Sequence[tuple[str, Checkpoint]]) -> str | None:

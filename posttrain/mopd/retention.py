@@ -3,7 +3,8 @@
     rho = (student - base) / (teacher - base)    means of one reward; the teacher with its guidance, the others without
 
 Prompts are paired: all three are drawn from the same noise. The interval is a bootstrap over prompts. Where the
-teacher's gain is under three standard errors of its mean there is no rho: it would be a ratio of noise.
+teacher's gain is under three standard errors of its mean there is no rho: it would be a ratio of noise. posttrain merge
+measures what it keeps of its parents in the same way.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ DRAWS = 2000
 LEVEL = 0.95
 LEAST_ERRORS = 3.0
 """Standard errors that a teacher's gain must have."""
-Values = Sequence[float | None]
-"""A reward of each prompt; None where it has no score."""
+Values = Sequence[float | None] | np.ndarray
+"""A reward of each prompt; None or nan where it has no score."""
 
 
 @dataclass(frozen=True)

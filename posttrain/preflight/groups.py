@@ -57,6 +57,9 @@ class Kept(ScoreQueue):
 class GroupChecks(K2Checks):
     """The checks of a step's images, scores and advantages; a method adds those of its update."""
 
+    alike = "two images have one seed: report it"
+    """What to do where two images are equal."""
+
     def __init__(
         self, config: GroupTrainingConfig, procs: Processes, k2: K2, source: PromptSource, heldout: list[PromptRecord],
         folder: Path,
@@ -125,8 +128,7 @@ class GroupChecks(K2Checks):
                 doubles.append(f"; {place} is {seen[hashed]}")
         measured = f"{len(seen)} of {counted(len(seen) + len(doubles), 'image')} different" + "".join(doubles[:1])
         measured += f" ({self.procs.size} processes)" if self.procs.size > 1 else ""
-        remedy = "raise sampling.eta if it is tiny; if not, the seeds are alike: report it"
-        yield Row("images differ", not doubles, measured, remedy)
+        yield Row("images differ", not doubles, measured, self.alike)
 
     def score(self, queue: Kept) -> Iterator[Row]:
         """Checks that few enough scores failed, and that the prompt pool can be updated with the others."""

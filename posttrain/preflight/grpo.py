@@ -46,6 +46,8 @@ def rows(config: GRPOConfig, procs: Processes, folder: Path) -> list[Row]:
 
 
 class GRPOChecks(GroupChecks):
+    alike = "raise sampling.eta if it is tiny; if not, two images have one seed: report it"
+
     def __init__(
         self, config: GRPOConfig, procs: Processes, k2: K2, source: PromptSource, heldout: list[PromptRecord],
         folder: Path,

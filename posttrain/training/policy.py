@@ -76,7 +76,10 @@ def _load_base_or_saved(model: ModelConfig, device: str | torch.device, saved: C
         for name, default in (("start", None), ("start_as", "merge")):
             if (before := saved.state["model"].get(name, default)) != getattr(model, name):
                 raise UserError(f"model.{name}: was {before} when the run began; restore it, or start another run")
-        return _load_for(saved, asdict(model), first_device(model, device))
+        k2 = _load_for(saved, asdict(model), first_device(model, device))
+        # What it continued lies in its own factors, and is named all the same.
+        k2.origin |= {key: value for key, value in _origin(saved).items() if key == "continued"}
+        return k2
     k2 = read_base(asdict(model), first_device(model, device))
     if k2.is_distilled and not model.allow_distilled:
         raise UserError(f"{model.path}: model_index.json: is_distilled is true: {DISTILLED_REMEDY}")
@@ -273,8 +276,6 @@ def add_policy(k2: K2, lora: LoraConfig | None, seed: int, reference: bool) -> N
                 " is fused in every forward and not once a prompt (docs/runs.md, What an adapter reaches)"
             )
     if k2.begins_with:
-        if lora is None:
-            raise UserError("model.start_as: continue needs an adapter to train, and lora is null; use merge or a lora")
         begin_role(k2, POLICY, k2.begins_with)
         k2.begins_with = {}
 

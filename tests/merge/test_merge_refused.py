@@ -38,6 +38,10 @@ def folder(model, tmp_path_factory):
         "transformer.img_out.lora_B.weight": torch.ones(128, 2),
     }
     save_file(factors, folder / "outside.safetensors")
+    begun = checkpoint.load(checkpoint.find(folder / "b"))
+    entry = {"path": str(checkpoint.find(folder / "a")), "sha256": ""}
+    origin = begun.state["origin"] | {"continued": entry}
+    checkpoint.save(folder / "on/checkpoints", 1, begun.tensors, begun.state | {"origin": origin}, 1)
     zero = checkpoint.load(checkpoint.find(folder / "a"))
     empty = {key: torch.zeros_like(value) for key, value in zero.tensors["adapter"].items()}
     checkpoint.save(folder / "zero/checkpoints", 1, {"adapter": empty}, zero.state, 1)
@@ -62,6 +66,7 @@ CASES = [
         "parents: {f}/elsewhere was trained on another base than {f}/a (their",
     ),
     ("{f}/c {f}/a", "parents: {f}/c was trained on top of {f}/a and holds it already; leave {f}/a out"),
+    ("{f}/on {f}/a", "parents: {f}/on has continued {f}/a and holds it already; leave {f}/a out"),
     ("{f}/a {f}/student", "parents: {f}/student is a student of posttrain tdm; merge first, and distil the merge"),
     ("{f}/a {f}/zero", "every B factor is 0, so it does nothing; give a trained adapter"),
     ("{f}/fits.safetensors", "model: no parent is a run, which would say what its base is; give it as --model.path"),

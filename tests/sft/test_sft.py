@@ -223,6 +223,8 @@ def test_an_adapter_that_is_continued_is_compared_with_the_model_below_it(config
         assert rows[0]["eval/heldout/drift"] > 0
         made.append({row["step"]: row["eval/heldout/drift"] for row in rows})
     assert made[0] == made[1] and made[0].keys() == {0, 1, 2}
+    origins = [runs.latest(tmp_path / name).state["origin"] for name in ("whole", "parts")]
+    assert origins[0] == origins[1] and "continued" in origins[0]
 
 
 def test_sigterm_saves_and_ends(config, monkeypatch):

@@ -127,7 +127,6 @@ def test_continued_the_role_begins_at_the_factors(files, model, rank):
         ("lora", LoraConfig(4, 4.0, TARGETS), r"lora\.rank: is 4, and model\.start has rank 5; use at least that"),
         ("lora", LoraConfig(8, 8.0, ["to_q", "img_in"]),
          r"lora\.targets: model\.start adapts .*ff\.down, txt_in\.linear_2 too; name also ff\.down, txt_in\.linear_2"),
-        ("lora", None, r"model\.start_as: continue needs an adapter to train, and lora is null"),
         ("dora", LoraConfig(8, 8.0), r"continue needs a LoRA, and .*dora\.safetensors is DoRA; use merge"),
         ("mixed", LoraConfig(8, 8.0), r"continue needs a LoRA, and .*mixed\.safetensors is LoKr; use merge"),
     ],
@@ -315,6 +314,20 @@ def test_the_command_line(files, model, tmp_path, command):
     out = ["--output", tmp_path / "out"]
     for args, says in (
         (["grpo", "--config", recipe, "--model.start_as", "continue"], "start_as: has nothing to continue"),
+        (
+            [
+                "grpo",
+                "--config",
+                recipe,
+                "--model.start",
+                files["lora"][0],
+                "--model.start_as",
+                "continue",
+                "--lora",
+                "null",
+            ],
+            "model.start_as: continue needs an adapter to train, and lora is null",
+        ),
         (
             ["export", "--source", files["lora"][0], *out],
             "model: is null, and a file does not say which model it is for",
