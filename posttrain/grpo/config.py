@@ -151,7 +151,7 @@ class GRPOConfig(GroupTrainingConfig):
     """The adapter to train. null: train all weights but the text fusion's; wants an optim.lr of 1e-6 to 1e-5, and 16
     bytes a weight (K2: 205 GB), with loss.kl > 0 another copy in model.dtype (K2, bfloat16: 26 GB), with optim.ema 4
     bytes more (K2: 51 GB)."""
-    groups: GroupsConfig = field(default_factory=GroupsConfig)
+    groups: GroupsConfig = field(default_factory=GroupsConfig)  # type: ignore[assignment]
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     loss: LossConfig = field(default_factory=LossConfig)

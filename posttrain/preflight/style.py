@@ -46,6 +46,8 @@ def rows(config: StyleConfig, procs: Processes, folder: Path) -> list[Row]:
 
 
 class StyleChecks(SFTChecks):
+    config: StyleConfig
+
     def __init__(
         self, config: StyleConfig, procs: Processes, k2: K2, source: StyleSet, heldout: list[PromptRecord], folder: Path
     ):

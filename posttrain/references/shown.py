@@ -136,7 +136,9 @@ class Drawer:
     ):
         """Of each prompt its references and strengths. Raises UserError for strengths that `how` does not take."""
         self.k2, self.own, self.strengths = k2, own, strengths
-        self.size, self.how, self.null = size, how, null
+        self.size = size
+        self.how: How = how
+        self.null: Null = null
         for one, values in zip(own, strengths, strict=True):
             check_strengths(values, how, 0 if one is None else len(one.images))
 

@@ -43,7 +43,7 @@ class StyleColumns(ImageColumns):
 class StyleSetConfig(ImageSetConfig):
     """Images, their captions without style, and what is known of their styles."""
 
-    columns: StyleColumns = field(default_factory=StyleColumns)
+    columns: StyleColumns = field(default_factory=StyleColumns)  # type: ignore[assignment]
 
 
 @settings
@@ -90,7 +90,7 @@ class ReferencesConfig:
 class StyleConfig(SFTConfig):
     """Training of K2 to draw in the style of reference images, without their content."""
 
-    images: StyleSetConfig
+    images: StyleSetConfig  # type: ignore[assignment]
     references: ReferencesConfig = field(default_factory=ReferencesConfig)
     heldout_styles: list[str] = field(default_factory=list)
     """Values of images.columns.style_of that are never trained on."""

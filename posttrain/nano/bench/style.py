@@ -101,7 +101,7 @@ def measure(bench: Bench) -> dict[str, dict[str, float]]:
     for level in (0.5, 1.5):
         add(f"velocity {level:g}", bench.figures(bench.images(bench.at(level), "velocity")))
     by_level = [rows["no reference"]["style"], *(rows[f"attention {level:g}"]["style"] for level in LEVELS)]
-    add("sweep", {"spearman": float(stats.spearmanr([0, *LEVELS], by_level).statistic)})
+    add("sweep", {"spearman": float(np.corrcoef(stats.rankdata([0, *LEVELS]), stats.rankdata(by_level))[0, 1])})
     # Half of the effect each: strengths are squared, so their squares add up to one.
     half = 0.5**0.5
     for swapped in (False, True):
