@@ -20,6 +20,7 @@ from posttrain.mopd.config import ANCHOR, MOPDConfig
 from posttrain.nft.config import NFTConfig
 from posttrain.sft.config import SFTConfig
 from posttrain.stpo.config import STPOConfig
+from posttrain.style.config import StyleConfig
 from posttrain.tdm.config import TDMConfig
 
 Recipe = GRPOConfig | NFTConfig | MOPDConfig | SFTConfig | STPOConfig | TDMConfig
@@ -77,10 +78,21 @@ def step(recipe: Recipe, cost: Cost, gpus: int, size: Size) -> Work:
         return _mopd(recipe, cost, gpus, size)
     own = math.ceil(recipe.batch / gpus)
     if isinstance(recipe, SFTConfig):
-        return Work(own * cost.train(size))
+        shown = _shown(recipe, cost, size) if isinstance(recipe, StyleConfig) else 1.0
+        return Work(own * cost.train(size) * shown)
     if isinstance(recipe, STPOConfig):
         return Work(own * _stpo(recipe, cost, own, gpus, size))
     return Work(own * _tdm(recipe, cost, size))
+
+
+def _shown(recipe: StyleConfig, cost: Cost, size: Size) -> float:
+    """How many times the operations of a step without references it takes with the mean number of them."""
+    own = recipe.references
+    tokens = sum((side // cost.multiple) ** 2 for side in own.sizes) / len(own.sizes)
+    mean = (1 - own.drop - own.drop_both) * (1 + own.two)
+    image, rank = cost.tokens(size), cost.stack + cost.rank
+    one = flops.forward_with_references(cost.shape, image, cost.text, [round(tokens)], cached=False, rank=rank)
+    return 1 + mean * (one / cost.forward(size) - 1)
 
 
 def _grpo(recipe: GRPOConfig, cost: Cost, gpus: int, size: Size) -> Work:

@@ -25,7 +25,7 @@ from posttrain.model.load import sizes_of
 from posttrain.tdm.config import TDMConfig
 from posttrain.training.prompt_source import FUSED_BYTES
 
-METHODS = ("grpo", "nft", "mopd", "sft", "stpo", "tdm")
+METHODS = ("grpo", "nft", "mopd", "sft", "style", "stpo", "tdm")
 
 
 def text_encoder_gib(scale: str) -> float | None:

@@ -3,7 +3,7 @@
 | command | figures | before |
 |---|---|---|
 | pairs | share of pairs whose order a heldout_only reward, which did not choose them, agrees with | of all candidates |
-| sft | heldout/loss and heldout/gain of held-out images, and the rewards | |
+| sft, style | heldout/loss and heldout/gain of held-out images, and the rewards | |
 | stpo | the rewards, and pairs/accuracy of held-out pairs | |
 | grpo, nft | the rewards, and `reward`, the weighted mean of the trained rewards except gates | |
 | tdm | the rewards, in the student's number of steps | the starting model in the same number of steps |
@@ -41,6 +41,10 @@ class Gain:
         return None if self.before is None or self.after is None else self.after - self.before
 
 
+FINETUNED = ("sft", "style")
+"""Commands that measure a loss on held-out images."""
+
+
 def gains(stage: Stage) -> list[Gain]:
     """The gains of a finished stage, trained figures first; empty for a stage that measures nothing."""
     if stage.command == "pairs":
@@ -48,7 +52,7 @@ def gains(stage: Stage) -> list[Gain]:
     summary = read_json(stage.output / "summary.json")
     before, after = summary.get("before") or {}, summary.get("after") or {}
     result = []
-    if stage.command == "sft":
+    if stage.command in FINETUNED:
         for name in ("heldout/loss", "heldout/gain"):
             result.append(Gain(stage.name, name, True, before.get(name), after.get(name)))
     if stage.command == "stpo":
@@ -85,7 +89,7 @@ def _figures(stage: Stage) -> list[tuple[str, bool]]:
         return []
     learns = _learns(stage)  # the others only measure rewards
     # Raw is finetuned to be drawn with guidance, and perhaps only so.
-    suffix = metric_names.suffix(stage.config.eval.guidance[0]) if stage.command == "sft" else ""
+    suffix = metric_names.suffix(stage.config.eval.guidance[0]) if stage.command in FINETUNED else ""
     rewards = [(spec.name + suffix, learns and not spec.heldout_only) for spec in stage.config.rewards]
     if stage.command == "expander gdpo":
         rewards.append(("diversity", True))
