@@ -38,13 +38,13 @@ class PromptRecord:
         self.id = self.id or hashlib.sha1(self.prompt.encode()).hexdigest()
 
 
-def read_prompts(source: str | Path) -> list[PromptRecord]:
+def read_prompts(source: str | Path, references: bool = False) -> list[PromptRecord]:
     """The records of a JSONL file, or of what else `prompts.tables.open_table` opens, in their order: CSV, parquet,
     datasets saved to disk, `hf:NAME[:SPLIT]`.
 
     Raises UserError with file and line (table and row) for a source that is missing, empty or cannot be read, a line
     that is not a JSON object, a missing or empty prompt, a field of the wrong type and an id (or, without ids, a
-    prompt) that comes twice.
+    prompt) that comes twice; and for `references` (images whose style is drawn) unless the caller draws with them.
     """
     records: list[PromptRecord] = []
     place_of_id: dict[str, str] = {}
@@ -54,6 +54,10 @@ def read_prompts(source: str | Path) -> list[PromptRecord]:
             raise UserError(
                 f"{place}: id '{record.id}' was used at {place_of_id[record.id]} (without an id it comes from the"
                 " prompt); remove the duplicate or give each its own id"
+            )
+        if record.columns.get("references") and not references:
+            raise UserError(
+                f"{place}: references: are drawn with by style, sample, pairs and stpo alone; remove the field"
             )
         place_of_id[record.id] = place
         records.append(record)

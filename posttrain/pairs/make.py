@@ -92,7 +92,7 @@ def make(config: PairsConfig, resume: bool = False) -> None:
             config, ", so the pairs would not fit together; restore it or choose another output", free=MAY_CHANGE
         )
         check_prompts(config)
-    records = read_prompts(config.prompts)
+    records = read_prompts(config.prompts, references=True)
     of_records(records, config.prompts)  # references that are not there are refused before a model is read
     try_rewards(config, records)
     # A finished set needs no model: only its report is written again.

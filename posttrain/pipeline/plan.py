@@ -147,7 +147,7 @@ def _check_inputs(stage: Stage, earlier: list[Stage]) -> None:
     for field in row.prompts:
         source = value_at(config, field)
         if source is not None and not source.startswith("hf:"):
-            _check_enough(command, config, field, len(read_prompts(source)))
+            _check_enough(command, config, field, len(read_prompts(source, references=True)))
 
 
 def _check_input(stage: Stage, field: str, kind: str, value: str, earlier: list[Stage]) -> None:

@@ -39,7 +39,7 @@ STEPS = 8
 
 def rows(config: PairsConfig, procs: Processes, folder: Path) -> list[Row]:
     """Raises UserError if nothing can be checked."""
-    records = read_prompts(config.prompts)
+    records = read_prompts(config.prompts, references=True)
     try_rewards(config, records)
     phase("the model and its checkpoints are read")
     few = changed(config, steps=min(config.steps, STEPS), block=min(config.block, CANDIDATES))

@@ -67,7 +67,7 @@ def rows(config: STPOConfig, procs: Processes, folder: Path) -> list[Row]:
     """Raises UserError if nothing can be checked."""
     resized = config.pairs.size is not None
     preferences = read_preferences(config.pairs.train, config.pairs.columns, config.pairs.max_bad, resized)
-    heldout = read_prompts(config.heldout)
+    heldout = read_prompts(config.heldout, references=True)
     try_rewards(config, heldout)
     phase("the model is read")
     k2 = load_model(config.model, procs.device)

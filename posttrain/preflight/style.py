@@ -37,7 +37,7 @@ class FewStyled(Few):
 def rows(config: StyleConfig, procs: Processes, folder: Path) -> list[Row]:
     """Raises UserError if nothing can be checked."""
     source = StyleSet(config.images)
-    heldout = [] if config.heldout is None else read_prompts(config.heldout)
+    heldout = [] if config.heldout is None else read_prompts(config.heldout, references=True)
     of_records(heldout, config.heldout)
     try_rewards(config, heldout)
     phase("the model is read")

@@ -99,7 +99,7 @@ def prompt_digests(config: Any) -> dict[str, str]:
         # One that is missing is refused by what draws from it.
         if source is None or not (source.startswith("hf:") or os.path.exists(source)):
             continue
-        records = read_prompts(source)
+        records = read_prompts(source, references=True)
         if setting.endswith("heldout"):
             records = records[: config.eval.prompts]
         digest = hashlib.sha256()

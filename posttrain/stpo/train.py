@@ -81,7 +81,7 @@ def train(config: STPOConfig, resume: bool = False) -> None:
     resume = resuming(config, resume, procs)
     resized = config.pairs.size is not None
     preferences = read_preferences(config.pairs.train, config.pairs.columns, config.pairs.max_bad, resized)
-    heldout = read_prompts(config.heldout)
+    heldout = read_prompts(config.heldout, references=True)
     named = of_records(heldout[: config.eval.prompts], config.heldout)
     try_rewards(config, heldout)
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None

@@ -72,7 +72,7 @@ def train(config: StyleConfig, resume: bool = False) -> None:
         raise UserError(f"turbo: {procs.engine} does not go with it; leave it out")
     resume = resuming(config, resume, procs)
     source = StyleSet(config.images)
-    heldout = [] if config.heldout is None else read_prompts(config.heldout)
+    heldout = [] if config.heldout is None else read_prompts(config.heldout, references=True)
     named = shown.of_records(heldout[: config.eval.prompts], config.heldout)
     if heldout and not any(named):
         raise UserError(f"heldout: {config.heldout} names no references; add references: [IMAGE] to its lines")

@@ -147,3 +147,14 @@ def test_a_reference_that_is_not_there(tmp_path, model, capsys):
     path = runs.recipe(config, tmp_path / "recipe.yaml")
     assert cli.main(["pairs", "--config", str(path)]) == 2
     assert "none.png: no such file; correct the path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["grpo", "tdm"])
+def test_methods_that_draw_without_references_refuse_them(tmp_path, model, capsys, method):
+    """They would be ignored, and the run would look as if they had been shown."""
+    image(1).save(tmp_path / "a.png")
+    config = {"grpo": runs.config, "tdm": runs.tdm_config}[method](tmp_path, model)
+    line = {"prompt": "a fox", "references": ["a.png"]}
+    Path(config.prompts.heldout).write_text(json.dumps(line) + "\n")
+    assert cli.main([method, "--config", str(runs.recipe(config, tmp_path / "recipe.yaml"))]) == 2
+    assert "heldout.jsonl:1: references: are drawn with by style, sample, pairs and stpo" in capsys.readouterr().err

@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--guidance", type=float, default=1.5)
     args = parser.parse_args()
-    records = read_prompts(args.set / "heldout.jsonl")[: args.prompts]
+    records = read_prompts(args.set / "heldout.jsonl", references=True)[: args.prompts]
     named = of_records(records, str(args.set / "heldout.jsonl"))
     k2, role = loaded(ModelConfig(args.model, dtype="float32"), None if args.run == "none" else args.run, True)
     rows = measure(Bench(k2, role, records, named, SamplingSettings(args.steps, args.guidance)))
