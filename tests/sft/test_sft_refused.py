@@ -144,6 +144,8 @@ def test_a_layer_that_stays_without_effect_is_an_error(config, monkeypatch):
         ({"turbo_steps": 4}, "turbo_steps: is of turbo, which is null; name a Turbo, or leave it out"),
         ({"optim__passes": 2}, "optim.passes: is 2; each update draws its own times and noise; use 1"),
         ({"eval__best": "heldout/accuracy"}, "eval.best: 'heldout/accuracy' is no metric of the evaluation"),
+        ({"rewards": [{"name": "far", "function": "tests.helpers.runs:contrast", "group": True}], "eval__best": "far"},
+         "eval.best: 'far' is no metric of the evaluation"),
         ({"images__train": "none.jsonl"}, "images.train: none.jsonl: no such file or directory; correct the path"),
     ],
 )  # fmt: skip
