@@ -24,7 +24,7 @@ from posttrain.sft.batches import Batch
 from posttrain.sft.cache import encode_images
 from posttrain.sft.config import SFTConfig
 from posttrain.sft.dataset import Caption, Example, ImageSet
-from posttrain.sft.turbo import add_turbo
+from posttrain.sft.turbo import add_turbo, student_of
 from posttrain.training.loop import try_rewards
 from posttrain.training.policy import add_policy, load_model
 from prompts.records import PromptRecord, read_prompts
@@ -86,7 +86,7 @@ class SFTChecks(K2Checks):
         self.encoding = (time.perf_counter() - began) / len(self.few)
         self.whole, self.total = config.batch, len(source)
         if config.turbo is not None:  # which raises what is wrong with it
-            add_turbo(k2, config.turbo, config.turbo_steps)
+            add_turbo(k2, config.turbo, student_of(config.turbo), config.turbo_steps)
         heldout = heldout or sft.captions_of(self.few, self.images, config.eval.prompts)  # type: ignore[arg-type]
         size = sft.preview_size(config)
         super().__init__(
