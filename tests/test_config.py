@@ -140,6 +140,7 @@ def test_stpo_needs_no_reward():
     assert config == stpo()
     config.rewards = [RewardSpec("oracle", "m:f", weight=0)]
     config.eval.best, config.eval.stop.metric, config.eval.stop.limit = "oracle", "pairs/winner", 0.01
+    config.eval.stop.better = "lower"
     config.pairs.columns = ColumnMap("caption", first="jpg_0", second="jpg_1", label="label_0")
     validate(config)
 

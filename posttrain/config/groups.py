@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import model_validator
 
 from posttrain.config import metric_names
+from posttrain.config.rewards import measured
 from posttrain.config.sections import PromptsConfig, Rewards, TrainingConfig
 from posttrain.config.types import AtLeast0, AtLeast1, Filled, Range, keyword_settings, refusal, settings
 from prompts.pool import PoolConfig
@@ -54,17 +55,13 @@ class GroupTrainingConfig(TrainingConfig):
         """Advantages are clipped to plus or minus this."""
         raise NotImplementedError
 
-    def measured(self) -> list[str]:
-        """The rewards that an evaluation has a mean of."""
-        # A reward of whole groups has a score only where evaluations draw groups.
-        return [reward.name for reward in self.rewards if self.eval.groups or not reward.group]
-
     def suffixes(self) -> list[str]:
         """Of the names of an evaluation's metrics, one for each setting that it draws with."""
         return [metric_names.suffix(scale) for scale in self.eval.guidance]
 
     def metric_names(self) -> list[str]:
-        names = metric_names.names(self.measured(), [0.0], self.eval.groups)
+        rewards = measured(self.rewards, self.eval.groups)
+        names = metric_names.names(rewards, [0.0], self.eval.groups)
         return [name + suffix for suffix in self.suffixes() for name in names]
 
     @model_validator(mode="after")

@@ -60,3 +60,8 @@ class _ServersTogether(Check):
 
 Rewards = Annotated[list[RewardSpec], _RewardNames()]
 Servers = Annotated[list[ServerSpec], _ServersTogether()]
+
+
+def measured(rewards: Sequence[RewardSpec], groups: int) -> list[str]:
+    """Names of those that an evaluation has a mean of. One of whole groups has a score only where it draws groups."""
+    return [reward.name for reward in rewards if groups or not reward.group]

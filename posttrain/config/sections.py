@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import model_validator
 
-from posttrain.config import metric_names
+from posttrain.config import metric_names, metrics
 from posttrain.config.optimizer import OptimConfig as OptimConfig
 from posttrain.config.optimizer import refuse_muon
 from posttrain.config.optimizer import require_one_pass as require_one_pass
@@ -326,15 +326,26 @@ def float8_for(pixels: int) -> Literal["tensorwise", "rowwise"] | None:
     return "rowwise" if pixels < 1024**2 else None
 
 
+def _falls(name: str) -> bool:
+    """Whether this metric of an evaluation falls while the model gets better. Rewards, which have no group, rise."""
+    metric = metrics.find(metrics.EVAL + name)
+    is_reward = "/" not in name and name != metric_names.FAKE_LOSS
+    return metric is not None and metric.better == "lower" and not is_reward
+
+
 def check_metrics(config: EvalConfig, known: Sequence[str]) -> None:
     """Refuses metrics that an evaluation does not have, and a stop rule that cannot work."""
     known = list(dict.fromkeys(known))
     for name, metric in (("eval.best", config.best), ("eval.stop.metric", config.stop.metric)):
         if metric is not None and metric not in known:
             raise refusal(name, f"'{metric}' is no metric of the evaluation; known here: {', '.join(known)}")
+    if config.best is not None and _falls(config.best):
+        raise refusal("eval.best", f"takes the highest, and {config.best} is better the lower it is; name another")
     # What follows is about the stop rule.
     if config.stop.metric is None:
         return
+    if config.stop.better == "higher" and _falls(config.stop.metric):
+        raise refusal("eval.stop.better", f"is higher, and {config.stop.metric} is better the lower it is; set lower")
     if config.best is None:
         raise refusal(
             "eval.best",

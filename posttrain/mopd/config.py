@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import model_validator
 
 from posttrain.config import metric_names
+from posttrain.config.rewards import measured
 from posttrain.config.sections import LoraConfig, PromptsConfig, Rewards, TrainingConfig, require_one_pass
 from posttrain.config.types import (
     AtLeast0,
@@ -43,7 +44,8 @@ class TeacherConfig:
     share: Positive = 1.0
     """Its images in a step, in units of `images`. Each teacher's loss has the same weight, whatever its share."""
     reward: str | None = None
-    """The reward whose gain the student is to keep, measured on its held-out prompts; null: the first of rewards."""
+    """The reward whose gain the student is to keep, measured on its held-out prompts. It scores an image by itself, and
+    no group; null: the first such one of rewards."""
 
     @model_validator(mode="after")
     def _fits(self) -> TeacherConfig:
@@ -121,11 +123,15 @@ class MOPDConfig(TrainingConfig):
         share = self.anchor if name == ANCHOR else self.teachers[name].share
         return max(1, round(self.images * share)) if share else 0
 
+    def single_rewards(self) -> list[str]:
+        """The rewards that score each image by itself, and so the prompts of each teacher."""
+        return measured(self.rewards, 0)
+
     def metric_names(self) -> list[str]:
-        rewards = [reward.name for reward in self.rewards if self.eval.groups or not reward.group]
-        names = metric_names.names(rewards, self.eval.guidance, self.eval.groups)
-        names += [f"retention/{name}" for name in self.teachers] if rewards else []
-        return [*names, *(f"{ANCHOR}/{reward.name}" for reward in self.rewards if not reward.group)]
+        single = self.single_rewards()
+        names = metric_names.names(measured(self.rewards, self.eval.groups), self.eval.guidance, self.eval.groups)
+        names += [f"retention/{name}" for name in self.teachers] if single else []
+        return [*names, *(f"{ANCHOR}/{name}" for name in single)]
 
     @model_validator(mode="after")
     def _fits(self) -> MOPDConfig:
@@ -136,13 +142,16 @@ class MOPDConfig(TrainingConfig):
                 "sampling.states", f"is {self.sampling.states}, but {self.sampling.steps} steps have fewer; lower it"
                 " (with loss.weight kl the last step has no noise and is left out)",
             )  # fmt: skip
-        known = [reward.name for reward in self.rewards]
+        known = self.single_rewards()
         owners: dict[str, str] = {}
         for name, teacher in self.teachers.items():
             if not re.fullmatch(r"[A-Za-z]\w*", name) or name == ANCHOR:
                 raise refusal(f"teachers.{name}", "names a teacher: use letters, digits and _, and not `anchor`")
             if teacher.reward is not None and teacher.reward not in known:
-                raise refusal(f"teachers.{name}.reward", f"'{teacher.reward}' is none of rewards; known: {known}")
+                raise refusal(
+                    f"teachers.{name}.reward",
+                    f"'{teacher.reward}' is none of rewards that score an image by itself: {known}",
+                )
             for tag in teacher.tags:
                 if owners.setdefault(tag, name) != name:
                     raise refusal(f"teachers.{name}.tags", f"'{tag}' is {owners[tag]}'s too; a prompt has one teacher")

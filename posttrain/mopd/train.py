@@ -156,14 +156,15 @@ def measure_teachers(training: Training, config: MOPDConfig, owners: Sequence[st
     metrics of the teachers."""
     evaluator, history = training.evaluator, training.history
     history["gains"], history["teachers"] = {}, {}
-    if not config.rewards:
+    single = config.single_rewards()
+    if not single:
         return
     with training.k2.role(None):
         base = evaluator([SamplingSettings(config.eval.steps)])
     for name, teacher in config.teachers.items():
         with training.k2.role(role_of(name)):
             result = evaluator([SamplingSettings(config.eval.steps, teacher.guidance)])
-        reward = teacher.reward or config.rewards[0].name
+        reward = teacher.reward or single[0]
         rows = [row for row, own in enumerate(owners) if own == name]
         scores = {"base": scores_of(base.per_image_scores, rows, reward)}
         scores["teacher"] = scores_of(result.per_image_scores, rows, reward)
@@ -196,9 +197,8 @@ def evaluate(training: Training, config: MOPDConfig, owners: Sequence[str]) -> E
         summary[name] |= {"teacher": mean(gain["teacher"]), "retention": kept and [kept.value, kept.low, kept.high]}
     training.history["retention"] = summary
     anchored = [row for row, own in enumerate(owners) if own == ANCHOR]
-    for reward in config.rewards:
-        if not reward.group:
-            result.metrics[f"{ANCHOR}/{reward.name}"] = mean(scores_of(scores, anchored, reward.name))
+    for name in config.single_rewards():
+        result.metrics[f"{ANCHOR}/{name}"] = mean(scores_of(scores, anchored, name))
     return result
 
 

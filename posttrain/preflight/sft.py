@@ -7,9 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from posttrain.config.types import changed
@@ -18,49 +16,20 @@ from posttrain.errors import counted
 from posttrain.model.k2 import K2
 from posttrain.preflight.checks import Row, phase
 from posttrain.preflight.common import K2Checks, finite
+from posttrain.preflight.few import Few
 from posttrain.runs.progress import duration
 from posttrain.sft import train as sft
 from posttrain.sft.batches import Batch
 from posttrain.sft.cache import encode_images
 from posttrain.sft.config import SFTConfig
-from posttrain.sft.dataset import Caption, Example, ImageSet
-from posttrain.sft.turbo import add_turbo
+from posttrain.sft.dataset import ImageSet
+from posttrain.sft.turbo import add_turbo, student_of
 from posttrain.training.loop import try_rewards
 from posttrain.training.policy import add_policy, load_model
 from prompts.records import PromptRecord, read_prompts
 
-IMAGES = 32
-"""Most images that are encoded, spread over the set."""
-CHANCE = 2
-"""Bad rows among these images that say nothing of the whole set."""
 BATCHES = 2
 """Most micro-batches of an update."""
-
-
-class Few:
-    """A few rows of a set of images, with the interface of the whole set."""
-
-    def __init__(self, whole: ImageSet) -> None:
-        self.whole, self.path = whole, whole.path
-        self.places = np.unique(np.linspace(0, len(whole) - 1, IMAGES).astype(int)).tolist()
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, i: int) -> Example:
-        return self.whole[self.places[i]]
-
-    def captions(self, i: int) -> list[Caption]:
-        return self.whole.captions(self.places[i])
-
-    def name(self, i: int) -> str:
-        return self.whole.name(self.places[i])
-
-    def tally(self) -> Any:
-        return self.whole.tally()
-
-    def fingerprint(self) -> str:
-        return f"{self.whole.fingerprint()} {self.places}"
 
 
 def rows(config: SFTConfig, procs: Processes, folder: Path) -> list[Row]:
@@ -86,7 +55,7 @@ class SFTChecks(K2Checks):
         self.encoding = (time.perf_counter() - began) / len(self.few)
         self.whole, self.total = config.batch, len(source)
         if config.turbo is not None:  # which raises what is wrong with it
-            add_turbo(k2, config.turbo, config.turbo_steps)
+            add_turbo(k2, config.turbo, student_of(config.turbo), config.turbo_steps)
         heldout = heldout or sft.captions_of(self.few, self.images, config.eval.prompts)  # type: ignore[arg-type]
         size = sft.preview_size(config)
         super().__init__(
@@ -112,9 +81,12 @@ class SFTChecks(K2Checks):
         each = f"{self.encoding:.2g} s a row, about {duration(self.encoding * self.total)} for all {self.total}"
         cuts = f"{counted(cut, 'caption')} cut at images.max_tokens"
         measured = f"{len(images.images)} encoded, {bad} bad, {left_out} left out, {cuts}; {each}"
-        # Of so few rows one or two may be bad by chance.
-        sound = bad <= max(CHANCE, 2 * self.config.images.max_bad * len(self.few))
-        yield Row("images", sound, measured, "look at images.columns and at the rows that are named on stderr")
+        yield Row(
+            "images",
+            self.few.is_sound(bad),
+            measured,
+            "look at images.columns and at the rows that are named on stderr",
+        )
 
     def update(self) -> Iterator[Row]:
         """Checks that the loss is finite, and that an update changes only the policy."""

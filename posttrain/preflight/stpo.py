@@ -11,19 +11,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
 from posttrain.errors import counted
 from posttrain.model.k2 import K2
-from posttrain.preferences.dataset import Preference, Preferences, read_preferences
-from posttrain.preferences.sources import Skipped
+from posttrain.preferences.dataset import Preferences, read_preferences
 from posttrain.preflight.checks import Row, phase
 from posttrain.preflight.common import K2Checks, finite
+from posttrain.preflight.few import Few
 from posttrain.runs.progress import duration
 from posttrain.stpo import train as stpo
 from posttrain.stpo.config import STPOConfig
@@ -32,35 +30,10 @@ from posttrain.training.loop import try_rewards
 from posttrain.training.policy import add_policy, load_model
 from prompts.records import PromptRecord, read_prompts
 
-PAIRS = 32
-"""Most pairs that are encoded, spread over the set."""
 BATCHES = 2
 """Most micro-batches of an update."""
 Z = 0.01
 """Largest margin in nats before the first update: the loss then differs from its value at 0 by less than 1 %."""
-
-
-class Few:
-    """A few rows of a set of pairs, with the interface of the whole set."""
-
-    def __init__(self, whole: Preferences) -> None:
-        self.whole, self.path = whole, whole.path
-        self.places = np.unique(np.linspace(0, len(whole) - 1, PAIRS).astype(int)).tolist()
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, i: int) -> Preference | Skipped:
-        return self.whole[self.places[i]]
-
-    def name(self, i: int) -> str:
-        return self.whole.name(self.places[i])
-
-    def tally(self) -> Any:
-        return self.whole.tally()
-
-    def fingerprint(self) -> str:
-        return f"{self.whole.fingerprint()} {self.places}"
 
 
 def rows(config: STPOConfig, procs: Processes, folder: Path) -> list[Row]:
@@ -80,12 +53,12 @@ class STPOChecks(K2Checks):
         folder: Path,
     ):  # fmt: skip
         phase("pairs are encoded")
-        few, began = Few(preferences), time.perf_counter()
+        self.few, began = Few(preferences), time.perf_counter()
         cached = replace(config.pairs, cache=str(folder / "cache"))
         # Before the pairs: it decides whether their text can be kept fused.
         add_policy(k2, config.lora, config.seed, reference=True)
-        self.pairs = encode_pairs(k2, few, cached, procs.alone())  # type: ignore[arg-type]
-        self.encoding = (time.perf_counter() - began) / len(few)
+        self.pairs = encode_pairs(k2, self.few, cached, procs.alone())  # type: ignore[arg-type]
+        self.encoding = (time.perf_counter() - began) / len(self.few)
         self.whole, self.total = config.batch, len(preferences)
         # Without a setting pairs keep their own sizes, and evaluations take that of the first.
         size = config.pairs.size or self.pairs.size[0].tolist()
@@ -111,7 +84,12 @@ class STPOChecks(K2Checks):
         count = len(self.pairs.train) + len(self.pairs.heldout)
         each = f"{self.encoding:.2g} s a row, about {duration(self.encoding * self.total)} for all {self.total}"
         measured = f"{count} encoded, {bad} bad, {counted(cut, 'prompt')} cut at pairs.max_tokens; {each}"
-        yield Row("pairs", count > 0, measured, "look at pairs.columns and at the rows that are named on stderr")
+        yield Row(
+            "pairs",
+            count > 0 and self.few.is_sound(bad),
+            measured,
+            "look at pairs.columns and at the rows that are named on stderr",
+        )
 
     def update(self) -> Iterator[Row]:
         """Checks that the policy starts as the reference, and that an update changes only the policy."""

@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import model_validator
 
 from posttrain.config import metric_names
+from posttrain.config.rewards import measured
 from posttrain.config.sections import EvalConfig, LoraConfig, OptimConfig, Rewards, TrainingConfig, require_one_pass
 from posttrain.config.types import (
     AtLeast1,
@@ -143,7 +144,7 @@ class SFTConfig(TrainingConfig):
         return [*super().eval_draws(), *more]
 
     def metric_names(self) -> list[str]:
-        rewards = [reward.name for reward in self.rewards]
+        rewards = measured(self.rewards, self.eval.groups)
         names = metric_names.names(rewards, self.eval.guidance, self.eval.groups)
         if self.turbo is not None:
             of_one = metric_names.names(rewards, [0.0], self.eval.groups)

@@ -45,7 +45,7 @@ from posttrain.sft.dataset import ImageSet
 from posttrain.sft.heldout import HeldOut
 from posttrain.sft.losses import flow_loss
 from posttrain.sft.order import Order
-from posttrain.sft.turbo import TURBO, add_turbo
+from posttrain.sft.turbo import TURBO, add_turbo, student_of
 from posttrain.training import checkpoint
 from posttrain.training.evaluate import Evaluation, Evaluator, SamplingSettings
 from posttrain.training.loop import SHOWN, Training, open_run, resuming, try_rewards
@@ -69,11 +69,14 @@ def train(config: SFTConfig, resume: bool = False) -> None:
     source = ImageSet(config.images)
     heldout = [] if config.heldout is None else read_prompts(config.heldout)
     try_rewards(config, heldout)
+    student = student_of(config.turbo)
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     k2 = load_model(config.model, procs.device, saved)
     with parallelize.sharding(k2, procs):
         add_policy(k2, config.lora, config.seed, reference=False)
-        turbo = add_turbo(k2, config.turbo, config.turbo_steps) if config.turbo is not None else None
+        turbo = None
+        if config.turbo is not None:
+            turbo = add_turbo(k2, config.turbo, student, config.turbo_steps)
     # After the roles, which decide whether text can be kept fused.
     images = encode_images(k2, source, config.images, procs)
     if saved is not None and saved.state["images"] != images.fingerprint:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import model_validator
 
 from posttrain.config import metric_names
+from posttrain.config.rewards import measured
 from posttrain.config.sections import EvalConfig, LoraConfig, OptimConfig, Rewards, TrainingConfig, require_one_pass
 from posttrain.config.types import (
     AtLeast0,
@@ -121,7 +122,7 @@ class STPOConfig(TrainingConfig):
         return 2 * self.micro_batch
 
     def metric_names(self) -> list[str]:
-        rewards = [reward.name for reward in self.rewards]
+        rewards = measured(self.rewards, self.eval.groups)
         names = metric_names.names(rewards, self.eval.guidance, self.eval.groups)
         return [*names, *metric_names.PAIRS, *metric_names.CHANGES]
 

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Strict, model_validator
 
 from posttrain.config import metric_names
+from posttrain.config.rewards import measured
 from posttrain.config.sections import (
     MOST_STEPS,
     EvalConfig,
@@ -141,7 +142,7 @@ class TDMConfig(TrainingConfig):
         return [(steps, 0.0) for steps in self.student.steps]
 
     def metric_names(self) -> list[str]:
-        rewards = [reward.name for reward in self.rewards if self.eval.groups or not reward.group]
+        rewards = measured(self.rewards, self.eval.groups)
         distilled = metric_names.distilled_names(rewards, self.student.steps, self.eval.groups)
         return [*metric_names.names([], self.eval.guidance, self.eval.groups), *distilled]
 

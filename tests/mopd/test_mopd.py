@@ -12,6 +12,7 @@ from posttrain.config.load import load_config
 from posttrain.config.types import ConfigError
 from posttrain.errors import UserError
 from posttrain.mopd import train as mopd
+from rewards.base import RewardSpec
 from tests.helpers import runs
 from tests.helpers.settings import validate
 
@@ -167,6 +168,9 @@ def test_mistakes_of_teachers(config, tmp_path, capsys):
     says("tags: is empty and prompts is null, so it would teach nothing")
     config.teachers["dark"].tags, config.teachers["dark"].reward = ["dark"], "taste"
     says("teachers.dark.reward: 'taste' is none of rewards")
+    config.teachers["dark"].reward = "far"
+    config.rewards.append(RewardSpec("far", "tests.helpers.runs:contrast", group=True))
+    says("teachers.dark.reward: 'far' is none of rewards that score an image by itself: ['brightness']")
     config.teachers["dark"].reward = None
     config.teachers["anchor"] = config.teachers.pop("dark")
     says("teachers.anchor: names a teacher: use letters")

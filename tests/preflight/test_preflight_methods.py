@@ -12,8 +12,7 @@ from posttrain import cli
 from posttrain.commands import COMMANDS
 from posttrain.model.k2 import K2
 from posttrain.nft import update as nft_update
-from posttrain.preflight import common
-from posttrain.preflight import sft as preflight_sft
+from posttrain.preflight import common, few
 from posttrain.preflight import tdm as preflight_tdm
 from posttrain.sft import train as sft
 from posttrain.stpo import train as stpo
@@ -112,7 +111,7 @@ def test_style(check, tmp_path, model):
 def test_a_set_with_many_bad_images(check, tmp_path, model, monkeypatch):
     """A third of 60, of which 12 are looked at: four are bad, and images.max_bad is a tenth."""
     config = runs.sft_config(tmp_path, model)
-    monkeypatch.setattr(preflight_sft, "IMAGES", 12)
+    monkeypatch.setattr(few, "ROWS", 12)
     folder = runs.captioned(tmp_path, 60)
     for i in range(0, 60, 3):
         (folder / f"{i:03d}.txt").unlink()
@@ -215,8 +214,7 @@ def test_each_method_has_a_preflight():
 def test_few_pairs_stand_for_the_set(tmp_path, model):
     """Of a hundred rows, 32 spread over all of them."""
     from posttrain.preferences.dataset import read_preferences
-    from posttrain.preflight.stpo import Few
 
-    few = Few(read_preferences(runs.pairs(tmp_path, 100)))
-    assert len(few) == 32 and few.places[0] == 0 and few.places[-1] == 99 and shard_cache.SHARD >= 32
-    assert few.name(31) == few.whole.name(99)
+    found = few.Few(read_preferences(runs.pairs(tmp_path, 100)))
+    assert len(found) == 32 and found.places[0] == 0 and found.places[-1] == 99 and shard_cache.SHARD >= 32
+    assert found.name(31) == found.whole.name(99)

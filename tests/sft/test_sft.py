@@ -291,7 +291,8 @@ def test_previews_on_turbo(config, student, tmp_path, kind, monkeypatch):
         assert drawn.metrics[f"{name}@turbo"] == pytest.approx(after[f"{name}@turbo"], rel=1e-3), name
 
 
-def test_what_is_no_turbo(config, student, tmp_path, model):
+def test_what_is_no_turbo(config, student, tmp_path, model, monkeypatch):
+    """The first ones are refused before the model is read."""
     other = tiny.save(tmp_path / "other", seed=5)
     made = runs.tdm_config(tmp_path, model)
     made.output, made.lora, made.optim.lr, made.steps = str(tmp_path / "full"), None, 1e-5, 2
@@ -300,6 +301,12 @@ def test_what_is_no_turbo(config, student, tmp_path, model):
     for turbo, says in (
         (runs.trained(tmp_path, model), r"turbo: .* is no student of posttrain tdm; give one, or a LoRA"),
         (model, "turbo: .* is a whole pipeline, which would take the memory of a second model; give a run of"),
+    ):
+        config.turbo, config.output = str(turbo), str(tmp_path / "new")
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=says):
+            patch.setattr(sft, "load_model", lambda *_: pytest.fail("the model is read"))
+            sft.train(config)
+    for turbo, says in (
         (full, r"turbo: .* has no adapter, all weights were trained, and previews need an adapter; give another"),
         (tmp_path / "none", "none: holds no whole checkpoint"),
         (tmp_path / "none.safetensors", r"none\.safetensors: no such file"),

@@ -144,6 +144,12 @@ def test_a_layer_that_stays_without_effect_is_an_error(config, monkeypatch):
         ({"turbo_steps": 4}, "turbo_steps: is of turbo, which is null; name a Turbo, or leave it out"),
         ({"optim__passes": 2}, "optim.passes: is 2; each update draws its own times and noise; use 1"),
         ({"eval__best": "heldout/accuracy"}, "eval.best: 'heldout/accuracy' is no metric of the evaluation"),
+        ({"rewards": [{"name": "far", "function": "tests.helpers.runs:contrast", "group": True}], "eval__best": "far"},
+         "eval.best: 'far' is no metric of the evaluation"),
+        ({"eval__best": "heldout/loss"},
+         "eval.best: takes the highest, and heldout/loss is better the lower it is; name another"),
+        ({"eval__best": "heldout/gain", "eval__stop__metric": "heldout/loss", "eval__every": 1},
+         "eval.stop.better: is higher, and heldout/loss is better the lower it is; set lower"),
         ({"images__train": "none.jsonl"}, "images.train: none.jsonl: no such file or directory; correct the path"),
     ],
 )  # fmt: skip
