@@ -57,7 +57,11 @@ def sample(config: SampleConfig) -> None:
     """Writes 000.png, 001.png, ... and prompts.json into `config.output`."""
     output = Path(config.output)
     check_new(output)
-    records = [PromptRecord(config.prompt)] if config.prompt is not None else read_prompts(config.prompts or "", references=True)
+    records = (
+        [PromptRecord(config.prompt)]
+        if config.prompt is not None
+        else read_prompts(config.prompts or "", references=True)
+    )
     if config.expand is not None:
         resolve(config.expand)  # refused before the model is read
     shown = _references(config, records)
