@@ -10,7 +10,8 @@ from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
 from posttrain.model.k2 import K2
 from posttrain.preflight.checks import Row, phase
-from posttrain.preflight.sft import Few, SFTChecks
+from posttrain.preflight.few import Few
+from posttrain.preflight.sft import SFTChecks
 from posttrain.references.shown import of_records
 from posttrain.style import train as style
 from posttrain.style.batches import StyleBatch, batches_of, job_of, size_of_step

@@ -46,7 +46,7 @@ from posttrain.sft.heldout import HeldOut
 from posttrain.sft.losses import flow_loss
 from posttrain.sft.order import Order
 from posttrain.sft.train import captions_of, check_moved, evaluate, preview_size, say_small, write_table
-from posttrain.sft.turbo import add_turbo
+from posttrain.sft.turbo import add_turbo, student_of
 from posttrain.style.batches import StyleBatch, StyleJob, batches_of, job_of, size_of_step
 from posttrain.style.config import StyleConfig
 from posttrain.style.dataset import StyleSet, Views, square, whole
@@ -77,11 +77,14 @@ def train(config: StyleConfig, resume: bool = False) -> None:
     if heldout and not any(named):
         raise UserError(f"heldout: {config.heldout} names no references; add references: [IMAGE] to its lines")
     try_rewards(config, heldout)
+    student = student_of(config.turbo)
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     k2 = load_model(config.model, procs.device, saved)
     with parallelize.sharding(k2, procs):
         add_policy(k2, config.lora, config.seed, reference=False)
-        turbo = add_turbo(k2, config.turbo, config.turbo_steps) if config.turbo is not None else None
+        turbo = None
+        if config.turbo is not None:
+            turbo = add_turbo(k2, config.turbo, student, config.turbo_steps)
     # After the roles, which decide whether text can be kept fused.
     images = encode_images(k2, source, config.images, procs)
     if saved is not None and saved.state["images"] != images.fingerprint:

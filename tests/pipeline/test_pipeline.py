@@ -307,7 +307,7 @@ def test_one_seed_for_all_stages(write):
         (["grpo"], {"grpo": {"optim.lrr": 1}}, "stage grpo: set: --optim.lrr: unknown option; did you mean"),
         (["grpo"], {"grpo": {"optim.lr": -1}}, "stage grpo: set: optim.lr: is -1.0; use a number above 0"),
         (["grpo"], {"grpo": {"model": {"start": "${stpo}"}}}, "start: ${stpo}: no earlier stage has that name"),
-        (["pairs", "stpo"], {"stpo": {"model.start": "${pairs}"}}, "(pairs); give the output of sft or style or stpo or grpo"),
+        (["pairs", "stpo"], {"stpo": {"model.start": "${pairs}"}}, "(pairs); give the output of sft or style or"),
         (["stpo", "grpo"], {"grpo": {"model.start": "${grpo}"}}, "has that name; earlier stages: stpo"),
         (["grpo"], {"grpo": {"model.start": "nowhere"}}, "model.start: nowhere does not exist, and no earlier stage"),
         (["grpo"], {"grpo": {"model.path": "no/where/at/all"}}, "model.path: no/where/at/all has no model_index.json"),
