@@ -84,6 +84,29 @@ def test_sft(command, parts, tmp_path, side):
     command.row(f"sft, {side} px", "k2/sft", result, run, images=4, **{"seconds/image": rows[-1]["seconds/image"]})
 
 
+def test_style(command, parts, tmp_path):
+    """References of three sizes, and images drawn with one and two of them, cached."""
+    run, folder = tmp_path / "run", write_captioned(tmp_path / "images", 512 if SCALE == "k2" else 64)
+    for i, caption in enumerate(sorted(folder.glob("*.txt"))):
+        row = {"caption": caption.read_text(), "full": f"{caption.read_text()}, an etching", "style": f"style {i % 2}"}
+        caption.with_suffix(".json").write_text(json.dumps(row))
+        caption.unlink()
+    set_of = {"train": str(folder), "measured": 4, "cache": str(tmp_path / "cache"), "heldout": 0.2}
+    small = {} if SCALE == "k2" else {"sizes": [64], "tile_counts": [2]}
+    recipe = cut("k2/style", parts, tmp_path, output=str(run), steps=4, batch=4, eval=EVALUATION, checkpoint=SHORT,
+                 images=set_of, references=small)  # fmt: skip
+    result = command.ok("style", "--config", recipe, "--optim.warmup_steps", 0, "--sweep", [1])
+    assert trained(run, 4).state["method"] == "style"
+    rows = metrics(run)
+    command.row("style, 512 px", "k2/style", result, run, images=4, **{"seconds/image": rows[-1]["seconds/image"]})
+    shown = sorted(folder.glob("*.jpg"))[:2]
+    for count in range(3):
+        words = ["--model.path", parts / "k2", "--adapter", run, "--prompt", "a fox", "--output", tmp_path / f"{count}"]
+        words += ["--references", *shown[:count]] if count else []
+        result = command.ok("sample", *words, "--size", list(SIZE), "--images", 4)
+        command.row(f"sample, {count} references", "28 steps, guidance 4.5, 4 images", result)
+
+
 @pytest.mark.parametrize("guard", ["output", "exact"])
 @pytest.mark.parametrize("name", ["stpo_synthetic", "stpo_human"])
 def test_stpo(command, parts, tmp_path, name, guard):

@@ -307,9 +307,9 @@ def test_shipped_recipes_are_valid(name):
     assert all(reward.heldout_only for reward in oracles)  # they measure, and never choose
 
 
-def test_pairs_are_preferences(whole):
+def test_pairs_are_preferences(whole, tmp_path):
     """The first row as `datasets` hands it on; the pairs' own reader is tested with the record."""
     import datasets
 
-    row = datasets.load_dataset(whole.output, split="train")[0]
+    row = datasets.load_dataset(whole.output, split="train", cache_dir=str(tmp_path))[0]
     assert set(row) == {field.name for field in dataclasses.fields(Preference)}
