@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.image_reader import SUFFIXES
 from prompts.parse import parse_json
 from prompts.tables import SAVED, Table, open_table, stamp
@@ -120,7 +120,8 @@ Source = Table | Folder | Tars
 
 def open_source(source: str) -> Source:
     """What a recipe names: a folder of images or of tar files, a tar file, or what `open_table` opens. A folder with
-    parquet files or a saved dataset is that. Raises UserError for what is missing or cannot be read."""
+    parquet files or a saved dataset is that. Raises UserError for what is missing or cannot be read, and for a folder
+    of images and tar files, which may be the same images or others."""
     path = Path(source)
     if source.lower().endswith(COMPRESSED):
         raise UserError(f"{source}: is compressed, so that no image of it can be read alone; unpack it to a .tar")
@@ -128,9 +129,15 @@ def open_source(source: str) -> Source:
         return Tars(path.parent, [path])
     if not os.path.isdir(source) or any((path / name).is_file() for name in SAVED) or any(path.rglob("*.parquet")):
         return open_table(source)
+    folder = Folder(path)
     if tars := sorted(path.rglob("*.tar")):
+        if len(folder):
+            raise UserError(
+                f"{source}: holds {counted(len(folder), 'image')} and {counted(len(tars), 'tar file')}, such as"
+                f" {tars[0].name}; give a folder of the one or of the other"
+            )
         return Tars(path, tars)
-    if not (folder := Folder(path)):
+    if not len(folder):
         raise UserError(
             f"{source}: holds no image ({', '.join(SUFFIXES)}), no .tar, no parquet file and no saved dataset; give"
             " the folder of the images"

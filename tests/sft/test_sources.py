@@ -236,3 +236,7 @@ def test_a_folder_is_read_as_what_it_holds(tmp_path):
     place = folder(tmp_path / "d")
     parquet(tmp_path / "x").rename(place / "set.parquet")
     assert isinstance(open_source(str(place)), Parquet)
+    place = tars(tmp_path / "e")
+    Image.new("RGB", (8, 8)).save(place / "a.png")
+    with pytest.raises(UserError, match=r"e: holds 1 image and \d tar files, such as shard-0\.tar; give a folder of"):
+        open_source(str(place))
