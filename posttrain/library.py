@@ -36,10 +36,12 @@ from posttrain.errors import UserError
 from posttrain.image_reader import to_rgb
 from posttrain.model import fp8, sampler
 from posttrain.model.k2 import K2, Text, to_pil
+from posttrain.references.draw import How
+from posttrain.references.shown import LONGEST, Drawer, encoded, scaled
 from posttrain.resources import NANO, packaged
 from posttrain.runs.run import Run
 from posttrain.training import checkpoint, policy
-from posttrain.training.evaluate import Evaluator, means
+from posttrain.training.evaluate import Evaluator, SamplingSettings, means
 from posttrain.training.loop import Training, open_run, resuming
 from posttrain.training.policy import POLICY
 from posttrain.training.prompt_source import in_turn
@@ -81,12 +83,16 @@ def draw(
     seed: int = 0,
     micro_batch: int = 8,
     max_tokens: int = 512,
+    references: Sequence[tuple[Image.Image, float]] = (),
+    strength: How = "attention",
 ) -> list[Image.Image]:
     """One image for each prompt, under the active role.
 
     `size` is (height, width) in pixels, multiples of 16 (K2-nano: 64 x 64, made for that size alone). `guidance` is
     K2's, v = c + s (c - u), and 0 is off. `steps` and `guidance` None: 28 and 4.5, or 8 and 0 for a Turbo. Image i
-    depends on its prompt, `seed` and i, and on nothing beside it. Raises UserError for another size.
+    depends on its prompt, `seed` and i, and on nothing beside it. `references` are images whose style is drawn, each
+    with its strength, under a role of `posttrain style`; `strength` says how these act, as in `posttrain sample`.
+    Raises UserError for another size, and for references that cannot be shown.
     """
     height, width = size
     steps = sampler.STEPS[k2.is_distilled] if steps is None else steps
@@ -95,12 +101,21 @@ def draw(
     fused = [k2.text_tokens(feature) for feature in features]
     null = k2.text([""]) if guidance > 0 else None
     images: list[Image.Image] = []
+    drawer = None
+    if references:
+        longest = min(LONGEST, max(size))
+        given = [scaled(to_rgb(image), longest, k2.pixel_multiple, "references") for image, _ in references]
+        strengths = tuple(value for _, value in references)
+        drawer = Drawer(k2, [encoded(k2, given)] * len(prompts), [strengths] * len(prompts), size, strength)
     for first in range(0, len(prompts), micro_batch):
         rows = range(first, min(first + micro_batch, len(prompts)))
         seeds = [sampler.seed_for(seed, row) for row in rows]
         noise = sampler.noise(seeds, (k2.image_tokens(height, width), k2.latent_channels))
         text = Text.of([fused[row] for row in rows])
-        latents = k2.sample(text, noise, steps, height, width, guidance, null)
+        if drawer is None:
+            latents = k2.sample(text, noise, steps, height, width, guidance, null)
+        else:
+            latents = drawer(rows, text, noise, SamplingSettings(steps, guidance), null)
         images += to_pil(k2.decode(latents, height, width))
     return images
 

@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 
+import posttrain
 from posttrain.errors import UserError
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, Text
 from posttrain.model.references import KAPPA, References
 from posttrain.references.draw import Shown, draw
+from tests.helpers import style_runs, tiny
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +108,16 @@ def test_guidance_with_and_without_references(k2):
 def test_bad_strengths(k2, strengths, how, says):
     with pytest.raises(UserError, match=says):
         shown(k2, strengths, how)
+
+
+def test_the_library_draws_with_references(model):
+    """As `posttrain sample` does; at strength 0 as without any."""
+    k2 = posttrain.load_model(model)
+    shown, settings = style_runs.image(1), {"size": (32, 32), "steps": 3, "guidance": 1.0}
+    none = posttrain.draw(k2, tiny.PROMPTS[:3], **settings)
+    zero = posttrain.draw(k2, tiny.PROMPTS[:3], references=[(shown, 0.0)], **settings)
+    assert [image.tobytes() for image in zero] == [image.tobytes() for image in none]
+    one = posttrain.draw(k2, tiny.PROMPTS[:3], references=[(shown, 1.0)], **settings, micro_batch=2)
+    assert all(a.tobytes() != b.tobytes() for a, b in zip(one, none))
+    with pytest.raises(UserError, match="must lie in 0 to 1"):
+        posttrain.draw(k2, tiny.PROMPTS[:1], references=[(shown, 2.0)], **settings)
