@@ -8,6 +8,7 @@
 | 16 bits a channel | rounded to 8 bits |
 | one channel of floats | 0 is black and 1 is white; refused if a value lies outside |
 | 32-bit integers, Lab, several frames or pages, another format than those of FORMATS | refused |
+| more than 179 million pixels, Pillow's limit | refused |
 | a colour profile | not applied, as in Pillow |
 | a file that is cut off or damaged | refused, as far as its format can tell |
 
@@ -18,6 +19,7 @@ makes another valid image, which cannot be noticed.
 from __future__ import annotations
 
 import io
+import warnings
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,6 +44,9 @@ DEFLATE = (8, 32946)
 SECTOR = bytes(512)
 """No compressed image ends in so many zeros."""
 KEY_OF_16_BITS = "has 16 bits and a transparent colour; save it with an alpha channel"
+
+# From 89 to 179 million pixels Pillow reads an image and warns of it, with a line of its own code; above, it refuses.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class Refused(ValueError):

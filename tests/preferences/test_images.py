@@ -2,6 +2,8 @@
 
 import io
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -157,6 +159,15 @@ def test_damage_that_pillow_does_not_notice_is_refused():
 def test_zeros_behind_a_whole_jpeg_are_no_damage():
     data = saved(NOISE, "JPEG")
     assert error(data + bytes(4096), np.asarray(Image.open(io.BytesIO(data)))) == 0
+
+
+def test_a_photograph_of_many_pixels_is_read_without_a_word(tmp_path):
+    """Of 120 pixels where Pillow warns above 100 and refuses above 200; in a process with Python's own warnings."""
+    Image.new("RGB", (12, 10)).save(tmp_path / "a.png")
+    code = "from PIL import Image; from posttrain.image_reader import read_image; Image.MAX_IMAGE_PIXELS = 100;"
+    code += f"print(read_image({str(tmp_path / 'a.png')!r}).size)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("(12, 10)\n", "")
 
 
 def test_images_in_memory(tmp_path):
