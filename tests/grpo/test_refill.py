@@ -318,7 +318,7 @@ def test_refused(config):
         assert told.value.field == "groups.refill"
         setattr(getattr(config, section), name, before)
     config.groups.prompts_per_step = 18
-    says = r"groups\.refill: is 4, but each step draws all 18 prompts of prompts\.train; add prompts or set it to 0"
+    says = r"groups\.refill: is 4, but each step draws all of prompts\.train \(18 prompts\); add prompts or set it to 0"
     with pytest.raises(UserError, match=says):
         grpo.train(config)
     assert not Path(config.output).exists()
