@@ -121,7 +121,7 @@ class ModelConfig(RuntimeConfig):
         return self
 
     def refuse_sequence_parallel(self, why: str) -> None:
-        """For commands that do not train, in their own check."""
+        """For commands whose samples stay whole, in their own check."""
         if self.sequence_parallel > 1:
             raise refusal("model.sequence_parallel", f"{why}; leave it out")
 

@@ -100,6 +100,7 @@ class StyleConfig(SFTConfig):
 
     @model_validator(mode="after")
     def _styled(self) -> StyleConfig:
+        self.model.refuse_sequence_parallel("references are not divided over processes")
         dropped = self.references.drop + self.references.drop_both + self.images.drop_caption
         if dropped > 0.9:
             raise refusal("references.drop", f"leaves {1 - dropped:.2g} of the images with references and caption")

@@ -277,6 +277,7 @@ def test_references_that_cannot_be_shown(config, tmp_path, capsys, words, says):
         ({"sweep": [5.0]}, "sweep"),
         ({"images.columns.style_of": None}, "heldout_styles"),
         ({"model.allow_distilled": True}, "model.allow_distilled"),
+        ({"model.sequence_parallel": 2}, "model.sequence_parallel"),
     ],
 )
 def test_mistakes(config, changes, field):
