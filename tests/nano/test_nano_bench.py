@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from posttrain.nano.bench import common, grpo, methods
+from posttrain.nano.bench import common, grpo, merge, methods
 
 
 def test_a_process_gets_its_folder_and_variables_and_a_failed_one_names_its_log(tmp_path):
@@ -88,3 +88,7 @@ def test_methods_at_equal_images_and_at_equal_seconds(tmp_path):
         "| grpo, equal seconds | 64 | 4 | 0.750 (0.700 to 0.800) |",
         "| nft, equal seconds | 32 | 4 | 0.750 (0.700 to 0.800) |",
     ]
+
+
+def test_a_domain_with_fewer_prompts_than_wanted_gives_those_it_has():
+    assert [len(merge.prompts_of(name, 64)) for name in ("words", "dim", "bright")] == [64, 48, 48]

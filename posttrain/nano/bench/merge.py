@@ -64,6 +64,8 @@ PAIRS = {"two domains": ("words", "counts", tuple(RULES)), "conflict": ("dim", "
 """Two domains, and the rules to merge them by."""
 WATCHED = 8
 """Prompts of a run's own evaluations; a merge measures it by more."""
+DRAWS = 20
+"""Prompts drawn for each one wanted, of which those that are alike count once."""
 
 
 def record(scene: scenes.Scene, rng: np.random.Generator, detail: float) -> dict[str, Any]:
@@ -119,14 +121,21 @@ def train(config: DomainConfig) -> None:
             run.log(step, {"loss": loss.detach(), "grad_norm": run.stepper.step()})
 
 
+def prompts_of(name: str, count: int) -> list[dict[str, Any]]:
+    """Records of up to so many held-out prompts of a domain, no two alike. Single shapes have only 48 prompts."""
+    rng, rows = np.random.default_rng(99), dict[str, dict[str, Any]]()
+    for _ in range(DRAWS * count):
+        _, row = DOMAINS[name].draw(rng, HELDOUT_WORDS)
+        rows[row["prompt"]] = row
+        if len(rows) == count:
+            break
+    return list(rows.values())
+
+
 def settings(folder: Path, name: str, seed: int, steps: int, rehearse: float, images: int) -> DomainConfig:
     """A run into folder/NAME-SEED, whose held-out prompts are the same for all seeds."""
     heldout = folder / f"{name}.jsonl"
-    rng, rows = np.random.default_rng(99), dict[str, str]()
-    while len(rows) < images:
-        _, row = DOMAINS[name].draw(rng, HELDOUT_WORDS)
-        rows[row["prompt"]] = json.dumps(row)
-    heldout.write_text("\n".join(rows.values()) + "\n")
+    heldout.write_text("\n".join(map(json.dumps, prompts_of(name, images))) + "\n")
     oracle = "posttrain.nano.world.oracles:rubric"
     return DomainConfig(
         output=str(folder / f"{name}-{seed}"),
