@@ -52,8 +52,8 @@ SECONDS = 10
 # ---- recipes ------------------------------------------------------------------------------------------------------
 
 COMMAND_OF = {
-    "grpo": "grpo", "demo": "grpo", "nft": "nft", "mopd": "mopd", "sft": "sft", "stpo": "stpo", "tdm": "tdm",
-    "pairs": "pairs", "pipeline": "run",
+    "grpo": "grpo", "demo": "grpo", "nft": "nft", "mopd": "mopd", "sft": "sft", "style": "style", "stpo": "stpo",
+    "tdm": "tdm", "pairs": "pairs", "pipeline": "run",
     "judge": "judge", "sample": "sample", "expander_data": "expander data", "expander_sft": "expander sft",
     "expander_gdpo": "expander gdpo",
 }  # fmt: skip
