@@ -37,17 +37,22 @@ class Progress:
 
     def update(self, step: int, figures: Mapping[str, float]) -> None:
         """Show that `step` steps are done, and the first of SHOWN. Speed is the mean of the last 20 steps."""
-        self.times.append((time.monotonic(), step))
-        (began, first), (now, _) = self.times[0], self.times[-1]
-        seconds = (now - began) / max(1, step - first)
+        now = time.monotonic()
         shown = next((f"{name} {figures[name]:.4f}  " for name in SHOWN if name in figures), "")
-        text = f"{shown}{seconds:.2f} s/step  {duration(seconds * (self.total - step))} left"
+        if len(self.times) == 1 and step == self.times[0][1]:
+            self.times[0] = now, step  # the evaluation before the first step takes no step's time
+            text = shown.rstrip()
+        else:
+            self.times.append((now, step))
+            began, first = self.times[0]
+            seconds = (now - began) / max(1, step - first)
+            text = f"{shown}{seconds:.2f} s/step  {duration(seconds * (self.total - step))} left"
         if self.bar is not None:
             self.bar.update(self.task, completed=step, description=text)
         # What is logged later of the same step, such as its evaluation, is no progress.
         elif step != self.last_step and (step >= self.total or now - self.last_line >= QUIET_SECONDS):
             self.last_line, self.last_step = now, step
-            self.console.print(f"step {step}/{self.total}  {text}", highlight=False, soft_wrap=True)
+            self.console.print(f"step {step}/{self.total}  {text}".rstrip(), highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Leave the bar as it stands."""

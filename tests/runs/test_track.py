@@ -206,3 +206,16 @@ def test_progress_bar_on_a_terminal():
 
 def test_peak_memory_is_in_gib():
     assert 0.05 < peak_memory()["peak_ram_gib"] < 500
+
+
+def test_the_evaluation_at_the_start_takes_no_steps_time(monkeypatch):
+    clock, lines = [100.0], io.StringIO()
+    monkeypatch.setattr("posttrain.runs.progress.time.monotonic", lambda: clock[0])
+    bar = Progress(3, console=Console(file=lines, width=200))
+    clock[0] += 240
+    bar.update(0, {"reward": 0.5})
+    for step in (1, 2, 3):
+        clock[0] += 20
+        bar.update(step, {})
+    found = lines.getvalue().splitlines()
+    assert found[0] == "step 0/3  reward 0.5000" and found[1] == "step 1/3  20.00 s/step  0:40 left"
