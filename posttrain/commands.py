@@ -118,7 +118,20 @@ COMMANDS: dict[str, Command] = {
         prompts=("heldout",),
         kept_prompts=("heldout",),
         reads={"model.start": "checkpoint", "images.train": "set of images", "turbo": "checkpoint"},
-        frozen=("lora", "seed", "heldout", "turbo", "turbo_steps", "heldout_styles", *EVALUATED),
+        # An image or a style must not be held out now and trained on then; held-out images are shown in these tiles.
+        frozen=(
+            "lora",
+            "seed",
+            "heldout",
+            "turbo",
+            "turbo_steps",
+            "images.heldout",
+            "images.measured",
+            "heldout_styles",
+            "references.sizes",
+            "references.tile_counts",
+            *EVALUATED,
+        ),
     ),
     "style play": Command(
         "posttrain.play_config:PlayConfig",

@@ -105,8 +105,8 @@ def train(config: StyleConfig, resume: bool = False) -> None:
         evaluator = Evaluator(
             k2, heldout, rewards, config.eval, size, batch, config.images.max_tokens, procs, draw=draw
         )
-        # Before what was trained is restored: until then the policy is the base.
-        with k2.role(POLICY):
+        # The base of an adapter is the model without it; of all weights, the policy until what was trained is restored.
+        with k2.role(None if config.lora is not None else POLICY):
             measure = HeldOutInTiles(k2, views, config, procs, micro_batch.size)
         guidance = {"training": 0.0, "evaluation": config.eval.guidance}
         facts = {"images": images.fingerprint, "rewards": record(rewards), "guidance": guidance}
