@@ -104,7 +104,8 @@ def before(line: str) -> None:
              "runs/nano-grpo": "runs/mine", "runs/nano-text": "runs/mine", "runs/nano-count": "runs/mine"}  # fmt: skip
     words = {word.removesuffix("/checkpoints/best") for word in line.split()}
     if line.startswith("posttrain mopd"):
-        words |= {"runs/nano-text", "runs/nano-count"}  # the teachers of its recipe
+        words |= {"runs/nano-text", "runs/nano-count"}  # the teachers of its recipe, and prompts of both
+        shutil.copy("prompts/nano/heldout.jsonl", "runs/nano-mopd-heldout.jsonl")
     for name in words & {*alike} - {path for path in alike if Path(path).exists()}:
         shutil.copytree(alike[name], name, symlinks=True)
         newest = sorted(Path(name, "checkpoints").glob("step-*"))[-1]
