@@ -6,8 +6,10 @@ PYTHON ?= python3
 VENV ?= .venv
 VLLM ?= .venv-vllm
 BIN := $(VENV)/bin
+# One worker more than there are cores, since tests often wait for a process of their own.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
 # A file's tests stay together, since they share what they make first; files come in the order of tests/conftest.py.
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 TORCH := $(shell sed -n 's/^ *"\(torch>=[^"]*\)",/\1/p' pyproject.toml)
 
 # Nothing from outside the environment, and one thread a process: two test runs on one machine must not fight.
