@@ -40,6 +40,7 @@ SMALL = {
     "bench": ["--methods", "[rollout,grpo]", "--repeats", "1", "--stock", "false", "--warmup", "2"],
     "posttrain.pipeline.ranks": [],
     "posttrain.nano.world.referenced": ["--images", "24", "--heldout", "4"],
+    "posttrain.nano.bench.style": ["--prompts", "4", "--steps", "1"],
     "posttrain.nano.world.styled": ["--images", "24", "--heldout", "4"],
     "posttrain.nano.world.judge_data": ["--pairs", "24", "--faults", "24"],
 }  # fmt: skip
