@@ -63,7 +63,7 @@ def load_model(
     """A K2 from a diffusers directory or hub id, frozen; K2-nano if there is no path.
 
     With `adapter`, a run directory, a checkpoint or a LoRA file, what that trained is the role POLICY: draw in `with
-    k2.role(POLICY)`. What of a file is no LoRA (DoRA, LoKr, ...) is merged into the weights, and needs no role.
+    k2.role(POLICY)`. What of a file is not a LoRA (DoRA, LoKr, ...) is merged into the weights, and needs no role.
     bfloat16 suits the released model on a GPU, where it takes 34 GB. `device` None: the GPU if there is one. Raises
     UserError for what cannot be read.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import field
 from typing import Annotated, Literal
 
@@ -31,7 +32,7 @@ class GroupsConfig:
 
 
 @keyword_settings
-class GroupTrainingConfig(TrainingConfig):
+class GroupTrainingConfig(TrainingConfig, ABC):
     """A method that draws groups of images, scores them and learns from their advantages."""
 
     prompts: PromptsConfig
@@ -51,9 +52,9 @@ class GroupTrainingConfig(TrainingConfig):
     def images_at_once(self) -> int:
         return self.groups.micro_batch
 
+    @abstractmethod
     def max_advantage(self) -> float:
         """Advantages are clipped to plus or minus this."""
-        raise NotImplementedError
 
     def suffixes(self) -> list[str]:
         """Of the names of an evaluation's metrics, one for each setting that it draws with."""

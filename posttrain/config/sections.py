@@ -88,7 +88,7 @@ class ModelConfig(RuntimeConfig):
     itself, is part of the model and of the reference. To branch off a run, name one of its checkpoints, as in
     RUN/checkpoints/step-000010. Or an adapter of any tool, as one .safetensors file. It must stay where it is. Adapters
     stay adapters, in float32, so that nothing of them is rounded; a run that trained all weights replaces the base's,
-    in dtype, and what of a file is no LoRA (DoRA, LoKr, LoHa, whole differences) is merged into them."""
+    in dtype, and what of a file is not a LoRA (DoRA, LoKr, LoHa, whole differences) is merged into them."""
     start_as: Literal["merge", "continue"] = "merge"
     """merge: start becomes part of the model and of the reference, and training begins without a difference to it.
     continue: training continues the adapter of start itself, and the reference is the model below it; lora must name

@@ -217,7 +217,7 @@ def _factors(config: CarryoverConfig, saved: Checkpoint | None, shapes: Mapping[
         return read_lora(config.check, shapes)
     for stage in (*policy.earlier_of(saved), saved):
         if stage.state["lora"] is None:
-            raise UserError(f"check: {stage.path} trained all weights, so it is no LoRA; give a run of an adapter")
+            raise UserError(f"check: {stage.path} trained all weights, so it is not a LoRA; give a run of an adapter")
     return scaled_factors(saved)
 
 

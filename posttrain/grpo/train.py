@@ -209,7 +209,8 @@ def sample(
     keep = config.rollout.keep_graphs and micro_batch == config.groups.micro_batch
     groups = []
     places = procs.local_indices_by_cost([costs[g % len(costs)] for g in indices], drawing)
-    for prompted in prompted_groups(k2, config, step, {indices[i]: records[indices[i]] for i in places}):
+    own = {indices[i]: records[indices[i]] for i in places}
+    for prompted in prompted_groups(k2, config, step, own):
         g, (height, width) = prompted.index, prompted.size
         seeds = []
         for j in range(config.groups.group_size):

@@ -69,7 +69,8 @@ def combine(
 
 def _sum(pairs: Sequence[Factors | None], weights: Sequence[float], rank: int | None) -> Truncated:
     present = [(pair, weight) for pair, weight in zip(pairs, weights, strict=True) if pair is not None]
-    b, a = concatenate([pair for pair, _ in present], [weight for _, weight in present])
+    known, their_weights = zip(*present)
+    b, a = concatenate(known, their_weights)
     b, a = b.double(), a.double()  # so that what is left out is told from rounding
     if rank is None or rank >= len(a):
         return Truncated(b, a, 0.0, math.sqrt(max(0.0, inner((b, a), (b, a)))))

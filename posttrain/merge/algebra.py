@@ -108,7 +108,8 @@ def overlap(changes: Sequence[Tensor], weights: Sequence[float]) -> Overlap:
     count = len(changes)
     summed = Overlap(((0.0,) * count,) * count)
     # In parts, so that what is computed on the way takes no memory of the layer's size.
-    for parts in zip(*(change.reshape(-1).split(PART) for change in changes)):
+    flat = [change.reshape(-1).split(PART) for change in changes]
+    for parts in zip(*flat):
         products = []
         for first in parts:
             products.append(tuple(float((first * second).sum(dtype=torch.float64)) for second in parts))

@@ -69,7 +69,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class Converted:
-    """A stage of an adapter's file that is no LoRA, or not in all layers: DoRA, LoKr, LoHa, whole differences."""
+    """A stage of an adapter's file that is not a LoRA, or not in all layers: DoRA, LoKr, LoHa, whole differences."""
 
     adapter: Adapter
     """Its layers that are a LoRA."""

@@ -315,7 +315,8 @@ class VelocityModel(nn.Module):
         hidden = torch.cat([hidden, *(stream.expand(batch, -1, -1) for stream in streams)], 1)
         clean = references.clean_modulation(net, hidden.dtype, hidden.device).expand(batch, -1, -1)
         ropes = [rope, *references.rotary(net, shown, hidden.device)]
-        joined = torch.cat([cos for cos, _ in ropes]), torch.cat([sin for _, sin in ropes])
+        cos, sin = zip(*ropes)
+        joined = torch.cat(cos), torch.cat(sin)
         modulation = torch.cat([modulation.expand(batch, -1, -1), clean], 1)
         lengths = (tokens, *shown.lengths)
         return self.blocks(blocks, hidden, modulation, joined, bias, lengths)[:, :tokens]

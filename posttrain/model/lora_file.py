@@ -82,8 +82,8 @@ def read_lora(path: str | Path, shapes: Mapping[str, tuple[int, int]], where: st
     adapter = read_adapter(path, shapes, where)
     if adapter.changes:
         raise UserError(
-            f"{where or path}: holds {adapter.others()} ({some(list(adapter.changes))}), which is no LoRA and can only"
-            " be merged into the weights: by model.start, posttrain sample --adapter or posttrain export --source"
+            f"{where or path}: holds {adapter.others()} ({some(list(adapter.changes))}), which is not a LoRA and can"
+            " only be merged into the weights: by model.start, posttrain sample --adapter or posttrain export --source"
         )
     return adapter.factors
 
@@ -221,7 +221,7 @@ def _called(kind: str, parts: Mapping[str, Tensor]) -> str:
 
 
 def add_adapter(k2: K2, name: str, adapter: Adapter, where: str | Path, *grids: torch.dtype) -> dict[str, list[Kept]]:
-    """Merges what is no LoRA into the base's weights, in fp32 with one rounding to their type, and adds the LoRA, if
+    """Merges what is not a LoRA into the base's weights, in fp32 with one rounding to their type, and adds the LoRA, if
     there is one, as a role.
 
     Returns, by weight that was merged, how much of the change rounding to each type of `grids` keeps. Raises UserError

@@ -152,5 +152,6 @@ def taken(parameters: Sequence[Tensor], procs: Processes) -> Tensor:
 def put(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
     """Makes the sum of some flat gradients the parameters'."""
     whole = torch.stack(list(gradients)).sum(0)
-    for parameter, part in zip(parameters, whole.split([p.numel() for p in parameters])):
+    sizes = [parameter.numel() for parameter in parameters]
+    for parameter, part in zip(parameters, whole.split(sizes)):
         parameter.grad = part.view_as(parameter)

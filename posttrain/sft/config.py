@@ -68,7 +68,7 @@ class ImageSetConfig:
     """How many times larger an image may be made to fill its bucket; smaller ones are left out and counted."""
     max_cut: Share = 0.25
     """Share of an image's area that the crop may cut off; images that would lose more are left out and counted, as
-    their captions name what is no longer there."""
+    their captions name what the crop has cut away."""
     max_tokens: AtLeast1 = 512
     """Longest caption in text tokens; what lies beyond is cut with a warning."""
     drop_caption: BelowOne = 0.1

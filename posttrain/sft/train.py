@@ -63,24 +63,11 @@ TABLE = ("image", "use", "height", "width", "bucket_height", "bucket_width", "le
 def train(config: SFTConfig, resume: bool = False) -> None:
     """Runs a recipe into its run directory. Raises UserError for mistakes that the user can correct."""
     procs = Processes(shardable=True)
-    if procs.sharded and config.turbo is not None:
-        raise UserError(f"turbo: {procs.engine} does not go with it; leave it out")
     resume = resuming(config, resume, procs)
     source = ImageSet(config.images)
     heldout = [] if config.heldout is None else read_prompts(config.heldout)
     try_rewards(config, heldout)
-    student = student_of(config.turbo)
-    saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
-    k2 = load_model(config.model, procs.device, saved)
-    with parallelize.sharding(k2, procs):
-        add_policy(k2, config.lora, config.seed, reference=False)
-        turbo = None
-        if config.turbo is not None:
-            turbo = add_turbo(k2, config.turbo, student, config.turbo_steps)
-    # After the roles, which decide whether text can be kept fused.
-    images = encode_images(k2, source, config.images, procs)
-    if saved is not None and saved.state["images"] != images.fingerprint:
-        raise UserError(f"images: not those that {saved.path} was trained on, or encoded differently; restore them")
+    k2, images, turbo, saved = prepare(config, source, procs, resume)
     k2.train_role(POLICY)
     stepper = Stepper(k2.role_named_parameters(POLICY), config.optim)
     micro_batch = MicroBatch(config.micro_batch, "micro_batch", procs)
@@ -114,6 +101,30 @@ def train(config: SFTConfig, resume: bool = False) -> None:
                 check_moved(k2, stepper)
                 training.save(step)
         training.finish()
+
+
+def prepare(
+    config: SFTConfig, source: ImageSet, procs: Processes, resume: bool
+) -> tuple[K2, EncodedImages, SamplingSettings | None, checkpoint.Checkpoint | None]:
+    """The model with its roles, the encoded images, how to draw on a Turbo, and the checkpoint that it resumes.
+
+    Raises UserError for what does not fit together, most of it before the model is read.
+    """
+    if procs.sharded and config.turbo is not None:
+        raise UserError(f"turbo: {procs.engine} does not go with it; leave it out")
+    student = student_of(config.turbo)
+    saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
+    k2 = load_model(config.model, procs.device, saved)
+    with parallelize.sharding(k2, procs):
+        add_policy(k2, config.lora, config.seed, reference=False)
+        turbo = None
+        if config.turbo is not None:
+            turbo = add_turbo(k2, config.turbo, student, config.turbo_steps)
+    # After the roles, which decide whether text can be kept fused.
+    images = encode_images(k2, source, config.images, procs)
+    if saved is not None and saved.state["images"] != images.fingerprint:
+        raise UserError(f"images: not those that {saved.path} was trained on, or encoded differently; restore them")
+    return k2, images, turbo, saved
 
 
 def updates(

@@ -27,7 +27,6 @@ Legend: B images of a micro-batch, N image tokens, C channels.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -36,26 +35,23 @@ from torch import Tensor
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
 from posttrain.log import log
-from posttrain.model import parallelize
 from posttrain.model.k2 import K2
 from posttrain.references import shown
 from posttrain.references.shown import Drawer
 from posttrain.sft.batches import Batch
-from posttrain.sft.cache import EncodedImages, encode_images
+from posttrain.sft.cache import EncodedImages
 from posttrain.sft.heldout import HeldOut
 from posttrain.sft.losses import flow_loss
 from posttrain.sft.order import Order
-from posttrain.sft.train import captions_of, check_moved, evaluate, preview_size, say_small, write_table
-from posttrain.sft.turbo import add_turbo, student_of
+from posttrain.sft.train import captions_of, check_moved, evaluate, prepare, preview_size, say_small, write_table
 from posttrain.style.batches import StyleBatch, StyleJob, batches_of, job_of, size_of_step
 from posttrain.style.config import StyleConfig
 from posttrain.style.dataset import StyleSet, Views, square, whole
 from posttrain.style.views import tiles
-from posttrain.training import checkpoint
 from posttrain.training.evaluate import Evaluator
 from posttrain.training.loop import Training, open_run, resuming, try_rewards
 from posttrain.training.oom_retry import MicroBatch
-from posttrain.training.policy import POLICY, add_policy, load_model
+from posttrain.training.policy import POLICY
 from posttrain.training.stepper import Clock, Stepper
 from posttrain.training.sums import total
 from prompts.records import PromptRecord, read_prompts
@@ -68,8 +64,6 @@ SWEPT = 8
 def train(config: StyleConfig, resume: bool = False) -> None:
     """Runs a recipe into its run directory. Raises UserError for mistakes that the user can correct."""
     procs = Processes(shardable=True)
-    if procs.sharded and config.turbo is not None:
-        raise UserError(f"turbo: {procs.engine} does not go with it; leave it out")
     resume = resuming(config, resume, procs)
     source = StyleSet(config.images)
     heldout = [] if config.heldout is None else read_prompts(config.heldout, references=True)
@@ -77,18 +71,7 @@ def train(config: StyleConfig, resume: bool = False) -> None:
     if heldout and not any(named):
         raise UserError(f"heldout: {config.heldout} names no references; add references: [IMAGE] to its lines")
     try_rewards(config, heldout)
-    student = student_of(config.turbo)
-    saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
-    k2 = load_model(config.model, procs.device, saved)
-    with parallelize.sharding(k2, procs):
-        add_policy(k2, config.lora, config.seed, reference=False)
-        turbo = None
-        if config.turbo is not None:
-            turbo = add_turbo(k2, config.turbo, student, config.turbo_steps)
-    # After the roles, which decide whether text can be kept fused.
-    images = encode_images(k2, source, config.images, procs)
-    if saved is not None and saved.state["images"] != images.fingerprint:
-        raise UserError(f"images: not those that {saved.path} was trained on, or encoded differently; restore them")
+    k2, images, turbo, saved = prepare(config, source, procs, resume)
     views = Views(source, images, config)
     k2.train_role(POLICY)
     stepper = Stepper(k2.role_named_parameters(POLICY), config.optim)

@@ -106,7 +106,7 @@ def load_stage(path: str, model: Mapping[str, Any]) -> Checkpoint:
     if not path.endswith(SUFFIX):
         return checkpoint.load(checkpoint.find(path))
     adapter = read_adapter(path, shapes_at(model["path"]))
-    # The scales of its layers are in B already. What is no LoRA has no rank, like a run that trained all weights.
+    # The scales of its layers are in B already. What is not a LoRA has no rank, like a run that trained all weights.
     lora = None if adapter.changes else asdict(role_for(adapter.factors, path))
     state = {"method": FILE, "lora": lora, "kinds": adapter.others(), "model": dict(model)}
     return Checkpoint(Path(path).resolve(), 0, {} if lora is None else {"adapter": adapter.factors}, state)
@@ -283,8 +283,8 @@ def add_policy(k2: K2, lora: LoraConfig | None, seed: int, reference: bool) -> N
 def add_saved_policy(k2: K2, saved: Checkpoint, *grids: torch.dtype) -> dict[str, list[Kept]]:
     """The role as a checkpoint has it. With a student the model counts as distilled: its shift is Turbo's.
 
-    What of an adapter's file is no LoRA is merged into the weights; then there may be no role. Returned is how much of
-    that each type of `grids` keeps, by weight.
+    What of an adapter's file is not a LoRA is merged into the weights; then there may be no role. Returned is how much
+    of that each type of `grids` keeps, by weight.
     """
     if is_file(saved):
         adapter = read_adapter(saved.path, linear_shapes(k2.base_state_dict()))

@@ -197,7 +197,7 @@ def test_a_lora_that_does_not_bind_is_refused(loras, model, tmp_path, edit, says
         ({"turbo": "{lora}"}, "turbo: {lora}: no such directory"),
         ({"turbo": "{empty}"}, "turbo: {empty}: has no model_index.json"),
         ({"turbo": "{headless}"}, "turbo: {headless}/text_encoder: has no weights"),
-        ({"check": "{full}"}, "check: {full}/checkpoints/step-000001 trained all weights, so it is no LoRA"),
+        ({"check": "{full}"}, "check: {full}/checkpoints/step-000001 trained all weights, so it is not a LoRA"),
         ({"check": "{unbound}"}, "unbound.safetensors: none of its 48 keys binds to a layer of this model"),
         ({"prompts": "{one}"}, "prompts: {one} holds 1 prompt; give at least 2"),
         ({"output": "{lora}/x.json"}, "output: {lora}/x.json: {lora} takes no file (Not a directory)"),

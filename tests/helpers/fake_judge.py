@@ -1,8 +1,8 @@
 """A server that speaks just enough of the OpenAI protocol to go wrong: it only injects faults into tests.
 
 Run as `python fake_judge.py PORT [--faults SHARE] [--die-after N] [--broken] [--wandering] [--says error|MODEL]`. Its
-score is a function of the picture, so a client can tell a right score from a wrong one. A picture's fault is one too:
-the passing ones (500, 429, hang, closed, cut) are shown once for each picture, the lasting ones (truncated JSON, no
+score is a function of the image, so a client can tell a right score from a wrong one. An image's fault is one too:
+the passing ones (500, 429, hang, closed, cut) are shown once for each image, the lasting ones (truncated JSON, no
 log-probs, maybe) always. A broken server answers 500 to everything; a wandering one's scores are 0.5 and 0.504 in turn;
 one that says error puts it into the body of a 200, and one that says anything else names that model in its answers.
 """

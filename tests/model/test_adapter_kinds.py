@@ -122,7 +122,9 @@ def test_lora_under_every_name(k2, tmp_path, random, names, alpha, suffixes):
     "settings", [{}, {"use_rslora": True}, {"rank_pattern": {"to_q": 2}, "alpha_pattern": {"up": 3}}]
 )
 def test_peft_itself_lora(directory, k2, tmp_path, settings):
-    _peft_itself(directory, k2, tmp_path, LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, **settings))
+    config = LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, **settings)
+    adapter = _peft_itself(directory, k2, tmp_path, config)
+    assert adapter.factors and not adapter.changes
 
 
 # ---- DoRA -----------------------------------------------------------------------------------------------------
@@ -262,7 +264,9 @@ def test_the_projector_alone(k2, tmp_path, random):
 ])  # fmt: skip
 def test_peft_itself_lokr_and_loha(directory, k2, tmp_path, config):
     """Its alpha over r counts for whole factors too."""
-    _peft_itself(directory, k2, tmp_path, config)
+    adapter = _peft_itself(directory, k2, tmp_path, config)
+    kind = "LoKr" if isinstance(config, LoKrConfig) else "LoHa"
+    assert {change.kind for change in adapter.changes.values()} == {kind} and not adapter.factors
 
 
 def _peft_itself(directory, k2, folder, config):

@@ -188,7 +188,7 @@ TO_Q = "transformer.transformer_blocks.0.attn.to_q"
         (named(), None, peft(use_dora=True), "use_dora is true: no layer of the file has a magnitude"),
         (named(), None, peft(init_lora_weights="pissa_niter_4"), "init_lora_weights is .*: it is for changed base"),
         (named(), None, peft(peft_type="LOHA"), 'peft_type is "LOHA": the file holds LoRA; give the settings'),
-        (named() | {f"{TO_Q}.dora_scale": torch.ones(6, 1)}, None, None, r"DoRA \(transf.*to_q\), which is no LoRA"),
+        (named() | {f"{TO_Q}.dora_scale": torch.ones(6, 1)}, None, None, r"DoRA \(transf.*to_q\), which is not a LoRA"),
         (named() | {f"{TO_Q}.lora_magnitude_vector": torch.ones(6)}, None, None, r"model\.start, posttrain sample"),
         (named() | {f"{TO_Q}.lora_B.bias": torch.ones(6)}, None, None, r"1 of its 5 keys .*lora_B\.bias"),
         (named() | {f"{TO_Q[:-1]}qkv.{A}": torch.ones(4, 5)}, None, None, r"1 of its 5 keys .*to_qkv"),

@@ -18,6 +18,7 @@ from posttrain.model.k2 import K2
 from posttrain.references.shown import Drawer, Named, named, scaled
 from posttrain.sample_config import SampleConfig
 from posttrain.sample_images import sample
+from posttrain.sft import train as sft
 from posttrain.sft.cache import encode_images
 from posttrain.style import train as style
 from posttrain.style.batches import LAST, batches_of, job_of
@@ -31,7 +32,7 @@ from tests.helpers.style_runs import image
 
 
 def test_run_directory(config, monkeypatch):
-    seen = runs.watch_loading(style, monkeypatch)
+    seen = runs.watch_loading(sft, monkeypatch)
     config.eval.every = 1
     style.train(config)
     run = Path(config.output)
@@ -101,7 +102,7 @@ def test_what_references_show_is_learnt(config, monkeypatch):
     Path(config.heldout).write_text("".join(lines))
     config.heldout_styles, config.steps, config.optim.lr, config.sweep = [], 60, 1e-2, []
     config.images.drop_caption, config.batch, config.micro_batch, config.optim.ema = 0.0, 8, 8, 0.0
-    seen = runs.watch_loading(style, monkeypatch)
+    seen = runs.watch_loading(sft, monkeypatch)
     style.train(config)
     ((k2, _),) = seen
     drawer = Drawer.of(k2, [[Named(folder / f"{name}.png", 1.0)] for name in ("light", "dark")], (32, 32), 32)
