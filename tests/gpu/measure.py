@@ -41,9 +41,10 @@ class Commands:
     def __init__(self, rows: Path):
         self.rows = rows
 
-    def run(self, *words: object, kill_when: Any = None, limit: float = LIMIT) -> Result:
+    def run(self, *words: object, kill_when: Any = None, limit: float = LIMIT, processes: int = 1) -> Result:
         """`posttrain WORDS`. With `kill_when`, SIGKILL as soon as it returns true."""
-        command = [sys.executable, "-m", "posttrain.cli", *map(str, words)]
+        launch = ["torch.distributed.run", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
+        command = [sys.executable, "-m", *launch, "posttrain.cli", *map(str, words)]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
         wall, began = time.time(), time.monotonic()

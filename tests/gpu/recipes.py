@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from collections.abc import Sequence
@@ -26,6 +27,19 @@ def warmth(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]
     """Red less blue, from 0 to 1."""
     means = [np.asarray(image, float).mean((0, 1)) / 255 for image in images]
     return [float(1 + red - blue) / 2 for red, _, blue in means]
+
+
+class SlowWarmth:
+    """The same from a judge that takes `seconds` for an image, one after another, on no core of ours."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self._free = asyncio.Lock()
+
+    async def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+        async with self._free:
+            await asyncio.sleep(self.seconds * len(images))
+        return warmth(images, prompts)
 
 
 def cut(name: str, parts: Path, folder: Path, **changes: Any) -> Path:

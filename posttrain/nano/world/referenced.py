@@ -3,6 +3,8 @@
     python -m posttrain.nano.world.referenced runs/nano-referenced
 
 Beside each of OUT/images/*.png is a .json with a `caption` that is silent on the style, the `full` one and the `style`.
+With --looks N every second image also has one of N looks over its style: tints, contrast and stripes over the whole
+image, so that there are more styles to learn from than the world has.
 OUT/heldout.jsonl has prompts of prompts/nano/heldout.jsonl that are silent on the style, each with a reference that
 shows no object that the prompt asks for. Two in three have a style that is trained, tagged `trained`; the others one of
 HELDOUT, tagged `unseen`. The functions below are rewards that measure what is drawn.
@@ -76,15 +78,32 @@ def scene_in(rng: np.random.Generator, style: str) -> Scene:
     return replace(scenes.random_scene(rng, prompts.TRAIN_WORDS), style=style)
 
 
-def write(out: Path, images: int, heldout: int) -> None:
+def look(image: np.ndarray, number: int) -> np.ndarray:
+    """A uint8 image (H, W, 3) in look `number`: mixed colours, a tint, other contrast and, of every second, stripes."""
+    rng = np.random.default_rng([SEED, number, 1])
+    mix = np.eye(3) + rng.uniform(0, 0.4) * (rng.dirichlet((1, 1, 1), 3) - np.eye(3))
+    low, high, bend = rng.uniform(0, 0.35, 3), rng.uniform(0.65, 1, 3), 2 ** rng.uniform(-0.8, 0.8)
+    drawn = low + (high - low) * ((image / 255) @ mix.T) ** bend
+    period, (down, across), strength = rng.integers(3, 9), rng.integers(0, 3, 2), rng.uniform(0.15, 0.5)
+    if number % 2 and down + across:
+        rows, columns = np.indices(image.shape[:2])
+        drawn = drawn * (1 - strength * ((down * rows + across * columns) % period < period / 2))[..., None]
+    return (255 * drawn.clip(0, 1)).round().astype(np.uint8)
+
+
+def write(out: Path, images: int, heldout: int, looks: int = 0) -> None:
     for name in ("images", "references"):
         (out / name).mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(SEED)
     for i in range(images):
         scene = scene_in(rng, TRAINED[i % len(TRAINED)])
         full = scenes.describe(scene, rng, float(rng.choice((0.2, 0.6, 1.0)))).prompt
-        Image.fromarray(scenes.render(scene)).save(out / f"images/{i:05d}.png")
-        row = {"caption": silent(full), "full": full, "style": scene.style}
+        drawn, named = scenes.render(scene), scene.style
+        if looks and i // len(TRAINED) % 2:
+            number = int(rng.integers(looks))
+            drawn, named = look(drawn, number), f"{scene.style}, look {number}"
+        Image.fromarray(drawn).save(out / f"images/{i:05d}.png")
+        row = {"caption": silent(full), "full": full, "style": named}
         (out / f"images/{i:05d}.json").write_text(json.dumps(row) + "\n")
     with (out / "heldout.jsonl").open("w") as file:
         for i, row in enumerate(_silent_prompts()[:heldout]):
@@ -117,8 +136,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--heldout", type=int, default=180, help="prompts")
+    parser.add_argument("--looks", type=int, default=0, help="further styles, of every second image")
     args = parser.parse_args()
-    write(args.out, args.images, args.heldout)
+    write(args.out, args.images, args.heldout, args.looks)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,105 @@
+"""Distils three experts of K2-nano into one student: what is kept of each, beside their merge and grpo on all prompts.
+
+    python -m posttrain.nano.bench.mopd --seeds 0 1 2 --output runs/bench-mopd     # on two cores: two hours
+
+The experts are runs of `posttrain grpo`, each on its own prompts: with text, that count, and others that name a style.
+For each seed a student learns from all of them, and a run of grpo from all prompts and as many images. `posttrain merge
+OUTPUT/expert-*` measures their exact merge. OUTPUT/table.md has the share of each expert's gain that is kept, with its
+95 % interval, and requirements met over the 64 held-out prompts of each. Runs that are in OUTPUT are only read.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain.nano.bench import common
+
+TAGS = ("text", "count", "style")
+PROMPTS = Path("prompts/nano")
+HELDOUT = 64
+"""Prompts of each expert: a retention needs a gain above chance."""
+EXPERT = [
+    "--groups.prompts_per_step", "4", "--optim.lr", "1e-3", "--eval.every", "64", "--eval.steps", "16",
+]  # fmt: skip
+SHARED = ["--eval.every", "20", "--eval.steps", "16", "--eval.prompts", str(HELDOUT * len(TAGS))]
+IMAGES = 16
+FIGURES = ("oracle", "text", "artifact_free")
+
+
+def tag_of(row: dict[str, Any]) -> str | None:
+    """The expert of a prompt of prompts/nano; None if it has none."""
+    if row["tags"][0] in TAGS:
+        return row["tags"][0]
+    return "style" if any(need.startswith("the style is ") for need in row["requirements"]) else None
+
+
+def write_prompts(folder: Path) -> None:
+    """TAG-train.jsonl and TAG-heldout.jsonl of each expert, and all-*.jsonl in turns; a prompt has its expert's tag."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("train", "heldout"):
+        rows = [json.loads(line) for line in (PROMPTS / f"{name}.jsonl").read_text().splitlines()]
+        own = {tag: [row | {"tags": [tag]} for row in rows if tag_of(row) == tag] for tag in TAGS}
+        if name == "heldout":
+            own = {tag: found[:HELDOUT] for tag, found in own.items()}
+        own["all"] = [row for turn in itertools.zip_longest(*own.values()) for row in turn if row is not None]
+        for tag, found in own.items():
+            (folder / f"{tag}-{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+
+
+def run(jobs: common.Jobs, name: str, command: str, recipe: str, prompts: str, options: Sequence[str]) -> Path:
+    """The run's directory, which is made unless it is there."""
+    folder = jobs.folder / name
+    if not (folder / "summary.json").is_file():
+        files = [str(jobs.folder / f"prompts/{prompts}-{part}.jsonl") for part in ("train", "heldout")]
+        words = ["--prompts.train", files[0], "--prompts.heldout", files[1], "--output", str(folder), *options]
+        jobs(name, "posttrain.cli", [command, "--config", f"recipes/nano/{recipe}.yaml", *words])
+    return folder
+
+
+def teachers(folder: Path) -> str:
+    return json.dumps({tag: {"run": str(folder / f"expert-{tag}"), "tags": [tag], "reward": "oracle"} for tag in TAGS})
+
+
+def row_of(name: str, folder: Path) -> dict[str, Any]:
+    summary = json.loads((folder / "summary.json").read_text())
+    return {"run": name, "images": summary["images"], "seconds": summary["seconds"], "after": summary["after"]}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        after, kept = row["after"], []
+        for tag in TAGS:
+            share, low, high = (after.get(f"retention/{tag}{end}") for end in ("", "_low", "_high"))
+            kept.append("-" if share is None else f"{share:.2f} ({low:.2f} to {high:.2f})")
+        lines.append([row["run"], row["images"], f"{row['seconds']:.0f}", *kept, *(f"{after[f]:.3f}" for f in FIGURES)])
+    return common.markdown(["", "images", "seconds", *(f"{tag}: gain kept" for tag in TAGS), *FIGURES], lines)
+
+
+def main() -> None:
+    parser = common.parser(__doc__, "mopd")
+    parser.add_argument("--expert_steps", type=int, default=128)
+    parser.add_argument("--student_steps", type=int, default=60)
+    args = parser.parse_args()
+    write_prompts(args.output / "prompts")
+    jobs = common.Jobs(args.output, args.jobs)
+    expert = [*EXPERT, "--steps", str(args.expert_steps)]
+    common.side_by_side(run, [(jobs, f"expert-{tag}", "grpo", "demo", tag, expert) for tag in TAGS])
+    calls: list[tuple[Any, ...]] = []
+    for seed in args.seeds:
+        images = ["--images", str(IMAGES), "--micro_batch", str(IMAGES)]
+        words = ["--teachers", teachers(args.output), "--seed", str(seed), *images, *SHARED, *args.options]
+        calls.append((jobs, f"student-{seed}", "mopd", "mopd", "all", [*words, "--steps", str(args.student_steps)]))
+        steps = args.student_steps * IMAGES * len(TAGS) // 32  # of four prompts of eight
+        alike = ["--steps", str(steps), "--groups.prompts_per_step", "4", "--optim.lr", "1e-3", "--seed", str(seed)]
+        calls.append((jobs, f"grpo-{seed}", "grpo", "demo", "all", [*alike, *SHARED]))
+    rows = [row_of(name, folder) for (_, name, *_), folder in zip(calls, common.side_by_side(run, calls))]
+    common.write(args.output, rows, table(rows))
+
+
+if __name__ == "__main__":
+    main()
