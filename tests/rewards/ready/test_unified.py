@@ -71,7 +71,7 @@ def test_other_ways_to_write_them():
     ("text", "finish", "says"),
     [
         ("A lovely fox.", "stop", "no alignment score"),
-        (None, "stop", "holds no text"),
+        (None, "stop", "is not a text"),
         (ANSWER, "length", "longer than"),
     ],
 )  # fmt: skip
