@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.loading import local, quiet, reading
 from posttrain.tokenizer import load_tokenizer
 from prompts.templates import CONTROL_TOKEN, load_template
@@ -59,7 +59,7 @@ class HPSv3(Scorer):
         rows = len(body.get("language_model.embed_tokens.weight", ()))
         if rows <= self.reward:
             raise UserError(
-                f"path: {path}: its embedding has {rows} rows, and {REWARD} is number {self.reward}: give the file of"
+                f"path: {path}: its embedding has {counted(rows, 'row')}, and {REWARD} is number {self.reward}: give the file of"
                 " the release, and as processor the model that it began as"
             )
         config.text_config.vocab_size = rows

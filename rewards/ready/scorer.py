@@ -82,7 +82,7 @@ def tokenizer_of(path: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
         tokens = tokenizer(PROBE, add_special_tokens=False).input_ids
         if not 0 < len(tokens) < len(PROBE) or tokenizer.unk_token_id in tokens[:-1]:
-            raise UserError(f"{path}: its tokenizer reads {PROBE!r} as {len(tokens)} tokens: copy or download it again")
+            raise UserError(f"{path}: its tokenizer does not know the words of {PROBE!r}: copy or download it again")
     return tokenizer
 
 
