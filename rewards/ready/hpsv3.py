@@ -59,8 +59,8 @@ class HPSv3(Scorer):
         rows = len(body.get("language_model.embed_tokens.weight", ()))
         if rows <= self.reward:
             raise UserError(
-                f"path: {path}: its embedding has {counted(rows, 'row')}, and {REWARD} is number {self.reward}: give the file of"
-                " the release, and as processor the model that it began as"
+                f"path: {path}: its embedding has {counted(rows, 'row')}, and {REWARD} is number {self.reward}: give"
+                " the file of the release, and as processor the model that it began as"
             )
         config.text_config.vocab_size = rows
         self.model = build(Qwen2VLModel, config, body, path, self.device, self.dtype)

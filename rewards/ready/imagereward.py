@@ -70,7 +70,7 @@ class ImageReward(Scorer):
         self.vision = build(BlipVisionModel, shapes[0], image, path, self.device, self.dtype)
         self.text = build(_TextModel, shapes[1], text, path, self.device, self.dtype)
         self.head = fill(score_head(shapes[1].hidden_size, *HIDDEN), head, path, self.device)
-        side = shapes[0].image_size
+        side: Any = shapes[0].image_size
         self.processor = CLIPImageProcessorPil(
             size={"shortest_edge": side}, crop_size={"height": side, "width": side}
         )  # its mean and deviation are CLIP's, as ImageReward's are

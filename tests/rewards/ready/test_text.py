@@ -1,15 +1,17 @@
 """Text read by RapidOCR: character error rates of rendered text by font, size and script, and the reward."""
 
+import shutil
 from pathlib import Path
 
 import matplotlib
 import matplotlib_fontja
 import numpy as np
 import pytest
+import rapidocr
 from PIL import Image, ImageDraw, ImageFont
 
 from posttrain.errors import UserError
-from rewards.base import RewardSpec
+from rewards.base import Failure, RewardSpec
 from rewards.load import check_columns, check_rewards, load_rewards
 from rewards.ready import Text
 from rewards.ready.text import character_error_rate
@@ -91,6 +93,24 @@ def test_no_score_without_a_text_asked_for(reader):
     assert reader([image] * 3, ["a", "b", "c"], [None, [], ["  "]]) == [None] * 3
 
 
+@pytest.mark.parametrize("text", ["Свежий хлеб", "서울역", "مرحبا", "Φρέσκο", "phở bò ệ"])
+def test_a_script_that_it_cannot_read_is_a_failure(reader, text):
+    """It would score 0 whatever the image shows."""
+    image = rendered(["Fresh"], LATIN["sans"], 32)
+    known, unknown = reader([image] * 2, ["a", "b"], [["Fresh"], ["Fresh", text]])
+    assert known == 1 and isinstance(unknown, Failure) and "the recogniser has no letter" in unknown.message
+
+
+def test_another_recogniser(reader, tmp_path):
+    own = Path(rapidocr.__file__).parent / "models/PP-OCRv6_rec_small.onnx"
+    shutil.copy(own, tmp_path / "mine.onnx")
+    image = rendered(["Fresh bread"], LATIN["sans"], 32)
+    assert Text(threads=1, recogniser=str(tmp_path / "mine.onnx")).read(image) == reader.read(image) == ["Fresh bread"]
+    (tmp_path / "mine.onnx").write_bytes(own.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"mine\.onnx: cannot be loaded as a recogniser of PP-OCR"):
+        Text(recogniser=str(tmp_path / "mine.onnx"))
+
+
 def test_an_image_without_text_of_any_mode_scores_nothing(reader):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8))
     for image in (noise, Image.new("RGBA", (64, 64)), Image.new("RGB", (16, 300))):
@@ -107,10 +127,13 @@ def test_a_recipe_is_told_that_prompts_lack_texts():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"device": "gpu"}, "device: gpu: use cpu or cuda"), ({"threads": 0}, "threads: 0: use 1 or more"),
-        ({"sure": 2}, "sure: 2: use a number from 0 to 1"), ({"device": "cuda"}, "pip install onnxruntime-gpu"),
+        ({"device": "gpu"}, "device: gpu: use cpu or cuda"),
+        ({"device": "cuda"}, "pip install onnxruntime-gpu"),
+        ({"threads": 0}, "threads: 0: use 1 or more"),
+        ({"sure": 2}, "sure: 2: use a number from 0 to 1"),
+        ({"recogniser": "no.onnx"}, "recogniser: no.onnx: no such file"),
     ],
-)  # fmt: skip
+)
 def test_mistakes(settings, message):
     with pytest.raises(UserError) as caught:
         Text(**settings)
