@@ -120,7 +120,8 @@ class PickScore(CLIP):
     """e^s times the cosine in features finetuned on Pick-a-Pic, e^s = 100: about 15 to 26; `scale: 0.0385` brings it
     to [0, 1], near enough.
 
-    Source: arXiv 2305.01569, section 3, and the README of yuvalkirstain/PickScore. Weights: MIT.
+    Source: arXiv 2305.01569, section 3, and the README of yuvalkirstain/PickScore. We know of no licence for the
+    weights.
     """
 
     released = "yuvalkirstain/PickScore_v1"

@@ -25,8 +25,8 @@ PLACE = "<|image_pad|>"
 
 
 class HPSv3(Scorer):
-    """Mean of the human preference for an image of a prompt, from about -5 to 15, without bounds: `scale: 0.05,
-    offset: 0.25` brings it to [0, 1], near enough.
+    """Mean of the human preference for an image of a prompt, without bounds; its question asks for 0 to 10. Look at the
+    scores of your own images before you set `scale` and `offset`.
 
     Source: arXiv 2508.03789 and its code, hpsv3 1.0.0 (MIT), which needs another transformers than this project: the
     question is its own (prompts/judges/hpsv3.txt), and positions count from 0 by one, as in its forward, and not along
@@ -62,9 +62,10 @@ class HPSv3(Scorer):
                 f"path: {path}: its embedding has {counted(rows, 'row')}, and {REWARD} is number {self.reward}: give"
                 " the file of the release, and as processor the model that it began as"
             )
-        config.text_config.vocab_size = rows
+        text: Any = config.text_config
+        text.vocab_size = rows
         self.model = build(Qwen2VLModel, config, body, path, self.device, self.dtype)
-        width = config.text_config.hidden_size
+        width = text.hidden_size
         head = nn.Sequential(
             nn.Linear(width, 1024), nn.ReLU(), nn.Dropout(0.05), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
         )  # mean and deviation

@@ -40,7 +40,7 @@ BLIP = [
 
 class ImageReward(Scorer):
     """Human preference for an image of a prompt, normalised to mean 0 and deviation 1 over its authors' data: about
-    -2.3 to 2. `scale: 0.25, offset: 0.5` brings it to [0, 1], near enough. A prompt beyond 35 tokens is cut.
+    -2 to 2. `scale: 0.25, offset: 0.5` brings it to [0, 1], near enough. A prompt beyond 35 tokens is cut.
 
     Source: arXiv 2304.05977 and ImageReward.py of THUDM/ImageReward. Weights and code: Apache-2.0.
     """
