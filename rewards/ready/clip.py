@@ -140,11 +140,19 @@ class HPSv2(CLIP):
     released = "xswu/HPSv2"
     processor_of = VIT_H
 
-    def __init__(self, path: str | None = None, file: str = "HPS_v2.1_compressed.pt", **settings: Any):
-        """`path` is the file, or a directory or hub id that has it; `settings` are those of CLIP. The model's own
-        (config.json) are read where the tokenizer is."""
+    def __init__(
+        self,
+        path: str | None = None,
+        file: str = "HPS_v2.1_compressed.pt",
+        batch: int = 32,
+        device: str | None = None,
+        dtype: str = "float32",
+        processor: str | None = None,
+    ):
+        """`path` is the file, or a directory or hub id that has it. The model's settings (config.json) are read where
+        the tokenizer is."""
         self.file = file
-        super().__init__(path, **settings)
+        super().__init__(path, batch, device, dtype, processor)
 
     def load(self) -> Any:
         with quiet(), reading(self.settings, "a CLIP's settings"):
@@ -221,12 +229,17 @@ class AestheticScore(CLIP):
     """
 
     def __init__(
-        self, head: str = "trl-lib/ddpo-aesthetic-predictor", file: str = "aesthetic-model.pth", **settings: Any
+        self,
+        head: str = "trl-lib/ddpo-aesthetic-predictor",
+        file: str = "aesthetic-model.pth",
+        path: str | None = None,
+        batch: int = 32,
+        device: str | None = None,
+        dtype: str = "float32",
     ):
-        """`settings` are those of CLIP."""
         self.head_path = head
         state = {key.removeprefix("layers."): value for key, value in read_state(head, file).items()}
-        super().__init__(**settings)
+        super().__init__(path, batch, device, dtype)
         width = self.model.config.projection_dim
         layers = torch.nn.Linear(width, 1) if "weight" in state else score_head(width, *HIDDEN)
         self.head = fill(layers, state, f"head: {head}", self.device)

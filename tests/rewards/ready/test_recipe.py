@@ -7,6 +7,8 @@ import pytest
 import yaml
 from PIL import Image, ImageDraw, ImageFont
 
+from posttrain.errors import UserError
+from rewards import ready
 from rewards.base import RewardSpec, score_all
 from rewards.gates import apply_gates
 from rewards.load import check_rewards, load_rewards, record
@@ -59,3 +61,11 @@ def test_the_run_records_what_decides_the_scores(rewards):
     told = record(rewards)
     assert told["text"]["model"].startswith("rapidocr 3.") and told["pick"]["model"].endswith("clip")
     assert set(told) == {"pick", "text", "fits", "heldout"}
+
+
+@pytest.mark.parametrize("name", ready.__all__)
+def test_an_unknown_setting_is_refused_before_anything_is_loaded(name):
+    judge = {"judge": {"model": "m", "base_urls": "http://a/v1"}} if name == "UnifiedReward" else {}
+    function = {"class_path": f"rewards.ready.{name}", "init_args": judge | {"bacth": 4}}
+    with pytest.raises(UserError, match="reward r: function: init_args: .*'bacth'.*: it takes"):
+        check_rewards([RewardSpec("r", function)])

@@ -14,6 +14,7 @@ from rewards.load import check_rewards
 from rewards.ready import UnifiedReward
 from rewards.ready.unified import read_ratings
 from tests.helpers import fake_judge
+from tests.helpers.runs import ROOT
 
 IMAGE = Image.new("RGB", (32, 32), "navy")
 # The example output of its authors' script
@@ -87,3 +88,10 @@ def test_a_recipe():
     with pytest.raises(UserError, match="axes: beauty: use some of alignment"):
         UnifiedReward(judge | {"base_urls": "http://a/v1"}, axes=["beauty"])
     assert load_template("unified").fields == {"prompt"}
+
+
+def test_a_judge_in_this_process_is_asked_too():
+    """judge-nano knows nothing of ratings, so it fails, with its answer in the message."""
+    judge = {"path": str(ROOT / "posttrain/nano/weights/judge-nano"), "max_text_tokens": 8, "device": "cpu"}
+    (score,) = asyncio.run(UnifiedReward(judge)([IMAGE], ["a red circle"]))
+    assert isinstance(score, Failure) and "answer" in score.message
