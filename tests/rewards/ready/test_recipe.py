@@ -67,5 +67,5 @@ def test_the_run_records_what_decides_the_scores(rewards):
 def test_an_unknown_setting_is_refused_before_anything_is_loaded(name):
     judge = {"judge": {"model": "m", "base_urls": "http://a/v1"}} if name == "UnifiedReward" else {}
     function = {"class_path": f"rewards.ready.{name}", "init_args": judge | {"bacth": 4}}
-    with pytest.raises(UserError, match="reward r: function: init_args: .*'bacth'.*: it takes"):
+    with pytest.raises(UserError, match=r"reward r: function: init_args: .*'bacth'.*: it takes"):
         check_rewards([RewardSpec("r", function)])
