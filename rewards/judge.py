@@ -96,6 +96,15 @@ class Judge:
 
         return await self._cached(ask, image, template, {})
 
+    async def answer(self, image: Image.Image | EncodedImage, template: Template, **fields: str) -> str:
+        """What the judge says about the image, in a form of its own."""
+
+        async def ask(encoded: EncodedImage | None) -> str:
+            response = await self._chat(template.render(**fields), encoded, max_tokens=self.max_text_tokens)
+            return self._content(response, "a text")
+
+        return await self._cached(ask, image, template, fields)
+
     async def decompose(self, template: Template, prompt: str) -> list[str]:
         """The requirements that the judge finds in a prompt."""
         return await self.write("requirements", template, prompt=prompt)
@@ -153,17 +162,27 @@ class Judge:
                 "json_schema": {"name": key, "strict": True, "schema": schema},
             },
         )
+        content = self._content(response, "the JSON that was asked for")
+        try:
+            answer = parse_json(content)
+        except ValueError:
+            raise JudgeError(f"the answer is not the JSON that was asked for: {self._quoted(response)}") from None
+        if not isinstance(answer, dict) or answer.keys() != {key} or not _strings(answer[key]):
+            raise JudgeError(f"the answer is not a list of strings under '{key}': {content[:200]}")
+        return answer[key]
+
+    def _content(self, response: Any, wanted: str) -> str:
+        """The text of an answer. Raises JudgeError for none, and for one that was cut."""
         try:
             choice = response["choices"][0]
             if choice["finish_reason"] == "length":  # cut JSON would be malformed, for a reason that it does not tell
                 raise JudgeError(f"the answer is longer than {counted(self.max_text_tokens, 'token')}")
             content = choice["message"]["content"]
-            answer = parse_json(content)
-        except (KeyError, IndexError, TypeError, ValueError):
-            raise JudgeError(f"the answer is not the JSON that was asked for: {self._quoted(response)}") from None
-        if not isinstance(answer, dict) or answer.keys() != {key} or not _strings(answer[key]):
-            raise JudgeError(f"the answer is not a list of strings under '{key}': {content[:200]}")
-        return answer[key]
+        except (KeyError, IndexError, TypeError):
+            content = None
+        if not isinstance(content, str):
+            raise JudgeError(f"the answer is not {wanted}: {self._quoted(response)}")
+        return content
 
     async def _cached(
         self,

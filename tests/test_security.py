@@ -35,7 +35,8 @@ def calls(tree: ast.AST) -> list[tuple[str, ast.Call]]:
 
 
 def test_no_code_comes_out_of_a_file():
-    """Neither pickles nor tagged YAML nor code of a model's repository. That TRL's trainers load none either is seen
+    """Neither pickles nor tagged YAML nor code of a model's repository. Only published scorers, whose releases are
+    pickles, are read by torch's reader that knows tensors alone. That TRL's trainers load none either is seen
     where they resume: test_expander.py and test_expander_rl.py."""
     assert len(SOURCES) > 100
     for path in SOURCES:
@@ -45,7 +46,9 @@ def test_no_code_comes_out_of_a_file():
         assert not imported & {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}, path
         for name, call in calls(tree):
             options = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
-            assert name not in ("eval", "exec", "torch.load", "pd.read_pickle", "os.system", "yaml.unsafe_load"), path
+            assert name not in ("eval", "exec", "pd.read_pickle", "os.system", "yaml.unsafe_load"), path
+            if name == "torch.load":
+                assert path == runs.ROOT / "rewards/ready/scorer.py" and options["weights_only"] == "True", path
             assert options.get("trust_remote_code", "False") == "False", path
             assert options.get("allow_pickle", "False") == "False" and options.get("shell", "False") == "False", path
             assert options.get("weights_only", "True") == "True", path
