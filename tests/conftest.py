@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from tests.helpers.commands import Commands
+from tests.helpers.commands import TRAINING, Commands
 
 LONGEST = (
     "sharding pipeline processes docs expander_rl elastic bench grpo_stops tdm pairs blocks grpo commands preflight"
@@ -19,8 +19,8 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def command(tmp_path_factory):
-    commands = Commands(tmp_path_factory.mktemp("commands"))
+def command(tmp_path_factory, model):
+    commands = Commands(tmp_path_factory.mktemp("commands"), TRAINING, model)
     yield commands
     commands.close()
 
@@ -30,10 +30,12 @@ def model(tmp_path_factory):
     """The tiny pipeline, which no test may write to: all share it."""
     from accelerate import PartialState
 
-    from tests.helpers import tiny
+    from tests.helpers import kept, tiny
 
     PartialState(cpu=True)  # runs must be the same bit for bit, also on a machine with a GPU
-    return tiny.save(tmp_path_factory.mktemp("tiny") / "raw")
+    folder = tiny.save(tmp_path_factory.mktemp("tiny") / "raw")
+    kept.keep(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
