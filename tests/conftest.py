@@ -25,15 +25,21 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(scope="session")
-def command(tmp_path_factory, model):
-    commands = Commands(tmp_path_factory.mktemp("commands"), TRAINING, model)
+def command(tmp_path_factory, raw_model):
+    commands = Commands(tmp_path_factory.mktemp("commands"), TRAINING, raw_model)
     yield commands
     commands.close()
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory):
+def model(raw_model):
     """The tiny pipeline, which no test may write to: all share it."""
+    return raw_model
+
+
+@pytest.fixture(scope="session")
+def raw_model(tmp_path_factory):
+    """`model` where a file of tests has a `model` of its own."""
     from accelerate import PartialState
 
     from tests.helpers import kept, tiny

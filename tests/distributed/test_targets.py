@@ -30,10 +30,6 @@ def test_two_processes_equal_one(command, model, tmp_path, method):
         assert result.returncode == 0, result.stderr[-3000:]
         assert len(re.findall("lora.targets: all adapt", result.stderr)) == 1, result.stderr
         found[way] = compared(tmp_path / way), runs.latest(tmp_path / way)
-        if method == "stpo":
-            # Before the first update policy and reference are equal, so these are of rounding alone.
-            first = next(row for row in found[way][0] if "z" in row)
-            assert first["step"] == 1 and abs(first.pop("z")) < 1e-4 and 0 <= first.pop("accuracy") <= 1
     rows, saved = found.pop("one")
     for way, (other, again) in found.items():
         for a, b in zip(rows, other, strict=True):
