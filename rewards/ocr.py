@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 MISSING = 1.0
 EXTRA = 0.5
@@ -225,6 +224,8 @@ def _with_word(running: np.ndarray, substituted: np.ndarray, missing: int, extra
 def order_free_cost(costs: np.ndarray) -> float:
     """The least cost over all pairings of words, of `substitutions`. Pairing never costs more than missing plus
     extra."""
+    from scipy.optimize import linear_sum_assignment  # here: it takes a second, which dry runs need not wait for
+
     rows, columns = linear_sum_assignment(costs)
     unmatched = MISSING * (costs.shape[0] - len(rows)) + EXTRA * (costs.shape[1] - len(rows))
     return float(costs[rows, columns].sum()) + unmatched

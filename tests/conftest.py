@@ -1,14 +1,16 @@
 """What several test files begin with."""
 
+import gc
 import shutil
 
 import pytest
 
-from tests.helpers.commands import Commands
+from tests.helpers.commands import TRAINING, Commands
 
 LONGEST = (
-    "sharding pipeline processes docs expander_rl elastic bench grpo_stops tdm pairs blocks grpo commands preflight"
-    " expander judge_client stpo exports_checked policy stpo_step project examples stages"
+    "docs sharding pipeline targets bench estimate blocks expander_rl preflight policy stpo tdm grpo_stops grpo pairs"
+    " stages processes averages elastic stpo_step exports_checked muon_processes export carryover project examples"
+    " expander commands judge_client preflight_methods sequence loading"
 ).split()
 """Files that take longest, the longest first: begun at the end, one of them would keep one process busy alone."""
 
@@ -18,22 +20,34 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 
 
+def pytest_collection_finish():
+    gc.freeze()  # Each collection would look at all that was imported, which takes a quarter of a second.
+
+
 @pytest.fixture(scope="session")
-def command(tmp_path_factory):
-    commands = Commands(tmp_path_factory.mktemp("commands"))
+def command(tmp_path_factory, raw_model):
+    commands = Commands(tmp_path_factory.mktemp("commands"), TRAINING, raw_model)
     yield commands
     commands.close()
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory):
+def model(raw_model):
     """The tiny pipeline, which no test may write to: all share it."""
+    return raw_model
+
+
+@pytest.fixture(scope="session")
+def raw_model(tmp_path_factory):
+    """`model` where a file of tests has a `model` of its own."""
     from accelerate import PartialState
 
-    from tests.helpers import tiny
+    from tests.helpers import kept, tiny
 
     PartialState(cpu=True)  # runs must be the same bit for bit, also on a machine with a GPU
-    return tiny.save(tmp_path_factory.mktemp("tiny") / "raw")
+    folder = tiny.save(tmp_path_factory.mktemp("tiny") / "raw")
+    kept.keep(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")

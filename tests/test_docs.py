@@ -6,11 +6,10 @@ commands must have been made before, as for a reader. Snippets of recipes are re
 
 import importlib.util
 import json
-import os
 import re
+import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -144,10 +143,8 @@ def test_a_command_runs(line, workspace, monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", [str(workspace), *sys.path])
     before(line)
     if module := PYTHON.match(line):
-        words = ["-m", module[1], *shlex.split(module[2]), *small(module[1], line)]
-        environment = os.environ | {"PYTHONPATH": str(runs.ROOT)}
-        done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        monkeypatch.setattr(sys, "argv", [module[1], *shlex.split(module[2]), *small(module[1], line)])
+        runpy.run_module(module[1], run_name="__main__", alter_sys=True)
         return
     match = START.match(line)
     assert match is not None, f"{line}: neither a command of posttrain nor a reason in docs_commands.NOT_RUN"

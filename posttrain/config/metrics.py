@@ -304,6 +304,7 @@ EVALUATION = (
         "",
         "divergence",
     ),
+    Metric("heldout/loss_t[1-4]", "That error in one of four parts of the noise levels, lowest first", ">= 0", "lower"),
     Metric("heldout/*_t[1-4]", "The same over one of four equal parts of the noise levels, lowest first"),
     Metric(
         "retention/*",

@@ -80,10 +80,7 @@ class Processes:
         self.engine = engine if self.size > 1 else None
         """What divides the model between them: FSDP2, ZeRO-2 or ZeRO-3; see model/parallelize.py."""
         self.sharded = self.engine is not None
-        self.attend: Callable[[], None] = lambda: None
-        """What to do until all the others are at the same exchange of messages."""
-        self.settle: Callable[[], None] = lambda: None
-        """What to do before gradients are complete."""
+        self._attend: Callable[[], None] | None = None
         self._messages = Messages(self.rank, self.size, limit) if self.size > 1 else None
         self.all_gather(None)  # nobody ends, and takes the store along, before all are here
         startup.lap("processes")
@@ -104,6 +101,10 @@ class Processes:
         """From now on, each `size` neighbouring processes do the same work, as one, whose messages are the first one's.
         Gradients are summed over all: each process of a group has a part of the group's."""
         self.shared = size
+
+    def attend_by(self, attend: Callable[[], None]) -> None:
+        """From now on, `attend` is called before each exchange of messages, and returns when all others are at it."""
+        self._attend = attend
 
     @property
     def workers(self) -> int:
@@ -156,7 +157,8 @@ class Processes:
         """The values of all processes, otherwise as `all_gather`."""
         if self.size == 1 or self._messages is None:
             return [value]
-        self.attend()
+        if self._attend is not None:
+            self._attend()
         values: list[Any] = [None] * self.size
         with self._messages.exchange() as group:
             dist.all_gather_object(values, value, group=group)
@@ -200,7 +202,7 @@ class Processes:
         return self.all_gather(value if self.main else None)[0]
 
     def greatest(self, value: int) -> int:
-        """Of all processes', at once: `attend` is not called."""
+        """Of all processes', at once: without `attend_by`'s."""
         greatest = torch.tensor(value)
         if self._messages is not None:
             with self._messages.exchange() as group:
@@ -231,7 +233,6 @@ class Processes:
             if not isinstance(parameter.grad, DTensor):
                 whole.append(parameter.grad)
         self.sum(whole)
-        self.settle()
         for parameter in parameters:  # FSDP2 and ZeRO have made means of their parts' gradients
             if isinstance(parameter.grad, DTensor):
                 shards.own(parameter.grad).mul_(self.size)

@@ -82,7 +82,7 @@ def _shard_all(k2: K2, procs: Processes) -> None:
     k2.net = modules[0]
     if k2.reference is not None:
         k2.reference = modules[1]
-    procs.attend, procs.settle = coordinator.attend, coordinator.settle
+    procs.attend_by(coordinator.attend)
 
 
 def _fsdp2(k2: K2, networks: list[VelocityModel], procs: Processes) -> list[nn.Module]:
@@ -194,8 +194,9 @@ class ForwardCoordinator:
         self.settle()
 
     def attend(self) -> None:
-        """Takes part in the passes of the others, until they are here too."""
+        """Takes part in the passes of the others, until they are here too. Gradients are complete after it."""
         self._join_until(0)
+        self.settle()
 
     def _join_until(self, turn: int) -> None:
         """Takes part in the passes of the others until this turn is next."""

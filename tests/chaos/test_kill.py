@@ -54,8 +54,8 @@ def test_resumed_equals_uninterrupted(command, parts, whole, tmp_path, method, n
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = warm.Warm(tmp_path_factory.mktemp("warm"))
+def server(tmp_path_factory, model):
+    server = warm.Warm(tmp_path_factory.mktemp("warm"), model)
     yield server
     server.close()
 

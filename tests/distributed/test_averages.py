@@ -12,8 +12,8 @@ from tests.distributed.test_sharding import ENGINES
 from tests.helpers import runs
 
 
-@pytest.mark.parametrize(("engine", "lora"), [("ddp", True), ("fsdp2", True), ("fsdp2", False), ("zero3", False)])
-def test_two_processes_equal_one(command, model, tmp_path, engine, lora):
+@pytest.mark.parametrize(("lora", "engines"), [(True, ("ddp", "fsdp2")), (False, ("fsdp2", "zero3"))])
+def test_two_processes_equal_one(command, model, tmp_path, lora, engines):
     """The main process reads and computes, and the others get their part; half-way another engine goes on."""
     config = runs.stpo_config(tmp_path, model)
     config.steps, config.checkpoint.every, config.eval.every, config.loss.terms_every = 4, 2, 2, 0
@@ -22,18 +22,16 @@ def test_two_processes_equal_one(command, model, tmp_path, engine, lora):
         config.lora, config.optim.lr = None, 1e-4
     begun = K2.load(model).base_state_dict()
     outputs = []
-    for name, processes, environment, resumed in (
-        ("one", 1, {}, False),
-        (engine, 2, ENGINES.get(engine, {}), False),
-        ("resumed", 2, ENGINES.get(engine, {}), True),
-    ):
+    for name in ("one", *engines, *(f"{engine} resumed" for engine in engines)):
         config.output = str(tmp_path / name)
+        engine, *resumed = name.split()
         if resumed:
             shutil.copytree(outputs[0], config.output, symlinks=True)
             shutil.rmtree(tmp_path / name / "checkpoints/step-000004")
         args = ["--resume"] if resumed else []
         path = runs.recipe(config, tmp_path / "r.yaml")
-        result = command("stpo", "--config", path, *args, processes=processes, **environment)
+        processes = 1 if engine == "one" else 2
+        result = command("stpo", "--config", path, *args, processes=processes, **ENGINES.get(engine, {}))
         assert result.returncode == 0, result.stderr[-3000:]
         outputs.append(tmp_path / name)
     one, *others = outputs

@@ -1,12 +1,8 @@
 """Muon in several processes: matrices are dealt out, and the update is that of one process."""
 
-import os
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -51,21 +47,17 @@ def trained(mesh=None) -> dict[str, torch.Tensor]:
     return {name: shards.whole(parameter).detach().clone() for name, parameter in named.items()}
 
 
-def _process(rank: int, size: int, port: int, path: str) -> None:
-    given = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in given.items()}
+def save_trained(args: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    torch.save(trained(init_device_mesh("cpu", (size,))), f"{path}-{rank}")
+    torch.save(trained(init_device_mesh("cpu", (dist.get_world_size(),))), f"{args[0]}-{dist.get_rank()}")
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_the_same_gradients_make_the_same_update_bit_for_bit(tmp_path, size):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_process, (size, port, str(tmp_path / "part")), nprocs=size)
+def test_the_same_gradients_make_the_same_update_bit_for_bit(command, tmp_path, size):
+    result = command(tmp_path / "part", processes=size, function=f"{__name__}:save_trained")
+    assert result.returncode == 0, result.stderr
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     expected = trained()
@@ -81,36 +73,41 @@ def config(tmp_path, model):
     return made
 
 
+@pytest.fixture(scope="module")
+def one(command, model, tmp_path_factory):
+    """The run of one process."""
+    folder = tmp_path_factory.mktemp("one")
+    made = config(folder, model)
+    result = command("stpo", "--config", runs.recipe(made, folder / "r.yaml"))
+    assert result.returncode == 0, result.stderr[-3000:]
+    return made.output
+
+
 @pytest.mark.parametrize(("engine", "processes"), [("ddp", 2), ("fsdp2", 2), ("fsdp2", 3)])
-def test_processes_equal_one(command, model, tmp_path, engine, processes):
+def test_processes_equal_one(command, model, tmp_path, one, engine, processes):
     """Weights, moments and losses to 1e-3. Gradients differ by the order of sums, of which bfloat16 makes some 3e-3 of
     an update, also where nothing is dealt out (ddp). Rows do not divide, nor does a batch."""
     made = config(tmp_path, model)
-    saved = []
-    for name, count in (("one", 1), (engine, processes)):
-        made.output = str(tmp_path / name)
-        path = runs.recipe(made, tmp_path / "r.yaml")
-        result = command("stpo", "--config", path, processes=count, **(ENGINES.get(name, {})))
-        assert result.returncode == 0, result.stderr[-3000:]
-        saved.append(runs.latest(made.output))
-    one, other = saved
+    path = runs.recipe(made, tmp_path / "r.yaml")
+    result = command("stpo", "--config", path, processes=processes, **ENGINES.get(engine, {}))
+    assert result.returncode == 0, result.stderr[-3000:]
+    first_saved, second_saved = runs.latest(one), runs.latest(made.output)
     begun = K2.load(model).base_state_dict()
     for name in ("weights", "optimizer"):
-        a, b = one.tensors[name], other.tensors[name]
+        a, b = first_saved.tensors[name], second_saved.tensors[name]
         assert [(key, value.shape) for key, value in a.items()] == [(key, value.shape) for key, value in b.items()]
         first, second = (torch.cat([tensors[key].flatten() for key in a]) for tensors in (a, b))
         assert (first - second).norm() < 1e-3 * first.norm(), name
         first, second = (torch.cat([(tensors[key] - begun.get(key, 0)).flatten() for key in a]) for tensors in (a, b))
         assert first.norm() > 0 and (first - second).norm() < 1e-2 * first.norm(), name
-    rows = [runs.training_rows(tmp_path / name) for name in ("one", engine)]
-    for first, second in zip(*rows, strict=True):
+    for first, second in zip(runs.training_rows(one), runs.training_rows(made.output), strict=True):
         for metric in ("loss", "grad_norm", "z", "winner", "loser"):
             assert first[metric] == pytest.approx(second[metric], rel=1e-3, abs=1e-6)
         # Of the matrices that the main process owns, when they are dealt out.
         assert first["update_rms"] == pytest.approx(second["update_rms"], rel=0.2)
 
 
-def test_another_engine_carries_on(command, model, tmp_path):
+def test_another_engine_carries_on(command, model, tmp_path, one):
     """The state of a sharded run is that of whole matrices, and the other way round."""
     made = config(tmp_path, model)
     for steps, engine in ((1, "fsdp2"), (2, "one"), (3, "fsdp2")):
@@ -121,10 +118,8 @@ def test_another_engine_carries_on(command, model, tmp_path):
             **ENGINES[engine],
         )  # fmt: skip
         assert result.returncode == 0, result.stderr[-3000:]
-    made.output, made.steps = str(tmp_path / "whole"), 3
-    assert command("stpo", "--config", runs.recipe(made, tmp_path / "r.yaml")).returncode == 0
     begun = K2.load(model).base_state_dict()
-    a, b = runs.latest(tmp_path / "run").tensors["weights"], runs.latest(made.output).tensors["weights"]
+    a, b = runs.latest(made.output).tensors["weights"], runs.latest(one).tensors["weights"]
     first, second = (torch.cat([(tensors[key] - begun[key]).flatten() for key in a]) for tensors in (a, b))
     assert (first - second).norm() < 1e-2 * first.norm()
 

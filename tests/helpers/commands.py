@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +24,7 @@ import deepspeed.runtime.zero.parameter_offload, deepspeed.runtime.zero.stage3
 """
 """What the commands would import one after another: once, before they are forked."""
 SERVE = """
-import gc, json, os, resource, signal, sys, traceback
+import gc, json, os, pkgutil, resource, signal, sys, traceback
 from posttrain import cli
 gc.collect()
 gc.freeze()  # a collection in a child would copy all pages of what was imported
@@ -41,7 +42,7 @@ for line in sys.stdin:
             if call["limit"]:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (call["limit"], call["limit"]))
             try:
-                code = cli.main(call["args"])
+                code = pkgutil.resolve_name(call["function"])(call["args"]) or 0
             except BaseException:
                 traceback.print_exc()
                 code = 1
@@ -57,32 +58,38 @@ for line in sys.stdin:
 
 
 class Commands:
-    """`posttrain ...` in processes of its own each time, forked from one that has run `prepare`, mostly imports."""
+    """`posttrain ...` in processes of its own each time, forked from one that has run `prepare`, mostly imports, and
+    loaded `model`."""
 
-    def __init__(self, folder: Path, prepare: str = TRAINING):
+    def __init__(self, folder: Path, prepare: str, model: Path | None = None):
         self.files = [str(folder / name) for name in ("stdout", "stderr")]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        if model is not None:
+            prepare += f"\nfrom tests.helpers import kept\nkept.warm({str(model)!r})\n"
         self.server = subprocess.Popen(
             [sys.executable, "-c", prepare + SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
             env=environment,
         )  # fmt: skip
 
-    def __call__(self, *args, limit: int = 0, processes: int = 1, **environment: str) -> subprocess.CompletedProcess:
-        """Runs a command line; files it writes may be `limit` bytes long, which stands in for a full disk."""
-        self.start(*args, limit=limit, processes=processes, **environment)
+    def __call__(self, *args, **how: Any) -> subprocess.CompletedProcess:
+        """Runs a command line; see `start`."""
+        self.start(*args, **how)
         return self.wait()
 
-    def start(self, *args, limit: int = 0, processes: int = 1, **environment: str) -> list[int]:
+    def start(
+        self, *args, limit: int = 0, processes: int = 1, function: str = "posttrain.cli:main", **environment: str
+    ) -> list[int]:
         """Begins a command and returns its process ids, by rank; `wait` must follow before the next one.
 
-        Several processes have the environment that a launcher such as torchrun gives them.
+        Several processes have the environment that a launcher such as torchrun gives them. Files it writes may be
+        `limit` bytes long, which stands in for a full disk. `function` gets the arguments.
         """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), **environment}
         world["WORLD_SIZE"] = world["LOCAL_WORLD_SIZE"] = str(processes)
         ranks = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-        call = {"args": [str(arg) for arg in args], "files": self.files, "limit": limit}
+        call = {"args": [str(arg) for arg in args], "files": self.files, "limit": limit, "function": function}
         assert self.server.stdin is not None
         self.server.stdin.write(json.dumps(call | {"environments": ranks if processes > 1 else [environment]}) + "\n")
         self.server.stdin.flush()

@@ -1,5 +1,5 @@
 """Stages without a minute of imports: `warm.py SOCKET ARGUMENTS` is `posttrain ARGUMENTS`, in a process forked from a
-server that has imported everything; signals to it are passed on, and it ends as that process does.
+server that has imported everything and loaded the model; signals to it are passed on, and it ends as that process does.
 """
 
 import json
@@ -54,14 +54,16 @@ def main(path: str, args: list[str]) -> None:
     sys.exit(int(code))
 
 
-def serve(path: str) -> None:
+def serve(path: str, model: str) -> None:
     import posttrain.export.export
     import posttrain.grpo.train
     import posttrain.pairs.make
     import posttrain.sft.train
     import posttrain.stpo.train  # noqa: F401
     from posttrain import cli
+    from tests.helpers import kept
 
+    kept.warm(model)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(path)
@@ -92,10 +94,10 @@ def serve(path: str) -> None:
 class Warm:
     """The server; `launch` is what a pipeline starts its stages with."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, model: Path):
         path = str(folder / "socket")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, __file__, "serve", path]
+        command = [sys.executable, __file__, "serve", path, str(model)]
         self.server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
         assert self.server.stdout is not None and self.server.stdout.readline() == "ready\n"
         self.launch = [sys.executable, __file__, path]
@@ -107,5 +109,5 @@ class Warm:
 
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
-        serve(sys.argv[2])
+        serve(sys.argv[2], sys.argv[3])
     main(sys.argv[1], sys.argv[2:])

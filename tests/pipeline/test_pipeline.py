@@ -25,8 +25,8 @@ BRIGHT = {"name": "a", "function": {"class_path": "tests.helpers.warm.Bright"}}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = warm.Warm(tmp_path_factory.mktemp("warm"))
+def server(tmp_path_factory, model):
+    server = warm.Warm(tmp_path_factory.mktemp("warm"), model)
     yield server
     server.close()
 

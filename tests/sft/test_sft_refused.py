@@ -148,6 +148,7 @@ def test_a_layer_that_stays_without_effect_is_an_error(config, monkeypatch):
          "eval.best: 'far' is no metric of the evaluation"),
         ({"eval__best": "heldout/loss"},
          "eval.best: takes the highest, and heldout/loss is better the lower it is; name another"),
+        ({"eval__best": "heldout/loss_t3"}, "eval.best: takes the highest, and heldout/loss_t3 is better the lower it"),
         ({"eval__best": "heldout/gain", "eval__stop__metric": "heldout/loss", "eval__every": 1},
          "eval.stop.better: is higher, and heldout/loss is better the lower it is; set lower"),
         ({"images__train": "none.jsonl"}, "images.train: none.jsonl: no such file or directory; correct the path"),
