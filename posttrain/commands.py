@@ -319,6 +319,13 @@ COMMANDS: dict[str, Command] = {
         prompts=("prompts",),
         reads={"check": "checkpoint"},
     ),
+    "evaluate": Command(
+        "posttrain.evaluate.config:EvaluateConfig",
+        "posttrain.evaluate.evaluate:evaluate",
+        "score models, adapters, endpoints or folders of images on the same prompts",
+        prompts=("prompts",),
+        positional="subjects",
+    ),
     "merge": Command(
         "posttrain.merge.config:MergeConfig",
         "posttrain.merge.merge:merge",

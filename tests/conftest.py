@@ -1,7 +1,11 @@
 """What several test files begin with."""
 
 import gc
+import os
 import shutil
+
+# Before torch reads it: with AVX-512, MKL's products depend on where in memory a matrix lies, in their last bits.
+os.environ.setdefault("MKL_CBWR", "AVX2")
 
 import pytest
 

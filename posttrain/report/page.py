@@ -16,6 +16,7 @@ import yaml
 
 from posttrain.config import metrics
 from posttrain.errors import counted
+from posttrain.report import verdict
 from posttrain.report.before_after import run_images
 from posttrain.report.charts import Chart, Limit, Section, areas_chart, line_chart
 from posttrain.report.compare import comparison
@@ -73,6 +74,7 @@ def write_report(run: Path, path: Path | None = None) -> Path:
         name=files.name,
         subtitle=_subtitle(files),
         non_finite=sum(value or 0 for _, value in files.series.get("non_finite", [])),
+        verdict=verdict.of_run(run / "samples", files.summary, _lower(files.recipe)),
         summary=summary_tables(files.summary),
         images=run_images(run / "samples"),
         groups=groups(run / "groups"),
@@ -90,6 +92,12 @@ def write_report(run: Path, path: Path | None = None) -> Path:
         changes=[list(public(row).values()) for row in files.changes],
         environment=_environment(files.environment),
     )  # fmt: skip
+
+
+def _lower(recipe: dict[str, Any]) -> list[str]:
+    """Figures of which the recipe says that less is better."""
+    stop = (recipe.get("eval") or {}).get("stop") or {}
+    return [stop["metric"]] if stop.get("better") == "lower" and stop.get("metric") else []
 
 
 def _charts(names: Sequence[str], series: Mapping[str, list[Point]]) -> list[Chart]:

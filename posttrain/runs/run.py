@@ -227,7 +227,8 @@ class Run:
         """Write `samples/step-000000/000.png`, ... from uint8 (N, H, W, 3), or `samples/NAME/...` for a name.
 
         Call it with the same prompts and seeds each time: the report compares the first step and the last. `scores`
-        goes into scores.json: for each image, by reward, `score` and what else the reward reported.
+        goes into scores.json: for each image, by reward, `score` and what else the reward reported. There may be more
+        of them than images: the scores alone of all go into all_scores.json, by reward, null where one is missing.
         """
         if not self.main:
             return
@@ -236,7 +237,10 @@ class Run:
         for i, image in enumerate(images):
             Image.fromarray(image).save(directory / f"{i:03d}.png")
         if scores:
-            replace_text(directory / "scores.json", _json(list(scores), indent=1))
+            replace_text(directory / "scores.json", _json(list(scores[: len(images)]), indent=1))
+            names = dict.fromkeys(name for one in scores for name in one)
+            every = {name: [one.get(name, {}).get("score") for one in scores] for name in names}
+            replace_text(directory / "all_scores.json", _json(every))
         table = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds, strict=True)]
         replace_text(directory.parent / "prompts.json", _json(table, indent=1))
 

@@ -204,16 +204,16 @@ def per_image_scores(scores: Scores) -> list[dict[str, Any]]:
         by_reward = {}
         for k, name in enumerate(scores.names):
             if scores.valid_NK[n, k]:
-                by_reward[name] = _plain(scores.details[name][n] or {}) | {"score": float(scores.values_NK[n, k])}
+                by_reward[name] = plain(scores.details[name][n] or {}) | {"score": float(scores.values_NK[n, k])}
         images.append(by_reward)
     return images
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

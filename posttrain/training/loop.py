@@ -270,7 +270,7 @@ class Training:
         run.log(step, {f"eval/{name}": value for name, value in logged.items()})
         prompts = [record.prompt for record in self.evaluator.records[:SHOWN]]
         images, seeds = evaluation.images[:SHOWN], self.evaluator.seeds[:SHOWN]
-        run.samples(step, images, prompts, seeds, evaluation.per_image_scores[:SHOWN])
+        run.samples(step, images, prompts, seeds, evaluation.per_image_scores)
         run.grid(step, images, 4, 4)
         # The best step needs a checkpoint even if none is due by count.
         if self._loop is not None and early_stopping.newest_is_best(self.evaluations, self.config.eval.best):

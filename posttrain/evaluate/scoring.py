@@ -1,0 +1,165 @@
+"""Scores of a subject's images by all rewards, kept in OUTPUT/scores/NAME.json so that no image is asked about twice.
+
+A reward that is changed in the recipe scores anew; a score that failed is asked for again; one that does not apply is
+kept as null. Missing is never 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from posttrain.config import metric_names
+from posttrain.distributed.processes import Processes
+from posttrain.evaluate.config import EvaluateConfig
+from posttrain.evaluate.subjects import Images
+from posttrain.image_reader import read_image
+from posttrain.log import log
+from posttrain.runs.files import replace_text
+from posttrain.training import image_metrics
+from posttrain.training.evaluate import plain
+from prompts.records import PromptRecord, columns
+from rewards.base import Reward, Scores, score_all
+
+PER_CALL = 8
+"""Micro-batches of images in one call of the rewards."""
+LOOKS = {
+    "image/brightness": image_metrics.brightness,
+    "image/saturation": image_metrics.saturation,
+    "image/high_frequency": image_metrics.high_frequency,
+}
+
+
+class Scored:
+    """What the rewards say of a subject: `rows` by reward and image, and looks by image."""
+
+    def __init__(self, images: Images, rewards: Sequence[Reward], config: EvaluateConfig):
+        self.images, self.rewards, self.config = images, rewards, config
+        self.file = Path(config.output) / "scores" / f"{images.subject.folder}.json"
+        self.digests = {reward.spec.name: digest(reward) for reward in rewards}
+        saved = json.loads(self.file.read_text()) if self.file.is_file() else {}
+        self.rows: dict[str, dict[str, dict[str, Any] | None]] = {}
+        for name, own in self.digests.items():
+            kept = saved.get(name) or {}
+            self.rows[name] = kept["rows"] if kept.get("digest") == own else {}
+        self.looks: dict[str, dict[str, float]] = saved.get("looks") or {}
+
+    def score(self, records: Sequence[PromptRecord], procs: Processes) -> None:
+        """Asks for what is missing, some prompts at a time."""
+        count = max(1, PER_CALL * self.config.micro_batch // self.config.images)
+        own_columns = columns(records)
+        for first in range(0, len(records), count):
+            part = range(first, min(first + count, len(records)))
+            due = [i for i in part if any(self._is_due(i, j) for j in range(self.config.images))]
+            if not due:
+                continue
+            own = [due[place] for place in procs.local_indices(len(due))]
+            answered = self._ask(own, records, own_columns) if own else {}
+            for part_of in procs.all_gather(answered):
+                for name, rows in part_of.items():
+                    (self.looks if name == "looks" else self.rows[name]).update(rows)
+            if procs.main:
+                self._write()
+        missing = self.missing()
+        for name, failed in missing.items():
+            if failed and procs.main:
+                log.warning(
+                    f"{self.images.subject.name}: {name} failed for {failed} images; the same command asks again"
+                )
+
+    def _is_due(self, prompt: int, image: int) -> bool:
+        key = f"{prompt}-{image}"
+        unknown = [rows for rows in self.rows.values() if key not in rows or (rows[key] or {}).get("failed")]
+        return bool(unknown) or key not in self.looks
+
+    def _ask(
+        self, own: Sequence[int], records: Sequence[PromptRecord], own_columns: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """By reward and "looks": what is said of each image of these prompts."""
+        jobs = [(i, j) for i in own for j in range(self.config.images)]
+        keys = [f"{i}-{j}" for i, j in jobs]
+        images = [read_image(self.images.paths[job]) for job in jobs]
+        prompts = [records[i].prompt for i, _ in jobs]
+        rows = {name: [column[i] for i, _ in jobs] for name, column in own_columns.items()}
+        # Those that have answered for all of these are not asked again.
+        due = []
+        for reward in self.rewards:
+            known = self.rows[reward.spec.name]
+            if any(key not in known or (known[key] or {}).get("failed") for key in keys):
+                due.append(reward)
+        found: dict[str, Any] = {}
+        if due:
+            scores = asyncio.run(score_all(due, images, prompts, rows, self.config.images))
+            for k, name in enumerate(scores.names):
+                found[name] = {key: _row(scores, n, k) for n, key in enumerate(keys)}
+        found["looks"] = {}
+        for key, image in zip(keys, images):
+            pixels = np.asarray(image)
+            found["looks"][key] = {name: float(measure(pixels[None])) for name, measure in LOOKS.items()}
+        return found
+
+    def _write(self) -> None:
+        saved: dict[str, Any] = {"looks": self.looks}
+        for name, rows in self.rows.items():
+            saved[name] = {"digest": self.digests[name], "rows": rows}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(self.file, json.dumps(saved) + "\n")
+
+    def missing(self) -> dict[str, int]:
+        """By reward, images whose score failed."""
+        return {name: sum(bool((row or {}).get("failed")) for row in rows.values()) for name, rows in self.rows.items()}
+
+    def by_prompt(self, name: str) -> np.ndarray:
+        """(P,) mean score of each prompt's images, NaN where none has one."""
+        return self._means(lambda key: (self.rows[name].get(key) or {}).get("score"))
+
+    def look(self, name: str) -> np.ndarray:
+        return self._means(lambda key: self.looks.get(key, {}).get(name))
+
+    def _means(self, value: Any) -> np.ndarray:
+        means = np.full(len(self.images.records), np.nan)
+        for i in range(len(means)):
+            known = [v for j in range(self.config.images) if (v := value(f"{i}-{j}")) is not None]
+            means[i] = np.mean(known) if known else np.nan
+        return means
+
+    def diversity(self) -> np.ndarray:
+        """(P,) of each prompt's images; NaN for one image."""
+        found = np.full(len(self.images.records), np.nan)
+        for i in range(len(found)) if self.config.images > 1 else ():
+            pixels = [np.asarray(read_image(self.images.paths[i, j])) for j in range(self.config.images)]
+            cells = np.stack([image_metrics.cells(image[None])[0] for image in pixels])
+            found[i] = image_metrics.diversity_of_cells(cells, self.config.images)
+        return found
+
+
+def figures(scored: Scored, rewards: Sequence[Reward]) -> dict[str, np.ndarray]:
+    """By name: (P,) of each reward, of the looks, and the diversity where there is one."""
+    found = {reward.spec.name: scored.by_prompt(reward.spec.name) for reward in rewards}
+    found |= {name: scored.look(name) for name in LOOKS}
+    if scored.config.images > 1:
+        found[metric_names.DIVERSITY] = scored.diversity()
+    return found
+
+
+def digest(reward: Reward) -> str:
+    """Of what decides a reward's scores in the recipe."""
+    spec = reward.spec
+    told = asdict(spec) if spec.given is None else {"name": spec.name}
+    own = {name: told.get(name) for name in ("function", "scale", "offset", "group")}
+    return hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _row(scores: Scores, n: int, k: int) -> dict[str, Any] | None:
+    if scores.failed_NK[n, k]:
+        return {"score": None, "failed": True}
+    if not scores.valid_NK[n, k]:
+        return None
+    return plain(scores.details[scores.names[k]][n] or {}) | {"score": float(scores.values_NK[n, k])}
