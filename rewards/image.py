@@ -127,16 +127,12 @@ class Questions(JudgeReward):
 
     The column `questions` has [question, right answer] pairs; an answer is yes, no, a digit or another word. `parents`
     may name, for each question, the places of others that it depends on: it counts 0 if one of these is answered
-    wrongly, which is a probability below 0.5. `chain`: also if one of them counts 0 itself and stands before it. `hard`:
-    each answer is right or wrong.
+    wrongly, which is a probability below 0.5. `chain`: also if one of them counts 0 itself and stands before it.
+    `hard`: each answer is right or wrong.
     """
 
     def __init__(
-        self,
-        judge: Judge | Mapping[str, Any],
-        template: str = "question",
-        hard: bool = False,
-        chain: bool = False,
+        self, judge: Judge | Mapping[str, Any], template: str = "question", hard: bool = False, chain: bool = False
     ):
         super().__init__(judge, template)
         self.hard, self.chain = hard, chain

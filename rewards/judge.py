@@ -1,9 +1,9 @@
 """A judge: a vision-language model behind an OpenAI-compatible server, asked about images.
 
 A yes/no score is read from the log-probs of the first answer token at temperature 0, so it is continuous and
-repeatable; so is the probability of another answer of one word. The image comes before the text: a server with prefix caching then reads each image once,
-however many questions it is asked; traffic.py says how often its bytes travel. What cannot be had is a JudgeError,
-never a number.
+repeatable; so is the probability of another answer of one word. The image comes before the text: a server with prefix
+caching then reads each image once, however many questions it is asked; traffic.py says how often its bytes travel.
+What cannot be had is a JudgeError, never a number.
 
 `concurrency` is a limit of the run: each of N processes has an Nth of it, at least 1.
 """
@@ -330,7 +330,7 @@ def yes_share(candidates: Sequence[tuple[str, float]], min_mass: float) -> float
 
 
 def answer_mass(candidates: Sequence[tuple[str, float]], answer: str, min_mass: float) -> float:
-    """The probability of the first tokens that begin an answer of one word, summed over spellings: `four`, ` Four`, `4`.
+    """The probability of the first tokens that begin an answer of one word, over all spellings: `four`, ` Four`, `4`.
 
     A digit's is among all tokens; together those of numbers must have `min_mass`, or no number was answered. Of a word
     that is longer than a token its first token counts, from two letters on.

@@ -20,46 +20,47 @@ from prompts.records import PromptRecord
 
 __all__ = ["KINDS", "Suite", "read"]
 
-ABOUT = {
-    "geneval2": "GenEval 2 (facebookresearch/GenEval2, CC BY-NC 4.0), scored by Soft-TIFA. Unlike the official scorer,"
-    " P(yes) is a share of P(yes) + P(no), and the judge is yours.",
-    "dpg": "DPG-Bench (TencentQQGYLab/ELLA; look up the licence of its data there). Unlike the official scorer, the"
-    " judge is yours instead of mPLUG, the first row of the file counts, and categories have the answers of all images.",
-    "unigenbench": "UniGenBench++ (CodeGoat24/UniGenBench; look up the licence of its data there). Unlike the official"
-    " scorer, each test point is a question of its own to your judge, with no written analysis before it.",
-    "oneig": "OneIG-Bench (OneIG-Bench/OneIG-Benchmark, data CC BY-NC 4.0), alignment only. Unlike the official scorer,"
-    " the judge is yours instead of Qwen2.5-VL-7B, and black images are scored.",
-    "longtext": "LongText-Bench (X-Omni/LongText-Bench, Apache-2.0). Unlike the official scorer, the judge is yours"
-    " instead of Qwen2.5-VL-7B, and it is asked for lines as JSON.",
-    "compbench": "A JSON list of prompts with questions, such as those of T2I-CompBench (Karine-Huang/T2I-CompBench,"
-    " MIT), scored by the product of BLIP-VQA. Unlike there, questions are yours and no product is rounded.",
-    "rubric": "Your own prompts and requirements, scored by P(yes) of each requirement.",
-}
-"""Source, licence of the data, and differences from the official scorer."""
-
-QUESTIONS = "rewards.image.Questions"
-REWARDS: dict[str, dict[str, Any]] = {
-    "geneval2": {"class_path": QUESTIONS, "init_args": {}},
-    "dpg": {"class_path": QUESTIONS, "init_args": {"hard": True, "chain": True}},
-    "unigenbench": {"class_path": QUESTIONS, "init_args": {"hard": True}},
-    "oneig": {"class_path": QUESTIONS, "init_args": {"hard": True}},
-    "longtext": {"class_path": "rewards.image.OCR", "init_args": {}},
-    "compbench": {"class_path": QUESTIONS, "init_args": {}},
-    "rubric": {"class_path": "rewards.image.Rubric", "init_args": {}},
-}
-
 Reader = Callable[[str], list[PromptRecord]]
 Figures = Callable[[Sequence[PromptRecord], Sequence[dict[str, Any]]], dict[str, float | None]]
 
-SUITES: dict[str, tuple[Reader, Figures]] = {
-    "geneval2": (files.geneval2, figures.geneval2),
-    "dpg": (files.dpg, figures.dpg),
-    "unigenbench": (files.unigenbench, figures.unigenbench),
-    "oneig": (files.oneig, figures.oneig),
-    "longtext": (files.longtext, figures.longtext),
-    "compbench": (files.compbench, figures.compbench),
-    "rubric": (files.rubric, figures.rubric),
-}
+QUESTIONS = "rewards.image.Questions"
+SUITES: dict[str, tuple[Reader, Figures, str, dict[str, Any], str]] = {
+    "geneval2": (
+        files.geneval2, figures.geneval2, QUESTIONS, {},
+        "GenEval 2 (facebookresearch/GenEval2, CC BY-NC 4.0), scored by Soft-TIFA. Unlike the official scorer, P(yes)"
+        " is a share of P(yes) + P(no), and the judge is yours.",
+    ),
+    "dpg": (
+        files.dpg, figures.dpg, QUESTIONS, {"hard": True, "chain": True},
+        "DPG-Bench (TencentQQGYLab/ELLA; look up the licence of its data there). Unlike the official scorer, the judge"
+        " is yours instead of mPLUG, the file's first row counts, and categories have the answers about all images.",
+    ),
+    "unigenbench": (
+        files.unigenbench, figures.unigenbench, QUESTIONS, {"hard": True},
+        "UniGenBench++ (CodeGoat24/UniGenBench; look up the licence of its data there). Unlike the official scorer,"
+        " each test point is a question of its own to your judge, with no written analysis before it.",
+    ),
+    "oneig": (
+        files.oneig, figures.oneig, QUESTIONS, {"hard": True},
+        "OneIG-Bench (OneIG-Bench/OneIG-Benchmark, data CC BY-NC 4.0), alignment only. Unlike the official scorer, the"
+        " judge is yours instead of Qwen2.5-VL-7B, and black images are scored.",
+    ),
+    "longtext": (
+        files.longtext, figures.longtext, "rewards.image.OCR", {},
+        "LongText-Bench (X-Omni/LongText-Bench, Apache-2.0). Unlike the official scorer, the judge is yours instead of"
+        " Qwen2.5-VL-7B, and it is asked for lines as JSON.",
+    ),
+    "compbench": (
+        files.compbench, figures.compbench, QUESTIONS, {},
+        "A JSON list of prompts with questions, such as those of T2I-CompBench (Karine-Huang/T2I-CompBench, MIT),"
+        " scored by the product of its BLIP-VQA. Unlike there, the questions and the judge are yours.",
+    ),
+    "rubric": (
+        files.rubric, figures.rubric, "rewards.image.Rubric", {},
+        "Your own prompts and requirements, scored by P(yes) of each requirement.",
+    ),
+}  # fmt: skip
+"""Reader, figures, class and arguments of the reward, and `Suite.about`."""
 
 KINDS: tuple[str, ...] = tuple(SUITES)
 
@@ -71,6 +72,7 @@ class Suite:
     reward: dict[str, Any] | None
     """`function` of a RewardSpec without its judge."""
     about: str
+    """Source, licence of the data, and differences from the official scorer."""
 
     def aggregate(self, rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
         """The suite's figures in [0, 1], by name; `answered` is the number of images that were scored, `prompts` that
@@ -88,4 +90,5 @@ def read(kind: str, path: str) -> Suite:
     """A suite from its public file. Raises UserError with file, line and field for what does not fit."""
     if kind not in SUITES:
         raise UserError(f"suite: kind: there is no {kind!r}; use one of {', '.join(KINDS)}")
-    return Suite(kind, SUITES[kind][0](path), REWARDS[kind], ABOUT[kind])
+    reader, _, reward, arguments, about = SUITES[kind]
+    return Suite(kind, reader(path), {"class_path": reward, "init_args": dict(arguments)}, about)

@@ -1,6 +1,6 @@
 """The figures of each suite from recorded answers, by the arithmetic of its authors; all in [0, 1].
 
-N is a suite's scored images, each a row with `prompt`, `score` and the details of its reward. A mean of nothing is None.
+A row is a scored image: `prompt`, `score` and the details of its reward. A mean of nothing is None.
 `pooled` means over all answers at once; the mean over prompts takes each prompt's images together first.
 """
 
@@ -55,14 +55,14 @@ def unigenbench(records: Records, rows: Rows) -> Found:
     for row, credits in zip(rows, _detail(rows, "credits")):
         points += list(zip(records[row["prompt"]].columns["points"], credits, strict=True))
     dimensions = [(point.split("-", 1)[0].strip(), credit) for point, credit in points]
-    score = _mean([credit for _, credit in points])
+    score = _mean([credit for _, credit in points]) if points else None
     return {"score": score, **pooled("dimension", dimensions), **pooled("point", points)}
 
 
 def oneig(records: Records, rows: Rows) -> Found:
     """`score` is the alignment over prompts; `class/` that of each class."""
     scores = [_mean(credits) for credits in _detail(rows, "credits")]
-    return {"score": over_prompts(rows, scores), **_by_column(records, rows, scores, "class")}
+    return {"score": over_prompts(rows, scores), **_grouped("class", records, rows, scores)}
 
 
 def longtext(records: Records, rows: Rows) -> Found:
@@ -75,8 +75,7 @@ def longtext(records: Records, rows: Rows) -> Found:
         record = records[row["prompt"]]
         asked = text_units(record.texts[0], by_characters)
         matched = (asked & text_units("\n".join(lines), by_characters)).total()
-        category = record.columns["category"]
-        for name in ("score", f"category/{category}") if category else ("score",):
+        for name in ("score", *(f"category/{tag}" for tag in record.tags)):
             counts = read.setdefault(name, [0, 0])
             counts[0], counts[1] = counts[0] + matched, counts[1] + asked.total()
     found: Found = {name: matched / total if total else None for name, (matched, total) in read.items()}
@@ -88,17 +87,13 @@ def compbench(records: Records, rows: Rows) -> Found:
     products = list(map(math.prod, _detail(rows, "probabilities")))
     means = list(map(_mean, _detail(rows, "probabilities")))
     found = {"score": over_prompts(rows, products), "mean": over_prompts(rows, means)}
-    return {**found, **_by_column(records, rows, products, "category")}
+    return {**found, **_grouped("category", records, rows, products)}
 
 
 def rubric(records: Records, rows: Rows) -> Found:
     """`score` over prompts, `tag/` over the prompts with that tag."""
-    found: Found = {"score": over_prompts(rows, [row["score"] for row in rows])}
-    tags = {tag for row in rows for tag in records[row["prompt"]].tags}
-    for tag in sorted(tags):
-        tagged = [row for row in rows if tag in records[row["prompt"]].tags]
-        found[f"tag/{tag}"] = over_prompts(tagged, [row["score"] for row in tagged])
-    return found
+    scores = [row["score"] for row in rows]
+    return {"score": over_prompts(rows, scores), **_grouped("tag", records, rows, scores)}
 
 
 # ---- means -----------------------------------------------------------------------------------------------------
@@ -109,13 +104,12 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values)) if min(values) > 0 else 0.0
 
 
-def over_prompts(rows: Rows, values: Iterable[float | None]) -> float | None:
+def over_prompts(rows: Rows, values: Iterable[float]) -> float | None:
     """The mean over prompts of the mean over their images."""
     images: dict[int, list[float]] = {}
     for row, value in zip(rows, values, strict=True):
-        if value is not None:
-            images.setdefault(row["prompt"], []).append(value)
-    return _mean([sum(of_prompt) / len(of_prompt) for of_prompt in images.values()])
+        images.setdefault(row["prompt"], []).append(value)
+    return _mean(list(map(_mean, images.values()))) if images else None
 
 
 def pooled(kind: str, values: Iterable[tuple[str, float]]) -> Found:
@@ -132,17 +126,20 @@ def text_units(text: str, by_characters: bool) -> Counter[str]:
     return Counter("".join(kept.split()) if by_characters else kept.lower().split())
 
 
-def _by_column(records: Records, rows: Rows, values: Sequence[float | None], column: str) -> Found:
+def _grouped(kind: str, records: Records, rows: Rows, values: Sequence[float]) -> Found:
+    """The mean over the prompts of each tag."""
+    members: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        for tag in records[row["prompt"]].tags:
+            members.setdefault(tag, []).append(i)
     found: Found = {}
-    names = {records[row["prompt"]].columns[column] for row in rows}
-    for name in sorted(filter(None, names)):
-        places = [i for i, row in enumerate(rows) if records[row["prompt"]].columns[column] == name]
-        found[f"{column}/{name}"] = over_prompts([rows[i] for i in places], [values[i] for i in places])
+    for tag in sorted(members):
+        found[f"{kind}/{tag}"] = over_prompts([rows[i] for i in members[tag]], [values[i] for i in members[tag]])
     return found
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _detail(rows: Rows, name: str) -> list[Any]:
