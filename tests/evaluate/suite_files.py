@@ -21,7 +21,7 @@ GENEVAL2 = [
 DPG = """item_id,text,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language
 boats,"A boat, and its red sail",1,0,entity,whole,entity - whole (boat),Is there a boat?
 boats,"A boat, and its red sail",2,1,entity,part,entity - part (boat's sail),Does it have a sail?
-boats,"A boat, and its red sail",3,"1,2",attribute,color,"attribute - color (sail, red)",Is the sail red?
+boats,"A boat, and its red sail",3,"1, 2",attribute,color,"attribute - color (sail, red)",Is the sail red?
 hill,A hill,1,0,entity,whole,entity - whole (hill),Is there a hill?
 """
 UNIGENBENCH = [

@@ -209,7 +209,7 @@ def broken(key: str, value) -> list[dict]:
         ("geneval2", broken("skills", ["object"]), r"f.jsonl:2: skills: 1 for 2; give one for each"),
         ("geneval2", broken("atom_count", "many"), r"f.jsonl:2: atom_count: "),
         ("geneval2", broken("prompt", " "), r"f.jsonl:2: prompt: "),
-        ("geneval2", [*GENEVAL2, GENEVAL2[0]], r"three blue boats.* comes twice"),
+        ("longtext", [{"prompt_id": 0, "prompt": "a", "text": ["x"]}] * 2, r"prompt 'a': its number 0 comes twice"),
         ("geneval2", [], "is empty; bring the suite's file"),
         ("longtext", [{"prompt_id": 0, "prompt": "a", "text": "no list"}], r"f.jsonl:1: text: "),
         ("longtext", [{"prompt": "a", "text": ["x"]}], r"f.jsonl:1: prompt_id: "),
@@ -227,7 +227,7 @@ def test_a_wrong_file_is_one_line(tmp_path, kind, rows, message):
 
 
 def test_a_wrong_dependency_category_or_kind(tmp_path):
-    (tmp_path / "d.csv").write_text(DPG.replace('"1,2"', '"1,7"'))
+    (tmp_path / "d.csv").write_text(DPG.replace('"1, 2"', '"1, 7"'))
     with pytest.raises(UserError, match="item boats: dependency: question 3 depends on 7, which is missing"):
         read("dpg", str(tmp_path / "d.csv"))
     (tmp_path / "d.csv").write_text(DPG.replace('sail",2,', 'sail",1,'))

@@ -78,8 +78,8 @@ def geneval2(path: str) -> list[PromptRecord]:
     for place, row in _rows(path, GenEval2Row):
         _same_length(row.skills, row.vqa_list, f"{place}: skills")
         columns = {"questions": row.vqa_list, "skills": row.skills, "atom_count": row.atom_count}
-        records.append(PromptRecord(row.prompt, columns=columns))
-    return _unique(records, path)
+        records.append(PromptRecord(row.prompt, id=str(len(records)), columns=columns))
+    return records
 
 
 class DPGRow(BaseModel):
@@ -176,14 +176,14 @@ class LongTextRow(BaseModel):
     prompt_id: int
     prompt: Text
     text: Texts
-    category: Text | None = None
+    category: str | int | None = None
 
 
 def longtext(path: str) -> list[PromptRecord]:
     """text_prompts.jsonl or text_prompts_zh.jsonl: prompt_id, prompt, category and the texts that it asks for."""
     records = []
     for _, row in _rows(path, LongTextRow):
-        tags = [row.category] if row.category else []
+        tags = [str(row.category)] if row.category else []
         # One text, as its figure knows no order, and no reward reads more than ten in one image.
         records.append(PromptRecord(row.prompt, texts=[" ".join(row.text)], tags=tags, id=str(row.prompt_id)))
     return _unique(records, path)
@@ -192,7 +192,7 @@ def longtext(path: str) -> list[PromptRecord]:
 class CompBenchRow(BaseModel):
     prompt: Text
     questions: Annotated[list[Annotated[Pair, BeforeValidator(_yes_unless_said)]], Field(min_length=1)]
-    category: Text | None = None
+    category: str | int | None = None
 
 
 def compbench(path: str) -> list[PromptRecord]:
@@ -200,9 +200,10 @@ def compbench(path: str) -> list[PromptRecord]:
     answer is yes, or [question, right answer]."""
     records = []
     for _, row in _rows(path, CompBenchRow):
-        tags = [row.category] if row.category else []
-        records.append(PromptRecord(row.prompt, tags=tags, columns={"questions": row.questions}))
-    return _unique(records, path)
+        tags = [str(row.category)] if row.category else []
+        columns = {"questions": row.questions}
+        records.append(PromptRecord(row.prompt, tags=tags, id=str(len(records)), columns=columns))
+    return records
 
 
 def rubric(path: str) -> list[PromptRecord]:
@@ -272,6 +273,6 @@ def _unique(records: list[PromptRecord], path: str) -> list[PromptRecord]:
     known: set[str] = set()
     for record in records:
         if record.id in known:
-            raise UserError(f"{path}: prompt {record.prompt!r}: it, or its number, comes twice; remove one")
+            raise UserError(f"{path}: prompt {record.prompt!r}: its number {record.id} comes twice; remove one")
         known.add(record.id)
     return records
