@@ -1,4 +1,4 @@
-"""The four image rewards. Each asks a judge; what the judge cannot answer is a Failure, not a score."""
+"""The five image rewards. Each asks a judge; what the judge cannot answer is a Failure, not a score."""
 
 import asyncio
 import json
@@ -120,6 +120,54 @@ class Rubric(JudgeReward):
     def record(self) -> dict[str, Any]:
         hashes = _hashes(self.template, self.requirements.template)
         return {"model": self.judge.model, "templates": hashes}
+
+
+class Questions(JudgeReward):
+    """The mean over a prompt's questions of the probability of the right answer, each asked by itself.
+
+    The column `questions` has [question, right answer] pairs; an answer is yes, no, a digit or another word. `parents`
+    may name, for each question, the places of others that it depends on: it counts 0 if one of these is answered
+    wrongly, which is a probability below 0.5. `chain`: also if one of them counts 0 itself and stands before it.
+    `hard`: each answer is right or wrong.
+    """
+
+    def __init__(
+        self, judge: Judge | Mapping[str, Any], template: str = "question", hard: bool = False, chain: bool = False
+    ):
+        super().__init__(judge, template)
+        self.hard, self.chain = hard, chain
+        self.is_probability = not hard
+
+    async def score(self, image: Image.Image, prompt: str, row: dict[str, Any]) -> Score:
+        questions = row.get("questions")
+        if not questions:
+            return None
+        for pair in questions:
+            if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+                raise UserError(f"prompt {prompt!r}: questions: {pair!r}: write [question, right answer]")
+        encoded = await encode_async(image)  # once for all questions about it
+        asked = [self.judge.p_answer(encoded, self.template, answer, question=text) for text, answer in questions]
+        probabilities = await asyncio.gather(*asked)
+        credits = credited(probabilities, row.get("parents"), self.hard, self.chain)
+        details = {"questions": [list(pair) for pair in questions], "probabilities": probabilities, "credits": credits}
+        return Scored(sum(credits) / len(credits), details)
+
+    def question(self, prompt: str) -> tuple[Template, dict[str, str]]:
+        return self.template, {"question": f"Does the image show this: {prompt}"}
+
+
+def credited(
+    probabilities: Sequence[float], parents: Sequence[Sequence[int]] | None, hard: bool, chain: bool
+) -> list[float]:
+    """What each answer counts in [0, 1]; see `Questions`."""
+    right = [p >= 0.5 for p in probabilities]
+    credits = list(map(float, right if hard else probabilities))
+    for i, places in enumerate(parents or ()):
+        if not all(right[place] for place in places):
+            credits[i] = 0.0
+            if chain:
+                right[i] = False
+    return credits
 
 
 class OCR(JudgeReward):

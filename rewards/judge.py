@@ -1,9 +1,9 @@
 """A judge: a vision-language model behind an OpenAI-compatible server, asked about images.
 
 A yes/no score is read from the log-probs of the first answer token at temperature 0, so it is continuous and
-repeatable. The image comes before the text: a server with prefix caching then reads each image once,
-however many questions it is asked; traffic.py says how often its bytes travel. What cannot be had is a JudgeError,
-never a number.
+repeatable; so is the probability of another answer of one word. The image comes before the text: a server with prefix
+caching then reads each image once, however many questions it is asked; traffic.py says how often its bytes travel.
+What cannot be had is a JudgeError, never a number.
 
 `concurrency` is a limit of the run: each of N processes has an Nth of it, at least 1.
 """
@@ -32,6 +32,7 @@ from rewards.serve import KEY_VARIABLE, ServerURL, read_key, refuse_keys
 from rewards.traffic import Sent, turns_of
 
 CACHED_ANSWERS = 1 << 16
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PLACE = "data:,"  # of the image's URL in a request
 IMPOSSIBLE = -1000.0  # a log-prob below it was put there, as vLLM's -9999 is
 
@@ -84,6 +85,20 @@ class Judge:
 
         return await self._cached(ask, image, template, fields)
 
+    async def p_answer(
+        self, image: Image.Image | EncodedImage | None, template: Template, answer: str, **fields: str
+    ) -> float:
+        """The probability of an answer of one word: of yes and no as `p_yes` has it, else `answer_mass`."""
+        word = spelled(answer)
+        if word in ("yes", "no"):
+            p = await self.p_yes(image, template, **fields)
+            return p if word == "yes" else 1 - p
+
+        async def ask(encoded: EncodedImage | None) -> float:
+            return answer_mass(await self._first_token(encoded, template.render(**fields)), word, self.min_mass)
+
+        return await self._cached(ask, image, template, {**fields, "answer": word})
+
     async def p_yes_text(self, template: Template, **fields: str) -> float:
         """The same of a question without an image."""
         return await self._p_yes(None, template.render(**fields))
@@ -131,6 +146,10 @@ class Judge:
         return max(max(row) - min(row) for row in scores)
 
     async def _p_yes(self, encoded: EncodedImage | None, text: str) -> float:
+        return yes_share(await self._first_token(encoded, text), self.min_mass)
+
+    async def _first_token(self, encoded: EncodedImage | None, text: str) -> list[tuple[str, float]]:
+        """The most probable first tokens of the answer, each with its log-prob."""
         response = await self._chat(text, encoded, max_tokens=1, logprobs=True, top_logprobs=20)
         try:
             candidates = response["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
@@ -144,7 +163,7 @@ class Judge:
                 f"judge {self.model}: its log-probs leave one token possible, so each score is 0 or 1: let its server"
                 " give those of the model, at least 2 of them (vLLM: --logprobs-mode raw_logprobs, its default)"
             )
-        return yes_share(pairs, self.min_mass)
+        return pairs
 
     async def _list_of_strings(self, key: str, text: str, encoded: EncodedImage | None) -> list[str]:
         schema = {
@@ -308,6 +327,32 @@ def yes_share(candidates: Sequence[tuple[str, float]], min_mass: float) -> float
         first = candidates[0][0] if candidates else "nothing"
         raise JudgeError(f"the answer is neither yes nor no (they share {total:.3g}), but {first!r}")
     return mass["yes"] / total
+
+
+def answer_mass(candidates: Sequence[tuple[str, float]], answer: str, min_mass: float) -> float:
+    """The probability of the first tokens that begin an answer of one word, over all spellings: `four`, ` Four`, `4`.
+
+    A digit's is among all tokens; together those of numbers must have `min_mass`, or no number was answered. Of a word
+    that is longer than a token its first token counts, from two letters on.
+    """
+    word = spelled(answer)
+    if word.isdecimal() and len(word) == 1:
+        word = DIGITS[int(word)]
+    right = numbers = 0.0
+    for token, logprob in candidates:
+        text, p = spelled(token), math.exp(min(logprob, 0.0))
+        is_number = text in DIGITS or text.isdecimal()
+        numbers += p if is_number else 0.0
+        if word in DIGITS:
+            right += p if text in (word, str(DIGITS.index(word))) else 0.0
+        elif text == word or (len(text) > 1 and word.startswith(text)):
+            right += p
+    if word in DIGITS and not numbers >= min_mass:  # also when it is NaN
+        first = candidates[0][0] if candidates else "nothing"
+        raise JudgeError(f"the answer is not a number (numbers share {numbers:.3g}), but {first!r}")
+    if not right >= 0:
+        raise JudgeError("the answer has a log-prob that is not a number")
+    return min(right, 1.0)
 
 
 def _strings(value: Any) -> bool:

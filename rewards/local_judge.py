@@ -27,6 +27,8 @@ from rewards.vlm import VLM
 
 GATHER = 0.002
 """Seconds for which the first question waits for others to share its batch."""
+LIKELY = 20
+"""Tokens of an answer whose log-probs are given, as a server is asked for."""
 
 
 class LocalJudge(Judge):
@@ -49,6 +51,7 @@ class LocalJudge(Judge):
         self._vlm, self._lock = _load(path, adapter, device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._waiting: list[tuple[EncodedImage, str, dict[str, Any], asyncio.Future[Any]]] = []
         self._draining: asyncio.Task[None] | None = None
+        self._spellings: dict[int, str] = {}
 
     async def silent(self) -> list[str]:
         return []
@@ -90,13 +93,29 @@ class LocalJudge(Judge):
         with self._lock, torch.no_grad():
             if "logprobs" in rows[0][2]:
                 with self._vlm.seeing_once(images):
-                    margins, mass = self._vlm.answers(self._vlm.inputs(images, texts))
+                    logits = self._vlm.logits(self._vlm.inputs(images, texts))
+                margins, mass = self._vlm.yes_no(logits)
                 # log P(yes) = log(P(yes) + P(no)) + log sigmoid(logit(yes) - logit(no)), and the same for no.
                 yes = (mass + torch.nn.functional.logsigmoid(margins)).tolist()
                 no = (mass + torch.nn.functional.logsigmoid(-margins)).tolist()
-                return list(map(_yes_no_response, yes, no))
+                return list(map(_first_token_response, yes, no, self._likely(logits)))
             completions = self._vlm.complete(images, texts, self.max_text_tokens, self.batch)
             return list(map(self._text_response, completions))
+
+    def _likely(self, logits: torch.Tensor) -> list[list[tuple[str, float]]]:
+        """Of each row the most probable tokens that spell neither yes nor no, with their log-probs."""
+        logprobs, tokens = logits.log_softmax(-1).topk(min(LIKELY, logits.shape[-1]))
+        known = {*self._vlm.yes, *self._vlm.no}
+        rows = []
+        for row, values in zip(tokens.tolist(), logprobs.tolist()):
+            pairs = zip(row, values)
+            rows.append([(self._spelling(token), value) for token, value in pairs if token not in known])
+        return rows
+
+    def _spelling(self, token: int) -> str:
+        if token not in self._spellings:
+            self._spellings[token] = self._vlm.tokenizer.decode([token])
+        return self._spellings[token]
 
     def _text_response(self, text: str) -> dict[str, Any]:
         tokens = len(self._vlm.tokenizer(text, add_special_tokens=False).input_ids)
@@ -104,8 +123,9 @@ class LocalJudge(Judge):
         return {"choices": [{"message": {"content": text}, "finish_reason": end}]}
 
 
-def _yes_no_response(yes: float, no: float) -> dict[str, Any]:
-    candidates = [{"token": "yes", "logprob": yes}, {"token": "no", "logprob": no}]
+def _first_token_response(yes: float, no: float, others: list[tuple[str, float]]) -> dict[str, Any]:
+    pairs = [("yes", yes), ("no", no), *others]
+    candidates = [{"token": token, "logprob": logprob} for token, logprob in pairs]
     return {"choices": [{"logprobs": {"content": [{"top_logprobs": candidates}]}}]}
 
 

@@ -99,8 +99,15 @@ class VLM:
 
     def answers(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """(B,) fp32 each: logit(yes) - logit(no), summed over spellings; log of the probability both have together."""
+        return self.yes_no(self.logits(inputs))
+
+    def logits(self, inputs: Inputs) -> Tensor:
+        """(B, vocabulary) fp32, of the first answer token."""
         inputs = self._on_device(inputs)
-        logits = self.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float()
+        return self.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float()
+
+    def yes_no(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """What `answers` gives, of `logits`."""
         yes, no = logits[:, self.yes].logsumexp(-1), logits[:, self.no].logsumexp(-1)
         return yes - no, torch.logaddexp(yes, no) - logits.logsumexp(-1)
 
