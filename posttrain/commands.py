@@ -262,6 +262,15 @@ COMMANDS: dict[str, Command] = {
         makes="expander",
         frozen=("lora", "seed", "heldout"),
     ),
+    "expander mine": Command(
+        "posttrain.expander.mining.config:ExpanderMineConfig",
+        "posttrain.expander.mining.mine:mine",
+        "find prompts that are hard but not hopeless",
+        resumable=True,
+        output="run",
+        gpu=True,
+        reads={"model.path": "expander", "renderer.path": "K2"},
+    ),
     "expander gdpo": Command(
         "posttrain.expander.gdpo_config:ExpanderGDPOConfig",
         "posttrain.expander.gdpo:train",

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOTrainer
 
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
+from posttrain.expander import thinking
 from posttrain.expander.evaluate import ExpanderEvaluation, ExpanderEvaluator
 from posttrain.expander.gdpo_config import DIVERSITY, ExpanderGDPOConfig
 from posttrain.expander.policy import Policy
@@ -118,9 +118,11 @@ class SharedRewards:
             if faults := causes + unsafe:
                 row = {"step": step + 1, "prompt": e.record.prompt, "expansion": e.text, "fails": ", ".join(faults)}
                 self.faults.append(row)
-        weights = [r.weight for r in self.config.rewards if not r.heldout_only]
+        weights = [reward.weight for reward in self.config.trained]
         weights.append(diversity_weight(self.config, step))  # last, as in Scored.names
         metrics = self.scored.figures(size) | {"noise_share": self.scored.noise_share(weights, size)}
+        if self.policy.thinking:
+            metrics |= thinking.figures([e.thought for e in expansions], [e.thought_tokens for e in expansions])
         for name, value in metrics.items():
             if value is not None:
                 log_metric(name, value)
@@ -136,7 +138,7 @@ class GDPOCallback(TrainerCallback):
         config: ExpanderGDPOConfig,
         run: Run,
         procs: Processes,
-        trainer: GRPOTrainer,
+        trainer: Any,
         shared: SharedRewards,
         evaluator: ExpanderEvaluator,
         saved: Path | None,
@@ -156,6 +158,7 @@ class GDPOCallback(TrainerCallback):
         if saved is not None and (saved / HISTORY).is_file():
             self.history |= json.loads((saved / HISTORY).read_text())
         self._seconds: dict[str, float] = {}
+        self._pool: dict[str, float] = {}
         self._began = self._started = time.perf_counter()
 
     # ---- around the run
@@ -231,8 +234,12 @@ class GDPOCallback(TrainerCallback):
         self._seconds = times
         for message, count in scored.failures.most_common(1):
             log.info(f"missing images or scores: {count}, such as: {message}")
-        self.run.prompts({"The latest expansions that failed a check": list(shared.faults)} if shared.faults else None)
         step = self.done = state.global_step
+        tables = {"The latest expansions that failed a check": list(shared.faults)} if shared.faults else {}
+        if self.trainer.pooled is not None:
+            self._pool = self.trainer.pooled.update(step, scored)
+            tables |= self.trainer.pooled.source.ends()
+        self.run.prompts(tables or None)
         log.info(f"step {step}: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items()))
         # An ablation takes the weight of diversity away, whose images differ nearly always.
         weighted = [name for name in scored.names if name != DIVERSITY or diversity_weight(self.config, step - 1)]
@@ -243,15 +250,27 @@ class GDPOCallback(TrainerCallback):
         check_idle(self.history, reason, self.config.idle_steps)
         every = self.config.eval.every
         if (every and step % every == 0) or step == self.config.steps:
-            self._evaluate(step)
+            figures = self._evaluate(step).figures
+            self._look_at_thoughts(step, figures, control)
         if self.procs.any(self.signals.received is not None):
             control.should_save = control.should_training_stop = True
 
+    def _look_at_thoughts(self, step: int, figures: dict[str, float | None], control: Any) -> None:
+        """Ends a run in which thinking decays. Evaluations are the same on all processes, and so is this."""
+        if not self.shared.policy.thinking or step < thinking.SETTLED or step == self.config.steps:
+            return
+        reason = thinking.drift(self.evaluations[0]["figures"], figures)
+        if reason is not None:
+            log.warning(f"the run ends at step {step}: {reason}; use an earlier checkpoint, or raise optim.kl")
+            control.should_save = control.should_training_stop = True
+
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Adds the counts to a checkpoint, before AtomicCheckpointCallback seals it."""
+        """Adds the counts and the pool to a checkpoint, before AtomicCheckpointCallback seals it."""
         if self.procs.main:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             (folder / HISTORY).write_text(json.dumps(self.history) + "\n")
+            if self.trainer.pooled is not None:
+                self.trainer.pooled.save(folder)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if "loss" not in logs:
@@ -259,7 +278,7 @@ class GDPOCallback(TrainerCallback):
         metrics = {name: value for name, value in logs.items() if name not in ("epoch", "step_time")}
         metrics["diversity_weight"] = float(self.trainer.reward_weights[-1])
         metrics["skipped"] = self.history["skipped"]
-        metrics |= {f"seconds/{name}": value for name, value in self._seconds.items()}
+        metrics |= {f"seconds/{name}": value for name, value in self._seconds.items()} | self._pool
         self.run.log(state.global_step, metrics)
 
     def _evaluate(self, step: int) -> ExpanderEvaluation:

@@ -118,10 +118,13 @@ class ExpanderSFTConfig:
     """Run directory, created; one that holds a run already needs --resume. The adapter is in adapter/, a model that was
     trained whole in model/."""
     model: Text
-    """Chat model, an instruct model that answers at once, without thinking aloud: directory or hub id."""
+    """Chat model: directory or hub id. Without `thinking` an instruct model, which answers at once."""
     data: Text
     """Directory of `posttrain expander data`, or of `datasets`; JSONL; or hf:NAME[:SPLIT]. Columns prompt (the user's)
-    and completion (the long caption)."""
+    and completion (the long caption), for `thinking` also thought, and optionally weight."""
+    thinking: bool = False
+    """Teach it to write the column thought before the caption; rows without a thought are answered at once, under the
+    system text without that request."""
     heldout: OpenShare = 0.05
     """Share of the prompts that are held out where data does not say which."""
     measured: AtLeast1 = 256
@@ -168,7 +171,7 @@ class ExpanderSFTConfig:
 
 @settings
 class ExpandConfig:
-    """Expand a prompt in several ways: `posttrain expand "a cat" --model DIR`."""
+    """Expand a prompt in several ways: `posttrain expand "a cat" --model DIR --vary 4`."""
 
     prompt: Text
     """What the user wrote; the first argument."""
@@ -186,5 +189,10 @@ class ExpandConfig:
     """Seed of the sampling."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the weights."""
+    vary: AtLeast1 | None = None
+    """Expansions that differ from each other: of four times as many, those that are farthest apart in their words;
+    instead of n. null: n as they come."""
+    thinking: bool | None = None
+    """Whether it thinks before the caption; null: as it was trained. The thought is not printed."""
     json: bool = False
     """Print a JSON object with prompt and expansions instead of one a line."""
