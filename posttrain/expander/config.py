@@ -15,8 +15,10 @@ from posttrain.config.types import (
     AtLeast1,
     AtLeast2,
     Filled,
+    Float,
     OpenShare,
     Positive,
+    Range,
     Share,
     Text,
     refusal,
@@ -45,6 +47,32 @@ class WriterConfig:
     """Seconds for one attempt."""
     answers_as: str | None = None
     """Name of the model in the answers, where model is an alias for it, as Azure's deployments are; null: model."""
+
+
+@settings
+class TagConfig:
+    """Captions that are drawn more often in training."""
+
+    statement: Text
+    """What the checker must find true of a caption."""
+    weight: Annotated[Float, Range(0, 2)]
+    """What it adds to the weight of the caption's pairs, which is 1 otherwise and at most 3 with all tags."""
+    target: Share | None = None
+    """Share of the draws that is aimed at, for the reader: expander_data.json tells it beside the one reached."""
+
+
+@settings
+class PhotographsConfig:
+    """A light bias to photographs where a prompt does not say the medium."""
+
+    statement: Text = "the picture is a photograph"
+    """What the checker must find true of a photograph's caption."""
+    weight: Annotated[Float, Range(0, 2)] = 0.25
+    """What is added, at most, to the weight of pairs whose prompt names no medium and whose caption is of a photograph;
+    such a caption gets its medium named."""
+    max_kl: Positive = 0.01
+    """Divergence in nats of the share of photographs in the draws from that among the captions; a larger one lowers
+    weight."""
 
 
 @settings
@@ -78,6 +106,18 @@ class ExpanderDataConfig:
         ]
     )
     """Manners of writing to ask for; not read for a function."""
+    languages: dict[str, Share] = field(default_factory=dict)
+    """Share of the captions that are translated and asked for prompts in this language, such as {French: 0.05}; the
+    rest keeps its own. Not read for a function."""
+    thoughts: bool = False
+    """Also write a thought for each pair, which says what is asked, what is open, and what is chosen."""
+    direct_share: Share = 0.15
+    """Share of the pairs without a thought, so that the expander can also answer at once; captions that are their own
+    prompt have none either. Not read without thoughts."""
+    tags: dict[str, TagConfig] = field(default_factory=dict)
+    """Captions to draw more often, by a name of your choice, such as rich and art. Not read for a function."""
+    photographs: PhotographsConfig | None = None
+    """Bias to photographs; null: none. Not read for a function."""
     per_caption: AtLeast1 = 2
     """Short prompts to ask for of each caption, each in another length and register."""
     long_share: Share = 0.15
@@ -105,6 +145,8 @@ class ExpanderDataConfig:
             if not getattr(self, name):
                 raise refusal(name, "is empty; name at least one")
         # Each prompt of a caption has a combination of its own.
+        if sum(self.languages.values()) > 1 + 1e-9:
+            raise refusal("languages", f"add up to {sum(self.languages.values()):g}; lower them to at most 1 together")
         if self.per_caption > len(self.lengths) * len(self.registers):
             raise refusal("per_caption", f"is {self.per_caption}, more than there are lengths times registers")
         return self
