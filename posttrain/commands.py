@@ -286,6 +286,12 @@ COMMANDS: dict[str, Command] = {
         learns=True,
         frozen=("lora", "seed", "prompts.heldout", *EVALUATED),
     ),
+    "expander serve": Command(
+        "posttrain.expander.config:ExpanderServeConfig",
+        "posttrain.expander.endpoint:serve",
+        "serve an expander like a chat model of OpenAI",
+        gpu=True,
+    ),
     "expand": Command(
         "posttrain.expander.config:ExpandConfig",
         "posttrain.expander.expand:main",

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import model_validator
 
+from posttrain.annotate.config import is_loopback
 from posttrain.config.optimizer import refuse_average
 from posttrain.config.sections import CheckpointConfig, LoraConfig, OptimConfig, Servers, TrackConfig, require_one_pass
 from posttrain.config.types import (
@@ -17,6 +18,7 @@ from posttrain.config.types import (
     Filled,
     Float,
     OpenShare,
+    Port,
     Positive,
     Range,
     Share,
@@ -208,6 +210,38 @@ class ExpanderSFTConfig:
         for name in ("ema", "cooldown_steps"):
             if getattr(self.optim, name):
                 raise refusal(f"optim.{name}", "is not for this command, whose rate falls along a cosine; leave it 0")
+        return self
+
+
+@settings
+class ExpanderServeConfig:
+    """Serve an expander at an OpenAI-compatible /v1/chat/completions, until Ctrl-C or SIGTERM."""
+
+    model: Text
+    """Chat model (directory or hub id), or the run directory of `posttrain expander sft` or `gdpo`."""
+    adapter: str | None = None
+    """Directory of a LoRA adapter made for that model."""
+    name: Text = "expander"
+    """Name that requests give as their model."""
+    thinking: bool | None = None
+    """Whether it thinks before the caption; null: as it was trained. The thought is not sent."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of the weights."""
+    max_tokens: AtLeast1 = 512
+    """Longest answer in tokens, and what a request has that does not say."""
+    max_n: AtLeast1 = 16
+    """Most expansions in a request."""
+    host: str = "127.0.0.1"
+    """Address to listen at. Beyond this machine (such as 0.0.0.0) it needs api_key_env."""
+    port: Port = 8001
+    """Port to listen at; 0: any free one."""
+    api_key_env: str | None = None
+    """Name of the environment variable with the key that requests must bring; null: none."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> ExpanderServeConfig:
+        if not is_loopback(self.host) and self.api_key_env is None:
+            raise refusal("host", f"{self.host} is reached from beyond this machine; set api_key_env as well")
         return self
 
 

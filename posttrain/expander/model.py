@@ -32,6 +32,8 @@ class Expansion:
     """Whether the model ended it; if not, it was cut at the token limit."""
     thought: str | None = None
     """What the model thought before it; never part of `text`."""
+    tokens: int = 0
+    """That the model wrote, a thought and the end included."""
     unexpanded: bool = False
     """Whether no thought came to an end, twice, so that `text` is the prompt as it was."""
 
@@ -94,7 +96,7 @@ class Expander:
 
     def _again(self, prompt: str, seed: int, temperature: float, max_tokens: int) -> Expansion:
         (answer,) = self._sample([prompt], 1, seed, temperature, max_tokens)
-        return answer if answer.text else Expansion(prompt, False, answer.thought, True)
+        return answer if answer.text else Expansion(prompt, False, answer.thought, answer.tokens, True)
 
     def _sample(
         self, prompts: Sequence[str], n: int, seed: int, temperature: float, max_tokens: int
@@ -116,11 +118,13 @@ class Expander:
         return [self._expansion(row, opened) for row in new_tokens]
 
     def _expansion(self, ids: list[int], opened: bool) -> Expansion:
-        text, whole = self.tokenizer.decode(ids, skip_special_tokens=True), not self._ends.isdisjoint(ids)
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        end = next((i for i, token in enumerate(ids) if token in self._ends), None)
+        whole, tokens = end is not None, len(ids) if end is None else end + 1  # padding follows the end
         if not self.thinking:
-            return Expansion(text.strip(), whole)
+            return Expansion(text.strip(), whole, tokens=tokens)
         answer = split(text, opened)
-        return Expansion(answer.caption, whole, answer.thought)
+        return Expansion(answer.caption, whole, answer.thought, tokens)
 
     @property
     def _ends(self) -> set[int]:

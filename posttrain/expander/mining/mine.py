@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from posttrain.config.sections import LoraConfig
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError, counted
 from posttrain.expander.mining.config import CandidatesConfig, ExpanderMineConfig
@@ -61,7 +62,8 @@ def mine(config: ExpanderMineConfig, resume: bool = False) -> None:
     candidates, heldout, traffic = read_candidates(config)
     records = [record for record, _ in candidates]
     try_rewards(config, records, records, ["expansion"])
-    policy = Policy(config.model, None, config.seed, procs.device)
+    # A model without an adapter is scored as it is: a new adapter changes nothing.
+    policy = Policy(config.model, LoraConfig(), config.seed, procs.device)
     renderer = make_renderer(config.renderer, procs.device)
     features = Features(config.diversity.path, config.diversity.batch, str(procs.device))
     with open_run(config, resume, procs) as run:
@@ -110,8 +112,8 @@ def _failure(source: CandidatesConfig, record: PromptRecord, i: int) -> str:
     name = value[0] if isinstance(value, list) and value else value
     if not isinstance(name, str) or not name.strip():
         raise UserError(
-            f"candidates[{i}].column: {source.path}: '{record.prompt[:60]}' has no failure class in '{source.column}'; add"
-            " it, or name one for the whole file as failure"
+            f"candidates[{i}].column: {source.path}: '{record.prompt[:60]}' has no failure class in"
+            f" '{source.column}'; add it, or name one for the whole file as failure"
         )
     return name.strip()
 

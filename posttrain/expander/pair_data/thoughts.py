@@ -1,8 +1,8 @@
 """Thoughts for pairs of a short prompt and its caption: a language model writes them, and they are checked.
 
-A thought says, in one sentence each, what the prompt asks for, what it leaves open, the medium, and what is chosen. It is
-written by a model that sees prompt and caption, so it must not show that: it names nothing that the caption lacks, asks
-for nothing that the prompt does not, does not copy the caption, and never speaks of it.
+A thought says, in one sentence each, what the prompt asks for, what it leaves open, the medium, and what is chosen. It
+is written by a model that sees prompt and caption, so it must not show that: it names nothing that the caption lacks,
+asks for nothing that the prompt does not, does not copy the caption, and never speaks of it.
 """
 
 from __future__ import annotations
