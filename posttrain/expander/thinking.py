@@ -57,8 +57,8 @@ def split(answer: str, opened: bool = False) -> Answer:
     block = BLOCK.fullmatch(answer)
     if block is not None and not TAG.search(block["thought"] + block["caption"]):
         return Answer(block["caption"].strip(), block["thought"].strip())
-    _, ended, caption = answer.rpartition(END)
-    return Answer(caption.strip() if ended else "", answer.removesuffix(ended + caption) or None, False)
+    before, ended, caption = answer.rpartition(END)
+    return Answer(caption.strip(), before, False) if ended else Answer("", answer, False)
 
 
 def is_opened(prompt: str) -> bool:
