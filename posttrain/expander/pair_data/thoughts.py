@@ -40,13 +40,15 @@ class Thinker:
         thought = " ".join(" ".join(sentences).split())
         if len(sentences) != SENTENCES:
             return thought, f"{len(sentences)} sentences instead of {SENTENCES}"
-        reason = problem(thought, caption)
+        reason = problem(thought, prompt, caption)
         if reason is not None:
             return thought, reason
         asked, _, _, chosen = sentences
-        return thought, await self._missing(asked, prompt, "asks for more") or await self._missing(
-            f"{asked} {chosen}", caption, "not in the caption"
-        )
+        # What the prompt asks for is in the caption already: the pair was checked.
+        for text, source, fault in ((asked, prompt, "asks for more"), (chosen, caption, "chooses what is not there")):
+            if (reason := await self._missing(text, source, fault)) is not None:
+                return thought, reason
+        return thought, None
 
     async def _missing(self, text: str, source: str, reason: str) -> str | None:
         """The first fact of a text that its source does not contain, after the reason; None if it contains all."""
@@ -56,21 +58,23 @@ class Thinker:
         return None
 
 
-def problem(thought: str, caption: str) -> str | None:
+def problem(thought: str, prompt: str, caption: str) -> str | None:
     """Why a thought cannot be used, from its text alone; None if nothing is wrong with it."""
     words = len(thought.split())
     if not LEAST_WORDS <= words <= MOST_WORDS:
         return f"{words} words, not {LEAST_WORDS} to {MOST_WORDS}"
     if REVEALING.search(thought):
         return "speaks of a caption"
-    if copied(thought, caption) > MOST_COPIED:
+    if copied(thought, prompt, caption) > MOST_COPIED:
         return "copies the caption"
     return None
 
 
-def copied(thought: str, caption: str) -> float:
-    """Share of the caption's runs of GRAM words that are in the thought too, in [0, 1]; 0 for a shorter caption."""
-    whole, own = _grams(caption), set(_grams(thought))
+def copied(thought: str, prompt: str, caption: str) -> float:
+    """Share of the caption's runs of GRAM words that are in the thought too, in [0, 1]; 0 for a shorter caption. Runs
+    that the prompt has do not count, as a thought may repeat what is asked."""
+    asked, own = set(_grams(prompt)), set(_grams(thought))
+    whole = [gram for gram in _grams(caption) if gram not in asked]
     return sum(gram in own for gram in whole) / len(whole) if whole else 0.0
 
 
