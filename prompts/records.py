@@ -70,6 +70,16 @@ def read_prompts(source: str | Path, references: bool = False, repeats: bool = F
     return records
 
 
+def as_row(record: PromptRecord) -> dict[str, Any]:
+    """The object from which `read_prompts` makes this record."""
+    row: dict[str, Any] = {"prompt": record.prompt, "id": record.id, **record.columns}
+    # None has a rubric find them, an empty list says that there are none.
+    if record.requirements is not None:
+        row["requirements"] = record.requirements
+    lists = {"texts": record.texts, "tags": record.tags}
+    return row | {name: values for name, values in lists.items() if values}
+
+
 def _fill_columns(records: Sequence[PromptRecord]) -> None:
     """Gives every record every column, None where its line lacks the field: rewards see some of the records at once."""
     names: dict[str, None] = {}  # a set that keeps the order

@@ -13,6 +13,7 @@ from posttrain.config.load import load_config
 from posttrain.config.types import ConfigError
 from posttrain.errors import UserError
 from posttrain.expander import gdpo
+from posttrain.expander.callbacks import failures
 from posttrain.expander.mining import mine
 from posttrain.expander.mining.config import CandidatesConfig, ExpanderMineConfig
 from posttrain.expander.mining.quotas import composites, moments, shares, slots, verdict
@@ -306,3 +307,42 @@ def test_quotas_of_a_pool_are_exact_over_a_run(tmp_path):
         {"traffic": 0.5, "mined/a": 0.35, "mined/b": 0.15}, abs=0.01
     )
     assert np.count_nonzero(pool.returns) > 0  # others of the two classes do rest
+
+
+# ---- failures of a run
+
+
+def test_failure_classes_of_groups():
+    """Half of the first group is truncated; in the second the rubric is low; the third has no score, the fourth is
+    fine."""
+    values = np.zeros((8, 2))
+    values[2:4], values[6:] = (0.5, 0.1), (0.5, 0.4)
+    valid = np.ones((8, 2), bool)
+    valid[4:6] = False
+    faults = [["truncated", "thinking"], []] + [[]] * 6
+    scored = Scored(
+        ["aesthetic", "rubric"], values, valid, faults, [[]] * 8, [None] * 8, [True] * 8, None, [0] * 8, 8, {}
+    )
+    assert failures(scored, 2, ["aesthetic", "rubric"]) == ["truncated", "low rubric", None, None]
+
+
+def test_prompts_that_fail_in_a_run_can_be_mined(pooled, monkeypatch):
+    """A row each, in a file that is a source of candidates; a resumed run does not repeat the rows."""
+    monkeypatch.setattr("posttrain.expander.callbacks.LOW", 1.0)  # so that each prompt has failed
+    pooled.pool = PoolConfig()
+    pooled.steps = 2
+    gdpo.train(pooled)
+    run = runs.Path(pooled.output)
+    rows = read_lines(run / "failures.jsonl")
+    assert [row["step"] for row in rows] == [1, 1, 2, 2] and {row["failure"] for row in rows} <= {
+        "low brightness", "low redness",
+    }  # fmt: skip
+    assert {record.prompt for record in read_prompts(run / "failures.jsonl", repeats=True)} == set(chat.USERS)
+    twice = run / "twice.jsonl"
+    twice.write_text((run / "failures.jsonl").read_text() * 2)
+    assert len(read_prompts(twice, repeats=True)) == 4
+    with pytest.raises(UserError, match=r"twice\.jsonl:5: id '.*' was used at"):
+        read_prompts(twice)
+    shutil.rmtree(run / "checkpoints/checkpoint-2")
+    gdpo.train(pooled, resume=True)
+    assert read_lines(run / "failures.jsonl") == rows

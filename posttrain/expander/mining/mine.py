@@ -39,7 +39,7 @@ from posttrain.runs.files import append_line, replace_text
 from posttrain.runs.guard import check_unchanged
 from posttrain.runs.run import Run
 from posttrain.training.loop import open_run, resuming, try_rewards
-from prompts.records import PromptRecord, read_prompts
+from prompts.records import PromptRecord, as_row, read_prompts
 from rewards.base import RewardError
 from rewards.diversity import Features
 
@@ -277,11 +277,7 @@ def write(
 def _tagged(record: PromptRecord, failure: str) -> dict[str, Any]:
     """A row of a file of prompts, with its class as its first tag."""
     tag = TRAFFIC if failure == TRAFFIC else MINED + failure
-    row = {"prompt": record.prompt, "id": record.id, "tags": [tag, *record.tags], **record.columns}
-    # None has a rubric find them, an empty list says that there are none.
-    if record.requirements is not None:
-        row["requirements"] = record.requirements
-    return row | ({"texts": record.texts} if record.texts else {})
+    return as_row(record) | {"tags": [tag, *record.tags]}
 
 
 def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
