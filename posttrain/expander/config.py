@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 
 from pydantic import model_validator
 
-from posttrain.annotate.config import is_loopback
 from posttrain.config.optimizer import refuse_average
 from posttrain.config.sections import CheckpointConfig, LoraConfig, OptimConfig, Servers, TrackConfig, require_one_pass
 from posttrain.config.types import (
@@ -23,6 +22,7 @@ from posttrain.config.types import (
     Range,
     Share,
     Text,
+    is_loopback,
     refusal,
     settings,
 )
@@ -67,7 +67,7 @@ class TagConfig:
 class PhotographsConfig:
     """A light bias to photographs where a prompt does not say the medium."""
 
-    statement: Text = "the picture is a photograph"
+    statement: Text = "the image is a photograph"
     """What the checker must find true of a photograph's caption."""
     weight: Annotated[Float, Range(0, 2)] = 0.25
     """What is added, at most, to the weight of pairs whose prompt names no medium and whose caption is of a photograph;

@@ -121,7 +121,9 @@ class Answerer:
         prompt = self._prompt(body.get("messages"))
         room = getattr(self.expander.model.config, "max_position_embeddings", None)
         if room is not None and self._prompt_tokens(prompt) + options["max_tokens"] > room:
-            raise UserError(f"messages: the prompt and max_tokens do not fit the model's {room} tokens; shorten one")
+            raise UserError(
+                f"messages: the prompt and max_tokens do not fit the model, which takes {room}; shorten one"
+            )
         return prompt, options
 
     def _prompt(self, given: Any) -> str:

@@ -54,7 +54,7 @@ def varied(
     pool = list(different.values())
     if len(pool) < n:
         raise UserError(
-            f"vary: only {len(pool)} of {TIMES * n} expansions differ; lower it, or raise temperature ({temperature:g})"
+            f"vary: among {TIMES * n} expansions only {len(pool)} differ; lower it, or raise temperature ({temperature:g})"
         )
     return [pool[i] for i in farthest([e.text for e in pool], n)]
 

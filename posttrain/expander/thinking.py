@@ -83,7 +83,7 @@ def drift(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
         return f"{now['thought/empty']:.0%} of the answers have no thought (most: {MOST_EMPTY:.0%})"
     length, first = now["thought/tokens"], before["thought/tokens"]
     if length is not None and first is not None and length > MOST_LONGER * first:
-        return f"thoughts have {length:.0f} tokens, over {MOST_LONGER:g} times the {first:.0f} at the start"
+        return f"the length of thoughts is {length:.0f}, over {MOST_LONGER:g} times the {first:.0f} at the start"
     return None
 
 

@@ -123,7 +123,7 @@ def test_a_prompt_that_comes_back_as_it_was_is_marked(server, client, monkeypatc
         ({"messages": [{"role": "user", "content": " "}]}, "messages: the content is not a text"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
          "messages: the content is not a text"),
-        ({"messages": [{"role": "user", "content": "star " * 2000}]}, "do not fit the model's 1024 tokens"),
+        ({"messages": [{"role": "user", "content": "star " * 2000}]}, "do not fit the model, which takes 1024"),
         ({"n": 9}, "n: is 9; write a whole number from 1 to 8"),
         ({"n": 0}, "n: is 0"),
         ({"temperature": 0}, "temperature: is 0; write a number above 0, at most 2"),
@@ -135,7 +135,7 @@ def test_a_prompt_that_comes_back_as_it_was_is_marked(server, client, monkeypatc
         ({"stop": ["."]}, "stop: ['.'] is not supported"),
         ({"tools": []}, "tools: is not a field of this server"),
         ({"extra_body": {"vary": "yes"}}, "vary: is 'yes'; write true or false"),
-        ({"extra_body": {"vary": True}, "n": 8, "temperature": 1e-6}, "vary: only 1 of 32 expansions differ"),
+        ({"extra_body": {"vary": True}, "n": 8, "temperature": 1e-6}, "vary: among 32 expansions only 1 differ"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_answered_as_asked_is_refused_in_one_line(client, options, says):
@@ -229,7 +229,7 @@ def test_vary_prints_different_expansions(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(set(lines)) == 5 == len(lines)
     assert cli.main([*words, "--vary", "2", "--temperature", "1e-6"]) == 2
-    assert f"vary: only 1 of {2 * TIMES} expansions differ; lower it, or raise temperature" in capsys.readouterr().err
+    assert f"vary: among {2 * TIMES} expansions only 1 differ; lower it, or raise temperature" in capsys.readouterr().err
 
 
 def test_varied_expansions_differ_more_than_sampled_ones(expander):
@@ -248,5 +248,5 @@ def test_whole_expansions_come_first(monkeypatch):
     cut, whole = Expansion("a cut", False), Expansion("a whole one", True)
     monkeypatch.setattr(Expander, "expand", lambda *_, **__: [[cut, cut, whole, cut]])
     assert varied(Expander(None, None), PROMPT, 1, 0) == [whole]
-    with pytest.raises(UserError, match="vary: only 2 of 12"):
+    with pytest.raises(UserError, match="vary: among 12 expansions only 2 differ"):
         varied(Expander(None, None), PROMPT, 3, 0)

@@ -69,6 +69,7 @@ def test_each_k2_recipe_belongs_to_a_pipeline():
         "recipes/k2/mopd.yaml": "mopd", "recipes/k2/nft.yaml": "nft", "recipes/k2/nft_published.yaml": "nft",
         "recipes/k2/sft.yaml": "sft", "recipes/k2/sft_full.yaml": "sft", "recipes/k2/style.yaml": "style",
         "recipes/k2/stpo_human.yaml": "stpo", "recipes/k2/judges.yaml": "serve",
+        "recipes/k2/expander_mine.yaml": "expander mine",
     }  # fmt: skip
     others = {str(path.relative_to(runs.ROOT)) for path in K2 if path not in PIPELINES}
     assert others == {*used, *alone}

@@ -265,12 +265,14 @@ def write(
     replace_text(output / CARD, json.dumps(counts, indent=1, ensure_ascii=False) + "\n")
     listed = ", ".join(f"{verdicts[name]} {name}" for name in VERDICTS)
     print(
-        f"posttrain: {counted(len(rows), 'candidate')}: {listed}; wrote {len(mined)} mined prompts and {len(mixed)} of"
+        f"posttrain: {counted(len(rows), 'candidate')}: {listed}; wrote {counted(len(mined), 'prompt')} and {len(mixed)} of"
         f" traffic to {output / 'train.jsonl'}"
     )
     for name, places_of in counts["quotas"].items():
         if classes[name] < places_of:
-            log.warning(f"{name}: {classes[name]} prompts for a quota of {places_of}; the pool draws them more often")
+            log.warning(
+                f"{name}: {counted(classes[name], 'prompt')} for a quota of {places_of}; the pool draws each more often"
+            )
     return counts
 
 
