@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from accelerate import PartialState
 
-from posttrain.errors import UserError
+from posttrain.errors import UserError, counted
 from posttrain.expander.config import ExpandConfig
 from posttrain.expander.model import Expander, Expansion
 from posttrain.log import log
@@ -54,7 +54,8 @@ def varied(
     pool = list(different.values())
     if len(pool) < n:
         raise UserError(
-            f"vary: among {TIMES * n} expansions only {len(pool)} differ; lower it, or raise temperature ({temperature:g})"
+            f"vary: among {counted(TIMES * n, 'expansion')} only {len(pool)} differ; lower it, or raise temperature"
+            f" ({temperature:g})"
         )
     return [pool[i] for i in farthest([e.text for e in pool], n)]
 

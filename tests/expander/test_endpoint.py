@@ -229,7 +229,9 @@ def test_vary_prints_different_expansions(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(set(lines)) == 5 == len(lines)
     assert cli.main([*words, "--vary", "2", "--temperature", "1e-6"]) == 2
-    assert f"vary: among {2 * TIMES} expansions only 1 differ; lower it, or raise temperature" in capsys.readouterr().err
+    assert (
+        f"vary: among {2 * TIMES} expansions only 1 differ; lower it, or raise temperature" in capsys.readouterr().err
+    )
 
 
 def test_varied_expansions_differ_more_than_sampled_ones(expander):

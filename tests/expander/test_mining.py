@@ -64,7 +64,11 @@ def test_quotas():
     """By the root of the count: 30, 9.487 and 3.162 of 42.649."""
     share_of = shares({"text": 900, "count": 90, "hands": 10})
     assert list(share_of.values()) == pytest.approx([0.7034, 0.2224, 0.0741], abs=5e-5)
-    assert slots(share_of, 100) == {"text": 70, "count": 22, "hands": 8}  # .41 of one goes to the largest remainder
+    counts = {"text": 900, "count": 90, "hands": 10}
+    assert slots(share_of, counts, 100) == {"text": 70, "count": 22, "hands": 8}  # .41 is the largest remainder
+    # 200 would be 141, 44 and 15; the 5 that are not there go to the others by their shares: 144.4 and 45.6.
+    assert slots(share_of, counts, 200) == {"text": 144, "count": 46, "hands": 10}
+    assert slots(share_of, counts, 1000) == counts
     assert shares({"a": 1, "none": 0}) == {"a": 1.0} and shares({}) == {}
 
 
@@ -82,9 +86,12 @@ def test_slots_add_up_and_are_within_one_of_their_share(total):
     rng = np.random.default_rng(total)
     counts = {str(i): int(n) for i, n in enumerate(rng.integers(1, 500, 7))}
     share_of = shares(counts)
-    placed = slots(share_of, total)
+    total = min(total, sum(counts.values()))
+    placed = slots(share_of, counts, total)
     assert sum(placed.values()) == total and sum(share_of.values()) == pytest.approx(1)
-    assert all(abs(placed[name] - share * total) < 1 for name, share in share_of.items())
+    assert all(placed[name] <= count for name, count in counts.items())
+    if all(share * total < counts[name] for name, share in share_of.items()):
+        assert all(abs(placed[name] - share * total) < 1 for name, share in share_of.items())
 
 
 # ---- the command
@@ -124,7 +131,7 @@ def test_a_run_writes_what_gdpo_reads(tmp_path, parts, capsys):
     counts = json.loads((output / "mined.json").read_text())
     assert counts["verdicts"]["kept"] == 4 and counts["traffic"] == 4
     # 4 prompts in the ratio of root 3 to root 1: 2.54 and 1.46
-    assert counts["quotas"] == {"shape": 3, "text": 1} == counts["mined"]
+    assert counts["mined"] == {"shape": 3, "text": 1} and counts["shares"] == {"shape": 0.634, "text": 0.366}
     pool = yaml.safe_load((output / "pool.yaml").read_text())
     assert pool["pool"]["quotas"] == {"mined/shape": 0.317, "mined/text": 0.183}
     assert "4 kept, 0 easy" in capsys.readouterr().out

@@ -90,7 +90,9 @@ def test_figures_and_when_a_run_ends():
     assert drift(before, sound | {"format": 0.94}).startswith("6% of the expansions fail the format")
     assert drift(before, sound | {"thought/empty": 0.51}).startswith("51% of the answers have no thought")
     assert drift(before, sound | {"thought/tokens": 30.0}) is None
-    assert drift(before, sound | {"thought/tokens": 31.0}).startswith("the length of thoughts is 31, over 2 times the 15")
+    assert drift(before, sound | {"thought/tokens": 31.0}).startswith(
+        "the length of thoughts is 31, over 2 times the 15"
+    )
 
 
 # ---- supervised training

@@ -32,7 +32,6 @@ from posttrain.expander.mining.quotas import VERDICTS, Verdict, composites, mome
 from posttrain.expander.policy import Policy
 from posttrain.expander.renderer import make_renderer
 from posttrain.expander.score import Scored, Scorer
-from posttrain.log import log
 from posttrain.model import sampler
 from posttrain.preferences.heldout import in_share
 from posttrain.runs.files import append_line, replace_text
@@ -207,16 +206,16 @@ def composite(config: ExpanderMineConfig, scored: Scored) -> np.ndarray:
 def select(config: ExpanderMineConfig, rows: Sequence[Mapping[str, Any]]) -> tuple[list[int], dict[str, float]]:
     """(indices of the rows to train on, share of each failure class among them as the quotas want it).
 
-    A class with fewer kept prompts than its quota gives all it has.
+    Where a class has fewer kept prompts than its share, the others take its places; the pool draws by the shares.
     """
     by_class: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         if _verdict(config, row) == "kept":
             by_class.setdefault(row["failure"], []).append(i)
-    share_of = shares({name: len(kept) for name, kept in by_class.items()}, config.floor)
-    total = min(config.count, sum(map(len, by_class.values())))
+    sizes = {name: len(kept) for name, kept in by_class.items()}
+    share_of = shares(sizes, config.floor)
     chosen: list[int] = []
-    for name, places in slots(share_of, total).items():
+    for name, places in slots(share_of, sizes, min(config.count, sum(sizes.values()))).items():
         nearest = sorted(by_class[name], key=lambda i: abs(rows[i]["mean"] - 0.5))
         chosen += nearest[:places]
     return sorted(chosen), share_of
@@ -257,7 +256,7 @@ def write(
     counts = {
         "candidates": len(rows),
         "verdicts": {name: verdicts[name] for name in VERDICTS},
-        "quotas": slots(share_of, min(config.count, verdicts["kept"])),
+        "shares": {name: round(share, 4) for name, share in share_of.items()},
         "mined": {name: classes[name] for name in share_of},
         "traffic": len(mixed),
         "heldout": len(heldout),
@@ -265,14 +264,9 @@ def write(
     replace_text(output / CARD, json.dumps(counts, indent=1, ensure_ascii=False) + "\n")
     listed = ", ".join(f"{verdicts[name]} {name}" for name in VERDICTS)
     print(
-        f"posttrain: {counted(len(rows), 'candidate')}: {listed}; wrote {counted(len(mined), 'prompt')} and {len(mixed)} of"
-        f" traffic to {output / 'train.jsonl'}"
+        f"posttrain: {counted(len(rows), 'candidate')}: {listed}; wrote {counted(len(mined), 'prompt')} and"
+        f" {len(mixed)} of traffic to {output / 'train.jsonl'}"
     )
-    for name, places_of in counts["quotas"].items():
-        if classes[name] < places_of:
-            log.warning(
-                f"{name}: {counted(classes[name], 'prompt')} for a quota of {places_of}; the pool draws each more often"
-            )
     return counts
 
 

@@ -72,11 +72,22 @@ def shares(counts: Mapping[str, int], floor: float = 0.05) -> dict[str, float]:
         low |= below
 
 
-def slots(shares_of: Mapping[str, float], total: int) -> dict[str, int]:
-    """`total` divided in these shares, which add up to 1: each rounded down, and the rest to the largest remainders."""
-    exact = {name: share * total for name, share in shares_of.items()}
-    result = {name: math.floor(value + 1e-9) for name, value in exact.items()}
-    by_remainder = sorted(exact, key=lambda name: result[name] - exact[name])  # stable, so ties go by order
-    for name in by_remainder[: total - sum(result.values())]:
-        result[name] += 1
-    return result
+def slots(shares_of: Mapping[str, float], counts: Mapping[str, int], total: int) -> dict[str, int]:
+    """`total` places divided in these shares, which add up to 1, among classes of so many prompts.
+
+    Each share is rounded down, and the rest goes to the largest remainders. A class with fewer prompts than its places
+    gives all it has, and the others divide what it leaves. `total` is at most the sum of the counts.
+    """
+    full: dict[str, int] = {}
+    while True:
+        rest = {name: share for name, share in shares_of.items() if name not in full}
+        left, sum_of_rest = total - sum(full.values()), sum(rest.values())
+        exact = {name: share * left / sum_of_rest for name, share in rest.items()}
+        result = {name: math.floor(value + 1e-9) for name, value in exact.items()}
+        by_remainder = sorted(exact, key=lambda name: result[name] - exact[name])  # stable, so ties go by order
+        for name in by_remainder[: left - sum(result.values())]:
+            result[name] += 1
+        over = {name: counts[name] for name in rest if result[name] > counts[name]}
+        if not over:
+            return {name: full.get(name, result.get(name, 0)) for name in shares_of}
+        full |= over
