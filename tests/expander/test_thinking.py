@@ -179,7 +179,7 @@ def test_a_run_with_thoughts_says_so_beside_its_adapter(tmp_path, thoughtful):
     assert not Expander.load(str(run), dtype=torch.float32, thinking=False).thinking
     assert not Expander.load(BASE, dtype=torch.float32).thinking
     policy = Policy(ChatModelConfig(str(run), dtype="float32"), LoraConfig(4, 8), 0, torch.device("cpu"))
-    assert policy.thinking and "think in one short paragraph" in policy.template
+    assert policy.thinking and "Write first, between <think>" in policy.template
 
 
 @pytest.mark.parametrize(
