@@ -121,6 +121,7 @@ NOT_RUN = {
     "python -m posttrain.nano.bench.noise": "six runs of posttrain grpo, whose recipe runs here",
     "python -m posttrain.nano.bench.sft": "three runs of posttrain sft, whose recipe runs here",
     "python -m posttrain.nano.bench.stpo": "dozens of runs of posttrain pairs and stpo, whose recipes run here",
+    "python -m posttrain.nano.bench.expander_stages": "runs of the expander's commands, whose recipes run here",
     "python -m posttrain.nano.bench.expander": "runs of posttrain expander sft and gdpo, whose recipes run here",
     "python -m posttrain.nano.bench.pipeline": "runs of the nano pipeline, whose recipes run here",
     "python -m posttrain.nano.bench.optimizers": (
