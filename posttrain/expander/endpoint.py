@@ -184,7 +184,11 @@ class Server(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: Server
+
+    @property
+    def _own(self) -> Server:
+        assert isinstance(self.server, Server)
+        return self.server
 
     def do_GET(self) -> None:
         if not self._is_allowed():
@@ -192,7 +196,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/health":
             self._send(200, {"status": "ok"})
         elif self.path == "/v1/models":
-            name = self.server.answerer.config.name
+            name = self._own.answerer.config.name
             self._send(200, {"object": "list", "data": [{"id": name, "object": "model", "owned_by": "posttrain"}]})
         else:
             self._refuse(404, f"{self.path}: there is /v1/chat/completions, /v1/models and /health")
@@ -204,7 +208,7 @@ class Handler(BaseHTTPRequestHandler):
             self._refuse(404, f"{self.path}: there is /v1/chat/completions")
             return
         try:
-            answer = self.server.answerer(self._body())
+            answer = self._own.answerer(self._body())
         except UserError as error:
             self._refuse(400, str(error))
         except Exception as error:  # the server goes on; the client is told that it was not its fault
@@ -226,7 +230,7 @@ class Handler(BaseHTTPRequestHandler):
             raise UserError(f"the request: {error}") from None
 
     def _is_allowed(self) -> bool:
-        key = self.server.key
+        key = self._own.key
         if key is None or hmac.compare_digest(self.headers.get("Authorization", "").encode(), f"Bearer {key}".encode()):
             return True
         self._refuse(401, "Authorization: the key is missing or wrong")
