@@ -269,6 +269,7 @@ COMMANDS: dict[str, Command] = {
         resumable=True,
         output="run",
         gpu=True,
+        prompts=("traffic",),
         reads={"model.path": "expander", "renderer.path": "K2"},
     ),
     "expander gdpo": Command(
