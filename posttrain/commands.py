@@ -262,6 +262,16 @@ COMMANDS: dict[str, Command] = {
         makes="expander",
         frozen=("lora", "seed", "heldout"),
     ),
+    "expander mine": Command(
+        "posttrain.expander.mining.config:ExpanderMineConfig",
+        "posttrain.expander.mining.mine:mine",
+        "find prompts that are hard but not hopeless",
+        resumable=True,
+        output="run",
+        gpu=True,
+        prompts=("traffic",),
+        reads={"model.path": "expander", "renderer.path": "K2"},
+    ),
     "expander gdpo": Command(
         "posttrain.expander.gdpo_config:ExpanderGDPOConfig",
         "posttrain.expander.gdpo:train",
@@ -276,6 +286,12 @@ COMMANDS: dict[str, Command] = {
         makes="tuned expander",
         learns=True,
         frozen=("lora", "seed", "prompts.heldout", *EVALUATED),
+    ),
+    "expander serve": Command(
+        "posttrain.expander.config:ExpanderServeConfig",
+        "posttrain.expander.endpoint:serve",
+        "serve an expander like a chat model of OpenAI",
+        gpu=True,
     ),
     "expand": Command(
         "posttrain.expander.config:ExpandConfig",

@@ -7,9 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import model_validator
 
-from posttrain.annotate.config import is_loopback
 from posttrain.config.sections import ModelConfig
-from posttrain.config.types import AtLeast0, AtLeast1, NonNegative, Port, Range, Size, refusal, settings
+from posttrain.config.types import AtLeast0, AtLeast1, NonNegative, Port, Range, Size, is_loopback, refusal, settings
 
 
 @settings

@@ -66,7 +66,8 @@ class PoolConfig:
     audit: BelowOne = 0.02
     """Share of the draws that take a resting prompt at random."""
     floor: Share = 0.1
-    """Share of the prompts below which no more are sent to rest; at least those of one step stay."""
+    """Share of the prompts below which no more are sent to rest, among those of each quota too; at least those of one
+    step stay."""
     quotas: dict[str, Positive] = field(default_factory=dict)
     """Share of the draws for the prompts of a tag, such as {text: 0.25}, together at most 1; the rest goes to the
     others, as does what a tag cannot give while its prompts rest. A prompt counts for its first tag of these."""
@@ -122,6 +123,7 @@ class Pool:
         for tag, rows in zip(config.quotas, self._categories):
             if rows.start == rows.stop:
                 raise UserError(f"pool.quotas.{tag}: no prompt of prompts.train is left for this tag; remove it")
+        self._floors = self._category_floors()
 
         shape = (len(records), len(self.rewards))
         self.visits = np.zeros(len(records), np.int32)
@@ -136,6 +138,16 @@ class Pool:
         """Mean within-group standard deviation of each reward ..."""
         self.spread_steps_K = np.zeros(len(self.rewards), np.int32)
         """... and the number of steps it was taken over."""
+
+    def _category_floors(self) -> list[int]:
+        """How many prompts of each category stay awake: what its quota takes of a step, and the share `floor`."""
+        quotas = list(self.config.quotas.values())
+        floors = []
+        for rows, share in zip(self._categories, [*quotas, max(0.0, 1 - sum(quotas))]):
+            size = rows.stop - rows.start
+            # A little less, so that thirds are not rounded up by the last bit.
+            floors.append(min(size, math.ceil(max(share * self.prompts_per_step, self.config.floor * size) - 1e-9)))
+        return floors
 
     # ---- draw ---------------------------------------------------------------------------------------------
 
@@ -253,9 +265,16 @@ class Pool:
 
     def _prune(self, step: int, rows: np.ndarray) -> None:
         """Sends prompts to rest, the least informative first, as long as the floor is not reached."""
+        rows = rows[np.argsort(self.informativeness(rows), kind="stable")]
+        # A quota whose prompts all rest would give its draws to others, so each category has a floor of its own.
+        awake = self.returns == 0
+        kept = [np.empty(0, np.int64)]
+        for category, floor in zip(self._categories, self._floors):
+            own = rows[(rows >= category.start) & (rows < category.stop)]
+            kept.append(own[: max(np.count_nonzero(awake[category]) - floor, 0)])
+        rows = rows[np.isin(rows, np.concatenate(kept))]
         # An empty pool would stop training, so the floor wins over what the scores say.
-        allowed = np.count_nonzero(self.returns == 0) - self.floor
-        rows = rows[np.argsort(self.informativeness(rows), kind="stable")[: max(allowed, 0)]]
+        rows = rows[: max(np.count_nonzero(awake) - self.floor, 0)]
         kinds = self.kinds(rows)
         # A hard prompt comes back first, since the policy grows; an easy one has the least left to teach.
         times = np.select([kinds == Kind.EASY, kinds == Kind.FLAT], [4, 2], 1)

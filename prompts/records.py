@@ -38,18 +38,21 @@ class PromptRecord:
         self.id = self.id or hashlib.sha1(self.prompt.encode()).hexdigest()
 
 
-def read_prompts(source: str | Path, references: bool = False) -> list[PromptRecord]:
+def read_prompts(source: str | Path, references: bool = False, repeats: bool = False) -> list[PromptRecord]:
     """The records of a JSONL file, or of what else `prompts.tables.open_table` opens, in their order: CSV, parquet,
     datasets saved to disk, `hf:NAME[:SPLIT]`.
 
     Raises UserError with file and line (table and row) for a source that is missing, empty or cannot be read, a line
     that is not a JSON object, a missing or empty prompt, a field of the wrong type and an id (or, without ids, a
-    prompt) that comes twice; and for `references` (images whose style is drawn) unless the caller draws with them.
+    prompt) that comes twice, unless `repeats` has the later ones left out; and for `references` (images whose style is
+    drawn) unless the caller draws with them.
     """
     records: list[PromptRecord] = []
     place_of_id: dict[str, str] = {}
     for place, row in _rows(str(source)):
         record = _record(row, place)
+        if record.id in place_of_id and repeats:
+            continue
         if record.id in place_of_id:
             raise UserError(
                 f"{place}: id '{record.id}' was used at {place_of_id[record.id]} (without an id it comes from the"
@@ -65,6 +68,16 @@ def read_prompts(source: str | Path, references: bool = False) -> list[PromptRec
     if not records:
         raise UserError(f'{source}: holds no prompt; write one object a line, such as {{"prompt": "a red cube"}}')
     return records
+
+
+def as_row(record: PromptRecord) -> dict[str, Any]:
+    """The object from which `read_prompts` makes this record."""
+    row: dict[str, Any] = {"prompt": record.prompt, "id": record.id, **record.columns}
+    # None has a rubric find them, an empty list says that there are none.
+    if record.requirements is not None:
+        row["requirements"] = record.requirements
+    lists = {"texts": record.texts, "tags": record.tags}
+    return row | {name: values for name, values in lists.items() if values}
 
 
 def _fill_columns(records: Sequence[PromptRecord]) -> None:

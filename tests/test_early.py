@@ -46,6 +46,11 @@ def recipes(raw, tmp_path_factory):
             "prompts": {name: made["grpo"]["prompts"][name] for name in ("train", "heldout")},
             "safety": [reward | {"name": sees, "sees": sees} for sees in ("text", "image")],
         },
+        "expander mine": {
+            "model": {"path": "chat"}, "renderer": model, "rewards": [reward],
+            "candidates": [{"path": made["grpo"]["prompts"]["train"], "failure": "all"}],
+            "safety": [reward | {"name": sees, "sees": sees} for sees in ("text", "image")],
+        },
         "sample": {"model": model, "prompt": "a fox"},
         "export": {"source": str(folder)},
     }  # fmt: skip
@@ -83,7 +88,7 @@ def refused(recipes, tmp_path, capsys, monkeypatch):
 K2 = ["grpo", "sft", "style", "stpo", "tdm", "pairs"]
 
 
-@pytest.mark.parametrize("command", [*K2, "judge", "expander sft", "expander gdpo"])
+@pytest.mark.parametrize("command", [*K2, "judge", "expander sft", "expander gdpo", "expander mine"])
 def test_a_run_that_exists(refused, tmp_path, command):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/recipe.yaml").write_text("{}")
@@ -100,7 +105,8 @@ def test_an_output_that_exists(refused, tmp_path, command):
     ("command", "field"),
     [("grpo", "prompts__train"), ("tdm", "prompts__heldout"), ("stpo", "heldout"), ("stpo", "pairs__train"),
      ("sft", "images__train"),
-     ("pairs", "prompts"), ("expander gdpo", "prompts__train"), ("judge", "data"), ("expander sft", "data")],
+     ("pairs", "prompts"), ("expander gdpo", "prompts__train"), ("expander mine", "traffic"),
+     ("judge", "data"), ("expander sft", "data")],
 )  # fmt: skip
 def test_a_file_that_is_not_there(refused, tmp_path, command, field):
     assert "none.jsonl: no such file" in refused(command, **{field: str(tmp_path / "none.jsonl")})
@@ -144,9 +150,9 @@ def test_no_checkpoint_to_go_on_from(refused, tmp_path, command, field):
     assert field.replace("__", ".") + ": " in says and "empty: holds no whole checkpoint" in says
 
 
-@pytest.mark.parametrize("command", [*K2, "sample", "expander gdpo"])
+@pytest.mark.parametrize("command", [*K2, "sample", "expander gdpo", "expander mine"])
 def test_a_model_that_is_none(refused, tmp_path, command):
-    section = "renderer" if command == "expander gdpo" else "model"
+    section = "renderer" if command.startswith("expander") else "model"
     assert "no such directory; give a K2 pipeline" in refused(command, **{f"{section}__path": str(tmp_path / "no/ne")})
 
 

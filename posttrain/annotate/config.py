@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 from typing import Annotated, Literal
 
 from pydantic import model_validator
 
-from posttrain.config.types import AtLeast0, Float, Port, Range, Share, refusal, settings
+from posttrain.config.types import AtLeast0, Float, Port, Range, Share, is_loopback, refusal, settings
 
 
 @settings
@@ -78,11 +77,3 @@ class AnnotationsConfig:
         if (self.pairs is None) == (self.images is None):
             raise refusal("pairs", "give either pairs or images: what the store is about")
         return self
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches that address. A name other than localhost may mean any machine."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

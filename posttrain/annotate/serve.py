@@ -27,9 +27,10 @@ from typing import Any
 from PIL import Image
 
 from posttrain.annotate.answers import ANSWERS, Mode, Schedule, Showing, Side, Store, person, schedule
-from posttrain.annotate.config import AnnotateConfig, is_loopback
+from posttrain.annotate.config import AnnotateConfig
 from posttrain.annotate.export import Pairs
 from posttrain.annotate.marked_images import Images
+from posttrain.config.types import is_loopback
 from posttrain.errors import UserError, counted
 from posttrain.log import log
 from posttrain.runs.stop import until_terminated

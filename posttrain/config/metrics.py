@@ -217,6 +217,11 @@ METRICS = (
         "completions/*", "Length of expansions: mean, smallest or largest, of all or of those with an end", "tokens"
     ),
     Metric("diversity_weight", "Weight of the diversity reward at this step"),
+    Metric("loss_thought", "Mean loss of a token of the thoughts of held-out answers", ">= 0", "lower"),
+    Metric("loss_caption", "Mean loss of a token of the captions after a thought", ">= 0", "lower"),
+    Metric("thought/tokens", "Mean number of tokens of a thought before a caption", "tokens", "", "divergence"),
+    Metric("thought/empty", "Share of answers without a thought", "[0, 1]", "lower", "divergence"),
+    Metric("mined/*", "Candidates so far with this verdict of expander mine", "prompts"),
     Metric("format", "Share of expansions without a fault of form", "[0, 1]", "higher", "hacking"),
     Metric("format/*", "Share of expansions with this fault of form", "[0, 1]", "lower", "hacking"),
     Metric("safe", "Share of expansions that the safety check accepts", "[0, 1]", "higher", "hacking"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import ipaddress
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -237,6 +238,14 @@ Size = Annotated[list[int], Pixels()]
 Sizes = Annotated[list[Size], Filled("give at least one [height, width], such as [[512, 512]]")]
 Text = Annotated[str, Filled()]
 Run = Annotated[str, Filled("name a directory for the run")]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches that address. A name other than localhost may mean any machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 # ---- pydantic's errors in our words -----------------------------------------------------------------------------

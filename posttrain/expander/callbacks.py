@@ -4,9 +4,10 @@ checks the diversity weight, times, logs, evaluates and stops.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,26 +15,31 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOTrainer
 
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
+from posttrain.expander import thinking
 from posttrain.expander.evaluate import ExpanderEvaluation, ExpanderEvaluator
 from posttrain.expander.gdpo_config import DIVERSITY, ExpanderGDPOConfig
 from posttrain.expander.policy import Policy
 from posttrain.expander.score import Scored, Scorer
 from posttrain.log import log
 from posttrain.model import sampler
-from posttrain.runs.files import replace_text
+from posttrain.runs.files import append_line, replace_text
 from posttrain.runs.run import Run, peak_memory
 from posttrain.runs.stop import StopSignals
 from posttrain.training.idle import check_idle, count_idle
 from posttrain.training.judge_check import check_judges
 from posttrain.training.stepper import MAX_SKIPPED
-from prompts.records import PromptRecord
+from prompts.parse import read_lines
+from prompts.records import PromptRecord, as_row
 from rewards.noise import PREFIX, noise_of
 
 SHOWN_FAULTS = 20  # in the report
+LOW = 0.2
+"""Mean of a reward below which a prompt has failed."""
+FAILURES = "failures.jsonl"
+"""A run's file of prompts that failed, with their failure class, as candidates for `expander mine`."""
 HISTORY = "history.json"
 """A checkpoint's file of the counts of GDPOCallback."""
 
@@ -62,6 +68,25 @@ def idle_reason(scored: Scored, group_size: int, weighted: Container[str]) -> st
     return next((message for message, _ in scored.failures.most_common(1)), "no reward has a score")
 
 
+def failures(scored: Scored, group_size: int, trained: Sequence[str]) -> list[str | None]:
+    """The failure class of each group, for `expander mine`: the fault that at least half of its expansions have, or
+    `low NAME` for the reward with the lowest mean, if that is below LOW; None if nothing failed."""
+    classes: list[str | None] = []
+    for first in range(0, len(scored.causes_N), group_size):
+        group = slice(first, first + group_size)
+        faults = Counter(itertools.chain(*scored.causes_N[group], *scored.unsafe_N[group]))
+        fault = next((name for name, count in faults.most_common(1) if 2 * count >= group_size), None)
+        means = {}
+        for name in trained:
+            k = scored.names.index(name)
+            if len(values := scored.values_NK[group, k][scored.valid_NK[group, k]]):
+                means[name] = float(values.mean())
+        lowest = min(means, key=lambda name: means[name], default=None)
+        low = f"low {lowest}" if lowest is not None and means[lowest] < LOW else None
+        classes.append(fault or low)
+    return classes
+
+
 class SharedRewards:
     """TRL's reward functions, which share one evaluation of a batch of expansions."""
 
@@ -79,6 +104,8 @@ class SharedRewards:
         self.scored: Scored | None = None
         self.faults: deque[dict[str, Any]] = deque(maxlen=SHOWN_FAULTS)
         """The latest expansions that failed a check, with the reasons."""
+        self.failed: list[dict[str, Any]] = []
+        """Prompts of the latest batch that failed, of this process."""
         self._key: Any = None
 
     def functions(self) -> list[Callable[..., list[float | None]]]:
@@ -118,9 +145,16 @@ class SharedRewards:
             if faults := causes + unsafe:
                 row = {"step": step + 1, "prompt": e.record.prompt, "expansion": e.text, "fails": ", ".join(faults)}
                 self.faults.append(row)
-        weights = [r.weight for r in self.config.rewards if not r.heldout_only]
+        trained = [reward.name for reward in self.config.trained]
+        self.failed = []
+        for e, failure in zip(expansions[::size], failures(self.scored, size, trained)):
+            if failure is not None:
+                self.failed.append(as_row(e.record) | {"failure": failure, "step": step + 1})
+        weights = [reward.weight for reward in self.config.trained]
         weights.append(diversity_weight(self.config, step))  # last, as in Scored.names
         metrics = self.scored.figures(size) | {"noise_share": self.scored.noise_share(weights, size)}
+        if self.policy.thinking:
+            metrics |= thinking.figures([e.thought for e in expansions], [e.thought_tokens for e in expansions])
         for name, value in metrics.items():
             if value is not None:
                 log_metric(name, value)
@@ -136,7 +170,7 @@ class GDPOCallback(TrainerCallback):
         config: ExpanderGDPOConfig,
         run: Run,
         procs: Processes,
-        trainer: GRPOTrainer,
+        trainer: Any,
         shared: SharedRewards,
         evaluator: ExpanderEvaluator,
         saved: Path | None,
@@ -149,6 +183,8 @@ class GDPOCallback(TrainerCallback):
         file = run.path / "evaluations.json"
         if saved is not None and file.is_file():
             self.evaluations = [row for row in json.loads(file.read_text()) if row["step"] <= self.first]
+        if procs.main:
+            _drop_later(run.path / FAILURES, self.first)
         self.done = self.first
         self.signals = StopSignals()
         self.history = {"skipped": 0, "skipped_in_a_row": 0, "skipped_steps": 0, "idle_steps": 0}
@@ -156,6 +192,7 @@ class GDPOCallback(TrainerCallback):
         if saved is not None and (saved / HISTORY).is_file():
             self.history |= json.loads((saved / HISTORY).read_text())
         self._seconds: dict[str, float] = {}
+        self._pool: dict[str, float] = {}
         self._began = self._started = time.perf_counter()
 
     # ---- around the run
@@ -231,8 +268,13 @@ class GDPOCallback(TrainerCallback):
         self._seconds = times
         for message, count in scored.failures.most_common(1):
             log.info(f"missing images or scores: {count}, such as: {message}")
-        self.run.prompts({"The latest expansions that failed a check": list(shared.faults)} if shared.faults else None)
         step = self.done = state.global_step
+        tables = {"The latest expansions that failed a check": list(shared.faults)} if shared.faults else {}
+        self._write_failures()
+        if self.trainer.pooled is not None:
+            self._pool = self.trainer.pooled.update(step, scored)
+            tables |= self.trainer.pooled.source.ends()
+        self.run.prompts(tables or None)
         log.info(f"step {step}: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items()))
         # An ablation takes the weight of diversity away, whose images differ nearly always.
         weighted = [name for name in scored.names if name != DIVERSITY or diversity_weight(self.config, step - 1)]
@@ -243,15 +285,27 @@ class GDPOCallback(TrainerCallback):
         check_idle(self.history, reason, self.config.idle_steps)
         every = self.config.eval.every
         if (every and step % every == 0) or step == self.config.steps:
-            self._evaluate(step)
+            figures = self._evaluate(step).figures
+            self._look_at_thoughts(step, figures, control)
         if self.procs.any(self.signals.received is not None):
             control.should_save = control.should_training_stop = True
 
+    def _look_at_thoughts(self, step: int, figures: dict[str, float | None], control: Any) -> None:
+        """Ends a run in which thinking decays. Evaluations are the same on all processes, and so is this."""
+        if not self.shared.policy.thinking or step < thinking.SETTLED or step == self.config.steps:
+            return
+        reason = thinking.drift(self.evaluations[0]["figures"], figures)
+        if reason is not None:
+            log.warning(f"the run ends at step {step}: {reason}; use an earlier checkpoint, or raise optim.kl")
+            control.should_save = control.should_training_stop = True
+
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Adds the counts to a checkpoint, before AtomicCheckpointCallback seals it."""
+        """Adds the counts and the pool to a checkpoint, before AtomicCheckpointCallback seals it."""
         if self.procs.main:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             (folder / HISTORY).write_text(json.dumps(self.history) + "\n")
+            if self.trainer.pooled is not None:
+                self.trainer.pooled.save(folder)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if "loss" not in logs:
@@ -259,7 +313,7 @@ class GDPOCallback(TrainerCallback):
         metrics = {name: value for name, value in logs.items() if name not in ("epoch", "step_time")}
         metrics["diversity_weight"] = float(self.trainer.reward_weights[-1])
         metrics["skipped"] = self.history["skipped"]
-        metrics |= {f"seconds/{name}": value for name, value in self._seconds.items()}
+        metrics |= {f"seconds/{name}": value for name, value in self._seconds.items()} | self._pool
         self.run.log(state.global_step, metrics)
 
     def _evaluate(self, step: int) -> ExpanderEvaluation:
@@ -271,6 +325,18 @@ class GDPOCallback(TrainerCallback):
         self._write_evaluations()
         return evaluation
 
+    def _write_failures(self) -> None:
+        for failed in self.procs.gather(self.shared.failed) or []:
+            for row in failed:
+                append_line(self.run.path / FAILURES, json.dumps(row, ensure_ascii=False) + "\n")
+
     def _write_evaluations(self) -> None:
         if self.procs.main:
             replace_text(self.run.path / "evaluations.json", json.dumps(self.evaluations, indent=1) + "\n")
+
+
+def _drop_later(file: Path, step: int) -> None:
+    """Keeps the rows up to that step: a resumed run takes the later ones again."""
+    if file.is_file():
+        rows = [row for row in read_lines(file) if row["step"] <= step]
+        replace_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

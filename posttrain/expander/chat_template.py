@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,11 +12,14 @@ from string import Template
 import prompts
 
 FILE = Path(prompts.__file__).parent / "expander.md"
+HEADING = re.compile(r"^## (\w+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class ExpanderTemplate:
     system: str
+    thinking: str
+    """What the system text ends with where a thought is to come before the caption."""
     user: str
     """The user's message, with $prompt in place of the prompt."""
     hash: str
@@ -24,16 +28,23 @@ class ExpanderTemplate:
 
 @cache
 def template() -> ExpanderTemplate:
-    """The texts under the headings `## system` and `## user` of the file."""
+    """The texts under the headings `## system`, `## thinking` and `## user` of the file."""
     text = FILE.read_text(encoding="utf-8")
-    _, system, user = (part.strip() for part in text.replace("## user", "## system").split("## system"))
-    return ExpanderTemplate(system, user, hashlib.sha256(text.encode()).hexdigest()[:16])
+    _, *found = HEADING.split(text)
+    parts = {name: part.strip() for name, part in zip(found[::2], found[1::2])}
+    return ExpanderTemplate(**parts, hash=hashlib.sha256(text.encode()).hexdigest()[:16])
 
 
-def messages(user: str) -> list[dict[str, str]]:
-    """Chat messages for /v1/chat/completions from a user's prompt. The answer is the expansion."""
+def system_text(thinking: bool = False) -> str:
+    """The system message; with `thinking` it asks for a thought before the caption."""
     parts = template()
+    return f"{parts.system}\n\n{parts.thinking}" if thinking else parts.system
+
+
+def messages(user: str, thinking: bool = False) -> list[dict[str, str]]:
+    """Chat messages for /v1/chat/completions from a user's prompt. The answer is the expansion, after a thought where
+    `thinking` asks for one: see thinking.py."""
     return [
-        {"role": "system", "content": parts.system},
-        {"role": "user", "content": Template(parts.user).substitute(prompt=user)},
+        {"role": "system", "content": system_text(thinking)},
+        {"role": "user", "content": Template(template().user).substitute(prompt=user)},
     ]

@@ -15,10 +15,14 @@ from posttrain.config.types import (
     AtLeast1,
     AtLeast2,
     Filled,
+    Float,
     OpenShare,
+    Port,
     Positive,
+    Range,
     Share,
     Text,
+    is_loopback,
     refusal,
     settings,
 )
@@ -45,6 +49,32 @@ class WriterConfig:
     """Seconds for one attempt."""
     answers_as: str | None = None
     """Name of the model in the answers, where model is an alias for it, as Azure's deployments are; null: model."""
+
+
+@settings
+class TagConfig:
+    """Captions that are drawn more often in training."""
+
+    statement: Text
+    """What the checker must find true of a caption."""
+    weight: Annotated[Float, Range(0, 2)]
+    """What it adds to the weight of the caption's pairs, which is 1 otherwise and at most 3 with all tags."""
+    target: Share | None = None
+    """Share of the draws that is aimed at, for the reader: expander_data.json tells it beside the one reached."""
+
+
+@settings
+class PhotographsConfig:
+    """A light bias to photographs where a prompt does not say the medium."""
+
+    statement: Text = "the image is a photograph"
+    """What the checker must find true of a photograph's caption."""
+    weight: Annotated[Float, Range(0, 2)] = 0.25
+    """What is added, at most, to the weight of pairs whose prompt names no medium and whose caption is of a photograph;
+    such a caption gets its medium named."""
+    max_kl: Positive = 0.01
+    """Divergence in nats of the share of photographs in the draws from that among the captions; a larger one lowers
+    weight."""
 
 
 @settings
@@ -78,6 +108,18 @@ class ExpanderDataConfig:
         ]
     )
     """Manners of writing to ask for; not read for a function."""
+    languages: dict[str, Share] = field(default_factory=dict)
+    """Share of the captions that are translated and asked for prompts in this language, such as {French: 0.05}; the
+    rest keeps its own. Not read for a function."""
+    thoughts: bool = False
+    """Also write a thought for each pair, which says what is asked, what is open, and what is chosen."""
+    direct_share: Share = 0.15
+    """Share of the pairs without a thought, so that the expander can also answer at once; captions that are their own
+    prompt have none either. Not read without thoughts."""
+    tags: dict[str, TagConfig] = field(default_factory=dict)
+    """Captions to draw more often, by a name of your choice, such as rich and art. Not read for a function."""
+    photographs: PhotographsConfig | None = None
+    """Bias to photographs; null: none. Not read for a function."""
     per_caption: AtLeast1 = 2
     """Short prompts to ask for of each caption, each in another length and register."""
     long_share: Share = 0.15
@@ -105,6 +147,8 @@ class ExpanderDataConfig:
             if not getattr(self, name):
                 raise refusal(name, "is empty; name at least one")
         # Each prompt of a caption has a combination of its own.
+        if sum(self.languages.values()) > 1 + 1e-9:
+            raise refusal("languages", f"add up to {sum(self.languages.values()):g}; lower them to at most 1 together")
         if self.per_caption > len(self.lengths) * len(self.registers):
             raise refusal("per_caption", f"is {self.per_caption}, more than there are lengths times registers")
         return self
@@ -118,10 +162,13 @@ class ExpanderSFTConfig:
     """Run directory, created; one that holds a run already needs --resume. The adapter is in adapter/, a model that was
     trained whole in model/."""
     model: Text
-    """Chat model, an instruct model that answers at once, without thinking aloud: directory or hub id."""
+    """Chat model: directory or hub id. Without `thinking` an instruct model, which answers at once."""
     data: Text
     """Directory of `posttrain expander data`, or of `datasets`; JSONL; or hf:NAME[:SPLIT]. Columns prompt (the user's)
-    and completion (the long caption)."""
+    and completion (the long caption), for `thinking` also thought, and optionally weight."""
+    thinking: bool = False
+    """Teach it to write the column thought before the caption; rows without a thought are answered at once, under the
+    system text without that request."""
     heldout: OpenShare = 0.05
     """Share of the prompts that are held out where data does not say which."""
     measured: AtLeast1 = 256
@@ -167,8 +214,40 @@ class ExpanderSFTConfig:
 
 
 @settings
+class ExpanderServeConfig:
+    """Serve an expander at an OpenAI-compatible /v1/chat/completions, until Ctrl-C or SIGTERM."""
+
+    model: Text
+    """Chat model (directory or hub id), or the run directory of `posttrain expander sft` or `gdpo`."""
+    adapter: str | None = None
+    """Directory of a LoRA adapter made for that model."""
+    name: Text = "expander"
+    """Name that requests give as their model."""
+    thinking: bool | None = None
+    """Whether it thinks before the caption; null: as it was trained. The thought is not sent."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of the weights."""
+    max_tokens: AtLeast1 = 512
+    """Longest answer in tokens, and what a request has that does not say."""
+    max_n: AtLeast1 = 16
+    """Most expansions in a request."""
+    host: str = "127.0.0.1"
+    """Address to listen at. Beyond this machine (such as 0.0.0.0) it needs api_key_env."""
+    port: Port = 8001
+    """Port to listen at; 0: any free one."""
+    api_key_env: str | None = None
+    """Name of the environment variable with the key that requests must bring; null: none."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> ExpanderServeConfig:
+        if not is_loopback(self.host) and self.api_key_env is None:
+            raise refusal("host", f"{self.host} is reached from beyond this machine; set api_key_env as well")
+        return self
+
+
+@settings
 class ExpandConfig:
-    """Expand a prompt in several ways: `posttrain expand "a cat" --model DIR`."""
+    """Expand a prompt in several ways: `posttrain expand "a cat" --model DIR --vary 4`."""
 
     prompt: Text
     """What the user wrote; the first argument."""
@@ -186,5 +265,10 @@ class ExpandConfig:
     """Seed of the sampling."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the weights."""
+    vary: AtLeast1 | None = None
+    """Expansions that differ from each other: of four times as many, those that are farthest apart in their words;
+    instead of n. null: n as they come."""
+    thinking: bool | None = None
+    """Whether it thinks before the caption; null: as it was trained. The thought is not printed."""
     json: bool = False
     """Print a JSON object with prompt and expansions instead of one a line."""

@@ -21,7 +21,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,15 @@ import yaml
 
 from posttrain.errors import UserError, counted
 from posttrain.expander.config import ExpanderDataConfig, WriterConfig, is_function
+from posttrain.expander.pair_data.thoughts import Thinker
+from posttrain.expander.pair_data.weights import (
+    as_photograph,
+    divergence,
+    names_medium,
+    photograph_weight,
+    share,
+    weight,
+)
 from posttrain.log import log
 from posttrain.preferences.heldout import in_share
 from posttrain.runs.files import replace_text
@@ -44,9 +53,11 @@ from rewards.load import import_object, with_servers
 from rewards.serve import serve
 
 CANDIDATES, CARD = "candidates.jsonl", "expander_data.json"
-COLUMNS = ("prompt", "completion", "kind", "register", "source")
+COLUMNS = ("prompt", "completion", "kind", "register", "source", "thought", "weight")
 MAY_CHANGE = ("output", "servers", "writer", "checker", "max_failures")
 """Settings that may change on resume; of writer and checker, all but the model."""
+PHOTOGRAPH = "photograph"
+"""Tag of a caption of a photograph."""
 QUOTED = re.compile(r'"[^"\n]+"|“[^”\n]+”|«[^»\n]+»|「[^」\n]+」')
 
 
@@ -59,6 +70,12 @@ class Candidate:
     register: str
     dropped: str | None = None
     """Why the candidate is not used as a pair; None if it is used."""
+    thought: str = ""
+    """What stands before the completion; empty: nothing."""
+    tags: list[str] = field(default_factory=list)
+    """Names of the recipe's tags that its caption has, and PHOTOGRAPH."""
+    caption: str = ""
+    """What the completion was made from; empty: it is the caption itself."""
 
 
 def make(config: ExpanderDataConfig, resume: bool = False) -> None:
@@ -148,25 +165,60 @@ class _Shortener:
     checker: Judge
 
     def __post_init__(self) -> None:
-        self.shorten, self.decompose, self.entails = map(load_template, ("shorten", "decompose", "entails"))
+        names = ("shorten", "decompose", "entails", "translate", "think")
+        self.shorten, self.decompose, self.entails, self.translate, think = map(load_template, names)
+        checks = (self.decompose, self.entails, self.config.threshold)
+        self.thinker = Thinker(self.writer, self.checker, think, *checks)
 
     async def candidates(self, index: int, caption: str) -> list[Candidate]:
         config = self.config
         rng = np.random.default_rng([config.seed, index])  # by caption, so that the order of work does not matter
+        candidates = await self._short(rng, caption)
+        tags = await self._tags(caption)
+        for candidate in candidates:
+            candidate.tags = tags
+            if config.thoughts and candidate.dropped is None and rng.random() >= config.direct_share:
+                candidate.thought, reason = await self.thinker(candidate.prompt, candidate.completion)
+                candidate.dropped = None if reason is None else f"thought {reason}"
+        if rng.random() < config.long_share:
+            candidates.append(Candidate(caption, caption, "long", "caption", tags=tags))
+        return candidates
+
+    async def _tags(self, caption: str) -> list[str]:
+        statements = {name: tag.statement for name, tag in self.config.tags.items()}
+        if self.config.photographs is not None:
+            statements[PHOTOGRAPH] = self.config.photographs.statement
+        found = []
+        for name, statement in statements.items():
+            if await self.checker.p_yes(None, self.entails, caption=caption, statement=statement) >= 0.5:
+                found.append(name)
+        return found
+
+    async def _short(self, rng: np.random.Generator, caption: str) -> list[Candidate]:
+        """Short prompts of a caption, or of its translation."""
+        config = self.config
+        language, original = _language(config, rng), ""
+        if language is not None:
+            texts = await self.writer.write("texts", self.translate, caption=caption, language=language)
+            if len(texts) != 1 or any(quote not in texts[0] for quote in QUOTED.findall(caption)):
+                return [Candidate("", caption, "short", language, "not translated")]
+            caption, original = texts[0].strip(), caption
         styles = list(itertools.product(config.lengths, config.registers))
         candidates: list[Candidate] = []
         for choice in rng.permutation(len(styles))[: config.per_caption]:  # without repetition
             length, register = styles[choice]
-            reply = await self.writer.write("prompts", self.shorten, caption=caption, length=length, register=register)
+            reply = await self.writer.write(
+                "prompts", self.shorten, caption=caption, length=length, register=register,
+                language=language or "that of the caption",
+            )  # fmt: skip
             # a user's prompt is one line; several prompts in a reply mean that it was not understood
             prompt = " ".join(reply[0].split()) if len(reply) == 1 else ""
             kind = "quoted" if QUOTED.search(prompt) else "short"
-            candidate = Candidate(prompt, caption, kind, f"{register}, {length}")
+            manner = f"{register}, {length}" if language is None else f"{register}, {length}, {language}"
+            candidate = Candidate(prompt, caption, kind, manner, caption=original)
             # the checker is asked only if the cheap checks pass
             candidate.dropped = problem(candidate, candidates) or await self._missing_fact(candidate)
             candidates.append(candidate)
-        if rng.random() < config.long_share:
-            candidates.append(Candidate(caption, caption, "long", "caption"))
         return candidates
 
     async def _missing_fact(self, candidate: Candidate) -> str | None:
@@ -179,6 +231,15 @@ class _Shortener:
             if p < self.config.threshold:
                 return f"not in the caption: {fact}"
         return None
+
+
+def _language(config: ExpanderDataConfig, rng: np.random.Generator) -> str | None:
+    """The language to ask for, or None for the caption's own. Draws nothing where no language is asked for."""
+    if not config.languages:
+        return None
+    ends = np.cumsum(list(config.languages.values()))
+    place = int(np.searchsorted(ends, rng.random(), side="right"))
+    return list(config.languages)[place] if place < len(ends) else None
 
 
 def problem(candidate: Candidate, others: list[Candidate]) -> str | None:
@@ -250,17 +311,16 @@ def _finish(config: ExpanderDataConfig, output: Path, rows: list[dict[str, Any]]
     candidates: list[Candidate] = []
     for row in rows:
         candidates += [Candidate(**fields) for fields in row.get("candidates", ())]
-    kept: dict[str, list[dict[str, str]]] = {"train": [], "heldout": []}
-    dropped: Counter[str] = Counter()
-    kinds: Counter[str] = Counter()
-    for candidate in candidates:
-        if candidate.dropped is not None:
-            dropped[candidate.dropped.partition(":")[0]] += 1  # the reason without the fact that it names
-            continue
-        kinds[candidate.kind] += 1
+    kept: dict[str, list[dict[str, Any]]] = {"train": [], "heldout": []}
+    used = [candidate for candidate in candidates if candidate.dropped is None]
+    # The reason without the fact that it names.
+    dropped = Counter(c.dropped.partition(":")[0] for c in candidates if c.dropped is not None)
+    kinds = Counter(candidate.kind for candidate in used)
+    weights, shares = _weigh(config, used) if used else ([], {})
+    for candidate, times in zip(used, weights):
         # split by caption, so that a held-out prompt never has an answer that was trained on
-        heldout = in_share(f"{config.seed}:{candidate.completion}", config.heldout)
-        fields = vars(candidate) | {"source": config.captions}
+        heldout = in_share(f"{config.seed}:{candidate.caption or candidate.completion}", config.heldout)
+        fields = vars(candidate) | {"source": config.captions, "weight": times}
         kept["heldout" if heldout else "train"].append({column: fields[column] for column in COLUMNS})
     for name, pairs in kept.items():
         if not pairs:
@@ -277,6 +337,8 @@ def _finish(config: ExpanderDataConfig, output: Path, rows: list[dict[str, Any]]
         "kinds": dict(kinds),
         "train": len(kept["train"]),
         "heldout": len(kept["heldout"]),
+        "thoughts": sum(bool(candidate.thought) for candidate in used),
+        **({"shares": shares} if shares else {}),
     }
     (output / "README.md").write_text(
         "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train, path: train.parquet}\n"
@@ -291,6 +353,38 @@ def _finish(config: ExpanderDataConfig, output: Path, rows: list[dict[str, Any]]
     )
     if not kinds["quoted"]:
         log.warning("no prompt quotes text, so the expander will not learn to keep it")
+
+
+def _weigh(config: ExpanderDataConfig, used: list[Candidate]) -> tuple[list[float], dict[str, dict[str, float | None]]]:
+    """(the weight of each pair, shares of each tag: before, after, target, and of photographs the divergence).
+
+    Names the medium in captions of photographs whose prompt leaves it open.
+    """
+    added = [sum(tag.weight for name, tag in config.tags.items() if name in candidate.tags) for candidate in used]
+    photographs = [PHOTOGRAPH in candidate.tags for candidate in used]
+    eligible, extra = [False] * len(used), 0.0
+    if config.photographs is not None:
+        for i, candidate in enumerate(used):
+            eligible[i] = photographs[i] and candidate.kind != "long" and not names_medium(candidate.prompt)
+            if eligible[i] and not candidate.caption and not names_medium(candidate.completion):
+                named = as_photograph(candidate.completion)
+                if named is not None:
+                    candidate.completion, candidate.caption = named, candidate.completion
+        spec = config.photographs
+        extra = photograph_weight(added, eligible, photographs, spec.weight, spec.max_kl)
+    weights = [weight(a + extra * is_eligible) for a, is_eligible in zip(added, eligible)]
+    shares: dict[str, dict[str, float | None]] = {}
+    for name, tag in config.tags.items():
+        has = [name in candidate.tags for candidate in used]
+        before, after = sum(has) / len(has), share(weights, has)
+        shares[name] = {"before": before, "after": after, "target": tag.target}
+    if config.photographs is not None:
+        before, after = sum(photographs) / len(used), share(weights, photographs)
+        kl = divergence(after, before)
+        shares[PHOTOGRAPH] = {"before": before, "after": after, "weight": extra, "kl": kl}
+        if kl > config.photographs.max_kl:
+            log.warning(f"photographs: the tags move their share from {before:.3f} to {after:.3f}; lower their weights")
+    return weights, shares
 
 
 def _listed(counts: Counter[str]) -> str:

@@ -9,6 +9,7 @@
 | text/distinct1, text/distinct2 | share of different words (pairs of words) among all of a prompt's expansions |
 | text/spread | mean distance of two expansions of a prompt, 1 - cosine of the base model's mean hidden states |
 | text/verbatim | share of the expansions that keep all quoted text, among prompts that quote text |
+| thought/tokens, thought/empty | of an expander that thinks: mean tokens of a thought, share of answers without one |
 
 A figure of groups is the mean over the prompts for which it is defined.
 
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor
 
 from posttrain.distributed.processes import Processes
+from posttrain.expander import thinking
 from posttrain.expander.gdpo_config import DIVERSITY, ExpanderEvalConfig
 from posttrain.expander.score import Expansion, Scored, Scorer, merge
 from posttrain.expander.text_metrics import distinct, quoted, verbatim
@@ -64,9 +66,10 @@ class ExpanderEvaluator:
         write: Write,
         embed: Embed,
         procs: Processes,
+        thinks: bool = False,
     ):
         self.records, self.config, self.scorer = list(records[: config.prompts]), config, scorer
-        self.write, self.embed, self.procs = write, embed, procs
+        self.write, self.embed, self.procs, self.thinks = write, embed, procs, thinks
         # one noise for a prompt, the same in each evaluation
         self.seeds = [sampler.seed_for(config.seed, i) for i in range(len(self.records))]
 
@@ -137,6 +140,8 @@ class ExpanderEvaluator:
             if name.startswith(("format", "safe", "cut", "missing")):
                 result[name] = share
         kept = [verbatim(e.record.texts or quoted(e.record.prompt), e.text) for e in expansions]
+        if self.thinks:
+            result |= thinking.figures([e.thought for e in expansions], [e.thought_tokens for e in expansions])
         return result | {
             "text/length": _mean([e.tokens for e in expansions]),
             "text/distinct1": _mean(distinct1),
@@ -158,7 +163,9 @@ class ExpanderEvaluator:
                     file = f"{g:02d}-{j:02d}.png"
                     image.save(directory / file)
                 faults = evaluation.scored.causes_N[i] + evaluation.scored.unsafe_N[i]
-                rows.append({"text": evaluation.expansions[i].text, "file": file, "faults": faults})
+                expansion = evaluation.expansions[i]
+                thought = {"thought": expansion.thought} if expansion.thought else {}
+                rows.append({"text": expansion.text, "file": file, "faults": faults, **thought})
             table.append({"prompt": record.prompt, "expansions": rows})
         (directory / "groups.json").write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
 

@@ -14,6 +14,8 @@ Metrics of a step are TRL's own and, for the expansions of all processes:
 | flat/NAME | share of the groups in which a reward differs by no more than its noise |
 | noise_share | share of the advantages' variance that noise can explain |
 | format, format/CAUSE, safe | shares of the expansions |
+| thought/tokens, thought/empty | of an expander that thinks: mean tokens of a thought, share of answers without one |
+| pool/CLASS | prompts of the adaptive pool in this class |
 | cut, cut_tokens | share of expansions longer than K2's text length, and the mean number of tokens they lose |
 | renders, missing_images | images drawn on a process (equal expansions of a group share one); share of missing ones |
 | diversity_weight | weight of the diversity reward in this step |
@@ -41,6 +43,7 @@ from posttrain.expander.evaluate import ExpanderEvaluator
 from posttrain.expander.gdpo_config import ExpanderGDPOConfig
 from posttrain.expander.model import CARD, write_card
 from posttrain.expander.policy import Policy
+from posttrain.expander.pooled import PooledPrompts
 from posttrain.expander.renderer import make_renderer
 from posttrain.expander.score import Scorer
 from posttrain.expander.trl_checkpoint import AtomicCheckpointCallback, PlainState, newest
@@ -85,9 +88,9 @@ def train(config: ExpanderGDPOConfig, resume: bool = False) -> None:
         write = functools.partial(
             policy.write, max_tokens=generation.max_tokens, temperature=generation.temperature, seed=config.eval.seed
         )
-        evaluator = ExpanderEvaluator(heldout, config.eval, scorer, write, policy.embed, procs)
+        evaluator = ExpanderEvaluator(heldout, config.eval, scorer, write, policy.embed, procs, policy.thinking)
         # `row` reaches the reward functions, which look up the record.
-        rows = [{"prompt": messages(record.prompt), "row": i} for i, record in enumerate(records)]
+        rows = [{"prompt": messages(r.prompt, policy.thinking), "row": i} for i, r in enumerate(records)]
         trainer = Trainer(
             model=policy.model,
             reward_funcs=rewards.functions(),  # type: ignore[arg-type]
@@ -98,8 +101,10 @@ def train(config: ExpanderGDPOConfig, resume: bool = False) -> None:
         trainer.remove_callback(PrinterCallback)  # prints every log as a dict
         _, saved = (newest(run.path / "checkpoints") if resume else None) or (0, None)
         _check_base(run, policy, saved)
+        if config.pool.kind == "adaptive":
+            trainer.pooled = PooledPrompts(config, records, procs, policy.thinking, saved)
         if procs.main:
-            write_card(run.path, policy.base, policy.base_fingerprint)
+            write_card(run.path, policy.base, policy.base_fingerprint, policy.thinking)
         callback = GDPOCallback(config, run, procs, trainer, rewards, evaluator, saved)
         trainer.add_callback(callback)
         trainer.add_callback(AtomicCheckpointCallback)
@@ -127,7 +132,15 @@ def _check_base(run: Run, policy: Policy, saved: Path | None) -> None:
 
 
 class Trainer(PlainState, GRPOTrainer):
-    """TRL's trainer, in which a resumed run sees the prompts in the same order as an uninterrupted one."""
+    """TRL's trainer, in which a resumed run sees the prompts in the same order as an uninterrupted one, and a pool may
+    choose them."""
+
+    pooled: PooledPrompts | None = None
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        if self.pooled is not None:
+            inputs = self.pooled.inputs(self.state.global_step + 1)
+        return super()._generate_and_score_completions(inputs)
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         trl: Any = super()._get_train_sampler(dataset)
@@ -202,8 +215,7 @@ def settings(config: ExpanderGDPOConfig, procs: Processes) -> TRLConfig:
 def weights(config: ExpanderGDPOConfig) -> list[float]:
     """Weights of the trained rewards in TRL's order; diversity is the last."""
     assert not isinstance(config.diversity.weight, list)
-    trained = [r.weight for r in config.rewards if not r.heldout_only]
-    return [*trained, diversity_weight(config, 0)]
+    return [*(reward.weight for reward in config.trained), diversity_weight(config, 0)]
 
 
 def model_card(config: ExpanderGDPOConfig, policy: Policy, figures: dict[str, float | None]) -> str:

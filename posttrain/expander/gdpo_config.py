@@ -1,4 +1,4 @@
-"""The recipe of `expander gdpo` as data. Never imports torch."""
+"""The recipe of `expander gdpo`, and what `expander mine` shares with it, as data. Never imports torch."""
 
 from __future__ import annotations
 
@@ -23,9 +23,12 @@ from posttrain.config.types import (
     Share,
     Size,
     Text,
+    keyword_settings,
     refusal,
     settings,
 )
+from prompts.pool import PoolConfig
+from rewards.base import RewardSpec
 
 DIVERSITY = "diversity"
 GATES = ("format", "safe")
@@ -62,6 +65,8 @@ class ChatModelConfig:
     """LoRA adapter to continue training, which is then the same adapter in the end; null: a new one is begun."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the frozen weights and of the arithmetic; the adapter stays float32."""
+    thinking: bool | None = None
+    """Whether it thinks before the caption; null: as its supervised training had it."""
 
 
 @settings
@@ -225,14 +230,13 @@ class TrainerCheckpointConfig:
     """Newest checkpoints to keep."""
 
 
-@settings
-class ExpanderGDPOConfig:
-    """Reinforcement learning of the prompt expander by the images that its expansions make (GDPO, through TRL)."""
+@keyword_settings
+class ScoringConfig:
+    """What expansions are written and scored with: by `expander gdpo` to train, by `expander mine` to sort prompts."""
 
     output: Text
-    """Run directory, created; one that holds a run already needs --resume. The trained adapter is in adapter/."""
+    """Directory to write."""
     model: ChatModelConfig
-    prompts: ExpanderPromptsConfig
     renderer: RendererConfig
     rewards: Rewards
     """Rewards of an image, which get the user's prompt and its columns, and the column `expansion`. Without gates:
@@ -245,38 +249,21 @@ class ExpanderGDPOConfig:
     the others."""
     servers: Servers = field(default_factory=list)
     """Judges to serve while the run lasts; rewards and safety name one as server://NAME."""
-    steps: AtLeast1 = 200
-    """Training steps."""
-    idle_steps: AtLeast0 = 50
-    """Steps in a row from which nothing could be learnt, as the expansions of each group score alike in every reward or
-    have no score, after which the run ends; 5 are warned of. 0: never."""
-    seed: AtLeast0 = 0
-    """Seed of adapter, prompts, expansions and noise."""
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    """The adapter, where a new one is begun; targets null: the attention and feed-forward projections."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
-    groups: ExpansionGroupsConfig = field(default_factory=ExpansionGroupsConfig)
-    optim: ExpanderOptimConfig = field(default_factory=ExpanderOptimConfig)
-    ablation: AblationConfig = field(default_factory=AblationConfig)
-    eval: ExpanderEvalConfig = field(default_factory=ExpanderEvalConfig)
-    checkpoint: TrainerCheckpointConfig = field(default_factory=TrainerCheckpointConfig)
-    track: TrackConfig = field(default_factory=TrackConfig)
 
     @model_validator(mode="after")
-    def _fits(self) -> ExpanderGDPOConfig:
+    def _scoring_fits(self) -> ScoringConfig:
         self._check_rewards()
         self._check_safety()
-        expansions = self.groups.prompts_per_step * self.groups.group_size
-        # TRL wants whole micro-batches.
-        if expansions % self.groups.micro_batch:
-            raise refusal(
-                "groups.micro_batch",
-                f"is {self.groups.micro_batch}; use a divisor of the step's {expansions} expansions",
-            )
         return self
 
+    @property
+    def trained(self) -> list[RewardSpec]:
+        """The rewards that are not only measured."""
+        return [reward for reward in self.rewards if not reward.heldout_only]
+
     def _check_rewards(self) -> None:
-        trained = [reward for reward in self.rewards if not reward.heldout_only]
+        trained = self.trained
         if sum(reward.weight for reward in trained) <= 0:
             raise refusal("rewards", "none is trained on with a weight above 0; diversity alone teaches no image")
         for i, reward in enumerate(self.rewards):
@@ -305,3 +292,39 @@ class ExpanderGDPOConfig:
             if not check.name.strip() or check.name in names:
                 raise refusal(f"safety[{i}].name", f"is '{check.name}'; give each check a name of its own")
             names.add(check.name)
+
+
+@keyword_settings
+class ExpanderGDPOConfig(ScoringConfig):
+    """Reinforcement learning of the prompt expander by the images that its expansions make (GDPO, through TRL)."""
+
+    output: Text
+    """Run directory, created; one that holds a run already needs --resume. The trained adapter is in adapter/."""
+    prompts: ExpanderPromptsConfig
+    pool: PoolConfig = field(default_factory=PoolConfig)
+    steps: AtLeast1 = 200
+    """Training steps."""
+    idle_steps: AtLeast0 = 50
+    """Steps in a row from which nothing could be learnt, as the expansions of each group score alike in every reward or
+    have no score, after which the run ends; 5 are warned of. 0: never."""
+    seed: AtLeast0 = 0
+    """Seed of adapter, prompts, expansions and noise."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """The adapter, where a new one is begun; targets null: the attention and feed-forward projections."""
+    groups: ExpansionGroupsConfig = field(default_factory=ExpansionGroupsConfig)
+    optim: ExpanderOptimConfig = field(default_factory=ExpanderOptimConfig)
+    ablation: AblationConfig = field(default_factory=AblationConfig)
+    eval: ExpanderEvalConfig = field(default_factory=ExpanderEvalConfig)
+    checkpoint: TrainerCheckpointConfig = field(default_factory=TrainerCheckpointConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+    @model_validator(mode="after")
+    def _fits(self) -> ExpanderGDPOConfig:
+        expansions = self.groups.prompts_per_step * self.groups.group_size
+        # TRL wants whole micro-batches.
+        if expansions % self.groups.micro_batch:
+            raise refusal(
+                "groups.micro_batch",
+                f"is {self.groups.micro_batch}; use a divisor of the step's {expansions} expansions",
+            )
+        return self

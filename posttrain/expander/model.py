@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from posttrain.errors import UserError
 from posttrain.expander.chat_template import messages, template
+from posttrain.expander.thinking import is_opened, split
 from posttrain.loading import load_adapter, load_model, local, without_revision
 from posttrain.model import sampler
 from posttrain.model.fingerprint import fingerprint
@@ -20,7 +21,7 @@ from posttrain.runs import startup
 from posttrain.tokenizer import load_tokenizer
 
 CARD = "expander.json"
-"""File beside an adapter with its base, the base's fingerprint and the template's hash."""
+"""File beside an adapter with its base, the base's fingerprint, the template's hash and whether it thinks first."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,12 @@ class Expansion:
     """Without special tokens and surrounding white space; may be empty."""
     whole: bool
     """Whether the model ended it; if not, it was cut at the token limit."""
+    thought: str | None = None
+    """What the model thought before it; never part of `text`."""
+    tokens: int = 0
+    """That the model wrote, a thought and the end included."""
+    unexpanded: bool = False
+    """Whether no thought came to an end, twice, so that `text` is the prompt as it was."""
 
 
 @dataclass
@@ -36,23 +43,31 @@ class Expander:
     model: Any
     """A causal LM, or a PeftModel of one."""
     tokenizer: Any
+    thinking: bool = False
+    """Whether it is asked for a thought before the caption, which is then cut off."""
 
     @classmethod
     def load(
-        cls, path: str, adapter: str | None = None, dtype: torch.dtype = torch.bfloat16, device: Any = "cpu"
+        cls,
+        path: str,
+        adapter: str | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: Any = "cpu",
+        thinking: bool | None = None,
     ) -> Expander:
-        """Loads a chat model, a run directory or an adapter's directory.
+        """Loads a chat model, a run directory or an adapter's directory; `thinking` None: as it was trained.
 
         Raises UserError if `path` is none of these, if the model has no chat template, or if the adapter belongs to
         another base.
         """
         base, adapter = resolve(path, adapter)
+        thinking = trained_thinking(base, adapter) if thinking is None else thinking
         model, tokenizer = load_chat_model(base, dtype)
         tokenizer.padding_side = "left"  # generation continues after the last token, which must not be padding
         if adapter is not None:
             check_base(adapter, base, model)
             model = load_adapter(model, adapter, f"{adapter} on {base}")
-        return cls(model.to(device).eval(), tokenizer)
+        return cls(model.to(device).eval(), tokenizer, thinking)
 
     @torch.no_grad()
     def expand(
@@ -68,29 +83,48 @@ class Expander:
 
         The same prompts, n, seed and batch (rows in one forward) give the same expansions.
         """
-        device = self.model.device
-        settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         expansions: list[list[Expansion]] = []
         size = max(1, batch // n)  # prompts in one forward
         for first in range(0, len(prompts), size):
-            part = [messages(prompt) for prompt in prompts[first : first + size]]
-            inputs = self.tokenizer.apply_chat_template(
-                part, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-            ).to(device)
-            with torch.random.fork_rng():  # generate() takes no generator, only the global one
-                torch.manual_seed(sampler.seed_for(seed, first))
-                ids = self.model.generate(
-                    input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], num_return_sequences=n,
-                    max_new_tokens=max_tokens, pad_token_id=self.tokenizer.pad_token_id, **settings,
-                )  # fmt: skip
-            new_tokens = ids[:, inputs["input_ids"].shape[1] :].tolist()
-            answers = list(map(self._expansion, new_tokens))
+            part = prompts[first : first + size]
+            answers = self._sample(part, n, sampler.seed_for(seed, first), temperature, max_tokens)
+            for i, answer in enumerate(answers):
+                if self.thinking and not answer.text:  # the thought did not end
+                    answers[i] = self._again(part[i // n], sampler.seed_for(seed, first, i), temperature, max_tokens)
             expansions += [answers[i * n : (i + 1) * n] for i in range(len(part))]
         return expansions
 
-    def _expansion(self, ids: list[int]) -> Expansion:
-        text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        return Expansion(text, not self._ends.isdisjoint(ids))
+    def _again(self, prompt: str, seed: int, temperature: float, max_tokens: int) -> Expansion:
+        (answer,) = self._sample([prompt], 1, seed, temperature, max_tokens)
+        return answer if answer.text else Expansion(prompt, False, answer.thought, answer.tokens, True)
+
+    def _sample(
+        self, prompts: Sequence[str], n: int, seed: int, temperature: float, max_tokens: int
+    ) -> list[Expansion]:
+        """n neighbouring expansions of each prompt, in one forward."""
+        conversations = [messages(prompt, self.thinking) for prompt in prompts]
+        inputs = self.tokenizer.apply_chat_template(
+            conversations, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+        ).to(self.model.device)
+        with torch.random.fork_rng():  # generate() takes no generator, only the global one
+            torch.manual_seed(seed)
+            ids = self.model.generate(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], num_return_sequences=n,
+                max_new_tokens=max_tokens, pad_token_id=self.tokenizer.pad_token_id, do_sample=True,
+                temperature=temperature, top_k=0, top_p=1.0,
+            )  # fmt: skip
+        new_tokens = ids[:, inputs["input_ids"].shape[1] :].tolist()
+        opened = self.thinking and is_opened(self.tokenizer.decode(inputs["input_ids"][0]))
+        return [self._expansion(row, opened) for row in new_tokens]
+
+    def _expansion(self, ids: list[int], opened: bool) -> Expansion:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        end = next((i for i, token in enumerate(ids) if token in self._ends), None)
+        whole, tokens = end is not None, len(ids) if end is None else end + 1  # padding follows the end
+        if not self.thinking:
+            return Expansion(text.strip(), whole, tokens=tokens)
+        answer = split(text, opened)
+        return Expansion(answer.caption, whole, answer.thought, tokens)
 
     @property
     def _ends(self) -> set[int]:
@@ -132,9 +166,17 @@ def load_chat_model(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def write_card(folder: Path, base: str, base_fingerprint: str) -> None:
-    """Writes which base an adapter belongs to."""
-    card = {"base": base, "base_fingerprint": base_fingerprint, "template": template().hash}
+def trained_thinking(base: str, adapter: str | None) -> bool:
+    """Whether supervised training taught it to think first: what the card of its adapter, or of its own, says."""
+    for folder in filter(None, (adapter, base)):
+        if (card := Path(folder) / CARD).is_file():
+            return bool(json.loads(card.read_text()).get("thinking", False))
+    return False
+
+
+def write_card(folder: Path, base: str, base_fingerprint: str, thinking: bool = False) -> None:
+    """Writes which base an adapter belongs to, and whether it was taught to think."""
+    card = {"base": base, "base_fingerprint": base_fingerprint, "template": template().hash, "thinking": thinking}
     (folder / CARD).write_text(json.dumps(card, indent=1) + "\n")
 
 

@@ -15,10 +15,11 @@ from transformers import GenerationConfig
 
 from posttrain.config.sections import LoraConfig
 from posttrain.errors import UserError, first_line
-from posttrain.expander.chat_template import messages, template
+from posttrain.expander.chat_template import messages, system_text, template
 from posttrain.expander.gdpo_config import ChatModelConfig
-from posttrain.expander.model import check_base, load_chat_model, resolve, write_card
+from posttrain.expander.model import check_base, load_chat_model, resolve, trained_thinking, write_card
 from posttrain.expander.score import Expansion
+from posttrain.expander.thinking import LONGEST, is_opened, split
 from posttrain.loading import load_adapter
 from posttrain.model.fingerprint import fingerprint
 from posttrain.runs.files import apply_umask
@@ -53,7 +54,11 @@ class Policy:
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         self.ends = list(dict.fromkeys([self.tokenizer.eos_token_id, *ends]))
         """Tokens that end an expansion."""
-        self.template = "\n".join(part for part in (template().system, template().user.replace("$prompt", "")) if part)
+        self.thinking = trained_thinking(path, adapter) if config.thinking is None else config.thinking
+        """Whether it is asked for a thought before the caption."""
+        parts = (system_text(self.thinking), template().user.replace("$prompt", ""))
+        self.template = "\n".join(part for part in parts if part)
+        self._opened = is_opened(self._render([PromptRecord("")], tokenize=False)[0])
 
     @property
     def device(self) -> torch.device:
@@ -65,8 +70,21 @@ class Policy:
         body = list(ids[:-1]) if ended else list(ids)
         special_ids = set(self.tokenizer.all_special_ids)
         special = [i for i in body if i in special_ids]
-        text = self.tokenizer.decode(body, skip_special_tokens=True).strip()
-        return Expansion(record, text, ended, self.tokenizer.convert_ids_to_tokens(special), len(body))
+        text = self.tokenizer.decode(body, skip_special_tokens=True)
+        tokens_of_special = self.tokenizer.convert_ids_to_tokens(special)
+        if not self.thinking:
+            return Expansion(record, text.strip(), ended, tokens_of_special, len(body))
+        answer = split(text, self._opened)
+        length = len(self.tokenizer(answer.thought).input_ids) if answer.thought else 0
+        return Expansion(
+            record, answer.caption, ended, tokens_of_special, len(body), answer.thought, length,
+            answer.well_formed and length <= LONGEST,
+        )  # fmt: skip
+
+    def _render(self, records: Sequence[PromptRecord], **options: Any) -> Any:
+        """The chat prompts of these records, up to where the answer begins."""
+        conversations = [messages(record.prompt, self.thinking) for record in records]
+        return self.tokenizer.apply_chat_template(conversations, add_generation_prompt=True, **options)
 
     @torch.no_grad()
     def write(
@@ -91,10 +109,8 @@ class Policy:
             for first in range(0, len(rows), batch):
                 torch.manual_seed(seed + place + first)  # by position, so that a resumed run draws the same
                 part = rows[first : first + batch]
-                inputs = self.tokenizer.apply_chat_template(
-                    [messages(record.prompt) for record in part], add_generation_prompt=True, tokenize=True,
-                    return_dict=True, return_tensors="pt", padding=True,
-                ).to(self.device)  # fmt: skip
+                inputs = self._render(part, tokenize=True, return_dict=True, return_tensors="pt", padding=True)
+                inputs = inputs.to(self.device)
                 out = self.model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :]
                 for record, ids in zip(part, out.tolist()):
                     expansions.append(self.expansion(record, self._until_end(ids)))
@@ -129,7 +145,7 @@ class Policy:
         self.model.save_pretrained(str(directory), selected_adapters=["default"])
         apply_umask(directory)
         (directory / "README.md").write_text(card, encoding="utf-8")
-        write_card(directory, self.base, self.base_fingerprint)
+        write_card(directory, self.base, self.base_fingerprint, self.thinking)
 
     def _until_end(self, ids: list[int]) -> list[int]:
         # a batch is generated until its longest row ends; shorter rows are padded after their end token

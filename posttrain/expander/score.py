@@ -25,17 +25,15 @@ from PIL import Image
 from torch import Tensor
 
 from posttrain.errors import UserError
-from posttrain.expander.gdpo_config import DIVERSITY, ExpanderGDPOConfig
+from posttrain.expander.gdpo_config import DIVERSITY, ScoringConfig
 from posttrain.expander.renderer import Renderer
 from posttrain.expander.text_metrics import CAUSES, causes
+from posttrain.expander.trl_rewards import for_trl
 from posttrain.training import advantages
 from prompts.records import PromptRecord, columns
 from rewards.base import Noise, Reward, RewardError, RewardSpec, Scores, score_all
 from rewards.diversity import Features, contributions
 from rewards.load import load_rewards
-
-TRL_EPSILON = 1e-4
-"""What TRL adds to a group's standard deviation."""
 
 
 @dataclass
@@ -44,11 +42,17 @@ class Expansion:
 
     record: PromptRecord
     text: str
+    """The caption, without the thought before it."""
     ended: bool = True
     """Whether the model wrote its end token."""
     special: Sequence[str] = ()
     """Special tokens before the end token."""
     tokens: int = 0
+    """Of the whole answer."""
+    thought: str | None = None
+    thought_tokens: int = 0
+    thought_ok: bool = True
+    """Whether the thought, if there is one, has the form of thinking.py and no more tokens than it allows."""
 
 
 @dataclass
@@ -183,7 +187,7 @@ class Scorer:
 
     def __init__(
         self,
-        config: ExpanderGDPOConfig,
+        config: ScoringConfig,
         renderer: Renderer,
         features: Features,
         template: str,
@@ -213,7 +217,7 @@ class Scorer:
         if len(expansions) % group_size:  # diversity would compare expansions of different prompts
             raise ValueError(f"{len(expansions)} expansions are not whole groups of {group_size}")
         began = time.perf_counter()
-        faults = [causes(e.record.prompt, e.text, e.ended, self.template, e.special) for e in expansions]
+        faults = [self._faults(e) for e in expansions]
         unsafe: list[list[str]] = [[] for _ in expansions]
         # what fails a cheap check is neither drawn nor judged
         rows = [i for i, found in enumerate(faults) if not found]
@@ -254,6 +258,9 @@ class Scorer:
             seconds={"render": rendered - checked, "score": time.perf_counter() - rendered + checked - began},
             noise=self.noise,
         )
+
+    def _faults(self, e: Expansion) -> list[str]:
+        return causes(e.record.prompt, e.text, e.ended, self.template, e.special, e.thought_ok)
 
     def _draw(
         self, expansions: Sequence[Expansion], seeds: Sequence[int], rows: Sequence[int]
@@ -348,33 +355,6 @@ class Scorer:
 
 def _image_keys(expansions: Sequence[Expansion], seeds: Sequence[int], rows: Sequence[int]) -> list[tuple[str, int]]:
     return [(expansions[i].text, seeds[i]) for i in rows]
-
-
-def for_trl(values_N: np.ndarray, valid_N: np.ndarray, group_size: int, floor: float) -> np.ndarray:
-    """Values of one reward from which TRL computes its advantages A by `advantages.standardise`, noise floor included.
-
-    TRL computes (R - mean) / (std + 1e-4), for which a spread of 3e-5 is none, and has no floor. With R = mean + t A it
-    is t A / (t std_A + 1e-4), which is A where t = 1e-4 / (1 - std_A); std_A is below 1, since A has an epsilon of its
-    own. Groups of which TRL makes the same within a thousandth are left as they are. A flat group gets one number: its
-    mean, rounded to 12 bits, so that the fp32 mean of equal numbers is exactly that number and the advantages are 0.
-    """
-    shape = (-1, group_size, 1)
-    values_PG1, valid_PG1 = torch.from_numpy(values_N).view(shape), torch.from_numpy(valid_N).view(shape)
-    wanted_N = advantages.standardise(values_PG1, valid_PG1, torch.tensor([floor])).flatten().numpy()
-    result_N = values_N.copy()
-    for first in range(0, len(values_N), group_size):
-        rows = first + np.flatnonzero(valid_N[first : first + group_size])
-        if not len(rows):
-            continue
-        mean, wanted = values_N[rows].mean(), wanted_N[rows]
-        if not wanted.any():
-            fraction, exponent = np.frexp(mean)
-            result_N[rows] = np.ldexp(np.round(np.ldexp(fraction, 12)), exponent - 12)
-            continue
-        usual = (values_N[rows] - mean) / (values_N[rows].std(ddof=1) + TRL_EPSILON)
-        if np.abs(usual - wanted).max() > 1e-3 * np.abs(wanted).max():
-            result_N[rows] = mean + wanted * TRL_EPSILON / (1 - wanted.std(ddof=1))
-    return result_N
 
 
 def gate(values_N: np.ndarray, valid_N: np.ndarray, gate_N: np.ndarray, worst: float) -> tuple[np.ndarray, np.ndarray]:

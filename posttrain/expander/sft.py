@@ -2,11 +2,12 @@
 
     posttrain expander sft --config recipes/nano/expander_sft.yaml
 
-TRL's SFTTrainer trains on the messages of prompts/expander.md, with the loss on the completion's tokens only. A pair
-longer than max_length is left out and counted, never truncated: TRL gets no limit, and before the first step its tokens
-are compared with those of the tokenizer's chat template. The run directory has recipe, metrics.jsonl and summary.json
-like other runs; --resume continues from the trainer's own checkpoints in checkpoints/. The result is an ordinary PEFT
-adapter in adapter/ (with lora: null, a model in model/), which vLLM serves unchanged.
+TRL's SFTTrainer trains on the messages of prompts/expander.md, with the loss on the completion's tokens only, a thought
+before the caption included. A pair longer than max_length is left out and counted, never truncated: TRL gets no limit,
+and before the first step its tokens are compared with those of the tokenizer's chat template. The run directory has
+recipe, metrics.jsonl and summary.json like other runs; --resume continues from the trainer's own checkpoints in
+checkpoints/. The result is an ordinary PEFT adapter in adapter/ (with lora: null, a model in model/), which vLLM serves
+unchanged.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import math
 import os
 import re
 import signal
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,15 @@ from trl import SFTConfig, SFTTrainer
 from posttrain.config import clipping
 from posttrain.config.sections import JUDGE_TARGETS
 from posttrain.distributed.processes import Processes
-from posttrain.errors import UserError, counted
-from posttrain.expander.chat_template import messages, template
+from posttrain.errors import UserError
+from posttrain.expander.chat_template import template
 from posttrain.expander.config import ExpanderSFTConfig
 from posttrain.expander.model import load_chat_model, resolve, write_card
+from posttrain.expander.sft_pairs import Pair, conversations, fitting, read_pairs, tokens
+from posttrain.expander.thinking import part_losses
 from posttrain.expander.trl_checkpoint import AtomicCheckpointCallback, PlainState, newest
 from posttrain.loading import quiet, without_revision
-from posttrain.log import log
 from posttrain.model.fingerprint import fingerprint
-from posttrain.preferences.heldout import in_share
 from posttrain.report.front_matter import card
 from posttrain.report.page import write_report
 from posttrain.report.public import public
@@ -49,18 +50,11 @@ from posttrain.runs.guard import check_unchanged
 from posttrain.runs.run import Run, peak_memory
 from posttrain.runs.stop import StopSignals
 from prompts.parse import read_lines
-from prompts.tables import open_table, row_texts
 
 LOGGED = ("loss", "mean_token_accuracy", "entropy", "grad_norm", "learning_rate")
 """Values of the trainer's log that metrics.jsonl keeps; entropy is that of the next token, in nats."""
-KEPT = ("model", "data", "heldout", "max_length", "steps", "batch", "micro_batch", "seed", "dtype", "lora")
+KEPT = ("model", "data", "thinking", "heldout", "max_length", "steps", "batch", "micro_batch", "seed", "dtype", "lora")
 """Fields that must not change on resume."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    prompt: str
-    completion: str
 
 
 def train(config: ExpanderSFTConfig, resume: bool = False) -> None:
@@ -82,6 +76,10 @@ def train(config: ExpanderSFTConfig, resume: bool = False) -> None:
         checkpoint = newest(run.path / "checkpoints") if resume else None
         run.start(config.steps, checkpoint[0] if checkpoint else 0)
         logger = _RunCallback(run, procs)
+        if config.thinking:
+            thought = [pair for pair in heldout[: config.measured] if pair.thought]
+            logger.measured = [tokens(pair, tokenizer) for pair in thought]
+            logger.decode = tokenizer.decode
         with _quiet():
             trainer = make_trainer(model, tokenizer, training, heldout[: config.measured], config, logger)
             check_tokens(trainer, tokenizer, training)
@@ -97,7 +95,7 @@ def train(config: ExpanderSFTConfig, resume: bool = False) -> None:
             if config.lora is None:
                 tokenizer.save_pretrained(str(folder))
             apply_umask(folder)
-            write_card(folder, base, base_print)
+            write_card(folder, base, base_print, config.thinking)
             figures = {"before": before, "after": after, "steps": trainer.state.global_step}
             (folder / "README.md").write_text(model_card(config, figures, len(training), len(heldout)))
             run.stopped = logger.signals.received
@@ -207,96 +205,6 @@ def with_adapter(model: Any, config: ExpanderSFTConfig) -> Any:
         raise UserError(f"lora.targets: {' '.join(str(error).split())}") from error
 
 
-# ---- data -------------------------------------------------------------------------------------------------
-
-
-def read_pairs(config: ExpanderSFTConfig) -> tuple[list[Pair], list[Pair]]:
-    """(training, held out) pairs: the two files of `posttrain expander data`, or a split by the hash of the prompt."""
-    root = Path(config.data)
-    # the files keep all prompts of a caption on one side, which a split by prompt would not
-    if (root / "train.parquet").exists() and (root / "heldout.parquet").exists():
-        return _read(str(root / "train.parquet")), _read(str(root / "heldout.parquet"))
-    training, heldout = [], []
-    for pair in _read(config.data):
-        held = in_share(f"{config.seed}:{pair.prompt}", config.heldout)
-        (heldout if held else training).append(pair)
-    if not training or not heldout:
-        raise UserError(
-            f"data: {config.data}: {counted(len(training), 'pair')} to train on and {len(heldout)} held out; give more"
-            " prompts or change heldout"
-        )
-    return training, heldout
-
-
-def _read(path: str) -> list[Pair]:
-    source = open_table(path)
-    if not len(source):
-        raise UserError(f"data: {path} has no rows; give pairs of prompt and completion")
-    for column in ("prompt", "completion"):
-        if column not in source.columns:
-            raise UserError(f"data: {path} has no column {column}; it has {', '.join(source.columns)}")
-    return [Pair(*row_texts(source, i, "prompt", "completion")) for i in range(len(source))]
-
-
-def conversations(pairs: list[Pair]) -> datasets.Dataset:
-    """The pairs in TRL's conversational format."""
-    return datasets.Dataset.from_dict(
-        {
-            "prompt": [messages(pair.prompt) for pair in pairs],
-            "completion": [[{"role": "assistant", "content": pair.completion}] for pair in pairs],
-        }
-    )
-
-
-def tokens(pair: Pair, tokenizer: Any) -> tuple[list[int], int]:
-    """(tokens of a pair in the chat template, number of tokens before the answer).
-
-    The number is -1 if the template writes the prompt differently once it is answered.
-    """
-    question = messages(pair.prompt)
-    before = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
-    answered = [*question, {"role": "assistant", "content": pair.completion}]
-    whole = tokenizer.apply_chat_template(answered, return_dict=False)
-    return whole, len(before) if whole[: len(before)] == before else -1
-
-
-def fitting(pairs: list[Pair], tokenizer: Any, config: ExpanderSFTConfig) -> list[Pair]:
-    """The pairs of at most max_length tokens.
-
-    Raises UserError if too many are longer, and for a chat template that changes a prompt or an answer: then training
-    would not see the tokens of a chat server.
-    """
-    kept, longest = [], 0
-    for pair in pairs:
-        ids, prompt_length = tokens(pair, tokenizer)
-        if prompt_length <= 0:
-            raise UserError(
-                f"model: {config.model}: its chat template writes a prompt differently once it is answered, so training"
-                " would not see what a server sends; use another model"
-            )
-        answer = tokenizer.decode(ids[prompt_length:], skip_special_tokens=True).strip()
-        if answer != pair.completion:
-            raise UserError(
-                f"model: {config.model}: its chat template changes an answer to {answer!r}, so a server would return"
-                " that; use a model that answers without thinking aloud, such as an Instruct model"
-            )
-        longest = max(longest, len(ids))
-        if len(ids) <= config.max_length:
-            kept.append(pair)
-    lost = len(pairs) - len(kept)  # a few are expected; many mean that max_length is wrong
-    if not kept or lost > config.max_dropped * len(pairs):
-        raise UserError(
-            f"max_length: {lost} of {counted(len(pairs), 'pair')} would not fit {config.max_length} tokens (up to"
-            f" {longest}), more than max_dropped; raise one of them"
-        )
-    if lost:
-        log.warning(
-            f"{lost} of {counted(len(pairs), 'pair')} left out, longer than max_length ({config.max_length}); the"
-            f" longest has {counted(longest, 'token')}"
-        )
-    return kept
-
-
 def check_tokens(trainer: SFTTrainer, tokenizer: Any, pairs: list[Pair]) -> None:
     """Raises RuntimeError if TRL's tokens, labels or number of rows differ from those of the chat template."""
     rows: Any = trainer.train_dataset
@@ -318,6 +226,14 @@ class _RunCallback(TrainerCallback):
     def __init__(self, run: Run, procs: Processes):
         self.run, self.procs = run, procs
         self.signals = StopSignals()
+        self.measured: list[tuple[list[int], int]] = []
+        """Held-out answers with a thought, as `tokens` gives them: the losses of thought and caption are logged."""
+        self.decode: Callable[[list[int]], str] = str
+
+    def on_evaluate(self, args, state, control, model=None, **_):
+        if self.measured and self.procs.main:
+            losses = part_losses(model, self.measured, self.decode)
+            self.run.log(state.global_step, {f"eval/{name}": value for name, value in losses.items()})
 
     def on_step_end(self, args, state, control, **_):
         if self.procs.any(self.signals.received is not None):

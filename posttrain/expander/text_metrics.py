@@ -8,6 +8,8 @@ The format check returns every cause that applies:
 | truncated | ended at the length limit, without the model's end token |
 | language | is mostly in a script that the prompt does not use |
 | leaked | contains a tag of the chat template, or a passage of the template's own text |
+| paragraphs | has more than one paragraph |
+| thinking | is not the end of an answer with at most one thought, at its start, of a bounded length (thinking.py) |
 
 Only the script is compared: an English answer to a French prompt passes. Han characters and kana count as one script,
 because a short Japanese prompt may have no kana. Text in quotation marks is ignored on both sides, since it is copied.
@@ -20,7 +22,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-CAUSES = ("empty", "truncated", "language", "leaked")
+CAUSES = ("empty", "truncated", "language", "leaked", "paragraphs", "thinking")
 SHINGLE = 8
 """So many consecutive words of the template count as leaked; shorter passages occur in any caption."""
 TAG = re.compile(
@@ -30,13 +32,18 @@ QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”|„([^“”]+)[“”]|«([^»]
 KANA = ("HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA")
 
 
-def causes(prompt: str, expansion: str, ended: bool, template: str, special: Sequence[str] = ()) -> list[str]:
-    """The CAUSES that apply. `special` are special tokens that the model wrote before its end token."""
+def causes(
+    prompt: str, expansion: str, ended: bool, template: str, special: Sequence[str] = (), thought_ok: bool = True
+) -> list[str]:
+    """The CAUSES that apply. `special` are special tokens that the model wrote before its end token, `thought_ok` says
+    whether what stood before the expansion has the form of a thought."""
     applies = {
         "empty": not any(c.isalnum() for c in expansion),
         "truncated": not ended,
         "language": not same_script(prompt, expansion),
         "leaked": bool(special) or leaked(prompt, expansion, template),
+        "paragraphs": re.search(r"\n\s*\n", expansion.strip()) is not None,
+        "thinking": not thought_ok,
     }
     return [cause for cause in CAUSES if applies[cause]]
 

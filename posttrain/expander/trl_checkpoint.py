@@ -4,6 +4,7 @@ A checkpoint has the trainer's own adapter and trainer_state.json, and
 
     state.safetensors, state.json          optimiser and learning-rate schedule
     rng-<process>.safetensors and .json    random generators of each process
+    pool.safetensors, pool.json            the adaptive prompt pool, if there is one
     manifest.json                          written last; a checkpoint that does not match it is ignored
 
 Without this the trainers would pickle everything but the first two.
@@ -41,35 +42,37 @@ class PlainState:
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
             tensors, state = flatten_optimizer(self.optimizer.optimizer)  # inside accelerate's wrapper
-            _write(Path(output_dir), "state", tensors, [state, self.lr_scheduler.state_dict()])
+            write_part(Path(output_dir), "state", tensors, [state, self.lr_scheduler.state_dict()])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            tensors, (state, schedule) = _read(Path(checkpoint), "state")
+            tensors, (state, schedule) = read_part(Path(checkpoint), "state")
             restore_optimizer(self.optimizer.optimizer, tensors, state)
             self.lr_scheduler.load_state_dict(schedule)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        _write(Path(output_dir), self._rng, *rng_state())
+        write_part(Path(output_dir), self._rng, *rng_state())
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Restores this process's generators; a process that the saved run did not have keeps its own."""
         if checkpoint is not None and (Path(checkpoint) / f"{self._rng}.json").exists():
-            restore_rng(*_read(Path(checkpoint), self._rng))
+            restore_rng(*read_part(Path(checkpoint), self._rng))
 
     @property
     def _rng(self) -> str:
         return f"rng-{self.args.process_index}"
 
 
-def _write(folder: Path, name: str, tensors: dict[str, Tensor], state: Any) -> None:
+def write_part(folder: Path, name: str, tensors: dict[str, Tensor], state: Any) -> None:
+    """Writes NAME.safetensors and NAME.json into a checkpoint that is being saved."""
     folder.mkdir(parents=True, exist_ok=True)  # another process may arrive before the one that saves the weights
     plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     save_file(plain, folder / f"{name}.safetensors")
     (folder / f"{name}.json").write_text(json.dumps(state, indent=1) + "\n")
 
 
-def _read(folder: Path, name: str) -> tuple[dict[str, Tensor], Any]:
+def read_part(folder: Path, name: str) -> tuple[dict[str, Tensor], Any]:
+    """What `write_part` wrote."""
     return load_file(folder / f"{name}.safetensors"), json.loads((folder / f"{name}.json").read_text())
 
 

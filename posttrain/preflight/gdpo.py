@@ -117,7 +117,9 @@ class GDPOChecks(Checks):
         scorer = Scorer(config, self.renderer, self.features, self.policy.template, self.urls or {})
         scorer.noise = self.noise  # as a run has it from its first evaluation
         shared = SharedRewards(config, self.policy, scorer, self.records, self.procs)
-        data = [{"prompt": messages(record.prompt), "row": i} for i, record in enumerate(self.records)]
+        data = [
+            {"prompt": messages(record.prompt, self.policy.thinking), "row": i} for i, record in enumerate(self.records)
+        ]
         trainer = gdpo.Trainer(
             model=self.policy.model,
             reward_funcs=shared.functions(),  # type: ignore[arg-type]

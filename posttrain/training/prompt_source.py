@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain.config.groups import GroupTrainingConfig
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
 from posttrain.training.checkpoint import Checkpoint
 from posttrain.training.shard_cache import warn_of_cut
-from prompts.pool import Kind, Pool
+from prompts.pool import Kind, Pool, PoolConfig
 from prompts.records import PromptRecord
+from rewards.base import RewardSpec
 from rewards.gates import Gated
 
 FUSED_BYTES = 2**30
@@ -26,11 +26,30 @@ ENDS = 8
 """Prompts shown of each end of the pool."""
 
 
+class StepConfig(Protocol):
+    """How many prompts a step draws."""
+
+    prompts_per_step: int
+
+
+class PooledConfig(Protocol):
+    """What the settings of a method have that draws groups."""
+
+    seed: int
+    pool: PoolConfig
+
+    @property
+    def rewards(self) -> list[RewardSpec]: ...
+
+    @property
+    def groups(self) -> StepConfig: ...
+
+
 class PromptSource:
     """`draw` a step's prompts, perhaps `redraw` some, then `update` with the scores of all. Only `draw` works without a
     pool."""
 
-    def __init__(self, config: GroupTrainingConfig, records: list[PromptRecord]):
+    def __init__(self, config: PooledConfig, records: list[PromptRecord]):
         self.config, self.records = config, records
         self.pool: Pool | None = None
         self._drawn: dict[int, np.ndarray] = {}

@@ -21,7 +21,8 @@ from posttrain.expander.chat_template import FILE, messages, template
 from posttrain.expander.config import ExpanderDataConfig, ExpanderSFTConfig
 from posttrain.expander.data import make
 from posttrain.expander.model import Expander, load_chat_model
-from posttrain.expander.sft import Pair, RunningClip, check_tokens, fitting, make_trainer, read_pairs, tokens, train
+from posttrain.expander.sft import RunningClip, check_tokens, make_trainer, train
+from posttrain.expander.sft_pairs import Pair, fitting, read_pairs, tokens
 from posttrain.nano.build import build, evaluate_expander
 from posttrain.nano.world.scenes import COLOURS, SHAPES
 from posttrain.report.public import public

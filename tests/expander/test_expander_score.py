@@ -10,7 +10,8 @@ from posttrain.expander import callbacks, gdpo
 from posttrain.expander.gdpo_config import ExpanderGDPOConfig, SafetySpec
 from posttrain.expander.policy import Policy
 from posttrain.expander.renderer import Rendering
-from posttrain.expander.score import Expansion, Scorer, for_trl, gate
+from posttrain.expander.score import Expansion, Scorer, gate
+from posttrain.expander.trl_rewards import for_trl
 from posttrain.training import advantages
 from prompts.records import PromptRecord
 from rewards.base import RewardSpec

@@ -12,7 +12,8 @@ from posttrain.expander.chat_template import messages
 from posttrain.expander.config import ExpanderDataConfig
 from posttrain.expander.data import make
 from posttrain.expander.model import Expander
-from posttrain.expander.sft import Pair, tokens, train
+from posttrain.expander.sft import train
+from posttrain.expander.sft_pairs import Pair, tokens
 from rewards.serve import ServerSpec, serve
 from tests.expander.test_expander import BASE, recipe
 

@@ -30,6 +30,10 @@ SMALL = {
         *GROUPS, "--steps", "1", "--groups.micro_batch", "3", "--generation.max_tokens", "24", "--renderer.steps", "1",
         "--eval.prompts", "1", "--eval.group_size", "2", "--eval.shown", "1",
     ],
+    "expander mine": [
+        "--group_size", "3", "--batch", "4", "--heldout", "0.97", "--renderer.steps", "1", "--generation.max_tokens",
+        "24", "--low", "0", "--high", "1", "--spread", "0",
+    ],
     "expand": ["--n", "2", "--max_tokens", "24", "--dtype", "float32"],
     "export": [],
     "merge": ["--images", "2"],
@@ -89,6 +93,9 @@ NOT_RUN = {
         "wants a person's marks of many images:"
         " tests/annotate/test_marked_images.py::test_marks_become_what_the_judge_reads"
     ),
+    "posttrain expander serve": (
+        "serves until it is stopped: tests/expander/test_endpoint.py::test_the_command_serves_until_it_is_stopped"
+    ),
     "posttrain annotate ": "serves until it is stopped: tests/annotate/test_annotate.py::test_whole_session",
     "posttrain style play": "serves until it is stopped: tests/style/test_play.py::test_strengths_are_dragged",
     "torchrun --nproc-per-node 2 -m posttrain.cli bench": (
@@ -114,6 +121,7 @@ NOT_RUN = {
     "python -m posttrain.nano.bench.noise": "six runs of posttrain grpo, whose recipe runs here",
     "python -m posttrain.nano.bench.sft": "three runs of posttrain sft, whose recipe runs here",
     "python -m posttrain.nano.bench.stpo": "dozens of runs of posttrain pairs and stpo, whose recipes run here",
+    "python -m posttrain.nano.bench.expander_stages": "runs of the expander's commands, whose recipes run here",
     "python -m posttrain.nano.bench.expander": "runs of posttrain expander sft and gdpo, whose recipes run here",
     "python -m posttrain.nano.bench.pipeline": "runs of the nano pipeline, whose recipes run here",
     "python -m posttrain.nano.bench.optimizers": (

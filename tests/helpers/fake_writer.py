@@ -29,11 +29,25 @@ def reply(text: str) -> dict:
     if "Description:" in text:
         return {"message": {"content": json.dumps({"requirements": _quoted(text, "Description").split(" and ")})}}
     caption = _quoted(text, "Caption")
+    if "Prompt:" in text:
+        return {"message": {"content": json.dumps({"thought": _thought(caption, _quoted(text, "Prompt"))})}}
+    if "Translate" in text:
+        said = caption.replace("a", "α").replace('"', "'" if "unfaithful" in caption else '"')
+        return {"message": {"content": json.dumps({"texts": [said]})}}
     said = caption.partition(",")[0]
     if '"keywords"' in text:
         said += " and a dragon"
     content = "{" if "broken" in caption else json.dumps({"prompts": [said]})
     return {"message": {"content": content}}
+
+
+def _thought(caption: str, prompt: str) -> list[str]:
+    """Four sentences; of a caption that says secret one speaks of the caption, and of one that says greedy one asks for
+    a dragon. `and` is between facts, as in a description."""
+    asked = "a dragon" if "greedy" in caption else prompt
+    said = "as the caption has it" if "secret" in caption else "for the rest of what is seen there"
+    filler = "the style, the light, the place and the hour of the day are all left open to whoever draws it"
+    return [asked, f"{said}, {filler}", "a drawing would fit it best", caption.rpartition(", ")[2]]
 
 
 class _Handler(BaseHTTPRequestHandler):

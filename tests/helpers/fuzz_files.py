@@ -10,7 +10,7 @@ import torch
 
 from posttrain.annotate import answers as annotations
 from posttrain.expander.config import ExpanderSFTConfig
-from posttrain.expander.sft import read_pairs
+from posttrain.expander.sft_pairs import read_pairs
 from posttrain.judge.config import JudgeConfig
 from posttrain.judge.records import read_records
 from posttrain.model import lora_file

@@ -32,6 +32,8 @@ class NanoPair:
     completion: str
     texts: tuple[str, ...]
     """Words to draw, which prompt and completion both contain."""
+    thought: str
+    """What is asked, in keywords, and the style and background that are chosen: at most 24 tokens of expander-nano."""
 
 
 def caption(rng: np.random.Generator) -> tuple[scenes.Scene, str]:
@@ -55,7 +57,18 @@ def short(scene: scenes.Scene, completion: str, rng: np.random.Generator) -> Nan
     description = scenes.describe(scene, rng, float(rng.choice(DETAILS)))
     register = str(rng.choice(REGISTERS, p=SHARES))
     prompt = reworded(description.prompt, register, rng)
-    return NanoPair(prompt, tuple(description.requirements), register, completion, tuple(description.texts))
+    thought = thought_of(scene, description, rng)
+    return NanoPair(prompt, tuple(description.requirements), register, completion, tuple(description.texts), thought)
+
+
+def thought_of(scene: scenes.Scene, description: scenes.Description, rng: np.random.Generator) -> str:
+    """What stands before the caption of a scene: the prompt's own words as keywords, then what it leaves open."""
+    asked = reworded(description.prompt, "keywords", rng)
+    chosen = []
+    for kind, value in (("background", scene.background), ("style", scene.style)):
+        if f"the {kind} is {value}" not in description.requirements:
+            chosen.append(f"{value} {kind}")
+    return f"{asked}; {', '.join(chosen)}" if chosen else asked
 
 
 def candidates(config: ExpanderDataConfig, index: int) -> list[Candidate]:
@@ -67,6 +80,8 @@ def candidates(config: ExpanderDataConfig, index: int) -> list[Candidate]:
     for _ in range(config.per_caption):
         pair = short(scene, completion, rng)
         candidate = Candidate(pair.prompt, completion, "quoted" if pair.texts else "short", pair.register)
+        if config.thoughts and rng.random() >= config.direct_share:
+            candidate.thought = pair.thought
         candidate.dropped = problem(candidate, found)
         if candidate.dropped is None and not stated.issuperset(pair.requirements):
             candidate.dropped = "not in the caption"
