@@ -26,7 +26,7 @@ from tests.helpers.settings import validate
 @pytest.fixture(scope="module", autouse=True)
 def traced():
     """torch's compiler takes minutes on a CPU: what it would compile runs as it is, or is only traced."""
-    made = functools.cache(lambda device: torch.compile(blocks._run, backend="eager", fullgraph=True))
+    made = functools.cache(lambda function, device: torch.compile(function, backend="eager", fullgraph=True))
     with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch(recompile_limit=blocks.MAX_VARIANTS):
         patch.setattr(blocks, "_compiled", made)
         yield

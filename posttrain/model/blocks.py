@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from posttrain.errors import UserError
 from posttrain.model import references
-from posttrain.model.references import KeysValues, References, cached_block, joint_block
+from posttrain.model.references import KeysValues, References, cached_block, joint_block, own_block
 from posttrain.model.roles import STAGES, switched
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def _run(
     if cached:
         return cached_block(block, hidden, modulation, rope, mask, *cached)
     if lengths:
-        return joint_block(block, hidden, modulation, rope, mask, lengths)
+        return joint_block(block, hidden, modulation, rope, mask, lengths, own_block, cached_block)
     return block(hidden, modulation, rope, mask)
 
 
@@ -173,14 +173,34 @@ def _run_compiled(
     *references: Any,
 ) -> Tensor:
     """Equals `_run` within rounding: fused operations do not round intermediate results to the type of the inputs."""
-    for tensor, sizes in ((hidden, (0, 1)), (modulation, (0,)), (rope[0], (0,)), (rope[1], (0,)), (mask, (0, 3))):
-        for size in sizes if tensor is not None else ():
-            torch._dynamo.maybe_mark_dynamic(tensor, size)
-    return _compiled(hidden.device.type)(block, hidden, modulation, rope, mask, *references)
+    lengths, cached = (references[0], references[1:]) if references else ((), ())
+    if cached:
+        return _call(cached_block, block, hidden, modulation, rope, mask, *cached)
+    if not lengths:
+        return _call(_run, block, hidden, modulation, rope, mask)
+    own, seeing = functools.partial(_call, own_block), functools.partial(_call, cached_block)
+    return joint_block(block, hidden, modulation, rope, mask, lengths, own, seeing)
+
+
+def _call(function: Callable[..., Any], block: nn.Module, *inputs: Any) -> Any:
+    """function(block, *inputs), compiled: hidden states (B, T, C), modulation (B, 1, 6 C), rope, a mask (B, 1, 1, T),
+    keys and values (B, M, heads, head)."""
+    hidden, modulation, rope, *others = inputs
+    for tensor, axes in ((hidden, (0, 1)), (modulation, (0,)), (rope[0], (0,)), (rope[1], (0,))):
+        _may_vary(tensor, axes)
+    for tensor in others:
+        if isinstance(tensor, Tensor):
+            _may_vary(tensor, (0, 3) if tensor.shape[1] == tensor.shape[2] == 1 else (0, 1))
+    return _compiled(function, hidden.device.type)(block, *inputs)
+
+
+def _may_vary(tensor: Tensor, axes: tuple[int, ...]) -> None:
+    for axis in axes:
+        torch._dynamo.maybe_mark_dynamic(tensor, axis)
 
 
 @functools.cache
-def _compiled(device: str) -> Callable[..., Tensor]:
+def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
     """Raises UserError where there is no compiler of C, or of C++ on a CPU, to build what torch writes."""
     # inductor writes C++ for a CPU; for a GPU, Triton builds its launcher with a C compiler.
     names = [os.environ.get("CXX", "g++")] if device == "cpu" else [os.environ.get("CC", "gcc"), "clang"]
@@ -190,7 +210,7 @@ def _compiled(device: str) -> Callable[..., Tensor]:
     dynamo.recompile_limit = max(dynamo.recompile_limit, MAX_VARIANTS)
     functorch: Any = functorch_config
     functorch.activation_memory_budget = 1.0 if device == "cpu" else ACTIVATION_BUDGET
-    return torch.compile(_run)
+    return torch.compile(function)
 
 
 def compiles_by_default(device: torch.device, dtype: torch.dtype) -> bool:
@@ -311,6 +331,8 @@ class VelocityModel(nn.Module):
         blocks, bias = list(net.transformer_blocks), shown.bias(mask, tokens, batch, hidden.dtype)
         if shown.cached is not None:
             return self.blocks(blocks, hidden, modulation, rope, bias, cached=shown.cached)
+        if bias is None:  # of texts of one length; with none at times, blocks would be compiled for both
+            bias = hidden.new_zeros(batch, 1, 1, tokens + sum(shown.lengths))
         streams = [net.img_in(latents.to(hidden.device, hidden.dtype)) for latents in shown.latents]
         hidden = torch.cat([hidden, *(stream.expand(batch, -1, -1) for stream in streams)], 1)
         clean = references.clean_modulation(net, hidden.dtype, hidden.device).expand(batch, -1, -1)

@@ -12,6 +12,7 @@ Legend: B samples, N_i tokens of reference i, M of all references, T = L + N of 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -158,31 +159,50 @@ def install(transformer: Krea2Transformer2DModel) -> None:
             block.attn.set_processor(processor)
 
 
+OwnBlock = Callable[[nn.Module, Tensor, Tensor, Rope], tuple[Tensor, Tensor, Tensor]]
+SeeingBlock = Callable[[nn.Module, Tensor, Tensor, Rope, Tensor | None, Tensor, Tensor], Tensor]
+
+
+def own_block(block: nn.Module, hidden: Tensor, modulation: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    """A block on a reference (B, N, C), which sees itself alone; and its keys and values."""
+    seen = Seen()
+    ended = block(hidden, modulation, rope, seen)
+    return (ended, *seen.own[0])
+
+
 def joint_block(
-    block: nn.Module, hidden: Tensor, modulation: Tensor, rope: Rope, bias: Tensor | None, lengths: tuple[int, ...]
+    block: nn.Module,
+    hidden: Tensor,
+    modulation: Tensor,
+    rope: Rope,
+    bias: Tensor | None,
+    lengths: tuple[int, ...],
+    own: OwnBlock,
+    seeing: SeeingBlock,
 ) -> Tensor:
     """A block on (B, T + M, C): references see themselves alone, text and target see all.
 
     `lengths` are (T, N_1, N_2, ...), modulation is (B, 2, 6 C) at the target's time and at 0, bias as in
-    `References.bias`.
+    `References.bias`. `own` and `seeing` are `own_block` and `cached_block`, or compiled: so any number of references
+    of any size needs these two graphs.
     """
     at_time, clean = modulation[:, :1], modulation[:, 1:]
     main, *references = hidden.split(lengths, 1)
     cos, sin = rope[0].split(lengths), rope[1].split(lengths)
-    seen = Seen()
-    ended = []
+    ended, keys, values = [], [], []
     for i, reference in enumerate(references, start=1):
-        ended.append(block(reference, clean, (cos[i], sin[i]), seen))
-    keys = torch.cat([key for key, _ in seen.own], 1)
-    values = torch.cat([value for _, value in seen.own], 1)
-    main = block(main, at_time, (cos[0], sin[0]), Seen(bias, (keys, values)))
+        out, key, value = own(block, reference, clean, (cos[i], sin[i]))
+        ended.append(out)
+        keys.append(key)
+        values.append(value)
+    main = seeing(block, main, at_time, (cos[0], sin[0]), bias, torch.cat(keys, 1), torch.cat(values, 1))
     return torch.cat([main, *ended], 1)
 
 
 def cached_block(
     block: nn.Module, hidden: Tensor, modulation: Tensor, rope: Rope, bias: Tensor | None, key: Tensor, value: Tensor
 ) -> Tensor:
-    """A block on text and target, (B, T, C), with the references' keys and values from `cache`."""
+    """A block on text and target, (B, T, C), with the references' keys and values."""
     return block(hidden, modulation, rope, Seen(bias, (key, value)))
 
 

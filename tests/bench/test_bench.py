@@ -222,7 +222,7 @@ def test_bench_and_plans(tmp_path, capsys, model):
 
 def test_compiled(settings, monkeypatch):
     """With torch's tracing alone, which is exact, and takes seconds where its compiler takes minutes."""
-    traced = functools.cache(lambda device: torch.compile(blocks._run, backend="eager", fullgraph=True))
+    traced = functools.cache(lambda function, device: torch.compile(function, backend="eager", fullgraph=True))
     monkeypatch.setattr(blocks, "_compiled", traced)
     settings.model.compile, settings.stock, settings.repeats = True, True, 2
     row = measured(settings, "step", (64, 64), Processes(), 1.0)

@@ -22,7 +22,7 @@ COMPILED = blocks._compiled
 
 @pytest.fixture(scope="module")
 def k2():
-    traced = functools.cache(lambda device: torch.compile(blocks._run, backend="eager", fullgraph=True))
+    traced = functools.cache(lambda function, device: torch.compile(function, backend="eager", fullgraph=True))
     made = K2.random("cpu", torch.float32, "tiny", text=False)
     for seed, name in enumerate(("policy", "fake")):
         made.add_role(name, 4, 4.0, seed=seed)
@@ -218,9 +218,9 @@ def test_compiled_blocks_keep_no_copies_of_what_adapters_read(monkeypatch):
     k2 = K2.random("cpu", torch.bfloat16, "tiny", text=False)
     k2.add_role("policy", 4, 4.0, seed=0)
     weights = {p.untyped_storage().data_ptr() for p in k2.transformer.parameters()}
-    COMPILED("cuda")  # sets the limit
+    COMPILED(blocks._run, "cuda")  # sets the limit
     traced = torch.compile(blocks._run, backend="aot_eager_decomp_partition")
-    monkeypatch.setattr(blocks, "_compiled", lambda device: traced)
+    monkeypatch.setattr(blocks, "_compiled", lambda function, device: traced)
 
     def kept(compiled):
         seen = {}
@@ -248,4 +248,4 @@ def test_a_compiler_that_is_missing_is_named(monkeypatch):
     COMPILED.cache_clear()
     for device, name in (("cpu", r"g\+\+"), ("cuda", "gcc")):
         with pytest.raises(UserError, match=rf"model\.compile: needs {name}, which is not in the PATH; install it"):
-            COMPILED(device)
+            COMPILED(blocks._run, device)

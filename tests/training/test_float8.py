@@ -88,7 +88,7 @@ def test_the_blocks_linears_are_near_the_exact_ones(recipe):
 
 def test_compiled_it_is_the_same(monkeypatch):
     """Traced whole, with and without gradient, in fp8 and exactly; a second time nothing is compiled again."""
-    traced = functools.cache(lambda device: torch.compile(blocks._run, backend="eager", fullgraph=True))
+    traced = functools.cache(lambda function, device: torch.compile(function, backend="eager", fullgraph=True))
     monkeypatch.setattr(blocks, "_compiled", traced)
     with torch._dynamo.config.patch(recompile_limit=blocks.MAX_VARIANTS):
         k2 = made("rowwise")
