@@ -33,7 +33,7 @@ class EvaluateConfig:
 
     output: str
     """Directory for images, scores, table.md, evaluation.json and report.html. What it holds already is kept: the same
-    command goes on where it was stopped, and more subjects or rewards can be added."""
+    command continues where it was stopped, and more subjects or rewards can be added."""
     subjects: list[str]
     """What is scored, each as NAME=PLACE or PLACE; the first is what the others are compared with. PLACE is `base` (the
     model as it is), a run, a checkpoint or an adapter's file on it, a directory of a whole model, a folder of images,
@@ -85,7 +85,7 @@ class EvaluateConfig:
         for name in self.least_change:
             if name not in names:
                 raise refusal(
-                    "least_change", f"{name} is no reward of this evaluation; it has {', '.join(sorted(names))}"
+                    "least_change", f"{name} is not a reward of this evaluation; it has {', '.join(sorted(names))}"
                 )
         if self.images == 1:
             for i, reward in enumerate(self.rewards):

@@ -18,6 +18,7 @@ import numpy as np
 
 from posttrain.config import metric_names
 from posttrain.distributed.processes import Processes
+from posttrain.errors import counted
 from posttrain.evaluate.config import EvaluateConfig
 from posttrain.evaluate.subjects import Images
 from posttrain.image_reader import read_image
@@ -71,7 +72,7 @@ class Scored:
         for name, failed in missing.items():
             if failed and procs.main:
                 log.warning(
-                    f"{self.images.subject.name}: {name} failed for {failed} images; the same command asks again"
+                    f"{self.images.subject.name}: {name} failed for {counted(failed, 'image')}; the same command asks again"
                 )
 
     def _is_due(self, prompt: int, image: int) -> bool:

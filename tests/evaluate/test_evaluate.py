@@ -158,7 +158,7 @@ def test_a_server(recipe, tmp_path):
         ({"expand": {"other": "x"}}, "expand: other is no subject"),
         ({"prompts": None}, "prompts: give either prompts"),
         ({"rewards": []}, "rewards: name at least one"),
-        ({"least_change": {"warm": 0.0}}, "least_change: warm is no reward of this evaluation"),
+        ({"least_change": {"warm": 0.0}}, "least_change: warm is not a reward of this evaluation"),
     ],
 )
 def test_mistakes_are_told_before_a_model_is_read(recipe, tmp_path, changes, told, monkeypatch):

@@ -23,6 +23,7 @@ SMALL = {
     ],
     "tdm": [*EVAL, "--steps", "2", "--batch", "2", "--micro_batch", "2", "--fake.warmup", "1"],
     "sample": ["--steps", "1"],
+    "evaluate": ["--steps", "1", "--first", "2", "--images", "1", "--least_change", "{}"],
     "judge": ["--steps", "1", "--batch", "4", "--micro_batch", "4", "--workers", "0"],
     "expander data": ["--count", "40"],
     "expander sft": ["--steps", "1", "--batch", "4", "--micro_batch", "4", "--measured", "4"],
@@ -60,6 +61,7 @@ MORE = {
 
 SCALE = "at K2's true size, which no CPU holds; "
 NOT_RUN = {
+    "posttrain evaluate base grpo=": "K2 and a server; the command is run on K2-nano",
     "make demo": (
         "makes an environment; its command: tests/test_project.py::"
         "test_the_demo_runs_the_nano_pipeline_by_torchrun_on_the_cpu"

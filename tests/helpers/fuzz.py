@@ -53,7 +53,7 @@ SECONDS = 10
 
 COMMAND_OF = {
     "grpo": "grpo", "demo": "grpo", "nft": "nft", "mopd": "mopd", "sft": "sft", "style": "style", "stpo": "stpo",
-    "tdm": "tdm", "pairs": "pairs", "pipeline": "run",
+    "tdm": "tdm", "pairs": "pairs", "evaluate": "evaluate", "pipeline": "run",
     "judge": "judge", "sample": "sample", "expander_data": "expander data", "expander_sft": "expander sft",
     "expander_gdpo": "expander gdpo", "expander_mine": "expander mine",
 }  # fmt: skip

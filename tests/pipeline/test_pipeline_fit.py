@@ -71,7 +71,7 @@ def test_each_k2_recipe_belongs_to_a_pipeline():
         "recipes/k2/stpo_human.yaml": "stpo", "recipes/k2/judges.yaml": "serve",
         "recipes/k2/grpo_ready.yaml": "grpo", "recipes/k2/judge_aesthetic.yaml": "judge",
         "recipes/k2/judge_artifact.yaml": "judge",
-        "recipes/k2/expander_mine.yaml": "expander mine",
+        "recipes/k2/expander_mine.yaml": "expander mine", "recipes/k2/evaluate.yaml": "evaluate",
     }  # fmt: skip
     others = {str(path.relative_to(runs.ROOT)) for path in K2 if path not in PIPELINES}
     assert others == {*used, *alone}

@@ -233,3 +233,22 @@ def test_metrics_json_is_read_by_step(tmp_path):
     rows = [{"step": 1, "time": 5, "a": 1, "b": None}, {"step": 2, "time": 6, "a": 2}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert read_metrics(path) == {"a": [(1, 1), (2, 2)], "b": [(1, None)]}
+
+
+def test_a_report_begins_with_a_verdict(tmp_path):
+    """Of all prompts, not of those that are shown; what fell first; and whether a limit was crossed."""
+    run = make_run(tmp_path / "run", images=2)
+    rows = [{"oracle": {"score": 0.2 + 0.01 * i}, "clean": {"score": 0.9 - 0.01 * i}} for i in range(12)]
+    later = [{"oracle": {"score": one["oracle"]["score"] + 0.1 + 0.001 * i}, "clean": {"score": 0.5}}
+             for i, one in enumerate(rows)]  # fmt: skip
+    later[3] = {"oracle": later[3]["oracle"]}  # one score is missing
+    for step, scores in ((0, rows), (40, later)):
+        run.samples(step, np.zeros((2, 8, 8, 3), np.uint8), ["a", "b"], [0, 1], scores)
+    every = json.loads((tmp_path / "run/samples/step-000040/all_scores.json").read_text())
+    assert len(every["oracle"]) == 12 and every["clean"][3] is None
+    assert len(json.loads((tmp_path / "run/samples/step-000040/scores.json").read_text())) == 2
+    page = write_report(tmp_path / "run").read_text()
+    assert re.search(r"Verdict</h2>\s*<p>clean fell by \.34\d ± \.\d+; oracle \+\.10\d ± \.\d+\.</p>", page), page[
+        :3000
+    ]
+    assert "no limit of the recipe was crossed" in page
