@@ -108,14 +108,14 @@ def summary(
     results["paired"], results["verdicts"], results["failed"] = {}, {}, []
     firsts = against([one.images.subject for one in scored])
     for name, first in firsts.items():
-        differences = {}
+        differences: dict[str, dict[str, Any] | None] = {}
         for figure, values in by_subject[name].items():
             found = paired(values, by_subject[first][figure], config.seed)
             differences[figure] = None if found is None else asdict(found)
             least = config.least_change.get(figure)
             if least is not None and (found is None or found.difference < least):
-                told = "has no score to compare" if found is None else f"{found.difference:+.4f}"
-                results["failed"].append(f"{name}: {figure} {told}, and least_change is {least:+g}")
+                change = "has no score to compare" if found is None else f"{found.difference:+.4f}"
+                results["failed"].append(f"{name}: {figure} {change}, and least_change is {least:+g}")
         results["paired"][name] = {"against": first, "figures": differences}
         results["verdicts"][name] = _verdict(by_subject[first], by_subject[name], names)
     return results

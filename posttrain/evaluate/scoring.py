@@ -72,7 +72,7 @@ class Scored:
         for name, failed in missing.items():
             if failed and procs.main:
                 log.warning(
-                    f"{self.images.subject.name}: {name} failed for {counted(failed, 'image')}; the same command asks again"
+                    f"{self.images.subject.name}: {name} failed for {counted(failed, 'image')}; give the command again"
                 )
 
     def _is_due(self, prompt: int, image: int) -> bool:
@@ -88,7 +88,7 @@ class Scored:
         keys = [f"{i}-{j}" for i, j in jobs]
         images = [read_image(self.images.paths[job]) for job in jobs]
         prompts = [records[i].prompt for i, _ in jobs]
-        rows = {name: [column[i] for i, _ in jobs] for name, column in own_columns.items()}
+        rows: dict[str, Sequence[Any]] = {name: [column[i] for i, _ in jobs] for name, column in own_columns.items()}
         # Those that have answered for all of these are not asked again.
         due = []
         for reward in self.rewards:
