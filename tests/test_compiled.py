@@ -32,7 +32,7 @@ PROMPTS = ["a red circle", "a circle red", "a red red", "a circle circle"]
 @pytest.fixture(scope="module", autouse=True)
 def traced():
     made = functools.cache(
-        lambda device: torch.compile(blocks._run, backend="aot_eager", fullgraph=True, dynamic=False)
+        lambda function, device: torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=False)
     )
     # Of fixed sizes torch would build a backward graph when it is first walked, for as often as it is then.
     eager = functorch_config.patch(force_non_lazy_backward_lowering=True)
