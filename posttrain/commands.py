@@ -134,8 +134,8 @@ COMMANDS: dict[str, Command] = {
         ),
     ),
     "style play": Command(
-        "posttrain.play_config:PlayConfig",
-        "posttrain.play:play",
+        "posttrain.style_page_config:PlayConfig",
+        "posttrain.style_page:play",
         "serve a page where strengths of references are dragged",
         gpu=True,
         model="any",
@@ -289,7 +289,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "expander serve": Command(
         "posttrain.expander.config:ExpanderServeConfig",
-        "posttrain.expander.endpoint:serve",
+        "posttrain.expander.http_server:serve",
         "serve an expander like a chat model of OpenAI",
         gpu=True,
     ),

@@ -48,7 +48,7 @@ def test_no_code_comes_out_of_a_file():
             options = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
             assert name not in ("eval", "exec", "pd.read_pickle", "os.system", "yaml.unsafe_load"), path
             if name == "torch.load":
-                assert path == runs.ROOT / "rewards/ready/scorer.py" and options["weights_only"] == "True", path
+                assert path == runs.ROOT / "rewards/ready/loaded.py" and options["weights_only"] == "True", path
             assert options.get("trust_remote_code", "False") == "False", path
             assert options.get("allow_pickle", "False") == "False" and options.get("shell", "False") == "False", path
             assert options.get("weights_only", "True") == "True", path

@@ -5,9 +5,9 @@
 docs/rewards.md has a table of them with ranges and licences.
 """
 
-from rewards.ready.clip import CLIP, AestheticScore, HPSv2, PickScore, SigLIP
 from rewards.ready.hpsv3 import HPSv3
 from rewards.ready.imagereward import ImageReward
+from rewards.ready.similarity import CLIP, AestheticScore, HPSv2, PickScore, SigLIP
 from rewards.ready.text import Text
 from rewards.ready.unified import UnifiedReward
 

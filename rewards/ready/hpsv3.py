@@ -15,7 +15,7 @@ from posttrain.errors import UserError, counted
 from posttrain.loading import local, quiet, reading
 from posttrain.tokenizer import load_tokenizer
 from prompts.templates import CONTROL_TOKEN, load_template
-from rewards.ready.scorer import SETTINGS, Scorer, build, fill, image_processor, read_state
+from rewards.ready.loaded import SETTINGS, Scorer, build, fill, image_processor, read_state
 
 REWARD = "<|Reward|>"
 """The token of the question whose hidden state the head reads."""

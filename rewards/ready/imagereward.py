@@ -18,7 +18,7 @@ from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVi
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from posttrain.errors import UserError
-from rewards.ready.scorer import HIDDEN, Scorer, build, fill, read_state, score_head, tokenizer_of
+from rewards.ready.loaded import HIDDEN, Scorer, build, fill, read_state, score_head, tokenizer_of
 
 MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072
 """Of the head's output over ImageReward's data, by which its score is normalised (ImageReward.py)."""

@@ -19,8 +19,8 @@ from posttrain.config.types import ConfigError
 from posttrain.errors import UserError
 from posttrain.expander.chat_template import messages
 from posttrain.expander.config import ExpanderServeConfig
-from posttrain.expander.endpoint import LARGEST, Answerer, Handler, Server
 from posttrain.expander.expand import TIMES, farthest, varied
+from posttrain.expander.http_server import LARGEST, Answerer, Handler, Server
 from posttrain.expander.model import Expander, Expansion
 from tests.expander.test_expander import BASE
 from tests.helpers.commands import Commands
@@ -200,7 +200,7 @@ def test_settings_that_cannot_be(tmp_path, capsys, monkeypatch):
 
 
 def test_the_command_serves_until_it_is_stopped(tmp_path):
-    commands = Commands(tmp_path, "import posttrain.expander.endpoint")
+    commands = Commands(tmp_path, "import posttrain.expander.http_server")
     (process,) = commands.start("expander", "serve", "--model", BASE, "--dtype", "float32", "--port", "0")
     said, until = Path(commands.files[0]), time.monotonic() + 60
     while not (found := re.search(r"posttrain: expander serve at (http://\S+)", said.read_text())):

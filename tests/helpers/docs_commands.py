@@ -44,9 +44,9 @@ SMALL = {
     "report": [],
     "bench": ["--methods", "[rollout,grpo]", "--repeats", "1", "--stock", "false", "--warmup", "2"],
     "posttrain.pipeline.ranks": [],
-    "posttrain.nano.world.referenced": ["--images", "24", "--heldout", "4"],
+    "posttrain.nano.world.many_styles": ["--images", "24", "--heldout", "4"],
     "posttrain.nano.bench.style": ["--prompts", "4", "--steps", "1"],
-    "posttrain.nano.world.styled": ["--images", "24", "--heldout", "4"],
+    "posttrain.nano.world.one_style": ["--images", "24", "--heldout", "4"],
     "posttrain.nano.world.judge_data": ["--pairs", "24", "--faults", "24"],
 }  # fmt: skip
 MORE = {
@@ -126,7 +126,7 @@ NOT_RUN = {
     "python -m posttrain.nano.bench.expander_stages": "runs of the expander's commands, whose recipes run here",
     "python -m posttrain.nano.bench.expander": "runs of posttrain expander sft and gdpo, whose recipes run here",
     "python -m posttrain.nano.bench.pipeline": "runs of the nano pipeline, whose recipes run here",
-    "python -m posttrain.nano.bench.optimizers": (
+    "python -m posttrain.nano.bench.muon_adamw": (
         "an hour of a core: tests/nano/test_bench_optimizers.py::test_a_short_comparison"
     ),
     "python -m posttrain.nano.bench.tdm": "the teacher's 56 forwards an image, minutes of a GPU",

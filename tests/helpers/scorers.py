@@ -27,7 +27,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from rewards.ready.scorer import HIDDEN, score_head
+from rewards.ready.loaded import HIDDEN, score_head
 from tests.helpers import tiny
 
 TEXTS = [*tiny.PROMPTS, "two red stars on a blue square", "a photo of the sea at dusk"]

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from posttrain.nano.bench import optimizers
+from posttrain.nano.bench import muon_adamw as optimizers
 
 
 def test_a_short_comparison(tmp_path, monkeypatch, capsys):

@@ -17,7 +17,7 @@ from tests.helpers.commands import Commands
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
     commands = Commands(
-        tmp_path_factory.mktemp("commands"), "import posttrain.style.train, posttrain.play, gradio, uvicorn"
+        tmp_path_factory.mktemp("commands"), "import posttrain.style.train, posttrain.style_page, gradio, uvicorn"
     )
     yield commands
     commands.close()

@@ -2,8 +2,8 @@
 
     python -m posttrain.nano.bench.sft --output runs/bench-sft
 
-For each seed another set of images (world/styled.py) and another run of recipes/nano/sft.yaml. Then base and runs draw
-the same held-out prompts with the same noise in 14 steps, without and with guidance. OUTPUT/table.md and table.json:
+For each seed another set of images (world/one_style.py) and another run of recipes/nano/sft.yaml. Then base and runs
+draw the same held-out prompts with the same noise in 14 steps, without and with guidance. OUTPUT/table.md and table.json:
 
 | column | what it is |
 |---|---|
@@ -32,7 +32,8 @@ from posttrain.export.export import load_checkpoint
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
 from posttrain.nano.bench import common
-from posttrain.nano.world import oracles, styled
+from posttrain.nano.world import one_style as styled
+from posttrain.nano.world import oracles
 from posttrain.nano.world.statements import meets
 from posttrain.training import checkpoint
 from posttrain.training.policy import POLICY

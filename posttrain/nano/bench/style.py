@@ -23,8 +23,8 @@ from scipy import stats
 from posttrain.config.sections import ModelConfig
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
+from posttrain.nano.world import many_styles as world
 from posttrain.nano.world import oracles
-from posttrain.nano.world import referenced as world
 from posttrain.references.draw import How
 from posttrain.references.shown import Drawer, Named, of_records
 from posttrain.sample_images import loaded
@@ -112,7 +112,7 @@ def measure(bench: Bench) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", help="a run of posttrain style; none: the model alone")
-    parser.add_argument("--set", type=Path, required=True, help="what posttrain.nano.world.referenced wrote")
+    parser.add_argument("--set", type=Path, required=True, help="what posttrain.nano.world.many_styles wrote")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", default="posttrain/nano/weights/k2-nano")
     parser.add_argument("--prompts", type=int, default=90)

@@ -14,7 +14,7 @@ from posttrain.errors import UserError
 from rewards.base import Failure, RewardSpec
 from rewards.load import check_rewards, load_rewards
 from rewards.ready import CLIP, AestheticScore, HPSv2, PickScore, SigLIP
-from rewards.ready.clip import from_open_clip, padded
+from rewards.ready.similarity import from_open_clip, padded
 from tests.helpers import scorers
 
 PROMPTS = [

@@ -1,6 +1,6 @@
 """Writes a small set of images in one style, with captions, to finetune K2-nano on; and prompts to measure it with.
 
-    python -m posttrain.nano.world.styled runs/nano-styled
+    python -m posttrain.nano.world.one_style runs/nano-styled
 
 Beside each of OUT/images/*.png is a .json with a dense `caption` and a `short` one, which name the style.
 OUT/heldout.jsonl has prompts for that style, tagged `styled`, and as many of prompts/nano/heldout.jsonl that ask for

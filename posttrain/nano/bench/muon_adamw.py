@@ -1,7 +1,7 @@
 """Muon against AdamW: all weights of K2-nano fitted by flow matching to images that it has not seen the like of.
 
-    python -m posttrain.nano.bench.optimizers --output runs/bench-optimizers
-    python -m posttrain.nano.bench.optimizers --output runs/bench-scratch --scratch
+    python -m posttrain.nano.bench.muon_adamw --output runs/bench-optimizers
+    python -m posttrain.nano.bench.muon_adamw --output runs/bench-scratch --scratch
 
 The images are scenes of the nano world with their brightness inverted, with right captions; with --scratch the
 network's weights are random at first. Each optimiser runs at each of its rates with the first seed, and at the best of

@@ -1,6 +1,6 @@
 """Writes a set of images to train style references on with K2-nano, and held-out prompts with references.
 
-    python -m posttrain.nano.world.referenced runs/nano-referenced
+    python -m posttrain.nano.world.many_styles runs/nano-referenced
 
 Beside each of OUT/images/*.png is a .json with a `caption` that is silent on the style, the `full` one and the `style`.
 With --looks N every second image also has one of N looks over its style: tints, contrast and stripes over the whole

@@ -22,7 +22,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from posttrain.errors import UserError
 from posttrain.loading import load_model, local, model_type, quiet, reading
-from rewards.ready.scorer import (
+from rewards.ready.loaded import (
     HIDDEN,
     SETTINGS,
     Scorer,

@@ -20,11 +20,11 @@ from posttrain.errors import UserError
 from posttrain.image_reader import read_image
 from posttrain.model import sampler
 from posttrain.model.k2 import K2, to_pil
-from posttrain.play_config import PlayConfig
 from posttrain.references.draw import MOST_VELOCITY
 from posttrain.references.shown import LONGEST, Drawer, Encoded, encoded, named, scaled
 from posttrain.runs.stop import until_terminated
 from posttrain.sample_images import loaded
+from posttrain.style_page_config import PlayConfig
 from posttrain.training.evaluate import SamplingSettings
 
 SMALL = 256
