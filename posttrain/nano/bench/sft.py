@@ -3,7 +3,8 @@
     python -m posttrain.nano.bench.sft --output runs/bench-sft
 
 For each seed another set of images (world/one_style.py) and another run of recipes/nano/sft.yaml. Then base and runs
-draw the same held-out prompts with the same noise in 14 steps, without and with guidance. OUTPUT/table.md and table.json:
+draw the same held-out prompts with the same noise in 14 steps, without and with guidance. OUTPUT/table.md and
+table.json:
 
 | column | what it is |
 |---|---|
