@@ -43,7 +43,8 @@ RESULTS = "evaluation.json"
 def evaluate(config: EvaluateConfig) -> int:
     """The command. 1 if a subject falls below `least_change`, else 0."""
     procs, output = Processes(), Path(config.output)
-    if output.exists() and not (output / "images").is_dir() and any(output.iterdir()):
+    begun = any((output / name).is_dir() for name in ("images", "scores"))
+    if output.exists() and not begun and any(output.iterdir()):
         raise UserError(f"output: {output} is there and holds no evaluation; choose another name")
     suite = read_suite(config.suite.kind, config.suite.path) if config.suite else None
     records = suite.records if suite else read_prompts(config.prompts or "")

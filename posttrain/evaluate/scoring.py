@@ -1,7 +1,7 @@
 """Scores of a subject's images by all rewards, kept in OUTPUT/scores/NAME.json so that no image is asked about twice.
 
-A reward that is changed in the recipe scores anew; a score that failed is asked for again; one that does not apply is
-kept as null. Missing is never 0.
+A reward that is changed in the recipe scores anew, and all do where an image is another file; a score that failed is
+asked for again; one that does not apply is kept as null. Missing is never 0.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from posttrain.config import metric_names
 from posttrain.distributed.processes import Processes
-from posttrain.errors import counted
+from posttrain.errors import UserError, counted
 from posttrain.evaluate.config import EvaluateConfig
 from posttrain.evaluate.subjects import Images
 from posttrain.image_reader import read_image
@@ -50,10 +51,11 @@ class Scored:
         for name, own in self.digests.items():
             kept = saved.get(name) or {}
             self.rows[name] = kept["rows"] if kept.get("digest") == own else {}
-        self.looks: dict[str, dict[str, float]] = saved.get("looks") or {}
+        self.looks: dict[str, dict[str, Any]] = saved.get("looks") or {}
 
     def score(self, records: Sequence[PromptRecord], procs: Processes) -> None:
         """Asks for what is missing, some prompts at a time."""
+        self._forget_other_files()
         count = max(1, PER_CALL * self.config.micro_batch // self.config.images)
         own_columns = columns(records)
         for first in range(0, len(records), count):
@@ -75,6 +77,15 @@ class Scored:
                     f"{self.images.subject.name}: {name} failed for {counted(failed, 'image')}; give the command again"
                 )
 
+    def _forget_other_files(self) -> None:
+        """What is kept of images that were replaced since."""
+        for (i, j), path in self.images.paths.items():
+            key = f"{i}-{j}"
+            if self.looks.get(key, {}).get("file") != file_digest(path):
+                self.looks.pop(key, None)
+                for rows in self.rows.values():
+                    rows.pop(key, None)
+
     def _is_due(self, prompt: int, image: int) -> bool:
         key = f"{prompt}-{image}"
         unknown = [rows for rows in self.rows.values() if key not in rows or (rows[key] or {}).get("failed")]
@@ -86,7 +97,7 @@ class Scored:
         """By reward and "looks": what is said of each image of these prompts."""
         jobs = [(i, j) for i in own for j in range(self.config.images)]
         keys = [f"{i}-{j}" for i, j in jobs]
-        images = [read_image(self.images.paths[job]) for job in jobs]
+        images = [read(self.images.paths[job]) for job in jobs]
         prompts = [records[i].prompt for i, _ in jobs]
         rows: dict[str, Sequence[Any]] = {name: [column[i] for i, _ in jobs] for name, column in own_columns.items()}
         # Those that have answered for all of these are not asked again.
@@ -101,9 +112,10 @@ class Scored:
             for k, name in enumerate(scores.names):
                 found[name] = {key: _row(scores, n, k) for n, key in enumerate(keys)}
         found["looks"] = {}
-        for key, image in zip(keys, images):
-            pixels = np.asarray(image)
-            found["looks"][key] = {name: float(measure(pixels[None])) for name, measure in LOOKS.items()}
+        for job, key, image in zip(jobs, keys, images):
+            pixels = np.asarray(image)[None]
+            looks = {name: float(measure(pixels)) for name, measure in LOOKS.items()}
+            found["looks"][key] = {"file": file_digest(self.images.paths[job]), **looks}
         return found
 
     def _write(self) -> None:
@@ -135,7 +147,7 @@ class Scored:
         """(P,) of each prompt's images; NaN for one image."""
         found = np.full(len(self.images.records), np.nan)
         for i in range(len(found)) if self.config.images > 1 else ():
-            pixels = [np.asarray(read_image(self.images.paths[i, j])) for j in range(self.config.images)]
+            pixels = [np.asarray(read(self.images.paths[i, j])) for j in range(self.config.images)]
             cells = np.stack([image_metrics.cells(image[None])[0] for image in pixels])
             found[i] = image_metrics.diversity_of_cells(cells, self.config.images)
         return found
@@ -148,6 +160,17 @@ def figures(scored: Scored, rewards: Sequence[Reward]) -> dict[str, np.ndarray]:
     if scored.config.images > 1:
         found[metric_names.DIVERSITY] = scored.diversity()
     return found
+
+
+def read(path: Path) -> Image.Image:
+    try:
+        return read_image(path)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; draw it again, or replace it") from error
+
+
+def file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def digest(reward: Reward) -> str:

@@ -186,3 +186,19 @@ def test_a_folder_with_too_few_images(recipe, tmp_path):
     with pytest.raises(UserError, match=r"has 0 images of 'two blue spheres'|has 1 image of 'a red cube'"):
         evaluate(config(recipe, tmp_path / "out", [str(folder)]))
     shutil.rmtree(folder)
+
+
+def test_an_image_that_was_replaced_is_scored_anew(recipe, tmp_path):
+    """And one that is damaged is named; nothing of an earlier file is shown as if it were this one's."""
+    folder, out = tmp_path / "images", tmp_path / "out"
+    folder.mkdir()
+    for i in range(len(PROMPTS)):
+        Image.new("RGB", (16, 16), (51, 0, 0)).save(folder / f"{i:03d}.png")
+    made = config(recipe, out, [f"mine={folder}"], images=1)
+    assert evaluate(made) == 0 and results(out)["subjects"]["mine"]["figures"]["warmth"]["mean"] == pytest.approx(0.2)
+    Image.new("RGB", (16, 16), (255, 0, 0)).save(folder / "001.png")
+    assert evaluate(made) == 0 and results(out)["subjects"]["mine"]["figures"]["warmth"]["mean"] == pytest.approx(0.4)
+    data = (folder / "002.png").read_bytes()
+    (folder / "002.png").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=r"002\.png: .*draw it again, or replace it"):
+        evaluate(made)
