@@ -26,7 +26,7 @@ from posttrain.errors import UserError
 from posttrain.image_reader import to_rgb
 from posttrain.loading import load_model, local, model_type, reading
 from rewards.base import Score
-from rewards.vlm import VLM
+from rewards.vlm import VLM, own_device
 
 DINOV3 = "facebook/dinov3-vits16-pretrain-lvd1689m"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -60,7 +60,7 @@ class Features:
         if batch < 1:
             raise UserError(f"batch: {batch}: use 1 or more")
         self.path, self.batch = path, batch
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = own_device(device)
         folder = local(path)
         kind = model_type(folder, path)
         if not kind.startswith(("dinov3", "qwen3_vl")):

@@ -23,7 +23,7 @@ from posttrain.loading import load_adapter
 from rewards.encode import EncodedImage
 from rewards.endpoints import JudgeError
 from rewards.judge import Judge
-from rewards.vlm import VLM
+from rewards.vlm import VLM, own_device
 
 GATHER = 0.002
 """Seconds for which the first question waits for others to share its batch."""
@@ -48,7 +48,7 @@ class LocalJudge(Judge):
         if batch < 1:
             raise UserError(f"batch: {batch}: use 1 or more")
         self.batch = batch
-        self._vlm, self._lock = _load(path, adapter, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._vlm, self._lock = _load(path, adapter, own_device(device))
         self._waiting: list[tuple[EncodedImage, str, dict[str, Any], asyncio.Future[Any]]] = []
         self._draining: asyncio.Task[None] | None = None
         self._spellings: dict[int, str] = {}

@@ -171,6 +171,13 @@ class VLM:
             del visual.forward  # the instance's own; the class's is there again
 
 
+def own_device(device: str | None) -> str:
+    """`device`, or the GPU if there is one, with the number of this process's own: rewards are asked in threads, in
+    which plain cuda would be the first GPU."""
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return f"cuda:{torch.cuda.current_device()}" if name == "cuda" else name
+
+
 def distinct(images: Sequence[Image.Image]) -> tuple[list[int], list[int]]:
     """Where each image object stands first, and for every place which of these it is."""
     first: list[int] = []

@@ -14,6 +14,7 @@ from posttrain.training import advantages
 from rewards.base import RewardSpec
 from rewards.diversity import Diversity, Features, contributions
 from rewards.load import load_rewards
+from rewards.vlm import own_device
 from tests.helpers import expander_runs
 from tests.helpers.runs import ROOT
 
@@ -117,3 +118,11 @@ def test_what_has_no_features_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(UserError, match=r"is a bert: features come from DINOv3 or a Qwen3-VL"):
         Features(str(tmp_path))
+
+
+def test_a_process_keeps_to_its_own_gpu(monkeypatch):
+    """In a reward's thread plain cuda is the first GPU."""
+    assert own_device("cpu") == "cpu" and own_device("cuda:1") == "cuda:1"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert own_device(None) == own_device("cuda") == "cuda:3"
