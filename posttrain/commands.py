@@ -78,6 +78,8 @@ class Command:
 TrainsK2 = partial(Command, resumable=True, output="run", gpu=True, model="raw", makes="checkpoint")
 """A command that trains Raw and leaves checkpoints of a run."""
 EVALUATED = ("eval.prompts", "eval.steps", "eval.seed", "eval.groups", "eval.group_size")
+IMAGES = ("lora", "seed", "heldout", "images.heldout", "images.measured", "turbo", "turbo_steps", *EVALUATED)
+"""What a run on images with captions keeps."""
 CHECK = "export --check"
 
 COMMANDS: dict[str, Command] = {
@@ -99,16 +101,7 @@ COMMANDS: dict[str, Command] = {
         kept_prompts=("heldout",),
         reads={"model.start": "checkpoint", "images.train": "set of images", "turbo": "checkpoint"},
         # An image must not be held out now and trained on then.
-        frozen=(
-            "lora",
-            "seed",
-            "heldout",
-            "images.heldout",
-            "images.measured",
-            "turbo",
-            "turbo_steps",
-            *EVALUATED,
-        ),
+        frozen=IMAGES,
     ),
     "style": TrainsK2(
         "posttrain.style.config:StyleConfig",
@@ -119,19 +112,7 @@ COMMANDS: dict[str, Command] = {
         kept_prompts=("heldout",),
         reads={"model.start": "checkpoint", "images.train": "set of images", "turbo": "checkpoint"},
         # An image or a style must not be held out now and trained on then; held-out images are shown in these tiles.
-        frozen=(
-            "lora",
-            "seed",
-            "heldout",
-            "turbo",
-            "turbo_steps",
-            "images.heldout",
-            "images.measured",
-            "heldout_styles",
-            "references.sizes",
-            "references.tile_counts",
-            *EVALUATED,
-        ),
+        frozen=(*IMAGES, "heldout_styles", "references.sizes", "references.tile_counts"),
     ),
     "style play": Command(
         "posttrain.style_page_config:PlayConfig",

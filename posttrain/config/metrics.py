@@ -377,12 +377,11 @@ def definitions(names: Iterable[str]) -> list[Metric]:
 
 def page() -> str:
     """docs/metrics.md."""
-    introduction = (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2].strip()
     parts = [
         "# Metrics",
         "Made by `python -m posttrain.config.metrics`. Each run logs its metrics in `metrics.jsonl` and TensorBoard;\n"
         "its report shows these definitions.",
-        introduction,
+        (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2].strip(),
         "## Training",
         _table(METRICS),
         "## Evaluation",
@@ -393,8 +392,7 @@ def page() -> str:
 
 def _table(metrics: Iterable[Metric]) -> str:
     lines = ["| metric | definition | unit or range | better |", "|---|---|---|---|"]
-    for metric in metrics:
-        lines.append(f"| `{metric.pattern}` | {metric.definition} | {metric.unit} | {metric.better} |")
+    lines += [f"| `{metric.pattern}` | {metric.definition} | {metric.unit} | {metric.better} |" for metric in metrics]
     return "\n".join(lines)
 
 

@@ -28,16 +28,26 @@ def table(results: dict[str, Any]) -> str:
         cells = [_with_error(own["figures"].get(figure)) for figure in names]
         lines.append([name, *cells, "" if seconds is None else f"{seconds:.2f}"])
     text = _markdown(head, lines)
-    suites = {name: own["suite"] for name, own in subjects.items() if "suite" in own}
-    if suites:
-        figures = list(dict.fromkeys(figure for own in suites.values() for figure in own))
-        rows = [[name, *(_number(own.get(figure)) for figure in figures)] for name, own in suites.items()]
+    figures, rows = suite_rows(results)
+    if rows:
         text += "\n" + _markdown([results["suite"]["kind"], *figures], rows)
     if results["paired"]:
         text += "\nPaired by prompt and noise:\n\n" + _markdown(PAIRED, paired_rows(results))
         text += "".join(f"\n{name}: {told}\n" for name, told in results["verdicts"].items())
     text += "".join(f"\nfailed: {told}\n" for told in results["failed"])
     return text
+
+
+def suite_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Names of a suite's figures, and of each subject its name and these figures; both empty without a suite."""
+    suites = {name: own["suite"] for name, own in results["subjects"].items() if "suite" in own}
+    figures: dict[str, None] = {}  # a set that keeps the order
+    for own in suites.values():
+        figures |= dict.fromkeys(own)
+    rows = []
+    for name, own in suites.items():
+        rows.append([name, *(_number(own.get(figure)) for figure in figures)])
+    return list(figures), rows
 
 
 def paired_rows(results: dict[str, Any]) -> list[list[str]]:
@@ -66,8 +76,7 @@ def write(path: Path, config: EvaluateConfig, scored: Sequence[Scored], results:
         cells = [_with_error(own["figures"].get(figure)) for figure in names]
         drawn = [public(own["place"]), own.get("steps"), own.get("guidance"), own.get("seconds_image")]
         rows.append([name, *cells, *drawn])
-    suites = {name: own["suite"] for name, own in results["subjects"].items() if "suite" in own}
-    figures = list(dict.fromkeys(figure for own in suites.values() for figure in own))
+    figures, of_suite = suite_rows(results)
     write_page(
         path, "evaluate.html", f"evaluation of {', '.join(results['subjects'])}",
         subjects=list(results["subjects"]),
@@ -78,7 +87,7 @@ def write(path: Path, config: EvaluateConfig, scored: Sequence[Scored], results:
         rows=rows,
         suite=results.get("suite"),
         suite_head=["", *figures],
-        suite_rows=[[name, *(_number(own.get(figure)) for figure in figures)] for name, own in suites.items()],
+        suite_rows=of_suite,
         paired_head=PAIRED,
         paired=paired_rows(results),
         strips=strips(config, scored, results),
@@ -111,7 +120,10 @@ def strips(config: EvaluateConfig, scored: Sequence[Scored], results: dict[str, 
 
 
 def _names(results: dict[str, Any]) -> list[str]:
-    return list(dict.fromkeys(name for own in results["subjects"].values() for name in own["figures"]))
+    names: dict[str, None] = {}
+    for own in results["subjects"].values():
+        names |= dict.fromkeys(own["figures"])
+    return list(names)
 
 
 def _with_error(figure: dict[str, Any] | None) -> str:

@@ -60,7 +60,7 @@ class Scored:
         own_columns = columns(records)
         for first in range(0, len(records), count):
             part = range(first, min(first + count, len(records)))
-            due = [i for i in part if any(self._is_due(i, j) for j in range(self.config.images))]
+            due = [i for i in part if self._is_due(i)]
             if not due:
                 continue
             own = [due[place] for place in procs.local_indices(len(due))]
@@ -86,10 +86,14 @@ class Scored:
                 for rows in self.rows.values():
                     rows.pop(key, None)
 
-    def _is_due(self, prompt: int, image: int) -> bool:
-        key = f"{prompt}-{image}"
-        unknown = [rows for rows in self.rows.values() if key not in rows or (rows[key] or {}).get("failed")]
-        return bool(unknown) or key not in self.looks
+    def _is_due(self, prompt: int) -> bool:
+        """Whether something is not known of one of its images."""
+        for image in range(self.config.images):
+            key = f"{prompt}-{image}"
+            unknown = [rows for rows in self.rows.values() if _is_unknown(rows, key)]
+            if unknown or key not in self.looks:
+                return True
+        return False
 
     def _ask(
         self, own: Sequence[int], records: Sequence[PromptRecord], own_columns: Mapping[str, Any]
@@ -104,7 +108,7 @@ class Scored:
         due = []
         for reward in self.rewards:
             known = self.rows[reward.spec.name]
-            if any(key not in known or (known[key] or {}).get("failed") for key in keys):
+            if any(_is_unknown(known, key) for key in keys):
                 due.append(reward)
         found: dict[str, Any] = {}
         if due:
@@ -179,6 +183,10 @@ def digest(reward: Reward) -> str:
     told = asdict(spec) if spec.given is None else {"name": spec.name}
     own = {name: told.get(name) for name in ("function", "scale", "offset", "group")}
     return hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _is_unknown(rows: Mapping[str, dict[str, Any] | None], key: str) -> bool:
+    return key not in rows or bool((rows[key] or {}).get("failed"))
 
 
 def _row(scores: Scores, n: int, k: int) -> dict[str, Any] | None:

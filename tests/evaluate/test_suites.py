@@ -179,6 +179,7 @@ def test_compbench(tmp_path):
 def test_rubric(tmp_path):
     rows = [{"prompt": "a", "requirements": ["x"], "tags": ["t"]}, {"prompt": "b", "requirements": ["y"]}]
     suite = read("rubric", jsonl(tmp_path / "r.jsonl", rows))
+    assert [record.requirements for record in suite.records] == [["x"], ["y"]]
     scored = [{"prompt": 0, "score": 0.2}, {"prompt": 0, "score": 0.4}, {"prompt": 1, "score": 0.9}]
     close(suite.aggregate(scored), {"score": 0.6, "tag/t": 0.3, "answered": 3, "prompts": 2})
 

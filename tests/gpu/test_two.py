@@ -36,6 +36,7 @@ def test_a_slow_judge(command, parts, tmp_path, ways):
                  pool={"kind": "uniform"}, rewards=[JUDGE], rollout=rollout)  # fmt: skip
     words = ["--sampling.sizes", [list(SIZE)], "--optim.warmup_steps", 0]
     result = command.ok("grpo", "--config", recipe, *words, processes=2 if ways == "draws" else 1)
+    assert [row["policy_age"] for row in metrics(run)[1:]] == [float(ways != "waits")] * 5
     rows = metrics(run)[2:-1]  # the first two compile, and the last has no step to draw ahead
     facts = {name: statistics.median(row[name] for row in rows if name in row) for name in ("score_wait",)}
     command.row(f"grpo, judge of 0.5 s an image, {ways}", "k2/grpo", result, run, images=16,

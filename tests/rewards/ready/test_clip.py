@@ -204,6 +204,7 @@ def refused(make, *parts):
         make()
     message = str(caught.value)
     assert "\n" not in message and all(part in message for part in parts), message
+    return message
 
 
 def test_mistakes_are_told_in_one_line(clip, siglip, hpsv2, tmp_path):
@@ -217,21 +218,23 @@ def test_mistakes_are_told_in_one_line(clip, siglip, hpsv2, tmp_path):
     broken = tmp_path / "HPS_v2.1_compressed.pt"
     broken.write_bytes(hpsv2.read_bytes()[:5000])
     refused(lambda: HPSv2(str(broken), processor=clip, device="cpu"), str(broken), "file of weights")
-    state = torch.load(hpsv2)["state_dict"]
+    state = torch.load(hpsv2, weights_only=True)["state_dict"]
     torch.save({"state_dict": {k: v for k, v in state.items() if "resblocks.1" not in k}}, broken)
     refused(lambda: HPSv2(str(broken), processor=clip, device="cpu"), "missing", "layers.1")
     torch.save({"state_dict": state | {"visual.proj": torch.full((64, 48), torch.nan)}}, broken)
     refused(lambda: HPSv2(str(broken), processor=clip, device="cpu"), "not finite")
-    refused(lambda: AestheticScore(str(hpsv2), path=clip, device="cpu"), "no state dict")
+    told = refused(lambda: AestheticScore(str(hpsv2), path=clip, device="cpu"), "no state dict")
+    assert str(hpsv2) in told
 
 
-def test_a_pickle_that_runs_code_is_refused(clip, tmp_path):
+def test_a_pickle_that_runs_code_is_refused(clip, tmp_path, capsys):
     class Bomb:
         def __reduce__(self):
             return (print, ("boom",))
 
     torch.save({"state_dict": Bomb()}, tmp_path / "HPS_v2.1_compressed.pt")
     refused(lambda: HPSv2(str(tmp_path), processor=clip, device="cpu"), "file of weights")
+    assert "boom" not in capsys.readouterr().out  # it was not run
 
 
 def test_a_score_that_is_not_finite_is_a_failure(clip):

@@ -60,7 +60,7 @@ def test_mistakes(release, tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "ImageReward.pt")
     with pytest.raises(UserError, match="holds no ImageReward"):
         ImageReward(str(tmp_path), tokenizer=str(folder / "bert"), device="cpu")
-    state = torch.load(folder / "ImageReward.pt")
+    state = torch.load(folder / "ImageReward.pt", weights_only=True)
     torch.save({key: value for key, value in state.items() if "crossattention" not in key}, tmp_path / "ImageReward.pt")
     with pytest.raises(UserError, match=r"missing.*crossattention"):
         ImageReward(str(tmp_path), tokenizer=str(folder / "bert"), device="cpu")
