@@ -152,7 +152,8 @@ class Reward:
     by_name: bool = False  # its parameters are named images and prompts, in whatever order
     failed: deque[bool] = field(default_factory=lambda: deque(maxlen=WINDOW))
     warned: bool = False  # of its failures
-    lock: threading.Lock = field(default_factory=threading.Lock)  # a sync reward runs one call at a time
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    last_call: threading.Event | None = None  # set when it has ended: a sync reward's calls run one after the other
 
     def count(self, scores: Sequence[Score]) -> None:
         """Raises when failures exceed their share of the window, or when nothing was scored at all."""
@@ -329,14 +330,22 @@ async def _in_thread(reward: Reward, call: Callable[[], Any]) -> Any:
             else:
                 future.set_exception(error)
 
+    ended = threading.Event()
+    with reward.lock:
+        before, reward.last_call = reward.last_call, ended
+
     def work() -> None:
         result, error = None, None
         own_directory()
+        # A lock would let the threads in as they happen to start, and not in the order of the calls.
+        if before:
+            before.wait()
         try:
-            with reward.lock:
-                result = call()
+            result = call()
         except Exception as raised:
             error = raised
+        finally:
+            ended.set()
         if not loop.is_closed():  # a call that hung may return after the run
             loop.call_soon_threadsafe(settle, result, error)
 

@@ -14,6 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
+import posttrain.log  # noqa: F401  messages go to stderr, also where this file runs alone
 from posttrain.errors import UserError
 from prompts.templates import Template, load_template
 from rewards.background import ScoreQueue
@@ -308,6 +309,23 @@ def test_queue_of_two_batches_at_once():
         scores = [queue.gather(first), queue.gather(second)]
     assert [s.scoring_seconds for s in scores] == pytest.approx([0.5, 1.0], abs=0.2)  # one call at a time
     assert [s.waited_seconds for s in scores] == pytest.approx([0.5, 0.5], abs=0.2)
+
+
+def test_a_sync_rewards_calls_keep_the_order_of_submission():
+    """Whichever of their threads starts first: its own random numbers come out the same in each run."""
+    asked = []
+
+    def remember(images, prompts):
+        time.sleep(0.002)
+        asked.extend(prompts)
+        return [0.0] * len(images)
+
+    expected = [str(number) for number in range(60)]
+    with ScoreQueue(load_rewards([RewardSpec("remember", function=remember)])) as queue:
+        for prompt in expected:
+            queue.submit([WHITE], [prompt])
+        queue.gather()
+    assert asked == expected
 
 
 def test_template_quotes_what_it_is_given():
