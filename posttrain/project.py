@@ -89,7 +89,7 @@ def demo(config: DemoConfig) -> int:
 
     # Processes of one thread each take three quarters of the time of one process with two threads, on two cores.
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(config.processes)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.processes)]
     words = ", ".join(f'"{word}"' for word in [*launch, "-m", "posttrain.cli"])
     options = ["--output", config.output, "--resume", "--launch", f"[{words}]"]
     return main(["run", "recipes/nano/pipeline.yaml", *options])

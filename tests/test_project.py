@@ -76,7 +76,7 @@ def test_the_demo_runs_the_nano_pipeline_by_torchrun_on_the_cpu(monkeypatch, cap
     config, resume = parsed.config, parsed.resume
     assert config.output == "runs/d" and resume and len(config.stages) == 9
     python = [sys.executable, "-m", "torch.distributed.run"]
-    assert config.launch == [*python, "--nproc-per-node", "4", "-m", "posttrain.cli"]
+    assert config.launch == [*python, "--standalone", "--nproc-per-node", "4", "-m", "posttrain.cli"]
     assert (os.environ["OMP_NUM_THREADS"], os.environ["CUDA_VISIBLE_DEVICES"]) == ("1", "")
     assert run(["demo", "--processes", "3"]) == 2
     told = "command line: processes: is '3', expected one of 1, 2, 4"

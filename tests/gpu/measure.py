@@ -43,7 +43,9 @@ class Commands:
 
     def run(self, *words: object, kill_when: Any = None, limit: float = LIMIT, processes: int = 1) -> Result:
         """`posttrain WORDS`. With `kill_when`, SIGKILL as soon as it returns true."""
-        launch = ["torch.distributed.run", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
+        launch = (
+            ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
+        )
         command = [sys.executable, "-m", *launch, "posttrain.cli", *map(str, words)]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
