@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 
-from posttrain.nano.bench import common, grpo, merge, methods
+from posttrain.nano.bench import common, grpo, merge, methods, reward_weighted
+from tests.helpers import runs
 
 
 def test_a_process_gets_its_folder_and_variables_and_a_failed_one_names_its_log(tmp_path):
@@ -88,6 +90,31 @@ def test_methods_at_equal_images_and_at_equal_seconds(tmp_path):
         "| grpo, equal seconds | 64 | 4 | 0.750 (0.700 to 0.800) |",
         "| nft, equal seconds | 32 | 4 | 0.750 (0.700 to 0.800) |",
     ]
+
+
+def test_weights_of_a_group():
+    """Advantages of 0, 1 and 2 are -1, 0 and 1 deviations: e^-2, 1 and e^2 of 8.524 at a temperature of 0.5."""
+    weights = reward_weighted.weights_of(torch.tensor([0.0, 1.0, 2.0]))
+    assert weights.tolist() == pytest.approx([0.0159, 0.1173, 0.8668], abs=1e-4)
+    weights = reward_weighted.weights_of(torch.tensor([0.0, float("nan"), 1.0, 2.0]))
+    assert weights.tolist() == pytest.approx([0.0159, 0.0, 0.1173, 0.8668], abs=1e-4)
+    for flat in ([0.5, 0.5], [float("nan"), 0.5], [float("nan")] * 2):
+        assert reward_weighted.weights_of(torch.tensor(flat)).tolist() == [0, 0]
+
+
+def test_reward_weighted_runs_from_a_recipe_of_grpo(tmp_path, model):
+    """It draws as many images as GRPO would, is evaluated alike, and moves the weights."""
+    config = runs.config(tmp_path, model)
+    config.steps = 2
+    recipe = runs.recipe(config, tmp_path / "r.yaml")
+    settings = reward_weighted.settings(["--config", str(recipe)])
+    assert settings.size == list(config.sampling.sizes[0]) and settings.optim == config.optim
+    reward_weighted.train(settings, config.sampling.steps)
+    rows = runs.rows(tmp_path / "run")
+    drawn = config.groups.prompts_per_step * config.groups.group_size
+    assert [row["images"] for row in rows if "images" in row] == [drawn, 2 * drawn]
+    assert all(row["grad_norm"] > 0 for row in rows if "grad_norm" in row)
+    assert runs.latest(tmp_path / "run").step == 2
 
 
 def test_a_domain_with_fewer_prompts_than_wanted_gives_those_it_has():

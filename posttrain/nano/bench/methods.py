@@ -1,4 +1,5 @@
-"""Compares methods that learn from rewards on K2-nano: grpo and nft at equal images and at equal seconds, over seeds.
+"""Compares methods that learn from rewards on K2-nano at equal images and at equal seconds, over seeds: grpo, nft and
+reward-weighted finetuning.
 
     python -m posttrain.nano.bench.methods --seeds 0 1 2 --output runs/bench-methods     # an hour on one core
 
@@ -44,14 +45,16 @@ SHARED = [
 class Arm:
     """A method with its recipe and its own options."""
 
-    command: str
+    command: list[str]
+    """The module, and its words before the options."""
     recipe: str
     options: list[str] = field(default_factory=list)
 
 
 ARMS = {
-    "grpo": Arm("grpo", "recipes/nano/demo.yaml", ["--optim.lr", "5e-4"]),
-    "nft": Arm("nft", "recipes/nano/nft.yaml"),
+    "grpo": Arm(["posttrain.cli", "grpo"], "recipes/nano/demo.yaml", ["--optim.lr", "5e-4"]),
+    "nft": Arm(["posttrain.cli", "nft"], "recipes/nano/nft.yaml"),
+    "rwr": Arm(["posttrain.nano.bench.reward_weighted"], "recipes/nano/demo.yaml", ["--optim.lr", "1e-3"]),
 }
 
 
@@ -59,8 +62,9 @@ def run(jobs: common.Jobs, name: str, seed: int, options: Sequence[str]) -> dict
     """One run's row: its figures before and after, and at each evaluation with the images and seconds until then."""
     arm, folder = ARMS[name], jobs.folder / f"{name}-{seed}"
     if not (folder / "summary.json").is_file():
-        words = [arm.command, "--config", arm.recipe, "--output", str(folder), "--seed", str(seed)]
-        jobs(folder.name, "posttrain.cli", [*words, *SHARED, *arm.options, *options])
+        module, *command = arm.command
+        words = [*command, "--config", arm.recipe, "--output", str(folder), "--seed", str(seed)]
+        jobs(folder.name, module, [*words, *SHARED, *arm.options, *options])
     rows = read_lines(folder / "metrics.jsonl")
     images, seconds = {0: 0}, {0: 0.0}
     for row in rows:
@@ -106,7 +110,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = common.parser(__doc__, "grpo or nft")
+    parser = common.parser(__doc__, "grpo, nft or rwr")
     parser.add_argument("--methods", nargs="+", default=list(ARMS), choices=list(ARMS))
     args = parser.parse_args()
     jobs = common.Jobs(args.output, args.jobs)
