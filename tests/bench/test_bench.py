@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from posttrain import cli
+from posttrain.bench import references as bench_references
 from posttrain.bench.config import BenchConfig
 from posttrain.bench.run import Forwards, bench, measured
 from posttrain.bench.steps import Steps
@@ -377,3 +379,18 @@ def _plan(folder, capsys, gpus):
 def _seconds(text):
     (found,) = re.findall(r"Training step: .*?, (\S+) s", text)
     return float(found)
+
+
+def test_what_references_cost(tmp_path, monkeypatch, capsys):
+    """A row without, and two for each count: cached, the step has fewer operations than with the references along."""
+    words = ["references", "--scale", "tiny", "--size", "64", "--reference", "32", "--counts", "1", "2"]
+    monkeypatch.setattr(sys, "argv", [*words, "--rank", "2", "--repeats", "2", "--output", str(tmp_path)])
+    bench_references.main()
+    found = json.loads((tmp_path / "references.json").read_text())["rows"]
+    assert [(row["references"], row["way"]) for row in found] == [
+        (0, "none"), (1, "cached"), (1, "joint"), (2, "cached"), (2, "joint"),
+    ]  # fmt: skip
+    assert all(row["ratio"] == row["ms"] / found[0]["ms"] for row in found)
+    one_cached, one, two_cached, two = (row["by_operations"] for row in found[1:])
+    assert 1 < one_cached < two_cached < one < two
+    assert "| 2 | joint |" in capsys.readouterr().out

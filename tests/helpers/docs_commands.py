@@ -116,6 +116,7 @@ NOT_RUN = {
     "posttrain tdm --config recipes/k2/tdm.yaml --sizes": SCALE
     + "tests/bench/test_estimate.py::test_what_is_scaled_says_so",
     "posttrain bench --methods": SCALE + "tests/bench/test_bench.py::test_bench_and_plans",
+    "python -m posttrain.bench.references": SCALE + "tests/bench/test_bench.py runs it on a small model",
     "python -m posttrain.bench.checkpoint": SCALE + "tests/training/test_checkpoint.py checks its parts",
     "python -m posttrain.nano.bench.merge": "dozens of runs and merges, which tests/merge/test_merge.py makes too",
     "python -m posttrain.nano.bench.grpo": "dozens of runs of posttrain grpo, whose recipes run here",
