@@ -139,6 +139,7 @@ class Writer:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, (dtype, shape) in entries.items():
+            # Offsets count from the end of the header.
             start, end = end, end + torch.empty(shape, dtype=dtype, device="meta").nbytes
             header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
         text = json.dumps(header).encode()
@@ -176,6 +177,7 @@ def copy_parts(path: str, folder: Path) -> None:
     shutil.copy(source / "model_index.json", folder)
     for name, value in index.items():
         if isinstance(value, list) and (source / name).is_dir():
+            # The star at the end also leaves out the index of the weights, which names files that are not copied.
             ignored = shutil.ignore_patterns("*.safetensors*", "*.bin") if name == PART else None
             shutil.copytree(source / name, folder / name, ignore=ignored)
 

@@ -72,6 +72,7 @@ def write(family: Family, config: MergeConfig, folder: Path, device: torch.devic
         raise UserError("parents: none of them changes a weight of the base; give models that were trained")
     if len(shards) > 1:
         weights.write_index(folder / PART, shards, size)
+    # Read back before the directory gets its name: whole files, and all names and shapes of the architecture.
     check_directory(str(folder))
     weights.of_pipeline(str(folder), family.like)
     return result
@@ -89,6 +90,7 @@ def _shards(base: Weights) -> dict[str, list[str]]:
 
 def _merged(name: str, value: Tensor, family: Family, config: MergeConfig) -> tuple[Tensor, algebra.Overlap | None]:
     """The merged tensor in fp32, and how far the parents' changes agree; None where none changes it."""
+    # A change is counted from the base with the shared stages, and these are in the merge once.
     start = value.float()
     for stage in family.shared_stages:
         start = stage.applied(name, start)
@@ -100,6 +102,7 @@ def _merged(name: str, value: Tensor, family: Family, config: MergeConfig) -> tu
         changes.append(own - start)
     if not any(bool(change.any()) for change in changes):
         return start, None
+    # From here on in fp32: the sum is rounded once, when it is written.
     overlap = algebra.overlap(changes, family.weights)
     if config.method == "ties":
         return start + algebra.ties(changes, family.weights, config.density, config.scale), overlap
