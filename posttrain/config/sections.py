@@ -293,6 +293,7 @@ class TrainingConfig:
         self._check_float8()
         if self.lora is not None:
             refuse_muon(self.optim, "lora trains factors of their change; use adamw, or lora: null")
+        # By their names alone: whether this model has the layers is known once it is read.
         for target in (self.lora.targets if self.lora is not None else None) or ():
             if not targets.is_known(target):
                 raise refusal(
@@ -316,7 +317,8 @@ class TrainingConfig:
                 raise refusal(
                     "model.float8", "auto goes by image sizes, which are not set; use tensorwise, rowwise or null"
                 )
-            self.model = changed(self.model, float8=float8_for(max(height * width for height, width in sizes)))
+            pixels = [height * width for height, width in sizes]
+            self.model = changed(self.model, float8=float8_for(max(pixels)))
 
 
 def float8_for(pixels: int) -> Literal["tensorwise", "rowwise"] | None:
@@ -335,7 +337,7 @@ def _falls(name: str) -> bool:
 
 def check_metrics(config: EvalConfig, known: Sequence[str]) -> None:
     """Refuses metrics that an evaluation does not have, and a stop rule that cannot work."""
-    known = list(dict.fromkeys(known))
+    known = list(dict.fromkeys(known))  # each once, for the message
     for name, metric in (("eval.best", config.best), ("eval.stop.metric", config.stop.metric)):
         if metric is not None and metric not in known:
             raise refusal(name, f"'{metric}' is no metric of the evaluation; known here: {', '.join(known)}")
@@ -346,6 +348,7 @@ def check_metrics(config: EvalConfig, known: Sequence[str]) -> None:
         return
     if config.stop.better == "higher" and _falls(config.stop.metric):
         raise refusal("eval.stop.better", f"is higher, and {config.stop.metric} is better the lower it is; set lower")
+    # A run that was stopped has got worse, so its last step is not the one to hand on.
     if config.best is None:
         raise refusal(
             "eval.best",
