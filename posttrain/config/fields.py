@@ -28,7 +28,7 @@ def alternatives(kind: Any) -> tuple[Any, ...]:
 
 def section(kind: Any) -> type | None:
     """The class of a section, also of one that may be null; None for any other type."""
-    for member in alternatives(kind):
+    for member in alternatives(kind):  # of `Section | None` the section
         if dataclasses.is_dataclass(bare(member)):
             return bare(member)
     return None
@@ -114,5 +114,6 @@ def show(value: Any) -> str:
     """A value for a message, on one line."""
     if value is None:
         return "null"
+    # Text in quotes, so that 7 and '7' differ.
     text = " ".join((repr(value) if isinstance(value, str) else str(value)).split())
     return text if len(text) <= 60 else text[:57] + "..."

@@ -96,7 +96,7 @@ def _shown(default: Any) -> str:
 
 def _kind(kind: Any) -> str:
     """The type in words, with its range."""
-    # Their settings are listed in a block of their own.
+    # The settings of its entries are listed in a block of their own.
     entries = _entries(kind)
     if entries is not None:
         return "a list of sections"

@@ -216,6 +216,7 @@ def _laid(config: type, given: Given, types: dict[str, Any]) -> dict[str, Any]:
         # Each recipe is laid over what came before, so what it spoils is spoiled for all: it is checked at the end.
         data = lay_over(data, recipe, config)
     for path, text in given.options.items():
+        # As a recipe with this one value, so that sections merge in the same way.
         value = _option_value(text, types[path])
         for part in reversed(path.split(".")):
             value = {part: value}

@@ -366,12 +366,14 @@ def by_section(names: Iterable[str]) -> list[tuple[str, list[str]]]:
     sections: dict[str, list[str]] = {}
     for name in names:
         sections.setdefault(name.rpartition("/")[0], []).append(name)
+    # sorted keeps the order of the others.
     ordered = sorted(sections.items(), key=lambda section: section[0] != "")
     return [(title or "training", sorted(members, key=rank)) for title, members in ordered]
 
 
 def definitions(names: Iterable[str]) -> list[Metric]:
     """Those of some metrics, each once, in the order of the tables."""
+    # Many names share a definition, such as those of all rewards.
     found = {find(name) for name in names}
     return [metric for metric in (*METRICS, *EVALUATION, SCORE) if metric in found]
 

@@ -288,6 +288,7 @@ class TrainingConfig:
             raise refusal(
                 "model.quantize", "fp8 holds weights that stay as they are, and lora is null; use one of the two"
             )
+        # The weights of an earlier run are the base's then, so there is nothing to continue.
         if self.lora is None and self.model.start_as == "continue":
             raise refusal("model.start_as", "continue needs an adapter to train, and lora is null; use merge or a lora")
         self._check_float8()
@@ -331,6 +332,7 @@ def float8_for(pixels: int) -> Literal["tensorwise", "rowwise"] | None:
 def _falls(name: str) -> bool:
     """Whether this metric of an evaluation falls while the model gets better. Rewards, which have no group, rise."""
     metric = metrics.find(metrics.EVAL + name)
+    # A reward may have the name of a metric of training, such as `loss`.
     is_reward = "/" not in name and name != metric_names.FAKE_LOSS
     return metric is not None and metric.better == "lower" and not is_reward
 
@@ -355,6 +357,7 @@ def check_metrics(config: EvalConfig, known: Sequence[str]) -> None:
             "is null, and eval.stop.metric is set: a run that its stop rule ends hands on its best step; name the"
             " metric that picks it, such as a held-out judge",
         )
+    # `best` has no direction of its own: the highest value would be the worst step.
     if config.stop.better == "lower" and config.best == config.stop.metric:
         raise refusal(
             "eval.best", f"takes the highest {config.best}, and eval.stop.better is lower: name another metric"
