@@ -61,7 +61,7 @@ def learn(
                 v = k2.velocity(x, t, text, *size)
             if k in chosen:
                 distance_B, loss_B = compared(k2, config, teacher, v, x, t, text, null, size, float(weights_K[k]), sums)
-                with k2.role(POLICY):  # the role that blocks are recomputed under
+                with k2.role(POLICY):
                     (loss_B.sum() * weight).backward()
                 level = min(BINS - 1, int(BINS * float(t))) + 1  # t = 1 belongs to the last part
                 distance = total(distance_B)

@@ -226,7 +226,6 @@ def clipped(config: NFTConfig, advantages_PG: Tensor) -> float:
 
 def scored(config: NFTConfig, gated: Gated) -> Tensor:
     """(P, G) 1 for images that have a score after the gates, else 0."""
-    # Of rewards that are trained on and those that gates have left.
     shape = (config.groups.prompts_per_step, config.groups.group_size)
     return torch.from_numpy(gated.valid_NK.any(1)).view(*shape).float()
 

@@ -100,7 +100,7 @@ def reading(parts: Iterable[T], what: str, total: int | None = None) -> Iterable
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
     """Rows of as many cells as text: each column is as wide as its longest cell."""
-    widths = [max(map(len, column)) for column in zip(*rows)]  # zip makes columns of rows
+    widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
     for row in rows:
         cells = map(str.ljust, row, widths)
