@@ -111,7 +111,7 @@ class EncodedPairs:
             self.cuts += made["cuts"]
             for values in made["skipped"]:
                 tally.add(Skipped(*values))
-        # Arrays, since a set may have millions of pairs.
+        # Arrays: of a large set lists would take many times the memory.
         self._row, self._text = np.array(rows, np.int32), np.array(texts, np.int32)
         self.size, self.label = np.array(sizes, np.int32).reshape(-1, 2), np.array(labels, np.float32)
         prompt = np.array(prompts, np.int64)
