@@ -49,6 +49,10 @@ class Batch:
     jobs: list[int]
     """Which of the jobs that were asked for, in their order."""
 
+    def velocity(self, k2: K2) -> Tensor:
+        """(B, N, C) under the active role."""
+        return k2.velocity(self.x, self.t, self.text, *self.size)
+
 
 def noised(
     k2: K2, images: EncodedImages, jobs: Sequence[Job], micro_batch: int, mean: float, std: float, shift: float

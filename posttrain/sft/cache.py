@@ -129,8 +129,10 @@ def encode_images(k2: K2, images: ImageSet, config: ImageSetConfig, procs: Proce
     else.
     """
     startup.lap("prepare")
+    # A recipe is checked without the model, whose tokens may be larger.
     if config.multiple % k2.pixel_multiple:
         raise UserError(f"images.multiple: is {config.multiple}; this model wants a multiple of {k2.pixel_multiple}")
+    # All that latents and text depend on: another value makes another folder.
     facts = {
         "version": VERSION,
         "images": images.fingerprint(),
@@ -219,7 +221,7 @@ def _crops(size: Size, config: ImageSetConfig) -> list[tuple[Size, Box]] | str:
         bucket = buckets.nearest(size, buckets.buckets(side, config.multiple, config.max_ratio))
         box = buckets.crop(size, bucket)
         if buckets.enlargement(size, bucket) > config.max_enlarge:
-            continue
+            continue  # a smaller resolution may still do
         if buckets.cut(size, box) > config.max_cut:
             reason = CUT
             continue

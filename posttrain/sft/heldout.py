@@ -80,7 +80,7 @@ class HeldOut:
 
     @torch.no_grad()
     def _velocity(self, batch: Batch) -> Tensor:
-        return self.k2.velocity(batch.x, batch.t, batch.text, *batch.size)
+        return batch.velocity(self.k2)
 
 
 def _figures(rows: list[dict[str, float]]) -> Figures:

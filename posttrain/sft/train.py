@@ -189,7 +189,7 @@ def optimise(
     sums = {"loss": 0.0, "dropped": 0.0}
     for batch in batches:
         with k2.role(POLICY):
-            v = k2.velocity(batch.x, batch.t, batch.text, *batch.size)
+            v = batch.velocity(k2)
         loss_B = flow_loss(v, batch.target)
         # A mean over the step's batch, whatever its micro-batches and processes.
         (loss_B.sum() / config.batch).backward()

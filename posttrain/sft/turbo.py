@@ -54,6 +54,6 @@ def add_turbo(k2: K2, turbo: str, student: Checkpoint | None, steps: int | None)
         except UserError as error:
             raise UserError(f"turbo: {error}, and previews need an adapter; give another student") from None
         own = student.state["student"]["steps"][0]
-    # A student is drawn at Turbo's shift, whatever the resolution, and without guidance, which it has learnt.
     add_lora(k2, TURBO, factors, turbo)
+    # A student is drawn at Turbo's shift, whatever the resolution, and without guidance, which it has learnt.
     return SamplingSettings(steps or own, 0.0, sampler.TURBO_MU, metric_names.TURBO)

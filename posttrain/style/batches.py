@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
@@ -36,6 +37,9 @@ class StyleBatch(Batch):
     """Images of one size with the same number of references, of one size too."""
 
     shown: References | None = None
+
+    def velocity(self, k2: K2) -> Tensor:
+        return k2.velocity(self.x, self.t, self.text, *self.size, shown=self.shown)
 
 
 def size_of_step(config: StyleConfig, step: int) -> int:

@@ -100,6 +100,7 @@ class Views:
         row = self.row(entry)
         kind = self._kind(row, rng)
         if kind == "other":
+            # Not the image itself, which would show the content too.
             others = [other for other in self._others[self._styles[row] or ""] if other != row]
             return square(self.source[others[int(rng.integers(len(others)))]].image, size)
         image = self.source[row].image

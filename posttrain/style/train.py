@@ -29,8 +29,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
@@ -43,7 +41,7 @@ from posttrain.sft.cache import EncodedImages
 from posttrain.sft.heldout import HeldOut
 from posttrain.sft.losses import flow_loss
 from posttrain.sft.order import Order
-from posttrain.sft.train import captions_of, check_moved, evaluate, prepare, preview_size, say_small, write_table
+from posttrain.sft.train import check_moved, evaluate, prepare, preview_size, say_small, write_table
 from posttrain.style.batches import StyleBatch, StyleJob, batches_of, job_of, size_of_step
 from posttrain.style.config import StyleConfig
 from posttrain.style.dataset import StyleSet, Views, square, whole
@@ -160,7 +158,7 @@ def optimise(
     sums = {"loss": 0.0, "dropped": 0.0, "references": 0.0}
     for batch in batches:
         with k2.role(POLICY):
-            v = k2.velocity(batch.x, batch.t, batch.text, *batch.size, shown=batch.shown)
+            v = batch.velocity(k2)
         loss_B = flow_loss(v, batch.target)
         # A mean over the step's batch, whatever its micro-batches and processes.
         (loss_B.sum() / config.batch).backward()
@@ -197,24 +195,23 @@ class HeldOutInTiles(HeldOut):
             self._tiles[entry] = whole(drawn, self._side)
         return self._tiles[entry]
 
-    @torch.no_grad()
-    def _velocity(self, batch: Batch) -> Tensor:
-        assert isinstance(batch, StyleBatch)
-        return self.k2.velocity(batch.x, batch.t, batch.text, *batch.size, shown=batch.shown)
-
 
 def of_heldout_images(
     k2: K2, source: StyleSet, images: EncodedImages, config: StyleConfig, size: tuple[int, int]
 ) -> tuple[list[PromptRecord], Drawer]:
-    """Captions of held-out images, each with the next held-out image as its reference."""
-    records = captions_of(source, images, config.eval.prompts)
-    rows = [images.row(entry) for entry in images.heldout.tolist()]
+    """Captions of held-out images, each once, with the next held-out image as its reference."""
+    # An image has an entry for each resolution. Beside its own image a caption would be drawn by copying that.
+    rows = list(dict.fromkeys(map(images.row, images.heldout.tolist())))
+    others: dict[str, int] = {}
+    for place, row in enumerate(rows):
+        others.setdefault(source.captions(row)[0].text, rows[(place + 1) % len(rows)])
+        if len(others) == config.eval.prompts:
+            break
     references = []
-    for i in range(len(records)):
-        other = source[rows[(i + 1) % len(rows)]].image
-        references.append(shown.encoded(k2, [square(other, min(size))]))
+    for other in others.values():
+        references.append(shown.encoded(k2, [square(source[other].image, min(size))]))
     log.info("heldout is null: evaluations draw captions of held-out images, each in the style of another one")
-    return records, Drawer(k2, references, [(1.0,)] * len(records), size)
+    return list(map(PromptRecord, others)), Drawer(k2, references, [(1.0,)] * len(others), size)
 
 
 def sweep(training: Training, config: StyleConfig, draw: Drawer) -> None:
@@ -224,6 +221,7 @@ def sweep(training: Training, config: StyleConfig, draw: Drawer) -> None:
     count = min(SWEPT, len(evaluator.records))
     rows = [np.stack([draw.preview(row, height, width) for row in range(count)])]
     with training.policy():
+        # From the seeds of evaluations, so that only the strength differs along a column.
         for strength in config.sweep:
             rows.append(evaluator.first(count, draw.at(strength)))
     captions = [""] * count
