@@ -70,13 +70,7 @@ def combine(
 
 
 def _sum(pairs: Sequence[Factors | None], weights: Sequence[float], rank: int | None) -> Truncated:
-    present: list[Factors] = []
-    their_weights: list[float] = []
-    for pair, weight in zip(pairs, weights, strict=True):
-        if pair is not None:
-            present.append(pair)
-            their_weights.append(weight)
-    b, a = concatenate(present, their_weights)
+    b, a = concatenate(*algebra.present_in(pairs, weights))
     b, a = b.double(), a.double()  # so that what is left out is told from rounding
     if rank is None or rank >= len(a):
         return Truncated(b, a, 0.0, math.sqrt(max(0.0, inner((b, a), (b, a)))))
@@ -109,6 +103,7 @@ def save(family: Family, factors: Mapping[str, Factors], folder: Path, facts: Ma
         "lora": asdict(role),
         "merge": dict(facts),
     }
+    # Layers have different ranks where parents adapt different ones, and a role has one: the rest is 0.
     tensors = {"adapter": padded(named, roles.role_named_parameters(POLICY))}
     checkpoint.save(folder / "checkpoints", 0, tensors, state, keep=1)
 

@@ -134,12 +134,7 @@ def overlap_of_factors(factors: Sequence[Factors | None], weights: Sequence[floa
         row = [0.0 if first is None or second is None else inner(first, second) for second in factors]
         products.append(tuple(row))
     # A parent that leaves the layer as it is neither opposes nor leads.
-    present: list[Factors] = []
-    their_weights: list[float] = []
-    for pair, weight in zip(factors, weights, strict=True):
-        if pair is not None:
-            present.append(pair)
-            their_weights.append(weight)
+    present, their_weights = present_in(factors, weights)
     opposed = leading = 0.0
     outputs = len(present[0][0])
     for start in range(0, outputs, ROWS):
@@ -147,6 +142,17 @@ def overlap_of_factors(factors: Sequence[Factors | None], weights: Sequence[floa
         less, more = _opposed(changes, their_weights)
         opposed, leading = opposed + less, leading + more
     return Overlap(tuple(products), opposed, leading)
+
+
+def present_in(factors: Sequence[Factors | None], weights: Sequence[float]) -> tuple[list[Factors], list[float]]:
+    """The changes that a layer has, with their weights."""
+    present: list[Factors] = []
+    their_weights: list[float] = []
+    for pair, weight in zip(factors, weights, strict=True):
+        if pair is not None:
+            present.append(pair)
+            their_weights.append(weight)
+    return present, their_weights
 
 
 def _opposed(changes: Sequence[Tensor], weights: Sequence[float]) -> tuple[float, float]:

@@ -151,7 +151,7 @@ def difference(
             continue
         layer = name.removesuffix(".weight")
         wanted = layer in linears and (config.layers == "all" or is_block_linear(layer))
-        if not wanted or name == layer:  # a vector, or a bias of a linear
+        if not wanted or name == layer:  # a vector, a bias, or a linear that the LoRA leaves out
             found.outside += float(change.square().sum(dtype=torch.float64))
             found.rest[name] = value.clone()
             continue

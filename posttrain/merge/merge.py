@@ -56,6 +56,7 @@ def merge(config: MergeConfig) -> None:
     }
     if config.method == "ties":
         facts |= {"density": config.density, "scale": config.scale}
+    # Before the merge, which may take long.
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -92,6 +93,7 @@ def _adapter(family: Family, config: MergeConfig, output: Path, facts: dict[str,
 
 
 def _whole(family: Family, config: MergeConfig, output: Path, facts: dict[str, Any]) -> Mapping[str, Layer]:
+    # A process's peak never falls, so what it was before is told beside it.
     before = peak_memory()["peak_ram_gib"]
     with replacing_directory(output) as folder:
         result = whole.write(family, config, folder, Processes().device)

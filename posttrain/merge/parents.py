@@ -81,6 +81,7 @@ class Converted:
         if name.endswith(".bias"):
             change = self.changes.get(f"{name.removesuffix('.bias')}.{BIAS}")
             return value if change is None else value + change.parts[BIAS].to(value)
+        # Where nothing was removed it is not the name of a weight.
         change = self.changes.get(layer) if layer != name else None
         return value if change is None else change.of(value)
 

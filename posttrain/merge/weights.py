@@ -56,6 +56,7 @@ class Weights(Mapping[str, Tensor]):
             with safe_open(file, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118
                     part = opened.get_slice(key)
+                    # Only single numbers may be of another type; see check_file.
                     shape, dtype = tuple(part.get_shape()), TYPES.get(part.get_dtype(), torch.float32)
                     # Reshapes a block's table of shifts and scales, which the original stores as a vector.
                     ((name, renamed),) = key_names.from_original({key: torch.empty(shape, device="meta")}).items()

@@ -52,6 +52,7 @@ def write(family: Family, config: MergeConfig, folder: Path, device: torch.devic
     for file, names in shards.items():
         entries = {}
         for name in names:
+            # In the types of the base's files, so that the merge is loaded as the base is.
             place = base.places[name]
             entries[name] = (torch.float32 if config.dtype else place.dtype, place.shape)
         with Writer(folder / PART / file, entries) as writer:

@@ -67,8 +67,8 @@ def prepare(k2: K2, shown: Shown) -> list[tuple[References, float]]:
                 parts.append((references.cache(k2.transformer, alone, k2.dtype), strength))
         return parts
     # A reference keeps its place where others are left out: its rotary positions, and so its keys, stay the same.
-    latents, grids, places = (tuple(compress(values, acts)) for values in (own.latents, own.grids, own.places))
-    chosen = References(latents, grids, places)
+    latents, grids, places = compress(own.latents, acts), compress(own.grids, acts), compress(own.places, acts)
+    chosen = References(tuple(latents), tuple(grids), tuple(places))
     strengths = list(compress(acts, acts))
     # Without strengths there may be no attention bias at all, for which kernels are faster.
     if set(strengths) != {1}:
@@ -94,6 +94,7 @@ def draw(
     parts = prepare(k2, shown)
 
     def velocity(x: Tensor, t: Tensor, words: Text, styled: bool) -> Tensor:
+        # Without any strength, and in a branch of guidance that sees no reference, this is the plain model.
         if not (parts and styled):
             return k2.velocity(x, t, words, height, width)
         if shown.how == "attention":
