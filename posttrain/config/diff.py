@@ -11,6 +11,7 @@ Change = tuple[str, Any, Any]
 
 def changes(old: Any, new: Any, path: str = "") -> list[Change]:
     """The fields that differ."""
+    # Lists are compared whole: entries have no names, and one that is left out would shift all others.
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [] if old == new else [(path, old, new)]
     found: list[Change] = []

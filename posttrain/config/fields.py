@@ -28,7 +28,7 @@ def alternatives(kind: Any) -> tuple[Any, ...]:
 
 def section(kind: Any) -> type | None:
     """The class of a section, also of one that may be null; None for any other type."""
-    for member in alternatives(kind):
+    for member in alternatives(kind):  # of `Section | None` the section
         if dataclasses.is_dataclass(bare(member)):
             return bare(member)
     return None
@@ -37,6 +37,7 @@ def section(kind: Any) -> type | None:
 @functools.cache
 def hints(config: type) -> dict[str, Any]:
     """The type of each field, with its range."""
+    # Annotations are text under `from __future__ import annotations`, and ClassVars are among them.
     every = get_type_hints(config, include_extras=True)
     return {field.name: every[field.name] for field in dataclasses.fields(config)}
 
@@ -66,7 +67,9 @@ def value_at(config: Any, path: str) -> Any:
 def settings_at(config: Any, path: str) -> list[str]:
     """The paths that one with a `*` stands for, one for each key of the mapping there; any other path as it is."""
     before, star, after = path.partition(".*")
-    return [f"{before}.{key}{after}" for key in value_at(config, before)] if star else [path]
+    if not star:
+        return [path]
+    return [f"{before}.{key}{after}" for key in value_at(config, before)]
 
 
 def describe(kind: Any) -> str:
@@ -75,6 +78,7 @@ def describe(kind: Any) -> str:
     origin, args = get_origin(kind), get_args(kind)
     if origin is Literal:
         return ("one of " if len(args) > 1 else "") + ", ".join(map(str, args))
+    # `X | Y` and Optional[X] have different origins.
     if origin in (Union, types.UnionType):
         return " or ".join(map(describe, alternatives(kind)))
     if origin is list:
@@ -110,5 +114,6 @@ def show(value: Any) -> str:
     """A value for a message, on one line."""
     if value is None:
         return "null"
+    # Text in quotes, so that 7 and '7' differ.
     text = " ".join((repr(value) if isinstance(value, str) else str(value)).split())
     return text if len(text) <= 60 else text[:57] + "..."

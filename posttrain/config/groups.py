@@ -62,14 +62,18 @@ class GroupTrainingConfig(TrainingConfig, ABC):
 
     def metric_names(self) -> list[str]:
         rewards = measured(self.rewards, self.eval.groups)
-        names = metric_names.names(rewards, [0.0], self.eval.groups)
-        return [name + suffix for suffix in self.suffixes() for name in names]
+        found: list[str] = []
+        for suffix in self.suffixes():
+            # Guidance 0 has no suffix of its own, so these are the bare names.
+            found += [name + suffix for name in metric_names.names(rewards, [0.0], self.eval.groups)]
+        return found
 
     @model_validator(mode="after")
     def _rewards_fit(self) -> GroupTrainingConfig:
         trained = [reward for reward in self.rewards if not reward.heldout_only]
         # A gate multiplies or masks what the others say, and says nothing itself.
-        if sum(reward.weight for reward in trained if reward.gate == "none") <= 0:
+        weights = [reward.weight for reward in trained if reward.gate == "none"]
+        if sum(weights) <= 0:
             raise refusal(
                 "rewards", "the weights of the trained rewards, gates aside, sum to zero; give one a weight above 0"
             )
@@ -80,15 +84,16 @@ class GroupTrainingConfig(TrainingConfig, ABC):
         """What is trained on rises while it is being cheated, so it can neither pick a step nor end a run."""
         chosen = {"eval.best": self.eval.best, "eval.stop.metric": self.eval.stop.metric}
         for reward in self.rewards:
-            own = [reward.name + suffix for suffix in self.suffixes()]
-            field = next((field for field, name in chosen.items() if name in own), None)
             # The same function under another name is trained on as well.
             alike = next((other.name for other in trained if other.function == reward.function), None)
-            if field is None or alike is None:
+            if alike is None:
                 continue
+            own = [reward.name + suffix for suffix in self.suffixes()]
             how = "is trained on" if reward in trained else f"is the same function as '{alike}', which is trained on"
-            raise refusal(
-                field,
-                f"'{chosen[field]}' {how}, so it rises while it is being cheated; name a reward with heldout_only:"
-                " true, best a judge of another model family, or a metric such as image/diversity",
-            )
+            for setting, name in chosen.items():
+                if name in own:
+                    raise refusal(
+                        setting,
+                        f"'{name}' {how}, so it rises while it is being cheated; name a reward with heldout_only:"
+                        " true, best a judge of another model family, or a metric such as image/diversity",
+                    )

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import itertools
 import sys
 import textwrap
 from typing import Annotated, Any, get_args, get_origin
@@ -19,7 +20,7 @@ WIDTH = 110
 
 def help_text(name: str, command: Command, config: type) -> str:
     about = inspect.getdoc(config) or ""
-    if command.recipes_of:
+    if command.recipes_of:  # preflight, whose settings are those of the recipe that it is given
         about = (
             f"{command.help.capitalize()}. {command.about} The keys of the recipe say which command it is for. The"
             f" settings below are that command's: {about}"
@@ -95,7 +96,7 @@ def _shown(default: Any) -> str:
 
 def _kind(kind: Any) -> str:
     """The type in words, with its range."""
-    # Their settings are listed in a block of their own.
+    # The settings of its entries are listed in a block of their own.
     entries = _entries(kind)
     if entries is not None:
         return "a list of sections"
@@ -121,11 +122,13 @@ def _ranges(kind: Any) -> list[str]:
 def docstrings(config: type) -> dict[str, str]:
     """The text below each field, on one line; those of base classes too."""
     texts: dict[str, str] = {}
+    # The class itself last, whose text for a field that it declares anew is the one that counts.
     for cls in reversed(config.__mro__):
         if not dataclasses.is_dataclass(cls):
             continue
         body = _classes(cls.__module__)[cls.__name__].body
-        for node, following in zip(body, body[1:]):
+        # The text of a field is the statement below it.
+        for node, following in itertools.pairwise(body):
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 value = following.value if isinstance(following, ast.Expr) else None
                 if isinstance(value, ast.Constant) and isinstance(value.value, str):

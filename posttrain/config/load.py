@@ -87,7 +87,7 @@ def split(command: Command, words: list[str]) -> tuple[type, Given]:
 def _class_for(command: Command, recipes: dict[str, dict[str, Any]]) -> type:
     """The settings that know most keys of the recipes."""
     # A recipe does not name its command, but its keys tell.
-    keys = {key for data in recipes.values() for key in data}
+    keys = set(itertools.chain(*recipes.values()))
     choices = [command.settings()]
     for name in command.recipes_of:
         other = commands.get(name)
@@ -152,11 +152,12 @@ def _words_of(kind: Any, option: str, words: list[str], at: int) -> int:
 
 def _option_value(text: str, kind: Any) -> Any:
     """An option's value. Where text is expected it stays as it is, so that a prompt may look like a number."""
-    members = [bare(member) for member in alternatives(kind)]
+    members = list(map(bare, alternatives(kind)))
     # As in a recipe, so that lists, numbers and null are written alike in both.
     value = read_value(text)
     if str in members and not (value is None and type(None) in members):
-        others = [get_origin(member) for member in members]
+        # Where a list or a mapping may stand too, it is one if it is written as one.
+        others = list(map(get_origin, members))
         if not (isinstance(value, list | dict) and type(value) in others):
             return text
     return value
@@ -215,6 +216,7 @@ def _laid(config: type, given: Given, types: dict[str, Any]) -> dict[str, Any]:
         # Each recipe is laid over what came before, so what it spoils is spoiled for all: it is checked at the end.
         data = lay_over(data, recipe, config)
     for path, text in given.options.items():
+        # As a recipe with this one value, so that sections merge in the same way.
         value = _option_value(text, types[path])
         for part in reversed(path.split(".")):
             value = {part: value}
@@ -258,8 +260,9 @@ def _culprit(error: ConfigError, config: type, given: Given, types: dict[str, An
 def _source(path: str, given: Given) -> str:
     """Where a value came from: the command line, which wins, or the last recipe that sets it."""
     parts = path.split(".")
-    around = {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
-    if around & set(given.options) or not given.recipes:
+    # A section may be given whole, so an option of any of the sections around counts.
+    around = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+    if not given.options.keys().isdisjoint(around) or not given.recipes:
         return COMMAND_LINE
     for recipe, data in reversed(given.recipes.items()):
         value: Any = data
@@ -282,7 +285,7 @@ class _Dumper(yaml.SafeDumper):
     """Tuples as lists; short lists of plain values, such as [512, 512], on one line."""
 
     def ignore_aliases(self, data: Any) -> bool:
-        return True
+        return True  # a list that stands twice is written twice
 
 
 def _list(dumper: yaml.SafeDumper, value: list | tuple) -> yaml.Node:

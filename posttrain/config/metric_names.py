@@ -8,13 +8,16 @@ LOOK = ("image/brightness", "image/saturation", "image/high_frequency", "image/l
 DIVERSITY = "image/diversity"
 CHANGES = ("image/contrast", "image/high_energy", "image/high_energy_ratio")
 """What preference optimisation reports besides."""
-PAIRS = tuple(
-    f"pairs/{name}"
-    for name in ("winner", "loser", "margin", "accuracy", "z", "z10", "z50", "z90", "sigma", "saturated", "guard",
-                 "guarded", "cosine", "drift_winner", "drift_loser", "loss")
+PAIRS = (
+    "pairs/winner", "pairs/loser", "pairs/margin", "pairs/accuracy", "pairs/z", "pairs/z10", "pairs/z50", "pairs/z90",
+    "pairs/sigma", "pairs/saturated", "pairs/guard", "pairs/guarded", "pairs/cosine", "pairs/drift_winner",
+    "pairs/drift_loser", "pairs/loss",
 )  # fmt: skip
 """What it measures of held-out pairs; stpo/train.py defines them."""
-HELDOUT = ("heldout/loss", "heldout/gain", "heldout/drift", *(f"heldout/loss_t{part}" for part in range(1, 5)))
+HELDOUT = (
+    "heldout/loss", "heldout/gain", "heldout/drift",
+    "heldout/loss_t1", "heldout/loss_t2", "heldout/loss_t3", "heldout/loss_t4",
+)  # fmt: skip
 """What finetuning measures of held-out images; sft/heldout.py defines them."""
 TURBO = "@turbo"
 """What is put behind a metric's name where finetuning drew its images on Turbo."""
@@ -29,14 +32,21 @@ FAKE_LOSS = "fake_loss"
 def names(rewards: Sequence[str], guidance: Sequence[float], groups: int) -> list[str]:
     """All metrics of an evaluation, as it will name them."""
     of_one = [*rewards, *LOOK, *([DIVERSITY] if groups else [])]
-    return [name + suffix(scale) for scale in guidance for name in of_one]
+    found: list[str] = []
+    for scale in guidance:
+        found += [name + suffix(scale) for name in of_one]
+    return found
 
 
 def distilled_names(rewards: Sequence[str], steps: Sequence[int], groups: int) -> list[str]:
     """All metrics of an evaluation of a student, which is drawn in each of these numbers of steps."""
+    # Without groups there is no diversity, of the student's images or of the teacher's.
     compared = [f"to_teacher/{name}" for name in TO_TEACHER if groups or name != "diversity"]
     of_one = [*names(rewards, [0.0], groups), "image/contrast", "image/high_energy", *compared]
-    return [name + steps_suffix(count, steps) for count in steps for name in of_one] + [FAKE_LOSS]
+    found: list[str] = []
+    for count in steps:
+        found += [name + steps_suffix(count, steps) for name in of_one]
+    return [*found, FAKE_LOSS]
 
 
 def steps_suffix(count: int, steps: Sequence[int]) -> str:

@@ -330,16 +330,17 @@ SCORE = Metric("*", "Mean score of the reward of this name on held-out prompts",
 
 def find(name: str) -> Metric | None:
     """The definition of a logged metric; None if there is none."""
-    prefix = next((prefix for prefix in (EVAL, "teacher/") if name.startswith(prefix)), None)
-    if prefix is None:
+    if not name.startswith((EVAL, "teacher/")):
         return _first(METRICS, name)
-    figure = name.removeprefix(prefix).partition("@")[0]
+    # Without the suffix, which says how the images were drawn.
+    figure = name.partition("/")[2].partition("@")[0]
     found = _first(EVALUATION, figure) or _first(METRICS, figure.removeprefix("pairs/"))
     # Rewards have names of the user's choice, but none of them is in a group.
     return found or (None if figure.startswith(("pairs/", "heldout/")) else SCORE)
 
 
 def _first(metrics: Iterable[Metric], name: str) -> Metric | None:
+    # The tables go from the particular to the general, such as heldout/loss_t1 before heldout/*_t1.
     return next((metric for metric in metrics if fnmatchcase(name, metric.pattern)), None)
 
 
@@ -365,12 +366,14 @@ def by_section(names: Iterable[str]) -> list[tuple[str, list[str]]]:
     sections: dict[str, list[str]] = {}
     for name in names:
         sections.setdefault(name.rpartition("/")[0], []).append(name)
+    # sorted keeps the order of the others.
     ordered = sorted(sections.items(), key=lambda section: section[0] != "")
     return [(title or "training", sorted(members, key=rank)) for title, members in ordered]
 
 
 def definitions(names: Iterable[str]) -> list[Metric]:
     """Those of some metrics, each once, in the order of the tables."""
+    # Many names share a definition, such as those of all rewards.
     found = {find(name) for name in names}
     return [metric for metric in (*METRICS, *EVALUATION, SCORE) if metric in found]
 

@@ -21,10 +21,11 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice, where YAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value]
-        for i, (key, _) in enumerate(node.value):
-            if key.value in keys[:i]:
+        seen: list[Any] = []  # a key may be a list, which no set takes
+        for key, _ in node.value:
+            if key.value in seen:
                 raise yaml.MarkedYAMLError(None, None, f"key '{key.value}' is given twice", key.start_mark)
+            seen.append(key.value)
         return super().construct_mapping(node, deep)
 
 

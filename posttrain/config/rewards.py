@@ -49,7 +49,7 @@ class _ServersTogether(Check):
         # vLLM takes nine tenths of each GPU unless an argument says otherwise.
         for i, server in enumerate(servers):
             for other in servers[:i]:
-                shared = {*server.gpus} & {*other.gpus}
+                shared = set(server.gpus).intersection(other.gpus)
                 if shared and (memory_share(server) + memory_share(other)) > 1:
                     raise refusal(
                         "",

@@ -288,11 +288,13 @@ class TrainingConfig:
             raise refusal(
                 "model.quantize", "fp8 holds weights that stay as they are, and lora is null; use one of the two"
             )
+        # The weights of an earlier run are the base's then, so there is nothing to continue.
         if self.lora is None and self.model.start_as == "continue":
             raise refusal("model.start_as", "continue needs an adapter to train, and lora is null; use merge or a lora")
         self._check_float8()
         if self.lora is not None:
             refuse_muon(self.optim, "lora trains factors of their change; use adamw, or lora: null")
+        # By their names alone: whether this model has the layers is known once it is read.
         for target in (self.lora.targets if self.lora is not None else None) or ():
             if not targets.is_known(target):
                 raise refusal(
@@ -316,7 +318,8 @@ class TrainingConfig:
                 raise refusal(
                     "model.float8", "auto goes by image sizes, which are not set; use tensorwise, rowwise or null"
                 )
-            self.model = changed(self.model, float8=float8_for(max(height * width for height, width in sizes)))
+            pixels = [height * width for height, width in sizes]
+            self.model = changed(self.model, float8=float8_for(max(pixels)))
 
 
 def float8_for(pixels: int) -> Literal["tensorwise", "rowwise"] | None:
@@ -329,13 +332,14 @@ def float8_for(pixels: int) -> Literal["tensorwise", "rowwise"] | None:
 def _falls(name: str) -> bool:
     """Whether this metric of an evaluation falls while the model gets better. Rewards, which have no group, rise."""
     metric = metrics.find(metrics.EVAL + name)
+    # A reward may have the name of a metric of training, such as `loss`.
     is_reward = "/" not in name and name != metric_names.FAKE_LOSS
     return metric is not None and metric.better == "lower" and not is_reward
 
 
 def check_metrics(config: EvalConfig, known: Sequence[str]) -> None:
     """Refuses metrics that an evaluation does not have, and a stop rule that cannot work."""
-    known = list(dict.fromkeys(known))
+    known = list(dict.fromkeys(known))  # each once, for the message
     for name, metric in (("eval.best", config.best), ("eval.stop.metric", config.stop.metric)):
         if metric is not None and metric not in known:
             raise refusal(name, f"'{metric}' is no metric of the evaluation; known here: {', '.join(known)}")
@@ -346,12 +350,14 @@ def check_metrics(config: EvalConfig, known: Sequence[str]) -> None:
         return
     if config.stop.better == "higher" and _falls(config.stop.metric):
         raise refusal("eval.stop.better", f"is higher, and {config.stop.metric} is better the lower it is; set lower")
+    # A run that was stopped has got worse, so its last step is not the one to hand on.
     if config.best is None:
         raise refusal(
             "eval.best",
             "is null, and eval.stop.metric is set: a run that its stop rule ends hands on its best step; name the"
             " metric that picks it, such as a held-out judge",
         )
+    # `best` has no direction of its own: the highest value would be the worst step.
     if config.stop.better == "lower" and config.best == config.stop.metric:
         raise refusal(
             "eval.best", f"takes the highest {config.best}, and eval.stop.better is lower: name another metric"

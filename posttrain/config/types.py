@@ -71,6 +71,7 @@ def _checked(cls: type[T], keywords: bool) -> type[T]:
     made: Any = pydantic_dataclasses.dataclass(config=CONFIG, kw_only=keywords)(cls)
     init = made.__init__
 
+    # A program that makes one gets the errors that a recipe's user gets.
     @functools.wraps(init)
     def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
@@ -89,7 +90,7 @@ def refusal(field: str, problem: str) -> PydanticCustomError:
 
 def changed(config: T, **values: Any) -> T:
     """A copy with other values, which are not checked: a command's own use of a part of what a recipe gave."""
-    copied = copy.copy(config)
+    copied = copy.copy(config)  # dataclasses.replace would check it
     for name, value in values.items():
         setattr(copied, name, value)
     return copied
@@ -163,6 +164,7 @@ class Each(Check):
         self.range, self.words = range, f"each {range.words}"
 
     def problem(self, value: Sequence[float]) -> str | None:
+        # A range on the entries' own type would name an entry, such as betas[0].
         for entry in value:
             if self.range.problem(entry):
                 return f"holds {entry}; {self.range.remedy}"
@@ -276,8 +278,8 @@ def _problem(config: type, entry: Any) -> ConfigError:
     path, kind = _place(config, entry["loc"])
     if entry["type"] == "setting":
         context = entry["ctx"]
-        field = ".".join(part for part in (path, context["field"]) if part)
-        return ConfigError(field.replace(".[", "["), context["problem"])
+        field = ".".join(filter(None, (path, context["field"])))
+        return ConfigError(field.replace(".[", "["), context["problem"])  # an entry: rewards[0].name
     if entry["type"] == "unexpected_keyword_argument":
         return ConfigError(path, f"unknown key{_near(config, path)}", "unknown")
     if entry["type"] in ("missing", "missing_argument"):
@@ -292,6 +294,7 @@ def _near(config: type, path: str) -> str:
     """The suggestion for an unknown key, with the path of its section."""
     around, dot, name = path.rpartition(".")
     kind: Any = config
+    # `teachers.a.tags[0]` is walked as teachers, a, tags, 0.
     for part in around.replace("]", "").replace("[", ".").split(".") if around else ():
         kind = _inner(kind, int(part) if part.isdigit() else part)
     inner = section(kind)

@@ -44,6 +44,7 @@ class ExportConfig:
     def _fits(self) -> ExportConfig:
         if self.format != "diffusers" and not self.output.endswith(".safetensors"):
             raise refusal("output", f"format {self.format} writes one file; end it in .safetensors")
+        # A run names the model that it was trained on, and a file names none.
         if self.source.endswith(".safetensors") != (self.model is not None):
             why = "is null, and a file does not say which model it is for; give its path"
             raise refusal("model", why if self.model is None else "has no meaning here: that of a run is known")

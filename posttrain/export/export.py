@@ -85,14 +85,16 @@ def write(
     `allow_rounding`. Returns what a merge has kept. Raises UserError if it would change nothing or loses too much in
     rounding, or if what was written is not what was meant."""
     adapter = saved.tensors.get("adapter")
+    # B begins at 0 and A does not, so B tells whether anything was trained.
     if adapter is not None and not any(v.any() for k, v in adapter.items() if k.endswith(B)):
         raise UserError(f"{saved.path}: the adapter is untrained (every B factor is 0) and would do nothing")
     check_base(saved)
     if format.startswith("lora"):
         factors = scaled_factors(saved)
-        named = {DIFFUSERS_PREFIX + k: v for k, v in factors.items()}
         if format == "lora-original":
-            named = {ORIGINAL_PREFIX + key_names.original_name(k): v for k, v in factors.items()}
+            named = {ORIGINAL_PREFIX + key_names.original_name(key): value for key, value in factors.items()}
+        else:
+            named = {DIFFUSERS_PREFIX + key: value for key, value in factors.items()}
         model = empty_transformer(saved.state["model"]["path"]).state_dict()
         write_atomically(
             output, lambda path: save_file(named, path), lambda path: check_lora(output, path, model, factors),
@@ -112,7 +114,7 @@ def write(
     model = empty_transformer(saved.state["model"]["path"]).state_dict()
     if format == "original":
         model, state, base = (key_names.to_original(part) for part in (model, after, before))
-        state = {k: v.contiguous() for k, v in state.items()}
+        state = {k: v.contiguous() for k, v in state.items()}  # save_file takes no other
         write_atomically(
             output, lambda path: save_file(state, path, metadata={"format": "pt"}),
             lambda path: check_weights(output, [path], model, state, base), card and card(rounding),
@@ -135,17 +137,20 @@ def _merged(
     if dtype is not None:
         k2.transformer.to(getattr(torch, dtype))
     written = torch.float32 if dtype is not None else k2.dtype
+    # Of two types, as whoever loads the export may do so in bfloat16.
     kept = add_saved_policy(k2, saved, written, torch.bfloat16)
     full = saved.state["lora"] is None and not is_file(saved)
     if full:
         kept |= _kept_of_full(k2, before, written)
+    # An adapter joins the earlier ones, and all are merged with one rounding.
     if POLICY in k2.roles:
         k2.stack_role(POLICY)
     kept |= k2.merge_stack(written, torch.bfloat16)
     after = k2.base_state_dict()
-    if not any(not torch.equal(before[k].to(v.dtype), v) for k, v in after.items()):
+    if all(torch.equal(before[k].to(v.dtype), v) for k, v in after.items()):
         what = "what was trained" if full else "the adapter"
         raise UserError(f"{saved.path}: merged in {written}, {what} changes no weight; train longer or in float32")
+    # Inner products add up over layers, which shares do not.
     whole = whole_bf16 = Kept(0.0, 0.0, 0.0)
     for of_layer, of_layer_bf16 in kept.values():
         whole, whole_bf16 = whole + of_layer, whole_bf16 + of_layer_bf16
@@ -201,7 +206,7 @@ def write_atomically(
         path = folder / output.name
         write(path)
         apply_umask(path)
-        check(path)
+        check(path)  # what fails here never gets the name that the user asked for
         if card is not None:
             # A directory holds its card; a file has it beside itself.
             beside = path / "README.md" if path.is_dir() else path.with_suffix(".md")

@@ -29,8 +29,8 @@ def push(output: Path, card: Path | None, name: str, private: bool) -> str:
     """Uploads a directory, or a file with its card as README.md; returns the address. Call `check_push` before."""
     api, message = huggingface_hub.HfApi(), f"posttrain: {output.name}"
     try:
-        api.create_repo(name, private=private, exist_ok=True)
-        if card is None:
+        api.create_repo(name, private=private, exist_ok=True)  # of one that is there the visibility stays
+        if card is None:  # a directory, which holds its card
             api.upload_folder(repo_id=name, folder_path=output, commit_message=message)
         else:
             files = [CommitOperationAdd(output.name, str(output)), CommitOperationAdd("README.md", str(card))]

@@ -108,12 +108,11 @@ def carry_over(
         off, on = _draw(k2, config, records, steps, guidance)
         distance[where] = float(image_metrics.distances(image_metrics.cells(off), image_metrics.cells(on)).mean())
         figures[where] = _gains(rewards, off, on, records)
-        del k2
+        del k2  # before the other one is read, which is as large
     scores: dict[str, dict[str, Any]] = {}
-    for name in figures["raw"]:
-        scores[name] = {"raw": figures["raw"][name], "turbo": figures["turbo"][name]}
-    for values in scores.values():
-        values["share"] = share(values["raw"], values["turbo"])
+    for name, raw in figures["raw"].items():
+        turbo = figures["turbo"][name]
+        scores[name] = {"raw": raw, "turbo": turbo, "share": share(raw, turbo)}
     return {"images": len(records), "rewards": scores, "distance": distance}
 
 
@@ -123,7 +122,7 @@ def table(found: dict[str, Any]) -> str:
     for name, values in found["rewards"].items():
         cells: list[str] = []
         for where in ("raw", "turbo"):
-            off, on, gain, error = (values[where][figure] for figure in FIGURES)
+            off, on, gain, error = map(values[where].get, FIGURES)
             # All of them are missing where the reward scored too few images.
             cells += ["-"] * 3 if gain is None else [f"{off:.4f}", f"{on:.4f}", f"{gain:+.4f} ± {error:.4f}"]
         share = "no clear gain on Raw" if values["share"] is None else f"{100 * values['share']:.0f} %"
@@ -139,7 +138,7 @@ def table(found: dict[str, Any]) -> str:
 
 def _completed(config: CarryoverConfig, saved: Checkpoint | None) -> CarryoverConfig:
     """With missing settings taken from the run's recipe. Raises UserError for a setting that neither has."""
-    recipe = {} if saved is None else run_recipe(saved)
+    recipe = {} if saved is None else run_recipe(saved)  # a file has none
     model = config.model if saved is None or config.model is not None else ModelConfig(**saved.state["model"])
     prompts = config.prompts or heldout_of(recipe)
     rewards, servers = config.rewards, config.servers
@@ -158,6 +157,7 @@ def _check_models(config: CarryoverConfig, saved: Checkpoint | None) -> Checkpoi
     weights are read. Returns Turbo's checkpoint where it is a run."""
     assert config.model is not None
     raw, path = config.model, Path(config.turbo)
+    # With another path given, the base may be gone from where it was.
     if saved is not None and raw.path == saved.state["model"]["path"]:
         policy.check_base(saved)
     files.check_directory(raw.path, raw.transformer_file, raw.transformer_format)
@@ -176,6 +176,7 @@ def _check_models(config: CarryoverConfig, saved: Checkpoint | None) -> Checkpoi
     if student is None and not is_hub_id(base) and not files.is_distilled(base):
         raise UserError(UNDISTILLED.format(base))
     ours, theirs = _architecture(raw.path), _architecture(base)
+    # Only what both state: an index need not name the states of the text encoder.
     if any(name in theirs and theirs[name] != value for name, value in ours.items()):
         raise UserError(UNLIKE.format(config.turbo))
     _factors(config, saved, shapes_at(raw.path))
@@ -208,7 +209,9 @@ def _architecture(path: str) -> dict[str, Any]:
     # Names with an underscore say where it lies and by which version it was written.
     described = {key: value for key, value in config.items() if not key.startswith("_")}
     taps = index.get("text_encoder_select_layers")
-    return described | ({} if taps is None else {"taps": list(taps)})
+    if taps is not None:
+        described["taps"] = list(taps)
+    return described
 
 
 def _factors(config: CarryoverConfig, saved: Checkpoint | None, shapes: Mapping[str, Any]) -> Mapping[str, Tensor]:
@@ -275,6 +278,7 @@ def _gains(
     """Over the images that a reward could score both with and without the LoRA; None where there are too few."""
     prompts, reward_columns = [record.prompt for record in records], columns(list(records))
 
+    # Each image stands alone: rewards that compare a group are left out before.
     def score(images: np.ndarray) -> Scores:
         return asyncio.run(score_all(rewards, to_pil(torch.from_numpy(images)), prompts, reward_columns))
 
@@ -299,5 +303,9 @@ def summary(before: np.ndarray, after: np.ndarray) -> dict[str, float | None]:
     difference = after - before
     # The same prompts and noise on both sides, so the error is that of paired differences.
     error = difference.std(ddof=1) / np.sqrt(len(difference))
-    means = (before.mean(), after.mean(), difference.mean(), error)
-    return dict(zip(FIGURES, map(float, means)))
+    return {
+        "off": float(before.mean()),
+        "on": float(after.mean()),
+        "gain": float(difference.mean()),
+        "error": float(error),
+    }

@@ -71,6 +71,8 @@ def model_card(
     how much a merge kept; `hub` is the id that the export is uploaded under."""
     # Whoever reads the card need not know where the base lies on this machine.
     model, recipe = public(saved.state["model"]), public(run_recipe(saved))
+    method = saved.state.get("method")
+    stages = [*earlier_of(saved), saved]
     front = _front(saved, format, license)
     student = saved.state["student"] if is_student(saved) else None
     guidance = saved.state.get("guidance")
@@ -87,7 +89,7 @@ def model_card(
         base=model["path"],
         source=_source(model),
         format=format,
-        stages=[_stage(stage) for stage in [*earlier_of(saved), saved]],
+        stages=list(map(_stage, stages)),
         student=student and {**student, "shift": math.exp(student["mu"])},
         guidance=guidance and _guidance(guidance),
         eval_steps=recipe.get("eval", {}).get("steps"),
@@ -96,9 +98,9 @@ def model_card(
         dtype="torch.float32" if needs_float32 else "torch.bfloat16",
         rounding=rounding,
         step=saved.step,
-        kappa=KAPPA if STYLE in [stage.state.get("method") for stage in [*earlier_of(saved), saved]] else None,
+        kappa=KAPPA if STYLE in [stage.state.get("method") for stage in stages] else None,
         results=_results(saved),
-        rewards=[_reward(reward, saved.state.get("method")) for reward in recipe.get("rewards", [])],
+        rewards=[_reward(reward, method) for reward in recipe.get("rewards", [])],
         size=size_of(recipe),
         changes=_changes(saved),
         recipe_text=yaml.safe_dump(settings, sort_keys=False) if settings else "",
@@ -125,7 +127,7 @@ def _front(saved: Checkpoint, format: str, license: str | None) -> dict[str, Any
     on_hub = _on_hub(saved)
     front = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
     front |= _license(path, license, on_hub)
-    # A hub refuses cards that name a directory as their base.
+    # The hub refuses cards that name a directory as their base.
     return {"base_model": without_revision(base), **front} if on_hub else front
 
 
@@ -142,7 +144,7 @@ def run_recipe(saved: Checkpoint) -> dict[str, Any]:
     """The resolved recipe of the run that a checkpoint lies in; empty if it was moved out of it, or is none."""
     if is_file(saved):
         return {}
-    file = saved.path.parent.parent / "recipe.yaml"
+    file = saved.path.parent.parent / "recipe.yaml"  # above checkpoints/step-000123
     return (yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
 
 
@@ -154,7 +156,7 @@ def heldout_of(recipe: Mapping[str, Any]) -> str | None:
 def size_of(recipe: Mapping[str, Any]) -> list[int] | None:
     """[height, width] of the run's evaluations; None where the recipe does not say it."""
     sizes = recipe.get("sampling", {}).get("sizes") or recipe.get("sizes") or []
-    # A method of one's own has one size.
+    # A method of one's own has one size; stpo's is that of its pairs, if the recipe sets it.
     return sizes[0] if sizes else recipe.get("size") or (recipe.get("pairs") or {}).get("size")
 
 
@@ -206,6 +208,7 @@ def _results(saved: Checkpoint) -> dict[str, Any] | None:
         columns["teacher"] = teacher
     rows = []
     for name in after:
+        # Not all columns have all of them: a teacher is not compared with itself.
         rows.append([name, *(column.get(name) for column in columns.values())])
     return {"step": step, "head": ["", *columns], "rows": rows}
 
@@ -231,8 +234,11 @@ def _license(base: str, given: str | None, on_hub: bool) -> dict[str, str]:
     fields = {name: str(front[name]) for name in ("license", "license_name", "license_link") if front.get(name)}
     if "license" in fields:
         return fields
+    # `other` with a name of its own is how the hub wants a licence that it does not know.
     unknown = {"license": "other", "license_name": AS_BASE}
-    return unknown | ({"license_link": f"https://huggingface.co/{without_revision(base)}"} if on_hub else {})
+    if on_hub:
+        unknown["license_link"] = f"https://huggingface.co/{without_revision(base)}"
+    return unknown
 
 
 def _license_text(front: dict[str, Any], base: str, given: str | None) -> str:

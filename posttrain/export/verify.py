@@ -59,6 +59,7 @@ def check_lora(where: Path, file: Path, model: Mapping[str, Tensor], factors: Ma
     are these factors, and they do something."""
     read = read_lora(file, linear_shapes(model), where)
     check_names(f"{where} as it was written", factors, read, AGAIN)
+    # read_lora gives fp32, with the scale in B as it was written.
     if wrong := [key for key, value in factors.items() if not torch.equal(value.float(), read[key])]:
         raise UserError(f"{where}: {counted(len(wrong), 'factor')} differed when read again ({wrong[0]}); {AGAIN}")
     if not any(value.any() for key, value in read.items() if key.endswith(B)):
@@ -79,6 +80,7 @@ def check_pipeline(
     if bool(index.get("is_distilled")) != distilled:
         raise UserError(f"{where}: model_index.json: is_distilled is not {str(distilled).lower()}; {AGAIN}")
     for name, value in index.items():
+        # diffusers' form of a part: [library, class], both null where the pipeline was saved without it.
         if isinstance(value, list) and isinstance(value[0], str) and not (folder / name).is_dir():
             raise UserError(f"{where}: {name} is missing; {AGAIN}")
     check_weights(where, sorted((folder / "transformer").glob("*.safetensors")), shapes, written, base)

@@ -109,6 +109,7 @@ class Rollouts:
                     self.procs.all_gather(None)  # where parameters are sharded all must be here to put them back
             updates = self.stepper.previous_updates if self.stepper.remembers else self.stepper.updates
             self._drawn[step] = Drawn(groups, self.queue.hand_over(), updates)
+        # Before this step's scores are waited for: judges then have the images of two steps.
         if not self.config.rollout.gpus:
             self._follow(step)
         return self._drawn[step]
@@ -117,6 +118,7 @@ class Rollouts:
         """The groups that this process trains on, wherever they were drawn. `costs` are of all groups of the step."""
         if not self.config.rollout.gpus:
             return drawn.groups
+        # Over the CPU, as messages go over gloo.
         parcels = {}
         for rank, hand in zip(self.trainers, deal(costs, len(self.trainers))):
             part = [_moved(group, torch.device("cpu")) for group in drawn.groups if group.index in hand]
@@ -124,7 +126,8 @@ class Rollouts:
                 parcels[rank] = part
         received: dict[int, Group] = {}
         for part in self.procs.deliver(parcels).values():
-            received |= {group.index: _moved(group, self.procs.device) for group in part}
+            for group in part:
+                received[group.index] = _moved(group, self.procs.device)
         return [received[i] for i in self.procs.local_indices_by_cost(costs, self.trainers)]
 
     def follow(self, step: int) -> None:
@@ -149,5 +152,6 @@ def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, list):
         return [_moved(item, device) for item in value]
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{field.name: _moved(getattr(value, field.name), device) for field in fields(value)})
+        moved = {field.name: _moved(getattr(value, field.name), device) for field in fields(value)}
+        return replace(value, **moved)
     return value

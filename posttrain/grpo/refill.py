@@ -60,29 +60,30 @@ class Refill:
         indices = list(range(places))
         chosen = indices
         for attempt in itertools.count(1):
-            signal = dict(zip(indices, self.teaching(scores).tolist()))
-            chosen = [self._group_of(place, signal) for place in range(places)]
+            signal = self.teaching(scores).tolist()
+            # Of each place the first group with a signal; where there is none yet, the first one.
+            chosen = list(range(places))
+            flat = set(chosen)
+            for index, teaches in zip(indices, signal):
+                place = index % places
+                if teaches and place in flat:
+                    chosen[place] = index
+                    flat.discard(place)
             groups = [group for group in groups if group.index in chosen]  # the others take memory
-            flat = [place for place in chosen if not signal[place]]
             count = min(len(flat), places + self.settings.refill - len(indices))
             # Where nothing at all was scored a judge is out of order, and would not score more.
             records = self.source.redraw(step, count) if count and scores.valid_NK.any() else []
             if not records:
                 break
             self.clock.lap("score")
-            drawn = {place + attempt * places: record for place, record in zip(flat, records)}
+            drawn = {place + attempt * places: record for place, record in zip(sorted(flat), records)}
             further = self.draw(step, drawn)
             self.clock.lap("sample")
             scores = self._joined(scores, further)
             groups, indices = groups + further, [*indices, *drawn]
+        # A group takes the index of its place, by which advantages are looked up.
         batch = [replace(group, index=group.index % places) for group in groups]
-        return batch, scores, [indices.index(index) for index in chosen]
-
-    def _group_of(self, place: int, signal: Mapping[int, bool]) -> int:
-        """The index of the first group drawn for this place that has a signal, else of the first one."""
-        places = self.settings.prompts_per_step
-        teaching = [index for index, teaches in signal.items() if teaches and index % places == place]
-        return min(teaching, default=place)
+        return batch, scores, list(map(indices.index, chosen))
 
     def _joined(self, scores: Scores, further: list[Group]) -> Scores:
         """The scores so far and, after them, those of the further groups of all processes."""

@@ -49,6 +49,7 @@ class Transition:
             return
         for i, start in enumerate(range(0, images, micro_batch)):
             rows = slice(start, min(start + micro_batch, images))
+            # Slices are views, so that `restate` of a part writes into the whole.
             x, x_next, mean, log_prob = self.x[rows], self.x_next[rows], self.mean[rows], self.log_prob[rows]
             own = self.velocities[i : i + 1]
             yield rows, replace(self, x=x, x_next=x_next, mean=mean, log_prob=log_prob, velocities=own)
@@ -97,6 +98,7 @@ def rollout(
         raise ValueError(f"window {window} must lie in the first {len(times) - 2} of {len(times) - 1} steps")
     shape = (k2.image_tokens(height, width), k2.latent_channels)
     first = seeds[:1] if shared else seeds
+    # Fused once for all steps: one role draws, and nothing changes it on the way.
     x, text = sampler.noise([s[0] for s in first], shape).to(k2.device), k2.fused(text)
     transitions = []
     for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):

@@ -203,6 +203,7 @@ def sample(
     """
     s, window = config.sampling, window_of(config, step)
     records = dict(enumerate(source.draw(step))) if records is None else records
+    # A further group has the size of the one whose place it takes, and so its cost.
     indices, costs = list(records), costs_of(k2, config, step)
     drawing, _ = roles(config, procs)
     # A step that did not fit into memory is repeated in smaller micro-batches, and without it.
@@ -217,6 +218,7 @@ def sample(
             # The first is that of the noise that the image begins with, the others those of its stochastic steps.
             seeds.append([sampler.seed_for(config.seed, step, g, j, i) for i in range(len(window) + 1)])
         times, text = sampler.schedule(s.steps, k2.mu(height, width)), prompted.text
+        # With a window the images of a group differ by its noise alone, so all advantages belong to its steps.
         shared = s.window is not None
         with k2.role(POLICY, fp8=config.rollout.quantize == "fp8"):
             trajectory = rollout(

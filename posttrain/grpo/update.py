@@ -86,6 +86,7 @@ def gradient(
         for move in group.trajectory.transitions:  # the stochastic steps alone have a likelihood
             weight = 1.0 if guard is None else float(guard[move.index])
             for rows, part in move.parts(micro_batch):
+                # Backward after each part, so that one graph is in memory at a time.
                 v, log_ratio, parts = _likelihood(k2, config, group, part, times, first)
                 loss_B, ratios = objective(log_ratio, advantages_G[rows])
                 parts |= ratios
@@ -128,6 +129,8 @@ def _likelihood(
             v = k2.velocity(part.x, part.t, group.text, *group.size)
     mean, std = sampler.sde_moments(part.x, v, part.t, part.t_next, s.dynamics, s.eta, times[1])
     if first and config.rollout.quantize:
+        # The images were drawn in fp8. The ratio is to the exact policy at the same state instead: otherwise fp8's
+        # rounding would be taken for a change of the policy.
         of_mean = sampler.kl_coefficient(part.t, part.t_next, s.dynamics, s.eta, times[1]).abs().to(v.device)
         gap = part.restate(mean, std) / of_mean / root_mean_square(v.detach())
         metrics["rollout_gap"] = gap.expand(len(part.x_next)).sum()
@@ -145,9 +148,8 @@ def _log_ratio(config: GRPOConfig, move: Transition, mean: Tensor, std: Tensor) 
 
 def _over_processes(totals: Mapping[str, float], count: int, procs: Processes) -> dict[str, float]:
     """Metrics from the sums that each process has of its groups; one that has no group has none."""
-    gathered = procs.all_gather(dict(totals))
-    parts = [part for part in gathered if part]
-    worst = max(part.pop("worst") for part in parts)
+    parts = list(filter(None, procs.all_gather(dict(totals))))
+    worst = max([part.pop("worst") for part in parts])
     total = dict.fromkeys(parts[0], 0.0)
     for part in parts:
         for name in total:

@@ -38,7 +38,7 @@ def by_layer(family: Family) -> dict[str, list[Factors | None]]:
     factors = [parent.factors() for parent in family.parents]
     for parent, own in zip(family.parents, factors):
         role_for(_flat(own), f"parents: {parent.name}")
-    layers = dict.fromkeys(itertools.chain(*factors))
+    layers = dict.fromkeys(itertools.chain(*factors))  # each once, in the order in which parents have them
     return {layer: [own.get(layer) for own in factors] for layer in layers}
 
 
@@ -60,17 +60,17 @@ def combine(
     known: dict[str, Layer] = {}
     for layer, pairs in layers.items():
         overlap = algebra.overlap_of_factors(pairs, weights)
-        linear = config.method == "linear"
-        found = _sum(pairs, weights, config.rank) if linear else _ties(pairs, weights, config, device)
+        if config.method == "linear":
+            found = _sum(pairs, weights, config.rank)
+        else:
+            found = _ties(pairs, weights, config, device)
         merged[layer] = (found.b.float().cpu(), found.a.float().cpu())
         known[layer] = Layer(overlap, found.a.shape[0], found.residual, found.norm)
     return merged, known
 
 
 def _sum(pairs: Sequence[Factors | None], weights: Sequence[float], rank: int | None) -> Truncated:
-    present = [(pair, weight) for pair, weight in zip(pairs, weights, strict=True) if pair is not None]
-    known, their_weights = zip(*present)
-    b, a = concatenate(known, their_weights)
+    b, a = concatenate(*algebra.present_in(pairs, weights))
     b, a = b.double(), a.double()  # so that what is left out is told from rounding
     if rank is None or rank >= len(a):
         return Truncated(b, a, 0.0, math.sqrt(max(0.0, inner((b, a), (b, a)))))
@@ -81,10 +81,10 @@ def _ties(
     pairs: Sequence[Factors | None], weights: Sequence[float], config: MergeConfig, device: torch.device
 ) -> Truncated:
     changes = []
-    first = next(filter(None, pairs))
+    b, a = next(filter(None, pairs))
+    shape = (b.shape[0], a.shape[1])
     for pair in pairs:
         # A parent without this layer wants no change of it, and has no say in it either.
-        shape = (first[0].shape[0], first[1].shape[1])
         changes.append(torch.zeros(shape, device=device) if pair is None else pair[0].to(device) @ pair[1].to(device))
     return algebra.low_rank(algebra.ties(changes, weights, config.density, config.scale), config.rank)
 
@@ -103,6 +103,7 @@ def save(family: Family, factors: Mapping[str, Factors], folder: Path, facts: Ma
         "lora": asdict(role),
         "merge": dict(facts),
     }
+    # Layers have different ranks where parents adapt different ones, and a role has one: the rest is 0.
     tensors = {"adapter": padded(named, roles.role_named_parameters(POLICY))}
     checkpoint.save(folder / "checkpoints", 0, tensors, state, keep=1)
 

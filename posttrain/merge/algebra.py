@@ -35,6 +35,7 @@ def threshold(change: Tensor, density: float) -> float:
     count = max(1, round(density * change.numel()))
     if count >= change.numel():
         return 0.0
+    # kthvalue counts from the least; torch.quantile refuses tensors of this size.
     return float(change.abs().flatten().kthvalue(change.numel() - count + 1).values)
 
 
@@ -43,13 +44,16 @@ def ties(changes: Sequence[Tensor], weights: Sequence[float], density: float, sc
     sum, and take the weighted mean of the entries that agree with it, times `scale`. Weights are positive, and only
     their ratios count."""
     least = [threshold(change, density) for change in changes]
-    merged = torch.empty_like(changes[0])
-    flat = [change.reshape(-1).split(PART) for change in (*changes, merged)]
+    flat = [change.reshape(-1) for change in changes]
+    merged = torch.empty_like(flat[0])
     # In parts, so that what is computed on the way takes no memory of the layer's size.
-    for *parts, result in zip(*flat):
-        kept = [torch.where(part.abs() >= value, part, 0.0) for part, value in zip(parts, least)]
-        result.copy_(scale * _agreed(kept, weights))
-    return merged
+    for start in range(0, len(merged), PART):
+        part = slice(start, start + PART)
+        kept = []
+        for change, value in zip(flat, least):
+            kept.append(torch.where(change[part].abs() >= value, change[part], 0.0))
+        merged[part] = scale * _agreed(kept, weights)
+    return merged.view_as(changes[0])
 
 
 def _agreed(changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -107,12 +111,15 @@ def overlap(changes: Sequence[Tensor], weights: Sequence[float]) -> Overlap:
     """Of the changes of one layer."""
     count = len(changes)
     summed = Overlap(((0.0,) * count,) * count)
+    flat = [change.reshape(-1) for change in changes]
     # In parts, so that what is computed on the way takes no memory of the layer's size.
-    flat = [change.reshape(-1).split(PART) for change in changes]
-    for parts in zip(*flat):
+    for start in range(0, len(flat[0]), PART):
+        parts = [change[start : start + PART] for change in flat]
         products = []
         for first in parts:
-            products.append(tuple(float((first * second).sum(dtype=torch.float64)) for second in parts))
+            # Millions of small products: fp32 would lose the sum's last digits.
+            row = [float((first * second).sum(dtype=torch.float64)) for second in parts]
+            products.append(tuple(row))
         summed += Overlap(tuple(products), *_opposed(parts, weights))
     return summed
 
@@ -126,17 +133,30 @@ def overlap_of_factors(factors: Sequence[Factors | None], weights: Sequence[floa
     for first in factors:
         row = [0.0 if first is None or second is None else inner(first, second) for second in factors]
         products.append(tuple(row))
-    present = [(pair, weight) for pair, weight in zip(factors, weights, strict=True) if pair is not None]
+    # A parent that leaves the layer as it is neither opposes nor leads.
+    present, their_weights = present_in(factors, weights)
     opposed = leading = 0.0
-    outputs = present[0][0][0].shape[0]
-    for row in range(0, outputs, ROWS):
-        changes = [b[row : row + ROWS] @ a for (b, a), _ in present]
-        less, more = _opposed(changes, [weight for _, weight in present])
+    outputs = len(present[0][0])
+    for start in range(0, outputs, ROWS):
+        changes = [b[start : start + ROWS] @ a for b, a in present]
+        less, more = _opposed(changes, their_weights)
         opposed, leading = opposed + less, leading + more
     return Overlap(tuple(products), opposed, leading)
 
 
+def present_in(factors: Sequence[Factors | None], weights: Sequence[float]) -> tuple[list[Factors], list[float]]:
+    """The changes that a layer has, with their weights."""
+    present: list[Factors] = []
+    their_weights: list[float] = []
+    for pair, weight in zip(factors, weights, strict=True):
+        if pair is not None:
+            present.append(pair)
+            their_weights.append(weight)
+    return present, their_weights
+
+
 def _opposed(changes: Sequence[Tensor], weights: Sequence[float]) -> tuple[float, float]:
+    # A negative weight turns a change round, so signs are those of the weighted changes.
     positive, negative = torch.zeros_like(changes[0]), torch.zeros_like(changes[0])
     for change, weight in zip(changes, weights):
         positive += (weight * change).clamp_min(0)
@@ -163,6 +183,7 @@ def low_rank(change: Tensor, rank: int | None = None, error: float | None = None
         u, sigma, vh = torch.linalg.svd(change, full_matrices=False)
         v = vh.mT
     else:
+        # A randomised SVD draws from torch's generators: seeded, so that a merge is repeatable, and restored.
         devices = [change.device] if change.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(0)
@@ -179,6 +200,7 @@ def low_rank(change: Tensor, rank: int | None = None, error: float | None = None
 def least_rank(sigma: Sequence[float], norm: float, error: float, most: int) -> int:
     """The least rank, from 1 to `most`, that leaves at most `error` of a matrix of that norm, by its singular values
     from the greatest on."""
+    # What is left after the first ranks is the squared norm less their squares: a randomised SVD knows no others.
     left = norm**2
     for rank, value in enumerate(sigma[:most], 1):
         left -= value**2

@@ -102,6 +102,7 @@ class MergeConfig:
             for name, default in (("density", 0.5), ("scale", 1.0)):
                 if getattr(self, name) != default:
                     raise refusal(name, "is of ties, and method is linear; use method ties, or weights (NAME:WEIGHT)")
+        # Two names of one run are found later, when their paths are known.
         paths: list[str] = []
         for i, text in enumerate(self.parents):
             try:
@@ -165,6 +166,7 @@ class ExtractConfig:
                 raise refusal(name, f"is {path}; it is one file: end it in {SUFFIX}")
         if self.rest == self.output:
             raise refusal("rest", "is the same file as output; choose another")
+        # Path, so that a slash at the end makes no difference.
         if Path(self.target) == Path(self.base):
             raise refusal("target", f"is {self.target}, as the base; give the model that differs from it")
         return self

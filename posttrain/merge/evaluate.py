@@ -76,6 +76,7 @@ def heldout(family: Family, config: MergeConfig) -> list[HeldOut]:
         except UserError as error:
             raise UserError(f"parents: the recipe of {parent.name}: {error}") from error
     if found:
+        # The base stands for all three models, which are as large.
         model = family.model
         machine.check([Base("model", model.path, model.dtype, model.transformer_file, model.transformer_format)], {})
     return found
@@ -94,8 +95,10 @@ def _missing(recipe: Mapping[str, Any]) -> str:
 
 
 def _of_recipe(parent: Parent, recipe: Mapping[str, Any], config: MergeConfig) -> HeldOut:
-    specs = [spec for spec in recipe["rewards"] if not spec.get("group")]
-    rewards = [RewardSpec(**spec) for spec in specs]
+    rewards: list[RewardSpec] = []
+    for spec in recipe["rewards"]:
+        if not spec.get("group"):
+            rewards.append(RewardSpec(**spec))
     size, path = config.size or size_of(recipe), heldout_of(recipe)
     if size is None:
         raise UserError("it does not say the size of its images; give it as --size")
@@ -125,6 +128,7 @@ def retention(
     `loses`."""
     device = Processes().device
 
+    # Functions, so that each model is read only when it is drawn with, and freed after it.
     def base() -> Loaded:
         # As a checkpoint that trained nothing on what the parents share.
         state = {"model": vars(family.model), "origin": family.origin()}
@@ -140,16 +144,18 @@ def retention(
         saved = own.parent.saved
         assert saved is not None
 
+        # A default, since the name `saved` is bound anew in each turn of the loop.
         def run(saved: Checkpoint = saved) -> Loaded:
             return load_checkpoint(saved, device), POLICY
 
-        scores = {}
         prefix = "posttrain-merge-"
         with tempfile.TemporaryDirectory(prefix=prefix) as logs, serve(own.servers, Path(logs)) as urls:
-            for name, load in (("base", base), ("run", run), ("merge", merged)):
-                scores[name] = _scores(own, load, urls, config.micro_batch)
+            # One after the other, since each loads a model, and only one fits into memory.
+            by_base = _scores(own, base, urls, config.micro_batch)
+            by_run = _scores(own, run, urls, config.micro_batch)
+            by_merge = _scores(own, merged, urls, config.micro_batch)
         for reward in own.rewards:
-            row = kept(*(scores[name][reward.name] for name in ("base", "run", "merge")))
+            row = kept(by_base[reward.name], by_run[reward.name], by_merge[reward.name])
             row |= {"loses": row["kept"] is not None and row["kept"] < config.keep}
             rows.append({"parent": own.parent.name, "reward": reward.name, "images": len(own.records), **row})
     return rows
@@ -176,6 +182,7 @@ def _scores(
 def kept(base: np.ndarray, run: np.ndarray, merge: np.ndarray) -> dict[str, Any]:
     """From an image's scores by each model: the means, the run's gain with its standard error, the share `kept` of it,
     and a 95 % bootstrap interval of that. What cannot be said is None."""
+    # Pairs only: an image that one of the three could not be scored on says nothing of a difference.
     valid = np.isfinite(base) & np.isfinite(run) & np.isfinite(merge)
     base, run, merge = base[valid], run[valid], merge[valid]
     row: dict[str, Any] = dict.fromkeys(("base", "run", "merge", "gain", "error", "kept", "interval"))
@@ -198,7 +205,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         if row["base"] is None:
             cells.append([*names, *["-"] * 5, "too few scores", ""])
             continue
-        means = [f"{row[name]:.3f}" for name in ("base", "run", "merge")]
+        means = [f"{row['base']:.3f}", f"{row['run']:.3f}", f"{row['merge']:.3f}"]
         gain = f"{row['gain']:+.3f} ± {row['error']:.3f}"
         last = ["-", "no clear gain", ""]
         if row["kept"] is not None:

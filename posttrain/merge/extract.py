@@ -12,6 +12,7 @@ layers; and the figure that counts, over 64 states (x, t, prompt) that the targe
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -80,8 +81,10 @@ def extract(config: ExtractConfig) -> None:
     """Writes `config.output`. Raises UserError for models of another architecture, and for two that are the same."""
     output = Path(config.output)
     card = output.with_suffix(".json")
-    for path in (output, card, *([Path(config.rest)] if config.rest else [])):
-        check_new(path)
+    check_new(output)
+    check_new(card)
+    if config.rest:
+        check_new(Path(config.rest))
     prompts = _prompts(config) if config.measure else []
     like = weights.expected(config.base)
     base, target = weights.of_pipeline(config.base, like), _target(config, like)
@@ -96,7 +99,7 @@ def extract(config: ExtractConfig) -> None:
         with replacing(Path(config.rest)) as temporary:
             save_file(found.rest, temporary)
     facts: dict[str, Any] = {"target": config.target, "from": config.base}
-    facts |= {"error": low_rank_error(found), "outside": found.share_outside(), "layers": _rows(found)}
+    facts |= {"error": error_of(found.layers.values()), "outside": found.share_outside(), "layers": _rows(found)}
     _print(config, found)
     if config.measure:
         facts["velocity"] = velocity_error(config, found, prompts)
@@ -148,7 +151,7 @@ def difference(
             continue
         layer = name.removesuffix(".weight")
         wanted = layer in linears and (config.layers == "all" or is_block_linear(layer))
-        if not wanted or name == layer:
+        if not wanted or name == layer:  # a vector, a bias, or a linear that the LoRA leaves out
             found.outside += float(change.square().sum(dtype=torch.float64))
             found.rest[name] = value.clone()
             continue
@@ -156,15 +159,10 @@ def difference(
         dtype = value.dtype if config.dtype is None else getattr(torch, config.dtype)
         b, a = low.b.to(dtype).cpu().contiguous(), low.a.to(dtype).cpu().contiguous()
         found.factors |= {f"{layer}.{A}": a, f"{layer}.{B}": b}
-        # Of the factors as they are written.
+        # Of the factors as they are written: rounding them to bfloat16 is a part of the error.
         left = change - b.to(device).float() @ a.to(device).float()
         found.layers[layer] = Truncated(b, a, float(left.norm()), low.norm)
     return found
-
-
-def low_rank_error(found: Found) -> float:
-    """Over the LoRA's layers together."""
-    return error_of(found.layers.values())
 
 
 def _rows(found: Found) -> dict[str, dict[str, float]]:
@@ -182,17 +180,18 @@ def _print(config: ExtractConfig, found: Found) -> None:
     ranks = [row["rank"] for row in rows.values()]
     spread = f"rank {max(ranks)}" if min(ranks) == max(ranks) else f"ranks {min(ranks)} to {max(ranks)}"
     print(f"posttrain: wrote {config.output}: {counted(len(rows), 'layer')}, {spread}")
-    worst = ", ".join(f"{rows[name]['error']:.3f} in {name}" for name in list(rows)[:WORST])
-    print(f"error: {low_rank_error(found):.3f} of the difference in these layers; worst: {worst}")
+    worst = [f"{rows[name]['error']:.3f} in {name}" for name in list(rows)[:WORST]]
+    print(f"error: {error_of(found.layers.values()):.3f} of the difference in these layers; worst: {', '.join(worst)}")
     share = found.share_outside()
     kept = f"written to {config.rest}" if config.rest else "not in the LoRA; --rest FILE writes it"
     print(
         f"outside them: {100 * share:.2g} % of the difference's energy, in {counted(len(found.rest), 'tensor')}: {kept}"
     )
-    if config.error is not None and (over := [name for name, row in rows.items() if row["error"] > config.error]):
-        log.warning(
-            f"an error above {config.error:g} at rank {algebra.CAP}: {counted(len(over), 'layer')}, such as {over[0]}"
-        )
+    if config.error is not None:
+        over = [name for name, row in rows.items() if row["error"] > config.error]
+        if over:
+            count = counted(len(over), "layer")
+            log.warning(f"an error above {config.error:g} at rank {algebra.CAP}: {count}, such as {over[0]}")
 
 
 # ---- the figure that counts -----------------------------------------------------------------------------------
@@ -204,19 +203,21 @@ def velocity_error(config: ExtractConfig, found: Found, prompts: Sequence[str]) 
     device, (height, width) = Processes().device, config.size
     k2, role = _load_target(config, device)
     shape = (k2.image_tokens(height, width), k2.latent_channels)
-    noise = sampler.noise([sampler.seed_for(config.seed, i) for i in range(len(prompts))], shape)
+    seeds = [sampler.seed_for(config.seed, i) for i in range(len(prompts))]
     times = sampler.schedule(STEPS, k2.mu(height, width))
-    states: list[Tensor] = [noise.to(device)]
+    # The target's own trajectories: how the LoRA does where the target goes counts, not at states that it never meets.
+    states: list[Tensor] = [sampler.noise(seeds, shape).to(device)]
     with torch.no_grad(), k2.role(role):
         text, wanted = k2.text(prompts), []
-        for t, after in zip(times, times[1:]):
+        for t, after in itertools.pairwise(times):
             wanted.append(k2.velocity(states[-1], t, text, height, width))
             states.append(sampler.ode_step(states[-1], wanted[-1], t, after))
-    del k2, text
+    del k2, text  # before the base is read, which is as large
 
     def distance(k2: K2, role: str | None) -> float:
         total = 0.0
         with torch.no_grad(), k2.role(role):
+            # Fused anew for each model, since the layers that fuse the text may differ too.
             text = k2.text(prompts)
             for x, t, v in zip(states, times, wanted):
                 total += float((k2.velocity(x, t, text, height, width) - v).square().sum(dtype=torch.float64))
@@ -226,6 +227,7 @@ def velocity_error(config: ExtractConfig, found: Found, prompts: Sequence[str]) 
     whole = distance(k2, None)
     role = _apply(k2, found, config)
     errors = {"lora": distance(k2, role) / whole}
+    # Views of the weights, so that copying into them changes the model.
     own = k2.base_state_dict()
     for name, value in found.rest.items():
         own[name].copy_(value)

@@ -37,7 +37,9 @@ def merge(config: MergeConfig) -> None:
     output = Path(config.output)
     check_new(output)
     family = read(config)
-    makes_adapter = family.only_adapters and (config.method == "linear" or config.rank is not None)
+    # TIES keeps single entries of a matrix, so its result has full rank unless an SVD brings it to a lower one.
+    keeps_factors = config.method == "linear" or config.rank is not None
+    makes_adapter = keeps_factors and all(parent.is_adapter for parent in family.parents)
     if not makes_adapter and config.rank is not None:
         raise UserError(
             "rank: is for adapters, and there is a whole model among the parents; leave it out, and bring the result to"
@@ -54,17 +56,20 @@ def merge(config: MergeConfig) -> None:
     }
     if config.method == "ties":
         facts |= {"density": config.density, "scale": config.scale}
+    # Before the merge, which may take long.
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output: {output.parent} cannot be made: {error.strerror}; choose another name") from error
-    layers = (_adapter if makes_adapter else _whole)(family, config, output, facts)
+    write = _adapter if makes_adapter else _whole
+    layers = write(family, config, output, facts)
     _print(family, config, layers)
     if heldout:
         try:
             rows = evaluate.retention(family, config, heldout, output, makes_adapter)
         except UserError as error:
             raise UserError(f"{output} is written, but what it keeps cannot be measured: {error}") from error
+        # Once more, with what was measured on the written files.
         _write(output, facts | {"kept": rows}, layers)
         print(evaluate.table(rows))
         _warn_of_losses(rows, config.keep)
@@ -78,7 +83,7 @@ def _adapter(family: Family, config: MergeConfig, output: Path, facts: dict[str,
     with replacing_directory(output) as folder:
         adapters.save(family, factors, folder, facts)
         _write(folder, facts, layers)
-    rank = max(layer.rank or 0 for layer in layers.values())
+    rank = max(layer.rank or 0 for layer in layers.values())  # a layer that few parents have is narrower
     print(f"posttrain: wrote {output}, an adapter of rank {rank} on {family.model.path}")
     if config.rank is not None:
         print(report.errors(layers))
@@ -88,6 +93,7 @@ def _adapter(family: Family, config: MergeConfig, output: Path, facts: dict[str,
 
 
 def _whole(family: Family, config: MergeConfig, output: Path, facts: dict[str, Any]) -> Mapping[str, Layer]:
+    # A process's peak never falls, so what it was before is told beside it.
     before = peak_memory()["peak_ram_gib"]
     with replacing_directory(output) as folder:
         result = whole.write(family, config, folder, Processes().device)
@@ -120,8 +126,8 @@ def _print(family: Family, config: MergeConfig, layers: Mapping[str, Layer]) -> 
     names = [parent.name for parent in family.parents]
     print(report.table(names, family.weights, layers))
     if family.shared:
-        stages = ", ".join(stage["path"] for stage in family.shared)
-        print(f"{counted(len(family.shared), 'earlier stage')} that all share, once and in full: {stages}")
+        stages = [stage["path"] for stage in family.shared]
+        print(f"{counted(len(stages), 'earlier stage')} that all share, once and in full: {', '.join(stages)}")
     overall = report.overall(layers)
     for name, norm in zip(names, overall["norms"]):
         if norm == 0:

@@ -81,6 +81,7 @@ class Converted:
         if name.endswith(".bias"):
             change = self.changes.get(f"{name.removesuffix('.bias')}.{BIAS}")
             return value if change is None else value + change.parts[BIAS].to(value)
+        # Where nothing was removed it is not the name of a weight.
         change = self.changes.get(layer) if layer != name else None
         return value if change is None else change.of(value)
 
@@ -110,6 +111,7 @@ class Parent:
             assert isinstance(stage, Adapter)
             for layer, pair in stage.factors.items():
                 parts.setdefault(layer, []).append(pair)
+        # Stages add up, and so do ranks beside each other: exactly, whatever the ranks are.
         return {layer: concatenate(pairs, [1.0] * len(pairs)) for layer, pairs in parts.items()}
 
     def describe(self) -> dict[str, Any]:
@@ -141,10 +143,6 @@ class Family:
     def weights(self) -> list[float]:
         return [parent.weight for parent in self.parents]
 
-    @property
-    def only_adapters(self) -> bool:
-        return all(parent.is_adapter for parent in self.parents)
-
     def origin(self) -> dict[str, Any]:
         """What a checkpoint of the merge says of what it stands on."""
         return {"base": self.base, "merged": self.shared, "hub": is_hub_id(self.model.path)}
@@ -152,10 +150,11 @@ class Family:
     def open_base(self) -> Weights:
         """The base's weights. Raises UserError if they are not those that a run was trained on."""
         opened = weights.of_pipeline(self.model.path, self.like, self.model.transformer_file)
+        # A fingerprint reads the whole base, so this is asked only where its weights are needed anyway.
         if self.base is not None and fingerprint(opened) != self.base:
-            runs = [parent.name for parent in self.parents if parent.saved is not None]
+            run = next(parent.name for parent in self.parents if parent.saved is not None)
             raise UserError(
-                f"{self.model.path}: is not the model that {runs[0]} was trained on: its weights differ; name the base"
+                f"{self.model.path}: is not the model that {run} was trained on: its weights differ; name the base"
                 " as --model.path"
             )
         return opened
@@ -163,26 +162,38 @@ class Family:
 
 def read(config: MergeConfig) -> Family:
     """Raises UserError for parents that cannot be merged, before any whole model is read."""
-    found = [(name, weight, _checkpoint(name)) for name, weight in config.named()]
-    runs = [(name, saved) for name, _, saved in found if saved is not None]
-    _refuse_repeated([(name, saved.path if saved is not None else Path(name).resolve()) for name, _, saved in found])
-    for name, saved in runs:
+    found: list[tuple[str, float, Checkpoint | None]] = []
+    runs: dict[str, Checkpoint] = {}
+    paths: list[tuple[str, Path]] = []
+    histories: list[list[dict[str, str]]] = []
+    for name, weight in config.named():
+        saved = _checkpoint(name)
+        found.append((name, weight, saved))
+        paths.append((name, Path(name).resolve() if saved is None else saved.path))
+        # A LoRA file or a whole model says nothing of earlier stages: then none are shared.
+        histories.append([] if saved is None else _history(saved))
+        if saved is not None:
+            runs[name] = saved
+    _refuse_repeated(paths)
+    for name, saved in runs.items():
         if is_student(saved):
             raise UserError(f"parents: {name} is a student of posttrain tdm; merge first, and distil the merge")
     _refuse_ancestors(runs)
     base = _same_base(runs)
-    model = _base_of(config, [saved for _, saved in runs])
+    model = _base_of(config, list(runs.values()))
     files.check_directory(model.path, model.transformer_file, model.transformer_format)
     like = weights.expected(model.path)
-    # A LoRA file or a whole model says nothing of earlier stages: then none are shared.
-    histories = [_history(saved) if saved is not None else [] for _, _, saved in found]
     shared = _common(histories)
     parents = []
+    shared_stages: list[Stage] = []
     for name, weight, saved in found:
-        stages = _of_run(saved, like)[len(shared) :] if saved is not None else [_of_file(name, model, like)]
+        if saved is None:
+            stages = [_of_file(name, model, like)]
+        else:
+            # What all stand on is in the merge once, whatever the weights: it is no change of any parent.
+            stages = _of_run(saved, like)
+            shared_stages, stages = stages[: len(shared)], stages[len(shared) :]
         parents.append(Parent(name, weight, stages, saved))
-    first = runs[0][1] if runs else None
-    shared_stages = _of_run(first, like)[: len(shared)] if first is not None and shared else []
     return Family(parents, model, like, base, shared, shared_stages)
 
 
@@ -207,9 +218,9 @@ def _refuse_repeated(paths: Sequence[tuple[str, Path]]) -> None:
             raise UserError(f"parents: {name} and {other} are the same; name it once, with the sum of the weights")
 
 
-def _refuse_ancestors(runs: Sequence[tuple[str, Checkpoint]]) -> None:
+def _refuse_ancestors(runs: Mapping[str, Checkpoint]) -> None:
     """What a run stands on is part of its change already."""
-    for (name, saved), (other, other_saved) in itertools.permutations(runs, 2):
+    for (name, saved), (other, other_saved) in itertools.permutations(runs.items(), 2):
         if saved.path in [Path(stage["path"]).resolve() for stage in _history(other_saved)]:
             raise UserError(
                 f"parents: {other} was trained on top of {name} and holds it already; leave {name} out, and give"
@@ -220,16 +231,19 @@ def _refuse_ancestors(runs: Sequence[tuple[str, Checkpoint]]) -> None:
             raise UserError(f"parents: {other} has continued {name} and holds it already; leave {name} out")
 
 
-def _same_base(runs: Sequence[tuple[str, Checkpoint]]) -> str | None:
+def _same_base(runs: Mapping[str, Checkpoint]) -> str | None:
     """The fingerprint of the runs' base; None if no run knows it."""
-    known = [(name, base) for name, saved in runs if (base := base_of(saved)) is not None]
-    for name, base in known[1:]:
-        if base != known[0][1]:
+    first, known = "", None
+    for name, saved in runs.items():
+        base = base_of(saved)
+        if known is None:
+            first, known = name, base
+        elif base not in (None, known):
             raise UserError(
-                f"parents: {name} was trained on another base than {known[0][0]} (their fingerprints differ); merge"
+                f"parents: {name} was trained on another base than {first} (their fingerprints differ); merge"
                 " what was trained on one base"
             )
-    return known[0][1] if known else None
+    return known
 
 
 def _base_of(config: MergeConfig, runs: Sequence[Checkpoint]) -> ModelConfig:
@@ -237,6 +251,7 @@ def _base_of(config: MergeConfig, runs: Sequence[Checkpoint]) -> ModelConfig:
         return config.model
     if not runs:
         raise UserError("model: no parent is a run, which would say what its base is; give it as --model.path")
+    # The stages below a run are read from its checkpoint's origin, so its `start` has nothing left to say.
     return changed(ModelConfig(**runs[0].state["model"]), start=None)
 
 
@@ -251,10 +266,11 @@ def _history(saved: Checkpoint) -> list[dict[str, str]]:
 def _common(histories: Sequence[Sequence[dict[str, str]]]) -> list[dict[str, str]]:
     """The stages that all begin with."""
     shared = []
-    for stages in zip(*histories):
-        if len({stage["sha256"] for stage in stages}) > 1:
+    # By hash, since a run directory may have been moved or copied. zip ends with the shortest history.
+    for first, *others in zip(*histories):
+        if any(stage["sha256"] != first["sha256"] for stage in others):
             break
-        shared.append(stages[0])
+        shared.append(first)
     return shared
 
 
@@ -268,9 +284,14 @@ def _stage(saved: Checkpoint, like: Mapping[str, Tensor]) -> Stage:
         return _of_adapter(str(saved.path), like)
     if saved.state["lora"] is None:
         values = Weights([saved.path / WHOLE], str(saved.path))
-        strange = {key: value for key, value in values.empty().items() if key not in like}
-        misshapen = [key for key, place in values.places.items() if key in like and like[key].shape != place.shape]
-        check_keys(saved.path, "give runs of one base", unexpected=[*strange], of_another_shape=misshapen)
+        # Some may be missing: what fuses the text is not trained, and so not saved.
+        unexpected, misshapen = [], []
+        for key, place in values.places.items():
+            if key not in like:
+                unexpected.append(key)
+            elif like[key].shape != place.shape:
+                misshapen.append(key)
+        check_keys(saved.path, "give runs of one base", unexpected=unexpected, of_another_shape=misshapen)
         return Whole(values)
     return _adapter(scaled_factors([saved]), saved.path, like)
 
@@ -299,6 +320,7 @@ def _of_adapter(name: str, like: Mapping[str, Tensor]) -> Stage:
 
 def _adapter(factors: Mapping[str, Tensor], where: str | Path, like: Mapping[str, Tensor]) -> Adapter:
     """Raises UserError for one that does nothing, or has layers that the base has not."""
+    # B begins at 0 and A does not, so B tells whether anything was trained.
     if not any(value.any() for key, value in factors.items() if key.endswith(B)):
         raise UserError(f"parents: {where}: every B factor is 0, so it does nothing; give a trained adapter")
     shapes, adapter = linear_shapes(like), Adapter.of(factors)

@@ -48,6 +48,7 @@ def as_json(layers: Mapping[str, Layer]) -> dict[str, dict[str, Any]]:
 
 def _figures(overlap: Overlap) -> dict[str, Any]:
     cosines = {}
+    # Parents are numbered from 1, as the table on the terminal numbers them.
     for i, j in itertools.combinations(range(len(overlap.products)), 2):
         cosines[f"{i + 1}-{j + 1}"] = overlap.cosine(i, j)
     return {"norms": overlap.norms, "cosines": cosines, "conflict": overlap.conflict}
@@ -55,10 +56,13 @@ def _figures(overlap: Overlap) -> dict[str, Any]:
 
 def overall(layers: Mapping[str, Layer]) -> dict[str, Any]:
     """The same over all layers together."""
-    row = _figures(total(layer.overlap for layer in layers.values()))
+    row = _figures(total([layer.overlap for layer in layers.values()]))
+    residual = norm = 0.0
+    for layer in layers.values():
+        residual += layer.residual**2
+        norm += layer.norm**2
+    # The squared norm of the whole is the sum of those of its layers.
     if any(layer.rank is not None for layer in layers.values()):
-        residual = sum(layer.residual**2 for layer in layers.values())
-        norm = sum(layer.norm**2 for layer in layers.values())
         row["error"] = (residual / norm) ** 0.5 if norm else 0.0
     return row
 
@@ -71,8 +75,9 @@ def table(names: Sequence[str], weights: Sequence[float], layers: Mapping[str, L
         rows.append((str(i), name, f"{weight:g}", f"{norm:.4g}"))
     lines = [columns(rows)]
     if len(names) > 1:
-        pairs = ", ".join(f"{pair} {_number(value)}" for pair, value in whole["cosines"].items())
-        lines.append(f"cosines of the changes, over all layers: {pairs}")
+        pairs = [f"{pair} {_number(value)}" for pair, value in whole["cosines"].items()]
+        lines.append(f"cosines of the changes, over all layers: {', '.join(pairs)}")
+        # None, of a layer that no parent changes, cannot be sorted.
         by_layer = {name: layer.overlap.conflict or 0.0 for name, layer in layers.items()}
         lines.append(f"sign conflict: {_number(whole['conflict'])}; highest: {_worst(by_layer)}")
     return "\n".join(lines)
@@ -86,7 +91,7 @@ def errors(layers: Mapping[str, Layer]) -> str:
 
 def _worst(by_layer: Mapping[str, float]) -> str:
     names = sorted(by_layer, key=lambda name: -by_layer[name])[:WORST]
-    return ", ".join(f"{by_layer[name]:.3f} in {name}" for name in names)
+    return ", ".join([f"{by_layer[name]:.3f} in {name}" for name in names])
 
 
 def _number(value: float | None) -> str:

@@ -56,6 +56,7 @@ class Weights(Mapping[str, Tensor]):
             with safe_open(file, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118
                     part = opened.get_slice(key)
+                    # Only single numbers may be of another type; see check_file.
                     shape, dtype = tuple(part.get_shape()), TYPES.get(part.get_dtype(), torch.float32)
                     # Reshapes a block's table of shifts and scales, which the original stores as a vector.
                     ((name, renamed),) = key_names.from_original({key: torch.empty(shape, device="meta")}).items()
@@ -139,6 +140,7 @@ class Writer:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, (dtype, shape) in entries.items():
+            # Offsets count from the end of the header.
             start, end = end, end + torch.empty(shape, dtype=dtype, device="meta").nbytes
             header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
         text = json.dumps(header).encode()
@@ -176,6 +178,7 @@ def copy_parts(path: str, folder: Path) -> None:
     shutil.copy(source / "model_index.json", folder)
     for name, value in index.items():
         if isinstance(value, list) and (source / name).is_dir():
+            # The star at the end also leaves out the index of the weights, which names files that are not copied.
             ignored = shutil.ignore_patterns("*.safetensors*", "*.bin") if name == PART else None
             shutil.copytree(source / name, folder / name, ignore=ignored)
 

@@ -52,6 +52,7 @@ def write(family: Family, config: MergeConfig, folder: Path, device: torch.devic
     for file, names in shards.items():
         entries = {}
         for name in names:
+            # In the types of the base's files, so that the merge is loaded as the base is.
             place = base.places[name]
             entries[name] = (torch.float32 if config.dtype else place.dtype, place.shape)
         with Writer(folder / PART / file, entries) as writer:
@@ -72,6 +73,7 @@ def write(family: Family, config: MergeConfig, folder: Path, device: torch.devic
         raise UserError("parents: none of them changes a weight of the base; give models that were trained")
     if len(shards) > 1:
         weights.write_index(folder / PART, shards, size)
+    # Read back before the directory gets its name: whole files, and all names and shapes of the architecture.
     check_directory(str(folder))
     weights.of_pipeline(str(folder), family.like)
     return result
@@ -89,6 +91,7 @@ def _shards(base: Weights) -> dict[str, list[str]]:
 
 def _merged(name: str, value: Tensor, family: Family, config: MergeConfig) -> tuple[Tensor, algebra.Overlap | None]:
     """The merged tensor in fp32, and how far the parents' changes agree; None where none changes it."""
+    # A change is counted from the base with the shared stages, and these are in the merge once.
     start = value.float()
     for stage in family.shared_stages:
         start = stage.applied(name, start)
@@ -100,6 +103,7 @@ def _merged(name: str, value: Tensor, family: Family, config: MergeConfig) -> tu
         changes.append(own - start)
     if not any(bool(change.any()) for change in changes):
         return start, None
+    # From here on in fp32: the sum is rounded once, when it is written.
     overlap = algebra.overlap(changes, family.weights)
     if config.method == "ties":
         return start + algebra.ties(changes, family.weights, config.density, config.scale), overlap

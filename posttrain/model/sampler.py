@@ -52,6 +52,7 @@ def schedule(steps: int, mu: float) -> Tensor:
     """The (steps + 1,) fp32 grid of times from 1 to 0, on the CPU."""
     if steps < 1:
         raise ValueError(f"a schedule needs at least one step, got {steps}")
+    # diffusers' grid: numpy makes it in fp64, and it is rounded before the shift.
     s = torch.linspace(1.0, 1.0 / steps, steps, dtype=torch.float64).float()
     return torch.cat([shift(s, mu), torch.zeros(1)])
 
@@ -121,6 +122,7 @@ def sde_moments(
     """
     x, v = x.float(), v.float()
     t_, next_ = _column(t, x), _column(t_next, x)
+    # The score is -eps / t, by which the SDE's drift differs from the ODE's.
     x0, eps = x0_eps(x, v, t)
     if dynamics == "cps":
         angle = eta * math.pi / 2
@@ -145,6 +147,7 @@ def guard_weights(times: Tensor, dynamics: Dynamics, eta: float) -> Tensor:
     sensitive to the velocity at every step. For flow, C = -delta (1 + eta^2/2) at every t < 1, and the weight is
     1 / delta as published, which differs at t = 1 alone.
     """
+    # Without the last step, which has no noise.
     t, t_next = times[:-2].double(), times[1:-1].double()
     if dynamics == "flow":
         inverse = 1 / (t - t_next)
@@ -158,6 +161,7 @@ def _variance(t: Tensor, t_first: Tensor, dynamics: Dynamics, eta: float) -> Ten
     if dynamics == "dance":
         return torch.full_like(t, eta**2)
     if dynamics == "flow":
+        # At t = 1 the divisor would be 0; the grid's second time stands in, as in Flow-GRPO's code.
         return eta**2 * t / (1 - torch.where(t >= 1, t_first.to(t.device), t))
     raise ValueError(f"unknown dynamics {dynamics!r}: use flow, dance or cps")
 
@@ -200,6 +204,18 @@ def seed_for(*indices: int) -> int:
     """A 63-bit seed from global indices (run seed, step, prompt, sample, SDE step, ...); stable for ever."""
     text = ",".join(str(int(index)) for index in indices)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def uniform(*indices: int) -> float:
+    """A number in [0, 1], uniform over global indices."""
+    return seed_for(*indices) / 2**63
+
+
+def stratified_normal(seed: int, i: int, parts: int) -> float:
+    """The i-th of some standard normal numbers that cover the distribution evenly: each is of part i mod `parts`, of as
+    many parts of equal probability, and anywhere in it."""
+    share = (i % parts + uniform(seed, i, 0)) / parts
+    return float(torch.special.ndtri(torch.tensor(share, dtype=torch.float64)))
 
 
 def noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:

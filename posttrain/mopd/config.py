@@ -121,6 +121,7 @@ class MOPDConfig(TrainingConfig):
     def images_of(self, name: str) -> int:
         """Images of a teacher, or of the anchor, in a step."""
         share = self.anchor if name == ANCHOR else self.teachers[name].share
+        # At least one image, since a teacher without any would have no loss to take a mean of.
         return max(1, round(self.images * share)) if share else 0
 
     def single_rewards(self) -> list[str]:
@@ -142,9 +143,11 @@ class MOPDConfig(TrainingConfig):
                 "sampling.states", f"is {self.sampling.states}, but {self.sampling.steps} steps have fewer; lower it"
                 " (with loss.weight kl the last step has no noise and is left out)",
             )  # fmt: skip
+        # A reward of groups cannot say what one prompt's image has gained.
         known = self.single_rewards()
         owners: dict[str, str] = {}
         for name, teacher in self.teachers.items():
+            # Names are parts of metrics (distance/NAME, cosine/NAME/NAME) and of roles.
             if not re.fullmatch(r"[A-Za-z]\w*", name) or name == ANCHOR:
                 raise refusal(f"teachers.{name}", "names a teacher: use letters, digits and _, and not `anchor`")
             if teacher.reward is not None and teacher.reward not in known:

@@ -14,6 +14,7 @@ Where the student is the teacher and s_k = 0, loss and gradient are 0.
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal
 
 import torch
@@ -31,7 +32,9 @@ def weights(times: Tensor, weight: Weight, eta: float) -> Tensor:
         return torch.ones(len(t))
     if weight == "mean":
         return (t - t_next).square() / 2
+    # The last step is left out: its t_next is 0, where a stochastic step has no noise and so no likelihood.
     c = sampler.kl_coefficient(t[:-1], t_next[:-1], "flow", eta, times[1])
+    # The deviation does not depend on the state, so any will do.
     zeros = torch.zeros(len(t) - 1, 1)
     _, std = sampler.sde_moments(zeros, zeros, t[:-1], t_next[:-1], "flow", eta, times[1])
     return torch.cat([c.square() / (2 * std.flatten().square()), torch.zeros(1)])
@@ -50,10 +53,8 @@ def row_weight(rows: int, teachers: int) -> float:
 
 def cosines(gradients: dict[str, Tensor]) -> dict[str, float]:
     """Cosine of each two teachers' flat gradients, in [-1, 1], by `NAME/NAME`; 0 where one has none."""
-    names, found = list(gradients), {}
-    for i, first in enumerate(names):
-        for second in names[i + 1 :]:
-            a, b = gradients[first], gradients[second]
-            size = a.norm() * b.norm()
-            found[f"{first}/{second}"] = float((a @ b) / size) if size > 0 else 0.0
+    found = {}
+    for (first, a), (second, b) in itertools.combinations(gradients.items(), 2):
+        size = a.norm() * b.norm()
+        found[f"{first}/{second}"] = float((a @ b) / size) if size > 0 else 0.0
     return found

@@ -42,10 +42,13 @@ def retention(base: Values, teacher: Values, student: Values, seed: int) -> Rete
         return None
     gain, kept = rows[1] - rows[0], rows[2] - rows[0]
     error = gain.std(ddof=1) / len(gain) ** 0.5
+    # The first condition also covers a gain of exactly 0 without any spread.
     if gain.mean() <= 0 or gain.mean() < LEAST_ERRORS * error:
         return None
+    # Prompts are drawn whole, with all their scores, since these are paired.
     draws = np.random.default_rng(seed).integers(0, len(gain), (DRAWS, len(gain)))
     gains, kepts = gain[draws].mean(1), kept[draws].mean(1)
+    # A resampled gain of 0 or below, rare at three errors, would turn the ratio's sign.
     ratios = kepts[gains > 0] / gains[gains > 0]
     low, high = np.quantile(ratios, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Retention(float(kept.mean() / gain.mean()), float(low), float(high))
@@ -53,7 +56,7 @@ def retention(base: Values, teacher: Values, student: Values, seed: int) -> Rete
 
 def scores_of(per_image: Sequence[dict[str, Any]], rows: Sequence[int], reward: str) -> list[float | None]:
     """Of the images of these prompts, from what an evaluation says of each image."""
-    return [per_image[row][reward]["score"] if reward in per_image[row] else None for row in rows]
+    return [per_image[row].get(reward, {}).get("score") for row in rows]
 
 
 def mean(values: Values) -> float | None:

@@ -44,7 +44,7 @@ class Teacher:
 
 def owner(config: MOPDConfig, record: PromptRecord) -> str:
     """The teacher of a prompt by its tags, or the anchor. Raises UserError if two claim it."""
-    own = [name for name, teacher in config.teachers.items() if set(teacher.tags) & set(record.tags)]
+    own = [name for name, teacher in config.teachers.items() if not set(teacher.tags).isdisjoint(record.tags)]
     if len(own) > 1:
         raise UserError(
             f"teachers: '{record.prompt[:60]}' has tags of {own[0]} and of {own[1]} ({', '.join(record.tags)}); a"
@@ -56,19 +56,21 @@ def owner(config: MOPDConfig, record: PromptRecord) -> str:
 def routed(config: MOPDConfig, records: Sequence[PromptRecord]) -> list[Teacher]:
     """The teachers that have prompts to train on, and last the anchor if it has. Raises UserError for a teacher that
     has none."""
-    by_owner: dict[str, list[PromptRecord]] = {name: [] for name in (*config.teachers, ANCHOR)}
+    by_owner: dict[str, list[PromptRecord]] = {}
     for record in records:
-        by_owner[owner(config, record)].append(record)
+        by_owner.setdefault(owner(config, record), []).append(record)
     teachers = []
     for name, settings in config.teachers.items():
-        own = by_owner[name] + (read_prompts(settings.prompts) if settings.prompts is not None else [])
+        own = by_owner.get(name, [])
+        if settings.prompts is not None:
+            own = own + read_prompts(settings.prompts)
         if not own:
             raise UserError(
                 f"teachers.{name}.tags: no prompt of prompts.train has {settings.tags}; add"
                 " prompts with these tags, or name a file in prompts"
             )
         teachers.append(Teacher(name, role_of(name), settings.guidance, config.images_of(name), own))
-    if by_owner[ANCHOR] and config.anchor:
+    if ANCHOR in by_owner and config.anchor:
         teachers.append(Teacher(ANCHOR, None, 0.0, config.images_of(ANCHOR), by_owner[ANCHOR]))
     return teachers
 
@@ -93,6 +95,7 @@ def add_roles(k2: K2, config: MOPDConfig) -> None:
         add_lora(k2, role_of(name), factors_of(k2, config, teacher.run, field), f"{field}: {teacher.run}")
         role = k2.roles[role_of(name)]
         assert role is not None and student is not None
+        # A change of higher rank than the student's cannot be learnt whole.
         if role.rank > student.rank:
             log.warning(f"lora.rank: is {student.rank}, and teacher {name} has rank {role.rank}; use at least that")
 
@@ -113,11 +116,12 @@ def factors_of(k2: K2, config: MOPDConfig, path: str, setting: str) -> dict[str,
     if is_file(stage):
         log.info(f"{setting}: {path} does not say which base it is for; that it fits is all that is known")
         shared = []
-    elif [digest_of(one) for one in stages[:-1]][: len(shared)] != shared:
+    elif list(map(digest_of, stages[:-1]))[: len(shared)] != shared:
         raise UserError(
             f"{setting}: {stage.path} was not trained on top of model.start; leave model.start out, or give a run that"
             " began from it"
         )
+    # What lies between the shared stages and the teacher is a part of it.
     try:
         return scaled_factors(stages[len(shared) :])
     except UserError as error:

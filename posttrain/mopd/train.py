@@ -47,7 +47,7 @@ from posttrain.training.oom_retry import MicroBatch
 from posttrain.training.policy import POLICY, load_model
 from posttrain.training.prompt_source import FusedTexts, warn_of_cut_prompts
 from posttrain.training.stepper import Clock, Stepper
-from prompts.records import read_prompts
+from prompts.records import PromptRecord, read_prompts
 from rewards.load import load_rewards
 
 NOTHING = 1e-8
@@ -66,6 +66,7 @@ def train(config: MOPDConfig, resume: bool = False) -> None:
     k2 = load_model(config.model, procs.device, saved)
     with parallelize.sharding(k2, procs):
         add_roles(k2, config)
+    # A teacher's run may have been trained further since: a resumed run must learn from the same weights.
     prints = {name: fingerprint(k2.role_state_dict(role_of(name))) for name in config.teachers}
     refuse_changed(prints, saved)
     k2.train_role(POLICY)
@@ -77,7 +78,9 @@ def train(config: MOPDConfig, resume: bool = False) -> None:
         rewards = load_rewards(config.rewards, run.urls)
         batch, size = 4 * micro_batch.size, size_of(config, 1)  # without gradients four times as many images fit
         evaluator = Evaluator(k2, heldout, rewards, config.eval, size, batch, max_tokens, procs)
-        own = [record for teacher in teachers for record in teacher.records]
+        own: list[PromptRecord] = []
+        for teacher in teachers:
+            own += teacher.records
         warn_of_cut_prompts(k2, [*own, *heldout], max_tokens)
         facts = {"teachers": prints, "guidance": {"training": 0.0, "evaluation": config.eval.guidance}}
         training = Training("mopd", config, run, procs, k2, {POLICY: stepper}, evaluator, saved, facts)
@@ -92,6 +95,7 @@ def train(config: MOPDConfig, resume: bool = False) -> None:
         steps = training.steps()
         for step, metrics in updates(k2, config, teachers, texts, null, stepper, steps, procs, micro_batch, Clock()):
             history["images"] += sum(teacher.images for teacher in teachers)
+            # Of the run's first step: a resumed run finds it in its history.
             first = history.setdefault("first_distance", {t.name: metrics[f"distance/{t.name}"] for t in teachers})
             refuse_no_teacher(config, step, metrics)
             for name, value in first.items():
@@ -120,11 +124,12 @@ def updates(
 
     `texts` gives the fused text (L, C) of each of some prompts.
     """
+    # Each turn is one update.
     turns = [list(teachers)] if config.update == "cycle" else [[teacher] for teacher in teachers]
     for step in steps:
         clock.start()
         due = config.update == "cycle" and config.cosines_every and step % config.cosines_every == 0
-        compare = bool(due) and len(teachers) > 1 and not procs.sharded
+        compare = bool(due) and len(teachers) > 1 and not procs.sharded  # a sharded gradient is not whole anywhere
         metrics: dict[str, Any] = {}
         for turn in turns:
             for attempt in micro_batch.attempts(stepper):
@@ -137,9 +142,10 @@ def updates(
                         if compare:
                             gradients[teacher.name] = taken(stepper.parameters, procs)
                     metrics |= means_of(sums, turn, config.sampling.states, procs)
-                    if compare:
+                    if compare:  # these are summed over processes already
                         put(stepper.parameters, list(gradients.values()))
-                        metrics |= {f"cosine/{pair}": value for pair, value in losses.cosines(gradients).items()}
+                        for pair, cosine in losses.cosines(gradients).items():
+                            metrics[f"cosine/{pair}"] = cosine
                     else:
                         procs.sum_gradients(stepper.parameters)
                     metrics |= {"grad_norm": stepper.step()} | stepper.metrics()
@@ -163,9 +169,10 @@ def measure_teachers(training: Training, config: MOPDConfig, owners: Sequence[st
         base = evaluator([SamplingSettings(config.eval.steps)])
     for name, teacher in config.teachers.items():
         with training.k2.role(role_of(name)):
+            # All held-out prompts, not only its own, whose scores are taken below: the report shows all its metrics.
             result = evaluator([SamplingSettings(config.eval.steps, teacher.guidance)])
         reward = teacher.reward or single[0]
-        rows = [row for row, own in enumerate(owners) if own == name]
+        rows = _rows_of(name, owners)
         scores = {"base": scores_of(base.per_image_scores, rows, reward)}
         scores["teacher"] = scores_of(result.per_image_scores, rows, reward)
         history["gains"][name] = {"reward": reward, **scores}
@@ -185,9 +192,10 @@ def evaluate(training: Training, config: MOPDConfig, owners: Sequence[str]) -> E
     """The student on held-out prompts, with what it keeps of each teacher's gain and the anchor's scores apart."""
     with training.policy():
         result = training.evaluator()
+    # The base and the teachers are the same at every evaluation, so their scores come from the history.
     scores, summary = result.per_image_scores, {}
     for name, gain in training.history["gains"].items():
-        rows = [row for row, own in enumerate(owners) if own == name]
+        rows = _rows_of(name, owners)
         student = scores_of(scores, rows, gain["reward"])
         kept = retention(gain["base"], gain["teacher"], student, config.eval.seed)
         result.metrics[f"retention/{name}"] = kept.value if kept else None
@@ -196,10 +204,15 @@ def evaluate(training: Training, config: MOPDConfig, owners: Sequence[str]) -> E
         summary[name] = {"reward": gain["reward"], "student": mean(student), "base": mean(gain["base"])}
         summary[name] |= {"teacher": mean(gain["teacher"]), "retention": kept and [kept.value, kept.low, kept.high]}
     training.history["retention"] = summary
-    anchored = [row for row, own in enumerate(owners) if own == ANCHOR]
+    anchored = _rows_of(ANCHOR, owners)
     for name in config.single_rewards():
         result.metrics[f"{ANCHOR}/{name}"] = mean(scores_of(scores, anchored, name))
     return result
+
+
+def _rows_of(name: str, owners: Sequence[str]) -> list[int]:
+    """The held-out prompts of a teacher, or of the anchor."""
+    return [row for row, owner_of_row in enumerate(owners) if owner_of_row == name]
 
 
 # ---- guards -----------------------------------------------------------------------------------------------
@@ -214,6 +227,7 @@ def refuse_changed(prints: dict[str, str], saved: checkpoint.Checkpoint | None) 
 
 def refuse_no_teacher(config: MOPDConfig, step: int, metrics: dict[str, Any]) -> None:
     """Raises UserError if, before any update, a teacher says what the student says."""
+    # With start_as: continue the student is trained already, and may well equal a teacher.
     untrained = step == 1 and config.model.start_as == "merge"
     for name, teacher in config.teachers.items():
         if untrained and teacher.guidance == 0 and metrics[f"distance/{name}"] < NOTHING:

@@ -41,10 +41,15 @@ def learn(
 
     The forward of the trajectory is the one that has the gradient, so a state costs no second forward of the student.
     """
-    key = (config.seed, step, sampler.seed_for(*teacher.name.encode()))
+    # By the teacher's name, not its place: adding a teacher to a recipe leaves what the others draw as it was.
+    seed = sampler.seed_for(*teacher.name.encode())
+    key = (config.seed, step, seed)
     size, indices = size_of(config, step), procs.local_indices(teacher.images)
-    count, own = len(teacher.records), (step - 1) * teacher.images
-    fused = texts([teacher.records[in_turn(key[2] + config.seed, own + i, count)].prompt for i in indices])
+    prompts = []
+    for i in indices:
+        turn = (step - 1) * teacher.images + i
+        prompts.append(teacher.records[in_turn(seed + config.seed, turn, len(teacher.records))].prompt)
+    fused = texts(prompts)
     times = sampler.schedule(config.sampling.steps, k2.mu(*size))
     weights_K, chosen = losses.weights(times, config.loss.weight, config.loss.eta), states(config, key)
     shape = (k2.image_tokens(*size), k2.latent_channels)
@@ -58,12 +63,14 @@ def learn(
                 distance_B, loss_B = compared(k2, config, teacher, v, x, t, text, null, size, float(weights_K[k]), sums)
                 with k2.role(POLICY):
                     (loss_B.sum() * weight).backward()
-                level = min(BINS - 1, int(BINS * float(t))) + 1
-                _add(sums, f"distance/{teacher.name}", total(distance_B))
-                _add(sums, f"distance_t{level}", total(distance_B))
+                level = min(BINS - 1, int(BINS * float(t))) + 1  # t = 1 belongs to the last part
+                distance = total(distance_B)
+                _add(sums, f"distance/{teacher.name}", distance)
+                _add(sums, f"distance_t{level}", distance)
                 _add(sums, f"rows_t{level}", len(distance_B))
                 _add(sums, "loss", total(loss_B) * weight)
             noise = [sampler.seed_for(*key, i, 1 + k) for i in part] if config.loss.weight == "kl" else None
+            # Detached: the states are where the student is compared, and no gradient goes through how it came there.
             x = _step(x, v.detach(), t, t_next, times[1], config.loss.eta, noise)
 
 
@@ -86,7 +93,7 @@ def compared(
     distance_B = losses.distance(v, target)
     loss_B = weight * distance_B
     if config.loss.reference > 0:
-        reference = target
+        reference = target  # the anchor's teacher is the reference
         if teacher.role is not None:
             with torch.no_grad(), k2.role(None):
                 reference = k2.velocity(x, t, text, *size)
@@ -108,6 +115,7 @@ def _step(
 
 def states(config: MOPDConfig, key: tuple[int, ...]) -> set[int]:
     """The steps of a teacher's trajectories from which it is asked, the same for all its images of a training step."""
+    # Of stochastic steps the last has no noise, so its weight would be 0; see losses.weights.
     steps = config.sampling.steps - (config.loss.weight == "kl")
     generator = torch.Generator().manual_seed(sampler.seed_for(*key, -1))
     return set(torch.randperm(steps, generator=generator)[: config.sampling.states].tolist())
@@ -128,23 +136,28 @@ def _add(sums: dict[str, float], name: str, value: float) -> None:
 def means_of(sums: dict[str, float], turn: Sequence[Teacher], states: int, procs: Processes) -> dict[str, float]:
     """Metrics over the images of all processes."""
     totals = procs.means_of_sums(sums, 1)
-    rows = {teacher.name: teacher.images * states for teacher in turn}
     metrics = {"loss": totals["loss"]}
-    for name, count in rows.items():
-        metrics[f"distance/{name}"] = totals[f"distance/{name}"] / count
+    rows = 0
+    for teacher in turn:
+        own = teacher.images * states
+        metrics[f"distance/{teacher.name}"] = totals[f"distance/{teacher.name}"] / own
+        rows += own
     for part in range(1, BINS + 1):
         if f"rows_t{part}" in totals:
             metrics[f"distance_t{part}"] = totals[f"distance_t{part}"] / totals[f"rows_t{part}"]
     if "kl" in totals:
-        metrics["kl"] = totals["kl"] / sum(rows.values())
+        metrics["kl"] = totals["kl"] / rows
     return metrics
 
 
 def taken(parameters: Sequence[Tensor], procs: Processes) -> Tensor:
     """The flat gradient over all processes, which is then cleared."""
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    parts = []
     for parameter in parameters:
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parts.append(gradient.flatten())
         parameter.grad = None
+    flat = torch.cat(parts)
     procs.sum([flat])
     return flat
 
@@ -152,6 +165,7 @@ def taken(parameters: Sequence[Tensor], procs: Processes) -> Tensor:
 def put(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
     """Makes the sum of some flat gradients the parameters'."""
     whole = torch.stack(list(gradients)).sum(0)
-    sizes = [parameter.numel() for parameter in parameters]
-    for parameter, part in zip(parameters, whole.split(sizes)):
-        parameter.grad = part.view_as(parameter)
+    start = 0
+    for parameter in parameters:
+        parameter.grad = whole[start : start + parameter.numel()].view_as(parameter)
+        start += parameter.numel()

@@ -103,6 +103,7 @@ class NFTConfig(GroupTrainingConfig):
 
     def trained_levels(self) -> int:
         """How many noise levels there are to draw from."""
+        # Those that the trajectory itself has visited, from t = 1 on.
         steps = self.sampling.steps
         return steps if self.loss.levels == "all" else (steps + 1) // 2
 

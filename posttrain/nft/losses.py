@@ -52,19 +52,21 @@ def nft_loss(
 ) -> Tensor:
     """(B,) L above; only v carries a gradient."""
     d, r_B = v - v_old, optimality(advantages_B, max_advantage)
-    positive, negative = (_clean_error(v_old + sign * beta * d, u, t) for sign in (1, -1))
+    positive = _clean_error(v_old + beta * d, u, t)
+    negative = _clean_error(v_old - beta * d, u, t)
     return max_advantage / beta * (r_B * positive + (1 - r_B) * negative)
 
 
 def awm_loss(v: Tensor, v_old: Tensor, u: Tensor, t: Tensor, advantages_B: Tensor, anchor: float) -> Tensor:
     """(B,) as above. It has a minimum for every sample if anchor > -A."""
-    w_B = t / (v_old - u).abs().flatten(1).mean(1).clamp_min(LEAST)
+    w_B = t / (v_old - u).abs().flatten(1).mean(1).clamp_min(LEAST)  # of the old policy, so without gradient
     gain_B = mean_square(v - u) - mean_square(v_old - u)
     return w_B * (advantages_B * gain_B + anchor * mean_square(v - v_old))
 
 
 def _clean_error(v: Tensor, u: Tensor, t: Tensor) -> Tensor:
     """(B,) |x0_hat - x0|^2 / mean |x0_hat - x0| of the clean image that v implies, with the divisor held constant."""
+    # The clean image is x_t - t v, so its error is t times that of the velocity: t^2 over t.
     error = v - u
     return t * mean_square(error) / error.detach().abs().flatten(1).mean(1).clamp_min(LEAST)
 

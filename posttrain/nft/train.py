@@ -99,7 +99,7 @@ def train(config: NFTConfig, resume: bool = False) -> None:
         history = training.history
         start_counting(training)
         if training.begin():
-            if all(not reward.heldout_only for reward in config.rewards):
+            if not any(reward.heldout_only for reward in config.rewards):
                 log.warning("rewards: none has heldout_only: true, so damage to images would not show; add one")
             with training.policy():
                 before = evaluator()
@@ -178,6 +178,7 @@ def updates(
         if stepper.updates > updated:
             follow(k2, config, stepper.updates)
         metrics |= source.update(step, gated)
+        # Of the first step that trained: an old policy that is not the policy would not show in the loss.
         if "old_error" in metrics:
             check_old(metrics["old_error"] or 0.0)
             check = False  # the same velocities from now on, or an old policy that is another one
@@ -204,8 +205,9 @@ def sample(
     groups = []
     records, places = source.draw(step), procs.local_indices_by_cost(costs_of(k2, config, step))
     for prompted in prompted_groups(k2, config, step, {g: records[g] for g in places}):
-        images = range(config.groups.group_size)
-        seeds = [sampler.seed_for(config.seed, step, prompted.index, j, 0) for j in images]
+        seeds = []
+        for j in range(config.groups.group_size):
+            seeds.append(sampler.seed_for(config.seed, step, prompted.index, j, 0))
         noise = sampler.noise(seeds, (k2.image_tokens(*prompted.size), k2.latent_channels))
         steps, parts = config.sampling.steps, []
         with k2.role(role):
@@ -231,6 +233,7 @@ def scored(config: NFTConfig, gated: Gated) -> Tensor:
 def taught(config: NFTConfig, advantages_PG: Tensor, scored_PG: Tensor, lagging: bool) -> Tensor:
     """(P,) bool: groups that are trained on. One without advantages has only a distance to follow: to the old policy,
     if that is another one, or, if asked for, to the reference."""
+    # With A = 0 the loss is A_m beta w |d|^2: it pulls the policy to the old one, where d is not 0.
     if lagging or (config.groups.flat == "kl" and config.loss.kl > 0):
         return (scored_PG > 0).any(1)
     return (advantages_PG != 0).any(1)
@@ -246,7 +249,7 @@ def saved_old(k2: K2, procs: Processes) -> dict[str, dict[str, Tensor]]:
 
 def restore_old(k2: K2, saved: checkpoint.Checkpoint) -> None:
     """Puts it back; in a run that had none until now it begins as the policy."""
-    if OLD in k2.roles:
+    if OLD in k2.roles:  # a recipe may have raised old.max since
         state = saved.tensors[OLD] if OLD in saved.tensors else checkpoint.on_host(k2.role_state_dict(POLICY))
         k2.load_role_state_dict(OLD, state)
 
@@ -268,6 +271,7 @@ def count_reward(history: dict[str, Any], reward: float | None) -> None:
     if reward is None:
         return
     seen["steps"] += 1
+    # A mean of the first WINDOW steps, and from then on an exponential average.
     seen["now"] += (reward - seen["now"]) / min(seen["steps"], WINDOW)
     if seen["steps"] <= WINDOW:
         seen["first"] = seen["now"]
@@ -277,7 +281,10 @@ def damage(config: NFTConfig, history: Mapping[str, Any], metrics: Mapping[str, 
     """What to say where training's reward has risen and held-out figures have fallen; None if there is nothing."""
     seen, fallen = history["training_reward"], []
     for reward in config.rewards:
-        for name in (reward.name + suffix for suffix in config.suffixes() if reward.heldout_only):
+        if not reward.heldout_only:
+            continue
+        for suffix in config.suffixes():
+            name = reward.name + suffix
             before, now = history["before"].get(name), metrics.get(name)
             if before is not None and now is not None and now < before - FALL * abs(before):
                 fallen.append(f"{name} from {before:.3g} to {now:.3g}")

@@ -72,7 +72,9 @@ def follow(k2: K2, config: NFTConfig, updates: int) -> None:
     """The old policy after that many updates: an average of it and the policy."""
     if OLD not in k2.roles:
         return
+    # With kept = 0 it becomes the policy exactly, since lerp by 1 copies.
     old, kept = k2.role_parameters(OLD), decay(config.old, updates)
+    # Each process moves the parts that it holds.
     for own, new in zip(old, k2.role_parameters(POLICY)):
         shards.own(own).lerp_(shards.own(new), 1 - kept)
     shards.spread(old)
@@ -88,8 +90,10 @@ def noisings(
 
     All come from seeds of (run, step, group) and, unless they are shared, image.
     """
+    # Where draws are shared one key stands for all images, and expands to them.
     count, shape = len(group.latents), group.latents.shape[1:]
     draws = 1 if config.loss.shared else count
+    # Drawn without replacement; the first levels of a schedule are the noisiest.
     levels = times_K[: config.trained_levels()]
     keys, times = [], []
     for j in range(draws):
@@ -153,14 +157,15 @@ def gradient(
     loss, count = config.loss, advantages_PG.numel() * config.loss.times
     objective = losses.objective(loss.form, loss.max_advantage, loss.beta, loss.anchor)
     for group in groups:
-        advantages_G, scored_G = (rows[group.index].to(k2.device) for rows in (advantages_PG, scored_PG))
+        advantages_G = advantages_PG[group.index].to(k2.device)
+        scored_G = scored_PG[group.index].to(k2.device)
         times = sampler.schedule(config.sampling.steps, k2.mu(*group.size))[:-1]
         for rows, t, eps in noisings(config, step, group, times, micro_batch):
             x0, eps = group.latents[rows], eps.to(k2.device)
             x, u = sampler.noised(x0, eps, t), sampler.velocity_target(x0, eps)
             v = _velocity(k2, POLICY, group, x, t, trained=True)
             v_old = _velocity(k2, OLD, group, x, t) if lagging else v.detach()
-            if check and not errors:
+            if check and not errors:  # once is enough: all images are drawn by the same weights
                 again, own = _velocity(k2, OLD if OLD in k2.roles else POLICY, group, x, t), v.detach()
                 errors.append(float((again - own).norm() / own.norm()))
             loss_B = objective(v, v_old, u, t.to(k2.device), advantages_G[rows])
@@ -187,8 +192,10 @@ def _velocity(k2: K2, role: str | None, group: Group, x: Tensor, t: Tensor, trai
 
 def _sums(metrics: dict[str, Tensor], t: Tensor, scored_B: Tensor) -> dict[str, Tensor]:
     """Of the metrics of scored images, and how many there are: in all, and by part of the noise levels."""
-    sums = {name: (value_B * scored_B).sum() for name, value_B in metrics.items() if name != "velocity_error"}
-    sums["images"] = scored_B.sum()
+    sums = {"images": scored_B.sum()}
+    for name, value_B in metrics.items():
+        if name != "velocity_error":  # which grows with the noise level, so it is told apart below
+            sums[name] = (value_B * scored_B).sum()
     parts_B = (t * BINS).long().clamp(max=BINS - 1)
     for part in parts_B.unique().tolist():  # of the times as they were drawn, on the CPU
         own_B = scored_B * (parts_B == part).to(scored_B)
@@ -200,19 +207,21 @@ def _sums(metrics: dict[str, Tensor], t: Tensor, scored_B: Tensor) -> dict[str, 
 def _over_processes(sums: dict[str, float], errors: list[float], count: int, procs: Processes) -> dict[str, float]:
     """Metrics from the sums that each process has of its groups."""
     totals: dict[str, float] = {}
-    gathered = procs.all_gather((sums, errors))
-    for part, _ in gathered:
+    found: list[float] = []
+    for part, part_errors in procs.all_gather((sums, errors)):
+        found += part_errors
         for name, value in part.items():
             totals[name] = totals.get(name, 0.0) + value
     metrics = {"loss": totals.pop("loss") / count}
-    counts = {name: totals.pop(name) for name in list(totals) if name.startswith("images")}
     for name, value in totals.items():
-        own = (
-            counts[name.replace("velocity_error", "images")] if name.startswith("velocity_error") else counts["images"]
-        )
+        if name.startswith("images"):
+            continue
+        # An error of a part of the noise levels is a mean over the images of that part.
+        is_part = name.startswith("velocity_error")
+        own = totals[name.replace("velocity_error", "images") if is_part else "images"]
         metrics[name] = value / own if own else 0.0
     metrics["latent_norm"] **= 0.5  # a root mean square
-    if found := [error for _, errors_of_one in gathered for error in errors_of_one]:
+    if found:
         metrics["old_error"] = max(found)
     return metrics
 

@@ -6,10 +6,10 @@ about half of the effect. `velocity` is linear, takes R more forwards, and also 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from itertools import compress, pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -56,25 +56,25 @@ def check_strengths(strengths: Sequence[float], how: How, count: int) -> None:
 def prepare(k2: K2, shown: Shown) -> list[tuple[References, float]]:
     """What each forward needs, cached under the role that is active: all references at once for `attention`, each
     alone, with its factor, for `velocity`. A reference of strength 0 is left out."""
-    kept = [i for i, strength in enumerate(shown.strengths) if strength != 0]
-    if not kept:
+    own, acts = shown.references, shown.strengths
+    if not any(acts):
         return []
-    own, strengths = shown.references, [shown.strengths[i] for i in kept]
     if shown.how == "velocity":
-        alone = [References((own.latents[i],), (own.grids[i],), (own.places[i],)) for i in kept]
-        return [(_cached(k2, one), strength) for one, strength in zip(alone, strengths)]
-    chosen = References(_at(own.latents, kept), _at(own.grids, kept), _at(own.places, kept))
-    if any(strength != 1 for strength in strengths):
-        chosen = replace(chosen, strength=torch.tensor([[strength**references.KAPPA for strength in strengths]]))
-    return [(_cached(k2, chosen), 1.0)]
-
-
-def _at(values: Sequence[Any], places: Sequence[int]) -> tuple[Any, ...]:
-    return tuple(values[i] for i in places)
-
-
-def _cached(k2: K2, shown: References) -> References:
-    return references.cache(k2.transformer, shown, k2.dtype)
+        parts = []
+        for latents, grid, place, strength in zip(own.latents, own.grids, own.places, acts):
+            if strength != 0:
+                alone = References((latents,), (grid,), (place,))
+                parts.append((references.cache(k2.transformer, alone, k2.dtype), strength))
+        return parts
+    # A reference keeps its place where others are left out: its rotary positions, and so its keys, stay the same.
+    latents, grids, places = compress(own.latents, acts), compress(own.grids, acts), compress(own.places, acts)
+    chosen = References(tuple(latents), tuple(grids), tuple(places))
+    strengths = list(compress(acts, acts))
+    # Without strengths there may be no attention bias at all, for which kernels are faster.
+    if set(strengths) != {1}:
+        powers = [strength**references.KAPPA for strength in strengths]
+        chosen = replace(chosen, strength=torch.tensor([powers]))
+    return [(references.cache(k2.transformer, chosen, k2.dtype), 1.0)]
 
 
 @torch.no_grad()
@@ -94,22 +94,27 @@ def draw(
     parts = prepare(k2, shown)
 
     def velocity(x: Tensor, t: Tensor, words: Text, styled: bool) -> Tensor:
+        # Without any strength, and in a branch of guidance that sees no reference, this is the plain model.
         if not (parts and styled):
             return k2.velocity(x, t, words, height, width)
         if shown.how == "attention":
             return k2.velocity(x, t, words, height, width, shown=parts[0][0])
         plain = k2.velocity(x, t, words, height, width)
+        # Each reference's effect is a difference to the velocity without any, as guidance's is: effects add up, and a
+        # negative strength leads away from a style.
         v = plain
         for one, strength in parts:
             v = v + strength * (k2.velocity(x, t, words, height, width, shown=one) - plain)
         return v
 
     x = noise.to(k2.device, torch.float32)
-    for t, t_next in itertools.pairwise(sampler.schedule(steps, k2.mu(height, width) if mu is None else mu)):
+    times = sampler.schedule(steps, k2.mu(height, width) if mu is None else mu)
+    for t, t_next in pairwise(times):
         v = velocity(x, t, text, True)
         if guidance > 0:
             if null_text is None:
                 raise ValueError(f"guidance {guidance} needs null_text, the fused empty prompt")
+            # What both branches see cancels in their difference: only with `none` does guidance raise the style too.
             v = sampler.guide(v, velocity(x, t, null_text, shown.null == "same"), guidance)
         x = sampler.ode_step(x, v, t, t_next)
     return x

@@ -69,6 +69,7 @@ def of_record(record: PromptRecord, folder: Path) -> list[Named]:
     """The references that a prompt names; none where it has no such column. Raises UserError."""
     values = record.columns.get("references") or []
     where = f"prompt '{record.prompt[:40]}': references"
+    # Counted before any file is looked for.
     if not isinstance(values, list) or len(values) > MOST:
         raise UserError(f"{where}: give a list of at most {MOST} images")
     return [named(value, folder, where) for value in values]
@@ -88,6 +89,7 @@ def scaled(image: Image.Image, longest: int, multiple: int, where: str) -> np.nd
     if min(image.size) < least:
         raise UserError(f"{where}: is {image.width} x {image.height} pixels; a reference has {least} or more each way")
     scale = min(1.0, longest / max(image.size))
+    # Rounded down to whole tokens. The shorter side of a long image stays at `least`, which changes its shape a little.
     width, height = (max(least, int(side * scale) // multiple * multiple) for side in image.size)
     return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
 
@@ -103,9 +105,14 @@ class Encoded:
 
 
 def encoded(k2: K2, images: Sequence[np.ndarray]) -> Encoded:
-    latents = [k2.encode_images(torch.from_numpy(image.copy())[None]).to(k2.device) for image in images]
-    grids = tuple(k2.grid(*image.shape[:2]) for image in images)
-    return Encoded([*images], References(tuple(latents), grids))
+    latents: list[Tensor] = []
+    grids: list[tuple[int, int]] = []
+    for image in images:
+        # One at a time, as sizes differ. Copied, since the arrays of PIL cannot be written to, which torch warns of.
+        pixels = torch.from_numpy(image.copy())[None]
+        latents.append(k2.encode_images(pixels).to(k2.device))
+        grids.append(k2.grid(*image.shape[:2]))
+    return Encoded([*images], References(tuple(latents), tuple(grids)))
 
 
 def read(k2: K2, own: Sequence[Named], longest: int) -> Encoded:
@@ -147,8 +154,12 @@ class Drawer:
            how: How = "attention", null: Null = "none") -> Drawer:  # fmt: skip
         """Reads the images that are named, at most `longest` pixels a side; None: those of the image, up to LONGEST."""
         longest = longest or min(LONGEST, max(size))
-        own = [read(k2, part, longest) if part else None for part in named]
-        return Drawer(k2, own, [tuple(one.strength for one in part) for part in named], size, how, null)
+        own: list[Encoded | None] = []
+        strengths: list[tuple[float, ...]] = []
+        for part in named:
+            own.append(read(k2, part, longest) if part else None)
+            strengths.append(tuple(one.strength for one in part))
+        return Drawer(k2, own, strengths, size, how, null)
 
     def preview(self, row: int, height: int, width: int) -> np.ndarray:
         """The first reference of a prompt at that size; grey where it has none."""
@@ -167,6 +178,7 @@ class Drawer:
         self, rows: Sequence[int], text: Text, noise: Tensor, settings: SamplingSettings, null: Text | None
     ) -> Tensor:
         """As `evaluate.Draw`: latents (B, N, C)."""
+        # One forward takes images whose references have the same sizes and strengths, so these are drawn together.
         alike: dict[Any, list[int]] = {}
         for place, row in enumerate(rows):
             one = self.own[row]
@@ -175,6 +187,7 @@ class Drawer:
         found: dict[int, Tensor] = {}
         for key, places in alike.items():
             chosen = torch.tensor(places, device=text.tokens.device)
+            # A text of one prompt serves any number of images.
             part, words = noise[places], text if len(text) == 1 else text.rows(chosen)
             if key is None:
                 drawn = self.k2.sample(
@@ -190,8 +203,13 @@ class Drawer:
 
     def _joined(self, rows: Sequence[int]) -> References:
         """One batch of the references of prompts that have as many, of the same sizes."""
-        parts = [one.references for row in rows if (one := self.own[row]) is not None]
-        if len({id(part) for part in parts}) == 1:
-            return parts[0]  # kept once for all images
+        parts: list[References] = []
+        for row in rows:
+            one = self.own[row]
+            assert one is not None
+            parts.append(one.references)
+        first = parts[0]
+        if all(part is first for part in parts):
+            return first  # kept once for all images
         columns = zip(*[part.latents for part in parts])
-        return replace(parts[0], latents=tuple(torch.cat(column) for column in columns))
+        return replace(first, latents=tuple(map(torch.cat, columns)))

@@ -28,6 +28,6 @@ def record_changes(run: Path, changed: Sequence[Change]) -> str:
         replace_text(file, json.dumps(table, indent=1, ensure_ascii=False))
     lines = []
     for row in table:
-        values = " -> ".join(json.dumps(row[side], ensure_ascii=False) for side in ("before", "now"))
-        lines.append(f"# resumed after step {row['after_step']} with another {row['setting']}: {values}\n")
+        before, now = json.dumps(row["before"], ensure_ascii=False), json.dumps(row["now"], ensure_ascii=False)
+        lines.append(f"# resumed after step {row['after_step']} with another {row['setting']}: {before} -> {now}\n")
     return "".join(lines)

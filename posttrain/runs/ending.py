@@ -14,6 +14,7 @@ MOST = 4
 def newest_checkpoint(run: Path) -> tuple[int, Path] | None:
     """(step, path) of the last checkpoint that was written; whether it is whole is checked where it is loaded."""
     saved = []
+    # step-000123 of K2 and of judges, checkpoint-123 of TRL's trainers; what is still written begins with a dot.
     for path in (run / "checkpoints").glob("[!.]*-*"):
         if match := re.search(r"-(\d+)$", path.name):
             saved.append((int(match[1]), path))
@@ -26,6 +27,7 @@ def end_line(run: Path, figures: Mapping[str, Any]) -> str:
     moved = []
     for name, new in after.items():
         old = before.get(name)
+        # One that was missing at either end has not moved.
         if _is_main(name) and isinstance(old, int | float) and isinstance(new, int | float):
             moved.append(f"{name} {old:.4g} -> {new:.4g}")
     parts = [f"{run}: done"]

@@ -28,7 +28,7 @@ PROMPTS = "prompts"
 
 def check_new(output: Path, card: bool = False) -> None:
     """Raises UserError if it exists, if, with `card`, the model card beside it does, or if it cannot be written."""
-    for path in (output, *([output.with_suffix(".md")] if card else [])):
+    for path in [output, output.with_suffix(".md")] if card else [output]:
         if path.exists():
             raise UserError(f"output: {path} exists; choose another name")
     folder = next(parent for parent in output.absolute().parents if parent.exists())
@@ -138,6 +138,7 @@ def check_unchanged(config: Any, remedy: str, kept: Collection[str] | None = Non
 
 def _recipes(recipe: Path, config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The recipe that a run began with, and the one that it would go on with, both as YAML has them."""
+    # Through JSON, which makes lists of tuples, as YAML has them.
     return yaml.safe_load(recipe.read_text()), json.loads(json.dumps(dataclasses.asdict(config)))
 
 

@@ -88,23 +88,28 @@ def read_metrics(path: Path) -> dict[str, list[Point]]:
         # Reports divide and compare these values, so a wrong type is refused here, with its line.
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             raise UserError(f"{path}:{line_number}: is of no step; remove the line")
-        values = {name: value for name, value in row.items() if name not in ("step", "time")}
-        if not all(value is None or _is_figure(value) for value in values.values()):
-            raise UserError(f"{path}:{line_number}: contains a non-numeric value; remove the line")
-        for name, value in values.items():
+        for name, value in row.items():
+            if name in ("step", "time"):
+                continue
+            if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+                raise UserError(f"{path}:{line_number}: contains a non-numeric value; remove the line")
             series.setdefault(name, []).append((row["step"], value))
     return series
 
 
 def read_json(path: Path, **kinds: type | UnionType) -> dict[str, Any]:
-    """A JSON object whose fields have these types, where they are present and not null."""
+    """A JSON object; see `shaped`."""
     return shaped(path, _parsed(path) if path.is_file() else {}, **kinds)
 
 
 def shaped(path: Path, data: Any, **kinds: type | UnionType) -> dict[str, Any]:
-    wrong = [n for n, k in kinds.items() if not isinstance(data.get(n), k | None)] if isinstance(data, dict) else [""]
-    if wrong:
-        raise _damaged(path, f"{wrong[0]} is not what posttrain writes there" if wrong[0] else "is no object")
+    """The data, if it is an object whose fields have these types, where they are present and not null. Raises
+    UserError."""
+    if not isinstance(data, dict):
+        raise _damaged(path, "is no object")
+    for name, kind in kinds.items():
+        if not isinstance(data.get(name), kind | None):
+            raise _damaged(path, f"{name} is not what posttrain writes there")
     return data
 
 
@@ -126,10 +131,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def _are_rows(rows: Any) -> bool:
     return isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
-
-
-def _is_figure(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _parsed(path: Path) -> Any:

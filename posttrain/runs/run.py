@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import errno
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -146,10 +147,12 @@ class Run:
                 f"{self.path}: is finished: step {total} of {total} is done, and nothing is left; raise steps to go on"
             )
         startup.lap("prepare")
+        # Rewritten, so that no step is there twice after resuming.
         metrics = self.path / "metrics.jsonl"
         # A process that was killed may have logged steps after its last checkpoint; they come again.
         lines = _whole_lines(metrics) if step and metrics.exists() else []
-        replace_text(metrics, "".join(line for line in lines if json.loads(line)["step"] <= step))
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        replace_text(metrics, "".join(kept))
         if self._track.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -184,20 +187,26 @@ class Run:
         if not self.main:
             return
         self._time(step)
-        values = {name: None if value is None else _number(value) for name, value in metrics.items()}
-        bad = [name for name, value in values.items() if value is not None and not math.isfinite(value)]
-        values |= dict.fromkeys(bad)  # JSON has no NaN
+        values: dict[str, float | None] = {}
+        finite: dict[str, float] = {}
+        bad = 0
+        for name, value in metrics.items():
+            values[name] = number = None if value is None else _number(value)
+            if number is not None and math.isfinite(number):
+                finite[name] = number
+            elif number is not None:
+                values[name] = None  # JSON has no NaN
+                bad += 1
         if bad:
-            self.non_finite += len(bad)
-            values["non_finite"] = len(bad)
+            self.non_finite += bad
+            values["non_finite"] = finite["non_finite"] = bad
         line = _json({"step": step, "time": round(time.time(), 3), **values})
         try:
             append_line(self.path / "metrics.jsonl", line + "\n")
         except OSError as error:
             raise UserError(f"{self.path}/metrics.jsonl: cannot be written: {error.strerror}") from error
-        finite = {name: value for name, value in values.items() if value is not None}
-        for name, value in finite.items():
-            if self._writer is not None:
+        if self._writer is not None:
+            for name, value in finite.items():
                 self._writer.add_scalar(name, value, step)
         for tracker in self._trackers:
             tracker.log(finite, step=step)
@@ -238,10 +247,12 @@ class Run:
             Image.fromarray(image).save(directory / f"{i:03d}.png")
         if scores:
             replace_text(directory / "scores.json", _json(list(scores[: len(images)]), indent=1))
-            names = dict.fromkeys(name for one in scores for name in one)
-            every = {name: [one.get(name, {}).get("score") for one in scores] for name in names}
+            every: dict[str, list[Any]] = {}
+            for name in dict.fromkeys(itertools.chain(*scores)):
+                every[name] = [one.get(name, {}).get("score") for one in scores]
             replace_text(directory / "all_scores.json", _json(every))
         table = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds, strict=True)]
+        # Beside the steps, which all have the same prompts.
         replace_text(directory.parent / "prompts.json", _json(table, indent=1))
 
     def prompts(self, ends: Mapping[str, Sequence[Mapping[str, Any]]] | None) -> None:
@@ -256,7 +267,7 @@ class Run:
         """
         if self.main:
             self._figures = figures
-            took = self._startup or startup.CLOCK.taken(None)
+            took = self._startup or startup.CLOCK.taken(None)  # a run of less than two steps
             replace_text(self.path / "summary.json", _json(_plain({**figures, "startup": took}), indent=1))
 
     def _time(self, step: int) -> None:
@@ -385,6 +396,7 @@ def _plain(value: Any) -> Any:
 
 
 def _json(value: Any, indent: int | None = None) -> str:
+    # A NaN that was overlooked is an error here, and not a file that other readers refuse.
     return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
 
 

@@ -37,7 +37,7 @@ class Startup:
     def lap(self, part: str) -> None:
         """What went by since the last lap was this part."""
         now = time.time()  # the clock that create_time is of
-        if self._last is None:
+        if self._last is None:  # a run has ended in this process, and this is where the next one begins
             self._seconds = {}
         else:
             self._seconds[part] = self._seconds.get(part, 0.0) + now - self._last

@@ -49,11 +49,16 @@ class Batch:
     jobs: list[int]
     """Which of the jobs that were asked for, in their order."""
 
+    def velocity(self, k2: K2) -> Tensor:
+        """(B, N, C) under the active role."""
+        return k2.velocity(self.x, self.t, self.text, *self.size)
+
 
 def noised(
     k2: K2, images: EncodedImages, jobs: Sequence[Job], micro_batch: int, mean: float, std: float, shift: float
 ) -> list[Batch]:
     """Micro-batches, each of one size. logit t = mean + std n + mu + shift, with mu that of the size's image tokens."""
+    # A step's images are of one bucket, but those that an evaluation measures are of any.
     by_size: dict[Size, list[int]] = {}
     for j, job in enumerate(jobs):
         height, width = images.size[job.entry].tolist()
@@ -62,14 +67,18 @@ def noised(
     for size, members in by_size.items():
         for first in range(0, len(members), micro_batch):
             chosen = members[first : first + micro_batch]
-            part = [jobs[j] for j in chosen]
-            latents, texts = zip(*[images.read(job.entry, job.choice) for job in part])  # from disk
+            latents, texts, normals, seeds, dropped = [], [], [], [], 0
+            for j in chosen:
+                job = jobs[j]
+                image, text = images.read(job.entry, job.choice)  # from disk
+                latents.append(image)
+                texts.append((images.null if job.dropped else text).to(k2.device))
+                normals.append(job.n)
+                seeds.append(job.seed)
+                dropped += job.dropped
             x0 = torch.stack(latents).to(k2.device)
-            n = torch.tensor([job.n for job in part], device=k2.device)
-            t = sampler.logit_normal(n, mean, std, k2.mu(*size) + shift)
-            noise = sampler.noise([job.seed for job in part], x0.shape[1:]).to(k2.device)
-            fused = [images.null if job.dropped else text for job, text in zip(part, texts)]
-            text = Text.of([tokens.to(k2.device) for tokens in fused])
+            t = sampler.logit_normal(torch.tensor(normals, device=k2.device), mean, std, k2.mu(*size) + shift)
+            noise = sampler.noise(seeds, x0.shape[1:]).to(k2.device)
             x, target = sampler.noised(x0, noise, t), sampler.velocity_target(x0, noise)
-            batches.append(Batch(x, target, t, text, size, sum(job.dropped for job in part), chosen))
+            batches.append(Batch(x, target, t, Text.of(texts), size, dropped, chosen))
     return batches

@@ -31,6 +31,7 @@ def buckets(side: int, multiple: int, max_ratio: float) -> list[Size]:
 
 def nearest(size: Size, choices: Sequence[Size]) -> Size:
     """The bucket whose ratio of sides is nearest, in logarithms; the first of equals."""
+    # In logarithms 2:1 is as far from 1:1 as 1:2 is.
     ratio = math.log(size[1] / size[0])
     return min(choices, key=lambda choice: abs(math.log(choice[1] / choice[0]) - ratio))
 

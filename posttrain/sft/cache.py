@@ -26,7 +26,7 @@ from posttrain.runs import startup
 from posttrain.sft import buckets
 from posttrain.sft.buckets import Box, Size
 from posttrain.sft.config import ImageSetConfig
-from posttrain.sft.dataset import Example, ImageSet
+from posttrain.sft.dataset import ImageSet
 from posttrain.training.shard_cache import Shards, facts_of, warn_of_cut
 
 VERSION = 1
@@ -71,6 +71,7 @@ class EncodedImages:
         self.images: list[Kept] = []
         self.left_out: dict[int, str] = {}
         """By row, why a sound image is not trained on."""
+        # Shards are encoded apart from each other, so that what is there twice is only found here.
         seen: set[int] = set()
         for made in shards.made():
             self.cuts += made["cuts"]
@@ -84,17 +85,25 @@ class EncodedImages:
                 seen.add(digest)
                 placed = [Crop(tuple(bucket), tuple(box)) for bucket, box in crops]
                 self.images.append(Kept(row, digest, tuple(size), texts, placed))
-        entries: list[tuple[int, int]] = []
-        for i, image in enumerate(self.images):
-            entries += [(i, j) for j in range(len(image.crops))]
-        self.entries = entries
+        self.entries: list[tuple[int, int]] = []
         """Number of the image, and of its crop."""
-        self.size = np.array([self.images[i].crops[j].size for i, j in entries], np.int32).reshape(-1, 2)
+        sizes: list[Size] = []
+        of_entries: list[int] = []
+        for i, image in enumerate(self.images):
+            for j, crop in enumerate(image.crops):
+                self.entries.append((i, j))
+                sizes.append(crop.size)
+                of_entries.append(image.digest)
+        self.size = np.array(sizes, np.int32).reshape(-1, 2)
         # By a hash of their pixels, which is in no order of the set. All entries of an image are on one side.
-        digests = np.array([image.digest for image in self.images], np.int64)
-        chosen = np.sort(digests)[: max(1, round(heldout * len(digests)))]
-        is_heldout = np.isin(digests[[i for i, _ in entries]], chosen)
+        digests = np.array(of_entries, np.int64)
+        unique = np.unique(digests)
+        is_heldout = np.isin(digests, unique[: max(1, round(heldout * len(unique)))])
         self.heldout, self.train = np.flatnonzero(is_heldout), np.flatnonzero(~is_heldout)
+
+    def row(self, entry: int) -> int:
+        """The row of the set that an entry is of."""
+        return self.images[self.entries[entry][0]].row
 
     def read(self, entry: int, choice: float) -> tuple[Tensor, Tensor]:
         """Latents (N, C), fp32, and the fused text (L, C) of the caption that `choice`, of [0, 1), falls to; 1 is the
@@ -102,6 +111,7 @@ class EncodedImages:
         i, j = self.entries[entry]
         image = self.images[i]
         bounds = np.cumsum([weight for _, weight in image.texts])
+        # A choice of 1 is beyond the last bound, and a caption of weight 0 ends where the one before it does.
         place = min(int(np.searchsorted(bounds, choice * bounds[-1], side="right")), len(bounds) - 1)
         with self._shards.opened(image.row) as file:
             return file.get_tensor(f"{image.row}.{j}"), file.get_tensor(f"text.{image.texts[place][0]}")
@@ -119,8 +129,10 @@ def encode_images(k2: K2, images: ImageSet, config: ImageSetConfig, procs: Proce
     else.
     """
     startup.lap("prepare")
+    # A recipe is checked without the model, whose tokens may be larger.
     if config.multiple % k2.pixel_multiple:
         raise UserError(f"images.multiple: is {config.multiple}; this model wants a multiple of {k2.pixel_multiple}")
+    # All that latents and text depend on: another value makes another folder.
     facts = {
         "version": VERSION,
         "images": images.fingerprint(),
@@ -137,12 +149,14 @@ def encode_images(k2: K2, images: ImageSet, config: ImageSetConfig, procs: Proce
             tally.add(row)
 
     shards.fill("images", encode, procs)
+    # The empty caption is in no shard: it belongs to the model and not to the set.
     null = k2.text([""]).tokens[0].cpu()
     encoded = EncodedImages(shards, config.heldout, images.tally(), null)
     if procs.main:
         _say(images, encoded, config.max_tokens)
     if not len(encoded.train):
-        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(encoded.left_out.values()).items())
+        counts = Counter(encoded.left_out.values())
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
         raise UserError(
             f"{images.path}: of {counted(len(images), 'image')} {len(encoded.images)} can be trained on"
             f"{f' ({reasons})' if reasons else ''}, and one at least is held out; add images, or lower"
@@ -171,11 +185,17 @@ def _encode(k2: K2, images: ImageSet, config: ImageSetConfig, shards: Shards, nu
             left_out.append((row, crops))
             continue
         for j, (bucket, box) in enumerate(crops):
-            by_size.setdefault(bucket, []).append((f"{row}.{j}", _scaled(example, bucket, box)))
-        captions = [(texts.setdefault(caption.text, len(texts)), caption.weight) for caption in example.captions]
+            scaled = example.image.resize((bucket[1], bucket[0]), Image.Resampling.LANCZOS, box=box)
+            by_size.setdefault(bucket, []).append((f"{row}.{j}", scaled))
+        captions = []
+        for caption in example.captions:
+            # A text that several images have is encoded once for the shard.
+            number_of_text = texts.setdefault(caption.text, len(texts))
+            captions.append((number_of_text, caption.weight))
         kept.append((row, example.digest(), size, captions, crops))
     tensors: dict[str, Tensor] = {}
     for bucket, members in by_size.items():
+        # As many pixels at a time as are decoded at a time, which sets the VAE's memory.
         most = max(1, min(16, DECODED // (bucket[0] * bucket[1])))
         latents = k2.encode_images([image for _, image in members], most).cpu()
         for (name, _), own in zip(members, latents):
@@ -187,7 +207,7 @@ def _encode(k2: K2, images: ImageSet, config: ImageSetConfig, shards: Shards, nu
         "images": kept,
         "left_out": left_out,
         "bad": [(row.where, row.reason) for row in bad],
-        "cuts": [cut for cut in encoding.cut if cut],
+        "cuts": list(filter(None, encoding.cut)),
     }
     shards.write(number, tensors, made)
     return bad
@@ -201,16 +221,12 @@ def _crops(size: Size, config: ImageSetConfig) -> list[tuple[Size, Box]] | str:
         bucket = buckets.nearest(size, buckets.buckets(side, config.multiple, config.max_ratio))
         box = buckets.crop(size, bucket)
         if buckets.enlargement(size, bucket) > config.max_enlarge:
-            continue
+            continue  # a smaller resolution may still do
         if buckets.cut(size, box) > config.max_cut:
             reason = CUT
             continue
         crops.append((bucket, box))
     return crops or reason
-
-
-def _scaled(example: Example, bucket: Size, box: Box) -> Image.Image:
-    return example.image.resize((bucket[1], bucket[0]), Image.Resampling.LANCZOS, box=box)
 
 
 def _say(images: ImageSet, encoded: EncodedImages, max_tokens: int) -> None:
@@ -221,8 +237,10 @@ def _say(images: ImageSet, encoded: EncodedImages, max_tokens: int) -> None:
     for reason, count in Counter(encoded.left_out.values()).items():
         log.warning(f"{where} {reason} and left out: {count} of {counted(tally.rows, 'image')}")
     warn_of_cut(encoded.cuts, "caption", "images.max_tokens", max_tokens)
-    cropped = sum(encoded.cut(entry) > CROPPED for entry in range(len(encoded.entries)))
-    sizes = {tuple(size) for size in encoded.size.tolist()}
+    cropped = 0
+    for entry in range(len(encoded.entries)):
+        cropped += encoded.cut(entry) > CROPPED
+    sizes = set(map(tuple, encoded.size.tolist()))
     log.info(
         f"{where} {counted(len(encoded.images), 'image')} in {counted(len(sizes), 'bucket')}; {cropped} of"
         f" {len(encoded.entries)} crops cut something off"

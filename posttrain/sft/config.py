@@ -87,6 +87,7 @@ class ImageSetConfig:
             if not buckets(side, self.multiple, self.max_ratio):
                 sides = f"sides that are multiples of {self.multiple}, within max_ratio ({self.max_ratio:g})"
                 raise refusal("resolutions", f"{side} has no bucket with {sides}; raise it, or lower multiple")
+        # Twice would put each image of that size twice into every epoch.
         if len(set(self.resolutions)) < len(self.resolutions):
             raise refusal("resolutions", f"is {self.resolutions}; name each once")
         return self
@@ -130,6 +131,7 @@ class SFTConfig(TrainingConfig):
 
     def image_sizes(self) -> list[list[int]]:
         """The largest bucket of each resolution."""
+        # It takes the most memory of its resolution.
         sizes = []
         for side in self.images.resolutions:
             found = buckets(side, self.images.multiple, self.images.max_ratio)

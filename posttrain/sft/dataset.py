@@ -46,6 +46,7 @@ class ImageSet:
         self._source = open_source(config.train)
         if not len(self._source):
             raise UserError(f"{self.path}: holds no image")
+        # Columns of the file, not of each row: a cell that is empty makes its row a bad one, and is counted as such.
         known = self._source.columns
         for key, names in self.asked().items():
             for name in names:
@@ -93,6 +94,7 @@ class ImageSet:
             texts = _texts(name, row.get(name))
             if not texts:
                 problems.append(f"{name}: is {'missing' if row.get(name) is None else 'empty'}")
+            # A cell with several captions weighs as much as one with a single caption.
             captions += [Caption(text, weight / len(texts)) for text in texts]
         if not captions:
             raise ValueError("; ".join(problems))

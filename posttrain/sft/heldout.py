@@ -44,27 +44,26 @@ class HeldOut:
         self._own = procs.local_indices_by_cost(flops.of_sizes(k2, images.size[entries].tolist()))
         self._jobs: list[Job] = []
         for i in self._own:
-            uniform = (i % BINS + sampler.seed_for(seed, i, 0) / 2**63) / BINS  # seeds have 63 bits
-            n = float(torch.special.ndtri(torch.tensor(uniform, dtype=torch.float64)))  # standard normal
+            # Times spread evenly over the distribution, so that few entries measure the loss at all noise levels.
+            n = sampler.stratified_normal(seed, i, BINS)
             # The first caption, since a choice among several would be noise.
             self._jobs.append(Job(int(entries[i]), n, sampler.seed_for(seed, i, 1), 0.0, False))
         self._base: dict[int, Tensor] = {}
         for batch in self._batches():
             for j, v in zip(batch.jobs, self._velocity(batch).cpu()):
-                self._base[j] = v.clone()
+                self._base[j] = v.clone()  # a view would keep the whole batch in memory
 
     def __call__(self) -> tuple[Figures, Figures]:
         """Figures of the active role, with the loss of four parts of the times; and gain and drift of these parts."""
         by_job: dict[int, dict[str, float]] = {}
         for batch in self._batches():
             v, base = self._velocity(batch), torch.stack([self._base[j] for j in batch.jobs]).to(self.k2.device)
-            columns = {
-                "loss": flow_loss(v, batch.target),
-                "base": flow_loss(base, batch.target),
-                "drift": flow_loss(v, base),
-            }
-            for place, j in enumerate(batch.jobs):
-                by_job[j] = {name: float(values[place]) for name, values in columns.items()}
+            losses = flow_loss(v, batch.target).tolist()
+            base_losses = flow_loss(base, batch.target).tolist()
+            drifts = flow_loss(v, base).tolist()
+            for job, loss, base_loss, drift in zip(batch.jobs, losses, base_losses, drifts):
+                by_job[job] = {"loss": loss, "base": base_loss, "drift": drift}
+        # Batches are made by size, and processes share the entries; the parts below need all in their order.
         rows = self.procs.gather_in_order([by_job[j] for j in range(len(self._jobs))], self._own)
         whole = _figures(rows)
         overall, details = dict(whole), {}
@@ -72,7 +71,8 @@ class HeldOut:
             own = rows[part::BINS]  # the i-th entry's time is in part i mod 4
             of_part = _figures(own) if own else dict.fromkeys(whole)
             overall[f"{LOSS}_t{part + 1}"] = of_part.pop(LOSS)
-            details |= {f"{name}_t{part + 1}": value for name, value in of_part.items()}
+            for name, value in of_part.items():
+                details[f"{name}_t{part + 1}"] = value
         return overall, details
 
     def _batches(self) -> list[Batch]:
@@ -80,10 +80,13 @@ class HeldOut:
 
     @torch.no_grad()
     def _velocity(self, batch: Batch) -> Tensor:
-        return self.k2.velocity(batch.x, batch.t, batch.text, *batch.size)
+        return batch.velocity(self.k2)
 
 
 def _figures(rows: list[dict[str, float]]) -> Figures:
-    means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    means: dict[str, float] = {}
+    for name in rows[0]:
+        means[name] = float(np.mean([row[name] for row in rows]))
+    # A ratio of means: a mean of the images' own ratios would be led by those whose loss is near 0.
     gain = 1 - means["loss"] / means["base"]
     return {LOSS: means["loss"], "heldout/gain": gain, "heldout/drift": means["drift"]}

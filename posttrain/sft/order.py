@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from itertools import count
 
 import torch
 
@@ -30,6 +30,7 @@ class Order:
 
     def __call__(self, step: int) -> list[int]:
         """The entries of a step, counted from 1; also of an earlier one, or of the same again."""
+        # The walk only goes forward: an earlier step is reached from the start again.
         if step < self._step:
             self._step, self._walk = 0, self._batches()
         while self._step < step:
@@ -39,11 +40,12 @@ class Order:
 
     def small(self) -> dict[Bucket, int]:
         """Buckets with fewer entries than a batch, and how many they have."""
-        return {bucket: n for bucket, n in sorted(Counter(self.bucket_of.values()).items()) if n < self.batch}
+        counts = sorted(Counter(self.bucket_of.values()).items())
+        return {bucket: count for bucket, count in counts if count < self.batch}
 
     def _batches(self) -> Iterator[list[int]]:
         waiting: dict[Bucket, list[int]] = {}
-        for epoch in count():
+        for epoch in itertools.count():
             generator = torch.Generator().manual_seed(sampler.seed_for(self.seed, epoch, -4))  # used by nothing else
             for place in torch.randperm(len(self._entries), generator=generator).tolist():
                 entry = self._entries[place]

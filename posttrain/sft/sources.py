@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +45,18 @@ class Folder:
         for image in images:
             row = {"": image}
             for suffix in TEXTS:
-                if (text := texts.get(image.with_suffix(suffix))) is not None:
+                text = texts.get(image.with_suffix(suffix))
+                if text is not None:
                     row[suffix] = text
             self._rows.append(row)
-        self.columns = _columns(self, [row.keys() for row in self._rows])
+        self.columns = _columns(self, self._rows)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         row = self._rows[i]
-        texts = {suffix: _bytes_of(row[suffix]) for suffix in TEXTS if suffix in row}
+        texts = {suffix: _bytes_of(file) for suffix, file in row.items() if suffix in TEXTS}
         return _columns_of(texts) | {"image": str(row[""].relative_to(self.folder))}
 
     def name(self, i: int) -> str:
@@ -66,6 +67,7 @@ class Folder:
         files: list[Path] = []
         for row in self._rows:
             files += row.values()
+        # Relative, so that a folder may be moved without being encoded again.
         names = "\n".join(str(file.relative_to(self.folder)) for file in files)
         return hashlib.sha256((names + stamp(files)).encode()).hexdigest()
 
@@ -96,6 +98,7 @@ class Tars:
     def __getitem__(self, i: int) -> dict[str, Any]:
         index, _, parts = self._rows[i]
         try:
+            # Read at its place, as opening a tar with tarfile would go through all its headers for each image.
             with self.files[index].open("rb") as file:
                 read = {}
                 for suffix, (start, size) in parts.items():
@@ -145,9 +148,9 @@ def open_source(source: str) -> Source:
     return folder
 
 
-def _columns(table: Folder | Tars, kinds: Sequence[Any]) -> list[str]:
-    """The columns of a table, of which `kinds` are the suffixes of each row's files."""
-    columns = {"image": None}
+def _columns(table: Folder | Tars, kinds: Sequence[Container[str]]) -> list[str]:
+    """The columns of a table, of which `kinds` hold the suffixes of each row's files."""
+    columns: dict[str, None] = {"image": None}
     if any(".txt" in kind for kind in kinds):
         columns["caption"] = None
     # The keys of the first JSON that can be read: all are alike, or a row that is not says so itself.
@@ -158,7 +161,7 @@ def _columns(table: Folder | Tars, kinds: Sequence[Any]) -> list[str]:
                 break
             except ValueError:
                 continue
-    return list(columns)
+    return list(columns)  # a dict keeps the order, and a key of a JSON may be `caption` too
 
 
 def _columns_of(texts: Mapping[str, bytes]) -> dict[str, Any]:
@@ -193,6 +196,7 @@ def _members(file: Path) -> list[tarfile.TarInfo]:
         with tarfile.open(file, "r:") as tar:
             members = tar.getmembers()
             last = members[-1] if members else None
+            # Files are padded to whole blocks.
             end = last.offset_data + -(-last.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE if last else 0
         with file.open("rb") as data:
             data.seek(end)

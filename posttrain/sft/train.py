@@ -30,6 +30,8 @@ import csv
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from posttrain.distributed import shards
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError, counted
@@ -112,7 +114,7 @@ def prepare(
     """
     if procs.sharded and config.turbo is not None:
         raise UserError(f"turbo: {procs.engine} does not go with it; leave it out")
-    student = student_of(config.turbo)
+    student = student_of(config.turbo)  # refused before the model is read
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     k2 = load_model(config.model, procs.device, saved)
     with parallelize.sharding(k2, procs):
@@ -170,10 +172,10 @@ def draw(
     jobs = []
     # Seeds belong to the place in the batch, so it does not matter which process has the image.
     for i in procs.local_indices(len(entries)):
-        seeds = [sampler.seed_for(config.seed, step, i, j) for j in range(4)]
-        choice, dropped = (seed / 2**63 for seed in seeds[2:])  # seeds have 63 bits, so these are uniform numbers
-        n = float(sampler.noise(seeds[:1], (1,)))
-        jobs.append(Job(entries[i], n, seeds[1], choice, dropped < config.images.drop_caption))
+        place = config.seed, step, i
+        n = float(sampler.noise([sampler.seed_for(*place, 0)], (1,)))
+        dropped = sampler.uniform(*place, 3) < config.images.drop_caption
+        jobs.append(Job(entries[i], n, sampler.seed_for(*place, 1), sampler.uniform(*place, 2), dropped))
     return noised(k2, images, jobs, micro_batch, config.time_mean, config.time_std, config.shift)
 
 
@@ -187,7 +189,7 @@ def optimise(
     sums = {"loss": 0.0, "dropped": 0.0}
     for batch in batches:
         with k2.role(POLICY):
-            v = k2.velocity(batch.x, batch.t, batch.text, *batch.size)
+            v = batch.velocity(k2)
         loss_B = flow_loss(v, batch.target)
         # A mean over the step's batch, whatever its micro-batches and processes.
         (loss_B.sum() / config.batch).backward()
@@ -200,10 +202,11 @@ def optimise(
 
 def of_batch(k2: K2, images: EncodedImages, entries: Sequence[int]) -> dict[str, float]:
     """What the crops of a step's images are like."""
-    cuts = [images.cut(entry) for entry in entries]
+    cuts = np.array(list(map(images.cut, entries)))
     return {
-        "cropped": sum(cut > CROPPED for cut in cuts) / len(cuts),
-        "cropped_area": sum(cuts) / len(cuts),
+        "cropped": float((cuts > CROPPED).mean()),
+        "cropped_area": float(cuts.mean()),
+        # A batch is of one bucket.
         "image_tokens": k2.image_tokens(*images.size[entries[0]].tolist()),
     }
 
@@ -212,9 +215,10 @@ def check_moved(k2: K2, stepper: Stepper) -> None:
     """Raises UserError if a layer of the adapter is still without effect after updates: it has no gradient."""
     if stepper.updates == stepper.skipped:
         return
+    # B begins at 0, and AdamW's first step moves it by about the rate: a B that is still 0 has had no gradient.
     still = []
     for name, factor in k2.role_named_parameters(POLICY).items():
-        own = shards.own(factor).detach()  # of a sharded model, this process's part, which may be empty
+        own = shards.own(factor).detach()  # where the model is sharded, this process's part, which may be empty
         if name.endswith(B) and own.numel() and not own.any():
             still.append(name.removesuffix(f".{B}"))
     if still:
@@ -244,15 +248,17 @@ def evaluate(training: Training, measure: HeldOut, turbo: SamplingSettings | Non
 
 def preview_size(config: SFTConfig) -> tuple[int, int]:
     """Of the images that evaluations draw: squares of the first resolution, as image/diversity wants."""
+    # 16 pixels are the side of one of K2's image tokens.
     side = max(16, config.images.resolutions[0] // 16 * 16)
     return side, side
 
 
 def captions_of(source: ImageSet, images: EncodedImages, count: int) -> list[PromptRecord]:
     """The first captions of held-out images, each once."""
+    # By text: an image in several buckets has as many entries, and images may share a caption.
     records: dict[str, PromptRecord] = {}
     for entry in images.heldout.tolist():
-        text = source.captions(images.images[images.entries[entry][0]].row)[0].text
+        text = source.captions(images.row(entry))[0].text
         records.setdefault(text, PromptRecord(text))
         if len(records) == count:
             break
@@ -268,10 +274,12 @@ def write_table(run: Run, source: ImageSet, images: EncodedImages) -> None:
         return
     rows: list[tuple[int, list[object]]] = []
     heldout = set(images.heldout.tolist())
+    # An image has as many rows as crops, in the order of the set whatever was left out.
     for entry, (i, j) in enumerate(images.entries):
         image = images.images[i]
         crop = image.crops[j]
         box = [round(value, 2) for value in crop.box]
+        # All crops of an image have one use.
         use = "held out" if entry in heldout else "trained"
         row = [use, *image.size, *crop.size, *box, round(images.cut(entry), 4)]
         rows.append((image.row, [source.name(image.row), *row]))
@@ -281,8 +289,10 @@ def write_table(run: Run, source: ImageSet, images: EncodedImages) -> None:
     with replacing(run.path / "images.csv") as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(TABLE)
-        writer.writerows([row for _, row in rows])
-        writer.writerows([row.where, row.reason] for row in images.tally.bad)
+        for _, row in rows:
+            writer.writerow(row)
+        for bad in images.tally.bad:
+            writer.writerow([bad.where, bad.reason])
 
 
 def say_small(order: Order) -> None:

@@ -48,10 +48,12 @@ def add_turbo(k2: K2, turbo: str, student: Checkpoint | None, steps: int | None)
         # Earlier runs that this run stands on too are in the model already.
         shared = [entry["sha256"] for entry in k2.origin["merged"]]
         stages = [*policy.earlier_of(student), student]
+        own_stages = [stage for stage in stages if policy.digest_of(stage) not in shared]
         try:
-            factors = policy.scaled_factors([stage for stage in stages if policy.digest_of(stage) not in shared])
+            factors = policy.scaled_factors(own_stages)
         except UserError as error:
             raise UserError(f"turbo: {error}, and previews need an adapter; give another student") from None
         own = student.state["student"]["steps"][0]
     add_lora(k2, TURBO, factors, turbo)
+    # A student is drawn at Turbo's shift, whatever the resolution, and without guidance, which it has learnt.
     return SamplingSettings(steps or own, 0.0, sampler.TURBO_MU, metric_names.TURBO)

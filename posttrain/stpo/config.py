@@ -119,7 +119,7 @@ class STPOConfig(TrainingConfig):
         return [self.pairs.size] if self.pairs.size else []
 
     def images_at_once(self) -> int:
-        return 2 * self.micro_batch
+        return 2 * self.micro_batch  # the chosen and the rejected image of a pair share a forward
 
     def metric_names(self) -> list[str]:
         rewards = measured(self.rewards, self.eval.groups)

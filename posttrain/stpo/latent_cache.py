@@ -8,6 +8,7 @@ Legend: B pairs of a micro-batch, N image tokens, L text tokens, C channels.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,21 +98,23 @@ class EncodedPairs:
         """Tokens that did not fit, of each prompt of which some did not."""
         self.shown: list[tuple[Grids, tuple[float, ...]]] = []
         """Of each pair the grids of its references, and their strengths."""
-        places, labels, prompts = [], [], []
+        rows, texts, sizes, labels, prompts = [], [], [], [], []
         for made in shards.made():
-            # Rows are (row of the set, text, height, width, label, hash of the prompt, grids and strengths of the
-            # references); a shard may have no pair.
-            columns = list(zip(*made["pairs"])) or [()] * 8
-            places.append(np.array(columns[:4], np.int32))
-            labels.append(np.array(columns[4], np.float32))
-            prompts.append(np.array(columns[5], np.int64))
-            self.shown += [(_grids(grids), tuple(strengths)) for grids, strengths in zip(columns[6], columns[7])]
+            for row, text, height, width, share, digest, grids, strengths in made["pairs"]:
+                rows.append(row)
+                texts.append(text)
+                sizes.append((height, width))
+                labels.append(share)
+                prompts.append(digest)
+                # JSON has made lists of tuples.
+                self.shown.append((tuple(map(tuple, grids)), tuple(strengths)))
             self.cuts += made["cuts"]
             for values in made["skipped"]:
                 tally.add(Skipped(*values))
-        self._row, self._text, height, width = np.concatenate(places, axis=1)
-        self.size, self.label = np.stack([height, width], 1), np.concatenate(labels)
-        prompt = np.concatenate(prompts)
+        # Arrays: of a large set lists would take many times the memory.
+        self._row, self._text = np.array(rows, np.int32), np.array(texts, np.int32)
+        self.size, self.label = np.array(sizes, np.int32).reshape(-1, 2), np.array(labels, np.float32)
+        prompt = np.array(prompts, np.int64)
         # Whole prompts are held out: images of one prompt are alike. Hashes are in no order of the set.
         hashes = np.unique(prompt)
         is_heldout = np.isin(prompt, hashes[: max(1, round(heldout * len(hashes)))])
@@ -161,10 +164,13 @@ def noised(
 ) -> list[Batch]:
     """Micro-batches, each of one size and with references of the same sizes, of pairs with one time and one noise for
     both images."""
+    # Encoded only where it is needed, as the text encoder may be offloaded.
     null = k2.text([""]).tokens[0] if any(job.dropped for job in jobs) else torch.empty(0)
     alike: dict[Any, list[int]] = {}
     for j, job in enumerate(jobs):
-        alike.setdefault((*pairs.size[job.pair].tolist(), pairs.shown[job.pair][0]), []).append(j)
+        height, width = pairs.size[job.pair].tolist()
+        grids, _ = pairs.shown[job.pair]
+        alike.setdefault((height, width, grids), []).append(j)
     batches = []
     for (height, width, grids), members in alike.items():
         for first in range(0, len(members), micro_batch):
@@ -176,7 +182,10 @@ def noised(
             n = torch.tensor([job.n for job in part], device=k2.device)
             t = sampler.logit_normal(n, time_mean, time_std, k2.mu(height, width))
             noise = sampler.noise([job.seed for job in part], x_w.shape[1:]).to(k2.device)
-            fused = [null if job.dropped else pair.text.to(k2.device) for job, pair in zip(part, read)]
+            texts = []
+            for job, pair in zip(part, read):
+                texts.append(null if job.dropped else pair.text.to(k2.device))
+            strengths = [pairs.shown[job.pair][1] for job in part]
             # One noise and one time for both images: the difference of their errors is then due to the images alone.
             batches.append(
                 Batch(
@@ -185,11 +194,11 @@ def noised(
                     sampler.velocity_target(x_w, noise),
                     sampler.velocity_target(x_l, noise),
                     t,
-                    Text.of(fused * 2),
+                    Text.of(texts * 2),
                     torch.tensor([pair.label for pair in read], device=k2.device),
                     (height, width),
                     chosen,
-                    _shown(k2, read, grids, [pairs.shown[job.pair][1] for job in part]) if grids else None,
+                    _shown(k2, read, grids, strengths) if grids else None,
                 )
             )
     return batches
@@ -197,16 +206,19 @@ def noised(
 
 def _shown(k2: K2, read: Sequence[EncodedPair], grids: Grids, strengths: Sequence[tuple[float, ...]]) -> References:
     """The references of pairs that have as many, of the same sizes."""
-    columns = zip(*[pair.references for pair in read])
-    latents = tuple(torch.stack(column).to(k2.device) for column in columns)
-    same = all(strength == 1 for own in strengths for strength in own)
-    powers = None if same else torch.tensor(strengths, device=k2.device) ** KAPPA
-    return References(latents, grids, strength=powers)
+    latents = []
+    for column in zip(*[pair.references for pair in read]):
+        latents.append(torch.stack(column).to(k2.device))
+    powers = torch.tensor(strengths, device=k2.device) ** KAPPA
+    # Where all are 1 the attention needs no bias for them.
+    is_whole = set(itertools.chain(*strengths)) == {1}
+    return References(tuple(latents), grids, strength=None if is_whole else powers)
 
 
 def _unfit(k2: K2, pair: Preference) -> str | None:
     """Why the references of a pair cannot be shown; None: they can."""
     try:
+        # Training shows references by attention, which takes strengths from 0 to 1.
         check_strengths([shown.strength for shown in pair.references], "attention", len(pair.references))
         for i, shown in enumerate(pair.references):
             scaled(shown.image, LONGEST, k2.pixel_multiple, f"references[{i}]")
@@ -216,37 +228,31 @@ def _unfit(k2: K2, pair: Preference) -> str | None:
     return f"references: {counted(count, 'image')}; at most {MOST} are taken" if count > MOST else None
 
 
-def _grids(value: Any) -> Grids:
-    return tuple((rows, columns) for rows, columns in value)
-
-
 def _encode(k2: K2, preferences: Preferences, config: PairSetConfig, shards: Shards, number: int) -> list[Skipped]:
     """Writes one shard; returns the rows that are not in it."""
     pairs: dict[int, Preference] = {}
     skipped: list[Skipped] = []
+    size_of: dict[int, tuple[int, int]] = {}
+    by_size: dict[tuple[int, int], list[int]] = {}
     for i in shards.of(number):
         row = preferences[i]
         if isinstance(row, Skipped):
             skipped.append(row)
-        elif config.size is None and any(side % k2.pixel_multiple for side in row.chosen.size):
-            width, height = row.chosen.size
+            continue
+        height, width = config.size or (row.chosen.height, row.chosen.width)
+        reason = _unfit(k2, row)
+        if config.size is None and (height % k2.pixel_multiple or width % k2.pixel_multiple):
             reason = f"is {height}x{width} pixels, no multiples of {k2.pixel_multiple}; set pairs.size"
+        if reason is not None:
             skipped.append(Skipped(preferences.name(i), reason))
-        elif reason := _unfit(k2, row):
-            skipped.append(Skipped(preferences.name(i), reason))
-        else:
-            pairs[i] = row
-    by_size: dict[tuple[int, int], list[int]] = {}
-    for i, pair in pairs.items():
-        height, width = config.size or (pair.chosen.height, pair.chosen.width)
+            continue
+        pairs[i], size_of[i] = row, (height, width)
         by_size.setdefault((height, width), []).append(i)
-    size_of: dict[int, tuple[int, int]] = {}
     tensors: dict[str, Tensor] = {}
     for (height, width), rows in by_size.items():
         images: list[Image.Image] = []
         names: list[str] = []
         for i in rows:
-            size_of[i] = height, width
             for name, image in (("chosen", pairs[i].chosen), ("rejected", pairs[i].rejected)):
                 images.append(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
                 names.append(f"{i}.{name}")
@@ -254,11 +260,16 @@ def _encode(k2: K2, preferences: Preferences, config: PairSetConfig, shards: Sha
             tensors[name] = latents.clone()  # a view would be saved with the whole batch behind it
     grids: dict[int, Grids] = {}
     for i, pair in pairs.items():
+        # No larger than the pair's images: the references of a small image would cost more than the image.
         longest = min(LONGEST, max(size_of[i]))
-        own = [scaled(shown.image, longest, k2.pixel_multiple, f"{i}") for shown in pair.references]
-        latents_of = [k2.encode_images(torch.from_numpy(image.copy())[None])[0] for image in own]
-        tensors |= {f"{i}.reference.{j}": latents.cpu().clone() for j, latents in enumerate(latents_of)}
-        grids[i] = tuple(k2.grid(*image.shape[:2]) for image in own)
+        own = []
+        for j, shown in enumerate(pair.references):
+            image = scaled(shown.image, longest, k2.pixel_multiple, f"{i}")
+            latents = k2.encode_images(torch.from_numpy(image.copy())[None])[0]
+            tensors[f"{i}.reference.{j}"] = latents.cpu().clone()
+            own.append(k2.grid(*image.shape[:2]))
+        grids[i] = tuple(own)
+    # A text that several pairs have is encoded once for the shard.
     prompts = list(dict.fromkeys(pair.prompt for pair in pairs.values()))
     encoding = k2.encode(prompts, config.max_tokens)
     for j, features in enumerate(encoding.features):
@@ -270,7 +281,7 @@ def _encode(k2: K2, preferences: Preferences, config: PairSetConfig, shards: Sha
         encoded.append([i, prompts.index(pair.prompt), *size_of[i], p, _digest(pair.prompt), grids[i], strengths])
     made = {
         "pairs": encoded,
-        "cuts": [cut for cut in encoding.cut if cut],
+        "cuts": list(filter(None, encoding.cut)),
         "skipped": [[row.where, row.reason, row.tie] for row in skipped],
     }
     shards.write(number, tensors, made)

@@ -82,16 +82,20 @@ def preference_terms(
     drift_l = (v_l.float() - reference_l.float()).square().flatten(1).mean(1)
     phi = dl if bound is None else bounded(dl, 2 * bound / beta)  # bound is in nats, and z = beta/2 (phi - dw)
     label_B = label_B.float()
+    # The loss's derivative by z is computed here and multiplied with the errors below, in place of a loss that autograd
+    # differentiates: so each term has a gradient of its own, which the guard scales and the metrics measure.
     with torch.no_grad():
         z = beta / 2 * (phi - dw)
         pull = (-z).sigmoid() - (1 - label_B)  # -dL/dz; below 0 where z is more than the votes ask for
         e_w, e_l = (v_w.float() - target_w.float()).flatten(1), (v_l.float() - target_l.float()).flatten(1)
+        # Up to a factor e is the gradient of a at the network's output, so their inner products are the gradients'.
         inner, norm_w, norm_l = (e_w * e_l).mean(1), e_w.square().mean(1), e_l.square().mean(1)
         kept = torch.ones_like(z)
         if guard is not None:
             # A pull that goes back raises the chosen image's error, and least so with the whole of the other's.
             kept = torch.where((inner > 0) & (pull >= 0), ((1 - guard) * norm_w / inner).clamp(0, 1), kept)
         metrics = {
+            # The hinge is of the mean over the batch, so the caller adds it.
             "loss": F.binary_cross_entropy_with_logits(z, label_B, reduction="none")
             + beta / 2 * anchor * (drift_w + drift_l),
             "winner": dw,
@@ -109,6 +113,7 @@ def preference_terms(
             "drift_winner": drift_w,
             "drift_loser": drift_l,
         }
+    # phi, not dl: its slope is the part of the bound that the gradient has.
     terms = {"winner": beta / 2 * pull * dw, "loser": -beta / 2 * pull * kept * phi}
     if anchor > 0:
         terms["anchor"] = beta / 2 * anchor * (drift_w + drift_l)

@@ -155,10 +155,10 @@ def draw(k2: K2, config: STPOConfig, pairs: EncodedPairs, step: int, procs: Proc
     rows = [int(pairs.train[in_turn(config.seed, first + i, n)]) for i in range(config.batch)]
     # Seeds belong to the place in the batch, so it does not matter which process has the pair.
     for i in procs.local_indices_by_cost(flops.of_sizes(k2, pairs.size[rows].tolist())):
-        row = rows[i]
-        seeds = [sampler.seed_for(config.seed, step, i, j) for j in range(3)]
-        dropped = seeds[2] / 2**63 < config.pairs.drop_prompt  # seeds have 63 bits, so this is a uniform number
-        jobs.append(Job(row, float(sampler.noise(seeds[:1], (1,))), seeds[1], dropped))
+        place = config.seed, step, i
+        n = float(sampler.noise([sampler.seed_for(*place, 0)], (1,)))
+        dropped = sampler.uniform(*place, 2) < config.pairs.drop_prompt
+        jobs.append(Job(rows[i], n, sampler.seed_for(*place, 1), dropped))
     return noised(k2, pairs, jobs, micro_batch, config.loss.time_mean, config.loss.time_std)
 
 
@@ -191,6 +191,7 @@ def optimise(
             terms["hinge"] = error_change(v_w, reference[0], batch.target_w)  # its gradient is what the guard protects
         elif not regressed:
             terms.pop("hinge", None)
+        # A mean over the step's batch, whatever its micro-batches and processes.
         scaled = {name: term.sum() / config.batch for name, term in terms.items()}
         with k2.role(POLICY):
             if apart:
@@ -241,7 +242,8 @@ def _of_both(batch: Batch) -> References | None:
     if own is None:
         return None
     strength = None if own.strength is None else own.strength.repeat(2, 1)
-    return replace(own, latents=tuple(latents.repeat(2, 1, 1) for latents in own.latents), strength=strength)
+    latents = tuple(latents.repeat(2, 1, 1) for latents in own.latents)
+    return replace(own, latents=latents, strength=strength)
 
 
 @torch.no_grad()
@@ -259,8 +261,8 @@ def _regressed(k2: K2, batches: Sequence[Batch], references: Sequence[tuple[Tens
             v = _velocity(k2, batch, 0)
         change += total(error_change(v, reference, batch.target_w))
         error += total((reference.float() - batch.target_w).square().flatten(1).mean(1))
-    changes, errors = zip(*procs.all_gather((change, error)))
-    return has_risen(sum(changes), sum(errors))
+    sums = procs.means_of_sums({"change": change, "error": error}, 1)
+    return has_risen(sums["change"], sums["error"])
 
 
 def _add_gradients(
@@ -308,19 +310,23 @@ def _combine(
         torch._foreach_mul_(buffers["hinge"], settings["hinge"] * loss.beta / 2 if regressed else 0.0)
         metrics = {"guard": kept, "guarded": float(kept < 1), "conflict": float(winner_n < 0)}
     for i, parameter in enumerate(parameters):
-        parameter.grad = sum((part[i] for part in buffers.values()), torch.zeros_like(parameter))
+        whole = torch.zeros_like(parameter)
+        for part in buffers.values():
+            whole += part[i]
+        parameter.grad = whole
     norms = {name: norm(part) for name, part in buffers.items()}
-    whole = sum(norms.values())
+    length = sum(norms.values())
     for name, value in norms.items():
-        metrics[f"gradient/{name}"] = value / whole if whole else 0.0
+        metrics[f"gradient/{name}"] = value / length if length else 0.0
     return metrics
 
 
 def _relative(means: dict[str, float]) -> dict[str, float]:
     """Changes of errors as shares of the reference's errors."""
-    relative = {name: value for name, value in means.items() if name not in RELATIVE.values()}
+    relative = dict(means)
     for name, reference in RELATIVE.items():
-        relative[name] = means[name] / means[reference]
+        # A ratio of means, not a mean of ratios, which pairs with a small error would lead.
+        relative[name] = means[name] / relative.pop(reference)
     return relative
 
 
@@ -332,9 +338,9 @@ def evaluate(training: Training, config: STPOConfig, pairs: EncodedPairs, micro_
     with training.policy():
         result = training.evaluator()
         overall, result.details = measure_pairs(training.k2, config, pairs, training.procs, micro_batch)
-    looks = next(iter(result.measured.values()))
+    looks = next(iter(result.measured.values()))  # of the first guidance
     energy = looks["image/high_energy"]
-    before = training.history["before"] or {}
+    before = training.history["before"] or {}  # empty at the evaluation that will be it
     at_start = before.get("image/high_energy", energy)
     result.metrics["image/contrast"] = looks["image/contrast"]
     result.metrics["image/high_energy"] = energy
@@ -353,8 +359,7 @@ def measure_pairs(
     own = procs.local_indices_by_cost(flops.of_sizes(k2, pairs.size[rows].tolist()))
     jobs = []
     for i in own:
-        uniform = (i % BINS + sampler.seed_for(config.eval.seed, i, 0) / 2**63) / BINS
-        n = float(torch.special.ndtri(torch.tensor(uniform, dtype=torch.float64)))  # standard normal
+        n = sampler.stratified_normal(config.eval.seed, i, BINS)
         jobs.append(Job(int(rows[i]), n, sampler.seed_for(config.eval.seed, i, 1), False))
     settings = _settings(config.loss) | {"guard": config.loss.guard_share}  # what a guard would keep, in all modes
     by_job: dict[int, dict[str, float]] = {}
@@ -364,16 +369,20 @@ def measure_pairs(
         _, metrics = preference_terms(*velocities, *reference, *targets, batch.label, **settings)
         for place, job in enumerate(batch.jobs):
             by_job[job] = {name: float(value[place]) for name, value in metrics.items()}
+    # In the order of the pairs, whatever their sizes and processes.
     of_pairs = procs.gather_in_order([by_job[j] for j in range(len(jobs))], own)
-    table: dict[str, np.ndarray] = {}
-    for name in of_pairs[0]:
-        table[name] = np.array([values[name] for values in of_pairs])
-    overall = _relative({name: float(values.mean()) for name, values in table.items()})
+    overall = _means(of_pairs)
     for quantile in (10, 50, 90):
-        overall[f"z{quantile}"] = float(np.percentile(table["z"], quantile))
+        overall[f"z{quantile}"] = float(np.percentile([values["z"] for values in of_pairs], quantile))
     parts: dict[str, float | None] = {}
     for part in range(min(BINS, len(of_pairs))):
-        of_part = {name: float(values[part::BINS].mean()) for name, values in table.items()}
-        for name, value in _relative(of_part).items():
+        for name, value in _means(of_pairs[part::BINS]).items():  # the i-th pair's time is in part i mod 4
             parts[f"pairs/{name}_t{part + 1}"] = value
     return {f"pairs/{name}": value for name, value in overall.items()}, parts
+
+
+def _means(of_pairs: Sequence[dict[str, float]]) -> dict[str, float]:
+    means: dict[str, float] = {}
+    for name in of_pairs[0]:
+        means[name] = float(np.mean([values[name] for values in of_pairs]))
+    return _relative(means)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from posttrain.model import sampler
 from posttrain.model.k2 import K2
@@ -37,6 +38,9 @@ class StyleBatch(Batch):
 
     shown: References | None = None
 
+    def velocity(self, k2: K2) -> Tensor:
+        return k2.velocity(self.x, self.t, self.text, *self.size, shown=self.shown)
+
 
 def size_of_step(config: StyleConfig, step: int) -> int:
     """Side in pixels of a step's references: all have one, so that they fit into one forward."""
@@ -46,15 +50,19 @@ def size_of_step(config: StyleConfig, step: int) -> int:
 
 def job_of(views: Views, config: StyleConfig, entry: int, step: int, i: int, size: int) -> StyleJob:
     """The i-th image of a step's batch, the same whichever process has it."""
+    # The last index of a seed is its use: 0 the time, 1 the noise, 4 caption and references, 5 their size.
     rng = np.random.default_rng(sampler.seed_for(config.seed, step, i, 4))
     own, dropped = config.references, config.images.drop_caption
     u, two, choice = rng.random(3).tolist()
+    # One number decides, so that the shares add up: [0, drop) no references, [drop, drop + drop_both) neither these nor
+    # a caption, and the next drop_caption no caption. The last two are what the empty prompt of guidance sees.
     alone = u < own.drop + own.drop_both
     mute = own.drop <= u < own.drop + own.drop_both + dropped
     count = 0 if alone else 2 if two < own.two else 1
-    seeds = [sampler.seed_for(config.seed, step, i, j) for j in range(2)]
-    n = float(sampler.noise(seeds[:1], (1,)))
-    job = Job(entry, n, seeds[1], LAST if alone else choice, mute)
+    n = float(sampler.noise([sampler.seed_for(config.seed, step, i, 0)], (1,)))
+    seed = sampler.seed_for(config.seed, step, i, 1)
+    # Without references the caption has to name the style.
+    job = Job(entry, n, seed, LAST if alone else choice, mute)
     return StyleJob(job, [views.draw(entry, size, rng) for _ in range(count)])
 
 
@@ -62,6 +70,7 @@ def batches_of(
     k2: K2, views: Views, jobs: Sequence[StyleJob], micro_batch: int, mean: float, std: float, shift: float
 ) -> list[StyleBatch]:
     """Micro-batches, each of one size of images and one number of references."""
+    # The number of references is a shape of the forward: images with none, one and two do not go together.
     by_count: dict[int, list[int]] = {}
     for j, job in enumerate(jobs):
         by_count.setdefault(len(job.views), []).append(j)
@@ -69,7 +78,7 @@ def batches_of(
     for count, members in sorted(by_count.items()):
         plain = [jobs[j].job for j in members]
         for batch in noised(k2, views.images, plain, micro_batch, mean, std, shift):
-            chosen = [members[j] for j in batch.jobs]
+            chosen = [members[j] for j in batch.jobs]  # numbers in `plain` as numbers in `jobs`
             shown = encoded(k2, [jobs[j].views for j in chosen]) if count else None
             found.append(StyleBatch(**vars(replace(batch, jobs=chosen)), shown=shown))
     return found

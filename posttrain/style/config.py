@@ -81,6 +81,7 @@ class ReferencesConfig:
             raise refusal("tiles", "is 0, and so are crop and other; one of the three must be above 0")
         if self.crop_least > self.crop_most:
             raise refusal("crop_least", f"is {self.crop_least:g}, above crop_most ({self.crop_most:g}); lower it")
+        # A tile has one pixel at least.
         if min(self.sizes) < max(self.tile_counts):
             raise refusal("sizes", f"{min(self.sizes)} pixels have no {max(self.tile_counts)} tiles; raise it")
         return self
@@ -101,6 +102,7 @@ class StyleConfig(SFTConfig):
     @model_validator(mode="after")
     def _styled(self) -> StyleConfig:
         self.model.refuse_sequence_parallel("references are not divided over processes")
+        # What is left learns to take the content from the caption and the style from the references.
         dropped = self.references.drop + self.references.drop_both + self.images.drop_caption
         if dropped > 0.9:
             raise refusal("references.drop", f"leaves {1 - dropped:.2g} of the images with references and caption")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,9 +24,12 @@ class StyleSet(ImageSet):
     config: StyleSetConfig
 
     def asked(self) -> dict[str, list[str]]:
+        asked = super().asked()
         columns = self.config.columns
-        optional = {"full": columns.full, "style_of": columns.style_of, "subject": columns.subject}
-        return super().asked() | {key: [name] for key, name in optional.items() if name is not None}
+        for key, name in {"full": columns.full, "style_of": columns.style_of, "subject": columns.subject}.items():
+            if name is not None:
+                asked[key] = [name]
+        return asked
 
     def style_of(self, row: int) -> str | None:
         """What style a row has; None where the set does not say."""
@@ -45,16 +47,20 @@ class StyleSet(ImageSet):
         fits = len(numbers) == 4 and all(isinstance(v, int | float) and math.isfinite(v) for v in numbers)
         if not fits or numbers[0] >= numbers[2] or numbers[1] >= numbers[3]:
             raise UserError(f"{self.name(row)}: {name}: is {value!r}; write [left, top, right, bottom] in pixels")
-        left, top, right, bottom = (round(v) for v in numbers)
+        left, top, right, bottom = map(round, numbers)
         return top, left, bottom, right
 
     def _captions(self, row: Mapping[str, Any]) -> list[Caption]:
         captions = super()._captions(row)
         full = self.config.columns.full
-        text = row.get(full) if full is not None else None
-        if full is not None and not (isinstance(text, str) and text.strip()):
-            raise ValueError(f"{full}: is {'missing' if text is None else 'no text'}")
-        return [*captions, Caption(text.strip() if isinstance(text, str) else captions[0].text, 0.0)]
+        if full is None:
+            text = captions[0].text
+        else:
+            text = row.get(full)
+            if not (isinstance(text, str) and text.strip()):
+                raise ValueError(f"{full}: is {'missing' if text is None else 'no text'}")
+        # Of weight 0, so that no draw by weight takes it; batches.LAST does.
+        return [*captions, Caption(text.strip(), 0.0)]
 
 
 class Views:
@@ -64,16 +70,16 @@ class Views:
         """Raises UserError for styles that are held out and not there, and where nothing is left to train on."""
         self.source, self.images, self.config = source, images, config.references
         styles = {image.row: source.style_of(image.row) for image in images.images}
-        known = Counter(style for style in styles.values() if style is not None)
+        known = set(filter(None, styles.values()))
         for style in config.heldout_styles:
             if style not in known:
                 names = ", ".join(sorted(known)[:10])
                 raise UserError(f"heldout_styles: '{style}' is not in {source.path}; it has: {names}")
-        held = {*config.heldout_styles}
-        self.train = [entry for entry in images.train.tolist() if styles[self.row(entry)] not in held]
+        self.train = [entry for entry in images.train.tolist() if styles[self.row(entry)] not in config.heldout_styles]
         """Entries to train on."""
         if not self.train:
             raise UserError(f"heldout_styles: no image of {source.path} is left to train on; hold fewer out")
+        # A row has several entries, one for each resolution, and counts once.
         self._others: dict[str, list[int]] = {}
         for row in dict.fromkeys(map(self.row, self.train)):
             if (own := styles[row]) is not None:
@@ -87,19 +93,21 @@ class Views:
             )
 
     def row(self, entry: int) -> int:
-        return self.images.images[self.images.entries[entry][0]].row
+        return self.images.row(entry)
 
     def draw(self, entry: int, size: int, rng: np.random.Generator) -> np.ndarray:
         """One reference of an entry: uint8 (size, size, 3)."""
         row = self.row(entry)
         kind = self._kind(row, rng)
         if kind == "other":
+            # Not the image itself, which would show the content too.
             others = [other for other in self._others[self._styles[row] or ""] if other != row]
             return square(self.source[others[int(rng.integers(len(others)))]].image, size)
         image = self.source[row].image
         pixels = square(image, size)
         if kind == "tiles":
             count = self.config.tile_counts[int(rng.integers(len(self.config.tile_counts)))]
+            # A side that the count does not divide leaves a few pixels out, and all references need one size.
             return whole(views.tiles(pixels, rng, count), size)
         side = max(1, round(size * rng.uniform(self.config.crop_least, self.config.crop_most)))
         box = self.source.subject(row)
@@ -110,6 +118,7 @@ class Views:
         config, style = self.config, self._styles[row]
         alone = style is None or len(self._others.get(style, [])) < 2
         kinds: Sequence[View] = ("tiles", "crop", "other")
+        # Where there is no other image of the style, the two other kinds keep their ratio.
         shares = np.array([config.tiles, config.crop, 0.0 if alone else config.other])
         if not shares.sum():  # only others were asked for, and there is none
             return "tiles"
@@ -119,6 +128,7 @@ class Views:
 def square(image: Image.Image, size: int) -> np.ndarray:
     """The middle of an image as uint8 (size, size, 3)."""
     side = min(image.size)
+    # In fractions of pixels, which Pillow's resize takes.
     left, top = (image.width - side) / 2, (image.height - side) / 2
     box = (left, top, left + side, top + side)
     return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS, box=box))

@@ -29,8 +29,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
@@ -43,7 +41,7 @@ from posttrain.sft.cache import EncodedImages
 from posttrain.sft.heldout import HeldOut
 from posttrain.sft.losses import flow_loss
 from posttrain.sft.order import Order
-from posttrain.sft.train import captions_of, check_moved, evaluate, prepare, preview_size, say_small, write_table
+from posttrain.sft.train import check_moved, evaluate, prepare, preview_size, say_small, write_table
 from posttrain.style.batches import StyleBatch, StyleJob, batches_of, job_of, size_of_step
 from posttrain.style.config import StyleConfig
 from posttrain.style.dataset import StyleSet, Views, square, whole
@@ -67,6 +65,7 @@ def train(config: StyleConfig, resume: bool = False) -> None:
     resume = resuming(config, resume, procs)
     source = StyleSet(config.images)
     heldout = [] if config.heldout is None else read_prompts(config.heldout, references=True)
+    # Checked before the model is read.
     named = shown.of_records(heldout[: config.eval.prompts], config.heldout)
     if heldout and not any(named):
         raise UserError(f"heldout: {config.heldout} names no references; add references: [IMAGE] to its lines")
@@ -142,6 +141,7 @@ def updates(
             with attempt:
                 own = procs.local_indices(len(entries))
                 jobs = [job_of(views, config, entries[i], step, i, side) for i in own]
+                # Tiles and crops are drawn anew, so references are encoded in each step; images have cached latents.
                 batches = batches_of(k2, views, jobs, micro_batch.size, config.time_mean, config.time_std, config.shift)
                 clock.lap("prepare")
                 metrics = optimise(k2, config, batches, stepper, procs)
@@ -158,7 +158,7 @@ def optimise(
     sums = {"loss": 0.0, "dropped": 0.0, "references": 0.0}
     for batch in batches:
         with k2.role(POLICY):
-            v = k2.velocity(batch.x, batch.t, batch.text, *batch.size, shown=batch.shown)
+            v = batch.velocity(k2)
         loss_B = flow_loss(v, batch.target)
         # A mean over the step's batch, whatever its micro-batches and processes.
         (loss_B.sum() / config.batch).backward()
@@ -177,6 +177,7 @@ class HeldOutInTiles(HeldOut):
     """The loss on held-out images, each shown in tiles: always the same ones, drawn once."""
 
     def __init__(self, k2: K2, own: Views, config: StyleConfig, procs: Processes, micro_batch: int):
+        # Set before the base class's __init__, which asks for batches already.
         self._views, self._side = own, min(config.references.sizes)
         self._count = min(config.references.tile_counts)
         self._tiles: dict[int, np.ndarray] = {}
@@ -189,25 +190,28 @@ class HeldOutInTiles(HeldOut):
     def _in_tiles(self, entry: int) -> np.ndarray:
         if entry not in self._tiles:
             image = square(self._views.source[self._views.row(entry)].image, self._side)
+            # From the entry's number: the order of its tiles is the same whichever process measures it.
             drawn = tiles(image, np.random.default_rng(entry), self._count)
             self._tiles[entry] = whole(drawn, self._side)
         return self._tiles[entry]
-
-    @torch.no_grad()
-    def _velocity(self, batch: Batch) -> Tensor:
-        assert isinstance(batch, StyleBatch)
-        return self.k2.velocity(batch.x, batch.t, batch.text, *batch.size, shown=batch.shown)
 
 
 def of_heldout_images(
     k2: K2, source: StyleSet, images: EncodedImages, config: StyleConfig, size: tuple[int, int]
 ) -> tuple[list[PromptRecord], Drawer]:
-    """Captions of held-out images, each with the next held-out image as its reference."""
-    records = captions_of(source, images, config.eval.prompts)
-    rows = [images.images[images.entries[entry][0]].row for entry in images.heldout.tolist()]
-    others = [square(source[rows[(i + 1) % len(rows)]].image, min(size)) for i in range(len(records))]
+    """Captions of held-out images, each once, with the next held-out image as its reference."""
+    # An image has an entry for each resolution. Beside its own image a caption would be drawn by copying that.
+    rows = list(dict.fromkeys(map(images.row, images.heldout.tolist())))
+    others: dict[str, int] = {}
+    for place, row in enumerate(rows):
+        others.setdefault(source.captions(row)[0].text, rows[(place + 1) % len(rows)])
+        if len(others) == config.eval.prompts:
+            break
+    references = []
+    for other in others.values():
+        references.append(shown.encoded(k2, [square(source[other].image, min(size))]))
     log.info("heldout is null: evaluations draw captions of held-out images, each in the style of another one")
-    return records, Drawer(k2, [shown.encoded(k2, [other]) for other in others], [(1.0,)] * len(records), size)
+    return list(map(PromptRecord, others)), Drawer(k2, references, [(1.0,)] * len(others), size)
 
 
 def sweep(training: Training, config: StyleConfig, draw: Drawer) -> None:
@@ -217,6 +221,10 @@ def sweep(training: Training, config: StyleConfig, draw: Drawer) -> None:
     count = min(SWEPT, len(evaluator.records))
     rows = [np.stack([draw.preview(row, height, width) for row in range(count)])]
     with training.policy():
-        rows += [evaluator.first(count, draw.at(strength)) for strength in config.sweep]
-    captions = ["" for _ in range(count)] + [f"{strength:g}" for strength in config.sweep for _ in range(count)]
+        # From the seeds of evaluations, so that only the strength differs along a column.
+        for strength in config.sweep:
+            rows.append(evaluator.first(count, draw.at(strength)))
+    captions = [""] * count
+    for strength in config.sweep:
+        captions += [f"{strength:g}"] * count
     training.run.grid(config.steps, np.concatenate(rows), len(rows), count, captions, prefix="sweep-")

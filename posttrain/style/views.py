@@ -33,8 +33,10 @@ def tiles(image: np.ndarray, rng: np.random.Generator, count: int) -> np.ndarray
             squares.append(image[row * height : (row + 1) * height, column * width : (column + 1) * width])
     order = rng.permutation(len(squares))
     mirrored = rng.random(len(squares)) < 0.5
-    placed = [squares[i][:, ::-1] if flip else squares[i] for i, flip in zip(order, mirrored)]
-    rows = [np.concatenate(placed[row * count : (row + 1) * count], axis=1) for row in range(count)]
+    placed = []
+    for i, flip in zip(order, mirrored):
+        placed.append(squares[i][:, ::-1] if flip else squares[i])
+    rows = [np.concatenate(placed[first : first + count], axis=1) for first in range(0, len(placed), count)]
     return np.concatenate(rows, axis=0)
 
 

@@ -52,6 +52,7 @@ def point_times(
     points on the way there, since a straight way between two noise levels is wider than the distributions between
     them. The student would settle for images of too little variance.
     """
+    # Before the shift the times of a schedule are evenly spaced.
     s, s_next = 1 - k.float() / steps, 1 - (k.float() + 1) / steps
     s_m = s_next + u_m * (s - GAP - s_next) if midpoints else s_next
     s_m = torch.where(k + 1 < steps, s_m, s_next)
@@ -67,13 +68,14 @@ def point_times(
 def renoise_coefficients(m: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
     """(B,) a and b of x_tau = a x_m + b z."""
     a = (1 - tau) / (1 - m)
+    # Clamped, as rounding makes it a little less than 0 where tau = m.
     return a, (tau.square() - (a * m).square()).clamp(min=0).sqrt()
 
 
 def renoise(x_m: Tensor, z: Tensor, m: Tensor, tau: Tensor) -> Tensor:
     """x_tau, of the law that x_m's clean samples have under the noise of tau."""
-    a, b = (_column(c, x_m) for c in renoise_coefficients(m, tau))
-    return a * x_m + b * z
+    a, b = renoise_coefficients(m, tau)
+    return _column(a, x_m) * x_m + _column(b, x_m) * z
 
 
 def total_noise(e: Tensor, z: Tensor, m: Tensor, tau: Tensor) -> Tensor:
@@ -149,6 +151,7 @@ def generator_loss(
         r = x_tau - _column(tau, x_tau) * v_real.float()
         f = x_tau - _column(tau, x_tau) * v_fake.float()
         scale = (x0 - r).abs().flatten(1).mean(1).clamp(min=LEAST_SCALE)
+    # Of the value f - r, with the gradient of x0.
     d = x0 - x0.detach() + (f - r)
     psi = d.square() / 2 if distance == "square" else (d.square() + HUBER**2).sqrt() - HUBER
     loss = psi.flatten(1).mean(1) / scale

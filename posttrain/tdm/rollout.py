@@ -69,19 +69,27 @@ def roll_out(
     What is drawn for an image comes from its key, a few global indices, alone.
     """
     shape, choices = (k2.image_tokens(*size), k2.latent_channels), student.steps
-    grids = {n: torch.cat([sampler.schedule(n, MU), torch.zeros(max(choices) - n)]) for n in choices}
+    # Of several numbers of steps each trajectory takes one; shorter grids are padded with the last time, 0.
+    grids: dict[int, Tensor] = {}
+    for n in choices:
+        grids[n] = torch.cat([sampler.schedule(n, MU), torch.zeros(max(choices) - n)])
     batches = []
     for first in range(0, len(keys), micro_batch):
         part = keys[first : first + micro_batch]
         text = Text.of(fused[first : first + micro_batch])
-        # Of several numbers of steps each trajectory takes one; shorter grids are padded with the last time, 0.
-        steps = torch.tensor([choices[int(_uniform(key, 1) * len(choices))] for key in part])
-        times = torch.stack([grids[n] for n in steps.tolist()])
+        counts, seeds = [], []
+        for key in part:
+            seeds.append(sampler.seed_for(*key, 0))
+            counts.append(choices[int(_uniform(key, 1) * len(choices))])
+        steps, times = torch.tensor(counts), torch.stack([grids[n] for n in counts])
+        # Drawn before the walk, which goes no further than the last of them.
         draws = [_draw_point(k2, student, part, update, steps, times, shape) for update in range(updates)]
-        noise = sampler.noise([sampler.seed_for(*key, 0) for key in part], shape).to(k2.device)
         with k2.role(POLICY):
+            noise = sampler.noise(seeds, shape).to(k2.device)
             visited = _walk(k2, noise, times, k2.fused(text), size, [draw.k for draw in draws])
-        points = [Points(**vars(draw), x=x, v=v) for draw, (x, v) in zip(draws, visited)]
+        points = []
+        for drawn, (x, v) in zip(draws, visited):
+            points.append(Points(**vars(drawn), x=x, v=v))
         batches.append(Batch(text, size, points))
     return batches
 
@@ -100,7 +108,7 @@ def _draw_point(
     for choice in range(3):  # of the step, the time and the noise level
         uniform.append(torch.tensor([_uniform(key, update, choice) for key in keys]))
     u_k, u_m, u_tau = uniform
-    k = (u_k * steps).long()
+    k = (u_k * steps).long()  # below `steps`, as the uniform numbers are below 1
     m, tau = losses.point_times(k, steps, u_m, u_tau, MU, student.midpoints, student.levels == "separate")
     z = sampler.noise([sampler.seed_for(*key, update, 3) for key in keys], shape)
     t = times.gather(1, k[:, None])[:, 0]
@@ -120,6 +128,7 @@ def _walk(
         chosen = (last >= i).nonzero()[:, 0]  # the others have no point further on
         t, t_next = times[chosen, i : i + 2].to(x.device).unbind(1)
         rows = chosen.to(x.device)
+        # Those that have ended stay where they are, and have no velocity that is read.
         v, after = torch.zeros_like(x), xs[-1].clone()
         v[rows] = k2.velocity(xs[-1][rows], t, text.rows(rows), *size)
         after[rows] = sampler.ode_step(xs[-1][rows], v[rows], t, t_next)

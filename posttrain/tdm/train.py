@@ -145,24 +145,19 @@ def updates(
         metrics: dict[str, float] = {"fake_updates": config.fake.updates}
         warming = step <= config.fake.warmup  # the fake score must know the student before the student follows it
         batches: list[Batch] | None = None  # drawn once a step, and once more in smaller micro-batches
-        for update in range(config.fake.updates):
-            for attempt in micro_batch.attempts(fake):
+        for update in range(config.fake.updates + (not warming)):
+            of_student = update == config.fake.updates  # which comes last
+            for attempt in micro_batch.attempts(student if of_student else fake):
                 batches = None if attempt.again else batches
                 with attempt:
                     if batches is None:
                         batches = draw(k2, config, texts, records, step, procs, micro_batch.size)
                         clock.lap("trajectory")
-                    metrics |= update_fake(k2, config, batches, update, fake, procs)
-        clock.lap("fake")
-        if not warming:
-            for attempt in micro_batch.attempts(student):
-                batches = None if attempt.again else batches
-                with attempt:
-                    if batches is None:
-                        batches = draw(k2, config, texts, records, step, procs, micro_batch.size)
-                        clock.lap("trajectory")
-                    metrics |= update_student(k2, config, batches, null, student, procs)
-            clock.lap("student")
+                    if of_student:
+                        metrics |= update_student(k2, config, batches, null, student, procs)
+                    else:
+                        metrics |= update_fake(k2, config, batches, update, fake, procs)
+            clock.lap("student" if of_student else "fake")
         metrics["skipped_updates"] = student.skipped + fake.skipped
         yield step, metrics | clock.seconds
 
@@ -177,13 +172,14 @@ def draw(
     micro_batch: int,
 ) -> list[Batch]:
     """This process's trajectories of a step, with points for the fake score's updates and, last, the student's."""
-    indices = procs.local_indices(config.batch)
-    rows = [in_turn(config.seed, (step - 1) * config.batch + i, len(records)) for i in indices]
-    keys = [(config.seed, step, i) for i in indices]
-    fused = texts([records[row].prompt for row in rows])
+    prompts, keys = [], []
+    for i in procs.local_indices(config.batch):
+        row = in_turn(config.seed, (step - 1) * config.batch + i, len(records))
+        prompts.append(records[row].prompt)
+        keys.append((config.seed, step, i))
     warming = step <= config.fake.warmup
     updates = config.fake.updates + (not warming)
-    return roll_out(k2, config.student, fused, keys, _size(config, step - 1), micro_batch, updates)
+    return roll_out(k2, config.student, texts(prompts), keys, _size(config, step - 1), micro_batch, updates)
 
 
 def add_roles(k2: K2, config: TDMConfig) -> None:
@@ -212,6 +208,7 @@ def _refuse_distilled(config: TDMConfig) -> None:
     if config.model.start is None:
         return
     first = load_stage(config.model.start, asdict(config.model))
+    # Its guidance would be applied to a model that has learnt it already.
     for stage in [first, *earlier_of(first)]:
         if stage.state["method"] == "tdm":
             raise UserError(f"model.start: {stage.path} is distilled already; go on from the run before it")
@@ -238,6 +235,7 @@ def update_fake(
 
 def _fake_loss(k2: K2, config: TDMConfig, batch: Batch, p: Points) -> tuple[Tensor, dict[str, Tensor]]:
     fake = config.fake
+    # The student's velocity as it was when the trajectory was drawn: it is updated only after the fake score.
     x0, e = sampler.x0_eps(p.x, p.v, p.t)
     x_tau = losses.renoise(sampler.noised(x0, e, p.m), p.z, p.m, p.tau)
     with k2.role(FAKE):
@@ -254,7 +252,7 @@ def update_student(
     for batch in batches:
         p = batch.points[-1]  # the fake score's updates take the ones before
         with k2.role(POLICY):
-            v = k2.velocity(p.x, p.t, batch.text, *batch.size)
+            v = k2.velocity(p.x, p.t, batch.text, *batch.size)  # once more, now with gradient
         x0, e = sampler.x0_eps(p.x, v, p.t)  # the gradient goes through the clean sample x0 alone
         with torch.no_grad():
             x_tau = losses.renoise(sampler.noised(x0, e, p.m), p.z, p.m, p.tau)
@@ -324,6 +322,7 @@ def draw_teacher(training: Training, config: TDMConfig) -> dict[str, float | Non
         (run.path / "grids").mkdir(exist_ok=True)
         grid_image(images, 4, 4).save(run.path / "grids/teacher.png")
     prompts = [record.prompt for record in evaluator.records[:SHOWN]]
+    # `teacher` in place of a step: the report shows it beside the student's images.
     run.samples("teacher", images, prompts, evaluator.seeds[:SHOWN], result.per_image_scores[:SHOWN])
     return metrics
 
@@ -340,6 +339,7 @@ def compared(result: Evaluation, suffix: str, teacher: dict[str, float | None]) 
     student = result.metrics | metrics
     for name, compared_name in metric_names.TO_TEACHER.items():
         if compared_name in teacher:
+            # The teacher is drawn once, without a suffix.
             value, of_teacher = student[compared_name + suffix], teacher[compared_name]
             ratio = value / of_teacher if value is not None and of_teacher else None
             metrics[f"to_teacher/{name}{suffix}"] = ratio

@@ -130,7 +130,9 @@ class Writer:
             # Zeros touch each page: fresh memory comes at a few GB/s, and all weights of K2 with moments are 150 GB.
             try:
                 for name, group in shapes.items():
-                    self.copies[name] = {key: torch.zeros(shape, dtype=dtype) for key, (shape, dtype) in group.items()}
+                    copies = self.copies[name] = {}
+                    for key, (shape, dtype) in group.items():
+                        copies[key] = torch.zeros(shape, dtype=dtype)
             except RuntimeError as error:  # torch raises no other where memory is short
                 raise UserError(f"checkpoint: no memory for a copy of what it holds: {error}") from error
 
@@ -182,6 +184,7 @@ def mark_best(directory: str | Path, step: int) -> None:
     if not (directory / f"step-{step:06d}").is_dir():
         (directory / "best").unlink(missing_ok=True)
         return
+    # Made beside and then renamed over, since a link cannot be changed in place.
     link = directory / ".best"
     link.unlink(missing_ok=True)
     try:
@@ -216,8 +219,11 @@ def load(path: str | Path) -> Checkpoint:
     if wrong := problem(path):
         raise UserError(f"{path}: not a whole checkpoint: {wrong}")
     state = json.loads((path / "state.json").read_text())
-    names = sorted(name for name in parse_json((path / "manifest.json").read_bytes()) if name.endswith(".safetensors"))
-    tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in names}
+    # The files that the manifest names, whose checksums were compared; what else lies there is not read.
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for name in sorted(parse_json((path / "manifest.json").read_bytes())):
+        if name.endswith(".safetensors"):
+            tensors[name.removesuffix(".safetensors")] = load_file(path / name)
     return Checkpoint(path, state.pop("step"), tensors, state)
 
 
@@ -286,6 +292,7 @@ def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors[f"cuda{i}"] = torch.cuda.get_rng_state(i)
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     tensors["numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
+    # Words of 32 bits without a sign.
     version, words, next_gauss = random.getstate()
     tensors["python"] = torch.tensor(words, dtype=torch.int64)
     state = {"numpy": [kind, position, has_gauss, gauss], "python": [version, next_gauss]}
@@ -319,8 +326,9 @@ def steps_in(directory: Path) -> list[int]:
 def _saved(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
-    steps = [(int(m[1]), path) for path in directory.iterdir() if (m := STEP.fullmatch(path.name))]
-    return [path for _, path in sorted(steps)]
+    paths = [path for path in directory.iterdir() if STEP.fullmatch(path.name)]
+    # By number: a step of seven digits comes after all of six.
+    return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def problem(path: Path) -> str | None:
@@ -350,6 +358,7 @@ def problem(path: Path) -> str | None:
 
 
 def _prune(directory: Path, keep: int) -> None:
+    # Resolved, as `best` may be a link, a file, or not there.
     best = _followed(directory / "best").resolve()
     for path in _saved(directory)[:-keep]:
         if path.resolve() != best:
@@ -357,6 +366,7 @@ def _prune(directory: Path, keep: int) -> None:
 
 
 def _write_json(path: Path, data: Any) -> None:
+    # Sorted, so that equal checkpoints have equal checksums.
     path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
 
 
@@ -382,4 +392,7 @@ def is_full(error: Exception) -> bool:
 
 
 def _megabytes(tensors: dict[str, dict[str, Tensor]]) -> float:
-    return sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()) / 1e6
+    total = 0
+    for group in tensors.values():
+        total += sum(tensor.nbytes for tensor in group.values())
+    return total / 1e6

@@ -98,7 +98,8 @@ class Evaluator:
         self._groups: list[tuple[int, int]] = []
         """Prompt and seed of each image of the groups."""
         for i in range(min(config.groups, len(self.records))):
-            self._groups += [(i, sampler.seed_for(config.seed, i, j)) for j in range(config.group_size)]
+            for j in range(config.group_size):
+                self._groups.append((i, sampler.seed_for(config.seed, i, j)))
         encoding = k2.encode([record.prompt for record in self.records], max_tokens)
         # Fused text waits in RAM: on the GPU it would take the place of training's activations.
         self._fused = [k2.text_tokens(features).cpu() for features in encoding.features]
@@ -114,10 +115,13 @@ class Evaluator:
             scores = self._score(self.rewards, images, rows, 1)
             result.per_image_scores = result.per_image_scores or per_image_scores(scores)
             result.shown[chosen.suffix] = self._shown(images, rows)
-            looks = [image_metrics.measure(*pair) for pair in zip(images, latents)]
+            looks = list(map(image_metrics.measure, images, latents))
             measured = image_metrics.means(self.procs.gather_in_order(looks))
             result.measured[chosen.suffix] = measured
-            values = means(scores) | {name: measured[name] for name in metric_names.LOOK} | self._of_groups(chosen)
+            values = means(scores)
+            for name in metric_names.LOOK:
+                values[name] = measured[name]
+            values |= self._of_groups(chosen)
             for name, value in values.items():
                 result.metrics[name + chosen.suffix] = value
         return result
@@ -139,15 +143,18 @@ class Evaluator:
         values: dict[str, float | None] = {metric_names.DIVERSITY: image_metrics.diversity_of_cells(all_cells, size)}
         if self.group_rewards:
             # Each group travels to one process, which alone scores it.
-            parcels: dict[int, list[tuple[int, np.ndarray]]] = {}
+            parcels: dict[int, dict[int, np.ndarray]] = {}
             for place, image in zip(places, images):
-                parcels.setdefault(self.procs.owner(place // size), []).append((place, image))
+                parcels.setdefault(self.procs.owner(place // size), {})[place] = image
             received: dict[int, np.ndarray] = {}
             for parcel in self.procs.deliver(parcels).values():
-                received |= dict(parcel)
-            order = sorted(received)
-            rows = [self._groups[place][0] for place in order]
-            values |= means(self._score(self.group_rewards, [received[place] for place in order], rows, size))
+                received |= parcel
+            # In their order again, so that neighbours are a group.
+            own_images, rows = [], []
+            for place in sorted(received):
+                own_images.append(received[place])
+                rows.append(self._groups[place][0])
+            values |= means(self._score(self.group_rewards, own_images, rows, size))
         return values
 
     def _score(
@@ -166,11 +173,14 @@ class Evaluator:
 
     def _shown(self, images: Sequence[np.ndarray], rows: Sequence[int]) -> np.ndarray:
         """The first images of all, on the main process."""
-        own = {row: image for row, image in zip(rows, images) if row < self.shown}
-        shown: dict[int, np.ndarray] = {}
+        own = [(row, image) for row, image in zip(rows, images) if row < self.shown]
+        shown: list[tuple[int, np.ndarray]] = []
         for part in self.procs.gather(own) or []:
-            shown |= part
-        return np.stack([shown[row] for row in sorted(shown)]) if shown else np.empty((0, *self.size, 3), np.uint8)
+            shown += part
+        if not shown:
+            return np.empty((0, *self.size, 3), np.uint8)
+        shown.sort(key=lambda pair: pair[0])
+        return np.stack([image for _, image in shown])
 
     def _draw(
         self, jobs: Sequence[tuple[int, int]], settings: SamplingSettings, draw: Draw | None = None
@@ -183,14 +193,17 @@ class Evaluator:
         if settings.guidance and self._null is None:  # encoded once, and only where guidance asks for it
             self._null = k2.text([""])
         for i in range(0, len(jobs), self.batch):
-            part = jobs[i : i + self.batch]
-            noise = sampler.noise([seed for _, seed in part], shape)
-            text = Text.of([self._fused[row].to(k2.device) for row, _ in part])
+            rows, seeds, texts = [], [], []
+            for row, seed in jobs[i : i + self.batch]:
+                rows.append(row)
+                seeds.append(seed)
+                texts.append(self._fused[row].to(k2.device))
+            noise, text = sampler.noise(seeds, shape), Text.of(texts)
             own = draw or self._drawn
             if own is None:
                 x = k2.sample(text, noise, settings.steps, height, width, settings.guidance, self._null, settings.mu)
             else:
-                x = own([row for row, _ in part], text, noise, settings, self._null)
+                x = own(rows, text, noise, settings, self._null)
             images += list(k2.decode(x, height, width).cpu().numpy())
             latents += list(x.cpu().numpy())
         return images, latents
@@ -217,7 +230,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
-        return None
+        return None  # JSON has no nan or inf
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
@@ -243,8 +256,9 @@ def gather_scores(procs: Processes, own: Scores | None, group_size: int, places:
         if part is not None:
             parts.append(part)
     # Where each group of the step lies in the concatenation of what the processes sent.
-    order = sorted(range(len(groups)), key=groups.__getitem__)
-    rows = [g * group_size + j for g in order for j in range(group_size)]
+    rows: list[int] = []
+    for place in np.argsort(groups).tolist():
+        rows += range(place * group_size, (place + 1) * group_size)
     scores = Scores.concat(parts).take(rows)
     scores.waited_seconds, scores.scoring_seconds = parts[0].waited_seconds, parts[0].scoring_seconds
     return scores

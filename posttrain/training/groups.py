@@ -63,8 +63,7 @@ def prompted_groups(
 def submit(k2: K2, queue: ScoreQueue, prompted: Prompted, latents_GNC: Tensor) -> None:
     """Decodes a group's images and submits them for scoring."""
     images = to_pil(k2.decode(latents_GNC, *prompted.size))
-    rows = [prompted.record] * len(images)
-    queue.submit(images, [r.prompt for r in rows], columns(rows))
+    queue.submit(images, [prompted.record.prompt] * len(images), columns([prompted.record] * len(images)))
 
 
 def costs_of(k2: K2, config: GroupTrainingConfig, step: int) -> list[float]:
@@ -101,6 +100,7 @@ def score(
     weights_K, floor_K = torch.from_numpy(gated.weights_K), torch.from_numpy(gated.floor_K)
     normalise = advantages.gdpo if config.advantages == "gdpo" else advantages.sum_then_normalise
     limit = config.max_advantage()
+    # Of all groups drawn, also of those that others have replaced.
     flat_PK, missing = advantages.flat(rewards_PGK, valid_PGK, floor_K), 1 - valid_PGK.any(-1).double().mean()
     if batch is not None:
         rewards_PGK, valid_PGK = rewards_PGK[list(batch)], valid_PGK[list(batch)]

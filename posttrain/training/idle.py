@@ -16,7 +16,11 @@ WARN_AFTER = 5
 def idle_reason(metrics: Mapping[str, float | None], scores: Scores) -> str | None:
     """Why nothing could be learnt from a step, by its metrics `missing` and `flat_groups`; None if something could."""
     if metrics["missing"] == 1:
-        failed = [f"{name}: {failures.most_common(1)[0][0]}" for name, failures in scores.failures.items() if failures]
+        failed = []
+        for name, failures in scores.failures.items():
+            if failures:
+                (reason, _), *_ = failures.most_common(1)
+                failed.append(f"{name}: {reason}")
         return "; ".join(failed) or "all None, so none applies to these prompts"
     return "the images of each group score alike" if metrics["flat_groups"] == 1 else None
 
@@ -36,7 +40,7 @@ def check_idle(history: Mapping[str, Any], reason: str | None, limit: int) -> No
             f"idle_steps: nothing could be learnt from {counted(row, 'step')} in a row: {reason}; fix or add a reward,"
             " or raise it"
         )
-    if row == WARN_AFTER:
+    if row == WARN_AFTER:  # once, not in each step after it
         ends = f"; after {limit} the run ends (idle_steps)" if limit else ""
         log.warning(f"nothing could be learnt from {row} steps in a row: {reason}{ends}")
 

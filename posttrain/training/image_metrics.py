@@ -17,8 +17,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from posttrain.config.metric_names import LOOK
-
 LUMA = np.array([0.2126, 0.7152, 0.0722])  # Rec. 709
 HIGH = 0.25
 """Cycles per pixel from which a frequency is high; an image's finest is 0.5."""
@@ -31,8 +29,14 @@ def measure(image: np.ndarray, latents: np.ndarray) -> dict[str, float]:
     images = image[None]
     high, total = next(_energies(images))
     latent_norm = float(np.sqrt(np.square(latents, dtype=np.float64).mean()))
-    measured = [brightness(images), saturation(images), _share(high, total), latent_norm]
-    return dict(zip(LOOK, measured, strict=True)) | {"image/contrast": contrast(images), "image/high_energy": high}
+    return {
+        "image/brightness": brightness(images),
+        "image/saturation": saturation(images),
+        "image/high_frequency": _share(high, total),
+        "image/latent_norm": latent_norm,
+        "image/contrast": contrast(images),
+        "image/high_energy": high,
+    }
 
 
 def means(measured: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -51,6 +55,7 @@ def brightness(images: np.ndarray) -> float:
 
 def saturation(images: np.ndarray) -> float:
     # Unlike that of HSV it is not divided by the brightness, which would make noise in the dark colourful.
+    # Of uint8: the largest less the smallest is never negative.
     return float((images.max(-1) - images.min(-1)).mean() / 255)
 
 
@@ -79,6 +84,7 @@ def _energies(images: np.ndarray) -> Iterator[tuple[float, float]]:
     for image in images:
         luma = image @ LUMA / 255
         faded = (luma - (luma * window).sum() / window.sum()) * window
+        # By Parseval the sum is the mean square of the faded luma, whatever the size.
         power = np.square(np.abs(np.fft.fft2(faded))) / (height * width) ** 2
         yield float(power[high].sum()), float(power.sum())
 

@@ -374,9 +374,15 @@ class Training:
         k2 = self.k2
         modules = [k2.transformer, k2.vae, k2.text_encoder, k2.reference, *k2.copies.values()]
         # Sets, as roles of a LoRA share the base's parameters.
-        trained = {p for stepper in self.steppers.values() for p in stepper.parameters}
-        weights = {p for module in modules if module is not None for p in module.parameters()}
-        states = [tensor for stepper in self.steppers.values() for tensor in stepper.kept()]
+        trained: set[Tensor] = set()
+        weights: set[Tensor] = set()
+        states: list[Tensor] = []
+        for stepper in self.steppers.values():
+            trained.update(stepper.parameters)
+            states += stepper.kept()
+        for module in modules:
+            if module is not None:
+                weights.update(module.parameters())
         return {
             "frozen weights": _gibibytes(weights - trained),
             "trained weights": _gibibytes(trained),

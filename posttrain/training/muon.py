@@ -91,7 +91,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> Any:
         """One update with the gradients that there are."""
         group, other = self.param_groups
-        # Loading a state makes new objects of both.
+        # One state for both optimisers, so that a checkpoint has it whole. Loading a state makes new objects of both.
         self._adamw.state, self._adamw.param_groups = self.state, [other]
         self._adamw.step()
         rate, decay, momentum = float(group["lr"]), group["weight_decay"], group["momentum"]
@@ -107,6 +107,7 @@ class Muon(torch.optim.Optimizer):
             moved.append(index)
         updates = self._dealt if isinstance(self.wholes[0], DTensor) else self._whole
         for index, update in updates(moved):
+            # Decay first and apart from the gradient, as in AdamW.
             parameter = group["params"][index]
             parameter.mul_(1 - rate * decay)
             parameter.add_(update, alpha=-rate * scale(self.wholes[index].shape))
@@ -137,21 +138,26 @@ class Muon(torch.optim.Optimizer):
         rank, size = dist.get_rank(), dist.get_world_size()
         hands = deal([cost(self.wholes[index].shape) for index in indices], size)
         for turn in range(max(map(len, hands))):
-            owned = [indices[hand[turn]] if turn < len(hand) else None for hand in hands]
-            parts = [None if index is None else self._nesterov(index).bfloat16() for index in owned]
+            owned: list[int | None] = []
+            parts: list[Tensor | None] = []
+            for hand in hands:
+                index = indices[hand[turn]] if turn < len(hand) else None
+                owned.append(index)
+                parts.append(None if index is None else self._nesterov(index).bfloat16())
             sent = [0 if part is None else part.numel() for part in parts]
             mine, received = owned[rank], [0] * size
             if mine is not None:
-                received = [rows * self.wholes[mine].shape[1] for rows in rows_of(self.wholes[mine].shape[0], size)]
+                rows, columns = self.wholes[mine].shape
+                received = [count * columns for count in rows_of(rows, size)]
             flat = torch.cat([part.flatten() for part in parts if part is not None])
             whole = flat.new_empty(sum(received))
             _exchange(whole, flat, received, sent)
             if mine is not None:
                 whole = self._orthogonalised(whole.view(self.wholes[mine].shape)).contiguous().flatten()
             _exchange(flat, whole, sent, received)
-            for index, part, rows in zip(owned, parts, flat.split(sent)):
+            for index, part, update in zip(owned, parts, flat.split(sent)):
                 if index is not None and part is not None:
-                    yield index, rows.view(part.shape)
+                    yield index, update.view(part.shape)
 
     def _orthogonalised(self, matrix: Tensor) -> Tensor:
         update = orthogonalised(matrix)
@@ -163,6 +169,7 @@ class Muon(torch.optim.Optimizer):
     def _now(like: Tensor) -> Any:
         if not like.is_cuda:
             return time.perf_counter()
+        # An event, which is read later: a clock on the CPU would have to wait for the GPU.
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event

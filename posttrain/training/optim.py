@@ -37,7 +37,9 @@ def make_optimizer(parameters: Sequence[Tensor], config: OptimConfig) -> torch.o
 
         @torch.no_grad()
         def step(self, closure: Any = None) -> Any:
-            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            gradients: list[Tensor] = []
+            for group in self.param_groups:
+                gradients += [p.grad for p in group["params"] if p.grad is not None]
             if gradients:
                 torch._foreach_mul_(gradients, SCALE)
             loss = super().step(closure)
@@ -77,7 +79,7 @@ def median_root(optimizer: torch.optim.Optimizer) -> float | None:
         places = torch.arange(0, value.numel(), value.numel() // ELEMENTS | 1, device=value.device)
         found.append(_elements(value, places) / (1 - beta ** float(state["step"])))
     v = torch.cat(found).cpu() if found else torch.empty(0)
-    v = v[v > 0]
+    v = v[v > 0]  # an element without any gradient so far has 0
     scale = SCALE if isinstance(optimizer.param_groups[0]["lr"], Tensor) else 1.0
     return float(v.sqrt().median()) / scale if len(v) else None
 
@@ -114,15 +116,20 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
     state: dict[str, Any] = {"kind": type(optimizer).__name__, "groups": []}
     for index, values in full["state"].items():
         for name, value in values.items():
-            if (inner := parts(value)) is not None:
-                tensors |= {f"{index}.{name}.{part}": tensor for part, tensor in inner.items()}
-            else:
+            inner = parts(value)
+            if inner is None:
                 tensors[f"{index}.{name}"] = value
+                continue
+            for part, tensor in inner.items():
+                tensors[f"{index}.{name}.{part}"] = tensor
     for i, group in enumerate(full["param_groups"]):
-        for name, value in group.items():  # a capturable optimiser holds its rate as a tensor
-            if isinstance(value, Tensor):
+        plain = {}
+        for name, value in group.items():
+            if isinstance(value, Tensor):  # such as the rate of a capturable optimiser
                 tensors[f"group{i}.{name}"] = value
-        state["groups"].append({k: v for k, v in group.items() if not isinstance(v, Tensor)})
+            else:
+                plain[name] = value
+        state["groups"].append(plain)
     return tensors, state
 
 

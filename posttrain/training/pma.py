@@ -79,6 +79,7 @@ class CheckpointAverage:
             yield
             return
         parameters = list(self.k2.role_named_parameters(POLICY).values())
+        # On the CPU: the GPU may have no room for a second copy of all weights.
         live = [shards.own(parameter).detach().to("cpu", copy=True) for parameter in parameters]
         try:
             self._load_mean(alone)
@@ -108,8 +109,9 @@ class CheckpointAverage:
         self._sums = dict(zip(self.steps, state["sha256"]))
         problem = None
         if self.procs.main:
-            for later in [kept for kept in self._kept() if kept > step]:
-                self._path(later).unlink()
+            for kept in self._kept():
+                if kept > step:
+                    self._path(kept).unlink()
             problem = next(filter(None, map(self._problem, self.steps)), None)
         if problem := self.procs.from_main(problem):
             raise UserError(
@@ -146,8 +148,12 @@ class CheckpointAverage:
 
     def _kept(self) -> list[int]:
         """The steps of the files on disk, in order."""
-        names = [path.stem for path in self.folder.glob("step-*.safetensors")]
-        return sorted(int(match[1]) for name in names if (match := checkpoint.STEP.fullmatch(name)))
+        steps = []
+        for path in self.folder.glob("step-*.safetensors"):
+            match = checkpoint.STEP.fullmatch(path.stem)
+            if match is not None:
+                steps.append(int(match[1]))
+        return sorted(steps)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}.safetensors"
@@ -200,8 +206,11 @@ class CheckpointAverage:
         """Factor B of a layer follows A, as one mean makes both."""
         if self.k2.roles[POLICY] is None:
             return list(parameters)
-        layers = [key.removesuffix(A) for key in parameters if key.endswith(A)]
-        return [layer + factor for layer in layers for factor in (A, B)]
+        order = []
+        for key in parameters:
+            if key.endswith(A):
+                order += [key, key.removesuffix(A) + B]
+        return order
 
     def _unreadable(self) -> str | None:
         try:
@@ -259,7 +268,8 @@ def mean_of_updates(factors: Sequence[low_rank.Factors], rank: int) -> tuple[Ten
     """
     if len(factors) == 1:
         return *factors[0], None
-    cut = low_rank.truncate(*low_rank.concatenate(factors, [1 / len(factors)] * len(factors)), rank)
+    b, a = low_rank.concatenate(factors, [1 / len(factors)] * len(factors))
+    cut = low_rank.truncate(b, a, rank)
     missing = rank - cut.b.shape[1]  # a layer narrower than the rank
     b = torch.nn.functional.pad(cut.b, (0, missing))
     a = torch.nn.functional.pad(cut.a, (0, 0, 0, missing))

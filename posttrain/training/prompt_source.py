@@ -58,7 +58,10 @@ class PromptSource:
         """The pool's rows that the step in progress drew in place of others, by attempt."""
         if config.pool.kind == "adaptive":
             # Gates and held-out rewards make no advantage, so they do not say what a prompt teaches.
-            weights = {r.name: r.weight for r in config.rewards if r.gate == "none" and not r.heldout_only}
+            weights: dict[str, float] = {}
+            for reward in config.rewards:
+                if reward.gate == "none" and not reward.heldout_only:
+                    weights[reward.name] = reward.weight
             self.pool = Pool(records, weights, config.pool, config.groups.prompts_per_step, config.seed)
 
     def draw(self, step: int) -> list[PromptRecord]:
@@ -98,7 +101,10 @@ class PromptSource:
         """What the report shows of the prompts: the easiest, the hardest and the most informative."""
         if self.pool is None:
             return None
-        return {title: self._table(self.pool, rows) for title, rows in self.pool.ends(ENDS).items()}
+        tables = {}
+        for title, rows in self.pool.ends(ENDS).items():
+            tables[title] = self._table(self.pool, rows)
+        return tables
 
     def _table(self, pool: Pool, rows: np.ndarray) -> list[dict[str, Any]]:
         scores, informativeness, kinds = pool.score(rows), pool.informativeness(rows), pool.kinds(rows)
@@ -121,10 +127,12 @@ class PromptSource:
         if self.pool is None:
             return {}, {}
         arrays, state = self.pool.state()
-        # What a later step has drawn already. By key and not by row, as the file may be reordered.
-        ahead = {str(step): self.pool.keys[rows].tolist() for step, rows in self._drawn.items()}
+        saved: dict[str, Any] = {"pool": state}
+        if self._drawn:
+            # What a later step has drawn already. By key and not by row, as the file may be reordered.
+            saved["drawn"] = {str(step): self.pool.keys[rows].tolist() for step, rows in self._drawn.items()}
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return {"pool": tensors}, {"pool": state, **({"drawn": ahead} if ahead else {})}
+        return {"pool": tensors}, saved
 
     def restore(self, saved: Checkpoint) -> None:
         """Puts back what `state` gave; a run that had no pool until now begins with a fresh one."""
@@ -133,8 +141,9 @@ class PromptSource:
             self.pool.load_state(arrays, saved.state["pool"])
             row_of = {int(key): row for row, key in enumerate(self.pool.keys)}
             for step, keys in saved.state.get("drawn", {}).items():
-                if all(key in row_of for key in keys):  # else it is drawn again, from the prompts that are left
-                    self._drawn[int(step)] = np.array([row_of[key] for key in keys], np.int64)
+                rows = list(map(row_of.get, keys))
+                if None not in rows:  # else it is drawn again, from the prompts that are left
+                    self._drawn[int(step)] = np.array(rows, np.int64)
 
 
 class FusedTexts:
@@ -169,9 +178,10 @@ class FusedTexts:
 def warn_of_cut_prompts(k2: K2, records: Sequence[PromptRecord], max_tokens: int) -> None:
     """Says how many prompts are longer than that, if any are."""
     # A token is at least one byte, so most prompts need no tokenizer to be known as short enough.
+    # Half of max_tokens leaves room for those of the template.
     long = [record.prompt for record in records if len(record.prompt.encode()) > max_tokens // 2]
     _, cuts_of_all = k2.tokenize(long, max_tokens)
-    warn_of_cut([cut for cut in cuts_of_all if cut], "prompt", "prompts.max_tokens", max_tokens)
+    warn_of_cut(list(filter(None, cuts_of_all)), "prompt", "prompts.max_tokens", max_tokens)
 
 
 def in_turn(seed: int, index: int, n: int) -> int:
@@ -181,7 +191,7 @@ def in_turn(seed: int, index: int, n: int) -> int:
     return int(_order(seed, epoch, n)[place])
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=2)  # a step may begin in one epoch and end in the next
 def _order(seed: int, epoch: int, n: int) -> Tensor:
     generator = torch.Generator().manual_seed(sampler.seed_for(seed, epoch, -2))
     return torch.randperm(n, generator=generator)

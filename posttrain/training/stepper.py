@@ -158,6 +158,7 @@ class Stepper:
         Raises UserError when ten gradients in a row were not finite.
         """
         total = shards.norm(self.parameters)
+        # The optimiser sees this process's parts, and backward has left gradients at the whole parameters.
         for parameter, own in zip(self.parameters, self._own):
             if parameter.grad is not None:
                 own.grad = shards.own(parameter.grad)
@@ -165,6 +166,8 @@ class Stepper:
         self.updates += 1
         if math.isfinite(norm):
             self.skipped_in_a_row = 0
+            # A spike is left out, not clipped: see muon.SPIKE. It still counts among the norms, so that training goes
+            # ahead if all become larger.
             spike = norm > clipping.limit(self.norms, muon.SPIKE if self.config.kind == "muon" else 0.0)
             if spike:
                 self.spiked += 1
@@ -214,7 +217,8 @@ class Stepper:
             metrics[f"{prefix}spiked_updates"] = self.spiked
             if math.isfinite(usual := clipping.limit(self.norms[:-1], 1.0)):
                 metrics[f"{prefix}grad_norm_ratio"] = self.norms[-1] / usual
-            metrics |= {f"{prefix}{name}": value for name, value in self.optimizer.metrics().items()}
+            for name, value in self.optimizer.metrics().items():
+                metrics[f"{prefix}{name}"] = value
         if (root := median_root(self.optimizer)) is not None:
             metrics[f"{prefix}sqrt_v"] = root
             metrics[f"{prefix}eps_share"] = self.config.eps / (root + self.config.eps)
@@ -263,6 +267,7 @@ class Stepper:
         if others is None:
             return
         for parameter, other in zip(self._own, others):
+            # One tensor at a time, so that no third copy of all parameters is needed.
             held = parameter.clone()
             parameter.copy_(other)
             other.copy_(held)

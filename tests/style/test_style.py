@@ -316,6 +316,18 @@ def test_captions_of_held_out_images(config, capsys):
     assert "each in the style of another one" in capsys.readouterr().err
 
 
+def test_no_caption_is_drawn_in_the_style_of_its_own_image(config):
+    """Not with two entries an image either, one for each resolution."""
+    config.images.resolutions = [16, 32]
+    source, k2 = StyleSet(config.images), K2.load(config.model.path)
+    images = encode_images(k2, source, config.images, Processes())
+    rows = list(map(images.row, images.heldout.tolist()))
+    records, drawer = style.of_heldout_images(k2, source, images, config, (32, 32))
+    for record, shown in zip(records, drawer.own, strict=True):
+        own = next(row for row in rows if source.captions(row)[0].text == record.prompt)
+        assert shown is not None and (shown.images[0] != np.asarray(source[own].image)).any()
+
+
 def test_names(tmp_path):
     image(0).save(tmp_path / "a:1.png")
     assert named("a:1.png", tmp_path, "x").strength == 1.0
