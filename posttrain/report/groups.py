@@ -24,6 +24,7 @@ def groups(folder: Path) -> dict[str, Any] | None:
     for g, row in enumerate(tables[0]):
         sides = []
         for directory, table in zip(steps, tables):
+            # The last step may have fewer groups.
             if g < len(table):
                 expansions = [_expansion(directory, entry) for entry in table[g]["expansions"]]
                 sides.append({"step": step_name(directory), "expansions": expansions})
