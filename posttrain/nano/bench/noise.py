@@ -28,6 +28,7 @@ ARMS = ("none", "floor")
 def recipes(folder: Path) -> dict[str, str]:
     """Writes the recipe of each arm, and returns their paths."""
     recipe = yaml.safe_load(Path(RECIPE).read_text())
+    # By the name that a reward asks for: a server's own model, or one of its adapters.
     weights = {}
     for server in recipe.pop("servers"):
         weights[server["name"]] = {"path": server["model"]}
@@ -38,6 +39,7 @@ def recipes(folder: Path) -> dict[str, str]:
         made = copy.deepcopy(recipe)
         for reward in made["rewards"]:
             if isinstance(reward["function"], dict):
+                # Judges of a server by its address become models of the training process.
                 judge = reward["function"]["init_args"]["judge"]
                 del judge["base_urls"]
                 judge |= weights[judge.pop("model")]
@@ -54,7 +56,7 @@ def run(jobs: common.Jobs, arm: str, recipe: str, seed: int, options: Sequence[s
     row = grpo.run(jobs, arm, [recipe], seed, options)
     steps = read_lines(jobs.folder / f"{arm}-{seed}" / "metrics.jsonl")
     for name in ("flat_groups", "noise_share", "advantage"):
-        values = [step[name] for step in steps if step.get(name) is not None]
+        values = common.known(steps, name)
         row[name] = float(np.mean(values)) if values else None
     return row
 
@@ -67,7 +69,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         arms[row["variant"]].append(row)
     lines = []
     for name in rows[0]["before"]:
-        none, floor = (grpo.before_and_after(own, name) for own in arms.values())
+        none, floor = grpo.before_and_after(arms["none"], name), grpo.before_and_after(arms["floor"], name)
         if none is None or floor is None:
             continue
         gain_none, gain_floor = none[1] - none[0], floor[1] - floor[0]
@@ -78,9 +80,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for arm, own in arms.items():
         text += f"\n\n{arm}: "
         for name in ("flat_groups", "noise_share"):
-            values = [row[name] for row in own if row[name] is not None]
+            values = common.known(own, name)
             text += f"{name} {np.mean(values):.4f}, " if values else ""
-        text += f"{np.mean([row['seconds'] for row in own]):.0f} s a run"
+        text += f"{np.mean(common.column(own, 'seconds')):.0f} s a run"
     return text
 
 

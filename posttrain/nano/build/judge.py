@@ -124,6 +124,7 @@ def _make_chunk(tokenizer: Qwen2Tokenizer, job: tuple[int, int]) -> Data:
             tokens = question(statement)
             data.rubric[i, j, : len(tokens)] = tokens
             data.length[i, j] = len(tokens)
+        # Garbled letters have no right transcript.
         if fault != "garbled":
             for array, text in (
                 (data.transcribe, questions.transcript(scene.text)),
@@ -177,7 +178,7 @@ def draw(data: Data, b: int, n: int) -> tuple[Tensor, Batch, Tensor, Tensor]:
     """Images, tasks and labels of b images drawn at random."""
     device = data.images.device
     i = torch.randint(len(data.images), (b,), device=device)
-    q = torch.rand(b, data.yes.shape[1], device=device).topk(n).indices
+    q = torch.rand(b, data.yes.shape[1], device=device).topk(n).indices  # n different questions of each image
     rows = i[:, None]
     batch = Batch(
         data.rubric[rows, q].long(),
@@ -257,7 +258,7 @@ def train(
     words = token_ids(tokenizer, "yes")[0], token_ids(tokenizer, "no")[0]
     network, labels = JudgeNetwork(model, compiled), Labels(model.lm_head.in_features).to(device)
     learnt = [p for p in model.parameters() if p.requires_grad]
-    params = [*learnt, *labels.parameters()]
+    params = [*learnt, *labels.parameters()]  # the averages are of `learnt` alone: the heads are thrown away
     optimizer = build.adamw(params, 0.02, lr=peak, betas=(0.9, 0.98), fused=device.type == "cuda")
     averages = [p.detach().clone() for p in learnt]
     start, step = time.time(), 0
@@ -265,6 +266,7 @@ def train(
         if step == 1:
             start = time.time()  # the first step compiles: it is not counted
         elapsed = step / steps if steps else (time.time() - start) / (60 * minutes)
+        # At least one step, however short the time.
         if elapsed >= 1 and step:
             break
         for group in optimizer.param_groups:
