@@ -185,12 +185,12 @@ def training_need(
 
 
 def fit(
-    parts: Parts, gpu_gib: float, adapters: int, rank: int, size: Sequence[int], text: int, multiple: int = MULTIPLE,
+    parts: Parts, gpu_gib: float, adapters: int, rank: int, size: Sequence[int], text: int,
     block_bytes: float = BLOCK_BYTES,
 ) -> Fit | None:  # fmt: skip
     """The first of OPTIONS that fits, with the largest micro-batch and the fewest recomputed blocks; or None."""
     height, width = size
-    tokens = (height // multiple) * (width // multiple) + text
+    tokens = (height // MULTIPLE) * (width // MULTIPLE) + text
     for options in OPTIONS:
         for micro_batch in MICRO_BATCHES:
             for recomputed in range(parts.blocks + 1):

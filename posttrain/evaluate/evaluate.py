@@ -111,6 +111,7 @@ def summary(
         results["subjects"][subject.name] = told
     if suite is not None:
         results["suite"] = {"kind": suite.kind, "about": suite.about}
+    # Only prompts that both subjects have a score of are compared: they had the same noise.
     results["paired"], results["verdicts"], results["failed"] = {}, {}, []
     firsts = against([one.images.subject for one in scored])
     for name, first in firsts.items():

@@ -183,8 +183,11 @@ class Scored:
 
 def figures(scored: Scored, rewards: Sequence[Reward]) -> dict[str, np.ndarray]:
     """By name: (P,) of each reward, of the looks, and the diversity where there is one."""
-    found = {reward.spec.name: scored.by_prompt(reward.spec.name) for reward in rewards}
-    found |= {name: scored.look(name) for name in LOOKS}
+    found = {}
+    for reward in rewards:
+        found[reward.spec.name] = scored.by_prompt(reward.spec.name)
+    for name in LOOKS:
+        found[name] = scored.look(name)
     if scored.config.images > 1:
         found[metric_names.DIVERSITY] = scored.diversity()
     return found
@@ -223,4 +226,5 @@ def _row(scores: Scores, n: int, k: int) -> dict[str, Any] | None:
         return {"score": None, "failed": True}
     if not scores.valid_NK[n, k]:
         return None
+    # Details may be of any type that a reward returns; the file has JSON.
     return plain(scores.details[scores.names[k]][n] or {}) | {"score": float(scores.values_NK[n, k])}

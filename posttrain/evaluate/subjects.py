@@ -131,6 +131,7 @@ class Images:
     def __init__(self, subject: Subject, config: EvaluateConfig, records: Sequence[PromptRecord], procs: Processes):
         self.subject, self.config, self.records, self.procs = subject, config, records, procs
         self.folder = Path(config.output) / "images" / subject.folder
+        self.prompts = [record.prompt for record in records]
         self.jobs = list(itertools.product(range(len(records)), range(config.images)))
         self.paths: dict[tuple[int, int], Path] = {}
         self.facts: dict[str, Any] = {}
@@ -222,7 +223,7 @@ class Images:
         settings: dict[str, Any] = {
             "place": subject.place, "size": list(config.size), "seed": config.seed, "steps": config.steps,
             "guidance": subject.guidance, "images": config.images, "max_tokens": config.max_tokens,
-            "prompts": [record.prompt for record in self.records], "expand": subject.expander,
+            "prompts": self.prompts, "expand": subject.expander,
         }  # fmt: skip
         if subject.kind in ("base", "adapter"):
             settings["model"] = config.model.path
@@ -254,7 +255,7 @@ class Images:
     def _prompts(self) -> list[str]:
         """The text that each job is drawn from; expansions are made once, and kept."""
         if self.subject.expander is None:
-            return [self.records[i].prompt for i, _ in self.jobs]
+            return [self.prompts[i] for i, _ in self.jobs]
         path = self.folder / "expansions.json"
         texts = None
         if self.procs.main:
@@ -265,13 +266,12 @@ class Images:
         assert self.subject.expander is not None
         dtype = getattr(torch, self.config.model.dtype)
         expander = Expander.load(self.subject.expander, None, dtype, self.procs.device)
-        prompts = [record.prompt for record in self.records]
         texts = []
-        for group in expander.expand(prompts, self.config.images, self.config.seed):
+        for group in expander.expand(self.prompts, self.config.images, self.config.seed):
             texts += [expansion.text for expansion in group]
         # An empty prompt draws an image of anything, which would count as the expander's.
         if "" in texts:
-            empty = prompts[texts.index("") // self.config.images]
+            empty = self.prompts[texts.index("") // self.config.images]
             raise UserError(
                 f"expand: {self.subject.expander} answered '{empty}' with nothing; train it, or change seed"
             )

@@ -6,7 +6,7 @@ The rewards' answers appear when the pointer is over a card or it has the keyboa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,15 +64,15 @@ def step_name(directory: Path) -> str:
     return f"step {step_of(directory)}"
 
 
+def by_key(samples: Iterable[Sample]) -> dict[tuple[str, Any], Sample]:
+    return {sample.key: sample for sample in samples}
+
+
 def matched(before: Sequence[Sample], after: Sequence[Sample]) -> list[tuple[Sample, Sample]]:
     """The samples of the same prompt and seed."""
-    by_key = {sample.key: sample for sample in after}
-    pairs = []
-    for sample in before:
-        # Some samples have no partner: the two sides may have drawn other prompts.
-        if sample.key in by_key:
-            pairs.append((sample, by_key[sample.key]))
-    return pairs
+    partners = by_key(after)
+    # Some samples have none: the two sides may have drawn other prompts.
+    return [(sample, partners[sample.key]) for sample in before if sample.key in partners]
 
 
 def run_images(samples: Path) -> dict[str, Any] | None:
@@ -117,9 +117,12 @@ def _card(old: Sample, new: Sample, before: str, after: str, largest: int) -> di
     names = all_keys([old.scores, new.scores])
     scores = []
     for name in names:
-        # A reward that failed on one side alone still has a row.
-        values = [side.scores.get(name, {}).get("score") for side in sides.values()]
-        scores.append({"name": name, "values": [f"{v:.2f}" if is_number(v) else "–" for v in values]})
+        values = []
+        for side in sides.values():
+            # A reward that failed on one side alone still has a row.
+            value = side.scores.get(name, {}).get("score")
+            values.append(f"{value:.2f}" if is_number(value) else "–")
+        scores.append({"name": name, "values": values})
     return {
         "images": [{"alt": name, **image(side.file, largest)} for name, side in sides.items()],
         "prompt": new.prompt,

@@ -107,7 +107,7 @@ class Frame:
             y = self.y(tick)
             # Text is placed by its baseline; 4 px lower its middle is at the line.
             self.value_ticks.append({"label": label, "y": f"{y:.1f}", "text_y": f"{y + 4:.1f}"})
-        self.step_ticks = [self._step_tick(step) for step in _step_ticks(self.first, self.last)]
+        self.step_ticks = list(map(self._step_tick, _step_ticks(self.first, self.last)))
         self.paths: list[dict[str, str]] = []
         self.dots: list[dict[str, Any]] = []
 
@@ -325,8 +325,8 @@ def _note(limit: Limit, drawn: bool, points: Sequence[Point]) -> Note:
     return Note(label, drawn, crossed)
 
 
-def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) that cover low..high; at least two.
+def nice_ticks(low: float, high: float) -> list[float]:
+    """About five round numbers (1, 2 or 5 times a power of ten apart) that cover low..high; at least two.
 
     One value alone gets a tenth of it on either side; 0, which is mostly a count, stands at the bottom.
     """
@@ -334,7 +334,7 @@ def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
     if not high - low > 1e-12 * max(abs(low), abs(high)):
         spread = abs(low) * 0.1
         low, high = low - spread, high + (spread or 1.0)
-    rough = (high - low) / about
+    rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
     # The small amounts keep an end that is a tick itself from being rounded to the next one.

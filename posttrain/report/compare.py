@@ -11,7 +11,7 @@ from typing import Any
 from posttrain.config import metrics
 from posttrain.config.diff import changes
 from posttrain.errors import counted
-from posttrain.report.before_after import Sample, read_samples, step_directories, step_name
+from posttrain.report.before_after import Sample, by_key, read_samples, step_directories, step_name
 from posttrain.report.charts import Chart, Section, runs_chart
 from posttrain.report.format import aligned, all_keys, is_number, shown
 from posttrain.report.public import public
@@ -22,7 +22,6 @@ OWN = ("output", "seed", "track")
 """Settings that may differ between runs of one line."""
 LONGEST = 120  # characters of a setting
 MOST_STRIPS = 12  # prompts whose images are shown
-SIDES = ("before", "after")
 
 
 @dataclass
@@ -52,7 +51,8 @@ def comparison(runs: Sequence[RunFiles]) -> dict[str, Any]:
         curves.append(Section(title, charts))
     rows = []
     for i, line in enumerate(lines):
-        rows += [_run_row(i, run) for run in line.runs]
+        for run in line.runs:
+            rows.append(_run_row(i, run))
     return {
         "count": len(runs),
         "lines": [line.name for line in lines],
@@ -165,13 +165,15 @@ def _settings(lines: Sequence[Line]) -> list[list[str]]:
 
 def _results(lines: Sequence[Line]) -> list[dict[str, Any]]:
     """Before and after: of several runs the mean, the smallest and the largest."""
-    summaries = []
+    figures: list[dict[str, Any]] = []
     for line in lines:
         for run in line.runs:
-            summaries += [run.summary.get(side) or {} for side in SIDES]
+            figures += (run.summary.get("before") or {}, run.summary.get("after") or {})
     rows = []
-    for name in all_keys(summaries):
-        cells = [_spread(line, side, name) for line in lines for side in SIDES]
+    for name in all_keys(figures):
+        cells = []
+        for line in lines:
+            cells += (_spread(line, "before", name), _spread(line, "after", name))
         rows.append({"name": name, "definition": metrics.describe(f"eval/{name}"), "cells": cells})
     return rows
 
@@ -216,15 +218,14 @@ def _strips(lines: Sequence[Line]) -> list[dict[str, Any]]:
             continue
         # One column of the start is enough: it shows where the first line began.
         for directory in directories[-1:] if columns else (directories[0], directories[-1]):
-            by_key = {sample.key: sample for sample in read_samples(directory)}
-            columns.append((f"{run.name}, {step_name(directory)}", by_key))
+            columns.append((f"{run.name}, {step_name(directory)}", by_key(read_samples(directory))))
     if len(columns) < 2:
         return []
     shared = list(columns[0][1])
-    for _, by_key in columns[1:]:
-        shared = [key for key in shared if key in by_key]
+    for _, samples in columns[1:]:
+        shared = [key for key in shared if key in samples]
     strips = []
     for prompt, seed in shared[:MOST_STRIPS]:
-        images = [{"alt": name, **image(by_key[prompt, seed].file, 256)} for name, by_key in columns]
+        images = [{"alt": name, **image(samples[prompt, seed].file, 256)} for name, samples in columns]
         strips.append({"prompt": prompt, "seed": seed, "images": images})
     return strips

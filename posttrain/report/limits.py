@@ -33,7 +33,8 @@ def limits(recipe: dict[str, Any], series: dict[str, list[Point]]) -> dict[str, 
     optim = recipe.get("optim") or {}
     for name, points in series.items():
         if name.endswith("grad_norm"):
-            found.setdefault(name, []).extend(_of_gradients(optim, points))
+            for limit in _of_gradients(optim, points):
+                found.setdefault(name, []).append(limit)
         metric = metrics.find(name)
         if metric is not None and metric.reference is not None:
             whose, value = metric.reference
@@ -42,8 +43,7 @@ def limits(recipe: dict[str, Any], series: dict[str, list[Point]]) -> dict[str, 
     stopping = f"{metrics.EVAL}{stop.get('metric')}"
     if stopping in series:
         found.setdefault(stopping, []).append(_stop(stop, series[stopping]))
-    # A norm without any clipping has an empty list.
-    return {name: those for name, those in found.items() if those}
+    return found
 
 
 def _fixed(recipe: dict[str, Any]) -> list[tuple[str, Limit]]:

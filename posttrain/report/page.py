@@ -233,9 +233,10 @@ def _cost(files: RunFiles) -> list[dict[str, Any]]:
     if times:
         rest = (files.summary.get("seconds") or 0.0) - sum(times.values())
         bars.append({"title": "time", "parts": _with_rest(times, "evaluation, saving and the rest", rest), "unit": "s"})
-    startup = files.summary.get("startup") or {}
+    startup = dict(files.summary.get("startup") or {})
     # The total is the sum of the others, and compilation is part of the first step.
-    startup = {name: value for name, value in startup.items() if name not in ("compile", "total")}
+    startup.pop("total", None)
+    startup.pop("compile", None)
     if startup:
         bars.append({"title": "time to the end of the first step", "parts": startup, "unit": "s"})
     memory = files.summary.get("memory") or {}
@@ -274,5 +275,6 @@ def _judges(files: RunFiles) -> list[list[str]]:
 def _environment(environment: dict[str, Any]) -> list[list[Any]]:
     flat = {**environment, **(environment.get("packages") or {})}
     # The launch names this machine, and hashes of prompts are for resuming.
-    hidden = ("packages", "prompts", "launch")
-    return [[name, value] for name, value in flat.items() if name not in hidden]
+    for name in ("packages", "prompts", "launch"):
+        flat.pop(name, None)
+    return list(map(list, flat.items()))

@@ -19,7 +19,7 @@ def public(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: public(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [public(item) for item in value]
+        return list(map(public, value))
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if not isinstance(value, str):

@@ -140,16 +140,14 @@ def text_units(text: str, by_characters: bool) -> Counter[str]:
 
 def _grouped(kind: str, records: Records, rows: Rows, values: Sequence[float]) -> Found:
     """The mean over the prompts of each tag."""
-    members: dict[str, list[int]] = {}
-    for i, row in enumerate(rows):
+    members: dict[str, tuple[list[dict[str, Any]], list[float]]] = {}
+    for row, value in zip(rows, values):
+        # A prompt with several tags counts for each of them.
         for tag in records[row["prompt"]].tags:
-            members.setdefault(tag, []).append(i)
-    found: Found = {}
-    for tag in sorted(members):
-        own_rows = [rows[i] for i in members[tag]]
-        own_values = [values[i] for i in members[tag]]
-        found[f"{kind}/{tag}"] = over_prompts(own_rows, own_values)
-    return found
+            own_rows, own_values = members.setdefault(tag, ([], []))
+            own_rows.append(row)
+            own_values.append(value)
+    return {f"{kind}/{tag}": over_prompts(*members[tag]) for tag in sorted(members)}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -104,10 +104,12 @@ def dpg(path: str) -> list[PromptRecord]:
         item[row.proposition_id] = row
     records = []
     for name, rows in items.items():
-        texts = {number: row.question_natural_language for number, row in rows.items()}
-        parents = {number: row.dependency for number, row in rows.items()}
+        texts, parents, categories = {}, {}, []
+        for number, row in rows.items():
+            texts[number], parents[number] = row.question_natural_language, row.dependency
+            categories.append(row.tuple.split("(")[0].strip())
         columns = _dependent(texts, parents, f"{path}: item {name}: dependency")
-        columns["categories"] = [row.tuple.split("(")[0].strip() for row in rows.values()]
+        columns["categories"] = categories
         # All rows of an item repeat its prompt.
         first = next(iter(rows.values()))
         records.append(PromptRecord(first.text, id=name, columns=columns))

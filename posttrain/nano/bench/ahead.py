@@ -98,14 +98,14 @@ def main() -> None:
         "two processes, one only draws": (2, 1, [*ahead, *apart]),
     }
     ways = {name: way for name, way in ways.items() if way[0] in args.processes}
-    rows: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    rows: dict[str, list[dict[str, float]]] = {}
     # In turns, so that a machine that slows down does so for all of them.
     for turn in range(args.rounds):
         for i, (name, (processes, asking, options)) in enumerate(ways.items()):
             # Each process has a judge of its own here; together they are as fast as one server.
             judge = {"seconds": args.seconds, "concurrency": args.concurrency // asking}
             options = [*options, "--steps", str(args.steps)]
-            rows[name] += run(jobs, f"run-{i}-{turn}", processes, args.cores, judge, options)
+            rows.setdefault(name, []).extend(run(jobs, f"run-{i}-{turn}", processes, args.cores, judge, options))
     common.write(args.output, rows, table(rows))
 
 

@@ -77,6 +77,13 @@ class Jobs:
                 raise SystemExit(f"{name}: failed; see {log}")
             return time.time() - start
 
+    def run(self, name: str, words: Sequence[str]) -> Path:
+        """The directory of a posttrain run of this name, made by these words unless it is finished."""
+        output = self.folder / name
+        if not (output / "summary.json").is_file():
+            self(name, "posttrain.cli", [*words, "--output", str(output)])
+        return output
+
 
 class Meter:
     """CPU seconds that a run's processes, with its servers, had used when each line of its metrics was written."""

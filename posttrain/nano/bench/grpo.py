@@ -32,7 +32,10 @@ def run(jobs: common.Jobs, name: str, recipes: Sequence[str], seed: int, options
     summary = json.loads((folder / "summary.json").read_text())
     rows = read_lines(folder / "metrics.jsonl")
     # An evaluation has a line of its own; the number of images is in that of the step.
-    images = {0: 0} | {row["step"]: row["images"] for row in rows if "images" in row}
+    images = {0: 0}
+    for row in rows:
+        if "images" in row:
+            images[row["step"]] = row["images"]
     curve = common.evaluations(rows)
     for evaluation in curve:
         evaluation["images"] = images[evaluation["step"]]

@@ -58,11 +58,9 @@ ARMS = {
 
 def run(jobs: common.Jobs, name: str, seed: int, options: Sequence[str]) -> dict[str, Any]:
     """One run's row: its figures before and after, and at each evaluation with the images and seconds until then."""
-    arm, folder = ARMS[name], jobs.folder / f"{name}-{seed}"
-    if not (folder / "summary.json").is_file():
-        words = [arm.command, "--config", arm.recipe, "--output", str(folder), "--seed", str(seed)]
-        jobs(folder.name, "posttrain.cli", [*words, *SHARED, *arm.options, *options])
-    rows = read_lines(folder / "metrics.jsonl")
+    arm = ARMS[name]
+    words = [arm.command, "--config", arm.recipe, "--seed", str(seed), *SHARED, *arm.options, *options]
+    rows = read_lines(jobs.run(f"{name}-{seed}", words) / "metrics.jsonl")
     images, seconds = {0: 0}, {0: 0.0}
     for row in rows:
         if "images" in row:

@@ -58,14 +58,10 @@ def write_prompts(folder: Path) -> None:
 
 
 def run(jobs: common.Jobs, name: str, command: str, recipe: str, prompts: str, options: Sequence[str]) -> Path:
-    """The run's directory, which is made unless it is there."""
-    folder = jobs.folder / name
-    if not (folder / "summary.json").is_file():
-        words = ["--output", str(folder), *options]
-        for part in ("train", "heldout"):
-            words += [f"--prompts.{part}", str(jobs.folder / f"prompts/{prompts}-{part}.jsonl")]
-        jobs(name, "posttrain.cli", [command, "--config", f"recipes/nano/{recipe}.yaml", *words])
-    return folder
+    words = [command, "--config", f"recipes/nano/{recipe}.yaml"]
+    for part in ("train", "heldout"):
+        words += [f"--prompts.{part}", str(jobs.folder / f"prompts/{prompts}-{part}.jsonl")]
+    return jobs.run(name, [*words, *options])
 
 
 def teachers(folder: Path) -> str:
@@ -76,9 +72,9 @@ def teachers(folder: Path) -> str:
     return json.dumps(experts)
 
 
-def row_of(name: str, folder: Path) -> dict[str, Any]:
+def row_of(folder: Path) -> dict[str, Any]:
     summary = json.loads((folder / "summary.json").read_text())
-    return {"run": name, "images": summary["images"], "seconds": summary["seconds"], "after": summary["after"]}
+    return {"run": folder.name, "images": summary["images"], "seconds": summary["seconds"], "after": summary["after"]}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -113,7 +109,7 @@ def main() -> None:
         steps = args.student_steps * IMAGES * len(TAGS) // 32  # as many images: a step has four prompts of eight
         alike = ["--steps", str(steps), "--groups.prompts_per_step", "4", "--optim.lr", "1e-3", "--seed", str(seed)]
         calls.append((jobs, f"grpo-{seed}", "grpo", "demo", "all", [*alike, *SHARED]))
-    rows = [row_of(name, folder) for (_, name, *_), folder in zip(calls, common.side_by_side(run, calls))]
+    rows = list(map(row_of, common.side_by_side(run, calls)))
     common.write(args.output, rows, table(rows))
 
 

@@ -129,6 +129,7 @@ def fit(args: argparse.Namespace, kind: Kind, rate: float, seed: int) -> dict[st
         norms.append(stepper.step())
         seconds += time.perf_counter() - before
         roots.append(stepper.metrics().get("update_rms"))
+        # Counted from the end, so that the last step's weights are among them.
         if step > args.steps - LAST * EVERY and (args.steps - step) % EVERY == 0:
             kept.append([parameter.detach().clone() for parameter in stepper.parameters])
         if step % args.every == 0 or step == args.steps:
@@ -136,6 +137,7 @@ def fit(args: argparse.Namespace, kind: Kind, rate: float, seed: int) -> dict[st
             print(f"{kind} {rate:g} seed {seed}: step {step}, loss {losses[-1][1]:.4f}", flush=True)
     with stepper.averaged():
         ema = heldout_loss(k2, heldout)
+    # `kept` is by step and then by parameter, and the mean of a parameter is over steps.
     with torch.no_grad():
         for parameter, values in zip(stepper.parameters, zip(*kept)):
             parameter.copy_(pma.mean_of(values))

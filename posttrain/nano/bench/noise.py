@@ -63,10 +63,8 @@ def run(jobs: common.Jobs, arm: str, recipe: str, seed: int, options: Sequence[s
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: a line a figure of held-out prompts, its gain in both arms, and how they differ by seed."""
-    arms: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
     # In the order of the seeds, which pairs the arms: both start from the same images.
-    for row in sorted(rows, key=lambda row: row["seed"]):
-        arms[row["variant"]].append(row)
+    arms = common.grouped(sorted(rows, key=lambda row: row["seed"]), "variant")
     lines = []
     for name in rows[0]["before"]:
         none, floor = grpo.before_and_after(arms["none"], name), grpo.before_and_after(arms["floor"], name)
@@ -77,7 +75,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         difference = ", ".join(f"{value:+.4f}" for value in gain_floor - gain_none)
         lines.append([name, f"{floor[0].mean():.4f}", *gains, difference])
     text = common.markdown(["figure", "before", "gain, no floor", "gain, floor", "difference by seed"], lines)
-    for arm, own in arms.items():
+    for arm in ARMS:
+        own = arms[arm]
         text += f"\n\n{arm}: "
         for name in ("flat_groups", "noise_share"):
             values = common.known(own, name)

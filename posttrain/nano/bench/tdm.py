@@ -146,11 +146,8 @@ def train(args: argparse.Namespace) -> list[Path]:
     jobs = common.Jobs(args.output, args.jobs)
 
     def run(steps: str, seed: int) -> Path:
-        folder = args.output / f"{steps.replace(',', '-')}-{seed}"
-        if not (folder / "summary.json").exists():
-            own = ["--student.steps", f"[{steps}]", "--seed", str(seed), "--output", str(folder), "--resume"]
-            jobs(folder.name, "posttrain.cli", ["tdm", "--config", RECIPE, *args.options, *own])
-        return folder
+        own = ["--student.steps", f"[{steps}]", "--seed", str(seed), "--resume"]
+        return jobs.run(f"{steps.replace(',', '-')}-{seed}", ["tdm", "--config", RECIPE, *args.options, *own])
 
     return common.side_by_side(run, itertools.product(args.train, args.seeds))
 
@@ -233,6 +230,7 @@ def tdm_step(k2: K2, config: TDMConfig, fused: Sequence[Tensor], null: Text, siz
     tdm.add_roles(k2, config)
     student, fake = tdm.steppers(k2, config)
     procs = Processes()
+    # As above, the second step has the optimisers' states beside it.
     for step in range(2):
         keys = [(0, step, i) for i in range(len(fused))]
         batches = roll_out(k2, config.student, fused, keys, size, config.micro_batch, 2)

@@ -136,6 +136,7 @@ def train(model: Qwen3ForCausalLM, data: Rows, minutes: float, batch: int, lr: f
             break
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, step / 50) * 0.5 * (1 + np.cos(np.pi * elapsed / seconds))
+        # Padding beyond the longest row of the batch would cost as much as text.
         length = int((data.weights[chosen] > 0).sum(1).max())
         ids, weights = data.ids[chosen, :length], data.weights[chosen, 1:length]
         cache = None

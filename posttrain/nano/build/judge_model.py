@@ -307,6 +307,7 @@ class Layout:
         start, place = {"rubric": len(trunk) + len(before)}, len(trunk) + len(before) + n * length["rubric"]
         spans = [(start["rubric"], n, length["rubric"], start["rubric"])]
         for name in ("transcribe", "describe", "opinion"):
+            # They see the image alone: the rubric's beginning is not theirs.
             spans.append((place, 1, length[name], len(trunk)))
             start[name], place = place, place + length[name]
 

@@ -124,6 +124,7 @@ def write(out: Path, images: int, heldout: int, looks: int = 0) -> None:
 def _with_reference(out: Path, i: int, row: dict[str, Any]) -> dict[str, Any]:
     """The row with a reference of its own: the same whatever else is written."""
     rng = np.random.default_rng([SEED, i])
+    # Of three prompts two have trained styles, all of them in turn.
     unseen, turn = i % 3 == 2, i // 3
     wanted = HELDOUT[turn % len(HELDOUT)] if unseen else TRAINED[(2 * turn + i % 3) % len(TRAINED)]
     while True:

@@ -71,7 +71,8 @@ def _perceived(pixels: bytes) -> Percept:
 def _perceive(image: np.ndarray, text: tuple[str, int, int]) -> Percept:
     # Shapes are settled last: which one fits best depends on the style that they are drawn in.
     choices, overlaps, strays = _find_objects(image)
-    scene = _explain(image, Scene("", tuple(c[0] for c in choices), "flat", "white", *text))
+    likeliest = tuple(options[0] for options in choices)
+    scene = _explain(image, Scene("", likeliest, "flat", "white", *text))
     settled = _settle(image, scene, choices)
     if settled != scene:
         scene = _explain(image, settled)

@@ -91,9 +91,11 @@ def grade(percept: Percept, statement: str) -> float:
     if kind == "exists":
         return max(likeness)
     if kind == "count":
+        # Half for how many have the colour, half for how like the n likeliest are to what is asked.
         n = COUNTS.index(parts[0])
         right = sum(o.colour == colour for o in objects)
         return 0.5 * max(0.0, 1 - abs(right - n) / n) + 0.5 * sum(sorted(likeness)[-n:]) / n
+    # The object that is most like the one that is meant; the grade is scaled by how like it is.
     i = int(np.argmax(likeness))
     o, sure = objects[i], likeness[i]
     if kind == "size":
