@@ -40,7 +40,7 @@ LANGUAGE = {
 
 def make_tokenizer(corpus: list[str]) -> Qwen2Tokenizer:
     """K2-nano's tokenizer: the captions' words, and K2's template at its length in tokens."""
-    # Special tokens are never split, so they are no text to learn merges from.
+    # Special tokens are never split, so no merges are learned from them.
     template = PREFIX + SUFFIX
     for token in SPECIAL:
         template = template.replace(token, "")
