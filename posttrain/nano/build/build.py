@@ -102,8 +102,10 @@ def rate(elapsed: float, peak: float) -> float:
 
 def adamw(params: list[torch.nn.Parameter], weight_decay: float, **options: Any) -> torch.optim.AdamW:
     """AdamW that decays matrices alone: norms and biases have no size to keep small."""
-    matrices = [p for p in params if p.ndim > 1]
-    others = [p for p in params if p.ndim <= 1]
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
+    for p in params:
+        (matrices if p.ndim > 1 else others).append(p)
     return torch.optim.AdamW(
         [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}], **options
     )
@@ -247,7 +249,8 @@ def train_transformer(pipe: Krea2Pipeline, latents, ids, minutes: float, batch: 
     lr = torch.zeros((), device=device)  # a tensor, so that a captured update reads the rate of its moment
     cuda = device.type == "cuda"
     optimizer = adamw(params, 0.01, lr=lr, betas=(0.9, 0.99), fused=True, capturable=cuda)
-    averages = [p.detach().clone() for p in params]
+    weights = [p.detach() for p in params]  # the same memory, so they follow the optimiser
+    averages = [weight.clone() for weight in weights]
     pad = pipe.tokenizer.pad_token_id
     lengths = (-(-((ids != pad).sum(-1) - 34) // 16) * 16 + 34).to(device)  # padded length of each caption
     empty = tokenize(pipe.tokenizer, [""])[0].to(device)
@@ -274,8 +277,11 @@ def train_transformer(pipe: Krea2Pipeline, latents, ids, minutes: float, batch: 
         optimizer.step()
         return loss.detach(), norm
 
-    buckets = {int(n): (lengths == n).nonzero() for n in lengths.unique()}  # by length: (where in ids) of its captions
-    positions = {n: pipe.prepare_position_ids(n - 34, 8, 8, device) for n in buckets}
+    buckets: dict[int, torch.Tensor] = {}  # by length: where its captions are in ids
+    positions: dict[int, torch.Tensor] = {}
+    for n in lengths.unique().tolist():
+        buckets[n] = (lengths == n).nonzero()
+        positions[n] = pipe.prepare_position_ids(n - 34, 8, 8, device)
     updates = [partial(update, n, bucket) for n, bucket in buckets.items()]
     if graphs:
         # One pool of memory: the graphs never run at the same time.
@@ -285,7 +291,7 @@ def train_transformer(pipe: Krea2Pipeline, latents, ids, minutes: float, batch: 
         for u in updates:  # the first of each length compiles: that is not counted
             u()
     order = random.Random(0)
-    sizes = [len(bucket) for bucket in buckets.values()]
+    sizes = list(map(len, buckets.values()))
     start, step = time.time(), 0
     while (elapsed := (time.time() - start) / (60 * minutes)) < 1:
         lr.fill_(rate(elapsed, peak))
@@ -294,11 +300,10 @@ def train_transformer(pipe: Krea2Pipeline, latents, ids, minutes: float, batch: 
         step += 1
         if step % 10 == 0:
             # The mean of all steps at first, later of about the last 500.
-            torch._foreach_lerp_(averages, [p.detach() for p in params], max(0.02, 10 / (step + 10)))
+            torch._foreach_lerp_(averages, weights, max(0.02, 10 / (step + 10)))
         if step % 100 == 0:
             log(stage="transformer", step=step, seconds=time.time() - start, loss=loss.item(), norm=norm.item())
-    with torch.no_grad():
-        torch._foreach_copy_(params, averages)
+    torch._foreach_copy_(weights, averages)
     log(stage="transformer", step=step, seconds=time.time() - start)
 
 

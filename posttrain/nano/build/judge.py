@@ -260,7 +260,8 @@ def train(
     learnt = [p for p in model.parameters() if p.requires_grad]
     params = [*learnt, *labels.parameters()]  # the averages are of `learnt` alone: the heads are thrown away
     optimizer = build.adamw(params, 0.02, lr=peak, betas=(0.9, 0.98), fused=device.type == "cuda")
-    averages = [p.detach().clone() for p in learnt]
+    weights = [p.detach() for p in learnt]  # the same memory, so they follow the optimiser
+    averages = [weight.clone() for weight in weights]
     start, step = time.time(), 0
     while True:
         if step == 1:
@@ -281,13 +282,12 @@ def train(
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         # The mean of all steps at first, later of about the last 300.
-        torch._foreach_lerp_(averages, [p.detach() for p in learnt], max(0.003, 1 / (step + 1)))
+        torch._foreach_lerp_(averages, weights, max(0.003, 1 / (step + 1)))
         if step % 200 == 0:
             values = {name: round(value.item(), 4) for name, value in parts.items()}
             log(step=step, seconds=time.time() - start, right=right.item(), norm=norm.item(), **values)
         step += 1
-    with torch.no_grad():
-        torch._foreach_copy_([p.data for p in learnt], averages)
+    torch._foreach_copy_(weights, averages)
     model.eval()
     log(step=step, seconds=time.time() - start)
 
