@@ -106,6 +106,7 @@ def summary(
             mean, error = mean_and_error(values)
             known = int((~np.isnan(values)).sum())
             told["figures"][name] = {"mean": mean, "error": error, "prompts": known, "failed": failed.get(name, 0)}
+        # Without a judge of its own the suite has no reward, and so no answers to aggregate.
         if suite is not None and suite.kind in one.rows:
             told["suite"] = suite.aggregate(_suite_rows(one, suite.kind))
         results["subjects"][subject.name] = told

@@ -54,7 +54,7 @@ def paired(scores: np.ndarray, others: np.ndarray, seed: int = 0) -> Paired | No
     assert mean is not None
     means, as_far = np.empty(DRAWS), 0
     generator = np.random.default_rng(seed)
-    # In parts: DRAWS x P random numbers at once would take gigabytes with a thousand prompts or more.
+    # In parts: DRAWS x P random numbers at once would take 80 MB for each thousand prompts.
     step = max(1, CHUNK // n)
     for first in range(0, DRAWS, step):
         count = min(step, DRAWS - first)

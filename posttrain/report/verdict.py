@@ -58,7 +58,7 @@ def verdict(
         # An error of 0 or none (one prompt, or equal differences) tests nothing.
         if not error or found.p >= CLEAR:
             unclear.append(f"{name} {'+' if mean >= 0 else '-'}{told}")
-        # "Rose" means that it got better: where less is better, that it fell.
+        # `rose` has what got better: where less is better, what fell.
         elif (mean < 0) == (name in lower):
             rose.append((abs(mean) / error, f"{name} {'+' if mean > 0 else '-'}{told}"))
         else:

@@ -105,6 +105,7 @@ def batches(seed: int, size: int) -> Iterator[list[int]]:
     epoch = 0
     while True:
         order = np.random.default_rng([seed, epoch]).permutation(IMAGES)
+        # Whole batches alone: the few images left over come elsewhere in the next epoch's order.
         for first in range(0, IMAGES - size + 1, size):
             yield order[first : first + size].tolist()
         epoch += 1

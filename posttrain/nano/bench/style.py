@@ -102,8 +102,8 @@ def measure(bench: Bench) -> dict[str, dict[str, float]]:
 
     def add(name: str, figures: dict[str, float]) -> None:
         rows[name] = figures
-        told = [f"{key} {value:.3f}" for key, value in figures.items()]
-        print(f"{name:24}" + "  ".join(told), flush=True)
+        cells = [f"{key} {value:.3f}" for key, value in figures.items()]
+        print(f"{name:24}" + "  ".join(cells), flush=True)
 
     add("no reference", bench.figures(bench.images([()] * len(bench.records))))
     for level in LEVELS:

@@ -312,6 +312,7 @@ def train_transformer(pipe: Krea2Pipeline, latents, ids, minutes: float, batch: 
 
 def save(pipe: Krea2Pipeline, folder: Path) -> None:
     """Writes the pipeline in bfloat16, as safetensors."""
+    # Copies, since `to` would change the modules themselves.
     parts = {}
     for name in ("vae", "text_encoder", "transformer"):
         parts[name] = copy.deepcopy(getattr(pipe, name)).to("cpu", torch.bfloat16)

@@ -143,7 +143,7 @@ def train(model: Qwen3ForCausalLM, data: Rows, minutes: float, batch: int, lr: f
         # Its keys and values have a gradient, so the layers learn to write them too.
         if elapsed > PLAIN * seconds:
             cache = model.model(input_ids=data.system, use_cache=True).past_key_values
-            cache.batch_repeat_interleave(len(ids))
+            cache.batch_repeat_interleave(len(ids))  # the same for all rows, so it was computed once
         logits = model(input_ids=ids, past_key_values=cache, use_cache=cache is not None).logits[:, :-1]
         losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(weights.shape)
         loss = (losses * weights).sum() / weights.sum()

@@ -234,6 +234,7 @@ def _render(scene: Scene) -> np.ndarray:
 
 def _explain(image: np.ndarray, scene: Scene) -> Scene:
     """The scene with the style and background whose rendering comes closest to the image."""
+    # Bordered shapes reach farther than those of most styles, and a margin does the rest: what is free is ground.
     drawn = _render(replace(scene, style="bordered", background="white"))
     changed = np.abs(drawn - _render(Scene("", (), "flat", "white"))).max(-1) > 0.03
     free = np.logical_not(ndimage.binary_dilation(changed, iterations=3))
@@ -249,7 +250,7 @@ def _explain(image: np.ndarray, scene: Scene) -> Scene:
     for name in scenes.BACKGROUNDS:
         for style in scenes.STYLES:
             ground = errors[name, 0.5 if style == "dark" else 1.0]
-            # A ground far from the best one is not worth rendering; grain is told by its texture, below.
+            # A ground far from the best one is not worth rendering; grain is recognised by its texture, below.
             if ground > 1.5 * min(errors.values()) + 0.001 or style == "grainy":
                 continue
             guess = replace(scene, style=style, background=name)
