@@ -133,12 +133,14 @@ def test_a_server(recipe, tmp_path):
     def draw(body):
         return Image.new("RGB", (SIDE, SIDE), (51 if "cube" in body["prompt"] else 102, 0, 0))
 
-    with ImagesServer(draw) as server:
+    with ImagesServer(draw, seconds=0.2) as server:
         subjects = [f"served={server.url}#some-model"]
         assert evaluate(config(recipe, tmp_path / "out", subjects, images=1)) == 0
         assert {body["model"] for body in server.requests} == {"some-model"}
         assert len({body["seed"] for body in server.requests}) == len(PROMPTS)
-    assert results(tmp_path / "out")["subjects"]["served"]["figures"]["warmth"]["mean"] == pytest.approx(0.35)
+    served = results(tmp_path / "out")["subjects"]["served"]
+    assert served["figures"]["warmth"]["mean"] == pytest.approx(0.35)
+    assert served["seconds_image"] > 0.2 / len(PROMPTS)  # of the requests, not of saving their images
 
     def refuse(number, body):
         return (400, b'{"error": {"message": "no such size"}}')
