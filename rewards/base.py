@@ -140,6 +140,9 @@ class Noise:
     """Groups that span less are flat, and no group is divided by less."""
 
 
+NO_NOISE = Noise(0.0, 0.0)
+
+
 @dataclass
 class Reward:
     """A spec with its callable and the outcomes of its last samples."""

@@ -61,10 +61,13 @@ class Judge:
     def __post_init__(self) -> None:
         if not self.base_urls:
             raise UserError(f"judge {self.model}: base_urls: empty: give a URL or server://NAME")
-        urls = [self.base_urls] if isinstance(self.base_urls, str) else self.base_urls
-        refuse_keys(urls, f"judge {self.model}: base_urls")
+        refuse_keys(self._urls, f"judge {self.model}: base_urls")
         if self.concurrency < 1:
             raise UserError(f"judge {self.model}: concurrency: {self.concurrency}: use 1 or more")
+
+    @property
+    def _urls(self) -> list[str]:
+        return [self.base_urls] if isinstance(self.base_urls, str) else self.base_urls
 
     async def silent(self) -> list[str]:
         """URL and reason of each server that takes no connection now, except a recipe's own, which start later.
@@ -265,11 +268,10 @@ class Judge:
         loop = asyncio.get_running_loop()
         if self._loop is loop:
             return
-        urls = [self.base_urls] if isinstance(self.base_urls, str) else self.base_urls
         key = self._key() or "none"
-        self._endpoints = Endpoints(urls, key, self.timeout, self.deadline, self.retries)
+        self._endpoints = Endpoints(self._urls, key, self.timeout, self.deadline, self.retries)
         self._slots = asyncio.Semaphore(share(self.concurrency))
-        self._turns = turns_of(urls, share(self.concurrency))
+        self._turns = turns_of(self._urls, share(self.concurrency))
         self._loop = loop
 
     def _key(self) -> str | None:
@@ -278,9 +280,8 @@ class Judge:
             if key is None:
                 raise UserError(f"judge {self.model}: api_key_env: {self.api_key_env} is not set: export it")
             return key
-        urls = [self.base_urls] if isinstance(self.base_urls, str) else self.base_urls
         # The recipe's own servers have the key that vLLM finds in the environment.
-        ours = all(isinstance(url, ServerURL) for url in urls)
+        ours = all(isinstance(url, ServerURL) for url in self._urls)
         return read_key(KEY_VARIABLE, f"judge {self.model}") if ours else None
 
     def _without_key(self, message: str) -> str:

@@ -151,15 +151,11 @@ def check_addresses(value: Any, servers: Sequence[str], where: str) -> None:
     for name, entry in value.items() if isinstance(value, Mapping) else ():
         if name == "base_urls" and entry is not None:
             urls = [entry] if isinstance(entry, str) else entry
-            if not isinstance(urls, list) or not all(map(_is_text, urls)):
+            if not isinstance(urls, list) or not all(isinstance(url, str) for url in urls):
                 raise UserError(f"{where}.{name}: is {entry!r}; give a URL or a list of them")
             check_urls([url for url in urls if not url.startswith(SERVER)], f"{where}.{name}")
         else:
             check_addresses(entry, servers, f"{where}.{name}")
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
 
 
 def record(rewards: Sequence[Reward]) -> dict[str, dict[str, Any]]:

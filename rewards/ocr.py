@@ -20,6 +20,8 @@ from itertools import chain
 
 import numpy as np
 
+from posttrain.errors import UserError
+
 MISSING = 1.0
 EXTRA = 0.5
 JOINED = 0.1
@@ -229,6 +231,14 @@ def order_free_cost(costs: np.ndarray) -> float:
     rows, columns = linear_sum_assignment(costs)
     unmatched = MISSING * (costs.shape[0] - len(rows)) + EXTRA * (costs.shape[1] - len(rows))
     return float(costs[rows, columns].sum()) + unmatched
+
+
+def score_prompt(prompt: str, texts: Sequence[str], lines: Sequence[str]) -> TextScore | None:
+    """`score_text` of a prompt's texts. Raises UserError, which names the prompt, for more texts than can be scored."""
+    try:
+        return score_text(texts, lines)
+    except ValueError as error:
+        raise UserError(f"prompt {prompt!r}: texts: {error}: join or drop some") from error
 
 
 def score_text(texts: Sequence[str], lines: Sequence[str]) -> TextScore | None:

@@ -18,7 +18,7 @@ from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVi
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from posttrain.errors import UserError
-from rewards.ready.loaded import HIDDEN, Scorer, build, fill, read_state, score_head, tokenizer_of
+from rewards.ready.loaded import HIDDEN, Scorer, build, fill, part, read_state, score_head, tokenizer_of
 
 MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072
 """Of the head's output over ImageReward's data, by which its score is normalised (ImageReward.py)."""
@@ -58,9 +58,8 @@ class ImageReward(Scorer):
         super().__init__(path, batch, device, dtype)
         self.tokenizer = tokenizer_of(tokenizer)
         state = read_state(path, file)
-        image, text, head = (
-            part(state, name) for name in ("blip.visual_encoder.", "blip.text_encoder.", "mlp.layers.")
-        )
+        image, text = part(state, "blip.visual_encoder."), part(state, "blip.text_encoder.")
+        head = part(state, "mlp.layers.")
         if not (image and text and head):
             raise UserError(f"path: {path}: holds no ImageReward (blip.visual_encoder, blip.text_encoder, mlp)")
         for pattern, replacement in BLIP:
@@ -93,10 +92,6 @@ class _TextModel(BlipTextModel):
 
     def __init__(self, config: Any):
         super().__init__(config, add_pooling_layer=False)
-
-
-def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def _layers(state: dict[str, Tensor], stem: str) -> int:

@@ -114,6 +114,11 @@ def read_state(path: str, name: str, inner: str | None = None) -> dict[str, Tens
         return held
 
 
+def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin so, named without it."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
 REMEDY = "give the file of the release, and the settings of the same model"
 
 
