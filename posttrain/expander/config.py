@@ -146,9 +146,9 @@ class ExpanderDataConfig:
         for name in ("lengths", "registers"):
             if not getattr(self, name):
                 raise refusal(name, "is empty; name at least one")
-        # Each prompt of a caption has a combination of its own.
-        if sum(self.languages.values()) > 1 + 1e-9:
+        if sum(self.languages.values()) > 1 + 1e-9:  # thirds add up to a little more than 1
             raise refusal("languages", f"add up to {sum(self.languages.values()):g}; lower them to at most 1 together")
+        # Each prompt of a caption has a combination of its own.
         if self.per_caption > len(self.lengths) * len(self.registers):
             raise refusal("per_caption", f"is {self.per_caption}, more than there are lengths times registers")
         return self
@@ -240,6 +240,7 @@ class ExpanderServeConfig:
 
     @model_validator(mode="after")
     def _fits(self) -> ExpanderServeConfig:
+        # Whoever reaches the server may use its GPU.
         if not is_loopback(self.host) and self.api_key_env is None:
             raise refusal("host", f"{self.host} is reached from beyond this machine; set api_key_env as well")
         return self

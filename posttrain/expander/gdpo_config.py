@@ -34,6 +34,7 @@ DIVERSITY = "diversity"
 GATES = ("format", "safe")
 """Names of what is measured besides the rewards of a recipe."""
 
+# Of two images each has the same distance to the rest, which the normalisation within the group turns into 0.
 GROUP = Range(
     3,
     use="use 3 or more",

@@ -98,6 +98,7 @@ def part_losses(
     """
     training = model.training
     model.eval()
+    # In float64, as sums over many tokens lose digits in float32.
     sums, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     for first in range(0, len(rows), batch):
         part = rows[first : first + batch]
@@ -108,7 +109,8 @@ def part_losses(
             ids_BL[i, : len(ids)] = torch.tensor(ids)
             end = thought_end(ids, start, decode)
             kinds_BL[i, start:end], kinds_BL[i, end : len(ids)] = 0, 1
-        # Padding is on the right, where a causal model sees it from no token that counts.
+        # Padding is on the right, where a causal model sees it from no token that counts. The last position predicts
+        # nothing, and the first token is predicted by none.
         logits = model(input_ids=ids_BL.to(model.device)).logits[:, :-1].float().cpu()
         losses = F.cross_entropy(logits.flatten(0, 1), ids_BL[:, 1:].flatten(), reduction="none")
         kinds = kinds_BL[:, 1:].flatten()
