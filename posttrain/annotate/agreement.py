@@ -47,12 +47,14 @@ def agreement(answers: Iterable[tuple[float, float]], of_images: bool = False) -
     if not n:
         return Agreement(0, None, None)
     equal = sum(a == b for a, b in answers) / n
-    counted = list(answers)
+    counted = answers
     if not of_images:
         # Each pair in the other order of its images too, so that kappa does not depend on which is called chosen.
-        counted += [(1 - a, 1 - b) for a, b in answers]
+        counted = answers + [(1 - a, 1 - b) for a, b in answers]
     counts_a, counts_b = map(Counter, zip(*counted))
+    # p_e of the equation above.
     chance = sum(counts_a[value] * counts_b[value] for value in counts_a) / len(counted) ** 2
+    # Where both gave one and the same answer to everything, kappa is 0 / 0.
     return Agreement(n, equal, None if chance == 1 else (equal - chance) / (1 - chance))
 
 
@@ -64,6 +66,7 @@ def votes(choices: Mapping[str, Sequence[Choice]]) -> dict[str, float]:
     """
     by_pair: dict[str, list[float]] = defaultdict(list)
     for made in choices.values():
+        # By person first, so that nobody gets more weight by answering a pair twice.
         own: dict[str, list[float]] = defaultdict(list)
         for choice in made:
             if choice.share is not None:
@@ -191,7 +194,7 @@ def _between(first: Mapping[str, Mapping[str, float]], of_images: bool) -> dict[
         # Both orders: which of two people is named first means nothing.
         pooled += both + [(y, x) for x, y in both]
     together = agreement(pooled, of_images)
-    return {"between": between, "together": {**asdict(together), "pairs": together.pairs // 2}}
+    return {"between": between, "together": {**asdict(together), "pairs": together.pairs // 2}}  # each was there twice
 
 
 def _lines_between(figures: Mapping[str, Any]) -> list[str]:
@@ -214,6 +217,7 @@ def _by_margin(shares: Mapping[str, float], margins: Mapping[str, float | None])
     """Agreement with the judges in each third of the decided pairs by margin, smallest first; none if too few."""
     decided = []
     for pair, margin in margins.items():
+        # 0.5: a pair that nobody answered is as undecided as one that divides people evenly.
         if margin is not None and shares.get(pair, 0.5) != 0.5:
             decided.append((margin, shares[pair]))
     n = len(decided)

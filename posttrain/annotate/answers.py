@@ -113,6 +113,7 @@ def schedule(ids: Sequence[str], annotator: str, settings: Schedule) -> list[Sho
     """
     order = sorted(ids, key=lambda pair: _draw(settings.seed, annotator, pair))
     shortest = min(MIN_GAP, len(order) // 2)
+    # Repeats are spread over the pairs after which there is still room for the shortest gap.
     count, early = int(len(order) * settings.repeats), len(order) - shortest
     repeated = {k * early // count for k in range(count)}
     showings: list[tuple[float, Showing]] = []
@@ -122,6 +123,7 @@ def schedule(ids: Sequence[str], annotator: str, settings: Schedule) -> list[Sho
         if i in repeated:
             longest = min(MAX_GAP, len(order) - 1 - i)
             gap = shortest + _draw(settings.seed, annotator, pair, "gap") % (longest - shortest + 1)
+            # Half a place later, so that it comes after the first showing of the pair at that place.
             showings.append((i + gap + 0.5, Showing(pair, True, second)))
     return [showing for _, showing in sorted(showings, key=lambda item: item[0])]
 
@@ -192,9 +194,9 @@ class Store:
                 os.ftruncate(self._file, self._held.size)
             if held is None:
                 self._append({"annotations": VERSION, **asdict(settings)})
-                sync(path.parent)
+                sync(path.parent)  # after a power cut the name of a new file could be missing
         except BaseException:
-            os.close(self._file)
+            os.close(self._file)  # which gives the lock back
             raise
 
     @property
@@ -219,6 +221,7 @@ class Store:
         made = Choice(annotator, **asdict(showing), choice=choice, seconds=seconds, time=_now())
         with self._mutex:
             standing = self._held.choices.setdefault(annotator, [])
+            # A key pressed twice, or the same person in two windows.
             if any((c.pair, c.again) == (showing.pair, showing.again) for c in standing):
                 return False
             self._append(asdict(made))
@@ -239,6 +242,7 @@ class Store:
         os.close(self._file)  # and with it the lock
 
     def _lock(self) -> None:
+        # The kernel drops this lock when the process ends, however it ends, so a kill leaves no stale one.
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -302,11 +306,13 @@ def _replay(path: Path, data: bytes) -> Annotations | None:
 
 
 def _hash(before: str, record: Mapping[str, Any]) -> str:
+    # Sorted: a record that was read has its fields in the order of the line, and a new one in that of the code.
     text = before + json.dumps(record, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _draw(*parts: Any) -> int:
+    # As JSON, in which ("ab", "c") and ("a", "bc") differ.
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big")
 
 

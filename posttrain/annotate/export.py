@@ -59,6 +59,7 @@ def preferred(pair: Preference, share: float) -> Preference:
         for suffix in ("", "_policy", "_on_policy"):
             swapped[f"chosen{suffix}"] = getattr(pair, f"rejected{suffix}")
             swapped[f"rejected{suffix}"] = getattr(pair, f"chosen{suffix}")
+    # `replace` hashes the images again in their new order, so a swapped pair has another id.
     return replace(pair, **swapped, source="human", share=max(share, 1 - share), margin=None)
 
 
@@ -92,7 +93,7 @@ class Pairs:
 
     def __getitem__(self, pair: str) -> Preference:
         """Raises UserError if it cannot be read any more."""
-        with self._mutex:
+        with self._mutex:  # requests come in several threads, and a table keeps the row group that it read last
             found = self._set[self._rows[pair]]
         if isinstance(found, Skipped):
             raise UserError(f"{found.where}: {found.reason}; restore {self.path} as it was at the start")
