@@ -313,6 +313,7 @@ class _Read(Dataset):
 
 def _read_once(parts: Sequence[Any], workers: int) -> Any:
     """What `_Read` returns, in the order of `parts`; `workers` processes share the reading."""
+    # DataLoader's own function would turn a record's tuples into lists. Not a lambda: spawned workers get it by name.
     loader = DataLoader(_Read(parts), batch_size=None, num_workers=workers, collate_fn=_unchanged)
     return reading(loader, "images", len(parts))
 
