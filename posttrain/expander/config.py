@@ -200,6 +200,7 @@ class ExpanderSFTConfig:
 
     @model_validator(mode="after")
     def _fits(self) -> ExpanderSFTConfig:
+        # The mean of a batch is taken over whole micro-batches.
         if self.batch % self.micro_batch:
             raise refusal("micro_batch", f"is {self.micro_batch}; use a divisor of batch ({self.batch})")
         require_one_pass(self.optim, "each update draws its own pairs; use 1")

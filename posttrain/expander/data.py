@@ -132,7 +132,6 @@ async def _ask_all(config: ExpanderDataConfig, texts: list[str], urls: dict[str,
     writer = _judge("writer", config.writer, urls, config.seed)
     checker = writer if config.checker is None else _judge("checker", config.checker, urls, config.seed)
     shortener = _Shortener(config, writer, checker)
-    # A list first: `done` grows while the queue is worked through.
     queue = iter([(i, text) for i, text in enumerate(texts) if i not in done])
     failures: list[str] = []
 

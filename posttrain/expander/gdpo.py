@@ -216,7 +216,6 @@ def settings(config: ExpanderGDPOConfig, procs: Processes) -> TRLConfig:
 
 
 def model_card(config: ExpanderGDPOConfig, policy: Policy, figures: dict[str, float | None]) -> str:
-    """Of the adapter."""
     front = {
         "base_model": without_revision(public(policy.base)),
         "library_name": "peft",

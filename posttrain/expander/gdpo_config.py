@@ -34,7 +34,6 @@ DIVERSITY = "diversity"
 GATES = ("format", "safe")
 """Names of what is measured besides the rewards of a recipe."""
 
-# Of two images each has the same distance to the rest, which the normalisation within the group turns into 0.
 GROUP = Range(
     3,
     use="use 3 or more",
@@ -270,6 +269,7 @@ class ScoringConfig:
         for i, reward in enumerate(self.rewards):
             if reward.name in (DIVERSITY, *GATES):
                 raise refusal(f"rewards[{i}].name", f"'{reward.name}' is measured in every run; choose another")
+            # TRL only sums rewards, so what gates them has to act before it sees them.
             if reward.gate != "none":
                 raise refusal(f"rewards[{i}].gate", f"is {reward.gate}; what gates an expansion goes under safety")
             if reward.group:

@@ -47,6 +47,7 @@ class PooledPrompts:
         # A run that had no pool until now begins with a fresh one.
         if saved is not None and (saved / f"{PART}.json").is_file():
             tensors, state = read_part(saved, PART)
+            # In the form of the other methods' checkpoints; the step is not read.
             self.source.restore(Checkpoint(saved, 0, {PART: tensors}, state))
 
     def inputs(self, step: int) -> list[dict[str, Any]]:

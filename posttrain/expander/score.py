@@ -83,14 +83,9 @@ class Scored:
     """Reward -> noise; a reward that is not in it has none."""
 
     @property
-    def passed_N(self) -> list[bool]:
-        """Whether format and safety are in order."""
-        return _passed(self.causes_N, self.unsafe_N)
-
-    @property
     def gate_N(self) -> np.ndarray:
-        """1 where an expansion passed, else 0."""
-        return np.array(self.passed_N, float)
+        """1 where format and safety are in order, else 0."""
+        return np.array(_passed(self.causes_N, self.unsafe_N), float)
 
     def rewards(self, name: str) -> list[float | None]:
         """The scores of one reward: None where missing."""
@@ -122,7 +117,7 @@ class Scored:
     def figures(self, group_size: int) -> dict[str, float | None]:
         """Shares and means for metrics: format and its faults, safety, missing images, cuts, groups without signal."""
         n = len(self.causes_N)
-        passed = np.array(self.passed_N)
+        passed = self.gate_N > 0
         missing = passed & ~np.array(self.drawn_N)  # an expansion that failed a check was not to be drawn
         cut = list(filter(None, self.cut_N))
         result: dict[str, float | None] = {"format": self.causes_N.count([]) / n}
@@ -360,6 +355,7 @@ class Scorer:
 
 
 def _image_keys(expansions: Sequence[Expansion], seeds: Sequence[int], rows: Sequence[int]) -> list[tuple[str, int]]:
+    # With the seed: another group has another noise, and so another image of the same text.
     return [(expansions[i].text, seeds[i]) for i in rows]
 
 

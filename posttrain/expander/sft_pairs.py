@@ -75,6 +75,7 @@ def _read(path: str, config: ExpanderSFTConfig) -> list[tuple[Pair, float]]:
             raise UserError(f"{source.name(i)}: thought: is not text; write a text, or leave it empty")
         weight = row.get("weight")
         weight = 1.0 if weight is None else weight
+        # In Python a bool is an int.
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= MOST_WEIGHT:
             raise UserError(f"{source.name(i)}: weight: is {weight!r}; write a number above 0, at most {MOST_WEIGHT:g}")
         pairs.append((Pair(prompt, completion, (thought or "").strip()), float(weight)))

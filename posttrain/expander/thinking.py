@@ -57,6 +57,7 @@ def split(answer: str, opened: bool = False) -> Answer:
     block = BLOCK.fullmatch(answer)
     if block is not None and not TAG.search(block["thought"] + block["caption"]):
         return Answer(block["caption"].strip(), block["thought"].strip())
+    # After the last end, so that nothing of a thought is drawn.
     before, ended, caption = answer.rpartition(END)
     return Answer(caption.strip(), before, False) if ended else Answer("", answer, False)
 
@@ -123,6 +124,7 @@ def part_losses(
 
 def thought_end(ids: Sequence[int], start: int, decode: Callable[[list[int]], str]) -> int:
     """Index of the first token after the thought of an answer that begins at `start`. Raises ValueError without one."""
+    # The tag may be one token or several, and begin within one, so the text is decoded from the start of the answer.
     for end in range(start, len(ids)):
         if END in decode(list(ids[start : end + 1])):
             # The empty line after the tag may be tokens of its own.

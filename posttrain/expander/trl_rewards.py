@@ -34,6 +34,7 @@ def for_trl(values_N: np.ndarray, valid_N: np.ndarray, group_size: int, floor: f
             result_N[rows] = np.ldexp(np.round(np.ldexp(fraction, 12)), exponent - 12)
             continue
         # Most groups need nothing, and then TRL logs their own spread.
+        # ddof=1: TRL takes the standard deviation with n - 1.
         usual = (values_N[rows] - mean) / (values_N[rows].std(ddof=1) + TRL_EPSILON)
         if np.abs(usual - wanted).max() > 1e-3 * np.abs(wanted).max():
             result_N[rows] = mean + wanted * TRL_EPSILON / (1 - wanted.std(ddof=1))
