@@ -70,7 +70,7 @@ def begin_block(
     drawer.begin()
     # Images lie draw by draw; within a draw in the order of rows.
     for d, draw in enumerate(draws):
-        # `first` as a default: a closure would see the last draw's.
+
         def show(part: list[int], decoded: Tensor, first: int = d * len(rows)) -> None:
             at = np.add(first, part)
             images[at] = decoded.cpu().numpy()
