@@ -105,7 +105,10 @@ async def injection(
 def _with_order(rows: Sequence[Any], text: str) -> list[Any]:
     """The requirements of each prompt, with the order behind each; a prompt without any stays so."""
     order = BEHIND.format(text)
-    return [row and [statement + order for statement in row] for row in rows]
+    changed = []
+    for row in rows:
+        changed.append(row and [statement + order for statement in row])
+    return changed
 
 
 def _most(differences: Sequence[np.ndarray], k: int) -> float | None:

@@ -109,6 +109,7 @@ def _read_process() -> Callable[[], None]:
         settings.append((torch.get_num_threads, torch.set_num_threads))
     before = [get() for get, _ in generators]
     values = [get() for get, _ in settings]
+    # Rewards go on with a stream of random numbers of their own, so that the run's does not depend on them.
     for get, put in generators:
         if get in _random_states:
             put(_random_states[get])
@@ -134,6 +135,7 @@ def _read_thread() -> Callable[[], None]:
     def put_back() -> None:
         torch.set_grad_enabled(grad)
         if torch.get_default_device() != device:
+            # None instead of cpu: every call of torch goes through a default device that is set.
             torch.set_default_device(None if device.type == "cpu" else device)
 
     return put_back

@@ -121,25 +121,25 @@ class Turns:
         if image is None or not any(map(_names_images.get, self.urls)):
             yield
             return
-        mine = self._open.get(image)
-        leads = mine is None
-        if mine is None:
-            mine = self._open[image] = _Open(asyncio.get_running_loop().create_future())
-        mine.questions += 1
+        state = self._open.get(image)
+        leads = state is None
+        if state is None:
+            state = self._open[image] = _Open(asyncio.get_running_loop().create_future())
+        state.questions += 1
         try:
             if leads:
                 await self._room.acquire()
-                mine.admitted = True
+                state.admitted = True
             else:
-                await asyncio.shield(mine.first)
+                await asyncio.shield(state.first)  # a question that is given up must not end the wait of the others
             yield
         finally:
             if leads:
-                mine.first.set_result(None)
-            mine.questions -= 1
-            if mine.questions == 0:
+                state.first.set_result(None)
+            state.questions -= 1
+            if state.questions == 0:
                 del self._open[image]
-                if mine.admitted:
+                if state.admitted:
                     self._room.release()
 
 

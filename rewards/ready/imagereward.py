@@ -95,8 +95,8 @@ class _TextModel(BlipTextModel):
 
 
 def _layers(state: dict[str, Tensor], stem: str) -> int:
-    found = [int(match[1]) for key in state if (match := re.match(rf"{re.escape(stem)}(\d+)\.", key))]
-    return max(found, default=-1) + 1
+    numbers = [int(match[1]) for key in state if (match := re.match(rf"{re.escape(stem)}(\d+)\.", key))]
+    return max(numbers, default=-1) + 1
 
 
 def _vision(state: dict[str, Tensor]) -> BlipVisionConfig:
