@@ -65,10 +65,10 @@ def votes(choices: Mapping[str, Sequence[Choice]]) -> dict[str, float]:
     A person has one vote: who answered twice gives the mean of both answers.
     """
     by_pair: dict[str, list[float]] = defaultdict(list)
-    for made in choices.values():
+    for of_person in choices.values():
         # By person first, so that nobody gets more weight by answering a pair twice.
         own: dict[str, list[float]] = defaultdict(list)
-        for choice in made:
+        for choice in of_person:
             if choice.share is not None:
                 own[choice.pair].append(choice.share)
         for pair, answers in own.items():
@@ -89,7 +89,7 @@ def report(choices: Mapping[str, Sequence[Choice]], margins: Mapping[str, float 
         # Of those with a side: who mostly presses one key is seen here.
         sided = counts["left"] + counts["right"]
         people.append(
-            _person(name, choices[name], of_images=False)
+            _person(name, choices[name], counts, of_images=False)
             | {
                 "ties": counts["tie"],
                 "left": counts["left"] / sided if sided else None,
@@ -105,7 +105,7 @@ def report(choices: Mapping[str, Sequence[Choice]], margins: Mapping[str, float 
         "judges_by_margin": _by_margin(shares, margins),
         "pairs": len(margins),
         "answered": len(shares),
-        "undecided": sum(share == 0.5 for share in shares.values()),
+        "undecided": list(shares.values()).count(0.5),
         "against_judges": sum(share < 0.5 for share in shares.values()),
     }
 
@@ -120,7 +120,7 @@ def report_marks(choices: Mapping[str, Sequence[Choice]], images: int) -> dict[s
         # Shares are of decided answers: "unsure" says nothing about how strict a person is.
         decided = counts["faulty"] + counts["fine"]
         people.append(
-            _person(name, choices[name], of_images=True)
+            _person(name, choices[name], counts, of_images=True)
             | {"unsure": counts["unsure"], "faulty": counts["faulty"] / decided if decided else None}
         )
     shares = votes(choices)
@@ -129,31 +129,30 @@ def report_marks(choices: Mapping[str, Sequence[Choice]], images: int) -> dict[s
         **_between(first, of_images=True),
         "images": images,
         "answered": len(shares),
-        "undecided": sum(share == 0.5 for share in shares.values()),
+        "undecided": list(shares.values()).count(0.5),
         "faulty": sum(share > 0.5 for share in shares.values()),
     }
 
 
 def _first_answers(choices: Mapping[str, Sequence[Choice]]) -> dict[str, dict[str, float]]:
     """By person who answered anything: the first answer to each pair or image."""
-    return {name: _answers(made, again=False) for name, made in choices.items() if made}
+    return {name: _answers(of_person, again=False) for name, of_person in choices.items() if of_person}
 
 
-def _person(name: str, made: Sequence[Choice], of_images: bool) -> dict[str, Any]:
-    """What both reports say of one person; there is at least one choice."""
-    first, second = _answers(made, again=False), _answers(made, again=True)
+def _person(name: str, choices: Sequence[Choice], counts: Counter[str], of_images: bool) -> dict[str, Any]:
+    """What both reports say of one person; there is at least one choice, and `counts` of each answer."""
+    first, second = _answers(choices, again=False), _answers(choices, again=True)
     twice = [(first[item], second[item]) for item in first.keys() & second.keys()]
     return {
         "name": name,
-        "answers": len(made),
-        "skips": sum(choice.choice == "skip" for choice in made),
-        "median_seconds": statistics.median(choice.seconds for choice in made),
+        "answers": len(choices),
+        "skips": counts["skip"],
+        "median_seconds": statistics.median(choice.seconds for choice in choices),
         "repeats": asdict(agreement(twice, of_images)),
     }
 
 
 def mark_lines(figures: Mapping[str, Any]) -> list[str]:
-    """The report of marks as text."""
     lines = [
         f"{figures['answered']} of {counted(figures['images'], 'image')} marked: {figures['faulty']} faulty,"
         f" {figures['undecided']} undecided"
@@ -168,7 +167,6 @@ def mark_lines(figures: Mapping[str, Any]) -> list[str]:
 
 
 def report_lines(figures: Mapping[str, Any]) -> list[str]:
-    """The report as text."""
     answered = f"{figures['answered']} of {counted(figures['pairs'], 'pair')} answered"
     lines = [f"{answered}, {figures['undecided']} of them undecided"]
     for p in figures["people"]:
@@ -204,8 +202,8 @@ def _lines_between(figures: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _answers(made: Iterable[Choice], again: bool) -> dict[str, float]:
-    return {c.pair: c.share for c in made if c.again == again and c.share is not None}
+def _answers(choices: Iterable[Choice], again: bool) -> dict[str, float]:
+    return {c.pair: c.share for c in choices if c.again == again and c.share is not None}
 
 
 def _judges(shares: Iterable[float]) -> Agreement:
@@ -227,8 +225,8 @@ def _by_margin(shares: Mapping[str, float], margins: Mapping[str, float | None])
     rows = []
     for k in range(3):
         third = decided[n * k // 3 : n * (k + 1) // 3]
-        found = _judges(share for _, share in third)
-        rows.append({"from": third[0][0], "to": third[-1][0], **asdict(found)})
+        agreed = _judges(share for _, share in third)
+        rows.append({"from": third[0][0], "to": third[-1][0], **asdict(agreed)})
     return rows
 
 
