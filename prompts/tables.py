@@ -65,7 +65,6 @@ class JsonLines:
         return f"{self.path}:{self._lines[i]}"
 
     def fingerprint(self, images: Sequence[str]) -> str:
-        """Of the file and of the files that the columns `images` name."""
         return _fingerprint(self, images)
 
 
@@ -126,7 +125,6 @@ class Rows:
         return self._names[i]
 
     def fingerprint(self, images: Sequence[str]) -> str:
-        """Of the file and of the files that the columns `images` name."""
         return _fingerprint(self, images)
 
 

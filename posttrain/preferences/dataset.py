@@ -228,14 +228,14 @@ class Preferences:
         """Raises ValueError with the reason for a list that is none."""
         if not isinstance(values, list | None):
             raise ValueError("references: is not a list")
-        found = []
+        references = []
         for i, value in enumerate(values or []):
             name = f"references[{i}]"
             if not isinstance(value, Mapping) or "image" not in value:
                 raise ValueError(f"{name}: holds no image")
             strength = 1.0 if (given := number(value, "strength")) is None else given
-            found.append(Reference(read_image(name, value["image"], self._source.folder), strength))
-        return found
+            references.append(Reference(read_image(name, value["image"], self._source.folder), strength))
+        return references
 
 
 def read_preferences(
@@ -292,8 +292,8 @@ def _read_card(path: Path) -> dict[str, Any]:
     for name, rows in shards.items():
         if not os.path.isfile(path / name):
             raise UserError(f"{path / name}: is missing; copy the whole directory")
-        if (found := _rows(path / name)) != rows:
-            raise UserError(f"{path / name}: has {counted(found, 'row')}, not {rows} as {CARD} says; copy it again")
+        if (own_rows := _rows(path / name)) != rows:
+            raise UserError(f"{path / name}: has {counted(own_rows, 'row')}, not {rows} as {CARD} says; copy it again")
         # The names in a parquet file have no checksum, and a column that is not found would take its default.
         columns = pq.read_schema(path / name).names
         # Sets that were written before pairs had references lack that column.
