@@ -152,7 +152,8 @@ def _score(
                 append_line(file, json_line(row))
         verdicts = Counter(_verdict(config, row) for row in done.values())
         run.log(step, {f"mined/{name}": verdicts[name] for name in VERDICTS})
-    return [done[record.prompt] for record, _ in candidates]
+    # Under the class that a prompt has now: it may have been scored under another one.
+    return [done[record.prompt] | {"failure": failure} for record, failure in candidates]
 
 
 def _verdict(config: ExpanderMineConfig, row: Mapping[str, Any]) -> Verdict:
