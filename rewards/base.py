@@ -166,24 +166,21 @@ class Reward:
                 failures.append(score.message)
             if score is not None:  # a reward that does not apply has neither failed nor succeeded
                 self.failed.append(isinstance(score, Failure))
-        bad, limit = sum(self.failed), self.spec.max_failures
-        if (
-            failures
-            and not self.warned
-            and len(self.failed) >= ASKED
-            and bad > min(limit, MOST_UNTOLD) * len(self.failed)
-        ):
+        if not failures:
+            return
+        reason = Counter(failures).most_common(1)[0][0]
+        bad, asked, limit = sum(self.failed), len(self.failed), self.spec.max_failures
+        if not self.warned and asked >= ASKED and bad > min(limit, MOST_UNTOLD) * asked:
             self.warned = True
             ends = f"more than {limit * WINDOW:.0f} of {WINDOW} end the run" if limit < 1 else "no share ends the run"
             log.warning(
-                f"reward {self.spec.name}: {bad} of the {counted(len(self.failed), 'score')} asked for failed, and"
-                f" {ends} (max_failures): {Counter(failures).most_common(1)[0][0]}"
+                f"reward {self.spec.name}: {bad} of the {counted(asked, 'score')} asked for failed, and {ends}"
+                f" (max_failures): {reason}"
             )
-        if failures and limit < 1 and (bad > limit * WINDOW or bad == len(self.failed)):
-            message = Counter(failures).most_common(1)[0][0]
+        if limit < 1 and (bad > limit * WINDOW or bad == asked):
             raise RewardError(
-                f"reward {self.spec.name}: {bad} of the last {counted(len(self.failed), 'score')} failed "
-                f"(max_failures {limit:g} of {WINDOW}): {message}"
+                f"reward {self.spec.name}: {bad} of the last {counted(asked, 'score')} failed"
+                f" (max_failures {limit:g} of {WINDOW}): {reason}"
             )
 
 
