@@ -48,7 +48,7 @@ class Expansion:
     special: Sequence[str] = ()
     """Special tokens before the end token."""
     tokens: int = 0
-    """Of the whole answer."""
+    """Tokens of the whole answer."""
     thought: str | None = None
     thought_tokens: int = 0
     thought_ok: bool = True
@@ -78,7 +78,7 @@ class Scored:
     """Images drawn: equal texts of a group share one."""
     failures: Counter[str]
     seconds: dict[str, float] = field(default_factory=dict)
-    """Of the stages `render` and `score`."""
+    """Times of the stages `render` and `score`."""
     noise: Mapping[str, Noise] = field(default_factory=dict)
     """Reward -> noise; a reward that is not in it has none."""
 

@@ -17,7 +17,7 @@ from posttrain.preferences.heldout import in_share
 from prompts.tables import open_table, row_texts
 
 MOST_WEIGHT = 3.0
-"""Of a pair: what is oversampled more is learnt by heart."""
+"""Largest weight of a pair: what is oversampled more is memorised."""
 
 
 @dataclass(frozen=True)

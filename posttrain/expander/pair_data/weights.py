@@ -25,7 +25,7 @@ STEPS = 40
 
 
 def weight(added: float) -> float:
-    """Of a pair whose tags add this much."""
+    """The weight of a pair whose tags add this much."""
     return min(MOST_WEIGHT, 1 + added)
 
 
