@@ -132,7 +132,7 @@ class RewardSpec:
 
 @dataclass(frozen=True)
 class Noise:
-    """Of one reward, in units of its calibrated score; see noise.py."""
+    """The noise of one reward, in units of its calibrated score; see noise.py."""
 
     spread: float
     """Largest difference between two scores of one image, as measured or as the recipe states it."""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 CLONE_FS = 0x200
-"""Of unshare(2): the working directory, the root and the umask."""
+"""Flag of unshare(2) for the working directory, the root and the umask."""
 log = logging.getLogger("posttrain")
 OURS = tuple(str(Path(__file__).with_name(name)) for name in ("base.py", "load.py", "isolation.py"))
 
@@ -144,5 +144,5 @@ def _read_thread() -> Callable[[], None]:
 _warned: set[str] = set()
 """Rewards that a warning has named."""
 _random_states: dict[Any, Any] = {}
-"""Of the rewards, by the function that reads them."""
+"""The rewards' own states of the random generators, by the function that reads them."""
 _process, _thread = _Kept(_read_process), _KeptByThread()

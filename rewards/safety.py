@@ -22,7 +22,7 @@ from rewards.judge import Judge
 from rewards.ocr import folded
 
 LETTERS = "a-z\u00b5-\u024f\u0370-\u058f\u10a0-\u10ff\u1e00-\u1fff"
-"""Of scripts that set words apart and add nothing to them: Latin, Greek, Cyrillic, Armenian, Georgian."""
+"""Letters of scripts that set words apart and add nothing to them: Latin, Greek, Cyrillic, Armenian, Georgian."""
 
 
 class Words:
@@ -46,7 +46,7 @@ class Words:
 
 
 def _readings(text: str) -> tuple[str, str]:
-    """With what is invisible left out, as within a word, and with a space in its place, as between two."""
+    """The text with invisible characters left out, as within a word, and with spaces for them, as between two words."""
     return folded(text), folded("".join(" " if unicodedata.category(c) == "Cf" else c for c in text))
 
 

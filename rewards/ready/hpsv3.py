@@ -20,7 +20,7 @@ from rewards.ready.loaded import SETTINGS, Scorer, build, fill, image_processor,
 REWARD = "<|Reward|>"
 """The token of the question whose hidden state the head reads."""
 PIXELS = 256 * 28 * 28
-"""Of every image, near enough: the multiple of 28 in each direction that is at most so many."""
+"""Pixels that every image is resized to, at most: both sides are multiples of 28."""
 PLACE = "<|image_pad|>"
 
 

@@ -21,11 +21,11 @@ from posttrain.errors import UserError
 from rewards.ready.loaded import HIDDEN, Scorer, build, fill, part, read_state, score_head, tokenizer_of
 
 MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072
-"""Of the head's output over ImageReward's data, by which its score is normalised (ImageReward.py)."""
+"""Mean and deviation of the head's output over ImageReward's data, which normalise its score (ImageReward.py)."""
 LENGTH = 35
 """Tokens of a prompt that are read (ImageReward.py)."""
 HEAD_WIDTH = 64
-"""Of an attention head, in BLIP's image and text towers alike."""
+"""Width of an attention head, in BLIP's image and text towers alike."""
 BLIP = [
     (r"^cls_token$", "embeddings.class_embedding"),
     (r"^pos_embed$", "embeddings.position_embedding"),
