@@ -77,7 +77,7 @@ class Rows:
 
     @classmethod
     def of_csv(cls, path: Path) -> Rows:
-        """With a header, in UTF-8, separated by commas; by tabs if it is a .tsv."""
+        """A file with a header, in UTF-8, separated by commas; by tabs if it is a .tsv."""
         rows, names, line = [], [], 1
         try:
             with path.open(encoding="utf-8-sig", newline="") as file:
@@ -273,7 +273,7 @@ def _open_file(source: str) -> Table:
 
 
 def _dataset(source: str) -> Table:
-    """Of hf:NAME[[:CONFIG]:SPLIT]."""
+    """The table of hf:NAME[[:CONFIG]:SPLIT]."""
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -348,7 +348,7 @@ def _chosen(source: str, path: str, splits: Sequence[str]) -> str:
 
 
 def _fingerprint(table: JsonLines | Rows, images: Sequence[str]) -> str:
-    """Of a table's file and of the files that its columns `images` name."""
+    """A hash of a table's file and of the files that its columns `images` name."""
     digest = hashlib.sha256(stamp([table.path]).encode())
     for i in range(len(table)):
         try:
