@@ -39,7 +39,7 @@ class Drawn:
     entry: dict[str, Any]
     """Its line of the journal, with the fate of each candidate."""
     rows: list[dict[str, Any]]
-    """Of the candidates that were kept, as a set's rows; images are PNG."""
+    """The kept candidates as rows of a set; images are PNG."""
     cost: Cost
 
 

@@ -313,7 +313,7 @@ def _check_outcome(config: PairsConfig, plan: Plan, output: Output | None) -> No
 
 
 def _bytes(rows: Sequence[dict[str, Any]]) -> int:
-    """Of the images of pairs."""
+    """Bytes of the images of pairs."""
     return sum(len(row["chosen"]["bytes"]) + len(row["rejected"]["bytes"]) for row in rows)
 
 

@@ -105,8 +105,8 @@ def _dropped(entries: Iterable[dict[str, Any]]) -> dict[str, int]:
 
 
 def _agreement(entries: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By reward: on how many candidates it agrees, disagrees, sees no difference (tie), or has not scored both images;
-    and the share of agreement where it sees a difference, of all candidates and of the kept ones."""
+    """For each reward: on how many candidates it agrees, disagrees, sees no difference (tie), or has not scored both
+    images; and the share of agreement where it sees a difference, of all candidates and of the kept ones."""
     table: dict[str, Counter[str]] = {}
     for entry in entries:
         for name, differences in entry.get("differences", {}).items():
@@ -141,7 +141,7 @@ def _share(agree: int, disagree: int) -> float | None:
 
 
 def _scores(config: PairsConfig, entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """By reward: images that it was asked about, those without a score, and those of them whose score failed."""
+    """For each reward: images that it was asked about, those without a score, and those whose score failed."""
     table = {spec.name: {"images": 0, "missing": 0, "failed": 0} for spec in config.rewards}
     for entry in entries:
         if "images" not in entry:  # a block that no reward scored
