@@ -30,7 +30,7 @@ MIN_PER_THIRD = 5  # pairs; a share of fewer is mostly chance
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of two raters, or of two times of one."""
+    """Agreement of two raters, or of one rater with themselves."""
 
     pairs: int
     """Pairs or images that both answered."""
@@ -41,7 +41,7 @@ class Agreement:
 
 
 def agreement(answers: Iterable[tuple[float, float]], of_images: bool = False) -> Agreement:
-    """Of two raters' answers about the same pairs, or single images, each 0, 0.5 or 1."""
+    """Agreement of two raters' answers about the same pairs, or single images, each 0, 0.5 or 1."""
     answers = list(answers)
     n = len(answers)
     if not n:
@@ -135,7 +135,7 @@ def report_marks(choices: Mapping[str, Sequence[Choice]], images: int) -> dict[s
 
 
 def _first_answers(choices: Mapping[str, Sequence[Choice]]) -> dict[str, dict[str, float]]:
-    """By person who answered anything: the first answer to each pair or image."""
+    """Person -> pair or image -> first answer, for everyone who answered anything."""
     return {name: _answers(of_person, again=False) for name, of_person in choices.items() if of_person}
 
 
@@ -207,7 +207,7 @@ def _answers(choices: Iterable[Choice], again: bool) -> dict[str, float]:
 
 
 def _judges(shares: Iterable[float]) -> Agreement:
-    """With judges who prefer `chosen` always: they never tie, so ties are left out."""
+    """Agreement with judges who always prefer `chosen`: they never tie, so ties are left out."""
     return agreement((float(share > 0.5), 1.0) for share in shares if share != 0.5)
 
 

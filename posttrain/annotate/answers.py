@@ -88,9 +88,9 @@ class Annotations:
 
     schedule: Schedule
     choices: dict[str, list[Choice]] = field(default_factory=dict)
-    """By annotator, in the order they were made."""
+    """Annotator -> choices, in the order they were made."""
     hash: str = ""
-    """Of the last line."""
+    """Hash of the last line."""
     size: int = 0
     """Bytes of whole lines."""
 
@@ -204,7 +204,7 @@ class Store:
         return self._annotations.schedule
 
     def choices(self, annotator: str) -> list[Choice]:
-        """Those that stand, in the order they were made."""
+        """The choices that were not taken back, in the order they were made."""
         with self._mutex:
             return list(self._annotations.choices.get(annotator, ()))
 

@@ -33,7 +33,7 @@ class Found:
     path: Path
     prompt: str | None
     source: str | None
-    """Of a run: which of its samples it is, such as step-000100."""
+    """For an image of a run: which of its samples it is, such as step-000100."""
 
 
 class Images:
@@ -44,7 +44,7 @@ class Images:
         is none of them, or an image cannot be read."""
         self.path = path
         self.prompts: dict[str, str] = {}
-        """By id, in order; the empty string where no prompt is known."""
+        """Id -> prompt, in order; the empty string where no prompt is known."""
         self.files: dict[str, Found] = {}
         for found in reading(find(Path(path)), "images"):
             name = _id(found, _read(found.path))
@@ -52,7 +52,7 @@ class Images:
             self.prompts.setdefault(name, found.prompt or "")
 
     def __getitem__(self, name: str) -> Image.Image:
-        """In RGB. Raises UserError if it cannot be read any more."""
+        """The image in RGB. Raises UserError if it cannot be read any more."""
         found = self.files[name]
         image = _read(found.path)
         if _id(found, image) != name:

@@ -131,7 +131,7 @@ class Desk:
         return self._named(showing.pair, sides)
 
     def _references(self, showing: Showing) -> list[str]:
-        """Of the images that both of a pair were drawn in the style of."""
+        """URLs of the images in whose style both images of a pair were drawn."""
         count = self.items.references.get(showing.pair, 0) if isinstance(self.items, Pairs) else 0
         return self._named(showing.pair, range(count))
 
