@@ -160,6 +160,17 @@ def test_a_run_that_was_killed_goes_on_where_it_was(tmp_path, parts):
         mine.mine(made(tmp_path, parts, group_size=4), resume=True)
 
 
+def test_a_resumed_run_takes_the_failure_classes_as_they_are_now(tmp_path, parts):
+    """Tags of train.jsonl and quotas of pool.yaml name the same classes, not those of the first run."""
+    mine.mine(made(tmp_path, parts))
+    candidates = [CandidatesConfig(str(tmp_path / "downvoted.jsonl"), failure="downvoted")]
+    mine.mine(made(tmp_path, parts, candidates=candidates), resume=True)
+    pool = yaml.safe_load((tmp_path / "mined/pool.yaml").read_text())
+    assert pool["pool"]["quotas"] == {"mined/downvoted": 0.5}
+    mined = read_prompts(tmp_path / "mined/train.jsonl")[:4]
+    assert [record.tags for record in mined] == [["mined/downvoted"]] * 4
+
+
 def test_the_nearest_to_the_middle_are_taken_and_quotas_hold(tmp_path, parts):
     config = made(tmp_path, parts, count=10, low=0.2, high=0.8, spread=0.1)
     rows = [{"failure": "a", "mean": 0.2 + 0.006 * i, "std": 0.2, "safe": 1.0} for i in range(100)]

@@ -60,12 +60,13 @@ def shares(counts: Mapping[str, int], floor: float = 0.05) -> dict[str, float]:
     if not roots:
         return {}
     floor = min(floor, 1 / len(roots))
-    low: set[str] = set()
+    low: set[str] = set()  # classes that get the floor
     while True:
         rest = sum(root for name, root in roots.items() if name not in low)
         left = 1 - floor * len(low)
         result = {name: floor if name in low else left * root / rest for name, root in roots.items()}
-        # What the small classes are given is taken from the others, of which one may now be below the floor.
+        # What the small classes are given is taken from the others, of which one may now be below the floor. 1e-12:
+        # rounding alone must not put a class there.
         below = {name for name, share in result.items() if share < floor - 1e-12}
         if not below:
             return result
@@ -83,11 +84,12 @@ def slots(shares_of: Mapping[str, float], counts: Mapping[str, int], total: int)
         rest = {name: share for name, share in shares_of.items() if name not in full}
         left, sum_of_rest = total - sum(full.values()), sum(rest.values())
         exact = {name: share * left / sum_of_rest for name, share in rest.items()}
+        # 1e-9: 0.29 * 100 comes out just below 29.
         result = {name: math.floor(value + 1e-9) for name, value in exact.items()}
         by_remainder = sorted(exact, key=lambda name: result[name] - exact[name])  # stable, so ties go by order
         for name in by_remainder[: left - sum(result.values())]:
             result[name] += 1
         over = {name: counts[name] for name in rest if result[name] > counts[name]}
         if not over:
-            return {name: full.get(name, result.get(name, 0)) for name in shares_of}
+            return full | result
         full |= over
