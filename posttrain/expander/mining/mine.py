@@ -4,13 +4,14 @@
 
 Each candidate is expanded `group_size` times by the current expander, each expansion is drawn and scored as in
 `expander gdpo`, gates included, and its composite is the weighted mean of its rewards. Prompts are kept whose
-composites have a middling mean and a real spread (quotas.py). Failure classes share the kept prompts by the square root
+composites have a middling mean and a real spread (quotas.py). With `rounds` they are scored again, since of many
+candidates some look so by chance. Failure classes share the kept prompts by the square root
 of their size, and none gets less than `floor`; of each class the prompts nearest to a mean of 0.5 are taken. Traffic is
 mixed in as it comes.
 
 The directory has train.jsonl and heldout.jsonl for `prompts` of expander gdpo, in which each row has its class as a
 tag; pool.yaml, a recipe to give after expander gdpo's own, with the pool's quotas; mined.json, with all counts; and
-scores.jsonl, a line for each candidate, from which --resume goes on.
+scores.jsonl, a line for each candidate and round, from which --resume goes on.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ from posttrain.config.sections import LoraConfig
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError, counted
 from posttrain.expander.mining.config import CandidatesConfig, ExpanderMineConfig
-from posttrain.expander.mining.quotas import VERDICTS, Verdict, composites, moments, shares, slots, verdict
+from posttrain.expander.mining.quotas import VERDICTS, Verdict, composites, moments, pooled, shares, slots, verdict
 from posttrain.expander.policy import Policy
 from posttrain.expander.renderer import make_renderer
 from posttrain.expander.score import Scored, Scorer
+from posttrain.log import log
 from posttrain.model import sampler
 from posttrain.preferences.heldout import in_share
 from posttrain.runs.files import append_line, replace_text
@@ -49,8 +51,8 @@ SCORES, CARD = "scores.jsonl", "mined.json"
 TRAFFIC, MINED = "traffic", "mined/"
 """Tags: of traffic, and before the name of a failure class."""
 MAY_CHANGE = (
-    "output", "candidates", "traffic", "traffic_share", "count", "batch", "low", "high", "spread", "safe", "floor",
-    "servers", "track",
+    "output", "candidates", "traffic", "traffic_share", "count", "batch", "rounds", "low", "high", "spread", "safe",
+    "floor", "servers", "track",
 )  # fmt: skip
 """Settings that may change on resume, as no score depends on them."""
 
@@ -132,33 +134,65 @@ def _score(
     scorer: Scorer,
     candidates: Sequence[Candidate],
 ) -> list[dict[str, Any]]:
-    """A row for each candidate, in their order; those that were scored before are read."""
-    file = run.path / SCORES
-    done = {row["prompt"]: row for row in procs.from_main(_done(file) if procs.main else None)}
-    # Batches by place in the whole list, since their seeds come from it; what was scored before is left out of them.
-    chunks = []
-    for first in range(0, len(candidates), config.batch):
-        places = range(first, min(first + config.batch, len(candidates)))
-        if todo := [i for i in places if candidates[i][0].prompt not in done]:
+    """A row for each candidate, in their order, of all its scores together; those that were made before are read."""
+    scores: list[dict[str, dict[str, Any]]] = [{} for _ in range(config.rounds)]
+    for row in procs.from_main(_done(run.path / SCORES) if procs.main else None):
+        if row["round"] <= config.rounds:
+            scores[row["round"] - 1][row["prompt"]] = row
+    found: list[dict[str, Any]] = []
+    places = list(range(len(candidates)))
+    for number in range(1, config.rounds + 1):
+        if number > 1:
+            log.info(f"round {number}: {counted(len(places), 'prompt')} kept so far, scored again by other expansions")
+        _score_round(config, run, procs, policy, scorer, candidates, number, places, scores[number - 1])
+        found = [_together(scores[:number], record.prompt) for record, _ in candidates]
+        places = [i for i, row in enumerate(found) if _verdict(config, row) == "kept"]
+    # Under the class that a prompt has now: it may have been scored under another one.
+    return [row | {"failure": failure} for row, (_, failure) in zip(found, candidates)]
+
+
+def _score_round(
+    config: ExpanderMineConfig,
+    run: Run,
+    procs: Processes,
+    policy: Policy,
+    scorer: Scorer,
+    candidates: Sequence[Candidate],
+    number: int,
+    places: Sequence[int],
+    done: dict[str, dict[str, Any]],
+) -> None:
+    """Adds to `done` a row for each of the candidates at `places` that has none in this round, and to the file."""
+    # Batches by position in the round's whole list, since their seeds come from it.
+    jobs, chunks = list(enumerate(places)), []
+    for first in range(0, len(jobs), config.batch):
+        batch = jobs[first : first + config.batch]
+        if todo := [job for job in batch if candidates[job[1]][0].prompt not in done]:
             chunks.append(todo)
-    if chunks:
+    if number == 1 and chunks:
         run.start(math.ceil(len(chunks) / procs.size))
     for step, first in enumerate(range(0, len(chunks), procs.size), start=1):
-        place = first + procs.rank  # in the last round some processes may have nothing to do
-        rows = _rows(config, policy, scorer, chunks[place], candidates) if place < len(chunks) else []
+        place = first + procs.rank  # at the end some processes may have nothing to do
+        rows = _rows(config, policy, scorer, number, chunks[place], candidates) if place < len(chunks) else []
         for row in itertools.chain.from_iterable(procs.all_gather(rows)):
             done[row["prompt"]] = row
             if procs.main:
-                append_line(file, json_line(row))
-        verdicts = Counter(_verdict(config, row) for row in done.values())
-        run.log(step, {f"mined/{name}": verdicts[name] for name in VERDICTS})
-    # Under the class that a prompt has now: it may have been scored under another one.
-    return [done[record.prompt] | {"failure": failure} for record, failure in candidates]
+                append_line(run.path / SCORES, json_line(row))
+        if number == 1:
+            verdicts = Counter(_verdict(config, row) for row in done.values())
+            run.log(step, {f"mined/{name}": verdicts[name] for name in VERDICTS})
 
 
 def _verdict(config: ExpanderMineConfig, row: Mapping[str, Any]) -> Verdict:
     # Not kept with the scores, so that limits may change and nothing has to be drawn again.
     return verdict(row["mean"], row["std"], row["safe"], config.low, config.high, config.spread, config.safe)
+
+
+def _together(scores: Sequence[Mapping[str, dict[str, Any]]], prompt: str) -> dict[str, Any]:
+    """One row of a prompt's scores in all rounds that it came to."""
+    rows = [of_round[prompt] for of_round in scores if prompt in of_round]
+    mean, std = pooled([(row["scored"], row["mean"], row["std"]) for row in rows])
+    return rows[0] | {"mean": mean, "std": std, "safe": float(np.mean([row["safe"] for row in rows]))}
 
 
 def _done(file: Path) -> list[dict[str, Any]]:
@@ -171,28 +205,38 @@ def _done(file: Path) -> list[dict[str, Any]]:
 
 
 def _rows(
-    config: ExpanderMineConfig, policy: Policy, scorer: Scorer, own: Sequence[int], candidates: Sequence[Candidate]
+    config: ExpanderMineConfig,
+    policy: Policy,
+    scorer: Scorer,
+    number: int,
+    own: Sequence[tuple[int, int]],
+    candidates: Sequence[Candidate],
 ) -> list[dict[str, Any]]:
-    """Expands, draws and scores these candidates."""
+    """Expands, draws and scores these candidates, (position in the round's list, index) each, in a round from 1."""
     size, generation = config.group_size, config.generation
+    # Another round has other words and noise: what was kept by chance is not kept again.
+    seed = config.seed if number == 1 else sampler.seed_for(config.seed, -number)
     records: list[PromptRecord] = []
     seeds: list[int] = []
-    for i in own:
+    for position, i in own:
         records.append(candidates[i][0])
-        seeds += [sampler.seed_for(config.seed, i)] * size  # one noise for all expansions of a prompt
-    # Seeds come from the candidate's place in the list, so that a resumed command draws the same.
+        seeds += [sampler.seed_for(seed, position)] * size  # one noise for all expansions of a prompt
+    # Seeds come from the position in the list, so that a resumed command draws the same.
+    first = own[0][0]
     expansions = policy.write(
-        records, size, own[0] * size, generation.max_tokens, generation.temperature, config.seed, len(own) * size
+        records, size, first * size, generation.max_tokens, generation.temperature, seed, len(own) * size
     )
     scored = scorer(expansions, seeds, size)
     composite_N = composite(config, scored)
     rows = []
-    for g, i in enumerate(own):
+    for g, (_, i) in enumerate(own):
         group = slice(g * size, (g + 1) * size)
         safe = scored.unsafe_N[group].count([]) / size
         mean, std = moments(composite_N[group])
         record, failure = candidates[i]
-        rows.append({"prompt": record.prompt, "failure": failure, "mean": mean, "std": std, "safe": safe})
+        known = int((~np.isnan(composite_N[group])).sum())
+        facts = {"round": number, "scored": known, "mean": mean, "std": std, "safe": safe}
+        rows.append({"prompt": record.prompt, "failure": failure, **facts})
     return rows
 
 

@@ -6,7 +6,7 @@ Pure arithmetic on scores: n expansions of a prompt, K rewards in [0, 1].
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -28,6 +28,20 @@ def moments(composite_N: np.ndarray) -> tuple[float | None, float | None]:
     known_N = composite_N[~np.isnan(composite_N)]
     mean = float(known_N.mean()) if len(known_N) else None
     return mean, float(known_N.std(ddof=1)) if len(known_N) > 1 else None
+
+
+def pooled(parts: Sequence[tuple[int, float | None, float | None]]) -> tuple[float | None, float | None]:
+    """`moments` of several rounds together, from (number of composites that are not NaN, mean, deviation) of each."""
+    known = [(count, mean, std or 0.0) for count, mean, std in parts if mean is not None]
+    total = sum(count for count, _, _ in known)
+    if not total:
+        return None, None
+    middle = sum(count * mean for count, mean, _ in known) / total
+    if total == 1:
+        return middle, None
+    # Squares about the common mean: those about a round's own mean, and how far that lies from it.
+    squares = sum((count - 1) * std**2 + count * (mean - middle) ** 2 for count, mean, std in known)
+    return middle, math.sqrt(squares / (total - 1))
 
 
 def verdict(
