@@ -15,9 +15,9 @@ TORCH := $(shell sed -n 's/^ *"\(torch>=[^"]*\)",/\1/p' pyproject.toml)
 # Nothing from outside the environment, and one thread a process: two test runs on one machine must not fight.
 unexport PYTHONPATH
 export PYTHONNOUSERSITE := 1
-test test-vllm coverage chaos fuzz mutations: export OMP_NUM_THREADS ?= 1
+test test-long test-vllm coverage chaos fuzz mutations: export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-vllm browser check coverage chaos fuzz mutations gpu
+.PHONY: demo test test-long test-vllm browser check coverage chaos fuzz mutations gpu
 .DELETE_ON_ERROR:
 
 # A demo that was stopped carries on, and one that is finished says where its report is.
@@ -31,7 +31,7 @@ PLATFORM := $(shell uname -sm)
 ifeq ($(PLATFORM),Linux x86_64)
 test test-vllm: export POSTTRAIN_VLLM = $(abspath $(VLLM))/bin/vllm
 test: $(VENV)/installed $(VLLM)/bin/vllm browser
-	$(PYTEST) -m "not vllm"
+	$(PYTEST) -m "not vllm and not long"
 	$(BIN)/python -m pytest -m vllm
 
 test-vllm: $(VENV)/installed $(VLLM)/bin/vllm
@@ -39,11 +39,15 @@ test-vllm: $(VENV)/installed $(VLLM)/bin/vllm
 else
 test: $(VENV)/installed browser
 	@echo "Left out: the tests with the real vLLM. They need Linux x86_64, and this is $(PLATFORM)."
-	$(PYTEST) -m "not vllm"
+	$(PYTEST) -m "not vllm and not long"
 
 test-vllm:
 	@echo "The tests with the real vLLM need Linux x86_64, and this is $(PLATFORM)."; exit 2
 endif
+
+# Runs of several processes, whole pipelines, compiled models: seven minutes on two cores. CI runs them after `test`.
+test-long: $(VENV)/installed browser
+	$(BIN)/python -m pytest -n $(WORKERS) -m long
 
 # The page of posttrain annotate and reports are tested in a Chromium, which root on Debian installs. Elsewhere one that
 # is there is taken, and without one those tests are left out.

@@ -7,7 +7,6 @@ of records and pool (the process's peak, less what it had before), and the time 
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import tempfile
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from prompts.parse import json_line
 from prompts.pool import Pool, PoolConfig
 from prompts.records import read_prompts
 
@@ -32,7 +32,7 @@ def write(path: Path, count: int) -> None:
         for i in range(count):
             drawn = [words[k] for k in rng.integers(500, size=14)]
             row = {"prompt": " ".join([f"image {i}:", *drawn]), "requirements": [drawn[0], drawn[1]]}
-            file.write(json.dumps(row | {"texts": [], "tags": ["text" if i % 4 else "people"]}) + "\n")
+            file.write(json_line(row | {"texts": [], "tags": ["text" if i % 4 else "people"]}))
 
 
 def milliseconds(times: list[float]) -> str:
@@ -60,7 +60,7 @@ def main() -> None:
     pool.visits[seen], pool.drawn[seen], pool.spread_K[:] = 3, 1, 0.2
     pool.mean_NK[seen] = rng.random((len(seen), args.rewards))
     pool.variance_NK[seen] = np.square(0.3 * rng.random((len(seen), 1)))
-    pool.returns[seen[::2]] = 10_000
+    pool.returns[seen[::2]] = 10_000  # far beyond the last step, so that they rest all the time
     draws, updates = [], []
     for step in range(2, 2 + args.steps):
         began = time.perf_counter()

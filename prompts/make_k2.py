@@ -8,12 +8,13 @@ prompts share no prompt, no subject and no text to draw. `short.jsonl` and `open
 other two are to K2: they leave medium, light and place open.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from prompts.parse import json_line
 
 FOLDER = Path(__file__).parent / "k2"
 LIVING = [
@@ -115,8 +116,7 @@ def _record(rng: np.random.Generator, heldout: bool, short: bool) -> dict[str, A
 
 
 def _write(name: str, records: list[dict[str, Any]]) -> None:
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    (FOLDER / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    (FOLDER / f"{name}.jsonl").write_text("".join(map(json_line, records)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,17 @@ def parse_json(text: str | bytes) -> Any:
     return value
 
 
+def json_line(row: Any) -> str:
+    """A value as a line of a JSONL file."""
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file that a program wrote."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # Not splitlines, which also splits at characters that JSON leaves within a text, such as U+2028.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file that only grows, without their ends; the last one is left out if a kill cut it off."""
+    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []

@@ -65,7 +65,6 @@ class JsonLines:
         return f"{self.path}:{self._lines[i]}"
 
     def fingerprint(self, images: Sequence[str]) -> str:
-        """Of the file and of the files that the columns `images` name."""
         return _fingerprint(self, images)
 
 
@@ -78,7 +77,7 @@ class Rows:
 
     @classmethod
     def of_csv(cls, path: Path) -> Rows:
-        """With a header, in UTF-8, separated by commas; by tabs if it is a .tsv."""
+        """A file with a header, in UTF-8, separated by commas; by tabs if it is a .tsv."""
         rows, names, line = [], [], 1
         try:
             with path.open(encoding="utf-8-sig", newline="") as file:
@@ -86,6 +85,7 @@ class Rows:
                 reader = csv.reader(file, delimiter=SEPARATORS[path.suffix.lower()], strict=True)
                 header = next(reader, [])
                 line = reader.line_num + 1
+                # A row with a line break within quotes takes several lines, and is named by its first.
                 for cells in reader:
                     if cells:
                         rows.append(cells)
@@ -125,7 +125,6 @@ class Rows:
         return self._names[i]
 
     def fingerprint(self, images: Sequence[str]) -> str:
-        """Of the file and of the files that the columns `images` name."""
         return _fingerprint(self, images)
 
 
@@ -186,7 +185,7 @@ class HubDataset:
     def __init__(self, name: str, rows: datasets.Dataset):
         from datasets import Image, List
 
-        self._fingerprint = rows._fingerprint
+        self._fingerprint = rows._fingerprint  # as it was loaded: the casts below would change it
         # Images stay encoded, so that a damaged one is a bad row instead of an exception of the library.
         for column, feature in rows.features.items():
             if isinstance(feature, Image):
@@ -233,7 +232,7 @@ def open_table(source: str) -> Table:
     files = sorted(Path(source).glob("**/*.parquet"))
     if not files:
         raise UserError(f"{source}: is a directory without a parquet file or a saved dataset; give a file or hf:NAME")
-    _only_split(source, source, None)
+    _only_split(source, source, None)  # refuses files of several splits, which one table would mix
     return Parquet(Path(source), files)
 
 
@@ -256,6 +255,7 @@ def is_lines(path: Path) -> bool:
     suffix = path.suffix.lower()
     if suffix == ".json":  # a list, or lines like any other file's
         with path.open("rb") as file:
+            # A byte order mark and white space may come before the bracket.
             return not file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
     return suffix != ".parquet" and suffix not in SEPARATORS
 
@@ -273,7 +273,7 @@ def _open_file(source: str) -> Table:
 
 
 def _dataset(source: str) -> Table:
-    """Of hf:NAME[[:CONFIG]:SPLIT]."""
+    """The table of hf:NAME[[:CONFIG]:SPLIT]."""
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -313,6 +313,7 @@ def _saved(source: str, path: str, split: str | None) -> Table:
     import datasets
     from datasets.exceptions import DatasetsError
 
+    # A damaged directory raises whatever the library stumbles over first.
     try:
         loaded = datasets.load_from_disk(path)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, DatasetsError) as error:
@@ -347,7 +348,7 @@ def _chosen(source: str, path: str, splits: Sequence[str]) -> str:
 
 
 def _fingerprint(table: JsonLines | Rows, images: Sequence[str]) -> str:
-    """Of a table's file and of the files that its columns `images` name."""
+    """A hash of a table's file and of the files that its columns `images` name."""
     digest = hashlib.sha256(stamp([table.path]).encode())
     for i in range(len(table)):
         try:

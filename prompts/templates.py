@@ -59,6 +59,7 @@ def load_template(name: str) -> Template:
         known = ", ".join(sorted(names))
         raise UserError(f"template {name}: cannot read {path}: use a .txt path or one of {known}") from error
     template = Template(name, text)
+    # `substitute` would only say so at the first question.
     if not DollarTemplate(text).is_valid():
         raise UserError(f"template {name}: stray '$' in {path}: write '$$' for a dollar sign")
     return template
@@ -66,4 +67,4 @@ def load_template(name: str) -> Template:
 
 def spelled(token: str) -> str:
     """A token as the word it spells: ' Yes' and '"YES' are both 'yes'."""
-    return token.strip(" \t\n\"'*.,Ġ▁").casefold()
+    return token.strip(" \t\n\"'*.,Ġ▁").casefold()  # Ġ and ▁ stand for a space in the vocabularies of tokenizers

@@ -132,12 +132,15 @@ class RewardSpec:
 
 @dataclass(frozen=True)
 class Noise:
-    """Of one reward, in units of its calibrated score; see noise.py."""
+    """The noise of one reward, in units of its calibrated score; see noise.py."""
 
     spread: float
     """Largest difference between two scores of one image, as measured or as the recipe states it."""
     floor: float
     """Groups that span less are flat, and no group is divided by less."""
+
+
+NO_NOISE = Noise(0.0, 0.0)
 
 
 @dataclass
@@ -163,24 +166,21 @@ class Reward:
                 failures.append(score.message)
             if score is not None:  # a reward that does not apply has neither failed nor succeeded
                 self.failed.append(isinstance(score, Failure))
-        bad, limit = sum(self.failed), self.spec.max_failures
-        if (
-            failures
-            and not self.warned
-            and len(self.failed) >= ASKED
-            and bad > min(limit, MOST_UNTOLD) * len(self.failed)
-        ):
+        if not failures:
+            return
+        reason = Counter(failures).most_common(1)[0][0]
+        bad, asked, limit = sum(self.failed), len(self.failed), self.spec.max_failures
+        if not self.warned and asked >= ASKED and bad > min(limit, MOST_UNTOLD) * asked:
             self.warned = True
             ends = f"more than {limit * WINDOW:.0f} of {WINDOW} end the run" if limit < 1 else "no share ends the run"
             log.warning(
-                f"reward {self.spec.name}: {bad} of the {counted(len(self.failed), 'score')} asked for failed, and"
-                f" {ends} (max_failures): {Counter(failures).most_common(1)[0][0]}"
+                f"reward {self.spec.name}: {bad} of the {counted(asked, 'score')} asked for failed, and {ends}"
+                f" (max_failures): {reason}"
             )
-        if failures and limit < 1 and (bad > limit * WINDOW or bad == len(self.failed)):
-            message = Counter(failures).most_common(1)[0][0]
+        if limit < 1 and (bad > limit * WINDOW or bad == asked):
             raise RewardError(
-                f"reward {self.spec.name}: {bad} of the last {counted(len(self.failed), 'score')} failed "
-                f"(max_failures {limit:g} of {WINDOW}): {message}"
+                f"reward {self.spec.name}: {bad} of the last {counted(asked, 'score')} failed"
+                f" (max_failures {limit:g} of {WINDOW}): {reason}"
             )
 
 

@@ -104,9 +104,9 @@ class Diversity:
         self._lock = threading.Lock()
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Score]:
-        there = [True] * len(images)
+        all_members = [True] * len(images)
         with self._lock:  # a GPU holds one batch of features at a time
-            return list(contributions(self.features(images), there, there))
+            return list(contributions(self.features(images), all_members, all_members))
 
     def record(self) -> dict[str, Any]:
         return {"model": self.features.path}

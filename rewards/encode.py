@@ -17,7 +17,7 @@ from PIL import Image
 from posttrain.image_reader import to_rgb
 
 CACHED_BYTES = 1 << 30
-"""Of encoded images that are kept: some 400 of 1024 x 1024 pixels."""
+"""Size of the cache of encoded images: some 400 of 1024 x 1024 pixels."""
 SMALL = 512 * 512  # pixels: up to here an image is not compressed, and encoded sooner than handed to a thread
 
 

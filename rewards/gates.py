@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rewards.base import Noise, RewardError, RewardSpec, Scores
+from rewards.base import NO_NOISE, Noise, RewardError, RewardSpec, Scores
 
 
 @dataclass
@@ -28,16 +28,28 @@ class Gated:
     """`Noise.floor` of each."""
 
 
+def settings_of(
+    specs: Sequence[RewardSpec], noise: Mapping[str, Noise]
+) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+    """(names, weights_K, noise_K, floor_K) of these rewards, as `Gated` has them."""
+    names, rows = [], []
+    for spec in specs:
+        known = noise.get(spec.name, NO_NOISE)
+        names.append(spec.name)
+        rows.append((spec.weight, known.spread, known.floor))
+    weights_K, noise_K, floor_K = np.array(rows, float).reshape(-1, 3).T.copy()
+    return names, weights_K, noise_K, floor_K
+
+
 def apply_gates(scores: Scores, specs: Sequence[RewardSpec], noise: Mapping[str, Noise] | None = None) -> Gated:
     """Applies and removes the gates. Gates and held-out rewards are not among the K that come back.
 
     `noise` by reward. A gate whose score multiplies adds its own to that of every other, times the largest score.
     """
-    noise_of = [(noise or {}).get(spec.name, Noise(0.0, 0.0)) for spec in specs]
+    noise = noise or {}
     summed = [k for k, spec in enumerate(specs) if spec.gate == "none" and not spec.heldout_only]
     values_NK, valid_NK = scores.values_NK[:, summed].copy(), scores.valid_NK[:, summed].copy()
-    noise_K = np.array([noise_of[k].spread for k in summed])
-    floor_K = np.array([noise_of[k].floor for k in summed])
+    names, weights_K, noise_K, floor_K = settings_of([specs[k] for k in summed], noise)
     for k, spec in enumerate(specs):
         if spec.gate == "none":
             continue
@@ -53,13 +65,12 @@ def apply_gates(scores: Scores, specs: Sequence[RewardSpec], noise: Mapping[str,
         # A negative reward would rise where the gate closes.
         negative_K = ((values_NK < 0) & valid_NK).any(0)
         if negative_K.any():
-            name = specs[summed[int(negative_K.argmax())]].name
+            name = names[int(negative_K.argmax())]
             raise RewardError(f"reward {name}: negative under gate {spec.name}: set scale and offset")
         values_NK *= factor_N[:, None]
         if spec.threshold is None:  # d(g R) = R dg + g dR, bounded by the largest R
             largest_K = np.where(valid_NK, scores.values_NK[:, summed], 0.0).max(0, initial=0.0)
-            noise_K, floor_K = noise_K + largest_K * noise_of[k].spread, floor_K + largest_K * noise_of[k].floor
+            own = noise.get(spec.name, NO_NOISE)
+            noise_K, floor_K = noise_K + largest_K * own.spread, floor_K + largest_K * own.floor
     values_NK[~valid_NK] = 0  # as in Scores, so that no leftover looks like a score
-    names = [specs[k].name for k in summed]
-    weights_K = np.array([specs[k].weight for k in summed])
     return Gated(names, weights_K, values_NK, valid_NK, noise_K, floor_K)

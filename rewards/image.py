@@ -1,7 +1,6 @@
 """The five image rewards. Each asks a judge; what the judge cannot answer is a Failure, not a score."""
 
 import asyncio
-import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -11,14 +10,14 @@ from typing import Any
 from PIL import Image
 
 from posttrain.errors import UserError
-from prompts.parse import parse_json
+from prompts.parse import json_line, parse_json
 from prompts.templates import Template, load_template
 from rewards.base import Failure, Score, Scored
 from rewards.encode import encode_async
 from rewards.endpoints import JudgeError
 from rewards.judge import Judge
 from rewards.load import construct
-from rewards.ocr import QUOTATION_MARK, score_text, words
+from rewards.ocr import QUOTATION_MARK, score_prompt, words
 
 
 class JudgeReward(ABC):
@@ -190,11 +189,8 @@ class OCR(JudgeReward):
         if not texts:
             return await self._score_unasked(image, prompt)
         lines = await self.judge.transcribe(image, self.template)
-        try:
-            # In a thread, so that other questions go on: ten texts and a full page take a tenth of a second.
-            result = await asyncio.to_thread(score_text, texts, lines)
-        except ValueError as error:
-            raise UserError(f"prompt {prompt!r}: texts: {error}: join or drop some") from error
+        # In a thread, so that other questions go on: ten texts and a full page take a tenth of a second.
+        result = await asyncio.to_thread(score_prompt, prompt, texts, lines)
         if result is None:
             return None
         details = {"lines": lines, "missing": result.missing, "extra": result.extra}
@@ -284,7 +280,7 @@ def _read(path: Path) -> dict[str, list[str]]:
 
 def _append(path: Path, entry: dict[str, object]) -> None:
     """One write to a file opened for appending, so that lines of several processes do not mix."""
-    line = (json.dumps(entry, ensure_ascii=False) + "\n").encode()
+    line = json_line(entry).encode()
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         os.write(file, line)

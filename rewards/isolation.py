@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 CLONE_FS = 0x200
-"""Of unshare(2): the working directory, the root and the umask."""
+"""Flag of unshare(2) for the working directory, the root and the umask."""
 log = logging.getLogger("posttrain")
 OURS = tuple(str(Path(__file__).with_name(name)) for name in ("base.py", "load.py", "isolation.py"))
 
@@ -109,6 +109,7 @@ def _read_process() -> Callable[[], None]:
         settings.append((torch.get_num_threads, torch.set_num_threads))
     before = [get() for get, _ in generators]
     values = [get() for get, _ in settings]
+    # Rewards go on with a stream of random numbers of their own, so that the run's does not depend on them.
     for get, put in generators:
         if get in _random_states:
             put(_random_states[get])
@@ -134,6 +135,7 @@ def _read_thread() -> Callable[[], None]:
     def put_back() -> None:
         torch.set_grad_enabled(grad)
         if torch.get_default_device() != device:
+            # None instead of cpu: every call of torch goes through a default device that is set.
             torch.set_default_device(None if device.type == "cpu" else device)
 
     return put_back
@@ -142,5 +144,5 @@ def _read_thread() -> Callable[[], None]:
 _warned: set[str] = set()
 """Rewards that a warning has named."""
 _random_states: dict[Any, Any] = {}
-"""Of the rewards, by the function that reads them."""
+"""The rewards' own states of the random generators, by the function that reads them."""
 _process, _thread = _Kept(_read_process), _KeptByThread()

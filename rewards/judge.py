@@ -61,10 +61,13 @@ class Judge:
     def __post_init__(self) -> None:
         if not self.base_urls:
             raise UserError(f"judge {self.model}: base_urls: empty: give a URL or server://NAME")
-        urls = [self.base_urls] if isinstance(self.base_urls, str) else self.base_urls
-        refuse_keys(urls, f"judge {self.model}: base_urls")
+        refuse_keys(self._urls, f"judge {self.model}: base_urls")
         if self.concurrency < 1:
             raise UserError(f"judge {self.model}: concurrency: {self.concurrency}: use 1 or more")
+
+    @property
+    def _urls(self) -> list[str]:
+        return [self.base_urls] if isinstance(self.base_urls, str) else self.base_urls
 
     async def silent(self) -> list[str]:
         """URL and reason of each server that takes no connection now, except a recipe's own, which start later.
@@ -79,11 +82,7 @@ class Judge:
 
     async def p_yes(self, image: Image.Image | EncodedImage | None, template: Template, **fields: str) -> float:
         """P(yes) / (P(yes) + P(no)) at the first answer token; None asks about text alone."""
-
-        async def ask(encoded: EncodedImage | None) -> float:
-            return await self._p_yes(encoded, template.render(**fields))
-
-        return await self._cached(ask, image, template, fields)
+        return await self._cached(self._p_yes, image, template, fields)
 
     async def p_answer(
         self, image: Image.Image | EncodedImage | None, template: Template, answer: str, **fields: str
@@ -94,10 +93,10 @@ class Judge:
             p = await self.p_yes(image, template, **fields)
             return p if word == "yes" else 1 - p
 
-        async def ask(encoded: EncodedImage | None) -> float:
-            return answer_mass(await self._first_token(encoded, template.render(**fields)), word, self.min_mass)
+        async def ask(encoded: EncodedImage | None, text: str) -> float:
+            return answer_mass(await self._first_token(encoded, text), word, self.min_mass)
 
-        return await self._cached(ask, image, template, {**fields, "answer": word})
+        return await self._cached(ask, image, template, fields, word)
 
     async def p_yes_text(self, template: Template, **fields: str) -> float:
         """The same of a question without an image."""
@@ -106,16 +105,16 @@ class Judge:
     async def transcribe(self, image: Image.Image | EncodedImage, template: Template) -> list[str]:
         """The lines of text that the judge reads in the image, in reading order."""
 
-        async def ask(encoded: EncodedImage | None) -> list[str]:
-            return await self._list_of_strings("lines", template.render(), encoded)
+        async def ask(encoded: EncodedImage | None, text: str) -> list[str]:
+            return await self._list_of_strings("lines", text, encoded)
 
         return await self._cached(ask, image, template, {})
 
     async def answer(self, image: Image.Image | EncodedImage, template: Template, **fields: str) -> str:
         """What the judge says about the image, in a form of its own."""
 
-        async def ask(encoded: EncodedImage | None) -> str:
-            response = await self._chat(template.render(**fields), encoded, max_tokens=self.max_text_tokens)
+        async def ask(encoded: EncodedImage | None, text: str) -> str:
+            response = await self._chat(text, encoded, max_tokens=self.max_text_tokens)
             return self._content(response, "a text")
 
         return await self._cached(ask, image, template, fields)
@@ -172,15 +171,9 @@ class Judge:
             "required": [key],
             "additionalProperties": False,
         }
-        response = await self._chat(
-            text,
-            encoded,
-            max_tokens=self.max_text_tokens,
-            response_format={
-                "type": "json_schema",
-                "json_schema": {"name": key, "strict": True, "schema": schema},
-            },
-        )
+        # A server with structured output then samples nothing but this JSON.
+        form = {"type": "json_schema", "json_schema": {"name": key, "strict": True, "schema": schema}}
+        response = await self._chat(text, encoded, max_tokens=self.max_text_tokens, response_format=form)
         content = self._content(response, "the JSON that was asked for")
         try:
             answer = parse_json(content)
@@ -205,17 +198,19 @@ class Judge:
 
     async def _cached(
         self,
-        ask: Callable[[EncodedImage | None], Awaitable[Any]],
+        ask: Callable[[EncodedImage | None, str], Awaitable[Any]],
         image: Image.Image | EncodedImage | None,
         template: Template,
         fields: Mapping[str, str],
+        word: str = "",
     ) -> Any:
+        """What `ask` says to the rendered question, or said before. `word` tells apart what is read from one answer."""
         encoded = await encode_async(image) if isinstance(image, Image.Image) else image
-        key = (self.model, template.hash, tuple(sorted(fields.items())), encoded and encoded.hash)
+        key = (self.model, template.hash, tuple(sorted(fields.items())), word, encoded and encoded.hash)
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        answer = self._cache[key] = await ask(encoded)
+        answer = self._cache[key] = await ask(encoded, template.render(**fields))
         while len(self._cache) > CACHED_ANSWERS:  # the answer that was not asked for longest goes first
             self._cache.popitem(last=False)
         return answer
@@ -265,11 +260,10 @@ class Judge:
         loop = asyncio.get_running_loop()
         if self._loop is loop:
             return
-        urls = [self.base_urls] if isinstance(self.base_urls, str) else self.base_urls
         key = self._key() or "none"
-        self._endpoints = Endpoints(urls, key, self.timeout, self.deadline, self.retries)
+        self._endpoints = Endpoints(self._urls, key, self.timeout, self.deadline, self.retries)
         self._slots = asyncio.Semaphore(share(self.concurrency))
-        self._turns = turns_of(urls, share(self.concurrency))
+        self._turns = turns_of(self._urls, share(self.concurrency))
         self._loop = loop
 
     def _key(self) -> str | None:
@@ -278,9 +272,8 @@ class Judge:
             if key is None:
                 raise UserError(f"judge {self.model}: api_key_env: {self.api_key_env} is not set: export it")
             return key
-        urls = [self.base_urls] if isinstance(self.base_urls, str) else self.base_urls
         # The recipe's own servers have the key that vLLM finds in the environment.
-        ours = all(isinstance(url, ServerURL) for url in urls)
+        ours = all(isinstance(url, ServerURL) for url in self._urls)
         return read_key(KEY_VARIABLE, f"judge {self.model}") if ours else None
 
     def _without_key(self, message: str) -> str:

@@ -123,12 +123,25 @@ def _arguments(spec: RewardSpec, path: str, function: Any) -> dict[str, Any]:
     if called is not function and not isinstance(called, staticmethod):
         parameters = parameters[1:]  # self
     takes = ", ".join(str(p.replace(annotation=p.empty, default=p.empty)) for p in parameters) or "nothing"
-    if parameters and all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+    names: set[str] = set()  # of what can be given by name
+    places: list[str] = []  # of what can be given by position
+    required: set[str] = set()
+    several = takes_all = False  # *args, **kwargs
+    for p in parameters:
+        several = several or p.kind is p.VAR_POSITIONAL
+        takes_all = takes_all or p.kind is p.VAR_KEYWORD
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            continue
+        if p.kind is not p.POSITIONAL_ONLY:
+            names.add(p.name)
+        if p.kind is not p.KEYWORD_ONLY:
+            places.append(p.name)
+        if p.default is p.empty:
+            required.add(p.name)
+    if parameters and not names and not places:
         raise UserError(f"{where} takes {takes}, so its columns are not known; if it is decorated, use functools.wraps")
-    names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     by_name = {"images", "prompts"} <= names
-    places = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:2]
-    several = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    places = places[:2]
     if not by_name and len(places) < 2 and not (places and several):
         raise UserError(
             f"{where} takes {takes}; it is called with images and prompts, and the columns that it names: give it these"
@@ -137,12 +150,7 @@ def _arguments(spec: RewardSpec, path: str, function: Any) -> dict[str, Any]:
     if not by_name and ("prompt" in places[0] or ("image" in places[-1] and len(places) == 2)):
         raise UserError(f"{where} takes {takes}: call its parameters images and prompts, so that their order is known")
     first = {"images", "prompts"} if by_name else {*places}
-    required = set()
-    for p in parameters:
-        if p.name not in first and p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
-            required.add(p.name)
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    return {"parameters": None if takes_all else names - first, "required": required, "by_name": by_name}
+    return {"parameters": None if takes_all else names - first, "required": required - first, "by_name": by_name}
 
 
 def check_addresses(value: Any, servers: Sequence[str], where: str) -> None:
@@ -151,15 +159,11 @@ def check_addresses(value: Any, servers: Sequence[str], where: str) -> None:
     for name, entry in value.items() if isinstance(value, Mapping) else ():
         if name == "base_urls" and entry is not None:
             urls = [entry] if isinstance(entry, str) else entry
-            if not isinstance(urls, list) or not all(map(_is_text, urls)):
+            if not isinstance(urls, list) or not all(isinstance(url, str) for url in urls):
                 raise UserError(f"{where}.{name}: is {entry!r}; give a URL or a list of them")
             check_urls([url for url in urls if not url.startswith(SERVER)], f"{where}.{name}")
         else:
             check_addresses(entry, servers, f"{where}.{name}")
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
 
 
 def record(rewards: Sequence[Reward]) -> dict[str, dict[str, Any]]:

@@ -103,7 +103,7 @@ class LocalJudge(Judge):
             return list(map(self._text_response, completions))
 
     def _likely(self, logits: torch.Tensor) -> list[list[tuple[str, float]]]:
-        """Of each row the most probable tokens that spell neither yes nor no, with their log-probs."""
+        """For each row, the most probable tokens that spell neither yes nor no, with their log-probs."""
         logprobs, tokens = logits.log_softmax(-1).topk(min(LIKELY, logits.shape[-1]))
         known = {*self._vlm.yes, *self._vlm.no}
         rows = []

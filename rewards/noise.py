@@ -19,9 +19,9 @@ from rewards.image import JudgeReward
 
 FACTOR = 3
 LEAST = 0.01
-"""In P(yes)."""
+"""Least floor, in P(yes)."""
 PREFIX = "noise/"
-"""Of the metrics that say what was measured."""
+"""Prefix of the metrics that say what was measured."""
 TIMES = 20
 LIMIT = 1e-3  # in P(yes); a group's images often differ by little more
 TOO_MUCH = (

@@ -20,10 +20,12 @@ from itertools import chain
 
 import numpy as np
 
+from posttrain.errors import UserError
+
 MISSING = 1.0
 EXTRA = 0.5
 JOINED = 0.1
-"""Of two to four words that are written as one, or one that is written as so many."""
+"""Cost of two to four words that are written as one, or of one that is written as so many."""
 LONGEST_JOIN = 4
 MISREAD = 0.25  # share of letters in which joined words may differ from what was read, at the same length
 MAX_TEXTS = 10  # the exact assignment keeps a cost for every subset of the texts
@@ -163,7 +165,7 @@ def assign(
     substituted = _by_target(np.rint(costs * unit).astype(np.int64) << bits, targets, int(never))
     flat = list(chain(*lines))
     ends_with: dict[int, list[tuple[int, int, int, int, int]]] = {}
-    """By the last word read: (target, its words before, its words after, words read, cost) of a join."""
+    """Last word read -> joins that end there: (target, its words before, its words after, words read, cost)."""
     for i, target in enumerate(targets):
         for first, number, column, cost in joins(target, flat):
             ends_with.setdefault(column, []).append((i, first, first + number, 1, round(cost * unit) << bits))
@@ -229,6 +231,14 @@ def order_free_cost(costs: np.ndarray) -> float:
     rows, columns = linear_sum_assignment(costs)
     unmatched = MISSING * (costs.shape[0] - len(rows)) + EXTRA * (costs.shape[1] - len(rows))
     return float(costs[rows, columns].sum()) + unmatched
+
+
+def score_prompt(prompt: str, texts: Sequence[str], lines: Sequence[str]) -> TextScore | None:
+    """`score_text` of a prompt's texts. Raises UserError, which names the prompt, for more texts than can be scored."""
+    try:
+        return score_text(texts, lines)
+    except ValueError as error:
+        raise UserError(f"prompt {prompt!r}: texts: {error}: join or drop some") from error
 
 
 def score_text(texts: Sequence[str], lines: Sequence[str]) -> TextScore | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from rewards.judge import Judge
 from rewards.ocr import folded
 
 LETTERS = "a-z\u00b5-\u024f\u0370-\u058f\u10a0-\u10ff\u1e00-\u1fff"
-"""Of scripts that set words apart and add nothing to them: Latin, Greek, Cyrillic, Armenian, Georgian."""
+"""Letters of scripts that set words apart and add nothing to them: Latin, Greek, Cyrillic, Armenian, Georgian."""
 
 
 class Words:
@@ -46,7 +46,7 @@ class Words:
 
 
 def _readings(text: str) -> tuple[str, str]:
-    """With what is invisible left out, as within a word, and with a space in its place, as between two."""
+    """The text with invisible characters left out, as within a word, and with spaces for them, as between two words."""
     return folded(text), folded("".join(" " if unicodedata.category(c) == "Cf" else c for c in text))
 
 
@@ -88,8 +88,7 @@ class TextJudge:
         self.template = load_template(template)
 
     async def __call__(self, expansions: Sequence[str], prompts: Sequence[str]) -> list[float]:
-        asked = [self.judge.p_yes_text(self.template, text=text) for text in expansions]
-        return [1 - yes for yes in await asyncio.gather(*asked)]
+        return await _p_no(self.judge.p_yes_text(self.template, text=text) for text in expansions)
 
 
 class ImageJudge:
@@ -106,5 +105,8 @@ class ImageJudge:
         self.fields = {} if requirement is None else {"requirement": requirement}
 
     async def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        asked = [self.judge.p_yes(image, self.template, **self.fields) for image in images]
-        return [1 - yes for yes in await asyncio.gather(*asked)]
+        return await _p_no(self.judge.p_yes(image, self.template, **self.fields) for image in images)
+
+
+async def _p_no(questions: Iterable[Awaitable[float]]) -> list[float]:
+    return [1 - yes for yes in await asyncio.gather(*questions)]

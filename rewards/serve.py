@@ -43,7 +43,7 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
-"""In the names of variables whose values no file may hold."""
+"""Matches the names of variables whose values no file may hold."""
 SECRET_IN_URL = re.compile(r"(key|token|secret|password)=", re.IGNORECASE)
 
 KEY_VARIABLE = "VLLM_API_KEY"

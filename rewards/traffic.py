@@ -26,7 +26,7 @@ Sent = Literal["bytes", "bytes and id", "id"]
 
 @dataclass(eq=False)
 class ServerState:
-    """Of one server, in one event loop. Times are the loop's."""
+    """State of one server, in one event loop. Times are the loop's."""
 
     url: str
     opens: float = 0.0
@@ -121,42 +121,42 @@ class Turns:
         if image is None or not any(map(_names_images.get, self.urls)):
             yield
             return
-        mine = self._open.get(image)
-        leads = mine is None
-        if mine is None:
-            mine = self._open[image] = _Open(asyncio.get_running_loop().create_future())
-        mine.questions += 1
+        state = self._open.get(image)
+        leads = state is None
+        if state is None:
+            state = self._open[image] = _Open(asyncio.get_running_loop().create_future())
+        state.questions += 1
         try:
             if leads:
                 await self._room.acquire()
-                mine.admitted = True
+                state.admitted = True
             else:
-                await asyncio.shield(mine.first)
+                await asyncio.shield(state.first)  # a question that is given up must not end the wait of the others
             yield
         finally:
             if leads:
-                mine.first.set_result(None)
-            mine.questions -= 1
-            if mine.questions == 0:
+                state.first.set_result(None)
+            state.questions -= 1
+            if state.questions == 0:
                 del self._open[image]
-                if mine.admitted:
+                if state.admitted:
                     self._room.release()
 
 
 _names_images: dict[str, bool] = {}
-"""By URL: whether the server takes ids of images, as vLLM does. Known from its first answer."""
+"""URL -> whether the server takes ids of images, as vLLM does. Known from its first answer."""
 _states: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, ServerState]] = WeakKeyDictionary()
 _turns: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, ...], Turns]] = WeakKeyDictionary()
 
 
 def state_of(url: str) -> ServerState:
-    """The one of the running event loop."""
+    """The server's state in the running event loop."""
     states = _states.setdefault(asyncio.get_running_loop(), {})
     return states.setdefault(url, ServerState(url))
 
 
 def turns_of(urls: Sequence[str], at_once: int) -> Turns:
-    """The ones of the running event loop, and how many images are under way: what the first judge says."""
+    """The servers' turns in the running event loop. The first judge decides how many images are under way at once."""
     turns, key = _turns.setdefault(asyncio.get_running_loop(), {}), tuple(urls)
     if key not in turns:
         turns[key] = Turns(key, at_once)

@@ -93,7 +93,7 @@ class VLM:
             "input_ids": ids,
             "attention_mask": tokens.attention_mask[which],
             "mm_token_type_ids": (ids == self.tokenizer.convert_tokens_to_ids("<|image_pad|>")).int(),
-            "pixel_values": torch.cat([patches[r] for r in row]),
+            "pixel_values": _joined(patches, row),
             "image_grid_thw": grids[row],
         }
 
@@ -152,13 +152,11 @@ class VLM:
         def forward(hidden_states: Tensor, grid_thw: Tensor, **options: Any) -> Any:
             sizes = grid_thw.prod(-1).tolist()
             patches = hidden_states.split(sizes)
-            seen: Any = whole(torch.cat([patches[i] for i in first]), grid_thw=grid_thw[first], **options)
-
+            seen: Any = whole(_joined(patches, first), grid_thw=grid_thw[first], **options)
             lengths = [sizes[i] // merged for i in first]
 
             def spread(features: Tensor) -> Tensor:
-                parts = features.split(lengths)
-                return torch.cat([parts[r] for r in row])
+                return _joined(features.split(lengths), row)
 
             seen.pooler_output = spread(seen.pooler_output)
             seen.deepstack_features = [spread(features) for features in seen.deepstack_features]
@@ -189,6 +187,10 @@ def distinct(images: Sequence[Image.Image]) -> tuple[list[int], list[int]]:
             first.append(place)
         row.append(order[id(image)])
     return first, row
+
+
+def _joined(parts: Sequence[Tensor], order: Sequence[int]) -> Tensor:
+    return torch.cat([parts[i] for i in order])
 
 
 def _positions_on_cpu(model: Any) -> None:

@@ -9,6 +9,7 @@ os.environ.setdefault("MKL_CBWR", "AVX2")
 
 import pytest
 
+import posttrain.log  # noqa: F401  messages go to stderr, also where a test runs alone
 from tests.helpers.commands import TRAINING, Commands
 
 LONGEST = (

@@ -30,7 +30,7 @@ MIN_PER_THIRD = 5  # pairs; a share of fewer is mostly chance
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of two raters, or of two times of one."""
+    """Agreement of two raters, or of one rater with themselves."""
 
     pairs: int
     """Pairs or images that both answered."""
@@ -41,18 +41,20 @@ class Agreement:
 
 
 def agreement(answers: Iterable[tuple[float, float]], of_images: bool = False) -> Agreement:
-    """Of two raters' answers about the same pairs, or single images, each 0, 0.5 or 1."""
+    """Agreement of two raters' answers about the same pairs, or single images, each 0, 0.5 or 1."""
     answers = list(answers)
     n = len(answers)
     if not n:
         return Agreement(0, None, None)
     equal = sum(a == b for a, b in answers) / n
-    counted = list(answers)
+    counted = answers
     if not of_images:
         # Each pair in the other order of its images too, so that kappa does not depend on which is called chosen.
-        counted += [(1 - a, 1 - b) for a, b in answers]
+        counted = answers + [(1 - a, 1 - b) for a, b in answers]
     counts_a, counts_b = map(Counter, zip(*counted))
+    # p_e of the equation above.
     chance = sum(counts_a[value] * counts_b[value] for value in counts_a) / len(counted) ** 2
+    # Where both gave one and the same answer to everything, kappa is 0 / 0.
     return Agreement(n, equal, None if chance == 1 else (equal - chance) / (1 - chance))
 
 
@@ -63,9 +65,10 @@ def votes(choices: Mapping[str, Sequence[Choice]]) -> dict[str, float]:
     A person has one vote: who answered twice gives the mean of both answers.
     """
     by_pair: dict[str, list[float]] = defaultdict(list)
-    for made in choices.values():
+    for of_person in choices.values():
+        # By person first, so that nobody gets more weight by answering a pair twice.
         own: dict[str, list[float]] = defaultdict(list)
-        for choice in made:
+        for choice in of_person:
             if choice.share is not None:
                 own[choice.pair].append(choice.share)
         for pair, answers in own.items():
@@ -86,7 +89,7 @@ def report(choices: Mapping[str, Sequence[Choice]], margins: Mapping[str, float 
         # Of those with a side: who mostly presses one key is seen here.
         sided = counts["left"] + counts["right"]
         people.append(
-            _person(name, choices[name], of_images=False)
+            _person(name, choices[name], counts, of_images=False)
             | {
                 "ties": counts["tie"],
                 "left": counts["left"] / sided if sided else None,
@@ -102,7 +105,7 @@ def report(choices: Mapping[str, Sequence[Choice]], margins: Mapping[str, float 
         "judges_by_margin": _by_margin(shares, margins),
         "pairs": len(margins),
         "answered": len(shares),
-        "undecided": sum(share == 0.5 for share in shares.values()),
+        "undecided": list(shares.values()).count(0.5),
         "against_judges": sum(share < 0.5 for share in shares.values()),
     }
 
@@ -117,7 +120,7 @@ def report_marks(choices: Mapping[str, Sequence[Choice]], images: int) -> dict[s
         # Shares are of decided answers: "unsure" says nothing about how strict a person is.
         decided = counts["faulty"] + counts["fine"]
         people.append(
-            _person(name, choices[name], of_images=True)
+            _person(name, choices[name], counts, of_images=True)
             | {"unsure": counts["unsure"], "faulty": counts["faulty"] / decided if decided else None}
         )
     shares = votes(choices)
@@ -126,31 +129,30 @@ def report_marks(choices: Mapping[str, Sequence[Choice]], images: int) -> dict[s
         **_between(first, of_images=True),
         "images": images,
         "answered": len(shares),
-        "undecided": sum(share == 0.5 for share in shares.values()),
+        "undecided": list(shares.values()).count(0.5),
         "faulty": sum(share > 0.5 for share in shares.values()),
     }
 
 
 def _first_answers(choices: Mapping[str, Sequence[Choice]]) -> dict[str, dict[str, float]]:
-    """By person who answered anything: the first answer to each pair or image."""
-    return {name: _answers(made, again=False) for name, made in choices.items() if made}
+    """Person -> pair or image -> first answer, for everyone who answered anything."""
+    return {name: _answers(of_person, again=False) for name, of_person in choices.items() if of_person}
 
 
-def _person(name: str, made: Sequence[Choice], of_images: bool) -> dict[str, Any]:
-    """What both reports say of one person; there is at least one choice."""
-    first, second = _answers(made, again=False), _answers(made, again=True)
+def _person(name: str, choices: Sequence[Choice], counts: Counter[str], of_images: bool) -> dict[str, Any]:
+    """What both reports say of one person; there is at least one choice, and `counts` of each answer."""
+    first, second = _answers(choices, again=False), _answers(choices, again=True)
     twice = [(first[item], second[item]) for item in first.keys() & second.keys()]
     return {
         "name": name,
-        "answers": len(made),
-        "skips": sum(choice.choice == "skip" for choice in made),
-        "median_seconds": statistics.median(choice.seconds for choice in made),
+        "answers": len(choices),
+        "skips": counts["skip"],
+        "median_seconds": statistics.median(choice.seconds for choice in choices),
         "repeats": asdict(agreement(twice, of_images)),
     }
 
 
 def mark_lines(figures: Mapping[str, Any]) -> list[str]:
-    """The report of marks as text."""
     lines = [
         f"{figures['answered']} of {counted(figures['images'], 'image')} marked: {figures['faulty']} faulty,"
         f" {figures['undecided']} undecided"
@@ -165,7 +167,6 @@ def mark_lines(figures: Mapping[str, Any]) -> list[str]:
 
 
 def report_lines(figures: Mapping[str, Any]) -> list[str]:
-    """The report as text."""
     answered = f"{figures['answered']} of {counted(figures['pairs'], 'pair')} answered"
     lines = [f"{answered}, {figures['undecided']} of them undecided"]
     for p in figures["people"]:
@@ -191,7 +192,7 @@ def _between(first: Mapping[str, Mapping[str, float]], of_images: bool) -> dict[
         # Both orders: which of two people is named first means nothing.
         pooled += both + [(y, x) for x, y in both]
     together = agreement(pooled, of_images)
-    return {"between": between, "together": {**asdict(together), "pairs": together.pairs // 2}}
+    return {"between": between, "together": {**asdict(together), "pairs": together.pairs // 2}}  # each was there twice
 
 
 def _lines_between(figures: Mapping[str, Any]) -> list[str]:
@@ -201,12 +202,12 @@ def _lines_between(figures: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _answers(made: Iterable[Choice], again: bool) -> dict[str, float]:
-    return {c.pair: c.share for c in made if c.again == again and c.share is not None}
+def _answers(choices: Iterable[Choice], again: bool) -> dict[str, float]:
+    return {c.pair: c.share for c in choices if c.again == again and c.share is not None}
 
 
 def _judges(shares: Iterable[float]) -> Agreement:
-    """With judges who prefer `chosen` always: they never tie, so ties are left out."""
+    """Agreement with judges who always prefer `chosen`: they never tie, so ties are left out."""
     return agreement((float(share > 0.5), 1.0) for share in shares if share != 0.5)
 
 
@@ -214,6 +215,7 @@ def _by_margin(shares: Mapping[str, float], margins: Mapping[str, float | None])
     """Agreement with the judges in each third of the decided pairs by margin, smallest first; none if too few."""
     decided = []
     for pair, margin in margins.items():
+        # 0.5: a pair that nobody answered is as undecided as one that divides people evenly.
         if margin is not None and shares.get(pair, 0.5) != 0.5:
             decided.append((margin, shares[pair]))
     n = len(decided)
@@ -223,8 +225,8 @@ def _by_margin(shares: Mapping[str, float], margins: Mapping[str, float | None])
     rows = []
     for k in range(3):
         third = decided[n * k // 3 : n * (k + 1) // 3]
-        found = _judges(share for _, share in third)
-        rows.append({"from": third[0][0], "to": third[-1][0], **asdict(found)})
+        agreed = _judges(share for _, share in third)
+        rows.append({"from": third[0][0], "to": third[-1][0], **asdict(agreed)})
     return rows
 
 

@@ -88,18 +88,18 @@ class Annotations:
 
     schedule: Schedule
     choices: dict[str, list[Choice]] = field(default_factory=dict)
-    """By annotator, in the order they were made."""
+    """Annotator -> choices, in the order they were made."""
     hash: str = ""
-    """Of the last line."""
+    """Hash of the last line."""
     size: int = 0
     """Bytes of whole lines."""
 
     def items(self) -> set[str]:
         """Ids of all pairs or images that someone answered."""
-        found: set[str] = set()
-        for made in self.choices.values():
-            found.update(choice.pair for choice in made)
-        return found
+        ids: set[str] = set()
+        for choices in self.choices.values():
+            ids.update(choice.pair for choice in choices)
+        return ids
 
 
 def schedule(ids: Sequence[str], annotator: str, settings: Schedule) -> list[Showing]:
@@ -113,6 +113,7 @@ def schedule(ids: Sequence[str], annotator: str, settings: Schedule) -> list[Sho
     """
     order = sorted(ids, key=lambda pair: _draw(settings.seed, annotator, pair))
     shortest = min(MIN_GAP, len(order) // 2)
+    # Repeats are spread over the pairs after which there is still room for the shortest gap.
     count, early = int(len(order) * settings.repeats), len(order) - shortest
     repeated = {k * early // count for k in range(count)}
     showings: list[tuple[float, Showing]] = []
@@ -122,6 +123,7 @@ def schedule(ids: Sequence[str], annotator: str, settings: Schedule) -> list[Sho
         if i in repeated:
             longest = min(MAX_GAP, len(order) - 1 - i)
             gap = shortest + _draw(settings.seed, annotator, pair, "gap") % (longest - shortest + 1)
+            # Half a place later, so that it comes after the first showing of the pair at that place.
             showings.append((i + gap + 0.5, Showing(pair, True, second)))
     return [showing for _, showing in sorted(showings, key=lambda item: item[0])]
 
@@ -150,10 +152,10 @@ def read(path: Path) -> Annotations:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the --store of posttrain annotate") from None
-    held = _replay(path, data)
-    if held is None:
+    stored = _replay(path, data)
+    if stored is None:
         raise UserError(f"{path}: holds no choice yet; give the --store of posttrain annotate")
-    return held
+    return stored
 
 
 class Store:
@@ -175,60 +177,61 @@ class Store:
         try:
             self._lock()
             data = path.read_bytes()
-            held = _replay(path, data)
-            if held is None:
-                self._held = Annotations(settings)
+            stored = _replay(path, data)
+            if stored is None:
+                self._annotations = Annotations(settings)
             else:
-                self._held = held
-                for name, value in asdict(held.schedule).items():
+                self._annotations = stored
+                for name, value in asdict(stored.schedule).items():
                     given = getattr(settings, name)
                     if given != value:
                         raise UserError(
                             f"{path}: was started with {name} {value}, not {given}; pass --{name} {value},"
                             " or choose another --store"
                         )
-            if cut := len(data) - self._held.size:
+            if cut := len(data) - self._annotations.size:
                 log.warning(f"{path}: the last line was cut off ({cut} bytes); dropped")
-                os.ftruncate(self._file, self._held.size)
-            if held is None:
+                os.ftruncate(self._file, self._annotations.size)
+            if stored is None:
                 self._append({"annotations": VERSION, **asdict(settings)})
-                sync(path.parent)
+                sync(path.parent)  # after a power cut the name of a new file could be missing
         except BaseException:
-            os.close(self._file)
+            os.close(self._file)  # which gives the lock back
             raise
 
     @property
     def schedule(self) -> Schedule:
-        return self._held.schedule
+        return self._annotations.schedule
 
     def choices(self, annotator: str) -> list[Choice]:
-        """Those that stand, in the order they were made."""
+        """The choices that were not taken back, in the order they were made."""
         with self._mutex:
-            return list(self._held.choices.get(annotator, ()))
+            return list(self._annotations.choices.get(annotator, ()))
 
     def pairs(self) -> set[str]:
         """Ids of all pairs or images that someone answered."""
         with self._mutex:
-            return self._held.items()
+            return self._annotations.items()
 
     def add(self, annotator: str, showing: Showing, choice: Answer, seconds: float) -> bool:
         """Save a choice; it is on disk when this returns. False if that showing had been answered already.
 
         Raises UserError if it cannot be written; then nothing has changed.
         """
-        made = Choice(annotator, **asdict(showing), choice=choice, seconds=seconds, time=_now())
+        new = Choice(annotator, **asdict(showing), choice=choice, seconds=seconds, time=_now())
         with self._mutex:
-            standing = self._held.choices.setdefault(annotator, [])
+            standing = self._annotations.choices.setdefault(annotator, [])
+            # A key pressed twice, or the same person in two windows.
             if any((c.pair, c.again) == (showing.pair, showing.again) for c in standing):
                 return False
-            self._append(asdict(made))
-            standing.append(made)
+            self._append(asdict(new))
+            standing.append(new)
             return True
 
     def undo(self, annotator: str) -> Choice | None:
         """Take back the annotator's last choice that stands, and return it. Raises as `add` does."""
         with self._mutex:
-            standing = self._held.choices.get(annotator, [])
+            standing = self._annotations.choices.get(annotator, [])
             if not standing:
                 return None
             last = standing[-1]
@@ -239,6 +242,7 @@ class Store:
         os.close(self._file)  # and with it the lock
 
     def _lock(self) -> None:
+        # The kernel drops this lock when the process ends, however it ends, so a kill leaves no stale one.
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -252,7 +256,7 @@ class Store:
             ) from None
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        total = _hash(self._held.hash, record)
+        total = _hash(self._annotations.hash, record)
         line = (json.dumps({**record, "hash": total}, ensure_ascii=False, allow_nan=False) + "\n").encode()
         try:
             # write() may take a part of it only.
@@ -263,14 +267,14 @@ class Store:
             os.fsync(self._file)
         except OSError as error:
             # Half a line in the middle would make every later line unreadable.
-            os.ftruncate(self._file, self._held.size)
+            os.ftruncate(self._file, self._annotations.size)
             raise UserError(f"{self.path}: nothing was saved ({error.strerror}); free some space, then again") from None
-        self._held.hash, self._held.size = total, self._held.size + len(line)
+        self._annotations.hash, self._annotations.size = total, self._annotations.size + len(line)
 
 
 def _replay(path: Path, data: bytes) -> Annotations | None:
     """The annotations of all complete lines; None if there is no line."""
-    held: Annotations | None = None
+    stored: Annotations | None = None
     for number, line in enumerate(data.splitlines(keepends=True), 1):
         # A kill while writing leaves half a line at the end, whose answer was not confirmed.
         if not line.endswith(b"\n"):
@@ -279,34 +283,36 @@ def _replay(path: Path, data: bytes) -> Annotations | None:
             record = json.loads(line)
         except ValueError:
             record = None
-        if held is None:
+        if stored is None:
             if not (isinstance(record, dict) and "annotations" in record):
                 raise UserError(f"{path}:1: is no annotation store; choose another --store")
             if record["annotations"] != VERSION:
                 raise UserError(f"{path}:1: was written by another version of posttrain; use that one")
         total = str(record.pop("hash", "")) if isinstance(record, dict) else ""
-        if not isinstance(record, dict) or total != _hash(held.hash if held else "", record):
+        if not isinstance(record, dict) or total != _hash(stored.hash if stored else "", record):
             raise UserError(
                 f"{path}:{number}: was edited, or a line before it was removed; restore the file from a copy,"
                 " or start another --store"
             )
-        if held is None:
+        if stored is None:
             # Stores written before single images could be marked have no mode.
-            held = Annotations(Schedule(record["seed"], record["repeats"], record.get("mode", "preference")))
+            stored = Annotations(Schedule(record["seed"], record["repeats"], record.get("mode", "preference")))
         elif "undo" in record:
-            held.choices[record["annotator"]].pop()
+            stored.choices[record["annotator"]].pop()
         else:
-            held.choices.setdefault(record["annotator"], []).append(Choice(**record))
-        held.hash, held.size = total, held.size + len(line)
-    return held
+            stored.choices.setdefault(record["annotator"], []).append(Choice(**record))
+        stored.hash, stored.size = total, stored.size + len(line)
+    return stored
 
 
 def _hash(before: str, record: Mapping[str, Any]) -> str:
+    # Sorted, so that the hash is of the fields and not of their order.
     text = before + json.dumps(record, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _draw(*parts: Any) -> int:
+    # As JSON, in which ("ab", "c") and ("a", "bc") differ.
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big")
 
 

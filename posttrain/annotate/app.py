@@ -51,6 +51,7 @@ def page(desk: Desk, password: str | None, hosts: set[str], root_path: str = "")
             person(name)
         except UserError:
             return False
+        # In constant time: how long a comparison takes must not tell how much of a password is right.
         return hmac.compare_digest(entered.encode(), (password or "").encode())
 
     app = fastapi.FastAPI(openapi_url=None)
@@ -104,6 +105,8 @@ class Guard:
             scope = {**scope, "path": path, "raw_path": scope["raw_path"].removeprefix(self._root.encode())}
         if scope["type"] == "http" and self._hosts is not None:
             headers = Headers(scope=scope)
+            # Another site may have its name point here (then Host is that name), or post here from its own page (then
+            # the browser adds its Origin).
             host, origin = headers.get("host", ""), headers.get("origin")
             if URL(f"http://{host}").hostname not in self._hosts or (origin and URL(origin).netloc != host):
                 await PlainTextResponse("posttrain annotate: asked by another site\n", 403)(scope, receive, send)

@@ -43,6 +43,7 @@ class AnnotateConfig:
 
     @model_validator(mode="after")
     def _fits(self) -> AnnotateConfig:
+        # A store holds answers of one mode, so the items of the other would never be asked about.
         needed, other = ("pairs", "images") if self.mode == "preference" else ("images", "pairs")
         if getattr(self, needed) is None:
             raise refusal(needed, f"missing; mode {self.mode} asks about {needed}")

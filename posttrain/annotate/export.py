@@ -59,6 +59,7 @@ def preferred(pair: Preference, share: float) -> Preference:
         for suffix in ("", "_policy", "_on_policy"):
             swapped[f"chosen{suffix}"] = getattr(pair, f"rejected{suffix}")
             swapped[f"rejected{suffix}"] = getattr(pair, f"chosen{suffix}")
+    # `replace` hashes the images again in their new order, so a swapped pair has another id.
     return replace(pair, **swapped, source="human", share=max(share, 1 - share), margin=None)
 
 
@@ -86,19 +87,19 @@ class Pairs:
                 if pair.references:
                     self.references[pair.id] = len(pair.references)
         if tally.bad or tally.ties:
-            told = f"left out are {counted(len(tally.bad), 'bad row')} and {counted(tally.ties, 'tie')}"
+            counts = f"{counted(len(tally.bad), 'bad row')} and {counted(tally.ties, 'tie')}"
             reasons = f": {tally.first()}" if tally.bad else ""
-            log.warning(f"{path}: {told}{reasons}")
+            log.warning(f"{path}: left out are {counts}{reasons}")
 
     def __getitem__(self, pair: str) -> Preference:
         """Raises UserError if it cannot be read any more."""
-        with self._mutex:
-            found = self._set[self._rows[pair]]
-        if isinstance(found, Skipped):
-            raise UserError(f"{found.where}: {found.reason}; restore {self.path} as it was at the start")
-        if found.id != pair:
+        with self._mutex:  # requests come in several threads, and a table keeps the row group that it read last
+            row = self._set[self._rows[pair]]
+        if isinstance(row, Skipped):
+            raise UserError(f"{row.where}: {row.reason}; restore {self.path} as it was at the start")
+        if row.id != pair:
             raise UserError(f"{self.path}: row {self._rows[pair]} has changed; restore it as it was at the start")
-        return found
+        return row
 
     def require(self, ids: set[str], store: str) -> None:
         """Raise UserError if the store knows pairs that this set does not have."""

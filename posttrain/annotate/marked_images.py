@@ -33,7 +33,7 @@ class Found:
     path: Path
     prompt: str | None
     source: str | None
-    """Of a run: which of its samples it is, such as step-000100."""
+    """For an image of a run: which of its samples it is, such as step-000100."""
 
 
 class Images:
@@ -44,27 +44,24 @@ class Images:
         is none of them, or an image cannot be read."""
         self.path = path
         self.prompts: dict[str, str] = {}
-        """By id, in order; the empty string where no prompt is known."""
-        self._files: dict[str, Found] = {}
+        """Id -> prompt, in order; the empty string where no prompt is known."""
+        self.files: dict[str, Found] = {}
         for found in reading(find(Path(path)), "images"):
             name = _id(found, _read(found.path))
-            self._files.setdefault(name, found)  # an image that is there twice is asked about once
+            self.files.setdefault(name, found)  # an image that is there twice is asked about once
             self.prompts.setdefault(name, found.prompt or "")
 
     def __getitem__(self, name: str) -> Image.Image:
-        """In RGB. Raises UserError if it cannot be read any more."""
-        found = self._files[name]
+        """The image in RGB. Raises UserError if it cannot be read any more."""
+        found = self.files[name]
         image = _read(found.path)
         if _id(found, image) != name:
             raise UserError(f"{found.path}: has changed; restore it as it was at the start")
         return image
 
-    def file(self, name: str) -> Found:
-        return self._files[name]
-
     def require(self, names: set[str], store: str) -> None:
         """Raise UserError if the store knows images that are not here."""
-        if missing := sorted(names - self._files.keys()):
+        if missing := sorted(names - self.files.keys()):
             raise UserError(
                 f"{store}: {len(missing)} of the {counted(len(names), 'image')} in it cannot be found in {self.path}"
                 f" (such as {missing[0]}); give the images that it was started with"
@@ -81,7 +78,7 @@ def find(root: Path) -> list[Found]:
     folders = sorted(p for p in (root / "samples").iterdir() if p.is_dir()) if is_run else [root]
     found = []
     for folder in folders:
-        within_run = folder.parent.name == "samples"
+        within_run = folder.parent.name == "samples"  # one folder of a run's samples may be given by itself, too
         prompts = _prompts((folder.parent if within_run else folder) / PROMPTS)
         for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES):
             found.append(Found(path, prompts.get(path.stem), folder.name if within_run else None))
@@ -112,13 +109,14 @@ def write(stored: Annotations, images_path: str, store: str, output: str | None)
 
 
 def _write(images: Images, votes: dict[str, float], figures: dict[str, Any], target: Path) -> None:
+    # The whole directory at once, so that nobody trains on a part of it.
     with replacing_directory(target) as folder:
         (folder / "images").mkdir()
         rows = []
         for name in images.prompts:  # in the order of the files, whoever answered first
             if name not in votes:
                 continue
-            found, file = images.file(name), f"images/{name}.png"
+            found, file = images.files[name], f"images/{name}.png"
             images[name].save(folder / file)
             row = {"image": file, "fault": votes[name], "prompt": found.prompt, "source": found.source}
             known = {key: value for key, value in row.items() if value is not None}
@@ -133,6 +131,7 @@ def _prompts(path: Path) -> dict[str, str]:
         return {}
     try:
         rows = parse_json(path.read_bytes())
+        # The names that runs and posttrain sample give their images.
         return {f"{i:03d}": str(row["prompt"]) for i, row in enumerate(rows)}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: is not a list of prompts ({error!r}); repair or remove it") from None
@@ -148,6 +147,7 @@ def _read(path: Path) -> Image.Image:
 
 
 def _id(found: Found, image: Image.Image) -> str:
+    # Of pixels, not of files: an image that was copied or saved again is the same image.
     digest = hashlib.blake2b((found.prompt or "").encode(), digest_size=16)
     digest.update(repr(image.size).encode() + image.tobytes())
     return digest.hexdigest()

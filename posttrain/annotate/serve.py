@@ -104,7 +104,7 @@ class Desk:
         else:
             shown = item.references[part].image if isinstance(part, int) else getattr(item, part or "")
         buffer = io.BytesIO()
-        shown.save(buffer, "png", compress_level=1)
+        shown.save(buffer, "png", compress_level=1)  # someone is waiting, and the default takes several times as long
         return buffer.getvalue()
 
     def _view(self, name: str, note: str = "") -> dict[str, Any]:
@@ -117,10 +117,11 @@ class Desk:
             minutes = statistics.median(choice.seconds for choice in choices) * len(left) / 60
             view["rest"] = f"about {minutes:.0f} min left" if minutes >= 1 else "less than a minute left"
         if left:
-            now, ahead = left[0], left[1:2]
+            now = left[0]
             view |= {"pair": now.pair, "again": now.again, "prompt": self.items.prompts[now.pair]}
             view["images"], view["references"] = self._urls(now), self._references(now)
-            view["ahead"] = [url for showing in ahead for url in self._urls(showing)]
+            # The browser loads the next images while someone looks at these.
+            view["ahead"] = self._urls(left[1]) if len(left) > 1 else []
         return view
 
     def _urls(self, showing: Showing) -> list[str]:
@@ -130,7 +131,7 @@ class Desk:
         return self._named(showing.pair, sides)
 
     def _references(self, showing: Showing) -> list[str]:
-        """Of the images that both of a pair were drawn in the style of."""
+        """URLs of the images in whose style both images of a pair were drawn."""
         count = self.items.references.get(showing.pair, 0) if isinstance(self.items, Pairs) else 0
         return self._named(showing.pair, range(count))
 
@@ -153,6 +154,7 @@ def _serve(desk: Desk, config: AnnotateConfig, password: str | None, listener: s
     port, everywhere = listener.getsockname()[1], config.host in ("0.0.0.0", "::")
     host = socket.gethostname() if everywhere else config.host
     app = page(desk, password, {"localhost", "127.0.0.1", "::1", host}, config.root_path)
+    # Gradio starts in the lifespan; with "auto" an error there would be swallowed.
     options = {"log_level": "warning", "timeout_graceful_shutdown": 1, "lifespan": "on"}
     server = uvicorn.Server(uvicorn.Config(app, **options))
     if not is_loopback(config.host):

@@ -54,6 +54,7 @@ def main() -> None:
         add_policy(k2, LoraConfig(args.rank, float(args.rank)) if args.rank else None, 0, reference=False)
     k2.train_role(POLICY)
     stepper = Stepper(k2.role_named_parameters(POLICY), OptimConfig(lr=1e-6, kind=args.kind))
+    # 105 text tokens, as in the measurements of docs/performance.md.
     text, size = Text(k2.fuse(k2.random_features(105))[None]), (args.pixels, args.pixels)
     x = sampler.noise(range(args.batch), (k2.image_tokens(*size), k2.latent_channels)).to(procs.device)
 
@@ -77,6 +78,7 @@ def main() -> None:
         writer.check(wait=True)
         return {"total_s": time.perf_counter() - began, "beside_s": slowest}
 
+    # The main process alone writes checkpoints, so it alone needs host memory for them.
     began = time.perf_counter()
     tensors, _ = content(k2, {POLICY: stepper})
     if procs.main:

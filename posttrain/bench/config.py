@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import model_validator
 
@@ -21,9 +21,7 @@ class BenchConfig:
 
     output: str = "runs/bench"
     """Directory for bench.json and bench.md, created; what is in it already is replaced."""
-    methods: Annotated[list[Method], Filled()] = field(
-        default_factory=lambda: ["rollout", "step", "sft", "stpo", "grpo", "nft", "tdm", "mopd", "expander"]
-    )
+    methods: Annotated[list[Method], Filled()] = field(default_factory=lambda: list(get_args(Method)))
     """What to measure. rollout: drawing images, all steps, without guidance. step: forward and backward of one
     stochastic step of grpo, the optimiser apart. sft, stpo, grpo, nft, tdm, mopd: whole training steps, whose
     rewards and prompts cost nothing here. expander: the images of a group's expansions, by the base without an

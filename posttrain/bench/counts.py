@@ -107,6 +107,7 @@ def _grpo(recipe: GRPOConfig, cost: Cost, gpus: int, size: Size) -> Work:
     drawn = (shared + groups.group_size * (s.steps - shared)) * cost.forward(size)
     reference = cost.reference(size) if recipe.loss.kl > 0 else 0.0
     trained = (together + groups.group_size * apart) * recipe.optim.passes * (cost.train(size) + reference)
+    # A group stays on one GPU, so the GPU with the most groups decides.
     own = math.ceil(groups.prompts_per_step / gpus)
     return Work(own * (drawn + trained), own * groups.group_size)
 

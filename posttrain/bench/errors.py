@@ -81,6 +81,7 @@ def of_updates(steps: Steps) -> dict[str, float]:
     for kind in ("adamw", optim.kind):
         before = [p.detach() for p in steps.k2.role_parameters(POLICY)[:FACTORS]]
         stepper = Stepper([p.clone().requires_grad_() for p in before], OptimConfig(kind=kind))
+        # From one seed, so that both optimisers get the same gradients.
         generator = torch.Generator(before[0].device).manual_seed(0)
         for _ in range(UPDATES):
             for parameter in stepper.parameters:

@@ -91,13 +91,16 @@ def of_training(recipe: Recipe, measurement: Measurement, gpus: GPUs, stack: int
     clock = _Clock(measurement, gpus)
     cost = cost_of(measurement, method, recipe.lora.rank, stack, recomputed_blocks(recipe, measurement, gpus, stack))
     sizes, found = counts.sizes(recipe), Estimate(steps=recipe.steps, evaluations=counts.evaluations(recipe))
+    # A mean over sizes, as if each came up equally often.
     works = [counts.step(recipe, cost, gpus.count, size) for size in sizes]
     found.step = fmean(map(clock.seconds, [method] * len(sizes), sizes, works))
     found.step_flop = fmean(work.flop for work in works)
     work = counts.evaluation(recipe, cost, gpus.count)
     found.evaluation, found.evaluation_flop = clock.seconds("rollout", sizes[0], work), work.flop
+    # Evaluations draw, so they compile rollout's forward as well.
     found.start = clock.start(method) + clock.compiling(method) + clock.compiling("rollout")
     found.other = clock.seconds("rollout", sizes[0], counts.teacher_images(recipe, cost, gpus.count))
+    # Training waits only while weights are copied to host memory; they are written beside the next steps.
     if recipe.checkpoint.every:
         found.other += recipe.steps // recipe.checkpoint.every * measurement.command("checkpoint").get("seconds", 0.0)
     found.notes = clock.notes
@@ -115,6 +118,7 @@ def of_pairs(config: PairsConfig, measurement: Measurement, gpus: GPUs, stack: i
         for draw in source.draws():
             forwards += quota * source.group_size * config.forwards(draw)
             images += quota * source.group_size
+    # The time of drawing over that of its counted forwards, as `posttrain pairs` reports it.
     overhead = measurement.command("pairs").get("overhead")
     found = Estimate(steps=1, start=clock.start("pairs"))
     works = [Work(forwards / gpus.count * cost.forward(size), images / gpus.count) for size in config.sizes]
@@ -138,6 +142,7 @@ def of_command(name: str, samples: float, steps: int, measurement: Measurement) 
     note = f"{whole}, judge on the same GPU; evaluations are not in it"
     if name == "expander sft":
         note = f"{whole} of a model of 3.6 B; evaluations are not in it"
+    # What the first step took beyond a usual one is the start, compiling included.
     start = measured["first_step_seconds"] - seconds
     return Estimate(start=start, step=seconds * own / measured["samples"], steps=steps, notes=[note])
 
@@ -190,9 +195,12 @@ class _Clock:
                 f"{method} at {size[0]} x {size[1]} scaled from {row['size'][0]} x {row['size'][1]} by operations"
             )
         seconds = work.flop / rate(row, self.gpus)
+        # Decoding is not among the counted operations: by pixels, at the rate that rollout's images were decoded at.
         drawn = _row(self.measurement, "rollout", size)
         decode = drawn["ms"]["decode"] / 1e3 / drawn["images"] / (drawn["size"][0] * drawn["size"][1])
-        return seconds + work.images * pixels * decode / self._speed()
+        # A faster GPU is taken to decode faster in proportion to its matmul rate.
+        speed = self.gpus.tflops / self.measurement.result["matmul"]["tflops"] if self.gpus.tflops else 1.0
+        return seconds + work.images * pixels * decode / speed
 
     def start(self, command: str) -> float:
         parts = self.measurement.command(command).get("startup", {})
@@ -203,12 +211,9 @@ class _Clock:
     def compiling(self, method: str) -> float:
         return _row(self.measurement, method)["first_seconds"]
 
-    def _speed(self) -> float:
-        """How many measured GPUs a planned one is worth."""
-        return self.gpus.tflops / self.measurement.result["matmul"]["tflops"] if self.gpus.tflops else 1.0
-
 
 def rate(row: dict[str, Any], gpus: GPUs) -> float:
     """Operations a second, recomputed ones included: the row's, or of another GPU the same share of its matmul rate."""
+    # A row's TFLOP/s are of useful operations, and a plan's work includes the recomputed ones.
     again = (row.get("share_recomputed") or row["share"]) / row["share"]
     return 1e12 * again * (row["share"] * gpus.tflops if gpus.tflops else row["tflops"])

@@ -49,6 +49,7 @@ class Measurement:
         if size is None:
             return rows[0] if rows else None
         pixels = size[0] * size[1]
+        # Nearest by ratio, as time grows with the number of tokens: 512 x 512 is midway from 256 x 256 to 1024 x 1024.
         return min(rows, key=lambda row: _ratio(row["size"][0] * row["size"][1], pixels), default=None)
 
     def command(self, name: str) -> dict[str, Any]:
@@ -90,6 +91,7 @@ def load(name: str) -> Measurement:
 
 def shipped_form(result: dict[str, Any], commands: dict[str, Any]) -> dict[str, Any]:
     """What a plan needs of a bench.json."""
+    # Of the environment only what dates the measurement; the rest describes somebody's machine.
     environment = result["environment"]
     rows = []
     for row in result["rows"]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from posttrain.config.sections import PromptsConfig
 from posttrain.model.k2 import Text
@@ -38,13 +37,10 @@ def loop(steps: Steps) -> Iterator[tuple[int, dict[str, Any]]]:
         records = [PromptRecord(f"{name} {i}") for i in range(images)]
         teachers.append(Teacher(name, role, settings.guidance, images, records))
 
-    def texts(prompts: Sequence[str]) -> list[Tensor]:
-        return [steps.next_text() for _ in prompts]
-
-    null = Text(steps.next_text()[None, :6])
+    null = Text(steps.next_text()[None, :6])  # about as long as the empty prompt with K2's template
     return mopd.updates(
-        k2, config, teachers, texts, null, steps.stepper, count(1), steps.procs, steps.micro_batch(config.micro_batch),
-        steps.clock(),
+        k2, config, teachers, steps.next_texts, null, steps.stepper, count(1), steps.procs,
+        steps.micro_batch(config.micro_batch), steps.clock(),
     )  # fmt: skip
 
 
@@ -53,6 +49,7 @@ def recipe(steps: Steps) -> MOPDConfig:
     names = {"guided": TeacherConfig("", GUIDANCE, ["guided"]), "plain": TeacherConfig("", 0.0, ["plain"])}
     config = steps.empty(MOPDConfig, prompts=PromptsConfig("", ""), teachers=names)
     config.images = max(1, steps.procs.size * steps.config.batch // len(names))
+    # A run measures cosines in one step of 50, so the few steps of a bench leave them out.
     config.micro_batch, config.cosines_every, config.loss.reference = steps.config.batch, 0, 0.0
     config.sampling.sizes, config.sampling.steps = [list(steps.size)], steps.config.steps
     config.sampling.states = min(STATES, steps.config.steps)

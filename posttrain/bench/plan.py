@@ -21,7 +21,6 @@ from posttrain.config.load import load_config
 from posttrain.errors import UserError, counted
 from posttrain.grpo.config import GRPOConfig
 from posttrain.model.blocks import RESERVE
-from posttrain.model.load import sizes_of
 from posttrain.tdm.config import TDMConfig
 from posttrain.training.prompt_source import FUSED_BYTES
 
@@ -30,13 +29,7 @@ METHODS = ("grpo", "nft", "mopd", "sft", "style", "stpo", "tdm")
 
 def text_encoder_gib(scale: str) -> float | None:
     """Size in bf16; None for nano, where it does not matter."""
-    if scale == "nano":
-        return None
-    from transformers import Qwen3VLConfig, Qwen3VLModel
-
-    with torch.device("meta"):  # counts parameters without allocating them
-        model = Qwen3VLModel(Qwen3VLConfig(**sizes_of(scale)[1]))
-    return 2 * sum(p.numel() for p in model.parameters()) / 2**30
+    return None if scale == "nano" else 2 * parts_of(scale).text_encoder / 2**30
 
 
 def plan(config: BenchConfig) -> str:
@@ -64,7 +57,8 @@ def plan(config: BenchConfig) -> str:
     ]
     if isinstance(recipe, GRPOConfig) and recipe.rollout.gpus:
         lines.append("rollout.gpus: not counted; the estimate assumes that all GPUs both draw and train")
-    lines += [f"Note: {note}" for note in time.notes]
+    for note in time.notes:
+        lines.append(f"Note: {note}")
     assert recipe.lora is not None  # of_training has refused it
     cost = cost_of(found, method, recipe.lora.rank)
     lines.append(_ram(recipe, cost))
@@ -75,6 +69,7 @@ def _memory(found: Measurement, recipe: Recipe, cost: Cost, gpus: GPUs) -> list[
     room, scale = gpus.gib or found.result["gpu_gib"], found.result["settings"]["scale"]
     if room is None or scale == "nano":
         return ["Memory: not known, because it was measured on a CPU"]
+    # The peak is that of the largest images; smaller ones need less.
     largest, parts = max(counts.sizes(recipe), key=cost.tokens), parts_of(scale)
     gib, recomputed = training_need(parts, recipe, largest, cost.text, (1 - RESERVE) * room)
     verdict = "fits" if gib <= (1 - RESERVE) * room else "does not fit: lower micro_batch, or use another option below"
@@ -100,6 +95,7 @@ def _ram(recipe: Recipe, cost: Cost) -> str:
 
 def _recipe(path: str) -> Recipe:
     """By the first method that accepts the file."""
+    # A recipe does not name its method, but has fields that others refuse.
     problems = []
     for method in METHODS:
         try:

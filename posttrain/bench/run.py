@@ -226,7 +226,8 @@ def _row(steps: Steps, method: str, matmul: float) -> dict[str, Any]:
 def _adapter_parameters(k2: K2) -> int:
     found = 0
     for name, role in k2.roles.items():
-        found += sum(p.numel() for p in k2.role_parameters(name)) if role is not None else 0
+        if role is not None:  # None: all weights are trained, without an adapter
+            found += sum(p.numel() for p in k2.role_parameters(name))
     return found
 
 

@@ -53,6 +53,7 @@ Lap = Callable[[str], None]
 ETA = 0.7
 NOISE = RewardSpec("noise", "posttrain.bench.steps:noise")
 Config = TypeVar("Config", bound=TrainingConfig)
+Grouped = TypeVar("Grouped", GRPOConfig, NFTConfig)
 
 
 def noise(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
@@ -173,7 +174,7 @@ class Steps:
     # ---- methods ----------------------------------------------------------------------------------------------
 
     def _rollout(self, index: int, lap: Lap) -> None:
-        trajectory = self._draw(index, 0, self.config.batch, shared=False)
+        trajectory = self._draw(index)
         lap("sample")
         self.k2.decode(trajectory.latents, *self.size)
         lap("decode")
@@ -190,16 +191,18 @@ class Steps:
     def _step(self, index: int, lap: Lap) -> None:
         times = sampler.schedule(self.config.steps, self.k2.mu(*self.size))
         batch = self.config.batch
+        # Any transition will do: the operations of a step do not depend on where it leads.
         x, mean, noise = self.latents(batch, index, 0), self.latents(batch, index, 1), self.latents(batch, index, 2)
         std = torch.tensor(0.1)
         move = Transition(1, times[1], times[2], x, mean + std * noise, mean, std, torch.zeros(len(x)))
-        group = self._group(Trajectory(x, [move]), index)
+        text, record = Text(self._fused(index)[None]), PromptRecord("")
+        group = update.Group(self.procs.rank, record, text, self.size, Trajectory(x, [move]))
         advantages_PG = torch.ones(self.procs.size, batch, device=self.k2.device)
         optimizer = self.stepper.optimizer
         lap("prepare")
         update.gradient(self.k2, self._step_config, [group], advantages_PG, self.procs, self.config.batch)
         lap("step")
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)  # the optimiser's step is not part of this method
 
     # ---- loops of runs ----------------------------------------------------------------------------------------
 
@@ -218,6 +221,7 @@ class Steps:
             self.lap("decode")
             return images
 
+        # Replaced on the model, since the method's own code calls them: so decoding becomes a stage of its own.
         k2.encode, k2.decode = self._encode, decoded
         source = PromptSource(config, [PromptRecord(str(i)) for i in range(self.procs.size)])
         with ScoreQueue(load_rewards(config.rewards), self.config.group) as queue:
@@ -242,17 +246,13 @@ class Steps:
         return stpo.updates(self.k2, config, pairs, self.stepper, count(1), self.procs, micro_batch, self.clock())
 
     def _tdm(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        config, null = self._tdm_config, Text(self._fused(0)[None, :6])
+        config, null = self._tdm_config, Text(self._fused(0)[None, :6])  # about as long as the empty prompt's text
         records = [PromptRecord(str(i)) for i in range(config.batch)]
-
-        def texts(prompts: Sequence[str]) -> list[Tensor]:
-            return [self.next_text() for _ in prompts]
-
         student, fake = self._tdm_steppers
-        micro_batch = self.micro_batch(config.micro_batch)
         return tdm.updates(
-            self.k2, config, texts, null, records, student, fake, count(1), self.procs, micro_batch, self.clock()
-        )
+            self.k2, config, self.next_texts, null, records, student, fake, count(1), self.procs,
+            self.micro_batch(config.micro_batch), self.clock(),
+        )  # fmt: skip
 
     def clock(self) -> BenchClock:
         return BenchClock(self)
@@ -263,22 +263,19 @@ class Steps:
 
     # ---- what they take ---------------------------------------------------------------------------------------
 
-    def _draw(self, index: int, start: int, count: int, shared: bool) -> Trajectory:
-        window = range(start, start + self.config.window)
+    def _draw(self, index: int) -> Trajectory:
+        window = range(self.config.window)
         seeds = []
-        for image in range(count):
+        for image in range(self.config.batch):
             # one for the first noise and one for each stochastic step
             seeds.append([sampler.seed_for(index, self.procs.rank, image, i) for i in range(len(window) + 1)])
         times = sampler.schedule(self.config.steps, self.k2.mu(*self.size))
         text = Text(self._fused(index)[None])
+        # Not shared: each image is drawn from its own noise, so all steps of all images are work.
         with self.k2.role(self.role):
             return rollout(
-                self.k2, text, seeds, times, window, "flow", ETA, *self.size, self.config.batch, shared=shared
+                self.k2, text, seeds, times, window, "flow", ETA, *self.size, self.config.batch, shared=False
             )
-
-    def _group(self, trajectory: Trajectory, index: int) -> update.Group:
-        text, record = Text(self._fused(index)[None]), PromptRecord("")
-        return update.Group(self.procs.rank, record, text, self.size, trajectory)
 
     def latents(self, count: int, *index: int) -> Tensor:
         """(count, N, C) noise; the seeds follow from `index` and the process."""
@@ -294,9 +291,14 @@ class Steps:
         """The next fused text at each call."""
         return self._fused(next(self._read))
 
+    def next_texts(self, prompts: Sequence[str]) -> list[Tensor]:
+        """One for each prompt, whatever the prompts say."""
+        return [self.next_text() for _ in prompts]
+
     def _encode(self, prompts: Sequence[str], max_tokens: int = 512, batch: int = 16) -> Encoding:
         """Replaces K2.encode by random features. With `encode`, a prompt is encoded too, so that its time counts."""
         self._encode_one()
+        # Five lengths in turn, up to two tokens from the usual one, as prompts have (see `text` of BenchConfig).
         lengths = [self.config.text + next(self._read) % 5 - 2 for _ in prompts]
         return Encoding([self.k2.random_features(length) for length in lengths], [0] * len(prompts))
 
@@ -339,14 +341,19 @@ class Steps:
             own["optim"] = self.config.optim
         return config(output="none", model=ModelConfig(""), lora=self.lora, **own)
 
+    def _grouped(self, kind: type[Grouped], group: int) -> Grouped:
+        """A recipe whose step has one group of so many images a process."""
+        config = self.empty(kind, prompts=PromptsConfig("", ""), rewards=[NOISE])
+        config.sampling.sizes, config.sampling.steps = [list(self.size)], self.config.steps
+        config.groups.prompts_per_step, config.groups.group_size = self.procs.size, group
+        config.groups.micro_batch = self.config.batch
+        return config
+
     @cached_property
     def _grpo_config(self) -> GRPOConfig:
-        config = self.empty(GRPOConfig, prompts=PromptsConfig("", ""), rewards=[NOISE])
-        config.sampling.sizes, config.sampling.steps = [list(self.size)], self.config.steps
+        config = self._grouped(GRPOConfig, self.config.group)
         config.sampling.window, config.sampling.eta = self.config.window, ETA
         config.sampling.window_start, config.sampling.window_every = "sliding", 1  # starts at each place in turn
-        config.groups.prompts_per_step, config.groups.group_size = self.procs.size, self.config.group
-        config.groups.micro_batch = self.config.batch
         if self.config.rollout_quantize is not None:
             config.rollout.quantize = self.config.rollout_quantize
             add_copies(self.k2, self.k2.device)
@@ -354,19 +361,15 @@ class Steps:
 
     @cached_property
     def _nft_config(self) -> NFTConfig:
-        config = self.empty(NFTConfig, prompts=PromptsConfig("", ""), rewards=[NOISE])
-        config.sampling.sizes, config.sampling.steps = [list(self.size)], self.config.steps
+        config = self._grouped(NFTConfig, self.config.group)
+        # Without the reference and the old policy, whose forwards are counted apart (see counts.py).
         config.loss.times, config.loss.kl, config.old.max = self.config.times, 0.0, 0.0
-        config.groups.prompts_per_step, config.groups.group_size = self.procs.size, self.config.group
-        config.groups.micro_batch = self.config.batch
         return config
 
     @cached_property
     def _step_config(self) -> GRPOConfig:
-        config = self.empty(GRPOConfig, prompts=PromptsConfig("", ""), rewards=[NOISE])
-        config.sampling.steps, config.sampling.window, config.loss.kl = self.config.steps, 1, 0.0
-        config.groups.prompts_per_step, config.groups.group_size = self.procs.size, self.config.batch
-        config.groups.micro_batch = self.config.batch
+        config = self._grouped(GRPOConfig, self.config.batch)
+        config.sampling.window, config.loss.kl = 1, 0.0  # one forward and backward of the policy, no reference
         return config
 
     @cached_property
@@ -377,6 +380,7 @@ class Steps:
 
     @cached_property
     def _stpo_config(self) -> STPOConfig:
+        # Both images of a pair go through the network, so half as many pairs make a batch.
         config = self.empty(STPOConfig, pairs=PairSetConfig("none"), heldout="none")
         config.batch, config.micro_batch = self.procs.size * (self.config.batch // 2), self.config.batch // 2
         return config

@@ -24,6 +24,7 @@ class Stock:
     def __init__(self, k2: K2, size: tuple[int, int], batch: int, text: int, role: str | None):
         self.k2, self.role = k2, role
         rows, columns = k2.grid(*size)
+        # All samples have the same text: its values do not change how long a forward takes.
         features = k2.random_features(text)
         padded = features.new_zeros(batch, TOKENS, *features.shape[1:])
         padded[:, :text] = features

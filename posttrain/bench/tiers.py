@@ -115,6 +115,7 @@ def _counted(net: Krea2Transformer2DModel, encoder: torch.nn.Module, vae: torch.
         text_encoder=_weights(encoder),
         vae=_weights(vae),
         width=net.config["num_attention_heads"] * net.config["attention_head_dim"],
+        # A is (1, in), B is (out, 1).
         adapter=sum(linear.in_features + linear.out_features for linear in linears),
     )
 
@@ -133,11 +134,13 @@ def need(
     weights += parts.block_weights if "fp8 rollouts" in options else 0
     aside = 2 * (parts.text_encoder + parts.vae)
     used = weights + (0 if "offload" in options else aside)
+    # Adapters are fp32, with two moments of four bytes or one byte each; the policy's average is one more copy.
     moments = 2 if "adamw8bit" in options else 8
     used += ((adapters * (4 + moments) + 4) * rank + 4 * stack) * parts.adapter
     kept = parts.blocks - recomputed
     # 2 more: the block that backward is in has its activations and their gradients
     training = tokens * ((kept + 2) * block_bytes + recomputed * 2 * parts.width) + 4 * rank * parts.adapter
+    # Offloaded parts come to the GPU one at a time, while nothing is trained.
     decoding = max(DECODED, pixels) * DECODE_BYTES + (2 * parts.vae if "offload" in options else 0)
     encoding = 2 * parts.text_encoder if "offload" in options else 0
     return (used + max(training, decoding, encoding)) / GIB
@@ -165,7 +168,7 @@ def training_need(
     """(GiB, blocks that must recompute their activations to need no more than `room` GiB) of a recipe that trains an
     adapter, with images of (height, width) pixels. With `model.recompute` set, as many as it says."""
     tokens = recipe.images_at_once() * ((size[0] // MULTIPLE) * (size[1] // MULTIPLE) + text)
-    tokens = math.ceil(tokens / recipe.model.sequence_parallel)
+    tokens = math.ceil(tokens / recipe.model.sequence_parallel)  # each GPU has a part of every sequence
     stack += recipe.copies() * recipe.lora.rank  # a copy takes as much as an earlier stage's adapter
     if recipe.model.compile is False:
         block_bytes *= UNCOMPILED
@@ -182,12 +185,12 @@ def training_need(
 
 
 def fit(
-    parts: Parts, gpu_gib: float, adapters: int, rank: int, size: Sequence[int], text: int, multiple: int = MULTIPLE,
+    parts: Parts, gpu_gib: float, adapters: int, rank: int, size: Sequence[int], text: int,
     block_bytes: float = BLOCK_BYTES,
 ) -> Fit | None:  # fmt: skip
     """The first of OPTIONS that fits, with the largest micro-batch and the fewest recomputed blocks; or None."""
     height, width = size
-    tokens = (height // multiple) * (width // multiple) + text
+    tokens = (height // MULTIPLE) * (width // MULTIPLE) + text
     for options in OPTIONS:
         for micro_batch in MICRO_BATCHES:
             for recomputed in range(parts.blocks + 1):
@@ -209,7 +212,7 @@ def tiers(
         head += f" {gpu} GB |"
     lines = [head, "|---" * (len(GPUS) + 1) + "|"]
     for method in methods:
-        adapters = 2 if method == "tdm" else 1
+        adapters = 2 if method == "tdm" else 1  # the student's and the fake score's
         for size in sizes:
             line = f"| {method}, {size[0]} x {size[1]} |"
             for gpu in GPUS:

@@ -11,6 +11,7 @@ import numpy as np
 from posttrain.config import metrics
 from posttrain.evaluate.config import EvaluateConfig
 from posttrain.evaluate.scoring import Scored
+from posttrain.report.format import all_keys
 from posttrain.report.public import public
 from posttrain.report.render import image, write_page
 from posttrain.report.verdict import shown
@@ -25,29 +26,29 @@ def table(results: dict[str, Any]) -> str:
     lines = []
     for name, own in subjects.items():
         seconds = own.get("seconds_image")
-        cells = [_with_error(own["figures"].get(figure)) for figure in names]
-        lines.append([name, *cells, "" if seconds is None else f"{seconds:.2f}"])
+        lines.append([name, *_figure_cells(own, names), "" if seconds is None else f"{seconds:.2f}"])
     text = _markdown(head, lines)
     figures, rows = suite_rows(results)
     if rows:
         text += "\n" + _markdown([results["suite"]["kind"], *figures], rows)
     if results["paired"]:
         text += "\nPaired by prompt and noise:\n\n" + _markdown(PAIRED, paired_rows(results))
-        text += "".join(f"\n{name}: {told}\n" for name, told in results["verdicts"].items())
-    text += "".join(f"\nfailed: {told}\n" for told in results["failed"])
+        for name, told in results["verdicts"].items():
+            text += f"\n{name}: {told}\n"
+    for told in results["failed"]:
+        text += f"\nfailed: {told}\n"
     return text
 
 
 def suite_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Names of a suite's figures, and of each subject its name and these figures; both empty without a suite."""
     suites = {name: own["suite"] for name, own in results["subjects"].items() if "suite" in own}
-    figures: dict[str, None] = {}  # a set that keeps the order
-    for own in suites.values():
-        figures |= dict.fromkeys(own)
+    figures = all_keys(suites.values())
     rows = []
     for name, own in suites.items():
-        rows.append([name, *(_number(own.get(figure)) for figure in figures)])
-    return list(figures), rows
+        cells = [_number(own.get(figure)) for figure in figures]
+        rows.append([name, *cells])
+    return figures, rows
 
 
 def paired_rows(results: dict[str, Any]) -> list[list[str]]:
@@ -55,6 +56,7 @@ def paired_rows(results: dict[str, Any]) -> list[list[str]]:
     for name, own in results["paired"].items():
         for figure, found in own["figures"].items():
             if found is None:
+                # As many cells as PAIRED has, since Markdown tables have no cells that span columns.
                 rows.append([name, own["against"], figure, "no prompt has both", "", "", "", "0"])
                 continue
             error = "" if found["error"] is None else f" ± {shown(found['error'])}"
@@ -73,9 +75,9 @@ def write(path: Path, config: EvaluateConfig, scored: Sequence[Scored], results:
     names = _names(results)
     rows = []
     for name, own in results["subjects"].items():
-        cells = [_with_error(own["figures"].get(figure)) for figure in names]
+        # A place may be a path that names a user.
         drawn = [public(own["place"]), own.get("steps"), own.get("guidance"), own.get("seconds_image")]
-        rows.append([name, *cells, *drawn])
+        rows.append([name, *_figure_cells(own, names), *drawn])
     figures, of_suite = suite_rows(results)
     write_page(
         path, "evaluate.html", f"evaluation of {', '.join(results['subjects'])}",
@@ -98,32 +100,41 @@ def write(path: Path, config: EvaluateConfig, scored: Sequence[Scored], results:
 def strips(config: EvaluateConfig, scored: Sequence[Scored], results: dict[str, Any]) -> list[dict[str, Any]]:
     """Of each subject the prompts whose scores differ most from those that it is compared with, in standard deviations
     of each reward's differences: those that fell most first."""
-    by_name, sections = {one.images.subject.name: one for one in scored}, []
+    by_name = {one.images.subject.name: one for one in scored}
+    sections = []
     for subject, own in results["paired"].items():
         first, other = by_name[own["against"]], by_name[subject]
-        total = np.zeros(len(first.images.records))
+        total = np.zeros(len(first.images.records))  # each prompt's change, in spreads of the rewards' differences
         for name in first.rows:
             differences = other.by_prompt(name) - first.by_prompt(name)
-            spread = np.nanstd(differences) if not np.isnan(differences).all() else 0
-            total += np.nan_to_num(differences / spread) if spread > 0 else 0
+            if np.isnan(differences).all():
+                continue  # np.nanstd would warn
+            # Rewards have different scales, so each is measured in its own spread before they are added.
+            spread = np.nanstd(differences)
+            if spread > 0:
+                total += np.nan_to_num(differences / spread)
         order = sorted(range(len(total)), key=lambda i: -abs(total[i]))[: config.shown]
         cards = []
         for i in sorted(order, key=lambda i: total[i]):
-            sides = []
-            for one in (first, other):
-                scores = {name: one.by_prompt(name)[i] for name in one.rows}
-                told = ", ".join(f"{name} {_number(value)}" for name, value in scores.items())
-                sides.append({"alt": one.images.subject.name, "scores": told, **image(one.images.paths[i, 0], 256)})
+            sides = [_side(first, i), _side(other, i)]
             cards.append({"prompt": first.images.records[i].prompt, "images": sides})
         sections.append({"name": subject, "against": own["against"], "cards": cards})
     return sections
 
 
+def _side(scored: Scored, i: int) -> dict[str, Any]:
+    """Prompt i's first image of a subject, with the prompt's scores."""
+    scores = [f"{name} {_number(scored.by_prompt(name)[i])}" for name in scored.rows]
+    shown_image = image(scored.images.paths[i, 0], 256)
+    return {"alt": scored.images.subject.name, "scores": ", ".join(scores), **shown_image}
+
+
 def _names(results: dict[str, Any]) -> list[str]:
-    names: dict[str, None] = {}
-    for own in results["subjects"].values():
-        names |= dict.fromkeys(own["figures"])
-    return list(names)
+    return all_keys(own["figures"] for own in results["subjects"].values())
+
+
+def _figure_cells(own: dict[str, Any], names: Sequence[str]) -> list[str]:
+    return [_with_error(own["figures"].get(name)) for name in names]
 
 
 def _with_error(figure: dict[str, Any] | None) -> str:
@@ -135,9 +146,12 @@ def _with_error(figure: dict[str, Any] | None) -> str:
 
 
 def _number(value: float | None) -> str:
+    # NaN, the only value that differs from itself, is a prompt without a score.
     return "–" if value is None or value != value else f"{value:.3f}"
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    text = ""
+    for line in (head, ["---"] * len(head), *rows):
+        text += f"| {' | '.join(line)} |\n"
+    return text

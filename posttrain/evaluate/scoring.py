@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -50,17 +51,20 @@ class Scored:
         self.rows: dict[str, dict[str, dict[str, Any] | None]] = {}
         for name, own in self.digests.items():
             kept = saved.get(name) or {}
+            # Scores of a reward that has changed would be compared with those of another.
             self.rows[name] = kept["rows"] if kept.get("digest") == own else {}
         self.looks: dict[str, dict[str, Any]] = saved.get("looks") or {}
 
     def score(self, records: Sequence[PromptRecord], procs: Processes) -> None:
         """Asks for what is missing, some prompts at a time."""
         self._forget_other_files()
+        # Whole prompts, never a part of one's images: some rewards compare the images of a prompt.
         count = max(1, PER_CALL * self.config.micro_batch // self.config.images)
         own_columns = columns(records)
         for first in range(0, len(records), count):
             part = range(first, min(first + count, len(records)))
             due = [i for i in part if self._is_due(i)]
+            # All processes know the same scores, so they skip a part together and none waits in the exchange below.
             if not due:
                 continue
             own = [due[place] for place in procs.local_indices(len(due))]
@@ -68,10 +72,10 @@ class Scored:
             for part_of in procs.all_gather(answered):
                 for name, rows in part_of.items():
                     (self.looks if name == "looks" else self.rows[name]).update(rows)
+            # After each part, so that an evaluation that is stopped keeps the answers that it has paid for.
             if procs.main:
                 self._write()
-        missing = self.missing()
-        for name, failed in missing.items():
+        for name, failed in self.missing().items():
             if failed and procs.main:
                 log.warning(
                     f"{self.images.subject.name}: {name} failed for {counted(failed, 'image')}; give the command again"
@@ -90,20 +94,26 @@ class Scored:
         """Whether something is not known of one of its images."""
         for image in range(self.config.images):
             key = f"{prompt}-{image}"
-            unknown = [rows for rows in self.rows.values() if _is_unknown(rows, key)]
-            if unknown or key not in self.looks:
+            if key not in self.looks:
                 return True
+            for rows in self.rows.values():
+                if _is_unknown(rows, key):
+                    return True
         return False
 
     def _ask(
         self, own: Sequence[int], records: Sequence[PromptRecord], own_columns: Mapping[str, Any]
     ) -> dict[str, Any]:
         """By reward and "looks": what is said of each image of these prompts."""
-        jobs = [(i, j) for i in own for j in range(self.config.images)]
-        keys = [f"{i}-{j}" for i, j in jobs]
-        images = [read(self.images.paths[job]) for job in jobs]
-        prompts = [records[i].prompt for i, _ in jobs]
-        rows: dict[str, Sequence[Any]] = {name: [column[i] for i, _ in jobs] for name, column in own_columns.items()}
+        jobs = list(itertools.product(own, range(self.config.images)))
+        keys, images, prompts = [], [], []
+        for i, j in jobs:
+            keys.append(f"{i}-{j}")
+            images.append(read(self.images.paths[i, j]))
+            prompts.append(records[i].prompt)
+        rows: dict[str, Sequence[Any]] = {}
+        for name, column in own_columns.items():
+            rows[name] = [column[i] for i, _ in jobs]
         # Those that have answered for all of these are not asked again.
         due = []
         for reward in self.rewards:
@@ -117,9 +127,12 @@ class Scored:
                 found[name] = {key: _row(scores, n, k) for n, key in enumerate(keys)}
         found["looks"] = {}
         for job, key, image in zip(jobs, keys, images):
+            # Whatever else is known of this file is forgotten when its digest changes.
+            looks: dict[str, Any] = {"file": file_digest(self.images.paths[job])}
             pixels = np.asarray(image)[None]
-            looks = {name: float(measure(pixels)) for name, measure in LOOKS.items()}
-            found["looks"][key] = {"file": file_digest(self.images.paths[job]), **looks}
+            for name, measure in LOOKS.items():
+                looks[name] = float(measure(pixels))
+            found["looks"][key] = looks
         return found
 
     def _write(self) -> None:
@@ -131,7 +144,10 @@ class Scored:
 
     def missing(self) -> dict[str, int]:
         """By reward, images whose score failed."""
-        return {name: sum(bool((row or {}).get("failed")) for row in rows.values()) for name, rows in self.rows.items()}
+        counts = {}
+        for name, rows in self.rows.items():
+            counts[name] = sum(map(_has_failed, rows.values()))
+        return counts
 
     def by_prompt(self, name: str) -> np.ndarray:
         """(P,) mean score of each prompt's images, NaN where none has one."""
@@ -143,24 +159,35 @@ class Scored:
     def _means(self, value: Any) -> np.ndarray:
         means = np.full(len(self.images.records), np.nan)
         for i in range(len(means)):
-            known = [v for j in range(self.config.images) if (v := value(f"{i}-{j}")) is not None]
-            means[i] = np.mean(known) if known else np.nan
+            values = [value(f"{i}-{j}") for j in range(self.config.images)]
+            known = [v for v in values if v is not None]
+            # Images without a score are left out; as 0 they would pull the mean down.
+            if known:
+                means[i] = np.mean(known)
         return means
 
     def diversity(self) -> np.ndarray:
         """(P,) of each prompt's images; NaN for one image."""
         found = np.full(len(self.images.records), np.nan)
-        for i in range(len(found)) if self.config.images > 1 else ():
-            pixels = [np.asarray(read(self.images.paths[i, j])) for j in range(self.config.images)]
-            cells = np.stack([image_metrics.cells(image[None])[0] for image in pixels])
-            found[i] = image_metrics.diversity_of_cells(cells, self.config.images)
+        if self.config.images == 1:
+            return found
+        for i in range(len(found)):
+            cells = []
+            for j in range(self.config.images):
+                # One by one, since images in a folder may have different sizes; their cells are of one shape.
+                pixels = np.asarray(read(self.images.paths[i, j]))
+                cells.append(image_metrics.cells(pixels[None])[0])
+            found[i] = image_metrics.diversity_of_cells(np.stack(cells), self.config.images)
         return found
 
 
 def figures(scored: Scored, rewards: Sequence[Reward]) -> dict[str, np.ndarray]:
     """By name: (P,) of each reward, of the looks, and the diversity where there is one."""
-    found = {reward.spec.name: scored.by_prompt(reward.spec.name) for reward in rewards}
-    found |= {name: scored.look(name) for name in LOOKS}
+    found = {}
+    for reward in rewards:
+        found[reward.spec.name] = scored.by_prompt(reward.spec.name)
+    for name in LOOKS:
+        found[name] = scored.look(name)
     if scored.config.images > 1:
         found[metric_names.DIVERSITY] = scored.diversity()
     return found
@@ -186,7 +213,12 @@ def digest(reward: Reward) -> str:
 
 
 def _is_unknown(rows: Mapping[str, dict[str, Any] | None], key: str) -> bool:
-    return key not in rows or bool((rows[key] or {}).get("failed"))
+    return key not in rows or _has_failed(rows[key])
+
+
+def _has_failed(row: Mapping[str, Any] | None) -> bool:
+    # None is a reward that does not apply to this prompt: a final answer, which is not asked for again.
+    return row is not None and bool(row.get("failed"))
 
 
 def _row(scores: Scores, n: int, k: int) -> dict[str, Any] | None:
@@ -194,4 +226,5 @@ def _row(scores: Scores, n: int, k: int) -> dict[str, Any] | None:
         return {"score": None, "failed": True}
     if not scores.valid_NK[n, k]:
         return None
+    # Details may be of any type that a reward returns; the file has JSON.
     return plain(scores.details[scores.names[k]][n] or {}) | {"score": float(scores.values_NK[n, k])}

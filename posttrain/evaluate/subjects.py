@@ -6,6 +6,7 @@ is only ever gone on with as it was begun.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import time
@@ -64,7 +65,7 @@ def read_subjects(config: EvaluateConfig) -> list[Subject]:
         if kind == "adapter":
             saved = _load_stage(place, config.model)
             if not is_file(saved):
-                earlier_of(saved)
+                earlier_of(saved)  # for its errors: what the checkpoint stands on must still be there
         draws = kind not in ("folder", "endpoint")
         settings = config.guidance if draws and config.guidance else [None]
         for guidance in settings:
@@ -73,14 +74,16 @@ def read_subjects(config: EvaluateConfig) -> list[Subject]:
                 raise UserError(f"subjects: {own} is there twice; give each its own name, as NAME=PLACE")
             found[own] = Subject(own, place, kind, guidance, config.expand.get(name))
         if name in config.expand:
-            if not draws and kind != "endpoint":
+            if kind == "folder":
                 raise UserError(f"expand: {name} is a folder of images, whose prompts are drawn already; leave it out")
             resolve(config.expand[name])
     names = {named(text)[0] for text in config.subjects}
+    # By name and not by subject: a subject with several guidances has one expander.
     for name in config.expand:
         if name not in names:
             raise UserError(f"expand: {name} is no subject; there are {', '.join(sorted(names))}")
-    if len({subject.folder for subject in found.values()}) < len(found):
+    folders = {subject.folder for subject in found.values()}
+    if len(folders) < len(found):
         raise UserError("subjects: two names differ only in characters that no file name has; give plainer ones")
     return list(found.values())
 
@@ -90,7 +93,10 @@ def named(text: str) -> tuple[str, str]:
     match = re.match(r"([\w .+-]+)=(.+)", text)
     if match:
         return match[1].strip(), match[2].strip()
-    return (Path(text).name or text) if "://" not in text else re.sub(r"^\w+://", "", text).split("/")[0], text
+    if "://" in text:
+        host = re.sub(r"^\w+://", "", text).split("/")[0]
+        return host, text
+    return Path(text).name or text, text
 
 
 def kind_of(place: str) -> Kind:
@@ -101,8 +107,9 @@ def kind_of(place: str) -> Kind:
     path = Path(place)
     if (path / "model_index.json").is_file():
         return "model"
+    # A run and a checkpoint come before a folder of images: people leave images in their directories too.
     holds_run = (path / "checkpoints").is_dir() or (path / "manifest.json").is_file()
-    if path.is_dir() and not holds_run and any(file.suffix.lower() in SUFFIXES for file in path.iterdir()):
+    if path.is_dir() and not holds_run and _images_in(path):
         return "folder"
     if not path.exists():
         raise UserError(
@@ -124,7 +131,8 @@ class Images:
     def __init__(self, subject: Subject, config: EvaluateConfig, records: Sequence[PromptRecord], procs: Processes):
         self.subject, self.config, self.records, self.procs = subject, config, records, procs
         self.folder = Path(config.output) / "images" / subject.folder
-        self.jobs = [(i, j) for i in range(len(records)) for j in range(config.images)]
+        self.prompts = [record.prompt for record in records]
+        self.jobs = list(itertools.product(range(len(records)), range(config.images)))
         self.paths: dict[tuple[int, int], Path] = {}
         self.facts: dict[str, Any] = {}
         """What was drawn with, and seconds an image."""
@@ -139,23 +147,28 @@ class Images:
         if self.procs.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._check_begun()
+        # The others wait here, so that none looks for images before the directory has been checked.
         self.procs.from_main(None)
         prompts = self._prompts()
         due = [job for job in self.jobs if not self.paths[job].is_file()]
         if due:
             log.info(f"{self.subject.name}: {counted(len(due), 'image')} to draw")
             own = [due[i] for i in self.procs.local_indices(len(due))]
-            began, first = time.perf_counter(), 0.0
-            for count, done in enumerate(self._drawn(own, prompts)):
-                first = time.perf_counter() if count == 0 else first  # it compiles and warms up
+            began, first, warm = time.perf_counter(), 0.0, 0
+            for done in self._drawn(own, prompts):
+                # The first batch is not timed: it waits for the model to be read and compiled.
+                if warm == 0:
+                    first, warm = time.perf_counter(), len(done)
                 for job, image in done:
                     with replacing(self.paths[job]) as temporary:
                         image.save(temporary, "png")
             ended = time.perf_counter()
-            timed = len(own) - self.config.micro_batch
+            timed = len(own) - warm
             seconds = (ended - first) / timed if timed > 0 else (ended - began) / max(1, len(own))
-            everyone = [one for one in self.procs.all_gather((seconds, len(own))) if one[1]]
-            self.facts["seconds_image"] = max(one[0] for one in everyone) / len(everyone)
+            everyone = self.procs.all_gather(seconds if own else None)
+            drawing = [value for value in everyone if value is not None]
+            # Processes draw at the same time, and all is done when the slowest is.
+            self.facts["seconds_image"] = max(drawing) / len(drawing)
         if self.procs.main:
             self._write_facts()
 
@@ -163,7 +176,7 @@ class Images:
         """(job, image) of these, some at a time."""
         if not jobs:
             return
-        own = {job: prompts[place] for place, job in enumerate(self.jobs)}
+        own = dict(zip(self.jobs, prompts))
         drawn = self._by_server if self.subject.kind == "endpoint" else self._by_model
         yield from drawn(jobs, [own[job] for job in jobs])
 
@@ -176,26 +189,31 @@ class Images:
         self.facts |= {"steps": steps, "guidance": guidance}
         height, width = config.size
         shape = (k2.image_tokens(height, width), k2.latent_channels)
+        # Encoded once, after the adapter is in place; kept on the host, as there may be thousands of prompts.
         fused = [k2.text_tokens(features).cpu() for features in k2.encode(prompts, config.max_tokens).features]
         null = k2.text([""]) if guidance > 0 else None
         with k2.role(role):
             for first in range(0, len(jobs), config.micro_batch):
-                part = range(first, min(first + config.micro_batch, len(jobs)))
-                noise = sampler.noise([sampler.seed_for(config.seed, *jobs[n]) for n in part], shape)
-                text = Text.of([fused[n].to(k2.device) for n in part])
+                part = slice(first, first + config.micro_batch)
+                noise = sampler.noise(self._seeds(jobs[part]), shape)
+                text = Text.of([tokens.to(k2.device) for tokens in fused[part]])
                 latents = k2.sample(text, noise, steps, height, width, guidance, null)
-                yield [(jobs[n], image) for n, image in zip(part, to_pil(k2.decode(latents, height, width)))]
+                yield list(zip(jobs[part], to_pil(k2.decode(latents, height, width))))
 
     def _by_server(self, jobs: Sequence[tuple[int, int]], prompts: Sequence[str]) -> Iterator[list[Any]]:
         renderer = EndpointRenderer(endpoint_config(self.subject, self.config))
         for first in range(0, len(jobs), PART):
-            part = range(first, min(first + PART, len(jobs)))
-            seeds = [sampler.seed_for(self.config.seed, *jobs[n]) for n in part]
-            rendering = renderer([prompts[n] for n in part], seeds)
-            yield [(jobs[n], image) for n, image in zip(part, rendering.images) if image is not None]
+            part = slice(first, first + PART)
+            rendering = renderer(prompts[part], self._seeds(jobs[part]))
+            yield [(job, image) for job, image in zip(jobs[part], rendering.images) if image is not None]
+            # After those that came have been written: the command, given again, asks only for the others.
             if rendering.failures:
                 reason, times = rendering.failures.most_common(1)[0]
                 raise UserError(f"subjects: {self.subject.place}: {counted(times, 'image')} missing: {reason}")
+
+    def _seeds(self, jobs: Sequence[tuple[int, int]]) -> list[int]:
+        # Of prompt and image alone, so that every subject gets the same noise, whatever is drawn already.
+        return [sampler.seed_for(self.config.seed, *job) for job in jobs]
 
     # ---- what was drawn with ----------------------------------------------------------------------------------
 
@@ -205,13 +223,14 @@ class Images:
         settings: dict[str, Any] = {
             "place": subject.place, "size": list(config.size), "seed": config.seed, "steps": config.steps,
             "guidance": subject.guidance, "images": config.images, "max_tokens": config.max_tokens,
-            "prompts": [record.prompt for record in self.records], "expand": subject.expander,
+            "prompts": self.prompts, "expand": subject.expander,
         }  # fmt: skip
         if subject.kind in ("base", "adapter"):
             settings["model"] = config.model.path
         if subject.kind == "adapter":
+            # A run that trains on names another checkpoint later, whose images must not be mixed with these.
             settings["checkpoint"] = str(_load_stage(subject.place, config.model).path)
-        return json.loads(json.dumps(settings))
+        return json.loads(json.dumps(settings))  # as it is read back, with lists for tuples, to be compared with that
 
     def _check_begun(self) -> None:
         path, now = self.folder / DRAWN, self._settings()
@@ -235,9 +254,8 @@ class Images:
 
     def _prompts(self) -> list[str]:
         """The text that each job is drawn from; expansions are made once, and kept."""
-        plain = [self.records[i].prompt for i, _ in self.jobs]
         if self.subject.expander is None:
-            return plain
+            return [self.prompts[i] for i, _ in self.jobs]
         path = self.folder / "expansions.json"
         texts = None
         if self.procs.main:
@@ -248,12 +266,12 @@ class Images:
         assert self.subject.expander is not None
         dtype = getattr(torch, self.config.model.dtype)
         expander = Expander.load(self.subject.expander, None, dtype, self.procs.device)
-        prompts = [record.prompt for record in self.records]
         texts = []
-        for group in expander.expand(prompts, self.config.images, self.config.seed):
+        for group in expander.expand(self.prompts, self.config.images, self.config.seed):
             texts += [expansion.text for expansion in group]
+        # An empty prompt draws an image of anything, which would count as the expander's.
         if "" in texts:
-            empty = prompts[texts.index("") // self.config.images]
+            empty = self.prompts[texts.index("") // self.config.images]
             raise UserError(
                 f"expand: {self.subject.expander} answered '{empty}' with nothing; train it, or change seed"
             )
@@ -264,26 +282,35 @@ class Images:
 def load(subject: Subject, model: ModelConfig, device: torch.device) -> tuple[K2, str | None]:
     """The subject's model, and the role to draw under."""
     saved = _load_stage(subject.place, model) if subject.kind == "adapter" else None
-    path = subject.place if subject.kind == "model" else model.path
-    own = (None, None) if subject.kind == "model" else (model.transformer_file, model.transformer_format)
-    k2 = K2.load(path, own[0], getattr(torch, model.dtype), first_device(model, device), own[1])
+    dtype, first = getattr(torch, model.dtype), first_device(model, device)
+    if subject.kind == "model":
+        # A whole model brings its own transformer; the recipe's file belongs to the base.
+        k2 = K2.load(subject.place, None, dtype, first)
+    else:
+        k2 = K2.load(model.path, model.transformer_file, dtype, first, model.transformer_format)
     role = None if saved is None else add_stage(k2, saved)
+    # After the adapter: weights that are merged into the base have to be there before it is quantised.
     apply_runtime_options(k2, model, device)
     return k2, role
 
 
 def endpoint_config(subject: Subject, config: EvaluateConfig) -> RendererConfig:
     url, _, model = subject.place.partition("#")
+    # max_failures 1: here every missing image is an error, with the server's own message (see _by_server).
     return RendererConfig(
         path=config.model.path, urls=[url], model=model or None, size=list(config.size), steps=config.steps,
         guidance=config.guidance[0] if len(config.guidance) == 1 else None, max_failures=1.0,
     )  # fmt: skip
 
 
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+
+
 def in_folder(folder: Path, records: Sequence[PromptRecord], images: int) -> dict[tuple[int, int], Path]:
     """The folder's images by (prompt, image): by prompts.json, as `posttrain sample` writes it, or in the order of
     their names. Raises UserError for a prompt that has too few."""
-    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    found = _images_in(folder)
     table = folder / "prompts.json"
     by_prompt: dict[str, list[Path]] = {}
     if table.is_file():
@@ -303,7 +330,8 @@ def in_folder(folder: Path, records: Sequence[PromptRecord], images: int) -> dic
                 f"{folder}: has {counted(len(own), 'image')} of '{record.prompt}', and images is {images}; draw"
                 " more, or set first or images"
             )
-        paths |= {(i, j): own[j] for j in range(images)}
+        for j in range(images):
+            paths[i, j] = own[j]
     for path in list(paths.values())[:1]:
         read_image(path)  # so that another kind of file is told at once
     return paths

@@ -12,6 +12,7 @@ from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -31,7 +32,7 @@ from posttrain.runs.stop import StopSignals
 from posttrain.training.idle import check_idle, count_idle
 from posttrain.training.judge_check import check_judges
 from posttrain.training.stepper import MAX_SKIPPED
-from prompts.parse import read_lines
+from prompts.parse import json_line, read_lines
 from prompts.records import PromptRecord, as_row
 from rewards.noise import PREFIX, noise_of
 
@@ -57,15 +58,23 @@ def diversity_weight(config: ExpanderGDPOConfig, step: int) -> float:
             return weight * max(0.0, 1 - 2 * step / config.steps)
 
 
+def reward_weights(config: ExpanderGDPOConfig, step: int) -> list[float]:
+    """Weights of the trained rewards in TRL's order after `step` finished steps; diversity is the last, as in
+    Scored.names."""
+    weights = [reward.weight for reward in config.trained]
+    return [*weights, diversity_weight(config, step)]
+
+
 def idle_reason(scored: Scored, group_size: int, weighted: Container[str]) -> str | None:
     """Why nothing could be learnt from these expansions; None if something could. `weighted` are the rewards that have
     a weight at this step."""
     figures = scored.figures(group_size)
-    if any(figures[name] != 1 for name in figures if name.startswith("flat/") and name[5:] in weighted):
-        return None
+    for name in scored.names:
+        if name in weighted and figures[f"flat/{name}"] != 1:
+            return None
     if scored.valid_NK.any():
         return "the expansions of each group score alike in every reward"
-    return next((message for message, _ in scored.failures.most_common(1)), "no reward has a score")
+    return scored.failures.most_common(1)[0][0] if scored.failures else "no reward has a score"
 
 
 def failures(scored: Scored, group_size: int, trained: Sequence[str]) -> list[str | None]:
@@ -73,18 +82,23 @@ def failures(scored: Scored, group_size: int, trained: Sequence[str]) -> list[st
     `low NAME` for the reward with the lowest mean, if that is below LOW; None if nothing failed."""
     classes: list[str | None] = []
     for first in range(0, len(scored.causes_N), group_size):
-        group = slice(first, first + group_size)
-        faults = Counter(itertools.chain(*scored.causes_N[group], *scored.unsafe_N[group]))
-        fault = next((name for name, count in faults.most_common(1) if 2 * count >= group_size), None)
-        means = {}
-        for name in trained:
-            k = scored.names.index(name)
-            if len(values := scored.values_NK[group, k][scored.valid_NK[group, k]]):
-                means[name] = float(values.mean())
-        lowest = min(means, key=lambda name: means[name], default=None)
-        low = f"low {lowest}" if lowest is not None and means[lowest] < LOW else None
-        classes.append(fault or low)
+        classes.append(_failure(scored, slice(first, first + group_size), trained))
     return classes
+
+
+def _failure(scored: Scored, group: slice, trained: Sequence[str]) -> str | None:
+    # Faults first: a gated expansion has the worst score of every reward, so low means would only repeat them.
+    faults = Counter(itertools.chain(*scored.causes_N[group], *scored.unsafe_N[group]))
+    for name, count in faults.most_common(1):
+        if 2 * count >= len(scored.causes_N[group]):
+            return name
+    means = {}
+    for name in trained:
+        k = scored.names.index(name)
+        if len(values := scored.values_NK[group, k][scored.valid_NK[group, k]]):
+            means[name] = float(values.mean())
+    lowest = min(means, key=means.__getitem__, default=None)
+    return f"low {lowest}" if lowest is not None and means[lowest] < LOW else None
 
 
 class SharedRewards:
@@ -109,7 +123,7 @@ class SharedRewards:
         self._key: Any = None
 
     def functions(self) -> list[Callable[..., list[float | None]]]:
-        return [self._function(name) for name in self.scorer.trained]
+        return list(map(self._function, self.scorer.trained))
 
     def _function(self, name: str) -> Callable[..., list[float | None]]:
         size = self.config.groups.group_size
@@ -125,14 +139,14 @@ class SharedRewards:
 
     def _evaluated(self, ids: list[list[int]], rows: list[int], step: int, log_metric: Any) -> Scored:
         """The evaluation of this batch, made by the reward function that is called first."""
-        # TRL calls each reward function with the same batch; images are drawn for the first call only
+        # TRL calls each reward function with the same batch; images are drawn for the first call only.
         key = (step, rows, ids)
         if self.scored is not None and self._key == key:
             return self.scored
         self.called = time.perf_counter()
         size = self.config.groups.group_size
-        # TRL's sampler puts the n completions of a prompt side by side; diversity compares them, so they must be whole
-        if list(rows) != [row for row in rows[::size] for _ in range(size)]:
+        # TRL's sampler puts the n completions of a prompt side by side; diversity compares them, so they must be whole.
+        if rows != np.repeat(rows[::size], size).tolist():
             raise RuntimeError(f"{len(rows)} expansions on this process are not whole groups of {size}")
         expansions = [self.policy.expansion(self.records[row], tokens) for row, tokens in zip(rows, ids)]
         groups = len(rows) // size
@@ -145,13 +159,12 @@ class SharedRewards:
             if faults := causes + unsafe:
                 row = {"step": step + 1, "prompt": e.record.prompt, "expansion": e.text, "fails": ", ".join(faults)}
                 self.faults.append(row)
-        trained = [reward.name for reward in self.config.trained]
+        trained = self.scorer.trained[:-1]  # without diversity, which says nothing about a prompt
         self.failed = []
         for e, failure in zip(expansions[::size], failures(self.scored, size, trained)):
             if failure is not None:
                 self.failed.append(as_row(e.record) | {"failure": failure, "step": step + 1})
-        weights = [reward.weight for reward in self.config.trained]
-        weights.append(diversity_weight(self.config, step))  # last, as in Scored.names
+        weights = reward_weights(self.config, step)
         metrics = self.scored.figures(size) | {"noise_share": self.scored.noise_share(weights, size)}
         if self.policy.thinking:
             metrics |= thinking.figures([e.thought for e in expansions], [e.thought_tokens for e in expansions])
@@ -177,14 +190,15 @@ class GDPOCallback(TrainerCallback):
     ):
         self.config, self.run, self.procs, self.trainer = config, run, procs, trainer
         self.shared, self.evaluator = shared, evaluator
-        state = json.loads((saved / "trainer_state.json").read_text()) if saved is not None else {"global_step": 0}
-        self.first: int = state["global_step"]
+        self.first = 0 if saved is None else int(json.loads((saved / "trainer_state.json").read_text())["global_step"])
         self.evaluations: list[dict[str, Any]] = []
         file = run.path / "evaluations.json"
         if saved is not None and file.is_file():
             self.evaluations = [row for row in json.loads(file.read_text()) if row["step"] <= self.first]
-        if procs.main:
-            _drop_later(run.path / FAILURES, self.first)
+        if procs.main and (run.path / FAILURES).is_file():
+            # A resumed run takes the later steps again, and would repeat their rows.
+            rows = [row for row in read_lines(run.path / FAILURES) if row["step"] <= self.first]
+            replace_text(run.path / FAILURES, "".join(map(json_line, rows)))
         self.done = self.first
         self.signals = StopSignals()
         self.history = {"skipped": 0, "skipped_in_a_row": 0, "skipped_steps": 0, "idle_steps": 0}
@@ -211,7 +225,7 @@ class GDPOCallback(TrainerCallback):
         """Checks the judges on the images of an evaluation; returns their measured noise."""
         scorer, size = self.shared.scorer, self.config.eval.group_size
         images, expansions = [], []
-        # the first image of each prompt, then the second ones: judges try only a few images
+        # The first image of each prompt, then the second ones: judges try only a few images.
         for i in sorted(range(len(evaluation.expansions)), key=lambda i: i % size):
             if (image := evaluation.scored.images_N[i]) is not None:
                 images.append(image)
@@ -279,7 +293,8 @@ class GDPOCallback(TrainerCallback):
         # An ablation takes the weight of diversity away, whose images differ nearly always.
         weighted = [name for name in scored.names if name != DIVERSITY or diversity_weight(self.config, step - 1)]
         reason = idle_reason(scored, self.config.groups.group_size, weighted)
-        if self.procs.any(reason is None):  # another process had groups that differ
+        # Another process may have had groups that differ; all must agree, since the counts decide when a run ends.
+        if self.procs.any(reason is None):
             reason = None
         count_idle(self.history, reason, False)
         check_idle(self.history, reason, self.config.idle_steps)
@@ -287,6 +302,7 @@ class GDPOCallback(TrainerCallback):
         if (every and step % every == 0) or step == self.config.steps:
             figures = self._evaluate(step).figures
             self._look_at_thoughts(step, figures, control)
+        # A signal may reach one process alone, and one that stops by itself would leave the others waiting for it.
         if self.procs.any(self.signals.received is not None):
             control.should_save = control.should_training_stop = True
 
@@ -328,15 +344,8 @@ class GDPOCallback(TrainerCallback):
     def _write_failures(self) -> None:
         for failed in self.procs.gather(self.shared.failed) or []:
             for row in failed:
-                append_line(self.run.path / FAILURES, json.dumps(row, ensure_ascii=False) + "\n")
+                append_line(self.run.path / FAILURES, json_line(row))
 
     def _write_evaluations(self) -> None:
         if self.procs.main:
             replace_text(self.run.path / "evaluations.json", json.dumps(self.evaluations, indent=1) + "\n")
-
-
-def _drop_later(file: Path, step: int) -> None:
-    """Keeps the rows up to that step: a resumed run takes the later ones again."""
-    if file.is_file():
-        rows = [row for row in read_lines(file) if row["step"] <= step]
-        replace_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

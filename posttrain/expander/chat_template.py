@@ -30,6 +30,7 @@ class ExpanderTemplate:
 def template() -> ExpanderTemplate:
     """The texts under the headings `## system`, `## thinking` and `## user` of the file."""
     text = FILE.read_text(encoding="utf-8")
+    # A pattern with a group splits into what is before the first heading, then name, text, name, text, ...
     _, *found = HEADING.split(text)
     parts = {name: part.strip() for name, part in zip(found[::2], found[1::2])}
     return ExpanderTemplate(**parts, hash=hashlib.sha256(text.encode()).hexdigest()[:16])

@@ -146,9 +146,9 @@ class ExpanderDataConfig:
         for name in ("lengths", "registers"):
             if not getattr(self, name):
                 raise refusal(name, "is empty; name at least one")
-        # Each prompt of a caption has a combination of its own.
-        if sum(self.languages.values()) > 1 + 1e-9:
+        if sum(self.languages.values()) > 1 + 1e-9:  # thirds add up to a little more than 1
             raise refusal("languages", f"add up to {sum(self.languages.values()):g}; lower them to at most 1 together")
+        # Each prompt of a caption has a combination of its own.
         if self.per_caption > len(self.lengths) * len(self.registers):
             raise refusal("per_caption", f"is {self.per_caption}, more than there are lengths times registers")
         return self
@@ -200,6 +200,7 @@ class ExpanderSFTConfig:
 
     @model_validator(mode="after")
     def _fits(self) -> ExpanderSFTConfig:
+        # The mean of a batch is taken over whole micro-batches.
         if self.batch % self.micro_batch:
             raise refusal("micro_batch", f"is {self.micro_batch}; use a divisor of batch ({self.batch})")
         require_one_pass(self.optim, "each update draws its own pairs; use 1")
@@ -240,6 +241,7 @@ class ExpanderServeConfig:
 
     @model_validator(mode="after")
     def _fits(self) -> ExpanderServeConfig:
+        # Whoever reaches the server may use its GPU.
         if not is_loopback(self.host) and self.api_key_env is None:
             raise refusal("host", f"{self.host} is reached from beyond this machine; set api_key_env as well")
         return self

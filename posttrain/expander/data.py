@@ -39,12 +39,13 @@ from posttrain.expander.pair_data.weights import (
     names_medium,
     photograph_weight,
     share,
-    weight,
+    weights_with,
 )
 from posttrain.log import log
 from posttrain.preferences.heldout import in_share
 from posttrain.runs.files import replace_text
 from posttrain.runs.guard import check_unchanged
+from prompts.parse import json_line, whole_lines
 from prompts.tables import open_table, row_texts
 from prompts.templates import load_template
 from rewards.endpoints import JudgeError
@@ -87,12 +88,10 @@ def make(config: ExpanderDataConfig, resume: bool = False) -> None:
 
         def keep(index: int, candidates: list[Candidate] | str) -> None:
             """Records a caption's candidates, or the error because of which there are none."""
-            done[index] = {"index": index}
-            if isinstance(candidates, str):
-                done[index]["failed"] = candidates
-            else:
-                done[index]["candidates"] = list(map(vars, candidates))
-            file.write(json.dumps(done[index], ensure_ascii=False) + "\n")
+            is_error = isinstance(candidates, str)
+            outcome = {"failed": candidates} if is_error else {"candidates": list(map(vars, candidates))}
+            done[index] = {"index": index, **outcome}
+            file.write(json_line(done[index]))
             file.flush()  # so that a kill loses at most one line
 
         if is_function(config.captions):
@@ -104,6 +103,7 @@ def make(config: ExpanderDataConfig, resume: bool = False) -> None:
             texts = read_captions(config)
             with serve(config.servers, output / "servers") as urls:
                 asyncio.run(_ask_all(config, texts, urls, done, keep))
+    # Captions are finished in any order, on which the files must not depend.
     _finish(config, output, [done[index] for index in sorted(done)])
 
 
@@ -200,7 +200,7 @@ class _Shortener:
         language, original = _language(config, rng), ""
         if language is not None:
             texts = await self.writer.write("texts", self.translate, caption=caption, language=language)
-            if len(texts) != 1 or any(quote not in texts[0] for quote in QUOTED.findall(caption)):
+            if len(texts) != 1 or not _keeps_quotes(caption, texts[0]):
                 return [Candidate("", caption, "short", language, "not translated")]
             caption, original = texts[0].strip(), caption
         styles = list(itertools.product(config.lengths, config.registers))
@@ -211,12 +211,12 @@ class _Shortener:
                 "prompts", self.shorten, caption=caption, length=length, register=register,
                 language=language or "that of the caption",
             )  # fmt: skip
-            # a user's prompt is one line; several prompts in a reply mean that it was not understood
+            # A user's prompt is one line; several prompts in a reply mean that it was not understood.
             prompt = " ".join(reply[0].split()) if len(reply) == 1 else ""
             kind = "quoted" if QUOTED.search(prompt) else "short"
             manner = f"{register}, {length}" if language is None else f"{register}, {length}, {language}"
             candidate = Candidate(prompt, caption, kind, manner, caption=original)
-            # the checker is asked only if the cheap checks pass
+            # The checker is asked only if the cheap checks pass.
             candidate.dropped = problem(candidate, candidates) or await self._missing_fact(candidate)
             candidates.append(candidate)
         return candidates
@@ -248,12 +248,14 @@ def problem(candidate: Candidate, others: list[Candidate]) -> str | None:
         return "no prompt in the reply"
     if len(candidate.prompt) > len(candidate.completion):
         return "longer than the caption"
-    if candidate.prompt in [other.prompt for other in others]:
+    if any(candidate.prompt == other.prompt for other in others):
         return "twice"
-    for quote in QUOTED.findall(candidate.prompt):
-        if quote not in candidate.completion:
-            return "quotes what the caption does not"
-    return None
+    return None if _keeps_quotes(candidate.prompt, candidate.completion) else "quotes what the caption does not"
+
+
+def _keeps_quotes(source: str, text: str) -> bool:
+    """Whether all that a source quotes is in the text, verbatim."""
+    return all(quote in text for quote in QUOTED.findall(source))
 
 
 def _judge(path: str, spec: WriterConfig, urls: dict[str, list[str]], seed: int) -> Judge:
@@ -295,15 +297,11 @@ def _model(writer: dict[str, Any] | None) -> str | None:
 
 def _done(path: Path) -> dict[int, dict[str, Any]]:
     """Rows of an interrupted command by index, without an incomplete last line and without failed captions."""
-    if not path.exists():
-        return {}
-    rows, kept = {}, []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        # a line without its end was being written when the command was killed
-        if line.endswith("\n") and "failed" not in (row := json.loads(line)):
+    rows = {}
+    for row in map(json.loads, whole_lines(path)):
+        if "failed" not in row:
             rows[row["index"]] = row
-            kept.append(line)
-    path.write_text("".join(kept), encoding="utf-8")
+    path.write_text("".join(map(json_line, rows.values())), encoding="utf-8")
     return rows
 
 
@@ -312,13 +310,18 @@ def _finish(config: ExpanderDataConfig, output: Path, rows: list[dict[str, Any]]
     for row in rows:
         candidates += [Candidate(**fields) for fields in row.get("candidates", ())]
     kept: dict[str, list[dict[str, Any]]] = {"train": [], "heldout": []}
-    used = [candidate for candidate in candidates if candidate.dropped is None]
-    # The reason without the fact that it names.
-    dropped = Counter(c.dropped.partition(":")[0] for c in candidates if c.dropped is not None)
-    kinds = Counter(candidate.kind for candidate in used)
+    used: list[Candidate] = []
+    kinds: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
+    for candidate in candidates:
+        if candidate.dropped is None:
+            used.append(candidate)
+            kinds[candidate.kind] += 1
+        else:
+            dropped[candidate.dropped.partition(":")[0]] += 1  # the reason without the fact that it names
     weights, shares = _weigh(config, used) if used else ([], {})
     for candidate, times in zip(used, weights):
-        # split by caption, so that a held-out prompt never has an answer that was trained on
+        # Split by caption, so that a held-out prompt never has an answer that was trained on.
         heldout = in_share(f"{config.seed}:{candidate.caption or candidate.completion}", config.heldout)
         fields = vars(candidate) | {"source": config.captions, "weight": times}
         kept["heldout" if heldout else "train"].append({column: fields[column] for column in COLUMNS})
@@ -360,8 +363,10 @@ def _weigh(config: ExpanderDataConfig, used: list[Candidate]) -> tuple[list[floa
 
     Names the medium in captions of photographs whose prompt leaves it open.
     """
-    added = [sum(tag.weight for name, tag in config.tags.items() if name in candidate.tags) for candidate in used]
-    photographs = [PHOTOGRAPH in candidate.tags for candidate in used]
+    added, photographs = [], []
+    for candidate in used:
+        added.append(sum(tag.weight for name, tag in config.tags.items() if name in candidate.tags))
+        photographs.append(PHOTOGRAPH in candidate.tags)
     eligible, extra = [False] * len(used), 0.0
     if config.photographs is not None:
         for i, candidate in enumerate(used):
@@ -372,7 +377,7 @@ def _weigh(config: ExpanderDataConfig, used: list[Candidate]) -> tuple[list[floa
                     candidate.completion, candidate.caption = named, candidate.completion
         spec = config.photographs
         extra = photograph_weight(added, eligible, photographs, spec.weight, spec.max_kl)
-    weights = [weight(a + extra * is_eligible) for a, is_eligible in zip(added, eligible)]
+    weights = weights_with(added, eligible, extra)
     shares: dict[str, dict[str, float | None]] = {}
     for name, tag in config.tags.items():
         has = [name in candidate.tags for candidate in used]

@@ -70,19 +70,23 @@ class ExpanderEvaluator:
     ):
         self.records, self.config, self.scorer = list(records[: config.prompts]), config, scorer
         self.write, self.embed, self.procs, self.thinks = write, embed, procs, thinks
-        # one noise for a prompt, the same in each evaluation
+        # One noise for a prompt, the same in each evaluation.
         self.seeds = [sampler.seed_for(config.seed, i) for i in range(len(self.records))]
 
     def __call__(self) -> ExpanderEvaluation:
         size = self.config.group_size
         expansions = self._write()
-        indices: list[int] = []  # of this process's expansions, in whole groups
+        # This process's expansions, in whole groups.
+        indices: list[int] = []
+        own: list[Expansion] = []
+        seeds: list[int] = []
         for g in self.procs.local_indices(len(self.records)):
-            indices += range(g * size, (g + 1) * size)
+            group = range(g * size, (g + 1) * size)
+            indices += group
+            own += expansions[group.start : group.stop]
+            seeds += [self.seeds[g]] * size  # a group shares its noise
         scored, spreads = None, []
-        if indices:  # there may be more processes than prompts
-            own = [expansions[i] for i in indices]
-            seeds = [self.seeds[i // size] for i in indices]  # a group shares its noise
+        if own:  # there may be more processes than prompts
             scored = self.scorer(own, seeds, size, heldout=True)
             features = self.embed([e.text for e in own])
             spreads = list(map(spread, features.split(size)))
@@ -109,7 +113,7 @@ class ExpanderEvaluator:
             for i, image in zip(indices, scored.images_N):
                 if i < end and image is not None:
                     images[i] = image
-            # images are large, so they travel only to the main process
+            # Images are large, so they travel only to the main process.
             part = replace(scored, images_N=[], features=None)
         parts = [pair for pair in self.procs.all_gather((indices, part)) if pair[1] is not None]
         all_images: dict[int, Any] = {}
@@ -125,9 +129,14 @@ class ExpanderEvaluator:
                 values = scored.values_NK[scored.valid_NK[:, k], k]
                 result[name] = float(values.mean()) if len(values) else None
         k = scored.names.index(DIVERSITY)
-        # a gated expansion has diversity 0 as a penalty, which is not a distance
+        # A gated expansion has diversity 0 as a penalty, which is not a distance.
         measured_N = scored.valid_NK[:, k] & (scored.gate_N > 0)
-        texts = [e.text for e in expansions]
+        texts, lengths, kept = [], [], []
+        for e in expansions:
+            texts.append(e.text)
+            lengths.append(e.tokens)
+            kept.append(verbatim(e.record.texts or quoted(e.record.prompt), e.text))
+        # Groups first and then their mean, so that a prompt with a gated expansion counts as much as any other.
         distances, distinct1, distinct2 = [], [], []
         for first in range(0, len(expansions), size):
             group = slice(first, first + size)
@@ -139,11 +148,10 @@ class ExpanderEvaluator:
         for name, share in scored.figures(size).items():
             if name.startswith(("format", "safe", "cut", "missing")):
                 result[name] = share
-        kept = [verbatim(e.record.texts or quoted(e.record.prompt), e.text) for e in expansions]
         if self.thinks:
             result |= thinking.figures([e.thought for e in expansions], [e.thought_tokens for e in expansions])
         return result | {
-            "text/length": _mean([e.tokens for e in expansions]),
+            "text/length": _mean(lengths),
             "text/distinct1": _mean(distinct1),
             "text/distinct2": _mean(distinct2),
             "text/verbatim": _mean(kept),
@@ -174,7 +182,7 @@ def spread(features_NE: Tensor) -> float:
     """Mean of 1 - cosine over the pairs of a group, in [0, 2]."""
     n = len(features_NE)
     unit = torch.nn.functional.normalize(features_NE.double(), dim=-1)
-    # the sum of all n^2 cosines is |sum of unit vectors|^2; n of them are of a vector with itself
+    # The sum of all n^2 cosines is |sum of unit vectors|^2; n of them are of a vector with itself.
     return float((n - unit.sum(0).square().sum() / n) / (n - 1))
 
 

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from accelerate import PartialState
 
@@ -29,16 +30,19 @@ def main(config: ExpandConfig) -> None:
         expansions = varied(expander, config.prompt, config.vary, config.seed, config.temperature, config.max_tokens)
     else:
         (expansions,) = expander.expand([config.prompt], config.n, config.seed, config.temperature, config.max_tokens)
-    texts = [e.text for e in expansions]
+    texts, unexpanded, cut = [], 0, 0
+    for expansion in expansions:
+        texts.append(expansion.text)
+        unexpanded += expansion.unexpanded
+        cut += not expansion.whole and not expansion.unexpanded
     if config.json:
         print(json.dumps({"prompt": config.prompt, "expansions": texts}, ensure_ascii=False))
     else:
         for text in texts:
             print(" ".join(text.split()))  # one line each, whatever the model wrote
-    unexpanded = sum(e.unexpanded for e in expansions)
     if unexpanded:
         log.warning(f"{unexpanded} of {len(texts)} are the prompt itself: no thought ended; raise max_tokens")
-    if cut := sum(not e.whole for e in expansions) - unexpanded:
+    if cut:
         log.warning(f"{cut} of {len(texts)} were cut at max_tokens ({config.max_tokens})")
 
 
@@ -49,31 +53,35 @@ def varied(
     words from those before it. Whole expansions go first. Raises UserError if there are not n different ones."""
     (sampled,) = expander.expand([prompt], TIMES * n, seed, temperature, max_tokens)
     different: dict[str, Expansion] = {}
+    # Sorting is stable: the whole ones first, otherwise in the order of sampling.
     for expansion in sorted(sampled, key=lambda e: not e.whole):
         different.setdefault(expansion.text, expansion)
-    pool = list(different.values())
-    if len(pool) < n:
+    if len(different) < n:
         raise UserError(
-            f"vary: among {counted(TIMES * n, 'expansion')} only {len(pool)} differ; lower it, or raise temperature"
-            f" ({temperature:g})"
+            f"vary: among {counted(TIMES * n, 'expansion')} only {len(different)} differ; lower it, or raise"
+            f" temperature ({temperature:g})"
         )
-    return [pool[i] for i in farthest([e.text for e in pool], n)]
+    pool = list(different.values())
+    return [pool[i] for i in farthest(list(different), n)]
 
 
 def farthest(texts: Sequence[str], n: int) -> list[int]:
     """Indices of n texts: the first, then each time the one whose nearest chosen text is farthest, by 1 - the share of
     word pairs that both have (Jaccard)."""
-    grams = [_grams(text) for text in texts]
-    chosen = [0]
+    grams = list(map(_grams, texts))
+    chosen: list[int] = []
+    nearest_N = np.full(len(texts), np.inf)  # distance of each text to the nearest chosen one
     while len(chosen) < min(n, len(texts)):
-        distances = [min(_distance(own, grams[i]) for i in chosen) for own in grams]
-        rest = [i for i in range(len(texts)) if i not in chosen]
-        chosen.append(max(rest, key=lambda i: distances[i]))
+        latest = int(nearest_N.argmax())  # at first all are infinitely far, so the first text
+        chosen.append(latest)
+        nearest_N = np.minimum(nearest_N, [_distance(own, grams[latest]) for own in grams])
+        nearest_N[latest] = -1.0  # below every distance, so that it is not chosen again
     return chosen
 
 
 def _grams(text: str) -> set[tuple[str, str]]:
     words = re.findall(r"\w+", text.casefold())
+    # The first word is paired with nothing, so that a text of one word has a pair too.
     return set(zip(["", *words], words))
 
 

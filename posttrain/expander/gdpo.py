@@ -37,7 +37,7 @@ from trl.trainer.utils import RepeatSampler
 
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError
-from posttrain.expander.callbacks import GDPOCallback, SharedRewards, diversity_weight
+from posttrain.expander.callbacks import GDPOCallback, SharedRewards, reward_weights
 from posttrain.expander.chat_template import messages, template
 from posttrain.expander.evaluate import ExpanderEvaluator
 from posttrain.expander.gdpo_config import ExpanderGDPOConfig
@@ -99,13 +99,15 @@ def train(config: ExpanderGDPOConfig, resume: bool = False) -> None:
             processing_class=policy.tokenizer,
         )
         trainer.remove_callback(PrinterCallback)  # prints every log as a dict
-        _, saved = (newest(run.path / "checkpoints") if resume else None) or (0, None)
+        checkpoint = newest(run.path / "checkpoints") if resume else None
+        saved = None if checkpoint is None else checkpoint[1]
         _check_base(run, policy, saved)
         if config.pool.kind == "adaptive":
             trainer.pooled = PooledPrompts(config, records, procs, policy.thinking, saved)
         if procs.main:
             write_card(run.path, policy.base, policy.base_fingerprint, policy.thinking)
         callback = GDPOCallback(config, run, procs, trainer, rewards, evaluator, saved)
+        # In this order: the second callback seals what the first one adds to a checkpoint.
         trainer.add_callback(callback)
         trainer.add_callback(AtomicCheckpointCallback)
         run.start(config.steps, callback.first)
@@ -137,6 +139,7 @@ class Trainer(PlainState, GRPOTrainer):
 
     pooled: PooledPrompts | None = None
 
+    # TRL has no public hook between its loader and the generation.
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         if self.pooled is not None:
             inputs = self.pooled.inputs(self.state.global_step + 1)
@@ -173,7 +176,7 @@ def settings(config: ExpanderGDPOConfig, procs: Processes) -> TRLConfig:
         return TRLConfig(
             output_dir=str(Path(config.output) / "checkpoints"),
             multi_objective_aggregation="normalize_then_sum",
-            reward_weights=weights(config),
+            reward_weights=reward_weights(config, 0),
             num_generations=groups.group_size,
             per_device_train_batch_size=groups.micro_batch,
             gradient_accumulation_steps=per_process // groups.micro_batch,
@@ -181,7 +184,7 @@ def settings(config: ExpanderGDPOConfig, procs: Processes) -> TRLConfig:
             max_completion_length=generation.max_tokens,
             temperature=generation.temperature,
             top_p=1.0,  # a truncated distribution is not the one whose probabilities the loss uses
-            top_k=0,
+            top_k=0,  # off
             beta=optim.kl,
             epsilon=optim.clip_low,
             epsilon_high=optim.clip_high,
@@ -195,7 +198,7 @@ def settings(config: ExpanderGDPOConfig, procs: Processes) -> TRLConfig:
             ddp_find_unused_parameters=False,
             use_cpu=not cuda,
             dataloader_pin_memory=cuda,
-            remove_unused_columns=False,
+            remove_unused_columns=False,  # TRL would drop `row`, which the reward functions need
             logging_steps=1,
             save_strategy="steps",
             save_steps=config.checkpoint.every or config.steps,
@@ -212,14 +215,7 @@ def settings(config: ExpanderGDPOConfig, procs: Processes) -> TRLConfig:
         ) from None
 
 
-def weights(config: ExpanderGDPOConfig) -> list[float]:
-    """Weights of the trained rewards in TRL's order; diversity is the last."""
-    assert not isinstance(config.diversity.weight, list)
-    return [*(reward.weight for reward in config.trained), diversity_weight(config, 0)]
-
-
 def model_card(config: ExpanderGDPOConfig, policy: Policy, figures: dict[str, float | None]) -> str:
-    """Of the adapter."""
     front = {
         "base_model": without_revision(public(policy.base)),
         "library_name": "peft",

@@ -269,6 +269,7 @@ class ScoringConfig:
         for i, reward in enumerate(self.rewards):
             if reward.name in (DIVERSITY, *GATES):
                 raise refusal(f"rewards[{i}].name", f"'{reward.name}' is measured in every run; choose another")
+            # TRL only sums rewards, so what gates them has to act before it sees them.
             if reward.gate != "none":
                 raise refusal(f"rewards[{i}].gate", f"is {reward.gate}; what gates an expansion goes under safety")
             if reward.group:

@@ -50,6 +50,7 @@ def serve(config: ExpanderServeConfig) -> None:
         raise UserError(f"api_key_env: {config.api_key_env} is not set: export it")
     device = PartialState().device or "cpu"
     with until_terminated():
+        # The port is taken before the model is loaded, which takes longer; requests wait until it is there.
         try:
             server = Server((config.host, config.port), Handler)
         except OSError as error:
@@ -107,6 +108,7 @@ class Answerer:
             raise UserError(f"model: is {body.get('model')!r}; this server has '{self.config.name}'")
         if body.get("max_tokens") is not None and body.get("max_completion_tokens") is not None:
             raise UserError("max_tokens: is given twice; leave out max_completion_tokens")
+        # OpenAI's newer name of the same field.
         limit = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
         longest = self.config.max_tokens
         options = {
@@ -130,6 +132,7 @@ class Answerer:
         if not isinstance(given, list) or not all(isinstance(message, dict) for message in given):
             raise UserError("messages: is not a list of messages; send one with role user")
         *before, last = given or [{}]
+        # A client may send the system text that the model was trained under, and no other.
         own = system_text(self.expander.thinking)
         if last.get("role") != "user" or any(m.get("role") != "system" or _text(m) != own for m in before):
             raise UserError("messages: send one message with role user; the expander has a system text of its own")
@@ -183,7 +186,7 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+    protocol_version = "HTTP/1.1"  # connections stay open between requests
 
     @property
     def _own(self) -> Server:
@@ -231,6 +234,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _is_allowed(self) -> bool:
         key = self._own.key
+        # In constant time: how long a comparison takes must not tell how much of a key is right.
         if key is None or hmac.compare_digest(self.headers.get("Authorization", "").encode(), f"Bearer {key}".encode()):
             return True
         self._refuse(401, "Authorization: the key is missing or wrong")

@@ -65,7 +65,7 @@ class Expander:
         model, tokenizer = load_chat_model(base, dtype)
         tokenizer.padding_side = "left"  # generation continues after the last token, which must not be padding
         if adapter is not None:
-            check_base(adapter, base, model)
+            check_base(adapter, base, model)  # first: an adapter's weights would change the fingerprint
             model = load_adapter(model, adapter, f"{adapter} on {base}")
         return cls(model.to(device).eval(), tokenizer, thinking)
 
@@ -89,7 +89,7 @@ class Expander:
             part = prompts[first : first + size]
             answers = self._sample(part, n, sampler.seed_for(seed, first), temperature, max_tokens)
             for i, answer in enumerate(answers):
-                if self.thinking and not answer.text:  # the thought did not end
+                if self.thinking and not answer.text:  # the thought did not end; n neighbours are of one prompt
                     answers[i] = self._again(part[i // n], sampler.seed_for(seed, first, i), temperature, max_tokens)
             expansions += [answers[i * n : (i + 1) * n] for i in range(len(part))]
         return expansions
@@ -119,19 +119,29 @@ class Expander:
 
     def _expansion(self, ids: list[int], opened: bool) -> Expansion:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        end = next((i for i, token in enumerate(ids) if token in self._ends), None)
-        whole, tokens = end is not None, len(ids) if end is None else end + 1  # padding follows the end
+        ends = end_tokens(self.model, self.tokenizer)
+        written = until_end(ids, ends)
+        whole = bool(written) and written[-1] in ends
         if not self.thinking:
-            return Expansion(text.strip(), whole, tokens=tokens)
+            return Expansion(text.strip(), whole, tokens=len(written))
         answer = split(text, opened)
-        return Expansion(answer.caption, whole, answer.thought, tokens)
+        return Expansion(answer.caption, whole, answer.thought, len(written))
 
-    @property
-    def _ends(self) -> set[int]:
-        # one id, a list of ids or None
-        ends = self.model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        return {self.tokenizer.eos_token_id, *ends}
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer."""
+    ends = model.generation_config.eos_token_id  # one id, a list of ids or None
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    return list(dict.fromkeys([tokenizer.eos_token_id, *ends]))
+
+
+def until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
+    """The tokens up to and with the first end: a batch is generated until its longest row ends, and shorter rows are
+    padded after theirs."""
+    for i, token in enumerate(ids):
+        if token in ends:
+            return ids[: i + 1]
+    return ids
 
 
 def resolve(path: str, adapter: str | None = None) -> tuple[str, str | None]:

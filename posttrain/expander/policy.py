@@ -17,7 +17,15 @@ from posttrain.config.sections import LoraConfig
 from posttrain.errors import UserError, first_line
 from posttrain.expander.chat_template import messages, system_text, template
 from posttrain.expander.gdpo_config import ChatModelConfig
-from posttrain.expander.model import check_base, load_chat_model, resolve, trained_thinking, write_card
+from posttrain.expander.model import (
+    check_base,
+    end_tokens,
+    load_chat_model,
+    resolve,
+    trained_thinking,
+    until_end,
+    write_card,
+)
 from posttrain.expander.score import Expansion
 from posttrain.expander.thinking import LONGEST, is_opened, split
 from posttrain.loading import load_adapter
@@ -50,14 +58,12 @@ class Policy:
                 self.model = get_peft_model(base, options)
             except ValueError as error:
                 raise UserError(f"lora.targets: {first_line(error)}") from error
-        ends = base.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        self.ends = list(dict.fromkeys([self.tokenizer.eos_token_id, *ends]))
-        """Tokens that end an expansion."""
+        self.ends = end_tokens(base, self.tokenizer)
         self.thinking = trained_thinking(path, adapter) if config.thinking is None else config.thinking
         """Whether it is asked for a thought before the caption."""
         parts = (system_text(self.thinking), template().user.replace("$prompt", ""))
         self.template = "\n".join(part for part in parts if part)
+        # Some chat templates open a thought themselves, for any prompt.
         self._opened = is_opened(self._render([PromptRecord("")], tokenize=False)[0])
 
     @property
@@ -69,9 +75,9 @@ class Policy:
         ended = bool(ids) and ids[-1] in self.ends
         body = list(ids[:-1]) if ended else list(ids)
         special_ids = set(self.tokenizer.all_special_ids)
-        special = [i for i in body if i in special_ids]
         text = self.tokenizer.decode(body, skip_special_tokens=True)
-        tokens_of_special = self.tokenizer.convert_ids_to_tokens(special)
+        # Decoding drops special tokens, and the format check must see them.
+        tokens_of_special = self.tokenizer.convert_ids_to_tokens([i for i in body if i in special_ids])
         if not self.thinking:
             return Expansion(record, text.strip(), ended, tokens_of_special, len(body))
         answer = split(text, self._opened)
@@ -113,7 +119,7 @@ class Policy:
                 inputs = inputs.to(self.device)
                 out = self.model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :]
                 for record, ids in zip(part, out.tolist()):
-                    expansions.append(self.expansion(record, self._until_end(ids)))
+                    expansions.append(self.expansion(record, until_end(ids, self.ends)))
         self.model.train(training)
         return expansions
 
@@ -125,13 +131,13 @@ class Policy:
         parts = []
         with self.model.disable_adapter():
             for first in range(0, len(texts), batch):
-                # an empty text has no token to take the mean over
+                # An empty text has no token to take the mean over.
                 part = [text or self.tokenizer.eos_token for text in texts[first : first + batch]]
                 inputs = self.tokenizer(part, return_tensors="pt", padding=True, padding_side="right").to(self.device)
                 states = self.model(
                     input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, output_hidden_states=True
                 ).hidden_states[-1].float()  # fmt: skip
-                mask = inputs.attention_mask[..., None]
+                mask = inputs.attention_mask[..., None]  # padding has a hidden state too, which is no part of the mean
                 parts.append(((states * mask).sum(1) / mask.sum(1)).cpu())
         self.model.train(training)
         return torch.cat(parts)
@@ -146,8 +152,3 @@ class Policy:
         apply_umask(directory)
         (directory / "README.md").write_text(card, encoding="utf-8")
         write_card(directory, self.base, self.base_fingerprint, self.thinking)
-
-    def _until_end(self, ids: list[int]) -> list[int]:
-        # a batch is generated until its longest row ends; shorter rows are padded after their end token
-        ends = [i for i, token in enumerate(ids) if token in self.ends]
-        return ids[: ends[0] + 1] if ends else ids

@@ -20,7 +20,7 @@ from posttrain.expander.trl_checkpoint import read_part, write_part
 from posttrain.training.checkpoint import Checkpoint
 from posttrain.training.prompt_source import PromptSource
 from prompts.records import PromptRecord
-from rewards.gates import Gated
+from rewards.gates import Gated, settings_of
 
 PART = "pool"
 """Name of the pool's files in a checkpoint."""
@@ -47,6 +47,7 @@ class PooledPrompts:
         # A run that had no pool until now begins with a fresh one.
         if saved is not None and (saved / f"{PART}.json").is_file():
             tensors, state = read_part(saved, PART)
+            # In the form of the other methods' checkpoints; the step is not read.
             self.source.restore(Checkpoint(saved, 0, {PART: tensors}, state))
 
     def inputs(self, step: int) -> list[dict[str, Any]]:
@@ -61,20 +62,12 @@ class PooledPrompts:
 
     def update(self, step: int, scored: Scored) -> dict[str, float]:
         """Takes in a step's scores, `scored` being this process's; returns how many prompts are in each class."""
-        names = [reward.name for reward in self.config.trained]
-        columns = [scored.names.index(name) for name in names]
+        names, weights_K, noise_K, floor_K = settings_of(self.config.trained, scored.noise)
+        columns = list(map(scored.names.index, names))
+        # All processes take in all scores, so that their pools stay equal and draw the same prompts.
         parts = self.procs.all_gather((scored.values_NK[:, columns], scored.valid_NK[:, columns]))
-        values, valid = zip(*parts)
-        noise = [scored.noise.get(name) for name in names]
-        gated = Gated(
-            names,
-            np.array([reward.weight for reward in self.config.trained]),
-            np.concatenate(values),
-            np.concatenate(valid),
-            np.array([0.0 if one is None else one.spread for one in noise]),
-            np.array([0.0 if one is None else one.floor for one in noise]),
-        )
-        return self.source.update(step, gated)
+        values, valid = map(np.concatenate, zip(*parts))
+        return self.source.update(step, Gated(names, weights_K, values, valid, noise_K, floor_K))
 
     def save(self, folder: Path) -> None:
         """Writes the pool's state into a checkpoint; for one process."""

@@ -72,7 +72,7 @@ class K2Renderer:
         self.steps = sampler.STEPS[turbo] if config.steps is None else config.steps
         self.guidance = sampler.GUIDANCE[turbo] if config.guidance is None else config.guidance
         self.k2.grid(*config.size)  # refuses a size that K2 cannot draw
-        self._null = self.k2.text([""]) if self.guidance else None
+        self._null = self.k2.text([""]) if self.guidance else None  # what guidance leads away from
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Rendering:
@@ -131,6 +131,7 @@ class EndpointRenderer:
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Rendering:
         """Raises UserError when too many images are missing."""
+        # Servers do not say what they cut, so tokens are counted here.
         cut = []
         for ids in self._tokenizer(list(prompts)).input_ids if prompts else []:
             cut.append(max(0, len(ids) + SUFFIX_TOKENS - self.config.max_tokens))

@@ -31,7 +31,7 @@ from posttrain.expander.text_metrics import CAUSES, causes
 from posttrain.expander.trl_rewards import for_trl
 from posttrain.training import advantages
 from prompts.records import PromptRecord, columns
-from rewards.base import Noise, Reward, RewardError, RewardSpec, Scores, score_all
+from rewards.base import NO_NOISE, Noise, Reward, RewardError, RewardSpec, Scores, score_all
 from rewards.diversity import Features, contributions
 from rewards.load import load_rewards
 
@@ -48,7 +48,7 @@ class Expansion:
     special: Sequence[str] = ()
     """Special tokens before the end token."""
     tokens: int = 0
-    """Of the whole answer."""
+    """Tokens of the whole answer."""
     thought: str | None = None
     thought_tokens: int = 0
     thought_ok: bool = True
@@ -78,19 +78,14 @@ class Scored:
     """Images drawn: equal texts of a group share one."""
     failures: Counter[str]
     seconds: dict[str, float] = field(default_factory=dict)
-    """Of the stages `render` and `score`."""
+    """Times of the stages `render` and `score`."""
     noise: Mapping[str, Noise] = field(default_factory=dict)
     """Reward -> noise; a reward that is not in it has none."""
 
     @property
-    def passed_N(self) -> list[bool]:
-        """Whether format and safety are in order."""
-        return _passed(self.causes_N, self.unsafe_N)
-
-    @property
     def gate_N(self) -> np.ndarray:
-        """1 where an expansion passed, else 0."""
-        return np.array(self.passed_N, float)
+        """1 where format and safety are in order, else 0."""
+        return np.array(_passed(self.causes_N, self.unsafe_N), float)
 
     def rewards(self, name: str) -> list[float | None]:
         """The scores of one reward: None where missing."""
@@ -101,34 +96,35 @@ class Scored:
         """The scores of one reward for TRL, with its noise floor: see `for_trl`."""
         k = self.names.index(name)
         valid_N = self.valid_NK[:, k]
-        return _optional(for_trl(self.values_NK[:, k], valid_N, group_size, self._floor(name)), valid_N)
+        return _optional(for_trl(self.values_NK[:, k], valid_N, group_size, self.noise_of(name).floor), valid_N)
 
     def noise_share(self, weights: Sequence[float], group_size: int) -> float | None:
         """`advantages.noise_share` of rewards with these weights, in the order of `names`."""
         values_PGK, valid_PGK = self._groups(group_size)
-        noise_K = torch.tensor([self.noise[n].spread if n in self.noise else 0.0 for n in self.names])
+        noise_K = torch.tensor([self.noise_of(name).spread for name in self.names])
         return advantages.noise_share(values_PGK, valid_PGK, torch.tensor(weights), self._floors(), noise_K)
+
+    def noise_of(self, name: str) -> Noise:
+        return self.noise.get(name, NO_NOISE)
 
     def _groups(self, group_size: int) -> tuple[Tensor, Tensor]:
         shape = (-1, group_size, len(self.names))  # (P, G, K)
         return torch.from_numpy(self.values_NK).view(shape), torch.from_numpy(self.valid_NK).view(shape)
 
-    def _floor(self, name: str) -> float:
-        return self.noise[name].floor if name in self.noise else 0.0
-
     def _floors(self) -> Tensor:
-        return torch.tensor(list(map(self._floor, self.names)))
+        return torch.tensor([self.noise_of(name).floor for name in self.names])
 
     def figures(self, group_size: int) -> dict[str, float | None]:
         """Shares and means for metrics: format and its faults, safety, missing images, cuts, groups without signal."""
         n = len(self.causes_N)
-        passed = np.array(self.passed_N)
+        passed = self.gate_N > 0
         missing = passed & ~np.array(self.drawn_N)  # an expansion that failed a check was not to be drawn
+        cut = list(filter(None, self.cut_N))
+        result: dict[str, float | None] = {"format": self.causes_N.count([]) / n}
         counts = Counter(itertools.chain(*self.causes_N))
-        cut = [tokens for tokens in self.cut_N if tokens]
-        result: dict[str, float | None] = {
-            "format": self.causes_N.count([]) / n,
-            **{f"format/{cause}": counts[cause] / n for cause in CAUSES},
+        for cause in CAUSES:
+            result[f"format/{cause}"] = counts[cause] / n
+        result |= {
             "safe": self.unsafe_N.count([]) / n,
             "missing_images": int(missing.sum()) / int(passed.sum()) if passed.any() else None,
             "cut": len(cut) / n,
@@ -155,19 +151,23 @@ def merge(parts: Sequence[tuple[Sequence[int], Scored]], images: Mapping[int, Im
     Each part comes with the places of its rows. `images` maps places to images and need not be complete. Times are
     those of the first part.
     """
-    places, scored = zip(*parts)
-    order = np.argsort(np.concatenate(places)).tolist()  # rows of the joined parts in global order
-
-    def in_order(name: str) -> list[Any]:
-        rows = list(itertools.chain.from_iterable(getattr(part, name) for part in scored))
-        return [rows[i] for i in order]
-
+    places: list[int] = []
     renders, failures = 0, Counter[str]()
-    for part in scored:
+    for rows, part in parts:
+        places += rows
         renders += part.renders
         failures += part.failures
+    order = np.argsort(places).tolist()  # rows of the joined parts in global order
+
+    def in_order(name: str) -> list[Any]:
+        joined: list[Any] = []
+        for _, part in parts:
+            joined += list(getattr(part, name))
+        return [joined[i] for i in order]
+
+    first = parts[0][1]
     return Scored(
-        names=scored[0].names,
+        names=first.names,
         values_NK=np.stack(in_order("values_NK")),
         valid_NK=np.stack(in_order("valid_NK")),
         causes_N=in_order("causes_N"),
@@ -178,7 +178,7 @@ def merge(parts: Sequence[tuple[Sequence[int], Scored]], images: Mapping[int, Im
         cut_N=in_order("cut_N"),
         renders=renders,
         failures=failures,
-        seconds=scored[0].seconds,
+        seconds=first.seconds,
     )
 
 
@@ -198,10 +198,10 @@ class Scorer:
         self.rewards = load_rewards(config.rewards, urls)
         specs = []
         for check in config.safety:
-            # max_failures 1: a failed check is handled here, and always ends the run
+            # max_failures 1: a failed check is handled here, and always ends the run.
             specs.append(RewardSpec(f"safety {check.name}", check.function, timeout=check.timeout, max_failures=1))
         self.safety = list(zip(config.safety, load_rewards(specs, urls)))
-        self.trained = [reward.spec.name for reward in self.rewards if not reward.spec.heldout_only] + [DIVERSITY]
+        self.trained = [*(spec.name for spec in config.trained), DIVERSITY]
         """Rewards that TRL gets, in its order."""
         self.noise: dict[str, Noise] = {}
         """Noise by reward, once it has been measured."""
@@ -217,19 +217,22 @@ class Scorer:
         if len(expansions) % group_size:  # diversity would compare expansions of different prompts
             raise ValueError(f"{len(expansions)} expansions are not whole groups of {group_size}")
         began = time.perf_counter()
-        faults = [self._faults(e) for e in expansions]
+        faults: list[list[str]] = []
+        for e in expansions:
+            faults.append(causes(e.record.prompt, e.text, e.ended, self.template, e.special, e.thought_ok))
         unsafe: list[list[str]] = [[] for _ in expansions]
-        # what fails a cheap check is neither drawn nor judged
-        rows = [i for i, found in enumerate(faults) if not found]
-        written = [expansions[i] for i in rows]
-        self._check_safety("text", unsafe, rows, [e.text for e in written], written)
-        rows = [i for i in rows if not unsafe[i]]
+        # What fails a cheap check is neither drawn nor judged.
+        well_formed = np.flatnonzero(_passed(faults, unsafe)).tolist()
+        written = [expansions[i] for i in well_formed]
+        self._check_safety("text", unsafe, well_formed, [e.text for e in written], written)
+        rows = np.flatnonzero(_passed(faults, unsafe)).tolist()
         checked = time.perf_counter()
 
         images, cut, renders, failures = self._draw(expansions, seeds, rows)
         rendered = time.perf_counter()
 
-        drawn = [i for i in rows if images[i] is not None]
+        there_N = [image is not None for image in images]
+        drawn = np.flatnonzero(there_N).tolist()
         shown = [image for image in images if image is not None]
         written = [expansions[i] for i in drawn]
         self._check_safety("image", unsafe, drawn, shown, written)
@@ -238,11 +241,11 @@ class Scorer:
         passed = _passed(faults, unsafe)
         values, valid = self._gated(rewards, scores, drawn, passed)
         features = self._features(expansions, seeds, drawn, shown)
-        there_N = [image is not None for image in images]
         distances_N = np.array(_diversity(features, there_N, passed, group_size), float)  # None becomes NaN
         names = [reward.spec.name for reward in rewards]
         for name in names:
             failures += scores.failures[name]
+        ended = time.perf_counter()
         return Scored(
             names=[*names, DIVERSITY],
             values_NK=np.column_stack([values, np.nan_to_num(distances_N)]),
@@ -255,12 +258,10 @@ class Scorer:
             cut_N=cut,
             renders=renders,
             failures=failures,
-            seconds={"render": rendered - checked, "score": time.perf_counter() - rendered + checked - began},
+            # The checks of the texts count as scoring.
+            seconds={"render": rendered - checked, "score": ended - rendered + checked - began},
             noise=self.noise,
         )
-
-    def _faults(self, e: Expansion) -> list[str]:
-        return causes(e.record.prompt, e.text, e.ended, self.template, e.special, e.thought_ok)
 
     def _draw(
         self, expansions: Sequence[Expansion], seeds: Sequence[int], rows: Sequence[int]
@@ -286,9 +287,9 @@ class Scorer:
         expansions: Sequence[Expansion],
     ) -> None:
         """Adds to `unsafe`, at the given rows, the names of the failed checks of this kind (text or image)."""
-        checks = [(spec, check) for spec, check in self.safety if spec.sees == kind]
-        if not rows or not checks:
+        if not rows:
             return
+        checks = [(spec, check) for spec, check in self.safety if spec.sees == kind]
         scores = self._score([check for _, check in checks], expansions, inputs)
         for k, (spec, _) in enumerate(checks):
             if not scores.valid_NK[:, k].all():
@@ -310,7 +311,7 @@ class Scorer:
     def columns(self, expansions: Sequence[Expansion]) -> dict[str, Sequence[Any]]:
         """The columns that every reward sees: those of the user's prompt, and `expansion`."""
         records = [e.record for e in expansions]
-        # None makes the rubric derive requirements from the user's prompt, never from the expansion
+        # None makes the rubric derive requirements from the user's prompt, never from the expansion.
         requirements = [record.requirements or None for record in records]
         return {**columns(records), "expansion": [e.text for e in expansions], "requirements": requirements}
 
@@ -325,7 +326,7 @@ class Scorer:
         order = list(unique)
         unique_UE = self.features(list(unique.values()))
         features = torch.zeros(len(expansions), unique_UE.shape[1])
-        features[list(drawn)] = unique_UE[list(map(order.index, keys))]
+        features[list(drawn)] = unique_UE[list(map(order.index, keys))]  # each unique image's row to all that share it
         return features
 
     def _gated(
@@ -343,7 +344,7 @@ class Scorer:
             name = reward.spec.name
             worst = self.config.worst.get(name, 0.0)
             lowest = values[valid[:, k], k].min(initial=np.inf)
-            # then failing a check would pay more than passing it
+            # Then failing a check would pay more than passing it.
             if lowest < worst:
                 raise RewardError(
                     f"reward {name}: a score of {lowest:g} is below the worst score ({worst:g}) that an expansion gets"
@@ -354,6 +355,7 @@ class Scorer:
 
 
 def _image_keys(expansions: Sequence[Expansion], seeds: Sequence[int], rows: Sequence[int]) -> list[tuple[str, int]]:
+    # With the seed: another group has another noise, and so another image of the same text.
     return [(expansions[i].text, seeds[i]) for i in rows]
 
 
@@ -365,7 +367,7 @@ def gate(values_N: np.ndarray, valid_N: np.ndarray, gate_N: np.ndarray, worst: f
 def _diversity(
     features: Tensor | None, there: Sequence[bool], passed: Sequence[bool], group_size: int
 ) -> list[float | None]:
-    if features is None:
+    if features is None:  # nothing was drawn
         return [None if ok else 0.0 for ok in passed]
     distances: list[float | None] = []
     for first in range(0, len(passed), group_size):

@@ -69,7 +69,7 @@ def train(config: ExpanderSFTConfig, resume: bool = False) -> None:
     torch.manual_seed(config.seed)  # peft draws the adapter from the global generator
     model, tokenizer = load_chat_model(base, getattr(torch, config.dtype))
     training, heldout = fitting(training, tokenizer, config), fitting(heldout, tokenizer, config)
-    base_print = fingerprint(dict(model.named_parameters()))
+    base_print = fingerprint(dict(model.named_parameters()))  # of the base, so before the adapter is added
     if config.lora is not None:
         model = with_adapter(model, config)
     with Run.create(config, resume, procs.main) as run:
@@ -101,6 +101,7 @@ def train(config: ExpanderSFTConfig, resume: bool = False) -> None:
             run.stopped = logger.signals.received
             run.summary({**figures, "pairs": len(training), "heldout": len(heldout), **peak_memory()})
             write_report(run.path)
+    # Only now, when everything is written: Ctrl-C ends the command as an interrupt.
     if logger.signals.received is signal.SIGINT:
         raise KeyboardInterrupt
 
@@ -121,8 +122,8 @@ class RunningClip(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # TRL logs each step (logging_steps=1), so this has them all.
-        norms = [row["grad_norm"] for row in state.log_history if "grad_norm" in row]
-        args.max_grad_norm = clipping.limit([norm for norm in norms if 0 < norm < math.inf], self.factor)
+        norms = [row["grad_norm"] for row in state.log_history if 0 < row.get("grad_norm", 0) < math.inf]
+        args.max_grad_norm = clipping.limit(norms, self.factor)
 
 
 def make_trainer(
@@ -130,6 +131,7 @@ def make_trainer(
 ) -> SFTTrainer:
     """TRL's trainer for these pairs, which must all fit: nothing is truncated."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    # TRL takes whole micro-batches of each process.
     accumulation, rest = divmod(config.batch, config.micro_batch * processes)
     if rest or not accumulation:
         raise UserError(
@@ -193,7 +195,7 @@ def with_adapter(model: Any, config: ExpanderSFTConfig) -> Any:
     """A PEFT model whose adapter is trained in float32."""
     assert config.lora is not None
     names = "|".join(map(re.escape, config.lora.targets or JUDGE_TARGETS))
-    # a regular expression, so that PEFT matches whole layer names
+    # A regular expression, so that PEFT matches whole layer names.
     lora = PeftLoraConfig(
         r=config.lora.rank, lora_alpha=config.lora.alpha,  # type: ignore[arg-type]
         target_modules=rf".*\.({names})", task_type="CAUSAL_LM",
@@ -243,9 +245,12 @@ class _RunCallback(TrainerCallback):
         return control
 
     def on_log(self, args, state, control, logs=None, **_):
-        values = {name: value for name, value in (logs or {}).items() if name.removeprefix("eval_") in LOGGED}
+        values = {}
+        for name, value in (logs or {}).items():
+            if name.removeprefix("eval_") in LOGGED:
+                values[name.replace("eval_", "eval/")] = value
         if values:
-            self.run.log(state.global_step, {name.replace("eval_", "eval/"): v for name, v in values.items()})
+            self.run.log(state.global_step, values)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from posttrain.preferences.heldout import in_share
 from prompts.tables import open_table, row_texts
 
 MOST_WEIGHT = 3.0
-"""Of a pair: what is oversampled more is learnt by heart."""
+"""Largest weight of a pair: what is oversampled more is memorised."""
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,23 @@ class Pair:
 def read_pairs(config: ExpanderSFTConfig) -> tuple[list[Pair], list[Pair]]:
     """(training, held out) pairs: the two files of `posttrain expander data`, or a split by the hash of the prompt."""
     root = Path(config.data)
-    # the files keep all prompts of a caption on one side, which a split by prompt would not
-    if (root / "train.parquet").exists() and (root / "heldout.parquet").exists():
-        training, heldout = (_read(str(root / f"{name}.parquet"), config) for name in ("train", "heldout"))
-        return _repeated(training, config.seed), [pair for pair, _ in heldout]
+    training_file, heldout_file = root / "train.parquet", root / "heldout.parquet"
+    # The files keep all prompts of a caption on one side, which a split by prompt would not.
+    if training_file.exists() and heldout_file.exists():
+        heldout = [pair for pair, _ in _read(str(heldout_file), config)]
+        return _repeated(_read(str(training_file), config), config.seed), heldout
     training, heldout = [], []
     for pair, weight in _read(config.data, config):
-        held = in_share(f"{config.seed}:{pair.prompt}", config.heldout)
-        (heldout if held else training).append((pair, weight))
+        if in_share(f"{config.seed}:{pair.prompt}", config.heldout):
+            heldout.append(pair)
+        else:
+            training.append((pair, weight))
     if not training or not heldout:
         raise UserError(
             f"data: {config.data}: {counted(len(training), 'pair')} to train on and {len(heldout)} held out; give more"
             " prompts or change heldout"
         )
-    return _repeated(training, config.seed), [pair for pair, _ in heldout]
+    return _repeated(training, config.seed), heldout
 
 
 def _read(path: str, config: ExpanderSFTConfig) -> list[tuple[Pair, float]]:
@@ -72,6 +75,7 @@ def _read(path: str, config: ExpanderSFTConfig) -> list[tuple[Pair, float]]:
             raise UserError(f"{source.name(i)}: thought: is not text; write a text, or leave it empty")
         weight = row.get("weight")
         weight = 1.0 if weight is None else weight
+        # In Python a bool is an int.
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= MOST_WEIGHT:
             raise UserError(f"{source.name(i)}: weight: is {weight!r}; write a number above 0, at most {MOST_WEIGHT:g}")
         pairs.append((Pair(prompt, completion, (thought or "").strip()), float(weight)))
@@ -85,6 +89,7 @@ def _repeated(pairs: list[tuple[Pair, float]], seed: int) -> list[Pair]:
     result: list[Pair] = []
     for pair, weight in pairs:
         whole, part = divmod(weight, 1)
+        # By a hash of the pair: its number does not change with what else is in the data, or with a resume.
         result += [pair] * (int(whole) + in_share(f"{seed}:{pair.prompt}:{pair.completion}", part))
     return result
 

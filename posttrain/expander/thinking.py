@@ -57,6 +57,7 @@ def split(answer: str, opened: bool = False) -> Answer:
     block = BLOCK.fullmatch(answer)
     if block is not None and not TAG.search(block["thought"] + block["caption"]):
         return Answer(block["caption"].strip(), block["thought"].strip())
+    # After the last end, so that nothing of a thought is drawn.
     before, ended, caption = answer.rpartition(END)
     return Answer(caption.strip(), before, False) if ended else Answer("", answer, False)
 
@@ -98,6 +99,7 @@ def part_losses(
     """
     training = model.training
     model.eval()
+    # In float64, as sums over many tokens lose digits in float32.
     sums, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     for first in range(0, len(rows), batch):
         part = rows[first : first + batch]
@@ -108,7 +110,8 @@ def part_losses(
             ids_BL[i, : len(ids)] = torch.tensor(ids)
             end = thought_end(ids, start, decode)
             kinds_BL[i, start:end], kinds_BL[i, end : len(ids)] = 0, 1
-        # Padding is on the right, where a causal model sees it from no token that counts.
+        # Padding is on the right, where a causal model sees it from no token that counts. The last position predicts
+        # nothing, and the first token is predicted by none.
         logits = model(input_ids=ids_BL.to(model.device)).logits[:, :-1].float().cpu()
         losses = F.cross_entropy(logits.flatten(0, 1), ids_BL[:, 1:].flatten(), reduction="none")
         kinds = kinds_BL[:, 1:].flatten()
@@ -121,6 +124,7 @@ def part_losses(
 
 def thought_end(ids: Sequence[int], start: int, decode: Callable[[list[int]], str]) -> int:
     """Index of the first token after the thought of an answer that begins at `start`. Raises ValueError without one."""
+    # The tag may be one token or several, and begin within one, so the text is decoded from the start of the answer.
     for end in range(start, len(ids)):
         if END in decode(list(ids[start : end + 1])):
             # The empty line after the tag may be tokens of its own.

@@ -51,6 +51,7 @@ class PlainState:
             self.lr_scheduler.load_state_dict(schedule)
 
     def _save_rng_state(self, output_dir: str) -> None:
+        # Each process's own, as they draw different numbers.
         write_part(Path(output_dir), self._rng, *rng_state())
 
     def _load_rng_state(self, checkpoint: str | None) -> None:

@@ -29,9 +29,12 @@ def for_trl(values_N: np.ndarray, valid_N: np.ndarray, group_size: int, floor: f
             continue
         mean, wanted = values_N[rows].mean(), wanted_N[rows]
         if not wanted.any():
+            # Rounded relative to its size: 12 of the 24 bits of fp32 leave room for a sum over the group.
             fraction, exponent = np.frexp(mean)
             result_N[rows] = np.ldexp(np.round(np.ldexp(fraction, 12)), exponent - 12)
             continue
+        # Most groups need nothing, and then TRL logs their own spread.
+        # ddof=1: TRL takes the standard deviation with n - 1.
         usual = (values_N[rows] - mean) / (values_N[rows].std(ddof=1) + TRL_EPSILON)
         if np.abs(usual - wanted).max() > 1e-3 * np.abs(wanted).max():
             result_N[rows] = mean + wanted * TRL_EPSILON / (1 - wanted.std(ddof=1))

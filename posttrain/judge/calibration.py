@@ -24,9 +24,9 @@ def reliability(p: np.ndarray, y: np.ndarray, bins: int = 10) -> list[tuple[floa
     return rows
 
 
-def expected_calibration_error(p: np.ndarray, y: np.ndarray, bins: int = 10) -> float:
+def expected_calibration_error(p: np.ndarray, y: np.ndarray) -> float:
     """Mean distance between prediction and outcome over the bins of `reliability`, weighted by their counts."""
-    return sum(n * abs(a - b) for a, b, n in reliability(p, y, bins)) / len(p)
+    return sum(n * abs(a - b) for a, b, n in reliability(p, y)) / len(p)
 
 
 def auroc(p: np.ndarray, y: np.ndarray) -> float:
@@ -35,5 +35,5 @@ def auroc(p: np.ndarray, y: np.ndarray) -> float:
     n, m = int(positive.sum()), int((~positive).sum())
     if not n or not m:
         return float("nan")
-    # the Mann-Whitney U statistic over the number of pairs
+    # The Mann-Whitney U statistic over the number of pairs.
     return float((rankdata(p)[positive].sum() - n * (n + 1) / 2) / (n * m))

@@ -66,5 +66,5 @@ def model_card(config: JudgeConfig, template: Template, step: int, results: dict
 
 
 def numbers(values: dict[str, Any] | None) -> dict[str, float]:
-    """Those values that are numbers."""
+    """The values that are numbers."""
     return {name: value for name, value in (values or {}).items() if isinstance(value, int | float)}

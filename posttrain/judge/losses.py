@@ -16,6 +16,7 @@ def bradley_terry(rho_w_B: Tensor, rho_l_B: Tensor, share_B: Tensor) -> tuple[Te
     """
     difference = rho_w_B.float() - rho_l_B.float()
     pair_B = F.binary_cross_entropy_with_logits(difference, share_B.to(difference), reduction="none")
+    # Sums, as the caller divides by the size of the whole batch.
     with torch.no_grad():
         metrics = {"pair_loss": pair_B.sum(), "accuracy": ((difference > 0) == (share_B > 0.5)).float().sum()}
     return pair_B + 0.01 * (rho_w_B.float() + rho_l_B.float()).square(), metrics

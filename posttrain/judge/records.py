@@ -6,9 +6,10 @@ memory: training reads them again when it needs them.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,9 +121,9 @@ def read_records(config: JudgeConfig) -> list[Record]:
         records = _lines(path, config.mode)
     else:
         return _pairs(read_preferences(config.data, config.columns, config.max_bad), config.workers)
-    # a corrupted record has the file of a good one, which is read anyway
+    # A corrupted record has the file of a good one, which is read anyway.
     images = [r.images for r in records if not r.corrupt]
-    for problem in _read_once(images, config.workers):
+    for problem in _read_once(images, _problem, config.workers):
         if problem is not None:
             raise UserError(problem)
     return records
@@ -178,8 +179,8 @@ def _pairs(preferences: Preferences, workers: int) -> list[Record]:
     records: list[Record] = []
     seen: set[str] = set()
     tally = preferences.tally()
-    rows = [_Facts(preferences, i) for i in range(len(preferences))]
-    for i, facts in enumerate(_read_once(rows, workers)):
+    rows = range(len(preferences))
+    for i, facts in enumerate(_read_once(rows, functools.partial(_facts, preferences), workers)):
         if isinstance(facts, Skipped):
             tally.add(facts)
             continue
@@ -196,23 +197,17 @@ def _pairs(preferences: Preferences, workers: int) -> list[Record]:
     return records
 
 
-@dataclass(frozen=True)
-class _Facts:
-    """A row of a preference set, read without keeping its images."""
-
-    preferences: Preferences
-    row: int
-
-    def read(self) -> Skipped | tuple[str, str, float, tuple[str, ...]]:
-        pair = self.preferences[self.row]
-        if not isinstance(pair, Preference):
-            return pair
-        try:
-            _check_shape(pair.chosen)
-        except ValueError as error:
-            return Skipped(self.preferences.name(self.row), f"an image {error}")
-        drawn_by = {pair.chosen_policy, pair.rejected_policy} - {UNKNOWN}
-        return pair.id, pair.prompt, pair.share, tuple(sorted({pair.source, *drawn_by}))
+def _facts(preferences: Preferences, row: int) -> Skipped | tuple[str, str, float, tuple[str, ...]]:
+    """(id, prompt, share, sources) of a row, without its images."""
+    pair = preferences[row]
+    if not isinstance(pair, Preference):
+        return pair
+    try:
+        _check_shape(pair.chosen)
+    except ValueError as error:
+        return Skipped(preferences.name(row), f"an image {error}")
+    drawn_by = {pair.chosen_policy, pair.rejected_policy} - {UNKNOWN}
+    return pair.id, pair.prompt, pair.share, tuple(sorted({pair.source, *drawn_by}))
 
 
 # ---- JSONL, or a directory of images ----------------------------------------------------------------------
@@ -225,7 +220,7 @@ def _good_images(folder: Path) -> list[Record]:
     records = []
     for file in files:
         key = _key([file], folder)
-        # each good image is shown as it is and with a fault, so that the judge learns the fault, not the subject
+        # Each good image is shown as it is and with a fault, so that the judge learns the fault, not the subject.
         for corrupt in (False, True):
             records.append(Record(Files((file,), "data"), float(corrupt), key, corrupt=corrupt))
     return records
@@ -293,27 +288,31 @@ def _key(paths: Sequence[Path], root: Path) -> str:
 
 @dataclass
 class _Read(Dataset):
-    """Reads parts in worker processes. For Files it returns None, or the message if they cannot be read."""
+    """What `read` gives for each part."""
 
-    parts: Sequence[Files | _Facts]
+    parts: Sequence[Any]
+    read: Callable[[Any], Any]
 
     def __len__(self) -> int:
         return len(self.parts)
 
     def __getitem__(self, i: int) -> Any:
-        part = self.parts[i]
-        if isinstance(part, _Facts):
-            return part.read()
-        try:
-            part.read()
-        except UserError as error:  # raised in a worker, it would arrive with that worker's traceback
-            return str(error)
-        return None
+        return self.read(self.parts[i])
 
 
-def _read_once(parts: Sequence[Any], workers: int) -> Any:
-    """What `_Read` returns, in the order of `parts`; `workers` processes share the reading."""
-    loader = DataLoader(_Read(parts), batch_size=None, num_workers=workers, collate_fn=_unchanged)
+def _problem(images: Files) -> str | None:
+    """Why the images of a record cannot be read; None if they can."""
+    try:
+        images.read()
+    except UserError as error:  # raised in a worker, it would arrive with that worker's traceback
+        return str(error)
+    return None
+
+
+def _read_once(parts: Sequence[Any], read: Callable[[Any], Any], workers: int) -> Any:
+    """What `read` gives for each part, in their order; `workers` processes share the reading."""
+    # DataLoader's own function would turn a record's tuples into lists. Not a lambda: spawned workers get it by name.
+    loader = DataLoader(_Read(parts, read), batch_size=None, num_workers=workers, collate_fn=_unchanged)
     return reading(loader, "images", len(parts))
 
 

@@ -110,7 +110,7 @@ def _train(
 
     # Counted in records, as a resumed run may have another batch.
     total = seen + (config.steps - first) * config.batch
-    order = [(r, epoch) for epoch, r in _epochs(len(training), total, config.seed)][seen:]
+    order = list(_epochs(len(training), total, config.seed))[seen:]
     batches = _loader(vlm, template, training, order, config)
     loop = Loop(first, config.steps, config.checkpoint)
     for step in loop:
@@ -207,10 +207,10 @@ def add_adapter(vlm: VLM, config: JudgeConfig) -> None:
 
 
 def _epochs(n: int, total: int, seed: int) -> Iterator[tuple[int, int]]:
-    """(epoch, index) of `total` records: each epoch has all records in a new random order."""
-    for epoch in range(-(-total // n)):
+    """(index, epoch) of `total` records: each epoch has all records in a new random order."""
+    for epoch in range(math.ceil(total / n)):
         order = np.random.default_rng([seed, epoch]).permutation(n)
-        yield from ((epoch, int(i)) for i in order[: total - epoch * n])
+        yield from zip(order[: total - epoch * n].tolist(), itertools.repeat(epoch))
 
 
 @dataclass
@@ -239,10 +239,10 @@ class _Batches(Dataset):
         for r, epoch in self.order[i * self.size : (i + 1) * self.size]:
             record = self.records[r]
             images = self._images(record, r, epoch)
-            columns = columns or [[] for _ in images]
+            columns = columns or [[] for _ in images]  # one column for images, two for pairs
             for column, image in zip(columns, images):
                 column.append(image)
-            questions.append(self.template.render(**_fields(self.template, record)))
+            questions.append(self.template.render(prompt=record.prompt or ""))
             shares.append(record.share)
         flat = list(itertools.chain(*columns))
         return self.vlm.inputs(flat, questions * len(columns)), torch.tensor(shares)
@@ -253,10 +253,6 @@ class _Batches(Dataset):
             # a new fault in each epoch, the same one after a resume
             return [corrupt(image, np.random.default_rng([self.seed, r, epoch])) for image in images]
         return images
-
-
-def _fields(template: Template, record: Record) -> dict[str, str]:
-    return {"prompt": record.prompt or ""} if template.fields else {}
 
 
 def _loader(

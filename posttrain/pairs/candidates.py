@@ -39,7 +39,7 @@ class Drawn:
     entry: dict[str, Any]
     """Its line of the journal, with the fate of each candidate."""
     rows: list[dict[str, Any]]
-    """Of the candidates that were kept, as a set's rows; images are PNG."""
+    """The kept candidates as rows of a set; images are PNG."""
     cost: Cost
 
 
@@ -63,6 +63,7 @@ def begin_block(
         rows += [records[place]] * group
         # The images of a pair share their noise, so that little else differs; those of a group must differ.
         noises += [sampler.seed_for(seed, -1, j) for j in range(group)] if source.judged else [seed]
+    prompts = [row.prompt for row in rows]
     named = of_records(rows, config.prompts)
     images = np.empty((len(draws) * len(rows), *block.size, 3), np.uint8)
     submitted: list[int] = []
@@ -71,14 +72,16 @@ def begin_block(
     for d, draw in enumerate(draws):
 
         def show(part: list[int], decoded: Tensor, first: int = d * len(rows)) -> None:
-            images[[first + i for i in part]] = decoded.cpu().numpy()
-            submitted.extend(first + i for i in part)
+            at = np.add(first, part)
+            images[at] = decoded.cpu().numpy()
+            submitted.extend(at.tolist())
             if queue is not None:
                 shown = [rows[i] for i in part]
-                queue.submit(to_pil(decoded), [r.prompt for r in shown], columns(shown))
+                queue.submit(to_pil(decoded), [prompts[i] for i in part], columns(shown))
 
-        drawer.draw(draw, [r.prompt for r in rows], noises, block.size, show, named)
-    jobs, measure = queue.hand_over() if queue is not None else [], block.index % MEASURED == 0
+        drawer.draw(draw, prompts, noises, block.size, show, named)
+    jobs = queue.hand_over() if queue is not None else []
+    measure = block.index % MEASURED == 0
     began = time.perf_counter()
     if measure:  # when nothing else runs: judges may share the device
         futures.wait(jobs)
@@ -90,9 +93,9 @@ def begin_block(
         # Images were submitted as they were decoded; their scores go back into the order of `images`.
         scores = queue.gather(jobs).take(np.argsort(submitted).tolist()) if queue is not None else None
         decision = _decide(config, source, images, scores, group)
-        pairs = _kept_pairs(config, drawer, draws, [records[place] for place in places], seeds, images, decision)
+        pairs = _kept_pairs(config, drawer, draws, rows[::group], seeds, images, decision)
         entry = {"block": block.index, "source": source.name, "prompts": places, "cut": cut, **decision.entry()}
-        return Drawn(entry, [row_of(pair) for pair in pairs], cost)
+        return Drawn(entry, list(map(row_of, pairs)), cost)
 
     return finish
 

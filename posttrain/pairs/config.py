@@ -160,7 +160,8 @@ class PairsConfig:
                 raise refusal(f"sources[{i}].name", f"is '{source.name}'; give each source a name of its own")
             names.add(source.name)
             self._check_source(f"sources[{i}]", source)
-        if self.on_policy_share and not any(self.on_policy(source) for source in self.sources):
+        # No number of candidates would help.
+        if self.on_policy_share and not any(map(self.on_policy, self.sources)):
             raise refusal(
                 "on_policy_share",
                 f"is {self.on_policy_share:g}, and no source draws as the policy does (checkpoint: policy, all else"

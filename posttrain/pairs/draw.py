@@ -48,9 +48,9 @@ class Cost:
     def add(self, other: Cost) -> None:
         self.images.update(other.images)
         self.measured.update(other.measured)
+        self.waited += other.waited
         for name, seconds in other.parts.items():
             self.parts[name] += seconds
-        self.waited += other.waited
         for name, seconds in other.seconds.items():
             self.seconds[name] += seconds
 
@@ -71,31 +71,32 @@ class Drawer:
 
     def __init__(self, config: PairsConfig, device: torch.device) -> None:
         self.config = config
-        draws: list[DrawConfig] = []
+        used, guided = {config.policy or BASE}, False
         for source in config.sources:
-            draws += [config.resolved(draw) for draw in source.draws()]
-        used = {draw.checkpoint for draw in draws} | {config.policy or BASE}
+            for draw in source.draws():
+                used.add(config.resolved(draw).checkpoint)
+                guided = guided or draw.guidance > 0
         # The policy first: it becomes the role POLICY, and its earlier stages become the model's stack.
         names = sorted(used - {BASE}, key=lambda name: (name != config.policy, name))
         saved = {name: _saved(config, name) for name in names}
         self.k2 = load_model(config.model, device)
         if config.policy in saved and config.model.start is None:
             stack_earlier(self.k2, saved[config.policy])
-        full = [name for name, one in saved.items() if one.state["lora"] is None]
-        if full and len(used) > 1:
-            raise UserError(
-                f"checkpoint: {full[0]} has trained all weights, so nothing can be drawn beside it; export it, or leave"
-                " every other checkpoint out"
-            )
+        for name, one in saved.items():
+            if one.state["lora"] is None and len(used) > 1:
+                raise UserError(
+                    f"checkpoint: {name} has trained all weights, so nothing can be drawn beside it; export it, or"
+                    " leave every other checkpoint out"
+                )
         # The last adapter that is merged into the model, if any, made the base what it is.
         merged = self.k2.origin["merged"]
-        base = merged[-1]["path"] if merged else config.model.path
-        self.names = {BASE: base} | {name: str(one.path) for name, one in saved.items()}
+        self.names = {BASE: merged[-1]["path"] if merged else config.model.path}
         """The names in the written pairs, by `checkpoint` of a resolved DrawConfig."""
         self.roles: dict[str, str | None] = {BASE: None}
         for name, one in saved.items():
+            self.names[name] = str(one.path)
             self._add(name, one)
-        self.null = self.k2.text([""]) if any(draw.guidance for draw in draws) else None
+        self.null = self.k2.text([""]) if guided else None
         self.begin()
 
     def _add(self, name: str, saved: Checkpoint) -> None:
@@ -182,13 +183,15 @@ class Drawer:
             for first in range(0, len(rows), self.config.micro_batch):
                 part = rows[first : first + self.config.micro_batch]
                 text = Text.of([fused[i] for i in part])
+                own_seeds = [seeds[i] for i in part]
                 key = (*astuple(changed(draw, noise=0.0)), first)
                 if (latents := self._drawn.get(key)) is None:
                     own = [named[i] for i in part] if any(named) else []
-                    latents = self._drawn[key] = self._sample(draw, text, [seeds[i] for i in part], size, own)
+                    latents = self._drawn[key] = self._sample(draw, text, own_seeds, size, own)
                 if draw.noise:
                     # Another seed than the one the image was drawn from: -1 is no index of anything else.
-                    noise = sampler.noise([sampler.seed_for(seeds[i], -1) for i in part], latents.shape[1:])
+                    noise = sampler.noise([sampler.seed_for(seed, -1) for seed in own_seeds], latents.shape[1:])
+                    # As `sampler.noised`, in the type of the latents.
                     latents = (1 - draw.noise) * latents + draw.noise * noise.to(latents)
                 lap("sample")
                 self._cost.images["decode"] += len(part)

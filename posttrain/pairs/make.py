@@ -74,6 +74,7 @@ class Output:
         """
         if self.broken:
             return
+        # Until the last line: an exception anywhere between leaves it set.
         self.broken = True
         for i, row in enumerate(rows, start=first):
             if i >= self.written:
@@ -129,7 +130,7 @@ def _make(
             card = {"policy": drawer.names[config.policy or BASE]}
             writer = stack.enter_context(PreferenceWriter(run.path, resume=True, rows=config.shard, card=card))
             output = Output(writer, Journal(run.path, writer.written), writer.written)
-            done = [planning.kept(entry) for entry in output.journal.entries]
+            done = list(map(planning.kept, output.journal.entries))
         done_counts: list[int] = procs.from_main(done)
         """Pairs of each block that an earlier run has drawn."""
         judged = [reward.spec for reward in rewards if isinstance(reward.function, JudgeReward)]
@@ -207,6 +208,7 @@ class Collector:
         waiting = time.perf_counter()
         drawn = {i: future.result() for i, future in own.items()}  # waits for their scores
         waited = time.perf_counter() - waiting
+        # Without the images, which only the main process needs.
         outcomes = {i: (block.entry, block.cost) for i, block in drawn.items()}
         of_turn: dict[int, tuple[int, dict[str, Any], Cost]] = {}
         for rank, (seconds, part) in enumerate(self.procs.all_gather((waited, outcomes))):
@@ -222,8 +224,8 @@ class Collector:
         self, block: Block, owner: int, entry: dict[str, Any], own_rows: list[dict[str, Any]] | None
     ) -> None:
         # Images that wait for the disk stay in memory: more than BACKLOG of them hold up the drawing.
-        while self._writing and (self._writing[0][0].done() or self._backlog() > BACKLOG):
-            self._writing.pop(0)[0].result()
+        while self._writing and (self._writing[0][0].done() or sum(size for _, size in self._writing) > BACKLOG):
+            self._writing.pop(0)[0].result()  # which also raises what went wrong with writing
         first = sum(self.plan.kept)
         _trim(entry, self.plan.room(block))
         count = planning.kept(entry)
@@ -236,11 +238,10 @@ class Collector:
         if self.output is not None:
             self._writing.append((self.disk.submit(self.output.add, first, entry, rows), _bytes(rows)))
         self.plan.take(block, count)
-        fates = {f"fate/{name}": n for name, n in Counter(entry["fates"]).items()}
-        self.run.log(sum(self.plan.kept), {"block": block.index, "source": block.source, **fates})
-
-    def _backlog(self) -> int:
-        return sum(size for _, size in self._writing)
+        metrics = {"block": block.index, "source": block.source}
+        for fate, times in Counter(entry["fates"]).items():
+            metrics[f"fate/{fate}"] = times
+        self.run.log(sum(self.plan.kept), metrics)
 
     def finish_writing(self) -> None:
         for written, _ in self._writing:
@@ -287,16 +288,18 @@ def _check_judges(
 
 def _check_outcome(config: PairsConfig, plan: Plan, output: Output | None) -> None:
     """Says which sources fell short. Raises UserError if there is too little of the policy, with all saved."""
+    inside = 0  # pairs with an image of the policy
     for source, wanted, kept, made in zip(config.sources, plan.quotas, plan.kept, plan.made):
+        inside += kept if config.on_policy(source) else 0
         if kept < wanted:
             log.warning(
                 f"source {source.name}: {kept} of {counted(wanted, 'pair')} after {counted(made, 'candidate')} (tries"
                 f" {config.tries:g}); quality.json says why the others were dropped"
             )
     total = sum(plan.kept)
-    inside = sum(k for k, source in zip(plan.kept, config.sources) if config.on_policy(source))
-    if total and inside >= config.on_policy_share * total - 1e-9:
+    if total and inside >= config.on_policy_share * total - 1e-9:  # as in planning.quotas
         return
+    # Before the error: what was made is kept, and the report says why there is no more.
     if output is not None:
         output.writer.flush()
         quality.write_report(config, output.journal.entries)
@@ -310,7 +313,7 @@ def _check_outcome(config: PairsConfig, plan: Plan, output: Output | None) -> No
 
 
 def _bytes(rows: Sequence[dict[str, Any]]) -> int:
-    """Of the images of pairs."""
+    """Bytes of the images of pairs."""
     return sum(len(row["chosen"]["bytes"]) + len(row["rejected"]["bytes"]) for row in rows)
 
 

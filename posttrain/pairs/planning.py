@@ -17,6 +17,7 @@ from typing import Any
 
 from posttrain.pairs.config import PairsConfig
 from posttrain.runs.files import append_line, replace_text
+from prompts.parse import whole_lines
 
 KEPT = "kept"
 """The fate of a candidate that makes a pair."""
@@ -42,7 +43,7 @@ class Plan:
     def __init__(self, config: PairsConfig) -> None:
         self.config = config
         shares = [source.share for source in config.sources]
-        policy = [config.on_policy(source) for source in config.sources]
+        policy = list(map(config.on_policy, config.sources))
         self.quotas = quotas(config.pairs, shares, policy, config.on_policy_share)
         """Pairs of each source."""
         self.kept, self.made = [0] * len(shares), [0] * len(shares)
@@ -51,6 +52,7 @@ class Plan:
 
     def generation(self) -> list[Block]:
         """Blocks of as many candidates as the quotas should need, given how many were kept so far."""
+        # Too few are asked for at first, since some will be dropped; the next generation makes up for it.
         blocks = []
         for s, (quota, kept, made) in enumerate(zip(self.quotas, self.kept, self.made)):
             # Nothing is known of a source at first, so every candidate is expected to be kept.
@@ -85,9 +87,7 @@ class Journal:
         """Reads the existing lines. With `written`, the number of pairs in complete files, blocks beyond it are removed
         and will be drawn again, and so will a line that was cut off."""
         self.path = folder / "candidates.jsonl"
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        # A killed run may have left a part of its last line.
-        self.entries: list[dict[str, Any]] = [json.loads(line) for line in lines if line.endswith("\n")]
+        self.entries: list[dict[str, Any]] = list(map(json.loads, whole_lines(self.path)))
         if written is None:
             return
         totals = list(itertools.accumulate(map(kept, self.entries)))
@@ -113,8 +113,8 @@ def quotas(pairs: int, shares: Sequence[float], on_policy: Sequence[bool], least
 
     They sum to `pairs`. Only if no source is on-policy is `least` not met.
     """
-    inside = sum(share for share, on in zip(shares, on_policy) if on)
-    # 1e-9: 0.6 * 1000 is 600.0000000001 or so, which must not become 601.
+    inside = sum(itertools.compress(shares, on_policy))
+    # 1e-9: 0.07 * 100 is a little more than 7, which must not become 8.
     wanted = max(math.ceil(least * pairs - 1e-9), round(pairs * inside / sum(shares))) if inside else 0
     counts = [0] * len(shares)
     for on, total in ((True, wanted), (False, pairs - wanted)):
@@ -127,8 +127,10 @@ def quotas(pairs: int, shares: Sequence[float], on_policy: Sequence[bool], least
 
 def largest_remainder(total: int, shares: Sequence[float]) -> list[int]:
     """`total` divided into whole numbers by the shares, with the largest-remainder method; ties go to the first."""
-    exact = [total * share / sum(shares) for share in shares]
-    counts = [math.floor(number) for number in exact]
+    whole = sum(shares)
+    exact = [total * share / whole for share in shares]
+    counts = list(map(math.floor, exact))
+    # By what rounding down took from each; sorting is stable.
     order = sorted(range(len(shares)), key=lambda i: counts[i] - exact[i])
     for i in order[: total - sum(counts)]:
         counts[i] += 1

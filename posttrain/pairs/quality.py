@@ -12,13 +12,13 @@ rewards rank a group, those that decide of course agree with their own order.
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from posttrain.errors import counted
 from posttrain.pairs import planning
@@ -39,21 +39,23 @@ LARGEST = 256
 
 def quality(config: PairsConfig, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The report, from the lines of the journal."""
-    total = sum(planning.kept(entry) for entry in entries)
-    sources: dict[str, dict[str, Any]] = {}
-    inside = 0
-    for source in config.sources:
-        own = [entry for entry in entries if entry["source"] == source.name]
-        sources[source.name] = _source(own, total) | {"on_policy": config.on_policy(source)}
-        if sources[source.name]["on_policy"]:
-            inside += sources[source.name]["pairs"]
+    total = sum(map(planning.kept, entries))
+    by_source: dict[str, list[dict[str, Any]]] = defaultdict(list)
     pairs_of_prompt: Counter[int] = Counter()
     candidates = cut = 0
     for entry in entries:
-        kept = zip(entry["prompts"], entry["fates"])
-        pairs_of_prompt.update(prompt for prompt, fate in kept if fate == KEPT)
+        by_source[entry["source"]].append(entry)
+        for prompt, fate in zip(entry["prompts"], entry["fates"]):
+            if fate == KEPT:
+                pairs_of_prompt[prompt] += 1
         candidates += len(entry["fates"])
         cut += entry["cut"]
+    sources: dict[str, dict[str, Any]] = {}
+    inside = 0
+    for source in config.sources:
+        row = _source(by_source[source.name], total) | {"on_policy": config.on_policy(source)}
+        inside += row["pairs"] if row["on_policy"] else 0
+        sources[source.name] = row
     return {
         "pairs": total,
         "candidates": candidates,
@@ -62,11 +64,7 @@ def quality(config: PairsConfig, entries: Sequence[dict[str, Any]]) -> dict[str,
         "sources": sources,
         "margin_edges": EDGES,
         "scores": _scores(config, entries),
-        "prompts": {
-            "used": len(pairs_of_prompt),
-            "most_pairs": max(pairs_of_prompt.values(), default=0),
-            "cut": cut,
-        },
+        "prompts": {"used": len(pairs_of_prompt), "most_pairs": max(pairs_of_prompt.values(), default=0), "cut": cut},
     }
 
 
@@ -80,7 +78,7 @@ def _source(entries: Sequence[dict[str, Any]], total: int) -> dict[str, Any]:
         # Distances are of all candidates, margins of those that were kept.
         distances += [distance for distance in entry["distances"] if distance is not None]
         for margin, fate in zip(entry["margins"], entry["fates"]):
-            if fate == KEPT and margin is None:
+            if fate == KEPT and margin is None:  # no reward scored both images
                 unknown += 1
             elif fate == KEPT:
                 margins.append(margin)
@@ -107,8 +105,8 @@ def _dropped(entries: Iterable[dict[str, Any]]) -> dict[str, int]:
 
 
 def _agreement(entries: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By reward: on how many candidates it agrees, disagrees, sees no difference (tie), or has not scored both images;
-    and the share of agreement where it sees a difference, of all candidates and of the kept ones."""
+    """For each reward: on how many candidates it agrees, disagrees, sees no difference (tie), or has not scored both
+    images; and the share of agreement where it sees a difference, of all candidates and of the kept ones."""
     table: dict[str, Counter[str]] = {}
     for entry in entries:
         for name, differences in entry.get("differences", {}).items():
@@ -143,7 +141,7 @@ def _share(agree: int, disagree: int) -> float | None:
 
 
 def _scores(config: PairsConfig, entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """By reward: images that it was asked about, those without a score, and those of them whose score failed."""
+    """For each reward: images that it was asked about, those without a score, and those whose score failed."""
     table = {spec.name: {"images": 0, "missing": 0, "failed": 0} for spec in config.rewards}
     for entry in entries:
         if "images" not in entry:  # a block that no reward scored
@@ -224,4 +222,5 @@ def _resized(image: Image.Image) -> Image.Image:
     side = max(image.size)
     if side > LARGEST:
         return image.resize([max(1, round(n * LARGEST / side)) for n in image.size], Image.Resampling.LANCZOS)
-    return image.resize([n * max(1, LARGEST // 4 * 3 // side) for n in image.size], Image.Resampling.NEAREST)
+    factor = max(1, LARGEST // 4 * 3 // side)  # up to 192 pixels: K2-nano's 64 become three times as large
+    return ImageOps.scale(image, factor, Image.Resampling.NEAREST)

@@ -131,17 +131,18 @@ class Decision:
         entry: dict[str, Any] = {"fates": self.fates, "margins": self.margins, "distances": self.distances}
         if (scores := self.scores) is None:
             return entry
-        missing, failed = (~scores.valid_NK).sum(0).tolist(), scores.failed_NK.sum(0).tolist()
         entry["images"] = len(scores.values_NK)
-        entry["missing"], entry["failed"] = dict(zip(scores.names, missing)), dict(zip(scores.names, failed))
+        entry["missing"] = dict(zip(scores.names, (~scores.valid_NK).sum(0).tolist()))
+        entry["failed"] = dict(zip(scores.names, scores.failed_NK.sum(0).tolist()))
         # By reward: how much higher it puts the chosen image of each candidate.
-        entry["differences"] = {name: [] for name in scores.names}
-        for pair in self.pairs:
-            for k, name in enumerate(scores.names):
+        entry["differences"] = {}
+        for k, name in enumerate(scores.names):
+            differences = entry["differences"][name] = []
+            for pair in self.pairs:
                 difference = None
                 if pair is not None and scores.valid_NK[list(pair), k].all():
                     difference = float(scores.values_NK[pair[0], k] - scores.values_NK[pair[1], k])
-                entry["differences"][name].append(difference)
+                differences.append(difference)
         return entry
 
 
@@ -203,8 +204,9 @@ def degrade(prompt: str, share: float, seed: int) -> str:
     if len(parts) < 2:
         return prompt
     count = max(1, min(len(parts) - 1, round(share * len(parts))))
-    removed = set(np.random.default_rng(seed).permutation(len(parts))[:count].tolist())
-    return separator.join(part for i, part in enumerate(parts) if i not in removed)
+    order = np.random.default_rng(seed).permutation(len(parts))
+    stays = np.sort(order[count:])
+    return separator.join(parts[i] for i in stays)
 
 
 def _clauses(prompt: str) -> list[str]:
@@ -217,4 +219,4 @@ def _clauses(prompt: str) -> list[str]:
             start = cut.end()
     clauses.append(prompt[start:])
     # A prompt that begins or ends with a separator has an empty clause there.
-    return [clause for clause in clauses if clause.strip()]
+    return list(filter(str.strip, clauses))

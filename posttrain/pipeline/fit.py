@@ -26,7 +26,10 @@ def processes(launch: Sequence[str]) -> tuple[int, int]:
     words = []
     for word in launch:
         words += word.replace("-", "_").split("=", 1)  # --nproc-per-node 8, --nproc_per_node=8
-    counts = {option.strip("_"): int(value) for option, value in itertools.pairwise(words) if value.isdecimal()}
+    counts: dict[str, int] = {}
+    for option, value in itertools.pairwise(words):
+        if value.isdecimal():
+            counts[option.strip("_")] = int(value)
     for name in ("nnodes", "num_machines", "num_processes", "nproc_per_node"):
         if counts.get(name) == 0:
             raise UserError(f"launch: {name} is 0; give at least 1")
@@ -84,12 +87,13 @@ def memory(stage: Stage, stages: Sequence[Stage], gpu_gib: float, on_machine: in
     """
     if stage.command in SINGLE_PROCESS or stage.command == "expander sft":
         return None
+    from posttrain.model.blocks import RESERVE  # here, because it imports torch and dry runs should start fast
+
     taken = taken_by_servers(stage, on_machine)
-    reserve = reserve_share()
-    if taken + reserve >= 1:
+    if taken + RESERVE >= 1:
         return f"no room: its servers take {taken:g} of a GPU that it trains on; set their gpus to others", False
-    room = (1 - taken - reserve) * gpu_gib
-    available = f"of {gpu_gib:g}, {reserve * gpu_gib:g} of which stay free"
+    room = (1 - taken - RESERVE) * gpu_gib
+    available = f"of {gpu_gib:g}, {RESERVE * gpu_gib:g} of which stay free"
     if taken:
         available += f" and {taken * gpu_gib:g} belong to its servers"
     training = stage.command in TRAINING
@@ -119,13 +123,8 @@ def taken_by_servers(stage: Stage, on_machine: int) -> float:
         # a server without `gpus` may land on any GPU
         here = [spec for spec in started_servers(stage) if not spec.gpus or gpu in spec.gpus]
         shares.append(sum(map(memory_share, here)))
+    # Processes keep in step, so the GPU with the least room decides for all.
     return max(shares)
-
-
-def reserve_share() -> float:
-    from posttrain.model.blocks import RESERVE  # here, because it imports torch and dry runs should start fast
-
-    return RESERVE
 
 
 def base_of(stage: Stage, stages: Sequence[Stage]) -> str:
@@ -134,6 +133,7 @@ def base_of(stage: Stage, stages: Sequence[Stage]) -> str:
         return stage.config.model.path
     if "renderer.path" not in stage.reads:
         return stage.config.renderer.path
+    # All stages of a pipeline train the same K2, so the first one's has the sizes of the export.
     for other in stages:
         if other.command in ("pairs", *TRAINING):
             return other.config.model.path
@@ -163,6 +163,13 @@ def own_ranks(stage: Stage, stages: Sequence[Stage]) -> int:
     return stage.config.rank or sum(own_ranks(parent, stages) for parent in parents if parent is not None)
 
 
+def parts_at(path: str) -> Any:
+    """The sizes of a model's parts. One of the hub, which may not be on this machine, has K2's."""
+    from posttrain.bench import tiers
+
+    return tiers.parts_in(path) if Path(path).is_dir() else tiers.parts_of("k2")
+
+
 def _estimate(
     stage: Stage, path: str, sizes: list[list[int]], images: int, room: float, stack: int
 ) -> tuple[float, int]:
@@ -170,7 +177,7 @@ def _estimate(
     from posttrain.bench import tiers
 
     config = stage.config
-    parts = tiers.parts_in(path) if Path(path).is_dir() else tiers.parts_of("k2")
+    parts = parts_at(path)
     largest = max(sizes, key=lambda size: size[0] * size[1])
     if stage.command in TRAINING:
         # BLOCK_BYTES was measured on compiled blocks of K2; activations grow in proportion to the width

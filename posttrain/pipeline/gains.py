@@ -61,6 +61,7 @@ def gains(stage: Stage) -> list[Gain]:
         result.append(Gain(stage.name, "reward", True, *_weighted_means(stage, before, after)))
     for name, trained in _figures(stage):
         result.append(Gain(stage.name, name, trained, before.get(name), after.get(name)))
+    # A figure that the last evaluation lacks, such as a reward's whose judge was away, has no gain to show.
     return [gain for gain in result if gain.after is not None]
 
 

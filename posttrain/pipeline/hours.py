@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from posttrain.bench import measurement
@@ -20,6 +21,7 @@ from posttrain.pipeline.fit import (
     SINGLE_PROCESS,
     base_of,
     own_ranks,
+    parts_at,
     processes,
     stacked_ranks,
     stage_named,
@@ -47,8 +49,10 @@ class Need:
 def describe(config: PipelineConfig, stages: Sequence[Stage]) -> str:
     """A table of the stages and of all together, with notes. Raises UserError if `config.measured` cannot be read."""
     found = measurement.load(config.measured or measurement.DEFAULT)
-    for path in map(_base_dir, stages, [stages] * len(stages)):
-        if path is not None and not _is_measured(found, path):
+    for stage in stages:
+        path = _base_dir(stage, stages)
+        # Seconds of one model say nothing about another's.
+        if path is not None and not found.is_of(json.loads((path / "transformer/config.json").read_text())):
             return (
                 f"Time and disk: not estimated, because {found.card} was measured with another model than {path};"
                 " measure with posttrain bench, and give its bench.json as --measured"
@@ -60,23 +64,29 @@ def describe(config: PipelineConfig, stages: Sequence[Stage]) -> str:
         " disk, counted:",
         columns(_rows(config, needs)),
     ]
-    for name, one in needs.items():
-        lines += [f"{name}: {note}" for note in one.notes]
+    for name, need in needs.items():
+        for note in need.notes:
+            lines.append(f"{name}: {note}")
     return "\n".join(lines)
 
 
 def _rows(config: PipelineConfig, needs: dict[str, Need]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [
-        ("stage", "hours", "GPUs", "GPU hours", "disk GB", *(["cost"] if config.price else []))
-    ]
+    head = ["stage", "hours", "GPUs", "GPU hours", "disk GB"]
+    if config.price:
+        head.append("cost")
+    rows = [tuple(head)]
     hours = gpu_hours = disk = 0.0
-    for name, one in needs.items():
-        own = None if one.seconds is None else one.seconds / 3600
-        rows.append(_row(config, name, own, str(one.gpus), None if own is None else own * one.gpus, one.disk))
-        hours += own or 0.0
-        gpu_hours += (own or 0.0) * one.gpus
-        disk += one.disk or 0.0
-    missing = sum(one.seconds is None for one in needs.values())
+    missing = 0
+    for name, need in needs.items():
+        disk += need.disk or 0.0
+        if need.seconds is None:
+            missing += 1
+            rows.append(_row(config, name, None, str(need.gpus), None, need.disk))
+            continue
+        own = need.seconds / 3600
+        rows.append(_row(config, name, own, str(need.gpus), own * need.gpus, need.disk))
+        hours += own
+        gpu_hours += own * need.gpus
     label = f"all but {missing}" if missing else "all"
     return [*rows, _row(config, label, hours, "", gpu_hours, disk)]
 
@@ -100,6 +110,7 @@ def need_of(config: PipelineConfig, stage: Stage, stages: Sequence[Stage], found
     count, on_machine = processes(config.launch) if stage.command not in SINGLE_PROCESS else (1, 1)
     result, serving = Need(gpus=count), set[int]()
     for server in started_servers(stage):
+        # The first GPUs are those of the stage's processes, which are counted already.
         serving |= {gpu for gpu in server.gpus if gpu >= on_machine}
     result.gpus += len(serving)
     try:
@@ -171,7 +182,8 @@ def _disk(stage: Stage, stages: Sequence[Stage]) -> tuple[float | None, str]:
     if stage.command in TRAINING:
         return _checkpoints(stage, stages)
     if stage.command == "pairs":
-        pixels = sum(height * width for height, width in stage.config.sizes) / len(stage.config.sizes)
+        pixels = fmean(height * width for height, width in stage.config.sizes)
+        # Two images a pair, three bytes a pixel.
         return stage.config.pairs * 2 * 3 * pixels, "disk is that of uncompressed images; PNG takes less"
     if stage.command == "export":
         return _export(stage, stages)
@@ -184,7 +196,8 @@ def _checkpoints(stage: Stage, stages: Sequence[Stage]) -> tuple[float | None, s
     config = stage.config
     if config.lora is None:
         return None, "disk is not counted because all weights are trained; see docs/scaling.md"
-    weights = config.lora.rank * _parts(stage, stages).adapter
+    weights = config.lora.rank * parts_at(base_of(stage, stages)).adapter
+    # Bytes a weight: 4 of itself, in float32, and those of AdamW's two moments.
     moments = 2 if config.optim.kind == "adamw8bit" else 8
     average = config.optim.average
     # An average is a copy of the policy alone.
@@ -196,7 +209,7 @@ def _checkpoints(stage: Stage, stages: Sequence[Stage]) -> tuple[float | None, s
         total += 4 * weights * min(kept * average.last, config.steps // average.every)
     if maker is not None:  # the cache of latents, two images in float32 a pair
         sizes = maker.config.sizes
-        tokens = sum((height // tiers.MULTIPLE) * (width // tiers.MULTIPLE) for height, width in sizes) / len(sizes)
+        tokens = fmean((height // tiers.MULTIPLE) * (width // tiers.MULTIPLE) for height, width in sizes)
         total += maker.config.pairs * 2 * tokens * LATENT_CHANNELS * 4
     return total, ""
 
@@ -211,7 +224,7 @@ def _export(stage: Stage, stages: Sequence[Stage]) -> tuple[float | None, str]:
         return None, "disk of an export is counted only where an earlier stage makes its source"
     if maker.command not in TRAINING:
         return None, "disk of an export of a merge is not counted"
-    parts = _parts(maker, stages)
+    parts = parts_at(base_of(maker, stages))
     if stage.config.format.startswith("lora"):
         return 4.0 * parts.adapter * own_ranks(maker, stages), ""
     bytes_a_weight = 4 if "float32" in (stage.config.dtype, maker.config.model.dtype) else 2
@@ -223,20 +236,9 @@ def _export(stage: Stage, stages: Sequence[Stage]) -> tuple[float | None, str]:
 # ---- the model --------------------------------------------------------------------------------------------------
 
 
-def _parts(stage: Stage, stages: Sequence[Stage]) -> Any:
-    from posttrain.bench import tiers
-
-    path = base_of(stage, stages)
-    return tiers.parts_in(path) if Path(path).is_dir() else tiers.parts_of("k2")
-
-
-def _base_dir(stage: Stage, stages: Sequence[Stage]) -> str | None:
+def _base_dir(stage: Stage, stages: Sequence[Stage]) -> Path | None:
     """The directory of the stage's K2; None if it runs none, or one of the hub, which has K2's size."""
     if stage.command not in ("pairs", *TRAINING, "expander gdpo"):
         return None
-    path = base_of(stage, stages)
-    return path if Path(path).is_dir() else None
-
-
-def _is_measured(found: Measurement, path: str) -> bool:
-    return found.is_of(json.loads((Path(path) / "transformer/config.json").read_text()))
+    path = Path(base_of(stage, stages))
+    return path if path.is_dir() else None

@@ -74,6 +74,7 @@ def _resolve(stage: StageConfig, earlier: list[Stage], folder: Path, seed: int |
         raise UserError(f"command: '{stage.command}' cannot be a stage{suggestion(stage.command, known)}")
     if "output" in stage.set:
         raise UserError(f"set.output: the pipeline sets it ({folder / stage.name}); leave it out")
+    # Only earlier stages: what a later one makes is not there yet.
     outputs = {one.name: str(one.output) for one in earlier}
     settings = dict(stage.set)
     if seed is not None and "seed" in hints(command.settings()):
@@ -91,7 +92,9 @@ def _resolve(stage: StageConfig, earlier: list[Stage], folder: Path, seed: int |
     for path in stage.recipes:
         arguments += ["--config", path]
     arguments.append(f"--output={output}")
-    arguments += [f"--{key}={_as_text(value)}" for key, value in settings.items()]
+    for key, value in settings.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        arguments.append(f"--{key}={text}")
     config, _ = load_config(stage.command, arguments)
     resolved = Stage(stage.name, stage.command, config, arguments, output, {})
     _check_inputs(resolved, earlier)
@@ -111,11 +114,6 @@ def _substitute(value: Any, where: str, outputs: dict[str, str]) -> Any:
             known = ", ".join(outputs) or "none"
             raise UserError(f"{where}: ${{{name}}}: no earlier stage has that name; earlier stages: {known}")
     return REFERENCE.sub(lambda match: outputs[match[1]], value)
-
-
-def _as_text(value: Any) -> str:
-    """A setting as an option's value."""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 # ---- what a stage reads ---------------------------------------------------------------------------------------
@@ -154,6 +152,7 @@ def _check_input(stage: Stage, field: str, kind: str, value: str, earlier: list[
     # what lies on the hub cannot be checked without a network
     if value.startswith("hf:") or (kind in HUB and is_hub_id(value)):
         return
+    # A path inside an output counts too, such as a checkpoint of a run.
     maker = next((one for one in earlier if Path(value).is_relative_to(one.output)), None)
     if maker is None:
         if not Path(value).exists():

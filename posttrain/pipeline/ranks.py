@@ -182,6 +182,7 @@ def _prompt_means(path: str) -> tuple[float, float]:
         records = read_prompts(path)
     except UserError:  # a pipeline may name prompts that lie on another machine
         return REQUIREMENTS, 0.0
+    # Requirements that a prompt lacks are written by a model when they are needed.
     requirements = texts = 0
     for record in records:
         requirements += len(record.requirements or []) or REQUIREMENTS

@@ -26,7 +26,7 @@ MOST_CHARACTERS = 4000  # of quality.json
 
 def write_index(folder: Path, stages: list[Stage], state: dict[str, Any]) -> Path:
     """Written anew after each stage; opens without a network, links lead to files beside it."""
-    summaries = {stage.name: _read(stage, "summary.json") for stage in stages}
+    summaries = {stage.name: read_json(stage.output / "summary.json") for stage in stages}
     title = folder.resolve().name
     text = page(
         "pipeline.html",
@@ -40,11 +40,6 @@ def write_index(folder: Path, stages: list[Stage], state: dict[str, Any]) -> Pat
     file = folder / "index.html"
     replace_text(file, text)
     return file
-
-
-def _read(stage: Stage, name: str) -> dict[str, Any]:
-    """A JSON file of a stage; empty while the stage has not written it."""
-    return read_json(stage.output / name) if stage.output.is_dir() else {}
 
 
 def _overview(stage: Stage, entry: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -79,7 +74,10 @@ def _gains(stages: list[Stage]) -> list[list[str]]:
 
 def _along(stages: list[Stage], summaries: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
     """Metrics that at least two stages measured: before the first of them, and after each."""
-    after = {stage.name: summaries[stage.name]["after"] for stage in stages if summaries[stage.name].get("after")}
+    after: dict[str, dict[str, Any]] = {}
+    for name, summary in summaries.items():
+        if summary.get("after"):
+            after[name] = summary["after"]
     stages_of = Counter(itertools.chain.from_iterable(after.values()))
     shared = [name for name, count in stages_of.items() if count > 1]
     if not shared:
@@ -90,15 +88,21 @@ def _along(stages: list[Stage], summaries: dict[str, dict[str, Any]]) -> dict[st
     columns = [start, *after.values()]
     rows = []
     for name in shared:
-        values = [column.get(name) for column in columns]
-        rows.append({"name": name, "cells": [f"{value:.4f}" if is_number(value) else "–" for value in values]})
+        cells = []
+        for column in columns:
+            value = column.get(name)
+            cells.append(f"{value:.4f}" if is_number(value) else "–")
+        rows.append({"name": name, "cells": cells})
     return {"head": ["start", *after], "rows": rows}
 
 
 def _first_and_last(stages: list[Stage]) -> dict[str, Any] | None:
     """The images before the first stage with samples against those after the last, of the same prompts and seeds."""
-    sampled = [(stage, _sampled(stage)) for stage in stages]
-    sampled = [(stage, directories) for stage, directories in sampled if directories]
+    sampled = []
+    for stage in stages:
+        directories = _sampled(stage)
+        if directories:
+            sampled.append((stage, directories))
     if len(sampled) < 2:
         return None
     (first, start), (last, end) = sampled[0], sampled[-1]
@@ -112,7 +116,7 @@ def _stage(stage: Stage, summary: dict[str, Any], folder: Path) -> dict[str, Any
     if directories:
         pairs = matched(read_samples(directories[0]), read_samples(directories[-1]))[:FEW]
         images = grid(pairs, step_name(directories[0]), step_name(directories[-1]), LARGEST)
-    quality = _read(stage, "quality.json")
+    quality = read_json(stage.output / "quality.json")
     sheet = stage.output / "pairs.png"
     return {
         "name": stage.name,
@@ -126,7 +130,8 @@ def _stage(stage: Stage, summary: dict[str, Any], folder: Path) -> dict[str, Any
 
 def _sampled(stage: Stage) -> list[Path]:
     """The directories of the steps with samples, up to the step that the stage hands on."""
-    summary = _read(stage, "summary.json")
+    # A run that its stop rule ended hands on its best step; samples of later steps show what was thrown away.
+    summary = read_json(stage.output / "summary.json")
     last = summary["best"]["step"] if "stopped" in summary and summary.get("best") else None
     directories = step_directories(stage.output / "samples")
     return [path for path in directories if last is None or step_of(path) <= last]

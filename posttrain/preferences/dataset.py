@@ -102,6 +102,7 @@ class Preference:
         # Of pixels, not of files: another compression is the same pair.
         digest = hashlib.blake2b(self.prompt.encode(), digest_size=16)
         for image in (self.chosen, self.rejected):
+            # With the size: 2 x 8 and 4 x 4 pixels may have the same bytes.
             digest.update(repr(image.size).encode() + image.tobytes())
         for shown in self.references:
             digest.update(repr((shown.image.size, shown.strength)).encode() + shown.image.tobytes())
@@ -151,7 +152,7 @@ class Preferences:
         """All pairs in order. Raises UserError if more than the share max_bad of all rows are bad."""
         tally = self.tally()
         for i in range(len(self)):
-            row = self[i]
+            row = self[i]  # read and decoded now: a set may be far larger than memory
             if isinstance(row, Preference):
                 yield row
             else:
@@ -163,6 +164,7 @@ class Preferences:
     def fingerprint(self) -> str:
         """Changes when the set or the column map does."""
         c = self._columns
+        # Images may be files beside the table, which can change while it stays the same.
         images = [name for name in (c.chosen, c.rejected, c.first, c.second, c.pair) if name is not None]
         return hashlib.sha256(f"{self._source.fingerprint(images)} {c!r} {self._own}".encode()).hexdigest()
 
@@ -211,7 +213,7 @@ class Preferences:
         if self._own:
             for name in OPTIONAL:
                 if row.get(name) is not None:
-                    other.setdefault(name, typed(name, row[name]))
+                    other.setdefault(name, typed(name, row[name]))  # share and margin were read above, as numbers
             other["source"] = row.get("source") or OPTIONAL["source"]
         # Images last: decoding them takes longer than all other checks.
         chosen = read_image(names[0], values[0], self._source.folder)
@@ -226,14 +228,14 @@ class Preferences:
         """Raises ValueError with the reason for a list that is none."""
         if not isinstance(values, list | None):
             raise ValueError("references: is not a list")
-        found = []
+        references = []
         for i, value in enumerate(values or []):
             name = f"references[{i}]"
             if not isinstance(value, Mapping) or "image" not in value:
                 raise ValueError(f"{name}: holds no image")
             strength = 1.0 if (given := number(value, "strength")) is None else given
-            found.append(Reference(read_image(name, value["image"], self._source.folder), strength))
-        return found
+            references.append(Reference(read_image(name, value["image"], self._source.folder), strength))
+        return references
 
 
 def read_preferences(
@@ -290,10 +292,11 @@ def _read_card(path: Path) -> dict[str, Any]:
     for name, rows in shards.items():
         if not os.path.isfile(path / name):
             raise UserError(f"{path / name}: is missing; copy the whole directory")
-        if (found := _rows(path / name)) != rows:
-            raise UserError(f"{path / name}: has {counted(found, 'row')}, not {rows} as {CARD} says; copy it again")
+        if (own_rows := _rows(path / name)) != rows:
+            raise UserError(f"{path / name}: has {counted(own_rows, 'row')}, not {rows} as {CARD} says; copy it again")
         # The names in a parquet file have no checksum, and a column that is not found would take its default.
         columns = pq.read_schema(path / name).names
+        # Sets that were written before pairs had references lack that column.
         if columns not in (list(FEATURES), [column for column in FEATURES if column != "references"]):
             raise UserError(f"{path / name}: has other columns than it was written with; copy the directory again")
     return card

@@ -132,7 +132,7 @@ def _from_text(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        said = parse_json(value.strip().lower())
+        parsed = parse_json(value.strip().lower())  # Python writes True and False, JSON true and false
     except ValueError:
         return value
-    return said if isinstance(said, int | float) else value
+    return parsed if isinstance(parsed, int | float) else value

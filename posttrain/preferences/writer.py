@@ -88,6 +88,7 @@ class PreferenceWriter:
             return
         name = f"shard-{len(self._shards):05d}.parquet"
         table = pa.Table.from_pylist(self._pending, schema=FEATURES.arrow_schema)
+        # Readers take one row group at a time, and check its pages: a damaged one is a bad row, not another image.
         options = {"row_group_size": ROW_GROUP, "write_page_checksum": True}
         _replace(self.path / name, lambda file: pq.write_table(table, file, **options))
         self._shards[name] = len(self._pending)
@@ -111,6 +112,7 @@ class PreferenceWriter:
         counts = {"rows": self.written, "sources": dict(sources), "on_policy": on_policy}
         files = {"shards": self._shards, "fingerprint": digest.hexdigest()}
         card = json.dumps({**self.card, "version": VERSION, **counts, **files}, indent=1, ensure_ascii=False)
+        # Tells `datasets` which files hold rows; otherwise it would guess, and preferences.json is none of them.
         readme = '---\nconfigs:\n- config_name: default\n  data_files: "*.parquet"\n---\n'
         readme += f"{counted(self.written, 'preference pair')}.\n"
         _replace(self.path / README, lambda file: file.write(readme.encode()))

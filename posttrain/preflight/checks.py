@@ -50,6 +50,7 @@ def run_check(name: str, rows: Callable[[], Iterable[Row]], alone: bool = True) 
     except Skip as reason:
         results.append(Row(name, None, str(reason)))
     except UserError as error:
+        # A server's log, say, which no cell of a table has room for.
         if error.detail:
             print(error.detail, file=sys.stderr)
         results.append(Row(name, False, " ".join(str(error).split())))
@@ -62,6 +63,7 @@ def run_check(name: str, rows: Callable[[], Iterable[Row]], alone: bool = True) 
 
 def phase(name: str) -> None:
     """Says the name of the check that starts now, with the seconds since the process started."""
+    # Importing torch is part of what people wait for, so the clock starts with the process.
     log.info(f"{time.time() - psutil.Process().create_time():6.1f} s: {name}")
 
 

@@ -144,10 +144,12 @@ class K2Checks(Checks):
         if role is None:
             yield Row("adapter", True, f"none: {weights} in {counted(len(trained), 'tensor')} are trained themselves")
             return
+        # The layer's name is in front of those of its A and its B.
         layers = {name.partition(".lora_")[0] for name in trained}
         named = {layer for layer in linear_shapes(self.k2.base_state_dict()) if reaches(role.targets, layer)}
+        # Within a block a target is the rest of the name, the same for all blocks; outside it is the whole name.
         outside = {layer for layer in layers if target_of(layer) == layer}
-        blocks, targets = len(architecture.blocks(self.k2.transformer)), {target_of(layer) for layer in named - outside}
+        blocks, targets = len(architecture.blocks(self.k2.transformer)), set(map(target_of, named - outside))
         measured = f"{counted(len(layers - outside), 'layer')} adapted in {counted(blocks, 'block')}"
         measured += f", {len(targets)} are named for each"
         if outside:
@@ -177,6 +179,7 @@ class K2Checks(Checks):
         images = prompts + groups * min(config.group_size, GROUP)
         all_images = whole + min(config.groups, whole) * config.group_size
         as_configured = sum(seconds + each_step * (n - steps) for n in self.full_steps())
+        # In a run the processes share an evaluation; here one has drawn alone.
         self.seconds["evaluation"] = as_configured * all_images / images / self.procs.size
         missing = [name for name, value in result.metrics.items() if value is None]
         measured = f"{counted(images * len(config.guidance), 'image')} of {counted(steps, 'step')} in {seconds:.1f} s"
@@ -193,6 +196,7 @@ class K2Checks(Checks):
         """A function that draws and scores so many prompts and groups under the policy."""
         steps, size = min(steps, self.config.eval.steps), min(GROUP, self.config.eval.group_size)
         few = changed(self.config.eval, prompts=prompts, groups=groups, group_size=size, guidance=guidance, steps=steps)
+        # `alone`: only the main process is here, and an exchange would wait for the others for ever.
         ways = self.ways(few.steps)
         evaluator = Evaluator(
             self.k2, self.heldout, rewards, few, self.size, self.batch, self.max_tokens, self.alone, ways
@@ -248,6 +252,7 @@ class K2Checks(Checks):
         now, adapter = policy_state(self.k2), described(self.k2) is not None
         # While an adapter's B factors are 0, its A factors have no gradient.
         watched = [name for name in now if not adapter or name.endswith("lora_B.weight")]
+        # Bit for bit: what gets no update stays exactly as it was.
         changed = sum(not torch.equal(now[name], self.begun[name]) for name in watched)
         distance = float((after[POLICY] - before[POLICY]).norm() / before[POLICY].norm())
         kept = None not in before or torch.equal(after[None], before[None])
@@ -279,6 +284,7 @@ def memory_row(field: str) -> Row:
     peak = peak_memory()
     if not torch.cuda.is_available():
         return Row("memory", True, f"peak {peak['peak_ram_gib']:.1f} GiB of RAM")
+    # What PyTorch allocated; the allocator's own fragments need some room beyond it.
     used, there = peak["peak_gpu_gib"], torch.cuda.get_device_properties().total_memory / 2**30
     return Row("memory", used <= FULL * there, f"peak {used:.1f} of the GPU's {there:.1f} GiB", f"lower {field}")
 

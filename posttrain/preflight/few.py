@@ -17,6 +17,7 @@ class Few:
 
     def __init__(self, whole: Any) -> None:
         self.whole, self.path = whole, whole.path
+        # Spread, since files are often sorted by size or source; `unique` for sets of fewer rows.
         self.places: list[int] = np.unique(np.linspace(0, len(whole) - 1, ROWS).astype(int)).tolist()
 
     def __len__(self) -> int:
@@ -36,6 +37,7 @@ class Few:
         return self.whole.tally()
 
     def fingerprint(self) -> str:
+        # The places too, or a cache of these rows would be taken for one of the whole set.
         return f"{self.whole.fingerprint()} {self.places}"
 
     def is_sound(self, bad: int) -> bool:

@@ -90,6 +90,7 @@ class GroupChecks(K2Checks):
             self.check("adapter", self.adapter)
             self.check("judges", lambda: self.judges(servers))
             self.check("evaluation", self.evaluation)
+            # The main process alone has started the servers and tried the judges.
             self.urls, self.silent, self.noise = self.procs.from_main((self.urls, self.silent, self.noise))
             asked = self.asked([spec for spec in self.config.rewards if not spec.heldout_only])
             self.config = changed(self.config, rewards=asked)
@@ -143,25 +144,29 @@ class GroupChecks(K2Checks):
             error = str(raised)
         remedy = "fix the reward: too many failures stop a run"
         # All processes have to know of an error: the others would wait in the next exchange.
-        if errors := [error for error in self.procs.by_rank(error) if error]:
+        errors = list(filter(None, self.procs.by_rank(error)))
+        if errors:
             yield Row("missing scores", False, errors[0], remedy)
             return
         places = [group.index for group in self.groups]
         scores = gather_scores(self.procs, mine, self.config.groups.group_size, places)
-        groups.score(self.config, scores, self.noise)
+        groups.score(self.config, scores, self.noise)  # its results are not needed: a step spends time on it
         if not self.silent:
             self.source.update(1, apply_gates(scores, self.config.rewards, self.noise))
         self.seconds["score"] = self.scaled(time.perf_counter() - began)
         self.scores = scores
         failed_K = scores.failed_NK.mean(0).tolist()
-        over = [spec for spec, share in zip(self.config.rewards, failed_K) if share > spec.max_failures]
-        reasons = "".join(f"; {spec.name}: {scores.failures[spec.name].most_common(1)[0][0]}" for spec in over)
+        reasons = ""
+        for spec, share in zip(self.config.rewards, failed_K):
+            if share > spec.max_failures:
+                reason, _ = scores.failures[spec.name].most_common(1)[0]
+                reasons += f"; {spec.name}: {reason}"
         unscored = int((~scores.valid_NK.any(1)).sum())
         measured = f"{scores.failed_NK.sum()} of {counted(scores.failed_NK.size, 'score')} failed"
         measured += f", {counted(unscored, 'image')} without any"
         if unscored == len(scores.valid_NK):
             remedy = "fix or add a reward: none applies to these prompts, and a step without a score is skipped"
-        yield Row("missing scores", not over and unscored < len(scores.valid_NK), measured + reasons, remedy)
+        yield Row("missing scores", not reasons and unscored < len(scores.valid_NK), measured + reasons, remedy)
 
     def spread(self) -> Iterator[Row]:
         """Checks that each reward, after the gates, distinguishes the images of at least one group."""
@@ -192,7 +197,8 @@ class GroupChecks(K2Checks):
             if spec.gate != "none" or sum(valid_N) < 3:
                 continue
             names.append(spec.name)
-            # The first image that has a score loses it.
+            # The first image that has a score loses it. If the failure counts as a score, it has an advantage; if it is
+            # still in the group's mean, the others' advantages have a sum other than 0.
             lost = valid_N.index(True)
             known: list[Score] = [value if valid else None for value, valid in zip(values_N, valid_N)]
             known[lost] = Failure("planted by the preflight")
@@ -224,5 +230,5 @@ class GroupChecks(K2Checks):
         return self.groups
 
     def signs(self) -> Tensor:
-        """(G,) +1 and -1 in turn."""
+        """(G,) +1 and -1 in turn: advantages with a mean of 0 that no reward is needed for."""
         return 1.0 - 2.0 * (torch.arange(self.config.groups.group_size) % 2)

@@ -55,6 +55,7 @@ class GRPOChecks(GroupChecks):
         super().__init__(config, procs, k2, source, heldout, folder)
         self.rollout = config.rollout
         # All processes draw and train here, one after the other, so that each part can be timed.
+        # Then all ratios are 1, and a config with max_weight is refused.
         self.config = changed(self.config, rollout=RolloutConfig(), loss=changed(config.loss, max_weight=None))
 
     def draw(self, queue: ScoreQueue) -> list[update.Group]:
@@ -123,7 +124,6 @@ class GRPOChecks(GroupChecks):
         yield Row("ratio is 1", error <= clip / 10, measured, RATIO_REMEDY)
         if not self.procs.main:
             return
-
         yield self.policy_moves(before, self._velocities())
 
     def _velocities(self) -> dict[str | None, Tensor]:

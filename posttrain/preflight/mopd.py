@@ -53,7 +53,7 @@ class MOPDChecks(K2Checks):
         super().__init__(config, procs, k2, heldout, folder, size, batch, max_tokens, "micro_batch")
         self.whole = sum(teacher.images for teacher in teachers)
         self.teachers = [replace(teacher, images=min(IMAGES, teacher.images)) for teacher in teachers]
-        self.config = changed(config, cosines_every=0)
+        self.config = changed(config, cosines_every=0)  # measured in few steps of a run, so not in a typical one
         self.texts, self.null = FusedTexts(k2, max_tokens), k2.text([""])
 
     def run(self) -> list[Row]:
@@ -75,6 +75,7 @@ class MOPDChecks(K2Checks):
 
     def step(self) -> Iterator[Row]:
         """One update, then another whose time counts: the first one compiles."""
+        # Weights are compared by fingerprints: copies of all teachers would take as much memory again.
         start, prints = self._velocities(), self._prints()
         own = start[POLICY]
         for teacher in self.teachers:
@@ -82,6 +83,7 @@ class MOPDChecks(K2Checks):
                 continue
             apart = float((start[teacher.role] - own).norm() / own.norm())
             measured = f"its velocity is {apart:.2g} of the student's away from it before the first update"
+            # With guidance it teaches another velocity than this one; `continue` begins with a teacher's weights.
             good = apart > 1e-4 or teacher.guidance > 0 or self.config.model.start_as == "continue"
             yield Row(f"teacher {teacher.name}", good, measured, "give a run that was trained")
         metrics = self._update(1)

@@ -69,6 +69,7 @@ class NFTChecks(GroupChecks):
         if not self.procs.main:
             return
         yield self.policy_moves(before, self._velocities(groups))
+        # It moves in `follow`, which a run calls after the optimiser and which is not called here.
         if old:
             kept = all(torch.equal(value, old[name]) for name, value in self._old().items())
             measured = "an update leaves it as it is" if kept else "an update has CHANGED it"

@@ -65,6 +65,7 @@ class PairsChecks(Checks):
             self.check("judges", lambda: self.judges(servers))
             specs = self.asked(self.config.rewards)
             self.few = changed(self.few, rewards=specs)
+            # Without rewards there is no queue: sources that are not judged need none.
             with contextlib.ExitStack() as stack:
                 queue = stack.enter_context(ScoreQueue(load_rewards(specs, self.urls))) if specs else None
                 for index, source in enumerate(self.few.sources):

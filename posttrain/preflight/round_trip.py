@@ -55,6 +55,7 @@ def round_trip(
             latents=noise.to(device), output_type="latent", max_sequence_length=max_tokens,
         ).images.float()  # fmt: skip
 
+    # Full weights of any stage change the base, so that the model in memory is not that of the files any more.
     earlier = earlier_of(saved)
     adapters = all(one.state["lora"] for one in (*earlier, saved))
     in_memory = adapters and not (model.quantize or model.offload)
@@ -93,11 +94,15 @@ def _amplified(k2: K2, begun: Mapping[str, Tensor], draw: Callable[[], Tensor]) 
     """The latents of the policy at its start, and of the policy moved until it changes them by EFFECT."""
     now = policy_state(k2)
 
-    def go(times: float) -> Tensor:
+    def draw_at(times: float) -> Tensor:
+        """With the policy `times` as far from its start as the update moved it."""
         k2.load_role_state_dict(POLICY, {key: torch.lerp(begun[key], now[key], times) for key in now})
         return draw()
 
-    base, times = go(0.0), 1.0
-    while (drawn := go(times)).sub(base).norm() < EFFECT * base.norm() and times < 2**40:
+    base, times = draw_at(0.0), 1.0
+    drawn = draw_at(times)
+    # 2**40 ends the search where the policy has no effect at all.
+    while (drawn - base).norm() < EFFECT * base.norm() and times < 2**40:
         times *= 2
+        drawn = draw_at(times)
     return base, drawn

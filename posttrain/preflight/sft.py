@@ -57,6 +57,7 @@ class SFTChecks(K2Checks):
         self.whole, self.total = config.batch, len(source)
         if config.turbo is not None:  # which raises what is wrong with it
             add_turbo(k2, config.turbo, student_of(config.turbo), config.turbo_steps)
+        # Without prompts of their own evaluations draw the captions, as in a run.
         heldout = heldout or sft.captions_of(self.few, self.images, config.eval.prompts)  # type: ignore[arg-type]
         size = sft.preview_size(config)
         super().__init__(

@@ -87,6 +87,7 @@ class TDMChecks(K2Checks):
         metrics = tdm.update_student(self.k2, self.config, batches, self.null, self.stepper, self.alone)
         yield finite("student", {**metrics}, "generator_loss", "generator_grad_norm")
         kept_fake = self._same(fake, tdm.FAKE)
+        # Both are adapters of one network: a wrong active role would train the other one unseen.
         measured = f"the fake score's update leaves the student {'as it is' if kept else 'CHANGED'}, and the student's"
         measured += f" leaves the fake score {'bit-identical' if kept_fake else 'CHANGED'}"
         yield Row("updates keep apart", kept and kept_fake, measured, "one trains the other's weights: report it")
@@ -114,6 +115,7 @@ class TDMChecks(K2Checks):
         return checkpoint.on_host(self.k2.role_state_dict(role))
 
     def _same(self, before: dict[str, torch.Tensor], role: str) -> bool:
+        """Whether the role's weights are as they were, bit for bit."""
         now = self._state(role)
         return all(torch.equal(now[name], value) for name, value in before.items())
 

@@ -6,12 +6,12 @@ The rewards' answers appear when the pointer is over a card or it has the keyboa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.report.format import is_number
+from posttrain.report.format import all_keys, is_number
 from posttrain.report.render import image
 from posttrain.runs.read import read_rows
 
@@ -64,10 +64,15 @@ def step_name(directory: Path) -> str:
     return f"step {step_of(directory)}"
 
 
+def by_key(samples: Iterable[Sample]) -> dict[tuple[str, Any], Sample]:
+    return {sample.key: sample for sample in samples}
+
+
 def matched(before: Sequence[Sample], after: Sequence[Sample]) -> list[tuple[Sample, Sample]]:
     """The samples of the same prompt and seed."""
-    by_key = {sample.key: sample for sample in after}
-    return [(sample, by_key[sample.key]) for sample in before if sample.key in by_key]
+    partners = by_key(after)
+    # Some samples have none: the two sides may have drawn other prompts.
+    return [(sample, partners[sample.key]) for sample in before if sample.key in partners]
 
 
 def run_images(samples: Path) -> dict[str, Any] | None:
@@ -90,8 +95,11 @@ def run_images(samples: Path) -> dict[str, Any] | None:
 
 def sheets(folder: Path) -> list[dict[str, Any]]:
     """The last grid of each kind that is not the evaluations' own: on Turbo, at several strengths."""
-    last = {file.name.rpartition("step-")[0]: file for file in sorted(folder.glob("*-step-*.png"))}
-    return [{"alt": kind.rstrip("-"), **image(file, 1024)} for kind, file in last.items() if kind]
+    last: dict[str, Path] = {}
+    # Steps have leading zeros, so that the last name of a kind is the last step.
+    for file in sorted(folder.glob("*-step-*.png")):
+        last[file.name.rpartition("-step-")[0]] = file
+    return [{"alt": kind, **image(file, 1024)} for kind, file in last.items()]
 
 
 def grid(pairs: Sequence[tuple[Sample, Sample]], before: str, after: str, largest: int = 512) -> dict[str, Any] | None:
@@ -106,12 +114,15 @@ def grid(pairs: Sequence[tuple[Sample, Sample]], before: str, after: str, larges
 
 def _card(old: Sample, new: Sample, before: str, after: str, largest: int) -> dict[str, Any]:
     sides = {before: old} if old.file == new.file else {before: old, after: new}
-    names = list(dict.fromkeys([*old.scores, *new.scores]))
+    names = all_keys([old.scores, new.scores])
     scores = []
     for name in names:
-        # A reward that failed on one side alone still has a row.
-        values = [side.scores.get(name, {}).get("score") for side in sides.values()]
-        scores.append({"name": name, "values": [f"{v:.2f}" if is_number(v) else "–" for v in values]})
+        values = []
+        for side in sides.values():
+            # A reward that failed on one side alone still has a row.
+            value = side.scores.get(name, {}).get("score")
+            values.append(f"{value:.2f}" if is_number(value) else "–")
+        scores.append({"name": name, "values": values})
     return {
         "images": [{"alt": name, **image(side.file, largest)} for name, side in sides.items()],
         "prompt": new.prompt,
@@ -127,30 +138,28 @@ def _answers(sides: Sequence[Sample], names: Sequence[str]) -> list[dict[str, An
     rows = []
     for name in names:
         details = [side.scores.get(name, {}) for side in sides]
-        rows.append({"reward": name, "cells": [_cell(one.get("score")) for one in details]})
-        rubrics = [_rubric(one) for one in details]
-        for question in _keys(rubrics):
-            cells = [_cell(answers.get(question), is_answer=True) for answers in rubrics]
-            rows.append({"question": question, "cells": cells})
-        for key in _keys(details):
+        rows.append({"reward": name, "cells": _cells(details, "score")})
+        rubrics = list(map(_rubric, details))
+        for question in all_keys(rubrics):
+            rows.append({"question": question, "cells": _cells(rubrics, question, is_answer=True)})
+        for key in all_keys(details):
             # The rubric's two lists have been shown, question by question.
             if key == "score" or (key in RUBRIC and any(rubrics)):
                 continue
-            rows.append({"question": key, "cells": [_cell(one.get(key)) for one in details]})
+            rows.append({"question": key, "cells": _cells(details, key)})
     return rows
-
-
-def _keys(dicts: Sequence[dict[str, Any]]) -> list[str]:
-    """The keys of all, once each, in the order of their first appearance."""
-    return list(dict.fromkeys(key for one in dicts for key in one))
 
 
 def _rubric(details: dict[str, Any]) -> dict[str, Any]:
     """The answer to each requirement, if the reward returned some."""
-    requirements, answers = (details.get(key) for key in RUBRIC)
+    requirements, answers = map(details.get, RUBRIC)
     if not (isinstance(requirements, list) and isinstance(answers, list)):
         return {}
-    return {str(question): answer for question, answer in zip(requirements, answers)}
+    return dict(zip(map(str, requirements), answers))
+
+
+def _cells(sides: Sequence[dict[str, Any]], key: str, is_answer: bool = False) -> list[dict[str, str]]:
+    return [_cell(side.get(key), is_answer) for side in sides]
 
 
 def _cell(value: Any, is_answer: bool = False) -> dict[str, str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from posttrain.errors import counted
-from posttrain.report.format import number
+from posttrain.report.format import all_keys, number
 from posttrain.report.render import ENVIRONMENT, colour
 from posttrain.runs.read import Point
 
@@ -38,12 +38,19 @@ class Limit:
         """The steps at which a metric is on the bad side."""
         steps = []
         for step, value in points:
-            limit = next((value for start, value in reversed(self.points) if start <= step), self.points[0][1])
+            limit = self._at(step)
             if value is None or limit is None or self.bad is None:
                 continue
             if (value > limit) if self.bad == "above" else (value < limit):
                 steps.append(step)
         return steps
+
+    def _at(self, step: int) -> float | None:
+        limit = self.points[0][1]
+        for start, value in self.points:
+            if start <= step:
+                limit = value
+        return limit
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ class Frame:
             y = self.y(tick)
             # Text is placed by its baseline; 4 px lower its middle is at the line.
             self.value_ticks.append({"label": label, "y": f"{y:.1f}", "text_y": f"{y + 4:.1f}"})
-        self.step_ticks = [self._step_tick(step) for step in _step_ticks(self.first, self.last)]
+        self.step_ticks = list(map(self._step_tick, _step_ticks(self.first, self.last)))
         self.paths: list[dict[str, str]] = []
         self.dots: list[dict[str, Any]] = []
 
@@ -151,8 +158,10 @@ def line_chart(
     # Up to twice the curve's own range away; farther limits would flatten it.
     reach = 2 * (max(values) - min(values) or abs(values[0]) or 1.0)
     near = [limit for limit in limits if _is_near(limit, values, reach)]
-    limit_values = [value for limit in near for value in _values(limit.points)]
-    frame = Frame([step for step, _ in points], [*values, *limit_values], width, height)
+    span = list(values)
+    for limit in near:
+        span += _values(limit.points)
+    frame = Frame(_steps(points), span, width, height)
     for limit in near:
         frame.add_line("limit", _stairs(limit.points, frame.first, frame.last))
     if len(values) > MARKED:
@@ -163,7 +172,9 @@ def line_chart(
         frame.add_dots("dot", points, 2.5)
     about = f"{name}: from {number(values[0])} to {number(values[-1])}"
     about += f", lowest {number(min(values))}, highest {number(max(values))}"
+    # Counted over every point: the mean of a stretch may hide a step beyond the limit.
     notes = [_note(limit, limit in near, every_point) for limit in limits]
+    # One decimal more than on the axis: the last value is what people read off.
     last = _tick_label(values[-1], frame.tick_distance / 10)
     return Chart(name, frame, about, last, notes=notes, definition=definition)
 
@@ -171,10 +182,11 @@ def line_chart(
 def areas_chart(name: str, series: Mapping[str, list[Point]], width: int = 720, height: int = 240) -> Chart:
     """Series over the same steps on top of each other, the first at the bottom; a missing value counts as 0."""
     by_label = {label: dict(thin(sorted(points))) for label, points in series.items()}
-    steps = sorted({step for points in by_label.values() for step in points})
+    steps = sorted(all_keys(by_label.values()))
     floor = dict.fromkeys(steps, 0.0)
     layers = []
     for points in by_label.values():
+        # Each area stands on the sum of those below it.
         top = {step: floor[step] + (points.get(step) or 0.0) for step in steps}
         layers.append((top, floor))
         floor = top
@@ -195,14 +207,16 @@ def runs_chart(
     A line goes as far as all its runs have come. Long series are smoothed, each run by itself. A line without runs that
     have the metric is left out, and its colour stays free.
     """
-    smoothed = []
+    smoothed: list[list[list[Point]]] = []
+    all_points: list[Point] = []
     for runs in lines:
-        smoothed.append([_smoothed(points) for points in _at_shared_steps(runs)])
-    all_points = [point for runs in smoothed for points in runs for point in points]
+        smoothed.append(list(map(_smoothed, _at_shared_steps(runs))))
+        for points in smoothed[-1]:
+            all_points += points
     values = _values(all_points)
     if not values:
         return Chart(name, None, definition=definition)
-    frame = Frame([step for step, _ in all_points], values, width, height)
+    frame = Frame(_steps(all_points), values, width, height)
     ends = []
     for i, runs in enumerate(smoothed):
         by_step: dict[int, list[float]] = {}
@@ -212,11 +226,15 @@ def runs_chart(
                     by_step.setdefault(step, []).append(value)
         if not by_step:
             continue
-        steps = sorted(by_step)
-        mean: list[Point] = [(step, sum(by_step[step]) / len(by_step[step])) for step in steps]
+        mean: list[Point] = []
+        upper: list[Point] = []
+        lower: list[Point] = []
+        for step, of_runs in sorted(by_step.items()):
+            mean.append((step, sum(of_runs) / len(of_runs)))
+            upper.append((step, max(of_runs)))
+            lower.append((step, min(of_runs)))
+        # The band first, so that the line is drawn over it.
         if len(runs) > 1:
-            upper = [(step, max(by_step[step])) for step in steps]
-            lower = [(step, min(by_step[step])) for step in steps]
             frame.add_area(f"band {colour(i)}", upper, lower)
         frame.add_line(f"own {colour(i)}", mean)
         if len(mean) <= MARKED:
@@ -237,7 +255,7 @@ def panels_svg(series: Mapping[str, Mapping[str, list[list[Point]]]], columns: i
     The variants are named below all panels.
     """
     width, height, gap = 330, 210, 26
-    variants = list(dict.fromkeys(name for metric in series.values() for name in metric))
+    variants = all_keys(series.values())
     panels = []
     for place, (metric, runs) in enumerate(series.items()):
         x, y = place % columns * width, place // columns * (height + gap) + gap
@@ -259,10 +277,13 @@ def panels_svg(series: Mapping[str, Mapping[str, list[list[Point]]]], columns: i
 
 
 def _panel(runs: Mapping[str, list[list[Point]]], variants: Sequence[str], width: int, height: int) -> Frame | None:
-    all_points = [point for lines in runs.values() for points in lines for point in points if point[1] is not None]
-    if not all_points:
+    known: list[Point] = []
+    for lines in runs.values():
+        for points in lines:
+            known += [point for point in points if point[1] is not None]
+    if not known:
         return None
-    frame = Frame([step for step, _ in all_points], _values(all_points), width, height)
+    frame = Frame(_steps(known), _values(known), width, height)
     for i, name in enumerate(variants):
         for points in runs.get(name, []):
             frame.add_line(colour(i), sorted(points))
@@ -270,6 +291,10 @@ def _panel(runs: Mapping[str, list[list[Point]]], variants: Sequence[str], width
 
 
 # ---- parts of charts -----------------------------------------------------------------------------------------------
+
+
+def _steps(points: Sequence[Point]) -> list[int]:
+    return [step for step, _ in points]
 
 
 def _values(points: Sequence[Point]) -> list[float]:
@@ -284,7 +309,7 @@ def _is_near(limit: Limit, values: Sequence[float], reach: float) -> bool:
 def _stairs(points: Sequence[Point], first: int, last: int) -> list[Point]:
     """A limit as a line of horizontal stretches from `first` to `last`."""
     stairs: list[Point] = []
-    ends = [*(step for step, _ in points[1:]), last]
+    ends = [*_steps(points[1:]), last]
     for (start, value), end in zip(points, ends):
         stairs += [(max(start, first), value), (end, value)]
     return stairs
@@ -300,24 +325,27 @@ def _note(limit: Limit, drawn: bool, points: Sequence[Point]) -> Note:
     return Note(label, drawn, crossed)
 
 
-def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) that cover low..high; at least two.
+def nice_ticks(low: float, high: float) -> list[float]:
+    """About five round numbers (1, 2 or 5 times a power of ten apart) that cover low..high; at least two.
 
     One value alone gets a tenth of it on either side; 0, which is mostly a count, stands at the bottom.
     """
+    # Values that differ by rounding alone would get ticks whose labels are all the same.
     if not high - low > 1e-12 * max(abs(low), abs(high)):
         spread = abs(low) * 0.1
         low, high = low - spread, high + (spread or 1.0)
-    rough = (high - low) / about
+    rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
     # The small amounts keep an end that is a tick itself from being rounded to the next one.
     start, end = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    # Rounded, since 3 * 0.1 is 0.30000000000000004; steps too small for twelve decimals stay as they are.
     return [round(i * step, 12) if abs(step) > 1e-9 else i * step for i in range(start, end + 1)]
 
 
 def _tick_label(value: float, distance: float) -> str:
     """A value with as many decimals as distinguish it from its neighbour `distance` away."""
+    # log10 of an exact power of ten may come out a little below it.
     decimals = max(0, -math.floor(math.log10(distance) + 1e-9))
     if abs(value) < 1e-3 and decimals > 4:
         return "0" if abs(value) < distance * 1e-6 else f"{value:.3g}"
@@ -329,8 +357,11 @@ def _step_ticks(first: int, last: int) -> list[int]:
     if first == last:
         return [first]
     room = (last - first) * 0.15
-    between = [int(tick) for tick in nice_ticks(first, last) if tick == int(tick)]
-    return [first, *(step for step in between if first + room < step < last - room), last]
+    between = []
+    for tick in nice_ticks(first, last):
+        if tick == int(tick) and first + room < tick < last - room:
+            between.append(int(tick))
+    return [first, *between, last]
 
 
 def thin(points: list[Point], most: int = MOST_POINTS) -> list[Point]:
@@ -348,7 +379,11 @@ def thin(points: list[Point], most: int = MOST_POINTS) -> list[Point]:
 def smooth(points: list[Point]) -> list[Point]:
     """Mean over a centred stretch of about a tenth of the run; it is shorter at both ends."""
     reach = max(1, len(points) // 20)
-    return [(step, _mean(points[max(0, i - reach) : i + reach + 1])) for i, (step, _) in enumerate(points)]
+    smoothed: list[Point] = []
+    for i, (step, _) in enumerate(points):
+        stretch = points[max(0, i - reach) : i + reach + 1]
+        smoothed.append((step, _mean(stretch)))
+    return smoothed
 
 
 def _mean(points: Sequence[Point]) -> float | None:
@@ -360,12 +395,15 @@ def _at_shared_steps(runs: Sequence[list[Point]]) -> list[list[Point]]:
     """The points of steps that all of the runs have; a mean would jump where one run ends."""
     if not runs:
         return []
-    by_step = [dict(points) for points in runs]
-    shared = set(by_step[0]).intersection(*by_step)
-    return [[point for point in points if point[0] in shared] for points in runs]
+    shared = set(_steps(runs[0])).intersection(*map(_steps, runs))
+    kept = []
+    for points in runs:
+        kept.append([point for point in points if point[0] in shared])
+    return kept
 
 
 def _smoothed(points: list[Point]) -> list[Point]:
+    # By step alone: values may be None, which has no order.
     points = thin(sorted(points, key=lambda point: point[0]), FEWER_POINTS)
     return smooth(points) if len(points) > MARKED else points
 

@@ -11,9 +11,9 @@ from typing import Any
 from posttrain.config import metrics
 from posttrain.config.diff import changes
 from posttrain.errors import counted
-from posttrain.report.before_after import Sample, read_samples, step_directories, step_name
+from posttrain.report.before_after import Sample, by_key, read_samples, step_directories, step_name
 from posttrain.report.charts import Chart, Section, runs_chart
-from posttrain.report.format import aligned, is_number, shown
+from posttrain.report.format import aligned, all_keys, is_number, shown
 from posttrain.report.public import public
 from posttrain.report.render import image
 from posttrain.runs.read import RunFiles
@@ -22,7 +22,6 @@ OWN = ("output", "seed", "track")
 """Settings that may differ between runs of one line."""
 LONGEST = 120  # characters of a setting
 MOST_STRIPS = 12  # prompts whose images are shown
-SIDES = ("before", "after")
 
 
 @dataclass
@@ -36,23 +35,32 @@ class Line:
 def comparison(runs: Sequence[RunFiles]) -> dict[str, Any]:
     """What templates/comparison.html shows."""
     lines = grouped(runs)
-    names = list(dict.fromkeys(name for run in runs for name in run.series))
-    curves = []
+    names = all_keys(run.series for run in runs)
+    drawn = []
     for name in names:
-        # One point is no curve.
-        if name != "non_finite" and max(len(run.series.get(name, ())) for run in runs) > 1:
-            curves.append(name)
-    sections = metrics.by_section(name for name in curves if name != "reward")
+        longest = max(len(run.series.get(name, ())) for run in runs)
+        # One point is no curve; the reward has the wide chart.
+        if longest > 1 and name not in ("non_finite", "reward"):
+            drawn.append(name)
+    sections = metrics.by_section(drawn)
     # Evaluations first: they are what runs are compared by.
     sections.sort(key=lambda section: section[0] != "eval")
+    curves = []
+    for title, members in sections:
+        charts = [_chart(name, name.rpartition("/")[2], lines) for name in members]
+        curves.append(Section(title, charts))
+    rows = []
+    for i, line in enumerate(lines):
+        for run in line.runs:
+            rows.append(_run_row(i, run))
     return {
         "count": len(runs),
         "lines": [line.name for line in lines],
-        "runs": [_run_row(i, run) for i, line in enumerate(lines) for run in line.runs],
+        "runs": rows,
         "settings": _settings(lines),
         "results": _results(lines),
         "reward": _reward(lines) if "reward" in names else None,
-        "curves": [_section(title, names, lines) for title, names in sections],
+        "curves": curves,
         "strips": _strips(lines),
         "definitions": metrics.definitions(names),
     }
@@ -61,11 +69,12 @@ def comparison(runs: Sequence[RunFiles]) -> dict[str, Any]:
 def grouped(runs: Sequence[RunFiles]) -> list[Line]:
     lines: list[Line] = []
     for run in runs:
-        line = next((line for line in lines if alike(line.runs[0].recipe, run.recipe)), None)
-        if line is None:
-            lines.append(Line([run]))
+        for line in lines:
+            if alike(line.runs[0].recipe, run.recipe):
+                line.runs.append(run)
+                break
         else:
-            line.runs.append(run)
+            lines.append(Line([run]))
     # As many parts of the path as it takes to give each line a name of its own.
     for depth in (1, 2, 3):
         for line in lines:
@@ -82,7 +91,7 @@ def _name(runs: Sequence[RunFiles], depth: int) -> str:
         return names[0]
     # Digits and what is between them, in turn.
     parts = [re.split(r"(\d+)", name) for name in names]
-    if len({len(part) for part in parts}) > 1:
+    if len(set(map(len, parts))) > 1:
         return f"{names[0]} and {len(names) - 1} more"
     shared = ""
     for column in zip(*parts):
@@ -120,6 +129,7 @@ def _by_name(value: Any) -> Any:
 def _same_but_seed(a: Any, b: Any, seeds: tuple[str, str]) -> bool:
     if not (isinstance(a, str) and isinstance(b, str)):
         return False
+    # Whole numbers are compared: seed 1 must not match a part of 512.
     a_parts, b_parts = re.split(r"(\d+)", a), re.split(r"(\d+)", b)
     if len(a_parts) != len(b_parts):
         return False
@@ -138,32 +148,32 @@ def _run_row(line: int, run: RunFiles) -> dict[str, Any]:
 
 def _settings(lines: Sequence[Line]) -> list[list[str]]:
     """The settings in which the lines differ: path, and the value of each line."""
-    differences = [different(lines[0].runs[0].recipe, line.runs[0].recipe) for line in lines]
     firsts: dict[str, Any] = {}
     own: list[dict[str, Any]] = []
     """Of each line; one without an entry has the first line's value."""
-    for found in differences:
+    for line in lines:
         own.append({})
-        for path, first, value in found:
+        for path, first, value in different(lines[0].runs[0].recipe, line.runs[0].recipe):
             firsts[path] = first
             own[-1][path] = value
     rows = []
     for path, first in firsts.items():
-        values = [shown(public(line.get(path, first))) for line in own]
+        values = [shown(public(settings.get(path, first))) for settings in own]
         rows.append([path, *(textwrap.shorten(value, LONGEST) for value in values)])
     return rows
 
 
 def _results(lines: Sequence[Line]) -> list[dict[str, Any]]:
     """Before and after: of several runs the mean, the smallest and the largest."""
-    names: dict[str, None] = {}
+    figures: list[dict[str, Any]] = []
     for line in lines:
         for run in line.runs:
-            for side in SIDES:
-                names |= dict.fromkeys(run.summary.get(side) or {})
+            figures += (run.summary.get("before") or {}, run.summary.get("after") or {})
     rows = []
-    for name in names:
-        cells = [_spread(line, side, name) for line in lines for side in SIDES]
+    for name in all_keys(figures):
+        cells = []
+        for line in lines:
+            cells += (_spread(line, "before", name), _spread(line, "after", name))
         rows.append({"name": name, "definition": metrics.describe(f"eval/{name}"), "cells": cells})
     return rows
 
@@ -179,13 +189,10 @@ def _spread(line: Line, side: str, name: str) -> dict[str, str]:
     notes = []
     if min(values) < max(values):
         notes.append(f"{aligned(min(values))} to {aligned(max(values))}")
+    # Some runs may have no value, such as one that has not come to its end.
     if len(values) < len(line.runs):
         notes.append(f"of {counted(len(values), 'run')}")
     return {"mean": aligned(sum(values) / len(values)), "note": ", ".join(notes)}
-
-
-def _section(title: str, names: Sequence[str], lines: Sequence[Line]) -> Section:
-    return Section(title, [_chart(name, name.rpartition("/")[2], lines) for name in names])
 
 
 def _reward(lines: Sequence[Line]) -> dict[str, Chart]:
@@ -211,15 +218,14 @@ def _strips(lines: Sequence[Line]) -> list[dict[str, Any]]:
             continue
         # One column of the start is enough: it shows where the first line began.
         for directory in directories[-1:] if columns else (directories[0], directories[-1]):
-            by_key = {sample.key: sample for sample in read_samples(directory)}
-            columns.append((f"{run.name}, {step_name(directory)}", by_key))
+            columns.append((f"{run.name}, {step_name(directory)}", by_key(read_samples(directory))))
     if len(columns) < 2:
         return []
     shared = list(columns[0][1])
-    for _, by_key in columns[1:]:
-        shared = [key for key in shared if key in by_key]
+    for _, samples in columns[1:]:
+        shared = [key for key in shared if key in samples]
     strips = []
     for prompt, seed in shared[:MOST_STRIPS]:
-        images = [{"alt": name, **image(by_key[prompt, seed].file, 256)} for name, by_key in columns]
+        images = [{"alt": name, **image(samples[prompt, seed].file, 256)} for name, samples in columns]
         strips.append({"prompt": prompt, "seed": seed, "images": images})
     return strips

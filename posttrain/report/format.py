@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import Any, TypeGuard
+from collections.abc import Iterable
+from typing import Any, TypeGuard, TypeVar
+
+K = TypeVar("K")
 
 
 def number(value: float) -> str:
@@ -39,6 +42,14 @@ def shown(value: Any) -> str:
     if is_number(value):
         return number(value)
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
+
+
+def all_keys(mappings: Iterable[Iterable[K]]) -> list[K]:
+    """The keys of all, once each, in the order of their first appearance."""
+    keys: dict[K, None] = {}  # a set that keeps the order
+    for mapping in mappings:
+        keys |= dict.fromkeys(mapping)
+    return list(keys)
 
 
 def cell(value: Any) -> str:

@@ -17,18 +17,19 @@ def groups(folder: Path) -> dict[str, Any] | None:
     files = sorted(folder.glob("step-*/groups.json")) if folder.is_dir() else []
     if not files:
         return None
-    shown = [files[0]] if len(files) == 1 else [files[0], files[-1]]
-    steps = [file.parent for file in shown]
-    tables = [json.loads(file.read_text()) for file in shown]
+    tables: dict[Path, list[dict[str, Any]]] = {}  # by the directory of the step; a run of one step has one
+    for file in (files[0], files[-1]):
+        tables[file.parent] = json.loads(file.read_text())
     cards = []
-    for g, row in enumerate(tables[0]):
+    for g, row in enumerate(tables[files[0].parent]):
         sides = []
-        for directory, table in zip(steps, tables):
+        for directory, table in tables.items():
+            # The last step may have fewer groups.
             if g < len(table):
                 expansions = [_expansion(directory, entry) for entry in table[g]["expansions"]]
                 sides.append({"step": step_name(directory), "expansions": expansions})
         cards.append({"prompt": row["prompt"], "sides": sides})
-    return {"steps": [step_name(directory) for directory in steps], "cards": cards} if cards else None
+    return {"steps": list(map(step_name, tables)), "cards": cards} if cards else None
 
 
 def _expansion(directory: Path, entry: dict[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,8 @@ def limits(recipe: dict[str, Any], series: dict[str, list[Point]]) -> dict[str, 
     optim = recipe.get("optim") or {}
     for name, points in series.items():
         if name.endswith("grad_norm"):
-            found.setdefault(name, []).extend(_of_gradients(optim, points))
+            for limit in _of_gradients(optim, points):
+                found.setdefault(name, []).append(limit)
         metric = metrics.find(name)
         if metric is not None and metric.reference is not None:
             whose, value = metric.reference
@@ -42,7 +43,7 @@ def limits(recipe: dict[str, Any], series: dict[str, list[Point]]) -> dict[str, 
     stopping = f"{metrics.EVAL}{stop.get('metric')}"
     if stopping in series:
         found.setdefault(stopping, []).append(_stop(stop, series[stopping]))
-    return {name: those for name, those in found.items() if those}
+    return found
 
 
 def _fixed(recipe: dict[str, Any]) -> list[tuple[str, Limit]]:
@@ -66,14 +67,18 @@ def _fixed(recipe: dict[str, Any]) -> list[tuple[str, Limit]]:
 
 def watched(names: Iterable[str], of_limits: dict[str, list[Limit]]) -> dict[str, list[str]]:
     """The metrics to show beside the limits, by what they are a sign of; those with a limit come first."""
-    sections: dict[str, list[str]] = {title: [] for title in TITLES.values()}
+    sections: dict[str, list[str]] = {}
     for name in names:
         metric = metrics.find(name)
         # Divergence shows in training, hacking in evaluations, which alone have the same prompts each time.
         place: metrics.Sign = "hacking" if name.startswith(metrics.EVAL) else "divergence"
         if name in of_limits or (metric is not None and metric.sign_of == place):
-            sections[TITLES[place]].append(name)
-    return {title: sorted(part, key=lambda name: name not in of_limits) for title, part in sections.items() if part}
+            sections.setdefault(place, []).append(name)
+    ordered = {}
+    for sign, title in TITLES.items():
+        if sign in sections:
+            ordered[title] = sorted(sections[sign], key=lambda name: name not in of_limits)
+    return ordered
 
 
 def _stop(stop: dict[str, Any], points: list[Point]) -> Limit:
@@ -82,6 +87,7 @@ def _stop(stop: dict[str, Any], points: list[Point]) -> Limit:
     bad, label = "above" if lower else "below", f"eval.stop, {counted(stop.get('patience', 1), 'time')} in a row, at"
     if stop.get("limit") is not None:
         return Limit(label, [(0, stop["limit"])], bad)
+    # A share of the best value's size, so that the rule also works for a figure that is negative.
     sign, better = (1, min) if lower else (-1, max)
     line: list[Point] = []
     best: float | None = None

@@ -21,7 +21,7 @@ from posttrain.report.before_after import run_images
 from posttrain.report.charts import Chart, Limit, Section, areas_chart, line_chart
 from posttrain.report.compare import comparison
 from posttrain.report.config import ReportConfig
-from posttrain.report.format import aligned, change, number
+from posttrain.report.format import aligned, all_keys, change, number
 from posttrain.report.groups import groups
 from posttrain.report.limits import limits, watched
 from posttrain.report.public import public
@@ -43,13 +43,13 @@ WIDE = {"width": 1120, "height": 280}
 
 def report(config: ReportConfig) -> None:
     """The command `posttrain report`: writes the page and prints its path."""
-    runs = [Path(run) for run in config.runs]
+    runs = list(map(Path, config.runs))
     output = Path(config.output) if config.output else None
     if len(runs) == 1:
         path = write_report(runs[0], output)
     else:
         path = output or runs[0].resolve().parent / "comparison.html"
-        write_page(path, "comparison.html", f"{len(runs)} runs", **comparison([read_run(run) for run in runs]))
+        write_page(path, "comparison.html", f"{len(runs)} runs", **comparison(list(map(read_run, runs))))
     print(path)
 
 
@@ -62,18 +62,19 @@ def write_report(run: Path, path: Path | None = None) -> Path:
     files = read_run(run)
     of_limits = limits(files.recipe, files.series)
     names_watched = watched(files.series, of_limits)
-    shown_apart = {name for names in names_watched.values() for name in names}
     # The reward has the wide chart, and non_finite is a warning at the top.
-    shown_apart |= {*POOL, "reward", "non_finite"}
-    if files.summary.get("teacher"):
-        # Measured once, so a curve would be one point; it stands in the table.
-        shown_apart |= {name for name in files.series if name.startswith("teacher/")}
-    curves = {name: points for name, points in files.series.items() if name not in shown_apart}
+    shown_apart = {*POOL, "reward", "non_finite"}.union(*names_watched.values())
+    curves = {}
+    for name, points in files.series.items():
+        # The teacher is measured once, so a curve would be one point; it stands in the table.
+        in_table = name.startswith("teacher/") and files.summary.get("teacher")
+        if name not in shown_apart and not in_table:
+            curves[name] = points
     return write_page(
         path or run / "report.html", "report.html", f"{files.name}: {_base(files.recipe)}",
         name=files.name,
         subtitle=_subtitle(files),
-        non_finite=sum(value or 0 for _, value in files.series.get("non_finite", [])),
+        non_finite=_sum(files.series.get("non_finite", [])),
         verdict=verdict.of_run(run / "samples", files.summary, _lower(files.recipe)),
         summary=summary_tables(files.summary),
         images=run_images(run / "samples"),
@@ -141,21 +142,27 @@ def _subtitle(files: RunFiles) -> str:
 
 def summary_tables(summary: dict[str, Any]) -> dict[str, Any]:
     """The metrics before and after, and what the run took, for the macro of the same name."""
-    before, after, teacher = (summary.get(name) or {} for name in ("before", "after", "teacher"))
+    before, after, teacher = summary.get("before") or {}, summary.get("after") or {}, summary.get("teacher") or {}
     rows = []
-    for name in dict.fromkeys([*before, *after]):
+    for name in all_keys([before, after]):
         old, new = before.get(name), after.get(name)
         values = [aligned(old), aligned(new), change(old, new)]
         if teacher:
             values.append(aligned(teacher.get(name)))
         rows.append({"name": name, "values": values, "definition": metrics.describe(f"eval/{name}")})
+    took, other = [], []
+    for name, value in summary.items():
+        if name in COSTS:
+            took.append([name, value])
+        elif name not in SHOWN_APART:
+            other.append([name, value])
     return {
         "stopped": summary.get("stopped"),
         "best": _best(summary),
         "head": ["before", "after", "change", *(["teacher"] if teacher else [])],
         "rows": rows,
-        "took": [[name, value] for name, value in summary.items() if name in COSTS],
-        "other": [[name, value] for name, value in summary.items() if name not in (*SHOWN_APART, *COSTS)],
+        "took": took,
+        "other": other,
     }
 
 
@@ -207,6 +214,7 @@ def _tables(file: Path) -> list[dict[str, Any]]:
         # An adaptive pool may have no prompt at one of its ends yet.
         if rows:
             body = [list(row.values()) for row in rows]
+            # Columns of numbers are aligned on the right; a missing value does not change that.
             numeric = []
             for values in zip(*body):
                 numeric.append(all(isinstance(value, int | float | None) for value in values))
@@ -221,13 +229,14 @@ def _cost(files: RunFiles) -> list[dict[str, Any]]:
     for name, points in files.series.items():
         if name.startswith("seconds/"):
             # A missing value is a step that did not have this part.
-            times[name.partition("/")[2]] = sum(value or 0.0 for _, value in points)
+            times[name.partition("/")[2]] = _sum(points)
     if times:
         rest = (files.summary.get("seconds") or 0.0) - sum(times.values())
         bars.append({"title": "time", "parts": _with_rest(times, "evaluation, saving and the rest", rest), "unit": "s"})
-    startup = files.summary.get("startup") or {}
+    startup = dict(files.summary.get("startup") or {})
     # The total is the sum of the others, and compilation is part of the first step.
-    startup = {name: value for name, value in startup.items() if name not in ("compile", "total")}
+    startup.pop("total", None)
+    startup.pop("compile", None)
     if startup:
         bars.append({"title": "time to the end of the first step", "parts": startup, "unit": "s"})
     memory = files.summary.get("memory") or {}
@@ -239,6 +248,10 @@ def _cost(files: RunFiles) -> list[dict[str, Any]]:
         parts = _with_rest(memory, label, peak - sum(memory.values()))
         bars.append({"title": f"memory of the {'GPU' if on_gpu else 'process'}", "parts": parts, "unit": "GiB"})
     return bars
+
+
+def _sum(points: Sequence[Point]) -> float:
+    return sum(value or 0.0 for _, value in points)
 
 
 def _with_rest(parts: Mapping[str, float], label: str, rest: float) -> dict[str, float]:
@@ -262,4 +275,6 @@ def _judges(files: RunFiles) -> list[list[str]]:
 def _environment(environment: dict[str, Any]) -> list[list[Any]]:
     flat = {**environment, **(environment.get("packages") or {})}
     # The launch names this machine, and hashes of prompts are for resuming.
-    return [[name, value] for name, value in flat.items() if name not in ("packages", "prompts", "launch")]
+    for name in ("packages", "prompts", "launch"):
+        flat.pop(name, None)
+    return list(map(list, flat.items()))

@@ -19,17 +19,19 @@ def public(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: public(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [public(item) for item in value]
+        return list(map(public, value))
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if not isinstance(value, str):
         return value
+    # A value that is one path may contain spaces and commas, at which WITHIN would end it.
     if value.startswith("/") and "\n" not in value:
         return _short(value)
     return WITHIN.sub(lambda match: _short(match[0]), value)
 
 
 def _short(path: str) -> str:
+    # The hub's cache has the id as a folder's name, models--OWNER--NAME, far above the files.
     if match := CACHED.search(path):
         return f"{match[1]}/{match[2]}"
     here = Path.cwd()

@@ -18,8 +18,10 @@ CHUNK = 2**22
 def mean_and_error(scores: np.ndarray) -> tuple[float | None, float | None]:
     """The mean, and its standard error s / sqrt(P) with s of P - 1 degrees; None without prompts, or with one."""
     known = scores[~np.isnan(scores)]
+    if len(known) == 0:
+        return None, None
     error = float(known.std(ddof=1) / len(known) ** 0.5) if len(known) > 1 else None
-    return (float(known.mean()) if len(known) else None), error
+    return float(known.mean()), error
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,15 @@ def paired(scores: np.ndarray, others: np.ndarray, seed: int = 0) -> Paired | No
     assert mean is not None
     means, as_far = np.empty(DRAWS), 0
     generator = np.random.default_rng(seed)
+    # In parts: DRAWS x P random numbers at once would take 80 MB for each thousand prompts.
     step = max(1, CHUNK // n)
     for first in range(0, DRAWS, step):
         count = min(step, DRAWS - first)
         means[first : first + count] = differences[generator.integers(0, n, (count, n))].mean(1)
+        # Without any effect each sign would be a coin flip. The margin counts flips that are as far but for rounding.
         flipped = (differences * generator.choice((-1.0, 1.0), (count, n))).mean(1)
         as_far += int((np.abs(flipped) >= abs(mean) - 1e-12).sum())
     low, high = np.quantile(means, (0.025, 0.975))
     wins = float((differences > 0).mean() + (differences == 0).mean() / 2)
+    # The observed signs are one of the flips, so p is never 0 (see p of Paired).
     return Paired(mean, error, float(low), float(high), (1 + as_far) / (1 + DRAWS), wins, n)

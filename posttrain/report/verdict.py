@@ -49,13 +49,16 @@ def verdict(
     rose: list[tuple[float, str]] = []
     unclear = []
     for name, (before, after) in scores.items():
-        found = paired(np.array(after, float), np.array(before, float))  # None becomes NaN
+        # An array of floats has NaN for None.
+        found = paired(np.array(after, float), np.array(before, float))
         if found is None:
             continue
         mean, error = found.difference, found.error
         told = f"{shown(abs(mean))}{'' if error is None else f' ± {shown(error)}'}"
+        # An error of 0 or none (one prompt, or equal differences) tests nothing.
         if not error or found.p >= CLEAR:
             unclear.append(f"{name} {'+' if mean >= 0 else '-'}{told}")
+        # `rose` has what got better: where less is better, what fell.
         elif (mean < 0) == (name in lower):
             rose.append((abs(mean) / error, f"{name} {'+' if mean > 0 else '-'}{told}"))
         else:
@@ -63,22 +66,29 @@ def verdict(
     changes = []
     for name, (before, after) in looks.items():
         if before and after is not None and abs(after / before - 1) >= LEAST:
-            changes.append(
-                f"{name.removeprefix('image/').replace('_', ' ')} {after / before - 1:+.0%}".replace("%", " %")
-            )
-    ordered = [[text for _, text in sorted(part, reverse=True)] for part in (fell, rose)]
-    return Verdict(ordered[0], ordered[1], unclear, changes)
+            label = name.removeprefix("image/").replace("_", " ")
+            changes.append(f"{label} {100 * (after / before - 1):+.0f} %")
+    return Verdict(_clearest_first(fell), _clearest_first(rose), unclear, changes)
+
+
+def _clearest_first(changes: list[tuple[float, str]]) -> list[str]:
+    """The phrases of (change in standard errors, phrase)."""
+    return [text for _, text in sorted(changes, reverse=True)]
 
 
 def of_run(samples: Path, summary: Mapping[str, Any], lower: Sequence[str] = ()) -> str | None:
     """The verdict on a run: each reward at its last evaluation against its first, by prompt, and how images look. None
     where a run has not two evaluations with scores."""
-    directories = [folder for folder in step_directories(samples) if (folder / SCORES).is_file()]
-    if len(directories) < 2:
+    files = [folder / SCORES for folder in step_directories(samples) if (folder / SCORES).is_file()]
+    if len(files) < 2:
         return None
-    first, last = (json.loads((folder / SCORES).read_text()) for folder in (directories[0], directories[-1]))
-    scores = {name: (first[name], last[name]) for name in first if len(first[name]) == len(last.get(name, ()))}
-    before, after = (summary.get(side) or {} for side in ("before", "after"))
+    first, last = json.loads(files[0].read_text()), json.loads(files[-1].read_text())
+    scores = {}
+    for name in first:
+        # Scores are paired by prompt, which other numbers of prompts rule out.
+        if len(first[name]) == len(last.get(name, ())):
+            scores[name] = first[name], last[name]
+    before, after = summary.get("before") or {}, summary.get("after") or {}
     looks = {name: (before[name], after.get(name)) for name in before if name in LOOKS}
     return verdict(scores, looks, lower).text
 

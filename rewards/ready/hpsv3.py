@@ -15,12 +15,12 @@ from posttrain.errors import UserError, counted
 from posttrain.loading import local, quiet, reading
 from posttrain.tokenizer import load_tokenizer
 from prompts.templates import CONTROL_TOKEN, load_template
-from rewards.ready.loaded import SETTINGS, Scorer, build, fill, image_processor, read_state
+from rewards.ready.loaded import SETTINGS, Scorer, build, fill, image_processor, part, read_state
 
 REWARD = "<|Reward|>"
 """The token of the question whose hidden state the head reads."""
 PIXELS = 256 * 28 * 28
-"""Of every image, near enough: the multiple of 28 in each direction that is at most so many."""
+"""Pixels that every image is resized to, at most: both sides are multiples of 28."""
 PLACE = "<|image_pad|>"
 
 
@@ -54,8 +54,11 @@ class HPSv3(Scorer):
         with quiet(), reading(processor, "a Qwen2-VL's settings"):
             config = Qwen2VLConfig.from_pretrained(str(folder))
         state = read_state(path, file)
-        body = {key: value for key, value in state.items() if not key.startswith(("rm_head.", "lm_head."))}
-        body = {f"language_{key}" if key.startswith("model.") else key: value for key, value in body.items()}
+        body = {}
+        for key, value in state.items():
+            if not key.startswith(("rm_head.", "lm_head.")):
+                # The release has the names of an earlier transformers.
+                body[f"language_{key}" if key.startswith("model.") else key] = value
         rows = len(body.get("language_model.embed_tokens.weight", ()))
         if rows <= self.reward:
             raise UserError(
@@ -69,8 +72,7 @@ class HPSv3(Scorer):
         head = nn.Sequential(
             nn.Linear(width, 1024), nn.ReLU(), nn.Dropout(0.05), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
         )  # mean and deviation
-        weights = {key.removeprefix("rm_head."): value for key, value in state.items() if key.startswith("rm_head.")}
-        self.head = fill(head, weights, path, self.device)
+        self.head = fill(head, part(state, "rm_head."), path, self.device)
 
     def scores(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         inputs = self.inputs(images, prompts)

@@ -18,14 +18,14 @@ from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVi
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from posttrain.errors import UserError
-from rewards.ready.loaded import HIDDEN, Scorer, build, fill, read_state, score_head, tokenizer_of
+from rewards.ready.loaded import HIDDEN, Scorer, build, fill, part, read_state, score_head, tokenizer_of
 
 MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072
-"""Of the head's output over ImageReward's data, by which its score is normalised (ImageReward.py)."""
+"""Mean and deviation of the head's output over ImageReward's data, which normalise its score (ImageReward.py)."""
 LENGTH = 35
 """Tokens of a prompt that are read (ImageReward.py)."""
 HEAD_WIDTH = 64
-"""Of an attention head, in BLIP's image and text towers alike."""
+"""Width of an attention head, in BLIP's image and text towers alike."""
 BLIP = [
     (r"^cls_token$", "embeddings.class_embedding"),
     (r"^pos_embed$", "embeddings.position_embedding"),
@@ -58,9 +58,8 @@ class ImageReward(Scorer):
         super().__init__(path, batch, device, dtype)
         self.tokenizer = tokenizer_of(tokenizer)
         state = read_state(path, file)
-        image, text, head = (
-            part(state, name) for name in ("blip.visual_encoder.", "blip.text_encoder.", "mlp.layers.")
-        )
+        image, text = part(state, "blip.visual_encoder."), part(state, "blip.text_encoder.")
+        head = part(state, "mlp.layers.")
         if not (image and text and head):
             raise UserError(f"path: {path}: holds no ImageReward (blip.visual_encoder, blip.text_encoder, mlp)")
         for pattern, replacement in BLIP:
@@ -95,13 +94,9 @@ class _TextModel(BlipTextModel):
         super().__init__(config, add_pooling_layer=False)
 
 
-def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-
-
 def _layers(state: dict[str, Tensor], stem: str) -> int:
-    found = [int(match[1]) for key in state if (match := re.match(rf"{re.escape(stem)}(\d+)\.", key))]
-    return max(found, default=-1) + 1
+    numbers = [int(match[1]) for key in state if (match := re.match(rf"{re.escape(stem)}(\d+)\.", key))]
+    return max(numbers, default=-1) + 1
 
 
 def _vision(state: dict[str, Tensor]) -> BlipVisionConfig:

@@ -62,15 +62,15 @@ def _finite(score: float) -> Score:
 def checked_device(device: str | None) -> torch.device:
     """The device of that name, with the number of the process's own GPU; None: the GPU if there is one."""
     try:
-        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise UserError(f"device: {device}: use cpu, cuda or cuda:0") from None
-    if found.type == "cuda":
-        if not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count():
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count():
             raise UserError(f"device: {device}: there are {torch.cuda.device_count()} GPUs here; use cpu or another")
-        if found.index is None:  # rewards run in threads, in which plain cuda would be the first GPU
-            found = torch.device("cuda", torch.cuda.current_device())
-    return found
+        if chosen.index is None:  # rewards run in threads, in which plain cuda would be the first GPU
+            chosen = torch.device("cuda", torch.cuda.current_device())
+    return chosen
 
 
 def tokenizer_of(path: str) -> Any:
@@ -80,6 +80,7 @@ def tokenizer_of(path: str) -> Any:
     check_json(folder)
     with quiet(), reading(path, "a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        # A vocabulary that does not fit gives unknown tokens, or one for each letter.
         tokens = tokenizer(PROBE, add_special_tokens=False).input_ids
         if not 0 < len(tokens) < len(PROBE) or tokenizer.unk_token_id in tokens[:-1]:
             raise UserError(f"{path}: its tokenizer does not know the words of {PROBE!r}: copy or download it again")
@@ -87,7 +88,6 @@ def tokenizer_of(path: str) -> Any:
 
 
 def image_processor(path: str, kind: Any, **sizes: Any) -> Any:
-    """The image processor of a directory or hub id."""
     with quiet(), reading(path, "an image processor"):
         return kind.from_pretrained(str(local(path, SETTINGS)), **sizes)
 
@@ -107,11 +107,16 @@ def read_state(path: str, name: str, inner: str | None = None) -> dict[str, Tens
             from safetensors.torch import load_file
 
             return load_file(file)
-        held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        held = held[inner] if inner is not None else held
-        if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        state = state[inner] if inner is not None else state
+        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
             raise UserError(f"{file}: holds no state dict: give the file of the release")
-        return held
+        return state
+
+
+def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin so, named without it."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 REMEDY = "give the file of the release, and the settings of the same model"
@@ -123,6 +128,7 @@ def build(
     """A model of transformers with these weights, frozen. Raises UserError for keys and shapes that are not its own."""
     check_finite(where, state)
     with quiet(), reading(where, f"a {kind.__name__}"):
+        # Sizes that do not match are collected too, so that one message names all that is wrong.
         model, info = kind.from_pretrained(
             None, config=config, state_dict=state, output_loading_info=True, ignore_mismatched_sizes=True, dtype=dtype
         )

@@ -69,10 +69,10 @@ class CLIP(Scorer):
         self.length = self.model.config.text_config.max_position_embeddings
 
     def load(self) -> Any:
-        found = model_type(local(self.path, SETTINGS), self.path)
+        own_type = model_type(local(self.path, SETTINGS), self.path)
         wanted = self.kind.config_class.model_type
-        if found != wanted:
-            raise UserError(f"path: {self.path} is a {found}: {type(self).__name__} reads models of type {wanted}")
+        if own_type != wanted:
+            raise UserError(f"path: {self.path} is a {own_type}: {type(self).__name__} reads models of type {wanted}")
         model = load_model(self.kind, local(self.path), self.path, self.device, dtype=self.dtype)
         return model.eval().requires_grad_(False)
 
@@ -205,7 +205,7 @@ def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     for key, value in state.items():
         if key in PROJECTIONS:
-            renamed[PROJECTIONS[key]] = value.T
+            renamed[PROJECTIONS[key]] = value.T  # open_clip computes x @ W, a Linear x @ W.T
         elif key == "logit_scale":
             renamed[key] = value
         elif key != "attn_mask":  # a buffer, which says only that the text tower looks back
@@ -213,6 +213,7 @@ def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
                 key = re.sub(pattern, replacement, key)
             key = "vision_model." + key.removeprefix("visual.") if key.startswith("visual.") else "text_model." + key
             if match := re.search(r"\.attn\.in_proj_(weight|bias)$", key):
+                # open_clip has one matrix for queries, keys and values.
                 for name, part in zip("qkv", value.chunk(3)):
                     renamed[f"{key[: match.start()]}.self_attn.{name}_proj.{match[1]}"] = part
             else:

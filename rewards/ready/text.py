@@ -20,7 +20,7 @@ from posttrain.errors import UserError
 from posttrain.image_reader import to_rgb
 from posttrain.loading import reading
 from rewards.base import Failure, Score, Scored
-from rewards.ocr import edit_distances, folded, score_text
+from rewards.ocr import edit_distances, folded, score_prompt
 
 
 class Text:
@@ -77,10 +77,7 @@ class Text:
                 f"the recogniser has no letter {' '.join(unknown[:5])}: name one of that script (recogniser)"
             )
         lines = self.read(image)
-        try:
-            result = score_text(texts, lines)
-        except ValueError as error:
-            raise UserError(f"prompt {prompt!r}: texts: {error}: join or drop some") from error
+        result = score_prompt(prompt, texts, lines)
         if result is None:
             return None
         details = {"lines": lines, "missing": result.missing, "extra": result.extra}

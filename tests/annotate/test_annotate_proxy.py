@@ -9,6 +9,7 @@ from tests.annotate.test_annotate import command as command  # a fixture
 from tests.annotate.test_annotate import serve as serve  # a fixture
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("keeps", [False, True])
 def test_a_session_under_a_path(serve, browser, keeps):
     """Whether the proxy takes the path away, as nginx does with a slash at the end of `proxy_pass`, or keeps it."""

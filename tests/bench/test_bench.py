@@ -173,6 +173,7 @@ def test_padding_is_not_counted(k2):
     assert forwards.take()["flop"] == flops.forward(shape, N, 3) + flops.forward(shape, N, 9)
 
 
+@pytest.mark.long
 def test_bench_and_plans(tmp_path, capsys, model):
     argv = "bench --scale tiny --batch 4 --group 4 --text 8 --rank 4 --steps 4 --repeats 1 --output"
     assert cli.main([*argv.split(), str(tmp_path / "bench")]) == 0
@@ -222,6 +223,7 @@ def test_bench_and_plans(tmp_path, capsys, model):
     assert cli.main(argv) == 2 and "needs grpo, which was not measured" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_compiled(settings, monkeypatch):
     """With torch's tracing alone, which is exact, and takes seconds where its compiler takes minutes."""
     traced = functools.cache(lambda function, device: torch.compile(function, backend="eager", fullgraph=True))

@@ -150,6 +150,7 @@ def test_a_measurement_that_cannot_be_read(tmp_path, text, says):
         measurement.load(str(tmp_path / "m.json"))
 
 
+@pytest.mark.long
 def test_the_shipped_form_of_a_bench_gives_the_same_plan(tmp_path, monkeypatch, capsys):
     """Two sizes of every method in one call, and what is planned from the file and from its shipped form."""
     config = BenchConfig(output=str(tmp_path), scale="tiny", batch=4, group=4, text=TEXT, rank=RANK, steps=4, repeats=1,

@@ -12,6 +12,7 @@ from tests.distributed.test_sharding import ENGINES
 from tests.helpers import runs
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("lora", "engines"), [(True, ("ddp", "fsdp2")), (False, ("fsdp2", "zero3"))])
 def test_two_processes_equal_one(command, model, tmp_path, lora, engines):
     """The main process reads and computes, and the others get their part; half-way another engine goes on."""

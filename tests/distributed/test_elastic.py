@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.helpers import runs
 from tests.helpers.commands import TRAINING
@@ -24,6 +25,7 @@ elastic_launch(LaunchConfig(1, 1, 2, max_restarts=1, monitor_interval=0.1, **lau
 """What torchrun does with --standalone --nproc-per-node=2 --max-restarts=1, but for forks, which need no imports."""
 
 
+@pytest.mark.long
 def test_a_process_that_is_killed_costs_the_steps_since_the_last_checkpoint(command, model, tmp_path):
     """The main one is, once there are steps after a checkpoint. The rest is a run without --resume, which is refused
     afterwards, by the same recipe, also under torchrun: another launch has begun it."""

@@ -70,6 +70,7 @@ def test_two_processes_give_the_velocity_and_gradient_of_one(command, tmp_path):
             assert (gradient - whole_gradient).norm() < 1e-5 * whole_gradient.norm()
 
 
+@pytest.mark.long
 def test_grpo_in_groups_of_two_is_that_of_one_process(command, model, tmp_path):
     """Three groups: with four processes, two work on each. An evaluation of one prompt and one group; a KL."""
     config, outputs = runs.config(tmp_path, model), []

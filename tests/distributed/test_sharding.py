@@ -69,6 +69,7 @@ CUT = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", CUT)
 def test_two_sharded_processes_equal_one(command, model, tmp_path, method):
     """What is dealt out does not divide by two. A run is cut in half and carried on under another engine."""
@@ -103,6 +104,7 @@ def test_two_sharded_processes_equal_one(command, model, tmp_path, method):
         assert_close(runs.latest(one), runs.latest(other), begun)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rank", [None, 4])
 def test_the_arithmetic_is_that_of_whole_weights(command, model, tmp_path, rank):
     """Student, fake score and teacher in bfloat16, on an earlier stage, with batches that differ between processes."""
@@ -152,6 +154,7 @@ def test_deepspeed_that_is_missing_is_named(monkeypatch):
         launch._zero()
 
 
+@pytest.mark.long
 def test_launching(model, tmp_path):
     """`accelerate launch` with the recipes gives processes what these tests give them; and it starts the command."""
     for name in ("one_gpu", "ddp", "fsdp2", "zero2", "zero3", "two_nodes"):

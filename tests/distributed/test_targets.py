@@ -13,6 +13,7 @@ if importlib.util.find_spec("deepspeed"):
     WAYS += ["zero2", "zero3"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["tdm", "stpo"])
 def test_two_processes_equal_one(command, model, tmp_path, method):
     """Student, fake score and teacher, or policy and reference, each with text of its own; what is dealt out does not

@@ -133,12 +133,14 @@ def test_a_server(recipe, tmp_path):
     def draw(body):
         return Image.new("RGB", (SIDE, SIDE), (51 if "cube" in body["prompt"] else 102, 0, 0))
 
-    with ImagesServer(draw) as server:
+    with ImagesServer(draw, seconds=0.2) as server:
         subjects = [f"served={server.url}#some-model"]
         assert evaluate(config(recipe, tmp_path / "out", subjects, images=1)) == 0
         assert {body["model"] for body in server.requests} == {"some-model"}
         assert len({body["seed"] for body in server.requests}) == len(PROMPTS)
-    assert results(tmp_path / "out")["subjects"]["served"]["figures"]["warmth"]["mean"] == pytest.approx(0.35)
+    served = results(tmp_path / "out")["subjects"]["served"]
+    assert served["figures"]["warmth"]["mean"] == pytest.approx(0.35)
+    assert served["seconds_image"] > 0.2 / len(PROMPTS)  # of the requests, not of saving their images
 
     def refuse(number, body):
         return (400, b'{"error": {"message": "no such size"}}')
@@ -202,3 +204,18 @@ def test_an_image_that_was_replaced_is_scored_anew(recipe, tmp_path):
     (folder / "002.png").write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match=r"002\.png: .*draw it again, or replace it"):
         evaluate(made)
+
+
+def test_a_folder_with_sides_of_any_length_has_a_diversity(recipe, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rows = []
+    for i, prompt in enumerate(PROMPTS):
+        for j in range(2):
+            name = f"{i:03d}-{j}.png"
+            Image.new("RGB", (17 + j, 23), (100 * j, 0, 0)).save(folder / name)
+            rows.append({"file": name, "prompt": prompt})
+    (folder / "prompts.json").write_text(json.dumps(rows))
+    assert evaluate(config(recipe, tmp_path / "out", [f"mine={folder}"], images=2)) == 0
+    figures = results(tmp_path / "out")["subjects"]["mine"]["figures"]
+    assert figures["image/diversity"]["mean"] == pytest.approx(100 / 255 / 3**0.5, rel=1e-6)

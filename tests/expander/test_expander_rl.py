@@ -261,6 +261,7 @@ def test_a_resumed_run_counts_on(config, monkeypatch):
     assert [row["skipped"] for row in runs.rows(config.output) if "loss" in row] == [0, 0, 1, 1, 1]
 
 
+@pytest.mark.long
 def test_processes_share_an_evaluation(config, command, tmp_path):
     """Three prompts on two processes: texts, images and figures of one process, within rounding; none does it all."""
     heldout = "".join(json.dumps({"prompt": user}) + "\n" for user in chat.USERS[:3])

@@ -1,5 +1,6 @@
 """Mining of prompts: which are kept, how many of each failure class, and the pool that draws them in GDPO."""
 
+import contextlib
 import json
 import shutil
 
@@ -14,7 +15,7 @@ from posttrain.config.types import ConfigError
 from posttrain.errors import UserError
 from posttrain.expander import gdpo
 from posttrain.expander.callbacks import failures
-from posttrain.expander.mining import mine
+from posttrain.expander.mining import mine, quotas
 from posttrain.expander.mining.config import CandidatesConfig, ExpanderMineConfig
 from posttrain.expander.mining.quotas import composites, moments, shares, slots, verdict
 from posttrain.expander.pooled import PooledPrompts
@@ -51,6 +52,16 @@ def test_too_few_safe_expansions_and_too_few_scores():
     assert verdict(0.4, 0.4, safe=0.24) == "unsafe" and verdict(0.4, 0.4, safe=0.25) == "kept"
     assert moments(np.array([0.5, np.nan])) == (0.5, None) and verdict(0.5, None, 1.0) == "unscored"
     assert moments(np.array([np.nan])) == (None, None)
+
+
+def test_rounds_together_are_as_one():
+    """Also where scores are missing, and where there are too few."""
+    rounds = [np.array([0.2, 0.5, np.nan]), np.array([0.9, 0.4, 0.6]), np.array([np.nan] * 3)]
+    parts = [(int((~np.isnan(own)).sum()), *moments(own)) for own in rounds]
+    assert quotas.pooled(parts) == pytest.approx(moments(np.concatenate(rounds)))
+    assert quotas.pooled(parts[:1]) == pytest.approx(moments(rounds[0]))
+    assert quotas.pooled([(1, 0.5, None)]) == (0.5, None) and quotas.pooled([(0, None, None)] * 2) == (None, None)
+    assert quotas.pooled([(1, 0.25, None), (1, 0.75, None)]) == pytest.approx(moments(np.array([0.25, 0.75])))
 
 
 def test_a_composite_is_over_the_rewards_that_have_a_score():
@@ -158,6 +169,38 @@ def test_a_run_that_was_killed_goes_on_where_it_was(tmp_path, parts):
     assert len(expander_runs.CALLS) == 1
     with pytest.raises(UserError, match=r"group_size: differs from .*recipe\.yaml"):
         mine.mine(made(tmp_path, parts, group_size=4), resume=True)
+
+
+def test_a_resumed_run_takes_the_failure_classes_as_they_are_now(tmp_path, parts):
+    """Tags of train.jsonl and quotas of pool.yaml name the same classes, not those of the first run."""
+    mine.mine(made(tmp_path, parts))
+    candidates = [CandidatesConfig(str(tmp_path / "downvoted.jsonl"), failure="downvoted")]
+    mine.mine(made(tmp_path, parts, candidates=candidates), resume=True)
+    pool = yaml.safe_load((tmp_path / "mined/pool.yaml").read_text())
+    assert pool["pool"]["quotas"] == {"mined/downvoted": 0.5}
+    mined = read_prompts(tmp_path / "mined/train.jsonl")[:4]
+    assert [record.tags for record in mined] == [["mined/downvoted"]] * 4
+
+
+def test_a_second_round_scores_what_the_first_kept(tmp_path, parts):
+    """With other expansions and noise. Raising `rounds` on resume scores nothing of the first round again."""
+    mine.mine(made(tmp_path, parts))
+    first = read_lines(tmp_path / "mined/scores.jsonl")
+    middle = sorted(row["mean"] for row in first)[1:3]
+    limits = {"low": middle[0], "high": middle[1]}
+    expander_runs.CALLS.clear()
+    with contextlib.suppress(UserError):  # so narrow are the limits that in the end none may be kept
+        mine.mine(made(tmp_path, parts, rounds=2, **limits), resume=True)
+    scores = read_lines(tmp_path / "mined/scores.jsonl")
+    assert scores[:4] == first and {row["round"] for row in first} == {1}
+    again = {row["prompt"]: row for row in scores[4:]}
+    assert again.keys() == {row["prompt"] for row in first if row["mean"] in middle} and len(expander_runs.CALLS) == 1
+    assert all(row["round"] == 2 and row["mean"] not in middle for row in again.values())
+    whole = (tmp_path / "mined/scores.jsonl").read_text()
+    shutil.rmtree(tmp_path / "mined")
+    with contextlib.suppress(UserError):
+        mine.mine(made(tmp_path, parts, rounds=2, **limits))
+    assert (tmp_path / "mined/scores.jsonl").read_text() == whole
 
 
 def test_the_nearest_to_the_middle_are_taken_and_quotas_hold(tmp_path, parts):

@@ -14,6 +14,7 @@ def fuzz(tmp_path_factory):
     return fuzz_loading.Fuzz(tmp_path_factory.mktemp("fuzz"))
 
 
+@pytest.mark.long
 @pytest.mark.timeout(60 + 3 * COUNT)
 @pytest.mark.parametrize("kind", list(fuzz_loading.KINDS))
 def test_damaged_files_are_read_right_or_refused(fuzz, kind, tmp_path):

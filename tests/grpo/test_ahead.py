@@ -205,6 +205,7 @@ def test_without_memory_for_an_update_what_was_drawn_is_kept(config, monkeypatch
     assert (a - b).norm() < 1e-3 * a.norm()
 
 
+@pytest.mark.long
 def test_two_processes_equal_one(command, config, tmp_path):
     """Three groups, which two do not divide; the second half of the run resumes in the other number of processes."""
     config.groups.prompts_per_step, config.pool.kind = 3, "adaptive"

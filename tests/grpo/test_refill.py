@@ -263,6 +263,7 @@ def test_without_memory_for_an_update_the_same_is_drawn_again(config, monkeypatc
     assert (a - b).norm() < 1e-3 * a.norm()
 
 
+@pytest.mark.long
 def test_processes_equal_one(command, config, tmp_path):
     """Also where the second half of the run goes on in another number of them."""
     config.sampling.sizes, config.checkpoint.every, config.optim.eps = [[32, 32], [16, 48]], 2, 1e-8

@@ -70,6 +70,7 @@ def test_a_merge_of_what_no_stage_makes_is_refused(command, write, tmp_path):
     fails(command("run", write(["${a}", str(tmp_path / "none")])), "parents[1]: ", "does not exist, and no earlier")
 
 
+@pytest.mark.long
 def test_a_pipeline_merges(write, tmp_path, tmp_path_factory, model):
     server = warm.Warm(tmp_path_factory.mktemp("warm"), model)
     try:

@@ -60,6 +60,7 @@ def test_each_role_is_its_own(k2):
         assert all((other - expected).abs().max() > 1e-3 for other in others)
 
 
+@pytest.mark.long
 def test_nothing_is_compiled_again(k2):
     def everything(batch, lengths):
         with torch.no_grad():
@@ -212,6 +213,7 @@ def test_a_recipe_says_how_blocks_run(model):
         load_model(ModelConfig(str(model), dtype="float32", attention="cudnn"), "cpu")
 
 
+@pytest.mark.long
 def test_compiled_blocks_keep_no_copies_of_what_adapters_read(monkeypatch):
     """fp32 adapters read fp32 copies of inputs in bf16; without a limit compiled blocks keep 0.65 of what uncompiled
     ones do. torch's partition of a graph is the same without its compiler."""

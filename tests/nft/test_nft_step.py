@@ -198,6 +198,7 @@ def test_errors_by_noise_level(config, one_step):
     assert found == pytest.approx({f"velocity_error_t{k + 1}": float(torch.stack(v).mean()) for k, v in sums.items()})
 
 
+@pytest.mark.long
 def test_a_stage_of_a_pipeline(tmp_path, model, monkeypatch, capsys):
     """grpo, nft from it, and an export, as `posttrain run` does them; the figures of the stage are on its page."""
     made = {}

@@ -151,6 +151,7 @@ def test_stages_follow_each_other_and_are_done_once(write, tmp_path):
     fails(run(write(), "--resume"), "stage pairs: is finished, but", "is missing; put it back")
 
 
+@pytest.mark.long
 def test_a_pipeline_that_was_killed_ends_as_one_that_was_not(write, tmp_path):
     """Once by SIGTERM to the pipeline, once by SIGKILL of the stage's process."""
     settings = {"steps": 6, "checkpoint.every": 1}
@@ -214,6 +215,7 @@ def planned(values: list[float], **settings) -> dict:
     return {"rewards": [trained, script], "steps": 20, "checkpoint.keep": 1, **rule, **settings}
 
 
+@pytest.mark.long
 def test_what_follows_a_collapse_starts_from_the_best_step(write, tmp_path):
     """The held-out judge's figure is best after step 2 and falls; the run ends with step 4."""
     path = write("grpo", "export", grpo=planned([0.5, 0.6, 0.8, 0.7, 0.3]))
@@ -248,6 +250,7 @@ def test_what_follows_a_collapse_starts_from_the_best_step(write, tmp_path):
     assert 'aria-label="where step 0 ends and step 2 begins"' in page and "and step 4 begins" not in page
 
 
+@pytest.mark.long
 def test_a_stage_that_collapsed_from_its_start_fails_the_pipeline(write, tmp_path):
     path = write("grpo", "export", grpo=planned([0.5, 0.4, 0.3]))
     for options in ([], ["--resume"]):
@@ -282,6 +285,7 @@ def test_a_pipeline_that_is_killed_takes_its_stage_along(write, tmp_path):
     assert runs.latest(tmp_path / "p/grpo").step == done + 1
 
 
+@pytest.mark.long
 def test_a_resumed_pipeline_waits_for_what_was_left_behind(write, tmp_path):
     (tmp_path / "p").mkdir()
     with (tmp_path / "p/.lock").open("w") as lock:

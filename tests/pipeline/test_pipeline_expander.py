@@ -28,6 +28,7 @@ def expander(tmp_path: Path, **settings) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_the_expanders_stages_too(tmp_path):
     data = json.loads(expander(tmp_path).read_text())
     path = tmp_path / "two.yaml"

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from posttrain.errors import UserError
+from prompts.parse import json_line, read_lines, whole_lines
 from prompts.records import read_prompts
 
 
@@ -100,3 +101,11 @@ def test_unreadable_files(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "grün"}'.encode("latin-1"))
     with pytest.raises(UserError, match=r"latin\.jsonl:1: is not UTF-8 text"):
         read_prompts(tmp_path / "latin.jsonl")
+
+
+def test_a_line_separator_within_a_text_ends_no_line(jsonl):
+    """JSON leaves U+2028 and U+0085 as they are. The last line was cut off by a kill."""
+    rows = [{"prompt": "a red\u2028cube"}, {"prompt": "two\x85lines"}]
+    text = "".join(map(json_line, rows))
+    assert read_lines(jsonl(text)) == rows
+    assert list(map(json.loads, whole_lines(jsonl(text + '{"prompt": "a bl')))) == rows

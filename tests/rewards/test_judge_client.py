@@ -294,6 +294,7 @@ def test_preflight_warns_of_a_judge_that_wanders_or_fails():
     assert asyncio.run(repeatability(load_rewards(specs[3:]), [picture(0)], ["x"])) == []
 
 
+@pytest.mark.long
 def test_thousand_requests_with_faults_and_a_killed_server():
     """10 % of 1,000 pictures meet a fault, and the server dies on the way and comes back."""
     port = free_port()

@@ -14,7 +14,6 @@ import torch
 import yaml
 from PIL import Image
 
-import posttrain.log  # noqa: F401  messages go to stderr, also where this file runs alone
 from posttrain.errors import UserError
 from prompts.templates import Template, load_template
 from rewards.background import ScoreQueue

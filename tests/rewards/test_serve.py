@@ -254,9 +254,12 @@ def fake_executable(directory: Path, stubborn: bool = False) -> str:
 @pytest.mark.parametrize("how, stubborn", [("SIGKILL", True), ("SIGTERM", False), ("SIGINT", False)])
 def test_no_orphans_when_the_parent_dies(tmp_path, how, stubborn):
     spec = f"ServerSpec('x', {str(tmp_path)!r}, executable={fake_executable(tmp_path, stubborn)!r})"
+    # A shell that starts the tests in the background has them ignore SIGINT.
     code = f"""if True:
+        import signal
         from pathlib import Path
         from rewards import supervise
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         from rewards.serve import ServerSpec, serve
         serve([{spec}], Path({str(tmp_path / "logs")!r})).__enter__()
     """
@@ -265,7 +268,7 @@ def test_no_orphans_when_the_parent_dies(tmp_path, how, stubborn):
     wait_for(lambda: log.exists() and "loading" in log.read_text())
     assert len(descendants_alive(str(tmp_path / "vllm"))) >= 3  # supervisor, command, its child
     parent.send_signal(signal.Signals[how])
-    parent.wait()
+    parent.wait(30)
     wait_for(lambda: not descendants_alive(str(tmp_path / "vllm")), seconds=20)
 
 

@@ -180,3 +180,17 @@ def test_what_a_run_says():
         ["eval.best: oracle was never above its start (0.8), so no step is marked best"],
     )
     assert early_stopping.outcome(series(0.7, 0.8), EvalConfig()) == ({}, [])
+
+
+def test_cells_of_any_size():
+    """24 rows over 16 cells: the first cell is row 0 and half of row 1, the second the other half and row 2."""
+    image = np.zeros((1, 24, 32, 3), np.uint8)
+    image[:, 1] = 255
+    small = image_metrics.cells(image).reshape(16, 16, 3)
+    assert small[0] == pytest.approx(1 / 3) and small[1] == pytest.approx(1 / 3) and small[2:] == pytest.approx(0)
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (2, 32, 48, 3), dtype=np.uint8)
+    by_shares = np.einsum(
+        "yh,nhwc,xw->nyxc", image_metrics._shares_of_cells(32), image, image_metrics._shares_of_cells(48)
+    )
+    assert image_metrics.cells(image) == pytest.approx(by_shares.reshape(2, -1) / 255)

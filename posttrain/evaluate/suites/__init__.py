@@ -69,7 +69,7 @@ KINDS: tuple[str, ...] = tuple(SUITES)
 class Suite:
     kind: str
     records: list[PromptRecord]
-    reward: dict[str, Any] | None
+    reward: dict[str, Any]
     """`function` of a RewardSpec without its judge."""
     about: str
     """Source, licence of the data, and differences from the official scorer."""

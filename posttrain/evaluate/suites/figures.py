@@ -26,12 +26,13 @@ CHINESE = re.compile("[\u4e00-\u9fa5]")
 
 def geneval2(records: Records, rows: Rows) -> Found:
     """Soft-TIFA: `am` and `gm` of an image's probabilities, `skill/` over all atoms, `atoms/` the gm by atom_count."""
-    am = [_mean(probabilities) for probabilities in _detail(rows, "probabilities")]
-    gm = [geometric_mean(probabilities) for probabilities in _detail(rows, "probabilities")]
+    am = list(map(_mean, _detail(rows, "probabilities")))
+    gm = list(map(geometric_mean, _detail(rows, "probabilities")))
     skills, atoms = [], []
     for row, value in zip(rows, gm):
         columns = records[row["prompt"]].columns
-        skills += list(zip(columns["skills"], row["probabilities"], strict=True))
+        skills += zip(columns["skills"], row["probabilities"], strict=True)
+        # Two digits, so that sorting the names sorts the numbers.
         atoms.append((f"{columns['atom_count']:02d}", value))
     found = {"am": over_prompts(rows, am), "gm": over_prompts(rows, gm)}
     return {**found, **pooled("skill", skills), **pooled("atoms", atoms)}
@@ -43,6 +44,7 @@ def dpg(records: Records, rows: Rows) -> Found:
     for row, probabilities in zip(rows, _detail(rows, "probabilities")):
         categories = records[row["prompt"]].columns["categories"]
         for category, p in zip(categories, probabilities, strict=True):
+            # As the official scorer, which reads a yes or a no and knows no probability.
             answers.append((category, float(p >= 0.5)))
     broad = [(category.split("-")[0].strip(), right) for category, right in answers]
     score = over_prompts(rows, map(_mean, _detail(rows, "credits")))
@@ -53,7 +55,8 @@ def unigenbench(records: Records, rows: Rows) -> Found:
     """`dimension/` and `point/` (of a dimension with several), and `score`, each over all test points."""
     points = []
     for row, credits in zip(rows, _detail(rows, "credits")):
-        points += list(zip(records[row["prompt"]].columns["points"], credits, strict=True))
+        points += zip(records[row["prompt"]].columns["points"], credits, strict=True)
+    # "Attribute - Color" is a point of the dimension "Attribute"; a dimension with one point is named alone.
     dimensions = [(point.split("-", 1)[0].strip(), credit) for point, credit in points]
     score = _mean([credit for _, credit in points]) if points else None
     return {"score": score, **pooled("dimension", dimensions), **pooled("point", points)}
@@ -61,38 +64,44 @@ def unigenbench(records: Records, rows: Rows) -> Found:
 
 def oneig(records: Records, rows: Rows) -> Found:
     """`score` is the alignment over prompts; `class/` that of each class."""
-    scores = [_mean(credits) for credits in _detail(rows, "credits")]
+    scores = list(map(_mean, _detail(rows, "credits")))
     return {"score": over_prompts(rows, scores), **_grouped("class", records, rows, scores)}
 
 
 def longtext(records: Records, rows: Rows) -> Found:
     """`score` is the share of the words asked for that were read, in any order, of characters in a Chinese file, over
     all images together; `category/` the same. `text` is the mean of the reward, which minds order and extra words."""
-    chinese = [bool(CHINESE.search(record.texts[0])) for record in records]
-    by_characters = sum(chinese) * 2 > len(chinese)
+    chinese = [record for record in records if CHINESE.search(record.texts[0])]
+    # Decided once for the file, by most of its texts: its authors publish the two languages in two files.
+    by_characters = len(chinese) * 2 > len(records)
     read: dict[str, list[int]] = {"score": [0, 0]}
     for row, lines in zip(rows, _detail(rows, "lines")):
         record = records[row["prompt"]]
         asked = text_units(record.texts[0], by_characters)
+        # The intersection of two multisets: a word that is asked for twice has to be read twice.
         matched = (asked & text_units("\n".join(lines), by_characters)).total()
-        for name in ("score", *(f"category/{tag}" for tag in record.tags)):
+        names = ["score", *(f"category/{tag}" for tag in record.tags)]
+        for name in names:
             counts = read.setdefault(name, [0, 0])
-            counts[0], counts[1] = counts[0] + matched, counts[1] + asked.total()
-    found: Found = {name: matched / total if total else None for name, (matched, total) in read.items()}
-    return {**found, "text": over_prompts(rows, [row["score"] for row in rows])}
+            counts[0] += matched
+            counts[1] += asked.total()
+    found: Found = {}
+    for name, (matched, total) in read.items():
+        found[name] = matched / total if total else None
+    return {**found, "text": over_prompts(rows, _detail(rows, "score"))}
 
 
 def compbench(records: Records, rows: Rows) -> Found:
     """`score` is the product of an image's probabilities, `mean` their mean, over prompts; `category/` the product."""
-    products = list(map(math.prod, _detail(rows, "probabilities")))
-    means = list(map(_mean, _detail(rows, "probabilities")))
+    probabilities = _detail(rows, "probabilities")
+    products, means = list(map(math.prod, probabilities)), list(map(_mean, probabilities))
     found = {"score": over_prompts(rows, products), "mean": over_prompts(rows, means)}
     return {**found, **_grouped("category", records, rows, products)}
 
 
 def rubric(records: Records, rows: Rows) -> Found:
     """`score` over prompts, `tag/` over the prompts with that tag."""
-    scores = [row["score"] for row in rows]
+    scores = _detail(rows, "score")
     return {"score": over_prompts(rows, scores), **_grouped("tag", records, rows, scores)}
 
 
@@ -101,11 +110,13 @@ def rubric(records: Records, rows: Rows) -> Found:
 
 def geometric_mean(values: Sequence[float]) -> float:
     """0 if one of them is."""
+    # By logarithms: a product of many probabilities would underflow, and log(0) has no value.
     return math.exp(sum(map(math.log, values)) / len(values)) if min(values) > 0 else 0.0
 
 
 def over_prompts(rows: Rows, values: Iterable[float]) -> float | None:
     """The mean over prompts of the mean over their images."""
+    # Prompts count alike, also where some images of one could not be scored.
     images: dict[int, list[float]] = {}
     for row, value in zip(rows, values, strict=True):
         images.setdefault(row["prompt"], []).append(value)
@@ -123,19 +134,20 @@ def pooled(kind: str, values: Iterable[tuple[str, float]]) -> Found:
 def text_units(text: str, by_characters: bool) -> Counter[str]:
     """The words that LongText-Bench compares, without case and punctuation, or its characters, in which case counts."""
     kept = NOT_READ.sub("", text)
+    # A Counter of a string counts its characters, that of a list its words.
     return Counter("".join(kept.split()) if by_characters else kept.lower().split())
 
 
 def _grouped(kind: str, records: Records, rows: Rows, values: Sequence[float]) -> Found:
     """The mean over the prompts of each tag."""
-    members: dict[str, list[int]] = {}
-    for i, row in enumerate(rows):
+    members: dict[str, tuple[list[dict[str, Any]], list[float]]] = {}
+    for row, value in zip(rows, values):
+        # A prompt with several tags counts for each of them.
         for tag in records[row["prompt"]].tags:
-            members.setdefault(tag, []).append(i)
-    found: Found = {}
-    for tag in sorted(members):
-        found[f"{kind}/{tag}"] = over_prompts([rows[i] for i in members[tag]], [values[i] for i in members[tag]])
-    return found
+            own_rows, own_values = members.setdefault(tag, ([], []))
+            own_rows.append(row)
+            own_values.append(value)
+    return {f"{kind}/{tag}": over_prompts(*members[tag]) for tag in sorted(members)}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -52,6 +52,7 @@ def _answerable(pair: list[str]) -> list[str]:
 
 
 def _split(value: Any) -> Any:
+    # The CSV has "1, 2" in a cell.
     return value.split(",") if isinstance(value, str) else value
 
 
@@ -97,16 +98,21 @@ def dpg(path: str) -> list[PromptRecord]:
     items: dict[str, dict[int, DPGRow]] = {}
     for place, row in _rows(path, DPGRow):
         item = items.setdefault(row.item_id, {})
+        # The second row would silently take the first one's place.
         if row.proposition_id in item:
             raise UserError(f"{place}: proposition_id: {row.item_id} has {row.proposition_id} twice; remove one")
         item[row.proposition_id] = row
     records = []
     for name, rows in items.items():
-        texts = {number: row.question_natural_language for number, row in rows.items()}
-        parents = {number: row.dependency for number, row in rows.items()}
+        texts, parents, categories = {}, {}, []
+        for number, row in rows.items():
+            texts[number], parents[number] = row.question_natural_language, row.dependency
+            categories.append(row.tuple.split("(")[0].strip())
         columns = _dependent(texts, parents, f"{path}: item {name}: dependency")
-        columns["categories"] = [row.tuple.split("(")[0].strip() for row in rows.values()]
-        records.append(PromptRecord(next(iter(rows.values())).text, id=name, columns=columns))
+        columns["categories"] = categories
+        # All rows of an item repeat its prompt.
+        first = next(iter(rows.values()))
+        records.append(PromptRecord(first.text, id=name, columns=columns))
     return records
 
 
@@ -166,6 +172,7 @@ def oneig(path: str) -> list[PromptRecord]:
             raise UserError(f"{file}: has no {row.id}, which {place} has; bring both from one revision")
         entry = asked[name][row.id]
         columns = _dependent(entry.question, entry.dependency, f"{file}: {row.id}: dependency")
+        # The numbers begin anew in each class.
         records.append(PromptRecord(row.prompt, tags=[name], id=f"{name}_{row.id}", columns=columns))
     if not records:
         raise UserError(f"{path}: category: none is {', '.join(ONEIG_CLASSES)}; bring OneIG-Bench.csv")
@@ -253,15 +260,19 @@ def _read_questions(file: Path) -> dict[str, OneIGQuestions]:
 
 def _dependent(texts: dict[int, str], parents: dict[int, list[int]], place: str) -> dict[str, Any]:
     """The columns `questions` and `parents` of questions by number, where 0 means that one depends on none."""
+    # The files name questions by number; a reward's parents are places in its list of questions.
     order = {number: i for i, number in enumerate(texts)}
-    places = []
-    for number in texts:
-        above = [parent for parent in parents.get(number, []) if parent != 0]
-        for parent in above:
+    questions, places = [], []
+    for number, text in texts.items():
+        questions.append([text, "yes"])
+        places.append([])
+        for parent in parents.get(number, []):
+            if parent == 0:
+                continue
             if parent not in order:
                 raise UserError(f"{place}: question {number} depends on {parent}, which is missing; bring it again")
-        places.append([order[parent] for parent in above])
-    return {"questions": [[text, "yes"] for text in texts.values()], "parents": places}
+            places[-1].append(order[parent])
+    return {"questions": questions, "parents": places}
 
 
 def _same_length(values: Sequence[str], others: Sequence[object], place: str) -> None:

@@ -43,7 +43,7 @@ class ExpanderMineConfig(ScoringConfig):
     output: Text
     """Directory to write: train.jsonl, heldout.jsonl and pool.yaml, which `expander gdpo` reads, and scores.jsonl."""
     candidates: Annotated[list[CandidatesConfig], Filled("name at least one file of candidates")]
-    """Prompts to choose from. Each is scored once."""
+    """Prompts to choose from."""
     traffic: str | None = None
     """Real prompts of users, in the format of the candidates, which are mixed in as they come; null: none."""
     traffic_share: BelowOne = 0.5
@@ -52,6 +52,9 @@ class ExpanderMineConfig(ScoringConfig):
     """Mined prompts to keep, at most, over all classes."""
     group_size: AtLeast2 = 16
     """Expansions of each candidate; each is drawn once, all from one noise."""
+    rounds: AtLeast1 = 1
+    """Times that a prompt is scored, with other expansions and noise each time. A further round scores only those that
+    all scores so far together keep, so that fewer are kept by chance."""
     batch: AtLeast1 = 8
     """Candidates that a process scores at once; a kill loses at most these."""
     low: Share = 0.2

@@ -6,7 +6,7 @@ Pure arithmetic on scores: n expansions of a prompt, K rewards in [0, 1].
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -28,6 +28,20 @@ def moments(composite_N: np.ndarray) -> tuple[float | None, float | None]:
     known_N = composite_N[~np.isnan(composite_N)]
     mean = float(known_N.mean()) if len(known_N) else None
     return mean, float(known_N.std(ddof=1)) if len(known_N) > 1 else None
+
+
+def pooled(parts: Sequence[tuple[int, float | None, float | None]]) -> tuple[float | None, float | None]:
+    """`moments` of several rounds together, from (number of composites that are not NaN, mean, deviation) of each."""
+    known = [(count, mean, std or 0.0) for count, mean, std in parts if mean is not None]
+    total = sum(count for count, _, _ in known)
+    if not total:
+        return None, None
+    middle = sum(count * mean for count, mean, _ in known) / total
+    if total == 1:
+        return middle, None
+    # Squares about the common mean: those about a round's own mean, and how far that lies from it.
+    squares = sum((count - 1) * std**2 + count * (mean - middle) ** 2 for count, mean, std in known)
+    return middle, math.sqrt(squares / (total - 1))
 
 
 def verdict(
@@ -60,12 +74,13 @@ def shares(counts: Mapping[str, int], floor: float = 0.05) -> dict[str, float]:
     if not roots:
         return {}
     floor = min(floor, 1 / len(roots))
-    low: set[str] = set()
+    low: set[str] = set()  # classes that get the floor
     while True:
         rest = sum(root for name, root in roots.items() if name not in low)
         left = 1 - floor * len(low)
         result = {name: floor if name in low else left * root / rest for name, root in roots.items()}
-        # What the small classes are given is taken from the others, of which one may now be below the floor.
+        # What the small classes are given is taken from the others, of which one may now be below the floor. 1e-12:
+        # rounding alone must not put a class there.
         below = {name for name, share in result.items() if share < floor - 1e-12}
         if not below:
             return result
@@ -83,11 +98,12 @@ def slots(shares_of: Mapping[str, float], counts: Mapping[str, int], total: int)
         rest = {name: share for name, share in shares_of.items() if name not in full}
         left, sum_of_rest = total - sum(full.values()), sum(rest.values())
         exact = {name: share * left / sum_of_rest for name, share in rest.items()}
+        # 1e-9: 0.29 * 100 comes out just below 29.
         result = {name: math.floor(value + 1e-9) for name, value in exact.items()}
         by_remainder = sorted(exact, key=lambda name: result[name] - exact[name])  # stable, so ties go by order
         for name in by_remainder[: left - sum(result.values())]:
             result[name] += 1
         over = {name: counts[name] for name in rest if result[name] > counts[name]}
         if not over:
-            return {name: full.get(name, result.get(name, 0)) for name in shares_of}
+            return full | result
         full |= over

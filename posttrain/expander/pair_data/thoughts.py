@@ -37,7 +37,7 @@ class Thinker:
     async def __call__(self, prompt: str, caption: str) -> tuple[str, str | None]:
         """(thought, why it cannot be used or None)."""
         sentences = await self.writer.write("thought", self.think, prompt=prompt, caption=caption)
-        thought = " ".join(" ".join(sentences).split())
+        thought = " ".join(" ".join(sentences).split())  # one paragraph, whatever white space the writer put in
         if len(sentences) != SENTENCES:
             return thought, f"{len(sentences)} sentences instead of {SENTENCES}"
         reason = problem(thought, prompt, caption)
@@ -74,6 +74,7 @@ def copied(thought: str, prompt: str, caption: str) -> float:
     """Share of the caption's runs of GRAM words that are in the thought too, in [0, 1]; 0 for a shorter caption. Runs
     that the prompt has do not count, as a thought may repeat what is asked."""
     asked, own = set(_grams(prompt)), set(_grams(thought))
+    # A list: a run that the caption repeats counts each time.
     whole = [gram for gram in _grams(caption) if gram not in asked]
     return sum(gram in own for gram in whole) / len(whole) if whole else 0.0
 

@@ -6,6 +6,7 @@ from those of the captions allows.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -24,19 +25,27 @@ STEPS = 40
 
 
 def weight(added: float) -> float:
-    """Of a pair whose tags add this much."""
+    """The weight of a pair whose tags add this much."""
     return min(MOST_WEIGHT, 1 + added)
+
+
+def weights_with(added: Sequence[float], eligible: Sequence[bool], extra: float) -> list[float]:
+    """The weight of each pair where the eligible ones get `extra` on top of what their tags add."""
+    return [weight(a + extra * is_eligible) for a, is_eligible in zip(added, eligible)]
 
 
 def share(weights: Sequence[float], chosen: Sequence[bool]) -> float:
     """Share of the draws that the chosen pairs get."""
-    return sum(w for w, is_chosen in zip(weights, chosen) if is_chosen) / sum(weights)
+    return sum(itertools.compress(weights, chosen)) / sum(weights)
 
 
 def divergence(p: float, q: float) -> float:
     """KL of two shares in nats: of a medium among what is drawn (p) from that among the captions (q)."""
-    terms = ((p, q), (1 - p, 1 - q))
-    return sum(a * math.log(a / b) if b > 0 else math.inf for a, b in terms if a > 0)
+    total = 0.0
+    for a, b in ((p, q), (1 - p, 1 - q)):
+        if a > 0:  # 0 log 0 is 0
+            total += a * math.log(a / b) if b > 0 else math.inf
+    return total
 
 
 def photograph_weight(
@@ -47,11 +56,11 @@ def photograph_weight(
     among = sum(photographs) / len(photographs)
 
     def fits(extra: float) -> bool:
-        weights = [weight(a + extra * is_eligible) for a, is_eligible in zip(added, eligible)]
-        return divergence(share(weights, photographs), among) <= max_kl
+        return divergence(share(weights_with(added, eligible, extra), photographs), among) <= max_kl
 
     if fits(most):
         return most
+    # The share of photographs rises with `extra`, so the largest one that fits is found by bisection.
     low, high = 0.0, most
     for _ in range(STEPS):
         middle = (low + high) / 2

@@ -25,7 +25,6 @@ from posttrain.nano.world import oracles
 from prompts.parse import read_lines
 
 RECIPE = "recipes/nano/demo.yaml"
-LAUNCHER = "torch.distributed.run"
 WARM = 2
 """Steps of a run that are not counted."""
 
@@ -40,6 +39,7 @@ class SlowJudge:
     async def __call__(
         self, images: Sequence[Any], prompts: Sequence[str], requirements: Sequence[list[str]]
     ) -> list[float | None]:
+        # One wait for each image, as many at a time as the judge has places.
         await asyncio.gather(*[self._take() for _ in images])
         return oracles.graded(images, prompts, requirements)
 
@@ -56,27 +56,20 @@ def run(
     reward = {"name": "graded", "function": {"class_path": "posttrain.nano.bench.ahead.SlowJudge", "init_args": judge}}
     arguments = ["grpo", "--config", RECIPE, "--rewards", f"[{json.dumps(reward)}]", *options]
     arguments += ["--output", str(output), "--eval.every", "0", "--eval.prompts", "8", "--eval.groups", "0"]
-    module = "posttrain.cli"
-    if processes > 1:
-        module, arguments = LAUNCHER, ["--nproc-per-node", str(processes), "-m", module, *arguments]
+    module, arguments = common.launched(processes, arguments)
     jobs(name, module, arguments, OMP_NUM_THREADS=str(max(1, cores // processes)), CUDA_VISIBLE_DEVICES="")
     rows = [row for row in read_lines(output / "metrics.jsonl") if "seconds/sample" in row]
     return rows[WARM:-1]
 
 
-def seconds_of(row: dict[str, float]) -> float:
-    return sum(value for name, value in row.items() if name.startswith("seconds/"))
-
-
 def table(rows: dict[str, list[dict[str, float]]]) -> str:
     """Markdown: a line for each way, and how many times as fast as the first it is."""
-    seconds = {name: list(map(seconds_of, own)) for name, own in rows.items()}
+    seconds = {name: list(map(common.step_seconds, own)) for name, own in rows.items()}
     first = float(np.median(next(iter(seconds.values()))))
     lines = []
     for name, own in rows.items():
         median = float(np.median(seconds[name]))
-        wait = np.median([row["score_wait"] for row in own])
-        spread = np.median([row["log_ratio_std"] for row in own])
+        wait, spread = np.median(common.column(own, "score_wait")), np.median(common.column(own, "log_ratio_std"))
         figures = [f"{median:.2f}", common.extent(seconds[name], ".2f"), f"{first / median:.2f}"]
         lines.append([name, *figures, f"{wait:.2f}", f"{spread:.1e}"])
     head = ["", "seconds a step", "least to most", "times as fast", "waits, s", "standard deviation of log-ratios"]
@@ -105,13 +98,14 @@ def main() -> None:
         "two processes, one only draws": (2, 1, [*ahead, *apart]),
     }
     ways = {name: way for name, way in ways.items() if way[0] in args.processes}
-    rows: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    rows: dict[str, list[dict[str, float]]] = {}
     # In turns, so that a machine that slows down does so for all of them.
     for turn in range(args.rounds):
         for i, (name, (processes, asking, options)) in enumerate(ways.items()):
+            # Each process has a judge of its own here; together they are as fast as one server.
             judge = {"seconds": args.seconds, "concurrency": args.concurrency // asking}
             options = [*options, "--steps", str(args.steps)]
-            rows[name] += run(jobs, f"run-{i}-{turn}", processes, args.cores, judge, options)
+            rows.setdefault(name, []).extend(run(jobs, f"run-{i}-{turn}", processes, args.cores, judge, options))
     common.write(args.output, rows, table(rows))
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ import psutil
 import torch
 
 T = TypeVar("T")
+LAUNCHER = "torch.distributed.run"
 POLL = 0.05
 """Seconds between two looks at a run."""
 
@@ -60,10 +61,12 @@ class Jobs:
         log = self.folder / f"{name}.log"
         with self._slots, log.open("w") as file:
             environment = dict(os.environ)
+            # Runs in several threads ask at once, and an iterator is not safe to share.
             with self._mutex:
                 if self._gpus is not None:
                     environment["CUDA_VISIBLE_DEVICES"] = next(self._gpus)
             environment |= variables
+            # A process of its own for each run: it starts as a user's would, and its memory is free afterwards.
             start = time.time()
             command = [sys.executable, "-m", module, *arguments]
             with subprocess.Popen(command, cwd=cwd, env=environment, stdout=file, stderr=file) as process:
@@ -73,6 +76,13 @@ class Jobs:
             if process.returncode:
                 raise SystemExit(f"{name}: failed; see {log}")
             return time.time() - start
+
+    def run(self, name: str, words: Sequence[str], module: str = "posttrain.cli") -> Path:
+        """The directory of a run of this name, made by these words unless it is finished."""
+        output = self.folder / name
+        if not (output / "summary.json").is_file():
+            self(name, module, [*words, "--output", str(output)])
+        return output
 
 
 class Meter:
@@ -90,6 +100,7 @@ class Meter:
         if size == self._bytes:
             return
         self._bytes = size
+        # Several lines may have come since the last look; they get the same time.
         lines = self.metrics.read_text().count("\n")
         self.seconds += [_cpu_seconds(pid)] * (lines - len(self.seconds))
 
@@ -100,6 +111,7 @@ def _cpu_seconds(pid: int) -> float:
     with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(pid)
         for process in [root, *root.children(recursive=True)]:
+            # It may end between being listed and being asked.
             with contextlib.suppress(psutil.NoSuchProcess):
                 times = process.cpu_times()
                 total += times.user + times.system + times.children_user + times.children_system
@@ -111,18 +123,54 @@ def side_by_side(function: Callable[..., T], calls: Iterable[Sequence[Any]]) -> 
     calls = list(calls)
     # A thread for each, which waits for its turn in Jobs. What one raises, SystemExit too, is raised here again.
     with ThreadPoolExecutor(len(calls)) as pool:
-        futures = [pool.submit(function, *arguments) for arguments in calls]
-        return [future.result() for future in futures]
+        return list(pool.map(lambda arguments: function(*arguments), calls))
+
+
+def launched(processes: int, arguments: list[str]) -> tuple[str, list[str]]:
+    """The module to run, and its arguments, for a command of posttrain in so many processes."""
+    module = "posttrain.cli"
+    if processes == 1:
+        return module, arguments
+    return LAUNCHER, ["--nproc-per-node", str(processes), "-m", module, *arguments]
+
+
+def step_seconds(row: dict[str, Any]) -> float:
+    """Seconds of a step of metrics.jsonl, over all of its parts."""
+    return sum(value for name, value in row.items() if name.startswith("seconds/"))
 
 
 def evaluations(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of the rows of a metrics.jsonl those of evaluations: their step, and their figures without `eval/`."""
+    # An evaluation has a line of its own, without the figures of its step.
     found = []
     for row in rows:
         figures = {key[5:]: value for key, value in row.items() if key.startswith("eval/")}
         if figures:
             found.append({"step": row["step"], **figures})
     return found
+
+
+def grouped(rows: Iterable[dict[str, Any]], key: str) -> dict[str, list[dict[str, Any]]]:
+    """The rows by their value of a key, in the order of their first appearance."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row[key], []).append(row)
+    return groups
+
+
+def column(rows: Iterable[Mapping[str, Any]], name: str) -> list[Any]:
+    """A figure of each row; None where a row has none."""
+    return [row.get(name) for row in rows]
+
+
+def known(rows: Iterable[Mapping[str, Any]], name: str) -> list[Any]:
+    """A figure of the rows that have it."""
+    return [value for value in column(rows, name) if value is not None]
+
+
+def cells(rows: Sequence[Mapping[str, Any]], names: Iterable[str]) -> list[str]:
+    """`mean_and_extent` of each of these figures over the rows."""
+    return [mean_and_extent(column(rows, name)) for name in names]
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

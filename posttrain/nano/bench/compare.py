@@ -44,6 +44,7 @@ def drawn(
     evaluator = Evaluator(k2, records, [], config, (64, 64), 250, 64, Processes(), shown=len(records))
     with torch.no_grad(), k2.role(role):
         result = evaluator()
+    # The evaluator is given no rewards: it returns their means, and wins need each image's scores.
     images = to_pil(torch.from_numpy(result.images))
     scores = asyncio.run(score_all(rewards, images, [r.prompt for r in records], columns(records)))
     taste = np.array(tasteful(images, []), float)  # None becomes nan
@@ -60,6 +61,7 @@ def wins(ours: np.ndarray, theirs: np.ndarray) -> float:
 def ensemble(scores: Scores, other: Scores, judges: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Mean over the judges that scored both images; nan where none did."""
     rows = [k for k, name in enumerate(scores.names) if name in judges]
+    # Only judges that scored both images: otherwise the two means would be over different judges.
     both = scores.valid_NK[:, rows] & other.valid_NK[:, rows]
     count = np.where(both.any(1), both.sum(1), np.nan)
     ours = np.where(both, scores.values_NK[:, rows], 0.0).sum(1) / count

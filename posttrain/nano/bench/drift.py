@@ -52,6 +52,7 @@ class Net(nn.Module):
         self.layers = nn.Sequential(*layers[:-1])
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        # t itself is too smooth an input for a small MLP, so it also gets Fourier features of it.
         angles = t[:, None] * torch.tensor([1.0, 2.0, 4.0, 8.0]) * torch.pi / 2
         return self.layers(torch.cat([x, t[:, None], angles.sin(), angles.cos()], 1))
 
@@ -89,6 +90,7 @@ def detail(x: Tensor) -> float:
 
 
 def pretrained(generator: torch.Generator) -> Net:
+    # Flow matching as for an image model, but without prompts.
     net = Net()
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
     for _ in range(4000):
@@ -118,9 +120,9 @@ def compared(
     with torch.no_grad():
         r_w, r_l = reference(x_w, t), reference(x_l, t)
     u_w, u_l = sampler.velocity_target(x0_w, noise), sampler.velocity_target(x0_l, noise)
+    v_w, v_l = net(x_w, t), net(x_l, t)
     # A field is one token of 64 channels.
-    v_w, v_l, r_w, r_l, u_w, u_l = (x[:, None] for x in (net(x_w, t), net(x_l, t), r_w, r_l, u_w, u_l))
-    return v_w, v_l, r_w, r_l, u_w, u_l
+    return v_w[:, None], v_l[:, None], r_w[:, None], r_l[:, None], u_w[:, None], u_l[:, None]
 
 
 def trained(
@@ -132,6 +134,7 @@ def trained(
         rows = torch.randint(PAIRS, (BATCH,), generator=generator)
         given = compared(net, reference, pairs[0][rows], pairs[1][rows], generator)
         terms, metrics = preference_terms(*given, torch.ones(BATCH), **settings)
+        # The hinge is on the batch's mean: it acts only where the winners' error has risen on average.
         if metrics["winner"].mean() <= 0:
             terms.pop("hinge", None)
         optimizer.zero_grad()
@@ -142,11 +145,7 @@ def trained(
 
 @torch.no_grad()
 def figures(
-    net: Net,
-    reference: Net,
-    pairs: tuple[Tensor, Tensor],
-    heldout: tuple[Tensor, Tensor],
-    generator: torch.Generator,
+    net: Net, reference: Net, pairs: tuple[Tensor, Tensor], heldout: tuple[Tensor, Tensor], generator: torch.Generator
 ) -> list[float]:
     """Dw, Dl, accuracy, accuracy held out, detail, taste."""
     changes = []
@@ -171,6 +170,7 @@ def main() -> None:
         reference = pretrained(generator).requires_grad_(False)
         pairs, heldout = own_pairs(reference, generator), own_pairs(reference, generator)
         for name, settings in METHODS.items():
+            # The same for all methods, so that they see the same batches, times and noise.
             own = torch.Generator().manual_seed(seed + 1)
             start = copy.deepcopy(reference).requires_grad_(True)
             net = trained(start, pairs, settings, EARLY if name == "early" else STEPS, own)

@@ -35,7 +35,7 @@ def run(jobs: common.Jobs, arm: str, seed: int, recipe: str, options: Sequence[s
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: a line a figure; its value before, and each arm's mean after with the seeds' least and greatest."""
-    arms = by_arm(rows)
+    arms = common.grouped(rows, "arm")
     before = rows[0]["before"]
     lines = []
     for name in before:
@@ -43,18 +43,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             continue
         cells = [name, common.mean_and_extent([before[name]])]
         for own in arms.values():
-            cells.append(common.mean_and_extent([row["after"].get(name) for row in own]))
+            cells.append(common.mean_and_extent(common.column(common.column(own, "after"), name)))
         lines.append(cells)
     shares = [common.mean_and_extent(list(map(_share, own))) for own in arms.values()]
     lines.append(["diversity, share of before", "1", *shares])
     return common.markdown(["figure", "before", *arms], lines)
-
-
-def by_arm(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    arms: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        arms.setdefault(row["arm"], []).append(row)
-    return arms
 
 
 def _share(row: dict[str, Any]) -> float | None:

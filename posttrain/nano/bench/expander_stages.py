@@ -10,6 +10,7 @@ candidates. Writes table.json and table.md. `--steps 0` leaves out GDPO.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.nano.bench import common
+from posttrain.nano.world.prompts import write_lines
 from posttrain.resources import ROOT
 from prompts.parse import read_lines
 
@@ -38,13 +40,14 @@ def run(jobs: common.Jobs, seed: int, steps: int, arms: Sequence[str], options: 
     def command(name: str, *words: str, own_seed: int = seed) -> Path:
         output = folder / f"{name}-{seed}"
         verb, recipe, *more = words
-        # A benchmark that was stopped goes on behind what is done.
-        if not any((output / file).exists() for file in ("summary.json", "expander_data.json")):
+        # A benchmark that is started again leaves out what is done.
+        if not (output / "summary.json").exists() and not (output / "expander_data.json").exists():
             more += ["--resume"] if (output / "recipe.yaml").exists() else []
             options = ["--config", f"{RECIPES}{recipe}.yaml", *more, "--seed", str(own_seed), "--output", str(output)]
             jobs(output.name, "posttrain.cli", ["expander", verb, *options])
         return output
 
+    # One set of pairs for both starts, so that they differ in thinking alone.
     data = str(command("data", "data", "data"))
     starts = {"direct": command("sft", "sft", "sft", "--data", data)}
     if any("thinking" in arm for arm in arms):
@@ -69,18 +72,22 @@ def _informative(command: Any, name: str, start: Path, mined: Path) -> dict[str,
     """Shares of prompts that are still kept when they are scored anew."""
     scored = read_lines(mined / "scores.jsonl")
     chosen = [row for row in read_lines(mined / "train.jsonl") if row["tags"][0].startswith("mined/")]
+    known = {}
+    for path in CANDIDATES:
+        known |= {row["prompt"]: row for row in read_lines(path)}
     rng = random.Random(0)
     found = {}
-    for kind, prompts in (("mined", [row["prompt"] for row in chosen]), ("all", [row["prompt"] for row in scored])):
+    for kind, rows in (("mined", chosen), ("all", scored)):
+        prompts = common.column(rows, "prompt")
         file = mined / f"{kind}.jsonl"
-        known = {row["prompt"]: row for path in CANDIDATES for row in read_lines(path)}
         sample = rng.sample(prompts, min(SAMPLED, len(prompts)))
-        file.write_text("".join(json.dumps(known[prompt]) + "\n" for prompt in sample))
+        write_lines(file, map(known.__getitem__, sample))
         candidates = json.dumps([{"path": str(file), "failure": kind}])
         again = command(
             f"again-{kind}-{name}", "mine", "mine", "--model.path", str(start), "--candidates", candidates,
             "--traffic", "null", own_seed=ANEW,
         )  # fmt: skip
+        # By the seed that chose the prompts all of them would be kept; by another it shows how many were luck.
         counts = json.loads((again / "mined.json").read_text())
         found[kind] = counts["verdicts"]["kept"] / counts["candidates"]
     return found
@@ -88,17 +95,13 @@ def _informative(command: Any, name: str, start: Path, mined: Path) -> dict[str,
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: a line an arm, each figure before and after as a mean with the seeds' least and greatest."""
-    arms: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        arms.setdefault(row["arm"], []).append(row)
     lines, shares = [], []
-    for arm, own in arms.items():
+    for arm, own in common.grouped(rows, "arm").items():
         if "before" in own[0]:
             for when in ("before", "after"):
-                cells = [common.mean_and_extent([row[when].get(name) for row in own]) for name in FIGURES]
-                lines.append([f"{arm}, {when}", *cells])
+                lines.append([f"{arm}, {when}", *common.cells(common.column(own, when), FIGURES)])
         else:
-            shares.append([arm, *(common.mean_and_extent([row[kind] for row in own]) for kind in ("mined", "all"))])
+            shares.append([arm, *common.cells(own, ("mined", "all"))])
     parts = []
     if shares:
         parts.append(common.markdown(["informative groups", "mined", "all candidates"], shares))
@@ -114,7 +117,7 @@ def main() -> None:
     args = parser.parse_args()
     jobs = common.Jobs(args.output, args.jobs)
     calls = [(jobs, seed, args.steps, args.arms, args.options) for seed in args.seeds]
-    rows = [row for own in common.side_by_side(run, calls) for row in own]
+    rows = list(itertools.chain(*common.side_by_side(run, calls)))
     common.write(args.output, rows, table(rows))
 
 

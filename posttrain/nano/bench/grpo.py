@@ -32,27 +32,25 @@ def run(jobs: common.Jobs, name: str, recipes: Sequence[str], seed: int, options
     summary = json.loads((folder / "summary.json").read_text())
     rows = read_lines(folder / "metrics.jsonl")
     # An evaluation has a line of its own; the number of images is in that of the step.
-    images = {0: 0} | {row["step"]: row["images"] for row in rows if "images" in row}
+    images = {0: 0}
+    for row in rows:
+        if "images" in row:
+            images[row["step"]] = row["images"]
     curve = common.evaluations(rows)
     for evaluation in curve:
         evaluation["images"] = images[evaluation["step"]]
-    errors = [row["ratio_error"] for row in rows if row.get("ratio_error") is not None]
     return {
         "variant": name, "seed": seed, "before": summary["before"], "after": summary["after"], "curve": curve,
-        "seconds": round(seconds), "images": summary["images"], "ratio_error": max(errors),
+        "seconds": round(seconds), "images": summary["images"], "ratio_error": max(common.known(rows, "ratio_error")),
     }  # fmt: skip
 
 
 def table(rows: Sequence[dict[str, Any]], figures: Sequence[str]) -> str:
     """Markdown: a line a variant, each figure's mean before and after, and the seeds' least and greatest after."""
-    variants: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        variants.setdefault(row["variant"], []).append(row)
     lines = []
-    for name, own in variants.items():
+    for name, own in common.grouped(rows, "variant").items():
         cells = [_cell(own, figure) for figure in figures]
-        seconds = np.mean([row["seconds"] for row in own])
-        error = max(row["ratio_error"] for row in own)
+        seconds, error = np.mean(common.column(own, "seconds")), max(common.column(own, "ratio_error"))
         lines.append([name, *cells, own[0]["images"], f"{seconds:.0f}", f"{error:.0e}"])
     return common.markdown(["variant", *figures, "images", "seconds", "\\|ratio - 1\\|"], lines)
 
@@ -60,8 +58,9 @@ def table(rows: Sequence[dict[str, Any]], figures: Sequence[str]) -> str:
 def before_and_after(rows: Sequence[dict[str, Any]], figure: str) -> tuple[np.ndarray, np.ndarray] | None:
     """A figure's values over the rows; None if one of them is missing."""
     # A missing one, None, becomes nan.
-    pairs = np.array([(row["before"].get(figure), row["after"].get(figure)) for row in rows], float)
-    return None if np.isnan(pairs).any() else (pairs[:, 0], pairs[:, 1])
+    before = np.array(common.column(common.column(rows, "before"), figure), float)
+    after = np.array(common.column(common.column(rows, "after"), figure), float)
+    return None if np.isnan(before + after).any() else (before, after)
 
 
 def _cell(rows: Sequence[dict[str, Any]], figure: str) -> str:
@@ -76,6 +75,7 @@ def main() -> None:
     base = Path(args.recipe)
     variants = {base.stem: [args.recipe]}
     for path in map(Path, args.variants):
+        # A pattern such as ablations/*.yaml matches the base too.
         if path.resolve() != base.resolve():
             variants[path.stem] = [args.recipe, str(path)]
     jobs = common.Jobs(args.output, args.jobs)

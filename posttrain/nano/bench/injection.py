@@ -52,7 +52,7 @@ def planted(count: int) -> tuple[list[Image.Image], list[str], dict[str, list[An
     for scene in wordless:
         requirements.append([statement for statement, _ in evaluate_judge.true_and_false(scene, rng)])
     prompts = [scenes.describe(scene, rng, 0.0).prompt for scene in wordless]
-    images = [Image.fromarray(scenes.render(scene)) for scene in wordless]
+    images = list(map(Image.fromarray, map(scenes.render, wordless)))
     return images, prompts, {"requirements": requirements}
 
 
@@ -68,6 +68,7 @@ def lettered(image: Image.Image, word: str) -> Image.Image:
 def measure(count: int) -> list[dict[str, Any]]:
     images, prompts, columns = planted(count)
     found, rows = rewards(), []
+    # Words that order nothing are the control: any text on an image may move a judge.
     for texts, kind in ((ORDERS, "orders"), (CONTROLS, "controls")):
         raised = asyncio.run(injection(found, images, prompts, columns, texts, written))
         lettering = asyncio.run(injection(found, images, prompts, {"requirements": columns["requirements"]},
@@ -83,7 +84,9 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=100)
     args = parser.parse_args()
     for row in measure(args.scenes):
-        print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}))
+        for name, value in row.items():
+            row[name] = round(value, 4) if isinstance(value, float) else value
+        print(json.dumps(row))
 
 
 if __name__ == "__main__":

@@ -75,8 +75,7 @@ def record(scene: scenes.Scene, rng: np.random.Generator, detail: float) -> dict
 
 def in_style(images: Sequence[Any], prompts: Sequence[str], style: Sequence[str]) -> list[float]:
     """A reward: 1.0 for an image in the style that its domain has, else 0.0."""
-    seen = oracles.perceive(images)
-    return [float(percept.scene.style == wanted) for percept, wanted in zip(seen, style)]
+    return [float(found == wanted) for found, wanted in zip(oracles.styles(images), style)]
 
 
 # ---- the runs -------------------------------------------------------------------------------------------------
@@ -105,14 +104,17 @@ def train(config: DomainConfig) -> None:
     with pt.open_method("domain", config) as run:
         k2 = run.k2
         latents = k2.encode_images([Image.fromarray(scenes.render(scene)) for scene, _ in rows])
-        texts = [k2.fuse(features) for features in k2.encode([row["prompt"] for _, row in rows], 64).features]
+        prompts = [row["prompt"] for _, row in rows]
+        texts = list(map(k2.fuse, k2.encode(prompts, 64).features))
         elsewhere = round(config.rehearse * config.batch)
         for step in run.steps():
+            # By the step's number, so that a resumed run draws the same batches.
             rng = np.random.default_rng([config.seed, step])
             chosen = [*rng.choice(len(own), config.batch - elsewhere, replace=False)]
             chosen += [*(len(own) + rng.choice(len(others), elsewhere, replace=False))]
             x0, text = latents[chosen], pt.Text.of([texts[i] for i in chosen])
-            eps, other = (run.noise(step, use, count=config.batch) for use in (0, 1))
+            eps, other = run.noise(step, 0, count=config.batch), run.noise(step, 1, count=config.batch)
+            # One number of a second noise is a standard normal for each image's time.
             t = pt.sampler.logit_normal(other[:, 0, 0], 0.0, 1.0, k2.mu(*config.size))
             with k2.role(pt.POLICY):
                 v = k2.velocity(pt.sampler.noised(x0, eps, t), t, text, *config.size)
@@ -123,6 +125,7 @@ def train(config: DomainConfig) -> None:
 
 def prompts_of(name: str, count: int) -> list[dict[str, Any]]:
     """Records of up to so many held-out prompts of a domain, no two alike. Single shapes have only 48 prompts."""
+    # A seed of its own, so that the held-out prompts are the same for every run of the domain.
     rng, rows = np.random.default_rng(99), dict[str, dict[str, Any]]()
     for _ in range(DRAWS * count):
         _, row = DOMAINS[name].draw(rng, HELDOUT_WORDS)
@@ -172,13 +175,14 @@ def merged(jobs: common.Jobs, name: str, runs: Sequence[str], weight: float, opt
 
 def row(title: str, rule: str, found: Sequence[dict[str, Any]]) -> list[str]:
     """A line of the table, over seeds: cosine and sign conflict of the changes, and what is kept of each gain."""
-    cosines = [one["overall"]["cosines"]["1-2"] for one in found]
-    conflicts = [one["overall"]["conflict"] for one in found]
+    overall = common.column(found, "overall")
+    cosines = common.column(common.column(overall, "cosines"), "1-2")  # of the first parent's change and the second's
+    conflicts = common.column(overall, "conflict")
     cells = [title, rule, common.mean_and_extent(cosines, ".2f"), common.mean_and_extent(conflicts, ".2f")]
     for place, gain in enumerate(found[0].get("kept", [])):
         values = [one["kept"][place] for one in found]
-        kept = common.mean_and_extent([value["kept"] for value in values], ".2f")
-        gains = common.mean_and_extent([value["gain"] for value in values], "+.2f")
+        kept = common.mean_and_extent(common.column(values, "kept"), ".2f")
+        gains = common.mean_and_extent(common.column(values, "gain"), "+.2f")
         name = Path(gain["parent"]).name.rpartition("-")[0] or gain["parent"]
         cells.append(f"{name} {gain['reward']}: {kept} of {gains}")
     return cells
@@ -193,18 +197,19 @@ def main() -> None:
     args = parser.parse_args()
     jobs = common.Jobs(args.output, args.jobs)
     rows, found = [], {}
+    if args.parents:
+        found["parents"] = ([args.parents], tuple(RULES))
     for title, (first, second, rules) in PAIRS.items() if not args.parents else ():
         pairs = []
         for seed in args.seeds:
-            configs = []
+            runs = []
             for name in (first, second):
-                configs.append(settings(args.output, name, seed, args.steps, args.rehearse, args.images))
-                if not (Path(configs[-1].output) / "summary.json").exists():
-                    train(configs[-1])
-            pairs.append([config.output for config in configs])
+                config = settings(args.output, name, seed, args.steps, args.rehearse, args.images)
+                if not (Path(config.output) / "summary.json").exists():
+                    train(config)
+                runs.append(config.output)
+            pairs.append(runs)
         found[title] = (pairs, rules)
-    if args.parents:
-        found["parents"] = ([args.parents], tuple(RULES))
     written = {}
     for title, (pairs, rules) in found.items():
         for rule in rules:

@@ -22,6 +22,7 @@ import numpy as np
 
 from posttrain.nano.bench import common
 from posttrain.report.config import ReportConfig
+from posttrain.report.format import all_keys
 from posttrain.report.page import report
 from prompts.parse import read_lines
 
@@ -60,53 +61,52 @@ ARMS = {
 
 def run(jobs: common.Jobs, name: str, seed: int, options: Sequence[str]) -> dict[str, Any]:
     """One run's row: its figures before and after, and at each evaluation with the images and seconds until then."""
-    arm, folder = ARMS[name], jobs.folder / f"{name}-{seed}"
-    if not (folder / "summary.json").is_file():
-        module, *command = arm.command
-        words = [*command, "--config", arm.recipe, "--output", str(folder), "--seed", str(seed)]
-        jobs(folder.name, module, [*words, *SHARED, *arm.options, *options])
-    rows = read_lines(folder / "metrics.jsonl")
+    arm = ARMS[name]
+    module, *command = arm.command
+    words = [*command, "--config", arm.recipe, "--seed", str(seed), *SHARED, *arm.options, *options]
+    rows = read_lines(jobs.run(f"{name}-{seed}", words, module) / "metrics.jsonl")
     images, seconds = {0: 0}, {0: 0.0}
     for row in rows:
         if "images" in row:
-            passed = sum(value for key, value in row.items() if key.startswith("seconds/"))
+            # `images` counts all until then; seconds are those of the step alone.
             images[row["step"]] = row["images"]
-            seconds[row["step"]] = seconds[row["step"] - 1] + passed
+            seconds[row["step"]] = seconds[row["step"] - 1] + common.step_seconds(row)
     curve = common.evaluations(rows)
     for evaluation in curve:
         step = evaluation["step"]
         evaluation |= {"images": images[step], "seconds": seconds[step]}
-    rewards = [row["reward"] for row in rows if row.get("reward") is not None]
-    return {"method": name, "seed": seed, "curve": curve, "rewards": rewards}
+    return {"method": name, "seed": seed, "curve": curve, "rewards": common.known(rows, "reward")}
 
 
 def at_seconds(curve: Sequence[dict[str, Any]], seconds: float, figure: str) -> float:
     """A figure at a time between two evaluations, or of the last one."""
-    points = [(point["seconds"], point[figure]) for point in curve if point.get(figure) is not None]
-    times, values = zip(*points)
-    return float(np.interp(seconds, times, values))
+    known = [point for point in curve if point.get(figure) is not None]
+    # np.interp gives the last value for a time after the last evaluation.
+    return float(np.interp(seconds, common.column(known, "seconds"), common.column(known, figure)))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: a line a method, the mean of each figure over seeds with the least and the greatest; the base first."""
-    least = min(row["curve"][-1]["seconds"] for row in rows)
-    figures = [name for name in FIGURES if any(name in row["curve"][-1] for row in rows)]
-    base = [common.mean_and_extent([row["curve"][0].get(name) for row in rows]) for name in figures]
-    lines: list[list[Any]] = [["base", 0, "", *base]]
-    for name in dict.fromkeys(row["method"] for row in rows):
-        own = [row["curve"] for row in rows if row["method"] == name]
-        cells = [common.mean_and_extent([curve[-1].get(figure) for curve in own]) for figure in figures]
-        seconds = common.mean_and_extent([curve[-1]["seconds"] for curve in own], ".0f")
-        lines.append([name, own[0][-1]["images"], seconds, *cells])
-    for name in dict.fromkeys(row["method"] for row in rows):
-        own = [row["curve"] for row in rows if row["method"] == name]
+    starts, ends = [row["curve"][0] for row in rows], [row["curve"][-1] for row in rows]
+    # The fastest run's time: the others have reached it too, so nothing is extrapolated.
+    least = min(common.column(ends, "seconds"))
+    measured = all_keys(ends)
+    figures = [name for name in FIGURES if name in measured]
+    lines: list[list[Any]] = [["base", 0, "", *common.cells(starts, figures)]]
+    methods = common.grouped(rows, "method")
+    for name, own in methods.items():
+        ends = [row["curve"][-1] for row in own]
+        seconds = common.mean_and_extent(common.column(ends, "seconds"), ".0f")
+        lines.append([name, ends[0]["images"], seconds, *common.cells(ends, figures)])
+    for name, own in methods.items():
+        curves = common.column(own, "curve")
         cells = []
         for figure in figures:
-            known = [curve for curve in own if curve[-1].get(figure) is not None]
-            cells.append(common.mean_and_extent([at_seconds(curve, least, figure) for curve in known]))
-        images = np.mean([at_seconds(curve, least, "images") for curve in own])
+            having = [curve for curve in curves if curve[-1].get(figure) is not None]
+            cells.append(common.mean_and_extent([at_seconds(curve, least, figure) for curve in having]))
+        images = np.mean([at_seconds(curve, least, "images") for curve in curves])
         lines.append([f"{name}, equal seconds", f"{images:.0f}", f"{least:.0f}", *cells])
-    return common.markdown(["", "images", "seconds", *(FIGURES[name] for name in figures)], lines)
+    return common.markdown(["", "images", "seconds", *map(FIGURES.__getitem__, figures)], lines)
 
 
 def main() -> None:

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.nano.bench import common
+from posttrain.nano.world.prompts import write_lines
+from prompts.parse import read_lines
 
 TAGS = ("text", "count", "style")
 PROMPTS = Path("prompts/nano")
@@ -41,32 +43,38 @@ def write_prompts(folder: Path) -> None:
     """TAG-train.jsonl and TAG-heldout.jsonl of each expert, and all-*.jsonl in turns; a prompt has its expert's tag."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("train", "heldout"):
-        rows = [json.loads(line) for line in (PROMPTS / f"{name}.jsonl").read_text().splitlines()]
-        own = {tag: [row | {"tags": [tag]} for row in rows if tag_of(row) == tag] for tag in TAGS}
-        if name == "heldout":
-            own = {tag: found[:HELDOUT] for tag, found in own.items()}
-        own["all"] = [row for turn in itertools.zip_longest(*own.values()) for row in turn if row is not None]
+        own: dict[str, list[dict[str, Any]]] = {tag: [] for tag in TAGS}
+        for row in read_lines(PROMPTS / f"{name}.jsonl"):
+            tag = tag_of(row)
+            if tag is not None and (name == "train" or len(own[tag]) < HELDOUT):
+                own[tag].append(row | {"tags": [tag]})
+        # In turns, so that the first prompts of the file are of all experts; short lists end in None.
+        mixed: list[dict[str, Any]] = []
+        for turn in itertools.zip_longest(*own.values()):
+            mixed += filter(None, turn)
+        own["all"] = mixed
         for tag, found in own.items():
-            (folder / f"{tag}-{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+            write_lines(folder / f"{tag}-{name}.jsonl", found)
 
 
 def run(jobs: common.Jobs, name: str, command: str, recipe: str, prompts: str, options: Sequence[str]) -> Path:
-    """The run's directory, which is made unless it is there."""
-    folder = jobs.folder / name
-    if not (folder / "summary.json").is_file():
-        files = [str(jobs.folder / f"prompts/{prompts}-{part}.jsonl") for part in ("train", "heldout")]
-        words = ["--prompts.train", files[0], "--prompts.heldout", files[1], "--output", str(folder), *options]
-        jobs(name, "posttrain.cli", [command, "--config", f"recipes/nano/{recipe}.yaml", *words])
-    return folder
+    words = [command, "--config", f"recipes/nano/{recipe}.yaml"]
+    for part in ("train", "heldout"):
+        words += [f"--prompts.{part}", str(jobs.folder / f"prompts/{prompts}-{part}.jsonl")]
+    return jobs.run(name, [*words, *options])
 
 
 def teachers(folder: Path) -> str:
-    return json.dumps({tag: {"run": str(folder / f"expert-{tag}"), "tags": [tag], "reward": "oracle"} for tag in TAGS})
+    """The option --teachers."""
+    experts = {}
+    for tag in TAGS:
+        experts[tag] = {"run": str(folder / f"expert-{tag}"), "tags": [tag], "reward": "oracle"}
+    return json.dumps(experts)
 
 
-def row_of(name: str, folder: Path) -> dict[str, Any]:
+def row_of(folder: Path) -> dict[str, Any]:
     summary = json.loads((folder / "summary.json").read_text())
-    return {"run": name, "images": summary["images"], "seconds": summary["seconds"], "after": summary["after"]}
+    return {"run": folder.name, "images": summary["images"], "seconds": summary["seconds"], "after": summary["after"]}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -74,9 +82,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         after, kept = row["after"], []
         for tag in TAGS:
-            share, low, high = (after.get(f"retention/{tag}{end}") for end in ("", "_low", "_high"))
-            kept.append("-" if share is None else f"{share:.2f} ({low:.2f} to {high:.2f})")
-        lines.append([row["run"], row["images"], f"{row['seconds']:.0f}", *kept, *(f"{after[f]:.3f}" for f in FIGURES)])
+            name = f"retention/{tag}"
+            share = after.get(name)
+            interval = "" if share is None else f" ({after[f'{name}_low']:.2f} to {after[f'{name}_high']:.2f})"
+            kept.append("-" if share is None else f"{share:.2f}{interval}")
+        figures = [f"{after[figure]:.3f}" for figure in FIGURES]
+        lines.append([row["run"], row["images"], f"{row['seconds']:.0f}", *kept, *figures])
     return common.markdown(["", "images", "seconds", *(f"{tag}: gain kept" for tag in TAGS), *FIGURES], lines)
 
 
@@ -88,16 +99,17 @@ def main() -> None:
     write_prompts(args.output / "prompts")
     jobs = common.Jobs(args.output, args.jobs)
     expert = [*EXPERT, "--steps", str(args.expert_steps)]
+    # All experts before any student, which needs every one of them.
     common.side_by_side(run, [(jobs, f"expert-{tag}", "grpo", "demo", tag, expert) for tag in TAGS])
     calls: list[tuple[Any, ...]] = []
     for seed in args.seeds:
         images = ["--images", str(IMAGES), "--micro_batch", str(IMAGES)]
         words = ["--teachers", teachers(args.output), "--seed", str(seed), *images, *SHARED, *args.options]
         calls.append((jobs, f"student-{seed}", "mopd", "mopd", "all", [*words, "--steps", str(args.student_steps)]))
-        steps = args.student_steps * IMAGES * len(TAGS) // 32  # of four prompts of eight
+        steps = args.student_steps * IMAGES * len(TAGS) // 32  # as many images: a step has four prompts of eight
         alike = ["--steps", str(steps), "--groups.prompts_per_step", "4", "--optim.lr", "1e-3", "--seed", str(seed)]
         calls.append((jobs, f"grpo-{seed}", "grpo", "demo", "all", [*alike, *SHARED]))
-    rows = [row_of(name, folder) for (_, name, *_), folder in zip(calls, common.side_by_side(run, calls))]
+    rows = list(map(row_of, common.side_by_side(run, calls)))
     common.write(args.output, rows, table(rows))
 
 

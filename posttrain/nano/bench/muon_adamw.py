@@ -69,15 +69,18 @@ def data(k2: K2, count: int, seed: int) -> Data:
     images, captions = [], []
     for _ in range(count):
         scene = scenes.random_scene(rng)
+        # Inverted, which K2-nano has never drawn, so that there is something to learn.
         images.append(255 - scenes.render(scene))
         captions.append(scenes.describe(scene, rng).prompt)
     latents = k2.encode_images(torch.from_numpy(np.stack(images)))
-    return Data(latents, [k2.fuse(features) for features in k2.encode(captions).features])
+    # Fused once, though all weights are trained: the layers that fuse text are not part of the role.
+    return Data(latents, list(map(k2.fuse, k2.encode(captions).features)))
 
 
 def loss_of(k2: K2, rows: Sequence[int], source: Data, seeds: Sequence[int]) -> Tensor:
     """(B,) of these images, each at the time and noise of its seed."""
     x0 = source.latents[list(rows)]
+    # One stream of seeds for times and another for noise, so that the two are independent.
     normal = sampler.noise([sampler.seed_for(seed, 0) for seed in seeds], (1,))[:, 0]
     t = sampler.logit_normal(normal, MEAN, STD, k2.mu(*SIZE))
     noise = sampler.noise([sampler.seed_for(seed, 1) for seed in seeds], x0.shape[1:])
@@ -92,7 +95,8 @@ def heldout_loss(k2: K2, heldout: Data) -> float:
     total = 0.0
     for first in range(0, HELDOUT, 24):
         rows = range(first, min(first + 24, HELDOUT))
-        total += float(loss_of(k2, rows, heldout, [sampler.seed_for(99, row) for row in rows]).sum())
+        seeds = [sampler.seed_for(99, row) for row in rows]
+        total += float(loss_of(k2, rows, heldout, seeds).sum())
     return total / HELDOUT
 
 
@@ -101,6 +105,7 @@ def batches(seed: int, size: int) -> Iterator[list[int]]:
     epoch = 0
     while True:
         order = np.random.default_rng([seed, epoch]).permutation(IMAGES)
+        # Whole batches alone: the few images left over come elsewhere in the next epoch's order.
         for first in range(0, IMAGES - size + 1, size):
             yield order[first : first + size].tolist()
         epoch += 1
@@ -119,11 +124,13 @@ def fit(args: argparse.Namespace, kind: Kind, rate: float, seed: int) -> dict[st
     began, seconds, order = time.perf_counter(), 0.0, batches(seed, args.batch)
     for step in range(1, args.steps + 1):
         rows = next(order)
-        loss_of(k2, rows, train, [sampler.seed_for(seed, step, i) for i in range(len(rows))]).mean().backward()
+        seeds = [sampler.seed_for(seed, step, i) for i in range(len(rows))]
+        loss_of(k2, rows, train, seeds).mean().backward()
         before = time.perf_counter()
         norms.append(stepper.step())
         seconds += time.perf_counter() - before
-        roots += [stepper.metrics().get("update_rms")]
+        roots.append(stepper.metrics().get("update_rms"))
+        # Counted from the end, so that the last step's weights are among them.
         if step > args.steps - LAST * EVERY and (args.steps - step) % EVERY == 0:
             kept.append([parameter.detach().clone() for parameter in stepper.parameters])
         if step % args.every == 0 or step == args.steps:
@@ -131,14 +138,17 @@ def fit(args: argparse.Namespace, kind: Kind, rate: float, seed: int) -> dict[st
             print(f"{kind} {rate:g} seed {seed}: step {step}, loss {losses[-1][1]:.4f}", flush=True)
     with stepper.averaged():
         ema = heldout_loss(k2, heldout)
+    # `kept` is by step and then by parameter, and the mean of a parameter is over steps.
     with torch.no_grad():
         for parameter, values in zip(stepper.parameters, zip(*kept)):
             parameter.copy_(pma.mean_of(values))
-    states = [value for state in stepper.optimizer.state.values() for value in state.values()]
+    size = 0
+    for state in stepper.optimizer.state.values():
+        size += sum(value.nbytes for value in state.values())
     return {
         "kind": kind, "rate": rate, "seed": seed, "losses": losses, "norms": norms, "update_rms": roots,
         "spike": spike(norms), "ema": ema, "pma": heldout_loss(k2, heldout), "spiked": stepper.spiked,
-        "bytes": sum(value.nbytes for value in states), "optimizer_seconds": seconds / args.steps,
+        "bytes": size, "optimizer_seconds": seconds / args.steps,
         "seconds": (time.perf_counter() - began) / args.steps,
     }  # fmt: skip
 
@@ -147,6 +157,7 @@ def fit(args: argparse.Namespace, kind: Kind, rate: float, seed: int) -> dict[st
 def randomise(k2: K2, seed: int) -> None:
     """Matrices as nn.Linear draws them, the last of each branch a tenth; vectors stay as they are."""
     generator = torch.Generator().manual_seed(seed)
+    # The last matrix of each branch is small, so that at first a block changes its input little.
     for name, parameter in k2.role_named_parameters(POLICY).items():
         if parameter.ndim == 2 and not name.endswith("scale_shift_table"):
             scale = 0.1 if name.endswith(("0.weight", "down.weight")) else 1.0
@@ -157,6 +168,7 @@ def randomise(k2: K2, seed: int) -> None:
 def spike(norms: Sequence[float]) -> float:
     """The greatest norm over the usual one before it."""
     ratios = []
+    # The same window as the clipping's, so that it is what clipping would have seen.
     for i in range(clipping.LEAST, len(norms)):
         ratios.append(norms[i] / median(norms[max(0, i - clipping.WINDOW) : i]))
     return max(ratios)
@@ -182,9 +194,10 @@ def made(args: argparse.Namespace, kind: Kind, rate: float, seed: int) -> dict[s
 def compared(own: dict[str, Any], adamw: dict[str, Any]) -> dict[str, Any]:
     """Figures of a run beside AdamW's of the same seed."""
     last, step = own["losses"][-1][1], steps_to(own["losses"], adamw["losses"][-1][1])
-    found = [value for value in own["update_rms"] if value is not None]
+    found = [value for value in own["update_rms"] if value is not None]  # AdamW reports none
     return {
         "kind": own["kind"], "rate": own["rate"], "seed": own["seed"], "loss": last,
+        # A share of all steps: .8 means that it came there in four fifths of AdamW's time.
         "steps": None if step is None else step / adamw["losses"][-1][0], "spike": own["spike"],
         "spiked": own["spiked"], "rms": [min(found), max(found)] if found else None,
         "bytes": own["bytes"] / adamw["bytes"], "seconds": own["seconds"],
@@ -205,9 +218,11 @@ def main() -> None:
     best: dict[Kind, float] = {}
     sweep = []
     for kind in args.kinds:
-        lasts = {rate: made(args, kind, rate, args.seeds[0])["losses"][-1][1] for rate in RATES[kind]}
+        lasts: dict[float, float] = {}
+        for rate in RATES[kind]:
+            lasts[rate] = made(args, kind, rate, args.seeds[0])["losses"][-1][1]
+            sweep.append([kind, f"{rate:g}", f"{lasts[rate]:.4f}"])
         best[kind] = min(lasts, key=lasts.__getitem__)
-        sweep += [[kind, f"{rate:g}", f"{loss:.4f}"] for rate, loss in lasts.items()]
         for seed in args.seeds:
             made(args, kind, best[kind], seed)
     text = common.markdown(["optimiser", "rate", "loss, first seed"], sweep)
@@ -228,19 +243,9 @@ def main() -> None:
             f"{row['optimizer_seconds']:.2f}",
         ])  # fmt: skip
     head = [
-        "optimiser",
-        "rate",
-        "seed",
-        "loss",
-        "steps",
-        "spike",
-        "RMS",
-        "bytes",
-        "ema",
-        "pma",
-        "s a step",
+        "optimiser", "rate", "seed", "loss", "steps", "spike", "RMS", "bytes", "ema", "pma", "s a step",
         "of which update",
-    ]
+    ]  # fmt: skip
     common.write(args.output, rows, f"{text}\n\n{common.markdown(head, lines)}")
 
 

@@ -28,6 +28,7 @@ ARMS = ("none", "floor")
 def recipes(folder: Path) -> dict[str, str]:
     """Writes the recipe of each arm, and returns their paths."""
     recipe = yaml.safe_load(Path(RECIPE).read_text())
+    # By the name that a reward asks for: a server's own model, or one of its adapters.
     weights = {}
     for server in recipe.pop("servers"):
         weights[server["name"]] = {"path": server["model"]}
@@ -38,6 +39,7 @@ def recipes(folder: Path) -> dict[str, str]:
         made = copy.deepcopy(recipe)
         for reward in made["rewards"]:
             if isinstance(reward["function"], dict):
+                # Judges of a server by its address become models of the training process.
                 judge = reward["function"]["init_args"]["judge"]
                 del judge["base_urls"]
                 judge |= weights[judge.pop("model")]
@@ -54,20 +56,18 @@ def run(jobs: common.Jobs, arm: str, recipe: str, seed: int, options: Sequence[s
     row = grpo.run(jobs, arm, [recipe], seed, options)
     steps = read_lines(jobs.folder / f"{arm}-{seed}" / "metrics.jsonl")
     for name in ("flat_groups", "noise_share", "advantage"):
-        values = [step[name] for step in steps if step.get(name) is not None]
+        values = common.known(steps, name)
         row[name] = float(np.mean(values)) if values else None
     return row
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: a line a figure of held-out prompts, its gain in both arms, and how they differ by seed."""
-    arms: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
     # In the order of the seeds, which pairs the arms: both start from the same images.
-    for row in sorted(rows, key=lambda row: row["seed"]):
-        arms[row["variant"]].append(row)
+    arms = common.grouped(sorted(rows, key=lambda row: row["seed"]), "variant")
     lines = []
     for name in rows[0]["before"]:
-        none, floor = (grpo.before_and_after(own, name) for own in arms.values())
+        none, floor = grpo.before_and_after(arms["none"], name), grpo.before_and_after(arms["floor"], name)
         if none is None or floor is None:
             continue
         gain_none, gain_floor = none[1] - none[0], floor[1] - floor[0]
@@ -75,12 +75,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         difference = ", ".join(f"{value:+.4f}" for value in gain_floor - gain_none)
         lines.append([name, f"{floor[0].mean():.4f}", *gains, difference])
     text = common.markdown(["figure", "before", "gain, no floor", "gain, floor", "difference by seed"], lines)
-    for arm, own in arms.items():
+    for arm in ARMS:
+        own = arms[arm]
         text += f"\n\n{arm}: "
         for name in ("flat_groups", "noise_share"):
-            values = [row[name] for row in own if row[name] is not None]
+            values = common.known(own, name)
             text += f"{name} {np.mean(values):.4f}, " if values else ""
-        text += f"{np.mean([row['seconds'] for row in own]):.0f} s a run"
+        text += f"{np.mean(common.column(own, 'seconds')):.0f} s a run"
     return text
 
 

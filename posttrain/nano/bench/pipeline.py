@@ -31,6 +31,7 @@ def run(jobs: common.Jobs, recipe: str, seed: int, options: Sequence[str]) -> di
     jobs(folder.name, "posttrain.cli", ["run", *words, "--resume"])
     rows = []
     for stage in resolve(cli.parse(["run", *words]).config):
+        # The change is a property, which asdict leaves out.
         rows += [asdict(gain) | {"change": gain.change} for gain in gains(stage)]
     seconds = {name: entry["seconds"] for name, entry in read_state(folder).items()}
     return {"seed": seed, "gains": rows, "seconds": seconds}
@@ -47,7 +48,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         for gain in row["gains"]:
             by_figure.setdefault((gain["stage"], gain["figure"], gain["trained"]), []).append(gain)
-    remaining = dict(seconds)
+    remaining = dict(seconds)  # of the stages that have not had a line yet
     lines = []
     for (stage, figure, trained), of_seeds in by_figure.items():
         took = f"{remaining.pop(stage):.0f}" if stage in remaining else ""

@@ -23,7 +23,6 @@ import argparse
 import json
 import resource
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,6 +52,7 @@ def train(args: argparse.Namespace, jobs: common.Jobs, seed: int) -> dict[str, f
     if took.exists():
         return json.loads(took.read_text())
     styled.write(data, styled.STYLE, args.images, max(args.styled, 1), seed)
+    # Of all children that have ended: the runs go one after the other, so the difference is this one's.
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     words = ["sft", "--config", args.recipe, "--resume", "--output", str(run), "--images.train", str(data / "images")]
     words += ["--images.cache", str(args.output / "cache"), "--heldout", str(data / "heldout.jsonl")]
@@ -78,10 +78,6 @@ def draw(k2: K2, role: str | None, prompts: Sequence[str], guidance: float) -> n
     return np.concatenate(images)
 
 
-def load(run: Path) -> K2:
-    return load_checkpoint(checkpoint.load(checkpoint.find(run)))
-
-
 def measure(images: np.ndarray, records: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
     """By figure, of each image."""
     figures: dict[str, list[float]] = {"style": [], "elsewhere": [], "free": []}
@@ -100,8 +96,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         change = "" if row["change"] is None else f"{row['change']:+.3f} ± {row['error']:.3f}"
         times = "" if "cpu" not in row else f"{row['seconds']:.0f} ({row['cpu']:.0f})"
-        figures = [f"{row[name]:.3f}" for name in ("style", "elsewhere")]
-        lines.append([row["model"], f"{row['guidance']:g}", *figures, change, f"{row['free']:.3f}", times])
+        style, elsewhere, free = f"{row['style']:.3f}", f"{row['elsewhere']:.3f}", f"{row['free']:.3f}"
+        lines.append([row["model"], f"{row['guidance']:g}", style, elsewhere, change, free, times])
     return common.markdown(["", "guidance", "style", "elsewhere", "change", "free", "seconds (CPU)"], lines)
 
 
@@ -123,7 +119,7 @@ def main() -> None:
     mixed = read_lines(args.output / f"set-{args.seeds[0]}" / "heldout.jsonl")
     records = [row for row in mixed if styled.STYLED in row["tags"]][: args.styled]
     records += styled.others(styled.STYLE)[: args.elsewhere]
-    prompts = [record["prompt"] for record in records]
+    prompts = common.column(records, "prompt")
     rows: list[dict[str, Any]] = []
     bases: dict[float, dict[str, list[float]]] = {}
     changes: dict[float, list[np.ndarray]] = {guidance: [] for guidance in GUIDANCE}
@@ -132,20 +128,25 @@ def main() -> None:
         for guidance in GUIDANCE:
             known = args.output / f"{name.replace(' ', '-')}-{guidance:g}.json"
             if not known.exists():
-                k2 = K2.load(MODEL) if seed is None else load(args.output / f"run-{seed}")
-                images = draw(k2, None if seed is None else POLICY, prompts, guidance)
+                if seed is None:
+                    images = draw(K2.load(MODEL), None, prompts, guidance)
+                else:
+                    saved = checkpoint.load(checkpoint.find(args.output / f"run-{seed}"))
+                    images = draw(load_checkpoint(saved), POLICY, prompts, guidance)
                 known.write_text(json.dumps(measure(images, records)))
             figures = json.loads(known.read_text())
             if len(figures["free"]) != len(records):
                 raise SystemExit(f"{known}: is of other prompts; remove it, or choose another --output")
             row: dict[str, Any] = {"model": name, "guidance": guidance, "change": None}
-            row |= {figure: float(np.mean(values)) for figure, values in figures.items()}
+            for figure, values in figures.items():
+                row[figure] = float(np.mean(values))
             if seed is None:
                 bases[guidance] = figures
             else:
                 row["change"], row["error"] = compared(bases[guidance]["elsewhere"], figures["elsewhere"])
                 row |= times[args.seeds.index(seed)]
                 changes[guidance].append(np.array(figures["elsewhere"]) - np.array(bases[guidance]["elsewhere"]))
+            # After each, so that a bench that is stopped leaves the rows before.
             rows.append(row)
             common.write(args.output, rows, table(rows))
     for guidance, parts in changes.items():

@@ -21,7 +21,6 @@ import numpy as np
 from posttrain.nano.bench import common
 from prompts.parse import read_lines
 
-LAUNCHER = "torch.distributed.run"
 MOVED = {"posttrain.nano.oracles": "posttrain.nano.world.oracles"}
 """Modules that earlier revisions' recipes name, by what they are now."""
 WARM = 2
@@ -38,9 +37,7 @@ def run(
     output = jobs.folder / name
     arguments = ["grpo", "--config", str(recipe), *options, "--output", str(output)]
     arguments += ["--eval.every", "0", "--eval.prompts", "8", "--checkpoint.every", "0"]
-    module = "posttrain.cli"
-    if processes > 1:
-        module, arguments = LAUNCHER, ["--nproc-per-node", str(processes), "-m", module, *arguments]
+    module, arguments = common.launched(processes, arguments)
     # Without a GPU: what is compared is what the cores do.
     environment = {"OMP_NUM_THREADS": str(cores // processes), "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
     meter = common.Meter(output / "metrics.jsonl")
@@ -59,13 +56,13 @@ def table(steps: dict[str, list[dict[str, float]]]) -> str:
     lines, first = [], None
     for name, own in steps.items():
         wall = [sum(value for part, value in step.items() if part != "cpu") for step in own]
-        cpu = [step["cpu"] for step in own]
-        parts = ", ".join(f"{part} {np.median([step[part] for step in own]):.2f}" for part in own[0] if part != "cpu")
+        cpu = common.column(own, "cpu")
+        parts = [f"{part} {np.median(common.column(own, part)):.2f}" for part in own[0] if part != "cpu"]
         medians = float(np.median(wall)), float(np.median(cpu))
         first = first or medians
         ratios = [f"{own / of_first:.2f}" for own, of_first in zip(medians, first)]
         cells = [f"{medians[0]:.2f} ({common.extent(wall, '.2f')})", f"{medians[1]:.2f} ({common.extent(cpu, '.2f')})"]
-        lines.append([name, *cells, parts, *ratios])
+        lines.append([name, *cells, ", ".join(parts), *ratios])
     head = ["tree", "seconds a step (least to most)", "CPU seconds (least to most)", "parts", "x seconds", "x CPU"]
     return common.markdown(head, lines)
 

@@ -21,6 +21,7 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from posttrain.nano.bench import common
@@ -53,8 +54,7 @@ def table(rows: Mapping[str, Sequence[Mapping[str, float | None]]], names: Seque
     for key, rows_of_key in rows.items():
         cells = []
         for name in names:
-            values = [value for row in rows_of_key if (value := row.get(name)) is not None]
-            cells.append(_extent(values))
+            cells.append(_extent(common.known(rows_of_key, name)))
         lines.append([key, *cells])
     return common.markdown(["", *names], lines) + "\n"
 
@@ -67,10 +67,13 @@ def _extent(values: Sequence[float]) -> str:
 
 def figure(curves: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> str:
     """One SVG of all CURVES, each run a line, each variant a colour."""
-    series: dict[str, dict[str, list[list[Point]]]] = {name: {} for name in CURVES}
-    for name, by_variant in series.items():
+    series: dict[str, dict[str, list[list[Point]]]] = {}
+    for name in CURVES:
+        by_variant = series[name] = {}
         for variant, runs in curves.items():
-            by_variant[variant] = [[(row["step"], row.get(name)) for row in run] for run in runs]
+            by_variant[variant] = []
+            for run in runs:
+                by_variant[variant].append([(row["step"], row.get(name)) for row in run])
     return panels_svg(series, columns=3)
 
 
@@ -92,7 +95,7 @@ class Bench:
 
     def train(self, name: str, recipe: str, seed: int, pairs: Path, options: Sequence[str]) -> Path:
         """A run, which goes on if it is there."""
-        run = self.output / f"{name}-{seed}".replace(" ", "-").replace(",", "")
+        run = self.output / _file_name(f"{name}-{seed}")
         words = ["--config", str(RECIPES / recipe), "--output", str(run), "--seed", str(seed), "--resume"]
         words += ["--pairs.train", str(pairs), "--pairs.cache", str(self.output / "cache")]
         self.jobs(run.name, "posttrain.cli", ["stpo", *words, *options, *self.args.options])
@@ -100,12 +103,13 @@ class Bench:
 
     def long(self, variant: str, seed: int) -> Path:
         options = [*VARIANTS[variant], "--steps", str(self.args.steps), "--eval.every", str(self.args.every)]
+        # Never stopped early: drift is what is to be seen. The best step is kept, to be compared as well.
         options += ["--eval.best", "oracle", "--eval.stop.metric", "null", "--checkpoint.every", "0"]
         return self.train(variant, "stpo_synthetic.yaml", seed, self.pairs, options)
 
     def compare(self, name: str, first: str, other: Path) -> Row:
         """The row of the other one, and of the first under `first/...`."""
-        path = self.output / f"{name}.json".replace(" ", "-").replace(",", "")
+        path = self.output / _file_name(f"{name}.json")
         if not path.exists():
             self.jobs(
                 path.stem,
@@ -113,7 +117,9 @@ class Bench:
                 [first, str(other), "--output", str(path), "--prompts", str(self.args.prompts)],
             )
         base, row = json.loads(path.read_text())
-        return row | {f"first/{key}": value for key, value in base.items()}
+        for key, value in base.items():
+            row[f"first/{key}"] = value
+        return row
 
     def taste(self, seed: int) -> Row:
         """Stage 2 against stage 1."""
@@ -138,20 +144,26 @@ def main() -> None:
     # Alone: the runs after them would otherwise make and encode the same pairs at once.
     bench.make_pairs()
     bench.encode()
+    # A thread for each run and stage, which waits for its turn in Jobs.
     with ThreadPoolExecutor(64) as pool:
         futures: dict[str, list[Future[Path]]] = {}
         for variant in args.variants:
             futures[variant] = [pool.submit(bench.long, variant, seed) for seed in args.seeds]
+        # Begun before the runs are waited for, as they depend on none of them.
         staged = [pool.submit(bench.taste, seed) for seed in args.seeds]
         runs: dict[str, list[Path]] = {}
         curves: dict[str, list[list[dict[str, Any]]]] = {}
         for variant, of_seeds in futures.items():
-            runs[variant] = [future.result() for future in of_seeds]
-            curves[variant] = [common.evaluations(read_lines(run / "metrics.jsonl")) for run in runs[variant]]
+            runs[variant], curves[variant] = [], []
+            for future in of_seeds:
+                run = future.result()
+                runs[variant].append(run)
+                curves[variant].append(common.evaluations(read_lines(run / "metrics.jsonl")))
         (args.output / "drift.svg").write_text(figure(curves))
         against = _against_base(bench, runs, curves)
         stages = [future.result() for future in staged]
     ends = {variant: list(map(_end, of_seeds)) for variant, of_seeds in curves.items()}
+    # K2-nano's own row is the same in all comparisons, so one of them has it.
     against = {"K2-nano": _first(next(iter(against.values())))[:1]} | against
     names = ("wins", "oracle", "text", "artifact_free", "diversity", "high_energy")
     text = f"Long training\n\n{table(ends, CURVES)}\nAgainst K2-nano\n\n{table(against, names)}\n"
@@ -184,17 +196,23 @@ def _against_base(
 
 def _end(curve: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The figures at the end of a run: means over its last evaluations, of which one alone is noisy."""
-    last = curve[-LAST:]
-    return {name: sum(row[name] for row in last) / len(last) for name in CURVES}
+    return {name: fmean(common.column(curve[-LAST:], name)) for name in CURVES}
 
 
 def _first(rows: list[Row]) -> list[Row]:
     """The rows that the others were compared with."""
-    return [{key[6:]: value for key, value in row.items() if key.startswith("first/")} for row in rows]
+    firsts = []
+    for row in rows:
+        firsts.append({key[6:]: value for key, value in row.items() if key.startswith("first/")})
+    return firsts
 
 
 def _best_oracle(curve: Sequence[Mapping[str, Any]]) -> float:
-    return max(row["oracle"] for row in curve)
+    return max(common.column(curve, "oracle"))
+
+
+def _file_name(text: str) -> str:
+    return text.replace(" ", "-").replace(",", "")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ class Bench:
     def images(self, named: Sequence[Sequence[Named]], how: How = "attention") -> list[np.ndarray]:
         """One image of each prompt with these references, uint8 (64, 64, 3)."""
         k2, drawn = self.k2, []
+        # Once for all prompts: references are encoded when the drawer is made.
         draw = Drawer.of(k2, named, SIZE, how=how)
         null = k2.text([""]) if self.settings.guidance else None
         shape = (k2.image_tokens(*SIZE), k2.latent_channels)
@@ -54,11 +55,16 @@ class Bench:
                 rows = list(range(first, min(first + 30, len(self.records))))
                 noise = sampler.noise([sampler.seed_for(77, row) for row in rows], shape)
                 text = k2.text([self.records[row].prompt for row in rows], 64)
-                drawn += list(k2.decode(draw(rows, text, noise, self.settings, null), *SIZE).cpu().numpy())
+                latents = draw(rows, text, noise, self.settings, null)
+                drawn += [*k2.decode(latents, *SIZE).cpu().numpy()]
         return drawn
 
     def at(self, strength: float) -> list[list[Named]]:
-        return [[Named(one.path, strength) for one in own] for own in self.named]
+        """The references of the prompts, all with this strength."""
+        named = []
+        for own in self.named:
+            named.append([Named(one.path, strength) for one in own])
+        return named
 
     def figures(self, images: Sequence[np.ndarray]) -> dict[str, float]:
         prompts, own = [record.prompt for record in self.records], columns(self.records)
@@ -67,6 +73,7 @@ class Bench:
             ("style", world.style), ("unseen", world.unseen), ("content", oracles.rubric), ("leak", world.leak),
             ("clean", oracles.artifact_free),
         ):  # fmt: skip
+            # `style` and `unseen` have no score for each other's prompts.
             scores = [score for score in reward(images, prompts, **own) if score is not None]
             found[name] = float(np.mean(scores))
         return found
@@ -76,15 +83,17 @@ class Bench:
         styles = [record.columns["style"] for record in self.records]
         rows = [i for i, record in enumerate(self.records) if record.tags == ["trained"]]
         others: dict[int, int] = {}
+        named: list[Sequence[Named]] = [()] * len(self.records)
         for n, i in enumerate(rows):
+            # The next prompt whose reference has another style, round the end.
             others[i] = next(j for j in rows[n + 1 :] + rows[:n] if styles[j] != styles[i])
-        named: list[list[Named]] = [[] for _ in self.records]
-        for i in rows:
             both = [Named(self.named[row][0].path, strength) for row in (i, others[i])]
             named[i] = both[::-1] if swapped else both
-        seen = [percept.scene.style for percept in oracles.perceive(self.images(named))]
-        first = sum(seen[i] == styles[i] for i in rows)
-        second = sum(seen[i] == styles[others[i]] for i in rows)
+        seen = oracles.styles(self.images(named))
+        first = second = 0
+        for i in rows:
+            first += seen[i] == styles[i]
+            second += seen[i] == styles[others[i]]
         return first / max(1, first + second)
 
 
@@ -93,14 +102,16 @@ def measure(bench: Bench) -> dict[str, dict[str, float]]:
 
     def add(name: str, figures: dict[str, float]) -> None:
         rows[name] = figures
-        print(f"{name:24}" + "  ".join(f"{key} {value:.3f}" for key, value in figures.items()), flush=True)
+        cells = [f"{key} {value:.3f}" for key, value in figures.items()]
+        print(f"{name:24}" + "  ".join(cells), flush=True)
 
-    add("no reference", bench.figures(bench.images([[] for _ in bench.records])))
+    add("no reference", bench.figures(bench.images([()] * len(bench.records))))
     for level in LEVELS:
         add(f"attention {level:g}", bench.figures(bench.images(bench.at(level))))
     for level in (0.5, 1.5):
         add(f"velocity {level:g}", bench.figures(bench.images(bench.at(level), "velocity")))
     by_level = [rows["no reference"]["style"], *(rows[f"attention {level:g}"]["style"] for level in LEVELS)]
+    # 1 where more strength always means more of the style.
     add("sweep", {"spearman": float(np.corrcoef(stats.rankdata([0, *LEVELS]), stats.rankdata(by_level))[0, 1])})
     # Half of the effect each: strengths are squared, so their squares add up to one.
     half = 0.5**0.5

@@ -83,13 +83,14 @@ class Bench:
         self.args = args
         self.records = prompts.read("heldout")[: args.prompts]
         self.judge = VLM.load(JUDGE, device=args.device)
+        # Spawned: a fork of a process that has CUDA or threads of torch may hang.
         self.pool = multiprocessing.get_context("spawn").Pool(os.cpu_count(), torch.set_num_threads, (1,))
 
     @torch.no_grad()
     def draw(self, k2: K2, way: SamplingSettings, seed: int = 0) -> Drawn:
         """Under the role that is active."""
-        features = k2.encode([r["prompt"] for r in self.records], 64, batch=64).features
-        fused, null = [k2.text_tokens(f) for f in features], k2.text([""])
+        features = k2.encode(common.column(self.records, "prompt"), 64, batch=64).features
+        fused, null = list(map(k2.text_tokens, features)), k2.text([""])
         count, size = min(self.args.groups, len(fused)), self.args.group_size
         # One image of each prompt, then groups of the first prompts, whose seeds are far from those.
         groups = range(seed + OTHER // 2, seed + OTHER // 2 + size * count)
@@ -130,7 +131,7 @@ class Bench:
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
     """Squared Frechet distance of two Gaussians with the means and covariances of features (N, D), to b's variance."""
-    (mean_a, mean_b), (cov_a, cov_b) = (a.mean(0), b.mean(0)), (np.cov(a.T), np.cov(b.T))
+    mean_a, mean_b, cov_a, cov_b = a.mean(0), b.mean(0), np.cov(a.T), np.cov(b.T)
     values, vectors = np.linalg.eigh(cov_a)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     # The trace of the root of cov_a cov_b, as that of a symmetric matrix with the same eigenvalues. Rounding makes some
@@ -145,11 +146,8 @@ def train(args: argparse.Namespace) -> list[Path]:
     jobs = common.Jobs(args.output, args.jobs)
 
     def run(steps: str, seed: int) -> Path:
-        folder = args.output / f"{steps.replace(',', '-')}-{seed}"
-        if not (folder / "summary.json").exists():
-            own = ["--student.steps", f"[{steps}]", "--seed", str(seed), "--output", str(folder), "--resume"]
-            jobs(folder.name, "posttrain.cli", ["tdm", "--config", RECIPE, *args.options, *own])
-        return folder
+        own = ["--student.steps", f"[{steps}]", "--seed", str(seed), "--resume"]
+        return jobs.run(f"{steps.replace(',', '-')}-{seed}", ["tdm", "--config", RECIPE, *args.options, *own])
 
     return common.side_by_side(run, itertools.product(args.train, args.seeds))
 
@@ -176,8 +174,10 @@ def table(rows: dict[str, tuple[int, list[dict[str, float]]]], teacher: dict[str
     for name, (forwards, seeds) in rows.items():
         cells = []
         for figure in FIGURES:
-            one = teacher["diversity"] if figure == "diversity" else 1
-            cells.append(common.mean_and_extent([row[figure] / one for row in seeds]))
+            values = np.array(common.column(seeds, figure))
+            if figure == "diversity":
+                values = values / teacher["diversity"]
+            cells.append(common.mean_and_extent(values.tolist()))
         lines.append([name, forwards, *cells])
     return common.markdown(["", "forwards", *FIGURES], lines)
 
@@ -196,10 +196,11 @@ def memory(args: argparse.Namespace) -> dict[str, float]:
             null = k2.random_features(6)
         else:
             k2, size = K2.load(MODEL, device=args.device), SIZE
-            encoding = k2.encode([*(f"{i} red stars" for i in range(args.memory_batch)), ""])
-            *features, null = encoding.features
+            prompts_of_batch = [f"{i} red stars" for i in range(args.memory_batch)]
+            *features, null = k2.encode([*prompts_of_batch, ""]).features
+        # All or none, and not what fits: the peak would depend on the GPU.
         k2.blocks.recompute = len(blocks(k2.transformer)) if args.memory_checkpointing else 0
-        fused = [k2.fuse(f) for f in features]
+        fused = list(map(k2.fuse, features))
         config = TDMConfig(output="none", model=ModelConfig(""), prompts=PromptsConfig("", ""), batch=args.memory_batch)
         config.micro_batch, config.sizes, config.lora = args.memory_batch, [list(size)], LoraConfig(64, 64.0)
         torch.cuda.reset_peak_memory_stats()
@@ -216,7 +217,8 @@ def flow_matching_step(k2: K2, config: TDMConfig, fused: Sequence[Tensor], null:
     stepper = Stepper(k2.train_role(POLICY), config.optim)
     shape = (k2.image_tokens(*size), k2.latent_channels)
     for update in range(2):
-        x0, noise = (sampler.noise(range(i, i + len(fused)), shape).to(k2.device) for i in (update, OTHER))
+        x0 = sampler.noise(range(update, update + len(fused)), shape).to(k2.device)
+        noise = sampler.noise(range(OTHER, OTHER + len(fused)), shape).to(k2.device)
         t = torch.rand(len(fused), device=k2.device)
         with k2.role(POLICY):
             v = k2.velocity(sampler.noised(x0, noise, t), t, Text.of(fused), *size)
@@ -228,6 +230,7 @@ def tdm_step(k2: K2, config: TDMConfig, fused: Sequence[Tensor], null: Text, siz
     tdm.add_roles(k2, config)
     student, fake = tdm.steppers(k2, config)
     procs = Processes()
+    # As above, the second step has the optimisers' states beside it.
     for step in range(2):
         keys = [(0, step, i) for i in range(len(fused))]
         batches = roll_out(k2, config.student, fused, keys, size, config.micro_batch, 2)
@@ -242,6 +245,7 @@ def compare(args: argparse.Namespace) -> str:
     bench = Bench(args)
     base = teacher(args)
     guided = SamplingSettings(28, args.guidance)
+    # Other noise than that of the rows, so that the teacher's own row is not 0 but what two draws differ by.
     reference = bench.features(bench.draw(base, guided, OTHER).images)
     rows: dict[str, tuple[int, list[dict[str, float]]]] = {}
     ways = {f"teacher, 28 steps, guidance {args.guidance:g}": guided}
@@ -295,8 +299,9 @@ def main() -> None:
     text = "" if args.memory_only else compare(args)
     if args.device == "cuda":
         peaks = memory(args)
-        listed = ", ".join(f"{name} {value:.3f} GiB" for name, value in peaks.items() if name != "ratio")
-        text += f"\n\nPeak memory at batch {args.memory_batch} ({args.memory_scale}): {listed}; {peaks['ratio']:.3f} x"
+        ratio = peaks.pop("ratio")
+        listed = ", ".join(f"{name} {value:.3f} GiB" for name, value in peaks.items())
+        text += f"\n\nPeak memory at batch {args.memory_batch} ({args.memory_scale}): {listed}; {ratio:.3f} x"
     else:
         text += "\n\nPeak memory: not measured, it takes a GPU"
     text = text.strip()

@@ -74,15 +74,22 @@ def _make_chunk(job: tuple[int, int]) -> tuple[np.ndarray, list[list[str]]]:
 
 def chunks(total: int, size: int, seed: int) -> list[tuple[int, int]]:
     """(seed, count) of each part. A seed for each, so that the result does not depend on who makes which."""
-    counts = [size] * (total // size) + [total % size] * (total % size > 0)
-    return [(seed * 100_003 + i, count) for i, count in enumerate(counts)]
+    parts = []
+    for i, first in enumerate(range(0, total, size)):
+        # The wide step keeps the seeds of two runs apart.
+        parts.append((seed * 100_003 + i, min(size, total - first)))
+    return parts
 
 
 def make_data(n: int, seed: int, workers: int) -> tuple[np.ndarray, list[list[str]]]:
     """n images (n,64,64,3) uint8 and VARIANTS captions for each, the same for any number of workers."""
+    images: list[np.ndarray] = []
+    captions: list[list[str]] = []
     with multiprocessing.get_context("fork").Pool(workers) as pool:
-        images, captions = zip(*pool.map(_make_chunk, chunks(n, 500, seed)))
-    return np.concatenate(images), list(itertools.chain(*captions))
+        for drawn, described in pool.map(_make_chunk, chunks(n, 500, seed)):
+            images.append(drawn)
+            captions += described
+    return np.concatenate(images), captions
 
 
 # ---- training ---------------------------------------------------------------------------------------------
@@ -95,8 +102,10 @@ def rate(elapsed: float, peak: float) -> float:
 
 def adamw(params: list[torch.nn.Parameter], weight_decay: float, **options: Any) -> torch.optim.AdamW:
     """AdamW that decays matrices alone: norms and biases have no size to keep small."""
-    matrices = [p for p in params if p.ndim > 1]
-    others = [p for p in params if p.ndim <= 1]
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
+    for p in params:
+        (matrices if p.ndim > 1 else others).append(p)
     return torch.optim.AdamW(
         [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}], **options
     )
@@ -112,6 +121,7 @@ def train_vae(vae: AutoencoderKLQwenImage, images: torch.Tensor, minutes: float,
     device = images.device
     flatten_time(vae).to(device).train()  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
+    # By time and not by steps: the recipe is made for a budget of minutes on whatever there is.
     start, step = time.time(), 0
     while (elapsed := (time.time() - start) / (60 * minutes)) < 1:
         for group in optimizer.param_groups:
@@ -123,6 +133,7 @@ def train_vae(vae: AutoencoderKLQwenImage, images: torch.Tensor, minutes: float,
             z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
             y = vae.decoder(vae.post_quant_conv(z))
         error = y.float() - x
+        # The range of a pixel's channels, in [0, 2], is how coloured it is.
         weight = 1 + x.amax(1, keepdim=True) - x.amin(1, keepdim=True)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         loss = (weight * (error.square() + 0.1 * error.abs())).mean() + 1e-5 * kl
@@ -136,15 +147,11 @@ def train_vae(vae: AutoencoderKLQwenImage, images: torch.Tensor, minutes: float,
         step += 1
     log(stage="vae", step=step, seconds=time.time() - start)
     vae.eval()
-    _forget_time(vae)
-
-
-@torch.no_grad()
-def _forget_time(vae: AutoencoderKLQwenImage) -> None:
-    """An image is one frame, so the two earlier taps in time only ever meet zeros: make them zero."""
-    for module in vae.modules():
-        if isinstance(module, torch.nn.Conv3d) and module.weight.shape[2] > 1:
-            module.weight[:, :, :-1] = 0
+    # An image is one frame, so the two earlier taps in time only ever meet zeros and were never trained.
+    with torch.no_grad():
+        for module in vae.modules():
+            if isinstance(module, torch.nn.Conv3d) and module.weight.shape[2] > 1:
+                module.weight[:, :, :-1] = 0
 
 
 def _mean(vae: AutoencoderKLQwenImage, images: torch.Tensor) -> torch.Tensor:
@@ -175,6 +182,7 @@ def psnr(vae: AutoencoderKLQwenImage, images: torch.Tensor) -> float:
     """Mean over images of the peak signal-to-noise ratio of the reconstruction, decibels."""
     values = []
     for part in images.split(250):
+        # Halved: pixels are in [-1, 1], and the peak is meant to be 1.
         y = reconstruct(vae, part)
         error = ((y - to_pixels(part)[:, :, 0]) / 2).square().mean((1, 2, 3))
         values.append(-10 * error.log10())
@@ -231,6 +239,7 @@ def train_transformer(pipe: Krea2Pipeline, latents, ids, minutes: float, batch: 
     """Rectified flow: v = noise - latent at logit-normal t (mean 0.5), 10 % of captions dropped, weights averaged."""
     device = latents.device
     text_encoder, transformer = pipe.text_encoder.to(device), pipe.transformer.to(device)
+    # Captions are text alone, so the vision half would get no gradient.
     for p in text_encoder.visual.parameters():
         p.requires_grad_(False)
     if device.type == "cuda":
@@ -240,7 +249,8 @@ def train_transformer(pipe: Krea2Pipeline, latents, ids, minutes: float, batch: 
     lr = torch.zeros((), device=device)  # a tensor, so that a captured update reads the rate of its moment
     cuda = device.type == "cuda"
     optimizer = adamw(params, 0.01, lr=lr, betas=(0.9, 0.99), fused=True, capturable=cuda)
-    averages = [p.detach().clone() for p in params]
+    weights = [p.detach() for p in params]  # the same memory, so they follow the optimiser
+    averages = [weight.clone() for weight in weights]
     pad = pipe.tokenizer.pad_token_id
     lengths = (-(-((ids != pad).sum(-1) - 34) // 16) * 16 + 34).to(device)  # padded length of each caption
     empty = tokenize(pipe.tokenizer, [""])[0].to(device)
@@ -251,11 +261,13 @@ def train_transformer(pipe: Krea2Pipeline, latents, ids, minutes: float, batch: 
         rows = ids[picks[:, 0], picks[:, 1], :n].long()
         blank = torch.full((n,), pad, device=device)
         blank[: min(n, len(empty))] = empty[:n].long()
+        # Guidance needs the velocity without a caption, which is that of the empty one.
         rows = torch.where(torch.rand(batch, 1, device=device) < 0.1, blank, rows)
         x0 = latents[picks[:, 0]].float()
         t = torch.sigmoid(torch.randn(batch, device=device) + 0.5)
         noise = torch.randn_like(x0)
         x = (1 - t[:, None, None]) * x0 + t[:, None, None] * noise
+        # Casted weights must not be cached where a CUDA graph is captured.
         with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
             states = text_states(text_encoder, rows)
             v = transformer(x, states, t, positions[n], (rows != pad)[:, 34:], return_dict=False)[0]
@@ -265,29 +277,33 @@ def train_transformer(pipe: Krea2Pipeline, latents, ids, minutes: float, batch: 
         optimizer.step()
         return loss.detach(), norm
 
-    buckets = {int(n): (lengths == n).nonzero() for n in lengths.unique()}  # by length: (where in ids) of its captions
-    positions = {n: pipe.prepare_position_ids(n - 34, 8, 8, device) for n in buckets}
+    buckets: dict[int, torch.Tensor] = {}  # by length: where its captions are in ids
+    positions: dict[int, torch.Tensor] = {}
+    for n in lengths.unique().tolist():
+        buckets[n] = (lengths == n).nonzero()
+        positions[n] = pipe.prepare_position_ids(n - 34, 8, 8, device)
     updates = [partial(update, n, bucket) for n, bucket in buckets.items()]
     if graphs:
+        # One pool of memory: the graphs never run at the same time.
         pool = torch.cuda.graph_pool_handle()
         updates = [captured(u, pool) for u in updates]
     else:
         for u in updates:  # the first of each length compiles: that is not counted
             u()
     order = random.Random(0)
-    sizes = [len(bucket) for bucket in buckets.values()]
+    sizes = list(map(len, buckets.values()))
     start, step = time.time(), 0
     while (elapsed := (time.time() - start) / (60 * minutes)) < 1:
         lr.fill_(rate(elapsed, peak))
+        # A batch of one length, drawn as often as captions have it: so all captions are equally likely.
         loss, norm = order.choices(updates, sizes)[0]()
         step += 1
         if step % 10 == 0:
             # The mean of all steps at first, later of about the last 500.
-            torch._foreach_lerp_(averages, [p.detach() for p in params], max(0.02, 10 / (step + 10)))
+            torch._foreach_lerp_(averages, weights, max(0.02, 10 / (step + 10)))
         if step % 100 == 0:
             log(stage="transformer", step=step, seconds=time.time() - start, loss=loss.item(), norm=norm.item())
-    with torch.no_grad():
-        torch._foreach_copy_(params, averages)
+    torch._foreach_copy_(weights, averages)
     log(stage="transformer", step=step, seconds=time.time() - start)
 
 
@@ -296,6 +312,7 @@ def train_transformer(pipe: Krea2Pipeline, latents, ids, minutes: float, batch: 
 
 def save(pipe: Krea2Pipeline, folder: Path) -> None:
     """Writes the pipeline in bfloat16, as safetensors."""
+    # Copies, since `to` would change the modules themselves.
     parts = {}
     for name in ("vae", "text_encoder", "transformer"):
         parts[name] = copy.deepcopy(getattr(pipe, name)).to("cpu", torch.bfloat16)
@@ -345,9 +362,11 @@ def main() -> None:
 
     vae = start.vae.to(device) if start else make_vae()
     if not start:
+        # The first 500 images are left for the PSNR.
         train_vae(vae, images[500:], args.vae_minutes, args.vae_batch, log)
     log(stage="vae", psnr=psnr(flatten_time(vae), images[:500]))
     latents = encode(vae, images)
+    # Latents of mean 0 and variance 1 in each channel, as the noise has: K2's config has the same fields.
     if not start:
         mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
         vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
@@ -360,6 +379,7 @@ def main() -> None:
         pipe = start
     else:
         transformer = make_transformer(args.layers)
+        # At zero, as the class begins, the layers before would get no gradient in the first step.
         architecture.randomise_output(transformer, std=0.02)
         pipe = make_pipeline(tokenizer, vae, make_text_encoder(len(tokenizer), tokenizer), transformer)
     parts = ("vae", "text_encoder", "transformer")

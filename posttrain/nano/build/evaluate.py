@@ -79,7 +79,7 @@ def figures(pool, images: np.ndarray, records: list[dict]) -> dict[str, float]:
         met.setdefault("clean", []).append(percept.clean)
         if record["texts"]:
             met.setdefault("text", []).append(percept.scene.text == record["texts"][0])
-    return {k: round(float(np.mean(v)), 4) for k, v in sorted(met.items())}
+    return {name: round(float(np.mean(values)), 4) for name, values in sorted(met.items())}
 
 
 def main() -> None:
@@ -107,6 +107,7 @@ def main() -> None:
             np.savez_compressed(path, images=images)
     if args.draw_only:
         return
+    # Spawned: a fork of a process that has CUDA or threads of torch may hang. One thread each: a process a core.
     pool = multiprocessing.get_context("spawn").Pool(os.cpu_count(), torch.set_num_threads, (1,))
     rng = np.random.default_rng(77)
     true = [scenes.random_scene(rng) for _ in range(500)]
@@ -126,7 +127,8 @@ def main() -> None:
         images = np.load(args.out / f"images-{guidance:g}.npz")["images"]
         images, groups = images[: len(records)], images[len(records) :]
         row = figures(pool, images, records)
-        styles = [p.scene.style for p in perceive(pool, groups)]
+        styles = [percept.scene.style for percept in perceive(pool, groups)]
+        # How many styles each group of 16 has: what the prompt leaves open should vary.
         kinds = [len(set(styles[i : i + 16])) for i in range(0, 160, 16)]
         row |= {"styles in a group of 16": float(np.mean(kinds)), "fewest styles in a group": min(kinds)}
         result[f"guidance {guidance:g}"] = row

@@ -36,6 +36,7 @@ def measure(model: str, adapter: str | None = None, prompts: int = 200, n: int =
             whole.append(expansion.whole)
             lengths.append(len(expander.tokenizer(expansion.text).input_ids))
             stated |= found or set()
+            # Prompts without a word to draw say nothing of this share.
             if record.texts:
                 texts.append(all(f'"{text}"' in expansion.text for text in record.texts))
         # What a prompt fixes cannot vary, so only prompts that leave it open count.

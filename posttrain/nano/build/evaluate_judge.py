@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,19 @@ def true_and_false(scene: Scene, rng: np.random.Generator) -> list[tuple[str, bo
     false: list[str] = []
     while len(false) < len(true):
         changed = scenes.mutate(scene, rng, 0.3)
+        # A chance of 0.3 a letter often leaves a short word as it is, and words are what is hardest to read.
         if scene.text and changed.text == scene.text:
-            changed = scenes.replace(changed, text=questions.misspell(scene.text, rng))
+            changed = replace(changed, text=questions.misspell(scene.text, rng))
         # A changed scene still has true statements in common with the first.
         for statement in scenes.describe(changed, rng).requirements:
             if not questions.is_true(scene, statement) and statement not in false:
                 false.append(statement)
+    # The last of the changed scenes may give more than are wanted.
     rng.shuffle(false)
-    answers = [(statement, questions.is_true(scene, statement)) for statement in true]
-    return answers + [(statement, False) for statement in false[: len(true)]]
+    answers = []
+    for statement in true + false[: len(true)]:
+        answers.append((statement, questions.is_true(scene, statement)))
+    return answers
 
 
 def heldout(n: int, seed: int = SEED) -> list[Scene]:
@@ -101,11 +106,10 @@ def _judge(vlm: VLM, images: list[Image.Image], rows: list[list[tuple[str, bool]
     # A judge that always reads a word would be right on every image with one.
     wordy = [i for i, word in enumerate(words) if word]
     blank = [i for i, word in enumerate(words) if not word][: max(20, len(wordy))]
+    read = wordy + blank
     question = load_template("transcribe").render()
-    replies = vlm.complete([images[i] for i in wordy + blank], [question] * len(wordy + blank), 20, 64)
-    exact: list[bool] = []
-    for i, reply in zip(wordy + blank, replies):
-        exact.append(reply == questions.transcript(words[i]))
+    replies = vlm.complete([images[i] for i in read], [question] * len(read), 20, 64)
+    exact = [reply == questions.transcript(words[i]) for i, reply in zip(read, replies)]
     figures["words"] = len(wordy)
     figures["words_exact"] = _mean(exact[: len(wordy)]) if wordy else None
     figures["no_words_exact"] = _mean(exact[len(wordy) :]) if blank else None
@@ -130,7 +134,8 @@ def main() -> None:
         from posttrain.nano.build import build, evaluate
 
         pipe = evaluate.load(args.k2, args.device)
-        drawn = torch.from_numpy(np.stack([scenes.render(s) for s in heldout(args.scenes)])).to(args.device)
+        drawn = torch.from_numpy(np.stack(list(map(scenes.render, heldout(args.scenes))))).to(args.device)
+        # Judges see what K2-nano draws, so its autoencoder must not cost them answers.
         figures["autoencoded"] = on_scenes(vlm, args.scenes, list(build.autoencoded(pipe.vae, drawn)))
         records = prompts.read("heldout")[: args.scenes]
         images = evaluate.generate(pipe, [r["prompt"] for r in records], [*range(len(records))], 28, 0.0, 50)

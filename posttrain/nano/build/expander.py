@@ -47,7 +47,10 @@ PLAIN = 0.6
 
 def make_tokenizer(seed: int = 0) -> Qwen2Tokenizer:
     rng = np.random.default_rng([seed, 1])
-    corpus = [text for _ in range(3000) for text in pair(rng, 0.0)]
+    corpus: list[str] = []
+    for _ in range(3000):
+        corpus += pair(rng, 0.0)
+    # Often enough that the system text, which every row begins with, takes few tokens.
     whole = [template().system, "system\n", "user\n", "assistant\n"]
     tokenizer = parts.train_tokenizer(corpus, whole * 1000, 640, SPECIAL)
     tokenizer.eos_token = "<|im_end|>"
@@ -83,6 +86,7 @@ def pair(rng: np.random.Generator, wrong: float) -> tuple[str, str]:
         scene, answer = expander_pairs.caption(rng)
         if rng.random() < wrong:
             answer = scenes.describe(scenes.mutate(scene, rng, WRONG, 0.03), rng, 1.0).prompt
+        # Prompts that are dense already must come back unchanged.
         prompt = answer if rng.random() < 0.1 else expander_pairs.short(scene, answer, rng).prompt
         if prompt not in expander_pairs.heldout():
             return prompt, answer
@@ -104,9 +108,10 @@ def rows(tokenizer: Qwen2Tokenizer, pairs: list[tuple[str, str]]) -> Rows:
     ids, asked = [], []
     for prompt, answer in pairs:
         said = messages(prompt)[1:]
+        # What stands before the answer, with the tokens that begin it.
         asked.append(len(template(said, add_generation_prompt=True)))
         ids.append(template([*said, {"role": "assistant", "content": answer}]))
-    lengths = torch.tensor([len(row) for row in ids])
+    lengths = torch.tensor(list(map(len, ids)))
     out = torch.zeros(len(ids), int(lengths.max()), dtype=torch.long)  # 0 is the padding
     for i, row in enumerate(ids):
         out[i, : len(row)] = torch.tensor(row)
@@ -131,12 +136,14 @@ def train(model: Qwen3ForCausalLM, data: Rows, minutes: float, batch: int, lr: f
             break
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, step / 50) * 0.5 * (1 + np.cos(np.pi * elapsed / seconds))
+        # Padding beyond the longest row of the batch would cost as much as text.
         length = int((data.weights[chosen] > 0).sum(1).max())
         ids, weights = data.ids[chosen, :length], data.weights[chosen, 1:length]
         cache = None
+        # Its keys and values have a gradient, so the layers learn to write them too.
         if elapsed > PLAIN * seconds:
             cache = model.model(input_ids=data.system, use_cache=True).past_key_values
-            cache.batch_repeat_interleave(len(ids))
+            cache.batch_repeat_interleave(len(ids))  # the same for all rows, so it was computed once
         logits = model(input_ids=ids, past_key_values=cache, use_cache=cache is not None).logits[:, :-1]
         losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(weights.shape)
         loss = (losses * weights).sum() / weights.sum()

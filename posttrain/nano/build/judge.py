@@ -124,6 +124,7 @@ def _make_chunk(tokenizer: Qwen2Tokenizer, job: tuple[int, int]) -> Data:
             tokens = question(statement)
             data.rubric[i, j, : len(tokens)] = tokens
             data.length[i, j] = len(tokens)
+        # Garbled letters have no right transcript.
         if fault != "garbled":
             for array, text in (
                 (data.transcribe, questions.transcript(scene.text)),
@@ -177,7 +178,7 @@ def draw(data: Data, b: int, n: int) -> tuple[Tensor, Batch, Tensor, Tensor]:
     """Images, tasks and labels of b images drawn at random."""
     device = data.images.device
     i = torch.randint(len(data.images), (b,), device=device)
-    q = torch.rand(b, data.yes.shape[1], device=device).topk(n).indices
+    q = torch.rand(b, data.yes.shape[1], device=device).topk(n).indices  # n different questions of each image
     rows = i[:, None]
     batch = Batch(
         data.rubric[rows, q].long(),
@@ -257,14 +258,16 @@ def train(
     words = token_ids(tokenizer, "yes")[0], token_ids(tokenizer, "no")[0]
     network, labels = JudgeNetwork(model, compiled), Labels(model.lm_head.in_features).to(device)
     learnt = [p for p in model.parameters() if p.requires_grad]
-    params = [*learnt, *labels.parameters()]
+    params = [*learnt, *labels.parameters()]  # the averages are of `learnt` alone: the heads are thrown away
     optimizer = build.adamw(params, 0.02, lr=peak, betas=(0.9, 0.98), fused=device.type == "cuda")
-    averages = [p.detach().clone() for p in learnt]
+    weights = [p.detach() for p in learnt]  # the same memory, so they follow the optimiser
+    averages = [weight.clone() for weight in weights]
     start, step = time.time(), 0
     while True:
         if step == 1:
             start = time.time()  # the first step compiles: it is not counted
         elapsed = step / steps if steps else (time.time() - start) / (60 * minutes)
+        # At least one step, however short the time.
         if elapsed >= 1 and step:
             break
         for group in optimizer.param_groups:
@@ -279,13 +282,12 @@ def train(
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         # The mean of all steps at first, later of about the last 300.
-        torch._foreach_lerp_(averages, [p.detach() for p in learnt], max(0.003, 1 / (step + 1)))
+        torch._foreach_lerp_(averages, weights, max(0.003, 1 / (step + 1)))
         if step % 200 == 0:
             values = {name: round(value.item(), 4) for name, value in parts.items()}
             log(step=step, seconds=time.time() - start, right=right.item(), norm=norm.item(), **values)
         step += 1
-    with torch.no_grad():
-        torch._foreach_copy_([p.data for p in learnt], averages)
+    torch._foreach_copy_(weights, averages)
     model.eval()
     log(step=step, seconds=time.time() - start)
 

@@ -50,9 +50,10 @@ def make_tokenizer(seed: int = 0) -> Qwen2Tokenizer:
     corpus += [rubric(questions.ask(scene, rng)[0]) for scene in drawn[:1000]]
     fixed = [load_template(name).text for name in ("aesthetic", "artifact", "transcribe", "rubric")]
     fixed += [DESCRIBE, *questions.FAULTS.values(), questions.transcript(""), questions.transcript("A")]
+    # Repeated, since BPE merges what is frequent.
     tokenizer = parts.make_tokenizer(corpus + fixed * 100 + ["yes", "no"] * 5000)
     # P(yes) is read from the first token of the answer.
-    if any(len(token_ids(tokenizer, word)) != 1 for word in ("yes", "no")):
+    if len(token_ids(tokenizer, "yes")) != 1 or len(token_ids(tokenizer, "no")) != 1:
         raise RuntimeError("yes and no must be one token each")
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.chat_template = CHAT
@@ -156,6 +157,7 @@ def _vision_block(block: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     b, p, d = x.shape
     qkv = attention.qkv(block.norm1(x)).view(b, p, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)
+    # In fp32, as the library rotates them.
     q = q.float() * cos + _rotate_half(q.float()) * sin
     k = k.float() * cos + _rotate_half(k.float()) * sin
     out = F.scaled_dot_product_attention(q.to(v), k.to(v), v)
@@ -220,7 +222,9 @@ class JudgeNetwork:
     def see(self, pixels: Tensor) -> Tensor:
         """(B,3,64,64) in [-1,1] -> image tokens (B,64,D)."""
         v = self.visual
-        rows, columns = (p.to(pixels.device) for p in _patch_places())
+        rows, columns = _patch_places()
+        rows, columns = rows.to(pixels.device), columns.to(pixels.device)
+        # A patch is seen by one position of the convolution, which is then a linear layer.
         proj = v.patch_embed.proj
         x = F.linear(patches(pixels), proj.weight.flatten(1), proj.bias)
         x = x + v.pos_embed(rows * GRID * MERGE + columns)
@@ -303,6 +307,7 @@ class Layout:
         start, place = {"rubric": len(trunk) + len(before)}, len(trunk) + len(before) + n * length["rubric"]
         spans = [(start["rubric"], n, length["rubric"], start["rubric"])]
         for name in ("transcribe", "describe", "opinion"):
+            # They see the image alone: the rubric's beginning is not theirs.
             spans.append((place, 1, length[name], len(trunk)))
             start[name], place = place, place + length[name]
 
@@ -330,6 +335,7 @@ class Layout:
             ids[:, at : at + tokens.shape[-1]] = tokens
 
         put(0, self.trunk)
+        # Padding of an answer, -1 in the labels, is token 0 here: what comes after an answer is in no loss.
         for name, answer in (("transcribe", batch.transcribe), ("describe", batch.describe)):
             put(self.start[name], self.after[name])
             put(self.start[name] + len(self.after[name]), answer[:, :-1].clamp_min(0))
@@ -340,14 +346,17 @@ class Layout:
 
     def opinions(self, device: torch.device) -> Tensor:
         """The questions of OPINIONS, padded to one length."""
-        rows = [self.after[name] + [0] * (self.length["opinion"] - len(self.after[name])) for name in OPINIONS]
-        return torch.tensor(rows, device=device)
+        rows = torch.zeros(len(OPINIONS), self.length["opinion"], dtype=torch.long, device=device)
+        for row, name in zip(rows, OPINIONS):
+            row[: len(self.after[name])] = torch.tensor(self.after[name])
+        return rows
 
     def answers(self, h: Tensor, batch: Batch) -> dict[str, Tensor]:
         """The states from which each task's answer is said."""
         device = h.device
         span = self.n * self.length["rubric"]
         asked = h[:, self.start["rubric"] : self.start["rubric"] + span].unflatten(1, (self.n, -1))
+        # The last token of a question is that after which the answer comes.
         last = (batch.length - 1)[..., None, None].expand(-1, -1, 1, h.shape[-1])
         states = {"rubric": asked.gather(2, last).squeeze(2)}
         for name, answer in (("transcribe", batch.transcribe), ("describe", batch.describe)):

@@ -40,10 +40,12 @@ LANGUAGE = {
 
 def make_tokenizer(corpus: list[str]) -> Qwen2Tokenizer:
     """K2-nano's tokenizer: the captions' words, and K2's template at its length in tokens."""
+    # Special tokens are never split, so no merges are learned from them.
     template = PREFIX + SUFFIX
     for token in SPECIAL:
         template = template.replace(token, "")
     tokenizer = train_tokenizer(corpus, [template] * 1000, 640, SPECIAL)
+    # The pipeline drops the first 34 tokens and counts 5 at the end, whatever the tokenizer.
     lengths = len(tokenizer(PREFIX).input_ids), len(tokenizer(SUFFIX).input_ids)
     if lengths != (34, 5):
         raise RuntimeError(f"K2's template must be 34 and 5 tokens, this tokenizer makes it {lengths}")
@@ -56,6 +58,7 @@ def train_tokenizer(corpus: list[str], whole: list[str], size: int, special: lis
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = Qwen2Tokenizer()._tokenizer.pre_tokenizer
     raw.decoder = decoders.ByteLevel()
+    # Tokens of whole words would hide from the network which letters it has to draw.
     lower = [re.sub("[A-Z]", " ", text) for text in corpus]
     trainer = trainers.BpeTrainer(
         vocab_size=size,
@@ -66,10 +69,10 @@ def train_tokenizer(corpus: list[str], whole: list[str], size: int, special: lis
     )
     raw.train_from_iterator(lower + whole, trainer)
     learned = json.loads(raw.to_str())["model"]
-    merges = [tuple(m) for m in learned["merges"]]  # type: ignore[misc]
+    merges = list(map(tuple, learned["merges"]))
     tokenizer = Qwen2Tokenizer(vocab=learned["vocab"], merges=merges)  # type: ignore[arg-type]
     tokenizer.add_special_tokens({"additional_special_tokens": special[1:]})
-    tokenizer.model_max_length = 4096
+    tokenizer.model_max_length = 4096  # saved with it, where libraries look for the longest text
     return tokenizer
 
 
@@ -87,6 +90,7 @@ def make_vae() -> AutoencoderKLQwenImage:
 
 def make_text_encoder(vocab: int, tokenizer: Qwen2Tokenizer) -> Qwen3VLModel:
     """The language half is used; the vision half is as small as the class allows."""
+    # The rotary sections fill half of head_dim: 8 + 4 + 4 = 32 / 2.
     config = Qwen3VLConfig(
         text_config={
             **LANGUAGE,
@@ -126,6 +130,7 @@ def swiglu_width(features: int, multiplier: int = 4) -> int:
 def make_transformer(layers: int = 7) -> Krea2Transformer2DModel:
     """Shapes by the official repository's rules, so it is a valid K2 in the original format too."""
     head, heads, text = 32, 6, 96
+    # Rotary sizes of time, height and width, which add up to those of a head.
     side = 6 * (head // 16)
     return Krea2Transformer2DModel(
         in_channels=64,

@@ -31,6 +31,7 @@ def statements(caption: str) -> set[str] | None:
     """The statements of a caption, worded as `Description.requirements`; None if it is not a caption of this world."""
     found: set[str] = set()
     subject: list[str] = []
+    # Style and background may stand before or after the shapes; what is neither belongs to the shapes.
     for part in caption.split(", "):
         what, _, word = part.rpartition(" ")
         if (word, what in STYLES) == ("style", True) or (word, what in BACKGROUNDS) == ("background", True):

@@ -34,8 +34,10 @@ BATCH = 128
 
 def tasteful(images: Sequence, prompts: Sequence[str], **_) -> list[float | None]:
     """The hidden taste as a reward, about -4 to 5; None where no object can be made out."""
-    perceived = [percept.scene for percept in oracles.perceive(images)]
-    return [judge_data.taste(scene) if scene.objects else None for scene in perceived]
+    scores: list[float | None] = []
+    for percept in oracles.perceive(images):
+        scores.append(judge_data.taste(percept.scene) if percept.scene.objects else None)
+    return scores
 
 
 def main() -> None:
@@ -58,7 +60,7 @@ def main() -> None:
             prompts = [records[in_turn(args.seed, row, len(records))].prompt for row in rows]
             seeds = [sampler.seed_for(args.seed, row, i) for row, i in itertools.product(rows, range(2))]
             with torch.no_grad(), k2.role(POLICY):
-                text = k2.text(prompts, 64).repeat(2)
+                text = k2.text(prompts, 64).repeat(2)  # each prompt twice in a row, as the seeds are
                 latents = k2.sample(text, sampler.noise(seeds, shape), args.steps, 64, 64)
             images = to_pil(k2.decode(latents, 64, 64))
             tastes = tasteful(images, [])
@@ -67,6 +69,7 @@ def main() -> None:
                 if left is None or right is None or made == args.pairs:
                     continue
                 better = rng.random() < 1 / (1 + math.exp(judge_data.SHARPNESS * (right - left)))
+                # The better one first.
                 shown = images[2 * i : 2 * i + 2][:: 1 if better else -1]
                 policy = {"chosen_policy": args.policy, "rejected_policy": args.policy}
                 on = {"chosen_on_policy": True, "rejected_on_policy": True}

@@ -34,12 +34,14 @@ def damage(image: np.ndarray, scene: Scene, rng: np.random.Generator, kind: str 
         angle, reach = rng.uniform(0, 2 * math.pi), rng.uniform(0.6, 1.0) * o.radius
         shift = (round(reach * math.sin(angle)), round(reach * math.cos(angle)))
         ghost = np.roll(image, shift, axis=(0, 1)).astype(np.int16)
+        # Where the object differs from the bare scene: its pixels alone are drawn a second time.
         changed = np.abs(np.roll(image.astype(np.int16) - bare, shift, axis=(0, 1))).max(-1) > 30
         out[changed] = (0.8 * ghost[changed] + 0.2 * out[changed]).astype(np.uint8)
     elif kind == "smeared":
         length = round(rng.uniform(0.7, 1.0) * o.radius)
         axis = int(rng.integers(2))
         change = image.astype(np.float32) - bare
+        # Of the difference to the bare scene, so that the ground is not smeared along.
         shifted = [np.roll(change, s, axis=axis) for s in range(-length, length + 1)]
         total = np.mean(shifted, axis=0)
         out = np.clip(bare + total, 0, 255).astype(np.uint8)
@@ -48,6 +50,7 @@ def damage(image: np.ndarray, scene: Scene, rng: np.random.Generator, kind: str 
         for i in range(len(scene.text)):
             left = max(0, x + i * GLYPH_W)
             cell = out[y : y + GLYPH_H, left : left + 10]
+            # In rows of two pixels, the size of a cell of the font: the pieces stay letter-like.
             rows = rng.permutation(len(cell) // 2)
             shuffled = cell.reshape(len(rows), 2, *cell.shape[1:])[rows]
             out[y : y + GLYPH_H, left : left + 10] = shuffled.reshape(cell.shape)[:, :: int(rng.choice([-1, 1]))]

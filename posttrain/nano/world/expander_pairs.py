@@ -75,6 +75,7 @@ def candidates(config: ExpanderDataConfig, index: int) -> list[Candidate]:
     """The candidates of one scene, for `posttrain expander data`; the check reads the caption back."""
     rng = np.random.default_rng([config.seed, index])
     scene, completion = caption(rng)
+    # Read back from the caption, and not taken from the scene: so faults of `describe` would show too.
     stated = statements(completion) or set()
     found: list[Candidate] = []
     for _ in range(config.per_caption):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import multiprocessing
 import os
@@ -24,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from posttrain.nano.world import damage, scenes
+from posttrain.nano.world.prompts import write_lines
 from posttrain.nano.world.scenes import BACKGROUNDS, SIZE, SIZES, STYLES, Scene
 
 STYLE_TASTE: dict[str, float] = dict(zip(STYLES, (-0.3, -1.2, 1.5, 0.2, -0.6, 0.7, -0.9, -1.6, 1.9, 0.4)))
@@ -42,6 +42,7 @@ GENERATORS = ("crisp", "soft", "noisy")
 def taste(scene: Scene) -> float:
     """The hidden score of an image, about -4 to 5."""
     dark = scene.background == "black" or scene.style == "dark"
+    # Warm colours suit a dark ground, cold ones a light one.
     suits = np.mean([(o.colour in WARM) == dark for o in scene.objects])
     large = np.mean([o.size == "large" for o in scene.objects])
     middle = np.mean([(o.x, o.y) for o in scene.objects], axis=0)
@@ -62,9 +63,11 @@ def redrawn(scene: Scene, rng: np.random.Generator) -> Scene:
     dx, dy = rng.integers(-8, 9, size=2)
     for o in scene.objects:
         radius = SIZES[size] if size else o.radius
-        x, y = (float(np.clip(v + d, radius + 2, SIZE - 3 - radius)) for v, d in ((o.x, dx), (o.y, dy)))
+        low, high = radius + 2, SIZE - 3 - radius
+        x, y = float(np.clip(o.x + dx, low, high)), float(np.clip(o.y + dy, low, high))
+        # The word stays where it is, so the objects move beside it and not onto it.
         if scene.text:
-            y = o.y if radius <= o.radius else (o.y if radius + 2 < o.y < SIZE - 3 - radius else SIZE / 2)
+            y = o.y if radius <= o.radius or low < o.y < high else SIZE / 2
         objects.append(replace(o, size=size or o.size, radius=radius, x=x, y=y))
     return replace(
         scene,
@@ -81,6 +84,7 @@ def draw(scene: Scene, generator: str, rng: np.random.Generator, fault: bool = F
     if fault:
         pixels = damage.damage(pixels, scene, rng)
     if generator == "soft":
+        # Half of each pixel comes from its neighbours above and to the left.
         x = pixels.astype(np.float32)
         x = 0.5 * x + 0.25 * (np.roll(x, 1, 0) + np.roll(x, 1, 1))
         pixels = x.astype(np.uint8)
@@ -126,10 +130,11 @@ def _faults(out: Path, job: tuple[int, int, int]) -> list[dict]:
 def write(out: Path, pairs: int, faults: int, seed: int, workers: int) -> None:
     (out / "images").mkdir(parents=True, exist_ok=True)
     for name, make, total in (("preferences", _pairs, pairs), ("artifacts", _faults, faults)):
+        # A seed for each part, so that the rows do not depend on the number of workers.
         jobs = [(seed, first, min(200, total - first)) for first in range(0, total, 200)]
         with multiprocessing.get_context("fork").Pool(workers) as pool:
             rows = itertools.chain(*pool.map(partial(make, out), jobs))
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(out / f"{name}.jsonl", rows)
 
 
 def main() -> None:

@@ -37,14 +37,14 @@ def style(
     images: Sequence, prompts: Sequence[str], style: Sequence[str], tags: Sequence[list[str]], **_
 ) -> list[float | None]:
     """1.0 where the image has the style of its reference, which is a trained one; None for others."""
-    return _matches(images, style, [tag == ["trained"] for tag in tags])
+    return _matches(images, style, tags, "trained")
 
 
 def unseen(
     images: Sequence, prompts: Sequence[str], style: Sequence[str], tags: Sequence[list[str]], **_
 ) -> list[float | None]:
     """The same for styles that were never trained on."""
-    return _matches(images, style, [tag == ["unseen"] for tag in tags])
+    return _matches(images, style, tags, "unseen")
 
 
 def leak(
@@ -53,20 +53,26 @@ def leak(
     """1.0 where the image has an object, by colour and shape, of its reference that nobody asked for, else 0.0."""
     scores: list[float | None] = []
     for percept, need, own in zip(oracles.perceive(images), requirements, shown):
-        drawn = {(o.colour, o.shape) for o in percept.scene.objects}
-        scores.append(float(bool(drawn & ({(colour, shape) for colour, shape in own} - asked(need)))))
+        # An object that the prompt asks for is no leak, though the reference may show one too.
+        leaked = percept.scene.colour_shapes & (set(map(tuple, own)) - asked(need))
+        scores.append(float(bool(leaked)))
     return scores
 
 
-def _matches(images: Sequence, wanted: Sequence[str], asked: Sequence[bool]) -> list[float | None]:
-    found = [percept.scene.style for percept in oracles.perceive(images)]
-    return [float(own == style) if counts else None for own, style, counts in zip(found, wanted, asked)]
+def _matches(images: Sequence, wanted: Sequence[str], tags: Sequence[list[str]], counted: str) -> list[float | None]:
+    scores: list[float | None] = []
+    for found, style, own in zip(oracles.styles(images), wanted, tags):
+        scores.append(float(found == style) if own == [counted] else None)
+    return scores
 
 
 def asked(requirements: Sequence[str]) -> set[tuple[str, str]]:
     """(colour, shape) of all that a prompt asks for."""
-    parsed = [parse(text) for text in requirements]
-    return {(own[-2], own[-1]) for kind, own in parsed if kind in ("exists", "count")}
+    found = set()
+    for kind, parts in map(parse, requirements):
+        if kind in ("exists", "count"):
+            found.add((parts[-2], parts[-1]))
+    return found
 
 
 def silent(caption: str) -> str:
@@ -99,30 +105,32 @@ def write(out: Path, images: int, heldout: int, looks: int = 0) -> None:
         scene = scene_in(rng, TRAINED[i % len(TRAINED)])
         full = scenes.describe(scene, rng, float(rng.choice((0.2, 0.6, 1.0)))).prompt
         drawn, named = scenes.render(scene), scene.style
+        # Every second round of the styles, so that each style has images with and without a look.
         if looks and i // len(TRAINED) % 2:
             number = int(rng.integers(looks))
             drawn, named = look(drawn, number), f"{scene.style}, look {number}"
         Image.fromarray(drawn).save(out / f"images/{i:05d}.png")
         row = {"caption": silent(full), "full": full, "style": named}
         (out / f"images/{i:05d}.json").write_text(json.dumps(row) + "\n")
-    with (out / "heldout.jsonl").open("w") as file:
-        for i, row in enumerate(_silent_prompts()[:heldout]):
-            file.write(json.dumps(_with_reference(out, i, row)) + "\n")
-
-
-def _silent_prompts() -> list[dict[str, Any]]:
-    named = "the style is "
-    return [row for row in prompts.read("heldout") if not any(need.startswith(named) for need in row["requirements"])]
+    silent_rows = []
+    for row in prompts.read("heldout"):
+        # A style in the prompt would compete with the reference's.
+        if not any(need.startswith("the style is ") for need in row["requirements"]):
+            silent_rows.append(row)
+    rows = [_with_reference(out, i, row) for i, row in enumerate(silent_rows[:heldout])]
+    prompts.write_lines(out / "heldout.jsonl", rows)
 
 
 def _with_reference(out: Path, i: int, row: dict[str, Any]) -> dict[str, Any]:
     """The row with a reference of its own: the same whatever else is written."""
     rng = np.random.default_rng([SEED, i])
+    # Of three prompts two have trained styles, all of them in turn.
     unseen, turn = i % 3 == 2, i // 3
     wanted = HELDOUT[turn % len(HELDOUT)] if unseen else TRAINED[(2 * turn + i % 3) % len(TRAINED)]
     while True:
         scene = scene_in(rng, wanted)
-        own = {(o.colour, o.shape) for o in scene.objects}
+        own = scene.colour_shapes
+        # What the prompt asks for must come from the prompt: then an object of the reference in the image is a leak.
         if not own & asked(row["requirements"]):
             break
     path = f"references/{i:03d}.png"

@@ -10,6 +10,7 @@ another style or none: `style` and `elsewhere` are rewards that measure the one 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -43,6 +44,7 @@ def elsewhere(
     images: Sequence, prompts: Sequence[str], requirements: Sequence[list[str]], tags: Sequence[list[str]], **_
 ) -> list[float | None]:
     """`oracles.rubric` of the prompts that are not tagged for the style; None for those that are."""
+    # None, not 0: a prompt of the other kind says nothing here.
     scores = oracles.rubric(images, prompts, requirements)
     return [None if STYLED in own else score for score, own in zip(scores, tags)]
 
@@ -86,8 +88,8 @@ def write(out: Path, wanted: str, images: int, heldout: int, seed: int) -> None:
             taken.add(dense.prompt)
             records.append({**vars(dense), "tags": [STYLED]})
     # In turn, so that the first prompts of the file have both.
-    mixed = [row for pair in zip(records, others(wanted)) for row in pair]
-    (out / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mixed))
+    mixed = itertools.chain(*zip(records, others(wanted)))
+    prompts.write_lines(out / "heldout.jsonl", mixed)
 
 
 def main() -> None:

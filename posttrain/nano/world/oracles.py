@@ -54,6 +54,11 @@ def perceive(images: Sequence) -> list[Percept]:
         return [_perceived(np.ascontiguousarray(a, np.uint8).tobytes()) for a in arrays]
 
 
+def styles(images: Sequence) -> list[str]:
+    """The style of each image."""
+    return [percept.scene.style for percept in perceive(images)]
+
+
 _ONE_AT_A_TIME = threading.Lock()
 
 
@@ -64,11 +69,14 @@ def _perceived(pixels: bytes) -> Percept:
 
 
 def _perceive(image: np.ndarray, text: tuple[str, int, int]) -> Percept:
+    # Shapes are settled last: which one fits best depends on the style that they are drawn in.
     choices, overlaps, strays = _find_objects(image)
-    scene = _explain(image, Scene("", tuple(c[0] for c in choices), "flat", "white", *text))
+    likeliest = tuple(options[0] for options in choices)
+    scene = _explain(image, Scene("", likeliest, "flat", "white", *text))
     settled = _settle(image, scene, choices)
     if settled != scene:
         scene = _explain(image, settled)
+    # Smoothed, because an edge that is half a pixel off is not an artifact.
     error = (_smooth(image) - _smooth(_render(scene))) ** 2
     residual = float(np.sqrt(ndimage.uniform_filter(error.mean(-1), 8).max()))
     return Percept(scene, residual, strays, overlaps)
@@ -90,6 +98,7 @@ def _find_objects(image: np.ndarray) -> tuple[list[list[Object]], list[dict[str,
         blob = labels == i
         if blob.sum() < 8:
             continue
+        # Halos and blur join neighbours into one blob; their cores are apart.
         peak = np.percentile(chroma[blob], 90)
         core, m = _components(blob & (chroma > 0.42 * peak))
         for j in range(1, m + 1):
@@ -98,6 +107,7 @@ def _find_objects(image: np.ndarray) -> tuple[list[list[Object]], list[dict[str,
             if area < 8:
                 continue
             full = np.asarray(ndimage.binary_fill_holes(part))
+            # Hues are angles: their mean is that of their unit vectors, and grey pixels count little.
             weights = chroma * part
             mean = np.arctan2((weights * np.sin(hue)).sum(), (weights * np.cos(hue)).sum())
             colour = min(_HUES, key=lambda c: abs(np.angle(np.exp(1j * (_HUES[c] - mean)))))
@@ -147,6 +157,7 @@ def _fit(mask: np.ndarray) -> tuple[list[tuple[str, float, float, float, float]]
         return shape, float(x), float(y), float(radius), float(overlap)
 
     fits = sorted((trial(shape, 1.0) for shape in SHAPES), key=lambda fit: -fit[-1])
+    # Only shapes that come near the best one are worth the finer search.
     best = []
     for shape, *_, overlap in fits[:3]:
         if overlap > fits[0][-1] - 0.2:
@@ -183,11 +194,13 @@ def _read(stack: np.ndarray) -> list[tuple[str, int, int]]:
     windows = torch.ones(1, 1, h, w) / (h * w)
     mean = torch.nn.functional.conv2d(grey, windows)
     spread = (torch.nn.functional.conv2d(grey**2, windows) - mean**2).clamp_min(0) * (h * w)
+    # 0.5 keeps the score of plain ground, which has no spread, near 0.
     score = torch.nn.functional.conv2d(grey, bank) / (spread.sqrt() + 0.5)
-    top, letter = (a.numpy() for a in score.max(1))
+    top, letter = score.max(1)
     words, letters = [], list(scenes.GLYPHS)
-    for t, l in zip(top, letter):
+    for t, l in zip(top.numpy(), letter.numpy()):
         found: list[tuple[int, int, str]] = []
+        # Generated letters may stand a pixel higher or lower than their row.
         row = int(t.max(1).argmax())
         strip = t[max(0, row - 1) : row + 2]
         line, which = strip.max(0), strip.argmax(0)
@@ -195,6 +208,7 @@ def _read(stack: np.ndarray) -> list[tuple[str, int, int]]:
             x = int(line.argmax())
             y = max(0, row - 1) + int(which[x])
             found.append((x, y, letters[l[y, x]]))
+            # No second letter can begin within a letter.
             line = line.copy()
             line[max(0, x - 8) : x + 9] = -1
         found.sort()
@@ -220,6 +234,7 @@ def _render(scene: Scene) -> np.ndarray:
 
 def _explain(image: np.ndarray, scene: Scene) -> Scene:
     """The scene with the style and background whose rendering comes closest to the image."""
+    # Bordered shapes reach farther than those of most styles, and a margin does the rest: what is free is ground.
     drawn = _render(replace(scene, style="bordered", background="white"))
     changed = np.abs(drawn - _render(Scene("", (), "flat", "white"))).max(-1) > 0.03
     free = np.logical_not(ndimage.binary_dilation(changed, iterations=3))
@@ -235,6 +250,7 @@ def _explain(image: np.ndarray, scene: Scene) -> Scene:
     for name in scenes.BACKGROUNDS:
         for style in scenes.STYLES:
             ground = errors[name, 0.5 if style == "dark" else 1.0]
+            # A ground far from the best one is not worth rendering; grain is recognised by its texture, below.
             if ground > 1.5 * min(errors.values()) + 0.001 or style == "grainy":
                 continue
             guess = replace(scene, style=style, background=name)
@@ -246,6 +262,7 @@ def _explain(image: np.ndarray, scene: Scene) -> Scene:
                 error = float(((image - _render(guess)) ** 2).mean()) + ground
                 if error < best:
                     best, picked = error, guess
+    # What is fine in the image and not in its rendering, so that stripes and edges do not count as grain.
     plain = _render(picked).mean(-1)
     texture = fine - (plain - ndimage.uniform_filter(plain, 4))
     if picked.style != "dark" and free.any() and float(texture[free].std()) > 0.02:
@@ -275,12 +292,13 @@ def _settle(image: np.ndarray, scene: Scene, choices: list[list[Object]]) -> Sce
 
 def rubric(images: Sequence, prompts: Sequence[str], requirements: Sequence[list[str]], **_) -> list[float | None]:
     """Share of a prompt's requirements that its image meets, in [0, 1]; None where it has none."""
-    return [_answered(p, need) if need else None for p, need in zip(perceive(images), requirements)]
-
-
-def _answered(percept: Percept, need: list[str]) -> Scored:
-    answers = [float(meets(percept, r)) for r in need]
-    return Scored(sum(answers) / len(answers), {"requirements": need, "answers": answers})
+    scores: list[float | None] = []
+    for percept, need in zip(perceive(images), requirements):
+        answers = [float(meets(percept, requirement)) for requirement in need]
+        # Answers as a judge's rubric returns them, so that pages show them question by question.
+        details = {"requirements": need, "answers": answers}
+        scores.append(Scored(sum(answers) / len(answers), details) if need else None)
+    return scores
 
 
 def graded(images: Sequence, prompts: Sequence[str], requirements: Sequence[list[str]], **_) -> list[float | None]:
@@ -294,7 +312,10 @@ def graded(images: Sequence, prompts: Sequence[str], requirements: Sequence[list
 
 def text(images: Sequence, prompts: Sequence[str], texts: Sequence[list[str]], **_) -> list[float | None]:
     """1.0 where the image shows exactly the wanted word, else 0.0; None where no word is wanted."""
-    return [float(p.scene.text == want[0]) if want else None for p, want in zip(perceive(images), texts)]
+    scores: list[float | None] = []
+    for percept, wanted in zip(perceive(images), texts):
+        scores.append(float(percept.scene.text == wanted[0]) if wanted else None)
+    return scores
 
 
 def artifact_free(images: Sequence, prompts: Sequence[str], **_) -> list[float | None]:

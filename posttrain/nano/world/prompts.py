@@ -9,6 +9,8 @@ and is measured on `short_heldout.jsonl`, which leaves open what `open.jsonl` do
 """
 
 import json
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,13 @@ def read(name: str) -> list[dict[str, Any]]:
     return read_lines(FOLDER / f"{name}.jsonl")
 
 
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """A JSONL file of these rows."""
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
+
+
 def make(n: int, seed: int, words: list[str], details: tuple[float, ...], taken: set[str]) -> list[dict]:
     """n prompt records with no prompt twice and none that is in `taken`, to which they are added."""
     rng, records = np.random.default_rng(seed), []
@@ -44,6 +53,7 @@ def make(n: int, seed: int, words: list[str], details: tuple[float, ...], taken:
 def make_mixed(n: int, seed: int, words: list[str], taken: set[str]) -> list[dict]:
     """n prompts that teach, n too easy and n too hard (words of twice the length that it knows), by tag, shuffled."""
     rng = np.random.default_rng(seed)
+    # Both ends for the adaptive pool to find: every image meets the one, none the other.
     easy, hard = [], []
     while len(easy) < n:
         scene = scenes.random_scene(rng, words)
@@ -71,15 +81,11 @@ def main() -> None:
         ("open", 40, 1002, HELDOUT_WORDS, (0.0,)),
         ("train", 2000, 1003, TRAIN_WORDS, (0.2, 0.6, 1.0)),
     ):
-        rows = make(n, seed, words, details, taken)
-        _write(name, rows)
-    _write("mixed", make_mixed(64, 1004, TRAIN_WORDS, taken))
-    _write("short", make(500, 1005, TRAIN_WORDS, (0.0, 0.0, 0.2), taken))
-    _write("short_heldout", make(160, 1006, HELDOUT_WORDS, (0.0,), taken))
-
-
-def _write(name: str, rows: list[dict]) -> None:
-    (FOLDER / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(FOLDER / f"{name}.jsonl", make(n, seed, words, details, taken))
+    # After those above, whose prompts they must not repeat.
+    write_lines(FOLDER / "mixed.jsonl", make_mixed(64, 1004, TRAIN_WORDS, taken))
+    write_lines(FOLDER / "short.jsonl", make(500, 1005, TRAIN_WORDS, (0.0, 0.0, 0.2), taken))
+    write_lines(FOLDER / "short_heldout.jsonl", make(160, 1006, HELDOUT_WORDS, (0.0,), taken))
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ def ask(scene: Scene, rng: np.random.Generator, fault: str | None = None, words:
         if len(scene.objects) > 1 and scene.kind != "count":
             kinds["relation"] = 2.5
     names, heap = list(kinds), np.cumsum(list(kinds.values()))
+    # A writer returns None where no statement of its kind has a clear answer; then another kind is drawn.
     for _ in range(50):
         kind = names[int(np.searchsorted(heap, rng.random() * heap[-1], side="right"))]
         wanted = bool(rng.random() < 0.5)
@@ -78,6 +79,7 @@ def transcript(word: str) -> str:
 
 
 def is_true(scene: Scene, statement: str) -> bool:
+    # The oracle's own rule, on a scene as if it had been read from an image without error.
     return statements.meets(oracles.Percept(scene, 0.0, 0), statement)
 
 
@@ -92,7 +94,7 @@ def _other(rng: np.random.Generator, options, value: str) -> str:
 
 def _near_miss(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     """(colour, shape) that no object has: one with one attribute changed, or two objects' attributes crossed."""
-    taken = {(o.colour, o.shape) for o in scene.objects}
+    taken = scene.colour_shapes
     while True:
         o = _pick(rng, scene.objects)
         p = _pick(rng, scene.objects)
@@ -149,13 +151,13 @@ def _place(scene, rng, wanted, words):
     o = _pick(rng, scene.objects)
     third = SIZE / 3
     # On the border of two places no answer is right.
-    if min(min(v % third, third - v % third) for v in (o.x, o.y)) < 1:
+    if min(o.x % third, third - o.x % third, o.y % third, third - o.y % third) < 1:
         return None
     if wanted:
         return f"the {o.name} is at the {o.place}"
     if rng.random() < 0.15:
         return f"the {_name(scene, rng, False)} is at the {o.place}"
-    column, row = (min(2, int(v / third)) for v in (o.x, o.y))
+    column, row = min(2, int(o.x / third)), min(2, int(o.y / third))
     # Neighbouring places are the hardest to tell apart.
     near = []
     for r, names in enumerate(PLACES):
@@ -166,7 +168,7 @@ def _place(scene, rng, wanted, words):
 def _relation(scene, rng, wanted, words):
     i, j = rng.permutation(len(scene.objects))[:2]
     a, b = scene.objects[i], scene.objects[j]
-    true = [r for r in RELATIONS if scenes.holds(r, (a.x, a.y), (b.x, b.y))]
+    true = _holding(a, b)
     draw = rng.random()
     if wanted or draw < 0.25:
         if not true:
@@ -178,7 +180,7 @@ def _relation(scene, rng, wanted, words):
         first, second = (wrong, b.name) if rng.random() < 0.5 else (a.name, wrong)
         return f"the {first} is {relation} the {second}"
     # Mostly the reverse of what is true: a judge has to know which of the two is named first.
-    relation = _pick(rng, [r for r in RELATIONS if scenes.holds(r, (b.x, b.y), (a.x, a.y))] or RELATIONS)
+    relation = _pick(rng, _holding(b, a) or RELATIONS)
     if draw > 0.75:
         relation = _pick(rng, RELATIONS)
     dx, dy = RELATIONS[relation]
@@ -187,6 +189,11 @@ def _relation(scene, rng, wanted, words):
     if along > 3 and 0.6 * across < along < 1.0 * across:
         return None  # nearly diagonal: no one could say
     return f"the {a.name} is {relation} the {b.name}"
+
+
+def _holding(a: Object, b: Object) -> list[str]:
+    """The relations in which a stands to b."""
+    return [relation for relation in RELATIONS if scenes.holds(relation, (a.x, a.y), (b.x, b.y))]
 
 
 def _style(scene, rng, wanted, words):

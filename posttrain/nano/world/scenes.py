@@ -79,6 +79,11 @@ class Scene:
     """Top edge of the letters, pixels."""
     grain_seed: int = 0
 
+    @property
+    def colour_shapes(self) -> set[tuple[str, str]]:
+        """(colour, shape) of each object."""
+        return {(o.colour, o.shape) for o in self.objects}
+
 
 @dataclass
 class Description:
@@ -89,8 +94,12 @@ class Description:
 
 def place_of(x: float, y: float) -> str:
     """Name of the ninth of the image that holds a point."""
-    column, row = (min(2, max(0, int(v * 3 / SIZE))) for v in (x, y))
-    return PLACES[row][column]
+    return PLACES[_third(y)][_third(x)]
+
+
+def _third(v: float) -> int:
+    """Which third of a side a coordinate is in; one outside the image counts as the nearest."""
+    return min(2, max(0, int(v * 3 / SIZE)))
 
 
 def holds(relation: str, a: tuple[float, float], b: tuple[float, float]) -> bool:
@@ -115,6 +124,7 @@ def random_scene(rng: np.random.Generator, words: list[str] | None = None, kind:
     """Draws a scene whose objects are at least three pixels apart and inside the image."""
     kind = kind or str(rng.choice(list(KINDS), p=list(KINDS.values())))
     style, background = str(rng.choice(STYLES)), str(rng.choice(BACKGROUNDS))
+    # Rejection sampling: a layout that breaks a rule is thrown away whole, so none is favoured.
     while True:
         scene = _layout(rng, kind, style, background, words)
         if scene is not None:
@@ -142,12 +152,14 @@ def _layout(rng: np.random.Generator, kind: str, style: str, background: str, wo
         if kind == "pair":
             size = str(rng.choice(list(SIZES)))
         radius = SIZES[size] * rng.uniform(0.94, 1.06)
+        # Where the objects before leave no room, more attempts would not help.
         for _ in range(20):
             x = rng.uniform(radius + 2, SIZE - 3 - radius)
             y = rng.uniform(free[0] + radius + 2, free[1] - 3 - radius)
             third = SIZE / 3
             if min(x % third, third - x % third, y % third, third - y % third) < 2.5:
                 continue  # too near a border between two places to be named
+            # Corners reach beyond the radius, hence the factor.
             if all(math.hypot(x - o.x, y - o.y) > 1.15 * (radius + o.radius) + 4 for o in placed):
                 placed.append(Object(shape, colour, size, float(x), float(y), float(radius)))
                 break
@@ -183,6 +195,7 @@ def mutate(scene: Scene, rng: np.random.Generator, rate: float, text_rate: float
         n = len(objects)
         if rng.random() < rate:
             n = min(5, max(2, n + int(rng.choice([-1, 1]))))
+        # All alike again, or the scene would not be one that counts.
         objects = [replace(o, shape=objects[0].shape, colour=objects[0].colour) for o in objects]
         objects = (objects + objects)[:n]
     text_rate = rate if text_rate is None else text_rate
@@ -250,6 +263,7 @@ def describe(scene: Scene, rng: np.random.Generator, detail: float = 1.0) -> Des
     if say["background"]:
         extras.append(f"{scene.background} background")
         requirements.append(f"the background is {scene.background}")
+    # In any order, so that a model learns words and not their places.
     if rng.random() < 0.5:
         extras.reverse()
     prompt = ", ".join([*extras, subject] if extras and rng.random() < 0.3 else [subject, *extras])
@@ -272,8 +286,8 @@ def _polygon(shape: str) -> np.ndarray:
         return np.array([(0, -1.1), (0.85, 0), (0, 1.1), (-0.85, 0)], np.float32)
     if shape == "cross":
         a = 0.36
-        half = [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a)]
-        return np.array(half + [(-x, -y) for x, y in half], np.float32)
+        half = np.array([(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a)], np.float32)
+        return np.concatenate([half, -half])  # the other half is the first one turned by 180 degrees
     angles = np.pi * (np.arange(10) / 5 - 0.5)
     radii = np.where(np.arange(10) % 2 == 0, 1.15, 0.48)
     return np.stack([radii * np.cos(angles), radii * np.sin(angles)], 1).astype(np.float32)
@@ -362,6 +376,7 @@ def _distance(shape: str, x: float, y: float, radius: float, x0: int, x1: int, y
 
 
 def _draw(image: np.ndarray, o: Object, style: str, ground: float) -> None:
+    # As far as the halo of `glowing` and the border of `bordered` can be seen.
     reach = 1.25 * o.radius + 6
     x0, x1 = max(0, int(o.x - reach)), min(SIZE, int(o.x + reach) + 2)
     y0, y1 = max(0, int(o.y - reach)), min(SIZE, int(o.y + reach) + 2)
@@ -387,6 +402,7 @@ def _draw(image: np.ndarray, o: Object, style: str, ground: float) -> None:
         part[:] = part * (1 - halo) + colour * halo
     elif style == "bordered":
         edge = np.clip(0.5 - (d - 2.0), 0, 1)[..., None]
+        # White on dark ground and black on light, or the border would not show.
         part[:] = part * (1 - edge) + (0.98 if ground < 0.3 else 0.02) * edge
     cover = cover[..., None]
     part[:] = part * (1 - cover) + fill * cover

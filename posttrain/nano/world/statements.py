@@ -62,6 +62,7 @@ def meets(percept: Percept, statement: str) -> bool:
         return bool(named(*parts))
     these = named(*parts[:2])
     if kind == "size":
+        # A count of equal shapes has one size, which all of them must have.
         return bool(these) and all(o.size == parts[2] for o in these)
     if kind == "place":
         return any(o.place == parts[2] for o in these)
@@ -90,22 +91,27 @@ def grade(percept: Percept, statement: str) -> float:
     if kind == "exists":
         return max(likeness)
     if kind == "count":
+        # Half for how many have the colour, half for how like the n likeliest are to what is asked.
         n = COUNTS.index(parts[0])
         right = sum(o.colour == colour for o in objects)
         return 0.5 * max(0.0, 1 - abs(right - n) / n) + 0.5 * sum(sorted(likeness)[-n:]) / n
+    # The object that is most like the one that is meant; the grade is scaled by how like it is.
     i = int(np.argmax(likeness))
     o, sure = objects[i], likeness[i]
     if kind == "size":
+        # By the ratio of radii: 1 at the asked size, 0 at the other one.
         small, large = scenes.SIZES["small"], scenes.SIZES["large"]
         return sure * max(0.0, 1 - abs(np.log(o.radius / scenes.SIZES[parts[2]])) / np.log(large / small))
     if kind == "place":
-        row = next(r for r, names in enumerate(scenes.PLACES) if parts[2] in names)
-        centre = [SIZE / 6 * (2 * k + 1) for k in (scenes.PLACES[row].index(parts[2]), row)]
-        return sure * max(0.0, 1 - float(np.hypot(o.x - centre[0], o.y - centre[1])) / (SIZE / 2))
+        row, column = divmod(sum(scenes.PLACES, ()).index(parts[2]), 3)
+        # The middle of that ninth of the image.
+        x, y = SIZE / 6 * (2 * column + 1), SIZE / 6 * (2 * row + 1)
+        return sure * max(0.0, 1 - float(np.hypot(o.x - x, o.y - y)) / (SIZE / 2))
     dx, dy = scenes.RELATIONS[parts[2]]
     best = 0.0
     for p in objects:
         if p is not o and p.colour == parts[3]:
             along = (o.x - p.x) * dx + (o.y - p.y) * dy
+            # Half for standing level, all at 20 pixels in the right direction.
             best = max(best, float(np.clip(0.5 + along / 40, 0, 1)))
     return sure * best
