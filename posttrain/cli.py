@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _printable(text: str) -> str:
     """A message may quote control characters, which a terminal would obey."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return "".join([c if c.isprintable() else repr(c)[1:-1] for c in text])
 
 
 def _run(argv: list[str]) -> int:
@@ -118,15 +118,17 @@ def parse(argv: list[str]) -> Parsed:
     name, words = _name(argv)
     command = commands.get(name)
     assert command is not None
-    words = _with_positional(command, [_packaged(word) for word in words])
+    words = _with_positional(command, list(map(_packaged, words)))
     # It is a command of its own, but one question to the user: what became of the LoRA.
-    if name == "export" and any(word.partition("=")[0] == "--check" for word in words):
+    options = [word.partition("=")[0] for word in words]
+    if name == "export" and "--check" in options:
         name, command = CHECK, commands.COMMANDS[CHECK]
         words = ["--help"] if {"-h", "--help"} & {*words} else words
-        if any(word.partition("=")[0] == "--source" for word in words):
+        if "--source" in options and words != ["--help"]:
             raise UserError("command line: --source: does not go with --check, which names the run itself: --check RUN")
     config, given = split(command, words)
     parsed = Parsed(name, command, flags=given.flags)
+    # Before the settings are checked: --help needs none of those that are required.
     if "help" in given.flags:
         from posttrain.config.help import help_text
 
@@ -146,7 +148,8 @@ def _name(argv: list[str]) -> tuple[str, list[str]]:
     every = commands.COMMANDS if argv[0] in commands.COMMANDS else commands.every()
     seconds = [name.split()[1] for name in every if name.startswith(f"{argv[0]} ") and name != CHECK]
     # `expander sft` is one command of two words; `style` is one, and `style play` another.
-    count = 2 if seconds and (argv[0] not in every or argv[1:2] in [[second] for second in seconds]) else 1
+    has_second = len(argv) > 1 and argv[1] in seconds
+    count = 2 if has_second or (seconds and argv[0] not in every) else 1
     name = " ".join(argv[:count])
     if name in every and name != CHECK:
         return name, argv[count:]

@@ -212,6 +212,7 @@ COMMANDS: dict[str, Command] = {
         reads={"data": "records", "model": "chat model"},
         frozen=("lora", "seed", "heldout", "heldout_sources"),
     ),
+    # Of any recipe it reads the servers alone.
     "serve": Command(
         "posttrain.judge.config:ServeConfig", "posttrain.judge.serve:serve", "serve a recipe's judges", any_recipe=True
     ),
@@ -385,7 +386,7 @@ def paths(value: Any) -> list[str]:
 
 def of(config: Any) -> tuple[str, Command]:
     """The command, and its name, whose settings these are."""
-    path = f"{type(config).__module__}:{type(config).__qualname__}"
+    path = f"{type(config).__module__}:{type(config).__qualname__}"  # as rows name it
     for name, command in every().items():
         # `preflight` takes the settings of others and has none of its own.
         if command.config == path and not command.recipes_of:

@@ -50,10 +50,12 @@ def script(shell: str) -> str:
     if shell == "fish":
         return _fish(options)
     # Bash completes one word at a time, so `expander sft` is offered as two.
-    firsts = dict.fromkeys(name.split()[0] for name in options)
-    seconds = [name.split()[1] for name in options if " " in name]
-    cases = []
+    firsts: dict[str, None] = {}
+    seconds, cases = [], []
     for name, words in options.items():
+        first, *rest = name.split()
+        firsts[first] = None
+        seconds += rest
         cases.append(f"            {shlex.quote(name)}) words={shlex.quote(' '.join(words))} ;;")
     text = BASH.format(
         commands=shlex.quote(" ".join(firsts)), seconds=shlex.quote(" ".join(seconds)), cases="\n".join(cases)
@@ -64,7 +66,7 @@ def script(shell: str) -> str:
 def _options(command: commands.Command) -> list[str]:
     words = ["--config", "--help", "--print_config", *(["--resume"] if command.resumable else [])]
     words += ["--dry-run"] if command.dry else []
-    return [*words, *(f"--{path}" for path in field_types(command.settings()))]
+    return words + [f"--{path}" for path in field_types(command.settings())]
 
 
 def _fish(options: dict[str, list[str]]) -> str:
@@ -79,4 +81,5 @@ def _fish(options: dict[str, list[str]]) -> str:
             seen += f"; and __fish_seen_subcommand_from {second}"
         for word in words:
             lines.append(f"complete -c posttrain -n '{seen}' -l {word.removeprefix('--')}")
+    # `expander` is the first word of several commands, and is offered once.
     return "\n".join(dict.fromkeys(lines)) + "\n"

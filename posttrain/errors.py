@@ -8,6 +8,7 @@ def first_line(error: Exception) -> str:
 
 def counted(count: int, noun: str) -> str:
     """`1 image`, `2 images`, `1,000 processes`; for nouns that take an s."""
+    # `processes`, `boxes`, `batches`; nouns in -y do not occur.
     ending = "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}{ending}"
 

@@ -106,12 +106,14 @@ def draw(
         longest = min(LONGEST, max(size))
         given = [scaled(to_rgb(image), longest, k2.pixel_multiple, "references") for image, _ in references]
         strengths = tuple(value for _, value in references)
+        # Encoded once: all prompts share them.
         drawer = Drawer(k2, [encoded(k2, given)] * len(prompts), [strengths] * len(prompts), size, strength)
     for first in range(0, len(prompts), micro_batch):
         rows = range(first, min(first + micro_batch, len(prompts)))
+        # By the prompt's place, so that the micro-batch does not change what is drawn.
         seeds = [sampler.seed_for(seed, row) for row in rows]
         noise = sampler.noise(seeds, (k2.image_tokens(height, width), k2.latent_channels))
-        text = Text.of([fused[row] for row in rows])
+        text = Text.of(fused[first : first + micro_batch])
         if drawer is None:
             latents = k2.sample(text, noise, steps, height, width, guidance, null)
         else:
@@ -162,6 +164,7 @@ def total(scores: Scores, weights: Sequence[float] | None = None) -> Tensor:
     weights_K = torch.ones(len(scores.names)) if weights is None else torch.tensor(weights, dtype=torch.float32)
     weights_NK = weights_K * torch.from_numpy(scores.valid_NK)
     values_NK = torch.from_numpy(scores.values_NK).float()
+    # Where all are missing this is 0 / 0, which is NaN: missing is not zero.
     return (weights_NK * values_NK).sum(1) / weights_NK.sum(1)
 
 
@@ -232,6 +235,7 @@ class MethodRun:
 
     def prompts(self, step: int) -> list[PromptRecord]:
         """The step's prompts: `groups.prompts_per_step` of them, every one once before any comes again."""
+        # Counted over the whole run, so that no prompt comes twice before all have come once.
         count = self.config.groups.prompts_per_step
         places = range((step - 1) * count, step * count)
         return [self._source[in_turn(self.config.seed, place, len(self._source))] for place in places]
@@ -256,8 +260,11 @@ class MethodRun:
 
     def log(self, step: int, metrics: Mapping[str, Any], scores: Scores | None = None) -> None:
         """Writes a step's metrics, numbers or 0-d tensors or None, to metrics.jsonl; of `scores` each reward's mean."""
-        by_reward = {} if scores is None else {f"reward/{name}": value for name, value in means(scores).items()}
-        self._directory.log(step, {**by_reward, **metrics})
+        row: dict[str, Any] = {}
+        if scores is not None:
+            for name, value in means(scores).items():
+                row[f"reward/{name}"] = value
+        self._directory.log(step, row | dict(metrics))
 
 
 @contextlib.contextmanager
@@ -276,7 +283,7 @@ def open_method(name: str, config: MethodConfig, resume: bool = False) -> Iterat
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     k2 = policy.load_model(config.model, procs.device, saved)
     policy.add_policy(k2, config.lora, config.seed, reference=False)
-    fp8.train_in_float8(k2)
+    fp8.train_in_float8(k2)  # when all roles are there
     with open_run(config, resume, procs) as directory:
         trained = load_rewards([spec for spec in config.rewards if not spec.heldout_only], directory.urls)
         # A judge's client keeps to one event loop, so evaluation has rewards of its own.

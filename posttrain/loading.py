@@ -83,8 +83,10 @@ def local(path: str, patterns: Sequence[str] = MODEL) -> Path:
 
     name, revision = hub_name(path)
     commit = _commit(path)
+    ignored = ["*.fp16.*", "*.bf16.*"]
     # fnmatch's * crosses folders, and a repository often has other copies of its weights in some.
-    ignored = ["*.fp16.*", "*.bf16.*"] + ([] if any("/" in pattern for pattern in patterns) else ["*/*"])
+    if not any("/" in pattern for pattern in patterns):
+        ignored.append("*/*")
     try:
         folder = snapshot_download(
             name, revision=commit or revision, local_files_only=commit is None, allow_patterns=list(patterns),
@@ -100,7 +102,7 @@ def local(path: str, patterns: Sequence[str] = MODEL) -> Path:
 
 def _commit(path: str) -> str | None:
     """The commit that a hub id stands for; None if the hub cannot be reached and the cache has it."""
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     name, revision = hub_name(path)
@@ -116,13 +118,11 @@ def _commit(path: str) -> str | None:
         reason = first_line(error)
     except Exception as error:  # its HTTP client has errors of its own
         reason = first_line(error)
-    try:
-        snapshot_download(name, revision=revision, local_files_only=True)
-    except Exception as error:
+    if not _is_cached(name, revision):
         raise UserError(
             f"{path}: no such directory here, and the hub cannot be asked for it ({reason}); correct the path, or"
             " download it where there is a connection"
-        ) from error
+        )
     return None
 
 
@@ -164,23 +164,27 @@ def check_file(file: Path, where: str | Path = "", also: Sequence[str] = ()) -> 
     """Returns how many numbers a safetensors file has, from its header. Raises UserError, beginning with `where`,
     unless it is whole and all of them are float32, float16, bfloat16 or of the types in `also`."""
     where = where or file
+    total = 0
+    wrong: dict[str, str] = {}
     # Opening compares the header with the file's length, so a download that was cut off is found at once.
     try:
         with safe_open(file, framework="np") as opened:
-            parts = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
-            types = {key: str(part.get_dtype()) for key, part in parts.items()}
-            sizes = {key: math.prod(part.get_shape()) for key, part in parts.items()}
+            for key in opened.keys():  # noqa: SIM118
+                part = opened.get_slice(key)
+                kind, size = str(part.get_dtype()), math.prod(part.get_shape())
+                total += size
+                if kind not in (*also, *(SCALARS if size == 1 else TYPES)):
+                    wrong[key] = kind
     except (OSError, SafetensorError) as error:
         raise UserError(f"{where}: not a whole safetensors file ({error}); copy or download it again") from error
-    wrong = [key for key, name in types.items() if name not in (*also, *(SCALARS if sizes[key] == 1 else TYPES))]
     if wrong:
-        kind = types[wrong[0]]
+        first, kind = next(iter(wrong.items()))
         bits = " (8 bits)" if "8" in kind else ""
         raise UserError(
-            f"{where}: {wrong[0]} is stored as {kind}{bits}, with {len(wrong) - 1} more: quantised weights are not"
+            f"{where}: {first} is stored as {kind}{bits}, with {len(wrong) - 1} more: quantised weights are not"
             " read, as they mean nothing without their scales; give float32, float16 or bfloat16"
         )
-    return sum(sizes.values())
+    return total
 
 
 def check_json(folder: Path) -> None:
@@ -206,6 +210,24 @@ def check_keys(where: str | Path, remedy: str, **keys: Sequence[Any]) -> None:
         raise UserError(f"{where}: keys do not match this model: {'; '.join(problems)}; {remedy}")
 
 
+def check_tensors(
+    where: str | Path,
+    expected: Mapping[str, Tensor],
+    got: Mapping[str, Tensor],
+    remedy: str,
+    name: Callable[[str], str] = str,
+) -> None:
+    """Raises UserError for missing, unexpected and misshapen tensors; `name` is what messages call a key."""
+    missing, misshapen = [], []
+    for key, value in expected.items():
+        if key not in got:
+            missing.append(name(key))
+        elif got[key].shape != value.shape:
+            misshapen.append(name(key))
+    unexpected = [name(key) for key in got if key not in expected]
+    check_keys(where, remedy, missing=missing, unexpected=unexpected, of_another_shape=misshapen)
+
+
 def check_finite(where: str | Path, tensors: Mapping[str, Tensor]) -> None:
     """Raises UserError for a tensor with a number that is not finite."""
     for name, value in tensors.items():
@@ -227,7 +249,7 @@ def load_model(
     unexpected or of another shape, and numbers that are not finite.
     """
     check_json(folder)
-    numbers = sum(check_file(file) for file in weight_files(folder, where))
+    numbers = sum(map(check_file, weight_files(folder, where)))
     with quiet(), reading(where, f"a {kind.__name__}"):
         # Settings of another size would fill the memory with random numbers for all that is not in the files.
         empty = empty_model(kind, folder)
@@ -243,12 +265,11 @@ def load_model(
             str(folder), use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     remedy = "give a whole checkpoint, or copy or download it again"
-    missing, extra, misshapen = (info[f"{what}_keys"] for what in ("missing", "unexpected", "mismatched"))
+    misshapen = sorted(info["mismatched_keys"])
     # A misshapen key counts as missing too in transformers.
     named = {entry if isinstance(entry, str) else entry[0] for entry in misshapen}
-    missing = [key for key in missing if key not in named]
-    extra = [key for key in extra if key != HEAD]
-    check_keys(where, remedy, missing=sorted(missing), unexpected=sorted(extra), of_another_shape=sorted(misshapen))
+    missing, extra = sorted(set(info["missing_keys"]) - named), sorted(set(info["unexpected_keys"]) - {HEAD})
+    check_keys(where, remedy, missing=missing, unexpected=extra, of_another_shape=misshapen)
     if errors := info.get("error_msgs"):
         raise UserError(f"{where}: cannot be loaded: {str(errors[0]).splitlines()[0]}; {remedy}")
     model.to(device)
@@ -308,13 +329,8 @@ def load_adapter(model: Any, folder: str | Path, where: str, trainable: bool = F
     check_file(file)
     with quiet(), reading(where, "an adapter of this model"):
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-    expected, got = get_peft_model_state_dict(adapted), load_file(file)
-    check_keys(
-        where, "give an adapter of this model",
-        missing=[key for key in expected if key not in got],
-        unexpected=[key for key in got if key not in expected],
-        of_another_shape=[key for key in got if key in expected and got[key].shape != expected[key].shape],
-    )  # fmt: skip
+    got = load_file(file)
+    check_tensors(where, get_peft_model_state_dict(adapted), got, "give an adapter of this model")
     check_finite(where, got)
     return adapted
 
@@ -338,13 +354,13 @@ def reading(where: str, what: str) -> Iterator[None]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Hides the libraries' progress bars, reports and warnings, which bury the messages of a run."""
-    logs = [
-        sys.modules[name] for name in ("diffusers.utils.logging", "transformers.utils.logging") if name in sys.modules
-    ]
-    before = [(log, log.is_progress_bar_enabled(), log.get_verbosity()) for log in logs]
-    for log in logs:
-        log.disable_progress_bar()
-        log.set_verbosity(log.ERROR)
+    before: list[tuple[Any, bool, int]] = []
+    for name in ("diffusers.utils.logging", "transformers.utils.logging"):
+        log: Any = sys.modules.get(name)
+        if log is not None:  # what is not imported yet says nothing
+            before.append((log, log.is_progress_bar_enabled(), log.get_verbosity()))
+            log.disable_progress_bar()
+            log.set_verbosity(log.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -70,6 +71,7 @@ def init(config: InitConfig) -> None:
     folder = Path(config.directory)
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"directory: {folder} is not empty; choose another name")
+    # prompts/ also holds code, which stays the package's.
     unwanted = shutil.ignore_patterns("*.py", "*.pyc", "__pycache__", "*.md")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,6 +92,6 @@ def demo(config: DemoConfig) -> int:
     # Processes of one thread each take three quarters of the time of one process with two threads, on two cores.
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.processes)]
-    words = ", ".join(f'"{word}"' for word in [*launch, "-m", "posttrain.cli"])
-    options = ["--output", config.output, "--resume", "--launch", f"[{words}]"]
+    # As JSON, which a list on the command line is.
+    options = ["--output", config.output, "--resume", "--launch", json.dumps([*launch, "-m", "posttrain.cli"])]
     return main(["run", "recipes/nano/pipeline.yaml", *options])

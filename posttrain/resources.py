@@ -100,6 +100,7 @@ def packaged(path: str) -> str:
     `posttrain/nano/weights/`. Says once, on stderr, that the package's recipes or prompts are taken; that its weights
     are is plain from their path.
     """
+    # What lies in the working directory comes first: a project of `posttrain init` has its own recipes/.
     start = next((start for start in PLACES if path.startswith(start)), None)
     if start is None or Path(path).exists():
         return path

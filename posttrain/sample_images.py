@@ -5,6 +5,7 @@ posttrain sample --model.path posttrain/nano/weights/k2-nano --prompt "two red s
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -57,11 +58,10 @@ def sample(config: SampleConfig) -> None:
     """Writes 000.png, 001.png, ... and prompts.json into `config.output`."""
     output = Path(config.output)
     check_new(output)
-    records = (
-        [PromptRecord(config.prompt)]
-        if config.prompt is not None
-        else read_prompts(config.prompts or "", references=True)
-    )
+    if config.prompt is not None:
+        records = [PromptRecord(config.prompt)]
+    else:
+        records = read_prompts(config.prompts or "", references=True)
     if config.expand is not None:
         resolve(config.expand)  # refused before the model is read
     shown = _references(config, records)
@@ -80,6 +80,7 @@ def sample(config: SampleConfig) -> None:
         log.warning(f"too long: {counted(len(cuts), 'prompt')}, of which up to {counted(max(cuts), 'token')} are cut")
     fused = [k2.text_tokens(features) for features in encoding.features]
     null = k2.text([""]) if guidance > 0 else None
+    # Only now, so that a model that cannot be read leaves no empty directory behind.
     try:
         output.mkdir(parents=True)
     except OSError as error:
@@ -90,15 +91,15 @@ def sample(config: SampleConfig) -> None:
         size = (height, width)
         draw = Drawer.of(k2, shown, size, config.reference_size, config.strength) if any(shown) else None
         for first in range(0, len(jobs), config.micro_batch):
-            part = range(first, min(first + config.micro_batch, len(jobs)))
-            text = Text.of([fused[text_of[n]] for n in part])
-            noise = sampler.noise([jobs[n].seed for n in part], shape)
+            part = slice(first, first + config.micro_batch)
+            text = Text.of([fused[i] for i in text_of[part]])
+            noise = sampler.noise([job.seed for job in jobs[part]], shape)
             if draw is None:
                 latents = k2.sample(text, noise, steps, height, width, guidance, null)
             else:
-                own = [jobs[n].record for n in part]
+                own = [job.record for job in jobs[part]]
                 latents = draw(own, text, noise, SamplingSettings(steps, guidance), null)
-            for n, image in zip(part, to_pil(k2.decode(latents, height, width))):
+            for n, image in enumerate(to_pil(k2.decode(latents, height, width)), start=first):
                 image.save(output / f"{n:03d}.png")
     table: list[dict] = []
     for n, job in enumerate(jobs):
@@ -116,6 +117,7 @@ def _references(config: SampleConfig, records: list[PromptRecord]) -> list[list[
     shared = [named(text, Path(), "references") for text in config.references]
     folder = Path(config.prompts or ".").parent
     found = [of_record(record, folder) or shared for record in records]
+    # Before the model is read: the number of a prompt's references, and whether strengths suit how they act.
     for own in found:
         check_strengths([one.strength for one in own], config.strength, len(own))
         if len(own) > MOST:
@@ -134,10 +136,9 @@ class _Job(NamedTuple):
 def _jobs(config: SampleConfig, records: list[PromptRecord]) -> list[_Job]:
     """All images of the first prompt, then those of the second, ..."""
     jobs = []
-    for index in range(len(records)):
-        for image in range(config.images):
-            # Its own stream, so that an image is the same whatever else is drawn.
-            jobs.append(_Job(index, sampler.seed_for(config.seed, index, image)))
+    for index, image in itertools.product(range(len(records)), range(config.images)):
+        # Its own stream, so that an image is the same whatever else is drawn.
+        jobs.append(_Job(index, sampler.seed_for(config.seed, index, image)))
     return jobs
 
 

@@ -45,6 +45,7 @@ def play(config: PlayConfig) -> None:
     with until_terminated():
         k2, role = loaded(config.model, config.adapter, True)
         player = Player(k2, role, config)
+        # Bound here, so that a port in use is a line to the user and not a traceback of uvicorn's.
         try:
             listener = socket.create_server((config.host, config.port))
         except OSError as error:
@@ -55,6 +56,7 @@ def play(config: PlayConfig) -> None:
             import uvicorn
 
             app = page(player, config, images, [one.strength for one in begin])
+            # A page that is open keeps its connection, for which the server would wait at its end.
             server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
             print(f"posttrain: style play at http://{config.host}:{listener.getsockname()[1]}/", flush=True)
             server.run(sockets=[listener])
@@ -74,7 +76,7 @@ class Player:
         """Raises UserError for references that cannot be shown."""
         k2, (height, width) = self.k2, self.config.size
         with self._one_at_a_time, k2.role(self.role):
-            one = self._encoded([self._pixels(image) for image in images]) if images else None
+            one = self._encoded(list(map(self._pixels, images))) if images else None
             drawer = Drawer(k2, [one], [tuple(strengths)], (height, width), self.config.strength)
             noise = sampler.noise([sampler.seed_for(seed, 0, 0)], (k2.image_tokens(height, width), k2.latent_channels))
             null = k2.text([""]) if self.guidance else None
@@ -86,10 +88,11 @@ class Player:
         return scaled(image.convert("RGB"), longest, self.k2.pixel_multiple, "references")
 
     def _encoded(self, images: list[np.ndarray]) -> Encoded:
-        key = b"".join(repr(image.shape).encode() + image.tobytes() for image in images)
+        # By their pixels: the page sends new images each time, also where the user has changed none.
+        key = b"".join([repr(image.shape).encode() + image.tobytes() for image in images])
         if key not in self._kept:
             if len(self._kept) == KEPT:
-                del self._kept[next(iter(self._kept))]
+                del self._kept[next(iter(self._kept))]  # the oldest, as a dict keeps the order
             self._kept[key] = encoded(self.k2, images)
         return self._kept[key]
 
@@ -104,12 +107,17 @@ def page(player: Player, config: PlayConfig, images: list[Image.Image], strength
     least, most = (0.0, 1.0) if config.strength == "attention" else (-MOST_VELOCITY, MOST_VELOCITY)
 
     def draw(prompt: str, seed: float, *given: Any) -> tuple[Image.Image | None, str]:
-        shown = [(image, k) for image, k in zip(given[: config.slots], given[config.slots :]) if image is not None]
+        # Gradio passes all inputs in one row: the slots' images, None in empty ones, then the sliders' strengths.
+        shown, chosen = [], []
+        for image, strength in zip(given[: config.slots], given[config.slots :]):
+            if image is not None:
+                shown.append(image)
+                chosen.append(strength)
         if not prompt.strip():
             return None, "Write what the image should show."
         began = time.perf_counter()
         try:
-            image = player.draw(prompt, int(seed), [image for image, _ in shown], [k for _, k in shown])
+            image = player.draw(prompt, int(seed), shown, chosen)
         except UserError as error:
             return None, str(error)
         return image, f"{time.perf_counter() - began:.1f} s"
@@ -145,7 +153,9 @@ def page(player: Player, config: PlayConfig, images: list[Image.Image], strength
                 note = gr.Markdown(elem_id="note")
         inputs, outputs = [prompt, seed, *slots, *sliders], [result, note]
         # While an image is drawn, only the last of several changes waits.
-        events = [prompt.submit, seed.change, *(slot.change for slot in slots), *(slider.change for slider in sliders)]
+        events = [prompt.submit, seed.change]
+        for component in (*slots, *sliders):
+            events.append(component.change)
         gr.on([*events, blocks.load], draw, inputs, outputs, trigger_mode="always_last", api_visibility="private")
     app = fastapi.FastAPI(openapi_url=None)
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])

@@ -51,6 +51,7 @@ def _wrong_with(tokenizer: Any, rows: int | None) -> str:
     back = tokenizer.decode(encoded, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
     if back != PROBE:
         return f"the tokenizer gives {PROBE!r} back as {back!r}"
+    # A token for each byte: no two letters were joined.
     if len(encoded) >= len(PROBE.encode()):
         return "the tokenizer joins no letters to tokens: its merges are lost"
     for token in tokenizer.all_special_tokens:

@@ -57,9 +57,9 @@ def _fsdp() -> str | None:
 def _zero() -> str | None:
     if not _env_flag("ACCELERATE_USE_DEEPSPEED"):
         return None
-    given = {name: os.environ.get(f"ACCELERATE_{name.upper()}", "none").lower() for name in ZERO_OPTIONS}
-    for name, value in given.items():
-        if value not in ("none", "false"):
+    for name in ZERO_OPTIONS:
+        # accelerate passes its settings on to the processes in these variables.
+        if os.environ.get(f"ACCELERATE_{name.upper()}", "none").lower() not in ("none", "false"):
             raise UserError(f"accelerate: {name.removeprefix('deepspeed_')}: is not supported; leave it out")
     stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     if stage not in ("2", "3"):

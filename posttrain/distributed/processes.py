@@ -12,7 +12,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import copy
-import itertools
 import os
 import socket
 import threading
@@ -93,7 +92,7 @@ class Processes:
 
     def alone(self) -> Processes:
         """This process as if it were the only one, for work that the others take no part in."""
-        other = copy.copy(self)
+        other = copy.copy(self)  # with size 1 nothing is exchanged
         other.rank, other.size, other.shared, other.main = 0, 1, 1, True
         return other
 
@@ -137,8 +136,9 @@ class Processes:
 
     def gather_in_order(self, own: Sequence[Any], places: Sequence[int] | None = None) -> list[Any]:
         """All processes' items in global order. `places`: the indices of this process's; None: `local_indices`."""
-        parts = self.all_gather(list(zip(self.places_of(places, len(own)), own, strict=True)))
-        by_place = dict(itertools.chain.from_iterable(parts))
+        by_place: dict[int, Any] = {}
+        for part in self.all_gather(dict(zip(self.places_of(places, len(own)), own, strict=True))):
+            by_place |= part
         return [by_place[place] for place in sorted(by_place)]
 
     def places_of(self, places: Sequence[int] | None, count: int) -> Sequence[int]:
@@ -162,13 +162,14 @@ class Processes:
         values: list[Any] = [None] * self.size
         with self._messages.exchange() as group:
             dist.all_gather_object(values, value, group=group)
+        # In all processes at once, so that all repeat the step.
         if any(isinstance(v, _OutOfMemory) for v in values):
             raise OutOfMemoryElsewhere("another process has run out of memory")
         return values
 
     def gather(self, value: Any) -> list[Any] | None:
         """All values, by rank, on the main process; None on the others, to which nothing is sent."""
-        received = self.deliver({0: value})
+        received = self.deliver({0: value})  # what a process sends to itself does not travel
         return [received[rank] for rank in range(self.size)] if self.main else None
 
     def deliver(self, parcels: Mapping[int, Any]) -> dict[int, Any]:
@@ -179,6 +180,7 @@ class Processes:
         received = {rank: value for rank, value in parcels.items() if rank == self.rank}
         if self.size == 1 or self._messages is None:
             return received
+        # Everyone has to know who sends to whom, since a receiver must ask for what is sent to it.
         receivers = self.by_rank([rank for rank in sorted(parcels) if rank != self.rank])
         with self._messages.exchange() as group:
             # All go through the deliveries in one order, so that no two processes wait for each other.
@@ -228,7 +230,7 @@ class Processes:
         for parameter in parameters:
             if shards.piece_of(parameter):
                 continue  # ZeRO's, which it sums itself
-            if parameter.grad is None:
+            if parameter.grad is None:  # another process may have one, and all must sum the same tensors
                 parameter.grad = torch.zeros_like(parameter)
             if not isinstance(parameter.grad, DTensor):
                 whole.append(parameter.grad)
@@ -242,7 +244,8 @@ class Processes:
     def sum(self, tensors: Iterable[Tensor]) -> None:
         """Each tensor becomes the sum over processes."""
         if self.size > 1:
-            self.all_gather(None)  # all are there
+            # A message first: NCCL would wait in silence for one that is missing or has run out of memory.
+            self.all_gather(None)
             self.summed = True
             for tensor in tensors:
                 dist.all_reduce(tensor)

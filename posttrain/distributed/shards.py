@@ -29,6 +29,7 @@ class Piece:
         return self.own.dtype
 
     def cut(self, whole: Tensor) -> Tensor:
+        # Of a small tensor the last processes have nothing.
         begin = min(dist.get_rank() * self.size, whole.numel())
         return whole.reshape(-1)[begin : begin + len(self.own)].to(self.own.device)
 
@@ -69,7 +70,7 @@ def shape(tensor: Tensor) -> torch.Size:
 
 def part(whole: Tensor, like: Tensor) -> Tensor:
     """This process's part of a tensor that is whole in all of them, cut as `like` is."""
-    if whole.shape != shape(like):
+    if whole.shape != shape(like):  # such as an optimiser's step count, which every process has
         return whole
     if piece := piece_of(like):
         return piece.cut(whole)

@@ -15,7 +15,7 @@ from diffusers import Krea2Transformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posttrain.model.adapters.targets import TEXT, fuses_text, is_block_linear
+from posttrain.model.adapters.targets import fuses_text, is_block_linear
 
 
 def blocks(transformer: Krea2Transformer2DModel) -> list[nn.Module]:
@@ -32,8 +32,9 @@ def is_block_matrix(key: str) -> bool:
     return key.endswith(".weight") and is_block_linear(key.removesuffix(".weight"))
 
 
-def text_modules(transformer: Krea2Transformer2DModel) -> list[nn.Module]:
-    return [transformer.get_submodule(name) for name in TEXT]
+def text_parameters(transformer: Krea2Transformer2DModel) -> list[nn.Parameter]:
+    """Those of TEXT."""
+    return [parameter for key, parameter in transformer.named_parameters() if fuses_text(key)]
 
 
 def text_weights(transformer: Krea2Transformer2DModel) -> dict[str, Tensor]:
@@ -49,6 +50,7 @@ def text_width(transformer: Krea2Transformer2DModel) -> int:
 def fuse(transformer: Krea2Transformer2DModel, features: Tensor, mask: Tensor | None) -> Tensor:
     """Features (B, L, taps, text_dim) to fused tokens (B, L, C), under the adapters that are active. `mask` (B, L) is
     True for real tokens; None where all are."""
+    # Attention broadcasts a mask to (B, heads, queries, keys); this one is of keys.
     attended = None if mask is None else mask[:, None, None, :]
     return transformer.txt_in(transformer.text_fusion(features, attended))
 
@@ -79,11 +81,13 @@ class Text:
     def of(prompts: Sequence[Tensor]) -> Text:
         """From what `K2.text_tokens` gives of each prompt. Padded to the longest, and masked, only if the lengths
         differ."""
-        lengths = torch.tensor([len(tokens) for tokens in prompts], device=prompts[0].device)
+        lengths = list(map(len, prompts))
         tokens = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
-        if len({len(tokens) for tokens in prompts}) == 1:
+        # Without a mask attention has faster kernels.
+        if len(set(lengths)) == 1:
             return Text(tokens)
-        return Text(tokens, torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None])
+        ends = torch.tensor(lengths, device=tokens.device)[:, None]
+        return Text(tokens, torch.arange(tokens.shape[1], device=tokens.device) < ends)
 
     @property
     def is_fused(self) -> bool:

@@ -89,6 +89,7 @@ def check_directory(
 def is_distilled(path: str) -> bool:
     """Whether a local pipeline says that it is distilled. False for a hub id, which is not asked."""
     index = Path(path) / "model_index.json"
+    # A hub's answer would take a download; it is checked once the model is loaded.
     return index.is_file() and bool(json.loads(index.read_text()).get("is_distilled"))
 
 
@@ -128,6 +129,7 @@ def _check_single(file: Path, format: str | None) -> None:
         raise UserError(f"{file}: no such file; give the transformer as one .safetensors file")
     if file.suffix != ".safetensors":
         raise UserError(f"{file}: only .safetensors files are read; convert it first")
+    # First with the types of scaled files, whose remedy is another than that of other quantised files.
     check_file(file, also=(*FLOAT8, "U8"))
     weights = {weight.name: weight for weight in _tensors(file, "transformer")}
     quantised = [weight for weight in weights.values() if weight.is_float8]
@@ -136,7 +138,7 @@ def _check_single(file: Path, format: str | None) -> None:
             raise UserError(
                 f"{file}: its weights have 8 bits and scales; to read them set model.transformer_format: fp8_scaled"
             )
-        check_file(file)
+        check_file(file)  # once more: without a format no 8-bit numbers
     else:
         _check_scaled(file, weights, quantised)
 

@@ -57,7 +57,7 @@ class Shape:
         """Width of input and output of each linear of a block."""
         d, kv, ff = self.width, self.kv, self.ff
         sizes = [(d, d), (d, kv), (d, kv), (d, d), (d, d), (d, ff), (d, ff), (ff, d)]
-        return dict(zip(TARGETS, sizes))
+        return dict(zip(TARGETS, sizes))  # q, k, v, gate, out; gate, up, down of the feed-forward
 
 
 def block(shape: Shape, tokens: int, rank: int = 0) -> int:
@@ -149,22 +149,28 @@ class TextShape:
         across_taps = self.across_taps * self.taps**2 * tokens
         return 4 * (across_taps + self.across_text * tokens**2) * self.width
 
-    def last(self, tokens: int) -> list[tuple[int, int, int]]:
-        """Rows, width of input and of output of the projector and the two layers of txt_in."""
+    def products(self, tokens: int) -> list[tuple[int, int, int]]:
+        """Rows, width of input and of output of all linears: of the blocks, the projector and the two of txt_in."""
         c, d = self.width, self.out
-        return [(tokens * c, self.taps, 1), (tokens, c, d), (tokens, d, d)]
+        of_blocks = [(self.rows(tokens), a, b) for a, b in self.block_linears()]
+        # The projector makes one state of the taps, for each channel by itself: c rows a token.
+        return [*of_blocks, (tokens * c, self.taps, 1), (tokens, c, d), (tokens, d, d)]
 
 
 def fuse(shape: TextShape, tokens: int, rank: int = 0) -> int:
     """Operations of fusing one text. `rank` is that of adapters on all its linears; 0: none."""
-    products = [(shape.rows(tokens), a, b) for a, b in shape.block_linears()] + shape.last(tokens)
-    return shape.attention(tokens) + sum(2 * rows * (a * b + rank * (a + b)) for rows, a, b in products)
+    operations = shape.attention(tokens)
+    for rows, a, b in shape.products(tokens):
+        operations += 2 * rows * (a * b + rank * (a + b))
+    return operations
 
 
 def fuse_backward(shape: TextShape, tokens: int, rank: int) -> int:
     """Operations of its backward, where adapters of this rank on all its linears are trained."""
-    linears = shape.block_linears()
-    products = [(shape.rows(tokens), a, b) for a, b in linears] + shape.last(tokens)
+    operations = 2 * shape.attention(tokens)
+    for rows, a, b in shape.products(tokens):
+        operations += 2 * rows * (a * b + 2 * rank * (a + b))
     # Features have no gradient, so the linears that read them have none of their inputs.
-    saved = sum(2 * tokens * shape.taps * (a * b + rank * a) for a, b in linears[: len(INPUTS)])
-    return 2 * shape.attention(tokens) + sum(2 * rows * (a * b + 2 * rank * (a + b)) for rows, a, b in products) - saved
+    for a, b in shape.block_linears()[: len(INPUTS)]:
+        operations -= 2 * tokens * shape.taps * (a * b + rank * a)
+    return operations

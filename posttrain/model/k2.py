@@ -27,7 +27,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from posttrain.errors import UserError
 from posttrain.image_reader import to_rgb
 from posttrain.model import architecture, sampler
-from posttrain.model.adapters.targets import fuses_text
 from posttrain.model.architecture import Encoding, Text, pack, unpack
 from posttrain.model.blocks import Blocks, VelocityModel
 from posttrain.model.fingerprint import fingerprint
@@ -162,7 +161,8 @@ class K2(Roles):
 
     def config_fingerprint(self) -> str:
         """A short hash of the architecture. Adapters and resumed runs must match it."""
-        # Keys with an underscore say where a checkpoint lies and by which version it was written.
+        # Keys with an underscore say where a checkpoint lies and by which version it was written. The tapped states are
+        # a setting of the pipeline, but what fuses them has learnt these.
         config = {key: value for key, value in self.transformer.config.items() if not key.startswith("_")}
         config["taps"] = self.pipe.text_encoder_select_layers
         return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
@@ -185,7 +185,9 @@ class K2(Roles):
         room = max_tokens + self.pipe.prompt_template_encode_start_idx - len(suffix_ids)
         ids: list[list[int]] = []
         cut: list[int] = []
-        for row in self.tokenizer([prefix + prompt for prompt in prompts])["input_ids"] if prompts else ():
+        if not prompts:  # not every tokenizer takes an empty batch
+            return ids, cut
+        for row in self.tokenizer([prefix + prompt for prompt in prompts])["input_ids"]:
             ids.append(row[:room] + suffix_ids)
             cut.append(max(0, len(row) - room))
         return ids, cut
@@ -211,7 +213,7 @@ class K2(Roles):
             ).hidden_states
             taps = torch.stack([states[i] for i in self.pipe.text_encoder_select_layers], dim=2)
             for row, i in enumerate(chosen):
-                features[i] = taps[row, start : len(ids[i])].clone()
+                features[i] = taps[row, start : len(ids[i])].clone()  # a view would keep the padded batch in memory
         return [features[i] for i in range(len(ids))]
 
     def random_features(self, length: int, seed: int = 0) -> Tensor:
@@ -233,7 +235,7 @@ class K2(Roles):
 
     def fused_text_is_constant(self) -> bool:
         """Whether `fuse` depends on no trainable parameter and no role."""
-        trained = any(p.requires_grad for key, p in self.transformer.named_parameters() if fuses_text(key))
+        trained = any(p.requires_grad for p in architecture.text_parameters(self.transformer))
         return not (trained or self.adapts_text)
 
     def text_tokens(self, features: Tensor) -> Tensor:
@@ -249,6 +251,7 @@ class K2(Roles):
         role without gradient."""
         if not self.adapts_text:
             return text
+        # FP8 is no adapter: it changes how the blocks multiply, and nothing of what fuses the text.
         under = tuple(name for name in self._active if name != FP8)
         if text.is_fused:
             if text.under != under:
@@ -324,6 +327,7 @@ class K2(Roles):
 
         `mu` is the schedule's shift; None: the model's own.
         """
+        # The state stays fp32 from step to step; in bf16 the small steps of a long schedule would be rounded away.
         x = noise.to(self.device, torch.float32)
         text, null_text = self.fused(text), None if null_text is None else self.fused(null_text)
         times = sampler.schedule(steps, self.mu(height, width) if mu is None else mu)
@@ -349,6 +353,7 @@ class K2(Roles):
             # The VAE is one of videos: an image is a video of one frame.
             pixels = self.vae.decode(z[:, :, None].to(self.vae.dtype), return_dict=False)[0][:, :, 0]
             finite.append(pixels.isfinite().all())
+            # Rounded, not cut off: otherwise all images would be half a level darker.
             pixels = (pixels.float() / 2 + 0.5).clamp(0, 1) * 255
             images.append(pixels.round().to(torch.uint8).permute(0, 2, 3, 1))
         # One question for all: a GPU is waited for where images are fetched from it anyway.
@@ -365,7 +370,8 @@ class K2(Roles):
         """uint8 images (B, height, width, 3), or PIL images of one size, to packed latents: the mode of the
         posterior."""
         if not isinstance(images, Tensor):
-            images = torch.from_numpy(np.stack([np.asarray(to_rgb(image)) for image in images]))
+            arrays = [np.asarray(to_rgb(image)) for image in images]
+            images = torch.from_numpy(np.stack(arrays))
         self.grid(*images.shape[1:3])
         mean, std = self._latent_statistics()
         latents = []

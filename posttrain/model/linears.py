@@ -36,6 +36,7 @@ class Float8Matmul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        # The weight is frozen, so the input is not needed in backward and takes no memory.
         ctx.save_for_backward(weight)
         return F.linear(x, weight)
 
@@ -97,6 +98,7 @@ class LoraLinear(nn.Linear):
         if factors is None:
             return self._base(input)
         a, b = (factor.to(input.dtype) for factor in factors)
+        # Through the rank: B A would be a matrix of the layer's size.
         added = F.linear(F.linear(input, a), b)
         if self._float8() is not None:
             return self._base(input) + added

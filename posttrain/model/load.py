@@ -28,7 +28,7 @@ from posttrain.loading import (
     PIPELINE,
     check_finite,
     check_json,
-    check_keys,
+    check_tensors,
     load_model,
     local,
     quiet,
@@ -155,7 +155,7 @@ def _wrong_with_schedule(scheduler: Any) -> str:
                 f" {json.dumps(wanted)} is sampled; use K2's own schedule"
             )
     numbers = [scheduler.config[key] for key in SCHEDULER if key.startswith(("base_", "max_"))]
-    # K2's tokens for the two shifts must differ: the shift is a line through both.
+    # The numbers of tokens for the two shifts must differ: the shift is a line through both.
     whole = all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
     if not whole or scheduler.config["base_image_seq_len"] == scheduler.config["max_image_seq_len"]:
         return "scheduler/scheduler_config.json: base_ and max_shift and _image_seq_len must be numbers; copy it again"
@@ -170,13 +170,7 @@ def check_names(
     original_names: bool = False,
 ) -> None:
     """Raises UserError for missing, unexpected and misshapen keys, with their numbers and the first few of each."""
-    name = key_names.original_name if original_names else str
-    check_keys(
-        where, remedy,
-        missing=[name(key) for key in expected if key not in got],
-        unexpected=[name(key) for key in got if key not in expected],
-        of_another_shape=[name(key) for key in expected if key in got and got[key].shape != expected[key].shape],
-    )  # fmt: skip
+    check_tensors(where, expected, got, remedy, key_names.original_name if original_names else str)
 
 
 def keeps_fp32(name: str) -> bool:

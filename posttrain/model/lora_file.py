@@ -103,18 +103,17 @@ def read_adapter(path: str | Path, shapes: Mapping[str, tuple[int, int]], where:
     is_musubi = tensors.pop(MUSUBI, None) is not None
     layers, names = _layers(tensors, shapes, where)
     found: dict[str, str] = {}
+    ranks: dict[str, int | None] = {}
+    has_alphas, has_magnitude = True, False
     for layer, parts in layers.items():
         found[layer] = _kind(names[layer], parts, where)
-    ranks: dict[str, int | None] = {}
-    for layer, parts in layers.items():
         ranks[layer] = kinds.rank_of(found[layer], parts)
         if is_musubi and found[layer] == "LoKr" and ranks[layer] is None:
             ranks[layer] = max(parts["lokr_w2"].shape)
+        has_alphas = has_alphas and ALPHA in parts
+        has_magnitude = has_magnitude or MAGNITUDE in parts
     of_layers = {rank for rank in ranks.values() if rank is not None}
-    has_magnitude = any(MAGNITUDE in parts for parts in layers.values())
-    stated = stated_scales(
-        path, where, of_layers, all(ALPHA in parts for parts in layers.values()), {*found.values()}, has_magnitude
-    )
+    stated = stated_scales(path, where, of_layers, has_alphas, set(found.values()), has_magnitude)
     adapter = Adapter()
     for layer, parts in layers.items():
         rank, name = ranks[layer], names[layer]
@@ -233,7 +232,7 @@ def add_adapter(k2: K2, name: str, adapter: Adapter, where: str | Path, *grids: 
     if adapter.factors:
         add_lora(k2, name, adapter.factors, where)
     kept: dict[str, list[Kept]] = {}
-    moved = bool(adapter.factors)
+    moved = bool(adapter.factors)  # add_lora has refused one without effect
     for layer, change in adapter.changes.items():
         weight = _weight(k2, layer)
         assert weight is not None
@@ -272,7 +271,8 @@ def role_for(factors: Mapping[str, Tensor], where: str | Path) -> Role:
     if not any(value.any() for key, value in factors.items() if key.endswith(B)):
         raise UserError(f"{where}: every B factor is 0, so it does nothing; give a trained LoRA")
     rank = max(len(value) for key, value in factors.items() if key.endswith(A))
-    return Role(rank, float(rank), tuple(dict.fromkeys(target_of(layer_of(key)) for key in factors)))
+    layers = dict.fromkeys(map(layer_of, factors))
+    return Role(rank, float(rank), tuple(dict.fromkeys(map(target_of, layers))))
 
 
 def padded(factors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -282,6 +282,7 @@ def padded(factors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str
         # Some LoRAs leave out a target in some blocks, or have smaller ranks there: the rest is 0.
         state[key] = torch.zeros(parameter.shape)
         if (value := factors.get(key)) is not None:
+            # Ranks are rows of A and columns of B, so a smaller one fills the upper or the left part.
             state[key][: value.shape[0], : value.shape[1]] = value
     return state
 
@@ -306,7 +307,7 @@ def begin_role(k2: K2, name: str, factors: Mapping[str, Tensor]) -> None:
     if (rank := max(len(value) for key, value in factors.items() if key.endswith(A))) > role.rank:
         raise UserError(f"lora.rank: is {role.rank}, and model.start has rank {rank}; use at least that")
     for key, value in factors.items():
-        # The role's own scale is applied on top.
+        # The role's own scale, alpha / rank, is applied on top.
         state[key][: value.shape[0], : value.shape[1]] = value * role.rank / role.alpha if key.endswith(B) else value
     k2.load_role_state_dict(name, state)
 

@@ -39,6 +39,7 @@ def check(bases: Sequence[Base], types: dict[str, str]) -> None:
 def check_cuda() -> None:
     """Raises UserError if there is a GPU that torch cannot use, so that nothing runs on the CPU by mistake."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or os.environ.get("ACCELERATE_USE_CPU") == "true"
+    # A torch without CUDA sees no GPU, so they are looked for in /dev.
     if hidden or not _gpus():
         return
     if not torch.backends.cuda.is_built():
@@ -75,6 +76,7 @@ def check_fp8(device: torch.device, field: str) -> None:
 def check_memory(base: Base, tensors: Sequence[Weight], device: torch.device | None) -> None:
     """Raises UserError if the free memory, of the GPU or of the machine, is smaller than the weights alone."""
     total = offloaded = 0.0
+    # A lower bound: what has no room for the weights has none for activations either.
     for weight in tensors:
         size = _bytes(base, weight)
         total += size

@@ -22,14 +22,16 @@ class Offloaded:
     def __init__(self, module: nn.Module, device: torch.device):
         self.device = device
         module.cpu()
-        tensors = [*module.parameters(), *module.buffers()]
-        originals = [tensor.data.pin_memory() if device.type == "cuda" else tensor.data for tensor in tensors]
-        self._originals = list(zip(tensors, originals))
+        self._originals: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for tensor in (*module.parameters(), *module.buffers()):
+            original = tensor.data.pin_memory() if device.type == "cuda" else tensor.data
+            self._originals.append((tensor, original))
         self._restore()
 
     @contextlib.contextmanager
     def on_device(self) -> Iterator[None]:
         for tensor, original in self._originals:
+            # In the order of the stream: kernels that use the copy wait for it, the CPU does not.
             tensor.data = original.to(self.device, non_blocking=True, copy=True)
         try:
             yield

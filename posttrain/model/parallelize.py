@@ -76,9 +76,10 @@ def _shard_all(k2: K2, procs: Processes) -> None:
             network(*coordinator.single)
     k2.train_role(next(iter(k2.roles)))
     _print_sizes(k2, networks, procs)
+    # From here on every forward of any role goes through the coordinator. The order is that of `networks`: the model,
+    # its reference, copies.
     modules = [SynchronizedModule(coordinator, index) for index in range(len(networks))]
     k2.copies = {name: modules[networks.index(network)] for name, network in k2.copies.items()}
-    # The order is that of `networks`: the model, its reference, copies.
     k2.net = modules[0]
     if k2.reference is not None:
         k2.reference = modules[1]
@@ -98,15 +99,14 @@ def _fsdp2(k2: K2, networks: list[VelocityModel], procs: Processes) -> list[nn.M
 def _fully_shard(network: VelocityModel, k2: K2, mesh: Any, trained: bool) -> None:
     """With `trained`, the weights are a role, except those that fuse the text, which do not change."""
     net = network.transformer
-    text: set[int] = set()
-    for part in architecture.text_modules(net):
-        text.update(map(id, part.parameters()))
+    text = set(map(id, architecture.text_parameters(net)))
     sharded: set[int] = set()
     for module in net.modules():
         if isinstance(module, nn.Linear):
             # Adapters are small: they stay whole, and their gradients are summed like those of one process.
-            base = [p for key, p in module.named_parameters() if not key.startswith("lora_")]
-            sharded.update(id(p) for p in base if id(p) not in text)
+            for key, parameter in module.named_parameters():
+                if not key.startswith("lora_") and id(parameter) not in text:
+                    sharded.add(id(parameter))
     options: dict[str, Any] = {
         "mesh": mesh,
         "reshard_after_forward": True,
@@ -133,10 +133,12 @@ def _print_sizes(k2: K2, networks: list[VelocityModel], procs: Processes) -> Non
     # By id: networks share the weights that are not trained.
     weights: dict[int, nn.Parameter] = {}
     for network in networks:
-        weights |= {id(p): p for p in network.parameters()}
+        for parameter in network.parameters():
+            weights[id(parameter)] = parameter
     held = total = own = whole = 0
     for parameter in weights.values():
-        held += sum(part.numel() for part in shards.held(parameter))
+        for part in shards.held(parameter):
+            held += part.numel()
         total += shards.shape(parameter).numel()
     for name in k2.roles:
         for parameter in k2.role_parameters(name):
@@ -175,6 +177,7 @@ class ForwardCoordinator:
         for gradient in (True, False):
             for role in (None, *k2.roles):
                 self.passes += [(gradient, role, index) for index in range(len(networks))]
+        # The least that a network takes: it gathers all weights, and costs next to nothing to compute.
         x = torch.zeros(1, 1, k2.latent_channels, dtype=k2.dtype, device=k2.device)
         tokens = torch.zeros(1, 1, architecture.text_width(k2.transformer), dtype=k2.dtype, device=k2.device)
         self.single = (x, torch.full((1,), 0.5, device=k2.device), tokens, None, (1, 1))
@@ -185,7 +188,7 @@ class ForwardCoordinator:
         role = self.k2.active
         trained = self.k2.role_parameters(role) if role is not None and torch.is_grad_enabled() else []
         graded = any(p.requires_grad for p in trained)
-        self._join_until(self.passes.index((graded, role, index)) + 2)
+        self._join_until(self.passes.index((graded, role, index)) + 2)  # 0 and 1 are taken
         result = self.networks[index](*inputs)
         return _Backward.apply(result, self) if graded else result
 

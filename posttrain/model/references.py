@@ -81,6 +81,7 @@ class References:
         if mask is not None:
             own = own.masked_fill(~mask, -math.inf)
         strength = torch.ones(1, len(self.latents)) if self.strength is None else self.strength
+        # exp(logit + log s) = s exp(logit): each token of a reference counts s times. log 0 = -inf masks it.
         added = strength.to(device, torch.float32).log().expand(batch, -1)
         per_token = added.repeat_interleave(torch.tensor(self.lengths, device=device), 1)
         return torch.cat([own, per_token], 1)[:, None, None, :].to(dtype)
@@ -96,7 +97,7 @@ def position_ids(index: int, rows: int, columns: int) -> Tensor:
 def rotary(transformer: Krea2Transformer2DModel, shown: References, device: torch.device) -> list[Rope]:
     """The rotary table of each reference."""
     ids = [position_ids(place, *grid).to(device) for place, grid in zip(shown.places, shown.grids)]
-    with torch.autocast(device.type, enabled=False):
+    with torch.autocast(device.type, enabled=False):  # angles in full precision
         return list(map(transformer.rotary_emb, ids))
 
 
@@ -223,6 +224,7 @@ def cache(transformer: Krea2Transformer2DModel, references: References, dtype: t
             seen = Seen()
             for i, stream in enumerate(streams):
                 streams[i] = block(stream, clean, ropes[i], seen)
-            keys = torch.cat([key for key, _ in seen.own], 1)
-            found.append((keys, torch.cat([value for _, value in seen.own], 1)))
+            # `seen` has collected those of all references, in their order.
+            keys, values = zip(*seen.own)
+            found.append((torch.cat(keys, 1), torch.cat(values, 1)))
     return replace(references, cached=tuple(found))

@@ -99,18 +99,21 @@ class Roles:
             raise ValueError(f"role {name!r} of all weights cannot stand beside {sorted(self.roles)}")
         self._stack_of_full = self._unstack(keep_text=True)
         copied = frozen_copy(self.transformer) if reference else None
+        # deepcopy keeps the order of parameters. The copy takes the stack now, the role at its first `master`.
         for weight, own in zip(self.transformer.parameters(), copied.parameters() if copied is not None else ()):
             if factors := self._stack_of_full.get(id(weight)):
                 own.data = _sum(weight, factors).to(own.dtype)  # rounded as the forward rounds the role's weights
         self._stored = {key: parameter.dtype for key, parameter in self.transformer.named_parameters() if _full(key)}
         self.roles[name] = None
-        for parameter in self.role_parameters(name) if not self.deferred else ():
-            parameter.data = self.master(parameter)
+        if not self.deferred:
+            for parameter in self.role_parameters(name):
+                parameter.data = self.master(parameter)
         return copied
 
     def master(self, parameter: Tensor) -> Tensor:
         """The initial fp32 value of a weight of the role of all weights. The stack's change is added at the first
         call."""
+        # Popped, so that a second call does not add it twice.
         factors = self._stack_of_full.pop(id(parameter), None)
         return parameter.data.float() if factors is None else _sum(parameter, factors)
 
@@ -179,7 +182,11 @@ class Roles:
         return list(self.role_named_parameters(name).values())
 
     def role_state_dict(self, name: str) -> dict[str, Tensor]:
-        return {key: shards.joined(shards.own(p).detach(), p) for key, p in self.role_named_parameters(name).items()}
+        state = {}
+        for key, parameter in self.role_named_parameters(name).items():
+            # Where it is sharded, nothing is gathered yet.
+            state[key] = shards.joined(shards.own(parameter).detach(), parameter)
+        return state
 
     @torch.no_grad()
     def load_role_state_dict(self, name: str, state_dict: Mapping[str, Tensor]) -> None:
@@ -244,13 +251,13 @@ class Roles:
         if self.roles:
             raise RuntimeError(f"cannot merge the stack under {sorted(self.roles)}")
         kept: dict[str, list[Kept]] = {}
-        names = {id(layer.weight): name for name, layer in self._layers}
-        weights = {id(layer.weight): layer.weight for _, layer in self._layers}
+        # Before the layers are taken apart; weights are the same objects afterwards.
+        layers = {id(layer.weight): (name, layer.weight) for name, layer in self._layers}
         for key, (a, b) in self._unstack().items():
-            weight, change = weights[key], b @ a
+            (name, weight), change = layers[key], b @ a
             merged = weight.detach().float() + change
             of = {grid: Kept.of(weight, change, merged, grid) for grid in set(grids)}
-            kept[names[key]] = [of[grid] for grid in grids]
+            kept[name] = [of[grid] for grid in grids]
             weight.data = merged.to(weight.dtype)
         return kept
 
@@ -274,6 +281,7 @@ class Roles:
                 self.transformer.set_submodule(name, LoraLinear(linear, self._active), strict=True)
         modules = self.transformer.named_modules()
         self._layers = [(name, layer) for name, layer in modules if isinstance(layer, LoraLinear)]
+        # By the order of the model, whatever was asked for: seeds are drawn by it.
         return [layer for name, layer in self._layers if name in wanted]
 
     def _unstack(self, keep_text: bool = False) -> dict[int, tuple[Tensor, Tensor]]:
@@ -313,8 +321,8 @@ class Kept:
         """For `merged` = weight + change, fp32, rounded to type `grid`."""
         rounded = wanted = squares = 0.0
         # In parts that a CPU's cache holds: on whole weights of K2 the time goes into memory.
-        flat = [tensor.detach().reshape(-1).split(PART) for tensor in (weight, change, merged)]
-        for own, added, both in zip(*flat):
+        own_parts, added_parts, both_parts = (x.detach().reshape(-1).split(PART) for x in (weight, change, merged))
+        for own, added, both in zip(own_parts, added_parts, both_parts):
             left = both.to(grid).float() - own.to(grid).float()
             rounded += float((left * added).sum())
             wanted += float(added.square().sum())

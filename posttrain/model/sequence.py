@@ -50,7 +50,7 @@ def enable(k2: K2, procs: Processes) -> None:
     heads = k2.transformer.config["num_attention_heads"]
     if heads % size:
         raise UserError(f"model.sequence_parallel: is {size}, which does not divide the model's {heads} heads")
-    k2.blocks.compiled = False
+    k2.blocks.compiled = False  # in place of None, which would compile on a GPU
     # Processes must recompute the same blocks, as these exchange tokens, and each measures its own free memory.
     if k2.blocks.recompute is None:
         k2.blocks.recompute = len(architecture.blocks(k2.transformer))
@@ -87,6 +87,7 @@ class SequenceParallel:
             mask = F.pad(mask, (0, missing))  # with False
             hidden = F.pad(hidden, (0, 0, 0, missing))
             rope = (F.pad(rope[0], (0, 0, 0, missing)), F.pad(rope[1], (0, 0, 0, missing)))
+        # The mask stays whole: each process attends with a part of the heads, and with all tokens.
         length = hidden.shape[1] // self.size
         start = self.rank * length
         rope = (rope[0].narrow(0, start, length), rope[1].narrow(0, start, length))
@@ -108,5 +109,6 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
+        # All compute the same loss, so each has the gradient of the whole; a sum over processes would be too large.
         tokens = ctx.tokens
         return gradients[0].chunk(tokens.size, dim=1)[tokens.rank].contiguous(), None

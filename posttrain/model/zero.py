@@ -64,6 +64,7 @@ def shard(k2: K2, networks: list[VelocityModel], procs: Processes) -> tuple[list
     for network in networks:
         parts = _Parts(network)
         own = [p for p in parts.parameters() if id(p) in trained]
+        # The weights of ZeRO-2 stay whole, so its network is called as it is.
         modules.append(parts if procs.engine == "ZeRO-3" else network)
         if procs.engine == "ZeRO-3":
             # Vectors stay whole as well: they are small, and gathering each of them would cost a message.

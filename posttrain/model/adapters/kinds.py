@@ -51,6 +51,7 @@ class Change:
             changed = changed + difference(self.parts, self.scale).to(weight.device)
         if (magnitude := self.parts.get(MAGNITUDE)) is None:
             return changed
+        # A magnitude for each input is of norms over the outputs, and the other way round.
         over = 0 if magnitude.shape[0] == 1 and magnitude.ndim == 2 else 1
         norm = torch.linalg.vector_norm(changed, dim=over, keepdim=True)
         # LyCORIS adds this much too; it keeps an output without weights at 0.
@@ -97,6 +98,7 @@ def difference(parts: Mapping[str, Tensor], scale: float) -> Tensor:
 
 def shape_of(parts: Mapping[str, Tensor]) -> tuple[int, ...]:
     """The shape of the difference, without computing it; () where its tensors do not fit each other."""
+    # On the meta device shapes are worked out by the same products, and nothing is multiplied.
     on_meta = {name: torch.empty_like(part, device="meta") for name, part in parts.items()}
     try:
         return tuple(difference(on_meta, 1.0).shape)
@@ -109,6 +111,7 @@ def _lora(parts: Mapping[str, Tensor]) -> Tensor:
 
 
 def _lokr(parts: Mapping[str, Tensor]) -> Tensor:
+    # Each side of the Kronecker product may be whole or factored, whatever the other is.
     whole: list[Tensor] = []
     for name in ("lokr_w1", "lokr_w2"):
         whole.append(parts[name] if name in parts else parts[f"{name}_a"] @ parts[f"{name}_b"])

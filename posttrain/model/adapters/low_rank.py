@@ -40,6 +40,7 @@ def concatenate(factors: Sequence[Factors], weights: Sequence[float]) -> Factors
     """The factors, of the sum of all ranks, of the weighted sum of these updates, which may have different ranks."""
     if not factors or len(factors) != len(weights):
         raise ValueError(f"{len(factors)} updates and {len(weights)} weights: give one weight for each")
+    # [w1 B1, w2 B2] [A1; A2] = w1 B1 A1 + w2 B2 A2.
     b = [weight * b for (b, _), weight in zip(factors, weights)]
     a = [a for _, a in factors]
     return torch.cat(b, dim=1), torch.cat(a)
@@ -50,6 +51,8 @@ def truncate(b: Tensor, a: Tensor, rank: int) -> Truncated:
 
     QR of B and of A transposed, then an SVD of R_B R_A^T, which is R x R at most.
     """
+    # B A = Q_B (R_B R_A^T) Q_A^T. The Q's columns are orthonormal, so the product has the singular values of the small
+    # matrix in the middle.
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.mT)
     u, sigma, vh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
@@ -70,5 +73,6 @@ def error_of(layers: Iterable[Truncated]) -> float:
 
 def inner(first: Factors, second: Factors) -> float:
     """The Frobenius inner product <B1 A1, B2 A2>, as the sum of (B1^T B2) * (A1 A2^T), which is r1 x r2."""
+    # tr((B1 A1)^T B2 A2) = tr(A1^T (B1^T B2) A2) = sum of (B1^T B2) * (A1 A2^T), by the trace's cyclic order.
     (b1, a1), (b2, a2) = first, second
     return float(((b1.mT @ b2) * (a1 @ a2.mT)).sum())

@@ -39,7 +39,7 @@ def stated_scales(
     and their kinds, `alphas` whether each has an alpha tensor, `magnitudes` whether any has a magnitude. Raises
     UserError if they cannot be read."""
     peft: dict[str, Any] = {"found": found, "magnitudes": magnitudes}
-    with safe_open(path, framework="np") as opened:
+    with safe_open(path, framework="np") as opened:  # the header alone
         header = opened.metadata() or {}
     scales: dict[str, Scale] = {}
     if "lora_adapter_metadata" in header:
@@ -67,6 +67,7 @@ def scale_of(
     """The scale of a layer, as the file names it, of that rank; None: its kind has none, and so no alpha counts.
     Raises UserError if two places disagree."""
     found = {} if alpha is None or not rank else {"its alpha tensor": alpha / rank}
+    # All places are asked, and not only the first that knows: disagreement has to be seen.
     for place, scale in stated.items():
         if (value := scale(layer, rank)) is not None:
             found[place] = value
@@ -118,6 +119,7 @@ def _of_peft(config: Mapping[str, Any], where: str | Path, place: str, found: Se
         value = config.get(key, default)
         for pattern, chosen in (config.get(patterns) or {}).items():
             try:
+                # PEFT's own form: a pattern stands for the end of a name, from a dot on.
                 matches = re.fullmatch(rf"(.*\.)?({pattern})", layer)
             except re.error as error:
                 raise refuse(patterns, f"{error}; copy or download it again") from error

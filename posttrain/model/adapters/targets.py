@@ -36,6 +36,7 @@ def choices() -> str:
 
 def target_of(layer: str) -> str:
     """The narrowest target that names a layer of the network: `to_q` of a block's, else the layer itself."""
+    # Blocks of the text fusion, whose names also hold "blocks", have no targets of their own.
     match = _IN_BLOCK.fullmatch(layer)
     return layer if match is None else match[1]
 
@@ -50,6 +51,7 @@ def reaches(targets: Iterable[str], layer: str) -> bool:
     """Whether one of the targets names this layer of the network."""
     own = target_of(layer)
     in_block = own != layer
+    # A part outside the blocks reaches all its linears; within them targets are exact, so that `ff` is none.
     for target in targets:
         if target in (ALL, own) or (in_block and target == BLOCKS) or (not in_block and own.startswith(f"{target}.")):
             return True
