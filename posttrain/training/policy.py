@@ -80,21 +80,26 @@ def _load_base_or_saved(model: ModelConfig, device: str | torch.device, saved: C
         # What it continued lies in its own factors, and is named all the same.
         k2.origin |= {key: value for key, value in _origin(saved).items() if key == "continued"}
         return k2
+    stages: list[Checkpoint] = []
+    begins_with: dict[str, Tensor] = {}
+    if model.start is not None:  # what is wrong with it is said before the base is read
+        first = load_stage(model.start, asdict(model))
+        stages = [*earlier_of(first), first]
+        # Distillation comes last, so training starts from a student only if the recipe asks for it.
+        if any(map(is_student, stages)) and not model.allow_distilled:
+            raise UserError(f"model.start: {first.path} is distilled (method tdm): {DISTILLED_REMEDY}")
+        if model.start_as == "continue":
+            begins_with = _factors_to_continue(first)
     k2 = read_base(asdict(model), first_device(model, device))
     if k2.is_distilled and not model.allow_distilled:
         raise UserError(f"{model.path}: model_index.json: is_distilled is true: {DISTILLED_REMEDY}")
-    if model.start is not None:
-        first = load_stage(model.start, asdict(model))
-        stages, found = [*earlier_of(first), first], first.path
-        # Distillation comes last, so training starts from a student only if the recipe asks for it.
-        if any(map(is_student, stages)) and not model.allow_distilled:
-            raise UserError(f"model.start: {found} is distilled (method tdm): {DISTILLED_REMEDY}")
-        base = _origin(first)["base"]
-        if base not in (None, k2.origin["base"]):
-            raise UserError(f"model.start: {found} was trained on another model than model.path ({model.path})")
-        if model.start_as == "continue":
-            k2.begins_with = _factors_to_continue(stages.pop())
-            k2.origin["continued"] = _entry(first)
+    if stages:
+        first = stages[-1]
+        if _origin(first)["base"] not in (None, k2.origin["base"]):
+            raise UserError(f"model.start: {first.path} was trained on another model than model.path ({model.path})")
+        if begins_with:
+            k2.begins_with = begins_with
+            k2.origin["continued"] = _entry(stages.pop())
         for earlier in stages:
             _stack(k2, earlier)
     return k2

@@ -22,6 +22,7 @@ from posttrain.model.k2 import K2
 from posttrain.sample_config import SampleConfig
 from posttrain.sample_images import sample
 from posttrain.tdm import train as tdm
+from posttrain.training import policy
 from posttrain.training.policy import POLICY, add_policy, load_base, load_model, stack_earlier
 from tests.export.test_export import distance, ours, stock_latents
 from tests.helpers import runs, tiny
@@ -134,6 +135,12 @@ def test_continued_the_role_begins_at_the_factors(files, model, rank):
 def test_what_cannot_be_continued(files, model, form, lora, says):
     with pytest.raises(UserError, match=says):
         add_policy(load_model(settings(model, start=str(files[form][0]), start_as="continue"), "cpu"), lora, 0, True)
+
+
+def test_what_cannot_be_continued_is_said_before_the_base_is_read(files, model, monkeypatch):
+    monkeypatch.setattr(policy, "read_base", lambda *_: pytest.fail("the base is read"))
+    with pytest.raises(UserError, match="continue needs a LoRA"):
+        load_model(settings(model, start=str(files["dora"][0]), start_as="continue"), "cpu")
 
 
 def test_continued_from_a_run_on_another(files, model, tmp_path):
