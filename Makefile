@@ -45,9 +45,9 @@ test-vllm:
 	@echo "The tests with the real vLLM need Linux x86_64, and this is $(PLATFORM)."; exit 2
 endif
 
-# Runs of several processes, whole pipelines, compiled models: seven minutes on two cores. CI runs them after `test`.
+# Runs of several processes, whole pipelines, compiled models, the commands of the docs. CI runs them after `test`.
 test-long: $(VENV)/installed browser
-	$(BIN)/python -m pytest -n $(WORKERS) -m long
+	$(PYTEST) -m long
 
 # The page of posttrain annotate and reports are tested in a Chromium, which root on Debian installs. Elsewhere one that
 # is there is taken, and without one those tests are left out.

@@ -137,6 +137,7 @@ def clear(words: list[str]) -> None:
         Path(output).unlink(missing_ok=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("line", RUN, ids=lambda line: line[:100])
 def test_a_command_runs(line, workspace, monkeypatch, capsys):
     monkeypatch.chdir(workspace)

@@ -27,11 +27,13 @@ def python(folder: Path, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_draw_and_score(tmp_path):
     lines = python(tmp_path, str(runs.ROOT / "examples/draw_and_score.py")).splitlines()
     assert len(lines) == 4 and all("brightness 0." in line and "artifact_free" in line for line in lines)
 
 
+@pytest.mark.long
 def test_a_folder_is_scored(tmp_path):
     shades = (0, 100, 200)
     for i, shade in enumerate(shades):

@@ -120,6 +120,7 @@ def test_a_wheel_takes_one_name_and_holds_all_data(installed):
     assert wanted <= bundled, sorted(wanted - bundled)[:5]
 
 
+@pytest.mark.long
 def test_a_wheel_works_from_a_project_with_names_of_its_own(installed, tmp_path):
     done = command(installed, "init", "p", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -42,6 +42,7 @@ def serve(command, tmp_path) -> Iterator[Callable[..., Server]]:
             server.end(signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_whole_session(serve, browser, tmp_path):
     """Every key, undo, zoom and the end; then the store and the exported pairs are what was seen and pressed."""
     server = serve()

@@ -1,5 +1,6 @@
 """The page shows the references that both images of a pair were drawn in the style of."""
 
+import pytest
 from PIL import Image
 
 from posttrain import cli
@@ -30,6 +31,7 @@ class StyledServer(Server):
                 writer.add(pair)
 
 
+@pytest.mark.long
 def test_references_are_above_the_pair(serve, browser, tmp_path):
     server = serve("--repeats", "0", kind=StyledServer)
     ann = Person(browser, server.url)

@@ -60,6 +60,7 @@ def test_a_sharded_model_gets_like_costs_at_a_time():
     assert hands == [[1, 0, 4], [3, 2, 5]]
 
 
+@pytest.mark.long
 def test_four_processes_equal_two_and_one(command, config, tmp_path):
     """Five groups, which neither two nor four divide, one held-out prompt, two sizes; rank 0 writes. Of the images of
     an evaluation as many bytes travel as pipeline/ranks.py counts: those of a group, to the process that compares
@@ -118,6 +119,7 @@ def test_a_signal_to_one_process_ends_all(command, config, tmp_path, rank):
     assert json.loads((run / "summary.json").read_text())["steps"] == done and (run / "report.html").is_file()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("rank", "sent", "waited"), [(0, "STOP", 3), (1, "STOP", 3), (1, "KILL", 0)])
 def test_a_process_that_hangs_or_is_gone_is_named(command, config, tmp_path, rank, sent, waited):
     """Stopped, it does not end; the other one does, after the time it was told to wait. Killed, it does at once."""

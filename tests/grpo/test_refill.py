@@ -219,6 +219,7 @@ def test_what_stays_flat_is_trained_on_by_kl_alone_if_asked(config, trained, fla
     assert any(not advantages_PG.any(1).all() for _, advantages_PG in trained)
 
 
+@pytest.mark.long
 def test_killed_and_resumed_equals_uninterrupted(config, monkeypatch, tmp_path):
     """Killed in step 4, after it was refilled; the last checkpoint is that of step 2."""
     config.steps, config.checkpoint.every = 5, 2
@@ -289,6 +290,7 @@ def test_processes_equal_one(command, config, tmp_path):
         assert (trained - again).norm() < 1e-3 * trained.norm()
 
 
+@pytest.mark.long
 def test_sharded_processes_equal_one(command, config, tmp_path):
     """They go through the model together, also for further groups of which one of them has none."""
     config.lora, config.optim.lr, config.sampling.sizes = None, 1e-4, [[32, 32], [16, 48]]

@@ -92,6 +92,7 @@ def test_killed_and_resumed_equals_uninterrupted(config, monkeypatch, tmp_path, 
     assert runs.untimed(whole) == runs.untimed(config.output)
 
 
+@pytest.mark.long
 def test_two_processes_equal_one(command, config, tmp_path):
     """Five images of a teacher, which two do not divide; the second half of a run resumes in the other number."""
     config.images, config.cosines_every, config.checkpoint.every = 5, 2, 2

@@ -117,6 +117,7 @@ def test_killed_and_resumed_equals_uninterrupted(config, monkeypatch, tmp_path, 
     assert rows[0] == rows[1]
 
 
+@pytest.mark.long
 def test_two_processes_equal_one(command, config, tmp_path):
     """Three groups, which two do not divide; the second half of a run resumes in the other number of processes."""
     config.groups.prompts_per_step, config.pool.kind = 3, "adaptive"
@@ -139,6 +140,7 @@ def test_two_processes_equal_one(command, config, tmp_path):
             assert (a - b).norm() < 1e-3 * a.norm()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
 def test_two_sharded_processes_equal_one(command, config, tmp_path, engine):
     """All weights, and the old policy as a copy of them, divided between two processes."""

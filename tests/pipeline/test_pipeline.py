@@ -101,6 +101,7 @@ def wait_for_steps(run: Path, steps: int) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.long
 def test_stages_follow_each_other_and_are_done_once(write, tmp_path):
     folder, path = tmp_path / "p", write()
     planned = run(path, "--dry-run")
@@ -269,6 +270,7 @@ def test_one_at_a_time(write, tmp_path):
         fails(run(write("grpo")), "another posttrain run, or a stage that outlived one, is at work here")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a stage goes on and keeps others out")
 def test_a_pipeline_that_is_killed_takes_its_stage_along(write, tmp_path):
     process = start(write("grpo", grpo={"steps": 1000}))

@@ -23,6 +23,7 @@ def command(tmp_path_factory):
     commands.close()
 
 
+@pytest.mark.long
 def test_strengths_are_dragged(command, browser, config, tmp_path):
     """An image at once, another one for another strength, and a line for what cannot be drawn; then it ends."""
     config.sweep = []

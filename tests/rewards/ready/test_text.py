@@ -111,6 +111,7 @@ def test_another_recogniser(reader, tmp_path):
         Text(recogniser=str(tmp_path / "mine.onnx"))
 
 
+@pytest.mark.long
 def test_an_image_without_text_of_any_mode_scores_nothing(reader):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8))
     for image in (noise, Image.new("RGBA", (64, 64)), Image.new("RGB", (16, 300))):
