@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -45,7 +45,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def model(scale: str, rank: int, procs: Processes) -> K2:
+def model(scale: Literal["tiny", "nano", "k2"], rank: int, procs: Processes) -> K2:
     """K2 with random weights, or K2-nano, under a fresh adapter; compiled on a GPU."""
     cuda = procs.device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
