@@ -159,6 +159,7 @@ def test_a_command_runs(line, workspace, monkeypatch, capsys):
     assert cli.main([*words, *options]) == 0, capsys.readouterr().err
 
 
+@pytest.mark.long  # draws with what the commands of its page have made
 def test_the_snippet_for_a_turbo_draws(workspace, monkeypatch):
     """docs/exports.md; with the size of K2-nano's pictures, since it is K2-nano's Turbo."""
     monkeypatch.chdir(workspace)
@@ -172,6 +173,7 @@ def test_the_snippet_for_a_turbo_draws(workspace, monkeypatch):
     assert scope["image"].size == (64, 64)
 
 
+@pytest.mark.long  # draws with what the commands of its page have made
 def test_the_snippet_for_an_extracted_lora_draws(workspace, monkeypatch):
     """docs/merge.md, after the command above it: others clear the folder that it writes to."""
     monkeypatch.chdir(workspace)
