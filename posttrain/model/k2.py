@@ -187,7 +187,8 @@ class K2(Roles):
         cut: list[int] = []
         if not prompts:  # not every tokenizer takes an empty batch
             return ids, cut
-        for row in self.tokenizer([prefix + prompt for prompt in prompts])["input_ids"]:
+        texts = [prefix + prompt for prompt in prompts]
+        for row in self.tokenizer(texts)["input_ids"]:
             ids.append(row[:room] + suffix_ids)
             cut.append(max(0, len(row) - room))
         return ids, cut

@@ -206,8 +206,9 @@ def noised(
 
 def _shown(k2: K2, read: Sequence[EncodedPair], grids: Grids, strengths: Sequence[tuple[float, ...]]) -> References:
     """The references of pairs that have as many, of the same sizes."""
+    by_pair = [pair.references for pair in read]
     latents = []
-    for column in zip(*[pair.references for pair in read]):
+    for column in zip(*by_pair):  # the first references of all pairs, then the second ones
         latents.append(torch.stack(column).to(k2.device))
     powers = torch.tensor(strengths, device=k2.device) ** KAPPA
     # Where all are 1 the attention needs no bias for them.

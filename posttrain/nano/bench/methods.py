@@ -87,7 +87,8 @@ def at_seconds(curve: Sequence[dict[str, Any]], seconds: float, figure: str) -> 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: a line a method, the mean of each figure over seeds with the least and the greatest; the base first."""
-    starts, ends = [row["curve"][0] for row in rows], [row["curve"][-1] for row in rows]
+    starts = [row["curve"][0] for row in rows]
+    ends = [row["curve"][-1] for row in rows]
     # The fastest run's time: the others have reached it too, so nothing is extrapolated.
     least = min(common.column(ends, "seconds"))
     measured = all_keys(ends)
