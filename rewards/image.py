@@ -88,7 +88,9 @@ class Rubric(JudgeReward):
     """The mean P(yes) over a prompt's requirements, each asked by itself.
 
     They come from the column `requirements`; where a prompt has none, the judge finds them once and they are
-    kept in `requirements_file`. An empty list means that there is nothing to ask: None.
+    kept in `requirements_file`. An empty list means that there is nothing to ask: None. With another `column` the
+    statements in it are asked instead, such as what a style reference shows and the image must not; there is none
+    where that column is null, and it must be there.
     """
 
     def __init__(
@@ -97,13 +99,18 @@ class Rubric(JudgeReward):
         template: str = "rubric",
         decompose_template: str = "decompose",
         requirements_file: str | None = None,
+        column: str = "requirements",
     ):
         super().__init__(judge, template)
+        self.column = column
         self.requirements = Requirements(self.judge, load_template(decompose_template), requirements_file)
 
     async def score(self, image: Image.Image, prompt: str, row: dict[str, Any]) -> Score:
-        requirements = row.get("requirements")
-        if requirements is None:  # unknown; an empty list means that there are none
+        requirements = row.get(self.column)
+        if self.column != "requirements" and self.column not in row:
+            raise UserError(f"prompt {prompt!r}: there is no column {self.column}, which a rubric asks for; add it")
+        # Unknown; an empty list means that there are none.
+        if requirements is None and self.column == "requirements":
             requirements = await self.requirements.of(prompt)
         if not requirements:
             return None

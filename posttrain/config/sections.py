@@ -52,9 +52,10 @@ class RuntimeConfig:
     recompute: AtLeast0 | None = None
     """Blocks whose activations are computed again in backward instead of kept (K2 has 28): each saves memory and
     costs a forward of it; results are the same. null: as many as do not fit into the GPU's free memory; on a CPU 0."""
-    attention: Literal["native", "cudnn"] = "native"
-    """Kernels of attention. native: those that torch chooses. cudnn: cuDNN's, on an NVIDIA GPU in bfloat16, which may
-    be faster with large images; results agree within rounding."""
+    attention: Literal["native", "packed", "cudnn"] = "native"
+    """Kernels of attention. native: those that torch chooses. packed: the same, but where prompts of several lengths
+    are in one forward torch's flash kernel for such batches instead of one that takes a mask. cudnn: cuDNN's, which may
+    be faster with large images. The last two want an NVIDIA GPU and bfloat16; results agree within rounding."""
     quantize: Literal["fp8"] | None = None
     """fp8: hold and multiply the frozen weights of the transformer's blocks in 8 bits (K2: 12.6 GiB instead of 24), in
     bfloat16 and under an adapter only. It changes results, by what `posttrain bench` measures, and what is exported is

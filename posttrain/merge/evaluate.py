@@ -35,6 +35,7 @@ from posttrain.model import machine
 from posttrain.model.files import Base
 from posttrain.model.k2 import K2
 from posttrain.mopd.retention import retention as of_gain
+from posttrain.references.shown import Drawer, Named, of_records
 from posttrain.runs.progress import columns
 from posttrain.training import checkpoint
 from posttrain.training.checkpoint import Checkpoint
@@ -53,6 +54,8 @@ class HeldOut:
 
     parent: Parent
     records: list[PromptRecord]
+    named: list[list[Named]]
+    """The references of each prompt."""
     rewards: list[RewardSpec]
     """Those that see one image at a time."""
     servers: list[ServerSpec]
@@ -104,13 +107,14 @@ def _of_recipe(parent: Parent, recipe: Mapping[str, Any], config: MergeConfig) -
         raise UserError("it does not say the size of its images; give it as --size")
     assert path is not None
     settings = EvalConfig(**recipe.get("eval", {}))
-    records = read_prompts(path)[: config.images or settings.prompts]
+    records = read_prompts(path, references=True)[: config.images or settings.prompts]
+    named = of_records(records, path)
     # Only the first guidance, since what is compared are images of one setting.
     settings = changed(settings, prompts=len(records), groups=0, guidance=settings.guidance[:1])
-    # Of stpo the section of the prompts is that of the pairs.
-    section = recipe.get("prompts") or recipe.get("pairs") or {}
+    # Of stpo the section of the prompts is that of the pairs, of sft and style that of the images.
+    section = recipe.get("prompts") or recipe.get("pairs") or recipe.get("images") or {}
     servers = [ServerSpec(**spec) for spec in recipe.get("servers", [])]
-    own = HeldOut(parent, records, rewards, servers, settings, size, section.get("max_tokens", 512))
+    own = HeldOut(parent, records, named, rewards, servers, settings, size, section.get("max_tokens", 512))
     try_rewards(own, records)
     return own
 
@@ -168,7 +172,8 @@ def _scores(
     k2, role = load()
     rewards, procs = load_rewards(own.rewards, urls), Processes().alone()
     height, width = own.size
-    evaluator = Evaluator(k2, own.records, rewards, own.eval, (height, width), batch, own.max_tokens, procs)
+    draw = Drawer.of(k2, own.named, (height, width)) if any(own.named) else None
+    evaluator = Evaluator(k2, own.records, rewards, own.eval, (height, width), batch, own.max_tokens, procs, draw=draw)
     with k2.role(role), torch.no_grad():
         images = evaluator().per_image_scores
     found = {}

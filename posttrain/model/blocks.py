@@ -26,8 +26,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from posttrain.errors import UserError
-from posttrain.model import references
-from posttrain.model.references import KeysValues, References, cached_block, joint_block, own_block
+from posttrain.model import packed, references
+from posttrain.model.references import KeysValues, References, cached_block, joint_block, own_block, packed_block
 from posttrain.model.roles import STAGES, switched
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ class Blocks:
         """How all weights are trained in fp8, tensorwise or rowwise; None: they are not. See fp8.py."""
         self.exact = False
         """Whether to leave fp8 out for now."""
+        self.packs = False
+        """Whether keys are packed where there is a mask, not the bias of references; see packed.py."""
         self.memory: Memory | None = None
         """The memory that is measured. None: that of the GPU that holds the inputs."""
         self.bytes_a_token: float | None = None
@@ -83,8 +85,10 @@ class Blocks:
         that have one.
         """
         compiled = compiles_by_default(hidden.device, hidden.dtype) if self.compiled is None else self.compiled
+        packs = self.packs and mask is not None and mask.dtype == torch.bool
         if not compiled:
-            return self._run_all(_run, blocks, cached, hidden, modulation, rope, mask, lengths)
+            keys = packed.packed(mask[:, 0, 0]) if packs and mask is not None else mask
+            return self._run_all(_run, blocks, cached, hidden, modulation, rope, keys, lengths)
         samples = len(hidden)
         # A batch of one would be compiled separately: two are faster than minutes of compiling.
         if samples == 1 and self._has_seen_batch:
@@ -94,7 +98,8 @@ class Blocks:
         # torch compiles again for each kind of view that it is given, so inputs are copied out of their views.
         modulation, rope = modulation.clone(), (rope[0].clone(), rope[1].clone())
         mask = None if mask is None else mask.clone()
-        return self._run_all(_run_compiled, blocks, cached, hidden, modulation, rope, mask, lengths)[:samples]
+        keys = packed.packed(mask[:, 0, 0]) if packs and mask is not None else mask
+        return self._run_all(_run_compiled, blocks, cached, hidden, modulation, rope, keys, lengths)[:samples]
 
     def _run_all(
         self,
@@ -153,10 +158,12 @@ def _run(
     hidden: Tensor,
     modulation: Tensor,
     rope: tuple[Tensor, Tensor],
-    mask: Tensor | None,
+    mask: Tensor | tuple[Tensor, Tensor] | None,
     lengths: tuple[int, ...] = (),
     *cached: Tensor,
 ) -> Tensor:
+    if isinstance(mask, tuple):
+        return packed_block(block, hidden, modulation, rope, *mask)
     if cached:
         return cached_block(block, hidden, modulation, rope, mask, *cached)
     if lengths:
@@ -169,10 +176,12 @@ def _run_compiled(
     hidden: Tensor,
     modulation: Tensor,
     rope: tuple[Tensor, Tensor],
-    mask: Tensor | None,
+    mask: Tensor | tuple[Tensor, Tensor] | None,
     *references: Any,
 ) -> Tensor:
     """Equals `_run` within rounding: fused operations do not round intermediate results to the type of the inputs."""
+    if isinstance(mask, tuple):
+        return _call(packed_block, block, hidden, modulation, rope, *mask)
     lengths, cached = (references[0], references[1:]) if references else ((), ())
     if cached:
         return _call(cached_block, block, hidden, modulation, rope, mask, *cached)
@@ -184,12 +193,14 @@ def _run_compiled(
 
 def _call(function: Callable[..., Any], block: nn.Module, *inputs: Any) -> Any:
     """function(block, *inputs), compiled: hidden states (B, T, C), modulation (B, 1, 6 C), rope, a mask (B, 1, 1, T),
-    keys and values (B, M, heads, head)."""
+    keys and values (B, M, heads, head), places and ends of packed keys."""
     hidden, modulation, rope, *others = inputs
     for tensor, axes in ((hidden, (0, 1)), (modulation, (0,)), (rope[0], (0,)), (rope[1], (0,))):
         _may_vary(tensor, axes)
     for tensor in others:
-        if isinstance(tensor, Tensor):
+        if isinstance(tensor, Tensor) and tensor.ndim == 1:
+            _may_vary(tensor, (0,))
+        elif isinstance(tensor, Tensor):
             _may_vary(tensor, (0, 3) if tensor.shape[1] == tensor.shape[2] == 1 else (0, 1))
     return _compiled(function, hidden.device.type)(block, *inputs)
 
@@ -220,8 +231,11 @@ def compiles_by_default(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def set_attention(transformer: Krea2Transformer2DModel, kernels: str) -> None:
-    """`kernels` is native or cudnn; see model.attention of a recipe."""
-    transformer.set_attention_backend({"native": "native", "cudnn": "_native_cudnn"}[kernels])
+    """`kernels` is native, cudnn or packed; see model.attention of a recipe. Of packed this sets what it does without a
+    mask."""
+    if kernels == "packed":
+        references.install(transformer)
+    transformer.set_attention_backend({"cudnn": "_native_cudnn"}.get(kernels, "native"))
 
 
 def graphs() -> int:

@@ -24,7 +24,7 @@ from diffusers.models.transformers.transformer_krea2 import Krea2AttnProcessor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posttrain.model import architecture
+from posttrain.model import architecture, packed
 
 Rope = tuple[Tensor, Tensor]
 KeysValues = tuple[Tensor, Tensor]
@@ -120,6 +120,8 @@ class Seen:
     """Keys and values that the queries see beside their own."""
     own: list[KeysValues] = field(default_factory=list)
     """Receives the block's own keys and values."""
+    real: tuple[Tensor, Tensor] | None = None
+    """Which keys are real, as `packed.packed` gives them; then there are neither bias nor others."""
 
 
 class ReferenceProcessor(Krea2AttnProcessor):
@@ -135,6 +137,8 @@ class ReferenceProcessor(Krea2AttnProcessor):
         value = attn.to_v(hidden_states).unflatten(-1, (attn.num_kv_heads, attn.head_dim))
         rotate: Any = apply_rotary_emb  # whose annotations say that it may return pairs
         query, key = rotate(query, image_rotary_emb, sequence_dim=1), rotate(key, image_rotary_emb, sequence_dim=1)
+        if attention_mask.real is not None:
+            return self._out(attn, hidden_states, packed.attention(query, key, value, *attention_mask.real))
         attention_mask.own.append((key, value))
         if attention_mask.others is not None:
             keys, values = attention_mask.others
@@ -146,11 +150,15 @@ class ReferenceProcessor(Krea2AttnProcessor):
         attended = dispatch_attention_fn(
             query, key, value, attn_mask=attention_mask.bias, backend=self._attention_backend
         )
-        return attn.to_out[0](attended.flatten(2, 3) * torch.sigmoid(attn.to_gate(hidden_states)))
+        return self._out(attn, hidden_states, attended)
+
+    @staticmethod
+    def _out(attn: Any, hidden: Tensor, attended: Tensor) -> Tensor:
+        return attn.to_out[0](attended.flatten(2, 3) * torch.sigmoid(attn.to_gate(hidden)))
 
 
 def install(transformer: Krea2Transformer2DModel) -> None:
-    """Has the blocks attend to references. Without references they compute what they did."""
+    """Has the blocks attend to references and to packed keys. Without these they compute what they did."""
     blocks: list[Any] = architecture.blocks(transformer)
     for block in blocks:
         before = block.attn.processor
@@ -169,6 +177,13 @@ def own_block(block: nn.Module, hidden: Tensor, modulation: Tensor, rope: Rope) 
     seen = Seen()
     ended = block(hidden, modulation, rope, seen)
     return (ended, *seen.own[0])
+
+
+def packed_block(
+    block: nn.Module, hidden: Tensor, modulation: Tensor, rope: Rope, places: Tensor, ends: Tensor
+) -> Tensor:
+    """A block whose queries see the real keys alone; see packed.py."""
+    return block(hidden, modulation, rope, Seen(real=(places, ends)))
 
 
 def joint_block(

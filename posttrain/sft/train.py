@@ -49,7 +49,7 @@ from posttrain.sft.losses import flow_loss
 from posttrain.sft.order import Order
 from posttrain.sft.turbo import TURBO, add_turbo, student_of
 from posttrain.training import checkpoint
-from posttrain.training.evaluate import Evaluation, Evaluator, SamplingSettings
+from posttrain.training.evaluate import Evaluation, Evaluator, SamplingSettings, square_of
 from posttrain.training.loop import SHOWN, Training, open_run, resuming, try_rewards
 from posttrain.training.oom_retry import MicroBatch
 from posttrain.training.policy import POLICY, B, add_policy, load_model
@@ -248,9 +248,7 @@ def evaluate(training: Training, measure: HeldOut, turbo: SamplingSettings | Non
 
 def preview_size(config: SFTConfig) -> tuple[int, int]:
     """Of the images that evaluations draw: squares of the first resolution, as image/diversity wants."""
-    # 16 pixels are the side of one of K2's image tokens.
-    side = max(16, config.images.resolutions[0] // 16 * 16)
-    return side, side
+    return square_of(config.images.resolutions[0])
 
 
 def captions_of(source: ImageSet, images: EncodedImages, count: int) -> list[PromptRecord]:

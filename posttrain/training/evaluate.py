@@ -30,6 +30,12 @@ SHOWN = 16
 """Images of each setting that the main process gets, to show them."""
 
 
+def square_of(resolution: int) -> tuple[int, int]:
+    """(height, width) of a square of about that many pixels a side, in whole image tokens of 16 pixels."""
+    side = max(16, resolution // 16 * 16)
+    return side, side
+
+
 @dataclass(frozen=True)
 class SamplingSettings:
     """How images are drawn."""

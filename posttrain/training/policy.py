@@ -26,7 +26,7 @@ from posttrain.config.sections import LoraConfig, ModelConfig, RuntimeConfig
 from posttrain.errors import UserError
 from posttrain.loading import is_hub_id
 from posttrain.log import log
-from posttrain.model import sequence
+from posttrain.model import packed, sequence
 from posttrain.model.adapters.targets import TARGETS, text_targets
 from posttrain.model.blocks import set_attention
 from posttrain.model.files import DISTILLED_REMEDY
@@ -217,10 +217,14 @@ def apply_runtime_options(k2: K2, model: RuntimeConfig, device: str | torch.devi
     net.to(device)
     place(k2, model.offload, torch.device(device))
     k2.blocks.compiled, k2.blocks.recompute, k2.blocks.float8 = model.compile, model.recompute, model.float8
-    if model.attention == "cudnn":
+    if model.attention != "native":
+        kernels = model.attention
         if k2.device.type != "cuda" or k2.dtype != torch.bfloat16:
-            raise UserError("model.attention: cudnn wants an NVIDIA GPU and model.dtype bfloat16; use native")
-        set_attention(k2.transformer, "cudnn")
+            raise UserError(f"model.attention: {kernels} wants an NVIDIA GPU and model.dtype bfloat16; use native")
+        if kernels == "packed" and not packed.available(k2.device, k2.dtype):
+            raise UserError("model.attention: packed wants torch 2.10 or newer; use native")
+        set_attention(k2.transformer, kernels)
+        k2.blocks.packs = kernels == "packed"
     return k2
 
 

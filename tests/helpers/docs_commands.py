@@ -50,6 +50,9 @@ SMALL = {
     "posttrain.nano.world.judge_data": ["--pairs", "24", "--faults", "24"],
 }  # fmt: skip
 MORE = {
+    "recipes/nano/style_pairs.yaml": [
+        "--sources", '[{"name": "guidance", "delta": {"stronger": {"guidance": 1.5}, "weaker": {}}}]',
+    ],
     "--data runs/nano-choices": ["--heldout", "0.5", "--batch", "2", "--micro_batch", "2"],
     "bench --plan": ["--measured", "runs/tiny/bench.json"],
     "--model.path RAW": [

@@ -55,7 +55,7 @@ COMMAND_OF = {
     "grpo": "grpo", "demo": "grpo", "nft": "nft", "mopd": "mopd", "sft": "sft", "style": "style", "stpo": "stpo",
     "tdm": "tdm", "pairs": "pairs", "evaluate": "evaluate", "pipeline": "run",
     "judge": "judge", "sample": "sample", "expander_data": "expander data", "expander_sft": "expander sft",
-    "expander_gdpo": "expander gdpo", "expander_mine": "expander mine",
+    "expander_gdpo": "expander gdpo", "expander_mine": "expander mine", "style_pairs": "pairs", "style_stpo": "stpo",
 }  # fmt: skip
 OTHERS: list[tuple[str, dict]] = [
     ("sample", {"output": "o", "model": {"path": "m"}, "prompt": "a red circle", "size": [64, 64], "guidance": 1.5}),

@@ -56,6 +56,16 @@ def test_rubric_decomposes_a_prompt_once(tmp_path):
         Rubric(again, requirements_file=file)
 
 
+def test_rubric_of_another_column():
+    """What a reference shows: asked as it stands, never found by the judge, and refused where nobody gives it."""
+    judge = Canned(lambda text: 0.8 if "star" in text else 0.1)
+    leaks = {"leaks": [["a star", "a ring"], None, []], "requirements": [["x"]] * 3}
+    scores = asyncio.run(Rubric(judge, column="leaks")([WHITE] * 3, ["x"] * 3, **leaks))
+    assert scores == [pytest.approx(0.45), None, None] and len(judge.asked) == 2
+    with pytest.raises(UserError, match="there is no column leak, which a rubric asks for"):
+        asyncio.run(Rubric(judge, column="leak")([WHITE], ["x"], leaks=[["a star"]]))
+
+
 def test_a_prompt_of_a_file_that_says_no_requirements_is_decomposed(tmp_path):
     """As `grpo` and `pairs` hand the columns on; an empty list says that there is nothing to ask."""
     rows = [{"prompt": "a dog"}, {"prompt": "fog", "requirements": []}, {"prompt": "x", "requirements": ["a cat"]}]

@@ -8,6 +8,8 @@ image, so that there are more styles to learn from than the world has.
 OUT/heldout.jsonl has prompts of prompts/nano/heldout.jsonl that are silent on the style, each with a reference that
 shows no object that the prompt asks for. Two in three have a style that is trained, tagged `trained`; the others one of
 HELDOUT, tagged `unseen`. The functions below are rewards that measure what is drawn.
+OUT/prompts.jsonl has prompts of prompts/nano/train.jsonl with references of trained styles, to draw pairs of. What a
+judge is asked about their images is in the columns `styled` (the reference's style) and `leaks` (its objects).
 """
 
 from __future__ import annotations
@@ -33,18 +35,23 @@ SEED = 3001
 """Another than those of prompts.py and styled.py."""
 
 
+def matches(images: Sequence, prompts: Sequence[str], style: Sequence[str], **_) -> list[float]:
+    """1.0 where the image has the style of its reference."""
+    return [float(found == wanted) for found, wanted in zip(oracles.styles(images), style)]
+
+
 def style(
     images: Sequence, prompts: Sequence[str], style: Sequence[str], tags: Sequence[list[str]], **_
 ) -> list[float | None]:
     """1.0 where the image has the style of its reference, which is a trained one; None for others."""
-    return _matches(images, style, tags, "trained")
+    return _counted(matches(images, prompts, style), tags, "trained")
 
 
 def unseen(
     images: Sequence, prompts: Sequence[str], style: Sequence[str], tags: Sequence[list[str]], **_
 ) -> list[float | None]:
     """The same for styles that were never trained on."""
-    return _matches(images, style, tags, "unseen")
+    return _counted(matches(images, prompts, style), tags, "unseen")
 
 
 def leak(
@@ -59,11 +66,9 @@ def leak(
     return scores
 
 
-def _matches(images: Sequence, wanted: Sequence[str], tags: Sequence[list[str]], counted: str) -> list[float | None]:
-    scores: list[float | None] = []
-    for found, style, own in zip(oracles.styles(images), wanted, tags):
-        scores.append(float(found == style) if own == [counted] else None)
-    return scores
+def _counted(scores: Sequence[float], tags: Sequence[list[str]], counted: str) -> list[float | None]:
+    """None where the prompt has another tag."""
+    return [score if own == [counted] else None for score, own in zip(scores, tags)]
 
 
 def asked(requirements: Sequence[str]) -> set[tuple[str, str]]:
@@ -97,7 +102,7 @@ def look(image: np.ndarray, number: int) -> np.ndarray:
     return (255 * drawn.clip(0, 1)).round().astype(np.uint8)
 
 
-def write(out: Path, images: int, heldout: int, looks: int = 0) -> None:
+def write(out: Path, images: int, heldout: int, looks: int = 0, pairs: int = 0) -> None:
     for name in ("images", "references"):
         (out / name).mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(SEED)
@@ -112,31 +117,43 @@ def write(out: Path, images: int, heldout: int, looks: int = 0) -> None:
         Image.fromarray(drawn).save(out / f"images/{i:05d}.png")
         row = {"caption": silent(full), "full": full, "style": named}
         (out / f"images/{i:05d}.json").write_text(json.dumps(row) + "\n")
-    silent_rows = []
-    for row in prompts.read("heldout"):
-        # A style in the prompt would compete with the reference's.
-        if not any(need.startswith("the style is ") for need in row["requirements"]):
-            silent_rows.append(row)
-    rows = [_with_reference(out, i, row) for i, row in enumerate(silent_rows[:heldout])]
+    rows = []
+    for i, row in enumerate(_silent("heldout")[:heldout]):
+        # Of three prompts two have trained styles, all of them in turn.
+        unseen, turn = i % 3 == 2, i // 3
+        wanted = HELDOUT[turn % len(HELDOUT)] if unseen else TRAINED[(2 * turn + i % 3) % len(TRAINED)]
+        tags = ["unseen" if unseen else "trained"]
+        rows.append(_with_reference(out, f"{i:03d}", [SEED, i], {**row, "tags": tags}, wanted))
     prompts.write_lines(out / "heldout.jsonl", rows)
+    rows = []
+    for i, row in enumerate(_silent("train")[:pairs]):
+        own = _with_reference(out, f"train-{i:03d}", [SEED, i, 2], row, TRAINED[i % len(TRAINED)])
+        leaks = [f"there is a {colour} {shape}" for colour, shape in own["shown"]]
+        rows.append({**own, "styled": [f"the style is {own['style']}"], "leaks": leaks})
+    prompts.write_lines(out / "prompts.jsonl", rows)
 
 
-def _with_reference(out: Path, i: int, row: dict[str, Any]) -> dict[str, Any]:
-    """The row with a reference of its own: the same whatever else is written."""
-    rng = np.random.default_rng([SEED, i])
-    # Of three prompts two have trained styles, all of them in turn.
-    unseen, turn = i % 3 == 2, i // 3
-    wanted = HELDOUT[turn % len(HELDOUT)] if unseen else TRAINED[(2 * turn + i % 3) % len(TRAINED)]
+def _silent(name: str) -> list[dict[str, Any]]:
+    """Prompts of a set that name no style: one in the prompt would compete with the reference's."""
+    rows = []
+    for row in prompts.read(name):
+        if not any(need.startswith("the style is ") for need in row["requirements"]):
+            rows.append(row)
+    return rows
+
+
+def _with_reference(out: Path, name: str, seed: list[int], row: dict[str, Any], wanted: str) -> dict[str, Any]:
+    """The row with a reference of its own in a style: the same whatever else is written."""
+    rng = np.random.default_rng(seed)
     while True:
         scene = scene_in(rng, wanted)
         own = scene.colour_shapes
         # What the prompt asks for must come from the prompt: then an object of the reference in the image is a leak.
         if not own & asked(row["requirements"]):
             break
-    path = f"references/{i:03d}.png"
+    path = f"references/{name}.png"
     Image.fromarray(scenes.render(scene)).save(out / path)
-    tags = ["unseen" if unseen else "trained"]
-    return {**row, "tags": tags, "references": [path], "style": wanted, "shown": sorted(map(list, own))}
+    return {**row, "references": [path], "style": wanted, "shown": sorted(map(list, own))}
 
 
 def main() -> None:
@@ -144,9 +161,10 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--heldout", type=int, default=180, help="prompts")
+    parser.add_argument("--pairs", type=int, default=600, help="prompts to draw pairs of")
     parser.add_argument("--looks", type=int, default=0, help="further styles, of every second image")
     args = parser.parse_args()
-    write(args.out, args.images, args.heldout, args.looks)
+    write(args.out, args.images, args.heldout, args.looks, args.pairs)
 
 
 if __name__ == "__main__":
