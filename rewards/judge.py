@@ -26,6 +26,7 @@ from PIL import Image
 from posttrain.errors import UserError, counted
 from prompts.parse import parse_json
 from prompts.templates import Template, spelled
+from rewards import traffic
 from rewards.encode import EncodedImage, encode, encode_async
 from rewards.endpoints import Endpoints, JudgeError, share
 from rewards.serve import KEY_VARIABLE, ServerURL, read_key, refuse_keys
@@ -223,7 +224,7 @@ class Judge:
             request: RequestOptions = {"idempotency_key": ""}
             return await client.post("/chat/completions", content=data, cast_to=object, options=request)
 
-        image = encoded and encoded.hash
+        image = encoded.hash if encoded is not None and len(encoded.url) >= traffic.NAMED else None
         self._connect()
         async with self._turns.turn(image), self._slots:
             try:

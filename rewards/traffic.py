@@ -3,7 +3,8 @@
 A server that refuses (429, 503) is left alone by all of them until one pause is over, which doubles with each further
 refusal. An image's bytes go to a vLLM server once: its first question brings them with an id, and the others, which
 wait for it, name the id alone. vLLM keeps the newest images (--mm-processor-cache-gb), so no more images than requests
-are under way at once; one that it has dropped is sent again.
+are under way at once; one that it has dropped is sent again. A small image travels with each question: its bytes cost
+less than the wait for its first answer, which leaves a server fewer questions to answer at once.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 BACKOFF = (0.5, 8.0)  # seconds: the first ceiling of a pause, which doubles, and the last
 HELD = 4096  # images that a server is taken to hold, at most
+NAMED = 64 << 10  # bytes of an image in a request from which on it is named by an id
 MISSES = 8  # ids a server may not know before it is asked whether it is worth naming them
 JITTER = random.Random()  # of its own: libraries give all processes the same seed
 
@@ -82,7 +84,7 @@ class ServerState:
 
     def how(self, image: str | None) -> Sent:
         """How this image is sent to it."""
-        if not _names_images.get(self.url):
+        if image is None or not _names_images.get(self.url):
             return "bytes"
         return "id" if self.holds(image) else "bytes and id"
 

@@ -131,6 +131,7 @@ def test_an_images_bytes_travel_to_vllm_once(urls, monkeypatch):
         return await asyncio.gather(*rubric, *(taste.p_yes(i, load_template("aesthetic")) for i in images))
 
     monkeypatch.setattr(AsyncOpenAI, "post", noted)
+    monkeypatch.setattr(traffic, "NAMED", 0)  # those of the nano world are small
     monkeypatch.setitem(traffic._names_images, url, False)
     whole = asyncio.run(ask())
     assert len(bodies) == 12 and all(b"base64" in body and b"uuid" not in body for body in bodies)

@@ -28,6 +28,12 @@ from tests.helpers import fake_judge
 QUESTIONS = [Template(f"q{i}", f"Question {i}? Answer yes or no.") for i in range(4)]
 
 
+@pytest.fixture(autouse=True)
+def large_enough(monkeypatch):
+    """The images of these tests are small, and stand for large ones."""
+    monkeypatch.setattr(traffic, "NAMED", 0)
+
+
 def images(count: int) -> list[Image.Image]:
     return [Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)) for i in range(count)]
 
@@ -101,6 +107,14 @@ def test_ids_are_given_up_where_they_are_never_known():
     ask(server, 12)
     assert server.sent.count("id") == 0 and server.sent.count("missed") <= traffic.MISSES + 8  # those under way
     assert server.sent.count("bytes") > 12 * 8 / 2
+
+
+def test_a_small_image_travels_with_each_question(monkeypatch):
+    """And waits for no other's answer."""
+    monkeypatch.setattr(traffic, "NAMED", 1 << 16)
+    server = Holding(room=100)
+    ask(server, 6)
+    assert set(server.sent) == {"bytes"} and len(server.sent) == 48
 
 
 def test_another_server_gets_no_ids():
