@@ -248,8 +248,10 @@ def command(spec: ServerSpec, host: str, port: int) -> list[str]:
         words += ["--tensor-parallel-size", str(len(spec.gpus))]
     if spec.adapters:
         rank = max(_rank(spec, path) for path in spec.adapters.values())
-        # As many adapters at once as there are, so that none waits until another has left the GPU.
-        words += ["--enable-lora", "--max-loras", str(len(spec.adapters)), "--max-lora-rank", str(rank)]
+        # As many adapters at once as there are, so that none waits until another has left the GPU; and an empty place
+        # behind them. vLLM's code for CPUs (0.32) gives a question to the base the adapter in the last place wherever
+        # questions to adapters are in the same batch, and also later: the base's answers were those of another judge.
+        words += ["--enable-lora", "--max-loras", str(len(spec.adapters) + 1), "--max-lora-rank", str(rank)]
         words += ["--lora-modules", *(f"{name}={adapter_folder(path)}" for name, path in spec.adapters.items())]
     return words + spec.extra_args
 

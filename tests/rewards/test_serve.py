@@ -35,7 +35,7 @@ from tests.helpers import runs, tiny
 
 VLLM = os.environ.get("POSTTRAIN_VLLM", "")
 CPU_ARGS = ["--max-model-len", "2048", "--max-num-seqs", "64", "--dtype", "float32", "--enforce-eager"]
-CPU_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+CPU_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 needs_vllm = pytest.mark.skipif(not VLLM, reason="POSTTRAIN_VLLM names no vLLM executable")
 
@@ -178,6 +178,32 @@ def test_in_process_and_behind_vllm_agree(urls):
     vlm = VLM.load(str(WEIGHTS / "judge-nano"))
     texts = vlm.complete(images, [load_template("transcribe").render()] * len(images), 24)
     assert [json.loads(text)["lines"] for text in texts] == asyncio.run(read())
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_the_base_answers_alike_beside_its_adapters(urls):
+    """Images between two, whose answers are not certain: an adapter in the base's place would change most of them."""
+    drawn = [scenes.render(scene).astype(float) for scene in heldout_scenes()]
+    blends = [Image.fromarray(((a + b) / 2).astype(np.uint8)) for a, b in zip(drawn, drawn[1:])]
+    template = load_template("rubric")
+    needs = [REQUIREMENT, "there are exactly two shapes", "the background is black", "the style is outline"]
+
+    async def scores(beside: bool) -> list[float]:
+        base, others = Judge("vlm", urls["vlm"]), [Judge(name, urls["vlm"]) for name in ("artifact", "aesthetic")]
+        asked = [base.p_yes(image, template, requirement=need) for image in blends for need in needs]
+        count = len(asked)
+        if beside:
+            asked += [judge.p_yes(image, load_template(judge.model)) for image in blends for judge in others]
+        return (await asyncio.gather(*asked))[:count]
+
+    vlm = VLM.load(str(WEIGHTS / "judge-nano"))
+    texts = [template.render(requirement=need) for need in needs]
+    mine = [vlm.p_yes([image], [text])[0] for image in blends for text in texts]
+    assert sum(0.02 < p < 0.98 for p in mine) >= 4
+    # Alone, beside others, and alone after them.
+    for beside in (False, True, True, False):
+        np.testing.assert_allclose(asyncio.run(scores(beside)), mine, atol=2e-3)
 
 
 @pytest.mark.vllm
