@@ -292,7 +292,10 @@ def _environment(spec: ServerSpec) -> dict[str, str]:
     """Ours, without what a distributed launcher put there for training: vLLM would join that world."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES)}
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(_visible(spec))} if spec.gpus else {}
-    return inherited | visible | spec.env
+    # On a CPU vLLM's engine and its worker wait for each other at full speed, unless they are one process. On one GPU
+    # they are, and this has no effect.
+    together = {} if spec.gpus else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    return together | inherited | visible | spec.env
 
 
 def _visible(spec: ServerSpec) -> list[str]:

@@ -40,7 +40,7 @@ def test_vllm_serves_the_adapter_as_it_is(tmp_path: Path):
     spec = ServerSpec(
         "base", BASE, {"tuned": adapter}, executable=VLLM,
         extra_args=["--max-model-len", "512", "--max-num-seqs", "16", "--dtype", "float32", "--enforce-eager"],
-        env={"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        env={"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     expanders = {"base": Expander.load(BASE, dtype=torch.float32), "tuned": Expander.load(adapter, dtype=torch.float32)}
     with serve([spec], tmp_path / "logs") as urls:

@@ -35,7 +35,7 @@ from tests.helpers import runs, tiny
 
 VLLM = os.environ.get("POSTTRAIN_VLLM", "")
 CPU_ARGS = ["--max-model-len", "2048", "--max-num-seqs", "64", "--dtype", "float32", "--enforce-eager"]
-CPU_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+CPU_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
 
 needs_vllm = pytest.mark.skipif(not VLLM, reason="POSTTRAIN_VLLM names no vLLM executable")
 
