@@ -132,18 +132,31 @@ class Judge:
         self, images: Sequence[Image.Image], template: Template, n: int = 20, **fields: str
     ) -> float:
         """The largest difference between n scores of one image, half asked alone, half among the others."""
-        text = template.render(**fields)
-        encoded = [encode(image) for image in images]
-        scores: list[list[float]] = []
-        for image in encoded:  # one request at a time, past the cache
-            scores.append([await self._p_yes(image, text) for _ in range(n // 2)])
+        alone = await self.asked_alone(images, template, n // 2, **fields)
+        return spread(alone, await self.asked_together(images, template, n - n // 2, **fields))
+
+    async def asked_alone(
+        self, images: Sequence[Image.Image], template: Template, n: int, **fields: str
+    ) -> list[list[float]]:
+        """n scores of each image, one request at a time, past the cache."""
+        text, scores = template.render(**fields), []
+        for image in map(encode, images):
+            scores.append([await self._p_yes(image, text) for _ in range(n)])
+        return scores
+
+    async def asked_together(
+        self, images: Sequence[Image.Image], template: Template, n: int, **fields: str
+    ) -> list[list[float]]:
+        """n scores of each image, all requests at once."""
+        text, encoded = template.render(**fields), [encode(image) for image in images]
+        scores: list[list[float]] = [[] for _ in images]
         # Shuffled, so that a server's batches differ in what they hold.
-        order = list(range(len(images))) * (n - n // 2)
+        order = list(range(len(images))) * n
         random.Random(self.seed).shuffle(order)
         together = [self._p_yes(encoded[i], text) for i in order]
         for i, score in zip(order, await asyncio.gather(*together)):
             scores[i].append(score)
-        return max(max(row) - min(row) for row in scores)
+        return scores
 
     async def _p_yes(self, encoded: EncodedImage | None, text: str) -> float:
         return yes_share(await self._first_token(encoded, text), self.min_mass)
@@ -292,6 +305,15 @@ class Judge:
             response = [choice.get("message") if isinstance(choice, dict) else choice for choice in response["choices"]]
         words = response if isinstance(response, str) else json.dumps(response, ensure_ascii=False, default=str)
         return self._without_key(" ".join(words.split()))[:300]
+
+
+def spread(*scores: Sequence[Sequence[float]]) -> float:
+    """The largest difference between scores of one image, each given as lists of an image's scores."""
+    differences = []
+    for parts in zip(*scores, strict=True):
+        own = [score for part in parts for score in part]
+        differences.append(max(own) - min(own))
+    return max(differences)
 
 
 def same_model(asked: str, answered: str) -> bool:

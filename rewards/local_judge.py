@@ -23,7 +23,7 @@ from posttrain.loading import load_adapter
 from rewards.encode import EncodedImage
 from rewards.endpoints import JudgeError
 from rewards.judge import Judge
-from rewards.vlm import VLM, own_device
+from rewards.vlm import VLM, SeenImages, own_device
 
 GATHER = 0.002
 """Seconds for which the first question waits for others to share its batch."""
@@ -48,7 +48,7 @@ class LocalJudge(Judge):
         if batch < 1:
             raise UserError(f"batch: {batch}: use 1 or more")
         self.batch = batch
-        self._vlm, self._lock = _load(path, adapter, own_device(device))
+        self._vlm, self._lock, self._seen = _load(path, adapter, own_device(device))
         self._waiting: list[tuple[EncodedImage, str, dict[str, Any], asyncio.Future[Any]]] = []
         self._draining: asyncio.Task[None] | None = None
         self._spellings: dict[int, str] = {}
@@ -88,18 +88,19 @@ class LocalJudge(Judge):
         """What a server would answer to each, as far as `Judge` reads it."""
         decoded = {row[0].hash: _decode(row[0]) for row in rows}
         # One object an image, so that the vision tower sees it once however many questions are about it.
-        images = [decoded[row[0].hash] for row in rows]
+        names = [row[0].hash for row in rows]
+        images = [decoded[name] for name in names]
         texts = [row[1] for row in rows]
         with self._lock, torch.no_grad():
             if "logprobs" in rows[0][2]:
-                with self._vlm.seeing_once(images):
+                with self._vlm.seeing_once(images, names, self._seen):
                     logits = self._vlm.logits(self._vlm.inputs(images, texts))
                 margins, mass = self._vlm.yes_no(logits)
                 # log P(yes) = log(P(yes) + P(no)) + log sigmoid(logit(yes) - logit(no)), and the same for no.
                 yes = (mass + torch.nn.functional.logsigmoid(margins)).tolist()
                 no = (mass + torch.nn.functional.logsigmoid(-margins)).tolist()
                 return list(map(_first_token_response, yes, no, self._likely(logits)))
-            completions = self._vlm.complete(images, texts, self.max_text_tokens, self.batch)
+            completions = self._vlm.complete(images, texts, self.max_text_tokens, self.batch, names, self._seen)
             return list(map(self._text_response, completions))
 
     def _likely(self, logits: torch.Tensor) -> list[list[tuple[str, float]]]:
@@ -134,9 +135,17 @@ def _decode(encoded: EncodedImage) -> Image.Image:
 
 
 @lru_cache(maxsize=8)
-def _load(path: str, adapter: str | None, device: str) -> tuple[VLM, threading.Lock]:
-    """Rewards that name the same judge share it, and take turns."""
-    vlm = VLM.load(path, device=device)
+def _load(path: str, adapter: str | None, device: str) -> tuple[VLM, threading.Lock, SeenImages]:
+    """Rewards that name the same judge share it, and take turns. Those on one base share what its tower has seen."""
+    vlm, seen = VLM.load(path, device=device), _seen(path, device)
     if adapter is not None:
-        vlm.model = load_adapter(vlm.model, adapter, f"adapter: {adapter} on {path}").merge_and_unload().eval()
-    return vlm, threading.Lock()
+        adapted = load_adapter(vlm.model, adapter, f"adapter: {adapter} on {path}")
+        if any("visual." in name and "lora_" in name for name, _ in adapted.named_parameters()):
+            seen = SeenImages()
+        vlm.model = adapted.merge_and_unload().eval()
+    return vlm, threading.Lock(), seen
+
+
+@lru_cache(maxsize=8)
+def _seen(path: str, device: str) -> SeenImages:
+    return SeenImages()

@@ -7,6 +7,7 @@ Other functions are taken to be repeatable: a recipe can state their `noise`. Ev
 calibrated reward (RewardSpec.scale).
 """
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from posttrain.errors import counted
 from rewards.base import Noise, Reward
 from rewards.endpoints import JudgeError
 from rewards.image import JudgeReward
+from rewards.judge import spread
 
 FACTOR = 3
 LEAST = 0.01
@@ -59,22 +61,39 @@ async def repeatability(
             key = (function.judge.model, str(function.judge.base_urls))
             judges.setdefault(key, []).append((reward.spec.name, function))
     models = [model for model, _ in judges]  # two servers may serve a model of the same name
-    results = []
-    for (model, urls), asking in judges.items():
-        name = model if models.count(model) == 1 else f"{model} at {urls}"
+    alone: list[list[list[float]] | JudgeError] = []
+    calls = []
+    for asking in judges.values():
         function = asking[0][1]
         template, fields = function.question(prompts[0])
+        calls.append((function.judge, template, fields))
         try:
-            spread = await function.judge.repeatability(images, template, TIMES, **fields)
-            measured = (
-                f"{TIMES} scores of one image differ by at most {spread:.2g} in P(yes), which goes from 0 to 1"
-                f" ({counted(len(images), 'image')}, half the times alone, half in batches)"
-            )
-            remedy = TOO_MUCH if spread > LIMIT else ""
+            alone.append(await function.judge.asked_alone(images, template, TIMES // 2, **fields))
         except JudgeError as error:
-            spread, measured = None, f"its repeatability is unknown, since a question failed: {error}"
+            alone.append(error)
+    # All judges at once: one that answers otherwise beside another, such as a base beside its adapters, shows here.
+    asked = []
+    for first, (judge, template, fields) in zip(alone, calls):
+        times = 0 if isinstance(first, JudgeError) else TIMES - TIMES // 2
+        asked.append(judge.asked_together(images, template, times, **fields))
+    together = await asyncio.gather(*asked, return_exceptions=True)
+    results = []
+    for ((model, urls), asking), first, second in zip(judges.items(), alone, together, strict=True):
+        name = model if models.count(model) == 1 else f"{model} at {urls}"
+        error = next((part for part in (first, second) if isinstance(part, BaseException)), None)
+        if error is not None and not isinstance(error, JudgeError):
+            raise error
+        if isinstance(first, BaseException) or isinstance(second, BaseException):
+            differ, measured = None, f"its repeatability is unknown, since a question failed: {error}"
             remedy = "see that its server runs and serves this model"
-        results.append(Repeated(name, [reward for reward, _ in asking], spread, measured, remedy))
+        else:
+            differ = spread(first, second)
+            measured = (
+                f"{TIMES} scores of one image differ by at most {differ:.2g} in P(yes), which goes from 0 to 1"
+                f" ({counted(len(images), 'image')}, half the times alone, half in batches with all judges)"
+            )
+            remedy = TOO_MUCH if differ > LIMIT else ""
+        results.append(Repeated(name, [reward for reward, _ in asking], differ, measured, remedy))
     return results
 
 
@@ -91,12 +110,12 @@ def noise_of(rewards: Sequence[Reward], metrics: Mapping[str, float | None]) -> 
     by_name = {}
     for reward in rewards:
         spec, function = reward.spec, reward.function
-        spread, least = spec.noise, 0.0
+        own, least = spec.noise, 0.0
         # A P(yes) varies with what else is in a server's batch; a stated noise is taken at its word.
-        if spread is None and isinstance(function, JudgeReward) and function.is_probability:
+        if own is None and isinstance(function, JudgeReward) and function.is_probability:
             measured = metrics.get(PREFIX + spec.name)
-            spread, least = LEAST / FACTOR if measured is None else measured, LEAST
-        spread = spread or 0.0
+            own, least = LEAST / FACTOR if measured is None else measured, LEAST
+        own = own or 0.0
         unit = abs(spec.scale)  # of a P(yes), in the calibrated reward
-        by_name[spec.name] = Noise(unit * spread, unit * max(FACTOR * spread, least))
+        by_name[spec.name] = Noise(unit * own, unit * max(FACTOR * own, least))
     return by_name

@@ -9,8 +9,9 @@ Judges are trained with it, and it gives the scores that vLLM gives. B is a batc
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers import Qwen3VLForConditionalGeneration, Qwen3VLVisionModel
 
 # The one that needs no torchvision; AutoImageProcessor may pick another.
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from posttrain.errors import UserError
 from posttrain.image_reader import to_rgb
@@ -28,6 +30,31 @@ from posttrain.tokenizer import load_tokenizer
 from prompts.templates import spelled
 
 Inputs = dict[str, Tensor]
+KEPT_BYTES = 1 << 28
+"""Of features of images that are kept for other judges."""
+
+
+@dataclass
+class SeenImages:
+    """What a vision tower has made of images, for all judges that share it."""
+
+    features: dict[str, list[Tensor]] = field(default_factory=dict)
+    """By the image's name: those of its last layer, then of the deeper ones, (tokens, C) each."""
+    lock: Any = field(default_factory=threading.Lock)
+
+    def keep(self, new: dict[str, list[Tensor]]) -> None:
+        # Copies, since parts of a batch would keep all of it.
+        self.features |= {name: [part.clone() for part in parts] for name, parts in new.items()}
+
+    def trim(self) -> None:
+        """Forgets the oldest beyond KEPT_BYTES."""
+        sizes = {name: sum(part.nbytes for part in parts) for name, parts in self.features.items()}
+        left = sum(sizes.values())
+        for name, size in sizes.items():
+            if left <= KEPT_BYTES:
+                return
+            del self.features[name]
+            left -= size
 
 
 @dataclass
@@ -129,22 +156,35 @@ class VLM:
 
     @torch.no_grad()
     def complete(
-        self, images: Sequence[Image.Image], texts: Sequence[str], max_tokens: int, batch: int = 32
+        self,
+        images: Sequence[Image.Image],
+        texts: Sequence[str],
+        max_tokens: int,
+        batch: int = 32,
+        names: Sequence[str] = (),
+        shared: SeenImages | None = None,
     ) -> list[str]:
-        """The most probable answers, token by token."""
+        """The most probable answers, token by token. Names as in `seeing_once`."""
         answers: list[str] = []
         for i in range(0, len(images), batch):
             inputs = self._on_device(self.inputs(images[i : i + batch], texts[i : i + batch]))
-            with self.seeing_once(images[i : i + batch]):
+            with self.seeing_once(images[i : i + batch], names[i : i + batch], shared):
                 out = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
             new = out[:, inputs["input_ids"].shape[1] :]  # generate gives the question back before the answer
             answers += self.tokenizer.batch_decode(new, skip_special_tokens=True)
         return answers
 
     @contextlib.contextmanager
-    def seeing_once(self, images: Sequence[Image.Image]) -> Iterator[None]:
-        """Inside the block an image object that is in a batch several times goes through the vision tower once."""
+    def seeing_once(
+        self, images: Sequence[Image.Image], names: Sequence[str] = (), shared: SeenImages | None = None
+    ) -> Iterator[None]:
+        """Inside the block an image object that is in a batch several times goes through the vision tower once.
+
+        With a name for each image, one that is in `shared` does not go through it at all, and the others are put there.
+        """
         first, row = distinct(images)
+        shared = shared or SeenImages()
+        own = [names[i] for i in first] if names else [str(i) for i in first]
         # PEFT and the training's own wrappers put the tower at different depths, so it is found by its class.
         visual = next(module for module in self.model.modules() if isinstance(module, Qwen3VLVisionModel))
         whole, merged = visual.forward, self.processor.merge_size**2
@@ -152,15 +192,18 @@ class VLM:
         def forward(hidden_states: Tensor, grid_thw: Tensor, **options: Any) -> Any:
             sizes = grid_thw.prod(-1).tolist()
             patches = hidden_states.split(sizes)
-            seen: Any = whole(_joined(patches, first), grid_thw=grid_thw[first], **options)
-            lengths = [sizes[i] // merged for i in first]
-
-            def spread(features: Tensor) -> Tensor:
-                return _joined(features.split(lengths), row)
-
-            seen.pooler_output = spread(seen.pooler_output)
-            seen.deepstack_features = [spread(features) for features in seen.deepstack_features]
-            return seen
+            # One at a time: judges that are asked about the same images at once would all miss them.
+            with shared.lock:
+                new = [place for place, name in zip(first, own) if name not in shared.features]
+                if new:
+                    seen: Any = whole(_joined(patches, new), grid_thw=grid_thw[new], **options)
+                    lengths = [sizes[i] // merged for i in new]
+                    parts = [part.split(lengths) for part in (seen.pooler_output, *seen.deepstack_features)]
+                    shared.keep({own[first.index(place)]: part for place, *part in zip(new, *parts)})
+                known = [shared.features[name] for name in own]
+                shared.trim()
+            pooled, *deep = (_joined(part, row) for part in zip(*known))
+            return BaseModelOutputWithDeepstackFeatures(pooler_output=pooled, deepstack_features=deep)
 
         visual.forward = forward
         try:

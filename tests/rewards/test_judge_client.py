@@ -294,6 +294,28 @@ def test_preflight_warns_of_a_judge_that_wanders_or_fails():
     assert asyncio.run(repeatability(load_rewards(specs[3:]), [picture(0)], ["x"])) == []
 
 
+def test_a_judge_that_answers_otherwise_beside_another_is_found():
+    """As a base did beside its adapters in vLLM on a CPU: alone, and in batches of its own, it repeats itself."""
+    asked: dict[str, int] = {"base": 0, "adapter": 0}
+
+    class Beside(Judge):
+        async def _p_yes(self, encoded, text):
+            asked[self.model] += 1
+            await asyncio.sleep(0.01)
+            asked[self.model] -= 1
+            return 0.9 if self.model == "base" and asked["adapter"] else 0.2
+
+    rewards = []
+    for model in asked:
+        reward = load_rewards([RewardSpec(model, {"class_path": "rewards.image.Aesthetic", "init_args": {
+            "judge": {"model": model, "base_urls": "http://127.0.0.1:1/v1"}}})])[0]  # fmt: skip
+        reward.function.judge = Beside(model, "http://127.0.0.1:1/v1")
+        rewards.append(reward)
+    base, adapter = asyncio.run(repeatability(rewards, [picture(0), picture(1)], ["x"]))
+    assert base.spread == pytest.approx(0.7) and base.remedy and adapter.spread == 0
+    assert asyncio.run(repeatability(rewards[:1], [picture(0)], ["x"]))[0].spread == 0
+
+
 @pytest.mark.long
 def test_thousand_requests_with_faults_and_a_killed_server():
     """10 % of 1,000 pictures meet a fault, and the server dies on the way and comes back."""

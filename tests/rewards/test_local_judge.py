@@ -2,19 +2,24 @@
 
 import asyncio
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers import Qwen3VLVisionModel
 
 from posttrain.errors import UserError
 from posttrain.nano.build import evaluate_judge
 from posttrain.nano.world import scenes
 from posttrain.nano.world.prompts import FOLDER
 from prompts.templates import load_template
+from rewards import local_judge
+from rewards import vlm as vlm_module
 from rewards.base import Failure, RewardSpec, score_all
 from rewards.load import load_rewards
 from rewards.local_judge import LocalJudge
 from rewards.noise import repeatability
-from rewards.vlm import VLM
+from rewards.vlm import VLM, SeenImages
 
 WEIGHTS = FOLDER.parents[1] / "posttrain" / "nano" / "weights"
 PATH = str(WEIGHTS / "judge-nano")
@@ -58,6 +63,44 @@ def test_an_adapter_is_another_judge(drawn):
     judges = asyncio.run(repeatability([base, adapted], images[:2], prompts))
     assert [judge.rewards for judge in judges] == [["base"], ["adapted"]]
     assert all(judge.spread is not None and judge.spread < 1e-4 for judge in judges)
+
+
+def test_judges_of_one_base_see_an_image_once(drawn, monkeypatch):
+    """Three judges, seven questions and more, each image through the vision tower once; and the scores are those of
+    judges that share nothing."""
+    images, prompts, columns = drawn
+    specs = [
+        spec("rubric", "Rubric"), spec("ocr", "OCR", max_text_tokens=24),
+        spec("taste", "Aesthetic", adapter=str(WEIGHTS / "judge-aesthetic")),
+    ]  # fmt: skip
+    through: list[int] = []
+    whole = Qwen3VLVisionModel.forward
+
+    def counted(self, hidden_states, grid_thw, **options):
+        through.append(len(grid_thw))
+        return whole(self, hidden_states, grid_thw, **options)
+
+    monkeypatch.setattr(Qwen3VLVisionModel, "forward", counted)
+    local_judge._seen(PATH, "cpu").features.clear()
+    rewards = load_rewards(specs)
+    shared = asyncio.run(score_all(rewards, images, prompts, columns))
+    assert sum(through) == len(images)
+    for reward in rewards:
+        monkeypatch.setattr(reward.function.judge, "_seen", SeenImages())
+        reward.function.judge._cache.clear()
+    through.clear()
+    alone = asyncio.run(score_all(rewards, images, prompts, columns))
+    assert sum(through) > 2 * len(images)
+    np.testing.assert_allclose(shared.values_NK, alone.values_NK, atol=1e-5)
+
+
+def test_features_beyond_the_limit_are_forgotten(monkeypatch):
+    monkeypatch.setattr(vlm_module, "KEPT_BYTES", 100)
+    seen = SeenImages()
+    for i in range(4):
+        seen.keep({str(i): [torch.zeros(10)]})
+        seen.trim()
+    assert list(seen.features) == ["2", "3"]
 
 
 def test_an_answer_that_is_cut_off_is_missing(drawn):
