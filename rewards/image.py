@@ -88,9 +88,9 @@ class Rubric(JudgeReward):
     """The mean P(yes) over a prompt's requirements, each asked by itself.
 
     They come from the column `requirements`; where a prompt has none, the judge finds them once and they are
-    kept in `requirements_file`. An empty list means that there is nothing to ask: None. With another `column` the
-    statements in it are asked instead, such as what a style reference shows and the image must not; there is none
-    where that column is null, and it must be there.
+    kept in `requirements_file`. An empty list means that there is nothing to ask: None. With another `column` its
+    statements are asked instead, such as what a style reference shows and the image must not. Every prompt must have
+    that column; where it is null or empty, the score is None.
     """
 
     def __init__(
@@ -102,6 +102,8 @@ class Rubric(JudgeReward):
         column: str = "requirements",
     ):
         super().__init__(judge, template)
+        if column != "requirements" and requirements_file is not None:
+            raise UserError(f"requirements_file: keeps what the judge finds, and column {column} is asked as it stands")
         self.column = column
         self.requirements = Requirements(self.judge, load_template(decompose_template), requirements_file)
 

@@ -128,13 +128,6 @@ class Judge:
         """The strings of a reply {key: [...]} to a question about text alone."""
         return await self._list_of_strings(key, template.render(**fields), None)
 
-    async def repeatability(
-        self, images: Sequence[Image.Image], template: Template, n: int = 20, **fields: str
-    ) -> float:
-        """The largest difference between n scores of one image, half asked alone, half among the others."""
-        alone = await self.asked_alone(images, template, n // 2, **fields)
-        return spread(alone, await self.asked_together(images, template, n - n // 2, **fields))
-
     async def asked_alone(
         self, images: Sequence[Image.Image], template: Template, n: int, **fields: str
     ) -> list[list[float]]:

@@ -139,8 +139,11 @@ def _load(path: str, adapter: str | None, device: str) -> tuple[VLM, threading.L
     """Rewards that name the same judge share it, and take turns. Those on one base share what its tower has seen."""
     vlm, seen = VLM.load(path, device=device), _seen(path, device)
     if adapter is not None:
+        before = {name for name, _ in vlm.model.named_parameters() if "visual." in name}
         adapted = load_adapter(vlm.model, adapter, f"adapter: {adapter} on {path}")
-        if any("visual." in name and "lora_" in name for name, _ in adapted.named_parameters()):
+        # peft renames the layers that it adapts, and those that it replaces.
+        after = {name.removeprefix("base_model.model.") for name, _ in adapted.named_parameters() if "visual." in name}
+        if after != before:
             seen = SeenImages()
         vlm.model = adapted.merge_and_unload().eval()
     return vlm, threading.Lock(), seen

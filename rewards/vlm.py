@@ -40,7 +40,7 @@ class SeenImages:
 
     features: dict[str, list[Tensor]] = field(default_factory=dict)
     """By the image's name: those of its last layer, then of the deeper ones, (tokens, C) each."""
-    lock: Any = field(default_factory=threading.Lock)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def keep(self, new: dict[str, list[Tensor]]) -> None:
         # Copies, since parts of a batch would keep all of it.

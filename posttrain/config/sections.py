@@ -113,6 +113,8 @@ class ModelConfig(RuntimeConfig):
             raise refusal("float8", f"fp8 multiplies in bfloat16, and model.dtype is {self.dtype}; change it")
         if self.float8 is not None and self.sequence_parallel > 1:
             raise refusal("float8", "scales would be those of a part of the tokens; set model.sequence_parallel: 1")
+        if self.attention == "packed" and self.sequence_parallel > 1:
+            raise refusal("attention", "packed keys are those of whole samples; use native or sequence_parallel: 1")
         if self.start_as == "continue" and self.start is None:
             raise refusal("start_as", "has nothing to continue: name a run or a LoRA file as start")
         if self.transformer_format is not None and self.transformer_file is None:

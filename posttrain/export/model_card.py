@@ -157,9 +157,10 @@ def heldout_of(recipe: Mapping[str, Any]) -> str | None:
 def size_of(recipe: Mapping[str, Any]) -> list[int] | None:
     """[height, width] of the run's evaluations; None where the recipe does not say it."""
     sizes = recipe.get("sampling", {}).get("sizes") or recipe.get("sizes") or []
-    if "images" in recipe and (resolutions := recipe["images"].get("resolutions")):
-        # sft and style draw squares of the first resolution.
-        sizes = [list(square_of(resolutions[0]))]
+    images = recipe.get("images")
+    # sft and style draw squares of the first resolution.
+    if isinstance(images, Mapping) and images.get("resolutions"):
+        sizes = [list(square_of(images["resolutions"][0]))]
     # A method of one's own has one size; stpo's is that of its pairs, if the recipe sets it.
     return sizes[0] if sizes else recipe.get("size") or (recipe.get("pairs") or {}).get("size")
 

@@ -231,11 +231,11 @@ def compiles_by_default(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def set_attention(transformer: Krea2Transformer2DModel, kernels: str) -> None:
-    """`kernels` is native, cudnn or packed; see model.attention of a recipe. Of packed this sets what it does without a
-    mask."""
+    """`kernels` is native, packed or cudnn; see model.attention of a recipe. Blocks.packs has keys packed."""
     if kernels == "packed":
         references.install(transformer)
-    transformer.set_attention_backend({"cudnn": "_native_cudnn"}.get(kernels, "native"))
+    backend = {"native": "native", "packed": "native", "cudnn": "_native_cudnn"}[kernels]
+    transformer.set_attention_backend(backend)
 
 
 def graphs() -> int:

@@ -222,7 +222,7 @@ def apply_runtime_options(k2: K2, model: RuntimeConfig, device: str | torch.devi
         if k2.device.type != "cuda" or k2.dtype != torch.bfloat16:
             raise UserError(f"model.attention: {kernels} wants an NVIDIA GPU and model.dtype bfloat16; use native")
         if kernels == "packed" and not packed.available(k2.device, k2.dtype):
-            raise UserError("model.attention: packed wants torch 2.10 or newer; use native")
+            raise UserError("model.attention: packed wants torch 2.10 and an Ampere GPU, or newer; use native")
         set_attention(k2.transformer, kernels)
         k2.blocks.packs = kernels == "packed"
     return k2

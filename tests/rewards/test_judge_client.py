@@ -26,7 +26,7 @@ from rewards.background import ScoreQueue
 from rewards.base import Noise, RewardError, RewardSpec
 from rewards.encode import encode
 from rewards.endpoints import JudgeError
-from rewards.judge import Judge, yes_share
+from rewards.judge import Judge, spread, yes_share
 from rewards.load import load_rewards
 from rewards.noise import noise_metrics, noise_of, repeatability
 from tests.helpers import fake_judge
@@ -250,7 +250,9 @@ def test_cache_asks_once():
 
 def test_repeatability_asks_every_time():
     with serving() as url:
-        assert asyncio.run(Judge("m", url).repeatability([picture(0), picture(1)], TEMPLATE, n=4)) == 0
+        judge, images = Judge("m", url), [picture(0), picture(1)]
+        alone = asyncio.run(judge.asked_alone(images, TEMPLATE, 2))
+        assert spread(alone, asyncio.run(judge.asked_together(images, TEMPLATE, 2))) == 0
 
 
 def test_preflight_warns_of_a_judge_that_wanders_or_fails():

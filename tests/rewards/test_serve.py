@@ -27,7 +27,7 @@ from rewards.background import ScoreQueue
 from rewards.base import RewardSpec
 from rewards.encode import encode
 from rewards.endpoints import JudgeError
-from rewards.judge import Judge
+from rewards.judge import Judge, spread
 from rewards.load import load_rewards
 from rewards.serve import Server, ServerError, ServerSpec, commands, serve
 from rewards.vlm import VLM
@@ -216,9 +216,11 @@ def test_adapters_are_bound_and_scores_repeat(urls):
         for name in ("vlm", "aesthetic", "artifact"):
             judge = Judge(name, urls["vlm"])
             scores[name] = await asyncio.gather(*(judge.p_yes(picture(i), template) for i in range(4)))
-            spread = await judge.repeatability([picture(i) for i in range(4)], template, n=20)
-            print(f"{name}: repeatability {spread:.2e}")
-            assert spread < 1e-3
+            images = [picture(i) for i in range(4)]
+            alone = await judge.asked_alone(images, template, 10)
+            differ = spread(alone, await judge.asked_together(images, template, 10))
+            print(f"{name}: repeatability {differ:.2e}")
+            assert differ < 1e-3
         assert np.abs(np.subtract(scores["vlm"], scores["aesthetic"])).max() > 1e-3
         assert np.abs(np.subtract(scores["artifact"], scores["aesthetic"])).max() > 1e-3
         with pytest.raises(JudgeError, match=r"HTTP 404.*nobody"):

@@ -232,6 +232,16 @@ def test_lines_of_a_file_name_their_own(trained):
     assert np.abs(np.asarray(Image.open(folder / "all/000.png"), int) - first).max() <= 1
 
 
+def test_a_merge_is_measured_with_the_references_of_the_run(trained):
+    """By the run's own held-out prompts and size: its score is that of its own last evaluation."""
+    output = Path(trained.output).parent / "merged"
+    assert cli.main(["merge", f"{trained.output}:1", "--output", str(output)]) == 0
+    [row] = json.loads((output / "merge.json").read_text())["kept"]
+    after = json.loads((Path(trained.output) / "summary.json").read_text())["after"]
+    assert row["run"] == pytest.approx(after["brightness@1"], abs=1e-5)
+    assert row["merge"] == pytest.approx(row["run"], abs=1e-4) and row["images"] == 3
+
+
 def test_without_an_adapter_of_style_it_is_warned(config, capsys):
     a = str(Path(config.heldout).parent / "a.png")
     config.output = None

@@ -128,7 +128,7 @@ def write(out: Path, images: int, heldout: int, looks: int = 0, pairs: int = 0) 
     rows = []
     for i, row in enumerate(_silent("train")[:pairs]):
         own = _with_reference(out, f"train-{i:03d}", [SEED, i, 2], row, TRAINED[i % len(TRAINED)])
-        leaks = [f"there is a {colour} {shape}" for colour, shape in own["shown"]]
+        leaks = [f"there is {scenes.article(f'{colour} {shape}')}" for colour, shape in own["shown"]]
         rows.append({**own, "styled": [f"the style is {own['style']}"], "leaks": leaks})
     prompts.write_lines(out / "prompts.jsonl", rows)
 
