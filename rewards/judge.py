@@ -9,6 +9,7 @@ What cannot be had is a JudgeError, never a number.
 """
 
 import asyncio
+import itertools
 import json
 import logging
 import math
@@ -304,7 +305,7 @@ def spread(*scores: Sequence[Sequence[float]]) -> float:
     """The largest difference between scores of one image, each given as lists of an image's scores."""
     differences = []
     for parts in zip(*scores, strict=True):
-        own = [score for part in parts for score in part]
+        own = list(itertools.chain(*parts))
         differences.append(max(own) - min(own))
     return max(differences)
 

@@ -248,9 +248,8 @@ def command(spec: ServerSpec, host: str, port: int) -> list[str]:
         words += ["--tensor-parallel-size", str(len(spec.gpus))]
     if spec.adapters:
         rank = max(_rank(spec, path) for path in spec.adapters.values())
-        # As many adapters at once as there are, so that none waits until another has left the GPU; on what may be a
-        # CPU an empty place behind them. vLLM's code for CPUs (0.32) gives a question to the base the adapter in the
-        # last place once adapters have been asked: the base's answers were those of another judge.
+        # All adapters at once, so that none waits. On what may be a CPU an empty place stands behind them: there vLLM
+        # (0.32) has a question to the base answered by the adapter in the last place, once adapters have been asked.
         places = len(spec.adapters) + (not spec.gpus)
         words += ["--enable-lora", "--max-loras", str(places), "--max-lora-rank", str(rank)]
         words += ["--lora-modules", *(f"{name}={adapter_folder(path)}" for name, path in spec.adapters.items())]
@@ -289,17 +288,13 @@ def _variables(spec: ServerSpec) -> dict[str, str]:
     return gpus | spec.env
 
 
-def _defaults(spec: ServerSpec) -> dict[str, str]:
-    # On a CPU vLLM's engine and its worker wait for each other at full speed, unless they are one process. On one GPU
-    # they are one, and where several GPUs are used this has no effect either.
-    return {} if spec.gpus else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-
-
 def _environment(spec: ServerSpec) -> dict[str, str]:
     """Ours, without what a distributed launcher put there for training: vLLM would join that world."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES)}
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(_visible(spec))} if spec.gpus else {}
-    return _defaults(spec) | inherited | visible | spec.env
+    # On a CPU engine and worker wait for each other at full speed, unless they are one process, as they are on one GPU.
+    together = {} if spec.gpus else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    return together | inherited | visible | spec.env
 
 
 def _visible(spec: ServerSpec) -> list[str]:

@@ -43,12 +43,15 @@ class SeenImages:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def keep(self, new: dict[str, list[Tensor]]) -> None:
-        # Copies, since parts of a batch would keep all of it.
-        self.features |= {name: [part.clone() for part in parts] for name, parts in new.items()}
+        for name, parts in new.items():
+            # Copies, since parts of a batch would keep all of it.
+            self.features[name] = [part.clone() for part in parts]
 
     def trim(self) -> None:
         """Forgets the oldest beyond KEPT_BYTES."""
-        sizes = {name: sum(part.nbytes for part in parts) for name, parts in self.features.items()}
+        sizes = {}
+        for name, parts in self.features.items():
+            sizes[name] = sum(part.nbytes for part in parts)
         left = sum(sizes.values())
         for name, size in sizes.items():
             if left <= KEPT_BYTES:
@@ -184,7 +187,8 @@ class VLM:
         """
         first, row = distinct(images)
         shared = shared or SeenImages()
-        own = [names[i] for i in first] if names else [str(i) for i in first]
+        names = names or list(map(str, range(len(images))))
+        own = [names[i] for i in first]
         # PEFT and the training's own wrappers put the tower at different depths, so it is found by its class.
         visual = next(module for module in self.model.modules() if isinstance(module, Qwen3VLVisionModel))
         whole, merged = visual.forward, self.processor.merge_size**2

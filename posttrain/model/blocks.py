@@ -85,10 +85,8 @@ class Blocks:
         that have one.
         """
         compiled = compiles_by_default(hidden.device, hidden.dtype) if self.compiled is None else self.compiled
-        packs = self.packs and mask is not None and mask.dtype == torch.bool
         if not compiled:
-            keys = packed.packed(mask[:, 0, 0]) if packs and mask is not None else mask
-            return self._run_all(_run, blocks, cached, hidden, modulation, rope, keys, lengths)
+            return self._run_all(_run, blocks, cached, hidden, modulation, rope, self._keys(mask), lengths)
         samples = len(hidden)
         # A batch of one would be compiled separately: two are faster than minutes of compiling.
         if samples == 1 and self._has_seen_batch:
@@ -98,8 +96,13 @@ class Blocks:
         # torch compiles again for each kind of view that it is given, so inputs are copied out of their views.
         modulation, rope = modulation.clone(), (rope[0].clone(), rope[1].clone())
         mask = None if mask is None else mask.clone()
-        keys = packed.packed(mask[:, 0, 0]) if packs and mask is not None else mask
-        return self._run_all(_run_compiled, blocks, cached, hidden, modulation, rope, keys, lengths)[:samples]
+        ended = self._run_all(_run_compiled, blocks, cached, hidden, modulation, rope, self._keys(mask), lengths)
+        return ended[:samples]
+
+    def _keys(self, mask: Tensor | None) -> Tensor | tuple[Tensor, Tensor] | None:
+        """The mask, or which keys are real where they are packed. The bias of references is left as it is."""
+        packs = self.packs and mask is not None and mask.dtype == torch.bool
+        return packed.packed(mask[:, 0, 0]) if packs and mask is not None else mask
 
     def _run_all(
         self,

@@ -15,7 +15,7 @@ import yaml
 from prompts.templates import load_template
 from rewards.judge import Judge
 from rewards.serve import ServerSpec, commands
-from tests.rewards.test_serve import descendants_alive, fake_executable, needs_vllm, picture, server_spec, wait_for
+from tests.rewards.test_serve import an_image, descendants_alive, fake_executable, needs_vllm, server_spec, wait_for
 
 
 def recipe(path: Path, *servers: ServerSpec) -> Path:
@@ -144,7 +144,7 @@ def test_command_serves_until_it_is_stopped(posttrain_serve, tmp_path):
     line = process.stdout.readline()
     found = re.fullmatch(r"vlm: base URL (http://127\.0\.0\.1:\d+/v1), models vlm, aesthetic, artifact\n", line)
     assert found, process.communicate()
-    score = asyncio.run(Judge("artifact", found[1]).p_yes(picture(0), load_template("aesthetic")))
+    score = asyncio.run(Judge("artifact", found[1]).p_yes(an_image(0), load_template("aesthetic")))
     assert 0 <= score <= 1
     process.terminate()
     output, errors = process.communicate(timeout=60)

@@ -34,7 +34,7 @@ from tests.helpers import fake_judge
 TEMPLATE = load_template("aesthetic")
 
 
-def picture(seed: int, size: int = 8) -> Image.Image:
+def an_image(seed: int, size: int = 8) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8))
 
 
@@ -76,7 +76,7 @@ def ask_one(respond: Callable[[int], bytes], image: Image.Image | None = None, *
         requests += 1
         return respond(requests)
 
-    ask = fake_judge.served(counted, lambda url: Judge("m", url, **options).p_yes(image or picture(0), TEMPLATE))
+    ask = fake_judge.served(counted, lambda url: Judge("m", url, **options).p_yes(image or an_image(0), TEMPLATE))
     return asyncio.run(ask), requests
 
 
@@ -86,7 +86,7 @@ def good(image: Image.Image) -> bytes:
 
 
 def test_right_score():
-    image = picture(3)
+    image = an_image(3)
     score, _ = ask_one(lambda n: good(image), image)
     assert score == pytest.approx(fake_judge.score_of(encode(image).url), abs=1e-9)
 
@@ -111,15 +111,15 @@ def test_request_body():
     def respond(head: str, body: bytes) -> bytes:
         assert "content-type: application/json\r\n" in head
         bodies.append(json.loads(body))
-        return good(picture(0))
+        return good(an_image(0))
 
     template = Template("t", 'data:, \u00e9 "$prompt')
     judge = {"model": "m/data:,", "seed": 3}
     ask = fake_judge.served(
-        respond, lambda url: Judge(base_urls=url, **judge).p_yes(picture(0), template, prompt="data:,x")
+        respond, lambda url: Judge(base_urls=url, **judge).p_yes(an_image(0), template, prompt="data:,x")
     )
     asyncio.run(ask)
-    image = {"type": "image_url", "image_url": {"url": encode(picture(0)).url}}
+    image = {"type": "image_url", "image_url": {"url": encode(an_image(0)).url}}
     text = {"type": "text", "text": 'data:, \u00e9 ""data:,x"'}
     assert bodies == [{
         "model": "m/data:,",
@@ -158,7 +158,7 @@ def test_client_errors_are_not_retried_and_keep_the_servers_words():
 
 
 def test_retry_after_is_honoured():
-    image = picture(0)
+    image = an_image(0)
     busy = fake_judge.reply("429 Too Many Requests", b"{}", "Connection: close", "Retry-After: 1")
     begun = time.monotonic()
     _, requests = ask_one(lambda n: busy if n == 1 else good(image))
@@ -183,7 +183,7 @@ def test_retries_end():
 def test_no_server_at_all():
     judge = Judge("m", f"http://127.0.0.1:{free_port()}/v1", deadline=1)
     with pytest.raises(JudgeError, match="Connection error"):
-        asyncio.run(judge.p_yes(picture(0), TEMPLATE))
+        asyncio.run(judge.p_yes(an_image(0), TEMPLATE))
 
 
 def test_key_is_never_shown(monkeypatch, caplog):
@@ -196,7 +196,7 @@ def test_key_is_never_shown(monkeypatch, caplog):
     assert "sk-secret" not in repr(judge) + str(caught.value) + repr(vars(judge)) + caplog.text
     monkeypatch.delenv("MY_KEY")
     with pytest.raises(UserError, match="MY_KEY is not set"):
-        asyncio.run(judge.p_yes(picture(0), TEMPLATE))
+        asyncio.run(judge.p_yes(an_image(0), TEMPLATE))
 
 
 def test_load_is_balanced_and_a_dead_server_dropped_and_readmitted():
@@ -224,13 +224,13 @@ def test_load_is_balanced_and_a_dead_server_dropped_and_readmitted():
                 )
                 urls.append(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1")
             judge = Judge("m", urls, concurrency=8)
-            await asyncio.gather(*(judge.p_yes(picture(i), TEMPLATE) for i in range(40)))
+            await asyncio.gather(*(judge.p_yes(an_image(i), TEMPLATE) for i in range(40)))
             assert counts[1] == 0 and judge._endpoints.endpoints[1].probe is not None
             broken = False
             while judge._endpoints.endpoints[1].probe is not None:
                 await asyncio.sleep(0.05)
             counts[:] = [0, 0]
-            await asyncio.gather(*(judge.p_yes(picture(i), TEMPLATE) for i in range(40, 100)))
+            await asyncio.gather(*(judge.p_yes(an_image(i), TEMPLATE) for i in range(40, 100)))
             assert min(counts) >= 20
 
     asyncio.run(asyncio.wait_for(main(), 30))
@@ -239,10 +239,10 @@ def test_load_is_balanced_and_a_dead_server_dropped_and_readmitted():
 def test_cache_asks_once():
     async def main(url: str) -> None:
         judge = Judge("m", url)
-        first = await judge.p_yes(picture(1), TEMPLATE)
+        first = await judge.p_yes(an_image(1), TEMPLATE)
         judge.base_urls = "http://127.0.0.1:1/v1"
         judge._loop = None  # connects anew: only the cache can answer
-        assert await judge.p_yes(picture(1), TEMPLATE) == first
+        assert await judge.p_yes(an_image(1), TEMPLATE) == first
 
     with serving() as url:
         asyncio.run(main(url))
@@ -250,7 +250,7 @@ def test_cache_asks_once():
 
 def test_repeatability_asks_every_time():
     with serving() as url:
-        judge, images = Judge("m", url), [picture(0), picture(1)]
+        judge, images = Judge("m", url), [an_image(0), an_image(1)]
         alone = asyncio.run(judge.asked_alone(images, TEMPLATE, 2))
         assert spread(alone, asyncio.run(judge.asked_together(images, TEMPLATE, 2))) == 0
 
@@ -269,7 +269,7 @@ def test_preflight_warns_of_a_judge_that_wanders_or_fails():
             spec("true", "Rubric", broken),
             RewardSpec("bright", "tests.helpers.runs:brightness"),
         ]
-        asked = repeatability(load_rewards(specs), [picture(0), picture(1)], ["a red cube", "x"])
+        asked = repeatability(load_rewards(specs), [an_image(0), an_image(1)], ["a red cube", "x"])
         judges = asyncio.run(asked)
     assert [(judge.judge, judge.rewards) for judge in judges] == [
         (f"m at {wanders}", ["nice", "words"]),
@@ -293,7 +293,7 @@ def test_preflight_warns_of_a_judge_that_wanders_or_fails():
     assert 'VLLM_BATCH_INVARIANT: "1"' in lines[0]
     assert lines[1].startswith(f"warning: judge m at {broken}: its repeatability is unknown")
     assert "illegal memory access" in lines[1] and lines[1].endswith("see that its server runs and serves this model")
-    assert asyncio.run(repeatability(load_rewards(specs[3:]), [picture(0)], ["x"])) == []
+    assert asyncio.run(repeatability(load_rewards(specs[3:]), [an_image(0)], ["x"])) == []
 
 
 def test_a_judge_that_answers_otherwise_beside_another_is_found():
@@ -313,9 +313,9 @@ def test_a_judge_that_answers_otherwise_beside_another_is_found():
             "judge": {"model": model, "base_urls": "http://127.0.0.1:1/v1"}}})])[0]  # fmt: skip
         reward.function.judge = Beside(model, "http://127.0.0.1:1/v1")
         rewards.append(reward)
-    base, adapter = asyncio.run(repeatability(rewards, [picture(0), picture(1)], ["x"]))
+    base, adapter = asyncio.run(repeatability(rewards, [an_image(0), an_image(1)], ["x"]))
     assert base.spread == pytest.approx(0.7) and base.remedy and adapter.spread == 0
-    assert asyncio.run(repeatability(rewards[:1], [picture(0)], ["x"]))[0].spread == 0
+    assert asyncio.run(repeatability(rewards[:1], [an_image(0)], ["x"]))[0].spread == 0
 
 
 @pytest.mark.long
@@ -330,7 +330,7 @@ def test_thousand_requests_with_faults_and_a_killed_server():
         processes.append(start(port, "--faults", "0.1"))
 
     threading.Thread(target=restart, daemon=True).start()
-    images = [picture(i) for i in range(1000)]
+    images = [an_image(i) for i in range(1000)]
     spec = RewardSpec(
         "aesthetic",
         {
@@ -367,5 +367,5 @@ def test_run_stops_with_the_servers_message():
         spec = RewardSpec("nice", {"class_path": "rewards.image.Aesthetic", "init_args": {"judge": judge}})
         stopped = pytest.raises(RewardError, match=r"reward nice: 4 of the last 4 .*illegal memory access")
         with ScoreQueue(load_rewards([spec])) as queue, stopped:
-            queue.submit([picture(i) for i in range(4)], ["x"] * 4)
+            queue.submit([an_image(i) for i in range(4)], ["x"] * 4)
             queue.gather()

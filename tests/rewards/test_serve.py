@@ -1,6 +1,7 @@
 """Judges behind the real vLLM: POSTTRAIN_VLLM names its executable (rewards/make_vllm_env.sh makes one)."""
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -40,7 +41,7 @@ CPU_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
 needs_vllm = pytest.mark.skipif(not VLLM, reason="POSTTRAIN_VLLM names no vLLM executable")
 
 
-def picture(seed: int) -> Image.Image:
+def an_image(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8))
 
 
@@ -140,7 +141,7 @@ def test_an_images_bytes_travel_to_vllm_once(urls, monkeypatch):
     assert traffic._names_images[url] and len(bodies) == 12
     assert sum(b"base64" in body for body in bodies) == 1 + 4  # the first question shows what server it is
     bodies.clear()
-    assert asyncio.run(ask(picture(77)))[0] > 0 and [b"base64" in body for body in bodies] == [False, True]
+    assert asyncio.run(ask(an_image(77)))[0] > 0 and [b"base64" in body for body in bodies] == [False, True]
 
 
 @pytest.mark.vllm
@@ -189,17 +190,21 @@ def test_the_base_answers_alike_beside_its_adapters(urls):
     template = load_template("rubric")
     needs = [REQUIREMENT, "there are exactly two shapes", "the background is black", "the style is outline"]
 
+    questions = list(itertools.product(blends, needs))
+
     async def scores(beside: bool) -> list[float]:
         base, others = Judge("vlm", urls["vlm"]), [Judge(name, urls["vlm"]) for name in ("artifact", "aesthetic")]
-        asked = [base.p_yes(image, template, requirement=need) for image in blends for need in needs]
+        asked = [base.p_yes(image, template, requirement=need) for image, need in questions]
         count = len(asked)
         if beside:
-            asked += [judge.p_yes(image, load_template(judge.model)) for image in blends for judge in others]
+            for judge in others:
+                asked += [judge.p_yes(image, load_template(judge.model)) for image in blends]
         return (await asyncio.gather(*asked))[:count]
 
     vlm = VLM.load(str(WEIGHTS / "judge-nano"))
-    texts = [template.render(requirement=need) for need in needs]
-    mine = [vlm.p_yes([image], [text])[0] for image in blends for text in texts]
+    mine = []
+    for image, need in questions:
+        mine += vlm.p_yes([image], [template.render(requirement=need)])
     assert sum(0.02 < p < 0.98 for p in mine) >= 4
     # Alone, beside others, and alone after them.
     for beside in (False, True, True, False):
@@ -215,8 +220,8 @@ def test_adapters_are_bound_and_scores_repeat(urls):
         scores = {}
         for name in ("vlm", "aesthetic", "artifact"):
             judge = Judge(name, urls["vlm"])
-            scores[name] = await asyncio.gather(*(judge.p_yes(picture(i), template) for i in range(4)))
-            images = [picture(i) for i in range(4)]
+            scores[name] = await asyncio.gather(*(judge.p_yes(an_image(i), template) for i in range(4)))
+            images = [an_image(i) for i in range(4)]
             alone = await judge.asked_alone(images, template, 10)
             differ = spread(alone, await judge.asked_together(images, template, 10))
             print(f"{name}: repeatability {differ:.2e}")
@@ -224,7 +229,7 @@ def test_adapters_are_bound_and_scores_repeat(urls):
         assert np.abs(np.subtract(scores["vlm"], scores["aesthetic"])).max() > 1e-3
         assert np.abs(np.subtract(scores["artifact"], scores["aesthetic"])).max() > 1e-3
         with pytest.raises(JudgeError, match=r"HTTP 404.*nobody"):
-            await Judge("nobody", urls["vlm"]).p_yes(picture(0), template)
+            await Judge("nobody", urls["vlm"]).p_yes(an_image(0), template)
 
     asyncio.run(main())
 
