@@ -38,6 +38,8 @@ from posttrain.model.roles import Roles
 
 DECODED = 2**20
 """Pixels that are decoded at a time, in 1 to 16 images. Each takes about 3 kB of memory in K2."""
+ENCODED = 64
+"""Images that are encoded at a time, at most; of more than DECODED pixels together, fewer."""
 
 
 class K2(Roles):
@@ -229,10 +231,15 @@ class K2(Roles):
 
         For `Text` use `text_tokens`: a role that adapts that part makes this wrong, and an error.
         """
+        return self._fuse(features[None])[0]
+
+    @torch.no_grad()
+    def _fuse(self, features: Tensor) -> Tensor:
+        """The same of prompts of one length: (B, L, taps, text_dim) to (B, L, C)."""
         if not self.fused_text_is_constant():
             raise RuntimeError("text_fusion or txt_in is trained or adapted: fused text cannot be cached")
         with self.role(None):
-            return architecture.fuse(self.transformer, features[None].to(self.device, self.dtype), None)[0]
+            return architecture.fuse(self.transformer, features.to(self.device, self.dtype), None)
 
     def fused_text_is_constant(self) -> bool:
         """Whether `fuse` depends on no trainable parameter and no role."""
@@ -246,6 +253,20 @@ class K2(Roles):
         All roles must be there already: text that was fused before is refused by `velocity`.
         """
         return features.to(self.device, self.dtype) if self.adapts_text else self.fuse(features)
+
+    def all_text_tokens(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """`text_tokens` of several prompts, in their order. Those of one length are fused together."""
+        if self.adapts_text:
+            return [self.text_tokens(own) for own in features]
+        by_length: dict[int, list[int]] = {}
+        for i, own in enumerate(features):
+            by_length.setdefault(len(own), []).append(i)
+        fused: dict[int, Tensor] = {}
+        for members in by_length.values():
+            for first in range(0, len(members), 16):  # as many as the text encoder takes at a time
+                chosen = members[first : first + 16]
+                fused |= zip(chosen, self._fuse(torch.stack([features[i] for i in chosen])))
+        return [fused[i].clone() for i in range(len(features))]  # a view would be saved with its batch behind it
 
     def fused(self, text: Text) -> Text:
         """The text as the active role reads it. `velocity` does this too; call it once before several forwards of one
@@ -367,16 +388,17 @@ class K2(Roles):
 
     @torch.no_grad()
     @uses("vae")
-    def encode_images(self, images: Tensor | Sequence[Image.Image], batch: int = 16) -> Tensor:
+    def encode_images(self, images: Tensor | Sequence[Image.Image], batch: int | None = None) -> Tensor:
         """uint8 images (B, height, width, 3), or PIL images of one size, to packed latents: the mode of the
-        posterior."""
+        posterior. `batch` at a time; None: see ENCODED."""
         if not isinstance(images, Tensor):
             arrays = [np.asarray(to_rgb(image)) for image in images]
             images = torch.from_numpy(np.stack(arrays))
-        self.grid(*images.shape[1:3])
+        height, width = images.shape[1:3]
+        self.grid(height, width)
         mean, std = self._latent_statistics()
         latents = []
-        for part in images.split(batch):
+        for part in images.split(batch or max(1, min(ENCODED, DECODED // (height * width)))):
             pixels = part.to(self.vae.device).permute(0, 3, 1, 2).float() / 127.5 - 1
             posterior = self.vae.encode(pixels[:, :, None].to(self.vae.dtype), return_dict=False)[0]
             z = posterior.mode()[:, :, 0].float()

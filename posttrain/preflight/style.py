@@ -14,7 +14,7 @@ from posttrain.preflight.few import Few
 from posttrain.preflight.sft import SFTChecks
 from posttrain.references.shown import of_records
 from posttrain.style import train as style
-from posttrain.style.batches import StyleBatch, batches_of, job_of, size_of_step
+from posttrain.style.batches import StyleBatch, batches_of, jobs_of_step
 from posttrain.style.config import StyleConfig
 from posttrain.style.dataset import StyleSet, Views
 from posttrain.style.views import Box
@@ -61,9 +61,8 @@ class StyleChecks(SFTChecks):
         return style.optimise(self.k2, self.config, batches, self.stepper, self.alone)
 
     def _draw(self, step: int) -> Sequence[StyleBatch]:
-        config, entries = self.config, style.order_of(self.views, self.config)(step)
-        side = size_of_step(config, step)
-        jobs = [job_of(self.views, config, entry, step, i, side) for i, entry in enumerate(entries)]
+        config, order = self.config, style.order_of(self.views, self.config)
+        jobs = jobs_of_step(self.views, config, order, step, range).own
         return batches_of(
             self.k2, self.views, jobs, config.micro_batch, config.time_mean, config.time_std, config.shift
         )

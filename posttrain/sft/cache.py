@@ -20,7 +20,7 @@ from torch import Tensor
 from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError, counted
 from posttrain.log import log
-from posttrain.model.k2 import DECODED, K2
+from posttrain.model.k2 import K2
 from posttrain.preferences.sources import Skipped, Tally
 from posttrain.runs import startup
 from posttrain.sft import buckets
@@ -113,8 +113,8 @@ class EncodedImages:
         bounds = np.cumsum([weight for _, weight in image.texts])
         # A choice of 1 is beyond the last bound, and a caption of weight 0 ends where the one before it does.
         place = min(int(np.searchsorted(bounds, choice * bounds[-1], side="right")), len(bounds) - 1)
-        with self._shards.opened(image.row) as file:
-            return file.get_tensor(f"{image.row}.{j}"), file.get_tensor(f"text.{image.texts[place][0]}")
+        file = self._shards.opened(image.row)
+        return file.get_tensor(f"{image.row}.{j}"), file.get_tensor(f"text.{image.texts[place][0]}")
 
     def cut(self, entry: int) -> float:
         """Share of the image that the crop of an entry cuts off."""
@@ -194,15 +194,13 @@ def _encode(k2: K2, images: ImageSet, config: ImageSetConfig, shards: Shards, nu
             captions.append((number_of_text, caption.weight))
         kept.append((row, example.digest(), size, captions, crops))
     tensors: dict[str, Tensor] = {}
-    for bucket, members in by_size.items():
-        # As many pixels at a time as are decoded at a time, which sets the VAE's memory.
-        most = max(1, min(16, DECODED // (bucket[0] * bucket[1])))
-        latents = k2.encode_images([image for _, image in members], most).cpu()
+    for members in by_size.values():
+        latents = k2.encode_images([image for _, image in members]).cpu()
         for (name, _), own in zip(members, latents):
             tensors[name] = own.clone()  # a view would be saved with the whole batch behind it
     encoding = k2.encode(list(texts), config.max_tokens)
-    for place, features in enumerate(encoding.features):
-        tensors[f"text.{place}"] = k2.text_tokens(features).cpu()
+    for place, fused in enumerate(k2.all_text_tokens(encoding.features)):
+        tensors[f"text.{place}"] = fused.cpu()
     made = {
         "images": kept,
         "left_out": left_out,

@@ -122,10 +122,10 @@ class EncodedPairs:
 
     def __getitem__(self, i: int) -> EncodedPair:
         row, (height, width) = self._row[i], self.size[i].tolist()
-        with self._shards.opened(row) as file:
-            chosen, rejected = file.get_tensor(f"{row}.chosen"), file.get_tensor(f"{row}.rejected")
-            text = file.get_tensor(f"text.{self._text[i]}")
-            references = [file.get_tensor(f"{row}.reference.{j}") for j in range(len(self.shown[i][0]))]
+        file = self._shards.opened(row)
+        chosen, rejected = file.get_tensor(f"{row}.chosen"), file.get_tensor(f"{row}.rejected")
+        text = file.get_tensor(f"text.{self._text[i]}")
+        references = [file.get_tensor(f"{row}.reference.{j}") for j in range(len(self.shown[i][0]))]
         return EncodedPair(chosen, rejected, text, float(self.label[i]), (height, width), references)
 
 
@@ -273,8 +273,8 @@ def _encode(k2: K2, preferences: Preferences, config: PairSetConfig, shards: Sha
     # A text that several pairs have is encoded once for the shard.
     prompts = list(dict.fromkeys(pair.prompt for pair in pairs.values()))
     encoding = k2.encode(prompts, config.max_tokens)
-    for j, features in enumerate(encoding.features):
-        tensors[f"text.{j}"] = k2.text_tokens(features).cpu()
+    for j, fused in enumerate(k2.all_text_tokens(encoding.features)):
+        tensors[f"text.{j}"] = fused.cpu()
     encoded = []
     for i, pair in pairs.items():
         p = label(pair.share, pair.source == "human")

@@ -5,8 +5,10 @@ Legend: B images of a micro-batch, N image tokens, C channels, R references.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from types import TracebackType
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from posttrain.model import sampler
 from posttrain.model.k2 import K2
 from posttrain.model.references import References
 from posttrain.sft.batches import Batch, Job, noised
+from posttrain.sft.order import Order
 from posttrain.style.config import StyleConfig
 from posttrain.style.dataset import Views
 
@@ -64,6 +67,57 @@ def job_of(views: Views, config: StyleConfig, entry: int, step: int, i: int, siz
     # Without references the caption has to name the style.
     job = Job(entry, n, seed, LAST if alone else choice, mute)
     return StyleJob(job, [views.draw(entry, size, rng) for _ in range(count)])
+
+
+@dataclass(frozen=True)
+class StepJobs:
+    """What a process does in a step."""
+
+    entries: list[int]
+    """Of the whole batch."""
+    side: int
+    """Of its references, in pixels."""
+    own: list[StyleJob]
+    """Of this process."""
+
+
+def jobs_of_step(
+    views: Views, config: StyleConfig, order: Order, step: int, own: Callable[[int], Sequence[int]]
+) -> StepJobs:
+    """The jobs of a step, counted from 1. `own` says which places of a batch of that length this process has."""
+    entries, side = order(step), size_of_step(config, step)
+    return StepJobs(entries, side, [job_of(views, config, entries[i], step, i, side) for i in own(len(entries))])
+
+
+class Ahead:
+    """Jobs of one step after another. Those of the next one are made in a thread while a step trains: reading and
+    cutting photographs takes as long as a step does.
+
+    A context manager, which ends the thread.
+    """
+
+    def __init__(self, make: Callable[[int], StepJobs], last: int):
+        """`last` is the last step that there is."""
+        self._make, self._last = make, last
+        self._thread = ThreadPoolExecutor(1, "jobs")
+        self._next: tuple[int, Future[StepJobs]] | None = None
+
+    def __call__(self, step: int) -> StepJobs:
+        """Raises what making them raised."""
+        if self._next is None or self._next[0] != step:
+            self._next = step, self._thread.submit(self._make, step)
+        jobs = self._next[1].result()
+        if step < self._last:
+            self._next = step + 1, self._thread.submit(self._make, step + 1)
+        return jobs
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown(cancel_futures=True)
 
 
 def batches_of(

@@ -42,7 +42,7 @@ from posttrain.sft.heldout import HeldOut
 from posttrain.sft.losses import flow_loss
 from posttrain.sft.order import Order
 from posttrain.sft.train import check_moved, evaluate, prepare, preview_size, say_small, write_table
-from posttrain.style.batches import StyleBatch, StyleJob, batches_of, job_of, size_of_step
+from posttrain.style.batches import Ahead, StepJobs, StyleBatch, StyleJob, batches_of, jobs_of_step
 from posttrain.style.config import StyleConfig
 from posttrain.style.dataset import StyleSet, Views, square, whole
 from posttrain.style.views import tiles
@@ -132,23 +132,28 @@ def updates(
     clock: Clock,
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Trains one step at a time, and yields its number and metrics."""
-    for step in steps:
-        clock.start()
-        entries, side = order(step), size_of_step(config, step)
-        metrics: dict[str, float] = {}
-        for attempt in micro_batch.attempts(stepper):
-            batches: list[StyleBatch] = []  # lets go of the latents of an attempt that did not fit into memory
-            with attempt:
-                own = procs.local_indices(len(entries))
-                jobs = [job_of(views, config, entries[i], step, i, side) for i in own]
-                # Tiles and crops are drawn anew, so references are encoded in each step; images have cached latents.
-                batches = batches_of(k2, views, jobs, micro_batch.size, config.time_mean, config.time_std, config.shift)
-                clock.lap("prepare")
-                metrics = optimise(k2, config, batches, stepper, procs)
-                clock.lap("update")
-        clock.seconds["seconds/image"] = sum(clock.seconds.values()) / config.batch
-        tokens = k2.image_tokens(*views.images.size[entries[0]].tolist())
-        yield step, metrics | {"reference_size": side, "image_tokens": tokens} | clock.seconds
+
+    def make(step: int) -> StepJobs:
+        return jobs_of_step(views, config, order, step, procs.local_indices)
+
+    with Ahead(make, config.steps) as ahead:
+        for step in steps:
+            clock.start()
+            jobs = ahead(step)
+            metrics: dict[str, float] = {}
+            for attempt in micro_batch.attempts(stepper):
+                batches: list[StyleBatch] = []  # lets go of the latents of an attempt that did not fit into memory
+                with attempt:
+                    # Tiles and crops are drawn anew, so references are encoded in each step; images are cached.
+                    batches = batches_of(
+                        k2, views, jobs.own, micro_batch.size, config.time_mean, config.time_std, config.shift
+                    )
+                    clock.lap("prepare")
+                    metrics = optimise(k2, config, batches, stepper, procs)
+                    clock.lap("update")
+            clock.seconds["seconds/image"] = sum(clock.seconds.values()) / config.batch
+            tokens = k2.image_tokens(*views.images.size[jobs.entries[0]].tolist())
+            yield step, metrics | {"reference_size": jobs.side, "image_tokens": tokens} | clock.seconds
 
 
 def optimise(

@@ -12,7 +12,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from posttrain.training.checkpoint import is_full
 
 SHARD = 64
 """Rows of the set in a shard."""
+OPEN = 1024
+"""Shards that are open at a time, at most."""
 
 
 def facts_of(k2: K2) -> dict[str, str]:
@@ -57,6 +59,8 @@ class Shards:
     """Rows of the set, those that cannot be encoded included."""
     setting: str
     """The setting that names the directory of all caches, for messages."""
+    _files: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)
+    """Shards that are open, by their number."""
 
     @classmethod
     def claim(cls, cache: str, setting: str, rows: int, facts: dict[str, Any], procs: Processes) -> Shards:
@@ -125,8 +129,14 @@ class Shards:
                 yield json.loads(file.metadata()["rows"])
 
     def opened(self, row: int) -> Any:
-        """The shard of a row, to read tensors of. Raises UserError if it is damaged."""
-        return _opened(self.path(row // SHARD))
+        """The shard of a row, to read tensors of; it stays open. Raises UserError if it is damaged."""
+        number = row // SHARD
+        if number not in self._files:
+            # To open one reads its list of tensors, which takes longer than to read a small image.
+            if len(self._files) == OPEN:
+                self._files.pop(next(iter(self._files)))
+            self._files[number] = _opened(self.path(number))
+        return self._files[number]
 
 
 def warn_of_cut(cuts: Sequence[int], noun: str, setting: str, max_tokens: int) -> None:

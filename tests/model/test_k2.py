@@ -232,6 +232,15 @@ def test_text_batches(model):
     assert torch.equal(model.velocity(x, 0.5, one, 32, 32), model.velocity(x, 0.5, many, 32, 32))
 
 
+def test_texts_are_fused_together_as_alone(model):
+    """In the order of the prompts, whatever their lengths, also where more than one batch has a length."""
+    features = [model.random_features(length, seed) for seed, length in enumerate([5, 9, 5, *[7] * 20, 9])]
+    for together, own in zip(model.all_text_tokens(features), features, strict=True):
+        torch.testing.assert_close(together, model.text_tokens(own), rtol=1e-5, atol=1e-5)
+        assert together._base is None
+    assert model.all_text_tokens([]) == []
+
+
 def test_images_to_latents(model, stock):
     pictures = torch.randint(0, 256, (3, 32, 56, 3), dtype=torch.uint8)
     z = model.encode_images(pictures, batch=2)
@@ -241,6 +250,8 @@ def test_images_to_latents(model, stock):
         raw = stock.vae.encode(pictures.permute(0, 3, 1, 2).float()[:, :, None] / 127.5 - 1).latent_dist.mode()
     mean, std = (torch.tensor(stock.vae.config[key]).view(1, 16, 1, 1) for key in ("latents_mean", "latents_std"))
     assert distance(k2.unpack(z, 4, 7), (raw[:, :, 0] - mean) / std) < 1e-5
+    many = pictures.repeat(k2.ENCODED // 3 + 1, 1, 1, 1)
+    assert distance(model.encode_images(many)[-3:], z) < 1e-6
     with pytest.raises(UserError, match=r"multiples of 8"):
         model.encode_images(torch.zeros(1, 30, 32, 3, dtype=torch.uint8))
 

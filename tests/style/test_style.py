@@ -21,7 +21,7 @@ from posttrain.sample_images import sample
 from posttrain.sft import train as sft
 from posttrain.sft.cache import encode_images
 from posttrain.style import train as style
-from posttrain.style.batches import LAST, batches_of, job_of
+from posttrain.style.batches import LAST, Ahead, batches_of, job_of, jobs_of_step
 from posttrain.style.dataset import StyleSet, Views
 from posttrain.training.evaluate import SamplingSettings
 from tests.helpers import runs, tiny
@@ -186,6 +186,38 @@ def test_batches_have_one_number_of_references(made, config):
         if batch.shown:
             first = torch.from_numpy(jobs[batch.jobs[0]].views[0][None].copy())
             assert torch.allclose(batch.shown.latents[0][:1], k2.encode_images(first), atol=1e-5)
+
+
+def test_jobs_made_ahead_are_the_same(made, config):
+    """In steps that follow each other, after a jump, and none beyond the last step."""
+    _, views = made
+    order, asked = style.order_of(views, config), []
+
+    def make(step):
+        asked.append(step)
+        return jobs_of_step(views, config, order, step, range)
+
+    with Ahead(make, 5) as ahead:
+        found = {step: ahead(step) for step in (1, 2, 4, 5)}
+    assert asked == [1, 2, 3, 4, 5]
+    for step, jobs in found.items():
+        alone = jobs_of_step(views, config, style.order_of(views, config), step, range)
+        assert (jobs.entries, jobs.side) == (alone.entries, alone.side)
+        for own, other in zip(jobs.own, alone.own, strict=True):
+            assert own.job == other.job and len(own.views) == len(other.views)
+            assert all(map(np.array_equal, own.views, other.views))
+
+
+def test_an_error_ahead_is_raised_at_its_step():
+    def make(step):
+        if step == 2:
+            raise UserError("broken.png: is truncated")
+        return step
+
+    with Ahead(make, 3) as ahead:
+        assert ahead(1) == 1
+        with pytest.raises(UserError, match="is truncated"):
+            ahead(2)
 
 
 # ---- drawing ----------------------------------------------------------------------------------------------------
