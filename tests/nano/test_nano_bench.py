@@ -30,6 +30,26 @@ def test_options_after_two_dashes_are_the_commands():
     assert (args.recipe, args.seeds, args.jobs, args.options) == ("r.yaml", [4], 1, ["--steps", "3"])
 
 
+def test_a_stopped_run_is_not_finished_and_goes_on(tmp_path):
+    """It has a summary, whose figures are those of before."""
+    calls = []
+
+    class Called(common.Jobs):
+        def __call__(self, name, module, arguments, *rest, **variables):
+            calls.append(arguments)
+            return 0.0
+
+    jobs = Called(tmp_path)
+    folder = jobs.run("a", ["grpo"])
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text("steps: 64\n")
+    for summary, again in (({"steps": 20}, True), ({"steps": 64}, False), ({"steps": 20, "stopped": "x"}, False)):
+        (folder / "summary.json").write_text(json.dumps(summary))
+        calls.clear()
+        jobs.run("a", ["grpo"])
+        assert calls == ([["grpo", "--resume", "--output", str(folder)]] if again else [])
+
+
 def test_cells():
     assert common.mean_and_extent([0.5, None, 0.25]) == "0.375 (0.250 to 0.500)"
     assert common.mean_and_extent([0.5], "+.1f") == "+0.5" and common.mean_and_extent([None]) == "-"

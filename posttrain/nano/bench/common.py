@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 import psutil
 import torch
+import yaml
 
 T = TypeVar("T")
 LAUNCHER = "torch.distributed.run"
@@ -78,10 +79,11 @@ class Jobs:
             return time.time() - start
 
     def run(self, name: str, words: Sequence[str], module: str = "posttrain.cli") -> Path:
-        """The directory of a run of this name, made by these words unless it is finished."""
+        """The directory of a run, made by these words unless it is finished; one that was begun goes on."""
         output = self.folder / name
-        if not (output / "summary.json").is_file():
-            self(name, module, [*words, "--output", str(output)])
+        if not finished(output):
+            begun = ["--resume"] if (output / "recipe.yaml").is_file() else []
+            self(name, module, [*words, *begun, "--output", str(output)])
         return output
 
 
@@ -103,6 +105,16 @@ class Meter:
         # Several lines may have come since the last look; they get the same time.
         lines = self.metrics.read_text().count("\n")
         self.seconds += [_cpu_seconds(pid)] * (lines - len(self.seconds))
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run has ended by itself. One that was stopped has a summary too, of fewer steps than it was to make."""
+    if not (folder / "summary.json").is_file():
+        return False
+    summary = json.loads((folder / "summary.json").read_text())
+    if "steps" not in summary or "stopped" in summary:  # a command without steps, or an end that its recipe asked for
+        return True
+    return summary["steps"] >= yaml.safe_load((folder / "recipe.yaml").read_text())["steps"]
 
 
 def _cpu_seconds(pid: int) -> float:

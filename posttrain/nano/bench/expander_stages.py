@@ -41,7 +41,7 @@ def run(jobs: common.Jobs, seed: int, steps: int, arms: Sequence[str], options: 
         output = folder / f"{name}-{seed}"
         verb, recipe, *more = words
         # A benchmark that is started again leaves out what is done.
-        if not (output / "summary.json").exists() and not (output / "expander_data.json").exists():
+        if not common.finished(output) and not (output / "expander_data.json").exists():
             more += ["--resume"] if (output / "recipe.yaml").exists() else []
             options = ["--config", f"{RECIPES}{recipe}.yaml", *more, "--seed", str(own_seed), "--output", str(output)]
             jobs(output.name, "posttrain.cli", ["expander", verb, *options])
