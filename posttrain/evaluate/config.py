@@ -57,6 +57,9 @@ class EvaluateConfig:
     expand: dict[str, str] = field(default_factory=dict)
     """By subject: the expander that rewrites its prompts, a chat model or a run of `posttrain expander`. Rewards always
     see the prompts themselves."""
+    expand_system: dict[str, str] = field(default_factory=dict)
+    """By subject: a text file with the system text of its expander, where that is a chat model that was not trained
+    here, such as the one that K2's repository gives. Others have posttrain's own."""
     micro_batch: AtLeast1 = 8
     """Images in one forward; images in one call of a reward are eight times as many."""
     max_tokens: AtLeast1 = 512

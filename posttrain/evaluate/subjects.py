@@ -22,7 +22,7 @@ from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError, counted
 from posttrain.evaluate.config import EvaluateConfig
 from posttrain.expander.gdpo_config import RendererConfig
-from posttrain.expander.model import Expander, resolve
+from posttrain.expander.model import Expander, read_system, resolve
 from posttrain.expander.renderer import EndpointRenderer
 from posttrain.image_reader import SUFFIXES, read_image
 from posttrain.log import log
@@ -46,6 +46,8 @@ class Subject:
     guidance: float | None = None
     """None: the model's own, or whatever a server or a folder has."""
     expander: str | None = None
+    system: str | None = None
+    """File with the expander's system text; None: posttrain's own."""
 
     @property
     def folder(self) -> str:
@@ -72,16 +74,22 @@ def read_subjects(config: EvaluateConfig) -> list[Subject]:
             own = f"{name}@{guidance:g}" if len(settings) > 1 else name
             if own in found:
                 raise UserError(f"subjects: {own} is there twice; give each its own name, as NAME=PLACE")
-            found[own] = Subject(own, place, kind, guidance, config.expand.get(name))
+            asked = config.expand.get(name), config.expand_system.get(name)
+            found[own] = Subject(own, place, kind, guidance, *asked)
         if name in config.expand:
             if kind == "folder":
                 raise UserError(f"expand: {name} is a folder of images, whose prompts are drawn already; leave it out")
-            resolve(config.expand[name])
+            base, adapter = resolve(config.expand[name])
+            if name in config.expand_system:
+                read_system(config.expand_system[name], base, adapter)
     names = {named(text)[0] for text in config.subjects}
     # By name and not by subject: a subject with several guidances has one expander.
     for name in config.expand:
         if name not in names:
             raise UserError(f"expand: {name} is no subject; there are {', '.join(sorted(names))}")
+    for name in config.expand_system:
+        if name not in config.expand:
+            raise UserError(f"expand_system: {name} has no expander; name it in expand too")
     folders = {subject.folder for subject in found.values()}
     if len(folders) < len(found):
         raise UserError("subjects: two names differ only in characters that no file name has; give plainer ones")
@@ -230,6 +238,8 @@ class Images:
         if subject.kind == "adapter":
             # A run that trains on names another checkpoint later, whose images must not be mixed with these.
             settings["checkpoint"] = str(_load_stage(subject.place, config.model).path)
+        if subject.system is not None:
+            settings["system"] = Path(subject.system).read_text(encoding="utf-8")
         return json.loads(json.dumps(settings))  # as it is read back, with lists for tuples, to be compared with that
 
     def _check_begun(self) -> None:
@@ -263,9 +273,10 @@ class Images:
         return self.procs.from_main(texts)
 
     def _expanded(self, path: Path) -> list[str]:
-        assert self.subject.expander is not None
+        subject, device = self.subject, self.procs.device
+        assert subject.expander is not None
         dtype = getattr(torch, self.config.model.dtype)
-        expander = Expander.load(self.subject.expander, None, dtype, self.procs.device)
+        expander = Expander.load(subject.expander, None, dtype, device, system=subject.system)
         texts = []
         for group in expander.expand(self.prompts, self.config.images, self.config.seed):
             texts += [expansion.text for expansion in group]

@@ -42,10 +42,11 @@ def system_text(thinking: bool = False) -> str:
     return f"{parts.system}\n\n{parts.thinking}" if thinking else parts.system
 
 
-def messages(user: str, thinking: bool = False) -> list[dict[str, str]]:
+def messages(user: str, thinking: bool = False, system: str | None = None) -> list[dict[str, str]]:
     """Chat messages for /v1/chat/completions from a user's prompt. The answer is the expansion, after a thought where
-    `thinking` asks for one: see thinking.py."""
+    `thinking` asks for one: see thinking.py. `system` replaces the system text, for a model that was not trained here.
+    """
     return [
-        {"role": "system", "content": system_text(thinking)},
+        {"role": "system", "content": system_text(thinking) if system is None else system},
         {"role": "user", "content": Template(template().user).substitute(prompt=user)},
     ]

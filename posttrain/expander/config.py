@@ -272,5 +272,8 @@ class ExpandConfig:
     instead of n. null: n as they come."""
     thinking: bool | None = None
     """Whether it thinks before the caption; null: as it was trained. The thought is not printed."""
+    system: Text | None = None
+    """A text file with the system text to use in place of posttrain's own, for a chat model that was not trained here,
+    such as the one that K2's repository gives."""
     json: bool = False
     """Print a JSON object with prompt and expansions instead of one a line."""

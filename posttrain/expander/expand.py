@@ -25,7 +25,8 @@ TIMES = 4
 def main(config: ExpandConfig) -> None:
     """Prints `config.n` expansions, or `config.vary` that differ, one a line or as JSON."""
     device = PartialState().device or "cpu"
-    expander = Expander.load(config.model, config.adapter, getattr(torch, config.dtype), device, config.thinking)
+    dtype = getattr(torch, config.dtype)
+    expander = Expander.load(config.model, config.adapter, dtype, device, config.thinking, config.system)
     if config.vary is not None:
         expansions = varied(expander, config.prompt, config.vary, config.seed, config.temperature, config.max_tokens)
     else:

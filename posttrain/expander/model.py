@@ -45,6 +45,8 @@ class Expander:
     tokenizer: Any
     thinking: bool = False
     """Whether it is asked for a thought before the caption, which is then cut off."""
+    system: str | None = None
+    """The system text in place of posttrain's own."""
 
     @classmethod
     def load(
@@ -54,20 +56,25 @@ class Expander:
         dtype: torch.dtype = torch.bfloat16,
         device: Any = "cpu",
         thinking: bool | None = None,
+        system: str | None = None,
     ) -> Expander:
-        """Loads a chat model, a run directory or an adapter's directory; `thinking` None: as it was trained.
+        """Loads a chat model, a run directory or an adapter's directory; `thinking` None: as it was trained. `system`
+        is a file with another system text, for a model that was not trained here.
 
-        Raises UserError if `path` is none of these, if the model has no chat template, or if the adapter belongs to
-        another base.
+        Raises UserError if `path` is none of these, if the model has no chat template, if the adapter belongs to
+        another base, or for a system text that the model does not take.
         """
         base, adapter = resolve(path, adapter)
+        text = None if system is None else read_system(system, base, adapter)
+        if text is not None and thinking:
+            raise UserError("thinking: a system text of your own does not ask for a thought; leave one of the two out")
         thinking = trained_thinking(base, adapter) if thinking is None else thinking
         model, tokenizer = load_chat_model(base, dtype)
         tokenizer.padding_side = "left"  # generation continues after the last token, which must not be padding
         if adapter is not None:
             check_base(adapter, base, model)  # first: an adapter's weights would change the fingerprint
             model = load_adapter(model, adapter, f"{adapter} on {base}")
-        return cls(model.to(device).eval(), tokenizer, thinking)
+        return cls(model.to(device).eval(), tokenizer, thinking, text)
 
     @torch.no_grad()
     def expand(
@@ -102,7 +109,7 @@ class Expander:
         self, prompts: Sequence[str], n: int, seed: int, temperature: float, max_tokens: int
     ) -> list[Expansion]:
         """n neighbouring expansions of each prompt, in one forward."""
-        conversations = [messages(prompt, self.thinking) for prompt in prompts]
+        conversations = [messages(prompt, self.thinking, self.system) for prompt in prompts]
         inputs = self.tokenizer.apply_chat_template(
             conversations, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         ).to(self.model.device)
@@ -174,6 +181,21 @@ def load_chat_model(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
         tokenizer.pad_token = tokenizer.eos_token
     startup.lap("read")
     return model, tokenizer
+
+
+def read_system(path: str, base: str, adapter: str | None) -> str:
+    """The system text in a file. Raises UserError if there is none, and for an expander that was trained here."""
+    for folder in filter(None, (adapter, base)):
+        if (Path(folder) / CARD).is_file():
+            raise UserError(f"system: {folder} was trained under posttrain's own system text; leave system out")
+    try:
+        text = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
+        raise UserError(f"system: {path}: {reason}; give a text file") from None
+    if not text:
+        raise UserError(f"system: {path}: is empty; give a file with the system text")
+    return text
 
 
 def trained_thinking(base: str, adapter: str | None) -> bool:

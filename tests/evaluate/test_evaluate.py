@@ -17,6 +17,7 @@ from tests.helpers import runs
 from tests.helpers.images_server import ImagesServer
 
 SIDE = 64
+EXPANDER = "posttrain/nano/weights/expander-nano"
 PROMPTS = ["a red cube", "two blue spheres", "the word CAT", "a green cone"]
 CALLS: list[int] = []
 """Images of each call of `counted`."""
@@ -152,12 +153,30 @@ def test_a_server(recipe, tmp_path):
         evaluate(config(recipe, tmp_path / "refused", [f"served={server.url}"], images=1))
 
 
+def test_an_expander_with_another_system_text(recipe, tmp_path):
+    """Images of another text are not gone on with."""
+    text = tmp_path / "system.txt"
+    text.write_text("a large red star, dark style")
+    asked = {"expand": {"base": EXPANDER}, "first": 1, "images": 1}
+    for name, system in (("own", {}), ("other", {"base": str(text)})):
+        assert evaluate(config(recipe, tmp_path / name, ["base"], expand_system=system, **asked)) == 0
+    own, other = (
+        json.loads((tmp_path / name / "images/base/expansions.json").read_text()) for name in ("own", "other")
+    )
+    assert own != other and all(other)
+    text.write_text("a small blue circle")
+    with pytest.raises(UserError, match=r"system: .*begun"):
+        evaluate(config(recipe, tmp_path / "other", ["base"], expand_system={"base": str(text)}, **asked))
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
         ({"subjects": ["base", "base"]}, "subjects: base is there twice"),
         ({"subjects": ["nowhere/run"]}, "subjects: nowhere/run: no such file"),
         ({"expand": {"other": "x"}}, "expand: other is no subject"),
+        ({"expand_system": {"base": "x"}}, "expand_system: base has no expander"),
+        ({"expand": {"base": "x"}, "expand_system": {"base": "nowhere.txt"}}, "system: nowhere.txt: No such file"),
         ({"prompts": None}, "prompts: give either prompts"),
         ({"rewards": []}, "rewards: name at least one"),
         ({"least_change": {"warm": 0.0}}, "least_change: warm is not a reward of this evaluation"),

@@ -210,6 +210,38 @@ def test_expand_prints_directions_that_its_seed_repeats(capsys):
     assert capsys.readouterr().out != first
 
 
+def test_a_system_text_of_ones_own_takes_the_place_of_posttrains(tmp_path, capsys):
+    """The same text gives the same expansions, another text others; the model sees the file's text."""
+    own, other = tmp_path / "own.txt", tmp_path / "other.txt"
+    own.write_text(template().system + "\n")
+    other.write_text("a large red star, dark style")
+    arguments = ["expand", "a red star", "--model", BASE, "--n", "3", "--dtype", "float32"]
+    printed = []
+    for words in ([], ["--system", str(own)], ["--system", str(other)]):
+        assert cli.main([*arguments, *words]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] != printed[2]
+    assert messages("a cat", system="be brief")[0] == {"role": "system", "content": "be brief"}
+
+
+def test_a_system_text_that_cannot_be_taken(tmp_path, capsys):
+    """Missing, empty, no text, beside a thought, and for an expander that was trained here: before a model is read."""
+    files = {name: tmp_path / name for name in ("none", "empty", "bytes", "good")}
+    files["empty"].write_text(" \n")
+    files["bytes"].write_bytes(b"\xff\xfe\x00")
+    files["good"].write_text("expand")
+    trained = tmp_path / "trained"
+    trained.mkdir()
+    (trained / "expander.json").write_text("{}")
+    for name, model, words, told in (
+        ("none", BASE, [], "No such file"), ("empty", BASE, [], "is empty"), ("bytes", BASE, [], "not UTF-8"),
+        ("good", str(trained), [], "was trained under posttrain's own system text"),
+        ("good", BASE, ["--thinking", "true"], "does not ask for a thought"),
+    ):  # fmt: skip
+        assert cli.main(["expand", "a cat", "--model", model, "--system", str(files[name]), *words]) == 2
+        assert told in capsys.readouterr().err
+
+
 def test_an_expansion_that_is_cut_is_said_to_be(capsys):
     assert cli.main(["expand", "a red star", "--model", BASE, "--n", "2", "--max_tokens", "3"]) == 0
     assert "warning: 2 of 2 were cut at max_tokens (3)" in capsys.readouterr().err
