@@ -22,7 +22,7 @@ import torch
 from posttrain.bench.run import NANO, StageTimer, matmul_rate
 from posttrain.config.sections import LoraConfig, RuntimeConfig
 from posttrain.distributed.processes import Processes
-from posttrain.model import flops, references, sampler
+from posttrain.model import flops, sampler
 from posttrain.model.k2 import K2, Text
 from posttrain.model.references import References
 from posttrain.runs.run import environment
@@ -85,13 +85,13 @@ def rows(
         for count in counts:
             latents = tuple(noise(k2, 1, reference, seed) for seed in range(1, count + 1))
             shown = References(latents, (k2.grid(reference, reference),) * count)
-            cached = references.cache(k2.transformer, shown, k2.dtype)
+            cached = k2.cached(shown)
             for way, given in (("cached", cached), ("joint", shown)):
                 ms = timed(lambda given=given: k2.velocity(x, t, text, size, size, shown=given))
                 work = flops.forward_with_references(shape, image, TEXT, [own] * count, way == "cached", rank)
                 row = {"references": count, "way": way, "ms": ms, "ratio": ms / none, "by_operations": work / plain}
                 if way == "cached":
-                    row["cache_ms"] = timed(lambda shown=shown: references.cache(k2.transformer, shown, k2.dtype))
+                    row["cache_ms"] = timed(lambda shown=shown: k2.cached(shown))
                 found.append(row)
     return found
 

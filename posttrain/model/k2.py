@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.errors import UserError
 from posttrain.image_reader import to_rgb
-from posttrain.model import architecture, sampler
+from posttrain.model import architecture, references, sampler
 from posttrain.model.architecture import Encoding, Text, pack, unpack
 from posttrain.model.blocks import Blocks, VelocityModel
 from posttrain.model.fingerprint import fingerprint
@@ -34,7 +34,7 @@ from posttrain.model.linears import FP8
 from posttrain.model.load import load_pipeline, random_pipeline
 from posttrain.model.offload import Offloaded, uses
 from posttrain.model.references import References
-from posttrain.model.roles import Roles
+from posttrain.model.roles import Roles, switched
 
 DECODED = 2**20
 """Pixels that are decoded at a time, in 1 to 16 images. Each takes about 3 kB of memory in K2."""
@@ -298,11 +298,25 @@ class K2(Roles):
         grid, batch = self.grid(height, width), x.shape[0]
         if x.shape[1:] != (grid[0] * grid[1], self.latent_channels) or len(text) not in (1, batch):
             raise ValueError(f"latents {tuple(x.shape)}, {len(text)} texts: not for {height}x{width} pixels")
+        if shown is not None and shown.cached is None and self._on_references:
+            # What acts on references alone is off for all other rows, so these have a pass of their own.
+            shown = self.keys_and_values(shown)
         text = self.fused(text)
         t = sampler.model_time(t, self.time_dtype).to(x.device).expand(batch)
         tokens = text.tokens.expand(batch, -1, -1)
         mask = None if text.mask is None else text.mask.expand(batch, -1)
         return self._network()(x.to(self.dtype), t, tokens, mask, grid, shown).float()
+
+    def keys_and_values(self, shown: References) -> References:
+        """The references with their keys and values in each block under the active role, in fp32 or the network's type.
+        They are void when the role changes, or what it has learnt."""
+        with switched(self._active, [*self._active, *self._on_references]):
+            return references.keys_and_values(self.transformer, shown, self.dtype)
+
+    @torch.no_grad()
+    def cached(self, shown: References) -> References:
+        """`keys_and_values` without gradient: one pass serves all steps, prompts and branches of guidance."""
+        return self.keys_and_values(shown)
 
     def _network(self) -> nn.Module:
         role = self.active

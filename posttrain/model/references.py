@@ -222,8 +222,7 @@ def cached_block(
     return block(hidden, modulation, rope, Seen(bias, (key, value)))
 
 
-@torch.no_grad()
-def cache(transformer: Krea2Transformer2DModel, references: References, dtype: torch.dtype) -> References:
+def keys_and_values(transformer: Krea2Transformer2DModel, references: References, dtype: torch.dtype) -> References:
     """The references with their keys and values in each block, under the adapters that are active now."""
     device = transformer.img_in.weight.device
     install(transformer)

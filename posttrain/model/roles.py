@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import Krea2Transformer2DModel
@@ -35,6 +35,16 @@ STAGES = "stages"
 """The adapter that holds the stack."""
 
 
+Lanes = Literal["all", "references"]
+"""Which rows an adapter acts on: all of them, or those of references alone (references.py)."""
+
+
+ON_REFERENCES = (
+    "lanes: this adapter acts on the rows of references alone, so it is no change of the model that a file of others or"
+    " another stage could have; draw it with posttrain sample"
+)
+
+
 @dataclass(frozen=True)
 class Role:
     """The settings of a LoRA adapter."""
@@ -42,6 +52,7 @@ class Role:
     rank: int
     alpha: float
     targets: tuple[str, ...]
+    lanes: Lanes = "all"
 
 
 class Roles:
@@ -60,11 +71,15 @@ class Roles:
         """The transformers of the other roles of all weights."""
         # All adapted layers read their active adapters from this one list, so a switch is one assignment.
         self._active: list[str] = []
+        self._on_references: list[str] = []
+        """Of the active role, what acts on the rows of references alone; see `K2.keys_and_values`."""
         self._layers: list[tuple[str, LoraLinear]] = []
         self._stack_of_full: dict[int, tuple[Tensor, Tensor]] = {}
         """Factors that are still to be added to a weight of the role of all weights, by its id; see `master`."""
 
-    def add_role(self, name: str, rank: int, alpha: float, targets: Sequence[str] = TARGETS, seed: int = 0) -> None:
+    def add_role(
+        self, name: str, rank: int, alpha: float, targets: Sequence[str] = TARGETS, seed: int = 0, lanes: Lanes = "all"
+    ) -> None:
         """Adds an adapter on the layers that `targets` name (adapters/targets.py): fp32 on any base, without effect
         until it is trained (B = 0).
 
@@ -79,8 +94,11 @@ class Roles:
                     f"LoRA targets: {target!r} is no linear of a K2 block, nor a layer outside them; choose from"
                     f" {names_of.choices()}"
                 )
-        self.roles[name] = Role(rank, alpha, tuple(targets))
-        for index, layer in enumerate(self._adapted(self.layers_of(targets))):
+        self.roles[name] = Role(rank, alpha, tuple(targets), lanes)
+        layers = self.layers_of(targets)
+        if lanes == "references":
+            layers = self._read_of_references(layers)
+        for index, layer in enumerate(self._adapted(layers)):
             # nn.Linear's own range, drawn on the CPU by index, so that every device and process gets the same.
             generator = torch.Generator().manual_seed(sampler.seed_for(seed, 2 * index))
             uniform = torch.rand(rank, layer.in_features, generator=generator) * 2 - 1
@@ -135,6 +153,11 @@ class Roles:
                 found.append(name)
         return found
 
+    def _read_of_references(self, layers: Sequence[str]) -> list[str]:
+        """Those on which what others see of references depends: in the last block keys and values alone."""
+        last = f"transformer_blocks.{len(self.transformer.transformer_blocks) - 1}."
+        return [name for name in layers if not name.startswith(last) or name.endswith((".to_k", ".to_v"))]
+
     @property
     def adapts_text(self) -> bool:
         """Whether a role adapts layers that fuse the text, so that fused text differs between roles. Earlier stages
@@ -152,14 +175,17 @@ class Roles:
             if asked is not None and asked not in self.roles:
                 raise ValueError(f"no role {asked!r}; there are {sorted(self.roles)}")
         stack = [STAGES] if self.has_stack else []
-        names = [*stack, *([] if name is None else [name]), *beside]
-        with switched(self._active, [*names, FP8] if fp8 else names):
+        own = None if name is None else self.roles[name]
+        on_references = [name] if name is not None and own is not None and own.lanes == "references" else []
+        names = [*stack, *([] if name is None or on_references else [name]), *beside]
+        with switched(self._active, [*names, FP8] if fp8 else names), switched(self._on_references, on_references):
             yield
 
     @property
     def active(self) -> str | None:
         """The role that the network runs as now; None: base and stack."""
-        return next((name for name in self._active if name not in (STAGES, FP8)), None)
+        names = [*self._on_references, *self._active]
+        return next((name for name in names if name not in (STAGES, FP8)), None)
 
     @property
     def has_stack(self) -> bool:
@@ -227,7 +253,10 @@ class Roles:
         """
         if self.active is not None:
             raise RuntimeError(f"cannot stack {name!r} while role {self.active!r} is active")
-        if self.roles[name] is None:
+        own = self.roles[name]
+        if own is not None and own.lanes == "references":
+            raise UserError(ON_REFERENCES)
+        if own is None:
             for key, parameter in self.role_named_parameters(name).items():
                 parameter.data = parameter.data.to(self._stored[key])
                 parameter.requires_grad_(False)

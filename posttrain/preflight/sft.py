@@ -15,6 +15,7 @@ from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
 from posttrain.errors import counted
 from posttrain.model.k2 import K2
+from posttrain.model.roles import Lanes
 from posttrain.preflight.checks import Row, phase
 from posttrain.preflight.common import K2Checks, finite
 from posttrain.preflight.few import Few
@@ -45,13 +46,14 @@ def rows(config: SFTConfig, procs: Processes, folder: Path) -> list[Row]:
 
 class SFTChecks(K2Checks):
     def __init__(
-        self, config: SFTConfig, procs: Processes, k2: K2, source: ImageSet, heldout: list[PromptRecord], folder: Path
-    ):
+        self, config: SFTConfig, procs: Processes, k2: K2, source: ImageSet, heldout: list[PromptRecord], folder: Path,
+        lanes: Lanes = "all",
+    ):  # fmt: skip
         phase("images are encoded")
         self.few, began = Few(source), time.perf_counter()
         cached = replace(config.images, cache=str(folder / "cache"))
         # Before the images: it decides whether their captions can be kept fused.
-        add_policy(k2, config.lora, config.seed, reference=False)
+        add_policy(k2, config.lora, config.seed, False, lanes)
         self.images = encode_images(k2, self.few, cached, procs.alone())  # type: ignore[arg-type]
         self.encoding = (time.perf_counter() - began) / len(self.few)
         self.whole, self.total = config.batch, len(source)

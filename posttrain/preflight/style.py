@@ -52,7 +52,7 @@ class StyleChecks(SFTChecks):
     def __init__(
         self, config: StyleConfig, procs: Processes, k2: K2, source: StyleSet, heldout: list[PromptRecord], folder: Path
     ):
-        super().__init__(config, procs, k2, source, heldout, folder)
+        super().__init__(config, procs, k2, source, heldout, folder, config.lanes)
         # A few images have only some of the styles, so none can be held out.
         few: Any = FewStyled(source)
         self.views = Views(few, self.images, changed(config, heldout_styles=[]))

@@ -64,7 +64,7 @@ def prepare(k2: K2, shown: Shown) -> list[tuple[References, float]]:
         for latents, grid, place, strength in zip(own.latents, own.grids, own.places, acts):
             if strength != 0:
                 alone = References((latents,), (grid,), (place,))
-                parts.append((references.cache(k2.transformer, alone, k2.dtype), strength))
+                parts.append((k2.cached(alone), strength))
         return parts
     # A reference keeps its place where others are left out: its rotary positions, and so its keys, stay the same.
     latents, grids, places = compress(own.latents, acts), compress(own.grids, acts), compress(own.places, acts)
@@ -74,7 +74,7 @@ def prepare(k2: K2, shown: Shown) -> list[tuple[References, float]]:
     if set(strengths) != {1}:
         powers = [strength**references.KAPPA for strength in strengths]
         chosen = replace(chosen, strength=torch.tensor([powers]))
-    return [(references.cache(k2.transformer, chosen, k2.dtype), 1.0)]
+    return [(k2.cached(chosen), 1.0)]
 
 
 @torch.no_grad()

@@ -38,6 +38,7 @@ from posttrain.errors import UserError, counted
 from posttrain.log import log
 from posttrain.model import parallelize, sampler
 from posttrain.model.k2 import K2
+from posttrain.model.roles import Lanes
 from posttrain.runs.files import replacing
 from posttrain.runs.run import Run
 from posttrain.sft.batches import Batch, Job, noised
@@ -106,7 +107,7 @@ def train(config: SFTConfig, resume: bool = False) -> None:
 
 
 def prepare(
-    config: SFTConfig, source: ImageSet, procs: Processes, resume: bool
+    config: SFTConfig, source: ImageSet, procs: Processes, resume: bool, lanes: Lanes = "all"
 ) -> tuple[K2, EncodedImages, SamplingSettings | None, checkpoint.Checkpoint | None]:
     """The model with its roles, the encoded images, how to draw on a Turbo, and the checkpoint that it resumes.
 
@@ -118,7 +119,7 @@ def prepare(
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
     k2 = load_model(config.model, procs.device, saved)
     with parallelize.sharding(k2, procs):
-        add_policy(k2, config.lora, config.seed, reference=False)
+        add_policy(k2, config.lora, config.seed, False, lanes)
         turbo = None
         if config.turbo is not None:
             turbo = add_turbo(k2, config.turbo, student, config.turbo_steps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import model_validator
 
@@ -22,6 +22,9 @@ from posttrain.config.types import (
     settings,
 )
 from posttrain.sft.config import ImageColumns, ImageSetConfig, SFTConfig
+
+Lanes = Literal["all", "references"]
+"""As model/roles.py has it."""
 
 
 @settings
@@ -93,6 +96,10 @@ class StyleConfig(SFTConfig):
 
     images: StyleSetConfig  # type: ignore[assignment]
     references: ReferencesConfig = field(default_factory=ReferencesConfig)
+    lanes: Lanes = "all"
+    """What the adapter acts on. all: text, image and references, as other tools have it. references: the references
+    alone, so that strength 0 is the model without it bit for bit and other adapters stay as they are. That learns far
+    slower, only posttrain draws it, and nothing can be trained on top of it."""
     heldout_styles: list[str] = field(default_factory=list)
     """Values of images.columns.style_of that are never trained on."""
     sweep: Annotated[list[Float], Each(Range(-4, 4))] = field(default_factory=lambda: [0.1, 0.25, 0.5, 1.0])
@@ -106,6 +113,14 @@ class StyleConfig(SFTConfig):
         dropped = self.references.drop + self.references.drop_both + self.images.drop_caption
         if dropped > 0.9:
             raise refusal("references.drop", f"leaves {1 - dropped:.2g} of the images with references and caption")
+        if self.lanes == "references":
+            if self.lora is None:
+                raise refusal("lanes", "references wants an adapter, and lora is null; use all, or set lora")
+            # What has no reference is drawn without the adapter, and teaches it nothing.
+            if self.references.drop or self.references.drop_both:
+                raise refusal("references.drop", "teaches nothing where lanes is references; set it and drop_both to 0")
+            if self.model.start is not None and self.model.start_as == "continue":
+                raise refusal("lanes", "references cannot continue another adapter; set model.start_as to merge")
         if self.heldout_styles and self.images.columns.style_of is None:
             raise refusal("heldout_styles", "needs images.columns.style_of, which says what style an image has")
         return self

@@ -70,7 +70,9 @@ def train(config: StyleConfig, resume: bool = False) -> None:
     if heldout and not any(named):
         raise UserError(f"heldout: {config.heldout} names no references; add references: [IMAGE] to its lines")
     try_rewards(config, heldout)
-    k2, images, turbo, saved = prepare(config, source, procs, resume)
+    if config.lanes == "references" and procs.sharded:
+        raise UserError(f"lanes: references does not go with {procs.engine}; use all")
+    k2, images, turbo, saved = prepare(config, source, procs, resume, config.lanes)
     views = Views(source, images, config)
     k2.train_role(POLICY)
     stepper = Stepper(k2.role_named_parameters(POLICY), config.optim)

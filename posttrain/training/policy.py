@@ -44,7 +44,7 @@ from posttrain.model.lora_file import (
     shapes_at,
 )
 from posttrain.model.offload import place
-from posttrain.model.roles import Kept
+from posttrain.model.roles import ON_REFERENCES, Kept, Lanes
 from posttrain.runs import startup
 from posttrain.training import checkpoint
 from posttrain.training.checkpoint import Checkpoint
@@ -124,6 +124,7 @@ def is_file(stage: Checkpoint) -> bool:
 
 def _factors_to_continue(first: Checkpoint) -> dict[str, Tensor]:
     """Of its adapter alone, with its scale in B. Raises UserError if it has none."""
+    _refuse_on_references(first)
     if (lora := first.state["lora"]) is None:
         what = f"is {first.state['kinds']}" if is_file(first) else "has trained all weights"
         raise UserError(f"model.start_as: continue needs a LoRA, and {first.path} {what}; use merge")
@@ -273,12 +274,12 @@ def digest_of(saved: Checkpoint) -> str:
 # ---- the policy -----------------------------------------------------------------------------------------------
 
 
-def add_policy(k2: K2, lora: LoraConfig | None, seed: int, reference: bool) -> None:
+def add_policy(k2: K2, lora: LoraConfig | None, seed: int, reference: bool, lanes: Lanes = "all") -> None:
     """The role as a run begins with it. With `reference`, the role None stays what the model is now."""
     if lora is None:
         k2.add_full_role(POLICY, reference)
     else:
-        k2.add_role(POLICY, lora.rank, lora.alpha, TARGETS if lora.targets is None else lora.targets, seed)
+        k2.add_role(POLICY, lora.rank, lora.alpha, TARGETS if lora.targets is None else lora.targets, seed, lanes)
         if k2.adapts_text:
             log.info(
                 f"lora.targets: {', '.join(text_targets(lora.targets or []))} adapt how a prompt's text is fused, so it"
@@ -339,6 +340,7 @@ def scaled_factors(stages: Sequence[Checkpoint]) -> dict[str, Tensor]:
         if stage.state["lora"] is None:
             why = f"is {stage.state['kinds']}" if is_file(stage) else "has no adapter, all weights were trained"
             raise UserError(f"{stage.path} {why}")
+        _refuse_on_references(stage)
     factors: dict[str, list[Tensor]] = {}
     for stage in stages:
         # LoRA's effect is alpha / rank times B A.
@@ -347,6 +349,11 @@ def scaled_factors(stages: Sequence[Checkpoint]) -> dict[str, Tensor]:
             factors.setdefault(key, []).append(value * scale if key.endswith(B) else value)
     # Ranks side by side add up: [B1 B2] [A1; A2] = B1 A1 + B2 A2.
     return {key: torch.cat(parts, dim=1 if key.endswith(B) else 0) for key, parts in factors.items()}
+
+
+def _refuse_on_references(stage: Checkpoint) -> None:
+    if (stage.state["lora"] or {}).get("lanes") == "references":
+        raise UserError(f"{stage.path}: {ON_REFERENCES}")
 
 
 def described(k2: K2) -> dict[str, Any] | None:

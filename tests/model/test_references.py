@@ -40,9 +40,47 @@ def velocity(k2, x, text, shown=None, role="policy"):
 
 def cached(k2, shown):
     with k2.role("policy"):
-        found = references.cache(k2.transformer, shown, k2.dtype)
+        found = k2.cached(shown)
     assert found.cached is not None
     return found
+
+
+@pytest.fixture(scope="module")
+def on_references():
+    """The same adapter, which acts on the rows of references alone."""
+    made = K2.random("cpu", torch.float32, "tiny", text=False)
+    made.add_role("policy", 4, 4.0, lanes="references")
+    for parameter in made.role_parameters("policy"):
+        torch.nn.init.normal_(parameter, std=0.1)
+    return made
+
+
+def test_an_adapter_on_references_alone_changes_nothing_else(on_references):
+    """Without references bit for bit, and at strength 0; with them it does something, cached or not."""
+    x, text, shown = inputs(on_references)
+    base = velocity(on_references, x, text, role=None)
+    assert torch.equal(velocity(on_references, x, text), base)
+    silent = velocity(on_references, x, text, shown.at(torch.zeros(1, 2)))
+    torch.testing.assert_close(silent, base, rtol=1e-5, atol=1e-5)
+    joint = velocity(on_references, x, text, shown)
+    torch.testing.assert_close(velocity(on_references, x, text, cached(on_references, shown)), joint)
+    assert (joint - velocity(on_references, x, text, shown, role=None)).abs().max() > 1e-3
+    with on_references.role("policy"):
+        assert on_references.active == "policy"
+    assert on_references.active is None
+
+
+def test_an_adapter_on_references_alone_is_trained_through_them(on_references):
+    x, text, shown = inputs(on_references)
+    parameters = on_references.train_role("policy")
+    velocity(on_references, x, text, shown).square().sum().backward()
+    learnt = [parameter.grad is not None and bool(parameter.grad.any()) for parameter in parameters]
+    # Eight linears of the first block, and keys and values of the second, behind which nobody looks.
+    assert all(learnt) and len(learnt) == 2 * (8 + 2)
+    assert not velocity(on_references, x, text).requires_grad
+    on_references.train_role("policy")
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def test_positions():
