@@ -112,7 +112,7 @@ COMMANDS: dict[str, Command] = {
         kept_prompts=("heldout",),
         reads={"model.start": "checkpoint", "images.train": "set of images", "turbo": "checkpoint"},
         # An image or a style must not be held out now and trained on then; held-out images are shown in these tiles.
-        frozen=(*IMAGES, "heldout_styles", "references.sizes", "references.tile_counts"),
+        frozen=(*IMAGES, "lanes", "heldout_styles", "references.sizes", "references.tile_counts"),
     ),
     "style play": Command(
         "posttrain.style_page_config:PlayConfig",

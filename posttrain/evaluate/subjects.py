@@ -238,8 +238,10 @@ class Images:
         if subject.kind == "adapter":
             # A run that trains on names another checkpoint later, whose images must not be mixed with these.
             settings["checkpoint"] = str(_load_stage(subject.place, config.model).path)
-        if subject.system is not None:
-            settings["system"] = Path(subject.system).read_text(encoding="utf-8")
+        # Also where there is none, so that images of another one are not gone on with. Its file was read before.
+        settings["system"] = (
+            None if subject.system is None else Path(subject.system).read_text(encoding="utf-8").strip()
+        )
         return json.loads(json.dumps(settings))  # as it is read back, with lists for tuples, to be compared with that
 
     def _check_begun(self) -> None:
@@ -252,7 +254,8 @@ class Images:
         before = saved["settings"]
         for name in now:
             if before.get(name) != now[name]:
-                told = "are others" if name == "prompts" else f"{now[name]}, and was {before.get(name)}"
+                long = {"prompts": "are others", "system": "is another text"}
+                told = long.get(name, f"{now[name]}, and was {before.get(name)}")
                 raise UserError(
                     f"{self.folder}: {name}: {told} when these images were begun; choose another output, or remove them"
                 )

@@ -88,6 +88,7 @@ def write(
     # B begins at 0 and A does not, so B tells whether anything was trained.
     if adapter is not None and not any(v.any() for k, v in adapter.items() if k.endswith(B)):
         raise UserError(f"{saved.path}: the adapter is untrained (every B factor is 0) and would do nothing")
+    policy.refuse_on_references(saved)
     check_base(saved)
     if format.startswith("lora"):
         factors = scaled_factors(saved)

@@ -39,6 +39,8 @@ Lanes = Literal["all", "references"]
 """Which rows an adapter acts on: all of them, or those of references alone (references.py)."""
 
 
+BEFORE_KEYS = ("transformer_blocks.", "img_in", "time_embed", "time_mod_proj")
+"""What references pass on the way to their keys and values."""
 ON_REFERENCES = (
     "lanes: this adapter acts on the rows of references alone, so it is no change of the model that a file of others or"
     " another stage could have; draw it with posttrain sample"
@@ -94,11 +96,10 @@ class Roles:
                     f"LoRA targets: {target!r} is no linear of a K2 block, nor a layer outside them; choose from"
                     f" {names_of.choices()}"
                 )
+            if not self.layers_of([target], lanes):
+                raise UserError(f"LoRA targets: {target!r} does nothing where lanes is references; leave it out")
         self.roles[name] = Role(rank, alpha, tuple(targets), lanes)
-        layers = self.layers_of(targets)
-        if lanes == "references":
-            layers = self._read_of_references(layers)
-        for index, layer in enumerate(self._adapted(layers)):
+        for index, layer in enumerate(self._adapted(self.layers_of(targets, lanes))):
             # nn.Linear's own range, drawn on the CPU by index, so that every device and process gets the same.
             generator = torch.Generator().manual_seed(sampler.seed_for(seed, 2 * index))
             uniform = torch.rand(rank, layer.in_features, generator=generator) * 2 - 1
@@ -145,18 +146,19 @@ class Roles:
                 self._stack_of_full[id(own)] = factors
         self.roles[name] = None
 
-    def layers_of(self, targets: Sequence[str]) -> list[str]:
-        """The names of the linears that these targets reach, in the order of the model."""
+    def layers_of(self, targets: Sequence[str], lanes: Lanes = "all") -> list[str]:
+        """The names of the linears that these targets reach, in the order of the model. With `lanes` references those
+        on which the references' keys and values depend: all others would have no gradient."""
+        # Nobody looks behind the keys and values of the last block.
+        last = f"transformer_blocks.{len(self.transformer.transformer_blocks) - 1}."
         found: list[str] = []
         for name, module in self.transformer.named_modules():
-            if isinstance(module, nn.Linear) and names_of.reaches(targets, name):
+            if not (isinstance(module, nn.Linear) and names_of.reaches(targets, name)):
+                continue
+            is_behind = name.startswith(last) and not name.endswith((".to_k", ".to_v"))
+            if lanes == "all" or (name.startswith(BEFORE_KEYS) and not is_behind):
                 found.append(name)
         return found
-
-    def _read_of_references(self, layers: Sequence[str]) -> list[str]:
-        """Those on which what others see of references depends: in the last block keys and values alone."""
-        last = f"transformer_blocks.{len(self.transformer.transformer_blocks) - 1}."
-        return [name for name in layers if not name.startswith(last) or name.endswith((".to_k", ".to_v"))]
 
     @property
     def adapts_text(self) -> bool:

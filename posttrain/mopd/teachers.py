@@ -21,6 +21,7 @@ from posttrain.training.policy import (
     is_file,
     is_student,
     load_stage,
+    refuse_on_references,
     scaled_factors,
 )
 from prompts.records import PromptRecord, read_prompts
@@ -121,6 +122,7 @@ def factors_of(k2: K2, config: MOPDConfig, path: str, setting: str) -> dict[str,
             f"{setting}: {stage.path} was not trained on top of model.start; leave model.start out, or give a run that"
             " began from it"
         )
+    refuse_on_references(stage)
     # What lies between the shared stages and the teacher is a part of it.
     try:
         return scaled_factors(stages[len(shared) :])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
@@ -59,6 +62,12 @@ class StyleChecks(SFTChecks):
 
     def _optimise(self, batches: Sequence[Any]) -> dict[str, float]:
         return style.optimise(self.k2, self.config, batches, self.stepper, self.alone)
+
+    @torch.no_grad()
+    def _velocities(self, batch: StyleBatch) -> dict[str | None, torch.Tensor]:  # type: ignore[override]
+        """With the references of the image: an adapter may act on these alone."""
+        shown = batch.shown and replace(batch.shown, latents=tuple(part[:1] for part in batch.shown.latents))
+        return self.velocities(batch.x[:1], batch.t[:1], batch.text.first(1), batch.size, shown)
 
     def _draw(self, step: int) -> Sequence[StyleBatch]:
         config, order = self.config, style.order_of(self.views, self.config)

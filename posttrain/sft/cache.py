@@ -113,8 +113,8 @@ class EncodedImages:
         bounds = np.cumsum([weight for _, weight in image.texts])
         # A choice of 1 is beyond the last bound, and a caption of weight 0 ends where the one before it does.
         place = min(int(np.searchsorted(bounds, choice * bounds[-1], side="right")), len(bounds) - 1)
-        file = self._shards.opened(image.row)
-        return file.get_tensor(f"{image.row}.{j}"), file.get_tensor(f"text.{image.texts[place][0]}")
+        names = f"{image.row}.{j}", f"text.{image.texts[place][0]}"
+        return self._shards.read(image.row, names[0]), self._shards.read(image.row, names[1])
 
     def cut(self, entry: int) -> float:
         """Share of the image that the crop of an entry cuts off."""

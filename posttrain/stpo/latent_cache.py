@@ -7,6 +7,7 @@ Legend: B pairs of a micro-batch, N image tokens, L text tokens, C channels.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Sequence
@@ -122,10 +123,9 @@ class EncodedPairs:
 
     def __getitem__(self, i: int) -> EncodedPair:
         row, (height, width) = self._row[i], self.size[i].tolist()
-        file = self._shards.opened(row)
-        chosen, rejected = file.get_tensor(f"{row}.chosen"), file.get_tensor(f"{row}.rejected")
-        text = file.get_tensor(f"text.{self._text[i]}")
-        references = [file.get_tensor(f"{row}.reference.{j}") for j in range(len(self.shown[i][0]))]
+        read = functools.partial(self._shards.read, row)
+        chosen, rejected, text = read(f"{row}.chosen"), read(f"{row}.rejected"), read(f"text.{self._text[i]}")
+        references = [read(f"{row}.reference.{j}") for j in range(len(self.shown[i][0]))]
         return EncodedPair(chosen, rejected, text, float(self.label[i]), (height, width), references)
 
 

@@ -99,7 +99,8 @@ class StyleConfig(SFTConfig):
     lanes: Lanes = "all"
     """What the adapter acts on. all: text, image and references, as other tools have it. references: the references
     alone, so that strength 0 is the model without it bit for bit and other adapters stay as they are. That learns far
-    slower, only posttrain draws it, and nothing can be trained on top of it."""
+    slower, keeps all activations of the references, whatever model.recompute is, only posttrain draws it, and nothing
+    can be trained on top of it."""
     heldout_styles: list[str] = field(default_factory=list)
     """Values of images.columns.style_of that are never trained on."""
     sweep: Annotated[list[Float], Each(Range(-4, 4))] = field(default_factory=lambda: [0.1, 0.25, 0.5, 1.0])

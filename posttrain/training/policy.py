@@ -85,6 +85,7 @@ def _load_base_or_saved(model: ModelConfig, device: str | torch.device, saved: C
     if model.start is not None:  # what is wrong with it is said before the base is read
         first = load_stage(model.start, asdict(model))
         stages = [*earlier_of(first), first]
+        refuse_on_references(first)
         # Distillation comes last, so training starts from a student only if the recipe asks for it.
         if any(map(is_student, stages)) and not model.allow_distilled:
             raise UserError(f"model.start: {first.path} is distilled (method tdm): {DISTILLED_REMEDY}")
@@ -124,7 +125,6 @@ def is_file(stage: Checkpoint) -> bool:
 
 def _factors_to_continue(first: Checkpoint) -> dict[str, Tensor]:
     """Of its adapter alone, with its scale in B. Raises UserError if it has none."""
-    _refuse_on_references(first)
     if (lora := first.state["lora"]) is None:
         what = f"is {first.state['kinds']}" if is_file(first) else "has trained all weights"
         raise UserError(f"model.start_as: continue needs a LoRA, and {first.path} {what}; use merge")
@@ -340,7 +340,7 @@ def scaled_factors(stages: Sequence[Checkpoint]) -> dict[str, Tensor]:
         if stage.state["lora"] is None:
             why = f"is {stage.state['kinds']}" if is_file(stage) else "has no adapter, all weights were trained"
             raise UserError(f"{stage.path} {why}")
-        _refuse_on_references(stage)
+        refuse_on_references(stage)
     factors: dict[str, list[Tensor]] = {}
     for stage in stages:
         # LoRA's effect is alpha / rank times B A.
@@ -351,7 +351,8 @@ def scaled_factors(stages: Sequence[Checkpoint]) -> dict[str, Tensor]:
     return {key: torch.cat(parts, dim=1 if key.endswith(B) else 0) for key, parts in factors.items()}
 
 
-def _refuse_on_references(stage: Checkpoint) -> None:
+def refuse_on_references(stage: Checkpoint) -> None:
+    """Raises UserError for an adapter that acts on references alone, and so is no change of the whole model."""
     if (stage.state["lora"] or {}).get("lanes") == "references":
         raise UserError(f"{stage.path}: {ON_REFERENCES}")
 

@@ -128,15 +128,16 @@ class Shards:
             with _opened(self.path(number)) as file:
                 yield json.loads(file.metadata()["rows"])
 
-    def opened(self, row: int) -> Any:
-        """The shard of a row, to read tensors of; it stays open. Raises UserError if it is damaged."""
+    def read(self, row: int, name: str) -> Tensor:
+        """A tensor of a row's shard, which stays open: for one thread. Raises UserError if the shard is damaged."""
         number = row // SHARD
         if number not in self._files:
             # To open one reads its list of tensors, which takes longer than to read a small image.
             if len(self._files) == OPEN:
                 self._files.pop(next(iter(self._files)))
             self._files[number] = _opened(self.path(number))
-        return self._files[number]
+        # A copy: what is read is the file in memory, and a write to it would be there at the next read.
+        return self._files[number].get_tensor(name).clone()
 
 
 def warn_of_cut(cuts: Sequence[int], noun: str, setting: str, max_tokens: int) -> None:

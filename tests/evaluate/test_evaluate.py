@@ -164,8 +164,10 @@ def test_an_expander_with_another_system_text(recipe, tmp_path):
         json.loads((tmp_path / name / "images/base/expansions.json").read_text()) for name in ("own", "other")
     )
     assert own != other and all(other)
+    with pytest.raises(UserError, match=r"system: is another text when these images were begun"):
+        evaluate(config(recipe, tmp_path / "other", ["base"], **asked))
     text.write_text("a small blue circle")
-    with pytest.raises(UserError, match=r"system: .*begun"):
+    with pytest.raises(UserError, match=r"system: is another text when these images were begun"):
         evaluate(config(recipe, tmp_path / "other", ["base"], expand_system={"base": str(text)}, **asked))
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import Krea2Pipeline
 
+from posttrain.errors import UserError
 from posttrain.model import blocks, flops, references
 from posttrain.model.k2 import K2, Text
 from posttrain.model.references import References
@@ -43,6 +44,14 @@ def cached(k2, shown):
         found = k2.cached(shown)
     assert found.cached is not None
     return found
+
+
+def test_a_target_that_references_do_not_read_is_refused():
+    made = K2.random("cpu", torch.float32, "tiny", text=False)
+    with pytest.raises(UserError, match="'final_layer' does nothing where lanes is references"):
+        made.add_role("policy", 4, 4.0, ["to_k", "final_layer"], lanes="references")
+    made.add_role("policy", 4, 4.0, ["to_k", "to_out.0", "img_in"], lanes="references")
+    assert [name.partition(".")[0] for name in made.layers_of(["img_in"], "references")] == ["img_in"]
 
 
 @pytest.fixture(scope="module")

@@ -108,6 +108,15 @@ def test_style(check, tmp_path, model):
     assert "18 encoded" in rows["images"][1] and "s for 6 images (update" in rows["step"][1]
 
 
+def test_style_on_references_alone(check, tmp_path, model):
+    config = style_runs.config(tmp_path, model)
+    config.lanes, config.references.drop, config.references.drop_both = "references", 0.0, 0.0
+    rows, _ = check(config, 0)
+    assert {result for result, _ in rows.values()} == {"pass", "skipped"}
+    assert rows["adapter"][0] == rows["policy moves"][0] == "pass"
+    assert rows["export"] == ["skipped", "an adapter on references alone is exported in no format"]
+
+
 def test_a_set_with_many_bad_images(check, tmp_path, model, monkeypatch):
     """A third of 60, of which 12 are looked at: four are bad, and images.max_bad is a tenth."""
     config = runs.sft_config(tmp_path, model)

@@ -225,6 +225,21 @@ def test_a_damaged_shard_is_named(config):
         encoded(config)
 
 
+def test_what_is_read_belongs_to_the_reader(config, monkeypatch):
+    """Shards stay open, the latest ones, and a write to what was read is not there at the next reading."""
+    monkeypatch.setattr(shard_cache, "SHARD", 6)
+    monkeypatch.setattr(shard_cache, "OPEN", 2)
+    images = encoded(config)
+    count = len(images.entries)
+    first = [[part.clone() for part in images.read(i, 0.0)] for i in range(count)]
+    for i in range(count):
+        for part in images.read(i, 0.0):
+            part.zero_()
+    for i in range(count):
+        assert all(map(torch.equal, images.read(i, 0.0), first[i]))
+    assert len(images._shards._files) == 2
+
+
 def test_a_full_disk_is_told(config, command, tmp_path):
     result = command("sft", "--config", runs.recipe(config, tmp_path / "recipe.yaml"), limit=20_000)
     assert result.returncode == 2 and "images.cache: " in result.stderr and "no space left; free some" in result.stderr

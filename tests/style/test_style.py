@@ -2,6 +2,7 @@
 
 import functools
 import json
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -108,7 +109,12 @@ def test_an_adapter_on_references_alone(config, tmp_path, capsys):
         ["style", "--config", recipe, "--model.start", whole, "--output", str(tmp_path / "next")],
     ):
         assert cli.main(arguments) == 2
-        assert "acts on the rows of references alone" in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert "acts on the rows of references alone" in told and "use diffusers" not in told
+    config.lanes = "all"
+    with pytest.raises(UserError, match="lanes: "):
+        style.train(config, resume=True)
+    config.lanes = "references"
     config.references.drop = 0.1
     with pytest.raises(ConfigError, match="teaches nothing where lanes is references"):
         validate(config)
@@ -243,6 +249,20 @@ def test_jobs_made_ahead_are_the_same(made, config):
         for own, other in zip(jobs.own, alone.own, strict=True):
             assert own.job == other.job and len(own.views) == len(other.views)
             assert all(map(np.array_equal, own.views, other.views))
+
+
+def test_the_next_step_is_made_while_one_trains():
+    """And a loop that is left waits for it, and makes no more."""
+    begun = {step: threading.Event() for step in (1, 2, 3)}
+
+    def make(step):
+        begun[step].set()
+        return step
+
+    with Ahead(make, 3) as ahead:
+        assert ahead(1) == 1
+        assert begun[2].wait(60)  # nobody has asked for it
+    assert not begun[3].is_set()
 
 
 def test_an_error_ahead_is_raised_at_its_step():

@@ -37,11 +37,11 @@ def settings(words: Sequence[str]) -> pt.MethodConfig:
     return pt.MethodConfig(**values, size=list(config.sampling.sizes[0]))
 
 
-def train(config: pt.MethodConfig, steps: int) -> None:
+def train(config: pt.MethodConfig, steps: int, resume: bool = False) -> None:
     """`steps` of the sampler for each image."""
     height, width = config.size
     count, clock = config.groups.group_size, Clock()
-    with pt.open_method("rwr", config) as run:
+    with pt.open_method("rwr", config, resume) as run:
         for step in run.steps():
             clock.start()
             records, rewards, losses = run.prompts(step), [], []
@@ -84,8 +84,8 @@ def weights_of(reward: Tensor) -> Tensor:
 
 def main() -> None:
     words = sys.argv[1:]
-    config, _ = load_config("grpo", words)
-    train(settings(words), config.sampling.steps)
+    config, resume = load_config("grpo", words)
+    train(settings(words), config.sampling.steps, resume)
 
 
 if __name__ == "__main__":
