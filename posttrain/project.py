@@ -57,7 +57,7 @@ class InitConfig:
 
 @settings
 class DemoConfig:
-    """Carry out recipes/nano/pipeline.yaml, the whole of post-training on K2-nano, on the CPU: fourteen minutes on two
+    """Carry out recipes/nano/pipeline.yaml, the whole of post-training on K2-nano, on the CPU: a quarter of an hour on two
     cores. A demo that was stopped carries on."""
 
     output: str = "runs/demo"

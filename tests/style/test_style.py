@@ -112,7 +112,7 @@ def test_an_adapter_on_references_alone(config, tmp_path, capsys):
         told = capsys.readouterr().err
         assert "acts on the rows of references alone" in told and "use diffusers" not in told
     config.lanes = "all"
-    with pytest.raises(UserError, match="lanes: "):
+    with pytest.raises(UserError, match="lanes references -> all"):
         style.train(config, resume=True)
     config.lanes = "references"
     config.references.drop = 0.1
