@@ -57,8 +57,8 @@ class InitConfig:
 
 @settings
 class DemoConfig:
-    """Carry out recipes/nano/pipeline.yaml, the whole of post-training on K2-nano, on the CPU: a quarter of an hour on two
-    cores. A demo that was stopped carries on."""
+    """Carry out recipes/nano/pipeline.yaml, the whole of post-training on K2-nano, on the CPU: a quarter of an hour on
+    two cores. A demo that was stopped carries on."""
 
     output: str = "runs/demo"
     """Directory of the pipeline, created."""
