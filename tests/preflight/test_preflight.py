@@ -223,7 +223,9 @@ def test_seeds_that_are_alike(check, monkeypatch):
 
 def test_policy_that_is_not_the_one_that_sampled(check, monkeypatch):
     true = K2.velocity
-    monkeypatch.setattr(K2, "velocity", lambda *args, **shown: true(*args, **shown) * (1 + 1e-3 * torch.is_grad_enabled()))
+    monkeypatch.setattr(
+        K2, "velocity", lambda *args, **more: true(*args, **more) * (1 + 1e-3 * torch.is_grad_enabled())
+    )
     rows = check(1)
     assert failed(rows) == ["ratio is 1"] and "use model.dtype float32" in rows["ratio is 1"][1]
 

@@ -173,7 +173,7 @@ def test_nft(check, tmp_path, model, monkeypatch):
 
     true = K2.velocity
     with monkeypatch.context() as patch:
-        patch.setattr(K2, "velocity", lambda *args, **shown: true(*args, **shown) * (1 + 0.3 * torch.is_grad_enabled()))
+        patch.setattr(K2, "velocity", lambda *args, **more: true(*args, **more) * (1 + 0.3 * torch.is_grad_enabled()))
         rows, _ = check(config, 1)
     assert failed(rows) == ["old policy is the policy"]
 
