@@ -55,6 +55,23 @@ def fuse(transformer: Krea2Transformer2DModel, features: Tensor, mask: Tensor | 
     return transformer.txt_in(transformer.text_fusion(features, attended))
 
 
+def fuse_each(
+    transformer: Krea2Transformer2DModel, features: Sequence[Tensor], device: torch.device, dtype: torch.dtype,
+    batch: int = 16,
+) -> list[Tensor]:  # fmt: skip
+    """`fuse` of prompts of any lengths (L_i, taps, text_dim), in their order; up to `batch` of one length together."""
+    by_length: dict[int, list[int]] = {}
+    for i, own in enumerate(features):
+        by_length.setdefault(len(own), []).append(i)
+    fused: dict[int, Tensor] = {}
+    for members in by_length.values():
+        for first in range(0, len(members), batch):
+            chosen = members[first : first + batch]
+            stack = torch.stack([features[i] for i in chosen])
+            fused |= zip(chosen, fuse(transformer, stack.to(device, dtype), None))
+    return [fused[i].clone() for i in range(len(features))]  # a view would be saved with its batch behind it
+
+
 @dataclass(frozen=True)
 class Encoding:
     """Prompts after the text encoder: real tokens only, [prompt | suffix]."""

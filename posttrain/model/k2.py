@@ -231,15 +231,14 @@ class K2(Roles):
 
         For `Text` use `text_tokens`: a role that adapts that part makes this wrong, and an error.
         """
-        return self._fuse(features[None])[0]
+        return self._fuse_each([features])[0]
 
     @torch.no_grad()
-    def _fuse(self, features: Tensor) -> Tensor:
-        """The same of prompts of one length: (B, L, taps, text_dim) to (B, L, C)."""
+    def _fuse_each(self, features: Sequence[Tensor]) -> list[Tensor]:
         if not self.fused_text_is_constant():
             raise RuntimeError("text_fusion or txt_in is trained or adapted: fused text cannot be cached")
         with self.role(None):
-            return architecture.fuse(self.transformer, features.to(self.device, self.dtype), None)
+            return architecture.fuse_each(self.transformer, features, self.device, self.dtype)
 
     def fused_text_is_constant(self) -> bool:
         """Whether `fuse` depends on no trainable parameter and no role."""
@@ -256,17 +255,7 @@ class K2(Roles):
 
     def all_text_tokens(self, features: Sequence[Tensor]) -> list[Tensor]:
         """`text_tokens` of several prompts, in their order. Those of one length are fused together."""
-        if self.adapts_text:
-            return [self.text_tokens(own) for own in features]
-        by_length: dict[int, list[int]] = {}
-        for i, own in enumerate(features):
-            by_length.setdefault(len(own), []).append(i)
-        fused: dict[int, Tensor] = {}
-        for members in by_length.values():
-            for first in range(0, len(members), 16):  # as many as the text encoder takes at a time
-                chosen = members[first : first + 16]
-                fused |= zip(chosen, self._fuse(torch.stack([features[i] for i in chosen])))
-        return [fused[i].clone() for i in range(len(features))]  # a view would be saved with its batch behind it
+        return list(map(self.text_tokens, features)) if self.adapts_text else self._fuse_each(features)
 
     def fused(self, text: Text) -> Text:
         """The text as the active role reads it. `velocity` does this too; call it once before several forwards of one

@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import Krea2Transformer2DModel
@@ -27,24 +27,12 @@ from posttrain.distributed import shards
 from posttrain.errors import UserError
 from posttrain.model import sampler
 from posttrain.model.adapters import targets as names_of
-from posttrain.model.adapters.targets import TARGETS, fuses_text
+from posttrain.model.adapters.targets import ON_REFERENCES, TARGETS, Lanes, fuses_text
 from posttrain.model.linears import FP8, LoraLinear
 from posttrain.model.load import check_names
 
 STAGES = "stages"
 """The adapter that holds the stack."""
-
-
-Lanes = Literal["all", "references"]
-"""Which rows an adapter acts on: all of them, or those of references alone (references.py)."""
-
-
-BEFORE_KEYS = ("transformer_blocks.", "img_in", "time_embed", "time_mod_proj")
-"""What references pass on the way to their keys and values."""
-ON_REFERENCES = (
-    "lanes: this adapter acts on the rows of references alone, so it is no change of the model that a file of others or"
-    " another stage could have; draw it with posttrain sample"
-)
 
 
 @dataclass(frozen=True)
@@ -149,14 +137,11 @@ class Roles:
     def layers_of(self, targets: Sequence[str], lanes: Lanes = "all") -> list[str]:
         """The names of the linears that these targets reach, in the order of the model. With `lanes` references those
         on which the references' keys and values depend: all others would have no gradient."""
-        # Nobody looks behind the keys and values of the last block.
-        last = f"transformer_blocks.{len(self.transformer.transformer_blocks) - 1}."
+        blocks = len(self.transformer.transformer_blocks)
         found: list[str] = []
         for name, module in self.transformer.named_modules():
-            if not (isinstance(module, nn.Linear) and names_of.reaches(targets, name)):
-                continue
-            is_behind = name.startswith(last) and not name.endswith((".to_k", ".to_v"))
-            if lanes == "all" or (name.startswith(BEFORE_KEYS) and not is_behind):
+            is_read = lanes == "all" or names_of.is_before_keys(name, blocks)
+            if isinstance(module, nn.Linear) and is_read and names_of.reaches(targets, name):
                 found.append(name)
         return found
 
@@ -177,17 +162,17 @@ class Roles:
             if asked is not None and asked not in self.roles:
                 raise ValueError(f"no role {asked!r}; there are {sorted(self.roles)}")
         stack = [STAGES] if self.has_stack else []
-        own = None if name is None else self.roles[name]
-        on_references = [name] if name is not None and own is not None and own.lanes == "references" else []
-        names = [*stack, *([] if name is None or on_references else [name]), *beside]
+        own = self.roles.get(name or "")
+        named = [] if name is None else [name]
+        on_references = named if own is not None and own.lanes == "references" else []
+        names = [*stack, *([] if on_references else named), *beside]
         with switched(self._active, [*names, FP8] if fp8 else names), switched(self._on_references, on_references):
             yield
 
     @property
     def active(self) -> str | None:
         """The role that the network runs as now; None: base and stack."""
-        names = [*self._on_references, *self._active]
-        return next((name for name in names if name not in (STAGES, FP8)), None)
+        return next((name for name in (*self._on_references, *self._active) if name not in (STAGES, FP8)), None)
 
     @property
     def has_stack(self) -> bool:
@@ -255,8 +240,7 @@ class Roles:
         """
         if self.active is not None:
             raise RuntimeError(f"cannot stack {name!r} while role {self.active!r} is active")
-        own = self.roles[name]
-        if own is not None and own.lanes == "references":
+        if (own := self.roles[name]) is not None and own.lanes == "references":
             raise UserError(ON_REFERENCES)
         if own is None:
             for key, parameter in self.role_named_parameters(name).items():

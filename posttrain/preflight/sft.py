@@ -14,8 +14,8 @@ import torch
 from posttrain.config.types import changed
 from posttrain.distributed.processes import Processes
 from posttrain.errors import counted
+from posttrain.model.adapters.targets import Lanes
 from posttrain.model.k2 import K2
-from posttrain.model.roles import Lanes
 from posttrain.preflight.checks import Row, phase
 from posttrain.preflight.common import K2Checks, finite
 from posttrain.preflight.few import Few

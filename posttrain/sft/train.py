@@ -37,8 +37,8 @@ from posttrain.distributed.processes import Processes
 from posttrain.errors import UserError, counted
 from posttrain.log import log
 from posttrain.model import parallelize, sampler
+from posttrain.model.adapters.targets import Lanes
 from posttrain.model.k2 import K2
-from posttrain.model.roles import Lanes
 from posttrain.runs.files import replacing
 from posttrain.runs.run import Run
 from posttrain.sft.batches import Batch, Job, noised

@@ -91,7 +91,7 @@ def jobs_of_step(
 
 class Ahead:
     """Jobs of one step after another. Those of the next one are made in a thread while a step trains: reading and
-    cutting photographs takes as long as a step does.
+    cutting photographs may take as long as that.
 
     A context manager, which ends the thread.
     """

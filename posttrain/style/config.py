@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import model_validator
 
@@ -21,10 +21,8 @@ from posttrain.config.types import (
     refusal,
     settings,
 )
+from posttrain.model.adapters.targets import Lanes
 from posttrain.sft.config import ImageColumns, ImageSetConfig, SFTConfig
-
-Lanes = Literal["all", "references"]
-"""As model/roles.py has it."""
 
 
 @settings

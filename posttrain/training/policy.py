@@ -27,7 +27,7 @@ from posttrain.errors import UserError
 from posttrain.loading import is_hub_id
 from posttrain.log import log
 from posttrain.model import packed, sequence
-from posttrain.model.adapters.targets import TARGETS, text_targets
+from posttrain.model.adapters.targets import ON_REFERENCES, TARGETS, Lanes, text_targets
 from posttrain.model.blocks import set_attention
 from posttrain.model.files import DISTILLED_REMEDY
 from posttrain.model.fingerprint import fingerprint
@@ -44,7 +44,7 @@ from posttrain.model.lora_file import (
     shapes_at,
 )
 from posttrain.model.offload import place
-from posttrain.model.roles import ON_REFERENCES, Kept, Lanes
+from posttrain.model.roles import Kept
 from posttrain.runs import startup
 from posttrain.training import checkpoint
 from posttrain.training.checkpoint import Checkpoint

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from posttrain.config.sections import ModelConfig
+from posttrain.style import train as style
 from posttrain.style.config import ReferencesConfig, StyleColumns, StyleConfig, StyleSetConfig
 from rewards.base import RewardSpec
 from tests.helpers import tiny
@@ -62,3 +63,15 @@ def config(folder: Path, model: Path) -> StyleConfig:
     made.checkpoint.every = 0
     made.track.tensorboard = False
     return made
+
+
+def whole_and_in_parts(config: StyleConfig, parts: Path) -> str:
+    """Trains four steps at once, and again as two and two into `parts`; returns the first run."""
+    config.steps, config.sweep, config.checkpoint.every = 4, [], 2
+    style.train(config)
+    whole = config.output
+    config.output, config.steps = str(parts), 2
+    style.train(config)
+    config.steps = 4
+    style.train(config, resume=True)
+    return whole

@@ -242,15 +242,15 @@ def test_texts_are_fused_together_as_alone(model):
 
 
 def test_images_to_latents(model, stock):
-    pictures = torch.randint(0, 256, (3, 32, 56, 3), dtype=torch.uint8)
-    z = model.encode_images(pictures, batch=2)
+    images = torch.randint(0, 256, (3, 32, 56, 3), dtype=torch.uint8)
+    z = model.encode_images(images, batch=2)
     assert z.shape == (3, 28, 64) and z.dtype == torch.float32
-    assert distance(z, model.encode_images(k2.to_pil(pictures))) < 1e-6
+    assert distance(z, model.encode_images(k2.to_pil(images))) < 1e-6
     with torch.no_grad():
-        raw = stock.vae.encode(pictures.permute(0, 3, 1, 2).float()[:, :, None] / 127.5 - 1).latent_dist.mode()
+        raw = stock.vae.encode(images.permute(0, 3, 1, 2).float()[:, :, None] / 127.5 - 1).latent_dist.mode()
     mean, std = (torch.tensor(stock.vae.config[key]).view(1, 16, 1, 1) for key in ("latents_mean", "latents_std"))
     assert distance(k2.unpack(z, 4, 7), (raw[:, :, 0] - mean) / std) < 1e-5
-    many = pictures.repeat(k2.ENCODED // 3 + 1, 1, 1, 1)
+    many = images.repeat(k2.ENCODED // 3 + 1, 1, 1, 1)
     assert distance(model.encode_images(many)[-3:], z) < 1e-6
     with pytest.raises(UserError, match=r"multiples of 8"):
         model.encode_images(torch.zeros(1, 30, 32, 3, dtype=torch.uint8))

@@ -231,7 +231,7 @@ def test_what_is_read_belongs_to_the_reader(config, monkeypatch):
     monkeypatch.setattr(shard_cache, "OPEN", 2)
     images = encoded(config)
     count = len(images.entries)
-    first = [[part.clone() for part in images.read(i, 0.0)] for i in range(count)]
+    first = [tuple(map(torch.clone, images.read(i, 0.0))) for i in range(count)]
     for i in range(count):
         for part in images.read(i, 0.0):
             part.zero_()

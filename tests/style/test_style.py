@@ -2,7 +2,6 @@
 
 import functools
 import json
-import threading
 from collections import Counter
 from pathlib import Path
 
@@ -22,10 +21,10 @@ from posttrain.sample_images import sample
 from posttrain.sft import train as sft
 from posttrain.sft.cache import encode_images
 from posttrain.style import train as style
-from posttrain.style.batches import LAST, Ahead, batches_of, job_of, jobs_of_step
-from posttrain.style.dataset import StyleSet, Views
+from posttrain.style.batches import LAST, batches_of, job_of
+from posttrain.style.dataset import StyleSet
 from posttrain.training.evaluate import SamplingSettings
-from tests.helpers import runs, tiny
+from tests.helpers import runs, style_runs, tiny
 from tests.helpers.settings import validate
 from tests.helpers.style_runs import image
 
@@ -55,13 +54,7 @@ def test_run_directory(config, monkeypatch):
 
 
 def test_resumed_equals_uninterrupted(config, tmp_path):
-    config.steps, config.sweep, config.checkpoint.every = 4, [], 2
-    style.train(config)
-    whole = config.output
-    config.output, config.steps = str(tmp_path / "parts"), 2
-    style.train(config)
-    config.steps = 4
-    style.train(config, resume=True)
+    whole = style_runs.whole_and_in_parts(config, tmp_path / "parts")
     a, b = runs.latest(whole), runs.latest(config.output)
     runs.assert_equal(a.tensors["adapter"], b.tensors["adapter"])
     assert runs.untimed(whole)[-1] == runs.untimed(config.output)[-1]
@@ -76,48 +69,6 @@ def test_two_processes_equal_one(command, config, tmp_path):
         assert result.returncode == 0, result.stderr[-3000:]
         found.append(runs.flat(runs.latest(config.output).tensors["adapter"]))
     assert (found[0] - found[1]).norm() < 1e-3 * found[0].norm()
-
-
-def test_an_adapter_on_references_alone(config, tmp_path, capsys):
-    """Resumes bit for bit, is drawn by sample, and is refused as a file, as a stage and where it learns nothing."""
-    config.lanes, config.references.drop, config.references.drop_both = "references", 0.0, 0.0
-    config.steps, config.sweep, config.checkpoint.every = 4, [], 2
-    style.train(config)
-    whole = config.output
-    config.output, config.steps = str(tmp_path / "parts"), 2
-    style.train(config)
-    config.steps = 4
-    style.train(config, resume=True)
-    last = runs.latest(whole)
-    runs.assert_equal(last.tensors["adapter"], runs.latest(config.output).tensors["adapter"])
-    assert last.state["lora"]["lanes"] == "references"
-    assert max(value.abs().max() for key, value in last.tensors["adapter"].items() if "lora_B" in key) > 1e-4
-    reference = Path(config.images.train) / "00.png"
-    words = ["--model.path", config.model.path, "--model.dtype", "float32", "--size", "[32,32]", "--steps", "2"]
-    words += ["--prompt", "a fox", "--guidance", "0", "--adapter", whole]
-    drawn = []
-    for name, more in (("with", [f"{reference}:1"]), ("zero", [f"{reference}:0"]), ("without", [])):
-        shown = ["--references", *more] if more else []
-        assert cli.main(["sample", *words, *shown, "--output", str(tmp_path / name)]) == 0
-        drawn.append((tmp_path / name / "000.png").read_bytes())
-    assert drawn[0] != drawn[1] == drawn[2]
-    capsys.readouterr()
-    recipe = str(runs.recipe(config, tmp_path / "r.yaml"))
-    for arguments in (
-        ["export", "--source", whole, "--format", "lora", "--output", str(tmp_path / "a.safetensors")],
-        ["export", "--source", whole, "--format", "diffusers", "--output", str(tmp_path / "model")],
-        ["style", "--config", recipe, "--model.start", whole, "--output", str(tmp_path / "next")],
-    ):
-        assert cli.main(arguments) == 2
-        told = capsys.readouterr().err
-        assert "acts on the rows of references alone" in told and "use diffusers" not in told
-    config.lanes = "all"
-    with pytest.raises(UserError, match="lanes references -> all"):
-        style.train(config, resume=True)
-    config.lanes = "references"
-    config.references.drop = 0.1
-    with pytest.raises(ConfigError, match="teaches nothing where lanes is references"):
-        validate(config)
 
 
 def test_what_references_show_is_learnt(config, monkeypatch):
@@ -157,13 +108,6 @@ def test_what_references_show_is_learnt(config, monkeypatch):
 
 
 # ---- data -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def made(config):
-    k2 = K2.load(config.model.path)
-    source = StyleSet(config.images)
-    return k2, Views(source, encode_images(k2, source, config.images, Processes()), config)
 
 
 def test_shares_of_what_is_dropped(made, config):
@@ -229,52 +173,6 @@ def test_batches_have_one_number_of_references(made, config):
         if batch.shown:
             first = torch.from_numpy(jobs[batch.jobs[0]].views[0][None].copy())
             assert torch.allclose(batch.shown.latents[0][:1], k2.encode_images(first), atol=1e-5)
-
-
-def test_jobs_made_ahead_are_the_same(made, config):
-    """In steps that follow each other, after a jump, and none beyond the last step."""
-    _, views = made
-    order, asked = style.order_of(views, config), []
-
-    def make(step):
-        asked.append(step)
-        return jobs_of_step(views, config, order, step, range)
-
-    with Ahead(make, 5) as ahead:
-        found = {step: ahead(step) for step in (1, 2, 4, 5)}
-    assert asked == [1, 2, 3, 4, 5]
-    for step, jobs in found.items():
-        alone = jobs_of_step(views, config, style.order_of(views, config), step, range)
-        assert (jobs.entries, jobs.side) == (alone.entries, alone.side)
-        for own, other in zip(jobs.own, alone.own, strict=True):
-            assert own.job == other.job and len(own.views) == len(other.views)
-            assert all(map(np.array_equal, own.views, other.views))
-
-
-def test_the_next_step_is_made_while_one_trains():
-    """And a loop that is left waits for it, and makes no more."""
-    begun = {step: threading.Event() for step in (1, 2, 3)}
-
-    def make(step):
-        begun[step].set()
-        return step
-
-    with Ahead(make, 3) as ahead:
-        assert ahead(1) == 1
-        assert begun[2].wait(60)  # nobody has asked for it
-    assert not begun[3].is_set()
-
-
-def test_an_error_ahead_is_raised_at_its_step():
-    def make(step):
-        if step == 2:
-            raise UserError("broken.png: is truncated")
-        return step
-
-    with Ahead(make, 3) as ahead:
-        assert ahead(1) == 1
-        with pytest.raises(UserError, match="is truncated"):
-            ahead(2)
 
 
 # ---- drawing ----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 TARGETS = ("to_q", "to_k", "to_v", "to_gate", "to_out.0", "ff.gate", "ff.up", "ff.down")
 """The linears of a transformer block, which a role adapts by default: all of them."""
@@ -17,6 +18,14 @@ OUTSIDE = ("img_in", "time_embed", "time_mod_proj", "final_layer", *TEXT)
 """The parts that have linears outside the blocks."""
 BLOCKS, ALL = "blocks", "all"
 """Words for TARGETS, and for every linear of the network."""
+BEFORE_KEYS = ("transformer_blocks.", "img_in", "time_embed", "time_mod_proj")
+"""What references pass on the way to their keys and values."""
+Lanes = Literal["all", "references"]
+"""Which rows an adapter acts on: all of them, or those of references alone (model/references.py)."""
+ON_REFERENCES = (
+    "lanes: this adapter acts on the rows of references alone, so it is no change of the model that a file of others or"
+    " another stage could have; draw it with posttrain sample"
+)
 _IN_BLOCK = re.compile(r"transformer_blocks\.\d+\.(?:attn\.)?(.+)")
 
 
@@ -56,6 +65,12 @@ def reaches(targets: Iterable[str], layer: str) -> bool:
         if target in (ALL, own) or (in_block and target == BLOCKS) or (not in_block and own.startswith(f"{target}.")):
             return True
     return False
+
+
+def is_before_keys(layer: str, blocks: int) -> bool:
+    """Whether the keys and values of references depend on it. Nobody looks behind those of the last of the blocks."""
+    is_last = layer.startswith(f"transformer_blocks.{blocks - 1}.")
+    return layer.startswith(BEFORE_KEYS) and (not is_last or layer.endswith((".to_k", ".to_v")))
 
 
 def text_targets(targets: Sequence[str]) -> list[str]:
