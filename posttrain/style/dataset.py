@@ -63,6 +63,10 @@ class StyleSet(ImageSet):
         return [*captions, Caption(text.strip(), 0.0)]
 
 
+KEPT = 2**30
+"""Bytes of squares that a process keeps, since to open and scale an image takes longer than to cut it up."""
+
+
 class Views:
     """Draws references of the images that are trained on."""
 
@@ -85,6 +89,9 @@ class Views:
             if (own := styles[row]) is not None:
                 self._others.setdefault(own, []).append(row)
         self._styles = styles
+        self._squares: dict[tuple[int, int], tuple[tuple[int, int], np.ndarray]] = {}
+        """By row and side: the size of the image, and its middle."""
+        self._bytes = 0
         alone = [style for style, rows in self._others.items() if len(rows) == 1]
         if self.config.other and alone:
             log.warning(
@@ -102,17 +109,28 @@ class Views:
         if kind == "other":
             # Not the image itself, which would show the content too.
             others = [other for other in self._others[self._styles[row] or ""] if other != row]
-            return square(self.source[others[int(rng.integers(len(others)))]].image, size)
-        image = self.source[row].image
-        pixels = square(image, size)
+            return self._square(others[int(rng.integers(len(others)))], size)[1]
+        image_size, pixels = self._square(row, size)
         if kind == "tiles":
             count = self.config.tile_counts[int(rng.integers(len(self.config.tile_counts)))]
             # A side that the count does not divide leaves a few pixels out, and all references need one size.
             return whole(views.tiles(pixels, rng, count), size)
         side = max(1, round(size * rng.uniform(self.config.crop_least, self.config.crop_most)))
         box = self.source.subject(row)
-        part = views.crop(pixels, rng, side, None if box is None else _in_square(box, image.size, size))
+        part = views.crop(pixels, rng, side, None if box is None else _in_square(box, image_size, size))
         return views.repeated(part, size, size)
+
+    def _square(self, row: int, size: int) -> tuple[tuple[int, int], np.ndarray]:
+        found = self._squares.get((row, size))
+        if found is None:
+            image = self.source[row].image
+            found = image.size, square(image, size)
+            found[1].flags.writeable = False
+            # What is there stays: each image is as likely to be asked for as any other.
+            if self._bytes + found[1].nbytes <= KEPT:
+                self._squares[row, size] = found
+                self._bytes += found[1].nbytes
+        return found
 
     def _kind(self, row: int, rng: np.random.Generator) -> View:
         config, style = self.config, self._styles[row]

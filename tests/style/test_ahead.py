@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from posttrain.errors import UserError
+from posttrain.style import dataset
 from posttrain.style import train as style
 from posttrain.style.batches import Ahead, jobs_of_step
 
@@ -54,3 +55,26 @@ def test_an_error_ahead_is_raised_at_its_step():
         assert ahead(1) == 1
         with pytest.raises(UserError, match="is truncated"):
             ahead(2)
+
+
+@pytest.mark.parametrize("kept", (0, dataset.KEPT))
+def test_an_image_is_opened_once_while_there_is_room(made, config, monkeypatch, kept):
+    """And what is shown is the same, however much is kept."""
+    _, views = made
+    expected = drawn(views)
+    fresh, opened = dataset.Views(views.source, views.images, config), []
+    monkeypatch.setattr(dataset, "KEPT", kept)
+    read = dataset.StyleSet.__getitem__
+    monkeypatch.setattr(dataset.StyleSet, "__getitem__", lambda source, row: opened.append(row) or read(source, row))
+    for _ in range(2):
+        assert all(map(np.array_equal, drawn(fresh), expected))
+    if kept:
+        assert len(opened) == len(set(opened))
+    else:
+        assert len(opened) == 2 * len(expected)
+
+
+def drawn(views):
+    """A reference of each image."""
+    rng = np.random.default_rng(0)
+    return [views.draw(entry, 16, rng) for entry in views.train]

@@ -3,8 +3,8 @@
     python -m posttrain.nano.world.many_styles runs/nano-referenced
 
 Beside each of OUT/images/*.png is a .json with a `caption` that is silent on the style, the `full` one and the `style`.
-With --looks N every second image also has one of N looks over its style: tints, contrast and stripes over the whole
-image, so that there are more styles to learn from than the world has.
+With --looks N every second image has one of N looks instead: tones and patterns in its objects and other contrasts, so
+that there are more styles to learn from than the world has.
 OUT/heldout.jsonl has prompts of prompts/nano/heldout.jsonl that are silent on the style, each with a reference that
 shows no object that the prompt asks for. Two in three have a style that is trained, tagged `trained`; the others one of
 HELDOUT, tagged `unseen`. The functions below are rewards that measure what is drawn.
@@ -89,16 +89,29 @@ def scene_in(rng: np.random.Generator, style: str) -> Scene:
     return replace(scenes.random_scene(rng, prompts.TRAIN_WORDS), style=style)
 
 
-def look(image: np.ndarray, number: int) -> np.ndarray:
-    """A uint8 image (H, W, 3) in look `number`: mixed colours, a tint, other contrast and, of every second, stripes."""
+def look(scene: Scene, number: int) -> np.ndarray:
+    """Draws a scene in look `number`, uint8 (H, W, 3): in its objects another tone, all over or in a pattern, and of
+    every third look another contrast of the whole image."""
     rng = np.random.default_rng([SEED, number, 1])
-    mix = np.eye(3) + rng.uniform(0, 0.4) * (rng.dirichlet((1, 1, 1), 3) - np.eye(3))
-    low, high, bend = rng.uniform(0, 0.35, 3), rng.uniform(0.65, 1, 3), 2 ** rng.uniform(-0.8, 0.8)
-    drawn = low + (high - low) * ((image / 255) @ mix.T) ** bend
-    period, (down, across), strength = rng.integers(3, 9), rng.integers(0, 3, 2), rng.uniform(0.15, 0.5)
-    if number % 2 and down + across:
-        rows, columns = np.indices(image.shape[:2])
-        drawn = drawn * (1 - strength * ((down * rows + across * columns) % period < period / 2))[..., None]
+    plain = scenes.render(replace(scene, style="flat")) / 255
+    ground = scenes.render(replace(scene, style="flat", objects=())) / 255
+    inside = np.abs(plain - ground).max(-1) > 0.05
+    rows, columns = np.indices(inside.shape)
+    patterns = {
+        "whole": rows >= 0,
+        "columns": columns // (w := int(rng.integers(1, 4))) % 2 == 0,
+        "diagonals": (rows + columns) // (w + 1) % 2 == 0,
+        "checks": (rows // w + columns // w) % 2 == 0,
+        "rows": rows // w % 2 == 0,
+    }
+    pattern = str(rng.choice(list(patterns)))
+    # Towards black or grey, or little or very much towards white: never as HELDOUT has it.
+    tone = float(rng.choice((0.0, 0.3, 0.6, 1.0)))
+    share = float(rng.choice((0.3, 0.8))) if tone == 1 and pattern in ("whole", "rows") else rng.uniform(0.3, 0.9)
+    drawn = plain + ((inside & patterns[pattern]) * share)[..., None] * (tone - plain)
+    if number % 3 == 0:
+        low, high = rng.uniform(0, 0.3), rng.uniform(0.7, 1)
+        drawn = low + (high - low) * drawn ** 2 ** rng.uniform(-0.7, 0.7)
     return (255 * drawn.clip(0, 1)).round().astype(np.uint8)
 
 
@@ -113,7 +126,8 @@ def write(out: Path, images: int, heldout: int, looks: int = 0, pairs: int = 0) 
         # Every second round of the styles, so that each style has images with and without a look.
         if looks and i // len(TRAINED) % 2:
             number = int(rng.integers(looks))
-            drawn, named = look(drawn, number), f"{scene.style}, look {number}"
+            drawn, named = look(scene, number), f"look {number}"
+            full = f"{silent(full)}, {named} style"
         Image.fromarray(drawn).save(out / f"images/{i:05d}.png")
         row = {"caption": silent(full), "full": full, "style": named}
         (out / f"images/{i:05d}.json").write_text(json.dumps(row) + "\n")
