@@ -111,7 +111,7 @@ def look(scene: Scene, number: int) -> np.ndarray:
     drawn = plain + ((inside & patterns[pattern]) * share)[..., None] * (tone - plain)
     if number % 3 == 0:
         low, high = rng.uniform(0, 0.3), rng.uniform(0.7, 1)
-        drawn = low + (high - low) * drawn ** 2 ** rng.uniform(-0.7, 0.7)
+        drawn = low + (high - low) * drawn**2 ** rng.uniform(-0.7, 0.7)
     return (255 * drawn.clip(0, 1)).round().astype(np.uint8)
 
 
