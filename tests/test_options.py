@@ -16,6 +16,7 @@ from posttrain.model import blocks, fp8
 from posttrain.model.k2 import K2, Text
 from posttrain.model.linears import LoraLinear
 from posttrain.model.offload import Offloaded
+from posttrain.nft import train as nft
 from posttrain.training import checkpoint, optim
 from posttrain.training.policy import POLICY, add_policy, load_model
 from posttrain.training.stepper import Stepper
@@ -288,17 +289,34 @@ def test_grpo_with_rollouts_in_fp8(tmp_path, model, passes):
             assert row["ratio"] != 1
 
 
+def test_nft_with_rollouts_in_fp8(tmp_path, model):
+    """The images are nearly those of the exact policy, and what trains on them is exact."""
+    drawn = {}
+    for quantize in (None, "fp8"):
+        recipe = runs.nft_config(tmp_path, model)
+        recipe.model.dtype, recipe.rollout.quantize, recipe.steps = "bfloat16", quantize, 1
+        recipe.output = str(tmp_path / f"run-{quantize}")
+        nft.train(recipe)
+        (row,) = runs.training_rows(recipe.output)
+        drawn[quantize] = row["latent_norm"]
+        assert row["old_error"] == 0 and row["grad_norm"] > 0
+    assert 0 < abs(drawn["fp8"] / drawn[None] - 1) < 0.05
+
+
+CANNOT = [
+    ("model", "dtype", "float32", "multiplies in bfloat16, and model.dtype is float32"),
+    ("model", "quantize", "fp8", "is what model.quantize does for training as well"),
+    (None, "lora", None, "keeps a copy of weights that stay as they are"),
+]
+AHEAD = ("rollout", "ahead", 1, "needs the policy that draws to be the one that trains; set rollout.ahead: 0")
+
+
 @pytest.mark.parametrize(
-    ("section", "field", "value", "words"),
-    [
-        ("model", "dtype", "float32", "multiplies in bfloat16, and model.dtype is float32"),
-        ("model", "quantize", "fp8", "is what model.quantize does for training as well"),
-        ("rollout", "ahead", 1, "needs the policy that draws to be the one that trains; set rollout.ahead: 0"),
-        (None, "lora", None, "keeps a copy of weights that stay as they are"),
-    ],
+    ("method", "section", "field", "value", "words"),
+    [*(("grpo", *case) for case in [*CANNOT, AHEAD]), *(("nft", *case) for case in CANNOT)],
 )
-def test_what_fp8_rollouts_cannot_do_is_said(tmp_path, model, section, field, value, words):
-    recipe = runs.config(tmp_path, model)
+def test_what_fp8_rollouts_cannot_do_is_said(tmp_path, model, method, section, field, value, words):
+    recipe = (runs.config if method == "grpo" else runs.nft_config)(tmp_path, model)
     recipe.model.dtype, recipe.rollout.quantize = "bfloat16", "fp8"
     setattr(getattr(recipe, section) if section else recipe, field, value)
     with pytest.raises(ConfigError, match=rf"rollout\.quantize: fp8 {words}"):

@@ -52,7 +52,7 @@ class BenchConfig:
     times: AtLeast1 = 4
     """Noise levels of an image of nft, 1 to steps."""
     rollout_quantize: Literal["fp8"] | None = None
-    """rollout.quantize of grpo."""
+    """rollout.quantize of grpo and nft."""
     model: RuntimeConfig = field(default_factory=RuntimeConfig)
     """As in a recipe; stock keeps torch's attention and the exact weights."""
     optim: OptimConfig | None = None

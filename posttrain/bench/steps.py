@@ -354,16 +354,19 @@ class Steps:
         config = self._grouped(GRPOConfig, self.config.group)
         config.sampling.window, config.sampling.eta = self.config.window, ETA
         config.sampling.window_start, config.sampling.window_every = "sliding", 1  # starts at each place in turn
-        if self.config.rollout_quantize is not None:
-            config.rollout.quantize = self.config.rollout_quantize
-            add_copies(self.k2, self.k2.device)
-        return config
+        return self._quantized(config)
 
     @cached_property
     def _nft_config(self) -> NFTConfig:
         config = self._grouped(NFTConfig, self.config.group)
         # Without the reference and the old policy, whose forwards are counted apart (see counts.py).
         config.loss.times, config.loss.kl, config.old.max = self.config.times, 0.0, 0.0
+        return self._quantized(config)
+
+    def _quantized(self, config: Grouped) -> Grouped:
+        if self.config.rollout_quantize is not None:
+            config.rollout.quantize = self.config.rollout_quantize
+            add_copies(self.k2, self.k2.device)
         return config
 
     @cached_property

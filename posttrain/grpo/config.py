@@ -9,6 +9,7 @@ from pydantic import model_validator
 
 from posttrain.config.groups import GroupsConfig as SharedGroups
 from posttrain.config.groups import GroupTrainingConfig
+from posttrain.config.groups import RolloutConfig as SharedRollout
 from posttrain.config.sections import LoraConfig
 from posttrain.config.types import (
     AtLeast0,
@@ -86,7 +87,7 @@ class GroupsConfig(SharedGroups):
 
 
 @settings
-class RolloutConfig:
+class RolloutConfig(SharedRollout):
     """When, where and in which precision a step's images are drawn."""
 
     ahead: Literal[0, 1] = 0
@@ -96,10 +97,6 @@ class RolloutConfig:
     gpus: AtLeast0 = 0
     """Processes, one a GPU, that only draw, of those that the launcher starts; the others only train on what they drew.
     0: each does both, which uses all GPUs evenly. Wants rollout.ahead 1, and neither FSDP2 nor ZeRO."""
-    quantize: Literal["fp8"] | None = None
-    """fp8: images are drawn with a copy of the base in fp8, through torchao: more images a second, half of the base's
-    memory more. Log-probs are those of the exact policy, computed as it trains, so ratios are exact. `rollout_gap` says
-    how far the drawn velocities are from its own."""
     keep_graphs: bool = False
     """Keeps what backward needs of the stochastic steps from drawing until the update, whose first pass then makes no
     forward. Changes no number. Takes the activations of all images and stochastic steps that a process draws in a
@@ -153,7 +150,7 @@ class GRPOConfig(GroupTrainingConfig):
     bytes more (K2: 51 GB)."""
     groups: GroupsConfig = field(default_factory=GroupsConfig)  # type: ignore[assignment]
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)  # type: ignore[assignment]
     loss: LossConfig = field(default_factory=LossConfig)
 
     def image_sizes(self) -> list[list[int]]:
@@ -192,17 +189,7 @@ class GRPOConfig(GroupTrainingConfig):
             for name in ("gpus", "keep_graphs"):
                 if getattr(self.rollout, name):
                     raise refusal(f"rollout.{name}", "does not go with model.sequence_parallel; leave one of them out")
-        if self.rollout.quantize is None:
-            return
-        why = None
-        if self.model.dtype != "bfloat16":
-            why = f"multiplies in bfloat16, and model.dtype is {self.model.dtype}; change it"
-        elif self.model.quantize is not None:
-            why = "is what model.quantize does for training as well; leave one of them out"
-        elif self.lora is None:
-            why = "keeps a copy of weights that stay as they are, and lora is null; use one of the two"
-        elif self.rollout.ahead:
+        if self.rollout.quantize is not None and self.rollout.ahead:
             # The policy that drew is gone when its exact log-probs could be computed.
             why = "needs the policy that draws to be the one that trains; set rollout.ahead: 0"
-        if why is not None:
             raise refusal("rollout.quantize", f"fp8 {why}")

@@ -32,7 +32,7 @@ from torch import Tensor
 from posttrain.config import metric_names
 from posttrain.distributed.processes import Processes
 from posttrain.log import log
-from posttrain.model import parallelize, sampler
+from posttrain.model import fp8, parallelize, sampler
 from posttrain.model.k2 import K2
 from posttrain.nft.config import NFTConfig
 from posttrain.nft.update import OLD, Group, add_roles, check_old, follow, lags, optimise
@@ -74,9 +74,13 @@ def train(config: NFTConfig, resume: bool = False) -> None:
     source, heldout = PromptSource(config, read_prompts(config.prompts.train)), read_prompts(config.prompts.heldout)
     try_rewards(config, heldout, source.records)
     saved = checkpoint.load_latest(Path(config.output) / "checkpoints") if resume else None
+    if config.rollout.quantize:
+        fp8.check(procs.device, "rollout.quantize")
     k2 = load_model(config.model, procs.device, saved)
     with parallelize.sharding(k2, procs):
         add_roles(k2, config)
+    if config.rollout.quantize:
+        fp8.add_copies(k2, procs.device)
     k2.train_role(POLICY)
     stepper = Stepper(k2.role_named_parameters(POLICY), config.optim)
     micro_batch = MicroBatch(config.groups.micro_batch, "groups.micro_batch", procs)
@@ -210,7 +214,7 @@ def sample(
             seeds.append(sampler.seed_for(config.seed, step, prompted.index, j, 0))
         noise = sampler.noise(seeds, (k2.image_tokens(*prompted.size), k2.latent_channels))
         steps, parts = config.sampling.steps, []
-        with k2.role(role):
+        with k2.role(role, fp8=config.rollout.quantize == "fp8"):
             for part in noise.split(micro_batch):
                 parts.append(k2.sample(prompted.text, part, steps, *prompted.size))
         group = Group(**vars(prompted), latents=torch.cat(parts))
