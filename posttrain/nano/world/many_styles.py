@@ -97,12 +97,13 @@ def look(scene: Scene, number: int) -> np.ndarray:
     ground = scenes.render(replace(scene, style="flat", objects=())) / 255
     inside = np.abs(plain - ground).max(-1) > 0.05
     rows, columns = np.indices(inside.shape)
+    width = int(rng.integers(1, 4))
     patterns = {
         "whole": rows >= 0,
-        "columns": columns // (w := int(rng.integers(1, 4))) % 2 == 0,
-        "diagonals": (rows + columns) // (w + 1) % 2 == 0,
-        "checks": (rows // w + columns // w) % 2 == 0,
-        "rows": rows // w % 2 == 0,
+        "columns": columns // width % 2 == 0,
+        "diagonals": (rows + columns) // (width + 1) % 2 == 0,
+        "checks": (rows // width + columns // width) % 2 == 0,
+        "rows": rows // width % 2 == 0,
     }
     pattern = str(rng.choice(list(patterns)))
     # Towards black or grey, or little or very much towards white: never as HELDOUT has it.
