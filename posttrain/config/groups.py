@@ -37,7 +37,8 @@ class RolloutConfig:
 
     quantize: Literal["fp8"] | None = None
     """fp8: images are drawn with a copy of the base in fp8, through torchao: more images a second, half of the base's
-    memory more. What trains is exact."""
+    memory more. What trains is exact: grpo's log-probs are those of the exact policy, and `rollout_gap` says how far
+    the drawn velocities are from its own."""
 
 
 @keyword_settings

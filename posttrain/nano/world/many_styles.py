@@ -124,7 +124,7 @@ def write(out: Path, images: int, heldout: int, looks: int = 0, pairs: int = 0) 
         scene = scene_in(rng, TRAINED[i % len(TRAINED)])
         full = scenes.describe(scene, rng, float(rng.choice((0.2, 0.6, 1.0)))).prompt
         drawn, named = scenes.render(scene), scene.style
-        # Every second round of the styles, so that each style has images with and without a look.
+        # Every second round of the styles, so that as many images are left to each.
         if looks and i // len(TRAINED) % 2:
             number = int(rng.integers(looks))
             drawn, named = look(scene, number), f"look {number}"
