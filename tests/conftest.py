@@ -3,6 +3,11 @@
 import gc
 import os
 import shutil
+import signal
+
+# A shell that starts tests in the background has them ignore SIGINT, and with them the commands that they interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before torch reads it: with AVX-512, MKL's products depend on where in memory a matrix lies, in their last bits.
 os.environ.setdefault("MKL_CBWR", "AVX2")
